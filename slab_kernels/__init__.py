@@ -1,0 +1,39 @@
+"""Fused kernels for W ~= S + (U V^T) * B + P Q^T: 2:4 sparse values, low-rank magnitudes times signs, adapters.
+
+Importing this package imports nothing else: every public name loads its module on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "compress": "model",
+    "load": "model",
+    "save": "model",
+    "decompress": "model",
+    "decompose": "decompose",
+    "Decomposition": "format",
+    "PackedLayout": "format",
+    "PackedWeight": "format",
+    "pack": "format",
+    "unpack": "format",
+    "SlabLinear": "nn",
+    "replace_linear": "nn",
+    "InputStats": "calibration",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_HOMES[name]}", __name__)
+    value = getattr(module, name)
+    globals()[name] = value  # `decompose` names a subpackage too: the function wins from here on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,1 @@
+"""One module a backend; `slab_kernels.dispatch` holds their order."""

@@ -1,0 +1,62 @@
+"""What a backend is: reasons why it cannot run a problem, a one-time `prepare`, and `linear`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..format import PackedLayout, PackedWeight
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run this problem, or is unknown."""
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """y[M,N] = x[M,K] W.T: all that decides which backend can run it."""
+
+    M: int
+    N: int
+    K: int
+    values: str = "fp16"
+    group_size: int | None = None
+    rank: int = 1
+    adapter_rank: int = 0
+    dtype: torch.dtype = torch.float32  # of the activations
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, layout: PackedLayout, M: int, dtype: torch.dtype, device: str) -> LinearProblem:
+        return cls(
+            M,
+            layout.out_features,
+            layout.in_features,
+            layout.values,
+            layout.group_size,
+            layout.rank,
+            layout.adapter_rank,
+            dtype,
+            device,
+        )
+
+
+class Backend:
+    """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
+
+    name: str
+
+    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+        """Every reason why this problem cannot run here; empty means it can."""
+        raise NotImplementedError
+
+    def prepare(self, packed: PackedWeight) -> Any:
+        """The tensors and sizes that `linear` wants, made once after loading."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        raise NotImplementedError

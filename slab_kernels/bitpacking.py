@@ -1,0 +1,105 @@
+"""Bits and nibbles of the packed form: 2:4 metadata, sign bits and int4 values as uint8 tensors.
+
+Everything here is arithmetic on plain tensors, exact on every device. The layout is stated in the README ("The format
+in bytes"); `csrc/format.h` is the same layout for C++ and CUDA.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The six ways to keep two of four inputs, as nibbles i0 | i1 << 2 with i0 < i1: the encoding that
+# `mma.sp::ordered_metadata` reads (PTX ISA, "Sparse matrix storage").
+LEGAL_NIBBLES = (0x4, 0x8, 0xC, 0x9, 0xD, 0xE)
+
+
+def complement_metadata(words: Tensor) -> Tensor:
+    """Metadata of the complementary 2:4 mask (kept <-> pruned), eight nibbles at once.
+
+    The complement of a 2:4 mask is a 2:4 mask, so the sign term can run on sparse tensor cores with metadata made in a
+    register from those of S: 4 <-> E, 8 <-> D, C <-> 9.
+
+    Args:
+        words: int64 tensor holding 32-bit words of eight legal nibbles each.
+    """
+    t = ((words >> 3) ^ (words >> 1)) & 0x11111111
+    return words ^ (t * 5) ^ (0xAAAAAAAA & ~(t * 15))
+
+
+def kept_positions(metadata: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second kept position (int64 in 0..3) of every group: [N, Kp/8] uint8 -> two [N, Kp/4]."""
+    nibbles = _split_nibbles(metadata).to(torch.int64)
+    return nibbles & 3, nibbles >> 2
+
+
+def pruned_positions(i0: Tensor, i1: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second pruned position of every group, from its kept ones: the four positions sum to 0+1+2+3 = 6."""
+    p0 = torch.where(i0 > 0, 0, torch.where(i1 > 1, 1, 2))
+    return p0, 6 - i0 - i1 - p0
+
+
+def pack_metadata(mask: Tensor) -> Tensor:
+    """[N, Kp] bool with exactly two kept of every four -> [N, Kp/8] uint8, even group in the low nibble."""
+    k = mask.unflatten(-1, (-1, 4))
+    i0 = torch.where(k[..., 0], 0, torch.where(k[..., 1], 1, 2))
+    i1 = torch.where(k[..., 3], 3, torch.where(k[..., 2], 2, 1))
+    return _join_nibbles((i0 | i1 << 2).to(torch.uint8))
+
+
+def unpack_mask(metadata: Tensor) -> Tensor:
+    """Inverse of `pack_metadata`: [N, Kp/8] uint8 -> [N, Kp] bool."""
+    i0, i1 = kept_positions(metadata)
+    position = torch.arange(4, device=metadata.device)
+    return ((position == i0[..., None]) | (position == i1[..., None])).flatten(-2)
+
+
+def illegal_nibbles(metadata: Tensor) -> int:
+    """How many nibbles are not ascending pairs. mma.sp's result is undefined for them, so files with any are refused."""
+    i0, i1 = kept_positions(metadata)
+    return int((i0 >= i1).sum())
+
+
+def pack_signs(negative: Tensor) -> Tensor:
+    """[N, Kp/2] bool, the pruned entries ascending -> [N, Kp/16] uint8, entry e in bit e % 8."""
+    shifts = torch.arange(8, device=negative.device)
+    return (negative.unflatten(-1, (-1, 8)).to(torch.int64) << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack_signs(signs: Tensor) -> Tensor:
+    """Inverse of `pack_signs`: [N, Kp/16] uint8 -> [N, Kp/2] bool (True = negative)."""
+    shifts = torch.arange(8, device=signs.device)
+    return ((signs[..., None].to(torch.int64) >> shifts) & 1).bool().flatten(-2)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """[N, Kp/2] integers in [-8, 7] -> [N, Kp/4] uint8, two's complement, first kept value in the low nibble."""
+    return _join_nibbles((q.to(torch.int64) & 15).to(torch.uint8))
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int4`: [N, Kp/4] uint8 -> [N, Kp/2] int8."""
+    q = _split_nibbles(packed).to(torch.int8)
+    return q - 16 * (q > 7).to(torch.int8)
+
+
+def gather_positions(dense: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The two entries of every group at the given positions: [N, Kp] -> [N, Kp/2], ascending."""
+    groups = dense.unflatten(-1, (-1, 4))
+    return groups.gather(-1, torch.stack((first, second), -1)).flatten(-2)
+
+
+def scatter_positions(entries: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Inverse of `gather_positions`, zeros elsewhere: [N, Kp/2] -> [N, Kp]."""
+    pairs = entries.unflatten(-1, (-1, 2))
+    groups = torch.zeros(*pairs.shape[:-1], 4, dtype=entries.dtype, device=entries.device)
+    return groups.scatter(-1, torch.stack((first, second), -1), pairs).flatten(-2)
+
+
+def _split_nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def _join_nibbles(nibbles: Tensor) -> Tensor:
+    pairs = nibbles.unflatten(-1, (-1, 2))
+    return pairs[..., 0] | pairs[..., 1] << 4

@@ -1,0 +1,314 @@
+"""The waist of the hourglass: every method ends in a `Decomposition`, every kernel starts from a `PackedWeight`.
+
+W ~= S + (U V^T) * B + P Q^T, with S 2:4 sparse, B signs, and P Q^T a plain adapter; parts may be absent. Packing
+*folds*: on the positions that S keeps, S absorbs (U V^T) * B, so signs are stored for pruned positions only (2 bits in
+a group of four instead of 4) and a pruned entry is exactly +-(U V^T)_ij. The byte-exact spec is in the README.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import bitpacking as bits
+from .layout import (  # noqa: F401  (the format's public names live here)
+    FACTOR_TYPES,
+    FORMAT_VERSION,
+    GROUP_SIZES,
+    INTEGER_RANGES,
+    TENSOR_NAMES,
+    VALUE_TYPES,
+    DtypeError,
+    FormatError,
+    MetadataError,
+    MissingTensorError,
+    PackedLayout,
+    PaddingError,
+    PatternError,
+    RangeError,
+    ShapeError,
+    UnknownTensorError,
+    ValueTypeError,
+    VersionError,
+    check_tensors,
+)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """W ~= S + (U V^T) * B + P Q^T as dense tensors on one device; what every method returns.
+
+    S [N,K] float, zero outside `mask` [N,K] bool (a kept value may be 0.0: kept is what the mask says, never what the
+    value is). U [N,R], V [K,R], B [N,K] int8 in {+1,-1}, and 0 on kept positions of an already folded decomposition.
+    P [N,R'], Q [K,R']. If the folded kept values lie on an integer grid, `values` is "int8" or "int4", `scales`
+    [N, ceil(K/group_size)] (or [N,1] when group_size is None) the step sizes.
+    """
+
+    S: Tensor
+    mask: Tensor
+    U: Tensor | None = None
+    V: Tensor | None = None
+    B: Tensor | None = None
+    P: Tensor | None = None
+    Q: Tensor | None = None
+    scales: Tensor | None = None
+    values: str | None = None
+    group_size: int | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.S.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.S.shape[1]
+
+    def sign_term(self) -> Tensor | None:
+        """(U V^T) * B as [N,K] fp32, or None."""
+        if self.U is None:
+            return None
+        return (self.U.float() @ self.V.float().T) * self.B
+
+    def dense(self) -> Tensor:
+        """The weight it stands for, [N,K] fp32."""
+        W = self.S.float()
+        if self.U is not None:
+            W = W + self.sign_term()
+        if self.P is not None:
+            W = W + self.P.float() @ self.Q.float().T
+        return W
+
+    def folded(self) -> Decomposition:
+        """The same function with S' = S + (U V^T) * B on kept positions and B = 0 there."""
+        if self.U is None:
+            return self
+        S = self.S.float() + torch.where(self.mask, self.sign_term(), 0.0)
+        return replace(self, S=S, B=torch.where(self.mask, 0, self.B).to(torch.int8))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One weight in the canonical packed form: engine-neutral, sliceable with plain `narrow`, as stored on disk."""
+
+    layout: PackedLayout
+    values: Tensor
+    metadata: Tensor
+    signs: Tensor | None = None
+    scales: Tensor | None = None
+    U: Tensor | None = None
+    V: Tensor | None = None
+    P: Tensor | None = None
+    Q: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.layout.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.layout.in_features
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by name."""
+        return {name: t for name in TENSOR_NAMES if (t := getattr(self, name)) is not None}
+
+    def bits_per_weight(self, factors: bool = True) -> float:
+        return self.layout.bits_per_weight(factors)
+
+    def dense(self) -> Tensor:
+        """The weight it stands for, [N,K] fp32."""
+        return unpack(self).dense()
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+
+    def narrow_out(self, start: int, length: int) -> PackedWeight:
+        """Rows start .. start+length: every tensor with an N dimension is narrowed, V and Q are shared."""
+        parts = {name: t.narrow(0, start, length) for name, t in self.tensors().items() if name not in ("V", "Q")}
+        layout = replace(
+            self.layout,
+            out_features=length,
+        )
+        return replace(self, layout=layout, **parts)
+
+    def narrow_in(self, start: int, length: int) -> PackedWeight:
+        """Columns start .. start+length, both multiples of `layout.slice_multiple` (the end may be in_features)."""
+        multiple, K = self.layout.slice_multiple, self.in_features
+        if start % multiple or (length % multiple and start + length != K) or start + length > K or length <= 0:
+            raise ShapeError(
+                f"cannot slice in_features {start}..{start + length} of {K}: start and length must be multiples of "
+                f"{multiple}"
+            )
+        layout = replace(self.layout, in_features=length)
+        table, Kp = layout.tensors(), self.layout.padded_in_features
+        parts = {}
+        for name, t in self.tensors().items():
+            if name in ("V", "Q"):
+                parts[name] = t.narrow(0, start, table[name][1][0])
+            elif name not in ("U", "P") and not (name == "scales" and self.layout.group_size is None):
+                parts[name] = t.narrow(1, start * t.shape[1] // Kp, table[name][1][1])
+        return replace(self, layout=layout, **parts)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: dict[str, Tensor],
+        out_features: int,
+        in_features: int,
+        values: str = "fp16",
+        group_size: int | None = None,
+    ) -> PackedWeight:
+        """Check everything, then build. Ranks are read off U and P.
+
+        Raises: a FormatError subclass named after the first defect found.
+        """
+        for name in tensors:
+            if name not in TENSOR_NAMES:
+                raise UnknownTensorError(f"tensor {name!r} is not part of the packed format ({', '.join(TENSOR_NAMES)})")
+        for name in ("U", "P"):
+            if name in tensors and (tensors[name].dim() != 2 or tensors[name].shape[1] == 0):
+                raise ShapeError(f"{name} has shape {tuple(tensors[name].shape)}, expected [out_features, rank >= 1]")
+        names = {dtype: name for name, dtype in FACTOR_TYPES.items()}
+        factor = next((tensors[name].dtype for name in ("U", "P") if name in tensors), torch.float16)
+        if factor not in names:
+            raise DtypeError(f"U or P is {factor}, expected one of {', '.join(map(str, names))}")
+        ranks = {name: tensors[name].shape[1] if name in tensors else 0 for name in ("U", "P")}
+        layout = PackedLayout(
+            out_features, in_features, values, group_size, ranks["U"], ranks["P"], factors=names[factor]
+        )
+        check_tensors(tensors, layout)
+        return cls(layout=layout, **tensors)
+
+
+def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    """U [N,R], V [K,R] as `pack` stores them: each rank balanced by a power of two, then rounded to `dtype`.
+
+    Balancing (max|u_r| ~ max|v_r|) keeps both inside fp16's range. Factors already exact in `dtype` are left alone, so
+    rounding twice changes nothing. Returns fp32 tensors. Raises RangeError if a factor does not fit.
+    """
+    U, V = U.float(), V.float()
+    if not all(bool((t.to(dtype).float() == t).all()) for t in (U, V)):
+        high_u, high_v = U.abs().amax(0), V.abs().amax(0)
+        both = (high_u > 0) & (high_v > 0)
+        shift = torch.where(both, (high_v.log2() - high_u.log2()) / 2, 0.0).nan_to_num(0.0).round()
+        U, V = torch.ldexp(U, shift), torch.ldexp(V, -shift)
+    U, V = U.to(dtype).float(), V.to(dtype).float()
+    for name, t in (("first", U), ("second", V)):
+        if not bool(t.isfinite().all()):
+            raise RangeError(f"the {name} factor does not fit {dtype}; pack with factor_dtype=torch.bfloat16 or float32")
+    return U, V
+
+
+def pack(
+    decomposition: Decomposition,
+    values: str = "fp16",
+    group_size: int | None = 128,
+    factor_dtype: torch.dtype = torch.float16,
+) -> PackedWeight:
+    """Fold a decomposition and pack it.
+
+    The stored weight equals the decomposition to one rounding of S' to `values` and of U, V, P, Q to `factor_dtype`.
+    Integer values use `decomposition.scales` when it carries them for this type and group size, else absolute-maximum
+    scales. Groups with fewer than two kept entries are filled from the lowest free position.
+
+    Args:
+        values: "fp16", "bf16", "int8" or "int4".
+        group_size: inputs a scale, 32, 64, 128 or None (one scale a row); ignored for fp16 and bf16.
+
+    Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit, ValueTypeError, ShapeError.
+    """
+    N, K = decomposition.S.shape
+    if values not in INTEGER_RANGES:
+        group_size = None
+    factor_names = {dtype: name for name, dtype in FACTOR_TYPES.items()}
+    if factor_dtype not in factor_names:
+        raise ValueTypeError(f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}")
+    rank = 0 if decomposition.U is None else decomposition.U.shape[1]
+    adapter_rank = 0 if decomposition.P is None else decomposition.P.shape[1]
+    layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, factor_names[factor_dtype])
+    Kp = layout.padded_in_features
+
+    d = decomposition
+    mask = _two_of_four(_pad(d.mask, Kp))
+    term = d.sign_term()
+    S = d.S.float() if term is None else d.S.float() + torch.where(mask[:, :K], term, 0.0)
+    i0, i1 = bits.kept_positions(metadata := bits.pack_metadata(mask))
+    kept = bits.gather_positions(_pad(S, Kp), i0, i1)
+    parts = {"metadata": metadata}
+    parts["values"], parts["scales"] = _encode_values(kept, d, layout)
+    if rank:
+        sign = _pad(d.B.to(torch.int8), Kp, fill=1)
+        pruned = bits.gather_positions(sign, *bits.pruned_positions(i0, i1))
+        if bool((pruned == 0).any()):
+            raise PatternError(f"B is 0 on {int((pruned == 0).sum())} pruned positions; it must be +1 or -1 there")
+        parts["signs"] = bits.pack_signs(pruned < 0)
+        U, V = round_factors(d.U, d.V, factor_dtype)
+        parts["U"], parts["V"] = U.to(factor_dtype), _pad_rows(V.to(factor_dtype), Kp)
+    if adapter_rank:
+        P, Q = round_factors(d.P, d.Q, factor_dtype)
+        parts["P"], parts["Q"] = P.to(factor_dtype), _pad_rows(Q.to(factor_dtype), Kp)
+    return PackedWeight(layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None})
+
+
+def unpack(packed: PackedWeight) -> Decomposition:
+    """Exactly what is stored, as a folded Decomposition in fp32: `pack(unpack(p), ...)` gives p back bit for bit."""
+    layout, K = packed.layout, packed.in_features
+    i0, i1 = bits.kept_positions(packed.metadata)
+    kept = (bits.unpack_int4(packed.values) if layout.values == "int4" else packed.values).float()
+    if packed.scales is not None:
+        per_group = kept.shape[1] // packed.scales.shape[1]
+        kept = (kept.unflatten(1, (-1, per_group)) * packed.scales.float()[..., None]).flatten(1)
+    mask = bits.unpack_mask(packed.metadata)[:, :K]
+    parts = {"S": bits.scatter_positions(kept, i0, i1)[:, :K], "mask": mask}
+    if packed.signs is not None:
+        sign = 1 - 2 * bits.unpack_signs(packed.signs).to(torch.int8)
+        parts["B"] = bits.scatter_positions(sign, *bits.pruned_positions(i0, i1))[:, :K]
+        parts["U"], parts["V"] = packed.U.float(), packed.V[:K].float()
+    if packed.P is not None:
+        parts["P"], parts["Q"] = packed.P.float(), packed.Q[:K].float()
+    if packed.scales is not None:
+        parts |= {"scales": packed.scales.float(), "values": layout.values, "group_size": layout.group_size}
+    return Decomposition(**parts)
+
+
+def _two_of_four(mask: Tensor) -> Tensor:
+    """The mask with groups of fewer than two filled up from the lowest free position."""
+    groups = mask.unflatten(-1, (-1, 4))
+    count = groups.sum(-1, keepdim=True)
+    if bool((over := count > 2).any()):
+        raise PatternError(
+            f"pack stores 2:4 only, because that is the pattern sparse tensor cores and the kernels read: "
+            f"{int(over.sum())} of {over.numel()} groups of four keep more than two entries; decompose with "
+            "pattern='2:4', or keep the dense result for 4:8 and unstructured patterns"
+        )
+    return (groups | ((~groups).cumsum(-1) <= 2 - count) & ~groups).flatten(-2)
+
+
+def _encode_values(kept: Tensor, d: Decomposition, layout: PackedLayout) -> tuple[Tensor, Tensor | None]:
+    if not bool(kept.isfinite().all()):
+        raise RangeError(f"{int((~kept.isfinite()).sum())} kept values are NaN or infinite")
+    if layout.values not in INTEGER_RANGES:
+        stored = kept.to(VALUE_TYPES[layout.values])
+        if not bool(stored.isfinite().all()):
+            raise RangeError(f"a kept value of {kept.abs().max():.4g} does not fit {layout.values}; use values='bf16'")
+        return stored, None
+    low, high = INTEGER_RANGES[layout.values]
+    count = layout.tensors()["scales"][1][1]
+    groups = kept.unflatten(1, (count, -1))
+    if d.scales is not None and (d.values, d.group_size) == (layout.values, layout.group_size):
+        scales = d.scales.to(torch.bfloat16)
+    else:
+        scales = (groups.abs().amax(-1) / high).to(torch.bfloat16)
+    scales = torch.where(scales == 0, 1.0, scales).to(torch.bfloat16)
+    q = (groups / scales.float()[..., None]).round().clamp(low, high).flatten(1).to(torch.int8)
+    return (bits.pack_int4(q) if layout.values == "int4" else q), scales
+
+
+def _pad(t: Tensor, width: int, fill: int = 0) -> Tensor:
+    return torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill)
+
+
+def _pad_rows(t: Tensor, height: int) -> Tensor:
+    return torch.nn.functional.pad(t, (0, 0, 0, height - t.shape[0]))

@@ -1,0 +1,195 @@
+"""What a packed weight looks like: sizes, types, errors, and the check that everything read from outside passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from . import bitpacking as bits
+
+FORMAT_VERSION = 1
+GROUP_SIZES = (32, 64, 128)
+VALUE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+TENSOR_NAMES = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
+MAX_FEATURES = 1 << 24  # far above any layer; keeps every byte count inside 63 bits on hostile input
+
+
+class FormatError(ValueError):
+    """A decomposition or packed weight breaks the format; the subclass names the defect."""
+
+
+class PatternError(FormatError):
+    """The kept positions are not 2:4, or signs are missing on pruned ones."""
+
+
+class ValueTypeError(FormatError):
+    """Unknown value type, factor type or group size."""
+
+
+class RangeError(FormatError):
+    """A number does not fit its stored type, or is NaN or infinite."""
+
+
+class ShapeError(FormatError):
+    """A tensor has the wrong shape, or a size is absurd."""
+
+
+class DtypeError(FormatError):
+    """A tensor has the wrong dtype."""
+
+
+class MetadataError(FormatError):
+    """A metadata nibble is not one of the six legal ones."""
+
+
+class MissingTensorError(FormatError):
+    """A tensor that the layout needs is absent."""
+
+
+class UnknownTensorError(FormatError):
+    """A tensor is present that the layout does not have."""
+
+
+class PaddingError(FormatError):
+    """Padding beyond in_features is not zero."""
+
+
+class VersionError(FormatError):
+    """Written by a newer format than this library reads."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Sizes and types of one packed weight: everything needed to allocate or check its tensors.
+
+    K is padded to `padded_in_features`, a multiple of `slice_multiple`; slicing along K is exact at that multiple.
+    """
+
+    out_features: int
+    in_features: int
+    values: str = "fp16"
+    group_size: int | None = None  # int8 / int4 only; None = one scale a row
+    rank: int = 0  # columns of U, V; 0 = no sign term
+    adapter_rank: int = 0  # columns of P, Q; 0 = no adapter
+    factors: str = "fp16"
+
+    def __post_init__(self):
+        if self.values not in VALUE_TYPES:
+            raise ValueTypeError(f"values={self.values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
+        if self.factors not in FACTOR_TYPES:
+            raise ValueTypeError(f"factors={self.factors!r} is unknown; choose one of {', '.join(FACTOR_TYPES)}")
+        if self.group_size is not None and (self.values not in INTEGER_RANGES or self.group_size not in GROUP_SIZES):
+            raise ValueTypeError(
+                f"group_size={self.group_size!r} with values={self.values!r}: int8 and int4 take 32, 64, 128 or None "
+                "(one scale a row), fp16 and bf16 only None"
+            )
+        for name in ("out_features", "in_features"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or not 0 < size <= MAX_FEATURES:
+                raise ShapeError(f"{name}={size!r} must be an integer between 1 and {MAX_FEATURES}")
+        for name in ("rank", "adapter_rank"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or not 0 <= size <= min(self.out_features, self.in_features):
+                raise ShapeError(
+                    f"{name}={size!r} must be between 0 and min(out_features, in_features) = "
+                    f"{min(self.out_features, self.in_features)}"
+                )
+
+    @property
+    def slice_multiple(self) -> int:
+        """Inputs per indivisible slice along K: a byte of signs covers 16, a scale covers group_size."""
+        return math.lcm(16, self.group_size or 16)
+
+    @property
+    def padded_in_features(self) -> int:
+        return -(-self.in_features // self.slice_multiple) * self.slice_multiple
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor of this layout."""
+        N, Kp, factor = self.out_features, self.padded_in_features, FACTOR_TYPES[self.factors]
+        table = {
+            "values": (VALUE_TYPES[self.values], (N, Kp // 4 if self.values == "int4" else Kp // 2)),
+            "metadata": (torch.uint8, (N, Kp // 8)),
+        }
+        if self.values in INTEGER_RANGES:
+            table["scales"] = (torch.bfloat16, (N, Kp // self.group_size if self.group_size else 1))
+        if self.rank:
+            table["signs"] = (torch.uint8, (N, Kp // 16))
+            table["U"] = (factor, (N, self.rank))
+            table["V"] = (factor, (Kp, self.rank))
+        if self.adapter_rank:
+            table["P"] = (factor, (N, self.adapter_rank))
+            table["Q"] = (factor, (Kp, self.adapter_rank))
+        return table
+
+    def bits_per_weight(self, factors: bool = True) -> float:
+        """Stored bits over N*K weights, scales and padding included; with or without U, V (P, Q always count)."""
+        size = sum(
+            dtype.itemsize * math.prod(shape)
+            for name, (dtype, shape) in self.tensors().items()
+            if factors or name not in ("U", "V")
+        )
+        return 8 * size / (self.out_features * self.in_features)
+
+    def to_dict(self) -> dict:
+        """Plain JSON form, as `config.json` holds it for every module."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, entries: dict) -> PackedLayout:
+        """From `to_dict`; unknown keys are ignored (a later version may add some)."""
+        names = {f.name for f in fields(cls)}
+        missing = {"out_features", "in_features"} - entries.keys()
+        if missing:
+            raise ShapeError(f"packed layout {entries!r} lacks {', '.join(sorted(missing))}")
+        return cls(**{k: v for k, v in entries.items() if k in names})
+
+
+def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
+    """Refuse anything that is not exactly `layout`.
+
+    Raises: MissingTensorError, UnknownTensorError, DtypeError, ShapeError, MetadataError, RangeError, PaddingError.
+    """
+    table = layout.tensors()
+    for name in table.keys() - tensors.keys():
+        raise MissingTensorError(f"tensor {name!r} is missing from a packed weight with {sorted(tensors)}")
+    for name in tensors.keys() - table.keys():
+        raise UnknownTensorError(f"tensor {name!r} does not belong to a packed weight with {sorted(table)}")
+    for name, (dtype, shape) in table.items():
+        if tensors[name].dtype != dtype:
+            raise DtypeError(f"{name} is {tensors[name].dtype}, expected {dtype}")
+        if tuple(tensors[name].shape) != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+    if tensors["metadata"].is_meta:
+        return
+    if bad := bits.illegal_nibbles(tensors["metadata"]):
+        raise MetadataError(
+            f"metadata holds {bad} nibbles that are not two ascending positions (legal: 4 8 C 9 D E); the file is corrupt"
+        )
+    if layout.values == "int8" and bool((tensors["values"] == -128).any()):
+        raise RangeError("values holds -128, but int8 values are symmetric: -127 .. 127")
+    for name in table:
+        if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
+            raise RangeError(f"{name} holds NaN or infinite numbers")
+    _check_padding(tensors, layout)
+
+
+def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
+    K, Kp = layout.in_features, layout.padded_in_features
+    if K == Kp:
+        return
+    i0, i1 = bits.kept_positions(tensors["metadata"])
+    entries = bits.unpack_int4(tensors["values"]) if layout.values == "int4" else tensors["values"]
+    first = -(-K // 4)  # groups from here on hold padding alone
+    dirty = bool((entries[:, 2 * first :] != 0).any()) or bool(((i0 != 0) | (i1 != 1))[:, first:].any())
+    for name in ("V", "Q"):
+        dirty = dirty or (name in tensors and bool((tensors[name][K:] != 0).any()))
+    if "signs" in tensors:
+        dirty = dirty or bool(bits.unpack_signs(tensors["signs"])[:, 2 * first :].any())
+    if dirty:
+        raise PaddingError(f"padding beyond in_features={K} must be zero (nibble 4, sign bits 0)")

@@ -1,0 +1,140 @@
+"""`SlabLinear`, the drop-in replacement of `nn.Linear`, and `replace_linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, ops
+from .backends.base import LinearProblem
+from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError
+
+
+class SlabLinear(nn.Module):
+    """y = x W.T + bias from a packed weight; frozen, differentiable in x and bias.
+
+    The packed tensors are buffers under their format names, so a state dict is the canonical checkpoint form. What a
+    backend prepares from them is made on the first call (or by `prepare`) and never saved; moving the module to another
+    device drops it. Casting the module (`.half()`, `.to(dtype)`) casts the bias only: packed tensors keep their types.
+    """
+
+    def __init__(self, layout: PackedLayout, bias: bool = False, device=None, dtype: torch.dtype | None = None):
+        super().__init__()
+        ops.register()
+        self.layout = layout
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        table = layout.tensors()
+        for name in TENSOR_NAMES:
+            stored = table.get(name)
+            tensor = None if stored is None else torch.zeros(stored[1], dtype=stored[0], device=device)
+            self.register_buffer(name, tensor)
+        self.metadata.fill_(0x44)  # the first two of four kept: legal, so a fresh module is the zero map
+        shape = (layout.out_features,)
+        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False) if bias else None
+        self._linears: dict[torch.dtype, tuple] = {}
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SlabLinear:
+        """A module around existing packed tensors (not copied)."""
+        module = cls(packed.layout, device="meta")
+        for name, tensor in packed.tensors().items():
+            module._buffers[name] = tensor
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+    def packed(self) -> PackedWeight:
+        """The packed weight that this module holds (not copied)."""
+        return PackedWeight(self.layout, **{name: self._buffers[name] for name in TENSOR_NAMES})
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The dense nn.Linear with the same function."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(self.packed().dense().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return linear
+
+    def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
+        """Choose the backend for activations of `dtype` on this device and make its layout now.
+
+        Raises: BackendError if a forced backend cannot run it.
+        """
+        problem = LinearProblem.of(self.layout, 1, dtype, self.values.device.type)
+        backend = dispatch.select(problem)
+        shared = next((state for other, state in self._linears.values() if other is backend), None)
+        self._linears[dtype] = (backend, backend.prepare(self.packed()) if shared is None else shared)
+        return self
+
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend that serves the last prepared dtype, or None before the first call."""
+        return next((backend.name for backend, _ in reversed(self._linears.values())), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"x has {x.shape[-1]} features, but this layer takes in_features={self.in_features}")
+        prepared = self._linears.get(x.dtype)
+        if prepared is None:
+            if torch.compiler.is_compiling():  # a first call inside a trace: the canonical op is always right
+                tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
+                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)
+            prepared = self.prepare(x.dtype)._linears[x.dtype]
+        backend, state = prepared
+        return backend.linear(x, state, self.bias)
+
+    def _apply(self, fn, recurse: bool = True):
+        packed = {name: self._buffers.pop(name) for name in TENSOR_NAMES}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(packed)
+        for name, tensor in packed.items():
+            if tensor is None:
+                continue
+            device = fn(tensor.new_empty(0, dtype=torch.uint8)).device  # where fn moves things, whatever it casts
+            if device != tensor.device:
+                moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                self._buffers[name] = moved
+                self._linears = {}
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._linears = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_linears": {}}  # prepared layouts are never saved, nor deep-copied
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        text = f"in_features={layout.in_features}, out_features={layout.out_features}, values={layout.values}"
+        if layout.group_size:
+            text += f", group_size={layout.group_size}"
+        text += f", rank={layout.rank}, adapter_rank={layout.adapter_rank}, bias={self.bias is not None}"
+        return f"{text}, {layout.bits_per_weight():.2f} bits per weight"
+
+
+def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Module:
+    """Swap the named nn.Linear modules of `model` for SlabLinear, in place; biases are kept.
+
+    Raises: KeyError for a name that is no nn.Linear of the model, ShapeError for a weight of another shape. Everything
+    is checked before anything is replaced.
+    """
+    modules = dict(model.named_modules())
+    for name, weight in packed.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            kind = "absent" if linear is None else type(linear).__name__
+            raise KeyError(f"{name!r} is {kind} in {type(model).__name__}; only nn.Linear modules can be replaced")
+        if (linear.out_features, linear.in_features) != (weight.out_features, weight.in_features):
+            raise ShapeError(
+                f"{name!r} is {linear.out_features}x{linear.in_features}, the packed weight "
+                f"{weight.out_features}x{weight.in_features} (out_features x in_features)"
+            )
+    for name, weight in packed.items():
+        linear = modules[name]
+        device = linear.weight.device
+        moved = weight if device.type == "meta" else weight.to(device)
+        model.set_submodule(name, SlabLinear.from_packed(moved, linear.bias))
+    return model

@@ -1,0 +1,99 @@
+"""`torch.ops.slab_kernels.linear`: the operation on canonical packed tensors, as one opaque, functional torch op.
+
+`dequantize` beside it rebuilds the dense weight, [N,K] fp32. Both are registered on first use, not at import, and run
+the reference on any device; backends with prepared layouts register ops of their own (`slab_kernels::linear_cpu`).
+Fake kernels and autograd (of x and bias: packed weights are frozen) serve torch.compile and torch.export.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .format import FACTOR_TYPES, VALUE_TYPES, PackedLayout, PackedWeight
+
+NAMESPACE = "slab_kernels"
+TENSOR_ARGUMENTS = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
+PACKED = (
+    "Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, Tensor? Q"
+)
+SCHEMAS = (
+    f"linear(Tensor x, {PACKED}, Tensor? bias, int in_features) -> Tensor",
+    f"dequantize({PACKED}, int in_features) -> Tensor",
+)
+
+
+def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) -> PackedWeight:
+    """A PackedWeight around the op's tensor arguments; sizes and types are read off the tensors."""
+    parts = dict(zip(TENSOR_ARGUMENTS, tensors, strict=True))
+    values, scales, U, P = parts["values"], parts["scales"], parts["U"], parts["P"]
+    value_type = next(name for name, dtype in VALUE_TYPES.items() if dtype == values.dtype)
+    Kp = parts["metadata"].shape[1] * 8
+    group_size = None if scales is None or scales.shape[1] == 1 else Kp // scales.shape[1]
+    factor = U if U is not None else P
+    factors = next((name for name, dtype in FACTOR_TYPES.items() if factor is not None and dtype == factor.dtype), "fp16")
+    layout = PackedLayout(
+        values.shape[0],
+        in_features,
+        value_type,
+        group_size,
+        0 if U is None else U.shape[1],
+        0 if P is None else P.shape[1],
+        factors,
+    )
+    return PackedWeight(layout, **parts)
+
+
+def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features):
+    packed = packed_from_arguments((values, metadata, signs, scales, U, V, P, Q), in_features)
+    return reference.linear(x, packed, bias)
+
+
+def _linear_fake(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features):
+    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _dequantize(values, metadata, signs, scales, U, V, P, Q, in_features):
+    return packed_from_arguments((values, metadata, signs, scales, U, V, P, Q), in_features).dense()
+
+
+def _dequantize_fake(values, metadata, signs, scales, U, V, P, Q, in_features):
+    return values.new_empty((values.shape[0], in_features), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    _, *tensors, bias, in_features = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.in_features = in_features
+    ctx.bias_dims = output.dim() - 1 if bias is not None else None
+
+
+def _backward(ctx, grad):
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[-2]
+    grad_x = grad_bias = None
+    if needs_x:
+        W = torch.ops.slab_kernels.dequantize(*ctx.saved_tensors, ctx.in_features)
+        grad_x = (grad.to(torch.float32) @ W).to(grad.dtype)
+    if needs_bias:
+        grad_bias = grad.sum(tuple(range(ctx.bias_dims)))
+    return grad_x, *(None,) * len(TENSOR_ARGUMENTS), grad_bias, None
+
+
+@functools.cache
+def register() -> torch.library.Library:
+    """Define the op once; idempotent."""
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema)
+    for name, implementation, fake in (
+        ("linear", _linear, _linear_fake),
+        ("dequantize", _dequantize, _dequantize_fake),
+    ):
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::linear", _backward, setup_context=_setup_context, lib=library)
+    return library

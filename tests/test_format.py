@@ -1,0 +1,275 @@
+"""The format: identities proved exhaustively, golden bytes, exact inverses, slices, one named error a defect."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slab_kernels import bitpacking as bits
+from slab_kernels import format as fmt
+from slab_kernels.testing import VALUE_LAYOUTS, random_packed
+
+PATTERNS = list(itertools.combinations(range(4), 2))
+
+
+def random_decomposition(N, K, rank=1, seed=0, kept=2, adapter_rank=0):
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(N, K, generator=g)
+    score = torch.rand(N, -(-K // 4), 4, generator=g)
+    mask = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(kept, -1).indices, True)
+    mask = mask.flatten(1)[:, :K]
+    parts = {}
+    if rank:
+        B = torch.where(torch.rand(N, K, generator=g) < 0.5, -1, 1).to(torch.int8)
+        parts = {"U": torch.rand(N, rank, generator=g), "V": torch.rand(K, rank, generator=g), "B": B}
+    if adapter_rank:
+        parts |= {"P": torch.randn(N, adapter_rank, generator=g), "Q": torch.randn(K, adapter_rank, generator=g)}
+    return fmt.Decomposition(S=W * mask, mask=mask, **parts)
+
+
+def same(a: fmt.PackedWeight, b: fmt.PackedWeight) -> bool:
+    ours, theirs = a.tensors(), b.tensors()
+    return a.layout == b.layout and all(torch.equal(ours[n], theirs[n]) for n in ours | theirs)
+
+
+# ---- the identity that makes the format fast (design: complement of a 2:4 mask is a 2:4 mask) ----
+
+
+def test_legal_nibbles_are_the_ascending_pairs():
+    assert sorted(bits.LEGAL_NIBBLES) == sorted(i0 | i1 << 2 for i0, i1 in PATTERNS)
+
+
+def test_complement_of_every_word_of_eight_nibbles():
+    """All 6^8 = 1,679,616 legal words, against the complement made position by position."""
+    legal = torch.tensor(bits.LEGAL_NIBBLES)
+    complement = {i0 | i1 << 2: _nibble(sorted({0, 1, 2, 3} - {i0, i1})) for i0, i1 in PATTERNS}
+    flipped = torch.tensor([complement[int(n)] for n in legal])
+    index = torch.cartesian_prod(*[torch.arange(6)] * 8)
+    shifts = 4 * torch.arange(8)
+    words, expected = (legal[index] << shifts).sum(1), (flipped[index] << shifts).sum(1)
+    assert words.numel() == 6**8
+    assert torch.equal(bits.complement_metadata(words), expected)
+    assert torch.equal(bits.complement_metadata(expected), words)
+
+
+def _nibble(pair):
+    return pair[0] | pair[1] << 2
+
+
+def test_pruned_positions_are_the_complement():
+    for i0, i1 in PATTERNS:
+        p0, p1 = bits.pruned_positions(torch.tensor(i0), torch.tensor(i1))
+        assert [int(p0), int(p1)] == sorted({0, 1, 2, 3} - {i0, i1})
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_bit_packers_are_inverse(data):
+    N, Kp = data.draw(st.integers(1, 5)), 16 * data.draw(st.integers(1, 9))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[torch.randint(6, (N, Kp // 4), generator=g)]
+    metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    assert torch.equal(bits.pack_metadata(bits.unpack_mask(metadata)), metadata)
+    signs = torch.randint(0, 256, (N, Kp // 16), generator=g, dtype=torch.uint8)
+    assert torch.equal(bits.pack_signs(bits.unpack_signs(signs)), signs)
+    q = torch.randint(-8, 8, (N, Kp // 2), generator=g, dtype=torch.int8)
+    assert torch.equal(bits.unpack_int4(bits.pack_int4(q)), q)
+
+
+# ---- golden bytes: the README's spec, worked by hand ----
+
+
+def golden():
+    """One row of 16 inputs: groups keep (0,1), (0,2), (1,3), (2,3)."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    S = torch.zeros(1, 16)
+    S[mask] = torch.tensor([1.0, -2.0, 3.0, 0.5, 7.0, -7.0, 4.0, -1.0])
+    B = torch.ones(1, 16, dtype=torch.int8)
+    B[0, [3, 5, 8, 13]] = -1  # pruned entries ascending: 2 3 | 5 7 | 8 10 | 12 13
+    B[mask] = 0
+    return fmt.Decomposition(S=S, mask=mask, U=torch.tensor([[0.5]]), V=torch.full((16, 1), 0.25), B=B)
+
+
+def test_golden_bytes_fp16():
+    t = {name: bytes(v.view(torch.uint8).flatten().tolist()).hex() for name, v in fmt.pack(golden()).tensors().items()}
+    # nibbles 4 (0|1<<2), 8 (0|2<<2), D (1|3<<2), E (2|3<<2); signs: entries 1, 2, 4, 7 are negative.
+    assert t["metadata"] == "84ed"
+    assert t["signs"] == f"{0b10010110:02x}"
+    assert t["values"] == "003c00c000420038004700c7004400bc"
+    assert t["U"] == "0038" and t["V"] == "0034" * 16
+
+
+def test_golden_bytes_int4():
+    p = fmt.pack(fmt.Decomposition(S=golden().S * (golden().S.abs() != 0.5), mask=golden().mask), "int4", None)
+    # absolute maximum 7 over a range of 7: step 1. Nibbles two's complement, first kept value low.
+    assert bytes(p.values.flatten().tolist()).hex() == "e1" + "03" + "97" + "f4"
+    assert p.scales.tolist() == [[1.0]]
+
+
+# ---- pack and unpack ----
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 7), (3, 172), (16, 256)])
+@pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 2), (0, 1)])
+def test_unpack_is_the_exact_inverse(values, group_size, shape, rank, adapter_rank):
+    rank, adapter_rank = min(rank, *shape), min(adapter_rank, *shape)
+    d = random_decomposition(*shape, rank=rank, adapter_rank=adapter_rank)
+    p = fmt.pack(d, values, group_size)
+    assert same(fmt.pack(fmt.unpack(p), values, group_size), p)
+    assert same(fmt.PackedWeight.from_tensors(p.tensors(), *shape, values, group_size), p)
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+def test_packing_random_packed_weights_gives_them_back(values, group_size):
+    layout = fmt.PackedLayout(33, 260, values, group_size, rank=2, adapter_rank=3)
+    p = random_packed(layout)
+    fmt.check_tensors(p.tensors(), layout)
+    assert same(fmt.pack(fmt.unpack(p), values, group_size), p)
+
+
+def test_packing_changes_the_weight_by_one_rounding_only():
+    d = random_decomposition(64, 128, rank=2, adapter_rank=3)
+    p, W = fmt.pack(d, "fp16"), d.dense()
+    adapter = d.P.abs() @ d.Q.abs().T  # every product of two rounded factors: 2 roundings
+    L = d.U @ d.V.T
+    bound = 2.0**-11 * (1.01 * (d.folded().S.abs() + 2 * L + 2 * adapter))
+    assert bool(((p.dense() - W).abs() <= bound + 1e-7).all())
+
+
+def test_folding_keeps_the_function_and_halves_the_signs():
+    d = random_decomposition(32, 64)
+    folded = d.folded()
+    assert torch.allclose(folded.dense(), d.dense(), atol=1e-6)
+    assert int((folded.B != 0).sum()) == 32 * 64 // 2
+    assert same(fmt.pack(d), fmt.pack(folded))
+
+
+def test_kept_is_what_the_mask_says_not_what_the_value_is():
+    mask = torch.tensor([[True, False, True, False]])
+    d = fmt.Decomposition(S=torch.tensor([[0.0, 0.0, -0.0, 0.0]]), mask=mask)
+    p = fmt.pack(d)
+    assert torch.equal(fmt.unpack(p).mask, mask)
+    assert p.values.view(torch.int16)[0, 1] == -(1 << 15)  # -0.0 is stored as -0.0
+
+
+def test_sparser_groups_are_filled_and_denser_refused():
+    one = random_decomposition(8, 16, kept=1)
+    assert torch.allclose(fmt.pack(one).dense(), one.dense(), atol=2e-3)
+    with pytest.raises(fmt.PatternError, match="2:4 only.*keep more than two"):
+        fmt.pack(random_decomposition(8, 16, kept=3))
+
+
+def test_bits_per_weight_of_the_design():
+    full = fmt.PackedLayout(4096, 4096, "fp16", rank=1)
+    assert full.bits_per_weight(factors=False) == 9.5
+    assert fmt.PackedLayout(4096, 4096, "int8", 128, rank=1).bits_per_weight() < 5.65
+    assert fmt.PackedLayout(4096, 4096, "int4", 128, rank=1).bits_per_weight() <= 3.65
+    p = random_packed(fmt.PackedLayout(64, 128, "fp16", rank=1))
+    assert p.bits_per_weight() == 8 * sum(t.nbytes for t in p.tensors().values()) / (64 * 128)
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+def test_slices_are_plain_narrows(values, group_size):
+    layout = fmt.PackedLayout(48, 512, values, group_size, rank=2, adapter_rank=3)
+    p = random_packed(layout)
+    W = p.dense()
+    assert torch.equal(p.narrow_out(7, 12).dense(), W[7:19])
+    multiple = layout.slice_multiple
+    part = p.narrow_in(multiple, 512 - multiple)
+    fmt.check_tensors(part.tensors(), part.layout)
+    assert torch.equal(part.dense(), W[:, multiple:])
+    with pytest.raises(fmt.ShapeError, match=f"multiples of {multiple}"):
+        p.narrow_in(multiple // 2, multiple)
+
+
+def test_factors_keep_their_product_in_range():
+    U, V = torch.rand(8, 2) * 1e-6, torch.rand(16, 2) * 1e5  # v alone would overflow fp16, u alone underflow
+    u, v = fmt.round_factors(U, V)
+    assert torch.allclose(u @ v.T, U @ V.T, rtol=2e-3)
+    assert all(torch.equal(a, b) for a, b in zip(fmt.round_factors(u, v), (u, v), strict=True))
+    with pytest.raises(fmt.RangeError, match="does not fit torch.float16"):
+        fmt.round_factors(torch.full((2, 1), 1e30), torch.full((4, 1), 1e30))
+
+
+# ---- one named error per defect, before anything is used ----
+
+
+def tensors(**changes):
+    base = random_packed(fmt.PackedLayout(8, 40, "fp16", rank=1, adapter_rank=2)).tensors()
+    return {name: t for name, t in (base | changes).items() if t is not None}
+
+
+DEFECTS = {
+    "missing": (lambda: tensors(metadata=None), fmt.MissingTensorError, "'metadata' is missing"),
+    "missing factor": (lambda: tensors(V=None), fmt.MissingTensorError, "'V' is missing"),
+    "unknown": (lambda: tensors(weight=torch.zeros(1)), fmt.UnknownTensorError, "'weight' is not part"),
+    "left over": (lambda: tensors(U=None), fmt.UnknownTensorError, "does not belong"),
+    "scales of fp16": (lambda: tensors(scales=torch.ones(8, 1)), fmt.UnknownTensorError, "'scales'"),
+    "wrong dtype": (lambda: tensors(values=torch.zeros(8, 24)), fmt.DtypeError, "values is torch.float32"),
+    "wrong factor dtype": (lambda: tensors(U=torch.ones(8, 1, dtype=torch.int8)), fmt.DtypeError, "torch.int8"),
+    "truncated": (lambda: tensors(values=tensors()["values"][:, :-1]), fmt.ShapeError, "expected (8, 24)"),
+    "flat factor": (lambda: tensors(U=torch.ones(8, dtype=torch.float16)), fmt.ShapeError, "rank >= 1"),
+    "illegal nibble": (lambda: tensors(metadata=torch.zeros(8, 6, dtype=torch.uint8)), fmt.MetadataError, "96 nibbles"),
+    "NaN": (lambda: tensors(values=tensors()["values"] * torch.nan), fmt.RangeError, "values holds NaN"),
+    "dirty padding": (lambda: tensors(V=torch.ones(48, 1).half()), fmt.PaddingError, "in_features=40"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_named(defect):
+    make, error, text = DEFECTS[defect]
+    with pytest.raises(error) as caught:
+        fmt.PackedWeight.from_tensors(make(), 8, 40)
+    assert type(caught.value) is error and text in str(caught.value)
+
+
+def test_minus_128_is_refused():
+    p = random_packed(fmt.PackedLayout(8, 64, "int8", 32))
+    p.values[3, 3] = -128
+    with pytest.raises(fmt.RangeError, match="-128"):
+        fmt.check_tensors(p.tensors(), p.layout)
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        ({"values": "fp8"}, fmt.ValueTypeError, "fp16, bf16, int8, int4"),
+        ({"factors": "fp8"}, fmt.ValueTypeError, "fp16, bf16, fp32"),
+        ({"values": "int4", "group_size": 48}, fmt.ValueTypeError, "32, 64, 128"),
+        ({"group_size": 64}, fmt.ValueTypeError, "fp16 and bf16 only None"),
+        ({"out_features": 1 << 40}, fmt.ShapeError, "out_features"),
+        ({"in_features": 0}, fmt.ShapeError, "in_features"),
+        ({"in_features": -4}, fmt.ShapeError, "in_features"),
+        ({"rank": 9}, fmt.ShapeError, "min(out_features, in_features) = 8"),
+    ],
+)
+def test_absurd_layouts_are_refused(changes, error, text):
+    with pytest.raises(error) as caught:
+        fmt.PackedLayout(**({"out_features": 8, "in_features": 40} | changes))
+    assert text in str(caught.value)
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    d = random_decomposition(4, 8, rank=0)
+    big = fmt.Decomposition(S=d.S * 1e6, mask=d.mask)
+    with pytest.raises(fmt.RangeError, match="use values='bf16'"):
+        fmt.pack(big)
+    assert fmt.pack(big, "bf16").dense().isfinite().all()
+    nan = fmt.Decomposition(S=torch.where(d.mask, torch.nan, 0.0), mask=d.mask)
+    with pytest.raises(fmt.RangeError, match="16 kept values are NaN"):
+        fmt.pack(nan)
+    unsigned = random_decomposition(4, 8)
+    with pytest.raises(fmt.PatternError, match="B is 0 on 16 pruned"):
+        fmt.pack(fmt.Decomposition(unsigned.S, unsigned.mask, unsigned.U, unsigned.V, B=unsigned.B * unsigned.mask))
+
+
+def test_layout_survives_json_and_ignores_what_it_does_not_know():
+    layout = fmt.PackedLayout(8, 40, "int4", 32, rank=2, adapter_rank=1, factors="bf16")
+    assert fmt.PackedLayout.from_dict(layout.to_dict() | {"planes": 1}) == layout
+    with pytest.raises(fmt.ShapeError, match="lacks in_features"):
+        fmt.PackedLayout.from_dict({"out_features": 3})

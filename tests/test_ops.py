@@ -1,0 +1,146 @@
+"""The canonical op, the drop-in module and dispatch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from slab_kernels import dispatch, ops, reference
+from slab_kernels.backends.base import BackendError, LinearProblem
+from slab_kernels.format import PackedLayout, ShapeError, pack, unpack
+from slab_kernels.nn import SlabLinear, replace_linear
+from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, error_bound, oracle, random_packed
+
+LAYOUT = PackedLayout(24, 48, "fp16", rank=2, adapter_rank=3)
+
+
+def arguments(packed, x, bias=None):
+    tensors = packed.tensors()
+    return x, *(tensors.get(name) for name in ops.TENSOR_ARGUMENTS), bias, packed.in_features
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    ops.register()
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_reference_against_fp64(values, group_size, shape, dtype):
+    N, K = shape
+    packed = random_packed(PackedLayout(N, K, values, group_size, rank=min(2, N), adapter_rank=min(3, N)))
+    x, bias = torch.randn(3, K).to(dtype), torch.randn(N)
+    y = reference.linear(x, packed, bias)
+    exact, magnitude = oracle(x, packed, bias)
+    assert y.dtype == dtype
+    assert bool(((y.double() - exact).abs() <= error_bound(magnitude, exact, dtype, K)).all())
+
+
+def test_reference_serves_patterns_that_do_not_pack():
+    d = unpack(random_packed(LAYOUT))
+    x = torch.randn(2, 48)
+    assert torch.allclose(reference.linear(x, d), x @ d.dense().T, atol=1e-5)
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+def test_opcheck(values, group_size):
+    packed = random_packed(PackedLayout(24, 48, values, group_size, rank=1))
+    x = torch.randn(2, 3, 48)
+    for sample in (x, x.clone().requires_grad_(), x.to(torch.bfloat16)):
+        torch.library.opcheck(torch.ops.slab_kernels.linear.default, arguments(packed, sample, torch.randn(24)))
+
+
+def test_gradients_of_input_and_bias():
+    packed = random_packed(LAYOUT)
+    x, bias = torch.randn(5, 48, requires_grad=True), torch.randn(24, requires_grad=True)
+    y = torch.ops.slab_kernels.linear(*arguments(packed, x, bias))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert torch.allclose(x.grad, grad @ packed.dense(), atol=1e-5)
+    assert torch.allclose(bias.grad, grad.sum(0), atol=1e-5)
+
+
+def test_compile_fullgraph_dynamic_and_export():
+    module = SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24))
+    eager = [module(torch.ones(m, 48)) for m in (1, 3, 17)]
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for y, m in zip(eager, (1, 3, 17), strict=True):
+        assert torch.allclose(compiled(torch.ones(m, 48)), y, atol=1e-5)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(module, (torch.ones(3, 48),), dynamic_shapes=({0: tokens},))
+    assert torch.allclose(program.module()(torch.ones(17, 48)), eager[2], atol=1e-5)
+
+
+def test_compiling_before_the_first_call_is_right():
+    module = SlabLinear.from_packed(random_packed(LAYOUT))
+    y = torch.compile(module, fullgraph=True, dynamic=True)(torch.ones(2, 48))
+    assert torch.allclose(y, module(torch.ones(2, 48)), atol=1e-5)
+
+
+def test_module_is_a_drop_in():
+    packed = random_packed(LAYOUT)
+    module = SlabLinear.from_packed(packed, torch.randn(24))
+    x = torch.randn(2, 5, 48)
+    dense = module.to_linear()
+    assert torch.allclose(module(x), dense(x), atol=1e-4)
+    assert module(x[:, :0]).shape == (2, 0, 24)
+    assert torch.allclose(module(x.transpose(0, 1)), dense(x).transpose(0, 1), atol=1e-4)
+    with pytest.raises(ShapeError, match="47 features, but this layer takes in_features=48"):
+        module(x[..., :-1])
+    assert "bits per weight" in repr(module)
+
+
+def test_state_dict_is_the_canonical_form():
+    packed = random_packed(LAYOUT)
+    module = SlabLinear.from_packed(packed, torch.randn(24))
+    x = torch.randn(1, 48)
+    y = module(x)
+    assert module.backend in dispatch.ORDER
+    other = SlabLinear(LAYOUT, bias=True)
+    other(x)  # prepared from rubbish: loading must drop it
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), y)
+    assert set(module.state_dict()) == {*packed.tensors(), "bias"}
+    assert torch.equal(copy.deepcopy(module)(x), y)
+
+
+def test_casting_leaves_packed_tensors_alone():
+    module = SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24)).to(torch.bfloat16)
+    assert module.values.dtype == module.U.dtype == torch.float16 and module.bias.dtype == torch.bfloat16
+    x = torch.randn(2, 48, dtype=torch.bfloat16)
+    assert module(x).dtype == torch.bfloat16
+    meta = module.to("meta")
+    assert meta.values.is_meta and meta.metadata.dtype == torch.uint8
+
+
+def test_replace_linear_checks_before_it_replaces():
+    model = torch.nn.Sequential(torch.nn.Linear(48, 24), torch.nn.ReLU(), torch.nn.Linear(24, 48, bias=False))
+    packed = random_packed(LAYOUT)
+    with pytest.raises(KeyError, match="ReLU"):
+        replace_linear(model, {"0": packed, "1": packed})
+    with pytest.raises(ShapeError, match="48x24, the packed weight 24x48"):
+        replace_linear(model, {"0": packed, "2": packed})
+    assert type(model[0]) is torch.nn.Linear
+    bias = model[0].bias
+    replace_linear(model, {"0": packed})
+    x = torch.randn(2, 48)
+    assert torch.allclose(model[0](x), reference.linear(x, packed, bias), atol=1e-4)
+
+
+def test_dispatch_explains_and_never_falls_back_silently(monkeypatch):
+    problem = LinearProblem.of(LAYOUT, 1, torch.float32, "cpu")
+    reasons = dispatch.explain(problem)
+    assert list(reasons) == list(dispatch.ORDER) and reasons["reference"] == []
+    assert dispatch.select(problem, "reference").name == "reference"
+    with pytest.raises(BackendError, match="'tpu' is unknown; known backends: cpu, reference"):
+        dispatch.select(problem, "tpu")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "cpu")
+    with pytest.raises(BackendError, match="cannot run"):
+        dispatch.select(LinearProblem.of(LAYOUT, 1, torch.float64, "cuda"))
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    module = SlabLinear.from_packed(pack(unpack(random_packed(LAYOUT))))
+    module(torch.randn(1, 48))
+    assert module.backend == "reference"
