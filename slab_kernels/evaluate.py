@@ -1,0 +1,162 @@
+"""What a compressed model is worth: perplexity, output error of every layer, tokens per second."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import batch_size, find_blocks
+from .nn import SlabLinear
+from .source import text_config
+from .text import CalibrationError, tokenize, windows
+
+LOGITS_AT_ONCE = 1 << 26  # tokens * vocabulary whose logits are held at a time: 256 MiB in fp32
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None) -> dict:
+    """exp of the mean negative log-likelihood per token.
+
+    `text` is cut without overlap into windows of the BOS token and window-1 tokens of text (window tokens where the
+    tokenizer has no BOS); the tail that fills no window is left out, as is usual, unless it is all there is. Every
+    token of a window is predicted once but the first of all (the BOS). Likelihoods are summed in fp64.
+
+    Args:
+        text: the text itself (`text.read_text` reads one).
+        window: default 2048, cut to the model's maximum positions.
+
+    Returns: {"perplexity", "tokens" (predicted), "windows", "window"}.
+    Raises: CalibrationError for an empty text, or a window longer than the model's positions.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    window = window or min(2048, limit or 2048)
+    if limit is not None and window > limit:
+        raise CalibrationError(f"window={window} is longer than the model's {limit} positions")
+    ids = tokenize(tokenizer, text)
+    pieces = [w for w in windows(ids, window, tokenizer.bos_token_id) if len(w) > 1] if len(ids) else []
+    pieces = [w for w in pieces if len(w) == window] or pieces
+    if not pieces:
+        raise CalibrationError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= vocabulary:
+        raise CalibrationError(
+            f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}; give its own tokenizer"
+        )
+    device = model.get_input_embeddings().weight.device
+    total, tokens = 0.0, 0
+    for batch in _batches(pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        total += float(loss.double().sum())
+        tokens += loss.numel()
+    mean = total / tokens
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "tokens": tokens,
+        "windows": len(pieces),
+        "window": window,
+    }
+
+
+def _batches(pieces: list[Tensor], size: int):
+    start = 0
+    while start < len(pieces):
+        end = start + 1
+        while end < len(pieces) and end - start < size and len(pieces[end]) == len(pieces[start]):
+            end += 1
+        yield torch.stack(pieces[start:end])
+        start = end
+
+
+@torch.no_grad()
+def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Tensor) -> dict[str, float]:
+    """||X (W - W')^T|| / ||X W^T|| of every compressed linear, X its inputs in the compressed model on `tokens`.
+
+    Args:
+        tokens: ids [samples, window] int64 of held-out text (`text.sample_windows` makes them).
+
+    Compared are all SlabLinear modules, and all nn.Linear of the decoder blocks whose weight differs from the dense
+    model's. Returns module name -> error, in the model's order.
+    """
+    dense = dict(dense_model.named_modules())
+    path, _ = find_blocks(compressed_model)
+    compared: list[str] = []
+    for name, module in compressed_model.named_modules():
+        if not name.startswith(path + ".") or type(module) not in (nn.Linear, SlabLinear):
+            continue
+        original = dense.get(name)
+        if type(original) is not nn.Linear or original.weight.shape != (
+            module.out_features,
+            module.in_features,
+        ):
+            raise CalibrationError(
+                f"the dense model has no nn.Linear {name} of {module.out_features}x{module.in_features}"
+            )
+        if isinstance(module, SlabLinear) or not torch.equal(
+            module.weight.float(), original.weight.float().to(module.weight.device)
+        ):
+            compared.append(name)
+    sums = {name: [0.0, 0.0] for name in compared}
+
+    def watch(name: str):
+        def see(module, args):
+            x = args[0].flatten(0, -2).float()
+            weight = dense[name].weight.float().to(x.device)
+            stored = module.packed().dense() if isinstance(module, SlabLinear) else module.weight.float()
+            for position, matrix in enumerate(
+                (weight - stored, weight)
+            ):  # decoded anew: 7B in fp32 would not fit twice
+                sums[name][position] += float((x @ matrix.T).square().sum(dtype=torch.float64))
+
+        return see
+
+    handles = [
+        compressed_model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in compared
+    ]
+    device = compressed_model.get_input_embeddings().weight.device
+    try:
+        for batch in tokens.split(batch_size(tokens.shape[1])):
+            compressed_model(input_ids=batch.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: math.sqrt(error / whole) if whole else 0.0 for name, (error, whole) in sums.items()}
+
+
+@torch.no_grad()
+def tokens_per_second(model: nn.Module, tokenizer, prompt: str, new_tokens: int = 128) -> float:
+    """Speed of greedy decoding through `model.generate`: tokens after the first over the time they take.
+
+    The time of a run that makes one token (the prompt and all overhead) is subtracted; both runs are warmed up.
+    """
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens={new_tokens} must be at least 2 to time decoding")
+    device = model.get_input_embeddings().weight.device
+    inputs = {
+        name: t.to(device)
+        for name, t in tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).items()
+    }
+
+    if not inputs["input_ids"].numel():
+        raise ValueError("the prompt has no tokens; give some text to go on from")
+
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        model.generate(
+            **inputs,
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=tokenizer.eos_token_id or 0,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    run(2)
+    first = min(run(1) for _ in range(2))
+    return (new_tokens - 1) / max(run(new_tokens) - first, 1e-9)

@@ -1,0 +1,271 @@
+"""Folders in the packed format: load, save, and back to a dense checkpoint. Everything read is checked before use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import ArchitectureError, find_blocks
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    copy_side_files,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+)
+from .format import FORMAT_VERSION, FormatError, PackedLayout, PackedWeight, VersionError
+from .nn import SlabLinear
+from .pipeline import resolve_device
+from .source import build_skeleton, config_dict, hub_folder, place, tied_names
+
+QUANT_METHOD = "slab_kernels"
+
+
+def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dict:
+    """The entry of config.json from which every module can be built. settings: method, pattern, rank, values, group_size."""
+    modules = {name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()}
+    described = {key: settings.get(key) for key in ("method", "pattern", "rank", "values", "group_size")}
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **described, "modules": modules}
+
+
+def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
+    """Module name -> layout, from config.json.
+
+    Raises: CheckpointError if the folder was not written by this library, VersionError if by a newer one, FormatError
+    for an impossible layout.
+    """
+    entry = checkpoint.config.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        found = f"quant_method {method!r}" if entry else "a dense model"
+        raise CheckpointError(
+            f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); compress it first, or open it with transformers"
+        )
+    version = entry.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} has format_version {version!r}, expected a positive integer"
+        )
+    if version > FORMAT_VERSION:
+        raise VersionError(
+            f"{checkpoint.folder} has format_version {version}, this library reads up to {FORMAT_VERSION}; update slab_kernels"
+        )
+    modules = entry.get("modules")
+    if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'} lists no compressed modules")
+    layouts = {}
+    for name, module in modules.items():
+        try:
+            layouts[name] = PackedLayout.from_dict(module)
+        except (FormatError, TypeError) as error:
+            raise type(error)(f"module {name}: {error}") from error
+    return layouts
+
+
+def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> nn.Module:
+    """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
+    model = build_skeleton(checkpoint.folder)
+    modules = dict(model.named_modules())
+    for name, layout in layouts.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise CheckpointError(
+                f"config.json lists the compressed module {name!r}, which {type(model).__name__} has not as nn.Linear"
+            )
+        if (linear.out_features, linear.in_features) != (layout.out_features, layout.in_features):
+            raise CheckpointError(
+                f"module {name} is {layout.out_features}x{layout.in_features} in quantization_config and "
+                f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
+            )
+        model.set_submodule(
+            name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        )
+    return model
+
+
+def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Names and shapes of a folder against a skeleton, and dtypes of everything packed, before a byte of data is read.
+
+    Raises: CheckpointError for missing, unexpected or misshapen tensors.
+    """
+    expected, tied = model.state_dict(), tied_names(model)
+    missing = sorted(expected.keys() - checkpoint.entries.keys() - tied.keys())
+    unexpected = sorted(checkpoint.entries.keys() - expected.keys())
+    for what, names in (("lacks", missing), ("holds the unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{checkpoint.folder} {what} tensor {names[0]!r}{more}; it does not belong to its config.json"
+            )
+    packed = _packed_names(model)
+    for name, entry in checkpoint.entries.items():
+        want = expected[name]
+        if entry.shape != tuple(want.shape):
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}"
+            )
+        if entry.dtype != want.dtype and (
+            name in packed or entry.dtype.is_floating_point != want.dtype.is_floating_point
+        ):
+            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, SlabLinear)]
+    return {f"{name}.{part}" for name, module in modules for part in module.layout.tensors()}
+
+
+def read_packed(get: Callable[[str], Tensor], name: str, layout: PackedLayout) -> PackedWeight:
+    """One packed weight, checked to the last nibble. Raises: a FormatError whose message starts with the module's name."""
+    tensors = {part: get(f"{name}.{part}") for part in layout.tensors()}
+    try:
+        packed = PackedWeight.from_tensors(
+            tensors, layout.out_features, layout.in_features, layout.values, layout.group_size
+        )
+    except FormatError as error:
+        raise type(error)(f"{name}: {error}") from error
+    assert packed.layout == layout, (packed.layout, layout)  # shapes and dtypes were compared before
+    return packed
+
+
+def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """A transformers causal language model with SlabLinear modules, ready for `generate`.
+
+    Args:
+        path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
+        device: where every tensor goes; "auto" is a GPU if there is one.
+        dtype: of activations and of everything not packed; default: as stored.
+
+    Raises: CheckpointError, VersionError, FormatError, ArchitectureError; nothing is used before it is checked.
+    """
+    device = resolve_device(device)
+    checkpoint = Checkpoint(hub_folder(str(path)))
+    layouts = read_layouts(checkpoint)
+    model = packed_skeleton(checkpoint, layouts)
+    check_tensors_fit(checkpoint, model)
+    for name, layout in layouts.items():
+        packed, module = read_packed(checkpoint.get, name, layout), model.get_submodule(name)
+        for part, tensor in packed.tensors().items():
+            module._buffers[part] = tensor.to(device)
+    packed_names, tied = _packed_names(model), tied_names(model)
+    for name in checkpoint.entries.keys() - packed_names:
+        t = checkpoint.get(name)
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers")
+        t = t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+        for alias in (
+            name,
+            *(n for n, other in tied.items() if other == name and n not in checkpoint.entries),
+        ):
+            place(model, alias, t)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    for (
+        module
+    ) in model.modules():  # tables computed from the config, such as rotary frequencies, are in no checkpoint
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+    if dtype is not None:
+        model.config.dtype = dtype
+    if (checkpoint.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    model.config._name_or_path = str(checkpoint.folder)
+    return model.eval()
+
+
+def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
+    """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
+
+    Raises: CheckpointError if nothing in the model is compressed or the folder cannot be written.
+    """
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, SlabLinear)}
+    if not modules:
+        raise CheckpointError(
+            f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
+        )
+    out, progress = Path(path), Progress(Path(path), {"save": type(model).__name__}, resume=False)
+    try:
+        blocks_path, blocks = find_blocks(model)
+        shards = [f"{blocks_path}.{index}." for index in range(len(blocks))]
+    except ArchitectureError:
+        shards = []
+    tied, state = tied_names(model), model.state_dict()
+    names = {n for n in state if n not in tied or tied[n] not in state}
+    tables = []
+    for number, prefix in enumerate([*shards, ""]):
+        part = {n: state[n] for n in names if n.startswith(prefix)}
+        names -= part.keys()
+        specs = {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}
+        tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, part.__getitem__))
+    write_index(out, tables)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(out)
+    before = getattr(model.config, "quantization_config", None)
+    before = before if isinstance(before, dict) else {}
+    config = config_dict(model)
+    config["quantization_config"] = quantization_config(
+        {name: m.layout for name, m in modules.items()}, before
+    )
+    write_json(out / "config.json", config)
+    progress.close()
+
+
+def decompress(path: Path | str, out: Path | str) -> None:
+    """Write the dense checkpoint that a packed folder stands for, shard by shard; plain transformers opens it.
+
+    Weights get the dtype that config.json names (fp16 if none). `out` must be empty.
+
+    Raises: CheckpointError, VersionError, FormatError.
+    """
+    checkpoint, out = Checkpoint(hub_folder(str(path))), Path(out)
+    layouts = read_layouts(checkpoint)
+    check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
+    name = str(
+        checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
+    ).removeprefix("torch.")
+    dtype = getattr(torch, name, torch.float16)
+    progress = Progress(out, {"decompress": checkpoint.fingerprint()}, resume=False)
+    tables = []
+    for file, specs in _dense_shards(checkpoint, layouts, dtype):
+
+        def get(tensor_name: str) -> Tensor:
+            module = tensor_name.removesuffix(".weight")
+            if module not in layouts or module == tensor_name:
+                return checkpoint.get(tensor_name)
+            return read_packed(checkpoint.get, module, layouts[module]).dense().to(dtype)
+
+        tables.append(write_shard(out / file, specs, get))
+    write_index(out, tables)
+    copy_side_files(checkpoint.folder, out)
+    write_json(
+        out / "config.json", {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    )
+    progress.close()
+
+
+def _dense_shards(
+    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], dtype: torch.dtype
+) -> Iterator[tuple[str, dict]]:
+    """Shard file -> name, dtype and shape of the dense tensors to write in it."""
+    owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
+    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
+        specs = {}
+        for name, entry in checkpoint.entries.items():
+            if name not in owners:
+                if entry.file == file:
+                    specs[name] = (entry.dtype, entry.shape)
+            elif name.endswith(".metadata") and entry.file == file:  # every packed weight has exactly one
+                layout = layouts[owners[name]]
+                specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))
+        yield file, specs

@@ -1,0 +1,141 @@
+"""What a compression run reports: one record at the end, events on the way, and the progress bar fed by them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from .checkpoint import CheckpointError
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One compressed linear.
+
+    error: ||X (W - W')^T|| / ||X W^T|| in Frobenius norm, X the calibration inputs of the compressed prefix, W' the
+    weight as stored; heldout_error the same on held-out text, None where not measured. bits_per_weight: bytes of its
+    tensors on disk (bias not counted) times 8 over shape[0] * shape[1].
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    method: str
+    pattern: str
+    rank: int
+    values: str
+    bits_per_weight: float
+    error: float
+    heldout_error: float | None
+    seconds: float
+    group: tuple[str, ...] = ()  # layers that share the input, compressed together
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run, as slab_run.json holds it. Same settings, same machine: everything but the seconds is the same."""
+
+    model: str
+    settings: dict
+    stored: str  # "packed" | "dense"
+    layers: list[LayerRecord]
+    tokens: int
+    hidden_state_bytes: int  # what the calibration samples' hidden states took beside one block
+    seconds: float
+    versions: dict = field(default_factory=dict)
+    ignored_tensors: list[str] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over all compressed weights."""
+        weights = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        return sum(n * layer.bits_per_weight for n, layer in zip(weights, self.layers, strict=True)) / sum(
+            weights
+        )
+
+    @property
+    def mean_error(self) -> float:
+        return sum(layer.error for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"bits_per_weight": self.bits_per_weight, "mean_error": self.mean_error}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> RunRecord:
+        """Raises: CheckpointError if `content` is no run record."""
+        try:
+            known = {k: v for k, v in content.items() if k in cls.__dataclass_fields__}
+            return cls(**{**known, "layers": [layer_from_dict(layer) for layer in content["layers"]]})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the run record slab_run.json is incomplete ({error})") from error
+
+
+def layer_from_dict(content: dict) -> LayerRecord:
+    known = {k: v for k, v in content.items() if k in LayerRecord.__dataclass_fields__}
+    return LayerRecord(**{**known, "shape": tuple(known["shape"]), "group": tuple(known.get("group", ()))})
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One step of a run. kind: "start", "warning", "resumed", "layer", "block" or "done"; `str(event)` is one line for people."""
+
+    kind: str
+    block: int = 0
+    blocks: int = 0
+    done: int = 0  # layers finished
+    layers: int = 0  # layers in all
+    layer: LayerRecord | None = None
+    message: str = ""
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return self.message
+        held = "" if self.layer.heldout_error is None else f" held-out {self.layer.heldout_error:.4f}"
+        return (
+            f"[{self.done}/{self.layers}] {self.layer.name} error {self.layer.error:.4f}{held} "
+            f"{self.layer.bits_per_weight:.3f} bits per weight {self.layer.seconds:.1f} s"
+        )
+
+
+def listener(progress) -> Callable[[ProgressEvent], None]:
+    """What to call with events: `progress` itself, a bar on stderr for True (and for None on a terminal), or nothing."""
+    if callable(progress):
+        return progress
+    if progress or (progress is None and sys.stderr.isatty()):
+        return _Bar()
+    return lambda event: None
+
+
+class _Bar:
+    """A rich progress bar on stderr under one line a layer."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __call__(self, event: ProgressEvent) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        if self.bar is None:
+            columns = (
+                TextColumn("compress"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )  # fmt: skip
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task("compress", total=None)
+            self.bar.start()
+        if str(event):
+            self.bar.console.print(str(event), highlight=False, markup=False)
+        self.bar.update(self.task, completed=event.done, total=event.layers or None)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,299 @@
+"""Where a dense model comes from: a checkpoint folder (weights stay on disk) or a module in memory, seen alike."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import ArchitectureError
+from .checkpoint import Checkpoint, CheckpointError, copy_side_files, read_json, write_json
+
+
+def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
+    """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
+
+    Raises: CheckpointError if the config cannot be read, ArchitectureError if transformers has no causal model for it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config is None:
+        kind = read_json(config_folder / "config.json").get("model_type")
+        if not isinstance(kind, str):
+            raise CheckpointError(
+                f"{config_folder / 'config.json'} names no model_type; it is no Hugging Face model config"
+            )
+        try:
+            config = AutoConfig.from_pretrained(config_folder)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"transformers cannot use {config_folder / 'config.json'}: {_first_line(error)}"
+            ) from error
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ArchitectureError(
+            f"transformers builds no causal language model for {config.model_type!r}: {_first_line(error)}"
+        ) from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def text_config(model: nn.Module):
+    """The config of the language model itself, inside that of a model of several modalities."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Parameter that is another one under a second name -> that other name (lm_head.weight -> embed_tokens.weight)."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return dict(tied)
+
+
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the model has the parameter or buffer `name`; parameters stop requiring gradients."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+class FolderSource:
+    """A checkpoint folder: `model` is a skeleton on meta, `get` reads one tensor by its name in the model.
+
+    Checkpoint names are matched to the model's exactly, with or without the base model's prefix, or as transformers
+    renames them. Tensors that the model does not have are ignored and listed in `ignored`.
+
+    Raises: CheckpointError for a tensor that is missing, has another shape, or is not floating point where the model
+    has a weight; for a folder that is compressed already.
+    """
+
+    def __init__(self, folder: Path):
+        self.checkpoint = Checkpoint(folder)
+        self.config = self.checkpoint.config
+        quantised = self.config.get("quantization_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise CheckpointError(
+                f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
+            )
+        self.model = build_skeleton(Path(folder))
+        self.tokenizer_path = str(folder)
+        self.name = Path(folder).resolve().name
+        self._match()
+
+    def _match(self) -> None:
+        expected, tied = self.model.state_dict(), tied_names(self.model)
+        self.stored: dict[str, str] = {}
+        self.ignored: list[str] = []
+        rename = _renamer(self.model, expected)
+        for stored in self.checkpoint.entries:
+            name = stored if stored in expected else rename(stored)
+            if name not in expected:
+                self.ignored.append(stored)
+            elif name in self.stored:
+                raise CheckpointError(
+                    f"tensors {self.stored[name]!r} and {stored!r} are both {name!r} of the model"
+                )
+            else:
+                self.stored[name] = stored
+        for name in expected.keys() - self.stored.keys() - tied.keys():
+            raise CheckpointError(
+                f"{self.checkpoint.folder} lacks the tensor {name!r} that {type(self.model).__name__} needs"
+            )
+        for name, stored in self.stored.items():
+            entry, want = self.checkpoint.entries[stored], expected[name]
+            if entry.shape != tuple(want.shape):
+                raise CheckpointError(
+                    f"tensor {stored!r} has shape {list(entry.shape)}, the config asks for {list(want.shape)}"
+                )
+            if want.is_floating_point() and not (entry.dtype.is_floating_point and entry.dtype.itemsize >= 2):
+                raise CheckpointError(
+                    f"tensor {stored!r} is {entry.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(n for n in self.stored if n not in tied_names(self.model))
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        entry = self.checkpoint.entries[self.stored[name]]
+        return entry.dtype, entry.shape
+
+    def get(self, name: str) -> Tensor:
+        return self.checkpoint.get(self.stored[name])
+
+    def fingerprint(self) -> str:
+        return self.checkpoint.fingerprint()
+
+    def write_side_files(self, out: Path, tokenizer) -> None:
+        copy_side_files(self.checkpoint.folder, out)
+
+
+class ModuleSource:
+    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed."""
+
+    def __init__(self, model: nn.Module):
+        if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
+            raise ArchitectureError(
+                f"{type(model).__name__} has no Hugging Face config; give a transformers causal language model"
+            )
+        if getattr(model.config, "quantization_config", None):
+            raise ArchitectureError(
+                f"{type(model).__name__} is quantised or compressed already; start from the dense model"
+            )
+        self.dense = model
+        memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+        self.model = copy.deepcopy(model, memo).eval()  # parameters on meta, so nothing large is copied
+        self.config = config_dict(model)
+        self.tokenizer_path = getattr(model.config, "_name_or_path", "") or ""
+        self.name = Path(self.tokenizer_path).name or type(model).__name__
+        self.ignored: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        tied = tied_names(self.model)
+        return sorted(n for n in self.dense.state_dict() if n not in tied)
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        t = self.get(name)
+        return t.dtype, tuple(t.shape)
+
+    def get(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.dense.get_submodule(path), leaf).detach()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in self.names:
+            t = self.get(name).cpu().contiguous()
+            digest.update(name.encode() + str(t.dtype).encode())
+            digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+    def write_side_files(self, out: Path, tokenizer) -> None:
+        if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(out)
+        generation = getattr(self.dense, "generation_config", None)
+        if generation is not None:
+            write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
+
+
+def config_dict(model: nn.Module) -> dict:
+    """config.json of a model in memory, without quantization_config."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
+        "torch."
+    )
+    return config
+
+
+def _renamer(model: nn.Module, expected: dict):
+    """Checkpoint name -> the model's name, by the base model's prefix and transformers' own renamings."""
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # transformers < 5 renames inside from_pretrained only
+        return lambda name: (
+            f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name.removeprefix(prefix + ".")
+        )
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def rename(stored: str) -> str:
+        name, converter = rename_source_key(stored, renamings, converters, prefix, expected)
+        if converter is not None:
+            raise ArchitectureError(
+                f"transformers rebuilds {stored!r} from several tensors on loading (stacked experts or fused weights), "
+                "which is not supported; save the model once with transformers and compress that copy"
+            )
+        return name
+
+    return rename
+
+
+def open_source(model_or_path) -> FolderSource | ModuleSource:
+    """A source from a module, a folder, or the name of a model on the Hugging Face hub (downloaded to its cache).
+
+    Raises: CheckpointError, ArchitectureError.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return ModuleSource(model_or_path)
+    path = Path(model_or_path).expanduser()
+    return FolderSource(path if path.is_dir() else hub_folder(str(model_or_path)))
+
+
+def hub_folder(name: str) -> Path:
+    """The local snapshot of a hub model, or the folder if `name` is one."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise CheckpointError(f"the model folder {name} does not exist")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+            )
+        )
+    except Exception as error:  # the hub client raises many types: offline, unknown name, no rights
+        raise CheckpointError(
+            f"{name} is no folder here and cannot be fetched from the Hugging Face hub: {_first_line(error)}"
+        ) from error
+
+
+def compute_dtype(config: dict, device: torch.device) -> torch.dtype:
+    """fp32 on a CPU (half precision is slower there and less exact), elsewhere what the model is stored in."""
+    if device.type == "cpu":
+        return torch.float32
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name, torch.float32)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+
+@contextmanager
+def outside_filled(source, path: str, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """The skeleton with real weights everywhere outside the blocks; back on meta afterwards. The output head, which no
+    block needs, stays on meta unless it is tied to the embedding."""
+    model, tied = source.model, tied_names(source.model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_names = {f"{name}." for name, module in model.named_modules() if module is head}
+    names = [n for n in source.names if not n.startswith(path + ".") and not n.startswith(tuple(head_names))]
+    for name in names:
+        t = source.get(name)
+        t = t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype)
+        for alias in (name, *(n for n, other in tied.items() if other == name)):
+            place(model, alias, t)
+    for prefix, module in model.named_modules():
+        if f"{prefix}.".startswith(path + "."):
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+    try:
+        yield model
+    finally:
+        for name in names:
+            for alias in (name, *(n for n, other in tied.items() if other == name)):
+                owner, leaf = model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2]
+                place(model, alias, getattr(owner, leaf).to("meta"))
