@@ -1,0 +1,27 @@
+"""What every method's settings have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..format import INTEGER_RANGES
+from .masks import Pattern, parse_pattern
+from .sweep import Grid
+
+
+@dataclass(frozen=True)
+class Config:
+    """pattern: "n:m" or "p%".  rank: R of U V^T.  values, group_size: type of the kept values, inputs a scale."""
+
+    pattern: str = "2:4"
+    rank: int = 1
+    values: str = "fp16"
+    group_size: int | None = 128
+
+    @property
+    def parsed(self) -> Pattern:
+        return parse_pattern(self.pattern)
+
+    @property
+    def grid(self) -> Grid | None:
+        return Grid(self.values, self.group_size) if self.values in INTEGER_RANGES else None

@@ -1,0 +1,24 @@
+"""Magnitude pruning: keep the largest |w|. The baseline that needs no data."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..calibration import InputStats
+from ..format import Decomposition
+from .config import Config
+from .masks import select
+from .quantize import quantize
+
+
+def magnitude(weight: Tensor, stats: InputStats | None, config: Config) -> Decomposition:
+    """weight [N,K] fp32 -> S = weight on the kept positions; no U, V, B. `stats` and `config.rank` are not used."""
+    return kept_only(weight, select(weight.abs(), config.parsed), config)
+
+
+def kept_only(weight: Tensor, mask: Tensor, config: Config) -> Decomposition:
+    """S = weight on `mask` [N,K], rounded to a searched grid where the configuration asks for integers."""
+    if config.grid is None:
+        return Decomposition(weight.masked_fill(~mask, 0.0), mask)
+    S, scales = quantize(weight, mask, config.values, config.group_size)
+    return Decomposition(S, mask, scales=scales, values=config.values, group_size=config.group_size)
