@@ -1,0 +1,102 @@
+// AVX2 with FMA and F16C: 8 lanes, two strips a row block. A table has 8 entries, so the four activations of a group
+// and their products with v are looked up one by one and signs are flipped bit by bit.
+#include "../launch.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace slab {
+namespace {
+
+struct Avx2 {
+  static constexpr const char* kName = "avx2";
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kLookupTokens = 4, kTokens = 6;
+  using F = __m256;
+  typedef uint32_t I __attribute__((vector_size(32)));
+
+  static SLAB_INLINE F zero() { return _mm256_setzero_ps(); }
+  static SLAB_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static SLAB_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static SLAB_INLINE F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static SLAB_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm256_loadu_si256((const __m256i*)p); }
+
+  template <int VT>
+  static SLAB_INLINE F load_values(const uint8_t* p) {
+    if constexpr (VT == kFp16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    if constexpr (VT == kBf16)
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    if constexpr (VT == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
+  static SLAB_INLINE F from_int4(I word, int shift) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32((__m256i)(word << (28 - shift)), 28));
+  }
+
+  // Entry id of a table answers pattern id; a lookup reads the low 3 bits of its index, so r does not disturb it.
+  struct Pair {
+    F first, second;
+  };
+  using Kept = Pair;
+  static SLAB_INLINE Kept kept_table(const float* x) {
+    const F four = _mm256_broadcast_ps((const __m128*)x);
+    return {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0)),
+            _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0))};
+  }
+  static SLAB_INLINE F first(const Kept& t, I code) { return _mm256_permutevar8x32_ps(t.first, (__m256i)code); }
+  static SLAB_INLINE F second(const Kept& t, I code) { return _mm256_permutevar8x32_ps(t.second, (__m256i)code); }
+
+  using Pruned = Pair;
+  static SLAB_INLINE Pruned pruned_table(const float* xv) {
+    const F four = _mm256_broadcast_ps((const __m128*)xv);
+    return {_mm256_permutevar_ps(four, _mm256_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0)),
+            _mm256_permutevar_ps(four, _mm256_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0))};
+  }
+  static SLAB_INLINE F signed_by(F v, I bits) {
+    return _mm256_xor_ps(v, _mm256_castsi256_ps((__m256i)(bits & 0x80000000u)));
+  }
+  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) {
+    const F one = signed_by(first(t, code), code << 28);
+    return signed_by(_mm256_add_ps(second(t, code), one), flip);
+  }
+
+  // out[k] = the kept value where position k is kept, else low[k] with its sign: bit 31 of flip, xor r at the first
+  // one.
+  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
+    // bits 0..3 first kept at k, 4..7 second kept at k, 8..11 first pruned at k
+    const __m256i table = _mm256_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
+    const I at = (I)_mm256_permutevar8x32_epi32(table, (__m256i)code), r = code << 28;
+    for (int k = 0; k < 4; ++k) {
+      F v = signed_by(low[k], flip ^ (r & (at << (23 - k))));
+      if (k < 3) v = _mm256_blendv_ps(v, first, _mm256_castsi256_ps((__m256i)(at << (31 - k))));
+      if (k > 0) v = _mm256_blendv_ps(v, second, _mm256_castsi256_ps((__m256i)(at << (27 - k))));
+      out[k] = v;
+    }
+  }
+
+  static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
+    const I bits = (I)_mm256_castps_si256(v);
+    const F round = _mm256_castsi256_ps((__m256i)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16));
+    const F quiet = _mm256_castsi256_ps((__m256i)((bits >> 16) | 0x40u));
+    const __m256i out = _mm256_castps_si256(_mm256_blendv_ps(round, quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    const __m128i low = _mm256_castsi256_si128(out), high = _mm256_extracti128_si256(out, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
+  }
+};
+
+const CpuKernels kernels = kernel_table<Avx2>();
+
+}  // namespace
+
+const CpuKernels* cpu_kernels_avx2() { return &kernels; }
+
+}  // namespace slab
+#else
+namespace slab {
+const CpuKernels* cpu_kernels_avx2() { return nullptr; }
+}  // namespace slab
+#endif

@@ -1,0 +1,102 @@
+// AVX-512 (F, BW, DQ, VL): 16 lanes, one zmm is a row block; the three tables of a group are one zmm each.
+#include "../launch.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace slab {
+namespace {
+
+struct Avx512 {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kLookupTokens = 4, kTokens = 12;
+  using F = __m512;
+  typedef uint32_t I __attribute__((vector_size(64)));
+
+  static SLAB_INLINE F zero() { return _mm512_setzero_ps(); }
+  static SLAB_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static SLAB_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static SLAB_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static SLAB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm512_loadu_si512(p); }
+
+  template <int VT>
+  static SLAB_INLINE F load_values(const uint8_t* p) {
+    if constexpr (VT == kFp16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (VT == kBf16)
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    if constexpr (VT == kInt8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
+  static SLAB_INLINE F from_int4(I word, int shift) {
+    const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm512_permutexvar_ps((__m512i)(word >> shift), table);
+  }
+
+  // Lane c of a table answers code c: pattern id c & 7 (6 and 7 do not occur), r = c >> 3.
+  using Kept = struct {
+    F first, second;
+  };
+  static SLAB_INLINE Kept kept_table(const float* x) {
+    const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
+    return {_mm512_permutevar_ps(four, _mm512_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, 1, 1, 2, 0, 0)),
+            _mm512_permutevar_ps(four, _mm512_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0, 1, 2, 3, 2, 3, 3, 0, 0))};
+  }
+  static SLAB_INLINE F first(const Kept& t, I code) { return _mm512_permutexvar_ps((__m512i)code, t.first); }
+  static SLAB_INLINE F second(const Kept& t, I code) { return _mm512_permutexvar_ps((__m512i)code, t.second); }
+
+  using Pruned = F;
+  static SLAB_INLINE Pruned pruned_table(const float* xv) {
+    const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
+    const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
+    const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
+    const F minus = _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    return _mm512_add_ps(two, _mm512_xor_ps(one, minus));
+  }
+  static SLAB_INLINE F pruned(Pruned t, I code, I flip) {
+    const __m512i v = _mm512_castps_si512(_mm512_permutexvar_ps((__m512i)code, t));
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(v, (__m512i)flip, _mm512_set1_epi32(INT32_MIN), 0x78));
+  }
+
+  // out[k] = the kept value where position k is kept, else low[k] with its sign: bit 31 of flip, xor r at the first
+  // one.
+  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
+    // bits 0..3 first kept at k, 4..7 second kept at k; with r, 8..11 first pruned at k: there the sign is the other
+    const __m512i table =
+        _mm512_setr_epi32(0x21, 0x41, 0x81, 0x42, 0x82, 0x84, 0, 0, 0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
+    const __m512i at = _mm512_permutexvar_epi32((__m512i)code, table);
+    for (int k = 0; k < 4; ++k) {
+      const __m512i other = _mm512_slli_epi32(at, 23 - k), top = _mm512_set1_epi32(INT32_MIN);
+      const __m512i sign = _mm512_ternarylogic_epi32((__m512i)flip, other, top, 0x28);  // (a ^ b) & c
+      F v = _mm512_xor_ps(low[k], _mm512_castsi512_ps(sign));
+      if (k < 3) v = _mm512_mask_mov_ps(v, _mm512_test_epi32_mask(at, _mm512_set1_epi32(1 << k)), first);
+      if (k > 0) v = _mm512_mask_mov_ps(v, _mm512_test_epi32_mask(at, _mm512_set1_epi32(16 << k)), second);
+      out[k] = v;
+    }
+  }
+
+  static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
+    const I bits = (I)_mm512_castps_si512(v);
+    const __m512i round = (__m512i)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+    const __m512i quiet = (__m512i)((bits >> 16) | 0x40u);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(round, nan, quiet)));
+  }
+};
+
+const CpuKernels kernels = kernel_table<Avx512>();
+
+}  // namespace
+
+const CpuKernels* cpu_kernels_avx512() { return &kernels; }
+
+}  // namespace slab
+#else
+namespace slab {
+const CpuKernels* cpu_kernels_avx512() { return nullptr; }
+}  // namespace slab
+#endif

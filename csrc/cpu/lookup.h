@@ -1,0 +1,169 @@
+// Few tokens: y = W x without rebuilding W.
+//
+// The 4 inputs of a group give three tables, x[first kept], x[second kept] and v x[pruned 1] +- v x[pruned 0], indexed
+// by the 4-bit code of a lane: a group of 16 rows (64 weights) costs 3 lookups, 2 FMAs and one sign flip. u multiplies
+// once at the end. Several row blocks share the tables of a group, two tokens the decoded codes and values.
+#pragma once
+
+#include "stream.h"
+
+namespace slab {
+namespace {
+
+// Prefetch distance along a row block, bytes: two blocks of fp16, the best of 2048, 4096, 8192 within noise.
+constexpr int kAhead = 4096;
+
+template <class V>
+struct Lookup {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
+
+  static SLAB_INLINE void prefetch(const uint8_t* at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
+  }
+
+  // T tokens x B row blocks share the tables of a group and the decoded codes and values.
+  template <int VT, int R, int T, int B>
+  static void lookup_blocks(const CpuWeight& w, const CpuTokens& t, int64_t rb, int64_t token) {
+    constexpr int S = B * kStrips;
+    constexpr bool scaled = is_integer(VT);
+    const int64_t padded = w.k_blocks * kInputs, size = w.block_size, row_bytes = w.k_blocks * size;
+    const uint8_t* const base = w.stream + rb * row_bytes;
+    F acc[T][S], low[T][S][R ? R : 1];
+    for (int i = 0; i < T; ++i)
+      for (int s = 0; s < S; ++s) {
+        acc[i][s] = V::zero();
+        for (int r = 0; r < R; ++r) low[i][s][r] = V::zero();
+      }
+    const float* const x = t.x + token * padded;
+    const float* const xv = t.xv + token * R * padded;
+    for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
+      typename Stream<V>::Block blocks[S];
+      I signs[S];
+      F sum[T][S];
+      for (int s = 0; s < S; ++s) {
+        const uint8_t* const at = base + s / kStrips * row_bytes + kb * size;
+        if (s % kStrips == 0) prefetch(at + kAhead, size);
+        blocks[s] = Stream<V>::block_at(at, s % kStrips, VT, R > 0);
+        if constexpr (R > 0) signs[s] = V::load_words(blocks[s].signs);
+        if constexpr (scaled)
+          for (int i = 0; i < T; ++i) sum[i][s] = V::zero();
+      }
+      for (int word = 0; word < kGroups / 8; ++word) {
+        I codes[S];
+        for (int s = 0; s < S; ++s) codes[s] = V::load_words(blocks[s].codes + 64 * word);
+        for (int half = 0; half < 2; ++half) {
+          I nibbles[S];
+          if constexpr (VT == kInt4)
+            for (int s = 0; s < S; ++s) nibbles[s] = V::load_words(blocks[s].values + 64 * (2 * word + half));
+#pragma GCC unroll 2
+          for (int j = 0; j < 4; ++j) {
+            const int g = 8 * word + 4 * half + j;
+            const int64_t k = kb * kInputs + kGroup * g;
+            typename V::Kept kept[T];
+            typename V::Pruned pruned[T][R ? R : 1];
+            for (int i = 0; i < T; ++i) {
+              kept[i] = V::kept_table(x + i * padded + k);
+              for (int r = 0; r < R; ++r) pruned[i][r] = V::pruned_table(xv + (i * R + r) * padded + k);
+            }
+            for (int s = 0; s < S; ++s) {
+              F first, second;
+              if constexpr (VT == kInt4) {
+                first = V::from_int4(nibbles[s], 0);
+                second = V::from_int4(nibbles[s], 4);
+                nibbles[s] = nibbles[s] >> 8;
+              } else {
+                constexpr int bytes = VT == kInt8 ? 16 : 32;
+                first = V::template load_values<VT>(blocks[s].values + 2 * bytes * g);
+                second = V::template load_values<VT>(blocks[s].values + 2 * bytes * g + bytes);
+              }
+              for (int i = 0; i < T; ++i) {
+                F& to = scaled ? sum[i][s] : acc[i][s];
+                to = V::fma(first, V::first(kept[i], codes[s]), to);
+                to = V::fma(second, V::second(kept[i], codes[s]), to);
+              }
+              if constexpr (R > 0) {
+                for (int i = 0; i < T; ++i)
+                  for (int r = 0; r < R; ++r) low[i][s][r] = low[i][s][r] + V::pruned(pruned[i][r], codes[s], signs[s]);
+                signs[s] = signs[s] << 1;
+              }
+              codes[s] = codes[s] >> 4;
+            }
+          }
+        }
+        if constexpr (scaled) {
+          const int done = 32 * (word + 1);
+          if (done % w.group_size == 0)
+            for (int s = 0; s < S; ++s) {
+              const F scale = V::template load_values<kBf16>(blocks[s].scales + 2 * kRows * (done / w.group_size - 1));
+              for (int i = 0; i < T; ++i) {
+                acc[i][s] = V::fma(scale, sum[i][s], acc[i][s]);
+                sum[i][s] = V::zero();
+              }
+            }
+        }
+      }
+    }
+    for (int i = 0; i < T; ++i)
+      for (int b = 0; b < B; ++b) {
+        float out[kRows];
+        for (int h = 0; h < kStrips; ++h) {
+          const int s = b * kStrips + h;
+          F y = acc[i][s];
+          for (int r = 0; r < R; ++r)
+            y = V::fma(V::load(w.u + ((rb + b) * R + r) * kRows + h * kLanes), low[i][s][r], y);
+          const float* const z = t.z + (token + i) * w.adapter_padded;
+          for (int64_t j = 0; j < w.adapter_rank; ++j)
+            y = V::fma(Stream<V>::panel(w.p, w.adapter_half, ((rb + b) * w.adapter_rank + j) * kRows + h * kLanes),
+                       V::broadcast(z + j), y);
+          if (w.bias) y = y + V::load(w.bias + (rb + b) * kRows + h * kLanes);
+          V::store(out + h * kLanes, y);
+        }
+        Stream<V>::store_rows(w, t, token + i, rb + b, out);
+      }
+  }
+
+  template <int VT, int R>
+  static void lookup_range(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
+    constexpr int B = V::kLookupBlocks;
+    for (int64_t rb = begin; rb < end;) {
+      const bool wide = rb + B <= end;
+      int64_t token = 0;
+      for (; token + 2 <= t.count; token += 2) {
+        if (wide)
+          for (int b = 0; b < B; b += V::kPairBlocks) lookup_blocks<VT, R, 2, V::kPairBlocks>(w, t, rb + b, token);
+        else
+          lookup_blocks<VT, R, 2, 1>(w, t, rb, token);
+      }
+      if (token < t.count) {
+        if (wide)
+          lookup_blocks<VT, R, 1, B>(w, t, rb, token);
+        else
+          lookup_blocks<VT, R, 1, 1>(w, t, rb, token);
+      }
+      rb += wide ? B : 1;
+    }
+  }
+  template <int VT>
+  static void lookup_rank(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
+    switch (w.rank) {
+      case 0: return lookup_range<VT, 0>(w, t, begin, end);
+      case 1: return lookup_range<VT, 1>(w, t, begin, end);
+      case 2: return lookup_range<VT, 2>(w, t, begin, end);
+      case 4: return lookup_range<VT, 4>(w, t, begin, end);
+    }
+  }
+  static void lookup(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
+    switch (w.values) {
+      case kFp16: return lookup_rank<kFp16>(w, t, begin, end);
+      case kBf16: return lookup_rank<kBf16>(w, t, begin, end);
+      case kInt8: return lookup_rank<kInt8>(w, t, begin, end);
+      case kInt4: return lookup_rank<kInt4>(w, t, begin, end);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace slab

@@ -1,0 +1,127 @@
+// Plain C++ with the compiler's vector extension: any architecture. Lane n is an output row, as everywhere.
+#include "kernel.h"
+
+namespace slab {
+namespace {
+
+struct Scalar {
+  static constexpr const char* kName = "scalar";
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kLookupTokens = 4, kTokens = 4;
+  typedef float F __attribute__((vector_size(32)));
+  typedef uint32_t I __attribute__((vector_size(32)));
+  typedef int32_t S __attribute__((vector_size(32)));
+
+  static SLAB_INLINE F zero() { return F{}; }
+  static SLAB_INLINE F load(const float* p) {
+    F v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static SLAB_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
+  static SLAB_INLINE F broadcast(const float* p) { return *p - F{}; }
+  static SLAB_INLINE F fma(F a, F b, F c) { return a * b + c; }
+  static SLAB_INLINE I load_words(const uint8_t* p) {
+    I v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static SLAB_INLINE F select(S mask, F yes, F no) { return (F)((mask & (S)yes) | (~mask & (S)no)); }
+
+  template <int VT>
+  static SLAB_INLINE F load_values(const uint8_t* p) {
+    I raw;
+    if constexpr (VT == kInt8) {
+      int8_t q[kLanes];
+      std::memcpy(q, p, sizeof(q));
+      F v;
+      for (int n = 0; n < kLanes; ++n) v[n] = float(q[n]);
+      return v;
+    } else {
+      uint16_t h[kLanes];
+      std::memcpy(h, p, sizeof(h));
+      for (int n = 0; n < kLanes; ++n) raw[n] = h[n];
+      if constexpr (VT == kBf16) return (F)(raw << 16);
+      return from_fp16(raw);
+    }
+  }
+  // Exact, subnormals included, without subnormal arithmetic (the program may flush them).
+  static SLAB_INLINE F from_fp16(I h) {
+    const I w = (h & 0x7FFFu) << 16;
+    const F normal = (F)((w >> 3) + (0x70u << 23));
+    const F huge = (F)((w >> 3) | 0x7F800000u);  // infinities and NaN
+    const F small = (F)((w >> 16) | (126u << 23)) - 0.5f;
+    const F size = select((S)(w < 0x04000000u), small, select((S)(w >= 0x7C000000u), huge, normal));
+    return (F)((I)size | (h & 0x8000u) << 16);
+  }
+  static SLAB_INLINE F from_int4(I word, int shift) {
+    return __builtin_convertvector((S)(word << (28 - shift)) >> 28, F);
+  }
+
+  struct Table {
+    float at[16];
+  };
+  struct Kept {
+    Table first, second;
+  };
+  static SLAB_INLINE Kept kept_table(const float* x) {
+    return {{{x[0], x[0], x[0], x[1], x[1], x[2], 0, 0, x[0], x[0], x[0], x[1], x[1], x[2], 0, 0}},
+            {{x[1], x[2], x[3], x[2], x[3], x[3], 0, 0, x[1], x[2], x[3], x[2], x[3], x[3], 0, 0}}};
+  }
+  static SLAB_INLINE F answer(const Table& t, I code) {
+    F v;
+    for (int n = 0; n < kLanes; ++n) v[n] = t.at[code[n] & 15u];
+    return v;
+  }
+  static SLAB_INLINE F first(const Kept& t, I code) { return answer(t.first, code); }
+  static SLAB_INLINE F second(const Kept& t, I code) { return answer(t.second, code); }
+
+  using Pruned = Table;
+  static SLAB_INLINE Pruned pruned_table(const float* x) {
+    return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0, x[3] - x[2],
+             x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
+  }
+  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) {
+    return (F)((I)answer(t, code) ^ (flip & 0x80000000u));
+  }
+
+  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
+    // bits 0..3 first kept at k, 4..7 second kept at k, 8..11 first pruned at k
+    static constexpr uint32_t table[16] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0,
+                                           0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
+    I at;
+    for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 15u];
+    const I other = code << 28;
+    for (int k = 0; k < 4; ++k) {
+      const I sign = (flip ^ (other & ((at << (23 - k))))) & 0x80000000u;
+      const F v = (F)((I)low[k] ^ sign);
+      const S is_first = (S)(at << (31 - k)) >> 31, is_second = (S)(at << (27 - k)) >> 31;
+      out[k] = select(is_first, first, select(is_second, second, v));
+    }
+  }
+
+  static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
+    const I bits = (I)v;
+    const I round = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+    const I out = (I)select((S)(v != v), (F)quiet, (F)round);
+    for (int n = 0; n < kLanes; ++n) p[n] = uint16_t(out[n]);
+  }
+  static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
+    const I bits = (I)v, size = bits & 0x7FFFFFFFu;
+    // adding 2^(e + 13) in fp32 rounds to 10 bits, to nearest even; below the normal range the addend is fixed
+    const I normal = (size + 0xC8000FFFu + ((size >> 13) & 1u)) >> 13;
+    const I small = (I)((F)size + 0.5f) - (126u << 23);
+    I out = (I)select((S)(size < 0x38800000u), (F)small, (F)normal);
+    out = (I)select((S)(size >= 0x47800000u), (F)(I)(I{} + 0x7C00u), (F)out);
+    out = (I)select((S)(size > 0x7F800000u), (F)(I)(I{} + 0x7E00u), (F)out);
+    out |= (bits >> 16) & 0x8000u;
+    for (int n = 0; n < kLanes; ++n) p[n] = uint16_t(out[n]);
+  }
+};
+
+const CpuKernels kernels = kernel_table<Scalar>();
+
+}  // namespace
+
+const CpuKernels* cpu_kernels_scalar() { return &kernels; }
+
+}  // namespace slab

@@ -1,0 +1,101 @@
+// Reading the stream of launch.h, and numbers in and out, over a vector type V of one instruction set.
+//
+// No standard library templates in these headers: an inline function compiled with AVX-512 flags could be the copy the
+// linker keeps for everyone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../launch.h"
+
+#define SLAB_INLINE inline __attribute__((always_inline))
+
+namespace slab {
+namespace {
+
+constexpr int kGroups = kInputs / kGroup;  // of one block
+
+template <class V>
+struct Stream {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
+
+  struct Block {  // one strip of one block
+    const uint8_t *signs, *codes, *values, *scales;
+  };
+  static SLAB_INLINE Block block_at(const uint8_t* block, int strip, int values, bool has_signs) {
+    Block b;
+    b.signs = block + 4 * kLanes * strip;
+    b.codes = block + sign_bytes(has_signs) + 4 * kLanes * strip;
+    b.values = block + sign_bytes(has_signs) + code_bytes();
+    b.scales = b.values + value_bytes(values) + 2 * kLanes * strip;
+    b.values += kLanes * strip * (values == kInt4 ? 4 : values == kInt8 ? 1 : 2);
+    return b;
+  }
+  template <int VT>
+  static SLAB_INLINE void load_values(const uint8_t* values, int g, F& first, F& second) {
+    if constexpr (VT == kInt4) {
+      const I word = V::load_words(values + 64 * (g / 4));
+      first = V::from_int4(word, 8 * (g % 4));
+      second = V::from_int4(word, 8 * (g % 4) + 4);
+    } else {
+      constexpr int bytes = VT == kInt8 ? 1 : 2;
+      first = V::template load_values<VT>(values + g * 32 * bytes);
+      second = V::template load_values<VT>(values + g * 32 * bytes + 16 * bytes);
+    }
+  }
+
+  static SLAB_INLINE F panel(const void* data, bool half, int64_t at) {
+    return half ? V::template load_values<kFp16>(static_cast<const uint8_t*>(data) + 2 * at)
+                : V::load(static_cast<const float*>(data) + at);
+  }
+  static void narrow(const float* in, int type, uint8_t* out, int64_t n) {
+    if (type == kFloat32) {
+      std::memcpy(out, in, size_t(n) * 4);
+      return;
+    }
+    for (int64_t i = 0; i < n; i += kLanes) {
+      uint16_t lanes[kLanes];
+      float tail[kLanes];
+      const int64_t left = n - i < kLanes ? n - i : kLanes;
+      const float* from = in + i;
+      if (left < kLanes) {
+        for (int64_t j = 0; j < kLanes; ++j) tail[j] = j < left ? in[i + j] : 0.0f;
+        from = tail;
+      }
+      if (type == kFloat16)
+        V::store_fp16(lanes, V::load(from));
+      else
+        V::store_bf16(lanes, V::load(from));
+      std::memcpy(out + 2 * i, lanes, size_t(left) * 2);
+    }
+  }
+  static void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb, const float* rows) {
+    const int64_t left = w.out_features - rb * kRows, n = left < kRows ? left : kRows;
+    narrow(rows, t.y_type, static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4), n);
+  }
+  static void widen(const void* in, int type, float* out, int64_t n) {
+    const uint8_t* const from = static_cast<const uint8_t*>(in);
+    if (type == kFloat32) {
+      std::memcpy(out, from, size_t(n) * 4);
+      return;
+    }
+    for (int64_t i = 0; i < n; i += kLanes) {
+      uint8_t raw[2 * kLanes] = {0};
+      float wide[kLanes];
+      const int64_t left = n - i < kLanes ? n - i : kLanes;
+      std::memcpy(raw, from + 2 * i, size_t(left) * 2);
+      V::store(wide, type == kFloat16 ? V::template load_values<kFp16>(raw) : V::template load_values<kBf16>(raw));
+      std::memcpy(out + i, wide, size_t(left) * 4);
+    }
+  }
+  static void multiply(const float* a, const float* b, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
+  }
+};
+
+}  // namespace
+}  // namespace slab

@@ -1,0 +1,197 @@
+// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and +- u v) and
+// multiplied with every token before the next tile. The adapter runs through the same product: Q as the weight of z = x
+// Q, P as further inputs of y.
+#pragma once
+
+#include "stream.h"
+
+namespace slab {
+namespace {
+
+constexpr int kTileRows = 2 * kRows;
+
+template <class V>
+struct Tile {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
+
+  // 16 rows x 128 inputs -> tile[k][kTileRows], the row block's lanes starting at tile[0].
+  template <int VT, int R>  // R: 0, 1, or 2 for any rank from 2 on
+  static void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
+    const int64_t padded = w.k_blocks * kInputs;
+    const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
+    for (int h = 0; h < kStrips; ++h) {
+      const typename Stream<V>::Block b = Stream<V>::block_at(at, h, VT, R > 0);
+      const float* const u = R ? w.u + rb * w.rank * kRows + h * kLanes : nullptr;
+      const F u0 = R ? V::load(u) : V::zero();
+      F scale = V::zero();
+      I flip = {};
+      if constexpr (R > 0) flip = V::load_words(b.signs);
+      for (int word = 0; word < kGroups / 8; ++word) {
+        I code = V::load_words(b.codes + 64 * word);
+        if (is_integer(VT) && 32 * word % w.group_size == 0)
+          scale = V::template load_values<kBf16>(b.scales + 2 * kRows * (32 * word / w.group_size));
+#pragma GCC unroll 4
+        for (int j = 0; j < 8; ++j) {
+          const int g = 8 * word + j;
+          F first, second;
+          Stream<V>::template load_values<VT>(b.values + 64 * (VT == kInt4 ? 2 * word : 0), VT == kInt4 ? j : g, first,
+                                              second);
+          if constexpr (is_integer(VT)) {
+            first = first * scale;
+            second = second * scale;
+          }
+          F low[kGroup], out[kGroup];
+          const float* const v = R ? w.v + kb * kInputs + kGroup * g : nullptr;
+          for (int i = 0; i < kGroup; ++i) low[i] = R ? u0 * V::broadcast(v + i) : V::zero();
+          if constexpr (R > 1)
+            for (int64_t r = 1; r < w.rank; ++r)
+              for (int i = 0; i < kGroup; ++i)
+                low[i] = V::fma(V::load(u + r * kRows), V::broadcast(v + r * padded + i), low[i]);
+          V::expand(code, flip, first, second, low, out);
+          for (int i = 0; i < kGroup; ++i) V::store(tile + (kGroup * g + i) * kTileRows + h * kLanes, out[i]);
+          code = code >> 4;
+          flip = flip << 1;
+        }
+      }
+    }
+  }
+  template <int VT>
+  static void rebuild(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
+    if (w.rank == 0)
+      rebuild_ranked<VT, 0>(w, rb, kb, tile);
+    else if (w.rank == 1)
+      rebuild_ranked<VT, 1>(w, rb, kb, tile);
+    else
+      rebuild_ranked<VT, 2>(w, rb, kb, tile);
+  }
+  static void rebuild_any(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
+    switch (w.values) {
+      case kFp16: return rebuild<kFp16>(w, rb, kb, tile);
+      case kBf16: return rebuild<kBf16>(w, rb, kb, tile);
+      case kInt8: return rebuild<kInt8>(w, rb, kb, tile);
+      case kInt4: return rebuild<kInt4>(w, rb, kb, tile);
+    }
+  }
+
+  // y[T][kTileRows] += x[T][length] tile[length][kTileRows]
+  template <int T>
+  static void multiply_tokens(const float* tile, int64_t length, const float* x, int64_t x_stride, float* y) {
+    for (int c = 0; c < kTileRows; c += 2 * kLanes) {
+      F acc[T][2];
+#pragma GCC unroll 16
+      for (int i = 0; i < T; ++i) {
+        acc[i][0] = V::load(y + i * kTileRows + c);
+        acc[i][1] = V::load(y + i * kTileRows + c + kLanes);
+      }
+      for (int64_t k = 0; k < length; ++k) {
+        const F a = V::load(tile + k * kTileRows + c), b = V::load(tile + k * kTileRows + c + kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < T; ++i) {
+          const F xk = V::broadcast(x + i * x_stride + k);
+          acc[i][0] = V::fma(a, xk, acc[i][0]);
+          acc[i][1] = V::fma(b, xk, acc[i][1]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < T; ++i) {
+        V::store(y + i * kTileRows + c, acc[i][0]);
+        V::store(y + i * kTileRows + c + kLanes, acc[i][1]);
+      }
+    }
+  }
+  template <int T>
+  static void multiply_rest(const float* tile, int64_t length, const float* x, int64_t x_stride, int64_t tokens,
+                            float* y) {
+    if constexpr (T > 0) {
+      if (tokens == T)
+        multiply_tokens<T>(tile, length, x, x_stride, y);
+      else
+        multiply_rest<T - 1>(tile, length, x, x_stride, tokens, y);
+    }
+  }
+  static void multiply_tile(const float* tile, int64_t length, const float* x, int64_t x_stride, int64_t tokens,
+                            float* y) {
+    constexpr int T = V::kTokens;
+    for (; tokens >= T; tokens -= T, x += T * x_stride, y += T * kTileRows)
+      multiply_tokens<T>(tile, length, x, x_stride, y);
+    multiply_rest<T - 1>(tile, length, x, x_stride, tokens, y);
+  }
+
+  // rows [0, length) of a [..][16] panel -> half of a tile
+  static void panel_tile(const void* data, bool half, int64_t at, int64_t length, float* tile) {
+    for (int64_t k = 0; k < length; ++k)
+      for (int h = 0; h < kStrips; ++h)
+        V::store(tile + k * kTileRows + h * kLanes, Stream<V>::panel(data, half, at + k * kRows + h * kLanes));
+  }
+
+  static void adapter_in(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
+    const int64_t padded = w.k_blocks * kInputs;
+    alignas(64) float tile[kInputs * kTileRows];
+    alignas(64) float y[V::kTokens * kTileRows];
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t token = 0; token < t.count; token += V::kTokens) {
+        const int64_t left = t.count - token, tokens = left < V::kTokens ? left : V::kTokens;
+        std::memset(y, 0, sizeof(y));
+        for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
+          for (int half = 0; half < 2; ++half)
+            panel_tile(w.q, w.adapter_half, ((2 * c + half) * padded + kb * kInputs) * kRows, kInputs,
+                       tile + half * kRows);
+          multiply_tile(tile, kInputs, t.x + token * padded + kb * kInputs, padded, tokens, y);
+        }
+        for (int64_t i = 0; i < tokens; ++i)
+          std::memcpy(t.z + (token + i) * w.adapter_padded + c * kTileRows, y + i * kTileRows, 4 * kTileRows);
+      }
+  }
+
+  static void tile(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
+    const int64_t padded = w.k_blocks * kInputs;
+    alignas(64) float tile[kInputs * kTileRows];
+    alignas(64) float y[kTileTokens * kTileRows];
+    for (int64_t rb = begin; rb < end; rb += 2) {
+      const int both = rb + 1 < end ? 2 : 1;
+      if (both == 1) std::memset(tile, 0, sizeof(tile));
+      std::memset(y, 0, size_t(t.count) * kTileRows * 4);
+      for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
+        for (int half = 0; half < both; ++half) rebuild_any(w, rb + half, kb, tile + half * kRows);
+        multiply_tile(tile, kInputs, t.x + kb * kInputs, padded, t.count, y);
+      }
+      for (int64_t j = 0; j < w.adapter_rank; j += kInputs) {
+        const int64_t left = w.adapter_rank - j, length = left < kInputs ? left : kInputs;
+        for (int half = 0; half < both; ++half)
+          panel_tile(w.p, w.adapter_half, ((rb + half) * w.adapter_rank + j) * kRows, length, tile + half * kRows);
+        multiply_tile(tile, length, t.z + j, w.adapter_padded, t.count, y);
+      }
+      for (int64_t i = 0; i < t.count; ++i)
+        for (int half = 0; half < both; ++half) {
+          float* const out = y + i * kTileRows + half * kRows;
+          if (w.bias)
+            for (int h = 0; h < kRows; h += kLanes)
+              V::store(out + h, V::load(out + h) + V::load(w.bias + (rb + half) * kRows + h));
+          Stream<V>::store_rows(w, t, i, rb + half, out);
+        }
+    }
+  }
+
+  static void dequantize(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end) {
+    alignas(64) float tile[kInputs * kTileRows];
+    float row[kInputs];
+    const int64_t bytes = out_type == kFloat32 ? 4 : 2;
+    for (int64_t rb = begin; rb < end; ++rb)
+      for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
+        rebuild_any(w, rb, kb, tile);
+        const int64_t rows = w.out_features - rb * kRows, columns = w.in_features - kb * kInputs;
+        for (int64_t n = 0; n < kRows && n < rows; ++n) {
+          for (int k = 0; k < kInputs; ++k) row[k] = tile[k * kTileRows + n];
+          Stream<V>::narrow(row, out_type,
+                            static_cast<uint8_t*>(out) + ((rb * kRows + n) * w.in_features + kb * kInputs) * bytes,
+                            columns < kInputs ? columns : kInputs);
+        }
+      }
+  }
+};
+
+}  // namespace
+}  // namespace slab

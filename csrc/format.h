@@ -1,0 +1,62 @@
+// Bit layout of a packed weight, shared by every native backend. Plain C++17, usable in host and device code.
+//
+// A group is 4 consecutive inputs of one output row; 2 of them are kept (stored values), 2 are pruned. The nibble of
+// a group is i0 | i1 << 2 with kept positions i0 < i1, so only six nibbles are legal. The pruned positions form a
+// 2:4 pattern themselves: its nibble follows from the first by bit operations alone (complement_nibbles).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SLAB_HD __host__ __device__
+#else
+#define SLAB_HD
+#endif
+
+namespace slab {
+
+constexpr int kGroup = 4;          // inputs a 2:4 group covers
+constexpr int kPatterns = 6;       // legal nibbles
+constexpr uint8_t kPadNibble = 4;  // positions 0 and 1; padded groups hold zeros
+
+enum ValueType : int { kFp16 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+
+constexpr SLAB_HD bool is_integer(int values) { return values == kInt8 || values == kInt4; }
+
+// Eight nibbles at a time: kept pattern -> pruned pattern (4 <-> E, 8 <-> D, C <-> 9).
+constexpr SLAB_HD uint32_t complement_nibbles(uint32_t m) {
+  const uint32_t t = ((m >> 3) ^ (m >> 1)) & 0x11111111u;
+  return m ^ (t * 5u) ^ (0xAAAAAAAAu & ~(t * 15u));
+}
+
+// Legal nibbles numbered in ascending (i0, i1): 01 02 03 12 13 23 -> 0..5. The pruned pattern of id is 5 - id.
+constexpr SLAB_HD uint32_t pattern_nibble(int id) {
+  return id == 0 ? 0x4u : id == 1 ? 0x8u : id == 2 ? 0xCu : id == 3 ? 0x9u : id == 4 ? 0xDu : 0xEu;
+}
+constexpr SLAB_HD int pattern_id(uint32_t nibble) {  // -1 for an illegal nibble
+  return nibble == 0x4u   ? 0
+         : nibble == 0x8u ? 1
+         : nibble == 0xCu ? 2
+         : nibble == 0x9u ? 3
+         : nibble == 0xDu ? 4
+         : nibble == 0xEu ? 5
+                          : -1;
+}
+constexpr SLAB_HD int first_position(uint32_t nibble) { return int(nibble & 3u); }
+constexpr SLAB_HD int second_position(uint32_t nibble) { return int(nibble >> 2 & 3u); }
+
+namespace detail {
+constexpr bool complement_holds() {
+  for (int id = 0; id < kPatterns; ++id) {
+    const uint32_t kept = pattern_nibble(id), pruned = complement_nibbles(kept) & 0xFu;
+    if (pattern_id(kept) != id || pattern_id(pruned) != kPatterns - 1 - id) return false;
+    const uint32_t seen = 1u << first_position(kept) | 1u << second_position(kept) | 1u << first_position(pruned) |
+                          1u << second_position(pruned);
+    if (seen != 0xFu) return false;
+  }
+  return true;
+}
+}  // namespace detail
+static_assert(detail::complement_holds(), "the complement of each of the six patterns holds the other two positions");
+
+}  // namespace slab

@@ -1,0 +1,101 @@
+// What the bindings call: raw pointers and sizes, no torch. All matrices are row-major.
+//
+// The CPU stream (made by cpu_prepare, never saved). A block is 16 output rows x 128 inputs; blocks of one row block
+// follow each other along K, row blocks follow each other along N. A SIMD lane is an output row. One block:
+//
+//   signs   16 x u32   only with rank > 0. Lane n, bit 31 - g: sign of the second pruned position of group g (0..31)
+//   codes   4 x 16 x u32   word w, lane n, nibble j: group 8w + j: pattern id (3 bits) | r << 3,
+//                      r = xor of the signs of the two pruned positions (0 with rank 0)
+//   values  32 groups x {16 first kept, 16 second kept}   fp16, bf16, int8
+//           8 x 16 x u32   int4: word q, lane n, byte j: group 4q + j, first kept value in the low nibble
+//   scales  128 / group_size x 16 x bf16   only int8, int4 (a per-channel scale is repeated: group_size 128)
+//
+// fp16 with signs: 9.25 bits a weight. Rows are padded to 16 and inputs to 128 with zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+
+namespace slab {
+
+constexpr int kRows = 16;         // output rows of a block
+constexpr int kInputs = 128;      // inputs of a block
+constexpr int kTileTokens = 192;  // most tokens a call of `tile` takes: their fp32 sums (24 KB) live on its stack
+
+enum FloatType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t sign_bytes(bool has_signs) { return has_signs ? 4 * kRows : 0; }
+constexpr int64_t code_bytes() { return 4 * 4 * kRows; }
+constexpr int64_t value_bytes(int values) {
+  return int64_t(kInputs / 2) * kRows * (values == kInt4 ? 1 : values == kInt8 ? 2 : 4) / 2;
+}
+constexpr int64_t scale_bytes(int values, int group_size) {
+  return is_integer(values) ? int64_t(kInputs / group_size) * kRows * 2 : 0;
+}
+constexpr int64_t block_bytes(int values, int group_size, bool has_signs) {
+  return sign_bytes(has_signs) + code_bytes() + value_bytes(values) + scale_bytes(values, group_size);
+}
+
+struct CpuWeight {
+  int64_t out_features, in_features;  // N, K
+  int64_t row_blocks, k_blocks;       // ceil(N / 16), ceil(K / 128)
+  int64_t block_size;                 // bytes of one block of the stream
+  int64_t rank, adapter_rank;         // R, R'
+  int64_t adapter_padded;             // R' rounded up to 32
+  int values, group_size;
+  bool adapter_half;  // P and Q panels are fp16, else fp32
+  const uint8_t* stream;
+  const float* u;     // [row_blocks][R][16]
+  const float* v;     // [R][k_blocks * 128]
+  const void* p;      // [row_blocks][R'][16]
+  const void* q;      // [adapter_padded / 16][k_blocks * 128][16]
+  const float* bias;  // [row_blocks * 16] or null
+};
+
+struct CpuTokens {
+  int64_t count;    // M
+  const float* x;   // [M][k_blocks * 128]
+  const float* xv;  // [M][R][k_blocks * 128]: x * v, read by lookup only
+  float* z;         // [M][adapter_padded] or null: x Q, written by adapter_in, read by the others
+  void* y;          // [M][N]
+  int y_type;       // FloatType
+};
+
+// One table per instruction set; ranges are half-open and disjoint ranges may run at the same time.
+struct CpuKernels {
+  const char* name;
+  // n numbers of type -> float32, and back (round to nearest even)
+  void (*widen)(const void* in, int type, float* out, int64_t n);
+  void (*multiply)(const float* a, const float* b, float* out, int64_t n);
+  // z = x Q for columns [32 * begin, 32 * end)
+  void (*adapter_in)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
+  // y for row blocks [begin, end) by table lookup: any number of tokens, rank 0, 1, 2 or 4
+  void (*lookup)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
+  // y for row blocks [begin, end) by rebuilding fp32 tiles: at most kTileTokens tokens, any rank
+  void (*tile)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
+  // W[N][K] in out_type for row blocks [begin, end), without the adapter
+  void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
+  int lookup_tokens;  // below this many tokens lookup is the faster of the two
+};
+
+const CpuKernels* cpu_kernels_scalar();
+const CpuKernels* cpu_kernels_avx2();    // null when built without
+const CpuKernels* cpu_kernels_avx512();  // null when built without
+
+// What this build holds and this machine runs, best first; null after the last (at most 3).
+const CpuKernels* cpu_kernels(int index);
+
+struct CpuPacked {  // the canonical packed tensors of one weight (see the format specification)
+  int64_t out_features, in_features, padded_in;
+  int values, group_size;  // group_size 0: one scale a row
+  const uint8_t* values_data;
+  const uint8_t* metadata;
+  const uint8_t* signs;    // null without a low-rank term
+  const uint16_t* scales;  // bf16, null for floating-point values
+};
+// Writes row blocks [begin, end) of the stream; returns the number of groups whose nibble is illegal.
+int64_t cpu_prepare(const CpuPacked& p, uint8_t* stream, int64_t begin, int64_t end);
+
+}  // namespace slab

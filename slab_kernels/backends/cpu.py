@@ -1,0 +1,171 @@
+"""The native CPU backend: `slab_kernels::linear_cpu` of csrc/, loaded on first use, never at import.
+
+`prepare` interleaves the canonical packed tensors in blocks of 16 output rows (csrc/launch.h has the layout), so that a
+SIMD lane is an output row. fp32 accumulation, whatever the activations' type. With few tokens the weight is never
+rebuilt; from 4 tokens on it is, tile by tile in cache. Within either regime a row of y depends on its own token only
+and on no thread count; between the two the order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces
+an instruction set.
+
+NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure 2:4 weight (rank 0)
+has no weight at pruned positions, so with few tokens a NaN there does not reach rows that prune it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..format import PackedWeight
+from .base import Backend, LinearProblem
+
+LIBRARY = Path(__file__).parent.parent / "_C.so"
+VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3}  # ValueType of csrc/format.h
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+ROWS, INPUTS = 16, 128  # of a block of the prepared stream
+
+
+class CpuState(NamedTuple):
+    """What `linear_cpu` wants: the stream and the factors in its layout, then sizes."""
+
+    stream: Tensor  # [ceil(N/16), ceil(K/128), bytes of a block] uint8
+    U: Tensor | None  # [ceil(N/16), R, 16] fp32
+    V: Tensor | None  # [R, K padded to 128] fp32
+    P: Tensor | None  # [ceil(N/16), R', 16] fp16 or fp32
+    Q: Tensor | None  # [R' padded to 32 / 16, K padded to 128, 16], P's dtype
+    out_features: int
+    in_features: int
+    value_type: int
+    group_size: int  # 0: one scale a row
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+        reasons = []
+        if problem.device != "cpu":
+            reasons.append(f"it runs on CPU tensors, not on {problem.device}")
+        if problem.dtype not in ACTIVATIONS:
+            reasons.append(f"activations must be float32, bfloat16 or float16, not {problem.dtype}")
+        if problem.values not in VALUE_CODES:
+            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(VALUE_CODES)}")
+        if missing := missing_library():
+            reasons.append(missing)
+        return reasons
+
+    def prepare(self, packed: PackedWeight) -> CpuState:
+        load_library()
+        N, K, layout = packed.out_features, packed.in_features, packed.layout
+        kind = VALUE_CODES[layout.values], layout.group_size or 0
+        canonical = (t if t is None else t.contiguous() for t in (packed.values, packed.metadata, packed.signs, packed.scales))
+        stream = torch.ops.slab_kernels.prepare_cpu(*canonical, N, K, *kind)
+        blocks, columns = -(-N // ROWS), -(-K // INPUTS) * INPUTS
+
+        def row_blocks(t: Tensor) -> Tensor:  # [N,R] -> [blocks,R,16]
+            return pad(t, (0, 0, 0, blocks * ROWS - N)).view(blocks, ROWS, -1).transpose(1, 2).contiguous()
+
+        def inputs(t: Tensor) -> Tensor:  # [Kp,R] -> [columns,R]
+            return pad(t[:K], (0, 0, 0, columns - K))
+
+        U = V = P = Q = None
+        if packed.U is not None:
+            U, V = row_blocks(packed.U.float()), inputs(packed.V.float()).T.contiguous()
+        if packed.P is not None:
+            stored = torch.float16 if packed.P.dtype == torch.float16 else torch.float32
+            rank = packed.P.shape[1]
+            padded = -(-rank // (2 * ROWS)) * 2 * ROWS
+            P = row_blocks(packed.P.to(stored))
+            Q = pad(inputs(packed.Q.to(stored)), (0, padded - rank)).view(columns, -1, ROWS).transpose(0, 1).contiguous()
+        return CpuState(stream, U, V, P, Q, N, K, *kind)
+
+    def linear(self, x: Tensor, state: CpuState, bias: Tensor | None = None) -> Tensor:
+        tensors, sizes = state[:5], state[5:]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return torch.ops.slab_kernels.linear_cpu(x, *tensors, bias, *sizes)
+        return torch.ops.slab_kernels.linear_cpu_frozen(x, *tensors, bias, *sizes)
+
+
+def missing_library() -> str | None:
+    """Why the native library cannot be used here and what to do about it, or None."""
+    if not LIBRARY.exists():
+        return (
+            f"the native library {LIBRARY.name} was not built; install a C++17 compiler (g++ or clang++) and run "
+            "pip install --no-build-isolation -e . where torch is installed"
+        )
+    try:
+        load_library()
+    except (OSError, RuntimeError) as error:
+        return f"the native library {LIBRARY.name} does not load: {error}"
+    return None
+
+
+def runnable() -> list[str]:
+    """Instruction sets that this build can run on this machine, best first."""
+    load_library()
+    return torch.ops.slab_kernels.cpu_runnable().split(", ")
+
+
+@functools.cache
+def load_library() -> None:
+    """Load the library and register fake kernels and autograd, once.
+
+    Raises: OSError if the library is missing or does not load, RuntimeError if SLAB_KERNELS_CPU_ISA names an
+    instruction set that is unknown or cannot run here.
+    """
+    torch.ops.load_library(str(LIBRARY))
+    torch.ops.slab_kernels.cpu_isa()
+    register = torch.library.register_fake
+    register("slab_kernels::linear_cpu", _linear_fake)
+    register("slab_kernels::linear_cpu_frozen", _linear_fake)
+    register("slab_kernels::prepare_cpu", _prepare_fake)
+    register("slab_kernels::dequantize_cpu", _dequantize_fake)
+    torch.library.register_autograd("slab_kernels::linear_cpu", _backward, setup_context=_setup_context)
+
+
+def _linear_fake(x, stream, U, V, P, Q, bias, out_features, in_features, value_type, group_size):
+    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _prepare_fake(values, metadata, signs, scales, out_features, in_features, value_type, group_size):
+    groups = INPUTS // 4
+    size = 4 * 4 * ROWS + 2 * groups * ROWS * (4, 4, 2, 1)[value_type] // 2
+    size += 0 if signs is None else 4 * ROWS
+    size += 0 if scales is None else INPUTS // (group_size or INPUTS) * 2 * ROWS
+    return metadata.new_empty((-(-out_features // ROWS), -(-in_features // INPUTS), size))
+
+
+def _dequantize_fake(stream, U, V, out_features, in_features, value_type, group_size):
+    return stream.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    _, stream, U, V, P, Q, bias, *ctx.sizes = inputs
+    ctx.save_for_backward(stream, U, V, P, Q)
+    ctx.bias_dims = output.dim() - 1 if bias is not None else None
+
+
+def _backward(ctx, grad):
+    stream, U, V, P, Q = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        N, K = ctx.sizes[:2]
+        wide = grad.float()
+        grad_x = wide @ torch.ops.slab_kernels.dequantize_cpu(stream, U, V, *ctx.sizes)
+        if P is not None:
+            rank = P.shape[1]
+            left = P.float().transpose(1, 2).reshape(-1, rank)[:N]
+            right = Q.float().transpose(1, 2).reshape(-1, Q.shape[1])[:rank, :K]
+            grad_x = grad_x + (wide @ left) @ right
+        grad_x = grad_x.to(grad.dtype)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.sum(tuple(range(ctx.bias_dims)))
+    return grad_x, *(None,) * 5, grad_bias, *(None,) * 4
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,102 @@
+"""setup.py: builds with what is there, says why when it cannot, and the library it makes is what its tag promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from slab_kernels.backends import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """setup.py as a module, its setup() call silenced."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("slab_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wheel(tmp_path, **environment):
+    """Builds a wheel of a copy of the sources; returns the finished process and the wheel's path."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.tmp")
+    for name in ("slab_kernels", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    return done, next(out.glob("*.whl"), None)
+
+
+def test_torch_is_neither_imported_nor_required_to_build(recipe):
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert not any(line.startswith(("import torch", "from torch")) for line in text.splitlines())
+    assert 'requires = ["setuptools>=77"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_why(tmp_path):
+    done, built = wheel(tmp_path, CXX="no-such-compiler")
+    assert built is not None, done.stdout + done.stderr
+    assert built.name.endswith("py3-none-any.whl")
+    assert "CXX=no-such-compiler is not an executable" in done.stdout + done.stderr
+    assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
+
+
+def test_native_demanded_but_impossible_fails(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLAB_KERNELS_NATIVE", "1")
+    monkeypatch.setenv("SLAB_KERNELS_TORCH", str(tmp_path))
+    with pytest.raises(SystemExit, match="no stable-ABI headers"):
+        recipe.build_native(tmp_path, tmp_path)
+
+
+def test_native_switched_off(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SLAB_KERNELS_NATIVE", "0")
+    assert not recipe.build_native(tmp_path, tmp_path)
+    assert "SLAB_KERNELS_NATIVE=0" in capsys.readouterr().err
+
+
+def test_failing_compiler_is_quoted(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("SLAB_KERNELS_NATIVE", raising=False)
+    monkeypatch.setenv("CXX", "false")
+    assert not recipe.build_native(tmp_path / "package", tmp_path / "objects")
+    assert "false -std=c++17" in capsys.readouterr().err
+
+
+def test_every_source_is_listed_in_both_builds(recipe):
+    sources = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert sources == set(recipe.SOURCES)
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert all(f"csrc/{source}" in cmake for source in sources)
+
+
+@pytest.mark.skipif(cpu.missing_library() is not None, reason="no native library")
+def test_library_needs_neither_python_nor_a_second_openmp():
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    dynamic = subprocess.run(["readelf", "-d", cpu.LIBRARY], capture_output=True, text=True, check=True).stdout
+    needed = [line.split("[")[1].split("]")[0] for line in dynamic.splitlines() if "NEEDED" in line]
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if name.startswith(("libgomp", "libiomp", "libomp", "libpython", "libc10"))]
+
+
+@pytest.mark.skipif("SLAB_KERNELS_TEST_BUILD" not in os.environ, reason="compiles everything: SLAB_KERNELS_TEST_BUILD=1")
+def test_native_wheel(tmp_path):
+    done, built = wheel(tmp_path, SLAB_KERNELS_NATIVE="1")
+    assert built is not None, done.stdout + done.stderr
+    assert "-py3-none-" in built.name and not built.name.endswith("any.whl")
+    archive = zipfile.ZipFile(built)
+    assert "slab_kernels/_C.so" in archive.namelist()
+    assert str(tmp_path).encode() not in archive.read("slab_kernels/_C.so")

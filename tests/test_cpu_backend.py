@@ -1,0 +1,350 @@
+"""The native CPU backend against the fp64 oracle: every instruction set that runs here, every layout, ragged shapes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from slab_kernels import bitpacking as bits
+from slab_kernels import reference
+from slab_kernels.backends import cpu
+from slab_kernels.backends.base import LinearProblem
+from slab_kernels.format import PackedLayout, PackedWeight
+from slab_kernels.testing import (
+    ADAPTER_RANKS,
+    RANKS,
+    SHAPES,
+    VALUE_LAYOUTS,
+    error_bound,
+    oracle,
+    random_packed,
+)
+
+if cpu.missing_library():
+    pytest.skip(f"no native library: {cpu.missing_library()}", allow_module_level=True)
+
+OPS = torch.ops.slab_kernels
+ISAS = cpu.runnable()
+TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 65)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUT = PackedLayout(40, 200, "fp16", rank=2, adapter_rank=5)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = OPS.cpu_isa()
+    yield OPS.cpu_use_isa(request.param)
+    OPS.cpu_use_isa(before)
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN, so an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def linear(x, packed, bias=None):
+    return cpu.BACKEND.linear(x, cpu.BACKEND.prepare(packed), bias)
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+@functools.cache
+def problem(layout):
+    """Packed weight, activations that every dtype holds exactly, bias, exact result and magnitude."""
+    generator = torch.Generator().manual_seed(layout.rank)
+    packed = random_packed(layout, seed=layout.out_features)
+    x = torch.randint(-127, 128, (max(TOKENS), layout.in_features), generator=generator) / 64
+    bias = torch.randn(layout.out_features, generator=generator) if layout.out_features % 2 else None
+    return packed, x, bias, *oracle(x, packed, bias)
+
+
+@pytest.mark.parametrize("rank", [*RANKS, 3])
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+def test_against_fp64(isa, values, group_size, rank, poisoned):
+    for (N, K), adapter_rank in itertools.product(SHAPES, ADAPTER_RANKS):
+        if max(rank, adapter_rank) > min(N, K):
+            continue
+        packed, x, bias, exact, magnitude = problem(PackedLayout(N, K, values, group_size, rank, adapter_rank))
+        state = cpu.BACKEND.prepare(packed)
+        for dtype in DTYPES:
+            tokens = TOKENS if dtype == torch.float32 else TOKENS[1:6]
+            results = [cpu.BACKEND.linear(x[:M].to(dtype), state, bias) for M in tokens]
+            assert [y.shape for y in results] == [(M, N) for M in tokens]
+            assert {y.dtype for y in results} == {dtype}
+            rows = torch.cat([torch.arange(M) for M in tokens])
+            error = (torch.cat(results).double() - exact[rows]).abs()
+            assert bool((error <= error_bound(magnitude, exact, dtype, K)[rows]).all()), (N, K, adapter_rank, dtype)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 5, 13])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+def test_small_integers_are_exact(isa, values, group_size, rank, M):
+    layout = PackedLayout(70, 260, values, group_size, rank, adapter_rank=4)
+    packed = random_packed(layout, seed=3, integers=True)
+    x = torch.randint(-4, 5, (M, layout.in_features)).float()
+    bias = torch.randint(-4, 5, (70,)).float()
+    assert torch.equal(linear(x, packed, bias).double(), oracle(x, packed, bias)[0])
+
+
+@pytest.mark.parametrize("M", [1, 6])
+def test_every_pattern_and_sign_at_every_lane(isa, M):
+    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 33 rows and 144 groups meet each at each place."""
+    N, K = 33, 4 * 144
+    row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
+    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
+    pair = (row + group) // 6 % 4
+    negative = torch.stack([pair % 2 == 1, pair // 2 == 1], -1).flatten(1)
+    parts = random_packed(PackedLayout(N, K, "fp16", rank=1), integers=True).tensors()
+    parts["metadata"] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    parts["signs"] = bits.pack_signs(negative)
+    packed = PackedWeight.from_tensors(parts, N, K)
+    state = cpu.BACKEND.prepare(packed)
+    assert torch.equal(OPS.dequantize_cpu(*state[:3], *state[5:]), packed.dense())
+    x = torch.randint(-4, 5, (M, K)).float()
+    assert torch.equal(linear(x, packed).double(), oracle(x, packed)[0])
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+def test_dequantize(isa, values, group_size, poisoned):
+    for N, K in SHAPES:
+        packed = random_packed(PackedLayout(N, K, values, group_size, rank=1))
+        state = cpu.BACKEND.prepare(packed)
+        dense = OPS.dequantize_cpu(*state[:3], *state[5:])
+        assert torch.allclose(dense, packed.dense(), rtol=1e-6, atol=0.0)
+
+
+def test_kept_is_what_the_mask_says(isa):
+    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds there."""
+    packed = random_packed(PackedLayout(16, 64, "fp16", rank=1))
+    packed.values.zero_()
+    packed.values[:, ::2] = -0.0
+    x = torch.eye(64)
+    kept = bits.unpack_mask(packed.metadata)
+    for M in (1, 64):
+        y = torch.cat([linear(x[i : i + M], packed) for i in range(0, 64, M)]).T
+        assert bool((y[kept] == 0).all()) and bool((y[~kept] != 0).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("M", [1, 8])
+def test_nan_and_infinity_propagate(isa, M, bad):
+    packed = random_packed(PackedLayout(20, 132, "int4", 32, rank=1))
+    x = torch.randn(M, 132)
+    x[0, 77] = bad
+    y = linear(x, packed)
+    assert not bool(y[0].isfinite().any())
+    assert bool(y[1:].isfinite().all())
+
+
+def first_two(a, b):
+    """One output of four inputs: a x[0] + b x[1]."""
+    packed = random_packed(PackedLayout(1, 4, "fp16"))
+    packed.metadata.fill_(0x44)
+    packed.values.zero_()
+    packed.values[0, :2] = torch.tensor([a, b])
+    return packed
+
+
+def test_fp16_values_convert_exactly(isa):
+    """Every finite fp16 number, subnormals included, as weight and as activation."""
+    numbers = torch.arange(0, 1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = numbers[numbers.isfinite()][:63488]
+    N, K = 16, 7936
+    packed = random_packed(PackedLayout(N, K, "fp16"))
+    packed.values.copy_(numbers.view(N, K // 2))
+    state = cpu.BACKEND.prepare(packed)
+    assert torch.equal(OPS.dequantize_cpu(*state[:3], *state[5:]), packed.dense())
+    one = first_two(1.0, 0.0)
+    x = torch.zeros(len(numbers), 4, dtype=torch.float16)
+    x[:, 0] = numbers
+    assert torch.equal(linear(x, one)[:, 0].float(), numbers.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_rounds_to_nearest_even(isa, dtype):
+    one = first_two(1.0, 1.0)
+    pattern = torch.randint(-(1 << 31), 1 << 31, (20000, 1), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    x = torch.zeros(20000, 4, dtype=dtype)
+    x[:, 0], x[:, 1] = pattern[:, 0].to(dtype), pattern.roll(1, 0)[:, 0].to(dtype)
+    x = torch.where(x.isfinite(), x, 0)
+    exact = (x[:, 0].float() + x[:, 1].float()).to(dtype)
+    assert torch.equal(linear(x, one)[:, 0], exact)
+
+
+def test_strided_and_batched_activations(isa):
+    packed = random_packed(LAYOUT)
+    state = cpu.BACKEND.prepare(packed)
+    x = torch.randn(200, 12).T.unflatten(0, (3, 4))
+    assert not x.is_contiguous()
+    y = cpu.BACKEND.linear(x, state)
+    assert y.shape == (3, 4, 40)
+    assert torch.equal(y, cpu.BACKEND.linear(x.contiguous(), state))
+    assert cpu.BACKEND.linear(x[0, 0], state).shape == (40,)
+    assert cpu.BACKEND.linear(x[:0], state).shape == (0, 4, 40)
+
+
+def test_same_bits_for_any_thread_count_and_batch(isa):
+    packed = random_packed(PackedLayout(1000, 512, "int8", 64, rank=1, adapter_rank=40))
+    state = cpu.BACKEND.prepare(packed)
+    x, threads = torch.randn(250, 512), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        few, many = cpu.BACKEND.linear(x[:1], state), cpu.BACKEND.linear(x, state)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert same_bits(cpu.BACKEND.linear(x, state), many)
+            assert same_bits(cpu.BACKEND.linear(x[:1], state), few)
+        # A row depends on its own token only, within the few-token and the many-token regime.
+        for M in (4, 6, 13, 100, 193):
+            assert same_bits(cpu.BACKEND.linear(x[:M], state), many[:M])
+        for M in (2, 3):
+            assert same_bits(cpu.BACKEND.linear(x[:M], state)[:1], few)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_instruction_sets_agree():
+    packed, x = random_packed(PackedLayout(64, 512, "fp16", rank=1)), torch.randn(9, 512)
+    before, results = OPS.cpu_isa(), []
+    for name in ISAS:
+        OPS.cpu_use_isa(name)
+        results.append(linear(x, packed))
+    OPS.cpu_use_isa(before)
+    assert all(torch.allclose(y, results[0], rtol=1e-4, atol=1e-4) for y in results)
+
+
+@pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (2, 5)])
+def test_opcheck(rank, adapter_rank):
+    packed = random_packed(PackedLayout(40, 200, "int8", 128, rank, adapter_rank))
+    tensors, sizes = (state := cpu.BACKEND.prepare(packed))[:5], state[5:]
+    x, bias = torch.randn(3, 200), torch.randn(40)
+    for sample in (x[None].bfloat16(), x.clone().requires_grad_()):
+        torch.library.opcheck(OPS.linear_cpu.default, (sample, *tensors, bias, *sizes))
+    torch.library.opcheck(OPS.linear_cpu_frozen.default, (x, *tensors, None, *sizes))
+    torch.library.opcheck(OPS.dequantize_cpu.default, (*tensors[:3], *sizes))
+    canonical = packed.values, packed.metadata, packed.signs, packed.scales
+    torch.library.opcheck(OPS.prepare_cpu.default, (*canonical, *sizes))
+
+
+def test_gradients():
+    packed = random_packed(LAYOUT)
+    x, bias = torch.randn(3, 2, 200, requires_grad=True), torch.randn(40, requires_grad=True)
+    grad = torch.randn(3, 2, 40)
+    gradients = torch.autograd.grad(linear(x, packed, bias), (x, bias), grad)
+    expected = torch.autograd.grad(reference.linear(x, packed, bias), (x, bias), grad)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.state = cpu.BACKEND.prepare(random_packed(LAYOUT))
+
+    def forward(self, x):
+        return cpu.BACKEND.linear(x * 2, self.state) + 1
+
+
+def test_compile_and_export():
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for M in (1, 5, 9):
+        x = torch.randn(M, 200)
+        assert torch.equal(compiled(x), layer(x))
+    x = torch.randn(3, 200, requires_grad=True)
+    assert torch.allclose(torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(layer(x).sum(), x)[0])
+    exported = torch.export.export(layer, (torch.randn(4, 200),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},))
+    assert torch.equal(exported.module()(x.detach()), layer(x.detach()))
+
+
+def test_reasons():
+    assert cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.bfloat16, "cpu")) == []
+    against = cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.float64, "cuda"))
+    assert len(against) == 2 and "float64" in against[1] and "cuda" in against[0]
+
+
+def test_missing_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_C.so")
+    reasons = cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.float32, "cpu"))
+    assert len(reasons) == 1 and "was not built" in reasons[0] and "compiler" in reasons[0]
+
+
+def run_with_isa(name):
+    code = "from slab_kernels.backends import cpu; print(cpu.runnable(), cpu.torch.ops.slab_kernels.cpu_isa())"
+    environment = {**os.environ, "SLAB_KERNELS_CPU_ISA": name}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_forced_instruction_set():
+    assert run_with_isa("scalar").stdout.split()[-1] == "scalar"
+    refused = run_with_isa("avx1024")
+    assert refused.returncode and "SLAB_KERNELS_CPU_ISA=avx1024" in refused.stderr and ISAS[0] in refused.stderr
+    with pytest.raises(RuntimeError, match="choose one of"):
+        OPS.cpu_use_isa("neon")
+
+
+X, STATE = torch.randn(2, 200), cpu.BACKEND.prepare(random_packed(LAYOUT))
+HOSTILE = {
+    "another width": ({"x": torch.randn(2, 201)}, "x has 201 features, the weight 200"),
+    "claimed width": ({"in_features": 400, "x": torch.randn(2, 400)}, "has shape"),
+    "far wider": ({"x": torch.randn(2, 400)}, "x has 400 features"),
+    "fp64": ({"x": X.double()}, "x must be float32, float16 or bfloat16"),
+    "scalar x": ({"x": torch.tensor(1.0)}, "at least one dimension"),
+    "short stream": ({"stream": STATE.stream[:-1]}, "stream has shape"),
+    "strided stream": ({"stream": STATE.stream.transpose(0, 1).contiguous().transpose(0, 1)}, "not contiguous"),
+    "stream type": ({"stream": STATE.stream.to(torch.int8)}, "stream has another dtype"),
+    "U without V": ({"V": None}, "U and V belong together"),
+    "U dims": ({"U": torch.randn(3, 2)}, "U has shape"),
+    "rank 0": ({"U": torch.randn(3, 0, 16)}, "U has shape"),
+    "V type": ({"V": STATE.V.half()}, "V has another dtype"),
+    "P rows": ({"P": STATE.P[:-1]}, "P has shape"),
+    "Q type": ({"Q": STATE.Q.float()}, "Q has another dtype"),
+    "bias": ({"bias": torch.randn(39)}, "bias has shape"),
+    "bias type": ({"bias": torch.ones(40, dtype=torch.int64)}, "bias must be float32"),
+    "more rows": ({"out_features": 400}, "has shape"),
+    "no rows": ({"out_features": 0}, "out_features=0"),
+    "huge": ({"out_features": 1 << 60}, "must be between"),
+    "value type": ({"value_type": 7}, "values=7"),
+    "int8 read of fp16": ({"value_type": 2}, "stream has shape"),
+    "group size": ({"group_size": 48}, "group_size=48"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_arguments_are_refused(case):
+    change, message = HOSTILE[case]
+    arguments = {"x": X, **STATE._asdict(), "bias": None, **change}
+    with pytest.raises(RuntimeError, match=message):
+        OPS.linear_cpu_frozen(**arguments)
+
+
+def test_hostile_packed_tensors_are_refused():
+    packed = random_packed(PackedLayout(8, 64, "int8", 32, rank=1))
+    good = [packed.values, packed.metadata, packed.signs, packed.scales, 8, 64, 2, 32]
+    OPS.prepare_cpu(*good)
+    for place, bad, message in (
+        (0, packed.values[:, :-1].contiguous(), "values has shape"),
+        (0, packed.values.float(), "values has another dtype"),
+        (1, torch.zeros_like(packed.metadata), "256 nibbles|nibbles that are not"),
+        (1, packed.metadata[:4], "metadata has shape"),
+        (2, packed.signs[:, 1:], "signs has shape"),
+        (3, None, "scales belong to"),
+        (3, packed.scales.float(), "scales has another dtype"),
+        (5, 1 << 40, "in_features="),
+        (6, -1, "values=-1"),
+        (7, 16, "group_size=16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.prepare_cpu(*good[:place], bad, *good[place + 1 :])
