@@ -1,0 +1,44 @@
+# One command each, from a fresh clone:
+#   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot; default: the model in benchmarks/model
+#   make test    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
+# SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+OUT ?= demo-out
+MODEL ?=
+DEMO ?=
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: environment demo test lint bench clean distclean
+
+environment: $(INSTALLED)
+
+$(INSTALLED): .ci/environment .ci/missing.py constraints.txt pyproject.toml setup.py $(SOURCES)
+	@.ci/environment $(VENV)
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(PYTHON) benchmarks/demo.py $(MODEL) --out $(OUT) $(DEMO)
+
+# Two workers, one thread each: torch's own threads would only fight over the cores. Without pytest-xdist: one worker.
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n 2")' 2>/dev/null) tests
+
+lint: $(INSTALLED)
+	@$(PYTHON) -m ruff check .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@echo "lint: clean"
+
+bench: $(INSTALLED)
+	@$(VENV)/bin/slab-kernels bench --shape 4096x4096 --shape 11008x4096 --m 1
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
+	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find slab_kernels -name '*.so' -delete
+	rm -f $(INSTALLED)
+
+distclean: clean
+	rm -rf $(VENV)
