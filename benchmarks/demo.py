@@ -97,8 +97,7 @@ def layer_timings(device: str) -> list[dict]:
     """torch's dense linear beside ours at the size of a large model, since the shipped one is too small to show speed."""
     from slab_kernels import bench
 
-    rows = bench.layer_rows(*BENCH_SHAPE, tokens=(1,), values=("fp16", "int4"), dtype="bf16", device=device)
-    return [row | {"dtype": "bf16"} for row in rows]
+    return bench.layer_rows(*BENCH_SHAPE, tokens=(1,), values=("fp16", "int4"), dtype="bf16", device=device)
 
 
 def main() -> int:

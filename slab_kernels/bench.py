@@ -19,6 +19,7 @@ from .backends.base import Backend, LinearProblem
 from .format import INTEGER_RANGES, PackedLayout
 from .testing import error_bound, random_packed
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROTATED_BYTES = 256 << 20  # together the copies of a weight reach this, unless there are MOST_COPIES of them
 MOST_COPIES = 64
 GATE_ROWS = 256  # output rows compared with the reference before anything is timed
@@ -76,7 +77,7 @@ def layer_rows(
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(m, k, generator=generator).to(device, dtype) for m in tokens]
     timer = _Timer(device, min_seconds, read_bandwidth(device=device))
-    facts = {"n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+    facts = {"n": n, "k": k, "dtype": next(name for name, kind in DTYPES.items() if kind == dtype), "device": str(device)}
     facts["threads"] = torch.get_num_threads()
     rows: dict[int, list[dict[str, Any]]] = {}
     with torch.inference_mode():
@@ -144,10 +145,9 @@ class _Timer:
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if isinstance(dtype, str) and dtype not in names:
-        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(names)}")
-    return names.get(dtype, dtype)
+    if dtype not in DTYPES and dtype not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    return DTYPES.get(dtype, dtype)
 
 
 def _backends(problem: LinearProblem, names: Sequence[str] | None) -> list[Backend]:

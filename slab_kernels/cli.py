@@ -260,7 +260,7 @@ def bench(
         rows += bench.layer_rows(
             n, k, tuple(m or [1]), tuple(values or ["fp16"]), dtype, where, group_size or None, rank, backend, seconds
         )
-    data = {"device": machine.one_line(), "rows": [row | {"dtype": dtype} for row in rows]}
+    data = {"device": machine.one_line(), "rows": rows}
 
     def show() -> None:
         print(data["device"])
