@@ -6,6 +6,7 @@ final name and renamed over it, so a kill at any moment leaves whole files or no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -356,6 +357,13 @@ class Progress:
     def close(self) -> None:
         """The folder is complete: remove the state file."""
         (self.out / PROGRESS_NAME).unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """A run that failed before its first block gives the folder back, so that other settings can be tried."""
+        if not self.blocks:
+            self.close()
+            with contextlib.suppress(OSError):  # not empty: somebody else's files
+                self.out.rmdir()
 
 
 def check_same_settings(out: Path, before: dict, now: dict) -> None:

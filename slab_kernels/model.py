@@ -140,6 +140,10 @@ def compress(
         message = f"done: {record.bits_per_weight:.3f} bits per weight, mean error {record.mean_error:.4f}, {record.seconds:.0f} s"
         report(ProgressEvent("done", len(blocks), len(blocks), len(layers), len(layers), message=message))
         return result
+    except BaseException:
+        if isinstance(sink, FolderSink):
+            sink.progress.abandon()
+        raise
     finally:
         if hasattr(report, "close"):
             report.close()

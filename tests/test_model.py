@@ -287,6 +287,16 @@ def test_resume_refuses_other_settings_text_and_model(dense, tmp_path):
 # in memory
 
 
+def test_a_run_that_fails_before_its_first_block_gives_the_folder_back(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("slab_kernels.model.compress_blocks", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress(dense, tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        compress(dense, tmp_path / "mine", **QUICK)
+
+
 def test_in_memory_in_place_and_equal_to_the_folder(dense, packed, tmp_path):
     given = AutoModelForCausalLM.from_pretrained(dense).eval()
     result = compress(given, calibration=TOKENS, progress=False)
