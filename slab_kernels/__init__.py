@@ -14,7 +14,7 @@ _HOMES = {
     "load": "model",
     "save": "model",
     "decompress": "model",
-    "decompose": "decompose",
+    "decompose": "methods",
     "Decomposition": "format",
     "PackedLayout": "format",
     "PackedWeight": "format",
@@ -31,7 +31,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_HOMES[name]}", __name__)
     value = getattr(module, name)
-    globals()[name] = value  # `decompose` names a subpackage too: the function wins from here on
+    globals()[name] = value
     return value
 
 

@@ -96,8 +96,8 @@ class InputStats:
         if drift is not None:
             drift = drift.reshape(count, -1).to(x.dtype)
             self._check(drift, drift.sum(), "drift")
-            shift = drift.T @ x / count
-        gram = x.T @ x / count if self.needs == "gram" else None
+            shift = (drift / count).T @ x
+        gram = (x / count).T @ x if self.needs == "gram" else None
         if self.tokens and (drift is None) != (self.drift is None):
             raise CalibrationError("drift must be given with every update or with none")
         if self.needs != "none":
@@ -122,7 +122,7 @@ class InputStats:
             raise CalibrationError("cannot merge statistics with drift and statistics without")
         share = other.tokens / (self.tokens + other.tokens)
         parts = {
-            name: self._mix(_copy(getattr(self, name)), getattr(other, name), share)
+            name: self._mix(getattr(self, name), getattr(other, name), share)
             for name in ("gram", "mean_square", "drift")
         }
         return replace(self, tokens=self.tokens + other.tokens, **parts)
@@ -143,7 +143,7 @@ class InputStats:
         if new is None:
             return mean
         new = new.to(self.dtype)
-        return new if mean is None else mean.lerp_(new.to(mean.device), share)
+        return new if mean is None else mean.lerp(new.to(mean.device), share)
 
     def _check(self, values: Tensor, total: Tensor, what: str = "calibration inputs") -> None:
         if bool(total.isfinite().all()):
@@ -157,7 +157,3 @@ class InputStats:
         raise CalibrationError(
             f"{what} as large as {values.abs().max():.3g} overflow when squared; use dtype=float64"
         )
-
-
-def _copy(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.clone()

@@ -30,7 +30,7 @@ def explain(problem: LinearProblem) -> dict[str, list[str]]:
 def select(problem: LinearProblem, name: str | None = None) -> Backend:
     """The backend for this problem, or the forced one.
 
-    Raises: BackendError if the forced one is unknown or cannot run it (all reasons listed).
+    Raises: BackendError if the forced one is unknown or cannot run it, or if none can (all reasons listed).
     """
     forced = name or os.environ.get(ENVIRONMENT)
     if forced:
@@ -38,4 +38,9 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
         if reasons := chosen.not_supported_reasons(problem):
             raise BackendError(f"backend {forced!r} cannot run {problem}: {'; '.join(reasons)}")
         return chosen
-    return backend(next(name for name, reasons in explain(problem).items() if not reasons))
+    found = explain(problem)
+    for able, reasons in found.items():
+        if not reasons:
+            return backend(able)
+    against = "; ".join(f"{other}: {', '.join(reasons)}" for other, reasons in found.items())
+    raise BackendError(f"no backend runs {problem}: {against}")

@@ -69,7 +69,8 @@ class Decomposition:
         """(U V^T) * B as [N,K] fp32, or None."""
         if self.U is None:
             return None
-        return (self.U.float() @ self.V.float().T) * self.B
+        with torch.autocast(self.S.device.type, enabled=False):
+            return (self.U.float() @ self.V.float().T) * self.B
 
     def dense(self) -> Tensor:
         """The weight it stands for, [N,K] fp32."""
@@ -77,7 +78,8 @@ class Decomposition:
         if self.U is not None:
             W = W + self.sign_term()
         if self.P is not None:
-            W = W + self.P.float() @ self.Q.float().T
+            with torch.autocast(self.S.device.type, enabled=False):
+                W = W + self.P.float() @ self.Q.float().T
         return W
 
     def folded(self) -> Decomposition:
@@ -233,7 +235,8 @@ def pack(
     d = decomposition
     mask = _two_of_four(_pad(d.mask, Kp))
     term = d.sign_term()
-    S = d.S.float() if term is None else d.S.float() + torch.where(mask[:, :K], term, 0.0)
+    # Where B is 0 the value is folded already and is taken as it is: -0.0 + 0.0 would lose its sign.
+    S = d.S.float() if term is None else torch.where(mask[:, :K] & (d.B != 0), d.S.float() + term, d.S.float())
     i0, i1 = bits.kept_positions(metadata := bits.pack_metadata(mask))
     kept = bits.gather_positions(_pad(S, Kp), i0, i1)
     parts = {"metadata": metadata}

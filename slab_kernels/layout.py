@@ -79,26 +79,26 @@ class PackedLayout:
     factors: str = "fp16"
 
     def __post_init__(self):
-        if self.values not in VALUE_TYPES:
+        if not isinstance(self.values, str) or self.values not in VALUE_TYPES:
             raise ValueTypeError(f"values={self.values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
-        if self.factors not in FACTOR_TYPES:
+        if not isinstance(self.factors, str) or self.factors not in FACTOR_TYPES:
             raise ValueTypeError(f"factors={self.factors!r} is unknown; choose one of {', '.join(FACTOR_TYPES)}")
-        if self.group_size is not None and (self.values not in INTEGER_RANGES or self.group_size not in GROUP_SIZES):
+        takes_groups = self.values in INTEGER_RANGES and type(self.group_size) is int and self.group_size in GROUP_SIZES
+        if self.group_size is not None and not takes_groups:
             raise ValueTypeError(
                 f"group_size={self.group_size!r} with values={self.values!r}: int8 and int4 take 32, 64, 128 or None "
                 "(one scale a row), fp16 and bf16 only None"
             )
         for name in ("out_features", "in_features"):
             size = getattr(self, name)
-            if not isinstance(size, int) or not 0 < size <= MAX_FEATURES:
+            if type(size) is not int or not 0 < size <= MAX_FEATURES:
                 raise ShapeError(f"{name}={size!r} must be an integer between 1 and {MAX_FEATURES}")
         for name in ("rank", "adapter_rank"):
             size = getattr(self, name)
-            if not isinstance(size, int) or not 0 <= size <= min(self.out_features, self.in_features):
-                raise ShapeError(
-                    f"{name}={size!r} must be between 0 and min(out_features, in_features) = "
-                    f"{min(self.out_features, self.in_features)}"
-                )
+            if type(size) is not int or not 0 <= size <= MAX_FEATURES:
+                raise ShapeError(f"{name}={size!r} must be an integer between 0 and {MAX_FEATURES}")
+        if not self.rank and not self.adapter_rank:
+            object.__setattr__(self, "factors", "fp16")  # there are none: layouts that mean the same compare equal
 
     @property
     def slice_multiple(self) -> int:
@@ -176,7 +176,22 @@ def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     for name in table:
         if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
             raise RangeError(f"{name} holds NaN or infinite numbers")
+    _check_products(tensors)
     _check_padding(tensors, layout)
+
+
+def _check_products(tensors: dict[str, Tensor]) -> None:
+    """Finite parts whose product overflows fp32 would come out as NaN."""
+    most = torch.finfo(torch.float32).max
+    for left, right in (("U", "V"), ("P", "Q")):
+        if left in tensors:
+            worst = tensors[left].double().abs().amax(0) @ tensors[right].double().abs().amax(0)
+            if float(worst) > most:
+                raise RangeError(f"{left} {right}^T reaches {float(worst):.3g}, beyond fp32")
+    if "scales" in tensors:
+        low, high = float(tensors["scales"].float().min()), float(tensors["scales"].float().max())
+        if low <= 0 or high * 128 > most:
+            raise RangeError(f"scales range from {low:.3g} to {high:.3g}; they must be positive and far below fp32's end")
 
 
 def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
@@ -186,10 +201,14 @@ def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     i0, i1 = bits.kept_positions(tensors["metadata"])
     entries = bits.unpack_int4(tensors["values"]) if layout.values == "int4" else tensors["values"]
     first = -(-K // 4)  # groups from here on hold padding alone
-    dirty = bool((entries[:, 2 * first :] != 0).any()) or bool(((i0 != 0) | (i1 != 1))[:, first:].any())
+    dirty = bool(((i0 != 0) | (i1 != 1))[:, first:].any())
+    if K % 4:  # the last real group keeps padding only where it has fewer than two real inputs
+        dirty = dirty or bool((i1[:, first - 1] >= max(2, K % 4)).any())
+    dirty = dirty or bool((bits.scatter_positions(entries, i0, i1)[:, K:] != 0).any())
     for name in ("V", "Q"):
         dirty = dirty or (name in tensors and bool((tensors[name][K:] != 0).any()))
     if "signs" in tensors:
-        dirty = dirty or bool(bits.unpack_signs(tensors["signs"])[:, 2 * first :].any())
+        negative = bits.unpack_signs(tensors["signs"])
+        dirty = dirty or bool(bits.scatter_positions(negative, *bits.pruned_positions(i0, i1))[:, K:].any())
     if dirty:
         raise PaddingError(f"padding beyond in_features={K} must be zero (nibble 4, sign bits 0)")

@@ -75,7 +75,7 @@ def compress(
         model_or_path: a transformers causal language model, its folder, or its name on the Hugging Face hub.
         out: the folder to write. With None the result is a model in memory: a module given is changed in place and
             returned, its record as `model.slab_record`.
-        method, pattern, rank, values, group_size: see `decompose.decompose`; other keywords go to the method. Patterns
+        method, pattern, rank, values, group_size: see `methods.decompose`; other keywords go to the method. Patterns
             other than 2:4 cannot be packed and are written as a dense checkpoint.
         calibration, heldout: text (see `text.read_text`) or token ids [samples, window]. With `heldout` each layer's
             error is measured on that text too, with at most a quarter of `samples`.

@@ -63,7 +63,11 @@ class SlabLinear(nn.Module):
         problem = LinearProblem.of(self.layout, 1, dtype, self.values.device.type)
         backend = dispatch.select(problem)
         shared = next((state for other, state in self._linears.values() if other is backend), None)
-        self._linears[dtype] = (backend, backend.prepare(self.packed()) if shared is None else shared)
+        if shared is None:
+            # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
+            with torch.inference_mode(False), torch.no_grad():
+                shared = backend.prepare(self.packed())
+        self._linears[dtype] = (backend, shared)
         return self
 
     @property
@@ -72,8 +76,8 @@ class SlabLinear(nn.Module):
         return next((backend.name for backend, _ in reversed(self._linears.values())), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ShapeError(f"x has {x.shape[-1]} features, but this layer takes in_features={self.in_features}")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ShapeError(f"x has shape {list(x.shape)}, but this layer takes in_features={self.in_features} last")
         prepared = self._linears.get(x.dtype)
         if prepared is None:
             if torch.compiler.is_compiling():  # a first call inside a trace: the canonical op is always right

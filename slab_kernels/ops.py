@@ -8,6 +8,7 @@ Fake kernels and autograd (of x and bias: packed weights are frozen) serve torch
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import reference
 from .format import FACTOR_TYPES, VALUE_TYPES, PackedLayout, PackedWeight
 
+_REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
 TENSOR_ARGUMENTS = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
 PACKED = (
@@ -66,10 +68,9 @@ def _dequantize_fake(values, metadata, signs, scales, U, V, P, Q, in_features):
 
 
 def _setup_context(ctx, inputs, output):
-    _, *tensors, bias, in_features = inputs
+    _, *tensors, _, in_features = inputs
     ctx.save_for_backward(*tensors)
     ctx.in_features = in_features
-    ctx.bias_dims = output.dim() - 1 if bias is not None else None
 
 
 def _backward(ctx, grad):
@@ -79,13 +80,18 @@ def _backward(ctx, grad):
         W = torch.ops.slab_kernels.dequantize(*ctx.saved_tensors, ctx.in_features)
         grad_x = (grad.to(torch.float32) @ W).to(grad.dtype)
     if needs_bias:
-        grad_bias = grad.sum(tuple(range(ctx.bias_dims)))
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, *(None,) * len(TENSOR_ARGUMENTS), grad_bias, None
 
 
-@functools.cache
 def register() -> torch.library.Library:
-    """Define the op once; idempotent."""
+    """Define the ops once; idempotent, and safe from several threads."""
+    with _REGISTERING:
+        return _register_once()
+
+
+@functools.cache
+def _register_once() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for schema in SCHEMAS:
         library.define(schema)

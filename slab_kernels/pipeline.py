@@ -62,7 +62,7 @@ class Plan:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        from .decompose import METHODS
+        from .methods import METHODS
 
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -90,14 +90,14 @@ class Plan:
 
     @property
     def needs_gram(self) -> bool:
-        from .decompose import METHODS
+        from .methods import METHODS
 
         return METHODS[self.method].statistics == "gram"
 
     @property
     def drift(self) -> bool:
         """Whether the method takes the drift from the dense model into account (its setting `drift` is not 0)."""
-        from .decompose import METHODS
+        from .methods import METHODS
 
         return bool(self.options.get("drift", getattr(METHODS[self.method].config, "drift", 0)))
 
@@ -108,7 +108,7 @@ class Plan:
 
     def apply(self, weight: Tensor, stats: InputStats, dtype: torch.dtype) -> PackedWeight | Tensor:
         """weight [N,K] fp32 -> as it will be stored: packed, or dense in `dtype`."""
-        from .decompose import decompose
+        from .methods import decompose
 
         decomposition = decompose(
             weight, stats, method=self.method, pattern=self.pattern, rank=self.rank, values=self.values,

@@ -22,5 +22,7 @@ def linear(x: Tensor, weight: PackedWeight | Decomposition, bias: Tensor | None 
     Returns: [..., N] in x's dtype.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.nn.functional.linear(x.to(dtype), weight.dense().to(dtype), None if bias is None else bias.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):  # fp32 means fp32
+        W = weight.dense().to(dtype)
+        y = torch.nn.functional.linear(x.to(dtype), W, None if bias is None else bias.to(dtype))
     return y.to(x.dtype)

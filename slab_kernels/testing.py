@@ -34,26 +34,30 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
 
     legal = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)
     nibbles = legal[torch.randint(0, 6, (N, Kp // 4), generator=generator, dtype=torch.int32)]
-    padding = -(-K // 4)  # the first group that is padding alone
+    padding = K // 4 if K % 4 != 3 else K // 4 + 1  # from this group on fewer than three inputs are real
     nibbles[:, padding:] = bits.LEGAL_NIBBLES[0]
+    if K % 4 == 3:
+        three = legal[[0, 1, 3]]  # the pairs among positions 0, 1, 2
+        nibbles[:, K // 4] = three[torch.randint(0, 3, (N,), generator=generator)]
+    i0, i1 = (nibbles & 3).long(), (nibbles >> 2).long()
+    group = 4 * torch.arange(Kp // 4)[:, None]
+    kept_real = (torch.stack((i0, i1), -1) + group < K).flatten(1)
+    pruned_real = (torch.stack(bits.pruned_positions(i0, i1), -1) + group < K).flatten(1)
     parts = {"metadata": nibbles[:, 0::2] | nibbles[:, 1::2] << 4}
     table = layout.tensors()
     if layout.values in INTEGER_RANGES:
         low, high = INTEGER_RANGES[layout.values]
         q = torch.randint(low, high + 1, (N, Kp // 2), generator=generator, dtype=torch.int8)
-        q[:, 2 * padding :] = 0
+        q *= kept_real
         parts["values"] = bits.pack_int4(q) if layout.values == "int4" else q
         scales = torch.rand(table["scales"][1], generator=generator) * 0.02 / high + 0.01 / high
         parts["scales"] = (torch.ones_like(scales) if integers else scales).to(torch.bfloat16)
     else:
         values = normal((N, Kp // 2), 0.02)
-        values[:, 2 * padding :] = 0
-        parts["values"] = values.to(table["values"][0])
+        parts["values"] = torch.where(kept_real, values, 0.0).to(table["values"][0])
     if layout.rank:
         signs = torch.randint(0, 256, (N, Kp // 16), generator=generator, dtype=torch.uint8)
-        negative = bits.unpack_signs(signs)
-        negative[:, 2 * padding :] = False
-        parts["signs"] = bits.pack_signs(negative)
+        parts["signs"] = bits.pack_signs(bits.unpack_signs(signs) & pruned_real)
     for rank, left, right in ((layout.rank, "U", "V"), (layout.adapter_rank, "P", "Q")):
         if rank:
             dtype = table[left][0]

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": WAIST_DOWN | {"nn", "testing"},
     # above it: pure functions of a weight and its input statistics
     "calibration": FORMAT,
-    "decompose": FORMAT | {"calibration"},
+    "methods": FORMAT | {"calibration"},
     # a whole model
     "stdlib_text": set(),
     "text": {"calibration", "stdlib_text"},
@@ -41,9 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"checkpoint"},
     "blocks": {"text"},
     "source": {"blocks", "checkpoint", "text"},
-    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "decompose", "record", "source", "text"},
+    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "methods", "record", "source", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "source", "text"},
-    "model": FORMAT | MODEL | {"decompose", "nn"},
+    "model": FORMAT | MODEL | {"methods", "nn"},
     "evaluate": {"blocks", "nn", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
     # what a person sees
@@ -118,7 +118,7 @@ def test_the_table_has_no_cycle_and_no_ghost():
 
 
 def test_methods_and_backends_do_not_know_each_other():
-    for above, below in (("decompose", "backends"), ("calibration", "backends")):
+    for above, below in (("methods", "backends"), ("calibration", "backends")):
         for path in FILES:
             seen = imports(path)
             assert not (room(path) == above and below in seen) and not (room(path) == below and above in seen)

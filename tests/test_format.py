@@ -228,6 +228,39 @@ def test_defects_are_named(defect):
     assert type(caught.value) is error and text in str(caught.value)
 
 
+@pytest.mark.parametrize("K", [5, 6, 7])
+def test_padding_inside_the_last_group_is_checked(K):
+    layout = fmt.PackedLayout(8, K, "fp16", rank=1)
+    clean = random_packed(layout)
+    fmt.check_tensors(clean.tensors(), layout)
+    assert same(fmt.pack(fmt.unpack(clean)), clean)
+    metadata = clean.metadata.clone()
+    metadata[0, 0] = 0xE4  # the second group keeps positions 2 and 3, padding while real inputs are free
+    with pytest.raises(fmt.PaddingError):
+        fmt.check_tensors(clean.tensors() | {"metadata": metadata}, layout)
+    signs = clean.signs | 0b1000  # entry 3: the second group's last pruned position, which is padding
+    with pytest.raises(fmt.PaddingError):
+        fmt.check_tensors(clean.tensors() | {"signs": signs}, layout)
+
+
+def test_finite_parts_whose_product_overflows_are_refused():
+    layout = fmt.PackedLayout(8, 64, "fp16", rank=1, factors="fp32")
+    t = random_packed(layout).tensors()
+    with pytest.raises(fmt.RangeError, match="beyond fp32"):
+        fmt.check_tensors(t | {"U": t["U"] * 1e30, "V": t["V"] * 1e30}, layout)
+    scaled = fmt.PackedLayout(8, 64, "int8", 32)
+    t = random_packed(scaled).tensors()
+    with pytest.raises(fmt.RangeError, match="must be positive"):
+        fmt.check_tensors(t | {"scales": t["scales"] * 0}, scaled)
+
+
+def test_negative_zero_and_narrow_slices_survive():
+    p = random_packed(fmt.PackedLayout(32, 64, "fp16", rank=4))
+    p.values.fill_(-0.0)
+    assert bool(fmt.pack(fmt.unpack(p)).values.signbit().all())
+    assert p.narrow_out(3, 2).dense().shape == (2, 64)  # fewer rows than ranks
+
+
 def test_minus_128_is_refused():
     p = random_packed(fmt.PackedLayout(8, 64, "int8", 32))
     p.values[3, 3] = -128
@@ -245,7 +278,10 @@ def test_minus_128_is_refused():
         ({"out_features": 1 << 40}, fmt.ShapeError, "out_features"),
         ({"in_features": 0}, fmt.ShapeError, "in_features"),
         ({"in_features": -4}, fmt.ShapeError, "in_features"),
-        ({"rank": 9}, fmt.ShapeError, "min(out_features, in_features) = 8"),
+        ({"rank": -1}, fmt.ShapeError, "rank=-1"),
+        ({"rank": False}, fmt.ShapeError, "rank=False"),
+        ({"values": {}}, fmt.ValueTypeError, "values={}"),
+        ({"values": "int4", "group_size": 32.0}, fmt.ValueTypeError, "group_size=32.0"),
     ],
 )
 def test_absurd_layouts_are_refused(changes, error, text):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slab_kernels.decompose.masks import Pattern, parse_pattern, select, top_of_groups, top_of_rows
-from slab_kernels.decompose.states import enumerable, group_states
 from slab_kernels.format import PatternError
+from slab_kernels.methods.masks import Pattern, parse_pattern, select, top_of_groups, top_of_rows
+from slab_kernels.methods.states import enumerable, group_states
 
 
 @pytest.mark.parametrize(

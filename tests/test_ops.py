@@ -88,9 +88,44 @@ def test_module_is_a_drop_in():
     assert torch.allclose(module(x), dense(x), atol=1e-4)
     assert module(x[:, :0]).shape == (2, 0, 24)
     assert torch.allclose(module(x.transpose(0, 1)), dense(x).transpose(0, 1), atol=1e-4)
-    with pytest.raises(ShapeError, match="47 features, but this layer takes in_features=48"):
+    with pytest.raises(ShapeError, match=r"\[2, 5, 47\], but this layer takes in_features=48"):
         module(x[..., :-1])
     assert "bits per weight" in repr(module)
+
+
+def test_training_after_a_first_call_in_inference_mode():
+    module = SlabLinear.from_packed(random_packed(LAYOUT))
+    with torch.inference_mode():
+        module(torch.ones(1, 48))
+    x = torch.ones(48, requires_grad=True)
+    module(x).sum().backward()
+    assert torch.allclose(x.grad, module.packed().dense().sum(0), atol=1e-4)
+
+
+def test_bias_gradient_of_a_single_token_without_batch():
+    for backend in ("reference", None):
+        module = SlabLinear.from_packed(random_packed(LAYOUT), torch.zeros(24))
+        module.bias.requires_grad_()
+        if backend:
+            state = dispatch.backend(backend).prepare(module.packed())
+            module._linears[torch.float32] = (dispatch.backend(backend), state)
+        module(torch.ones(48)).sum().backward()
+        assert torch.equal(module.bias.grad, torch.ones(24))
+
+
+def test_the_reference_is_fp32_under_autocast():
+    packed, x = random_packed(LAYOUT), torch.randn(2, 48)
+    y = reference.linear(x, packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reference.linear(x, packed), y)
+
+
+def test_inputs_that_are_no_activations_are_refused():
+    module = SlabLinear.from_packed(random_packed(LAYOUT))
+    with pytest.raises(BackendError, match="floating point"):
+        module(torch.ones(2, 48, dtype=torch.long))
+    with pytest.raises(ShapeError, match=r"shape \[\]"):
+        module(torch.tensor(1.0))
 
 
 def test_state_dict_is_the_canonical_form():

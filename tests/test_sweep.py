@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slab_kernels.calibration import CalibrationError
-from slab_kernels.decompose.descent import descend_groups, descend_signs
-from slab_kernels.decompose.lowrank import masked_als, signed_factors, signed_loss, signs, truncated_svd
-from slab_kernels.decompose.masks import Pattern, parse_pattern, select
-from slab_kernels.decompose.quantize import expand_scales, grid_scales, quantize, round_to_grid
-from slab_kernels.decompose.refit import (
+from slab_kernels.methods.descent import descend_groups, descend_signs
+from slab_kernels.methods.lowrank import masked_als, signed_factors, signed_loss, signs, truncated_svd
+from slab_kernels.methods.masks import Pattern, parse_pattern, select
+from slab_kernels.methods.quantize import expand_scales, grid_scales, quantize, round_to_grid
+from slab_kernels.methods.refit import (
     InputFactor,
     KeptValues,
     OutputFactor,
@@ -22,7 +22,7 @@ from slab_kernels.decompose.refit import (
     conjugate_gradients,
     gram_loss,
 )
-from slab_kernels.decompose.sweep import Grid, curvature, sweep
+from slab_kernels.methods.sweep import Grid, curvature, sweep
 
 P24 = Pattern(2, 4)
 
@@ -128,7 +128,7 @@ def naive_sweep(W, H, L, pattern, damping):
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("nm", [(2, 4), (4, 8), (1, 3)])
 def test_blocked_sweep_agrees_with_textbook_obs(filled, nm, monkeypatch):
-    monkeypatch.setattr("slab_kernels.decompose.sweep.BLOCK", 16)  # several blocks in a small layer
+    monkeypatch.setattr("slab_kernels.methods.sweep.BLOCK", 16)  # several blocks in a small layer
     W, H = layer(6, 48)
     L = torch.full_like(W, 0.6) if filled else torch.zeros_like(W)
     expected, kept = naive_sweep(W, H, L, Pattern(*nm), 0.01)
@@ -164,7 +164,7 @@ def test_joint_choice_is_the_optimum_of_the_first_group():
 
 
 def test_unstructured_sweep_keeps_what_the_mask_says_in_every_block(monkeypatch):
-    monkeypatch.setattr("slab_kernels.decompose.sweep.BLOCK", 16)
+    monkeypatch.setattr("slab_kernels.methods.sweep.BLOCK", 16)
     W, H = layer(12, 40)
     mask = select(W.abs(), parse_pattern("60%"))
     swept = sweep(W, curvature(H), parse_pattern("60%"), mask=mask)
@@ -262,7 +262,7 @@ def test_parts_are_adjoint_to_themselves():
 # ------------------------------------------------------------------------------------------------ descent
 @pytest.mark.parametrize("values", [None, "int8", "int4"])
 def test_group_descent_only_falls_and_keeps_the_pattern(values, monkeypatch):
-    monkeypatch.setattr("slab_kernels.decompose.descent.BLOCK", 8)
+    monkeypatch.setattr("slab_kernels.methods.descent.BLOCK", 8)
     W, H, U, V, mask, sign, kept = problem(1)
     grid = scales = None
     if values:
@@ -304,7 +304,7 @@ def test_group_descent_finds_the_best_state_of_a_single_group():
 
 @pytest.mark.parametrize("values", [None, "int4"])
 def test_sign_descent_only_falls_and_flips_signs_only(values, monkeypatch):
-    monkeypatch.setattr("slab_kernels.decompose.descent.BLOCK", 8)
+    monkeypatch.setattr("slab_kernels.methods.descent.BLOCK", 8)
     W, H, U, V, mask, sign, kept = problem(2)
     grid = scales = None
     if values:

@@ -13,6 +13,7 @@ has no weight at pruned positions, so with few tokens a NaN there does not reach
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from .base import Backend, LinearProblem
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3}  # ValueType of csrc/format.h
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
+_LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
 ROWS, INPUTS = 16, 128  # of a block of the prepared stream
 
 
@@ -110,13 +112,18 @@ def runnable() -> list[str]:
     return torch.ops.slab_kernels.cpu_runnable().split(", ")
 
 
-@functools.cache
 def load_library() -> None:
-    """Load the library and register fake kernels and autograd, once.
+    """Load the library and register fake kernels and autograd, once, whichever thread comes first.
 
     Raises: OSError if the library is missing or does not load, RuntimeError if SLAB_KERNELS_CPU_ISA names an
     instruction set that is unknown or cannot run here.
     """
+    with _LOADING:
+        _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
     torch.ops.load_library(str(LIBRARY))
     torch.ops.slab_kernels.cpu_isa()
     register = torch.library.register_fake
@@ -145,9 +152,8 @@ def _dequantize_fake(stream, U, V, out_features, in_features, value_type, group_
 
 
 def _setup_context(ctx, inputs, output):
-    _, stream, U, V, P, Q, bias, *ctx.sizes = inputs
+    _, stream, U, V, P, Q, _, *ctx.sizes = inputs
     ctx.save_for_backward(stream, U, V, P, Q)
-    ctx.bias_dims = output.dim() - 1 if bias is not None else None
 
 
 def _backward(ctx, grad):
@@ -164,7 +170,7 @@ def _backward(ctx, grad):
             grad_x = grad_x + (wide @ left) @ right
         grad_x = grad_x.to(grad.dtype)
     if ctx.needs_input_grad[6]:
-        grad_bias = grad.sum(tuple(range(ctx.bias_dims)))
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, *(None,) * 5, grad_bias, *(None,) * 4
 
 

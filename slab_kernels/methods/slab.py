@@ -28,6 +28,8 @@ from .refit import InputFactor, KeptValues, OutputFactor, StepSizes, conjugate_g
 from .states import enumerable
 from .sweep import Grid, curvature, sweep
 
+REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
+
 
 @dataclass(frozen=True)
 class SlabConfig(Config):
@@ -68,7 +70,10 @@ def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition
     W = weight
     if stats.drift is not None and config.drift:
         W = drift_target(weight, curve.gram, stats.drift, config.drift, config.drift_damping)
-    gram = curve.gram + torch.diag(config.refit_damping * curve.gram.diagonal())
+    diagonal = curve.gram.diagonal()
+    # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones: without it, columns spread
+    # over 9 decades ended in values beyond fp16; ordinary layers do not notice it.
+    gram = curve.gram + torch.diag(config.refit_damping * diagonal + REFIT_FLOOR * diagonal.mean())
     U, V, mask = signed_factors(W, curve.conditional_scale, pattern, config.rank)
     swept = sweep(W, curve, pattern, (U @ V.T).abs(), mask, grid)
     state = _State(swept.approximation, swept.mask, U, V, swept.scales)

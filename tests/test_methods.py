@@ -10,9 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slab_kernels.calibration import CalibrationError, InputStats
-from slab_kernels.decompose import METHODS, MethodError, decompose
-from slab_kernels.decompose.masks import parse_pattern
-from slab_kernels.decompose.quantize import expand_scales
 from slab_kernels.format import (
     DtypeError,
     PatternError,
@@ -23,6 +20,9 @@ from slab_kernels.format import (
     round_factors,
     unpack,
 )
+from slab_kernels.methods import METHODS, MethodError, decompose
+from slab_kernels.methods.masks import parse_pattern
+from slab_kernels.methods.quantize import expand_scales
 
 PATTERNS = ["2:4", "4:8", "1:4", "50%", "60%", "70%", "80%"]
 
@@ -343,3 +343,16 @@ def test_the_gpu_gives_what_the_cpu_gives(method, layer):
     there = decompose(W.cuda(), stats.to("cuda"), method)
     assert there.S.is_cuda
     assert error(W, there.dense().cpu(), stats) == pytest.approx(here, rel=1e-2)
+
+
+def test_inputs_of_very_uneven_energy_stay_within_fp16():
+    """Energies over 18 decades once gave kept values of 1e5: weak inputs correcting loud ones."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(32, 16, generator=g) * torch.logspace(-6, 3, 16)
+        W = torch.randn(8, 16, generator=g)
+        stats = InputStats(16)
+        stats.update(x)
+        d = decompose(W, stats)
+        assert float(d.S.abs().max()) < 1e3 * float(W.abs().max())
+        pack(d)
