@@ -114,4 +114,4 @@ def test_dense_model_predicts_heldout_source_and_2_4_magnitude_pruning_hurts(win
             groups = module.weight.detach().view(-1, 4)
             groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0.0)
     # 1.12 over all held-out text: 3.2 M training tokens leave the model undertrained and so tolerant of pruning.
-    assert perplexity(model, windows) > 1.05 * dense
+    assert perplexity(model, windows) > 1.25 * dense

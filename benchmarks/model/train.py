@@ -1,11 +1,11 @@
 """Train the small Llama that ships with slab_kernels, from nothing but the Python standard library.
 
-    OMP_NUM_THREADS=1 python benchmarks/model/train.py --steps 1300 --muon-lr 8e-3 --batch-tokens 3072 \\
-        --checkpoint build/stdlib-llama.pt
+    OMP_NUM_THREADS=1 python benchmarks/model/train.py --steps 2350 --muon-lr 8e-3 --batch-tokens 3072 \\
+        --long-share 0.05 --checkpoint build/stdlib-llama.pt
 
 The tokenizer and the model see `slab_kernels.stdlib_text.training_text()` only; every perplexity is on
 `heldout_text()`. A killed run goes on from the checkpoint with the same command. The files in this folder came
-from four commands on one checkpoint (AdamW, then Muon), listed with their first steps in training_run.json;
+from six commands on one checkpoint (AdamW, then Muon), listed with their first steps in training_run.json;
 the single command above is the last of them and has not been run from step 0.
 Written: config.json, generation_config.json, model.safetensors (fp16), the tokenizer files, training_log.csv
 (one row an evaluation, on every 12th held-out window; seconds without restarts and discarded steps) and
