@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ import torch
 from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
-PROGRESS_NAME = (
-    "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
-)
+PROGRESS_NAME = "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
+LOCK_NAME = ".slab_lock"  # locked while a run writes to the folder, then removed; after a kill it is there, unlocked
 RECORD_NAME = "slab_run.json"
 PARTIAL_SUFFIX = ".partial"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
@@ -31,10 +31,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
-    "sentencepiece*", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 class CheckpointError(OSError):
@@ -66,13 +62,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise corrupt(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise corrupt("its header is not JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise corrupt(f"its header is not usable JSON: {error}") from error
     if not isinstance(header, dict):
         raise corrupt("its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -80,14 +76,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     for name, info in header.items():
         try:
             dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
-                raise ValueError
+            if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                raise ValueError  # type(n), since isinstance takes false for an int
         except (TypeError, KeyError, ValueError) as error:
-            raise corrupt(f"tensor {name!r} is described by {str(info)[:80]}") from error
+            raise corrupt(f"tensor {name!r} is described by {reprlib.repr(info)}") from error
         if dtype not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
-            )
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
         if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise corrupt(f"tensor {name!r} of {dtype}{list(shape)} takes {end - start} bytes")
         entries[name] = TensorEntry(path.name, DTYPES[dtype], shape, end - start)
@@ -102,13 +96,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    """For json.loads, which lets the last of two equal names win; other readers of the same file may take the first."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises: CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__} instead of a JSON object")
@@ -138,24 +139,16 @@ class Checkpoint:
         listed = self._weight_map(index) if index.is_file() else None
         for file in sorted(set(listed.values())) if listed is not None else [self._single_file()]:
             if not (self.folder / file).is_file():
-                raise CheckpointError(
-                    f"{self.folder} lacks the shard {file} that {INDEX_NAME} lists; copy it there"
-                )
+                raise CheckpointError(f"{self.folder} lacks the shard {file} that {INDEX_NAME} lists; copy it there")
             for name, entry in read_header(self.folder / file).items():
                 if name in self.entries:
-                    raise CheckpointError(
-                        f"tensor {name!r} lies in both {self.entries[name].file} and {file}"
-                    )
+                    raise CheckpointError(f"tensor {name!r} lies in both {self.entries[name].file} and {file}")
                 if listed is not None and listed.get(name) != file:
-                    raise CheckpointError(
-                        f"{file} holds tensor {name!r}, which {INDEX_NAME} does not place there"
-                    )
+                    raise CheckpointError(f"{file} holds tensor {name!r}, which {INDEX_NAME} does not place there")
                 self.entries[name] = entry
         for name in listed or ():
             if name not in self.entries:
-                raise CheckpointError(
-                    f"{INDEX_NAME} places tensor {name!r} in {listed[name]}, which does not hold it"
-                )
+                raise CheckpointError(f"{INDEX_NAME} places tensor {name!r} in {listed[name]}, which does not hold it")
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         listed = read_json(index).get("weight_map")
@@ -208,7 +201,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         with partial.open("wb") as f:
@@ -239,7 +232,7 @@ def _free_space(folder: Path) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Atomically. Raises: CheckpointError if the disk is full or the folder not writable."""
-    _write_atomically(path, [(json.dumps(content, indent=2) + "\n").encode()])
+    write_atomically(path, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
 def write_shard(
@@ -252,9 +245,7 @@ def write_shard(
 
     Raises: CheckpointError if the disk is full or the folder not writable.
     """
-    names = sorted(
-        specs, key=lambda name: (-specs[name][0].itemsize, name)
-    )  # largest dtype first keeps alignment
+    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # largest dtype first keeps alignment
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         dtype, shape = specs[name]
@@ -274,7 +265,7 @@ def write_shard(
             assert (t.dtype, tuple(t.shape)) == (specs[name][0], tuple(specs[name][1])), name
             yield memoryview(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
-    _write_atomically(path, chunks())
+    write_atomically(path, chunks())
     return read_header(path)
 
 
@@ -291,38 +282,70 @@ def write_index(folder: Path, tables: Iterable[dict[str, TensorEntry]]) -> None:
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Tokenizer, generation config and licence files."""
-    for path in sorted({p for pattern in SIDE_FILES for p in source.glob(pattern) if p.is_file()}):
-        _write_atomically(out / path.name, [path.read_bytes()])
+def _take_lock(path: Path):
+    """The open lock file, which the kernel unlocks when it is closed or the process is killed; None where there are no
+    locks (Windows, some network folders). Raises: CheckpointError if another run holds it, OSError."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise CheckpointError(
+                f"{path.parent} is in use by another run; wait for it or use another folder"
+            ) from error
+        except FileNotFoundError:
+            pass  # as when the file is another one: its holder removed it after we opened it, so try again
+        except OSError:
+            file.close()
+            path.unlink(missing_ok=True)
+            return None
+        file.close()
 
 
 class Progress:
     """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
 
-    `blocks[i]` = {"file", "bytes", "layers"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder.
+    `blocks[i]` = {"file", "bytes", "layers"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder
+    until `close` or `abandon`; as a context manager it calls the one that fits.
 
-    Raises: CheckpointError if the folder holds something else, was begun with other settings (the difference is
-    named), or cannot be written.
+    Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
+    settings (the difference is named), or cannot be written.
     """
 
     def __init__(self, out: Path, settings: dict, resume: bool):
         self.out, self.settings, self.blocks = out, settings, []
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out} is a file; give a folder to write to")
-        found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(out / LOCK_NAME)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"cannot create {out} or write to it: {error.strerror or error}; choose another folder"
+            ) from error
+        try:
+            self._claim(resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _claim(self, resume: bool) -> None:
+        out, found = self.out, sorted(p.name for p in self.out.iterdir() if p.name != LOCK_NAME)
         if found and not resume:
             begun = PROGRESS_NAME in found
             raise CheckpointError(
                 f"{out} is not empty ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); choose an empty folder"
                 + (", or pass resume=True to go on with the run that was interrupted there" if begun else "")
             )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot create {out}: {error.strerror or error}; choose another folder"
-            ) from error
         if PROGRESS_NAME in found:
             self._restore(read_json(out / PROGRESS_NAME))
         elif found and found != [PROGRESS_NAME + PARTIAL_SUFFIX]:
@@ -335,12 +358,15 @@ class Progress:
         self._write()
 
     def _restore(self, state: dict) -> None:
-        check_same_settings(self.out, state.get("settings") or {}, self.settings)
-        for block in state.get("blocks", []):
+        settings, blocks = state.get("settings"), state.get("blocks")
+        if type(settings) is not dict or type(blocks) is not list or not all(map(_is_block, blocks)):
+            raise CheckpointError(f"{self.out / PROGRESS_NAME} is damaged; use an empty folder")
+        check_same_settings(self.out, settings, self.settings)
+        for block in blocks:
             try:
                 whole = (self.out / block["file"]).stat().st_size == block["bytes"]
                 read_header(self.out / block["file"])
-            except (OSError, KeyError, TypeError):
+            except (OSError, ValueError):  # ValueError: no file can have this name
                 whole = False
             if not whole:
                 break  # this block and those after it are done again
@@ -356,14 +382,38 @@ class Progress:
 
     def close(self) -> None:
         """The folder is complete: remove the state file."""
-        (self.out / PROGRESS_NAME).unlink(missing_ok=True)
+        try:
+            (self.out / PROGRESS_NAME).unlink(missing_ok=True)
+        finally:
+            self.release()
 
     def abandon(self) -> None:
-        """A run that failed before its first block gives the folder back, so that other settings can be tried."""
-        if not self.blocks:
+        """A run that failed lets go of the folder; before its first block, it gives it back for other settings."""
+        if self.blocks:
+            self.release()
+        else:
             self.close()
             with contextlib.suppress(OSError):  # not empty: somebody else's files
                 self.out.rmdir()
+
+    def release(self) -> None:
+        """Let other runs into the folder; what is in it stays."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with contextlib.suppress(OSError):  # before it is closed, else it may be another run's by then
+                (self.out / LOCK_NAME).unlink()
+            lock.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.close() if kind is None else self.abandon()
+
+
+def _is_block(block) -> bool:
+    kinds = {"file": str, "bytes": int, "layers": list}
+    return type(block) is dict and all(type(block.get(key)) is kind for key, kind in kinds.items())
 
 
 def check_same_settings(out: Path, before: dict, now: dict) -> None:
@@ -371,12 +421,8 @@ def check_same_settings(out: Path, before: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
     different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if different:
-        what = "; ".join(
-            f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}" for key in different
-        )
-        raise CheckpointError(
-            f"cannot resume {out}: {what}; use the settings of the first run, or an empty folder"
-        )
+        what = "; ".join(f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}" for key in different)
+        raise CheckpointError(f"cannot resume {out}: {what}; use the settings of the first run, or an empty folder")
 
 
 def _short(value) -> str:

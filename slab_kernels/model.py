@@ -106,15 +106,14 @@ def compress(
         "calibration_sha256": _digest(texts[0]), "heldout_sha256": _digest(texts[1]) if len(texts) > 1 else None,
         "model_sha256": None if out is None else source.fingerprint(), "format_version": FORMAT_VERSION, "library": __version__,
     }  # fmt: skip
-    if out is None:
-        sink = MemorySink()
-    else:
+    if out is not None:
         out = Path(out)
         if resume and (record := _complete(out, settings)):
             return record
-        sink = FolderSink(out, source, path, len(blocks), plan, Progress(out, settings, resume))
-    report = listener(progress)
+    report, sink = listener(progress), MemorySink()
     try:
+        if out is not None:
+            sink = FolderSink(out, source, path, len(blocks), plan, Progress(out, settings, resume))
         tokens = texts[0].numel()
         message = f"compressing {source.name}: {len(blocks)} blocks, {tokens} calibration tokens in windows of {settings['window']}"
         report(ProgressEvent("start", blocks=len(blocks), message=message))

@@ -13,16 +13,15 @@ from .checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
-    copy_side_files,
     shard_name,
     write_index,
     write_json,
     write_shard,
 )
-from .format import FORMAT_VERSION, FormatError, PackedLayout, PackedWeight, VersionError
+from .format import FORMAT_VERSION, FormatError, PackedLayout, PackedWeight, ShapeError, VersionError
 from .nn import SlabLinear
 from .pipeline import resolve_device
-from .source import build_skeleton, config_dict, hub_folder, place, tied_names
+from .source import build_skeleton, config_dict, copy_side_files, hub_folder, place, tied_names
 
 QUANT_METHOD = "slab_kernels"
 
@@ -48,7 +47,7 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
             f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); compress it first, or open it with transformers"
         )
     version = entry.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:  # type(): true is an int to isinstance
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} has format_version {version!r}, expected a positive integer"
         )
@@ -83,9 +82,7 @@ def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) ->
                 f"module {name} is {layout.out_features}x{layout.in_features} in quantization_config and "
                 f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
             )
-        model.set_submodule(
-            name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
-        )
+        model.set_submodule(name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype))
     return model
 
 
@@ -107,9 +104,7 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
     for name, entry in checkpoint.entries.items():
         want = expected[name]
         if entry.shape != tuple(want.shape):
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}"
-            )
+            raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
         if entry.dtype != want.dtype and (
             name in packed or entry.dtype.is_floating_point != want.dtype.is_floating_point
         ):
@@ -130,8 +125,17 @@ def read_packed(get: Callable[[str], Tensor], name: str, layout: PackedLayout) -
         )
     except FormatError as error:
         raise type(error)(f"{name}: {error}") from error
-    assert packed.layout == layout, (packed.layout, layout)  # shapes and dtypes were compared before
+    if packed.layout != layout:
+        raise ShapeError(f"{name}: its tensors make {packed.layout}, config.json says {layout}")
     return packed
+
+
+def read_dense(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that is not packed. Raises: CheckpointError."""
+    t = checkpoint.get(name)
+    if t.is_floating_point() and not bool(t.isfinite().all()):
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers")
+    return t
 
 
 def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -155,9 +159,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtyp
             module._buffers[part] = tensor.to(device)
     packed_names, tied = _packed_names(model), tied_names(model)
     for name in checkpoint.entries.keys() - packed_names:
-        t = checkpoint.get(name)
-        if t.is_floating_point() and not bool(t.isfinite().all()):
-            raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers")
+        t = read_dense(checkpoint, name)
         t = t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
         for alias in (
             name,
@@ -166,9 +168,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtyp
             place(model, alias, t)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    for (
-        module
-    ) in model.modules():  # tables computed from the config, such as rotary frequencies, are in no checkpoint
+    for module in model.modules():  # tables computed from the config, such as rotary frequencies, are in no checkpoint
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
@@ -192,33 +192,31 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         raise CheckpointError(
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
         )
-    out, progress = Path(path), Progress(Path(path), {"save": type(model).__name__}, resume=False)
-    try:
-        blocks_path, blocks = find_blocks(model)
-        shards = [f"{blocks_path}.{index}." for index in range(len(blocks))]
-    except ArchitectureError:
-        shards = []
-    tied, state = tied_names(model), model.state_dict()
-    names = {n for n in state if n not in tied or tied[n] not in state}
-    tables = []
-    for number, prefix in enumerate([*shards, ""]):
-        part = {n: state[n] for n in names if n.startswith(prefix)}
-        names -= part.keys()
-        specs = {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}
-        tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, part.__getitem__))
-    write_index(out, tables)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(out)
-    before = getattr(model.config, "quantization_config", None)
-    before = before if isinstance(before, dict) else {}
-    config = config_dict(model)
-    config["quantization_config"] = quantization_config(
-        {name: m.layout for name, m in modules.items()}, before
-    )
-    write_json(out / "config.json", config)
-    progress.close()
+    out = Path(path)
+    with Progress(out, {"save": type(model).__name__}, resume=False):
+        try:
+            blocks_path, blocks = find_blocks(model)
+            shards = [f"{blocks_path}.{index}." for index in range(len(blocks))]
+        except ArchitectureError:
+            shards = []
+        tied, state = tied_names(model), model.state_dict()
+        names = {n for n in state if n not in tied or tied[n] not in state}
+        tables = []
+        for number, prefix in enumerate([*shards, ""]):
+            part = {n: state[n] for n in names if n.startswith(prefix)}
+            names -= part.keys()
+            specs = {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}
+            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, part.__getitem__))
+        write_index(out, tables)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(out)
+        before = getattr(model.config, "quantization_config", None)
+        before = before if isinstance(before, dict) else {}
+        config = config_dict(model)
+        config["quantization_config"] = quantization_config({name: m.layout for name, m in modules.items()}, before)
+        write_json(out / "config.json", config)
 
 
 def decompress(path: Path | str, out: Path | str) -> None:
@@ -231,27 +229,24 @@ def decompress(path: Path | str, out: Path | str) -> None:
     checkpoint, out = Checkpoint(hub_folder(str(path))), Path(out)
     layouts = read_layouts(checkpoint)
     check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
-    name = str(
-        checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
-    ).removeprefix("torch.")
-    dtype = getattr(torch, name, torch.float16)
-    progress = Progress(out, {"decompress": checkpoint.fingerprint()}, resume=False)
-    tables = []
-    for file, specs in _dense_shards(checkpoint, layouts, dtype):
-
-        def get(tensor_name: str) -> Tensor:
-            module = tensor_name.removesuffix(".weight")
-            if module not in layouts or module == tensor_name:
-                return checkpoint.get(tensor_name)
-            return read_packed(checkpoint.get, module, layouts[module]).dense().to(dtype)
-
-        tables.append(write_shard(out / file, specs, get))
-    write_index(out, tables)
-    copy_side_files(checkpoint.folder, out)
-    write_json(
-        out / "config.json", {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16").removeprefix(
+        "torch."
     )
-    progress.close()
+    dtype = getattr(torch, name, torch.float16)
+    with Progress(out, {"decompress": checkpoint.fingerprint()}, resume=False):
+        tables = []
+        for file, specs in _dense_shards(checkpoint, layouts, dtype):
+
+            def get(tensor_name: str) -> Tensor:
+                module = tensor_name.removesuffix(".weight")
+                if module not in layouts or module == tensor_name:
+                    return read_dense(checkpoint, tensor_name)
+                return read_packed(checkpoint.get, module, layouts[module]).dense().to(dtype)
+
+            tables.append(write_shard(out / file, specs, get))
+        write_index(out, tables)
+        copy_side_files(checkpoint.folder, out)
+        write_json(out / "config.json", {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
 
 
 def _dense_shards(

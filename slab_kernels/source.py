@@ -13,37 +13,73 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ArchitectureError
-from .checkpoint import Checkpoint, CheckpointError, copy_side_files, read_json, write_json
+from .checkpoint import Checkpoint, CheckpointError, read_json, write_atomically, write_json
+from .layout import MAX_FEATURES, FormatError
+
+SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
+    "sentencepiece*", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+# Far above any model: building allocates rotary tables for real and a module object for each layer.
+MAX_SIZES = {
+    "hidden_size": MAX_FEATURES, "intermediate_size": MAX_FEATURES, "head_dim": MAX_FEATURES, "vocab_size": 1 << 31,
+    "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 24, "num_key_value_heads": 1 << 24,
+    "max_position_embeddings": 1 << 31,
+}  # fmt: skip
+MAX_EMBEDDING = 1 << 40  # entries
 
 
 def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
     """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
 
-    Raises: CheckpointError if the config cannot be read, ArchitectureError if transformers has no causal model for it.
+    Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
+    transformers has no causal model for it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    if config is None:
-        kind = read_json(config_folder / "config.json").get("model_type")
-        if not isinstance(kind, str):
-            raise CheckpointError(
-                f"{config_folder / 'config.json'} names no model_type; it is no Hugging Face model config"
-            )
-        try:
+    where = "the given config" if config_folder is None else config_folder / "config.json"
+    try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
+        if config is None:
+            if not isinstance(read_json(where).get("model_type"), str):
+                raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
             config = AutoConfig.from_pretrained(config_folder)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"transformers cannot use {config_folder / 'config.json'}: {_first_line(error)}"
-            ) from error
-    try:
+        _check_sizes(config, where)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, ImportError) as error:
+    except (CheckpointError, ArchitectureError, FormatError):
+        raise
+    except ImportError as error:
         raise ArchitectureError(
-            f"transformers builds no causal language model for {config.model_type!r}: {_first_line(error)}"
+            f"transformers cannot build the model of {where} here: {_first_line(error)}"
         ) from error
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot use {where}: {_first_line(error)}") from error
     return model.eval()
+
+
+def _check_sizes(config, where: Path | str) -> None:
+    """The sizes in a config and in those inside it (of a model of several modalities). Raises: CheckpointError."""
+    from transformers import PretrainedConfig
+
+    for part in (config, *(c for c in vars(config).values() if isinstance(c, PretrainedConfig))):
+        for name, most in MAX_SIZES.items():
+            sizes = _size(part, name)
+            for size in sizes if isinstance(sizes, list | tuple) else [sizes]:  # some models list one for each layer
+                if size is not None and (type(size) is not int or not 0 < size <= most):
+                    raise CheckpointError(f"{where} has {name}={size!r}, expected an integer from 1 to {most}")
+        width, vocabulary = _size(part, "hidden_size"), _size(part, "vocab_size")
+        if type(width) is type(vocabulary) is int and width * vocabulary > MAX_EMBEDDING:
+            raise CheckpointError(f"{where} asks for an embedding of {vocabulary}x{width} numbers, which no model has")
+
+
+def _size(config, name: str):
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' own type: layers that differ have no common size
+        return None
 
 
 def _first_line(error: Exception) -> str:
@@ -70,6 +106,12 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Tokenizer, generation config and licence files."""
+    for path in sorted({p for pattern in SIDE_FILES for p in source.glob(pattern) if p.is_file()}):
+        write_atomically(out / path.name, [path.read_bytes()])
 
 
 class FolderSource:
@@ -106,9 +148,7 @@ class FolderSource:
             if name not in expected:
                 self.ignored.append(stored)
             elif name in self.stored:
-                raise CheckpointError(
-                    f"tensors {self.stored[name]!r} and {stored!r} are both {name!r} of the model"
-                )
+                raise CheckpointError(f"tensors {self.stored[name]!r} and {stored!r} are both {name!r} of the model")
             else:
                 self.stored[name] = stored
         for name in expected.keys() - self.stored.keys() - tied.keys():
@@ -199,9 +239,7 @@ def config_dict(model: nn.Module) -> dict:
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
-        "torch."
-    )
+    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     return config
 
 
@@ -212,9 +250,7 @@ def _renamer(model: nn.Module, expected: dict):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # transformers < 5 renames inside from_pretrained only
-        return lambda name: (
-            f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name.removeprefix(prefix + ".")
-        )
+        return lambda name: f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name.removeprefix(prefix + ".")
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

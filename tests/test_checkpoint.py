@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
+import shutil
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import slab_kernels
+from slab_kernels.blocks import ArchitectureError
 from slab_kernels.checkpoint import (
     INDEX_NAME,
+    LOCK_NAME,
     PROGRESS_NAME,
     Checkpoint,
     CheckpointError,
@@ -27,8 +35,11 @@ from slab_kernels.checkpoint import (
     write_json,
     write_shard,
 )
-from slab_kernels.model import compress
-from slab_kernels.source import FolderSource, open_source
+from slab_kernels.format import PackedLayout, ShapeError
+from slab_kernels.model import compress, decompress, load
+from slab_kernels.packed_checkpoint import read_layouts, read_packed
+from slab_kernels.source import FolderSource, build_skeleton, open_source
+from slab_kernels.testing import random_packed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
 
@@ -79,7 +90,14 @@ def entry(dtype="F32", shape=(2,), start=0, end=8) -> dict:
         (b"", "a header of 0 bytes in a file of 0"),
         (b"\x01\x02", "in a file of 2"),
         (raw({}, b"", length=1 << 62), "a header of 4611686018427387904 bytes"),
-        (raw(b"{nonsense", b""), "its header is not JSON"),
+        (raw(b"{nonsense", b""), "its header is not usable JSON: Expecting property name"),
+        (raw(b"[" * 100_000, b""), "its header is not usable JSON: maximum recursion"),
+        (raw(b'{"a": 1, "a": 1}', b""), "its header is not usable JSON: a name stands in it twice"),
+        (raw(b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", b""), "tensor 'a' is described by"),
+        (raw({"a": entry(dtype=[])}, b"x" * 8), "tensor 'a' is described by"),
+        (raw({"a": entry(dtype={})}, b"x" * 8), "tensor 'a' is described by"),
+        (raw({"a": entry(shape=(True, 2))}, b"x" * 8), "tensor 'a' is described by"),
+        (raw({"a": entry(start=False)}, b"x" * 8), "tensor 'a' is described by"),
         (raw(b"[1]", b""), "not a JSON object"),
         (raw({"a": 7}, b""), "tensor 'a' is described by 7"),
         (raw({"a": {"dtype": "F32", "shape": [2]}}, b""), "tensor 'a' is described by"),
@@ -128,6 +146,8 @@ def change_index(folder: Path, **weight_map: str | None):
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json$"),
         (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "is not valid JSON .maximum recursion"),
+        (lambda f: (f / INDEX_NAME).write_text('{"a":' * 100_000), "is not valid JSON .maximum recursion"),
         (lambda f: (f / "config.json").write_text("[]"), "holds list instead of a JSON object"),
         (lambda f: (f / "b.safetensors").unlink(), "lacks the shard b.safetensors"),
         (lambda f: (f / "b.safetensors").write_bytes(b"junk" * 9), "b.safetensors is corrupt"),
@@ -235,6 +255,18 @@ def test_tensors_that_the_model_does_not_have_are_listed(tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, r"compressed already \(quant_method 'gptq'\)"),
         ({"model_type": None}, "names no model_type"),
         ({"model_type": "no-such-model"}, "transformers cannot use"),
+        ({"hidden_size": 1 << 45}, r"config\.json has hidden_size=35184372088832, expected an integer from 1 to"),
+        ({"hidden_size": "32"}, r"transformers cannot use .*config\.json: .*hidden_size"),
+        ({"hidden_size": -4}, r"config\.json"),
+        ({"hidden_size": 0}, r"config\.json has hidden_size=0"),
+        ({"hidden_size": 1 << 20, "vocab_size": 1 << 30}, r"config\.json asks for an embedding of 1073741824x1048576"),
+        ({"vocab_size": 1 << 62}, r"config\.json has vocab_size="),
+        ({"num_attention_heads": 0}, r"transformers cannot use .*config\.json"),
+        ({"num_hidden_layers": 1 << 31}, r"config\.json has num_hidden_layers="),
+        ({"head_dim": 1 << 30}, r"config\.json has head_dim="),
+        ({"max_position_embeddings": -1}, r"config\.json has max_position_embeddings=-1"),
+        ({"dtype": "load"}, r"transformers cannot use .*config\.json"),
+        ({"hidden_act": "no-such-function"}, r"transformers cannot use .*config\.json: 'no-such-function'"),
     ],
 )
 def test_a_config_that_is_no_dense_model(tmp_path, config, message):
@@ -245,11 +277,57 @@ def test_a_config_that_is_no_dense_model(tmp_path, config, message):
         FolderSource(tmp_path)
 
 
+def test_a_config_of_no_language_model_is_an_architecture_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ArchitectureError, match="no causal language model for 'vit'"):
+        build_skeleton(tmp_path)
+
+
 def test_the_fingerprint_sees_weights_and_not_the_path(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         tiny_models.write(tmp_path / name, seed=seed)
     a, b, c = (FolderSource(tmp_path / name).fingerprint() for name in "abc")
     assert a == b != c
+
+
+# packed folders
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    tiny_models.write(folder / "dense")
+    compress(folder / "dense", folder / "out", method="magnitude", calibration=tiny_models.tokens(), progress=False)
+    return folder / "out"
+
+
+def test_a_truth_value_is_no_format_version(packed):
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["format_version"] = True
+    checkpoint = Checkpoint(packed)
+    checkpoint.config = config
+    with pytest.raises(CheckpointError, match="has format_version True, expected a positive integer"):
+        read_layouts(checkpoint)
+
+
+def test_packed_tensors_of_another_layout_are_named():
+    tensors = {f"m.{part}": t for part, t in random_packed(PackedLayout(4, 32, rank=2)).tensors().items()}
+    with pytest.raises(ShapeError, match=r"m: its tensors make PackedLayout\(.*rank=2.* config\.json says .*rank=1"):
+        read_packed(tensors.__getitem__, "m", PackedLayout(4, 32, rank=1))
+
+
+@pytest.mark.parametrize("use", [load, lambda folder: decompress(folder, folder.parent / "plain")])
+def test_what_is_not_packed_is_checked_too(packed, tmp_path, use):
+    folder = tmp_path / "copy"
+    shutil.copytree(packed, folder)
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"][3] = torch.nan
+            save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds NaN or infinite"):
+        use(folder)
+    assert not any((tmp_path / "plain" / name).exists() for name in ("config.json", LOCK_NAME, PROGRESS_NAME))
 
 
 # writing
@@ -321,6 +399,7 @@ def test_progress_goes_on_where_it_stopped(tmp_path):
     write(out / "a.safetensors", {"x": torch.ones(2)})
     progress.finish_block("a.safetensors", [{"name": "l"}])
     (out / "b.safetensors.partial").write_bytes(b"half a shard")
+    progress.release()
     again = Progress(out, {"rank": 1}, resume=True)
     assert [b["layers"] for b in again.blocks] == [[{"name": "l"}]]
     assert not list(out.glob("*.partial"))
@@ -354,11 +433,114 @@ def test_a_damaged_shard_is_done_again_with_all_after_it(tmp_path, damage):
     for name in "abc":
         write(tmp_path / "out" / f"{name}.safetensors", {"x": torch.ones(2)})
         progress.finish_block(f"{name}.safetensors", [])
+    progress.release()
     damage(tmp_path / "out" / "b.safetensors")
     assert [b["file"] for b in Progress(tmp_path / "out", {}, resume=True).blocks] == ["a.safetensors"]
 
 
-def test_a_progress_file_that_is_no_json(tmp_path):
-    (tmp_path / PROGRESS_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match=r"slab_progress.json is not valid JSON"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "holds list instead of a JSON object"),
+        ("{}", "is damaged; use an empty folder"),
+        ('{"settings": {}, "blocks": 5}', "is damaged; use an empty folder"),
+        ('{"settings": {}, "blocks": null}', "is damaged; use an empty folder"),
+        ('{"settings": {}, "blocks": [7]}', "is damaged; use an empty folder"),
+        ('{"settings": {}, "blocks": [{"file": "a", "bytes": 1}]}', "is damaged; use an empty folder"),
+        ('{"settings": ["a"], "blocks": []}', "is damaged; use an empty folder"),
+    ],
+)
+def test_a_progress_file_of_another_shape(tmp_path, content, message):
+    (tmp_path / PROGRESS_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"slab_progress\.json {message}"):
         Progress(tmp_path, {}, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == [PROGRESS_NAME]
+
+
+# two runs in one folder
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("end", [Progress.close, Progress.abandon, Progress.release])
+def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path, resume, end):
+    out = tmp_path / "out"
+    first = Progress(out, {}, resume=False)
+    write(out / "a.safetensors", {"x": torch.ones(2)})
+    first.finish_block("a.safetensors", [])
+    (out / "b.safetensors.partial").write_bytes(b"being written")
+    with pytest.raises(CheckpointError, match="out is in use by another run; wait for it or use another folder"):
+        Progress(out, {}, resume)
+    assert (out / "b.safetensors.partial").exists() and (out / LOCK_NAME).exists()
+    end(first)
+    assert not (out / LOCK_NAME).exists()
+    if end is not Progress.close:
+        assert len(Progress(out, {}, resume=True).blocks) == 1
+
+
+def test_a_failed_run_lets_go_of_its_folder_and_can_be_resumed(tmp_path):
+    """The exception, still held here, keeps the first Progress alive through its traceback."""
+    tiny_models.write(tmp_path / "dense")
+    settings = dict(method="magnitude", calibration=tiny_models.tokens())
+
+    def stop(event):
+        if event.kind == "block":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        compress(tmp_path / "dense", tmp_path / "out", progress=stop, **settings)
+    compress(tmp_path / "dense", tmp_path / "out", progress=False, resume=True, **settings)
+    compress(tmp_path / "dense", tmp_path / "again", progress=False, **settings)
+    assert caught.value and not list(tmp_path.glob(f"*/{LOCK_NAME}"))
+
+
+def test_a_lock_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
+    """Between opening the lock file and locking it, its holder may end and remove it: what is locked must be the file there."""
+    first, real = Progress(tmp_path, {}, resume=False), fcntl.flock
+
+    def late(file, how):
+        first.release()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = Progress(tmp_path, {}, resume=True)
+    monkeypatch.setattr(fcntl, "flock", real)
+    with pytest.raises(CheckpointError, match="in use by another run"):
+        Progress(tmp_path, {}, resume=True)
+    second.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_there_are_no_locks_runs_go_on(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    Progress(tmp_path / "a", {}, resume=False).close()
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows: importing it fails
+    Progress(tmp_path / "b", {}, resume=False).close()
+    assert not list(tmp_path.glob("*/*"))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from slab_kernels.checkpoint import Progress
+progress = Progress(Path(sys.argv[1]), {}, resume=False)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_another_process_holds_the_folder_until_it_is_killed(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(Path(slab_kernels.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], env=env, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="in use by another run"):
+            Progress(tmp_path / "out", {}, resume=True)
+        other.send_signal(signal.SIGKILL)
+    assert (tmp_path / "out" / LOCK_NAME).exists()
+    Progress(tmp_path / "out", {}, resume=True).close()
+    assert not list((tmp_path / "out").iterdir())

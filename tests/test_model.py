@@ -465,7 +465,7 @@ NAME = "model.layers.1.self_attn.k_proj"
         ),
         ({"module": {"values": "fp7"}}, FormatError, "k_proj: values='fp7' is unknown"),
         ({"module": {"rank": 0}}, CheckpointError, "holds the unexpected tensor"),
-        ({"module": {"rank": -1}}, FormatError, "rank=-1 must be between 0"),
+        ({"module": {"rank": -1}}, FormatError, "rank=-1 must be an integer between 0"),
         ({"module": {"out_features": 1 << 40}}, FormatError, "out_features=1099511627776 must be"),
     ],
 )
