@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": set(),
     "record": {"checkpoint"},
     "blocks": {"text"},
-    "source": {"blocks", "checkpoint", "text"},
+    "source": FORMAT | {"blocks", "checkpoint", "text"},
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "methods", "record", "source", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "source", "text"},
     "model": FORMAT | MODEL | {"methods", "nn"},

@@ -428,6 +428,7 @@ def test_interrupt_is_130_and_resume_finishes(model, text, tmp_path):
         time.sleep(0.002)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and json.loads(out)["error"]["type"] == "Interrupted" and "Traceback" not in err
+    assert child.returncode == 130, (out, err)
+    assert json.loads(out)["error"]["type"] == "Interrupted" and "Traceback" not in err
     assert not (tmp_path / "out" / "config.json").exists()
     assert cli.run(small(model, tmp_path / "out", text, "--resume")) == 0
