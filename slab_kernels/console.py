@@ -11,9 +11,11 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,9 @@ class Outcome:
     show: Callable[[], None]
 
 
+INTERRUPTION = "interrupted; compress goes on where it stopped with --resume"
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code for an exception: a full disk or missing permission anywhere in its causes, else by its class."""
     cause: BaseException | None = error
@@ -64,11 +69,12 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
     """Runs a command to its end and prints its result or its failure; returns the exit code."""
     import typer
 
+    interrupts: list[int] = []
     usage_error = typer.BadParameter.__mro__[1]  # click's own or typer's copy of it, whichever this typer uses
     click_error = usage_error.__mro__[1]
     stdout = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr if as_json else stdout):
+        with contextlib.redirect_stdout(sys.stderr if as_json else stdout), noted_interrupts() as interrupts:
             outcome = command()
         if outcome == INTERRUPTED:  # typer catches KeyboardInterrupt itself
             raise KeyboardInterrupt
@@ -85,14 +91,14 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        return fail(stdout, as_json, "Interrupted", "interrupted; compress goes on where it stopped with --resume", INTERRUPTED)
+        return fail(stdout, as_json, "Interrupted", INTERRUPTION, INTERRUPTED)
     except click_error as error:
         hint = getattr(getattr(error, "ctx", None), "command_path", None)
         message = one_line(error.format_message()) + (f" (see: {hint} --help)" if hint else "")
         return fail(stdout, as_json, "UsageError", message, BAD_INPUT)
     except Exception as error:
-        if type(error).__name__ == "Abort":
-            return fail(stdout, as_json, "Interrupted", "interrupted", INTERRUPTED)
+        if interrupts or type(error).__name__ == "Abort":
+            return fail(stdout, as_json, "Interrupted", INTERRUPTION, INTERRUPTED)
         if type(error).__name__ == "Exit":
             return error.exit_code
         if os.environ.get(DEBUG):
@@ -102,6 +108,25 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
         if code == UNEXPECTED:
             message = f"unexpected {type(error).__name__}: {message}; {DEBUG}=1 shows where; please report it"
         return fail(stdout, as_json, type(error).__name__, message, code)
+
+
+@contextlib.contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt and is noted: torch turns one that arrives inside it into a ValueError."""
+    noted: list[int] = []
+
+    def handle(number: int, frame) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fail(stdout, as_json: bool, kind: str, message: str, code: int) -> int:
