@@ -1,0 +1,242 @@
+"""Execution of a grid (PTX ISA 2 "Programming Model", 9.7.12 control flow).
+
+All CTAs of a chunk run together, one numpy lane per thread. Among lanes at different instructions those at
+the lowest one go first, until they branch or reach the others: that reconverges structured code. Parked
+(barrier) and exited lanes have program counters beyond the code, so they are never the lowest."""
+
+from collections import Counter
+
+import numpy as np
+
+from .decode import PtxError, opcode
+from .loads import Copies
+from .matrix import Fragments
+from .memory import Flat, Memory
+from .races import Races
+from .warps import Barriers
+
+_PARKED, _EXITED = 1 << 30, (1 << 30) + 1
+# per chunk: large enough to hide numpy's call cost, small enough for a register set to stay in the cache
+_LANES = 8192
+_BRANCHES = 5_000_000  # of one chunk: some minutes; a thread that spins on memory would never end
+_SHARED = 1 << 24  # bytes of shared memory per chunk
+
+
+@opcode("bra", "brx")
+def branch(i):
+    i.kind = i.parts[0]
+    return None
+
+
+@opcode("ret", "exit")
+def leave(i):
+    i.kind = "exit"
+    return None
+
+
+@opcode("trap", "brkpt")
+def trap(i):
+    def run(m, act):
+        raise PtxError("trap", 0 if act is None else int(np.argmax(act)))
+
+    return run
+
+
+class Machine:
+    """One chunk of CTAs."""
+
+    def __init__(self, kernel, grid, block, ctas, params, memory, shared_bytes, check_races, stats):
+        self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
+        self.ids, self.ctas = ctas, len(ctas)
+        self.threads = block[0] * block[1] * block[2]
+        self.warps = -(-self.threads // 32)
+        per_cta = 32 * self.warps
+        self.n = per_cta * self.ctas
+        self.lanes = np.arange(self.n)
+        self.cta = self.lanes // per_cta
+        self.present = self.lanes % per_cta < self.threads
+        self.params = params
+        self.shared = Flat(self.ctas, shared_bytes, "shared")
+        self.local = Flat(self.n, kernel.local_bytes, "local")
+        widths = [i.width for i in kernel.code if i.width]
+        self.races = None
+        if check_races and shared_bytes and widths:
+            self.races = Races(self.ctas, self.warps, self.shared.stride, min(widths))
+        self.copies, self.fragments = Copies(self.n), Fragments()
+        self.barriers = Barriers(self)
+        self.pcs = np.where(self.present, 0, _EXITED)
+        self.parked = np.full(self.n, -1, np.int64)
+        self.resume = np.zeros(self.n, np.int64)
+        self.warp_mask = np.zeros(self.n, np.uint32)
+        # Registers start poisoned; one array per width is shared by all until their first write.
+        poison = {w: np.full(self.n, -1, f"i{w}").view(f"u{w}") for w in (1, 2, 4, 8)} | {
+            0: np.ones(self.n, bool)
+        }
+        self.R = [poison[w] for w in kernel.widths]
+        for name, slot in kernel.special.items():
+            self.R[slot] = self._special(name, grid, shared_bytes)
+
+    def _special(self, name, grid, shared_bytes):
+        """Special registers (ISA 10)."""
+        thread, lane = self.lanes % (32 * self.warps), (self.lanes % 32).astype(np.uint64)
+        name, _, axis = name[1:].partition(".")
+        d = "xyz".find(axis) if axis else 0
+        x, y, _ = self.block
+        one = np.uint64(1)
+        value = {
+            "tid": lambda: (thread % x, thread // x % y, thread // (x * y))[d],
+            "ntid": lambda: self.block[d],
+            "ctaid": lambda: np.array(self.ids)[self.cta, d],
+            "nctaid": lambda: grid[d],
+            "laneid": lambda: lane,
+            "warpid": lambda: thread // 32,
+            "nwarpid": lambda: self.warps,
+            "lanemask_eq": lambda: one << lane,
+            "lanemask_lt": lambda: (one << lane) - one,
+            "lanemask_le": lambda: (np.uint64(2) << lane) - one,
+            "lanemask_gt": lambda: ~((np.uint64(2) << lane) - one),
+            "lanemask_ge": lambda: ~((one << lane) - one),
+            "dynamic_smem_size": lambda: shared_bytes - self.kernel.dynamic_start,
+            "total_smem_size": lambda: shared_bytes,
+        }.get(name, lambda: 0)()
+        width = np.uint64 if name == "clock64" else np.uint32
+        return np.broadcast_to(np.asarray(value).astype(width), self.n).copy()
+
+    def park(self, lanes, place):
+        """Stop these lanes at a barrier; they go on after the present instruction."""
+        self.parked[lanes], self.pcs[lanes], self.resume[lanes] = place, _PARKED, self.pc + 1
+
+    def free(self, lanes):
+        self.parked[lanes] = -1
+        self.pcs[lanes] = self.resume[lanes]
+
+    def run(self):
+        """Execute to the end; returns executed warp instructions by position."""
+        code, end = self.kernel.code, len(self.kernel.code)
+        counts, pcs, branches = [0] * (end + 1), self.pcs, 0
+        self.pc, group, limit, warps = 0, None, 0, 0
+        pc = 0
+        while True:
+            if pc >= limit:  # the others are due: choose the lowest lanes anew
+                if group is not None:
+                    pcs[group] = pc
+                elif limit:
+                    pcs[:] = pc
+                pc = int(pcs.min())
+                if pc >= _PARKED:
+                    return counts if pc == _EXITED else self._deadlock()
+                mask = pcs == pc
+                group, limit = (None, _EXITED) if mask.all() else (mask, int(pcs[~mask].min()))
+                warps = self._warps(group)
+            if pc >= end:
+                raise PtxError("control runs past the last instruction")
+            i = code[pc]
+            self.pc = pc
+            act = group
+            if i.guard:
+                slot, negated = i.guard
+                p = ~self.R[slot] if negated else self.R[slot]
+                act = p if group is None else p & group
+                if act.all():
+                    act = None
+                elif not act.any():
+                    pc += 1
+                    continue
+                counts[pc] += self._warps(act)
+            else:
+                counts[pc] += warps
+            if i.kind is None:
+                i.run(self, act)
+                pc += 1
+                continue
+            branches += 1
+            if branches > _BRANCHES:
+                raise PtxError(f"no end after {_BRANCHES} branches")
+            if i.kind == "bra" and (act is group or (act is None and group is None)):  # everybody goes
+                pc = i.targets[0]
+                continue
+            if i.kind == "barrier":
+                if group is None:
+                    pcs[:] = pc + 1
+                else:
+                    pcs[group] = pc + 1
+                if not i.run(self, act):
+                    pc += 1
+                    continue
+            else:
+                everybody = slice(None) if group is None else group
+                pcs[everybody] = pc + 1
+                self._jump(i, slice(None) if act is None else act)
+            group, limit, pc = _NOBODY, 0, 0
+
+    def _jump(self, i, lanes):
+        if i.kind == "bra":
+            self.pcs[lanes] = i.targets[0]
+        elif i.kind == "exit":
+            self.pcs[lanes] = _EXITED
+        elif i.kind == "brx":
+            index = self.R[i.operands[0].slot][lanes]
+            if (index >= len(i.targets)).any():
+                raise PtxError("brx.idx index is outside its table")
+            self.pcs[lanes] = np.array(i.targets)[index]
+        else:
+            raise PtxError(f"unknown opcode {'.'.join(i.parts)}")
+
+    def _warps(self, act):
+        """Warps that have an executing lane."""
+        return self.n // 32 if act is None else int(act.reshape(-1, 32).any(1).sum())
+
+    def _deadlock(self):
+        lane = int(np.argmax(self.parked >= 0))
+        self.pc = int(self.resume[lane]) - 1
+        place = int(self.parked[lane])
+        what = "bar.warp.sync" if place == 16 else f"barrier {place}"
+        waiting = int((self.parked[self.cta == self.cta[lane]] >= 0).sum())
+        text = f"deadlock: {what} waits for threads that exited or wait elsewhere"
+        raise PtxError(f"{text} ({waiting} of {self.threads} threads of the CTA wait)", lane)
+
+    def where(self, lane):
+        """CTA and thread of a lane, for messages."""
+        x, y, _ = self.block
+        t = lane % (32 * self.warps)
+        return f"CTA {tuple(self.ids[lane // (32 * self.warps)])}, thread {(t % x, t // x % y, t // (x * y))}"
+
+
+_NOBODY = np.zeros(0, np.intp)
+
+
+def launch(kernel, grid, block, params, memory=None, shared_bytes=0, check_races=True, chunk=None):
+    """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory traffic.
+
+    `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many CTAs
+    run at once. Traffic: global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their
+    ratio is the bank conflicts)."""
+    grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
+    raw = np.frombuffer(bytes(params), np.uint8)
+    if raw.size != kernel.parameter_bytes:
+        raise PtxError(
+            f"{kernel.name}: {raw.size} bytes of parameters, the kernel takes {kernel.parameter_bytes}"
+        )
+    threads = -(-block[0] * block[1] * block[2] // 32) * 32
+    if not 0 < block[0] * block[1] * block[2] <= 1024 or min(*grid, *block) < 1:
+        raise PtxError(f"{kernel.name}: grid {grid} of blocks {block}")
+    shared = kernel.dynamic_start + shared_bytes
+    if shared > 227 * 1024:
+        raise PtxError(f"{kernel.name}: {shared} bytes of shared memory; no GPU has more than 227 KiB")
+    chunk = chunk or max(1, min(_LANES // threads, _SHARED // max(shared, 1)))
+    space = (memory or Memory()).with_data(kernel.module.data.values())
+    ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    stats = Counter()
+    for start in range(0, len(ctas), chunk):
+        m = Machine(kernel, grid, block, ctas[start : start + chunk], raw, space, shared, check_races, stats)
+        try:
+            with np.errstate(all="ignore"):
+                counts = m.run()
+        except PtxError as error:
+            i = kernel.code[min(m.pc, len(kernel.code) - 1)]
+            who = f" [{m.where(error.lane)}]" if error.lane is not None else ""
+            raise PtxError(f"{kernel.name}: line {i.line}: {i.text}: {error}{who}", error.lane) from error
+        for i, n in zip(kernel.code, counts, strict=False):
+            if n:
+                stats[i.op] += n
+    return stats

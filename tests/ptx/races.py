@@ -1,0 +1,122 @@
+"""Shared-memory race detector (PTX ISA 8 "Memory Consistency Model", 9.7.13 barriers, 9.7.9.25 "cp.async").
+
+Every warp has a vector clock over the warps of its CTA. An access carries its warp's own epoch; a barrier
+advances the epochs of the warps that take part and joins their clocks. Two accesses to one cell, one of
+them a write, are ordered if the later one's warp has seen an epoch *newer* than the earlier one's, or if
+both are by the same lane. The same rule orders the lanes of one warp, whose epoch a barrier or
+bar.warp.sync advances; bar.warp.sync with a partial mask counts as a full one.
+
+A cell is as wide as the kernel's narrowest shared access, so neighbours never look like a conflict. A
+cp.async writes its cells when it is issued, they stay closed to everybody until the issuing thread's wait,
+and from then on they count as that lane's write at that moment: other lanes may read them only after a
+barrier that follows the wait."""
+
+import numpy as np
+
+from .decode import PtxError
+
+WARP = 62  # a read by the warp as a whole (ldmatrix): no single lane
+SEVERAL = 63  # read by several lanes since the last barrier
+_EPOCH = np.int32(6)  # an access is tagged epoch << 6 | lane
+
+
+class Races:
+    def __init__(self, ctas, warps, stride, cell):
+        self.warps, self.cell = warps, cell
+        cells = ctas * -(-stride // cell)
+        # Zero pages are not touched before the first access, so the size costs nothing by itself.
+        self.written = np.zeros(cells, np.int32)
+        self.writer = np.zeros(cells, np.uint8)
+        self.read_ = np.zeros((cells, warps), np.int32)
+        self.in_flight = np.zeros(cells, bool)
+        # epoch 0 is "never": every clock has seen past it
+        self.clock = np.ones((ctas * warps, warps), np.int32)
+        self._own = np.arange(ctas * warps), np.tile(np.arange(warps), ctas)
+        self.clock[self._own] = 2
+
+    def advance(self, warps):
+        """Begin a new epoch of these warps."""
+        self.clock[warps, warps % self.warps] += 1
+
+    def barrier_all(self):
+        """Every warp of every CTA meets at one barrier."""
+        self.clock[self._own] += 1
+        joined = self.clock.reshape(-1, self.warps, self.warps).max(1)
+        self.clock = np.repeat(joined, self.warps, 0)
+
+    def _cells(self, at, width, lanes, whole):
+        n = max(width // self.cell, 1)
+        cells, lane, warp = at // self.cell, np.full(len(at), WARP) if whole else lanes % 32, lanes // 32
+        if n > 1:
+            cells = (cells[:, None] + np.arange(n)).reshape(-1)
+            lane, warp, lanes = np.repeat(lane, n), np.repeat(warp, n), np.repeat(lanes, n)
+        return cells, lane.astype(np.int32), warp, warp % self.warps, lanes
+
+    def access(self, at, width, lanes, write, whole=False):
+        """Check and record accesses at flat byte offsets `at`; `whole`: made by the warp, not by the lane."""
+        cells, lane, warp, local, lanes = self._cells(at, width, lanes, whole)
+        closed = self.in_flight[cells]
+        if closed.any():
+            kind = "write to" if write else "read of"
+            self._fail(f"{kind} bytes of a cp.async that has not been waited for", cells, closed, lanes)
+        tag = self.written[cells]
+        writer = self.writer[cells].astype(np.intp)
+        unseen = self.clock[warp, writer] <= tag >> _EPOCH
+        if unseen.any():
+            unseen &= (writer != local) | ((tag & 63) != lane)
+            if unseen.any():
+                self._explain("write" if write else "read", "write", cells, unseen, lanes, writer, tag)
+        mine = self.clock[warp, local] << _EPOCH | lane
+        if write:
+            reads = self.read_[cells]
+            unseen = self.clock[warp] <= reads >> _EPOCH
+            if unseen.any():
+                own = reads == mine[:, None]  # the same lane read it in the same epoch
+                unseen &= ~(own & (np.arange(self.warps) == local[:, None]))
+                if unseen.any():
+                    k, other = np.argwhere(unseen)[0]
+                    self._explain("write", "read", cells, k, lanes, other, reads[k, other])
+            self.written[cells] = mine
+            self.writer[cells] = local
+            clash = self.writer[cells] != local
+            if clash.any():
+                self._fail("two warps write the same bytes at once", cells, clash, lanes)
+            return
+        before = self.read_[cells, local]
+        several = ((before >> _EPOCH) == (mine >> _EPOCH)) & (before != mine)
+        mine = np.where(several, mine | SEVERAL, mine)
+        self.read_[cells, local] = mine
+        lost = self.read_[cells, local] != mine  # several lanes of this very instruction
+        if lost.any():
+            self.read_[cells[lost], local[lost]] |= SEVERAL
+
+    def issue(self, at, width, lanes):
+        """A cp.async into these bytes: a write now, closed until arrive()."""
+        self.access(at, width, lanes, True)
+        self.in_flight[self._cells(at, width, lanes, False)[0]] = True
+
+    def arrive(self, at, width, lanes):
+        cells, lane, warp, local, _ = self._cells(at, width, lanes, False)
+        self.in_flight[cells] = False
+        self.written[cells] = self.clock[warp, local] << _EPOCH | lane
+        self.writer[cells] = local
+
+    def _explain(self, kind, other, cells, bad, lanes, warp, tag):
+        k = int(bad) if np.ndim(bad) == 0 else int(np.flatnonzero(bad)[0])
+        warp = int(warp if np.ndim(warp) == 0 else warp[k])
+        tag = int(tag if np.ndim(tag) == 0 else tag[k])
+        mine = int(lanes[k]) // 32 % self.warps
+        if warp == mine:
+            who = {WARP: "the warp's ldmatrix", SEVERAL: "other lanes"}.get(tag & 63, f"lane {tag & 63}")
+            who += " of the same warp, with no bar.sync or bar.warp.sync between"
+        else:
+            who = f"warp {warp}, with no barrier between that both take part in"
+        self._fail(
+            f"{kind} by warp {mine} after a {other} by {who}", cells, np.arange(len(cells)) == k, lanes
+        )
+
+    def _fail(self, text, cells, bad, lanes):
+        k = int(np.flatnonzero(bad)[0])
+        raise PtxError(
+            f"shared-memory race: {text} (flat offset {int(cells[k]) * self.cell:#x})", int(lanes[k])
+        )
