@@ -5,7 +5,15 @@
 // 2:4 pattern themselves: its nibble follows from the first by bit operations alone (complement_nibbles).
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC, the compiler inside every CUDA torch, has no standard headers
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
 #include <cstdint>
+#endif
 
 #if defined(__CUDACC__)
 #define SLAB_HD __host__ __device__
@@ -23,10 +31,11 @@ enum ValueType : int { kFp16 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
 constexpr SLAB_HD bool is_integer(int values) { return values == kInt8 || values == kInt4; }
 
-// Eight nibbles at a time: kept pattern -> pruned pattern (4 <-> E, 8 <-> D, C <-> 9).
+// Eight nibbles at a time: kept pattern -> pruned pattern. 4 <-> E differ in A, 8 <-> D and C <-> 9 in 5, and t, bit 3
+// xor bit 1, tells which: A - 5 t never borrows. Two shifts, two LOP3 and one multiply-add on a GPU.
 constexpr SLAB_HD uint32_t complement_nibbles(uint32_t m) {
   const uint32_t t = ((m >> 3) ^ (m >> 1)) & 0x11111111u;
-  return m ^ (t * 5u) ^ (0xAAAAAAAAu & ~(t * 15u));
+  return m ^ (0xAAAAAAAAu - 5u * t);
 }
 
 // Legal nibbles numbered in ascending (i0, i1): 01 02 03 12 13 23 -> 0..5. The pruned pattern of id is 5 - id.

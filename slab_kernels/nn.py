@@ -62,11 +62,12 @@ class SlabLinear(nn.Module):
         """
         problem = LinearProblem.of(self.layout, 1, dtype, self.values.device.type)
         backend = dispatch.select(problem)
-        shared = next((state for other, state in self._linears.values() if other is backend), None)
+        made = [state for other, state in self._linears.values() if other is backend and not backend.one_dtype]
+        shared = made[0] if made else None
         if shared is None:
             # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
-                shared = backend.prepare(self.packed())
+                shared = backend.prepare(self.packed(), dtype)
         self._linears[dtype] = (backend, shared)
         return self
 

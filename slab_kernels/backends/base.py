@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +49,29 @@ class Backend:
     """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
 
     name: str
+    one_dtype = False  # what `prepare` returns serves the activations' dtype it was made for, and no other
 
     def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
         """Every reason why this problem cannot run here; empty means it can."""
         raise NotImplementedError
 
-    def prepare(self, packed: PackedWeight) -> Any:
-        """The tensors and sizes that `linear` wants, made once after loading."""
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Any:
+        """The tensors and sizes that `linear` wants, made once after loading, for activations of `dtype`."""
         raise NotImplementedError
 
     def linear(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         raise NotImplementedError
+
+    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> Any:
+        """Several weights that read the same x (q, k, v; gate, up), for `linear_fused`."""
+        return tuple(self.prepare(part, dtype) for part in parts)
+
+    def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., sum of the parts' N], the parts' outputs side by side. Here: one call a part."""
+        y = torch.cat([self.linear(x, part) for part in state], -1)
+        return y if bias is None else (y + bias).to(x.dtype)
+
+    def describe(self, problem: LinearProblem) -> str:
+        """How it would run the problem, for `explain`; empty where there is nothing to choose."""
+        return ""

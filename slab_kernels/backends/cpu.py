@@ -60,7 +60,7 @@ class CpuBackend(Backend):
             reasons.append(missing)
         return reasons
 
-    def prepare(self, packed: PackedWeight) -> CpuState:
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CpuState:
         load_library()
         N, K, layout = packed.out_features, packed.in_features, packed.layout
         kind = VALUE_CODES[layout.values], layout.group_size or 0

@@ -18,7 +18,7 @@ class ReferenceBackend(Backend):
             return [f"activations must be floating point, not {problem.dtype}"]
         return []
 
-    def prepare(self, packed: PackedWeight) -> tuple:
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> tuple:
         ops.register()
         tensors = packed.tensors()
         return tuple(tensors.get(name) for name in ops.TENSOR_ARGUMENTS), packed.in_features

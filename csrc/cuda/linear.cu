@@ -1,0 +1,44 @@
+// Every kernel of the CUDA backend. Device code only, no CUDA or standard headers: nvcc and NVRTC compile the same
+// text.
+//
+//   linear_<activations>_<values>_<rank>_t<tokens of a warp>   the fused linear: a dozen for each of four token tiles
+//   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
+//   reduce_<activations>                                       adds the K-splits of a small layer, after it
+//   dense_<activations>_<values>                               the weight rebuilt, for cuBLAS
+#include "dense.cuh"
+#include "linear.cuh"
+
+// 256 threads. Up to 16 tokens two CTAs share an SM (128 registers a thread), above that one has it (255).
+#define SLAB_KERNEL(name, occupancy, body)                                                                          \
+  extern "C" __global__ void __launch_bounds__(256, occupancy) name(const __grid_constant__ slab::LinearParams p) { \
+    body;                                                                                                           \
+  }
+
+#define SLAB_LINEAR(act, T, values, kValues, tokens, kTiles, occupancy)          \
+  SLAB_KERNEL(linear_##act##_##values##_one_t##tokens, occupancy,                \
+              (slab::linear<slab::T, slab::kValues, slab::kRankOne, kTiles>(p))) \
+  SLAB_KERNEL(linear_##act##_##values##_any_t##tokens, occupancy,                \
+              (slab::linear<slab::T, slab::kValues, slab::kRankAny, kTiles>(p)))
+
+#define SLAB_VALUES(act, T, tokens, kTiles, occupancy)      \
+  SLAB_LINEAR(act, T, w16, kW16, tokens, kTiles, occupancy) \
+  SLAB_LINEAR(act, T, int8, kI8, tokens, kTiles, occupancy) \
+  SLAB_LINEAR(act, T, int4, kI4, tokens, kTiles, occupancy) \
+  SLAB_KERNEL(adapter_##act##_t##tokens, occupancy, (slab::linear<slab::T, slab::kDense, slab::kRankAny, kTiles>(p)))
+
+#define SLAB_TOKENS(tokens, kTiles, occupancy)       \
+  SLAB_VALUES(fp16, Fp16, tokens, kTiles, occupancy) \
+  SLAB_VALUES(bf16, Bf16, tokens, kTiles, occupancy)
+
+SLAB_TOKENS(8, 1, 2)
+SLAB_TOKENS(16, 2, 2)
+SLAB_TOKENS(32, 4, 1)
+SLAB_TOKENS(64, 8, 1)
+
+#define SLAB_SIMPLE(act, T)                                                  \
+  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                     \
+  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16>(p))) \
+  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8>(p))) \
+  SLAB_KERNEL(dense_##act##_int4, 4, (slab::rebuild<slab::T, slab::kI4>(p)))
+SLAB_SIMPLE(fp16, Fp16)
+SLAB_SIMPLE(bf16, Bf16)

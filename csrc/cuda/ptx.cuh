@@ -1,0 +1,218 @@
+// The PTX instructions that the kernels use, one wrapper each; "PTX" sections are those of the PTX ISA 9.0 manual.
+#pragma once
+
+#include "../format.h"
+
+namespace slab {
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// cp.async (PTX 9.7.9.25.3): 16 bytes, L1 bypassed. The policy decides what L2 keeps. The predicate is the
+// instruction's own: no branch, and one run of copies instead of several (ptxas guards each run with three dummy
+// loads).
+template <int kAt>  // bytes after both addresses
+__device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from, uint64_t policy) {
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global.L2::cache_hint [%0 + %4], [%1 + "
+      "%4], 16, %2;\n}" ::"r"(to),
+      "l"(from), "l"(policy), "r"(int(yes)), "n"(kAt)
+      : "memory");
+}
+__device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from) {
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to),
+      "l"(from), "r"(int(yes))
+      : "memory");
+}
+// The first `bytes` of 16 are read, the rest is zero.
+__device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// At most stages - 2 groups of this thread are still on their way; 2 to 4 stages. Three instructions and no branch.
+__device__ __forceinline__ void copies_wait(int stages) {
+  asm volatile(
+      "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, 2;\ncp.async.wait_group 2;\n"
+      "@three cp.async.wait_group 1;\n@two cp.async.wait_group 0;\n}" ::"r"(stages)
+      : "memory");
+}
+
+// createpolicy (PTX 9.7.9.23): weights that no other CTA will read leave L2 first.
+__device__ __forceinline__ uint64_t weight_policy(bool read_once) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return read_once ? first : normal;
+}
+
+__device__ __forceinline__ void load_shared(uint32_t (&r)[4], uint32_t at) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+__device__ __forceinline__ void load_shared(uint32_t (&r)[2], uint32_t at) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at));
+}
+__device__ __forceinline__ uint32_t load_shared32(uint32_t at) {
+  uint32_t r;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(at));
+  return r;
+}
+__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+// ldmatrix (PTX 9.7.14.5.15): four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
+}
+
+// ---- order ----------------------------------------------------------------------------------------------------------
+
+// bar.sync (PTX 9.7.13.1) among `threads` threads that name the same barrier.
+__device__ __forceinline__ void barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// griddepcontrol (PTX 9.7.13.13): with programmatic dependent launch (sm_90) a kernel starts before its predecessor
+// ends.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+// Keeps NVVM from deriving the value again where it is used. (ptxas sees through it: constants need more, see `magic`.)
+__device__ __forceinline__ uint32_t keep(uint32_t value) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t value) {
+  return (word & mask) | value;
+}
+__device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32_t value) {
+  return (word & mask) ^ value;
+}
+
+__device__ __forceinline__ float widen_fp16(uint16_t h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ float widen_bf16(uint16_t h) { return __uint_as_float(uint32_t(h) << 16); }
+
+// The two activation types. Everything that differs between them is here.
+//
+// mma.sp::ordered_metadata m16n8k32 (PTX 9.7.14.6): lane = 4 g + t. A: a0, a2 are row g, a1, a3 row g + 8, compressed
+// columns 2t, 2t+1 (a0, a1) and 2t+8, 2t+9 (a2, a3). B: b_i is inputs 8i + 2t, +1 of token g. C: c0, c1 row g and
+// tokens 2t, 2t+1, c2, c3 row g + 8. Metadata of both halves of a k64 fit in one register: lanes t = 0, 1 hold the
+// first k32 (selector 0), lanes t = 2, 3 the second (selector 1); the even lane inputs 0..15, the odd lane 16..31; low
+// half row g.
+#define SLAB_MMA(TYPE)                                                                                                \
+  template <int kSelector>                                                                                            \
+  static __device__ __forceinline__ void mma_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],    \
+                                                    uint32_t metadata) {                                              \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                          \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"           \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),            \
+                   "r"(metadata), "n"(kSelector));                                                                    \
+  }                                                                                                                   \
+  static __device__ __forceinline__ void mma_dense(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                               \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                     \
+  }
+
+struct Fp16 {
+  SLAB_MMA("f16")
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+  }
+  static constexpr uint32_t kByteMagic = 0x64646464u, kNibbleMagic = 0x64006400u;  // 0x6400 | n is 1024 + n, exactly
+  // Bytes 0 and 2 of w hold q + 128 of one register, bytes 1 and 3 of the next. One PRMT, one HADD2 each.
+  static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w, uint32_t magic) {
+    even = add(__byte_perm(w, magic, 0x4240), 0xE480E480u);  // - 1152
+    odd = add(__byte_perm(w, magic, 0x4341), 0xE480E480u);
+  }
+  // Nibble i of both half-words of w holds q + 8. Odd nibbles stay 16 times too large in the mantissa: no shift.
+  static __device__ __forceinline__ void from_int4(uint32_t (&a)[4], uint32_t w, uint32_t magic) {
+    const uint32_t high = w >> 8;
+    a[0] = add(and_or(w, 0x000F000Fu, magic), 0xE408E408u);               // 1024 + n - 1032
+    a[1] = fma(and_or(w, 0x00F000F0u, magic), 0x2C002C00u, 0xD480D480u);  // (1024 + 16 n) / 16 - 72
+    a[2] = add(and_or(high, 0x000F000Fu, magic), 0xE408E408u);
+    a[3] = fma(and_or(high, 0x00F000F0u, magic), 0x2C002C00u, 0xD480D480u);
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  static __device__ __forceinline__ uint16_t narrow(float f) {
+    uint16_t r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f));
+    return r;
+  }
+  static __device__ __forceinline__ float widen(uint16_t h) { return widen_fp16(h); }
+};
+
+struct Bf16 {
+  SLAB_MMA("bf16")
+  // mul and sub of bf16x2 need sm_90, fma has been there since sm_80.
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return fma(a, b, 0x80008000u); }
+  static constexpr uint32_t kByteMagic = 0x43004300u, kNibbleMagic = 0x43004300u;
+  // Seven mantissa bits: 0x4300 | low seven bits is 128 + low; the eighth bit turns 256 into 128. Two LOP3, one HFMA2.
+  static __device__ __forceinline__ uint32_t from_bytes(uint32_t w, uint32_t magic) {
+    return fma(and_xor(w, 0x00800080u, magic ^ 0x00800080u), 0xBF80BF80u, and_or(w, 0x007F007Fu, magic));
+  }
+  static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w, uint32_t magic) {
+    even = from_bytes(w, magic);
+    odd = from_bytes(w >> 8, magic);
+  }
+  static __device__ __forceinline__ void from_int4(uint32_t (&a)[4], uint32_t w, uint32_t magic) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      a[i] = fma(and_or(w >> (4 * i), 0x000F000Fu, magic), 0x3F803F80u, 0xC308C308u);  // - 136
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  static __device__ __forceinline__ uint16_t narrow(float f) {
+    uint16_t r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f));
+    return r;
+  }
+  static __device__ __forceinline__ float widen(uint16_t h) { return widen_bf16(h); }
+};
+#undef SLAB_MMA
+
+}  // namespace slab

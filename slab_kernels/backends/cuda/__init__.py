@@ -1,0 +1,166 @@
+"""The fused CUDA kernels of csrc/cuda: `slab_kernels::linear_cuda`, from A100 (sm_80) on, loaded on first use.
+
+`prepare` orders the canonical packed tensors as the tensor cores' lanes want them (layout.py), plan.py chooses tiles,
+launch.py queues one kernel (two with an adapter, one more where K is split over CTAs), driver.py talks to the driver.
+fp32 accumulation; deterministic, and within a regime (up to 16 tokens, up to 64, above) a token's result depends on no
+other token.
+
+With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be; v * x is rounded to the
+activations' type, u * v is not rounded at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...format import PackedWeight, ShapeError
+from ..base import Backend, LinearProblem
+from . import driver, layout
+from .launch import BIAS_TYPES, Device, kernel_names, linear
+from .layout import ACTIVATIONS, STREAM_VALUES, CudaState
+from .plan import MOST_RANK, Sizes, choose, gpu_like
+
+NAMESPACE = "slab_kernels"
+ARGUMENTS = (
+    "(Tensor x, Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? bias, int in_features, int[] rows, "
+    "int value_type, int group_steps) -> Tensor"
+)
+_REGISTERING = threading.Lock()
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    one_dtype = True
+
+    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+        reasons = []
+        if problem.dtype not in ACTIVATIONS:
+            reasons.append(f"activations must be float16 or bfloat16, not {problem.dtype}")
+        if problem.values not in STREAM_VALUES:
+            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
+        if problem.rank > MOST_RANK:
+            reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
+        if problem.device != "cuda":
+            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
+        elif missing := driver.missing():
+            reasons.append(missing)
+        return reasons
+
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CudaState:
+        return self.prepare_fused((packed,), dtype)
+
+    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> CudaState:
+        state = layout.prepare(parts, dtype or torch.float16)
+        if state.stream.is_cuda:  # now, so that the first call may be captured into a graph
+            register()
+            for name in kernel_names(sizes_of(*state[:9]), state.dtype):
+                driver.load(name, state.stream.device.index)
+        return state
+
+    def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != state.dtype:
+            raise TypeError(f"x is {x.dtype}, but this weight was prepared for {state.dtype} activations")
+        tensors, sizes = state[:5], state[5:9]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return torch.ops.slab_kernels.linear_cuda(x, *tensors, bias, *sizes)
+        return torch.ops.slab_kernels.linear_cuda_frozen(x, *tensors, bias, *sizes)
+
+    linear_fused = linear
+
+    def describe(self, problem: LinearProblem) -> str:
+        """The plan for this problem on the current device: tiles, their reason, and the predicted time."""
+        adapter_steps = -(-problem.adapter_rank // 16)
+        sizes = Sizes(problem.K, (problem.N,), STREAM_VALUES[problem.values], (problem.group_size or 128) // 32,
+                      problem.rank, adapter_steps)  # fmt: skip
+        return choose(sizes, max(problem.M, 1), device_of(torch.cuda.current_device()).gpu).describe()
+
+
+def sizes_of(stream, V, U, P, Q, in_features: int, rows: Sequence[int], values: int, group_steps: int) -> Sizes:
+    """A state's tensors and sizes as plans want them."""
+    rank = 0 if V is None else V.shape[1]
+    return Sizes(in_features, tuple(rows), values, group_steps, rank, 0 if P is None else P.shape[1])
+
+
+@functools.cache
+def device_of(index: int) -> Device:
+    """The device's facts, and its launches on torch's current stream."""
+    name = torch.cuda.get_device_name(index)
+    gpu = gpu_like(name, driver.capability(index), driver.multiprocessors(index), driver.shared_limit(index))
+
+    def queue(kernel, grid, block, shared_bytes, params, dependent) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        driver.launch(kernel, grid, block, shared_bytes, params, index, stream, dependent)
+
+    return Device(gpu, queue)
+
+
+def _linear(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps):
+    check(x, bias, in_features, sum(rows))
+    sizes = sizes_of(stream, V, U, P, Q, in_features, rows, values, group_steps)
+    return linear(x, stream, V, U, P, Q, bias, sizes, device_of(x.device.index))
+
+
+def check(x: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
+    """Raises ShapeError or TypeError in a sentence: below this only raw pointers are left."""
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
+    if bias is None:
+        return
+    if bias.shape != (out_features,) or not bias.is_contiguous():
+        raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous")
+    if bias.dtype not in BIAS_TYPES:
+        raise TypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
+    if bias.device != x.device:
+        raise TypeError(f"bias is on {bias.device}, x on {x.device}")
+
+
+def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps):
+    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+    return x.new_empty(*x.shape[:-1], sum(rows))
+
+
+def _setup_context(ctx, inputs, output):
+    _, *tensors, _, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    stream, V, U, P, Q = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        wide = grad.float()
+        W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, grad.dtype)
+        grad_x = wide @ W
+        if P is not None:
+            parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, grad.dtype)
+            for part, (left, right) in zip(wide.split(list(ctx.rows), -1), parts, strict=True):
+                grad_x = grad_x + (part @ left.float()) @ right.float()
+        grad_x = grad_x.to(grad.dtype)
+    if ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, *(None,) * 5, grad_bias, *(None,) * 4
+
+
+def register() -> None:
+    """Define `linear_cuda` once; idempotent, and safe from several threads."""
+    with _REGISTERING:
+        _register_once()
+
+
+@functools.cache
+def _register_once() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name in ("linear_cuda", "linear_cuda_frozen"):  # autograd costs every call some 10 us, with or without gradients
+        library.define(name + ARGUMENTS)
+        library.impl(name, _linear, "CUDA")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::linear_cuda", _backward, setup_context=_setup_context, lib=library)
+    return library
+
+
+BACKEND = CudaBackend()

@@ -1,0 +1,285 @@
+"""Which kernel runs a linear on a device, with which tiles: table rows with reasons, chosen by a small cost model.
+
+Everything here is arithmetic on sizes; nothing asks a device. The model knows bytes, tensor and issue rates; its figures
+are predictions, good for ranking tiles, not measurements.
+
+A token's result must not depend on how many others there are, so within a regime (DECODE up to 16 tokens, BATCH up to 64,
+PREFILL above) one way of splitting K is chosen from the weight's sizes alone. PREFILL never splits K.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES, SIGN_BYTES, VALUE_BYTES, W16
+
+WARP_ROWS = 32
+MOST_STAGES = 4
+REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
+TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
+MOST_RANK = 16  # rows of V beside the activations in every stage
+SHARED_PORT = 128  # bytes a clock of one multiprocessor's shared memory
+REACHED = 0.85  # of the tensor, shared-memory and issue rates, by overlap of a pipelined loop
+LAUNCH_US = 2.0  # a kernel that does nothing
+FILL_US = 1.0  # first bytes of a CTA until its first product, and its reduction and store
+LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
+
+# SASS instructions a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per token tile of 8). Fitted to the main
+# loops of the sm_90a cubin by `python tests/sass.py`; tests/test_sass.py holds them within 10 %.
+ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model knows of a device. Rates are the datasheet's; mma_rate is that of `mma.sync`, not of `wgmma`."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    bandwidth: float  # GB/s
+    clock: float  # GHz, boost
+    mma_rate: int  # dense fp16 multiply-adds a clock of one multiprocessor, fp32 accumulation
+    gemm_rate: int  # of them, what cuBLAS reaches on large matrices (by wgmma where the device has it)
+    l2_port: int = 64  # bytes a clock from L2 into one multiprocessor
+    shared_limit: int = 101376  # bytes a CTA may have
+
+    @property
+    def shared_total(self) -> int:
+        return self.shared_limit + 1024  # one KB a CTA is the driver's
+
+
+GPUS = (
+    Gpu("A100", (8, 0), 108, 1555, 1.41, 1024, 900, shared_limit=166912),
+    Gpu("RTX 3090", (8, 6), 82, 936, 1.70, 256, 235),
+    Gpu("RTX 4090", (8, 9), 128, 1008, 2.52, 256, 235),
+    Gpu("H100", (9, 0), 132, 3350, 1.76, 1330, 1650, shared_limit=232448),  # mma.sync: about 65 % of wgmma's 2048
+    Gpu("H200", (9, 0), 132, 4800, 1.76, 1330, 1650, shared_limit=232448),
+    Gpu("RTX 5090", (12, 0), 170, 1792, 2.41, 256, 235),
+)
+
+
+def gpu_like(name: str, capability: tuple[int, int], multiprocessors: int, shared_limit: int) -> Gpu:
+    """The table's row for a device, with the device's own sizes; for an unknown name the row nearest in capability."""
+    words = set(re.findall(r"[a-z]*\d+\w*", name.lower()))
+    named = [gpu for gpu in GPUS if words & set(re.findall(r"[a-z]*\d+\w*", gpu.name.lower()))]
+    near = max((gpu for gpu in GPUS if gpu.capability <= capability), key=lambda gpu: gpu.capability, default=GPUS[0])
+    row = named[0] if named else near
+    return Gpu(name, capability, multiprocessors, row.bandwidth, row.clock, row.mma_rate, row.gemm_rate,
+               row.l2_port, shared_limit)  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """A linear as its kernels see it."""
+
+    K: int
+    rows: tuple[int, ...]  # out_features of each fused part
+    values: int  # W16, INT8, INT4, or DENSE for the adapter's Q
+    group_steps: int
+    rank: int
+    adapter_steps: int  # rank of the adapter / 16, rounded up
+
+    @property
+    def k_blocks(self) -> int:
+        return -(-self.K // BLOCK_INPUTS)
+
+    @property
+    def block_bytes(self) -> int:
+        scales = 4 // self.group_steps * 2 * BLOCK_ROWS if self.values in (INT8, INT4) else 0
+        metadata = 0 if self.values == DENSE else METADATA_BYTES
+        return VALUE_BYTES[self.values] + metadata + (SIGN_BYTES if self.rank else 0) + scales
+
+    def row_tiles(self, rows: int) -> list[int]:
+        return [-(-part // rows) for part in self.rows]
+
+    def adapter(self) -> Sizes:
+        """The linear z = x Q that comes first."""
+        return Sizes(self.K, (16 * self.adapter_steps * len(self.rows),), DENSE, 4, 0, 0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """At most eight warps as rows x tokens x K groups; a warp is 32 rows x 8, 16, 32 or 64 tokens."""
+
+    warp_rows: int
+    warp_tokens: int
+    warp_inputs: int
+    reason: str
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warp_rows * self.warp_tokens * self.warp_inputs
+
+
+SPLIT_TILES = (  # up to 64 tokens
+    Tile(1, 1, 8, "32 rows: most CTAs, so that few output features still fill the device"),
+    Tile(2, 1, 4, "64 rows: activations are read half as often"),
+    Tile(4, 1, 2, "128 rows: activations are read a quarter as often, for many output features and tokens"),
+    Tile(1, 1, 4, "32 rows, four warps: fits 99 KB of shared memory, or two CTAs a multiprocessor"),
+    Tile(2, 1, 2, "64 rows, four warps: the same with half the activation reads"),
+    Tile(4, 1, 1, "128 rows, four warps: many tokens in 99 KB of shared memory"),
+    Tile(2, 1, 1, "64 rows, two warps: the least shared memory"),
+)
+WHOLE_TILES = (  # above 64 tokens; t tokens a warp, 32 or 64
+    Tile(4, 2, 1, "128 rows x 2 t tokens: most products per byte of shared memory"),
+    Tile(8, 1, 1, "256 rows x t tokens: half the activations in shared memory, where it is small"),
+    Tile(2, 4, 1, "64 rows x 4 t tokens: for few output features"),
+    Tile(4, 1, 1, "128 rows x t tokens, four warps: two CTAs a multiprocessor"),
+    Tile(2, 2, 1, "64 rows x 2 t tokens, four warps: more CTAs for few output features"),
+    Tile(2, 1, 1, "64 rows x t tokens, two warps: most CTAs"),
+)
+SPLITS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch, decided."""
+
+    tokens: int  # of a warp
+    tile: Tile
+    stages: int
+    splits: int
+    row_tiles: int
+    token_tiles: int
+    shared_bytes: int
+    stage_bytes: int
+    resident: int  # CTAs a multiprocessor holds
+    microseconds: float  # predicted, launch included
+    bound: str  # what the prediction is bound by
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.row_tiles * self.token_tiles, self.splits, 1
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        return self.tile.threads, 1, 1
+
+    def describe(self) -> str:
+        t = self.tile
+        split = f", K split over {self.splits} CTAs" if self.splits > 1 else ""
+        return (
+            f"{WARP_ROWS * t.warp_rows} rows x {self.tokens * t.warp_tokens} tokens a CTA, {t.warp_inputs} K groups, "
+            f"{t.threads} threads, {self.stages} stages, {self.shared_bytes} bytes shared, {self.resident} CTAs a multiprocessor{split} "
+            f"({t.reason}); predicted {self.microseconds:.1f} us, bound by {self.bound}"
+        )
+
+
+def warp_tokens_for(M: int) -> int:
+    """The token tile of a warp: the smallest that holds M, 64 above."""
+    return next((tokens for tokens in REGISTERS if tokens >= M), max(REGISTERS))
+
+
+def stage_bytes(sizes: Sizes, tile: Tile, tokens: int, M: int) -> int:
+    """Of one K-block in shared memory, as `Linear` in csrc/cuda/linear.cuh lays it out."""
+    staged = tile.warp_tokens * tokens
+    rows = (staged if tokens >= 32 else min(staged, M)) + sizes.rank
+    return -(-(rows * TOKEN_ROW_BYTES + tile.warp_rows * 2 * sizes.block_bytes) // 256) * 256
+
+
+def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int) -> Plan | None:
+    """The plan with as many stages as fit, and its predicted time; None if it does not fit."""
+    rows, wide = WARP_ROWS * tile.warp_rows, tokens * tile.warp_tokens
+    row_tiles, token_tiles = sum(sizes.row_tiles(rows)), -(-M // wide)
+    stage = stage_bytes(sizes, tile, tokens, M)
+    sums = tile.warp_inputs * wide * (rows + 4) * 4
+    at_most = min(65536 // (REGISTERS[tokens] * tile.threads), 2)  # more than two brought the model nothing
+    for resident in range(at_most, 0, -1):
+        limit = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
+        stages = next((n for n in range(MOST_STAGES, 1, -1) if max(sums, n * tile.warp_inputs * stage) <= limit), 0)
+        if stages >= (3 if resident > 1 else 2):
+            break
+    else:
+        return None
+    shared = max(sums, stages * tile.warp_inputs * stage)
+
+    ctas = row_tiles * token_tiles * splits
+    per_sm = -(-ctas // gpu.multiprocessors)
+    k_blocks = sizes.k_blocks / splits
+    weight_blocks = sum(-(-part // BLOCK_ROWS) for part in sizes.rows)
+    weights = weight_blocks * sizes.k_blocks * sizes.block_bytes
+    activations = 2 * M * (sizes.K + sum(sizes.rows))
+    cta_bytes = k_blocks * (tile.warp_rows * 2 * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
+    fixed, per_tile = ISSUE[sizes.values]
+    passes = 1.0 if sizes.values != DENSE else 0.0
+    products = (2.0 if sizes.values == DENSE else 1.0) + sizes.rank * passes  # in units of half the dense product
+    cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
+    issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
+    cta_issue = tile.warp_rows * tile.warp_tokens * k_blocks * issue_warp
+    warp_reads = tokens * TOKEN_ROW_BYTES + 2 * sizes.block_bytes + sizes.rank * 4 * 512  # v: a fragment of 512 bytes a step
+    cta_shared = k_blocks * (tile.warp_rows * tile.warp_tokens * warp_reads + stage)
+    busy = min(ctas, gpu.multiprocessors)
+    schedulers = min(4, tile.threads // 32 * min(resident, per_sm))  # a warp keeps to one of four
+    flying = busy * min(resident, per_sm) * tile.warp_inputs * (stages - 1) * tile.warp_rows * 2 * sizes.block_bytes
+    clock = gpu.clock * 1e3  # per microsecond
+    times = {
+        "memory": (weights + activations) / (gpu.bandwidth * 1e3),
+        "bytes in flight": weights * LATENCY_US / flying,
+        "L2": per_sm * cta_bytes / (gpu.l2_port * clock),
+        "shared memory": per_sm * cta_shared / (SHARED_PORT * clock * REACHED),
+        "tensor cores": per_sm * cta_mma * 4 / schedulers / (gpu.mma_rate * clock * REACHED),
+        "issue": per_sm * cta_issue / (schedulers * clock * REACHED),
+    }
+    bound = max(times, key=times.__getitem__)
+    extra = 0.0 if splits == 1 else LAUNCH_US + 2 * splits * M * sum(sizes.rows) * 4 / (gpu.bandwidth * 1e3)
+    total = times[bound] + LAUNCH_US + FILL_US + extra
+    return Plan(tokens, tile, stages, splits, row_tiles, token_tiles, shared, stage, resident, total, bound)
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """The weight rebuilt once as a dense matrix, then cuBLAS: for so many tokens that it is the faster way."""
+
+    grid: tuple[int, int, int]
+    microseconds: float  # predicted
+    block: tuple[int, int, int] = (256, 1, 1)
+    shared_bytes: int = 0
+    tokens: int = 0
+
+    def describe(self) -> str:
+        return f"the weight rebuilt dense, then cuBLAS; predicted {self.microseconds:.1f} us, bound by tensor cores"
+
+
+def rebuild(sizes: Sizes, M: int, gpu: Gpu) -> Rebuild:
+    blocks = sum(sizes.row_tiles(BLOCK_ROWS)) * sizes.k_blocks
+    weights = sum(sizes.rows) * sizes.K
+    dense = (blocks * sizes.block_bytes + 4 * weights) / (gpu.bandwidth * 1e3)  # written once, read once
+    product = M * weights / (gpu.multiprocessors * gpu.gemm_rate * gpu.clock * 1e3)
+    adapter = 4 * LAUNCH_US if sizes.adapter_steps else 0.0
+    grid = min(-(-blocks // 8), 8 * gpu.multiprocessors), 1, 1
+    return Rebuild(grid, dense + product + adapter + 2 * LAUNCH_US)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
+    """The fastest plan by the model, within what the regime of M allows.
+
+    Raises: ValueError if none fits into the device's shared memory.
+    """
+    if M > 64:
+        found = [evaluate(sizes, M, gpu, tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
+        fused: list[Plan | Rebuild] = [p for p in found if p is not None]
+        if sizes.values != DENSE:
+            fused.append(rebuild(sizes, M, gpu))
+        return min(fused, key=lambda p: p.microseconds)
+    tile, splits = _regime(sizes, M <= 16, gpu)
+    return evaluate(sizes, M, gpu, tile, warp_tokens_for(M), splits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _regime(sizes: Sizes, decode: bool, gpu: Gpu) -> tuple[Tile, int]:
+    """The split of K that all token counts of a regime share: the fastest over its ends."""
+    ends = (1, 8, 16) if decode else (32, 64)
+    best = None
+    for tile in SPLIT_TILES:
+        for splits in SPLITS:
+            if splits > 1 and sizes.k_blocks < splits * tile.warp_inputs:
+                continue
+            found = [evaluate(sizes, M, gpu, tile, warp_tokens_for(M), splits) for M in ends]
+            if all(found) and (best is None or sum(p.microseconds for p in found) < best[0]):
+                best = sum(p.microseconds for p in found), tile, splits
+    if best is None:
+        raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+    return best[1], best[2]
