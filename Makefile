@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 OUT ?= demo-out
 MODEL ?=
 DEMO ?=
-SOURCES := $(shell find csrc -type f 2>/dev/null)
+SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
 .PHONY: environment demo test lint bench clean distclean
 
@@ -41,6 +41,7 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
 	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find slab_kernels -name '*.so' -delete
+	rm -rf slab_kernels/cubins
 	rm -f $(INSTALLED)
 
 distclean: clean

@@ -1,4 +1,4 @@
-"""Builds slab_kernels/_C.so beside the Python package, or installs the package without it and says why.
+"""Builds slab_kernels/_C.so and the CUDA kernels' cubins beside the Python package, or installs without them and says why.
 
 torch is never imported and is no build requirement: only the headers of the torch that is already installed are read
 (stable ABI, so the library serves every later torch). Under build isolation torch is invisible; then the headers are
@@ -6,6 +6,9 @@ found through SLAB_KERNELS_TORCH=/path/to/site-packages/torch, or the build is p
 
     SLAB_KERNELS_NATIVE=auto|0|1   build if possible (default) | never | fail if impossible
     CXX=clang++                    the compiler; default: the first of c++, g++, clang++
+    SLAB_KERNELS_CUDA=auto|0|1     compile for every GPU ahead of time if there is an nvcc (default) | never | fail if impossible
+
+The cubins need nothing of CUDA at build or link time but nvcc, and are data: a wheel of them alone suits any platform.
 """
 
 from __future__ import annotations
@@ -122,18 +125,57 @@ def build_native(package: Path, objects: Path) -> bool:
     return True
 
 
+def cuda_recipe():
+    """slab_kernels/backends/cuda/compile.py, loaded by path: importing the package would import torch."""
+    path = ROOT / "slab_kernels" / "backends" / "cuda" / "compile.py"
+    spec = importlib.util.spec_from_file_location("slab_kernels_cuda_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_cuda(package: Path) -> bool:
+    """Whether package/cubins holds the CUDA kernels; says why not, and fails only if SLAB_KERNELS_CUDA=1."""
+    wanted, recipe = os.environ.get("SLAB_KERNELS_CUDA", "auto"), cuda_recipe()
+    try:
+        if wanted == "0":
+            raise Impossible("SLAB_KERNELS_CUDA=0")
+        remarks = recipe.build(package / recipe.IMAGES.name, ROOT / "csrc")
+    except (Impossible, recipe.Impossible) as reason:
+        if wanted == "1":
+            raise SystemExit(f"slab_kernels: SLAB_KERNELS_CUDA=1, but {reason}") from None
+        print(f"slab_kernels: no CUDA kernels ahead of time, a GPU machine compiles them on first use: {reason}", file=sys.stderr)
+        return False
+    for remark in remarks:
+        print(f"slab_kernels: {remark}", file=sys.stderr)
+    return True
+
+
+def copy_cuda_sources(package: Path) -> None:
+    """What NVRTC compiles on a machine that no cubin was built for; a checkout reads csrc itself."""
+    for name, text in cuda_recipe().read_sources(ROOT / "csrc").items():
+        target = package / "csrc" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+
+
 class BuildPython(build_py):
-    """build_py, then the native library: into build_lib, or into the source tree when editable."""
+    """build_py, then the native library and the cubins: into build_lib, or into the source tree when editable."""
 
     def run(self):
         super().run()
         package = ROOT / "slab_kernels" if self.editable_mode else Path(self.build_lib) / "slab_kernels"
         objects = Path(self.get_finalized_command("build").build_temp) / "slab_kernels"
         self.distribution.native = build_native(package, objects)
+        build_cuda(package)
+        if not self.editable_mode:
+            copy_cuda_sources(package)
 
     def get_outputs(self, include_bytecode=True):
-        native = [str(Path(self.build_lib) / "slab_kernels" / LIBRARY)] if self.distribution.native else []
-        return [*super().get_outputs(include_bytecode), *native]
+        package = Path(self.build_lib) / "slab_kernels"
+        native = [str(package / LIBRARY)] if self.distribution.native else []
+        cuda = [str(path) for folder in ("cubins", "csrc") for path in (package / folder).rglob("*") if path.is_file()]
+        return [*super().get_outputs(include_bytecode), *native, *cuda]
 
 
 class Wheel(bdist_wheel):

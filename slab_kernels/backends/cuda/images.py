@@ -1,0 +1,129 @@
+"""Where a device's machine code comes from: built ahead of time, or compiled by NVRTC into a cache, or nowhere and why.
+
+SLAB_KERNELS_CACHE names the cache folder, default ~/.cache/slab_kernels. A file's name holds a hash of all that went into
+it, its last 32 bytes the SHA-256 of the rest: what a full disk or a crash left half-written is compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from . import nvrtc as rtc
+from .compile import (
+    FALLBACK,
+    IMAGES,
+    OPTIONS,
+    RUNS,
+    digest,
+    image_name,
+    read_sources,
+    record,
+    source_folder,
+    units,
+)
+
+_SUM = hashlib.sha256().digest_size
+
+
+class Image(NamedTuple):
+    origin: str  # for error messages
+    data: bytes  # a cubin, or PTX ending in a zero byte, as the driver wants it
+
+
+@functools.cache
+def kernel_sources() -> dict[str, str]:
+    """Path -> text, read once; empty where the sources are missing."""
+    folder = source_folder()
+    return read_sources(folder) if folder else {}
+
+
+def kernel_units() -> list[str]:
+    """The images that a device needs together: one for each csrc/cuda/*.cu."""
+    return units(kernel_sources()) or sorted({str(name).split(".")[0] for name in record(IMAGES).get("images", [])})
+
+
+def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
+    """Images made by setup.py that run on such a device, best first; none if they are of other sources than those here."""
+    built, sources = record(IMAGES), kernel_sources()
+    if not built or (sources and built.get("sources") != digest(sources)):
+        return []
+    names = [image_name(unit, architecture) for architecture in (*RUNS.get(capability, ()), FALLBACK)]
+    return [IMAGES / name for name in names if (IMAGES / name).is_file()]
+
+
+def images(unit: str, capability: tuple[int, int], major: str | None = None) -> Iterator[Image]:
+    """What to try to load, in order. NVRTC runs only when all before was refused by the driver.
+
+    Raises: CompileError if NVRTC refuses the source, OSError if an image of setup.py cannot be read.
+    """
+    for path in ahead_of_time(unit, capability):
+        yield Image(path.name, _terminated(path.read_bytes(), path.suffix == ".ptx"))
+    if (nvrtc := rtc.find(major)) and kernel_sources():
+        architecture = rtc.target(nvrtc, capability)
+        data = compiled(kernel_sources(), unit, architecture, nvrtc)
+        yield Image(f"{unit} by NVRTC {nvrtc.version} for {architecture}", _terminated(data, architecture == FALLBACK))
+
+
+def missing(capability: tuple[int, int], major: str | None = None) -> str | None:
+    """Why there is no machine code for such a device and what to do about it, or None. Compiles nothing."""
+    needed = kernel_units()
+    if not needed:
+        return "the CUDA kernels' sources are not installed (csrc/cuda); install slab-kernels again"
+    if all(ahead_of_time(unit, capability) for unit in needed):
+        return None
+    if not kernel_sources():
+        return f"no cubin for capability {capability[0]}.{capability[1]} is installed; install slab-kernels again"
+    if rtc.find(major) is None:
+        return (
+            "no CUDA kernels were built at installation and libnvrtc is not found; pip install "
+            f"nvidia-cuda-nvrtc{f'-cu{major}' if major and int(major) < 13 else ''}, or install again where nvcc is on PATH"
+        )
+    return None
+
+
+def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.Nvrtc) -> bytes:
+    """The image from the cache, or compiled and put there. A cache that cannot be written or read is done without.
+
+    Raises: CompileError if NVRTC refuses the source.
+    """
+    key = digest(sources, unit, architecture, nvrtc.version, *OPTIONS)[:32]
+    try:
+        folder = cache_folder()
+        kept = folder / f"{unit}.{architecture}.{key}{Path(image_name(unit, architecture)).suffix}"
+    except RuntimeError:  # no home folder
+        return rtc.compile_unit(sources, unit, architecture, nvrtc)
+    try:
+        whole = kept.read_bytes()
+        if len(whole) > _SUM and hashlib.sha256(whole[:-_SUM]).digest() == whole[-_SUM:]:
+            return whole[:-_SUM]
+    except OSError:
+        pass
+    data = rtc.compile_unit(sources, unit, architecture, nvrtc)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Renamed when complete: of processes that compile the same at once the last one wins, and all read whole files.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=kept.name, suffix=".tmp", delete=False) as fresh:
+            try:
+                fresh.write(data + hashlib.sha256(data).digest())
+                fresh.close()
+                os.replace(fresh.name, kept)
+            except OSError:
+                os.unlink(fresh.name)
+    except OSError:
+        pass
+    return data
+
+
+def cache_folder() -> Path:
+    """Raises: RuntimeError if it is in the home folder and there is none."""
+    return Path(os.environ.get("SLAB_KERNELS_CACHE") or "~/.cache/slab_kernels").expanduser()
+
+
+def _terminated(data: bytes, text: bool) -> bytes:
+    return data + b"\0" if text and not data.endswith(b"\0") else data
