@@ -1,0 +1,300 @@
+"""The CUDA kernels, executed without a GPU: the PTX that nvcc emits against the fp64 oracle (tests/emulation.py).
+
+Small integers come out bit-exact whatever the order of summation, so any wrong lane, nibble, sign or tail shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from emulation import Launched, ptx, run
+from ptx import PtxError
+
+from slab_kernels import bitpacking as bits
+from slab_kernels.backends.cuda import layout, plan, sizes_of
+from slab_kernels.backends.cuda import launch as launching
+from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, WHOLE_TILES
+from slab_kernels.format import PackedLayout, PackedWeight
+from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
+
+TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257, 1000)
+DTYPES = (torch.float16, torch.bfloat16)
+# Rebuilding the weight for cuBLAS must not take the fused kernels' work here: a GPU whose cuBLAS is slow.
+A100 = replace(GPUS[0], gemm_rate=1e-9)
+SMALL = replace(GPUS[2], gemm_rate=1e-9)  # 99 KB of shared memory
+
+
+@functools.cache
+def problem(packed_layout: PackedLayout, dtype: torch.dtype, integers: bool):
+    """Packed weight, its state, activations, bias, exact result and magnitude."""
+    packed = random_packed(packed_layout, seed=packed_layout.out_features, integers=integers)
+    generator = torch.Generator().manual_seed(packed_layout.rank)
+    x = torch.randint(-2, 3, (max(TOKENS), packed_layout.in_features), generator=generator).to(dtype)  # bf16 holds z
+    if not integers:
+        x = torch.randn(x.shape, generator=generator).to(dtype)
+    bias = torch.randint(-9, 10, (packed_layout.out_features,), generator=generator).float()
+    return packed, layout.prepare((packed,), dtype), x, bias, *oracle(x, packed, bias)
+
+
+def sizes(state):
+    return sizes_of(*state[:9])
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def bound(magnitude, exact, dtype, K):
+    """fp32 accumulation, one rounding of the result, and the operands': v, v * x (bf16: u, fp16 values too), P, Q, z."""
+    operands = 4 * ROUNDOFF[dtype]
+    return magnitude * (operands + 2.0**-24 * (8 + 4 * K**0.5)) + exact.abs() * ROUNDOFF[dtype] + 1e-30
+
+
+EXACT = [(values, rank) for values in VALUE_LAYOUTS for rank in (0, 1, 2)]
+EXACT += [(values, rank) for values in (("fp16", None), ("int4", 32)) for rank in (4, 8)]
+
+
+@pytest.mark.parametrize("values, rank", EXACT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_integers_are_exact(dtype, values, rank):
+    values, group_size = values
+    many = TOKENS if rank == 1 else (0, 1, 8, 9, 31, 64, 65, 257)
+    for N, K, adapter_rank, tokens in ((70, 260, 4, many), (33, 1030, 0, (1, 16, 33, 70)), (16, 128, 100, (5, 65))):
+        _, state, x, bias, exact, _ = problem(PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True)
+        for M in tokens:
+            y = run(x[:M], state, sizes(state), bias, A100)
+            assert torch.equal(y, exact[:M].to(dtype)), (N, K, adapter_rank, M)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_fp64(dtype, values, group_size, rank):
+    for (N, K), adapter_rank in itertools.product(SHAPES, (0, 16, 100)):
+        if max(rank, adapter_rank) > min(N, K):
+            continue
+        _, state, x, bias, exact, magnitude = problem(PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False)
+        for M in (1, 9, 33, 130):
+            y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+            error = (y.double() - exact[:M]).abs()
+            assert bool((error <= bound(magnitude, exact, dtype, K)[:M]).all()), (N, K, adapter_rank, M)
+
+
+FORCED = [(tile, tokens, splits) for tile in SPLIT_TILES for tokens in (8, 16, 32, 64) for splits in (1, 3)]
+FORCED += [(tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
+
+
+@pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", 128)])
+@pytest.mark.parametrize("tile, tokens, splits", FORCED, ids=lambda v: f"{v.warp_rows}x{v.warp_tokens}x{v.warp_inputs}" if isinstance(v, plan.Tile) else str(v))
+def test_every_tile_of_the_tables(monkeypatch, tile, tokens, splits, values, group_size):
+    """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs, idle K groups."""
+    _, state, x, bias, exact, _ = problem(PackedLayout(149, 140, values, group_size, 1), torch.float16, True)
+    M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+    roomy = replace(A100, shared_limit=232448)
+    chosen = plan.evaluate(sizes(state), M, roomy, tile, tokens, splits)
+    if chosen is None:
+        assert tile.warp_inputs * tile.warp_tokens * tokens >= 256, "only tiles of very many tokens may not fit an H200"
+        return
+    monkeypatch.setattr(launching, "choose", lambda *_: chosen)
+    launching.launches.cache_clear()
+    try:
+        launched = Launched()
+        y = run(x[:M], state, sizes(state), bias, roomy, launched=launched)
+    finally:
+        launching.launches.cache_clear()
+    assert torch.equal(y, exact[:M].half())
+    act = ["reduce_fp16"] if splits > 1 else []
+    assert launched.kernels == [f"linear_fp16_{'w16' if values == 'fp16' else values}_one_t{tokens}", *act]
+
+
+def test_every_kernel_of_the_library_is_executed(monkeypatch):
+    """By name: nothing ships that these tests cannot reach."""
+    seen = Launched()
+    cases = itertools.product(DTYPES, ("fp16", "int8", "int4"), (1, 2), (8, 16, 32, 64))
+    for dtype, values, rank, M in cases:
+        group_size = None if values == "fp16" else 32
+        _, state, x, bias, exact, _ = problem(PackedLayout(40, 96, values, group_size, rank, 3), dtype, True)
+        assert torch.equal(run(x[:M], state, sizes(state), bias, A100, launched=seen), exact[:M].to(dtype))
+    for dtype, values in itertools.product(DTYPES, ("fp16", "int8", "int4")):
+        group_size = None if values == "fp16" else 32
+        _, state, x, bias, exact, _ = problem(PackedLayout(40, 96, values, group_size, 1, 3), dtype, True)
+        fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
+        assert torch.equal(run(x[:80], state, sizes(state), bias, fast, launched=seen), exact[:80].to(dtype))
+    for dtype in DTYPES:
+        packed = random_packed(PackedLayout(8, 8 * 1024, "fp16", rank=1), integers=True)
+        state, x = layout.prepare((packed,), dtype), torch.ones(1, 8 * 1024, dtype=dtype)
+        split = plan.evaluate(sizes(state), 1, A100, SPLIT_TILES[0], 8, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "choose", lambda *_, chosen=split: chosen)
+            launching.launches.cache_clear()
+            assert torch.equal(run(x, state, sizes(state), None, A100, launched=seen), oracle(x, packed)[0].to(dtype))
+        launching.launches.cache_clear()
+    assert set(seen.kernels) == set(ptx().names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 20, 100])
+def test_every_pattern_and_sign_at_every_lane(M, dtype):
+    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 48 rows and 144 groups meet each at each place."""
+    N, K = 48, 4 * 144
+    row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
+    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
+    pair = (row + group) // 6 % 4
+    parts = random_packed(PackedLayout(N, K, "fp16", rank=1), integers=True).tensors()
+    parts["metadata"] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    parts["signs"] = bits.pack_signs(torch.stack([pair % 2 == 1, pair // 2 == 1], -1).flatten(1))
+    packed = PackedWeight.from_tensors(parts, N, K)
+    state, x = layout.prepare((packed,), dtype), torch.randint(-3, 4, (M, K)).to(dtype)
+    assert torch.equal(run(x, state, sizes(state), None, A100), oracle(x, packed)[0].to(dtype))
+
+
+def test_kept_is_what_the_mask_says():
+    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds there."""
+    packed = random_packed(PackedLayout(16, 64, "fp16", rank=1))
+    packed.values.zero_()
+    packed.values[:, ::2] = -0.0
+    state, kept = layout.prepare((packed,), torch.float16), bits.unpack_mask(packed.metadata)
+    for M in (8, 64):
+        y = torch.cat([run(x, state, sizes(state), None, A100) for x in torch.eye(64).half().split(M)]).T
+        assert bool((y[kept] == 0).all()) and bool((y[~kept] != 0).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("M", [2, 20, 70])
+def test_nan_and_infinity_reach_their_token_alone(M, bad):
+    packed = random_packed(PackedLayout(20, 132, "int4", 32, rank=1, adapter_rank=2))
+    state, x = layout.prepare((packed,), torch.float16), torch.randn(M, 132).half()
+    x[1, 77] = bad
+    y = run(x, state, sizes(state), None, A100)
+    assert not bool(y[1].isfinite().any())
+    assert bool(y[torch.arange(M) != 1].isfinite().all())
+
+
+@pytest.mark.parametrize("values, group_size, adapter_rank", [("fp16", None, 0), ("int4", 128, 20)])
+def test_a_token_does_not_depend_on_the_others(values, group_size, adapter_rank):
+    """Bit for bit within a regime; above 64 tokens whatever the tiles."""
+    layout_ = PackedLayout(100, 1160, values, group_size, 1, adapter_rank)
+    _, state, x, bias, _, _ = problem(layout_, torch.bfloat16, False)
+    for regime in ((1, 2, 5, 8, 9, 16), (17, 32, 40, 64), (65, 129, 300)):
+        largest = run(x[: max(regime)], state, sizes(state), bias, A100)
+        for M in regime:
+            assert same_bits(run(x[:M], state, sizes(state), bias, A100), largest[:M]), M
+        moved = x[: max(regime)].roll(3, 0)
+        assert same_bits(run(moved, state, sizes(state), bias, A100), largest.roll(3, 0))
+
+
+@pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 20), (0, 16)])
+@pytest.mark.parametrize("M", [1, 12, 40, 200])
+def test_fused_projections_are_one_launch(M, rank, adapter_rank):
+    """q, k and v of unequal sizes, each with its own V and Q, one of them no multiple of 16."""
+    rows, K = (100, 24, 37), 272
+    parts = [random_packed(PackedLayout(n, K, "int8", 128, rank, adapter_rank), seed=n, integers=True) for n in rows]
+    state, x = layout.prepare(parts, torch.float16), torch.randint(-3, 4, (M, K)).half()
+    bias, launched = torch.randint(-5, 6, (sum(rows),)).half(), Launched()
+    y = run(x, state, sizes(state), bias, A100, launched=launched)
+    exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
+    assert torch.equal(y, exact.half())
+    assert sum(name.startswith("linear") for name in launched.kernels) == 1
+
+
+@pytest.mark.parametrize("M", [3, 30, 90])
+@pytest.mark.parametrize("K", [40, 129, 388])
+def test_strided_and_unaligned_activations(M, K):
+    packed, state, x, bias, exact, _ = problem(PackedLayout(33, K, "fp16", rank=1), torch.float16, True)
+    del packed
+    want = exact[:M].half()
+    wide = torch.full((M, K + 9), float("nan"), dtype=torch.float16)
+    for offset in (0, 1, 8):
+        view = wide[:, offset : offset + K]
+        view.copy_(x[:M])
+        assert torch.equal(run(view, state, sizes(state), bias, A100), want), offset
+        view.fill_(float("nan"))
+    turned = x[:M].T.contiguous().T
+    assert not turned.is_contiguous() and torch.equal(run(turned, state, sizes(state), bias, A100), want)
+    assert torch.equal(run(x[:M].unflatten(0, (M // 3, 3)), state, sizes(state), bias, A100), want.unflatten(0, (M // 3, 3)))
+
+
+@pytest.mark.parametrize("bias_type", [None, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("M", [2, 70])
+def test_bias(M, bias_type):
+    packed, state, x, bias, exact, _ = problem(PackedLayout(50, 300, "fp16", rank=1), torch.bfloat16, True)
+    given = None if bias_type is None else bias.to(bias_type)
+    want = exact[:M] - (bias.double() if bias_type is None else 0)
+    assert torch.equal(run(x[:M], state, sizes(state), given, A100), want.bfloat16())
+
+
+@pytest.mark.parametrize("M", [1, 40, 100])
+@pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 128), ("int4", 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_against_a_dense_gemm_of_the_same_weight(dtype, values, group_size, M):
+    """Root mean square, against fp64, of ours and of x W^T with W rounded to the activations' type: at most 1.5 times."""
+    packed = random_packed(PackedLayout(128, 1024, values, group_size, rank=1), seed=5)
+    state, x = layout.prepare((packed,), dtype), torch.randn(M, 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = oracle(x, packed)[0]
+    dense = (x.double() @ packed.dense().to(dtype).double().T).to(dtype)
+    ours = run(x, state, sizes(state), None, A100)
+    error = [float((y.double() - exact).square().mean().sqrt()) for y in (ours, dense)]
+    assert error[0] <= 1.5 * error[1]
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rebuilt_weight(dtype, values, group_size):
+    """One rounding to the activations' type, on every entry."""
+    for (N, K), rank in itertools.product(SHAPES, (0, 1, 3)):
+        if rank > min(N, K):
+            continue
+        packed = random_packed(PackedLayout(N, K, values, group_size, rank), seed=N, integers=True)
+        state = layout.prepare((packed,), dtype)
+        fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
+        launched = Launched()
+        y = run(torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1), state, sizes(state), None, fast, launched=launched)
+        assert launched.kernels[0].startswith("dense") and torch.equal(y[:K].T, packed.dense().to(dtype))
+
+
+def test_hopper_ptx_overlaps_launches():
+    """compute_90 text: the linear waits for z, the sum of splits for the linear, and both are launched as dependents."""
+    packed, state, x, bias, exact, _ = problem(PackedLayout(64, 640, "fp16", rank=1, adapter_rank=16), torch.float16, True)
+    launched = Launched()
+    y = run(x[:4], state, sizes(state), bias, A100, arch="compute_90", launched=launched)
+    assert torch.equal(y, exact[:4].half())
+    adapter, linear = launched.stats
+    assert adapter["griddepcontrol.launch_dependents"] and linear["griddepcontrol.wait"]
+    assert launched.dependent == [False, True]
+
+
+def test_the_parameters_are_those_of_the_kernels():
+    sizes_in_ptx = {ptx()[name].parameter_bytes for name in ("linear_fp16_w16_one_t8", "reduce_bf16", "dense_fp16_int4")}
+    assert sizes_in_ptx == {ctypes.sizeof(launching.LinearParams)}
+
+
+@pytest.mark.parametrize("name", ["linear_fp16_w16_one_t8", "linear_fp16_int8_one_t16", "linear_fp16_int4_one_t64"])
+def test_shared_memory_banks(name):
+    """Exact counts from the real addresses: the main loop's loads meet no bank twice; a tenth is left for the epilogue."""
+    values = {"w16": "fp16", "int8": "int8", "int4": "int4"}[name.split("_")[2]]
+    group_size = None if values == "fp16" else 128
+    _, state, x, bias, _, _ = problem(PackedLayout(256, 2048, values, group_size, 1), torch.float16, False)
+    launched = Launched()
+    run(x[: int(name.rpartition("t")[2])], state, sizes(state), bias, A100, launched=launched)
+    assert launched.kernels[0] == name
+    assert launched.stats[0]["shared_wavefronts"] <= 1.1 * launched.stats[0]["shared_ideal"]
+
+
+def test_a_damaged_stream_is_found():
+    """The harness can fail: a short stream is out of bounds, an illegal nibble is refused, a lost sign is a wrong number."""
+    _, state, x, bias, exact, _ = problem(PackedLayout(33, 260, "fp16", rank=1), torch.float16, True)
+    with pytest.raises(PtxError):
+        short = state._replace(stream=state.stream.flatten()[:-16].clone())
+        run(x[:2], short, sizes(state), bias, A100)
+    broken = state.stream.clone()
+    broken[0, 0, 2048] = 0
+    with pytest.raises(PtxError):
+        run(x[:2], state._replace(stream=broken), sizes(state), bias, A100)
+    flipped = state.stream.clone()
+    flipped[0, 0, 2304:] ^= 0x80
+    assert not torch.equal(run(x[:2], state._replace(stream=flipped), sizes(state), bias, A100), exact[:2].half())
