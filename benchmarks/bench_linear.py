@@ -1,69 +1,175 @@
-"""Layer tables: torch's dense linear beside our backends on the linears of known models.
+"""Layer tables: torch's dense linear beside our backends and other libraries' kernels on the linears of known models.
 
     python benchmarks/bench_linear.py [--models llama-2-7b ...] [--m 1 4 16 64] [--values fp16 int4] [--dtype bf16]
 
-writes benchmarks/results/linear-<device>-<commit>.{csv,json}; every row names threads, the JSON device, versions, commit.
+Shapes are those that engines run: q, k and v fused, gate and up fused. Writes OUT/linear-<device>-<commit>.csv, .json and
+(with matplotlib) .png, all at the end and each whole; progress goes to stderr. Every row names threads, what was timed and
+how near it is to the limits measured in the same run; the JSON also names device, versions and commit, and
+`slab-kernels report` reads it. On a GPU give one model a call if time is limited: nothing is written before the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import os
 import re
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from slab_kernels import machine
-from slab_kernels.bench import layer_rows
-from slab_kernels.layer_shapes import LAYERS
+from slab_kernels import bench, console, figures, machine, peers, report
+from slab_kernels.layer_shapes import MODELS, layers
+from slab_kernels.options import DTYPES, parse_shape
+from slab_kernels.pipeline import resolve_device
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "group_size", "threads", "median_us", "iqr_us",
-           "calls", "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "bits_per_weight", "weight_bytes", "copies",
-           "rotated_bytes")  # fmt: skip
+COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank", "group_size", "threads", "cache",
+           "timing", "median_us", "iqr_us", "calls", "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops",
+           "matrix_share", "roofline", "bound", "bits_per_weight", "weight_bytes", "copies", "rotated_bytes",
+           "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
+# device kind -> models, token counts, activation types, seconds a row: what is run when nothing is said
+DEFAULTS: dict[str, tuple[Sequence[str], Sequence[int], Sequence[str], float]] = {
+    "cpu": (("llama-2-7b", "llama-3-8b"), bench.CPU_TOKENS, ("fp32", "bf16"), 0.5),
+    "cuda": (("llama-2-7b", "llama-3-8b", "llama-3-70b"), bench.GPU_TOKENS, ("fp16",), 0.1),
+}
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        return parse_shape(text)
+    except Exception as error:  # typer's error, in argparse's words
+        raise argparse.ArgumentTypeError(str(error).replace("--shape", "--shapes")) from error
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="whose linears")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[], help="NxK instead of or beside models")
+    parser.add_argument("--m", nargs="+", type=count, help="tokens at once")
+    parser.add_argument("--values", nargs="+", default=["fp16", "bf16", "int8", "int4"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the activations and the dense weight")
+    parser.add_argument("--rank", type=int, default=1, help="of the sign term; 0 = none")
+    parser.add_argument("--adapter-rank", type=int, default=0, help="of the adapter P Q^T; 0 = none")
+    parser.add_argument("--backends", nargs="+", help="default: all that can run it, without the reference")
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--peers", action=flag, default=True, help="other libraries' kernels, where installed"
+    )
+    parser.add_argument("--seconds", type=float, help="least time a row is measured")
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    args = parser.parse_args(arguments)
+    args.device = resolve_device(args.device)
+    if args.device.type not in DEFAULTS:
+        parser.error(f"--device {args.device}: there are clocks for {' and '.join(DEFAULTS)} only")
+    models, tokens, dtypes, seconds = DEFAULTS[args.device.type]
+    args.chosen = args.models or [f"{n}x{k}" for n, k in args.shapes]  # for the file name, unless by default
+    args.models = args.models or ([] if args.shapes else models)
+    args.m, args.dtype = args.m or tokens, args.dtype or dtypes
+    args.seconds = seconds if args.seconds is None else args.seconds
+    return args
+
+
+def shapes(args: argparse.Namespace) -> dict[tuple[int, int], str]:
+    """Shape -> the models that have it, each shape once."""
+    owners: dict[tuple[int, int], list[str]] = {pair: [] for pair in args.shapes}
+    for model in args.models:
+        for pair in layers(model):
+            owners.setdefault(pair, []).append(model)
+    return {pair: " ".join(names) for pair, names in owners.items()}
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """All rows, and why peers are absent."""
+    rows, absent = [], {}
+    for (n, k), model in shapes(args).items():
+        for dtype in args.dtype:
+            case = bench.Case(
+                n, k, tuple(args.m), tuple(args.values), dtype, str(args.device), rank=args.rank, backends=args.backends,
+                min_seconds=args.seconds, adapter_rank=args.adapter_rank, peers=args.peers,
+            )  # fmt: skip
+            found = bench.measure(case)
+            for row in found.rows:
+                rows.append({"model": model, **row})
+                console.say(
+                    f"{n:6}x{k:<6} m={row['m']:<4} {row['backend']:10} {row['values']:5} {row['dtype']} {row['cache']}"
+                    f"{row['median_us']:10.1f} us {row['speedup_vs_dense']:6.2f}x {row['gbytes_per_s']:7.1f} GB/s"
+                    f" {row['roofline']:5.0%} of {row['bound']}"
+                )
+            for name, reason in found.absent.items():
+                if absent.get(name) != reason:
+                    console.say(f"{n:6}x{k:<6} without {name}: {reason}")
+            absent |= found.absent
+    return rows, absent
 
 
 def commit() -> str:
     """The commit that was measured, with -dirty where the tree differs from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=LAYERS, default=["llama-2-7b", "llama-3-8b"])
-    parser.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--values", nargs="+", default=["fp16", "bf16", "int8", "int4"])
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.5, help="least time a row is measured")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
-    arguments = parser.parse_args()
+def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
+    """linear-<device>-<what was chosen>-<commit>"""
+    named = {found["device"]: found["name"] for found in information["devices"]}
+    where = "cpu" if args.device.type == "cpu" else f"cuda:{args.device.index or 0}"
+    ranks = [f"r{args.rank}"] * (args.rank != 1) + [f"a{args.adapter_rank}"] * (args.adapter_rank != 0)
+    text = "-".join([named[where], *args.chosen, *ranks])
+    return "linear-" + re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + f"-{commit()}"
 
-    rows = []
-    for model in arguments.models:
-        for n, k in LAYERS[model]:
-            for dtype in arguments.dtype:
-                for row in layer_rows(n, k, arguments.m, arguments.values, dtype, rank=arguments.rank, min_seconds=arguments.seconds):
-                    rows.append({"model": model, **row})
-                    print(
-                        f"{model:13} {n:6}x{k:<6} m={row['m']:<4} {row['backend']:6} {row['values']:5} {row['dtype']:9}"
-                        f"{row['median_us']:10.1f} us {row['speedup_vs_dense']:6.2f}x {row['gbytes_per_s']:6.1f} GB/s",
-                        flush=True,
-                    )
+
+def write(path: Path, content: bytes) -> None:
+    """The file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    rows, absent = measure(args)
     information = machine.information()
-    name = re.sub(r"[^a-z0-9]+", "-", information["devices"][0]["name"].lower()).strip("-")
-    stem = arguments.out / f"linear-{name}-{commit()}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    record = {"bench": rows, "commit": commit(), "machine": information}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {stem}.csv and .json")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    record = {
+        "device": machine.one_line(), "commit": commit(), "arguments": list(sys.argv[1:] if arguments is None else arguments),
+        "rows": rows, "absent": absent, "peers": peers.versions(), "machine": information,
+    }  # fmt: skip
+    contents = {"csv": table.getvalue().encode(), "json": (json.dumps(record, indent=1) + "\n").encode()}
+    try:
+        contents["png"] = figures.png(figures.speed_by_tokens(report.cold(rows), figures.LIGHT))
+    except figures.PlotsUnavailable as error:
+        console.say(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = stem(args, information)
+    for ending, content in contents.items():
+        write(args.out / f"{name}.{ending}", content)
+        print(args.out / f"{name}.{ending}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main, as_json=False))

@@ -237,12 +237,15 @@ def generate(
 def bench(
     shape: Annotated[list[str] | None, typer.Option(help="out_features x in_features, 11008x4096; may be repeated.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="All linears of a well-known model, llama-2-7b; may be repeated.")] = None,
+    fused: Annotated[bool, typer.Option("--fused/--separate", help="--layers with q, k, v and gate, up in one, as engines run them.")] = True,
     m: Annotated[list[int] | None, typer.Option(help="Tokens at once; may be repeated. Default 1.", min=1)] = None,
     values: Annotated[list[str] | None, typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations and the dense weight: fp32, bf16 or fp16.")] = "bf16",
-    rank: Annotated[int, typer.Option(help="Rank of the sign term; 0 = none.")] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of the sign term; 0 = none.", min=0)] = 1,
+    adapter_rank: Annotated[int, typer.Option(help="Rank of the adapter P Qᵀ; 0 = none.", min=0)] = 0,
     group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
     backend: Annotated[list[str] | None, typer.Option(help="Time these; default: every one that runs it, without the reference.")] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed.")] = False,
     seconds: Annotated[float, typer.Option(help="Time spent on a row, at least.")] = 0.5,
     device: Device = "auto",
     json: Json = False,
@@ -253,18 +256,24 @@ def bench(
     from .pipeline import resolve_device
 
     torch_dtype(dtype)
-    shapes = [parse_shape(text) for text in shape or []] + [pair for name in layers or [] for pair in known(name)]
-    where, rows = str(resolve_device(device)), []
+    shapes = [parse_shape(text) for text in shape or []] + [pair for name in layers or [] for pair in known(name, fused)]
+    where, rows, absent = str(resolve_device(device)), [], {}
     for n, k in dict.fromkeys(shapes or [(4096, 4096)]):
         console.say(f"{n}×{k}")
-        rows += bench.layer_rows(
-            n, k, tuple(m or [1]), tuple(values or ["fp16"]), dtype, where, group_size or None, rank, backend, seconds
-        )
-    data = {"device": machine.one_line(), "rows": rows}
+        case = bench.Case(
+            n, k, tuple(m or [1]), tuple(values or ["fp16"]), dtype, where, group_size or None, rank, backend, seconds,
+            adapter_rank, peers,
+        )  # fmt: skip
+        found = bench.measure(case)
+        rows += found.rows
+        absent |= {name: f"{n}×{k}: {reason}" for name, reason in found.absent.items()}
+    data = {"device": machine.one_line(), "rows": rows, "absent": absent}
 
     def show() -> None:
         print(data["device"])
         console.print_table(report.BENCH_COLUMNS, report.bench_table(data["rows"]))
+        if data["absent"]:
+            console.print_pairs(data["absent"].items(), "not timed")
 
     return Outcome(data, show)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def model_speed(results: Sequence[Result], theme: Theme) -> Figure:
 def layer_speed(rows: Sequence[dict], theme: Theme) -> Figure:
     """Median time of one linear, from `bench` rows: torch's dense linear and each backend, shape by shape."""
     backends = list(dict.fromkeys(r["backend"] for r in rows if r["backend"] != "dense"))
-    colours = dict(zip(backends, (STYLES["slab"][0], STYLES["sparsegpt"][0], STYLES["wanda"][0], *(c for c, _ in SPARE_STYLES)), strict=False))
+    colours = dict(zip(backends, cycle((STYLES["slab"][0], STYLES["sparsegpt"][0], STYLES["wanda"][0], *(c for c, _ in SPARE_STYLES))), strict=False))
     bars = []
     for row in rows:
         group = f"{row['n']}×{row['k']}, m={row['m']}, {row['dtype']} activations"
@@ -264,5 +264,51 @@ def layer_speed(rows: Sequence[dict], theme: Theme) -> Figure:
             bars.append(Bar("torch dense", row["median_us"], theme.bar, time, group))
         else:
             text = f"{time}  ({row['speedup_vs_dense']:.2f}× dense)"
-            bars.append(Bar(f"{row['backend']}, {row['values']}", row["median_us"], colours[row["backend"]], text, group))
+            name = f"{row['backend']}, {row['values']}" + (f" + adapter {row['adapter_rank']}" if row.get("adapter_rank") else "")
+            bars.append(Bar(name, row["median_us"], colours[row["backend"]], text, group))
     return _bars(bars, "median time of one linear in µs (shorter is faster)", theme)
+
+
+def speed_by_tokens(rows: Sequence[dict], theme: Theme) -> Figure:
+    """Speed-up over torch's dense linear against the number of tokens: one panel a shape, one line a backend and value type."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for r in rows:
+        title = f"{r['n']}×{r['k']}" + (f", {r['dtype']}" if len(dtypes) > 1 else "")
+        line = f"{r['backend']}, {r['values']}" + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else "")
+        lines = panels.setdefault(title, {})
+        if r["backend"] != "dense":
+            lines.setdefault(line, []).append((r["m"], r["speedup_vs_dense"]))
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines)
+    styled = dict(zip(labels, cycle((*reversed(STYLES.values()), *SPARE_STYLES)), strict=False))
+    columns = 2 if len(panels) > 1 else 1
+    count_rows = -(-len(panels) // columns)
+    fig, axes = figure(1.2 + 1.7 * count_rows, theme, count_rows, columns, sharex=True, sharey=True)
+    tokens = sorted({r["m"] for r in rows})
+    for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+        ax.axhline(1.0, color=theme.muted, linewidth=1.2, linestyle=(0, (5, 4)), label="dense")
+        for label, points in lines.items():
+            colour, marker = styled[label]
+            ax.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+        ax.set_title(title, loc="left", color=theme.ink, fontsize=10)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(tokens[:: -(-len(tokens) // 6)])
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_ylim(0, 1.08 * max([1.0, *(r["speedup_vs_dense"] for r in rows)]))
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+        ax.tick_params(labelbottom=True)  # the last of its column, which shared axes leave to a hidden panel
+    handles: dict = {}
+    for ax in axes[: len(panels)]:
+        handles.update(dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)))
+    fig.legend(
+        handles.values(), handles.keys(), loc="outside upper left", ncols=min(4, len(handles)), frameon=False,
+        labelcolor=theme.ink, fontsize=9.5, handlelength=1.3, handletextpad=0.5, columnspacing=1.1, borderpad=0.1,
+    )  # fmt: skip
+    fig.supxlabel("tokens at once (log scale)", color=theme.muted, fontsize=9.5)
+    fig.supylabel("times as fast as torch's dense linear", color=theme.muted, fontsize=9.5)
+    return fig

@@ -187,23 +187,34 @@ def table(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-BENCH_COLUMNS = ("linear", "backend", "values", "activations", "median µs", "against dense", "GB/s")
+BENCH_COLUMNS = ("linear", "backend", "values", "activations", "weights from", "median µs", "against dense", "GB/s", "roofline")
+WEIGHTS_FROM = {"cold": "memory", "warm": "cache"}
+MOST_BARS = 24  # timing rows that are drawn as bars; more become lines over the number of tokens
 
 
 def bench_table(bench: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """`bench` rows as rows of text under BENCH_COLUMNS."""
+    """`bench` rows as rows of text under BENCH_COLUMNS; roofline: how near the limit that is nearer, and which it is."""
     return [
         (
             f"{r['n']}×{r['k']}, m={r['m']}",
             r["backend"],
-            r["values"] or "–",
+            (r["values"] or "–") + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else ""),
             r["dtype"],
+            WEIGHTS_FROM.get(r.get("cache"), "–"),
             f"{r['median_us']:,.0f}" if r["median_us"] >= 100 else f"{r['median_us']:.3g}",
             f"{r['speedup_vs_dense']:.2f}×",
             f"{r['gbytes_per_s']:.3g}",
+            f"{r['roofline']:.0%} of {r['bound']}" if "roofline" in r else "–",
         )
         for r in bench
     ]
+
+
+def cold(bench: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those from cache that were also timed from memory: what a picture shows."""
+    what = lambda r: tuple(r.get(c) for c in ("n", "k", "m", "dtype", "backend", "values", "rank", "adapter_rank"))  # noqa: E731
+    twice = {what(r) for r in bench if r.get("cache") == "cold"}
+    return [r for r in bench if r.get("cache") != "warm" or what(r) not in twice]
 
 
 def rows(report: Report) -> list[dict[str, Any]]:
@@ -258,10 +269,12 @@ def draw(report: Report) -> dict[str, tuple[str, str, Any]]:
             lambda theme: figures.model_speed(report.results, theme),
         )
     if report.bench:
+        rows = cold(report.bench)
+        draw_speed = figures.layer_speed if len(rows) <= MOST_BARS else figures.speed_by_tokens
         drawn["speed-layers"] = (
             "Speed of one linear",
-            "Median time, torch's dense linear beside ours in the same run on the same threads.",
-            lambda theme: figures.layer_speed(report.bench, theme),
+            "Median time, torch's dense linear beside ours in the same run on the same machine.",
+            lambda theme: draw_speed(rows, theme),
         )
     return drawn
 

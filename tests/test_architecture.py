@@ -30,7 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "dispatch": {"backends"},
     "nn": WAIST_DOWN,
     "testing": FORMAT | {"reference"},
-    "bench": WAIST_DOWN | {"nn", "testing"},
+    "timing": set(),
+    "roofline": {"timing"},
+    "peers": set(),
+    "bench": WAIST_DOWN | {"nn", "testing", "timing", "roofline", "peers"},
     # above it: pure functions of a weight and its input statistics
     "calibration": FORMAT,
     "methods": FORMAT | {"calibration"},
