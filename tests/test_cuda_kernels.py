@@ -18,7 +18,7 @@ from ptx import PtxError
 from slab_kernels import bitpacking as bits
 from slab_kernels.backends.cuda import layout, plan, sizes_of
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, WHOLE_TILES
+from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, TALL_TILES, WHOLE_TILES
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
 
@@ -112,6 +112,22 @@ def test_every_tile_of_the_tables(monkeypatch, tile, tokens, splits, values, gro
     assert launched.kernels == [f"linear_fp16_{'w16' if values == 'fp16' else values}_one_t{tokens}", *act]
 
 
+@pytest.mark.parametrize("tile", TALL_TILES, ids=lambda tile: f"{tile.warp_rows}x{tile.warp_tokens}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tall_tiles_of_weights_without_signs(monkeypatch, dtype, tile):
+    _, state, x, bias, exact, _ = problem(PackedLayout(277, 140, "fp16", None, 0, 4), dtype, True)
+    chosen, launched = plan.evaluate(sizes(state), 131, replace(A100, shared_limit=232448), tile, 64, 1), Launched()
+    adapter = plan.evaluate(sizes(state).adapter(), 131, A100, WHOLE_TILES[0], 32, 1)
+    monkeypatch.setattr(launching, "choose", lambda sizes, *_: adapter if sizes.values == layout.DENSE else chosen)
+    launching.launches.cache_clear()
+    try:
+        y = run(x[:131], state, sizes(state), bias, replace(A100, shared_limit=232448), launched=launched)
+    finally:
+        launching.launches.cache_clear()
+    assert torch.equal(y, exact[:131].to(dtype))
+    assert launched.kernels[1] == f"tall_{'fp16' if dtype == torch.float16 else 'bf16'}_w16_t64"
+
+
 def test_every_kernel_of_the_library_is_executed(monkeypatch):
     """By name: nothing ships that these tests cannot reach."""
     seen = Launched()
@@ -128,6 +144,12 @@ def test_every_kernel_of_the_library_is_executed(monkeypatch):
     for dtype in DTYPES:
         packed = random_packed(PackedLayout(8, 8 * 1024, "fp16", rank=1), integers=True)
         state, x = layout.prepare((packed,), dtype), torch.ones(1, 8 * 1024, dtype=dtype)
+        plain = layout.prepare((random_packed(PackedLayout(40, 96, "fp16"), integers=True),), dtype)
+        tall = plan.evaluate(sizes(plain), 70, A100, TALL_TILES[0], 64, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "choose", lambda *_, chosen=tall: chosen)
+            launching.launches.cache_clear()
+            run(torch.ones(70, 96, dtype=dtype), plain, sizes(plain), None, A100, launched=seen)
         split = plan.evaluate(sizes(state), 1, A100, SPLIT_TILES[0], 8, 4)
         with monkeypatch.context() as patch:
             patch.setattr(launching, "choose", lambda *_, chosen=split: chosen)

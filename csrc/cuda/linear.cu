@@ -2,6 +2,8 @@
 // text.
 //
 //   linear_<activations>_<values>_<rank>_t<tokens of a warp>   the fused linear: a dozen for each of four token tiles
+//   tall_<activations>_w16_t64                                 S alone, 64 rows x 64 tokens a warp: without signs there
+//                                                              are registers for half the reads of activations
 //   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
 //   reduce_<activations>                                       adds the K-splits of a small layer, after it
 //   dense_<activations>_<values>                               the weight rebuilt, for cuBLAS
@@ -14,17 +16,17 @@
     body;                                                                                                           \
   }
 
-#define SLAB_LINEAR(act, T, values, kValues, tokens, kTiles, occupancy)          \
-  SLAB_KERNEL(linear_##act##_##values##_one_t##tokens, occupancy,                \
-              (slab::linear<slab::T, slab::kValues, slab::kRankOne, kTiles>(p))) \
-  SLAB_KERNEL(linear_##act##_##values##_any_t##tokens, occupancy,                \
-              (slab::linear<slab::T, slab::kValues, slab::kRankAny, kTiles>(p)))
+#define SLAB_LINEAR(act, T, values, kValues, tokens, kTiles, occupancy)             \
+  SLAB_KERNEL(linear_##act##_##values##_one_t##tokens, occupancy,                   \
+              (slab::linear<slab::T, slab::kValues, slab::kRankOne, 2, kTiles>(p))) \
+  SLAB_KERNEL(linear_##act##_##values##_any_t##tokens, occupancy,                   \
+              (slab::linear<slab::T, slab::kValues, slab::kRankAny, 2, kTiles>(p)))
 
 #define SLAB_VALUES(act, T, tokens, kTiles, occupancy)      \
   SLAB_LINEAR(act, T, w16, kW16, tokens, kTiles, occupancy) \
   SLAB_LINEAR(act, T, int8, kI8, tokens, kTiles, occupancy) \
   SLAB_LINEAR(act, T, int4, kI4, tokens, kTiles, occupancy) \
-  SLAB_KERNEL(adapter_##act##_t##tokens, occupancy, (slab::linear<slab::T, slab::kDense, slab::kRankAny, kTiles>(p)))
+  SLAB_KERNEL(adapter_##act##_t##tokens, occupancy, (slab::linear<slab::T, slab::kDense, slab::kRankAny, 2, kTiles>(p)))
 
 #define SLAB_TOKENS(tokens, kTiles, occupancy)       \
   SLAB_VALUES(fp16, Fp16, tokens, kTiles, occupancy) \
@@ -35,10 +37,11 @@ SLAB_TOKENS(16, 2, 2)
 SLAB_TOKENS(32, 4, 1)
 SLAB_TOKENS(64, 8, 1)
 
-#define SLAB_SIMPLE(act, T)                                                  \
-  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                     \
-  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16>(p))) \
-  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8>(p))) \
+#define SLAB_SIMPLE(act, T)                                                                           \
+  SLAB_KERNEL(tall_##act##_w16_t64, 1, (slab::linear<slab::T, slab::kW16, slab::kRankNone, 4, 8>(p))) \
+  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                                              \
+  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16>(p)))                          \
+  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8>(p)))                          \
   SLAB_KERNEL(dense_##act##_int4, 4, (slab::rebuild<slab::T, slab::kI4>(p)))
 SLAB_SIMPLE(fp16, Fp16)
 SLAB_SIMPLE(bf16, Bf16)

@@ -7,7 +7,8 @@
 // 0 and v = 0 need no care, integer S keeps its codes and scales, and rank R needs no R accumulators. Its price is one
 // product of x and v per fragment, shared by two row tiles.)
 //
-// A CTA is warp_rows x warp_tokens x warp_inputs warps. A warp holds 32 rows x 8 kTiles tokens; warps that differ only
+// A CTA is warp_rows x warp_tokens x warp_inputs warps. A warp holds 16 kRowTiles rows (one activation fragment serves
+// all of its row tiles) x 8 kTiles tokens; warps that differ only
 // in rows or tokens form a group, share a ring of `stages` K-blocks in shared memory and a named barrier. Groups take
 // K-blocks in turn (group w: w, w + warp_inputs, ...); their sums are added in that order at the end, so the result
 // depends on no timing, and a token's result on no other token.
@@ -21,10 +22,8 @@
 
 namespace slab {
 
-constexpr int kRowTiles = 2;                       // m16 tiles of a warp: one activation fragment serves both
-constexpr int kWarpRows = kRowTiles * kBlockRows;  // 32
-constexpr int kRaster = 8;                         // token tiles that share a weight tile while it is in L2
-constexpr int kRankOne = 1, kRankAny = -1;
+constexpr int kRaster = 8;  // token tiles that share a weight tile while it is in L2
+constexpr int kRankNone = 0, kRankOne = 1, kRankAny = -1;
 
 // Where this CTA works.
 struct Place {
@@ -33,6 +32,7 @@ struct Place {
 };
 
 // Asked again after the main loop: what only the end needs would be spilled on the way.
+template <int kRowTiles>
 __device__ __forceinline__ Place place_of(const LinearParams& p) {
   const int whole = kRaster * p.row_tiles, id = keep(blockIdx.x);
   const int band = id / whole * kRaster, wide = min(kRaster, p.token_tiles - band), rest = id % whole;
@@ -45,7 +45,7 @@ __device__ __forceinline__ Place place_of(const LinearParams& p) {
   const int tile = row_tile - p.part_tile[at.part];
   at.first_block = p.part_block[at.part] + tile * p.warp_rows * kRowTiles;
   at.end_block = p.part_block[at.part + 1];
-  at.first_row = p.part_row[at.part] + tile * p.warp_rows * kWarpRows;
+  at.first_row = p.part_row[at.part] + tile * p.warp_rows * kRowTiles * kBlockRows;
   at.end_row = p.part_row[at.part + 1];
   at.token = band + rest % wide;
   at.split = blockIdx.y;
@@ -76,8 +76,9 @@ __device__ __forceinline__ float bias_of(const LinearParams& p, int feature) {
   return 0.0f;
 }
 
-template <class T, int kValues, int kRank, int kTiles>
+template <class T, int kValues, int kRank, int kRowTiles, int kTiles>
 struct Linear {
+  static constexpr int kWarpRows = kRowTiles * kBlockRows;
   static constexpr int kTokens = 8 * kTiles;  // of a warp
   static constexpr bool kScaled = kValues == kI8 || kValues == kI4;
   static constexpr bool kSparse = kValues != kDense;
@@ -111,9 +112,9 @@ struct Linear {
   float acc[kRowTiles][kTiles][4], low[kRowTiles][kTwoChains ? kTiles : 1][4];
 
   __device__ __forceinline__ Linear(const LinearParams& params, uint32_t shared)
-      : p(params), at(place_of(params)), my(role_of(params)) {
+      : p(params), at(place_of<kRowTiles>(params)), my(role_of(params)) {
     const int lane = my.lane, member = my.member, members = my.members;
-    rank = kRank == kRankOne ? 1 : kSparse ? p.rank : 0;
+    rank = kRank != kRankAny ? kRank : kSparse ? p.rank : 0;
     const int staged = p.warp_tokens * kTokens, first_token = at.token * staged;
     tokens = min(staged, p.tokens - first_token);
     scales_at = kSignsAt + (rank ? kSignBytes : 0);
@@ -294,7 +295,7 @@ struct Linear {
           }
         if constexpr (kRank == kRankOne) {
           add_signs<kStep>(k, b, first, u, v);
-        } else {
+        } else if constexpr (kRank == kRankAny) {
 #pragma unroll 1
           for (int r = 0; r < rank; ++r) {
             uint32_t u_r[kRowTiles][2];
@@ -435,7 +436,7 @@ struct Linear {
   // z = x Q was summed by the kernel before; its K-steps are dealt to the groups in turn.
   __device__ __forceinline__ void add_adapter() {
     wait_for_predecessor();
-    const Place at = place_of(p);
+    const Place at = place_of<kRowTiles>(p);
     const Role my = role_of(p);
     const int padded = 16 * p.adapter_steps, whole_row = p.parts * padded;
     const int64_t whole = int64_t(whole_row) * p.tokens;
@@ -470,7 +471,7 @@ struct Linear {
   // ----------------------------------------------------------
 
   __device__ __forceinline__ void store(float* sums) {
-    const Place at = place_of(p);
+    const Place at = place_of<kRowTiles>(p);
     const Role my = role_of(p);
     const int rows = p.warp_rows * kWarpRows, all_tokens = p.warp_tokens * kTokens;
     const int pitch = rows + 4;  // 2 tokens apart = 8 banks apart: the fragment's 32 lanes meet 32 banks
@@ -501,11 +502,11 @@ struct Linear {
   }
 };
 
-template <class T, int kValues, int kRank, int kTiles>
+template <class T, int kValues, int kRank, int kRowTiles, int kTiles>
 __device__ __forceinline__ void linear(const LinearParams& p) {
   extern __shared__ __align__(256) uint8_t shared[];
   let_successor_start();
-  Linear<T, kValues, kRank, kTiles> work(p, shared_address(shared));
+  Linear<T, kValues, kRank, kRowTiles, kTiles> work(p, shared_address(shared));
   work.multiply_all();
   if (kValues != kDense && p.adapter_steps && blockIdx.y == 0) work.add_adapter();
   work.store(reinterpret_cast<float*>(shared));

@@ -54,7 +54,7 @@ struct LinearParams {
   int adapter_steps, z_splits;
   int bias_type;                            // 0 none, 1 fp32, 2 fp16, 3 bf16
   int x_ragged;                             // rows of x are not 16-byte aligned: they are copied element by element
-  int warp_rows, warp_tokens, warp_inputs;  // warps along rows (32 each), tokens (8 kTiles each), and K
+  int warp_rows, warp_tokens, warp_inputs;  // warps along rows (32 each, tall 64), tokens (8 kTiles each), and K
   int stages, row_tiles, token_tiles, splits;
   int parts;
   int part_tile[kMaxParts + 1];   // first row tile of each part, and their number

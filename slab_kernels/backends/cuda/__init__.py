@@ -23,7 +23,7 @@ from ..base import Backend, LinearProblem
 from . import driver, layout
 from .launch import BIAS_TYPES, Device, kernel_names, linear
 from .layout import ACTIVATIONS, STREAM_VALUES, CudaState
-from .plan import MOST_RANK, Sizes, choose, gpu_like
+from .plan import MOST_RANK, Sizes, choose, dense_microseconds, gpu_like, gpu_named
 
 NAMESPACE = "slab_kernels"
 ARGUMENTS = (
@@ -72,12 +72,17 @@ class CudaBackend(Backend):
 
     linear_fused = linear
 
-    def describe(self, problem: LinearProblem) -> str:
-        """The plan for this problem on the current device: tiles, their reason, and the predicted time."""
-        adapter_steps = -(-problem.adapter_rank // 16)
-        sizes = Sizes(problem.K, (problem.N,), STREAM_VALUES[problem.values], (problem.group_size or 128) // 32,
-                      problem.rank, adapter_steps)  # fmt: skip
-        return choose(sizes, max(problem.M, 1), device_of(torch.cuda.current_device()).gpu).describe()
+    def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
+        """The plan for this problem: tiles, their reason, and the predicted time beside a dense linear's.
+
+        gpu: a name of plan.GPUS, whether it is here or not; default: the current device. Raises: ValueError for another.
+        """
+        found = gpu_named(gpu) if gpu else device_of(torch.cuda.current_device()).gpu
+        group_steps, adapter_steps = (problem.group_size or 128) // 32, -(-problem.adapter_rank // 16)
+        values, M = STREAM_VALUES[problem.values], max(problem.M, 1)
+        sizes = Sizes(problem.K, (problem.N,), values, group_steps, problem.rank, adapter_steps)
+        dense = dense_microseconds(problem.N, problem.K, M, found)
+        return f"{found.name}: {choose(sizes, M, found).describe()}; a dense fp16 linear by the same model: {dense:.1f} us"
 
 
 def sizes_of(stream, V, U, P, Q, in_features: int, rows: Sequence[int], values: int, group_steps: int) -> Sizes:

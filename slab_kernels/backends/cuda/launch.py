@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, MAX_PARTS, W16, adapters
-from .plan import REGISTERS, WARP_ROWS, Gpu, Plan, Rebuild, Sizes, choose
+from .plan import REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -68,8 +68,8 @@ def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launc
         adapter = choose(inner, M, gpu)
         first = _Launch(f"adapter_{act}_t{adapter.tokens}", adapter, _template(inner, M, adapter, 1))
         z_splits = adapter.splits
-    rank = "one" if sizes.rank == 1 else "any"
-    name = f"linear_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{chosen.tokens}"
+    rank, values = "one" if sizes.rank == 1 else "any", VALUE_NAMES[sizes.values]
+    name = f"tall_{act}_{values}_t64" if chosen.tile.blocks == 4 else f"linear_{act}_{values}_{rank}_t{chosen.tokens}"
     return first, _Launch(name, chosen, _template(sizes, M, chosen, z_splits))
 
 
@@ -79,6 +79,8 @@ def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
     names = [f"linear_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{tokens}" for tokens in REGISTERS]
     if sizes.adapter_steps:
         names += [f"adapter_{act}_t{tokens}" for tokens in REGISTERS]
+    if sizes.values == W16 and not sizes.rank:
+        names.append(f"tall_{act}_w16_t64")
     return [*names, f"reduce_{act}", f"dense_{act}_{VALUE_NAMES[sizes.values]}"]
 
 
@@ -91,7 +93,7 @@ def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> by
         tile = chosen.tile
         p.warp_rows, p.warp_tokens, p.warp_inputs = tile.warp_rows, tile.warp_tokens, tile.warp_inputs
         p.stages, p.row_tiles, p.token_tiles, p.splits = chosen.stages, chosen.row_tiles, chosen.token_tiles, chosen.splits
-        tiles = sizes.row_tiles(WARP_ROWS * tile.warp_rows)
+        tiles = sizes.row_tiles(tile.rows)
     p.parts = len(sizes.rows)
     for i, rows in enumerate(sizes.rows):
         p.part_tile[i + 1] = p.part_tile[i] + tiles[i]

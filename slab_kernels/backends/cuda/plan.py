@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES, SIGN_BYTES, VALUE_BYTES, W16
 
-WARP_ROWS = 32
 MOST_STAGES = 4
 REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
@@ -61,6 +60,14 @@ GPUS = (
 )
 
 
+def gpu_named(name: str) -> Gpu:
+    """The table's row of that name, in any case. Raises: ValueError with the known names."""
+    for gpu in GPUS:
+        if gpu.name.lower() == name.lower():
+            return gpu
+    raise ValueError(f"no figures for the GPU {name!r}; known: {', '.join(gpu.name for gpu in GPUS)}")
+
+
 def gpu_like(name: str, capability: tuple[int, int], multiprocessors: int, shared_limit: int) -> Gpu:
     """The table's row for a device, with the device's own sizes; for an unknown name the row nearest in capability."""
     words = set(re.findall(r"[a-z]*\d+\w*", name.lower()))
@@ -101,12 +108,17 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """At most eight warps as rows x tokens x K groups; a warp is 32 rows x 8, 16, 32 or 64 tokens."""
+    """At most eight warps as rows x tokens x K groups; a warp is 32 (or 64) rows x 8, 16, 32 or 64 tokens."""
 
     warp_rows: int
     warp_tokens: int
     warp_inputs: int
     reason: str
+    blocks: int = 2  # of 16 rows, that a warp holds
+
+    @property
+    def rows(self) -> int:
+        return BLOCK_ROWS * self.blocks * self.warp_rows
 
     @property
     def threads(self) -> int:
@@ -129,6 +141,11 @@ WHOLE_TILES = (  # above 64 tokens; t tokens a warp, 32 or 64
     Tile(4, 1, 1, "128 rows x t tokens, four warps: two CTAs a multiprocessor"),
     Tile(2, 2, 1, "64 rows x 2 t tokens, four warps: more CTAs for few output features"),
     Tile(2, 1, 1, "64 rows x t tokens, two warps: most CTAs"),
+)
+TALL_TILES = (  # above 64 tokens, fp16 and bf16 values without signs
+    Tile(2, 2, 1, "128 rows x 128 tokens, 64 x 64 a warp: half the activation reads", blocks=4),
+    Tile(4, 2, 1, "256 rows x 128 tokens, 64 x 64 a warp: for many output features", blocks=4),
+    Tile(4, 1, 1, "256 rows x 64 tokens, 64 x 64 a warp: where shared memory is small", blocks=4),
 )
 SPLITS = (1, 2, 4, 8)
 
@@ -161,7 +178,7 @@ class Plan:
         t = self.tile
         split = f", K split over {self.splits} CTAs" if self.splits > 1 else ""
         return (
-            f"{WARP_ROWS * t.warp_rows} rows x {self.tokens * t.warp_tokens} tokens a CTA, {t.warp_inputs} K groups, "
+            f"{t.rows} rows x {self.tokens * t.warp_tokens} tokens a CTA, {t.warp_inputs} K groups, "
             f"{t.threads} threads, {self.stages} stages, {self.shared_bytes} bytes shared, {self.resident} CTAs a multiprocessor{split} "
             f"({t.reason}); predicted {self.microseconds:.1f} us, bound by {self.bound}"
         )
@@ -176,12 +193,12 @@ def stage_bytes(sizes: Sizes, tile: Tile, tokens: int, M: int) -> int:
     """Of one K-block in shared memory, as `Linear` in csrc/cuda/linear.cuh lays it out."""
     staged = tile.warp_tokens * tokens
     rows = (staged if tokens >= 32 else min(staged, M)) + sizes.rank
-    return -(-(rows * TOKEN_ROW_BYTES + tile.warp_rows * 2 * sizes.block_bytes) // 256) * 256
+    return -(-(rows * TOKEN_ROW_BYTES + tile.warp_rows * tile.blocks * sizes.block_bytes) // 256) * 256
 
 
 def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int) -> Plan | None:
     """The plan with as many stages as fit, and its predicted time; None if it does not fit."""
-    rows, wide = WARP_ROWS * tile.warp_rows, tokens * tile.warp_tokens
+    rows, wide = tile.rows, tokens * tile.warp_tokens
     row_tiles, token_tiles = sum(sizes.row_tiles(rows)), -(-M // wide)
     stage = stage_bytes(sizes, tile, tokens, M)
     sums = tile.warp_inputs * wide * (rows + 4) * 4
@@ -201,18 +218,18 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     weight_blocks = sum(-(-part // BLOCK_ROWS) for part in sizes.rows)
     weights = weight_blocks * sizes.k_blocks * sizes.block_bytes
     activations = 2 * M * (sizes.K + sum(sizes.rows))
-    cta_bytes = k_blocks * (tile.warp_rows * 2 * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
+    cta_bytes = k_blocks * (tile.warp_rows * tile.blocks * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
     fixed, per_tile = ISSUE[sizes.values]
     passes = 1.0 if sizes.values != DENSE else 0.0
     products = (2.0 if sizes.values == DENSE else 1.0) + sizes.rank * passes  # in units of half the dense product
     cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
-    issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
+    issue_warp = (fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2) * tile.blocks / 2
     cta_issue = tile.warp_rows * tile.warp_tokens * k_blocks * issue_warp
-    warp_reads = tokens * TOKEN_ROW_BYTES + 2 * sizes.block_bytes + sizes.rank * 4 * 512  # v: a fragment of 512 bytes a step
+    warp_reads = tokens * TOKEN_ROW_BYTES + tile.blocks * sizes.block_bytes + sizes.rank * 4 * 512  # v: a fragment of 512 bytes a step
     cta_shared = k_blocks * (tile.warp_rows * tile.warp_tokens * warp_reads + stage)
     busy = min(ctas, gpu.multiprocessors)
     schedulers = min(4, tile.threads // 32 * min(resident, per_sm))  # a warp keeps to one of four
-    flying = busy * min(resident, per_sm) * tile.warp_inputs * (stages - 1) * tile.warp_rows * 2 * sizes.block_bytes
+    flying = busy * min(resident, per_sm) * tile.warp_inputs * (stages - 1) * tile.warp_rows * tile.blocks * sizes.block_bytes
     clock = gpu.clock * 1e3  # per microsecond
     times = {
         "memory": (weights + activations) / (gpu.bandwidth * 1e3),
@@ -252,6 +269,13 @@ def rebuild(sizes: Sizes, M: int, gpu: Gpu) -> Rebuild:
     return Rebuild(grid, dense + product + adapter + 2 * LAUNCH_US)
 
 
+def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:
+    """What the model gives cuBLAS for a dense fp16 linear: the same fixed costs, its bytes or its products."""
+    memory = 2 * (N * K + M * (N + K)) / (gpu.bandwidth * 1e3)
+    product = M * N * K / (gpu.multiprocessors * gpu.gemm_rate * gpu.clock * 1e3)
+    return max(memory, product) + LAUNCH_US + FILL_US
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
     """The fastest plan by the model, within what the regime of M allows.
@@ -260,6 +284,8 @@ def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
     """
     if M > 64:
         found = [evaluate(sizes, M, gpu, tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
+        if sizes.values == W16 and not sizes.rank:
+            found += [evaluate(sizes, M, gpu, tile, 64, 1) for tile in TALL_TILES]
         fused: list[Plan | Rebuild] = [p for p in found if p is not None]
         if sizes.values != DENSE:
             fused.append(rebuild(sizes, M, gpu))
