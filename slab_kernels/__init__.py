@@ -21,6 +21,7 @@ _HOMES = {
     "pack": "format",
     "unpack": "format",
     "SlabLinear": "nn",
+    "FusedSlabLinear": "nn",
     "replace_linear": "nn",
     "InputStats": "calibration",
 }

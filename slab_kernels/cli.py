@@ -109,11 +109,6 @@ def _progress() -> Any:
     return True if sys.stderr.isatty() else lambda event: console.say(str(event)) if str(event) else None
 
 
-def _progress() -> Any:
-    """A bar on a terminal, one line a layer in a log."""
-    return True if sys.stderr.isatty() else lambda event: console.say(str(event)) if str(event) else None
-
-
 def _show_layers(layers: list[dict[str, Any]], title: str) -> None:
     """One row a layer; a setting that all layers share stands in the title instead."""
     show = lambda value: "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)  # noqa: E731
@@ -313,9 +308,10 @@ def explain(
     adapter_rank: Annotated[int, typer.Option(help="Rank of the adapter P Qᵀ; 0 = none.")] = 0,
     device: Device = "auto",
     backend: Backend = None,
+    gpu: Annotated[str | None, typer.Option(help="Also the CUDA kernels' plan on a GPU that need not be here: A100, H200.")] = None,
     json: Json = False,
 ) -> Outcome:
-    """Which backend runs a problem, and why each other one does not."""
+    """Which backend runs a problem and how, and why each other one does not."""
     from . import dispatch
     from .backends.base import LinearProblem
     from .format import INTEGER_RANGES, PackedLayout
@@ -325,11 +321,13 @@ def explain(
     layout = PackedLayout(n, k, values, (group_size or None) if values in INTEGER_RANGES else None, rank, adapter_rank)
     problem = LinearProblem.of(layout, m, kind, resolve_device(device).type)
     reasons = dispatch.explain(problem)
-    chosen = dispatch.select(problem, backend).name
+    able = dispatch.select(problem, backend)
+    chosen, plan = able.name, able.describe(problem)
+    elsewhere = dispatch.backend("cuda").describe(problem, gpu) if gpu else ""
     data = {
         "problem": {"m": m, "n": n, "k": k, "values": values, "group_size": layout.group_size, "rank": rank,
                     "adapter_rank": adapter_rank, "dtype": dtype, "device": problem.device},
-        "chosen": chosen,
+        "chosen": chosen, "plan": plan, "gpu_plan": elsewhere,
         "backends": [{"backend": name, "chosen": name == chosen, "reasons": why} for name, why in reasons.items()],
     }  # fmt: skip
 
@@ -338,6 +336,8 @@ def explain(
         for name, why in reasons.items():
             status = "chosen" if name == chosen else "; ".join(why) if why else "can run it, stands later in the order"
             print(f"  {name:<10} {status}")
+        for text in filter(None, (plan, elsewhere)):
+            print(text)
 
     return Outcome(data, show)
 

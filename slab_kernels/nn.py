@@ -1,6 +1,8 @@
-"""`SlabLinear`, the drop-in replacement of `nn.Linear`, and `replace_linear`."""
+"""`SlabLinear`, the drop-in replacement of `nn.Linear`, `FusedSlabLinear` for q/k/v and gate/up, and `replace_linear`."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,69 @@ class SlabLinear(nn.Module):
             text += f", group_size={layout.group_size}"
         text += f", rank={layout.rank}, adapter_rank={layout.adapter_rank}, bias={self.bias is not None}"
         return f"{text}, {layout.bits_per_weight():.2f} bits per weight"
+
+
+class FusedSlabLinear(nn.Module):
+    """Several SlabLinear that read the same x (q, k, v; gate, up) as one: one launch where the backend has such a kernel.
+
+    The parts stay modules of their own, `parts.0`, `parts.1`, ..., with their biases; only what a backend prepares is
+    shared. Every part keeps its own U, V, P and Q. Frozen: after a change to a part, call `prepare` again.
+    """
+
+    def __init__(self, parts: Iterable[SlabLinear]):
+        """Raises: ShapeError if there are no parts or they take different in_features."""
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        if not len(self.parts) or len({part.in_features for part in self.parts}) > 1:
+            sizes = [part.in_features for part in self.parts]
+            raise ShapeError(f"fused parts must read the same x, but these take in_features={sizes}")
+        self.in_features = self.parts[0].in_features
+        self.sizes = [part.out_features for part in self.parts]
+        self._linears: dict[torch.dtype, tuple] = {}
+
+    def prepare(self, dtype: torch.dtype = torch.float32) -> FusedSlabLinear:
+        """Choose the backend by the first part, and make the parts' common layout now.
+
+        Raises: BackendError if a forced backend cannot run it, ShapeError if the backend wants equal value types and
+        ranks and the parts differ in them.
+        """
+        first = self.parts[0]
+        backend = dispatch.select(LinearProblem.of(first.layout, 1, dtype, first.values.device.type))
+        with torch.inference_mode(False), torch.no_grad():
+            state = backend.prepare_fused([part.packed() for part in self.parts], dtype)
+        self._linears[dtype] = (backend, state, _joined_bias(self.parts))
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ShapeError(f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last")
+        prepared = self._linears.get(x.dtype)
+        if prepared is None:
+            if torch.compiler.is_compiling():
+                return tuple(part(x) for part in self.parts)
+            prepared = self.prepare(x.dtype)._linears[x.dtype]
+        backend, state, bias = prepared
+        return backend.linear_fused(x, state, bias).split(self.sizes, -1)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._linears = {}
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._linears = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_linears": {}}
+
+
+def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
+    biases = [part.bias for part in parts]
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
+        return None
+    zero = lambda part: given.new_zeros(part.out_features)  # noqa: E731
+    return torch.cat([zero(part) if part.bias is None else part.bias.to(given.dtype) for part in parts]).detach()
 
 
 def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Module:

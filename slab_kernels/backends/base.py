@@ -72,6 +72,6 @@ class Backend:
         y = torch.cat([self.linear(x, part) for part in state], -1)
         return y if bias is None else (y + bias).to(x.dtype)
 
-    def describe(self, problem: LinearProblem) -> str:
-        """How it would run the problem, for `explain`; empty where there is nothing to choose."""
+    def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
+        """How it would run the problem (on a GPU of that name), for `explain`; empty where there is nothing to choose."""
         return ""

@@ -1,0 +1,76 @@
+"""What the cost model of the CUDA kernels predicts beside a dense fp16 linear. Predictions from bytes, tensor and issue
+rates; nothing is measured, no GPU is needed.
+
+    python benchmarks/predict.py [--gpu H200 A100 ...] [--models llama-3-8b llama-3-70b]
+
+prints one table a GPU (the least and the greatest ratio over the models' fused shapes) and writes
+benchmarks/results/prediction.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bench_linear import commit
+
+from slab_kernels.backends.cuda.layout import INT4, INT8, W16
+from slab_kernels.backends.cuda.plan import GPUS, Rebuild, Sizes, choose, dense_microseconds, gpu_named
+from slab_kernels.layer_shapes import layers
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
+KINDS = {  # name -> values, rank of the sign term, rank of the adapter
+    "fp16 / bf16": (W16, 1, 0),
+    "int8": (INT8, 1, 0),
+    "int4": (INT4, 1, 0),
+    "S + P Qᵀ, rank 64, fp16": (W16, 0, 64),
+}
+
+
+def rows(gpu_name: str, models: list[str]) -> list[dict]:
+    gpu, found = gpu_named(gpu_name), []
+    for N, K in dict.fromkeys(shape for model in models for shape in layers(model)):
+        for kind, (values, rank, adapter_rank) in KINDS.items():
+            sizes = Sizes(K, (N,), values, 4, rank, adapter_rank // 16)
+            for M in TOKENS:
+                plan, dense = choose(sizes, M, gpu), dense_microseconds(N, K, M, gpu)
+                row = {"gpu": gpu.name, "n": N, "k": K, "m": M, "kind": kind, "predicted_us": plan.microseconds}
+                how = {"route": "rebuilt" if isinstance(plan, Rebuild) else "fused", "plan": plan.describe()}
+                found.append(row | {"dense_us": dense, "ratio": dense / plan.microseconds} | how)
+    return found
+
+
+def table(found: list[dict]) -> str:
+    lines = ["| S | " + " | ".join(f"M = {M}" for M in TOKENS) + " |", "|---" * (len(TOKENS) + 1) + "|"]
+    for kind in KINDS:
+        cells = []
+        for M in TOKENS:
+            here = [row for row in found if row["kind"] == kind and row["m"] == M]
+            low, high = min(row["ratio"] for row in here), max(row["ratio"] for row in here)
+            star = "*" if any(row["route"] == "rebuilt" for row in here) else ""
+            cells.append(f"{low:.2f}–{high:.2f}{star}")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", nargs="+", default=[gpu.name for gpu in GPUS])
+    parser.add_argument("--models", nargs="+", default=["llama-3-8b", "llama-3-70b"])
+    arguments = parser.parse_args()
+    record = {"commit": commit(), "models": arguments.models, "what": "predictions of the cost model, not measurements", "rows": []}
+    for name in arguments.gpu:
+        found = rows(name, arguments.models)
+        record["rows"] += found
+        print(f"\n{name}\n\n{table(found)}")
+    target = RESULTS / "prediction.json"
+    fresh = target.with_suffix(".tmp")
+    fresh.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(target)
+    print(f"\n* the weight is rebuilt dense and multiplied by cuBLAS; wrote {target.name}")
+
+
+if __name__ == "__main__":
+    main()
