@@ -16,8 +16,8 @@ from emulation import Launched, ptx, run
 from ptx import PtxError
 
 from slab_kernels import bitpacking as bits
-from slab_kernels.backends.cuda import layout, plan, sizes_of
 from slab_kernels.backends.cuda import launch as launching
+from slab_kernels.backends.cuda import layout, plan, sizes_of
 from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, TALL_TILES, WHOLE_TILES
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
@@ -227,8 +227,7 @@ def test_fused_projections_are_one_launch(M, rank, adapter_rank):
 @pytest.mark.parametrize("M", [3, 30, 90])
 @pytest.mark.parametrize("K", [40, 129, 388])
 def test_strided_and_unaligned_activations(M, K):
-    packed, state, x, bias, exact, _ = problem(PackedLayout(33, K, "fp16", rank=1), torch.float16, True)
-    del packed
+    _, state, x, bias, exact, _ = problem(PackedLayout(33, K, "fp16", rank=1), torch.float16, True)
     want = exact[:M].half()
     wide = torch.full((M, K + 9), float("nan"), dtype=torch.float16)
     for offset in (0, 1, 8):
@@ -244,7 +243,7 @@ def test_strided_and_unaligned_activations(M, K):
 @pytest.mark.parametrize("bias_type", [None, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("M", [2, 70])
 def test_bias(M, bias_type):
-    packed, state, x, bias, exact, _ = problem(PackedLayout(50, 300, "fp16", rank=1), torch.bfloat16, True)
+    _, state, x, bias, exact, _ = problem(PackedLayout(50, 300, "fp16", rank=1), torch.bfloat16, True)
     given = None if bias_type is None else bias.to(bias_type)
     want = exact[:M] - (bias.double() if bias_type is None else 0)
     assert torch.equal(run(x[:M], state, sizes(state), given, A100), want.bfloat16())
@@ -281,7 +280,7 @@ def test_the_rebuilt_weight(dtype, values, group_size):
 
 def test_hopper_ptx_overlaps_launches():
     """compute_90 text: the linear waits for z, the sum of splits for the linear, and both are launched as dependents."""
-    packed, state, x, bias, exact, _ = problem(PackedLayout(64, 640, "fp16", rank=1, adapter_rank=16), torch.float16, True)
+    _, state, x, bias, exact, _ = problem(PackedLayout(64, 640, "fp16", rank=1, adapter_rank=16), torch.float16, True)
     launched = Launched()
     y = run(x[:4], state, sizes(state), bias, A100, arch="compute_90", launched=launched)
     assert torch.equal(y, exact[:4].half())

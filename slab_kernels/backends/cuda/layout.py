@@ -78,7 +78,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
 def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, rows: Sequence[int], values: int,
           group_steps: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
     """What a stream stands for, adapters excepted: [sum of rows, K] fp32. The inverse of `prepare` up to its rounding."""
-    blocks, k_blocks, size = stream.shape
+    blocks, k_blocks, _ = stream.shape
     shape = (blocks, k_blocks)
     at = VALUE_BYTES[values]
     value_bytes = stream[..., :at].contiguous()
