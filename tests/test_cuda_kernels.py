@@ -18,7 +18,7 @@ from ptx import PtxError
 from slab_kernels import bitpacking as bits
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda import layout, plan, sizes_of
-from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, TALL_TILES, WHOLE_TILES
+from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, TALL, TALL_TILES, W16, WHOLE_TILES
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
 
@@ -85,12 +85,16 @@ def test_against_fp64(dtype, values, group_size, rank):
             assert bool((error <= bound(magnitude, exact, dtype, K)[:M]).all()), (N, K, adapter_rank, M)
 
 
+def tile_name(value) -> str:
+    return f"{value.warp_rows}x{value.warp_tokens}x{value.warp_inputs}" if isinstance(value, plan.Tile) else str(value)
+
+
 FORCED = [(tile, tokens, splits) for tile in SPLIT_TILES for tokens in (8, 16, 32, 64) for splits in (1, 3)]
 FORCED += [(tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
 
 
 @pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", 128)])
-@pytest.mark.parametrize("tile, tokens, splits", FORCED, ids=lambda v: f"{v.warp_rows}x{v.warp_tokens}x{v.warp_inputs}" if isinstance(v, plan.Tile) else str(v))
+@pytest.mark.parametrize("tile, tokens, splits", FORCED, ids=tile_name)
 def test_every_tile_of_the_tables(monkeypatch, tile, tokens, splits, values, group_size):
     """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs, idle K groups."""
     _, state, x, bias, exact, _ = problem(PackedLayout(149, 140, values, group_size, 1), torch.float16, True)
@@ -112,20 +116,31 @@ def test_every_tile_of_the_tables(monkeypatch, tile, tokens, splits, values, gro
     assert launched.kernels == [f"linear_fp16_{'w16' if values == 'fp16' else values}_one_t{tokens}", *act]
 
 
-@pytest.mark.parametrize("tile", TALL_TILES, ids=lambda tile: f"{tile.warp_rows}x{tile.warp_tokens}")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tall_tiles_of_weights_without_signs(monkeypatch, dtype, tile):
-    _, state, x, bias, exact, _ = problem(PackedLayout(277, 140, "fp16", None, 0, 4), dtype, True)
-    chosen, launched = plan.evaluate(sizes(state), 131, replace(A100, shared_limit=232448), tile, 64, 1), Launched()
-    adapter = plan.evaluate(sizes(state).adapter(), 131, A100, WHOLE_TILES[0], 32, 1)
+TALL_CASES = [(values, rank, tokens) for (values, rank), tiles in TALL.items() for tokens in tiles]
+
+
+@pytest.mark.parametrize("tile", TALL_TILES, ids=tile_name)
+@pytest.mark.parametrize("values, rank, tokens", TALL_CASES)
+def test_tall_tiles(monkeypatch, values, rank, tokens, tile):
+    """64 rows a warp; an adapter where there are no signs."""
+    name = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}[values]
+    group_size = None if values == W16 else 64
+    _, state, x, bias, exact, _ = problem(PackedLayout(277, 140, name, group_size, rank, 0 if rank else 4), torch.float16, True)
+    roomy, M = replace(A100, shared_limit=232448), tokens * tile.warp_tokens + (3 if tokens >= 32 else -3)
+    chosen, launched = plan.evaluate(sizes(state), M, roomy, tile, tokens, 1), Launched()
+    if chosen is None:
+        assert tile.warp_inputs >= 4 and tokens * tile.warp_tokens >= 32, "only tiles of many tokens and K groups do not fit"
+        return
+    adapter = None if rank else plan.evaluate(sizes(state).adapter(), M, A100, WHOLE_TILES[0], 32, 1)
     monkeypatch.setattr(launching, "choose", lambda sizes, *_: adapter if sizes.values == layout.DENSE else chosen)
     launching.launches.cache_clear()
     try:
-        y = run(x[:131], state, sizes(state), bias, replace(A100, shared_limit=232448), launched=launched)
+        y = run(x[:M], state, sizes(state), bias, roomy, launched=launched)
     finally:
         launching.launches.cache_clear()
-    assert torch.equal(y, exact[:131].to(dtype))
-    assert launched.kernels[1] == f"tall_{'fp16' if dtype == torch.float16 else 'bf16'}_w16_t64"
+    assert torch.equal(y, exact[:M].half())
+    kind = "w16" if values == W16 else name
+    assert launched.kernels[-1] == f"tall_fp16_{kind}_{'one' if rank else 'none'}_t{tokens}"
 
 
 def test_every_kernel_of_the_library_is_executed(monkeypatch):
@@ -135,7 +150,13 @@ def test_every_kernel_of_the_library_is_executed(monkeypatch):
     for dtype, values, rank, M in cases:
         group_size = None if values == "fp16" else 32
         _, state, x, bias, exact, _ = problem(PackedLayout(40, 96, values, group_size, rank, 3), dtype, True)
-        assert torch.equal(run(x[:M], state, sizes(state), bias, A100, launched=seen), exact[:M].to(dtype))
+        small, inner = sizes(state), sizes(state).adapter()
+        chosen = {s: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1) for s in (small, inner)}
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "choose", lambda sizes, *_, chosen=chosen: chosen[sizes])
+            launching.launches.cache_clear()
+            assert torch.equal(run(x[:M], state, small, bias, A100, launched=seen), exact[:M].to(dtype))
+    launching.launches.cache_clear()
     for dtype, values in itertools.product(DTYPES, ("fp16", "int8", "int4")):
         group_size = None if values == "fp16" else 32
         _, state, x, bias, exact, _ = problem(PackedLayout(40, 96, values, group_size, 1, 3), dtype, True)
@@ -144,12 +165,16 @@ def test_every_kernel_of_the_library_is_executed(monkeypatch):
     for dtype in DTYPES:
         packed = random_packed(PackedLayout(8, 8 * 1024, "fp16", rank=1), integers=True)
         state, x = layout.prepare((packed,), dtype), torch.ones(1, 8 * 1024, dtype=dtype)
-        plain = layout.prepare((random_packed(PackedLayout(40, 96, "fp16"), integers=True),), dtype)
-        tall = plan.evaluate(sizes(plain), 70, A100, TALL_TILES[0], 64, 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(launching, "choose", lambda *_, chosen=tall: chosen)
-            launching.launches.cache_clear()
-            run(torch.ones(70, 96, dtype=dtype), plain, sizes(plain), None, A100, launched=seen)
+        for values, rank, tokens in TALL_CASES:
+            name = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}[values]
+            group_size = None if values == W16 else 32
+            _, tall, many, bias, exact, _ = problem(PackedLayout(40, 96, name, group_size, rank), dtype, True)
+            chosen = plan.evaluate(sizes(tall), tokens, A100, TALL_TILES[-1], tokens, 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(launching, "choose", lambda *_, chosen=chosen: chosen)
+                launching.launches.cache_clear()
+                y = run(many[:tokens], tall, sizes(tall), bias, A100, launched=seen)
+            assert torch.equal(y, exact[:tokens].to(dtype))
         split = plan.evaluate(sizes(state), 1, A100, SPLIT_TILES[0], 8, 4)
         with monkeypatch.context() as patch:
             patch.setattr(launching, "choose", lambda *_, chosen=split: chosen)

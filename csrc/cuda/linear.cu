@@ -2,8 +2,9 @@
 // text.
 //
 //   linear_<activations>_<values>_<rank>_t<tokens of a warp>   the fused linear: a dozen for each of four token tiles
-//   tall_<activations>_w16_t64                                 S alone, 64 rows x 64 tokens a warp: without signs there
-//                                                              are registers for half the reads of activations
+//   tall_<activations>_<values>_<rank>_t<tokens of a warp>     the same with 64 rows a warp where registers allow it:
+//   half
+//                                                              the reads and products of activations, a dozen in all
 //   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
 //   reduce_<activations>                                       adds the K-splits of a small layer, after it
 //   dense_<activations>_<values>                               the weight rebuilt, for cuBLAS
@@ -37,11 +38,20 @@ SLAB_TOKENS(16, 2, 2)
 SLAB_TOKENS(32, 4, 1)
 SLAB_TOKENS(64, 8, 1)
 
-#define SLAB_SIMPLE(act, T)                                                                           \
-  SLAB_KERNEL(tall_##act##_w16_t64, 1, (slab::linear<slab::T, slab::kW16, slab::kRankNone, 4, 8>(p))) \
-  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                                              \
-  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16>(p)))                          \
-  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8>(p)))                          \
+#define SLAB_TALL(act, T, values, kValues, rank, kRank, tokens, kTiles) \
+  SLAB_KERNEL(tall_##act##_##values##_##rank##_t##tokens, 1,            \
+              (slab::linear<slab::T, slab::kValues, slab::kRank, 4, kTiles>(p)))
+
+#define SLAB_REST(act, T)                                                    \
+  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 8, 1)                          \
+  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 16, 2)                         \
+  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 8, 1)                          \
+  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 16, 2)                         \
+  SLAB_TALL(act, T, w16, kW16, one, kRankOne, 32, 4)                         \
+  SLAB_TALL(act, T, w16, kW16, none, kRankNone, 64, 8)                       \
+  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                     \
+  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16>(p))) \
+  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8>(p))) \
   SLAB_KERNEL(dense_##act##_int4, 4, (slab::rebuild<slab::T, slab::kI4>(p)))
-SLAB_SIMPLE(fp16, Fp16)
-SLAB_SIMPLE(bf16, Bf16)
+SLAB_REST(fp16, Fp16)
+SLAB_REST(bf16, Bf16)

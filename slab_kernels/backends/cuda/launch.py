@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, MAX_PARTS, W16, adapters
-from .plan import REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
+from .plan import REGISTERS, TALL, Gpu, Plan, Rebuild, Sizes, choose
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -68,19 +68,22 @@ def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launc
         adapter = choose(inner, M, gpu)
         first = _Launch(f"adapter_{act}_t{adapter.tokens}", adapter, _template(inner, M, adapter, 1))
         z_splits = adapter.splits
-    rank, values = "one" if sizes.rank == 1 else "any", VALUE_NAMES[sizes.values]
-    name = f"tall_{act}_{values}_t64" if chosen.tile.blocks == 4 else f"linear_{act}_{values}_{rank}_t{chosen.tokens}"
+    name = _name(sizes, act, chosen.tokens, chosen.tile.blocks == 4)
     return first, _Launch(name, chosen, _template(sizes, M, chosen, z_splits))
+
+
+def _name(sizes: Sizes, act: str, tokens: int, tall: bool) -> str:
+    rank = "one" if sizes.rank == 1 else "none" if tall else "any"
+    return f"{'tall' if tall else 'linear'}_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{tokens}"
 
 
 def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
     """Every kernel that this weight may ever use, whatever the number of tokens."""
-    act, rank = DTYPE_NAMES[dtype], "one" if sizes.rank == 1 else "any"
-    names = [f"linear_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{tokens}" for tokens in REGISTERS]
+    act = DTYPE_NAMES[dtype]
+    names = [_name(sizes, act, tokens, False) for tokens in REGISTERS]
+    names += [_name(sizes, act, tokens, True) for tokens in TALL.get((sizes.values, sizes.rank), ())]
     if sizes.adapter_steps:
         names += [f"adapter_{act}_t{tokens}" for tokens in REGISTERS]
-    if sizes.values == W16 and not sizes.rank:
-        names.append(f"tall_{act}_w16_t64")
     return [*names, f"reduce_{act}", f"dense_{act}_{VALUE_NAMES[sizes.values]}"]
 
 

@@ -18,6 +18,7 @@ from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES,
 
 MOST_STAGES = 4
 REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
+TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # of those with 64 rows a warp
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
 MOST_RANK = 16  # rows of V beside the activations in every stage
 SHARED_PORT = 128  # bytes a clock of one multiprocessor's shared memory
@@ -29,6 +30,7 @@ LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 # SASS instructions a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per token tile of 8). Fitted to the main
 # loops of the sm_90a cubin by `python tests/sass.py`; tests/test_sass.py holds them within 10 %.
 ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
+TALL_ISSUE = {W16: (345, 71), INT8: (512, 71), INT4: (522, 71)}  # of a tall warp: 64 rows x 128 inputs
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,19 @@ WHOLE_TILES = (  # above 64 tokens; t tokens a warp, 32 or 64
     Tile(2, 2, 1, "64 rows x 2 t tokens, four warps: more CTAs for few output features"),
     Tile(2, 1, 1, "64 rows x t tokens, two warps: most CTAs"),
 )
-TALL_TILES = (  # above 64 tokens, fp16 and bf16 values without signs
-    Tile(2, 2, 1, "128 rows x 128 tokens, 64 x 64 a warp: half the activation reads", blocks=4),
-    Tile(4, 2, 1, "256 rows x 128 tokens, 64 x 64 a warp: for many output features", blocks=4),
-    Tile(4, 1, 1, "256 rows x 64 tokens, 64 x 64 a warp: where shared memory is small", blocks=4),
+TALL_TILES = (  # 64 rows a warp: half the reads of activations
+    Tile(1, 1, 8, "64 rows, one tall warp each K group", 4),
+    Tile(1, 1, 4, "64 rows, four tall warps: two CTAs a multiprocessor", 4),
+    Tile(2, 1, 4, "128 rows: activations are staged half as often", 4),
+    Tile(2, 1, 2, "128 rows, four tall warps", 4),
+    Tile(1, 2, 4, "64 rows x 2 t tokens", 4),
+    Tile(1, 2, 2, "64 rows x 2 t tokens, four tall warps", 4),
+    Tile(2, 2, 2, "128 rows x 2 t tokens", 4),
+    Tile(2, 2, 1, "128 rows x 2 t tokens, four tall warps", 4),
+    Tile(4, 2, 1, "256 rows x 2 t tokens: for many output features", 4),
+    Tile(4, 1, 1, "256 rows x t tokens: where shared memory is small", 4),
 )
+TALL = {(INT8, 1): (8, 16), (INT4, 1): (8, 16), (W16, 1): (32,), (W16, 0): (64,)}  # values, rank: tokens of the kernels
 SPLITS = (1, 2, 4, 8)
 
 
@@ -184,11 +194,6 @@ class Plan:
         )
 
 
-def warp_tokens_for(M: int) -> int:
-    """The token tile of a warp: the smallest that holds M, 64 above."""
-    return next((tokens for tokens in REGISTERS if tokens >= M), max(REGISTERS))
-
-
 def stage_bytes(sizes: Sizes, tile: Tile, tokens: int, M: int) -> int:
     """Of one K-block in shared memory, as `Linear` in csrc/cuda/linear.cuh lays it out."""
     staged = tile.warp_tokens * tokens
@@ -202,7 +207,8 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     row_tiles, token_tiles = sum(sizes.row_tiles(rows)), -(-M // wide)
     stage = stage_bytes(sizes, tile, tokens, M)
     sums = tile.warp_inputs * wide * (rows + 4) * 4
-    at_most = min(65536 // (REGISTERS[tokens] * tile.threads), 2)  # more than two brought the model nothing
+    registers = (TALL_REGISTERS if tile.blocks == 4 else REGISTERS)[tokens]
+    at_most = min(65536 // (registers * tile.threads), 2)  # more than two brought the model nothing
     for resident in range(at_most, 0, -1):
         limit = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
         stages = next((n for n in range(MOST_STAGES, 1, -1) if max(sums, n * tile.warp_inputs * stage) <= limit), 0)
@@ -219,11 +225,11 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     weights = weight_blocks * sizes.k_blocks * sizes.block_bytes
     activations = 2 * M * (sizes.K + sum(sizes.rows))
     cta_bytes = k_blocks * (tile.warp_rows * tile.blocks * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
-    fixed, per_tile = ISSUE[sizes.values]
+    fixed, per_tile = (TALL_ISSUE if tile.blocks == 4 else ISSUE)[sizes.values]
     passes = 1.0 if sizes.values != DENSE else 0.0
     products = (2.0 if sizes.values == DENSE else 1.0) + sizes.rank * passes  # in units of half the dense product
     cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
-    issue_warp = (fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2) * tile.blocks / 2
+    issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
     cta_issue = tile.warp_rows * tile.warp_tokens * k_blocks * issue_warp
     warp_reads = tokens * TOKEN_ROW_BYTES + tile.blocks * sizes.block_bytes + sizes.rank * 4 * 512  # v: a fragment of 512 bytes a step
     cta_shared = k_blocks * (tile.warp_rows * tile.warp_tokens * warp_reads + stage)
@@ -283,29 +289,46 @@ def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
     Raises: ValueError if none fits into the device's shared memory.
     """
     if M > 64:
-        found = [evaluate(sizes, M, gpu, tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
-        if sizes.values == W16 and not sizes.rank:
-            found += [evaluate(sizes, M, gpu, tile, 64, 1) for tile in TALL_TILES]
-        fused: list[Plan | Rebuild] = [p for p in found if p is not None]
+        found: list[Plan | Rebuild] = list(_plans(sizes, M, gpu, 1, 1))
         if sizes.values != DENSE:
-            fused.append(rebuild(sizes, M, gpu))
-        return min(fused, key=lambda p: p.microseconds)
-    tile, splits = _regime(sizes, M <= 16, gpu)
-    return evaluate(sizes, M, gpu, tile, warp_tokens_for(M), splits)
+            found.append(rebuild(sizes, M, gpu))
+        return _fastest(found, sizes, gpu)
+    return _fastest(_plans(sizes, M, gpu, *_split(sizes, M <= 16, gpu)), sizes, gpu)
+
+
+def _plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
+    """Every plan for M that splits K this way."""
+    tall = TALL.get((sizes.values, sizes.rank), ())
+    tiles = [(tile, tokens) for tile in (SPLIT_TILES if M <= 64 else WHOLE_TILES) for tokens in REGISTERS]
+    tiles += [(tile, tokens) for tile in TALL_TILES for tokens in tall]
+    found = []
+    for tile, tokens in tiles:
+        wide = tokens * tile.warp_tokens
+        # Few tokens: the smallest tile that takes all. Many: warps of 32 or 64 tokens.
+        fits = wide >= M and (wide == 8 or wide < 2 * M) if M <= 64 else tokens >= 32
+        if tile.warp_inputs == warp_inputs and fits and (plan := evaluate(sizes, M, gpu, tile, tokens, splits)):
+            found.append(plan)
+    return found
+
+
+def _fastest(plans: list, sizes: Sizes, gpu: Gpu) -> Plan | Rebuild:
+    if not plans:
+        raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+    return min(plans, key=lambda plan: plan.microseconds)
 
 
 @functools.lru_cache(maxsize=1024)
-def _regime(sizes: Sizes, decode: bool, gpu: Gpu) -> tuple[Tile, int]:
-    """The split of K that all token counts of a regime share: the fastest over its ends."""
-    ends = (1, 8, 16) if decode else (32, 64)
-    best = None
-    for tile in SPLIT_TILES:
+def _split(sizes: Sizes, decode: bool, gpu: Gpu) -> tuple[int, int]:
+    """The K groups of a CTA and the CTAs that share K, for all token counts of a regime: the fastest over its ends."""
+    best: tuple[float, int, int] | None = None
+    for warp_inputs in sorted({tile.warp_inputs for tile in SPLIT_TILES}, reverse=True):
         for splits in SPLITS:
-            if splits > 1 and sizes.k_blocks < splits * tile.warp_inputs:
+            if splits > 1 and sizes.k_blocks < splits * warp_inputs:
                 continue
-            found = [evaluate(sizes, M, gpu, tile, warp_tokens_for(M), splits) for M in ends]
-            if all(found) and (best is None or sum(p.microseconds for p in found) < best[0]):
-                best = sum(p.microseconds for p in found), tile, splits
+            ends = [_plans(sizes, M, gpu, warp_inputs, splits) for M in ((1, 8, 16) if decode else (32, 64))]
+            if all(ends):
+                total = sum(min(plan.microseconds for plan in plans) for plans in ends)
+                best = min(best or (total, warp_inputs, splits), (total, warp_inputs, splits))
     if best is None:
         raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
-    return best[1], best[2]
+    return best[1:]
