@@ -23,13 +23,16 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools < 70.1
-    from wheel.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        f"slab_kernels: the build needs setuptools >= 77, here is {setuptools.__version__}: pip install 'setuptools>=77'"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "_C.so"
@@ -110,9 +113,17 @@ def compile_native(target: Path, objects: Path) -> None:
     fresh.replace(target)
 
 
+def choice(variable: str) -> str:
+    """auto, 0 or 1."""
+    wanted = os.environ.get(variable) or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"slab_kernels: {variable}={wanted} must be auto, 0 or 1")
+    return wanted
+
+
 def build_native(package: Path, objects: Path) -> bool:
     """Whether package/_C.so was built; says why not, and fails only if SLAB_KERNELS_NATIVE=1."""
-    wanted = os.environ.get("SLAB_KERNELS_NATIVE", "auto")
+    wanted = choice("SLAB_KERNELS_NATIVE")
     try:
         if wanted == "0":
             raise Impossible("SLAB_KERNELS_NATIVE=0")
@@ -136,7 +147,7 @@ def cuda_recipe():
 
 def build_cuda(package: Path) -> bool:
     """Whether package/cubins holds the CUDA kernels; says why not, and fails only if SLAB_KERNELS_CUDA=1."""
-    wanted, recipe = os.environ.get("SLAB_KERNELS_CUDA", "auto"), cuda_recipe()
+    wanted, recipe = choice("SLAB_KERNELS_CUDA"), cuda_recipe()
     try:
         if wanted == "0":
             raise Impossible("SLAB_KERNELS_CUDA=0")

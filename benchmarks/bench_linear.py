@@ -148,6 +148,7 @@ def write(path: Path, content: bytes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be written must not cost the measurements
     rows, absent = measure(args)
     information = machine.information()
     table = io.StringIO(newline="")
@@ -163,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         contents["png"] = figures.png(figures.speed_by_tokens(report.cold(rows), figures.LIGHT))
     except figures.PlotsUnavailable as error:
         console.say(str(error))
-    args.out.mkdir(parents=True, exist_ok=True)
     name = stem(args, information)
     for ending, content in contents.items():
         write(args.out / f"{name}.{ending}", content)

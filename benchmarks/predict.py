@@ -1,9 +1,9 @@
 """What the cost model of the CUDA kernels predicts beside a dense fp16 linear. Predictions from bytes, tensor and issue
 rates; nothing is measured, no GPU is needed.
 
-    python benchmarks/predict.py [--gpu H200 A100 ...] [--models llama-3-8b llama-3-70b]
+    python benchmarks/predict.py [--gpu H200 A100 ...] [--models llama-3-8b llama-3-70b] [--out FILE]
 
-prints one table a GPU (the least and the greatest ratio over the models' fused shapes) and writes
+prints one table a GPU: the least and the greatest ratio over the models' fused shapes. Every row: --out
 benchmarks/results/prediction.json.
 """
 
@@ -19,7 +19,6 @@ from slab_kernels.backends.cuda.layout import INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import GPUS, Rebuild, Sizes, choose, dense_microseconds, gpu_named
 from slab_kernels.layer_shapes import layers
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
 KINDS = {  # name -> values, rank of the sign term, rank of the adapter
     "fp16 / bf16": (W16, 1, 0),
@@ -59,17 +58,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", nargs="+", default=[gpu.name for gpu in GPUS])
     parser.add_argument("--models", nargs="+", default=["llama-3-8b", "llama-3-70b"])
+    parser.add_argument("--out", type=Path, help="also write the rows as JSON, into this file")
     arguments = parser.parse_args()
+    try:
+        names = list(dict.fromkeys(gpu_named(name).name for name in arguments.gpu))
+        for model in arguments.models:
+            layers(model)
+    except ValueError as error:
+        parser.error(str(error).partition("; or give")[0])
     record = {"commit": commit(), "models": arguments.models, "what": "predictions of the cost model, not measurements", "rows": []}
-    for name in arguments.gpu:
+    for name in names:
         found = rows(name, arguments.models)
         record["rows"] += found
         print(f"\n{name}\n\n{table(found)}")
-    target = RESULTS / "prediction.json"
-    fresh = target.with_suffix(".tmp")
+    print("\n* the weight is rebuilt dense and multiplied by cuBLAS")
+    if arguments.out is None:
+        return
+    fresh = arguments.out.with_suffix(".tmp")
     fresh.write_text(json.dumps(record, ensure_ascii=False).replace("}, {", "},\n{") + "\n", encoding="utf-8")
-    fresh.replace(target)
-    print(f"\n* the weight is rebuilt dense and multiplied by cuBLAS; wrote {target.name}")
+    fresh.replace(arguments.out)
+    print(f"wrote {arguments.out}")
 
 
 if __name__ == "__main__":

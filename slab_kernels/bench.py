@@ -6,6 +6,7 @@ over how many bytes, and how near the time is to what this machine reached in th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -250,11 +251,13 @@ def _problem(case: Case, layout: PackedLayout, m: int) -> LinearProblem:
 def _backends(case: Case, layout: PackedLayout) -> list[Backend]:
     """Those named, which have to run every token count; by default all that run one, the reference left out."""
     problems = [_problem(case, layout, m) for m in case.tokens]
-    for name in case.backends or ():
+    forced = os.environ.get(dispatch.ENVIRONMENT)
+    names = [forced] if forced and case.backends is None else case.backends
+    for name in names or ():
         for problem in problems:
             dispatch.select(problem, name)  # raises with every reason
-    if case.backends is not None:
-        return [dispatch.backend(name) for name in case.backends]
+    if names is not None:
+        return [dispatch.backend(name) for name in names]
     found = [dispatch.explain(problem) for problem in problems]
     able = [
         name for name in dispatch.ORDER if name != "reference" and any(not reasons[name] for reasons in found)

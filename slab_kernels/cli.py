@@ -241,7 +241,7 @@ def bench(
     group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
     backend: Annotated[list[str] | None, typer.Option(help="Time these; default: every one that runs it, without the reference.")] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed.")] = False,
-    seconds: Annotated[float, typer.Option(help="Time spent on a row, at least.")] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Time spent on a row, at least.", min=0.0)] = 0.5,
     device: Device = "auto",
     json: Json = False,
 ) -> Outcome:
@@ -300,7 +300,7 @@ def info(json: Json = False) -> Outcome:
 @app.command(epilog=console.EXIT_CODES)
 def explain(
     shape: Shape = "4096x4096",
-    m: Annotated[int, typer.Option(help="Tokens at once.")] = 1,
+    m: Annotated[int, typer.Option(help="Tokens at once.", min=1)] = 1,
     values: Values = "fp16",
     dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
     rank: Annotated[int, typer.Option(help="Rank of the sign term; 0 = none.")] = 1,
@@ -321,9 +321,9 @@ def explain(
     layout = PackedLayout(n, k, values, (group_size or None) if values in INTEGER_RANGES else None, rank, adapter_rank)
     problem = LinearProblem.of(layout, m, kind, resolve_device(device).type)
     reasons = dispatch.explain(problem)
+    elsewhere = dispatch.backend("cuda").describe(problem, gpu) if gpu is not None else ""
     able = dispatch.select(problem, backend)
     chosen, plan = able.name, able.describe(problem)
-    elsewhere = dispatch.backend("cuda").describe(problem, gpu) if gpu else ""
     data = {
         "problem": {"m": m, "n": n, "k": k, "values": values, "group_size": layout.group_size, "rank": rank,
                     "adapter_rank": adapter_rank, "dtype": dtype, "device": problem.device},

@@ -60,6 +60,8 @@ def exit_code(error: BaseException) -> int:
         if isinstance(cause, OSError) and cause.errno in NO_SPACE_ERRNOS:
             return NO_SPACE
         cause = cause.__cause__
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return NO_SPACE  # torch has no class of its own for a CPU that is out of memory
     if isinstance(error, ImportError) and (error.name or "").startswith("slab_kernels"):
         return UNEXPECTED  # a module of ours, not an optional package
     return next((CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in CODES), UNEXPECTED)

@@ -36,11 +36,11 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
     if forced:
         chosen = backend(forced)
         if reasons := chosen.not_supported_reasons(problem):
-            raise BackendError(f"backend {forced!r} cannot run {problem}: {'; '.join(reasons)}")
+            raise BackendError(f"backend {forced!r} cannot run {problem.describe()}: {'; '.join(reasons)}")
         return chosen
     found = explain(problem)
     for able, reasons in found.items():
         if not reasons:
             return backend(able)
     against = "; ".join(f"{other}: {', '.join(reasons)}" for other, reasons in found.items())
-    raise BackendError(f"no backend runs {problem}: {against}")
+    raise BackendError(f"no backend runs {problem.describe()}: {against}")

@@ -96,8 +96,8 @@ def backends() -> dict[str, dict[str, list[str]]]:
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
     for kind in kinds:
-        dtype = torch.float32 if kind == "cpu" else torch.float16
-        for name, reasons in dispatch.explain(LinearProblem(1, 4096, 4096, dtype=dtype, device=kind)).items():
+        problem = LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind)  # a type that every backend takes
+        for name, reasons in dispatch.explain(problem).items():
             table[name][kind] = reasons
     return table
 

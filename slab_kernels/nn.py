@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -130,24 +131,27 @@ class FusedSlabLinear(nn.Module):
     """
 
     def __init__(self, parts: Iterable[SlabLinear]):
-        """Raises: ShapeError if there are no parts or they take different in_features."""
+        """Raises: TypeError for anything but SlabLinear, ShapeError if there are none or they differ in in_features."""
         super().__init__()
+        parts = [parts] if isinstance(parts, nn.Module) else list(parts)
+        if strange := {type(part).__name__ for part in parts if not isinstance(part, SlabLinear)}:
+            raise TypeError(f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}")
+        if not parts:
+            raise ShapeError("FusedSlabLinear takes at least one SlabLinear, not an empty list")
         self.parts = nn.ModuleList(parts)
-        if not len(self.parts) or len({part.in_features for part in self.parts}) > 1:
-            sizes = [part.in_features for part in self.parts]
-            raise ShapeError(f"fused parts must read the same x, but these take in_features={sizes}")
+        if len(sizes := {part.in_features for part in parts}) > 1:
+            raise ShapeError(f"fused parts must read the same x, but these take in_features={sorted(sizes)}")
         self.in_features = self.parts[0].in_features
         self.sizes = [part.out_features for part in self.parts]
         self._linears: dict[torch.dtype, tuple] = {}
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> FusedSlabLinear:
-        """Choose the backend by the first part, and make the parts' common layout now.
+        """Choose a backend that runs every part, and make the parts' common layout now.
 
-        Raises: BackendError if a forced backend cannot run it, ShapeError if the backend wants equal value types and
-        ranks and the parts differ in them.
+        Raises: BackendError if a forced backend cannot run one of them.
         """
-        first = self.parts[0]
-        backend = dispatch.select(LinearProblem.of(first.layout, 1, dtype, first.values.device.type))
+        problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in self.parts]
+        backend = max(map(dispatch.select, problems), key=lambda backend: dispatch.ORDER.index(backend.name))
         with torch.inference_mode(False), torch.no_grad():
             state = backend.prepare_fused([part.packed() for part in self.parts], dtype)
         self._linears[dtype] = (backend, state, _joined_bias(self.parts))
@@ -178,11 +182,13 @@ class FusedSlabLinear(nn.Module):
 
 def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
     biases = [part.bias for part in parts]
-    given = next((bias for bias in biases if bias is not None), None)
-    if given is None:
+    if all(bias is None for bias in biases):
         return None
-    zero = lambda part: given.new_zeros(part.out_features)  # noqa: E731
-    return torch.cat([zero(part) if part.bias is None else part.bias.to(given.dtype) for part in parts]).detach()
+    given = next(bias for bias in biases if bias is not None)
+    dtype = functools.reduce(torch.promote_types, (bias.dtype for bias in biases if bias is not None))
+    zero = functools.partial(given.new_zeros, dtype=dtype)
+    joined = [zero(part.out_features) if part.bias is None else part.bias.to(dtype) for part in parts]
+    return torch.cat(joined).detach()
 
 
 def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Module:

@@ -93,7 +93,7 @@ def _decomposition64(packed: PackedWeight) -> dict[str, Tensor]:
     from .format import unpack
 
     d = unpack(packed)
-    zero = torch.zeros(d.S.shape, dtype=torch.float64)
+    zero = torch.zeros_like(d.S, dtype=torch.float64)
     L = zero if d.U is None else (d.U.double() @ d.V.double().T) * d.B
     L_size = zero if d.U is None else (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs()
     A = zero if d.P is None else d.P.double() @ d.Q.double().T

@@ -19,6 +19,7 @@ import torch
 from ptx import Memory, Module, launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slab_kernels.backends.cuda.compile import find_nvcc
 from slab_kernels.backends.cuda.launch import Device, linear
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.plan import GPUS, Gpu
@@ -34,7 +35,7 @@ def ptx(arch: str = "compute_80") -> Module:
     target = Path(tempfile.gettempdir()) / f"slab-kernels-{os.getuid()}-{arch}-{key}.ptx"
     if not target.exists():
         fresh = target.with_suffix(f".{os.getpid()}")
-        command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-ptx", str(SOURCES / "cuda/linear.cu"), "-o", str(fresh)]
+        command = [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-ptx", str(SOURCES / "cuda/linear.cu"), "-o", str(fresh)]
         subprocess.run(command, check=True)
         fresh.replace(target)
     return Module(target.read_text())

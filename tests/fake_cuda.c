@@ -17,13 +17,13 @@ struct {
   unsigned char params[64];
   char name[64], image[64];
 } last;
-int loads, raises, allowed, launch_code, refuse_loads, refuse_code, parameter_size;
+int loads, raises, allowed, launch_code, refuse_loads, refuse_code, parameter_size, ptx_version;
 static __thread uintptr_t stack[8];
 static __thread int depth; /* contexts of this thread; handle = 0x1000 + device */
 
 void clear(void) {
   memset(&last, 0, sizeof last);
-  loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0;
+  loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0, ptx_version = 90;
   depth = 0;
 }
 int cuCtxGetCurrent(uintptr_t* out) { return *out = depth ? stack[depth - 1] : 0, 0; }
@@ -46,7 +46,7 @@ int cuModuleGetFunction(uintptr_t* out, uintptr_t module, const char* name) {
   strncpy(last.name, name, sizeof last.name - 1);
   return *out = 0x300000000000 + module, 0; /* more than 32 bits: a handle cut to an int is noticed */
 }
-int cuFuncGetAttribute(int* out, int attribute, uintptr_t function) { return *out = attribute == 1 ? 1024 : -1, function == 0; }
+int cuFuncGetAttribute(int* out, int attribute, uintptr_t function) { return *out = attribute == 1 ? 1024 : attribute == 5 ? ptx_version : -1, function == 0; }
 int cuFuncSetAttribute(uintptr_t function, int attribute, int value) {
   return raises++, allowed = attribute == 8 ? value : -1, function == 0;
 }

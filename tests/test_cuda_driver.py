@@ -121,9 +121,11 @@ def test_loading_ahead_launches_nothing(fake):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("device", "asked", "seen"), [(0, True, (1, 6, 1)), (0, False, (0, 0, 0)), (2, True, (0, 0, 0))])
-def test_dependent_launch_from_capability_9(fake, device, asked, seen):
-    launch(device=device, dependent=asked)
+@pytest.mark.parametrize(("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))])
+def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
+    """The image decides, not the device: a PTX of compute_80 on a newer device has no griddepcontrol.wait in it."""
+    fake.ptx_version = ptx
+    launch(device=0, dependent=asked)
     assert (fake.last.count, fake.last.attribute, fake.last.value) == seen
 
 

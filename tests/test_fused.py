@@ -53,9 +53,11 @@ def test_compile_before_and_after_the_first_call():
 
 
 def test_parts_that_do_not_fit_together():
-    with pytest.raises(ShapeError, match=r"must read the same x, but these take in_features=\[96, 48\]"):
+    with pytest.raises(ShapeError, match=r"must read the same x, but these take in_features=\[48, 96\]"):
         FusedSlabLinear([parts()[0], SlabLinear.from_packed(random_packed(PackedLayout(8, 48)))])
-    with pytest.raises(ShapeError, match=r"in_features=\[\]"):
+    with pytest.raises(ShapeError, match="not an empty list"):
         FusedSlabLinear([])
+    with pytest.raises(TypeError, match="takes SlabLinear modules, not Linear"):
+        FusedSlabLinear([parts()[0], torch.nn.Linear(96, 8)])
     with pytest.raises(ShapeError, match=r"x has shape \[2, 95\], but these layers take in_features=96 last"):
         FusedSlabLinear(parts())(torch.ones(2, 95))

@@ -30,6 +30,11 @@ class LinearProblem:
     dtype: torch.dtype = torch.float32  # of the activations
     device: str = "cpu"
 
+    def describe(self) -> str:
+        """The problem in words, for messages."""
+        terms = f"{self.N}x{self.K} with {self.values} values, rank {self.rank}, adapter rank {self.adapter_rank}"
+        return f"{terms}, {str(self.dtype).removeprefix('torch.')} activations on {self.device}"
+
     @classmethod
     def of(cls, layout: PackedLayout, M: int, dtype: torch.dtype, device: str) -> LinearProblem:
         return cls(

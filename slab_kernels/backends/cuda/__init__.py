@@ -2,8 +2,8 @@
 
 `prepare` orders the canonical packed tensors as the tensor cores' lanes want them (layout.py), plan.py chooses tiles,
 launch.py queues one kernel (two with an adapter, one more where K is split over CTAs), driver.py talks to the driver.
-fp32 accumulation; deterministic, and within a regime (up to 16 tokens, up to 64, above) a token's result depends on no
-other token.
+fp32 accumulation; deterministic, and within a regime (up to 16 tokens, up to 64) a token's result depends on no other
+token. Above 64 that holds for every tile of ours; where the plan rebuilds the weight instead, cuBLAS has the word.
 
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be; v * x is rounded to the
 activations' type, u * v is not rounded at all.
@@ -28,7 +28,7 @@ from .plan import MOST_RANK, Sizes, choose, dense_microseconds, gpu_like, gpu_na
 NAMESPACE = "slab_kernels"
 ARGUMENTS = (
     "(Tensor x, Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? bias, int in_features, int[] rows, "
-    "int value_type, int group_steps) -> Tensor"
+    "int value_type, int group_steps, ScalarType dtype) -> Tensor"
 )
 _REGISTERING = threading.Lock()
 
@@ -38,6 +38,16 @@ class CudaBackend(Backend):
     one_dtype = True
 
     def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+        reasons = self._refusals(problem)
+        if problem.device != "cuda":
+            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
+        elif missing := driver.missing():
+            reasons.append(missing)
+        return reasons
+
+    @staticmethod
+    def _refusals(problem: LinearProblem) -> list[str]:
+        """What no GPU would change."""
         reasons = []
         if problem.dtype not in ACTIVATIONS:
             reasons.append(f"activations must be float16 or bfloat16, not {problem.dtype}")
@@ -45,16 +55,15 @@ class CudaBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
-        if problem.device != "cuda":
-            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
-        elif missing := driver.missing():
-            reasons.append(missing)
         return reasons
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CudaState:
         return self.prepare_fused((packed,), dtype)
 
-    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> CudaState:
+    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> CudaState | tuple:
+        """One launch for up to four weights of equal value types and ranks; others run one by one."""
+        if len(parts) > 1 and layout.differences(parts):
+            return super().prepare_fused(parts, dtype)
         state = layout.prepare(parts, dtype or torch.float16)
         if state.stream.is_cuda:  # now, so that the first call may be captured into a graph
             register()
@@ -65,18 +74,22 @@ class CudaBackend(Backend):
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         if x.dtype != state.dtype:
             raise TypeError(f"x is {x.dtype}, but this weight was prepared for {state.dtype} activations")
-        tensors, sizes = state[:5], state[5:9]
+        tensors, sizes = state[:5], state[5:]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return torch.ops.slab_kernels.linear_cuda(x, *tensors, bias, *sizes)
         return torch.ops.slab_kernels.linear_cuda_frozen(x, *tensors, bias, *sizes)
 
-    linear_fused = linear
+    def linear_fused(self, x: Tensor, state: CudaState | tuple, bias: Tensor | None = None) -> Tensor:
+        one_launch = isinstance(state, CudaState)
+        return self.linear(x, state, bias) if one_launch else super().linear_fused(x, state, bias)
 
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
-        """The plan for this problem: tiles, their reason, and the predicted time beside a dense linear's.
+        """The plan for this problem, or why there is none: tiles, their reason, and the predicted time beside a dense linear's.
 
         gpu: a name of plan.GPUS, whether it is here or not; default: the current device. Raises: ValueError for another.
         """
+        if reasons := self._refusals(problem):
+            return f"the cuda backend does not run this: {'; '.join(reasons)}"
         found = gpu_named(gpu) if gpu else device_of(torch.cuda.current_device()).gpu
         group_steps, adapter_steps = (problem.group_size or 128) // 32, -(-problem.adapter_rank // 16)
         values, M = STREAM_VALUES[problem.values], max(problem.M, 1)
@@ -104,16 +117,20 @@ def device_of(index: int) -> Device:
     return Device(gpu, queue)
 
 
-def _linear(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps):
-    check(x, bias, in_features, sum(rows))
+def _linear(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, dtype):
+    check(x, stream, bias, in_features, sum(rows), dtype)
     sizes = sizes_of(stream, V, U, P, Q, in_features, rows, values, group_steps)
     return linear(x, stream, V, U, P, Q, bias, sizes, device_of(x.device.index))
 
 
-def check(x: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
+def check(x: Tensor, stream: Tensor, bias: Tensor | None, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     """Raises ShapeError or TypeError in a sentence: below this only raw pointers are left."""
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
+    if x.dtype != dtype:
+        raise TypeError(f"x is {x.dtype}, but this weight was prepared for {dtype} activations")
+    if x.device != stream.device:
+        raise TypeError(f"x is on {x.device}, the weight on {stream.device}")
     if bias is None:
         return
     if bias.shape != (out_features,) or not bias.is_contiguous():
@@ -124,13 +141,13 @@ def check(x: Tensor, bias: Tensor | None, in_features: int, out_features: int) -
         raise TypeError(f"bias is on {bias.device}, x on {x.device}")
 
 
-def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps):
+def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, dtype):
     torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 
 def _setup_context(ctx, inputs, output):
-    _, *tensors, _, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps = inputs
+    _, *tensors, _, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.dtype = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -139,16 +156,16 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         wide = grad.float()
-        W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, grad.dtype)
+        W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.dtype)
         grad_x = wide @ W
         if P is not None:
-            parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, grad.dtype)
+            parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, ctx.dtype)
             for part, (left, right) in zip(wide.split(list(ctx.rows), -1), parts, strict=True):
                 grad_x = grad_x + (part @ left.float()) @ right.float()
         grad_x = grad_x.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * 5, grad_bias, *(None,) * 4
+    return grad_x, *(None,) * 5, grad_bias, *(None,) * 5
 
 
 def register() -> None:

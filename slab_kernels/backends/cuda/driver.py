@@ -21,14 +21,14 @@ from . import images
 LIBRARY = "libcuda.so.1"
 OLDEST = (8, 0)  # mma.sp, cp.async
 _PLAIN_SHARED = 48 * 1024  # dynamic shared memory that every kernel may use without asking
-_DEPENDENT_SINCE = (9, 0)  # programmatic dependent launch
+_DEPENDENT_SINCE = 90  # compute_90: programmatic dependent launch
 
 # cuda.h
 _NOT_FOUND = 500
 # The driver cannot use this image, another one may do: invalid image, no binary for the device, no JIT compiler, and PTX or
 # a cubin of a toolkit that is newer than the driver.
 _UNUSABLE = {200, 209, 218, 220, 221, 222, 223}
-_STATIC_SHARED, _MAX_DYNAMIC_SHARED = 1, 8  # CU_FUNC_ATTRIBUTE_*
+_STATIC_SHARED, _PTX_VERSION, _MAX_DYNAMIC_SHARED = 1, 5, 8  # CU_FUNC_ATTRIBUTE_*
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number; behind it kernelParams[0]
 _CONFIG = struct.Struct("@7IxxxxQQIxxxxQ")
@@ -244,9 +244,16 @@ def _function(name: str, device: int, context: int) -> _Function:
             if code == _NOT_FOUND:
                 continue
             _check(code, f"kernel {name} was not found in the module {unit}")
-            attributes = ctypes.addressof(_attribute) if capability(device) >= _DEPENDENT_SINCE else 0
+            attributes = ctypes.addressof(_attribute) if _waits(handle) else 0
             return _loaded.setdefault((name, device, context), _Function(handle, attributes, _PLAIN_SHARED))
         raise CudaError(f"there is no kernel {name} in csrc/cuda ({', '.join(images.kernel_units()) or 'no sources'})")
+
+
+def _waits(function: ctypes.c_void_p) -> bool:
+    """Whether the kernel was compiled with its griddepcontrol.wait: a PTX of compute_80 has none, on whatever device."""
+    version = ctypes.c_int()
+    _check(_cuda().cuFuncGetAttribute(ctypes.byref(version), _PTX_VERSION, function), "a kernel has no PTX version")
+    return version.value >= _DEPENDENT_SINCE
 
 
 def _module(unit: str, device: int, context: int) -> ctypes.c_void_p:

@@ -2,8 +2,8 @@
 
 The linear's kernel reads z = x Q (adapters) or is followed by the sum of its K-splits (small layers) only where the weight asks for
 it; the launches overlap by programmatic dependent launch where the device has it. Nothing is kept between calls, and
-there are no flags and no atomics: z and the partial sums come from torch's allocator with the call, like y, so streams
-and CUDA graphs may overlap as they like.
+there are no flags and no atomics: z, the partial sums and a rebuilt weight come from torch's allocator with the call, like
+y, so streams and CUDA graphs may overlap as they like.
 """
 
 from __future__ import annotations
@@ -108,18 +108,19 @@ def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> by
 def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Tensor | None, Q: Tensor | None,
            bias: Tensor | None, sizes: Sizes, device: Device) -> Tensor:  # fmt: skip
     """x [..., K] in fp16 or bf16 -> [..., sum of rows]. Tensors as in `CudaState`; x in any strides."""
-    N, dtype = sum(sizes.rows), x.dtype
-    y = x.new_empty(*x.shape[:-1], N)
-    M = y.numel() // N
+    N, dtype, shape = sum(sizes.rows), x.dtype, (*x.shape[:-1], sum(sizes.rows))
+    M = x.numel() // sizes.K
     if M == 0:
-        return y
+        return x.new_empty(shape)
     x = x.reshape(M, sizes.K)
     if x.stride(1) != 1 or (M > 1 and x.stride(0) < sizes.K):
         x = x.contiguous()
     first, second = launches(sizes, M, dtype, device.gpu)
     if isinstance(second.plan, Rebuild):
-        W = dense(x, stream, V, U, P, Q, sizes, second, device)
-        return torch.nn.functional.linear(x, W, None if bias is None else bias.to(dtype)).view(y.shape)
+        with torch.autocast(x.device.type, enabled=False):  # x's type is the result's, whatever surrounds us
+            W = dense(x, stream, V, U, P, Q, sizes, second, device)
+            return torch.nn.functional.linear(x, W, None if bias is None else bias.to(dtype)).view(shape)
+    y = x.new_empty(shape)
     p = LinearParams.from_buffer_copy(second.template)
     p.x, p.token_stride = x.data_ptr(), x.stride(0)
     if p.x % 16 != 0 or (M > 1 and p.token_stride % 8 != 0):

@@ -3,8 +3,9 @@
 Everything here is arithmetic on sizes; nothing asks a device. The model knows bytes, tensor and issue rates; its figures
 are predictions, good for ranking tiles, not measurements.
 
-A token's result must not depend on how many others there are, so within a regime (DECODE up to 16 tokens, BATCH up to 64,
-PREFILL above) one way of splitting K is chosen from the weight's sizes alone. PREFILL never splits K.
+A token's result must not depend on how many others there are, so within a regime (up to 16 tokens, up to 64) one way of
+splitting K is chosen from the weight's sizes alone. Above 64 K is never split; but from some number of tokens on the
+weight may be rebuilt for cuBLAS, which rounds otherwise.
 """
 
 from __future__ import annotations
@@ -289,11 +290,20 @@ def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
     Raises: ValueError if none fits into the device's shared memory.
     """
     if M > 64:
-        found: list[Plan | Rebuild] = list(_plans(sizes, M, gpu, 1, 1))
-        if sizes.values != DENSE:
-            found.append(rebuild(sizes, M, gpu))
-        return _fastest(found, sizes, gpu)
+        return rebuild(sizes, M, gpu) if M >= _rebuilt_from(sizes, gpu) else _fastest(_plans(sizes, M, gpu, 1, 1), sizes, gpu)
     return _fastest(_plans(sizes, M, gpu, *_split(sizes, M <= 16, gpu)), sizes, gpu)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rebuilt_from(sizes: Sizes, gpu: Gpu) -> int:
+    """The tokens from which on rebuilding is the faster way: one threshold a weight, to a tenth."""
+    threshold = 1 << 62
+    for M in (round(65 * 1.1**n) for n in range(72, -1, -1)):  # 62036 down to 65
+        fused = min((plan.microseconds for plan in _plans(sizes, M, gpu, 1, 1)), default=float("inf"))
+        if sizes.values == DENSE or rebuild(sizes, M, gpu).microseconds >= fused:
+            break
+        threshold = M
+    return threshold
 
 
 def _plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
@@ -311,7 +321,7 @@ def _plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> lis
     return found
 
 
-def _fastest(plans: list, sizes: Sizes, gpu: Gpu) -> Plan | Rebuild:
+def _fastest(plans: list[Plan], sizes: Sizes, gpu: Gpu) -> Plan:
     if not plans:
         raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
     return min(plans, key=lambda plan: plan.microseconds)
