@@ -174,7 +174,7 @@ struct Linear {
   }
   __device__ __forceinline__ int first_block() const { return share(at.split) + my.group; }
 
-  // ---- copies: one K-block of weights, activations and v into a stage -----------------------------------------------
+  // ---- copies: one K-block of weights, activations and v into a stage ----
 
   template <int kAt>
   __device__ __forceinline__ void copy_pieces(bool yes, uint32_t to, const uint8_t* from) const {
@@ -199,7 +199,7 @@ struct Linear {
       copy_edge(n, x_from + along);
     if (kRank == kRankAny)
       for (int r = copy_row; r < rank; r += x_step)
-        copy16_zero_filled(write + v_to + r * kTokenRow, p.v + v_from + along + r * p.k_blocks * kTokenRow, 16);
+        copy16_if(true, write + v_to + r * kTokenRow, p.v + v_from + along + r * p.k_blocks * kTokenRow);
     write = write + stage_bytes == ring_end ? ring : write + stage_bytes;
   }
 
@@ -235,8 +235,7 @@ struct Linear {
     }
   }
 
-  // ---- one K-block
-  // ----------------------------------------------------------------------------------------------------
+  // ---- one K-block ----
 
   struct Block {                                        // what a warp keeps of one K-block
     uint32_t values[kRowTiles], x[kWide ? 1 : kTiles];  // addresses
@@ -307,6 +306,7 @@ struct Linear {
       }
     }
     if constexpr (kScaled) {
+      // The first condition is the second's for the last step, known to the compiler.
       if (kStep == kSteps - 1 || ((kStep + 1) & (p.group_steps - 1)) == 0) add_scaled<kStep>(k, pass);
     }
   }
@@ -403,8 +403,7 @@ struct Linear {
     read = read + stage_bytes == ring_end ? ring : read + stage_bytes;
   }
 
-  // ---- the whole K range of this CTA
-  // ----------------------------------------------------------------------------------
+  // ---- the whole K range of this CTA ----
 
   __device__ __forceinline__ void multiply_all() {
     const int end = share(at.split + 1) - first_block(), stride = p.warp_inputs, id = 1 + my.group,
@@ -467,8 +466,7 @@ struct Linear {
     }
   }
 
-  // ---- sums of the groups, in their order, and the one store
-  // ----------------------------------------------------------
+  // ---- sums of the groups, in their order, and the one store ----
 
   __device__ __forceinline__ void store(float* sums) {
     const Place at = place_of<kRowTiles>(p);

@@ -1,19 +1,20 @@
 // What a CUDA kernel is called with, and the prepared stream it reads. Plain C, mirrored by backends/cuda/launch.py.
 //
-// The CUDA stream (made by backends/cuda/layout.py, never saved). A block is 16 output rows x 128 inputs, in the order
-// in which lanes want it: lane = 4 g + t holds rows g and g + 8. Blocks of one row block follow each other along K.
+// clang-format off: a table
+// The CUDA stream (made by backends/cuda/layout.py, never saved). A block is 16 output rows x 128 inputs, in the order in
+// which lanes want it: lane = 4 g + t holds rows g and g + 8. Blocks of one row block follow each other along K.
 //
 //   values    w16 (fp16 or bf16, the activations' type): 4 steps of 32 inputs x 32 lanes x 16 bytes: a0 a1 a2 a3
-//             int8: 2 x 32 lanes x 16 bytes, two steps each: bytes q + 128; a word is a0.lo a1.lo a0.hi a1.hi, then a2,
-//             a3 int4: 32 lanes x 4 words, one a step: nibble i q + 8 of a_i's low half, nibble i + 4 of its high half
+//             int8: 2 x 32 lanes x 16 bytes, two steps each, bytes q + 128; a word is a0.lo a1.lo a0.hi a1.hi, or a2, a3
+//             int4: 32 lanes x 4 words, one a step: nibble i is q + 8 of a_i's low half, nibble i + 4 of its high half
 //             dense (P Q^T's Q): 4 steps x 2 x 32 lanes x 16 bytes: a0 a1 a2 a3 of two m16n8k16
 //   metadata  32 lanes x 2 words: word h serves steps 2h (selector 0) and 2h + 1 (selector 1)
-//   signs     only with rank > 0: 32 lanes x 1 word, one bit a pruned entry, laid out so that a left shift by 4 step +
-//   i
+//   signs     only with rank > 0: 32 lanes x 1 word, one bit a pruned entry, laid out so that a left shift by 4 step + i
 //             brings the signs of a_i's halves to bits 15 and 31
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
 // w16 with signs: 2432 bytes = 9.5 bits a weight. Every block is a multiple of 16 bytes.
+// clang-format on
 #pragma once
 
 #include "../format.h"

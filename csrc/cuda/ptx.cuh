@@ -5,7 +5,7 @@
 
 namespace slab {
 
-// ---- memory ---------------------------------------------------------------------------------------------------------
+// ---- memory ----
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -70,7 +70,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
                : "r"(row));
 }
 
-// ---- order ----------------------------------------------------------------------------------------------------------
+// ---- order ----
 
 // bar.sync (PTX 9.7.13.1) among `threads` threads that name the same barrier.
 __device__ __forceinline__ void barrier(int id, int threads) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// ---- arithmetic -----------------------------------------------------------------------------------------------------
+// ---- arithmetic ----
 
 // Keeps NVVM from deriving the value again where it is used. (ptxas sees through it: constants need more, see `magic`.)
 __device__ __forceinline__ uint32_t keep(uint32_t value) {
