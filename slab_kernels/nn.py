@@ -35,6 +35,7 @@ class SlabLinear(nn.Module):
         shape = (layout.out_features,)
         self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False) if bias else None
         self._linears: dict[torch.dtype, tuple] = {}
+        self._home: torch.device | None = None  # where the layer works, once its canonical tensors are offloaded
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SlabLinear:
@@ -63,15 +64,31 @@ class SlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run it.
         """
-        problem = LinearProblem.of(self.layout, 1, dtype, self.values.device.type)
+        device = self._home or self.values.device
+        problem = LinearProblem.of(self.layout, 1, dtype, device.type)
         backend = dispatch.select(problem)
         made = [state for other, state in self._linears.values() if other is backend and not backend.one_dtype]
         shared = made[0] if made else None
         if shared is None:
             # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
-                shared = backend.prepare(self.packed(), dtype)
+                shared = backend.prepare(self.packed().to(device), dtype)
         self._linears[dtype] = (backend, shared)
+        return self
+
+    def offload(self) -> SlabLinear:
+        """Keep the canonical tensors in CPU memory from now on: a prepared layer works from its own copy of them.
+
+        On a GPU that halves what the layer takes. Saving still works, and so does another dtype (it copies them back for
+        the time of preparing). Moving the module brings them along again.
+
+        Raises: RuntimeError before `prepare`.
+        """
+        if not self._linears:
+            raise RuntimeError("offload() needs a prepared layer: call prepare(dtype) first")
+        self._home = self._home or self.values.device
+        for name, tensor in self.packed().tensors().items():
+            self._buffers[name] = tensor.cpu()
         return self
 
     @property
@@ -104,7 +121,7 @@ class SlabLinear(nn.Module):
             if device != tensor.device:
                 moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 self._buffers[name] = moved
-                self._linears = {}
+                self._linears, self._home = {}, None
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):

@@ -299,6 +299,14 @@ def test_a_dropped_layer_gives_its_memory_back():
     assert torch.cuda.memory_allocated() == used
 
 
+def test_an_offloaded_layer_works_from_its_stream_alone():
+    packed, _, x, *_ = layer(EVERYTHING, torch.float16, False)
+    module = SlabLinear.from_packed(packed.to("cpu").to(DEVICE))
+    y, used = module(x[:70]), torch.cuda.memory_allocated()
+    module.offload()
+    assert torch.cuda.memory_allocated() < used and torch.equal(module(x[:70]), y)
+
+
 @pytest.mark.parametrize("M", [1, 30, 100])
 def test_opcheck(M):
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, False)

@@ -179,3 +179,17 @@ def test_dispatch_explains_and_never_falls_back_silently(monkeypatch):
     module = SlabLinear.from_packed(pack(unpack(random_packed(LAYOUT))))
     module(torch.randn(1, 48))
     assert module.backend == "reference"
+
+
+def test_offloaded_layers_work_save_and_prepare_again():
+    module = SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24))
+    with pytest.raises(RuntimeError, match=r"call prepare\(dtype\) first"):
+        module.offload()
+    x, saved = torch.randn(3, 48), {name: t.clone() for name, t in module.state_dict().items()}
+    want, wide = module(x), module(x.double())
+    del module._linears[torch.float64]
+    assert torch.equal(module.offload()(x), want) and torch.equal(module(x.double()), wide)
+    assert module._home == torch.device("cpu")
+    assert all(torch.equal(t, saved[name]) for name, t in module.state_dict().items())
+    moved = module.to("meta")
+    assert moved._home is None and moved._linears == {} and moved.values.is_meta
