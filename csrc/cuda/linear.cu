@@ -1,15 +1,30 @@
-// Every kernel of the CUDA backend. Device code only, no CUDA or standard headers: nvcc and NVRTC compile the same
-// text.
+// Every kernel of the CUDA backend. Device code only, no CUDA or standard headers: nvcc and NVRTC compile the same text.
 //
 //   linear_<activations>_<values>_<rank>_t<tokens of a warp>   the fused linear: a dozen for each of four token tiles
-//   tall_<activations>_<values>_<rank>_t<tokens of a warp>     the same with 64 rows a warp where registers allow it:
-//   half
+//   tall_<activations>_<values>_<rank>_t<tokens of a warp>     the same with 64 rows a warp where registers allow it: half
 //                                                              the reads and products of activations, a dozen in all
 //   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
 //   reduce_<activations>                                       adds the K-splits of a small layer, after it
 //   dense_<activations>_<values>                               the weight rebuilt, for cuBLAS
 #include "dense.cuh"
 #include "linear.cuh"
+
+namespace slab {
+
+// y = sum of the splits, in their order, + bias. A CTA's y index is its token.
+template <class T>
+__device__ __forceinline__ void reduce(const LinearParams& p) {
+  wait_for_predecessor();
+  const int feature = blockIdx.x * blockDim.x + threadIdx.x;
+  if (feature >= p.out_features) return;
+  const int64_t to = int64_t(blockIdx.y) * p.out_features + feature;
+  float sum = 0.0f;
+  for (int s = 0; s < p.splits; ++s)  // plain loads: written while this kernel ran
+    sum += *static_cast<const volatile float*>(p.partial + int64_t(s) * p.tokens * p.out_features + to);
+  reinterpret_cast<uint16_t*>(p.y)[to] = T::narrow(sum + bias_of(p, feature));
+}
+
+}  // namespace slab
 
 // 256 threads. Up to 16 tokens two CTAs share an SM (128 registers a thread), above that one has it (255).
 #define SLAB_KERNEL(name, occupancy, body)                                                                          \

@@ -1,6 +1,5 @@
 // What a CUDA kernel is called with, and the prepared stream it reads. Plain C, mirrored by backends/cuda/launch.py.
 //
-// clang-format off: a table
 // The CUDA stream (made by backends/cuda/layout.py, never saved). A block is 16 output rows x 128 inputs, in the order in
 // which lanes want it: lane = 4 g + t holds rows g and g + 8. Blocks of one row block follow each other along K.
 //
@@ -14,7 +13,6 @@
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
 // w16 with signs: 2432 bytes = 9.5 bits a weight. Every block is a multiple of 16 bytes.
-// clang-format on
 #pragma once
 
 #include "../format.h"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,7 @@ def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.N
             return whole[:-_SUM]
     except OSError:
         pass
+    print(f"slab_kernels: compiling the CUDA kernels for {architecture}, once (some 20 s)", file=sys.stderr, flush=True)
     data = rtc.compile_unit(sources, unit, architecture, nvrtc)
     try:
         folder.mkdir(parents=True, exist_ok=True)
