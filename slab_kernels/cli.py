@@ -289,7 +289,7 @@ def info(json: Json = False) -> Outcome:
             for name, table in data["backends"].items()
             for kind, reasons in table.items()
         ]
-        console.print_pairs(rows, "backends, in order of preference")
+        console.print_pairs([*rows, ("CUDA kernels", data["cuda_kernels"])], "backends, in order of preference")
         console.print_pairs(
             [(name, f"{data['variables'][name] or 'not set'} ({what})") for name, what in machine.VARIABLES.items()], "environment"
         )

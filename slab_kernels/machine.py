@@ -102,6 +102,14 @@ def backends() -> dict[str, dict[str, list[str]]]:
     return table
 
 
+def cuda_kernels() -> str:
+    """Which CUDA kernels this installation was compiled with."""
+    from .backends.cuda.compile import IMAGES
+
+    found = sorted(path.name.split(".")[1] for path in IMAGES.glob("*.*.*"))
+    return f"ahead of time: {', '.join(found)}" if found else "none ahead of time; a CUDA torch compiles them on first use"
+
+
 def information() -> dict[str, Any]:
     """Everything `info` prints."""
     return {
@@ -109,6 +117,7 @@ def information() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": devices(),
         "backends": backends(),
+        "cuda_kernels": cuda_kernels(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
 
