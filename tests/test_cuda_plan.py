@@ -277,6 +277,8 @@ def test_describe():
     assert re.fullmatch(r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us", asked)
     with pytest.raises(ValueError, match="no figures for the GPU 'Voodoo2'; known: A100, RTX 3090"):
         BACKEND.describe(problem, "Voodoo2")
+    with pytest.raises(ValueError, match="no figures for the GPU ''"):
+        BACKEND.describe(problem, "")
 
 
 def test_sizes_that_fit_nowhere_are_refused():

@@ -5,13 +5,12 @@
 // r is not +-1 but +-u_ir, the stored u of its row with a sign bit flipped by one LOP3, against the activations times
 // v_r. (Against the normalised form, diag(u) M diag(v) with M = S / (u v): no kept value is rounded a second time, u =
 // 0 and v = 0 need no care, integer S keeps its codes and scales, and rank R needs no R accumulators. Its price is one
-// product of x and v per fragment, shared by two row tiles.)
+// product of x and v per fragment, shared by all row tiles of a warp.)
 //
 // A CTA is warp_rows x warp_tokens x warp_inputs warps. A warp holds 16 kRowTiles rows (one activation fragment serves
-// all of its row tiles) x 8 kTiles tokens; warps that differ only
-// in rows or tokens form a group, share a ring of `stages` K-blocks in shared memory and a named barrier. Groups take
-// K-blocks in turn (group w: w, w + warp_inputs, ...); their sums are added in that order at the end, so the result
-// depends on no timing, and a token's result on no other token.
+// all of its row tiles) x 8 kTiles tokens; warps that differ only in rows or tokens form a group, share a ring of `stages`
+// K-blocks in shared memory and a named barrier. Groups take K-blocks in turn (group w: w, w + warp_inputs, ...); their
+// sums are added in that order at the end, so the result depends on no timing, and a token's result on no other token.
 //
 // At 4 bits a weight decoding is a race against the issue rate (README, "Instruction budget"): what does not change
 // from K-block to K-block is made once and kept in registers (`keep`), copies are predicated, never branched around.
@@ -48,7 +47,7 @@ struct Linear {
   const Role my;
   int rank, tokens;  // tokens: of this CTA, that exist
   uint32_t ring, ring_end, stage_bytes, read, write;
-  // What this lane copies: up to two weight blocks, rows 2 members apart of the activations, a row of v
+  // What this lane copies: up to kRowTiles weight blocks, rows 2 members apart of the activations, a row of v
   const uint8_t *weights_from[kRowTiles], *x_from;     // of this group's first K-block
   uint32_t weights_to[kRowTiles], x_to, v_from, v_to;  // v_from: bytes after p.v
   int tail, copy_row, x_step, whole;                   // whole: K-blocks, from this group's first on, that need no care
@@ -132,8 +131,8 @@ struct Linear {
   __device__ __forceinline__ void copy(int n) {  // n: K-blocks after this group's first
     const uint32_t block_bytes = 16 * tail + kValueBytes;
 #pragma unroll
-    for (int m = 0; m < kRowTiles;
-         ++m) {  // base + n * size: one multiply-add into a register pair that LDGSTS can take
+    for (int m = 0; m < kRowTiles; ++m) {
+      // base + n * size: one multiply-add into a register pair that LDGSTS can take
       const uint8_t* const from = weights_from[m] + uint64_t(uint32_t(n)) * block_bytes;
       copy_pieces<0>(copies[m], write + weights_to[m], from);
       if (kSparse) copy16_if<kValueBytes>(copies[m] && my.lane < tail, write + weights_to[m], from, policy);
@@ -165,8 +164,8 @@ struct Linear {
   }
   // The last K-block where K is no multiple of 128, and every block of rows that are not 16-byte aligned.
   __device__ __forceinline__ void copy_edge(int n, const uint8_t* x_from) const {
-    const int left = p.in_features - (p.whole_blocks - whole + n) * kBlockInputs -
-                     my.lane % 16 * 8;  // inputs of this piece that exist
+    // inputs of this piece that exist
+    const int left = p.in_features - (p.whole_blocks - whole + n) * kBlockInputs - my.lane % 16 * 8;
     const uint8_t* from = left > 0 ? x_from : p.x;
     for (int row = copy_row; row < tokens; row += x_step, from += left > 0 ? 2 * x_step * p.token_stride : 0) {
       const uint32_t to = write + row * kTokenRow + ((x_to ^ (row & 7)) << 4);

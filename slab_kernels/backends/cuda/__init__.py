@@ -90,7 +90,7 @@ class CudaBackend(Backend):
         """
         if reasons := self._refusals(problem):
             return f"the cuda backend does not run this: {'; '.join(reasons)}"
-        found = gpu_named(gpu) if gpu else device_of(torch.cuda.current_device()).gpu
+        found = gpu_named(gpu) if gpu is not None else device_of(torch.cuda.current_device()).gpu
         group_steps, adapter_steps = (problem.group_size or 128) // 32, -(-problem.adapter_rank // 16)
         values, M = STREAM_VALUES[problem.values], max(problem.M, 1)
         sizes = Sizes(problem.K, (problem.N,), values, group_steps, problem.rank, adapter_steps)

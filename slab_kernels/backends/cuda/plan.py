@@ -227,8 +227,7 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     activations = 2 * M * (sizes.K + sum(sizes.rows))
     cta_bytes = k_blocks * (tile.warp_rows * tile.blocks * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
     fixed, per_tile = (TALL_ISSUE if tile.blocks == 4 else ISSUE)[sizes.values]
-    passes = 1.0 if sizes.values != DENSE else 0.0
-    products = (2.0 if sizes.values == DENSE else 1.0) + sizes.rank * passes  # in units of half the dense product
+    products = (2 if sizes.values == DENSE else 1) + sizes.rank  # in units of half the dense product
     cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
     issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
     cta_issue = tile.warp_rows * tile.warp_tokens * k_blocks * issue_warp
@@ -259,8 +258,6 @@ class Rebuild:
     grid: tuple[int, int, int]
     microseconds: float  # predicted
     block: tuple[int, int, int] = (256, 1, 1)
-    shared_bytes: int = 0
-    tokens: int = 0
 
     def describe(self) -> str:
         return f"the weight rebuilt dense, then cuBLAS; predicted {self.microseconds:.1f} us, bound by tensor cores"
