@@ -50,6 +50,21 @@ class LinearProblem:
         )
 
 
+MAX_PARTS = 4  # weights of one launch: q, k, v and one more
+
+
+def differences(parts: Sequence[PackedWeight]) -> str | None:
+    """Why these weights cannot share one launch, in a sentence, or None."""
+    if not 1 <= len(parts) <= MAX_PARTS:
+        return f"one launch takes 1 to {MAX_PARTS} weights, not {len(parts)}"
+    for part in parts[1:]:
+        for name in ("in_features", "values", "group_size", "rank", "adapter_rank"):
+            mine, first = getattr(part.layout, name), getattr(parts[0].layout, name)
+            if mine != first:
+                return f"weights of one launch must agree in {name}, but these have {first} and {mine}"
+    return None
+
+
 class Backend:
     """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
 

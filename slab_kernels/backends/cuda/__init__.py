@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...format import PackedWeight, ShapeError
-from ..base import Backend, LinearProblem
+from ..base import Backend, LinearProblem, differences
 from . import driver, layout
 from .launch import BIAS_TYPES, Device, kernel_names, linear
 from .layout import ACTIVATIONS, STREAM_VALUES, CudaState
@@ -62,7 +62,7 @@ class CudaBackend(Backend):
 
     def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> CudaState | tuple:
         """One launch for up to four weights of equal value types and ranks; others run one by one."""
-        if len(parts) > 1 and layout.differences(parts):
+        if len(parts) > 1 and differences(parts):
             return super().prepare_fused(parts, dtype)
         state = layout.prepare(parts, dtype or torch.float16)
         if state.stream.is_cuda:  # now, so that the first call may be captured into a graph

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, MAX_PARTS, W16, adapters
+from ..base import MAX_PARTS
+from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, W16, adapters
 from .plan import REGISTERS, TALL, Gpu, Plan, Rebuild, Sizes, choose
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}

@@ -19,14 +19,14 @@ from torch.nn.functional import pad
 
 from ... import bitpacking as bits
 from ...format import INTEGER_RANGES, VALUE_TYPES, PackedWeight, RangeError, ShapeError
+from .. import factors
+from ..base import differences
 
 BLOCK_ROWS, BLOCK_INPUTS = 16, 128
-MAX_PARTS = 4
 W16, INT8, INT4, DENSE = range(4)  # StreamValues of csrc/cuda/params.h
 STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4}
 VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # of a block
 METADATA_BYTES, SIGN_BYTES = 256, 128
-LARGEST_V = 8.0  # |v x| below 65504 up to |x| = 8188
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
@@ -43,18 +43,6 @@ class CudaState(NamedTuple):
     values: int
     group_steps: int  # steps of 32 inputs that a scale covers: 1, 2, 4
     dtype: torch.dtype  # of the activations
-
-
-def differences(parts: Sequence[PackedWeight]) -> str | None:
-    """Why these weights cannot share one launch, in a sentence, or None."""
-    if not 1 <= len(parts) <= MAX_PARTS:
-        return f"one launch takes 1 to {MAX_PARTS} weights, not {len(parts)}"
-    for part in parts[1:]:
-        for name in ("in_features", "values", "group_size", "rank", "adapter_rank"):
-            mine, first = getattr(part.layout, name), getattr(parts[0].layout, name)
-            if mine != first:
-                return f"weights of one launch must agree in {name}, but these have {first} and {mine}"
-    return None
 
 
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
@@ -217,38 +205,18 @@ def _fragments(q: Tensor) -> Tensor:
     return q.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous().view(torch.uint8)
 
 
-def _power(size: Tensor) -> Tensor:
-    """e with size 2^-e in [1/2, 1); 0 where size is 0."""
-    return torch.frexp(size).exponent.to(size.device)
-
-
-def _checked(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-    t = t.to(dtype)
-    if not bool(t.isfinite().all()):
-        raise RangeError(f"{name}, scaled so that the other factor is below 1, does not fit {dtype}; use bfloat16 activations")
-    return t
-
-
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U and V, a power of two moved from V to U so that v * x stays where x is, in fp16's range.
-
-    The median of |v| comes to [1/2, 1), or less where max |v| would exceed LARGEST_V: with an outlier in V scaled to 1,
-    small activations would underflow (x of 1e-3 and an outlier of 200: 22 times the error of a dense fp16 product).
-    """
+    """U as words of the 16-bit number twice, V transposed and padded."""
     blocks, k_blocks = _blocks(packed)
-    U, V = packed.U.float(), packed.V[: packed.in_features].float()
-    e = torch.maximum(_power(V.abs().median(0).values), _power(V.abs().amax(0) / LARGEST_V))
-    U, V = _checked("U", torch.ldexp(U, e), dtype), torch.ldexp(V, -e).to(dtype)
+    U, V = factors.sign(packed, dtype)
     word = _fill(U, blocks * 16, U.shape[1]).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     return word | word << 16, pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0])).T.contiguous()
 
 
 def _adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """P as dense fragments, Q as a dense stream; a power of two moved so that |x Q| <= |x| in the 2-norm."""
+    """P as dense fragments, Q as a dense stream."""
     blocks, k_blocks = _blocks(packed)
-    P, Q = packed.P.float(), packed.Q[: packed.in_features].float()
-    e = _power(torch.linalg.vector_norm(Q, dim=0))
-    P, Q = _checked("P", torch.ldexp(P, e), dtype), torch.ldexp(Q, -e).to(dtype)
+    P, Q = factors.adapter(packed, dtype)
     steps = -(-P.shape[1] // 16)
     P = _fill(P, blocks * 16, steps * 16).view(blocks, 2, 8, 1, steps, 2, 4, 2)
     Q = _fill(Q.T, steps * 16, k_blocks * BLOCK_INPUTS).view(steps, 2, 8, k_blocks, 8, 2, 4, 2)

@@ -1,0 +1,192 @@
+"""The Triton kernels: `slab_kernels::linear_triton`, on every GPU that Triton serves; loaded on first use, no compiler needed.
+
+They read the canonical packed tensors as they are (launch.py), with tiles from a table (configs.py). fp32 accumulation;
+deterministic, and for up to 16 tokens a token's result depends on no other token. With TRITON_INTERPRET=1 in the environment
+before Triton is imported they run on CPU tensors, slowly, in Triton's interpreter: for debugging, not in bf16.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...format import PackedWeight, ShapeError
+from ..base import Backend, LinearProblem, differences
+from . import launch
+from .configs import DECODE, Device, choose, splits, z_splits
+from .launch import TritonState
+
+NAMESPACE = "slab_kernels"
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+MOST_RANK = 16  # U V^T is summed rank by rank in registers
+OLDEST = (8, 0)
+ARGUMENTS = (
+    "(Tensor x, Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, Tensor? Q, "
+    "Tensor? bias, int in_features, int[] rows, str value_type, int group_size) -> Tensor"
+)
+_REGISTERING = threading.Lock()
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    one_dtype = True
+
+    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+        reasons = self._refusals(problem)
+        if importlib.util.find_spec("triton") is None:
+            reasons.append("triton is not installed")
+        if interpreted():
+            if problem.device != "cpu":
+                reasons.append(f"TRITON_INTERPRET=1 runs it on CPU tensors, not on {problem.device}")
+            if problem.dtype == torch.bfloat16:
+                reasons.append("Triton's interpreter computes bfloat16 wrongly")
+        elif problem.device != "cuda":
+            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
+        elif not torch.cuda.is_available():
+            reasons.append("torch sees no CUDA device")
+        elif not torch.version.hip and (found := torch.cuda.get_device_capability()) < OLDEST:
+            reasons.append(f"it needs compute capability 8.0, this device has {found[0]}.{found[1]}")
+        return reasons
+
+    @staticmethod
+    def _refusals(problem: LinearProblem) -> list[str]:
+        """What no GPU would change."""
+        reasons = []
+        if problem.dtype not in ACTIVATIONS:
+            reasons.append(f"activations must be float16, bfloat16 or float32, not {problem.dtype}")
+        if problem.values not in launch.ELEMENT:
+            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(launch.ELEMENT)}")
+        if problem.rank > MOST_RANK:
+            reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
+        return reasons
+
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> TritonState:
+        return self.prepare_fused((packed,), dtype)
+
+    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> TritonState | tuple:
+        """One launch for up to four weights of equal value types and ranks; others run one by one."""
+        if len(parts) > 1 and differences(parts):
+            return super().prepare_fused(parts, dtype)
+        dtype = dtype or torch.float16
+        state = launch.prepare(parts, dtype)
+        register()
+        if state.values.is_cuda:  # compile decoding now, so that the first call may be captured into a graph
+            self.linear(torch.zeros(1, state.in_features, dtype=dtype, device=state.values.device), state)
+        return state
+
+    def linear(self, x: Tensor, state: TritonState, bias: Tensor | None = None) -> Tensor:
+        tensors, sizes = state[:8], state[8:]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return torch.ops.slab_kernels.linear_triton(x, *tensors, bias, *sizes)
+        return torch.ops.slab_kernels.linear_triton_frozen(x, *tensors, bias, *sizes)
+
+    def linear_fused(self, x: Tensor, state: TritonState | tuple, bias: Tensor | None = None) -> Tensor:
+        one_launch = isinstance(state, TritonState)
+        return self.linear(x, state, bias) if one_launch else super().linear_fused(x, state, bias)
+
+    def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
+        """The configuration for this problem on the current device (this backend has no model of one that is not here)."""
+        if gpu is not None or problem.device != "cuda":
+            return ""
+        adapter_rank = -(-problem.adapter_rank // 16) * 16
+        sizes = launch.Sizes(problem.K, (problem.N,), problem.values, problem.group_size or 0, problem.rank, adapter_rank)
+        device = device_of(torch.cuda.current_device())
+        config = choose(sizes, problem.M, bits_of(problem.dtype), device)
+        shares = splits(sizes, problem.M, config, device)
+        return f"{device.name}: {config.describe()}" + (f", K split over {shares} programs" if shares > 1 else "")
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize
+
+
+@functools.cache
+def device_of(index: int | None) -> Device:
+    """The device's facts; None is the interpreter's, a small device of our own making."""
+    if index is None:
+        return Device("interpreter", 4, 1 << 20)
+    properties = torch.cuda.get_device_properties(index)
+    limit = getattr(properties, "shared_memory_per_block_optin", 65536)
+    return Device(properties.name, properties.multi_processor_count, limit)
+
+
+def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features, rows, value_type, group_size):
+    check(x, values, bias, in_features, sum(rows))
+    state = (values, metadata, signs, scales, U, V, P, Q, in_features, rows, value_type, group_size)
+    device, sizes = device_of(x.device.index), launch.sizes_of(state)
+    M = x.numel() // in_features
+    config = choose(sizes, M, bits_of(x.dtype), device)
+    if config.rebuild:
+        with torch.autocast(x.device.type, enabled=False):  # x's type is the result's, whatever surrounds us
+            W = launch.dense(state, x.dtype)
+            return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
+    return launch.linear(x, state, bias, config, splits(sizes, M, config, device), z_splits(sizes))
+
+
+def check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
+    """Raises ShapeError or TypeError in a sentence: the kernels see pointers only."""
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
+    if x.dtype not in ACTIVATIONS:
+        raise TypeError(f"x is {x.dtype}, but the Triton kernels take float16, bfloat16 or float32")
+    if x.device != values.device:
+        raise TypeError(f"x is on {x.device}, the weight on {values.device}")
+    if bias is None:
+        return
+    if bias.shape != (out_features,) or not bias.is_contiguous():
+        raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous")
+    if not bias.is_floating_point() or bias.dtype == torch.float64:
+        raise TypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
+    if bias.device != x.device:
+        raise TypeError(f"bias is on {bias.device}, x on {x.device}")
+
+
+def _linear_fake(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features, rows, value_type, group_size):
+    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+    return x.new_empty(*x.shape[:-1], sum(rows))
+
+
+def _setup_context(ctx, inputs, output):
+    _, *tensors, _, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        state = (*ctx.saved_tensors, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size)
+        grad_x = grad @ launch.dense(state, grad.dtype)
+    if ctx.needs_input_grad[9]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, *(None,) * 8, grad_bias, *(None,) * 4
+
+
+def register() -> None:
+    """Define `linear_triton` once; idempotent, and safe from several threads."""
+    with _REGISTERING:
+        _register_once()
+
+
+@functools.cache
+def _register_once() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name in ("linear_triton", "linear_triton_frozen"):  # autograd costs every call some 10 us, with or without gradients
+        library.define(name + ARGUMENTS)
+        library.impl(name, _linear, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::linear_triton", _backward, setup_context=_setup_context, lib=library)
+    return library
+
+
+BACKEND = TritonBackend()
