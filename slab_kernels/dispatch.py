@@ -11,7 +11,7 @@ import os
 
 from .backends.base import Backend, BackendError, LinearProblem
 
-ORDER = ("cuda", "cpu", "reference")  # fastest first; the reference runs everything
+ORDER = ("cuda", "cpu", "triton", "reference")  # fastest first on each device; the reference runs everything
 ENVIRONMENT = "SLAB_KERNELS_BACKEND"
 
 

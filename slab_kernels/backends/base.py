@@ -65,15 +65,35 @@ def differences(parts: Sequence[PackedWeight]) -> str | None:
     return None
 
 
+def capability_here(device: str) -> tuple[int, int] | None:
+    """CUDA compute capability of torch's current GPU; None for another device, and where torch has no CUDA or finds no GPU."""
+    if device != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()
+
+
 class Backend:
     """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
 
     name: str
     one_dtype = False  # what `prepare` returns serves the activations' dtype it was made for, and no other
 
+    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
+        """Every reason that no installation and no driver would change; empty means that some machine runs it.
+
+        capability: CUDA compute capability of the GPU, where it is known. The support table (support.py) asks this too, so
+        the answer depends on nothing that is only so here.
+        """
+        raise NotImplementedError
+
+    def missing(self, device: str) -> str | None:
+        """What this machine lacks to run anything on such a device, and what to do about it, or None."""
+        return None
+
     def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
         """Every reason why this problem cannot run here; empty means it can."""
-        raise NotImplementedError
+        missing = self.missing(problem.device)
+        return [*self.refusals(problem, capability_here(problem.device)), *([missing] if missing else [])]
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Any:
         """The tensors and sizes that `linear` wants, made once after loading, for activations of `dtype`."""

@@ -48,7 +48,7 @@ class CpuState(NamedTuple):
 class CpuBackend(Backend):
     name = "cpu"
 
-    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
         reasons = []
         if problem.device != "cpu":
             reasons.append(f"it runs on CPU tensors, not on {problem.device}")
@@ -56,9 +56,10 @@ class CpuBackend(Backend):
             reasons.append(f"activations must be float32, bfloat16 or float16, not {problem.dtype}")
         if problem.values not in VALUE_CODES:
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(VALUE_CODES)}")
-        if missing := missing_library():
-            reasons.append(missing)
         return reasons
+
+    def missing(self, device: str) -> str | None:
+        return missing_library()
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CpuState:
         load_library()

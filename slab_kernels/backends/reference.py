@@ -13,7 +13,7 @@ from .base import Backend, LinearProblem
 class ReferenceBackend(Backend):
     name = "reference"
 
-    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
+    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
         if not problem.dtype.is_floating_point:
             return [f"activations must be floating point, not {problem.dtype}"]
         return []

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .layout import ACTIVATIONS, STREAM_VALUES, CudaState
 from .plan import MOST_RANK, Sizes, choose, dense_microseconds, gpu_like, gpu_named
 
 NAMESPACE = "slab_kernels"
+OLDEST = (8, 0)  # mma.sp, cp.async
 ARGUMENTS = (
     "(Tensor x, Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? bias, int in_features, int[] rows, "
     "int value_type, int group_steps, ScalarType dtype) -> Tensor"
@@ -37,17 +39,7 @@ class CudaBackend(Backend):
     name = "cuda"
     one_dtype = True
 
-    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
-        reasons = self._refusals(problem)
-        if problem.device != "cuda":
-            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
-        elif missing := driver.missing():
-            reasons.append(missing)
-        return reasons
-
-    @staticmethod
-    def _refusals(problem: LinearProblem) -> list[str]:
-        """What no GPU would change."""
+    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
         reasons = []
         if problem.dtype not in ACTIVATIONS:
             reasons.append(f"activations must be float16 or bfloat16, not {problem.dtype}")
@@ -55,7 +47,14 @@ class CudaBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
+        if problem.device != "cuda":
+            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
+        elif capability and capability < OLDEST:
+            reasons.append("compute capability must be {}.{} or above, not {}.{}".format(*OLDEST, *capability))
         return reasons
+
+    def missing(self, device: str) -> str | None:
+        return driver.missing() if device == "cuda" else None
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CudaState:
         return self.prepare_fused((packed,), dtype)
@@ -88,7 +87,7 @@ class CudaBackend(Backend):
 
         gpu: a name of plan.GPUS, whether it is here or not; default: the current device. Raises: ValueError for another.
         """
-        if reasons := self._refusals(problem):
+        if reasons := self.refusals(replace(problem, device="cuda")):  # wherever the problem is now
             return f"the cuda backend does not run this: {'; '.join(reasons)}"
         found = gpu_named(gpu) if gpu is not None else device_of(torch.cuda.current_device()).gpu
         group_steps, adapter_steps = (problem.group_size or 128) // 32, -(-problem.adapter_rank // 16)

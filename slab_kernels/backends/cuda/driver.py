@@ -19,7 +19,6 @@ import torch
 from . import images
 
 LIBRARY = "libcuda.so.1"
-OLDEST = (8, 0)  # mma.sp, cp.async
 _PLAIN_SHARED = 48 * 1024  # dynamic shared memory that every kernel may use without asking
 _DEPENDENT_SINCE = 90  # compute_90: programmatic dependent launch
 
@@ -104,9 +103,9 @@ def shared_limit(device: int) -> int:
 
 
 def missing(device: int | None = None) -> str | None:
-    """Why no kernel can run on that device (default: torch's current one) and what to do about it, or None.
+    """Why nothing can be launched on that device (default: torch's current one) and what to do about it, or None.
 
-    Compiles nothing; a device that can is remembered.
+    Compiles nothing; a device that can is remembered. Whether the kernels know such a GPU at all is the backend's to say.
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
@@ -119,10 +118,7 @@ def missing(device: int | None = None) -> str | None:
     device = torch.cuda.current_device() if device is None else device
     if device in _usable:
         return None
-    found = capability(device)
-    if found < OLDEST:
-        return f"device {device}, {_properties(device).name}, has compute capability {found[0]}.{found[1]}; the kernels need 8.0"
-    if reason := images.missing(found, _toolkit()):
+    if reason := images.missing(capability(device), _toolkit()):
         return reason
     _usable.add(device)
     return None

@@ -32,8 +32,8 @@ class TritonState(NamedTuple):
     metadata: Tensor
     signs: Tensor | None
     scales: Tensor | None
-    U: Tensor | None  # 16-bit activations and rank 1: [N] in their type; else [R, N] fp32
-    V: Tensor | None  # by position in the group of four: [parts, R, 4, Kp/4] fp32, or 16-bit pairs [parts, 1, 2, Kp/4] int32
+    U: Tensor | None  # [R, N] fp32
+    V: Tensor | None  # [parts, R, 4, Kp/4] fp32: by position in the group of four
     P: Tensor | None  # [N, R' padded to 16] in the activations' type
     Q: Tensor | None  # [K, parts R'] in the activations' type
     in_features: int
@@ -78,18 +78,16 @@ def _joined(tensors: list[Tensor | None]) -> Tensor | None:
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U [R, N] and V [R, 4, Kp/4] in fp32; of rank 1, and for 16-bit activations, numbers of their type."""
     Kp, rank = packed.layout.padded_in_features, packed.layout.rank
-    if dtype == torch.float32 or rank > 1:
-        V = packed.V.float().T.reshape(rank, Kp // 4, 4).transpose(1, 2)
-        return packed.U.float().T, V
-    U, V = factors.sign(packed, dtype)
-    V = pad(V, (0, 0, 0, Kp - V.shape[0])).reshape(Kp // 4, 2, 2).contiguous().view(torch.int32)  # group, pair, 1
-    return U[:, 0], V.transpose(0, 1).reshape(1, 2, Kp // 4)
+    U, V = factors.sign(packed, dtype) if rank == 1 else (packed.U, packed.V[: packed.in_features])
+    V = pad(V.float(), (0, 0, 0, Kp - V.shape[0])).T.reshape(rank, Kp // 4, 4).transpose(1, 2)
+    return U.float().T, V
 
 
 def sizes_of(state: Sequence) -> Sizes:
     """What a configuration is chosen for."""
-    values, _, signs, _, U, V, P, _, K, rows, value_type, group_size = state
+    _values, _, _signs, _, _U, V, P, _, K, rows, value_type, group_size = state
     rank = 0 if V is None else V.shape[1]
     return Sizes(K, tuple(rows), value_type, group_size, rank, 0 if P is None else P.shape[1])
 
@@ -98,7 +96,7 @@ def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, spli
     """x [..., K] -> [..., sum of rows] in x's type, by `config`'s tiles, K shared by `splits` programs."""
     from . import kernels
 
-    values, metadata, signs, scales, U, V, P, Q, K, rows, value_type, group_size = state
+    _values, metadata, _signs, _scales, _U, _V, P, Q, K, rows, _value_type, _group_size = state
     N, shape, ranks = sum(rows), (*x.shape[:-1], sum(rows)), 0 if P is None else P.shape[1]
     M = x.numel() // K
     if M == 0:
@@ -155,8 +153,6 @@ def starts(rows: Sequence[int]) -> tuple[int, int, int]:
 def _stored(state: Sequence) -> tuple:
     """Values, metadata, signs, scales, U, V as the kernels' elements."""
     values, metadata, signs, scales, U, V, _, _, _, _, value_type, _ = state
-    U = U if U is None or U.dtype == torch.float32 else U.view(torch.uint16)
-    V = V if V is None or V.dtype == torch.float32 else V.view(torch.uint32)
     scales = None if scales is None else scales.view(torch.uint16)
     return values.view(ELEMENT[value_type]), metadata.view(torch.uint16), signs, scales, U, V
 
@@ -171,6 +167,7 @@ def _common(like: Tensor, state: Sequence) -> dict:
         "RANK": sizes.rank,
         "ADAPTER": sizes.adapter_rank,
         "PARTS": len(sizes.rows),
+        "PACKED": like.dtype != torch.float32 and like.is_cuda and not torch.version.hip,  # PTX instructions on pairs
         # Three TF32 products lose 2^-22 a term, less than fp32's own sums over K; HIP has no such mode.
         "PRECISION": "ieee" if torch.version.hip else "tf32x3",
     }
