@@ -19,7 +19,7 @@ from torch import Tensor
 from ...format import PackedWeight, ShapeError
 from ..base import Backend, LinearProblem, differences
 from . import launch
-from .configs import DECODE, Device, choose, splits, z_splits
+from .configs import Device, choose, splits, z_splits
 from .launch import TritonState
 
 NAMESPACE = "slab_kernels"
@@ -115,10 +115,10 @@ def bits_of(dtype: torch.dtype) -> int:
 def device_of(index: int | None) -> Device:
     """The device's facts; None is the interpreter's, a small device of our own making."""
     if index is None:
-        return Device("interpreter", 4, 1 << 20)
+        return Device("interpreter", 4, 1 << 20, 80)
     properties = torch.cuda.get_device_properties(index)
     limit = getattr(properties, "shared_memory_per_block_optin", 65536)
-    return Device(properties.name, properties.multi_processor_count, limit)
+    return Device(properties.name, properties.multi_processor_count, limit, 10 * properties.major + properties.minor)
 
 
 def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features, rows, value_type, group_size):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 SHIPPED = Path(__file__).parent / "configs"
 ENVIRONMENT = "SLAB_KERNELS_CONFIGS"  # another folder for the user's rows
 FORMAT = 1
-DECODE = 16  # tokens up to which K may be split, in one way for all of them: a token's result depends on no other
+DECODE = 16  # tokens up to which K is split in one way: a token's result depends on no other
 MOST_SPLITS = 16
 Z_SPLITS = 16  # shares of K in z = x Q: few programs would otherwise walk all of K
 BLOCKS = (16, 32, 64, 128, 256)
@@ -49,6 +49,7 @@ class Device(NamedTuple):
     name: str
     multiprocessors: int
     shared_limit: int  # bytes a program may have
+    capability: int  # 90 = compute capability 9.0
 
 
 @dataclass(frozen=True)
@@ -92,46 +93,74 @@ class Row:
     tokens: int | None = None  # M up to here
     bits: int | None = None  # of an activation: 16 or 32
     values: tuple[str, ...] | None = None
+    rank: int | None = None  # of the sign term, up to here
     N: int | None = None
     K: int | None = None
     shared: int = 0  # bytes of shared memory it takes at most
+    capability: int = 0  # the oldest device it is for: 90 = compute capability 9.0
 
-    def fits(self, sizes: Sizes, M: int, bits: int, shared_limit: int) -> bool:
+    def fits(self, sizes: Sizes, M: int, bits: int, device: Device) -> bool:
         return (
             (self.tokens is None or M <= self.tokens)
             and self.bits in (None, bits)
             and (self.values is None or sizes.values in self.values)
+            and (self.rank is None or sizes.rank <= self.rank)
             and self.N in (None, sizes.N)
             and self.K in (None, sizes.K)
-            and self.shared <= shared_limit
+            and self.shared <= device.shared_limit
+            and self.capability <= device.capability
         )
 
 
+INTEGERS = ("int8", "int4")
+# Chosen from the machine code (`python tests/triton_code.py`): instructions a weight in the loop, registers, shared memory.
+# Nothing here was timed; `slab-kernels tune` does that.
 DEFAULTS = (
-    Row(Config(16, 64, 128, 4, 3, 3, reason="placeholder"), 16, 16),
-    Row(Config(32, 64, 128, 4, 3, 0, reason="placeholder"), 32, 16),
-    Row(Config(64, 64, 64, 4, 3, 0, reason="placeholder"), 64, 16),
-    Row(Config(128, 128, 64, 8, 3, 0, reason="placeholder"), 2047, 16),
-    Row(Config(rebuild=True, reason="placeholder"), None, 16),
-    Row(Config(16, 32, 64, 4, 2, 3, reason="placeholder"), 16, 32),
-    Row(Config(64, 64, 32, 4, 2, 0, reason="placeholder"), None, 32),
+    Row(Config(16, 64, 128, 4, 4, 2, reason="fewest instructions a weight; a stage more, since codes are fewer bytes"),
+        16, 16, INTEGERS, shared=51200),
+    Row(Config(16, 64, 128, 4, 3, 2, reason="fewest instructions a weight, three programs a multiprocessor"), 16, 16, shared=53248),
+    Row(Config(32, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 32 tokens"), 32, 16, rank=1, shared=61440),
+    Row(Config(64, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 64 tokens"), 64, 16, rank=1, shared=86016),
+    Row(Config(64, 64, 64, 4, 3, 2, reason="half the inputs a step: U V^T of a higher rank takes registers"), 64, 16, shared=49152),
+    Row(Config(64, 64, 128, 4, 3, reason="small tiles: more programs, for few tokens"), 256, 16, rank=1, shared=86016),
+    Row(Config(64, 64, 64, 4, 3, reason="the same with half the inputs a step, for a higher rank's registers"), 256, 16, shared=49152),
+    Row(Config(128, 128, 64, 8, 3, reason="fewer tokens would have every tile rebuilt more often"), 512, 16, rank=1, shared=79872),
+    Row(Config(256, 128, 64, 8, 3, reason="a product by wgmma takes half the time: more tokens a tile, to hide rebuilding it"),
+        2047, 16, ("fp16", "bf16"), rank=1, shared=131072, capability=90),
+    Row(Config(128, 128, 64, 8, 3, reason="products outweigh rebuilding the tile, and no register is spilled"),
+        2047, 16, ("fp16", "bf16"), rank=1, shared=79872),
+    Row(Config(rebuild=True, reason="2 bytes a weight written and read cost less than rebuilding every tile"), bits=16),
+    Row(Config(16, 64, 64, 4, 3, 2, reason="three TF32 products: the widest tile without a register spilled"), 16, 32, shared=65536),
+    Row(Config(64, 64, 32, 4, 3, reason="three TF32 products of more tokens: half the inputs a step"), shared=57344),
+    Row(Config(64, 64, 32, 4, 2, reason="the least shared memory")),
 )
 
 
 def choose(sizes: Sizes, M: int, bits: int, device: Device) -> Config:
     """The configuration for M tokens of `bits`-bit activations. Raises: ConfigError for an unreadable file of rows."""
-    return next(row.config for row in _rows(device.name) if row.fits(sizes, max(M, 1), bits, device.shared_limit))
+    return next(row.config for row in _rows(device.name) if row.fits(sizes, max(M, 1), bits, device))
 
 
 def splits(sizes: Sizes, M: int, config: Config, device: Device) -> int:
-    """Into how many shares K is split: one number for all M up to DECODE, 1 above; each share has two steps at least."""
-    if M > DECODE or not config.fill:
+    """Into how many shares K is split: the least estimated time, one number for all M of a regime (up to 16, up to 64, above).
+
+    Memory is kept busy by `fill` programs a multiprocessor; the last round of programs leaves some idle; every share writes
+    and reads its sums (2 percent of the weight's bytes for 16 tokens and K = 4096) and a second launch adds them.
+    """
+    if not config.fill:
         return 1
-    tiles = sum(-(-part // config.block_n) for part in sizes.rows)
-    shares = 1
-    while shares < MOST_SPLITS and tiles * shares < config.fill * device.multiprocessors and sizes.K >= 4 * shares * config.block_k:
-        shares *= 2
-    return shares
+    tiles, processors = sum(-(-part // config.block_n) for part in sizes.rows), device.multiprocessors
+    tokens = DECODE if M <= DECODE else max(64, M)
+
+    def cost(shares: int) -> float:
+        programs = tiles * shares
+        starved = max(1.0, config.fill * processors / programs)
+        uneven = -(-programs // processors) * processors / programs
+        sums = 0.02 * tokens / DECODE * 4096 / sizes.K * shares + 0.03 if shares > 1 else 0.0
+        return starved * uneven + sums
+
+    possible = [1 << i for i in range(MOST_SPLITS.bit_length()) if i == 0 or sizes.K >= (2 << i) * config.block_k]
+    return min(possible, key=cost)
 
 
 def z_splits(sizes: Sizes) -> int:

@@ -258,7 +258,10 @@ def _weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, ro
         w0, w1, w2, w3 = _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES, RANK, T)
     else:
         w0, w1, w2, w3 = _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES, RANK)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK)).to(T)
+    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK)).to(T)
+    if PACKED:
+        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], w.dtype, is_pure=False, pack=2)
+    return w
 
 
 @triton.jit
@@ -318,7 +321,7 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
         total = tl.dot(w, x, total, input_precision=PRECISION)
     if ADAPTER > 0:
         here = split == 0  # the others add nothing, in step with this one
-        for r in tl.static_range(0, ADAPTER, 16):
+        for r in tl.range(0, ADAPTER, 16, num_stages=1):
             ranks = r + tl.arange(0, 16)
             p = tl.load(p_ptr + rows[:, None] * ADAPTER + ranks[None, :], mask=here, other=0.0)
             z = tl.zeros((16, BM), tl.float32)
@@ -382,7 +385,7 @@ def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, 
     inputs = k + tl.arange(0, BK)
     if ADAPTER > 0:
         total = w.to(tl.float32)
-        for r in tl.static_range(0, ADAPTER, 16):
+        for r in tl.range(0, ADAPTER, 16, num_stages=1):
             ranks = r + tl.arange(0, 16)
             p = tl.load(p_ptr + rows[:, None] * ADAPTER + ranks[None, :])
             at = q_ptr + inputs[None, :] * (PARTS * ADAPTER) + (part * ADAPTER + ranks)[:, None]
