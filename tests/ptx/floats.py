@@ -235,11 +235,20 @@ def _truncated(x, ty):
     return np.where(over, near.view(raw) - raw.type(1), near.view(raw)).view(near.dtype)
 
 
+def _to_tf32(bits):
+    """cvt.rna: to nearest, ties away from zero, the lower 13 bits cleared (ptxas clears them where anything but a
+    mma reads the result; Triton's tf32x3 subtracts it)."""
+    finite = bits & np.uint32(0x7F800000) != np.uint32(0x7F800000)
+    return np.where(finite, bits + np.uint32(0x1000), bits) & np.uint32(0xFFFFE000)
+
+
 @opcode("cvt")
 def convert(i):
     """cvt between integers, floats and packed pairs (the first source is the upper half)."""
     to, of = i.parts[-2:]
     flags = set(i.parts[1:-2])
+    if (to, of, flags) == ("tf32", "f32", {"rna"}):
+        return integers.simple(i, _to_tf32, ["b32", "b32"])
     unknown = flags - {"rn", "rz", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu"}
     if unknown or (to not in DTYPE) or (of not in DTYPE):
         raise PtxError(f"cvt with {', '.join(sorted(unknown)) or to + ' from ' + of} is not implemented")
@@ -286,7 +295,12 @@ def convert(i):
         return run
     dtype = DTYPE[to]
     if of in FLOAT:
-        return lambda m, act: put(m, act, _to_integer(value(get(m), of), integral or np.trunc, dtype))
+
+        def whole(m, act):
+            x = value(get(m), of)
+            put(m, act, _to_integer(_flush(x) if ftz and of == "f32" else x, integral or np.trunc, dtype))
+
+        return whole
     if sat:
         info = np.iinfo(dtype)
 

@@ -31,12 +31,12 @@ def _by_space(m, at, lanes, space):
         yield int(s), at[pick] & _OFFSET, lanes[pick], pick
 
 
-def shared_at(m, at, width, lanes, write, whole=False):
+def shared_at(m, at, width, lanes, write, whole=False, data=None):
     """Flat offsets of checked shared accesses; counts wavefronts and looks for races."""
     flat = m.shared.locate(m.cta[lanes], at, width, lanes)
     count_shared(m.stats, flat, width, lanes)
     if m.races is not None:
-        m.races.access(flat, width, lanes, write, whole)
+        m.races.access(flat, width, lanes, write, whole, data)
     return flat
 
 
@@ -63,7 +63,7 @@ def _write(m, space, at, width, lanes, data):
         m.memory.write(at, width, lanes, data)
         count_global(m.stats, "write", at, lanes, width * at.size)
     elif space == 1:
-        m.shared.write(shared_at(m, at, width, lanes, True), width, data)
+        m.shared.write(shared_at(m, at, width, lanes, True, data=data), width, data)
     elif space == 2:
         m.local.write(m.local.locate(lanes, at, width, lanes), width, data)
     else:

@@ -45,7 +45,7 @@ def trap(i):
 class Machine:
     """One chunk of CTAs."""
 
-    def __init__(self, kernel, grid, block, ctas, params, memory, shared_bytes, check_races, stats):
+    def __init__(self, kernel, grid, block, ctas, params, memory, shared_bytes, check_races, equal_writes, stats):
         self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
         self.ids, self.ctas = ctas, len(ctas)
         self.threads = block[0] * block[1] * block[2]
@@ -61,7 +61,7 @@ class Machine:
         widths = [i.width for i in kernel.code if i.width]
         self.races = None
         if check_races and shared_bytes and widths:
-            self.races = Races(self.ctas, self.warps, self.shared.stride, min(widths))
+            self.races = Races(self.ctas, self.warps, self.shared.stride, min(widths), equal_writes)
         self.copies, self.fragments = Copies(self.n), Fragments()
         self.barriers = Barriers(self)
         self.pcs = np.where(self.present, 0, _EXITED)
@@ -205,11 +205,13 @@ class Machine:
 _NOBODY = np.zeros(0, np.intp)
 
 
-def launch(kernel, grid, block, params, memory=None, shared_bytes=0, check_races=True, chunk=None):
+def launch(
+    kernel, grid, block, params, memory=None, shared_bytes=0, check_races=True, chunk=None, equal_writes=False
+):
     """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory traffic.
 
     `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many CTAs
-    run at once. Traffic: global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their
+    run at once. `equal_writes` allows several warps to store the same bytes to one place with one instruction. Traffic: global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their
     ratio is the bank conflicts)."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
     raw = np.frombuffer(bytes(params), np.uint8)
@@ -228,7 +230,8 @@ def launch(kernel, grid, block, params, memory=None, shared_bytes=0, check_races
     ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     stats = Counter()
     for start in range(0, len(ctas), chunk):
-        m = Machine(kernel, grid, block, ctas[start : start + chunk], raw, space, shared, check_races, stats)
+        some = ctas[start : start + chunk]
+        m = Machine(kernel, grid, block, some, raw, space, shared, check_races, equal_writes, stats)
         try:
             with np.errstate(all="ignore"):
                 counts = m.run()

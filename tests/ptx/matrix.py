@@ -4,7 +4,7 @@ Fragments are index tables from the ISA's figures (g = lane / 4, t = lane % 4), 
 registers of all warps into matrices and one batched matmul multiplies them. Floating-point products are
 summed in f64 with the accumulator and rounded to f32 once; hardware aligns and truncates the addends
 instead, so exact tests use small integers. Integer products are exact in f32 (64 * 2^14 = 2^20) and the
-accumulator wraps."""
+accumulator wraps, or clamps with .satfinite. Of a tf32 operand the upper 19 bits count."""
 
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ _K = {
     ("f16", 16, False),
     ("bf16", 16, False),
     ("s8", 32, False),
+    ("tf32", 8, False),
     ("f16", 32, True),
     ("bf16", 32, True),
     ("s8", 64, True),
@@ -75,6 +76,8 @@ def _registers(m, gets):
 def _elements(words, ty):
     """Flat elements (warps, registers * 32 * per) as floats."""
     flat = np.ascontiguousarray(words).reshape(len(words), -1)
+    if ty == "tf32":
+        return (flat & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     if ty == "bf16":
         return (flat.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     return flat.view(np.float16).astype(np.float64) if ty == "f16" else flat.view(np.int8).astype(np.float32)
@@ -123,15 +126,17 @@ def mma(i):
     shape = next(p for p in i.parts if p.startswith("m16n8k"))
     d_type, ty, b_type, c_type = i.parts[-4:]
     k = int(shape[6:])
-    accumulator = "s32" if ty == "s8" else "f32"
+    accumulator, clamp = ("s32", "satfinite" in i.parts) if ty == "s8" else ("f32", False)
+    modifiers = {"sp::ordered_metadata", "sp", "sync", "aligned", shape, "row", "col"}
+    modifiers |= {"satfinite"} if ty == "s8" else set()
     if (
         (ty, k, sparse) not in _K
         or b_type != ty
         or {d_type, c_type} != {accumulator}
-        or "satfinite" in i.parts
+        or set(i.parts[1:-4]) - modifiers
     ):
         raise PtxError(f"{'.'.join(i.parts)} is not implemented")
-    per = 4 if ty == "s8" else 2
+    per = {"s8": 4, "tf32": 1}.get(ty, 2)
     sizes = (4, 4, 4 if sparse else 2, 4)
     if tuple(len(o) for o in i.operands[:4]) != sizes:
         raise PtxError(f"operands of {shape} have {sizes} registers")
@@ -167,7 +172,10 @@ def mma(i):
         b = m.fragments.get(b_key, b_words, lambda: _elements(_registers(m, b_get), ty)[:, b_table])
         c = _registers(m, c_get).reshape(len(a), -1).view(out)[:, _C]
         product = np.matmul(a, b)
-        result = (c + product).astype(np.float32) if out is np.float32 else c + product.astype(np.int32)
+        if clamp:
+            result = np.clip(c + product.astype(np.int64), -(2**31), 2**31 - 1).astype(np.int32)
+        else:
+            result = (c + product).astype(np.float32) if out is np.float32 else c + product.astype(np.int32)
         back = result.reshape(len(a), -1)[:, _C_BACK.reshape(-1)].reshape(len(a), 4, 32)
         for r, put in enumerate(puts):
             value = back[:, r].reshape(-1)

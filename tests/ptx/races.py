@@ -20,9 +20,17 @@ SEVERAL = 63  # read by several lanes since the last barrier
 _EPOCH = np.int32(6)  # an access is tagged epoch << 6 | lane
 
 
+def _agree(at, data):
+    """Whether stores of one instruction to the same place write the same bytes."""
+    order = np.argsort(at, kind="stable")
+    at, data = at[order], data.view(np.uint8).reshape(len(at), -1)[order]
+    again = at[1:] == at[:-1]
+    return np.array_equal(data[1:][again], data[:-1][again])
+
+
 class Races:
-    def __init__(self, ctas, warps, stride, cell):
-        self.warps, self.cell = warps, cell
+    def __init__(self, ctas, warps, stride, cell, equal_writes):
+        self.warps, self.cell, self.equal_writes = warps, cell, equal_writes
         cells = ctas * -(-stride // cell)
         # Zero pages are not touched before the first access, so the size costs nothing by itself.
         self.written = np.zeros(cells, np.int32)
@@ -52,8 +60,9 @@ class Races:
             lane, warp, lanes = np.repeat(lane, n), np.repeat(warp, n), np.repeat(lanes, n)
         return cells, lane.astype(np.int32), warp, warp % self.warps, lanes
 
-    def access(self, at, width, lanes, write, whole=False):
-        """Check and record accesses at flat byte offsets `at`; `whole`: made by the warp, not by the lane."""
+    def access(self, at, width, lanes, write, whole=False, data=None):
+        """Check and record accesses at flat byte offsets `at`; `whole`: made by the warp, not by the lane; `data`:
+        what a store writes there."""
         cells, lane, warp, local, lanes = self._cells(at, width, lanes, whole)
         closed = self.in_flight[cells]
         if closed.any():
@@ -79,7 +88,7 @@ class Races:
             self.written[cells] = mine
             self.writer[cells] = local
             clash = self.writer[cells] != local
-            if clash.any():
+            if clash.any() and not (self.equal_writes and data is not None and _agree(at, data)):
                 self._fail("two warps write the same bytes at once", cells, clash, lanes)
             return
         before = self.read_[cells, local]

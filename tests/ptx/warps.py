@@ -4,6 +4,8 @@
 A blocked lane is parked by the machine (m.park) with the place where it goes on, and freed when the last
 participant arrives. Deadlock is noticed by the machine: nobody can run, somebody is parked."""
 
+import re
+
 import numpy as np
 
 from .decode import Imm, Pair, PtxError, array, destination, lanes_of, opcode, source
@@ -228,6 +230,35 @@ def vote(i):
             )
         else:
             result = {"any": yes, "all": ~no, "uni": ~(yes & no)}[mode]
+        put(m, act, result.repeat(32))
+
+    return run
+
+
+_REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+@opcode("redux")
+def reduce(i):
+    """redux.sync.op d, a, mask: one integer of all members (ISA 9.7.13.6); min and max of .u32 or .s32."""
+    name = ".".join(i.parts)
+    if not re.fullmatch(r"redux\.sync\.((add|min|max)\.[us]32|(and|or|xor)\.b32)", name):
+        raise PtxError(f"{name} is not implemented")
+    function = _REDUCTIONS[i.parts[2]]
+    put, a, mask = destination(i.operands[0], i.type), array(i.operands[1], i.type), array(i.operands[2], "b32")
+
+    def run(m, act):
+        _members(m, act, mask, "redux.sync")
+        active = (m.present if act is None else act).reshape(-1, 32)
+        value = a(m).reshape(-1, 32)
+        if i.parts[2] in ("add", "xor"):
+            spare = value.dtype.type(0)
+        else:  # the other operations do not mind a member twice
+            spare = np.take_along_axis(value, active.argmax(1)[:, None], 1)
+        result = function.reduce(np.where(active, value, spare), 1, dtype=value.dtype)
         put(m, act, result.repeat(32))
 
     return run

@@ -157,6 +157,11 @@ def _stored(state: Sequence) -> tuple:
     return values.view(ELEMENT[value_type]), metadata.view(torch.uint16), signs, scales, U, V
 
 
+def speaks_ptx(device: torch.device) -> bool:
+    """Whether kernels may hold PTX instructions: on NVIDIA GPUs, not on others, not in Triton's interpreter."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def _common(like: Tensor, state: Sequence) -> dict:
     """The constants that every kernel of a weight shares."""
     sizes = sizes_of(state)
@@ -167,7 +172,7 @@ def _common(like: Tensor, state: Sequence) -> dict:
         "RANK": sizes.rank,
         "ADAPTER": sizes.adapter_rank,
         "PARTS": len(sizes.rows),
-        "PACKED": like.dtype != torch.float32 and like.is_cuda and not torch.version.hip,  # PTX instructions on pairs
+        "PACKED": like.dtype != torch.float32 and speaks_ptx(like.device),
         # Three TF32 products lose 2^-22 a term, less than fp32's own sums over K; HIP has no such mode.
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+        "PRECISION": "tf32x3" if torch.version.hip is None else "ieee",
     }
