@@ -42,26 +42,7 @@ class TritonBackend(Backend):
     name = "triton"
     one_dtype = True
 
-    def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
-        reasons = self._refusals(problem)
-        if importlib.util.find_spec("triton") is None:
-            reasons.append("triton is not installed")
-        if interpreted():
-            if problem.device != "cpu":
-                reasons.append(f"TRITON_INTERPRET=1 runs it on CPU tensors, not on {problem.device}")
-            if problem.dtype == torch.bfloat16:
-                reasons.append("Triton's interpreter computes bfloat16 wrongly")
-        elif problem.device != "cuda":
-            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
-        elif not torch.cuda.is_available():
-            reasons.append("torch sees no CUDA device")
-        elif not torch.version.hip and (found := torch.cuda.get_device_capability()) < OLDEST:
-            reasons.append(f"it needs compute capability 8.0, this device has {found[0]}.{found[1]}")
-        return reasons
-
-    @staticmethod
-    def _refusals(problem: LinearProblem) -> list[str]:
-        """What no GPU would change."""
+    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
         reasons = []
         if problem.dtype not in ACTIVATIONS:
             reasons.append(f"activations must be float16, bfloat16 or float32, not {problem.dtype}")
@@ -69,7 +50,24 @@ class TritonBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(launch.ELEMENT)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
+        if problem.device not in ("cuda", "cpu"):
+            reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
+        elif problem.device == "cpu" and not interpreted():
+            reasons.append("it runs on CUDA tensors; on CPU tensors only in Triton's interpreter, with TRITON_INTERPRET=1")
+        elif problem.device == "cpu" and problem.dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter computes bfloat16 wrongly")
+        elif capability and capability < OLDEST:
+            reasons.append("compute capability must be {}.{} or above, not {}.{}".format(*OLDEST, *capability))
         return reasons
+
+    def missing(self, device: str) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton"
+        if device == "cuda" and interpreted():
+            return "TRITON_INTERPRET=1 runs it on CPU tensors only; unset it"
+        if device == "cuda" and not torch.cuda.is_available():
+            return f"torch {torch.__version__} sees no CUDA device"
+        return None
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> TritonState:
         return self.prepare_fused((packed,), dtype)
