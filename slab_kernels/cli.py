@@ -274,10 +274,60 @@ def bench(
 
 
 @app.command(epilog=console.EXIT_CODES)
-def info(json: Json = False) -> Outcome:
+def tune(
+    shape: Annotated[list[str] | None, typer.Option(help="out_features x in_features, 11008x4096; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "--layers", help="Linears of a well-known model, fused and not; may be repeated. Default llama-3-8b.")] = None,
+    m: Annotated[list[int] | None, typer.Option(help="Tokens at once; may be repeated. Default 1, 16, 64, 512, 2048.", min=1)] = None,
+    values: Annotated[list[str] | None, typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16, int8, int4.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
+    rank: Annotated[int, typer.Option(help="Rank of the sign term, and lower ones; 0 = none.", min=0)] = 1,
+    group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
+    seconds: Annotated[float, typer.Option(help="Time spent on a configuration, at least.", min=0.0)] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default $SLAB_KERNELS_CONFIGS or ~/.config/slab_kernels.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> Outcome:
+    """Time tiles of the Triton kernels on this GPU and write those that beat the shipped ones to your own file."""
+    from . import machine, tuning
+    from .backends.triton import configs
+    from .format import INTEGER_RANGES, PackedLayout
+    from .layer_shapes import layers
+
+    kind, names = torch_dtype(dtype), model or ([] if shape else ["llama-3-8b"])
+    shapes = [parse_shape(text) for text in shape or []] + [pair for name in names for fused in (True, False) for pair in layers(name, fused)]
+    layouts = [
+        PackedLayout(n, k, v, (group_size or None) if v in INTEGER_RANGES else None, rank)
+        for n, k in dict.fromkeys(shapes) for v in dict.fromkeys(values or ["fp16", "int8", "int4"])
+    ]  # fmt: skip
+    gpu, clock, weights = tuning.gpu(device, seconds)
+    problems = tuning.problems(layouts, m or [1, 16, 64, 512, 2048], kind, gpu)
+    folder = out or configs.user_folder()
+    results = tuning.run(problems, gpu, clock, weights, folder, console.say)
+    path = folder / configs.file_name(gpu.name)
+    rows = [configs.row_to(result.row) for result in results if result.tuned]
+    data = {"device": machine.one_line(), "file": str(path), "rows": rows, "results": [result.to_dict() for result in results]}
+
+    def show() -> None:
+        print(data["device"])
+        console.print_table(tuning.COLUMNS, tuning.table(results))
+        used = "" if folder == configs.user_folder() else f"; {configs.ENVIRONMENT}={folder} makes them used"
+        print(f"{len(rows)} of {len(results)} defaults beaten; rows in {path}{used}" if rows else "no default was beaten by more than the noise")
+
+    return Outcome(data, show)
+
+
+@app.command(epilog=console.EXIT_CODES)
+def info(
+    support: Annotated[bool, typer.Option("--support", help="Instead: what every backend runs, on whatever machine.")] = False,
+    json: Json = False,
+) -> Outcome:
     """Versions, devices, and which backends work here and why the others do not."""
     from . import machine
 
+    if support:
+        from .support import answers, markdown
+
+        return Outcome({"support": [answer.to_dict() for answer in answers()]}, lambda: print(markdown(), end=""))
     data = machine.information()
 
     def show() -> None:

@@ -34,6 +34,7 @@ CODES = {
     "OutOfMemoryError": NO_SPACE,
     "MemoryError": NO_SPACE,
     "CheckpointError": BAD_FILE,
+    "ConfigError": BAD_FILE,
     "ArchitectureError": BAD_FILE,
     "VersionError": BAD_FILE,
     "OSError": BAD_FILE,
@@ -50,7 +51,7 @@ class Outcome:
     show: Callable[[], None]
 
 
-INTERRUPTION = "interrupted; compress goes on where it stopped with --resume"
+INTERRUPTION = "interrupted; compress goes on where it stopped with --resume, tune has kept the rows it wrote"
 
 
 def exit_code(error: BaseException) -> int:

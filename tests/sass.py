@@ -101,7 +101,7 @@ class Kernel:
     @functools.cached_property
     def main(self) -> Loop:
         """Raises: ValueError if no loop both multiplies and copies."""
-        found = [x for x in self.loops if self.has(x.blocks, "HMMA", "IMMA") and self.has(x.blocks, "LDGSTS")]
+        found = [x for x in self.loops if self.has(x.blocks, "HMMA", "IMMA", "HGMMA") and self.has(x.blocks, "LDGSTS")]
         if not found:
             raise ValueError(f"{self.name}: no loop has both a matrix product and an asynchronous copy")
         return min(found, key=lambda x: len(self.of(x.blocks)))

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "roofline": {"timing"},
     "peers": set(),
     "bench": WAIST_DOWN | {"nn", "testing", "timing", "roofline", "peers"},
+    "tuning": FORMAT | {"backends", "bench", "machine", "testing", "timing"},
     # above it: pure functions of a weight and its input statistics
     "calibration": FORMAT,
     "methods": FORMAT | {"calibration"},
@@ -51,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": FORMAT | {"checkpoint"},
     # what a person sees
     "machine": {"dispatch", "backends"},
+    "support": FORMAT | {"dispatch", "backends"},
     "figures": set(),
     "page": set(),
     "report": {"figures", "page"},
@@ -58,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "layer_shapes": set(),
     "__main__": {"cli"},
-    "cli": FORMAT | MODEL | {"backends", "dispatch", "evaluate", "inspection", "machine", "report", "bench", "console", "options", "layer_shapes"},
+    "cli": FORMAT | MODEL | {"backends", "dispatch", "evaluate", "inspection", "machine", "report", "support", "bench", "tuning", "console", "options", "layer_shapes"},
 }
 ANY = {"__init__"}  # the version
 

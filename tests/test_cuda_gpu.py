@@ -69,14 +69,6 @@ def clean(monkeypatch):
 
 
 @pytest.fixture
-def poisoned():
-    """Uninitialised memory is NaN, so an element that no kernel writes shows. A warning: cuBLAS is not the matter here."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
 def forced(monkeypatch):
     """forced(tile, tokens of a warp, splits): the linear's plan, whatever the model says; adapters keep theirs."""
 

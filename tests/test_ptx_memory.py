@@ -115,8 +115,10 @@ def test_a_missing_barrier_is_found():
         run_shared("st.shared.u32 [smem], %r30;")
     with pytest.raises(PtxError, match="write by warp 1 after a write by warp 0"):
         run_shared(
-            "setp.lt.u32 %p1, %r30, 32; @%p1 st.shared.u32 [smem], %r30; @!%p1 st.shared.u32 [smem], %r30;"
+            "setp.lt.u32 %p1, %r30, 32; @%p1 st.shared.u32 [smem], %r10; @!%p1 st.shared.u32 [smem], %r10;"
         )
+    with pytest.raises(PtxError, match=r"two lanes of a warp write different bytes.*thread \(1, 0, 0\)"):
+        run_shared("st.shared.u32 [smem], %r30;", block=32)
 
 
 def test_neighbouring_bytes_are_no_race():

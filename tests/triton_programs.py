@@ -121,17 +121,21 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
     if arguments.keys() != compiled.signature.keys() or not outputs <= arguments.keys():
         raise ValueError(f"{compiled.name} takes {', '.join(compiled.signature)}; given {', '.join(arguments)}")
     kernel, memory = compiled.kernel, Memory()
+    if len(kernel.parameters) != len(compiled.signature) + 2:
+        raise NotImplementedError(f"{compiled.name}'s entry takes {len(kernel.parameters)} parameters, not its arguments and 2")
     buffer = bytearray(kernel.parameter_bytes)
     # The entry's parameters are the launch arguments in order, then the scratch pointers, which stay null.
     for k, ((name, type_), offset) in enumerate(zip(compiled.signature.items(), kernel.parameters.values(), strict=False)):
         value = arguments[name]
         if type_[0] == "*":
-            if not isinstance(value, torch.Tensor) or POINTERS[value.dtype] != type_:
+            if not isinstance(value, torch.Tensor) or POINTERS.get(value.dtype) != type_:
                 raise ValueError(f"{name} is not a tensor of {type_}")
             address = (k + 1) * APART + value.data_ptr() % 4096
             memory.map(address, span(value), writable=name in outputs)
             value, format_ = address, "Q"
         else:
+            if isinstance(value, torch.Tensor):
+                raise ValueError(f"{name} is a tensor, not an {type_}")
             format_ = SCALARS[type_]
         if name in compiled.divisible and value % 16:
             raise ValueError(f"{name} is not a multiple of 16, as {compiled.name} was promised")
@@ -139,16 +143,20 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
             struct.pack_into(f"<{format_}", buffer, offset, value)
         except struct.error as error:
             raise ValueError(f"{name} = {value!r}: {error}") from None
-    # Where a tile is too small for all warps, Triton lets several hold the same part of it and store it twice.
+    # Where a tile is too small for all warps, Triton lets several hold the same part of it and store it twice: allowed if
+    # the bytes are the same (ptx/races.py).
     options = {"equal_writes": True} | options
     return launch(kernel, grid, (32 * compiled.warps,), buffer, memory, compiled.shared_bytes, **options)
 
 
 class Emulated:
-    """Stands where a @triton.jit function stood: `Emulated(fn, ("y_ptr",))[grid](*args, num_warps=4)` on CPU tensors."""
+    """Stands where a @triton.jit function stood: `Emulated(fn, ("y_ptr",))[grid](*args, num_warps=4)` on CPU tensors.
 
-    def __init__(self, fn, outputs: Iterable[str], arch: int = 80, **options):
-        self.fn, self.outputs, self.arch, self.options = fn, tuple(outputs), arch, options
+    With execute=False launches are compiled and recorded only.
+    """
+
+    def __init__(self, fn, outputs: Iterable[str], arch: int = 80, execute: bool = True, **options):
+        self.fn, self.outputs, self.arch, self.execute, self.options = fn, tuple(outputs), arch, execute, options
         self.launched: list[tuple[Compiled, tuple[int, ...], Counter[str]]] = []
 
     def __getitem__(self, grid):
@@ -157,9 +165,10 @@ class Emulated:
     def _launch(self, grid, *args, num_warps: int = 4, num_stages: int = 3, **kwargs):
         named = dict(zip(self.fn.arg_names, args, strict=False)) | kwargs
         constexprs = {p.name for p in self.fn.params if p.is_constexpr}
+        open_ = {p.name for p in self.fn.params if p.do_not_specialize}
         signature, constants, divisible = {}, {}, []
         for name, value in named.items():
-            if name in constexprs or value is None or (type(value) is int and value == 1):
+            if name in constexprs or value is None or (type(value) is int and value == 1 and name not in open_):
                 constants[name] = value
                 continue
             if isinstance(value, torch.Tensor):
@@ -168,9 +177,10 @@ class Emulated:
                 signature[name], number = "u1" if isinstance(value, bool) else "fp32", 1
             else:
                 signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
-            if number % 16 == 0:
+            if number % 16 == 0 and name not in open_:
                 divisible.append(name)
         compiled = compile_kernel(self.fn, signature, constants, self.arch, num_warps, num_stages, divisible)
         arguments = {name: named[name] for name in signature}
         outputs = [name for name in self.outputs if name in signature]
-        self.launched.append((compiled, grid, run(compiled, grid, arguments, outputs, **self.options)))
+        counts = run(compiled, grid, arguments, outputs, **self.options) if self.execute else Counter()
+        self.launched.append((compiled, grid, counts))

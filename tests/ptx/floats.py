@@ -69,6 +69,11 @@ def _flush(x):
     return np.where(np.abs(x) < np.float32(2**-126), np.copysign(np.float32(0), x), x)
 
 
+def _relu(x):
+    """.relu: negative results become +0; NaN stays."""
+    return np.where((x > 0) | np.isnan(x), x, x.dtype.type(0))
+
+
 def operation(i, function, sources=None):
     """An instruction that is a function of floats of one type."""
     ty = i.type
@@ -81,7 +86,7 @@ def operation(i, function, sources=None):
         x = [value(g(m), ty) for g in gets]
         result = function(*(map(_flush, x) if ftz else x))
         if relu:
-            result = np.where(result > 0, result, result * 0)
+            result = _relu(result)
         if sat:
             result = np.clip(np.nan_to_num(result), 0, 1)
         result = bits_of(result, ty)
@@ -236,8 +241,8 @@ def _truncated(x, ty):
 
 
 def _to_tf32(bits):
-    """cvt.rna: to nearest, ties away from zero, the lower 13 bits cleared (ptxas clears them where anything but a
-    mma reads the result; Triton's tf32x3 subtracts it)."""
+    """cvt.rna: to nearest, ties away from zero. The ISA leaves tf32's layout open; this is what ptxas makes
+    of it for sm_80 and sm_90: 0x1000 added to finite numbers, then the lower 13 bits of anything cleared."""
     finite = bits & np.uint32(0x7F800000) != np.uint32(0x7F800000)
     return np.where(finite, bits + np.uint32(0x1000), bits) & np.uint32(0xFFFFE000)
 
@@ -260,7 +265,7 @@ def convert(i):
 
     def narrow(x, ty):
         if relu:
-            x = np.where(x > 0, x, np.where(np.isnan(x), x, 0 * np.abs(x)))
+            x = _relu(x)
         if sat:
             x = np.clip(np.nan_to_num(x), 0, 1)
         return rounded(x, ty)

@@ -45,7 +45,9 @@ def trap(i):
 class Machine:
     """One chunk of CTAs."""
 
-    def __init__(self, kernel, grid, block, ctas, params, memory, shared_bytes, check_races, equal_writes, stats):
+    def __init__(
+        self, kernel, grid, block, ctas, params, memory, shared_bytes, check_races, equal_writes, stats
+    ):
         self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
         self.ids, self.ctas = ctas, len(ctas)
         self.threads = block[0] * block[1] * block[2]
@@ -211,8 +213,9 @@ def launch(
     """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory traffic.
 
     `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many CTAs
-    run at once. `equal_writes` allows several warps to store the same bytes to one place with one instruction. Traffic: global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their
-    ratio is the bank conflicts)."""
+    run at once. `equal_writes` lets several warps store to one place of shared memory in one instruction if
+    they store the same bytes; without it they may not. Traffic: global_{read,write}_{bytes,sectors};
+    shared_wavefronts against shared_ideal (their ratio is the bank conflicts)."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
     raw = np.frombuffer(bytes(params), np.uint8)
     if raw.size != kernel.parameter_bytes:

@@ -9,7 +9,12 @@ bar.warp.sync advances; bar.warp.sync with a partial mask counts as a full one.
 A cell is as wide as the kernel's narrowest shared access, so neighbours never look like a conflict. A
 cp.async writes its cells when it is issued, they stay closed to everybody until the issuing thread's wait,
 and from then on they count as that lane's write at that moment: other lanes may read them only after a
-barrier that follows the wait."""
+barrier that follows the wait.
+
+Stores by several warps to one place in one instruction are a race, whatever they store, unless the launch
+allows `equal_writes`: then they must store the same bytes. One of them counts as the write and the others
+as reads, so that a later write has to be ordered after all of them: one that lands late would undo it. A
+store of the same bytes by another instruction is a race as any other."""
 
 import numpy as np
 
@@ -20,12 +25,12 @@ SEVERAL = 63  # read by several lanes since the last barrier
 _EPOCH = np.int32(6)  # an access is tagged epoch << 6 | lane
 
 
-def _agree(at, data):
-    """Whether stores of one instruction to the same place write the same bytes."""
+def _differing(at, data):
+    """Index of a store that writes other bytes than another one of this instruction to its place, or None."""
     order = np.argsort(at, kind="stable")
-    at, data = at[order], data.view(np.uint8).reshape(len(at), -1)[order]
-    again = at[1:] == at[:-1]
-    return np.array_equal(data[1:][again], data[:-1][again])
+    at, data = at[order], np.ascontiguousarray(data).view(np.uint8).reshape(len(at), -1)[order]
+    other = (at[1:] == at[:-1]) & (data[1:] != data[:-1]).any(1)
+    return int(order[1:][other][0]) if other.any() else None
 
 
 class Races:
@@ -61,8 +66,8 @@ class Races:
         return cells, lane.astype(np.int32), warp, warp % self.warps, lanes
 
     def access(self, at, width, lanes, write, whole=False, data=None):
-        """Check and record accesses at flat byte offsets `at`; `whole`: made by the warp, not by the lane; `data`:
-        what a store writes there."""
+        """Check and record accesses at flat byte offsets `at`; `whole`: made by the warp, not by the lane;
+        `data`: what a store writes there."""
         cells, lane, warp, local, lanes = self._cells(at, width, lanes, whole)
         closed = self.in_flight[cells]
         if closed.any():
@@ -87,10 +92,15 @@ class Races:
                     self._explain("write", "read", cells, k, lanes, other, reads[k, other])
             self.written[cells] = mine
             self.writer[cells] = local
-            clash = self.writer[cells] != local
-            if clash.any() and not (self.equal_writes and data is not None and _agree(at, data)):
-                self._fail("two warps write the same bytes at once", cells, clash, lanes)
+            lost = (self.written[cells] != mine) | (self.writer[cells] != local)
+            if lost.any():
+                self._together(at, data, cells, lanes)
+                self._note(cells[lost], local[lost], mine[lost])
             return
+        self._note(cells, local, mine)
+
+    def _note(self, cells, local, mine):
+        """Record accesses that a later write must not overtake."""
         before = self.read_[cells, local]
         several = ((before >> _EPOCH) == (mine >> _EPOCH)) & (before != mine)
         mine = np.where(several, mine | SEVERAL, mine)
@@ -98,6 +108,17 @@ class Races:
         lost = self.read_[cells, local] != mine  # several lanes of this very instruction
         if lost.any():
             self.read_[cells[lost], local[lost]] |= SEVERAL
+
+    def _together(self, at, data, cells, lanes):
+        """Stores of one instruction to the same place: which of them lands last is undefined."""
+        clash = self.writer[cells] != lanes // 32 % self.warps
+        if clash.any() and not (self.equal_writes and data is not None):
+            self._fail("two warps write the same bytes at once", cells, clash, lanes)
+        k = None if data is None else _differing(at, data)
+        if k is not None:
+            here = np.arange(len(cells)) == k * (len(cells) // len(at))
+            who = "two warps" if (clash & (cells == cells[here])).any() else "two lanes of a warp"
+            self._fail(f"{who} write different bytes to one place at once", cells, here, lanes)
 
     def issue(self, at, width, lanes):
         """A cp.async into these bytes: a write now, closed until arrive()."""

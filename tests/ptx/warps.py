@@ -243,12 +243,13 @@ _REDUCTIONS = {
 
 @opcode("redux")
 def reduce(i):
-    """redux.sync.op d, a, mask: one integer of all members (ISA 9.7.13.6); min and max of .u32 or .s32."""
+    """redux.sync.op d, a, mask: one integer of all members; and, or, xor of .b32, the others .u32 or .s32."""
     name = ".".join(i.parts)
     if not re.fullmatch(r"redux\.sync\.((add|min|max)\.[us]32|(and|or|xor)\.b32)", name):
         raise PtxError(f"{name} is not implemented")
     function = _REDUCTIONS[i.parts[2]]
-    put, a, mask = destination(i.operands[0], i.type), array(i.operands[1], i.type), array(i.operands[2], "b32")
+    put, a = destination(i.operands[0], i.type), array(i.operands[1], i.type)
+    mask = array(i.operands[2], "b32")
 
     def run(m, act):
         _members(m, act, mask, "redux.sync")

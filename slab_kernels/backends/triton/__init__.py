@@ -7,6 +7,7 @@ before Triton is imported they run on CPU tensors, slowly, in Triton's interpret
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -26,16 +27,14 @@ NAMESPACE = "slab_kernels"
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 MOST_RANK = 16  # U V^T is summed rank by rank in registers
 OLDEST = (8, 0)
-ARGUMENTS = (
-    "(Tensor x, Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, Tensor? Q, "
-    "Tensor? bias, int in_features, int[] rows, str value_type, int group_size) -> Tensor"
-)
+TENSORS = "Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, Tensor? Q"
+SIZES = "int in_features, int[] rows, str value_type, int group_size"
 _REGISTERING = threading.Lock()
 
 
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 class TritonBackend(Backend):
@@ -120,19 +119,26 @@ def device_of(index: int | None) -> Device:
 
 
 def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features, rows, value_type, group_size):
-    check(x, values, bias, in_features, sum(rows))
+    check(x, values, P, bias, in_features, sum(rows))
     state = (values, metadata, signs, scales, U, V, P, Q, in_features, rows, value_type, group_size)
     device, sizes = device_of(x.device.index), launch.sizes_of(state)
     M = x.numel() // in_features
     config = choose(sizes, M, bits_of(x.dtype), device)
-    if config.rebuild:
+    with _current(x.device):
+        if not config.rebuild:
+            return launch.linear(x, state, bias, config, splits(sizes, M, config, device), z_splits(sizes))
         with torch.autocast(x.device.type, enabled=False):  # x's type is the result's, whatever surrounds us
             W = launch.dense(state, x.dtype)
             return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
-    return launch.linear(x, state, bias, config, splits(sizes, M, config, device), z_splits(sizes))
 
 
-def check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
+def _current(device: torch.device):
+    """Triton launches on torch's current device: make it this one."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+
+
+def check(x: Tensor, values: Tensor, P: Tensor | None, bias: Tensor | None, in_features: int, out_features: int) -> None:
     """Raises ShapeError or TypeError in a sentence: the kernels see pointers only."""
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
@@ -140,6 +146,9 @@ def check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int, out_
         raise TypeError(f"x is {x.dtype}, but the Triton kernels take float16, bfloat16 or float32")
     if x.device != values.device:
         raise TypeError(f"x is on {x.device}, the weight on {values.device}")
+    for t in (values if x.dtype != torch.float32 else None, P):  # fp32 activations take values of either type
+        if t is not None and t.is_floating_point() and t.dtype != x.dtype:
+            raise TypeError(f"x is {x.dtype}, but this weight was prepared for {t.dtype} activations")
     if bias is None:
         return
     if bias.shape != (out_features,) or not bias.is_contiguous():
@@ -155,6 +164,15 @@ def _linear_fake(x, values, metadata, signs, scales, U, V, P, Q, bias, in_featur
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 
+def _dense(values, metadata, signs, scales, U, V, P, Q, in_features, rows, value_type, group_size, dtype):
+    with _current(values.device):
+        return launch.dense((values, metadata, signs, scales, U, V, P, Q, in_features, rows, value_type, group_size), dtype)
+
+
+def _dense_fake(values, metadata, signs, scales, U, V, P, Q, in_features, rows, value_type, group_size, dtype):
+    return values.new_empty(sum(rows), in_features, dtype=dtype)
+
+
 def _setup_context(ctx, inputs, output):
     _, *tensors, _, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size = inputs
     ctx.save_for_backward(*tensors)
@@ -164,7 +182,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         state = (*ctx.saved_tensors, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size)
-        grad_x = grad @ launch.dense(state, grad.dtype)
+        grad_x = grad @ torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # an op: torch.compile traces this
     if ctx.needs_input_grad[9]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, *(None,) * 8, grad_bias, *(None,) * 4
@@ -179,10 +197,15 @@ def register() -> None:
 @functools.cache
 def _register_once() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for name in ("linear_triton", "linear_triton_frozen"):  # autograd costs every call some 10 us, with or without gradients
-        library.define(name + ARGUMENTS)
-        library.impl(name, _linear, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
+    linear = f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor"
+    for name, arguments, run, fake in (
+        ("linear_triton", linear, _linear, _linear_fake),
+        ("linear_triton_frozen", linear, _linear, _linear_fake),  # autograd costs every call some 10 us, even without gradients
+        ("dense_triton", f"({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor", _dense, _dense_fake),
+    ):
+        library.define(name + arguments)
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     torch.library.register_autograd(f"{NAMESPACE}::linear_triton", _backward, setup_context=_setup_context, lib=library)
     return library
 

@@ -1,15 +1,18 @@
 """Which tiles a linear runs with: rows of a table, chosen ahead of time. Nothing is tuned at run time.
 
 The user's own rows (`slab-kernels tune` writes them) come first, then rows measured for this device and shipped as
-`configs/<device>.json`, then the defaults below, each with its reason. A file is read once, on the first linear.
+`configs/<device>.json`, then the defaults below, each with its reason. A file is read once, on the first linear, and checked
+whole: no row of it can make a result wrong, or depend on how many other tokens are decoded.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import os
 import re
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -17,15 +20,23 @@ from typing import NamedTuple
 SHIPPED = Path(__file__).parent / "configs"
 ENVIRONMENT = "SLAB_KERNELS_CONFIGS"  # another folder for the user's rows
 FORMAT = 1
+KEYS = ("format", "device", "versions", "rows")  # of a file; device and versions say where the rows were measured
 DECODE = 16  # tokens up to which K is split in one way: a token's result depends on no other
 MOST_SPLITS = 16
 Z_SPLITS = 16  # shares of K in z = x Q: few programs would otherwise walk all of K
-BLOCKS = (16, 32, 64, 128, 256)
+BLOCKS = (16, 32, 64, 128, 256)  # a tile is 2^16 numbers at most; Triton takes 2^20
 WARPS = (1, 2, 4, 8)
+A_THREAD = 256  # numbers of a tile in one thread's registers (there are 255 of them): with more, compiling takes minutes
+VALUES = ("fp16", "bf16", "int8", "int4")
 
 
 class ConfigError(ValueError):
     """A row or file of configurations is not usable; the message names it."""
+
+
+def _integer(name: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name}={reprlib.repr(value)} must be a whole number from {least} to {most}")
 
 
 class Sizes(NamedTuple):
@@ -67,22 +78,25 @@ class Config:
 
     def __post_init__(self):
         for name, allowed in (("block_m", BLOCKS), ("block_n", BLOCKS), ("block_k", BLOCKS[1:]), ("warps", WARPS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, allowed))}")
-        for name, most in (("stages", 8), ("fill", 64)):
             value = getattr(self, name)
-            if type(value) is not int or not (0 if name == "fill" else 1) <= value <= most:
-                raise ConfigError(f"{name}={value!r} must be an integer up to {most}")
+            if type(value) is not int or value not in allowed:  # type(), since true and 16.0 would pass
+                raise ConfigError(f"{name}={reprlib.repr(value)} must be one of {', '.join(map(str, allowed))}")
+        for name, least, most in (("stages", 1, 8), ("fill", 0, 64)):
+            _integer(name, getattr(self, name), least, most)
         if type(self.rebuild) is not bool or not isinstance(self.reason, str):
-            raise ConfigError("rebuild must be true or false, and reason text")
+            raise ConfigError(f"rebuild={reprlib.repr(self.rebuild)} must be true or false, and reason={reprlib.repr(self.reason)} text")
+        numbers = self.block_n * max(self.block_m, self.block_k) // (32 * self.warps)
+        if numbers > A_THREAD:
+            raise ConfigError(
+                f"block_m={self.block_m}, block_n={self.block_n}, block_k={self.block_k} with warps={self.warps} gives a thread"
+                f" {numbers} numbers of a tile, at most {A_THREAD} work: use more warps or smaller blocks"
+            )
 
     def describe(self) -> str:
-        if self.rebuild:
-            return f"the weight rebuilt dense, then torch's matmul ({self.reason})"
-        return (
-            f"{self.block_n} rows x {self.block_m} tokens x {self.block_k} inputs, {self.warps} warps, {self.stages} stages"
-            f" ({self.reason})"
-        )
+        """The tiles in words, and the reason where there is one."""
+        tiles = f"{self.block_n} rows x {self.block_m} tokens x {self.block_k} inputs, {self.warps} warps, {self.stages} stages"
+        words = "the weight rebuilt dense, then torch's matmul" if self.rebuild else tiles
+        return f"{words} ({self.reason})" if self.reason else words
 
 
 @dataclass(frozen=True)
@@ -98,10 +112,12 @@ class Row:
     K: int | None = None
     shared: int = 0  # bytes of shared memory it takes at most
     capability: int = 0  # the oldest device it is for: 90 = compute capability 9.0
+    above: int = 0  # M above here
 
     def fits(self, sizes: Sizes, M: int, bits: int, device: Device) -> bool:
         return (
-            (self.tokens is None or M <= self.tokens)
+            M > self.above
+            and (self.tokens is None or M <= self.tokens)
             and self.bits in (None, bits)
             and (self.values is None or sizes.values in self.values)
             and (self.rank is None or sizes.rank <= self.rank)
@@ -136,11 +152,16 @@ DEFAULTS = (
 )
 
 
-def choose(sizes: Sizes, M: int, bits: int, device: Device) -> Config:
-    """The configuration for M tokens of `bits`-bit activations. Raises: ConfigError for an unreadable file of rows."""
-    return next(row.config for row in _rows(device.name) if row.fits(sizes, max(M, 1), bits, device))
+@functools.lru_cache(4096)  # prefill meets many M; a hit takes 0.3 us
+def choose(sizes: Sizes, M: int, bits: int, device: Device, own: bool = True) -> Config:
+    """The configuration for M tokens of `bits`-bit activations; own=False leaves out the user's rows.
+
+    Raises: ConfigError for an unusable file of rows.
+    """
+    return next(row.config for row in rows(device.name, own) if row.fits(sizes, max(M, 1), bits, device))
 
 
+@functools.lru_cache(4096)
 def splits(sizes: Sizes, M: int, config: Config, device: Device) -> int:
     """Into how many shares K is split: the least estimated time, one number for all M of a regime (up to 16, up to 64, above).
 
@@ -169,20 +190,34 @@ def z_splits(sizes: Sizes) -> int:
 
 
 @functools.cache
-def _rows(device: str) -> tuple[Row, ...]:
+def rows(device: str, own: bool = True) -> tuple[Row, ...]:
+    """All rows for a device of that name, in the order of choice; own=False leaves out the user's. Raises: ConfigError."""
     found = []
-    for folder in (user_folder(), SHIPPED):
+    for folder in (user_folder(), SHIPPED) if own else (SHIPPED,):
         path = folder / file_name(device)
-        if path.exists():
+        if os.path.exists(path):  # False in a folder that is closed to us: another user's home
             found += read(path)
     return (*found, *DEFAULTS)
+
+
+def forget() -> None:
+    """Read the files again when next asked; they have changed."""
+    for cached in (rows, choose, splits):
+        cached.cache_clear()
+
+
+def regime(M: int, device: str) -> tuple[int, int | None]:
+    """The token counts around M that the shipped rows tell apart from others: above the first, up to the second (None: all)."""
+    ends = sorted({end for row in rows(device, own=False) for end in (row.tokens, row.above) if end})
+    at = bisect.bisect_left(ends, M)
+    return ends[at - 1] if at else 0, ends[at] if at < len(ends) else None
 
 
 def user_folder() -> Path:
     """Where `slab-kernels tune` writes: $SLAB_KERNELS_CONFIGS, or slab_kernels in the user's configuration folder."""
     if named := os.environ.get(ENVIRONMENT):
         return Path(named)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "slab_kernels"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "slab_kernels"
 
 
 def file_name(device: str) -> str:
@@ -191,30 +226,69 @@ def file_name(device: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file. Raises: ConfigError with the file and the defect."""
+    """The rows of a file. Raises: ConfigError, one sentence with the file, the defect and the way out."""
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ConfigError(f"format {content['format']!r}, this version reads {FORMAT}")
-        return [row_from(entry) for entry in content["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: {error or type(error).__name__}; delete the file, or write it anew with slab-kernels tune") from error
+        return _rows_of(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; make it readable, or delete it") from error
+    except (ValueError, RecursionError) as error:
+        defect = str(error) if isinstance(error, ConfigError) else f"it is not valid JSON ({error})"
+        raise ConfigError(f"{path}: {defect}; correct it, or delete it and run slab-kernels tune again") from error
+
+
+def _rows_of(text: bytes) -> list[Row]:
+    content = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise ConfigError('it must be an object {"format": ' + str(FORMAT) + ', "rows": [...]}')
+    if (found := content.get("format")) != FORMAT or type(found) is not int:
+        raise ConfigError(f"it has format {reprlib.repr(found)}, this version of slab_kernels reads format {FORMAT}")
+    _only(content, KEYS)
+    parsed = []
+    for position, entry in enumerate(content["rows"], 1):
+        try:
+            parsed.append(row_from(entry))
+        except ConfigError as error:
+            raise ConfigError(f"row {position}: {error}") from error
+    return parsed
 
 
 def row_from(entry: dict) -> Row:
-    """Inverse of `row_to`. Raises: ConfigError for unknown keys or values."""
-    entry = dict(entry)
+    """Inverse of `row_to`, for rows that anybody may have written. Raises: ConfigError with the key and its value."""
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{reprlib.repr(entry)} must be an object")
+    entry = {name: value for name, value in entry.items() if value is not None}
     config = Config(**{f.name: entry.pop(f.name) for f in fields(Config) if f.name in entry})
-    if strange := entry.keys() - {f.name for f in fields(Row)}:
-        raise ConfigError(f"unknown keys {', '.join(sorted(strange))}")
-    for name in ("tokens", "bits", "N", "K", "shared"):
-        if entry.get(name) is not None and (type(entry[name]) is not int or entry[name] < 0):
-            raise ConfigError(f"{name}={entry[name]!r} must be a positive integer")
+    _only(entry, [f.name for f in fields(Row) if f.name != "config"])
+    for name in entry.keys() - {"values"}:
+        _integer(name, entry[name], *LEAST_AND_MOST[name])
     values = entry.pop("values", None)
-    return Row(config, values=None if values is None else tuple(values), **entry)
+    if values is not None and not (isinstance(values, (list, tuple)) and values and all(v in VALUES for v in values)):
+        raise ConfigError(f"values={reprlib.repr(values)} must be a list of {', '.join(VALUES)}")
+    if entry.get("bits") not in (None, 16, 32):
+        raise ConfigError(f"bits={entry['bits']} must be 16 or 32")
+    row = Row(config, values=None if values is None else tuple(values), **entry)
+    if 0 < row.above < DECODE or (config.rebuild and row.above < DECODE):
+        what = "a row with rebuild=true needs above" if config.rebuild else "above"
+        raise ConfigError(f"{what}={DECODE} or more, not {row.above}: up to {DECODE} tokens no result may depend on their number")
+    if row.tokens is not None and row.tokens <= row.above:
+        raise ConfigError(f"tokens={row.tokens} must be more than above={row.above}")
+    return row
+
+
+# Fewer tokens than DECODE in a row of their own would let a token's result depend on how many others there are.
+LEAST_AND_MOST = {
+    "tokens": (DECODE, 1 << 31), "above": (0, 1 << 31), "bits": (16, 32), "rank": (0, 1 << 10), "N": (1, 1 << 31),
+    "K": (1, 1 << 31), "shared": (0, 1 << 31), "capability": (0, 1 << 10),
+}  # fmt: skip
+
+
+def _only(entry: dict, known) -> None:
+    if strange := sorted(entry.keys() - set(known)):
+        raise ConfigError(f"unknown keys {', '.join(map(reprlib.repr, strange))} (known: {', '.join(known)})")
 
 
 def row_to(row: Row) -> dict:
     """Plain JSON form, without what is None."""
     entry = asdict(row)
-    return {name: value for name, value in {**entry, **entry.pop("config")}.items() if value is not None}
+    config = entry.pop("config")
+    return {name: value for name, value in (entry | config).items() if value is not None}

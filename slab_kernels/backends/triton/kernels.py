@@ -284,9 +284,10 @@ def _rows(tile, N, start1, start2, start3, BN: tl.constexpr, PARTS: tl.constexpr
     return part, tl.minimum(rows, end - 1).to(tl.int64), exists  # int64: N K/2 may pass 2^31
 
 
-@triton.jit
+# What changes from call to call is not specialised: one compiled kernel serves every M of a regime, with bias or without.
+@triton.jit(do_not_specialize=["M", "biased"])
 def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, z_ptr, bias_ptr, y_ptr,
-                  M, N, K, units, x_stride, start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr,
+                  biased, M, N, K, units, x_stride, start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr,
                   GROUP: tl.constexpr, RANK: tl.constexpr, ADAPTER: tl.constexpr, Z_SPLITS: tl.constexpr,
                   PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                   PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
@@ -329,13 +330,13 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
                 at = z_ptr + (i * M + readable)[None, :] * (PARTS * ADAPTER) + (part * ADAPTER + ranks)[:, None]
                 z += tl.load(at, mask=here, other=0.0)
             total = tl.dot(p, z.to(T), total, input_precision=PRECISION)
-    if bias_ptr is not None and SPLITS == 1:
-        total += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    if SPLITS == 1:
+        total += tl.load(bias_ptr + rows, mask=biased != 0, other=0.0).to(tl.float32)[:, None]
     at = y_ptr + (split * M + tokens)[None, :].to(tl.int64) * N + rows[:, None]
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=(tokens < M)[None, :] & exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
                    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """z = x Q over one share of K each: x [M, K], q [K, ranks] in T, z [SPLITS, M, ranks] fp32. Grid: (tiles, SPLITS)."""
@@ -356,16 +357,15 @@ def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, 
     tl.store(at, z, mask=(tokens < M)[:, None] & (columns < ranks)[None, :])
 
 
-@triton.jit
-def sum_kernel(partial_ptr, bias_ptr, y_ptr, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["biased", "size"])
+def sum_kernel(partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """y = the SPLITS partial sums added in order, and the bias: partial [SPLITS, size] fp32, y [size], size = M N."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     total = tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(SPLITS):
         total += tl.load(partial_ptr + s * size.to(tl.int64) + i, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + i % N, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(bias_ptr + i % N, mask=inside & (biased != 0), other=0.0).to(tl.float32)
     tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -112,16 +112,17 @@ def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, spli
         grid = (-(-M // BM) * -(-z.shape[2] // BR), z_splits)
         kernels.adapter_kernel[grid](x, Q, z, M, K, z.shape[2], x.stride(0), T, z_splits, common["PRECISION"], BM, BR,
                                      BK=64, num_warps=4, num_stages=3)  # fmt: skip
+    given, biased = (x, 0) if bias is None else (bias, 1)  # x stands in, of the usual type: its kernel is the same
     y = x.new_empty(M, N)
     out = x.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else y
     grid = (sum(-(-part // config.block_n) for part in rows) * -(-M // config.block_m), splits)
     kernels.linear_kernel[grid](
-        x, *_stored(state), P, z, bias, out, M, N, K, metadata.shape[1] // 2, x.stride(0), *starts(rows), **common,
+        x, *_stored(state), P, z, given, out, biased, M, N, K, metadata.shape[1] // 2, x.stride(0), *starts(rows), **common,
         Z_SPLITS=z_splits if ranks else 0, SPLITS=splits, MASKED=K % config.block_k != 0,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        kernels.sum_kernel[(-(-M * N // 1024),)](out, bias, y, M * N, N, splits, 1024, num_warps=4)
+        kernels.sum_kernel[(-(-M * N // 1024),)](out, given, y, biased, M * N, N, splits, 1024, num_warps=4)
     return y.view(shape)
 
 
