@@ -20,7 +20,7 @@ from slab_kernels.backends.triton.configs import DEFAULTS
 MOST = {
     ("fp16", 16): 8.8, ("int8", 16): 11.5, ("int4", 16): 10.5,
     ("fp16", 64): 8.8, ("int8", 64): 12.0, ("int4", 64): 11.0,
-    ("fp16", 256): 15.0, ("int8", 256): 15.0, ("int4", 256): 14.0,
+    ("fp16", 256): 11.5, ("int8", 256): 16.5, ("int4", 256): 14.0,
 }  # fmt: skip
 SPILLED = 16  # bytes of a thread that a sign term of rank 4, or three TF32 products, may spill
 EVERY = list(triton_code.cases())
@@ -28,7 +28,8 @@ EVERY = list(triton_code.cases())
 
 def test_every_default_is_reached_on_some_device():
     reached = {case.row for case in EVERY}
-    same = [row for row in DEFAULTS if not row.config.rebuild and row not in reached]
+    # The last row is the net under all others, for a device with less shared memory than any that has these kernels.
+    same = [row for row in DEFAULTS[:-1] if not row.config.rebuild and row not in reached]
     tiles = {(c.block_m, c.block_n, c.block_k, c.warps, c.stages) for c in (row.config for row in reached)}
     assert all((r.config.block_m, r.config.block_n, r.config.block_k, r.config.warps, r.config.stages) in tiles for r in same)
 
