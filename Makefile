@@ -1,6 +1,6 @@
 # One command each, from a fresh clone:
 #   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot; default: the model in benchmarks/model
-#   make test (linters, then every test)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
+#   make test (linters, then every test)    make test-triton (another Triton)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
 # SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
 
 VENV ?= .venv
@@ -11,7 +11,7 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test lint bench clean distclean
+.PHONY: environment demo test test-triton lint bench clean distclean
 
 environment: $(INSTALLED)
 
@@ -30,6 +30,14 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist;
 test: lint
 	@TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_interpreter.py || test $$? -eq 5
 	@env -u TRITON_INTERPRET $(PYTEST) tests --deselect $(INTERPRETER)
+
+# The Triton kernels under another Triton, kept beside the environment; torch 2.11 brings 3.6, whose interpreter wants an older numpy.
+TRITON ?= 3.6.0
+OTHER := $(VENV)/triton-$(TRITON)
+test-triton: $(INSTALLED)
+	@test -d $(OTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --no-deps --target $(OTHER) triton==$(TRITON) 'numpy<2.4'
+	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_interpreter.py
+	@PYTHONPATH=$(OTHER) $(PYTEST) tests/test_triton_kernels.py tests/test_triton_code.py tests/test_ptx_triton.py
 
 # A machine without network may lack a linter; that is said, and .ci/run refuses it.
 lint: $(INSTALLED)
