@@ -57,9 +57,7 @@ class Problem:
     @property
     def sizes(self) -> Sizes:
         layout = self.layout
-        stored = layout.values
-        if stored in SIXTEEN_BITS and self.dtype != torch.float32:
-            stored = "fp16" if self.dtype == torch.float16 else "bf16"
+        stored = launch.held_as(layout.values, self.dtype)
         adapter = -(-layout.adapter_rank // 16) * 16
         return Sizes(layout.in_features, (layout.out_features,), stored, layout.group_size or 0, layout.rank, adapter)
 

@@ -170,7 +170,7 @@ def test_dispatch_explains_and_never_falls_back_silently(monkeypatch):
     reasons = dispatch.explain(problem)
     assert list(reasons) == list(dispatch.ORDER) and reasons["reference"] == []
     assert dispatch.select(problem, "reference").name == "reference"
-    with pytest.raises(BackendError, match="'tpu' is unknown; known backends: cuda, cpu, reference"):
+    with pytest.raises(BackendError, match="'tpu' is unknown; known backends: cuda, cpu, triton, reference"):
         dispatch.select(problem, "tpu")
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cpu")
     with pytest.raises(BackendError, match="cannot run"):

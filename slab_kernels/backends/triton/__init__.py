@@ -97,7 +97,8 @@ class TritonBackend(Backend):
         if gpu is not None or problem.device != "cuda":
             return ""
         adapter_rank = -(-problem.adapter_rank // 16) * 16
-        sizes = launch.Sizes(problem.K, (problem.N,), problem.values, problem.group_size or 0, problem.rank, adapter_rank)
+        values = launch.held_as(problem.values, problem.dtype)
+        sizes = launch.Sizes(problem.K, (problem.N,), values, problem.group_size or 0, problem.rank, adapter_rank)
         device = device_of(torch.cuda.current_device())
         config = choose(sizes, problem.M, bits_of(problem.dtype), device)
         shares = splits(sizes, problem.M, config, device)

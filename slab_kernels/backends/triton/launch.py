@@ -42,18 +42,23 @@ class TritonState(NamedTuple):
     group_size: int  # inputs a scale covers; 0 = a whole row
 
 
+def held_as(values: str, dtype: torch.dtype) -> str:
+    """The value type that kernels see: 16-bit values take 16-bit activations' type, as a dense weight would."""
+    if values not in ("fp16", "bf16") or dtype == torch.float32:
+        return values
+    return "fp16" if dtype == torch.float16 else "bf16"
+
+
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
     """The state for weights of equal layouts that read the same x, for activations of `dtype`.
 
     Raises: RangeError for numbers that fp16 activations' kernels cannot hold.
     """
     first = parts[0].layout
-    K, half = first.in_features, dtype != torch.float32
-    value_type = first.values
+    K, value_type = first.in_features, held_as(first.values, dtype)
     values = [part.values for part in parts]
-    if half and value_type in ("fp16", "bf16"):
-        value_type = "fp16" if dtype == torch.float16 else "bf16"
-        values = [t if t.dtype == dtype else t.to(dtype) for t in values]
+    if value_type != first.values:
+        values = [t.to(dtype) for t in values]
         if not all(bool(t.isfinite().all()) for t in values):
             raise RangeError(f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones")
     joined = {name: _joined([getattr(part, name) for part in parts]) for name in ("metadata", "signs", "scales")}
