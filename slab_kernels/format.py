@@ -18,6 +18,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     FORMAT_VERSION,
     GROUP_SIZES,
     INTEGER_RANGES,
+    MAX_PLANES,
     TENSOR_NAMES,
     VALUE_TYPES,
     DtypeError,
@@ -33,6 +34,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     ValueTypeError,
     VersionError,
     check_tensors,
+    plane_unit,
 )
 
 
@@ -56,6 +58,7 @@ class Decomposition:
     scales: Tensor | None = None
     values: str | None = None
     group_size: int | None = None
+    planes: int = 1
 
     @property
     def out_features(self) -> int:
@@ -66,11 +69,11 @@ class Decomposition:
         return self.S.shape[1]
 
     def sign_term(self) -> Tensor | None:
-        """(U V^T) * B as [N,K] fp32, or None."""
+        """(U V^T) * B as [N,K] fp32, B counted in units of its last plane; or None."""
         if self.U is None:
             return None
         with torch.autocast(self.S.device.type, enabled=False):
-            return (self.U.float() @ self.V.float().T) * self.B
+            return (self.U.float() @ self.V.float().T) * self.B * plane_unit(self.planes)
 
     def dense(self) -> Tensor:
         """The weight it stands for, [N,K] fp32."""

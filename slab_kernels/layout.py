@@ -12,11 +12,17 @@ from . import bitpacking as bits
 
 FORMAT_VERSION = 1
 GROUP_SIZES = (32, 64, 128)
-VALUE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+VALUE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8, "int3": torch.uint8}
 FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
+MAX_PLANES = 3  # signs that a pruned entry may have
 TENSOR_NAMES = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
 MAX_FEATURES = 1 << 24  # far above any layer; keeps every byte count inside 63 bits on hostile input
+
+
+def plane_unit(planes: int) -> float:
+    """What the last of `planes` signs is worth in magnitudes: 1, 1/2, 1/4. B holds odd multiples of it."""
+    return 2.0 ** (1 - planes)
 
 
 class FormatError(ValueError):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slab_kernels.calibration import CalibrationError
-from slab_kernels.methods.descent import descend_groups, descend_signs
+from slab_kernels.methods.descent import descend_groups, descend_levels
 from slab_kernels.methods.lowrank import masked_als, signed_factors, signed_loss, signs, truncated_svd
 from slab_kernels.methods.masks import Pattern, parse_pattern, select
 from slab_kernels.methods.quantize import expand_scales, grid_scales, quantize, round_to_grid
@@ -314,7 +314,7 @@ def test_sign_descent_only_falls_and_flips_signs_only(values, monkeypatch):
     first, loss = now, float(gram_loss(W - now, H))
     flips = []
     for _ in range(4):
-        now, flipped = descend_signs(W, now, mask, H, scales, grid)
+        now, flipped = descend_levels(W, now, mask, H, scales, grid)
         flips.append(flipped)
         assert float(gram_loss(W - now, H)) <= loss * (1 + 1e-5)
         loss = float(gram_loss(W - now, H))

@@ -12,6 +12,7 @@ from ..calibration import CalibrationError, InputStats
 from ..format import (
     GROUP_SIZES,
     INTEGER_RANGES,
+    MAX_PLANES,
     VALUE_TYPES,
     Decomposition,
     DtypeError,
@@ -20,11 +21,19 @@ from ..format import (
     ValueTypeError,
 )
 from .config import Config
+from .eora import EoraConfig, eora
+from .hassle_free import HassleFreeConfig, hassle_free
 from .magnitude import magnitude
+from .oats import OatsConfig, SslcConfig, oats, sslc
 from .slab import SlabConfig, slab
 from .slab_paper import SlabPaperConfig, slab_paper
+from .slim import SlimConfig, slim
 from .sparsegpt import SparseGPTConfig, sparsegpt
+from .threebasil import ThreeBasilConfig, alps, threebasil
 from .wanda import wanda
+
+
+COMMON = tuple(field.name for field in fields(Config))
 
 
 class MethodError(ValueError):
@@ -33,35 +42,42 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """One row of METHODS. statistics: "none", "diagonal" or "gram", what `function` reads of InputStats."""
+    """One row of METHODS.
+
+    statistics: "none", "diagonal" or "gram", what `function` reads of InputStats.
+    signs: whether it has the term (U V^T) * B, so that `rank` and `planes` mean something.
+    adapter: its adapter's rank where none is given, as a share of min(N, K); None: it has no P Q^T.
+    """
 
     name: str
     function: Callable[[Tensor, InputStats | None, Config], Decomposition]
     config: type[Config]
     statistics: str
     description: str
-    ranked: bool = False
+    signs: bool = False
+    adapter: float | None = None
+
+    def adapter_rank(self, shape: tuple[int, int], wanted: int | None) -> int:
+        """The rank of P Q^T for a weight of `shape` (N, K): the one wanted, else the method's own share of min(N, K)."""
+        if self.adapter is None or wanted is not None:
+            return wanted or 0
+        return max(1, round(self.adapter * min(shape))) if self.adapter else 0
 
 
+TENTH = 0.1  # of min(N, K): SLiM, section 4
+SIXTY_FOURTH = 1 / 64  # 64 for a layer of 4096: 3BASiL, section 5
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(
-            "slab",
-            slab,
-            SlabConfig,
-            "gram",
-            "SLaB's format solved in the Gram metric (ours, the default)",
-            True,
-        ),
-        Method(
-            "slab-paper",
-            slab_paper,
-            SlabPaperConfig,
-            "diagonal",
-            "SLaB as published (arXiv 2604.04493)",
-            True,
-        ),
+        Method("slab", slab, SlabConfig, "gram", "S + (U V^T) * B + P Q^T solved together in the Gram metric (ours, the default)", True, 0.0),
+        Method("slab-paper", slab_paper, SlabPaperConfig, "diagonal", "SLaB as published (arXiv 2604.04493)", True),
+        Method("threebasil", threebasil, ThreeBasilConfig, "gram", "3BASiL (arXiv 2603.01376)", adapter=SIXTY_FOURTH),
+        Method("hassle-free", hassle_free, HassleFreeConfig, "gram", "HASSLE-free (arXiv 2502.00899)", adapter=SIXTY_FOURTH),
+        Method("sslc", sslc, SslcConfig, "gram", "SSLC (arXiv 2510.26446)", adapter=SIXTY_FOURTH),
+        Method("oats", oats, OatsConfig, "gram", "OATS (arXiv 2409.13652)", adapter=SIXTY_FOURTH),
+        Method("slim", slim, SlimConfig, "gram", "SLiM (arXiv 2410.09615)", adapter=TENTH),
+        Method("eora", eora, EoraConfig, "gram", "EoRA on a pruner (arXiv 2410.21271)", adapter=SIXTY_FOURTH),
+        Method("alps", alps, ThreeBasilConfig, "gram", "ALPS (arXiv 2406.07831)"),
         Method("sparsegpt", sparsegpt, SparseGPTConfig, "gram", "SparseGPT (arXiv 2301.00774)"),
         Method("wanda", wanda, Config, "diagonal", "Wanda (arXiv 2306.11695)"),
         Method("magnitude", magnitude, Config, "none", "largest absolute values"),
@@ -78,6 +94,8 @@ def decompose(
     rank: int = 1,
     values: str = "fp16",
     group_size: int | None = 128,
+    planes: int = 1,
+    adapter_rank: int | None = None,
     **options,
 ) -> Decomposition:
     """Decompose one linear weight.
@@ -87,7 +105,9 @@ def decompose(
         stats: of the layer's inputs; what a method needs is `METHODS[method].statistics`.
         method: a key of METHODS.
         pattern: "n:m" to keep n of every m inputs, or "p%" to remove p percent of every row.
-        rank: of U V^T; methods without it ignore this.
+        rank: of U V^T, 0 for none; methods without a sign term ignore this and `planes`.
+        planes: signs of a pruned entry, 1 to 3, each worth half the one before.
+        adapter_rank: of P Q^T; None is the method's own (`Method.adapter`), 0 is none. Methods without one take None or 0.
         values: type of the kept values; "int8" and "int4" give a Decomposition on its integer grid.
         group_size: inputs a scale, 32, 64, 128 or None for one scale a row; only for integers.
         options: fields of `METHODS[method].config`.
@@ -101,13 +121,14 @@ def decompose(
         raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     chosen = METHODS[method]
     known = [field.name for field in fields(chosen.config)]
-    own = [name for name in known if name not in ("pattern", "rank", "values", "group_size")]
+    own = [name for name in known if name not in COMMON]
     if unknown := [name for name in options if name not in own]:
         raise MethodError(
             f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}"
         )
-    config = chosen.config(pattern, rank, values, group_size, **options)
     _check_weight(weight)
+    adapter_rank = chosen.adapter_rank(tuple(weight.shape), adapter_rank)
+    config = chosen.config(pattern, rank if chosen.signs else 0, values, group_size, planes, adapter_rank, **options)
     _check_config(weight, config, chosen)
     _check_stats(weight, stats, chosen)
     if stats is not None:
@@ -134,8 +155,17 @@ def _check_config(weight: Tensor, config: Config, method: Method) -> None:
             f"in_features={K} must be a multiple of {pattern.group} for pattern {config.pattern!r}; leave this layer "
             "dense or choose an unstructured pattern such as '50%'"
         )
-    if method.ranked and not 1 <= config.rank <= min(N, K):
-        raise ShapeError(f"rank={config.rank} must lie in 1 .. {min(N, K)} for a weight of {N} x {K}")
+    if method.signs and not (method.adapter is None) <= config.rank <= min(N, K):
+        raise ShapeError(f"rank={config.rank} must lie in {int(method.adapter is None)} .. {min(N, K)} for a weight of {N} x {K}")
+    if not 0 <= config.adapter_rank <= min(N, K):
+        raise ShapeError(f"adapter_rank={config.adapter_rank} must lie in 0 .. {min(N, K)} for a weight of {N} x {K}")
+    if config.adapter_rank and method.adapter is None:
+        able = ", ".join(m.name for m in METHODS.values() if m.adapter is not None)
+        raise MethodError(f"method {method.name!r} has no adapter P Q^T, so adapter_rank={config.adapter_rank} has no meaning; {able} have one")
+    if not 1 <= config.planes <= MAX_PLANES or (config.planes > 1 and not (method.signs and method.adapter is not None)):
+        raise MethodError(
+            f"planes={config.planes} with method {method.name!r}: only 'slab' has more than one sign plane, up to {MAX_PLANES}"
+        )
     if config.values not in VALUE_TYPES:
         raise ValueTypeError(f"values={config.values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
     if config.values in INTEGER_RANGES and config.group_size is not None:

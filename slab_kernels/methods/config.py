@@ -11,12 +11,16 @@ from .sweep import Grid
 
 @dataclass(frozen=True)
 class Config:
-    """pattern: "n:m" or "p%".  rank: R of U V^T.  values, group_size: type of the kept values, inputs a scale."""
+    """pattern: "n:m" or "p%".  rank, planes: of the sign term (U V^T) * B.  adapter_rank: of P Q^T.
+    values, group_size: type of the kept values, inputs a scale.
+    """
 
     pattern: str = "2:4"
     rank: int = 1
     values: str = "fp16"
     group_size: int | None = 128
+    planes: int = 1
+    adapter_rank: int = 0
 
     @property
     def parsed(self) -> Pattern:

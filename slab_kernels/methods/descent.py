@@ -1,4 +1,4 @@
-"""Coordinate descent in the Gram metric over what is discrete: kept positions, signs and integer values.
+"""Coordinate descent in the Gram metric over what is discrete: kept positions, levels of the pruned, integer values.
 
 The complement of the sweep. The sweep fixes a group while the columns to its right can still adapt, and never looks
 back; this goes over all groups again, each given everything else, so that the loss can only fall.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .levels import nearest
 from .masks import Pattern
 from .quantize import expand_scales, round_to_grid
 from .states import group_states
@@ -24,16 +25,18 @@ def descend_groups(
     pattern: Pattern,
     scales: Tensor | None = None,
     grid: Grid | None = None,
+    planes: int = 1,
 ) -> tuple[Tensor, Tensor, int]:
     """One pass over the groups of an enumerable n:m pattern: (approximation, mask, groups that changed positions).
 
+    Pruned entries are a level of `planes` signs times `magnitude` [N,K] >= 0, or zero for planes=0.
     Every group takes the best of its states (24 for 2:4) with its kept values at their least-squares optimum, or, on a
     grid, rounded one after the other (Babai's nearest plane); a group never moves to a worse state than it has.
     """
     N, K = W.shape
     m = pattern.group
-    states = group_states(pattern, True, W.device)
-    pruned, kept, T = states.pruned, states.kept, states.signs.shape[0]
+    states = group_states(pattern, planes, W.device)
+    pruned, kept, T = states.pruned, states.kept, states.level.shape[0]
     target, low = W.T.contiguous(), magnitude.T.contiguous()
     E = (W - approximation).T.contiguous()
     G = gram @ E
@@ -54,7 +57,7 @@ def descend_groups(
             H4, e = blocks[group], E[here]
             outside = g[a : a + m] - H4 @ e  # gradient that the rest of the row exerts on this group
             delta = (
-                target[here][pruned][:, None] - states.signs[None, :, :, None] * low[here][pruned][:, None]
+                target[here][pruned][:, None] - states.level[None, :, :, None] * low[here][pruned][:, None]
             )
             C = pruned.shape[0]
             free = -(kk[group] @ outside[kept])[:, None] - torch.einsum("cnp,ctpx->ctnx", kp[group], delta)
@@ -94,26 +97,28 @@ def _nearest(target: Tensor, free: Tensor, step: Tensor, H4: Tensor, kept: Tenso
     return free
 
 
-def descend_signs(
+def descend_levels(
     W: Tensor,
     approximation: Tensor,
     mask: Tensor,
+    magnitude: Tensor,
     gram: Tensor,
     scales: Tensor | None = None,
     grid: Grid | None = None,
+    planes: int = 1,
 ) -> tuple[Tensor, int]:
-    """One pass over columns, any pattern: (approximation, signs flipped). Positions stay.
+    """One pass over columns, any pattern: (approximation, pruned entries that changed level). Positions stay.
 
-    A pruned entry takes the better of its two signs given everything else; a kept one its least-squares optimum,
-    rounded if there is a grid. The loss never increases.
+    An entry takes the best of its values given everything else: a pruned one the nearest level to its least-squares
+    optimum (planes=0: zero), a kept one the optimum itself, rounded if there is a grid. The loss never increases.
     """
     K = W.shape[1]
-    target = W.T.contiguous()
+    target, low = W.T.contiguous(), magnitude.T.contiguous()
     E = (W - approximation).T.contiguous()
     G = gram @ E
     kept = mask.T.contiguous()
     steps = expand_scales(scales, K, grid.group_size).T.contiguous() if grid else None
-    flipped = torch.zeros((), dtype=torch.long, device=W.device)
+    changed = torch.zeros((), dtype=torch.long, device=W.device)
     diagonal = gram.diagonal()
     for start in range(0, K, BLOCK):
         end = min(K, start + BLOCK)
@@ -122,17 +127,13 @@ def descend_signs(
         for a in range(end - start):
             j = start + a
             e, h = E[j], diagonal[j]
-            current = target[j] - e
-            other = 2 * current  # flipping the sign of the entry moves the error by twice its value
-            flip = 2 * g[a] * other + h * other * other < 0
-            free = e - g[a] / h
-            if grid:
-                free = target[j] - round_to_grid(target[j] - free, steps[j], grid.values)
-                gain = (free - e) * (2 * g[a] + h * (free - e))
-                free = torch.where(gain < 0, free, e)
-            change = torch.where(kept[j], free - e, torch.where(flip, other, 0.0))
-            flipped += (flip & ~kept[j]).sum()
+            best = target[j] - e + g[a] / h  # the optimum of the entry itself
+            stay = round_to_grid(best, steps[j], grid.values) if grid else best
+            gone = nearest(best, low[j], planes) * low[j] if planes else torch.zeros_like(best)
+            change = target[j] - torch.where(kept[j], stay, gone) - e
+            change = torch.where(change * (2 * g[a] + h * change) < 0, change, 0.0)
+            changed += ((change != 0) & ~kept[j]).sum()
             E[j] += change
             g.addr_(Hb[:, a], change)
         G.addmm_(gram[:, start:end], E[start:end] - before)
-    return W - E.T, int(flipped)
+    return W - E.T, int(changed)

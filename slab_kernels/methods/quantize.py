@@ -46,13 +46,20 @@ def group_scale(
     return best
 
 
-def grid_scales(x: Tensor, mask: Tensor, values: str, group_size: int | None, search: bool = True) -> Tensor:
-    """Step sizes of x [N,K] with kept `mask`: [N, ceil(K / group_size)], or [N,1] per row; bf16-rounded, fp32."""
+def grid_scales(
+    x: Tensor, mask: Tensor, values: str, group_size: int | None, search: bool = True, weight: Tensor | None = None
+) -> Tensor:
+    """Step sizes of x [N,K] with kept `mask`: [N, ceil(K / group_size)], or [N,1] per row; bf16-rounded, fp32.
+
+    weight [K]: of the squared rounding error of each input, for the search.
+    """
     K = x.shape[1]
     size = group_size or K
-    pad = (0, -K % size)
-    x, mask = torch.nn.functional.pad(x, pad), torch.nn.functional.pad(mask, pad)
-    return group_scale(x.unflatten(1, (-1, size)), mask.unflatten(1, (-1, size)), values, search)[..., 0]
+
+    def grouped(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, -K % size)).unflatten(-1, (-1, size))
+
+    return group_scale(grouped(x), grouped(mask), values, search, None if weight is None else grouped(weight))[..., 0]
 
 
 def expand_scales(scales: Tensor, in_features: int, group_size: int | None) -> Tensor:
@@ -60,8 +67,10 @@ def expand_scales(scales: Tensor, in_features: int, group_size: int | None) -> T
     return scales.repeat_interleave(group_size or in_features, dim=1)[:, :in_features]
 
 
-def quantize(x: Tensor, mask: Tensor, values: str, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, mask: Tensor, values: str, group_size: int | None, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round the kept entries of x [N,K] to a searched grid: (values on the grid, zero elsewhere; scales)."""
-    scales = grid_scales(x, mask, values, group_size)
+    scales = grid_scales(x, mask, values, group_size, weight=weight)
     rounded = round_to_grid(x, expand_scales(scales, x.shape[1], group_size), values)
     return torch.where(mask, rounded, 0.0), scales

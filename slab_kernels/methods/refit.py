@@ -78,7 +78,7 @@ class InputFactor:
 
     def __init__(self, U: Tensor, sign: Tensor, diagonal: Tensor):
         self.U, self.sign = U, sign
-        self.inverse = _inverse_blocks(sign.abs().T, U, diagonal[:, None, None])
+        self.inverse = _inverse_blocks((sign * sign).T, U, diagonal[:, None, None])
 
     def expand(self, x):
         return (self.U @ x.T) * self.sign
@@ -97,7 +97,7 @@ class OutputFactor:
 
     def __init__(self, V: Tensor, sign: Tensor, diagonal: Tensor):
         self.V, self.sign = V, sign
-        self.inverse = _inverse_blocks(sign.abs() * diagonal, V, 1.0)
+        self.inverse = _inverse_blocks(sign * sign * diagonal, V, 1.0)
 
     def expand(self, x):
         return (x @ self.V.T) * self.sign
@@ -107,6 +107,27 @@ class OutputFactor:
 
     def precondition(self, g):
         return (self.inverse @ g[..., None])[..., 0]
+
+
+class AdapterOutput:
+    """P [N,R'] of P Q^T, with Q [K,R'] fixed: one block, Q^T H Q, for every row."""
+
+    by_row = True
+
+    def __init__(self, Q: Tensor, gram: Tensor):
+        self.Q = Q
+        block = Q.T @ gram @ Q
+        block.diagonal().add_(1e-6 * block.diagonal().mean() + 1e-30)
+        self.inverse = torch.linalg.inv(block)
+
+    def expand(self, x):
+        return x @ self.Q.T
+
+    def collect(self, R):
+        return R @ self.Q
+
+    def precondition(self, g):
+        return g @ self.inverse
 
 
 def _inverse_blocks(weight: Tensor, F: Tensor, factor: Tensor | float) -> Tensor:

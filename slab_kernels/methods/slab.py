@@ -1,12 +1,14 @@
-"""S + (U V^T) * B in the Gram metric: masked ALS, a sweep that chooses masks and signs, then rounds of refit.
+"""S + (U V^T) * B + P Q^T in the Gram metric, any part optional, all of them solved together.
 
-The model is SLaB's (arXiv 2604.04493); the solver is ours. In order:
+The sign term is SLaB's (arXiv 2604.04493), the adapter that of SLiM and 3BASiL; the solver is ours. In order:
 1. Masked alternating least squares fits U, V to |W| on the pruned positions, column j weighted with 1 / U_jj of the
    Cholesky factor of H^-1: the error that is left in column j once the columns to its right have adapted.
-2. A sweep in the manner of SparseGPT fixes each group's positions and signs by their exact common cost.
-3. Rounds, each step monotone in tr(E H E^T): kept values with V, then with U, by conjugate gradients; then
-   coordinate descent over positions and signs of every group; until a round gains less than `tolerance`.
-4. U and V are rounded as they will be stored and the kept values solved once more for the rounded factors.
+2. A sweep in the manner of SparseGPT fixes each group's positions and levels by their exact common cost. Without a sign term
+   3BASiL's ADMM takes the place of 1 and 2.
+3. Rounds, each step monotone in tr(E H E^T): kept values with V, then with U, by conjugate gradients; coordinate descent over
+   positions and levels of every group; the adapter as the best low-rank part of what is left; until a round gains less than
+   `tolerance`.
+4. The factors are rounded as they will be stored and the kept values solved once more for the rounded factors.
 Integer values are rounded inside the sweep; in the rounds their step sizes are refitted and the descent moves them on
 the grid, so that what is returned is what is stored.
 """
@@ -19,14 +21,16 @@ import torch
 from torch import Tensor
 
 from ..calibration import InputStats
-from ..format import Decomposition, round_factors
+from ..format import Decomposition, plane_unit, round_factors
 from .config import Config
-from .descent import descend_groups, descend_signs
+from .descent import descend_groups, descend_levels
+from .levels import nearest
 from .lowrank import signed_factors, signs
+from .metric import Metric, metric
 from .quantize import expand_scales, round_to_grid, store_scale
-from .refit import InputFactor, KeptValues, OutputFactor, StepSizes, conjugate_gradients, gram_loss
+from .refit import AdapterOutput, InputFactor, KeptValues, OutputFactor, StepSizes, conjugate_gradients, gram_loss
 from .states import enumerable
-from .sweep import Grid, curvature, sweep
+from .sweep import Curvature, Grid, curvature, sweep
 
 REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
 
@@ -35,6 +39,7 @@ REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
 class SlabConfig(Config):
     """damping: of the sweep, fraction of the mean diagonal of the Gram matrix; relative_damping: of each diagonal entry.
     refit_damping: fraction of each diagonal entry added in the refit.
+    alternations: of sweep and adapter before the rounds.
     rounds: at most; tolerance: relative fall of the root loss that a round must bring.
     iterations: conjugate gradient steps at most a solve (the preconditioned gradient falling by 1e-3 ends it earlier).
     drift: share of the error made before this layer that the layer is to undo, where `stats` carries it; a quarter
@@ -45,6 +50,7 @@ class SlabConfig(Config):
     damping: float = 0.001
     relative_damping: float = 0.01
     refit_damping: float = 0.001
+    alternations: int = 3
     rounds: int = 3
     tolerance: float = 5e-3
     iterations: int = 10
@@ -54,18 +60,29 @@ class SlabConfig(Config):
 
 @dataclass
 class _State:
-    """A feasible point: approximation [N,K], kept mask [N,K], U [N,R], V [K,R], step sizes or None."""
+    """A feasible point: approximation [N,K] by S and the sign term, kept mask [N,K], U [N,R], V [K,R], step sizes, P, Q."""
 
     approximation: Tensor
     mask: Tensor
-    U: Tensor
-    V: Tensor
+    U: Tensor | None
+    V: Tensor | None
     scales: Tensor | None
+    P: Tensor | None = None
+    Q: Tensor | None = None
+    basis: Tensor | None = None
+
+    @property
+    def low(self) -> Tensor | None:
+        """U V^T [N,K], or None without a sign term."""
+        return None if self.U is None else self.U @ self.V.T
+
+    def without_adapter(self, W: Tensor) -> Tensor:
+        """What S and the sign term are to approximate."""
+        return W if self.P is None else W - self.P @ self.Q.T
 
 
 def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> folded Decomposition: S kept values, U V^T magnitudes, B signs of the pruned."""
-    pattern, grid = config.parsed, config.grid
+    """weight [N,K] fp32, Gram matrix -> folded Decomposition: S kept values, U V^T magnitudes, B levels of the pruned, P Q^T."""
     curve = curvature(stats.gram.to(weight.device), config.damping, config.relative_damping)
     W = weight
     if stats.drift is not None and config.drift:
@@ -74,15 +91,14 @@ def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition
     # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones: without it, columns spread
     # over 9 decades ended in values beyond fp16; ordinary layers do not notice it.
     gram = curve.gram + torch.diag(config.refit_damping * diagonal + REFIT_FLOOR * diagonal.mean())
-    U, V, mask = signed_factors(W, curve.conditional_scale, pattern, config.rank)
-    swept = sweep(W, curve, pattern, (U @ V.T).abs(), mask, grid)
-    state = _State(swept.approximation, swept.mask, U, V, swept.scales)
+    space = metric(stats.gram.to(weight.device)) if config.adapter_rank or not config.rank else None
+    state = _begin(W, curve, space, config)
     loss = float("inf")
     for _ in range(config.rounds):
-        before, loss = loss, _round(W, gram, state, config)
+        before, loss = loss, _round(W, gram, space, state, config)
         if loss > (1 - config.tolerance) ** 2 * before:
             break
-    return _finish(W, gram, state, config)
+    return _finish(W, gram, space, state, config)
 
 
 def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: float) -> Tensor:
@@ -92,18 +108,42 @@ def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: 
     return W + share * torch.linalg.solve(damped, drift.double(), left=False).to(W)
 
 
-def _round(W: Tensor, gram: Tensor, state: _State, config: SlabConfig) -> float:
+def _begin(W: Tensor, curve: Curvature, space: Metric | None, config: SlabConfig) -> _State:
+    """Steps 1 and 2. With an adapter the sweep is repeated for what the adapter leaves of W."""
+    state = _State(W, W != 0, None, None, None)
+    for _ in range(config.alternations if config.adapter_rank else 1):
+        target = state.without_adapter(W)
+        U = V = magnitude = mask = None
+        if config.rank:
+            U, V, mask = signed_factors(target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes)
+            magnitude = (U @ V.T).abs()
+        swept = sweep(target, curve, config.parsed, magnitude, mask, config.grid, planes=config.planes)
+        state = _State(swept.approximation, swept.mask, U, V, swept.scales, state.P, state.Q, state.basis)
+        _truncate(W, space, state, config)
+    return state
+
+
+def _truncate(W: Tensor, space: Metric | None, state: _State, config: SlabConfig) -> None:
+    """The adapter: the best low-rank part of what S and the sign term leave. Changes `state`."""
+    if config.adapter_rank:
+        rest = (W - state.approximation) * space.scale
+        state.P, Q, state.basis = space.truncate(rest, config.adapter_rank, state.basis, 2 if state.basis is not None else 4)
+        state.Q = Q / space.scale[:, None]
+
+
+def _round(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig) -> float:
     """One round of refit and descent; changes `state`, returns the loss."""
-    _refit(W, gram, state, config, "V")
-    _refit(W, gram, state, config, "U")
+    for factor in ("V", "U") if config.rank else (None,):
+        _refit(W, gram, state, config, factor)
     _descend(W, gram, state, config)
-    return float(gram_loss(W - state.approximation, gram))
+    _truncate(W, space, state, config)
+    return float(gram_loss(state.without_adapter(W) - state.approximation, gram))
 
 
-def _sign_matrix(state: _State) -> Tensor:
-    """[N,K] B on pruned positions, 0 on kept ones, so that B * (U V^T) is the approximation there."""
-    B = signs(state.approximation) * signs(state.U @ state.V.T)
-    return B.masked_fill(state.mask, 0.0)
+def _level_matrix(state: _State, config: SlabConfig) -> Tensor:
+    """[N,K] levels of B on pruned positions, 0 on kept ones, so that it times U V^T is the approximation there."""
+    low = state.low
+    return (nearest(state.approximation, low.abs(), config.planes) * signs(low)).masked_fill(state.mask, 0.0)
 
 
 def _kept_part(state: _State, gram: Tensor, grid: Grid | None):
@@ -116,62 +156,70 @@ def _kept_part(state: _State, gram: Tensor, grid: Grid | None):
 
 
 def _refit(W: Tensor, gram: Tensor, state: _State, config: SlabConfig, factor: str | None) -> None:
-    """Least squares over the kept values and one factor (or none): changes `state`."""
-    grid, B = config.grid, _sign_matrix(state)
+    """Least squares over the kept values, one factor of the sign term (or none) and P: changes `state`."""
+    grid, diagonal = config.grid, gram.diagonal()
     part, start = _kept_part(state, gram, grid)
-    parts, x = [part], [start]
-    if factor == "V":
-        parts, x = [*parts, InputFactor(state.U, B, gram.diagonal())], [*x, state.V]
-    elif factor == "U":
-        parts, x = [*parts, OutputFactor(state.V, B, gram.diagonal())], [*x, state.U]
-    fixed = (state.U @ state.V.T) * B
-    _, x = conjugate_gradients(W - part.expand(start) - fixed, gram, parts, x, config.iterations, 1e-3)
-    if factor is not None:
-        setattr(state, factor, x[1])
+    parts, x, names = [part], [start], ["kept"]
+    fixed = 0.0
+    if state.U is not None:
+        B = _level_matrix(state, config)
+        fixed = state.low * B
+        if factor == "V":
+            parts.append(InputFactor(state.U, B, diagonal))
+        elif factor == "U":
+            parts.append(OutputFactor(state.V, B, diagonal))
+        if factor is not None:
+            x, names = [*x, getattr(state, factor)], [*names, factor]
+    target = state.without_adapter(W)
+    if state.P is not None:
+        parts.append(AdapterOutput(state.Q, gram))
+        x, names = [*x, state.P], [*names, "P"]
+    _, x = conjugate_gradients(target - part.expand(start) - fixed, gram, parts, x, config.iterations, 1e-3)
+    for name, value in zip(names[1:], x[1:], strict=True):
+        setattr(state, name, value)
     if grid is not None:
         state.scales = x[0]
-    state.approximation = part.expand(x[0]) + (state.U @ state.V.T) * B
+    state.approximation = part.expand(x[0])
+    if state.U is not None:
+        state.approximation = state.approximation + state.low * B
 
 
 def _descend(W: Tensor, gram: Tensor, state: _State, config: SlabConfig) -> None:
     """Coordinate descent over what is discrete: changes `state`."""
-    grid, pattern = config.grid, config.parsed
-    if enumerable(pattern):
-        magnitude = (state.U @ state.V.T).abs()
-        state.approximation, state.mask, _ = descend_groups(
-            W, state.approximation, state.mask, magnitude, gram, pattern, state.scales, grid
-        )
+    pattern, planes = config.parsed, config.planes if config.rank else 0
+    target = state.without_adapter(W)
+    magnitude = state.low.abs() if config.rank else torch.zeros_like(W)
+    settings = magnitude, gram, *((pattern,) if (all_states := enumerable(pattern, planes)) else ()), state.scales, config.grid, planes
+    if all_states:
+        state.approximation, state.mask, _ = descend_groups(target, state.approximation, state.mask, *settings)
     else:
-        state.approximation, _ = descend_signs(W, state.approximation, state.mask, gram, state.scales, grid)
+        state.approximation, _ = descend_levels(target, state.approximation, state.mask, *settings)
 
 
-def _finish(W: Tensor, gram: Tensor, state: _State, config: SlabConfig) -> Decomposition:
-    """Round U, V and step sizes as stored, and fit the kept values to what was stored."""
-    grid = config.grid
-    B = _sign_matrix(state)
-    state.U, state.V = round_factors(state.U, state.V)
-    fixed = (state.U @ state.V.T) * B
+def _finish(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig) -> Decomposition:
+    """Round factors and step sizes as stored, and fit the kept values to what was stored."""
+    grid, B = config.grid, None
+    if state.P is not None:
+        state.P, state.Q = round_factors(state.P, state.Q)
+    if config.rank:
+        B = _level_matrix(state, config)
+        state.U, state.V = round_factors(state.U, state.V)
+        state.approximation = torch.where(state.mask, state.approximation, state.low * B)
     if grid is None:
-        state.approximation = torch.where(state.mask, state.approximation, fixed)
+        P = state.P
         _refit(W, gram, state, config, None)
-        kept = state.approximation.masked_fill(~state.mask, 0.0)
-        return Decomposition(kept, state.mask, state.U, state.V, B.to(torch.int8))
-    state.scales = store_scale(state.scales)
-    step = expand_scales(state.scales, W.shape[1], grid.group_size)
-    kept = round_to_grid(state.approximation, step, grid.values)
-    state.approximation = torch.where(state.mask, kept, fixed)
-    _descend(W, gram, state, config)
-    B = _sign_matrix(state)
-    kept = round_to_grid(state.approximation, step, grid.values).masked_fill(~state.mask, 0.0)
-    return Decomposition(
-        kept,
-        state.mask,
-        state.U,
-        state.V,
-        B.to(torch.int8),
-        None,
-        None,
-        state.scales,
-        grid.values,
-        grid.group_size,
-    )
+        if P is not None:  # P moved with the kept values, and is rounded again
+            state.P, state.Q = round_factors(state.P, state.Q)
+    else:
+        state.scales = store_scale(state.scales)
+        step = expand_scales(state.scales, W.shape[1], grid.group_size)
+        state.approximation = torch.where(state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation)
+        _descend(W, gram, state, config)
+        state.approximation = torch.where(state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation)
+        if config.rank:
+            B = _level_matrix(state, config)
+    if B is not None:
+        B = (B / plane_unit(config.planes)).round().to(torch.int8)
+    kept = state.approximation.masked_fill(~state.mask, 0.0)
+    grid_parts = (None, None, None) if grid is None else (state.scales, grid.values, grid.group_size)
+    return Decomposition(kept, state.mask, state.U, state.V, B, state.P, state.Q, *grid_parts, config.planes)

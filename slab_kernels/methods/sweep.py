@@ -7,21 +7,20 @@ grid), a pruned one the nearer of +-l, where l = 0 is plain pruning.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from math import lcm
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calibration import CalibrationError
+from .levels import nearest
 from .masks import Pattern, top_of_groups, top_of_rows
+from .metric import damped_cholesky, once_per_gram
 from .quantize import group_scale, round_to_grid
 from .states import enumerable, group_states
 
 BLOCK = 128  # columns between two updates of everything to the right (SparseGPT, section 3.3)
-MORE_DAMPING = 10.0  # factor tried when the damped matrix is not positive definite
-TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -43,44 +42,12 @@ class Curvature:
         return 1 / self.factor.diagonal()
 
 
+@once_per_gram
 def curvature(gram: Tensor, damping: float = 0.01, relative_damping: float = 0.0) -> Curvature:
-    """Damp and factorise a mean Gram matrix [K,K] in fp64.
-
-    Adds `damping` times the mean diagonal plus `relative_damping` times each diagonal entry. Inputs that were always
-    zero count as independent inputs of 1e-3 of the mean energy, so their weights are approximated like any other and
-    an input that wakes up later does little harm. Where the matrix is not positive definite, ten times more damping is
-    tried, up to eight times, with a RuntimeWarning that says how much it took.
-
-    Raises: CalibrationError when nothing helps.
-    """
-    diagonal = gram.diagonal().double()
-    mean = diagonal.mean()
-    mean = torch.where(mean > 0, mean, 1.0)
-    dead = diagonal <= 0
-    floor = torch.where(dead, 1e-3 * mean, 0.0)
-    alive = gram.float() + torch.diag(floor).to(gram.device, torch.float32)
-    added = damping
-    for _ in range(TRIES):
-        damped = alive.double()
-        damped.diagonal().add_(added * mean + relative_damping * diagonal)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
-                if added > damping:
-                    warnings.warn(
-                        f"a Gram matrix [{len(gram)}, {len(gram)}] was not positive definite with damping={damping:g}; "
-                        f"{added:g} of its mean diagonal was added",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-                return Curvature(alive, upper.float(), added)
-        added = max(added * MORE_DAMPING, 1e-8)
-    raise CalibrationError(
-        f"the Gram matrix [{len(gram)}, {len(gram)}] is not positive definite even with {added:.3g} of its mean "
-        "diagonal added; it cannot have come from real inputs"
-    )
+    """Damp and factorise a mean Gram matrix [K,K] in fp64: see `damped_cholesky`."""
+    damped = damped_cholesky(gram, damping, relative_damping)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(damped.lower), upper=True)
+    return Curvature(damped.alive, upper.float(), damped.added)
 
 
 @dataclass(frozen=True)
@@ -91,8 +58,7 @@ class Grid:
     group_size: int | None
 
 
-@dataclass(frozen=True)
-class Swept:
+class Swept(NamedTuple):
     """approximation [N,K], kept mask [N,K] bool, and scales [N,groups] if there was a grid."""
 
     approximation: Tensor
@@ -108,8 +74,10 @@ def sweep(
     mask: Tensor | None = None,
     grid: Grid | None = None,
     joint: bool = True,
+    planes: int = 1,
 ) -> Swept:
-    """Prune W [N,K] to `pattern` in the metric of `curve`; pruned entries become +-magnitude [N,K] (None: 0).
+    """Prune W [N,K] to `pattern` in the metric of `curve`; pruned entries become a level of `planes` signs times
+    magnitude [N,K] >= 0 (None: 0).
 
     mask: for unstructured patterns, how many each row keeps in each block (and the tentative choice that scales are
         searched on); ignored for n:m except for the scales.
@@ -118,7 +86,8 @@ def sweep(
     """
     N, K = W.shape
     m = pattern.group or 1
-    joint = joint and enumerable(pattern, magnitude is not None)
+    planes = planes if magnitude is not None else 0
+    joint = joint and enumerable(pattern, planes)
     size = (grid.group_size or K) if grid else 1
     step = lcm(m, size) if grid and grid.group_size else m
     block = max(step, BLOCK // step * step)
@@ -126,7 +95,7 @@ def sweep(
     left = W.T.contiguous()  # [K,N]: a column of W is contiguous, which halves the time of the inner loop
     low = None if magnitude is None else magnitude.T.contiguous()
     result, kept = torch.empty_like(left), torch.empty(K, N, dtype=torch.bool, device=W.device)
-    costs = _costs(U, pattern, magnitude is not None) if joint else None
+    costs = _costs(U, pattern, planes) if joint else None
     scales = []
     weight = curve.conditional_scale**2  # a rounding error in column j costs this much
     if grid and grid.group_size is None:
@@ -135,7 +104,7 @@ def sweep(
         end = min(K, start + block)
         work, error, Ub = left[start:end].clone(), torch.empty(end - start, N).to(W), U[start:end, start:end]
         if not pattern.structured:
-            score = _score(work, low[start:end] if low is not None else None, Ub.diagonal())
+            score = _score(work, low[start:end] if low is not None else None, Ub.diagonal(), planes)
             kept[start:end] = top_of_rows(score.T, mask[:, start:end].sum(1, keepdim=True)).T
         for a in range(0, end - start, m):
             b = a + m
@@ -143,7 +112,7 @@ def sweep(
             fill = low[here] if low is not None else None
             if grid and grid.group_size and (start + a) % size == 0:
                 stop = min(end - start, a + size)
-                likely = _likely(work[a:stop], low, mask, pattern, start + a, start + stop)
+                likely = _likely(work[a:stop], low, mask, pattern, start + a, start + stop, planes)
                 scale = group_scale(
                     work[a:stop].T, likely, grid.values, weight=weight[start + a : start + stop]
                 )
@@ -152,10 +121,10 @@ def sweep(
             if joint:
                 state = _best_state(work[a:b], fill, costs, (start + a) // m, grid, s)
                 kept[here] = costs.states.mask.T[:, state]
-                signed = None if fill is None else costs.states.sign.T[:, state] * fill
+                signed = None if fill is None else costs.states.multiple.T[:, state] * fill
             else:
                 if pattern.structured:
-                    score = _score(work[a:b], fill, Ub.diagonal()[a:b])
+                    score = _score(work[a:b], fill, Ub.diagonal()[a:b], planes)
                     kept[here] = top_of_groups(score.T, pattern.keep).T
                 signed = None
             for j in range(a, b):
@@ -164,7 +133,7 @@ def sweep(
                 if signed is not None:
                     gone = signed[j - a]
                 elif fill is not None:
-                    gone = torch.where(w < 0, -fill[j - a], fill[j - a])
+                    gone = nearest(w, fill[j - a], planes) * fill[j - a]
                 else:
                     gone = torch.zeros_like(w)
                 result[start + j] = torch.where(kept[start + j], stay, gone)
@@ -176,17 +145,22 @@ def sweep(
     return Swept(result.T.contiguous(), kept.T.contiguous(), torch.stack(scales, 1) if grid else None)
 
 
-def _score(w: Tensor, fill: Tensor | None, diagonal: Tensor) -> Tensor:
-    """[k,N] cost of pruning each entry alone: (|w| - l)^2 / [H^-1]_jj of what is left of H."""
-    miss = w if fill is None else w.abs() - fill
+def _miss(w: Tensor, fill: Tensor | None, planes: int) -> Tensor:
+    """What pruning each entry alone leaves: w, or w less its nearest level."""
+    return w if fill is None else w - nearest(w, fill, planes) * fill
+
+
+def _score(w: Tensor, fill: Tensor | None, diagonal: Tensor, planes: int) -> Tensor:
+    """[k,N] cost of pruning each entry alone: (w - c l)^2 / [H^-1]_jj of what is left of H."""
+    miss = _miss(w, fill, planes)
     return (miss / diagonal[:, None]) ** 2
 
 
-def _likely(work, low, mask, pattern, start, end) -> Tensor:
+def _likely(work, low, mask, pattern, start, end, planes) -> Tensor:
     """[N, end-start] bool: the entries of columns start..end likely to be kept, for the search of their step size."""
     if mask is not None:
         return mask[:, start:end]
-    miss = work.abs() if low is None else (work.abs() - low[start:end]).abs()
+    miss = _miss(work, None if low is None else low[start:end], planes).abs()
     return top_of_groups(miss.T.unflatten(1, (-1, pattern.group)), pattern.keep).flatten(1)
 
 
@@ -197,9 +171,9 @@ class _Costs:
     whole: Tensor  # [K/m, m, m]: inverse of the whole group's block
 
 
-def _costs(U: Tensor, pattern: Pattern, signed: bool) -> _Costs:
+def _costs(U: Tensor, pattern: Pattern, planes: int) -> _Costs:
     m, K = pattern.group, U.shape[0]
-    states = group_states(pattern, signed, U.device)
+    states = group_states(pattern, planes, U.device)
     diagonal = U.view(K // m, m, K // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     inverse = (
         diagonal.transpose(1, 2) @ diagonal
@@ -218,16 +192,16 @@ def _best_state(
     Kept entries are free without a grid (they cost nothing); with one they are fixed too, at their nearest points.
     """
     states = costs.states
-    C, T = states.pruned.shape[0], states.signs.shape[0]
+    C, T = states.pruned.shape[0], states.level.shape[0]
     if fill is None:
         fill = torch.zeros_like(w)
     if grid is None:
         near, low = w[states.pruned], fill[states.pruned]  # [C,p,N]
-        delta = near[:, None] - states.signs[None, :, :, None] * low[:, None]  # [C,T,p,N]
+        delta = near[:, None] - states.level[None, :, :, None] * low[:, None]  # [C,T,p,N]
         cost = torch.einsum("cpq,ctqn->ctpn", costs.pruned[group], delta).mul_(delta).sum(2)
     else:
         rounded = w - round_to_grid(w, s, grid.values)
-        sign = states.sign[:, :, None]
-        delta = torch.where(states.mask[:, :, None], rounded, w - sign * fill)  # [C*T,m,N]
+        multiple = states.multiple[:, :, None]
+        delta = torch.where(states.mask[:, :, None], rounded, w - multiple * fill)  # [C*T,m,N]
         cost = (costs.whole[group] @ delta).mul_(delta).sum(1)
     return cost.view(C * T, -1).argmin(0)

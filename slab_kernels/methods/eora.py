@@ -1,0 +1,50 @@
+"""EoRA (arXiv 2410.21271): a low-rank adapter, best in the Gram metric, on top of any pruner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calibration import InputStats
+from ..format import Decomposition
+from .config import Config
+from .finish import finish
+from .magnitude import magnitude
+from .metric import metric
+from .sparsegpt import SparseGPTConfig, sparsegpt
+from .wanda import wanda
+
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class EoraConfig(Config):
+    """pruner: "magnitude", "wanda" or "sparsegpt".  polish: rounds afterwards (see `finish`); 0 is the paper's result."""
+
+    pruner: str = "sparsegpt"
+    polish: int = 3
+
+    def __post_init__(self):
+        if self.pruner not in PRUNERS:
+            raise ValueError(f"pruner={self.pruner!r} is unknown; choose one of {', '.join(PRUNERS)}")
+
+
+def eora(weight: Tensor, stats: InputStats, config: EoraConfig) -> Decomposition:
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T: S by the pruner, quantised where asked, P Q^T = truncation of W - S.
+
+    The paper projects the error on the eigenvectors of the Gram matrix scaled by the roots of its eigenvalues (equations 4-6);
+    any F with F F^T = G gives the same product P Q^T.
+    """
+    base = Config(config.pattern, 0, config.values, config.group_size)
+    if config.pruner == "sparsegpt":
+        pruned = sparsegpt(weight, stats, SparseGPTConfig(**vars(base)))
+    else:
+        pruned = {"magnitude": magnitude, "wanda": wanda}[config.pruner](weight, stats, base)
+    space = metric(stats.gram)
+    T, S = weight * space.scale, pruned.S * space.scale
+    P = Q = None
+    if config.adapter_rank:
+        P, Q, _ = space.truncate(T - S, config.adapter_rank)
+    return finish(T, space, S, pruned.mask, P, Q, config, config.polish, scales=pruned.scales)

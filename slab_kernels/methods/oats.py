@@ -1,0 +1,118 @@
+"""OATS (arXiv 2409.13652) and SSLC (arXiv 2510.26446): sparse plus low rank with each input scaled by its root mean square."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calibration import InputStats
+from ..format import Decomposition
+from .config import Config
+from .finish import finish
+from .lowrank import truncated_svd
+from .masks import Pattern, select
+from .metric import Metric, metric
+
+
+@dataclass(frozen=True)
+class OatsConfig(Config):
+    """rounds: 80 in the paper.  polish: rounds in the Gram metric afterwards (see `finish`); 0 is the paper's result."""
+
+    rounds: int = 80
+    polish: int = 3
+
+
+@dataclass(frozen=True)
+class SslcConfig(Config):
+    """rounds: at most, 20 to 40 in the paper.  tolerance: relative change of the error at which they stop.
+    pinned: share of the weight's most salient entries that are kept whatever the low-rank part takes.
+    polish: rounds in the Gram metric afterwards (see `finish`); 0 is the paper's result.
+    """
+
+    rounds: int = 40
+    tolerance: float = 1e-3
+    pinned: float = 0.01
+    polish: int = 3
+
+
+def oats(weight: Tensor, stats: InputStats, config: OatsConfig) -> Decomposition:
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T: alternating thresholding of W diag(rms x) (algorithm 1), from S = 0.
+
+    L = SVD_r(A - S), then S = the largest of A - L, row by row or in each n:m group. The Gram matrix serves `polish`.
+    """
+    space, A, scale = _scaled(weight, stats)
+    S, mask, P, Q, V = torch.zeros_like(A), None, None, None, None
+    for _ in range(config.rounds):
+        P, Q, V = _low_rank(A - S, config.adapter_rank, V)
+        rest = A if P is None else A - P @ Q.T
+        mask = select(rest.abs(), config.parsed)
+        S = rest.masked_fill(~mask, 0.0)
+        if P is None:
+            break
+    return _finished(weight, space, S / scale, mask, P, Q, scale, config)
+
+
+def sslc(weight: Tensor, stats: InputStats, config: SslcConfig) -> Decomposition:
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T: the paper's alternation of pruning and randomised SVD, salient entries pinned.
+
+    No code was published. Our reading: A = W diag(rms x); the `pinned` share of largest |A| stay in S through every round (as
+    many as the pattern has room for in each group); S first, from L = 0; the error watched is ||A - S - L||. Its optional
+    recovery training is `training`.
+    """
+    space, A, scale = _scaled(weight, stats)
+    pattern, size = config.parsed, A.abs()
+    count = max(1, int(config.pinned * A.numel()))
+    threshold = size.flatten().kthvalue(A.numel() - count + 1).values if config.pinned else torch.inf
+    salient = size >= threshold
+    P = Q = V = None
+    before = float("inf")
+    for _ in range(config.rounds):
+        rest = A if P is None else A - P @ Q.T
+        mask = select(_pinned_score(rest, salient, size), pattern)
+        S = rest.masked_fill(~mask, 0.0)
+        if not config.adapter_rank:
+            break
+        P, Q, V = _low_rank(A - S, config.adapter_rank, V)
+        error = float((A - S - P @ Q.T).norm())
+        if abs(before - error) <= config.tolerance * error:
+            break
+        before = error
+    return _finished(weight, space, S / scale, mask, P, Q, scale, config)
+
+
+def _pinned_score(rest: Tensor, salient: Tensor, size: Tensor) -> Tensor:
+    """|rest|, and above all of it the salient entries in the order of their own size."""
+    return torch.where(salient, rest.abs().max() + size, rest.abs())
+
+
+def _scaled(weight: Tensor, stats: InputStats) -> tuple[Metric, Tensor, Tensor]:
+    """The metric, A = W diag(rms x) and rms x [K]; inputs that were always zero count as in the damped metric."""
+    space = metric(stats.gram)
+    rms = stats.diagonal.to(weight).sqrt()
+    scale = torch.where(rms > 0, rms, space.scale)
+    return space, weight * scale, scale
+
+
+def _low_rank(A: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if not rank:
+        return None, None, None
+    P, V = truncated_svd(A, rank, 4 if start is None else 1, start=start)
+    return P, V, V
+
+
+def _finished(
+    weight: Tensor,
+    space: Metric,
+    S: Tensor,
+    mask: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    scale: Tensor,
+    config: OatsConfig | SslcConfig,
+) -> Decomposition:
+    """From S in the weight's coordinates and P Q^T in those of A."""
+    d = space.scale
+    Q = None if Q is None else Q / scale[:, None] * d[:, None]
+    return finish(weight * d, space, S * d, mask, P, Q, config, config.polish)

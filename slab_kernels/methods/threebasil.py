@@ -1,0 +1,135 @@
+"""3BASiL (arXiv 2603.01376) and, with no low-rank part, ALPS (arXiv 2406.07831): pruning by ADMM in the Gram metric.
+
+min tr((T - S - L) G (T - S - L)^T) with S = D, D in the pattern, rank L <= r, in unit-diagonal coordinates. An iteration, in
+the paper's order S, D, V, L:
+
+    S = [(T - L) G - V + rho D] (G + rho I)^-1      D = P(S + V / rho)      V += rho (S - D)      L = truncation of T - S
+
+The first is written (T - L) + [rho (D - T + L) - V] (G + rho I)^-1: one N x K x K product an iteration instead of two.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calibration import InputStats
+from ..format import Decomposition
+from .config import Config
+from .finish import finish
+from .masks import Pattern, select
+from .metric import Metric, metric
+
+RESTART = 5.0  # rho is divided by this when nothing moved, and the run starts again
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How rho grows: checked every `every` iterations by the share of kept positions that moved since the last check.
+
+    above 10 % times factors[0], above 0.5 % times factors[1], otherwise times factors[2].
+    """
+
+    every: int = 10
+    factors: tuple[float, float, float] = (1.10, 1.05, 1.02)
+
+
+SCHEDULES = {"threebasil": Schedule(), "alps": Schedule(3, (1.3, 1.2, 1.1))}
+
+
+@dataclass(frozen=True)
+class ThreeBasilConfig(Config):
+    """damping, relative_damping: b and a of H + diag(a diag(H) + b mean(diag H)), 0.005 both in the paper.
+    rho: to start with.  stable: stop once fewer kept positions than this share move between two checks, after 100 iterations.
+    iterations: at most; a run that ends there warns, since one stopped early is worse than simpler methods.
+    polish: rounds after the ADMM, each kept values and adapter solved again for the chosen positions, and, where the states
+        of a group can be enumerated, positions swapped one group at a time; 0 is the paper's result.
+    """
+
+    damping: float = 0.005
+    relative_damping: float = 0.005
+    rho: float = 0.1
+    stable: float = 3e-4
+    iterations: int = 2000
+    polish: int = 3
+
+
+class Split(NamedTuple):
+    """D [N,K] in the pattern, mask [N,K] bool, P [N,r], Q [K,r] (None for r = 0), all unit-diagonal; iterations taken."""
+
+    D: Tensor
+    mask: Tensor
+    P: Tensor | None
+    Q: Tensor | None
+    iterations: int
+
+
+def threebasil(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decomposition:
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T (algorithm 1); integer values are rounded afterwards, then polished."""
+    space = metric(stats.gram, config.damping, config.relative_damping)
+    T = weight * space.scale
+    split = admm(T, space, config.parsed, config, SCHEDULES["threebasil"], config.adapter_rank)
+    return finish(T, space, split.D, split.mask, split.P, split.Q, config, config.polish)
+
+
+def alps(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decomposition:
+    """weight [N,K] fp32, Gram matrix -> S: the ADMM, then kept values by conjugate gradients on the mask (section 3.3)."""
+    space = metric(stats.gram, config.damping, config.relative_damping)
+    T = weight * space.scale
+    split = admm(T, space, config.parsed, config, SCHEDULES["alps"])
+    return finish(T, space, split.D, split.mask, None, None, config, max(1, config.polish), swap=config.polish > 0)
+
+
+def admm(T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, schedule: Schedule, rank: int = 0) -> Split:
+    """The loop above for T [N,K] in the unit-diagonal coordinates of `space`, from L = 0, D = P(T), V = 0."""
+    rho = config.rho
+    while True:
+        result, moved = _run(T, space, pattern, config, schedule, rank, rho)
+        if moved or rho < 1e-6:
+            return result
+        rho /= RESTART  # so large that D never left its first support
+
+
+def _run(
+    T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, schedule: Schedule, rank: int, rho: float
+) -> tuple[Split, bool]:
+    """One run; False if no kept position moved before the first check, so that rho has to be smaller."""
+    mask = select(T.abs(), pattern)
+    checked, D, V = mask, T.masked_fill(~mask, 0.0), torch.zeros_like(T)
+    P = Q = basis = None
+    rest, inverse, started = T, space.inverse(rho), False  # rest: T - L
+    first = schedule.factors[0]
+    for iteration in range(1, config.iterations + 1):
+        S = torch.addmm(rest, rho * (D - rest) - V, inverse)
+        Y = S + V / rho
+        mask = select(Y.abs(), pattern)
+        D = torch.where(mask, Y, 0.0)
+        V += rho * (S - D)
+        if rank:
+            P, Q, basis = space.truncate(T - S, rank, basis, iterations=1 if basis is not None else 4)
+            rest = torch.addmm(T, P, Q.T, alpha=-1)
+        if iteration % schedule.every:
+            continue
+        share = int((mask & ~checked).sum()) / int(mask.sum())
+        checked = mask
+        if share == 0 and not started:
+            return Split(D, mask, P, Q, iteration), False
+        started = started or share > 0.005
+        if (started and share == 0) or (iteration >= 100 and share < config.stable):
+            break
+        factor = first if share > 0.1 else schedule.factors[1] if share > 0.005 else schedule.factors[2]
+        rho *= factor
+        inverse = space.inverse(rho)
+    else:
+        warnings.warn(
+            f"ADMM had not settled after iterations={config.iterations}: {share:.2%} of the kept positions still moved; allow more",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    if rank:
+        P, Q, basis = space.truncate(T - D, rank, basis)
+    return Split(D, mask, P, Q, iteration), True
