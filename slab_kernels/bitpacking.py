@@ -1,4 +1,4 @@
-"""Bits and nibbles of the packed form: 2:4 metadata, sign bits and int4 values as uint8 tensors.
+"""Bits and nibbles of the packed form: 2:4 metadata, sign bits, int4 and int3 values as uint8 tensors.
 
 Everything here is arithmetic on plain tensors, exact on every device. The layout is stated in the README ("The format
 in bytes"); `csrc/format.h` is the same layout for C++ and CUDA.
@@ -81,6 +81,53 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """Inverse of `pack_int4`: [N, Kp/4] uint8 -> [N, Kp/2] int8."""
     q = _split_nibbles(packed).to(torch.int8)
     return q - 16 * (q > 7).to(torch.int8)
+
+
+def pack_int3(q: Tensor) -> Tensor:
+    """[N, Kp/2] integers in [-4, 3] -> [N, 3 Kp/16] uint8: eight values, 16 inputs, in three bytes; value i in bits 3i .. 3i+2."""
+    eight = (q.to(torch.int64) & 7).unflatten(-1, (-1, 8))
+    word = (eight << 3 * torch.arange(8, device=q.device)).sum(-1, keepdim=True)
+    return (word >> 8 * torch.arange(3, device=q.device) & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack_int3(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int3`: [N, 3 Kp/16] uint8 -> [N, Kp/2] int8."""
+    three = packed.unflatten(-1, (-1, 3)).to(torch.int64)
+    word = (three << 8 * torch.arange(3, device=packed.device)).sum(-1, keepdim=True)
+    q = (word >> 3 * torch.arange(8, device=packed.device) & 7).to(torch.int8).flatten(-2)
+    return q - 8 * (q > 3).to(torch.int8)
+
+
+def pack_planes(odd: Tensor, planes: int) -> Tensor:
+    """Levels of pruned entries, [N, Kp/2] odd integers within +-(2^planes - 1) -> [N, planes Kp/16] uint8.
+
+    Plane p counts 2^(planes-1-p), negative where its bit is set; the bytes of a unit of 16 inputs follow each other, the
+    largest plane first.
+    """
+    index = (2**planes - 1 - odd.to(torch.int64)) >> 1  # 0 is the largest level; its bits, the highest first, are the planes
+    bits = [pack_signs((index >> planes - 1 - p & 1).bool()) for p in range(planes)]
+    return torch.stack(bits, -1).flatten(-2)
+
+
+def unpack_planes(signs: Tensor, planes: int) -> Tensor:
+    """Inverse of `pack_planes`: [N, planes Kp/16] uint8 -> [N, Kp/2] int8."""
+    odd = torch.zeros((), dtype=torch.int8, device=signs.device)
+    for p, plane in enumerate(signs.unflatten(-1, (-1, planes)).unbind(-1)):
+        odd = odd + 2 ** (planes - 1 - p) * (1 - 2 * unpack_signs(plane).to(torch.int8))
+    return odd
+
+
+INTEGER_PACKING = {"int4": (pack_int4, unpack_int4), "int3": (pack_int3, unpack_int3)}  # of the types below a byte
+
+
+def unpack_values(values: Tensor, value_type: str) -> Tensor:
+    """Stored values -> [N, Kp/2] as their dtype says; int4 and int3 as int8."""
+    return INTEGER_PACKING[value_type][1](values) if value_type in INTEGER_PACKING else values
+
+
+def pack_values(q: Tensor, value_type: str) -> Tensor:
+    """Inverse of `unpack_values`."""
+    return INTEGER_PACKING[value_type][0](q) if value_type in INTEGER_PACKING else q
 
 
 def gather_positions(dense: Tensor, first: Tensor, second: Tensor) -> Tensor:

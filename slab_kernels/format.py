@@ -20,6 +20,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     INTEGER_RANGES,
     MAX_PLANES,
     TENSOR_NAMES,
+    VALUE_BYTES,
     VALUE_TYPES,
     DtypeError,
     FormatError,
@@ -43,8 +44,9 @@ class Decomposition:
     """W ~= S + (U V^T) * B + P Q^T as dense tensors on one device; what every method returns.
 
     S [N,K] float, zero outside `mask` [N,K] bool (a kept value may be 0.0: kept is what the mask says, never what the
-    value is). U [N,R], V [K,R], B [N,K] int8 in {+1,-1}, and 0 on kept positions of an already folded decomposition.
-    P [N,R'], Q [K,R']. If the folded kept values lie on an integer grid, `values` is "int8" or "int4", `scales`
+    value is). U [N,R], V [K,R], B [N,K] int8, in units of the last of `planes` signs: odd, within +-(2^planes - 1), so +1 or -1
+    for one plane; and 0 on kept positions of an already folded decomposition.
+    P [N,R'], Q [K,R']. If the folded kept values lie on an integer grid, `values` is "int8", "int4" or "int3", `scales`
     [N, ceil(K/group_size)] (or [N,1] when group_size is None) the step sizes.
     """
 
@@ -165,7 +167,7 @@ class PackedWeight:
         values: str = "fp16",
         group_size: int | None = None,
     ) -> PackedWeight:
-        """Check everything, then build. Ranks are read off U and P.
+        """Check everything, then build. Ranks are read off U and P, planes off signs.
 
         Raises: a FormatError subclass named after the first defect found.
         """
@@ -180,9 +182,12 @@ class PackedWeight:
         if factor not in names:
             raise DtypeError(f"U or P is {factor}, expected one of {', '.join(map(str, names))}")
         ranks = {name: tensors[name].shape[1] if name in tensors else 0 for name in ("U", "P")}
-        layout = PackedLayout(
-            out_features, in_features, values, group_size, ranks["U"], ranks["P"], factors=names[factor]
-        )
+        layout = PackedLayout(out_features, in_features, values, group_size, ranks["U"], ranks["P"], names[factor])
+        if "signs" in tensors and layout.rank and tensors["signs"].dim() == 2:
+            units = layout.padded_in_features // 16
+            planes = tensors["signs"].shape[1] // units
+            if 1 < planes <= MAX_PLANES and planes * units == tensors["signs"].shape[1]:
+                layout = replace(layout, planes=planes)
         check_tensors(tensors, layout)
         return cls(layout=layout, **tensors)
 
@@ -219,7 +224,7 @@ def pack(
     scales. Groups with fewer than two kept entries are filled from the lowest free position.
 
     Args:
-        values: "fp16", "bf16", "int8" or "int4".
+        values: "fp16", "bf16", "int8", "int4" or "int3".
         group_size: inputs a scale, 32, 64, 128 or None (one scale a row); ignored for fp16 and bf16.
 
     Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit, ValueTypeError, ShapeError.
@@ -232,7 +237,7 @@ def pack(
         raise ValueTypeError(f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}")
     rank = 0 if decomposition.U is None else decomposition.U.shape[1]
     adapter_rank = 0 if decomposition.P is None else decomposition.P.shape[1]
-    layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, factor_names[factor_dtype])
+    layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, factor_names[factor_dtype], decomposition.planes)
     Kp = layout.padded_in_features
 
     d = decomposition
@@ -245,11 +250,14 @@ def pack(
     parts = {"metadata": metadata}
     parts["values"], parts["scales"] = _encode_values(kept, d, layout)
     if rank:
-        sign = _pad(d.B.to(torch.int8), Kp, fill=1)
-        pruned = bits.gather_positions(sign, *bits.pruned_positions(i0, i1))
+        most = 2**layout.planes - 1
+        level = _pad(d.B.to(torch.int8), Kp, fill=most)
+        pruned = bits.gather_positions(level, *bits.pruned_positions(i0, i1))
         if bool((pruned == 0).any()):
             raise PatternError(f"B is 0 on {int((pruned == 0).sum())} pruned positions; it must be +1 or -1 there")
-        parts["signs"] = bits.pack_signs(pruned < 0)
+        if bool(((pruned & 1 == 0) | (pruned.abs() > most)).any()):
+            raise PatternError(f"B holds {int(pruned.abs().max())} at most; with planes={layout.planes} it is odd and within +-{most}")
+        parts["signs"] = bits.pack_planes(pruned, layout.planes)
         U, V = round_factors(d.U, d.V, factor_dtype)
         parts["U"], parts["V"] = U.to(factor_dtype), _pad_rows(V.to(factor_dtype), Kp)
     if adapter_rank:
@@ -262,15 +270,16 @@ def unpack(packed: PackedWeight) -> Decomposition:
     """Exactly what is stored, as a folded Decomposition in fp32: `pack(unpack(p), ...)` gives p back bit for bit."""
     layout, K = packed.layout, packed.in_features
     i0, i1 = bits.kept_positions(packed.metadata)
-    kept = (bits.unpack_int4(packed.values) if layout.values == "int4" else packed.values).float()
+    kept = bits.unpack_values(packed.values, layout.values).float()
     if packed.scales is not None:
         per_group = kept.shape[1] // packed.scales.shape[1]
         kept = (kept.unflatten(1, (-1, per_group)) * packed.scales.float()[..., None]).flatten(1)
     mask = bits.unpack_mask(packed.metadata)[:, :K]
     parts = {"S": bits.scatter_positions(kept, i0, i1)[:, :K], "mask": mask}
     if packed.signs is not None:
-        sign = 1 - 2 * bits.unpack_signs(packed.signs).to(torch.int8)
-        parts["B"] = bits.scatter_positions(sign, *bits.pruned_positions(i0, i1))[:, :K]
+        level = bits.unpack_planes(packed.signs, layout.planes)
+        parts["B"] = bits.scatter_positions(level, *bits.pruned_positions(i0, i1))[:, :K]
+        parts["planes"] = layout.planes
         parts["U"], parts["V"] = packed.U.float(), packed.V[:K].float()
     if packed.P is not None:
         parts["P"], parts["Q"] = packed.P.float(), packed.Q[:K].float()
@@ -309,7 +318,7 @@ def _encode_values(kept: Tensor, d: Decomposition, layout: PackedLayout) -> tupl
         scales = (groups.abs().amax(-1) / high).to(torch.bfloat16)
     scales = torch.where(scales == 0, 1.0, scales).to(torch.bfloat16)
     q = (groups / scales.float()[..., None]).round().clamp(low, high).flatten(1).to(torch.int8)
-    return (bits.pack_int4(q) if layout.values == "int4" else q), scales
+    return bits.pack_values(q, layout.values), scales
 
 
 def _pad(t: Tensor, width: int, fill: int = 0) -> Tensor:

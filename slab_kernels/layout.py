@@ -10,9 +10,12 @@ from torch import Tensor
 
 from . import bitpacking as bits
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GROUP_SIZES = (32, 64, 128)
-VALUE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8, "int3": torch.uint8}
+VALUE_TYPES = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8, "int3": torch.uint8,
+}  # fmt: skip
+VALUE_BYTES = {"fp16": 8, "bf16": 8, "int8": 8, "int4": 4, "int3": 3}  # of the stored tensor's entries, for 16 inputs
 FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
 MAX_PLANES = 3  # signs that a pruned entry may have
@@ -79,10 +82,11 @@ class PackedLayout:
     out_features: int
     in_features: int
     values: str = "fp16"
-    group_size: int | None = None  # int8 / int4 only; None = one scale a row
+    group_size: int | None = None  # integers only; None = one scale a row
     rank: int = 0  # columns of U, V; 0 = no sign term
     adapter_rank: int = 0  # columns of P, Q; 0 = no adapter
     factors: str = "fp16"
+    planes: int = 1  # signs of a pruned entry
 
     def __post_init__(self):
         if not isinstance(self.values, str) or self.values not in VALUE_TYPES:
@@ -92,7 +96,7 @@ class PackedLayout:
         takes_groups = self.values in INTEGER_RANGES and type(self.group_size) is int and self.group_size in GROUP_SIZES
         if self.group_size is not None and not takes_groups:
             raise ValueTypeError(
-                f"group_size={self.group_size!r} with values={self.values!r}: int8 and int4 take 32, 64, 128 or None "
+                f"group_size={self.group_size!r} with values={self.values!r}: int8, int4 and int3 take 32, 64, 128 or None "
                 "(one scale a row), fp16 and bf16 only None"
             )
         for name in ("out_features", "in_features"):
@@ -103,6 +107,10 @@ class PackedLayout:
             size = getattr(self, name)
             if type(size) is not int or not 0 <= size <= MAX_FEATURES:
                 raise ShapeError(f"{name}={size!r} must be an integer between 0 and {MAX_FEATURES}")
+        if type(self.planes) is not int or not 1 <= self.planes <= MAX_PLANES:
+            raise ShapeError(f"planes={self.planes!r} must be an integer between 1 and {MAX_PLANES}")
+        if not self.rank:
+            object.__setattr__(self, "planes", 1)
         if not self.rank and not self.adapter_rank:
             object.__setattr__(self, "factors", "fp16")  # there are none: layouts that mean the same compare equal
 
@@ -119,13 +127,13 @@ class PackedLayout:
         """Name -> (dtype, shape) of every tensor of this layout."""
         N, Kp, factor = self.out_features, self.padded_in_features, FACTOR_TYPES[self.factors]
         table = {
-            "values": (VALUE_TYPES[self.values], (N, Kp // 4 if self.values == "int4" else Kp // 2)),
+            "values": (VALUE_TYPES[self.values], (N, Kp * VALUE_BYTES[self.values] // 16)),
             "metadata": (torch.uint8, (N, Kp // 8)),
         }
         if self.values in INTEGER_RANGES:
             table["scales"] = (torch.bfloat16, (N, Kp // self.group_size if self.group_size else 1))
         if self.rank:
-            table["signs"] = (torch.uint8, (N, Kp // 16))
+            table["signs"] = (torch.uint8, (N, Kp // 16 * self.planes))
             table["U"] = (factor, (N, self.rank))
             table["V"] = (factor, (Kp, self.rank))
         if self.adapter_rank:
@@ -205,7 +213,7 @@ def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     if K == Kp:
         return
     i0, i1 = bits.kept_positions(tensors["metadata"])
-    entries = bits.unpack_int4(tensors["values"]) if layout.values == "int4" else tensors["values"]
+    entries = bits.unpack_values(tensors["values"], layout.values)
     first = -(-K // 4)  # groups from here on hold padding alone
     dirty = bool(((i0 != 0) | (i1 != 1))[:, first:].any())
     if K % 4:  # the last real group keeps padding only where it has fewer than two real inputs
@@ -214,7 +222,8 @@ def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     for name in ("V", "Q"):
         dirty = dirty or (name in tensors and bool((tensors[name][K:] != 0).any()))
     if "signs" in tensors:
-        negative = bits.unpack_signs(tensors["signs"])
-        dirty = dirty or bool(bits.scatter_positions(negative, *bits.pruned_positions(i0, i1))[:, K:].any())
+        most = 2**layout.planes - 1  # what padding holds: every sign positive
+        lower = most - bits.unpack_planes(tensors["signs"], layout.planes)
+        dirty = dirty or bool(bits.scatter_positions(lower, *bits.pruned_positions(i0, i1))[:, K:].any())
     if dirty:
         raise PaddingError(f"padding beyond in_features={K} must be zero (nibble 4, sign bits 0)")

@@ -136,6 +136,8 @@ class SlabLinear(nn.Module):
         text = f"in_features={layout.in_features}, out_features={layout.out_features}, values={layout.values}"
         if layout.group_size:
             text += f", group_size={layout.group_size}"
+        if layout.planes > 1:
+            text += f", planes={layout.planes}"
         text += f", rank={layout.rank}, adapter_rank={layout.adapter_rank}, bias={self.bias is not None}"
         return f"{text}, {layout.bits_per_weight():.2f} bits per weight"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .format import FACTOR_TYPES, VALUE_TYPES, PackedLayout, PackedWeight
+from .format import FACTOR_TYPES, VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight
 
 _REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
@@ -32,8 +32,9 @@ def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) 
     """A PackedWeight around the op's tensor arguments; sizes and types are read off the tensors."""
     parts = dict(zip(TENSOR_ARGUMENTS, tensors, strict=True))
     values, scales, U, P = parts["values"], parts["scales"], parts["U"], parts["P"]
-    value_type = next(name for name, dtype in VALUE_TYPES.items() if dtype == values.dtype)
     Kp = parts["metadata"].shape[1] * 8
+    width = 16 * values.shape[1] // Kp  # of 16 inputs: tells int4 from int3
+    value_type = next(name for name, dtype in VALUE_TYPES.items() if (dtype, VALUE_BYTES[name]) == (values.dtype, width))
     group_size = None if scales is None or scales.shape[1] == 1 else Kp // scales.shape[1]
     factor = U if U is not None else P
     factors = next((name for name, dtype in FACTOR_TYPES.items() if factor is not None and dtype == factor.dtype), "fp16")
@@ -45,6 +46,7 @@ def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) 
         0 if U is None else U.shape[1],
         0 if P is None else P.shape[1],
         factors,
+        1 if parts["signs"] is None else 16 * parts["signs"].shape[1] // Kp,
     )
     return PackedWeight(layout, **parts)
 

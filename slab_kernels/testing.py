@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from . import bitpacking as bits
-from .format import INTEGER_RANGES, PackedLayout, PackedWeight
+from .format import INTEGER_RANGES, PackedLayout, PackedWeight, plane_unit
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257)
 RANKS = (0, 1, 2, 4)
 ADAPTER_RANKS = (0, 16, 100)
 # [N, K] with tails in every direction: below one group, off a byte of signs, off a SIMD block, several scale groups.
 SHAPES = ((1, 3), (5, 7), (16, 64), (17, 172), (33, 260), (64, 256), (100, 388))
-VALUE_LAYOUTS = (("fp16", None), ("bf16", None), ("int8", 128), ("int8", None), ("int4", 32), ("int4", 128))
+VALUE_LAYOUTS = (("fp16", None), ("bf16", None), ("int8", 128), ("int8", None), ("int4", 32), ("int4", 128), ("int3", 32))
 # Unit round-off of what a kernel may lose on its way: fp32 accumulation, then one rounding to the output type.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 
@@ -49,15 +49,16 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
         low, high = INTEGER_RANGES[layout.values]
         q = torch.randint(low, high + 1, (N, Kp // 2), generator=generator, dtype=torch.int8)
         q *= kept_real
-        parts["values"] = bits.pack_int4(q) if layout.values == "int4" else q
+        parts["values"] = bits.pack_values(q, layout.values)
         scales = torch.rand(table["scales"][1], generator=generator) * 0.02 / high + 0.01 / high
         parts["scales"] = (torch.ones_like(scales) if integers else scales).to(torch.bfloat16)
     else:
         values = normal((N, Kp // 2), 0.02)
         parts["values"] = torch.where(kept_real, values, 0.0).to(table["values"][0])
     if layout.rank:
-        signs = torch.randint(0, 256, (N, Kp // 16), generator=generator, dtype=torch.uint8)
-        parts["signs"] = bits.pack_signs(bits.unpack_signs(signs) & pruned_real)
+        signs = torch.randint(0, 256, (N, Kp // 16 * layout.planes), generator=generator, dtype=torch.uint8)
+        level = torch.where(pruned_real, bits.unpack_planes(signs, layout.planes), 2**layout.planes - 1)
+        parts["signs"] = bits.pack_planes(level, layout.planes)
     for rank, left, right in ((layout.rank, "U", "V"), (layout.adapter_rank, "P", "Q")):
         if rank:
             dtype = table[left][0]
@@ -94,8 +95,8 @@ def _decomposition64(packed: PackedWeight) -> dict[str, Tensor]:
 
     d = unpack(packed)
     zero = torch.zeros_like(d.S, dtype=torch.float64)
-    L = zero if d.U is None else (d.U.double() @ d.V.double().T) * d.B
-    L_size = zero if d.U is None else (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs()
+    L = zero if d.U is None else (d.U.double() @ d.V.double().T) * d.B * plane_unit(d.planes)
+    L_size = zero if d.U is None else (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs() * plane_unit(d.planes)
     A = zero if d.P is None else d.P.double() @ d.Q.double().T
     A_size = zero if d.P is None else d.P.double().abs() @ d.Q.double().abs().T
     return {"S": d.S.double(), "L": L, "L_size": L_size, "A": A, "A_size": A_size}

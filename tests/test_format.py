@@ -78,6 +78,14 @@ def test_bit_packers_are_inverse(data):
     assert torch.equal(bits.pack_signs(bits.unpack_signs(signs)), signs)
     q = torch.randint(-8, 8, (N, Kp // 2), generator=g, dtype=torch.int8)
     assert torch.equal(bits.unpack_int4(bits.pack_int4(q)), q)
+    q = torch.randint(-4, 4, (N, Kp // 2), generator=g, dtype=torch.int8)
+    assert torch.equal(bits.unpack_int3(bits.pack_int3(q)), q)
+    for planes in (1, 2, 3):
+        stored = torch.randint(0, 256, (N, planes * Kp // 16), generator=g, dtype=torch.uint8)
+        odd = bits.unpack_planes(stored, planes)
+        assert bool((odd % 2 != 0).all()) and int(odd.abs().max()) < 2**planes
+        assert torch.equal(bits.pack_planes(odd, planes), stored)
+    assert torch.equal(bits.unpack_planes(signs, 1), 1 - 2 * bits.unpack_signs(signs).to(torch.int8))
 
 
 # ---- golden bytes: the README's spec, worked by hand ----
@@ -108,6 +116,46 @@ def test_golden_bytes_int4():
     # absolute maximum 7 over a range of 7: step 1. Nibbles two's complement, first kept value low.
     assert bytes(p.values.flatten().tolist()).hex() == "e1" + "03" + "97" + "f4"
     assert p.scales.tolist() == [[1.0]]
+
+
+def test_golden_bytes_int3():
+    S = golden().S.clone()
+    S[golden().mask] = torch.tensor([1.0, -2.0, 3.0, -4.0, 2.0, 0.0, -1.0, -3.0])
+    p = fmt.pack(fmt.Decomposition(S=S, mask=golden().mask, scales=torch.ones(1, 1), values="int3"), "int3", None)
+    # two's complement, three bits each, the first value lowest: 001 110 011 100 010 000 111 101
+    word = 0b101_111_000_010_100_011_110_001
+    assert bytes(p.values.flatten().tolist()) == word.to_bytes(3, "little")
+
+
+def test_golden_bytes_of_two_planes():
+    d = golden()
+    B = torch.zeros(1, 16, dtype=torch.int8)
+    B[0, [2, 3, 5, 7, 8, 10, 12, 13]] = torch.tensor([3, -3, 1, -1, 3, 3, -1, 1], dtype=torch.int8)
+    d = fmt.Decomposition(S=d.S, mask=d.mask, U=d.U, V=d.V, B=B, planes=2)
+    p = fmt.pack(d)
+    # B / 2 in magnitudes: plane 0 counts 1, plane 1 counts 1/2; 3 = ++, 1 = +-, -1 = -+, -3 = --; set bits are minus.
+    assert p.signs.tolist() == [[0b01001010, 0b10000110]]
+    low = 0.5 * 0.25
+    assert p.dense()[0, [2, 3, 5, 7, 8, 10, 12, 13]].tolist() == [1.5 * low, -1.5 * low, low / 2, -low / 2, 1.5 * low, 1.5 * low, -low / 2, low / 2]
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+def test_planes_round_trip_slice_and_are_read_off_the_signs(planes):
+    layout = fmt.PackedLayout(9, 52, "int3", 32, rank=2, planes=planes)
+    p = random_packed(layout)
+    fmt.check_tensors(p.tensors(), layout)
+    assert same(fmt.pack(fmt.unpack(p), "int3", 32), p)
+    assert same(fmt.PackedWeight.from_tensors(p.tensors(), 9, 52, "int3", 32), p)
+    assert layout.bits_per_weight(False) == pytest.approx((1 + 1.5 + planes / 2 + 0.5) * 64 / 52)
+    torch.testing.assert_close(p.narrow_in(32, 20).dense(), p.dense()[:, 32:])
+    torch.testing.assert_close(p.narrow_out(3, 4).dense(), p.dense()[3:7])
+    d = fmt.unpack(p)
+    for wrong in (2, 2**planes + 1):
+        B = torch.where(d.mask, 0, wrong).to(torch.int8)
+        with pytest.raises(fmt.PatternError, match=f"planes={planes}"):
+            fmt.pack(fmt.Decomposition(d.S, d.mask, d.U, d.V, B, planes=planes))
+    with pytest.raises(fmt.ShapeError, match="planes=4"):
+        fmt.PackedLayout(9, 52, rank=1, planes=4)
 
 
 # ---- pack and unpack ----

@@ -77,7 +77,7 @@ def test_the_folder(dense, packed):
         "factors": "fp16", "signs": True,
     }  # fmt: skip
     assert described == {
-        "quant_method": "slab_kernels", "format_version": 1, "method": "slab", "pattern": "2:4", "rank": 1,
+        "quant_method": "slab_kernels", "format_version": 2, "method": "slab", "pattern": "2:4", "rank": 1,
         "values": "fp16", "group_size": None,
     }  # fmt: skip
 
@@ -438,9 +438,9 @@ NAME = "model.layers.1.self_attn.k_proj"
             r"'model\.norm\.weight' holds NaN or infinite",
         ),
         (
-            {"config": {"format_version": 2}},
+            {"config": {"format_version": 3}},
             model.VersionError,
-            "format_version 2, this library reads up to 1; update",
+            "format_version 3, this library reads up to 2; update",
         ),
         (
             {"config": {"format_version": "one"}},

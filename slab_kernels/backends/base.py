@@ -29,10 +29,12 @@ class LinearProblem:
     adapter_rank: int = 0
     dtype: torch.dtype = torch.float32  # of the activations
     device: str = "cpu"
+    planes: int = 1
 
     def describe(self) -> str:
         """The problem in words, for messages."""
         terms = f"{self.N}x{self.K} with {self.values} values, rank {self.rank}, adapter rank {self.adapter_rank}"
+        terms += f", {self.planes} sign planes" if self.planes > 1 else ""
         return f"{terms}, {str(self.dtype).removeprefix('torch.')} activations on {self.device}"
 
     @classmethod
@@ -47,6 +49,7 @@ class LinearProblem:
             layout.adapter_rank,
             dtype,
             device,
+            layout.planes,
         )
 
 
@@ -58,7 +61,7 @@ def differences(parts: Sequence[PackedWeight]) -> str | None:
     if not 1 <= len(parts) <= MAX_PARTS:
         return f"one launch takes 1 to {MAX_PARTS} weights, not {len(parts)}"
     for part in parts[1:]:
-        for name in ("in_features", "values", "group_size", "rank", "adapter_rank"):
+        for name in ("in_features", "values", "group_size", "rank", "adapter_rank", "planes"):
             mine, first = getattr(part.layout, name), getattr(parts[0].layout, name)
             if mine != first:
                 return f"weights of one launch must agree in {name}, but these have {first} and {mine}"

@@ -56,6 +56,8 @@ class CpuBackend(Backend):
             reasons.append(f"activations must be float32, bfloat16 or float16, not {problem.dtype}")
         if problem.values not in VALUE_CODES:
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(VALUE_CODES)}")
+        if problem.planes > 1:
+            reasons.append(f"it runs one sign plane, not {problem.planes}")
         return reasons
 
     def missing(self, device: str) -> str | None:

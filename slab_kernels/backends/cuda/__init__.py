@@ -47,6 +47,8 @@ class CudaBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
+        if problem.planes > 1:
+            reasons.append(f"it runs one sign plane, not {problem.planes}")
         if problem.device != "cuda":
             reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
         elif capability and capability < OLDEST:
