@@ -24,11 +24,12 @@ struct Lookup {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
   }
 
-  // T tokens x B row blocks share the tables of a group and the decoded codes and values.
-  template <int VT, int R, int T, int B>
+  // T tokens x B row blocks share the tables of a group and the decoded codes, levels and values. P: planes, 0 with R = 0.
+  template <int VT, int R, int P, int T, int B>
   static void lookup_blocks(const CpuWeight& w, const CpuTokens& t, int64_t rb, int64_t token) {
     constexpr int S = B * kStrips;
     constexpr bool scaled = is_integer(VT);
+    constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;  // of a group
     const int64_t padded = w.k_blocks * kInputs, size = w.block_size, row_bytes = w.k_blocks * size;
     const uint8_t* const base = w.stream + rb * row_bytes;
     F acc[T][S], low[T][S][R ? R : 1];
@@ -41,19 +42,22 @@ struct Lookup {
     const float* const xv = t.xv + token * R * padded;
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       typename Stream<V>::Block blocks[S];
-      I signs[S];
+      I signs[S], levels[S];
       F sum[T][S];
       for (int s = 0; s < S; ++s) {
         const uint8_t* const at = base + s / kStrips * row_bytes + kb * size;
         if (s % kStrips == 0) prefetch(at + kAhead, size);
-        blocks[s] = Stream<V>::block_at(at, s % kStrips, VT, R > 0);
-        if constexpr (R > 0) signs[s] = V::load_words(blocks[s].signs);
+        blocks[s] = Stream<V>::block_at(at, s % kStrips, VT, P);
+        if constexpr (P > 0) signs[s] = V::load_words(blocks[s].signs);
         if constexpr (scaled)
           for (int i = 0; i < T; ++i) sum[i][s] = V::zero();
       }
       for (int word = 0; word < kGroups / 8; ++word) {
         I codes[S];
         for (int s = 0; s < S; ++s) codes[s] = V::load_words(blocks[s].codes + 64 * word);
+        if constexpr (P > 1)
+          if (8 * word * kLevelBits % 32 == 0)
+            for (int s = 0; s < S; ++s) levels[s] = V::load_words(blocks[s].levels + 64 * (8 * word * kLevelBits / 32));
         for (int half = 0; half < 2; ++half) {
           I nibbles[S];
           if constexpr (VT == kInt4)
@@ -64,9 +68,14 @@ struct Lookup {
             const int64_t k = kb * kInputs + kGroup * g;
             typename V::Kept kept[T];
             typename V::Pruned pruned[T][R ? R : 1];
+            typename V::Kept apart[T][R ? R : 1];
             for (int i = 0; i < T; ++i) {
               kept[i] = V::kept_table(x + i * padded + k);
-              for (int r = 0; r < R; ++r) pruned[i][r] = V::pruned_table(xv + (i * R + r) * padded + k);
+              for (int r = 0; r < R; ++r) {
+                const float* const at = xv + (i * R + r) * padded + k;
+                if constexpr (P == 1) pruned[i][r] = V::pruned_table(at);
+                if constexpr (P > 1) apart[i][r] = V::apart_table(at);
+              }
             }
             for (int s = 0; s < S; ++s) {
               F first, second;
@@ -84,11 +93,20 @@ struct Lookup {
                 to = V::fma(first, V::first(kept[i], codes[s]), to);
                 to = V::fma(second, V::second(kept[i], codes[s]), to);
               }
-              if constexpr (R > 0) {
+              if constexpr (P == 1)
                 for (int i = 0; i < T; ++i)
                   for (int r = 0; r < R; ++r) low[i][s][r] = low[i][s][r] + V::pruned(pruned[i][r], codes[s], signs[s]);
-                signs[s] = signs[s] << 1;
+              if constexpr (P > 1) {
+                const typename V::Factors c = V::template factors<P>(codes[s], signs[s], levels[s]);
+                for (int i = 0; i < T; ++i)
+                  for (int r = 0; r < R; ++r) {
+                    F& to = low[i][s][r];
+                    to = V::fma(c.first, V::first(apart[i][r], codes[s]), to);
+                    to = V::fma(c.second, V::second(apart[i][r], codes[s]), to);
+                  }
+                levels[s] = levels[s] >> kLevelBits;
               }
+              if constexpr (P > 0) signs[s] = signs[s] << 1;
               codes[s] = codes[s] >> 4;
             }
           }
@@ -125,7 +143,7 @@ struct Lookup {
       }
   }
 
-  template <int VT, int R>
+  template <int VT, int R, int P>
   static void lookup_range(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
     constexpr int B = V::kLookupBlocks;
     for (int64_t rb = begin; rb < end;) {
@@ -133,26 +151,34 @@ struct Lookup {
       int64_t token = 0;
       for (; token + 2 <= t.count; token += 2) {
         if (wide)
-          for (int b = 0; b < B; b += V::kPairBlocks) lookup_blocks<VT, R, 2, V::kPairBlocks>(w, t, rb + b, token);
+          for (int b = 0; b < B; b += V::kPairBlocks) lookup_blocks<VT, R, P, 2, V::kPairBlocks>(w, t, rb + b, token);
         else
-          lookup_blocks<VT, R, 2, 1>(w, t, rb, token);
+          lookup_blocks<VT, R, P, 2, 1>(w, t, rb, token);
       }
       if (token < t.count) {
         if (wide)
-          lookup_blocks<VT, R, 1, B>(w, t, rb, token);
+          lookup_blocks<VT, R, P, 1, B>(w, t, rb, token);
         else
-          lookup_blocks<VT, R, 1, 1>(w, t, rb, token);
+          lookup_blocks<VT, R, P, 1, 1>(w, t, rb, token);
       }
       rb += wide ? B : 1;
+    }
+  }
+  template <int VT, int R>
+  static void lookup_planes(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
+    switch (w.planes) {
+      case 1: return lookup_range<VT, R, 1>(w, t, begin, end);
+      case 2: return lookup_range<VT, R, 2>(w, t, begin, end);
+      case 3: return lookup_range<VT, R, 3>(w, t, begin, end);
     }
   }
   template <int VT>
   static void lookup_rank(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
     switch (w.rank) {
-      case 0: return lookup_range<VT, 0>(w, t, begin, end);
-      case 1: return lookup_range<VT, 1>(w, t, begin, end);
-      case 2: return lookup_range<VT, 2>(w, t, begin, end);
-      case 4: return lookup_range<VT, 4>(w, t, begin, end);
+      case 0: return lookup_range<VT, 0, 0>(w, t, begin, end);
+      case 1: return lookup_planes<VT, 1>(w, t, begin, end);
+      case 2: return lookup_planes<VT, 2>(w, t, begin, end);
+      case 4: return lookup_planes<VT, 4>(w, t, begin, end);
     }
   }
   static void lookup(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {

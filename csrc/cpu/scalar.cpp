@@ -80,24 +80,37 @@ struct Scalar {
     return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0, x[3] - x[2],
              x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
   }
-  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) {
-    return (F)((I)answer(t, code) ^ (flip & 0x80000000u));
+  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) { return signed_by(answer(t, code), flip); }
+  static SLAB_INLINE F signed_by(F v, I bits) { return (F)((I)v ^ (bits & 0x80000000u)); }
+
+  // With more planes: the activations at the two pruned positions, and their factors.
+  static SLAB_INLINE Kept apart_table(const float* x) {
+    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, x[2], x[1], x[1], x[0], x[0], x[0], 0, 0}},
+            {{x[3], x[3], x[2], x[3], x[2], x[1], 0, 0, x[3], x[3], x[2], x[3], x[2], x[1], 0, 0}}};
+  }
+  struct Factors {
+    F first, second;
+  };
+  template <int P>
+  static SLAB_INLINE Factors factors(I code, I flip, I level) {
+    const F one = zero() + 1.0f;
+    if constexpr (P == 1) return {signed_by(one, flip ^ code << 28), signed_by(one, flip)};
+    return {signed_by(size<P>(level), code << 28), signed_by(size<P>(level >> (P - 1)), flip)};
+  }
+  template <int P>
+  static SLAB_INLINE F size(I level) {
+    constexpr float largest = P == 2 ? 1.5f : 1.75f, step = P == 2 ? 1.0f : 0.5f;
+    return largest - step * __builtin_convertvector((S)(level & ((1u << (P - 1)) - 1u)), F);
   }
 
-  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
-    // bits 0..3 first kept at k, 4..7 second kept at k, 8..11 first pruned at k
-    static constexpr uint32_t table[16] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0,
-                                           0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
+  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  static SLAB_INLINE I places(I code) {
+    static constexpr uint32_t table[8] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
     I at;
-    for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 15u];
-    const I other = code << 28;
-    for (int k = 0; k < 4; ++k) {
-      const I sign = (flip ^ (other & ((at << (23 - k))))) & 0x80000000u;
-      const F v = (F)((I)low[k] ^ sign);
-      const S is_first = (S)(at << (31 - k)) >> 31, is_second = (S)(at << (27 - k)) >> 31;
-      out[k] = select(is_first, first, select(is_second, second, v));
-    }
+    for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 7u];
+    return at;
   }
+  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) { return select((S)(bits << (31 - bit)) >> 31, yes, no); }
 
   static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
     const I bits = (I)v;

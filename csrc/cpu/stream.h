@@ -24,13 +24,14 @@ struct Stream {
   static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
 
   struct Block {  // one strip of one block
-    const uint8_t *signs, *codes, *values, *scales;
+    const uint8_t *signs, *levels, *codes, *values, *scales;
   };
-  static SLAB_INLINE Block block_at(const uint8_t* block, int strip, int values, bool has_signs) {
+  static SLAB_INLINE Block block_at(const uint8_t* block, int strip, int values, int planes) {
     Block b;
     b.signs = block + 4 * kLanes * strip;
-    b.codes = block + sign_bytes(has_signs) + 4 * kLanes * strip;
-    b.values = block + sign_bytes(has_signs) + code_bytes();
+    b.levels = b.signs + sign_bytes(planes);
+    b.codes = b.levels + level_bytes(planes);
+    b.values = block + sign_bytes(planes) + level_bytes(planes) + code_bytes();
     b.scales = b.values + value_bytes(values) + 2 * kLanes * strip;
     b.values += kLanes * strip * (values == kInt4 ? 4 : values == kInt8 ? 1 : 2);
     return b;
