@@ -12,11 +12,13 @@ namespace {
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kLookupTokens = 4, kTokens = 6;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 6;
+  static constexpr bool kUnroll = true;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
 
   static SLAB_INLINE F zero() { return _mm256_setzero_ps(); }
+  static SLAB_INLINE F one() { return _mm256_set1_ps(1.0f); }
   static SLAB_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   static SLAB_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static SLAB_INLINE F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -61,23 +63,18 @@ struct Avx2 {
     return signed_by(_mm256_add_ps(second(t, code), one), flip);
   }
 
-  // With more planes: the activations at the two pruned positions, and their factors.
+  // With more planes: what stands at the two pruned positions, r left to the caller.
+  static constexpr bool kSignedTable = false;
   static SLAB_INLINE Kept apart_table(const float* xv) { return pruned_table(xv); }
-  using Factors = Pair;
   template <int P>
-  static SLAB_INLINE Factors factors(I code, I flip, I level) {
-    if constexpr (P == 1)
-      return {signed_by(_mm256_set1_ps(1.0f), flip ^ code << 28), signed_by(_mm256_set1_ps(1.0f), flip)};
-    F one, two;  // vpermilps reads the low 2 bits
+  static SLAB_INLINE Pair sizes(I level) {  // vpermilps reads the low 2 bits
     if constexpr (P == 2) {
-      one = _mm256_permutevar_ps(_mm256_setr_ps(1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f), (__m256i)level);
-      two = _mm256_permutevar_ps(_mm256_setr_ps(1.5f, 1.5f, 0.5f, 0.5f, 1.5f, 1.5f, 0.5f, 0.5f), (__m256i)level);
-    } else {
-      const F table = _mm256_setr_ps(1.75f, 1.25f, 0.75f, 0.25f, 1.75f, 1.25f, 0.75f, 0.25f);
-      one = _mm256_permutevar_ps(table, (__m256i)level);
-      two = _mm256_permutevar_ps(table, (__m256i)(level >> 2));
+      const F first = _mm256_setr_ps(1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f);
+      const F second = _mm256_setr_ps(1.5f, 1.5f, 0.5f, 0.5f, 1.5f, 1.5f, 0.5f, 0.5f);
+      return {_mm256_permutevar_ps(first, (__m256i)level), _mm256_permutevar_ps(second, (__m256i)level)};
     }
-    return {signed_by(one, code << 28), signed_by(two, flip)};
+    const F table = _mm256_setr_ps(1.75f, 1.25f, 0.75f, 0.25f, 1.75f, 1.25f, 0.75f, 0.25f);
+    return {_mm256_permutevar_ps(table, (__m256i)level), _mm256_permutevar_ps(table, (__m256i)(level >> 2))};
   }
 
   // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one

@@ -11,11 +11,13 @@ namespace {
 
 struct Avx512 {
   static constexpr const char* kName = "avx512";
-  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kLookupTokens = 4, kTokens = 12;
+  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kPairRank = 2, kLookupTokens = 4, kTokens = 12;
+  static constexpr bool kUnroll = true;
   using F = __m512;
   typedef uint32_t I __attribute__((vector_size(64)));
 
   static SLAB_INLINE F zero() { return _mm512_setzero_ps(); }
+  static SLAB_INLINE F one() { return _mm512_set1_ps(1.0f); }
   static SLAB_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   static SLAB_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static SLAB_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -56,33 +58,32 @@ struct Avx512 {
     const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
     const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
     const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
-    const F minus = _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
-    return _mm512_add_ps(two, _mm512_xor_ps(one, minus));
+    return _mm512_add_ps(two, _mm512_xor_ps(one, minus()));
+  }
+  static SLAB_INLINE F minus() {  // where r is set
+    return _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
   }
   static SLAB_INLINE F pruned(Pruned t, I code, I flip) {
     return signed_by(_mm512_permutexvar_ps((__m512i)code, t), flip);
   }
 
-  // With more planes: the activations at the two pruned positions, and their factors. Fields are 2 or 4 bits, a table
-  // answers whatever stands above.
+  // With more planes: what stands at the two pruned positions, the first negated where r is set.
+  static constexpr bool kSignedTable = true;
   static SLAB_INLINE Kept apart_table(const float* xv) {
     const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
-    return {_mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0)),
-            _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0))};
+    const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
+    const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
+    return {_mm512_xor_ps(one, minus()), two};
   }
-  using Factors = Kept;
   template <int P>
-  static SLAB_INLINE Factors factors(I code, I flip, I level) {
-    if constexpr (P == 1)
-      return {signed_by(_mm512_set1_ps(1.0f), flip ^ code << 28), signed_by(_mm512_set1_ps(1.0f), flip)};
+  static SLAB_INLINE Kept sizes(I level) {
     const __m512i at = (__m512i)level;
-    const F first = _mm512_permutevar_ps(
-        P == 2 ? _mm512_setr4_ps(1.5f, 0.5f, 1.5f, 0.5f) : _mm512_setr4_ps(1.75f, 1.25f, 0.75f, 0.25f), at);
-    const F second =
-        P == 2 ? _mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 1.5f, 0.5f, 0.5f), at)
-               : _mm512_permutexvar_ps(at, _mm512_setr_ps(1.75f, 1.75f, 1.75f, 1.75f, 1.25f, 1.25f, 1.25f, 1.25f, 0.75f,
-                                                          0.75f, 0.75f, 0.75f, 0.25f, 0.25f, 0.25f, 0.25f));
-    return {signed_by(first, code << 28), signed_by(second, flip)};
+    if constexpr (P == 2)
+      return {_mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 0.5f, 1.5f, 0.5f), at),
+              _mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 1.5f, 0.5f, 0.5f), at)};
+    const F high = _mm512_setr_ps(1.75f, 1.75f, 1.75f, 1.75f, 1.25f, 1.25f, 1.25f, 1.25f, 0.75f, 0.75f, 0.75f, 0.75f,
+                                  0.25f, 0.25f, 0.25f, 0.25f);
+    return {_mm512_permutevar_ps(_mm512_setr4_ps(1.75f, 1.25f, 0.75f, 0.25f), at), _mm512_permutexvar_ps(at, high)};
   }
 
   // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one

@@ -29,7 +29,7 @@ struct Lookup {
   static void lookup_blocks(const CpuWeight& w, const CpuTokens& t, int64_t rb, int64_t token) {
     constexpr int S = B * kStrips;
     constexpr bool scaled = is_integer(VT);
-    constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;  // of a group
+    using Words = typename Stream<V>::template Words<P>;
     const int64_t padded = w.k_blocks * kInputs, size = w.block_size, row_bytes = w.k_blocks * size;
     const uint8_t* const base = w.stream + rb * row_bytes;
     F acc[T][S], low[T][S][R ? R : 1];
@@ -42,28 +42,24 @@ struct Lookup {
     const float* const xv = t.xv + token * R * padded;
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       typename Stream<V>::Block blocks[S];
-      I signs[S], levels[S];
+      Words words[S];
       F sum[T][S];
       for (int s = 0; s < S; ++s) {
         const uint8_t* const at = base + s / kStrips * row_bytes + kb * size;
         if (s % kStrips == 0) prefetch(at + kAhead, size);
         blocks[s] = Stream<V>::block_at(at, s % kStrips, VT, P);
-        if constexpr (P > 0) signs[s] = V::load_words(blocks[s].signs);
+        words[s].start(blocks[s]);
         if constexpr (scaled)
           for (int i = 0; i < T; ++i) sum[i][s] = V::zero();
       }
       for (int word = 0; word < kGroups / 8; ++word) {
-        I codes[S];
-        for (int s = 0; s < S; ++s) codes[s] = V::load_words(blocks[s].codes + 64 * word);
-        if constexpr (P > 1)
-          if (8 * word * kLevelBits % 32 == 0)
-            for (int s = 0; s < S; ++s) levels[s] = V::load_words(blocks[s].levels + 64 * (8 * word * kLevelBits / 32));
+        for (int s = 0; s < S; ++s) words[s].load_eight(blocks[s], word);
         for (int half = 0; half < 2; ++half) {
           I nibbles[S];
           if constexpr (VT == kInt4)
             for (int s = 0; s < S; ++s) nibbles[s] = V::load_words(blocks[s].values + 64 * (2 * word + half));
-#pragma GCC unroll 2
-          for (int j = 0; j < 4; ++j) {
+          // Group `j` of four, of which the words have dropped all but `behind`.
+          const auto group = [&](int j, int behind) __attribute__((always_inline)) {
             const int g = 8 * word + 4 * half + j;
             const int64_t k = kb * kInputs + kGroup * g;
             typename V::Kept kept[T];
@@ -78,11 +74,12 @@ struct Lookup {
               }
             }
             for (int s = 0; s < S; ++s) {
+              Words now = words[s];
+              now.drop(behind);
               F first, second;
               if constexpr (VT == kInt4) {
-                first = V::from_int4(nibbles[s], 0);
-                second = V::from_int4(nibbles[s], 4);
-                nibbles[s] = nibbles[s] >> 8;
+                first = V::from_int4(nibbles[s], 8 * behind);
+                second = V::from_int4(nibbles[s], 8 * behind + 4);
               } else {
                 constexpr int bytes = VT == kInt8 ? 16 : 32;
                 first = V::template load_values<VT>(blocks[s].values + 2 * bytes * g);
@@ -90,25 +87,36 @@ struct Lookup {
               }
               for (int i = 0; i < T; ++i) {
                 F& to = scaled ? sum[i][s] : acc[i][s];
-                to = V::fma(first, V::first(kept[i], codes[s]), to);
-                to = V::fma(second, V::second(kept[i], codes[s]), to);
+                to = V::fma(first, V::first(kept[i], now.codes), to);
+                to = V::fma(second, V::second(kept[i], now.codes), to);
               }
               if constexpr (P == 1)
                 for (int i = 0; i < T; ++i)
-                  for (int r = 0; r < R; ++r) low[i][s][r] = low[i][s][r] + V::pruned(pruned[i][r], codes[s], signs[s]);
+                  for (int r = 0; r < R; ++r)
+                    low[i][s][r] = low[i][s][r] + V::pruned(pruned[i][r], now.codes, now.signs);
               if constexpr (P > 1) {
-                const typename V::Factors c = V::template factors<P>(codes[s], signs[s], levels[s]);
+                const auto size = V::template sizes<P>(now.levels);
+                const F one = V::kSignedTable ? size.first : V::signed_by(size.first, now.codes << 28);
+                const F two = V::signed_by(size.second, now.signs);
                 for (int i = 0; i < T; ++i)
                   for (int r = 0; r < R; ++r) {
                     F& to = low[i][s][r];
-                    to = V::fma(c.first, V::first(apart[i][r], codes[s]), to);
-                    to = V::fma(c.second, V::second(apart[i][r], codes[s]), to);
+                    to = V::fma(one, V::first(apart[i][r], now.codes), to);
+                    to = V::fma(two, V::second(apart[i][r], now.codes), to);
                   }
-                levels[s] = levels[s] >> kLevelBits;
               }
-              if constexpr (P > 0) signs[s] = signs[s] << 1;
-              codes[s] = codes[s] >> 4;
+              if constexpr (!V::kUnroll) {
+                words[s].drop(1);
+                if constexpr (VT == kInt4) nibbles[s] = nibbles[s] >> 8;
+              }
             }
+          };
+          if constexpr (V::kUnroll) {
+            group(0, 0), group(1, 1), group(2, 2), group(3, 3);
+            for (int s = 0; s < S; ++s) words[s].drop(4);
+          } else {
+#pragma GCC unroll 2
+            for (int j = 0; j < 4; ++j) group(j, 0);
           }
         }
         if constexpr (scaled) {
@@ -149,13 +157,14 @@ struct Lookup {
     for (int64_t rb = begin; rb < end;) {
       const bool wide = rb + B <= end;
       int64_t token = 0;
-      for (; token + 2 <= t.count; token += 2) {
-        if (wide)
-          for (int b = 0; b < B; b += V::kPairBlocks) lookup_blocks<VT, R, P, 2, V::kPairBlocks>(w, t, rb + b, token);
-        else
-          lookup_blocks<VT, R, P, 2, 1>(w, t, rb, token);
-      }
-      if (token < t.count) {
+      if constexpr (R <= (P > 1 ? 2 : V::kPairRank))
+        for (; token + 2 <= t.count; token += 2) {
+          if (wide)
+            for (int b = 0; b < B; b += V::kPairBlocks) lookup_blocks<VT, R, P, 2, V::kPairBlocks>(w, t, rb + b, token);
+          else
+            lookup_blocks<VT, R, P, 2, 1>(w, t, rb, token);
+        }
+      for (; token < t.count; ++token) {
         if (wide)
           lookup_blocks<VT, R, P, 1, B>(w, t, rb, token);
         else

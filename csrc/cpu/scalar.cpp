@@ -6,12 +6,14 @@ namespace {
 
 struct Scalar {
   static constexpr const char* kName = "scalar";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kLookupTokens = 4, kTokens = 4;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 4;
+  static constexpr bool kUnroll = false;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));
   typedef int32_t S __attribute__((vector_size(32)));
 
   static SLAB_INLINE F zero() { return F{}; }
+  static SLAB_INLINE F one() { return 1.0f - F{}; }
   static SLAB_INLINE F load(const float* p) {
     F v;
     std::memcpy(&v, p, sizeof(v));
@@ -83,24 +85,21 @@ struct Scalar {
   static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) { return signed_by(answer(t, code), flip); }
   static SLAB_INLINE F signed_by(F v, I bits) { return (F)((I)v ^ (bits & 0x80000000u)); }
 
-  // With more planes: the activations at the two pruned positions, and their factors.
+  // With more planes: what stands at the two pruned positions, the first negated where r is set.
+  static constexpr bool kSignedTable = true;
   static SLAB_INLINE Kept apart_table(const float* x) {
-    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, x[2], x[1], x[1], x[0], x[0], x[0], 0, 0}},
+    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0, 0}},
             {{x[3], x[3], x[2], x[3], x[2], x[1], 0, 0, x[3], x[3], x[2], x[3], x[2], x[1], 0, 0}}};
   }
-  struct Factors {
+  struct Pair {
     F first, second;
   };
   template <int P>
-  static SLAB_INLINE Factors factors(I code, I flip, I level) {
-    const F one = zero() + 1.0f;
-    if constexpr (P == 1) return {signed_by(one, flip ^ code << 28), signed_by(one, flip)};
-    return {signed_by(size<P>(level), code << 28), signed_by(size<P>(level >> (P - 1)), flip)};
-  }
-  template <int P>
-  static SLAB_INLINE F size(I level) {
+  static SLAB_INLINE Pair sizes(I level) {
+    constexpr uint32_t mask = (1u << (P - 1)) - 1u;
     constexpr float largest = P == 2 ? 1.5f : 1.75f, step = P == 2 ? 1.0f : 0.5f;
-    return largest - step * __builtin_convertvector((S)(level & ((1u << (P - 1)) - 1u)), F);
+    return {largest - step * __builtin_convertvector((S)(level & mask), F),
+            largest - step * __builtin_convertvector((S)(level >> (P - 1) & mask), F)};
   }
 
   // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one

@@ -36,6 +36,28 @@ struct Stream {
     b.values += kLanes * strip * (values == kInt4 ? 4 : values == kInt8 ? 1 : 2);
     return b;
   }
+
+  // What several groups share a word of, the next group at the end that `drop` takes away. P: planes, 0 with rank 0.
+  template <int P>
+  struct Words {
+    static constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;  // of a group
+    I codes, signs, levels;
+
+    SLAB_INLINE void start(const Block& b) {
+      if constexpr (P > 0) signs = V::load_words(b.signs);
+    }
+    SLAB_INLINE void load_eight(const Block& b, int word) {  // groups 8 * word ...
+      codes = V::load_words(b.codes + 64 * word);
+      if constexpr (P > 1)
+        if (8 * word * kLevelBits % 32 == 0) levels = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
+    }
+    SLAB_INLINE void drop(int groups) {
+      codes = codes >> (4 * groups);
+      if constexpr (P > 0) signs = signs << groups;
+      if constexpr (P > 1) levels = levels >> (kLevelBits * groups);
+    }
+  };
+
   template <int VT>
   static SLAB_INLINE void load_values(const uint8_t* values, int g, F& first, F& second) {
     if constexpr (VT == kInt4) {
@@ -74,7 +96,8 @@ struct Stream {
       std::memcpy(out + 2 * i, lanes, size_t(left) * 2);
     }
   }
-  static void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb, const float* rows) {
+  static __attribute__((noinline)) void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb,
+                                                   const float* rows) {
     const int64_t left = w.out_features - rb * kRows, n = left < kRows ? left : kRows;
     narrow(rows, t.y_type, static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4), n);
   }

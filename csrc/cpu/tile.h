@@ -20,20 +20,17 @@ struct Tile {
   // 16 rows x 128 inputs -> tile[k][kTileRows], the row block's lanes starting at tile[0].
   template <int VT, int R, int P>  // R: 0, 1, or 2 for any rank from 2 on; P: planes, 0 with R = 0
   static void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
-    constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;
     const int64_t padded = w.k_blocks * kInputs;
     const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
     for (int h = 0; h < kStrips; ++h) {
       const typename Stream<V>::Block b = Stream<V>::block_at(at, h, VT, P);
       const float* const u = R ? w.u + rb * w.rank * kRows + h * kLanes : nullptr;
-      const F u0 = R ? V::load(u) : V::zero();
+      const F u0 = R ? V::load(u) : V::zero(), unit = R == 1 ? u0 : V::one();
       F scale = V::zero();
-      I flip = {}, level = {};
-      if constexpr (R > 0) flip = V::load_words(b.signs);
+      typename Stream<V>::template Words<P> words;
+      words.start(b);
       for (int word = 0; word < kGroups / 8; ++word) {
-        I code = V::load_words(b.codes + 64 * word);
-        if constexpr (P > 1)
-          if (8 * word * kLevelBits % 32 == 0) level = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
+        words.load_eight(b, word);
         if (is_integer(VT) && 32 * word % w.group_size == 0)
           scale = V::template load_values<kBf16>(b.scales + 2 * kRows * (32 * word / w.group_size));
 #pragma GCC unroll 4
@@ -48,27 +45,34 @@ struct Tile {
           }
           F out[kGroup];
           const float* const v = R ? w.v + kb * kInputs + kGroup * g : nullptr;
-          for (int i = 0; i < kGroup; ++i) out[i] = R ? u0 * V::broadcast(v + i) : V::zero();
+          for (int i = 0; i < kGroup; ++i)
+            out[i] = R == 0 ? V::zero() : R == 1 ? V::broadcast(v + i) : u0 * V::broadcast(v + i);
           if constexpr (R > 1)
             for (int64_t r = 1; r < w.rank; ++r)
               for (int i = 0; i < kGroup; ++i)
                 out[i] = V::fma(V::load(u + r * kRows), V::broadcast(v + r * padded + i), out[i]);
-          const I places = V::places(code);
-          if constexpr (P > 0) {
-            const typename V::Factors c = V::template factors<P>(code, flip, level);
-            out[0] = out[0] * c.first;
-            out[1] = out[1] * V::choose(places, 9, c.first, c.second);
-            out[2] = out[2] * V::choose(places, 10, c.first, c.second);
-            out[3] = out[3] * c.second;
-            flip = flip << 1;
+          const I places = V::places(words.codes);
+          if constexpr (P >
+                        0) {  // times the signed factors of the two pruned positions, and u where that is one number
+            F one = unit, two = unit;
+            if constexpr (P > 1) {
+              const auto size = V::template sizes<P>(words.levels);
+              one = unit * size.first;
+              two = unit * size.second;
+            }
+            one = V::signed_by(one, P == 1 ? words.signs ^ words.codes << 28 : words.codes << 28);
+            two = V::signed_by(two, words.signs);
+            out[0] = out[0] * one;
+            out[1] = out[1] * V::choose(places, 9, one, two);
+            out[2] = out[2] * V::choose(places, 10, one, two);
+            out[3] = out[3] * two;
           }
-          if constexpr (P > 1) level = level >> kLevelBits;
           for (int i = 0; i < kGroup; ++i) {
             if (i < 3) out[i] = V::choose(places, i, first, out[i]);
             if (i > 0) out[i] = V::choose(places, 4 + i, second, out[i]);
             V::store(tile + (kGroup * g + i) * kTileRows + h * kLanes, out[i]);
           }
-          code = code >> 4;
+          words.drop(1);
         }
       }
     }
