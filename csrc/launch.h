@@ -4,17 +4,18 @@
 // follow each other along K, row blocks follow each other along N. A SIMD lane is an output row. One block:
 //
 //   signs   16 x u32   only with rank > 0. Lane n, bit 31 - g: sign of the second pruned position of group g (0..31)
-//   levels  2 (planes - 1) x 16 x u32   only with more planes than one. Lane n, group g from the lowest bits up, as many
-//                      whole groups a word as fit: planes - 1 bits for the first, then for the second pruned position:
-//                      m, where the factor of u v is +- (2 - 2^(1 - planes) - m 2^(2 - planes)): 3/2 1/2, 7/4 5/4 3/4 1/4
+//   levels  2 (planes - 1) x 16 x u32   only with planes > 1. Lane n, two fields of planes - 1 bits a group, that of the
+//                      first pruned position below, 16 or 8 groups a word, the first one lowest: how many steps the
+//                      factor of u v is below the largest: 3/2, 1/2 with two planes, 7/4, 5/4, 3/4, 1/4 with three
 //   codes   4 x 16 x u32   word w, lane n, nibble j: group 8w + j: pattern id (3 bits) | r << 3. With one plane r is
-//                      the xor of the signs of the two pruned positions (one lookup answers both), with more the sign
-//                      of the first one, with rank 0 it is 0
+//                      the xor of the signs of the two pruned positions, with more the sign of the first one, with
+//                      rank 0 it is 0
 //   values  32 groups x {16 first kept, 16 second kept}   fp16, bf16, int8
 //           8 x 16 x u32   int4: word q, lane n, byte j: group 4q + j, first kept value in the low nibble
 //   scales  128 / group_size x 16 x bf16   only int8, int4 (a per-channel scale is repeated: group_size 128)
 //
-// fp16 with signs: 9.25 bits a weight, and half a bit for each further plane, as in the canonical form. Rows are padded to 16 and inputs to 128 with zeros.
+// fp16 with signs: 9.25 bits a weight; a further plane is half a bit, as in the canonical form. Rows are padded to 16 and
+// inputs to 128 with zeros.
 #pragma once
 
 #include <cstdint>

@@ -13,12 +13,11 @@ namespace {
 struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 6;
-  static constexpr bool kUnroll = true;
+  static constexpr int kUnrollRank = 1;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
 
   static SLAB_INLINE F zero() { return _mm256_setzero_ps(); }
-  static SLAB_INLINE F one() { return _mm256_set1_ps(1.0f); }
   static SLAB_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   static SLAB_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static SLAB_INLINE F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -63,11 +62,13 @@ struct Avx2 {
     return signed_by(_mm256_add_ps(second(t, code), one), flip);
   }
 
-  // With more planes: what stands at the two pruned positions, r left to the caller.
+  // For several planes the two pruned positions are apart anyway, and the caller applies r.
   static constexpr bool kSignedTable = false;
-  static SLAB_INLINE Kept apart_table(const float* xv) { return pruned_table(xv); }
+  using Apart = Pair;
+  static SLAB_INLINE Apart apart_table(const float* xv) { return pruned_table(xv); }
+  // |factors| of the two pruned positions from the fields of `levels`: vpermilps reads the low 2 bits.
   template <int P>
-  static SLAB_INLINE Pair sizes(I level) {  // vpermilps reads the low 2 bits
+  static SLAB_INLINE Pair sizes(I level) {
     if constexpr (P == 2) {
       const F first = _mm256_setr_ps(1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f);
       const F second = _mm256_setr_ps(1.5f, 1.5f, 0.5f, 0.5f, 1.5f, 1.5f, 0.5f, 0.5f);

@@ -12,12 +12,11 @@ namespace {
 struct Avx512 {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kPairRank = 2, kLookupTokens = 4, kTokens = 12;
-  static constexpr bool kUnroll = true;
+  static constexpr int kUnrollRank = 2;
   using F = __m512;
   typedef uint32_t I __attribute__((vector_size(64)));
 
   static SLAB_INLINE F zero() { return _mm512_setzero_ps(); }
-  static SLAB_INLINE F one() { return _mm512_set1_ps(1.0f); }
   static SLAB_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   static SLAB_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static SLAB_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -37,7 +36,7 @@ struct Avx512 {
   }
 
   // Lane c of a table answers code c: pattern id c & 7 (6 and 7 do not occur), r = c >> 3.
-  using Kept = struct {
+  struct Kept {
     F first, second;
   };
   static SLAB_INLINE Kept kept_table(const float* x) {
@@ -53,28 +52,26 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(word, (__m512i)bits, top, 0x78));  // a ^ (b & c)
   }
 
-  using Pruned = F;
-  static SLAB_INLINE Pruned pruned_table(const float* xv) {
+  // The two pruned positions, the first one negated where r is set: apart for several planes, added up for one.
+  static constexpr bool kSignedTable = true;
+  using Apart = Kept;
+  static SLAB_INLINE Apart apart_table(const float* xv) {
     const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
     const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
     const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
-    return _mm512_add_ps(two, _mm512_xor_ps(one, minus()));
+    const F minus = _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    return {_mm512_xor_ps(one, minus), two};
   }
-  static SLAB_INLINE F minus() {  // where r is set
-    return _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+  using Pruned = F;
+  static SLAB_INLINE Pruned pruned_table(const float* xv) {
+    const Apart t = apart_table(xv);
+    return _mm512_add_ps(t.second, t.first);
   }
   static SLAB_INLINE F pruned(Pruned t, I code, I flip) {
     return signed_by(_mm512_permutexvar_ps((__m512i)code, t), flip);
   }
 
-  // With more planes: what stands at the two pruned positions, the first negated where r is set.
-  static constexpr bool kSignedTable = true;
-  static SLAB_INLINE Kept apart_table(const float* xv) {
-    const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
-    const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
-    const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
-    return {_mm512_xor_ps(one, minus()), two};
-  }
+  // |factors| of the two pruned positions from the fields of `levels`; what stands above them is not read.
   template <int P>
   static SLAB_INLINE Kept sizes(I level) {
     const __m512i at = (__m512i)level;

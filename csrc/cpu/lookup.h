@@ -3,6 +3,10 @@
 // The 4 inputs of a group give three tables, x[first kept], x[second kept] and v x[pruned 1] +- v x[pruned 0], indexed
 // by the 4-bit code of a lane: a group of 16 rows (64 weights) costs 3 lookups, 2 FMAs and one sign flip. u multiplies
 // once at the end. Several row blocks share the tables of a group, two tokens the decoded codes and values.
+//
+// With several planes the two pruned positions are looked up apart and each is multiplied by its signed factor: one more
+// lookup and FMA a token, and a lookup for each factor, whatever the number of planes. (One lookup and addition a plane
+// would need as many with two planes, half as many again with three, and nothing of it is shared by tokens.)
 #pragma once
 
 #include "stream.h"
@@ -24,11 +28,11 @@ struct Lookup {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
   }
 
-  // T tokens x B row blocks share the tables of a group and the decoded codes, levels and values. P: planes, 0 with R = 0.
+  // T tokens x B row blocks share the tables of a group and the decoded codes, levels and values. P: planes, 0 if R is.
   template <int VT, int R, int P, int T, int B>
   static void lookup_blocks(const CpuWeight& w, const CpuTokens& t, int64_t rb, int64_t token) {
     constexpr int S = B * kStrips;
-    constexpr bool scaled = is_integer(VT);
+    constexpr bool scaled = is_integer(VT), kUnroll = R <= V::kUnrollRank;
     using Words = typename Stream<V>::template Words<P>;
     const int64_t padded = w.k_blocks * kInputs, size = w.block_size, row_bytes = w.k_blocks * size;
     const uint8_t* const base = w.stream + rb * row_bytes;
@@ -58,13 +62,13 @@ struct Lookup {
           I nibbles[S];
           if constexpr (VT == kInt4)
             for (int s = 0; s < S; ++s) nibbles[s] = V::load_words(blocks[s].values + 64 * (2 * word + half));
-          // Group `j` of four, of which the words have dropped all but `behind`.
+          // Group j of these four; the words of a strip still hold `behind` groups before it.
           const auto group = [&](int j, int behind) __attribute__((always_inline)) {
             const int g = 8 * word + 4 * half + j;
             const int64_t k = kb * kInputs + kGroup * g;
             typename V::Kept kept[T];
             typename V::Pruned pruned[T][R ? R : 1];
-            typename V::Kept apart[T][R ? R : 1];
+            typename V::Apart apart[T][R ? R : 1];
             for (int i = 0; i < T; ++i) {
               kept[i] = V::kept_table(x + i * padded + k);
               for (int r = 0; r < R; ++r) {
@@ -105,13 +109,13 @@ struct Lookup {
                     to = V::fma(two, V::second(apart[i][r], now.codes), to);
                   }
               }
-              if constexpr (!V::kUnroll) {
+              if constexpr (!kUnroll) {
                 words[s].drop(1);
                 if constexpr (VT == kInt4) nibbles[s] = nibbles[s] >> 8;
               }
             }
           };
-          if constexpr (V::kUnroll) {
+          if constexpr (kUnroll) {
             group(0, 0), group(1, 1), group(2, 2), group(3, 3);
             for (int s = 0; s < S; ++s) words[s].drop(4);
           } else {
@@ -157,7 +161,7 @@ struct Lookup {
     for (int64_t rb = begin; rb < end;) {
       const bool wide = rb + B <= end;
       int64_t token = 0;
-      if constexpr (R <= (P > 1 ? 2 : V::kPairRank))
+      if constexpr (R <= (P > 1 ? 2 : V::kPairRank))  // rank 4 and two vectors a table: no room for a second token
         for (; token + 2 <= t.count; token += 2) {
           if (wide)
             for (int b = 0; b < B; b += V::kPairBlocks) lookup_blocks<VT, R, P, 2, V::kPairBlocks>(w, t, rb + b, token);

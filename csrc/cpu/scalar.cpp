@@ -7,13 +7,12 @@ namespace {
 struct Scalar {
   static constexpr const char* kName = "scalar";
   static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 4;
-  static constexpr bool kUnroll = false;
+  static constexpr int kUnrollRank = -1;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));
   typedef int32_t S __attribute__((vector_size(32)));
 
   static SLAB_INLINE F zero() { return F{}; }
-  static SLAB_INLINE F one() { return 1.0f - F{}; }
   static SLAB_INLINE F load(const float* p) {
     F v;
     std::memcpy(&v, p, sizeof(v));
@@ -85,12 +84,14 @@ struct Scalar {
   static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) { return signed_by(answer(t, code), flip); }
   static SLAB_INLINE F signed_by(F v, I bits) { return (F)((I)v ^ (bits & 0x80000000u)); }
 
-  // With more planes: what stands at the two pruned positions, the first negated where r is set.
+  // For several planes: the two pruned positions apart, the first one negated where r is set.
   static constexpr bool kSignedTable = true;
-  static SLAB_INLINE Kept apart_table(const float* x) {
+  using Apart = Kept;
+  static SLAB_INLINE Apart apart_table(const float* x) {
     return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0, 0}},
             {{x[3], x[3], x[2], x[3], x[2], x[1], 0, 0, x[3], x[3], x[2], x[3], x[2], x[1], 0, 0}}};
   }
+  // |factors| of the two pruned positions from the fields of `levels`.
   struct Pair {
     F first, second;
   };

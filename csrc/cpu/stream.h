@@ -37,7 +37,8 @@ struct Stream {
     return b;
   }
 
-  // What several groups share a word of, the next group at the end that `drop` takes away. P: planes, 0 with rank 0.
+  // The words of one strip that several groups share, the next group at the end that `drop` takes from: the lowest bits,
+  // of signs the highest. P: planes, 0 with rank 0.
   template <int P>
   struct Words {
     static constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;  // of a group
@@ -46,7 +47,7 @@ struct Stream {
     SLAB_INLINE void start(const Block& b) {
       if constexpr (P > 0) signs = V::load_words(b.signs);
     }
-    SLAB_INLINE void load_eight(const Block& b, int word) {  // groups 8 * word ...
+    SLAB_INLINE void load_eight(const Block& b, int word) {  // from group 8 * word on
       codes = V::load_words(b.codes + 64 * word);
       if constexpr (P > 1)
         if (8 * word * kLevelBits % 32 == 0) levels = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
@@ -96,6 +97,7 @@ struct Stream {
       std::memcpy(out + 2 * i, lanes, size_t(left) * 2);
     }
   }
+  // Not inline: it would be in every instance of the products, a fifth of their code.
   static __attribute__((noinline)) void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb,
                                                    const float* rows) {
     const int64_t left = w.out_features - rb * kRows, n = left < kRows ? left : kRows;

@@ -1,4 +1,4 @@
-// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and +- u v) and
+// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and u v c) and
 // multiplied with every token before the next tile. The adapter runs through the same product: Q as the weight of z = x
 // Q, P as further inputs of y.
 #pragma once
@@ -25,7 +25,7 @@ struct Tile {
     for (int h = 0; h < kStrips; ++h) {
       const typename Stream<V>::Block b = Stream<V>::block_at(at, h, VT, P);
       const float* const u = R ? w.u + rb * w.rank * kRows + h * kLanes : nullptr;
-      const F u0 = R ? V::load(u) : V::zero(), unit = R == 1 ? u0 : V::one();
+      const F u0 = R ? V::load(u) : V::zero();
       F scale = V::zero();
       typename Stream<V>::template Words<P> words;
       words.start(b);
@@ -45,23 +45,22 @@ struct Tile {
           }
           F out[kGroup];
           const float* const v = R ? w.v + kb * kInputs + kGroup * g : nullptr;
-          for (int i = 0; i < kGroup; ++i)
-            out[i] = R == 0 ? V::zero() : R == 1 ? V::broadcast(v + i) : u0 * V::broadcast(v + i);
+          for (int i = 0; i < kGroup; ++i) out[i] = R ? u0 * V::broadcast(v + i) : V::zero();
           if constexpr (R > 1)
             for (int64_t r = 1; r < w.rank; ++r)
               for (int i = 0; i < kGroup; ++i)
                 out[i] = V::fma(V::load(u + r * kRows), V::broadcast(v + r * padded + i), out[i]);
           const I places = V::places(words.codes);
-          if constexpr (P >
-                        0) {  // times the signed factors of the two pruned positions, and u where that is one number
-            F one = unit, two = unit;
-            if constexpr (P > 1) {
-              const auto size = V::template sizes<P>(words.levels);
-              one = unit * size.first;
-              two = unit * size.second;
-            }
-            one = V::signed_by(one, P == 1 ? words.signs ^ words.codes << 28 : words.codes << 28);
-            two = V::signed_by(two, words.signs);
+          if constexpr (P == 1) {  // bit 31 of signs, and at the first pruned position r
+            const I r = words.codes << 28;
+            out[0] = V::signed_by(out[0], words.signs ^ r);
+            out[1] = V::signed_by(out[1], words.signs ^ (r & places << 22));
+            out[2] = V::signed_by(out[2], words.signs ^ (r & places << 21));
+            out[3] = V::signed_by(out[3], words.signs);
+          }
+          if constexpr (P > 1) {
+            const auto size = V::template sizes<P>(words.levels);
+            const F one = V::signed_by(size.first, words.codes << 28), two = V::signed_by(size.second, words.signs);
             out[0] = out[0] * one;
             out[1] = out[1] * V::choose(places, 9, one, two);
             out[2] = out[2] * V::choose(places, 10, one, two);
@@ -77,16 +76,17 @@ struct Tile {
       }
     }
   }
+  template <int VT, int P>
+  static void rebuild_planes(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
+    w.rank == 1 ? rebuild_ranked<VT, 1, P>(w, rb, kb, tile) : rebuild_ranked<VT, 2, P>(w, rb, kb, tile);
+  }
   template <int VT>
   static void rebuild(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     switch (w.planes) {
       case 0: return rebuild_ranked<VT, 0, 0>(w, rb, kb, tile);
-      case 1:
-        return w.rank == 1 ? rebuild_ranked<VT, 1, 1>(w, rb, kb, tile) : rebuild_ranked<VT, 2, 1>(w, rb, kb, tile);
-      case 2:
-        return w.rank == 1 ? rebuild_ranked<VT, 1, 2>(w, rb, kb, tile) : rebuild_ranked<VT, 2, 2>(w, rb, kb, tile);
-      case 3:
-        return w.rank == 1 ? rebuild_ranked<VT, 1, 3>(w, rb, kb, tile) : rebuild_ranked<VT, 2, 3>(w, rb, kb, tile);
+      case 1: return rebuild_planes<VT, 1>(w, rb, kb, tile);
+      case 2: return rebuild_planes<VT, 2>(w, rb, kb, tile);
+      case 3: return rebuild_planes<VT, 3>(w, rb, kb, tile);
     }
   }
   static void rebuild_any(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
