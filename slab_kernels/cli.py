@@ -69,11 +69,14 @@ def _top(
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or the name of one on the Hugging Face hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, slab-paper or slab (ours).")] = "slab",
+    method: Annotated[str, typer.Option(help="slab (ours), slab-paper, threebasil, hassle-free, sslc, oats, slim, eora, alps, sparsegpt, wanda or magnitude.")] = "slab",
     pattern: Annotated[str, typer.Option(help="Keep n of m (2:4, 4:8) or remove a share (50%); only 2:4 is packed.")] = "2:4",
     rank: Annotated[int, typer.Option(help="Rank of the magnitudes of the sign term (slab methods).")] = 1,
-    values: Annotated[str, typer.Option(help="How kept values are stored: fp16, bf16, int8 or int4.")] = "fp16",
-    group_size: Annotated[int, typer.Option(help="Inputs a scale of int8/int4 covers: 32, 64, 128; 0 = one a row.")] = 128,
+    planes: Annotated[int, typer.Option(help="Signs of a pruned entry, 1 to 3, each half a bit a weight (slab).")] = 1,
+    values: Annotated[str, typer.Option(help="How kept values are stored: fp16, bf16, int8, int4 or int3.")] = "fp16",
+    group_size: Annotated[int, typer.Option(help="Inputs a scale of an integer type covers: 32, 64, 128; 0 = one a row.")] = 128,
+    adapter_rank: Annotated[int | None, typer.Option(help="Rank of the adapter P Qᵀ; default: the method's own, 0 = none.", min=0)] = None,
+    match: Annotated[int, typer.Option(help="Transformer matching: epochs of training each block's numbers towards the dense model.", min=0)] = 0,
     calibration: Text = "stdlib",
     heldout: Annotated[str | None, typer.Option(help="Also measure every layer's error on this other text.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
@@ -90,8 +93,8 @@ def compress(
 
     settings = method_options(option or [])
     record = compress(
-        model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None,
-        calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
+        model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
+        adapter_rank=adapter_rank, matching=match, calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
         resume=resume, progress=_progress(), **settings,
     )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}

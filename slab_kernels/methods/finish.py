@@ -33,7 +33,7 @@ def finish(
     Integer values are first rounded to grids of least squared error; then step sizes are refitted and the descent moves
     values on the grid. scales: of S, where it lies on the grid already.
     """
-    grid, pattern, d = config.grid, config.parsed, space.scale
+    grid, d = config.grid, space.scale
     if grid and scales is None:  # a step is shared by inputs of one group, so it lives in the weight's own coordinates
         S, scales = quantize(S / d, mask, grid.values, grid.group_size, weight=d * d)
         S = S * d
@@ -81,7 +81,7 @@ def _refit(target, space, S, mask, P, Q, scales, config):
 
 def _descend(target, space, S, mask, scales, config):
     """Positions and values of every group, one after the other, each the best given the rest."""
-    grid, pattern, d = config.grid, config.parsed, space.scale
+    grid, d = config.grid, space.scale
     nothing = torch.zeros_like(S)
     if grid:  # on the grid one works in the weight's own coordinates
         target, S, gram = target / d, S / d, space.gram * d * d[:, None]

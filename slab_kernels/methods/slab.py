@@ -28,7 +28,15 @@ from .levels import nearest
 from .lowrank import signed_factors, signs
 from .metric import Metric, metric
 from .quantize import expand_scales, quantize, round_to_grid, store_scale
-from .refit import AdapterOutput, InputFactor, KeptValues, OutputFactor, StepSizes, conjugate_gradients, gram_loss
+from .refit import (
+    AdapterOutput,
+    InputFactor,
+    KeptValues,
+    OutputFactor,
+    StepSizes,
+    conjugate_gradients,
+    gram_loss,
+)
 from .states import enumerable
 from .sweep import Curvature, Grid, curvature, sweep
 from .threebasil import SCHEDULES, ThreeBasilConfig, admm
