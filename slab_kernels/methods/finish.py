@@ -81,7 +81,7 @@ def _refit(target, space, S, mask, P, Q, scales, config):
 
 def _descend(target, space, S, mask, scales, config):
     """Positions and values of every group, one after the other, each the best given the rest."""
-    grid, d = config.grid, space.scale
+    grid, pattern, d = config.grid, config.parsed, space.scale
     nothing = torch.zeros_like(S)
     if grid:  # on the grid one works in the weight's own coordinates
         target, S, gram = target / d, S / d, space.gram * d * d[:, None]
