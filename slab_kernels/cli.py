@@ -77,6 +77,7 @@ def compress(
     group_size: Annotated[int, typer.Option(help="Inputs a scale of an integer type covers: 32, 64, 128; 0 = one a row.")] = 128,
     adapter_rank: Annotated[int | None, typer.Option(help="Rank of the adapter P Qᵀ; default: the method's own, 0 = none.", min=0)] = None,
     match: Annotated[int, typer.Option(help="Transformer matching: epochs of training each block's numbers towards the dense model.", min=0)] = 0,
+    bits: Annotated[float | None, typer.Option(help="Stored bits a weight over the whole model; chooses values, planes and rank by layer.")] = None,
     calibration: Text = "stdlib",
     heldout: Annotated[str | None, typer.Option(help="Also measure every layer's error on this other text.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
@@ -94,7 +95,7 @@ def compress(
     settings = method_options(option or [])
     record = compress(
         model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
-        adapter_rank=adapter_rank, matching=match, calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
+        adapter_rank=adapter_rank, matching=match, bits=bits, calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
         resume=resume, progress=_progress(), **settings,
     )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .blocks import ArchitectureError, find_blocks
+from .budget import check_bits, search
 from .checkpoint import (
     PROGRESS_NAME,
     RECORD_NAME,
@@ -30,7 +32,7 @@ from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
 from .record import ProgressEvent, RunRecord, listener
 from .sinks import FolderSink, MemorySink, layout_on_disk
-from .source import compute_dtype, hub_folder, open_source, text_config
+from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
 from .team import Team, local_device
 from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
 
@@ -52,6 +54,7 @@ def compress(
     planes: int = 1,
     adapter_rank: int | None = None,
     matching: Matching | int | None = None,
+    bits: float | None = None,
     calibration: str | Path | Tensor = "stdlib",
     heldout: str | Path | Tensor | None = None,
     samples: int = 128,
@@ -78,6 +81,8 @@ def compress(
             returned, its record as `model.slab_record`.
         method, pattern, rank, values, group_size, planes, adapter_rank: see `methods.decompose`; other keywords go to the
             method. Patterns other than 2:4 cannot be packed and are written as a dense checkpoint.
+        bits: stored bits a weight over the whole model, spent layer by layer on value types, planes and ranks where the
+            measured loss says they help most (see `budget`); the dense model is then held in memory while it is searched.
         matching: transformer matching after each block (see `matching`), its settings or just the epochs; 0 or None: none.
         calibration, heldout: text (see `text.read_text`) or token ids [samples, window]. With `heldout` each layer's
             error is measured on that text too, with at most a quarter of `samples`.
@@ -100,12 +105,17 @@ def compress(
     if out is None and not isinstance(model_or_path, nn.Module):
         tokenizer = tokenizer or _tokenizer(str(hub_folder(str(model_or_path))))
         model_or_path = _dense_model(model_or_path)
+    if bits is not None:
+        check_bits(bits, plan)
     source = open_source(model_or_path)
     path, blocks = find_blocks(source.model)
     texts = _texts(source, calibration, heldout, samples, window, seed, tokenizer)
+    if bits is not None:
+        plan = replace(plan, layers=_spend(source, plan, bits, skip, texts[0], device, team, progress))
     settings = {
         "method": method, "pattern": pattern, "rank": rank, "values": values, "group_size": plan.stored_group_size,
         "planes": planes, "adapter_rank": adapter_rank, "matching": None if matching is None else asdict(matching),
+        "bits": bits, "layers": plan.layers,
         "options": {key: repr(value) for key, value in sorted(method_options.items())}, "samples": len(texts[0]),
         "window": texts[0].shape[1], "seed": seed, "skip": list(skip), "device": device.type,
         "calibration_sha256": _digest(texts[0]), "heldout_sha256": _digest(texts[1]) if len(texts) > 1 else None,
@@ -156,6 +166,25 @@ def compress(
     finally:
         if hasattr(report, "close"):
             report.close()
+
+
+def _spend(
+    source: FolderSource | ModuleSource, plan: Plan, bits: float, skip: tuple[str, ...], tokens: Tensor, device: torch.device,
+    team: Team, progress,
+) -> dict[str, dict]:  # fmt: skip
+    """The settings of every layer under the budget, searched by one process for all."""
+    say = listener(progress if team.leads else False)
+
+    def find() -> dict[str, dict]:
+        dense = copy.deepcopy(source.dense) if isinstance(source, ModuleSource) else _dense_model(source.checkpoint.folder)
+        dense = dense.to(device=device, dtype=compute_dtype(source.config, device)).eval()
+        return search(dense, plan, bits, skip, tokens, device, lambda text: say(ProgressEvent("budget", message=text)))
+
+    try:
+        return team.from_leader(find)
+    finally:
+        if hasattr(say, "close"):
+            say.close()
 
 
 def _finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenizer) -> RunRecord:

@@ -100,7 +100,7 @@ def layer_from_dict(content: dict) -> LayerRecord:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One step of a run. kind: "start", "warning", "resumed", "layer", "matching", "block" or "done"; `str(event)` is one line for people."""
+    """One step of a run. kind: "start", "warning", "resumed", "budget", "layer", "matching", "block" or "done"; `str(event)` is one line for people."""
 
     kind: str
     block: int = 0

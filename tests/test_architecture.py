@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "matching": FORMAT | {"blocks", "record"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
+    "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "record", "source"},
     "blocks": {"text"},
     "source": FORMAT | {"blocks", "checkpoint", "text"},
