@@ -397,6 +397,35 @@ def explain(
 
 
 @app.command(epilog=console.EXIT_CODES)
+def train(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    text: Text = "stdlib",
+    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 200,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    samples: Annotated[int, typer.Option(help="Windows of text, one in sixteen held back to judge by.")] = 512,
+    rate: Annotated[float, typer.Option(help="Largest step.")] = 3e-4,
+    adapter_rank: Annotated[int, typer.Option(help="Add adapters P Qᵀ of this rank to layers that have none.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    json: Json = False,
+) -> Outcome:
+    """Train the adapters P Qᵀ of a compressed model on a text; everything else stays as it is."""
+    from .pipeline import resolve_device
+    from .training import Training, train
+
+    settings = Training(steps, batch, window, samples, rate, adapter_rank, seed=seed)
+    data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say)
+
+    def show() -> None:
+        print(f"{out}: held-back text {data['before']:.4f} -> {data['after']:.4f} nats a token, {data['parameters']} numbers trained")
+
+    return Outcome(data, show)
+
+
+@app.command(epilog=console.EXIT_CODES)
 def inspect(folder: Folder, json: Json = False) -> Outcome:
     """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on disk."""
     from .inspection import inspect

@@ -112,7 +112,7 @@ def compress_blocks(
         inside = {name: block.get_submodule(name.removeprefix(prefix)) for name in linears[index]}
         if finished:
             kept = sink.restore(index, inside)
-            _put(block, prefix, kept, dtype)
+            _put(block, prefix, kept, device, dtype)
         else:
             number = sum(len(block.layers) for block in done)
 
@@ -129,7 +129,7 @@ def compress_blocks(
             kept.layers = sink.store(index, kept)
             done.append(FinishedBlock({}, kept.layers, {}, kept.match))
             report(ProgressEvent("block", index, len(blocks), number + len(kept.layers), total))
-            _put(block, prefix, kept, dtype)
+            _put(block, prefix, kept, device, dtype)
         if index + 1 < len(blocks):
             with torch.no_grad():
                 for stream in streams:
@@ -147,7 +147,7 @@ def _records(done: list[FinishedBlock]) -> tuple[list[LayerRecord], list[MatchRe
     return [layer for block in done for layer in block.layers], [block.match for block in done if block.match is not None]
 
 
-def _put(block: nn.Module, prefix: str, kept: FinishedBlock, dtype: torch.dtype | None) -> None:
+def _put(block: nn.Module, prefix: str, kept: FinishedBlock, device: torch.device, dtype: torch.dtype | None) -> None:
     """The stored numbers into a block, so that what follows sees what will be loaded."""
     for name, stored in kept.stored.items():
         path, _, leaf = name.removeprefix(prefix).rpartition(".")
@@ -156,12 +156,11 @@ def _put(block: nn.Module, prefix: str, kept: FinishedBlock, dtype: torch.dtype 
             made = nn.Linear(linear.shape[1], linear.shape[0], linear.bias is not None, device="meta", dtype=dtype)
             made.bias = linear.bias
             setattr(block.get_submodule(path), leaf, made)
-        _set_weight(getattr(block.get_submodule(path), leaf), dense_weight(stored).to(next(block.parameters()).device))
+        _set_weight(getattr(block.get_submodule(path), leaf), dense_weight(stored).to(device))
     for name, value in kept.other.items():
         path, _, leaf = name.removeprefix(prefix).rpartition(".")
         owner = block.get_submodule(path)
         if leaf in owner._parameters:
-            device = owner._parameters[leaf].device
             owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype or value.dtype), requires_grad=False)
     block.requires_grad_(False)
 

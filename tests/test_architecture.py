@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "source", "text"},
     "model": FORMAT | MODEL | {"methods", "nn"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
     "evaluate": {"blocks", "nn", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
     # what a person sees
