@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -94,7 +95,7 @@ def test_more_rounds_of_signed_factors_never_hurt_with_planes(planes, rank):
     for rounds in (1, 2, 4, 8):
         U, V, mask = signed_factors(W, d, P24, rank, rounds, planes)
         losses.append(float(signed_loss(W, d, mask, U, V, planes)))
-    assert all(b <= a * (1 + 1e-4) for a, b in zip(losses, losses[1:], strict=False)) if rank == 1 else losses[-1] <= 1.05 * losses[0]
+    assert all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(losses)) if rank == 1 else losses[-1] <= 1.05 * losses[0]
 
 
 def test_descending_levels_only_falls():
@@ -106,7 +107,7 @@ def test_descending_levels_only_falls():
     for _ in range(3):
         now, _ = descend_levels(W, now, mask, low, stats.gram, planes=2)
         losses.append(float(gram_loss(W - now, stats.gram)))
-    assert all(b <= a * (1 + 1e-5) for a, b in zip(losses, losses[1:], strict=False)) and losses[-1] < losses[0]
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses)) and losses[-1] < losses[0]
     multiple = (now / low)[~mask]
     torch.testing.assert_close(multiple, nearest(multiple, torch.ones_like(multiple), 2), rtol=1e-3, atol=1e-3)
 
