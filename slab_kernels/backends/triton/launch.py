@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ... import bitpacking as bits
 from ...format import VALUE_TYPES, PackedWeight, RangeError
 from .. import factors
 from .configs import Config, Sizes
 
 ELEMENT = {"fp16": torch.uint32, "bf16": torch.uint32, "int8": torch.uint16, "int4": torch.uint8}  # a group's kept values
+VALUES = (*ELEMENT, "int3")  # stored types that run
 NO_STARTS = (0, 0, 0)
 
 
@@ -43,7 +45,9 @@ class TritonState(NamedTuple):
 
 
 def held_as(values: str, dtype: torch.dtype) -> str:
-    """The value type that kernels see: 16-bit values take 16-bit activations' type, as a dense weight would."""
+    """The value type that kernels see: 16-bit values take 16-bit activations' type, as a dense weight would; int3 is widened."""
+    if values == "int3":
+        return "int4"
     if values not in ("fp16", "bf16") or dtype == torch.float32:
         return values
     return "fp16" if dtype == torch.float16 else "bf16"
@@ -52,12 +56,16 @@ def held_as(values: str, dtype: torch.dtype) -> str:
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
     """The state for weights of equal layouts that read the same x, for activations of `dtype`.
 
+    int3 saves disk only: its three bits straddle bytes, so it is widened to int4 here, and takes int4's memory and time.
+
     Raises: RangeError for numbers that fp16 activations' kernels cannot hold.
     """
     first = parts[0].layout
     K, value_type = first.in_features, held_as(first.values, dtype)
     values = [part.values for part in parts]
-    if value_type != first.values:
+    if first.values == "int3":
+        values = [bits.pack_int4(bits.unpack_values(t, first.values)) for t in values]
+    elif value_type != first.values:
         values = [t.to(dtype) for t in values]
         if not all(bool(t.isfinite().all()) for t in values):
             raise RangeError(f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones")
