@@ -41,6 +41,7 @@ class Case:
     values: str
     rank: int
     dtype: torch.dtype
+    planes: int = 1
 
     @property
     def sizes(self) -> Sizes:
@@ -53,7 +54,7 @@ class Case:
     def __str__(self) -> str:
         c = self.row.config
         tile = f"{c.block_n}x{c.block_m}x{c.block_k}-w{c.warps}-s{c.stages}"
-        return f"sm{self.arch}-{tile}-{self.values}-rank{self.rank}-{str(self.dtype).removeprefix('torch.')}"
+        return f"sm{self.arch}-{tile}-{self.values}-rank{self.rank}-planes{self.planes}-{str(self.dtype).removeprefix('torch.')}"
 
 
 def cases() -> Iterator[Case]:
@@ -81,7 +82,7 @@ def cases() -> Iterator[Case]:
 def compiled(case: Case) -> Compiled:
     """The linear's kernel, by the calls that would launch it."""
     config, device = case.row.config, DEVICES[case.arch]
-    layout = PackedLayout(N, K, case.values, case.sizes.group_size or None, case.rank)
+    layout = PackedLayout(N, K, case.values, case.sizes.group_size or None, case.rank, planes=case.planes)
     recorder = Emulated(kernels.linear_kernel, ("y_ptr",), case.arch, execute=False)
     nothing = Emulated(kernels.sum_kernel, ("y_ptr",), case.arch, execute=False)
     state = launch.prepare((random_packed(layout),), case.dtype)

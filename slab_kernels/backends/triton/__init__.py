@@ -49,8 +49,6 @@ class TritonBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(launch.VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
-        if problem.planes > 1:
-            reasons.append(f"it runs one sign plane, not {problem.planes}")
         if problem.device not in ("cuda", "cpu"):
             reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
         elif problem.device == "cpu" and not interpreted():

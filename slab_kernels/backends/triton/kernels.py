@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import row_pair, weight
+from .tile import row_levels, weight
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _rows(tile, N, start1, start2, start3, BN: tl.constexpr, PARTS: tl.constexpr
 @triton.jit(do_not_specialize=["M", "biased"])
 def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, z_ptr, bias_ptr, y_ptr,
                   biased, M, N, K, units, x_stride, start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr,
-                  GROUP: tl.constexpr, RANK: tl.constexpr, ADAPTER: tl.constexpr, Z_SPLITS: tl.constexpr,
+                  GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, ADAPTER: tl.constexpr, Z_SPLITS: tl.constexpr,
                   PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                   PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """y[M,N] in T, or with SPLITS > 1 the fp32 sums over one share of K each, [SPLITS, M, N]. Grid: (tiles, SPLITS).
@@ -61,11 +61,11 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
 
     if RANK > 0:
         v_ptr += part * RANK * 4 * (units * 4)
-    u = row_pair(u_ptr, rows, RANK, T, PACKED)
+    u = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
     total = tl.zeros((BN, BM), tl.float32)
     for k in tl.range(split * share, tl.minimum(K, (split + 1) * share), BK):
         w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES, GROUP,
-                    RANK, BN, BK, T, MASKED, PACKED)  # fmt: skip
+                    RANK, PLANES, BN, BK, T, MASKED, PACKED)  # fmt: skip
         inputs = k + tl.arange(0, BK)
         at = x_ptr + readable[None, :] * x_stride + inputs[:, None]
         x = tl.load(at, mask=(inputs < K)[:, None], other=0.0) if MASKED else tl.load(at)
@@ -121,7 +121,7 @@ def sum_kernel(partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constex
 
 @triton.jit
 def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, q_ptr, w_ptr, N, K, units,
-                 start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+                 start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr,
                  ADAPTER: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """w[N, K] in T, adapter included: q [K, PARTS * ADAPTER] in T. Grid: (row tiles, K tiles)."""
@@ -129,9 +129,9 @@ def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, 
     k = tl.program_id(1) * BK
     if RANK > 0:
         v_ptr += part * RANK * 4 * (units * 4)
-    u = row_pair(u_ptr, rows, RANK, T, PACKED)
+    u = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
     w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES, GROUP, RANK,
-                BN, BK, T, True, PACKED)  # fmt: skip
+                PLANES, BN, BK, T, True, PACKED)  # fmt: skip
     inputs = k + tl.arange(0, BK)
     if ADAPTER > 0:
         total = w.to(tl.float32)

@@ -7,6 +7,7 @@ may overlap as they like.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ... import bitpacking as bits
-from ...format import VALUE_TYPES, PackedWeight, RangeError
+from ...format import VALUE_TYPES, PackedWeight, RangeError, plane_unit
 from .. import factors
 from .configs import Config, Sizes
 
@@ -91,9 +92,16 @@ def _joined(tensors: list[Tensor | None]) -> Tensor | None:
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U [R, N] and V [R, 4, Kp/4] in fp32; of rank 1, and for 16-bit activations, numbers of their type."""
-    Kp, rank = packed.layout.padded_in_features, packed.layout.rank
-    U, V = factors.sign(packed, dtype) if rank == 1 else (packed.U, packed.V[: packed.in_features])
+    """U [R, N] and V [R, 4, Kp/4] in fp32, U in units of the last plane.
+
+    Of rank 1, and for 16-bit activations, V holds numbers of their type, and for one plane U as well.
+    """
+    layout = packed.layout
+    Kp, rank, planes = layout.padded_in_features, layout.rank, layout.planes
+    U, V = packed.U.float() * plane_unit(planes), packed.V[: packed.in_features].float()
+    if rank == 1:
+        largest = replace(packed, U=U * (2**planes - 1))
+        U, V = factors.sign(replace(packed, U=U), torch.float32 if planes > 1 else dtype)[0], factors.sign(largest, dtype)[1]
     V = pad(V.float(), (0, 0, 0, Kp - V.shape[0])).T.reshape(rank, Kp // 4, 4).transpose(1, 2)
     return U.float().T, V
 
@@ -103,6 +111,12 @@ def sizes_of(state: Sequence) -> Sizes:
     _values, _, _signs, _, _U, V, P, _, K, rows, value_type, group_size = state
     rank = 0 if V is None else V.shape[1]
     return Sizes(K, tuple(rows), value_type, group_size, rank, 0 if P is None else P.shape[1])
+
+
+def planes_of(state: Sequence) -> int:
+    """Sign planes of the sign term: the bytes that its signs take a unit of 16 inputs; 1 where there is none."""
+    _values, metadata, signs, *_ = state
+    return 1 if signs is None else 2 * signs.numel() // metadata.numel()
 
 
 def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, splits: int, z_splits: int) -> Tensor:
@@ -168,6 +182,7 @@ def _stored(state: Sequence) -> tuple:
     """Values, metadata, signs, scales, U, V as the kernels' elements."""
     values, metadata, signs, scales, U, V, _, _, _, _, value_type, _ = state
     scales = None if scales is None else scales.view(torch.uint16)
+    signs = signs.view(torch.uint16) if planes_of(state) == 2 else signs
     return values.view(ELEMENT[value_type]), metadata.view(torch.uint16), signs, scales, U, V
 
 
@@ -184,6 +199,7 @@ def _common(like: Tensor, state: Sequence) -> dict:
         "VALUES": sizes.values,
         "GROUP": sizes.group_size,
         "RANK": sizes.rank,
+        "PLANES": planes_of(state),
         "ADAPTER": sizes.adapter_rank,
         "PARTS": len(sizes.rows),
         "PACKED": like.dtype != torch.float32 and speaks_ptx(like.device),

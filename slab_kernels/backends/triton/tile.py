@@ -18,18 +18,44 @@ def _index(nibble: int) -> int:
     return nibble & 4 | (nibble >> 2 ^ nibble) & 2 | (nibble ^ nibble >> 1) & 1
 
 
-def _select(position: int) -> int:
-    """Eight bytes, by `_index`: which bytes of (kept pair, pruned pair) `prmt` takes for this position's lane."""
-    chosen = [0x76 if position % 2 else 0x54] * 8  # pruned: its own lane of the second operand
-    for nibble in LEGAL_NIBBLES:
-        for code, kept in ((0x10, nibble & 3), (0x32, nibble >> 2)):
-            if kept == position:
-                chosen[_index(nibble)] = code
-    return int.from_bytes(bytes(chosen), "little")
+PAIRS = (0x10, 0x32, 0x54, 0x76)  # what `prmt` takes: the lanes of its first operand, then of its second
 
 
-SELECT_LOW = tl.constexpr(tuple(_select(p) & 0xFFFFFFFF for p in range(4)))
-SELECT_HIGH = tl.constexpr(tuple(_select(p) >> 32 for p in range(4)))
+def _table(entry) -> tuple[int, int]:
+    """Eight of PAIRS as the two words in which `prmt` looks up."""
+    chosen = bytes(PAIRS[entry(index)] for index in range(8))
+    return int.from_bytes(chosen[:4], "little"), int.from_bytes(chosen[4:], "little")
+
+
+def _by_nibble(entry):
+    """`entry` of a group's kept and pruned positions as one of `_index`."""
+    groups = {_index(nibble): (nibble & 3, nibble >> 2) for nibble in LEGAL_NIBBLES}
+    return lambda index: entry(kept := groups.get(index, ()), [p for p in range(4) if p not in kept])
+
+
+def _source(position: int, own: bool):
+    """Of (kept pair, pruned pair), what a position takes; the pruned pair holds `own` lanes or a group's two pruned entries."""
+    def entry(kept, pruned):
+        return kept.index(position) if position in kept else 2 + (position % 2 if own else pruned.index(position) % 2)
+
+    return _by_nibble(entry)
+
+
+def _level(planes: int):
+    """Of a row's four levels (`row_levels`), what a nibble of `_spread` takes."""
+    def entry(index):
+        one, two, four = index & 1, index >> 1 & 1, index >> 2 & 1
+        return 2 * one + (one ^ two) if planes == 2 else 2 * (one ^ four) + (one ^ two)
+
+    return entry
+
+
+import os
+ONE = tl.constexpr(int(os.environ.get('ONE','1')))
+OWN = tl.constexpr(sum((_table(_source(position, True)) for position in range(4)), ()))
+GATHERED = tl.constexpr(sum((_table(_source(position, False)) for position in range(4)), ()))
+PRUNED = tl.constexpr(sum((_table(_by_nibble(lambda _, pruned, k=k: pruned[k])) for k in range(2)), ()))
+LEVEL = tl.constexpr(sum((_table(_level(planes)) for planes in (2, 3)), ()))
 
 
 @triton.jit
@@ -102,7 +128,24 @@ def _magnitude(u_ptr, v_ptr, rows, g, groups, N, position: tl.constexpr, RANK: t
 
 
 @triton.jit
-def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr):
+def _signed(m, s, shift, l0, l1, l2, l3, PLANES: tl.constexpr):
+    """Magnitudes at the positions 0..3 times their levels, odd numbers up to 2^PLANES - 1, in fp32."""
+    if PLANES == 1:
+        n0, n1, n2, n3 = _negative(m, s)
+        l0, l1 = tl.where(_bit(n0, shift), -l0, l0), tl.where(_bit(n1, shift), -l1, l1)
+        l2, l3 = tl.where(_bit(n2, shift), -l2, l2), tl.where(_bit(n3, shift), -l3, l3)
+    else:
+        c0, c1, c2, c3 = 0.0, 0.0, 0.0, 0.0
+        for p in tl.static_range(PLANES):
+            n0, n1, n2, n3 = _negative(m, s >> 8 * p & 0xFF)
+            c0, c1 = 2 * c0 + tl.where(_bit(n0, shift), -1.0, 1.0), 2 * c1 + tl.where(_bit(n1, shift), -1.0, 1.0)
+            c2, c3 = 2 * c2 + tl.where(_bit(n2, shift), -1.0, 1.0), 2 * c3 + tl.where(_bit(n3, shift), -1.0, 1.0)
+        l0, l1, l2, l3 = l0 * c0, l1 * c1, l2 * c2, l3 * c3
+    return l0, l1, l2, l3
+
+
+@triton.jit
+def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr):
     """The four entries of every group in fp32: the kept values where the nibble says so, signed magnitudes elsewhere."""
     if VALUES == "int8":
         first, second = _integer(word, 8) * scale, _integer(word >> 8, 8) * scale
@@ -114,9 +157,7 @@ def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK:
         first, second = _low(word, tl.float16).to(tl.float32), _high(word, tl.float16).to(tl.float32)
     i0, i1 = m >> shift & 3, m >> shift >> 2 & 3
     if RANK > 0:
-        n0, n1, n2, n3 = _negative(m, s)
-        l0, l1 = tl.where(_bit(n0, shift), -l0, l0), tl.where(_bit(n1, shift), -l1, l1)
-        l2, l3 = tl.where(_bit(n2, shift), -l2, l2), tl.where(_bit(n3, shift), -l3, l3)
+        l0, l1, l2, l3 = _signed(m, s, shift, l0, l1, l2, l3, PLANES)
     w0, w1 = tl.where(i0 == 0, first, l0), tl.where(i0 == 1, first, tl.where(i1 == 1, second, l1))
     w2, w3 = tl.where(i0 == 2, first, tl.where(i1 == 2, second, l2)), tl.where(i1 == 3, second, l3)
     return w0, w1, w2, w3
@@ -169,56 +210,149 @@ def _integers(word, scale, BITS: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _fill(word, l01, l23, m):
-    """Every group as two pairs: the kept pair's lanes where the nibble says so, the pruned pairs' own lanes elsewhere.
-
-    `prmt` looks up in eight bytes with four nibbles at once: the selectors of one position, for the four groups of a unit.
-    """
-    index = m & 0x4444 | (m >> 2 ^ m) & 0x2222 | (m ^ m >> 1) & 0x1111
-    s0 = _prmt(SELECT_LOW[0], SELECT_HIGH[0], index)
-    s1 = _prmt(SELECT_LOW[1], SELECT_HIGH[1], index)
-    s2 = _prmt(SELECT_LOW[2], SELECT_HIGH[2], index)
-    s3 = _prmt(SELECT_LOW[3], SELECT_HIGH[3], index)
-    mine = (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]  # of a group: byte j of both
-    return _prmt(word, l01, _prmt(s0, s1, mine)), _prmt(word, l23, _prmt(s2, s3, mine))
+def _fused(a, b, c, T: tl.constexpr):
+    """a b + c of pairs, rounded once."""
+    FP16: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+    BF16: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(FP16 if T == tl.float16 else BF16, "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, T: tl.constexpr):
+def _look_up(TABLES: tl.constexpr, which: tl.constexpr, index):
+    """One of eight bytes for each of the four nibbles of an index."""
+    return _prmt(TABLES[2 * which], TABLES[2 * which + 1], index)
+
+
+@triton.jit
+def _indices(m):
+    return m & 0x4444 | (m >> 2 ^ m) & 0x2222 | (m ^ m >> 1) & 0x1111
+
+
+@triton.jit
+def _spread(s, PLANES: tl.constexpr):
+    """A unit's sign bits as nibbles, the first pruned entries' in the low half, the second ones' in the high half.
+
+    Group j is nibble 0, 2, 1, 3, plane p its bit p; of one plane, group j is bit 2j. Entry e = (e2 e1 e0) of plane p = (p1 p0)
+    comes as bit p1 p0 e2 e1 e0 of the word: each step moves or swaps digits of that number.
+    """
+    if PLANES == 1:
+        s = (s | s << 15) & 0x55555555  # e0 - e2 e1 -
+    elif PLANES == 2:
+        s = (s | s << 15) & 0x55555555  # e0 p0 e2 e1 -
+        s = (s | s >> 7) & 0x00FF00FF  # e0 - e2 e1 p0
+        s = (s | s << 6) & 0x33333333  # e0 e1 e2 - p0
+    else:
+        swapped = (s >> 15 ^ s) & 0x0000AAAA
+        s = s ^ swapped ^ swapped << 15  # e0 p0 e2 e1 p1
+        swapped = (s >> 6 ^ s) & 0x00CC00CC
+        s = s ^ swapped ^ swapped << 6  # e0 e1 e2 p0 p1
+    return s
+
+
+@triton.jit
+def _pruned(m, s, shift, index, mine, u, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
+    """The two pruned entries of every group."""
+    a, b, low_a, low_b = u
+    s = _spread(s, PLANES)
+    j = tl.arange(0, 4)[None, None, :]
+    at = 2 * j if PLANES == 1 else 8 * (j & 1) + 4 * (j >> 1)
+    if PLANES != 2:
+        sign = s << (15 - at).to(tl.uint32) & 0x80008000
+    if PLANES > 1:
+        first, second = _look_up(LEVEL, PLANES - 2, s), _look_up(LEVEL, PLANES - 2, s >> 16)
+        level = _prmt(first, second, (0x40 + 0x11 * (at // 4)).to(tl.uint32))
+    if RANK == 1 or PLANES == 1:
+        pair = _prmt(_convert(l0, l1, T), _convert(l2, l3, T), _prmt(_look_up(PRUNED, 0, index), _look_up(PRUNED, 1, index), mine))
+    if RANK == 1:
+        if PLANES == 1:
+            pair = _product(a ^ sign, pair, T)
+        elif T == tl.float16:
+            pair = _fused(_prmt(a, b, level), pair, _product(_prmt(low_a, low_b, level), pair, T), T)
+        else:
+            pair = _product(_prmt(a, b, level), pair, T)
+        if PLANES == 3:
+            pair = pair ^ sign
+    elif PLANES == 1:
+        pair = pair ^ sign
+    else:
+        first = tl.where(m >> shift & 3 != 0, l0, tl.where(_bit(m, shift + 3), l1, l2))
+        second = tl.where(m >> shift & 0xC != 0xC, l3, tl.where(_bit(m, shift + 1), l1, l2))
+        level = _prmt(a, b, level)
+        pair = _convert(_wide(level) * first, (level & 0xFFFF0000).to(tl.float32, bitcast=True) * second, T)
+        if PLANES == 3:
+            pair = pair ^ sign
+    return pair
+
+
+@triton.jit
+def _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
     """`_plain` rounded to T, as words of two lanes. RANK 1: l is v, and its product with u, a pair, comes rounded once."""
     if VALUES == "int8":
         word = _integers(word, scale, 8, T)
     elif VALUES == "int4":
         word = _integers(word, scale, 4, T)
-    if RANK > 0:
-        n0, n1, n2, n3 = _negative(m, s)
-        n01, n23 = _pair(n0, n1) << 15 - shift & 0x80008000, _pair(n2, n3) << 15 - shift & 0x80008000
-        l01, l23 = _convert(l0, l1, T), _convert(l2, l3, T)
-        if RANK == 1:
-            l01, l23 = _product(u ^ n01, l01, T), _product(u ^ n23, l23, T)
-        else:
-            l01, l23 = l01 ^ n01, l23 ^ n23
+    if RANK > 0 and (PLANES > 1 or not ONE):
+        index = _indices(m)
+        mine = (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]  # of a group: byte j of both
+        l = _pruned(m, s, shift, index, mine, u, l0, l1, l2, l3, RANK, PLANES, T)
+        s0, s1, s2 = _look_up(GATHERED, 0, index), _look_up(GATHERED, 1, index), _look_up(GATHERED, 2, index)
+        s3 = s0 ^ s1 ^ s2
+        w01, w23 = _prmt(word, l, _prmt(s0, s1, mine)), _prmt(word, l, _prmt(s2, s3, mine))
     else:
-        l01, l23 = tl.zeros_like(word), tl.zeros_like(word)
-    w01, w23 = _fill(word, l01, l23, m)
+        if RANK > 0:
+            n0, n1, n2, n3 = _negative(m, s)
+            n01, n23 = _pair(n0, n1) << 15 - shift & 0x80008000, _pair(n2, n3) << 15 - shift & 0x80008000
+            l01, l23 = _convert(l0, l1, T), _convert(l2, l3, T)
+            if RANK == 1:
+                l01, l23 = _product(u[0] ^ n01, l01, T), _product(u[0] ^ n23, l23, T)
+            else:
+                l01, l23 = l01 ^ n01, l23 ^ n23
+        else:
+            l01, l23 = tl.zeros_like(word), tl.zeros_like(word)
+        index = _indices(m)
+        s0 = _look_up(OWN, 0, index)
+        s1 = _look_up(OWN, 1, index)
+        s2 = _look_up(OWN, 2, index)
+        s3 = _look_up(OWN, 3, index)
+        mine = (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]  # of a group: byte j of both
+        w01, w23 = _prmt(word, l01, _prmt(s0, s1, mine)), _prmt(word, l23, _prmt(s2, s3, mine))
     return _low(w01, T), _high(w01, T), _low(w23, T), _high(w23, T)
 
 
 @triton.jit
-def row_pair(u_ptr, rows, RANK: tl.constexpr, T: tl.constexpr, PACKED: tl.constexpr):
+def _split(x, y, T: tl.constexpr):
+    pair = _convert(x, y, T)
+    return pair, _convert(x - _low(pair, T).to(tl.float32), y - _high(pair, T).to(tl.float32), T)
+
+
+@triton.jit
+def row_levels(u_ptr, rows, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr, PACKED: tl.constexpr):
     """u of a sign term of rank 1 in both lanes, [BN, 1, 1]: before the loop over K. Nothing for other ranks."""
-    u = 0
+    a, b, low_a, low_b = 0, 0, 0, 0
     if PACKED and RANK == 1:
         u = tl.load(u_ptr + rows)
-        u = tl.expand_dims(tl.expand_dims(_convert(u, u, T), 1), 2)
-    return u
+        if PLANES == 1:
+            a = tl.expand_dims(tl.expand_dims(_convert(u, u, T), 1), 2)
+        else:
+            u = tl.expand_dims(tl.expand_dims(u, 1), 2)
+            if PLANES == 2:
+                a, low_a = _split(3.0 * u, u, T)
+                b, low_b = a ^ 0x80008000, low_a ^ 0x80008000
+            else:
+                a, low_a = _split(7.0 * u, 5.0 * u, T)
+                b, low_b = _split(3.0 * u, u, T)
+    elif PACKED and RANK > 1 and PLANES == 2:
+        a, b = 0x3F804040, 0xBF80C040
+    elif PACKED and RANK > 1 and PLANES == 3:
+        a, b = 0x40A040E0, 0x3F804040
+    return a, b, low_a, low_b
 
 
 @triton.jit
 def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES: tl.constexpr,
-            GROUP: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, T: tl.constexpr,
+            GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, T: tl.constexpr,
             MASKED: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
-    """W[rows, k : k + BK] without its adapter, [BN, BK] in T. v_ptr is the rows' part's; u from `row_pair`."""
+    """W[rows, k : k + BK] without its adapter, [BN, BK] in T. v_ptr is the rows' part's; u from `row_levels`."""
     C: tl.constexpr = BK // 16
     c, g = k // 16 + tl.arange(0, C), k // 4 + tl.arange(0, 4 * C)
     inside = (c < units)[None, :]
@@ -236,7 +370,12 @@ def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, row
             scale = _load(scale, inside, MASKED)
         scale = tl.expand_dims(_wide(scale), 2)
     if RANK > 0:
-        s = _load(signs_ptr + at, inside, MASKED).to(tl.uint32)
+        if PLANES < 3:
+            s = _load(signs_ptr + at, inside, MASKED).to(tl.uint32)
+        else:
+            s = _load(signs_ptr + 3 * at, inside, MASKED).to(tl.uint32)
+            s = s | _load(signs_ptr + 3 * at + 1, inside, MASKED).to(tl.uint32) << 8
+            s = s | _load(signs_ptr + 3 * at + 2, inside, MASKED).to(tl.uint32) << 16
         s = tl.broadcast_to(tl.expand_dims(s, 2), (BN, C, 4))
         if PACKED and RANK == 1:
             l0 = tl.reshape(_load(v_ptr + g, g < units * 4, MASKED), (1, C, 4))
@@ -250,9 +389,9 @@ def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, row
             l3 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 3, RANK, MASKED)
     shift = (4 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]
     if PACKED:
-        w0, w1, w2, w3 = _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES, RANK, T)
+        w0, w1, w2, w3 = _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES, RANK, PLANES, T)
     else:
-        w0, w1, w2, w3 = _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES, RANK)
+        w0, w1, w2, w3 = _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES, RANK, PLANES)
     w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK)).to(T)
     if PACKED:
         w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], w.dtype, is_pure=False, pack=2)
