@@ -38,13 +38,13 @@ def _rows(tile, N, start1, start2, start3, BN: tl.constexpr, PARTS: tl.constexpr
 @triton.jit(do_not_specialize=["M", "biased"])
 def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, z_ptr, bias_ptr, y_ptr,
                   biased, M, N, K, units, x_stride, start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr,
-                  GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, ADAPTER: tl.constexpr, Z_SPLITS: tl.constexpr,
-                  PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                  GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, ADAPTER: tl.constexpr,
+                  Z_SPLITS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
+                  PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """y[M,N] in T, or with SPLITS > 1 the fp32 sums over one share of K each, [SPLITS, M, N]. Grid: (tiles, SPLITS).
 
     A program is BN out_features x BM tokens. x [M, K] with x_stride; values, metadata and signs as stored, viewed as one
-    element a group (values) or unit; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from `adapter_kernel`; p [N, ADAPTER] in T.
+    element a group (values) or unit, signs of three planes as [3, N, units]; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from `adapter_kernel`; p [N, ADAPTER] in T.
     """
     token_tiles = tl.cdiv(M, BM)
     pid = tl.program_id(0)
@@ -61,10 +61,10 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
 
     if RANK > 0:
         v_ptr += part * RANK * 4 * (units * 4)
-    u = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
+    levels = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
     total = tl.zeros((BN, BM), tl.float32)
     for k in tl.range(split * share, tl.minimum(K, (split + 1) * share), BK):
-        w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES, GROUP,
+        w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES, GROUP,
                     RANK, PLANES, BN, BK, T, MASKED, PACKED)  # fmt: skip
         inputs = k + tl.arange(0, BK)
         at = x_ptr + readable[None, :] * x_stride + inputs[:, None]
@@ -121,16 +121,16 @@ def sum_kernel(partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constex
 
 @triton.jit
 def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, q_ptr, w_ptr, N, K, units,
-                 start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr,
-                 ADAPTER: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+                 start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+                 PLANES: tl.constexpr, ADAPTER: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """w[N, K] in T, adapter included: q [K, PARTS * ADAPTER] in T. Grid: (row tiles, K tiles)."""
     part, rows, exists = _rows(tl.program_id(0), N, start1, start2, start3, BN, PARTS)
     k = tl.program_id(1) * BK
     if RANK > 0:
         v_ptr += part * RANK * 4 * (units * 4)
-    u = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
-    w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES, GROUP, RANK,
+    levels = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
+    w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES, GROUP, RANK,
                 PLANES, BN, BK, T, True, PACKED)  # fmt: skip
     inputs = k + tl.arange(0, BK)
     if ADAPTER > 0:

@@ -28,14 +28,14 @@ class TritonState(NamedTuple):
     """What `slab_kernels::linear_triton` wants after x: tensors, bias excepted, then sizes.
 
     values, metadata, signs and scales are the canonical tensors themselves (no copy) for one weight whose values have the
-    activations' type, or any integer or fp32 case; fused weights are joined along N.
+    activations' type, or any integer or fp32 case, int3 and three sign planes excepted; fused weights are joined along N.
     """
 
     values: Tensor
     metadata: Tensor
-    signs: Tensor | None
+    signs: Tensor | None  # of three planes [3, N, Kp/16]
     scales: Tensor | None
-    U: Tensor | None  # [R, N] fp32
+    U: Tensor | None  # [R, N] fp32, in units of the last plane
     V: Tensor | None  # [parts, R, 4, Kp/4] fp32: by position in the group of four
     P: Tensor | None  # [N, R' padded to 16] in the activations' type
     Q: Tensor | None  # [K, parts R'] in the activations' type
@@ -71,6 +71,8 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
         if not all(bool(t.isfinite().all()) for t in values):
             raise RangeError(f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones")
     joined = {name: _joined([getattr(part, name) for part in parts]) for name in ("metadata", "signs", "scales")}
+    if first.planes == 3:  # three bytes a unit cannot be copied in wide pieces: 9.2 instructions a weight instead of 8
+        joined["signs"] = joined["signs"].unflatten(1, (-1, 3)).movedim(2, 0).contiguous()
     U = V = P = Q = None
     if first.rank:
         U, V = zip(*(_sign_factors(part, dtype) for part in parts), strict=True)
@@ -92,16 +94,17 @@ def _joined(tensors: list[Tensor | None]) -> Tensor | None:
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U [R, N] and V [R, 4, Kp/4] in fp32, U in units of the last plane.
+    """U [R, N] in units of the last plane and V [R, 4, Kp/4], in fp32.
 
-    Of rank 1, and for 16-bit activations, V holds numbers of their type, and for one plane U as well.
+    Of rank 1, and for 16-bit activations, V is numbers of their type. So is U of one plane; of more, the kernel rounds U
+    times the levels, and they must fit.
     """
     layout = packed.layout
     Kp, rank, planes = layout.padded_in_features, layout.rank, layout.planes
     U, V = packed.U.float() * plane_unit(planes), packed.V[: packed.in_features].float()
     if rank == 1:
-        largest = replace(packed, U=U * (2**planes - 1))
-        U, V = factors.sign(replace(packed, U=U), torch.float32 if planes > 1 else dtype)[0], factors.sign(largest, dtype)[1]
+        largest, V = factors.sign(replace(packed, U=U * (2**planes - 1)), dtype)
+        U = largest if planes == 1 else factors.sign(replace(packed, U=U), torch.float32)[0]
     V = pad(V.float(), (0, 0, 0, Kp - V.shape[0])).T.reshape(rank, Kp // 4, 4).transpose(1, 2)
     return U.float().T, V
 
@@ -114,7 +117,7 @@ def sizes_of(state: Sequence) -> Sizes:
 
 
 def planes_of(state: Sequence) -> int:
-    """Sign planes of the sign term: the bytes that its signs take a unit of 16 inputs; 1 where there is none."""
+    """Sign planes: bytes of signs that a unit of 16 inputs takes. A configuration does not depend on them (configs.Sizes)."""
     _values, metadata, signs, *_ = state
     return 1 if signs is None else 2 * signs.numel() // metadata.numel()
 
@@ -182,7 +185,8 @@ def _stored(state: Sequence) -> tuple:
     """Values, metadata, signs, scales, U, V as the kernels' elements."""
     values, metadata, signs, scales, U, V, _, _, _, _, value_type, _ = state
     scales = None if scales is None else scales.view(torch.uint16)
-    signs = signs.view(torch.uint16) if planes_of(state) == 2 else signs
+    if planes_of(state) == 2:
+        signs = signs.view(torch.uint16)
     return values.view(ELEMENT[value_type]), metadata.view(torch.uint16), signs, scales, U, V
 
 

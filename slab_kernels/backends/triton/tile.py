@@ -1,8 +1,10 @@
 """A tile of W = S + (U V^T) * B rebuilt in registers from the canonical packed tensors: `weight`, for kernels.py.
 
-A unit is 16 inputs of one row, four groups: 16 bits of metadata, 8 of signs, 8 kept values. `_plain` says what a group
-means, entry by entry, in fp32. `_words` gives the same for 16-bit activations on NVIDIA GPUs, on pairs in 32-bit words:
-`prmt` puts kept and pruned lanes into place, so that a weight costs a third of the instructions.
+A unit is 16 inputs of one row, four groups: 16 bits of metadata, 8 of signs in each plane, 8 kept values. `_plain` says what
+a group means, entry by entry, in fp32. `_words` gives the same for 16-bit activations on NVIDIA GPUs, on pairs in 32-bit
+words: `prmt` puts kept and pruned lanes into place, so that a weight costs a third of the instructions.
+
+A pruned entry is (U V^T)_ij times a level, an odd number within +-(2^PLANES - 1): launch.py has U in units of the last plane.
 """
 
 from __future__ import annotations
@@ -18,44 +20,45 @@ def _index(nibble: int) -> int:
     return nibble & 4 | (nibble >> 2 ^ nibble) & 2 | (nibble ^ nibble >> 1) & 1
 
 
-PAIRS = (0x10, 0x32, 0x54, 0x76)  # what `prmt` takes: the lanes of its first operand, then of its second
+LANES = (0x10, 0x32, 0x54, 0x76)  # what `prmt` takes for a lane: one of its first operand's two, or of its second's
 
 
-def _table(entry) -> tuple[int, int]:
-    """Eight of PAIRS as the two words in which `prmt` looks up."""
-    chosen = bytes(PAIRS[entry(index)] for index in range(8))
+def _table(choose) -> tuple[int, int]:
+    """Of LANES, by three bits of an index: the two words in which `prmt` looks up."""
+    chosen = bytes(LANES[choose(index)] for index in range(8))
     return int.from_bytes(chosen[:4], "little"), int.from_bytes(chosen[4:], "little")
 
 
-def _by_nibble(entry):
-    """`entry` of a group's kept and pruned positions as one of `_index`."""
-    groups = {_index(nibble): (nibble & 3, nibble >> 2) for nibble in LEGAL_NIBBLES}
-    return lambda index: entry(kept := groups.get(index, ()), [p for p in range(4) if p not in kept])
+def _by_nibble(choose) -> tuple[int, int]:
+    """The table of a function of a group's kept and pruned positions."""
+    kept = {_index(nibble): (nibble & 3, nibble >> 2) for nibble in LEGAL_NIBBLES}
+    return _table(lambda i: choose(kept.get(i, ()), [p for p in range(4) if p not in kept.get(i, ())]))
 
 
-def _source(position: int, own: bool):
-    """Of (kept pair, pruned pair), what a position takes; the pruned pair holds `own` lanes or a group's two pruned entries."""
-    def entry(kept, pruned):
-        return kept.index(position) if position in kept else 2 + (position % 2 if own else pruned.index(position) % 2)
-
-    return _by_nibble(entry)
+def _source(position: int, kept, pruned, gathered: bool) -> int:
+    """The lane of (kept pair, other pair) for a position. Pruned ones: first and second if `gathered`, else each its own lane."""
+    return kept.index(position) if position in kept else 2 + (pruned.index(position) if gathered else position) % 2
 
 
-def _level(planes: int):
-    """Of a row's four levels (`row_levels`), what a nibble of `_spread` takes."""
-    def entry(index):
-        one, two, four = index & 1, index >> 1 & 1, index >> 2 & 1
-        return 2 * one + (one ^ two) if planes == 2 else 2 * (one ^ four) + (one ^ two)
-
-    return entry
+LEVELS = {2: (3, 1, -3, -1), 3: (7, 5, 3, 1)}  # by planes: four lanes of `row_levels`; of three planes without the sign
 
 
-import os
-ONE = tl.constexpr(int(os.environ.get('ONE','1')))
-OWN = tl.constexpr(sum((_table(_source(position, True)) for position in range(4)), ()))
-GATHERED = tl.constexpr(sum((_table(_source(position, False)) for position in range(4)), ()))
-PRUNED = tl.constexpr(sum((_table(_by_nibble(lambda _, pruned, k=k: pruned[k])) for k in range(2)), ()))
-LEVEL = tl.constexpr(sum((_table(_level(planes)) for planes in (2, 3)), ()))
+def _level(index: int, planes: int) -> int:
+    """The place in LEVELS for the signs in a nibble of `_spread`."""
+    signs = (index, index >> 1) if planes == 2 else (index, index >> 2, index >> 1)
+    level = sum((1 - 2 * (sign & 1)) << planes - 1 - p for p, sign in enumerate(signs))
+    return LEVELS[planes].index(level if planes == 2 else abs(level))
+
+
+def _constants(*tables: tuple[int, int]):
+    """For `_look_up`."""
+    return tl.constexpr(sum(tables, ()))
+
+
+OWN = _constants(*(_by_nibble(lambda *group, p=p: _source(p, *group, gathered=False)) for p in range(4)))
+GATHERED = _constants(*(_by_nibble(lambda *group, p=p: _source(p, *group, gathered=True)) for p in range(4)))
+PRUNED = _constants(*(_by_nibble(lambda _, pruned, k=k: pruned[k]) for k in range(2)))
+LEVEL = _constants(*(_table(lambda index, n=planes: _level(index, n)) for planes in LEVELS))
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def _magnitude(u_ptr, v_ptr, rows, g, groups, N, position: tl.constexpr, RANK: t
 
 @triton.jit
 def _signed(m, s, shift, l0, l1, l2, l3, PLANES: tl.constexpr):
-    """Magnitudes at the positions 0..3 times their levels, odd numbers up to 2^PLANES - 1, in fp32."""
+    """Magnitudes at the positions 0..3 times their levels, in fp32, rounded once."""
     if PLANES == 1:
         n0, n1, n2, n3 = _negative(m, s)
         l0, l1 = tl.where(_bit(n0, shift), -l0, l0), tl.where(_bit(n1, shift), -l1, l1)
@@ -185,6 +188,12 @@ def _product(a, b, T: tl.constexpr):
 
 
 @triton.jit
+def _sum(a, b, c):
+    """a b + c of fp16 pairs, rounded once."""
+    return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _integers(word, scale, BITS: tl.constexpr, T: tl.constexpr):
     """Two two's complement codes at the foot of a word times an fp32 scale (exact in bf16), as a pair rounded once.
 
@@ -210,149 +219,143 @@ def _integers(word, scale, BITS: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _fused(a, b, c, T: tl.constexpr):
-    """a b + c of pairs, rounded once."""
-    FP16: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
-    BF16: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
-    return tl.inline_asm_elementwise(FP16 if T == tl.float16 else BF16, "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _look_up(TABLES: tl.constexpr, which: tl.constexpr, index):
-    """One of eight bytes for each of the four nibbles of an index."""
+    """Four bytes: `prmt` looks up in eight with four nibbles at once."""
     return _prmt(TABLES[2 * which], TABLES[2 * which + 1], index)
 
 
 @triton.jit
 def _indices(m):
+    """`_index` of a unit's nibbles."""
     return m & 0x4444 | (m >> 2 ^ m) & 0x2222 | (m ^ m >> 1) & 0x1111
 
 
 @triton.jit
-def _spread(s, PLANES: tl.constexpr):
-    """A unit's sign bits as nibbles, the first pruned entries' in the low half, the second ones' in the high half.
+def _mine():
+    """Of a group: byte j of both operands."""
+    return (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]
 
-    Group j is nibble 0, 2, 1, 3, plane p its bit p; of one plane, group j is bit 2j. Entry e = (e2 e1 e0) of plane p = (p1 p0)
-    comes as bit p1 p0 e2 e1 e0 of the word: each step moves or swaps digits of that number.
+
+@triton.jit
+def _fill(word, l01, l23, m, IS_GATHERED: tl.constexpr):
+    """Every group as two pairs: the kept pair's lanes where the nibble says so, l01's and l23's elsewhere (`_source`)."""
+    index = _indices(m)
+    if IS_GATHERED:
+        s0, s1, s2 = _look_up(GATHERED, 0, index), _look_up(GATHERED, 1, index), _look_up(GATHERED, 2, index)
+        s3 = s0 ^ s1 ^ s2  # each of LANES once, and those cancel
+    else:
+        s0, s1 = _look_up(OWN, 0, index), _look_up(OWN, 1, index)
+        s2, s3 = _look_up(OWN, 2, index), _look_up(OWN, 3, index)
+    return _prmt(word, l01, _prmt(s0, s1, _mine())), _prmt(word, l23, _prmt(s2, s3, _mine()))
+
+
+@triton.jit
+def _spread(s, PLANES: tl.constexpr):
+    """A unit's signs as nibbles: first pruned entries' in the low half, second ones' in the high half, groups in the order 0 2 1 3.
+
+    Two planes are bits 0 and 1 of a nibble, three 0, 2 and 1. Plane p = (p1 p0) of entry e = (e2 e1 e0) comes as bit
+    p1 p0 e2 e1 e0 of the word; a step moves or exchanges digits of that number, 6 or 8 instructions a unit together.
     """
-    if PLANES == 1:
-        s = (s | s << 15) & 0x55555555  # e0 - e2 e1 -
-    elif PLANES == 2:
+    if PLANES == 2:
         s = (s | s << 15) & 0x55555555  # e0 p0 e2 e1 -
         s = (s | s >> 7) & 0x00FF00FF  # e0 - e2 e1 p0
         s = (s | s << 6) & 0x33333333  # e0 e1 e2 - p0
     else:
-        swapped = (s >> 15 ^ s) & 0x0000AAAA
-        s = s ^ swapped ^ swapped << 15  # e0 p0 e2 e1 p1
-        swapped = (s >> 6 ^ s) & 0x00CC00CC
-        s = s ^ swapped ^ swapped << 6  # e0 e1 e2 p0 p1
+        both = (s >> 15 ^ s) & 0x0000AAAA
+        s = s ^ both ^ both << 15  # e0 p0 e2 e1 p1
+        both = (s >> 6 ^ s) & 0x00CC00CC
+        s = s ^ both ^ both << 6  # e0 e1 e2 p0 p1
     return s
 
 
 @triton.jit
-def _pruned(m, s, shift, index, mine, u, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
-    """The two pruned entries of every group."""
-    a, b, low_a, low_b = u
+def _leveled(m, s, shift, levels, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
+    """The two pruned entries of every group, of two or three planes, as a pair.
+
+    The pruned lanes are brought together before they are multiplied: half the products, and signs need no places. A weight
+    costs half an instruction more than with one plane, all of it for fp16's second product. Of rank 1, l is v, `levels` u's.
+    """
     s = _spread(s, PLANES)
-    j = tl.arange(0, 4)[None, None, :]
-    at = 2 * j if PLANES == 1 else 8 * (j & 1) + 4 * (j >> 1)
-    if PLANES != 2:
-        sign = s << (15 - at).to(tl.uint32) & 0x80008000
-    if PLANES > 1:
-        first, second = _look_up(LEVEL, PLANES - 2, s), _look_up(LEVEL, PLANES - 2, s >> 16)
-        level = _prmt(first, second, (0x40 + 0x11 * (at // 4)).to(tl.uint32))
-    if RANK == 1 or PLANES == 1:
-        pair = _prmt(_convert(l0, l1, T), _convert(l2, l3, T), _prmt(_look_up(PRUNED, 0, index), _look_up(PRUNED, 1, index), mine))
+    nibble = 2 * (tl.arange(0, 4) & 1) + (tl.arange(0, 4) >> 1)[None, None, :]
+    first, second = _look_up(LEVEL, PLANES - 2, s), _look_up(LEVEL, PLANES - 2, s >> 16)
+    which = _prmt(first, second, (0x40 + 0x11 * nibble).to(tl.uint32))
     if RANK == 1:
-        if PLANES == 1:
-            pair = _product(a ^ sign, pair, T)
-        elif T == tl.float16:
-            pair = _fused(_prmt(a, b, level), pair, _product(_prmt(low_a, low_b, level), pair, T), T)
+        high, higher, low, lower = levels
+        index = _indices(m)
+        lanes = _prmt(_look_up(PRUNED, 0, index), _look_up(PRUNED, 1, index), _mine())
+        v = _prmt(_convert(l0, l1, T), _convert(l2, l3, T), lanes)
+        level = _prmt(high, higher, which)
+        if T == tl.float16:
+            pair = _sum(level, v, _product(_prmt(low, lower, which), v, T))
         else:
-            pair = _product(_prmt(a, b, level), pair, T)
-        if PLANES == 3:
-            pair = pair ^ sign
-    elif PLANES == 1:
-        pair = pair ^ sign
-    else:
+            pair = _product(level, v, T)
+    else:  # levels as pairs of bf16
+        level = _prmt(0x3F804040, 0xBF80C040, which) if PLANES == 2 else _prmt(0x40A040E0, 0x3F804040, which)
         first = tl.where(m >> shift & 3 != 0, l0, tl.where(_bit(m, shift + 3), l1, l2))
-        second = tl.where(m >> shift & 0xC != 0xC, l3, tl.where(_bit(m, shift + 1), l1, l2))
-        level = _prmt(a, b, level)
-        pair = _convert(_wide(level) * first, (level & 0xFFFF0000).to(tl.float32, bitcast=True) * second, T)
-        if PLANES == 3:
-            pair = pair ^ sign
+        second = tl.where(m >> shift & 12 != 12, l3, tl.where(_bit(m, shift + 1), l1, l2))
+        pair = _convert(_wide(level) * first, _wide(level >> 16) * second, T)
+    if PLANES == 3:
+        pair = pair ^ (s << (15 - 4 * nibble).to(tl.uint32) & 0x80008000)
     return pair
 
 
 @triton.jit
-def _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
+def _words(m, s, word, scale, shift, levels, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr,
+           T: tl.constexpr):  # fmt: skip
     """`_plain` rounded to T, as words of two lanes. RANK 1: l is v, and its product with u, a pair, comes rounded once."""
     if VALUES == "int8":
         word = _integers(word, scale, 8, T)
     elif VALUES == "int4":
         word = _integers(word, scale, 4, T)
-    if RANK > 0 and (PLANES > 1 or not ONE):
-        index = _indices(m)
-        mine = (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]  # of a group: byte j of both
-        l = _pruned(m, s, shift, index, mine, u, l0, l1, l2, l3, RANK, PLANES, T)
-        s0, s1, s2 = _look_up(GATHERED, 0, index), _look_up(GATHERED, 1, index), _look_up(GATHERED, 2, index)
-        s3 = s0 ^ s1 ^ s2
-        w01, w23 = _prmt(word, l, _prmt(s0, s1, mine)), _prmt(word, l, _prmt(s2, s3, mine))
-    else:
-        if RANK > 0:
-            n0, n1, n2, n3 = _negative(m, s)
-            n01, n23 = _pair(n0, n1) << 15 - shift & 0x80008000, _pair(n2, n3) << 15 - shift & 0x80008000
-            l01, l23 = _convert(l0, l1, T), _convert(l2, l3, T)
-            if RANK == 1:
-                l01, l23 = _product(u[0] ^ n01, l01, T), _product(u[0] ^ n23, l23, T)
-            else:
-                l01, l23 = l01 ^ n01, l23 ^ n23
+    if PLANES > 1:
+        l01 = _leveled(m, s, shift, levels, l0, l1, l2, l3, RANK, PLANES, T)
+        l23 = l01
+    elif RANK > 0:
+        n0, n1, n2, n3 = _negative(m, s)
+        n01, n23 = _pair(n0, n1) << 15 - shift & 0x80008000, _pair(n2, n3) << 15 - shift & 0x80008000
+        l01, l23 = _convert(l0, l1, T), _convert(l2, l3, T)
+        if RANK == 1:
+            l01, l23 = _product(levels[0] ^ n01, l01, T), _product(levels[0] ^ n23, l23, T)
         else:
-            l01, l23 = tl.zeros_like(word), tl.zeros_like(word)
-        index = _indices(m)
-        s0 = _look_up(OWN, 0, index)
-        s1 = _look_up(OWN, 1, index)
-        s2 = _look_up(OWN, 2, index)
-        s3 = _look_up(OWN, 3, index)
-        mine = (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]  # of a group: byte j of both
-        w01, w23 = _prmt(word, l01, _prmt(s0, s1, mine)), _prmt(word, l23, _prmt(s2, s3, mine))
+            l01, l23 = l01 ^ n01, l23 ^ n23
+    else:
+        l01, l23 = tl.zeros_like(word), tl.zeros_like(word)
+    w01, w23 = _fill(word, l01, l23, m, PLANES > 1)
     return _low(w01, T), _high(w01, T), _low(w23, T), _high(w23, T)
 
 
 @triton.jit
-def _split(x, y, T: tl.constexpr):
-    pair = _convert(x, y, T)
-    return pair, _convert(x - _low(pair, T).to(tl.float32), y - _high(pair, T).to(tl.float32), T)
+def _halves(a, b, T: tl.constexpr):
+    """Two fp32 numbers as a pair, and as another pair what that leaves of them: exact products of both come rounded once."""
+    pair = _convert(a, b, T)
+    return pair, _convert(a - _low(pair, T).to(tl.float32), b - _high(pair, T).to(tl.float32), T)
 
 
 @triton.jit
 def row_levels(u_ptr, rows, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr, PACKED: tl.constexpr):
-    """u of a sign term of rank 1 in both lanes, [BN, 1, 1]: before the loop over K. Nothing for other ranks."""
-    a, b, low_a, low_b = 0, 0, 0, 0
+    """Of a sign term of rank 1, before the loop over K: u times LEVELS in two pairs, [BN, 1, 1], then what these leave of it.
+
+    Of one plane the first is u in both lanes, the others are nothing; so are all of them for other ranks.
+    """
+    high, higher, low, lower = 0, 0, 0, 0
     if PACKED and RANK == 1:
-        u = tl.load(u_ptr + rows)
+        u = tl.load(u_ptr + rows)[:, None, None]
         if PLANES == 1:
-            a = tl.expand_dims(tl.expand_dims(_convert(u, u, T), 1), 2)
+            high = _convert(u, u, T)
+        elif PLANES == 2:
+            high, low = _halves(3 * u, u, T)
+            higher, lower = high ^ 0x80008000, low ^ 0x80008000
         else:
-            u = tl.expand_dims(tl.expand_dims(u, 1), 2)
-            if PLANES == 2:
-                a, low_a = _split(3.0 * u, u, T)
-                b, low_b = a ^ 0x80008000, low_a ^ 0x80008000
-            else:
-                a, low_a = _split(7.0 * u, 5.0 * u, T)
-                b, low_b = _split(3.0 * u, u, T)
-    elif PACKED and RANK > 1 and PLANES == 2:
-        a, b = 0x3F804040, 0xBF80C040
-    elif PACKED and RANK > 1 and PLANES == 3:
-        a, b = 0x40A040E0, 0x3F804040
-    return a, b, low_a, low_b
+            high, low = _halves(7 * u, 5 * u, T)
+            higher, lower = _halves(3 * u, u, T)
+    return high, higher, low, lower
 
 
 @triton.jit
-def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES: tl.constexpr,
-            GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, T: tl.constexpr,
-            MASKED: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
-    """W[rows, k : k + BK] without its adapter, [BN, BK] in T. v_ptr is the rows' part's; u from `row_levels`."""
+def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES: tl.constexpr,
+           GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, T: tl.constexpr,
+           MASKED: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """W[rows, k : k + BK] without its adapter, [BN, BK] in T. v_ptr is the rows' part's; levels from `row_levels`."""
     C: tl.constexpr = BK // 16
     c, g = k // 16 + tl.arange(0, C), k // 4 + tl.arange(0, 4 * C)
     inside = (c < units)[None, :]
@@ -370,12 +373,10 @@ def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, row
             scale = _load(scale, inside, MASKED)
         scale = tl.expand_dims(_wide(scale), 2)
     if RANK > 0:
-        if PLANES < 3:
-            s = _load(signs_ptr + at, inside, MASKED).to(tl.uint32)
-        else:
-            s = _load(signs_ptr + 3 * at, inside, MASKED).to(tl.uint32)
-            s = s | _load(signs_ptr + 3 * at + 1, inside, MASKED).to(tl.uint32) << 8
-            s = s | _load(signs_ptr + 3 * at + 2, inside, MASKED).to(tl.uint32) << 16
+        s = _load(signs_ptr + at, inside, MASKED).to(tl.uint32)
+        if PLANES == 3:  # each plane by itself
+            s |= _load(signs_ptr + N * units + at, inside, MASKED).to(tl.uint32) << 8
+            s |= _load(signs_ptr + 2 * N * units + at, inside, MASKED).to(tl.uint32) << 16
         s = tl.broadcast_to(tl.expand_dims(s, 2), (BN, C, 4))
         if PACKED and RANK == 1:
             l0 = tl.reshape(_load(v_ptr + g, g < units * 4, MASKED), (1, C, 4))
@@ -389,7 +390,7 @@ def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, row
             l3 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 3, RANK, MASKED)
     shift = (4 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]
     if PACKED:
-        w0, w1, w2, w3 = _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES, RANK, PLANES, T)
+        w0, w1, w2, w3 = _words(m, s, word, scale, shift, levels, l0, l1, l2, l3, VALUES, RANK, PLANES, T)
     else:
         w0, w1, w2, w3 = _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES, RANK, PLANES)
     w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK)).to(T)
