@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import sass
@@ -94,6 +94,17 @@ def compiled(case: Case) -> Compiled:
     ):
         launch.linear(x, state, None, config, configs.splits(case.sizes, case.tokens, config, device), 1)
     return recorder.launched[0][0]
+
+
+def planes_cases() -> Iterator[Case]:
+    """Two and three planes where they matter most: decoding, and the largest tile; every kind of product by a level."""
+    for case in cases():
+        tokens = case.row.tokens
+        decoding = tokens == 16 and case.rank == 1 and (case.values, case.dtype) != ("int4", torch.float32)
+        if decoding and case.dtype.itemsize == 2:
+            yield replace(case, planes=2)
+        if decoding and case.values == "fp16":
+            yield replace(case, planes=3)
 
 
 def instructions_a_weight(case: Case) -> float:
