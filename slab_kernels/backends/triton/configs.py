@@ -42,8 +42,8 @@ def _integer(name: str, value: object, least: int, most: int) -> None:
 class Sizes(NamedTuple):
     """A linear as its kernels see it, but for its sign planes.
 
-    A plane more is half a bit and some 0.6 instructions a weight: what is best for one plane is best for two, and every tile
-    of the defaults has registers and shared memory for three (tests/test_triton_code.py).
+    Two planes are half a bit and 0.6 instructions a weight more than one, three a bit and 1.6: one plane's best tiles are taken
+    for all, and every tile of the defaults has registers and shared memory for three (tests/test_triton_code.py).
     """
 
     K: int

@@ -44,7 +44,8 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
     """y[M,N] in T, or with SPLITS > 1 the fp32 sums over one share of K each, [SPLITS, M, N]. Grid: (tiles, SPLITS).
 
     A program is BN out_features x BM tokens. x [M, K] with x_stride; values, metadata and signs as stored, viewed as one
-    element a group (values) or unit, signs of three planes as [3, N, units]; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from `adapter_kernel`; p [N, ADAPTER] in T.
+    element a group (values) or unit, signs of three planes as [3, N, units]; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from
+    `adapter_kernel`; p [N, ADAPTER] in T.
     """
     token_tiles = tl.cdiv(M, BM)
     pid = tl.program_id(0)

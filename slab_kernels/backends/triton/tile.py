@@ -272,8 +272,8 @@ def _spread(s, PLANES: tl.constexpr):
 def _leveled(m, s, shift, levels, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
     """The two pruned entries of every group, of two or three planes, as a pair.
 
-    The pruned lanes are brought together before they are multiplied: half the products, and signs need no places. A weight
-    costs half an instruction more than with one plane, all of it for fp16's second product. Of rank 1, l is v, `levels` u's.
+    The pruned lanes are brought together before they are multiplied: half the products, and signs need no places. Of two planes
+    a weight costs half an instruction more than of one, all of it for fp16's second product. Of rank 1, l is v, `levels` u's.
     """
     s = _spread(s, PLANES)
     nibble = 2 * (tl.arange(0, 4) & 1) + (tl.arange(0, 4) >> 1)[None, None, :]
