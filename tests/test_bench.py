@@ -214,7 +214,7 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="fp32, bf16, fp16"):
         bench.layer_rows(64, 32, dtype="fp8")
     with pytest.raises(ValueTypeError):
-        bench.layer_rows(64, 32, values=("int3",))
+        bench.layer_rows(64, 32, values=("int5",))
 
 
 # The GPU's clock, on a fake torch.cuda

@@ -74,7 +74,7 @@ def test_the_folder(dense, packed):
     assert config == json.loads((dense / "config.json").read_text())
     assert described.pop("modules")["model.layers.1.mlp.down_proj"] == {
         "out_features": 32, "in_features": 48, "values": "fp16", "group_size": None, "rank": 1, "adapter_rank": 0,
-        "factors": "fp16", "planes": 1, "signs": True,
+        "factors": "fp16", "planes": 1, "adapter_values": None, "signs": True,
     }  # fmt: skip
     assert described == {
         "quant_method": "slab_kernels", "format_version": 2, "method": "slab", "pattern": "2:4", "rank": 1,
