@@ -193,7 +193,7 @@ def test_reasons():
         ({"dtype": torch.float32}, "activations must be float16 or bfloat16, not torch.float32"),
         ({"dtype": torch.float64}, "activations must be float16 or bfloat16, not torch.float64"),
         ({"rank": plan.MOST_RANK + 1}, "rank=17 of the sign term is above 16"),
-        ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4"),
+        ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4, int3"),
     ):
         assert reason in BACKEND.not_supported_reasons(replace(good, **change)), change
     assert set(BACKEND.not_supported_reasons(replace(good, rank=plan.MOST_RANK, adapter_rank=4096))) <= {missing}

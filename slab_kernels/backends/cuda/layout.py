@@ -24,7 +24,8 @@ from ..base import differences
 
 BLOCK_ROWS, BLOCK_INPUTS = 16, 128
 W16, INT8, INT4, DENSE = range(4)  # StreamValues of csrc/cuda/params.h
-STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4}
+# int3 is widened to int4's stream: it saves room on disk, on the GPU it takes int4's.
+STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4, "int3": INT4}
 VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # of a block
 METADATA_BYTES, SIGN_BYTES = 256, 128
 ACTIVATIONS = (torch.float16, torch.bfloat16)
@@ -48,7 +49,8 @@ class CudaState(NamedTuple):
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     """One stream for the parts, in order.
 
-    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would).
+    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would), int3
+    values as int4.
 
     Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts, RangeError for numbers that fp16
     activations' kernels cannot hold.
@@ -184,17 +186,17 @@ def _low_words(words: Tensor) -> Tensor:
 
 def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     (blocks, k_blocks), values = _blocks(packed), packed.layout.values
-    q = bits.unpack_int4(packed.values) if values == "int4" else packed.values
+    q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
         q = q.to(dtype)
         if not bool(q.isfinite().all()):
             raise RangeError(f"a {values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[values]} ones")
     # blocks h g k | step c t half
     q = _fill(q, blocks * 16, k_blocks * 64).view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)
-    if values == "int4":
+    if STREAM_VALUES[values] == INT4:
         q = (q + 8).to(torch.uint8).permute(0, 3, 2, 6, 4, 7, 5, 1)  # .. g t step half c h
         return q[..., 0] | q[..., 1] << 4
-    if values == "int8":
+    if STREAM_VALUES[values] == INT8:
         q = (q.to(torch.int16) + 128).to(torch.uint8).view(blocks, 2, 8, k_blocks, 2, 2, 2, 4, 2)
         return q.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # blocks k j g t parity c half h
     return _fragments(q)
