@@ -10,6 +10,9 @@
 //   metadata  32 lanes x 2 words: word h serves steps 2h (selector 0) and 2h + 1 (selector 1)
 //   signs     only with rank > 0: 32 lanes x 1 word, one bit a pruned entry, laid out so that a left shift by 4 step + i
 //             brings the signs of a_i's halves to bits 15 and 31
+//             two planes: 32 lanes x 2 words, word h serves steps 2h and 2h + 1. A pruned entry's two bits, the larger plane
+//             above the other, are the index of its level, 3/2 - index; those of a_i's halves stand 8 (step % 2) + 2 i above
+//             bits 0 and 16
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
 // w16 with signs: 2432 bytes = 9.5 bits a weight. Every block is a multiple of 16 bytes.
@@ -31,7 +34,7 @@ constexpr SLAB_HD int stream_value_bytes(int values) {
   return values == kW16 ? 2048 : values == kI8 ? 1024 : values == kI4 ? 512 : 4096;
 }
 constexpr SLAB_HD int stream_metadata_bytes(int values) { return values == kDense ? 0 : 256; }
-constexpr int kSignBytes = 128;
+constexpr int kSignBytes = 128;  // of a plane
 constexpr SLAB_HD int stream_scale_bytes(int values, int group_steps) {
   return values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0;
 }

@@ -28,6 +28,7 @@ W16, INT8, INT4, DENSE = range(4)  # StreamValues of csrc/cuda/params.h
 STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4, "int3": INT4}
 VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # of a block
 METADATA_BYTES, SIGN_BYTES = 256, 128
+MOST_PLANES = 2
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
@@ -43,7 +44,17 @@ class CudaState(NamedTuple):
     rows: tuple[int, ...]  # out_features of each part
     values: int
     group_steps: int  # steps of 32 inputs that a scale covers: 1, 2, 4
+    planes: int  # of signs: 1, 2
     dtype: torch.dtype  # of the activations
+
+
+def planes_refused(planes: int, rank: int) -> str | None:
+    """Why no kernel is compiled for so many sign planes, in a sentence, or None."""
+    if planes > MOST_PLANES:
+        return f"it runs one or two sign planes, not {planes}"
+    if planes > 1 and rank > 1:  # the sums of signs wait for their u to the end: one set of them fits into registers
+        return f"with two sign planes it runs rank 1 of the sign term, not {rank}"
+    return None
 
 
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
@@ -52,8 +63,8 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would), int3
     values as int4.
 
-    Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts, RangeError for numbers that fp16
-    activations' kernels cannot hold.
+    Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts or with too many sign planes,
+    RangeError for numbers that fp16 activations' kernels cannot hold.
     """
     if dtype not in ACTIVATIONS:
         raise TypeError(f"the CUDA kernels take float16 or bfloat16 activations, not {dtype}")
@@ -61,6 +72,8 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         raise ShapeError(found)
     layouts = [part.layout for part in parts]
     first = layouts[0]
+    if refused := planes_refused(first.planes, first.rank):
+        raise ShapeError(refused)
     K = first.in_features
     stream = torch.cat([_stream(part, dtype) for part in parts])
     U = V = P = Q = None
@@ -72,11 +85,11 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         P, Q = torch.cat(P), torch.cat(Q)
     rows = tuple(layout.out_features for layout in layouts)
     group_steps = (first.group_size or BLOCK_INPUTS) // 32
-    return CudaState(stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, dtype)
+    return CudaState(stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, first.planes, dtype)
 
 
 def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, rows: Sequence[int], values: int,
-          group_steps: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+          group_steps: int, planes: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
     """What a stream stands for, adapters excepted: [sum of rows, K] fp32. The inverse of `prepare` up to its rounding."""
     blocks, k_blocks, _ = stream.shape
     shape = (blocks, k_blocks)
@@ -95,13 +108,13 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
     metadata = stream[..., at : at + METADATA_BYTES].reshape(*shape, 8, 2, 2, 2, 2, 2)  # g selector even h2 h pair
     metadata = metadata.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(blocks * 16, k_blocks * 16)
     at += METADATA_BYTES
-    negative = None
+    level = None
     if U is not None:
-        words = stream[..., at : at + SIGN_BYTES].contiguous().view(torch.int32).view(*shape, 8, 4)[..., None, None, None, None]
-        half, step, c, h = _sign_axes(stream.device)
-        signs = words >> (15 + 16 * half - 4 * step - 2 * c - h) & 1  # blocks k g t half step c h
-        negative = signs.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64).bool()
-        at += SIGN_BYTES
+        words = stream[..., at : at + planes * SIGN_BYTES].contiguous().view(torch.int32 if planes == 1 else torch.int64)
+        negative = words.view(*shape, 8, 4, 1, 1, 1, 1, 1) >> _sign_places(planes, stream.device) & 1
+        level = ((1 - 2 * negative) / 2.0 ** torch.arange(planes, device=stream.device)).sum(-1)  # blocks k g t half step c h
+        level = level.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
+        at += planes * SIGN_BYTES
     if values in (INT8, INT4):
         scales = stream[..., at:].contiguous().view(torch.bfloat16).float().view(*shape, -1, 8, 2)
         scales = scales.permute(0, 4, 3, 1, 2).reshape(blocks, 16, k_blocks, -1)
@@ -110,7 +123,7 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
     i0, i1 = bits.kept_positions(metadata)
     W = bits.scatter_positions(kept, i0, i1)
     if U is not None:
-        W = W + _sign_term(V, U, negative, i0, i1, rows, dtype)
+        W = W + _sign_term(V, U, level, i0, i1, rows, dtype)
     parts, first = [], 0
     for count in rows:
         parts.append(W[first : first + count, :in_features])
@@ -131,15 +144,14 @@ def adapters(P: Tensor, Q: Tensor, in_features: int, rows: Sequence[int], dtype:
     return parts
 
 
-def _sign_term(V, U, negative, i0, i1, rows, dtype) -> Tensor:
+def _sign_term(V, U, level, i0, i1, rows, dtype) -> Tensor:
     u = U.contiguous().view(torch.int16)[:, ::2].contiguous().view(dtype).float()
     L, first = [], 0
     for slot, count in enumerate(rows):
         padded = -(-count // BLOCK_ROWS) * BLOCK_ROWS
         L.append(u[first : first + padded] @ V[slot].float())
         first += padded
-    sign = bits.scatter_positions(1.0 - 2.0 * negative, *bits.pruned_positions(i0, i1))
-    return torch.cat(L) * sign
+    return torch.cat(L) * bits.scatter_positions(level, *bits.pruned_positions(i0, i1))
 
 
 def _blocks(packed: PackedWeight) -> tuple[int, int]:
@@ -151,11 +163,14 @@ def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
     return pad(t[:, :columns], (0, columns - min(columns, t.shape[1]), 0, rows - t.shape[0]), value=value)
 
 
-def _sign_axes(device) -> tuple[Tensor, ...]:
-    """half, step, c, h of the 32 pruned entries of a lane, broadcast against each other in that order."""
-    sizes = (2, 4, 2, 2)
-    axes = (torch.arange(n, dtype=torch.int32, device=device) for n in sizes)
-    return tuple(a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))
+def _sign_places(planes: int, device: torch.device) -> Tensor:
+    """Where a lane's words hold the signs of its 32 pruned entries: [half, step, c, h, plane], int64."""
+    sizes = (2, 4, 2, 2, planes)
+    axes = (torch.arange(n, device=device) for n in sizes)
+    half, step, c, h, plane = (a.view([-1 if i == j else 1 for j in range(5)]) for i, a in enumerate(axes))
+    if planes == 1:
+        return 15 + 16 * half - 4 * step - 2 * c - h + plane
+    return 32 * (step // 2) + 16 * half + 8 * (step % 2) + 4 * c + 2 * h + 1 - plane
 
 
 def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -166,11 +181,13 @@ def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     # blocks h g k | h2 selector even pair -> blocks k g selector even | h2 h pair
     parts.append(metadata.permute(0, 3, 2, 5, 6, 4, 1, 7).reshape(*shape, -1))
     if packed.signs is not None:
-        negative = bits.unpack_signs(_fill(packed.signs, rows, k_blocks * 8)).to(torch.int64)
-        negative = negative.view(blocks, 2, 8, k_blocks, 4, 2, 4, 2).permute(0, 3, 2, 6, 7, 4, 5, 1)  # .. half step c h
-        half, step, c, h = _sign_axes(negative.device)
-        words = (negative << (15 + 16 * half - 4 * step - 2 * c - h).long()).sum((-4, -3, -2, -1))
-        parts.append(_low_words(words).view(torch.uint8).reshape(*shape, -1))
+        planes = layout.planes
+        signs = _fill(packed.signs, rows, k_blocks * 8 * planes).unflatten(1, (-1, planes))
+        negative = bits.unpack_signs(signs.mT).to(torch.int64).view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
+        negative = negative.permute(0, 4, 2, 7, 8, 5, 6, 1, 3)  # blocks k g t half step c h plane
+        words = (negative << _sign_places(planes, signs.device)).sum((-5, -4, -3, -2, -1))
+        words = _low_words(words) if planes == 1 else words.contiguous()
+        parts.append(words.view(torch.uint8).reshape(*shape, -1))
     if packed.scales is not None:
         per_block = BLOCK_INPUTS // layout.group_size if layout.group_size else 1
         scales = packed.scales if layout.group_size else packed.scales.expand(-1, k_blocks)
