@@ -103,7 +103,8 @@ int float_type(const char* name, ScalarType type) {
   refuse(name, " must be float32, float16 or bfloat16");
 }
 
-void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size) {
+void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size, int64_t planes,
+                 bool sign_term) {
   constexpr int64_t most = int64_t(1) << 24;
   CHECK_ARGUMENT(out_features > 0 && out_features <= most && in_features > 0 && in_features <= most,
                  "out_features=", out_features, " and in_features=", in_features, " must be between 1 and ", most);
@@ -111,13 +112,16 @@ void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int6
                  " must be 0 (fp16), 1 (bf16), 2 (int8) or 3 (int4)");
   CHECK_ARGUMENT(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128,
                  "group_size=", group_size, " must be 32, 64, 128 or 0 (one scale a row)");
+  const int most_planes = sign_term ? kMaxPlanes : 1;
+  CHECK_ARGUMENT(planes >= 1 && planes <= most_planes, "planes=", planes, " must be ",
+                 sign_term ? "1, 2 or 3" : "1 without a sign term");
 }
 
 using Factor = std::optional<Tensor>;
 
 CpuWeight weight_of(const Tensor& stream, const Factor& u, const Factor& v, const Factor& p, const Factor& q,
-                    int64_t out_features, int64_t in_features, int64_t values, int64_t group_size) {
-  check_sizes(out_features, in_features, values, group_size);
+                    int64_t out_features, int64_t in_features, int64_t values, int64_t group_size, int64_t planes) {
+  check_sizes(out_features, in_features, values, group_size, planes, u.has_value());
   CpuWeight w{};
   w.out_features = out_features;
   w.in_features = in_features;
@@ -129,6 +133,7 @@ CpuWeight weight_of(const Tensor& stream, const Factor& u, const Factor& v, cons
   CHECK_ARGUMENT(p.has_value() == q.has_value(), "P and Q belong together, but only one is given");
   const int64_t padded = w.k_blocks * kInputs;
   if (u) {
+    w.planes = int(planes);
     w.rank = u->dim() == 3 ? u->size(1) : 0;
     CHECK_ARGUMENT(w.rank > 0, "U has shape ", shape(*u), ", expected [", w.row_blocks, ", rank >= 1, ", kRows, "]");
     check_shape("U", *u, {w.row_blocks, w.rank, kRows});
@@ -151,7 +156,7 @@ CpuWeight weight_of(const Tensor& stream, const Factor& u, const Factor& v, cons
     w.p = p->const_data_ptr();
     w.q = q->const_data_ptr();
   }
-  w.block_size = block_bytes(w.values, w.group_size, w.rank > 0);
+  w.block_size = block_bytes(w.values, w.group_size, w.planes);
   check_dtype("stream", stream, ScalarType::Byte, "uint8");
   check_shape("stream", stream, {w.row_blocks, w.k_blocks, w.block_size});
   w.stream = static_cast<const uint8_t*>(stream.const_data_ptr());
@@ -172,8 +177,8 @@ struct Scratch {  // fp32, 64-byte aligned, freed with the call
 // ---- ops ------------------------------------------------------------------------------------------------------------
 
 Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor scales, int64_t out_features,
-                   int64_t in_features, int64_t values, int64_t group_size) {
-  check_sizes(out_features, in_features, values, group_size);
+                   int64_t in_features, int64_t values, int64_t group_size, int64_t planes) {
+  check_sizes(out_features, in_features, values, group_size, planes, signs.has_value());
   CHECK_ARGUMENT(group_size == 0 || is_integer(int(values)), "group_size=", group_size, " needs int8 or int4 values");
   const int64_t padded = round_up(in_features, group_size > 16 ? group_size : 16);
   static constexpr ScalarType types[] = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte};
@@ -191,7 +196,8 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   p.metadata = static_cast<const uint8_t*>(metadata.const_data_ptr());
   if (signs) {
     check_dtype("signs", *signs, ScalarType::Byte, "uint8");
-    check_shape("signs", *signs, {out_features, padded / 16});
+    check_shape("signs", *signs, {out_features, padded / 16 * planes});
+    p.planes = int(planes);
     p.signs = static_cast<const uint8_t*>(signs->const_data_ptr());
   }
   CHECK_ARGUMENT(scales.has_value() == is_integer(p.values), "scales belong to int8 and int4 values, and to no others");
@@ -202,8 +208,8 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   }
   const int64_t row_blocks = (out_features + kRows - 1) / kRows, k_blocks = (in_features + kInputs - 1) / kInputs;
   const int stream_group = group_size ? int(group_size) : kInputs;
-  Tensor stream = torch::stable::new_empty(
-      metadata, {row_blocks, k_blocks, block_bytes(p.values, stream_group, signs.has_value())});
+  Tensor stream =
+      torch::stable::new_empty(metadata, {row_blocks, k_blocks, block_bytes(p.values, stream_group, p.planes)});
   auto* const out = static_cast<uint8_t*>(stream.mutable_data_ptr());
   std::atomic<int64_t> illegal{0};
   torch::stable::parallel_for(0, row_blocks, 1 + kThreadWork / (kRows * padded),
@@ -255,13 +261,13 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
 }
 
 Tensor linear_cpu(Tensor x, Tensor stream, Factor u, Factor v, Factor p, Factor q, Factor bias, int64_t out_features,
-                  int64_t in_features, int64_t values, int64_t group_size) {
+                  int64_t in_features, int64_t values, int64_t group_size, int64_t planes) {
   CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
   CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
   const int type = float_type("x", x.scalar_type());
   CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1), " features, the weight ",
                  in_features);
-  CpuWeight w = weight_of(stream, u, v, p, q, out_features, in_features, values, group_size);
+  CpuWeight w = weight_of(stream, u, v, p, q, out_features, in_features, values, group_size, planes);
   const CpuKernels& run = kernels();
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
@@ -289,9 +295,9 @@ Tensor linear_cpu(Tensor x, Tensor stream, Factor u, Factor v, Factor p, Factor 
 }
 
 Tensor dequantize_cpu(Tensor stream, Factor u, Factor v, int64_t out_features, int64_t in_features, int64_t values,
-                      int64_t group_size) {
+                      int64_t group_size, int64_t planes) {
   const CpuWeight w =
-      weight_of(stream, u, v, std::nullopt, std::nullopt, out_features, in_features, values, group_size);
+      weight_of(stream, u, v, std::nullopt, std::nullopt, out_features, in_features, values, group_size, planes);
   const CpuKernels& run = kernels();
   Tensor dense = torch::stable::new_empty(stream, {out_features, in_features}, ScalarType::Float);
   void* const out = dense.mutable_data_ptr();
@@ -304,7 +310,7 @@ Tensor dequantize_cpu(Tensor stream, Factor u, Factor v, int64_t out_features, i
 
 #define LINEAR_ARGUMENTS                                                                \
   "Tensor x, Tensor stream, Tensor? U, Tensor? V, Tensor? P, Tensor? Q, Tensor? bias, " \
-  "int out_features, int in_features, int value_type, int group_size"
+  "int out_features, int in_features, int value_type, int group_size, int planes"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_isa() -> str");
@@ -312,14 +318,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_use_isa(str name) -> str");
   m.def(
       "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, int out_features, int in_features, "
-      "int value_type, int group_size) -> Tensor");
+      "int value_type, int group_size, int planes) -> Tensor");
   // Twice the same kernel: Python registers autograd for linear_cpu, which costs every call of it some 10 us, with or
   // without gradients; linear_cpu_frozen is for calls that need none.
   m.def("linear_cpu(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def(
       "dequantize_cpu(Tensor stream, Tensor? U, Tensor? V, int out_features, int in_features, int value_type, "
-      "int group_size) -> Tensor");
+      "int group_size, int planes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CompositeExplicitAutograd, m) {

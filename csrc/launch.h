@@ -4,13 +4,18 @@
 // follow each other along K, row blocks follow each other along N. A SIMD lane is an output row. One block:
 //
 //   signs   16 x u32   only with rank > 0. Lane n, bit 31 - g: sign of the second pruned position of group g (0..31)
-//   codes   4 x 16 x u32   word w, lane n, nibble j: group 8w + j: pattern id (3 bits) | r << 3,
-//                      r = xor of the signs of the two pruned positions (0 with rank 0)
+//   levels  2 (planes - 1) x 16 x u32   only with planes > 1. Lane n, two fields of planes - 1 bits a group, that of the
+//                      first pruned position below, 16 or 8 groups a word, the first one lowest: how many steps the
+//                      factor of u v is below the largest: 3/2, 1/2 with two planes, 7/4, 5/4, 3/4, 1/4 with three
+//   codes   4 x 16 x u32   word w, lane n, nibble j: group 8w + j: pattern id (3 bits) | r << 3. With one plane r is
+//                      the xor of the signs of the two pruned positions, with more the sign of the first one, with
+//                      rank 0 it is 0
 //   values  32 groups x {16 first kept, 16 second kept}   fp16, bf16, int8
 //           8 x 16 x u32   int4: word q, lane n, byte j: group 4q + j, first kept value in the low nibble
 //   scales  128 / group_size x 16 x bf16   only int8, int4 (a per-channel scale is repeated: group_size 128)
 //
-// fp16 with signs: 9.25 bits a weight. Rows are padded to 16 and inputs to 128 with zeros.
+// fp16 with signs: 9.25 bits a weight; a further plane is half a bit, as in the canonical form. Rows are padded to 16 and
+// inputs to 128 with zeros.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +26,14 @@ namespace slab {
 
 constexpr int kRows = 16;         // output rows of a block
 constexpr int kInputs = 128;      // inputs of a block
+constexpr int kMaxPlanes = 3;     // signs of a pruned entry
 constexpr int kTileTokens = 192;  // most tokens a call of `tile` takes: their fp32 sums (24 KB) live on its stack
 
 enum FloatType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-constexpr int64_t sign_bytes(bool has_signs) { return has_signs ? 4 * kRows : 0; }
+constexpr int64_t sign_bytes(int planes) { return planes ? 4 * kRows : 0; }
+constexpr int64_t level_bytes(int planes) { return planes > 1 ? 4 * kRows * 2 * (planes - 1) : 0; }
 constexpr int64_t code_bytes() { return 4 * 4 * kRows; }
 constexpr int64_t value_bytes(int values) {
   return int64_t(kInputs / 2) * kRows * (values == kInt4 ? 1 : values == kInt8 ? 2 : 4) / 2;
@@ -34,8 +41,9 @@ constexpr int64_t value_bytes(int values) {
 constexpr int64_t scale_bytes(int values, int group_size) {
   return is_integer(values) ? int64_t(kInputs / group_size) * kRows * 2 : 0;
 }
-constexpr int64_t block_bytes(int values, int group_size, bool has_signs) {
-  return sign_bytes(has_signs) + code_bytes() + value_bytes(values) + scale_bytes(values, group_size);
+constexpr int64_t block_bytes(int values, int group_size, int planes) {
+  return sign_bytes(planes) + level_bytes(planes) + code_bytes() + value_bytes(values) +
+         scale_bytes(values, group_size);
 }
 
 struct CpuWeight {
@@ -45,6 +53,7 @@ struct CpuWeight {
   int64_t rank, adapter_rank;         // R, R'
   int64_t adapter_padded;             // R' rounded up to 32
   int values, group_size;
+  int planes;         // 0 with rank 0
   bool adapter_half;  // P and Q panels are fp16, else fp32
   const uint8_t* stream;
   const float* u;     // [row_blocks][R][16]
@@ -90,6 +99,7 @@ const CpuKernels* cpu_kernels(int index);
 struct CpuPacked {  // the canonical packed tensors of one weight (see the format specification)
   int64_t out_features, in_features, padded_in;
   int values, group_size;  // group_size 0: one scale a row
+  int planes;              // 0 without a low-rank term
   const uint8_t* values_data;
   const uint8_t* metadata;
   const uint8_t* signs;    // null without a low-rank term

@@ -312,7 +312,7 @@ def _take_lock(path: Path):
 class Progress:
     """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
 
-    `blocks[i]` = {"file", "bytes", "layers"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder
+    `blocks[i]` = {"file", "bytes", "layers", "match"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder
     until `close` or `abandon`; as a context manager it calls the one that fits.
 
     Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
@@ -372,9 +372,9 @@ class Progress:
                 break  # this block and those after it are done again
             self.blocks.append(block)
 
-    def finish_block(self, file: str, layers: list[dict]) -> None:
+    def finish_block(self, file: str, layers: list[dict], match: dict | None = None) -> None:
         """Note that the next block is done and its shard written."""
-        self.blocks.append({"file": file, "bytes": (self.out / file).stat().st_size, "layers": layers})
+        self.blocks.append({"file": file, "bytes": (self.out / file).stat().st_size, "layers": layers, "match": match})
         self._write()
 
     def _write(self) -> None:

@@ -69,11 +69,15 @@ def _top(
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or the name of one on the Hugging Face hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, slab-paper or slab (ours).")] = "slab",
+    method: Annotated[str, typer.Option(help="slab (ours), slab-paper, threebasil, hassle-free, sslc, oats, slim, eora, alps, sparsegpt, wanda or magnitude.")] = "slab",
     pattern: Annotated[str, typer.Option(help="Keep n of m (2:4, 4:8) or remove a share (50%); only 2:4 is packed.")] = "2:4",
     rank: Annotated[int, typer.Option(help="Rank of the magnitudes of the sign term (slab methods).")] = 1,
-    values: Annotated[str, typer.Option(help="How kept values are stored: fp16, bf16, int8 or int4.")] = "fp16",
-    group_size: Annotated[int, typer.Option(help="Inputs a scale of int8/int4 covers: 32, 64, 128; 0 = one a row.")] = 128,
+    planes: Annotated[int, typer.Option(help="Signs of a pruned entry, 1 to 3, each half a bit a weight (slab).")] = 1,
+    values: Annotated[str, typer.Option(help="How kept values are stored: fp16, bf16, int8, int4 or int3.")] = "fp16",
+    group_size: Annotated[int, typer.Option(help="Inputs a scale of an integer type covers: 32, 64, 128; 0 = one a row.")] = 128,
+    adapter_rank: Annotated[int | None, typer.Option(help="Rank of the adapter P Qᵀ; default: the method's own, 0 = none.", min=0)] = None,
+    match: Annotated[int, typer.Option(help="Transformer matching: epochs of training each block's numbers towards the dense model.", min=0)] = 0,
+    bits: Annotated[float | None, typer.Option(help="Stored bits a weight over the whole model; chooses values, planes and rank by layer.")] = None,
     calibration: Text = "stdlib",
     heldout: Annotated[str | None, typer.Option(help="Also measure every layer's error on this other text.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
@@ -90,8 +94,8 @@ def compress(
 
     settings = method_options(option or [])
     record = compress(
-        model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None,
-        calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
+        model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
+        adapter_rank=adapter_rank, matching=match, bits=bits, calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
         resume=resume, progress=_progress(), **settings,
     )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}
@@ -388,6 +392,35 @@ def explain(
             print(f"  {name:<10} {status}")
         for text in filter(None, (plan, elsewhere)):
             print(text)
+
+    return Outcome(data, show)
+
+
+@app.command(epilog=console.EXIT_CODES)
+def train(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    text: Text = "stdlib",
+    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 200,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    samples: Annotated[int, typer.Option(help="Windows of text, one in sixteen held back to judge by.")] = 512,
+    rate: Annotated[float, typer.Option(help="Largest step.")] = 3e-4,
+    adapter_rank: Annotated[int, typer.Option(help="Add adapters P Qᵀ of this rank to layers that have none.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    json: Json = False,
+) -> Outcome:
+    """Train the adapters P Qᵀ of a compressed model on a text; everything else stays as it is."""
+    from .pipeline import resolve_device
+    from .training import Training, train
+
+    settings = Training(steps, batch, window, samples, rate, adapter_rank, seed=seed)
+    data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say)
+
+    def show() -> None:
+        print(f"{out}: held-back text {data['before']:.4f} -> {data['after']:.4f} nats a token, {data['parameters']} numbers trained")
 
     return Outcome(data, show)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .blocks import ArchitectureError, find_blocks
+from .budget import check_bits, search
 from .checkpoint import (
     PROGRESS_NAME,
     RECORD_NAME,
@@ -22,18 +25,15 @@ from .checkpoint import (
     write_json,
 )
 from .format import FORMAT_VERSION, PackedWeight, VersionError
+from .matching import Matching
 from .nn import replace_linear
 from .packed_checkpoint import decompress, load, quantization_config, save
-from .pipeline import (
-    FolderSink,
-    MemorySink,
-    Plan,
-    compress_blocks,
-    layout_on_disk,
-    resolve_device,
-)
+from .pipeline import compress_blocks, resolve_device
+from .plan import Plan
 from .record import ProgressEvent, RunRecord, listener
-from .source import compute_dtype, hub_folder, open_source, text_config
+from .sinks import FolderSink, MemorySink, layout_on_disk
+from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
+from .team import Team, local_device
 from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
 
 __all__ = [
@@ -51,6 +51,10 @@ def compress(
     rank: int = 1,
     values: str = "fp16",
     group_size: int | None = 128,
+    planes: int = 1,
+    adapter_rank: int | None = None,
+    matching: Matching | int | None = None,
+    bits: float | None = None,
     calibration: str | Path | Tensor = "stdlib",
     heldout: str | Path | Tensor | None = None,
     samples: int = 128,
@@ -75,8 +79,11 @@ def compress(
         model_or_path: a transformers causal language model, its folder, or its name on the Hugging Face hub.
         out: the folder to write. With None the result is a model in memory: a module given is changed in place and
             returned, its record as `model.slab_record`.
-        method, pattern, rank, values, group_size: see `methods.decompose`; other keywords go to the method. Patterns
-            other than 2:4 cannot be packed and are written as a dense checkpoint.
+        method, pattern, rank, values, group_size, planes, adapter_rank: see `methods.decompose`; other keywords go to the
+            method. Patterns other than 2:4 cannot be packed and are written as a dense checkpoint.
+        bits: stored bits a weight over the whole model, spent layer by layer on value types, planes and ranks where the
+            measured loss says they help most (see `budget`); the dense model is then held in memory while it is searched.
+        matching: transformer matching after each block (see `matching`), its settings or just the epochs; 0 or None: none.
         calibration, heldout: text (see `text.read_text`) or token ids [samples, window]. With `heldout` each layer's
             error is measured on that text too, with at most a quarter of `samples`.
         samples, window: calibration windows and their length in tokens, cut to the model's maximum positions.
@@ -90,17 +97,25 @@ def compress(
     Raises: CalibrationError, CheckpointError, ArchitectureError, FormatError, ValueError, one sentence each.
     """
     began = time.perf_counter()
-    plan = Plan(method, pattern, rank, values, group_size, method_options)
+    matching = Matching(epochs=matching) if type(matching) is int and matching else matching or None
+    plan = Plan(method, pattern, rank, values, group_size, planes, adapter_rank, method_options, matching)
+    team = Team()
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    device = resolve_device(device)
+    device = resolve_device(local_device(str(device)))
     if out is None and not isinstance(model_or_path, nn.Module):
         tokenizer = tokenizer or _tokenizer(str(hub_folder(str(model_or_path))))
         model_or_path = _dense_model(model_or_path)
+    if bits is not None:
+        check_bits(bits, plan)
     source = open_source(model_or_path)
     path, blocks = find_blocks(source.model)
     texts = _texts(source, calibration, heldout, samples, window, seed, tokenizer)
+    if bits is not None:
+        plan = replace(plan, layers=_spend(source, plan, bits, skip, texts[0], device, team, progress))
     settings = {
         "method": method, "pattern": pattern, "rank": rank, "values": values, "group_size": plan.stored_group_size,
+        "planes": planes, "adapter_rank": adapter_rank, "matching": None if matching is None else asdict(matching),
+        "bits": bits, "layers": plan.layers,
         "options": {key: repr(value) for key, value in sorted(method_options.items())}, "samples": len(texts[0]),
         "window": texts[0].shape[1], "seed": seed, "skip": list(skip), "device": device.type,
         "calibration_sha256": _digest(texts[0]), "heldout_sha256": _digest(texts[1]) if len(texts) > 1 else None,
@@ -110,14 +125,16 @@ def compress(
         out = Path(out)
         if resume and (record := _complete(out, settings)):
             return record
-    report, sink = listener(progress), MemorySink()
+    report, sink = listener(progress if team.leads else False), MemorySink()
     try:
         if out is not None:
-            sink = FolderSink(out, source, path, len(blocks), plan, Progress(out, settings, resume))
+            state = Progress(out, settings, resume) if team.leads else None
+            done = team.from_leader(lambda: state.blocks if state else None)
+            sink = FolderSink(out, source, path, len(blocks), plan, state, list(done))
         tokens = texts[0].numel()
         message = f"compressing {source.name}: {len(blocks)} blocks, {tokens} calibration tokens in windows of {settings['window']}"
         report(ProgressEvent("start", blocks=len(blocks), message=message))
-        layers = compress_blocks(source, plan, skip, texts, device, sink, report)
+        layers, matched = compress_blocks(source, plan, skip, texts, device, sink, report, team)
         width = getattr(text_config(source.model), "hidden_size", 0) or 0
         record = RunRecord(
             model=source.name,
@@ -125,27 +142,49 @@ def compress(
             stored="packed" if plan.packed else "dense",
             layers=layers,
             tokens=tokens,
-            hidden_state_bytes=sum(t.numel() for t in [*texts, *texts[: plan.drift]])
+            hidden_state_bytes=sum(t.numel() for t in [*texts, *texts[: plan.dense_stream]])
             * width
             * compute_dtype(source.config, device).itemsize,
             seconds=time.perf_counter() - began,
             versions=_versions(),
             ignored_tensors=source.ignored,
+            matching=matched,
         )
         if out is None:
-            result = _into(model_or_path, sink.stored, record, plan)
-        else:
+            result = _into(model_or_path, sink, record)
+        elif team.leads:
             result = _finish(out, sink, record, plan, tokenizer)
+        else:
+            result = record
         message = f"done: {record.bits_per_weight:.3f} bits per weight, mean error {record.mean_error:.4f}, {record.seconds:.0f} s"
         report(ProgressEvent("done", len(blocks), len(blocks), len(layers), len(layers), message=message))
         return result
     except BaseException:
-        if isinstance(sink, FolderSink):
+        if isinstance(sink, FolderSink) and sink.progress is not None:
             sink.progress.abandon()
         raise
     finally:
         if hasattr(report, "close"):
             report.close()
+
+
+def _spend(
+    source: FolderSource | ModuleSource, plan: Plan, bits: float, skip: tuple[str, ...], tokens: Tensor, device: torch.device,
+    team: Team, progress,
+) -> dict[str, dict]:  # fmt: skip
+    """The settings of every layer under the budget, searched by one process for all."""
+    say = listener(progress if team.leads else False)
+
+    def find() -> dict[str, dict]:
+        dense = copy.deepcopy(source.dense) if isinstance(source, ModuleSource) else _dense_model(source.checkpoint.folder)
+        dense = dense.to(device=device, dtype=compute_dtype(source.config, device)).eval()
+        return search(dense, plan, bits, skip, tokens, device, lambda text: say(ProgressEvent("budget", message=text)))
+
+    try:
+        return team.from_leader(find)
+    finally:
+        if hasattr(say, "close"):
+            say.close()
 
 
 def _finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenizer) -> RunRecord:
@@ -159,7 +198,7 @@ def _finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenize
     if plan.packed:
         layouts = {
             layer.name: layout_on_disk(
-                tables[layer.block], layer.name, layer.shape, plan.values, plan.stored_group_size
+                tables[layer.block], layer.name, layer.shape, layer.values, plan.layer(layer.name).stored_group_size, layer.planes
             )
             for layer in record.layers
         }
@@ -169,9 +208,13 @@ def _finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenize
     return record
 
 
-def _into(model: nn.Module, stored: dict, record: RunRecord, plan: Plan) -> nn.Module:
+def _into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
     """Put what was compressed into the module that was given."""
+    stored = sink.stored
     packed = {name: weight for name, weight in stored.items() if isinstance(weight, PackedWeight)}
+    with torch.no_grad():
+        for name, value in sink.other.items():
+            model.get_parameter(name).copy_(value)
     replace_linear(model, packed)
     for name, weight in stored.items():
         if name not in packed:

@@ -30,6 +30,22 @@ class LayerRecord:
     heldout_error: float | None
     seconds: float
     group: tuple[str, ...] = ()  # layers that share the input, compressed together
+    planes: int = 1
+    adapter_rank: int = 0
+    peak_bytes: int = 0  # memory while it was decomposed: the GPU's, or what the process held on a CPU
+
+
+@dataclass(frozen=True)
+class MatchRecord:
+    """How far a block's output was from the target, ||y - target|| / ||target - input|| over held-back text, before and after
+    transformer matching.
+    """
+
+    block: int
+    before: float
+    after: float
+    epochs: int  # after which the best was reached; 0: training did not help and was dropped
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class RunRecord:
     hidden_state_bytes: int  # what the calibration samples' hidden states took beside one block
     seconds: float
     versions: dict = field(default_factory=dict)
+    matching: list[MatchRecord] = field(default_factory=list)
     ignored_tensors: list[str] = field(default_factory=list)
 
     @property
@@ -66,9 +83,14 @@ class RunRecord:
         """Raises: CheckpointError if `content` is no run record."""
         try:
             known = {k: v for k, v in content.items() if k in cls.__dataclass_fields__}
-            return cls(**{**known, "layers": [layer_from_dict(layer) for layer in content["layers"]]})
+            matching = [MatchRecord(**entry) for entry in content.get("matching", [])]
+            return cls(**{**known, "layers": [layer_from_dict(layer) for layer in content["layers"]], "matching": matching})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the run record slab_run.json is incomplete ({error})") from error
+
+
+def match_from_dict(content: dict | None) -> MatchRecord | None:
+    return None if content is None else MatchRecord(**content)
 
 
 def layer_from_dict(content: dict) -> LayerRecord:
@@ -78,7 +100,7 @@ def layer_from_dict(content: dict) -> LayerRecord:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One step of a run. kind: "start", "warning", "resumed", "layer", "block" or "done"; `str(event)` is one line for people."""
+    """One step of a run. kind: "start", "warning", "resumed", "budget", "layer", "matching", "block" or "done"; `str(event)` is one line for people."""
 
     kind: str
     block: int = 0

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -43,11 +43,18 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"calibration", "stdlib_text"},
     "checkpoint": set(),
     "record": {"checkpoint"},
+    "team": set(),
+    "memory": set(),
+    "matching": FORMAT | {"blocks", "record"},
+    "plan": FORMAT | {"calibration", "matching", "methods"},
+    "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
+    "sinks": FORMAT | {"checkpoint", "plan", "record", "source"},
     "blocks": {"text"},
     "source": FORMAT | {"blocks", "checkpoint", "text"},
-    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "methods", "record", "source", "text"},
+    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "source", "text"},
     "model": FORMAT | MODEL | {"methods", "nn"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
     "evaluate": {"blocks", "nn", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
     # what a person sees

@@ -198,7 +198,7 @@ def test_tables_for_people(packed, capsys):
 def test_unknown_names_list_the_known(model, text, tmp_path, refused):
     cases = [
         (("--method", "slabb"), ("magnitude", "wanda", "sparsegpt", "slab-paper", "slab")),
-        (("--values", "int3"), ("fp16", "bf16", "int8", "int4")),
+        (("--values", "int5"), ("fp16", "bf16", "int8", "int4", "int3")),
         (("--pattern", "2by4"), ("2:4",)),
         (("--device", "tpu9"), ("cpu", "cuda")),
         (("--group-size", "48"), ("32", "64", "128")),
@@ -408,7 +408,7 @@ def test_what_libraries_print_goes_to_stderr(capsys):
 
 def test_debug_shows_the_traceback(monkeypatch, capsys):
     monkeypatch.setenv(console.DEBUG, "1")
-    assert cli.run(["explain", "--shape", "64x32", "--values", "int3"]) == 2
+    assert cli.run(["explain", "--shape", "64x32", "--values", "int5"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 

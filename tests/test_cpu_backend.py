@@ -32,6 +32,7 @@ if cpu.missing_library():
 OPS = torch.ops.slab_kernels
 ISAS = cpu.runnable()
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 65)
+TERMS = [(rank, 1) for rank in (*RANKS, 3)] + [(1, 2), (1, 3), (2, 2), (3, 3)]  # rank, planes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUT = PackedLayout(40, 200, "fp16", rank=2, adapter_rank=5)
 
@@ -61,13 +62,14 @@ def problem(layout):
     return packed, x, bias, *oracle(x, packed, bias)
 
 
-@pytest.mark.parametrize("rank", [*RANKS, 3])
+@pytest.mark.parametrize("rank, planes", TERMS)
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
-def test_against_fp64(isa, values, group_size, rank, poisoned):
-    for (N, K), adapter_rank in itertools.product(SHAPES, ADAPTER_RANKS):
+def test_against_fp64(isa, values, group_size, rank, planes, poisoned):
+    for (N, K), adapter_rank in itertools.product(SHAPES, ADAPTER_RANKS if planes == 1 else (0,)):
         if max(rank, adapter_rank) > min(N, K):
             continue
-        packed, x, bias, exact, magnitude = problem(PackedLayout(N, K, values, group_size, rank, adapter_rank))
+        layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, planes=planes)
+        packed, x, bias, exact, magnitude = problem(layout)
         state = cpu.BACKEND.prepare(packed)
         for dtype in DTYPES:
             tokens = TOKENS if dtype == torch.float32 else TOKENS[1:6]
@@ -80,27 +82,28 @@ def test_against_fp64(isa, values, group_size, rank, poisoned):
 
 
 @pytest.mark.parametrize("M", [1, 2, 3, 5, 13])
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank, planes", [(0, 1), (1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
-def test_small_integers_are_exact(isa, values, group_size, rank, M):
-    layout = PackedLayout(70, 260, values, group_size, rank, adapter_rank=4)
+def test_small_integers_are_exact(isa, values, group_size, rank, planes, M):
+    layout = PackedLayout(70, 260, values, group_size, rank, adapter_rank=4, planes=planes)
     packed = random_packed(layout, seed=3, integers=True)
     x = torch.randint(-4, 5, (M, layout.in_features)).float()
     bias = torch.randint(-4, 5, (70,)).float()
     assert torch.equal(linear(x, packed, bias).double(), oracle(x, packed, bias)[0])
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("M", [1, 6])
-def test_every_pattern_and_sign_at_every_lane(isa, M):
-    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 33 rows and 144 groups meet each at each place."""
-    N, K = 33, 4 * 144
+def test_every_pattern_and_level_at_every_lane(isa, M, planes):
+    """Row n, group g: pattern (n + g) mod 6 and all pairs of levels in turn: each at each lane and place of a word."""
+    N, K, levels = 33, 4 * 6 * 4**planes, 2**planes
     row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
     nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
-    pair = (row + group) // 6 % 4
-    negative = torch.stack([pair % 2 == 1, pair // 2 == 1], -1).flatten(1)
-    parts = random_packed(PackedLayout(N, K, "fp16", rank=1), integers=True).tensors()
+    pair = (row + group) // 6 % levels**2
+    level = 2 * torch.stack([pair % levels, pair // levels], -1).flatten(1) + 1 - levels
+    parts = random_packed(PackedLayout(N, K, "fp16", rank=1, planes=planes), integers=True).tensors()
     parts["metadata"] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    parts["signs"] = bits.pack_signs(negative)
+    parts["signs"] = bits.pack_planes(level, planes)
     packed = PackedWeight.from_tensors(parts, N, K)
     state = cpu.BACKEND.prepare(packed)
     assert torch.equal(OPS.dequantize_cpu(*state[:3], *state[5:]), packed.dense())
@@ -110,8 +113,8 @@ def test_every_pattern_and_sign_at_every_lane(isa, M):
 
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
 def test_dequantize(isa, values, group_size, poisoned):
-    for N, K in SHAPES:
-        packed = random_packed(PackedLayout(N, K, values, group_size, rank=1))
+    for (N, K), planes in itertools.product(SHAPES, (1, 2, 3)):
+        packed = random_packed(PackedLayout(N, K, values, group_size, rank=1, planes=planes))
         state = cpu.BACKEND.prepare(packed)
         dense = OPS.dequantize_cpu(*state[:3], *state[5:])
         assert torch.allclose(dense, packed.dense(), rtol=1e-6, atol=0.0)
@@ -324,7 +327,7 @@ def test_hostile_arguments_are_refused(case):
 
 def test_hostile_packed_tensors_are_refused():
     packed = random_packed(PackedLayout(8, 64, "int8", 32, rank=1))
-    good = [packed.values, packed.metadata, packed.signs, packed.scales, 8, 64, 2, 32]
+    good = [packed.values, packed.metadata, packed.signs, packed.scales, 8, 64, 2, 32, 1]
     OPS.prepare_cpu(*good)
     for place, bad, message in (
         (0, packed.values[:, :-1].contiguous(), "values has shape"),
@@ -337,6 +340,8 @@ def test_hostile_packed_tensors_are_refused():
         (5, 1 << 40, "in_features="),
         (6, -1, "values=-1"),
         (7, 16, "group_size=16"),
+        (8, 2, "signs has shape"),
+        (8, 4, "planes=4"),
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.prepare_cpu(*good[:place], bad, *good[place + 1 :])

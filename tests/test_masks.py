@@ -87,15 +87,15 @@ def test_rows_may_keep_different_counts():
 
 
 @pytest.mark.parametrize(
-    ("text", "signed", "count"), [("2:4", True, 24), ("2:4", False, 6), ("1:4", True, 32)]
+    ("text", "planes", "count"), [("2:4", 1, 24), ("2:4", 0, 6), ("1:4", 1, 32), ("2:4", 2, 24)]
 )
-def test_states_of_a_group_are_all_there_once(text, signed, count):
+def test_states_of_a_group_are_all_there_once(text, planes, count):
     pattern = parse_pattern(text)
-    states = group_states(pattern, signed, torch.device("cpu"))
-    assert enumerable(pattern, signed) and states.count == count
-    assert len({tuple(row) for row in states.sign.tolist()}) == count
+    states = group_states(pattern, planes, torch.device("cpu"))
+    assert enumerable(pattern, planes) and states.count == count
+    assert len({tuple(row) for row in (2 * states.mask.int() + states.takes_upper.int()).tolist()}) == count
     assert (states.mask.sum(1) == pattern.keep).all()
-    assert torch.equal(states.mask, states.sign == 0)
+    assert not (states.mask & states.takes_upper).any()
 
 
 def test_large_or_unstructured_patterns_are_not_enumerated():

@@ -24,7 +24,7 @@ COMMAND = "python -m slab_kernels.support README.md"
 # Compute capabilities of a column; None is the CPU.
 COLUMNS = {"CPU": [None], "GPU below 8.0": [(6, 1), (7, 0), (7, 5)], "GPU from 8.0": [(8, 0), (8, 7), (9, 0), (10, 3), (12, 1)]}
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GROUPS = {"fp16": [None], "bf16": [None], "int8": [None, 32, 64, 128], "int4": [None, 32, 64, 128]}
+GROUPS = {"fp16": [None], "bf16": [None], **dict.fromkeys(("int8", "int4", "int3"), [None, 32, 64, 128])}
 
 
 def rows(table: str) -> list[dict[str, str]]:

@@ -12,7 +12,8 @@ namespace {
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kLookupTokens = 4, kTokens = 6;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 6;
+  static constexpr int kUnrollRank = 1;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
 
@@ -61,18 +62,29 @@ struct Avx2 {
     return signed_by(_mm256_add_ps(second(t, code), one), flip);
   }
 
-  // out[k] = the kept value where position k is kept, else low[k] with its sign: bit 31 of flip, xor r at the first
-  // one.
-  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
-    // bits 0..3 first kept at k, 4..7 second kept at k, 8..11 first pruned at k
-    const __m256i table = _mm256_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
-    const I at = (I)_mm256_permutevar8x32_epi32(table, (__m256i)code), r = code << 28;
-    for (int k = 0; k < 4; ++k) {
-      F v = signed_by(low[k], flip ^ (r & (at << (23 - k))));
-      if (k < 3) v = _mm256_blendv_ps(v, first, _mm256_castsi256_ps((__m256i)(at << (31 - k))));
-      if (k > 0) v = _mm256_blendv_ps(v, second, _mm256_castsi256_ps((__m256i)(at << (27 - k))));
-      out[k] = v;
+  // For several planes the two pruned positions are apart anyway, and the caller applies r.
+  static constexpr bool kSignedTable = false;
+  using Apart = Pair;
+  static SLAB_INLINE Apart apart_table(const float* xv) { return pruned_table(xv); }
+  // |factors| of the two pruned positions from the fields of `levels`: vpermilps reads the low 2 bits.
+  template <int P>
+  static SLAB_INLINE Pair sizes(I level) {
+    if constexpr (P == 2) {
+      const F first = _mm256_setr_ps(1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f);
+      const F second = _mm256_setr_ps(1.5f, 1.5f, 0.5f, 0.5f, 1.5f, 1.5f, 0.5f, 0.5f);
+      return {_mm256_permutevar_ps(first, (__m256i)level), _mm256_permutevar_ps(second, (__m256i)level)};
     }
+    const F table = _mm256_setr_ps(1.75f, 1.25f, 0.75f, 0.25f, 1.75f, 1.25f, 0.75f, 0.25f);
+    return {_mm256_permutevar_ps(table, (__m256i)level), _mm256_permutevar_ps(table, (__m256i)(level >> 2))};
+  }
+
+  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  static SLAB_INLINE I places(I code) {
+    const __m256i table = _mm256_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
+    return (I)_mm256_permutevar8x32_epi32(table, (__m256i)code);
+  }
+  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps((__m256i)(bits << (31 - bit))));
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {

@@ -11,7 +11,8 @@ namespace {
 
 struct Avx512 {
   static constexpr const char* kName = "avx512";
-  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kLookupTokens = 4, kTokens = 12;
+  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kPairRank = 2, kLookupTokens = 4, kTokens = 12;
+  static constexpr int kUnrollRank = 2;
   using F = __m512;
   typedef uint32_t I __attribute__((vector_size(64)));
 
@@ -35,7 +36,7 @@ struct Avx512 {
   }
 
   // Lane c of a table answers code c: pattern id c & 7 (6 and 7 do not occur), r = c >> 3.
-  using Kept = struct {
+  struct Kept {
     F first, second;
   };
   static SLAB_INLINE Kept kept_table(const float* x) {
@@ -46,34 +47,50 @@ struct Avx512 {
   static SLAB_INLINE F first(const Kept& t, I code) { return _mm512_permutexvar_ps((__m512i)code, t.first); }
   static SLAB_INLINE F second(const Kept& t, I code) { return _mm512_permutexvar_ps((__m512i)code, t.second); }
 
-  using Pruned = F;
-  static SLAB_INLINE Pruned pruned_table(const float* xv) {
+  static SLAB_INLINE F signed_by(F v, I bits) {
+    const __m512i word = _mm512_castps_si512(v), top = _mm512_set1_epi32(INT32_MIN);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(word, (__m512i)bits, top, 0x78));  // a ^ (b & c)
+  }
+
+  // The two pruned positions, the first one negated where r is set: apart for several planes, added up for one.
+  static constexpr bool kSignedTable = true;
+  using Apart = Kept;
+  static SLAB_INLINE Apart apart_table(const float* xv) {
     const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
     const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
     const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
     const F minus = _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
-    return _mm512_add_ps(two, _mm512_xor_ps(one, minus));
+    return {_mm512_xor_ps(one, minus), two};
+  }
+  using Pruned = F;
+  static SLAB_INLINE Pruned pruned_table(const float* xv) {
+    const Apart t = apart_table(xv);
+    return _mm512_add_ps(t.second, t.first);
   }
   static SLAB_INLINE F pruned(Pruned t, I code, I flip) {
-    const __m512i v = _mm512_castps_si512(_mm512_permutexvar_ps((__m512i)code, t));
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(v, (__m512i)flip, _mm512_set1_epi32(INT32_MIN), 0x78));
+    return signed_by(_mm512_permutexvar_ps((__m512i)code, t), flip);
   }
 
-  // out[k] = the kept value where position k is kept, else low[k] with its sign: bit 31 of flip, xor r at the first
-  // one.
-  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
-    // bits 0..3 first kept at k, 4..7 second kept at k; with r, 8..11 first pruned at k: there the sign is the other
-    const __m512i table =
-        _mm512_setr_epi32(0x21, 0x41, 0x81, 0x42, 0x82, 0x84, 0, 0, 0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
-    const __m512i at = _mm512_permutexvar_epi32((__m512i)code, table);
-    for (int k = 0; k < 4; ++k) {
-      const __m512i other = _mm512_slli_epi32(at, 23 - k), top = _mm512_set1_epi32(INT32_MIN);
-      const __m512i sign = _mm512_ternarylogic_epi32((__m512i)flip, other, top, 0x28);  // (a ^ b) & c
-      F v = _mm512_xor_ps(low[k], _mm512_castsi512_ps(sign));
-      if (k < 3) v = _mm512_mask_mov_ps(v, _mm512_test_epi32_mask(at, _mm512_set1_epi32(1 << k)), first);
-      if (k > 0) v = _mm512_mask_mov_ps(v, _mm512_test_epi32_mask(at, _mm512_set1_epi32(16 << k)), second);
-      out[k] = v;
-    }
+  // |factors| of the two pruned positions from the fields of `levels`; what stands above them is not read.
+  template <int P>
+  static SLAB_INLINE Kept sizes(I level) {
+    const __m512i at = (__m512i)level;
+    if constexpr (P == 2)
+      return {_mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 0.5f, 1.5f, 0.5f), at),
+              _mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 1.5f, 0.5f, 0.5f), at)};
+    const F high = _mm512_setr_ps(1.75f, 1.75f, 1.75f, 1.75f, 1.25f, 1.25f, 1.25f, 1.25f, 0.75f, 0.75f, 0.75f, 0.75f,
+                                  0.25f, 0.25f, 0.25f, 0.25f);
+    return {_mm512_permutevar_ps(_mm512_setr4_ps(1.75f, 1.25f, 0.75f, 0.25f), at), _mm512_permutexvar_ps(at, high)};
+  }
+
+  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  static SLAB_INLINE I places(I code) {
+    return (I)_mm512_permutexvar_epi32(
+        (__m512i)code, _mm512_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0, 0x421, 0x241, 0x281, 0x142,
+                                         0x182, 0x184, 0, 0));
+  }
+  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
+    return _mm512_mask_mov_ps(no, _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(1 << bit)), yes);
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {

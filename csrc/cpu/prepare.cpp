@@ -11,18 +11,26 @@ void put(uint8_t* at, T value) {
   std::memcpy(at, &value, sizeof(T));
 }
 
+struct Pruned {
+  uint32_t signs = 0;  // one bit a plane, the largest plane's highest
+
+  uint32_t negative(int planes) const { return signs >> (planes - 1); }
+  // How far the magnitude is below its largest, in steps: a further plane takes away where it differs from the first.
+  uint32_t level(int planes) const { return (signs ^ (0u - negative(planes))) & ((1u << (planes - 1)) - 1u); }
+};
+
 struct Group {
   uint32_t nibble = kPadNibble;
-  bool first_sign = false, second_sign = false;
+  Pruned first, second;
 };
 
 Group read_group(const CpuPacked& p, int64_t row, int64_t group) {
   Group g;
   g.nibble = p.metadata[row * (p.padded_in / 8) + group / 2] >> (group % 2 * 4) & 0xFu;
-  if (p.signs) {
-    const uint8_t byte = p.signs[row * (p.padded_in / 16) + group / 4];
-    g.first_sign = byte >> (group % 4 * 2) & 1;
-    g.second_sign = byte >> (group % 4 * 2 + 1) & 1;
+  for (int plane = 0; plane < p.planes; ++plane) {
+    const uint8_t byte = p.signs[(row * (p.padded_in / 16) + group / 4) * p.planes + plane];
+    g.first.signs = g.first.signs << 1 | (byte >> (group % 4 * 2) & 1u);
+    g.second.signs = g.second.signs << 1 | (byte >> (group % 4 * 2 + 1) & 1u);
   }
   return g;
 }
@@ -30,8 +38,10 @@ Group read_group(const CpuPacked& p, int64_t row, int64_t group) {
 // One row's lane of one block. `groups` of its 32 groups exist, the rest are padding.
 int64_t write_lane(const CpuPacked& p, int64_t row, int64_t first_group, int lane, int64_t groups, uint8_t* block) {
   int64_t illegal = 0;
-  uint32_t signs = 0, codes[4] = {0, 0, 0, 0}, nibbles[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  uint8_t* const values = block + sign_bytes(p.signs != nullptr) + code_bytes();
+  uint32_t signs = 0, levels[2 * (kMaxPlanes - 1)] = {}, codes[4] = {}, nibbles[8] = {};
+  const int level_bits = p.planes > 1 ? 2 * (p.planes - 1) : 0, levels_a_word = level_bits ? 32 / level_bits : 1;
+  uint8_t* const code_words = block + sign_bytes(p.planes) + level_bytes(p.planes);
+  uint8_t* const values = code_words + code_bytes();
   for (int64_t g = 0; g < groups; ++g) {
     const Group group = read_group(p, row, first_group + g);
     int id = pattern_id(group.nibble);
@@ -39,8 +49,16 @@ int64_t write_lane(const CpuPacked& p, int64_t row, int64_t first_group, int lan
       ++illegal;
       id = 0;
     }
-    codes[g / 8] |= uint32_t(id | (group.first_sign != group.second_sign) << 3) << (g % 8 * 4);
-    signs |= uint32_t(group.second_sign) << (31 - g);
+    uint32_t r = 0;
+    if (p.planes) {
+      const uint32_t first = group.first.negative(p.planes), second = group.second.negative(p.planes);
+      r = p.planes == 1 ? first ^ second : first;
+      signs |= second << (31 - g);
+    }
+    codes[g / 8] |= (uint32_t(id) | r << 3) << (g % 8 * 4);
+    if (level_bits)
+      levels[g / levels_a_word] |= (group.first.level(p.planes) | group.second.level(p.planes) << (p.planes - 1))
+                                   << (g % levels_a_word * level_bits);
     const int64_t entry = row * (p.padded_in / 2) + 2 * (first_group + g);
     if (p.values == kInt4) {
       nibbles[g / 4] |= uint32_t(p.values_data[entry / 2]) << (g % 4 * 8);
@@ -52,8 +70,9 @@ int64_t write_lane(const CpuPacked& p, int64_t row, int64_t first_group, int lan
       std::memcpy(values + g * 64 + 32 + lane * 2, p.values_data + entry * 2 + 2, 2);
     }
   }
-  if (p.signs) put(block + 4 * lane, signs);
-  for (int w = 0; w < 4; ++w) put(block + sign_bytes(p.signs != nullptr) + 64 * w + 4 * lane, codes[w]);
+  if (p.planes) put(block + 4 * lane, signs);
+  for (int w = 0; w < level_bits; ++w) put(block + sign_bytes(p.planes) + 64 * w + 4 * lane, levels[w]);
+  for (int w = 0; w < 4; ++w) put(code_words + 64 * w + 4 * lane, codes[w]);
   if (p.values == kInt4)
     for (int q = 0; q < 8; ++q) put(values + 64 * q + 4 * lane, nibbles[q]);
   return illegal;
@@ -64,7 +83,7 @@ int64_t write_lane(const CpuPacked& p, int64_t row, int64_t first_group, int lan
 int64_t cpu_prepare(const CpuPacked& p, uint8_t* stream, int64_t begin, int64_t end) {
   const int64_t k_blocks = (p.in_features + kInputs - 1) / kInputs, all_groups = p.padded_in / kGroup;
   const int stream_group = p.group_size ? p.group_size : kInputs;
-  const int64_t bytes = block_bytes(p.values, stream_group, p.signs != nullptr);
+  const int64_t bytes = block_bytes(p.values, stream_group, p.planes);
   const int64_t scale_columns = p.group_size ? p.padded_in / p.group_size : 1;
   int64_t illegal = 0;
   for (int64_t rb = begin; rb < end; ++rb) {

@@ -6,7 +6,8 @@ namespace {
 
 struct Scalar {
   static constexpr const char* kName = "scalar";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kLookupTokens = 4, kTokens = 4;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 4;
+  static constexpr int kUnrollRank = -1;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));
   typedef int32_t S __attribute__((vector_size(32)));
@@ -80,24 +81,36 @@ struct Scalar {
     return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0, x[3] - x[2],
              x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
   }
-  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) {
-    return (F)((I)answer(t, code) ^ (flip & 0x80000000u));
+  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) { return signed_by(answer(t, code), flip); }
+  static SLAB_INLINE F signed_by(F v, I bits) { return (F)((I)v ^ (bits & 0x80000000u)); }
+
+  // For several planes: the two pruned positions apart, the first one negated where r is set.
+  static constexpr bool kSignedTable = true;
+  using Apart = Kept;
+  static SLAB_INLINE Apart apart_table(const float* x) {
+    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0, 0}},
+            {{x[3], x[3], x[2], x[3], x[2], x[1], 0, 0, x[3], x[3], x[2], x[3], x[2], x[1], 0, 0}}};
+  }
+  // |factors| of the two pruned positions from the fields of `levels`.
+  struct Pair {
+    F first, second;
+  };
+  template <int P>
+  static SLAB_INLINE Pair sizes(I level) {
+    constexpr uint32_t mask = (1u << (P - 1)) - 1u;
+    constexpr float largest = P == 2 ? 1.5f : 1.75f, step = P == 2 ? 1.0f : 0.5f;
+    return {largest - step * __builtin_convertvector((S)(level & mask), F),
+            largest - step * __builtin_convertvector((S)(level >> (P - 1) & mask), F)};
   }
 
-  static SLAB_INLINE void expand(I code, I flip, F first, F second, const F* low, F* out) {
-    // bits 0..3 first kept at k, 4..7 second kept at k, 8..11 first pruned at k
-    static constexpr uint32_t table[16] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0,
-                                           0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
+  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  static SLAB_INLINE I places(I code) {
+    static constexpr uint32_t table[8] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
     I at;
-    for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 15u];
-    const I other = code << 28;
-    for (int k = 0; k < 4; ++k) {
-      const I sign = (flip ^ (other & ((at << (23 - k))))) & 0x80000000u;
-      const F v = (F)((I)low[k] ^ sign);
-      const S is_first = (S)(at << (31 - k)) >> 31, is_second = (S)(at << (27 - k)) >> 31;
-      out[k] = select(is_first, first, select(is_second, second, v));
-    }
+    for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 7u];
+    return at;
   }
+  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) { return select((S)(bits << (31 - bit)) >> 31, yes, no); }
 
   static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
     const I bits = (I)v;

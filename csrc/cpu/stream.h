@@ -24,17 +24,41 @@ struct Stream {
   static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
 
   struct Block {  // one strip of one block
-    const uint8_t *signs, *codes, *values, *scales;
+    const uint8_t *signs, *levels, *codes, *values, *scales;
   };
-  static SLAB_INLINE Block block_at(const uint8_t* block, int strip, int values, bool has_signs) {
+  static SLAB_INLINE Block block_at(const uint8_t* block, int strip, int values, int planes) {
     Block b;
     b.signs = block + 4 * kLanes * strip;
-    b.codes = block + sign_bytes(has_signs) + 4 * kLanes * strip;
-    b.values = block + sign_bytes(has_signs) + code_bytes();
+    b.levels = b.signs + sign_bytes(planes);
+    b.codes = b.levels + level_bytes(planes);
+    b.values = block + sign_bytes(planes) + level_bytes(planes) + code_bytes();
     b.scales = b.values + value_bytes(values) + 2 * kLanes * strip;
     b.values += kLanes * strip * (values == kInt4 ? 4 : values == kInt8 ? 1 : 2);
     return b;
   }
+
+  // The words of one strip that several groups share, the next group at the end that `drop` takes from: the lowest bits,
+  // of signs the highest. P: planes, 0 with rank 0.
+  template <int P>
+  struct Words {
+    static constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;  // of a group
+    I codes, signs, levels;
+
+    SLAB_INLINE void start(const Block& b) {
+      if constexpr (P > 0) signs = V::load_words(b.signs);
+    }
+    SLAB_INLINE void load_eight(const Block& b, int word) {  // from group 8 * word on
+      codes = V::load_words(b.codes + 64 * word);
+      if constexpr (P > 1)
+        if (8 * word * kLevelBits % 32 == 0) levels = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
+    }
+    SLAB_INLINE void drop(int groups) {
+      codes = codes >> (4 * groups);
+      if constexpr (P > 0) signs = signs << groups;
+      if constexpr (P > 1) levels = levels >> (kLevelBits * groups);
+    }
+  };
+
   template <int VT>
   static SLAB_INLINE void load_values(const uint8_t* values, int g, F& first, F& second) {
     if constexpr (VT == kInt4) {
@@ -73,7 +97,9 @@ struct Stream {
       std::memcpy(out + 2 * i, lanes, size_t(left) * 2);
     }
   }
-  static void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb, const float* rows) {
+  // Not inline: it would be in every instance of the products, a fifth of their code.
+  static __attribute__((noinline)) void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb,
+                                                   const float* rows) {
     const int64_t left = w.out_features - rb * kRows, n = left < kRows ? left : kRows;
     narrow(rows, t.y_type, static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4), n);
   }

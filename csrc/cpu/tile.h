@@ -1,4 +1,4 @@
-// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and +- u v) and
+// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and u v c) and
 // multiplied with every token before the next tile. The adapter runs through the same product: Q as the weight of z = x
 // Q, P as further inputs of y.
 #pragma once
@@ -18,19 +18,19 @@ struct Tile {
   static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
 
   // 16 rows x 128 inputs -> tile[k][kTileRows], the row block's lanes starting at tile[0].
-  template <int VT, int R>  // R: 0, 1, or 2 for any rank from 2 on
+  template <int VT, int R, int P>  // R: 0, 1, or 2 for any rank from 2 on; P: planes, 0 with R = 0
   static void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     const int64_t padded = w.k_blocks * kInputs;
     const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
     for (int h = 0; h < kStrips; ++h) {
-      const typename Stream<V>::Block b = Stream<V>::block_at(at, h, VT, R > 0);
+      const typename Stream<V>::Block b = Stream<V>::block_at(at, h, VT, P);
       const float* const u = R ? w.u + rb * w.rank * kRows + h * kLanes : nullptr;
       const F u0 = R ? V::load(u) : V::zero();
       F scale = V::zero();
-      I flip = {};
-      if constexpr (R > 0) flip = V::load_words(b.signs);
+      typename Stream<V>::template Words<P> words;
+      words.start(b);
       for (int word = 0; word < kGroups / 8; ++word) {
-        I code = V::load_words(b.codes + 64 * word);
+        words.load_eight(b, word);
         if (is_integer(VT) && 32 * word % w.group_size == 0)
           scale = V::template load_values<kBf16>(b.scales + 2 * kRows * (32 * word / w.group_size));
 #pragma GCC unroll 4
@@ -43,29 +43,51 @@ struct Tile {
             first = first * scale;
             second = second * scale;
           }
-          F low[kGroup], out[kGroup];
+          F out[kGroup];
           const float* const v = R ? w.v + kb * kInputs + kGroup * g : nullptr;
-          for (int i = 0; i < kGroup; ++i) low[i] = R ? u0 * V::broadcast(v + i) : V::zero();
+          for (int i = 0; i < kGroup; ++i) out[i] = R ? u0 * V::broadcast(v + i) : V::zero();
           if constexpr (R > 1)
             for (int64_t r = 1; r < w.rank; ++r)
               for (int i = 0; i < kGroup; ++i)
-                low[i] = V::fma(V::load(u + r * kRows), V::broadcast(v + r * padded + i), low[i]);
-          V::expand(code, flip, first, second, low, out);
-          for (int i = 0; i < kGroup; ++i) V::store(tile + (kGroup * g + i) * kTileRows + h * kLanes, out[i]);
-          code = code >> 4;
-          flip = flip << 1;
+                out[i] = V::fma(V::load(u + r * kRows), V::broadcast(v + r * padded + i), out[i]);
+          const I places = V::places(words.codes);
+          if constexpr (P == 1) {  // bit 31 of signs, and at the first pruned position r
+            const I r = words.codes << 28;
+            out[0] = V::signed_by(out[0], words.signs ^ r);
+            out[1] = V::signed_by(out[1], words.signs ^ (r & places << 22));
+            out[2] = V::signed_by(out[2], words.signs ^ (r & places << 21));
+            out[3] = V::signed_by(out[3], words.signs);
+          }
+          if constexpr (P > 1) {
+            const auto size = V::template sizes<P>(words.levels);
+            const F one = V::signed_by(size.first, words.codes << 28), two = V::signed_by(size.second, words.signs);
+            out[0] = out[0] * one;
+            out[1] = out[1] * V::choose(places, 9, one, two);
+            out[2] = out[2] * V::choose(places, 10, one, two);
+            out[3] = out[3] * two;
+          }
+          for (int i = 0; i < kGroup; ++i) {
+            if (i < 3) out[i] = V::choose(places, i, first, out[i]);
+            if (i > 0) out[i] = V::choose(places, 4 + i, second, out[i]);
+            V::store(tile + (kGroup * g + i) * kTileRows + h * kLanes, out[i]);
+          }
+          words.drop(1);
         }
       }
     }
   }
+  template <int VT, int P>
+  static void rebuild_planes(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
+    w.rank == 1 ? rebuild_ranked<VT, 1, P>(w, rb, kb, tile) : rebuild_ranked<VT, 2, P>(w, rb, kb, tile);
+  }
   template <int VT>
   static void rebuild(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
-    if (w.rank == 0)
-      rebuild_ranked<VT, 0>(w, rb, kb, tile);
-    else if (w.rank == 1)
-      rebuild_ranked<VT, 1>(w, rb, kb, tile);
-    else
-      rebuild_ranked<VT, 2>(w, rb, kb, tile);
+    switch (w.planes) {
+      case 0: return rebuild_ranked<VT, 0, 0>(w, rb, kb, tile);
+      case 1: return rebuild_planes<VT, 1>(w, rb, kb, tile);
+      case 2: return rebuild_planes<VT, 2>(w, rb, kb, tile);
+      case 3: return rebuild_planes<VT, 3>(w, rb, kb, tile);
+    }
   }
   static void rebuild_any(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     switch (w.values) {

@@ -1,7 +1,7 @@
 """The native CPU backend: `slab_kernels::linear_cpu` of csrc/, loaded on first use, never at import.
 
 `prepare` interleaves the canonical packed tensors in blocks of 16 output rows (csrc/launch.h has the layout), so that a
-SIMD lane is an output row. fp32 accumulation, whatever the activations' type. With few tokens the weight is never
+SIMD lane is an output row. int3 values become int4 there: they save disk, and take in memory what int4 takes. fp32 accumulation, whatever the activations' type. With few tokens the weight is never
 rebuilt; from 4 tokens on it is, tile by tile in cache. Within either regime a row of y depends on its own token only
 and on no thread count; between the two the order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces
 an instruction set.
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import bitpacking as bits
 from ..format import PackedWeight
 from .base import Backend, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
-VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3}  # ValueType of csrc/format.h
+VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}  # ValueType of csrc/format.h in the stream
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
 ROWS, INPUTS = 16, 128  # of a block of the prepared stream
@@ -43,6 +44,7 @@ class CpuState(NamedTuple):
     in_features: int
     value_type: int
     group_size: int  # 0: one scale a row
+    planes: int  # 1 without a sign term too
 
 
 class CpuBackend(Backend):
@@ -56,8 +58,6 @@ class CpuBackend(Backend):
             reasons.append(f"activations must be float32, bfloat16 or float16, not {problem.dtype}")
         if problem.values not in VALUE_CODES:
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(VALUE_CODES)}")
-        if problem.planes > 1:
-            reasons.append(f"it runs one sign plane, not {problem.planes}")
         return reasons
 
     def missing(self, device: str) -> str | None:
@@ -66,8 +66,9 @@ class CpuBackend(Backend):
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CpuState:
         load_library()
         N, K, layout = packed.out_features, packed.in_features, packed.layout
-        kind = VALUE_CODES[layout.values], layout.group_size or 0
-        canonical = (t if t is None else t.contiguous() for t in (packed.values, packed.metadata, packed.signs, packed.scales))
+        kind = VALUE_CODES[layout.values], layout.group_size or 0, layout.planes
+        values = widened(packed.values) if layout.values == "int3" else packed.values
+        canonical = (t if t is None else t.contiguous() for t in (values, packed.metadata, packed.signs, packed.scales))
         stream = torch.ops.slab_kernels.prepare_cpu(*canonical, N, K, *kind)
         blocks, columns = -(-N // ROWS), -(-K // INPUTS) * INPUTS
 
@@ -93,6 +94,11 @@ class CpuBackend(Backend):
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return torch.ops.slab_kernels.linear_cpu(x, *tensors, bias, *sizes)
         return torch.ops.slab_kernels.linear_cpu_frozen(x, *tensors, bias, *sizes)
+
+
+def widened(values: Tensor) -> Tensor:
+    """int3 values as int4 ones; in slices of rows, since unpacking takes 8 bytes a value."""
+    return torch.cat([bits.pack_int4(bits.unpack_int3(rows)) for rows in values.split(512)])
 
 
 def missing_library() -> str | None:
@@ -137,20 +143,20 @@ def _load_once() -> None:
     torch.library.register_autograd("slab_kernels::linear_cpu", _backward, setup_context=_setup_context)
 
 
-def _linear_fake(x, stream, U, V, P, Q, bias, out_features, in_features, value_type, group_size):
+def _linear_fake(x, stream, U, V, P, Q, bias, out_features, in_features, value_type, group_size, planes):
     torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _prepare_fake(values, metadata, signs, scales, out_features, in_features, value_type, group_size):
+def _prepare_fake(values, metadata, signs, scales, out_features, in_features, value_type, group_size, planes):
     groups = INPUTS // 4
     size = 4 * 4 * ROWS + 2 * groups * ROWS * (4, 4, 2, 1)[value_type] // 2
-    size += 0 if signs is None else 4 * ROWS
+    size += 0 if signs is None else 4 * ROWS * (2 * planes - 1)
     size += 0 if scales is None else INPUTS // (group_size or INPUTS) * 2 * ROWS
     return metadata.new_empty((-(-out_features // ROWS), -(-in_features // INPUTS), size))
 
 
-def _dequantize_fake(stream, U, V, out_features, in_features, value_type, group_size):
+def _dequantize_fake(stream, U, V, out_features, in_features, value_type, group_size, planes):
     return stream.new_empty((out_features, in_features), dtype=torch.float32)
 
 
@@ -174,7 +180,7 @@ def _backward(ctx, grad):
         grad_x = grad_x.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * 5, grad_bias, *(None,) * 4
+    return grad_x, *(None,) * 5, grad_bias, *(None,) * len(ctx.sizes)
 
 
 BACKEND = CpuBackend()

@@ -24,6 +24,7 @@ from .config import Config
 from .eora import EoraConfig, eora
 from .hassle_free import HassleFreeConfig, hassle_free
 from .magnitude import magnitude
+from .masks import parse_pattern
 from .oats import OatsConfig, SslcConfig, oats, sslc
 from .slab import SlabConfig, slab
 from .slab_paper import SlabPaperConfig, slab_paper
@@ -31,7 +32,6 @@ from .slim import SlimConfig, slim
 from .sparsegpt import SparseGPTConfig, sparsegpt
 from .threebasil import ThreeBasilConfig, alps, threebasil
 from .wanda import wanda
-
 
 COMMON = tuple(field.name for field in fields(Config))
 
@@ -117,15 +117,8 @@ def decompose(
     Raises: MethodError, PatternError, ShapeError, RangeError, ValueTypeError, DtypeError or CalibrationError (all
         ValueErrors), before anything is computed.
     """
-    if method not in METHODS:
-        raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    check_settings(method, pattern, rank, values, group_size, planes, adapter_rank, options)
     chosen = METHODS[method]
-    known = [field.name for field in fields(chosen.config)]
-    own = [name for name in known if name not in COMMON]
-    if unknown := [name for name in options if name not in own]:
-        raise MethodError(
-            f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}"
-        )
     _check_weight(weight)
     adapter_rank = chosen.adapter_rank(tuple(weight.shape), adapter_rank)
     config = chosen.config(pattern, rank if chosen.signs else 0, values, group_size, planes, adapter_rank, **options)
@@ -134,6 +127,38 @@ def decompose(
     if stats is not None:
         stats = stats.to(weight.device)
     return chosen.function(weight.detach().float(), stats, config)
+
+
+def check_settings(
+    method: str, pattern: str, rank: int, values: str, group_size: int | None, planes: int, adapter_rank: int | None, options: dict
+) -> None:
+    """Refuse what no weight could have, before any is read. Raises: as `decompose`."""
+    if method not in METHODS:
+        raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    own = [field.name for field in fields(chosen.config) if field.name not in COMMON]
+    if unknown := [name for name in options if name not in own]:
+        raise MethodError(f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}")
+    parsed = parse_pattern(pattern)
+    if values not in VALUE_TYPES:
+        raise ValueTypeError(f"values={values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
+    for name, number in (("rank", rank), ("planes", planes), ("adapter_rank", 0 if adapter_rank is None else adapter_rank)):
+        if type(number) is not int or number < 0:
+            raise ShapeError(f"{name}={number!r} must be an integer of at least 0")
+    if chosen.signs and chosen.adapter is None and not rank:
+        raise ShapeError(f"rank=0: method {method!r} is nothing without its sign term; give at least 1")
+    if adapter_rank and chosen.adapter is None:
+        able = ", ".join(m.name for m in METHODS.values() if m.adapter is not None)
+        raise MethodError(f"method {method!r} has no adapter P Q^T, so adapter_rank={adapter_rank} has no meaning; {able} have one")
+    most = MAX_PLANES if chosen.signs and chosen.adapter is not None and rank else 1
+    if not 1 <= planes <= most:
+        raise MethodError(f"planes={planes}: only 'slab' with a rank of at least 1 has several sign planes, 1 to {MAX_PLANES}")
+    if values in INTEGER_RANGES and group_size is not None:
+        if group_size not in GROUP_SIZES:
+            raise ShapeError(f"group_size={group_size} must be one of {', '.join(map(str, GROUP_SIZES))} or None")
+        if parsed.structured and group_size % parsed.group:
+            raise ShapeError(f"group_size={group_size} must be a multiple of {parsed.group} for pattern {pattern!r}")
+    chosen.config(pattern, rank, values, group_size, planes, adapter_rank or 0, **options)  # refuses values of its own options
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -155,28 +180,9 @@ def _check_config(weight: Tensor, config: Config, method: Method) -> None:
             f"in_features={K} must be a multiple of {pattern.group} for pattern {config.pattern!r}; leave this layer "
             "dense or choose an unstructured pattern such as '50%'"
         )
-    if method.signs and not (method.adapter is None) <= config.rank <= min(N, K):
-        raise ShapeError(f"rank={config.rank} must lie in {int(method.adapter is None)} .. {min(N, K)} for a weight of {N} x {K}")
-    if not 0 <= config.adapter_rank <= min(N, K):
-        raise ShapeError(f"adapter_rank={config.adapter_rank} must lie in 0 .. {min(N, K)} for a weight of {N} x {K}")
-    if config.adapter_rank and method.adapter is None:
-        able = ", ".join(m.name for m in METHODS.values() if m.adapter is not None)
-        raise MethodError(f"method {method.name!r} has no adapter P Q^T, so adapter_rank={config.adapter_rank} has no meaning; {able} have one")
-    if not 1 <= config.planes <= MAX_PLANES or (config.planes > 1 and not (method.signs and method.adapter is not None)):
-        raise MethodError(
-            f"planes={config.planes} with method {method.name!r}: only 'slab' has more than one sign plane, up to {MAX_PLANES}"
-        )
-    if config.values not in VALUE_TYPES:
-        raise ValueTypeError(f"values={config.values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
-    if config.values in INTEGER_RANGES and config.group_size is not None:
-        if config.group_size not in GROUP_SIZES:
-            raise ShapeError(
-                f"group_size={config.group_size} must be one of {', '.join(map(str, GROUP_SIZES))} or None"
-            )
-        if pattern.structured and config.group_size % pattern.group:
-            raise ShapeError(
-                f"group_size={config.group_size} must be a multiple of {pattern.group} for pattern {config.pattern!r}"
-            )
+    for name in ("rank", "adapter_rank"):
+        if getattr(config, name) > min(N, K):
+            raise ShapeError(f"{name}={getattr(config, name)} must lie in 0 .. {min(N, K)} for a weight of {N} x {K}")
 
 
 def _check_stats(weight: Tensor, stats: InputStats | None, method: Method) -> None:

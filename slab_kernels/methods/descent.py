@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .levels import nearest
+from .levels import nearest, neighbours
 from .masks import Pattern
 from .quantize import expand_scales, round_to_grid
 from .states import group_states
@@ -29,14 +29,15 @@ def descend_groups(
 ) -> tuple[Tensor, Tensor, int]:
     """One pass over the groups of an enumerable n:m pattern: (approximation, mask, groups that changed positions).
 
-    Pruned entries are a level of `planes` signs times `magnitude` [N,K] >= 0, or zero for planes=0.
+    Pruned entries are a level of `planes` signs times `magnitude` [N,K] >= 0, or zero for planes=0; of the levels the two next
+    to the group's own optimum are tried.
     Every group takes the best of its states (24 for 2:4) with its kept values at their least-squares optimum, or, on a
     grid, rounded one after the other (Babai's nearest plane); a group never moves to a worse state than it has.
     """
     N, K = W.shape
     m = pattern.group
     states = group_states(pattern, planes, W.device)
-    pruned, kept, T = states.pruned, states.kept, states.level.shape[0]
+    pruned, kept, T = states.pruned, states.kept, states.upper.shape[0]
     target, low = W.T.contiguous(), magnitude.T.contiguous()
     E = (W - approximation).T.contiguous()
     G = gram @ E
@@ -45,6 +46,7 @@ def descend_groups(
     steps = expand_scales(scales, K, grid.group_size).T.contiguous() if grid else None
     blocks = gram.view(K // m, m, K // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [K/m,m,m]
     kk = torch.linalg.inv(blocks[:, kept[:, :, None], kept[:, None, :]])  # [K/m,C,n,n]
+    whole = torch.linalg.inv(blocks)
     kp = kk @ blocks[:, kept[:, :, None], pruned[:, None, :]]  # [K/m,C,n,p]
     width = max(m, BLOCK // m * m)
     moved = torch.zeros((), dtype=torch.long, device=W.device)
@@ -56,9 +58,12 @@ def descend_groups(
             group, here = (start + a) // m, slice(start + a, start + a + m)
             H4, e = blocks[group], E[here]
             outside = g[a : a + m] - H4 @ e  # gradient that the rest of the row exerts on this group
-            delta = (
-                target[here][pruned][:, None] - states.level[None, :, :, None] * low[here][pruned][:, None]
-            )
+            gone = 0.0
+            if planes:
+                below, above = neighbours(target[here] + whole[group] @ outside, low[here], planes)
+                upper = states.upper[None, :, :, None]
+                gone = torch.where(upper, above[pruned][:, None], below[pruned][:, None]) * low[here][pruned][:, None]
+            delta = target[here][pruned][:, None] - gone  # [C,T,p,N]
             C = pruned.shape[0]
             free = -(kk[group] @ outside[kept])[:, None] - torch.einsum("cnp,ctpx->ctnx", kp[group], delta)
             if grid:

@@ -33,7 +33,7 @@ def finish(
     Integer values are first rounded to grids of least squared error; then step sizes are refitted and the descent moves
     values on the grid. scales: of S, where it lies on the grid already.
     """
-    grid, pattern, d = config.grid, config.parsed, space.scale
+    grid, d = config.grid, space.scale
     if grid and scales is None:  # a step is shared by inputs of one group, so it lives in the weight's own coordinates
         S, scales = quantize(S / d, mask, grid.values, grid.group_size, weight=d * d)
         S = S * d

@@ -18,6 +18,14 @@ def levels(planes: int) -> tuple[float, ...]:
     return tuple(unit * odd for odd in range(2**planes - 1, -(2**planes), -2))
 
 
+def neighbours(w: Tensor, magnitude: Tensor, planes: int) -> tuple[Tensor, Tensor]:
+    """The two levels next to each other between which w / magnitude lies, or the outermost two; both as multiples."""
+    unit, most = plane_unit(planes), 2**planes - 1
+    steps = w / (unit * magnitude).clamp_min(torch.finfo(w.dtype).tiny)
+    below = (2 * ((steps - 1) / 2).floor() + 1).clamp(-most, most - 2) * unit
+    return below, below + 2 * unit
+
+
 def nearest(w: Tensor, magnitude: Tensor, planes: int) -> Tensor:
     """The multiple c of `magnitude` >= 0 with c * magnitude nearest to w (+ for w = 0); both broadcast."""
     if planes == 1:

@@ -12,7 +12,7 @@ from ..format import Decomposition
 from .config import Config
 from .finish import finish
 from .lowrank import truncated_svd
-from .masks import Pattern, select
+from .masks import select
 from .metric import Metric, metric
 
 

@@ -27,10 +27,19 @@ from .descent import descend_groups, descend_levels
 from .levels import nearest
 from .lowrank import signed_factors, signs
 from .metric import Metric, metric
-from .quantize import expand_scales, round_to_grid, store_scale
-from .refit import AdapterOutput, InputFactor, KeptValues, OutputFactor, StepSizes, conjugate_gradients, gram_loss
+from .quantize import expand_scales, quantize, round_to_grid, store_scale
+from .refit import (
+    AdapterOutput,
+    InputFactor,
+    KeptValues,
+    OutputFactor,
+    StepSizes,
+    conjugate_gradients,
+    gram_loss,
+)
 from .states import enumerable
 from .sweep import Curvature, Grid, curvature, sweep
+from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
 REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
 
@@ -110,16 +119,28 @@ def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: 
 
 def _begin(W: Tensor, curve: Curvature, space: Metric | None, config: SlabConfig) -> _State:
     """Steps 1 and 2. With an adapter the sweep is repeated for what the adapter leaves of W."""
+    if not config.rank:
+        return _begin_plain(W, space, config)
     state = _State(W, W != 0, None, None, None)
     for _ in range(config.alternations if config.adapter_rank else 1):
         target = state.without_adapter(W)
-        U = V = magnitude = mask = None
-        if config.rank:
-            U, V, mask = signed_factors(target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes)
-            magnitude = (U @ V.T).abs()
-        swept = sweep(target, curve, config.parsed, magnitude, mask, config.grid, planes=config.planes)
+        U, V, mask = signed_factors(target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes)
+        swept = sweep(target, curve, config.parsed, (U @ V.T).abs(), mask, config.grid, planes=config.planes)
         state = _State(swept.approximation, swept.mask, U, V, swept.scales, state.P, state.Q, state.basis)
         _truncate(W, space, state, config)
+    return state
+
+
+def _begin_plain(W: Tensor, space: Metric, config: SlabConfig) -> _State:
+    """S + P Q^T by ADMM, values then rounded to their grid."""
+    d, grid = space.scale, config.grid
+    settings = ThreeBasilConfig(config.pattern, 0, config.values, config.group_size, adapter_rank=config.adapter_rank)
+    split = admm(W * d, space, config.parsed, settings, SCHEDULES["threebasil"], config.adapter_rank)
+    S, scales = split.D / d, None
+    if grid:
+        S, scales = quantize(S, split.mask, grid.values, grid.group_size, weight=d * d)
+    state = _State(S, split.mask, None, None, scales)
+    _truncate(W, space, state, config)
     return state
 
 

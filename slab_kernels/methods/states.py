@@ -1,4 +1,7 @@
-"""All the ways to prune a group of n:m: which positions go and to which levels. 24 for 2:4 with signs, 6 without."""
+"""All the ways to prune a group of n:m: which positions go, and to which of the two levels next to their optimum.
+
+24 for 2:4, however many levels there are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,24 @@ from math import comb
 import torch
 from torch import Tensor
 
-from .levels import levels
 from .masks import Pattern
 
-LIMIT = 96  # states that are enumerated: 2:4 has 24, with two planes 96; 4:8 has 1120 and is chosen position by position
+LIMIT = 32  # states that are enumerated: 2:4 has 24, 1:4 has 32; 4:8 has 1120 and is chosen position by position
 
 
 @dataclass(frozen=True)
 class GroupStates:
-    """For each of C choices of pruned positions and T choices of their levels, in the order choice * T + level.
+    """For each of C choices of pruned positions and T = 2^p of their levels, in the order choice * T + level.
 
-    pruned [C,p], kept [C,n]: ascending positions.  level [T,p].  mask [C*T,m] bool (kept).  multiple [C*T,m]: 0 where kept.
+    pruned [C,p], kept [C,n]: ascending positions.  upper [T,p] bool: the higher of the two levels.
+    mask [C*T,m] bool: kept.  takes_upper [C*T,m] bool: pruned, to the higher level.
     """
 
     pruned: Tensor
     kept: Tensor
-    level: Tensor
+    upper: Tensor
     mask: Tensor
-    multiple: Tensor
+    takes_upper: Tensor
 
     @property
     def count(self) -> int:
@@ -39,18 +42,20 @@ def enumerable(pattern: Pattern, planes: int = 1) -> bool:
     if not pattern.structured:
         return False
     gone = pattern.group - pattern.keep
-    return comb(pattern.group, gone) * 2 ** (gone * planes) <= LIMIT
+    return comb(pattern.group, gone) * (2**gone if planes else 1) <= LIMIT
 
 
 @lru_cache(maxsize=32)
 def group_states(pattern: Pattern, planes: int, device: torch.device) -> GroupStates:
-    """The states of one group of `pattern`; planes=0 leaves only +1, for pruned entries that are zero."""
+    """The states of one group of `pattern`; planes=0 leaves one level, for pruned entries that are zero."""
     m, gone = pattern.group, pattern.group - pattern.keep
     choices = list(combinations(range(m), gone))
     kept = [[i for i in range(m) if i not in choice] for choice in choices]
-    level = list(product(levels(planes), repeat=gone)) if planes else [(1.0,) * gone]
-    multiple = torch.zeros(len(choices) * len(level), m)
-    for row, (choice, values) in enumerate(product(choices, level)):
-        multiple[row, list(choice)] = torch.tensor(values)
-    parts = torch.tensor(choices), torch.tensor(kept), torch.tensor(level), multiple == 0, multiple
+    upper = list(product((True, False), repeat=gone)) if planes else [(False,) * gone]
+    mask = torch.ones(len(choices) * len(upper), m, dtype=torch.bool)
+    takes_upper = torch.zeros_like(mask)
+    for row, (choice, higher) in enumerate(product(choices, upper)):
+        mask[row, list(choice)] = False
+        takes_upper[row, list(choice)] = torch.tensor(higher)
+    parts = torch.tensor(choices), torch.tensor(kept), torch.tensor(upper), mask, takes_upper
     return GroupStates(*(t.to(device) for t in parts))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .levels import nearest
+from .levels import nearest, neighbours
 from .masks import Pattern, top_of_groups, top_of_rows
 from .metric import damped_cholesky, once_per_gram
 from .quantize import group_scale, round_to_grid
@@ -119,9 +119,9 @@ def sweep(
                 scales.append(scale[:, 0])
             s = scales[-1] if grid else None
             if joint:
-                state = _best_state(work[a:b], fill, costs, (start + a) // m, grid, s)
+                state, below, above = _best_state(work[a:b], fill, costs, (start + a) // m, grid, s, planes)
                 kept[here] = costs.states.mask.T[:, state]
-                signed = None if fill is None else costs.states.multiple.T[:, state] * fill
+                signed = None if fill is None else torch.where(costs.states.takes_upper.T[:, state], above, below)
             else:
                 if pattern.structured:
                     score = _score(work[a:b], fill, Ub.diagonal()[a:b], planes)
@@ -185,23 +185,26 @@ def _costs(U: Tensor, pattern: Pattern, planes: int) -> _Costs:
 
 
 def _best_state(
-    w: Tensor, fill: Tensor | None, costs: _Costs, group: int, grid: Grid | None, s: Tensor | None
-) -> Tensor:
+    w: Tensor, fill: Tensor | None, costs: _Costs, group: int, grid: Grid | None, s: Tensor | None, planes: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """[N] index of the cheapest state of one group: delta^T C^-1 delta over the entries that are fixed; w, fill [m,N].
 
     Kept entries are free without a grid (they cost nothing); with one they are fixed too, at their nearest points.
+    Beside the index, what the two levels of every entry come to, [m,N] each.
     """
     states = costs.states
-    C, T = states.pruned.shape[0], states.level.shape[0]
-    if fill is None:
-        fill = torch.zeros_like(w)
+    C, T = states.pruned.shape[0], states.upper.shape[0]
+    below = above = torch.zeros_like(w)
+    if fill is not None:
+        below, above = (level * fill for level in neighbours(w, fill, planes))
     if grid is None:
-        near, low = w[states.pruned], fill[states.pruned]  # [C,p,N]
-        delta = near[:, None] - states.level[None, :, :, None] * low[:, None]  # [C,T,p,N]
+        p = states.pruned
+        gone = torch.where(states.upper[None, :, :, None], above[p][:, None], below[p][:, None])  # [C,T,p,N]
+        delta = w[p][:, None] - gone
         cost = torch.einsum("cpq,ctqn->ctpn", costs.pruned[group], delta).mul_(delta).sum(2)
     else:
         rounded = w - round_to_grid(w, s, grid.values)
-        multiple = states.multiple[:, :, None]
-        delta = torch.where(states.mask[:, :, None], rounded, w - multiple * fill)  # [C*T,m,N]
+        gone = torch.where(states.takes_upper[:, :, None], above, below)
+        delta = torch.where(states.mask[:, :, None], rounded, w - gone)  # [C*T,m,N]
         cost = (costs.whole[group] @ delta).mul_(delta).sum(1)
-    return cost.view(C * T, -1).argmin(0)
+    return cost.view(C * T, -1).argmin(0), below, above

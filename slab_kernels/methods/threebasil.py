@@ -91,18 +91,17 @@ def admm(T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, s
         result, moved = _run(T, space, pattern, config, schedule, rank, rho)
         if moved or rho < 1e-6:
             return result
-        rho /= RESTART  # so large that D never left its first support
+        rho /= RESTART  # so large that D did not leave its first support
 
 
 def _run(
     T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, schedule: Schedule, rank: int, rho: float
 ) -> tuple[Split, bool]:
-    """One run; False if no kept position moved before the first check, so that rho has to be smaller."""
+    """One run; False if hardly a kept position had moved at the first check, so that rho has to be smaller."""
     mask = select(T.abs(), pattern)
     checked, D, V = mask, T.masked_fill(~mask, 0.0), torch.zeros_like(T)
     P = Q = basis = None
     rest, inverse, started = T, space.inverse(rho), False  # rest: T - L
-    first = schedule.factors[0]
     for iteration in range(1, config.iterations + 1):
         S = torch.addmm(rest, rho * (D - rest) - V, inverse)
         Y = S + V / rho
@@ -116,12 +115,12 @@ def _run(
             continue
         share = int((mask & ~checked).sum()) / int(mask.sum())
         checked = mask
-        if share == 0 and not started:
-            return Split(D, mask, P, Q, iteration), False
         started = started or share > 0.005
-        if (started and share == 0) or (iteration >= 100 and share < config.stable):
+        if not started:
+            return Split(D, mask, P, Q, iteration), False
+        if share == 0 or (iteration >= 100 and share < config.stable):
             break
-        factor = first if share > 0.1 else schedule.factors[1] if share > 0.005 else schedule.factors[2]
+        factor = schedule.factors[0 if share > 0.1 else 1 if share > 0.005 else 2]
         rho *= factor
         inverse = space.inverse(rho)
     else:

@@ -1,0 +1,99 @@
+"""What to do with every linear: the method and its settings, for all layers or layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .calibration import InputStats
+from .format import INTEGER_RANGES, Decomposition, PackedLayout, PackedWeight, pack, unpack
+from .matching import Matching
+from .methods import METHODS, check_settings, decompose
+from .methods.masks import parse_pattern
+
+PACKABLE = ("2:4",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of `methods.decompose`, and what follows it. Raises on construction: ValueError or a FormatError.
+
+    matching: transformer matching after the method, or None.  layers: module name -> settings that differ for that layer.
+    """
+
+    method: str = "slab"
+    pattern: str = "2:4"
+    rank: int = 1
+    values: str = "fp16"
+    group_size: int | None = 128
+    planes: int = 1
+    adapter_rank: int | None = None
+    options: dict = field(default_factory=dict)
+    matching: Matching | None = None
+    layers: dict[str, dict] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_settings(self.method, self.pattern, self.rank, self.values, self.group_size, self.planes, self.adapter_rank, self.options)
+        for name in self.layers:
+            self.layer(name)
+
+    def layer(self, name: str) -> Plan:
+        """The plan of one layer."""
+        own = self.layers.get(name)
+        return replace(self, layers={}, **own) if own else self
+
+    @property
+    def stored_group_size(self) -> int | None:
+        return self.group_size if self.values in INTEGER_RANGES else None
+
+    @property
+    def packed(self) -> bool:
+        return self.pattern in PACKABLE
+
+    @property
+    def needs_gram(self) -> bool:
+        return METHODS[self.method].statistics == "gram"
+
+    @property
+    def drift(self) -> bool:
+        """Whether the method takes the drift from the dense model into account (its setting `drift` is not 0)."""
+        return bool(self.options.get("drift", getattr(METHODS[self.method].config, "drift", 0)))
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether the dense model's hidden states are wanted beside those of the compressed prefix."""
+        return self.drift or (self.matching is not None and self.matching.target == "dense")
+
+    @property
+    def group(self) -> int:
+        """Inputs that belong together: the m of n:m."""
+        return parse_pattern(self.pattern).group or 1
+
+    def decompose(self, weight: Tensor, stats: InputStats) -> Decomposition:
+        """weight [N,K] fp32 -> the numbers that will be stored."""
+        return self.as_stored(
+            decompose(
+                weight, stats, method=self.method, pattern=self.pattern, rank=self.rank, values=self.values,
+                group_size=self.stored_group_size, planes=self.planes, adapter_rank=self.adapter_rank, **self.options,
+            )
+        )  # fmt: skip
+
+    def pack(self, decomposition: Decomposition) -> PackedWeight:
+        return pack(decomposition, self.values, self.stored_group_size)
+
+    def as_stored(self, decomposition: Decomposition) -> Decomposition:
+        """What packing leaves of a decomposition; patterns that are not packed are stored as dense weights."""
+        return unpack(self.pack(decomposition)) if self.packed else decomposition
+
+    def store(self, decomposition: Decomposition, dtype: torch.dtype) -> PackedWeight | Tensor:
+        """Packed, or dense in `dtype`."""
+        return self.pack(decomposition) if self.packed else decomposition.dense().to(dtype)
+
+    def layout(self, shape: tuple[int, int]) -> PackedLayout:
+        """Of a packed weight of `shape` (N, K) made by this plan."""
+        method = METHODS[self.method]
+        rank = self.rank if method.signs else 0
+        adapter = method.adapter_rank(shape, self.adapter_rank)
+        return PackedLayout(*shape, self.values, self.stored_group_size, rank, adapter, planes=self.planes)
