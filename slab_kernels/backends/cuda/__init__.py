@@ -47,8 +47,6 @@ class CudaBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
-        if refused := layout.planes_refused(problem.planes, problem.rank):
-            reasons.append(refused)
         if problem.device != "cuda":
             reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
         elif capability and capability < OLDEST:

@@ -35,8 +35,8 @@ class LinearParams(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "tokens", "in_features", "out_features", "k_blocks", "whole_blocks", "rank", "group_steps", "adapter_steps", "z_splits",
-                "bias_type", "x_ragged", "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
+                "tokens", "in_features", "out_features", "k_blocks", "whole_blocks", "rank", "planes", "group_steps", "adapter_steps",
+                "z_splits", "bias_type", "x_ragged", "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
                 "splits", "parts",
             )
         ),
@@ -75,7 +75,8 @@ def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launc
 
 def _name(sizes: Sizes, act: str, tokens: int, tall: bool) -> str:
     if sizes.planes > 1:
-        return f"planes_{act}_{VALUE_NAMES[sizes.values]}_t{tokens}"
+        which = "any" if sizes.rank > 1 else "two" if sizes.planes == 2 else "three"
+        return f"planes_{act}_{VALUE_NAMES[sizes.values]}_{which}_t{tokens}"
     rank = "one" if sizes.rank == 1 else "none" if tall else "any"
     return f"{'tall' if tall else 'linear'}_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{tokens}"
 
@@ -97,7 +98,8 @@ def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> by
     p, tiles = LinearParams(), [0] * MAX_PARTS
     p.tokens, p.in_features, p.out_features, p.k_blocks = M, sizes.K, sum(sizes.rows), sizes.k_blocks
     p.whole_blocks = sizes.K // BLOCK_INPUTS
-    p.rank, p.group_steps, p.adapter_steps, p.z_splits = sizes.rank, sizes.group_steps, sizes.adapter_steps, z_splits
+    p.rank, p.planes, p.group_steps = sizes.rank, sizes.planes, sizes.group_steps
+    p.adapter_steps, p.z_splits = sizes.adapter_steps, z_splits
     if isinstance(chosen, Plan):
         tile = chosen.tile
         p.warp_rows, p.warp_tokens, p.warp_inputs = tile.warp_rows, tile.warp_tokens, tile.warp_inputs

@@ -28,7 +28,6 @@ W16, INT8, INT4, DENSE = range(4)  # StreamValues of csrc/cuda/params.h
 STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4, "int3": INT4}
 VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # of a block
 METADATA_BYTES, SIGN_BYTES = 256, 128
-MOST_PLANES = 2
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
@@ -44,17 +43,8 @@ class CudaState(NamedTuple):
     rows: tuple[int, ...]  # out_features of each part
     values: int
     group_steps: int  # steps of 32 inputs that a scale covers: 1, 2, 4
-    planes: int  # of signs: 1, 2
+    planes: int  # of signs: 1, 2, 3
     dtype: torch.dtype  # of the activations
-
-
-def planes_refused(planes: int, rank: int) -> str | None:
-    """Why no kernel is compiled for so many sign planes, in a sentence, or None."""
-    if planes > MOST_PLANES:
-        return f"it runs one or two sign planes, not {planes}"
-    if planes > 1 and rank > 1:  # the sums of signs wait for their u to the end: one set of them fits into registers
-        return f"with two sign planes it runs rank 1 of the sign term, not {rank}"
-    return None
 
 
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
@@ -63,8 +53,8 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would), int3
     values as int4.
 
-    Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts or with too many sign planes,
-    RangeError for numbers that fp16 activations' kernels cannot hold.
+    Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts, RangeError for numbers that fp16
+    activations' kernels cannot hold.
     """
     if dtype not in ACTIVATIONS:
         raise TypeError(f"the CUDA kernels take float16 or bfloat16 activations, not {dtype}")
@@ -72,8 +62,6 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         raise ShapeError(found)
     layouts = [part.layout for part in parts]
     first = layouts[0]
-    if refused := planes_refused(first.planes, first.rank):
-        raise ShapeError(refused)
     K = first.in_features
     stream = torch.cat([_stream(part, dtype) for part in parts])
     U = V = P = Q = None
@@ -110,9 +98,11 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
     at += METADATA_BYTES
     level = None
     if U is not None:
-        words = stream[..., at : at + planes * SIGN_BYTES].contiguous().view(torch.int32 if planes == 1 else torch.int64)
-        negative = words.view(*shape, 8, 4, 1, 1, 1, 1, 1) >> _sign_places(planes, stream.device) & 1
-        level = ((1 - 2 * negative) / 2.0 ** torch.arange(planes, device=stream.device)).sum(-1)  # blocks k g t half step c h
+        level = 0.0
+        for plane, (first, length, place) in enumerate(_sign_places(planes, stream.device)):
+            words = stream[..., at + first : at + first + length].contiguous().view(torch.int32 if length == SIGN_BYTES else torch.int64)
+            negative = words.view(*shape, 8, 4, 1, 1, 1, 1) >> place & 1  # blocks k g t half step c h
+            level = level + (1 - 2 * negative) / 2.0**plane
         level = level.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
         at += planes * SIGN_BYTES
     if values in (INT8, INT4):
@@ -163,14 +153,16 @@ def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
     return pad(t[:, :columns], (0, columns - min(columns, t.shape[1]), 0, rows - t.shape[0]), value=value)
 
 
-def _sign_places(planes: int, device: torch.device) -> Tensor:
-    """Where a lane's words hold the signs of its 32 pruned entries: [half, step, c, h, plane], int64."""
-    sizes = (2, 4, 2, 2, planes)
-    axes = (torch.arange(n, device=device) for n in sizes)
-    half, step, c, h, plane = (a.view([-1 if i == j else 1 for j in range(5)]) for i, a in enumerate(axes))
+def _sign_places(planes: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
+    """Of each plane: its first byte after the metadata, the bytes of all lanes' words, and the bit of a lane's word that holds
+    the sign of each of its 32 pruned entries: [half, step, c, h], int64."""
+    axes = (torch.arange(n, device=device) for n in (2, 4, 2, 2))
+    half, step, c, h = (a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))
     if planes == 1:
-        return 15 + 16 * half - 4 * step - 2 * c - h + plane
-    return 32 * (step // 2) + 16 * half + 8 * (step % 2) + 4 * c + 2 * h + 1 - plane
+        return [(0, SIGN_BYTES, 15 + 16 * half - 4 * step - 2 * c - h)]
+    index = 32 * (step // 2) + 16 * half + 8 * (step % 2) + 4 * c + 2 * h
+    third = (2 * SIGN_BYTES, SIGN_BYTES, 16 * half + 4 * step + c + 2 * h)
+    return [(0, 2 * SIGN_BYTES, index + 1), (0, 2 * SIGN_BYTES, index), third][:planes]
 
 
 def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -184,10 +176,12 @@ def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         planes = layout.planes
         signs = _fill(packed.signs, rows, k_blocks * 8 * planes).unflatten(1, (-1, planes))
         negative = bits.unpack_signs(signs.mT).to(torch.int64).view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
-        negative = negative.permute(0, 4, 2, 7, 8, 5, 6, 1, 3)  # blocks k g t half step c h plane
-        words = (negative << _sign_places(planes, signs.device)).sum((-5, -4, -3, -2, -1))
-        words = _low_words(words) if planes == 1 else words.contiguous()
-        parts.append(words.view(torch.uint8).reshape(*shape, -1))
+        negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane blocks k g t half step c h
+        places = _sign_places(planes, signs.device)
+        words = [(bit << place).sum((-4, -3, -2, -1)) for bit, (*_, place) in zip(negative, places, strict=True)]
+        if planes > 1:
+            parts.append((words.pop(0) | words.pop(0)).view(torch.uint8).reshape(*shape, -1))
+        parts += [_low_words(word).view(torch.uint8).reshape(*shape, -1) for word in words]
     if packed.scales is not None:
         per_block = BLOCK_INPUTS // layout.group_size if layout.group_size else 1
         scales = packed.scales if layout.group_size else packed.scales.expand(-1, k_blocks)
