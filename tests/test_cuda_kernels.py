@@ -54,7 +54,7 @@ def problem(packed_layout: PackedLayout, dtype: torch.dtype, integers: bool):
 
 
 def sizes(state):
-    return sizes_of(*state[:9])
+    return sizes_of(*state[:10])
 
 
 def same_bits(a, b):
