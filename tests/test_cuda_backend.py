@@ -78,7 +78,7 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
             packed_layout = PackedLayout(N, K, values, group_size, rank, adapter_rank)
             packed = random_packed(packed_layout, seed=K, integers=integers)
             state = layout.prepare((packed,), dtype)
-            assert state[5:] == (K, (N,), layout.STREAM_VALUES[values], (group_size or 128) // 32, dtype)
+            assert state[5:] == (K, (N,), layout.STREAM_VALUES[values], (group_size or 128) // 32, 1, dtype)
             assert state.stream.shape[:2] == (-(-N // 16), -(-K // 128)) and state.stream.shape[2] % 16 == 0
             assert all(t.is_contiguous() for t in state[:5] if t is not None)
             W = layout.dense(*state[:3], *state[5:])
@@ -290,10 +290,10 @@ def test_fake_kernels(name):
         for dtype in DTYPES:
             with mode:
                 x = torch.empty(shape, dtype=dtype)
-                y = op(x, *fake, None, 200, [24, 8], 0, 4, dtype)
+                y = op(x, *fake, None, 200, [24, 8], 0, 4, 1, dtype)
             assert (y.shape, y.dtype, y.is_contiguous()) == ((*shape[:-1], 32), dtype, True)
     with mode, pytest.raises(RuntimeError, match="x has 199 features, the weight 200"):
-        op(torch.empty(2, 199), *fake, None, 200, [24], 0, 4, torch.float16)
+        op(torch.empty(2, 199), *fake, None, 200, [24], 0, 4, 1, torch.float16)
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 3), (0, 4)])
@@ -309,12 +309,12 @@ def test_backward_against_autograd(dtype, values, rank, adapter_rank):
         grad = torch.randint(-2, 3, (*shape[:-1], 53)).to(dtype)
         (x @ W.T + bias).backward(grad.float())
         for wants_x, wants_bias in ((True, True), (True, False), (False, True)):
-            needs = [wants_x, *[False] * 5, wants_bias, *[False] * 5]
+            needs = [wants_x, *[False] * 5, wants_bias, *[False] * 6]
             context = SimpleNamespace(needs_input_grad=needs)
             context.save_for_backward = lambda *tensors, to=context: setattr(to, "saved_tensors", tensors)
             cuda._setup_context(context, (x, *state[:5], bias, *state[5:]), None)
             found = cuda._backward(context, grad)
-            assert len(found) == 12 and [g is not None for g in found] == needs
+            assert len(found) == 13 and [g is not None for g in found] == needs
             assert not wants_x or torch.equal(found[0], x.grad.to(dtype))
             assert not wants_bias or torch.equal(found[6], bias.grad.to(dtype))
 

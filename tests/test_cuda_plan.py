@@ -63,7 +63,7 @@ def constants() -> dict[str, int]:
     for formula in (
         "kTokenRow = 2 * kBlockInputs",
         "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
-        "scales_at = kSignsAt + (rank ? kSignBytes : 0)",
+        "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
         "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at + rank * kTokenRow",
         "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
         "ring = shared + my.group * p.stages * stage_bytes",
@@ -85,7 +85,7 @@ def shared_bytes_of(sizes: Sizes, M: int, tokens: int, tile: plan.Tile, stages: 
     c = _constants()
     scales = c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"] if sizes.values in (INT8, INT4) else 0
     block = c[f"bytes{sizes.values}"] + (0 if sizes.values == DENSE else c["metadata"])
-    block += (c["kSignBytes"] if sizes.rank else 0) + scales
+    block += (sizes.planes * c["kSignBytes"] if sizes.rank else 0) + scales
     staged = tile.warp_tokens * tokens
     rows = (staged if tokens // 8 >= 4 else min(staged, M)) + sizes.rank
     stage = rows * 2 * c["kBlockInputs"] + tile.warp_rows * tile.blocks * block
