@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 SHIPPED = Path(__file__).resolve().parent / "model"
@@ -33,7 +33,11 @@ class Entry:
     bits: int | None = None
 
 
-def entries(group_size: int, epochs: int) -> list[Entry]:
+MATCHED = {("fp16", 1), ("int4", 1), ("int3", 2), ("int4", 2)}  # values and planes of ours that are also matched: minutes each
+
+
+def entries(group_size: int, epochs: int, adapter_rank: int) -> list[Entry]:
+    """All rows, the quick ones first. adapter_rank: of ours with P Q^T."""
     published = {"polish": 0}
     adapter = {"adapter_rank": None}
     rows = [Entry(f"{name} int{bits}", name, {"method": name}, bits) for name in ("rtn", "gptq") for bits in (8, 4, 3, 2)]
@@ -50,12 +54,13 @@ def entries(group_size: int, epochs: int) -> list[Entry]:
     for values, planes in (("fp16", 1), ("fp16", 2), ("int8", 1), ("int4", 1), ("int3", 1), ("int3", 2), ("int4", 2), ("int4", 3)):
         name = f"slab {values}" + (f", {planes} planes" if planes > 1 else "")
         rows.append(Entry(name, "slab", {**ours, "values": values, "planes": planes}))
-        rows.append(Entry(f"{name}, matched", "slab, matched", {**ours, "values": values, "planes": planes, "matching": epochs}))
-    rows.append(Entry("slab S + P Q^T only", "slab", {**ours, "rank": 0, "adapter_rank": 16}))
-    rows.append(Entry("slab fp16, adapter of 16", "slab", {**ours, "adapter_rank": 16}))
-    row_scales = {**ours, "values": "int3", "planes": 2, "group_size": None}
-    rows.append(Entry("slab int3, 2 planes, a scale a row", "slab", row_scales))
-    rows.append(Entry("slab int3, 2 planes, a scale a row, matched", "slab, matched", {**row_scales, "matching": epochs}))
+    for values in ("fp16", "int4"):
+        both = {**ours, "values": values, "adapter_rank": adapter_rank}
+        rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
+        rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
+    rows.append(Entry("slab int3, 2 planes, a scale a row", "slab", {**ours, "values": "int3", "planes": 2, "group_size": None}))
+    rows += [replace(row, label=f"{row.label}, matched", family="slab, matched", settings={**row.settings, "matching": epochs})
+             for row in rows if (row.settings.get("values"), row.settings.get("planes")) in MATCHED]
     rows.append(Entry("threebasil polished, matched", "2:4, matched", {"method": "threebasil", "matching": epochs}))
     return rows
 
@@ -171,7 +176,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from slab_kernels import evaluate, machine
@@ -197,7 +202,8 @@ def main() -> int:
         found["dense"] = evaluate.perplexity(model, tokenizer, content, args.window)["perplexity"]
         del model
     done = {row["label"] for row in found["rows"]}
-    for entry in entries(args.group_size, args.epochs):
+    rank = max(1, AutoConfig.from_pretrained(source).hidden_size // 16)
+    for entry in entries(args.group_size, args.epochs, rank):
         if entry.label in done or args.only not in entry.label:
             continue
         began = time.perf_counter()

@@ -117,6 +117,25 @@ def unpack_planes(signs: Tensor, planes: int) -> Tensor:
     return odd
 
 
+def pack_shared(rows: Tensor) -> Tensor:
+    """[n, r] float -> [n, r + 1] int8: r codes in -127 .. 127 and the exponent e of their row, code * 2^e.
+
+    e is the smallest with room for the row's largest entry, at least -126 and at most 120: what is unpacked packs to the
+    same bytes, and every number is exact in fp16 (inside its range) and in bf16.
+    """
+    mantissa, exponent = torch.frexp(rows.abs().amax(1, keepdim=True).double() / 127)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # a power of two is met exactly
+    exponent = torch.where(mantissa == 0, 0, exponent).clamp(-126, 120)
+    codes = torch.ldexp(rows.double(), -exponent).round().clamp(-127, 127)
+    exponent = torch.where((codes == 0).all(1, keepdim=True), 0, exponent)
+    return torch.cat([codes, exponent], 1).to(torch.int8)
+
+
+def unpack_shared(stored: Tensor) -> Tensor:
+    """Inverse of `pack_shared`: [n, r + 1] int8 -> [n, r] fp32."""
+    return torch.ldexp(stored[:, :-1].float(), stored[:, -1:].int())
+
+
 INTEGER_PACKING = {"int4": (pack_int4, unpack_int4), "int3": (pack_int3, unpack_int3)}  # of the types below a byte
 
 

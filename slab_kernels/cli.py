@@ -76,6 +76,7 @@ def compress(
     values: Annotated[str, typer.Option(help="How kept values are stored: fp16, bf16, int8, int4 or int3.")] = "fp16",
     group_size: Annotated[int, typer.Option(help="Inputs a scale of an integer type covers: 32, 64, 128; 0 = one a row.")] = 128,
     adapter_rank: Annotated[int | None, typer.Option(help="Rank of the adapter P Qᵀ; default: the method's own, 0 = none.", min=0)] = None,
+    adapter_values: Annotated[str, typer.Option(help="How P and Q are stored: int8 (an exponent a row) or fp16.")] = "int8",
     match: Annotated[int, typer.Option(help="Transformer matching: epochs of training each block's numbers towards the dense model.", min=0)] = 0,
     bits: Annotated[float | None, typer.Option(help="Stored bits a weight over the whole model; chooses values, planes and rank by layer.")] = None,
     calibration: Text = "stdlib",
@@ -95,8 +96,8 @@ def compress(
     settings = method_options(option or [])
     record = compress(
         model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
-        adapter_rank=adapter_rank, matching=match, bits=bits, calibration=calibration, heldout=heldout, samples=samples, window=window, skip=skip or (), device=device, seed=seed,
-        resume=resume, progress=_progress(), **settings,
+        adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration, heldout=heldout,
+        samples=samples, window=window, skip=skip or (), device=device, seed=seed, resume=resume, progress=_progress(), **settings,
     )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}
 

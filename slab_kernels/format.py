@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import bitpacking as bits
 from .layout import (  # noqa: F401  (the format's public names live here)
+    ADAPTER_TYPES,
     FACTOR_TYPES,
     FORMAT_VERSION,
     GROUP_SIZES,
@@ -121,6 +122,10 @@ class PackedWeight:
         """The tensors that are present, by name."""
         return {name: t for name in TENSOR_NAMES if (t := getattr(self, name)) is not None}
 
+    def adapter(self) -> tuple[Tensor, Tensor]:
+        """P [N,R'] and Q [Kp,R'] as numbers: fp32 if they are stored as int8, else in the factors' type."""
+        return (bits.unpack_shared(self.P), bits.unpack_shared(self.Q)) if self.layout.adapter_values else (self.P, self.Q)
+
     def bits_per_weight(self, factors: bool = True) -> float:
         return self.layout.bits_per_weight(factors)
 
@@ -177,12 +182,11 @@ class PackedWeight:
         for name in ("U", "P"):
             if name in tensors and (tensors[name].dim() != 2 or tensors[name].shape[1] == 0):
                 raise ShapeError(f"{name} has shape {tuple(tensors[name].shape)}, expected [out_features, rank >= 1]")
-        names = {dtype: name for name, dtype in FACTOR_TYPES.items()}
-        factor = next((tensors[name].dtype for name in ("U", "P") if name in tensors), torch.float16)
-        if factor not in names:
-            raise DtypeError(f"U or P is {factor}, expected one of {', '.join(map(str, names))}")
-        ranks = {name: tensors[name].shape[1] if name in tensors else 0 for name in ("U", "P")}
-        layout = PackedLayout(out_features, in_features, values, group_size, ranks["U"], ranks["P"], names[factor])
+        types = [tensors[name].dtype for name in ("U", "P") if name in tensors]
+        if unknown := [dtype for dtype in types if dtype not in (*FACTOR_TYPES.values(), torch.int8)]:
+            raise DtypeError(f"U or P is {unknown[0]}, expected one of {', '.join(map(str, FACTOR_TYPES.values()))}, or int8 for P")
+        factors = read_factors(tensors.get("U"), tensors.get("P"))
+        layout = PackedLayout(out_features, in_features, values, group_size, **factors)
         if "signs" in tensors and layout.rank and tensors["signs"].dim() == 2:
             units = layout.padded_in_features // 16
             planes = tensors["signs"].shape[1] // units
@@ -190,6 +194,29 @@ class PackedWeight:
                 layout = replace(layout, planes=planes)
         check_tensors(tensors, layout)
         return cls(layout=layout, **tensors)
+
+
+def read_factors(U, P) -> dict[str, int | str | None]:
+    """rank, adapter_rank, factors and adapter_values of a PackedLayout, from the dtypes and shapes of U and P (or None)."""
+    names = {dtype: name for name, dtype in FACTOR_TYPES.items()}
+    shared = P is not None and P.dtype == torch.int8
+    stored = [names[t.dtype] for t in (U, P) if t is not None and t.dtype in names]
+    return {
+        "rank": 0 if U is None else U.shape[1], "adapter_rank": 0 if P is None else P.shape[1] - shared,
+        "factors": stored[0] if stored else "fp16", "adapter_values": "int8" if shared else None,
+    }  # fmt: skip
+
+
+def round_adapter(P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    """P [N,R'], Q [K,R'] as `pack` stores them, in fp32; like `round_factors` with `adapter_values` None, else int8 codes of
+    rows with a shared power of two (MXINT8 of the OCP microscaling formats, a row for a block). Raises RangeError.
+    """
+    if adapter_values is None:
+        return round_factors(P, Q, dtype)
+    stored = [bits.unpack_shared(bits.pack_shared(t.float())) for t in (P, Q)]
+    if not all(torch.equal(a, b) for a, b in zip(stored, (P, Q), strict=True)):
+        stored = [bits.unpack_shared(bits.pack_shared(t)) for t in round_factors(P, Q, torch.float32)]
+    return stored[0], stored[1]
 
 
 def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
@@ -216,6 +243,7 @@ def pack(
     values: str = "fp16",
     group_size: int | None = 128,
     factor_dtype: torch.dtype = torch.float16,
+    adapter_values: str | None = None,
 ) -> PackedWeight:
     """Fold a decomposition and pack it.
 
@@ -226,6 +254,7 @@ def pack(
     Args:
         values: "fp16", "bf16", "int8", "int4" or "int3".
         group_size: inputs a scale, 32, 64, 128 or None (one scale a row); ignored for fp16 and bf16.
+        adapter_values: "int8" to store P and Q as int8 with an exponent a row, None for `factor_dtype`.
 
     Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit, ValueTypeError, ShapeError.
     """
@@ -237,7 +266,7 @@ def pack(
         raise ValueTypeError(f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}")
     rank = 0 if decomposition.U is None else decomposition.U.shape[1]
     adapter_rank = 0 if decomposition.P is None else decomposition.P.shape[1]
-    layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, factor_names[factor_dtype], decomposition.planes)
+    layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, factor_names[factor_dtype], decomposition.planes, adapter_values)
     Kp = layout.padded_in_features
 
     d = decomposition
@@ -261,9 +290,17 @@ def pack(
         U, V = round_factors(d.U, d.V, factor_dtype)
         parts["U"], parts["V"] = U.to(factor_dtype), _pad_rows(V.to(factor_dtype), Kp)
     if adapter_rank:
-        P, Q = round_factors(d.P, d.Q, factor_dtype)
-        parts["P"], parts["Q"] = P.to(factor_dtype), _pad_rows(Q.to(factor_dtype), Kp)
+        parts["P"], parts["Q"] = pack_adapter(d.P, d.Q, layout)
     return PackedWeight(layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None})
+
+
+def pack_adapter(P: Tensor, Q: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """P [N,R'], Q [K,R'] -> the tensors of `layout`, Q padded. Raises RangeError if a number does not fit."""
+    dtype = FACTOR_TYPES[layout.factors]
+    P, Q = round_adapter(P, Q, layout.adapter_values, dtype)
+    Q = _pad_rows(Q, layout.padded_in_features)
+    stored = [bits.pack_shared(t) if layout.adapter_values else t.to(dtype).contiguous() for t in (P, Q)]
+    return stored[0], stored[1]
 
 
 def unpack(packed: PackedWeight) -> Decomposition:
@@ -282,7 +319,8 @@ def unpack(packed: PackedWeight) -> Decomposition:
         parts["planes"] = layout.planes
         parts["U"], parts["V"] = packed.U.float(), packed.V[:K].float()
     if packed.P is not None:
-        parts["P"], parts["Q"] = packed.P.float(), packed.Q[:K].float()
+        P, Q = packed.adapter()
+        parts["P"], parts["Q"] = P.float(), Q[:K].float()
     if packed.scales is not None:
         parts |= {"scales": packed.scales.float(), "values": layout.values, "group_size": layout.group_size}
     return Decomposition(**parts)

@@ -17,6 +17,7 @@ VALUE_TYPES = {
 }  # fmt: skip
 VALUE_BYTES = {"fp16": 8, "bf16": 8, "int8": 8, "int4": 4, "int3": 3}  # of the stored tensor's entries, for 16 inputs
 FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ADAPTER_TYPES = ("int8",)  # of P and Q beside the factors' own: a row's codes, then the exponent they share
 INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
 MAX_PLANES = 3  # signs that a pruned entry may have
 TENSOR_NAMES = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
@@ -87,6 +88,7 @@ class PackedLayout:
     adapter_rank: int = 0  # columns of P, Q; 0 = no adapter
     factors: str = "fp16"
     planes: int = 1  # signs of a pruned entry
+    adapter_values: str | None = None  # "int8", or None: P and Q are stored as U and V are
 
     def __post_init__(self):
         if not isinstance(self.values, str) or self.values not in VALUE_TYPES:
@@ -111,7 +113,11 @@ class PackedLayout:
             raise ShapeError(f"planes={self.planes!r} must be an integer between 1 and {MAX_PLANES}")
         if not self.rank:
             object.__setattr__(self, "planes", 1)
-        if not self.rank and not self.adapter_rank:
+        if self.adapter_values is not None and self.adapter_values not in ADAPTER_TYPES:
+            raise ValueTypeError(f"adapter_values={self.adapter_values!r} is unknown; int8, or None for the type of the factors")
+        if not self.adapter_rank:
+            object.__setattr__(self, "adapter_values", None)
+        if not self.rank and (not self.adapter_rank or self.adapter_values):
             object.__setattr__(self, "factors", "fp16")  # there are none: layouts that mean the same compare equal
 
     @property
@@ -137,8 +143,8 @@ class PackedLayout:
             table["U"] = (factor, (N, self.rank))
             table["V"] = (factor, (Kp, self.rank))
         if self.adapter_rank:
-            table["P"] = (factor, (N, self.adapter_rank))
-            table["Q"] = (factor, (Kp, self.adapter_rank))
+            dtype, width = (torch.int8, self.adapter_rank + 1) if self.adapter_values else (factor, self.adapter_rank)
+            table["P"], table["Q"] = (dtype, (N, width)), (dtype, (Kp, width))
         return table
 
     def bits_per_weight(self, factors: bool = True) -> float:
@@ -190,6 +196,12 @@ def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     for name in table:
         if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
             raise RangeError(f"{name} holds NaN or infinite numbers")
+    if layout.adapter_values:
+        for name in ("P", "Q"):
+            codes, exponents = tensors[name][:, :-1], tensors[name][:, -1]
+            if bool((codes == -128).any()) or bool((exponents > 120).any()) or bool((exponents < -126).any()):
+                raise RangeError(f"{name} holds the code -128 or an exponent beyond -126 .. 120; the file is corrupt")
+        tensors = tensors | {name: bits.unpack_shared(tensors[name]) for name in ("P", "Q")}
     _check_products(tensors)
     _check_padding(tensors, layout)
 

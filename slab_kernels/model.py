@@ -53,6 +53,7 @@ def compress(
     group_size: int | None = 128,
     planes: int = 1,
     adapter_rank: int | None = None,
+    adapter_values: str = "int8",
     matching: Matching | int | None = None,
     bits: float | None = None,
     calibration: str | Path | Tensor = "stdlib",
@@ -79,7 +80,7 @@ def compress(
         model_or_path: a transformers causal language model, its folder, or its name on the Hugging Face hub.
         out: the folder to write. With None the result is a model in memory: a module given is changed in place and
             returned, its record as `model.slab_record`.
-        method, pattern, rank, values, group_size, planes, adapter_rank: see `methods.decompose`; other keywords go to the
+        method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values: see `methods.decompose`; other keywords go to the
             method. Patterns other than 2:4 cannot be packed and are written as a dense checkpoint.
         bits: stored bits a weight over the whole model, spent layer by layer on value types, planes and ranks where the
             measured loss says they help most (see `budget`); the dense model is then held in memory while it is searched.
@@ -98,7 +99,7 @@ def compress(
     """
     began = time.perf_counter()
     matching = Matching(epochs=matching) if type(matching) is int and matching else matching or None
-    plan = Plan(method, pattern, rank, values, group_size, planes, adapter_rank, method_options, matching)
+    plan = Plan(method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, method_options, matching)
     team = Team()
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     device = resolve_device(local_device(str(device)))
@@ -114,7 +115,8 @@ def compress(
         plan = replace(plan, layers=_spend(source, plan, bits, skip, texts[0], device, team, progress))
     settings = {
         "method": method, "pattern": pattern, "rank": rank, "values": values, "group_size": plan.stored_group_size,
-        "planes": planes, "adapter_rank": adapter_rank, "matching": None if matching is None else asdict(matching),
+        "planes": planes, "adapter_rank": adapter_rank, "adapter_values": adapter_values,
+        "matching": None if matching is None else asdict(matching),
         "bits": bits, "layers": plan.layers,
         "options": {key: repr(value) for key, value in sorted(method_options.items())}, "samples": len(texts[0]),
         "window": texts[0].shape[1], "seed": seed, "skip": list(skip), "device": device.type,

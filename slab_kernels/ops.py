@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .format import FACTOR_TYPES, VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight
+from .format import VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight, read_factors
 
 _REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
@@ -31,22 +31,19 @@ SCHEMAS = (
 def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) -> PackedWeight:
     """A PackedWeight around the op's tensor arguments; sizes and types are read off the tensors."""
     parts = dict(zip(TENSOR_ARGUMENTS, tensors, strict=True))
-    values, scales, U, P = parts["values"], parts["scales"], parts["U"], parts["P"]
+    values, scales = parts["values"], parts["scales"]
     Kp = parts["metadata"].shape[1] * 8
     width = 16 * values.shape[1] // Kp  # of 16 inputs: tells int4 from int3
     value_type = next(name for name, dtype in VALUE_TYPES.items() if (dtype, VALUE_BYTES[name]) == (values.dtype, width))
     group_size = None if scales is None or scales.shape[1] == 1 else Kp // scales.shape[1]
-    factor = U if U is not None else P
-    factors = next((name for name, dtype in FACTOR_TYPES.items() if factor is not None and dtype == factor.dtype), "fp16")
+    planes = 1 if parts["signs"] is None else 16 * parts["signs"].shape[1] // Kp
     layout = PackedLayout(
         values.shape[0],
         in_features,
         value_type,
         group_size,
-        0 if U is None else U.shape[1],
-        0 if P is None else P.shape[1],
-        factors,
-        1 if parts["signs"] is None else 16 * parts["signs"].shape[1] // Kp,
+        planes=planes,
+        **read_factors(parts["U"], parts["P"]),
     )
     return PackedWeight(layout, **parts)
 

@@ -30,12 +30,16 @@ class Plan:
     group_size: int | None = 128
     planes: int = 1
     adapter_rank: int | None = None
+    adapter_values: str = "int8"
     options: dict = field(default_factory=dict)
     matching: Matching | None = None
     layers: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
-        check_settings(self.method, self.pattern, self.rank, self.values, self.group_size, self.planes, self.adapter_rank, self.options)
+        check_settings(
+            self.method, self.pattern, self.rank, self.values, self.group_size, self.planes, self.adapter_rank, self.adapter_values,
+            self.options,
+        )  # fmt: skip
         for name in self.layers:
             self.layer(name)
 
@@ -47,6 +51,10 @@ class Plan:
     @property
     def stored_group_size(self) -> int | None:
         return self.group_size if self.values in INTEGER_RANGES else None
+
+    @property
+    def stored_adapter(self) -> str | None:
+        return None if self.adapter_values == "fp16" else self.adapter_values
 
     @property
     def packed(self) -> bool:
@@ -76,12 +84,13 @@ class Plan:
         return self.as_stored(
             decompose(
                 weight, stats, method=self.method, pattern=self.pattern, rank=self.rank, values=self.values,
-                group_size=self.stored_group_size, planes=self.planes, adapter_rank=self.adapter_rank, **self.options,
+                group_size=self.stored_group_size, planes=self.planes, adapter_rank=self.adapter_rank, adapter_values=self.adapter_values,
+                **self.options,
             )
         )  # fmt: skip
 
     def pack(self, decomposition: Decomposition) -> PackedWeight:
-        return pack(decomposition, self.values, self.stored_group_size)
+        return pack(decomposition, self.values, self.stored_group_size, adapter_values=self.stored_adapter)
 
     def as_stored(self, decomposition: Decomposition) -> Decomposition:
         """What packing leaves of a decomposition; patterns that are not packed are stored as dense weights."""
@@ -96,4 +105,4 @@ class Plan:
         method = METHODS[self.method]
         rank = self.rank if method.signs else 0
         adapter = method.adapter_rank(shape, self.adapter_rank)
-        return PackedLayout(*shape, self.values, self.stored_group_size, rank, adapter, planes=self.planes)
+        return PackedLayout(*shape, self.values, self.stored_group_size, rank, adapter, planes=self.planes, adapter_values=self.stored_adapter)

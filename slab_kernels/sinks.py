@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from .checkpoint import Progress, TensorEntry, read_header, shard_name, write_shard
-from .format import FACTOR_TYPES, PackedLayout, PackedWeight
+from .format import PackedLayout, PackedWeight, read_factors
 from .plan import Plan
 from .record import LayerRecord, MatchRecord, layer_from_dict, match_from_dict
 from .source import FolderSource, ModuleSource
@@ -146,7 +146,5 @@ def layout_on_disk(
     table: dict[str, TensorEntry], name: str, shape: tuple[int, int], values: str, group_size: int | None, planes: int
 ) -> PackedLayout:
     """The layout of a packed weight from the header of its shard."""
-    ranks = [table[f"{name}.{part}"].shape[1] if f"{name}.{part}" in table else 0 for part in ("U", "P")]
-    types = [table[f"{name}.{part}"].dtype for part in ("U", "P") if f"{name}.{part}" in table]
-    factors = next((key for key, dtype in FACTOR_TYPES.items() if types and dtype == types[0]), "fp16")
-    return PackedLayout(*shape, values, group_size, *ranks, factors, planes)
+    factors = read_factors(table.get(f"{name}.U"), table.get(f"{name}.P"))
+    return PackedLayout(*shape, values, group_size, planes=planes, **factors)

@@ -61,10 +61,11 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
         parts["signs"] = bits.pack_planes(level, layout.planes)
     for rank, left, right in ((layout.rank, "U", "V"), (layout.adapter_rank, "P", "Q")):
         if rank:
-            dtype = table[left][0]
-            parts[left] = normal((N, rank), 0.1).to(dtype)
-            parts[right] = normal((Kp, rank), 0.1).to(dtype)
+            parts[left], parts[right] = normal((N, rank), 0.1), normal((Kp, rank), 0.1)
             parts[right][K:] = 0
+            shared = left == "P" and layout.adapter_values
+            for name in (left, right):
+                parts[name] = bits.pack_shared(parts[name]) if shared else parts[name].to(table[name][0])
     return PackedWeight(layout, **parts)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, write_atomically
-from .format import PackedWeight, round_factors
+from .format import PackedWeight, pack_adapter
 from .nn import SlabLinear
 from .packed_checkpoint import load, save
 from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
@@ -53,7 +53,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, linear: SlabLinear, P: Tensor, Q: Tensor):
         super().__init__()
         packed = linear.packed()
-        bare = replace(packed.layout, adapter_rank=0)
+        bare = replace(packed.layout, adapter_rank=0, adapter_values=None)
         self.base = SlabLinear.from_packed(replace(packed, layout=bare, P=None, Q=None), linear.bias)
         self.P, self.Q = nn.Parameter(P.float()), nn.Parameter(Q.float())
         self.whole = packed
@@ -63,12 +63,11 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:
-        """With the adapter as it is now, stored as the other factors are."""
-        layout = replace(self.whole.layout, adapter_rank=self.P.shape[1])
-        P, Q = round_factors(self.P, self.Q, dtype := layout.tensors()["P"][0])
-        padded = torch.zeros(layout.padded_in_features, Q.shape[1], dtype=dtype, device=Q.device)
-        padded[: len(Q)] = Q.to(dtype)
-        return replace(self.whole, layout=layout, P=P.to(dtype).contiguous(), Q=padded)
+        """With the adapter as it is now, stored as before, a new one as int8."""
+        values = "int8" if self.whole.P is None else self.whole.layout.adapter_values
+        layout = replace(self.whole.layout, adapter_rank=self.P.shape[1], adapter_values=values)
+        P, Q = pack_adapter(self.P, self.Q, layout)
+        return replace(self.whole, layout=layout, P=P, Q=Q)
 
 
 def train(
@@ -141,7 +140,8 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
         packed = linear.packed()
         N, K, rank = packed.out_features, packed.in_features, min(settings.adapter_rank, packed.out_features, packed.in_features)
         if packed.P is not None:
-            P, Q = packed.P, packed.Q[:K]
+            P, Q = packed.adapter()
+            Q = Q[:K]
         elif rank:
             P = torch.zeros(N, rank, device=packed.values.device)
             Q = (torch.randn(K, rank, generator=generator) / K**0.5).to(P)

@@ -63,7 +63,7 @@ class Problem:
 
     def row(self, config: Config) -> Row:
         """`config` as a row for this problem."""
-        bits, values = bits_of(self.dtype), self.layout.values
+        bits, values = bits_of(self.dtype), self.sizes.values
         served = SIXTEEN_BITS if bits == 16 and values in SIXTEEN_BITS else (values,)
         return Row(config, self.up_to, bits, served, self.layout.rank, self.layout.out_features, self.layout.in_features, above=self.above)
 

@@ -68,7 +68,8 @@ def test_against_fp64(isa, values, group_size, rank, planes, poisoned):
     for (N, K), adapter_rank in itertools.product(SHAPES, ADAPTER_RANKS if planes == 1 else (0,)):
         if max(rank, adapter_rank) > min(N, K):
             continue
-        layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, planes=planes)
+        stored = "int8" if adapter_rank == 16 else None
+        layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=stored)
         packed, x, bias, exact, magnitude = problem(layout)
         state = cpu.BACKEND.prepare(packed)
         for dtype in DTYPES:

@@ -244,6 +244,36 @@ def test_factors_keep_their_product_in_range():
         fmt.round_factors(torch.full((2, 1), 1e30), torch.full((4, 1), 1e30))
 
 
+def test_golden_bytes_of_an_int8_adapter():
+    rows = torch.tensor([[127.0, -3.0], [1.0, -0.5], [0.0, 0.0], [2.0**-140, 0.0], [3e38, -1e38]])
+    assert bits.pack_shared(rows).tolist() == [[127, -3, 0], [64, -32, -6], [0, 0, 0], [0, 0, 0], [127, -75, 120]]
+    stored = bits.pack_shared(torch.randn(200, 7) * torch.logspace(-30, 30, 200)[:, None])
+    again = bits.pack_shared(bits.unpack_shared(stored))
+    assert torch.equal(again, stored) and int(stored[:, :-1].abs().amax(1).min()) >= 64
+
+
+def test_int8_adapters_round_trip_and_cost_half():
+    P, Q = torch.randn(20, 6) * 1e-6, torch.randn(40, 6) * 1e4
+    mask = torch.zeros(20, 40, dtype=torch.bool)
+    mask[:, ::2] = True
+    d = fmt.Decomposition(torch.zeros(20, 40), mask, P=P, Q=Q)
+    packed = fmt.pack(d, adapter_values="int8")
+    assert packed.P.dtype == torch.int8 and tuple(packed.Q.shape) == (48, 7) and packed.layout.adapter_rank == 6
+    assert float((packed.dense() - P @ Q.T).norm() / (P @ Q.T).norm()) < 0.01
+    assert fmt.PackedWeight.from_tensors(packed.tensors(), 20, 40).layout == packed.layout
+    again = fmt.pack(fmt.unpack(packed), adapter_values="int8")
+    assert all(torch.equal(again.tensors()[name], t) for name, t in packed.tensors().items())
+    assert torch.equal(packed.narrow_out(3, 9).dense(), packed.dense()[3:12])
+    assert torch.equal(packed.narrow_in(16, 24).dense(), packed.dense()[:, 16:])
+    plain = fmt.pack(d)
+    assert packed.bits_per_weight() < plain.bits_per_weight() - 8 * 5 * (20 + 40) / (20 * 40)
+    for place, bad, error in (("P", -128, "code -128"), ("Q", 121, "exponent beyond")):
+        parts = {name: t.clone() for name, t in packed.tensors().items()}
+        parts[place][0, 0 if bad < 0 else -1] = bad
+        with pytest.raises(fmt.RangeError, match=error):
+            fmt.PackedWeight.from_tensors(parts, 20, 40)
+
+
 # ---- one named error per defect, before anything is used ----
 
 

@@ -10,6 +10,7 @@ import torch
 from test_methods import correlated_layer, error
 
 from slab_kernels.calibration import InputStats
+from slab_kernels.format import pack, unpack
 from slab_kernels.methods import METHODS, decompose
 from slab_kernels.methods.descent import descend_levels
 from slab_kernels.methods.levels import levels, nearest, neighbours
@@ -67,6 +68,17 @@ def test_every_plane_and_every_rank_of_the_adapter_helps(values, errors):
     assert planes[0] > planes[1] > planes[2] and (values != "fp16" or planes[0] > 1.5 * planes[1] > 2.2 * planes[2])
     adapters = [errors("slab", values=values, adapter_rank=r, group_size=32) for r in (0, 4, 16)]
     assert adapters[0] > adapters[1] > adapters[2]
+
+
+@pytest.mark.parametrize("name", ["slab", "slim", "threebasil"])
+def test_adapters_of_int8_lose_nothing_and_are_what_pack_stores(name, layer, errors):
+    wide, narrow = (errors(name, adapter_rank=16, adapter_values=stored) for stored in ("fp16", "int8"))
+    assert narrow < 1.01 * wide
+    d = decompose(layer[0], layer[1], name, adapter_rank=16)
+    stored = unpack(pack(d, adapter_values="int8"))
+    assert torch.equal(stored.P, d.P) and torch.equal(stored.Q, d.Q)
+    with pytest.raises(ValueError, match="adapter_values='int5' is unknown"):
+        decompose(layer[0], layer[1], name, adapter_rank=16, adapter_values="int5")
 
 
 # ---- levels ----

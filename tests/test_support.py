@@ -24,7 +24,7 @@ COMMAND = "python -m slab_kernels.support README.md"
 # Compute capabilities of a column; None is the CPU.
 COLUMNS = {"CPU": [None], "GPU below 8.0": [(6, 1), (7, 0), (7, 5)], "GPU from 8.0": [(8, 0), (8, 7), (9, 0), (10, 3), (12, 1)]}
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GROUPS = {"fp16": [None], "bf16": [None], **dict.fromkeys(("int8", "int4", "int3"), [None, 32, 64, 128])}
+GROUPS = {"fp16": [None], "bf16": [None], **{name: [None, 32, 64, 128] for name in ("int8", "int4", "int3")}}
 
 
 def rows(table: str) -> list[dict[str, str]]:
@@ -54,8 +54,10 @@ def test_cells_are_what_dispatch_says(row, machine):
     backend = dispatch.backend(row["backend"].strip("`"))
     assert set(COLUMNS) <= set(row)
     for column, capabilities in COLUMNS.items():
-        match = re.fullmatch(r"(?P<types>[\w, ]+)(?: \(rank ≤ (?P<rank>\d+)\))?|–", row[column])
-        types, most = (match["types"] or "").split(", "), int(match["rank"] or 1000)
+        match = re.fullmatch(r"(?P<types>[\w, ]+)(?: \((?P<limits>[\w ≤,]+)\))?|–", row[column])
+        types = (match["types"] or "").split(", ")
+        limits = {name: int(size) for name, size in re.findall(r"(\w+) ≤ (\d+)", match["limits"] or "")}
+        largest = {"rank": 1000, "planes": 3} | limits
         assert set(types) <= {"", *TYPES}
         for capability in capabilities:
             machine(capability)
@@ -63,10 +65,10 @@ def test_cells_are_what_dispatch_says(row, machine):
                 for group_size in GROUPS[values]:
                     for name, dtype in TYPES.items():
                         problem = LinearProblem(5, 33, 100, values, group_size, 1, 0, dtype, "cuda" if capability else "cpu")
-                        for other in (problem, replace(problem, M=1, rank=0, adapter_rank=64), replace(problem, M=9999, rank=most)):
+                        for other in (problem, replace(problem, M=1, rank=0, adapter_rank=64), replace(problem, M=9999, **largest)):
                             assert (not backend.not_supported_reasons(other)) == (name in types), (column, other)
-                        if match["rank"]:
-                            assert backend.not_supported_reasons(replace(problem, rank=most + 1))
+                        for limit, size in limits.items():
+                            assert backend.not_supported_reasons(replace(problem, **{limit: size + 1}))
 
 
 def test_every_backend_and_value_type_has_a_row():
@@ -77,7 +79,7 @@ def test_every_backend_and_value_type_has_a_row():
 def test_a_rule_that_changes_changes_the_table(monkeypatch):
     before = support.markdown()
     monkeypatch.setattr(cuda, "MOST_RANK", 8)
-    assert support.markdown() == before.replace("bf16, fp16 (rank ≤ 16)", "bf16, fp16 (rank ≤ 8)", 1) != before
+    assert support.markdown() == before.replace("bf16, fp16 (rank ≤ 16", "bf16, fp16 (rank ≤ 8", 1) != before
     with pytest.raises(AssertionError, match=COMMAND):
         test_readme_has_the_generated_table()
 
@@ -89,16 +91,21 @@ def planted(monkeypatch, backend: type[Backend], refused) -> None:
     )
 
 
+def cuda_cell(found: list[dict[str, str]], values: str) -> str:
+    """What the newest GPUs run of these values, first in their row."""
+    (cell,) = (row["GPU from 10.0"] for row in found if row["backend"] == "`cuda`" and row["S values"].startswith(values))
+    return cell
+
+
 def test_rows_and_columns_split_where_a_backend_does(monkeypatch):
     planted(monkeypatch, CudaBackend, lambda p, _: p.values == "int4" and p.group_size in (32, None))
     planted(monkeypatch, CudaBackend, lambda p, _: p.values == "int8" and p.M > 64 and p.dtype == torch.float16)
     planted(monkeypatch, TritonBackend, lambda p, capability: capability and (9, 0) <= capability < (10, 0))
     found = rows(support.markdown())
     assert list(found[0])[2:] == ["CPU", "GPU below 8.0", "GPU from 8.0, below 9.0", "GPU from 9.0, below 10.0", "GPU from 10.0"]
-    cells = {row["S values"]: row["GPU from 10.0"] for row in found if row["backend"] == "`cuda`"}
-    assert cells["fp16, bf16, int4 (groups of 64, groups of 128)"] == "bf16, fp16 (rank ≤ 16)"
-    assert cells["int4 (a scale a row, groups of 32)"] == "–" and len(cells) == 3
-    assert cells["int8"] == "bf16 (rank ≤ 16); fp16 (rank ≤ 16, M ≤ 64)"
+    most = cuda_cell(found, "fp16, bf16, int4 (groups of 64, groups of 128)").removeprefix("bf16, fp16 (").removesuffix(")")
+    assert most.startswith("rank ≤ 16") and cuda_cell(found, "int4 (a scale a row, groups of 32)") == "–"
+    assert cuda_cell(found, "int8") == f"bf16 ({most}); fp16 ({most}, M ≤ 64)"
     triton = next(row for row in found if row["backend"] == "`triton`")
     assert triton["GPU from 9.0, below 10.0"] == "–" != triton["GPU from 8.0, below 9.0"] == triton["GPU from 10.0"]
 

@@ -23,6 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slab_kernels import SlabLinear, dispatch
+from slab_kernels import bitpacking as bits
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.base import BackendError, LinearProblem
 from slab_kernels.backends.triton import configs, launch
@@ -67,7 +68,7 @@ def test_reasons(monkeypatch):
         ({"device": "mps"}, "it runs on CUDA tensors, not on mps"),
         ({"dtype": torch.float64}, "activations must be float16, bfloat16 or float32, not torch.float64"),
         ({"rank": 17}, "rank=17 of the sign term is above 16"),
-        ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4"),
+        ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4, int3"),
     ):
         assert BACKEND.refusals(replace(GPU, **change)) == [reason]
     assert BACKEND.refusals(replace(GPU, rank=16, adapter_rank=4096)) == []
@@ -163,17 +164,19 @@ def test_a_state_of_other_activations_is_refused_where_it_matters(made, asked):
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_weight_is_not_copied(dtype, values, group_size):
-    """Unless its 16-bit values have another 16-bit type than the activations."""
+    """Unless its 16-bit values have another 16-bit type than the activations, or int3 is widened."""
     for N, K in SHAPES:
         packed = random_packed(PackedLayout(N, K, values, group_size, 2, 3))
         state = launch.prepare((packed,), dtype)
-        same = values.startswith("int") or dtype in (torch.float32, packed.values.dtype)
+        same = values in ("int8", "int4") or (values != "int3" and dtype in (torch.float32, packed.values.dtype))
         assert (state.values.data_ptr() == packed.values.data_ptr()) is same
         for name in ("metadata", "signs", "scales"):
             mine, stored = getattr(state, name), getattr(packed, name)
             assert mine is stored or mine.data_ptr() == stored.data_ptr()
-        kind = values if same else {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-        assert state[8:] == (K, [N], kind, group_size or 0) and torch.equal(state.values.float(), packed.values.to(state.values.dtype).float())
+        kind = values if same else launch.held_as(values, dtype)
+        assert kind == ("int4" if values == "int3" else values if same else {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
+        held, stored = (bits.unpack_values(t, name) for t, name in ((state.values, kind), (packed.values, values)))
+        assert state[8:] == (K, [N], kind, group_size or 0) and torch.equal(held.float(), stored.to(held.dtype).float())
         assert all(t.is_contiguous() for t in state[:8] if t is not None)
         sizes = launch.sizes_of(state)
         assert sizes == configs.Sizes(K, (N,), kind, group_size or 0, 2, 16) and sizes.N == N

@@ -52,7 +52,7 @@ def test_the_problem_grid(dtype, values, shape):
 
 
 def test_any_two_choices_of_the_grid_meet():
-    """420 cases; tokens, splits and shape choose the tile, for a small one would take minutes on the largest product."""
+    """490 cases; tokens, splits and shape choose the tile, for a small one would take minutes on the largest product."""
     assert len(GRID) == len(DTYPES) * len(VALUE_LAYOUTS) * len(checks.RANKS) * len(SHAPES)
     free = {("M", "tile"), ("shape", "tile"), ("splits", "tile")}
     for pair in set(itertools.combinations(checks.Case._fields, 2)) - free:
@@ -97,16 +97,16 @@ def test_a_token_alone(dtype):
 @every_type
 def test_fused_weights(dtype, values, rank, adapter_rank):
     checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (1, 20))
-    for rows in ((40, 1, 17), (16, 33), (1, 2, 3, 4)):
-        checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (5,), rows, 68, Config(16, 16, 64))
+    for planes, rows in ((3, (40, 1, 17)), (2, (16, 33)), (1, (1, 2, 3, 4))):
+        checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (5,), rows, 68, Config(16, 16, 64), planes)
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (4, 0), (1, 100)])
 @pytest.mark.parametrize("values", VALUE_LAYOUTS, ids=str)
 @every_type
 def test_the_weight_rebuilt(dtype, values, rank, adapter_rank):
-    for N, K in ((1, 3), (33, 260)):
-        checks.check_dense(DEVICE, dtype, values, rank, adapter_rank, N, K)
+    for N, K, planes in ((1, 3, 2), (33, 260, 1), (20, 92, 2), (20, 92, 3)):
+        checks.check_dense(DEVICE, dtype, values, rank, adapter_rank, N, K, planes)
 
 
 @every_type

@@ -247,6 +247,8 @@ def test_fp16_and_bf16_values_share_a_row(dtype, folder):
     assert problem.row(Config()).fits(problem.sizes, 1, 16, A100) and problem.row(Config()).values == ("fp16", "bf16")
     single = replace(problem, dtype=torch.float32)
     assert single.row(Config()).values == ("fp16",) and single.row(Config()).fits(single.sizes, 1, 32, A100)
+    widened = replace(single, layout=replace(LAYOUT, values="int3"))
+    assert widened.sizes.values == "int4" and widened.row(Config()).values == ("int4",)
 
 
 def test_a_row_for_the_same_problem_is_replaced_and_others_keep_their_order(folder):
@@ -396,7 +398,7 @@ def test_a_models_linears_fused_and_separate(gpu, capsys):
         (("--device", "cpu"), 4, "tune times kernels on a CUDA device: cpu is none"),
         (("--device", "tpu9"), 2, "--device 'tpu9' is unknown"),
         (("--shape", "4096"), 2, "11008x4096"),
-        (("--values", "int3"), 2, "fp16, bf16, int8, int4"),
+        (("--values", "int5"), 2, "fp16, bf16, int8, int4, int3"),
         (("--dtype", "fp8"), 2, "fp32, bf16, fp16"),
         (("--model", "gpt-9"), 2, "llama-3-8b"),
         (("--m", "0"), 2, "--m"),

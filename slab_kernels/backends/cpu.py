@@ -82,11 +82,12 @@ class CpuBackend(Backend):
         if packed.U is not None:
             U, V = row_blocks(packed.U.float()), inputs(packed.V.float()).T.contiguous()
         if packed.P is not None:
-            stored = torch.float16 if packed.P.dtype == torch.float16 else torch.float32
-            rank = packed.P.shape[1]
+            P, Q = packed.adapter()
+            exact = all(torch.equal(t.half().to(t.dtype), t) for t in (P, Q))
+            stored, rank = torch.float16 if exact else torch.float32, P.shape[1]
             padded = -(-rank // (2 * ROWS)) * 2 * ROWS
-            P = row_blocks(packed.P.to(stored))
-            Q = pad(inputs(packed.Q.to(stored)), (0, padded - rank)).view(columns, -1, ROWS).transpose(0, 1).contiguous()
+            P = row_blocks(P.to(stored))
+            Q = pad(inputs(Q.to(stored)), (0, padded - rank)).view(columns, -1, ROWS).transpose(0, 1).contiguous()
         return CpuState(stream, U, V, P, Q, N, K, *kind)
 
     def linear(self, x: Tensor, state: CpuState, bias: Tensor | None = None) -> Tensor:

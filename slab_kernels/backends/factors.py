@@ -25,7 +25,8 @@ def sign(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """P [N, R'] and Q [K, R'] in `dtype`, |x Q| <= |x| in the 2-norm. Raises: RangeError if P does not fit."""
-    P, Q = packed.P.float(), packed.Q[: packed.in_features].float()
+    P, Q = packed.adapter()
+    P, Q = P.float(), Q[: packed.in_features].float()
     e = _power(torch.linalg.vector_norm(Q, dim=0))
     return _checked("P", torch.ldexp(P, e), dtype), torch.ldexp(Q, -e).to(dtype)
 

@@ -96,6 +96,7 @@ def decompose(
     group_size: int | None = 128,
     planes: int = 1,
     adapter_rank: int | None = None,
+    adapter_values: str = "int8",
     **options,
 ) -> Decomposition:
     """Decompose one linear weight.
@@ -108,6 +109,7 @@ def decompose(
         rank: of U V^T, 0 for none; methods without a sign term ignore this and `planes`.
         planes: signs of a pruned entry, 1 to 3, each worth half the one before.
         adapter_rank: of P Q^T; None is the method's own (`Method.adapter`), 0 is none. Methods without one take None or 0.
+        adapter_values: how P and Q will be stored, "int8" (codes of a row share a power of two) or "fp16".
         values: type of the kept values; "int8" and "int4" give a Decomposition on its integer grid.
         group_size: inputs a scale, 32, 64, 128 or None for one scale a row; only for integers.
         options: fields of `METHODS[method].config`.
@@ -117,11 +119,11 @@ def decompose(
     Raises: MethodError, PatternError, ShapeError, RangeError, ValueTypeError, DtypeError or CalibrationError (all
         ValueErrors), before anything is computed.
     """
-    check_settings(method, pattern, rank, values, group_size, planes, adapter_rank, options)
+    check_settings(method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, options)
     chosen = METHODS[method]
     _check_weight(weight)
     adapter_rank = chosen.adapter_rank(tuple(weight.shape), adapter_rank)
-    config = chosen.config(pattern, rank if chosen.signs else 0, values, group_size, planes, adapter_rank, **options)
+    config = chosen.config(pattern, rank if chosen.signs else 0, values, group_size, planes, adapter_rank, adapter_values, **options)
     _check_config(weight, config, chosen)
     _check_stats(weight, stats, chosen)
     if stats is not None:
@@ -130,8 +132,9 @@ def decompose(
 
 
 def check_settings(
-    method: str, pattern: str, rank: int, values: str, group_size: int | None, planes: int, adapter_rank: int | None, options: dict
-) -> None:
+    method: str, pattern: str, rank: int, values: str, group_size: int | None, planes: int, adapter_rank: int | None,
+    adapter_values: str, options: dict,
+) -> None:  # fmt: skip
     """Refuse what no weight could have, before any is read. Raises: as `decompose`."""
     if method not in METHODS:
         raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -150,6 +153,8 @@ def check_settings(
     if adapter_rank and chosen.adapter is None:
         able = ", ".join(m.name for m in METHODS.values() if m.adapter is not None)
         raise MethodError(f"method {method!r} has no adapter P Q^T, so adapter_rank={adapter_rank} has no meaning; {able} have one")
+    if adapter_values not in ("int8", "fp16"):
+        raise ValueTypeError(f"adapter_values={adapter_values!r} is unknown; P and Q are stored as int8 or fp16")
     most = MAX_PLANES if chosen.signs and chosen.adapter is not None and rank else 1
     if not 1 <= planes <= most:
         raise MethodError(f"planes={planes}: only 'slab' with a rank of at least 1 has several sign planes, 1 to {MAX_PLANES}")
@@ -158,7 +163,7 @@ def check_settings(
             raise ShapeError(f"group_size={group_size} must be one of {', '.join(map(str, GROUP_SIZES))} or None")
         if parsed.structured and group_size % parsed.group:
             raise ShapeError(f"group_size={group_size} must be a multiple of {parsed.group} for pattern {pattern!r}")
-    chosen.config(pattern, rank, values, group_size, planes, adapter_rank or 0, **options)  # refuses values of its own options
+    chosen.config(pattern, rank, values, group_size, planes, adapter_rank or 0, adapter_values, **options)  # refuses values of its own options
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..format import Decomposition, round_factors
+from ..format import Decomposition, round_adapter
 from .config import Config
 from .descent import descend_groups, descend_levels
 from .metric import Metric
@@ -54,7 +54,7 @@ def finish(
             S, mask = _descend(target, space, S, mask, scales, config)
         truncate()
     if P is not None:
-        P, Q = round_factors(P, Q / d[:, None])
+        P, Q = round_adapter(P, Q / d[:, None], config.stored_adapter)
     if grid:
         scales = store_scale(scales)
         S = round_to_grid(S / d, expand_scales(scales, S.shape[1], grid.group_size), grid.values).masked_fill(~mask, 0.0)

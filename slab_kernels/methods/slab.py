@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import InputStats
-from ..format import Decomposition, plane_unit, round_factors
+from ..format import Decomposition, plane_unit, round_adapter, round_factors
 from .config import Config
 from .descent import descend_groups, descend_levels
 from .levels import nearest
@@ -221,7 +221,7 @@ def _finish(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config
     """Round factors and step sizes as stored, and fit the kept values to what was stored."""
     grid, B = config.grid, None
     if state.P is not None:
-        state.P, state.Q = round_factors(state.P, state.Q)
+        state.P, state.Q = round_adapter(state.P, state.Q, config.stored_adapter)
     if config.rank:
         B = _level_matrix(state, config)
         state.U, state.V = round_factors(state.U, state.V)
@@ -230,7 +230,7 @@ def _finish(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config
         P = state.P
         _refit(W, gram, state, config, None)
         if P is not None:  # P moved with the kept values, and is rounded again
-            state.P, state.Q = round_factors(state.P, state.Q)
+            state.P, state.Q = round_adapter(state.P, state.Q, config.stored_adapter)
     else:
         state.scales = store_scale(state.scales)
         step = expand_scales(state.scales, W.shape[1], grid.group_size)

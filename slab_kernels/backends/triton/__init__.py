@@ -45,12 +45,10 @@ class TritonBackend(Backend):
         reasons = []
         if problem.dtype not in ACTIVATIONS:
             reasons.append(f"activations must be float16, bfloat16 or float32, not {problem.dtype}")
-        if problem.values not in launch.ELEMENT:
-            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(launch.ELEMENT)}")
+        if problem.values not in launch.VALUES:
+            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(launch.VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
-        if problem.planes > 1:
-            reasons.append(f"it runs one sign plane, not {problem.planes}")
         if problem.device not in ("cuda", "cpu"):
             reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
         elif problem.device == "cpu" and not interpreted():

@@ -40,7 +40,11 @@ def _integer(name: str, value: object, least: int, most: int) -> None:
 
 
 class Sizes(NamedTuple):
-    """A linear as its kernels see it."""
+    """A linear as its kernels see it, but for its sign planes.
+
+    Two planes are half a bit and 0.6 instructions a weight more than one, three a bit and 1.6: one plane's best tiles are taken
+    for all, and every tile of the defaults has registers and shared memory for three (tests/test_triton_code.py).
+    """
 
     K: int
     rows: tuple[int, ...]  # out_features of each fused part

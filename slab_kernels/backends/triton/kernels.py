@@ -1,13 +1,9 @@
 """The Triton kernels: y[M,N] = x[M,K] W.T with W = S + (U V^T) * B + P Q^T, straight from the canonical packed tensors.
 
-`_weight` rebuilds a tile of W in registers; three kernels use it: `linear_kernel` (decode and prefill: the same body, other
-tiles), `dense_kernel` (writes W), and beside them `adapter_kernel` gives z = x Q. Triton cannot emit `mma.sp`, so the
+tile.py rebuilds a tile of W in registers; here are the kernels around it: `linear_kernel` (decode and prefill: the same
+body, other tiles), `dense_kernel` (writes W), `adapter_kernel` (z = x Q) and `sum_kernel`. Triton cannot emit `mma.sp`, so the
 pruned entries are filled in and the product is an ordinary `tl.dot`, with the weight as its first operand: out_features
 are the rows, and few tokens cost few columns. No atomics, and every sum has one fixed order.
-
-A unit is 16 inputs of one row, four groups: 16 bits of metadata, 8 of signs, 8 kept values. `_plain` says what a group
-means, entry by entry, in fp32. `_words` gives the same for 16-bit activations on NVIDIA GPUs, on pairs in 32-bit words:
-`prmt` puts kept and pruned lanes into place, so that a weight costs a third of the instructions.
 """
 
 from __future__ import annotations
@@ -15,253 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...bitpacking import LEGAL_NIBBLES
-
-
-def _index(nibble: int) -> int:
-    """A legal nibble as a number below 8, as `_words` computes it: i1's low bit, i1's high bit ^ i0's, i0's bits' ^."""
-    return nibble & 4 | (nibble >> 2 ^ nibble) & 2 | (nibble ^ nibble >> 1) & 1
-
-
-def _select(position: int) -> int:
-    """Eight bytes, by `_index`: which bytes of (kept pair, pruned pair) `prmt` takes for this position's lane."""
-    chosen = [0x76 if position % 2 else 0x54] * 8  # pruned: its own lane of the second operand
-    for nibble in LEGAL_NIBBLES:
-        for code, kept in ((0x10, nibble & 3), (0x32, nibble >> 2)):
-            if kept == position:
-                chosen[_index(nibble)] = code
-    return int.from_bytes(bytes(chosen), "little")
-
-
-SELECT_LOW = tl.constexpr(tuple(_select(p) & 0xFFFFFFFF for p in range(4)))
-SELECT_HIGH = tl.constexpr(tuple(_select(p) >> 32 for p in range(4)))
-
-
-@triton.jit
-def _not(word):
-    return word ^ 0xFFFFFFFF  # `~` on unsigned words overflows in the interpreter
-
-
-@triton.jit
-def _pair(low, high):
-    """Two 16-bit numbers (of wider words) as the lanes of one 32-bit word."""
-    return low & 0xFFFF | high << 16
-
-
-@triton.jit
-def _low(word, T: tl.constexpr):
-    return word.to(tl.uint16).to(T, bitcast=True)
-
-
-@triton.jit
-def _high(word, T: tl.constexpr):
-    return (word >> 16).to(tl.uint16).to(T, bitcast=True)
-
-
-@triton.jit
-def _wide(number):
-    """bf16 bits as fp32: bf16 is fp32's upper half."""
-    return (number.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _bit(word, shift):
-    return (word >> shift & 1) != 0
-
-
-@triton.jit
-def _negative(m, s):
-    """Signs of the pruned positions 0..3, 1 = negative: bit 4j for group j, other bits undefined. s: a unit's 8 sign bits.
-
-    Position 0 can only be the first pruned one and 3 only the second; 1 is the second if 0 is pruned too, that is
-    if i0 = 2; 2 is the second unless i1 = 1.
-    """
-    s = (s | s << 4) & 0x0F0F
-    s = s | s << 2  # a group's two sign bits at the foot of its nibble
-    second = s >> 1
-    i0_high, i1_high = m >> 1, m >> 3
-    return s, i0_high & second | _not(i0_high) & s, i1_high & second | _not(i1_high) & s, second
-
-
-@triton.jit
-def _integer(code, BITS: tl.constexpr):
-    """A two's complement code at the foot of a word as fp32, by the magic number 2^23: conversions run at a quarter rate."""
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    biased = code & (2 * HALF - 1) ^ HALF | 0x4B000000
-    return biased.to(tl.float32, bitcast=True) - (8388608.0 + HALF)
-
-
-@triton.jit
-def _load(pointer, inside, MASKED: tl.constexpr):
-    return tl.load(pointer, mask=inside, other=0) if MASKED else tl.load(pointer)
-
-
-@triton.jit
-def _magnitude(u_ptr, v_ptr, rows, g, groups, N, position: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr):
-    """(U V^T) at one position of every group, [BN, BK/16, 4] in fp32; u [RANK, N] and v [RANK, 4, groups] fp32."""
-    total = 0.0
-    for r in tl.static_range(RANK):
-        v = _load(v_ptr + (4 * r + position) * groups + g, g < groups, MASKED)
-        total += tl.load(u_ptr + r * N + rows)[:, None, None] * tl.reshape(v, (1, g.shape[0] // 4, 4))
-    return total
-
-
-@triton.jit
-def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr):
-    """The four entries of every group in fp32: the kept values where the nibble says so, signed magnitudes elsewhere."""
-    if VALUES == "int8":
-        first, second = _integer(word, 8) * scale, _integer(word >> 8, 8) * scale
-    elif VALUES == "int4":
-        first, second = _integer(word, 4) * scale, _integer(word >> 4, 4) * scale
-    elif VALUES == "bf16":
-        first, second = _wide(word), _wide(word >> 16)
-    else:
-        first, second = _low(word, tl.float16).to(tl.float32), _high(word, tl.float16).to(tl.float32)
-    i0, i1 = m >> shift & 3, m >> shift >> 2 & 3
-    if RANK > 0:
-        n0, n1, n2, n3 = _negative(m, s)
-        l0, l1 = tl.where(_bit(n0, shift), -l0, l0), tl.where(_bit(n1, shift), -l1, l1)
-        l2, l3 = tl.where(_bit(n2, shift), -l2, l2), tl.where(_bit(n3, shift), -l3, l3)
-    w0, w1 = tl.where(i0 == 0, first, l0), tl.where(i0 == 1, first, tl.where(i1 == 1, second, l1))
-    w2, w3 = tl.where(i0 == 2, first, tl.where(i1 == 2, second, l2)), tl.where(i1 == 3, second, l3)
-    return w0, w1, w2, w3
-
-
-@triton.jit
-def _prmt(a, b, selector):
-    """Four bytes of a and b (PTX ISA, "prmt")."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _convert(low, high, T: tl.constexpr):
-    """Two fp32 numbers, rounded to nearest even, as a pair."""
-    TO: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if T == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    return tl.inline_asm_elementwise(TO, "=r,r,r", [low, high], tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _product(a, b, T: tl.constexpr):
-    """Products of pairs, rounded to nearest even. bf16 products as such exist from sm_90 on; a b + (-0) is the same number."""
-    FP16: tl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
-    BF16: tl.constexpr = "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
-    return tl.inline_asm_elementwise(FP16 if T == tl.float16 else BF16, "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _integers(word, scale, BITS: tl.constexpr, T: tl.constexpr):
-    """Two two's complement codes at the foot of a word times an fp32 scale (exact in bf16), as a pair rounded once.
-
-    By magic numbers: fp16 has a step of 1 from 1024 on, bf16 from 128 on, so that a code's bits become the number's. bf16
-    has room for 7 bits only: int8 goes through fp32. fp16 takes q 2^-8 times scale 2^8, a normal number from 2.4e-7 to 255.
-    """
-    if T == tl.bfloat16 and BITS == 8:
-        pair = _convert(_integer(word, 8) * scale, _integer(word >> 8, 8) * scale, T)
-    else:
-        if BITS == 8:
-            CODE: tl.constexpr = """{ .reg .b32 q, c, d; xor.b32 q, $1, 0x8080; prmt.b32 q, q, 0x64, 0x4140;
-                mov.b32 c, 0x1C001C00; mov.b32 d, 0xC480C480; fma.rn.f16x2 q, q, c, d; mul.rn.f16x2 $0, q, $2; }"""
-        elif T == tl.float16:
-            CODE: tl.constexpr = """{ .reg .b32 q, c, d; mul.lo.u32 q, $1, 0x1001; lop3.b32 q, q, 0x000F000F, 0x64086408, 0x6A;
-                mov.b32 c, 0x1C001C00; mov.b32 d, 0xC408C408; fma.rn.f16x2 q, q, c, d; mul.rn.f16x2 $0, q, $2; }"""
-        else:
-            CODE: tl.constexpr = """{ .reg .b32 q, c, d; mul.lo.u32 q, $1, 0x1001; lop3.b32 q, q, 0x000F000F, 0x43084308, 0x6A;
-                mov.b32 c, 0x3F803F80; mov.b32 d, 0xC308C308; fma.rn.bf16x2 q, q, c, d;
-                mov.b32 d, 0x80008000; fma.rn.bf16x2 $0, q, $2, d; }"""
-        shifted = scale * (256.0 if T == tl.float16 else 1.0)
-        pair = tl.inline_asm_elementwise(CODE, "=r,r,r", [word, _convert(shifted, shifted, T)], tl.uint32, is_pure=True, pack=1)
-    return pair
-
-
-@triton.jit
-def _fill(word, l01, l23, m):
-    """Every group as two pairs: the kept pair's lanes where the nibble says so, the pruned pairs' own lanes elsewhere.
-
-    `prmt` looks up in eight bytes with four nibbles at once: the selectors of one position, for the four groups of a unit.
-    """
-    index = m & 0x4444 | (m >> 2 ^ m) & 0x2222 | (m ^ m >> 1) & 0x1111
-    s0 = _prmt(SELECT_LOW[0], SELECT_HIGH[0], index)
-    s1 = _prmt(SELECT_LOW[1], SELECT_HIGH[1], index)
-    s2 = _prmt(SELECT_LOW[2], SELECT_HIGH[2], index)
-    s3 = _prmt(SELECT_LOW[3], SELECT_HIGH[3], index)
-    mine = (0x40 + 0x11 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]  # of a group: byte j of both
-    return _prmt(word, l01, _prmt(s0, s1, mine)), _prmt(word, l23, _prmt(s2, s3, mine))
-
-
-@triton.jit
-def _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, T: tl.constexpr):
-    """`_plain` rounded to T, as words of two lanes. RANK 1: l is v, and its product with u, a pair, comes rounded once."""
-    if VALUES == "int8":
-        word = _integers(word, scale, 8, T)
-    elif VALUES == "int4":
-        word = _integers(word, scale, 4, T)
-    if RANK > 0:
-        n0, n1, n2, n3 = _negative(m, s)
-        n01, n23 = _pair(n0, n1) << 15 - shift & 0x80008000, _pair(n2, n3) << 15 - shift & 0x80008000
-        l01, l23 = _convert(l0, l1, T), _convert(l2, l3, T)
-        if RANK == 1:
-            l01, l23 = _product(u ^ n01, l01, T), _product(u ^ n23, l23, T)
-        else:
-            l01, l23 = l01 ^ n01, l23 ^ n23
-    else:
-        l01, l23 = tl.zeros_like(word), tl.zeros_like(word)
-    w01, w23 = _fill(word, l01, l23, m)
-    return _low(w01, T), _high(w01, T), _low(w23, T), _high(w23, T)
-
-
-@triton.jit
-def _row_pair(u_ptr, rows, RANK: tl.constexpr, T: tl.constexpr, PACKED: tl.constexpr):
-    """u of a sign term of rank 1 in both lanes, [BN, 1, 1]: before the loop over K. Nothing for other ranks."""
-    u = 0
-    if PACKED and RANK == 1:
-        u = tl.load(u_ptr + rows)
-        u = tl.expand_dims(tl.expand_dims(_convert(u, u, T), 1), 2)
-    return u
-
-
-@triton.jit
-def _weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES: tl.constexpr,
-            GROUP: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, T: tl.constexpr,
-            MASKED: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
-    """W[rows, k : k + BK] without its adapter, [BN, BK] in T. v_ptr is the rows' part's; u from `_row_pair`."""
-    C: tl.constexpr = BK // 16
-    c, g = k // 16 + tl.arange(0, C), k // 4 + tl.arange(0, 4 * C)
-    inside = (c < units)[None, :]
-    at = rows[:, None] * units + c[None, :]
-    m = _load(metadata_ptr + at, inside, MASKED).to(tl.uint32)
-    m = tl.broadcast_to(tl.expand_dims(m, 2), (BN, C, 4))
-    word = _load(values_ptr + rows[:, None] * (units * 4) + g[None, :], (g < units * 4)[None, :], MASKED)
-    word = tl.reshape(word, (BN, C, 4)).to(tl.uint32)
-    s, scale, l0, l1, l2, l3 = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-    if VALUES == "int8" or VALUES == "int4":
-        if GROUP == 0:
-            scale = tl.load(scales_ptr + rows)[:, None]
-        else:
-            scale = scales_ptr + rows[:, None] * (units * 16 // GROUP) + (c // (GROUP // 16))[None, :]
-            scale = _load(scale, inside, MASKED)
-        scale = tl.expand_dims(_wide(scale), 2)
-    if RANK > 0:
-        s = _load(signs_ptr + at, inside, MASKED).to(tl.uint32)
-        s = tl.broadcast_to(tl.expand_dims(s, 2), (BN, C, 4))
-        if PACKED and RANK == 1:
-            l0 = tl.reshape(_load(v_ptr + g, g < units * 4, MASKED), (1, C, 4))
-            l1 = tl.reshape(_load(v_ptr + units * 4 + g, g < units * 4, MASKED), (1, C, 4))
-            l2 = tl.reshape(_load(v_ptr + units * 8 + g, g < units * 4, MASKED), (1, C, 4))
-            l3 = tl.reshape(_load(v_ptr + units * 12 + g, g < units * 4, MASKED), (1, C, 4))
-        else:
-            l0 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 0, RANK, MASKED)
-            l1 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 1, RANK, MASKED)
-            l2 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 2, RANK, MASKED)
-            l3 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 3, RANK, MASKED)
-    shift = (4 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]
-    if PACKED:
-        w0, w1, w2, w3 = _words(m, s, word, scale, shift, u, l0, l1, l2, l3, VALUES, RANK, T)
-    else:
-        w0, w1, w2, w3 = _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES, RANK)
-    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK)).to(T)
-    if PACKED:
-        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], w.dtype, is_pure=False, pack=2)
-    return w
+from .tile import row_levels, weight
 
 
 @triton.jit
@@ -288,13 +38,14 @@ def _rows(tile, N, start1, start2, start3, BN: tl.constexpr, PARTS: tl.constexpr
 @triton.jit(do_not_specialize=["M", "biased"])
 def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, z_ptr, bias_ptr, y_ptr,
                   biased, M, N, K, units, x_stride, start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr,
-                  GROUP: tl.constexpr, RANK: tl.constexpr, ADAPTER: tl.constexpr, Z_SPLITS: tl.constexpr,
-                  PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                  GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, ADAPTER: tl.constexpr,
+                  Z_SPLITS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
+                  PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """y[M,N] in T, or with SPLITS > 1 the fp32 sums over one share of K each, [SPLITS, M, N]. Grid: (tiles, SPLITS).
 
     A program is BN out_features x BM tokens. x [M, K] with x_stride; values, metadata and signs as stored, viewed as one
-    element a group (values) or unit; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from `adapter_kernel`; p [N, ADAPTER] in T.
+    element a group (values) or unit, signs of three planes as [3, N, units]; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from
+    `adapter_kernel`; p [N, ADAPTER] in T.
     """
     token_tiles = tl.cdiv(M, BM)
     pid = tl.program_id(0)
@@ -311,11 +62,11 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
 
     if RANK > 0:
         v_ptr += part * RANK * 4 * (units * 4)
-    u = _row_pair(u_ptr, rows, RANK, T, PACKED)
+    levels = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
     total = tl.zeros((BN, BM), tl.float32)
     for k in tl.range(split * share, tl.minimum(K, (split + 1) * share), BK):
-        w = _weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES, GROUP,
-                    RANK, BN, BK, T, MASKED, PACKED)  # fmt: skip
+        w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES, GROUP,
+                    RANK, PLANES, BN, BK, T, MASKED, PACKED)  # fmt: skip
         inputs = k + tl.arange(0, BK)
         at = x_ptr + readable[None, :] * x_stride + inputs[:, None]
         x = tl.load(at, mask=(inputs < K)[:, None], other=0.0) if MASKED else tl.load(at)
@@ -372,16 +123,16 @@ def sum_kernel(partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constex
 @triton.jit
 def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, q_ptr, w_ptr, N, K, units,
                  start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
-                 ADAPTER: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+                 PLANES: tl.constexpr, ADAPTER: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """w[N, K] in T, adapter included: q [K, PARTS * ADAPTER] in T. Grid: (row tiles, K tiles)."""
     part, rows, exists = _rows(tl.program_id(0), N, start1, start2, start3, BN, PARTS)
     k = tl.program_id(1) * BK
     if RANK > 0:
         v_ptr += part * RANK * 4 * (units * 4)
-    u = _row_pair(u_ptr, rows, RANK, T, PACKED)
-    w = _weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, u, rows, k, units, N, VALUES, GROUP, RANK,
-                BN, BK, T, True, PACKED)  # fmt: skip
+    levels = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
+    w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES, GROUP, RANK,
+                PLANES, BN, BK, T, True, PACKED)  # fmt: skip
     inputs = k + tl.arange(0, BK)
     if ADAPTER > 0:
         total = w.to(tl.float32)

@@ -7,17 +7,20 @@ may overlap as they like.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...format import VALUE_TYPES, PackedWeight, RangeError
+from ... import bitpacking as bits
+from ...format import VALUE_TYPES, PackedWeight, RangeError, plane_unit
 from .. import factors
 from .configs import Config, Sizes
 
 ELEMENT = {"fp16": torch.uint32, "bf16": torch.uint32, "int8": torch.uint16, "int4": torch.uint8}  # a group's kept values
+VALUES = (*ELEMENT, "int3")  # stored types that run
 NO_STARTS = (0, 0, 0)
 
 
@@ -25,14 +28,14 @@ class TritonState(NamedTuple):
     """What `slab_kernels::linear_triton` wants after x: tensors, bias excepted, then sizes.
 
     values, metadata, signs and scales are the canonical tensors themselves (no copy) for one weight whose values have the
-    activations' type, or any integer or fp32 case; fused weights are joined along N.
+    activations' type, or any integer or fp32 case, int3 and three sign planes excepted; fused weights are joined along N.
     """
 
     values: Tensor
     metadata: Tensor
-    signs: Tensor | None
+    signs: Tensor | None  # of three planes [3, N, Kp/16]
     scales: Tensor | None
-    U: Tensor | None  # [R, N] fp32
+    U: Tensor | None  # [R, N] fp32, in units of the last plane
     V: Tensor | None  # [parts, R, 4, Kp/4] fp32: by position in the group of four
     P: Tensor | None  # [N, R' padded to 16] in the activations' type
     Q: Tensor | None  # [K, parts R'] in the activations' type
@@ -43,7 +46,9 @@ class TritonState(NamedTuple):
 
 
 def held_as(values: str, dtype: torch.dtype) -> str:
-    """The value type that kernels see: 16-bit values take 16-bit activations' type, as a dense weight would."""
+    """The value type that kernels see: 16-bit values take 16-bit activations' type, as a dense weight would; int3 is widened."""
+    if values == "int3":
+        return "int4"
     if values not in ("fp16", "bf16") or dtype == torch.float32:
         return values
     return "fp16" if dtype == torch.float16 else "bf16"
@@ -52,16 +57,22 @@ def held_as(values: str, dtype: torch.dtype) -> str:
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
     """The state for weights of equal layouts that read the same x, for activations of `dtype`.
 
+    int3 saves disk only: its three bits straddle bytes, so it is widened to int4 here, and takes int4's memory and time.
+
     Raises: RangeError for numbers that fp16 activations' kernels cannot hold.
     """
     first = parts[0].layout
     K, value_type = first.in_features, held_as(first.values, dtype)
     values = [part.values for part in parts]
-    if value_type != first.values:
+    if first.values == "int3":
+        values = [bits.pack_int4(bits.unpack_values(t, first.values)) for t in values]
+    elif value_type != first.values:
         values = [t.to(dtype) for t in values]
         if not all(bool(t.isfinite().all()) for t in values):
             raise RangeError(f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones")
     joined = {name: _joined([getattr(part, name) for part in parts]) for name in ("metadata", "signs", "scales")}
+    if first.planes == 3:  # three bytes a unit cannot be copied in wide pieces: 9.2 instructions a weight instead of 8
+        joined["signs"] = joined["signs"].unflatten(1, (-1, 3)).movedim(2, 0).contiguous()
     U = V = P = Q = None
     if first.rank:
         U, V = zip(*(_sign_factors(part, dtype) for part in parts), strict=True)
@@ -83,9 +94,17 @@ def _joined(tensors: list[Tensor | None]) -> Tensor | None:
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U [R, N] and V [R, 4, Kp/4] in fp32; of rank 1, and for 16-bit activations, numbers of their type."""
-    Kp, rank = packed.layout.padded_in_features, packed.layout.rank
-    U, V = factors.sign(packed, dtype) if rank == 1 else (packed.U, packed.V[: packed.in_features])
+    """U [R, N] in units of the last plane and V [R, 4, Kp/4], in fp32.
+
+    Of rank 1, and for 16-bit activations, V is numbers of their type. So is U of one plane; of more, the kernel rounds U
+    times the levels, and they must fit.
+    """
+    layout = packed.layout
+    Kp, rank, planes = layout.padded_in_features, layout.rank, layout.planes
+    U, V = packed.U.float() * plane_unit(planes), packed.V[: packed.in_features].float()
+    if rank == 1:
+        largest, V = factors.sign(replace(packed, U=U * (2**planes - 1)), dtype)
+        U = largest if planes == 1 else factors.sign(replace(packed, U=U), torch.float32)[0]
     V = pad(V.float(), (0, 0, 0, Kp - V.shape[0])).T.reshape(rank, Kp // 4, 4).transpose(1, 2)
     return U.float().T, V
 
@@ -95,6 +114,12 @@ def sizes_of(state: Sequence) -> Sizes:
     _values, _, _signs, _, _U, V, P, _, K, rows, value_type, group_size = state
     rank = 0 if V is None else V.shape[1]
     return Sizes(K, tuple(rows), value_type, group_size, rank, 0 if P is None else P.shape[1])
+
+
+def planes_of(state: Sequence) -> int:
+    """Sign planes: bytes of signs that a unit of 16 inputs takes. A configuration does not depend on them (configs.Sizes)."""
+    _values, metadata, signs, *_ = state
+    return 1 if signs is None else 2 * signs.numel() // metadata.numel()
 
 
 def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, splits: int, z_splits: int) -> Tensor:
@@ -160,6 +185,8 @@ def _stored(state: Sequence) -> tuple:
     """Values, metadata, signs, scales, U, V as the kernels' elements."""
     values, metadata, signs, scales, U, V, _, _, _, _, value_type, _ = state
     scales = None if scales is None else scales.view(torch.uint16)
+    if planes_of(state) == 2:
+        signs = signs.view(torch.uint16)
     return values.view(ELEMENT[value_type]), metadata.view(torch.uint16), signs, scales, U, V
 
 
@@ -176,6 +203,7 @@ def _common(like: Tensor, state: Sequence) -> dict:
         "VALUES": sizes.values,
         "GROUP": sizes.group_size,
         "RANK": sizes.rank,
+        "PLANES": planes_of(state),
         "ADAPTER": sizes.adapter_rank,
         "PARTS": len(sizes.rows),
         "PACKED": like.dtype != torch.float32 and speaks_ptx(like.device),
