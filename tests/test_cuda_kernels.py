@@ -169,8 +169,8 @@ def test_every_kernel_of_the_library_is_executed(forced):
             exact_with(lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1), dtype, values, rank, M)
         exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 1, 80)
         for (planes, rank), M in itertools.product(((2, 1), (3, 1), (3, 2)), PLANES_REGISTERS):
-            exact_with(lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1), dtype, values, rank, M, 0, planes, 260)
-        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 2, 80, 0, 2, 260)
+            exact_with(lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1), dtype, values, rank, M, 0, planes, 140)
+        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 2, 80, 0, 2, 140)
     for dtype, (values, rank, tokens) in itertools.product(DTYPES, TALL_CASES):
         exact_with(lambda s, t=tokens: plan.evaluate(s, t, A100, TALL_TILES[-1], t, 1), dtype, names[values], rank, tokens, 0)
     for dtype in DTYPES:
@@ -185,7 +185,7 @@ PLANES = [
         itertools.product((2, 3), (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)), (1, 2, 3), DTYPES)
     )
 ]
-PLANES_SIZES = ((70, 260, 4, None), (33, 140, 0, None), (17, 387, 20, "int8"))  # N, K, the adapter's rank and its values
+PLANES_SIZES = ((34, 260, 4, None), (33, 140, 0, None), (17, 197, 20, "int8"))  # N, K, the adapter's rank and its values
 
 
 @pytest.mark.parametrize("planes, dtype, values, rank, turn", PLANES)
@@ -228,7 +228,7 @@ def test_every_tile_of_the_tables_with_planes(forced, tile):
 def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
     """By `dense_*_planes`: one rounding on every entry. And what gradients take, `layout.dense`, is the same weight."""
     forced(lambda s: plan.rebuild(s, 65, A100))
-    for (N, K), planes, rank in itertools.product(((5, 7), (17, 172), (33, 260)), (2, 3), (1, 3)):
+    for (N, K), planes, rank in itertools.product(((5, 7), (33, 172)), (2, 3), (1, 3)):
         packed = random_packed(PackedLayout(N, K, values, group_size, rank, planes=planes), seed=N, integers=True)
         state, launched = layout.prepare((packed,), dtype), Launched()
         y = run(torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1), state, sizes(state), None, A100, launched=launched)
@@ -251,8 +251,7 @@ def test_fused_projections_with_planes(planes, rank, adapter_values):
         assert sum(name.startswith("planes") for name in launched.kernels) == 1
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, rank", [(torch.float16, 1), (torch.bfloat16, 2)])
 def test_a_token_does_not_depend_on_the_others_with_planes(dtype, rank):
     """Up to 64 also where two tiles of 32 tokens follow one."""
     _, state, x, bias, _, _ = problem(PackedLayout(40, 520, "int4", 128, rank, 20, planes=2), dtype, False)
