@@ -53,7 +53,7 @@ def emulated(monkeypatch):
         return real(self, replace(problem, device="cpu"))[:-1]  # the last one: not on cpu
 
     def interpreted(x, stream, V, U, P, Q, bias, sizes, to):
-        state = CudaState(stream, V, U, P, Q, sizes.K, sizes.rows, sizes.values, sizes.group_steps, x.dtype)
+        state = CudaState(stream, V, U, P, Q, sizes.K, sizes.rows, sizes.values, sizes.group_steps, sizes.planes, x.dtype)
         return run(x, state, sizes, bias, to.gpu)
 
     monkeypatch.setattr(cuda.CudaBackend, "not_supported_reasons", reasons)
@@ -150,6 +150,21 @@ def test_numbers_that_fp16_kernels_cannot_hold():
         BACKEND.prepare(replace(packed, **factors), torch.bfloat16)
 
 
+@pytest.mark.parametrize("planes, most", [(1, 65504), (2, 43669), (3, 37431)])  # 65504 / 1.5, / 1.75
+def test_levels_of_several_ranks_must_fit_fp16(planes, most):
+    """Their kernel rounds u times the largest level; of rank 1 u multiplies fp32 sums and need fit only itself."""
+    for rank, largest in ((2, most), (1, 65504)):
+        packed = random_packed(PackedLayout(16, 64, "fp16", None, rank, planes=planes, factors="fp32"))
+        V = torch.full((64, rank), 0.75)  # stays as it is: medians come to [1/2, 1)
+        U = torch.full((16, rank), float(largest))
+        state, x = BACKEND.prepare(replace(packed, U=U, V=V), torch.float16), torch.eye(64)[:9].half() * 2.0**-6
+        y, exact = run(x, state, sizes(state)), oracle(x, packed := replace(packed, U=U.half().float(), V=V))[0]
+        assert bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-9 + 2.0**-24).all()) and packed.layout.planes == planes
+        with pytest.raises(RangeError, match="does not fit torch.float16; use bfloat16 activations"):
+            BACKEND.prepare(replace(packed, U=U + 64, V=V), torch.float16)
+        BACKEND.prepare(replace(packed, U=U + 64, V=V), torch.bfloat16)
+
+
 def test_prepare_refuses_activations_that_no_kernel_takes():
     with pytest.raises(TypeError, match="float32"):
         BACKEND.prepare(random_packed(PackedLayout(16, 64, "fp16", rank=1)), torch.float32)
@@ -237,7 +252,7 @@ def test_a_second_dtype_prepares_anew_where_states_serve_one(monkeypatch, one_dt
 def test_kernels_are_loaded_with_the_weight(monkeypatch):
     """On the weight's device, all of them: the first call may stand in a graph capture."""
     loaded, registered, stream = [], [], SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=3))
-    state = CudaState(stream, None, None, half(1, 2, 32, 8), None, 200, (24,), layout.INT8, 2, torch.bfloat16)
+    state = CudaState(stream, None, None, half(1, 2, 32, 8), None, 200, (24,), layout.INT8, 2, 1, torch.bfloat16)
     monkeypatch.setattr(layout, "prepare", lambda parts, dtype: state)
     monkeypatch.setattr(driver, "load", lambda name, device: loaded.append((name, device)))
     monkeypatch.setattr(cuda, "register", lambda: registered.append(True))

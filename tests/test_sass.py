@@ -8,6 +8,7 @@ seconds an architecture, once for each version of the sources.
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from slab_kernels.backends.cuda.plan import (
     INT4,
     INT8,
     ISSUE,
+    PLANES_ISSUE,
     PLANES_REGISTERS,
     REGISTERS,
     TALL,
@@ -34,6 +36,8 @@ LARGEST_FAMILY = 12  # linear kernels of a token tile: two activation types, thr
 SIMPLE_REGISTERS = 64  # reduce and dense: four CTAs of 256 threads
 ROW_TILES, STEPS = 2, 4  # of a warp, of a K-block
 WITHIN = 0.10  # of plan.ISSUE
+PLANES_WITHIN = 0.02  # of plan.PLANES_ISSUE: two tiles, a line through both
+PLANES_NAMES = {2: "two", 3: "three"}
 EVERY = pytest.mark.parametrize("architecture", recipe.ARCHITECTURES)
 
 
@@ -185,6 +189,20 @@ def test_the_cost_model_knows_the_tall_kernels(machine_code):
             for tokens in tiles:
                 counted = sum(machine_code("sm_90a")[1][f"tall_fp16_{name}_one_t{tokens}"].by_pipe().values())
                 assert fixed + per_tile * tokens / 8 == pytest.approx(counted, rel=WITHIN), (name, tokens)
+
+
+def test_the_cost_model_knows_the_kernels_of_several_planes(machine_code):
+    """Of rank one; a higher rank repeats the signs' share, as with one plane."""
+    wrong = Findings()
+    for planes, name in itertools.product(PLANES_ISSUE, instruction_budget.VALUES):
+        fixed, per_tile = PLANES_ISSUE[planes][instruction_budget.VALUES[name]]
+        for tokens in PLANES_REGISTERS:
+            kernel = f"planes_fp16_{name}_{PLANES_NAMES[planes]}_t{tokens}"
+            counted = sum(machine_code("sm_90a")[1][kernel].by_pipe().values())
+            modelled = fixed + per_tile * tokens / 8
+            if abs(modelled / counted - 1) > PLANES_WITHIN:
+                wrong[f"plan.PLANES_ISSUE says {modelled:.0f}, the machine code {counted:.0f}"].append(kernel)
+    wrong.check()
 
 
 @EVERY

@@ -6,7 +6,8 @@ fp32 accumulation; deterministic, and within a regime (up to 16 tokens, up to 64
 token. Above 64 that holds for every tile of ours; where the plan rebuilds the weight instead, cuBLAS has the word.
 
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be; v * x is rounded to the
-activations' type, u * v is not rounded at all.
+activations' type, u * v is not rounded at all. Only where a rank above 1 meets several sign planes, u times the level
+(1/2 or 3/2; 1/4 to 7/4) is rounded to the activations' type too.
 """
 
 from __future__ import annotations

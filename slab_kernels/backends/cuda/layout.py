@@ -11,6 +11,7 @@ each other, V, U, P and Q keep a slot each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ... import bitpacking as bits
-from ...format import INTEGER_RANGES, VALUE_TYPES, PackedWeight, RangeError, ShapeError
+from ...format import INTEGER_RANGES, VALUE_TYPES, PackedWeight, RangeError, ShapeError, plane_unit
 from .. import factors
 from ..base import differences
 
@@ -219,8 +220,13 @@ def _fragments(q: Tensor) -> Tensor:
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U as words of the 16-bit number twice, V transposed and padded."""
-    blocks, k_blocks = _blocks(packed)
+    """U as words of the 16-bit number twice, V transposed and padded.
+
+    Of a rank above 1 the kernels round U times the level of several planes, so the largest must fit.
+    """
+    (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
+    if packed.layout.rank > 1 and planes > 1:
+        factors.sign(replace(packed, U=packed.U.float() * (2 - plane_unit(planes))), dtype)
     U, V = factors.sign(packed, dtype)
     word = _fill(U, blocks * 16, U.shape[1]).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     return word | word << 16, pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0])).T.contiguous()

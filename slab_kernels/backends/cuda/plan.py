@@ -20,7 +20,7 @@ from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES,
 MOST_STAGES = 4
 REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
 TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # of those with 64 rows a warp
-PLANES_REGISTERS = {8: 128, 32: 240}  # of those with several sign planes, whose sums are apart: 64 tokens do not fit
+PLANES_REGISTERS = {8: 128, 32: 248}  # of those with several sign planes, whose sums are apart: 64 tokens do not fit
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
 MOST_RANK = 16  # rows of V beside the activations in every stage
 SHARED_PORT = 128  # bytes a clock of one multiprocessor's shared memory
