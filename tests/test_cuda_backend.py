@@ -53,7 +53,7 @@ def emulated(monkeypatch):
         return real(self, replace(problem, device="cpu"))[:-1]  # the last one: not on cpu
 
     def interpreted(x, stream, V, U, P, Q, bias, sizes, to):
-        state = CudaState(stream, V, U, P, Q, sizes.K, sizes.rows, sizes.values, sizes.group_steps, x.dtype)
+        state = CudaState(stream, V, U, P, Q, sizes.K, sizes.rows, sizes.values, sizes.group_steps, sizes.planes, x.dtype)
         return run(x, state, sizes, bias, to.gpu)
 
     monkeypatch.setattr(cuda.CudaBackend, "not_supported_reasons", reasons)
@@ -78,7 +78,7 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
             packed_layout = PackedLayout(N, K, values, group_size, rank, adapter_rank)
             packed = random_packed(packed_layout, seed=K, integers=integers)
             state = layout.prepare((packed,), dtype)
-            assert state[5:] == (K, (N,), layout.STREAM_VALUES[values], (group_size or 128) // 32, dtype)
+            assert state[5:] == (K, (N,), layout.STREAM_VALUES[values], (group_size or 128) // 32, 1, dtype)
             assert state.stream.shape[:2] == (-(-N // 16), -(-K // 128)) and state.stream.shape[2] % 16 == 0
             assert all(t.is_contiguous() for t in state[:5] if t is not None)
             W = layout.dense(*state[:3], *state[5:])
@@ -150,6 +150,21 @@ def test_numbers_that_fp16_kernels_cannot_hold():
         BACKEND.prepare(replace(packed, **factors), torch.bfloat16)
 
 
+@pytest.mark.parametrize("planes, most", [(1, 65504), (2, 43669), (3, 37431)])  # 65504 / 1.5, / 1.75
+def test_levels_of_several_ranks_must_fit_fp16(planes, most):
+    """Their kernel rounds u times the largest level; of rank 1 u multiplies fp32 sums and need fit only itself."""
+    for rank, largest in ((2, most), (1, 65504)):
+        packed = random_packed(PackedLayout(16, 64, "fp16", None, rank, planes=planes, factors="fp32"))
+        V = torch.full((64, rank), 0.75)  # stays as it is: medians come to [1/2, 1)
+        U = torch.full((16, rank), float(largest))
+        state, x = BACKEND.prepare(replace(packed, U=U, V=V), torch.float16), torch.eye(64)[:9].half() * 2.0**-6
+        y, exact = run(x, state, sizes(state)), oracle(x, packed := replace(packed, U=U.half().float(), V=V))[0]
+        assert bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-9 + 2.0**-24).all()) and packed.layout.planes == planes
+        with pytest.raises(RangeError, match="does not fit torch.float16; use bfloat16 activations"):
+            BACKEND.prepare(replace(packed, U=U + 64, V=V), torch.float16)
+        BACKEND.prepare(replace(packed, U=U + 64, V=V), torch.bfloat16)
+
+
 def test_prepare_refuses_activations_that_no_kernel_takes():
     with pytest.raises(TypeError, match="float32"):
         BACKEND.prepare(random_packed(PackedLayout(16, 64, "fp16", rank=1)), torch.float32)
@@ -193,7 +208,7 @@ def test_reasons():
         ({"dtype": torch.float32}, "activations must be float16 or bfloat16, not torch.float32"),
         ({"dtype": torch.float64}, "activations must be float16 or bfloat16, not torch.float64"),
         ({"rank": plan.MOST_RANK + 1}, "rank=17 of the sign term is above 16"),
-        ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4"),
+        ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4, int3"),
     ):
         assert reason in BACKEND.not_supported_reasons(replace(good, **change)), change
     assert set(BACKEND.not_supported_reasons(replace(good, rank=plan.MOST_RANK, adapter_rank=4096))) <= {missing}
@@ -237,7 +252,7 @@ def test_a_second_dtype_prepares_anew_where_states_serve_one(monkeypatch, one_dt
 def test_kernels_are_loaded_with_the_weight(monkeypatch):
     """On the weight's device, all of them: the first call may stand in a graph capture."""
     loaded, registered, stream = [], [], SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=3))
-    state = CudaState(stream, None, None, half(1, 2, 32, 8), None, 200, (24,), layout.INT8, 2, torch.bfloat16)
+    state = CudaState(stream, None, None, half(1, 2, 32, 8), None, 200, (24,), layout.INT8, 2, 1, torch.bfloat16)
     monkeypatch.setattr(layout, "prepare", lambda parts, dtype: state)
     monkeypatch.setattr(driver, "load", lambda name, device: loaded.append((name, device)))
     monkeypatch.setattr(cuda, "register", lambda: registered.append(True))
@@ -290,10 +305,10 @@ def test_fake_kernels(name):
         for dtype in DTYPES:
             with mode:
                 x = torch.empty(shape, dtype=dtype)
-                y = op(x, *fake, None, 200, [24, 8], 0, 4, dtype)
+                y = op(x, *fake, None, 200, [24, 8], 0, 4, 1, dtype)
             assert (y.shape, y.dtype, y.is_contiguous()) == ((*shape[:-1], 32), dtype, True)
     with mode, pytest.raises(RuntimeError, match="x has 199 features, the weight 200"):
-        op(torch.empty(2, 199), *fake, None, 200, [24], 0, 4, torch.float16)
+        op(torch.empty(2, 199), *fake, None, 200, [24], 0, 4, 1, torch.float16)
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 3), (0, 4)])
@@ -309,12 +324,12 @@ def test_backward_against_autograd(dtype, values, rank, adapter_rank):
         grad = torch.randint(-2, 3, (*shape[:-1], 53)).to(dtype)
         (x @ W.T + bias).backward(grad.float())
         for wants_x, wants_bias in ((True, True), (True, False), (False, True)):
-            needs = [wants_x, *[False] * 5, wants_bias, *[False] * 5]
+            needs = [wants_x, *[False] * 5, wants_bias, *[False] * 6]
             context = SimpleNamespace(needs_input_grad=needs)
             context.save_for_backward = lambda *tensors, to=context: setattr(to, "saved_tensors", tensors)
             cuda._setup_context(context, (x, *state[:5], bias, *state[5:]), None)
             found = cuda._backward(context, grad)
-            assert len(found) == 12 and [g is not None for g in found] == needs
+            assert len(found) == 13 and [g is not None for g in found] == needs
             assert not wants_x or torch.equal(found[0], x.grad.to(dtype))
             assert not wants_bias or torch.equal(found[6], bias.grad.to(dtype))
 

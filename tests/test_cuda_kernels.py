@@ -18,7 +18,15 @@ from ptx import PtxError
 from slab_kernels import bitpacking as bits
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda import layout, plan, sizes_of
-from slab_kernels.backends.cuda.plan import GPUS, SPLIT_TILES, TALL, TALL_TILES, W16, WHOLE_TILES
+from slab_kernels.backends.cuda.plan import (
+    GPUS,
+    PLANES_REGISTERS,
+    SPLIT_TILES,
+    TALL,
+    TALL_TILES,
+    W16,
+    WHOLE_TILES,
+)
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
 
@@ -54,7 +62,7 @@ def problem(packed_layout: PackedLayout, dtype: torch.dtype, integers: bool):
 
 
 def sizes(state):
-    return sizes_of(*state[:9])
+    return sizes_of(*state[:10])
 
 
 def same_bits(a, b):
@@ -148,22 +156,110 @@ def test_every_kernel_of_the_library_is_executed(forced):
     """By name: nothing ships that these tests cannot reach."""
     seen = Launched()
 
-    def exact_with(chosen, dtype, values, rank, M, adapter_rank=3, gpu=A100):
+    def exact_with(chosen, dtype, values, rank, M, adapter_rank=3, planes=1, K=520):
         group_size = None if values == "fp16" else 32
-        _, state, x, bias, exact, _ = problem(PackedLayout(40, 520, values, group_size, rank, adapter_rank), dtype, True)
+        packed_layout = PackedLayout(40, K, values, group_size, rank, adapter_rank, planes=planes)
+        _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
         forced(chosen)
-        assert torch.equal(run(x[:M], state, sizes(state), bias, gpu, launched=seen), exact[:M].to(dtype))
+        assert torch.equal(run(x[:M], state, sizes(state), bias, A100, launched=seen), exact[:M].to(dtype))
 
     names = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}
     for dtype, values in itertools.product(DTYPES, names.values()):
         for rank, M in itertools.product((1, 2), (8, 16, 32, 64)):
             exact_with(lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1), dtype, values, rank, M)
         exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 1, 80)
+        for (planes, rank), M in itertools.product(((2, 1), (3, 1), (3, 2)), PLANES_REGISTERS):
+            exact_with(lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1), dtype, values, rank, M, 0, planes, 140)
+        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 2, 80, 0, 2, 140)
     for dtype, (values, rank, tokens) in itertools.product(DTYPES, TALL_CASES):
         exact_with(lambda s, t=tokens: plan.evaluate(s, t, A100, TALL_TILES[-1], t, 1), dtype, names[values], rank, tokens, 0)
     for dtype in DTYPES:
         exact_with(lambda s: plan.evaluate(s, 1, A100, SPLIT_TILES[-1], 8, 4), dtype, "fp16", 1, 1, 0)
     assert set(seen.kernels) == set(ptx().names)
+
+
+# Each number of planes, type, value layout and rank with every other; sizes, tokens and adapters take turns.
+PLANES = [
+    (planes, dtype, values, rank, turn)
+    for turn, (planes, values, rank, dtype) in enumerate(
+        itertools.product((2, 3), (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)), (1, 2, 3), DTYPES)
+    )
+]
+PLANES_SIZES = ((34, 260, 4, None), (33, 140, 0, None), (17, 197, 20, "int8"))  # N, K, the adapter's rank and its values
+
+
+@pytest.mark.parametrize("planes, dtype, values, rank, turn", PLANES)
+def test_several_planes(planes, dtype, values, rank, turn):
+    """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real numbers against fp64."""
+    N, K, adapter_rank, stored = PLANES_SIZES[(turn // 4 + turn) % 3]
+    packed_layout = PackedLayout(N, K, *values, rank, adapter_rank, planes=planes, adapter_values=stored)
+    _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
+    which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
+    for M, tokens in (((1, 8), (40, 32)), ((9, 32), (66, 32)))[(turn // 2 + turn) % 2]:
+        launched = Launched()
+        y = run(x[:M], state, sizes(state), bias, A100, launched=launched)
+        assert torch.equal(y, exact[:M].to(dtype)), M
+        name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
+        assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
+    _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
+    M = (9, 1, 66, 40)[(turn // 2) % 4]
+    y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all()), M
+
+
+@pytest.mark.parametrize("tile", [*SPLIT_TILES, *WHOLE_TILES], ids=tile_name)
+def test_every_tile_of_the_tables_with_planes(forced, tile):
+    whole = tile in WHOLE_TILES
+    for turn, (values, tokens) in enumerate(itertools.product((("fp16", None), ("int4", 128)), (32,) if whole else (8, 32))):
+        rank, splits = (1, 1 if whole or tokens == 8 else 2) if turn < 2 else (2, 1 if whole or tokens == 32 else 2)
+        packed_layout = PackedLayout(149, 140, *values, rank, 20, planes=3 if rank == 1 else 2)
+        _, state, x, bias, exact, _ = problem(packed_layout, torch.float16, True)
+        M = tokens * tile.warp_tokens + 3 if whole else tokens - 3
+        if plan.evaluate(sizes(state), M, FITTING, tile, tokens, splits) is None:
+            continue  # this tile never fits: choose() never takes it
+        forced(lambda s, how=(tile, tokens, splits), M=M: plan.evaluate(s, M, FITTING, *how) if s.rank else plan.choose(s, M, FITTING))
+        launched = Launched()
+        assert torch.equal(run(x[:M], state, sizes(state), bias, FITTING, launched=launched), exact[:M].half()), (values, tokens)
+        assert launched.kernels[-1 if splits == 1 else -2].startswith("planes_fp16")
+
+
+@pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", None), ("int4", 32), ("int3", 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
+    """By `dense_*_planes`: one rounding on every entry. And what gradients take, `layout.dense`, is the same weight."""
+    forced(lambda s: plan.rebuild(s, 65, A100))
+    for (N, K), planes, rank in itertools.product(((5, 7), (33, 172)), (2, 3), (1, 3)):
+        packed = random_packed(PackedLayout(N, K, values, group_size, rank, planes=planes), seed=N, integers=True)
+        state, launched = layout.prepare((packed,), dtype), Launched()
+        y = run(torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1), state, sizes(state), None, A100, launched=launched)
+        assert launched.kernels == [f"dense_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_planes"]
+        assert torch.equal(y[:K].T, packed.dense().to(dtype)), (N, K, planes, rank)
+        plain = layout.dense(state.stream, state.V, state.U, *state[5:])
+        assert torch.equal(plain.to(dtype), packed.dense().to(dtype)), (N, K, planes, rank)
+
+
+@pytest.mark.parametrize("planes, rank, adapter_values", [(2, 1, None), (3, 2, "int8")])
+def test_fused_projections_with_planes(planes, rank, adapter_values):
+    rows, K = (100, 24, 37), 272
+    layouts = [PackedLayout(n, K, "int3", 32, rank, 20, planes=planes, adapter_values=adapter_values) for n in rows]
+    parts = [random_packed(each, seed=each.out_features, integers=True) for each in layouts]
+    state = layout.prepare(parts, torch.float16)
+    for M in (1, 40, 66):
+        x, launched = torch.randint(-2, 3, (M, K), generator=torch.Generator().manual_seed(M)).half(), Launched()
+        y = run(x, state, sizes(state), None, A100, launched=launched)
+        assert torch.equal(y, torch.cat([oracle(x, part)[0] for part in parts], -1).half()), M
+        assert sum(name.startswith("planes") for name in launched.kernels) == 1
+
+
+@pytest.mark.parametrize("dtype, rank", [(torch.float16, 1), (torch.bfloat16, 2)])
+def test_a_token_does_not_depend_on_the_others_with_planes(dtype, rank):
+    """Up to 64 also where two tiles of 32 tokens follow one."""
+    _, state, x, bias, _, _ = problem(PackedLayout(40, 520, "int4", 128, rank, 20, planes=2), dtype, False)
+    for regime in ((1, 8, 9, 16), (17, 32, 33, 64), (65, 130)):
+        largest = run(x[: max(regime)], state, sizes(state), bias, A100)
+        for M in regime[:-1]:
+            assert same_bits(run(x[:M], state, sizes(state), bias, A100), largest[:M]), M
+        assert same_bits(run(x[: max(regime)].roll(3, 0), state, sizes(state), bias, A100), largest.roll(3, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,7 @@ from slab_kernels.backends.cuda.launch import kernel_names, launches
 from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import (
     GPUS,
+    PLANES_REGISTERS,
     REGISTERS,
     SPLIT_TILES,
     TALL,
@@ -40,6 +41,7 @@ SHAPES = sorted({shape for name in MODELS for shape in layers(name)})
 DESIGN = sorted({shape for name in ("llama-2-7b", "llama-3-8b", "llama-3-70b") for shape in layers(name)})
 VALUES = ((W16, 4), (INT8, 4), (INT4, 1))  # and steps of 32 inputs that a scale covers
 RANKS = (0, 1, 2, 16)
+SIGNS = ((0, 1), (1, 1), (2, 1), (16, 1), (1, 2), (1, 3), (2, 3), (16, 2))  # ranks and sign planes
 TOKENS = (1, 8, 9, 16, 17, 33, 64, 65, 1000, 4096)  # both sides of every tile and regime
 GPU_NAMES = [gpu.name for gpu in GPUS]
 A100, H200 = GPUS[0], GPUS[4]
@@ -63,7 +65,7 @@ def constants() -> dict[str, int]:
     for formula in (
         "kTokenRow = 2 * kBlockInputs",
         "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
-        "scales_at = kSignsAt + (rank ? kSignBytes : 0)",
+        "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
         "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at + rank * kTokenRow",
         "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
         "ring = shared + my.group * p.stages * stage_bytes",
@@ -74,6 +76,9 @@ def constants() -> dict[str, int]:
         "slab::kRankOne, 2, kTiles>",  # row tiles of a warp: `blocks` of plan.Tile
         "slab::kRankAny, 2, kTiles>",
         "slab::kValues, slab::kRank, 4, kTiles>",
+        "slab::kRankOne, 2, kTiles, 2>",  # and planes
+        "slab::kRankOne, 2, kTiles, 3>",
+        "slab::kRankAny, 2, kTiles, slab::kPlanesAny>",
     ):
         assert formula.replace(" ", "") in flat, f"csrc/cuda no longer says {formula!r}"
     return found | {f"bytes{i}": int(values[i + 1]) for i in range(4)} | {"metadata": int(metadata[1])}
@@ -85,7 +90,7 @@ def shared_bytes_of(sizes: Sizes, M: int, tokens: int, tile: plan.Tile, stages: 
     c = _constants()
     scales = c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"] if sizes.values in (INT8, INT4) else 0
     block = c[f"bytes{sizes.values}"] + (0 if sizes.values == DENSE else c["metadata"])
-    block += (c["kSignBytes"] if sizes.rank else 0) + scales
+    block += (sizes.planes * c["kSignBytes"] if sizes.rank else 0) + scales
     staged = tile.warp_tokens * tokens
     rows = (staged if tokens // 8 >= 4 else min(staged, M)) + sizes.rank
     stage = rows * 2 * c["kBlockInputs"] + tile.warp_rows * tile.blocks * block
@@ -105,7 +110,8 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
     tile, threads = chosen.tile, chosen.tile.threads
     assert threads <= 256 and chosen.block == (threads, 1, 1) and 2 <= chosen.stages <= 4, where
     assert chosen.shared_bytes <= gpu.shared_limit, where
-    registers = (TALL_REGISTERS if tile.blocks == 4 else REGISTERS)[chosen.tokens]
+    family = PLANES_REGISTERS if sizes.planes > 1 else TALL_REGISTERS if tile.blocks == 4 else REGISTERS
+    registers = family[chosen.tokens]
     assert chosen.resident >= 1 and registers * threads * chosen.resident <= 65536, where
     assert (chosen.shared_bytes + 1024) * chosen.resident <= gpu.shared_total, where
     assert (chosen.stage_bytes, chosen.shared_bytes) == shared_bytes_of(sizes, M, chosen.tokens, tile, chosen.stages), where
@@ -119,18 +125,20 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
     shares = [end - start for start, end in itertools.pairwise(ends)]
     assert ends[-1] == sizes.k_blocks and min(shares) >= (tile.warp_inputs if chosen.splits > 1 else 1), where
     assert M <= 64 or (chosen.splits == 1 and tile.warp_inputs == 1), where
-    assert M > 64 or chosen.token_tiles == 1, where
+    # one tile takes all tokens of decoding; with several planes, whose warps hold no 64, two of 32
+    assert M > 64 or chosen.token_tiles == (2 if sizes.planes > 1 and M > 32 else 1), where
     # 64 rows a warp: not every kernel is compiled for them
     assert tile.blocks == 2 or (tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]), where
+    assert sizes.planes == 1 or tile.blocks == 2, where
     assert 3.0 <= chosen.microseconds < 1e6, where
 
 
-@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rank, planes", SIGNS)
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
-def test_every_layer_of_the_known_models(gpu, rank):
+def test_every_layer_of_the_known_models(gpu, rank, planes):
     """Fits, covers, and within a regime splits K in one way: a token's result depends on no other token."""
     for (N, K), (values, group_steps) in itertools.product(SHAPES, VALUES):
-        sizes = Sizes(K, (N,), values, group_steps, rank, 0)
+        sizes = Sizes(K, (N,), values, group_steps, rank, 0, planes)
         ways = [set(), set(), set()]
         for M in TOKENS:
             chosen = choose(sizes, M, gpu)
@@ -158,8 +166,8 @@ def test_every_adapter(gpu):
 def test_sizes_that_no_model_has(gpu):
     """One input, one row, K of one block, parts that are no multiple of anything, far more rows than a tile, every M up to 64."""
     for rows, K in itertools.product(((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)):
-        for values, rank in ((W16, 1), (INT4, 0), (INT8, 16)):
-            sizes = Sizes(K, rows, values, 2, rank, 2)
+        for values, rank, planes in ((W16, 1, 1), (INT4, 0, 1), (INT8, 16, 1), (INT4, 1, 3), (W16, 16, 2)):
+            sizes = Sizes(K, rows, values, 2, rank, 2, planes)
             ways = [set(), set(), set()]
             for M in (*range(1, 66), 4095):
                 check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
@@ -298,8 +306,8 @@ def test_sizes_that_fit_nowhere_are_refused():
 def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
     """`prepare` loads them, so that the first call may be captured into a graph."""
     named = set()
-    for (values, group_steps), rank, steps in itertools.product(VALUES, RANKS, (0, 4)):
-        sizes, dtype = Sizes(512, (72,), values, group_steps, rank, steps), (torch.float16, torch.bfloat16)[rank % 2]
+    for (values, group_steps), (rank, planes), steps in itertools.product(VALUES, SIGNS, (0, 4)):
+        sizes, dtype = Sizes(512, (72,), values, group_steps, rank, steps, planes), (torch.float16, torch.bfloat16)[rank % 2]
         ahead = kernel_names(sizes, dtype)
         assert len(set(ahead)) == len(ahead)
         named |= set(ahead)
@@ -312,13 +320,13 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
 
 def test_the_template_says_what_the_plan_says():
     """Parts of unequal rows: first tile, block and feature of each, in `LinearParams`."""
-    sizes = Sizes(1000, (100, 24, 37), INT8, 2, 2, 1)
+    sizes = Sizes(1000, (100, 24, 37), INT8, 2, 2, 1, 3)
     first, second = launches(sizes, 12, torch.float16, A100)
     p = launching.LinearParams.from_buffer_copy(second.template)
     tile = second.plan.tile
     rows = 16 * tile.blocks * tile.warp_rows
     assert (p.tokens, p.in_features, p.out_features, p.k_blocks, p.whole_blocks) == (12, 1000, 161, 8, 7)
-    assert (p.rank, p.group_steps, p.adapter_steps, p.parts, p.z_splits) == (2, 2, 1, 3, first.plan.splits)
+    assert (p.rank, p.planes, p.group_steps, p.adapter_steps, p.parts, p.z_splits) == (2, 3, 2, 1, 3, first.plan.splits)
     assert (p.warp_rows, p.warp_tokens, p.warp_inputs) == (tile.warp_rows, tile.warp_tokens, tile.warp_inputs)
     assert (p.stages, p.splits) == (second.plan.stages, second.plan.splits)
     assert list(p.part_row) == [0, 100, 124, 161, 0] and list(p.part_block) == [0, 7, 9, 12, 0]

@@ -13,12 +13,12 @@ namespace slab {
 
 __device__ __forceinline__ uint32_t read32(const uint8_t* p) { return __ldg(reinterpret_cast<const uint32_t*>(p)); }
 
-template <class T, int kValues>
+template <class T, int kValues, bool kPlanes>  // kPlanes: two or three, else one
 __device__ __forceinline__ void rebuild(const LinearParams& p) {
   constexpr bool kScaled = kValues == kI8 || kValues == kI4;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int signs_at = stream_value_bytes(kValues) + stream_metadata_bytes(kValues);
-  const int scales_at = signs_at + (p.rank ? kSignBytes : 0);
+  const int scales_at = signs_at + (p.rank ? (kPlanes ? p.planes : 1) * kSignBytes : 0);
   const int block_bytes = scales_at + stream_scale_bytes(kValues, kScaled ? p.group_steps : kSteps);
   const int warps = gridDim.x * (blockDim.x / 32), blocks = p.part_block[p.parts] * p.k_blocks;
   for (int b = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; b < blocks; b += warps) {
@@ -27,8 +27,11 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
     for (int i = 1; i < p.parts; ++i)
       if (row_block >= p.part_block[i]) part = i;
     const uint8_t* const block = p.stream + int64_t(b) * block_bytes;
-    const uint32_t signs = p.rank ? read32(block + signs_at + 4 * lane) : 0;
+    uint32_t signs = !kPlanes && p.rank ? read32(block + signs_at + 4 * lane) : 0;
+    const uint32_t third = kPlanes && p.planes == 3 ? read32(block + signs_at + 2 * kSignBytes + 4 * lane) : 0;
+    const float top = p.planes == 3 ? 1.75f : 1.5f;
     for (int step = 0; step < kSteps; ++step) {
+      if constexpr (kPlanes) signs = read32(block + signs_at + 8 * lane + 4 * (step / 2));
       uint32_t a[4];
       if constexpr (kValues == kW16) {
 #pragma unroll
@@ -67,7 +70,9 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
           pruned[3] = fmaf(u, T::widen(uint16_t(high >> 16)), pruned[3]);
         }
         const int first = first_position(nibble), second = second_position(nibble);
-        const uint32_t negative = signs << (4 * step + i);  // bit 15: first pruned entry, bit 31: second
+        const uint32_t negative = signs << (4 * step + i);         // bit 15: first pruned entry, bit 31: second
+        const uint32_t index = signs >> (8 * (step % 2) + 2 * i);  // of two planes: bits 0, 1 and 16, 17
+        const uint32_t half = third >> (4 * step + c + 2 * h);     // bits 0 and 16
         uint16_t w[4];
         bool seen = false;
 #pragma unroll
@@ -77,7 +82,11 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
           } else if (j == second) {
             w[j] = T::narrow(kept[1]);
           } else {
-            w[j] = T::narrow((negative & (seen ? 0x80000000u : 0x8000u)) ? -pruned[j] : pruned[j]);
+            const int up = seen ? 16 : 0;
+            if constexpr (kPlanes)
+              w[j] = T::narrow((top - float(index >> up & 3u) - 0.5f * float(half >> up & 1u)) * pruned[j]);
+            else
+              w[j] = T::narrow((negative & (0x8000u << up)) ? -pruned[j] : pruned[j]);
             seen = true;
           }
         }

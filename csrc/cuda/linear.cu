@@ -3,9 +3,10 @@
 //   linear_<activations>_<values>_<rank>_t<tokens of a warp>   the fused linear: a dozen for each of four token tiles
 //   tall_<activations>_<values>_<rank>_t<tokens of a warp>     the same with 64 rows a warp where registers allow it: half
 //                                                              the reads and products of activations, a dozen in all
+//   planes_<activations>_<values>_<planes>_t<tokens of a warp> two or three sign planes of rank one, or any of any rank
 //   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
 //   reduce_<activations>                                       adds the K-splits of a small layer, after it
-//   dense_<activations>_<values>                               the weight rebuilt, for cuBLAS
+//   dense_<activations>_<values>[_planes]                      the weight rebuilt, for cuBLAS
 #include "dense.cuh"
 #include "linear.cuh"
 
@@ -57,16 +58,32 @@ SLAB_TOKENS(64, 8, 1)
   SLAB_KERNEL(tall_##act##_##values##_##rank##_t##tokens, 1,            \
               (slab::linear<slab::T, slab::kValues, slab::kRank, 4, kTiles>(p)))
 
-#define SLAB_REST(act, T)                                                    \
-  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 8, 1)                          \
-  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 16, 2)                         \
-  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 8, 1)                          \
-  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 16, 2)                         \
-  SLAB_TALL(act, T, w16, kW16, one, kRankOne, 32, 4)                         \
-  SLAB_TALL(act, T, w16, kW16, none, kRankNone, 64, 8)                       \
-  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                     \
-  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16>(p))) \
-  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8>(p))) \
-  SLAB_KERNEL(dense_##act##_int4, 4, (slab::rebuild<slab::T, slab::kI4>(p)))
+#define SLAB_PLANES_TILE(act, T, values, kValues, tokens, kTiles, occupancy)           \
+  SLAB_KERNEL(planes_##act##_##values##_two_t##tokens, occupancy,                      \
+              (slab::linear<slab::T, slab::kValues, slab::kRankOne, 2, kTiles, 2>(p))) \
+  SLAB_KERNEL(planes_##act##_##values##_three_t##tokens, occupancy,                    \
+              (slab::linear<slab::T, slab::kValues, slab::kRankOne, 2, kTiles, 3>(p))) \
+  SLAB_KERNEL(planes_##act##_##values##_any_t##tokens, occupancy,                      \
+              (slab::linear<slab::T, slab::kValues, slab::kRankAny, 2, kTiles, slab::kPlanesAny>(p)))
+
+#define SLAB_PLANES(act, T, values, kValues)          \
+  SLAB_PLANES_TILE(act, T, values, kValues, 8, 1, 2)  \
+  SLAB_PLANES_TILE(act, T, values, kValues, 32, 4, 1) \
+  SLAB_KERNEL(dense_##act##_##values##_planes, 4, (slab::rebuild<slab::T, slab::kValues, true>(p)))
+
+#define SLAB_REST(act, T)                                                           \
+  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 8, 1)                                 \
+  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 16, 2)                                \
+  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 8, 1)                                 \
+  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 16, 2)                                \
+  SLAB_TALL(act, T, w16, kW16, one, kRankOne, 32, 4)                                \
+  SLAB_TALL(act, T, w16, kW16, none, kRankNone, 64, 8)                              \
+  SLAB_PLANES(act, T, w16, kW16)                                                    \
+  SLAB_PLANES(act, T, int8, kI8)                                                    \
+  SLAB_PLANES(act, T, int4, kI4)                                                    \
+  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                            \
+  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16, false>(p))) \
+  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8, false>(p))) \
+  SLAB_KERNEL(dense_##act##_int4, 4, (slab::rebuild<slab::T, slab::kI4, false>(p)))
 SLAB_REST(fp16, Fp16)
 SLAB_REST(bf16, Bf16)

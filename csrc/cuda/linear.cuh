@@ -21,8 +21,9 @@
 namespace slab {
 
 constexpr int kRankNone = 0, kRankOne = 1, kRankAny = -1;
+constexpr int kPlanesAny = -1;  // two or three, known at run time
 
-template <class T, int kValues, int kRank, int kRowTiles, int kTiles>
+template <class T, int kValues, int kRank, int kRowTiles, int kTiles, int kPlanes = 1>
 struct Linear {
   static constexpr int kWarpRows = kRowTiles * kBlockRows;
   static constexpr int kTokens = 8 * kTiles;  // of a warp
@@ -35,8 +36,14 @@ struct Linear {
   static constexpr bool kWide = kTiles >= 4;  // a whole tile of tokens is staged; below that only those that exist
   static constexpr int kValueBytes = stream_value_bytes(kValues);
   static constexpr int kSignsAt = kValueBytes + stream_metadata_bytes(kValues);
+  static constexpr int kWholeBytes = kPlanes == 1 ? kValueBytes : kSignsAt + 2 * kSignBytes;  // copied by all lanes
+  static constexpr bool kThird = kPlanes == 3 || kPlanes == kPlanesAny;
+  // With several planes the sign operand of one rank is the level (an odd multiple of the last plane's unit), not the level
+  // times u: u multiplies its sums once, at the end. Levels of several ranks are multiplied by their u, and rounded.
+  static constexpr bool kLevels = kPlanes > 1;
   // Sparse products of few tokens are a chain of dependent mma, 33 cycles each: the signs get a chain of their own.
-  static constexpr bool kTwoChains = kValues == kW16 && kTiles <= 2;
+  static constexpr bool kTwoChains = (kValues == kW16 && kTiles <= 2) || kLevels;
+  static_assert(kPlanes == 1 || (kWholeBytes % 512 == 0 && kRank == (kPlanes == kPlanesAny ? kRankAny : kRankOne)));
 
   // Tiles of 64 tokens and the loop over ranks have no register to spare, and their products hide a few additions.
   static constexpr bool kHolds = kTiles < 8 && kRank == kRankOne;
@@ -45,7 +52,7 @@ struct Linear {
   const LinearParams& p;
   const Place at;
   const Role my;
-  int rank, tokens;  // tokens: of this CTA, that exist
+  int rank, planes, tokens;  // tokens: of this CTA, that exist
   uint32_t ring, ring_end, stage_bytes, read, write;
   // What this lane copies: up to kRowTiles weight blocks, rows 2 members apart of the activations, a row of v
   const uint8_t *weights_from[kRowTiles], *x_from;     // of this group's first K-block
@@ -54,16 +61,17 @@ struct Linear {
   bool copies[kRowTiles];
   uint64_t policy;
   // Where this lane reads, from the start of a stage
-  uint32_t values_at[kRowTiles], metadata_at, signs_at, scales_at, v_at, x_at[kWide ? 1 : kTiles], magic;
+  uint32_t values_at[kRowTiles], metadata_at, signs_at, scales_at, v_at, x_at[kWide ? 1 : kTiles], magic, level_magic;
   float acc[kRowTiles][kTiles][4], low[kRowTiles][kTwoChains ? kTiles : 1][4];
 
   __device__ __forceinline__ Linear(const LinearParams& params, uint32_t shared)
       : p(params), at(place_of<kRowTiles>(params)), my(role_of(params)) {
     const int lane = my.lane, member = my.member, members = my.members;
     rank = kRank != kRankAny ? kRank : kSparse ? p.rank : 0;
+    planes = kPlanes != kPlanesAny ? kPlanes : p.planes;
     const int staged = p.warp_tokens * kTokens, first_token = at.token * staged;
     tokens = min(staged, p.tokens - first_token);
-    scales_at = kSignsAt + (rank ? kSignBytes : 0);
+    scales_at = kSignsAt + (rank ? planes * kSignBytes : 0);
     const int block_bytes = scales_at + stream_scale_bytes(kValues, kScaled ? p.group_steps : kSteps);
     const int v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow,
               weights_at = v_rows_at + rank * kTokenRow;
@@ -74,7 +82,7 @@ struct Linear {
 
     const int first = first_block();
     whole = p.whole_blocks - first;
-    tail = (block_bytes - kValueBytes) / 16;  // metadata, signs, scales: at most 32 pieces of 16 bytes
+    tail = (block_bytes - kWholeBytes) / 16;  // metadata, signs, scales: at most 32 pieces of 16 bytes
     policy = weight_policy(p.token_tiles == 1);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -94,7 +102,8 @@ struct Linear {
     v_to = held(v_rows_at + 16 * (lane % 16));
     v_at = held(v_rows_at + lane / 8 * 16);
     metadata_at = kValueBytes - 8 * lane;  // the others are relative to values_at, which holds 16 lane
-    signs_at = kSignsAt - 12 * lane;
+    // Of one plane, or the third; the words of the first two planes lie like those of the metadata.
+    signs_at = kSignsAt + (kThird ? 2 * kSignBytes : 0) - 12 * lane;
     scales_at += lane / 4 * 4 - 16 * lane;
     metadata_at = held(metadata_at), signs_at = held(signs_at), scales_at = held(scales_at);
 #pragma unroll
@@ -106,6 +115,7 @@ struct Linear {
     // A LOP3 takes one immediate. In a register that no compiler can know (the sign of p.tokens is 0), the magic number
     // lets mask and magic be one instruction.
     magic = (kValues == kI8 ? T::kByteMagic : T::kNibbleMagic) | (kHolds ? uint32_t(p.tokens) >> 31 : 0u);
+    level_magic = T::kNibbleMagic | (kHolds ? uint32_t(p.tokens) >> 31 : 0u);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -125,17 +135,18 @@ struct Linear {
   template <int kAt>
   __device__ __forceinline__ void copy_pieces(bool yes, uint32_t to, const uint8_t* from) const {
     copy16_if<kAt>(yes, to, from, policy);
-    if constexpr (kAt + 512 < kValueBytes) copy_pieces<kAt + 512>(yes, to, from);
+    if constexpr (kAt + 512 < kWholeBytes) copy_pieces<kAt + 512>(yes, to, from);
   }
 
   __device__ __forceinline__ void copy(int n) {  // n: K-blocks after this group's first
-    const uint32_t block_bytes = 16 * tail + kValueBytes;
+    const uint32_t block_bytes = 16 * tail + kWholeBytes;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       // base + n * size: one multiply-add into a register pair that LDGSTS can take
       const uint8_t* const from = weights_from[m] + uint64_t(uint32_t(n)) * block_bytes;
       copy_pieces<0>(copies[m], write + weights_to[m], from);
-      if (kSparse) copy16_if<kValueBytes>(copies[m] && my.lane < tail, write + weights_to[m], from, policy);
+      if constexpr (kSparse && (kScaled || kPlanes == 1 || kThird))
+        copy16_if<kWholeBytes>(copies[m] && my.lane < tail, write + weights_to[m], from, policy);
     }
     const uint64_t along = uint64_t(uint32_t(n)) * kTokenRow;
     if (kRank == kRankOne) copy16_if(copy_row == 0, write + v_to, p.v + v_from + along);
@@ -185,7 +196,7 @@ struct Linear {
 
   struct Block {                                        // what a warp keeps of one K-block
     uint32_t values[kRowTiles], x[kWide ? 1 : kTiles];  // addresses
-    uint32_t words[kRowTiles][4], metadata[kRowTiles][2], pruned[kRowTiles][2], signs[kRowTiles];
+    uint32_t words[kRowTiles][4], metadata[kRowTiles][2], pruned[kRowTiles][2], signs[kRowTiles][kThird ? 3 : kPlanes];
     float sum[kRowTiles][kScaled ? kPass : 1][4];  // of the current scale group
   };
 
@@ -270,14 +281,37 @@ struct Linear {
       }
   }
 
+  // Levels of row half kHalf: 3/2 or 7/4 less the index that stands from bit kIndexAt + 2 kHalf on, exactly. The third
+  // plane's bit stands right below it: half a unit.
+  template <int kStep, int kColumn, int kHalf>
+  __device__ __forceinline__ uint32_t levels(const uint32_t (&signs)[kThird ? 3 : kPlanes]) const {
+    constexpr int kAt = T::kIndexAt + 2 * kHalf, kScale = 0x00010001 * (kAt << T::kMantissaBits);
+    constexpr uint32_t kTwo = 0x00030003u << (kAt - 1), kThree = 0x00070007u << (kAt - 2);
+    const uint32_t index = shift_down<8 * (kStep % 2) + 4 * kColumn - T::kIndexAt>(signs[kStep / 2]);
+    uint32_t word = and_or(index, 0x00030003u << kAt, level_magic);
+    if constexpr (kThird)
+      word = and_or(shift_down<4 * kStep + kColumn + 1 - T::kIndexAt>(signs[2]), 0x00010001u << (kAt - 1), word);
+    return T::fma(word, (T::kOne - kScale) | 0x80008000u, T::kNibbleMagic - kScale + (planes == 2 ? kTwo : kThree));
+  }
+
   template <int kStep>
   __device__ __forceinline__ void add_signs(const Block& k, const uint32_t (&b)[kWindow][4], int first,
                                             const uint32_t (&u)[kRowTiles][2], const uint32_t (&v)[4]) {
     uint32_t a[kRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
+    for (int m = 0; m < kRowTiles; ++m) {
+      if constexpr (kPlanes == 1) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[m][i] = and_xor(k.signs[m] << (4 * kStep + i), 0x80008000u, u[m][i % 2]);
+        for (int i = 0; i < 4; ++i) a[m][i] = and_xor(k.signs[m][0] << (4 * kStep + i), 0x80008000u, u[m][i % 2]);
+      } else {
+        a[m][0] = levels<kStep, 0, 0>(k.signs[m]), a[m][1] = levels<kStep, 0, 1>(k.signs[m]);
+        a[m][2] = levels<kStep, 1, 0>(k.signs[m]), a[m][3] = levels<kStep, 1, 1>(k.signs[m]);
+        if constexpr (!kLevels) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[m][i] = T::multiply(a[m][i], u[m][i % 2]);
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kWindow; ++n) {
       uint32_t scaled[4];
@@ -329,7 +363,14 @@ struct Linear {
       if constexpr (kSparse) {
         load_shared(k.metadata[m], k.values[m] + metadata_at);
         if (kRank == kRankOne || rank) {
-          k.signs[m] = load_shared32(k.values[m] + signs_at);
+          if constexpr (kPlanes == 1) {
+            k.signs[m][0] = load_shared32(k.values[m] + signs_at);
+          } else {
+            uint32_t two[2];
+            load_shared(two, k.values[m] + metadata_at + (kSignsAt - kValueBytes));
+            k.signs[m][0] = two[0], k.signs[m][1] = two[1];
+            if constexpr (kThird) k.signs[m][2] = planes == 3 ? load_shared32(k.values[m] + signs_at) : 0;
+          }
 #pragma unroll
           for (int h = 0; h < 2; ++h) k.pruned[m][h] = complement_nibbles(k.metadata[m][h]);
         }
@@ -374,7 +415,12 @@ struct Linear {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[m][n][i] += low[m][n][i];
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (kLevels)
+              acc[m][n][i] = fmaf(T::widen(uint16_t(u[m][i / 2])), low[m][n][i], acc[m][n][i]);
+            else
+              acc[m][n][i] += low[m][n][i];
+          }
     }
   }
 
@@ -446,11 +492,11 @@ struct Linear {
   }
 };
 
-template <class T, int kValues, int kRank, int kRowTiles, int kTiles>
+template <class T, int kValues, int kRank, int kRowTiles, int kTiles, int kPlanes = 1>
 __device__ __forceinline__ void linear(const LinearParams& p) {
   extern __shared__ __align__(256) uint8_t shared[];
   let_successor_start();
-  Linear<T, kValues, kRank, kRowTiles, kTiles> work(p, shared_address(shared));
+  Linear<T, kValues, kRank, kRowTiles, kTiles, kPlanes> work(p, shared_address(shared));
   work.multiply_all();
   if (kValues != kDense && p.adapter_steps && blockIdx.y == 0) work.add_adapter();
   work.store(reinterpret_cast<float*>(shared));

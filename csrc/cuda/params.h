@@ -10,6 +10,10 @@
 //   metadata  32 lanes x 2 words: word h serves steps 2h (selector 0) and 2h + 1 (selector 1)
 //   signs     only with rank > 0: 32 lanes x 1 word, one bit a pruned entry, laid out so that a left shift by 4 step + i
 //             brings the signs of a_i's halves to bits 15 and 31
+//             two or three planes: 32 lanes x 2 words, word h serves steps 2h and 2h + 1. A pruned entry's bits of the first
+//             two planes, the larger one above, are the index of its level, 3/2 - index; those of a_i's halves (i = 2c + h)
+//             stand 8 (step % 2) + 2 i above bits 0 and 16. Then the third plane: 32 lanes x 1 word, 4 step + c + 2 h above
+//             bits 0 and 16
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
 // w16 with signs: 2432 bytes = 9.5 bits a weight. Every block is a multiple of 16 bytes.
@@ -31,7 +35,7 @@ constexpr SLAB_HD int stream_value_bytes(int values) {
   return values == kW16 ? 2048 : values == kI8 ? 1024 : values == kI4 ? 512 : 4096;
 }
 constexpr SLAB_HD int stream_metadata_bytes(int values) { return values == kDense ? 0 : 256; }
-constexpr int kSignBytes = 128;
+constexpr int kSignBytes = 128;  // of a plane
 constexpr SLAB_HD int stream_scale_bytes(int values, int group_steps) {
   return values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0;
 }
@@ -48,8 +52,9 @@ struct LinearParams {
   float* partial;         // [splits][tokens][out_features], summed by `reduce`; null: y is written
   int64_t token_stride;   // elements
   int tokens, in_features, out_features, k_blocks;
-  int whole_blocks;       // K-blocks whose activations are copied 16 bytes at a time; 0 if x_ragged
-  int rank, group_steps;  // steps of 32 inputs a scale covers: 1, 2, 4
+  int whole_blocks;  // K-blocks whose activations are copied 16 bytes at a time; 0 if x_ragged
+  int rank, planes;  // of signs: 1, 2, 3
+  int group_steps;   // steps of 32 inputs a scale covers: 1, 2, 4
   int adapter_steps, z_splits;
   int bias_type;                            // 0 none, 1 fp32, 2 fp16, 3 bf16
   int x_ragged;                             // rows of x are not 16-byte aligned: they are copied element by element

@@ -103,6 +103,14 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32
   return (word & mask) ^ value;
 }
 
+template <int kBits>  // up, if it is negative
+__device__ __forceinline__ uint32_t shift_down(uint32_t word) {
+  if constexpr (kBits < 0)
+    return word << -kBits;
+  else
+    return word >> kBits;
+}
+
 __device__ __forceinline__ float widen_fp16(uint16_t h) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -152,6 +160,8 @@ struct Fp16 {
     return r;
   }
   static constexpr uint32_t kByteMagic = 0x64646464u, kNibbleMagic = 0x64006400u;  // 0x6400 | n is 1024 + n, exactly
+  static constexpr uint32_t kOne = 0x3C003C00u;
+  static constexpr int kMantissaBits = 10, kIndexAt = 4;  // bits kIndexAt - 2 to kIndexAt + 3 are mantissa
   // Bytes 0 and 2 of w hold q + 128 of one register, bytes 1 and 3 of the next. One PRMT, one HADD2 each.
   static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w, uint32_t magic) {
     even = add(__byte_perm(w, magic, 0x4240), 0xE480E480u);  // - 1152
@@ -188,6 +198,8 @@ struct Bf16 {
   }
   static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return fma(a, b, 0x80008000u); }
   static constexpr uint32_t kByteMagic = 0x43004300u, kNibbleMagic = 0x43004300u;
+  static constexpr uint32_t kOne = 0x3F803F80u;
+  static constexpr int kMantissaBits = 7, kIndexAt = 2;
   // Seven mantissa bits: 0x4300 | low seven bits is 128 + low; the eighth bit turns 256 into 128. Two LOP3, one HFMA2.
   static __device__ __forceinline__ uint32_t from_bytes(uint32_t w, uint32_t magic) {
     return fma(and_xor(w, 0x00800080u, magic ^ 0x00800080u), 0xBF80BF80u, and_or(w, 0x007F007Fu, magic));

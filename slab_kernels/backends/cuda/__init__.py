@@ -6,7 +6,8 @@ fp32 accumulation; deterministic, and within a regime (up to 16 tokens, up to 64
 token. Above 64 that holds for every tile of ours; where the plan rebuilds the weight instead, cuBLAS has the word.
 
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be; v * x is rounded to the
-activations' type, u * v is not rounded at all.
+activations' type, u * v is not rounded at all. Only where a rank above 1 meets several sign planes, u times the level
+(1/2 or 3/2; 1/4 to 7/4) is rounded to the activations' type too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NAMESPACE = "slab_kernels"
 OLDEST = (8, 0)  # mma.sp, cp.async
 ARGUMENTS = (
     "(Tensor x, Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? bias, int in_features, int[] rows, "
-    "int value_type, int group_steps, ScalarType dtype) -> Tensor"
+    "int value_type, int group_steps, int planes, ScalarType dtype) -> Tensor"
 )
 _REGISTERING = threading.Lock()
 
@@ -47,8 +48,6 @@ class CudaBackend(Backend):
             reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
-        if problem.planes > 1:
-            reasons.append(f"it runs one sign plane, not {problem.planes}")
         if problem.device != "cuda":
             reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
         elif capability and capability < OLDEST:
@@ -68,7 +67,7 @@ class CudaBackend(Backend):
         state = layout.prepare(parts, dtype or torch.float16)
         if state.stream.is_cuda:  # now, so that the first call may be captured into a graph
             register()
-            for name in kernel_names(sizes_of(*state[:9]), state.dtype):
+            for name in kernel_names(sizes_of(*state[:10]), state.dtype):
                 driver.load(name, state.stream.device.index)
         return state
 
@@ -94,15 +93,15 @@ class CudaBackend(Backend):
         found = gpu_named(gpu) if gpu is not None else device_of(torch.cuda.current_device()).gpu
         group_steps, adapter_steps = (problem.group_size or 128) // 32, -(-problem.adapter_rank // 16)
         values, M = STREAM_VALUES[problem.values], max(problem.M, 1)
-        sizes = Sizes(problem.K, (problem.N,), values, group_steps, problem.rank, adapter_steps)
+        sizes = Sizes(problem.K, (problem.N,), values, group_steps, problem.rank, adapter_steps, problem.planes)
         dense = dense_microseconds(problem.N, problem.K, M, found)
         return f"{found.name}: {choose(sizes, M, found).describe()}; a dense fp16 linear by the same model: {dense:.1f} us"
 
 
-def sizes_of(stream, V, U, P, Q, in_features: int, rows: Sequence[int], values: int, group_steps: int) -> Sizes:
+def sizes_of(stream, V, U, P, Q, in_features: int, rows: Sequence[int], values: int, group_steps: int, planes: int) -> Sizes:
     """A state's tensors and sizes as plans want them."""
     rank = 0 if V is None else V.shape[1]
-    return Sizes(in_features, tuple(rows), values, group_steps, rank, 0 if P is None else P.shape[1])
+    return Sizes(in_features, tuple(rows), values, group_steps, rank, 0 if P is None else P.shape[1], planes)
 
 
 @functools.cache
@@ -118,9 +117,9 @@ def device_of(index: int) -> Device:
     return Device(gpu, queue)
 
 
-def _linear(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, dtype):
+def _linear(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, planes, dtype):
     check(x, stream, bias, in_features, sum(rows), dtype)
-    sizes = sizes_of(stream, V, U, P, Q, in_features, rows, values, group_steps)
+    sizes = sizes_of(stream, V, U, P, Q, in_features, rows, values, group_steps, planes)
     return linear(x, stream, V, U, P, Q, bias, sizes, device_of(x.device.index))
 
 
@@ -142,13 +141,13 @@ def check(x: Tensor, stream: Tensor, bias: Tensor | None, in_features: int, out_
         raise TypeError(f"bias is on {bias.device}, x on {x.device}")
 
 
-def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, dtype):
+def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, planes, dtype):
     torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 
 def _setup_context(ctx, inputs, output):
-    _, *tensors, _, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.dtype = inputs
+    _, *tensors, _, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.planes, ctx.dtype = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -157,7 +156,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         wide = grad.float()
-        W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.dtype)
+        W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.planes, ctx.dtype)
         grad_x = wide @ W
         if P is not None:
             parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, ctx.dtype)
@@ -166,7 +165,7 @@ def _backward(ctx, grad):
         grad_x = grad_x.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * 5, grad_bias, *(None,) * 5
+    return grad_x, *(None,) * 5, grad_bias, *(None,) * 6
 
 
 def register() -> None:

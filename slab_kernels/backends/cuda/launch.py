@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base import MAX_PARTS
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, W16, adapters
-from .plan import REGISTERS, TALL, Gpu, Plan, Rebuild, Sizes, choose
+from .plan import REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -35,8 +35,8 @@ class LinearParams(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "tokens", "in_features", "out_features", "k_blocks", "whole_blocks", "rank", "group_steps", "adapter_steps", "z_splits",
-                "bias_type", "x_ragged", "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
+                "tokens", "in_features", "out_features", "k_blocks", "whole_blocks", "rank", "planes", "group_steps", "adapter_steps",
+                "z_splits", "bias_type", "x_ragged", "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
                 "splits", "parts",
             )
         ),
@@ -63,7 +63,7 @@ def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launc
     act = DTYPE_NAMES[dtype]
     first, z_splits, chosen = None, 1, choose(sizes, M, gpu)
     if isinstance(chosen, Rebuild):
-        return None, _Launch(f"dense_{act}_{VALUE_NAMES[sizes.values]}", chosen, _template(sizes, M, chosen, 0))
+        return None, _Launch(_dense_name(sizes, act), chosen, _template(sizes, M, chosen, 0))
     if sizes.adapter_steps:
         inner = sizes.adapter()
         adapter = choose(inner, M, gpu)
@@ -74,25 +74,32 @@ def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launc
 
 
 def _name(sizes: Sizes, act: str, tokens: int, tall: bool) -> str:
+    if sizes.planes > 1:
+        which = "any" if sizes.rank > 1 else "two" if sizes.planes == 2 else "three"
+        return f"planes_{act}_{VALUE_NAMES[sizes.values]}_{which}_t{tokens}"
     rank = "one" if sizes.rank == 1 else "none" if tall else "any"
     return f"{'tall' if tall else 'linear'}_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{tokens}"
+
+
+def _dense_name(sizes: Sizes, act: str) -> str:
+    return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_planes' if sizes.planes > 1 else ''}"
 
 
 def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
     """Every kernel that this weight may ever use, whatever the number of tokens."""
     act = DTYPE_NAMES[dtype]
-    names = [_name(sizes, act, tokens, False) for tokens in REGISTERS]
-    names += [_name(sizes, act, tokens, True) for tokens in TALL.get((sizes.values, sizes.rank), ())]
+    names = [_name(sizes, act, tokens, tall) for tall in (False, True) for tokens in sizes.warp_tokens(tall)]
     if sizes.adapter_steps:
         names += [f"adapter_{act}_t{tokens}" for tokens in REGISTERS]
-    return [*names, f"reduce_{act}", f"dense_{act}_{VALUE_NAMES[sizes.values]}"]
+    return [*names, f"reduce_{act}", _dense_name(sizes, act)]
 
 
 def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> bytes:
     p, tiles = LinearParams(), [0] * MAX_PARTS
     p.tokens, p.in_features, p.out_features, p.k_blocks = M, sizes.K, sum(sizes.rows), sizes.k_blocks
     p.whole_blocks = sizes.K // BLOCK_INPUTS
-    p.rank, p.group_steps, p.adapter_steps, p.z_splits = sizes.rank, sizes.group_steps, sizes.adapter_steps, z_splits
+    p.rank, p.planes, p.group_steps = sizes.rank, sizes.planes, sizes.group_steps
+    p.adapter_steps, p.z_splits = sizes.adapter_steps, z_splits
     if isinstance(chosen, Plan):
         tile = chosen.tile
         p.warp_rows, p.warp_tokens, p.warp_inputs = tile.warp_rows, tile.warp_tokens, tile.warp_inputs

@@ -11,6 +11,7 @@ each other, V, U, P and Q keep a slot each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ... import bitpacking as bits
-from ...format import INTEGER_RANGES, VALUE_TYPES, PackedWeight, RangeError, ShapeError
+from ...format import INTEGER_RANGES, VALUE_TYPES, PackedWeight, RangeError, ShapeError, plane_unit
 from .. import factors
 from ..base import differences
 
 BLOCK_ROWS, BLOCK_INPUTS = 16, 128
 W16, INT8, INT4, DENSE = range(4)  # StreamValues of csrc/cuda/params.h
-STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4}
+# int3 is widened to int4's stream: it saves room on disk, on the GPU it takes int4's.
+STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4, "int3": INT4}
 VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # of a block
 METADATA_BYTES, SIGN_BYTES = 256, 128
 ACTIVATIONS = (torch.float16, torch.bfloat16)
@@ -42,13 +44,15 @@ class CudaState(NamedTuple):
     rows: tuple[int, ...]  # out_features of each part
     values: int
     group_steps: int  # steps of 32 inputs that a scale covers: 1, 2, 4
+    planes: int  # of signs: 1, 2, 3
     dtype: torch.dtype  # of the activations
 
 
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     """One stream for the parts, in order.
 
-    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would).
+    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would), int3
+    values as int4.
 
     Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts, RangeError for numbers that fp16
     activations' kernels cannot hold.
@@ -70,11 +74,11 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         P, Q = torch.cat(P), torch.cat(Q)
     rows = tuple(layout.out_features for layout in layouts)
     group_steps = (first.group_size or BLOCK_INPUTS) // 32
-    return CudaState(stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, dtype)
+    return CudaState(stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, first.planes, dtype)
 
 
 def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, rows: Sequence[int], values: int,
-          group_steps: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+          group_steps: int, planes: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
     """What a stream stands for, adapters excepted: [sum of rows, K] fp32. The inverse of `prepare` up to its rounding."""
     blocks, k_blocks, _ = stream.shape
     shape = (blocks, k_blocks)
@@ -93,13 +97,15 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
     metadata = stream[..., at : at + METADATA_BYTES].reshape(*shape, 8, 2, 2, 2, 2, 2)  # g selector even h2 h pair
     metadata = metadata.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(blocks * 16, k_blocks * 16)
     at += METADATA_BYTES
-    negative = None
+    level = None
     if U is not None:
-        words = stream[..., at : at + SIGN_BYTES].contiguous().view(torch.int32).view(*shape, 8, 4)[..., None, None, None, None]
-        half, step, c, h = _sign_axes(stream.device)
-        signs = words >> (15 + 16 * half - 4 * step - 2 * c - h) & 1  # blocks k g t half step c h
-        negative = signs.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64).bool()
-        at += SIGN_BYTES
+        level = 0.0
+        for plane, (first, length, place) in enumerate(_sign_places(planes, stream.device)):
+            words = stream[..., at + first : at + first + length].contiguous().view(torch.int32 if length == SIGN_BYTES else torch.int64)
+            negative = words.view(*shape, 8, 4, 1, 1, 1, 1) >> place & 1  # blocks k g t half step c h
+            level = level + (1 - 2 * negative) / 2.0**plane
+        level = level.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
+        at += planes * SIGN_BYTES
     if values in (INT8, INT4):
         scales = stream[..., at:].contiguous().view(torch.bfloat16).float().view(*shape, -1, 8, 2)
         scales = scales.permute(0, 4, 3, 1, 2).reshape(blocks, 16, k_blocks, -1)
@@ -108,7 +114,7 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
     i0, i1 = bits.kept_positions(metadata)
     W = bits.scatter_positions(kept, i0, i1)
     if U is not None:
-        W = W + _sign_term(V, U, negative, i0, i1, rows, dtype)
+        W = W + _sign_term(V, U, level, i0, i1, rows, dtype)
     parts, first = [], 0
     for count in rows:
         parts.append(W[first : first + count, :in_features])
@@ -129,15 +135,14 @@ def adapters(P: Tensor, Q: Tensor, in_features: int, rows: Sequence[int], dtype:
     return parts
 
 
-def _sign_term(V, U, negative, i0, i1, rows, dtype) -> Tensor:
+def _sign_term(V, U, level, i0, i1, rows, dtype) -> Tensor:
     u = U.contiguous().view(torch.int16)[:, ::2].contiguous().view(dtype).float()
     L, first = [], 0
     for slot, count in enumerate(rows):
         padded = -(-count // BLOCK_ROWS) * BLOCK_ROWS
         L.append(u[first : first + padded] @ V[slot].float())
         first += padded
-    sign = bits.scatter_positions(1.0 - 2.0 * negative, *bits.pruned_positions(i0, i1))
-    return torch.cat(L) * sign
+    return torch.cat(L) * bits.scatter_positions(level, *bits.pruned_positions(i0, i1))
 
 
 def _blocks(packed: PackedWeight) -> tuple[int, int]:
@@ -149,11 +154,16 @@ def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
     return pad(t[:, :columns], (0, columns - min(columns, t.shape[1]), 0, rows - t.shape[0]), value=value)
 
 
-def _sign_axes(device) -> tuple[Tensor, ...]:
-    """half, step, c, h of the 32 pruned entries of a lane, broadcast against each other in that order."""
-    sizes = (2, 4, 2, 2)
-    axes = (torch.arange(n, dtype=torch.int32, device=device) for n in sizes)
-    return tuple(a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))
+def _sign_places(planes: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
+    """Of each plane: its first byte after the metadata, the bytes of all lanes' words, and the bit of a lane's word that holds
+    the sign of each of its 32 pruned entries: [half, step, c, h], int64."""
+    axes = (torch.arange(n, device=device) for n in (2, 4, 2, 2))
+    half, step, c, h = (a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))
+    if planes == 1:
+        return [(0, SIGN_BYTES, 15 + 16 * half - 4 * step - 2 * c - h)]
+    index = 32 * (step // 2) + 16 * half + 8 * (step % 2) + 4 * c + 2 * h
+    third = (2 * SIGN_BYTES, SIGN_BYTES, 16 * half + 4 * step + c + 2 * h)
+    return [(0, 2 * SIGN_BYTES, index + 1), (0, 2 * SIGN_BYTES, index), third][:planes]
 
 
 def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -164,11 +174,15 @@ def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     # blocks h g k | h2 selector even pair -> blocks k g selector even | h2 h pair
     parts.append(metadata.permute(0, 3, 2, 5, 6, 4, 1, 7).reshape(*shape, -1))
     if packed.signs is not None:
-        negative = bits.unpack_signs(_fill(packed.signs, rows, k_blocks * 8)).to(torch.int64)
-        negative = negative.view(blocks, 2, 8, k_blocks, 4, 2, 4, 2).permute(0, 3, 2, 6, 7, 4, 5, 1)  # .. half step c h
-        half, step, c, h = _sign_axes(negative.device)
-        words = (negative << (15 + 16 * half - 4 * step - 2 * c - h).long()).sum((-4, -3, -2, -1))
-        parts.append(_low_words(words).view(torch.uint8).reshape(*shape, -1))
+        planes = layout.planes
+        signs = _fill(packed.signs, rows, k_blocks * 8 * planes).unflatten(1, (-1, planes))
+        negative = bits.unpack_signs(signs.mT).to(torch.int64).view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
+        negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane blocks k g t half step c h
+        places = _sign_places(planes, signs.device)
+        words = [(bit << place).sum((-4, -3, -2, -1)) for bit, (*_, place) in zip(negative, places, strict=True)]
+        if planes > 1:
+            parts.append((words.pop(0) | words.pop(0)).view(torch.uint8).reshape(*shape, -1))
+        parts += [_low_words(word).view(torch.uint8).reshape(*shape, -1) for word in words]
     if packed.scales is not None:
         per_block = BLOCK_INPUTS // layout.group_size if layout.group_size else 1
         scales = packed.scales if layout.group_size else packed.scales.expand(-1, k_blocks)
@@ -184,17 +198,17 @@ def _low_words(words: Tensor) -> Tensor:
 
 def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     (blocks, k_blocks), values = _blocks(packed), packed.layout.values
-    q = bits.unpack_int4(packed.values) if values == "int4" else packed.values
+    q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
         q = q.to(dtype)
         if not bool(q.isfinite().all()):
             raise RangeError(f"a {values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[values]} ones")
     # blocks h g k | step c t half
     q = _fill(q, blocks * 16, k_blocks * 64).view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)
-    if values == "int4":
+    if STREAM_VALUES[values] == INT4:
         q = (q + 8).to(torch.uint8).permute(0, 3, 2, 6, 4, 7, 5, 1)  # .. g t step half c h
         return q[..., 0] | q[..., 1] << 4
-    if values == "int8":
+    if STREAM_VALUES[values] == INT8:
         q = (q.to(torch.int16) + 128).to(torch.uint8).view(blocks, 2, 8, k_blocks, 2, 2, 2, 4, 2)
         return q.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # blocks k j g t parity c half h
     return _fragments(q)
@@ -206,8 +220,13 @@ def _fragments(q: Tensor) -> Tensor:
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U as words of the 16-bit number twice, V transposed and padded."""
-    blocks, k_blocks = _blocks(packed)
+    """U as words of the 16-bit number twice, V transposed and padded.
+
+    Of a rank above 1 the kernels round U times the level of several planes, so the largest must fit.
+    """
+    (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
+    if packed.layout.rank > 1 and planes > 1:
+        factors.sign(replace(packed, U=packed.U.float() * (2 - plane_unit(planes))), dtype)
     U, V = factors.sign(packed, dtype)
     word = _fill(U, blocks * 16, U.shape[1]).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     return word | word << 16, pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0])).T.contiguous()

@@ -20,6 +20,7 @@ from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES,
 MOST_STAGES = 4
 REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
 TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # of those with 64 rows a warp
+PLANES_REGISTERS = {8: 128, 32: 248}  # of those with several sign planes, whose sums are apart: 64 tokens do not fit
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
 MOST_RANK = 16  # rows of V beside the activations in every stage
 SHARED_PORT = 128  # bytes a clock of one multiprocessor's shared memory
@@ -31,6 +32,10 @@ LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 # SASS instructions a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per token tile of 8). Fitted to the main
 # loops of the sm_90a cubin by `python tests/sass.py`; tests/test_sass.py holds them within 10 %.
 ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
+PLANES_ISSUE = {  # by sign planes, of rank one
+    2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},
+    3: {W16: (303, 54), INT8: (377, 61), INT4: (379, 62)},
+}
 TALL_ISSUE = {W16: (345, 71), INT8: (512, 71), INT4: (522, 71)}  # of a tall warp: 64 rows x 128 inputs
 
 
@@ -90,6 +95,7 @@ class Sizes(NamedTuple):
     group_steps: int
     rank: int
     adapter_steps: int  # rank of the adapter / 16, rounded up
+    planes: int = 1  # of signs
 
     @property
     def k_blocks(self) -> int:
@@ -99,10 +105,16 @@ class Sizes(NamedTuple):
     def block_bytes(self) -> int:
         scales = 4 // self.group_steps * 2 * BLOCK_ROWS if self.values in (INT8, INT4) else 0
         metadata = 0 if self.values == DENSE else METADATA_BYTES
-        return VALUE_BYTES[self.values] + metadata + (SIGN_BYTES if self.rank else 0) + scales
+        return VALUE_BYTES[self.values] + metadata + (self.planes * SIGN_BYTES if self.rank else 0) + scales
 
     def row_tiles(self, rows: int) -> list[int]:
         return [-(-part // rows) for part in self.rows]
+
+    def warp_tokens(self, tall: bool = False) -> tuple[int, ...]:
+        """Tokens of a warp in the kernels that are compiled for it; tall: 64 rows a warp."""
+        if self.planes > 1:
+            return () if tall else tuple(PLANES_REGISTERS)
+        return TALL.get((self.values, self.rank), ()) if tall else tuple(REGISTERS)
 
     def adapter(self) -> Sizes:
         """The linear z = x Q that comes first."""
@@ -208,7 +220,8 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     row_tiles, token_tiles = sum(sizes.row_tiles(rows)), -(-M // wide)
     stage = stage_bytes(sizes, tile, tokens, M)
     sums = tile.warp_inputs * wide * (rows + 4) * 4
-    registers = (TALL_REGISTERS if tile.blocks == 4 else REGISTERS)[tokens]
+    tall, several = tile.blocks == 4, sizes.planes > 1
+    registers = (TALL_REGISTERS if tall else PLANES_REGISTERS if several else REGISTERS)[tokens]
     at_most = min(65536 // (registers * tile.threads), 2)  # more than two brought the model nothing
     for resident in range(at_most, 0, -1):
         limit = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
@@ -226,7 +239,7 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     weights = weight_blocks * sizes.k_blocks * sizes.block_bytes
     activations = 2 * M * (sizes.K + sum(sizes.rows))
     cta_bytes = k_blocks * (tile.warp_rows * tile.blocks * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
-    fixed, per_tile = (TALL_ISSUE if tile.blocks == 4 else ISSUE)[sizes.values]
+    fixed, per_tile = (TALL_ISSUE if tall else PLANES_ISSUE[sizes.planes] if several else ISSUE)[sizes.values]
     products = (2 if sizes.values == DENSE else 1) + sizes.rank  # in units of half the dense product
     cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
     issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
@@ -305,14 +318,14 @@ def _rebuilt_from(sizes: Sizes, gpu: Gpu) -> int:
 
 def _plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
     """Every plan for M that splits K this way."""
-    tall = TALL.get((sizes.values, sizes.rank), ())
-    tiles = [(tile, tokens) for tile in (SPLIT_TILES if M <= 64 else WHOLE_TILES) for tokens in REGISTERS]
-    tiles += [(tile, tokens) for tile in TALL_TILES for tokens in tall]
+    widths = sizes.warp_tokens()
+    tiles = [(tile, tokens) for tile in (SPLIT_TILES if M <= 64 else WHOLE_TILES) for tokens in widths]
+    tiles += [(tile, tokens) for tile in TALL_TILES for tokens in sizes.warp_tokens(tall=True)]
+    # Few tokens: the smallest tile that takes all, or, with several planes, two tiles of 32. Many: warps of 32 or 64 tokens.
+    smallest = min(tokens for tokens in widths if tokens >= min(M, max(widths)))
     found = []
     for tile, tokens in tiles:
-        wide = tokens * tile.warp_tokens
-        # Few tokens: the smallest tile that takes all. Many: warps of 32 or 64 tokens.
-        fits = wide >= M and (wide == 8 or wide < 2 * M) if M <= 64 else tokens >= 32
+        fits = tokens * tile.warp_tokens == smallest if M <= 64 else tokens >= 32
         if tile.warp_inputs == warp_inputs and fits and (plan := evaluate(sizes, M, gpu, tile, tokens, splits)):
             found.append(plan)
     return found
