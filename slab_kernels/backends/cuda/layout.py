@@ -11,7 +11,6 @@ each other, V, U, P and Q keep a slot each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -225,9 +224,10 @@ def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Ten
     Of a rank above 1 the kernels round U times the level of several planes, so the largest must fit.
     """
     (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
-    if packed.layout.rank > 1 and planes > 1:
-        factors.sign(replace(packed, U=packed.U.float() * (2 - plane_unit(planes))), dtype)
     U, V = factors.sign(packed, dtype)
+    most = 2 - plane_unit(planes)
+    if packed.layout.rank > 1 and planes > 1 and not bool((U.float() * most).to(dtype).isfinite().all()):
+        raise RangeError(f"U times the largest level, {most:g}, does not fit {dtype}; use bfloat16 activations")
     word = _fill(U, blocks * 16, U.shape[1]).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     return word | word << 16, pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0])).T.contiguous()
 
