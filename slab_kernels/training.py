@@ -123,7 +123,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % settings.every == 0 and step + 1 < settings.steps:
             _note(state_file, settings, optimizer, parameters, step + 1, before)
-            say(f"step {step + 1} of {settings.steps}: {float(loss):.4f} nats a token")
+            say(f"step {step + 1} of {settings.steps}: {float(loss.detach()):.4f} nats a token")
     after = _likelihood(model, tokens[held], settings.batch)
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")

@@ -88,12 +88,16 @@ def forgetful(monkeypatch):
 
 
 def check_exact(linear, device, dtype, values, rank, shapes, tokens) -> None:
-    """Small integers come out bit for bit, whatever the order of summation."""
+    """Small integers come out bit for bit, whatever the order of summation; but cuBLAS, which multiplies a rebuilt weight, may
+    round shares of K, or a sum before the bias."""
     for N, K, adapter_rank in shapes:
         it = layer(PackedLayout(N, K, *values, rank, adapter_rank), dtype, True, device)
         for M in tokens:
             y = linear(it.x[:M], it.state, it.bias)
-            assert torch.equal(y, it.exact[:M].to(dtype)), (N, K, adapter_rank, M)
+            exact = it.exact[:M]
+            off, allowed = (y.double() - exact).abs(), bound(it.magnitude[:M], exact, dtype, K)
+            rebuilt = device == DEVICE and M > 64 and isinstance(launches(it.state, M)[1].plan, plan.Rebuild)
+            assert bool((off <= allowed).all()) if rebuilt else torch.equal(y, exact.to(dtype)), (N, K, adapter_rank, M)
 
 
 @pytest.mark.parametrize("values, rank", EXACT)
@@ -321,10 +325,11 @@ def test_compile_fullgraph():
 
 
 def test_module_on_a_gpu():
-    """Half types on the kernels, fp32 on the reference; gradients of x and bias; there and back again."""
+    """Half types on these kernels, fp32 on Triton's or the reference; gradients of x and bias; there and back again."""
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, True)
     module = SlabLinear.from_packed(it.packed, it.bias)
-    for dtype, name in ((torch.float32, "reference"), (torch.float16, "cuda"), (torch.bfloat16, "cuda"), (torch.float16, "cuda")):
+    other = "reference" if dispatch.backend("triton").missing(DEVICE) else "triton"
+    for dtype, name in ((torch.float32, other), (torch.float16, "cuda"), (torch.bfloat16, "cuda"), (torch.float16, "cuda")):
         assert torch.equal(module(it.x[:5].to(dtype)), it.exact[:5].to(dtype))
         assert module._linears[dtype][0].name == name
     module.bias.requires_grad_()

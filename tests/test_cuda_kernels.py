@@ -226,13 +226,13 @@ def test_every_tile_of_the_tables_with_planes(forced, tile):
 @pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", None), ("int4", 32), ("int3", 128)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
-    """By `dense_*_planes`: one rounding on every entry. And what gradients take, `layout.dense`, is the same weight."""
+    """By `dense_*_any`: one rounding on every entry. And what gradients take, `layout.dense`, is the same weight."""
     forced(lambda s: plan.rebuild(s, 65, A100))
     for (N, K), planes, rank in itertools.product(((5, 7), (33, 172)), (2, 3), (1, 3)):
         packed = random_packed(PackedLayout(N, K, values, group_size, rank, planes=planes), seed=N, integers=True)
         state, launched = layout.prepare((packed,), dtype), Launched()
         y = run(torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1), state, sizes(state), None, A100, launched=launched)
-        assert launched.kernels == [f"dense_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_planes"]
+        assert launched.kernels == [f"dense_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_any"]
         assert torch.equal(y[:K].T, packed.dense().to(dtype)), (N, K, planes, rank)
         plain = layout.dense(state.stream, state.V, state.U, *state[5:])
         assert torch.equal(plain.to(dtype), packed.dense().to(dtype)), (N, K, planes, rank)
@@ -416,13 +416,14 @@ def test_the_parameters_are_those_of_the_kernels():
 
 
 @pytest.mark.parametrize("name", ["linear_fp16_w16_one_t8", "linear_fp16_int8_one_t16", "linear_fp16_int4_one_t64"])
-def test_shared_memory_banks(name):
+def test_shared_memory_banks(forced, name):
     """Exact counts from the real addresses: the main loop's loads meet no bank twice; a tenth is left for the epilogue."""
     values = {"w16": "fp16", "int8": "int8", "int4": "int4"}[name.split("_")[2]]
     group_size = None if values == "fp16" else 128
     _, state, x, bias, _, _ = problem(PackedLayout(256, 2048, values, group_size, 1), torch.float16, False)
-    launched = Launched()
-    run(x[: int(name.rpartition("t")[2])], state, sizes(state), bias, A100, launched=launched)
+    launched, M = Launched(), int(name.rpartition("t")[2])
+    forced(lambda s: next(filter(None, (plan.evaluate(s, M, A100, tile, M, 1) for tile in SPLIT_TILES))))
+    run(x[:M], state, sizes(state), bias, A100, launched=launched)
     assert launched.kernels[0] == name
     assert launched.stats[0]["shared_wavefronts"] <= 1.1 * launched.stats[0]["shared_ideal"]
 

@@ -105,7 +105,7 @@ _constants = functools.cache(constants)
 def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
     where = (sizes, M, gpu.name, chosen)
     if isinstance(chosen, Rebuild):
-        assert M > 64 and sizes.values != DENSE and chosen.grid[0] >= 1, where
+        assert M > 64 and sizes.values != DENSE and chosen.ctas == 4 * gpu.multiprocessors, where
         return
     tile, threads = chosen.tile, chosen.tile.threads
     assert threads <= 256 and chosen.block == (threads, 1, 1) and 2 <= chosen.stages <= 4, where
@@ -130,7 +130,7 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
     # 64 rows a warp: not every kernel is compiled for them
     assert tile.blocks == 2 or (tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]), where
     assert sizes.planes == 1 or tile.blocks == 2, where
-    assert 3.0 <= chosen.microseconds < 1e6, where
+    assert 2.0 <= chosen.microseconds < 1e6, where
 
 
 @pytest.mark.parametrize("rank, planes", SIGNS)
@@ -207,13 +207,11 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_decoding_is_predicted_to_beat_dense_weights(gpu):
-    """On the design's shapes, ranks up to 2. The dense linear is granted all of the bandwidth or cuBLAS's rate, and one launch."""
+    """On the design's shapes, ranks up to 2."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
         sizes = Sizes(K, (N,), values, group_steps, rank, 0)
         for M in (1, 2, 4, 8, 16):
-            moved = (2 * N * K + 2 * M * (N + K)) / (gpu.bandwidth * 1e3)
-            computed = M * N * K / (gpu.multiprocessors * gpu.gemm_rate * gpu.clock * 1e3)
-            assert choose(sizes, M, gpu).microseconds < max(moved, computed) + plan.LAUNCH_US, (sizes, M)
+            assert choose(sizes, M, gpu).microseconds < plan.dense_microseconds(N, K, M, gpu), (sizes, M)
 
 
 def test_rebuilding_pays_only_for_very_many_tokens():
@@ -271,14 +269,14 @@ def test_describe():
     number = r"\d+"
     assert re.fullmatch(
         rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] stages, {number} bytes shared, "
-        rf"[12] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
+        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
         text,
     ), text
     split = plan.evaluate(Sizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
     assert ", K split over 4 CTAs (32 rows:" in split.describe()
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
     rebuilt = choose(Sizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
-    assert re.fullmatch(r"the weight rebuilt dense, then cuBLAS; predicted \d+\.\d us, bound by tensor cores", rebuilt)
+    assert re.fullmatch(r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores", rebuilt)
 
     problem = LinearProblem(1, 4096, 4096, "int4", 128, dtype=torch.float16, device="cuda")
     asked = BACKEND.describe(problem, "a100")  # a GPU that need not be here

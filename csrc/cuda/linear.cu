@@ -6,7 +6,7 @@
 //   planes_<activations>_<values>_<planes>_t<tokens of a warp> two or three sign planes of rank one, or any of any rank
 //   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
 //   reduce_<activations>                                       adds the K-splits of a small layer, after it
-//   dense_<activations>_<values>[_planes]                      the weight rebuilt, for cuBLAS
+//   dense_<activations>_<values>[_any]                         the weight rebuilt, for cuBLAS; any: ranks above 1, planes
 #include "dense.cuh"
 #include "linear.cuh"
 
@@ -69,7 +69,7 @@ SLAB_TOKENS(64, 8, 1)
 #define SLAB_PLANES(act, T, values, kValues)          \
   SLAB_PLANES_TILE(act, T, values, kValues, 8, 1, 2)  \
   SLAB_PLANES_TILE(act, T, values, kValues, 32, 4, 1) \
-  SLAB_KERNEL(dense_##act##_##values##_planes, 4, (slab::rebuild<slab::T, slab::kValues, true>(p)))
+  SLAB_KERNEL(dense_##act##_##values##_any, 2, (slab::rebuild<slab::T, slab::kValues, true>(p)))
 
 #define SLAB_REST(act, T)                                                           \
   SLAB_TALL(act, T, int8, kI8, one, kRankOne, 8, 1)                                 \

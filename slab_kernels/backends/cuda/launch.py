@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base import MAX_PARTS
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, W16, adapters
-from .plan import REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
+from .plan import REBUILT_ROWS, REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -82,7 +82,7 @@ def _name(sizes: Sizes, act: str, tokens: int, tall: bool) -> str:
 
 
 def _dense_name(sizes: Sizes, act: str) -> str:
-    return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_planes' if sizes.planes > 1 else ''}"
+    return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_any' if sizes.planes > 1 or sizes.rank > 1 else ''}"
 
 
 def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
@@ -125,9 +125,7 @@ def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Ten
         x = x.contiguous()
     first, second = launches(sizes, M, dtype, device.gpu)
     if isinstance(second.plan, Rebuild):
-        with torch.autocast(x.device.type, enabled=False):  # x's type is the result's, whatever surrounds us
-            W = dense(x, stream, V, U, P, Q, sizes, second, device)
-            return torch.nn.functional.linear(x, W, None if bias is None else bias.to(dtype)).view(shape)
+        return rebuilt(x, stream, V, U, P, Q, bias, sizes, second, device).view(shape)
     y = x.new_empty(shape)
     p = LinearParams.from_buffer_copy(second.template)
     p.x, p.token_stride = x.data_ptr(), x.stride(0)
@@ -155,16 +153,33 @@ def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Ten
     return y
 
 
-def dense(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Tensor | None, Q: Tensor | None,
-          sizes: Sizes, launch: _Launch, device: Device) -> Tensor:  # fmt: skip
-    """The whole weight, [sum of rows, K] in x's dtype: rebuilt by `dense_*`, the adapter added by cuBLAS."""
-    W = x.new_empty(sum(sizes.rows), sizes.K)
+def rebuilt(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Tensor | None, Q: Tensor | None,
+            bias: Tensor | None, sizes: Sizes, launch: _Launch, device: Device) -> Tensor:  # fmt: skip
+    """x [M, K] -> [M, sum of rows]: REBUILT_ROWS rows of the weight made by `dense_*`, the adapter added and multiplied by cuBLAS,
+    then the next rows in the same memory."""
+    y = x.new_empty(x.shape[0], sum(sizes.rows))
+    W = x.new_empty(min(REBUILT_ROWS, max(sizes.rows)), -(-sizes.K // 8) * 8)[:, : sizes.K]  # dense.cuh: dense_pitch
+    pairs = [None] * len(sizes.rows) if P is None else adapters(P, Q, sizes.K, sizes.rows, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     p = LinearParams.from_buffer_copy(launch.template)
-    p.stream, p.y = stream.data_ptr(), W.data_ptr()
-    if U is not None:
-        p.u, p.v = U.data_ptr(), V.data_ptr()
-    device.queue(launch.name, launch.plan.grid, launch.plan.block, 0, p, False)
-    if P is not None:
-        for rows, (left, right) in zip(W.split(sizes.rows), adapters(P, Q, sizes.K, sizes.rows, x.dtype), strict=True):
-            rows.addmm_(left, right)
-    return W
+    p.y, to, block = W.data_ptr(), 0, 0
+    with torch.autocast(x.device.type, enabled=False):  # x's type is the result's, whatever surrounds us
+        for part, (rows, pair) in enumerate(zip(sizes.rows, pairs, strict=True)):
+            for start in range(0, rows, REBUILT_ROWS):
+                count = min(REBUILT_ROWS, rows - start)
+                first, some = block + start // BLOCK_ROWS, W[:count]
+                p.stream, p.out_features = stream[first].data_ptr(), count
+                if U is not None:
+                    p.u, p.v = U[BLOCK_ROWS * first].data_ptr(), V[part].data_ptr()
+                ctas = min(-(-(-(-count // BLOCK_ROWS) * sizes.k_blocks) // 8), launch.plan.ctas)  # eight warps each
+                device.queue(launch.name, (ctas, 1, 1), (256, 1, 1), 0, p, False)
+                if pair is not None:
+                    some.addmm_(pair[0][start : start + count], pair[1])
+                result = y[:, to : to + count]
+                if bias is None:
+                    torch.mm(x, some.T, out=result)
+                else:
+                    torch.addmm(bias[to : to + count], x, some.T, out=result)
+                to += count
+            block += -(-rows // BLOCK_ROWS)
+    return y

@@ -18,15 +18,23 @@ from typing import NamedTuple
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES, SIGN_BYTES, VALUE_BYTES, W16
 
 MOST_STAGES = 4
+REBUILT_ROWS = 8192  # of a weight at a time, so that memory is bounded; 4096 cost an H100 up to 10 % more, all at once 1 to 4 % less
 REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
 TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # of those with 64 rows a warp
 PLANES_REGISTERS = {8: 128, 32: 248}  # of those with several sign planes, whose sums are apart: 64 tokens do not fit
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
 MOST_RANK = 16  # rows of V beside the activations in every stage
 SHARED_PORT = 128  # bytes a clock of one multiprocessor's shared memory
-REACHED = 0.85  # of the tensor, shared-memory and issue rates, by overlap of a pipelined loop
-LAUNCH_US = 2.0  # a kernel that does nothing
-FILL_US = 1.0  # first bytes of a CTA until its first product, and its reduction and store
+# Fitted by benchmarks/fit_plans.py to 1477 launches timed on an H100 (benchmarks/results/plans-h100.csv), in the device's own clocks;
+# other GPUs are taken to behave alike.
+BANDWIDTH_REACHED = 0.86  # of the datasheet's memory bandwidth
+RATE_REACHED = 0.85  # of the tensor and shared-memory rates
+ISSUE_CYCLES = 1.38  # of a scheduler for an instruction, when it has warps to choose from
+WAIT_CYCLES = 2.13  # more until a warp may issue its next one: what several warps overlap
+OVERLAP = 6  # the p-norm that joins the times below: nearly their maximum
+LAUNCH_US = 1.09  # of a kernel in a graph
+FILL_US = 1.73  # a wave of CTAs, from first byte to first product, and its reduction and store
+REDUCE_US = 1.55  # the kernel that adds K-splits
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 
 # SASS instructions a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per token tile of 8). Fitted to the main
@@ -62,8 +70,9 @@ GPUS = (
     Gpu("A100", (8, 0), 108, 1555, 1.41, 1024, 900, shared_limit=166912),
     Gpu("RTX 3090", (8, 6), 82, 936, 1.70, 256, 235),
     Gpu("RTX 4090", (8, 9), 128, 1008, 2.52, 256, 235),
-    Gpu("H100", (9, 0), 132, 3350, 1.76, 1330, 1650, shared_limit=232448),  # mma.sync: about 65 % of wgmma's 2048
-    Gpu("H200", (9, 0), 132, 4800, 1.76, 1330, 1650, shared_limit=232448),
+    # mma.sp reached 550 in our loops, by two warps a scheduler; mma.sync of dense operands is said to reach 1330, wgmma 2048
+    Gpu("H100", (9, 0), 132, 3350, 1.76, 650, 1650, shared_limit=232448),
+    Gpu("H200", (9, 0), 132, 4800, 1.76, 650, 1650, shared_limit=232448),
     Gpu("RTX 5090", (12, 0), 170, 1792, 2.41, 256, 235),
 )
 
@@ -147,6 +156,8 @@ SPLIT_TILES = (  # up to 64 tokens
     Tile(1, 1, 4, "32 rows, four warps: fits 99 KB of shared memory, or two CTAs a multiprocessor"),
     Tile(2, 1, 2, "64 rows, four warps: the same with half the activation reads"),
     Tile(4, 1, 1, "128 rows, four warps: many tokens in 99 KB of shared memory"),
+    Tile(1, 2, 4, "32 rows x 2 t tokens: more warps for many tokens"),
+    Tile(2, 2, 2, "64 rows x 2 t tokens, more warps for many tokens"),
     Tile(2, 1, 1, "64 rows, two warps: the least shared memory"),
 )
 WHOLE_TILES = (  # above 64 tokens; t tokens a warp, 32 or 64
@@ -215,25 +226,38 @@ def stage_bytes(sizes: Sizes, tile: Tile, tokens: int, M: int) -> int:
 
 
 def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int) -> Plan | None:
-    """The plan with as many stages as fit, and its predicted time; None if it does not fit."""
-    rows, wide = tile.rows, tokens * tile.warp_tokens
-    row_tiles, token_tiles = sum(sizes.row_tiles(rows)), -(-M // wide)
-    stage = stage_bytes(sizes, tile, tokens, M)
-    sums = tile.warp_inputs * wide * (rows + 4) * 4
+    """The fastest of `residencies`; None if there is none."""
+    return min(residencies(sizes, M, gpu, tile, tokens, splits), key=lambda plan: plan.microseconds, default=None)
+
+
+def residencies(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int) -> list[Plan]:
+    """The plans for one, two and four CTAs a multiprocessor, as far as they fit, each with as many stages as it has room for."""
     tall, several = tile.blocks == 4, sizes.planes > 1
     registers = (TALL_REGISTERS if tall else PLANES_REGISTERS if several else REGISTERS)[tokens]
-    at_most = min(65536 // (registers * tile.threads), 2)  # more than two brought the model nothing
-    for resident in range(at_most, 0, -1):
+    group, found = tile.warp_inputs * stage_bytes(sizes, tile, tokens, M), []
+    for resident in (1, 2, 4):
         limit = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
-        stages = next((n for n in range(MOST_STAGES, 1, -1) if max(sums, n * tile.warp_inputs * stage) <= limit), 0)
-        if stages >= (3 if resident > 1 else 2):
-            break
-    else:
-        return None
-    shared = max(sums, stages * tile.warp_inputs * stage)
+        stages = min(MOST_STAGES, limit // group)
+        fits = registers * tile.threads * resident <= 65536 and sums_bytes(tile, tokens) <= limit
+        if fits and stages >= (3 if resident > 1 else 2):
+            found.append(predict(sizes, M, gpu, tile, tokens, splits, stages, resident))
+    return found
 
+
+def sums_bytes(tile: Tile, tokens: int) -> int:
+    """What a CTA's groups add at the end, in the memory of the stages."""
+    return tile.warp_inputs * tokens * tile.warp_tokens * (tile.rows + 4) * 4
+
+
+def predict(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int, stages: int, resident: int) -> Plan:
+    """The plan with these choices and its predicted time."""
+    stage = stage_bytes(sizes, tile, tokens, M)
+    rows, wide = tile.rows, tokens * tile.warp_tokens
+    row_tiles, token_tiles = sum(sizes.row_tiles(rows)), -(-M // wide)
+    tall, several = tile.blocks == 4, sizes.planes > 1
     ctas = row_tiles * token_tiles * splits
     per_sm = -(-ctas // gpu.multiprocessors)
+    at_once = min(resident, per_sm)
     k_blocks = sizes.k_blocks / splits
     weight_blocks = sum(-(-part // BLOCK_ROWS) for part in sizes.rows)
     weights = weight_blocks * sizes.k_blocks * sizes.block_bytes
@@ -243,52 +267,53 @@ def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: in
     products = (2 if sizes.values == DENSE else 1) + sizes.rank  # in units of half the dense product
     cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
     issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
-    cta_issue = tile.warp_rows * tile.warp_tokens * k_blocks * issue_warp
     warp_reads = tokens * TOKEN_ROW_BYTES + tile.blocks * sizes.block_bytes + sizes.rank * 4 * 512  # v: a fragment of 512 bytes a step
     cta_shared = k_blocks * (tile.warp_rows * tile.warp_tokens * warp_reads + stage)
     busy = min(ctas, gpu.multiprocessors)
-    schedulers = min(4, tile.threads // 32 * min(resident, per_sm))  # a warp keeps to one of four
-    flying = busy * min(resident, per_sm) * tile.warp_inputs * (stages - 1) * tile.warp_rows * tile.blocks * sizes.block_bytes
+    scheduled = max(1.0, at_once * tile.threads / 128)  # warps of a scheduler, of which a multiprocessor has four
+    flying = busy * at_once * tile.warp_inputs * (stages - 1) * tile.warp_rows * tile.blocks * sizes.block_bytes
     clock = gpu.clock * 1e3  # per microsecond
+    bandwidth = gpu.bandwidth * 1e3 * BANDWIDTH_REACHED
     times = {
-        "memory": (weights + activations) / (gpu.bandwidth * 1e3),
+        "memory": (weights + activations) / bandwidth,
         "bytes in flight": weights * LATENCY_US / flying,
         "L2": per_sm * cta_bytes / (gpu.l2_port * clock),
-        "shared memory": per_sm * cta_shared / (SHARED_PORT * clock * REACHED),
-        "tensor cores": per_sm * cta_mma * 4 / schedulers / (gpu.mma_rate * clock * REACHED),
-        "issue": per_sm * cta_issue / (schedulers * clock * REACHED),
+        "shared memory": per_sm * cta_shared / (SHARED_PORT * clock * RATE_REACHED),
+        "tensor cores": per_sm * cta_mma / (gpu.mma_rate * clock * RATE_REACHED),
+        "issue": per_sm / at_once * k_blocks / tile.warp_inputs * issue_warp * (ISSUE_CYCLES * scheduled + WAIT_CYCLES) / clock,
     }
-    bound = max(times, key=times.__getitem__)
-    extra = 0.0 if splits == 1 else LAUNCH_US + 2 * splits * M * sum(sizes.rows) * 4 / (gpu.bandwidth * 1e3)
-    total = times[bound] + LAUNCH_US + FILL_US + extra
+    extra = 0.0 if splits == 1 else REDUCE_US + 2 * splits * M * sum(sizes.rows) * 4 / bandwidth
+    total = sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP) + LAUNCH_US + FILL_US * -(-per_sm // resident) + extra
+    shared, bound = max(sums_bytes(tile, tokens), stages * tile.warp_inputs * stage), max(times, key=times.__getitem__)
     return Plan(tokens, tile, stages, splits, row_tiles, token_tiles, shared, stage, resident, total, bound)
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """The weight rebuilt once as a dense matrix, then cuBLAS: for so many tokens that it is the faster way."""
+    """The weight rebuilt as a dense matrix, REBUILT_ROWS rows at a time, then cuBLAS: for so many tokens that it is faster."""
 
-    grid: tuple[int, int, int]
+    ctas: int  # at most, of a launch
     microseconds: float  # predicted
-    block: tuple[int, int, int] = (256, 1, 1)
 
     def describe(self) -> str:
-        return f"the weight rebuilt dense, then cuBLAS; predicted {self.microseconds:.1f} us, bound by tensor cores"
+        return (
+            f"the weight rebuilt dense, {REBUILT_ROWS} rows at a time, then cuBLAS; predicted {self.microseconds:.1f} us, bound by tensor cores"
+        )
 
 
 def rebuild(sizes: Sizes, M: int, gpu: Gpu) -> Rebuild:
     blocks = sum(sizes.row_tiles(BLOCK_ROWS)) * sizes.k_blocks
     weights = sum(sizes.rows) * sizes.K
-    dense = (blocks * sizes.block_bytes + 4 * weights) / (gpu.bandwidth * 1e3)  # written once, read once
-    product = M * weights / (gpu.multiprocessors * gpu.gemm_rate * gpu.clock * 1e3)
-    adapter = 4 * LAUNCH_US if sizes.adapter_steps else 0.0
-    grid = min(-(-blocks // 8), 8 * gpu.multiprocessors), 1, 1
-    return Rebuild(grid, dense + product + adapter + 2 * LAUNCH_US)
+    dense = (blocks * sizes.block_bytes + 2 * weights) / (gpu.bandwidth * 1e3 * BANDWIDTH_REACHED)
+    pieces = sum(sizes.row_tiles(REBUILT_ROWS))
+    adapter = 2 * LAUNCH_US * pieces if sizes.adapter_steps else 0.0
+    total = dense + (LAUNCH_US + FILL_US) * pieces + adapter + dense_microseconds(sum(sizes.rows), sizes.K, M, gpu)
+    return Rebuild(4 * gpu.multiprocessors, total)
 
 
 def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:
     """What the model gives cuBLAS for a dense fp16 linear: the same fixed costs, its bytes or its products."""
-    memory = 2 * (N * K + M * (N + K)) / (gpu.bandwidth * 1e3)
+    memory = 2 * (N * K + M * (N + K)) / (gpu.bandwidth * 1e3 * BANDWIDTH_REACHED)
     product = M * N * K / (gpu.multiprocessors * gpu.gemm_rate * gpu.clock * 1e3)
     return max(memory, product) + LAUNCH_US + FILL_US
 
@@ -300,8 +325,8 @@ def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
     Raises: ValueError if none fits into the device's shared memory.
     """
     if M > 64:
-        return rebuild(sizes, M, gpu) if M >= _rebuilt_from(sizes, gpu) else _fastest(_plans(sizes, M, gpu, 1, 1), sizes, gpu)
-    return _fastest(_plans(sizes, M, gpu, *_split(sizes, M <= 16, gpu)), sizes, gpu)
+        return rebuild(sizes, M, gpu) if M >= _rebuilt_from(sizes, gpu) else _fastest(plans(sizes, M, gpu, 1, 1), sizes, gpu)
+    return _fastest(plans(sizes, M, gpu, *_split(sizes, M <= 16, gpu)), sizes, gpu)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -309,14 +334,14 @@ def _rebuilt_from(sizes: Sizes, gpu: Gpu) -> int:
     """The tokens from which on rebuilding is the faster way: one threshold a weight, to a tenth."""
     threshold = 1 << 62
     for M in (round(65 * 1.1**n) for n in range(72, -1, -1)):  # 62036 down to 65
-        fused = min((plan.microseconds for plan in _plans(sizes, M, gpu, 1, 1)), default=float("inf"))
+        fused = min((plan.microseconds for plan in plans(sizes, M, gpu, 1, 1)), default=float("inf"))
         if sizes.values == DENSE or rebuild(sizes, M, gpu).microseconds >= fused:
             break
         threshold = M
     return threshold
 
 
-def _plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
+def plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
     """Every plan for M that splits K this way."""
     widths = sizes.warp_tokens()
     tiles = [(tile, tokens) for tile in (SPLIT_TILES if M <= 64 else WHOLE_TILES) for tokens in widths]
@@ -331,10 +356,10 @@ def _plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> lis
     return found
 
 
-def _fastest(plans: list[Plan], sizes: Sizes, gpu: Gpu) -> Plan:
-    if not plans:
+def _fastest(found: list[Plan], sizes: Sizes, gpu: Gpu) -> Plan:
+    if not found:
         raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
-    return min(plans, key=lambda plan: plan.microseconds)
+    return min(found, key=lambda plan: plan.microseconds)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -345,9 +370,9 @@ def _split(sizes: Sizes, decode: bool, gpu: Gpu) -> tuple[int, int]:
         for splits in SPLITS:
             if splits > 1 and sizes.k_blocks < splits * warp_inputs:
                 continue
-            ends = [_plans(sizes, M, gpu, warp_inputs, splits) for M in ((1, 8, 16) if decode else (32, 64))]
+            ends = [plans(sizes, M, gpu, warp_inputs, splits) for M in ((1, 8, 16) if decode else (32, 64))]
             if all(ends):
-                total = sum(min(plan.microseconds for plan in plans) for plans in ends)
+                total = sum(min(plan.microseconds for plan in end) for end in ends)
                 best = min(best or (total, warp_inputs, splits), (total, warp_inputs, splits))
     if best is None:
         raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
