@@ -4,7 +4,8 @@
     python benchmarks/fit_plans.py fit FILE.csv ...               the constants, the model's error, and what its choices cost
 
 A row is one plan: what decides it, predicted and measured microseconds. "regret" is the time of the plan that the model takes over
-that of the best one timed: what matters, since the model only ranks.
+that of the best one timed: what matters, since the model only ranks. `predicted_us` is by the constants of that day: of
+results/plans-h100.csv the first 865 rows are by the model before the fit (results/plans-h100.json says which tree timed what).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from slab_kernels import dispatch, timing
+from slab_kernels import console, dispatch, timing
+from slab_kernels.backends.base import BackendError
 from slab_kernels.backends.cuda import device_of, launch, plan, sizes_of
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
@@ -47,10 +49,12 @@ def candidates(sizes: plan.Sizes, M: int, gpu: plan.Gpu) -> list[plan.Plan]:
 
 
 def timed(out: Path, seconds: float) -> None:
-    """Writes OUT row by row; what is not reached in `seconds` is left out."""
-    device, backend, end = device_of(torch.cuda.current_device()), dispatch.backend("cuda"), time.monotonic() + seconds
-    clock, gpu = timing.CudaClock("cuda", 0.0), device_of(torch.cuda.current_device()).gpu
-    choose = launch.choose
+    """Writes OUT row by row; what is not reached in `seconds` is left out. Raises: BackendError if the kernels cannot run here."""
+    backend, end = dispatch.backend("cuda"), time.monotonic() + seconds
+    if missing := backend.missing("cuda"):
+        raise BackendError(f"plans are timed on a CUDA device: {missing}")
+    device, clock, choose = device_of(torch.cuda.current_device()), timing.CudaClock("cuda", 0.0), launch.choose
+    gpu = device.gpu
 
     def measure(chosen, states, x, sizes) -> list[float]:
         launch.launches.cache_clear()
@@ -93,8 +97,21 @@ def timed(out: Path, seconds: float) -> None:
             print(N, K, values, file=sys.stderr)
 
 
+def fused(file: Path) -> list[dict[str, str]]:
+    """Its rows of fused plans. Raises: ValueError if it is not a file of `time` or has none."""
+    with file.open(newline="") as lines:
+        reader = csv.DictReader(lines)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{file} has no columns {', '.join(COLUMNS)}; give a file that `fit_plans.py time` wrote")
+        rows = [row for row in reader if row["route"] == "fused"]
+    if not rows:
+        raise ValueError(f"{file} has no row of a fused plan; run `fit_plans.py time` with more --seconds")
+    return rows
+
+
 def fit(files: list[Path], gpu: plan.Gpu) -> None:
-    rows = [row for file in files for row in csv.DictReader(file.open()) if row["route"] == "fused"]
+    """Prints the constants that fit best. Raises: OSError or ValueError for a file that cannot be used."""
+    rows = [row for file in files for row in fused(file)]
     cases, took = [], torch.tensor([float(row["measured_us"]) for row in rows], dtype=torch.float64)
     for row in rows:
         n = {name: int(row[name]) for name in COLUMNS[:2] + COLUMNS[3:4] + COLUMNS[5:13]}
@@ -136,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main, as_json=False))

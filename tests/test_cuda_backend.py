@@ -28,6 +28,7 @@ from slab_kernels import dispatch, reference
 from slab_kernels.backends import cuda
 from slab_kernels.backends.base import BackendError, LinearProblem
 from slab_kernels.backends.cuda import driver, layout, plan
+from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda.launch import Device, kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.format import PackedLayout, RangeError, ShapeError
@@ -411,3 +412,10 @@ CHECKS = {
 @pytest.mark.parametrize("name", CHECKS)
 def test_bodies_of_the_gpu_tests(name):
     CHECKS[name](lambda x, state, bias=None: run(x, state, sizes(state), bias, A100))
+
+
+def test_the_body_of_the_rebuilt_weight(monkeypatch):
+    monkeypatch.setattr(launching, "choose", plan.rebuild)
+    launching.launches.cache_clear()
+    gpu.check_rebuilt(lambda x, state: run(x, state, sizes(state), None, A100), "cpu", DTYPES[1], ("int4", 32), 2, 3)
+    launching.launches.cache_clear()

@@ -107,6 +107,24 @@ def test_small_integers_are_exact(dtype, values, rank, poisoned):
     check_exact(native, DEVICE, dtype, values, rank, ((16, 128, 100),), TOKENS[:14])  # rebuilt, bf16 could not hold W
 
 
+def check_rebuilt(linear, device, dtype, values, rank, planes) -> None:
+    """The rebuilt weight itself is exact to its one rounding: the identity as x leaves cuBLAS nothing to add."""
+    N, K = 70, 260
+    packed = random_packed(PackedLayout(N, K, *values, rank, planes=planes), N, integers=True).to(device)
+    y = linear(torch.eye(K, device=device, dtype=dtype), BACKEND.prepare(packed, dtype))
+    assert torch.equal(y.T, packed.dense().to(dtype))
+
+
+@pytest.mark.parametrize("rank, planes", [(0, 1), (1, 1), (3, 1), (1, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize("values", VALUE_LAYOUTS)
+@both_types
+def test_the_rebuilt_weight(monkeypatch, dtype, values, rank, planes, poisoned):
+    monkeypatch.setattr(launching, "choose", plan.rebuild)
+    launching.launches.cache_clear()
+    check_rebuilt(native, DEVICE, dtype, values, rank, planes)
+    launching.launches.cache_clear()
+
+
 def check_against_fp64(linear, device, dtype, values, rank, adapter_ranks, shapes, tokens) -> None:
     """Every element within its own bound; with bias in the activations' type, in fp32 and without."""
     for (N, K), adapter_rank in ((shape, r) for shape in shapes for r in adapter_ranks):

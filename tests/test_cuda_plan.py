@@ -130,7 +130,7 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
     # 64 rows a warp: not every kernel is compiled for them
     assert tile.blocks == 2 or (tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]), where
     assert sizes.planes == 1 or tile.blocks == 2, where
-    assert 2.0 <= chosen.microseconds < 1e6, where
+    assert plan.LAUNCH_US + plan.FILL_US < chosen.microseconds < 1e6, where
 
 
 @pytest.mark.parametrize("rank, planes", SIGNS)
@@ -207,7 +207,7 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_decoding_is_predicted_to_beat_dense_weights(gpu):
-    """On the design's shapes, ranks up to 2."""
+    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was measured to reach, no more than ours."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
         sizes = Sizes(K, (N,), values, group_steps, rank, 0)
         for M in (1, 2, 4, 8, 16):

@@ -4,8 +4,8 @@
 //
 // A warp rebuilds one block (16 rows x 128 inputs). Register i = 2 c + h of a lane is the kept pair of ONE group: row
 // g + 8 h, group 8 step + 4 c + t; its nibble lies with lane 4 g + 2 (step % 2) + c. A group is put into place by four PRMT
-// whose selectors a table gives by the nibble; entry by entry, by comparisons, it took four times the instructions, and on an
-// H100 1.8 times the time of the bytes.
+// whose selectors a table gives by the nibble: entry by entry, by comparisons, rebuilding 28672 x 4096 took an H100 225 us
+// instead of 131.
 #pragma once
 
 #include "params.h"
