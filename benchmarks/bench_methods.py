@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -33,18 +34,20 @@ class Entry:
     bits: int | None = None
 
 
-MATCHED = {("fp16", 1), ("int4", 1), ("int3", 2), ("int4", 2)}  # values and planes of ours that are also matched: minutes each
+MATCHED = {("fp16", 1), ("int4", 2)}  # values and planes of ours that are also matched: minutes each
+BUDGETS = (3.6, 4.6)  # stored bits per weight of the searches
 
 
 def entries(group_size: int, epochs: int, adapter_rank: int) -> list[Entry]:
     """All rows, the quick ones first. adapter_rank: of ours with P Q^T."""
-    published = {"polish": 0}
-    adapter = {"adapter_rank": None}
+    published, adapter = {"polish": 0}, {"adapter_rank": None}
     rows = [Entry(f"{name} int{bits}", name, {"method": name}, bits) for name in ("rtn", "gptq") for bits in (8, 4, 3, 2)]
+    rows += [Entry(f"gptq int{bits}, groups of 32", "gptq", {"method": "gptq", "group_size": 32}, bits) for bits in (4, 3, 2)]
     rows += [Entry(name, "2:4, published", {"method": name}) for name in ("magnitude", "wanda", "sparsegpt", "slab-paper")]
     for name in ("alps", "eora", "oats", "sslc", "hassle-free", "threebasil"):
         rows.append(Entry(f"{name} as published", "2:4, published", {"method": name, **published, **adapter}))
         rows.append(Entry(f"{name} polished", "2:4, polished", {"method": name, **adapter}))
+    rows.append(Entry("threebasil int4 polished", "2:4, polished", {"method": "threebasil", "values": "int4", "group_size": group_size, **adapter}))
     rows.append(Entry("hassle-free, alps inside", "2:4, published", {"method": "hassle-free", "inner": "alps", **published}))
     for values in ("fp16", "int4"):
         slim = {"method": "slim", "values": values, "group_size": group_size}
@@ -59,10 +62,13 @@ def entries(group_size: int, epochs: int, adapter_rank: int) -> list[Entry]:
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
     rows.append(Entry("slab int3, 2 planes, a scale a row", "slab", {**ours, "values": "int3", "planes": 2, "group_size": None}))
-    rows += [replace(row, label=f"{row.label}, matched", family="slab, matched", settings={**row.settings, "matching": epochs})
-             for row in rows if (row.settings.get("values"), row.settings.get("planes")) in MATCHED]
-    rows.append(Entry("threebasil polished, matched", "2:4, matched", {"method": "threebasil", "matching": epochs}))
-    return rows
+    rows += [Entry(f"slab, searched for {bits} bits", "slab, searched", {"method": "slab", "bits": bits, "group_size": None}) for bits in BUDGETS]
+    matched = [row for row in rows if (row.settings.get("values"), row.settings.get("planes")) in MATCHED or "bits" in row.settings]
+    matched += [row for row in rows if row.label in ("threebasil polished", "gptq int4", "gptq int3")]
+    kin = {"slab": "slab, matched", "slab, searched": "slab, matched", "gptq": "gptq, matched", "2:4, polished": "2:4, matched"}
+    return rows + [
+        replace(row, label=f"{row.label}, matched", family=kin[row.family], settings={**row.settings, "matching": epochs}) for row in matched
+    ]
 
 
 def register_dense_quantizers(group_size: int, bits: int) -> None:
@@ -81,13 +87,14 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
     def rtn(weight, stats, config):
         """Nearest point of symmetric grids, steps of least squared error."""
         mask = torch.ones_like(weight, dtype=torch.bool)
-        return Decomposition(quantize(weight, mask, values, group_size)[0], mask)
+        S, scales = quantize(weight, mask, values, group_size)
+        return Decomposition(S, mask, scales=scales, values=values, group_size=group_size)
 
     def gptq(weight, stats, config):
         """GPTQ (arXiv 2210.17323): the sweep with every weight kept, steps of each group searched when it is reached."""
         mask = torch.ones_like(weight, dtype=torch.bool)
         swept = sweep(weight, curvature(stats.gram, 0.01), Pattern(), mask=mask, grid=Grid(values, group_size), joint=False)
-        return Decomposition(swept.approximation, swept.mask)
+        return Decomposition(swept.approximation, swept.mask, scales=swept.scales, values=values, group_size=group_size)
 
     METHODS["rtn"] = Method("rtn", rtn, Config, "none", "dense integers, round to nearest")
     METHODS["gptq"] = Method("gptq", gptq, Config, "gram", "dense integers, GPTQ")
@@ -102,7 +109,8 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
 
     settings = dict(entry.settings)
     if entry.bits:
-        register_dense_quantizers(args.group_size, entry.bits)
+        group_size = settings.setdefault("group_size", args.group_size)
+        register_dense_quantizers(group_size, entry.bits)
         settings |= {"pattern": "50%"}  # what is not 2:4 is written dense; the mask keeps everything
     scratch = Path(tempfile.mkdtemp(prefix="bench-methods-", dir=args.scratch))
     try:
@@ -119,11 +127,14 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
         shutil.rmtree(scratch, ignore_errors=True)
     if args.device == "cuda":
         torch.cuda.empty_cache()
-    errors = [layer.heldout_error for layer in record.layers]
-    bits = entry.bits + 16 / args.group_size if entry.bits else record.bits_per_weight
+    bits = record.bits_per_weight
+    if entry.bits:
+        shapes = [layer.shape for layer in record.layers]
+        bits = entry.bits + sum(16 * N * math.ceil(K / group_size) for N, K in shapes) / sum(N * K for N, K in shapes)
+    errors = None if record.matching else [layer.heldout_error for layer in record.layers]  # those before matching mean nothing after it
     return {
-        "label": entry.label, "family": entry.family, "settings": {k: v for k, v in entry.settings.items()},
-        "bits_per_weight": bits, "perplexity": measured["perplexity"], "layer_error": sum(errors) / len(errors),
+        "label": entry.label, "family": entry.family, "settings": entry.settings,
+        "bits_per_weight": bits, "perplexity": measured["perplexity"], "layer_error": errors and sum(errors) / len(errors),
         "seconds": record.seconds, "peak_bytes": max(layer.peak_bytes for layer in record.layers),
     }  # fmt: skip
 
@@ -138,9 +149,10 @@ def draw(found: dict, out: Path) -> None:
     dense = found["dense"]
     families = {
         "rtn": ("dense, round to nearest", "0.55", "o", "--"), "gptq": ("dense, GPTQ", "0.15", "s", "-"),
+        "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ""),
         "2:4, published": ("2:4 methods as published", "tab:orange", "x", ""), "2:4, polished": ("2:4 methods, polished", "tab:green", "+", ""),
         "2:4, matched": ("3BASiL, matched", "tab:green", "*", ""), "slab": ("slab (ours)", "tab:blue", "D", ""),
-        "slab, matched": ("slab, matched", "tab:red", "D", ""),
+        "slab, searched": ("slab, searched", "tab:blue", "v", ""), "slab, matched": ("slab, matched", "tab:red", "D", ""),
     }  # fmt: skip
     fig, axes = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained")
     for ax, (low, high) in zip(axes, ((2.0, 6.6), (8.0, 12.0)), strict=True):
@@ -181,6 +193,7 @@ def main() -> int:
 
     from slab_kernels import evaluate, machine
     from slab_kernels import text as texts
+    from slab_kernels.budget import BudgetError
     from slab_kernels.console import print_table, say
     from slab_kernels.source import hub_folder, open_source
 
@@ -207,7 +220,11 @@ def main() -> int:
         if entry.label in done or args.only not in entry.label:
             continue
         began = time.perf_counter()
-        row = run(entry, args, tokenizer, content)
+        try:
+            row = run(entry, args, tokenizer, content)
+        except BudgetError as error:
+            say(f"{entry.label}: {error}")
+            continue
         found["rows"].append(row)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(found, indent=1) + "\n")
@@ -216,7 +233,7 @@ def main() -> int:
     draw(found, args.out.with_suffix(".png"))
     rows = sorted(found["rows"], key=lambda row: row["bits_per_weight"])
     body = [
-        (r["label"], f"{r['bits_per_weight']:.3f}", f"{r['perplexity']:.3f}", f"{r['layer_error']:.4f}", f"{r['seconds']:.0f}",
+        (r["label"], f"{r['bits_per_weight']:.3f}", f"{r['perplexity']:.3f}", f"{r['layer_error']:.4f}" if r["layer_error"] else "–", f"{r['seconds']:.0f}",
          f"{r['peak_bytes'] / 1e9:.2f}")
         for r in rows
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checkpoint folders: shards read tensor by tensor and checked, shards written atomically, the state a resume needs.
+"""Checkpoint folders: shards read tensor by tensor and checked, shards written atomically.
 
 A folder loads only if its config.json is there, and config.json is written last. Every file is written beside its
 final name and renamed over it, so a kill at any moment leaves whole files or none.
@@ -6,7 +6,6 @@ final name and renamed over it, so a kill at any moment leaves whole files or no
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -22,7 +21,6 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 PROGRESS_NAME = "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
-LOCK_NAME = ".slab_lock"  # locked while a run writes to the folder, then removed; after a kill it is there, unlocked
 RECORD_NAME = "slab_run.json"
 PARTIAL_SUFFIX = ".partial"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
@@ -280,151 +278,3 @@ def write_index(folder: Path, tables: Iterable[dict[str, TensorEntry]]) -> None:
     total = sum(entry.nbytes for entry in entries.values())
     weight_map = {name: entries[name].file for name in sorted(entries)}
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _take_lock(path: Path):
-    """The open lock file, which the kernel unlocks when it is closed or the process is killed; None where there are no
-    locks (Windows, some network folders). Raises: CheckpointError if another run holds it, OSError."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    while True:
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BlockingIOError as error:
-            file.close()
-            raise CheckpointError(
-                f"{path.parent} is in use by another run; wait for it or use another folder"
-            ) from error
-        except FileNotFoundError:
-            pass  # as when the file is another one: its holder removed it after we opened it, so try again
-        except OSError:
-            file.close()
-            path.unlink(missing_ok=True)
-            return None
-        file.close()
-
-
-class Progress:
-    """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
-
-    `blocks[i]` = {"file", "bytes", "layers", "match"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder
-    until `close` or `abandon`; as a context manager it calls the one that fits.
-
-    Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
-    settings (the difference is named), or cannot be written.
-    """
-
-    def __init__(self, out: Path, settings: dict, resume: bool):
-        self.out, self.settings, self.blocks = out, settings, []
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"{out} is a file; give a folder to write to")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(out / LOCK_NAME)
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"cannot create {out} or write to it: {error.strerror or error}; choose another folder"
-            ) from error
-        try:
-            self._claim(resume)
-        except BaseException:
-            self.release()
-            raise
-
-    def _claim(self, resume: bool) -> None:
-        out, found = self.out, sorted(p.name for p in self.out.iterdir() if p.name != LOCK_NAME)
-        if found and not resume:
-            begun = PROGRESS_NAME in found
-            raise CheckpointError(
-                f"{out} is not empty ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); choose an empty folder"
-                + (", or pass resume=True to go on with the run that was interrupted there" if begun else "")
-            )
-        if PROGRESS_NAME in found:
-            self._restore(read_json(out / PROGRESS_NAME))
-        elif found and found != [PROGRESS_NAME + PARTIAL_SUFFIX]:
-            raise CheckpointError(
-                f"{out} holds files ({found[0]}, ...) but no interrupted run to resume; use an empty folder"
-            )
-        for name in found:
-            if name.endswith(PARTIAL_SUFFIX):
-                (out / name).unlink(missing_ok=True)
-        self._write()
-
-    def _restore(self, state: dict) -> None:
-        settings, blocks = state.get("settings"), state.get("blocks")
-        if type(settings) is not dict or type(blocks) is not list or not all(map(_is_block, blocks)):
-            raise CheckpointError(f"{self.out / PROGRESS_NAME} is damaged; use an empty folder")
-        check_same_settings(self.out, settings, self.settings)
-        for block in blocks:
-            try:
-                whole = (self.out / block["file"]).stat().st_size == block["bytes"]
-                read_header(self.out / block["file"])
-            except (OSError, ValueError):  # ValueError: no file can have this name
-                whole = False
-            if not whole:
-                break  # this block and those after it are done again
-            self.blocks.append(block)
-
-    def finish_block(self, file: str, layers: list[dict], match: dict | None = None) -> None:
-        """Note that the next block is done and its shard written."""
-        self.blocks.append({"file": file, "bytes": (self.out / file).stat().st_size, "layers": layers, "match": match})
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self.out / PROGRESS_NAME, {"settings": self.settings, "blocks": self.blocks})
-
-    def close(self) -> None:
-        """The folder is complete: remove the state file."""
-        try:
-            (self.out / PROGRESS_NAME).unlink(missing_ok=True)
-        finally:
-            self.release()
-
-    def abandon(self) -> None:
-        """A run that failed lets go of the folder; before its first block, it gives it back for other settings."""
-        if self.blocks:
-            self.release()
-        else:
-            self.close()
-            with contextlib.suppress(OSError):  # not empty: somebody else's files
-                self.out.rmdir()
-
-    def release(self) -> None:
-        """Let other runs into the folder; what is in it stays."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with contextlib.suppress(OSError):  # before it is closed, else it may be another run's by then
-                (self.out / LOCK_NAME).unlink()
-            lock.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self.close() if kind is None else self.abandon()
-
-
-def _is_block(block) -> bool:
-    kinds = {"file": str, "bytes": int, "layers": list}
-    return type(block) is dict and all(type(block.get(key)) is kind for key, kind in kinds.items())
-
-
-def check_same_settings(out: Path, before: dict, now: dict) -> None:
-    """Raises: CheckpointError naming every setting in which an earlier run in `out` differs."""
-    now = json.loads(json.dumps(now))
-    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if different:
-        what = "; ".join(f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}" for key in different)
-        raise CheckpointError(f"cannot resume {out}: {what}; use the settings of the first run, or an empty folder")
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:18] + "..." + text[-12:]

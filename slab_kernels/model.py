@@ -14,22 +14,14 @@ from torch import Tensor, nn
 from . import __version__
 from .blocks import ArchitectureError, find_blocks
 from .budget import check_bits, search
-from .checkpoint import (
-    PROGRESS_NAME,
-    RECORD_NAME,
-    CheckpointError,
-    Progress,
-    check_same_settings,
-    read_json,
-    write_index,
-    write_json,
-)
+from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
 from .packed_checkpoint import decompress, load, quantization_config, save
 from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
+from .progress import Progress, check_same_settings
 from .record import ProgressEvent, RunRecord, listener
 from .sinks import FolderSink, MemorySink, layout_on_disk
 from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ArchitectureError, find_blocks
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Progress,
-    shard_name,
-    write_index,
-    write_json,
-    write_shard,
-)
+from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, write_json, write_shard
 from .format import FORMAT_VERSION, FormatError, PackedLayout, PackedWeight, ShapeError, VersionError
 from .nn import SlabLinear
 from .pipeline import resolve_device
+from .progress import Progress
 from .source import build_skeleton, config_dict, copy_side_files, hub_folder, place, tied_names
 
 QUANT_METHOD = "slab_kernels"

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .checkpoint import Progress, TensorEntry, read_header, shard_name, write_shard
+from .checkpoint import TensorEntry, read_header, shard_name, write_shard
 from .format import PackedLayout, PackedWeight, read_factors
 from .plan import Plan
+from .progress import Progress
 from .record import LayerRecord, MatchRecord, layer_from_dict, match_from_dict
 from .source import FolderSource, ModuleSource
 

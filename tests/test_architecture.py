@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -42,17 +42,18 @@ ALLOWED: dict[str, set[str]] = {
     "stdlib_text": set(),
     "text": {"calibration", "stdlib_text"},
     "checkpoint": set(),
+    "progress": {"checkpoint"},
     "record": {"checkpoint"},
     "team": set(),
     "memory": set(),
     "matching": FORMAT | {"blocks", "record"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
     "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
-    "sinks": FORMAT | {"checkpoint", "plan", "record", "source"},
+    "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
     "blocks": {"text"},
     "source": FORMAT | {"blocks", "checkpoint", "text"},
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "source", "text"},
+    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "progress", "source", "text"},
     "model": FORMAT | MODEL | {"methods", "nn"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
     "evaluate": {"blocks", "nn", "source", "text"},
@@ -67,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "layer_shapes": set(),
     "__main__": {"cli"},
-    "cli": FORMAT | MODEL | {"backends", "dispatch", "evaluate", "inspection", "machine", "report", "support", "bench", "tuning", "console", "options", "layer_shapes"},
+    "cli": MODEL | {"dispatch", "evaluate", "inspection", "report", "console", "options", "kernel_commands"},
+    "kernel_commands": FORMAT | {"backends", "bench", "console", "dispatch", "layer_shapes", "machine", "options", "pipeline", "report", "support", "tuning"},
 }
 ANY = {"__init__"}  # the version
 

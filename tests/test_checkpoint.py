@@ -25,11 +25,9 @@ import slab_kernels
 from slab_kernels.blocks import ArchitectureError
 from slab_kernels.checkpoint import (
     INDEX_NAME,
-    LOCK_NAME,
     PROGRESS_NAME,
     Checkpoint,
     CheckpointError,
-    Progress,
     read_header,
     write_index,
     write_json,
@@ -38,6 +36,7 @@ from slab_kernels.checkpoint import (
 from slab_kernels.format import PackedLayout, ShapeError
 from slab_kernels.model import compress, decompress, load
 from slab_kernels.packed_checkpoint import read_layouts, read_packed
+from slab_kernels.progress import LOCK_NAME, Progress
 from slab_kernels.source import FolderSource, build_skeleton, open_source
 from slab_kernels.testing import random_packed
 
@@ -525,7 +524,7 @@ def test_where_there_are_no_locks_runs_go_on(tmp_path, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from slab_kernels.checkpoint import Progress
+from slab_kernels.progress import Progress
 progress = Progress(Path(sys.argv[1]), {}, resume=False)
 print("held", flush=True)
 time.sleep(60)
