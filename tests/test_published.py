@@ -138,6 +138,11 @@ def test_truncation_is_the_best_low_rank_part_in_the_metric(layer):
     assert space.loss(T - P @ Q.T) == pytest.approx(float(sigma[RANK:].square().sum()), rel=1e-4)
     warm = space.truncate(T, RANK, basis, iterations=1)
     assert space.loss(T - warm[0] @ warm[1].T) == pytest.approx(space.loss(T - P @ Q.T), rel=1e-4)
+    L = torch.randn(256, RANK, generator=torch.Generator().manual_seed(0))
+    for _ in range(30):
+        L, R = space.follow(T, L)
+    assert space.loss(T - L @ R.T) == pytest.approx(space.loss(T - P @ Q.T), rel=1e-3)  # no spare columns
+    torch.testing.assert_close(L.T @ L, torch.eye(RANK), atol=1e-5, rtol=0)
     torch.testing.assert_close(space.gram.diagonal(), torch.ones(256))
     torch.testing.assert_close(space.lower @ space.lower.T, space.gram, atol=1e-5, rtol=0)
     inverse = space.inverse(0.1)
