@@ -1,11 +1,14 @@
 """Fused kernels for W ~= S + (U V^T) * B + P Q^T: 2:4 sparse values, low-rank magnitudes times signs, adapters.
 
-Importing this package imports nothing else: every public name loads its module on first use.
+Importing this package imports nothing else: every public name loads its module on first use. transformers, once it is imported,
+opens packed folders by `from_pretrained` (engines/).
 """
 
 from __future__ import annotations
 
 import importlib
+
+from .engines import watch
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,8 @@ _HOMES = {
     "FusedSlabLinear": "nn",
     "replace_linear": "nn",
     "InputStats": "calibration",
+    "SlabConfig": "engines.transformers",
+    "check": "model",
 }
 
 
@@ -38,3 +43,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+watch()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import batch_size, find_blocks
 from .nn import SlabLinear
+from .packed_checkpoint import check
 from .source import text_config
 from .text import CalibrationError, tokenize, windows
 
@@ -29,9 +30,10 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
         window: default 2048, cut to the model's maximum positions.
 
     Returns: {"perplexity", "tokens" (predicted), "windows", "window"}.
-    Raises: CalibrationError for an empty text, or a window longer than the model's positions.
+    Raises: CalibrationError for an empty text, or a window longer than the model's positions; CheckpointError for a packed model that
+    transformers opened with random weights.
     """
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+    limit = getattr(text_config(check(model)), "max_position_embeddings", None)
     window = window or min(2048, limit or 2048)
     if limit is not None and window > limit:
         raise CalibrationError(f"window={window} is longer than the model's {limit} positions")

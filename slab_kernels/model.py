@@ -18,7 +18,7 @@ from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, 
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
-from .packed_checkpoint import decompress, load, quantization_config, save
+from .packed_checkpoint import check, decompress, load, quantization_config, save
 from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
 from .progress import Progress, check_same_settings
@@ -30,7 +30,7 @@ from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text,
 
 __all__ = [
     "ArchitectureError", "CalibrationError", "CheckpointError", "ProgressEvent", "RunRecord", "VersionError",
-    "compress", "decompress", "load", "save",
+    "check", "compress", "decompress", "load", "save",
 ]  # fmt: skip
 
 

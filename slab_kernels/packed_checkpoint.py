@@ -39,18 +39,26 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
         raise CheckpointError(
             f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); compress it first, or open it with transformers"
         )
+    return parse_layouts(entry, str(checkpoint.folder))
+
+
+def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
+    """Module name -> layout, from a quantization_config; keys that are not known are ignored. where: for messages.
+
+    Raises: CheckpointError, VersionError if a newer library wrote it, FormatError for an impossible layout.
+    """
     version = entry.get("format_version")
     if type(version) is not int or version < 1:  # type(): true is an int to isinstance
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} has format_version {version!r}, expected a positive integer"
+            f"{where}: quantization_config has format_version {version!r}, expected a positive integer"
         )
     if version > FORMAT_VERSION:
         raise VersionError(
-            f"{checkpoint.folder} has format_version {version}, this library reads up to {FORMAT_VERSION}; update slab_kernels"
+            f"{where} has format_version {version}, this library reads up to {FORMAT_VERSION}; update slab_kernels"
         )
     modules = entry.get("modules")
     if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'} lists no compressed modules")
+        raise CheckpointError(f"{where}: quantization_config lists no compressed modules")
     layouts = {}
     for name, module in modules.items():
         try:
@@ -63,6 +71,12 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
 def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
     model = build_skeleton(checkpoint.folder)
+    swap_in(model, layouts)
+    return model
+
+
+def swap_in(model: nn.Module, layouts: dict[str, PackedLayout]) -> None:
+    """Put an empty SlabLinear on meta in place of every nn.Linear that `layouts` names. Raises: CheckpointError where they do not fit."""
     modules = dict(model.named_modules())
     for name, layout in layouts.items():
         linear = modules.get(name)
@@ -76,7 +90,6 @@ def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) ->
                 f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
             )
         model.set_submodule(name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype))
-    return model
 
 
 def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -93,20 +106,53 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder} {what} tensor {names[0]!r}{more}; it does not belong to its config.json"
             )
-    packed = _packed_names(model)
     for name, entry in checkpoint.entries.items():
         want = expected[name]
         if entry.shape != tuple(want.shape):
             raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
-        if entry.dtype != want.dtype and (
-            name in packed or entry.dtype.is_floating_point != want.dtype.is_floating_point
-        ):
+        if entry.dtype.is_floating_point != want.dtype.is_floating_point:
+            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
+    check_packed_tensors(checkpoint, model)
+
+
+def check_packed_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Every packed tensor of a skeleton is there with its exact shape and dtype. Raises: CheckpointError."""
+    for name in sorted(_packed_names(model)):
+        entry, want = checkpoint.entries.get(name), model.get_buffer(name)
+        if entry is None:
+            raise CheckpointError(f"{checkpoint.folder} lacks tensor {name!r}; it does not belong to its config.json")
+        if entry.shape != tuple(want.shape):
+            raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
+        if entry.dtype != want.dtype:
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
 
 
+def packed_modules(model: nn.Module) -> dict[str, SlabLinear]:
+    """Name -> module of every packed layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SlabLinear)}
+
+
 def _packed_names(model: nn.Module) -> set[str]:
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, SlabLinear)]
-    return {f"{name}.{part}" for name, module in modules for part in module.layout.tensors()}
+    return {f"{name}.{part}" for name, module in packed_modules(model).items() for part in module.layout.tensors()}
+
+
+def check(model: nn.Module) -> nn.Module:
+    """The model, if every module that its config lists as packed is a SlabLinear.
+
+    Raises: CheckpointError for a model that transformers opened without this library: its linears are random numbers.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    entry = dict(config) if config is not None else {}
+    if entry.get("quant_method") == QUANT_METHOD:
+        packed = packed_modules(model)
+        lost = [name for name in entry.get("modules") or {} if name not in packed]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise CheckpointError(
+                f"{lost[0]}{more} should be packed and is {type(model.get_submodule(lost[0])).__name__}: transformers opened this model without "
+                "slab_kernels, so those weights are random numbers; import slab_kernels before from_pretrained, or use slab_kernels.load"
+            )
+    return model
 
 
 def read_packed(get: Callable[[str], Tensor], name: str, layout: PackedLayout) -> PackedWeight:
@@ -180,7 +226,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
 
     Raises: CheckpointError if nothing in the model is compressed or the folder cannot be written.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, SlabLinear)}
+    modules = packed_modules(check(model))
     if not modules:
         raise CheckpointError(
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"

@@ -1,0 +1,136 @@
+"""The quantizer by which plain `from_pretrained` and `save_pretrained` of transformers (>= 5.0) open and write packed folders.
+
+Registered by `import slab_kernels`. A process that does not import it opens such a folder with **random** linears, with a warning
+about missing weights and exit code 0: `packed_checkpoint.check` finds a model that was opened so.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import Checkpoint, CheckpointError
+from ..format import FORMAT_VERSION
+from ..packed_checkpoint import QUANT_METHOD, check_packed_tensors, packed_modules, parse_layouts, read_packed, swap_in
+
+DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
+_REGISTERING = threading.Lock()
+
+
+class SlabConfig(QuantizationConfigMixin):
+    """How a model is compressed, or was.
+
+    `from_pretrained(dense, quantization_config=SlabConfig(values="int4"))` compresses what it loads; the keywords are those of
+    `slab_kernels.compress` (method, rank, values, planes, adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is
+    2:4). Read back from config.json it lists the packed modules.
+
+    Raises: ValueError or a FormatError on settings that contradict each other, CheckpointError or VersionError on a stored config that
+    this library cannot read.
+    """
+
+    def __init__(self, modules: dict[str, dict] | None = None, format_version: int = FORMAT_VERSION, quant_method: str = QUANT_METHOD, **settings):
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.modules = modules
+        self.settings = settings
+        if modules is None:
+            self._check_settings()
+        else:
+            parse_layouts(self.to_dict(), "this model")
+
+    def _check_settings(self) -> None:
+        from ..plan import Plan  # the plan knows the methods, which opening a packed folder does not need
+
+        names = ("method", "pattern", "rank", "values", "group_size", "planes", "adapter_rank", "adapter_values")
+        given = {name: self.settings[name] for name in names if name in self.settings}
+        plan = Plan(**given, options={k: v for k, v in self.settings.items() if k not in names + OTHER_SETTINGS})
+        if not plan.packed:
+            raise ValueError(
+                f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
+                "other patterns as a dense checkpoint"
+            )
+
+    def to_dict(self) -> dict:
+        """What stands in config.json under quantization_config."""
+        kept = {key: self.settings[key] for key in DESCRIBED if key in self.settings}
+        modules = {} if self.modules is None else {"modules": json.loads(json.dumps(self.modules))}
+        return {"quant_method": self.quant_method, "format_version": self.format_version, **kept, **modules}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+OTHER_SETTINGS = ("matching", "bits", "calibration", "heldout", "samples", "window", "skip", "tokenizer", "device", "seed", "progress")
+
+
+class SlabQuantizer(HfQuantizer):
+    """Packed modules into the skeleton before the weights come, checks after; or compression of the dense model that came."""
+
+    requires_calibration = False  # True would forbid to compress in from_pretrained
+    quantization_config: SlabConfig
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers keep what they prepare where they first ran, so "
+                "parts cannot be fetched from a disk or CPU for each call; give one device, or several GPUs"
+            )
+        if self.pre_quantized and self.quantization_config.modules is None:
+            raise CheckpointError("the quantization_config of this model lists no compressed modules; it was not written by slab_kernels")
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if not self.pre_quantized:
+            return
+        swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
+        if checkpoint_files:  # a tensor that is not there would only be warned about, and its buffer left as it is
+            check_packed_tensors(Checkpoint(Path(checkpoint_files[0]).parent), model)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            return self._compress(model)
+        for name, module in packed_modules(model).items():
+            read_packed(lambda tensor: model.get_buffer(tensor), name, module.layout)
+            module.requires_grad_(False)  # the loader turns it back on for a bias
+        return model
+
+    def _compress(self, model):
+        from ..model import compress
+
+        where, dtype = model.device, model.dtype
+        del model.config.quantization_config  # a mark of compressed models, which `compress` refuses
+        compress(model, None, **{"device": where, "progress": False} | self.quantization_config.settings)
+        self.quantization_config = SlabConfig(**model.config.quantization_config)
+        model.config.quantization_config, self.pre_quantized = self.quantization_config, True
+        return model.to(device=where, dtype=dtype).eval()
+
+    def _dequantize(self, model, dtype=None):
+        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # config.dtype is a string once the model has been saved
+        for name, module in packed_modules(model).items():
+            model.set_submodule(name, module.to_linear(dtype))
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False  # `slab-kernels train` trains the adapters P Q^T; PEFT knows no SlabLinear
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Register config and quantizer with transformers; again and from several threads does no harm."""
+    with _REGISTERING:
+        if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            register_quantization_config(QUANT_METHOD)(SlabConfig)
+            register_quantizer(QUANT_METHOD)(SlabQuantizer)
