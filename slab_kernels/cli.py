@@ -125,16 +125,23 @@ def evaluate(
     text: Text = "stdlib:heldout",
     window: Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions if fewer.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas.")] = None,
+    task_files: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
     json: Json = False,
 ) -> Outcome:
-    """Perplexity per token of a compressed or dense model on a text."""
+    """Perplexity per token of a compressed or dense model on a text, or its scores in tasks of lm-eval."""
     from . import evaluate
     from . import text as texts
 
+    if tasks is None and (task_files is not None or limit is not None):
+        raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
     model, tokenizer, facts = _open(folder, device, dtype, backend)
+    if tasks is not None:
+        return _tasks(model, tokenizer, facts, [name.strip() for name in tasks.split(",") if name.strip()], task_files, limit)
     content = texts.read_text(text)
     if max_tokens > 0:
         content = tokenizer.decode(texts.tokenize(tokenizer, content[: max_tokens * texts.CHARACTERS_PER_TOKEN])[:max_tokens])
@@ -148,6 +155,16 @@ def evaluate(
         )
 
     return Outcome(data, show)
+
+
+def _tasks(model: Any, tokenizer: Any, facts: dict[str, Any], names: list[str], task_files: Path | None, limit: int | None) -> Outcome:
+    from .tasks import run_tasks
+
+    if not names:
+        raise typer.BadParameter("--tasks names no task; for example --tasks arc_easy,piqa")
+    found = run_tasks(model, tokenizer, names, task_files, limit)
+    rows = [(task, metric, f"{value:.4f}") for task, metrics in found.items() for metric, value in metrics.items()]
+    return Outcome(facts | {"tasks": found}, lambda: console.print_table(("task", "metric", "value"), rows, facts["folder"]))
 
 
 def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> tuple[Any, Any, dict[str, Any]]:
@@ -269,6 +286,22 @@ def inspect(folder: Folder, json: Json = False) -> Outcome:
                 f"{data['weights'] / 1e6:.2f} million weights in {len(data['layers'])} linears, "
                 f"{data['bits_per_weight']:.3f} bits per weight on disk; all tensors {data['bytes'] / 1e6:.2f} MB"
             )
+
+    return Outcome(data, show)
+
+
+@app.command(epilog=console.EXIT_CODES)
+def check(folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress.")], json: Json = False) -> Outcome:
+    """Whether the transformers installed here opens a packed folder with the weights in it, and not with random ones."""
+    from .engines.transformers import compare
+
+    data = compare(folder)
+
+    def show() -> None:
+        print(
+            f"{folder}: transformers {data['transformers']} opens it with its own weights ({data['tensors']} tensors, bit by bit), "
+            "in programs that import slab_kernels; any other opens it with random ones"
+        )
 
     return Outcome(data, show)
 

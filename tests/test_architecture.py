@@ -58,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
-    "engines": FORMAT | {"checkpoint", "model", "nn", "packed_checkpoint", "plan"},
+    "tasks": {"packed_checkpoint"},
+    "engines": FORMAT | {"checkpoint", "model", "packed_checkpoint", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "layer_shapes": set(),
     "__main__": {"cli"},
-    "cli": MODEL | {"dispatch", "evaluate", "inspection", "report", "console", "options", "kernel_commands"},
+    "cli": MODEL | {"dispatch", "evaluate", "inspection", "report", "tasks", "engines", "console", "options", "kernel_commands"},
     "kernel_commands": FORMAT | {"backends", "bench", "console", "dispatch", "layer_shapes", "machine", "options", "pipeline", "report", "support", "tuning"},
 }
 ANY = {"__init__"}  # the version

@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, CheckpointError
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import QUANT_METHOD, check_packed_tensors, packed_modules, parse_layouts, read_packed, swap_in
+from ..packed_checkpoint import QUANT_METHOD, check, check_packed_tensors, load, packed_modules, parse_layouts, read_packed, swap_in
+from ..source import hub_folder
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
 _REGISTERING = threading.Lock()
@@ -134,3 +135,20 @@ def register() -> None:
         if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             register_quantization_config(QUANT_METHOD)(SlabConfig)
             register_quantizer(QUANT_METHOD)(SlabQuantizer)
+
+
+def compare(folder: Path | str) -> dict:
+    """Open a packed folder by `slab_kernels.load` and by `from_pretrained`: {"folder", "transformers" (version), "tensors" (compared)}.
+
+    Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever `load` raises.
+    """
+    from transformers import AutoModelForCausalLM, __version__
+
+    path = hub_folder(str(folder))
+    ours = load(path)
+    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    state, found = ours.state_dict(), theirs.state_dict()
+    for name in sorted(state.keys() | found.keys()):
+        if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
+            raise CheckpointError(f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load")
+    return {"folder": str(folder), "transformers": __version__, "tensors": len(state)}
