@@ -149,10 +149,10 @@ def draw(found: dict, out: Path) -> None:
     dense = found["dense"]
     families = {
         "rtn": ("dense, round to nearest", "0.55", "o", "--"), "gptq": ("dense, GPTQ", "0.15", "s", "-"),
-        "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ""),
+        "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ":"),
         "2:4, published": ("2:4 methods as published", "tab:orange", "x", ""), "2:4, polished": ("2:4 methods, polished", "tab:green", "+", ""),
         "2:4, matched": ("3BASiL, matched", "tab:green", "*", ""), "slab": ("slab (ours)", "tab:blue", "D", ""),
-        "slab, searched": ("slab, searched", "tab:blue", "v", ""), "slab, matched": ("slab, matched", "tab:red", "D", ""),
+        "slab, searched": ("slab, searched", "tab:blue", "v", "--"), "slab, matched": ("slab, matched", "tab:red", "D", ""),
     }  # fmt: skip
     fig, axes = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained")
     for ax, (low, high) in zip(axes, ((2.0, 6.6), (8.0, 12.0)), strict=True):
@@ -160,7 +160,7 @@ def draw(found: dict, out: Path) -> None:
             rows = [r for r in found["rows"] if r["family"] == family and low <= r["bits_per_weight"] < high and r["perplexity"] < 1e4]
             rows.sort(key=lambda r: r["bits_per_weight"])
             xs, ys = [r["bits_per_weight"] for r in rows], [max(100 * (r["perplexity"] / dense - 1), 0.05) for r in rows]
-            ax.plot(xs, ys, line or "None", color=colour, marker=marker, label=name, linewidth=1.2, markersize=6)
+            ax.plot(xs, ys, linestyle=line or "none", color=colour, marker=marker, label=name, linewidth=1.2, markersize=6)
         ax.set_yscale("log")
         ax.set_xlim(low, high)
         ax.grid(alpha=0.3)

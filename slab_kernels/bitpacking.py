@@ -117,11 +117,14 @@ def unpack_planes(signs: Tensor, planes: int) -> Tensor:
     return odd
 
 
+SHARED_LIMIT = 127 * 2.0**120  # the largest number that a row of codes holds
+
+
 def pack_shared(rows: Tensor) -> Tensor:
     """[n, r] float -> [n, r + 1] int8: r codes in -127 .. 127 and the exponent e of their row, code * 2^e.
 
     e is the smallest with room for the row's largest entry, at least -126 and at most 120: what is unpacked packs to the
-    same bytes, and every number is exact in fp16 (inside its range) and in bf16.
+    same bytes, and every number is exact in fp16 (inside its range) and in bf16. Entries beyond SHARED_LIMIT are the caller's to refuse.
     """
     mantissa, exponent = torch.frexp(rows.abs().amax(1, keepdim=True).double() / 127)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # a power of two is met exactly

@@ -213,6 +213,9 @@ def round_adapter(P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype
     """
     if adapter_values is None:
         return round_factors(P, Q, dtype)
+    for name, t in (("P", P), ("Q", Q)):
+        if not bool((t.abs() <= bits.SHARED_LIMIT).all()):
+            raise RangeError(f"{name} reaches {float(t.abs().max()):.4g}; int8 adapters hold finite numbers up to {bits.SHARED_LIMIT:.4g}")
     stored = [bits.unpack_shared(bits.pack_shared(t.float())) for t in (P, Q)]
     if not all(torch.equal(a, b) for a, b in zip(stored, (P, Q), strict=True)):
         stored = [bits.unpack_shared(bits.pack_shared(t)) for t in round_factors(P, Q, torch.float32)]

@@ -252,6 +252,14 @@ def test_golden_bytes_of_an_int8_adapter():
     assert torch.equal(again, stored) and int(stored[:, :-1].abs().amax(1).min()) >= 64
 
 
+@pytest.mark.parametrize("bad", [3e38, float("inf"), float("nan")])
+def test_an_int8_adapter_beyond_its_range_is_refused(bad):
+    d = random_decomposition(16, 32, adapter_rank=2)
+    d.P[3, 1] = bad
+    with pytest.raises(fmt.RangeError, match="int8 adapters|NaN"):
+        fmt.pack(d, adapter_values="int8")
+
+
 def test_int8_adapters_round_trip_and_cost_half():
     P, Q = torch.randn(20, 6) * 1e-6, torch.randn(40, 6) * 1e4
     mask = torch.zeros(20, 40, dtype=torch.bool)
