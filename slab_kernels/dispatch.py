@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from .backends.base import Backend, BackendError, LinearProblem
+from .format import PackedWeight
 
 ORDER = ("cuda", "cpu", "triton", "reference")  # fastest first on each device; the reference runs everything
 ENVIRONMENT = "SLAB_KERNELS_BACKEND"
@@ -44,3 +49,15 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
             return backend(able)
     against = "; ".join(f"{other}: {', '.join(reasons)}" for other, reasons in found.items())
     raise BackendError(f"no backend runs {problem.describe()}: {against}")
+
+
+def prepare_fused(parts: Sequence[PackedWeight], dtype: torch.dtype) -> tuple[Backend, Any]:
+    """A backend that runs every part for activations of `dtype`, and what its `linear_fused` wants, made now.
+
+    Raises: BackendError if a forced backend cannot run one of them.
+    """
+    problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in parts]
+    chosen = max(map(select, problems), key=lambda backend: ORDER.index(backend.name))
+    # Inside inference_mode no inference tensors may be left behind: autograd could not save them.
+    with torch.inference_mode(False), torch.no_grad():
+        return chosen, chosen.prepare_fused(parts, dtype)

@@ -169,10 +169,7 @@ class FusedSlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run one of them.
         """
-        problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in self.parts]
-        backend = max(map(dispatch.select, problems), key=lambda backend: dispatch.ORDER.index(backend.name))
-        with torch.inference_mode(False), torch.no_grad():
-            state = backend.prepare_fused([part.packed() for part in self.parts], dtype)
+        backend, state = dispatch.prepare_fused([part.packed() for part in self.parts], dtype)
         self._linears[dtype] = (backend, state, _joined_bias(self.parts))
         return self
 

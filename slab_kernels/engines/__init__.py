@@ -1,5 +1,7 @@
 """Adapters to other people's engines, one file each; `import slab_kernels` hooks transformers here without importing anything.
 
+vLLM finds `register_with_vllm` through an entry point.
+
 transformers has no plugin entry point: a quantizer has to be registered in a running process, after `transformers.quantizers.auto`
 exists. `watch` waits for that module with a finder on sys.meta_path, which takes itself off the moment it is asked.
 """
@@ -56,3 +58,8 @@ def register_with_transformers() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def register_with_vllm() -> None:
+    """The entry point of `vllm.general_plugins`, called in every process of vLLM; again does no harm."""
+    from . import vllm  # noqa: F401  registers on import

@@ -1,0 +1,136 @@
+"""Tensor parallelism on packed tensors: which slice of each a rank keeps. Plain torch, no engine.
+
+Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K. Along N every tensor slices by rows, V and Q
+stay whole; along K a slice begins at a multiple of lcm(16, group size), U, P and one-a-row scales stay whole (README, the format in
+bytes). A slice is a packed weight of its own, with the sizes of `Slice.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..checkpoint import CheckpointError
+from ..format import PackedLayout, PackedWeight, ShapeError
+from ..packed_checkpoint import read_packed
+
+ROWS_ONLY = ("U", "P")  # no K
+INPUTS_ONLY = ("V", "Q")  # no N, and K comes first
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows first_row .. first_row + rows and inputs first_input .. first_input + inputs of a weight of layout `whole`.
+
+    Raises: ShapeError if it is not inside, or cuts what cannot be cut.
+    """
+
+    whole: PackedLayout
+    first_row: int
+    rows: int
+    first_input: int
+    inputs: int
+
+    def __post_init__(self):
+        whole, last = self.whole, self.first_input + self.inputs
+        if not (0 <= self.first_row and 0 < self.rows and self.first_row + self.rows <= whole.out_features):
+            raise ShapeError(f"rows {self.first_row} to {self.first_row + self.rows} are not inside out_features={whole.out_features}")
+        if not (0 <= self.first_input and 0 < self.inputs and last <= whole.in_features):
+            raise ShapeError(f"inputs {self.first_input} to {last} are not inside in_features={whole.in_features}")
+        unit = whole.slice_multiple
+        if self.first_input % unit or (last % unit and last != whole.in_features):
+            raise ShapeError(f"inputs {self.first_input} to {last} cut a unit of {unit} inputs in two")
+
+    @property
+    def layout(self) -> PackedLayout:
+        return replace(self.whole, out_features=self.rows, in_features=self.inputs)
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """The slice of the packed tensor called `name`, a copy. Raises: CheckpointError if the whole has another shape or dtype."""
+        dtype, shape = self.whole.tensors()[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise CheckpointError(f"{name} is {tensor.dtype} {list(tensor.shape)}, config.json says {dtype} {list(shape)}")
+        if name not in INPUTS_ONLY:
+            tensor = tensor.narrow(0, self.first_row, self.rows)
+        if name not in ROWS_ONLY:
+            axis = 0 if name in INPUTS_ONLY else 1
+            units, unit = self.whole.padded_in_features // self.whole.slice_multiple, self.whole.slice_multiple
+            per_unit = tensor.shape[axis] // units
+            if per_unit * units == tensor.shape[axis]:  # else one scale a row
+                tensor = tensor.narrow(axis, self.first_input // unit * per_unit, -(-self.inputs // unit) * per_unit)
+        return tensor.clone()
+
+
+def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: int, world: int, replicas: int = 1) -> list[Slice]:
+    """The slices of one rank of a layer that splits its outputs, one for each of `rows`.
+
+    Args:
+        layouts: of each part; or one, of a weight that holds all parts below each other (Phi-3's qkv_proj).
+        rows: that a rank keeps of each part.
+        replicas: ranks that share one slice of every part but the first (key and value heads, where they are fewer than ranks).
+
+    Raises: ShapeError.
+    """
+    slices, first = [], 0
+    for i, size in enumerate(rows):
+        layout = layouts[i] if len(layouts) == len(rows) else layouts[0]
+        copies = replicas if i else 1
+        full = size * world // copies
+        if len(layouts) == len(rows):
+            first = 0
+        if full + first > layout.out_features or (len(layouts) == len(rows) and full != layout.out_features):
+            raise ShapeError(f"the engine splits {full} outputs over {world} ranks, the packed weight has out_features={layout.out_features}")
+        slices.append(Slice(layout, first + rank // copies * size, size, 0, layout.in_features))
+        first += full
+    return slices
+
+
+def row_parallel(layout: PackedLayout, rank: int, world: int) -> Slice:
+    """The slice of one rank of a layer that splits its inputs evenly. Raises: ShapeError naming the worlds that would do."""
+    K, unit = layout.in_features, layout.slice_multiple
+    if world > 1 and K % (world * unit):
+        fitting = ", ".join(str(n) for n in range(1, 17) if K % (n * unit) == 0 or n == 1)
+        raise ShapeError(
+            f"in_features={K} over {world} ranks gives no multiple of {unit} inputs a rank, which values={layout.values!r} with "
+            f"group_size={layout.group_size} needs; tensor_parallel_size may be {fitting}"
+        )
+    return Slice(layout, 0, layout.out_features, rank * (K // world), K // world)
+
+
+class Shards:
+    """The packed tensors of one layer of an engine while they arrive, one by one and in any order."""
+
+    def __init__(self, names: Sequence[str], slices: Sequence[Slice], place: Callable[[Tensor], Tensor] = lambda t: t):
+        """names: of the parts, for messages; place: where a kept slice goes."""
+        self.names, self.slices, self.place = list(names), list(slices), place
+        self.tensors: list[dict[str, Tensor]] = [{} for _ in slices]
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Every tensor that a part of this layer has."""
+        return list(dict.fromkeys(name for s in self.slices for name in s.layout.tensors()))
+
+    def load(self, name: str, tensor: Tensor, part: int | None = None) -> None:
+        """Keep this rank's slice of one part, or, with None, of all of them (a weight that holds them below each other).
+
+        Raises: CheckpointError for a tensor that the part has not, or of another shape or dtype.
+        """
+        for i in range(len(self.slices)) if part is None else (part,):
+            if name not in self.slices[i].whole.tensors():
+                raise CheckpointError(f"{self.names[i]} holds the unexpected tensor {name!r}; it does not belong to its config.json")
+            try:
+                self.tensors[i][name] = self.place(self.slices[i].cut(name, tensor))
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.names[i]}: {error}") from error
+
+    def packed(self) -> list[PackedWeight]:
+        """Every part, checked to the last nibble. Raises: CheckpointError if a tensor did not come, FormatError if one is damaged."""
+
+        parts = []
+        for name, piece, found in zip(self.names, self.slices, self.tensors, strict=True):
+            if missing := sorted(piece.layout.tensors().keys() - found.keys()):
+                raise CheckpointError(f"the checkpoint lacks tensor '{name}.{missing[0]}'; it does not belong to its config.json")
+            parts.append(read_packed(lambda tensor, found=found: found[tensor.rpartition(".")[2]], name, piece.layout))
+        return parts
