@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -103,11 +104,12 @@ int float_type(const char* name, ScalarType type) {
   refuse(name, " must be float32, float16 or bfloat16");
 }
 
+constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
+
 void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size, int64_t planes,
                  bool sign_term) {
-  constexpr int64_t most = int64_t(1) << 24;
-  CHECK_ARGUMENT(out_features > 0 && out_features <= most && in_features > 0 && in_features <= most,
-                 "out_features=", out_features, " and in_features=", in_features, " must be between 1 and ", most);
+  CHECK_ARGUMENT(out_features > 0 && out_features <= kMost && in_features > 0 && in_features <= kMost,
+                 "out_features=", out_features, " and in_features=", in_features, " must be between 1 and ", kMost);
   CHECK_ARGUMENT(values >= kFp16 && values <= kInt4, "values=", values,
                  " must be 0 (fp16), 1 (bf16), 2 (int8) or 3 (int4)");
   CHECK_ARGUMENT(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128,
@@ -119,47 +121,77 @@ void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int6
 
 using Factor = std::optional<Tensor>;
 
-CpuWeight weight_of(const Tensor& stream, const Factor& u, const Factor& v, const Factor& p, const Factor& q,
-                    int64_t out_features, int64_t in_features, int64_t values, int64_t group_size, int64_t planes) {
-  check_sizes(out_features, in_features, values, group_size, planes, u.has_value());
+// ---- the prepared tensor --------------------------------------------------------------------------------------------
+// One uint8 tensor a weight: this header, then stream, U, V, P, Q (launch.h), each from a multiple of 64 bytes on. One, because
+// every argument of a torch op costs a call some 0.3 us: twelve of them 5.0 us before any work, five 3.5, and a dense linear 3.0.
+
+struct Header {
+  uint64_t magic;
+  int64_t out_features, in_features, rank, adapter_rank;
+  int32_t values, group_size, planes, adapter_half;  // group_size 0: one scale a row; planes 0 with rank 0
+  uint64_t reserved;
+};
+static_assert(sizeof(Header) == 64);
+constexpr uint64_t kMagic = 0x315550436241'4c53;  // "SLAbCPU1"
+
+// Where everything lies; sizes are below 2^24 each and ranks too, so that nothing overflows.
+struct Sections {
+  int64_t row_blocks, k_blocks, padded, block_size, adapter_padded;
+  int64_t stream, u, v, p, q, end;
+  explicit Sections(const Header& h) {
+    row_blocks = (h.out_features + kRows - 1) / kRows;
+    k_blocks = (h.in_features + kInputs - 1) / kInputs;
+    padded = k_blocks * kInputs;
+    block_size = block_bytes(h.values, h.group_size ? h.group_size : kInputs, h.planes);
+    adapter_padded = round_up(h.adapter_rank, 2 * kRows);
+    const int64_t adapter_bytes = h.adapter_half ? 2 : 4;
+    stream = sizeof(Header);
+    u = round_up(stream + row_blocks * k_blocks * block_size, 64);
+    v = round_up(u + row_blocks * h.rank * kRows * 4, 64);
+    p = round_up(v + h.rank * padded * 4, 64);
+    q = round_up(p + row_blocks * h.adapter_rank * kRows * adapter_bytes, 64);
+    end = round_up(q + adapter_padded * padded * adapter_bytes, 64);
+  }
+};
+
+CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features) {
+  CHECK_ARGUMENT(prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),
+                 "prepared must be a contiguous uint8 tensor on the CPU, as prepare_cpu made it");
+  Header h{};
+  const int64_t bytes = prepared.numel();
+  const auto* const base = static_cast<const uint8_t*>(prepared.const_data_ptr());
+  if (bytes >= int64_t(sizeof(Header))) std::memcpy(&h, base, sizeof(Header));
+  CHECK_ARGUMENT(h.magic == kMagic, "prepared does not begin with the header that prepare_cpu writes");
+  CHECK_ARGUMENT(h.out_features == out_features && h.in_features == in_features, "prepared holds a weight of ",
+                 h.out_features, "x", h.in_features, ", not ", out_features, "x", in_features);
+  check_sizes(h.out_features, h.in_features, h.values, h.group_size, h.planes ? h.planes : 1, h.planes > 0);
+  CHECK_ARGUMENT(h.rank >= 0 && h.rank <= kMost && h.adapter_rank >= 0 && h.adapter_rank <= kMost &&
+                     (h.rank > 0) == (h.planes > 0),
+                 "prepared has a header of ranks ", h.rank, " and ", h.adapter_rank, " and ", h.planes, " sign planes");
+  const Sections at(h);
+  CHECK_ARGUMENT(at.end == bytes, "prepared has ", bytes, " bytes, its header says ", at.end);
   CpuWeight w{};
   w.out_features = out_features;
   w.in_features = in_features;
-  w.row_blocks = (out_features + kRows - 1) / kRows;
-  w.k_blocks = (in_features + kInputs - 1) / kInputs;
-  w.values = int(values);
-  w.group_size = group_size ? int(group_size) : kInputs;
-  CHECK_ARGUMENT(u.has_value() == v.has_value(), "U and V belong together, but only one is given");
-  CHECK_ARGUMENT(p.has_value() == q.has_value(), "P and Q belong together, but only one is given");
-  const int64_t padded = w.k_blocks * kInputs;
-  if (u) {
-    w.planes = int(planes);
-    w.rank = u->dim() == 3 ? u->size(1) : 0;
-    CHECK_ARGUMENT(w.rank > 0, "U has shape ", shape(*u), ", expected [", w.row_blocks, ", rank >= 1, ", kRows, "]");
-    check_shape("U", *u, {w.row_blocks, w.rank, kRows});
-    check_shape("V", *v, {w.rank, padded});
-    check_dtype("U", *u, ScalarType::Float, "float32");
-    check_dtype("V", *v, ScalarType::Float, "float32");
-    w.u = static_cast<const float*>(u->const_data_ptr());
-    w.v = static_cast<const float*>(v->const_data_ptr());
+  w.row_blocks = at.row_blocks;
+  w.k_blocks = at.k_blocks;
+  w.block_size = at.block_size;
+  w.rank = h.rank;
+  w.adapter_rank = h.adapter_rank;
+  w.adapter_padded = at.adapter_padded;
+  w.values = h.values;
+  w.group_size = h.group_size ? h.group_size : kInputs;
+  w.planes = h.planes;
+  w.adapter_half = h.adapter_half != 0;
+  w.stream = base + at.stream;
+  if (h.rank) {
+    w.u = reinterpret_cast<const float*>(base + at.u);
+    w.v = reinterpret_cast<const float*>(base + at.v);
   }
-  if (p) {
-    w.adapter_rank = p->dim() == 3 ? p->size(1) : 0;
-    CHECK_ARGUMENT(w.adapter_rank > 0, "P has shape ", shape(*p), ", expected [", w.row_blocks, ", rank >= 1, ", kRows,
-                   "]");
-    w.adapter_padded = round_up(w.adapter_rank, 2 * kRows);
-    check_shape("P", *p, {w.row_blocks, w.adapter_rank, kRows});
-    check_shape("Q", *q, {w.adapter_padded / kRows, padded, kRows});
-    w.adapter_half = p->scalar_type() == ScalarType::Half;
-    check_dtype("P", *p, w.adapter_half ? ScalarType::Half : ScalarType::Float, "float16 or float32");
-    check_dtype("Q", *q, p->scalar_type(), "P's");
-    w.p = p->const_data_ptr();
-    w.q = q->const_data_ptr();
+  if (h.adapter_rank) {
+    w.p = base + at.p;
+    w.q = base + at.q;
   }
-  w.block_size = block_bytes(w.values, w.group_size, w.planes);
-  check_dtype("stream", stream, ScalarType::Byte, "uint8");
-  check_shape("stream", stream, {w.row_blocks, w.k_blocks, w.block_size});
-  w.stream = static_cast<const uint8_t*>(stream.const_data_ptr());
   return w;
 }
 
@@ -176,8 +208,11 @@ struct Scratch {  // fp32, 64-byte aligned, freed with the call
 
 // ---- ops ------------------------------------------------------------------------------------------------------------
 
-Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor scales, int64_t out_features,
-                   int64_t in_features, int64_t values, int64_t group_size, int64_t planes) {
+// U [row blocks, R, 16] and V [R, K padded to 128] in fp32, P [row blocks, R', 16] and Q [R' padded to 32 / 16, K padded to 128, 16]
+// in fp16 or fp32: in the kernels' order already, copied behind the stream.
+Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor scales, Factor u, Factor v, Factor p,
+                   Factor q, int64_t out_features, int64_t in_features, int64_t values, int64_t group_size,
+                   int64_t planes) {
   check_sizes(out_features, in_features, values, group_size, planes, signs.has_value());
   CHECK_ARGUMENT(group_size == 0 || is_integer(int(values)), "group_size=", group_size, " needs int8 or int4 values");
   const int64_t padded = round_up(in_features, group_size > 16 ? group_size : 16);
@@ -186,37 +221,68 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   check_shape("values", values_tensor, {out_features, values == kInt4 ? padded / 4 : padded / 2});
   check_dtype("metadata", metadata, ScalarType::Byte, "uint8");
   check_shape("metadata", metadata, {out_features, padded / 8});
-  CpuPacked p{};
-  p.out_features = out_features;
-  p.in_features = in_features;
-  p.padded_in = padded;
-  p.values = int(values);
-  p.group_size = int(group_size);
-  p.values_data = static_cast<const uint8_t*>(values_tensor.const_data_ptr());
-  p.metadata = static_cast<const uint8_t*>(metadata.const_data_ptr());
+  CpuPacked packed{};
+  packed.out_features = out_features;
+  packed.in_features = in_features;
+  packed.padded_in = padded;
+  packed.values = int(values);
+  packed.group_size = int(group_size);
+  packed.values_data = static_cast<const uint8_t*>(values_tensor.const_data_ptr());
+  packed.metadata = static_cast<const uint8_t*>(metadata.const_data_ptr());
   if (signs) {
     check_dtype("signs", *signs, ScalarType::Byte, "uint8");
     check_shape("signs", *signs, {out_features, padded / 16 * planes});
-    p.planes = int(planes);
-    p.signs = static_cast<const uint8_t*>(signs->const_data_ptr());
+    packed.planes = int(planes);
+    packed.signs = static_cast<const uint8_t*>(signs->const_data_ptr());
   }
-  CHECK_ARGUMENT(scales.has_value() == is_integer(p.values), "scales belong to int8 and int4 values, and to no others");
+  CHECK_ARGUMENT(scales.has_value() == is_integer(packed.values),
+                 "scales belong to int8 and int4 values, and to no others");
   if (scales) {
     check_dtype("scales", *scales, ScalarType::BFloat16, "bfloat16");
     check_shape("scales", *scales, {out_features, group_size ? padded / group_size : 1});
-    p.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
+    packed.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
   }
-  const int64_t row_blocks = (out_features + kRows - 1) / kRows, k_blocks = (in_features + kInputs - 1) / kInputs;
-  const int stream_group = group_size ? int(group_size) : kInputs;
-  Tensor stream =
-      torch::stable::new_empty(metadata, {row_blocks, k_blocks, block_bytes(p.values, stream_group, p.planes)});
-  auto* const out = static_cast<uint8_t*>(stream.mutable_data_ptr());
+  Header h{kMagic, out_features, in_features, 0, 0, int32_t(values), int32_t(group_size), packed.planes, 0, 0};
+  CHECK_ARGUMENT(u.has_value() == v.has_value() && u.has_value() == signs.has_value(),
+                 "signs, U and V belong together, but only some are given");
+  CHECK_ARGUMENT(p.has_value() == q.has_value(), "P and Q belong together, but only one is given");
+  if (u) h.rank = u->dim() == 3 ? u->size(1) : 0;
+  if (p) h.adapter_rank = p->dim() == 3 ? p->size(1) : 0;
+  CHECK_ARGUMENT(!u || (h.rank > 0 && h.rank <= kMost), "U has shape ", shape(*u), ", expected [row blocks, rank, 16]");
+  CHECK_ARGUMENT(!p || (h.adapter_rank > 0 && h.adapter_rank <= kMost), "P has shape ", shape(*p),
+                 ", expected [row blocks, rank, 16]");
+  if (p) h.adapter_half = p->scalar_type() == ScalarType::Half;
+  const Sections at(h);
+  Tensor prepared = torch::stable::new_empty(metadata, {at.end});
+  auto* const out = static_cast<uint8_t*>(prepared.mutable_data_ptr());
+  std::memset(out, 0, size_t(at.stream));
+  std::memcpy(out, &h, sizeof(Header));
+  const auto copy = [&](const char* name, const Factor& t, std::initializer_list<int64_t> expected, ScalarType type,
+                        const char* type_name, int64_t from, int64_t to) {
+    int64_t bytes = 0;
+    if (t) {
+      check_shape(name, *t, expected);
+      check_dtype(name, *t, type, type_name);
+      bytes = t->numel() * (type == ScalarType::Half ? 2 : 4);
+      std::memcpy(out + from, t->const_data_ptr(), size_t(bytes));
+    }
+    std::memset(out + from + bytes, 0, size_t(to - from - bytes));
+  };
+  const ScalarType adapters = h.adapter_half ? ScalarType::Half : ScalarType::Float;
+  const char* const adapters_name = h.adapter_half ? "float16, as P" : "float32 or float16, both the same";
+  copy("U", u, {at.row_blocks, h.rank, kRows}, ScalarType::Float, "float32", at.u, at.v);
+  copy("V", v, {h.rank, at.padded}, ScalarType::Float, "float32", at.v, at.p);
+  copy("P", p, {at.row_blocks, h.adapter_rank, kRows}, adapters, adapters_name, at.p, at.q);
+  copy("Q", q, {at.adapter_padded / kRows, at.padded, kRows}, adapters, adapters_name, at.q, at.end);
+  const int64_t stream_bytes = at.row_blocks * at.k_blocks * at.block_size;
+  std::memset(out + at.stream + stream_bytes, 0, size_t(at.u - at.stream - stream_bytes));
   std::atomic<int64_t> illegal{0};
-  torch::stable::parallel_for(0, row_blocks, 1 + kThreadWork / (kRows * padded),
-                              [&](int64_t begin, int64_t end) { illegal += cpu_prepare(p, out, begin, end); });
+  torch::stable::parallel_for(0, at.row_blocks, 1 + kThreadWork / (kRows * padded), [&](int64_t begin, int64_t end) {
+    illegal += cpu_prepare(packed, out + at.stream, begin, end);
+  });
   CHECK_ARGUMENT(illegal == 0, "metadata holds ", illegal.load(),
                  " nibbles that are not two ascending positions (legal: 4 8 C 9 D E)");
-  return stream;
+  return prepared;
 }
 
 // The tokens [0, count) of x, as fp32 rows padded to whole blocks; x itself when it already is that.
@@ -260,18 +326,33 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
                               });
 }
 
-Tensor linear_cpu(Tensor x, Tensor stream, Factor u, Factor v, Factor p, Factor q, Factor bias, int64_t out_features,
-                  int64_t in_features, int64_t values, int64_t group_size, int64_t planes) {
+// x's shape with another last size, contiguous: through the shim, which takes 1.6 us less than the dispatcher's new_empty.
+Tensor empty_output(const Tensor& x, int64_t out_features) {
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(2 * size_t(dims));
+  int64_t* const strides = sizes.data() + dims;
+  for (int64_t i = 0; i < dims; ++i) sizes[size_t(i)] = i + 1 < dims ? x.size(i) : out_features;
+  for (int64_t i = dims - 1, stride = 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[size_t(i)] > 1 ? sizes[size_t(i)] : 1;
+  }
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle y = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
+}
+
+Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features, int64_t in_features) {
   CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
   CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
   const int type = float_type("x", x.scalar_type());
   CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1), " features, the weight ",
                  in_features);
-  CpuWeight w = weight_of(stream, u, v, p, q, out_features, in_features, values, group_size, planes);
+  CpuWeight w = weight_of(prepared, out_features, in_features);
   const CpuKernels& run = kernels();
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = out_features;
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = empty_output(x, out_features);
   const int64_t tokens = x.numel() / in_features;
   if (tokens == 0) return y;
   const Scratch wide_bias(bias ? w.row_blocks * kRows : 0);
@@ -294,38 +375,57 @@ Tensor linear_cpu(Tensor x, Tensor stream, Factor u, Factor v, Factor p, Factor 
   return y;
 }
 
-Tensor dequantize_cpu(Tensor stream, Factor u, Factor v, int64_t out_features, int64_t in_features, int64_t values,
-                      int64_t group_size, int64_t planes) {
-  const CpuWeight w =
-      weight_of(stream, u, v, std::nullopt, std::nullopt, out_features, in_features, values, group_size, planes);
+// W += P Q^T for the rows of row blocks [begin, end). Plain loops: only gradients come here.
+void add_adapter(const CpuKernels& run, const CpuWeight& w, float* dense, int64_t begin, int64_t end) {
+  const int64_t padded = w.k_blocks * kInputs, bytes = w.adapter_half ? 2 : 4;
+  const int type = w.adapter_half ? kFloat16 : kFloat32;
+  const Scratch panel(padded * kRows), left(w.adapter_padded * kRows);
+  for (int64_t block = begin; block < end; ++block) {
+    for (int64_t i = w.adapter_rank * kRows; i < w.adapter_padded * kRows; ++i) left.get()[i] = 0.0f;
+    const auto* const p = static_cast<const uint8_t*>(w.p) + block * w.adapter_rank * kRows * bytes;
+    run.widen(p, type, left.get(), w.adapter_rank * kRows);
+    for (int64_t r = 0; r < w.adapter_padded; r += kRows) {
+      run.widen(static_cast<const uint8_t*>(w.q) + r * padded * bytes, type, panel.get(), padded * kRows);
+      for (int64_t n = block * kRows; n < (block + 1) * kRows && n < w.out_features; ++n)
+        for (int64_t k = 0; k < w.in_features; ++k) {
+          float sum = 0.0f;
+          for (int64_t j = 0; j < kRows; ++j)
+            sum += left.get()[(r + j) * kRows + n % kRows] * panel.get()[k * kRows + j];
+          dense[n * w.in_features + k] += sum;
+        }
+    }
+  }
+}
+
+Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features) {
+  const CpuWeight w = weight_of(prepared, out_features, in_features);
   const CpuKernels& run = kernels();
-  Tensor dense = torch::stable::new_empty(stream, {out_features, in_features}, ScalarType::Float);
-  void* const out = dense.mutable_data_ptr();
+  Tensor dense = torch::stable::new_empty(prepared, {out_features, in_features}, ScalarType::Float);
+  auto* const out = static_cast<float*>(dense.mutable_data_ptr());
   torch::stable::parallel_for(0, w.row_blocks, 1 + kThreadWork / (kRows * in_features),
-                              [&](int64_t begin, int64_t end) { run.dequantize(w, out, kFloat32, begin, end); });
+                              [&](int64_t begin, int64_t end) {
+                                run.dequantize(w, out, kFloat32, begin, end);
+                                if (w.adapter_rank) add_adapter(run, w, out, begin, end);
+                              });
   return dense;
 }
 
 }  // namespace
 
-#define LINEAR_ARGUMENTS                                                                \
-  "Tensor x, Tensor stream, Tensor? U, Tensor? V, Tensor? P, Tensor? Q, Tensor? bias, " \
-  "int out_features, int in_features, int value_type, int group_size, int planes"
+#define LINEAR_ARGUMENTS "Tensor x, Tensor prepared, Tensor? bias, int out_features, int in_features"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_runnable() -> str");
   m.def("cpu_use_isa(str name) -> str");
   m.def(
-      "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, int out_features, int in_features, "
-      "int value_type, int group_size, int planes) -> Tensor");
+      "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, "
+      "Tensor? Q, int out_features, int in_features, int value_type, int group_size, int planes) -> Tensor");
   // Twice the same kernel: Python registers autograd for linear_cpu, which costs every call of it some 10 us, with or
   // without gradients; linear_cpu_frozen is for calls that need none.
   m.def("linear_cpu(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
-  m.def(
-      "dequantize_cpu(Tensor stream, Tensor? U, Tensor? V, int out_features, int in_features, int value_type, "
-      "int group_size, int planes) -> Tensor");
+  m.def("dequantize_cpu(Tensor prepared, int out_features, int in_features) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CompositeExplicitAutograd, m) {

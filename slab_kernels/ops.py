@@ -12,6 +12,7 @@ import threading
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import reference
 from .format import VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight, read_factors
@@ -83,6 +84,23 @@ def _backward(ctx, grad):
     return grad_x, *(None,) * len(TENSOR_ARGUMENTS), grad_bias, None
 
 
+def register_vmap(name: str, library: torch.library.Library | None = None) -> None:
+    """`torch.vmap` of the op called `name`, whose first argument is x: over x alone, as one call with more tokens.
+
+    Under vmap the op raises NotImplementedError if anything else is batched: there is one weight and one bias.
+    """
+    op = getattr(torch.ops.slab_kernels, name).default
+
+    def batched(info, in_dims, x, *rest):
+        if in_dims[0] is None or any(dim is not None for dim in tree_leaves(in_dims[1:])):
+            raise NotImplementedError(
+                f"vmap over the weight or the bias of {NAMESPACE}::{name}: only x may be batched; loop over the weights instead"
+            )
+        return op(x.movedim(in_dims[0], 0), *rest), 0
+
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", batched, lib=library)
+
+
 def register() -> torch.library.Library:
     """Define the ops once; idempotent, and safe from several threads."""
     with _REGISTERING:
@@ -101,4 +119,5 @@ def _register_once() -> torch.library.Library:
         library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     torch.library.register_autograd(f"{NAMESPACE}::linear", _backward, setup_context=_setup_context, lib=library)
+    register_vmap("linear", library)
     return library

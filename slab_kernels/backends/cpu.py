@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from .. import bitpacking as bits
 from ..format import PackedWeight
+from ..ops import register_vmap
 from .base import Backend, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
@@ -33,18 +34,11 @@ ROWS, INPUTS = 16, 128  # of a block of the prepared stream
 
 
 class CpuState(NamedTuple):
-    """What `linear_cpu` wants: the stream and the factors in its layout, then sizes."""
+    """What `linear_cpu` wants."""
 
-    stream: Tensor  # [ceil(N/16), ceil(K/128), bytes of a block] uint8
-    U: Tensor | None  # [ceil(N/16), R, 16] fp32
-    V: Tensor | None  # [R, K padded to 128] fp32
-    P: Tensor | None  # [ceil(N/16), R', 16] fp16 or fp32
-    Q: Tensor | None  # [R' padded to 32 / 16, K padded to 128, 16], P's dtype
+    prepared: Tensor  # [bytes] uint8: header, stream and factors, laid out by csrc/bindings.cpp
     out_features: int
     in_features: int
-    value_type: int
-    group_size: int  # 0: one scale a row
-    planes: int  # 1 without a sign term too
 
 
 class CpuBackend(Backend):
@@ -69,7 +63,6 @@ class CpuBackend(Backend):
         kind = VALUE_CODES[layout.values], layout.group_size or 0, layout.planes
         values = widened(packed.values) if layout.values == "int3" else packed.values
         canonical = (t if t is None else t.contiguous() for t in (values, packed.metadata, packed.signs, packed.scales))
-        stream = torch.ops.slab_kernels.prepare_cpu(*canonical, N, K, *kind)
         blocks, columns = -(-N // ROWS), -(-K // INPUTS) * INPUTS
 
         def row_blocks(t: Tensor) -> Tensor:  # [N,R] -> [blocks,R,16]
@@ -88,13 +81,13 @@ class CpuBackend(Backend):
             padded = -(-rank // (2 * ROWS)) * 2 * ROWS
             P = row_blocks(P.to(stored))
             Q = pad(inputs(Q.to(stored)), (0, padded - rank)).view(columns, -1, ROWS).transpose(0, 1).contiguous()
-        return CpuState(stream, U, V, P, Q, N, K, *kind)
+        return CpuState(torch.ops.slab_kernels.prepare_cpu(*canonical, U, V, P, Q, N, K, *kind), N, K)
 
     def linear(self, x: Tensor, state: CpuState, bias: Tensor | None = None) -> Tensor:
-        tensors, sizes = state[:5], state[5:]
+        prepared, N, K = state
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return torch.ops.slab_kernels.linear_cpu(x, *tensors, bias, *sizes)
-        return torch.ops.slab_kernels.linear_cpu_frozen(x, *tensors, bias, *sizes)
+            return torch.ops.slab_kernels.linear_cpu.default(x, prepared, bias, N, K)
+        return torch.ops.slab_kernels.linear_cpu_frozen.default(x, prepared, bias, N, K)
 
 
 def widened(values: Tensor) -> Tensor:
@@ -139,49 +132,34 @@ def _load_once() -> None:
     register = torch.library.register_fake
     register("slab_kernels::linear_cpu", _linear_fake)
     register("slab_kernels::linear_cpu_frozen", _linear_fake)
-    register("slab_kernels::prepare_cpu", _prepare_fake)
     register("slab_kernels::dequantize_cpu", _dequantize_fake)
+    for name in ("linear_cpu", "linear_cpu_frozen"):
+        register_vmap(name)
     torch.library.register_autograd("slab_kernels::linear_cpu", _backward, setup_context=_setup_context)
 
 
-def _linear_fake(x, stream, U, V, P, Q, bias, out_features, in_features, value_type, group_size, planes):
+def _linear_fake(x, prepared, bias, out_features, in_features):
     torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _prepare_fake(values, metadata, signs, scales, out_features, in_features, value_type, group_size, planes):
-    groups = INPUTS // 4
-    size = 4 * 4 * ROWS + 2 * groups * ROWS * (4, 4, 2, 1)[value_type] // 2
-    size += 0 if signs is None else 4 * ROWS * (2 * planes - 1)
-    size += 0 if scales is None else INPUTS // (group_size or INPUTS) * 2 * ROWS
-    return metadata.new_empty((-(-out_features // ROWS), -(-in_features // INPUTS), size))
-
-
-def _dequantize_fake(stream, U, V, out_features, in_features, value_type, group_size, planes):
-    return stream.new_empty((out_features, in_features), dtype=torch.float32)
+def _dequantize_fake(prepared, out_features, in_features):
+    return prepared.new_empty((out_features, in_features), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    _, stream, U, V, P, Q, _, *ctx.sizes = inputs
-    ctx.save_for_backward(stream, U, V, P, Q)
+    _, prepared, _, ctx.N, ctx.K = inputs
+    ctx.save_for_backward(prepared)
 
 
 def _backward(ctx, grad):
-    stream, U, V, P, Q = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        N, K = ctx.sizes[:2]
-        wide = grad.float()
-        grad_x = wide @ torch.ops.slab_kernels.dequantize_cpu(stream, U, V, *ctx.sizes)
-        if P is not None:
-            rank = P.shape[1]
-            left = P.float().transpose(1, 2).reshape(-1, rank)[:N]
-            right = Q.float().transpose(1, 2).reshape(-1, Q.shape[1])[:rank, :K]
-            grad_x = grad_x + (wide @ left) @ right
-        grad_x = grad_x.to(grad.dtype)
-    if ctx.needs_input_grad[6]:
+        W = torch.ops.slab_kernels.dequantize_cpu(*ctx.saved_tensors, ctx.N, ctx.K)
+        grad_x = (grad.float() @ W).to(grad.dtype)
+    if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * 5, grad_bias, *(None,) * len(ctx.sizes)
+    return grad_x, None, grad_bias, None, None
 
 
 BACKEND = CpuBackend()
