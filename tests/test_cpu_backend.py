@@ -107,7 +107,7 @@ def test_every_pattern_and_level_at_every_lane(isa, M, planes):
     parts["signs"] = bits.pack_planes(level, planes)
     packed = PackedWeight.from_tensors(parts, N, K)
     state = cpu.BACKEND.prepare(packed)
-    assert torch.equal(OPS.dequantize_cpu(*state[:3], *state[5:]), packed.dense())
+    assert torch.equal(OPS.dequantize_cpu(*state), packed.dense())
     x = torch.randint(-4, 5, (M, K)).float()
     assert torch.equal(linear(x, packed).double(), oracle(x, packed)[0])
 
@@ -117,7 +117,7 @@ def test_dequantize(isa, values, group_size, poisoned):
     for (N, K), planes in itertools.product(SHAPES, (1, 2, 3)):
         packed = random_packed(PackedLayout(N, K, values, group_size, rank=1, planes=planes))
         state = cpu.BACKEND.prepare(packed)
-        dense = OPS.dequantize_cpu(*state[:3], *state[5:])
+        dense = OPS.dequantize_cpu(*state)
         assert torch.allclose(dense, packed.dense(), rtol=1e-6, atol=0.0)
 
 
@@ -161,7 +161,7 @@ def test_fp16_values_convert_exactly(isa):
     packed = random_packed(PackedLayout(N, K, "fp16"))
     packed.values.copy_(numbers.view(N, K // 2))
     state = cpu.BACKEND.prepare(packed)
-    assert torch.equal(OPS.dequantize_cpu(*state[:3], *state[5:]), packed.dense())
+    assert torch.equal(OPS.dequantize_cpu(*state), packed.dense())
     one = first_two(1.0, 0.0)
     x = torch.zeros(len(numbers), 4, dtype=torch.float16)
     x[:, 0] = numbers
@@ -224,14 +224,23 @@ def test_instruction_sets_agree():
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (2, 5)])
 def test_opcheck(rank, adapter_rank):
     packed = random_packed(PackedLayout(40, 200, "int8", 128, rank, adapter_rank))
-    tensors, sizes = (state := cpu.BACKEND.prepare(packed))[:5], state[5:]
+    prepared, *sizes = cpu.BACKEND.prepare(packed)
     x, bias = torch.randn(3, 200), torch.randn(40)
     for sample in (x[None].bfloat16(), x.clone().requires_grad_()):
-        torch.library.opcheck(OPS.linear_cpu.default, (sample, *tensors, bias, *sizes))
-    torch.library.opcheck(OPS.linear_cpu_frozen.default, (x, *tensors, None, *sizes))
-    torch.library.opcheck(OPS.dequantize_cpu.default, (*tensors[:3], *sizes))
-    canonical = packed.values, packed.metadata, packed.signs, packed.scales
-    torch.library.opcheck(OPS.prepare_cpu.default, (*canonical, *sizes))
+        torch.library.opcheck(OPS.linear_cpu.default, (sample, prepared, bias, *sizes))
+    torch.library.opcheck(OPS.linear_cpu_frozen.default, (x, prepared, None, *sizes))
+    torch.library.opcheck(OPS.dequantize_cpu.default, (prepared, *sizes))
+
+
+def test_the_output_is_new_memory_and_the_inputs_stay_as_they_are():
+    packed, x, bias = random_packed(LAYOUT), torch.randn(3, 200), torch.randn(40)
+    state = cpu.BACKEND.prepare(packed)
+    before = [t.clone() for t in (x, bias, state.prepared)]
+    y = cpu.BACKEND.linear(x, state, bias)
+    again = cpu.BACKEND.linear(x, state, bias)
+    storages = {t.untyped_storage().data_ptr() for t in (x, bias, state.prepared, y, again)}
+    assert len(storages) == 5 and y.is_contiguous() and torch.equal(y, again)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, bias, state.prepared), strict=True))
 
 
 def test_gradients():
@@ -292,29 +301,40 @@ def test_forced_instruction_set():
 
 
 X, STATE = torch.randn(2, 200), cpu.BACKEND.prepare(random_packed(LAYOUT))
+
+
+def header(word: int, content: int) -> torch.Tensor:
+    """The prepared tensor with another 64-bit word in its header: 1 out_features, 3 rank, 4 adapter rank, 5 values | group size, 6 planes | half."""
+    changed = STATE.prepared.clone()
+    changed.view(torch.int64)[word] = content
+    return changed
+
+
 HOSTILE = {
     "another width": ({"x": torch.randn(2, 201)}, "x has 201 features, the weight 200"),
-    "claimed width": ({"in_features": 400, "x": torch.randn(2, 400)}, "has shape"),
+    "claimed width": ({"in_features": 400, "x": torch.randn(2, 400)}, "a weight of 40x200, not 40x400"),
     "far wider": ({"x": torch.randn(2, 400)}, "x has 400 features"),
     "fp64": ({"x": X.double()}, "x must be float32, float16 or bfloat16"),
     "scalar x": ({"x": torch.tensor(1.0)}, "at least one dimension"),
-    "short stream": ({"stream": STATE.stream[:-1]}, "stream has shape"),
-    "strided stream": ({"stream": STATE.stream.transpose(0, 1).contiguous().transpose(0, 1)}, "not contiguous"),
-    "stream type": ({"stream": STATE.stream.to(torch.int8)}, "stream has another dtype"),
-    "U without V": ({"V": None}, "U and V belong together"),
-    "U dims": ({"U": torch.randn(3, 2)}, "U has shape"),
-    "rank 0": ({"U": torch.randn(3, 0, 16)}, "U has shape"),
-    "V type": ({"V": STATE.V.half()}, "V has another dtype"),
-    "P rows": ({"P": STATE.P[:-1]}, "P has shape"),
-    "Q type": ({"Q": STATE.Q.float()}, "Q has another dtype"),
     "bias": ({"bias": torch.randn(39)}, "bias has shape"),
     "bias type": ({"bias": torch.ones(40, dtype=torch.int64)}, "bias must be float32"),
-    "more rows": ({"out_features": 400}, "has shape"),
-    "no rows": ({"out_features": 0}, "out_features=0"),
-    "huge": ({"out_features": 1 << 60}, "must be between"),
-    "value type": ({"value_type": 7}, "values=7"),
-    "int8 read of fp16": ({"value_type": 2}, "stream has shape"),
-    "group size": ({"group_size": 48}, "group_size=48"),
+    "more rows": ({"out_features": 400}, "a weight of 40x200, not 400x200"),
+    "cut short": ({"prepared": STATE.prepared[:-64]}, r"prepared has \d+ bytes, its header says"),
+    "too long": ({"prepared": torch.cat([STATE.prepared, STATE.prepared])}, r"prepared has \d+ bytes, its header says"),
+    "strided": ({"prepared": STATE.prepared[::2]}, "contiguous uint8"),
+    "type": ({"prepared": STATE.prepared.to(torch.int8)}, "contiguous uint8"),
+    "empty": ({"prepared": STATE.prepared[:0]}, "does not begin with the header"),
+    "no header": ({"prepared": torch.zeros_like(STATE.prepared)}, "does not begin with the header"),
+    "no rows": ({"prepared": header(1, 0), "out_features": 0}, "out_features=0"),
+    "huge": ({"prepared": header(1, 1 << 60), "out_features": 1 << 60}, "must be between"),
+    "rank": ({"prepared": header(3, 1 << 40)}, "ranks 1099511627776 and 5"),
+    "another rank": ({"prepared": header(3, 3)}, "its header says"),
+    "negative adapter rank": ({"prepared": header(4, -1)}, "ranks 2 and -1"),
+    "value type": ({"prepared": header(5, 7)}, "values=7"),
+    "int8 read of fp16": ({"prepared": header(5, 2)}, "its header says"),
+    "group size": ({"prepared": header(5, 48 << 32)}, "group_size=48"),
+    "planes": ({"prepared": header(6, 7)}, "planes=7"),
+    "a sign term without rank": ({"prepared": header(3, 0)}, "ranks 0 and 5 and 1 sign planes"),
 }
 
 
@@ -328,7 +348,8 @@ def test_hostile_arguments_are_refused(case):
 
 def test_hostile_packed_tensors_are_refused():
     packed = random_packed(PackedLayout(8, 64, "int8", 32, rank=1))
-    good = [packed.values, packed.metadata, packed.signs, packed.scales, 8, 64, 2, 32, 1]
+    U, V = torch.zeros(1, 1, 16), torch.zeros(1, 128)
+    good = [packed.values, packed.metadata, packed.signs, packed.scales, U, V, None, None, 8, 64, 2, 32, 1]
     OPS.prepare_cpu(*good)
     for place, bad, message in (
         (0, packed.values[:, :-1].contiguous(), "values has shape"),
@@ -338,11 +359,22 @@ def test_hostile_packed_tensors_are_refused():
         (2, packed.signs[:, 1:], "signs has shape"),
         (3, None, "scales belong to"),
         (3, packed.scales.float(), "scales has another dtype"),
-        (5, 1 << 40, "in_features="),
-        (6, -1, "values=-1"),
-        (7, 16, "group_size=16"),
-        (8, 2, "signs has shape"),
-        (8, 4, "planes=4"),
+        (4, None, "signs, U and V belong together"),
+        (4, torch.zeros(3, 2), "U has shape"),
+        (4, torch.zeros(1, 0, 16), "U has shape"),
+        (4, torch.zeros(2, 1, 16), "U has shape"),
+        (5, V.half(), "V has another dtype"),
+        (5, torch.zeros(2, 128), "V has shape"),
+        (6, torch.zeros(1, 3, 16), "P and Q belong together"),
+        (9, 1 << 40, "in_features="),
+        (10, -1, "values=-1"),
+        (11, 16, "group_size=16"),
+        (12, 2, "signs has shape"),
+        (12, 4, "planes=4"),
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.prepare_cpu(*good[:place], bad, *good[place + 1 :])
+    P, Q = torch.zeros(1, 3, 16), torch.zeros(2, 128, 16)
+    for factors, message in (((P[:, :0], Q), "P has shape"), ((P, Q[:1]), "Q has shape"), ((P.half(), Q), "Q has another dtype"), ((P.double(), Q), "P has another")):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.prepare_cpu(*good[:6], *factors, *good[8:])
