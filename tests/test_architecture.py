@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": FORMAT,
     "ops": FORMAT | {"reference"},
     "backends": FORMAT | {"reference", "ops"},
-    "dispatch": {"backends"},
+    "dispatch": FORMAT | {"backends"},
     "nn": WAIST_DOWN,
     "testing": FORMAT | {"reference"},
     "timing": set(),
@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"checkpoint", "model", "packed_checkpoint", "plan", "source"},
+    "engines": FORMAT | {"checkpoint", "dispatch", "model", "packed_checkpoint", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 from slab_kernels import dispatch, ops, reference
 from slab_kernels.backends.base import BackendError, LinearProblem
 from slab_kernels.format import PackedLayout, ShapeError, pack, unpack
-from slab_kernels.nn import SlabLinear, replace_linear
+from slab_kernels.nn import FusedSlabLinear, SlabLinear, replace_linear
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, error_bound, oracle, random_packed
 
 LAYOUT = PackedLayout(24, 48, "fp16", rank=2, adapter_rank=3)
@@ -193,3 +196,51 @@ def test_offloaded_layers_work_save_and_prepare_again():
     assert all(torch.equal(t, saved[name]) for name, t in module.state_dict().items())
     moved = module.to("meta")
     assert moved._home is None and moved._linears == {} and moved.values.is_meta
+
+
+def test_vmap_runs_over_x_and_refuses_anything_else():
+    packed, bias = random_packed(LAYOUT), torch.randn(24)
+    layer = SlabLinear.from_packed(packed, bias)
+    x = torch.randn(3, 5, 48)
+    assert torch.equal(torch.vmap(layer, in_dims=1, out_dims=1)(x), layer(x))
+    canonical = torch.ops.slab_kernels.linear
+    _, *tensors, _, K = arguments(packed, x)
+    assert torch.equal(torch.vmap(lambda x: canonical(x, *tensors, bias, K))(x), canonical(x, *tensors, bias, K))
+    with pytest.raises(NotImplementedError, match="only x may be batched"):
+        torch.vmap(lambda b: canonical(x[0], *tensors, b, K))(torch.randn(2, 24))
+    with pytest.raises(NotImplementedError, match="only x may be batched"):
+        torch.vmap(lambda x, U: canonical(x, *tensors[:4], U, *tensors[5:], None, K))(x, torch.stack([packed.U] * 3))
+
+
+def test_threads_share_a_layer_from_its_first_call_on():
+    """Eight threads meet in a fresh layer: preparing races, and every result is the one of a single thread."""
+    packed = random_packed(PackedLayout(160, 512, "int4", 32, rank=2, adapter_rank=3))
+    fused = [random_packed(PackedLayout(n, 512, "int8", rank=1), seed=n) for n in (96, 32)]
+    xs = [torch.randn(m, 512, generator=torch.Generator().manual_seed(m)) for m in (1, 2, 7, 33) * 2]
+    make = lambda: (SlabLinear.from_packed(packed), FusedSlabLinear(map(SlabLinear.from_packed, fused)))  # noqa: E731
+    alone = make()
+    want = [(alone[0](x), *alone[1](x)) for x in xs]
+    for _ in range(5):
+        layer, both = make()
+        together = threading.Barrier(len(xs))
+
+        def run(x, layer=layer, both=both, together=together):
+            together.wait()
+            return [(layer(x), *both(x)) for _ in range(20)]
+
+        with ThreadPoolExecutor(len(xs)) as pool:
+            for results, expected in zip(pool.map(run, xs), want, strict=True):
+                assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_aot_inductor(tmp_path):
+    """A model in a file that runs without its Python: our op by its name, any number of tokens."""
+    model = torch.nn.Sequential(SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24)), torch.nn.ReLU()).eval()
+    model(torch.randn(1, 48))  # prepares: the file then holds what the CPU kernels read
+    exported = torch.export.export(model, (torch.randn(4, 48),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},))
+    file = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(file)
+    for M in (2, 9):
+        x = torch.randn(M, 48)
+        assert torch.equal(loaded(x), model(x))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...format import PackedWeight, ShapeError
+from ...ops import register_vmap
 from ..base import Backend, LinearProblem, differences
 from . import driver, layout
 from .launch import BIAS_TYPES, Device, kernel_names, linear
@@ -181,6 +182,7 @@ def _register_once() -> torch.library.Library:
         library.define(name + ARGUMENTS)
         library.impl(name, _linear, "CUDA")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
+        register_vmap(name, library)
     torch.library.register_autograd(f"{NAMESPACE}::linear_cuda", _backward, setup_context=_setup_context, lib=library)
     return library
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...format import PackedWeight, ShapeError
+from ...ops import register_vmap
 from ..base import Backend, LinearProblem, differences
 from . import launch
 from .configs import Device, choose, splits, z_splits
@@ -207,6 +208,8 @@ def _register_once() -> torch.library.Library:
         library.define(name + arguments)
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    for name in ("linear_triton", "linear_triton_frozen"):
+        register_vmap(name, library)
     torch.library.register_autograd(f"{NAMESPACE}::linear_triton", _backward, setup_context=_setup_context, lib=library)
     return library
 

@@ -1,0 +1,62 @@
+"""What one call costs before any work: our op and our module beside torch's dense linear, one token, weights that stay in cache.
+
+    python benchmarks/bench_overhead.py [--out benchmarks/results/overhead-cpu.json]
+
+On small layers the time of a call is its overhead: Python arguments, dispatch, checks, the output's memory. All clocks alternate within
+a run, the least of 25 averages over 2000 calls counts, and every row is a ratio of one run. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import timeit
+from pathlib import Path
+
+import torch
+from bench_linear import commit
+
+from slab_kernels import SlabLinear, machine
+from slab_kernels.format import PackedLayout
+from slab_kernels.testing import random_packed
+
+SHAPES = ((16, 16), (64, 64), (256, 256))
+FORMS = {"fp16": {"values": "fp16"}, "int4": {"values": "int4", "group_size": 32}}
+CALLS, REPEATS = 2000, 25
+
+
+def measure(N: int, K: int, name: str, bias: bool) -> dict:
+    """Microseconds a call: torch's functional linear, our op, nn.Linear, our module."""
+    layer = SlabLinear.from_packed(random_packed(PackedLayout(N, K, rank=1, **FORMS[name])), torch.randn(N) if bias else None)
+    dense, x = layer.to_linear(), torch.randn(1, K)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+        backend, state = layer.prepare()._linears[torch.float32]
+        clocks = {
+            "linear": lambda: torch.nn.functional.linear(x, dense.weight, dense.bias),
+            "op": lambda: backend.linear(x, state, layer.bias),
+            "nn.Linear": lambda: dense(x),
+            "SlabLinear": lambda: layer(x),
+        }
+        least = {clock: float("inf") for clock in clocks}
+        for _ in range(REPEATS):
+            for clock, call in clocks.items():
+                least[clock] = min(least[clock], timeit.timeit(call, number=CALLS) / CALLS * 1e6)
+    row = {"N": N, "K": K, "values": name, "bias": bias, **{f"{clock} us": round(us, 3) for clock, us in least.items()}}
+    return {**row, "op / linear": round(least["op"] / least["linear"], 3), "module / nn.Linear": round(least["SlabLinear"] / least["nn.Linear"], 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(N, K, name, bias) for N, K in SHAPES for name in FORMS for bias in (False, True)]
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if args.out:
+        args.out.write_text(json.dumps({"device": machine.one_line(), "commit": commit(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
