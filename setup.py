@@ -177,6 +177,9 @@ class BuildPython(build_py):
         super().run()
         package = ROOT / "slab_kernels" if self.editable_mode else Path(self.build_lib) / "slab_kernels"
         objects = Path(self.get_finalized_command("build").build_temp) / "slab_kernels"
+        if not self.editable_mode:  # an earlier build with other choices left its own here: a pure wheel must not carry them
+            (package / LIBRARY).unlink(missing_ok=True)
+            shutil.rmtree(package / "cubins", ignore_errors=True)
         self.distribution.native = build_native(package, objects)
         build_cuda(package)
         if not self.editable_mode:

@@ -19,11 +19,13 @@ import slab_kernels
 from slab_kernels.packed_checkpoint import read_layouts
 from slab_kernels.testing import random_packed
 
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; the default is most of the memory
 pytest.importorskip("vllm")
 
-ON_GPU = torch.cuda.is_available()
 DTYPE = "float16" if ON_GPU else "float32"
-ENVIRONMENT = {} if ON_GPU else {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
 SIZES = {  # heads of a size that vLLM's attention has, and slices of whole groups on two ranks
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "max_position_embeddings": 128,
 }  # fmt: skip
@@ -49,7 +51,7 @@ def serve(folder, **arguments) -> list[list[int]]:
     binding = {} if ON_GPU or world == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world)))}
     settings = json.dumps({"dtype": DTYPE, "enforce_eager": True, **arguments})
     command = [sys.executable, "-c", SERVE, str(folder), settings, json.dumps(PROMPTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **ENVIRONMENT, **binding})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **binding})
     found = re.search("^TOKENS (.*)$", done.stdout, re.MULTILINE)
     if not found:
         raise RuntimeError(done.stdout + done.stderr)
@@ -138,7 +140,11 @@ def a_layer(kind) -> nn.Module:
 
 def test_what_cannot_be_packed_is_refused_in_words(folder):
     from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+    from vllm.model_executor.layers.linear import (
+        QKVParallelLinear,
+        RowParallelLinear,
+        UnquantizedLinearMethod,
+    )
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     from slab_kernels.checkpoint import Checkpoint

@@ -11,13 +11,26 @@ import threading
 from pathlib import Path
 
 import torch
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint, CheckpointError
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import QUANT_METHOD, check, check_packed_tensors, load, packed_modules, parse_layouts, read_packed, swap_in
+from ..packed_checkpoint import (
+    QUANT_METHOD,
+    check,
+    check_packed_tensors,
+    load,
+    packed_modules,
+    parse_layouts,
+    read_packed,
+    swap_in,
+)
 from ..source import hub_folder
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
