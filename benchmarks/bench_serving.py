@@ -1,7 +1,7 @@
 """A served model under load: concurrent clients of an OpenAI-compatible endpoint, every token compared, the server's memory watched.
 
-    python benchmarks/load_test.py DIR                                     starts vLLM's server on the loopback, and stops it
-    python benchmarks/load_test.py DIR --url http://127.0.0.1:8000         a server that runs already
+    python benchmarks/bench_serving.py DIR                                     starts vLLM's server on the loopback, and stops it
+    python benchmarks/bench_serving.py DIR --url http://127.0.0.1:8000         a server that runs already
 
 The right tokens are those of `slab_kernels.load(DIR).generate`, greedy. Ends after --requests (default 1000) by itself; exit code 1 if a
 token was wrong, a request failed, or the server grew by more than --growth MB between the first quarter of the requests and the last.
@@ -156,7 +156,7 @@ def main() -> int:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(
         f"{args.requests} requests from {args.clients} clients in {found['seconds']:.0f} s, {found['tokens_per_second']:.0f} tokens/s: "
-        f"{found['wrong_count']} wrong, {found['failed_count']} failed, memory growth {found['growth_mb'] if found['growth_mb'] is not None else '?'} MB"
+        f"{found['wrong_count']} wrong, {found['failed_count']} failed, memory grew by {'?' if found['growth_mb'] is None else round(found['growth_mb'], 1)} MB"
     )
     for example in (*found["wrong"], *found["failed"]):
         print(example)
