@@ -1,10 +1,10 @@
 """The native CPU backend: `slab_kernels::linear_cpu` of csrc/, loaded on first use, never at import.
 
 `prepare` interleaves the canonical packed tensors in blocks of 16 output rows (csrc/launch.h has the layout), so that a
-SIMD lane is an output row. int3 values become int4 there: they save disk, and take in memory what int4 takes. fp32 accumulation, whatever the activations' type. With few tokens the weight is never
-rebuilt; from 4 tokens on it is, tile by tile in cache. Within either regime a row of y depends on its own token only
-and on no thread count; between the two the order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces
-an instruction set.
+SIMD lane is an output row. int3 values become int4 there: they save disk, and take in memory what int4 takes. fp32
+accumulation, whatever the activations' type. With few tokens the weight is never rebuilt; from 4 tokens on it is, tile by
+tile in cache. Within either regime a row of y depends on its own token only and on no thread count; between the two the
+order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces an instruction set.
 
 NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure 2:4 weight (rank 0)
 has no weight at pruned positions, so with few tokens a NaN there does not reach rows that prune it.
