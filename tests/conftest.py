@@ -1,4 +1,4 @@
-"""Tests marked `gpu` run where there is a CUDA device and are reported as skipped elsewhere."""
+"""Tests marked `gpu` run where there is a CUDA device and are reported as skipped elsewhere; `--every N` runs a sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run each N-th test only; 5 meets every value of every parameter")
+
+
+def pytest_collection_modifyitems(config, items):
+    kept = items[:: config.getoption("every")]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % config.getoption("every")])
+    items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:
