@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .backends.base import LinearProblem
@@ -18,7 +19,8 @@ class SlabLinear(nn.Module):
 
     The packed tensors are buffers under their format names, so a state dict is the canonical checkpoint form. What a
     backend prepares from them is made on the first call (or by `prepare`) and never saved; moving the module to another
-    device drops it. Casting the module (`.half()`, `.to(dtype)`) casts the bias only: packed tensors keep their types.
+    device or assigning a packed tensor drops it; after writing into one in place, call `prepare`. Casting the module
+    (`.half()`, `.to(dtype)`) casts the bias only: packed tensors keep their types.
     """
 
     def __init__(self, layout: PackedLayout, bias: bool = False, device=None, dtype: torch.dtype | None = None):
@@ -60,21 +62,35 @@ class SlabLinear(nn.Module):
         return linear
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
-        """Choose the backend for activations of `dtype` on this device and make its layout now.
+        """Choose the backend for activations of `dtype` on this device and make its layout now, unless it is there and of this weight.
 
         Raises: BackendError if a forced backend cannot run it.
         """
-        device = self._home or self.values.device
+        if any(versions != self._versions() for *_, versions in self._linears.values()):
+            self._linears = {}
+        self._prepared(dtype)
+        return self
+
+    def _versions(self) -> list[int]:
+        """How often each packed tensor was written in place."""
+        return [0 if t.is_inference() else t._version for t in self.packed().tensors().values()]
+
+    def _prepared(self, dtype: torch.dtype) -> tuple:
+        """What `_linears` keeps for that dtype, made if need be."""
+        linears = self._linears  # whoever changes the weight puts another dict there, and what is being made now goes with the old one
+        if dtype in linears:
+            return linears[dtype]
+        values, versions, device = self.values, self._versions(), self._home or self.values.device
         problem = LinearProblem.of(self.layout, 1, dtype, device.type)
         backend = dispatch.select(problem)
-        made = [state for other, state in self._linears.values() if other is backend and not backend.one_dtype]
+        made = [state for other, state, *_ in linears.values() if other is backend and not backend.one_dtype]
         shared = made[0] if made else None
         if shared is None:
             # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
                 shared = backend.prepare(self.packed().to(device), dtype)
-        self._linears[dtype] = (backend, shared)
-        return self
+        linears[dtype] = (backend, shared, values, versions)
+        return linears[dtype]
 
     def offload(self) -> SlabLinear:
         """Keep the canonical tensors in CPU memory from now on: a prepared layer works from its own copy of them.
@@ -89,24 +105,34 @@ class SlabLinear(nn.Module):
         self._home = self._home or self.values.device
         for name, tensor in self.packed().tensors().items():
             self._buffers[name] = tensor.cpu()
+        self._linears = {dtype: (*kept[:2], self.values, self._versions()) for dtype, kept in self._linears.items()}
         return self
 
     @property
     def backend(self) -> str | None:
         """Name of the backend that serves the last prepared dtype, or None before the first call."""
-        return next((backend.name for backend, _ in reversed(self._linears.values())), None)
+        return next((backend.name for backend, *_ in reversed(self._linears.values())), None)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ShapeError(f"x has shape {list(x.shape)}, but this layer takes in_features={self.in_features} last")
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(x, self.bias)
         prepared = self._linears.get(x.dtype)
         if prepared is None:
             if torch.compiler.is_compiling():  # a first call inside a trace: the canonical op is always right
                 tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
                 return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)
-            prepared = self.prepare(x.dtype)._linears[x.dtype]
-        backend, state = prepared
-        return backend.linear(x, state, self.bias)
+            prepared = self._prepared(x.dtype)
+        elif prepared[2] is not self._buffers["values"] and not torch.compiler.is_compiling():
+            self._linears = {}  # functional_call put others there for this call; torch.export does too, but fakes of the same
+            prepared = self._prepared(x.dtype)
+        return prepared[0].linear(x, prepared[1], self.bias)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in TENSOR_NAMES:
+            self.__dict__["_linears"] = {}
+        super().__setattr__(name, value)
 
     def _apply(self, fn, recurse: bool = True):
         packed = {name: self._buffers.pop(name) for name in TENSOR_NAMES}
@@ -114,19 +140,27 @@ class SlabLinear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(packed)
+        home = self._home
         for name, tensor in packed.items():
             if tensor is None:
                 continue
-            device = fn(tensor.new_empty(0, dtype=torch.uint8)).device  # where fn moves things, whatever it casts
-            if device != tensor.device:
+            where = home or tensor.device
+            device = fn(tensor.new_empty(0, dtype=torch.uint8, device=where)).device  # where fn moves things, whatever it casts
+            if device != where:
                 moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 self._buffers[name] = moved
                 self._linears, self._home = {}, None
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._linears = {}
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        errors = args[-1]
+        for name, buffer in self.packed().tensors().items():
+            found = state_dict.get(prefix + name)
+            if isinstance(found, Tensor) and found.dtype != buffer.dtype:  # torch would cast
+                errors.append(f"{prefix}{name} is {found.dtype}, this layer's is {buffer.dtype}: it was packed in another format")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._linears = {}  # after it: a call meanwhile prepared what was there before
 
     def __getstate__(self):
         return {**self.__dict__, "_linears": {}}  # prepared layouts are never saved, nor deep-copied
@@ -146,7 +180,7 @@ class FusedSlabLinear(nn.Module):
     """Several SlabLinear that read the same x (q, k, v; gate, up) as one: one launch where the backend has such a kernel.
 
     The parts stay modules of their own, `parts.0`, `parts.1`, ..., with their biases; only what a backend prepares is
-    shared. Every part keeps its own U, V, P and Q. Frozen: after a change to a part, call `prepare` again.
+    shared. Every part keeps its own U, V, P and Q. Frozen: after a change in place to a part or its bias, call `prepare` again.
     """
 
     def __init__(self, parts: Iterable[SlabLinear]):
@@ -169,31 +203,42 @@ class FusedSlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run one of them.
         """
-        backend, state = dispatch.prepare_fused([part.packed() for part in self.parts], dtype)
-        self._linears[dtype] = (backend, state, _joined_bias(self.parts))
+        self._linears.pop(dtype, None)
+        self._prepared(dtype)
         return self
+
+    def _prepared(self, dtype: torch.dtype) -> tuple:
+        linears, states = self._linears, [part._linears for part in self.parts]
+        packed = [part.packed().to(part._home or part.values.device) for part in self.parts]
+        linears[dtype] = (*dispatch.prepare_fused(packed, dtype), _joined_bias(self.parts), states)
+        return linears[dtype]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ShapeError(f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last")
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(x)
         prepared = self._linears.get(x.dtype)
         if prepared is None:
             if torch.compiler.is_compiling():
                 return tuple(part(x) for part in self.parts)
-            prepared = self.prepare(x.dtype)._linears[x.dtype]
-        backend, state, bias = prepared
+            prepared = self._prepared(x.dtype)
+        elif not torch.compiler.is_compiling() and any(s is not part._linears for s, part in zip(prepared[3], self.parts, strict=True)):
+            prepared = self._prepared(x.dtype)  # a part that gets another weight takes another dict
+        backend, state, bias, _ = prepared
         return backend.linear_fused(x, state, bias).split(self.sizes, -1)
 
     def _apply(self, fn, recurse: bool = True):
         self._linears = {}
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._linears = {}
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self):
         return {**self.__dict__, "_linears": {}}
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
 
 
 def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .format import VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight, read_factors
+from .format import (
+    VALUE_BYTES,
+    VALUE_TYPES,
+    FormatError,
+    PackedLayout,
+    PackedWeight,
+    ShapeError,
+    read_factors,
+)
 
 _REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
@@ -30,13 +38,23 @@ SCHEMAS = (
 
 
 def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) -> PackedWeight:
-    """A PackedWeight around the op's tensor arguments; sizes and types are read off the tensors."""
+    """A PackedWeight around the op's tensor arguments; sizes and types are read off the tensors.
+
+    Raises: FormatError or ShapeError if they do not belong together; what is in them is not looked at.
+    """
     parts = dict(zip(TENSOR_ARGUMENTS, tensors, strict=True))
-    values, scales = parts["values"], parts["scales"]
-    Kp = parts["metadata"].shape[1] * 8
-    width = 16 * values.shape[1] // Kp  # of 16 inputs: tells int4 from int3
-    value_type = next(name for name, dtype in VALUE_TYPES.items() if (dtype, VALUE_BYTES[name]) == (values.dtype, width))
-    group_size = None if scales is None or scales.shape[1] == 1 else Kp // scales.shape[1]
+    values, metadata, scales = parts["values"], parts["metadata"], parts["scales"]
+    for name, t in parts.items():
+        if t is not None and (t.dim() != 2 or t.numel() == 0):
+            raise ShapeError(f"{name} has shape {list(t.shape)}; packed tensors are matrices, none of them empty")
+    Kp = metadata.shape[1] * 8
+    width = 16 * values.shape[1] / Kp  # of 16 inputs: tells int4 from int3
+    kinds = [name for name, dtype in VALUE_TYPES.items() if (dtype, VALUE_BYTES[name]) == (values.dtype, width)]
+    if not kinds:
+        raise FormatError(f"values {list(values.shape)} of {values.dtype} are of no value type beside metadata {list(metadata.shape)}")
+    value_type = kinds[0]
+    a_row = scales is None or (scales.shape[1] == 1 and Kp == -(-in_features // 16) * 16)  # or one group, which pads further
+    group_size = None if a_row else Kp // scales.shape[1]
     planes = 1 if parts["signs"] is None else 16 * parts["signs"].shape[1] // Kp
     layout = PackedLayout(
         values.shape[0],
@@ -46,11 +64,22 @@ def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) 
         planes=planes,
         **read_factors(parts["U"], parts["P"]),
     )
+    table = layout.tensors()
+    for name, t in parts.items():
+        want, found = table.get(name), None if t is None else (t.dtype, tuple(t.shape))
+        if found != want:
+            raise ShapeError(f"{name} is {_described(found)}, but beside the other tensors it has to be {_described(want)}")
     return PackedWeight(layout, **parts)
+
+
+def _described(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
 def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features):
     packed = packed_from_arguments((values, metadata, signs, scales, U, V, P, Q), in_features)
+    if bias is not None and tuple(bias.shape) != (packed.out_features,):
+        raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{packed.out_features}]")
     return reference.linear(x, packed, bias)
 
 

@@ -82,7 +82,8 @@ def swap_in(model: nn.Module, layouts: dict[str, PackedLayout]) -> None:
         linear = modules.get(name)
         if type(linear) is not nn.Linear:
             raise CheckpointError(
-                f"config.json lists the compressed module {name!r}, which {type(model).__name__} has not as nn.Linear"
+                f"config.json lists the compressed module {name!r}, which {type(model).__name__} has not as nn.Linear; "
+                "packed folders open as the whole model, by AutoModelForCausalLM or slab_kernels.load"
             )
         if (linear.out_features, linear.in_features) != (layout.out_features, layout.in_features):
             raise CheckpointError(
@@ -116,7 +117,17 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def check_packed_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Every packed tensor of a skeleton is there with its exact shape and dtype. Raises: CheckpointError."""
+    """Every packed module of a skeleton has its bias and its tensors, of their exact shapes and dtypes, and no others.
+
+    Raises: CheckpointError.
+    """
+    modules = packed_modules(model)
+    biases = {f"{name}.bias" for name, module in modules.items() if module.bias is not None}
+    known = biases | _packed_names(model)
+    for name in sorted(n for n in checkpoint.entries if n.rpartition(".")[0] in modules and n not in known):
+        raise CheckpointError(f"{checkpoint.folder} holds the unexpected tensor {name!r}; it does not belong to its config.json")
+    for name in sorted(biases - checkpoint.entries.keys()):
+        raise CheckpointError(f"{checkpoint.folder} lacks tensor {name!r}; it does not belong to its config.json")
     for name in sorted(_packed_names(model)):
         entry, want = checkpoint.entries.get(name), model.get_buffer(name)
         if entry is None:

@@ -31,6 +31,19 @@ def test_the_parts_side_by_side(monkeypatch, backend, biases):
         assert torch.allclose(y, part(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bias_is_added_before_rounding(monkeypatch, backend, dtype):
+    """As in each part alone: products of 1e5 are infinite in fp16, and what a bias leaves of them is not."""
+    monkeypatch.setenv("SLAB_KERNELS_BACKEND", backend)
+    packed = [random_packed(PackedLayout(n, K, rank=1), seed=n, integers=True) for n in ROWS]
+    x = torch.full((2, K), 2048.0)
+    single = [SlabLinear.from_packed(p, 5 - x[0] @ p.dense().T) for p in packed]
+    outputs = FusedSlabLinear(single)(x.to(dtype))
+    assert max(float((x @ p.dense().T).abs().max()) for p in packed) > 65504
+    assert all(torch.equal(y, torch.full_like(y, 5)) for y in outputs)
+
+
 def test_a_state_dict_round_trip_and_a_copy_prepare_anew():
     fused, other, x = FusedSlabLinear(parts()), FusedSlabLinear(parts()), torch.randn(2, K)
     before = other(x)

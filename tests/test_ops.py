@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 
 from slab_kernels import dispatch, ops, reference
 from slab_kernels.backends.base import BackendError, LinearProblem
-from slab_kernels.format import PackedLayout, ShapeError, pack, unpack
+from slab_kernels.format import FormatError, PackedLayout, ShapeError, pack, unpack
 from slab_kernels.nn import FusedSlabLinear, SlabLinear, replace_linear
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, error_bound, oracle, random_packed
 
@@ -111,7 +112,7 @@ def test_bias_gradient_of_a_single_token_without_batch():
         module.bias.requires_grad_()
         if backend:
             state = dispatch.backend(backend).prepare(module.packed())
-            module._linears[torch.float32] = (dispatch.backend(backend), state)
+            module._linears[torch.float32] = (dispatch.backend(backend), state, module.values, module._versions())
         module(torch.ones(48)).sum().backward()
         assert torch.equal(module.bias.grad, torch.ones(24))
 
@@ -244,3 +245,73 @@ def test_aot_inductor(tmp_path):
     for M in (2, 9):
         x = torch.randn(M, 48)
         assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
+    """Assigned, written in place, loaded, put there for one call, and loaded while another thread calls: what runs is what the layer holds."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT, backend)
+    first, second = (random_packed(LAYOUT, seed=seed) for seed in (1, 2))
+    x, new = torch.randn(2, 48), second.tensors()
+    old, want = SlabLinear.from_packed(first)(x), SlabLinear.from_packed(second)(x)
+
+    def prepared():
+        module = SlabLinear.from_packed(pack(unpack(first)))
+        assert torch.equal(module(x), old)
+        return module
+
+    assigned, written, loaded, called, raced, part = (prepared() for _ in range(6))
+    for name, tensor in new.items():
+        setattr(assigned, name, tensor)
+    assert torch.equal(assigned(x), want)
+    for name, tensor in new.items():
+        getattr(written, name).copy_(tensor)
+    assert torch.equal(written.prepare()(x), want)
+    loaded.load_state_dict(new)
+    assert torch.equal(loaded(x), want)
+    assert torch.equal(torch.func.functional_call(called, new, x), want) and torch.equal(called(x), old)
+    raced.register_load_state_dict_pre_hook(lambda module, *_: module(x))
+    raced.load_state_dict(new)
+    assert torch.equal(raced(x), want)
+    fused = FusedSlabLinear([part, prepared()])
+    fused(x)
+    part.load_state_dict(new)
+    assert all(torch.equal(y, w) for y, w in zip(fused(x), (want, old), strict=True))
+
+
+def test_a_state_dict_of_another_format_is_refused_before_anything_is_copied():
+    module = SlabLinear.from_packed(random_packed(LAYOUT))
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    other = SlabLinear.from_packed(random_packed(dataclasses.replace(LAYOUT, values="bf16"), seed=3)).state_dict()
+    with pytest.raises(RuntimeError, match=r"values is torch\.bfloat16, this layer's is torch\.float16"):
+        module.load_state_dict(other)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_forward_mode_derivatives_are_refused():
+    module, x = SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24)), torch.randn(2, 48)
+    for layer in (module, FusedSlabLinear([module])):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    _, tangent = torch.func.jvp(lambda t: module(x).sum() * t, (torch.ones(()),), (torch.ones(()),))  # x has none
+    assert torch.equal(tangent, module(x).sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": None}, "scales is absent"),
+        ({"scales": lambda t: t[:1]}, r"scales is torch\.bfloat16 \[1, 3\]"),
+        ({"U": lambda t: t[:1]}, r"U is torch\.float16 \[1, 2\]"),
+        ({"values": lambda t: t[:, :5]}, r"values \[24, 5\].*of no value type"),
+        ({"metadata": lambda t: t[:, :0]}, r"metadata has shape \[24, 0\]"),
+        ({"bias": torch.zeros(1)}, r"bias has shape \[1\], expected \[24\]"),
+    ],
+)
+def test_the_canonical_op_refuses_tensors_that_do_not_belong_together(change, message):
+    packed = random_packed(dataclasses.replace(LAYOUT, in_features=96, values="int8", group_size=32))
+    arguments = {**dict.fromkeys(ops.TENSOR_ARGUMENTS), **packed.tensors(), "bias": None}
+    for name, new in change.items():
+        arguments[name] = new(arguments[name]) if callable(new) else new
+    with pytest.raises(FormatError, match=message):
+        torch.ops.slab_kernels.linear(torch.randn(2, 96), *arguments.values(), 96)

@@ -117,6 +117,10 @@ def test_worlds_that_cut_a_unit_are_refused_with_those_that_fit():
         row_parallel(layout, 0, 5)
     with pytest.raises(ShapeError, match="splits 64 outputs over 2 ranks.*out_features=48"):
         column_parallel([form(48, 64, "fp16")], [32], 0, 2)
+    with pytest.raises(ShapeError, match="splits 72 outputs over 2 ranks.*out_features=100"):
+        column_parallel([form(100, 64, "fp16")], [24, 6, 6], 0, 2)
+    with pytest.raises(ShapeError, match="2 packed weights cannot make the 3 parts"):
+        column_parallel([form(48, 64, "fp16")] * 2, [24, 24, 24], 0, 2)
     with pytest.raises(ShapeError, match="cut a unit of 16"):
         Slice(layout := form(8, 64, "fp16"), 0, 8, 8, 16)
     with pytest.raises(ShapeError, match="not inside"):

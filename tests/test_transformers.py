@@ -167,6 +167,16 @@ def test_unknown_keys_are_ignored_and_newer_formats_refused(folders, tmp_path):
         AutoModel.from_pretrained(edit(folders[1], tmp_path, format_version=99))
 
 
+def damage(folder, tmp_path, tensor, change):
+    """A copy in one file with a tensor left out (None) or replaced by change(it, or None if it is new)."""
+    slab_kernels.load(folder).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    before = state.pop(tensor, None)
+    if change is not None:
+        state[tensor] = change(before)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("name", "change", "error"),
     [
@@ -174,19 +184,20 @@ def test_unknown_keys_are_ignored_and_newer_formats_refused(folders, tmp_path):
         ("scales", lambda t: torch.full_like(t, float("nan")), FormatError),
         ("signs", lambda t: t[:, :-1].contiguous(), CheckpointError),
         ("V", None, CheckpointError),
+        ("bias", lambda _: torch.zeros(176), CheckpointError),  # which no module of that name has
     ],
 )
 def test_damaged_tensors_are_refused(folders, tmp_path, name, change, error):
-    opened = slab_kernels.load(folders[1])
-    opened.save_pretrained(tmp_path)
-    file, tensor = tmp_path / "model.safetensors", f"model.layers.1.mlp.up_proj.{name}"
-    state = load_file(file)
-    if change is None:
-        del state[tensor]
-    else:
-        state[tensor] = change(state[tensor])
-    save_file(state, file, {"format": "pt"})
+    damage(folders[1], tmp_path, f"model.layers.1.mlp.up_proj.{name}", change)
     with pytest.raises(error, match=r"model\.layers\.1\.mlp\.up_proj"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "message"), [(None, "lacks tensor"), (lambda t: t / 0, "holds NaN or infinite")])
+@pytest.mark.parametrize("folders", ["qwen2"], indirect=True)
+def test_biases_of_packed_layers_are_checked(folders, tmp_path, change, message):
+    damage(folders[1], tmp_path, "model.layers.1.self_attn.k_proj.bias", change)
+    with pytest.raises(CheckpointError, match=rf"{message}|model\.layers\.1\.self_attn\.k_proj\.bias' {message}"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -224,7 +235,18 @@ def moved(): raise AttributeError("moved")
 engines.transformers.register = moved
 engines.watch()
 """
-    orders = ("import slab_kernels", "import transformers.quantizers.auto"), ("import transformers.quantizers.auto", "import slab_kernels")
+    failing = """
+import slab_kernels, builtins, sys
+plain = builtins.__import__
+def failed(name, *rest, **more):
+    if name.endswith("quantizer_awq"): raise OSError("once")
+    return plain(name, *rest, **more)
+builtins.__import__ = failed
+try: import transformers.quantizers.auto
+except OSError: builtins.__import__ = plain
+else: raise AssertionError("nothing failed")
+"""
+    orders = (failing, "import transformers.quantizers.auto"), ("import slab_kernels", "import transformers.quantizers.auto"), ("import transformers.quantizers.auto", "import slab_kernels")
     for first, then in orders:
         done = subprocess.run([sys.executable, "-c", code.format(first=first, then=then)], capture_output=True, text=True, check=True)
         assert done.stderr.count("RuntimeWarning") == 1

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slab_kernels
+from slab_kernels.format import PackedWeight
 from slab_kernels.packed_checkpoint import read_layouts
 from slab_kernels.testing import random_packed
 
@@ -31,44 +33,67 @@ SIZES = {  # heads of a size that vLLM's attention has, and slices of whole grou
 }  # fmt: skip
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
 SERVE = """
-import json, sys
+import json, shutil, sys
 def main():
     from vllm import LLM, SamplingParams
-    folder, arguments, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    folder, arguments, prompts, reloads = sys.argv[1], *map(json.loads, sys.argv[2:])
     model = LLM(folder, max_model_len=64, gpu_memory_utilization=0.3, **arguments)
-    found = model.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
-    print("TOKENS", json.dumps([list(f.outputs[0].token_ids) for f in found]), flush=True)
+    greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=1)
+    def generate():
+        found = [f.outputs[0] for f in model.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)]
+        return [[list(f.token_ids), f.cumulative_logprob] for f in found]
+    answers = [generate()]
+    for other in reloads:
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+        model.collective_rpc("reload_weights")
+        answers.append(generate())
+    print("ANSWERS", json.dumps(answers), flush=True)
 if __name__ == "__main__":
     main()
 """
 
 
-def serve(folder, **arguments) -> list[list[int]]:
-    """Greedy tokens from a vLLM of its own. Raises: RuntimeError with all it said."""
+def serve(folder, reloads=(), **arguments) -> list[list]:
+    """Greedy tokens and the sum of their log probabilities from a vLLM of its own, for each prompt; again after each reload, from the folder
+    that is then copied over the first. Raises: RuntimeError with all it said.
+    """
     world = arguments.get("tensor_parallel_size", 1)
     if ON_GPU and torch.cuda.device_count() < world:
         pytest.skip(f"{world} GPUs wanted")
     binding = {} if ON_GPU or world == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world)))}
     settings = json.dumps({"dtype": DTYPE, "enforce_eager": True, **arguments})
-    command = [sys.executable, "-c", SERVE, str(folder), settings, json.dumps(PROMPTS)]
+    command = [sys.executable, "-c", SERVE, str(folder), settings, json.dumps(PROMPTS), json.dumps([str(other) for other in reloads])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **binding})
-    found = re.search("^TOKENS (.*)$", done.stdout, re.MULTILINE)
+    found = re.search("^ANSWERS (.*)$", done.stdout, re.MULTILINE)
     if not found:
         raise RuntimeError(done.stdout + done.stderr)
     return json.loads(found[1])
 
 
-def ours(folder) -> list[list[int]]:
-    model, found = slab_kernels.load(folder, device="auto", dtype=getattr(torch, DTYPE)), []
-    for prompt in PROMPTS:
+def assert_ours(answers: list, folder) -> None:
+    """The answers of `serve` are those of `slab_kernels.load(folder).generate`."""
+    model = slab_kernels.load(folder, device="auto", dtype=getattr(torch, DTYPE))
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
+    for prompt, (tokens, logprob) in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt], device=model.device)
-        every = torch.ones_like(ids)
-        found.append(model.generate(ids, attention_mask=every, max_new_tokens=16, do_sample=False, eos_token_id=None)[0, len(prompt) :].tolist())
-    return found
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert tokens == found.sequences[0, len(prompt) :].tolist()
+        want = sum(float(torch.log_softmax(scores.float(), -1).max()) for scores in found.scores)
+        assert abs(logprob - want) < (0.2 if ON_GPU else 1e-3), (logprob, want)
 
 
-def randomly_packed(folder, architecture: str, forms: list[dict], **sizes) -> None:
-    """A model whose linears are random packed weights of these forms in turn, with a tokenizer."""
+def scaled(packed: PackedWeight, norm: float) -> PackedWeight:
+    """The same weight with rows of this norm on average."""
+    factor = norm / float(packed.dense().norm(dim=1).mean())
+    changed = {name: packed.tensors()[name] for name in ("values" if packed.scales is None else "scales", "U", "P") if name in packed.tensors()}
+    return replace(packed, **{name: (tensor.float() * factor).to(tensor.dtype) for name, tensor in changed.items()})
+
+
+def randomly_packed(folder, architecture: str, forms: list[dict], seed: int = 0, **sizes) -> None:
+    """A model whose linears are random packed weights of these forms in turn, with a tokenizer.
+
+    Queries and keys are large: attention is then far from uniform, and a wrong one of them changes the tokens.
+    """
     tiny_models.write(folder / "dense", architecture, **sizes)
     from transformers import AutoModelForCausalLM
 
@@ -77,7 +102,7 @@ def randomly_packed(folder, architecture: str, forms: list[dict], **sizes) -> No
     packed = {}
     for i, (name, linear) in enumerate(linears):
         layout = slab_kernels.PackedLayout(linear.out_features, linear.in_features, **forms[i % len(forms)])
-        packed[name] = random_packed(layout, seed=i)
+        packed[name] = scaled(random_packed(layout, seed=100 * seed + i), 1.5 if re.search("q_proj|k_proj|qkv", name) else 0.6)
     slab_kernels.save(slab_kernels.replace_linear(model, packed), folder / "packed", tiny_models.tokenizer())
 
 
@@ -93,26 +118,39 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", [{}, {"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["eager", "compiled", "tensor-parallel-2"])
 def test_the_tokens_are_those_of_transformers(folder, mode):
-    assert serve(folder, **mode) == ours(folder)
+    assert_ours(*serve(folder, **mode), folder)
 
 
-def test_weights_of_different_types_in_one_fused_layer_with_biases(tmp_path):
-    forms = [{"values": "int4", "planes": 2, "rank": 1}, {"values": "fp16", "rank": 2}, {"values": "int8", "group_size": 32, "adapter_rank": 3}]
-    randomly_packed(tmp_path, "qwen2", forms, **SIZES, use_sliding_window=False)
-    assert serve(tmp_path / "packed") == ours(tmp_path / "packed")
+FORMS = [{"values": "int4", "planes": 2, "rank": 1}, {"values": "fp16", "rank": 2}, {"values": "int8", "group_size": 32, "adapter_rank": 3}]
+
+
+def test_weights_of_different_types_in_one_fused_layer_with_biases_and_loaded_anew(tmp_path):
+    for seed, name in enumerate(("first", "second")):
+        randomly_packed(tmp_path / name, "qwen2", FORMS, seed, **SIZES, use_sliding_window=False)
+    first, second = tmp_path / "first" / "packed", tmp_path / "second" / "packed"
+    live = shutil.copytree(first, tmp_path / "live")
+    answers = serve(live, reloads=[second, first])
+    for answer, folder in zip(answers, (first, second, first), strict=True):
+        assert_ours(answer, folder)
+
+
+def test_one_key_head_for_two_ranks(tmp_path):
+    randomly_packed(tmp_path, "qwen2", FORMS, **(SIZES | {"num_key_value_heads": 1}), use_sliding_window=False)
+    assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=2), tmp_path / "packed")
 
 
 def test_weights_that_are_fused_on_disk(tmp_path):
-    randomly_packed(tmp_path, "phi3", [{"values": "int4", "group_size": 32, "rank": 1}], **SIZES)
-    assert serve(tmp_path / "packed", tensor_parallel_size=2) == ours(tmp_path / "packed")
+    randomly_packed(tmp_path, "phi3", FORMS[:1], **SIZES)
+    assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=2), tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
     ("tensor", "change", "message"),
     [
         ("self_attn.k_proj.signs", None, r"lacks tensor 'model\.layers\.1\.self_attn\.k_proj\.signs'"),
+        ("input_layernorm.weight", None, r"lacks tensor 'model\.layers\.1\.input_layernorm\.weight'"),
         ("mlp.down_proj.metadata", torch.zeros_like, r"model\.layers\.1\.mlp\.down_proj: metadata holds"),
-        ("mlp.up_proj.values", lambda t: t[:, :8].contiguous(), r"model\.layers\.1\.mlp\.up_proj: values is torch\.uint8 \[256, 8\]"),
+        ("mlp.up_proj.values", lambda t: t[:, :8].contiguous(), r"'model\.layers\.1\.mlp\.up_proj\.values' has shape \[256, 8\]"),
     ],
 )
 def test_damaged_folders_are_refused(folder, tmp_path, tensor, change, message):

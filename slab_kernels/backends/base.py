@@ -108,12 +108,13 @@ class Backend:
 
     def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> Any:
         """Several weights that read the same x (q, k, v; gate, up), for `linear_fused`."""
-        return tuple(self.prepare(part, dtype) for part in parts)
+        return tuple((self.prepare(part, dtype), part.out_features) for part in parts)
 
     def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of the parts' N], the parts' outputs side by side. Here: one call a part."""
-        y = torch.cat([self.linear(x, part) for part in state], -1)
-        return y if bias is None else (y + bias).to(x.dtype)
+        sizes = [size for _, size in state]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return torch.cat([self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)], -1)
 
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
         """How it would run the problem (on a GPU of that name), for `explain`; empty where there is nothing to choose."""

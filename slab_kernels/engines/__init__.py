@@ -3,7 +3,7 @@
 vLLM finds `register_with_vllm` through an entry point.
 
 transformers has no plugin entry point: a quantizer has to be registered in a running process, after `transformers.quantizers.auto`
-exists. `watch` waits for that module with a finder on sys.meta_path, which takes itself off the moment it is asked.
+exists. `watch` waits for that module with a finder on sys.meta_path, which takes itself off once the module is there.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ WATCHED = "transformers.quantizers.auto"
 class _Watcher:
     """A meta-path finder that finds nothing itself: it lets the module be imported as ever and registers behind it."""
 
+    asking = False  # the other finders, which means itself too
+
     def find_spec(self, name, path=None, target=None):
-        if name != WATCHED:
+        if name != WATCHED or self.asking:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
         from importlib.util import find_spec
 
-        spec = find_spec(name)
+        self.asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
                 execute(module)
+                if self in sys.meta_path:  # not before: an import that fails is tried again
+                    sys.meta_path.remove(self)
                 register_with_transformers()
 
             spec.loader.exec_module = exec_module

@@ -73,6 +73,8 @@ def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: 
 
     Raises: ShapeError.
     """
+    if len(layouts) not in (1, len(rows)):
+        raise ShapeError(f"{len(layouts)} packed weights cannot make the {len(rows)} parts of one layer of the engine")
     slices, first = [], 0
     for i, size in enumerate(rows):
         layout = layouts[i] if len(layouts) == len(rows) else layouts[0]
@@ -84,6 +86,8 @@ def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: 
             raise ShapeError(f"the engine splits {full} outputs over {world} ranks, the packed weight has out_features={layout.out_features}")
         slices.append(Slice(layout, first + rank // copies * size, size, 0, layout.in_features))
         first += full
+    if len(layouts) < len(rows) and first != layouts[0].out_features:
+        raise ShapeError(f"the engine splits {first} outputs over {world} ranks, the packed weight has out_features={layouts[0].out_features}")
     return slices
 
 

@@ -111,6 +111,8 @@ class SlabQuantizer(HfQuantizer):
             return self._compress(model)
         for name, module in packed_modules(model).items():
             read_packed(lambda tensor: model.get_buffer(tensor), name, module.layout)
+            if module.bias is not None and not bool(module.bias.isfinite().all()):
+                raise CheckpointError(f"tensor '{name}.bias' holds NaN or infinite numbers")
             module.requires_grad_(False)  # the loader turns it back on for a bias
         return model
 

@@ -1,12 +1,13 @@
 """The quantization plugin by which vLLM serves packed folders; vLLM finds it through the entry point `vllm.general_plugins`.
 
 A fused layer of vLLM (qkv_proj, gate_up_proj) holds several weights of the checkpoint, whose types and ranks may differ. So a packed
-tensor's parameter is empty and only brings the loader: slices of what comes go to a `Shards`, `process_weights_after_loading` checks them
+tensor's parameter holds nothing and only brings the loader: slices of what comes go to a `Shards`, `process_weights_after_loading` checks them
 and makes the backend's layout once, and those tensors are the layer's parameters from then on.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
@@ -23,8 +25,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import replace_parameter
 
 from .. import dispatch
-from ..format import PackedLayout
-from ..packed_checkpoint import QUANT_METHOD, parse_layouts
+from ..checkpoint import Checkpoint
+from ..format import PackedLayout, ShapeError
+from ..packed_checkpoint import QUANT_METHOD, check_tensors_fit, packed_skeleton, parse_layouts, read_layouts
 from .sharding import Shards, column_parallel, row_parallel
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
@@ -58,6 +61,15 @@ class SlabVllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SlabVllmConfig:
         return cls(parse_layouts(config, "this model"))
+
+    def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
+        """Every tensor of a local folder against the model of its config.json: with a quantization vLLM itself checks none.
+
+        Raises: CheckpointError.
+        """
+        if Path(model_name).is_dir():
+            checkpoint = Checkpoint(model_name)
+            check_tensors_fit(checkpoint, packed_skeleton(checkpoint, read_layouts(checkpoint)))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
@@ -94,16 +106,27 @@ class SlabLinearMethod(LinearMethodBase):
         self.names, self.layouts = names, layouts
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra):
+        # A replicated layer is whole on every rank, though it knows how many there are.
+        rank, world = (0, 1) if isinstance(layer, ReplicatedLinear) else (layer.tp_rank, layer.tp_size)
+        for name, layout in zip(self.names, self.layouts, strict=True):
+            if layout.in_features != input_size:
+                raise ShapeError(f"{name} has in_features={layout.in_features}, vLLM's layer {input_size}")
         if isinstance(layer, RowParallelLinear):
-            slices = [row_parallel(self.layouts[0], layer.tp_rank, layer.tp_size)]
+            if self.layouts[0].out_features != output_size:
+                raise ShapeError(f"{self.names[0]} has out_features={self.layouts[0].out_features}, vLLM's layer {output_size}")
+            slices = [row_parallel(self.layouts[0], rank, world)]
         else:
             replicas = getattr(layer, "num_kv_head_replicas", 1)
-            slices = column_parallel(self.layouts, output_partition_sizes, layer.tp_rank, layer.tp_size, replicas)
+            slices = column_parallel(self.layouts, output_partition_sizes, rank, world, replicas)
         device = torch.empty(0).device  # vLLM builds models under its target device
         names = self.names if len(self.names) == len(slices) else self.names * len(slices)
         layer.slab_shards = Shards(names, slices, lambda tensor: tensor.to(device))
         for name in layer.slab_shards.tensor_names:
-            layer.register_parameter(name, _empty(device, self._loader(layer.slab_shards, name)))
+            # As many elements as tensors will come: a reload prepares the layer once that many have been copied into its parameters.
+            coming = sum(name in piece.whole.tensors() for piece in slices) if len(self.names) == len(slices) else 1
+            param = nn.Parameter(torch.zeros(coming, dtype=torch.uint8, device=device), requires_grad=False)
+            param.weight_loader = self._loader(layer.slab_shards, name)
+            layer.register_parameter(name, param)
         layer.slab_dtype = params_dtype
 
     def _loader(self, shards: Shards, name: str):
@@ -113,6 +136,7 @@ class SlabLinearMethod(LinearMethodBase):
             if part is None and len(self.names) > 1:
                 raise NotImplementedError(f"{self.names[0]}: vLLM gives {name} to a fused layer without saying to which part")
             shards.load(name, tensor, None if len(self.names) == 1 else PARTS.get(part, part))
+            param.data[:1].copy_(torch.zeros(1, dtype=torch.uint8))
 
         return load
 
@@ -122,21 +146,15 @@ class SlabLinearMethod(LinearMethodBase):
         layer.slab_backend, state = dispatch.prepare_fused(shards.packed(), layer.slab_dtype)
         shards.tensors = [{} for _ in shards.tensors]
         leaves, structure = tree_flatten(state)
+        before, same = tree_flatten(getattr(layer, "slab_state", None))
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
                 name = f"slab_prepared_{i}"
-                if not hasattr(layer, name):
-                    layer.register_parameter(name, _empty(leaf.device))
+                # A reload of vLLM has taken them off the layer by now; the graphs have not forgotten them.
+                layer.register_parameter(name, before[i] if same == structure else nn.Parameter(leaf, requires_grad=False))
                 replace_parameter(layer, name, leaf, prefer_copy=True)
                 leaves[i] = getattr(layer, name)
         layer.slab_state = tree_unflatten(leaves, structure)
 
     def apply(self, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.slab_backend.linear_fused(x, layer.slab_state, bias)
-
-
-def _empty(device, loader=None) -> nn.Parameter:
-    param = nn.Parameter(torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False)
-    if loader is not None:
-        param.weight_loader = loader
-    return param
