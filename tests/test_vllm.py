@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slab_kernels
-from slab_kernels.format import PackedWeight
+from slab_kernels.format import PackedWeight, ShapeError
 from slab_kernels.packed_checkpoint import read_layouts
 from slab_kernels.testing import random_packed
 
@@ -205,3 +205,35 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
     del config.layouts[f"{where}.k_proj"]
     with pytest.raises(NotImplementedError, match=r"q_proj is packed and .*k_proj is not; compress all of them or none"):
         config.get_quant_method(a_layer(QKVParallelLinear), f"{where}.qkv_proj")
+
+
+def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeypatch):
+    import vllm.model_executor.layers.linear as layers
+    from torch.utils._pytree import tree_leaves
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from slab_kernels.engines.vllm import SlabVllmConfig
+
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 2)
+    layout = slab_kernels.PackedLayout(48, 64, "int4", rank=1)
+    config = SlabVllmConfig({"mixer.q_a_proj": layout, "mixer.o_proj": layout})
+    config.packed_modules_mapping = {}
+    settings = {"bias": False, "quant_config": config, "params_dtype": torch.float32}
+    with set_current_vllm_config(VllmConfig()):
+        layer = layers.ReplicatedLinear(64, 48, prefix="mixer.q_a_proj", **settings)
+        for sizes, what in (((64, 40), "out_features=48, vLLM's layer 40"), ((128, 48), "in_features=64, vLLM's layer 128")):
+            with pytest.raises(ShapeError, match=what):
+                layers.RowParallelLinear(*sizes, prefix="mixer.o_proj", **settings)
+    kept = None
+    for seed in (1, 2):
+        packed = random_packed(layout, seed=seed)
+        for name, tensor in packed.tensors().items():
+            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(layer.quant_method.apply(layer, x), slab_kernels.SlabLinear.from_packed(packed)(x))
+        prepared = [t.data_ptr() for t in tree_leaves(layer.slab_state) if isinstance(t, torch.Tensor)]
+        assert kept in (None, prepared) and layer.slab_prepared_0.data_ptr() == prepared[0]
+        kept = prepared
+        del layer.slab_prepared_0  # as a reload of vLLM does
