@@ -105,7 +105,7 @@ def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.N
             return whole[:-_SUM]
     except OSError:
         pass
-    print(f"slab_kernels: compiling the CUDA kernels for {architecture}, once (some 20 s)", file=sys.stderr, flush=True)
+    print(f"slab_kernels: compiling the CUDA kernels for {architecture}, once (a minute or two)", file=sys.stderr, flush=True)
     data = rtc.compile_unit(sources, unit, architecture, nvrtc)
     try:
         folder.mkdir(parents=True, exist_ok=True)
