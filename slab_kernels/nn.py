@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import dispatch, ops
-from .backends.base import LinearProblem
+from .backends.base import Backend, LinearProblem
 from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError
 
 
@@ -62,14 +62,21 @@ class SlabLinear(nn.Module):
         return linear
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
-        """Choose the backend for activations of `dtype` on this device and make its layout now, unless it is there and of this weight.
+        """Choose the backend for activations of `dtype` on this device and make its layout now; dtypes of one backend share a layout.
 
         Raises: BackendError if a forced backend cannot run it.
         """
         if any(versions != self._versions() for *_, versions in self._linears.values()):
             self._linears = {}
+        kept = self._linears.get(dtype)
+        if kept is not None and kept[0] is not self._select(dtype):
+            del self._linears[dtype]
         self._prepared(dtype)
         return self
+
+    def _select(self, dtype: torch.dtype) -> Backend:
+        device = self._home or self.values.device
+        return dispatch.select(LinearProblem.of(self.layout, 1, dtype, device.type))
 
     def _versions(self) -> list[int]:
         """How often each packed tensor was written in place."""
@@ -80,15 +87,13 @@ class SlabLinear(nn.Module):
         linears = self._linears  # whoever changes the weight puts another dict there, and what is being made now goes with the old one
         if dtype in linears:
             return linears[dtype]
-        values, versions, device = self.values, self._versions(), self._home or self.values.device
-        problem = LinearProblem.of(self.layout, 1, dtype, device.type)
-        backend = dispatch.select(problem)
+        values, versions, backend = self.values, self._versions(), self._select(dtype)
         made = [state for other, state, *_ in linears.values() if other is backend and not backend.one_dtype]
         shared = made[0] if made else None
         if shared is None:
             # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
-                shared = backend.prepare(self.packed().to(device), dtype)
+                shared = backend.prepare(self.packed().to(self._home or values.device), dtype)
         linears[dtype] = (backend, shared, values, versions)
         return linears[dtype]
 
@@ -105,7 +110,8 @@ class SlabLinear(nn.Module):
         self._home = self._home or self.values.device
         for name, tensor in self.packed().tensors().items():
             self._buffers[name] = tensor.cpu()
-        self._linears = {dtype: (*kept[:2], self.values, self._versions()) for dtype, kept in self._linears.items()}
+        for dtype, kept in self._linears.items():
+            self._linears[dtype] = (*kept[:2], self.values, self._versions())
         return self
 
     @property

@@ -277,6 +277,10 @@ def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
     fused(x)
     part.load_state_dict(new)
     assert all(torch.equal(y, w) for y, w in zip(fused(x), (want, old), strict=True))
+    state = part.prepare()._linears[torch.float32][1]
+    assert part.prepare()._linears[torch.float32][1] is state  # a CUDA graph may hold its addresses
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference" if backend == "cpu" else "cpu")
+    assert part.prepare().backend != backend
 
 
 def test_a_state_dict_of_another_format_is_refused_before_anything_is_copied():
