@@ -231,7 +231,7 @@ def test_parts_that_share_a_launch_and_parts_that_do_not():
     for name, other in {"group_size": 64, "rank": 2, "adapter_rank": 0, "values": "int4"}.items():
         pair = [random_packed(base), random_packed(replace(base, **{name: other}))]
         state = BACKEND.prepare_fused(pair, torch.float16)
-        assert type(state) is tuple and all(isinstance(part, launch.TritonState) for part in state), name
+        assert type(state) is tuple and all(isinstance(part, launch.TritonState) and rows == 16 for part, rows in state), name
     assert type(BACKEND.prepare_fused([random_packed(base)] * 5, torch.float16)) is tuple
     parts = [random_packed(replace(base, out_features=n), seed=n) for n in (1, 17, 40)]
     state = BACKEND.prepare_fused(parts, torch.float16)
