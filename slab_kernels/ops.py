@@ -78,6 +78,8 @@ def _described(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
 
 def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features):
     packed = packed_from_arguments((values, metadata, signs, scales, U, V, P, Q), in_features)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ShapeError(f"x has shape {list(x.shape)}, but the weight takes in_features={in_features} last")
     if bias is not None and tuple(bias.shape) != (packed.out_features,):
         raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{packed.out_features}]")
     return reference.linear(x, packed, bias)

@@ -117,7 +117,7 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def check_packed_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Every packed module of a skeleton has its bias and its tensors, of their exact shapes and dtypes, and no others.
+    """Every packed module of a skeleton has its bias, its packed tensors of their exact shapes and dtypes, and no others.
 
     Raises: CheckpointError.
     """

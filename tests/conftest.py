@@ -11,9 +11,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept = items[:: config.getoption("every")]
-    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % config.getoption("every")])
-    items[:] = kept
+    every = config.getoption("every")
+    if every < 1:
+        raise pytest.UsageError(f"--every {every}: must be 1 or more")
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
+    items[:] = items[::every]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -310,6 +310,7 @@ def test_forward_mode_derivatives_are_refused():
         ({"values": lambda t: t[:, :5]}, r"values \[24, 5\].*of no value type"),
         ({"metadata": lambda t: t[:, :0]}, r"metadata has shape \[24, 0\]"),
         ({"bias": torch.zeros(1)}, r"bias has shape \[1\], expected \[24\]"),
+        ({"x": torch.zeros(2, 95)}, r"x has shape \[2, 95\], but the weight takes in_features=96"),
     ],
 )
 def test_the_canonical_op_refuses_tensors_that_do_not_belong_together(change, message):
@@ -317,5 +318,6 @@ def test_the_canonical_op_refuses_tensors_that_do_not_belong_together(change, me
     arguments = {**dict.fromkeys(ops.TENSOR_ARGUMENTS), **packed.tensors(), "bias": None}
     for name, new in change.items():
         arguments[name] = new(arguments[name]) if callable(new) else new
+    x = arguments.pop("x", torch.randn(2, 96))
     with pytest.raises(FormatError, match=message):
-        torch.ops.slab_kernels.linear(torch.randn(2, 96), *arguments.values(), 96)
+        torch.ops.slab_kernels.linear(x, *arguments.values(), 96)
