@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -46,13 +46,18 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"checkpoint"},
     "team": set(),
     "memory": set(),
-    "matching": FORMAT | {"blocks", "record"},
+    "matching": FORMAT | {"streams", "record"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "streams", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
-    "blocks": {"text"},
-    "source": FORMAT | {"blocks", "checkpoint", "text"},
-    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
+    "blocks": set(),
+    "streams": {"blocks", "text"},
+    "inputs": {"streams", "text"},
+    "stored_names": {"checkpoint"},
+    "source": FORMAT | {"blocks", "checkpoint", "stored_names", "text"},
+    "pipeline": FORMAT
+    | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
+    | {"streams", "team", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "progress", "source", "text"},
     "model": FORMAT | MODEL | {"methods", "nn"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
