@@ -19,7 +19,7 @@ from .memory import peak_memory
 from .plan import Plan
 from .record import LayerRecord, MatchRecord, ProgressEvent
 from .sinks import FinishedBlock, Sink, dense_weight
-from .source import FolderSource, ModuleSource, compute_dtype, outside_filled
+from .source import FolderSource, ModuleSource, compute_dtype, outside_filled, tied_names
 from .streams import Stream, catch_stream
 from .team import Team
 
@@ -68,13 +68,15 @@ def compress_blocks(
     Statistics of a layer come from the compressed prefix: earlier blocks, and earlier groups of its own block.
     """
     path, blocks = find_blocks(source.model)
-    linears = block_linears(path, blocks, plan.group, skip)
+    tied = tied_names(source.model)
+    linears = block_linears(path, blocks, plan.group, skip, tied)
     total, dtype = sum(map(len, linears)), compute_dtype(source.config, device)
     names = source.names
 
     def materialise(index: int) -> nn.Module:
         prefix = f"{path}.{index}."
-        tensors = {n.removeprefix(prefix): source.get(n) for n in names if n.startswith(prefix)}
+        inside = [n for n in (*names, *tied) if n.startswith(prefix)]
+        tensors = {n.removeprefix(prefix): source.get(tied.get(n, n)) for n in inside}
         return filled_copy(blocks[index], tensors, device, dtype)
 
     widest = max((item for block in linears for item in block.items()), key=lambda item: item[1].in_features)
@@ -87,9 +89,10 @@ def compress_blocks(
     done = sink.finished()
     if len(done) == len(blocks):
         return _records(done)
+    replaced = {name: linear for block in linears for name, linear in block.items()} if plan.packed else {}
     with outside_filled(source, path, device, dtype) as model:
         streams = [
-            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device))
+            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device), replaced)
             for t in texts
         ]
     dense_stream = streams[0].twin() if plan.dense_stream else None

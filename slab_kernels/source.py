@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ MAX_SIZES = {
     "max_position_embeddings": 1 << 31,
 }  # fmt: skip
 MAX_EMBEDDING = 1 << 40  # entries
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
@@ -178,9 +180,16 @@ class FolderSource:
 
 
 class ModuleSource:
-    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed."""
+    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed.
+
+    Hooks of the module are left out, those by which accelerate moves inputs between devices too.
+
+    Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
+    """
 
     def __init__(self, model: nn.Module):
+        from accelerate.hooks import remove_hook_from_module
+
         if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
             raise ArchitectureError(
                 f"{type(model).__name__} has no Hugging Face config; give a transformers causal language model"
@@ -189,9 +198,17 @@ class ModuleSource:
             raise ArchitectureError(
                 f"{type(model).__name__} is quantised or compressed already; start from the dense model"
             )
+        away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+        if away is not None:
+            raise ArchitectureError(
+                f"the weight {away} of {type(model).__name__} is not in memory (on a disk, on meta, or moved away by "
+                "device_map); load the model without device_map, or give its folder, which is read block by block"
+            )
         self.dense = model
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-        self.model = copy.deepcopy(model, memo).eval()  # parameters on meta, so nothing large is copied
+        hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
+        memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
+        self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
         self.tokenizer_path = getattr(model.config, "_name_or_path", "") or ""
         self.name = Path(self.tokenizer_path).name or type(model).__name__
@@ -208,7 +225,8 @@ class ModuleSource:
 
     def get(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(self.dense.get_submodule(path), leaf).detach()
+        t = getattr(self.dense.get_submodule(path), leaf).detach()
+        return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "surroundings", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"checkpoint"},
     "team": set(),
     "memory": set(),
+    "surroundings": set(),
     "matching": FORMAT | {"streams", "record"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
     "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "streams", "text"},
@@ -60,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"streams", "team", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "progress", "source", "text"},
     "model": FORMAT | MODEL | {"methods", "nn"},
-    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "surroundings", "text"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
     "tasks": {"packed_checkpoint"},
