@@ -87,6 +87,9 @@ def compress_blocks(
         )
         report(ProgressEvent("warning", blocks=len(blocks), layers=total, message=message))
     done = sink.finished()
+    for block, inside in zip(done, linears, strict=False):
+        if {layer.name: layer.shape for layer in block.layers} != {n: tuple(m.weight.shape) for n, m in inside.items()}:
+            raise CheckpointError("the finished blocks of the interrupted run are not this model's; use an empty folder")
     if len(done) == len(blocks):
         return _records(done)
     replaced = {name: linear for block in linears for name, linear in block.items()} if plan.packed else {}

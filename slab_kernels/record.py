@@ -68,6 +68,7 @@ class RunRecord:
     versions: dict = field(default_factory=dict)
     matching: list[MatchRecord] = field(default_factory=list)
     ignored_tensors: list[str] = field(default_factory=list)
+    shards: dict = field(default_factory=dict)  # file name -> SHA-256 of what the run wrote there
 
     @property
     def bits_per_weight(self) -> float:

@@ -20,6 +20,7 @@ from .checkpoint import (
     CheckpointError,
     config_dtype,
     read_json,
+    tensor_bytes,
     write_json,
 )
 from .layout import MAX_FEATURES, FormatError
@@ -137,6 +138,7 @@ class FolderSource:
         self.model = build_skeleton(Path(folder))
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
+        self._expected: dict[str, str] = {}
         self._match()
 
     def _match(self) -> None:
@@ -168,10 +170,29 @@ class FolderSource:
         return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
-        return self.stored.get(name, self.checkpoint.get)
+        """Raises: CheckpointError if it is no longer what it was when the run began (`expect`)."""
+        return self.stored.get(name, self._read)
+
+    def _read(self, stored: str) -> Tensor:
+        tensor = self.checkpoint.get(stored)
+        if self._expected and self._expected.get(stored) != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
+            raise CheckpointError(
+                f"tensor {stored!r} of {self.checkpoint.folder} is not what it was when this run began; "
+                "put the first model back, or compress this one into an empty folder"
+            )
+        return tensor
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
+        names = sorted({stored for origin in self.stored.origins.values() for stored in origin.stored})
+        return {name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest() for name in names}
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        """From now on every tensor that is read must have its hash of `hashes()` in an earlier run."""
+        self._expected = hashes
 
     def left_out(self, out: Path | None) -> list[str]:
         """What a compressed copy in the folder `out` (None: in memory) will lack, one sentence for each kind."""
@@ -243,6 +264,12 @@ class ModuleSource:
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+    def hashes(self) -> dict[str, str]:
+        return {}  # `fingerprint` has seen every byte
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        pass
 
     def left_out(self, out: Path | None) -> list[str]:
         return []
