@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .blocks import batch_size, block_linears, catch_stream, find_blocks, find_groups, layer_inputs
 from .calibration import InputStats
 from .plan import Plan
+from .settings import Rule
 
 PROBES = 8  # windows on which the divergence is measured
 # Coarse to fine. Below two planes a bit is better spent on the pruned positions than on kept values (README, methods); ranks
@@ -55,13 +56,18 @@ class Choice:
     loss: float
 
 
-def check_bits(bits: float, plan: Plan) -> None:
-    """Refuse a budget beside settings that it chooses itself. Raises: BudgetError."""
+BITS = Rule("stored bits a weight over the whole model", float, 0, 64, above=True)
+
+
+def check_bits(bits: float, plan: Plan) -> float:
+    """`bits`; refuses what is no budget, and one beside settings that it chooses itself. Raises: BudgetError."""
+    bits = BITS.accept("bits", bits, BudgetError)
     if plan.method != "slab" or not plan.packed:
         raise BudgetError(f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}")
     for name, usual in (("values", "fp16"), ("planes", 1), ("rank", 1), ("adapter_rank", None)):
         if getattr(plan, name) != usual:
             raise BudgetError(f"bits={bits:g} chooses {name} layer by layer, so {name}={getattr(plan, name)!r} contradicts it; leave one out")
+    return bits
 
 
 def search(

@@ -12,6 +12,7 @@ from .blocks import ArchitectureError, find_blocks
 from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, write_json, write_shard
 from .format import FORMAT_VERSION, FormatError, PackedLayout, PackedWeight, ShapeError, VersionError
 from .nn import SlabLinear
+from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
 from .source import build_skeleton, config_dict, copy_side_files, hub_folder, place, tied_names
@@ -242,7 +243,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         raise CheckpointError(
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
         )
-    out = Path(path)
+    out = expanded(path)
     with Progress(out, {"save": type(model).__name__}, resume=False):
         try:
             blocks_path, blocks = find_blocks(model)
@@ -276,7 +277,7 @@ def decompress(path: Path | str, out: Path | str) -> None:
 
     Raises: CheckpointError, VersionError, FormatError.
     """
-    checkpoint, out = Checkpoint(hub_folder(str(path))), Path(out)
+    checkpoint, out = Checkpoint(hub_folder(str(path))), expanded(out)
     layouts = read_layouts(checkpoint)
     check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
     name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16").removeprefix(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .blocks import ArchitectureError
 from .checkpoint import Checkpoint, CheckpointError, read_json, write_atomically, write_json
 from .layout import MAX_FEATURES, FormatError
+from .paths import expanded
 
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
@@ -274,14 +275,14 @@ def open_source(model_or_path) -> FolderSource | ModuleSource:
     """
     if isinstance(model_or_path, nn.Module):
         return ModuleSource(model_or_path)
-    path = Path(model_or_path).expanduser()
-    return FolderSource(path if path.is_dir() else hub_folder(str(model_or_path)))
+    return FolderSource(hub_folder(str(model_or_path)))
 
 
 def hub_folder(name: str) -> Path:
     """The local snapshot of a hub model, or the folder if `name` is one."""
-    if Path(name).is_dir():
-        return Path(name)
+    path = expanded(name)
+    if path.is_dir():
+        return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
     try:

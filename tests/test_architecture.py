@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text"}
+MODEL = {"model", "arguments", "token_ids", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -35,31 +35,38 @@ ALLOWED: dict[str, set[str]] = {
     "peers": set(),
     "bench": WAIST_DOWN | {"nn", "testing", "timing", "roofline", "peers"},
     "tuning": FORMAT | {"backends", "bench", "machine", "testing", "timing"},
+    # what many rooms share, knowing none of them
+    "settings": set(),
+    "paths": set(),
+    "terminal": set(),
     # above it: pure functions of a weight and its input statistics
     "calibration": FORMAT,
-    "methods": FORMAT | {"calibration"},
+    "methods": FORMAT | {"calibration", "settings"},
     # a whole model
     "stdlib_text": set(),
-    "text": {"calibration", "stdlib_text"},
+    "rows": {"calibration"},
+    "token_ids": {"calibration"},
+    "text": {"calibration", "paths", "rows", "settings", "stdlib_text"},
     "checkpoint": set(),
     "progress": {"checkpoint"},
     "record": {"checkpoint"},
     "team": set(),
     "memory": set(),
-    "matching": FORMAT | {"blocks", "record"},
+    "matching": FORMAT | {"blocks", "record", "settings"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "plan", "settings", "text"},
+    "arguments": {"budget", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
     "blocks": {"text"},
-    "source": FORMAT | {"blocks", "checkpoint", "text"},
+    "source": FORMAT | {"blocks", "checkpoint", "paths", "text"},
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "progress", "source", "text"},
-    "model": FORMAT | MODEL | {"methods", "nn"},
-    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
-    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
+    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "paths", "pipeline", "progress", "source", "text"},
+    "model": FORMAT | MODEL | {"methods", "nn", "paths"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "text", "token_ids"},
+    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"checkpoint", "dispatch", "model", "packed_checkpoint", "plan", "source"},
+    "engines": FORMAT | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},
