@@ -24,6 +24,7 @@ from .blocks import batch_size, find_blocks
 from .calibration import InputStats
 from .inputs import find_groups, layer_inputs
 from .plan import Plan
+from .settings import Rule
 from .streams import catch_stream
 
 PROBES = 8  # windows on which the divergence is measured
@@ -58,13 +59,18 @@ class Choice:
     loss: float
 
 
-def check_bits(bits: float, plan: Plan) -> None:
-    """Refuse a budget beside settings that it chooses itself. Raises: BudgetError."""
+BITS = Rule("stored bits a weight over the whole model", float, 0, 64, above=True)
+
+
+def check_bits(bits: float, plan: Plan) -> float:
+    """`bits`; refuses what is no budget, and one beside settings that it chooses itself. Raises: BudgetError."""
+    bits = BITS.accept("bits", bits, BudgetError)
     if plan.method != "slab" or not plan.packed:
         raise BudgetError(f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}")
     for name, usual in (("values", "fp16"), ("planes", 1), ("rank", 1), ("adapter_rank", None)):
         if getattr(plan, name) != usual:
             raise BudgetError(f"bits={bits:g} chooses {name} layer by layer, so {name}={getattr(plan, name)!r} contradicts it; leave one out")
+    return bits
 
 
 def search(

@@ -13,6 +13,7 @@ from .checkpoint import WEIGHTS_KEY, Checkpoint, config_dtype, write_index, writ
 from .format import PackedLayout, cast
 from .packed_checkpoint import check_tensors_fit, packed_skeleton, read_dense, read_packed
 from .packed_config import read_layouts, reading
+from .paths import expanded
 from .progress import Progress
 from .side_files import copy_side_files
 from .source import hub_folder
@@ -32,7 +33,7 @@ def decompress(
     Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights and hidden files not named.
     Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`.
     """
-    checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), Path(out)
+    checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), expanded(out)
     layouts = read_layouts(checkpoint)
     owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
     dtype = dtype or config_dtype(checkpoint.config) or _usual_dtype(checkpoint, owners)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .blocks import ArchitectureError, find_blocks
-from .budget import check_bits, search
+from .arguments import Arguments
+from .blocks import ArchitectureError, block_linears, find_blocks
+from .budget import search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
 from .decompress import decompress
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
 from .packed_checkpoint import check, load, quantization_config, save
+from .paths import expanded
 from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
 from .progress import Progress, check_same_settings
@@ -27,7 +29,8 @@ from .record import ProgressEvent, RunRecord, listener
 from .sinks import FolderSink, MemorySink, layout_on_disk
 from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
 from .team import Team, local_device
-from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
+from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, Sampling, read_text, sample_windows
+from .token_ids import check_vocabulary, token_ids
 
 __all__ = [
     "ArchitectureError", "CalibrationError", "CheckpointError", "ProgressEvent", "RunRecord", "VersionError",
@@ -47,13 +50,13 @@ def compress(
     planes: int = 1,
     adapter_rank: int | None = None,
     adapter_values: str = "int8",
-    matching: Matching | int | None = None,
+    matching: Matching | int | bool | None = None,
     bits: float | None = None,
-    calibration: str | Path | Tensor = "stdlib",
-    heldout: str | Path | Tensor | None = None,
+    calibration: str | Path | Tensor | list | dict = "stdlib",
+    heldout: str | Path | Tensor | list | dict | None = None,
     samples: int = 128,
     window: int = 2048,
-    skip: tuple[str, ...] | list[str] | str = (),
+    skip: tuple[str, ...] | list[str] | str | None = (),
     tokenizer=None,
     device: str | torch.device = "auto",
     resume: bool = False,
@@ -77,12 +80,13 @@ def compress(
             method. Patterns other than 2:4 cannot be packed and are written as a dense checkpoint.
         bits: stored bits a weight over the whole model, spent layer by layer on value types, planes and ranks where the
             measured loss says they help most (see `budget`); the dense model is then held in memory while it is searched.
-        matching: transformer matching after each block (see `matching`), its settings or just the epochs; 0 or None: none.
-        calibration, heldout: text (see `text.read_text`) or token ids [samples, window]. With `heldout` each layer's
+        matching: transformer matching after each block (see `matching`): its settings, just the epochs, or True; 0 or None: none.
+        calibration, heldout: text (see `text.read_text`) or token ids [samples, window] (see `token_ids`). With `heldout` each layer's
             error is measured on that text too, with at most a quarter of `samples`.
         samples, window: calibration windows and their length in tokens, cut to the model's maximum positions.
         skip: fnmatch patterns of module names to leave dense, such as "*.down_proj".
-        tokenizer: needed for a model in memory that does not know its folder, unless token ids are given.
+        tokenizer: one of transformers or its folder; needed for a model in memory that does not know its folder, unless token ids
+            are given.
         device: where blocks run. "auto" is a GPU if there is one; a CPU computes in fp32.
         resume: go on with an interrupted run in `out`: same settings, same bytes as without the interruption.
         progress: a function called with every ProgressEvent, True for a bar on stderr, None for a bar on a terminal.
@@ -91,33 +95,36 @@ def compress(
     Raises: CalibrationError, CheckpointError, ArchitectureError, FormatError, ValueError, one sentence each.
     """
     began = time.perf_counter()
-    matching = Matching(epochs=matching) if type(matching) is int and matching else matching or None
-    plan = Plan(method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, method_options, matching)
+    given = Arguments.of(
+        method=method, pattern=pattern, rank=rank, values=values, group_size=group_size, planes=planes, adapter_rank=adapter_rank,
+        adapter_values=adapter_values, matching=matching, bits=bits, samples=samples, window=window, seed=seed, skip=skip, **method_options,
+    )  # fmt: skip
+    plan, bits, skip = given.plan, given.bits, given.skip
+    out = None if out is None else expanded(out)
     team = Team()
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     device = resolve_device(local_device(str(device)))
+    tokenizer = _tokenizer(str(expanded(tokenizer))) if isinstance(tokenizer, str | Path) else tokenizer
     if out is None and not isinstance(model_or_path, nn.Module):
         tokenizer = tokenizer or _tokenizer(str(hub_folder(str(model_or_path))))
         model_or_path = _dense_model(model_or_path)
-    if bits is not None:
-        check_bits(bits, plan)
     source = open_source(model_or_path)
     path, blocks = find_blocks(source.model)
-    texts = _texts(source, calibration, heldout, samples, window, seed, tokenizer)
+    linears = [item for block in block_linears(path, blocks, 1, skip) for item in block.items()]
+    plan.check_shapes({name: (linear.out_features, linear.in_features) for name, linear in linears})
+    texts = _texts(source, calibration, heldout, given.sampling, tokenizer)
     if bits is not None:
         plan = replace(plan, layers=_spend(source, plan, bits, skip, texts[0], device, team, progress))
     settings = {
-        "method": method, "pattern": pattern, "rank": rank, "values": values, "group_size": plan.stored_group_size,
-        "planes": planes, "adapter_rank": adapter_rank, "adapter_values": adapter_values,
-        "matching": None if matching is None else asdict(matching),
+        "method": plan.method, "pattern": plan.pattern, "rank": plan.rank, "values": plan.values,
+        "group_size": plan.stored_group_size, "planes": plan.planes, "adapter_rank": plan.adapter_rank,
+        "adapter_values": plan.adapter_values, "matching": None if plan.matching is None else asdict(plan.matching),
         "bits": bits, "layers": plan.layers,
-        "options": {key: repr(value) for key, value in sorted(method_options.items())}, "samples": len(texts[0]),
-        "window": texts[0].shape[1], "seed": seed, "skip": list(skip), "device": device.type,
+        "options": {key: repr(value) for key, value in sorted(plan.options.items())}, "samples": len(texts[0]),
+        "window": texts[0].shape[1], "seed": given.sampling.seed, "skip": list(skip), "device": device.type,
         "calibration_sha256": _digest(texts[0]), "heldout_sha256": _digest(texts[1]) if len(texts) > 1 else None,
         "model_sha256": None if out is None else source.fingerprint(), "format_version": FORMAT_VERSION, "library": __version__,
     }  # fmt: skip
     if out is not None:
-        out = Path(out)
         if resume and (record := _complete(out, settings)):
             return record
     report, sink = listener(progress if team.leads else False), MemorySink()
@@ -237,40 +244,25 @@ def _complete(out: Path, settings: dict) -> RunRecord | None:
     return record
 
 
-def _texts(source, calibration, heldout, samples: int, window: int, seed: int, tokenizer) -> list[Tensor]:
+def _texts(source, calibration, heldout, sampling: Sampling, tokenizer) -> list[Tensor]:
     """Token windows [samples, window] of the calibration text and, if asked for, of the held-out text."""
-    if samples < 1 or window < 2:
-        raise CalibrationError(
-            f"samples={samples} and window={window}: at least 1 sample of 2 tokens is needed"
-        )
     limit = getattr(text_config(source.model), "max_position_embeddings", None)
-    window = min(window, limit or window)
-    wanted = [("calibration", calibration, samples)]
+    window = min(sampling.window, limit or sampling.window)
+    wanted = [("calibration", calibration, sampling.samples)]
     if heldout is not None:
-        wanted.append(("held-out", heldout, max(1, samples // 4)))
+        wanted.append(("held-out", heldout, max(1, sampling.samples // 4)))
     texts = []
     for name, text, count in wanted:
-        if isinstance(text, Tensor):
-            texts.append(_check_ids(text, name))
-        else:
+        ids = token_ids(text, name)
+        if ids is None:
             tokenizer = tokenizer or _tokenizer(source.tokenizer_path)
-            content = read_text(text, READ_AHEAD * count * window * CHARACTERS_PER_TOKEN)
-            texts.append(sample_windows(tokenizer, content, count, window, seed, name))
-        vocabulary = source.model.get_input_embeddings().weight.shape[0]
-        if int(texts[-1].max()) >= vocabulary:
-            raise CalibrationError(
-                f"the {name} tokens go up to {int(texts[-1].max())}, but the model's vocabulary has {vocabulary}; "
-                "give the model's own tokenizer"
-            )
+            content = read_text(text, READ_AHEAD * count * window * CHARACTERS_PER_TOKEN, tokenizer)
+            ids = sample_windows(tokenizer, content, count, window, sampling.seed, name)
+        elif limit is not None and ids.shape[1] > limit:
+            raise CalibrationError(f"the {name} token ids have windows of {ids.shape[1]}, longer than the model's {limit} positions")
+        check_vocabulary(ids, source.model, name)
+        texts.append(ids)
     return texts
-
-
-def _check_ids(ids: Tensor, name: str) -> Tensor:
-    if ids.dim() != 2 or ids.dtype != torch.long or not ids.numel() or int(ids.min()) < 0:
-        raise CalibrationError(
-            f"{name} token ids must be a non-empty int64 tensor [samples, window], got {ids.dtype} {list(ids.shape)}"
-        )
-    return ids.cpu()
 
 
 def _tokenizer(path: str):
@@ -306,7 +298,10 @@ def _digest(tokens: Tensor) -> str:
 
 
 def _name(text) -> str | None:
-    return "token ids" if isinstance(text, Tensor) else None if text is None else str(text)
+    """How a record calls a text: the name that was given, or what kind of thing was."""
+    if text is None or isinstance(text, str | Path):
+        return None if text is None else str(text)
+    return "texts" if token_ids(text) is None else "token ids"
 
 
 def _versions() -> dict[str, str]:

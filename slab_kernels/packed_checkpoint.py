@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, wr
 from .format import PackedLayout, PackedWeight, ShapeError
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
+from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
 from .source import build_skeleton, config_dict, hub_folder, place, tied_names
@@ -193,7 +194,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         raise CheckpointError(
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
         )
-    out = Path(path)
+    out = expanded(path)
     with Progress(out, {}, resume=None):
         try:
             blocks_path, blocks = find_blocks(model)

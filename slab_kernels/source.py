@@ -24,6 +24,7 @@ from .checkpoint import (
     write_json,
 )
 from .layout import MAX_FEATURES, FormatError
+from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
 from .stored_names import StoredNames
 
@@ -300,14 +301,14 @@ def open_source(model_or_path) -> FolderSource | ModuleSource:
     """
     if isinstance(model_or_path, nn.Module):
         return ModuleSource(model_or_path)
-    path = Path(model_or_path).expanduser()
-    return FolderSource(path if path.is_dir() else hub_folder(str(model_or_path)))
+    return FolderSource(hub_folder(str(model_or_path)))
 
 
 def hub_folder(name: str) -> Path:
     """The local snapshot of a hub model, or the folder if `name` is one."""
-    if Path(name).is_dir():
-        return Path(name)
+    path = expanded(name)
+    if path.is_dir():
+        return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
     try:

@@ -19,32 +19,29 @@ from .checkpoint import CheckpointError, write_atomically
 from .format import PackedWeight, pack_adapter
 from .nn import SlabLinear
 from .packed_checkpoint import load, save
+from .paths import expanded
+from .settings import SEED, WINDOW, enforce, setting
 from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
+from .token_ids import check_vocabulary, token_ids
 
 HELD_BACK = 16  # every sixteenth window judges, and is never trained on
 
 
 @dataclass(frozen=True)
 class Training:
-    """steps of Adam over `batch` windows of `window` tokens; rate: largest step, reached after a tenth of them, then a cosine to 0.
-    adapter_rank: for layers that have no adapter; 0 leaves those alone.  every: steps between two notes of the state.
-    """
+    """`rate` is reached after a tenth of the steps, then falls to 0 along a cosine. Raises on construction: ValueError."""
 
-    steps: int = 200
-    batch: int = 8
-    window: int = 512
-    samples: int = 512
-    rate: float = 3e-4
-    adapter_rank: int = 0
-    every: int = 25
-    seed: int = 0
+    steps: int = setting(200, "steps of Adam", 1, 10_000_000)
+    batch: int = setting(8, "windows a step", 1)
+    window: int = setting(512, **WINDOW)
+    samples: int = setting(512, "windows of text, one in sixteen held back", 2)
+    rate: float = setting(3e-4, "largest step", 0, 1, above=True)
+    adapter_rank: int = setting(0, "rank of new adapters for layers that have none; 0 leaves those alone", 0)
+    every: int = setting(25, "steps between two notes of the state", 1)
+    seed: int = setting(0, **SEED)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "samples", "every"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} of training must be an integer of at least 1")
-        if not self.rate > 0:
-            raise ValueError(f"rate={self.rate!r} of training must be above 0")
+        enforce(self, of=" of training")
 
 
 class AdaptedLinear(nn.Module):
@@ -73,7 +70,7 @@ class AdaptedLinear(nn.Module):
 def train(
     path: Path | str,
     out: Path | str,
-    text: str | Path | Tensor,
+    text: str | Path | Tensor | list | dict,
     settings: Training = Training(),
     *,
     device: str | torch.device = "cpu",
@@ -83,20 +80,22 @@ def train(
     """Train the adapters of a packed folder on a text and write the result to the folder `out`.
 
     Args:
-        text: see `text.read_text`, or token ids [samples, window] int64.
+        text: see `text.read_text`, or token ids [samples, window] (see `token_ids`).
         resume: go on from the state that an interrupted run left beside `out`; the result is that of a run without a break.
 
     Returns: {"before", "after": mean negative log-likelihood a token on held-back windows, nats; "steps", "parameters"}.
     Raises: CheckpointError, CalibrationError, ValueError, one sentence each.
     """
-    out = Path(out)
+    out = expanded(out)
     state_file = out.with_name(out.name + ".training.safetensors")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose an empty folder")
     if state_file.exists() and not resume:
         raise CheckpointError(f"{state_file} is left of an interrupted run; pass resume=True to go on with it, or delete it")
     model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), _tokenizer(path)
-    tokens = text if isinstance(text, Tensor) else _windows(tokenizer, text, settings)
+    ids = token_ids(text, "training")
+    tokens = _windows(tokenizer, text, settings) if ids is None else ids
+    check_vocabulary(tokens, model, "training")
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]
     for p in model.parameters():
@@ -166,8 +165,8 @@ def _likelihood(model: nn.Module, tokens: Tensor, batch: int) -> float:
     return sum(float(_loss(model, part)) * len(part) for part in tokens.split(batch)) / len(tokens)
 
 
-def _windows(tokenizer, text: str | Path, settings: Training) -> Tensor:
-    content = read_text(text, READ_AHEAD * settings.samples * settings.window * CHARACTERS_PER_TOKEN)
+def _windows(tokenizer, text: str | Path | list | dict, settings: Training) -> Tensor:
+    content = read_text(text, READ_AHEAD * settings.samples * settings.window * CHARACTERS_PER_TOKEN, tokenizer)
     tokens = sample_windows(tokenizer, content, settings.samples, settings.window, settings.seed, "training")
     if len(tokens) < 2:
         raise CalibrationError(f"the training text fills {len(tokens)} windows of {settings.window}; at least 2 are needed, one to judge by")

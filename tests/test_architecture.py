@@ -18,7 +18,7 @@ PACKAGE = ROOT / "slab_kernels"
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
-         "decompress", "packed_config", "streams", "inputs", "stored_names", "surroundings"}
+         "decompress", "packed_config", "streams", "inputs", "stored_names", "surroundings", "arguments", "token_ids"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -36,12 +36,18 @@ ALLOWED: dict[str, set[str]] = {
     "peers": set(),
     "bench": WAIST_DOWN | {"nn", "testing", "timing", "roofline", "peers"},
     "tuning": FORMAT | {"backends", "bench", "machine", "testing", "timing"},
+    # what many rooms share, knowing none of them
+    "settings": set(),
+    "paths": set(),
+    "terminal": set(),
     # above it: pure functions of a weight and its input statistics
     "calibration": FORMAT,
-    "methods": FORMAT | {"calibration"},
+    "methods": FORMAT | {"calibration", "settings"},
     # a whole model
     "stdlib_text": set(),
-    "text": {"calibration", "stdlib_text"},
+    "rows": {"calibration"},
+    "token_ids": {"calibration"},
+    "text": {"calibration", "paths", "rows", "settings", "stdlib_text"},
     "shards": set(),
     "checkpoint": {"shards"},
     "side_files": {"checkpoint"},
@@ -50,27 +56,28 @@ ALLOWED: dict[str, set[str]] = {
     "team": set(),
     "memory": set(),
     "surroundings": set(),
-    "matching": FORMAT | {"streams", "record"},
+    "matching": FORMAT | {"record", "settings", "streams"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "streams", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "settings", "streams", "text"},
+    "arguments": {"budget", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
     "blocks": set(),
     "streams": {"blocks", "text"},
     "inputs": {"streams", "text"},
     "stored_names": {"checkpoint"},
-    "source": FORMAT | {"blocks", "checkpoint", "side_files", "stored_names", "text"},
+    "source": FORMAT | {"blocks", "checkpoint", "paths", "side_files", "stored_names", "text"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "text"},
-    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
-    "model": FORMAT | MODEL | {"methods", "nn"},
-    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "surroundings", "text"},
-    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
+    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "text"},
+    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
+    "model": FORMAT | MODEL | {"methods", "nn", "paths"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
+    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "record"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "source"},
+    "engines": FORMAT | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},

@@ -59,11 +59,11 @@ class SlabConfig(QuantizationConfigMixin):
             parse_layouts(self.to_dict(), "this model")
 
     def _check_settings(self) -> None:
-        from ..plan import Plan  # the plan knows the methods, which opening a packed folder does not need
+        from ..arguments import (
+            Arguments,  # they know the methods, which opening a packed folder does not need
+        )
 
-        names = ("method", "pattern", "rank", "values", "group_size", "planes", "adapter_rank", "adapter_values")
-        given = {name: self.settings[name] for name in names if name in self.settings}
-        plan = Plan(**given, options={k: v for k, v in self.settings.items() if k not in names + OTHER_SETTINGS})
+        plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
             raise ValueError(
                 f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
@@ -80,7 +80,7 @@ class SlabConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-OTHER_SETTINGS = ("matching", "bits", "calibration", "heldout", "samples", "window", "skip", "tokenizer", "device", "seed", "progress")
+OTHER_SETTINGS = ("calibration", "heldout", "tokenizer", "device", "progress")  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):
