@@ -6,8 +6,9 @@ import copy
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from .checkpoint import (
 from .layout import MAX_FEATURES, FormatError
 from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
-from .stored_names import StoredNames
+from .stored_names import StoredNames, stored_forms
+from .text import CalibrationError
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -38,11 +40,13 @@ MAX_EMBEDDING = 1 << 40  # entries
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
-def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
+def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
 
+    trust_remote_code: run the Python code in the folder, where its config names some.
+
     Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
-    transformers has no causal model for it.
+    transformers has no causal model for it, or it needs code of the folder's that may not run.
     """
     from accelerate import init_empty_weights
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -50,14 +54,18 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
     where = "the given config" if config_folder is None else config_folder / "config.json"
     try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
         if config is None:
-            if not isinstance(read_json(where).get("model_type"), str):
+            described = read_json(where)
+            if not isinstance(described.get("model_type"), str):
                 raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
-            config = AutoConfig.from_pretrained(config_folder)
+            if not trust_remote_code:
+                _refuse_own_code(described, config_folder)
+            config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code)
         _check_sizes(config, where)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
             raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (CheckpointError, ArchitectureError, FormatError):
         raise
     except ImportError as error:
@@ -67,6 +75,17 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
     except Exception as error:
         raise CheckpointError(f"transformers cannot use {where}: {_first_line(error)}") from error
     return model.eval()
+
+
+def _refuse_own_code(described: dict, folder: Path) -> None:
+    """Raises: ArchitectureError for a config.json of a type that transformers lacks and the folder's code defines."""
+    from transformers import CONFIG_MAPPING
+
+    if described.get("auto_map") and described["model_type"] not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"{folder} holds a model of its own Python code (model_type {described['model_type']!r}), which was not run; "
+            "read the .py files there, and if you trust them give trust_remote_code=True"
+        )
 
 
 def _check_sizes(config, where: Path | str) -> None:
@@ -127,8 +146,9 @@ class FolderSource:
     has a weight; for a folder that is compressed already.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.checkpoint = Checkpoint(folder)
+        self.trust_remote_code = trust_remote_code
         self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
         quantised = self.config.get("quantization_config")
         if quantised:
@@ -136,7 +156,7 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
-        self.model = build_skeleton(Path(folder))
+        self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
         self._expected: dict[str, str] = {}
@@ -183,8 +203,33 @@ class FolderSource:
             )
         return tensor
 
+    def stored_forms(self, names: list[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
+        """Stored name -> dtype, shape and reader of what tensors of the model are made of: what transformers renames or
+        rebuilds keeps its form, which other engines read; the rest gets the model's names."""
+        forms = {}
+        for name in names:
+            origin = self.stored.origins[name]
+            if origin.renamed and origin.alone:
+                for stored in origin.stored:
+                    entry = self.checkpoint.entries[stored]
+                    forms[stored] = (entry.dtype, entry.shape, partial(self._read, stored))
+            else:
+                forms[name] = (origin.dtype, origin.shape, partial(self.get, name))
+        return forms
+
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+    def open_dense(self) -> nn.Module:
+        """The model itself, in memory; every tensor has been seen to be there, where transformers would invent it."""
+        from transformers import AutoModelForCausalLM
+
+        trust = self.trust_remote_code
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype="auto", trust_remote_code=trust).eval()
+
+    def tokenizer(self):
+        """Raises: CheckpointError if the folder holds none that can be used."""
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
@@ -217,7 +262,7 @@ class ModuleSource:
     Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, trust_remote_code: bool = False):
         from accelerate.hooks import remove_hook_from_module
 
         if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
@@ -235,6 +280,7 @@ class ModuleSource:
                 "device_map); load the model without device_map, or give its folder, which is read block by block"
             )
         self.dense = model
+        self.trust_remote_code = trust_remote_code
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
         hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
         memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
@@ -258,6 +304,10 @@ class ModuleSource:
         t = getattr(self.dense.get_submodule(path), leaf).detach()
         return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
 
+    def stored_forms(self, names: list[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
+        """As `FolderSource.stored_forms`: the forms that transformers would save."""
+        return stored_forms(self.dense, {name: self.get(name) for name in names})
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in self.names:
@@ -265,6 +315,14 @@ class ModuleSource:
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+    def tokenizer(self):
+        """Raises: CalibrationError if the model knows no folder, CheckpointError if that has no tokenizer."""
+        if not self.tokenizer_path:
+            raise CalibrationError(
+                "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
+            )
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
 
     def hashes(self) -> dict[str, str]:
         return {}  # `fingerprint` has seen every byte
@@ -294,14 +352,28 @@ def config_dict(model: nn.Module) -> dict:
     return config
 
 
-def open_source(model_or_path) -> FolderSource | ModuleSource:
+def open_tokenizer(path: str, trust_remote_code: bool = False):
+    """The tokenizer of a folder. Raises: CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
+        raise CheckpointError(
+            f"no tokenizer can be loaded from {path} ({_first_line(error)}); put its files there or give tokenizer="
+        ) from error
+
+
+def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource | ModuleSource:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub (downloaded to its cache).
+
+    trust_remote_code: run the Python code in the folder, where its config names some.
 
     Raises: CheckpointError, ArchitectureError.
     """
     if isinstance(model_or_path, nn.Module):
-        return ModuleSource(model_or_path)
-    return FolderSource(hub_folder(str(model_or_path)))
+        return ModuleSource(model_or_path, trust_remote_code)
+    return FolderSource(hub_folder(str(model_or_path)), trust_remote_code)
 
 
 def hub_folder(name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,3 +124,37 @@ def _finder(model: nn.Module, expected: dict) -> Callable[[str], tuple[str, str 
         return (name, None, None, name != plain) if name in expected else (plain, None, None, False)
 
     return find
+
+
+def stored_forms(
+    model: nn.Module, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
+    """Stored name -> dtype, shape and maker of the form in which transformers saves tensors of `model`.
+
+    A tensor that would be stored together with others keeps the model's name.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    forms = {}
+    for name, tensor in tensors.items():
+        parts = {name: tensor.to("meta")}
+        if hasattr(model, "config"):
+            parts = revert_weight_conversion(model, parts)
+        if set(parts) != {name} and not _makes(model, parts, name):
+            parts = {name: tensor}
+
+        def make(stored: str, name: str = name, tensor: Tensor = tensor) -> Tensor:
+            return tensor if stored == name else revert_weight_conversion(model, {name: tensor})[stored]
+
+        forms |= {stored: (t.dtype, tuple(t.shape), partial(make, stored)) for stored, t in parts.items()}
+    return forms
+
+
+def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str) -> bool:
+    """Whether transformers reads the tensor `name` of `model` from `parts`, and nothing else."""
+    entries = {stored: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for stored, t in parts.items()}
+    try:
+        origins = StoredNames(model, entries).origins
+    except CheckpointError:
+        return False
+    return origins.keys() == {name} and origins[name].shape == tuple(model.state_dict()[name].shape)
