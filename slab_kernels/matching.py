@@ -18,10 +18,10 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from .blocks import Stream
 from .format import Decomposition, plane_unit
 from .record import MatchRecord
 from .settings import enforce, setting
+from .streams import Stream
 
 HELD_BACK = 8  # every eighth batch of calibration text is kept for the choice of the best epoch
 TARGETS = ("dense", "prefix")

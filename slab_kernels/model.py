@@ -16,10 +16,11 @@ from .arguments import Arguments
 from .blocks import ArchitectureError, block_linears, find_blocks
 from .budget import search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
+from .decompress import decompress
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
-from .packed_checkpoint import check, decompress, load, quantization_config, save
+from .packed_checkpoint import check, load, quantization_config, save
 from .paths import expanded
 from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
@@ -135,6 +136,8 @@ def compress(
         tokens = texts[0].numel()
         message = f"compressing {source.name}: {len(blocks)} blocks, {tokens} calibration tokens in windows of {settings['window']}"
         report(ProgressEvent("start", blocks=len(blocks), message=message))
+        for message in source.left_out(out):
+            report(ProgressEvent("warning", blocks=len(blocks), message=f"warning: {message}"))
         layers, matched = compress_blocks(source, plan, skip, texts, device, sink, report, team)
         width = getattr(text_config(source.model), "hidden_size", 0) or 0
         record = RunRecord(

@@ -9,25 +9,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .blocks import (
-    Group,
-    Stream,
-    block_linears,
-    catch_stream,
-    filled_copy,
-    find_blocks,
-    find_groups,
-    layer_inputs,
-)
+from .blocks import block_linears, filled_copy, find_blocks
 from .calibration import InputStats
 from .checkpoint import CheckpointError
-from .format import Decomposition, PackedWeight
+from .format import Decomposition, PackedWeight, cast
+from .inputs import Group, find_groups, layer_inputs
 from .matching import match_block
 from .memory import peak_memory
 from .plan import Plan
 from .record import LayerRecord, MatchRecord, ProgressEvent
 from .sinks import FinishedBlock, Sink, dense_weight
-from .source import FolderSource, ModuleSource, compute_dtype, outside_filled
+from .source import FolderSource, ModuleSource, compute_dtype, outside_filled, tied_names
+from .streams import Stream, catch_stream
 from .team import Team
 
 KEEP_ON_DEVICE = (
@@ -75,13 +68,15 @@ def compress_blocks(
     Statistics of a layer come from the compressed prefix: earlier blocks, and earlier groups of its own block.
     """
     path, blocks = find_blocks(source.model)
-    linears = block_linears(path, blocks, plan.group, skip)
+    tied = tied_names(source.model)
+    linears = block_linears(path, blocks, plan.group, skip, tied)
     total, dtype = sum(map(len, linears)), compute_dtype(source.config, device)
     names = source.names
 
     def materialise(index: int) -> nn.Module:
         prefix = f"{path}.{index}."
-        tensors = {n.removeprefix(prefix): source.get(n) for n in names if n.startswith(prefix)}
+        inside = [n for n in (*names, *tied) if n.startswith(prefix)]
+        tensors = {n.removeprefix(prefix): source.get(tied.get(n, n)) for n in inside}
         return filled_copy(blocks[index], tensors, device, dtype)
 
     widest = max((item for block in linears for item in block.items()), key=lambda item: item[1].in_features)
@@ -92,11 +87,15 @@ def compress_blocks(
         )
         report(ProgressEvent("warning", blocks=len(blocks), layers=total, message=message))
     done = sink.finished()
+    for block, inside in zip(done, linears, strict=False):
+        if {layer.name: layer.shape for layer in block.layers} != {n: tuple(m.weight.shape) for n, m in inside.items()}:
+            raise CheckpointError("the finished blocks of the interrupted run are not this model's; use an empty folder")
     if len(done) == len(blocks):
         return _records(done)
+    replaced = {name: linear for block in linears for name, linear in block.items()} if plan.packed else {}
     with outside_filled(source, path, device, dtype) as model:
         streams = [
-            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device))
+            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device), replaced)
             for t in texts
         ]
     dense_stream = streams[0].twin() if plan.dense_stream else None
@@ -234,7 +233,8 @@ class _Work:
             for name, (decomposition, layer) in results.items():
                 plan = self.plan.layer(name)
                 self.decompositions[name] = decomposition
-                stored = finished.stored[name] = plan.store(decomposition, source.spec(f"{name}.weight")[0])
+                dtype = source.spec(f"{name}.weight")[0]
+                stored = finished.stored[name] = plan.store(name, decomposition, dtype)
                 bits = stored.bits_per_weight() if isinstance(stored, PackedWeight) else 8.0 * stored.element_size()
                 finished.layers.append(replace(layer, bits_per_weight=bits))
                 _set_weight(self.linears[name], dense_weight(stored).to(self.linears[name].weight.device))
@@ -279,7 +279,10 @@ class _Work:
             )
 
         trained, other, finished.match = self.team.from_leader(train)
-        finished.other = {self.prefix + name: t.to(source.spec(self.prefix + name)[0]) for name, t in other.items()}
+        for name, t in other.items():
+            full = self.prefix + name
+            finished.other[full] = cast(t, source.spec(full)[0], full)
         for name, decomposition in trained.items():
             full = self.prefix + name
-            finished.stored[full] = self.plan.layer(full).store(decomposition, source.spec(f"{full}.weight")[0])
+            dtype = source.spec(f"{full}.weight")[0]
+            finished.stored[full] = self.plan.layer(full).store(full, decomposition, dtype)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .checkpoint import TensorEntry, read_header, shard_name, write_shard
+from .checkpoint import CheckpointError, TensorEntry, read_header, shard_name, write_shard
 from .format import PackedLayout, PackedWeight, read_factors
 from .plan import Plan
 from .progress import Progress
@@ -78,10 +78,14 @@ class FolderSink:
         return self.out / shard_name(index + 1, self.blocks + 1)
 
     def finished(self) -> list[FinishedBlock]:
-        return [
-            FinishedBlock({}, [layer_from_dict(layer) for layer in block["layers"]], {}, match_from_dict(block.get("match")))
-            for block in self.done
-        ]
+        """Raises: CheckpointError if the progress file does not fit the model."""
+        blocks = []
+        for index, block in enumerate(self.done[: self.blocks]):
+            layers = [layer_from_dict(layer) for layer in block["layers"]]
+            if block["file"] != self.shard(index).name or any(layer.block != index for layer in layers):
+                raise CheckpointError(f"{self.out} holds other finished blocks than its model has; use an empty folder")
+            blocks.append(FinishedBlock({}, layers, {}, match_from_dict(block["match"])))
+        return blocks
 
     def restore(self, index: int, linears: dict[str, nn.Linear]) -> FinishedBlock:
         from safetensors import safe_open

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ArchitectureError
-from .checkpoint import Checkpoint, CheckpointError, read_json, write_atomically, write_json
+from .checkpoint import (
+    WEIGHTS_KEY,
+    Checkpoint,
+    CheckpointError,
+    config_dtype,
+    read_json,
+    tensor_bytes,
+    write_json,
+)
 from .layout import MAX_FEATURES, FormatError
 from .paths import expanded
+from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
+from .stored_names import StoredNames
 
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
-    "sentencepiece*", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
     "hidden_size": MAX_FEATURES, "intermediate_size": MAX_FEATURES, "head_dim": MAX_FEATURES, "vocab_size": 1 << 31,
@@ -28,6 +35,7 @@ MAX_SIZES = {
     "max_position_embeddings": 1 << 31,
 }  # fmt: skip
 MAX_EMBEDDING = 1 << 40  # entries
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
@@ -109,12 +117,6 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Tokenizer, generation config and licence files."""
-    for path in sorted({p for pattern in SIDE_FILES for p in source.glob(pattern) if p.is_file()}):
-        write_atomically(out / path.name, [path.read_bytes()])
-
-
 class FolderSource:
     """A checkpoint folder: `model` is a skeleton on meta, `get` reads one tensor by its name in the model.
 
@@ -127,7 +129,7 @@ class FolderSource:
 
     def __init__(self, folder: Path):
         self.checkpoint = Checkpoint(folder)
-        self.config = self.checkpoint.config
+        self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
         quantised = self.config.get("quantization_config")
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -137,58 +139,87 @@ class FolderSource:
         self.model = build_skeleton(Path(folder))
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
+        self._expected: dict[str, str] = {}
         self._match()
 
     def _match(self) -> None:
         expected, tied = self.model.state_dict(), tied_names(self.model)
-        self.stored: dict[str, str] = {}
-        self.ignored: list[str] = []
-        rename = _renamer(self.model, expected)
-        for stored in self.checkpoint.entries:
-            name = stored if stored in expected else rename(stored)
-            if name not in expected:
-                self.ignored.append(stored)
-            elif name in self.stored:
-                raise CheckpointError(f"tensors {self.stored[name]!r} and {stored!r} are both {name!r} of the model")
-            else:
-                self.stored[name] = stored
-        for name in expected.keys() - self.stored.keys() - tied.keys():
+        self.stored = StoredNames(self.model, self.checkpoint.entries)
+        self.ignored = self.stored.ignored
+        for name in expected.keys() - self.stored.origins.keys() - tied.keys():
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks the tensor {name!r} that {type(self.model).__name__} needs"
             )
-        for name, stored in self.stored.items():
-            entry, want = self.checkpoint.entries[stored], expected[name]
-            if entry.shape != tuple(want.shape):
+        for name, origin in self.stored.origins.items():
+            first, want = origin.stored[0], expected[name]
+            if origin.shape != tuple(want.shape):
                 raise CheckpointError(
-                    f"tensor {stored!r} has shape {list(entry.shape)}, the config asks for {list(want.shape)}"
+                    f"tensor {first!r} has shape {list(origin.shape)}, the config asks for {list(want.shape)}"
                 )
-            if want.is_floating_point() and not (entry.dtype.is_floating_point and entry.dtype.itemsize >= 2):
+            if want.is_floating_point() and not (origin.dtype.is_floating_point and origin.dtype.itemsize >= 2):
                 raise CheckpointError(
-                    f"tensor {stored!r} is {entry.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
+                    f"tensor {first!r} is {origin.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
                 )
 
     @property
     def names(self) -> list[str]:
-        return sorted(n for n in self.stored if n not in tied_names(self.model))
+        tied = tied_names(self.model)
+        return sorted(n for n in self.stored.origins if n not in tied)
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        entry = self.checkpoint.entries[self.stored[name]]
-        return entry.dtype, entry.shape
+        origin = self.stored.origins[name]
+        return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
-        return self.checkpoint.get(self.stored[name])
+        """Raises: CheckpointError if it is no longer what it was when the run began (`expect`)."""
+        return self.stored.get(name, self._read)
+
+    def _read(self, stored: str) -> Tensor:
+        tensor = self.checkpoint.get(stored)
+        if self._expected and self._expected.get(stored) != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
+            raise CheckpointError(
+                f"tensor {stored!r} of {self.checkpoint.folder} is not what it was when this run began; "
+                "put the first model back, or compress this one into an empty folder"
+            )
+        return tensor
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
+        names = sorted({stored for origin in self.stored.origins.values() for stored in origin.stored})
+        return {name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest() for name in names}
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        """From now on every tensor that is read must have its hash of `hashes()` in an earlier run."""
+        self._expected = hashes
+
+    def left_out(self, out: Path | None) -> list[str]:
+        """What a compressed copy in the folder `out` (None: in memory) will lack, one sentence for each kind."""
+        skipped = [] if out is None else side_files(self.checkpoint.folder, out)[1]
+        tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
+        return [
+            f"{what} are left out: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+            for what, names in ((tensors, self.ignored), ("files", skipped))
+            if names
+        ]
 
     def write_side_files(self, out: Path, tokenizer) -> None:
         copy_side_files(self.checkpoint.folder, out)
 
 
 class ModuleSource:
-    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed."""
+    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed.
+
+    Hooks of the module are left out, those by which accelerate moves inputs between devices too.
+
+    Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
+    """
 
     def __init__(self, model: nn.Module):
+        from accelerate.hooks import remove_hook_from_module
+
         if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
             raise ArchitectureError(
                 f"{type(model).__name__} has no Hugging Face config; give a transformers causal language model"
@@ -197,9 +228,17 @@ class ModuleSource:
             raise ArchitectureError(
                 f"{type(model).__name__} is quantised or compressed already; start from the dense model"
             )
+        away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+        if away is not None:
+            raise ArchitectureError(
+                f"the weight {away} of {type(model).__name__} is not in memory (on a disk, on meta, or moved away by "
+                "device_map); load the model without device_map, or give its folder, which is read block by block"
+            )
         self.dense = model
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-        self.model = copy.deepcopy(model, memo).eval()  # parameters on meta, so nothing large is copied
+        hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
+        memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
+        self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
         self.tokenizer_path = getattr(model.config, "_name_or_path", "") or ""
         self.name = Path(self.tokenizer_path).name or type(model).__name__
@@ -216,7 +255,8 @@ class ModuleSource:
 
     def get(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(self.dense.get_submodule(path), leaf).detach()
+        t = getattr(self.dense.get_submodule(path), leaf).detach()
+        return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -225,6 +265,15 @@ class ModuleSource:
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+    def hashes(self) -> dict[str, str]:
+        return {}  # `fingerprint` has seen every byte
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        pass
+
+    def left_out(self, out: Path | None) -> list[str]:
+        return []
 
     def write_side_files(self, out: Path, tokenizer) -> None:
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
@@ -239,33 +288,10 @@ def config_dict(model: nn.Module) -> dict:
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
+    config.pop(WEIGHTS_KEY, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     return config
-
-
-def _renamer(model: nn.Module, expected: dict):
-    """Checkpoint name -> the model's name, by the base model's prefix and transformers' own renamings."""
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # transformers < 5 renames inside from_pretrained only
-        return lambda name: f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name.removeprefix(prefix + ".")
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-
-    def rename(stored: str) -> str:
-        name, converter = rename_source_key(stored, renamings, converters, prefix, expected)
-        if converter is not None:
-            raise ArchitectureError(
-                f"transformers rebuilds {stored!r} from several tensors on loading (stacked experts or fused weights), "
-                "which is not supported; save the model once with transformers and compress that copy"
-            )
-        return name
-
-    return rename
 
 
 def open_source(model_or_path) -> FolderSource | ModuleSource:
@@ -288,11 +314,7 @@ def hub_folder(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-            )
-        )
+        return Path(snapshot_download(name, ignore_patterns=NOT_DOWNLOADED))
     except Exception as error:  # the hub client raises many types: offline, unknown name, no rights
         raise CheckpointError(
             f"{name} is no folder here and cannot be fetched from the Hugging Face hub: {_first_line(error)}"
@@ -300,12 +322,12 @@ def hub_folder(name: str) -> Path:
 
 
 def compute_dtype(config: dict, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU (half precision is slower there and less exact), elsewhere what the model is stored in."""
-    if device.type == "cpu":
-        return torch.float32
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    dtype = getattr(torch, name, torch.float32)
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    """fp32 on a CPU (half precision is slower there and less exact), elsewhere what the model is stored in.
+
+    Raises: CheckpointError if the config names a dtype that weights do not have.
+    """
+    dtype = config_dtype(config)
+    return dtype if device.type != "cpu" and dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 @contextmanager

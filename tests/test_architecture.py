@@ -17,7 +17,8 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "arguments", "token_ids", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
+         "decompress", "packed_config", "streams", "inputs", "stored_names", "surroundings", "arguments", "token_ids"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -47,26 +48,36 @@ ALLOWED: dict[str, set[str]] = {
     "rows": {"calibration"},
     "token_ids": {"calibration"},
     "text": {"calibration", "paths", "rows", "settings", "stdlib_text"},
-    "checkpoint": set(),
+    "shards": set(),
+    "checkpoint": {"shards"},
+    "side_files": {"checkpoint"},
     "progress": {"checkpoint"},
-    "record": {"checkpoint"},
+    "record": FORMAT | {"checkpoint"},
     "team": set(),
     "memory": set(),
-    "matching": FORMAT | {"blocks", "record", "settings"},
+    "surroundings": set(),
+    "matching": FORMAT | {"record", "settings", "streams"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "plan", "settings", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "settings", "streams", "text"},
     "arguments": {"budget", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
-    "blocks": {"text"},
-    "source": FORMAT | {"blocks", "checkpoint", "paths", "text"},
-    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "paths", "pipeline", "progress", "source", "text"},
+    "blocks": set(),
+    "streams": {"blocks", "text"},
+    "inputs": {"streams", "text"},
+    "stored_names": {"checkpoint"},
+    "source": FORMAT | {"blocks", "checkpoint", "paths", "side_files", "stored_names", "text"},
+    "packed_config": FORMAT | {"checkpoint"},
+    "pipeline": FORMAT
+    | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
+    | {"streams", "team", "text"},
+    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "text"},
+    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn", "paths"},
-    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "text", "token_ids"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
-    "inspection": FORMAT | {"checkpoint"},
+    "inspection": FORMAT | {"checkpoint", "packed_config", "record"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "plan", "source"},
+    "engines": FORMAT | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},
