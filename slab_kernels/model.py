@@ -29,7 +29,15 @@ from .record import ProgressEvent, RunRecord, listener
 from .sinks import FolderSink, MemorySink, layout_on_disk
 from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
 from .team import Team, local_device
-from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, Sampling, read_text, sample_windows
+from .text import (
+    CHARACTERS_PER_TOKEN,
+    READ_AHEAD,
+    CalibrationError,
+    Sampling,
+    open_tokenizer,
+    read_text,
+    sample_windows,
+)
 from .token_ids import check_vocabulary, token_ids
 
 __all__ = [
@@ -103,10 +111,13 @@ def compress(
     out = None if out is None else expanded(out)
     team = Team()
     device = resolve_device(local_device(str(device)))
-    tokenizer = _tokenizer(str(expanded(tokenizer))) if isinstance(tokenizer, str | Path) else tokenizer
+    tokenizer = open_tokenizer(hub_folder(str(tokenizer))) if isinstance(tokenizer, str | Path) else tokenizer
+    if not (tokenizer is None or callable(tokenizer)):
+        raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers, or its folder")
     if out is None and not isinstance(model_or_path, nn.Module):
-        tokenizer = tokenizer or _tokenizer(str(hub_folder(str(model_or_path))))
-        model_or_path = _dense_model(model_or_path)
+        folder = hub_folder(str(model_or_path))
+        tokenizer = open_tokenizer(folder) if tokenizer is None else tokenizer
+        model_or_path = _dense_model(folder)
     source = open_source(model_or_path)
     path, blocks = find_blocks(source.model)
     linears = [item for block in block_linears(path, blocks, 1, skip) for item in block.items()]
@@ -255,7 +266,9 @@ def _texts(source, calibration, heldout, sampling: Sampling, tokenizer) -> list[
     for name, text, count in wanted:
         ids = token_ids(text, name)
         if ids is None:
-            tokenizer = tokenizer or _tokenizer(source.tokenizer_path)
+            if tokenizer is None and not source.tokenizer_path:
+                raise CalibrationError("a model in memory needs tokenizer=..., or token ids [samples, window] as calibration=")
+            tokenizer = open_tokenizer(source.tokenizer_path) if tokenizer is None else tokenizer
             content = read_text(text, READ_AHEAD * count * window * CHARACTERS_PER_TOKEN, tokenizer)
             ids = sample_windows(tokenizer, content, count, window, sampling.seed, name)
         elif limit is not None and ids.shape[1] > limit:
@@ -263,22 +276,6 @@ def _texts(source, calibration, heldout, sampling: Sampling, tokenizer) -> list[
         check_vocabulary(ids, source.model, name)
         texts.append(ids)
     return texts
-
-
-def _tokenizer(path: str):
-    from transformers import AutoTokenizer
-
-    if not path:
-        raise CalibrationError(
-            "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give tokenizer="
-        ) from error
 
 
 def _dense_model(path: str | Path) -> nn.Module:

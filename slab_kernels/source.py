@@ -35,6 +35,7 @@ MAX_SIZES = {
     "max_position_embeddings": 1 << 31,
 }  # fmt: skip
 MAX_EMBEDDING = 1 << 40  # entries
+ADAPTER_CONFIG = "adapter_config.json"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
@@ -228,6 +229,12 @@ class ModuleSource:
             raise ArchitectureError(
                 f"{type(model).__name__} is quantised or compressed already; start from the dense model"
             )
+        adapter = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+        if adapter is not None:
+            raise ArchitectureError(
+                f"{adapter or 'the model'} is {type(model.get_submodule(adapter)).__name__}, an adapter of PEFT around dense weights; "
+                "merge it first (model = model.merge_and_unload()) and compress the result"
+            )
         away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
         if away is not None:
             raise ArchitectureError(
@@ -283,6 +290,11 @@ class ModuleSource:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
 
 
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, by where its classes come from: PEFT need not be installed."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+
+
 def config_dict(model: nn.Module) -> dict:
     """config.json of a model in memory, without quantization_config."""
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -301,7 +313,13 @@ def open_source(model_or_path) -> FolderSource | ModuleSource:
     """
     if isinstance(model_or_path, nn.Module):
         return ModuleSource(model_or_path)
-    return FolderSource(hub_folder(str(model_or_path)))
+    folder = hub_folder(str(model_or_path))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ArchitectureError(
+            f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load it with PEFT, merge it into its "
+            "base model (model.merge_and_unload()), save that and compress the copy"
+        )
+    return FolderSource(folder)
 
 
 def hub_folder(name: str) -> Path:
