@@ -15,7 +15,8 @@ import typer
 
 from . import __version__, console, kernel_commands
 from .console import Outcome
-from .options import Backend, Device, Dtype, Folder, Json, Text, method_options, torch_dtype
+from .options import Backend, Device, Dtype, Folder, Json, Packed, Text, finite, method_options, torch_dtype
+from .paths import expanded
 
 app = typer.Typer(
     name="slab-kernels",
@@ -76,18 +77,22 @@ def compress(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Leave these modules dense, '*.down_proj'; may be repeated.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="A setting of the method, name=value; may be repeated.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="A setting of the method, name=value; may be repeated. `slab-kernels info --methods` lists them.")] = None,
     json: Json = False,
 ) -> Outcome:
     """Compress MODEL into the folder OUT, one block in memory at a time."""
+    from .methods import check_options
     from .model import compress
 
-    settings = method_options(option or [])
-    record = compress(
-        model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
-        adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration, heldout=heldout,
-        samples=samples, window=window, skip=skip or (), device=device, seed=seed, resume=resume, progress=_progress(), **settings,
-    )  # fmt: skip
+    out, settings = expanded(out), method_options(option or [])
+    check_options(method, settings)  # before they could be taken for other arguments of `compress`
+    with console.interruptible(lambda: _kept(out / "slab_progress.json", f"finished blocks are in {out}")):
+        record = compress(
+            model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
+            adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration,
+            heldout=heldout, samples=samples, window=window, skip=skip, device=device, seed=seed, resume=resume,
+            progress=_progress(), **settings,
+        )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}
 
     def show() -> None:
@@ -96,6 +101,11 @@ def compress(
         print(f"{bits:.3f} stored bits per weight, mean error {error:.4f}, {data['seconds']:.0f} s; next: slab-kernels eval {out}")
 
     return Outcome(data, show)
+
+
+def _kept(state: Path, what: str) -> str:
+    """For an interruption: what a run leaves where its file of progress is there."""
+    return f"{what}, and the same command with --resume goes on" if state.exists() else "nothing was kept"
 
 
 def _progress() -> Any:
@@ -123,8 +133,8 @@ def _show_layers(layers: list[dict[str, Any]], title: str) -> None:
 def evaluate(
     folder: Folder,
     text: Text = "stdlib:heldout",
-    window: Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions if fewer.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.")] = 0,
+    window: Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions if fewer.", min=2)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.", min=0)] = 0,
     tasks: Annotated[str | None, typer.Option(help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas.")] = None,
     task_files: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)] = None,
@@ -142,7 +152,7 @@ def evaluate(
     model, tokenizer, facts = _open(folder, device, dtype, backend)
     if tasks is not None:
         return _tasks(model, tokenizer, facts, [name.strip() for name in tasks.split(",") if name.strip()], task_files, limit)
-    content = texts.read_text(text)
+    content = texts.read_text(text, tokenizer=tokenizer)
     if max_tokens > 0:
         content = tokenizer.decode(texts.tokenize(tokenizer, content[: max_tokens * texts.CHARACTERS_PER_TOKEN])[:max_tokens])
     data = facts | {"text": text} | evaluate.perplexity(model, tokenizer, content, window)
@@ -170,12 +180,13 @@ def _tasks(model: Any, tokenizer: Any, facts: dict[str, Any], names: list[str], 
 def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and what is known of a packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from .inspection import inspect
     from .model import load
     from .pipeline import resolve_device
     from .source import hub_folder, open_source
+    from .text import open_tokenizer
 
     _force(backend)
     where = resolve_device(device)
@@ -189,7 +200,7 @@ def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> t
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind or "auto").to(where).eval()
     facts = {"folder": folder, "method": seen["method"] or "dense", "stored": seen["stored"], "bits_per_weight": seen["bits_per_weight"]}
     facts |= {"device": str(where), "dtype": str(model.dtype).removeprefix("torch.")}
-    return model, AutoTokenizer.from_pretrained(path), facts
+    return model, open_tokenizer(path), facts
 
 
 def _force(backend: str | None) -> None:
@@ -205,7 +216,7 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def main():\n    ",
     tokens: Annotated[int, typer.Option(help="New tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 = always the most probable token.", min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 = always the most probable token.", min=0.0, callback=finite)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -213,23 +224,11 @@ def generate(
     json: Json = False,
 ) -> Outcome:
     """Continue a prompt from packed weights."""
-    import time
-
-    import torch
+    from .evaluate import continuation
 
     model, tokenizer, facts = _open(folder, device, dtype, backend)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].shape[1]:
-        raise typer.BadParameter("the prompt is empty and this tokenizer adds no start token; give --prompt some text")
-    inputs.pop("token_type_ids", None)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    start = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=tokens, **sampling)
-    new = out[0, inputs["input_ids"].shape[1] :]
+    new, seconds = continuation(model, tokenizer, prompt, tokens, temperature, seed)
     text = tokenizer.decode(new, skip_special_tokens=True)
-    seconds = time.perf_counter() - start
     data = facts | {"prompt": prompt, "text": text, "tokens": len(new), "tokens_per_second": len(new) / seconds}
 
     def show() -> None:
@@ -245,7 +244,7 @@ for command in (kernel_commands.bench, kernel_commands.tune, kernel_commands.inf
 
 @app.command(epilog=console.EXIT_CODES)
 def train(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    folder: Packed,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Text = "stdlib",
     steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 200,
@@ -261,10 +260,12 @@ def train(
 ) -> Outcome:
     """Train the adapters P Qᵀ of a compressed model on a text; everything else stays as it is."""
     from .pipeline import resolve_device
-    from .training import Training, train
+    from .training import Training, state_file, train
 
     settings = Training(steps, batch, window, samples, rate, adapter_rank, seed=seed)
-    data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say)
+    out = expanded(out)
+    with console.interruptible(lambda: _kept(state_file(out), f"the training so far is in {state_file(out)}")):
+        data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say)
 
     def show() -> None:
         print(f"{out}: held-back text {data['before']:.4f} -> {data['after']:.4f} nats a token, {data['parameters']} numbers trained")
@@ -291,7 +292,7 @@ def inspect(folder: Folder, json: Json = False) -> Outcome:
 
 
 @app.command(epilog=console.EXIT_CODES)
-def check(folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress.")], json: Json = False) -> Outcome:
+def check(folder: Packed, json: Json = False) -> Outcome:
     """Whether the transformers installed here opens a packed folder with the weights in it, and not with random ones."""
     from .engines.transformers import compare
 
@@ -308,13 +309,14 @@ def check(folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder wr
 
 @app.command(epilog=console.EXIT_CODES)
 def decompress(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    folder: Packed,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     json: Json = False,
 ) -> Outcome:
     """Write a plain dense checkpoint with the same function, which any engine opens."""
     from .model import decompress
 
+    out = expanded(out)
     decompress(folder, out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
     return Outcome(
@@ -332,6 +334,7 @@ def report(
     """Tables and plots of runs: error by layer, perplexity against bits per weight, speed; PNG and one HTML page."""
     from . import report
 
+    out = expanded(out)
     found = report.read(paths)
     written = [str(path) for path in report.write(found, out, plots)]
     data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written}

@@ -33,14 +33,22 @@ from .source import (
     FolderSource,
     ModuleSource,
     compute_dtype,
+    hub_folder,
     open_source,
-    open_tokenizer,
     text_config,
     tied_names,
 )
 from .surroundings import usual_torch
 from .team import Team, local_device
-from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, Sampling, read_text, sample_windows
+from .text import (
+    CHARACTERS_PER_TOKEN,
+    READ_AHEAD,
+    CalibrationError,
+    Sampling,
+    open_tokenizer,
+    read_text,
+    sample_windows,
+)
 from .token_ids import check_vocabulary, token_ids
 
 __all__ = [
@@ -121,7 +129,9 @@ def compress(
     with ExitStack() as stack:
         team = stack.enter_context(Team(device))
         if isinstance(tokenizer, str | Path):
-            tokenizer = open_tokenizer(str(expanded(tokenizer)), trust_remote_code)
+            tokenizer = open_tokenizer(hub_folder(str(tokenizer)), trust_remote_code)
+        if not (tokenizer is None or callable(tokenizer)):
+            raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers, or its folder")
         if out is None and not isinstance(model_or_path, nn.Module):
             model_or_path = open_source(model_or_path, trust_remote_code).open_dense()
         source = open_source(model_or_path, trust_remote_code)
@@ -235,7 +245,7 @@ def _texts(source, calibration, heldout, sampling: Sampling, tokenizer) -> list[
     for name, text, count in wanted:
         ids = token_ids(text, name)
         if ids is None:
-            tokenizer = tokenizer or source.tokenizer()
+            tokenizer = source.tokenizer() if tokenizer is None else tokenizer
             content = read_text(text, READ_AHEAD * count * window * CHARACTERS_PER_TOKEN, tokenizer)
             ids = sample_windows(tokenizer, content, count, window, sampling.seed, name)
         elif limit is not None and ids.shape[1] > limit:

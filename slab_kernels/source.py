@@ -28,7 +28,7 @@ from .layout import MAX_FEATURES, FormatError
 from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
 from .stored_names import StoredNames, stored_forms
-from .text import CalibrationError
+from .text import CalibrationError, open_tokenizer
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -37,6 +37,7 @@ MAX_SIZES = {
     "max_position_embeddings": 1 << 31,
 }  # fmt: skip
 MAX_EMBEDDING = 1 << 40  # entries
+ADAPTER_CONFIG = "adapter_config.json"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
@@ -273,6 +274,12 @@ class ModuleSource:
             raise ArchitectureError(
                 f"{type(model).__name__} is quantised or compressed already; start from the dense model"
             )
+        adapter = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+        if adapter is not None:
+            raise ArchitectureError(
+                f"{adapter or 'the model'} is {type(model.get_submodule(adapter)).__name__}, an adapter of PEFT around dense weights; "
+                "merge it first (model = model.merge_and_unload()) and compress the result"
+            )
         away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
         if away is not None:
             raise ArchitectureError(
@@ -341,6 +348,11 @@ class ModuleSource:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
 
 
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, by where its classes come from: PEFT need not be installed."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+
+
 def config_dict(model: nn.Module) -> dict:
     """config.json of a model in memory, without quantization_config."""
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -352,18 +364,6 @@ def config_dict(model: nn.Module) -> dict:
     return config
 
 
-def open_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a folder. Raises: CheckpointError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {path} ({_first_line(error)}); put its files there or give tokenizer="
-        ) from error
-
-
 def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource | ModuleSource:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub (downloaded to its cache).
 
@@ -373,7 +373,13 @@ def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource 
     """
     if isinstance(model_or_path, nn.Module):
         return ModuleSource(model_or_path, trust_remote_code)
-    return FolderSource(hub_folder(str(model_or_path)), trust_remote_code)
+    folder = hub_folder(str(model_or_path))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ArchitectureError(
+            f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load it with PEFT, merge it into its "
+            "base model (model.merge_and_unload()), save that and compress the copy"
+        )
+    return FolderSource(folder, trust_remote_code)
 
 
 def hub_folder(name: str) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import rows
 from .calibration import CalibrationError
+from .checkpoint import CheckpointError
 from .paths import expanded
 from .settings import SEED, WINDOW, enforce, setting
 
@@ -149,6 +150,25 @@ def _dataset(name: str, max_characters: int | None) -> str:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CalibrationError(f"cannot read dataset {name!r}: {reason}") from error
     return "\n\n".join(texts)
+
+
+def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder. trust_remote_code: run Python code that the folder brings along; nobody is asked.
+
+    Raises: CheckpointError if there is none that works.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
+        if "trust_remote_code=True" in str(error) and not trust_remote_code:
+            reason = "it is a program in that folder, which runs only with trust_remote_code=True"
+        else:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(
+            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give tokenizer="
+        ) from error
 
 
 def tokenize(tokenizer, text: str) -> Tensor:

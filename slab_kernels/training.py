@@ -21,7 +21,15 @@ from .nn import SlabLinear
 from .packed_checkpoint import load, save
 from .paths import expanded
 from .settings import SEED, WINDOW, enforce, setting
-from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
+from .source import hub_folder
+from .text import (
+    CHARACTERS_PER_TOKEN,
+    READ_AHEAD,
+    CalibrationError,
+    open_tokenizer,
+    read_text,
+    sample_windows,
+)
 from .token_ids import check_vocabulary, token_ids
 
 HELD_BACK = 16  # every sixteenth window judges, and is never trained on
@@ -67,6 +75,11 @@ class AdaptedLinear(nn.Module):
         return replace(self.whole, layout=layout, P=P, Q=Q)
 
 
+def state_file(out: Path) -> Path:
+    """Where a run that writes to `out` keeps its state until it is done: beside it."""
+    return out.with_name(out.name + ".training.safetensors")
+
+
 def train(
     path: Path | str,
     out: Path | str,
@@ -87,12 +100,12 @@ def train(
     Raises: CheckpointError, CalibrationError, ValueError, one sentence each.
     """
     out = expanded(out)
-    state_file = out.with_name(out.name + ".training.safetensors")
+    state = state_file(out)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose an empty folder")
-    if state_file.exists() and not resume:
-        raise CheckpointError(f"{state_file} is left of an interrupted run; pass resume=True to go on with it, or delete it")
-    model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), _tokenizer(path)
+    if state.exists() and not resume:
+        raise CheckpointError(f"{state} is left of an interrupted run; pass resume=True to go on with it, or delete it")
+    model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), open_tokenizer(hub_folder(str(path)))
     ids = token_ids(text, "training")
     tokens = _windows(tokenizer, text, settings) if ids is None else ids
     check_vocabulary(tokens, model, "training")
@@ -105,7 +118,7 @@ def train(
     held = [i for i in range(len(tokens)) if i % HELD_BACK == HELD_BACK - 1] or [len(tokens) - 1]
     used = torch.tensor([i for i in range(len(tokens)) if i not in held] or held)
     optimizer = torch.optim.Adam(parameters, lr=settings.rate)
-    done, before = _restore(state_file, settings, optimizer, parameters) if resume and state_file.exists() else (0, None)
+    done, before = _restore(state, settings, optimizer, parameters) if resume and state.exists() else (0, None)
     if before is None:
         before = _likelihood(model, tokens[held], settings.batch)
     for step in range(done, settings.steps):
@@ -121,14 +134,14 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % settings.every == 0 and step + 1 < settings.steps:
-            _note(state_file, settings, optimizer, parameters, step + 1, before)
+            _note(state, settings, optimizer, parameters, step + 1, before)
             say(f"step {step + 1} of {settings.steps}: {float(loss.detach()):.4f} nats a token")
     after = _likelihood(model, tokens[held], settings.batch)
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, SlabLinear.from_packed(module.packed(), module.base.bias))
     save(model, out, tokenizer)
-    state_file.unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     return {"before": before, "after": after, "steps": settings.steps, "parameters": sum(p.numel() for p in parameters)}
 
 
@@ -171,14 +184,6 @@ def _windows(tokenizer, text: str | Path | list | dict, settings: Training) -> T
     if len(tokens) < 2:
         raise CalibrationError(f"the training text fills {len(tokens)} windows of {settings.window}; at least 2 are needed, one to judge by")
     return tokens
-
-
-def _tokenizer(path: Path | str):
-    from transformers import AutoTokenizer
-
-    from .source import hub_folder
-
-    return AutoTokenizer.from_pretrained(hub_folder(str(path)))
 
 
 def _note(file: Path, settings: Training, optimizer, parameters: list[Tensor], step: int, before: float) -> None:
