@@ -1,128 +1,81 @@
-"""Checkpoint folders: shards read tensor by tensor and checked, shards written atomically.
+"""Checkpoint folders: the tensors of a folder found, checked and read one by one.
 
-A folder loads only if its config.json is there, and config.json is written last. Every file is written beside its
-final name and renamed over it, so a kill at any moment leaves whole files or none.
+A folder loads only if its config.json is there, and config.json is written last.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import reprlib
-import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .shards import (  # noqa: F401  (a folder's reader finds what it needs here)
+    PARTIAL_SUFFIX,
+    CheckpointError,
+    TensorEntry,
+    checksum,
+    read_header,
+    read_json,
+    shard_name,
+    tensor_bytes,
+    write_atomically,
+    write_json,
+    write_shard,
+)
+
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_KEY = "transformers_weights"  # of config.json: the file to read instead of those two
 PROGRESS_NAME = "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
 RECORD_NAME = "slab_run.json"
-PARTIAL_SUFFIX = ".partial"
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not compared
+WEIGHT_DTYPES = {
+    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-class CheckpointError(OSError):
-    """A folder cannot be read or written as a checkpoint."""
+def config_dtype(config: dict) -> torch.dtype | None:
+    """The dtype of weights that a config.json names; None if it names none.
 
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: shard file name, dtype, shape, size in bytes."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Name -> entry of one safetensors file, checked: sizes match dtypes and shapes, and the data covers the file once.
-
-    Raises: CheckpointError naming the file and the defect.
+    Raises: CheckpointError for a name that is none of WEIGHT_DTYPES.
     """
-
-    def corrupt(reason: str) -> CheckpointError:
-        return CheckpointError(f"{path} is corrupt ({reason}); copy or download it again")
-
-    try:
-        with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise corrupt(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise corrupt(f"its header is not usable JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise corrupt("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries, spans = {}, []
-    for name, info in header.items():
-        try:
-            dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-                raise ValueError  # type(n), since isinstance takes false for an int
-        except (TypeError, KeyError, ValueError) as error:
-            raise corrupt(f"tensor {name!r} is described by {reprlib.repr(info)}") from error
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
-        if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise corrupt(f"tensor {name!r} of {dtype}{list(shape)} takes {end - start} bytes")
-        entries[name] = TensorEntry(path.name, DTYPES[dtype], shape, end - start)
-        spans.append((start, end))
-    position = 0
-    for start, end in sorted(spans):
-        if start != position:
-            raise corrupt(f"tensors overlap or leave a gap at byte {position}")
-        position = end
-    if position != size - 8 - length:
-        raise corrupt(f"tensors take {position} bytes and the file holds {size - 8 - length}")
-    return entries
-
-
-def _without_duplicates(pairs: list[tuple]) -> dict:
-    """For json.loads, which lets the last of two equal names win; other readers of the same file may take the first."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises: CheckpointError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__} instead of a JSON object")
-    return content
+    name = config.get("dtype") or config.get("torch_dtype")
+    if not name:
+        return None
+    dtype = WEIGHT_DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"config.json names the dtype {reprlib.repr(name)}, and weights are one of "
+            f"{', '.join(WEIGHT_DTYPES)}; write one of these there"
+        )
+    return dtype
 
 
 class Checkpoint:
     """A folder of safetensors shards, every header read and checked on opening; tensors are read one by one.
 
+    Of several weights in a folder transformers' choice is read: the file that config.json names as `transformers_weights`,
+    else model.safetensors, else the shards of model.safetensors.index.json.
+
+    Args:
+        files: the shards that an engine has chosen instead; they must lie in `folder`.
+        verify: compare what is read with its checksum (never if SLAB_KERNELS_VERIFY is 0).
+
     Raises: CheckpointError for a missing folder, config.json or shard, a corrupt shard, a tensor that is listed but
     absent, present but not listed, or present twice, and for PyTorch .bin files.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(
+        self, folder: Path | str, files: Iterable[Path | str] | None = None, verify: bool = True
+    ):
         self.folder = Path(folder)
+        self.verifies = verify and os.environ.get(VERIFY) != "0"
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder; give the folder that holds config.json")
         if not (self.folder / "config.json").is_file():
@@ -133,20 +86,49 @@ class Checkpoint:
             )
         self.config = read_json(self.folder / "config.json")
         self.entries: dict[str, TensorEntry] = {}
-        index = self.folder / INDEX_NAME
-        listed = self._weight_map(index) if index.is_file() else None
-        for file in sorted(set(listed.values())) if listed is not None else [self._single_file()]:
+        shards, index, listed = self._chosen() if files is None else (self._given(files), "", None)
+        self._stamps: dict[str, tuple[int, ...]] = {}
+        for file in shards:
             if not (self.folder / file).is_file():
-                raise CheckpointError(f"{self.folder} lacks the shard {file} that {INDEX_NAME} lists; copy it there")
+                raise CheckpointError(
+                    f"{self.folder} lacks the shard {file!r} that {index or 'the engine'} lists; copy it there"
+                )
+            self._stamps[file] = _stamp((self.folder / file).stat())
             for name, entry in read_header(self.folder / file).items():
                 if name in self.entries:
                     raise CheckpointError(f"tensor {name!r} lies in both {self.entries[name].file} and {file}")
                 if listed is not None and listed.get(name) != file:
-                    raise CheckpointError(f"{file} holds tensor {name!r}, which {INDEX_NAME} does not place there")
+                    raise CheckpointError(f"{file} holds tensor {name!r}, which {index} does not place there")
                 self.entries[name] = entry
         for name in listed or ():
             if name not in self.entries:
-                raise CheckpointError(f"{INDEX_NAME} places tensor {name!r} in {listed[name]}, which does not hold it")
+                raise CheckpointError(f"{index} places tensor {name!r} in {listed[name]}, which does not hold it")
+
+    def _chosen(self) -> tuple[list[str], str, dict[str, str] | None]:
+        """The shards to read, the file that says so, and where an index places every tensor (None without one)."""
+        where, name = "config.json", self.config.get(WEIGHTS_KEY)
+        if name is None:
+            where = "the folder"
+            name = WEIGHTS_NAME if (self.folder / WEIGHTS_NAME).is_file() else INDEX_NAME
+            if name == INDEX_NAME and not (self.folder / INDEX_NAME).is_file():
+                raise self._without_weights()
+        elif not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} names the weights {reprlib.repr(name)}; expected a "
+                "file in the same folder"
+            )
+        if name.endswith(".safetensors"):
+            return [name], where, None
+        listed = self._weight_map(self.folder / name)
+        return sorted(set(listed.values())), name, listed
+
+    def _given(self, files: Iterable[Path | str]) -> list[str]:
+        """The names of files that an engine will read. Raises: CheckpointError for one in another folder."""
+        paths = [Path(file) for file in files]
+        for path in paths:
+            if Path(os.path.abspath(path.parent)) != Path(os.path.abspath(self.folder)):
+                raise CheckpointError(f"the shard {str(path)!r} does not lie in {self.folder}; copy it there")
+        return [path.name for path in paths]
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         listed = read_json(index).get("weight_map")
@@ -155,35 +137,71 @@ class Checkpoint:
         for file in listed.values():
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{index} names the shard {file!r}; expected a .safetensors file in the same folder"
+                    f"{index} names the shard {reprlib.repr(file)}; expected a .safetensors file in the same folder"
                 )
         return listed
 
-    def _single_file(self) -> str:
-        files = sorted(p.name for p in self.folder.glob("*.safetensors"))
-        if "model.safetensors" in files:
-            return "model.safetensors"
-        if len(files) == 1:
-            return files[0]
-        if files:
-            raise CheckpointError(f"{self.folder} holds {len(files)} safetensors files but no {INDEX_NAME}")
+    def _without_weights(self) -> CheckpointError:
+        if files := sorted(p.name for p in self.folder.glob("*.safetensors")):
+            return CheckpointError(
+                f"{self.folder} holds {len(files)} safetensors files ({files[0]}) but no {WEIGHTS_NAME} and no "
+                f"{INDEX_NAME}; rename a single one to {WEIGHTS_NAME}, or fetch the index of several"
+            )
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
-            raise CheckpointError(
+            return CheckpointError(
                 f"{self.folder} holds PyTorch .bin weights, which can run code when read; convert them once with "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which writes safetensors"
             )
-        raise CheckpointError(f"{self.folder} holds no model.safetensors and no {INDEX_NAME}")
+        return CheckpointError(f"{self.folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}")
+
+    def refuse_other_weights(self) -> None:
+        """For engines that read every safetensors file, or that follow an index wherever there is one.
+
+        Raises: CheckpointError if such an engine would read other files than these.
+        """
+        others = {p.name for p in self.folder.glob("*.safetensors")} - self._stamps.keys()
+        followed = (self.folder / INDEX_NAME).is_file()
+        if followed:
+            others = set(self._weight_map(self.folder / INDEX_NAME).values()) ^ self._stamps.keys()
+        if others:
+            raise CheckpointError(
+                f"{self.folder} holds two sets of weights, and this engine reads other files than "
+                f"transformers does ({min(others)!r}); remove one of the two"
+            )
 
     def get(self, name: str) -> Tensor:
-        """One tensor, read from its shard. Raises: CheckpointError."""
-        from safetensors import SafetensorError, safe_open
+        """One tensor, copied into memory of its own: what happens to the shard later does not reach it.
 
-        path = self.folder / self.entries[name].file
+        Raises: CheckpointError if it cannot be read, does not match its checksum, or the shard is another one by now.
+        """
+        entry = self.entries[name]
+        path = self.folder / entry.file
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        data = tensor_bytes(tensor)  # no copy: the tensor is contiguous and in host memory
         try:
-            with safe_open(path, framework="pt") as f:
-                return f.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read tensor {name!r} from {path}: {error}") from error
+            with path.open("rb") as f:
+                same = _stamp(os.fstat(f.fileno())) == self._stamps[entry.file]
+                f.seek(entry.start)
+                same = same and f.readinto(data) == entry.nbytes
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {name!r} from {path}: {error.strerror or error}") from error
+        if not same:
+            raise CheckpointError(f"{path} was changed while it was being read; start again once it is whole")
+        if self.verifies and entry.checksum is not None and checksum(data) != entry.checksum:
+            raise CheckpointError(
+                f"tensor {name!r} in {path} is damaged: its checksum is {checksum(data)}, and "
+                f"{reprlib.repr(entry.checksum)} was written; copy or download the file again"
+            )
+        return tensor
+
+    def verify(self) -> None:
+        """Read every tensor that has a checksum and compare it, for engines that read shards by themselves.
+
+        Raises: CheckpointError naming the first tensor that differs.
+        """
+        for name, entry in self.entries.items():
+            if self.verifies and entry.checksum is not None:
+                self.get(name)
 
     def fingerprint(self) -> str:
         """SHA-256 of config.json, the tensor table, and the ends of every shard (1 MiB each): cheap, and no path in it."""
@@ -199,77 +217,9 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        with partial.open("wb") as f:
-            for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        try:
-            partial.unlink(missing_ok=True)
-        except OSError:
-            pass
-        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise CheckpointError(
-                f"cannot write {path}: {error.strerror or error}{_free_space(path.parent)}; "
-                "make room or rights there and run again with resume=True, or choose another folder"
-            ) from error
-        raise
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
-    except OSError:
-        return ""
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Atomically. Raises: CheckpointError if the disk is full or the folder not writable."""
-    write_atomically(path, [(json.dumps(content, indent=2) + "\n").encode()])
-
-
-def write_shard(
-    path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], get: Callable[[str], Tensor]
-) -> dict[str, TensorEntry]:
-    """Write one safetensors file atomically, tensors fetched one at a time by `get(name)`; returns its table.
-
-    Same bytes for the same tensors. Written here rather than by safetensors.save_file so that a shard of embeddings
-    never lies in memory whole and a full disk is an OSError with its cause.
-
-    Raises: CheckpointError if the disk is full or the folder not writable.
-    """
-    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # largest dtype first keeps alignment
-    header, position = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        dtype, shape = specs[name]
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [position, position + size],
-        }  # fmt: skip
-        position += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    def chunks():
-        yield len(encoded).to_bytes(8, "little")
-        yield encoded
-        for name in names:
-            t = get(name).detach()
-            assert (t.dtype, tuple(t.shape)) == (specs[name][0], tuple(specs[name][1])), name
-            yield memoryview(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-    write_atomically(path, chunks())
-    return read_header(path)
-
-
-def shard_name(number: int, total: int) -> str:
-    """model-0000i-of-0000n.safetensors, i from 1."""
-    return f"model-{number:05d}-of-{total:05d}.safetensors"
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What tells one version of a file from another."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_index(folder: Path, tables: Iterable[dict[str, TensorEntry]]) -> None:

@@ -35,6 +35,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     UnknownTensorError,
     ValueTypeError,
     VersionError,
+    cast,
     check_tensors,
     plane_unit,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
@@ -92,29 +93,42 @@ class PackedLayout:
 
     def __post_init__(self):
         if not isinstance(self.values, str) or self.values not in VALUE_TYPES:
-            raise ValueTypeError(f"values={self.values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
+            raise ValueTypeError(
+                f"values={short(self.values)} is unknown; choose one of {', '.join(VALUE_TYPES)}"
+            )
         if not isinstance(self.factors, str) or self.factors not in FACTOR_TYPES:
-            raise ValueTypeError(f"factors={self.factors!r} is unknown; choose one of {', '.join(FACTOR_TYPES)}")
+            raise ValueTypeError(
+                f"factors={short(self.factors)} is unknown; choose one of {', '.join(FACTOR_TYPES)}"
+            )
         takes_groups = self.values in INTEGER_RANGES and type(self.group_size) is int and self.group_size in GROUP_SIZES
         if self.group_size is not None and not takes_groups:
             raise ValueTypeError(
-                f"group_size={self.group_size!r} with values={self.values!r}: int8, int4 and int3 take 32, 64, 128 or None "
-                "(one scale a row), fp16 and bf16 only None"
+                f"group_size={short(self.group_size)} with values={short(self.values)}: int8, int4 and "
+                "int3 take 32, 64, 128 or None (one scale a row), fp16 and bf16 only None"
             )
         for name in ("out_features", "in_features"):
             size = getattr(self, name)
             if type(size) is not int or not 0 < size <= MAX_FEATURES:
-                raise ShapeError(f"{name}={size!r} must be an integer between 1 and {MAX_FEATURES}")
+                raise ShapeError(
+                    f"{name}={short(size)} must be an integer between 1 and {MAX_FEATURES}"
+                )
         for name in ("rank", "adapter_rank"):
             size = getattr(self, name)
             if type(size) is not int or not 0 <= size <= MAX_FEATURES:
-                raise ShapeError(f"{name}={size!r} must be an integer between 0 and {MAX_FEATURES}")
+                raise ShapeError(
+                    f"{name}={short(size)} must be an integer between 0 and {MAX_FEATURES}"
+                )
         if type(self.planes) is not int or not 1 <= self.planes <= MAX_PLANES:
-            raise ShapeError(f"planes={self.planes!r} must be an integer between 1 and {MAX_PLANES}")
+            raise ShapeError(
+                f"planes={short(self.planes)} must be an integer between 1 and {MAX_PLANES}"
+            )
         if not self.rank:
             object.__setattr__(self, "planes", 1)
         if self.adapter_values is not None and self.adapter_values not in ADAPTER_TYPES:
-            raise ValueTypeError(f"adapter_values={self.adapter_values!r} is unknown; int8, or None for the type of the factors")
+            raise ValueTypeError(
+                f"adapter_values={short(self.adapter_values)} is unknown; "
+                "int8, or None for the type of the factors"
+            )
         if not self.adapter_rank:
             object.__setattr__(self, "adapter_values", None)
         if not self.rank and (not self.adapter_rank or self.adapter_values):
@@ -166,8 +180,27 @@ class PackedLayout:
         names = {f.name for f in fields(cls)}
         missing = {"out_features", "in_features"} - entries.keys()
         if missing:
-            raise ShapeError(f"packed layout {entries!r} lacks {', '.join(sorted(missing))}")
+            raise ShapeError(
+                f"packed layout {short(entries)} lacks {', '.join(sorted(missing))}"
+            )
         return cls(**{k: v for k, v in entries.items() if k in names})
+
+
+def cast(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`t` rounded to `dtype`.
+
+    Raises: RangeError that calls it `name` if a number does not fit, with the dtypes that hold it.
+    """
+    rounded = t.to(dtype)
+    if rounded.is_floating_point() and not bool(rounded.isfinite().all()):
+        most = float(t.abs().max())
+        wider = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        fitting = [str(d).removeprefix("torch.") for d in wider if most <= torch.finfo(d).max]
+        raise RangeError(
+            f"{name} reaches {most:.4g}, which {str(dtype).removeprefix('torch.')} does not hold; "
+            + (f"dtype {' or '.join(fitting)} does" if fitting else "the weights are damaged")
+        )
+    return rounded
 
 
 def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:

@@ -15,10 +15,11 @@ from . import __version__
 from .blocks import ArchitectureError, find_blocks
 from .budget import check_bits, search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
+from .decompress import decompress
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
-from .packed_checkpoint import check, decompress, load, quantization_config, save
+from .packed_checkpoint import check, load, quantization_config, save
 from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
 from .progress import Progress, check_same_settings
@@ -128,6 +129,8 @@ def compress(
         tokens = texts[0].numel()
         message = f"compressing {source.name}: {len(blocks)} blocks, {tokens} calibration tokens in windows of {settings['window']}"
         report(ProgressEvent("start", blocks=len(blocks), message=message))
+        for message in source.left_out(out):
+            report(ProgressEvent("warning", blocks=len(blocks), message=f"warning: {message}"))
         layers, matched = compress_blocks(source, plan, skip, texts, device, sink, report, team)
         width = getattr(text_config(source.model), "hidden_size", 0) or 0
         record = RunRecord(

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
-from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError
+from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
 
 
 class SlabLinear(nn.Module):
@@ -54,11 +54,16 @@ class SlabLinear(nn.Module):
         return PackedWeight(self.layout, **{name: self._buffers[name] for name in TENSOR_NAMES})
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The dense nn.Linear with the same function."""
+        """The dense nn.Linear with the same function.
+
+        Raises: RangeError if its weight or bias does not fit `dtype`.
+        """
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(self.packed().dense().to(dtype), requires_grad=False)
+        weight = cast(self.packed().dense(), dtype, "the weight")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+            bias = cast(self.bias.detach(), dtype, "the bias")
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:

@@ -1,8 +1,8 @@
-"""Folders in the packed format: load, save, and back to a dense checkpoint. Everything read is checked before use."""
+"""Folders in the packed format: load and save. Everything read is checked before use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,62 +10,12 @@ from torch import Tensor, nn
 
 from .blocks import ArchitectureError, find_blocks
 from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, write_json, write_shard
-from .format import FORMAT_VERSION, FormatError, PackedLayout, PackedWeight, ShapeError, VersionError
+from .format import PackedLayout, PackedWeight, ShapeError
 from .nn import SlabLinear
+from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
 from .pipeline import resolve_device
 from .progress import Progress
-from .source import build_skeleton, config_dict, copy_side_files, hub_folder, place, tied_names
-
-QUANT_METHOD = "slab_kernels"
-
-
-def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dict:
-    """The entry of config.json from which every module can be built. settings: method, pattern, rank, values, group_size."""
-    modules = {name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()}
-    described = {key: settings.get(key) for key in ("method", "pattern", "rank", "values", "group_size")}
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **described, "modules": modules}
-
-
-def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
-    """Module name -> layout, from config.json.
-
-    Raises: CheckpointError if the folder was not written by this library, VersionError if by a newer one, FormatError
-    for an impossible layout.
-    """
-    entry = checkpoint.config.get("quantization_config")
-    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
-        method = entry.get("quant_method") if isinstance(entry, dict) else entry
-        found = f"quant_method {method!r}" if entry else "a dense model"
-        raise CheckpointError(
-            f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); compress it first, or open it with transformers"
-        )
-    return parse_layouts(entry, str(checkpoint.folder))
-
-
-def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
-    """Module name -> layout, from a quantization_config; keys that are not known are ignored. where: for messages.
-
-    Raises: CheckpointError, VersionError if a newer library wrote it, FormatError for an impossible layout.
-    """
-    version = entry.get("format_version")
-    if type(version) is not int or version < 1:  # type(): true is an int to isinstance
-        raise CheckpointError(
-            f"{where}: quantization_config has format_version {version!r}, expected a positive integer"
-        )
-    if version > FORMAT_VERSION:
-        raise VersionError(
-            f"{where} has format_version {version}, this library reads up to {FORMAT_VERSION}; update slab_kernels"
-        )
-    modules = entry.get("modules")
-    if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
-        raise CheckpointError(f"{where}: quantization_config lists no compressed modules")
-    layouts = {}
-    for name, module in modules.items():
-        try:
-            layouts[name] = PackedLayout.from_dict(module)
-        except (FormatError, TypeError) as error:
-            raise type(error)(f"module {name}: {error}") from error
-    return layouts
+from .source import build_skeleton, config_dict, hub_folder, place, tied_names
 
 
 def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> nn.Module:
@@ -167,16 +117,17 @@ def check(model: nn.Module) -> nn.Module:
 
 
 def read_packed(get: Callable[[str], Tensor], name: str, layout: PackedLayout) -> PackedWeight:
-    """One packed weight, checked to the last nibble. Raises: a FormatError whose message starts with the module's name."""
+    """One packed weight, checked to the last nibble.
+
+    Raises: a FormatError that is a CheckpointError too; its message starts with the module's name.
+    """
     tensors = {part: get(f"{name}.{part}") for part in layout.tensors()}
-    try:
+    with reading(name):
         packed = PackedWeight.from_tensors(
             tensors, layout.out_features, layout.in_features, layout.values, layout.group_size
         )
-    except FormatError as error:
-        raise type(error)(f"{name}: {error}") from error
-    if packed.layout != layout:
-        raise ShapeError(f"{name}: its tensors make {packed.layout}, config.json says {layout}")
+        if packed.layout != layout:
+            raise ShapeError(f"its tensors make {packed.layout}, config.json says {layout}")
     return packed
 
 
@@ -243,7 +194,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
         )
     out = Path(path)
-    with Progress(out, {"save": type(model).__name__}, resume=False):
+    with Progress(out, {}, resume=None):
         try:
             blocks_path, blocks = find_blocks(model)
             shards = [f"{blocks_path}.{index}." for index in range(len(blocks))]
@@ -267,50 +218,3 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         config = config_dict(model)
         config["quantization_config"] = quantization_config({name: m.layout for name, m in modules.items()}, before)
         write_json(out / "config.json", config)
-
-
-def decompress(path: Path | str, out: Path | str) -> None:
-    """Write the dense checkpoint that a packed folder stands for, shard by shard; plain transformers opens it.
-
-    Weights get the dtype that config.json names (fp16 if none). `out` must be empty.
-
-    Raises: CheckpointError, VersionError, FormatError.
-    """
-    checkpoint, out = Checkpoint(hub_folder(str(path))), Path(out)
-    layouts = read_layouts(checkpoint)
-    check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
-    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16").removeprefix(
-        "torch."
-    )
-    dtype = getattr(torch, name, torch.float16)
-    with Progress(out, {"decompress": checkpoint.fingerprint()}, resume=False):
-        tables = []
-        for file, specs in _dense_shards(checkpoint, layouts, dtype):
-
-            def get(tensor_name: str) -> Tensor:
-                module = tensor_name.removesuffix(".weight")
-                if module not in layouts or module == tensor_name:
-                    return read_dense(checkpoint, tensor_name)
-                return read_packed(checkpoint.get, module, layouts[module]).dense().to(dtype)
-
-            tables.append(write_shard(out / file, specs, get))
-        write_index(out, tables)
-        copy_side_files(checkpoint.folder, out)
-        write_json(out / "config.json", {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
-
-
-def _dense_shards(
-    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], dtype: torch.dtype
-) -> Iterator[tuple[str, dict]]:
-    """Shard file -> name, dtype and shape of the dense tensors to write in it."""
-    owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
-    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
-        specs = {}
-        for name, entry in checkpoint.entries.items():
-            if name not in owners:
-                if entry.file == file:
-                    specs[name] = (entry.dtype, entry.shape)
-            elif name.endswith(".metadata") and entry.file == file:  # every packed weight has exactly one
-                layout = layouts[owners[name]]
-                specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))
-        yield file, specs

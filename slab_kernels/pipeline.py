@@ -21,7 +21,7 @@ from .blocks import (
 )
 from .calibration import InputStats
 from .checkpoint import CheckpointError
-from .format import Decomposition, PackedWeight
+from .format import Decomposition, PackedWeight, cast
 from .matching import match_block
 from .memory import peak_memory
 from .plan import Plan
@@ -234,7 +234,8 @@ class _Work:
             for name, (decomposition, layer) in results.items():
                 plan = self.plan.layer(name)
                 self.decompositions[name] = decomposition
-                stored = finished.stored[name] = plan.store(decomposition, source.spec(f"{name}.weight")[0])
+                dtype = source.spec(f"{name}.weight")[0]
+                stored = finished.stored[name] = plan.store(name, decomposition, dtype)
                 bits = stored.bits_per_weight() if isinstance(stored, PackedWeight) else 8.0 * stored.element_size()
                 finished.layers.append(replace(layer, bits_per_weight=bits))
                 _set_weight(self.linears[name], dense_weight(stored).to(self.linears[name].weight.device))
@@ -279,7 +280,10 @@ class _Work:
             )
 
         trained, other, finished.match = self.team.from_leader(train)
-        finished.other = {self.prefix + name: t.to(source.spec(self.prefix + name)[0]) for name, t in other.items()}
+        for name, t in other.items():
+            full = self.prefix + name
+            finished.other[full] = cast(t, source.spec(full)[0], full)
         for name, decomposition in trained.items():
             full = self.prefix + name
-            finished.stored[full] = self.plan.layer(full).store(decomposition, source.spec(f"{full}.weight")[0])
+            dtype = source.spec(f"{full}.weight")[0]
+            finished.stored[full] = self.plan.layer(full).store(full, decomposition, dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .calibration import InputStats
-from .format import INTEGER_RANGES, Decomposition, PackedLayout, PackedWeight, pack, unpack
+from .format import INTEGER_RANGES, Decomposition, PackedLayout, PackedWeight, cast, pack, unpack
 from .matching import Matching
 from .methods import METHODS, check_settings, decompose
 from .methods.masks import parse_pattern
@@ -96,9 +96,11 @@ class Plan:
         """What packing leaves of a decomposition; patterns that are not packed are stored as dense weights."""
         return unpack(self.pack(decomposition)) if self.packed else decomposition
 
-    def store(self, decomposition: Decomposition, dtype: torch.dtype) -> PackedWeight | Tensor:
-        """Packed, or dense in `dtype`."""
-        return self.pack(decomposition) if self.packed else decomposition.dense().to(dtype)
+    def store(self, name: str, decomposition: Decomposition, dtype: torch.dtype) -> PackedWeight | Tensor:
+        """Packed, or dense in `dtype`. Raises: RangeError naming the module if a number does not fit."""
+        if not self.packed:
+            return cast(decomposition.dense(), dtype, f"{name}.weight")
+        return self.pack(decomposition)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         """Of a packed weight of `shape` (N, K) made by this plan."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from .checkpoint import PARTIAL_SUFFIX, PROGRESS_NAME, CheckpointError, read_header, read_json, write_json
@@ -46,14 +47,16 @@ class Progress:
     """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
 
     `blocks[i]` = {"file", "bytes", "layers", "match"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder
-    until `close` or `abandon`; as a context manager it calls the one that fits.
+    until `close` or `abandon`; as a context manager it calls the one that fits. With `resume` None the writer cannot go on
+    after a kill: nothing is noted, and on failure everything that it wrote is removed.
 
     Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
     settings (the difference is named), or cannot be written.
     """
 
-    def __init__(self, out: Path, settings: dict, resume: bool):
+    def __init__(self, out: Path, settings: dict, resume: bool | None):
         self.out, self.settings, self.blocks = out, settings, []
+        self.resumable = resume is not None
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out} is a file; give a folder to write to")
         try:
@@ -74,7 +77,7 @@ class Progress:
     def _claim(self, resume: bool) -> None:
         out, found = self.out, sorted(p.name for p in self.out.iterdir() if p.name != LOCK_NAME)
         if found and not resume:
-            begun = PROGRESS_NAME in found
+            begun = PROGRESS_NAME in found and self.resumable
             raise CheckpointError(
                 f"{out} is not empty ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); choose an empty folder"
                 + (", or pass resume=True to go on with the run that was interrupted there" if begun else "")
@@ -111,6 +114,8 @@ class Progress:
         self._write()
 
     def _write(self) -> None:
+        if not self.resumable:
+            return
         write_json(self.out / PROGRESS_NAME, {"settings": self.settings, "blocks": self.blocks})
 
     def close(self) -> None:
@@ -125,9 +130,20 @@ class Progress:
         if self.blocks:
             self.release()
         else:
+            if not self.resumable:
+                self._clear()
             self.close()
             with contextlib.suppress(OSError):  # not empty: somebody else's files
                 self.out.rmdir()
+
+    def _clear(self) -> None:
+        """Remove what was written: the folder was empty when it was claimed."""
+        with contextlib.suppress(OSError):  # what failed before is what is to be told
+            for path in self.out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_NAME:
+                    path.unlink()
 
     def release(self) -> None:
         """Let other runs into the folder; what is in it stays."""

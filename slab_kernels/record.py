@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
 
-from .checkpoint import CheckpointError
+from .checkpoint import RECORD_NAME, CheckpointError, read_json
+from .layout import MAX_FEATURES
+
+MAX_NUMBER = 1 << 63  # no count in a record is larger, and floats hold it
 
 
 @dataclass(frozen=True)
@@ -81,21 +87,70 @@ class RunRecord:
     @classmethod
     def from_dict(cls, content: dict) -> RunRecord:
         """Raises: CheckpointError if `content` is no run record."""
-        try:
-            known = {k: v for k, v in content.items() if k in cls.__dataclass_fields__}
-            matching = [MatchRecord(**entry) for entry in content.get("matching", [])]
-            return cls(**{**known, "layers": [layer_from_dict(layer) for layer in content["layers"]], "matching": matching})
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the run record slab_run.json is incomplete ({error})") from error
+        parts = {"layers": layer_from_dict, "matching": match_from_dict}
+        if not isinstance(content, dict) or not content.get("layers"):
+            raise CheckpointError(f"{RECORD_NAME} lists no layers; {DAMAGED}")
+        for name in parts.keys() & content.keys():
+            if not isinstance(content[name], list):
+                raise CheckpointError(f"{RECORD_NAME} has {name}={short(content[name])}; {DAMAGED}")
+        made = {name: [make(entry) for entry in content.get(name, [])] for name, make in parts.items()}
+        return _checked(cls, content | made)
+
+
+DAMAGED = "it is damaged or of another program: copy it again, or delete it"
+NUMBERS = {"int": (int,), "float": (int, float)}
+PLAIN = {"str": str, "dict": dict}
+
+
+def _checked(cls: type, content: dict) -> Any:
+    """An instance of a dataclass of this file, every value of the type that its field declares; unknown keys are left out.
+
+    Raises: CheckpointError.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{RECORD_NAME} holds {short(content)} for a {cls.__name__}; {DAMAGED}")
+    known = {}
+    for f in fields(cls):
+        if f.name not in content:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise CheckpointError(f"{RECORD_NAME} lacks {f.name!r} in a {cls.__name__}; {DAMAGED}")
+            continue
+        value = content[f.name]
+        if not _fits(value, f.type):
+            raise CheckpointError(f"{RECORD_NAME} has {f.name}={short(value)}, no {f.type}; {DAMAGED}")
+        known[f.name] = tuple(value) if f.type.startswith("tuple") else value
+    return cls(**known)
+
+
+def _fits(value, kind: str) -> bool:
+    """Whether a value from JSON is of the type that an annotation of this file names."""
+    if kind.endswith(" | None"):
+        return value is None or _fits(value, kind.removesuffix(" | None"))
+    if kind in NUMBERS:
+        return type(value) in NUMBERS[kind] and (type(value) is float or abs(value) <= MAX_NUMBER)
+    if kind in PLAIN:
+        return isinstance(value, PLAIN[kind])
+    if not isinstance(value, list | tuple):
+        return False
+    if kind == "tuple[int, int]":  # the shape of a layer
+        return len(value) == 2 and all(type(n) is int and 0 < n <= MAX_FEATURES for n in value)
+    return all(type(entry).__name__ in kind for entry in value)  # list[str], list[LayerRecord], ...
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """What slab_run.json of a folder holds; None if there is none. Raises: CheckpointError if it is no run record."""
+    path = folder / RECORD_NAME
+    return RunRecord.from_dict(read_json(path)) if path.is_file() else None
 
 
 def match_from_dict(content: dict | None) -> MatchRecord | None:
-    return None if content is None else MatchRecord(**content)
+    """Raises: CheckpointError."""
+    return None if content is None else _checked(MatchRecord, content)
 
 
 def layer_from_dict(content: dict) -> LayerRecord:
-    known = {k: v for k, v in content.items() if k in LayerRecord.__dataclass_fields__}
-    return LayerRecord(**{**known, "shape": tuple(known["shape"]), "group": tuple(known.get("group", ()))})
+    """Raises: CheckpointError."""
+    return _checked(LayerRecord, content)
 
 
 @dataclass(frozen=True)

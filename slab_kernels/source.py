@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ArchitectureError
-from .checkpoint import Checkpoint, CheckpointError, read_json, write_atomically, write_json
+from .checkpoint import (
+    WEIGHTS_KEY,
+    Checkpoint,
+    CheckpointError,
+    config_dtype,
+    read_json,
+    write_json,
+)
 from .layout import MAX_FEATURES, FormatError
+from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
 
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "spiece.model",
-    "sentencepiece*", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
     "hidden_size": MAX_FEATURES, "intermediate_size": MAX_FEATURES, "head_dim": MAX_FEATURES, "vocab_size": 1 << 31,
@@ -108,12 +112,6 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Tokenizer, generation config and licence files."""
-    for path in sorted({p for pattern in SIDE_FILES for p in source.glob(pattern) if p.is_file()}):
-        write_atomically(out / path.name, [path.read_bytes()])
-
-
 class FolderSource:
     """A checkpoint folder: `model` is a skeleton on meta, `get` reads one tensor by its name in the model.
 
@@ -126,7 +124,7 @@ class FolderSource:
 
     def __init__(self, folder: Path):
         self.checkpoint = Checkpoint(folder)
-        self.config = self.checkpoint.config
+        self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
         quantised = self.config.get("quantization_config")
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -180,6 +178,16 @@ class FolderSource:
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
 
+    def left_out(self, out: Path | None) -> list[str]:
+        """What a compressed copy in the folder `out` (None: in memory) will lack, one sentence for each kind."""
+        skipped = [] if out is None else side_files(self.checkpoint.folder, out)[1]
+        tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
+        return [
+            f"{what} are left out: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+            for what, names in ((tensors, self.ignored), ("files", skipped))
+            if names
+        ]
+
     def write_side_files(self, out: Path, tokenizer) -> None:
         copy_side_files(self.checkpoint.folder, out)
 
@@ -225,6 +233,9 @@ class ModuleSource:
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
 
+    def left_out(self, out: Path | None) -> list[str]:
+        return []
+
     def write_side_files(self, out: Path, tokenizer) -> None:
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(out)
@@ -238,6 +249,7 @@ def config_dict(model: nn.Module) -> dict:
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
+    config.pop(WEIGHTS_KEY, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     return config
@@ -287,11 +299,7 @@ def hub_folder(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-            )
-        )
+        return Path(snapshot_download(name, ignore_patterns=NOT_DOWNLOADED))
     except Exception as error:  # the hub client raises many types: offline, unknown name, no rights
         raise CheckpointError(
             f"{name} is no folder here and cannot be fetched from the Hugging Face hub: {_first_line(error)}"
@@ -299,12 +307,12 @@ def hub_folder(name: str) -> Path:
 
 
 def compute_dtype(config: dict, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU (half precision is slower there and less exact), elsewhere what the model is stored in."""
-    if device.type == "cpu":
-        return torch.float32
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    dtype = getattr(torch, name, torch.float32)
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    """fp32 on a CPU (half precision is slower there and less exact), elsewhere what the model is stored in.
+
+    Raises: CheckpointError if the config names a dtype that weights do not have.
+    """
+    dtype = config_dtype(config)
+    return dtype if device.type != "cpu" and dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 @contextmanager

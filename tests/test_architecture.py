@@ -17,7 +17,8 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text"}
+MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
+         "decompress", "packed_config"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -41,9 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     # a whole model
     "stdlib_text": set(),
     "text": {"calibration", "stdlib_text"},
-    "checkpoint": set(),
+    "shards": set(),
+    "checkpoint": {"shards"},
+    "side_files": {"checkpoint"},
     "progress": {"checkpoint"},
-    "record": {"checkpoint"},
+    "record": FORMAT | {"checkpoint"},
     "team": set(),
     "memory": set(),
     "matching": FORMAT | {"blocks", "record"},
@@ -51,15 +54,17 @@ ALLOWED: dict[str, set[str]] = {
     "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
     "blocks": {"text"},
-    "source": FORMAT | {"blocks", "checkpoint", "text"},
+    "source": FORMAT | {"blocks", "checkpoint", "side_files", "text"},
+    "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "pipeline", "progress", "source", "text"},
+    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "text"},
+    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
-    "inspection": FORMAT | {"checkpoint"},
+    "inspection": FORMAT | {"checkpoint", "packed_config", "record"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"checkpoint", "dispatch", "model", "packed_checkpoint", "plan", "source"},
+    "engines": FORMAT | {"checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},

@@ -148,7 +148,7 @@ def change_index(folder: Path, **weight_map: str | None):
         (lambda f: (f / "config.json").write_text("[" * 100_000), "is not valid JSON .maximum recursion"),
         (lambda f: (f / INDEX_NAME).write_text('{"a":' * 100_000), "is not valid JSON .maximum recursion"),
         (lambda f: (f / "config.json").write_text("[]"), "holds list instead of a JSON object"),
-        (lambda f: (f / "b.safetensors").unlink(), "lacks the shard b.safetensors"),
+        (lambda f: (f / "b.safetensors").unlink(), "lacks the shard .b.safetensors"),
         (lambda f: (f / "b.safetensors").write_bytes(b"junk" * 9), "b.safetensors is corrupt"),
         (lambda f: (f / INDEX_NAME).write_text('{"weight_map": {}}'), "has no weight_map"),
         (lambda f: change_index(f, y="../b.safetensors"), "names the shard '../b.safetensors'"),

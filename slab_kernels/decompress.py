@@ -1,0 +1,84 @@
+"""A packed folder back to a dense checkpoint, which plain transformers and every other engine open."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import WEIGHTS_KEY, Checkpoint, config_dtype, write_index, write_json, write_shard
+from .format import PackedLayout, cast
+from .packed_checkpoint import check_tensors_fit, packed_skeleton, read_dense, read_packed
+from .packed_config import read_layouts, reading
+from .progress import Progress
+from .side_files import copy_side_files
+from .source import hub_folder
+
+
+def decompress(
+    path: Path | str, out: Path | str, dtype: torch.dtype | None = None, verify: bool = True
+) -> list[str]:
+    """Write the dense checkpoint that a packed folder stands for, shard by shard.
+
+    Args:
+        path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
+        out: the folder to write, empty or not there; on failure nothing of it stays.
+        dtype: of the weights that were packed; default: what config.json names, else that of most other weights.
+        verify: compare what is read with its checksums.
+
+    Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights and hidden files not named.
+    Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`.
+    """
+    checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), Path(out)
+    layouts = read_layouts(checkpoint)
+    owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
+    dtype = dtype or config_dtype(checkpoint.config) or _usual_dtype(checkpoint, owners)
+    check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
+
+    def get(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module not in layouts or module == name:
+            return read_dense(checkpoint, name)
+        weight = read_packed(checkpoint.get, module, layouts[module]).dense()
+        with reading(str(checkpoint.folder)):
+            return cast(weight, dtype, name)
+
+    with Progress(out, {}, resume=None):
+        shards = _dense_shards(checkpoint, layouts, owners, dtype)
+        write_index(out, [write_shard(out / file, specs, get) for file, specs in shards])
+        skipped = copy_side_files(checkpoint.folder, out)
+        config = dict(checkpoint.config)
+        for key in ("quantization_config", WEIGHTS_KEY):
+            config.pop(key, None)
+        for key in {"dtype", *config} & {"dtype", "torch_dtype"}:
+            config[key] = str(dtype).removeprefix("torch.")
+        write_json(out / "config.json", config)
+    return skipped
+
+
+def _usual_dtype(checkpoint: Checkpoint, owners: dict[str, str]) -> torch.dtype:
+    """The dtype of most floating-point numbers that are not packed."""
+    count = Counter()
+    for name, entry in checkpoint.entries.items():
+        if name not in owners and entry.dtype.is_floating_point:
+            count[entry.dtype] += entry.nbytes // entry.dtype.itemsize
+    return count.most_common(1)[0][0] if count else torch.float16
+
+
+def _dense_shards(
+    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], owners: dict[str, str], dtype: torch.dtype
+) -> Iterator[tuple[str, dict]]:
+    """Shard file -> name, dtype and shape of the dense tensors to write in it. owners: packed tensor -> its module."""
+    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
+        specs = {}
+        for name, entry in checkpoint.entries.items():
+            if name not in owners:
+                if entry.file == file:
+                    specs[name] = (entry.dtype, entry.shape)
+            elif name.endswith(".metadata") and entry.file == file:  # every packed weight has exactly one
+                layout = layouts[owners[name]]
+                specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))
+        yield file, specs
