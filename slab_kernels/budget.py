@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .blocks import batch_size, block_linears, catch_stream, find_blocks, find_groups, layer_inputs
+from .blocks import batch_size, block_linears, find_blocks
 from .calibration import InputStats
+from .inputs import find_groups, layer_inputs
 from .plan import Plan
+from .streams import catch_stream
 
 PROBES = 8  # windows on which the divergence is measured
 # Coarse to fine. Below two planes a bit is better spent on the pruned positions than on kept values (README, methods); ranks

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import Stream
 from .format import Decomposition, plane_unit
 from .record import MatchRecord
+from .streams import Stream
 
 HELD_BACK = 8  # every eighth batch of calibration text is kept for the choice of the best epoch
 TARGETS = ("dense", "prefix")

@@ -9,25 +9,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .blocks import (
-    Group,
-    Stream,
-    block_linears,
-    catch_stream,
-    filled_copy,
-    find_blocks,
-    find_groups,
-    layer_inputs,
-)
+from .blocks import block_linears, filled_copy, find_blocks
 from .calibration import InputStats
 from .checkpoint import CheckpointError
 from .format import Decomposition, PackedWeight, cast
+from .inputs import Group, find_groups, layer_inputs
 from .matching import match_block
 from .memory import peak_memory
 from .plan import Plan
 from .record import LayerRecord, MatchRecord, ProgressEvent
 from .sinks import FinishedBlock, Sink, dense_weight
 from .source import FolderSource, ModuleSource, compute_dtype, outside_filled
+from .streams import Stream, catch_stream
 from .team import Team
 
 KEEP_ON_DEVICE = (

@@ -23,6 +23,7 @@ from .checkpoint import (
 )
 from .layout import MAX_FEATURES, FormatError
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
+from .stored_names import StoredNames
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -138,42 +139,34 @@ class FolderSource:
 
     def _match(self) -> None:
         expected, tied = self.model.state_dict(), tied_names(self.model)
-        self.stored: dict[str, str] = {}
-        self.ignored: list[str] = []
-        rename = _renamer(self.model, expected)
-        for stored in self.checkpoint.entries:
-            name = stored if stored in expected else rename(stored)
-            if name not in expected:
-                self.ignored.append(stored)
-            elif name in self.stored:
-                raise CheckpointError(f"tensors {self.stored[name]!r} and {stored!r} are both {name!r} of the model")
-            else:
-                self.stored[name] = stored
-        for name in expected.keys() - self.stored.keys() - tied.keys():
+        self.stored = StoredNames(self.model, self.checkpoint.entries)
+        self.ignored = self.stored.ignored
+        for name in expected.keys() - self.stored.origins.keys() - tied.keys():
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks the tensor {name!r} that {type(self.model).__name__} needs"
             )
-        for name, stored in self.stored.items():
-            entry, want = self.checkpoint.entries[stored], expected[name]
-            if entry.shape != tuple(want.shape):
+        for name, origin in self.stored.origins.items():
+            first, want = origin.stored[0], expected[name]
+            if origin.shape != tuple(want.shape):
                 raise CheckpointError(
-                    f"tensor {stored!r} has shape {list(entry.shape)}, the config asks for {list(want.shape)}"
+                    f"tensor {first!r} has shape {list(origin.shape)}, the config asks for {list(want.shape)}"
                 )
-            if want.is_floating_point() and not (entry.dtype.is_floating_point and entry.dtype.itemsize >= 2):
+            if want.is_floating_point() and not (origin.dtype.is_floating_point and origin.dtype.itemsize >= 2):
                 raise CheckpointError(
-                    f"tensor {stored!r} is {entry.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
+                    f"tensor {first!r} is {origin.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
                 )
 
     @property
     def names(self) -> list[str]:
-        return sorted(n for n in self.stored if n not in tied_names(self.model))
+        tied = tied_names(self.model)
+        return sorted(n for n in self.stored.origins if n not in tied)
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        entry = self.checkpoint.entries[self.stored[name]]
-        return entry.dtype, entry.shape
+        origin = self.stored.origins[name]
+        return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
-        return self.checkpoint.get(self.stored[name])
+        return self.stored.get(name, self.checkpoint.get)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
@@ -253,30 +246,6 @@ def config_dict(model: nn.Module) -> dict:
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     return config
-
-
-def _renamer(model: nn.Module, expected: dict):
-    """Checkpoint name -> the model's name, by the base model's prefix and transformers' own renamings."""
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # transformers < 5 renames inside from_pretrained only
-        return lambda name: f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name.removeprefix(prefix + ".")
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-
-    def rename(stored: str) -> str:
-        name, converter = rename_source_key(stored, renamings, converters, prefix, expected)
-        if converter is not None:
-            raise ArchitectureError(
-                f"transformers rebuilds {stored!r} from several tensors on loading (stacked experts or fused weights), "
-                "which is not supported; save the model once with transformers and compress that copy"
-            )
-        return name
-
-    return rename
 
 
 def open_source(model_or_path) -> FolderSource | ModuleSource:

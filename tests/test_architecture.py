@@ -17,8 +17,11 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
-         "decompress", "packed_config"}
+MODEL = {
+    "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
+    "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "decompress",
+    "packed_config",
+}  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -49,14 +52,19 @@ ALLOWED: dict[str, set[str]] = {
     "record": FORMAT | {"checkpoint"},
     "team": set(),
     "memory": set(),
-    "matching": FORMAT | {"blocks", "record"},
+    "matching": FORMAT | {"streams", "record"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "plan", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "streams", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
-    "blocks": {"text"},
-    "source": FORMAT | {"blocks", "checkpoint", "side_files", "text"},
+    "blocks": set(),
+    "streams": {"blocks", "text"},
+    "inputs": {"streams", "text"},
+    "stored_names": {"checkpoint"},
+    "source": FORMAT | {"blocks", "checkpoint", "side_files", "stored_names", "text"},
     "packed_config": FORMAT | {"checkpoint"},
-    "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
+    "pipeline": FORMAT
+    | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
+    | {"streams", "team", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "text"},
     "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn"},

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from slab_kernels import matching
-from slab_kernels.blocks import _HIDDEN, Stream
 from slab_kernels.budget import LADDER, BudgetError, Choice, spend
 from slab_kernels.checkpoint import CheckpointError
 from slab_kernels.format import pack, unpack
 from slab_kernels.matching import Matching, TrainableLinear
 from slab_kernels.methods import decompose
 from slab_kernels.model import compress, load
+from slab_kernels.streams import _HIDDEN, Stream
 from slab_kernels.testing import random_packed
 from slab_kernels.training import Training, train
 
