@@ -60,12 +60,15 @@ ALLOWED: dict[str, set[str]] = {
     "streams": {"blocks", "text"},
     "inputs": {"streams", "text"},
     "stored_names": {"checkpoint"},
-    "source": FORMAT | {"blocks", "checkpoint", "side_files", "stored_names", "text"},
+    "skeleton": {"blocks"},
+    "ties": {"stored_names"},
+    "source": FORMAT | {"blocks", "checkpoint", "side_files", "skeleton", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "text"},
+    "packed_checkpoint": FORMAT
+    | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "stored_names", "text", "ties"},
     "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
