@@ -19,18 +19,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import Checkpoint, CheckpointError
+from ..checkpoint import CHECKSUMS, Checkpoint, CheckpointError, checksum, tensor_bytes
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import (
-    QUANT_METHOD,
-    check,
-    check_packed_tensors,
-    load,
-    packed_modules,
-    parse_layouts,
-    read_packed,
-    swap_in,
-)
+from ..packed_checkpoint import check, check_packed_tensors, load, packed_modules, read_packed, swap_in
+from ..packed_config import QUANT_METHOD, parse_layouts
 from ..source import hub_folder
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
@@ -104,7 +96,9 @@ class SlabQuantizer(HfQuantizer):
             return
         swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
         if checkpoint_files:  # a tensor that is not there would only be warned about, and its buffer left as it is
-            check_packed_tensors(Checkpoint(Path(checkpoint_files[0]).parent), model)
+            checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, checkpoint_files)
+            check_packed_tensors(checkpoint, model)
+            checkpoint.verify()
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
@@ -131,6 +125,18 @@ class SlabQuantizer(HfQuantizer):
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
         return model
+
+    def get_state_dict_and_metadata(self, model, *args, **kwargs):
+        """The metadata of every shard that `save_pretrained` writes: the checksums of all tensors, by each name that
+        transformers may give them (`save_original_format` decides); a name of two contents has none."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = model.state_dict()
+        checksums = {name: checksum(tensor_bytes(t)) for name, t in state.items()}
+        for name, t in revert_weight_conversion(model, dict(state)).items():
+            if t is not state.get(name) and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found:
+                del checksums[name]
+        return None, {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
