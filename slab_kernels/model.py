@@ -15,7 +15,7 @@ from . import __version__
 from .blocks import ArchitectureError, find_blocks
 from .budget import check_bits, search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
-from .decompress import decompress
+from .unpacking import decompress
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear

@@ -19,7 +19,7 @@ FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {
     "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
-    "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "decompress",
+    "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "unpacking",
     "packed_config",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"streams", "team", "text"},
     "packed_checkpoint": FORMAT
     | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "stored_names", "text", "ties"},
-    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
+    "unpacking": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},

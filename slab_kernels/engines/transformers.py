@@ -6,6 +6,7 @@ about missing weights and exit code 0: `packed_checkpoint.check` finds a model t
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import Checkpoint, CheckpointError
+from ..checkpoint import CHECKSUMS, Checkpoint, CheckpointError, checksum, tensor_bytes
 from ..format import FORMAT_VERSION
 from ..packed_checkpoint import check, check_finite, check_tensors_fit, load, packed_modules, read_packed, swap_in
 from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
@@ -104,7 +105,9 @@ class SlabQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a packed model opens from its folder only, not from a state_dict; save it first")
         swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
-        check_tensors_fit(Checkpoint(_folder(model, checkpoint_files), checkpoint_files), model)
+        checkpoint = Checkpoint(_folder(model, checkpoint_files), checkpoint_files)
+        check_tensors_fit(checkpoint, model)
+        checkpoint.verify()
         for module in model.modules():
             if not computes(module):  # all its tensors come from the files: there is nothing to initialise
                 module._is_hf_initialized = True
@@ -138,6 +141,18 @@ class SlabQuantizer(HfQuantizer):
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
         return model
+
+    def get_state_dict_and_metadata(self, model, *args, **kwargs):
+        """The metadata of every shard that `save_pretrained` writes: the checksums of all tensors, by each name that
+        transformers may give them (`save_original_format` decides); a name of two contents has none."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = model.state_dict()
+        checksums = {name: checksum(tensor_bytes(t)) for name, t in state.items()}
+        for name, t in revert_weight_conversion(model, dict(state)).items():
+            if t is not state.get(name) and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found:
+                del checksums[name]
+        return None, {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
