@@ -18,7 +18,6 @@ from .arguments import Arguments
 from .blocks import ArchitectureError, block_linears, find_blocks
 from .budget import search
 from .checkpoint import CheckpointError
-from .decompress import decompress
 from .finish import complete, finish, into
 from .format import FORMAT_VERSION, VersionError
 from .matching import Matching
@@ -36,7 +35,6 @@ from .source import (
     hub_folder,
     open_source,
     text_config,
-    tied_names,
 )
 from .surroundings import usual_torch
 from .team import Team, local_device
@@ -49,7 +47,9 @@ from .text import (
     read_text,
     sample_windows,
 )
+from .ties import tied_names
 from .token_ids import check_vocabulary, token_ids
+from .unpacking import decompress
 
 __all__ = [
     "ArchitectureError", "CalibrationError", "CheckpointError", "ProgressEvent", "RunRecord", "VersionError",

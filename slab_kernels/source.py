@@ -27,8 +27,10 @@ from .checkpoint import (
 from .layout import MAX_FEATURES, FormatError
 from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
+from .skeleton import build
 from .stored_names import StoredNames, stored_forms
 from .text import CalibrationError, open_tokenizer
+from .ties import holds, settle, tied_names, untie, untie_config
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -49,8 +51,7 @@ def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_
     Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
     transformers has no causal model for it, or it needs code of the folder's that may not run.
     """
-    from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     where = "the given config" if config_folder is None else config_folder / "config.json"
     try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
@@ -65,8 +66,7 @@ def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_
         own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
             raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = _build(config, trust_remote_code)
     except (CheckpointError, ArchitectureError, FormatError):
         raise
     except ImportError as error:
@@ -89,11 +89,32 @@ def _refuse_own_code(described: dict, folder: Path) -> None:
         )
 
 
-def _check_sizes(config, where: Path | str) -> None:
-    """The sizes in a config and in those inside it (of a model of several modalities). Raises: CheckpointError."""
+def _build(config, trust_remote_code: bool) -> nn.Module:
+    """transformers would make the config's dtype the default of the whole process while it builds."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = config.get_text_config().dtype or config.dtype or torch.get_default_dtype()
+    dtype = config_dtype({"dtype": str(dtype)})
+    dtypes = [(part, part.dtype) for part in _configs(config)]
+    for part, _ in dtypes:
+        part.dtype = None
+    try:
+        return build(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), dtype)
+    finally:
+        for part, own in dtypes:
+            part.dtype = own
+
+
+def _configs(config) -> list:
+    """A config and those inside it (of a model of several modalities)."""
     from transformers import PretrainedConfig
 
-    for part in (config, *(c for c in vars(config).values() if isinstance(c, PretrainedConfig))):
+    return [config, *(part for part in vars(config).values() if isinstance(part, PretrainedConfig))]
+
+
+def _check_sizes(config, where: Path | str) -> None:
+    """The sizes in a config and in those inside it. Raises: CheckpointError."""
+    for part in _configs(config):
         for name, most in MAX_SIZES.items():
             sizes = _size(part, name)
             for size in sizes if isinstance(sizes, list | tuple) else [sizes]:  # some models list one for each layer
@@ -119,12 +140,6 @@ def text_config(model: nn.Module):
     """The config of the language model itself, inside that of a model of several modalities."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameter that is another one under a second name -> that other name (lm_head.weight -> embed_tokens.weight)."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return dict(tied)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -164,9 +179,12 @@ class FolderSource:
         self._match()
 
     def _match(self) -> None:
-        expected, tied = self.model.state_dict(), tied_names(self.model)
+        expected = self.model.state_dict()
         self.stored = StoredNames(self.model, self.checkpoint.entries)
         self.ignored = self.stored.ignored
+        if not settle(self.model, self.stored, self.checkpoint.get):
+            untie_config(self.config)
+        tied = tied_names(self.model)
         for name in expected.keys() - self.stored.origins.keys() - tied.keys():
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks the tensor {name!r} that {type(self.model).__name__} needs"
@@ -184,8 +202,7 @@ class FolderSource:
 
     @property
     def names(self) -> list[str]:
-        tied = tied_names(self.model)
-        return sorted(n for n in self.stored.origins if n not in tied)
+        return sorted(self.stored.origins)
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         origin = self.stored.origins[name]
@@ -293,6 +310,8 @@ class ModuleSource:
         memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
         self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
+        if not holds(model):
+            untie(self.model)
         self.tokenizer_path = getattr(model.config, "_name_or_path", "") or ""
         self.name = Path(self.tokenizer_path).name or type(model).__name__
         self.ignored: list[str] = []
@@ -354,13 +373,16 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def config_dict(model: nn.Module) -> dict:
-    """config.json of a model in memory, without quantization_config."""
+    """config.json of a model in memory, without quantization_config; tied as its weights are."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
     config.pop(WEIGHTS_KEY, None)
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    config["dtype"] = str(next(dtypes, torch.float32)).removeprefix("torch.")
+    if not holds(model):
+        untie_config(config)
     return config
 
 

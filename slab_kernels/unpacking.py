@@ -37,7 +37,7 @@ def decompress(
     layouts = read_layouts(checkpoint)
     owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
     dtype = dtype or config_dtype(checkpoint.config) or _usual_dtype(checkpoint, owners)
-    check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
+    checkpoint = check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
 
     def get(name: str) -> Tensor:
         module = name.removesuffix(".weight")
