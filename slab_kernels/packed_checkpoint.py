@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
 from .source import build_skeleton, config_dict, hub_folder, place
-from .stored_names import StoredNames
+from .stored_names import Forms, StoredNames, stored_forms
 from .ties import holds, settle, tied_names, untie
 
 
-def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> nn.Module:
+def packed_skeleton(
+    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], trust_remote_code: bool = False
+) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
-    model = build_skeleton(checkpoint.folder)
+    model = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     swap_in(model, layouts)
     return model
 
@@ -65,6 +67,10 @@ class ModelCheckpoint(Checkpoint):
 
     def get(self, name: str) -> Tensor:
         return self._stored.get(name, self._checkpoint.get)
+
+    def stored_forms(self, names: Iterable[str]) -> Forms:
+        """What to write for tensors that stay as they are. Reading one raises CheckpointError if it is not finite."""
+        return self._stored.forms(names, lambda stored: read_dense(self._checkpoint, stored))
 
 
 def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoint:
@@ -153,20 +159,26 @@ def check_finite(name: str, t: Tensor) -> None:
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers of {t.dtype}")
 
 
-def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    path: Path | str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
 
     Args:
         path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
         device: where every tensor goes; "auto" is a GPU if there is one.
         dtype: of activations and of everything not packed; default: as stored.
+        trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Raises: CheckpointError, VersionError, FormatError, ArchitectureError; nothing is used before it is checked.
     """
     device = resolve_device(device)
     checkpoint = Checkpoint(hub_folder(str(path)))
     layouts = read_layouts(checkpoint)
-    model = packed_skeleton(checkpoint, layouts)
+    model = packed_skeleton(checkpoint, layouts, trust_remote_code)
     checkpoint = check_tensors_fit(checkpoint, model)
     for name, layout in layouts.items():
         packed, module = read_packed(checkpoint.get, name, layout), model.get_submodule(name)
@@ -226,8 +238,10 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         for number, prefix in enumerate([*shards, ""]):
             part = {n: state[n] for n in names if n.startswith(prefix)}
             names -= part.keys()
-            specs = {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}
-            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, part.__getitem__))
+            forms = stored_forms(model, part)
+            specs = {n: (dtype, shape) for n, (dtype, shape, _) in forms.items()}
+            made = lambda name, forms=forms: forms[name][2]()  # noqa: E731
+            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, made))
         write_index(out, tables)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)

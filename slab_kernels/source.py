@@ -6,9 +6,8 @@ import copy
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from .layout import MAX_FEATURES, FormatError
 from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
 from .skeleton import build
-from .stored_names import StoredNames, stored_forms
+from .stored_names import Forms, StoredNames, stored_forms
 from .text import CalibrationError, open_tokenizer
 from .ties import holds, settle, tied_names, untie, untie_config
 
@@ -221,19 +220,9 @@ class FolderSource:
             )
         return tensor
 
-    def stored_forms(self, names: list[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
-        """Stored name -> dtype, shape and reader of what tensors of the model are made of: what transformers renames or
-        rebuilds keeps its form, which other engines read; the rest gets the model's names."""
-        forms = {}
-        for name in names:
-            origin = self.stored.origins[name]
-            if origin.renamed and origin.alone:
-                for stored in origin.stored:
-                    entry = self.checkpoint.entries[stored]
-                    forms[stored] = (entry.dtype, entry.shape, partial(self._read, stored))
-            else:
-                forms[name] = (origin.dtype, origin.shape, partial(self.get, name))
-        return forms
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are."""
+        return self.stored.forms(names, self._read)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
@@ -330,8 +319,8 @@ class ModuleSource:
         t = getattr(self.dense.get_submodule(path), leaf).detach()
         return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
 
-    def stored_forms(self, names: list[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
-        """As `FolderSource.stored_forms`: the forms that transformers would save."""
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are: what transformers would save."""
         return stored_forms(self.dense, {name: self.get(name) for name in names})
 
     def fingerprint(self) -> str:
