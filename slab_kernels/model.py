@@ -17,12 +17,12 @@ from .budget import check_bits, search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
-from .nn import replace_linear
 from .packed_checkpoint import check, decompress, load, quantization_config, save
 from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
 from .progress import Progress, check_same_settings
 from .record import ProgressEvent, RunRecord, listener
+from .replacement import replace_linear
 from .sinks import FolderSink, MemorySink, layout_on_disk
 from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
 from .team import Team, local_device
