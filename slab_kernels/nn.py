@@ -95,6 +95,12 @@ class SlabLinear(nn.Module):
                 made.append(backend.prepare(packed.to(self._home or packed.values.device), dtype))
         return keep(linears, dtype, Prepared(backend, made[0], source))
 
+    @torch.compiler.assume_constant_result
+    def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
+        """For torch.compile before the first call: done while it traces, and not traced."""
+        self._prepared(dtype)
+        return True
+
     def offload(self) -> SlabLinear:
         """Keep the canonical tensors in CPU memory from now on: a prepared layer works from its own copy of them.
 
@@ -125,6 +131,8 @@ class SlabLinear(nn.Module):
             _refuse_tangents(x, self.bias)
         if torch._C._is_any_autocast_enabled():
             x = _autocast(x)
+        if torch.compiler.is_dynamo_compiling():
+            self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
         for prepared in kept:
             if prepared.source.is_still(self._buffers.values()):
@@ -132,7 +140,7 @@ class SlabLinear(nn.Module):
         if torch.compiler.is_compiling():
             if not (kept and torch.compiler.is_exporting()):  # which puts fakes in the buffers' place
                 tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
-                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)  # always right
+                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)  # of whatever is here
             prepared = kept[0]
         else:
             prepared = self._prepared(x.dtype)
@@ -219,6 +227,11 @@ class FusedSlabLinear(nn.Module):
         self._prepared(dtype)
         return self
 
+    @torch.compiler.assume_constant_result
+    def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
+        kept = self._linears.get(dtype, ())
+        return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
+
     def _tensors(self) -> Iterator[Tensor | None]:
         return itertools.chain.from_iterable(part._buffers.values() for part in self.parts)
 
@@ -236,6 +249,8 @@ class FusedSlabLinear(nn.Module):
             _refuse_tangents(x, *(part.bias for part in self.parts))
         if torch._C._is_any_autocast_enabled():
             x = _autocast(x)
+        if torch.compiler.is_dynamo_compiling():
+            self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
         prepared = next((p for p in kept if p.source.is_still(self._tensors())), None)
         if prepared is None and torch.compiler.is_compiling():
