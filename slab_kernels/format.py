@@ -270,7 +270,7 @@ def _balanced(U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def pack(
     decomposition: Decomposition,
     values: str | None = None,
-    group_size: int | None | EllipsisType = ...,
+    group_size: int | EllipsisType | None = ...,
     factor_dtype: torch.dtype | None = None,
     adapter_values: str | None = None,
 ) -> PackedWeight:
@@ -329,7 +329,7 @@ def pack(
     return PackedWeight(layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None})
 
 
-def _grid(d: Decomposition, values: str | None, group_size: int | None | EllipsisType) -> tuple[str, int | None]:
+def _grid(d: Decomposition, values: str | None, group_size: int | EllipsisType | None) -> tuple[str, int | None]:
     """The value type and group size to pack with. Raises: ValueTypeError, ShapeError if they contradict those that d carries."""
     if d.values is None and d.scales is None:
         values = values or "fp16"
