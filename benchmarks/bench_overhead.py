@@ -31,7 +31,7 @@ def measure(N: int, K: int, name: str, bias: bool) -> dict:
     dense, x = layer.to_linear(), torch.randn(1, K)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
-        backend, state, *_ = layer.prepare()._linears[torch.float32]
+        backend, state, _ = layer.prepare()._linears[torch.float32][0]
         clocks = {
             "linear": lambda: torch.nn.functional.linear(x, dense.weight, dense.bias),
             "op": lambda: backend.linear(x, state, layer.bias),

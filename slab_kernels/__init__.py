@@ -25,7 +25,7 @@ _HOMES = {
     "unpack": "format",
     "SlabLinear": "nn",
     "FusedSlabLinear": "nn",
-    "replace_linear": "nn",
+    "replace_linear": "replacement",
     "InputStats": "calibration",
     "SlabConfig": "engines.transformers",
     "check": "model",

@@ -23,12 +23,16 @@ ENVIRONMENT = "SLAB_KERNELS_BACKEND"
 def backend(name: str) -> Backend:
     """The backend of that name. Raises BackendError with the known names."""
     if name not in ORDER:
-        raise BackendError(f"backend {name!r} is unknown; known backends: {', '.join(ORDER)}")
+        origin = f" ({ENVIRONMENT} names it)" if os.environ.get(ENVIRONMENT) == name else ""
+        raise BackendError(f"backend {name!r} is unknown{origin}; known backends: {', '.join(ORDER)}")
     return importlib.import_module(f".backends.{name}", __package__).BACKEND
 
 
 def explain(problem: LinearProblem) -> dict[str, list[str]]:
-    """Backend name -> reasons against it, in order; the first empty list is the one chosen."""
+    """Backend name -> reasons against it, in order; the first empty list is the one chosen.
+
+    Raises: BackendError if SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot run here.
+    """
     return {name: backend(name).not_supported_reasons(problem) for name in ORDER}
 
 

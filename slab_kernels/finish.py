@@ -10,11 +10,11 @@ from torch import nn
 
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
 from .format import PackedWeight
-from .nn import replace_linear
 from .packed_config import quantization_config
 from .plan import Plan
 from .progress import check_same_settings, file_sha256, is_whole
 from .record import RunRecord
+from .replacement import replace_linear
 from .sinks import FolderSink, MemorySink, layout_on_disk
 
 DERIVED = ("calibration", "heldout", "layers")  # settings of a record that follow from others, or are names

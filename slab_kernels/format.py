@@ -8,6 +8,7 @@ a group of four instead of 4) and a pruned entry is exactly +-(U V^T)_ij. The by
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     ValueTypeError,
     VersionError,
     cast,
+    check_range,
     check_tensors,
     plane_unit,
 )
@@ -138,7 +140,8 @@ class PackedWeight:
         return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def narrow_out(self, start: int, length: int) -> PackedWeight:
-        """Rows start .. start+length: every tensor with an N dimension is narrowed, V and Q are shared."""
+        """Rows start .. start+length: every tensor with an N dimension is narrowed, V and Q are shared. Raises: ShapeError."""
+        check_range("out_features", start, length, self.out_features)
         parts = {name: t.narrow(0, start, length) for name, t in self.tensors().items() if name not in ("V", "Q")}
         layout = replace(
             self.layout,
@@ -147,13 +150,11 @@ class PackedWeight:
         return replace(self, layout=layout, **parts)
 
     def narrow_in(self, start: int, length: int) -> PackedWeight:
-        """Columns start .. start+length, both multiples of `layout.slice_multiple` (the end may be in_features)."""
-        multiple, K = self.layout.slice_multiple, self.in_features
-        if start % multiple or (length % multiple and start + length != K) or start + length > K or length <= 0:
-            raise ShapeError(
-                f"cannot slice in_features {start}..{start + length} of {K}: start and length must be multiples of "
-                f"{multiple}"
-            )
+        """Columns start .. start+length, both multiples of `layout.slice_multiple` (the end may be in_features).
+
+        Raises: ShapeError.
+        """
+        check_range("in_features", start, length, self.in_features, self.layout.slice_multiple)
         layout = replace(self.layout, in_features=length)
         table, Kp = layout.tensors(), self.layout.padded_in_features
         parts = {}
@@ -208,7 +209,24 @@ def read_factors(U, P) -> dict[str, int | str | None]:
     }  # fmt: skip
 
 
-def round_adapter(P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+MOST_LOST = 2.0**-8  # of a matrix, by rounding what it holds: what bf16 loses at worst
+
+
+def rounding_error(t: Tensor, dtype: torch.dtype) -> float:
+    """How much of t, fp32 of any scale, rounding to `dtype` loses, in the Frobenius norm: 0 to 1, NaN or infinite if it does not fit."""
+    most = t.abs().amax()
+    return float(((t.to(dtype).float() - t) / most).norm() / (t / most).norm()) if most != 0 else 0.0
+
+
+def fitting_dtype(*pairs: tuple[Tensor, Tensor]) -> torch.dtype:
+    """The type to store factors in: fp16, or fp32 if one of them is so small or so large that fp16 loses more than MOST_LOST."""
+    fits = all(rounding_error(t, torch.float16) <= MOST_LOST for pair in pairs for t in _balanced(*pair, torch.float16))
+    return torch.float16 if fits else torch.float32
+
+
+def round_adapter(
+    P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """P [N,R'], Q [K,R'] as `pack` stores them, in fp32; like `round_factors` with `adapter_values` None, else int8 codes of
     rows with a shared power of two (MXINT8 of the OCP microscaling formats, a row for a block). Raises RangeError.
     """
@@ -223,49 +241,63 @@ def round_adapter(P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype
     return stored[0], stored[1]
 
 
-def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """U [N,R], V [K,R] as `pack` stores them: each rank balanced by a power of two, then rounded to `dtype`.
 
-    Balancing (max|u_r| ~ max|v_r|) keeps both inside fp16's range. Factors already exact in `dtype` are left alone, so
-    rounding twice changes nothing. Returns fp32 tensors. Raises RangeError if a factor does not fit.
+    dtype None: the `fitting_dtype` of the two. Balancing (max|u_r| ~ max|v_r|) keeps both inside fp16's range. Factors
+    already exact in `dtype` are left alone, so rounding twice changes nothing. Returns fp32 tensors. Raises RangeError if a
+    factor does not fit.
     """
+    dtype = dtype or fitting_dtype((U, V))
+    pair = _balanced(U, V, dtype)
+    for name, t in zip(("first", "second"), pair, strict=True):
+        if not rounding_error(t, dtype) <= MOST_LOST:
+            raise RangeError(
+                f"the {name} factor, up to {float(t.abs().max()):.3g}, does not fit {dtype}; pack with factor_dtype=torch.bfloat16 or float32"
+            )
+    return pair[0].to(dtype).float(), pair[1].to(dtype).float()
+
+
+def _balanced(U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     U, V = U.float(), V.float()
-    if not all(bool((t.to(dtype).float() == t).all()) for t in (U, V)):
-        high_u, high_v = U.abs().amax(0), V.abs().amax(0)
-        both = (high_u > 0) & (high_v > 0)
-        shift = torch.where(both, (high_v.log2() - high_u.log2()) / 2, 0.0).nan_to_num(0.0).round()
-        U, V = torch.ldexp(U, shift), torch.ldexp(V, -shift)
-    U, V = U.to(dtype).float(), V.to(dtype).float()
-    for name, t in (("first", U), ("second", V)):
-        if not bool(t.isfinite().all()):
-            raise RangeError(f"the {name} factor does not fit {dtype}; pack with factor_dtype=torch.bfloat16 or float32")
-    return U, V
+    if all(bool((t.to(dtype).float() == t).all()) for t in (U, V)):
+        return U, V
+    high_u, high_v = U.abs().amax(0), V.abs().amax(0)
+    both = (high_u > 0) & (high_v > 0)
+    shift = torch.where(both, (high_v.log2() - high_u.log2()) / 2, 0.0).nan_to_num(0.0).round()
+    return torch.ldexp(U, shift), torch.ldexp(V, -shift)
 
 
 def pack(
     decomposition: Decomposition,
-    values: str = "fp16",
-    group_size: int | None = 128,
-    factor_dtype: torch.dtype = torch.float16,
+    values: str | None = None,
+    group_size: int | EllipsisType | None = ...,
+    factor_dtype: torch.dtype | None = None,
     adapter_values: str | None = None,
 ) -> PackedWeight:
     """Fold a decomposition and pack it.
 
     The stored weight equals the decomposition to one rounding of S' to `values` and of U, V, P, Q to `factor_dtype`.
-    Integer values use `decomposition.scales` when it carries them for this type and group size, else absolute-maximum
-    scales. Groups with fewer than two kept entries are filled from the lowest free position.
+    A decomposition on an integer grid (`values`, `scales` and `group_size` of it) is packed on that grid; one without gets
+    absolute-maximum scales. Groups with fewer than two kept entries are filled from the lowest free position.
 
     Args:
-        values: "fp16", "bf16", "int8", "int4" or "int3".
-        group_size: inputs a scale, 32, 64, 128 or None (one scale a row); ignored for fp16 and bf16.
+        values: "fp16", "bf16", "int8", "int4" or "int3"; default the decomposition's own grid, else "fp16".
+        group_size: inputs a scale, 32, 64, 128 or None (one scale a row), by default that of the decomposition's grid, else
+            128; ignored for fp16 and bf16.
+        factor_dtype: of U and V, and of P and Q without `adapter_values`; default fp16 where it holds them, else fp32.
         adapter_values: "int8" to store P and Q as int8 with an exponent a row, None for `factor_dtype`.
 
-    Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit, ValueTypeError, ShapeError.
+    Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit, ValueTypeError for integers of another
+        grid than the decomposition's, ShapeError.
     """
     N, K = decomposition.S.shape
-    if values not in INTEGER_RANGES:
-        group_size = None
+    values, group_size = _grid(decomposition, values, group_size)
     factor_names = {dtype: name for name, dtype in FACTOR_TYPES.items()}
+    if factor_dtype is None:
+        sign = (decomposition.U, decomposition.V) if decomposition.U is not None else None
+        adapter = (decomposition.P, decomposition.Q) if decomposition.P is not None and adapter_values is None else None
+        factor_dtype = fitting_dtype(*filter(None, (sign, adapter)))
     if factor_dtype not in factor_names:
         raise ValueTypeError(f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}")
     rank = 0 if decomposition.U is None else decomposition.U.shape[1]
@@ -296,6 +328,29 @@ def pack(
     if adapter_rank:
         parts["P"], parts["Q"] = pack_adapter(d.P, d.Q, layout)
     return PackedWeight(layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None})
+
+
+def _grid(d: Decomposition, values: str | None, group_size: int | EllipsisType | None) -> tuple[str, int | None]:
+    """The value type and group size to pack with. Raises: ValueTypeError, ShapeError if they contradict those that d carries."""
+    if d.values is None and d.scales is None:
+        values = values or "fp16"
+        return values, None if values not in INTEGER_RANGES else 128 if group_size is ... else group_size
+    if d.values not in INTEGER_RANGES or d.scales is None:
+        raise ValueTypeError(
+            f"a decomposition with values={d.values!r} and {'no ' if d.scales is None else ''}scales is on no grid; give both, or neither"
+        )
+    expected = (d.out_features, -(-d.in_features // d.group_size) if d.group_size else 1)
+    if tuple(d.scales.shape) != expected:
+        raise ShapeError(f"scales has shape {tuple(d.scales.shape)}, expected {expected} for group_size={d.group_size}")
+    if values in VALUE_TYPES and values not in INTEGER_RANGES:
+        return values, None
+    if values not in (None, d.values) or group_size not in (..., d.group_size):
+        raise ValueTypeError(
+            f"the decomposition lies on a grid of values={d.values!r} with group_size={d.group_size}, which packing with "
+            f"values={values or d.values!r} and group_size={d.group_size if group_size is ... else group_size} would round once more; "
+            "pack it as it is, or decompose again"
+        )
+    return d.values, d.group_size
 
 
 def pack_adapter(P: Tensor, Q: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
@@ -350,16 +405,24 @@ def _encode_values(kept: Tensor, d: Decomposition, layout: PackedLayout) -> tupl
         stored = kept.to(VALUE_TYPES[layout.values])
         if not bool(stored.isfinite().all()):
             raise RangeError(f"a kept value of {kept.abs().max():.4g} does not fit {layout.values}; use values='bf16'")
+        if rounding_error(kept, stored.dtype) > MOST_LOST:
+            raise RangeError(
+                f"kept values of up to {kept.abs().max():.3g} are below what values={layout.values!r} holds; use values='bf16', "
+                "or integers, whose scales reach 1e-38"
+            )
         return stored, None
     low, high = INTEGER_RANGES[layout.values]
     count = layout.tensors()["scales"][1][1]
     groups = kept.unflatten(1, (count, -1))
-    if d.scales is not None and (d.values, d.group_size) == (layout.values, layout.group_size):
+    if d.scales is not None:
         scales = d.scales.to(torch.bfloat16)
     else:
         scales = (groups.abs().amax(-1) / high).to(torch.bfloat16)
     scales = torch.where(scales == 0, 1.0, scales).to(torch.bfloat16)
-    q = (groups / scales.float()[..., None]).round().clamp(low, high).flatten(1).to(torch.int8)
+    steps = (groups / scales.float()[..., None]).round()
+    if d.scales is not None and bool((beyond := (steps < low) | (steps > high)).any()):
+        raise RangeError(f"{int(beyond.sum())} kept values lie beyond {low} .. {high} steps of the scales that come with them")
+    q = steps.clamp(low, high).flatten(1).to(torch.int8)
     return bits.pack_values(q, layout.values), scales
 
 

@@ -52,9 +52,13 @@ def cpu_kernels() -> str | None:
     import torch
 
     from .backends import cpu
+    from .backends.base import BackendError
 
-    if cpu.missing_library():
-        return None
+    try:
+        if cpu.missing_library():
+            return None
+    except BackendError as error:
+        return str(error)
     return f"{torch.ops.slab_kernels.cpu_isa()} of {', '.join(cpu.runnable())}"
 
 
@@ -92,13 +96,19 @@ def backends() -> dict[str, dict[str, list[str]]]:
     import torch
 
     from . import dispatch
-    from .backends.base import LinearProblem
+    from .backends.base import BackendError, LinearProblem
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
     for kind in kinds:
         problem = LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind)  # a type that every backend takes
-        for name, reasons in dispatch.explain(problem).items():
+        try:
+            found = dispatch.explain(problem)
+            if forced := os.environ.get(dispatch.ENVIRONMENT):
+                dispatch.backend(forced)
+        except BackendError as error:  # a variable names what there is not: nothing runs until it is set right
+            found = {name: [str(error)] for name in dispatch.ORDER}
+        for name, reasons in found.items():
             table[name][kind] = reasons
     return table
 

@@ -1,9 +1,10 @@
-"""`SlabLinear`, the drop-in replacement of `nn.Linear`, `FusedSlabLinear` for q/k/v and gate/up, and `replace_linear`."""
+"""`SlabLinear`, the drop-in replacement of `nn.Linear`, and `FusedSlabLinear` for q/k/v and gate/up."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,17 @@ from torch.autograd import forward_ad
 from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
 from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
+from .prepared import Prepared, Source, keep
 
 
 class SlabLinear(nn.Module):
     """y = x W.T + bias from a packed weight; frozen, differentiable in x and bias.
 
     The packed tensors are buffers under their format names, so a state dict is the canonical checkpoint form. What a
-    backend prepares from them is made on the first call (or by `prepare`) and never saved; moving the module to another
-    device or assigning a packed tensor drops it; after writing into one in place, call `prepare`. Casting the module
-    (`.half()`, `.to(dtype)`) casts the bias only: packed tensors keep their types.
+    backend prepares from them is made on the first call (or by `prepare`), never saved, and made anew when the module holds
+    other tensors or they were written into (not seen: writing through `.data`, into an inference tensor, or after
+    torch.compile; call `prepare`). Casting the module (`.half()`, `.to(dtype)`) casts the bias only: packed tensors keep
+    their types. Under autocast x is cast and the result has autocast's type, as of an nn.Linear.
     """
 
     def __init__(self, layout: PackedLayout, bias: bool = False, device=None, dtype: torch.dtype | None = None):
@@ -36,7 +39,7 @@ class SlabLinear(nn.Module):
         self.metadata.fill_(0x44)  # the first two of four kept: legal, so a fresh module is the zero map
         shape = (layout.out_features,)
         self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False) if bias else None
-        self._linears: dict[torch.dtype, tuple] = {}
+        self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
         self._home: torch.device | None = None  # where the layer works, once its canonical tensors are offloaded
 
     @classmethod
@@ -51,7 +54,7 @@ class SlabLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The packed weight that this module holds (not copied)."""
-        return PackedWeight(self.layout, **{name: self._buffers[name] for name in TENSOR_NAMES})
+        return _packed(self.layout, self._buffers)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense nn.Linear with the same function.
@@ -71,11 +74,8 @@ class SlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run it.
         """
-        if any(versions != self._versions() for *_, versions in self._linears.values()):
-            self._linears = {}
-        kept = self._linears.get(dtype)
-        if kept is not None and kept[0] is not self._select(dtype):
-            del self._linears[dtype]
+        backend = self._select(dtype)
+        self._linears[dtype] = tuple(p for p in self._linears.get(dtype, ()) if p.backend is backend)
         self._prepared(dtype)
         return self
 
@@ -83,24 +83,28 @@ class SlabLinear(nn.Module):
         device = self._home or self.values.device
         return dispatch.select(LinearProblem.of(self.layout, 1, dtype, device.type))
 
-    def _versions(self) -> list[int]:
-        """How often each packed tensor was written in place."""
-        return [0 if t.is_inference() else t._version for t in self.packed().tensors().values()]
-
-    def _prepared(self, dtype: torch.dtype) -> tuple:
-        """What `_linears` keeps for that dtype, made if need be."""
+    def _prepared(self, dtype: torch.dtype) -> Prepared:
+        """What `_linears` keeps for that dtype and the tensors that are here now, made if need be."""
         linears = self._linears  # whoever changes the weight puts another dict there, and what is being made now goes with the old one
-        if dtype in linears:
-            return linears[dtype]
-        values, versions, backend = self.values, self._versions(), self._select(dtype)
-        made = [state for other, state, *_ in linears.values() if other is backend and not backend.one_dtype]
-        shared = made[0] if made else None
-        if shared is None:
+        buffers = self._buffers.copy()
+        source = Source.of(buffers.values())
+        for prepared in linears.get(dtype, ()):
+            if prepared.source.is_still(source.tensors):
+                return prepared
+        backend, packed = self._select(dtype), _packed(self.layout, buffers)
+        others = () if backend.one_dtype else itertools.chain(*linears.copy().values())  # another thread may be adding one
+        made = [p.state for p in others if p.backend is backend and p.source.is_still(source.tensors)]
+        if not made:
             # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
-                shared = backend.prepare(self.packed().to(self._home or values.device), dtype)
-        linears[dtype] = (backend, shared, values, versions)
-        return linears[dtype]
+                made.append(backend.prepare(packed.to(self._home or packed.values.device), dtype))
+        return keep(linears, dtype, Prepared(backend, made[0], source))
+
+    @torch.compiler.assume_constant_result
+    def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
+        """For torch.compile before the first call: done while it traces, and not traced."""
+        self._prepared(dtype)
+        return True
 
     def offload(self) -> SlabLinear:
         """Keep the canonical tensors in CPU memory from now on: a prepared layer works from its own copy of them.
@@ -113,32 +117,39 @@ class SlabLinear(nn.Module):
         if not self._linears:
             raise RuntimeError("offload() needs a prepared layer: call prepare(dtype) first")
         self._home = self._home or self.values.device
+        kept = {d: [p for p in made if p.source.is_still(self._buffers.values())] for d, made in self._linears.copy().items()}
         for name, tensor in self.packed().tensors().items():
             self._buffers[name] = tensor.cpu()
-        for dtype, kept in self._linears.items():
-            self._linears[dtype] = (*kept[:2], self.values, self._versions())
+        source = Source.of(self._buffers.values())
+        self._linears = {d: tuple(p._replace(source=source) for p in made) for d, made in kept.items()}
         return self
 
     @property
     def backend(self) -> str | None:
         """Name of the backend that serves the last prepared dtype, or None before the first call."""
-        return next((backend.name for backend, *_ in reversed(self._linears.values())), None)
+        return next((kept[-1].backend.name for kept in reversed(self._linears.copy().values()) if kept), None)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ShapeError(f"x has shape {list(x.shape)}, but this layer takes in_features={self.in_features} last")
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, self.bias)
-        prepared = self._linears.get(x.dtype)
-        if prepared is None:
-            if torch.compiler.is_compiling():  # a first call inside a trace: the canonical op is always right
+        if torch._C._is_any_autocast_enabled():
+            x = _autocast(x)
+        if torch.compiler.is_dynamo_compiling():
+            self._prepare_in_trace(x.dtype)
+        kept = self._linears.get(x.dtype, ())
+        for prepared in kept:
+            if prepared.source.is_still(self._buffers.values()):
+                return prepared.backend.linear(x, prepared.state, self.bias)
+        if torch.compiler.is_compiling():
+            if not (kept and torch.compiler.is_exporting()):  # which puts fakes in the buffers' place
                 tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
-                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)
+                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)  # of whatever is here
+            prepared = kept[0]
+        else:
             prepared = self._prepared(x.dtype)
-        elif prepared[2] is not self._buffers["values"] and not torch.compiler.is_compiling():
-            self._linears = {}  # functional_call put others there for this call; torch.export does too, but fakes of the same
-            prepared = self._prepared(x.dtype)
-        return prepared[0].linear(x, prepared[1], self.bias)
+        return prepared.backend.linear(x, prepared.state, self.bias)
 
     def __setattr__(self, name: str, value) -> None:
         if name in TENSOR_NAMES:
@@ -171,6 +182,9 @@ class SlabLinear(nn.Module):
                 errors.append(f"{prefix}{name} is {found.dtype}, this layer's is {buffer.dtype}: it was packed in another format")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, buffer in self.packed().tensors().items():
+            if buffer.is_inference():  # counts no writing: another object has to tell
+                self._buffers[name] = buffer.detach()
         self._linears = {}  # after it: a call meanwhile prepared what was there before
 
     def __getstate__(self):
@@ -191,7 +205,7 @@ class FusedSlabLinear(nn.Module):
     """Several SlabLinear that read the same x (q, k, v; gate, up) as one: one launch where the backend has such a kernel.
 
     The parts stay modules of their own, `parts.0`, `parts.1`, ..., with their biases; only what a backend prepares is
-    shared. Every part keeps its own U, V, P and Q. Frozen: after a change in place to a part or its bias, call `prepare` again.
+    shared. Every part keeps its own U, V, P and Q. Frozen, and differentiable in x and the biases, like the parts.
     """
 
     def __init__(self, parts: Iterable[SlabLinear]):
@@ -218,26 +232,38 @@ class FusedSlabLinear(nn.Module):
         self._prepared(dtype)
         return self
 
-    def _prepared(self, dtype: torch.dtype) -> tuple:
-        linears, states = self._linears, [part._linears for part in self.parts]
-        packed = [part.packed().to(part._home or part.values.device) for part in self.parts]
-        linears[dtype] = (*dispatch.prepare_fused(packed, dtype), _joined_bias(self.parts), states)
-        return linears[dtype]
+    @torch.compiler.assume_constant_result
+    def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
+        kept = self._linears.get(dtype, ())
+        return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        return itertools.chain.from_iterable(part._buffers.values() for part in self.parts)
+
+    def _prepared(self, dtype: torch.dtype) -> Prepared:
+        linears, buffers = self._linears, [part._buffers.copy() for part in self.parts]
+        source = Source.of(itertools.chain.from_iterable(held.values() for held in buffers))
+        packed = [_packed(part.layout, held) for part, held in zip(self.parts, buffers, strict=True)]
+        packed = [weight.to(part._home or weight.values.device) for part, weight in zip(self.parts, packed, strict=True)]
+        return keep(linears, dtype, Prepared(*dispatch.prepare_fused(packed, dtype), source))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ShapeError(f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last")
         if forward_ad._current_level >= 0:
-            _refuse_tangents(x)
-        prepared = self._linears.get(x.dtype)
-        if prepared is None:
-            if torch.compiler.is_compiling():
+            _refuse_tangents(x, *(part.bias for part in self.parts))
+        if torch._C._is_any_autocast_enabled():
+            x = _autocast(x)
+        if torch.compiler.is_dynamo_compiling():
+            self._prepare_in_trace(x.dtype)
+        kept = self._linears.get(x.dtype, ())
+        prepared = next((p for p in kept if p.source.is_still(self._tensors())), None)
+        if prepared is None and torch.compiler.is_compiling():
+            if not (kept and torch.compiler.is_exporting()):  # see SlabLinear.forward
                 return tuple(part(x) for part in self.parts)
-            prepared = self._prepared(x.dtype)
-        elif not torch.compiler.is_compiling() and any(s is not part._linears for s, part in zip(prepared[3], self.parts, strict=True)):
-            prepared = self._prepared(x.dtype)  # a part that gets another weight takes another dict
-        backend, state, bias, _ = prepared
-        return backend.linear_fused(x, state, bias).split(self.sizes, -1)
+            prepared = kept[0]
+        backend, state, _ = prepared or self._prepared(x.dtype)
+        return backend.linear_fused(x, state, _joined_bias(self.parts)).split(self.sizes, -1)
 
     def _apply(self, fn, recurse: bool = True):
         self._linears = {}
@@ -247,42 +273,29 @@ class FusedSlabLinear(nn.Module):
         return {**self.__dict__, "_linears": {}}
 
 
+def _packed(layout: PackedLayout, buffers: dict[str, Tensor | None]) -> PackedWeight:
+    return PackedWeight(layout, **{name: buffers[name] for name in TENSOR_NAMES})
+
+
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast hands it to nn.Linear: in its type, where it is on for x's device, unless x is fp64 or no float."""
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return x
+    return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(torch.get_autocast_dtype(kind))
+
+
 def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
+    """The parts' biases one after the other, zeros for a part without; joined in every call, so that it is never an old one."""
     biases = [part.bias for part in parts]
     if all(bias is None for bias in biases):
         return None
     given = next(bias for bias in biases if bias is not None)
     dtype = functools.reduce(torch.promote_types, (bias.dtype for bias in biases if bias is not None))
     zero = functools.partial(given.new_zeros, dtype=dtype)
-    joined = [zero(part.out_features) if part.bias is None else part.bias.to(dtype) for part in parts]
-    return torch.cat(joined).detach()
-
-
-def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Module:
-    """Swap the named nn.Linear modules of `model` for SlabLinear, in place; biases are kept.
-
-    Raises: KeyError for a name that is no nn.Linear of the model, ShapeError for a weight of another shape. Everything
-    is checked before anything is replaced.
-    """
-    modules = dict(model.named_modules())
-    for name, weight in packed.items():
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            kind = "absent" if linear is None else type(linear).__name__
-            raise KeyError(f"{name!r} is {kind} in {type(model).__name__}; only nn.Linear modules can be replaced")
-        if (linear.out_features, linear.in_features) != (weight.out_features, weight.in_features):
-            raise ShapeError(
-                f"{name!r} is {linear.out_features}x{linear.in_features}, the packed weight "
-                f"{weight.out_features}x{weight.in_features} (out_features x in_features)"
-            )
-    for name, weight in packed.items():
-        linear = modules[name]
-        device = linear.weight.device
-        moved = weight if device.type == "meta" else weight.to(device)
-        model.set_submodule(name, SlabLinear.from_packed(moved, linear.bias))
-    return model
+    return torch.cat([zero(part.out_features) if b is None else b.to(dtype) for part, b in zip(parts, biases, strict=True)])

@@ -1,8 +1,8 @@
 """`torch.ops.slab_kernels.linear`: the operation on canonical packed tensors, as one opaque, functional torch op.
 
 `dequantize` beside it rebuilds the dense weight, [N,K] fp32. Both are registered on first use, not at import, and run
-the reference on any device; backends with prepared layouts register ops of their own (`slab_kernels::linear_cpu`).
-Fake kernels and autograd (of x and bias: packed weights are frozen) serve torch.compile and torch.export.
+the reference on any device, in x's type whatever autocast says: SlabLinear casts x as nn.Linear does, an op does not.
+Backends with prepared layouts register ops of their own (`slab_kernels::linear_cpu`). Fake kernels and autograd (of x and bias: packed weights are frozen) serve torch.compile and torch.export.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if needs_x:
         W = torch.ops.slab_kernels.dequantize(*ctx.saved_tensors, ctx.in_features)
-        grad_x = (grad.to(torch.float32) @ W).to(grad.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = (grad.to(torch.float32) @ W).to(grad.dtype)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, *(None,) * len(TENSOR_ARGUMENTS), grad_bias, None

@@ -319,7 +319,8 @@ def _prepare(path: Path) -> None:
         raise ConfigError(f"there is no home folder for {path}; give a folder with --out")
     _present(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
@@ -351,7 +352,7 @@ def save(path: Path, rows: Iterable[Row], device: Device) -> None:
     target = Path(os.path.realpath(path))  # a link stays one
     fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with fresh.open("w", encoding="utf-8") as f:
+        with open(fresh, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
             f.write(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
             f.flush()
             os.fsync(f.fileno())

@@ -347,11 +347,11 @@ def test_slab_linear_on_the_emulated_device(emulated, values, rank, adapter_rank
         for dtype in DTYPES:
             x = torch.randint(-2, 3, shape).to(dtype)
             y = module(x)
-            assert module._linears[dtype][0].name == "cuda"
+            assert module._linears[dtype][0].backend.name == "cuda"
             assert y.dtype == dtype and torch.equal(y, oracle(x, packed, bias)[0].to(dtype))
-    assert len(module._linears) == 2 and module._linears[DTYPES[0]][1].dtype == DTYPES[0]
+    assert len(module._linears) == 2 and module._linears[DTYPES[0]][0].state.dtype == DTYPES[0]
     module(torch.ones(1, 200))
-    assert module._linears[torch.float32][0].name != "cuda"
+    assert module._linears[torch.float32][0].backend.name != "cuda"
     with pytest.raises(ShapeError, match="takes in_features=200 last"):
         module(half(2, 199))
 

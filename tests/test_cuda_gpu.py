@@ -349,7 +349,7 @@ def test_module_on_a_gpu():
     other = "reference" if dispatch.backend("triton").missing(DEVICE) else "triton"
     for dtype, name in ((torch.float32, other), (torch.float16, "cuda"), (torch.bfloat16, "cuda"), (torch.float16, "cuda")):
         assert torch.equal(module(it.x[:5].to(dtype)), it.exact[:5].to(dtype))
-        assert module._linears[dtype][0].name == name
+        assert module._linears[dtype][0].backend.name == name
     module.bias.requires_grad_()
     x = it.x[:5].clone().requires_grad_()
     module(x).float().sum().backward()

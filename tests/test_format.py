@@ -241,7 +241,7 @@ def test_factors_keep_their_product_in_range():
     assert torch.allclose(u @ v.T, U @ V.T, rtol=2e-3)
     assert all(torch.equal(a, b) for a, b in zip(fmt.round_factors(u, v), (u, v), strict=True))
     with pytest.raises(fmt.RangeError, match="does not fit torch.float16"):
-        fmt.round_factors(torch.full((2, 1), 1e30), torch.full((4, 1), 1e30))
+        fmt.round_factors(torch.full((2, 1), 1e30), torch.full((4, 1), 1e30), torch.float16)
 
 
 def test_golden_bytes_of_an_int8_adapter():

@@ -14,7 +14,9 @@ import torch
 from slab_kernels import dispatch, ops, reference
 from slab_kernels.backends.base import BackendError, LinearProblem
 from slab_kernels.format import FormatError, PackedLayout, ShapeError, pack, unpack
-from slab_kernels.nn import FusedSlabLinear, SlabLinear, replace_linear
+from slab_kernels.nn import FusedSlabLinear, SlabLinear
+from slab_kernels.prepared import Prepared, Source
+from slab_kernels.replacement import replace_linear
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, error_bound, oracle, random_packed
 
 LAYOUT = PackedLayout(24, 48, "fp16", rank=2, adapter_rank=3)
@@ -112,7 +114,8 @@ def test_bias_gradient_of_a_single_token_without_batch():
         module.bias.requires_grad_()
         if backend:
             state = dispatch.backend(backend).prepare(module.packed())
-            module._linears[torch.float32] = (dispatch.backend(backend), state, module.values, module._versions())
+            source = Source.of(module._buffers.values())
+            module._linears[torch.float32] = (Prepared(dispatch.backend(backend), state, source),)
         module(torch.ones(48)).sum().backward()
         assert torch.equal(module.bias.grad, torch.ones(24))
 
@@ -277,8 +280,8 @@ def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
     fused(x)
     part.load_state_dict(new)
     assert all(torch.equal(y, w) for y, w in zip(fused(x), (want, old), strict=True))
-    state = part.prepare()._linears[torch.float32][1]
-    assert part.prepare()._linears[torch.float32][1] is state  # a CUDA graph may hold its addresses
+    state = part.prepare()._linears[torch.float32][0].state
+    assert part.prepare()._linears[torch.float32][0].state is state  # a CUDA graph may hold its addresses
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference" if backend == "cpu" else "cpu")
     assert part.prepare().backend != backend
 

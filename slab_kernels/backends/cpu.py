@@ -6,6 +6,9 @@ accumulation, whatever the activations' type. With few tokens the weight is neve
 tile in cache. Within either regime a row of y depends on its own token only and on no thread count; between the two the
 order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces an instruction set.
 
+Where the reference is finite, so are these kernels for |x| up to 2^80: above it, sums that a scale or a small factor is yet
+to multiply may overflow.
+
 NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure 2:4 weight (rank 0)
 has no weight at pruned positions, so with few tokens a NaN there does not reach rows that prune it.
 """
@@ -13,6 +16,7 @@ has no weight at pruned positions, so with few tokens a NaN there does not reach
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +28,11 @@ from torch.nn.functional import pad
 from .. import bitpacking as bits
 from ..format import PackedWeight
 from ..ops import register_vmap
-from .base import Backend, LinearProblem
+from . import factors
+from .base import Backend, BackendError, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
+ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set
 VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}  # ValueType of csrc/format.h in the stream
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
@@ -73,11 +79,14 @@ class CpuBackend(Backend):
 
         U = V = P = Q = None
         if packed.U is not None:
-            U, V = row_blocks(packed.U.float()), inputs(packed.V.float()).T.contiguous()
+            U, V = factors.beside_results(packed.U, packed.V)
+            U, V = row_blocks(U), inputs(V).T.contiguous()
         if packed.P is not None:
             P, Q = packed.adapter()
             exact = all(torch.equal(t.half().to(t.dtype), t) for t in (P, Q))
             stored, rank = torch.float16 if exact else torch.float32, P.shape[1]
+            if not exact:
+                P, Q = factors.beside_results(P, Q)
             padded = -(-rank // (2 * ROWS)) * 2 * ROWS
             P = row_blocks(P.to(stored))
             Q = pad(inputs(Q.to(stored)), (0, padded - rank)).view(columns, -1, ROWS).transpose(0, 1).contiguous()
@@ -96,7 +105,10 @@ def widened(values: Tensor) -> Tensor:
 
 
 def missing_library() -> str | None:
-    """Why the native library cannot be used here and what to do about it, or None."""
+    """Why the native library cannot be used here and what to do about it, or None.
+
+    Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here: a forced choice is never passed over.
+    """
     if not LIBRARY.exists():
         return (
             f"the native library {LIBRARY.name} was not built; install a C++17 compiler (g++ or clang++) and run "
@@ -104,6 +116,8 @@ def missing_library() -> str | None:
         )
     try:
         load_library()
+    except BackendError:
+        raise
     except (OSError, RuntimeError) as error:
         return f"the native library {LIBRARY.name} does not load: {error}"
     return None
@@ -112,23 +126,32 @@ def missing_library() -> str | None:
 def runnable() -> list[str]:
     """Instruction sets that this build can run on this machine, best first."""
     load_library()
+    return _runnable()
+
+
+def _runnable() -> list[str]:
     return torch.ops.slab_kernels.cpu_runnable().split(", ")
 
 
 def load_library() -> None:
     """Load the library and register fake kernels and autograd, once, whichever thread comes first.
 
-    Raises: OSError if the library is missing or does not load, RuntimeError if SLAB_KERNELS_CPU_ISA names an
-    instruction set that is unknown or cannot run here.
+    Raises: OSError or RuntimeError if the library is missing or does not load, BackendError if SLAB_KERNELS_CPU_ISA names
+        an instruction set that is unknown or cannot run here.
     """
     with _LOADING:
         _load_once()
+    forced = os.environ.get(ENVIRONMENT)
+    if forced and forced not in _runnable():
+        raise BackendError(
+            f"{ENVIRONMENT}={forced} is not an instruction set that this build runs on this machine; "
+            f"choose one of {', '.join(_runnable())}, or unset it"
+        )
 
 
 @functools.cache
 def _load_once() -> None:
     torch.ops.load_library(str(LIBRARY))
-    torch.ops.slab_kernels.cpu_isa()
     register = torch.library.register_fake
     register("slab_kernels::linear_cpu", _linear_fake)
     register("slab_kernels::linear_cpu_frozen", _linear_fake)
@@ -156,7 +179,8 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         W = torch.ops.slab_kernels.dequantize_cpu(*ctx.saved_tensors, ctx.N, ctx.K)
-        grad_x = (grad.float() @ W).to(grad.dtype)
+        with torch.autocast("cpu", enabled=False):
+            grad_x = (grad.float() @ W).to(grad.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, grad_bias, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..format import PackedWeight, RangeError
+from ..format import MOST_LOST, PackedWeight, RangeError, rounding_error
 
 LARGEST_V = 8.0  # |v x| below 65504 up to |x| = 8188
 
@@ -18,7 +18,7 @@ def sign(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Raises: RangeError if U does not fit.
     """
-    U, V = packed.U.float(), packed.V[: packed.in_features].float()
+    U, V = packed.U.double(), packed.V[: packed.in_features].double()
     e = torch.maximum(_power(V.abs().median(0).values), _power(V.abs().amax(0) / LARGEST_V))
     return _checked("U", torch.ldexp(U, e), dtype), torch.ldexp(V, -e).to(dtype)
 
@@ -26,9 +26,22 @@ def sign(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """P [N, R'] and Q [K, R'] in `dtype`, |x Q| <= |x| in the 2-norm. Raises: RangeError if P does not fit."""
     P, Q = packed.adapter()
-    P, Q = P.float(), Q[: packed.in_features].float()
+    P, Q = P.double(), Q[: packed.in_features].double()  # squares of 1e-30 are 0 in fp32, of 1e30 infinite
     e = _power(torch.linalg.vector_norm(Q, dim=0))
     return _checked("P", torch.ldexp(P, e), dtype), torch.ldexp(Q, -e).to(dtype)
+
+
+def beside_results(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """U and V, or P and Q, as fp32 with powers of two moved between them, so that no x v is larger than a result: max |u| of a
+    rank comes to [1/2, 1), or less where the smallest |u| above 0 would leave fp32's normal numbers.
+
+    Nothing is rounded, so nothing but an overflow changes: v of 1e30 beside u of 1e-30 made x v infinite for x of 1e9.
+    """
+    left, right = left.double(), right.double()
+    size = left.abs()
+    smallest = torch.where(size > 0, size, torch.inf).amin(0)
+    e = torch.minimum(_power(size.amax(0)), _power(torch.where(smallest < torch.inf, smallest, 0.0)) + 125)
+    return torch.ldexp(left, -e).float(), torch.ldexp(right, e).float()
 
 
 def _power(size: Tensor) -> Tensor:
@@ -37,7 +50,6 @@ def _power(size: Tensor) -> Tensor:
 
 
 def _checked(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-    t = t.to(dtype)
-    if not bool(t.isfinite().all()):
+    if not rounding_error(t.float(), dtype) <= MOST_LOST:
         raise RangeError(f"{name}, scaled so that the other factor is below 1, does not fit {dtype}; use bfloat16 activations")
-    return t
+    return t.to(dtype)

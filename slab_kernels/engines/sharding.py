@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..format import PackedLayout, PackedWeight, ShapeError
+from ..format import PackedLayout, PackedWeight, ShapeError, check_range
 from ..packed_checkpoint import read_packed
 
 ROWS_ONLY = ("U", "P")  # no K
@@ -34,14 +34,8 @@ class Slice:
     inputs: int
 
     def __post_init__(self):
-        whole, last = self.whole, self.first_input + self.inputs
-        if not (0 <= self.first_row and 0 < self.rows and self.first_row + self.rows <= whole.out_features):
-            raise ShapeError(f"rows {self.first_row} to {self.first_row + self.rows} are not inside out_features={whole.out_features}")
-        if not (0 <= self.first_input and 0 < self.inputs and last <= whole.in_features):
-            raise ShapeError(f"inputs {self.first_input} to {last} are not inside in_features={whole.in_features}")
-        unit = whole.slice_multiple
-        if self.first_input % unit or (last % unit and last != whole.in_features):
-            raise ShapeError(f"inputs {self.first_input} to {last} cut a unit of {unit} inputs in two")
+        check_range("out_features", self.first_row, self.rows, self.whole.out_features)
+        check_range("in_features", self.first_input, self.inputs, self.whole.in_features, self.whole.slice_multiple)
 
     @property
     def layout(self) -> PackedLayout:
@@ -73,6 +67,7 @@ def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: 
 
     Raises: ShapeError.
     """
+    _check_rank(rank, world, replicas)
     if len(layouts) not in (1, len(rows)):
         raise ShapeError(f"{len(layouts)} packed weights cannot make the {len(rows)} parts of one layer of the engine")
     slices, first = [], 0
@@ -93,6 +88,7 @@ def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: 
 
 def row_parallel(layout: PackedLayout, rank: int, world: int) -> Slice:
     """The slice of one rank of a layer that splits its inputs evenly. Raises: ShapeError naming the worlds that would do."""
+    _check_rank(rank, world)
     K, unit = layout.in_features, layout.slice_multiple
     if world > 1 and K % (world * unit):
         fitting = ", ".join(str(n) for n in range(1, 17) if K % (n * unit) == 0 or n == 1)
@@ -101,6 +97,12 @@ def row_parallel(layout: PackedLayout, rank: int, world: int) -> Slice:
             f"group_size={layout.group_size} needs; tensor_parallel_size may be {fitting}"
         )
     return Slice(layout, 0, layout.out_features, rank * (K // world), K // world)
+
+
+def _check_rank(rank: int, world: int, replicas: int = 1) -> None:
+    numbers = (rank, world, replicas)
+    if any(type(n) is not int for n in numbers) or not 0 <= rank < world or replicas < 1 or world % replicas:
+        raise ShapeError(f"rank={rank!r} of world={world!r} with replicas={replicas!r}: there is no such rank")
 
 
 class Shards:

@@ -158,11 +158,12 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         wide = grad.float()
         W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.planes, ctx.dtype)
-        grad_x = wide @ W
-        if P is not None:
-            parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, ctx.dtype)
-            for part, (left, right) in zip(wide.split(list(ctx.rows), -1), parts, strict=True):
-                grad_x = grad_x + (part @ left.float()) @ right.float()
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = wide @ W
+            if P is not None:
+                parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, ctx.dtype)
+                for part, (left, right) in zip(wide.split(list(ctx.rows), -1), parts, strict=True):
+                    grad_x = grad_x + (part @ left.float()) @ right.float()
         grad_x = grad_x.to(grad.dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

@@ -1,14 +1,16 @@
 """Where a device's machine code comes from: built ahead of time, or compiled by NVRTC into a cache, or nowhere and why.
 
-SLAB_KERNELS_CACHE names the cache folder, default ~/.cache/slab_kernels. A file's name holds a hash of all that went into
+SLAB_KERNELS_CACHE names the cache folder, default ~/.cache/slab_kernels; it is made for its user alone. A file's name holds a hash of all that went into
 it, its last 32 bytes the SHA-256 of the rest: what a full disk or a crash left half-written is compiled again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -89,37 +91,84 @@ def missing(capability: tuple[int, int], major: str | None = None) -> str | None
 
 
 def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.Nvrtc) -> bytes:
-    """The image from the cache, or compiled and put there. A cache that cannot be written or read is done without.
+    """The image from the cache, or compiled and put there. A cache that cannot be written or read is done without, and so is,
+    with a line on stderr, one that other users may write: its images would run in this process.
 
     Raises: CompileError if NVRTC refuses the source.
     """
     key = digest(sources, unit, architecture, nvrtc.version, *OPTIONS)[:32]
-    try:
-        folder = cache_folder()
-        kept = folder / f"{unit}.{architecture}.{key}{Path(image_name(unit, architecture)).suffix}"
-    except RuntimeError:  # no home folder
-        return rtc.compile_unit(sources, unit, architecture, nvrtc)
-    try:
-        whole = kept.read_bytes()
-        if len(whole) > _SUM and hashlib.sha256(whole[:-_SUM]).digest() == whole[-_SUM:]:
-            return whole[:-_SUM]
-    except OSError:
-        pass
+    folder = _own_folder()
+    kept = folder / f"{unit}.{architecture}.{key}{Path(image_name(unit, architecture)).suffix}" if folder else None
+    if kept and (data := _read(kept)):
+        return data
     print(f"slab_kernels: compiling the CUDA kernels for {architecture}, once (a minute or two)", file=sys.stderr, flush=True)
     data = rtc.compile_unit(sources, unit, architecture, nvrtc)
+    if kept:
+        _write(kept, data)
+    return data
+
+
+def _own_folder() -> Path | None:
+    """The cache folder, made if need be, for this user alone whatever the umask says; None if it cannot be used."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: of processes that compile the same at once the last one wins, and all read whole files.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=kept.name, suffix=".tmp", delete=False) as fresh:
+        folder = cache_folder()
+    except RuntimeError:  # no home folder
+        return None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        reason = distrust(folder.stat())
+    except OSError as error:
+        reason = f"cannot be used ({error.strerror or error}); SLAB_KERNELS_CACHE may name another"
+    if reason:
+        _say(f"the cache folder {folder} {reason}; the CUDA kernels are compiled again, and nothing is read or written there")
+    return None if reason else folder
+
+
+def _read(kept: Path) -> bytes | None:
+    """The image in that file if it is whole, and nobody else's."""
+    try:
+        with kept.open("rb") as f:
+            reason, whole = distrust(os.fstat(f.fileno())), f.read()
+    except OSError:
+        return None
+    if reason:
+        _say(f"{kept} {reason}; it is compiled again")
+    elif len(whole) > _SUM and hashlib.sha256(whole[:-_SUM]).digest() == whole[-_SUM:]:
+        return whole[:-_SUM]
+    return None
+
+
+def _write(kept: Path, data: bytes) -> None:
+    # Renamed when complete: of processes that compile the same at once the last one wins, and all read whole files.
+    with contextlib.suppress(OSError):
+        with tempfile.NamedTemporaryFile(dir=kept.parent, prefix=kept.name, suffix=".tmp", delete=False) as fresh:  # mode 0600
             try:
                 fresh.write(data + hashlib.sha256(data).digest())
                 fresh.close()
                 os.replace(fresh.name, kept)
             except OSError:
                 os.unlink(fresh.name)
-    except OSError:
-        pass
-    return data
+
+
+def distrust(found: os.stat_result) -> str | None:
+    """Why what is in a file or folder is not to be run, to follow its name in a sentence, or None.
+
+    It has to belong to this user or to root, and nobody else may write to it. Where there are no user ids, all is well.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    if found.st_uid not in (os.getuid(), 0):
+        return f"belongs to another user (uid {found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"may be written by other users (mode {stat.S_IMODE(found.st_mode):04o}; chmod go-w makes it yours alone)"
+    return None
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    """Once a process, to stderr."""
+    print(f"slab_kernels: {sentence}", file=sys.stderr, flush=True)
 
 
 def cache_folder() -> Path:

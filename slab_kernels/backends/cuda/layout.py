@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ... import bitpacking as bits
-from ...format import INTEGER_RANGES, VALUE_TYPES, PackedWeight, RangeError, ShapeError, plane_unit
+from ...format import (
+    INTEGER_RANGES,
+    MOST_LOST,
+    VALUE_TYPES,
+    PackedWeight,
+    RangeError,
+    ShapeError,
+    plane_unit,
+    rounding_error,
+)
 from .. import factors
 from ..base import differences
 
@@ -199,9 +208,9 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     (blocks, k_blocks), values = _blocks(packed), packed.layout.values
     q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
-        q = q.to(dtype)
-        if not bool(q.isfinite().all()):
+        if not rounding_error(q.float(), dtype) <= MOST_LOST:
             raise RangeError(f"a {values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[values]} ones")
+        q = q.to(dtype)
     # blocks h g k | step c t half
     q = _fill(q, blocks * 16, k_blocks * 64).view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)
     if STREAM_VALUES[values] == INT4:

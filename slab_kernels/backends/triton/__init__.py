@@ -184,7 +184,9 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         state = (*ctx.saved_tensors, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size)
-        grad_x = grad @ torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # an op: torch.compile traces this
+        W = torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # an op: torch.compile traces this
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = grad @ W
     if ctx.needs_input_grad[9]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, *(None,) * 8, grad_bias, *(None,) * 4

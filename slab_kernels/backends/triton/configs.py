@@ -13,6 +13,7 @@ import json
 import os
 import re
 import reprlib
+import stat
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -216,9 +217,15 @@ def regime(M: int, device: str) -> tuple[int, int | None]:
 
 
 def user_folder() -> Path:
-    """Where `slab-kernels tune` writes: $SLAB_KERNELS_CONFIGS, or slab_kernels in the user's configuration folder."""
+    """Where `slab-kernels tune` writes: $SLAB_KERNELS_CONFIGS, or slab_kernels in the user's configuration folder.
+
+    Raises: ConfigError if the variable names something that is no folder.
+    """
     if named := os.environ.get(ENVIRONMENT):
-        return Path(named).expanduser()
+        folder = Path(os.path.expanduser(named))
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise ConfigError(f"{ENVIRONMENT}={named} is no folder; name the folder that holds, or shall hold, the files of rows")
+        return folder
     return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "slab_kernels"
 
 
@@ -230,7 +237,11 @@ def file_name(device: str) -> str:
 def read(path: Path) -> list[Row]:
     """The rows of a file. Raises: ConfigError, one sentence with the file, the defect and the way out."""
     try:
-        return _rows_of(path.read_bytes())
+        with path.open("rb") as f:
+            mode, text = os.fstat(f.fileno()).st_mode, f.read()
+        if mode & stat.S_IWOTH:
+            raise ConfigError(f"everybody may write to it (mode {stat.S_IMODE(mode):04o}; chmod o-w)")
+        return _rows_of(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}; make it readable, or delete it") from error
     except (ValueError, RecursionError) as error:

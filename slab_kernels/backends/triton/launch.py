@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ... import bitpacking as bits
-from ...format import VALUE_TYPES, PackedWeight, RangeError, plane_unit
+from ...format import MOST_LOST, VALUE_TYPES, PackedWeight, RangeError, plane_unit, rounding_error
 from .. import factors
 from .configs import Config, Sizes
 
@@ -68,7 +68,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
         values = [bits.pack_int4(bits.unpack_values(t, first.values)) for t in values]
     elif value_type != first.values:
         values = [t.to(dtype) for t in values]
-        if not all(bool(t.isfinite().all()) for t in values):
+        if not all(rounding_error(part.values.float(), dtype) <= MOST_LOST for part in parts):
             raise RangeError(f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones")
     joined = {name: _joined([getattr(part, name) for part in parts]) for name in ("metadata", "signs", "scales")}
     if first.planes == 3:  # three bytes a unit cannot be copied in wide pieces: 9.2 instructions a weight instead of 8
