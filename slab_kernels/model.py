@@ -136,8 +136,9 @@ def compress(
             model_or_path = open_source(model_or_path, trust_remote_code).open_dense()
         source = open_source(model_or_path, trust_remote_code)
         path, blocks = find_blocks(source.model)
-        linears = [item for block in block_linears(path, blocks, 1, skip, tied_names(source.model)) for item in block.items()]
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears}
+        group = plan.group if plan.packed else 1  # a layer that no 2:4 fits is the model's matter, another pattern the user's
+        found = block_linears(path, blocks, group, skip, tied_names(source.model))
+        shapes = {name: tuple(linear.weight.shape) for block in found for name, linear in block.items()}
         plan.check_shapes(shapes)
         texts = _texts(source, calibration, heldout, given.sampling, tokenizer)
         settings = {
