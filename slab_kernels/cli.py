@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+MOST_ROWS = 20  # of a plain table that are printed
 
 
 def main() -> None:
@@ -326,7 +330,7 @@ def decompress(
 
 @app.command(epilog=console.EXIT_CODES)
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Run folders, or JSON of eval, bench or the demo.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Run folders, or JSON of eval, bench, the demo or another benchmark.")],
     out: Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")] = Path("report"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")] = True,
     json: Json = False,
@@ -337,11 +341,16 @@ def report(
     out = expanded(out)
     found = report.read(paths)
     written = [str(path) for path in report.write(found, out, plots)]
-    data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written}
+    data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written,
+            "tables": [asdict(table) for table in found.tables]}  # fmt: skip
 
     def show() -> None:
         if found.results:
             console.print_table(report.COLUMNS, report.table(found), found.model)
+        for table in found.tables:
+            console.print_table(table.columns, table.rows[:MOST_ROWS], table.title)
+            if len(table.rows) > MOST_ROWS:
+                print(f"and {len(table.rows) - MOST_ROWS} more rows on the page\n")
         print(data["headline"])
         console.print_pairs([(path, "") for path in written], "written")
 
