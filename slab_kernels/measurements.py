@@ -108,7 +108,8 @@ def read(paths: list[Path | str]) -> Report:
                 raise ReportError(f"{file} is none of the kinds that a report shows: {KINDS}")
             if isinstance(data.get("model"), str) and (rows or model is None):  # a file of results names it best
                 model = data["model"]
-            notes += [note for note in data.get("notes") or [] if isinstance(note, str)]
+            noted = data.get("notes")
+            notes += [note for note in noted if isinstance(note, str)] if isinstance(noted, list) else []
             notes += [data[name] for name in ("device", "machine") if isinstance(data.get(name), str)]
     if not found and not bench and not tables:
         raise ReportError(f"nothing to report in {', '.join(map(str, paths))}: no {RUN_RECORD}, no result rows")

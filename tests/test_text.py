@@ -148,7 +148,7 @@ def test_perplexity_refuses_what_it_cannot_measure(tokenizer):
         evaluate.perplexity(model, tokenizer, "")
     with pytest.raises(CalibrationError, match="window=65 is longer than the model's 64 positions"):
         evaluate.perplexity(model, tokenizer, "abc", window=65)
-    with pytest.raises(CalibrationError, match="outside the model's vocabulary of 40"):
+    with pytest.raises(CalibrationError, match="but the model's vocabulary has 40"):
         evaluate.perplexity(tiny_models.model(vocab_size=40), tokenizer, "xyz")
 
 
