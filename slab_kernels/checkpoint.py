@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .shards import (  # noqa: F401  (a folder's reader finds what it needs here)
+    CHECKSUMS,
     PARTIAL_SUFFIX,
     CheckpointError,
     TensorEntry,
@@ -144,8 +145,8 @@ class Checkpoint:
     def _without_weights(self) -> CheckpointError:
         if files := sorted(p.name for p in self.folder.glob("*.safetensors")):
             return CheckpointError(
-                f"{self.folder} holds {len(files)} safetensors files ({files[0]}) but no {WEIGHTS_NAME} and no "
-                f"{INDEX_NAME}; rename a single one to {WEIGHTS_NAME}, or fetch the index of several"
+                f"{self.folder} holds {len(files)} safetensors files but no {WEIGHTS_NAME} and no {INDEX_NAME}; "
+                f"rename {files[0]!r} if it is the whole model, or fetch the index"
             )
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
             return CheckpointError(

@@ -19,9 +19,10 @@ from .memory import peak_memory
 from .plan import Plan
 from .record import LayerRecord, MatchRecord, ProgressEvent
 from .sinks import FinishedBlock, Sink, dense_weight
-from .source import FolderSource, ModuleSource, compute_dtype, outside_filled, tied_names
+from .source import FolderSource, ModuleSource, compute_dtype, outside_filled
 from .streams import Stream, catch_stream
 from .team import Team
+from .ties import tied_names
 
 KEEP_ON_DEVICE = (
     0.25  # share of a GPU's free memory that hidden states may take before they are kept in host memory

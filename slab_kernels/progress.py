@@ -103,7 +103,7 @@ class Progress:
         check_same_settings(self.out, state["settings"], self.settings)
         self.inputs, self.search = state["inputs"], state["search"]
         for block in state["blocks"]:
-            if not _is_whole(self.out / block["file"], block["sha256"]):
+            if not is_whole(self.out / block["file"], block["sha256"]):
                 break  # this block and those after it are done again
             self.blocks.append(block)
 
@@ -201,7 +201,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether the file is there and has this hash."""
     try:
         return file_sha256(path) == sha256
     except (OSError, ValueError):  # ValueError: no file can have this name

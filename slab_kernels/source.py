@@ -26,7 +26,10 @@ from .checkpoint import (
 from .layout import MAX_FEATURES, FormatError
 from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
-from .stored_names import StoredNames
+from .skeleton import build
+from .stored_names import Forms, StoredNames, stored_forms
+from .text import CalibrationError, open_tokenizer
+from .ties import holds, settle, tied_names, untie, untie_config
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -39,26 +42,30 @@ ADAPTER_CONFIG = "adapter_config.json"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
-def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
+def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
 
+    trust_remote_code: run the Python code in the folder, where its config names some.
+
     Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
-    transformers has no causal model for it.
+    transformers has no causal model for it, or it needs code of the folder's that may not run.
     """
-    from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     where = "the given config" if config_folder is None else config_folder / "config.json"
     try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
         if config is None:
-            if not isinstance(read_json(where).get("model_type"), str):
+            described = read_json(where)
+            if not isinstance(described.get("model_type"), str):
                 raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
-            config = AutoConfig.from_pretrained(config_folder)
+            if not trust_remote_code:
+                _refuse_own_code(described, config_folder)
+            config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code)
         _check_sizes(config, where)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
             raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+        model = _build(config, trust_remote_code)
     except (CheckpointError, ArchitectureError, FormatError):
         raise
     except ImportError as error:
@@ -70,11 +77,43 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
     return model.eval()
 
 
-def _check_sizes(config, where: Path | str) -> None:
-    """The sizes in a config and in those inside it (of a model of several modalities). Raises: CheckpointError."""
+def _refuse_own_code(described: dict, folder: Path) -> None:
+    """Raises: ArchitectureError for a config.json of a type that transformers lacks and the folder's code defines."""
+    from transformers import CONFIG_MAPPING
+
+    if described.get("auto_map") and described["model_type"] not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"{folder} holds a model of its own Python code (model_type {described['model_type']!r}), which was not run; "
+            "read the .py files there, and if you trust them give trust_remote_code=True"
+        )
+
+
+def _build(config, trust_remote_code: bool) -> nn.Module:
+    """transformers would make the config's dtype the default of the whole process while it builds."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = config.get_text_config().dtype or config.dtype or torch.get_default_dtype()
+    dtype = config_dtype({"dtype": str(dtype)})
+    dtypes = [(part, part.dtype) for part in _configs(config)]
+    for part, _ in dtypes:
+        part.dtype = None
+    try:
+        return build(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), dtype)
+    finally:
+        for part, own in dtypes:
+            part.dtype = own
+
+
+def _configs(config) -> list:
+    """A config and those inside it (of a model of several modalities)."""
     from transformers import PretrainedConfig
 
-    for part in (config, *(c for c in vars(config).values() if isinstance(c, PretrainedConfig))):
+    return [config, *(part for part in vars(config).values() if isinstance(part, PretrainedConfig))]
+
+
+def _check_sizes(config, where: Path | str) -> None:
+    """The sizes in a config and in those inside it. Raises: CheckpointError."""
+    for part in _configs(config):
         for name, most in MAX_SIZES.items():
             sizes = _size(part, name)
             for size in sizes if isinstance(sizes, list | tuple) else [sizes]:  # some models list one for each layer
@@ -102,12 +141,6 @@ def text_config(model: nn.Module):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameter that is another one under a second name -> that other name (lm_head.weight -> embed_tokens.weight)."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return dict(tied)
-
-
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put `tensor` where the model has the parameter or buffer `name`; parameters stop requiring gradients."""
     path, _, leaf = name.rpartition(".")
@@ -128,8 +161,9 @@ class FolderSource:
     has a weight; for a folder that is compressed already.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.checkpoint = Checkpoint(folder)
+        self.trust_remote_code = trust_remote_code
         self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
         quantised = self.config.get("quantization_config")
         if quantised:
@@ -137,16 +171,19 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
-        self.model = build_skeleton(Path(folder))
+        self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
         self._expected: dict[str, str] = {}
         self._match()
 
     def _match(self) -> None:
-        expected, tied = self.model.state_dict(), tied_names(self.model)
+        expected = self.model.state_dict()
         self.stored = StoredNames(self.model, self.checkpoint.entries)
         self.ignored = self.stored.ignored
+        if not settle(self.model, self.stored, self.checkpoint.get):
+            untie_config(self.config)
+        tied = tied_names(self.model)
         for name in expected.keys() - self.stored.origins.keys() - tied.keys():
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks the tensor {name!r} that {type(self.model).__name__} needs"
@@ -164,8 +201,7 @@ class FolderSource:
 
     @property
     def names(self) -> list[str]:
-        tied = tied_names(self.model)
-        return sorted(n for n in self.stored.origins if n not in tied)
+        return sorted(self.stored.origins)
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         origin = self.stored.origins[name]
@@ -184,8 +220,23 @@ class FolderSource:
             )
         return tensor
 
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are."""
+        return self.stored.forms(names, self._read)
+
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+    def open_dense(self) -> nn.Module:
+        """The model itself, in memory; every tensor has been seen to be there, where transformers would invent it."""
+        from transformers import AutoModelForCausalLM
+
+        trust = self.trust_remote_code
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype="auto", trust_remote_code=trust).eval()
+
+    def tokenizer(self):
+        """Raises: CheckpointError if the folder holds none that can be used."""
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
@@ -218,7 +269,7 @@ class ModuleSource:
     Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, trust_remote_code: bool = False):
         from accelerate.hooks import remove_hook_from_module
 
         if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
@@ -242,11 +293,14 @@ class ModuleSource:
                 "device_map); load the model without device_map, or give its folder, which is read block by block"
             )
         self.dense = model
+        self.trust_remote_code = trust_remote_code
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
         hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
         memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
         self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
+        if not holds(model):
+            untie(self.model)
         self.tokenizer_path = getattr(model.config, "_name_or_path", "") or ""
         self.name = Path(self.tokenizer_path).name or type(model).__name__
         self.ignored: list[str] = []
@@ -265,6 +319,10 @@ class ModuleSource:
         t = getattr(self.dense.get_submodule(path), leaf).detach()
         return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
 
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are: what transformers would save."""
+        return stored_forms(self.dense, {name: self.get(name) for name in names})
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in self.names:
@@ -272,6 +330,14 @@ class ModuleSource:
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+    def tokenizer(self):
+        """Raises: CalibrationError if the model knows no folder, CheckpointError if that has no tokenizer."""
+        if not self.tokenizer_path:
+            raise CalibrationError(
+                "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
+            )
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
 
     def hashes(self) -> dict[str, str]:
         return {}  # `fingerprint` has seen every byte
@@ -296,30 +362,35 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def config_dict(model: nn.Module) -> dict:
-    """config.json of a model in memory, without quantization_config."""
+    """config.json of a model in memory, without quantization_config; tied as its weights are."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
     config.pop(WEIGHTS_KEY, None)
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    config["dtype"] = str(next(dtypes, torch.float32)).removeprefix("torch.")
+    if not holds(model):
+        untie_config(config)
     return config
 
 
-def open_source(model_or_path) -> FolderSource | ModuleSource:
+def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource | ModuleSource:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub (downloaded to its cache).
+
+    trust_remote_code: run the Python code in the folder, where its config names some.
 
     Raises: CheckpointError, ArchitectureError.
     """
     if isinstance(model_or_path, nn.Module):
-        return ModuleSource(model_or_path)
+        return ModuleSource(model_or_path, trust_remote_code)
     folder = hub_folder(str(model_or_path))
     if (folder / ADAPTER_CONFIG).is_file():
         raise ArchitectureError(
             f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load it with PEFT, merge it into its "
             "base model (model.merge_and_unload()), save that and compress the copy"
         )
-    return FolderSource(folder)
+    return FolderSource(folder, trust_remote_code)
 
 
 def hub_folder(name: str) -> Path:

@@ -17,8 +17,11 @@ PACKAGE = ROOT / "slab_kernels"
 
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
-MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
-         "decompress", "packed_config", "streams", "inputs", "stored_names", "surroundings", "arguments", "token_ids"}
+MODEL = {
+    "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
+    "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "unpacking",
+    "packed_config", "surroundings", "arguments", "token_ids", "ties",
+}  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -65,19 +68,28 @@ ALLOWED: dict[str, set[str]] = {
     "streams": {"blocks", "text"},
     "inputs": {"streams", "text"},
     "stored_names": {"checkpoint"},
-    "source": FORMAT | {"blocks", "checkpoint", "paths", "side_files", "stored_names", "text"},
+    "skeleton": {"blocks"},
+    "ties": {"stored_names"},
+    "source": FORMAT
+    | {"blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
-    | {"streams", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "text"},
-    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
-    "model": FORMAT | MODEL | {"methods", "nn", "paths"},
+    | {"streams", "team", "text", "ties"},
+    "packed_checkpoint": FORMAT
+    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "stored_names"}
+    | {"text", "ties"},
+    "unpacking": FORMAT
+    | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
+    "finish": FORMAT | {"checkpoint", "nn", "packed_config", "plan", "progress", "record", "sinks"},
+    "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
     "tasks": {"packed_checkpoint", "paths", "token_ids"},
-    "engines": FORMAT | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "source"},
+    "engines": FORMAT
+    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton"}
+    | {"source", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},

@@ -461,9 +461,9 @@ NAME = "model.layers.1.self_attn.k_proj"
         (
             {"module": {"out_features": 8}},
             CheckpointError,
-            r"k_proj is 8x32 in quantization_config and 16x32 in the model",
+            r"k_proj\.values' has shape \[16, 16\], expected \[8, 16\] by quantization_config",
         ),
-        ({"module": {"values": "fp7"}}, FormatError, "k_proj: values='fp7' is unknown"),
+        ({"module": {"values": "fp7"}}, FormatError, "k_proj': values='fp7' is unknown"),
         ({"module": {"rank": 0}}, CheckpointError, "holds the unexpected tensor"),
         ({"module": {"rank": -1}}, FormatError, "rank=-1 must be an integer between 0"),
         ({"module": {"out_features": 1 << 40}}, FormatError, "out_features=1099511627776 must be"),

@@ -27,7 +27,8 @@ from vllm.model_executor.utils import replace_parameter
 from .. import dispatch
 from ..checkpoint import Checkpoint
 from ..format import PackedLayout, ShapeError
-from ..packed_checkpoint import QUANT_METHOD, check_tensors_fit, packed_skeleton, parse_layouts, read_layouts
+from ..packed_checkpoint import check_tensors_fit, packed_skeleton
+from ..packed_config import QUANT_METHOD, parse_layouts, read_layouts
 from .sharding import Shards, column_parallel, row_parallel
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
@@ -69,7 +70,9 @@ class SlabVllmConfig(QuantizationConfig):
         """
         if Path(model_name).is_dir():
             checkpoint = Checkpoint(model_name)
+            checkpoint.refuse_other_weights()
             check_tensors_fit(checkpoint, packed_skeleton(checkpoint, read_layouts(checkpoint)))
+            checkpoint.verify()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
