@@ -89,11 +89,13 @@ def train(
     device: str | torch.device = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    trust_remote_code: bool = False,
 ) -> dict:
     """Train the adapters of a packed folder on a text and write the result to the folder `out`.
 
     Args:
         text: see `text.read_text`, or token ids [samples, window] (see `token_ids`).
+        trust_remote_code: run the Python code in the folder, of which some models are made.
         resume: go on from the state that an interrupted run left beside `out`; the result is that of a run without a break.
 
     Returns: {"before", "after": mean negative log-likelihood a token on held-back windows, nats; "steps", "parameters"}.
@@ -105,7 +107,9 @@ def train(
         raise CheckpointError(f"{out} is not empty; choose an empty folder")
     if state.exists() and not resume:
         raise CheckpointError(f"{state} is left of an interrupted run; pass resume=True to go on with it, or delete it")
-    model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), open_tokenizer(hub_folder(str(path)))
+    dtype = torch.float32 if str(device) == "cpu" else None
+    model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(hub_folder(str(path)), trust_remote_code)
     ids = token_ids(text, "training")
     tokens = _windows(tokenizer, text, settings) if ids is None else ids
     check_vocabulary(tokens, model, "training")

@@ -156,5 +156,5 @@ def test_tokens_per_second(tokenizer):
     assert evaluate.tokens_per_second(tiny_models.model(), tokenizer, "abc", 8) > 0
     with pytest.raises(ValueError, match="new_tokens=1"):
         evaluate.tokens_per_second(tiny_models.model(), tokenizer, "abc", 1)
-    with pytest.raises(ValueError, match="no tokens"):
+    with pytest.raises(ValueError, match="prompt is empty"):
         evaluate.tokens_per_second(tiny_models.model(), tokenizer, "", 8)
