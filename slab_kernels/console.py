@@ -198,7 +198,7 @@ def _mute(stream) -> None:
 
 def as_options(message: str) -> str:
     """Advice in Python's words, said in the command line's: resume=True -> --resume, skip='*.x' -> --skip '*.x'."""
-    message = message.replace("resume=True", "--resume")
+    message = message.replace("resume=True", "--resume").replace("trust_remote_code=True", "--trust-remote-code")
     return re.sub(r"\b(skip|device|calibration|window|values|group_size)=(?=['\"])", lambda m: f"--{m[1].replace('_', '-')} ", message)
 
 

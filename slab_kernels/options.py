@@ -17,6 +17,9 @@ Shape = Annotated[str, typer.Option(help="out_features x in_features, for exampl
 Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
 Text = Annotated[str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")]
 
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder; nothing asks for it later.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare what is read with its checksums.")]
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

@@ -18,7 +18,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CHECKSUMS, Checkpoint, CheckpointError, checksum, tensor_bytes
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import check, check_finite, check_tensors_fit, load, packed_modules, read_packed, swap_in
+from ..packed_checkpoint import (
+    check,
+    check_finite,
+    check_tensors_fit,
+    load,
+    packed_modules,
+    read_packed,
+    swap_in,
+)
 from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
 from ..skeleton import computes
 from ..source import hub_folder
@@ -202,16 +210,18 @@ def register() -> None:
             auto.register_quantization_config(QUANT_METHOD)(SlabConfig)
 
 
-def compare(folder: Path | str) -> dict:
+def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     """Open a packed folder by `slab_kernels.load` and by `from_pretrained`: {"folder", "transformers" (version), "tensors" (compared)}.
+
+    trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever `load` raises.
     """
     from transformers import AutoModelForCausalLM, __version__
 
     path = hub_folder(str(folder))
-    ours = load(path)
-    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    ours = load(path, trust_remote_code=trust_remote_code)
+    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code))
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
