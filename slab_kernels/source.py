@@ -42,13 +42,19 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
     Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
     transformers has no causal model for it.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     where = "the given config" if config_folder is None else config_folder / "config.json"
     try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
         if config is None:
-            if not isinstance(read_json(where).get("model_type"), str):
+            content = read_json(where)
+            if not isinstance(content.get("model_type"), str):
                 raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
+            if "auto_map" in content and content["model_type"] not in CONFIG_MAPPING:
+                raise ArchitectureError(
+                    f"{where} needs code of its own (auto_map), and slab_kernels runs no code from a model folder; "
+                    "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it, dense or packed"
+                )
             config = AutoConfig.from_pretrained(config_folder, trust_remote_code=False)
         _check_sizes(config, where)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

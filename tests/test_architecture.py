@@ -75,7 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "record"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "source"},
+    "engines": FORMAT
+    | {"checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton", "source", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},
