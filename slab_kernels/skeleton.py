@@ -51,7 +51,10 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             if module._buffers[name] is not None and module._buffers[name].is_meta:
-                raise ArchitectureError(f"{type(model).__name__} makes the buffer '{path}.{name}' without values")
+                raise ArchitectureError(
+                    f"{type(model).__name__} makes the buffer {name!r} of '{path}' ({type(module).__name__}) without values, "
+                    "and no checkpoint holds it"
+                )
     empty: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
