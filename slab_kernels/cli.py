@@ -212,7 +212,7 @@ def _open(
     _force(backend)
     _skip_checksums(no_verify)
     where = resolve_device(device)
-    kind = torch_dtype(dtype) if dtype else torch.float32 if where.type == "cpu" else None
+    kind = torch_dtype(dtype) if dtype is not None else torch.float32 if where.type == "cpu" else None
     path = hub_folder(folder)
     seen = inspect(path)
     if seen["stored"] == "packed":
@@ -351,7 +351,7 @@ def decompress(
     from .model import decompress
 
     out = expanded(out)
-    kind = torch_dtype(dtype) if dtype else None
+    kind = None if dtype is None else torch_dtype(dtype)
     for left in decompress(folder, out, dtype=kind, verify=not no_verify, trust_remote_code=trust_remote_code):
         console.say(f"not carried along: {left}")
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")

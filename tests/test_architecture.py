@@ -49,7 +49,6 @@ ALLOWED: dict[str, set[str]] = {
     # a whole model
     "stdlib_text": set(),
     "rows": {"calibration"},
-    "token_ids": {"calibration"},
     "text": {"calibration", "checkpoint", "paths", "rows", "settings", "stdlib_text"},
     "shards": set(),
     "checkpoint": {"shards"},
@@ -83,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "nn", "packed_config", "plan", "progress", "record", "sinks"},
     "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
+    "token_ids": {"calibration", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
