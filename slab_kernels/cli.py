@@ -15,7 +15,7 @@ import typer
 
 from . import __version__, console, kernel_commands
 from .console import Outcome
-from .options import Backend, Device, Dtype, Folder, Json, Text, method_options, torch_dtype
+from .options import Backend, Device, Dtype, Folder, Json, Text, Verify, method_options, torch_dtype
 
 app = typer.Typer(
     name="slab-kernels",
@@ -131,6 +131,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
+    verify: Verify = True,
     json: Json = False,
 ) -> Outcome:
     """Perplexity per token of a compressed or dense model on a text, or its scores in tasks of lm-eval."""
@@ -139,7 +140,7 @@ def evaluate(
 
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
-    model, tokenizer, facts = _open(folder, device, dtype, backend)
+    model, tokenizer, facts = _open(folder, device, dtype, backend, verify)
     if tasks is not None:
         return _tasks(model, tokenizer, facts, [name.strip() for name in tasks.split(",") if name.strip()], task_files, limit)
     content = texts.read_text(text)
@@ -167,14 +168,17 @@ def _tasks(model: Any, tokenizer: Any, facts: dict[str, Any], names: list[str], 
     return Outcome(facts | {"tasks": found}, lambda: console.print_table(("task", "metric", "value"), rows, facts["folder"]))
 
 
-def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> tuple[Any, Any, dict[str, Any]]:
+def _open(
+    folder: str, device: str, dtype: str | None, backend: str | None, verify: bool
+) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and what is known of a packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from .inspection import inspect
     from .model import load
     from .pipeline import resolve_device
+    from .side_files import read_tokenizer
     from .source import hub_folder, open_source
 
     _force(backend)
@@ -183,13 +187,13 @@ def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> t
     path = hub_folder(folder)
     seen = inspect(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind)
+        model = load(path, device=where, dtype=kind, verify=verify)
     else:
         open_source(path)  # our checks first: transformers fills missing tensors with random numbers
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind or "auto").to(where).eval()
     facts = {"folder": folder, "method": seen["method"] or "dense", "stored": seen["stored"], "bits_per_weight": seen["bits_per_weight"]}
     facts |= {"device": str(where), "dtype": str(model.dtype).removeprefix("torch.")}
-    return model, AutoTokenizer.from_pretrained(path), facts
+    return model, read_tokenizer(path), facts
 
 
 def _force(backend: str | None) -> None:
@@ -210,6 +214,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
+    verify: Verify = True,
     json: Json = False,
 ) -> Outcome:
     """Continue a prompt from packed weights."""
@@ -217,7 +222,7 @@ def generate(
 
     import torch
 
-    model, tokenizer, facts = _open(folder, device, dtype, backend)
+    model, tokenizer, facts = _open(folder, device, dtype, backend, verify)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].shape[1]:
         raise typer.BadParameter("the prompt is empty and this tokenizer adds no start token; give --prompt some text")
@@ -310,16 +315,21 @@ def check(folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder wr
 def decompress(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16; default: what config.json names.")
+    ] = None,
+    verify: Verify = True,
     json: Json = False,
 ) -> Outcome:
     """Write a plain dense checkpoint with the same function, which any engine opens."""
     from .model import decompress
 
-    decompress(folder, out)
+    skipped = decompress(folder, out, torch_dtype(dtype) if dtype else None, verify)
+    for name in skipped:
+        console.say(f"warning: left out {name}")
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
-    return Outcome(
-        {"folder": str(folder), "out": str(out), "bytes": size}, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB")
-    )
+    data = {"folder": str(folder), "out": str(out), "bytes": size, "left_out": skipped}
+    return Outcome(data, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB"))
 
 
 @app.command(epilog=console.EXIT_CODES)

@@ -15,7 +15,7 @@ from . import __version__
 from .blocks import ArchitectureError, find_blocks
 from .budget import check_bits, search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
-from .decompress import decompress
+from .decompression import decompress
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
@@ -24,6 +24,7 @@ from .pipeline import compress_blocks, resolve_device
 from .plan import Plan
 from .progress import Progress, check_same_settings
 from .record import ProgressEvent, RunRecord, listener
+from .side_files import read_tokenizer
 from .sinks import FolderSink, MemorySink, layout_on_disk
 from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
 from .team import Team, local_device
@@ -274,19 +275,11 @@ def _check_ids(ids: Tensor, name: str) -> Tensor:
 
 
 def _tokenizer(path: str):
-    from transformers import AutoTokenizer
-
     if not path:
         raise CalibrationError(
             "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
         )
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give tokenizer="
-        ) from error
+    return read_tokenizer(path)
 
 
 def _dense_model(path: str | Path) -> nn.Module:

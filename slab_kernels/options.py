@@ -11,6 +11,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress; a dense model works too.")]
 Backend = Annotated[str | None, typer.Option(help="Force a backend; fails with every reason if it cannot run.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the activations: fp32, bf16 or fp16; default: the checkpoint's, fp32 on a CPU.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare every tensor with its checksum.")
+]
 Shape = Annotated[str, typer.Option(help="out_features x in_features, for example 11008x4096.")]
 Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
 Text = Annotated[str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")]

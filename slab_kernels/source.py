@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ MAX_SIZES = {
     "max_position_embeddings": 1 << 31,
 }  # fmt: skip
 MAX_EMBEDDING = 1 << 40  # entries
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")  # of config.json
+FEW_BLOCKS = 64  # built in a second, so that it may turn out by their names that some are not in the files
 
 
 def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
@@ -77,6 +80,31 @@ def _check_sizes(config, where: Path | str) -> None:
         width, vocabulary = _size(part, "hidden_size"), _size(part, "vocab_size")
         if type(width) is type(vocabulary) is int and width * vocabulary > MAX_EMBEDDING:
             raise CheckpointError(f"{where} asks for an embedding of {vocabulary}x{width} numbers, which no model has")
+
+
+def check_block_count(checkpoint: Checkpoint) -> None:
+    """The blocks that config.json asks for against those that the files hold, before any is built.
+
+    An encoder's number may stand there while the files hold the decoder alone, so only far more are refused.
+
+    Raises: CheckpointError.
+    """
+    numbers: dict[str, set[str]] = {}
+    for name in checkpoint.entries:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if first is not None:
+            numbers.setdefault(".".join(parts[:first]), set()).add(parts[first])
+    stored = max(map(len, numbers.values()), default=0)
+    config = checkpoint.config
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in BLOCK_COUNTS:
+            asked = part.get(key)
+            if type(asked) is int and asked > max(FEW_BLOCKS, 2 * stored):
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, and the files "
+                    f"hold {stored} blocks; it does not belong to them"
+                )
 
 
 def _size(config, name: str):
@@ -131,6 +159,7 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
+        check_block_count(self.checkpoint)
         self.model = build_skeleton(Path(folder))
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name

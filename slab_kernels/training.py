@@ -19,6 +19,8 @@ from .checkpoint import CheckpointError, write_atomically
 from .format import PackedWeight, pack_adapter
 from .nn import SlabLinear
 from .packed_checkpoint import load, save
+from .side_files import read_tokenizer
+from .source import hub_folder
 from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
 
 HELD_BACK = 16  # every sixteenth window judges, and is never trained on
@@ -95,7 +97,7 @@ def train(
         raise CheckpointError(f"{out} is not empty; choose an empty folder")
     if state_file.exists() and not resume:
         raise CheckpointError(f"{state_file} is left of an interrupted run; pass resume=True to go on with it, or delete it")
-    model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), _tokenizer(path)
+    model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), read_tokenizer(hub_folder(str(path)))
     tokens = text if isinstance(text, Tensor) else _windows(tokenizer, text, settings)
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]
@@ -172,14 +174,6 @@ def _windows(tokenizer, text: str | Path, settings: Training) -> Tensor:
     if len(tokens) < 2:
         raise CalibrationError(f"the training text fills {len(tokens)} windows of {settings.window}; at least 2 are needed, one to judge by")
     return tokens
-
-
-def _tokenizer(path: Path | str):
-    from transformers import AutoTokenizer
-
-    from .source import hub_folder
-
-    return AutoTokenizer.from_pretrained(hub_folder(str(path)))
 
 
 def _note(file: Path, settings: Training, optimizer, parameters: list[Tensor], step: int, before: float) -> None:

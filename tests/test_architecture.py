@@ -18,7 +18,7 @@ PACKAGE = ROOT / "slab_kernels"
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
-         "decompress", "packed_config"}
+         "decompression", "packed_config", "side_files"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -57,10 +57,11 @@ ALLOWED: dict[str, set[str]] = {
     "source": FORMAT | {"blocks", "checkpoint", "side_files", "text"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
-    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "text"},
-    "decompress": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
+    "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress",
+                          "side_files", "source", "text"},
+    "decompression": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn"},
-    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "side_files", "source", "text"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "record"},
     "tasks": {"packed_checkpoint"},

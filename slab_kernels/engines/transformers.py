@@ -103,6 +103,9 @@ class SlabQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             return self._compress(model)
+        for t in (*model.parameters(), *model.buffers()):
+            if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
+                t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(lambda tensor: model.get_buffer(tensor), name, module.layout)
             if module.bias is not None and not bool(module.bias.isfinite().all()):
