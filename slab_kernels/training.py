@@ -97,7 +97,8 @@ def train(
         raise CheckpointError(f"{out} is not empty; choose an empty folder")
     if state_file.exists() and not resume:
         raise CheckpointError(f"{state_file} is left of an interrupted run; pass resume=True to go on with it, or delete it")
-    model, tokenizer = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None), read_tokenizer(hub_folder(str(path)))
+    model = load(path, device=device, dtype=torch.float32 if str(device) == "cpu" else None)
+    tokenizer = read_tokenizer(hub_folder(str(path)))
     tokens = text if isinstance(text, Tensor) else _windows(tokenizer, text, settings)
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]
