@@ -15,7 +15,6 @@ from . import __version__
 from .blocks import ArchitectureError, find_blocks
 from .budget import check_bits, search
 from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
-from .decompression import decompress
 from .format import FORMAT_VERSION, PackedWeight, VersionError
 from .matching import Matching
 from .nn import replace_linear
@@ -29,6 +28,7 @@ from .sinks import FolderSink, MemorySink, layout_on_disk
 from .source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source, text_config
 from .team import Team, local_device
 from .text import CHARACTERS_PER_TOKEN, READ_AHEAD, CalibrationError, read_text, sample_windows
+from .unpacking import decompress
 
 __all__ = [
     "ArchitectureError", "CalibrationError", "CheckpointError", "ProgressEvent", "RunRecord", "VersionError",

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "slab_kernels"
 FORMAT = {"bitpacking", "layout", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {"model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint", "packed_checkpoint", "progress", "record", "blocks", "text",
-         "decompression", "packed_config", "side_files"}
+         "unpacking", "packed_config", "side_files"}
 ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": FORMAT | {"blocks", "calibration", "checkpoint", "matching", "memory", "plan", "record", "sinks", "source", "team", "text"},
     "packed_checkpoint": FORMAT | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress",
                           "side_files", "source", "text"},
-    "decompression": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
+    "unpacking": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
     "model": FORMAT | MODEL | {"methods", "nn"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "side_files", "source", "text"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
