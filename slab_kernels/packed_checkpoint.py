@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import ArchitectureError, find_blocks
-from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, write_json, write_shard
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_block_count,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+)
 from .format import PackedLayout, PackedWeight, ShapeError, cast
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
+from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
 from .side_files import read_generation_config
-from .source import (
-    build_skeleton,
-    check_block_count,
-    config_dict,
-    hub_folder,
-    place,
-    tied_names,
-)
+from .source import build_skeleton, config_dict, hub_folder, place
+from .stored_names import Forms, StoredNames, stored_forms
+from .ties import holds, settle, tied_names, untie
 
 
-def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> nn.Module:
+def packed_skeleton(
+    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], trust_remote_code: bool = False
+) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
     check_block_count(checkpoint)
-    model = build_skeleton(checkpoint.folder)
+    model = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     swap_in(model, layouts)
     return model
 
@@ -50,56 +58,64 @@ def swap_in(model: nn.Module, layouts: dict[str, PackedLayout]) -> None:
                 f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
             )
         model.set_submodule(name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype))
+    tied = tied_names(model)
+    if any(f"{name}.weight" in (*tied, *tied.values()) for name in layouts):  # a packed weight is no other tensor
+        untie(model)
 
 
-def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Names and shapes of a folder against a skeleton, and dtypes of everything packed, before a byte of data is read.
+class ModelCheckpoint(Checkpoint):
+    """A checkpoint whose tensors bear the names that they have in a model, as transformers renames and rebuilds them."""
 
+    def __init__(self, checkpoint: Checkpoint, stored: StoredNames):
+        self.__dict__.update(checkpoint.__dict__)
+        self._checkpoint, self._stored = checkpoint, stored
+        self.entries = {}
+        for name, origin in stored.origins.items():
+            size = math.prod(origin.shape) * origin.dtype.itemsize
+            first = checkpoint.entries[origin.stored[0]]
+            self.entries[name] = replace(first, dtype=origin.dtype, shape=origin.shape, nbytes=size)
+
+    def get(self, name: str) -> Tensor:
+        return self._stored.get(name, self._checkpoint.get)
+
+    def stored_forms(self, names: Iterable[str]) -> Forms:
+        """What to write for tensors that stay as they are. Reading one raises CheckpointError if it is not finite."""
+        return self._stored.forms(names, lambda stored: read_dense(self._checkpoint, stored))
+
+
+def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoint:
+    """Names and shapes of a folder against a skeleton, and dtypes of everything packed.
+
+    Only tensors that the config calls tied and the folder holds apart are read; if they differ, `model` is untied.
+
+    Returns: the checkpoint under the model's names.
     Raises: CheckpointError for missing, unexpected or misshapen tensors.
     """
-    expected, tied = model.state_dict(), tied_names(model)
-    missing = sorted(expected.keys() - checkpoint.entries.keys() - tied.keys())
-    unexpected = sorted(checkpoint.entries.keys() - expected.keys())
-    for what, names in (("lacks", missing), ("holds the unexpected", unexpected)):
+    stored = StoredNames(model, checkpoint.entries)
+    settle(model, stored, checkpoint.get)
+    found = ModelCheckpoint(checkpoint, stored)
+    expected, packed = model.state_dict(), _packed_names(model)
+    missing = sorted(expected.keys() - found.entries.keys() - tied_names(model).keys())
+    for what, names in (("lacks", missing), ("holds the unexpected", sorted(stored.ignored))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(
                 f"{checkpoint.folder} {what} tensor {names[0]!r}{more}; it does not belong to its config.json"
             )
-    for name, entry in checkpoint.entries.items():
+    for name, entry in found.entries.items():
         want = expected[name]
         if entry.shape != tuple(want.shape):
             raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
-        if entry.dtype.is_floating_point != want.dtype.is_floating_point:
+        same = entry.dtype == want.dtype
+        if not same and (name in packed or entry.dtype.is_floating_point != want.dtype.is_floating_point):
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
-    check_packed_tensors(checkpoint, model)
-
-
-def check_packed_tensors(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Every packed module of a skeleton has its bias, its packed tensors of their exact shapes and dtypes, and no others.
-
-    Raises: CheckpointError.
-    """
-    modules = packed_modules(model)
-    biases = {f"{name}.bias" for name, module in modules.items() if module.bias is not None}
-    known = biases | _packed_names(model)
-    for name in sorted(n for n in checkpoint.entries if n.rpartition(".")[0] in modules and n not in known):
-        raise CheckpointError(f"{checkpoint.folder} holds the unexpected tensor {name!r}; it does not belong to its config.json")
-    for name in sorted(biases - checkpoint.entries.keys()):
-        raise CheckpointError(f"{checkpoint.folder} lacks tensor {name!r}; it does not belong to its config.json")
-    for name in sorted(_packed_names(model)):
-        entry, want = checkpoint.entries.get(name), model.get_buffer(name)
-        if entry is None:
-            raise CheckpointError(f"{checkpoint.folder} lacks tensor {name!r}; it does not belong to its config.json")
-        if entry.shape != tuple(want.shape):
-            raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
-        if entry.dtype != want.dtype:
-            raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
+    return found
 
 
 def packed_modules(model: nn.Module) -> dict[str, SlabLinear]:
     """Name -> module of every packed layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SlabLinear)}
+    modules = model.named_modules(remove_duplicate=False)  # a layer that blocks share has all their names
+    return {name: module for name, module in modules if isinstance(module, SlabLinear)}
 
 
 def _packed_names(model: nn.Module) -> set[str]:
@@ -143,9 +159,14 @@ def read_packed(get: Callable[[str], Tensor], name: str, layout: PackedLayout) -
 def read_dense(checkpoint: Checkpoint, name: str) -> Tensor:
     """A tensor that is not packed. Raises: CheckpointError."""
     t = checkpoint.get(name)
-    if t.is_floating_point() and not bool(t.isfinite().all()):
-        raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers")
+    check_finite(name, t)
     return t
+
+
+def check_finite(name: str, t: Tensor) -> None:
+    """Raises: CheckpointError for NaN or infinite numbers. Reads `t` once and allocates nothing of its size."""
+    if t.is_floating_point() and t.numel() and not bool(torch.stack(t.aminmax()).isfinite().all()):
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers of {t.dtype}")
 
 
 def load(
@@ -153,6 +174,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
 
@@ -161,6 +183,7 @@ def load(
         device: where every tensor goes; "auto" is a GPU if there is one.
         dtype: of activations and of everything not packed; default: as stored.
         verify: compare every tensor with its checksum, where the folder has them.
+        trust_remote_code: run the Python code in the folder, of which some models are made.
 
     The model holds its own copy of the weights: the files may change or go afterwards.
 
@@ -170,21 +193,20 @@ def load(
     device = resolve_device(device)
     checkpoint = Checkpoint(hub_folder(str(path)), verify=verify)
     layouts = read_layouts(checkpoint)
-    model = packed_skeleton(checkpoint, layouts)
-    check_tensors_fit(checkpoint, model)
+    model = packed_skeleton(checkpoint, layouts, trust_remote_code)
+    checkpoint = check_tensors_fit(checkpoint, model)
     for name, layout in layouts.items():
         packed, module = read_packed(checkpoint.get, name, layout), model.get_submodule(name)
         for part, tensor in packed.tensors().items():
             module._buffers[part] = tensor.to(device)
     packed_names, tied = _packed_names(model), tied_names(model)
     for name in checkpoint.entries.keys() - packed_names:
-        t = read_dense(checkpoint, name)
-        t = cast(t, dtype, f"tensor {name!r}") if dtype and t.is_floating_point() else t
+        t = checkpoint.get(name)
+        check_finite(name, t)
+        if dtype and t.is_floating_point():
+            t = cast(t, dtype, f"tensor {name!r}")
         t = t.to(device)
-        for alias in (
-            name,
-            *(n for n, other in tied.items() if other == name and n not in checkpoint.entries),
-        ):
+        for alias in (name, *(n for n, other in tied.items() if other == name)):
             place(model, alias, t)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
@@ -203,35 +225,44 @@ def load(
 def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
 
-    Raises: CheckpointError if nothing in the model is compressed or the folder cannot be written.
+    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing in the model is
+    compressed, a weight is on meta, or the folder cannot be written.
     """
     modules = packed_modules(check(model))
     if not modules:
         raise CheckpointError(
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
         )
-    out = Path(path)
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise ArchitectureError(
+            f"{type(model).__name__} has no Hugging Face config, from which `load` could build it again; "
+            "keep its state_dict with torch.save instead"
+        )
+    state, tied = model.state_dict(), tied_names(model) if holds(model) else {}
+    if empty := [name for name, t in state.items() if t.is_meta]:
+        raise CheckpointError(f"{empty[0]!r} is on meta and has no values; load the model before saving it")
+    out = expanded(path)
     with Progress(out, {}, resume=None):
         try:
             blocks_path, blocks = find_blocks(model)
             shards = [f"{blocks_path}.{index}." for index in range(len(blocks))]
         except ArchitectureError:
             shards = []
-        tied, state = tied_names(model), model.state_dict()
-        names = {n for n in state if n not in tied or tied[n] not in state}
+        names = state.keys() - tied.keys()
         tables = []
         for number, prefix in enumerate([*shards, ""]):
             part = {n: state[n] for n in names if n.startswith(prefix)}
             names -= part.keys()
-            specs = {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}
-            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, part.__getitem__))
+            forms = stored_forms(model, part)
+            specs = {n: (dtype, shape) for n, (dtype, shape, _) in forms.items()}
+            made = lambda name, forms=forms: forms[name][2]()  # noqa: E731
+            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, made))
         write_index(out, tables)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(out)
-        before = getattr(model.config, "quantization_config", None)
-        before = before if isinstance(before, dict) else {}
+        before = dict(getattr(model.config, "quantization_config", None) or {})
         config = config_dict(model)
         config["quantization_config"] = quantization_config({name: m.layout for name, m in modules.items()}, before)
         write_json(out / "config.json", config)

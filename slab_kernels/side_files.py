@@ -143,17 +143,5 @@ def read_generation_config(folder: Path):
         ) from error
 
 
-def read_tokenizer(folder: Path | str):
-    """The tokenizer of a folder, or of a model by its name on the Hugging Face hub. Raises: CheckpointError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {folder} ({_first_line(error)}); put its files there or give tokenizer="
-        ) from error
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]

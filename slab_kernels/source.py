@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import reprlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +18,19 @@ from .checkpoint import (
     WEIGHTS_KEY,
     Checkpoint,
     CheckpointError,
+    check_block_count,
     config_dtype,
     read_json,
+    tensor_bytes,
     write_json,
 )
 from .layout import MAX_FEATURES, FormatError
+from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
+from .skeleton import build
+from .stored_names import Forms, StoredNames, stored_forms
+from .text import CalibrationError, open_tokenizer
+from .ties import holds, settle, tied_names, untie, untie_config
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -32,30 +39,34 @@ MAX_SIZES = {
     "max_position_embeddings": 1 << 31,
 }  # fmt: skip
 MAX_EMBEDDING = 1 << 40  # entries
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")  # of config.json
-FEW_BLOCKS = 64  # built in a second, so that it may turn out by their names that some are not in the files
+ADAPTER_CONFIG = "adapter_config.json"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
-def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
+def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
 
+    trust_remote_code: run the Python code in the folder, where its config names some.
+
     Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
-    transformers has no causal model for it.
+    transformers has no causal model for it, or it needs code of the folder's that may not run.
     """
-    from accelerate import init_empty_weights
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     where = "the given config" if config_folder is None else config_folder / "config.json"
     try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
         if config is None:
-            if not isinstance(read_json(where).get("model_type"), str):
+            described = read_json(where)
+            if not isinstance(described.get("model_type"), str):
                 raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
-            config = AutoConfig.from_pretrained(config_folder)
+            if not trust_remote_code:
+                _refuse_own_code(described, config_folder)
+            config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code)
         _check_sizes(config, where)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
             raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+        model = _build(config, trust_remote_code)
     except (CheckpointError, ArchitectureError, FormatError):
         raise
     except ImportError as error:
@@ -67,11 +78,43 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
     return model.eval()
 
 
-def _check_sizes(config, where: Path | str) -> None:
-    """The sizes in a config and in those inside it (of a model of several modalities). Raises: CheckpointError."""
+def _refuse_own_code(described: dict, folder: Path) -> None:
+    """Raises: ArchitectureError for a config.json of a type that transformers lacks and the folder's code defines."""
+    from transformers import CONFIG_MAPPING
+
+    if described.get("auto_map") and described["model_type"] not in CONFIG_MAPPING:
+        raise ArchitectureError(
+            f"{folder} holds a model of its own Python code (model_type {described['model_type']!r}), which was not run; "
+            "read the .py files there, and if you trust them give trust_remote_code=True"
+        )
+
+
+def _build(config, trust_remote_code: bool) -> nn.Module:
+    """transformers would make the config's dtype the default of the whole process while it builds."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = config.get_text_config().dtype or config.dtype or torch.get_default_dtype()
+    dtype = config_dtype({"dtype": str(dtype)})
+    dtypes = [(part, part.dtype) for part in _configs(config)]
+    for part, _ in dtypes:
+        part.dtype = None
+    try:
+        return build(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), dtype)
+    finally:
+        for part, own in dtypes:
+            part.dtype = own
+
+
+def _configs(config) -> list:
+    """A config and those inside it (of a model of several modalities)."""
     from transformers import PretrainedConfig
 
-    for part in (config, *(c for c in vars(config).values() if isinstance(c, PretrainedConfig))):
+    return [config, *(part for part in vars(config).values() if isinstance(part, PretrainedConfig))]
+
+
+def _check_sizes(config, where: Path | str) -> None:
+    """The sizes in a config and in those inside it. Raises: CheckpointError."""
+    for part in _configs(config):
         for name, most in MAX_SIZES.items():
             sizes = _size(part, name)
             for size in sizes if isinstance(sizes, list | tuple) else [sizes]:  # some models list one for each layer
@@ -80,31 +123,6 @@ def _check_sizes(config, where: Path | str) -> None:
         width, vocabulary = _size(part, "hidden_size"), _size(part, "vocab_size")
         if type(width) is type(vocabulary) is int and width * vocabulary > MAX_EMBEDDING:
             raise CheckpointError(f"{where} asks for an embedding of {vocabulary}x{width} numbers, which no model has")
-
-
-def check_block_count(checkpoint: Checkpoint) -> None:
-    """The blocks that config.json asks for against those that the files hold, before any is built.
-
-    An encoder's number may stand there while the files hold the decoder alone, so only far more are refused.
-
-    Raises: CheckpointError.
-    """
-    numbers: dict[str, set[str]] = {}
-    for name in checkpoint.entries:
-        parts = name.split(".")
-        first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if first is not None:
-            numbers.setdefault(".".join(parts[:first]), set()).add(parts[first])
-    stored = max(map(len, numbers.values()), default=0)
-    config = checkpoint.config
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in BLOCK_COUNTS:
-            asked = part.get(key)
-            if type(asked) is int and asked > max(FEW_BLOCKS, 2 * stored):
-                raise CheckpointError(
-                    f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, and the files "
-                    f"hold {stored} blocks; it does not belong to them"
-                )
 
 
 def _size(config, name: str):
@@ -122,12 +140,6 @@ def text_config(model: nn.Module):
     """The config of the language model itself, inside that of a model of several modalities."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameter that is another one under a second name -> that other name (lm_head.weight -> embed_tokens.weight)."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return dict(tied)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -150,8 +162,9 @@ class FolderSource:
     has a weight; for a folder that is compressed already.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.checkpoint = Checkpoint(folder)
+        self.trust_remote_code = trust_remote_code
         self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
         quantised = self.config.get("quantization_config")
         if quantised:
@@ -160,52 +173,82 @@ class FolderSource:
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
         check_block_count(self.checkpoint)
-        self.model = build_skeleton(Path(folder))
+        self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
+        self._expected: dict[str, str] = {}
         self._match()
 
     def _match(self) -> None:
-        expected, tied = self.model.state_dict(), tied_names(self.model)
-        self.stored: dict[str, str] = {}
-        self.ignored: list[str] = []
-        rename = _renamer(self.model, expected)
-        for stored in self.checkpoint.entries:
-            name = stored if stored in expected else rename(stored)
-            if name not in expected:
-                self.ignored.append(stored)
-            elif name in self.stored:
-                raise CheckpointError(f"tensors {self.stored[name]!r} and {stored!r} are both {name!r} of the model")
-            else:
-                self.stored[name] = stored
-        for name in expected.keys() - self.stored.keys() - tied.keys():
+        expected = self.model.state_dict()
+        self.stored = StoredNames(self.model, self.checkpoint.entries)
+        self.ignored = self.stored.ignored
+        if not settle(self.model, self.stored, self.checkpoint.get):
+            untie_config(self.config)
+        tied = tied_names(self.model)
+        for name in expected.keys() - self.stored.origins.keys() - tied.keys():
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks the tensor {name!r} that {type(self.model).__name__} needs"
             )
-        for name, stored in self.stored.items():
-            entry, want = self.checkpoint.entries[stored], expected[name]
-            if entry.shape != tuple(want.shape):
+        for name, origin in self.stored.origins.items():
+            first, want = origin.stored[0], expected[name]
+            if origin.shape != tuple(want.shape):
                 raise CheckpointError(
-                    f"tensor {stored!r} has shape {list(entry.shape)}, the config asks for {list(want.shape)}"
+                    f"tensor {first!r} has shape {list(origin.shape)}, the config asks for {list(want.shape)}"
                 )
-            if want.is_floating_point() and not (entry.dtype.is_floating_point and entry.dtype.itemsize >= 2):
+            if want.is_floating_point() and not (origin.dtype.is_floating_point and origin.dtype.itemsize >= 2):
                 raise CheckpointError(
-                    f"tensor {stored!r} is {entry.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
+                    f"tensor {first!r} is {origin.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
                 )
 
     @property
     def names(self) -> list[str]:
-        return sorted(n for n in self.stored if n not in tied_names(self.model))
+        return sorted(self.stored.origins)
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        entry = self.checkpoint.entries[self.stored[name]]
-        return entry.dtype, entry.shape
+        origin = self.stored.origins[name]
+        return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
-        return self.checkpoint.get(self.stored[name])
+        """Raises: CheckpointError if it is no longer what it was when the run began (`expect`)."""
+        return self.stored.get(name, self._read)
+
+    def _read(self, stored: str) -> Tensor:
+        tensor = self.checkpoint.get(stored)
+        if self._expected and self._expected.get(stored) != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
+            raise CheckpointError(
+                f"tensor {stored!r} of {self.checkpoint.folder} is not what it was when this run began; "
+                "put the first model back, or compress this one into an empty folder"
+            )
+        return tensor
+
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are."""
+        return self.stored.forms(names, self._read)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+    def open_dense(self) -> nn.Module:
+        """The model itself, in memory; every tensor has been seen to be there, where transformers would invent it."""
+        from transformers import AutoModelForCausalLM
+
+        self.checkpoint.verify()
+        trust = self.trust_remote_code
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype="auto", trust_remote_code=trust).eval()
+
+    def tokenizer(self):
+        """Raises: CheckpointError if the folder holds none that can be used."""
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
+        names = sorted({stored for origin in self.stored.origins.values() for stored in origin.stored})
+        return {name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest() for name in names}
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        """From now on every tensor that is read must have its hash of `hashes()` in an earlier run."""
+        self._expected = hashes
 
     def left_out(self, out: Path | None) -> list[str]:
         """What a compressed copy in the folder `out` (None: in memory) will lack, one sentence for each kind."""
@@ -222,9 +265,16 @@ class FolderSource:
 
 
 class ModuleSource:
-    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed."""
+    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed.
 
-    def __init__(self, model: nn.Module):
+    Hooks of the module are left out, those by which accelerate moves inputs between devices too.
+
+    Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
+    """
+
+    def __init__(self, model: nn.Module, trust_remote_code: bool = False):
+        from accelerate.hooks import remove_hook_from_module
+
         if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
             raise ArchitectureError(
                 f"{type(model).__name__} has no Hugging Face config; give a transformers causal language model"
@@ -233,10 +283,27 @@ class ModuleSource:
             raise ArchitectureError(
                 f"{type(model).__name__} is quantised or compressed already; start from the dense model"
             )
+        adapter = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+        if adapter is not None:
+            raise ArchitectureError(
+                f"{adapter or 'the model'} is {type(model.get_submodule(adapter)).__name__}, an adapter of PEFT around dense weights; "
+                "merge it first (model = model.merge_and_unload()) and compress the result"
+            )
+        away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+        if away is not None:
+            raise ArchitectureError(
+                f"the weight {away} of {type(model).__name__} is not in memory (on a disk, on meta, or moved away by "
+                "device_map); load the model without device_map, or give its folder, which is read block by block"
+            )
         self.dense = model
+        self.trust_remote_code = trust_remote_code
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-        self.model = copy.deepcopy(model, memo).eval()  # parameters on meta, so nothing large is copied
+        hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
+        memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
+        self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
+        if not holds(model):
+            untie(self.model)
         self.tokenizer_path = getattr(model.config, "_name_or_path", "") or ""
         self.name = Path(self.tokenizer_path).name or type(model).__name__
         self.ignored: list[str] = []
@@ -252,7 +319,12 @@ class ModuleSource:
 
     def get(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(self.dense.get_submodule(path), leaf).detach()
+        t = getattr(self.dense.get_submodule(path), leaf).detach()
+        return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
+
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are: what transformers would save."""
+        return stored_forms(self.dense, {name: self.get(name) for name in names})
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -261,6 +333,20 @@ class ModuleSource:
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+    def tokenizer(self):
+        """Raises: CalibrationError if the model knows no folder, CheckpointError if that has no tokenizer."""
+        if not self.tokenizer_path:
+            raise CalibrationError(
+                "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
+            )
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
+
+    def hashes(self) -> dict[str, str]:
+        return {}  # `fingerprint` has seen every byte
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        pass
 
     def left_out(self, out: Path | None) -> list[str]:
         return []
@@ -273,56 +359,48 @@ class ModuleSource:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
 
 
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, by where its classes come from: PEFT need not be installed."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+
+
 def config_dict(model: nn.Module) -> dict:
-    """config.json of a model in memory, without quantization_config."""
+    """config.json of a model in memory, without quantization_config; tied as its weights are."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
     config.pop(WEIGHTS_KEY, None)
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    config["dtype"] = str(next(dtypes, torch.float32)).removeprefix("torch.")
+    if not holds(model):
+        untie_config(config)
     return config
 
 
-def _renamer(model: nn.Module, expected: dict):
-    """Checkpoint name -> the model's name, by the base model's prefix and transformers' own renamings."""
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # transformers < 5 renames inside from_pretrained only
-        return lambda name: f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name.removeprefix(prefix + ".")
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-
-    def rename(stored: str) -> str:
-        name, converter = rename_source_key(stored, renamings, converters, prefix, expected)
-        if converter is not None:
-            raise ArchitectureError(
-                f"transformers rebuilds {stored!r} from several tensors on loading (stacked experts or fused weights), "
-                "which is not supported; save the model once with transformers and compress that copy"
-            )
-        return name
-
-    return rename
-
-
-def open_source(model_or_path) -> FolderSource | ModuleSource:
+def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource | ModuleSource:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub (downloaded to its cache).
+
+    trust_remote_code: run the Python code in the folder, where its config names some.
 
     Raises: CheckpointError, ArchitectureError.
     """
     if isinstance(model_or_path, nn.Module):
-        return ModuleSource(model_or_path)
-    path = Path(model_or_path).expanduser()
-    return FolderSource(path if path.is_dir() else hub_folder(str(model_or_path)))
+        return ModuleSource(model_or_path, trust_remote_code)
+    folder = hub_folder(str(model_or_path))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ArchitectureError(
+            f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load it with PEFT, merge it into its "
+            "base model (model.merge_and_unload()), save that and compress the copy"
+        )
+    return FolderSource(folder, trust_remote_code)
 
 
 def hub_folder(name: str) -> Path:
     """The local snapshot of a hub model, or the folder if `name` is one."""
-    if Path(name).is_dir():
-        return Path(name)
+    path = expanded(name)
+    if path.is_dir():
+        return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
     try:

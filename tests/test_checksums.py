@@ -98,6 +98,7 @@ def test_comparing_can_be_left_out(copy, tmp_path, monkeypatch, capsys):
     slab_kernels.decompress(copy, tmp_path / "dense", verify=False)
     assert cli.run(["eval", str(copy), "--text", str(text), "--window", "16"]) == 3
     assert "is damaged" in capsys.readouterr().err
+    monkeypatch.setenv(VERIFY, "1")  # which the command sets to 0 for its process
     assert cli.run(["eval", str(copy), "--text", str(text), "--window", "16", "--no-verify"]) == 0
     monkeypatch.setenv(VERIFY, "0")
     AutoModelForCausalLM.from_pretrained(copy)

@@ -3,14 +3,34 @@
 vLLM finds `register_with_vllm` through an entry point.
 
 transformers has no plugin entry point: a quantizer has to be registered in a running process, after `transformers.quantizers.auto`
-exists. `watch` waits for that module with a finder on sys.meta_path, which takes itself off once the module is there.
+exists. `watch` waits for that module with a finder on sys.meta_path. It stays there, since a reload empties the registry.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 WATCHED = "transformers.quantizers.auto"
+METHOD = "slab_kernels"  # the quant_method of our folders, which `packed_checkpoint` would have to be imported for
+
+
+class _Loader:
+    """Another loader, which may not let itself be changed, with the registration behind it."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        self._loader.exec_module(module)
+        module.__spec__.loader = module.__loader__ = self._loader  # nothing of ours stays on the module
+        register_with_transformers()
 
 
 class _Watcher:
@@ -21,49 +41,53 @@ class _Watcher:
     def find_spec(self, name, path=None, target=None):
         if name != WATCHED or self.asking:
             return None
-        from importlib.util import find_spec
-
         self.asking = True
         try:
-            spec = find_spec(name)
+            spec = importlib.util.find_spec(name)
         finally:
             self.asking = False
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                if self in sys.meta_path:  # not before: an import that fails is tried again
-                    sys.meta_path.remove(self)
-                register_with_transformers()
-
-            spec.loader.exec_module = exec_module
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
 def watch() -> None:
-    """Register with transformers now if it is there already, else as soon as it is imported."""
+    """Register with transformers now if it is there already, and whenever it is imported from now on."""
+    if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
     if WATCHED in sys.modules:
         register_with_transformers()
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
 
 
 def register_with_transformers() -> None:
-    """Register the quantizer; a transformers that it does not fit gets a warning and stays usable."""
+    """Register the quantizer; a transformers that it does not fit stays usable, but refuses our folders.
+
+    Nothing is raised: importing transformers must not fail because of this library.
+    """
     try:
-        from .transformers import register
-
-        register()
-    except Exception as error:  # whatever moved inside transformers, importing it must not fail because of this library
-        import warnings
-
-        warnings.warn(
-            f"slab_kernels could not register with transformers, so from_pretrained would open its folders with random weights: "
-            f"use slab_kernels.load(folder). The reason: {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=2,
+        module = importlib.import_module(".transformers", __name__)
+        if hasattr(module, "register"):  # else this happens while it is imported, and it ends with registering
+            module.register()
+    except Exception as error:  # whatever moved inside transformers
+        _refuse(
+            "slab_kernels could not register with transformers, so from_pretrained cannot open its folders: "
+            f"use slab_kernels.load(folder). The reason: {type(error).__name__}: {error}"
         )
+
+
+def _refuse(reason: str) -> None:
+    """Say so now, and put in the quantizer's place something that says so instead of opening random weights."""
+    import logging
+
+    class Refused:
+        @classmethod
+        def from_dict(cls, *args, **kwargs):
+            raise RuntimeError(reason)
+
+    logging.getLogger(__package__).warning(reason)
+    registry = getattr(sys.modules.get(WATCHED), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    if isinstance(registry, dict):
+        registry[METHOD] = Refused
 
 
 def register_with_vllm() -> None:

@@ -7,25 +7,33 @@ about missing weights and exit code 0: `packed_checkpoint.check` finds a model t
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CHECKSUMS, Checkpoint, CheckpointError, checksum, tensor_bytes
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import check, check_packed_tensors, load, packed_modules, read_packed, swap_in
-from ..packed_config import QUANT_METHOD, parse_layouts
+from ..packed_checkpoint import (
+    check,
+    check_finite,
+    check_tensors_fit,
+    load,
+    packed_modules,
+    read_packed,
+    swap_in,
+)
+from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
+from ..skeleton import computes
 from ..source import hub_folder
+from ..ties import holds, untie
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
+ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
 _REGISTERING = threading.Lock()
 
 
@@ -47,15 +55,25 @@ class SlabConfig(QuantizationConfigMixin):
         self.settings = settings
         if modules is None:
             self._check_settings()
-        else:
-            parse_layouts(self.to_dict(), "this model")
+            return
+        layouts = parse_layouts({"format_version": format_version, "modules": modules}, "this model")
+        plain = {key: value for key, value in settings.items() if isinstance(value, str | int)}
+        entry = quantization_config(layouts, plain)
+        self.modules, self.settings = entry["modules"], {key: entry[key] for key in DESCRIBED}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """What config.json holds, with modules; keys that are not known are left out. Raises: as the class does."""
+        modules, described = config_dict.get("modules"), {k: config_dict.get(k) for k in DESCRIBED}
+        config = cls({} if modules is None else modules, config_dict.get("format_version"), **described)
+        return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..plan import Plan  # the plan knows the methods, which opening a packed folder does not need
+        from ..arguments import (
+            Arguments,  # they know the methods, which opening a packed folder does not need
+        )
 
-        names = ("method", "pattern", "rank", "values", "group_size", "planes", "adapter_rank", "adapter_values")
-        given = {name: self.settings[name] for name in names if name in self.settings}
-        plan = Plan(**given, options={k: v for k, v in self.settings.items() if k not in names + OTHER_SETTINGS})
+        plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
             raise ValueError(
                 f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
@@ -65,14 +83,14 @@ class SlabConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict:
         """What stands in config.json under quantization_config."""
         kept = {key: self.settings[key] for key in DESCRIBED if key in self.settings}
-        modules = {} if self.modules is None else {"modules": json.loads(json.dumps(self.modules))}
+        modules = {} if self.modules is None else {"modules": {name: dict(m) for name, m in self.modules.items()}}
         return {"quant_method": self.quant_method, "format_version": self.format_version, **kept, **modules}
 
     def __iter__(self):
         yield from self.to_dict().items()
 
 
-OTHER_SETTINGS = ("matching", "bits", "calibration", "heldout", "samples", "window", "skip", "tokenizer", "device", "seed", "progress")
+OTHER_SETTINGS = ("calibration", "heldout", "tokenizer", "device", "progress")  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):
@@ -88,29 +106,35 @@ class SlabQuantizer(HfQuantizer):
                 f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers keep what they prepare where they first ran, so "
                 "parts cannot be fetched from a disk or CPU for each call; give one device, or several GPUs"
             )
-        if self.pre_quantized and self.quantization_config.modules is None:
-            raise CheckpointError("the quantization_config of this model lists no compressed modules; it was not written by slab_kernels")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not self.pre_quantized:
             return
+        if not checkpoint_files:
+            raise CheckpointError("a packed model opens from its folder only, not from a state_dict; save it first")
         swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
-        if checkpoint_files:  # a tensor that is not there would only be warned about, and its buffer left as it is
-            checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, checkpoint_files)
-            check_packed_tensors(checkpoint, model)
-            checkpoint.verify()
+        checkpoint = Checkpoint(_folder(model, checkpoint_files), checkpoint_files)
+        check_tensors_fit(checkpoint, model)
+        checkpoint.verify()
+        for module in model.modules():
+            if not computes(module):  # all its tensors come from the files: there is nothing to initialise
+                module._is_hf_initialized = True
+        setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             return self._compress(model)
+        delattr(model, ADJUST)
         for t in (*model.parameters(), *model.buffers()):
             if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
                 t.data = t.data.clone()
         for name, module in packed_modules(model).items():
-            read_packed(lambda tensor: model.get_buffer(tensor), name, module.layout)
-            if module.bias is not None and not bool(module.bias.isfinite().all()):
-                raise CheckpointError(f"tensor '{name}.bias' holds NaN or infinite numbers")
+            read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
+        for name, tensor in model.state_dict().items():
+            check_finite(name, tensor)
+        if not holds(model):
+            untie(model)
         return model
 
     def _compress(self, model):
@@ -153,26 +177,59 @@ class SlabQuantizer(HfQuantizer):
         return True
 
 
+class _Refusing:
+    """transformers' own reckoning of what it could not load, with an error in the place of its warning."""
+
+    def __init__(self, adjust):
+        self.adjust = adjust
+
+    def __call__(self, *found):
+        result = self.adjust(*found)  # transformers 5.0 gives and returns the names, newer ones change them in place
+        missing, unexpected = result or (found[0].missing_keys, found[0].unexpected_keys)
+        for what, names in (("has no weight for", missing), ("has no use for the weight", unexpected)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise CheckpointError(
+                    f"transformers {what} {min(names)!r}{more}: a packed folder opens with exactly its own weights or not at all"
+                )
+        return result
+
+
+def _folder(model, files: list[str]) -> Path:
+    """Where the weights lie. Raises: CheckpointError if that is outside the model's folder, so given."""
+    here, named = Path(files[0]).parent, Path(model.config._name_or_path)
+    if named.is_dir() and os.path.relpath(here, named).split(os.sep)[0] == os.pardir:
+        raise CheckpointError(f"the shard {str(files[0])!r} does not lie in {named}; copy it there")
+    return here
+
+
 def register() -> None:
     """Register config and quantizer with transformers; again and from several threads does no harm."""
     with _REGISTERING:
-        if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            register_quantization_config(QUANT_METHOD)(SlabConfig)
-            register_quantizer(QUANT_METHOD)(SlabQuantizer)
+        if auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD) is not SlabConfig:
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+            auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+            auto.register_quantizer(QUANT_METHOD)(SlabQuantizer)
+            auto.register_quantization_config(QUANT_METHOD)(SlabConfig)
 
 
-def compare(folder: Path | str) -> dict:
+def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     """Open a packed folder by `slab_kernels.load` and by `from_pretrained`: {"folder", "transformers" (version), "tensors" (compared)}.
+
+    trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever `load` raises.
     """
     from transformers import AutoModelForCausalLM, __version__
 
     path = hub_folder(str(folder))
-    ours = load(path)
-    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    ours = load(path, trust_remote_code=trust_remote_code)
+    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code))
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
             raise CheckpointError(f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load")
     return {"folder": str(folder), "transformers": __version__, "tensors": len(state)}
+
+
+register()

@@ -1,0 +1,80 @@
+"""Models built without memory for their weights, and without touching what other threads of the process see.
+
+Whatever is allocated without values goes to meta; what a model computes (rotary tables, masks) stays real. The mode that
+does this is of one thread, where accelerate's `init_empty_weights` patches nn.Module for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .blocks import ArchitectureError
+
+EMPTY = (torch.empty, torch.empty_permuted, torch.empty_strided)
+DEFAULT_DTYPE = (*EMPTY, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye, torch.linspace, torch.logspace)
+MAYBE_DEFAULT_DTYPE = (torch.tensor, torch.full, torch.arange, torch.scalar_tensor)  # by the numbers given
+
+
+class _Unfilled(TorchFunctionMode):
+    """dtype: of tensors made without one, as torch.set_default_dtype would have it for the whole process."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        default = kwargs.get("dtype") is None
+        if func in EMPTY or (func is torch.tensor and args and isinstance(args[0], list) and not args[0]):
+            # transformers makes torch.tensor([]) to see whether a model is built on meta, and leaves weights as they are
+            kwargs["device"] = kwargs.get("device") or "meta"
+        if default and func in DEFAULT_DTYPE:
+            kwargs["dtype"] = self.dtype
+        made = func(*args, **kwargs)
+        if default and func in MAYBE_DEFAULT_DTYPE and made.dtype == torch.get_default_dtype():
+            made = made.to(self.dtype)
+        return made
+
+
+def build(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The model that `make` makes, parameters on meta in `dtype`, buffers that it computes real.
+
+    Raises: ArchitectureError if it leaves a buffer without values that no checkpoint holds.
+    """
+    with _Unfilled(dtype):
+        model = make()
+    _compute(model, model)
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None and module._buffers[name].is_meta:
+                raise ArchitectureError(
+                    f"{type(model).__name__} makes the buffer {name!r} of '{path}' ({type(module).__name__}) without values, "
+                    "and no checkpoint holds it"
+                )
+    empty: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                if parameter not in empty:
+                    empty[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                module._parameters[name] = empty[parameter]
+    return model
+
+
+def computes(module: nn.Module) -> bool:
+    """Whether a buffer in `module` or below is computed from the config, and thus in no checkpoint."""
+    return any(part._non_persistent_buffers_set for part in module.modules())
+
+
+def _compute(module: nn.Module, model: nn.Module) -> None:
+    """Let transformers fill computed buffers, as its `from_pretrained` does. model: whose `_init_weights` is asked."""
+    if not computes(module):
+        return
+    for child in module.children():
+        _compute(child, child if hasattr(child, "_init_weights") else model)
+    with torch.no_grad():
+        model._init_weights(module)
