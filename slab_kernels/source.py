@@ -18,6 +18,7 @@ from .checkpoint import (
     WEIGHTS_KEY,
     Checkpoint,
     CheckpointError,
+    check_block_count,
     config_dtype,
     read_json,
     tensor_bytes,
@@ -171,6 +172,7 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
+        check_block_count(self.checkpoint)
         self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
@@ -231,6 +233,7 @@ class FolderSource:
         """The model itself, in memory; every tensor has been seen to be there, where transformers would invent it."""
         from transformers import AutoModelForCausalLM
 
+        self.checkpoint.verify()
         trust = self.trust_remote_code
         return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype="auto", trust_remote_code=trust).eval()
 

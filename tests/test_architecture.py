@@ -20,7 +20,7 @@ WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {
     "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
     "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "unpacking",
-    "packed_config", "surroundings", "arguments", "token_ids", "ties",
+    "packed_config", "surroundings", "arguments", "token_ids", "ties", "side_files",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     # the waist
@@ -76,8 +76,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text", "ties"},
     "packed_checkpoint": FORMAT
-    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "stored_names"}
-    | {"text", "ties"},
+    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
+    | {"stored_names", "text", "ties"},
     "unpacking": FORMAT
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "nn", "packed_config", "plan", "progress", "record", "sinks"},
