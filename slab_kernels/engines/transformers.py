@@ -18,7 +18,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CHECKSUMS, Checkpoint, CheckpointError, checksum, tensor_bytes
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import check, check_finite, check_tensors_fit, load, packed_modules, read_packed, swap_in
+from ..packed_checkpoint import (
+    check,
+    check_finite,
+    check_tensors_fit,
+    load,
+    packed_modules,
+    read_packed,
+    swap_in,
+)
 from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
 from ..skeleton import computes
 from ..source import hub_folder
