@@ -69,14 +69,15 @@ ALLOWED: dict[str, set[str]] = {
     "stored_names": {"checkpoint"},
     "skeleton": {"blocks"},
     "ties": {"stored_names"},
+    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
     "source": FORMAT
-    | {"blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text", "ties"},
     "packed_checkpoint": FORMAT
-    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
+    | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
     | {"stored_names", "text", "ties"},
     "unpacking": FORMAT
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},

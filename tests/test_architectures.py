@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from slab_kernels.architecture import build_skeleton
 from slab_kernels.blocks import ArchitectureError, block_linears, filled_copy, find_blocks
 from slab_kernels.calibration import CalibrationError
 from slab_kernels.inputs import find_groups
 from slab_kernels.model import compress, decompress, load
-from slab_kernels.source import ModuleSource, build_skeleton, outside_filled
+from slab_kernels.source import ModuleSource, outside_filled
 from slab_kernels.streams import catch_stream
 
 CPU = torch.device("cpu")
