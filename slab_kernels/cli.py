@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,20 @@ import typer
 
 from . import __version__, console, kernel_commands
 from .console import Outcome
-from .options import Backend, Device, Dtype, Folder, Json, Packed, Text, finite, method_options, torch_dtype
+from .options import (
+    Backend,
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    NoVerify,
+    Packed,
+    Text,
+    Trust,
+    finite,
+    method_options,
+    torch_dtype,
+)
 from .paths import expanded
 
 app = typer.Typer(
@@ -27,6 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+MOST_ROWS = 20  # of a plain table that are printed
 
 
 def main() -> None:
@@ -78,6 +95,7 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Leave these modules dense, '*.down_proj'; may be repeated.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A setting of the method, name=value; may be repeated. `slab-kernels info --methods` lists them.")] = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> Outcome:
     """Compress MODEL into the folder OUT, one block in memory at a time."""
@@ -91,7 +109,7 @@ def compress(
             model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
             adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration,
             heldout=heldout, samples=samples, window=window, skip=skip, device=device, seed=seed, resume=resume,
-            progress=_progress(), **settings,
+            progress=_progress(), trust_remote_code=trust_remote_code, **settings,
         )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}
 
@@ -141,6 +159,8 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
+    trust_remote_code: Trust = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> Outcome:
     """Perplexity per token of a compressed or dense model on a text, or its scores in tasks of lm-eval."""
@@ -149,7 +169,7 @@ def evaluate(
 
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
-    model, tokenizer, facts = _open(folder, device, dtype, backend)
+    model, tokenizer, facts = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
     if tasks is not None:
         return _tasks(model, tokenizer, facts, [name.strip() for name in tasks.split(",") if name.strip()], task_files, limit)
     content = texts.read_text(text, tokenizer=tokenizer)
@@ -177,10 +197,11 @@ def _tasks(model: Any, tokenizer: Any, facts: dict[str, Any], names: list[str], 
     return Outcome(facts | {"tasks": found}, lambda: console.print_table(("task", "metric", "value"), rows, facts["folder"]))
 
 
-def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> tuple[Any, Any, dict[str, Any]]:
+def _open(
+    folder: str, device: str, dtype: str | None, backend: str | None, trust: bool, no_verify: bool
+) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and what is known of a packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from .inspection import inspect
     from .model import load
@@ -189,18 +210,25 @@ def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> t
     from .text import open_tokenizer
 
     _force(backend)
+    _skip_checksums(no_verify)
     where = resolve_device(device)
-    kind = torch_dtype(dtype) if dtype else torch.float32 if where.type == "cpu" else None
+    kind = torch_dtype(dtype) if dtype is not None else torch.float32 if where.type == "cpu" else None
     path = hub_folder(folder)
     seen = inspect(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind)
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust)
     else:
-        open_source(path)  # our checks first: transformers fills missing tensors with random numbers
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind or "auto").to(where).eval()
+        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {"folder": folder, "method": seen["method"] or "dense", "stored": seen["stored"], "bits_per_weight": seen["bits_per_weight"]}
     facts |= {"device": str(where), "dtype": str(model.dtype).removeprefix("torch.")}
-    return model, open_tokenizer(path), facts
+    return model, open_tokenizer(path, trust), facts
+
+
+def _skip_checksums(wanted: bool) -> None:
+    from .checkpoint import VERIFY
+
+    if wanted:
+        os.environ[VERIFY] = "0"
 
 
 def _force(backend: str | None) -> None:
@@ -221,12 +249,14 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
+    trust_remote_code: Trust = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> Outcome:
     """Continue a prompt from packed weights."""
     from .evaluate import continuation
 
-    model, tokenizer, facts = _open(folder, device, dtype, backend)
+    model, tokenizer, facts = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
     new, seconds = continuation(model, tokenizer, prompt, tokens, temperature, seed)
     text = tokenizer.decode(new, skip_special_tokens=True)
     data = facts | {"prompt": prompt, "text": text, "tokens": len(new), "tokens_per_second": len(new) / seconds}
@@ -256,6 +286,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> Outcome:
     """Train the adapters P Qᵀ of a compressed model on a text; everything else stays as it is."""
@@ -265,7 +296,7 @@ def train(
     settings = Training(steps, batch, window, samples, rate, adapter_rank, seed=seed)
     out = expanded(out)
     with console.interruptible(lambda: _kept(state_file(out), f"the training so far is in {state_file(out)}")):
-        data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say)
+        data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say, trust_remote_code=trust_remote_code)
 
     def show() -> None:
         print(f"{out}: held-back text {data['before']:.4f} -> {data['after']:.4f} nats a token, {data['parameters']} numbers trained")
@@ -292,11 +323,11 @@ def inspect(folder: Folder, json: Json = False) -> Outcome:
 
 
 @app.command(epilog=console.EXIT_CODES)
-def check(folder: Packed, json: Json = False) -> Outcome:
+def check(folder: Packed, trust_remote_code: Trust = False, json: Json = False) -> Outcome:
     """Whether the transformers installed here opens a packed folder with the weights in it, and not with random ones."""
     from .engines.transformers import compare
 
-    data = compare(folder)
+    data = compare(folder, trust_remote_code)
 
     def show() -> None:
         print(
@@ -311,22 +342,29 @@ def check(folder: Packed, json: Json = False) -> Outcome:
 def decompress(
     folder: Packed,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16; default: what config.json names.")] = None,
+    trust_remote_code: Trust = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> Outcome:
     """Write a plain dense checkpoint with the same function, which any engine opens."""
     from .model import decompress
 
     out = expanded(out)
-    decompress(folder, out)
-    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
-    return Outcome(
-        {"folder": str(folder), "out": str(out), "bytes": size}, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB")
+    kind = torch_dtype(dtype) if dtype else None
+    skipped = decompress(
+        folder, out, dtype=kind, verify=not no_verify, trust_remote_code=trust_remote_code
     )
+    for name in skipped:
+        console.say(f"warning: left out {name}")
+    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
+    data = {"folder": str(folder), "out": str(out), "bytes": size, "left_out": skipped}
+    return Outcome(data, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB"))
 
 
 @app.command(epilog=console.EXIT_CODES)
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Run folders, or JSON of eval, bench or the demo.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Run folders, or JSON of eval, bench, the demo or another benchmark.")],
     out: Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")] = Path("report"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")] = True,
     json: Json = False,
@@ -337,11 +375,16 @@ def report(
     out = expanded(out)
     found = report.read(paths)
     written = [str(path) for path in report.write(found, out, plots)]
-    data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written}
+    data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written,
+            "tables": [asdict(table) for table in found.tables]}  # fmt: skip
 
     def show() -> None:
         if found.results:
             console.print_table(report.COLUMNS, report.table(found), found.model)
+        for table in found.tables:
+            console.print_table(table.columns, table.rows[:MOST_ROWS], table.title)
+            if len(table.rows) > MOST_ROWS:
+                print(f"and {len(table.rows) - MOST_ROWS} more rows on the page\n")
         print(data["headline"])
         console.print_pairs([(path, "") for path in written], "written")
 

@@ -111,7 +111,8 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool, stdou
         return _interrupted(str(error), as_json)
     except click_error as error:
         hint = getattr(getattr(error, "ctx", None), "command_path", None)
-        message = one_line(error.format_message()) + (f" (see: {hint} --help)" if hint else "")
+        message = one_line(error.format_message()) or "no command is given"
+        message += f" (see: {hint} --help)" if hint else ""
         return fail(as_json, "UsageError", message, BAD_INPUT)
     except SystemExit as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
         closed = isinstance(error.__context__, BrokenPipeError)
@@ -198,7 +199,7 @@ def _mute(stream) -> None:
 
 def as_options(message: str) -> str:
     """Advice in Python's words, said in the command line's: resume=True -> --resume, skip='*.x' -> --skip '*.x'."""
-    message = message.replace("resume=True", "--resume")
+    message = message.replace("resume=True", "--resume").replace("trust_remote_code=True", "--trust-remote-code")
     return re.sub(r"\b(skip|device|calibration|window|values|group_size)=(?=['\"])", lambda m: f"--{m[1].replace('_', '-')} ", message)
 
 

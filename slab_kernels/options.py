@@ -17,6 +17,9 @@ Shape = Annotated[str, typer.Option(help="out_features x in_features, for exampl
 Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
 Text = Annotated[str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")]
 
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder; nothing asks for it later.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare what is read with its checksums.")]
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -39,7 +42,7 @@ def torch_dtype(name: str) -> Any:
 def parse_shape(text: str) -> tuple[int, int]:
     """"11008x4096" -> (11008, 4096): out_features, in_features."""
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(f"--shape {text} must be out_features x in_features, for example 11008x4096")
     return int(parts[0]), int(parts[1])
 

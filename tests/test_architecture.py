@@ -20,7 +20,7 @@ WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {
     "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
     "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "unpacking",
-    "packed_config", "surroundings", "arguments", "token_ids", "ties",
+    "packed_config", "surroundings", "arguments", "token_ids", "ties", "side_files",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     # the waist
@@ -51,7 +51,6 @@ ALLOWED: dict[str, set[str]] = {
     # a whole model
     "stdlib_text": set(),
     "rows": {"calibration"},
-    "token_ids": {"calibration"},
     "text": {"calibration", "checkpoint", "paths", "rows", "settings", "stdlib_text"},
     "shards": set(),
     "checkpoint": {"shards"},
@@ -72,19 +71,21 @@ ALLOWED: dict[str, set[str]] = {
     "stored_names": {"checkpoint"},
     "skeleton": {"blocks"},
     "ties": {"stored_names"},
+    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
     "source": FORMAT
-    | {"blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text", "ties"},
     "packed_checkpoint": FORMAT
-    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "stored_names"}
-    | {"text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
+    | {"stored_names", "text", "ties"},
     "unpacking": FORMAT
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "replacement", "packed_config", "plan", "progress", "record", "sinks"},
     "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
+    "token_ids": {"calibration", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
@@ -97,7 +98,8 @@ ALLOWED: dict[str, set[str]] = {
     "support": FORMAT | {"dispatch", "backends"},
     "figures": set(),
     "page": set(),
-    "report": {"figures", "page", "paths"},
+    "measurements": {"paths"},
+    "report": {"figures", "measurements", "page", "paths"},
     "console": {"terminal"},
     "options": set(),
     "layer_shapes": set(),

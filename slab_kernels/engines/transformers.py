@@ -125,6 +125,9 @@ class SlabQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return self._compress(model)
         delattr(model, ADJUST)
+        for t in (*model.parameters(), *model.buffers()):
+            if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
+                t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
@@ -210,16 +213,18 @@ def register() -> None:
             auto.register_quantization_config(QUANT_METHOD)(SlabConfig)
 
 
-def compare(folder: Path | str) -> dict:
+def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     """Open a packed folder by `slab_kernels.load` and by `from_pretrained`: {"folder", "transformers" (version), "tensors" (compared)}.
+
+    trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever `load` raises.
     """
     from transformers import AutoModelForCausalLM, __version__
 
     path = hub_folder(str(folder))
-    ours = load(path)
-    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    ours = load(path, trust_remote_code=trust_remote_code)
+    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code))
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
