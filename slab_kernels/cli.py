@@ -212,7 +212,7 @@ def _open(
     _force(backend)
     _skip_checksums(no_verify)
     where = resolve_device(device)
-    kind = torch_dtype(dtype) if dtype else torch.float32 if where.type == "cpu" else None
+    kind = torch_dtype(dtype) if dtype is not None else torch.float32 if where.type == "cpu" else None
     path = hub_folder(folder)
     seen = inspect(path)
     if seen["stored"] == "packed":

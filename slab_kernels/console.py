@@ -111,7 +111,8 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool, stdou
         return _interrupted(str(error), as_json)
     except click_error as error:
         hint = getattr(getattr(error, "ctx", None), "command_path", None)
-        message = one_line(error.format_message()) + (f" (see: {hint} --help)" if hint else "")
+        message = one_line(error.format_message()) or "no command is given"
+        message += f" (see: {hint} --help)" if hint else ""
         return fail(as_json, "UsageError", message, BAD_INPUT)
     except SystemExit as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
         closed = isinstance(error.__context__, BrokenPipeError)

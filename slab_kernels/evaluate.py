@@ -13,7 +13,7 @@ from .nn import SlabLinear
 from .packed_checkpoint import check
 from .source import text_config
 from .text import CalibrationError, Sampling, tokenize, windows
-from .token_ids import check_vocabulary
+from .token_ids import check_fits
 
 LOGITS_AT_ONCE = 1 << 26  # tokens * vocabulary whose logits are held at a time: 256 MiB in fp32
 
@@ -43,7 +43,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     pieces = [w for w in pieces if len(w) == window] or pieces
     if not pieces:
         raise CalibrationError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
-    check_vocabulary(torch.cat(pieces), model, "evaluation")
+    check_fits(torch.cat(pieces), model, "evaluation")
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
     for batch in _batches(pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))):
@@ -151,10 +151,10 @@ def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict
     length = inputs["input_ids"].numel()
     if not length:
         raise CalibrationError("the prompt is empty and this tokenizer adds no start token; give some text to go on from")
-    check_vocabulary(inputs["input_ids"], model, "prompt's")
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and length >= limit:
         raise CalibrationError(f"the prompt has {length} tokens, which leaves none of the model's {limit} positions; shorten it")
+    check_fits(inputs["input_ids"], model, "prompt's")
     device = model.get_input_embeddings().weight.device
     return {name: t.to(device) for name, t in inputs.items()}, tokens if limit is None else min(tokens, limit - length)
 

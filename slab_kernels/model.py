@@ -48,7 +48,7 @@ from .text import (
     sample_windows,
 )
 from .ties import tied_names
-from .token_ids import check_vocabulary, token_ids
+from .token_ids import check_fits, token_ids
 from .unpacking import decompress
 
 __all__ = [
@@ -242,9 +242,7 @@ def _texts(source, calibration, heldout, sampling: Sampling, tokenizer) -> list[
             tokenizer = source.tokenizer() if tokenizer is None else tokenizer
             content = read_text(text, READ_AHEAD * count * window * CHARACTERS_PER_TOKEN, tokenizer)
             ids = sample_windows(tokenizer, content, count, window, sampling.seed, name)
-        elif limit is not None and ids.shape[1] > limit:
-            raise CalibrationError(f"the {name} token ids have windows of {ids.shape[1]}, longer than the model's {limit} positions")
-        check_vocabulary(ids, source.model, name)
+        check_fits(ids, source.model, name)
         texts.append(ids)
     return texts
 

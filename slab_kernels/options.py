@@ -42,7 +42,7 @@ def torch_dtype(name: str) -> Any:
 def parse_shape(text: str) -> tuple[int, int]:
     """"11008x4096" -> (11008, 4096): out_features, in_features."""
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(f"--shape {text} must be out_features x in_features, for example 11008x4096")
     return int(parts[0]), int(parts[1])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .architecture import build_skeleton
 from .blocks import ArchitectureError, find_blocks
 from .checkpoint import (
     Checkpoint,
@@ -27,7 +28,7 @@ from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
 from .side_files import read_generation_config
-from .source import build_skeleton, config_dict, hub_folder, place
+from .source import config_dict, hub_folder, place
 from .stored_names import Forms, StoredNames, stored_forms
 from .ties import holds, settle, tied_names, untie
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def expanded(path: str | os.PathLike) -> Path:
-    """`path` with a leading ~ or ~user as that home folder. Raises: ValueError where there is none, or for what is no path."""
+    """`path` with a leading ~ or ~user as that home folder. Raises: ValueError where there is none, or for what is no path, or is empty."""
+    if path == "":
+        raise ValueError("a path is empty; give the name of a file or a folder")
     try:
         return Path(path).expanduser()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path!r} cannot be used as a path: {error}") from error
+        raise ValueError(f"{str(path)!r} cannot be used as a path: {error}") from error

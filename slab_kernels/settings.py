@@ -81,15 +81,18 @@ class Rule:
             return "one of " + ", ".join(self.choices)
         words = KINDS[self.kind]
         if self.low is not None and self.high is not None:
-            words += f" {'above' if self.above else 'from'} {self.low:g} {'and at most' if self.above else 'to'} {_figure(self.high)}"
+            first, second = ("above", "and at most") if self.above else ("from", "to")
+            words += f" {first} {_figure(self.low)} {second} {_figure(self.high)}"
         elif self.low is not None:
             words += f" above {self.low:g}" if self.above else f" of at least {self.low:g}"
         return words + (" or None" if self.optional else "")
 
 
 def _figure(number: float) -> str:
-    """2**63 as such, since nobody reads its digits."""
-    return f"2**{number.bit_length()} - 1" if number > 1 << 31 else f"{number:,}"
+    """Ends of the machine's integers as powers of two, since nobody reads their digits."""
+    if abs(number) <= 1 << 31:
+        return f"{number:,}"
+    return f"2**{number.bit_length()} - 1" if number > 0 else f"-2**{number.bit_length() - 1}"
 
 
 def setting(default: Any, meaning: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:

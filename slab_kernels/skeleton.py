@@ -28,6 +28,8 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.to and args[1:] == (torch.get_default_dtype(),) and args[0].dtype == args[1]:
+            return args[0].to(self.dtype)  # nothing to do, unless args[1] was torch.get_default_dtype(), which modes do not see
         default = kwargs.get("dtype") is None
         if func in EMPTY or (func is torch.tensor and args and isinstance(args[0], list) and not args[0]):
             # transformers makes torch.tensor([]) to see whether a model is built on meta, and leaves weights as they are

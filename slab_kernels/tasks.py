@@ -9,7 +9,7 @@ from torch import nn
 
 from .packed_checkpoint import check
 from .paths import expanded
-from .token_ids import check_vocabulary
+from .token_ids import check_fits
 
 
 def run_tasks(
@@ -39,7 +39,7 @@ def run_tasks(
         if not manager.match_tasks([task]):
             raise ValueError(f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them")
     lm = HFLM(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
-    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_vocabulary(args[0], model, "tasks'"))
+    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'"))
     try:
         found = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
     finally:

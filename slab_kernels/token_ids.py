@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibration import CalibrationError
+from .source import text_config
 
 
 def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
@@ -32,8 +33,14 @@ def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
     return ids
 
 
-def check_vocabulary(ids: Tensor, model: torch.nn.Module, name: str) -> None:
-    """Raises: CalibrationError if the model has no embedding for some id. name: whose tokens they are, for the message."""
+def check_fits(ids: Tensor, model: torch.nn.Module, name: str) -> None:
+    """Raises: CalibrationError if a model lacks the embedding of some id, or positions for rows [..., tokens] of this length.
+
+    name: whose tokens they are, for the message.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if limit is not None and ids.dim() > 1 and ids.shape[-1] > limit:
+        raise CalibrationError(f"the {name} token ids have windows of {ids.shape[-1]}, longer than the model's {limit} positions")
     rows = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and int(ids.max()) >= rows:
         raise CalibrationError(

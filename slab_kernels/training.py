@@ -22,7 +22,7 @@ from .nn import SlabLinear
 from .packed_checkpoint import load, save
 from .paths import expanded
 from .settings import SEED, WINDOW, enforce, setting
-from .source import hub_folder
+from .source import hub_folder, text_config
 from .surroundings import usual_torch
 from .text import (
     CHARACTERS_PER_TOKEN,
@@ -32,7 +32,7 @@ from .text import (
     read_text,
     sample_windows,
 )
-from .token_ids import check_vocabulary, token_ids
+from .token_ids import check_fits, token_ids
 
 HELD_BACK = 16  # every sixteenth window judges, and is never trained on
 
@@ -115,8 +115,9 @@ def train(
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(hub_folder(str(path)), trust_remote_code)
     ids = token_ids(text, "training")
-    tokens = _windows(tokenizer, text, settings) if ids is None else ids
-    check_vocabulary(tokens, model, "training")
+    window = min(settings.window, getattr(text_config(model), "max_position_embeddings", None) or settings.window)
+    tokens = _windows(tokenizer, text, replace(settings, window=window)) if ids is None else ids
+    check_fits(tokens, model, "training")
     begun = asdict(settings) | {"model_sha256": _digest(model.state_dict()), "text_sha256": _digest({"tokens": tokens})}
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]

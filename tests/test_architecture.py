@@ -49,7 +49,6 @@ ALLOWED: dict[str, set[str]] = {
     # a whole model
     "stdlib_text": set(),
     "rows": {"calibration"},
-    "token_ids": {"calibration"},
     "text": {"calibration", "checkpoint", "paths", "rows", "settings", "stdlib_text"},
     "shards": set(),
     "checkpoint": {"shards"},
@@ -70,19 +69,21 @@ ALLOWED: dict[str, set[str]] = {
     "stored_names": {"checkpoint"},
     "skeleton": {"blocks"},
     "ties": {"stored_names"},
+    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
     "source": FORMAT
-    | {"blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text", "ties"},
     "packed_checkpoint": FORMAT
-    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
+    | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
     | {"stored_names", "text", "ties"},
     "unpacking": FORMAT
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "nn", "packed_config", "plan", "progress", "record", "sinks"},
     "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
+    "token_ids": {"calibration", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},

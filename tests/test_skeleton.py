@@ -11,8 +11,8 @@ from torch import nn
 
 import slab_kernels
 from slab_kernels import skeleton
+from slab_kernels.architecture import build_skeleton
 from slab_kernels.blocks import ArchitectureError
-from slab_kernels.source import build_skeleton
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,9 +65,13 @@ def test_a_skeleton_takes_no_memory():
         assert sum(p.numel() for p in model.parameters()) > 1 << 36
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gptj", "opt", "bloom", "mpt"])
-def test_buffers_are_those_of_from_pretrained(tmp_path, name):
+XGLM = {"vocab_size": 96, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gptj", "opt", "bloom", "mpt", "xglm"])
+def test_buffers_are_those_of_from_pretrained(tmp_path, monkeypatch, name):
     """Under bfloat16, which transformers makes the default of the process to build a model."""
+    monkeypatch.setitem(tiny_models.CONFIGS, "xglm", XGLM)
     tiny_models.model(name, dtype=torch.bfloat16).save_pretrained(tmp_path)
     theirs = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
     config = transformers.AutoConfig.from_pretrained(tmp_path)
