@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +13,8 @@ from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
 from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError
 from .prepared import Prepared, Source, keep
+
+_any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
 
 
 class SlabLinear(nn.Module):
@@ -125,19 +126,19 @@ class SlabLinear(nn.Module):
         return next((kept[-1].backend.name for kept in reversed(self._linears.copy().values()) if kept), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ShapeError(f"x has shape {list(x.shape)}, but this layer takes in_features={self.in_features} last")
+        if not (shape := x.shape) or shape[-1] != self.in_features:
+            raise ShapeError(f"x has shape {list(shape)}, but this layer takes in_features={self.in_features} last")
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, self.bias)
-        if torch._C._is_any_autocast_enabled():
+        if _any_autocast():
             x = _autocast(x)
-        if torch.compiler.is_dynamo_compiling():
+        if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
         for prepared in kept:
-            if prepared.source.is_still(self._buffers.values()):
+            if prepared.source.is_still(self._buffers.values(), traced):
                 return prepared.backend.linear(x, prepared.state, self.bias)
-        if torch.compiler.is_compiling():
+        if traced:
             if not (kept and torch.compiler.is_exporting()):  # which puts fakes in the buffers' place
                 tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
                 return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)  # of whatever is here
@@ -233,7 +234,7 @@ class FusedSlabLinear(nn.Module):
         return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
 
     def _tensors(self) -> Iterator[Tensor | None]:
-        return itertools.chain.from_iterable(part._buffers.values() for part in self.parts)
+        return itertools.chain.from_iterable([part._buffers.values() for part in self._modules["parts"]])
 
     def _prepared(self, dtype: torch.dtype) -> Prepared:
         linears, buffers = self._linears, [part._buffers.copy() for part in self.parts]
@@ -247,18 +248,18 @@ class FusedSlabLinear(nn.Module):
             raise ShapeError(f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last")
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, *(part.bias for part in self.parts))
-        if torch._C._is_any_autocast_enabled():
+        if _any_autocast():
             x = _autocast(x)
-        if torch.compiler.is_dynamo_compiling():
+        if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
-        prepared = next((p for p in kept if p.source.is_still(self._tensors())), None)
-        if prepared is None and torch.compiler.is_compiling():
+        prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
+        if prepared is None and traced:
             if not (kept and torch.compiler.is_exporting()):  # see SlabLinear.forward
                 return tuple(part(x) for part in self.parts)
             prepared = kept[0]
         backend, state, _ = prepared or self._prepared(x.dtype)
-        return backend.linear_fused(x, state, _joined_bias(self.parts)).split(self.sizes, -1)
+        return backend.linear_fused(x, state, _joined_bias(self._modules["parts"])).split(self.sizes, -1)
 
     def _apply(self, fn, recurse: bool = True):
         self._linears = {}
@@ -288,9 +289,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
     """The parts' biases one after the other, zeros for a part without; joined in every call, so that it is never an old one."""
     biases = [part.bias for part in parts]
-    if all(bias is None for bias in biases):
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
         return None
-    given = next(bias for bias in biases if bias is not None)
-    dtype = functools.reduce(torch.promote_types, (bias.dtype for bias in biases if bias is not None))
-    zero = functools.partial(given.new_zeros, dtype=dtype)
-    return torch.cat([zero(part.out_features) if b is None else b.to(dtype) for part, b in zip(parts, biases, strict=True)])
+    return torch.cat([given.new_zeros(p.out_features) if b is None else b for p, b in zip(parts, biases, strict=True)])

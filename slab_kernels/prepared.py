@@ -31,14 +31,12 @@ class Source(NamedTuple):
         counting = tuple(t for t in tensors if t is not None and not t.is_inference())
         return cls(tensors, counting, sum(map(_version, counting)))
 
-    def is_still(self, tensors: Iterable[Tensor | None]) -> bool:
-        """Whether these are the same tensors, and nothing was written into them since.
-
-        A compiled call does not see writing. Through `.data`, or into an inference tensor, it counts nowhere in torch.
+    def is_still(self, tensors: Iterable[Tensor | None], traced: bool = False) -> bool:
+        """Whether these are the same tensors, and nothing was written into them since, which cannot be seen while a call is
+        traced. Writing through `.data`, or into an inference tensor, counts nowhere in torch.
         """
-        if not self.same(tensors):
-            return False
-        return torch.compiler.is_compiling() or sum(map(_version, self.counting)) == self.writes
+        same = all(map(operator.is_, self.tensors, tensors))
+        return same and (traced or sum(map(_version, self.counting)) == self.writes)
 
     def same(self, tensors: Iterable[Tensor | None]) -> bool:
         """Whether these are the same tensors, whatever was written into them."""
