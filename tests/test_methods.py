@@ -223,12 +223,12 @@ def test_packing_changes_no_more_than_one_rounding(method, values, tolerance, la
 @pytest.mark.parametrize("values", ["bf16", "int8"])
 @pytest.mark.parametrize("method", ["slab", "slab-paper", "threebasil", "wanda"])
 def test_the_size_of_the_weights_changes_no_relative_error(method, values):
-    """1e-12 times a weight: nothing in a method, its grids or its factors is in units of its own."""
+    """1e-12 times a weight: nothing in a method, its grids or its factors has a size of its own."""
     W, _, stats = correlated_layer(24, 64)
     errors = []
     for scale in (1.0, 1e-12):
         d = decompose(W * scale, stats, method=method, values=values, group_size=32)
-        errors.append(error(W, pack(d).dense() / scale if values == "int8" else pack(d, "bf16").dense() / scale, stats))
+        errors.append(error(W, pack(d, values).dense() / scale, stats))
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
