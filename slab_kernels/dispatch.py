@@ -24,14 +24,16 @@ def backend(name: str) -> Backend:
     """The backend of that name. Raises BackendError with the known names."""
     if name not in ORDER:
         origin = f" ({ENVIRONMENT} names it)" if os.environ.get(ENVIRONMENT) == name else ""
-        raise BackendError(f"backend {name!r} is unknown{origin}; known backends: {', '.join(ORDER)}")
+        known = ", ".join(ORDER)
+        raise BackendError(f"backend {name!r} is unknown{origin}; known backends: {known}")
     return importlib.import_module(f".backends.{name}", __package__).BACKEND
 
 
 def explain(problem: LinearProblem) -> dict[str, list[str]]:
     """Backend name -> reasons against it, in order; the first empty list is the one chosen.
 
-    Raises: BackendError if SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot run here.
+    Raises: BackendError if SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot
+        run here.
     """
     return {name: backend(name).not_supported_reasons(problem) for name in ORDER}
 

@@ -41,6 +41,13 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     check_tensors,
     plane_unit,
 )
+from .rounding import (
+    MOST_LOST,
+    fitting_dtype,
+    round_adapter,
+    round_factors,
+    rounding_error,
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,10 @@ class PackedWeight:
         return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def narrow_out(self, start: int, length: int) -> PackedWeight:
-        """Rows start .. start+length: every tensor with an N dimension is narrowed, V and Q are shared. Raises: ShapeError."""
+        """Rows start .. start+length: every tensor with an N dimension is narrowed, V and Q shared.
+
+        Raises: ShapeError.
+        """
         check_range("out_features", start, length, self.out_features)
         parts = {name: t.narrow(0, start, length) for name, t in self.tensors().items() if name not in ("V", "Q")}
         layout = replace(
@@ -150,7 +160,8 @@ class PackedWeight:
         return replace(self, layout=layout, **parts)
 
     def narrow_in(self, start: int, length: int) -> PackedWeight:
-        """Columns start .. start+length, both multiples of `layout.slice_multiple` (the end may be in_features).
+        """Columns start .. start+length, both multiples of `layout.slice_multiple`; the end may be
+        in_features.
 
         Raises: ShapeError.
         """
@@ -209,65 +220,6 @@ def read_factors(U, P) -> dict[str, int | str | None]:
     }  # fmt: skip
 
 
-MOST_LOST = 2.0**-8  # of a matrix, by rounding what it holds: what bf16 loses at worst
-
-
-def rounding_error(t: Tensor, dtype: torch.dtype) -> float:
-    """How much of t, fp32 of any scale, rounding to `dtype` loses, in the Frobenius norm: 0 to 1, NaN or infinite if it does not fit."""
-    most = t.abs().amax()
-    return float(((t.to(dtype).float() - t) / most).norm() / (t / most).norm()) if most != 0 else 0.0
-
-
-def fitting_dtype(*pairs: tuple[Tensor, Tensor]) -> torch.dtype:
-    """The type to store factors in: fp16, or fp32 if one of them is so small or so large that fp16 loses more than MOST_LOST."""
-    fits = all(rounding_error(t, torch.float16) <= MOST_LOST for pair in pairs for t in _balanced(*pair, torch.float16))
-    return torch.float16 if fits else torch.float32
-
-
-def round_adapter(
-    P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """P [N,R'], Q [K,R'] as `pack` stores them, in fp32; like `round_factors` with `adapter_values` None, else int8 codes of
-    rows with a shared power of two (MXINT8 of the OCP microscaling formats, a row for a block). Raises RangeError.
-    """
-    if adapter_values is None:
-        return round_factors(P, Q, dtype)
-    for name, t in (("P", P), ("Q", Q)):
-        if not bool((t.abs() <= bits.SHARED_LIMIT).all()):
-            raise RangeError(f"{name} reaches {float(t.abs().max()):.4g}; int8 adapters hold finite numbers up to {bits.SHARED_LIMIT:.4g}")
-    stored = [bits.unpack_shared(bits.pack_shared(t.float())) for t in (P, Q)]
-    if not all(torch.equal(a, b) for a, b in zip(stored, (P, Q), strict=True)):
-        stored = [bits.unpack_shared(bits.pack_shared(t)) for t in round_factors(P, Q, torch.float32)]
-    return stored[0], stored[1]
-
-
-def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """U [N,R], V [K,R] as `pack` stores them: each rank balanced by a power of two, then rounded to `dtype`.
-
-    dtype None: the `fitting_dtype` of the two. Balancing (max|u_r| ~ max|v_r|) keeps both inside fp16's range. Factors
-    already exact in `dtype` are left alone, so rounding twice changes nothing. Returns fp32 tensors. Raises RangeError if a
-    factor does not fit.
-    """
-    dtype = dtype or fitting_dtype((U, V))
-    pair = _balanced(U, V, dtype)
-    for name, t in zip(("first", "second"), pair, strict=True):
-        if not rounding_error(t, dtype) <= MOST_LOST:
-            raise RangeError(
-                f"the {name} factor, up to {float(t.abs().max()):.3g}, does not fit {dtype}; pack with factor_dtype=torch.bfloat16 or float32"
-            )
-    return pair[0].to(dtype).float(), pair[1].to(dtype).float()
-
-
-def _balanced(U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    U, V = U.float(), V.float()
-    if all(bool((t.to(dtype).float() == t).all()) for t in (U, V)):
-        return U, V
-    high_u, high_v = U.abs().amax(0), V.abs().amax(0)
-    both = (high_u > 0) & (high_v > 0)
-    shift = torch.where(both, (high_v.log2() - high_u.log2()) / 2, 0.0).nan_to_num(0.0).round()
-    return torch.ldexp(U, shift), torch.ldexp(V, -shift)
-
-
 def pack(
     decomposition: Decomposition,
     values: str | None = None,
@@ -278,26 +230,29 @@ def pack(
     """Fold a decomposition and pack it.
 
     The stored weight equals the decomposition to one rounding of S' to `values` and of U, V, P, Q to `factor_dtype`.
-    A decomposition on an integer grid (`values`, `scales` and `group_size` of it) is packed on that grid; one without gets
-    absolute-maximum scales. Groups with fewer than two kept entries are filled from the lowest free position.
+    A decomposition on an integer grid (its `values`, `scales` and `group_size`) is packed on that
+    grid; one without gets absolute-maximum scales. Groups with fewer than two kept entries are
+    filled from the lowest free position.
 
     Args:
-        values: "fp16", "bf16", "int8", "int4" or "int3"; default the decomposition's own grid, else "fp16".
-        group_size: inputs a scale, 32, 64, 128 or None (one scale a row), by default that of the decomposition's grid, else
-            128; ignored for fp16 and bf16.
-        factor_dtype: of U and V, and of P and Q without `adapter_values`; default fp16 where it holds them, else fp32.
+        values: "fp16", "bf16", "int8", "int4" or "int3"; default the type of the decomposition's
+            own grid, else "fp16".
+        group_size: inputs a scale, 32, 64, 128 or None (one scale a row); default that of the
+            decomposition's own grid, else 128. Ignored for fp16 and bf16.
+        factor_dtype: of U and V, and of P and Q without `adapter_values`; default fp16 where it
+            holds them, else fp32.
         adapter_values: "int8" to store P and Q as int8 with an exponent a row, None for `factor_dtype`.
 
-    Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit, ValueTypeError for integers of another
-        grid than the decomposition's, ShapeError.
+    Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit,
+        ValueTypeError for integers of another grid than the decomposition's own, ShapeError.
     """
     N, K = decomposition.S.shape
     values, group_size = _grid(decomposition, values, group_size)
     factor_names = {dtype: name for name, dtype in FACTOR_TYPES.items()}
     if factor_dtype is None:
-        sign = (decomposition.U, decomposition.V) if decomposition.U is not None else None
-        adapter = (decomposition.P, decomposition.Q) if decomposition.P is not None and adapter_values is None else None
-        factor_dtype = fitting_dtype(*filter(None, (sign, adapter)))
+        d = decomposition
+        pairs = [(d.U, d.V), *([] if adapter_values else [(d.P, d.Q)])]
+        factor_dtype = fitting_dtype(*(pair for pair in pairs if pair[0] is not None))
     if factor_dtype not in factor_names:
         raise ValueTypeError(f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}")
     rank = 0 if decomposition.U is None else decomposition.U.shape[1]
@@ -330,27 +285,32 @@ def pack(
     return PackedWeight(layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None})
 
 
-def _grid(d: Decomposition, values: str | None, group_size: int | EllipsisType | None) -> tuple[str, int | None]:
-    """The value type and group size to pack with. Raises: ValueTypeError, ShapeError if they contradict those that d carries."""
-    if d.values is None and d.scales is None:
-        values = values or "fp16"
-        return values, None if values not in INTEGER_RANGES else 128 if group_size is ... else group_size
-    if d.values not in INTEGER_RANGES or d.scales is None:
-        raise ValueTypeError(
-            f"a decomposition with values={d.values!r} and {'no ' if d.scales is None else ''}scales is on no grid; give both, or neither"
-        )
-    expected = (d.out_features, -(-d.in_features // d.group_size) if d.group_size else 1)
-    if tuple(d.scales.shape) != expected:
-        raise ShapeError(f"scales has shape {tuple(d.scales.shape)}, expected {expected} for group_size={d.group_size}")
-    if values in VALUE_TYPES and values not in INTEGER_RANGES:
+def _grid(
+    d: Decomposition, values: str | None, group_size: int | EllipsisType | None
+) -> tuple[str, int | None]:
+    """The value type and group size to pack d with, those asked for or those of its own grid.
+
+    Raises: ValueTypeError or ShapeError if they contradict each other.
+    """
+    own = d.values is not None or d.scales is not None
+    values = values or d.values or "fp16"
+    if group_size is ...:
+        group_size = d.group_size if own else 128
+    if own and (d.values not in INTEGER_RANGES or d.scales is None):
+        has = "no scales" if d.scales is None else "scales"
+        raise ValueTypeError(f"a decomposition with values={d.values!r} and {has} is on no grid")
+    shape = (d.out_features, -(-d.in_features // d.group_size) if d.group_size else 1)
+    grid = f"values={d.values!r} with group_size={d.group_size}"
+    if own and tuple(d.scales.shape) != shape:
+        raise ShapeError(f"scales has shape {tuple(d.scales.shape)}, expected {shape} for {grid}")
+    if values not in INTEGER_RANGES:
         return values, None
-    if values not in (None, d.values) or group_size not in (..., d.group_size):
+    if own and (values, group_size) != (d.values, d.group_size):
         raise ValueTypeError(
-            f"the decomposition lies on a grid of values={d.values!r} with group_size={d.group_size}, which packing with "
-            f"values={values or d.values!r} and group_size={d.group_size if group_size is ... else group_size} would round once more; "
-            "pack it as it is, or decompose again"
+            f"the decomposition lies on a grid of {grid}, which values={values!r} with "
+            f"group_size={group_size} would round once more; pack it as it is, or decompose again"
         )
-    return d.values, d.group_size
+    return values, group_size
 
 
 def pack_adapter(P: Tensor, Q: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
@@ -407,8 +367,8 @@ def _encode_values(kept: Tensor, d: Decomposition, layout: PackedLayout) -> tupl
             raise RangeError(f"a kept value of {kept.abs().max():.4g} does not fit {layout.values}; use values='bf16'")
         if rounding_error(kept, stored.dtype) > MOST_LOST:
             raise RangeError(
-                f"kept values of up to {kept.abs().max():.3g} are below what values={layout.values!r} holds; use values='bf16', "
-                "or integers, whose scales reach 1e-38"
+                f"kept values of up to {kept.abs().max():.3g} are below what "
+                f"values={layout.values!r} holds; use values='bf16', or integers"
             )
         return stored, None
     low, high = INTEGER_RANGES[layout.values]
@@ -420,8 +380,10 @@ def _encode_values(kept: Tensor, d: Decomposition, layout: PackedLayout) -> tupl
         scales = (groups.abs().amax(-1) / high).to(torch.bfloat16)
     scales = torch.where(scales == 0, 1.0, scales).to(torch.bfloat16)
     steps = (groups / scales.float()[..., None]).round()
-    if d.scales is not None and bool((beyond := (steps < low) | (steps > high)).any()):
-        raise RangeError(f"{int(beyond.sum())} kept values lie beyond {low} .. {high} steps of the scales that come with them")
+    beyond = (steps < low) | (steps > high)
+    if d.scales is not None and bool(beyond.any()):
+        found = f"{int(beyond.sum())} kept values"
+        raise RangeError(f"{found} lie beyond {low} .. {high} steps of the decomposition's scales")
     q = steps.clamp(low, high).flatten(1).to(torch.int8)
     return bits.pack_values(q, layout.values), scales
 

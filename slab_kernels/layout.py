@@ -204,18 +204,21 @@ def cast(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def check_range(name: str, start: int, length: int, size: int, multiple: int = 1) -> None:
-    """Refuse a slice start .. start+length of a dimension that is not inside it, or cuts one of its units of `multiple`.
+    """Refuse a slice start .. start+length that is not inside a dimension of `size`, or that cuts
+    one of its units of `multiple`.
 
     Raises: ShapeError.
     """
     for what, number in (("start", start), ("length", length)):
         if type(number) is not int:
-            raise ShapeError(f"cannot slice {name}: {what}={number!r} must be an integer, not a {type(number).__name__}")
+            kind = type(number).__name__
+            raise ShapeError(f"cannot slice {name}: {what}={number!r} must be an int, not a {kind}")
     last = start + length
+    asked = f"cannot slice {name} {start}..{last} of {size}"
     if not 0 <= start < last <= size:
-        raise ShapeError(f"cannot slice {name} {start}..{last} of {size}: it must begin at 0 or later, hold one and end by {size}")
+        raise ShapeError(f"{asked}: it must begin at 0 or later, hold one and end by {size}")
     if start % multiple or (last % multiple and last != size):
-        raise ShapeError(f"cannot slice {name} {start}..{last} of {size}: start and length must be multiples of {multiple}")
+        raise ShapeError(f"{asked}: start and length must be multiples of {multiple}")
 
 
 def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:

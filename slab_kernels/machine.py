@@ -106,7 +106,7 @@ def backends() -> dict[str, dict[str, list[str]]]:
             found = dispatch.explain(problem)
             if forced := os.environ.get(dispatch.ENVIRONMENT):
                 dispatch.backend(forced)
-        except BackendError as error:  # a variable names what there is not: nothing runs until it is set right
+        except BackendError as error:  # a variable names what there is not, so that nothing runs
             found = {name: [str(error)] for name in dispatch.ORDER}
         for name, reasons in found.items():
             table[name][kind] = reasons

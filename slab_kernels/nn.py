@@ -1,8 +1,7 @@
-"""`SlabLinear`, the drop-in replacement of `nn.Linear`, and `FusedSlabLinear` for q/k/v and gate/up."""
+"""`SlabLinear`, the drop-in replacement of `nn.Linear`; `FusedSlabLinear` for q/k/v and gate/up."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -15,15 +14,19 @@ from .backends.base import Backend, LinearProblem
 from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
 from .prepared import Prepared, Source, keep
 
+_any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
+
 
 class SlabLinear(nn.Module):
     """y = x W.T + bias from a packed weight; frozen, differentiable in x and bias.
 
-    The packed tensors are buffers under their format names, so a state dict is the canonical checkpoint form. What a
-    backend prepares from them is made on the first call (or by `prepare`), never saved, and made anew when the module holds
-    other tensors or they were written into (not seen: writing through `.data`, into an inference tensor, or after
-    torch.compile; call `prepare`). Casting the module (`.half()`, `.to(dtype)`) casts the bias only: packed tensors keep
-    their types. Under autocast x is cast and the result has autocast's type, as of an nn.Linear.
+    The packed tensors are buffers under their format names, so a state dict is the canonical
+    checkpoint form. What a backend prepares from them is made on the first call (or by `prepare`),
+    never saved, and made anew when the module holds other tensors or somebody wrote into them. Not
+    seen is writing through `.data`, into an inference tensor, or between compiled calls: assign the
+    tensor again. Casting the module (`.half()`, `.to(dtype)`) casts the bias only:
+    packed tensors keep their types. Under autocast x is cast and the result has autocast's type, as
+    of an nn.Linear.
     """
 
     def __init__(self, layout: PackedLayout, bias: bool = False, device=None, dtype: torch.dtype | None = None):
@@ -74,8 +77,8 @@ class SlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run it.
         """
-        backend = self._select(dtype)
-        self._linears[dtype] = tuple(p for p in self._linears.get(dtype, ()) if p.backend is backend)
+        backend, kept = self._select(dtype), self._linears.get(dtype, ())
+        self._linears[dtype] = tuple(p for p in kept if p.backend is backend)
         self._prepared(dtype)
         return self
 
@@ -84,7 +87,7 @@ class SlabLinear(nn.Module):
         return dispatch.select(LinearProblem.of(self.layout, 1, dtype, device.type))
 
     def _prepared(self, dtype: torch.dtype) -> Prepared:
-        """What `_linears` keeps for that dtype and the tensors that are here now, made if need be."""
+        """What `_linears` keeps for that dtype and the tensors that are here, made if need be."""
         linears = self._linears  # whoever changes the weight puts another dict there, and what is being made now goes with the old one
         buffers = self._buffers.copy()
         source = Source.of(buffers.values())
@@ -92,8 +95,9 @@ class SlabLinear(nn.Module):
             if prepared.source.is_still(source.tensors):
                 return prepared
         backend, packed = self._select(dtype), _packed(self.layout, buffers)
-        others = () if backend.one_dtype else itertools.chain(*linears.copy().values())  # another thread may be adding one
-        made = [p.state for p in others if p.backend is backend and p.source.is_still(source.tensors)]
+        others = itertools.chain(*linears.copy().values())  # another thread may be adding one
+        same = (p for p in others if p.backend is backend and p.source.is_still(source.tensors))
+        made = [] if backend.one_dtype else [p.state for p in same]
         if not made:
             # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
@@ -117,35 +121,40 @@ class SlabLinear(nn.Module):
         if not self._linears:
             raise RuntimeError("offload() needs a prepared layer: call prepare(dtype) first")
         self._home = self._home or self.values.device
-        kept = {d: [p for p in made if p.source.is_still(self._buffers.values())] for d, made in self._linears.copy().items()}
+        before = tuple(self._buffers.values())
         for name, tensor in self.packed().tensors().items():
             self._buffers[name] = tensor.cpu()
-        source = Source.of(self._buffers.values())
-        self._linears = {d: tuple(p._replace(source=source) for p in made) for d, made in kept.items()}
+        after = Source.of(self._buffers.values())
+        self._linears = {
+            dtype: tuple(p._replace(source=after) for p in kept if p.source.is_still(before))
+            for dtype, kept in self._linears.copy().items()
+        }
         return self
 
     @property
     def backend(self) -> str | None:
         """Name of the backend that serves the last prepared dtype, or None before the first call."""
-        return next((kept[-1].backend.name for kept in reversed(self._linears.copy().values()) if kept), None)
+        latest = [kept[-1] for kept in self._linears.copy().values() if kept]
+        return latest[-1].backend.name if latest else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ShapeError(f"x has shape {list(x.shape)}, but this layer takes in_features={self.in_features} last")
+        if not (shape := x.shape) or shape[-1] != self.in_features:
+            takes = f"this layer takes in_features={self.in_features} last"
+            raise ShapeError(f"x has shape {list(shape)}, but {takes}")
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, self.bias)
-        if torch._C._is_any_autocast_enabled():
+        if _any_autocast():
             x = _autocast(x)
-        if torch.compiler.is_dynamo_compiling():
+        if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
         for prepared in kept:
-            if prepared.source.is_still(self._buffers.values()):
+            if prepared.source.is_still(self._buffers.values(), traced):
                 return prepared.backend.linear(x, prepared.state, self.bias)
-        if torch.compiler.is_compiling():
-            if not (kept and torch.compiler.is_exporting()):  # which puts fakes in the buffers' place
+        if traced:
+            if not (kept and torch.compiler.is_exporting()):  # exporting puts fakes in their place
                 tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
-                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)  # of whatever is here
+                return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)
             prepared = kept[0]
         else:
             prepared = self._prepared(x.dtype)
@@ -205,7 +214,8 @@ class FusedSlabLinear(nn.Module):
     """Several SlabLinear that read the same x (q, k, v; gate, up) as one: one launch where the backend has such a kernel.
 
     The parts stay modules of their own, `parts.0`, `parts.1`, ..., with their biases; only what a backend prepares is
-    shared. Every part keeps its own U, V, P and Q. Frozen, and differentiable in x and the biases, like the parts.
+    shared. Every part keeps its own U, V, P and Q. Frozen, and differentiable in x and the biases,
+    like the parts.
     """
 
     def __init__(self, parts: Iterable[SlabLinear]):
@@ -221,7 +231,7 @@ class FusedSlabLinear(nn.Module):
             raise ShapeError(f"fused parts must read the same x, but these take in_features={sorted(sizes)}")
         self.in_features = self.parts[0].in_features
         self.sizes = [part.out_features for part in self.parts]
-        self._linears: dict[torch.dtype, tuple] = {}
+        self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> FusedSlabLinear:
         """Choose a backend that runs every part, and make the parts' common layout now.
@@ -238,13 +248,16 @@ class FusedSlabLinear(nn.Module):
         return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
 
     def _tensors(self) -> Iterator[Tensor | None]:
-        return itertools.chain.from_iterable(part._buffers.values() for part in self.parts)
+        parts = self._modules["parts"]  # not self.parts, which takes half a microsecond
+        return itertools.chain.from_iterable([part._buffers.values() for part in parts])
 
     def _prepared(self, dtype: torch.dtype) -> Prepared:
         linears, buffers = self._linears, [part._buffers.copy() for part in self.parts]
         source = Source.of(itertools.chain.from_iterable(held.values() for held in buffers))
-        packed = [_packed(part.layout, held) for part, held in zip(self.parts, buffers, strict=True)]
-        packed = [weight.to(part._home or weight.values.device) for part, weight in zip(self.parts, packed, strict=True)]
+        packed = [
+            _packed(part.layout, held).to(part._home or held["values"].device)
+            for part, held in zip(self.parts, buffers, strict=True)
+        ]
         return keep(linears, dtype, Prepared(*dispatch.prepare_fused(packed, dtype), source))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -252,18 +265,19 @@ class FusedSlabLinear(nn.Module):
             raise ShapeError(f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last")
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, *(part.bias for part in self.parts))
-        if torch._C._is_any_autocast_enabled():
+        if _any_autocast():
             x = _autocast(x)
-        if torch.compiler.is_dynamo_compiling():
+        if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
-        prepared = next((p for p in kept if p.source.is_still(self._tensors())), None)
-        if prepared is None and torch.compiler.is_compiling():
+        prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
+        if prepared is None and traced:
             if not (kept and torch.compiler.is_exporting()):  # see SlabLinear.forward
                 return tuple(part(x) for part in self.parts)
             prepared = kept[0]
         backend, state, _ = prepared or self._prepared(x.dtype)
-        return backend.linear_fused(x, state, _joined_bias(self.parts)).split(self.sizes, -1)
+        bias = _joined_bias(self._modules["parts"])
+        return backend.linear_fused(x, state, bias).split(self.sizes, -1)
 
     def _apply(self, fn, recurse: bool = True):
         self._linears = {}
@@ -283,19 +297,22 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x as autocast hands it to nn.Linear: in its type, where it is on for x's device, unless x is fp64 or no float."""
+    """x as autocast hands it to nn.Linear: in autocast's type, unless x is fp64 or no float."""
     kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not on or x.dtype == torch.float64 or not x.is_floating_point():
         return x
-    return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(torch.get_autocast_dtype(kind))
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
-    """The parts' biases one after the other, zeros for a part without; joined in every call, so that it is never an old one."""
+    """The parts' biases one after the other, zeros for a part without, or None if no part has one.
+
+    Made in every call: a bias may have been written into, and a gradient goes back to each.
+    """
     biases = [part.bias for part in parts]
-    if all(bias is None for bias in biases):
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
         return None
-    given = next(bias for bias in biases if bias is not None)
-    dtype = functools.reduce(torch.promote_types, (bias.dtype for bias in biases if bias is not None))
-    zero = functools.partial(given.new_zeros, dtype=dtype)
-    return torch.cat([zero(part.out_features) if b is None else b.to(dtype) for part, b in zip(parts, biases, strict=True)])
+    each = zip(parts, biases, strict=True)
+    return torch.cat([given.new_zeros(p.out_features) if b is None else b for p, b in each])

@@ -1,8 +1,10 @@
 """`torch.ops.slab_kernels.linear`: the operation on canonical packed tensors, as one opaque, functional torch op.
 
 `dequantize` beside it rebuilds the dense weight, [N,K] fp32. Both are registered on first use, not at import, and run
-the reference on any device, in x's type whatever autocast says: SlabLinear casts x as nn.Linear does, an op does not.
-Backends with prepared layouts register ops of their own (`slab_kernels::linear_cpu`). Fake kernels and autograd (of x and bias: packed weights are frozen) serve torch.compile and torch.export.
+the reference on any device, in x's type whatever autocast says: SlabLinear casts x as nn.Linear
+does, an op does not. Backends with prepared layouts register ops of their own
+(`slab_kernels::linear_cpu`). Fake kernels and autograd (of x and bias: packed weights are frozen)
+serve torch.compile and torch.export.
 """
 
 from __future__ import annotations

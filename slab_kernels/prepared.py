@@ -1,7 +1,7 @@
-"""What a backend made of packed tensors, kept with the tensors, so that a call sees whether a module still holds those.
+"""What a backend made of packed tensors, kept with them: a call sees whether they are still there.
 
-A module's tensors change in three ways: others take their place for good (an assignment), others take their place for one
-call (`torch.func.functional_call`), or somebody writes into them.
+A module's tensors change in three ways: others take their place for good (an assignment), others
+take their place for one call (`torch.func.functional_call`), or somebody writes into them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _version = operator.attrgetter("_version")
 
 
 class Source(NamedTuple):
-    """A module's tensors, looked at before a backend reads them: whatever is written meanwhile is seen afterwards."""
+    """A module's tensors, looked at before a backend reads them, which shows a write meanwhile."""
 
     tensors: tuple[Tensor | None, ...]
     counting: tuple[Tensor, ...]  # those that count how often they were written into
@@ -31,14 +31,14 @@ class Source(NamedTuple):
         counting = tuple(t for t in tensors if t is not None and not t.is_inference())
         return cls(tensors, counting, sum(map(_version, counting)))
 
-    def is_still(self, tensors: Iterable[Tensor | None]) -> bool:
+    def is_still(self, tensors: Iterable[Tensor | None], traced: bool = False) -> bool:
         """Whether these are the same tensors, and nothing was written into them since.
 
-        A compiled call does not see writing. Through `.data`, or into an inference tensor, it counts nowhere in torch.
+        A traced call cannot see writing. Through `.data`, or into an inference tensor, it counts
+        nowhere in torch.
         """
-        if not self.same(tensors):
-            return False
-        return torch.compiler.is_compiling() or sum(map(_version, self.counting)) == self.writes
+        same = all(map(operator.is_, self.tensors, tensors))
+        return same and (traced or sum(map(_version, self.counting)) == self.writes)
 
     def same(self, tensors: Iterable[Tensor | None]) -> bool:
         """Whether these are the same tensors, whatever was written into them."""
@@ -53,9 +53,13 @@ class Prepared(NamedTuple):
     source: Source
 
 
-def keep(kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared) -> Prepared:
-    """Put `made` into `kept`, beside the first one of other tensors: neither a module's own tensors nor others that are lent
-    to it call after call are then prepared twice, and a CUDA graph may hold addresses of what stays.
+def keep(
+    kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared
+) -> Prepared:
+    """Put `made` into `kept`, beside the first one of other tensors.
+
+    Neither a module's own tensors nor others that are lent to it call after call are then prepared
+    twice, and a CUDA graph may hold addresses of what stays.
     """
     others = [other for other in kept.get(dtype, ()) if not other.source.same(made.source.tensors)]
     kept[dtype] = (*others[:1], made)

@@ -352,7 +352,8 @@ def save(path: Path, rows: Iterable[Row], device: Device) -> None:
     target = Path(os.path.realpath(path))  # a link stays one
     fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with open(fresh, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as f:
+        private = lambda name, flags: os.open(name, flags, 0o600)  # noqa: E731
+        with open(fresh, "w", encoding="utf-8", opener=private) as f:
             f.write(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
             f.flush()
             os.fsync(f.fileno())

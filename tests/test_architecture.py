@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "slab_kernels"
 
-FORMAT = {"bitpacking", "layout", "format"}
+FORMAT = {"bitpacking", "layout", "rounding", "format"}
 WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {
     "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     # the waist
     "bitpacking": set(),
     "layout": {"bitpacking"},
-    "format": {"bitpacking", "layout"},
+    "rounding": {"bitpacking", "layout"},
+    "format": {"bitpacking", "layout", "rounding"},
     # below it: who runs a problem
     "reference": FORMAT,
     "ops": FORMAT | {"reference"},

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from slab_kernels import SlabLinear, dispatch, machine, reference
 from slab_kernels import bitpacking as bits
-from slab_kernels import reference
 from slab_kernels.backends import cpu
-from slab_kernels.backends.base import LinearProblem
+from slab_kernels.backends.base import BackendError, LinearProblem
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import (
     ADAPTER_RANKS,
@@ -284,6 +286,65 @@ def test_missing_library_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_C.so")
     reasons = cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.float32, "cpu"))
     assert len(reasons) == 1 and "was not built" in reasons[0] and "compiler" in reasons[0]
+
+
+@pytest.mark.parametrize("up", [-37, -30, 0, 30, 37])
+@pytest.mark.parametrize("rank, planes", [term for term in TERMS if term[0]])
+def test_factors_far_apart_stay_finite(isa, rank, planes, up):
+    """U of 1e-30 beside V of 1e30 is a weight like any other; so are P and Q, and the gradient."""
+    packed = random_packed(PackedLayout(40, 200, "bf16", None, rank, 5, planes=planes))
+    factors = {"U": packed.U.double() * 10.0**up, "V": packed.V.double() / 10.0**up}
+    factors |= {"P": packed.P.double() / 10.0**up, "Q": packed.Q.double() * 10.0**up}
+    layout = dataclasses.replace(packed.layout, factors="fp32")
+    factors = {name: t.float() for name, t in factors.items()}
+    packed = dataclasses.replace(packed, layout=layout, **factors)
+    for M, size in itertools.product((1, 2, 5), (1e-6, 1.0, 1e9)):
+        x = (torch.randn(M, 200) * size).requires_grad_()
+        want = reference.linear(x.detach().double(), packed)
+        y = linear(x, packed)
+        assert torch.allclose(y.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.allclose(grad[0], packed.dense().sum(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("exponents", [(-120, 113), (110, -120), (-126, 118)])
+def test_exponents_of_an_int8_adapter_far_apart_stay_finite(isa, exponents):
+    packed = random_packed(PackedLayout(40, 200, "bf16", None, 1, 5, adapter_values="int8"))
+    P, Q = packed.P.clone(), packed.Q.clone()
+    P[:, -1], Q[:200, -1] = exponents[0], exponents[1]
+    P[::3, -1] = -126  # rows of one matrix far apart as well
+    packed = dataclasses.replace(packed, P=P, Q=Q)
+    for M in (1, 5):
+        x = torch.randn(M, 200)
+        want = reference.linear(x.double(), packed)
+        small = 1e-5 * float(want.abs().max())
+        assert torch.allclose(linear(x, packed).double(), want, rtol=1e-4, atol=small)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_moving_powers_of_two_rounds_nothing(isa, monkeypatch, rank):
+    packed, x = random_packed(PackedLayout(40, 200, "int4", 32, rank, 5)), torch.randn(5, 200)
+    moved = [linear(x[:m], packed) for m in (1, 2, 5)]
+    as_they_are = lambda left, right: (left.float(), right.float())  # noqa: E731
+    monkeypatch.setattr(cpu.factors, "beside_results", as_they_are)
+    assert all(same_bits(y, linear(x[:m], packed)) for y, m in zip(moved, (1, 2, 5), strict=True))
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar "])
+def test_a_misspelt_instruction_set_is_an_error_and_no_reason(monkeypatch, name):
+    monkeypatch.setenv(cpu.ENVIRONMENT, name)
+    sentence = f"SLAB_KERNELS_CPU_ISA={name} is not an instruction set.*one of {', '.join(ISAS)}"
+    with pytest.raises(BackendError, match=sentence):
+        dispatch.select(LinearProblem.of(LAYOUT, 1, torch.float32, "cpu"))
+    with pytest.raises(BackendError, match=sentence):
+        SlabLinear.from_packed(random_packed(LAYOUT))(torch.ones(1, 200))
+    assert re.match(sentence, machine.cpu_kernels())
+    assert all(re.match(sentence, reasons["cpu"][0]) for reasons in machine.backends().values())
+
+
+def test_info_shows_a_misspelt_backend(monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "gpu")
+    assert "'gpu' is unknown (SLAB_KERNELS_BACKEND names it)" in machine.backends()["cpu"]["cpu"][0]
 
 
 def run_with_isa(name):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -156,6 +158,39 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path, c
     monkeypatch.setenv("SLAB_KERNELS_CACHE", str(tmp_path / named))
     assert images.compiled(SMALL, "small", "sm_80", LIBRARY) == images.compiled(SMALL, "small", "sm_80", LIBRARY)
     assert len(counted) == 2
+
+
+def test_the_cache_is_its_users_alone_whatever_the_umask(cache, counted):
+    before = os.umask(0)
+    try:
+        images.compiled(SMALL, "small", "sm_80", LIBRARY)
+    finally:
+        os.umask(before)
+    (kept,) = cache.iterdir()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, kept)] == [0o700, 0o600]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o722])
+def test_what_others_may_write_is_not_run(cache, counted, capsys, what, mode):
+    images._tell_once.cache_clear()
+    right = images.compiled(SMALL, "small", "sm_80", LIBRARY)
+    (kept,) = cache.iterdir()
+    planted = b"planted"
+    kept.write_bytes(planted + hashlib.sha256(planted).digest())
+    (cache if what == "folder" else kept).chmod(mode)
+    for _ in range(2):
+        assert images.compiled(SMALL, "small", "sm_80", LIBRARY) == right
+    assert len(counted) == (3 if what == "folder" else 2)  # the file is replaced by one of ours
+    said = capsys.readouterr().err
+    assert said.count("may be written by other users") == said.count(f"mode {mode:04o}") == 1
+
+
+def test_what_belongs_to_somebody_else_is_not_run():
+    owned = lambda mode, uid: os.stat_result((mode, 0, 0, 1, uid, 0, 0, 0, 0, 0))  # noqa: E731
+    for user in (os.getuid(), 0):
+        assert images.distrust(owned(0o40755, user)) is None
+    assert "belongs to another user (uid 4321)" in images.distrust(owned(0o40700, 4321))
 
 
 @needs_nvrtc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -233,6 +234,62 @@ def test_slices_are_plain_narrows(values, group_size):
     assert torch.equal(part.dense(), W[:, multiple:])
     with pytest.raises(fmt.ShapeError, match=f"multiples of {multiple}"):
         p.narrow_in(multiple // 2, multiple)
+
+
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [
+        *((-16, 16), (0, 0), (0, -16), (16, 512), (512, 16)),
+        *((True, 16), (0, True), (0.0, 16), (0, 16.0), ("0", 16)),
+    ],
+)
+def test_slices_that_are_not_inside_are_refused(start, length):
+    p = random_packed(fmt.PackedLayout(48, 512, rank=1))
+    for name, slicer in (("out_features", p.narrow_out), ("in_features", p.narrow_in)):
+        with pytest.raises(fmt.ShapeError, match=f"cannot slice {name}"):
+            slicer(start, length)
+
+
+def test_a_decomposition_is_packed_on_its_own_grid():
+    p = random_packed(fmt.PackedLayout(16, 256, "int8", 64, rank=1))
+    d = fmt.unpack(p)
+    for again in (fmt.pack(d), fmt.pack(d, "int8"), fmt.pack(d, group_size=64)):
+        assert same(again, p)
+    wide = fmt.pack(d, "bf16")
+    assert wide.layout.values == "bf16" and torch.allclose(wide.dense(), p.dense(), rtol=2**-8)
+    others = (("int4", 64), ("int3", ...), ("int8", 32), ("int8", None), (None, 128))
+    for values, group_size in others:
+        with pytest.raises(fmt.ValueTypeError, match="'int8' with group_size=64.*round once more"):
+            fmt.pack(d, values, group_size)
+    replaced = dataclasses.replace
+    with pytest.raises(fmt.ValueTypeError, match="no scales is on no grid"):
+        fmt.pack(replaced(d, scales=None))
+    with pytest.raises(fmt.ShapeError, match=r"scales has shape \(16, 1\), expected \(16, 4\)"):
+        fmt.pack(replaced(d, scales=d.scales[:, :1]))
+    with pytest.raises(fmt.RangeError, match="beyond -127 .. 127 steps"):
+        fmt.pack(replaced(d, S=3 * d.S))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-9, 1e-7, 1e-5, 1e4])
+def test_weights_of_any_size_keep_their_precision_or_are_refused(scale):
+    d = random_decomposition(16, 64, rank=2, adapter_rank=2)
+    root = scale**0.5
+    factors = {name: getattr(d, name) * root for name in ("U", "V", "P", "Q")}
+    d = dataclasses.replace(d, S=d.S * scale, **factors)
+    W = d.dense()
+    half, coarse = (("bf16", None), ("fp16", None)), (("bf16", "int8"), ("int8", None))
+    for values, adapter_values in half + coarse:
+        if values == "fp16" and scale < 1e-6:
+            with pytest.raises(fmt.RangeError, match="below what values='fp16' holds; use"):
+                fmt.pack(d, values)
+            continue
+        packed = fmt.pack(d, values, adapter_values=adapter_values)
+        assert packed.layout.factors == ("fp16" if scale > 1e-10 else "fp32")
+        lost = float((packed.dense().double() - W).norm() / W.double().norm())
+        assert lost < (4e-3 if (values, adapter_values) in half else 2e-2)
+    if scale < 1e-10:
+        with pytest.raises(fmt.RangeError, match="does not fit torch.float16; pack with factor"):
+            fmt.pack(d, "bf16", factor_dtype=torch.float16)
 
 
 def test_factors_keep_their_product_in_range():

@@ -220,6 +220,18 @@ def test_packing_changes_no_more_than_one_rounding(method, values, tolerance, la
     torch.testing.assert_close(unpack(packed).dense(), packed.dense())
 
 
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("method", ["slab", "slab-paper", "threebasil", "wanda"])
+def test_the_size_of_the_weights_changes_no_relative_error(method, values):
+    """1e-12 times a weight: nothing in a method, its grids or its factors has a size of its own."""
+    W, _, stats = correlated_layer(24, 64)
+    errors = []
+    for scale in (1.0, 1e-12):
+        d = decompose(W * scale, stats, method=method, values=values, group_size=32)
+        errors.append(error(W, pack(d, values).dense() / scale, stats))
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_integers_at_patterns_that_are_not_enumerated(method, layer):
     W, stats, _ = layer

@@ -281,7 +281,8 @@ def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
     part.load_state_dict(new)
     assert all(torch.equal(y, w) for y, w in zip(fused(x), (want, old), strict=True))
     state = part.prepare()._linears[torch.float32][0].state
-    assert part.prepare()._linears[torch.float32][0].state is state  # a CUDA graph may hold its addresses
+    again = part.prepare()._linears[torch.float32][0].state
+    assert again is state  # a CUDA graph may hold its addresses
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference" if backend == "cpu" else "cpu")
     assert part.prepare().backend != backend
 

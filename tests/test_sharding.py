@@ -125,6 +125,15 @@ def test_worlds_that_cut_a_unit_are_refused_with_those_that_fit():
         Slice(layout := form(8, 64, "fp16"), 0, 8, 8, 16)
     with pytest.raises(ShapeError, match="must begin at 0 or later"):
         Slice(layout, 4, 8, 0, 64)
+    outside, strange = ((-8, 8, 0, 64), (0, 8, -16, 16)), ((0, True, 0, 64), (0.0, 8, 0, 64))
+    for wrong in outside + strange:
+        with pytest.raises(ShapeError, match="cannot slice"):
+            Slice(layout, *wrong)
+    for rank, world in ((-1, 2), (2, 2), (0, 0), (0.0, 1), (0, True)):
+        with pytest.raises(ShapeError, match="there is no such rank"):
+            row_parallel(layout, rank, world)
+        with pytest.raises(ShapeError, match="there is no such rank"):
+            column_parallel([layout], [8], rank, world)
 
 
 def test_what_is_missing_or_strange_is_refused_by_name():

@@ -141,6 +141,17 @@ def test_without_a_home_the_defaults_run(monkeypatch):
     assert choose(LAYER, 1, 16, A100) in [row.config for row in configs.DEFAULTS]
 
 
+def test_a_file_that_everybody_may_write_and_a_variable_that_names_no_folder(folders, monkeypatch):
+    path = write(folders[0], {"tokens": 16, "block_m": 16})
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match=r"everybody may write to it \(mode 0666; chmod o-w\)"):
+        configs.read(path)
+    monkeypatch.setenv(configs.ENVIRONMENT, str(path))
+    configs.forget()
+    with pytest.raises(ConfigError, match="SLAB_KERNELS_CONFIGS=.*is no folder"):
+        choose(LAYER, 1, 16, A100)
+
+
 def test_file_names():
     assert configs.file_name("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb.json"
     assert configs.file_name("../AMD Instinct MI300X/") == "amd-instinct-mi300x.json", "no path in it"

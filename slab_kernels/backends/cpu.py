@@ -6,8 +6,8 @@ accumulation, whatever the activations' type. With few tokens the weight is neve
 tile in cache. Within either regime a row of y depends on its own token only and on no thread count; between the two the
 order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces an instruction set.
 
-Where the reference is finite, so are these kernels for |x| up to 2^80: above it, sums that a scale or a small factor is yet
-to multiply may overflow.
+Where the reference is finite, so are these kernels for |x| up to 2^80: above it, sums that a scale
+or a small factor is yet to multiply may overflow.
 
 NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure 2:4 weight (rank 0)
 has no weight at pruned positions, so with few tokens a NaN there does not reach rows that prune it.
@@ -107,7 +107,8 @@ def widened(values: Tensor) -> Tensor:
 def missing_library() -> str | None:
     """Why the native library cannot be used here and what to do about it, or None.
 
-    Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here: a forced choice is never passed over.
+    Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here: a forced choice is
+        never passed over.
     """
     if not LIBRARY.exists():
         return (
@@ -136,16 +137,16 @@ def _runnable() -> list[str]:
 def load_library() -> None:
     """Load the library and register fake kernels and autograd, once, whichever thread comes first.
 
-    Raises: OSError or RuntimeError if the library is missing or does not load, BackendError if SLAB_KERNELS_CPU_ISA names
-        an instruction set that is unknown or cannot run here.
+    Raises: OSError or RuntimeError if the library is missing or does not load, BackendError if
+        SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot run here.
     """
     with _LOADING:
         _load_once()
     forced = os.environ.get(ENVIRONMENT)
     if forced and forced not in _runnable():
         raise BackendError(
-            f"{ENVIRONMENT}={forced} is not an instruction set that this build runs on this machine; "
-            f"choose one of {', '.join(_runnable())}, or unset it"
+            f"{ENVIRONMENT}={forced} is not an instruction set that this build runs on this "
+            f"machine; choose one of {', '.join(_runnable())}, or unset it"
         )
 
 

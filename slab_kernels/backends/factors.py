@@ -26,21 +26,22 @@ def sign(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """P [N, R'] and Q [K, R'] in `dtype`, |x Q| <= |x| in the 2-norm. Raises: RangeError if P does not fit."""
     P, Q = packed.adapter()
-    P, Q = P.double(), Q[: packed.in_features].double()  # squares of 1e-30 are 0 in fp32, of 1e30 infinite
+    P, Q = P.double(), Q[: packed.in_features].double()  # of 1e30 and 1e-30 fp32 has no squares
     e = _power(torch.linalg.vector_norm(Q, dim=0))
     return _checked("P", torch.ldexp(P, e), dtype), torch.ldexp(Q, -e).to(dtype)
 
 
 def beside_results(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """U and V, or P and Q, as fp32 with powers of two moved between them, so that no x v is larger than a result: max |u| of a
-    rank comes to [1/2, 1), or less where the smallest |u| above 0 would leave fp32's normal numbers.
+    """U [N, R] and V [K, R], or P and Q, in fp32 with powers of two moved between them.
 
-    Nothing is rounded, so nothing but an overflow changes: v of 1e30 beside u of 1e-30 made x v infinite for x of 1e9.
+    Max |u| of a rank comes to [1/2, 1), so that no x v is larger than a result (v of 1e30 beside u
+    of 1e-30 made x v infinite for x of 1e9); or it stays above that where the smallest |u| but 0
+    would leave fp32's normal numbers. Nothing is rounded: only what overflowed changes.
     """
     left, right = left.double(), right.double()
     size = left.abs()
-    smallest = torch.where(size > 0, size, torch.inf).amin(0)
-    e = torch.minimum(_power(size.amax(0)), _power(torch.where(smallest < torch.inf, smallest, 0.0)) + 125)
+    smallest = torch.where(size > 0, size, size.amax(0)).amin(0)
+    e = torch.minimum(_power(size.amax(0)), _power(smallest) + 125)
     return torch.ldexp(left, -e).float(), torch.ldexp(right, e).float()
 
 

@@ -34,8 +34,10 @@ class Slice:
     inputs: int
 
     def __post_init__(self):
-        check_range("out_features", self.first_row, self.rows, self.whole.out_features)
-        check_range("in_features", self.first_input, self.inputs, self.whole.in_features, self.whole.slice_multiple)
+        whole = self.whole
+        check_range("out_features", self.first_row, self.rows, whole.out_features)
+        unit = whole.slice_multiple
+        check_range("in_features", self.first_input, self.inputs, whole.in_features, unit)
 
     @property
     def layout(self) -> PackedLayout:
@@ -100,9 +102,10 @@ def row_parallel(layout: PackedLayout, rank: int, world: int) -> Slice:
 
 
 def _check_rank(rank: int, world: int, replicas: int = 1) -> None:
-    numbers = (rank, world, replicas)
-    if any(type(n) is not int for n in numbers) or not 0 <= rank < world or replicas < 1 or world % replicas:
-        raise ShapeError(f"rank={rank!r} of world={world!r} with replicas={replicas!r}: there is no such rank")
+    whole = all(type(number) is int for number in (rank, world, replicas))
+    if not whole or not 0 <= rank < world or replicas < 1 or world % replicas:
+        what = f"rank={rank!r} of world={world!r} with replicas={replicas!r}"
+        raise ShapeError(f"{what}: there is no such rank")
 
 
 class Shards:

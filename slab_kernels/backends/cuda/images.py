@@ -1,7 +1,8 @@
 """Where a device's machine code comes from: built ahead of time, or compiled by NVRTC into a cache, or nowhere and why.
 
-SLAB_KERNELS_CACHE names the cache folder, default ~/.cache/slab_kernels; it is made for its user alone. A file's name holds a hash of all that went into
-it, its last 32 bytes the SHA-256 of the rest: what a full disk or a crash left half-written is compiled again.
+SLAB_KERNELS_CACHE names the cache folder, default ~/.cache/slab_kernels; it is made for its user
+alone. A file's name holds a hash of all that went into it, its last 32 bytes the SHA-256 of the
+rest: what a full disk or a crash left half-written is compiled again.
 """
 
 from __future__ import annotations
@@ -91,17 +92,20 @@ def missing(capability: tuple[int, int], major: str | None = None) -> str | None
 
 
 def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.Nvrtc) -> bytes:
-    """The image from the cache, or compiled and put there. A cache that cannot be written or read is done without, and so is,
-    with a line on stderr, one that other users may write: its images would run in this process.
+    """The image from the cache, or compiled and put there.
+
+    A cache that cannot be used is done without, with a line on stderr, and so is one that other
+    users may write: its images would run in this process.
 
     Raises: CompileError if NVRTC refuses the source.
     """
     key = digest(sources, unit, architecture, nvrtc.version, *OPTIONS)[:32]
     folder = _own_folder()
-    kept = folder / f"{unit}.{architecture}.{key}{Path(image_name(unit, architecture)).suffix}" if folder else None
+    suffix = Path(image_name(unit, architecture)).suffix
+    kept = folder / f"{unit}.{architecture}.{key}{suffix}" if folder else None
     if kept and (data := _read(kept)):
         return data
-    print(f"slab_kernels: compiling the CUDA kernels for {architecture}, once (a minute or two)", file=sys.stderr, flush=True)
+    _tell(f"compiling the CUDA kernels for {architecture}, once (a minute or two)")
     data = rtc.compile_unit(sources, unit, architecture, nvrtc)
     if kept:
         _write(kept, data)
@@ -109,7 +113,10 @@ def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.N
 
 
 def _own_folder() -> Path | None:
-    """The cache folder, made if need be, for this user alone whatever the umask says; None if it cannot be used."""
+    """The cache folder, made if need be, for this user alone whatever the umask says.
+
+    None, and a line on stderr, if it cannot be used.
+    """
     try:
         folder = cache_folder()
     except RuntimeError:  # no home folder
@@ -121,7 +128,7 @@ def _own_folder() -> Path | None:
     except OSError as error:
         reason = f"cannot be used ({error.strerror or error}); SLAB_KERNELS_CACHE may name another"
     if reason:
-        _say(f"the cache folder {folder} {reason}; the CUDA kernels are compiled again, and nothing is read or written there")
+        _tell_once(f"the cache folder {folder} {reason}; until then kernels are compiled again")
     return None if reason else folder
 
 
@@ -133,16 +140,18 @@ def _read(kept: Path) -> bytes | None:
     except OSError:
         return None
     if reason:
-        _say(f"{kept} {reason}; it is compiled again")
+        _tell_once(f"{kept} {reason}; it is compiled again")
     elif len(whole) > _SUM and hashlib.sha256(whole[:-_SUM]).digest() == whole[-_SUM:]:
         return whole[:-_SUM]
     return None
 
 
 def _write(kept: Path, data: bytes) -> None:
-    # Renamed when complete: of processes that compile the same at once the last one wins, and all read whole files.
+    # Renamed when complete: of processes that compile the same at once the last one wins, and all
+    # read whole files. A NamedTemporaryFile has mode 0600.
+    place = {"dir": kept.parent, "prefix": kept.name, "suffix": ".tmp", "delete": False}
     with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile(dir=kept.parent, prefix=kept.name, suffix=".tmp", delete=False) as fresh:  # mode 0600
+        with tempfile.NamedTemporaryFile(**place) as fresh:
             try:
                 fresh.write(data + hashlib.sha256(data).digest())
                 fresh.close()
@@ -154,21 +163,24 @@ def _write(kept: Path, data: bytes) -> None:
 def distrust(found: os.stat_result) -> str | None:
     """Why what is in a file or folder is not to be run, to follow its name in a sentence, or None.
 
-    It has to belong to this user or to root, and nobody else may write to it. Where there are no user ids, all is well.
+    It has to belong to this user or to root, and nobody else may write to it. Where there are no
+    user ids, all is well.
     """
     if not hasattr(os, "getuid"):
         return None
     if found.st_uid not in (os.getuid(), 0):
         return f"belongs to another user (uid {found.st_uid})"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"may be written by other users (mode {stat.S_IMODE(found.st_mode):04o}; chmod go-w makes it yours alone)"
+        mode = stat.S_IMODE(found.st_mode)
+        return f"may be written by other users (mode {mode:04o}; chmod go-w makes it yours alone)"
     return None
 
 
-@functools.cache
-def _say(sentence: str) -> None:
-    """Once a process, to stderr."""
+def _tell(sentence: str) -> None:
     print(f"slab_kernels: {sentence}", file=sys.stderr, flush=True)
+
+
+_tell_once = functools.cache(_tell)
 
 
 def cache_folder() -> Path:

@@ -184,7 +184,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         state = (*ctx.saved_tensors, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size)
-        W = torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # an op: torch.compile traces this
+        W = torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # torch.compile traces an op
         with torch.autocast(grad.device.type, enabled=False):
             grad_x = grad @ W
     if ctx.needs_input_grad[9]:

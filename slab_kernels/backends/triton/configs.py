@@ -217,14 +217,15 @@ def regime(M: int, device: str) -> tuple[int, int | None]:
 
 
 def user_folder() -> Path:
-    """Where `slab-kernels tune` writes: $SLAB_KERNELS_CONFIGS, or slab_kernels in the user's configuration folder.
+    """Where `slab-kernels tune` writes: the folder that SLAB_KERNELS_CONFIGS names, else
+    slab_kernels in the user's configuration folder.
 
     Raises: ConfigError if the variable names something that is no folder.
     """
     if named := os.environ.get(ENVIRONMENT):
         folder = Path(os.path.expanduser(named))
         if os.path.exists(folder) and not os.path.isdir(folder):
-            raise ConfigError(f"{ENVIRONMENT}={named} is no folder; name the folder that holds, or shall hold, the files of rows")
+            raise ConfigError(f"{ENVIRONMENT}={named} is no folder; it has to name one")
         return folder
     return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "slab_kernels"
 
@@ -240,7 +241,8 @@ def read(path: Path) -> list[Row]:
         with path.open("rb") as f:
             mode, text = os.fstat(f.fileno()).st_mode, f.read()
         if mode & stat.S_IWOTH:
-            raise ConfigError(f"everybody may write to it (mode {stat.S_IMODE(mode):04o}; chmod o-w)")
+            bits = f"{stat.S_IMODE(mode):04o}"
+            raise ConfigError(f"everybody may write to it (mode {bits}; chmod o-w)")
         return _rows_of(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}; make it readable, or delete it") from error
