@@ -334,6 +334,20 @@ def test_dense_patterns_in_memory():
     )
 
 
+def test_adapters_of_peft_are_refused_with_the_way_out(tmp_path):
+    """A stand-in for PEFT, which is told by where its classes come from."""
+    tuner = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model = tiny_models.model()
+    model.model.layers[1].self_attn.q_proj = tuner(32, 32, bias=False)
+    with pytest.raises(ArchitectureError, match=r"layers\.1\.self_attn\.q_proj is Linear, an adapter of PEFT.*merge_and_unload"):
+        compress(model, tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False)
+    tiny_models.write(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArchitectureError, match=r"holds an adapter of PEFT.*merge_and_unload"):
+        compress(tmp_path / "m", tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_module_needs_a_tokenizer_for_text():
     with pytest.raises(CalibrationError, match="a model in memory needs tokenizer="):
         compress(tiny_models.model(), method="magnitude", progress=False)
