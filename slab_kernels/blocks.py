@@ -172,7 +172,8 @@ def filled_copy(
     filled.__dict__.pop("forward", None)  # the copy of a block under `catch_stream` computes
 
     def place(t: Tensor) -> Tensor:
-        return t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+        kind = dtype if dtype and t.is_floating_point() else t.dtype
+        return t.to(device=device, dtype=kind, copy=True)  # matching trains it, and a model in memory must not change
 
     filled.load_state_dict({name: place(t) for name, t in tensors.items()}, strict=False, assign=True)
     for owner in filled.modules():

@@ -351,13 +351,15 @@ def decompress(
     from .model import decompress
 
     out = expanded(out)
-    kind = None if dtype is None else torch_dtype(dtype)
-    for left in decompress(folder, out, dtype=kind, verify=not no_verify, trust_remote_code=trust_remote_code):
-        console.say(f"not carried along: {left}")
-    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
-    return Outcome(
-        {"folder": str(folder), "out": str(out), "bytes": size}, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB")
+    kind = torch_dtype(dtype) if dtype else None
+    skipped = decompress(
+        folder, out, dtype=kind, verify=not no_verify, trust_remote_code=trust_remote_code
     )
+    for name in skipped:
+        console.say(f"warning: left out {name}")
+    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
+    data = {"folder": str(folder), "out": str(out), "bytes": size, "left_out": skipped}
+    return Outcome(data, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB"))
 
 
 @app.command(epilog=console.EXIT_CODES)

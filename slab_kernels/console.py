@@ -32,6 +32,7 @@ DEBUG = "SLAB_KERNELS_DEBUG"
 # By class name along the exception's ancestors, nearest first: naming the classes here would import torch.
 CODES = {
     "BackendError": CANNOT_RUN,
+    "TeamError": CANNOT_RUN,
     "PlotsUnavailable": CANNOT_RUN,
     "ImportError": CANNOT_RUN,
     "OutOfMemoryError": NO_SPACE,

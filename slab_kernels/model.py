@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -136,8 +136,9 @@ def compress(
             model_or_path = open_source(model_or_path, trust_remote_code).open_dense()
         source = open_source(model_or_path, trust_remote_code)
         path, blocks = find_blocks(source.model)
-        linears = [item for block in block_linears(path, blocks, 1, skip, tied_names(source.model)) for item in block.items()]
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears}
+        group = plan.group if plan.packed else 1  # a layer that no 2:4 fits is the model's matter, another pattern the user's
+        found = block_linears(path, blocks, group, skip, tied_names(source.model))
+        shapes = {name: tuple(linear.weight.shape) for block in found for name, linear in block.items()}
         plan.check_shapes(shapes)
         texts = _texts(source, calibration, heldout, given.sampling, tokenizer)
         settings = {
@@ -158,46 +159,39 @@ def compress(
         state = None
         if out is not None and team.leads:
             state = stack.enter_context(Progress(out, settings, resume))
-        try:
-            if out is not None:
-                _know_inputs(source, state, team)
-            if bits is not None:
-                plan = replace(plan, layers=_spend(source, plan, shapes, bits, texts[0], device, team, state, report))
-            done = team.from_leader(lambda: state.blocks if state else [])
-            sink = MemorySink() if out is None else FolderSink(out, source, path, len(blocks), plan, state, list(done))
-            message = (
-                f"compressing {source.name}: {len(blocks)} blocks, {texts[0].numel()} calibration tokens in windows of "
-                f"{settings['window']}"
-            )
-            report(ProgressEvent("start", blocks=len(blocks), message=message))
-            for message in source.left_out(out):
-                report(ProgressEvent("warning", blocks=len(blocks), message=f"warning: {message}"))
-            layers, matched = compress_blocks(source, plan, skip, texts, device, sink, report, team)
-            width = getattr(text_config(source.model), "hidden_size", 0) or 0
-            record = RunRecord(
-                model=source.name,
-                settings=settings | {"layers": plan.layers, "calibration": _name(calibration), "heldout": _name(heldout)},
-                stored="packed" if plan.packed else "dense",
-                layers=layers,
-                tokens=texts[0].numel(),
-                hidden_state_bytes=sum(t.numel() for t in [*texts, *texts[: plan.dense_stream]])
-                * width
-                * compute_dtype(source.config, device).itemsize,
-                seconds=time.perf_counter() - began,
-                versions=_versions(),
-                ignored_tensors=source.ignored,
-                matching=matched,
-            )
-            if out is None:
-                result = into(model_or_path, sink, record)
-            else:
-                result = finish(out, sink, record, plan, tokenizer) if team.leads else record
-        except BaseException as error:
-            if state is not None and not isinstance(error, Exception):  # Ctrl-C and the like
-                left = f"stopped; {state.kept or 'nothing'} can be gone on from"
-                with suppress(BaseException):  # whoever listens may be what stopped it
-                    report(ProgressEvent("stopped", blocks=len(blocks), message=left))
-            raise
+        if out is not None:
+            _know_inputs(source, state, team)
+        if bits is not None:
+            plan = replace(plan, layers=_spend(source, plan, shapes, bits, texts[0], device, team, state, report))
+        done = team.from_leader(lambda: state.blocks if state else [])
+        sink = MemorySink() if out is None else FolderSink(out, source, path, len(blocks), plan, state, list(done))
+        message = (
+            f"compressing {source.name}: {len(blocks)} blocks, {texts[0].numel()} calibration tokens in windows of "
+            f"{settings['window']}"
+        )
+        report(ProgressEvent("start", blocks=len(blocks), message=message))
+        for message in source.left_out(out):
+            report(ProgressEvent("warning", blocks=len(blocks), message=f"warning: {message}"))
+        layers, matched = compress_blocks(source, plan, skip, texts, device, sink, report, team)
+        width = getattr(text_config(source.model), "hidden_size", 0) or 0
+        record = RunRecord(
+            model=source.name,
+            settings=settings | {"layers": plan.layers, "calibration": _name(calibration), "heldout": _name(heldout)},
+            stored="packed" if plan.packed else "dense",
+            layers=layers,
+            tokens=texts[0].numel(),
+            hidden_state_bytes=sum(t.numel() for t in [*texts, *texts[: plan.dense_stream]])
+            * width
+            * compute_dtype(source.config, device).itemsize,
+            seconds=time.perf_counter() - began,
+            versions=_versions(),
+            ignored_tensors=source.ignored,
+            matching=matched,
+        )
+        if out is None:
+            result = into(model_or_path, sink, record)
+        else:
+            result = finish(out, sink, record, plan, tokenizer) if team.leads else record
         message = f"done: {record.bits_per_weight:.3f} bits per weight, mean error {record.mean_error:.4f}, {record.seconds:.0f} s"
         report(ProgressEvent("done", len(blocks), len(blocks), len(layers), len(layers), message=message))
         return result

@@ -10,15 +10,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .architecture import build_skeleton
 from .blocks import ArchitectureError, find_blocks
-from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, write_json, write_shard
-from .format import PackedLayout, PackedWeight, ShapeError
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_block_count,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+)
+from .format import PackedLayout, PackedWeight, ShapeError, cast
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
 from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
-from .source import build_skeleton, config_dict, hub_folder, place
+from .side_files import read_generation_config
+from .source import config_dict, hub_folder, place
 from .stored_names import Forms, StoredNames, stored_forms
 from .ties import holds, settle, tied_names, untie
 
@@ -27,6 +37,7 @@ def packed_skeleton(
     checkpoint: Checkpoint, layouts: dict[str, PackedLayout], trust_remote_code: bool = False
 ) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
+    check_block_count(checkpoint)
     model = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     swap_in(model, layouts)
     return model
@@ -163,6 +174,7 @@ def load(
     path: Path | str,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    verify: bool = True,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
@@ -171,12 +183,16 @@ def load(
         path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
         device: where every tensor goes; "auto" is a GPU if there is one.
         dtype: of activations and of everything not packed; default: as stored.
+        verify: compare every tensor with its checksum, where the folder has them.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
-    Raises: CheckpointError, VersionError, FormatError, ArchitectureError; nothing is used before it is checked.
+    The model holds its own copy of the weights: the files may change or go afterwards.
+
+    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked. A packed weight that
+    breaks the format is a FormatError and a CheckpointError at once.
     """
     device = resolve_device(device)
-    checkpoint = Checkpoint(hub_folder(str(path)))
+    checkpoint = Checkpoint(hub_folder(str(path)), verify=verify)
     layouts = read_layouts(checkpoint)
     model = packed_skeleton(checkpoint, layouts, trust_remote_code)
     checkpoint = check_tensors_fit(checkpoint, model)
@@ -187,8 +203,10 @@ def load(
     packed_names, tied = _packed_names(model), tied_names(model)
     for name in checkpoint.entries.keys() - packed_names:
         t = checkpoint.get(name)
-        t = t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
         check_finite(name, t)
+        if dtype and t.is_floating_point():
+            t = cast(t, dtype, f"tensor {name!r}")
+        t = t.to(device)
         for alias in (name, *(n for n, other in tied.items() if other == name)):
             place(model, alias, t)
     if hasattr(model, "tie_weights"):
@@ -199,10 +217,8 @@ def load(
                 module._buffers[name] = buffer.to(device)
     if dtype is not None:
         model.config.dtype = dtype
-    if (checkpoint.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if hasattr(model, "generation_config"):
+        model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
     model.config._name_or_path = str(checkpoint.folder)
     return model.eval()
 

@@ -122,13 +122,6 @@ class Progress:
         self.search[name] = found
         self._write()
 
-    @property
-    def kept(self) -> str:
-        """What a run that stops now leaves for resume=True, in words; "" if nothing."""
-        if self.blocks:
-            return f"{len(self.blocks)} finished block{'s' * (len(self.blocks) > 1)}"
-        return f"what was measured of {len(self.search)} linears" if self.search else ""
-
     def _write(self) -> None:
         if not self.resumable:
             return
@@ -145,7 +138,7 @@ class Progress:
 
     def abandon(self) -> None:
         """A run that failed lets go of the folder; where nothing is kept, it gives it back for other settings."""
-        if self.kept:
+        if self.blocks or self.search:
             self.release()
         else:
             if not self.resumable:

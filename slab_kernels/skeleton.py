@@ -28,6 +28,8 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.to and args[1:] == (torch.get_default_dtype(),) and args[0].dtype == args[1]:
+            return args[0].to(self.dtype)  # nothing to do, unless args[1] was torch.get_default_dtype(), which modes do not see
         default = kwargs.get("dtype") is None
         if func in EMPTY or (func is torch.tensor and args and isinstance(args[0], list) and not args[0]):
             # transformers makes torch.tensor([]) to see whether a model is built on meta, and leaves weights as they are
@@ -51,7 +53,10 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             if module._buffers[name] is not None and module._buffers[name].is_meta:
-                raise ArchitectureError(f"{type(model).__name__} makes the buffer '{path}.{name}' without values")
+                raise ArchitectureError(
+                    f"{type(model).__name__} makes the buffer {name!r} of '{path}' ({type(module).__name__}) without values, "
+                    "and no checkpoint holds it"
+                )
     empty: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

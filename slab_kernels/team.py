@@ -10,6 +10,7 @@ gathered once everyone is there.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -59,8 +60,8 @@ class Team:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise TeamError(f"{self._expected(address)} ({reason})") from error
         self._store = dist.PrefixStore(f"slab_kernels/{next(_TEAMS)}", store)
-        threading.Thread(target=self._beat, args=(dist.PrefixStore("alive", self._store),), daemon=True).start()
         self._alive = dist.PrefixStore("alive", self._store)
+        threading.Thread(target=self._beat, daemon=True).start()
         self._counts = {rank: (b"", time.monotonic()) for rank in range(self.size)}
         began = time.monotonic()
         while missing := [rank for rank in range(self.size) if not self._alive.check([str(rank)])]:
@@ -77,10 +78,10 @@ class Team:
             "torchrun, or unset RANK and WORLD_SIZE to work alone"
         )
 
-    def _beat(self, store: Any) -> None:
+    def _beat(self) -> None:
         for count in itertools.count():
             try:
-                store.set(str(self.rank), str(count))
+                self._alive.set(str(self.rank), str(count))
             except Exception:  # the store is gone, and with it whoever could read this
                 return
             if self._left.wait(BEAT):
@@ -96,8 +97,9 @@ class Team:
     def __exit__(self, kind, error, _) -> None:
         """Who leaves by an error tells the others, which then need not wait for its silence."""
         if self.size > 1:
-            if kind is not None and not isinstance(error, TeamError):
-                self._tell(f"left/{self.rank}", f"{kind.__name__}: {error}")
+            with contextlib.suppress(TeamError):  # what ended this process is what is to be told
+                if kind is not None:
+                    self._tell(f"left/{self.rank}", f"{kind.__name__}: {error}")
             self._left.set()
 
     def share(self, names: list[str] | tuple[str, ...], work: Callable[[str], Any]) -> dict[str, Any]:

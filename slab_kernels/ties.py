@@ -20,9 +20,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def holds(model: nn.Module) -> bool:
-    """Whether every tensor that `model` calls tied is the other one, or has its numbers."""
-    state = model.state_dict()
-    return all(_same(state.get(name), state.get(other)) for name, other in tied_names(model).items())
+    """Whether every tensor that `model` or its config calls tied is the other one, or has its numbers."""
+    state, tied = model.state_dict(), tied_names(model)
+    if hasattr(model, "get_expanded_tied_weights_keys"):
+        tied |= model.get_expanded_tied_weights_keys(all_submodels=True)
+    return all(_same(state.get(name), state.get(other)) for name, other in tied.items())
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

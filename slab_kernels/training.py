@@ -6,22 +6,24 @@ them is small beside the model. A model without adapters gets some: Q random, P 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, write_atomically
+from .checkpoint import CheckpointError, tensor_bytes, write_atomically
 from .format import PackedWeight, pack_adapter
 from .nn import SlabLinear
 from .packed_checkpoint import load, save
 from .paths import expanded
 from .settings import SEED, WINDOW, enforce, setting
 from .source import hub_folder, text_config
+from .surroundings import usual_torch
 from .text import (
     CHARACTERS_PER_TOKEN,
     READ_AHEAD,
@@ -80,6 +82,7 @@ def state_file(out: Path) -> Path:
     return out.with_name(out.name + ".training.safetensors")
 
 
+@usual_torch()
 def train(
     path: Path | str,
     out: Path | str,
@@ -97,6 +100,7 @@ def train(
         text: see `text.read_text`, or token ids [samples, window] (see `token_ids`).
         trust_remote_code: run the Python code in the folder, of which some models are made.
         resume: go on from the state that an interrupted run left beside `out`; the result is that of a run without a break.
+        trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Returns: {"before", "after": mean negative log-likelihood a token on held-back windows, nats; "steps", "parameters"}.
     Raises: CheckpointError, CalibrationError, ValueError, one sentence each.
@@ -114,6 +118,7 @@ def train(
     window = min(settings.window, getattr(text_config(model), "max_position_embeddings", None) or settings.window)
     tokens = _windows(tokenizer, text, replace(settings, window=window)) if ids is None else ids
     check_fits(tokens, model, "training")
+    begun = asdict(settings) | {"model_sha256": _digest(model.state_dict()), "text_sha256": _digest({"tokens": tokens})}
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]
     for p in model.parameters():
@@ -123,7 +128,7 @@ def train(
     held = [i for i in range(len(tokens)) if i % HELD_BACK == HELD_BACK - 1] or [len(tokens) - 1]
     used = torch.tensor([i for i in range(len(tokens)) if i not in held] or held)
     optimizer = torch.optim.Adam(parameters, lr=settings.rate)
-    done, before = _restore(state, settings, optimizer, parameters) if resume and state.exists() else (0, None)
+    done, before = _restore(state, begun, optimizer, parameters) if resume and state.exists() else (0, None)
     if before is None:
         before = _likelihood(model, tokens[held], settings.batch)
     for step in range(done, settings.steps):
@@ -139,7 +144,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % settings.every == 0 and step + 1 < settings.steps:
-            _note(state, settings, optimizer, parameters, step + 1, before)
+            _note(state, begun, optimizer, parameters, step + 1, before)
             say(f"step {step + 1} of {settings.steps}: {float(loss.detach()):.4f} nats a token")
     after = _likelihood(model, tokens[held], settings.batch)
     for name, module in modules.items():
@@ -191,34 +196,49 @@ def _windows(tokenizer, text: str | Path | list | dict, settings: Training) -> T
     return tokens
 
 
-def _note(file: Path, settings: Training, optimizer, parameters: list[Tensor], step: int, before: float) -> None:
-    """Parameters and Adam's moments; whole or not at all."""
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _note(file: Path, begun: dict, optimizer, parameters: list[Tensor], step: int, before: float) -> None:
+    """Parameters and Adam's moments; whole or not at all. begun: what the run began with, to be found again."""
     from safetensors.torch import save as to_bytes
 
     tensors = {}
     for i, p in enumerate(parameters):
         moments = optimizer.state[p]
         tensors |= {f"{i}.value": p.detach(), f"{i}.first": moments["exp_avg"], f"{i}.second": moments["exp_avg_sq"]}
-    notes = {"settings": json.dumps(asdict(settings)), "step": str(step), "before": repr(before)}
+    notes = {"begun": json.dumps(begun), "step": str(step), "before": repr(before), "sha256": _digest(tensors)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, [to_bytes({name: t.cpu().contiguous() for name, t in tensors.items()}, notes)])
 
 
-def _restore(file: Path, settings: Training, optimizer, parameters: list[Tensor]) -> tuple[int, float]:
+def _restore(file: Path, begun: dict, optimizer, parameters: list[Tensor]) -> tuple[int, float]:
+    """Raises: CheckpointError if the state is damaged, or of a run that began with something else."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as f:
             notes = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-        begun, step, before = json.loads(notes["settings"]), int(notes["step"]), float(notes["before"])
-        if begun != asdict(settings):
-            differing = next(k for k in asdict(settings) if begun.get(k) != asdict(settings)[k])
-            raise CheckpointError(f"{file} was begun with {differing}={begun.get(differing)}; use the same settings or delete it")
+        known, step, before = json.loads(notes["begun"]), int(notes["step"]), float(notes["before"])
+        if notes["sha256"] != _digest(tensors):
+            raise ValueError("its numbers are not those that were written")
+        differing = next((name for name in begun if known[name] != begun[name]), None)
+        if differing is not None:
+            raise CheckpointError(
+                f"{file} was begun with {differing}={known[differing]}, now it is {begun[differing]}; "
+                "use the model, the text and the settings of the first run, or delete it"
+            )
         for i, p in enumerate(parameters):
             p.data.copy_(tensors[f"{i}.value"])
             first, second = tensors[f"{i}.first"].to(p), tensors[f"{i}.second"].to(p)
             optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file} is damaged or of another model ({error}); delete it to start anew") from error
     return step, before

@@ -20,7 +20,7 @@ WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {
     "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
     "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "unpacking",
-    "packed_config", "surroundings", "arguments", "token_ids", "ties",
+    "packed_config", "surroundings", "arguments", "token_ids", "ties", "side_files",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     # the waist
@@ -69,15 +69,16 @@ ALLOWED: dict[str, set[str]] = {
     "stored_names": {"checkpoint"},
     "skeleton": {"blocks"},
     "ties": {"stored_names"},
+    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
     "source": FORMAT
-    | {"blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
     | {"streams", "team", "text", "ties"},
     "packed_checkpoint": FORMAT
-    | {"blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "source", "stored_names"}
-    | {"text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
+    | {"stored_names", "text", "ties"},
     "unpacking": FORMAT
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "nn", "packed_config", "plan", "progress", "record", "sinks"},

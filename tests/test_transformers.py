@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tiny_models
@@ -218,36 +216,3 @@ def test_settings_that_cannot_be_are_refused_at_once(settings, message):
 def test_offloading_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"cpu, disk.*one device"):
         AutoModel.from_pretrained(folders[1], device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path)
-
-
-def test_registers_in_either_order_once_and_lets_a_strange_transformers_live():
-    code = """
-import sys
-{first}
-import slab_kernels.engines as engines
-{then}
-auto = sys.modules["transformers.quantizers.auto"]
-assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is engines.transformers.SlabConfig
-assert not [f for f in sys.meta_path if type(f).__module__.startswith("slab_kernels")]
-engines.watch(), engines.transformers.register()
-
-def moved(): raise AttributeError("moved")
-engines.transformers.register = moved
-engines.watch()
-"""
-    failing = """
-import slab_kernels, builtins, sys
-plain = builtins.__import__
-def failed(name, *rest, **more):
-    if name.endswith("quantizer_awq"): raise OSError("once")
-    return plain(name, *rest, **more)
-builtins.__import__ = failed
-try: import transformers.quantizers.auto
-except OSError: builtins.__import__ = plain
-else: raise AssertionError("nothing failed")
-"""
-    orders = (failing, "import transformers.quantizers.auto"), ("import slab_kernels", "import transformers.quantizers.auto"), ("import transformers.quantizers.auto", "import slab_kernels")
-    for first, then in orders:
-        done = subprocess.run([sys.executable, "-c", code.format(first=first, then=then)], capture_output=True, text=True, check=True)
-        assert done.stderr.count("RuntimeWarning") == 1
-        assert "use slab_kernels.load(folder). The reason: AttributeError: moved" in done.stderr

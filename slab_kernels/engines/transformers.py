@@ -125,6 +125,9 @@ class SlabQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return self._compress(model)
         delattr(model, ADJUST)
+        for t in (*model.parameters(), *model.buffers()):
+            if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
+                t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
