@@ -146,8 +146,9 @@ class SlabLinearMethod(LinearMethodBase):
             param.weight_loader = self._loader(layer.slab_shards, name)
             layer.register_parameter(name, param)
         layer.slab_dtype = params_dtype
-        # Until the probe a model may look for the weight and give it another loader; a plain attribute, not a parameter of the layer.
-        layer.weight = torch.empty(0, dtype=torch.int32, device="meta")
+        # Until the probe a model may ask the dense weight for its type or give it another loader; no parameter, so no reload waits for it.
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.weight = torch.empty(shape, dtype=params_dtype, device="meta")
         loader = self._loader(layer.slab_shards, DENSE)
         set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, "weight_loader": loader, "slab_loader": loader})
         config = get_current_vllm_config_or_none()
@@ -235,7 +236,7 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
         if weight.weight_loader is not weight.slab_loader:
             raise probe.refuse(method.stored[0])
         del layer.weight
-        layer.register_parameter(DENSE, nn.Parameter(weight, requires_grad=False))
+        layer.register_parameter(DENSE, nn.Parameter(weight.to(torch.int32), requires_grad=False))  # the stand-ins' type
         set_weight_attrs(layer.weight, vars(weight))
         method.probe = probe
     try:
