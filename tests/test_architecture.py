@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
     "tasks": {"packed_checkpoint", "paths", "token_ids"},
-    "engines": FORMAT
+    "engines": FORMAT | {"blocks", "nn"}
     | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton"}
     | {"source", "ties"},
     # what a person sees

@@ -160,3 +160,10 @@ def test_padding_is_checked_in_the_only_slice_that_has_some():
     values[0, -1] = 1
     with pytest.raises(PaddingError):
         assemble([row_parallel(whole.layout, 0, 1)], [PackedWeight(whole.layout, **{**whole.tensors(), "values": values})])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_layer_without_a_checkpoint_is_zero(name):
+    shards = Shards(["q", "k"], column_parallel([form(16, 64, name)] * 2, [8, 8], 1, 2))
+    shards.fill()
+    assert not any(part.dense().any() for part in shards.packed())

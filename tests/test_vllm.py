@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slab_kernels
+from slab_kernels.blocks import ArchitectureError
 from slab_kernels.format import PackedWeight, ShapeError
 from slab_kernels.packed_checkpoint import read_layouts
 from slab_kernels.testing import random_packed
@@ -36,11 +37,14 @@ SERVE = """
 import json, shutil, sys
 def main():
     from vllm import LLM, SamplingParams
-    folder, arguments, prompts, reloads = sys.argv[1], *map(json.loads, sys.argv[2:])
+    from vllm.lora.request import LoRARequest
+    folder, arguments, prompts, reloads, adapter = sys.argv[1], *map(json.loads, sys.argv[2:])
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
     model = LLM(folder, max_model_len=64, gpu_memory_utilization=0.3, **arguments)
     greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=1)
     def generate():
-        found = [f.outputs[0] for f in model.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)]
+        asked = [{"prompt_token_ids": p} for p in prompts]
+        found = [f.outputs[0] for f in model.generate(asked, greedy, use_tqdm=False, lora_request=lora)]
         return [[list(f.token_ids), f.cumulative_logprob] for f in found]
     answers = [generate()]
     for other in reloads:
@@ -53,16 +57,17 @@ if __name__ == "__main__":
 """
 
 
-def serve(folder, reloads=(), **arguments) -> list[list]:
+def serve(folder, reloads=(), adapter=None, **arguments) -> list[list]:
     """Greedy tokens and the sum of their log probabilities from a vLLM of its own, for each prompt; again after each reload, from the folder
-    that is then copied over the first. Raises: RuntimeError with all it said.
+    that is then copied over the first. adapter: a folder of LoRA matrices. Raises: RuntimeError with all it said.
     """
     world = arguments.get("tensor_parallel_size", 1)
     if ON_GPU and torch.cuda.device_count() < world:
         pytest.skip(f"{world} GPUs wanted")
     binding = {} if ON_GPU or world == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world)))}
     settings = json.dumps({"dtype": DTYPE, "enforce_eager": True, **arguments})
-    command = [sys.executable, "-c", SERVE, str(folder), settings, json.dumps(PROMPTS), json.dumps([str(other) for other in reloads])]
+    given = [settings, *map(json.dumps, (PROMPTS, [str(other) for other in reloads], adapter and str(adapter)))]
+    command = [sys.executable, "-c", SERVE, str(folder), *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **binding})
     found = re.search("^ANSWERS (.*)$", done.stdout, re.MULTILINE)
     if not found:
@@ -72,7 +77,11 @@ def serve(folder, reloads=(), **arguments) -> list[list]:
 
 def assert_ours(answers: list, folder) -> None:
     """The answers of `serve` are those of `slab_kernels.load(folder).generate`."""
-    model = slab_kernels.load(folder, device="auto", dtype=getattr(torch, DTYPE))
+    assert_same(answers, slab_kernels.load(folder, device="auto", dtype=getattr(torch, DTYPE)))
+
+
+def assert_same(answers: list, model) -> None:
+    """The answers of `serve` are those of `model.generate`."""
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
     for prompt, (tokens, logprob) in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt], device=model.device)
@@ -144,6 +153,54 @@ def test_weights_that_are_fused_on_disk(tmp_path):
     assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=2), tmp_path / "packed")
 
 
+SIZES_OF = {"stablelm": SIZES, "gptj": {"n_embd": 128, "rotary_dim": 32}, "bloom": {"hidden_size": 192, "n_head": 2}}
+
+
+@pytest.fixture
+def compressed(request, tmp_path):
+    """A model of the architecture that the test asks for, compressed to int4."""
+    tiny_models.write(tmp_path / "dense", request.param, **SIZES_OF[request.param])
+    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    slab_kernels.compress(tmp_path / "dense", tmp_path / "packed", progress=False, **settings)
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("compressed", ["stablelm", "gptj"], indirect=True)
+def test_models_that_do_not_list_what_they_fuse(compressed):
+    assert_ours(*serve(compressed), compressed)
+
+
+@pytest.mark.parametrize("compressed", ["bloom"], indirect=True)
+def test_a_model_whose_loader_reorders_rows_is_refused(compressed):
+    with pytest.raises(RuntimeError, match=r"BloomForCausalLM splits or reorders .*query_key_value\.weight while it loads.*decompress"):
+        serve(compressed)
+
+
+def test_an_adapter_on_packed_layers(folder, tmp_path):
+    slab_kernels.decompress(folder, tmp_path / "dense")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=getattr(torch, DTYPE))
+    targets, state = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], {}
+    for name, linear in model.named_modules():
+        if name.rpartition(".")[2] in targets:
+            N, K = linear.weight.shape
+            A, B = torch.randn(4, K) * 0.1, torch.randn(N, 4) * 0.1
+            state[f"base_model.model.{name}.lora_A.weight"], state[f"base_model.model.{name}.lora_B.weight"] = A, B
+            linear.weight.data += (B @ A).to(linear.weight) * 2  # lora_alpha / r
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(state, adapter / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    assert_same(*serve(folder, adapter=adapter, enable_lora=True, max_lora_rank=8), model)
+
+
+def test_weights_of_a_dummy_load_are_zero(folder):
+    (answers,) = serve(folder, load_format="dummy")
+    assert len(answers) == len(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("tensor", "change", "message"),
     [
@@ -212,24 +269,34 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
     from torch.utils._pytree import tree_leaves
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from slab_kernels.engines.vllm import SlabVllmConfig
+    from slab_kernels.engines.vllm import SlabVllmConfig, _probe
 
     monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 1)
     monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 2)
     layout = slab_kernels.PackedLayout(48, 64, "int4", rank=1)
-    config = SlabVllmConfig({"mixer.q_a_proj": layout, "mixer.o_proj": layout})
+    config = SlabVllmConfig({"mixer.q_a_proj": layout})
     config.packed_modules_mapping = {}
     settings = {"bias": False, "quant_config": config, "params_dtype": torch.float32}
     with set_current_vllm_config(VllmConfig()):
         layer = layers.ReplicatedLinear(64, 48, prefix="mixer.q_a_proj", **settings)
         for sizes, what in (((64, 40), "out_features=48, vLLM's layer 40"), ((128, 48), "in_features=64, vLLM's layer 128")):
             with pytest.raises(ShapeError, match=what):
-                layers.RowParallelLinear(*sizes, prefix="mixer.o_proj", **settings)
+                layers.RowParallelLinear(*sizes, prefix="mixer.q_a_proj", **settings)
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.float32, (48, 64))  # what a model may ask while it is built
+    with pytest.raises(ArchitectureError, match=r"mixer\.q_a_proj: vLLM does not load it by its model's load_weights"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+    def load(weights):
+        for name, tensor in weights:
+            parameter = layer.get_parameter(name.removeprefix("mixer.q_a_proj."))
+            parameter.weight_loader(parameter, tensor)
+
+    _probe(layer, load)
+    assert not hasattr(layer, "weight")
     kept = None
     for seed in (1, 2):
         packed = random_packed(layout, seed=seed)
-        for name, tensor in packed.tensors().items():
-            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+        load((f"mixer.q_a_proj.{name}", tensor) for name, tensor in packed.tensors().items())
         layer.quant_method.process_weights_after_loading(layer)
         x = torch.randn(3, 64)
         torch.testing.assert_close(layer.quant_method.apply(layer, x), slab_kernels.SlabLinear.from_packed(packed)(x))

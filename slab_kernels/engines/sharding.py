@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
 from ..format import PackedLayout, PackedWeight, ShapeError, check_range
+from ..nn import SlabLinear
 from ..packed_checkpoint import read_packed
 
 ROWS_ONLY = ("U", "P")  # no K
@@ -133,6 +135,12 @@ class Shards:
                 self.tensors[i][name] = self.place(self.slices[i].cut(name, tensor))
             except CheckpointError as error:
                 raise CheckpointError(f"{self.names[i]}: {error}") from error
+
+    def fill(self) -> None:
+        """Make every part zero, for an engine that measures without a checkpoint."""
+        for piece, found in zip(self.slices, self.tensors, strict=True):
+            for name, tensor in SlabLinear(piece.layout).packed().tensors().items():
+                found[name] = self.place(torch.ones_like(tensor) if name == "scales" else tensor)
 
     def packed(self) -> list[PackedWeight]:
         """Every part, checked to the last nibble. Raises: CheckpointError if a tensor did not come, FormatError if one is damaged."""

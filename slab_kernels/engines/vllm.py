@@ -3,16 +3,22 @@
 A fused layer of vLLM (qkv_proj, gate_up_proj) holds several weights of the checkpoint, whose types and ranks may differ. So a packed
 tensor's parameter holds nothing and only brings the loader: slices of what comes go to a `Shards`, `process_weights_after_loading` checks them
 and makes the backend's layout once, and those tensors are the layer's parameters from then on.
+
+Every model of vLLM has a loader of its own. Before the first weights come, stand-ins go through it (`Probe`): a model whose loader
+reorders, splits or leaves out a packed layer is refused.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -22,16 +28,20 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.utils import replace_parameter
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from .. import dispatch
+from ..blocks import ArchitectureError
 from ..checkpoint import Checkpoint
 from ..format import PackedLayout, ShapeError
 from ..packed_checkpoint import check_tensors_fit, packed_skeleton
 from ..packed_config import QUANT_METHOD, parse_layouts, read_layouts
+from .probe import ADVICE, DENSE, Probe
 from .sharding import Shards, column_parallel, row_parallel
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # where a model's own list has none
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -41,6 +51,7 @@ class SlabVllmConfig(QuantizationConfig):
     def __init__(self, layouts: dict[str, PackedLayout]):
         super().__init__()
         self.layouts = layouts
+        self.stored = {name: name for name in layouts}  # vLLM's name -> the checkpoint's
 
     def __repr__(self) -> str:
         return f"SlabVllmConfig({len(self.layouts)} packed modules)"
@@ -76,9 +87,11 @@ class SlabVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
+        self.stored = hf_to_vllm_mapper.apply_dict(self.stored)
 
     def get_quant_method(self, layer: nn.Module, prefix: str):
         """Raises: NotImplementedError for a packed layer that is no linear (experts, embeddings), or of which vLLM fuses a part only."""
+        _probe_before_loading()
         if not isinstance(layer, LinearBase):
             inside = [name for name in self.layouts if name == prefix or name.startswith(f"{prefix}.")]
             if inside:
@@ -88,9 +101,10 @@ class SlabVllmConfig(QuantizationConfig):
                 )
             return None
         if prefix in self.layouts:
-            return SlabLinearMethod([prefix], [self.layouts[prefix]])
+            return SlabLinearMethod(self, [prefix])
         head, _, last = prefix.rpartition(".")
-        names = [f"{head}.{part}" if head else part for part in self.packed_modules_mapping.get(last, ())]
+        parts = self.packed_modules_mapping.get(last) or FUSED.get(last, ())
+        names = [f"{head}.{part}" if head else part for part in parts]
         packed = [name for name in names if name in self.layouts]
         if not packed:
             return UnquantizedLinearMethod()
@@ -99,14 +113,17 @@ class SlabVllmConfig(QuantizationConfig):
             raise NotImplementedError(
                 f"vLLM runs {', '.join(names)} as one layer, of which {packed[0]} is packed and {dense} is not; compress all of them or none (skip)"
             )
-        return SlabLinearMethod(names, [self.layouts[name] for name in names])
+        return SlabLinearMethod(self, names)
 
 
 class SlabLinearMethod(LinearMethodBase):
     """One linear layer of vLLM from one or several packed weights."""
 
-    def __init__(self, names: list[str], layouts: list[PackedLayout]):
-        self.names, self.layouts = names, layouts
+    def __init__(self, config: SlabVllmConfig, names: list[str]):
+        self.names = names
+        self.layouts = [config.layouts[name] for name in names]
+        self.stored = [config.stored[name] for name in names]
+        self.probe: Probe | None = None  # while stand-ins come
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra):
         # A replicated layer is whole on every rank, though it knows how many there are.
@@ -126,26 +143,48 @@ class SlabLinearMethod(LinearMethodBase):
         layer.slab_shards = Shards(names, slices, lambda tensor: tensor.to(device))
         for name in layer.slab_shards.tensor_names:
             # As many elements as tensors will come: a reload prepares the layer once that many have been copied into its parameters.
-            coming = sum(name in piece.whole.tensors() for piece in slices) if len(self.names) == len(slices) else 1
-            param = nn.Parameter(torch.zeros(coming, dtype=torch.uint8, device=device), requires_grad=False)
+            coming = [piece.whole.tensors()[name] for piece in slices if name in piece.whole.tensors()]
+            count = len(coming) if len(self.names) == len(slices) else 1
+            param = nn.Parameter(torch.zeros(count, dtype=coming[0][0], device=device), requires_grad=False)
             param.weight_loader = self._loader(layer.slab_shards, name)
             layer.register_parameter(name, param)
         layer.slab_dtype = params_dtype
+        # Until the probe a model may ask the dense weight for its type or give it another loader; no parameter, so no reload waits for it.
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.weight = torch.empty(shape, dtype=params_dtype, device="meta")
+        loader = self._loader(layer.slab_shards, DENSE)
+        set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, "weight_loader": loader, "slab_loader": loader})
+        config = get_current_vllm_config_or_none()
+        layer.slab_dummy = config is not None and config.load_config.load_format == "dummy"
+        layer.slab_probed = False
+        # vLLM asks for it to know where an adapter (LoRA) belongs.
+        layer.qweight = torch.empty(0, device=device)
 
     def _loader(self, shards: Shards, name: str):
         def load(param, tensor: torch.Tensor, part: str | int | None = None) -> None:
             if isinstance(part, tuple):
-                raise NotImplementedError(f"{self.names[0]}: vLLM loads several parts of this layer from one tensor, which packed layers do not support")
+                raise ArchitectureError(f"vLLM loads several parts of {self.names[0]} from one tensor, which packed layers do not support; {ADVICE}")
             if part is None and len(self.names) > 1:
-                raise NotImplementedError(f"{self.names[0]}: vLLM gives {name} to a fused layer without saying to which part")
-            shards.load(name, tensor, None if len(self.names) == 1 else PARTS.get(part, part))
-            param.data[:1].copy_(torch.zeros(1, dtype=torch.uint8))
+                raise ArchitectureError(f"vLLM gives {name} to a layer of {', '.join(self.names)} without saying to which part; {ADVICE}")
+            at = None if len(self.names) == 1 else PARTS.get(part, part)
+            if self.probe is not None:
+                self.probe.arrive(self.stored[at or 0], name, tensor)
+                return
+            shards.load(name, tensor, at)
+            param.data[:1].copy_(torch.zeros(1, dtype=param.dtype))
 
         return load
 
     def process_weights_after_loading(self, layer) -> None:
-        """Check, choose the backend, prepare. After a reload the same storage is filled again, so captured graphs stay right."""
+        """Check, choose the backend, prepare. After a reload the same storage is filled again, so captured graphs stay right.
+
+        Raises: ArchitectureError for weights that came past the probe, and what `Shards.packed` raises.
+        """
         shards: Shards = layer.slab_shards
+        if layer.slab_dummy:
+            shards.fill()
+        elif not layer.slab_probed:
+            raise ArchitectureError(f"{self.names[0]}: vLLM does not load it by its model's load_weights; packed layers need load_format='auto'")
         layer.slab_backend, state = dispatch.prepare_fused(shards.packed(), layer.slab_dtype)
         shards.tensors = [{} for _ in shards.tensors]
         leaves, structure = tree_flatten(state)
@@ -161,3 +200,58 @@ class SlabLinearMethod(LinearMethodBase):
 
     def apply(self, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.slab_backend.linear_fused(x, layer.slab_state, bias)
+
+
+def _probe_before_loading() -> None:
+    """Let the model that vLLM is building probe its loader before it loads for the first time."""
+    building = get_current_vllm_config_or_none()
+    if building is None or building.model_config is None:
+        return
+    from vllm.model_executor.model_loader import get_model_cls  # imports every loader
+
+    model_class = get_model_cls(building.model_config)
+    load = model_class.load_weights
+    if hasattr(load, "slab_probes"):
+        return
+
+    @functools.wraps(load)
+    def load_weights(self, *args, **kwargs):
+        if not hasattr(self, "slab_probed"):
+            self.slab_probed = True
+            _probe(self, functools.partial(load, self))
+        return load(self, *args, **kwargs)
+
+    load_weights.slab_probes = True
+    model_class.load_weights = load_weights
+
+
+def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]) -> None:
+    """Send stand-ins for every packed layer through `load`. Raises: ArchitectureError if a weight would not arrive as it is stored."""
+    configs = (getattr(module, "quant_config", None) for module in model.modules())
+    config = next((config for config in configs if isinstance(config, SlabVllmConfig)), None)
+    if config is None:
+        return
+    names = {stored: name for name, stored in config.stored.items()}
+    probe = Probe({stored: config.layouts[name] for stored, name in names.items()}, f"vLLM's {type(model).__name__}")
+    layers = [module for module in model.modules() if isinstance(getattr(module, "quant_method", None), SlabLinearMethod)]
+    for layer in layers:
+        weight, method = layer.weight, layer.quant_method
+        if weight.weight_loader is not weight.slab_loader:
+            raise probe.refuse(method.stored[0])
+        del layer.weight
+        layer.register_parameter(DENSE, nn.Parameter(weight.to(torch.int32), requires_grad=False))  # the stand-ins' type
+        set_weight_attrs(layer.weight, vars(weight))
+        method.probe = probe
+    try:
+        load(probe.stand_ins())
+    except ArchitectureError:
+        raise
+    except Exception as error:  # whatever a loader does with a name or a shape that it does not know
+        raise probe.refuse(probe.layer) from error
+    for layer in layers:
+        del layer.weight
+        layer.quant_method.probe = None
+        layer.slab_probed = True
+    for stored in probe.missing():
+        if not is_pp_missing_parameter(f"{names[stored]}.", model):
+            raise probe.refuse(stored)

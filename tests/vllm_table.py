@@ -1,0 +1,195 @@
+"""Every decoder that transformers builds from a config and vLLM has, tiny, compressed and served by vLLM: one row of Markdown each.
+
+    .venv-vllm/bin/python tests/vllm_table.py [TYPE ...]        some 20 seconds a type, on CPU
+
+Each step runs in a process of its own, forked from one that has imported everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+# Before vLLM is imported. Without dynamo vLLM compiles nothing, which takes most of its start.
+os.environ.update(VLLM_TARGET_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1")
+os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+import tiny_models
+import torch
+
+import slab_kernels
+from slab_kernels.blocks import ArchitectureError
+
+# Whatever of these a config has. Heads and latents are of sizes that vLLM's attention has.
+SIZES = {
+    "vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 256, "max_position_embeddings": 128, "max_seq_len": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "ffn_dim": 256, "ffn_hidden_size": 256, "n_inner": 256, "expansion_ratio": 2, "word_embed_proj_dim": 128, "rotary_dim": 32,
+    "sliding_window": 6, "query_pre_attn_scalar": 32, "num_kv_heads": 2, "global_head_dim": 32, "num_global_key_value_heads": 2,
+    "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "num_nextn_predict_layers": 0,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
+    "moe_topk": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "shared_expert_intermediate_size": 128, "shared_intermediate_size": 128,
+    "q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "index_n_heads": 2, "index_head_dim": 64, "index_topk": 8, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16,
+    "mamba_n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+OF_A_TYPE = {
+    "llama4_text": {"num_experts_per_tok": 1},  # vLLM has no other on CPU
+    "minicpm3": {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+}
+PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
+LARGEST = 6e6  # weights
+
+
+def types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS as KNOWN
+
+    return sorted(name for name, architecture in CLASSES.items() if architecture in KNOWN or name in tiny_models.CONFIGS)
+
+
+def build(name: str, folder: Path) -> None:
+    """A random model of that type, with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    default, sizes = AutoConfig.for_model(name), {**SIZES, **OF_A_TYPE.get(name, {})}
+    names = getattr(default, "attribute_map", None) or {}
+    given = {names.get(key, key): value for key, value in sizes.items() if hasattr(default, key) and settable(default, key)}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **given)).float().eval()
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        raise ValueError(f"{count / 1e6:.0f} million weights at this size")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+
+
+def settable(config, key: str) -> bool:
+    prop = getattr(type(config), key, None)
+    return not isinstance(prop, property) or prop.fset is not None
+
+
+def pack(dense: Path, out: Path) -> list[str]:
+    """Compress to int4; what the library says it cannot pack is left dense. Returns the patterns of what was left."""
+    settings, skip = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens(), "progress": False}, []
+    while True:
+        try:
+            slab_kernels.compress(dense, out, skip=skip, **settings)
+            return skip
+        except ArchitectureError as error:
+            advice = re.search(r"skip='([^']+)'", str(error))
+            if not advice or advice[1] in skip:
+                raise
+            skip.append(advice[1])
+
+
+def by_transformers(model) -> list:
+    """Greedy tokens and the sum of their log probabilities for each prompt."""
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        logprob = sum(float(torch.log_softmax(scores.float(), -1).max()) for scores in found.scores)
+        answers.append([found.sequences[0, len(prompt) :].tolist(), logprob])
+    return answers
+
+
+def by_vllm(folder: Path) -> list:
+    from vllm import LLM, SamplingParams
+
+    model = LLM(str(folder), dtype="float32", max_model_len=64, enforce_eager=True)
+    greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=1)
+    found = [f.outputs[0] for f in model.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)]
+    return [[list(f.token_ids), f.cumulative_logprob] for f in found]
+
+
+def same(one: list, other: list) -> bool:
+    return all(a[0] == b[0] and abs(a[1] - b[1]) < 1e-3 for a, b in zip(one, other, strict=True))
+
+
+class Refused(Exception):
+    """A forked process ended in an error: its sentence, and whether it is of this library."""
+
+
+def forked(function: Callable, *arguments):
+    """The function's value from a process of its own. Raises: Refused."""
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        with open(os.devnull if not os.environ.get("TABLE_LOG") else os.environ["TABLE_LOG"], "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            try:
+                answer = {"value": function(*arguments)}
+            except BaseException as error:
+                traceback.print_exc()
+                ours = type(error).__module__.startswith("slab_kernels") or "packed" in str(error)
+                answer = {"error": f"{type(error).__name__}: {error}", "ours": ours}
+            os.write(send, json.dumps(answer).encode())
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as stream:
+        text = stream.read()
+    os.waitpid(child, 0)
+    answer = json.loads(text or '{"error": "the process died", "ours": false}')
+    if "error" in answer:
+        raise Refused(" ".join(answer["error"].split("[type=")[0].split()), answer["ours"])
+    return answer["value"]
+
+
+def outcome(name: str, top: Path) -> str:
+    """One table cell."""
+    dense, packed, again = top / "dense", top / "packed", top / "again"
+    try:
+        forked(build, name, dense)
+    except Refused as error:
+        return f"not built here: {error.args[0]}"
+    try:
+        left = forked(pack, dense, packed)
+        want = forked(lambda: by_transformers(slab_kernels.load(packed)))
+    except Refused as error:
+        return f"not compressed: {error.args[0]}"
+    note = f"; dense: {', '.join(f'`{pattern}`' for pattern in left)}" if left else ""
+    reason = None
+    try:
+        got = forked(by_vllm, packed)
+        if same(got, want):
+            return f"same tokens{note}"
+    except Refused as error:
+        got, reason = None, error
+    try:
+        forked(slab_kernels.decompress, packed, again)
+        plain = forked(by_vllm, again)
+    except Refused as error:
+        return f"vLLM does not run the dense folder either: {error.args[0]}"
+    if got is not None:
+        return f"tokens of the dense folder in vLLM, which differ from transformers'{note}" if same(got, plain) else "**WRONG**"
+    return f"refused: {reason.args[0]}" if reason.args[1] else f"**FAULT**: {reason.args[0]}"
+
+
+def main() -> None:
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401  what each child would import
+
+    torch.set_num_threads(1)
+    print("| model type | outcome |\n|---|---|")
+    for name in sys.argv[1:] or types():
+        with tempfile.TemporaryDirectory() as top:
+            cell = outcome(name, Path(top)).replace(top + "/", "").replace("|", "\\|")
+        print(f"| {name} | {cell} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
