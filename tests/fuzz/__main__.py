@@ -34,7 +34,7 @@ class Worker:
         read, write = os.pipe()
         given = json.dumps({**self.options, "start": self.next, "stop": end, "step": self.step})
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent))))
         command = ["/bin/sh", "-c", f'exec "$0" "$@" 3>&{write} {write}>&-', sys.executable, "-m", "fuzz.worker", given]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors, pass_fds=(write,), env=environment)

@@ -86,10 +86,8 @@ def damaged(number: int, seed: int, folders: dict[str, Folder]) -> tuple[str, Fo
     kind = rng.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
     kinds = [kind] if kind != "two" else [rng.choice([k for k in KINDS if k != "two"]) for _ in range(2)]
     for each in kinds:
-        if each == "files":
-            folder.damage.append(damage_files(folder, rng, other))
-        elif each == "config" and not isinstance(folder.files.get("config.json"), bytes):
-            folder.damage.append("no config.json left to damage")
-        else:
-            folder.damage.append(KINDS[each][1](folder, rng))
+        try:
+            folder.damage.append(damage_files(folder, rng, other) if each == "files" else KINDS[each][1](folder, rng))
+        except (IndexError, KeyError):  # the second of two damages finds no file, key or tensor to choose from
+            folder.damage.append(f"nothing left for {each}")
     return kind, folder, rng

@@ -161,8 +161,9 @@ def same_key_twice(text: str, rng: random.Random) -> str:
 
 def damage_json(folder: Folder, name: str, rng: random.Random) -> str:
     """One damage to any JSON file."""
-    content = folder.files[name]
-    tree = folder.json(name)
+    content, tree = folder.files[name], folder.json(name)
+    if not isinstance(content, bytes):
+        raise KeyError(name)
     choice = rng.random()
     if not isinstance(tree, (dict, list)) or choice < 0.2:
         others = sorted(n for n, c in folder.files.items() if n != name and isinstance(c, bytes) and len(c) < 200_000)
