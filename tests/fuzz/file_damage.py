@@ -88,6 +88,6 @@ def damaged(number: int, seed: int, folders: dict[str, Folder]) -> tuple[str, Fo
     for each in kinds:
         try:
             folder.damage.append(damage_files(folder, rng, other) if each == "files" else KINDS[each][1](folder, rng))
-        except (IndexError, KeyError):  # the second of two damages finds no file, key or tensor to choose from
+        except (IndexError, KeyError, RecursionError):  # the second of two damages finds nothing to choose from, or what is nested too deep
             folder.damage.append(f"nothing left for {each}")
     return kind, folder, rng

@@ -20,7 +20,7 @@ def split(content: bytes) -> tuple[dict, bytes] | None:
     length = int.from_bytes(content[:8], "little")
     try:
         header = json.loads(content[8 : 8 + length])
-        sane = all(type(info["data_offsets"][1]) is int for name, info in header.items() if name != "__metadata__")
+        sane = all([type(n) for n in info["data_offsets"]] == [int, int] for name, info in header.items() if name != "__metadata__")
     except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
         return None
     return (header, content[8 + length :]) if sane and len(header) > 1 else None

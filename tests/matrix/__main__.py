@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -20,35 +21,50 @@ def page(outcomes: list, version: str) -> str:
     from matrix.roads import NOT_BUILT, REFUSED, RIGHT, WRONG
 
     by = {kind: [o for o in outcomes if o.outcome == kind] for kind in (RIGHT, WRONG, REFUSED, NOT_BUILT)}
-    encoders = [o.type for o in by[REFUSED] if "encoder-decoder" in o.message]
-    by[REFUSED] = [o for o in by[REFUSED] if o.type not in encoders]
     lines = [
         "# Architectures",
         "",
-        f"Every causal language model that transformers {version} builds from a config, in some ten thousand random weights: compressed, loaded by",
-        "`slab_kernels.load`, opened by plain `from_pretrained`, saved by `save_pretrained` and opened again by both, decompressed and opened without this",
-        "library. *Right* means that all of them compute what the dense model computes with the packed weights in it (fp32, 1e-4 of the largest logit) and hold",
-        "the same tensors bit by bit. Written by `python -m tests.matrix --write docs/architectures.md`; a test compares a sample of it.",
+        f"Every causal language model of transformers {version}, built from a config with some ten",
+        "thousand random weights and taken along every road: compressed, loaded by `slab_kernels.load`,",
+        "opened by plain `from_pretrained`, saved by `save_pretrained` and opened again by both,",
+        "decompressed and opened without this library. *Right* means that all of them compute what the",
+        "dense model computes with the packed weights in it (within 1e-4 of the largest logit, fp32),",
+        "and that both loaders give the same tensors bit by bit. This page is written by",
+        "`python -m tests.matrix --write docs/architectures.md`; `make test-all` runs all of it.",
         "",
-        f"{len(outcomes)} types: {len(by[RIGHT])} right, {len(by[WRONG])} wrong, {len(by[REFUSED]) + len(encoders)} refused in words "
-        f"({len(encoders)} of them encoder-decoders), {len(by[NOT_BUILT])} not built at this size.",
+        f"{len(outcomes)} types: {len(by[RIGHT])} right, {len(by[WRONG])} wrong, "
+        f"{len(by[REFUSED])} refused in words, {len(by[NOT_BUILT])} not built at this size.",
         "",
         "## Right",
         "",
-        "| type | packed linears | of | left dense by `--skip`, as the refusal advises |",
+        "Packed are the `nn.Linear` of the decoder blocks; the other linears are output heads, vision",
+        "and audio towers, and what `--skip` leaves dense because a refusal advises it.",
+        "",
+        "| type | packed linears | of | `--skip` |",
         "|---|---|---|---|",
         *(f"| `{o.type}` | {o.packed} | {o.linears} | {' '.join(f'`{s}`' for s in o.skip)} |" for o in by[RIGHT]),
     ]
     for kind, title in ((WRONG, "Wrong"), (REFUSED, "Refused")):
         if by[kind]:
-            lines += ["", f"## {title}", "", "| type | where | what is said |", "|---|---|---|"]
-            lines += [f"| `{o.type}` | {o.road} | {cell(o.message)} |" for o in by[kind]]
-    if encoders:
-        lines += ["", f"Encoder-decoders, all refused by that word: {', '.join(f'`{name}`' for name in encoders)}."]
+            lines += ["", f"## {title}", "", "| types | where | what is said, of the first |", "|---|---|---|"]
+            lines += [f"| {names(group)} | {group[0].road} | {cell(group[0].message)} |" for group in alike(by[kind])]
     if by[NOT_BUILT]:
-        lines += ["", "## Not built", "", "transformers builds none of these from the tiny config, so nothing is known of them.", "", "| type | why |", "|---|---|"]
-        lines += [f"| `{o.type}` | {cell(o.message)} |" for o in by[NOT_BUILT]]
+        lines += ["", "## Not built", "", "Nothing is known of these: transformers builds them at this size otherwise than from the common keys,", "needs another package for them, or they are another type under a second name.", ""]
+        lines += ["| type | why |", "|---|---|", *(f"| `{o.type}` | {cell(o.message)} |" for o in by[NOT_BUILT])]
     return "\n".join(lines) + "\n"
+
+
+def names(group: list) -> str:
+    return ", ".join(f"`{o.type}`" for o in group)
+
+
+def alike(outcomes: list) -> list[list]:
+    """Outcomes whose messages differ in names and numbers only, together; the largest group first."""
+    groups: dict[tuple, list] = {}
+    for o in outcomes:
+        said = re.sub(r"'[^']*'|\S*[._/\d]\S*|\w+For\w+", "*", o.message)
+        groups.setdefault((o.road, said), []).append(o)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def cell(text: str) -> str:

@@ -127,14 +127,15 @@ def travel(model_type: str, top: Path) -> Outcome:
         opened = AutoModelForCausalLM.from_pretrained(top / "packed")
         same_tensors(loaded, opened, "load and from_pretrained")
         same_function(ours, logits(opened), "load and from_pretrained")
-        found.road = "save_pretrained"
-        opened.save_pretrained(top / "saved")
-        found.road = "load of what save_pretrained wrote"
-        again = slab_kernels.load(top / "saved")
-        same_tensors(loaded, again, "before and after save_pretrained")
-        same_function(ours, logits(again), "before and after save_pretrained")
-        found.road = "from_pretrained of what save_pretrained wrote"
-        same_function(ours, logits(AutoModelForCausalLM.from_pretrained(top / "saved")), "from_pretrained before and after save_pretrained")
+        writers = {"save_pretrained": opened.save_pretrained, "save_pretrained of what load gave": loaded.save_pretrained, "save": lambda out: slab_kernels.save(opened, out)}
+        for number, (road, write) in enumerate(writers.items()):
+            found.road, saved = road, top / f"saved{number}"
+            write(saved)
+            for opener, open_again in (("load", slab_kernels.load), ("from_pretrained", AutoModelForCausalLM.from_pretrained)):
+                found.road = f"{opener} after {road}"
+                again = open_again(saved)
+                same_tensors(loaded, again, found.road)
+                same_function(ours, logits(again), found.road)
         found.road = "decompress"
         slab_kernels.decompress(top / "packed", top / "decompressed")
         found.road = "from_pretrained of the decompressed folder"
@@ -142,7 +143,6 @@ def travel(model_type: str, top: Path) -> Outcome:
         if lost := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
             raise Different(f"decompress: transformers finds {lost[0]} missing, unexpected or misshapen")
         same_function(ours, logits(plain), "load and the decompressed folder")
-        found.road = ""
     except Different as error:
         found.outcome, found.message = WRONG, str(error)
     except Exception as error:
