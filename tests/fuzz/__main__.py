@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: runs cases in worker processes and counts how they ended; exit code 1 if one ended wrong."""
+"""`python -m tests.fuzz`: cases in worker processes, counted; exit code 1 if one ended wrong."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
-SILENT = 90  # seconds without a word after which a worker is ended: its case hangs where no signal reaches it
-RECYCLED = 4000  # cases after which a worker starts anew, so that memory lost by others does not add up
+SILENT = 90  # seconds without a word, after which a worker hangs where no signal reaches it
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+TARGETS = ("load", "inspect", "from_pretrained", "decompress", "eval", "check")
+RECYCLED = 4000  # cases after which a worker starts anew, so that lost memory does not add up
 
 
 class Worker:
-    """A process with every `step`-th case from `start` on; started again behind a case that ended it."""
+    """A process with every `step`-th case, started again behind a case that ended it."""
 
     def __init__(self, options: dict, start: int, stop: int, step: int):
         self.options, self.next, self.stop, self.step = options, start, stop, step
@@ -33,11 +36,18 @@ class Worker:
         end = min(self.stop, self.next + RECYCLED * self.step)
         read, write = os.pipe()
         given = json.dumps({**self.options, "start": self.next, "stop": end, "step": self.step})
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent))))
-        command = ["/bin/sh", "-c", f'exec "$0" "$@" 3>&{write} {write}>&-', sys.executable, "-m", "fuzz.worker", given]
+        path = filter(None, (os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent)))
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path)}
+        as_third = f'exec "$0" "$@" 3>&{write} {write}>&-'  # where the worker writes its reports
         self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors, pass_fds=(write,), env=environment)
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", as_third, sys.executable, "-m", "fuzz.worker", given],
+            stdin=subprocess.DEVNULL,
+            stdout=self.errors,
+            stderr=self.errors,
+            pass_fds=(write,),
+            env=environment,
+        )
         os.close(write)
         self.pipe, self.buffer, self.heard = read, b"", time.monotonic()
 
@@ -51,7 +61,7 @@ class Worker:
         return [json.loads(line) for line in whole if line]
 
     def ended(self) -> dict | None:
-        """After the end of the process: the result of the case that ended it, if one did; goes on behind it."""
+        """Go on after the process has ended; returns the case that ended it, if one did."""
         os.close(self.pipe)
         code, case = self.process.wait(), self.running
         self.running = None
@@ -62,34 +72,46 @@ class Worker:
             raise SystemExit(f"a worker could not start:\n{said}")
         if self.next < self.stop:
             self.begin()
-        return case and {**case, "outcome": "crash" if code != -9 else "hang", "message": f"exit status {code}: {said[-300:]}", "where": "", "fault": True, "seconds": SILENT}
+        return case and {
+            **case,
+            "outcome": "crash" if code != -9 else "hang",
+            "message": f"exit status {code}: {said[-300:]}",
+            "where": "",
+            "fault": True,
+            "seconds": SILENT,
+        }
 
 
 def run(options: dict, start: int, cases: int, workers: int, hear) -> None:
     """Run the cases and call `hear` with each one's result, a dict."""
     crew = [Worker(options, start + i, start + cases, workers) for i in range(min(workers, cases))]
-    while crew:
-        ready, _, _ = select.select([w.pipe for w in crew], [], [], 1)
-        for worker in list(crew):
-            if worker.pipe not in ready:
-                if time.monotonic() - worker.heard > SILENT:
-                    worker.process.kill()
-                continue
-            lines = worker.lines()
-            if lines is None:
-                more = worker.next < worker.stop
-                result = worker.ended()
-                if result:
-                    hear(result)
-                if not more:
-                    crew.remove(worker)
-                continue
-            for line in lines:
-                if "outcome" in line:
-                    hear({**worker.running, **line})
-                    worker.running = None
-                else:
-                    worker.running, worker.next = line, line["case"] + worker.step
+    try:
+        while crew:
+            ready, _, _ = select.select([w.pipe for w in crew], [], [], 1)
+            for worker in list(crew):
+                if worker.pipe not in ready:
+                    if time.monotonic() - worker.heard > SILENT:
+                        worker.process.kill()
+                    continue
+                lines = worker.lines()
+                if lines is None:
+                    more = worker.next < worker.stop
+                    result = worker.ended()
+                    if result:
+                        hear(result)
+                    if not more:
+                        crew.remove(worker)
+                    continue
+                for line in lines:
+                    if "outcome" in line:
+                        hear({**worker.running, **line})
+                        worker.running = None
+                    else:
+                        worker.running, worker.next = line, line["case"] + worker.step
+    finally:
+        for worker in crew:  # some are left only where the hearing failed or was interrupted
+            worker.process.kill()
+            worker.process.wait()
 
 
 def kind_of(result: dict) -> tuple:
@@ -98,8 +120,42 @@ def kind_of(result: dict) -> tuple:
     return result["target"], result["outcome"], result["where"].partition(" < ")[0], message
 
 
-def command(result: dict, seed: int) -> str:
-    return f"python -m tests.fuzz --seed {seed} --start {result['case']} --cases 1 --show"
+class Tally:
+    """What was heard of the cases, and its printing."""
+
+    def __init__(self, seed: int, show: bool, log: TextIO | None):
+        self.seed, self.show, self.log = seed, show, log
+        self.counts: collections.Counter = collections.Counter()
+        self.kinds: dict[tuple, list[dict]] = {}
+        self.slowest: list[dict] = []
+
+    def hear(self, result: dict) -> None:
+        """Count a case; print it if it is the first of its kind of fault, or all are shown."""
+        self.counts[result["target"], result["outcome"], result["fault"]] += 1
+        self.slowest = sorted([*self.slowest, result], key=lambda r: -r["seconds"])[:5]
+        if self.log:
+            print(json.dumps(result), file=self.log, flush=True)
+        alike = self.kinds.setdefault(kind_of(result), []) if result["fault"] else []
+        alike.append(result)
+        if self.show or (result["fault"] and len(alike) == 1):
+            print(f"case {result['case']}: {result['target']}, {'; '.join(result['damage'])}")
+            print(
+                f"  {result['outcome']}: {result['message'][:400]}\n  {result['where']}", flush=True
+            )
+
+    def sum_up(self) -> None:
+        """Counts by program and outcome, the slowest cases, and every kind of fault."""
+        for (target, outcome, fault), count in sorted(self.counts.items()):
+            print(f"  {count:7} {target:16} {'FAULT ' if fault else ''}{outcome}")
+        for r in self.slowest:
+            damage = "; ".join(r["damage"])[:100]
+            print(f"  slow: {r['seconds']:.2f} s, case {r['case']}, {r['target']}, {damage}")
+        for alike in sorted(self.kinds.values(), key=len, reverse=True):
+            r = alike[0]
+            print(f"  {len(alike)} faults: {r['target']}: {r['outcome']}: {r['message'][:150]}")
+            print(f"      {'; '.join(r['damage'])[:150]}")
+            again = f"--seed {self.seed} --start {r['case']} --cases 1 --show"
+            print(f"      python -m tests.fuzz {again}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,50 +164,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0, help="other damage under the same numbers")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--target", choices=["load", "inspect", "from_pretrained", "decompress", "eval", "check"], help="give every case to this one")
-    parser.add_argument("--show", action="store_true", help="print every case and not only the faults")
-    parser.add_argument("--keep", type=Path, help="leave the damaged folder of the last case here")
-    parser.add_argument("--log", type=Path, help="append every case to this file, one JSON object a line")
+    parser.add_argument("--target", choices=TARGETS, help="give every case to this one")
+    parser.add_argument("--show", action="store_true", help="print every case, not only faults")
+    parser.add_argument("--keep", help="leave the damaged folder of the last case here")
+    parser.add_argument("--log", type=argparse.FileType("a"), help="append a JSON object a case")
     given = parser.parse_args(arguments)
 
     from fuzz.folders import build
 
     room = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    top = Path(tempfile.mkdtemp(prefix="slab-fuzz-", dir=room))
-    began, results, kinds = time.monotonic(), collections.Counter(), {}
-    slowest: list[dict] = []
-    log = given.log.open("a", encoding="utf-8") if given.log else None
-
-    def hear(result: dict) -> None:
-        results[result["target"], result["outcome"], result["fault"]] += 1
-        slowest.append(result)
-        slowest.sort(key=lambda r: -r["seconds"])
-        del slowest[5:]
-        if log:
-            print(json.dumps(result), file=log, flush=True)
-        signature = kind_of(result)
-        if result["fault"]:
-            kinds.setdefault(signature, []).append(result)
-        if given.show or result["fault"] and len(kinds[signature]) == 1:
-            print(f"case {result['case']}: {result['target']}, {'; '.join(result['damage'])}\n  {result['outcome']}: {result['message'][:400]}")
-            print(f"  {result['where']}\n  {command(result, given.seed)}" if result["fault"] else f"  {result['where']}", flush=True)
-
+    top, began = Path(tempfile.mkdtemp(prefix="slab-fuzz-", dir=room)), time.monotonic()
+    tally = Tally(given.seed, given.show, given.log)
     try:
         build(top)
-        options = {"top": str(top), "seed": given.seed, "target": given.target, "keep": str(given.keep) if given.keep else None}
-        run(options, given.start, given.cases, given.workers, hear)
+        options = {"top": str(top), "seed": given.seed, "target": given.target, "keep": given.keep}
+        run(options, given.start, given.cases, given.workers, tally.hear)
     finally:
         shutil.rmtree(top)
     seconds = time.monotonic() - began
-    print(f"{sum(results.values())} cases from {given.start} on, seed {given.seed}, in {seconds:.0f} s")
-    for (target, outcome, fault), count in sorted(results.items()):
-        print(f"  {count:7} {target:16} {'FAULT ' if fault else ''}{outcome}")
-    for result in slowest:
-        print(f"  slow: {result['seconds']:.2f} s, case {result['case']}, {result['target']}, {'; '.join(result['damage'])[:100]}")
-    for found in sorted(kinds.values(), key=len, reverse=True):
-        first = found[0]
-        print(f"  {len(found)} faults: {first['target']}: {first['outcome']}: {first['message'][:150]}\n      {'; '.join(first['damage'])[:150]}\n      {command(first, given.seed)}")
-    return 1 if kinds else 0
+    print(f"{given.cases} cases from {given.start} on, seed {given.seed}, in {seconds:.0f} s")
+    tally.sum_up()
+    return 1 if tally.kinds else 0
 
 
 if __name__ == "__main__":

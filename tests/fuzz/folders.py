@@ -1,4 +1,4 @@
-"""Two packed folders in memory, and the writing of a damaged one: only the files that differ are written anew."""
+"""Two packed folders in memory, and a damaged one on disk; only differences are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SINGLE, SHARDED = "single", "sharded"
 
 @dataclass(frozen=True)
 class Odd:
-    """Something that is no plain file: kind "link" to `target`, "directory", "pipe", or "sparse" of `size` bytes."""
+    """No plain file: kind "link" to `target`, "directory", "pipe", or "sparse" of `size` bytes."""
 
     kind: str
     target: str = ""
@@ -45,19 +45,26 @@ class Folder:
 
     def put(self, name: str, content) -> None:
         """Write a JSON file; a string is taken as its text."""
-        self.files[name] = (content if isinstance(content, str) else json.dumps(content, indent=1)).encode("utf-8", "surrogatepass")
+        self.files[name] = (
+            content if isinstance(content, str) else json.dumps(content, indent=1)
+        ).encode("utf-8", "surrogatepass")
 
     @property
     def shards(self) -> list[str]:
         """Names of the weight files that are still plain files."""
-        return sorted(n for n, content in self.files.items() if n.endswith(".safetensors") and isinstance(content, bytes))
+        return sorted(
+            n
+            for n, content in self.files.items()
+            if n.endswith(".safetensors") and isinstance(content, bytes)
+        )
 
 
 def build(top: Path) -> None:
     """Write the two folders below `top`, and a text for `eval`.
 
-    The first is what `save_pretrained` writes: a Llama in one file, int4 with two sign planes and int8 adapters, head tied to
-    the embedding. The second is what `compress` writes: a Qwen2 with biases in shards with an index, fp16 of rank 2.
+    The first is what `save_pretrained` writes: a Llama in one file, int4 with two sign planes and
+    int8 adapters, its head tied to the embedding. The second is what `compress` writes: a Qwen2
+    with biases, in shards with an index, fp16 of rank 2.
     """
     from transformers import AutoModelForCausalLM
 
@@ -65,10 +72,22 @@ def build(top: Path) -> None:
 
     settings = {"calibration": tiny_models.tokens(), "progress": False, "rounds": 1}
     tiny_models.write(top / "llama", "llama", num_hidden_layers=1)
-    slab_kernels.compress(top / "llama", top / "compressed", values="int4", group_size=32, planes=2, adapter_rank=2, **settings)
+    slab_kernels.compress(
+        top / "llama",
+        top / "compressed",
+        values="int4",
+        group_size=32,
+        planes=2,
+        adapter_rank=2,
+        **settings,
+    )
     AutoModelForCausalLM.from_pretrained(top / "compressed").save_pretrained(top / SINGLE)
     for path in (top / "compressed").iterdir():
-        if path.suffix == ".json" and not (top / SINGLE / path.name).exists() and path.name != INDEX:
+        if (
+            path.suffix == ".json"
+            and not (top / SINGLE / path.name).exists()
+            and path.name != INDEX
+        ):
             shutil.copy(path, top / SINGLE)
     tiny_models.write(top / "qwen2", "qwen2")
     slab_kernels.compress(top / "qwen2", top / SHARDED, rank=2, **settings)
@@ -90,8 +109,10 @@ class Place:
         path.mkdir(parents=True)
 
     def show(self, folder: Folder) -> Path:
-        """Make the folder on disk hold exactly `folder`; returns its path. Links and pipes are made, and never followed."""
-        for name in [n for n, content in self.written.items() if folder.files.get(n) is not content]:
+        """Make the folder on disk hold exactly `folder`; returns its path."""
+        for name in [
+            n for n, content in self.written.items() if folder.files.get(n) is not content
+        ]:
             remove(self.path / name)
             del self.written[name]
         for name, content in folder.files.items():

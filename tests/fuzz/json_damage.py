@@ -7,68 +7,24 @@ import random
 from collections.abc import Iterator
 
 from fuzz.folders import INDEX, Folder
-
-ODD_VALUES = (
-    None, True, False, 0, -1, 1, 2, 3, 4, 5, 16, 64, 96, 255, 1 << 31, 1 << 62, 10**30, -(10**30), 0.5, -0.0, 1e-30, 1e308,
-    float("nan"), float("inf"), -float("inf"), "", "x", "1", "-1", "float16", "bfloat16", "float64", "int8", "torch.float32",
-    "auto", "../x", "/", "\x1b[31mred\x07", "\u202e", "\ud800", "é" * 300, "x" * 100_000, [], [1], ["a"], [None], [[]], [[1, 2], [3]], {}, {"a": 1},
-    {"": None}, {"1": {"2": {}}}, list(range(1000)),
-)  # fmt: skip
-CONFIG_KEYS = {
-    "auto_map": ({"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}, {"AutoModelForCausalLM": "modeling_x.X"}, "x", {"AutoConfig": None}),
-    "model_type": ("mistral", "gpt2", "t5", "vit", "qwen2", "llama", "gemma3", "mixtral", "bert", "mamba", "llava", "nothing", "", "LLAMA"),
-    "architectures": (None, [], ["LlamaModel"], ["BertModel"], "LlamaForCausalLM", [1]),
-    "dtype": ("float16", "bfloat16", "float64", "int8", "bool", "complex64", "float8_e4m3fn", "torch.float16", "nothing", {"": "float16"}),
-    "torch_dtype": ("float16", "int8", "nothing", "bfloat16"),
-    "num_hidden_layers": (0, 1, 2, 3, 4, 64, 300, 4096, 10**9, -1),
-    "tie_word_embeddings": (True, False, None, "false", 0),
-    "hidden_size": (16, 31, 33, 64, 0, -32, 1 << 20, 1 << 40),
-    "intermediate_size": (16, 47, 49, 96, 1 << 30),
-    "vocab_size": (1, 32, 95, 97, 1 << 20, 1 << 31, 1 << 40),
-    "num_attention_heads": (0, 1, 2, 3, 5, 8, 1 << 20),
-    "num_key_value_heads": (0, 1, 3, 4, 8, None),
-    "head_dim": (None, 0, 1, 4, 16, -8, 1 << 20),
-    "max_position_embeddings": (0, 1, 4, 1 << 20, 1 << 30, 1 << 40),
-    "attention_bias": (True, "yes"), "mlp_bias": (True,), "use_cache": (False,),
-    "hidden_act": ("gelu", "relu", "nothing", None, 3),
-    "rope_parameters": (None, {}, {"rope_type": "nothing"}, {"rope_type": "yarn"}, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, {"rope_theta": 0, "rope_type": "default"}),
-    "rope_scaling": ({"type": "linear", "factor": 2}, {"rope_type": "llama3"}),
-    "layer_types": (["full_attention"], ["sliding_attention"] * 2, ["nothing"] * 2, ["full_attention"] * 400),
-    "rms_norm_eps": (float("nan"), 0, -1, 1e30),
-    "pad_token_id": (95, 96, -1, 1 << 40), "eos_token_id": (96, [1, 2], [], "a"), "bos_token_id": (96, -1, None),
-    "is_encoder_decoder": (True,), "pruned_heads": ({"0": [1]},), "text_config": ({}, {"hidden_size": 64}, None),
-    "sliding_window": (0, 1, None, -4), "attn_implementation": ("nothing", "eager"), "_attn_implementation": ("flash_attention_2",),
-    "_name_or_path": ("../../x", 3), "transformers_version": ("99.0", None, 3), "quantization_config": (None, {}, [], "slab_kernels", 4, {"quant_method": "slab_kernels"}, {"quant_method": "gptq", "bits": 4}),
-    "num_labels": (2, -1), "id2label": ({"0": "a"}, "x"), "output_hidden_states": (True,), "return_dict": (False,), "chunk_size_feed_forward": (1, -1),
-    "base_model_tp_plan": (None, {"a": "b"}, 3), "sub_configs": ({},), "dtype_": ("x",), "tokenizer_class": ("Nothing", 3), "is_decoder": (True,),
-}  # fmt: skip
-QUANTISED_KEYS = {
-    "quant_method": ("gptq", "awq", "bitsandbytes", "slab", "", None, 1, "fp8", "SLAB_KERNELS"),
-    "format_version": (0, 1, 3, 99, -1, 2.0, "2", None, True, 10**30),
-    "method": (None, 3, "nothing", []), "pattern": ("50%", 3, None), "rank": (-1, "1", None), "values": ("fp8", 4, None),
-    "group_size": (0, 7, "32", None), "modules": (None, {}, [], "x", 3), "modules_to_not_convert": (["lm_head"], "x"),
-    "weights": ("x",), "bits": (4, 3.5), "settings": ({"rank": 3},), "load_in_4bit": (True,), "calibration": ("x",), "device": ("cuda",), "options": ({},),
-}  # fmt: skip
-MODULE_KEYS = {
-    "out_features": (0, 1, 16, 31, 33, 96, -1, 32.0, "32", None, True, 1 << 40, 10**30),
-    "in_features": (0, 1, 16, 31, 33, 48, 64, -1, 32.0, "32", None, 1 << 40),
-    "values": ("fp16", "bf16", "int8", "int4", "int3", "fp8", "", None, 3, []), "group_size": (None, 0, 16, 32, 64, 128, -1, "32", 1 << 40, 3.5),
-    "rank": (0, 1, 2, 3, -1, "1", None, 1 << 40), "adapter_rank": (0, 1, 2, 3, -1, None, 1 << 40), "factors": ("fp16", "bf16", "fp32", "x", None, 3),
-    "planes": (0, 1, 2, 3, 4, None, "2"), "adapter_values": (None, "int8", "fp16", "x", 3), "signs": (True, False, None, 3),
-    "weights": (1,), "bias": (True, False),
-}  # fmt: skip
-MODULE_NAMES = ("lm_head", "model", "", "model.layers", "model.layers.0", "model.layers.0.self_attn", "model.norm", "model.embed_tokens", "model.layers.0.mlp.up_proj.values", "model.layers.7.mlp.up_proj", "x", ".", "..", "model..layers", "__class__", "model.layers.0.mlp.act_fn", "config", "model.layers.-1.mlp.up_proj", "transformer.model.layers.0.mlp.up_proj")  # fmt: skip
+from fuzz.odd_values import CONFIG_KEYS, MODULE_KEYS, MODULE_NAMES, ODD_VALUES, QUANTISED_KEYS
 
 
 def places(tree, path: tuple = ()) -> Iterator[tuple]:
     """Paths of every value below the top of a JSON tree."""
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+    for key, value in (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    ):
         yield (*path, key)
         yield from places(value, (*path, key))
 
 
 def some_place(tree, rng: random.Random) -> tuple:
-    """A path into a JSON tree: of all paths half of the time, else going down from the top, so that long lists do not win."""
+    """A path into a JSON tree: any of all paths, or mostly one found by going down from the top."""
     if rng.random() < 0.3:
         found = list(places(tree))
         return rng.choice(found) if found else ()
@@ -86,11 +42,15 @@ def at(tree, path: tuple):
 
 
 def other_value(value, tree, rng: random.Random):
-    """Something that might stand there instead: of another type, near it, or from elsewhere in the file."""
+    """What might stand there instead: of another type, near it, or from elsewhere in the file."""
     near = {
-        bool: lambda: not value, int: lambda: rng.choice((value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value), value + 0.5, [value])),
-        float: lambda: rng.choice((-value, value * 1e30, int(value), str(value))), str: lambda: rng.choice((value + "x", value[:-1], value.upper(), [value], "x" + value)),
-        list: lambda: rng.choice((value[:-1], value * 2, value[::-1], {"a": value}, *value[:3])), dict: lambda: rng.choice((list(value), {"a": value}, {**value, "x": 1}, *list(value.values())[:3])),
+        bool: lambda: not value, int: lambda: rng.choice((value + 1, value - 1, value * 2,
+            value // 2, -value, float(value), str(value), value + 0.5, [value])),
+        float: lambda: rng.choice((-value, value * 1e30, int(value), str(value))),
+            str: lambda: rng.choice((value + "x", value[:-1], value.upper(), [value], "x" + value)),
+        list: lambda: rng.choice((value[:-1], value * 2, value[::-1], {"a": value}, *value[:3])),
+            dict: lambda: rng.choice((list(value), {"a": value}, {**value, "x": 1},
+            *list(value.values())[:3])),
     }  # fmt: skip
     choice = rng.random()
     if choice < 0.35 and type(value) in near:
@@ -119,11 +79,35 @@ def change_tree(tree, rng: random.Random) -> str:
         del owner[key]
         return f"{where} dropped"
     if kind == "rename" and isinstance(owner, dict):
-        name = rng.choice((f"{key}x", f"{key}".upper(), f"{key}"[:-1], "", f"{key}\n", *(str(k) for k in list(owner)[:4])))
+        name = rng.choice(
+            (
+                f"{key}x",
+                f"{key}".upper(),
+                f"{key}"[:-1],
+                "",
+                f"{key}\n",
+                *(str(k) for k in list(owner)[:4]),
+            )
+        )
         owner[name] = owner.pop(key)
         return f"{where} renamed to {name!r}"
     if kind == "add" and isinstance(owner, dict):
-        name = rng.choice(("x", "", "__class__", "self", "__init__", "keys", "items", "\ud800", "to_dict", "name", "kwargs", "\x1b[2J"))
+        name = rng.choice(
+            (
+                "x",
+                "",
+                "__class__",
+                "self",
+                "__init__",
+                "keys",
+                "items",
+                "\ud800",
+                "to_dict",
+                "name",
+                "kwargs",
+                "\x1b[2J",
+            )
+        )
         owner[name] = rng.choice(ODD_VALUES)
         return f"{name!r} = {shown(owner[name])} added beside {where}"
     nested: object = 1
@@ -135,17 +119,41 @@ def change_tree(tree, rng: random.Random) -> str:
 
 def change_text(text: bytes, rng: random.Random, other: bytes) -> tuple[bytes, str]:
     """The bytes of a text file, damaged as bytes."""
-    kind = rng.choice(("cut", "byte", "empty", "bom", "utf16", "nul", "twice", "tail", "deep", "list", "other", "digits", "null", "latin", "spaces", "comment"))
+    kind = rng.choice(
+        (
+            "cut",
+            "byte",
+            "empty",
+            "bom",
+            "utf16",
+            "nul",
+            "twice",
+            "tail",
+            "deep",
+            "list",
+            "other",
+            "digits",
+            "null",
+            "latin",
+            "spaces",
+            "comment",
+        )
+    )
     position = rng.randrange(max(1, len(text)))
     if kind == "cut":
         return text[:position], f"cut after {position} bytes"
     if kind == "byte":
         byte = rng.randrange(256)
-        return text[:position] + bytes([byte]) + text[position + 1 :], f"byte {position} = {byte:#x}"
+        return text[:position] + bytes([byte]) + text[
+            position + 1 :
+        ], f"byte {position} = {byte:#x}"
     changed = {
-        "empty": b"", "bom": b"\xef\xbb\xbf" + text, "nul": text + b"\0" * 9, "twice": text * 2, "tail": text + b"x", "list": b"[" + text + b"]",
-        "other": other, "deep": b"[" * (count := rng.choice((100, 100_000))) + b"]" * count, "digits": b'{"a": ' + b"9" * 5000 + b"}",
-        "null": b"null", "latin": text[:position] + b"\xe9" + text[position:], "spaces": b" " * 3_000_000 + text, "comment": b"// x\n" + text,
+        "empty": b"", "bom": b"\xef\xbb\xbf" + text, "nul": text + b"\0" * 9, "twice": text * 2,
+        "tail": text + b"x", "list": b"[" + text + b"]",
+        "other": other, "deep": b"[" * (count := rng.choice((100, 100_000))) + b"]" * count,
+            "digits": b'{"a": ' + b"9" * 5000 + b"}",
+        "null": b"null", "latin": text[:position] + b"\xe9" + text[position:],
+            "spaces": b" " * 3_000_000 + text, "comment": b"// x\n" + text,
     }  # fmt: skip
     if kind == "utf16":
         return text.decode("utf-8", "replace").encode("utf-16"), "as UTF-16"
@@ -156,7 +164,9 @@ def same_key_twice(text: str, rng: random.Random) -> str:
     """The JSON object with one of its top keys standing twice, with two values."""
     tree = json.loads(text)
     key = rng.choice(list(tree))
-    return "{" + json.dumps(key) + ": " + json.dumps(rng.choice(ODD_VALUES)) + ", " + text.lstrip()[1:]
+    return (
+        "{" + json.dumps(key) + ": " + json.dumps(rng.choice(ODD_VALUES)) + ", " + text.lstrip()[1:]
+    )
 
 
 def damage_json(folder: Folder, name: str, rng: random.Random) -> str:
@@ -166,7 +176,11 @@ def damage_json(folder: Folder, name: str, rng: random.Random) -> str:
         raise KeyError(name)
     choice = rng.random()
     if not isinstance(tree, (dict, list)) or choice < 0.2:
-        others = sorted(n for n, c in folder.files.items() if n != name and isinstance(c, bytes) and len(c) < 200_000)
+        others = sorted(
+            n
+            for n, c in folder.files.items()
+            if n != name and isinstance(c, bytes) and len(c) < 200_000
+        )
         folder.files[name], said = change_text(content, rng, folder.files[rng.choice(others)])
         return f"{name}: {said}"
     if choice < 0.24 and isinstance(tree, dict) and tree:
@@ -183,7 +197,9 @@ def damage_config(folder: Folder, rng: random.Random) -> str:
     if not isinstance(config, dict) or rng.random() < 0.35:
         return damage_json(folder, "config.json", rng)
     modules = (config.get("quantization_config") or {}).get("modules")
-    kind = rng.choice(("key", "key", "quantised", "module", "module", "modules", "modules", "drop", "tree"))
+    kind = rng.choice(
+        ("key", "key", "quantised", "module", "module", "modules", "modules", "drop", "tree")
+    )
     if kind == "quantised" and isinstance(config.get("quantization_config"), dict):
         key = rng.choice(list(QUANTISED_KEYS))
         config["quantization_config"][key] = rng.choice(QUANTISED_KEYS[key])
@@ -213,8 +229,11 @@ def damage_config(folder: Folder, rng: random.Random) -> str:
 
 
 def change_modules(modules: dict, rng: random.Random) -> str:
-    """The list of packed modules: one too many, too few, under another name, or two that changed places."""
-    kind, name = rng.choice(("drop", "drop", "most", "add", "add", "rename", "swap")), rng.choice(list(modules))
+    """The packed modules: one too many, too few, under another name, or two that changed places."""
+    kind, name = (
+        rng.choice(("drop", "drop", "most", "add", "add", "rename", "swap")),
+        rng.choice(list(modules)),
+    )
     if kind == "drop":
         del modules[name]
         return f"module {name} dropped"
@@ -227,7 +246,16 @@ def change_modules(modules: dict, rng: random.Random) -> str:
         other = rng.choice(list(modules))
         modules[name], modules[other] = modules[other], modules[name]
         return f"modules {name} and {other} swapped"
-    new = rng.choice((*MODULE_NAMES, name + ".x", name.replace("model.", ""), "model." + name, name.upper(), name + "\x1b[31m"))
+    new = rng.choice(
+        (
+            *MODULE_NAMES,
+            name + ".x",
+            name.replace("model.", ""),
+            "model." + name,
+            name.upper(),
+            name + "\x1b[31m",
+        )
+    )
     modules[new] = dict(modules[name])
     if kind == "rename" and new != name:
         del modules[name]
@@ -235,20 +263,60 @@ def change_modules(modules: dict, rng: random.Random) -> str:
 
 
 def damage_index(folder: Folder, rng: random.Random) -> str:
-    """The index: entries that lead elsewhere, are missing or too many; or an index where there was none."""
+    """The index: entries that lead elsewhere, missing, too many; or an index where none was."""
     index = folder.json(INDEX)
     if index is None and isinstance(folder.files.get(INDEX), bytes):
         return damage_json(folder, INDEX, rng)
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         shard = (folder.shards or ["model.safetensors"])[0]
-        folder.put(INDEX, {"metadata": {}, "weight_map": rng.choice(({}, {"model.norm.weight": shard}, {"x": shard}, {"model.norm.weight": "other.safetensors"}))})
+        folder.put(
+            INDEX,
+            {
+                "metadata": {},
+                "weight_map": rng.choice(
+                    (
+                        {},
+                        {"model.norm.weight": shard},
+                        {"x": shard},
+                        {"model.norm.weight": "other.safetensors"},
+                    )
+                ),
+            },
+        )
         return f"{INDEX} where there was none"
     if rng.random() < 0.25:
         return damage_json(folder, INDEX, rng)
     listed, shards = index["weight_map"], folder.shards
-    name, kind = rng.choice(list(listed)), rng.choice(("file", "file", "shard", "drop", "add", "rename", "whole", "missing", "all"))
+    name, kind = (
+        rng.choice(list(listed)),
+        rng.choice(("file", "file", "shard", "drop", "add", "rename", "whole", "missing", "all")),
+    )
     if kind in ("file", "all"):
-        file = rng.choice(("../x", "../single/model.safetensors", "/etc/passwd", "/etc/hostname", "config.json", "", ".", "..", None, 3, [], {}, "model.safetensors", "x.safetensors", listed[name] + "/", "./" + listed[name], "\x1b[31m.safetensors", "a\0b.safetensors", "x" * 5000, "\ud800.safetensors", "model.bin"))
+        file = rng.choice(
+            (
+                "../x",
+                "../single/model.safetensors",
+                "/etc/passwd",
+                "/etc/hostname",
+                "config.json",
+                "",
+                ".",
+                "..",
+                None,
+                3,
+                [],
+                {},
+                "model.safetensors",
+                "x.safetensors",
+                listed[name] + "/",
+                "./" + listed[name],
+                "\x1b[31m.safetensors",
+                "a\0b.safetensors",
+                "x" * 5000,
+                "\ud800.safetensors",
+                "model.bin",
+            )
+        )
         for each in listed if kind == "all" else [name]:
             listed[each] = file
         said = f"{'every tensor' if kind == 'all' else name} in {shown(file)}"
@@ -259,7 +327,16 @@ def damage_index(folder: Folder, rng: random.Random) -> str:
         del listed[name]
         said = f"{name} dropped"
     elif kind == "add":
-        new = rng.choice(("x", "lm_head.weight", "model.norm.bias", "", name + "x", "model.layers.9.mlp.up_proj.values"))
+        new = rng.choice(
+            (
+                "x",
+                "lm_head.weight",
+                "model.norm.bias",
+                "",
+                name + "x",
+                "model.layers.9.mlp.up_proj.values",
+            )
+        )
         listed[new] = listed[name]
         said = f"{new!r} added"
     elif kind == "rename":

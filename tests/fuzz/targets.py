@@ -35,8 +35,12 @@ class Fault(Exception):
 
 @dataclass
 class Result:
-    """How a case ended. outcome: "own weights", "done", "named error", "error of transformers" (before the library was
-    asked), "unknown to transformers" (config.json no longer names the library, so nobody asks it), or the kind of a fault."""
+    """How a case ended.
+
+    outcome: "own weights", "done", "named error", "error of transformers" (before the library was
+    asked), "unknown to transformers" (config.json no longer names the library, so nobody asks it),
+    or the kind of a fault.
+    """
 
     outcome: str
     message: str = ""
@@ -45,18 +49,22 @@ class Result:
 
 
 def stored_tensors(path: Path) -> dict[str, list[Tensor]]:
-    """Name -> the tensors of that name in a folder's weight files, read by safetensors alone. As transformers does: model.safetensors
-    wins over an index."""
+    """Name -> the tensors of that name in a folder's weight files, read by safetensors alone.
+
+    As transformers does: model.safetensors wins over an index.
+    """
     if (path / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif (path / INDEX).is_file():
-        files = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(
+            set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        )
     else:
         files = sorted(p.name for p in path.glob("*.safetensors"))
     found: dict[str, list[Tensor]] = {}
     for file in files:
         with safe_open(path / file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118  it is no dict
+            for name in f.keys():
                 found.setdefault(name, []).append(f.get_tensor(name))
     return found
 
@@ -65,7 +73,9 @@ def read_stored(path: Path) -> dict[str, list[Tensor]]:
     try:
         return stored_tensors(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Fault(f"opened a folder that safetensors cannot read: {type(error).__name__}: {error}") from error
+        raise Fault(
+            f"opened a folder that safetensors cannot read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def bits(t: Tensor) -> Tensor:
@@ -73,42 +83,52 @@ def bits(t: Tensor) -> Tensor:
 
 
 def same(stored: Tensor, opened: Tensor, exact: bool) -> bool:
-    """Whether an opened tensor holds the stored numbers: bit by bit, or after the cast to its type."""
+    """Whether an opened tensor holds the stored numbers; unless `exact`, cast to its type."""
     if stored.shape != opened.shape or (exact and stored.dtype != opened.dtype):
         return False
     return torch.equal(bits(stored.to(opened.dtype)), bits(opened))
 
 
 def judge_model(model: nn.Module, stored: dict[str, list[Tensor]]) -> None:
-    """Every tensor of the model is the stored one of its name, and every stored one is in the model. Raises: Fault."""
+    """Every tensor of the model is the stored one of its name, and none is left. Raises: Fault."""
     state, seen = model.state_dict(), set()
-    packed = {f"{name}.{part}" for name, m in model.named_modules() if isinstance(m, SlabLinear) for part in TENSOR_NAMES}
+    packed = {
+        f"{name}.{part}"
+        for name, m in model.named_modules()
+        if isinstance(m, SlabLinear)
+        for part in TENSOR_NAMES
+    }
     for name, opened in state.items():
         names = [n for n in (name, f"model.{name}", name.removeprefix("model.")) if n in stored]
         if not names:
-            alias = [n for n, t in state.items() if n in stored and t.data_ptr() == opened.data_ptr() and t.shape == opened.shape]
-            if not alias:
+            twins = [t for n, t in state.items() if n in stored and t.shape == opened.shape]
+            if not any(t.data_ptr() == opened.data_ptr() for t in twins):
                 raise Fault(f"other weights: tensor {name} of the opened model is in no file")
             continue
         seen.update(names)
         for tensor in stored[names[0]]:
             if not same(tensor, opened, exact=name in packed):
-                raise Fault(f"other weights: tensor {name} {opened.dtype}{list(opened.shape)} is not the stored {tensor.dtype}{list(tensor.shape)}")
+                raise Fault(f"other weights: tensor {name} is not the stored {tensor.dtype} tensor")
         if opened.is_floating_point() and not bool(opened.isfinite().all()):
             raise Fault(f"other weights: tensor {name} holds NaN or infinite numbers")
     if lost := sorted(stored.keys() - seen):
-        raise Fault(f"other weights: stored tensor {lost[0]} and {len(lost) - 1} more are not in the opened model")
+        raise Fault(f"other weights: stored tensor {lost[0]} is not in the opened model")
 
 
-def judge_checksums(folder: Folder, base: Folder, stored: dict[str, list[Tensor]], base_stored: dict[str, Tensor]) -> None:
-    """Where a shard says what its tensors' checksums are, a changed tensor must not be taken. Raises: Fault."""
+def judge_checksums(
+    folder: Folder, base: Folder, stored: dict[str, list[Tensor]], base_stored: dict[str, Tensor]
+) -> None:
+    """A tensor that was changed beside its checksum must not be taken. Raises: Fault."""
     for file in base.shards:
         known, now = metadata(base.files[file]), metadata(folder.files.get(file))
         if set(known or ()) <= {"format"} or now != known:
             continue
         with_checksum = safetensors_names(base.files[file])
         for name in with_checksum & stored.keys():
-            if not all(torch.equal(bits(t), bits(base_stored[name])) and t.shape == base_stored[name].shape for t in stored[name]):
+            if not all(
+                torch.equal(bits(t), bits(base_stored[name])) and t.shape == base_stored[name].shape
+                for t in stored[name]
+            ):
                 raise Fault(f"checksum: tensor {name} was changed beside its checksum and taken")
 
 
@@ -131,26 +151,43 @@ def safetensors_names(content: bytes) -> set[str]:
 
 
 def judge_dense(path: Path, out: Path, stored: dict[str, list[Tensor]]) -> None:
-    """A decompressed folder holds each packed weight summed and rounded once, and everything else as stored. Raises: Fault."""
+    """The dense folder holds each packed weight summed and rounded once, the rest as stored.
+
+    Raises: Fault.
+    """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     modules = config["quantization_config"]["modules"]
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in written:
         raise Fault("other weights: the dense config.json still has a quantization_config")
     dense = {name: tensors[0] for name, tensors in stored_tensors(out).items()}
-    want = {name: tensors[0] for name, tensors in stored.items() if name.rpartition(".")[0] not in modules or name.endswith(".bias")}
+    want = {
+        name: tensors[0]
+        for name, tensors in stored.items()
+        if name.rpartition(".")[0] not in modules or name.endswith(".bias")
+    }
     for name, entry in modules.items():
-        parts = {part: stored[f"{name}.{part}"][0] for part in TENSOR_NAMES if f"{name}.{part}" in stored}
+        parts = {
+            part: stored[f"{name}.{part}"][0] for part in TENSOR_NAMES if f"{name}.{part}" in stored
+        }
         try:
-            packed = PackedWeight.from_tensors(parts, entry["out_features"], entry["in_features"], entry["values"], entry.get("group_size"))
+            packed = PackedWeight.from_tensors(
+                parts,
+                entry["out_features"],
+                entry["in_features"],
+                entry["values"],
+                entry.get("group_size"),
+            )
         except FormatError as error:
-            raise Fault(f"other weights: decompressed what is no packed weight: {name}: {error}") from error
+            raise Fault(
+                f"other weights: decompressed what is no packed weight: {name}: {error}"
+            ) from error
         want[f"{name}.weight"] = packed.dense()
     if want.keys() != dense.keys():
-        raise Fault(f"other weights: the dense folder has other tensors: {sorted(want.keys() ^ dense.keys())[:3]}")
+        raise Fault(f"other weights: dense and not packed or not: {want.keys() ^ dense.keys()}")
     for name, tensor in want.items():
         if not same(tensor, dense[name], exact=False):
-            raise Fault(f"other weights: dense tensor {name} {dense[name].dtype} differs from the packed one")
+            raise Fault(f"other weights: dense tensor {name} differs from the packed one")
         if not bool(dense[name].isfinite().all()) or not dense[name].is_floating_point():
             raise Fault(f"other weights: dense tensor {name} is {dense[name].dtype} or not finite")
 
@@ -160,7 +197,9 @@ def frames(error: BaseException) -> str:
     found = [frame for link in chain(error) for frame in traceback.extract_tb(link.__traceback__)]
     ours = [f for f in found if "slab_kernels" in Path(f.filename).parts]
     last = traceback.extract_tb(error.__traceback__)[-1:]
-    return " < ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in (*last, *ours[-1:]))
+    return " < ".join(
+        f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in (*last, *ours[-1:])
+    )
 
 
 def chain(error: BaseException | None) -> list[BaseException]:
@@ -172,9 +211,11 @@ def chain(error: BaseException | None) -> list[BaseException]:
 
 
 def touches_us(error: BaseException) -> bool:
-    """Whether a frame of the library is on an error's way, or it speaks of the library's modules."""
+    """Whether an error went through the library or speaks of its modules."""
     inside = (f for link in chain(error) for f in traceback.extract_tb(link.__traceback__))
-    return "Slab" in str(error) or any("slab_kernels" in Path(f.filename).parts and f.name != "exec_module" for f in inside)
+    return "Slab" in str(error) or any(
+        "slab_kernels" in Path(f.filename).parts and f.name != "exec_module" for f in inside
+    )
 
 
 def names_us(folder: Folder) -> bool:
@@ -187,7 +228,12 @@ def is_named(error: BaseException) -> bool:
 
 
 def without_memory(error: BaseException) -> bool:
-    return any(isinstance(e, MemoryError) or "DefaultCPUAllocator" in str(e) or "annot allocate memory" in str(e) for e in chain(error))
+    return any(
+        isinstance(e, MemoryError)
+        or "DefaultCPUAllocator" in str(e)
+        or "annot allocate memory" in str(e)
+        for e in chain(error)
+    )
 
 
 def judge_message(message: str) -> None:
@@ -204,7 +250,9 @@ class Targets:
 
     def __init__(self, top: Path, bases: dict[str, Folder]):
         self.text, self.out, self.bases = top / "text.txt", top / "out", bases
-        self.base_stored = {name: {n: t[0] for n, t in stored_tensors(top / name).items()} for name in bases}
+        self.base_stored = {
+            name: {n: t[0] for n, t in stored_tensors(top / name).items()} for name in bases
+        }
         self.errors: list[BaseException] = []
         plain = console.exit_code
 
@@ -228,12 +276,17 @@ class Targets:
     def _python(self, target: str, folder: Folder, path: Path) -> Result:
         opener = slab_kernels.load if target == "load" else AutoModelForCausalLM.from_pretrained
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 model = opener(path)
         except Exception as error:
             where = frames(error)
             if without_memory(error):
-                return Result("too much memory", f"{type(error).__name__}: {error}", where, fault=True)
+                return Result(
+                    "too much memory", f"{type(error).__name__}: {error}", where, fault=True
+                )
             if is_named(error):
                 judge_message(str(error))
                 return Result("named error", f"{type(error).__name__}: {error}", where)
@@ -246,39 +299,51 @@ class Targets:
         return Result("own weights")
 
     def _command(self, target: str, folder: Folder, path: Path, as_json: bool) -> Result:
-        more = {
-            "eval": ["--text", str(self.text), "--window", "16", "--max-tokens", "32", "--device", "cpu"], "decompress": [str(self.out)],
-        }  # fmt: skip
+        small = [
+            "--text",
+            str(self.text),
+            "--window",
+            "16",
+            "--max-tokens",
+            "32",
+            "--device",
+            "cpu",
+        ]
+        more = {"eval": small, "decompress": [str(self.out)]}.get(target, [])
         self.errors.clear()
         stdout, stderr = io.StringIO(), io.StringIO()
         try:
             with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                code = cli.run([target, str(path), *more.get(target, []), *(["--json"] if as_json else [])])
-            return self._judge_command(target, folder, path, as_json, code, stdout.getvalue(), stderr.getvalue())
+                code = cli.run([target, str(path), *more, *(["--json"] if as_json else [])])
+            if found := CONTROL.search(stdout.getvalue() + stderr.getvalue()):
+                raise Fault(f"message: {target} prints the control character {found[0]!r}")
+            if code != console.OK:
+                return self._judge_failure(code, stdout.getvalue(), stderr.getvalue(), as_json)
+            if as_json:
+                json.loads(stdout.getvalue())
+            if target != "inspect":  # which reads no data
+                stored = self._judge_opened(folder, path)
+                if target == "decompress":
+                    judge_dense(path, self.out, stored)
+            return Result("done")
         finally:
             shutil.rmtree(self.out, ignore_errors=True)
 
-    def _judge_command(self, target: str, folder: Folder, path: Path, as_json: bool, code: int, stdout: str, stderr: str) -> Result:
-        error = self.errors[-1] if self.errors else None
-        where = frames(error) if error else ""
-        if found := CONTROL.search(stdout + stderr):
-            raise Fault(f"message: {target} prints the control character {found[0]!r}")
-        data = json.loads(stdout) if as_json else None
-        if code == console.OK:
-            stored = self._judge_opened(folder, path) if target != "inspect" else {}
-            if target == "decompress":
-                judge_dense(path, self.out, stored)
-            return Result("done")
-        said = data["error"]["message"] if as_json else "\n".join(line for line in stderr.splitlines() if line.startswith("slab-kernels: "))
-        message = f"{type(error).__name__}: {said}"
-        if error is not None and without_memory(error):
+    def _judge_failure(self, code: int, stdout: str, stderr: str, as_json: bool) -> Result:
+        """A command that failed said why in one line and has the exit code of a damaged file."""
+        error = self.errors[-1]
+        lines = [line for line in stderr.splitlines() if line.startswith("slab-kernels: ")]
+        said = json.loads(stdout)["error"]["message"] if as_json else "\n".join(lines)
+        message, where = f"{type(error).__name__}: {said}", frames(error)
+        if without_memory(error):
             return Result("too much memory", message, where, fault=True)
+        if code == console.UNEXPECTED:
+            return Result("unnamed error", message, where, fault=True)
         if code not in (console.BAD_FILE, console.CANNOT_RUN):
-            kind = "unnamed error" if code == console.UNEXPECTED else f"exit code {code} for a damaged folder"
-            return Result(kind, message, where, fault=True)
-        if not as_json and (stdout or said.count("\n") or not said or "Traceback" in stderr):
+            return Result(f"exit code {code} for a damaged folder", message, where, fault=True)
+        if not as_json and (stdout or len(lines) != 1 or "Traceback" in stderr):
             return Result("not one line on stderr", message, where, fault=True)
         judge_message(said)
-        if self.out.exists() and any(self.out.iterdir()):
-            raise Fault(f"half written: {sorted(p.name for p in self.out.iterdir())[:3]} stays behind after {message[:150]}")
+        if left := [p.name for p in self.out.glob("*")]:
+            raise Fault(f"half written: {left[0]} stays behind after {message[:150]}")
         return Result("named error", message, where)

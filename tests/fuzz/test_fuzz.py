@@ -1,4 +1,4 @@
-"""A sample of the fuzzer in the ordinary suite, and that its judgement sees what it is there for."""
+"""A sample of the fuzzer in the ordinary suite, and what its judgement sees."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import slab_kernels
 from fuzz.file_damage import KINDS, damaged
 from fuzz.folders import SHARDED, SINGLE, Odd, Place, build, read
 from fuzz.targets import Fault, judge_model, stored_tensors
-
-import slab_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_sample_of_damaged_folders():
-    done = subprocess.run([sys.executable, "-m", "tests.fuzz", "--cases", "150"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "--cases", "150"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "150 cases" in done.stdout and "own weights" in done.stdout and "named error" in done.stdout
+    assert (
+        "150 cases" in done.stdout and "own weights" in done.stdout and "named error" in done.stdout
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,11 @@ def test_only_what_differs_is_written_and_everything_comes_back(bases, tmp_path)
         assert {path.name for path in place.path.iterdir()} == set(folder.files)
     sound = bases[1][SINGLE]
     folder = sound.copy()
-    folder.files |= {"config.json": Odd("link", "nowhere"), "pipe": Odd("pipe"), "large": Odd("sparse", size=1 << 33)}
+    folder.files |= {
+        "config.json": Odd("link", "nowhere"),
+        "pipe": Odd("pipe"),
+        "large": Odd("sparse", size=1 << 33),
+    }
     place.show(folder)
     assert {p.name: p.read_bytes() for p in place.show(sound).iterdir()} == sound.files
 
@@ -58,8 +69,18 @@ def test_the_judgement_sees_a_changed_a_missing_and_a_random_tensor(bases, name)
     rng = random.Random(0)
     packed = rng.choice([n for n in stored if n.endswith(".values")])
     with pytest.raises(Fault, match="is not the stored"):
-        judge_model(model, {**stored, packed: [stored[packed][0] ^ 1 if not stored[packed][0].is_floating_point() else stored[packed][0] + 1]})
-    with pytest.raises(Fault, match="are not in the opened model"):
+        judge_model(
+            model,
+            {
+                **stored,
+                packed: [
+                    stored[packed][0] ^ 1
+                    if not stored[packed][0].is_floating_point()
+                    else stored[packed][0] + 1
+                ],
+            },
+        )
+    with pytest.raises(Fault, match="is not in the opened model"):
         judge_model(model, {**stored, "model.extra": [torch.zeros(1)]})
     with pytest.raises(Fault, match="is in no file"):
         judge_model(model, {n: t for n, t in stored.items() if n != packed})

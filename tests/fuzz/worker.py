@@ -16,17 +16,24 @@ import traceback
 import warnings
 from pathlib import Path
 
-SECONDS, WAITING = 5, 30  # of computing, which a busy machine does not stretch; of waiting for something that never comes
+SECONDS, WAITING = (
+    5,
+    30,
+)  # of computing, which a busy machine does not stretch; of waiting for something that never comes
 BYTES = 2 << 30
 
 
 class Overtime(BaseException):
-    """A case took too long. No Exception, so that nothing between here and the worker takes it for its own."""
+    """A case took too long. No Exception, so that nothing on the way takes it for its own."""
 
 
 def data_bytes() -> int:
     """Private memory that this process has asked for."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmData")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -56,8 +63,13 @@ def open_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def main(top: Path, seed: int, start: int, stop: int, step: int, target: str | None, keep: Path | None) -> None:
-    """Run cases start, start + step, ... below `stop`; the folders lie below `top`; a line a case goes to descriptor 3."""
+def main(
+    top: Path, seed: int, start: int, stop: int, step: int, target: str | None, keep: Path | None
+) -> None:
+    """Run cases start, start + step, ... below `stop` on the folders below `top`.
+
+    Two lines a case, before and after, go to descriptor 3.
+    """
     open_libraries()
     from fuzz.file_damage import damaged
     from fuzz.folders import SHARDED, SINGLE, Place, read
@@ -72,7 +84,9 @@ def main(top: Path, seed: int, start: int, stop: int, step: int, target: str | N
         shutil.copytree(top / name, own / name)
     shutil.copy(top / "text.txt", own)
     targets, place = Targets(own, bases), Place(own / "damaged")
-    for base in bases.values():  # a first round, so that imports inside the library do not count either
+    for (
+        base
+    ) in bases.values():  # a first round, so that imports inside the library do not count either
         for each in TARGETS:
             targets.run(each, base, own / base.name, random.Random(0))
     resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + BYTES, resource.RLIM_INFINITY))
@@ -80,7 +94,10 @@ def main(top: Path, seed: int, start: int, stop: int, step: int, target: str | N
         kind, folder, rng = damaged(case, seed, bases)
         chosen = rng.choices(list(TARGETS), list(TARGETS.values()))[0]
         chosen = target or chosen
-        print(json.dumps({"case": case, "kind": kind, "target": chosen, "damage": folder.damage}), file=report)
+        print(
+            json.dumps({"case": case, "kind": kind, "target": chosen, "damage": folder.damage}),
+            file=report,
+        )
         began = time.process_time()
         try:
             path = place.show(folder)
@@ -93,11 +110,19 @@ def main(top: Path, seed: int, start: int, stop: int, step: int, target: str | N
         except SystemExit as error:
             result = Result("exit", f"SystemExit: {error}", fault=True)
         except Exception as error:  # of the judgement itself, which reads what may not be readable
-            result = Result("judge failed", f"{type(error).__name__}: {error}", traceback.format_exc()[-700:], fault=True)
+            result = Result(
+                "judge failed",
+                f"{type(error).__name__}: {error}",
+                traceback.format_exc()[-700:],
+                fault=True,
+            )
         if keep:
             shutil.copytree(path, keep, symlinks=True, dirs_exist_ok=True)
         seconds = time.process_time() - began
-        print(json.dumps({"case": case, "seconds": round(seconds, 3), **vars(result)}, default=str), file=report)
+        print(
+            json.dumps({"case": case, "seconds": round(seconds, 3), **vars(result)}, default=str),
+            file=report,
+        )
     shutil.rmtree(own)
 
 

@@ -1,1 +1,1 @@
-"""Every causal language model that the installed transformers builds, in a few thousand weights, through every road of the library."""
+"""Every causal language model of the installed transformers, tiny, on every road of the library."""

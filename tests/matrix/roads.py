@@ -1,4 +1,4 @@
-"""One model type on every road: compressed, loaded, opened by transformers, saved and opened again, decompressed."""
+"""One model type on every road: compressed, loaded, opened, saved, opened again, decompressed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from slab_kernels.nn import SlabLinear
 from slab_kernels.text import CalibrationError
 
 LARGEST = 4_000_000  # weights; a config that stays above it is not tiny
-RIGHT, REFUSED, WRONG, NOT_BUILT = "right", "refused", "wrong", "not built"
+RIGHT, WRONG, NOT_BUILT = "right", "wrong", "not built"
+REFUSED, LATE = "refused", "late"  # in words: by `compress`, and on a later road
 
 
 @dataclass
 class Outcome:
-    """What came of one type: the outcome, in which of the roads it ended, and what was said there."""
+    """What came of one type: the outcome, the road on which it ended, and what was said there."""
 
     type: str
     outcome: str
@@ -44,7 +45,10 @@ def tokens() -> Tensor:
 
 
 def build(model_type: str) -> nn.Module:
-    """A random model whose every part matters to its output. Raises: what transformers raises, ValueError if it is large."""
+    """A random model whose every part matters to its output.
+
+    Raises: what transformers raises, ValueError if the model is large.
+    """
     config = tiny(model_type)
     if CONFIG_MAPPING[model_type].model_type != model_type:
         raise ValueError(f"is {CONFIG_MAPPING[model_type].model_type} under another name")
@@ -89,11 +93,13 @@ def same_tensors(first: nn.Module, second: nn.Module, which: str) -> None:
 
 
 def compress(dense: Path, packed: Path) -> tuple[str, ...]:
-    """Compress, and where a refusal names a `skip` that would do, do what it says; returns what was skipped."""
+    """Compress; where a refusal names a `skip`, do what it says. Returns what was skipped."""
     skip: list[str] = []
     while True:
         try:
-            slab_kernels.compress(dense, packed, method="magnitude", calibration=tokens(), skip=skip, progress=False)
+            slab_kernels.compress(
+                dense, packed, method="magnitude", calibration=tokens(), skip=skip, progress=False
+            )
             return tuple(skip)
         except (ArchitectureError, CalibrationError) as error:
             advised = re.search(r"skip='([^']+)'", str(error))
@@ -122,16 +128,25 @@ def travel(model_type: str, top: Path) -> Outcome:
         with torch.no_grad():
             for name, layer in layers.items():
                 model.get_submodule(name).weight.copy_(layer.packed().dense())
-        same_function(logits(model), ours, "the dense model with the packed weights in it, and load")
+        same_function(
+            logits(model), ours, "the dense model with the packed weights in it, and load"
+        )
         found.road = "from_pretrained"
         opened = AutoModelForCausalLM.from_pretrained(top / "packed")
         same_tensors(loaded, opened, "load and from_pretrained")
         same_function(ours, logits(opened), "load and from_pretrained")
-        writers = {"save_pretrained": opened.save_pretrained, "save_pretrained of what load gave": loaded.save_pretrained, "save": lambda out: slab_kernels.save(opened, out)}
+        writers = {
+            "save_pretrained": opened.save_pretrained,
+            "save_pretrained of what load gave": loaded.save_pretrained,
+            "save": lambda out: slab_kernels.save(opened, out),
+        }
         for number, (road, write) in enumerate(writers.items()):
             found.road, saved = road, top / f"saved{number}"
             write(saved)
-            for opener, open_again in (("load", slab_kernels.load), ("from_pretrained", AutoModelForCausalLM.from_pretrained)):
+            for opener, open_again in (
+                ("load", slab_kernels.load),
+                ("from_pretrained", AutoModelForCausalLM.from_pretrained),
+            ):
                 found.road = f"{opener} after {road}"
                 again = open_again(saved)
                 same_tensors(loaded, again, found.road)
@@ -139,18 +154,32 @@ def travel(model_type: str, top: Path) -> Outcome:
         found.road = "decompress"
         slab_kernels.decompress(top / "packed", top / "decompressed")
         found.road = "from_pretrained of the decompressed folder"
-        plain, report = AutoModelForCausalLM.from_pretrained(top / "decompressed", output_loading_info=True)
-        if lost := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
-            raise Different(f"decompress: transformers finds {lost[0]} missing, unexpected or misshapen")
+        plain, report = AutoModelForCausalLM.from_pretrained(
+            top / "decompressed", output_loading_info=True
+        )
+        if lost := [
+            *report["missing_keys"],
+            *report["unexpected_keys"],
+            *report["mismatched_keys"],
+        ]:
+            raise Different(
+                f"decompress: transformers finds {lost[0]} missing, unexpected or misshapen"
+            )
         same_function(ours, logits(plain), "load and the decompressed folder")
     except Different as error:
         found.outcome, found.message = WRONG, str(error)
     except Exception as error:
         ours = type(error).__module__.startswith("slab_kernels")
-        found.outcome = REFUSED if ours else WRONG
+        found.outcome = WRONG if not ours else REFUSED if found.road == "compress" else LATE
         where = traceback.extract_tb(error.__traceback__)[-1]
-        place = "" if ours else f" ({'/'.join(Path(where.filename).parts[-2:])}:{where.lineno} {where.name})"
-        found.message = f"{type(error).__name__}: {first_line(error)}{place}".replace(str(top), "DIR")
+        place = (
+            ""
+            if ours
+            else f" ({'/'.join(Path(where.filename).parts[-2:])}:{where.lineno} {where.name})"
+        )
+        found.message = f"{type(error).__name__}: {first_line(error)}{place}".replace(
+            str(top), "DIR"
+        )
     return found
 
 

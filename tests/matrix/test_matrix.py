@@ -1,4 +1,4 @@
-"""Some structurally different types of the matrix in the ordinary suite, and that the page in docs/ says the same of them."""
+"""Structurally different types of the matrix, and that the page in docs/ says the same of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
 from matrix.roads import REFUSED, RIGHT, Different, same_function, travel
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
@@ -33,7 +34,9 @@ def test_equal_on_every_road_or_refused_in_words(name, tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     if f"transformers {transformers.__version__} " in page:
         right, _, others = page.partition("\n## Refused")
-        assert f"`{name}`" in (right if found.outcome == RIGHT else others), f"docs/architectures.md says otherwise of {name}"
+        assert f"`{name}`" in (right if found.outcome == RIGHT else others), (
+            f"docs/architectures.md says otherwise of {name}"
+        )
 
 
 def test_other_logits_are_seen():
