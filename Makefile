@@ -1,6 +1,7 @@
 # One command each, from a fresh clone:
 #   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot; default: the model in benchmarks/model
 #   make test (linters, then every test)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
+#   make test-all (make test, 2,000 damaged folders, every architecture)
 #   make test-triton, test-transformers (another version of them)    make test-vllm, test-lm-eval (with what .venv has not)
 #   .ci/packages PYTHON...   wheels and sdist in fresh environments
 # SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
@@ -13,7 +14,7 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
+.PHONY: environment demo test test-all test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
 
 environment: $(INSTALLED)
 
@@ -32,6 +33,13 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist;
 test: lint
 	@TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_interpreter.py || test $$? -eq 5
 	@env -u TRITON_INTERPRET $(PYTEST) tests --deselect $(INTERPRETER)
+
+# What takes minutes more: damaged folders (CASES of them from START on), and every architecture on every road.
+CASES ?= 2000
+START ?= 0
+test-all: test
+	@$(PYTHON) -m tests.fuzz --cases $(CASES) --start $(START) --workers 2
+	@$(PYTHON) -m tests.matrix
 
 # The Triton kernels under another Triton, kept beside the environment; torch 2.11 brings 3.6, whose interpreter wants an older numpy.
 # EVERY=5 runs each fifth test of it.
