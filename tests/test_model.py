@@ -23,7 +23,15 @@ import slab_kernels
 from slab_kernels import evaluate, model, pipeline
 from slab_kernels.checkpoint import PROGRESS_NAME, CheckpointError
 from slab_kernels.format import FormatError
-from slab_kernels.model import ArchitectureError, CalibrationError, RunRecord, compress, decompress, load, save
+from slab_kernels.model import (
+    ArchitectureError,
+    CalibrationError,
+    RunRecord,
+    compress,
+    decompress,
+    load,
+    save,
+)
 from slab_kernels.nn import SlabLinear
 from slab_kernels.record import ProgressEvent
 
