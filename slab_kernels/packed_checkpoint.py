@@ -21,7 +21,7 @@ from .checkpoint import (
     write_json,
     write_shard,
 )
-from .format import PackedLayout, PackedWeight, ShapeError, cast
+from .format import PackedLayout, PackedWeight, ShapeError
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
 from .paths import expanded
@@ -203,10 +203,8 @@ def load(
     packed_names, tied = _packed_names(model), tied_names(model)
     for name in checkpoint.entries.keys() - packed_names:
         t = checkpoint.get(name)
+        t = t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
         check_finite(name, t)
-        if dtype and t.is_floating_point():
-            t = cast(t, dtype, f"tensor {name!r}")
-        t = t.to(device)
         for alias in (name, *(n for n, other in tied.items() if other == name)):
             place(model, alias, t)
     if hasattr(model, "tie_weights"):
