@@ -23,7 +23,7 @@ from .checkpoint import (
 )
 from .layout import MAX_FEATURES, FormatError
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
-from .skeleton import build
+from .skeleton import blanked, build
 from .stored_names import StoredNames
 from .ties import holds, settle, tied_names, untie, untie_config
 
@@ -52,8 +52,9 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
                 raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
             if "auto_map" in content and content["model_type"] not in CONFIG_MAPPING:
                 raise ArchitectureError(
-                    f"{where} needs code of its own (auto_map), and slab_kernels runs no code from a model folder; "
-                    "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it, dense or packed"
+                    f"{where} needs code of its own (auto_map), and slab_kernels runs no code from a "
+                    "model folder; AutoModelForCausalLM.from_pretrained(folder, "
+                    "trust_remote_code=True) opens it, dense or packed"
                 )
             config = AutoConfig.from_pretrained(config_folder, trust_remote_code=False)
         _check_sizes(config, where)
@@ -72,7 +73,7 @@ def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
 
 
 def _build(config) -> nn.Module:
-    """transformers would make the config's dtype the default of the whole process while it builds."""
+    """The model without values; transformers would make its dtype the default of all threads."""
     from transformers import AutoModelForCausalLM
 
     dtype = config.get_text_config().dtype or config.dtype or torch.get_default_dtype()
@@ -81,7 +82,8 @@ def _build(config) -> nn.Module:
     for part, _ in dtypes:
         part.dtype = None
     try:
-        return build(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False), dtype)
+        make = AutoModelForCausalLM.from_config
+        return build(lambda: make(config, trust_remote_code=False), dtype)
     finally:
         for part, own in dtypes:
             part.dtype = own
@@ -157,6 +159,8 @@ class FolderSource:
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
         self._match()
+        rows, self.blank = blanked(self.model), {}  # the model is what transformers makes of it
+        self.blank = {name: row for name, row in rows.items() if self.get(name)[row].any()}
 
     def _match(self) -> None:
         expected = self.model.state_dict()
@@ -189,16 +193,24 @@ class FolderSource:
         return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
-        return self.stored.get(name, self.checkpoint.get)
+        tensor = self.stored.get(name, self.checkpoint.get)
+        if name in self.blank:
+            tensor[self.blank[name]] = 0
+        return tensor
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
 
     def left_out(self, out: Path | None) -> list[str]:
-        """What a compressed copy in the folder `out` (None: in memory) will lack, one sentence for each kind."""
+        """What a compressed copy in the folder `out` (None: in memory) will lack or change, a
+        sentence for each kind."""
         skipped = [] if out is None else side_files(self.checkpoint.folder, out)[1]
+        rows = [
+            f"row {row} of {name} (padding) is zero in the copy, as transformers sets it on opening"
+            for name, row in self.blank.items()
+        ]
         tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
-        return [
+        return rows + [
             f"{what} are left out: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
             for what, names in ((tensors, self.ignored), ("files", skipped))
             if names
