@@ -125,12 +125,13 @@ class SlabQuantizer(HfQuantizer):
         for module in model.modules():
             if not computes(module):  # all its tensors come from files
                 module._is_hf_initialized = True
-        setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
+        if hasattr(model, ADJUST):
+            setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             return self._compress(model)
-        delattr(model, ADJUST)
+        vars(model).pop(ADJUST, None)
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
