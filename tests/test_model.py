@@ -528,7 +528,7 @@ def test_an_unharmed_copy_loads(packed, tmp_path):
         (
             {"calibration": TOKENS[0]},
             CalibrationError,
-            r"must be a non-empty int64 tensor \[samples, window\]",
+            r"must be a non-empty integer tensor \[samples, window\]",
         ),
         (
             {"calibration": TOKENS + 50},
