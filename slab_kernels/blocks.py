@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -60,19 +61,28 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def block_linears(
-    path: str, blocks: nn.ModuleList, group: int, skip: tuple[str, ...] = ()
+    path: str,
+    blocks: nn.ModuleList,
+    group: int,
+    skip: tuple[str, ...] = (),
+    tied: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, nn.Linear]]:
-    """Per block: full name -> nn.Linear to compress. `skip` holds fnmatch patterns of full module names.
+    """Per block: full name -> nn.Linear to compress. `skip` holds fnmatch patterns of full module or parameter names.
+
+    tied: parameter that is another one under a second name -> that other name.
 
     Raises: ArchitectureError for weights that are not in plain nn.Linear modules (GPT-2's Conv1D, stacked experts), for
-    in_features that groups of `group` do not divide, for a skip pattern that matches nothing, and if nothing is left.
+    a linear that is another one too, for in_features that groups of `group` do not divide, for a skip pattern that
+    matches nothing, and if nothing is left.
     """
     result, used = [], set()
+    outside: dict[str, str] = {}  # skip pattern -> the first weight outside nn.Linear that it leaves dense
     for index, block in enumerate(blocks):
         linears = {}
-        for name, module in block.named_modules():
-            full = f"{path}.{index}.{name}"
-            used |= {pattern for pattern in skip if fnmatchcase(full, pattern)}
+        for name, module in block.named_modules(remove_duplicate=False):
+            full = f"{path}.{index}.{name}" if name else f"{path}.{index}"
+            own = [f"{full}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+            used |= {pattern for pattern in skip if any(fnmatchcase(n, pattern) for n in (full, *own))}
             kind = type(module).__name__
             if kind == "SlabLinear":
                 raise ArchitectureError(f"{full} is compressed already; start from the dense model")
@@ -86,21 +96,57 @@ def block_linears(
                     )
                 linears[full] = module
             elif not type(module).__module__.startswith("torch.nn."):
+                holds = any(type(inner) is nn.Linear for inner in module.modules())
                 for parameter, value in module.named_parameters(recurse=False):
-                    if value.dim() >= 2 and min(value.shape[-2:]) > 1:
-                        raise ArchitectureError(
-                            f"{full} ({kind}) keeps its weight {parameter!r} {list(value.shape)} outside nn.Linear; only "
-                            f"nn.Linear is supported (no Conv1D, no stacked experts). skip='*.{name}' leaves it dense"
-                        )
+                    large = value.dim() >= 2 and min(value.shape[-2:]) > 1
+                    if large and not _is_skipped(f"{full}.{parameter}", skip):
+                        parts = [*name.split("."), *([parameter] if holds or not name else [])]
+                        pattern = ".".join(["*", *("*" if part.isdigit() else part for part in parts if part)])
+                        outside.setdefault(pattern, f"{full} ({kind}) keeps its weight {parameter!r} {list(value.shape)}")
         result.append(linears)
     unused = [pattern for pattern in skip if pattern not in used]
     if unused:
         raise ArchitectureError(
             f"skip={unused[0]!r} matches no module in {path}; names look like {path}.0.<module>"
         )
+    if outside:
+        _refuse_outside(outside, any(result))
     if not any(result):
         raise ArchitectureError(f"no nn.Linear is left to compress in {path}")
+    _refuse_shared(result, tied)
     return result
+
+
+def _refuse_outside(outside: dict[str, str], more: bool) -> None:
+    """Raises: ArchitectureError with what `skip` has to name, or that nothing would be left (`more` False)."""
+    advice = ", ".join(f"skip='{pattern}'" for pattern in outside)
+    leaves = f"{advice} {'leaves it' if len(outside) == 1 else 'together leave them'} dense"
+    others = f" (and {len(outside) - 1} more alike)" if len(outside) > 1 else ""
+    raise ArchitectureError(
+        f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear is supported (no Conv1D, no stacked "
+        f"experts), and {leaves if more else 'these blocks hold no nn.Linear beside it, so there is nothing to compress'}"
+    )
+
+
+def _refuse_shared(linears: list[dict[str, nn.Linear]], tied: Mapping[str, str]) -> None:
+    """Raises: ArchitectureError for a linear or a weight that two names stand for: one calibration cannot serve both."""
+    pairs = {**tied, **{other: name for name, other in tied.items()}}
+    names: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, linear in ((name, linear) for block in linears for name, linear in block.items()):
+        first = names.setdefault(id(linear.weight), name)
+        other = pairs.get(f"{name}.weight", first).removesuffix(".weight") if first == name else first
+        if other != name:
+            shared |= {name: other, other: name}
+    if shared:
+        name, other = next(iter(shared.items()))
+        everything = all(name in shared for block in linears for name in block)
+        dense = "" if everything else ", or leave what is shared dense with skip, as in " + f"skip='{other}', skip='{name}'"
+        more = f" ({len(shared)} linears are shared in all)" if len(shared) > 2 else ""
+        raise ArchitectureError(
+            f"{other} and {name} share one weight{more}, and each would be compressed for inputs of its own; give each "
+            f"a copy of it before compression{dense}"
+        )
 
 
 def _is_skipped(full: str, skip: tuple[str, ...]) -> bool:
@@ -126,7 +172,8 @@ def filled_copy(
     filled.__dict__.pop("forward", None)  # the copy of a block under `catch_stream` computes
 
     def place(t: Tensor) -> Tensor:
-        return t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+        kind = dtype if dtype and t.is_floating_point() else t.dtype
+        return t.to(device=device, dtype=kind, copy=True)  # matching trains it, and a model in memory must not change
 
     filled.load_state_dict({name: place(t) for name, t in tensors.items()}, strict=False, assign=True)
     for owner in filled.modules():

@@ -12,17 +12,19 @@ SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import batch_size, block_linears, find_blocks
+from .blocks import batch_size, find_blocks
 from .calibration import InputStats
 from .inputs import find_groups, layer_inputs
 from .plan import Plan
+from .settings import Rule
 from .streams import catch_stream
 
 PROBES = 8  # windows on which the divergence is measured
@@ -57,46 +59,51 @@ class Choice:
     loss: float
 
 
-def check_bits(bits: float, plan: Plan) -> None:
-    """Refuse a budget beside settings that it chooses itself. Raises: BudgetError."""
+BITS = Rule("stored bits a weight over the whole model", float, 0, 64, above=True)
+
+
+def check_bits(bits: float, plan: Plan) -> float:
+    """`bits`; refuses what is no budget, and one beside settings that it chooses itself. Raises: BudgetError."""
+    bits = BITS.accept("bits", bits, BudgetError)
     if plan.method != "slab" or not plan.packed:
         raise BudgetError(f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}")
     for name, usual in (("values", "fp16"), ("planes", 1), ("rank", 1), ("adapter_rank", None)):
         if getattr(plan, name) != usual:
             raise BudgetError(f"bits={bits:g} chooses {name} layer by layer, so {name}={getattr(plan, name)!r} contradicts it; leave one out")
+    return bits
 
 
 def search(
-    model: nn.Module,
+    open_model: Callable[[], nn.Module],
+    shapes: dict[str, tuple[int, int]],
     plan: Plan,
     bits: float,
-    skip: tuple[str, ...],
     tokens: Tensor,
     device: torch.device,
+    known: dict[str, list[float]],
+    note: Callable[[str, list[float]], None] = lambda name, losses: None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, dict]:
     """Module name -> settings of `Plan.layer`, at most `bits` stored bits a weight over all of them.
 
     Args:
-        model: the dense model, in memory on `device`; its weights are as before afterwards.
+        open_model: gives the dense model, in memory on `device`; not called where `known` holds every layer.
+        shapes: module name -> (N, K) of the linears to compress.
         plan: method, pattern and group size that all layers share.
         tokens: [samples, window] int64, calibration text.
+        known, note: module name -> the expected loss of each of its rows, from an interrupted search and for the next.
 
     Raises: BudgetError naming the range if `bits` is outside of what the rows reach.
     """
-    path, blocks = find_blocks(model)
-    linears = block_linears(path, blocks, plan.group, skip)
-    weights = {name: linear.weight.numel() for block in linears for name, linear in block.items()}
     rows = {
         name: [
-            (row, replace(plan, **row).layout(tuple(linear.weight.shape)).bits_per_weight() * linear.weight.numel())
+            (row, replace(plan, **row).layout(shape).bits_per_weight() * math.prod(shape))
             for row in LADDER
-            if row["rank"] <= min(linear.weight.shape)
+            if row["rank"] <= min(shape)
         ]
-        for block in linears
-        for name, linear in block.items()
+        for name, shape in shapes.items()
     }
-    total = sum(weights.values())
+    total = sum(map(math.prod, shapes.values()))
     least = sum(min(cost for _, cost in options) for options in rows.values()) / total
     most = sum(max(cost for _, cost in options) for options in rows.values()) / total
     if not least <= bits:
@@ -106,23 +113,41 @@ def search(
             f"bits={bits:g} is above what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight; "
             "give values, planes and rank yourself"
         )
-    probes = tokens[: max(1, min(PROBES, len(tokens)))].to(device)
-    dense = _log_probabilities(model, probes)
-    choices: dict[str, list[Choice]] = {}
-    stream = catch_stream(model, blocks, tokens, lambda index: _bare(blocks[index]), device)
-    for index, block in enumerate(blocks):
-        for group in find_groups(stream, index, block, linears[index]) if linears[index] else ():
-            first = linears[index][group.names[0]]
-            stats = InputStats(first.in_features)
-            for batch in range(len(stream.hidden)):
-                stats.update(layer_inputs(stream, index, block, first, group.names[0], group.calls, batch))
-            for name in group.names:
-                choices[name] = _layer(model, linears[index][name], plan, rows[name], stats, probes, dense)
-                say(f"budget: {name} {choices[name][0].loss:.2e} nats a token at its coarsest")
-        with torch.no_grad():
-            stream.advance(index, block)
+    losses = {name: known[name] for name in shapes if len(known.get(name, ())) == len(rows[name])}
+    if len(losses) < len(shapes):
+        for name, found in _measure(open_model(), shapes, plan, rows, tokens, device, losses):
+            losses[name] = found
+            note(name, found)
+            say(f"budget: {name} {found[0]:.2e} nats a token at its coarsest")
+    choices = {
+        name: [Choice(row, cost, loss) for (row, cost), loss in zip(rows[name], losses[name], strict=True)] for name in shapes
+    }
     chosen = spend(choices, bits * total)
     return {name: choice.settings for name, choice in chosen.items()}
+
+
+def _measure(
+    model: nn.Module, shapes: dict, plan: Plan, rows: dict, tokens: Tensor, device: torch.device, known: dict[str, list[float]]
+) -> Iterator[tuple[str, list[float]]]:
+    """Steps 1 and 2: (module name, expected loss of each of its rows) for every layer that `known` lacks."""
+    path, blocks = find_blocks(model)
+    probes = tokens[: max(1, min(PROBES, len(tokens)))].to(device)
+    dense = _log_probabilities(model, probes)
+    stream = catch_stream(model, blocks, tokens, lambda index: _bare(blocks[index]), device)
+    for index, block in enumerate(blocks):
+        prefix = f"{path}.{index}."
+        linears = {n: block.get_submodule(n.removeprefix(prefix)) for n in shapes if n.startswith(prefix)}
+        if linears.keys() - known.keys():
+            for group in find_groups(stream, index, block, linears):
+                first = linears[group.names[0]]
+                stats = InputStats(first.in_features)
+                for batch in range(len(stream.hidden)):
+                    stats.update(layer_inputs(stream, index, block, first, group.names[0], group.calls, batch))
+                for name in group.names:
+                    if name not in known:
+                        yield name, _layer(model, linears[name], plan, rows[name], stats, probes, dense)
+        with torch.no_grad():
+            stream.advance(index, block)
 
 
 def _bare(block: nn.Module) -> nn.Module:
@@ -173,8 +198,8 @@ def _hull(options: list[Choice]) -> list[Choice]:
     return hull
 
 
-def _layer(model, linear, plan: Plan, rows, stats: InputStats, probes: Tensor, dense: Tensor) -> list[Choice]:
-    """Steps 1 and 2 for one layer."""
+def _layer(model, linear, plan: Plan, rows, stats: InputStats, probes: Tensor, dense: Tensor) -> list[float]:
+    """Steps 1 and 2 for one layer: the expected loss of each row."""
     weight = linear.weight.detach()
     W = weight.float()
     errors, coarsest = [], None
@@ -193,7 +218,7 @@ def _layer(model, linear, plan: Plan, rows, stats: InputStats, probes: Tensor, d
     finally:
         linear.weight = nn.Parameter(weight, requires_grad=False)
     whole = max(max(errors), 1e-30)
-    return [Choice(row, cost, loss * error / whole) for (row, cost), error in zip(rows, errors, strict=True)]
+    return [loss * error / whole for error in errors]
 
 
 @torch.no_grad()

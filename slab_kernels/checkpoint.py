@@ -39,6 +39,8 @@ VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not co
 WEIGHT_DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")  # of config.json
+FEW_BLOCKS = 64  # built in a second, so that it may turn out by their names that some are not in the files
 
 
 def config_dtype(config: dict) -> torch.dtype | None:
@@ -221,6 +223,31 @@ class Checkpoint:
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     """What tells one version of a file from another."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_block_count(checkpoint: Checkpoint) -> None:
+    """The blocks that config.json asks for against those that the files hold, before any is built.
+
+    An encoder's number may stand there while the files hold the decoder alone, so only far more are refused.
+
+    Raises: CheckpointError.
+    """
+    numbers: dict[str, set[str]] = {}
+    for name in checkpoint.entries:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if first is not None:
+            numbers.setdefault(".".join(parts[:first]), set()).add(parts[first])
+    stored = max(map(len, numbers.values()), default=0)
+    config = checkpoint.config
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in BLOCK_COUNTS:
+            asked = part.get(key)
+            if type(asked) is int and asked > max(FEW_BLOCKS, 2 * stored):
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, and the files "
+                    f"hold {stored} blocks; it does not belong to them"
+                )
 
 
 def write_index(folder: Path, tables: Iterable[dict[str, TensorEntry]]) -> None:

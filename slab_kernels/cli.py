@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,21 @@ import typer
 
 from . import __version__, console, kernel_commands
 from .console import Outcome
-from .options import Backend, Device, Dtype, Folder, Json, Text, method_options, torch_dtype
+from .options import (
+    Backend,
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    NoVerify,
+    Packed,
+    Text,
+    Trust,
+    finite,
+    method_options,
+    torch_dtype,
+)
+from .paths import expanded
 
 app = typer.Typer(
     name="slab-kernels",
@@ -26,6 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+MOST_ROWS = 20  # of a plain table that are printed
 
 
 def main() -> None:
@@ -76,18 +94,23 @@ def compress(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Leave these modules dense, '*.down_proj'; may be repeated.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="A setting of the method, name=value; may be repeated.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="A setting of the method, name=value; may be repeated. `slab-kernels info --methods` lists them.")] = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> Outcome:
     """Compress MODEL into the folder OUT, one block in memory at a time."""
+    from .methods import check_options
     from .model import compress
 
-    settings = method_options(option or [])
-    record = compress(
-        model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
-        adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration, heldout=heldout,
-        samples=samples, window=window, skip=skip or (), device=device, seed=seed, resume=resume, progress=_progress(), **settings,
-    )  # fmt: skip
+    out, settings = expanded(out), method_options(option or [])
+    check_options(method, settings)  # before they could be taken for other arguments of `compress`
+    with console.interruptible(lambda: _kept(out / "slab_progress.json", f"finished blocks are in {out}")):
+        record = compress(
+            model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
+            adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration,
+            heldout=heldout, samples=samples, window=window, skip=skip, device=device, seed=seed, resume=resume,
+            progress=_progress(), trust_remote_code=trust_remote_code, **settings,
+        )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}
 
     def show() -> None:
@@ -96,6 +119,11 @@ def compress(
         print(f"{bits:.3f} stored bits per weight, mean error {error:.4f}, {data['seconds']:.0f} s; next: slab-kernels eval {out}")
 
     return Outcome(data, show)
+
+
+def _kept(state: Path, what: str) -> str:
+    """For an interruption: what a run leaves where its file of progress is there."""
+    return f"{what}, and the same command with --resume goes on" if state.exists() else "nothing was kept"
 
 
 def _progress() -> Any:
@@ -123,14 +151,16 @@ def _show_layers(layers: list[dict[str, Any]], title: str) -> None:
 def evaluate(
     folder: Folder,
     text: Text = "stdlib:heldout",
-    window: Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions if fewer.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.")] = 0,
+    window: Annotated[int | None, typer.Option(help="Tokens a window; default 2048, or the model's positions if fewer.", min=2)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.", min=0)] = 0,
     tasks: Annotated[str | None, typer.Option(help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas.")] = None,
     task_files: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
+    trust_remote_code: Trust = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> Outcome:
     """Perplexity per token of a compressed or dense model on a text, or its scores in tasks of lm-eval."""
@@ -139,10 +169,10 @@ def evaluate(
 
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
-    model, tokenizer, facts = _open(folder, device, dtype, backend)
+    model, tokenizer, facts = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
     if tasks is not None:
         return _tasks(model, tokenizer, facts, [name.strip() for name in tasks.split(",") if name.strip()], task_files, limit)
-    content = texts.read_text(text)
+    content = texts.read_text(text, tokenizer=tokenizer)
     if max_tokens > 0:
         content = tokenizer.decode(texts.tokenize(tokenizer, content[: max_tokens * texts.CHARACTERS_PER_TOKEN])[:max_tokens])
     data = facts | {"text": text} | evaluate.perplexity(model, tokenizer, content, window)
@@ -167,29 +197,38 @@ def _tasks(model: Any, tokenizer: Any, facts: dict[str, Any], names: list[str], 
     return Outcome(facts | {"tasks": found}, lambda: console.print_table(("task", "metric", "value"), rows, facts["folder"]))
 
 
-def _open(folder: str, device: str, dtype: str | None, backend: str | None) -> tuple[Any, Any, dict[str, Any]]:
+def _open(
+    folder: str, device: str, dtype: str | None, backend: str | None, trust: bool, no_verify: bool
+) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer and what is known of a packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .inspection import inspect
     from .model import load
     from .pipeline import resolve_device
     from .source import hub_folder, open_source
+    from .text import open_tokenizer
 
     _force(backend)
+    _skip_checksums(no_verify)
     where = resolve_device(device)
-    kind = torch_dtype(dtype) if dtype else torch.float32 if where.type == "cpu" else None
+    kind = torch_dtype(dtype) if dtype is not None else torch.float32 if where.type == "cpu" else None
     path = hub_folder(folder)
     seen = inspect(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind)
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust)
     else:
-        open_source(path)  # our checks first: transformers fills missing tensors with random numbers
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind or "auto").to(where).eval()
+        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {"folder": folder, "method": seen["method"] or "dense", "stored": seen["stored"], "bits_per_weight": seen["bits_per_weight"]}
     facts |= {"device": str(where), "dtype": str(model.dtype).removeprefix("torch.")}
-    return model, AutoTokenizer.from_pretrained(path), facts
+    return model, open_tokenizer(path, trust), facts
+
+
+def _skip_checksums(wanted: bool) -> None:
+    from .checkpoint import VERIFY
+
+    if wanted:
+        os.environ[VERIFY] = "0"
 
 
 def _force(backend: str | None) -> None:
@@ -205,31 +244,21 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "def main():\n    ",
     tokens: Annotated[int, typer.Option(help="New tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 = always the most probable token.", min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 = always the most probable token.", min=0.0, callback=finite)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
     device: Device = "auto",
     dtype: Dtype = None,
     backend: Backend = None,
+    trust_remote_code: Trust = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> Outcome:
     """Continue a prompt from packed weights."""
-    import time
+    from .evaluate import continuation
 
-    import torch
-
-    model, tokenizer, facts = _open(folder, device, dtype, backend)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].shape[1]:
-        raise typer.BadParameter("the prompt is empty and this tokenizer adds no start token; give --prompt some text")
-    inputs.pop("token_type_ids", None)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    start = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=tokens, **sampling)
-    new = out[0, inputs["input_ids"].shape[1] :]
+    model, tokenizer, facts = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
+    new, seconds = continuation(model, tokenizer, prompt, tokens, temperature, seed)
     text = tokenizer.decode(new, skip_special_tokens=True)
-    seconds = time.perf_counter() - start
     data = facts | {"prompt": prompt, "text": text, "tokens": len(new), "tokens_per_second": len(new) / seconds}
 
     def show() -> None:
@@ -245,7 +274,7 @@ for command in (kernel_commands.bench, kernel_commands.tune, kernel_commands.inf
 
 @app.command(epilog=console.EXIT_CODES)
 def train(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    folder: Packed,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     text: Text = "stdlib",
     steps: Annotated[int, typer.Option(help="Steps of Adam.")] = 200,
@@ -257,14 +286,17 @@ def train(
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> Outcome:
     """Train the adapters P Qᵀ of a compressed model on a text; everything else stays as it is."""
     from .pipeline import resolve_device
-    from .training import Training, train
+    from .training import Training, state_file, train
 
     settings = Training(steps, batch, window, samples, rate, adapter_rank, seed=seed)
-    data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say)
+    out = expanded(out)
+    with console.interruptible(lambda: _kept(state_file(out), f"the training so far is in {state_file(out)}")):
+        data = train(folder, out, text, settings, device=resolve_device(device), resume=resume, say=console.say, trust_remote_code=trust_remote_code)
 
     def show() -> None:
         print(f"{out}: held-back text {data['before']:.4f} -> {data['after']:.4f} nats a token, {data['parameters']} numbers trained")
@@ -291,11 +323,11 @@ def inspect(folder: Folder, json: Json = False) -> Outcome:
 
 
 @app.command(epilog=console.EXIT_CODES)
-def check(folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress.")], json: Json = False) -> Outcome:
+def check(folder: Packed, trust_remote_code: Trust = False, json: Json = False) -> Outcome:
     """Whether the transformers installed here opens a packed folder with the weights in it, and not with random ones."""
     from .engines.transformers import compare
 
-    data = compare(folder)
+    data = compare(folder, trust_remote_code)
 
     def show() -> None:
         print(
@@ -308,23 +340,31 @@ def check(folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder wr
 
 @app.command(epilog=console.EXIT_CODES)
 def decompress(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    folder: Packed,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16; default: what config.json names.")] = None,
+    trust_remote_code: Trust = False,
+    no_verify: NoVerify = False,
     json: Json = False,
 ) -> Outcome:
     """Write a plain dense checkpoint with the same function, which any engine opens."""
     from .model import decompress
 
-    decompress(folder, out)
-    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
-    return Outcome(
-        {"folder": str(folder), "out": str(out), "bytes": size}, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB")
+    out = expanded(out)
+    kind = torch_dtype(dtype) if dtype else None
+    skipped = decompress(
+        folder, out, dtype=kind, verify=not no_verify, trust_remote_code=trust_remote_code
     )
+    for name in skipped:
+        console.say(f"warning: left out {name}")
+    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix == ".safetensors")
+    data = {"folder": str(folder), "out": str(out), "bytes": size, "left_out": skipped}
+    return Outcome(data, lambda: print(f"{out}: dense checkpoint, {size / 1e6:.1f} MB"))
 
 
 @app.command(epilog=console.EXIT_CODES)
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Run folders, or JSON of eval, bench or the demo.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Run folders, or JSON of eval, bench, the demo or another benchmark.")],
     out: Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")] = Path("report"),
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")] = True,
     json: Json = False,
@@ -332,13 +372,19 @@ def report(
     """Tables and plots of runs: error by layer, perplexity against bits per weight, speed; PNG and one HTML page."""
     from . import report
 
+    out = expanded(out)
     found = report.read(paths)
     written = [str(path) for path in report.write(found, out, plots)]
-    data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written}
+    data = {"headline": report.headline(found), "results": report.rows(found), "bench": list(found.bench), "written": written,
+            "tables": [asdict(table) for table in found.tables]}  # fmt: skip
 
     def show() -> None:
         if found.results:
             console.print_table(report.COLUMNS, report.table(found), found.model)
+        for table in found.tables:
+            console.print_table(table.columns, table.rows[:MOST_ROWS], table.title)
+            if len(table.rows) > MOST_ROWS:
+                print(f"and {len(table.rows) - MOST_ROWS} more rows on the page\n")
         print(data["headline"])
         console.print_pairs([(path, "") for path in written], "written")
 

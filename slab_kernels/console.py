@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -19,16 +20,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OK, UNEXPECTED, BAD_INPUT, BAD_FILE, CANNOT_RUN, NO_SPACE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+from .terminal import ERRORS, TEXT, visible
+
+OK, UNEXPECTED, BAD_INPUT, BAD_FILE, CANNOT_RUN, NO_SPACE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 5, 130, 143
 EXIT_CODES = (
     "Exit codes: 0 done · 2 wrong usage or input · 3 a file, checkpoint or model that cannot be used · 4 a backend, device or "
-    "optional package that cannot run here · 5 disk or memory full, or no permission · 130 interrupted · 1 a bug of ours."
+    "optional package that cannot run here · 5 disk or memory full, or no permission · 130 interrupted, 143 by SIGTERM · 1 a bug of ours."
 )
 DEBUG = "SLAB_KERNELS_DEBUG"
 
 # By class name along the exception's ancestors, nearest first: naming the classes here would import torch.
 CODES = {
     "BackendError": CANNOT_RUN,
+    "TeamError": CANNOT_RUN,
     "PlotsUnavailable": CANNOT_RUN,
     "ImportError": CANNOT_RUN,
     "OutOfMemoryError": NO_SPACE,
@@ -51,9 +55,6 @@ class Outcome:
     show: Callable[[], None]
 
 
-INTERRUPTION = "interrupted; compress goes on where it stopped with --resume, tune has kept the rows it wrote"
-
-
 def exit_code(error: BaseException) -> int:
     """The exit code for an exception: a full disk or missing permission anywhere in its causes, else by its class."""
     cause: BaseException | None = error
@@ -70,79 +71,135 @@ def exit_code(error: BaseException) -> int:
 
 def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
     """Runs a command to its end and prints its result or its failure; returns the exit code."""
+    _prepare_streams()
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if as_json else stdout), noted_signals():
+        code, text = _carry_out(command, as_json, stdout)
+    try:
+        stdout.write(text)
+        stdout.flush()
+    except BrokenPipeError:  # `slab-kernels inspect ... | head` is no error
+        _mute(stdout)
+    except OSError as error:  # a full disk behind it
+        _mute(stdout)
+        if code == OK:
+            code = NO_SPACE
+            say(f"slab-kernels: the result cannot be written to the standard output: {error.strerror or error}")
+    return code
+
+
+def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool, stdout) -> tuple[int, str]:
+    """The exit code, and what is to stand on stdout. Of failures, what is not said there is said on stderr."""
     import typer
 
-    interrupts: list[int] = []
     usage_error = typer.BadParameter.__mro__[1]  # click's own or typer's copy of it, whichever this typer uses
     click_error = usage_error.__mro__[1]
-    stdout = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr if as_json else stdout), noted_interrupts() as interrupts:
-            outcome = command()
+        outcome = command()
         if outcome == INTERRUPTED:  # typer catches KeyboardInterrupt itself
             raise KeyboardInterrupt
         if not isinstance(outcome, Outcome):  # --help, or a bare exit
-            return int(outcome or 0)
+            return int(outcome or 0), ""
         if as_json:
-            print(json.dumps(finite(outcome.data), allow_nan=False), file=stdout)
-        else:
+            return OK, json.dumps(finite(outcome.data), allow_nan=False) + "\n"
+        with contextlib.redirect_stdout(io.StringIO()) as page:
             outcome.show()
-        stdout.flush()
-        return OK
-    except BrokenPipeError:  # `slab-kernels inspect ... | head` is no error
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        return OK
+        return OK, visible(page.getvalue(), keep=TEXT)
     except KeyboardInterrupt:
-        return fail(stdout, as_json, "Interrupted", INTERRUPTION, INTERRUPTED)
+        return _interrupted("", as_json)
+    except Interrupted as error:
+        return _interrupted(str(error), as_json)
     except click_error as error:
         hint = getattr(getattr(error, "ctx", None), "command_path", None)
-        message = one_line(error.format_message()) + (f" (see: {hint} --help)" if hint else "")
-        return fail(stdout, as_json, "UsageError", message, BAD_INPUT)
+        message = one_line(error.format_message()) or "no command is given"
+        message += f" (see: {hint} --help)" if hint else ""
+        return fail(as_json, "UsageError", message, BAD_INPUT)
+    except SystemExit as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
+        closed = isinstance(error.__context__, BrokenPipeError)
+        return OK if closed else error.code if isinstance(error.code, int) else UNEXPECTED, ""
     except Exception as error:
-        if interrupts or type(error).__name__ == "Abort":
-            return fail(stdout, as_json, "Interrupted", INTERRUPTION, INTERRUPTED)
+        if SIGNALS or type(error).__name__ == "Abort":
+            return _interrupted("", as_json)
         if type(error).__name__ == "Exit":
-            return error.exit_code
+            return error.exit_code, ""
         if os.environ.get(DEBUG):
             traceback.print_exc()
         code = exit_code(error)
         message = as_options(one_line(str(error) or type(error).__name__))
         if code == UNEXPECTED:
             message = f"unexpected {type(error).__name__}: {message}; {DEBUG}=1 shows where; please report it"
-        return fail(stdout, as_json, type(error).__name__, message, code)
+        return fail(as_json, type(error).__name__, message, code)
+
+
+class Interrupted(Exception):
+    """A command was interrupted; the message says what was kept."""
+
+
+SIGNALS: list[int] = []  # that came while the command ran
 
 
 @contextlib.contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt and is noted: torch turns one that arrives inside it into a ValueError."""
-    noted: list[int] = []
+def noted_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt and are noted: torch turns one that arrives inside it into a ValueError."""
 
     def handle(number: int, frame) -> None:
-        noted.append(number)
+        SIGNALS.append(number)
         raise KeyboardInterrupt
 
+    SIGNALS.clear()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield noted
+        yield
         return
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield noted
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def fail(stdout, as_json: bool, kind: str, message: str, code: int) -> int:
+@contextlib.contextmanager
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """Around a command that keeps something of its work: `kept` looks, once it was interrupted, what that is."""
+    try:
+        yield
+    except BaseException as error:
+        if SIGNALS or isinstance(error, KeyboardInterrupt):
+            raise Interrupted(kept()) from error
+        raise
+
+
+def _interrupted(kept: str, as_json: bool) -> tuple[int, str]:
+    code = TERMINATED if signal.SIGTERM in SIGNALS else INTERRUPTED
+    return fail(as_json, "Interrupted", f"interrupted; {kept}" if kept else "interrupted", code)
+
+
+def fail(as_json: bool, kind: str, message: str, code: int) -> tuple[int, str]:
+    """A failure's exit code, and what is to stand on stdout: the JSON error, or nothing and the sentence goes to stderr."""
     if as_json:
-        print(json.dumps({"error": {"type": kind, "message": message}}), file=stdout, flush=True)
-    else:
-        print(f"slab-kernels: {message}", file=sys.stderr, flush=True)
-    return code
+        return code, json.dumps({"error": {"type": kind, "message": message}}) + "\n"
+    say(f"slab-kernels: {message}")
+    return code, ""
+
+
+def _prepare_streams() -> None:
+    """Every character can be printed on whatever console, and a stream that was closed swallows what it is given."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        with contextlib.suppress(AttributeError, ValueError):  # what stands in for a stream may lack `reconfigure`
+            getattr(sys, name).reconfigure(errors=ERRORS)
+
+
+def _mute(stream) -> None:
+    """Send what a stream still holds nowhere, so that Python does not fail to write it again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_options(message: str) -> str:
     """Advice in Python's words, said in the command line's: resume=True -> --resume, skip='*.x' -> --skip '*.x'."""
-    message = message.replace("resume=True", "--resume")
+    message = message.replace("resume=True", "--resume").replace("trust_remote_code=True", "--trust-remote-code")
     return re.sub(r"\b(skip|device|calibration|window|values|group_size)=(?=['\"])", lambda m: f"--{m[1].replace('_', '-')} ", message)
 
 
@@ -162,8 +219,11 @@ def finite(value: Any) -> Any:
 
 
 def say(message: str) -> None:
-    """A line of progress."""
-    print(message, file=sys.stderr, flush=True)
+    """A line of progress, or of failure. Where nobody can read it any more, the work goes on."""
+    try:
+        print(visible(message), file=sys.stderr, flush=True)
+    except OSError:
+        _mute(sys.stderr)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
@@ -174,21 +234,24 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str |
     from rich.text import Text
 
     if title:
-        print(title)
+        print(visible(title))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, name in enumerate(head):
         table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    # In a pipe rich would fold tables at 80 columns; there is no screen to fit.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240).print(table)
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    # In a pipe rich would fold tables at 80 columns; there is no screen to fit. Its own writing would end the process at a
+    # closed pipe, so it writes into memory, without colours.
+    page = io.StringIO()
+    Console(file=page, width=None if sys.__stdout__ is not None and sys.__stdout__.isatty() else 240).print(table)
+    print(page.getvalue(), end="")
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]], title: str | None = None) -> None:
     """Names and values, one pair a line."""
     if title:
-        print(title)
-    pairs = list(pairs)
+        print(visible(title))
+    pairs = [(visible(name), visible(value)) for name, value in pairs]
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         print(f"  {name:<{width}}  {value}" if value else f"  {name}")

@@ -12,7 +12,8 @@ from .blocks import batch_size, find_blocks
 from .nn import SlabLinear
 from .packed_checkpoint import check
 from .source import text_config
-from .text import CalibrationError, tokenize, windows
+from .text import CalibrationError, Sampling, tokenize, windows
+from .token_ids import check_fits
 
 LOGITS_AT_ONCE = 1 << 26  # tokens * vocabulary whose logits are held at a time: 256 MiB in fp32
 
@@ -34,7 +35,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     transformers opened with random weights.
     """
     limit = getattr(text_config(check(model)), "max_position_embeddings", None)
-    window = window or min(2048, limit or 2048)
+    window = Sampling(window=min(2048, limit or 2048) if window is None else window).window
     if limit is not None and window > limit:
         raise CalibrationError(f"window={window} is longer than the model's {limit} positions")
     ids = tokenize(tokenizer, text)
@@ -42,12 +43,8 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     pieces = [w for w in pieces if len(w) == window] or pieces
     if not pieces:
         raise CalibrationError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= vocabulary:
-        raise CalibrationError(
-            f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}; give its own tokenizer"
-        )
-    device = model.get_input_embeddings().weight.device
+    check_fits(torch.cat(pieces), model, "evaluation")
+    vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
     for batch in _batches(pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))):
         batch = batch.to(device)
@@ -129,6 +126,39 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
     return {name: math.sqrt(error / whole) if whole else 0.0 for name, (error, whole) in sums.items()}
 
 
+def continuation(
+    model: nn.Module, tokenizer, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0
+) -> tuple[Tensor, float]:
+    """The ids that follow `prompt`, at most `tokens` and no more than the model has positions for, and the seconds taken.
+
+    temperature: 0 takes the most probable token, more draws by `seed`. Raises: CalibrationError for a prompt that is empty,
+    too long, or has tokens that the model does not know.
+    """
+    inputs, tokens = _prompt(model, tokenizer, prompt, tokens)
+    torch.manual_seed(Sampling(seed=seed).seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=tokens, **sampling)
+    return out[0, inputs["input_ids"].shape[1] :], time.perf_counter() - start
+
+
+def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict[str, Tensor], int]:
+    """The prompt as `generate` takes it, and how many of `tokens` fit behind it. Raises: CalibrationError."""
+    if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise CalibrationError("the prompt is not UTF-8 text")
+    inputs = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
+    length = inputs["input_ids"].numel()
+    if not length:
+        raise CalibrationError("the prompt is empty and this tokenizer adds no start token; give some text to go on from")
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if limit is not None and length >= limit:
+        raise CalibrationError(f"the prompt has {length} tokens, which leaves none of the model's {limit} positions; shorten it")
+    check_fits(inputs["input_ids"], model, "prompt's")
+    device = model.get_input_embeddings().weight.device
+    return {name: t.to(device) for name, t in inputs.items()}, tokens if limit is None else min(tokens, limit - length)
+
+
 @torch.no_grad()
 def tokens_per_second(model: nn.Module, tokenizer, prompt: str, new_tokens: int = 128) -> float:
     """Speed of greedy decoding through `model.generate`: tokens after the first over the time they take.
@@ -137,14 +167,8 @@ def tokens_per_second(model: nn.Module, tokenizer, prompt: str, new_tokens: int 
     """
     if new_tokens < 2:
         raise ValueError(f"new_tokens={new_tokens} must be at least 2 to time decoding")
-    device = model.get_input_embeddings().weight.device
-    inputs = {
-        name: t.to(device)
-        for name, t in tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).items()
-    }
-
-    if not inputs["input_ids"].numel():
-        raise ValueError("the prompt has no tokens; give some text to go on from")
+    inputs, new_tokens = _prompt(model, tokenizer, prompt, new_tokens)
+    device = inputs["input_ids"].device
 
     def run(count: int) -> float:
         began = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 from .checkpoint import Checkpoint, TensorEntry
 from .layout import PackedLayout
 from .packed_config import QUANT_METHOD, read_layouts
+from .paths import expanded
 from .record import LayerRecord, read_record
 
 FACTORS = ("U", "V", "P", "Q")
@@ -23,6 +24,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json and record disagree;
     VersionError if a newer library packed it.
     """
+    folder = expanded(folder)
     checkpoint = Checkpoint(folder)
     record = read_record(Path(folder))
     recorded = {layer.name: layer for layer in record.layers} if record else {}

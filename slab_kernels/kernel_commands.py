@@ -9,7 +9,8 @@ import typer
 
 from . import console
 from .console import Outcome
-from .options import Backend, Device, Json, Shape, Values, parse_shape, torch_dtype
+from .options import Backend, Device, Json, Shape, Values, finite, parse_shape, torch_dtype
+from .paths import expanded
 
 
 def bench(
@@ -24,7 +25,7 @@ def bench(
     group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
     backend: Annotated[list[str] | None, typer.Option(help="Time these; default: every one that runs it, without the reference.")] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed.")] = False,
-    seconds: Annotated[float, typer.Option(help="Time spent on a row, at least.", min=0.0)] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Time spent on a row, at least.", min=0.0, callback=finite)] = 0.5,
     device: Device = "auto",
     json: Json = False,
 ) -> Outcome:
@@ -64,7 +65,7 @@ def tune(
     dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
     rank: Annotated[int, typer.Option(help="Rank of the sign term, and lower ones; 0 = none.", min=0)] = 1,
     group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
-    seconds: Annotated[float, typer.Option(help="Time spent on a configuration, at least.", min=0.0)] = 0.1,
+    seconds: Annotated[float, typer.Option(help="Time spent on a configuration, at least.", min=0.0, callback=finite)] = 0.1,
     out: Annotated[Path | None, typer.Option(help="The folder to write; default $SLAB_KERNELS_CONFIGS or ~/.config/slab_kernels.")] = None,
     device: Device = "auto",
     json: Json = False,
@@ -83,9 +84,10 @@ def tune(
     ]  # fmt: skip
     gpu, clock, weights = tuning.gpu(device, seconds)
     problems = tuning.problems(layouts, m or [1, 16, 64, 512, 2048], kind, gpu)
-    folder = out or configs.user_folder()
-    results = tuning.run(problems, gpu, clock, weights, folder, console.say)
+    folder = expanded(out or configs.user_folder())
     path = folder / configs.file_name(gpu.name)
+    with console.interruptible(lambda: f"rows that were found are in {path}" if path.is_file() else "nothing was kept"):
+        results = tuning.run(problems, gpu, clock, weights, folder, console.say)
     rows = [configs.row_to(result.row) for result in results if result.tuned]
     data = {"device": machine.one_line(), "file": str(path), "rows": rows, "results": [result.to_dict() for result in results]}
 
@@ -100,11 +102,14 @@ def tune(
 
 def info(
     support: Annotated[bool, typer.Option("--support", help="Instead: what every backend runs, on whatever machine.")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Instead: every method and its settings, as compress --option takes them.")] = False,
     json: Json = False,
 ) -> Outcome:
     """Versions, devices, and which backends work here and why the others do not."""
     from . import machine
 
+    if methods:
+        return _methods()
     if support:
         from .support import answers, markdown
 
@@ -126,6 +131,27 @@ def info(
         )
 
     return Outcome(data, show)
+
+
+def _methods() -> Outcome:
+    """The table of methods, and of every setting that is a method's own: default, range, meaning."""
+    from .methods import METHODS
+
+    data = [
+        {"method": name, "description": method.description,
+         "options": [
+             {"name": option, "default": default, "range": rule.range(), "meaning": rule.meaning}
+             for option, (default, rule) in method.options().items()
+         ]}
+        for name, method in METHODS.items()
+    ]  # fmt: skip
+
+    def show() -> None:
+        for row in data:
+            pairs = [(f"{o['name']}={o['default']}", f"{o['range']}: {o['meaning']}") for o in row["options"]]
+            console.print_pairs(pairs or [("no settings of its own", "")], f"{row['method']}: {row['description']}")
+
+    return Outcome({"methods": data}, show)
 
 
 def explain(

@@ -9,15 +9,18 @@ in the paper; `target="dense"` takes what the dense model puts out at this depth
 from __future__ import annotations
 
 import math
+import reprlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from .format import Decomposition, plane_unit
 from .record import MatchRecord
+from .settings import enforce, setting
 from .streams import Stream
 
 HELD_BACK = 8  # every eighth batch of calibration text is kept for the choice of the best epoch
@@ -26,22 +29,32 @@ TARGETS = ("dense", "prefix")
 
 @dataclass(frozen=True)
 class Matching:
-    """epochs: passes over the calibration text, 19 in the paper.  rate: largest Adam step as a share of each tensor's root mean
-    square, so that it suits every model (2e-3, 1e-2, 3e-2 gave 6.11, 6.00, 6.08); falls to a fifth along a cosine.
-    target: "prefix" or "dense", see above.
+    """`epochs` are 19 in the paper. `rate` suits every model, being a share of each tensor's size (2e-3, 1e-2, 3e-2 gave 6.11,
+    6.00, 6.08); it falls to a fifth along a cosine. `target`: see above. Raises on construction: ValueError.
     """
 
-    epochs: int = 10
-    rate: float = 1e-2
-    target: str = "prefix"
+    epochs: int = setting(10, "passes over the calibration text", 1, 1_000_000)
+    rate: float = setting(1e-2, "largest Adam step as a share of each tensor's root mean square", 0, 1, above=True)
+    target: str = setting("prefix", "whose block output is learnt", choices=TARGETS)
 
     def __post_init__(self):
-        if type(self.epochs) is not int or self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs!r} of matching must be an integer of at least 1")
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate={self.rate!r} of matching must lie between 0 and 1")
-        if self.target not in TARGETS:
-            raise ValueError(f"target={self.target!r} of matching is unknown; choose one of {', '.join(TARGETS)}")
+        enforce(self, of=" of matching")
+
+    @classmethod
+    def of(cls, value: Matching | int | bool | None) -> Matching | None:
+        """The settings that `value` stands for: itself, so many epochs, True for the usual ones; None, False and 0 for none.
+
+        Raises: ValueError for anything else.
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, bool):
+            return cls() if value else None
+        if isinstance(value, Integral):
+            return cls(epochs=value) if value else None
+        raise ValueError(
+            f"matching={reprlib.repr(value)} must be a number of epochs, True, None, or Matching(epochs=..., rate=..., target=...)"
+        )
 
 
 class TrainableLinear(nn.Module):

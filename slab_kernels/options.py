@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -9,13 +10,24 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; progress stays on stderr.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU if there is one.")]
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress; a dense model works too.")]
+Packed = Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress.")]
 Backend = Annotated[str | None, typer.Option(help="Force a backend; fails with every reason if it cannot run.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the activations: fp32, bf16 or fp16; default: the checkpoint's, fp32 on a CPU.")]
 Shape = Annotated[str, typer.Option(help="out_features x in_features, for example 11008x4096.")]
 Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
 Text = Annotated[str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")]
 
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder; nothing asks for it later.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare what is read with its checksums.")]
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def finite(value: float | None) -> float | None:
+    """For typer, to which NaN lies in every range."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
 
 
 def torch_dtype(name: str) -> Any:
@@ -30,7 +42,7 @@ def torch_dtype(name: str) -> Any:
 def parse_shape(text: str) -> tuple[int, int]:
     """"11008x4096" -> (11008, 4096): out_features, in_features."""
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(f"--shape {text} must be out_features x in_features, for example 11008x4096")
     return int(parts[0]), int(parts[1])
 

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .architecture import build_skeleton
 from .blocks import ArchitectureError, find_blocks
-from .checkpoint import Checkpoint, CheckpointError, shard_name, write_index, write_json, write_shard
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_block_count,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+)
 from .format import PackedLayout, PackedWeight, ShapeError
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
+from .paths import expanded
 from .pipeline import resolve_device
 from .progress import Progress
-from .source import build_skeleton, config_dict, hub_folder, place
-from .stored_names import StoredNames
+from .side_files import read_generation_config
+from .source import config_dict, hub_folder, place
+from .stored_names import Forms, StoredNames, stored_forms
 from .ties import holds, settle, tied_names, untie
 
 
-def packed_skeleton(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> nn.Module:
+def packed_skeleton(
+    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], trust_remote_code: bool = False
+) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
-    model = build_skeleton(checkpoint.folder)
+    check_block_count(checkpoint)
+    model = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     swap_in(model, layouts)
     return model
 
@@ -64,6 +78,10 @@ class ModelCheckpoint(Checkpoint):
 
     def get(self, name: str) -> Tensor:
         return self._stored.get(name, self._checkpoint.get)
+
+    def stored_forms(self, names: Iterable[str]) -> Forms:
+        """What to write for tensors that stay as they are. Reading one raises CheckpointError if it is not finite."""
+        return self._stored.forms(names, lambda stored: read_dense(self._checkpoint, stored))
 
 
 def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoint:
@@ -153,20 +171,31 @@ def check_finite(name: str, t: Tensor) -> None:
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers of {t.dtype}")
 
 
-def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    path: Path | str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
 
     Args:
         path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
         device: where every tensor goes; "auto" is a GPU if there is one.
         dtype: of activations and of everything not packed; default: as stored.
+        verify: compare every tensor with its checksum, where the folder has them.
+        trust_remote_code: run the Python code in the folder, of which some models are made.
 
-    Raises: CheckpointError, VersionError, FormatError, ArchitectureError; nothing is used before it is checked.
+    The model holds its own copy of the weights: the files may change or go afterwards.
+
+    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked. A packed weight that
+    breaks the format is a FormatError and a CheckpointError at once.
     """
     device = resolve_device(device)
-    checkpoint = Checkpoint(hub_folder(str(path)))
+    checkpoint = Checkpoint(hub_folder(str(path)), verify=verify)
     layouts = read_layouts(checkpoint)
-    model = packed_skeleton(checkpoint, layouts)
+    model = packed_skeleton(checkpoint, layouts, trust_remote_code)
     checkpoint = check_tensors_fit(checkpoint, model)
     for name, layout in layouts.items():
         packed, module = read_packed(checkpoint.get, name, layout), model.get_submodule(name)
@@ -187,10 +216,8 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: torch.dtyp
                 module._buffers[name] = buffer.to(device)
     if dtype is not None:
         model.config.dtype = dtype
-    if (checkpoint.folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if hasattr(model, "generation_config"):
+        model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
     model.config._name_or_path = str(checkpoint.folder)
     return model.eval()
 
@@ -214,7 +241,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     state, tied = model.state_dict(), tied_names(model) if holds(model) else {}
     if empty := [name for name, t in state.items() if t.is_meta]:
         raise CheckpointError(f"{empty[0]!r} is on meta and has no values; load the model first")
-    out = Path(path)
+    out = expanded(path)
     with Progress(out, {}, resume=None):
         try:
             blocks_path, blocks = find_blocks(model)
@@ -226,8 +253,10 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         for number, prefix in enumerate([*shards, ""]):
             part = {n: state[n] for n in names if n.startswith(prefix)}
             names -= part.keys()
-            specs = {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}
-            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, part.__getitem__))
+            forms = stored_forms(model, part)
+            specs = {n: (dtype, shape) for n, (dtype, shape, _) in forms.items()}
+            made = lambda name, forms=forms: forms[name][2]()  # noqa: E731
+            tables.append(write_shard(out / shard_name(number + 1, len(shards) + 1), specs, made))
         write_index(out, tables)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)

@@ -22,6 +22,7 @@ from .sinks import FinishedBlock, Sink, dense_weight
 from .source import FolderSource, ModuleSource, compute_dtype, outside_filled
 from .streams import Stream, catch_stream
 from .team import Team
+from .ties import tied_names
 
 KEEP_ON_DEVICE = (
     0.25  # share of a GPU's free memory that hidden states may take before they are kept in host memory
@@ -44,8 +45,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', 'cpu' or 'cuda'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device={str(device)!r} is not on this machine (torch sees {torch.cuda.device_count()} GPUs); use device='cpu'"
@@ -68,13 +71,15 @@ def compress_blocks(
     Statistics of a layer come from the compressed prefix: earlier blocks, and earlier groups of its own block.
     """
     path, blocks = find_blocks(source.model)
-    linears = block_linears(path, blocks, plan.group, skip)
+    tied = tied_names(source.model)
+    linears = block_linears(path, blocks, plan.group, skip, tied)
     total, dtype = sum(map(len, linears)), compute_dtype(source.config, device)
     names = source.names
 
     def materialise(index: int) -> nn.Module:
         prefix = f"{path}.{index}."
-        tensors = {n.removeprefix(prefix): source.get(n) for n in names if n.startswith(prefix)}
+        inside = [n for n in (*names, *tied) if n.startswith(prefix)]
+        tensors = {n.removeprefix(prefix): source.get(tied.get(n, n)) for n in inside}
         return filled_copy(blocks[index], tensors, device, dtype)
 
     widest = max((item for block in linears for item in block.items()), key=lambda item: item[1].in_features)
@@ -85,11 +90,15 @@ def compress_blocks(
         )
         report(ProgressEvent("warning", blocks=len(blocks), layers=total, message=message))
     done = sink.finished()
+    for block, inside in zip(done, linears, strict=False):
+        if {layer.name: layer.shape for layer in block.layers} != {n: tuple(m.weight.shape) for n, m in inside.items()}:
+            raise CheckpointError("the finished blocks of the interrupted run are not this model's; use an empty folder")
     if len(done) == len(blocks):
         return _records(done)
+    replaced = {name: linear for block in linears for name, linear in block.items()} if plan.packed else {}
     with outside_filled(source, path, device, dtype) as model:
         streams = [
-            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device))
+            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device), replaced)
             for t in texts
         ]
     dense_stream = streams[0].twin() if plan.dense_stream else None

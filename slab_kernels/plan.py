@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .calibration import InputStats
-from .format import INTEGER_RANGES, Decomposition, PackedLayout, PackedWeight, cast, pack, unpack
+from .format import INTEGER_RANGES, Decomposition, FormatError, PackedLayout, PackedWeight, cast, pack, unpack
 from .matching import Matching
-from .methods import METHODS, check_settings, decompose
+from .methods import COMMON, METHODS, check_settings, check_shape, decompose
 from .methods.masks import parse_pattern
 
 PACKABLE = ("2:4",)
@@ -20,7 +20,7 @@ PACKABLE = ("2:4",)
 class Plan:
     """Settings of `methods.decompose`, and what follows it. Raises on construction: ValueError or a FormatError.
 
-    matching: transformer matching after the method, or None.  layers: module name -> settings that differ for that layer.
+    matching: transformer matching after the method, in any form that `Matching.of` takes.  layers: module name -> settings that differ for that layer.
     """
 
     method: str = "slab"
@@ -36,10 +36,15 @@ class Plan:
     layers: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
-        check_settings(
+        config = check_settings(
             self.method, self.pattern, self.rank, self.values, self.group_size, self.planes, self.adapter_rank, self.adapter_values,
             self.options,
         )  # fmt: skip
+        plain = {name: getattr(config, name) for name in COMMON if getattr(self, name) is not None}
+        plain["options"] = {name: getattr(config, name) for name in self.options}
+        plain["matching"] = Matching.of(self.matching)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         for name in self.layers:
             self.layer(name)
 
@@ -78,6 +83,21 @@ class Plan:
     def group(self) -> int:
         """Inputs that belong together: the m of n:m."""
         return parse_pattern(self.pattern).group or 1
+
+    def check_shapes(self, shapes: dict[str, tuple[int, int]]) -> None:
+        """Refuse a plan that some layer cannot have. shapes: module name -> (N, K). Raises: a FormatError that names the layer."""
+        for name, shape in shapes.items():
+            own = self.layer(name)
+            method, given = METHODS[own.method], own.adapter_rank
+            config = check_settings(
+                own.method, own.pattern, own.rank, own.values, own.group_size, own.planes, given, own.adapter_values, own.options
+            )
+            try:
+                check_shape(config, method, shape, given)
+                if own.packed:
+                    own.layout(shape)
+            except FormatError as error:
+                raise type(error)(f"{name}: {error}") from error
 
     def decompose(self, weight: Tensor, stats: InputStats) -> Decomposition:
         """weight [N,K] fp32 -> the numbers that will be stored."""

@@ -6,12 +6,13 @@ The folder is claimed with a lock that dies with its process; the state file is 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-from .checkpoint import PARTIAL_SUFFIX, PROGRESS_NAME, CheckpointError, read_header, read_json, write_json
+from .checkpoint import PARTIAL_SUFFIX, PROGRESS_NAME, CheckpointError, read_json, write_json
 
 LOCK_NAME = ".slab_lock"  # locked while a run writes to the folder, then removed; after a kill it is there, unlocked
 
@@ -46,9 +47,10 @@ def _take_lock(path: Path):
 class Progress:
     """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
 
-    `blocks[i]` = {"file", "bytes", "layers", "match"} of finished block i, always a prefix 0 .. n-1. Opening it claims the folder
-    until `close` or `abandon`; as a context manager it calls the one that fits. With `resume` None the writer cannot go on
-    after a kill: nothing is noted, and on failure everything that it wrote is removed.
+    `blocks[i]` = {"file", "sha256", "layers", "match"} of finished block i, always a prefix 0 .. n-1; `inputs` what the
+    model's tensors were when the run began, by their hashes; `search` what a search has measured before the first block.
+    Opening it claims the folder until `close` or `abandon`; as a context manager it calls the one that fits. With
+    `resume` None the writer cannot go on after a kill: nothing is noted, and on failure everything that it wrote is removed.
 
     Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
     settings (the difference is named), or cannot be written.
@@ -56,6 +58,8 @@ class Progress:
 
     def __init__(self, out: Path, settings: dict, resume: bool | None):
         self.out, self.settings, self.blocks = out, settings, []
+        self.inputs: dict[str, str] = {}
+        self.search: dict[str, list[float]] = {}
         self.resumable = resume is not None
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out} is a file; give a folder to write to")
@@ -94,29 +98,36 @@ class Progress:
         self._write()
 
     def _restore(self, state: dict) -> None:
-        settings, blocks = state.get("settings"), state.get("blocks")
-        if type(settings) is not dict or type(blocks) is not list or not all(map(_is_block, blocks)):
+        if not _is_state(state):
             raise CheckpointError(f"{self.out / PROGRESS_NAME} is damaged; use an empty folder")
-        check_same_settings(self.out, settings, self.settings)
-        for block in blocks:
-            try:
-                whole = (self.out / block["file"]).stat().st_size == block["bytes"]
-                read_header(self.out / block["file"])
-            except (OSError, ValueError):  # ValueError: no file can have this name
-                whole = False
-            if not whole:
+        check_same_settings(self.out, state["settings"], self.settings)
+        self.inputs, self.search = state["inputs"], state["search"]
+        for block in state["blocks"]:
+            if not is_whole(self.out / block["file"], block["sha256"]):
                 break  # this block and those after it are done again
             self.blocks.append(block)
 
     def finish_block(self, file: str, layers: list[dict], match: dict | None = None) -> None:
         """Note that the next block is done and its shard written."""
-        self.blocks.append({"file": file, "bytes": (self.out / file).stat().st_size, "layers": layers, "match": match})
+        self.blocks.append({"file": file, "sha256": file_sha256(self.out / file), "layers": layers, "match": match})
+        self._write()
+
+    def note_inputs(self, inputs: dict[str, str]) -> None:
+        """Note the hash of every tensor of the model."""
+        self.inputs = inputs
+        self._write()
+
+    def note_search(self, name: str, found: list[float]) -> None:
+        """Note what a search has measured of the module `name`."""
+        self.search[name] = found
         self._write()
 
     def _write(self) -> None:
         if not self.resumable:
             return
-        write_json(self.out / PROGRESS_NAME, {"settings": self.settings, "blocks": self.blocks})
+        parts = {"settings": self.settings, "inputs": self.inputs, "search": self.search, "blocks": self.blocks}
+        state = json.loads(json.dumps(parts))
+        write_json(self.out / PROGRESS_NAME, {**state, "sha256": _digest(state)})
 
     def close(self) -> None:
         """The folder is complete: remove the state file."""
@@ -126,8 +137,8 @@ class Progress:
             self.release()
 
     def abandon(self) -> None:
-        """A run that failed lets go of the folder; before its first block, it gives it back for other settings."""
-        if self.blocks:
+        """A run that failed lets go of the folder; where nothing is kept, it gives it back for other settings."""
+        if self.blocks or self.search:
             self.release()
         else:
             if not self.resumable:
@@ -160,9 +171,35 @@ class Progress:
         self.close() if kind is None else self.abandon()
 
 
-def _is_block(block) -> bool:
-    kinds = {"file": str, "bytes": int, "layers": list}
-    return type(block) is dict and all(type(block.get(key)) is kind for key, kind in kinds.items())
+def _is_state(state: dict) -> bool:
+    """Whether the state is as `Progress` wrote it: its own hash fits, and everything is where it belongs."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    kinds = {"settings": dict, "inputs": dict, "search": dict, "blocks": list}
+    of_block = {"file": str, "sha256": str, "layers": list}
+    return (
+        state.get("sha256") == _digest(rest)
+        and all(type(rest.get(key)) is kind for key, kind in kinds.items())
+        and all(type(block) is dict for block in rest["blocks"])
+        and all(type(block.get(key)) is kind for block in rest["blocks"] for key, kind in of_block.items())
+    )
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal. Raises: OSError."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether the file is there and has this hash."""
+    try:
+        return file_sha256(path) == sha256
+    except (OSError, ValueError):  # ValueError: no file can have this name
+        return False
 
 
 def check_same_settings(out: Path, before: dict, now: dict) -> None:

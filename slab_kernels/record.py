@@ -11,6 +11,7 @@ from typing import Any
 
 from .checkpoint import RECORD_NAME, CheckpointError, read_json
 from .layout import MAX_FEATURES
+from .terminal import visible
 
 MAX_NUMBER = 1 << 63  # no count in a record is larger, and floats hold it
 
@@ -68,6 +69,7 @@ class RunRecord:
     versions: dict = field(default_factory=dict)
     matching: list[MatchRecord] = field(default_factory=list)
     ignored_tensors: list[str] = field(default_factory=list)
+    shards: dict = field(default_factory=dict)  # file name -> SHA-256 of what the run wrote there
 
     @property
     def bits_per_weight(self) -> float:
@@ -210,7 +212,7 @@ class _Bar:
             self.task = self.bar.add_task("compress", total=None)
             self.bar.start()
         if str(event):
-            self.bar.console.print(str(event), highlight=False, markup=False)
+            self.bar.console.print(visible(str(event)), highlight=False, markup=False)
         self.bar.update(self.task, completed=event.done, total=event.layers or None)
 
     def close(self) -> None:

@@ -1,173 +1,21 @@
 """Tables and plots of compression runs: PNG files and one self-contained HTML page.
 
-What it reads, in any mixture: folders written by `compress` (or folders of such folders), the JSON of `eval --json` and
-`bench --json`, and the results file of the demo. It needs neither torch nor the weights.
+What it shows, in any mixture, `measurements.read` gathers. It needs neither torch nor the weights.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .measurements import Report, ReportError, Result, Table, read
+from .paths import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RUN_RECORD = "slab_run.json"
-
-
-class ReportError(ValueError):
-    """A path that holds nothing a report can show."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model, compressed or dense: a row of the table. None where nothing was measured."""
-
-    method: str
-    pattern: str | None = None
-    rank: int | None = None
-    values: str | None = None
-    bits_per_weight: float | None = None  # of the compressed linears, factors and scales included
-    perplexity: float | None = None
-    layer_error: float | None = None  # mean over the layers
-    tokens_per_second: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)  # layer -> relative output error
-    heldout: bool = False  # the errors are of held-out text, not of the calibration inputs
-    folder: str | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that a report shows."""
-
-    results: tuple[Result, ...] = ()
-    bench: tuple[dict[str, Any], ...] = ()
-    model: str | None = None
-    notes: tuple[str, ...] = ()  # device, versions, text and window: printed under the tables
-
-    @property
-    def dense(self) -> Result | None:
-        return next((r for r in self.results if r.method == "dense"), None)
-
-    @property
-    def compressed(self) -> list[Result]:
-        return [r for r in self.results if r.method != "dense"]
-
-
-def read(paths: list[Path | str]) -> Report:
-    """Gathers run folders, folders of run folders and JSON files. Raises ReportError for a path with nothing in it."""
-    found: dict[str, Result] = {}
-    bench: list[dict[str, Any]] = []
-    notes: list[str] = []
-    model = None
-    for path in map(Path, paths):
-        for file in _files(path):
-            data = _json(file)
-            if "layers" in data:
-                _merge(found, _from_record(data, file.parent))
-                model = model or data.get("model")
-            elif "results" in data:
-                model = data.get("model") or model
-                notes += data.get("notes", [])
-                for row in data["results"]:
-                    _merge(found, _from_row(row))
-                bench += data.get("bench", [])
-            elif "rows" in data:
-                bench += data["rows"]
-                notes += [data["device"]] if isinstance(data.get("device"), str) else []
-            elif "perplexity" in data:
-                _merge(found, _from_row(data))
-            else:
-                raise ReportError(f"{file} is no run record, eval, bench or results file: it has none of their keys")
-    if not found and not bench:
-        raise ReportError(f"nothing to report in {', '.join(map(str, paths))}: no {RUN_RECORD}, no result rows")
-    return Report(tuple(_labelled(list(found.values()))), tuple(bench), model, tuple(dict.fromkeys(notes)))
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ReportError(f"{path} does not exist: give a folder written by compress, or a JSON file of eval or bench")
-    files = [f for f in (path / RUN_RECORD, path / "results.json") if f.is_file()]
-    files = files or sorted(path.glob(f"*/{RUN_RECORD}"))
-    if not files:
-        raise ReportError(f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: was it written by compress?")
-    return files
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ReportError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ReportError(f"{file} holds a JSON {type(data).__name__}, not an object")
-    return data
-
-
-def _from_record(data: dict[str, Any], folder: Path) -> Result:
-    settings = data.get("settings", data)
-    layers = data["layers"]
-    heldout = bool(layers) and all(layer.get("heldout_error") is not None for layer in layers)
-    errors = {
-        layer["name"]: layer["heldout_error" if heldout else "error"] for layer in layers if layer.get("error") is not None
-    }
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    bits = sum(layer["shape"][0] * layer["shape"][1] * layer["bits_per_weight"] for layer in layers)
-    return Result(
-        method=settings["method"],
-        pattern=settings.get("pattern"),
-        rank=settings.get("rank"),
-        values=settings.get("values"),
-        bits_per_weight=bits / weights if weights else None,
-        layer_error=sum(errors.values()) / len(errors) if errors else None,
-        errors=errors,
-        heldout=heldout,
-        folder=str(folder.resolve()),
-    )
-
-
-def _from_row(row: dict[str, Any]) -> Result:
-    known = {name: row[name] for name in Result.__dataclass_fields__ if row.get(name) is not None and name != "label"}
-    known.setdefault("method", "dense")
-    if "folder" in known:
-        known["folder"] = str(Path(known["folder"]).resolve())
-    return Result(**known)
-
-
-def _merge(found: dict[str, Result], new: Result) -> None:
-    """A record and the evaluation of the same folder are one row; measured values win over absent ones."""
-    key = new.folder or f"{new.method}/{new.pattern}/{new.rank}/{new.values}"
-    old = found.get(key)
-    if old is not None:
-        kept = {name: getattr(old, name) for name in Result.__dataclass_fields__ if getattr(new, name) in (None, {}, "")}
-        if old.heldout and not new.heldout:  # held-out errors are the honest ones: a record's calibration errors never replace them
-            kept |= {name: getattr(old, name) for name in ("errors", "layer_error", "heldout")}
-        new = replace(new, **kept)
-    found[key] = new
-
-
-def _labelled(results: list[Result]) -> list[Result]:
-    """Labels by method, and by what differs where a method stands there twice. Dense first."""
-    results.sort(key=lambda r: r.method != "dense")
-    labelled, seen = [], set()
-    for result in results:
-        same = [r for r in results if r.method == result.method]
-        parts = [result.method]
-        for name, prefix in (("pattern", ""), ("values", ""), ("rank", "rank ")):
-            if len({getattr(r, name) for r in same}) > 1:
-                parts.append(f"{prefix}{getattr(result, name)}")
-        label = " ".join(parts)
-        while label in seen:
-            label += f" ({Path(result.folder).name})" if result.folder and "(" not in label else "'"
-        seen.add(label)
-        labelled.append(replace(result, label=label))
-    return labelled
-
+__all__ = ["Report", "ReportError", "Result", "Table", "read"]
 
 COLUMNS = ("method", "stored bits per weight", "mean layer output error", "held-out perplexity", "tokens per second")
 
@@ -189,6 +37,7 @@ def table(report: Report) -> list[tuple[str, ...]]:
 
 BENCH_COLUMNS = ("linear", "backend", "values", "activations", "weights from", "median µs", "against dense", "GB/s", "roofline")
 WEIGHTS_FROM = {"cold": "memory", "warm": "cache"}
+MOST_POINTS = 24  # results that are drawn as points with their labels; more would cover each other
 MOST_BARS = 24  # timing rows that are drawn as bars; more become lines over the number of tokens
 
 
@@ -224,7 +73,8 @@ def rows(report: Report) -> list[dict[str, Any]]:
 
 def headline(report: Report) -> str:
     """One sentence: what ours gains against the paper's at the same format, or what was measured."""
-    by_method = {r.method: r for r in report.results}
+    methods = [r.method for r in report.results]
+    by_method = {r.method: r for r in report.results if methods.count(r.method) == 1}  # else they are of several formats
     ours, paper, dense = (by_method.get(m) for m in ("slab", "slab-paper", "dense"))
     if ours and paper and dense and None not in (ours.perplexity, paper.perplexity, dense.perplexity):
         gap = paper.perplexity - dense.perplexity
@@ -240,7 +90,8 @@ def headline(report: Report) -> str:
     if compressed and dense and dense.perplexity is not None:
         best = min(compressed, key=lambda r: r.perplexity)
         return f"Best: {best.label}, perplexity {best.perplexity:.2f} where the dense model has {dense.perplexity:.2f}."
-    return f"{len(report.compressed)} compressed model(s), {len(report.bench)} timing row(s)."
+    other = f", {len(report.tables)} other table(s)" if report.tables else ""
+    return f"{len(report.compressed)} compressed model(s), {len(report.bench)} timing row(s){other}."
 
 
 def draw(report: Report) -> dict[str, tuple[str, str, Any]]:
@@ -256,7 +107,8 @@ def draw(report: Report) -> dict[str, tuple[str, str, Any]]:
             f"‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ of every compressed linear on {measured}; both weights see the compressed model's inputs.",
             lambda theme: figures.error_by_layer(with_errors, theme, measured),
         )
-    if any(r.perplexity is not None and r.bits_per_weight is not None for r in report.compressed):
+    points = [r for r in report.compressed if r.perplexity is not None and r.bits_per_weight is not None]
+    if 0 < len(points) <= MOST_POINTS:
         drawn["perplexity-by-bits"] = (
             "Perplexity against stored bits per weight",
             "Lower and further left is better. Bits count everything stored for the compressed linears: values, metadata, signs, scales, factors.",
@@ -286,7 +138,7 @@ def write(report: Report, out: Path | str, plots: bool = True) -> list[Path]:
     """
     from . import figures, page
 
-    out = Path(out)
+    out = expanded(out)
     out.mkdir(parents=True, exist_ok=True)
     written, pictures = [], []
     for stem, (title, caption, function) in draw(report).items() if plots else ():
@@ -304,5 +156,7 @@ def write(report: Report, out: Path | str, plots: bool = True) -> list[Path]:
     if report.bench:
         rows = [(cells, kinds.get(r["backend"], "")) for cells, r in zip(bench_table(report.bench), report.bench, strict=True)]
         tables.append(("Timings of single linears", BENCH_COLUMNS, rows))
-    path.write_text(page.html(report.model or "", headline(report), tables, pictures, report.notes), encoding="utf-8")
+    tables += [(table.title, table.columns, [(cells, "") for cells in table.rows]) for table in report.tables]
+    html = page.html(report.model or "", headline(report), tables, pictures, report.notes)
+    path.write_text(html, encoding="utf-8", errors="replace")  # a name may hold half a character
     return [*written, path]

@@ -10,8 +10,9 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as short
 
-from .checkpoint import CheckpointError, write_atomically
+from .checkpoint import CheckpointError, read_json, write_atomically
 
 WEIGHT_FILES = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data",
@@ -20,6 +21,11 @@ WEIGHT_FILES = (
 WRITTEN_ANEW = ("config.json", "*.index.json", "slab_*.json")
 NOT_DOWNLOADED = [*(p for p in WEIGHT_FILES if p != "*.safetensors"), "*/*.safetensors", ".*", "*/.*"]
 CHUNK = 1 << 20  # bytes copied at a time
+GENERATION_NUMBERS = (
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "temperature",
+    "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
@@ -114,3 +120,28 @@ def _chunks(path: Path) -> Iterator[bytes]:
                 yield chunk
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; make it readable") from error
+
+
+def read_generation_config(folder: Path):
+    """The GenerationConfig of a folder, None if it has none. Raises: CheckpointError if it cannot be used."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    for name in (*GENERATION_NUMBERS, *TOKEN_IDS):
+        value = content.get(name)
+        values = value if name in TOKEN_IDS and isinstance(value, list) else [value]
+        if not all(v is None or (type(v) in (int, float) and abs(v) < 1 << 63) for v in values):
+            raise CheckpointError(f"{path} has {name}={short(value)}, expected a number; correct or delete the file")
+    try:  # values of wrong types surface as anything
+        return GenerationConfig.from_dict(content)
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot use {path}: {_first_line(error)}; correct or delete the file"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .checkpoint import TensorEntry, read_header, shard_name, write_shard
+from .checkpoint import CheckpointError, TensorEntry, read_header, shard_name, write_shard
 from .format import PackedLayout, PackedWeight, read_factors
 from .plan import Plan
 from .progress import Progress
@@ -78,22 +78,26 @@ class FolderSink:
         return self.out / shard_name(index + 1, self.blocks + 1)
 
     def finished(self) -> list[FinishedBlock]:
-        return [
-            FinishedBlock({}, [layer_from_dict(layer) for layer in block["layers"]], {}, match_from_dict(block.get("match")))
-            for block in self.done
-        ]
+        """Raises: CheckpointError if the progress file does not fit the model."""
+        blocks = []
+        for index, block in enumerate(self.done[: self.blocks]):
+            layers = [layer_from_dict(layer) for layer in block["layers"]]
+            if block["file"] != self.shard(index).name or any(layer.block != index for layer in layers):
+                raise CheckpointError(f"{self.out} holds other finished blocks than its model has; use an empty folder")
+            blocks.append(FinishedBlock({}, layers, {}, match_from_dict(block["match"])))
+        return blocks
 
     def restore(self, index: int, linears: dict[str, nn.Linear]) -> FinishedBlock:
         from safetensors import safe_open
 
         parts: dict[str, dict[str, Tensor]] = {module: {} for module in linears}
-        block = FinishedBlock({}, [])
+        block, inside = FinishedBlock({}, []), set(self._inside(index))
         with safe_open(self.shard(index), framework="pt") as f:
             for name in f.keys():
                 module, _, leaf = name.rpartition(".")
                 if module in parts and leaf != "bias":
                     parts[module][leaf] = f.get_tensor(name)
-                else:
+                elif name in inside:  # the rest is as the source has it, under the names of its checkpoint
                     block.other[name] = f.get_tensor(name)
         for module, linear in linears.items():
             if not self.plan.packed:
@@ -110,11 +114,10 @@ class FolderSink:
             parts = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight}
             tensors |= {f"{module}.{name}": t for name, t in parts.items()}
         tensors |= block.other
-        inside = [n for n in self.source.names if n.startswith(f"{self.path}.{index}.")]
-        kept = [n for n in inside if n not in tensors and not (n.endswith(".weight") and n.removesuffix(".weight") in block.stored)]
+        kept = [n for n in self._inside(index) if n not in tensors and not (n.endswith(".weight") and n.removesuffix(".weight") in block.stored)]
         if self.progress is None:
             return block.layers
-        table = self._write(index, {n: self.source.spec(n) for n in kept}, tensors)
+        table = self._write(index, kept, tensors)
         layers = [replace(layer, bits_per_weight=bits_on_disk(table, layer)) for layer in block.layers]
         match = None if block.match is None else asdict(block.match)
         self.progress.finish_block(self.shard(index).name, [layer.__dict__ for layer in layers], match)
@@ -123,13 +126,17 @@ class FolderSink:
     def store_rest(self) -> None:
         """The shard of everything outside the blocks, in its original precision."""
         names = [n for n in self.source.names if not n.startswith(self.path + ".")]
-        self._write(self.blocks, {n: self.source.spec(n) for n in names}, {})
+        self._write(self.blocks, names, {})
 
-    def _write(self, index: int, specs: dict, tensors: dict[str, Tensor]) -> dict[str, TensorEntry]:
-        specs = specs | {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        return write_shard(
-            self.shard(index), specs, lambda name: tensors[name] if name in tensors else self.source.get(name)
-        )
+    def _inside(self, index: int) -> list[str]:
+        return [n for n in self.source.names if n.startswith(f"{self.path}.{index}.")]
+
+    def _write(self, index: int, kept: list[str], tensors: dict[str, Tensor]) -> dict[str, TensorEntry]:
+        """One shard of `tensors` and of what is `kept` of the source as it is."""
+        forms = self.source.stored_forms(kept)
+        specs = {name: (dtype, shape) for name, (dtype, shape, _) in forms.items()}
+        specs |= {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        return write_shard(self.shard(index), specs, lambda name: tensors[name] if name in tensors else forms[name][2]())
 
     def tables(self) -> list[dict[str, TensorEntry]]:
         return [read_header(self.shard(index)) for index in range(self.blocks + 1)]

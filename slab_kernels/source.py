@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,112 +13,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .architecture import build_skeleton, first_line
 from .blocks import ArchitectureError
 from .checkpoint import (
     WEIGHTS_KEY,
     Checkpoint,
     CheckpointError,
+    check_block_count,
     config_dtype,
-    read_json,
+    tensor_bytes,
     write_json,
 )
-from .layout import MAX_FEATURES, FormatError
+from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
-from .skeleton import blanked, build
-from .stored_names import StoredNames
+from .skeleton import blanked
+from .stored_names import Forms, StoredNames, stored_forms
+from .text import CalibrationError, open_tokenizer
 from .ties import holds, settle, tied_names, untie, untie_config
 
-# Far above any model: building allocates rotary tables for real and a module object for each layer.
-MAX_SIZES = {
-    "hidden_size": MAX_FEATURES, "intermediate_size": MAX_FEATURES, "head_dim": MAX_FEATURES, "vocab_size": 1 << 31,
-    "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 24, "num_key_value_heads": 1 << 24,
-    "max_position_embeddings": 1 << 31,
-}  # fmt: skip
-MAX_EMBEDDING = 1 << 40  # entries
-
-
-def build_skeleton(config_folder: Path | None = None, config=None) -> nn.Module:
-    """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
-
-    Raises: CheckpointError if the config cannot be read or no model can have its sizes, ArchitectureError if
-    transformers has no causal model for it.
-    """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    where = "the given config" if config_folder is None else config_folder / "config.json"
-    try:  # values that make no sense surface as anything from IndexError to an allocator's RuntimeError
-        if config is None:
-            content = read_json(where)
-            if not isinstance(content.get("model_type"), str):
-                raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
-            if "auto_map" in content and content["model_type"] not in CONFIG_MAPPING:
-                raise ArchitectureError(
-                    f"{where} needs code of its own (auto_map), and slab_kernels runs no code from a "
-                    "model folder; AutoModelForCausalLM.from_pretrained(folder, "
-                    "trust_remote_code=True) opens it, dense or packed"
-                )
-            config = AutoConfig.from_pretrained(config_folder, trust_remote_code=False)
-        _check_sizes(config, where)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
-        model = _build(config)
-    except (CheckpointError, ArchitectureError, FormatError):
-        raise
-    except ImportError as error:
-        raise ArchitectureError(
-            f"transformers cannot build the model of {where} here: {_first_line(error)}"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(f"transformers cannot use {where}: {_first_line(error)}") from error
-    return model.eval()
-
-
-def _build(config) -> nn.Module:
-    """The model without values; transformers would make its dtype the default of all threads."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = config.get_text_config().dtype or config.dtype or torch.get_default_dtype()
-    dtype = config_dtype({"dtype": str(dtype)})
-    dtypes = [(part, part.dtype) for part in _configs(config)]
-    for part, _ in dtypes:
-        part.dtype = None
-    try:
-        make = AutoModelForCausalLM.from_config
-        return build(lambda: make(config, trust_remote_code=False), dtype)
-    finally:
-        for part, own in dtypes:
-            part.dtype = own
-
-
-def _configs(config) -> list:
-    """A config and those inside it (of a model of several modalities)."""
-    from transformers import PretrainedConfig
-
-    return [config, *(part for part in vars(config).values() if isinstance(part, PretrainedConfig))]
-
-
-def _check_sizes(config, where: Path | str) -> None:
-    """The sizes in a config and in those inside it. Raises: CheckpointError."""
-    for part in _configs(config):
-        for name, most in MAX_SIZES.items():
-            sizes = _size(part, name)
-            for size in sizes if isinstance(sizes, list | tuple) else [sizes]:  # some models list one for each layer
-                if size is not None and (type(size) is not int or not 0 < size <= most):
-                    raise CheckpointError(f"{where} has {name}={size!r}, expected an integer from 1 to {most}")
-        width, vocabulary = _size(part, "hidden_size"), _size(part, "vocab_size")
-        if type(width) is type(vocabulary) is int and width * vocabulary > MAX_EMBEDDING:
-            raise CheckpointError(f"{where} asks for an embedding of {vocabulary}x{width} numbers, which no model has")
-
-
-def _size(config, name: str):
-    try:
-        return getattr(config, name, None)
-    except Exception:  # transformers' own type: layers that differ have no common size
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+ADAPTER_CONFIG = "adapter_config.json"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 def text_config(model: nn.Module):
@@ -146,8 +61,9 @@ class FolderSource:
     has a weight; for a folder that is compressed already.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.checkpoint = Checkpoint(folder)
+        self.trust_remote_code = trust_remote_code
         self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
         quantised = self.config.get("quantization_config")
         if quantised:
@@ -155,12 +71,16 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
-        self.model = build_skeleton(Path(folder))
+        check_block_count(self.checkpoint)
+        self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
+        self._expected: dict[str, str] = {}
         self._match()
-        rows, self.blank = blanked(self.model), {}  # the model is what transformers makes of it
-        self.blank = {name: row for name, row in rows.items() if self.get(name)[row].any()}
+        self._blank: dict[str, int] = {}  # stored name -> row; the model is what transformers makes of it
+        for name, row in blanked(self.model).items():
+            if self.get(name)[row].any():
+                self._blank[self.stored.origins[name].stored[0]] = row
 
     def _match(self) -> None:
         expected = self.model.state_dict()
@@ -193,13 +113,47 @@ class FolderSource:
         return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
-        tensor = self.stored.get(name, self.checkpoint.get)
-        if name in self.blank:
-            tensor[self.blank[name]] = 0
+        """Raises: CheckpointError if it is no longer what it was when the run began (`expect`)."""
+        return self.stored.get(name, self._read)
+
+    def _read(self, stored: str) -> Tensor:
+        tensor = self.checkpoint.get(stored)
+        if self._expected and self._expected.get(stored) != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
+            raise CheckpointError(
+                f"tensor {stored!r} of {self.checkpoint.folder} is not what it was when this run began; "
+                "put the first model back, or compress this one into an empty folder"
+            )
+        if stored in self._blank:
+            tensor[self._blank[stored]] = 0
         return tensor
+
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are."""
+        return self.stored.forms(names, self._read)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
+
+    def open_dense(self) -> nn.Module:
+        """The model itself, in memory; every tensor has been seen to be there, where transformers would invent it."""
+        from transformers import AutoModelForCausalLM
+
+        self.checkpoint.verify()
+        trust = self.trust_remote_code
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype="auto", trust_remote_code=trust).eval()
+
+    def tokenizer(self):
+        """Raises: CheckpointError if the folder holds none that can be used."""
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
+        names = sorted({stored for origin in self.stored.origins.values() for stored in origin.stored})
+        return {name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest() for name in names}
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        """From now on every tensor that is read must have its hash of `hashes()` in an earlier run."""
+        self._expected = hashes
 
     def left_out(self, out: Path | None) -> list[str]:
         """What a compressed copy in the folder `out` (None: in memory) will lack or change, a
@@ -207,7 +161,7 @@ class FolderSource:
         skipped = [] if out is None else side_files(self.checkpoint.folder, out)[1]
         rows = [
             f"row {row} of {name} (padding) is zero in the copy, as transformers sets it on opening"
-            for name, row in self.blank.items()
+            for name, row in self._blank.items()
         ]
         tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
         return rows + [
@@ -221,9 +175,16 @@ class FolderSource:
 
 
 class ModuleSource:
-    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed."""
+    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed.
 
-    def __init__(self, model: nn.Module):
+    Hooks of the module are left out, those by which accelerate moves inputs between devices too.
+
+    Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
+    """
+
+    def __init__(self, model: nn.Module, trust_remote_code: bool = False):
+        from accelerate.hooks import remove_hook_from_module
+
         if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
             raise ArchitectureError(
                 f"{type(model).__name__} has no Hugging Face config; give a transformers causal language model"
@@ -232,9 +193,24 @@ class ModuleSource:
             raise ArchitectureError(
                 f"{type(model).__name__} is quantised or compressed already; start from the dense model"
             )
+        adapter = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+        if adapter is not None:
+            raise ArchitectureError(
+                f"{adapter or 'the model'} is {type(model.get_submodule(adapter)).__name__}, an adapter of PEFT around dense weights; "
+                "merge it first (model = model.merge_and_unload()) and compress the result"
+            )
+        away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+        if away is not None:
+            raise ArchitectureError(
+                f"the weight {away} of {type(model).__name__} is not in memory (on a disk, on meta, or moved away by "
+                "device_map); load the model without device_map, or give its folder, which is read block by block"
+            )
         self.dense = model
+        self.trust_remote_code = trust_remote_code
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-        self.model = copy.deepcopy(model, memo).eval()  # parameters on meta, so nothing large is copied
+        hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
+        memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
+        self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
         if not holds(model):
             untie(self.model)
@@ -253,7 +229,12 @@ class ModuleSource:
 
     def get(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(self.dense.get_submodule(path), leaf).detach()
+        t = getattr(self.dense.get_submodule(path), leaf).detach()
+        return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
+
+    def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are: what transformers would save."""
+        return stored_forms(self.dense, {name: self.get(name) for name in names})
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -262,6 +243,20 @@ class ModuleSource:
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+    def tokenizer(self):
+        """Raises: CalibrationError if the model knows no folder, CheckpointError if that has no tokenizer."""
+        if not self.tokenizer_path:
+            raise CalibrationError(
+                "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
+            )
+        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
+
+    def hashes(self) -> dict[str, str]:
+        return {}  # `fingerprint` has seen every byte
+
+    def expect(self, hashes: dict[str, str]) -> None:
+        pass
 
     def left_out(self, out: Path | None) -> list[str]:
         return []
@@ -272,6 +267,11 @@ class ModuleSource:
         generation = getattr(self.dense, "generation_config", None)
         if generation is not None:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, by where its classes come from: PEFT need not be installed."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def config_dict(model: nn.Module) -> dict:
@@ -288,21 +288,29 @@ def config_dict(model: nn.Module) -> dict:
     return config
 
 
-def open_source(model_or_path) -> FolderSource | ModuleSource:
+def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource | ModuleSource:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub (downloaded to its cache).
+
+    trust_remote_code: run the Python code in the folder, where its config names some.
 
     Raises: CheckpointError, ArchitectureError.
     """
     if isinstance(model_or_path, nn.Module):
-        return ModuleSource(model_or_path)
-    path = Path(model_or_path).expanduser()
-    return FolderSource(path if path.is_dir() else hub_folder(str(model_or_path)))
+        return ModuleSource(model_or_path, trust_remote_code)
+    folder = hub_folder(str(model_or_path))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ArchitectureError(
+            f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load it with PEFT, merge it into its "
+            "base model (model.merge_and_unload()), save that and compress the copy"
+        )
+    return FolderSource(folder, trust_remote_code)
 
 
 def hub_folder(name: str) -> Path:
     """The local snapshot of a hub model, or the folder if `name` is one."""
-    if Path(name).is_dir():
-        return Path(name)
+    path = expanded(name)
+    if path.is_dir():
+        return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
     try:
@@ -311,7 +319,7 @@ def hub_folder(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=NOT_DOWNLOADED))
     except Exception as error:  # the hub client raises many types: offline, unknown name, no rights
         raise CheckpointError(
-            f"{name} is no folder here and cannot be fetched from the Hugging Face hub: {_first_line(error)}"
+            f"{name} is no folder here and cannot be fetched from the Hugging Face hub: {first_line(error)}"
         ) from error
 
 

@@ -7,14 +7,17 @@ them on loading. Here the same conversion is done tensor by tensor.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, TensorEntry
+
+Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]  # stored name -> dtype, shape, its maker
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class StoredNames:
     """
 
     def __init__(self, model: nn.Module, entries: Mapping[str, TensorEntry]):
+        self._entries = entries
         self.origins: dict[str, Origin] = {}
         self.ignored: list[str] = []
         from transformers.core_model_loading import dot_natural_key
@@ -95,6 +99,19 @@ class StoredNames:
         for key, t in known.items():
             self._add(key, Origin(stored, t.dtype, tuple(t.shape), True, convert, len(made) == 1))
 
+    def forms(self, names: Iterable[str], read: Callable[[str], Tensor]) -> Forms:
+        """What to write for tensors of the model that stay as they are: those that transformers renames or rebuilds keep
+        the form of the checkpoint, which other engines read; the rest gets the model's names. read: as for `get`."""
+        forms: Forms = {}
+        for name in names:
+            origin = self.origins[name]
+            if origin.renamed and origin.alone:
+                for stored in origin.stored:
+                    forms[stored] = (self._entries[stored].dtype, self._entries[stored].shape, partial(read, stored))
+            else:
+                forms[name] = (origin.dtype, origin.shape, partial(self.get, name, read))
+        return forms
+
     def get(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor `name` of the model; read: the tensor of a stored name."""
         origin = self.origins[name]
@@ -123,3 +140,35 @@ def _finder(model: nn.Module, expected: dict) -> Callable[[str], tuple[str, str 
         return (name, None, None, name != plain) if name in expected else (plain, None, None, False)
 
     return find
+
+
+def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
+    """The form in which transformers saves tensors of `model`.
+
+    A tensor that would be stored together with others keeps the model's name.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    forms: Forms = {}
+    for name, tensor in tensors.items():
+        parts = {name: tensor.to("meta")}
+        if hasattr(model, "config"):
+            parts = revert_weight_conversion(model, parts)
+        if set(parts) != {name} and not _makes(model, parts, name):
+            parts = {name: tensor}
+
+        def make(stored: str, name: str = name, tensor: Tensor = tensor) -> Tensor:
+            return tensor if stored == name else revert_weight_conversion(model, {name: tensor})[stored]
+
+        forms |= {stored: (t.dtype, tuple(t.shape), partial(make, stored)) for stored, t in parts.items()}
+    return forms
+
+
+def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str) -> bool:
+    """Whether transformers reads the tensor `name` of `model` from `parts`, and nothing else."""
+    entries = {stored: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for stored, t in parts.items()}
+    try:
+        origins = StoredNames(model, entries).origins
+    except CheckpointError:
+        return False
+    return origins.keys() == {name} and origins[name].shape == tuple(model.state_dict()[name].shape)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from .packed_checkpoint import check
+from .paths import expanded
+from .token_ids import check_fits
 
 
 def run_tasks(
@@ -29,14 +31,19 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"tasks need the package lm-eval, and it does not import here ({error}); pip install lm-eval") from error
-    if task_files is not None and not Path(task_files).is_dir():
+    task_files = None if task_files is None else expanded(task_files)
+    if task_files is not None and not task_files.is_dir():
         raise ValueError(f"task_files={str(task_files)!r} is not a folder of task files")
     manager = TaskManager(include_path=None if task_files is None else str(task_files))
     for task in tasks:
         if not manager.match_tasks([task]):
             raise ValueError(f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them")
     lm = HFLM(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
+    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'"))
+    try:
+        found = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
+    finally:
+        watch.remove()
     return {
         task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in found["results"].items()

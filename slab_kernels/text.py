@@ -1,51 +1,105 @@
-"""Calibration and evaluation text: a file, a folder, a dataset by name, or the standard library's own sources."""
+"""Calibration and evaluation text: a file, a folder, a dataset by name, the standard library's own sources, or texts in memory."""
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import rows
 from .calibration import CalibrationError
+from .checkpoint import CheckpointError
+from .paths import expanded
+from .settings import SEED, WINDOW, enforce, setting
 
-SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst")
+SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst", ".jsonl", ".ndjson")
 CHARACTERS_PER_TOKEN = 16  # generous: English text has 3 to 5; bounds how much of a large text is tokenised
+LONGEST_NAME = 1000  # characters; what is longer is a text, not the name of one
 READ_AHEAD = 8  # times the text that the samples need, so that they are drawn from more than its beginning
 
 
-def read_text(source: str | Path, max_characters: int | None = None) -> str:
-    """The text that `source` names.
+@dataclass(frozen=True)
+class Sampling:
+    """How windows are drawn from a text. Raises on construction: CalibrationError."""
+
+    samples: int = setting(128, "windows of text", 1)
+    window: int = setting(2048, **WINDOW)
+    seed: int = setting(0, **SEED)
+
+    def __post_init__(self):
+        enforce(self, CalibrationError)
+
+
+def read_text(source: str | Path | list | dict, max_characters: int | None = None, tokenizer=None) -> str:
+    """The text that `source` names or holds.
 
     Args:
-        source: "stdlib" or "stdlib:heldout" (sources of Python's standard library), a UTF-8 text file, a folder (all
-            .txt .text .md .raw .rst files below it, in path order, joined by an empty line), or a dataset
-            "name[:config][:split]" read with the optional package `datasets` (split "train", column "text").
+        source: "stdlib" or "stdlib:heldout" (sources of Python's standard library), a UTF-8 text file, a file of rows
+            (.jsonl, .ndjson or .json, see `rows`), a folder (all .txt .text .md .raw .rst .jsonl .ndjson files below it, in
+            path order), or a dataset "name[:config][:split]" read with the optional package `datasets` (split "train",
+            column "text"). A list holds texts themselves (strings), files (Path) or rows (dict), and a dict is one row.
+            Parts are joined by an empty line.
         max_characters: stop reading there.
+        tokenizer: writes out the chats in rows by its template.
 
-    Raises: CalibrationError if nothing is found, a file is not UTF-8, or the text is empty.
+    Raises: CalibrationError if nothing is found, a file is not UTF-8, a row has no text, or the text is empty.
     """
-    name = str(source)
-    if name in ("stdlib", "stdlib:heldout"):
-        text = _stdlib(heldout=name != "stdlib")
-    elif (path := Path(name).expanduser()).is_file():
-        text = _read_file(path)
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise CalibrationError(f"the folder {path} holds no text file ({' '.join(SUFFIXES)})")
-        text = "\n\n".join(_read_file(p) for p in files)
-    elif name.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
-        raise CalibrationError(
-            f"the text {name} does not exist; give a text file, a folder of them, or 'stdlib'"
-        )
+    if isinstance(source, str | Path):
+        text, name = _named_text(source, max_characters, tokenizer), str(source)
+    elif isinstance(source, Mapping | list | tuple):
+        parts = [source] if isinstance(source, Mapping) else source
+        text, name = "\n\n".join(_part(p, number, tokenizer) for number, p in enumerate(parts, 1)), "given"
     else:
-        text = _dataset(name, max_characters)
+        raise CalibrationError(
+            f"{reprlib.repr(source)} is neither text nor token ids: give a text file, a folder, a list of texts or of rows, "
+            "or integer ids [samples, window]"
+        )
     if not text.strip():
         raise CalibrationError(
             f"the text {name} is empty; give a text file with at least a few thousand words"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"the text {name} holds half a character (a lone surrogate) at {error.start}") from error
     return text[:max_characters]
+
+
+def _part(part: Any, number: int, tokenizer) -> str:
+    """One entry of a list of texts."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Path):
+        return _read_file(expanded(part), None, tokenizer)
+    return rows.row_text(part, tokenizer, f"entry {number} of the given list")
+
+
+def _named_text(source: str | Path, max_characters: int | None, tokenizer) -> str:
+    name = str(source)
+    if name in ("stdlib", "stdlib:heldout"):
+        return _stdlib(heldout=name != "stdlib")
+    if "\n" in name or len(name) > LONGEST_NAME:
+        raise CalibrationError(
+            f"{reprlib.repr(name)} is no name of a file or a folder; to give a text itself, put it in a list"
+        )
+    path = expanded(name)
+    if path.is_file():
+        return _read_file(path, max_characters, tokenizer)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise CalibrationError(f"the folder {path} holds no text file ({' '.join(SUFFIXES)})")
+        return "\n\n".join(_read_file(p, max_characters, tokenizer) for p in files)
+    if name.startswith((".", "/", "~")) or path.suffix in (*SUFFIXES, ".json"):
+        raise CalibrationError(
+            f"the text {name} does not exist; give a text file, a folder of them, or 'stdlib'"
+        )
+    return _dataset(name, max_characters)
 
 
 def _stdlib(heldout: bool) -> str:
@@ -57,7 +111,9 @@ def _stdlib(heldout: bool) -> str:
         raise CalibrationError(str(error)) from error
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path, max_characters: int | None, tokenizer) -> str:
+    if path.suffix in rows.SUFFIXES:
+        return rows.read_rows(path, tokenizer, max_characters)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -96,6 +152,25 @@ def _dataset(name: str, max_characters: int | None) -> str:
     return "\n\n".join(texts)
 
 
+def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder. trust_remote_code: run Python code that the folder brings along; nobody is asked.
+
+    Raises: CheckpointError if there is none that works.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
+        if "trust_remote_code=True" in str(error) and not trust_remote_code:
+            reason = "it is a program in that folder, which runs only with trust_remote_code=True"
+        else:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(
+            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give tokenizer="
+        ) from error
+
+
 def tokenize(tokenizer, text: str) -> Tensor:
     """Token ids of `text` [tokens] int64, with no special tokens added."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -124,12 +199,9 @@ def sample_windows(
 
     At most 8 times the text that the samples need is tokenised.
 
-    Raises: CalibrationError if the text does not fill one window.
+    Raises: CalibrationError if the text does not fill one window, or for numbers that `Sampling` refuses.
     """
-    if samples < 1 or window < 2:
-        raise CalibrationError(
-            f"samples={samples} and window={window}: at least 1 sample and 2 tokens a window are needed"
-        )
+    Sampling(samples, window, seed)
     tokens = tokenize(tokenizer, text[: READ_AHEAD * samples * window * CHARACTERS_PER_TOKEN])
     whole = (
         [w for w in windows(tokens, window, tokenizer.bos_token_id) if len(w) == window]

@@ -11,15 +11,20 @@ from torch import Tensor
 
 from .checkpoint import WEIGHTS_KEY, Checkpoint, config_dtype, write_index, write_json, write_shard
 from .format import PackedLayout, cast
-from .packed_checkpoint import check_tensors_fit, packed_skeleton, read_dense, read_packed
+from .packed_checkpoint import ModelCheckpoint, check_tensors_fit, packed_skeleton, read_packed
 from .packed_config import read_layouts, reading
+from .paths import expanded
 from .progress import Progress
 from .side_files import copy_side_files
 from .source import hub_folder
 
 
 def decompress(
-    path: Path | str, out: Path | str, dtype: torch.dtype | None = None, verify: bool = True
+    path: Path | str,
+    out: Path | str,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write the dense checkpoint that a packed folder stands for, shard by shard.
 
@@ -28,20 +33,22 @@ def decompress(
         out: the folder to write, empty or not there; on failure nothing of it stays.
         dtype: of the weights that were packed; default: what config.json names, else that of most other weights.
         verify: compare what is read with its checksums.
+        trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights and hidden files not named.
     Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`.
     """
-    checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), Path(out)
+    checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), expanded(out)
     layouts = read_layouts(checkpoint)
     owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
     dtype = dtype or config_dtype(checkpoint.config) or _usual_dtype(checkpoint, owners)
-    checkpoint = check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts))
+    checkpoint = check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts, trust_remote_code))
+    forms = checkpoint.stored_forms(name for name in checkpoint.entries if name not in owners)
 
     def get(name: str) -> Tensor:
+        if name in forms:
+            return forms[name][2]()
         module = name.removesuffix(".weight")
-        if module not in layouts or module == name:
-            return read_dense(checkpoint, name)
         weight = read_packed(checkpoint.get, module, layouts[module]).dense()
         with reading(str(checkpoint.folder)):
             return cast(weight, dtype, name)
@@ -69,7 +76,7 @@ def _usual_dtype(checkpoint: Checkpoint, owners: dict[str, str]) -> torch.dtype:
 
 
 def _dense_shards(
-    checkpoint: Checkpoint, layouts: dict[str, PackedLayout], owners: dict[str, str], dtype: torch.dtype
+    checkpoint: ModelCheckpoint, layouts: dict[str, PackedLayout], owners: dict[str, str], dtype: torch.dtype
 ) -> Iterator[tuple[str, dict]]:
     """Shard file -> name, dtype and shape of the dense tensors to write in it. owners: packed tensor -> its module."""
     for file in sorted({entry.file for entry in checkpoint.entries.values()}):
@@ -77,7 +84,8 @@ def _dense_shards(
         for name, entry in checkpoint.entries.items():
             if name not in owners:
                 if entry.file == file:
-                    specs[name] = (entry.dtype, entry.shape)
+                    forms = checkpoint.stored_forms([name])
+                    specs |= {stored: (kind, shape) for stored, (kind, shape, _) in forms.items()}
             elif name.endswith(".metadata") and entry.file == file:  # every packed weight has exactly one
                 layout = layouts[owners[name]]
                 specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))

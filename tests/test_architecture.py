@@ -20,7 +20,7 @@ WAIST_DOWN = FORMAT | {"reference", "ops", "backends", "dispatch"}
 MODEL = {
     "model", "source", "pipeline", "plan", "sinks", "team", "matching", "budget", "training", "checkpoint",
     "packed_checkpoint", "progress", "record", "blocks", "streams", "inputs", "stored_names", "text", "unpacking",
-    "packed_config",
+    "packed_config", "surroundings", "arguments", "token_ids", "ties", "side_files",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     # the waist
@@ -39,22 +39,29 @@ ALLOWED: dict[str, set[str]] = {
     "peers": set(),
     "bench": WAIST_DOWN | {"nn", "testing", "timing", "roofline", "peers"},
     "tuning": FORMAT | {"backends", "bench", "machine", "testing", "timing"},
+    # what many rooms share, knowing none of them
+    "settings": set(),
+    "paths": set(),
+    "terminal": set(),
     # above it: pure functions of a weight and its input statistics
     "calibration": FORMAT,
-    "methods": FORMAT | {"calibration"},
+    "methods": FORMAT | {"calibration", "settings"},
     # a whole model
     "stdlib_text": set(),
-    "text": {"calibration", "stdlib_text"},
+    "rows": {"calibration"},
+    "text": {"calibration", "checkpoint", "paths", "rows", "settings", "stdlib_text"},
     "shards": set(),
     "checkpoint": {"shards"},
     "side_files": {"checkpoint"},
     "progress": {"checkpoint"},
-    "record": FORMAT | {"checkpoint"},
+    "record": FORMAT | {"checkpoint", "terminal"},
     "team": set(),
     "memory": set(),
-    "matching": FORMAT | {"streams", "record"},
+    "surroundings": set(),
+    "matching": FORMAT | {"record", "settings", "streams"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "streams", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "settings", "streams", "text"},
+    "arguments": {"budget", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
     "blocks": set(),
     "streams": {"blocks", "text"},
@@ -62,33 +69,41 @@ ALLOWED: dict[str, set[str]] = {
     "stored_names": {"checkpoint"},
     "skeleton": {"blocks"},
     "ties": {"stored_names"},
-    "source": FORMAT | {"blocks", "checkpoint", "side_files", "skeleton", "stored_names", "text", "ties"},
+    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
+    "source": FORMAT
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
-    | {"streams", "team", "text"},
+    | {"streams", "team", "text", "ties"},
     "packed_checkpoint": FORMAT
-    | {"blocks", "checkpoint", "nn", "packed_config", "pipeline", "progress", "source", "stored_names", "text", "ties"},
-    "unpacking": FORMAT | {"checkpoint", "packed_checkpoint", "packed_config", "progress", "side_files", "source"},
-    "model": FORMAT | MODEL | {"methods", "nn"},
-    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "source", "text"},
-    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
-    "inspection": FORMAT | {"checkpoint", "packed_config", "record"},
-    "tasks": {"packed_checkpoint"},
+    | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
+    | {"stored_names", "text", "ties"},
+    "unpacking": FORMAT
+    | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
+    "finish": FORMAT | {"checkpoint", "nn", "packed_config", "plan", "progress", "record", "sinks"},
+    "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
+    "token_ids": {"calibration", "source"},
+    "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
+    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
+    "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
+    "tasks": {"packed_checkpoint", "paths", "token_ids"},
     "engines": FORMAT
-    | {"checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton", "source", "ties"},
+    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton"}
+    | {"source", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},
     "figures": set(),
     "page": set(),
-    "report": {"figures", "page"},
-    "console": set(),
+    "measurements": {"paths"},
+    "report": {"figures", "measurements", "page", "paths"},
+    "console": {"terminal"},
     "options": set(),
     "layer_shapes": set(),
     "__main__": {"cli"},
-    "cli": MODEL | {"dispatch", "evaluate", "inspection", "report", "tasks", "engines", "console", "options", "kernel_commands"},
-    "kernel_commands": FORMAT | {"backends", "bench", "console", "dispatch", "layer_shapes", "machine", "options", "pipeline", "report", "support", "tuning"},
+    "cli": MODEL | {"dispatch", "evaluate", "inspection", "report", "tasks", "engines", "console", "options", "kernel_commands", "methods", "paths"},
+    "kernel_commands": FORMAT | {"backends", "bench", "console", "dispatch", "layer_shapes", "machine", "methods", "options", "paths", "pipeline", "report", "support", "tuning"},
 }
 ANY = {"__init__"}  # the version
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from slab_kernels.architecture import build_skeleton
 from slab_kernels.blocks import ArchitectureError, block_linears, filled_copy, find_blocks
 from slab_kernels.calibration import CalibrationError
 from slab_kernels.inputs import find_groups
 from slab_kernels.model import compress, decompress, load
-from slab_kernels.source import ModuleSource, build_skeleton, outside_filled
+from slab_kernels.source import ModuleSource, outside_filled
 from slab_kernels.streams import catch_stream
 
 CPU = torch.device("cpu")
@@ -126,11 +127,108 @@ def mixtral() -> nn.Module:
 
 
 def test_stacked_experts_are_refused_unless_left_dense():
-    refused(mixtral(), "no stacked experts")
-    model = compress(
-        mixtral(), method="magnitude", calibration=tiny_models.tokens(), skip="*.mlp*", progress=False,
-    )  # fmt: skip
+    refused(mixtral(), r"no stacked experts\), and skip='\*\.mlp\.gate', skip='\*\.mlp\.experts' together leave them dense")
+    skip = ("*.mlp.gate", "*.mlp.experts")
+    model = compress(mixtral(), method="magnitude", calibration=tiny_models.tokens(), skip=skip, progress=False)
     assert {layer.name.rpartition(".")[2] for layer in model.slab_record.layers} == {*QKV, "o_proj"}
+
+
+STATES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def follows_advice(tmp_path, name: str, steps: list[tuple[str, list[str]]], layers: set[str], **config) -> None:
+    """Every refusal names what to skip, and what is left is compressed, loaded and runs."""
+    model, skip = built(name, **STATES, **config), []
+    for message, patterns in steps:
+        refused(model, message, skip=skip)
+        skip += patterns
+    settings = dict(method="magnitude", calibration=tiny_models.tokens(), skip=skip, progress=False)
+    compress(model, tmp_path / "out", **settings)
+    found = compress(model, **settings)
+    assert {layer.name.partition(".0.")[2] for layer in found.slab_record.layers} - {""} == layers
+    with torch.no_grad():
+        outputs = [m.eval()(input_ids=tiny_models.tokens()).logits for m in (found, load(tmp_path / "out"))]
+    assert torch.equal(*outputs)
+
+
+def test_mamba_is_compressed_but_for_its_state_matrix(tmp_path):
+    """Newer transformers reads the weight of dt_proj too."""
+    message = r"'A_log' \[256, 8\] outside nn\.Linear; .* skip='\*\.mixer\.A_log' leaves it dense"
+    steps = [(message, ["*.mixer.A_log", "*.mixer.dt_proj"])]
+    linears = {"mixer.in_proj", "mixer.x_proj", "mixer.out_proj"}
+    follows_advice(tmp_path, "mamba", steps, linears, state_size=8, expand=8, time_step_rank=4)
+
+
+def test_rwkv_is_compressed_but_for_what_its_code_reads(tmp_path):
+    """Its model rescales two weights of every block, outside of the block's own forward."""
+    message = r"reads the weight of attention\.output, feed_forward\.value .* skip='\*\.attention\.output', skip='\*\.feed_f"
+    linears = {f"attention.{n}" for n in ("key", "value", "receptance")} | {"feed_forward.key", "feed_forward.receptance"}
+    skip = ["*.attention.output", "*.feed_forward.value"]
+    follows_advice(tmp_path, "rwkv", [(message, skip)], linears, attention_hidden_size=32, intermediate_size=48)
+
+
+def test_a_weight_that_is_looked_for_politely_is_no_obstacle():
+    class Polite(ToyBlock):
+        def forward(self, hidden_states):
+            return hidden_states + self.linear(hidden_states) + self.idle(hidden_states) * hasattr(self.idle, "weight")
+
+    class Rude(ToyBlock):
+        def forward(self, hidden_states):
+            return hidden_states @ self.linear.weight + self.idle.weight.sum()
+
+    for block in (Polite, Rude):
+        model = Toy("plain")
+        model.layers = nn.ModuleList(block("plain") for _ in range(2))
+        if block is Rude:
+            refused(model, "reads the weight of linear, idle in its own code, .*; no other linear is left to compress")
+        else:
+            compress(model, method="magnitude", calibration=tiny_models.tokens(), progress=False)
+
+
+def share_block(model):
+    model.model.layers[1] = model.model.layers[0]
+
+
+def share_linear(model):
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = attention.k_proj
+
+
+def share_weight(model):
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+@pytest.mark.parametrize(
+    ("share", "message", "skip"),
+    [
+        (share_block, r"layers\.0\.self_attn\.q_proj .* share one weight \(14 linears are shared in all\), .* before compression$", None),
+        (share_linear, r"k_proj and model\.layers\.0\.self_attn\.v_proj share one weight, .* skip='model", ("*.k_proj", "*.v_proj")),
+        (share_weight, r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj share one weight", "*.up_proj"),
+    ],
+)
+def test_linears_that_are_one_are_refused_before_any_work(tmp_path, share, message, skip):
+    model, events = tiny_models.model(), []
+    share(model)
+    settings = dict(method="magnitude", calibration=tiny_models.tokens(), progress=events.append)
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(ArchitectureError, match=message):
+            compress(model, out, **settings)
+    assert not events and not (tmp_path / "out").exists()
+    if skip is not None:
+        compress(model, tmp_path / "out", **settings, skip=skip)
+        model = compress(model, **settings, skip=skip)
+        tokens = tiny_models.tokens()
+        assert torch.equal(load(tmp_path / "out")(tokens).logits, model(tokens).logits)
+
+
+def test_weights_that_are_not_in_memory_are_named(tmp_path):
+    tiny_models.write(tmp_path / "m")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map={**places, "model.layers.1": "disk"}, offload_folder=str(tmp_path / "disk")
+    )
+    refused(offloaded, r"the weight model\.layers\.1\.self_attn\.q_proj\.weight of .* is not in memory .* give its folder")
+    refused(build_skeleton(config=tiny_models.config("llama")), r"the weight model\.embed_tokens\.weight of .* is not in memory")
 
 
 def test_an_encoder_decoder_is_refused():

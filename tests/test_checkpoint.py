@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import slab_kernels
+from slab_kernels.architecture import build_skeleton
 from slab_kernels.blocks import ArchitectureError
 from slab_kernels.checkpoint import (
     INDEX_NAME,
@@ -37,7 +38,7 @@ from slab_kernels.format import PackedLayout, ShapeError
 from slab_kernels.model import compress, decompress, load
 from slab_kernels.packed_checkpoint import read_layouts, read_packed
 from slab_kernels.progress import LOCK_NAME, Progress
-from slab_kernels.source import FolderSource, build_skeleton, open_source
+from slab_kernels.source import FolderSource, open_source
 from slab_kernels.testing import random_packed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]

@@ -213,6 +213,19 @@ def test_training_moves_the_adapters_alone_resumes_and_ends_with_the_same_bytes(
         train(tmp_path / "p", tmp_path / "r", COUNTING, settings)
     with pytest.raises(CheckpointError, match="begun with steps=6"):
         train(tmp_path / "p", tmp_path / "r", COUNTING, replace(settings, steps=7), resume=True)
+    with pytest.raises(CheckpointError, match="begun with text_sha256="):
+        train(tmp_path / "p", tmp_path / "r", TOKENS, settings, resume=True)
+    with pytest.raises(CheckpointError, match="begun with model_sha256="):
+        train(tmp_path / "t", tmp_path / "r", COUNTING, settings, resume=True)
+    state = tmp_path / "r.training.safetensors"
+    whole = state.read_bytes()
+    for at in (0.5, 0.9):  # a bit of a number
+        damaged = bytearray(whole)
+        damaged[int(at * len(whole))] ^= 1
+        state.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged or of another model"):
+            train(tmp_path / "p", tmp_path / "r", COUNTING, settings, resume=True)
+    state.write_bytes(whole)
     train(tmp_path / "p", tmp_path / "r", COUNTING, settings, resume=True)
     for file in sorted((tmp_path / "t").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "r" / file.name).read_bytes()

@@ -80,7 +80,7 @@ def test_rows_read_back_as_written(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("not json", "not readable JSON"), ("[1]", "not an object"), ('{"a": 1}', "none of their keys"), (None, "does not exist")],
+    [("not json", "not readable JSON"), ("[1]", "not an object"), ('{"a": 1}', "none of the kinds"), (None, "does not exist")],
 )
 def test_bad_paths_are_named(tmp_path, content, message):
     path = tmp_path / "x.json"

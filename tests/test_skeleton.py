@@ -11,8 +11,8 @@ from torch import nn
 
 import slab_kernels
 from slab_kernels import skeleton
+from slab_kernels.architecture import build_skeleton
 from slab_kernels.blocks import ArchitectureError
-from slab_kernels.source import build_skeleton
 
 transformers = pytest.importorskip("transformers")
 

@@ -71,11 +71,11 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..plan import Plan  # the plan knows the methods, which opening a packed folder does not need
+        from ..arguments import (
+            Arguments,  # they know the methods, which opening a packed folder does not need
+        )
 
-        names = ("method", "pattern", "rank", "values", "group_size", "planes", "adapter_rank", "adapter_values")
-        given = {name: self.settings[name] for name in names if name in self.settings}
-        plan = Plan(**given, options={k: v for k, v in self.settings.items() if k not in names + OTHER_SETTINGS})
+        plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
             raise ValueError(
                 f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
@@ -94,7 +94,7 @@ class SlabConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-OTHER_SETTINGS = ("matching", "bits", "calibration", "heldout", "samples", "window", "skip", "tokenizer", "device", "seed", "progress")
+OTHER_SETTINGS = ("calibration", "heldout", "tokenizer", "device", "progress")  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):
@@ -132,6 +132,9 @@ class SlabQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return self._compress(model)
         vars(model).pop(ADJUST, None)
+        for t in (*model.parameters(), *model.buffers()):
+            if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
+                t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
@@ -219,16 +222,18 @@ def register() -> None:
             auto.register_quantization_config(QUANT_METHOD)(SlabConfig)
 
 
-def compare(folder: Path | str) -> dict:
+def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     """Open a packed folder by `slab_kernels.load` and by `from_pretrained`: {"folder", "transformers" (version), "tensors" (compared)}.
+
+    trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever `load` raises.
     """
     from transformers import AutoModelForCausalLM, __version__
 
     path = hub_folder(str(folder))
-    ours = load(path)
-    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    ours = load(path, trust_remote_code=trust_remote_code)
+    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code))
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +14,16 @@ from ..format import (
     GROUP_SIZES,
     INTEGER_RANGES,
     MAX_PLANES,
-    VALUE_TYPES,
     Decomposition,
     DtypeError,
     RangeError,
     ShapeError,
-    ValueTypeError,
 )
-from .config import Config
+from ..settings import Rule, rules
+from .config import Config, MethodError
 from .eora import EoraConfig, eora
 from .hassle_free import HassleFreeConfig, hassle_free
 from .magnitude import magnitude
-from .masks import parse_pattern
 from .oats import OatsConfig, SslcConfig, oats, sslc
 from .slab import SlabConfig, slab
 from .slab_paper import SlabPaperConfig, slab_paper
@@ -34,10 +33,6 @@ from .threebasil import ThreeBasilConfig, alps, threebasil
 from .wanda import wanda
 
 COMMON = tuple(field.name for field in fields(Config))
-
-
-class MethodError(ValueError):
-    """An unknown method, or an option that the method does not have."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,10 @@ class Method:
         if self.adapter is None or wanted is not None:
             return wanted or 0
         return max(1, round(self.adapter * min(shape))) if self.adapter else 0
+
+    def options(self) -> dict[str, tuple[Any, Rule]]:
+        """What only this method has: name -> default and rule."""
+        return {entry.name: (entry.default, rule) for entry, rule in rules(self.config) if entry.name not in COMMON}
 
 
 TENTH = 0.1  # of min(N, K): SLiM, section 4
@@ -119,12 +118,10 @@ def decompose(
     Raises: MethodError, PatternError, ShapeError, RangeError, ValueTypeError, DtypeError or CalibrationError (all
         ValueErrors), before anything is computed.
     """
-    check_settings(method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, options)
+    config = check_settings(method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, options)
     chosen = METHODS[method]
     _check_weight(weight)
-    adapter_rank = chosen.adapter_rank(tuple(weight.shape), adapter_rank)
-    config = chosen.config(pattern, rank if chosen.signs else 0, values, group_size, planes, adapter_rank, adapter_values, **options)
-    _check_config(weight, config, chosen)
+    config = check_shape(config, chosen, tuple(weight.shape), adapter_rank)
     _check_stats(weight, stats, chosen)
     if stats is not None:
         stats = stats.to(weight.device)
@@ -134,36 +131,36 @@ def decompose(
 def check_settings(
     method: str, pattern: str, rank: int, values: str, group_size: int | None, planes: int, adapter_rank: int | None,
     adapter_values: str, options: dict,
-) -> None:  # fmt: skip
-    """Refuse what no weight could have, before any is read. Raises: as `decompose`."""
-    if method not in METHODS:
-        raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
-    chosen = METHODS[method]
-    own = [field.name for field in fields(chosen.config) if field.name not in COMMON]
-    if unknown := [name for name in options if name not in own]:
-        raise MethodError(f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}")
-    parsed = parse_pattern(pattern)
-    if values not in VALUE_TYPES:
-        raise ValueTypeError(f"values={values!r} is unknown; choose one of {', '.join(VALUE_TYPES)}")
-    for name, number in (("rank", rank), ("planes", planes), ("adapter_rank", 0 if adapter_rank is None else adapter_rank)):
-        if type(number) is not int or number < 0:
-            raise ShapeError(f"{name}={number!r} must be an integer of at least 0")
+) -> Config:  # fmt: skip
+    """The settings in their plain types; refuses what no weight could have, before any is read. Raises: as `decompose`."""
+    chosen = check_options(method, options)
+    given = 0 if adapter_rank is None else adapter_rank
+    config = chosen.config(pattern, rank, values, group_size, planes, given, adapter_values, **options)
+    rank, planes, group_size = config.rank, config.planes, config.group_size
     if chosen.signs and chosen.adapter is None and not rank:
         raise ShapeError(f"rank=0: method {method!r} is nothing without its sign term; give at least 1")
     if adapter_rank and chosen.adapter is None:
         able = ", ".join(m.name for m in METHODS.values() if m.adapter is not None)
         raise MethodError(f"method {method!r} has no adapter P Q^T, so adapter_rank={adapter_rank} has no meaning; {able} have one")
-    if adapter_values not in ("int8", "fp16"):
-        raise ValueTypeError(f"adapter_values={adapter_values!r} is unknown; P and Q are stored as int8 or fp16")
     most = MAX_PLANES if chosen.signs and chosen.adapter is not None and rank else 1
-    if not 1 <= planes <= most:
+    if planes > most:
         raise MethodError(f"planes={planes}: only 'slab' with a rank of at least 1 has several sign planes, 1 to {MAX_PLANES}")
     if values in INTEGER_RANGES and group_size is not None:
         if group_size not in GROUP_SIZES:
             raise ShapeError(f"group_size={group_size} must be one of {', '.join(map(str, GROUP_SIZES))} or None")
-        if parsed.structured and group_size % parsed.group:
-            raise ShapeError(f"group_size={group_size} must be a multiple of {parsed.group} for pattern {pattern!r}")
-    chosen.config(pattern, rank, values, group_size, planes, adapter_rank or 0, adapter_values, **options)  # refuses values of its own options
+        if config.parsed.structured and group_size % config.parsed.group:
+            raise ShapeError(f"group_size={group_size} must be a multiple of {config.parsed.group} for pattern {pattern!r}")
+    return config
+
+
+def check_options(method: str, options: dict) -> Method:
+    """The row of METHODS. Raises: MethodError for a method that is not there, or an option that it does not have."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    own = METHODS[method].options()
+    if unknown := [name for name in options if name not in own]:
+        raise MethodError(f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}")
+    return METHODS[method]
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -177,8 +174,13 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def _check_config(weight: Tensor, config: Config, method: Method) -> None:
-    N, K = weight.shape
+def check_shape(config: Config, method: Method, shape: tuple[int, int], adapter_rank: int | None) -> Config:
+    """The settings for one weight of `shape` (N, K): its adapter's rank, and no rank for a method without a sign term.
+
+    adapter_rank: as `decompose` takes it. Raises: ShapeError for a pattern that does not divide K, or a rank above min(N, K).
+    """
+    N, K = shape
+    config = replace(config, rank=config.rank if method.signs else 0, adapter_rank=method.adapter_rank(shape, adapter_rank))
     pattern = config.parsed
     if pattern.structured and K % pattern.group:
         raise ShapeError(
@@ -188,6 +190,7 @@ def _check_config(weight: Tensor, config: Config, method: Method) -> None:
     for name in ("rank", "adapter_rank"):
         if getattr(config, name) > min(N, K):
             raise ShapeError(f"{name}={getattr(config, name)} must lie in 0 .. {min(N, K)} for a weight of {N} x {K}")
+    return config
 
 
 def _check_stats(weight: Tensor, stats: InputStats | None, method: Method) -> None:

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..format import INTEGER_RANGES
+from ..format import INTEGER_RANGES, VALUE_TYPES, ShapeError, ValueTypeError
+from ..settings import enforce, setting
 from .masks import Pattern, parse_pattern
 from .sweep import Grid
 
 
+class MethodError(ValueError):
+    """An unknown method, an option that the method does not have, or a value that the option cannot have."""
+
+
 @dataclass(frozen=True)
 class Config:
-    """pattern: "n:m" or "p%".  rank, planes: of the sign term (U V^T) * B.  adapter_rank: of P Q^T, adapter_values: how it is stored, "int8" (an exponent a row) or "fp16".
-    values, group_size: type of the kept values, inputs a scale.
-    """
+    """The settings of `methods.decompose`. Raises on construction: MethodError, or a FormatError for those that all share."""
 
-    pattern: str = "2:4"
-    rank: int = 1
-    values: str = "fp16"
-    group_size: int | None = 128
-    planes: int = 1
-    adapter_rank: int = 0
-    adapter_values: str = "int8"
+    pattern: str = setting("2:4", "'n:m' keeps n of every m inputs, 'p%' removes p percent of every row", kind=str)
+    rank: int = setting(1, "rank of U V^T in the sign term", 0, error=ShapeError)
+    values: str = setting("fp16", "type of the kept values", choices=tuple(VALUE_TYPES), error=ValueTypeError)
+    group_size: int | None = setting(
+        128, "inputs that share a scale", 1, kind=int, optional=True, error=ShapeError
+    )
+    planes: int = setting(1, "signs of a pruned entry", 1, error=ShapeError)
+    adapter_rank: int = setting(0, "rank of the adapter P Q^T", 0, error=ShapeError)
+    adapter_values: str = setting(
+        "int8", "how P and Q are stored: int8 has an exponent a row", choices=("int8", "fp16"), error=ValueTypeError
+    )
+
+    def __post_init__(self):
+        parse_pattern(self.pattern)
+        enforce(self, MethodError)
 
     @property
     def parsed(self) -> Pattern:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition
+from ..settings import setting
 from .config import Config
 from .finish import finish
 from .magnitude import magnitude
@@ -20,14 +21,10 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class EoraConfig(Config):
-    """pruner: "magnitude", "wanda" or "sparsegpt".  polish: rounds afterwards (see `finish`); 0 is the paper's result."""
+    """`polish`: see `finish`."""
 
-    pruner: str = "sparsegpt"
-    polish: int = 3
-
-    def __post_init__(self):
-        if self.pruner not in PRUNERS:
-            raise ValueError(f"pruner={self.pruner!r} is unknown; choose one of {', '.join(PRUNERS)}")
+    pruner: str = setting("sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS)
+    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
 
 
 def eora(weight: Tensor, stats: InputStats, config: EoraConfig) -> Decomposition:

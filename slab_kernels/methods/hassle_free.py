@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition
+from ..settings import setting
 from .finish import finish
 from .masks import top_of_rows
 from .metric import metric
@@ -20,17 +21,12 @@ INNER = ("sparsegpt", "alps")
 
 @dataclass(frozen=True)
 class HassleFreeConfig(ThreeBasilConfig):
-    """inner: the pruner, "sparsegpt" or "alps"; the paper has both.  alternations: 80 with SparseGPT in the paper; the error has
-    settled after about 20 on layers tried.  The ADMM of "alps" takes `rho`, `stable` and `iterations`.
-    polish: rounds after the alternation (see `finish`); 0 is the paper's result.
+    """The paper has both inner pruners, and 80 alternations with SparseGPT; the error has settled after about 20 on layers
+    tried. The ADMM of "alps" takes `rho`, `stable` and `iterations`.
     """
 
-    inner: str = "sparsegpt"
-    alternations: int = 20
-
-    def __post_init__(self):
-        if self.inner not in INNER:
-            raise ValueError(f"inner={self.inner!r} is unknown; choose one of {', '.join(INNER)}")
+    inner: str = setting("sparsegpt", "the pruner", choices=INNER)
+    alternations: int = setting(20, "of the pruner and the low-rank part", 1, 10_000)
 
 
 def hassle_free(weight: Tensor, stats: InputStats, config: HassleFreeConfig) -> Decomposition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,9 @@ def parse_pattern(text: str) -> Pattern:
 
     Raises: PatternError.
     """
-    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+    if not isinstance(text, str):
+        match = None
+    elif match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
         keep, group = int(match[1]), int(match[2])
         if 0 < keep < group:
             return Pattern(keep, group)
@@ -49,7 +52,7 @@ def parse_pattern(text: str) -> Pattern:
         if 0 < removed < 1:
             return Pattern(removed=removed)
     raise PatternError(
-        f"pattern={text!r} is not a pattern: write 'n:m' with 0 < n < m to keep n of every m inputs ('2:4', '4:8'), "
+        f"pattern={reprlib.repr(text)} is not a pattern: write 'n:m' with 0 < n < m to keep n of every m inputs ('2:4', '4:8'), "
         "or a percentage to remove from every row ('50%' .. '80%')"
     )
 

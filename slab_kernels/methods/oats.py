@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition
+from ..settings import setting
 from .config import Config
 from .finish import finish
 from .lowrank import truncated_svd
@@ -18,23 +19,20 @@ from .metric import Metric, metric
 
 @dataclass(frozen=True)
 class OatsConfig(Config):
-    """rounds: 80 in the paper.  polish: rounds in the Gram metric afterwards (see `finish`); 0 is the paper's result."""
+    """`rounds` is 80 in the paper. `polish`: see `finish`."""
 
-    rounds: int = 80
-    polish: int = 3
+    rounds: int = setting(80, "alternations of the low-rank part and the kept values", 1, 10_000)
+    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
 
 
 @dataclass(frozen=True)
 class SslcConfig(Config):
-    """rounds: at most, 20 to 40 in the paper.  tolerance: relative change of the error at which they stop.
-    pinned: share of the weight's most salient entries that are kept whatever the low-rank part takes.
-    polish: rounds in the Gram metric afterwards (see `finish`); 0 is the paper's result.
-    """
+    """`rounds` are 20 to 40 in the paper. `polish`: see `finish`."""
 
-    rounds: int = 40
-    tolerance: float = 1e-3
-    pinned: float = 0.01
-    polish: int = 3
+    rounds: int = setting(40, "alternations of the kept values and the low-rank part at most", 1, 10_000)
+    tolerance: float = setting(1e-3, "relative change of the error at which the rounds stop", 0, 1)
+    pinned: float = setting(0.01, "share of the most salient entries kept whatever the low-rank part takes", 0, 1)
+    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
 
 
 def oats(weight: Tensor, stats: InputStats, config: OatsConfig) -> Decomposition:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition, plane_unit, round_adapter, round_factors
+from ..settings import setting
 from .config import Config
 from .descent import descend_groups, descend_levels
 from .levels import nearest
@@ -46,25 +47,21 @@ REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
 
 @dataclass(frozen=True)
 class SlabConfig(Config):
-    """damping: of the sweep, fraction of the mean diagonal of the Gram matrix; relative_damping: of each diagonal entry.
-    refit_damping: fraction of each diagonal entry added in the refit.
-    alternations: of sweep and adapter before the rounds.
-    rounds: at most; tolerance: relative fall of the root loss that a round must bring.
-    iterations: conjugate gradient steps at most a solve (the preconditioned gradient falling by 1e-3 ends it earlier).
-    drift: share of the error made before this layer that the layer is to undo, where `stats` carries it; a quarter
-        costs the layer itself little and bought most of the perplexity on the models tried, more overfits.
-    drift_damping: fraction of the mean diagonal added where that error is regressed on the inputs.
+    """A solve ends before its `iterations` where the preconditioned gradient has fallen by 1e-3. A `drift` of a quarter costs
+    the layer itself little and bought most of the perplexity on the models tried; more overfits.
     """
 
-    damping: float = 0.001
-    relative_damping: float = 0.01
-    refit_damping: float = 0.001
-    alternations: int = 3
-    rounds: int = 3
-    tolerance: float = 5e-3
-    iterations: int = 10
-    drift: float = 0.25
-    drift_damping: float = 0.1
+    damping: float = setting(0.001, "of the sweep, a share of the mean diagonal of the Gram matrix", 0, 10)
+    relative_damping: float = setting(0.01, "of the sweep, a share of each diagonal entry", 0, 10)
+    refit_damping: float = setting(0.001, "share of each diagonal entry that the refit adds", 0, 10)
+    alternations: int = setting(3, "of sweep and adapter before the rounds", 1, 10_000)
+    rounds: int = setting(3, "rounds of refit and descent at most", 0, 10_000)
+    tolerance: float = setting(5e-3, "relative fall of the root loss that a round must bring", 0, 1)
+    iterations: int = setting(10, "conjugate gradient steps of a solve at most", 0, 10_000)
+    drift: float = setting(0.25, "share of the error made before this layer that it is to undo", 0, 1)
+    drift_damping: float = setting(
+        0.1, "share of the mean diagonal added where that error is regressed on the inputs", 0, 10, above=True
+    )
 
 
 @dataclass

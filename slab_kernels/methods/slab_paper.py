@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition
+from ..settings import setting
 from .config import Config
 from .lowrank import signs, truncated_svd
 from .masks import select
@@ -17,14 +18,10 @@ from .quantize import quantize
 
 @dataclass(frozen=True)
 class SlabPaperConfig(Config):
-    """iterations: 20 in the paper.
+    """`iterations` is 20 in the paper; `scaled_svd` is not the paper's, but a fairer baseline on inputs of uneven energy."""
 
-    scaled_svd: take the SVD of |W - S| * ||X_j|| instead of |W - S|; not the paper's, a fairer baseline on inputs of
-    uneven energy.
-    """
-
-    iterations: int = 20
-    scaled_svd: bool = False
+    iterations: int = setting(20, "alternations of S and the sign term", 1, 10_000)
+    scaled_svd: bool = setting(False, "the SVD is of |W - S| * ||X_j|| instead of |W - S|")
 
 
 def slab_paper(weight: Tensor, stats: InputStats, config: SlabPaperConfig) -> Decomposition:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import INTEGER_RANGES, Decomposition
+from ..settings import setting
 from .config import Config
 from .finish import finish
 from .lowrank import truncated_svd
@@ -21,14 +22,13 @@ BINS = (512, 20000)  # of the histogram: at least, at most; between them a thous
 
 @dataclass(frozen=True)
 class SlimConfig(Config):
-    """alternations: of quantiser, mask and SVD. 1 is the paper's pass; every further one quantises and prunes W - P Q^T, as the
-        released code does once, and ends with the SVD, which it does not.
-    group_size None: SLiM-Quant, one step for the whole weight (section 3.1); otherwise absolute-maximum steps of groups.
-    polish: rounds in the Gram metric afterwards (see `finish`); 0 is SLiM alone.
+    """One alternation is the paper's pass; every further one quantises and prunes W - P Q^T, as the released code does once,
+    and ends with the SVD, which it does not. `group_size` None is SLiM-Quant, one step for the whole weight (section 3.1);
+    otherwise steps are absolute maxima of groups. `polish`: see `finish`.
     """
 
-    alternations: int = 4
-    polish: int = 3
+    alternations: int = setting(4, "of quantiser, mask and SVD", 1, 10_000)
+    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
 
 
 def slim(weight: Tensor, stats: InputStats, config: SlimConfig) -> Decomposition:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition
+from ..settings import setting
 from .config import Config
 from .masks import top_of_rows
 from .sweep import curvature, sweep
@@ -16,9 +17,9 @@ from .sweep import curvature, sweep
 
 @dataclass(frozen=True)
 class SparseGPTConfig(Config):
-    """damping: fraction of the mean diagonal of the Gram matrix added to it (0.01 in the paper)."""
+    """`damping` is 0.01 in the paper."""
 
-    damping: float = 0.01
+    damping: float = setting(0.01, "share of the mean diagonal of the Gram matrix added to it", 0, 10)
 
 
 def sparsegpt(weight: Tensor, stats: InputStats, config: SparseGPTConfig) -> Decomposition:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..calibration import InputStats
 from ..format import Decomposition
+from ..settings import setting
 from .config import Config
 from .finish import finish
 from .masks import Pattern, select
@@ -48,19 +49,18 @@ ROWS = 64  # taken together between two products: three [64, 4096] matrices of f
 
 @dataclass(frozen=True)
 class ThreeBasilConfig(Config):
-    """damping, relative_damping: b and a of H + diag(a diag(H) + b mean(diag H)), 0.005 both in the paper.
-    rho: to start with.  stable: stop once fewer kept positions than this share move between two checks, after 100 iterations.
-    iterations: at most; a run that ends there warns, since one stopped early is worse than simpler methods.
-    polish: rounds after the ADMM, each kept values and adapter solved again for the chosen positions, and, where the states
-        of a group can be enumerated, positions swapped one group at a time; 0 is the paper's result.
+    """The Gram matrix H becomes H + diag(a diag(H) + b mean(diag H)), b and a being `damping` and `relative_damping`, 0.005
+    both in the paper. A run that ends at `iterations` warns, since one stopped early is worse than simpler methods.
+    A round of `polish` solves kept values and adapter again for the chosen positions and, where the states of a group can be
+    enumerated, swaps positions one group at a time.
     """
 
-    damping: float = 0.005
-    relative_damping: float = 0.005
-    rho: float = 0.1
-    stable: float = 3e-4
-    iterations: int = 2000
-    polish: int = 3
+    damping: float = setting(0.005, "share of the mean diagonal of the Gram matrix added to it", 0, 10)
+    relative_damping: float = setting(0.005, "share of each diagonal entry added to it", 0, 10)
+    rho: float = setting(0.1, "penalty of the ADMM to start with", 0, 1_000_000, above=True)
+    stable: float = setting(3e-4, "share of kept positions that move between two checks at which it stops", 0, 1)
+    iterations: int = setting(2000, "of the ADMM at most", 1, 1_000_000)
+    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
 
 
 class Split(NamedTuple):
@@ -122,7 +122,7 @@ def _run(
             E = torch.sub(T, S, out=product)
             P, Q = space.truncate(E, rank)[:2] if P is None else space.follow(E, P)
             rest = torch.addmm(T, P, Q.T, alpha=-1)
-        if iteration % schedule.every:
+        if iteration % schedule.every and iteration < config.iterations:
             continue
         share = int((mask & ~checked).sum()) / int(mask.sum())
         checked = mask.clone()

@@ -218,7 +218,7 @@ def regime(M: int, device: str) -> tuple[int, int | None]:
 def user_folder() -> Path:
     """Where `slab-kernels tune` writes: $SLAB_KERNELS_CONFIGS, or slab_kernels in the user's configuration folder."""
     if named := os.environ.get(ENVIRONMENT):
-        return Path(named)
+        return Path(named).expanduser()
     return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "slab_kernels"
 
 

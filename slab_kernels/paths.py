@@ -1,0 +1,16 @@
+"""Paths as people type them: `~` is the home folder wherever something is read or written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """`path` with a leading ~ or ~user as that home folder. Raises: ValueError where there is none, or for what is no path, or is empty."""
+    if path == "":
+        raise ValueError("a path is empty; give the name of a file or a folder")
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be used as a path: {error}") from error
