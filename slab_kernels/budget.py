@@ -59,7 +59,7 @@ class Choice:
     loss: float
 
 
-BITS = Rule("stored bits a weight over the whole model", float, 0, 64, above=True)
+BITS = Rule("stored bits a weight over the whole model", float, 0, above=True)
 
 
 def check_bits(bits: float, plan: Plan) -> float:

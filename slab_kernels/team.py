@@ -212,7 +212,7 @@ def _unpacked(data: bytes, device: Any) -> dict[str, Any]:
     import torch
 
     def place(storage: Any, location: str) -> Any:
-        return storage if location == "cpu" else storage.to(device=torch.device(device))
+        return storage if location == "cpu" else torch.serialization.default_restore_location(storage, str(device))
 
     return torch.load(io.BytesIO(data), map_location=place, weights_only=False)
 

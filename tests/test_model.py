@@ -23,7 +23,15 @@ import slab_kernels
 from slab_kernels import evaluate, model, pipeline
 from slab_kernels.checkpoint import PROGRESS_NAME, CheckpointError
 from slab_kernels.format import FormatError
-from slab_kernels.model import CalibrationError, RunRecord, compress, decompress, load, save
+from slab_kernels.model import (
+    ArchitectureError,
+    CalibrationError,
+    RunRecord,
+    compress,
+    decompress,
+    load,
+    save,
+)
 from slab_kernels.nn import SlabLinear
 from slab_kernels.record import ProgressEvent
 
@@ -334,6 +342,20 @@ def test_dense_patterns_in_memory():
     )
 
 
+def test_adapters_of_peft_are_refused_with_the_way_out(tmp_path):
+    """A stand-in for PEFT, which is told by where its classes come from."""
+    tuner = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model = tiny_models.model()
+    model.model.layers[1].self_attn.q_proj = tuner(32, 32, bias=False)
+    with pytest.raises(ArchitectureError, match=r"layers\.1\.self_attn\.q_proj is Linear, an adapter of PEFT.*merge_and_unload"):
+        compress(model, tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False)
+    tiny_models.write(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArchitectureError, match=r"holds an adapter of PEFT.*merge_and_unload"):
+        compress(tmp_path / "m", tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_module_needs_a_tokenizer_for_text():
     with pytest.raises(CalibrationError, match="a model in memory needs tokenizer="):
         compress(tiny_models.model(), method="magnitude", progress=False)
@@ -506,7 +528,7 @@ def test_an_unharmed_copy_loads(packed, tmp_path):
         (
             {"calibration": TOKENS[0]},
             CalibrationError,
-            r"must be a non-empty int64 tensor \[samples, window\]",
+            r"must be a non-empty integer tensor \[samples, window\]",
         ),
         (
             {"calibration": TOKENS + 50},

@@ -6,11 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.text import Text
 
-from slab_kernels import figures, page, report
+from slab_kernels import cli, figures, page, report
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 BENCH = [
@@ -90,6 +91,47 @@ def test_bad_paths_are_named(tmp_path, content, message):
         report.read([path])
     with pytest.raises(report.ReportError, match="does not exist"):
         report.read([tmp_path / "nowhere"])
+
+
+RESULTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
+def test_every_results_file_of_the_repository_opens(file, tmp_path, capsys):
+    data = json.loads(file.read_text())
+    assert cli.run(["report", str(file), "--no-plots", "--out", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = data.get("results") or data.get("rows") or data.get("kernels") or []
+    shown = [len(found["results"]), len(found["bench"]), *(len(table["rows"]) for table in found["tables"])]
+    assert len(rows) + ("dense" in data) in shown or (any(len(table["rows"]) for table in found["tables"]) and not rows)
+    assert cli.run(["report", str(file), "--no-plots", "--out", str(tmp_path)]) == 0
+    assert "<table" in (tmp_path / "report.html").read_text() and "report it" not in capsys.readouterr().err
+
+
+def test_a_method_of_several_formats_is_not_compared_as_if_it_had_one(tmp_path):
+    rows = [{"label": f"{m} {b}", "settings": {"method": m}, "perplexity": p, "bits_per_weight": b}
+            for m, p, b in (("slab", 6.0, 9.5), ("slab", 8.0, 3.5), ("slab-paper", 10.0, 3.5))]  # fmt: skip
+    (tmp_path / "methods.json").write_text(json.dumps({"rows": rows, "dense": 5.0, "machine": "two cores"}))
+    found = report.read([tmp_path / "methods.json"])
+    assert [r.label for r in found.results] == ["dense", "slab 9.5", "slab 3.5", "slab-paper 3.5"] and found.notes == ("two cores",)
+    assert report.headline(found).startswith("Best: slab 9.5, perplexity 6.00 where the dense model has 5.00")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"rows": [{"backend": "cpu", "median_us": 3}]}, "timing row 1 of .* has n=None, expected an integer"),
+        ({"rows": [BENCH[0], BENCH[1] | {"m": "1"}]}, "timing row 2 of .* has m='1'"), ({"rows": 3}, "no list of objects: 3"),
+        ({"rows": [BENCH[0] | {"median_us": 10**400}]}, "has median_us=1000"), ({"results": [{"method": "x", "perplexity": "6"}]}, "perplexity='6'"),
+        ({"results": [{"method": "x", "errors": [1]}]}, "row 1 of .* has errors=.1., expected"), ({"layers": [3]}, "layer 1 of .* is 3"),
+        ({"layers": [{"shape": [8, 8], "name": "x"}]}, "layer 1 of .* has bits_per_weight=None"), ({"perplexity": []}, r"has perplexity=\[\]"),
+        ({"device": "\ud800"}, "not readable JSON"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_the_row(tmp_path, data, message):
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    with pytest.raises(report.ReportError, match=message):
+        report.read([tmp_path / "x.json"])
 
 
 def test_folder_without_record_is_refused(tmp_path):
