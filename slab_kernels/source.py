@@ -78,8 +78,10 @@ class FolderSource:
         self.name = Path(folder).resolve().name
         self._expected: dict[str, str] = {}
         self._match()
-        rows, self.blank = blanked(self.model), {}  # the model is what transformers makes of it
-        self.blank = {name: row for name, row in rows.items() if self.get(name)[row].any()}
+        self._blank: dict[str, int] = {}  # stored name -> row; the model is what transformers makes of it
+        for name, row in blanked(self.model).items():
+            if self.get(name)[row].any():
+                self._blank[self.stored.origins[name].stored[0]] = row
 
     def _match(self) -> None:
         expected = self.model.state_dict()
@@ -125,6 +127,8 @@ class FolderSource:
                 f"tensor {stored!r} of {self.checkpoint.folder} is not what it was when this run began; "
                 "put the first model back, or compress this one into an empty folder"
             )
+        if stored in self._blank:
+            tensor[self._blank[stored]] = 0
         return tensor
 
     def stored_forms(self, names: list[str]) -> Forms:
@@ -162,7 +166,7 @@ class FolderSource:
         skipped = [] if out is None else side_files(self.checkpoint.folder, out)[1]
         rows = [
             f"row {row} of {name} (padding) is zero in the copy, as transformers sets it on opening"
-            for name, row in self.blank.items()
+            for name, row in self._blank.items()
         ]
         tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
         return rows + [
