@@ -21,7 +21,7 @@ from .checkpoint import (
     write_json,
     write_shard,
 )
-from .format import PackedLayout, PackedWeight, ShapeError, cast
+from .format import PackedLayout, PackedWeight, ShapeError
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
 from .paths import expanded
@@ -60,12 +60,12 @@ def swap_in(model: nn.Module, layouts: dict[str, PackedLayout]) -> None:
             )
         model.set_submodule(name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype))
     tied = tied_names(model)
-    if any(f"{name}.weight" in (*tied, *tied.values()) for name in layouts):  # a packed weight is no other tensor
-        untie(model)
+    if any(f"{name}.weight" in (*tied, *tied.values()) for name in layouts):
+        untie(model)  # a packed weight is no other tensor
 
 
 class ModelCheckpoint(Checkpoint):
-    """A checkpoint whose tensors bear the names that they have in a model, as transformers renames and rebuilds them."""
+    """A checkpoint under the names of a model, renamed and rebuilt as transformers does."""
 
     def __init__(self, checkpoint: Checkpoint, stored: StoredNames):
         self.__dict__.update(checkpoint.__dict__)
@@ -87,7 +87,8 @@ class ModelCheckpoint(Checkpoint):
 def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoint:
     """Names and shapes of a folder against a skeleton, and dtypes of everything packed.
 
-    Only tensors that the config calls tied and the folder holds apart are read; if they differ, `model` is untied.
+    Only tensors that the config calls tied and the folder holds apart are read; if they differ,
+    `model` is untied.
 
     Returns: the checkpoint under the model's names.
     Raises: CheckpointError for missing, unexpected or misshapen tensors.
@@ -107,15 +108,15 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoi
         want = expected[name]
         if entry.shape != tuple(want.shape):
             raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
-        same = entry.dtype == want.dtype
-        if not same and (name in packed or entry.dtype.is_floating_point != want.dtype.is_floating_point):
+        kinds = {entry.dtype.is_floating_point, want.dtype.is_floating_point}
+        if entry.dtype != want.dtype and (name in packed or len(kinds) > 1):
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
     return found
 
 
 def packed_modules(model: nn.Module) -> dict[str, SlabLinear]:
     """Name -> module of every packed layer."""
-    modules = model.named_modules(remove_duplicate=False)  # a layer that blocks share has all their names
+    modules = model.named_modules(remove_duplicate=False)  # a layer that blocks share has two names
     return {name: module for name, module in modules if isinstance(module, SlabLinear)}
 
 
@@ -165,7 +166,7 @@ def read_dense(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def check_finite(name: str, t: Tensor) -> None:
-    """Raises: CheckpointError for NaN or infinite numbers. Reads `t` once and allocates nothing of its size."""
+    """Raises: CheckpointError for NaN or infinite numbers. Reads `t` once and copies nothing."""
     if t.is_floating_point() and t.numel() and not bool(torch.stack(t.aminmax()).isfinite().all()):
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers of {t.dtype}")
 
@@ -203,10 +204,8 @@ def load(
     packed_names, tied = _packed_names(model), tied_names(model)
     for name in checkpoint.entries.keys() - packed_names:
         t = checkpoint.get(name)
+        t = t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
         check_finite(name, t)
-        if dtype and t.is_floating_point():
-            t = cast(t, dtype, f"tensor {name!r}")
-        t = t.to(device)
         for alias in (name, *(n for n, other in tied.items() if other == name)):
             place(model, alias, t)
     if hasattr(model, "tie_weights"):
@@ -226,8 +225,8 @@ def load(
 def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
 
-    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing in the model is
-    compressed, a weight is on meta, or the folder cannot be written.
+    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing in
+    the model is compressed, a weight is on meta, or the folder cannot be written.
     """
     modules = packed_modules(check(model))
     if not modules:
@@ -236,12 +235,12 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
         )
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise ArchitectureError(
-            f"{type(model).__name__} has no Hugging Face config, from which `load` could build it again; "
+            f"{type(model).__name__} has no Hugging Face config, from which `load` could build it; "
             "keep its state_dict with torch.save instead"
         )
     state, tied = model.state_dict(), tied_names(model) if holds(model) else {}
     if empty := [name for name, t in state.items() if t.is_meta]:
-        raise CheckpointError(f"{empty[0]!r} is on meta and has no values; load the model before saving it")
+        raise CheckpointError(f"{empty[0]!r} is on meta and has no values; load the model first")
     out = expanded(path)
     with Progress(out, {}, resume=None):
         try:

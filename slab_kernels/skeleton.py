@@ -1,7 +1,7 @@
-"""Models built without memory for their weights, and without touching what other threads of the process see.
+"""Models built without memory for their weights, and without touching what other threads see.
 
-Whatever is allocated without values goes to meta; what a model computes (rotary tables, masks) stays real. The mode that
-does this is of one thread, where accelerate's `init_empty_weights` patches nn.Module for all.
+What is allocated without values goes to meta; what a model computes (rotary tables, masks) is real.
+The mode that does this is of one thread; `init_empty_weights` of accelerate patches nn.Module.
 """
 
 from __future__ import annotations
@@ -15,12 +15,26 @@ from torch.overrides import TorchFunctionMode
 from .blocks import ArchitectureError
 
 EMPTY = (torch.empty, torch.empty_permuted, torch.empty_strided)
-DEFAULT_DTYPE = (*EMPTY, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye, torch.linspace, torch.logspace)
-MAYBE_DEFAULT_DTYPE = (torch.tensor, torch.full, torch.arange, torch.scalar_tensor)  # by the numbers given
+DEFAULT_DTYPE = (
+    *EMPTY,
+    torch.zeros,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.eye,
+    torch.linspace,
+    torch.logspace,
+)
+MAYBE_DEFAULT_DTYPE = (
+    torch.tensor,
+    torch.full,
+    torch.arange,
+    torch.scalar_tensor,
+)  # by the numbers given
 
 
 class _Unfilled(TorchFunctionMode):
-    """dtype: of tensors made without one, as torch.set_default_dtype would have it for the whole process."""
+    """dtype: of tensors made without one; torch.set_default_dtype would set it for all threads."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -28,16 +42,17 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.to and args[1:] == (torch.get_default_dtype(),) and args[0].dtype == args[1]:
-            return args[0].to(self.dtype)  # nothing to do, unless args[1] was torch.get_default_dtype(), which modes do not see
+        plain = torch.get_default_dtype()
+        if func is torch.Tensor.to and args[1:] == (plain,) and args[0].dtype == plain:
+            return args[0].to(self.dtype)  # such a cast asks for torch's default
         default = kwargs.get("dtype") is None
-        if func in EMPTY or (func is torch.tensor and args and isinstance(args[0], list) and not args[0]):
-            # transformers makes torch.tensor([]) to see whether a model is built on meta, and leaves weights as they are
+        probe = func is torch.tensor and args and isinstance(args[0], list) and not args[0]
+        if func in EMPTY or probe:  # by torch.tensor([]) transformers sees that it builds on meta
             kwargs["device"] = kwargs.get("device") or "meta"
         if default and func in DEFAULT_DTYPE:
             kwargs["dtype"] = self.dtype
         made = func(*args, **kwargs)
-        if default and func in MAYBE_DEFAULT_DTYPE and made.dtype == torch.get_default_dtype():
+        if default and func in MAYBE_DEFAULT_DTYPE and made.dtype == plain:
             made = made.to(self.dtype)
         return made
 
@@ -54,29 +69,47 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         for name in module._non_persistent_buffers_set:
             if module._buffers[name] is not None and module._buffers[name].is_meta:
                 raise ArchitectureError(
-                    f"{type(model).__name__} makes the buffer {name!r} of '{path}' ({type(module).__name__}) without values, "
-                    "and no checkpoint holds it"
+                    f"{type(model).__name__} makes the buffer {name!r} of '{path}' "
+                    f"({type(module).__name__}) without values, and no checkpoint holds it"
                 )
     empty: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 if parameter not in empty:
-                    empty[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                    empty[parameter] = nn.Parameter(
+                        parameter.detach().to("meta"), requires_grad=False
+                    )
                 module._parameters[name] = empty[parameter]
     return model
 
 
 def computes(module: nn.Module) -> bool:
-    """Whether a buffer in `module` or below is computed from the config, and thus in no checkpoint."""
+    """Whether a buffer in `module` or below is computed from the config and so in no checkpoint."""
     return any(part._non_persistent_buffers_set for part in module.modules())
 
 
 def _compute(module: nn.Module, model: nn.Module) -> None:
-    """Let transformers fill computed buffers, as its `from_pretrained` does. model: whose `_init_weights` is asked."""
+    """Let `_init_weights` of `model` fill computed buffers, as in `from_pretrained`."""
     if not computes(module):
         return
     for child in module.children():
         _compute(child, child if hasattr(child, "_init_weights") else model)
     with torch.no_grad():
         model._init_weights(module)
+
+
+def blanked(model: nn.Module) -> dict[str, int]:
+    """Weight of an embedding -> its padding row, where transformers zeroes that row whenever it
+    opens a dense folder, whatever the file holds (seen in 5.23 for youtu)."""
+    rows = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            probe = nn.Embedding(module.padding_idx + 1, 1, padding_idx=module.padding_idx)
+            nn.init.ones_(probe.weight)
+            probe.weight._is_hf_initialized = True  # as weights are that came from a file
+            with torch.no_grad():
+                model._init_weights(probe)
+            if not probe.weight[-1].any():
+                rows[f"{name}.weight"] = module.padding_idx
+    return rows

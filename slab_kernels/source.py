@@ -8,6 +8,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .checkpoint import (
 )
 from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
+from .skeleton import blanked
 from .stored_names import Forms, StoredNames, stored_forms
 from .text import CalibrationError, open_tokenizer
 from .ties import holds, settle, tied_names, untie, untie_config
@@ -76,6 +78,8 @@ class FolderSource:
         self.name = Path(folder).resolve().name
         self._expected: dict[str, str] = {}
         self._match()
+        rows, self.blank = blanked(self.model), {}  # the model is what transformers makes of it
+        self.blank = {name: row for name, row in rows.items() if self.get(name)[row].any()}
 
     def _match(self) -> None:
         expected = self.model.state_dict()
@@ -109,7 +113,10 @@ class FolderSource:
 
     def get(self, name: str) -> Tensor:
         """Raises: CheckpointError if it is no longer what it was when the run began (`expect`)."""
-        return self.stored.get(name, self._read)
+        tensor = self.stored.get(name, self._read)
+        if name in self.blank:
+            tensor[self.blank[name]] = 0
+        return tensor
 
     def _read(self, stored: str) -> Tensor:
         tensor = self.checkpoint.get(stored)
@@ -122,7 +129,8 @@ class FolderSource:
 
     def stored_forms(self, names: list[str]) -> Forms:
         """What to write for tensors that stay as they are."""
-        return self.stored.forms(names, self._read)
+        changed = {n: (*self.spec(n), partial(self.get, n)) for n in names if n in self.blank}
+        return self.stored.forms([n for n in names if n not in changed], self._read) | changed
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
@@ -149,10 +157,15 @@ class FolderSource:
         self._expected = hashes
 
     def left_out(self, out: Path | None) -> list[str]:
-        """What a compressed copy in the folder `out` (None: in memory) will lack, one sentence for each kind."""
+        """What a compressed copy in the folder `out` (None: in memory) will lack or change, a
+        sentence for each kind."""
         skipped = [] if out is None else side_files(self.checkpoint.folder, out)[1]
+        rows = [
+            f"row {row} of {name} (padding) is zero in the copy, as transformers sets it on opening"
+            for name, row in self.blank.items()
+        ]
         tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
-        return [
+        return rows + [
             f"{what} are left out: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
             for what, names in ((tensors, self.ignored), ("files", skipped))
             if names

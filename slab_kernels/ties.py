@@ -1,6 +1,6 @@
-"""Tensors that are one under two names (an output head that is the embedding), where the weights have the last word.
+"""Tensors that are one under two names (an output head that is the embedding), as the weights say.
 
-transformers ties what its class and config say, unless a checkpoint holds both tensors and they differ.
+transformers ties what class and config say, unless a checkpoint holds both tensors and they differ.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .stored_names import StoredNames
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameter that is another one under a second name -> that other name (lm_head.weight -> embed_tokens.weight)."""
+    """Parameter that is another one under a second name -> that name: lm_head -> embed_tokens."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return dict(tied)
 
 
 def holds(model: nn.Module) -> bool:
-    """Whether every tensor that `model` or its config calls tied is the other one, or has its numbers."""
+    """Whether what `model` or its config calls tied is one tensor, or two of the same numbers."""
     state, tied = model.state_dict(), tied_names(model)
     if hasattr(model, "get_expanded_tied_weights_keys"):
         tied |= model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -28,7 +28,12 @@ def holds(model: nn.Module) -> bool:
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None or first.shape != second.shape or first.device != second.device:
+    if (
+        first is None
+        or second is None
+        or first.shape != second.shape
+        or first.device != second.device
+    ):
         return False
     if first.is_meta or first.data_ptr() == second.data_ptr():
         return True
@@ -36,7 +41,7 @@ def _same(first: Tensor | None, second: Tensor | None) -> bool:
 
 
 def untie(model: nn.Module) -> None:
-    """Make every tied tensor one of its own, in `model` and in its config; its values are not touched."""
+    """Make every tied tensor one of its own, in `model` and its config; no value is touched."""
     model.all_tied_weights_keys = {}
     for part in (model.config, *vars(model.config).values()):
         if hasattr(part, "tie_word_embeddings"):
@@ -51,7 +56,7 @@ def untie_config(config: dict) -> None:
 
 
 def settle(model: nn.Module, stored: StoredNames, read: Callable[[str], Tensor]) -> bool:
-    """Give `stored` one tensor for all tied names, or untie `model` if the checkpoint holds two that differ.
+    """Give `stored` one tensor for all tied names, or untie `model` if it holds two that differ.
 
     Of a tied pair any one may be stored, as for transformers. read: the tensor of a stored name.
 

@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "ties": {"stored_names"},
     "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
     "source": FORMAT
-    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "stored_names", "text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}

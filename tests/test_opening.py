@@ -1,4 +1,4 @@
-"""A packed folder opens with exactly its own weights, by `load` and by `from_pretrained`, or is refused by name."""
+"""A packed folder opens with exactly its own weights, by `load` as by `from_pretrained`, or not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ TOKENS = tiny_models.tokens()
 
 
 def compress(dense, out, **settings):
-    return slab_kernels.compress(dense, out, method="magnitude", calibration=TOKENS, progress=False, **settings)
+    return slab_kernels.compress(
+        dense, out, method="magnitude", calibration=TOKENS, progress=False, **settings
+    )
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -63,14 +65,34 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        (lambda c: c["quantization_config"]["modules"].pop(UP), None, f"lacks tensor '{UP}.weight'"),
-        (lambda c: c.update(num_hidden_layers=3), None, r"lacks tensor 'model\.layers\.2\..* and 8 more"),
-        (lambda c: c.update(num_hidden_layers=1), None, r"module 'model\.layers\.1\..*has not as nn\.Linear"),
+        (
+            lambda c: c["quantization_config"]["modules"].pop(UP),
+            None,
+            f"lacks tensor '{UP}.weight'",
+        ),
+        (
+            lambda c: c.update(num_hidden_layers=3),
+            None,
+            r"lacks tensor 'model\.layers\.2\..* and 8 more",
+        ),
+        (
+            lambda c: c.update(num_hidden_layers=1),
+            None,
+            r"module 'model\.layers\.1\..*has not as nn\.Linear",
+        ),
         (None, lambda t: t.pop(NORM), f"lacks tensor '{NORM}'"),
         (None, lambda t: t.update(more=torch.ones(2)), "unexpected tensor 'more'"),
-        (None, lambda t: t.update({NORM: torch.ones(31)}), rf"'{NORM}' has shape \[31\], expected \[32\]"),
+        (
+            None,
+            lambda t: t.update({NORM: torch.ones(31)}),
+            rf"'{NORM}' has shape \[31\], expected \[32\]",
+        ),
         (None, lambda t: t[NORM].fill_(torch.nan), f"'{NORM}' holds NaN"),
-        (None, lambda t: t["model.embed_tokens.weight"][3].fill_(torch.inf), "embed_tokens.weight' holds NaN or inf"),
+        (
+            None,
+            lambda t: t["model.embed_tokens.weight"][3].fill_(torch.inf),
+            "embed_tokens.weight' holds NaN or inf",
+        ),
     ],
 )
 def test_weights_that_are_not_its_own_are_refused(packed, tmp_path, config, tensors, message):
@@ -87,17 +109,26 @@ def test_other_classes_and_arguments_are_refused(packed):
         transformers.AutoModel.from_pretrained(packed)
     with pytest.raises(CheckpointError, match=r"lacks tensor 'score\.weight'"):
         transformers.AutoModelForSequenceClassification.from_pretrained(packed)
-    with pytest.raises(CheckpointError, match=r"no weight for 'model\.layers\.0\.input_layernorm\.weight' and 1 more"):
-        AutoModel.from_pretrained(packed, key_mapping={"input_layernorm": "post_attention_layernorm"})
+    with pytest.raises(
+        CheckpointError,
+        match=r"no weight for 'model\.layers\.0\.input_layernorm\.weight' and 1 more",
+    ):
+        AutoModel.from_pretrained(
+            packed, key_mapping={"input_layernorm": "post_attention_layernorm"}
+        )
     config = transformers.AutoConfig.from_pretrained(packed)
     with pytest.raises(CheckpointError, match="from its folder only"):
-        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=load_file(packed / "model.safetensors"))
+        transformers.LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=load_file(packed / "model.safetensors")
+        )
 
 
 def test_a_cast_that_overflows_is_refused(packed, tmp_path):
     folder = edited(packed, tmp_path, None, lambda t: t[NORM].fill_(1e6))
     for opening in (slab_kernels.load, AutoModel.from_pretrained):
-        with pytest.raises(CheckpointError, match=rf"'{NORM}' holds NaN or infinite numbers of torch\.float16"):
+        with pytest.raises(
+            CheckpointError, match=rf"'{NORM}' holds NaN or infinite numbers of torch\.float16"
+        ):
             opening(folder, dtype=torch.float16)
 
 
@@ -105,24 +136,38 @@ def test_a_cast_that_overflows_is_refused(packed, tmp_path):
 @pytest.mark.parametrize("absolute", [False, True])
 def test_weights_outside_the_folder_are_refused(packed, tmp_path, key, absolute):
     """The other folder is whole, so that only the place of the file can be the reason."""
-    other, folder = shutil.copytree(packed, tmp_path / "other"), shutil.copytree(packed, tmp_path / "folder")
-    file = str(other / "model.safetensors") if absolute else os.path.join("..", "other", "model.safetensors")
+    other, folder = (
+        shutil.copytree(packed, tmp_path / "other"),
+        shutil.copytree(packed, tmp_path / "folder"),
+    )
+    file = (
+        str(other / "model.safetensors")
+        if absolute
+        else os.path.join("..", "other", "model.safetensors")
+    )
     (folder / "model.safetensors").unlink()
     if key == "weight_map":
         listed = {name: file for name in load_file(other / "model.safetensors")}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": listed})
+        )
     else:
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | {key: file}))
     for opening in (slab_kernels.load, AutoModel.from_pretrained):
-        with pytest.raises((CheckpointError, ValueError), match=r"does not lie in|in the same folder|inside the model dir"):
+        with pytest.raises(
+            (CheckpointError, ValueError),
+            match=r"does not lie in|in the same folder|inside the model dir",
+        ):
             opening(folder)
 
 
 @pytest.mark.parametrize("arguments", [{"subfolder": "inside"}, {"variant": "fp32"}])
 def test_files_elsewhere_in_the_folder_open(packed, tmp_path, arguments):
     model = slab_kernels.load(packed)
-    model.save_pretrained(tmp_path / arguments.get("subfolder", ""), variant=arguments.get("variant"))
+    model.save_pretrained(
+        tmp_path / arguments.get("subfolder", ""), variant=arguments.get("variant")
+    )
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path, **arguments)), logits(model))
 
 
@@ -157,17 +202,28 @@ def test_what_a_quantization_config_holds_beside_modules_does_no_harm(packed, tm
 
 MIXTURE = {**tiny_models._GATED, "num_local_experts": 2, "num_experts_per_tok": 1}
 LATENT = {
-    **tiny_models._COMMON, "intermediate_size": 48, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    **tiny_models._COMMON, "intermediate_size": 48, "num_key_value_heads": 4, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
 }  # fmt: skip
 MODERNBERT = {**tiny_models._COMMON, "intermediate_size": 48}
-BIGCODE = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
+BIGCODE = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "n_inner": 48,
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "config", "skip"),
     [
-        ("youtu", LATENT, ()),  # transformers zeroes the embedding's padding row wherever it initialises
+        (
+            "youtu",
+            LATENT,
+            (),
+        ),  # transformers zeroes the embedding's padding row wherever it initialises
         ("gpt_bigcode", BIGCODE, ()),  # these three ask their linears for `weight` there
         ("nanochat", tiny_models._GATED | {"head_dim": 8}, ()),
         ("modernbert-decoder", MODERNBERT, ()),
@@ -184,17 +240,40 @@ def test_every_road_gives_one_function(tmp_path, kind, config, skip):
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.15)
-    compress(dense, tmp_path / "packed", skip=skip)
-    ours, theirs = slab_kernels.load(tmp_path / "packed"), AutoModel.from_pretrained(tmp_path / "packed")
+    dense.save_pretrained(tmp_path / "given")
+    compress(tmp_path / "given", tmp_path / "packed", skip=skip)
+    ours, theirs = (
+        slab_kernels.load(tmp_path / "packed"),
+        AutoModel.from_pretrained(tmp_path / "packed"),
+    )
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     slab_kernels.save(theirs, tmp_path / "saved")
-    again = [opening(tmp_path / name) for name in ("ours", "theirs") for opening in (slab_kernels.load, AutoModel.from_pretrained)]
+    again = [
+        opening(tmp_path / name)
+        for name in ("ours", "theirs")
+        for opening in (slab_kernels.load, AutoModel.from_pretrained)
+    ]
     for model in (theirs, *again, slab_kernels.load(tmp_path / "saved")):
         assert torch.equal(logits(model), logits(ours))
     slab_kernels.decompress(tmp_path / "theirs", tmp_path / "dense")
-    if kind != "youtu":
-        torch.testing.assert_close(logits(AutoModel.from_pretrained(tmp_path / "dense")), logits(ours), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModel.from_pretrained(tmp_path / "dense")), logits(ours), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_no_weight_is_initialised_again(tmp_path):
+    """transformers zeroes the padding row of this embedding wherever it initialises."""
+    if "youtu" not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no youtu")
+    torch.manual_seed(0)
+    dense = AutoModel.from_config(
+        transformers.AutoConfig.for_model("youtu", **{**tiny_models._TOKENS, **LATENT})
+    )
+    nn.init.ones_(dense.model.embed_tokens.weight)
+    compress(dense, tmp_path / "packed")
+    for opening in (slab_kernels.load, AutoModel.from_pretrained):
+        assert bool((opening(tmp_path / "packed").model.embed_tokens.weight == 1).all())
 
 
 CODE = """
@@ -207,7 +286,7 @@ class XConfig(LlamaConfig):
 class XForCausalLM(LlamaForCausalLM):
     config_class = XConfig
 
-    def _init_weights(self, module):  # as models before transformers 5 do, whatever is loaded already
+    def _init_weights(self, module):  # whatever is loaded already
         super()._init_weights(module)
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             module.weight.data.normal_()
@@ -244,14 +323,23 @@ def head_of_its_own(folder):
 def test_a_head_of_its_own_beside_a_tied_config_is_kept(tmp_path, road):
     tiny_models.write(tmp_path / "dense")
     head = head_of_its_own(tmp_path / "dense")
-    source = tmp_path / "dense" if road == "folder" else AutoModel.from_pretrained(tmp_path / "dense")
+    source = (
+        tmp_path / "dense" if road == "folder" else AutoModel.from_pretrained(tmp_path / "dense")
+    )
     compress(source, tmp_path / "packed")
-    ours, theirs = slab_kernels.load(tmp_path / "packed"), AutoModel.from_pretrained(tmp_path / "packed")
+    ours, theirs = (
+        slab_kernels.load(tmp_path / "packed"),
+        AutoModel.from_pretrained(tmp_path / "packed"),
+    )
     theirs.save_pretrained(tmp_path / "again")
     slab_kernels.save(ours, tmp_path / "saved")
     slab_kernels.decompress(tmp_path / "packed", tmp_path / "dense again")
     models = [ours, theirs, AutoModel.from_pretrained(tmp_path / "dense again")]
-    models += [opening(tmp_path / f) for f in ("again", "saved") for opening in (slab_kernels.load, AutoModel.from_pretrained)]
+    models += [
+        opening(tmp_path / f)
+        for f in ("again", "saved")
+        for opening in (slab_kernels.load, AutoModel.from_pretrained)
+    ]
     for model in models:
         model.tie_weights()  # which asks the config, not the weights
         assert torch.equal(model.lm_head.weight, head)
@@ -262,7 +350,10 @@ def test_a_packed_folder_with_either_or_both_of_a_tied_pair(packed, tmp_path):
     want = logits(slab_kernels.load(packed))
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     for number, change in enumerate(
-        (lambda t: t.update({head: t[embedding].clone()}), lambda t: t.update({head: t.pop(embedding)}))
+        (
+            lambda t: t.update({head: t[embedding].clone()}),
+            lambda t: t.update({head: t.pop(embedding)}),
+        )
     ):
         folder = edited(packed, tmp_path / str(number), None, change)
         for opening in (slab_kernels.load, AutoModel.from_pretrained):

@@ -1,4 +1,4 @@
-"""transformers knows packed folders whatever is imported first, and its import never fails because of this library."""
+"""transformers knows packed folders in any order of imports, and its own import never fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-# What all orders have in common is loaded once; before each, this library and the registry are as in a fresh process.
+# What all orders share is loaded once; before each, this library and the registry are unloaded.
 ORDERS = """
 import itertools, sys
 import transformers.modeling_utils
@@ -22,13 +22,14 @@ EVENTS = (
     "import slab_kernels.engines.transformers",
 )
 for order in itertools.permutations(EVENTS):
-    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("slab_kernels")]
+    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("slab")]
     for name in list(sys.modules):
         if name.split(".")[0] == "slab_kernels" or name.startswith("transformers.quantizers"):
             del sys.modules[name]
     for event in order:
         exec(event, {})
-    auto, ours = sys.modules["transformers.quantizers.auto"], sys.modules["slab_kernels.engines.transformers"]
+    auto = sys.modules["transformers.quantizers.auto"]
+    ours = sys.modules["slab_kernels.engines.transformers"]
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
     assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
 """
@@ -97,7 +98,11 @@ else: raise AssertionError("opened")
         (FROZEN + KNOWN, ("-W", "error")),
         (TWICE + KNOWN, ()),
     ],
-    ids=["all orders", "warnings are errors, and the loader cannot be changed", "a failed import and a reload"],
+    ids=[
+        "all orders",
+        "warnings are errors, and the loader cannot be changed",
+        "a failed import and a reload",
+    ],
 )
 def test_registered(code, options):
     done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
@@ -105,6 +110,8 @@ def test_registered(code, options):
 
 
 def test_a_strange_transformers_lives_and_refuses_our_folders():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", STRANGE], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", STRANGE], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "The reason: AttributeError: moved" in done.stderr

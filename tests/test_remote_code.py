@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import tiny_models
@@ -50,9 +49,6 @@ def write(folder, kind: str) -> None:
 def ran(tmp_path, monkeypatch):
     """A file that is there once the folder's code has run."""
     monkeypatch.setenv("RAN", str(tmp_path / "ran"))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path / "ran"
 
 

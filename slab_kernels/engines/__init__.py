@@ -1,9 +1,11 @@
-"""Adapters to other people's engines, one file each; `import slab_kernels` hooks transformers here without importing anything.
+"""Adapters to other people's engines, one file each. `import slab_kernels` hooks transformers here
+and imports nothing for it.
 
 vLLM finds `register_with_vllm` through an entry point.
 
-transformers has no plugin entry point: a quantizer has to be registered in a running process, after `transformers.quantizers.auto`
-exists. `watch` waits for that module with a finder on sys.meta_path. It stays there, since a reload empties the registry.
+transformers has no plugin entry point: a quantizer has to be registered in a running process, after
+`transformers.quantizers.auto` exists. `watch` waits for that module with a finder on sys.meta_path.
+The finder stays there, since a reload empties the registry.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import importlib.util
 import sys
 
 WATCHED = "transformers.quantizers.auto"
-METHOD = "slab_kernels"  # the quant_method of our folders, which `packed_checkpoint` would have to be imported for
+METHOD = "slab_kernels"  # quant_method of our folders; packed_config would import torch for it
 
 
 class _Loader:
@@ -29,12 +31,15 @@ class _Loader:
 
     def exec_module(self, module) -> None:
         self._loader.exec_module(module)
-        module.__spec__.loader = module.__loader__ = self._loader  # nothing of ours stays on the module
+        module.__spec__.loader = module.__loader__ = (
+            self._loader
+        )  # nothing of ours stays on the module
         register_with_transformers()
 
 
 class _Watcher:
-    """A meta-path finder that finds nothing itself: it lets the module be imported as ever and registers behind it."""
+    """A meta-path finder that finds nothing itself: the module is imported as ever, and we register
+    behind it."""
 
     asking = False  # the other finders, which means itself too
 
@@ -52,7 +57,7 @@ class _Watcher:
 
 
 def watch() -> None:
-    """Register with transformers now if it is there already, and whenever it is imported from now on."""
+    """Register with transformers now if it is there already, and whenever it is imported later."""
     if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
     if WATCHED in sys.modules:
@@ -60,23 +65,24 @@ def watch() -> None:
 
 
 def register_with_transformers() -> None:
-    """Register the quantizer; a transformers that it does not fit stays usable, but refuses our folders.
+    """Register the quantizer; a transformers that it does not fit lives on and refuses our folders.
 
     Nothing is raised: importing transformers must not fail because of this library.
     """
     try:
         module = importlib.import_module(".transformers", __name__)
-        if hasattr(module, "register"):  # else this happens while it is imported, and it ends with registering
+        if hasattr(module, "register"):  # else it is being imported now, and ends with registering
             module.register()
     except Exception as error:  # whatever moved inside transformers
         _refuse(
-            "slab_kernels could not register with transformers, so from_pretrained cannot open its folders: "
-            f"use slab_kernels.load(folder). The reason: {type(error).__name__}: {error}"
+            "slab_kernels could not register with transformers, so from_pretrained cannot open "
+            "its folders: use slab_kernels.load(folder). "
+            f"The reason: {type(error).__name__}: {error}"
         )
 
 
 def _refuse(reason: str) -> None:
-    """Say so now, and put in the quantizer's place something that says so instead of opening random weights."""
+    """Say so now, and again wherever transformers would open a folder with random weights."""
     import logging
 
     class Refused:
@@ -91,5 +97,5 @@ def _refuse(reason: str) -> None:
 
 
 def register_with_vllm() -> None:
-    """The entry point of `vllm.general_plugins`, called in every process of vLLM; again does no harm."""
+    """The entry point of `vllm.general_plugins`, called in every process; again does no harm."""
     from . import vllm  # noqa: F401  registers on import

@@ -56,16 +56,18 @@ class SlabConfig(QuantizationConfigMixin):
         if modules is None:
             self._check_settings()
             return
-        layouts = parse_layouts({"format_version": format_version, "modules": modules}, "this model")
+        entry = {"format_version": format_version, "modules": modules}
+        layouts = parse_layouts(entry, "this model")
         plain = {key: value for key, value in settings.items() if isinstance(value, str | int)}
         entry = quantization_config(layouts, plain)
         self.modules, self.settings = entry["modules"], {key: entry[key] for key in DESCRIBED}
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        """What config.json holds, with modules; keys that are not known are left out. Raises: as the class does."""
-        modules, described = config_dict.get("modules"), {k: config_dict.get(k) for k in DESCRIBED}
-        config = cls({} if modules is None else modules, config_dict.get("format_version"), **described)
+        """What config.json holds, without keys that are not known. Raises: as the class does."""
+        modules, version = config_dict.get("modules"), config_dict.get("format_version")
+        described = {key: config_dict.get(key) for key in DESCRIBED}
+        config = cls({} if modules is None else modules, version, **described)
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
@@ -83,7 +85,9 @@ class SlabConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict:
         """What stands in config.json under quantization_config."""
         kept = {key: self.settings[key] for key in DESCRIBED if key in self.settings}
-        modules = {} if self.modules is None else {"modules": {name: dict(m) for name, m in self.modules.items()}}
+        modules = {}
+        if self.modules is not None:
+            modules["modules"] = {name: dict(module) for name, module in self.modules.items()}
         return {"quant_method": self.quant_method, "format_version": self.format_version, **kept, **modules}
 
     def __iter__(self):
@@ -111,20 +115,23 @@ class SlabQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         if not checkpoint_files:
-            raise CheckpointError("a packed model opens from its folder only, not from a state_dict; save it first")
+            raise CheckpointError(
+                "a packed model opens from its folder only, not from a state_dict; save it first"
+            )
         swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
         checkpoint = Checkpoint(_folder(model, checkpoint_files), checkpoint_files)
         check_tensors_fit(checkpoint, model)
         checkpoint.verify()
         for module in model.modules():
-            if not computes(module):  # all its tensors come from the files: there is nothing to initialise
+            if not computes(module):  # all its tensors come from files
                 module._is_hf_initialized = True
-        setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
+        if hasattr(model, ADJUST):
+            setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             return self._compress(model)
-        delattr(model, ADJUST)
+        vars(model).pop(ADJUST, None)
         for t in (*model.parameters(), *model.buffers()):
             if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
                 t.data = t.data.clone()
@@ -178,25 +185,27 @@ class SlabQuantizer(HfQuantizer):
 
 
 class _Refusing:
-    """transformers' own reckoning of what it could not load, with an error in the place of its warning."""
+    """transformers' own reckoning of what it could not load, with an error instead of a warning."""
 
     def __init__(self, adjust):
         self.adjust = adjust
 
     def __call__(self, *found):
-        result = self.adjust(*found)  # transformers 5.0 gives and returns the names, newer ones change them in place
+        result = self.adjust(*found)  # 5.0 gives and returns names; others change them
         missing, unexpected = result or (found[0].missing_keys, found[0].unexpected_keys)
-        for what, names in (("has no weight for", missing), ("has no use for the weight", unexpected)):
+        kinds = (("has no weight for", missing), ("has no use for the weight", unexpected))
+        for what, names in kinds:
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise CheckpointError(
-                    f"transformers {what} {min(names)!r}{more}: a packed folder opens with exactly its own weights or not at all"
+                    f"transformers {what} {min(names)!r}{more}: a packed folder opens with exactly "
+                    "its own weights or not at all"
                 )
         return result
 
 
 def _folder(model, files: list[str]) -> Path:
-    """Where the weights lie. Raises: CheckpointError if that is outside the model's folder, so given."""
+    """Where the weights lie. Raises: CheckpointError if that is outside the model's folder."""
     here, named = Path(files[0]).parent, Path(model.config._name_or_path)
     if named.is_dir() and os.path.relpath(here, named).split(os.sep)[0] == os.pardir:
         raise CheckpointError(f"the shard {str(files[0])!r} does not lie in {named}; copy it there")
