@@ -25,6 +25,7 @@ from typing import Any
 from slab_kernels import bench, console, figures, machine, peers, report
 from slab_kernels.layer_shapes import MODELS, layers
 from slab_kernels.options import DTYPES, parse_shape
+from slab_kernels.paths import expanded
 from slab_kernels.pipeline import resolve_device
 
 ROOT = Path(__file__).resolve().parent
@@ -70,7 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--peers", action=flag, default=True, help="other libraries' kernels, where installed"
     )
     parser.add_argument("--seconds", type=float, help="least time a row is measured")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=expanded, default=ROOT / "results")
     args = parser.parse_args(arguments)
     args.device = resolve_device(args.device)
     if args.device.type not in DEFAULTS:

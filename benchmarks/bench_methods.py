@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from slab_kernels.paths import expanded
+
 SHIPPED = Path(__file__).resolve().parent / "model"
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -174,7 +176,7 @@ def draw(found: dict, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(SHIPPED))
-    parser.add_argument("--out", type=Path, default=Path("bench-methods"), help="without suffix: OUT.json and OUT.png")
+    parser.add_argument("--out", type=expanded, default=Path("bench-methods"), help="without suffix: OUT.json and OUT.png")
     parser.add_argument("--calibration", default="stdlib")
     parser.add_argument("--text", default="stdlib:heldout")
     parser.add_argument("--samples", type=int, default=128)

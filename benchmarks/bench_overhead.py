@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import timeit
-from pathlib import Path
 
 import torch
 from bench_linear import commit
 
 from slab_kernels import SlabLinear, machine
 from slab_kernels.format import PackedLayout
+from slab_kernels.paths import expanded
 from slab_kernels.testing import random_packed
 
 SHAPES = ((16, 16), (64, 64), (256, 256))
@@ -48,7 +48,7 @@ def measure(N: int, K: int, name: str, bias: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=expanded)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(N, K, name, bias) for N, K in SHAPES for name in FORMS for bias in (False, True)]

@@ -20,7 +20,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import psutil
 import torch
@@ -28,6 +27,7 @@ from transformers import AutoTokenizer
 
 import slab_kernels
 from slab_kernels import machine, text
+from slab_kernels.paths import expanded
 
 PROMPTS, PORT, START_SECONDS, ANSWER_SECONDS = 32, 8765, 300, 120
 
@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--growth", type=float, default=20.0, help="MB that the server may grow from the first quarter to the last")
     parser.add_argument("--dtype", default="float32", help="of the activations, on both sides")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=expanded, help="JSON to write")
     args, arguments = parser.parse_known_args()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     ids = text.tokenize(tokenizer, text.read_text("stdlib:heldout", 40_000))

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from slab_kernels.paths import expanded
+
 METHODS = ("magnitude", "wanda", "sparsegpt", "slab-paper", "slab")
 SHIPPED = Path(__file__).resolve().parent / "model"
 CODE_PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
@@ -28,7 +30,7 @@ BENCH_SHAPE = (11008, 4096)  # the widest linear of a 7B Llama: what decoding sp
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(SHIPPED), help="model folder or hub name (default: the shipped model)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--out", type=expanded, default=Path("demo-out"))
     parser.add_argument("--calibration", default="stdlib", help="text file, folder, datasets name, or stdlib")
     parser.add_argument("--text", default="stdlib:heldout", help="held-out text for errors and perplexity")
     parser.add_argument("--methods", default=",".join(METHODS))

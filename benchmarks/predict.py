@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from bench_linear import commit
 
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import GPUS, Rebuild, Sizes, choose, dense_microseconds, gpu_named
 from slab_kernels.layer_shapes import layers
+from slab_kernels.paths import expanded
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
 KINDS = {  # name -> values, rank of the sign term, rank of the adapter
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", nargs="+", default=[gpu.name for gpu in GPUS])
     parser.add_argument("--models", nargs="+", default=["llama-3-8b", "llama-3-70b"])
-    parser.add_argument("--out", type=Path, help="also write the rows as JSON, into this file")
+    parser.add_argument("--out", type=expanded, help="also write the rows as JSON, into this file")
     arguments = parser.parse_args()
     try:
         names = list(dict.fromkeys(gpu_named(name).name for name in arguments.gpu))

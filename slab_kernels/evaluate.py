@@ -13,7 +13,7 @@ from .nn import SlabLinear
 from .packed_checkpoint import check
 from .source import text_config
 from .text import CalibrationError, Sampling, tokenize, windows
-from .token_ids import check_fits
+from .token_ids import check_fits, token_ids
 
 LOGITS_AT_ONCE = 1 << 26  # tokens * vocabulary whose logits are held at a time: 256 MiB in fp32
 
@@ -76,12 +76,15 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
     """||X (W - W')^T|| / ||X W^T|| of every compressed linear, X its inputs in the compressed model on `tokens`.
 
     Args:
-        tokens: ids [samples, window] int64 of held-out text (`text.sample_windows` makes them).
+        tokens: ids [samples, window] of held-out text in any form of `token_ids` (`text.sample_windows` makes them).
 
     Compared are all SlabLinear modules, and all nn.Linear of the decoder blocks whose weight differs from the dense
     model's. Returns module name -> error, in the model's order.
     """
-    dense = dict(dense_model.named_modules())
+    dense, ids = dict(dense_model.named_modules()), token_ids(tokens, "held-out")
+    if ids is None:
+        raise CalibrationError("layer errors are measured on token ids [samples, window], not on text; `text.sample_windows` makes them")
+    check_fits(ids, compressed_model, "held-out")
     path, _ = find_blocks(compressed_model)
     compared: list[str] = []
     for name, module in compressed_model.named_modules():
@@ -118,7 +121,7 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
     ]
     device = compressed_model.get_input_embeddings().weight.device
     try:
-        for batch in tokens.split(batch_size(tokens.shape[1])):
+        for batch in ids.split(batch_size(ids.shape[1])):
             compressed_model(input_ids=batch.to(device), use_cache=False)
     finally:
         for handle in handles:
@@ -145,8 +148,8 @@ def continuation(
 
 def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict[str, Tensor], int]:
     """The prompt as `generate` takes it, and how many of `tokens` fit behind it. Raises: CalibrationError."""
-    if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise CalibrationError("the prompt is not UTF-8 text")
+    if not isinstance(prompt, str) or any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise CalibrationError(f"the prompt {prompt!r} is no text in UTF-8")
     inputs = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
     length = inputs["input_ids"].numel()
     if not length:

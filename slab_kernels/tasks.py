@@ -9,7 +9,11 @@ from torch import nn
 
 from .packed_checkpoint import check
 from .paths import expanded
+from .settings import Rule
 from .token_ids import check_fits
+
+LIMIT = Rule("documents of each task", int, 1, optional=True)
+BATCH = Rule("sequences that run together", int, 1)
 
 
 def run_tasks(
@@ -32,6 +36,7 @@ def run_tasks(
     except ImportError as error:
         raise ImportError(f"tasks need the package lm-eval, and it does not import here ({error}); pip install lm-eval") from error
     task_files = None if task_files is None else expanded(task_files)
+    limit, batch_size = LIMIT.accept("limit", limit), BATCH.accept("batch_size", batch_size)
     if task_files is not None and not task_files.is_dir():
         raise ValueError(f"task_files={str(task_files)!r} is not a folder of task files")
     manager = TaskManager(include_path=None if task_files is None else str(task_files))

@@ -172,7 +172,9 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def tokenize(tokenizer, text: str) -> Tensor:
-    """Token ids of `text` [tokens] int64, with no special tokens added."""
+    """Token ids of `text` [tokens] int64, with no special tokens added. Raises: CalibrationError for what is no text."""
+    if not isinstance(text, str):
+        raise CalibrationError(f"{reprlib.repr(text)} is no text; `text.read_text` reads a file, a folder or a list of texts")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 

@@ -90,7 +90,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
-    "tasks": {"packed_checkpoint", "paths", "token_ids"},
+    "tasks": {"packed_checkpoint", "paths", "settings", "token_ids"},
     "engines": FORMAT | {"blocks", "nn"}
     | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton"}
     | {"source", "ties"},

@@ -333,6 +333,8 @@ def test_dead_inputs_are_approximated_like_any_other():
             CalibrationError,
             "drift",
         ),
+        ({"weight": [[1.0, 2.0]]}, DtypeError, "weight is a list"),
+        ({"stats": torch.eye(32)}, CalibrationError, "needs the Gram matrix"),
         ({"weight": torch.ones(8)}, ShapeError, r"\(8,\)"),
         ({"weight": torch.ones(0, 32)}, ShapeError, "out_features, in_features"),
         ({"weight": torch.ones(8, 32, dtype=torch.int8)}, DtypeError, "int8"),

@@ -144,6 +144,12 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tokenizer):
 
 def test_perplexity_refuses_what_it_cannot_measure(tokenizer):
     model = tiny_models.model()
+    with pytest.raises(CalibrationError, match="3 is no text"):
+        evaluate.perplexity(model, tokenizer, 3)
+    with pytest.raises(CalibrationError, match="window='4' must be"):
+        evaluate.perplexity(model, tokenizer, "abc", window="4")
+    with pytest.raises(CalibrationError, match="measured on token ids"):
+        evaluate.layer_errors(model, model, "abc")
     with pytest.raises(CalibrationError, match="has 0 tokens"):
         evaluate.perplexity(model, tokenizer, "")
     with pytest.raises(CalibrationError, match="window=65 is longer than the model's 64 positions"):

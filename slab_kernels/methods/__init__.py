@@ -123,7 +123,7 @@ def decompose(
     _check_weight(weight)
     config = check_shape(config, chosen, tuple(weight.shape), adapter_rank)
     _check_stats(weight, stats, chosen)
-    if stats is not None:
+    if isinstance(stats, InputStats):
         stats = stats.to(weight.device)
     return chosen.function(weight.detach().float(), stats, config)
 
@@ -164,6 +164,8 @@ def check_options(method: str, options: dict) -> Method:
 
 
 def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise DtypeError(f"weight is a {type(weight).__name__}, expected a torch tensor [out_features, in_features]")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ShapeError(f"weight has shape {tuple(weight.shape)}, expected [out_features, in_features]")
     if not weight.is_floating_point():
@@ -198,7 +200,7 @@ def _check_stats(weight: Tensor, stats: InputStats | None, method: Method) -> No
     if method.statistics == "none":
         return
     what = "the Gram matrix" if method.statistics == "gram" else "the mean squares"
-    if stats is None or getattr(stats, "gram" if method.statistics == "gram" else "mean_square") is None:
+    if not isinstance(stats, InputStats) or getattr(stats, "gram" if method.statistics == "gram" else "mean_square") is None:
         raise CalibrationError(
             f"method {method.name!r} needs {what} of the layer's inputs: update() an "
             f"InputStats(in_features={K}, needs={method.statistics!r}) with them and pass it as stats"
