@@ -40,6 +40,7 @@ WEIGHT_DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")  # of config.json
+MAX_LABELS = 1 << 20
 FEW_BLOCKS = 64  # built in a second, so that it may turn out by their names that some are not in the files
 
 
@@ -225,10 +226,11 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_block_count(checkpoint: Checkpoint) -> None:
-    """The blocks that config.json asks for against those that the files hold, before any is built.
+def check_counts(checkpoint: Checkpoint) -> None:
+    """The blocks that config.json asks for against those that the files hold, before any is built, and the labels of a
+    classifier, of which transformers makes a table.
 
-    An encoder's number may stand there while the files hold the decoder alone, so only far more are refused.
+    An encoder's number may stand there while the files hold the decoder alone, so only far more blocks are refused.
 
     Raises: CheckpointError.
     """
@@ -248,6 +250,11 @@ def check_block_count(checkpoint: Checkpoint) -> None:
                     f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, and the files "
                     f"hold {stored} blocks; it does not belong to them"
                 )
+        labels = part.get("num_labels")
+        if type(labels) is int and labels > MAX_LABELS:
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'} has num_labels={reprlib.repr(labels)}, which no model has"
+            )
 
 
 def write_index(folder: Path, tables: Iterable[dict[str, TensorEntry]]) -> None:

@@ -15,7 +15,7 @@ from .blocks import ArchitectureError, find_blocks
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
-    check_block_count,
+    check_counts,
     shard_name,
     write_index,
     write_json,
@@ -37,7 +37,7 @@ def packed_skeleton(
     checkpoint: Checkpoint, layouts: dict[str, PackedLayout], trust_remote_code: bool = False
 ) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
-    check_block_count(checkpoint)
+    check_counts(checkpoint)
     model = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     swap_in(model, layouts)
     return model

@@ -21,11 +21,13 @@ WEIGHT_FILES = (
 WRITTEN_ANEW = ("config.json", "*.index.json", "slab_*.json")
 NOT_DOWNLOADED = [*(p for p in WEIGHT_FILES if p != "*.safetensors"), "*/*.safetensors", ".*", "*/.*"]
 CHUNK = 1 << 20  # bytes copied at a time
-GENERATION_NUMBERS = (
-    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "temperature",
-    "top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+# Of a generation config; every other setting that transformers knows is a number, or a switch.
+TEXTS_AND_LISTS = (
+    "bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens", "constraints", "sequence_bias",
+    "exponential_decay_length_penalty", "stop_strings", "dola_layers", "early_stopping", "cache_implementation",
+    "speculation_type", "num_assistant_tokens_schedule", "transformers_version",
 )  # fmt: skip
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+SWITCHES = ("do_", "output_", "return_", "use_")
 
 
 def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
@@ -130,11 +132,18 @@ def read_generation_config(folder: Path):
     if not path.is_file():
         return None
     content = read_json(path)
-    for name in (*GENERATION_NUMBERS, *TOKEN_IDS):
-        value = content.get(name)
-        values = value if name in TOKEN_IDS and isinstance(value, list) else [value]
-        if not all(v is None or (type(v) in (int, float) and abs(v) < 1 << 63) for v in values):
-            raise CheckpointError(f"{path} has {name}={short(value)}, expected a number; correct or delete the file")
+    for name in vars(GenerationConfig()).keys() & content.keys():
+        if name in TEXTS_AND_LISTS or name.startswith("_") or name.endswith("_config"):
+            continue
+        value = content[name]
+        numbers = value if name.endswith("token_id") and isinstance(value, list) else [value]
+        kinds, expected = (int, float), "a number"
+        if name.startswith(SWITCHES):
+            kinds, expected = (bool,), "true or false"
+        if not all(n is None or (isinstance(n, kinds) and abs(n) < 1 << 63) for n in numbers):
+            raise CheckpointError(
+                f"{path} has {name}={short(value)}, expected {expected}; correct or delete the file"
+            )
     try:  # values of wrong types surface as anything
         return GenerationConfig.from_dict(content)
     except Exception as error:

@@ -20,7 +20,7 @@ from .checkpoint import (
     WEIGHTS_KEY,
     Checkpoint,
     CheckpointError,
-    check_block_count,
+    check_counts,
     config_dtype,
     tensor_bytes,
     write_json,
@@ -72,7 +72,7 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
-        check_block_count(self.checkpoint)
+        check_counts(self.checkpoint)
         self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name

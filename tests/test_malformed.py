@@ -131,8 +131,15 @@ def test_a_sparse_file_is_not_read(copy):
     assert read_json(copy / RECORD_NAME)
 
 
+@pytest.mark.parametrize("count", [1 << 40, HUGE])
+def test_a_table_of_labels_is_not_made_before_its_size_is_seen(copy, count):
+    change(copy / "config.json", "num_labels", value=count)
+    with pytest.raises(CheckpointError, match="has num_labels=.*, which no model has"):
+        slab_kernels.load(copy)
+
+
 @pytest.mark.parametrize("use", [slab_kernels.load, lambda f: slab_kernels.decompress(f, f / "d"), lambda f: FolderSource(f.parent / "dense")])
-def test_far_more_blocks_than_the_files_hold_are_refused_before_they_are_built(copy, tmp_path, use, monkeypatch):
+def test_far_more_blocks_than_the_files_hold_are_refused_before_they_are_built(copy, tmp_path, use):
     tiny_models.write(tmp_path / "dense")
     for folder in (copy, tmp_path / "dense"):
         change(folder / "config.json", "num_hidden_layers", value=4000)

@@ -110,10 +110,20 @@ def test_compress_and_decompress_carry_files_and_say_what_they_leave(tmp_path, c
 
 
 @pytest.mark.parametrize("content", [
-    "[]", "{", '{"max_length": "long"}', '{"eos_token_id": {"a": 1}}', '{"temperature": [1]}', '{"compile_config": "x"}',
+    "[]", "{", '{"max_length": "long"}', '{"output_hidden_states": "yes"}', '{"min_p": {}}', '{"use_cache": 0.5}', '{"eos_token_id": {"a": 1}}', '{"temperature": [1]}', '{"compile_config": "x"}',
     '{"watermarking_config": [1]}', '{"top_k": 1' + "0" * 400 + "}",
 ])  # fmt: skip
 def test_a_generation_config_that_cannot_be_used_is_named(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_generation_config(tmp_path)
+
+
+def test_a_generation_config_is_read_as_it_was_written(tmp_path):
+    from transformers import GenerationConfig
+
+    settings = {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.5, "stop_strings": ["x"],
+                "cache_implementation": "static", "suppress_tokens": [3], "language": "<|en|>"}  # fmt: skip
+    GenerationConfig(**settings).save_pretrained(tmp_path)
+    found, want = read_generation_config(tmp_path).to_dict(), GenerationConfig.from_pretrained(tmp_path).to_dict()
+    assert found == want and found["eos_token_id"] == [1, 2] and found["language"] == "<|en|>"
