@@ -9,6 +9,7 @@ serve torch.compile and torch.export.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 
@@ -100,6 +101,13 @@ def _dequantize_fake(values, metadata, signs, scales, U, V, P, Q, in_features):
     return values.new_empty((values.shape[0], in_features), dtype=torch.float32)
 
 
+def without_autocast(like: Tensor) -> contextlib.AbstractContextManager:
+    """Products on `like`'s device get the types of their factors; meta tensors know no autocast."""
+    kind = like.device.type
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else contextlib.nullcontext()
+
+
 def _setup_context(ctx, inputs, output):
     _, *tensors, _, in_features = inputs
     ctx.save_for_backward(*tensors)
@@ -111,7 +119,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if needs_x:
         W = torch.ops.slab_kernels.dequantize(*ctx.saved_tensors, ctx.in_features)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             grad_x = (grad.to(torch.float32) @ W).to(grad.dtype)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

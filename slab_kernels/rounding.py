@@ -31,22 +31,28 @@ def fitting_dtype(*pairs: tuple[Tensor, Tensor]) -> torch.dtype:
 def round_adapter(
     P: Tensor, Q: Tensor, adapter_values: str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """P [N,R'], Q [K,R'] as `pack` stores them, in fp32; like `round_factors` with `adapter_values` None, else int8 codes of
-    rows with a shared power of two (MXINT8 of the OCP microscaling formats, a row for a block). Raises RangeError.
+    """P [N,R'], Q [K,R'] as `pack` stores them, in fp32.
+
+    With `adapter_values` None like `round_factors`, else int8 codes of rows with a shared power of
+    two (MXINT8 of the OCP microscaling formats, a row for a block). Raises RangeError.
     """
     if adapter_values is None:
         return round_factors(P, Q, dtype)
     for name, t in (("P", P), ("Q", Q)):
         if not bool((t.abs() <= bits.SHARED_LIMIT).all()):
-            raise RangeError(f"{name} reaches {float(t.abs().max()):.4g}; int8 adapters hold finite numbers up to {bits.SHARED_LIMIT:.4g}")
+            raise RangeError(
+                f"{name} reaches {float(t.abs().max()):.4g}; int8 adapters hold finite numbers up to "
+                f"{bits.SHARED_LIMIT:.4g}"
+            )
     stored = [bits.unpack_shared(bits.pack_shared(t.float())) for t in (P, Q)]
     if not all(torch.equal(a, b) for a, b in zip(stored, (P, Q), strict=True)):
-        stored = [bits.unpack_shared(bits.pack_shared(t)) for t in round_factors(P, Q, torch.float32)]
+        balanced = round_factors(P, Q, torch.float32)
+        stored = [bits.unpack_shared(bits.pack_shared(t)) for t in balanced]
     return stored[0], stored[1]
 
 
 def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """U [N,R], V [K,R] as `pack` stores them: each rank balanced by a power of two, then rounded to `dtype`.
+    """U [N,R], V [K,R] as `pack` stores them: each rank balanced by a power of two, then rounded.
 
     dtype None: the `fitting_dtype` of the two. Balancing (max|u_r| ~ max|v_r|) keeps both inside
     fp16's range. Factors already exact in `dtype` are left alone, so rounding twice changes

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from .. import bitpacking as bits
 from ..format import PackedWeight
-from ..ops import register_vmap
+from ..ops import register_vmap, without_autocast
 from . import factors
 from .base import Backend, BackendError, LinearProblem
 
@@ -180,7 +180,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         W = torch.ops.slab_kernels.dequantize_cpu(*ctx.saved_tensors, ctx.N, ctx.K)
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(grad):
             grad_x = (grad.float() @ W).to(grad.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

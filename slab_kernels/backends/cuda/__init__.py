@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...format import PackedWeight, ShapeError
-from ...ops import register_vmap
+from ...ops import register_vmap, without_autocast
 from ..base import Backend, LinearProblem, differences
 from . import driver, layout
 from .launch import BIAS_TYPES, Device, kernel_names, linear
@@ -158,7 +158,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         wide = grad.float()
         W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.planes, ctx.dtype)
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             grad_x = wide @ W
             if P is not None:
                 parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, ctx.dtype)

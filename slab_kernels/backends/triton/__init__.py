@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...format import PackedWeight, ShapeError
-from ...ops import register_vmap
+from ...ops import register_vmap, without_autocast
 from ..base import Backend, LinearProblem, differences
 from . import launch
 from .configs import Device, choose, splits, z_splits
@@ -185,7 +185,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         state = (*ctx.saved_tensors, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size)
         W = torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # torch.compile traces an op
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             grad_x = grad @ W
     if ctx.needs_input_grad[9]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
