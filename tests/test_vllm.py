@@ -304,3 +304,29 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
         assert kept in (None, prepared) and layer.slab_prepared_0.data_ptr() == prepared[0]
         kept = prepared
         del layer.slab_prepared_0  # as a reload of vLLM does
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_weight_with_a_loader_of_its_own_is_looked_at_too(turn):
+    """Mamba's in_proj: the model gives the dense weight another loader, which packed tensors do not go through."""
+    import vllm.model_executor.layers.linear as layers
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from slab_kernels.engines.vllm import SlabVllmConfig, _probe
+
+    config = SlabVllmConfig({"in_proj": slab_kernels.PackedLayout(48, 64, "int4", rank=1)})
+    with set_current_vllm_config(VllmConfig()):
+        layer = layers.ReplicatedLinear(64, 48, bias=False, quant_config=config, params_dtype=torch.float32, prefix="in_proj")
+    layer.weight.weight_loader = lambda param, tensor: param.data.copy_(tensor.flip(0) if turn else tensor)
+
+    def load(weights):
+        for name, tensor in weights:
+            parameter = layer.get_parameter(name.removeprefix("in_proj."))
+            parameter.weight_loader(parameter, tensor)
+
+    if turn:
+        with pytest.raises(ArchitectureError, match=r"splits or reorders in_proj\.weight"):
+            _probe(layer, load)
+    else:
+        _probe(layer, load)
+        assert layer.slab_probed

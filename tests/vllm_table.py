@@ -41,11 +41,13 @@ SIZES = {
     "mamba_n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 OF_A_TYPE = {
+    "falcon_h1": {"mamba_d_ssm": 256},
     "llama4_text": {"num_experts_per_tok": 1},  # vLLM has no other on CPU
+    "mamba2": {"num_heads": 8, "head_dim": 32},
     "minicpm3": {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
 }
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
-LARGEST = 6e6  # weights
+LARGEST = 12e6  # weights
 
 
 def types() -> list[str]:
@@ -61,11 +63,17 @@ def build(name: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     default, sizes = AutoConfig.for_model(name), {**SIZES, **OF_A_TYPE.get(name, {})}
+    if settable(default, "qk_rope_head_dim"):
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]  # where heads are latent, that is what the name means
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     names = getattr(default, "attribute_map", None) or {}
-    given = {names.get(key, key): value for key, value in sizes.items() if hasattr(default, key) and settable(default, key)}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **given)).float().eval()
-    if (count := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+    given = {names.get(key, key): value for key, value in sizes.items() if settable(default, key)}
+    config = AutoConfig.for_model(name, **given)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if count > LARGEST:
         raise ValueError(f"{count / 1e6:.0f} million weights at this size")
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -77,8 +85,14 @@ def build(name: str, folder: Path) -> None:
 
 
 def settable(config, key: str) -> bool:
-    prop = getattr(type(config), key, None)
-    return not isinstance(prop, property) or prop.fset is not None
+    """Something that the type has, once for all layers, and that is not computed from others; experts only where it has some."""
+    try:
+        found = getattr(config, key)
+    except Exception:
+        return False
+    computed = getattr(type(config), key, None)
+    absent = found is None and not key.endswith("_token_id")
+    return not absent and not (isinstance(computed, property) and computed.fset is None)
 
 
 def pack(dense: Path, out: Path) -> list[str]:

@@ -235,13 +235,13 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
     probe = Probe({stored: config.layouts[name] for stored, name in names.items()}, f"vLLM's {type(model).__name__}")
     layers = [module for module in model.modules() if isinstance(getattr(module, "quant_method", None), SlabLinearMethod)]
     for layer in layers:
-        weight, method = layer.weight, layer.quant_method
-        if weight.weight_loader is not weight.slab_loader:
-            raise probe.refuse(method.stored[0])
+        weight = layer.weight
         del layer.weight
         layer.register_parameter(DENSE, nn.Parameter(weight.to(torch.int32), requires_grad=False))  # the stand-ins' type
         set_weight_attrs(layer.weight, vars(weight))
-        method.probe = probe
+        if weight.weight_loader is not weight.slab_loader:
+            layer.weight.weight_loader = _landing(weight.weight_loader, weight.slab_loader)
+        layer.quant_method.probe = probe
     try:
         load(probe.stand_ins())
     except ArchitectureError:
@@ -255,3 +255,14 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
     for stored in probe.missing():
         if not is_pp_missing_parameter(f"{names[stored]}.", model):
             raise probe.refuse(stored)
+
+
+def _landing(foreign: Callable, then: Callable) -> Callable:
+    """A loader that runs a model's own loader of a weight, and gives to `then` what that wrote into it."""
+
+    def load(param, tensor: torch.Tensor, *part) -> None:
+        landed = nn.Parameter(torch.full(param.shape, -1, dtype=torch.int32), requires_grad=False)
+        foreign(landed, tensor, *part)
+        then(param, landed.data, *part)
+
+    return load
