@@ -16,7 +16,8 @@ import slab_kernels
 from slab_kernels.blocks import ArchitectureError
 from slab_kernels.checkpoint import CheckpointError
 from slab_kernels.format import PackedLayout, VersionError
-from slab_kernels.nn import SlabLinear, replace_linear
+from slab_kernels.nn import SlabLinear
+from slab_kernels.replacement import replace_linear
 
 transformers = pytest.importorskip("transformers")
 AutoModel = transformers.AutoModelForCausalLM
