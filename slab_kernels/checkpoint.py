@@ -37,11 +37,13 @@ PROGRESS_NAME = "slab_progress.json"  # finished blocks of a run under way; remo
 RECORD_NAME = "slab_run.json"
 VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not compared
 WEIGHT_DTYPES = {
-    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")  # of config.json
+# Of config.json:
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 MAX_LABELS = 1 << 20
-FEW_BLOCKS = 64  # built in a second, so that it may turn out by their names that some are not in the files
+FEW_BLOCKS = 64  # built in a second: by their names it turns out that some are not in the files
 
 
 def config_dtype(config: dict) -> torch.dtype | None:
@@ -64,7 +66,8 @@ def config_dtype(config: dict) -> torch.dtype | None:
 class Checkpoint:
     """A folder of safetensors shards, every header read and checked on opening; tensors are read one by one.
 
-    Of several weights in a folder transformers' choice is read: the file that config.json names as `transformers_weights`,
+    Of several weights in a folder transformers' choice is read: the file that config.json names as
+    `transformers_weights`,
     else model.safetensors, else the shards of model.safetensors.index.json.
 
     Args:
@@ -95,21 +98,27 @@ class Checkpoint:
         for file in shards:
             if not (self.folder / file).is_file():
                 raise CheckpointError(
-                    f"{self.folder} lacks the shard {file!r} that {index or 'the engine'} lists; copy it there"
+                    f"{self.folder} lacks the shard {file!r} that "
+                    f"{index or 'the engine'} lists; copy it there"
                 )
             self._stamps[file] = _stamp((self.folder / file).stat())
             for name, entry in read_header(self.folder / file).items():
                 if name in self.entries:
                     raise CheckpointError(f"tensor {name!r} lies in both {self.entries[name].file} and {file}")
                 if listed is not None and listed.get(name) != file:
-                    raise CheckpointError(f"{file} holds tensor {name!r}, which {index} does not place there")
+                    raise CheckpointError(
+                        f"{file} holds tensor {name!r}, which {index} does not place there"
+                    )
                 self.entries[name] = entry
         for name in listed or ():
             if name not in self.entries:
-                raise CheckpointError(f"{index} places tensor {name!r} in {listed[name]}, which does not hold it")
+                raise CheckpointError(
+                    f"{index} places tensor {name!r} in {listed[name]}, which does not hold it"
+                )
 
     def _chosen(self) -> tuple[list[str], str, dict[str, str] | None]:
-        """The shards to read, the file that says so, and where an index places every tensor (None without one)."""
+        """The shards to read, the file that says so, and where an index places every tensor (None
+        without one)."""
         where, name = "config.json", self.config.get(WEIGHTS_KEY)
         if name is None:
             where = "the folder"
@@ -127,11 +136,14 @@ class Checkpoint:
         return sorted(set(listed.values())), name, listed
 
     def _given(self, files: Iterable[Path | str]) -> list[str]:
-        """The names of files that an engine will read. Raises: CheckpointError for one in another folder."""
+        """The names of files that an engine will read. Raises: CheckpointError for one in another
+        folder."""
         paths = [Path(file) for file in files]
         for path in paths:
             if Path(os.path.abspath(path.parent)) != Path(os.path.abspath(self.folder)):
-                raise CheckpointError(f"the shard {str(path)!r} does not lie in {self.folder}; copy it there")
+                raise CheckpointError(
+                    f"the shard {str(path)!r} does not lie in {self.folder}; copy it there"
+                )
         return [path.name for path in paths]
 
     def _weight_map(self, index: Path) -> dict[str, str]:
@@ -141,15 +153,17 @@ class Checkpoint:
         for file in listed.values():
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{index} names the shard {reprlib.repr(file)}; expected a .safetensors file in the same folder"
+                    f"{index} names the shard {reprlib.repr(file)}; expected a .safetensors file "
+                    "in the same folder"
                 )
         return listed
 
     def _without_weights(self) -> CheckpointError:
         if files := sorted(p.name for p in self.folder.glob("*.safetensors")):
             return CheckpointError(
-                f"{self.folder} holds {len(files)} safetensors files but no {WEIGHTS_NAME} and no {INDEX_NAME}; "
-                f"rename {files[0]!r} if it is the whole model, or fetch the index"
+                f"{self.folder} holds {len(files)} safetensors files but no {WEIGHTS_NAME} "
+                f"and no {INDEX_NAME}; rename {files[0]!r} if it is the whole model, or fetch the "
+                "index"
             )
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
             return CheckpointError(
@@ -159,7 +173,8 @@ class Checkpoint:
         return CheckpointError(f"{self.folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}")
 
     def refuse_other_weights(self) -> None:
-        """For engines that read every safetensors file, or that follow an index wherever there is one.
+        """For engines that read every safetensors file, or that follow an index wherever there is
+        one.
 
         Raises: CheckpointError if such an engine would read other files than these.
         """
@@ -174,9 +189,11 @@ class Checkpoint:
             )
 
     def get(self, name: str) -> Tensor:
-        """One tensor, copied into memory of its own: what happens to the shard later does not reach it.
+        """One tensor, copied into memory of its own: what happens to the shard later does not
+        reach it.
 
-        Raises: CheckpointError if it cannot be read, does not match its checksum, or the shard is another one by now.
+        Raises: CheckpointError if it cannot be read, does not match its checksum, or the shard is
+        another one by now.
         """
         entry = self.entries[name]
         path = self.folder / entry.file
@@ -188,9 +205,13 @@ class Checkpoint:
                 f.seek(entry.start)
                 same = same and f.readinto(data) == entry.nbytes
         except OSError as error:
-            raise CheckpointError(f"cannot read tensor {name!r} from {path}: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"cannot read tensor {name!r} from {path}: {error.strerror or error}"
+            ) from error
         if not same:
-            raise CheckpointError(f"{path} was changed while it was being read; start again once it is whole")
+            raise CheckpointError(
+                f"{path} was changed while it was being read; start again once it is whole"
+            )
         if self.verifies and entry.checksum is not None and checksum(data) != entry.checksum:
             raise CheckpointError(
                 f"tensor {name!r} in {path} is damaged: its checksum is {checksum(data)}, and "
@@ -199,7 +220,8 @@ class Checkpoint:
         return tensor
 
     def verify(self) -> None:
-        """Read every tensor that has a checksum and compare it, for engines that read shards by themselves.
+        """Read every tensor that has a checksum and compare it, for engines that read shards by
+        themselves.
 
         Raises: CheckpointError naming the first tensor that differs.
         """
@@ -227,10 +249,12 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 
 
 def check_counts(checkpoint: Checkpoint) -> None:
-    """The blocks that config.json asks for against those that the files hold, before any is built, and the labels of a
+    """The blocks that config.json asks for against those that the files hold, before any is built,
+    and the labels of a
     classifier, of which transformers makes a table.
 
-    An encoder's number may stand there while the files hold the decoder alone, so only far more blocks are refused.
+    An encoder's number may stand there while the files hold the decoder alone, so only far more
+    blocks are refused.
 
     Raises: CheckpointError.
     """
@@ -247,13 +271,14 @@ def check_counts(checkpoint: Checkpoint) -> None:
             asked = part.get(key)
             if type(asked) is int and asked > max(FEW_BLOCKS, 2 * stored):
                 raise CheckpointError(
-                    f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, and the files "
-                    f"hold {stored} blocks; it does not belong to them"
+                    f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, "
+                    f"and the files hold {stored} blocks; it does not belong to them"
                 )
         labels = part.get("num_labels")
         if type(labels) is int and labels > MAX_LABELS:
             raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} has num_labels={reprlib.repr(labels)}, which no model has"
+                f"{checkpoint.folder / 'config.json'} has num_labels={reprlib.repr(labels)}, "
+                "which no model has"
             )
 
 

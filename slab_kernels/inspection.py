@@ -21,7 +21,8 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     bits_per_weight counts every stored tensor of the layer except its bias; factor_bits_per_weight is the part of
     U, V, P and Q. `bits_per_weight` of the folder is over all its layers together.
 
-    Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json and record disagree;
+    Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
+    and record disagree;
     VersionError if a newer library packed it.
     """
     folder = expanded(folder)
@@ -35,7 +36,9 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     for tensor, found in checkpoint.entries.items():
         name, _, leaf = tensor.rpartition(".")
         stored.setdefault(name, {})[leaf] = found
-    matrices = [n for n, parts in stored.items() if "weight" in parts and len(parts["weight"].shape) == 2]
+    matrices = [
+        n for n, parts in stored.items() if "weight" in parts and len(parts["weight"].shape) == 2
+    ]
     layers = [
         _layer(name, stored.get(name, {}), layouts.get(name), recorded.get(name), described)
         for name in layouts or recorded or matrices
@@ -69,7 +72,8 @@ def _layer(
     record: LayerRecord | None,
     described: dict,
 ) -> dict[str, Any]:
-    """One row of `inspect`. described: the settings that quantization_config tells of the whole folder."""
+    """One row of `inspect`. described: the settings that quantization_config tells of the whole
+    folder."""
     if layout is not None:
         shape = [layout.out_features, layout.in_features]
         counted = {leaf: entry.nbytes for leaf, entry in tensors.items() if leaf != "bias"}

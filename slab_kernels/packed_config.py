@@ -22,7 +22,8 @@ def _damaged(kind: type[FormatError]) -> type[FormatError]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Around the use of what a folder holds: a FormatError names `what` and is a CheckpointError too.
+    """Around the use of what a folder holds: a FormatError names `what` and is a CheckpointError
+    too.
 
     A FormatError alone is an argument that breaks the format.
     """
@@ -34,16 +35,28 @@ def reading(what: str) -> Iterator[None]:
 
 def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dict:
     """The entry of config.json from which every module can be built. settings: method, pattern, rank, values, group_size."""
-    modules = {name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()}
-    described = {key: settings.get(key) for key in ("method", "pattern", "rank", "values", "group_size")}
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **described, "modules": modules}
+    modules = {
+        name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
+    }
+    described = {
+        key: settings.get(key) for key in ("method", "pattern", "rank", "values", "group_size")
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        **described,
+        "modules": modules,
+    }
 
 
 def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
-    """Module name -> layout, from config.json; tensors of the folder that bear these names have these sizes.
+    """Module name -> layout, from config.json; tensors of the folder that bear these names have
+    these sizes.
 
-    Raises: CheckpointError if the folder was not written by this library or its sizes contradict its files,
-    VersionError if a newer library wrote it, for an impossible layout a FormatError that is a CheckpointError too.
+    Raises: CheckpointError if the folder was not written by this library or its sizes contradict
+    its files,
+    VersionError if a newer library wrote it, for an impossible layout a FormatError that is a
+    CheckpointError too.
     """
     entry = checkpoint.config.get("quantization_config")
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
@@ -58,12 +71,13 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
             stored = checkpoint.entries.get(f"{name}.{part}")
             if stored is not None and stored.shape != shape:
                 raise CheckpointError(
-                    f"tensor '{name}.{part}' has shape {list(stored.shape)}, expected {list(shape)} by "
-                    "quantization_config"
+                    f"tensor '{name}.{part}' has shape {list(stored.shape)}, "
+                    f"expected {list(shape)} by quantization_config"
                 )
             if stored is not None and stored.dtype != dtype:
                 raise CheckpointError(
-                    f"tensor '{name}.{part}' is {stored.dtype}, expected {dtype} by quantization_config"
+                    f"tensor '{name}.{part}' is {stored.dtype}, "
+                    f"expected {dtype} by quantization_config"
                 )
     return layouts
 
@@ -71,21 +85,27 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
 def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
     """Module name -> layout, from a quantization_config; keys that are not known are ignored. where: for messages.
 
-    Raises: CheckpointError, VersionError if a newer library wrote it, for an impossible layout a FormatError that is a
+    Raises: CheckpointError, VersionError if a newer library wrote it, for an impossible layout a
+    FormatError that is a
     CheckpointError too.
     """
     version = entry.get("format_version")
     if type(version) is not int or version < 1:  # type(): true is an int to isinstance
         raise CheckpointError(
-            f"{where}: quantization_config has format_version {reprlib.repr(version)}, expected a positive integer"
+            f"{where}: quantization_config has format_version {reprlib.repr(version)}, "
+            "expected a positive integer"
         )
     if version > FORMAT_VERSION:
         raise VersionError(
-            f"{where} has format_version {reprlib.repr(version)}, this library reads up to {FORMAT_VERSION}; "
-            "update slab_kernels"
+            f"{where} has format_version {reprlib.repr(version)}, "
+            f"this library reads up to {FORMAT_VERSION}; update slab_kernels"
         )
     modules = entry.get("modules")
-    if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
+    if (
+        not isinstance(modules, dict)
+        or not modules
+        or not all(isinstance(m, dict) for m in modules.values())
+    ):
         raise CheckpointError(f"{where}: quantization_config lists no compressed modules")
     layouts = {}
     for name, module in modules.items():

@@ -95,7 +95,9 @@ class RunRecord:
         for name in parts.keys() & content.keys():
             if not isinstance(content[name], list):
                 raise CheckpointError(f"{RECORD_NAME} has {name}={short(content[name])}; {DAMAGED}")
-        made = {name: [make(entry) for entry in content.get(name, [])] for name, make in parts.items()}
+        made = {
+            name: [make(entry) for entry in content.get(name, [])] for name, make in parts.items()
+        }
         return _checked(cls, content | made)
 
 
@@ -105,21 +107,28 @@ PLAIN = {"str": str, "dict": dict}
 
 
 def _checked(cls: type, content: dict) -> Any:
-    """An instance of a dataclass of this file, every value of the type that its field declares; unknown keys are left out.
+    """An instance of a dataclass of this file, every value of the type that its field declares;
+    unknown keys are left out.
 
     Raises: CheckpointError.
     """
     if not isinstance(content, dict):
-        raise CheckpointError(f"{RECORD_NAME} holds {short(content)} for a {cls.__name__}; {DAMAGED}")
+        raise CheckpointError(
+            f"{RECORD_NAME} holds {short(content)} for a {cls.__name__}; {DAMAGED}"
+        )
     known = {}
     for f in fields(cls):
         if f.name not in content:
             if f.default is MISSING and f.default_factory is MISSING:
-                raise CheckpointError(f"{RECORD_NAME} lacks {f.name!r} in a {cls.__name__}; {DAMAGED}")
+                raise CheckpointError(
+                    f"{RECORD_NAME} lacks {f.name!r} in a {cls.__name__}; {DAMAGED}"
+                )
             continue
         value = content[f.name]
         if not _fits(value, f.type):
-            raise CheckpointError(f"{RECORD_NAME} has {f.name}={short(value)}, no {f.type}; {DAMAGED}")
+            raise CheckpointError(
+                f"{RECORD_NAME} has {f.name}={short(value)}, no {f.type}; {DAMAGED}"
+            )
         known[f.name] = tuple(value) if f.type.startswith("tuple") else value
     return cls(**known)
 
@@ -140,7 +149,8 @@ def _fits(value, kind: str) -> bool:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """What slab_run.json of a folder holds; None if there is none. Raises: CheckpointError if it is no run record."""
+    """What slab_run.json of a folder holds; None if there is none. Raises: CheckpointError if it
+    is no run record."""
     path = folder / RECORD_NAME
     return RunRecord.from_dict(read_json(path)) if path.is_file() else None
 

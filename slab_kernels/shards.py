@@ -1,6 +1,8 @@
-"""The files of a checkpoint folder: safetensors shards and JSON, read with suspicion and written atomically.
+"""The files of a checkpoint folder: safetensors shards and JSON, read with suspicion and written
+atomically.
 
-Every file is written beside its final name and renamed over it, so a kill at any moment leaves whole files or none.
+Every file is written beside its final name and renamed over it, so a kill at any moment leaves
+whole files or none.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ import torch
 from torch import Tensor
 
 PARTIAL_SUFFIX = ".partial"
-CHECKSUMS = "slab_crc32"  # key of a shard's __metadata__; its text is a JSON object, tensor -> CRC-32
+CHECKSUMS = (
+    "slab_crc32"  # key of a shard's __metadata__; its text is a JSON object, tensor -> CRC-32
+)
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 MAX_JSON = 1 << 26  # bytes; the config.json of 40,000 packed modules takes a quarter of it
-MAX_DEPTH = 64  # of objects and lists inside each other; writing JSON recurses, and no config nests so
+MAX_DEPTH = (
+    64  # of objects and lists inside each other; writing JSON recurses, and no config nests so
+)
 MAX_DIMENSIONS = 64  # of a tensor in torch
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +45,8 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: shard file name, dtype, shape, size in bytes, first byte in the file, and its checksum if it has one."""
+    """Where one tensor lies: shard file name, dtype, shape, size in bytes, first byte in the file,
+    and its checksum if it has one."""
 
     file: str
     dtype: torch.dtype
@@ -89,7 +96,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         except (TypeError, KeyError, ValueError) as error:
             raise corrupt(f"tensor {name!r} is described by {reprlib.repr(info)}") from error
         if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+            )
         if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise corrupt(f"tensor {name!r} of {dtype}{list(shape)} takes {end - start} bytes")
         entries[name] = TensorEntry(
@@ -135,7 +144,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises: CheckpointError, also for one that is absurdly large or deep."""
+    """A JSON object from a file. Raises: CheckpointError, also for one that is absurdly large or
+    deep."""
     try:
         with path.open("rb") as f:
             text = f.read(MAX_JSON + 1) if os.fstat(f.fileno()).st_size <= MAX_JSON else None
@@ -151,7 +161,9 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}); copy or download it again"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__} instead of a JSON object")
     return content
@@ -163,13 +175,16 @@ def _check_depth(content) -> None:
     while level:
         if (depth := depth + 1) > MAX_DEPTH:
             raise ValueError(f"it nests more than {MAX_DEPTH} levels deep")
-        inside = (c.values() if isinstance(c, dict) else c for c in level if isinstance(c, dict | list))
+        inside = (
+            c.values() if isinstance(c, dict) else c for c in level if isinstance(c, dict | list)
+        )
         level = [value for values in inside for value in values if isinstance(value, dict | list)]
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name once it is whole and on the disk; on failure nothing of it stays.
+    """A file to write that gets its name once it is whole and on the disk; on failure nothing of
+    it stays.
 
     Raises: CheckpointError if the disk is full or the folder not writable.
     """
@@ -213,7 +228,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_shard(
-    path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], get: Callable[[str], Tensor]
+    path: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    get: Callable[[str], Tensor],
 ) -> dict[str, TensorEntry]:
     """Write one safetensors file atomically, tensors fetched one at a time by `get(name)`; returns its table.
 
@@ -222,7 +239,9 @@ def write_shard(
 
     Raises: CheckpointError if the disk is full or the folder not writable.
     """
-    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # largest dtype first keeps alignment
+    names = sorted(
+        specs, key=lambda name: (-specs[name][0].itemsize, name)
+    )  # largest dtype first keeps alignment
     header, position = {}, 0
     for name in names:
         dtype, shape = specs[name]

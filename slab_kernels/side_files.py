@@ -15,26 +15,59 @@ from reprlib import repr as short
 from .checkpoint import CheckpointError, read_json, write_atomically
 
 WEIGHT_FILES = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data",
-    "*.ot", "*.npz", "*.tflite", "*.mlmodel", "*.partial",
-)  # fmt: skip
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.ggml",
+    "*.onnx",
+    "*.onnx_data",
+    "*.ot",
+    "*.npz",
+    "*.tflite",
+    "*.mlmodel",
+    "*.partial",
+)
 WRITTEN_ANEW = ("config.json", "*.index.json", "slab_*.json")
-NOT_DOWNLOADED = [*(p for p in WEIGHT_FILES if p != "*.safetensors"), "*/*.safetensors", ".*", "*/.*"]
+NOT_DOWNLOADED = [
+    *(p for p in WEIGHT_FILES if p != "*.safetensors"),
+    "*/*.safetensors",
+    ".*",
+    "*/.*",
+]
 CHUNK = 1 << 20  # bytes copied at a time
 # Of a generation config; every other setting that transformers knows is a number, or a switch.
 TEXTS_AND_LISTS = (
-    "bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens", "constraints", "sequence_bias",
-    "exponential_decay_length_penalty", "stop_strings", "dola_layers", "early_stopping", "cache_implementation",
-    "speculation_type", "num_assistant_tokens_schedule", "transformers_version",
-)  # fmt: skip
+    "bad_words_ids",
+    "force_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "constraints",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "stop_strings",
+    "dola_layers",
+    "early_stopping",
+    "cache_implementation",
+    "speculation_type",
+    "num_assistant_tokens_schedule",
+    "transformers_version",
+)
 SWITCHES = ("do_", "output_", "return_", "use_")
 
 
 def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
-    """(files to carry along, relative to `folder`; what is skipped beside weights, each "name (reason)"), both sorted.
+    """(files to carry along, relative to `folder`; what is skipped beside weights, each "name
+    (reason)"), both sorted.
 
-    Weights, hidden files and what compression writes anew are no side files. A link is followed only to a file
-    inside the folder or to the blobs of the Hugging Face cache that the folder is a snapshot in. A sub-folder with a
+    Weights, hidden files and what compression writes anew are no side files. A link is followed
+    only to a file
+    inside the folder or to the blobs of the Hugging Face cache that the folder is a snapshot in. A
+    sub-folder with a
     config.json and weights of its own is another model, and `out` the folder being written.
 
     Raises: CheckpointError for a folder that cannot be listed.
@@ -42,7 +75,9 @@ def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[
     carried, skipped = [], []
 
     def refuse(error: OSError) -> None:
-        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}; make it readable") from error
+        raise CheckpointError(
+            f"cannot read {error.filename}: {error.strerror}; make it readable"
+        ) from error
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         here = Path(place).relative_to(folder)
@@ -55,7 +90,11 @@ def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[
                 reason = "another model"
             if reason:
                 skipped.append(f"{here / name} ({reason})")
-            if reason or name.startswith(".") or (out is not None and path.resolve() == out.resolve()):
+            if (
+                reason
+                or name.startswith(".")
+                or (out is not None and path.resolve() == out.resolve())
+            ):
                 folders.remove(name)
         for name in files:
             if _is_side_file(name, top=not here.parts):
@@ -125,7 +164,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def read_generation_config(folder: Path):
-    """The GenerationConfig of a folder, None if it has none. Raises: CheckpointError if it cannot be used."""
+    """The GenerationConfig of a folder, None if it has none. Raises: CheckpointError if it cannot
+    be used."""
     from transformers import GenerationConfig
 
     path = folder / "generation_config.json"

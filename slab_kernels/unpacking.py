@@ -1,4 +1,5 @@
-"""A packed folder back to a dense checkpoint, which plain transformers and every other engine open."""
+"""A packed folder back to a dense checkpoint, which plain transformers and every other engine
+open."""
 
 from __future__ import annotations
 
@@ -31,18 +32,24 @@ def decompress(
     Args:
         path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
         out: the folder to write, empty or not there; on failure nothing of it stays.
-        dtype: of the weights that were packed; default: what config.json names, else that of most other weights.
+        dtype: of the weights that were packed; default: what config.json names, else that of most
+        other weights.
         verify: compare what is read with its checksums.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
-    Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights and hidden files not named.
+    Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights
+    and hidden files not named.
     Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`.
     """
     checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), expanded(out)
     layouts = read_layouts(checkpoint)
-    owners = {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
+    owners = {
+        f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()
+    }
     dtype = dtype or config_dtype(checkpoint.config) or _usual_dtype(checkpoint, owners)
-    checkpoint = check_tensors_fit(checkpoint, packed_skeleton(checkpoint, layouts, trust_remote_code))
+    checkpoint = check_tensors_fit(
+        checkpoint, packed_skeleton(checkpoint, layouts, trust_remote_code)
+    )
     forms = checkpoint.stored_forms(name for name in checkpoint.entries if name not in owners)
 
     def get(name: str) -> Tensor:
@@ -76,9 +83,13 @@ def _usual_dtype(checkpoint: Checkpoint, owners: dict[str, str]) -> torch.dtype:
 
 
 def _dense_shards(
-    checkpoint: ModelCheckpoint, layouts: dict[str, PackedLayout], owners: dict[str, str], dtype: torch.dtype
+    checkpoint: ModelCheckpoint,
+    layouts: dict[str, PackedLayout],
+    owners: dict[str, str],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, dict]]:
-    """Shard file -> name, dtype and shape of the dense tensors to write in it. owners: packed tensor -> its module."""
+    """Shard file -> name, dtype and shape of the dense tensors to write in it. owners: packed
+    tensor -> its module."""
     for file in sorted({entry.file for entry in checkpoint.entries.values()}):
         specs = {}
         for name, entry in checkpoint.entries.items():
@@ -86,7 +97,9 @@ def _dense_shards(
                 if entry.file == file:
                     forms = checkpoint.stored_forms([name])
                     specs |= {stored: (kind, shape) for stored, (kind, shape, _) in forms.items()}
-            elif name.endswith(".metadata") and entry.file == file:  # every packed weight has exactly one
+            elif (
+                name.endswith(".metadata") and entry.file == file
+            ):  # every packed weight has exactly one
                 layout = layouts[owners[name]]
                 specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))
         yield file, specs

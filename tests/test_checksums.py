@@ -1,4 +1,5 @@
-"""A checksum for every tensor: written by every writer, compared by every reader; and what is loaded is a copy."""
+"""A checksum for every tensor: written by every writer, compared by every reader; and what is
+loaded is a copy."""
 
 from __future__ import annotations
 
@@ -58,18 +59,23 @@ def test_the_shard_holds_crc32_of_every_tensors_bytes(packed):
             table, names = json.loads(f.metadata()[CHECKSUMS]), set(f.keys())
             assert table.keys() == names and f.metadata()["format"] == "pt"
             for name in names:
-                data = f.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                data = (
+                    f.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
                 assert int(table[name], 16) == zlib.crc32(data) and len(table[name]) == 8
 
 
 def test_every_flipped_bit_in_data_is_refused(copy):
-    """In every tensor a bit of the first, the middle and the last byte; read one by one, as load does."""
+    """In every tensor a bit of the first, the middle and the last byte; read one by one, as load
+    does."""
     checkpoint, flipped = Checkpoint(copy), 0
     for name, entry in checkpoint.entries.items():
         for offset in {0, entry.nbytes // 2, entry.nbytes - 1}:
             position, bit = entry.start + offset, (offset + flipped) % 8
             flip(copy / entry.file, position, bit)
-            with pytest.raises(CheckpointError, match=f"tensor '{name}' in .* is damaged: its checksum is"):
+            with pytest.raises(
+                CheckpointError, match=f"tensor '{name}' in .* is damaged: its checksum is"
+            ):
                 Checkpoint(copy).get(name)
             flip(copy / entry.file, position, bit)
             flipped += 1
@@ -77,12 +83,15 @@ def test_every_flipped_bit_in_data_is_refused(copy):
     Checkpoint(copy).verify()
 
 
-@pytest.mark.parametrize("use", [
-    slab_kernels.load,
-    AutoModelForCausalLM.from_pretrained,
-    lambda folder: slab_kernels.decompress(folder, folder.parent / "dense"),
-    lambda folder: Checkpoint(folder).verify(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "use",
+    [
+        slab_kernels.load,
+        AutoModelForCausalLM.from_pretrained,
+        lambda folder: slab_kernels.decompress(folder, folder.parent / "dense"),
+        lambda folder: Checkpoint(folder).verify(),
+    ],
+)
 def test_every_reader_compares(copy, use):
     name = a_sign(copy)
     with pytest.raises(CheckpointError, match=f"tensor '{name}' in .* is damaged: its checksum is"):
@@ -105,7 +114,8 @@ def test_comparing_can_be_left_out(copy, tmp_path, monkeypatch, capsys):
 
 
 def test_folders_without_checksums_load_as_before(copy):
-    """As older versions and other programs write them; the function is that of the folder with checksums."""
+    """As older versions and other programs write them; the function is that of the folder with
+    checksums."""
     want = slab_kernels.load(copy)(tiny_models.tokens()).logits
     for file in copy.glob("*.safetensors"):
         save_file(load_file(file), file, {"format": "pt"})
@@ -135,16 +145,21 @@ def test_save_pretrained_writes_them_under_the_names_that_it_gives(tmp_path, ori
 
 
 def test_a_loaded_model_does_not_change_with_its_files(copy):
-    """Rewritten in place, then cut off: a mapped model would follow the first and die of the second."""
+    """Rewritten in place, then cut off: a mapped model would follow the first and die of the
+    second."""
     ids = tiny_models.tokens()
     models = [slab_kernels.load(copy), AutoModelForCausalLM.from_pretrained(copy)]
     before = [model(ids).logits for model in models]
     for file in copy.glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
-    assert all(torch.equal(model(ids).logits, want) for model, want in zip(models, before, strict=True))
+    assert all(
+        torch.equal(model(ids).logits, want) for model, want in zip(models, before, strict=True)
+    )
     for file in copy.glob("*.safetensors"):
         file.write_bytes(b"")
-    assert all(torch.equal(model(ids).logits, want) for model, want in zip(models, before, strict=True))
+    assert all(
+        torch.equal(model(ids).logits, want) for model, want in zip(models, before, strict=True)
+    )
 
 
 def test_a_shard_that_changes_while_it_is_read_is_named(copy):

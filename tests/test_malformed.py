@@ -1,4 +1,5 @@
-"""config.json, index, record and headers of any content end in one named error, soon, before anything large is built."""
+"""config.json, index, record and headers of any content end in one named error, soon, before
+anything large is built."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ MODULE = "model.layers.1.self_attn.k_proj"
 def packed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     tiny_models.write(folder / "dense")
-    slab_kernels.compress(folder / "dense", folder / "out", method="magnitude", calibration=tiny_models.tokens(), progress=False)
+    slab_kernels.compress(
+        folder / "dense",
+        folder / "out",
+        method="magnitude",
+        calibration=tiny_models.tokens(),
+        progress=False,
+    )
     return folder / "out"
 
 
@@ -58,7 +65,9 @@ def refused_by_all(folder: Path, out: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("value", ["2", [1], {"a": 1}, HUGE, -1, True, None, 1.5, "x" * 10**6, [[[[[[[[1]]]]]]]] * 99])
+@pytest.mark.parametrize(
+    "value", ["2", [1], {"a": 1}, HUGE, -1, True, None, 1.5, "x" * 10**6, [[[[[[[[1]]]]]]]] * 99]
+)
 @pytest.mark.parametrize("key", ["out_features", "in_features", "values", "factors"])
 def test_a_malformed_module(copy, tmp_path, key, value):
     change(copy / "config.json", "quantization_config", "modules", MODULE, key, value=value)
@@ -72,7 +81,10 @@ def test_a_malformed_setting_of_a_module(copy, tmp_path, key):
         refused_by_all(copy, tmp_path / "d")
 
 
-@pytest.mark.parametrize("value", ["packed", 7, [], [1], {}, {MODULE: 7}, {MODULE: []}, {MODULE: {}}, {MODULE: None}, None])
+@pytest.mark.parametrize(
+    "value",
+    ["packed", 7, [], [1], {}, {MODULE: 7}, {MODULE: []}, {MODULE: {}}, {MODULE: None}, None],
+)
 def test_malformed_modules(copy, tmp_path, value):
     change(copy / "config.json", "quantization_config", "modules", value=value)
     refused_by_all(copy, tmp_path / "d")
@@ -84,7 +96,10 @@ def test_a_malformed_format_version(copy, tmp_path, value):
     refused_by_all(copy, tmp_path / "d")
 
 
-@pytest.mark.parametrize("value", [7, "gptq", [1], {"quant_method": ["slab_kernels"]}, {"quant_method": "gptq", "modules": [1]}])
+@pytest.mark.parametrize(
+    "value",
+    [7, "gptq", [1], {"quant_method": ["slab_kernels"]}, {"quant_method": "gptq", "modules": [1]}],
+)
 def test_another_quantization_is_inspected_as_dense_and_not_loaded(copy, tmp_path, value):
     (copy / RECORD_NAME).unlink()
     change(copy / "config.json", "quantization_config", value=value)
@@ -93,13 +108,31 @@ def test_another_quantization_is_inspected_as_dense_and_not_loaded(copy, tmp_pat
         slab_kernels.load(copy)
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    (("layers",), "many"), (("layers",), []), (("layers",), {"a": 1}), (("layers", 0), 7), (("layers", 0), {"name": "x"}),
-    (("layers", 0, "name"), ["x"]), (("layers", 0, "shape"), "4x4"), (("layers", 0, "shape"), [0, 4]),
-    (("layers", 0, "shape"), [4, 4, 4]), (("layers", 0, "error"), "small"), (("layers", 0, "error"), HUGE),
-    (("layers", 0, "rank"), HUGE), (("layers", 0, "bits_per_weight"), None), (("layers", 0, "group"), [1]), (("layers", 0, "block"), True),
-    (("settings",), []), (("matching",), {"a": 1}), (("matching",), [7]), (("model",), {}), (("ignored_tensors",), [1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("layers",), "many"),
+        (("layers",), []),
+        (("layers",), {"a": 1}),
+        (("layers", 0), 7),
+        (("layers", 0), {"name": "x"}),
+        (("layers", 0, "name"), ["x"]),
+        (("layers", 0, "shape"), "4x4"),
+        (("layers", 0, "shape"), [0, 4]),
+        (("layers", 0, "shape"), [4, 4, 4]),
+        (("layers", 0, "error"), "small"),
+        (("layers", 0, "error"), HUGE),
+        (("layers", 0, "rank"), HUGE),
+        (("layers", 0, "bits_per_weight"), None),
+        (("layers", 0, "group"), [1]),
+        (("layers", 0, "block"), True),
+        (("settings",), []),
+        (("matching",), {"a": 1}),
+        (("matching",), [7]),
+        (("model",), {}),
+        (("ignored_tensors",), [1]),
+    ],
+)
 def test_a_malformed_record(copy, path, value, capsys):
     change(copy / RECORD_NAME, *path, value=value)
     with pytest.raises(CheckpointError, match=r"slab_run\.json"):
@@ -109,14 +142,30 @@ def test_a_malformed_record(copy, path, value, capsys):
 
 def test_a_record_is_read_as_it_was_written(packed):
     content = json.loads((packed / RECORD_NAME).read_text())
-    record = RunRecord.from_dict(content | {"later": 1, "layers": [layer | {"later": [2]} for layer in content["layers"]]})
+    record = RunRecord.from_dict(
+        content | {"later": 1, "layers": [layer | {"later": [2]} for layer in content["layers"]]}
+    )
     assert json.loads(json.dumps(record.to_dict())) == content
     with pytest.raises(CheckpointError, match="lacks 'block' in a LayerRecord"):
         layer_from_dict({"name": "x"})
 
 
 @pytest.mark.parametrize("file", ["config.json", RECORD_NAME, INDEX_NAME])
-@pytest.mark.parametrize("content", ["[]", "7", "{", '"text"', "null", deep(MAX_DEPTH + 1), deep(900), deep(100_000), "\xff", "{'a': 1}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "7",
+        "{",
+        '"text"',
+        "null",
+        deep(MAX_DEPTH + 1),
+        deep(900),
+        deep(100_000),
+        "\xff",
+        "{'a': 1}",
+    ],
+)
 def test_files_that_are_no_json_object(copy, file, content):
     (copy / file).write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=file):
@@ -138,22 +187,39 @@ def test_a_table_of_labels_is_not_made_before_its_size_is_seen(copy, count):
         slab_kernels.load(copy)
 
 
-@pytest.mark.parametrize("use", [slab_kernels.load, lambda f: slab_kernels.decompress(f, f / "d"), lambda f: FolderSource(f.parent / "dense")])
+@pytest.mark.parametrize(
+    "use",
+    [
+        slab_kernels.load,
+        lambda f: slab_kernels.decompress(f, f / "d"),
+        lambda f: FolderSource(f.parent / "dense"),
+    ],
+)
 def test_far_more_blocks_than_the_files_hold_are_refused_before_they_are_built(copy, tmp_path, use):
     tiny_models.write(tmp_path / "dense")
     for folder in (copy, tmp_path / "dense"):
         change(folder / "config.json", "num_hidden_layers", value=4000)
     began = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"has num_hidden_layers=4000, and the files hold 2 blocks"):
+    with pytest.raises(
+        CheckpointError, match=r"has num_hidden_layers=4000, and the files hold 2 blocks"
+    ):
         use(copy)
     assert time.perf_counter() - began < 5
 
 
 def test_what_a_folder_holds_is_a_format_error_with_the_exit_code_of_a_file(copy, tmp_path, capsys):
-    """An argument that breaks the format exits with 2, a folder with 3; `except FormatError` catches both."""
+    """An argument that breaks the format exits with 2, a folder with 3; `except FormatError`
+    catches both."""
     change(copy / "config.json", "quantization_config", "modules", MODULE, "values", value="fp7")
     with pytest.raises(FormatError, match=f"'{MODULE}': values='fp7' is unknown") as caught:
         slab_kernels.load(copy)
-    assert isinstance(caught.value, CheckpointError) and type(caught.value).__name__ == "ValueTypeError"
-    assert cli.run(["inspect", str(copy)]) == cli.run(["decompress", str(copy), str(tmp_path / "d")]) == 3
+    assert (
+        isinstance(caught.value, CheckpointError)
+        and type(caught.value).__name__ == "ValueTypeError"
+    )
+    assert (
+        cli.run(["inspect", str(copy)])
+        == cli.run(["decompress", str(copy), str(tmp_path / "d")])
+        == 3
+    )
     assert cli.run(["compress", str(copy), str(tmp_path / "d"), "--values", "fp7"]) == 2
