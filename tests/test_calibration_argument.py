@@ -114,7 +114,7 @@ def test_ids_that_mean_nothing_plain_are_named(ids, message):
         token_ids(ids, "held-out")
 
 
-@pytest.mark.parametrize("source", [None, 3.5, b"x", iter(["x"]), {"x", "y"}], ids=str)
+@pytest.mark.parametrize("source", [None, 3.5, b"x", iter(["x"]), {"x", "y"}], ids=lambda source: type(source).__name__)
 def test_what_is_neither_text_nor_ids_is_named(source):
     assert token_ids(source) is None
     with pytest.raises(CalibrationError, match="neither text nor token ids"):
