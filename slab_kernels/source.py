@@ -8,7 +8,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,10 +114,7 @@ class FolderSource:
 
     def get(self, name: str) -> Tensor:
         """Raises: CheckpointError if it is no longer what it was when the run began (`expect`)."""
-        tensor = self.stored.get(name, self._read)
-        if name in self.blank:
-            tensor[self.blank[name]] = 0
-        return tensor
+        return self.stored.get(name, self._read)
 
     def _read(self, stored: str) -> Tensor:
         tensor = self.checkpoint.get(stored)
@@ -133,8 +129,7 @@ class FolderSource:
 
     def stored_forms(self, names: list[str]) -> Forms:
         """What to write for tensors that stay as they are."""
-        changed = {n: (*self.spec(n), partial(self.get, n)) for n in names if n in self.blank}
-        return self.stored.forms([n for n in names if n not in changed], self._read) | changed
+        return self.stored.forms(names, self._read)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
