@@ -59,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text"},
     "inspection": FORMAT | {"checkpoint"},
     "tasks": {"packed_checkpoint"},
-    "engines": FORMAT | {"blocks", "checkpoint", "dispatch", "model", "nn", "packed_checkpoint", "plan", "source"},
+    "engines": FORMAT
+    | {"blocks", "checkpoint", "dispatch", "model", "nn", "packed_checkpoint", "plan", "source"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},
