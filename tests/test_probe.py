@@ -70,4 +70,4 @@ def test_what_a_loader_leaves_out_is_named():
     probe = send(leave_out=["h.0.q"])
     assert probe.missing() == ["h.0.q"]
     refused = str(probe.refuse("h.0.q"))
-    assert "no linear layer h.0.q that takes packed weights; compress again with skip='*.q'" in refused
+    assert "no linear layer h.0.q that takes packed weights" in refused and "skip='*.q'" in refused

@@ -1,10 +1,10 @@
 """What an engine's loader does to a weight, found out with numbered stand-ins before weights come.
 
-Plain torch, no engine. A loader may reorder the rows of a weight (heads of a fused q, k, v), split it
-or leave it out. It knows dense weights only: what it does to a packed tensor is another thing, or
-nothing, and either way the bytes fit and the numbers are wrong. So each packed layer is sent through
-the loader first, its packed tensors and the `weight` that a dense folder has, and all must arrive as
-they were sent.
+Plain torch, no engine. A loader may reorder the rows of a weight (heads of a fused q, k, v),
+split it or leave it out. It knows dense weights only: what it does to a packed tensor is another
+thing, or nothing, and either way the bytes fit and the numbers are wrong. So each packed layer is
+sent through the loader first, its packed tensors and the `weight` that a dense folder has, and
+all must arrive as they were sent.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Probe:
     def stand_ins(self) -> Iterator[tuple[str, Tensor]]:
         """Name and stand-in of every tensor, as an engine takes them from a checkpoint.
 
-        A stand-in is as large as the tensor and takes no memory. It comes twice: with the numbers of
-        its rows, then with those of its columns.
+        A stand-in is as large as the tensor and takes no memory. It comes twice: with the numbers
+        of its rows, then with those of its columns.
         """
         for layer, layout in self.layouts.items():
             dense = (torch.int32, (layout.out_features, layout.in_features))

@@ -151,8 +151,8 @@ class SlabLinearMethod(LinearMethodBase):
             param.weight_loader = self._loader(layer.slab_shards, name)
             layer.register_parameter(name, param)
         layer.slab_dtype = params_dtype
-        # Until the probe a model may ask the dense weight for its type or give it another loader. It
-        # is no parameter, so no reload waits for it.
+        # Until the probe a model may ask the dense weight for its type or give it another loader.
+        # It is no parameter, so no reload waits for it.
         shape = (sum(output_partition_sizes), input_size_per_partition)
         layer.weight = torch.empty(shape, dtype=params_dtype, device="meta")
         loader = self._loader(layer.slab_shards, DENSE)
