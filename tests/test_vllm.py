@@ -44,7 +44,8 @@ def main():
     greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=1)
     def generate():
         asked = [{"prompt_token_ids": p} for p in prompts]
-        found = [f.outputs[0] for f in model.generate(asked, greedy, use_tqdm=False, lora_request=lora)]
+        found = model.generate(asked, greedy, use_tqdm=False, lora_request=lora)
+        found = [f.outputs[0] for f in found]
         return [[list(f.token_ids), f.cumulative_logprob] for f in found]
     answers = [generate()]
     for other in reloads:
@@ -59,15 +60,17 @@ if __name__ == "__main__":
 
 def serve(folder, reloads=(), adapter=None, **arguments) -> list[list]:
     """Greedy tokens and the sum of their log probabilities from a vLLM of its own, for each prompt; again after each reload, from the folder
-    that is then copied over the first. adapter: a folder of LoRA matrices. Raises: RuntimeError with all it said.
+    that is then copied over the first. adapter: a folder of LoRA matrices.
+
+    Raises: RuntimeError with all it said.
     """
     world = arguments.get("tensor_parallel_size", 1)
     if ON_GPU and torch.cuda.device_count() < world:
         pytest.skip(f"{world} GPUs wanted")
     binding = {} if ON_GPU or world == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world)))}
     settings = json.dumps({"dtype": DTYPE, "enforce_eager": True, **arguments})
-    given = [settings, *map(json.dumps, (PROMPTS, [str(other) for other in reloads], adapter and str(adapter)))]
-    command = [sys.executable, "-c", SERVE, str(folder), *given]
+    given = PROMPTS, [str(other) for other in reloads], adapter and str(adapter)
+    command = [sys.executable, "-c", SERVE, str(folder), settings, *map(json.dumps, given)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **binding})
     found = re.search("^ANSWERS (.*)$", done.stdout, re.MULTILINE)
     if not found:
@@ -153,7 +156,11 @@ def test_weights_that_are_fused_on_disk(tmp_path):
     assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=2), tmp_path / "packed")
 
 
-SIZES_OF = {"stablelm": SIZES, "gptj": {"n_embd": 128, "rotary_dim": 32}, "bloom": {"hidden_size": 192, "n_head": 2}}
+SIZES_OF = {
+    "stablelm": SIZES,
+    "gptj": {"n_embd": 128, "rotary_dim": 32},
+    "bloom": {"hidden_size": 192, "n_head": 2},
+}
 
 
 @pytest.fixture
@@ -172,7 +179,8 @@ def test_models_that_do_not_list_what_they_fuse(compressed):
 
 @pytest.mark.parametrize("compressed", ["bloom"], indirect=True)
 def test_a_model_whose_loader_reorders_rows_is_refused(compressed):
-    with pytest.raises(RuntimeError, match=r"BloomForCausalLM splits or reorders .*query_key_value\.weight while it loads.*decompress"):
+    message = r"BloomForCausalLM splits or reorders .*query_key_value\.weight while .*decompress"
+    with pytest.raises(RuntimeError, match=message):
         serve(compressed)
 
 
@@ -186,12 +194,13 @@ def test_an_adapter_on_packed_layers(folder, tmp_path):
         if name.rpartition(".")[2] in targets:
             N, K = linear.weight.shape
             A, B = torch.randn(4, K) * 0.1, torch.randn(N, 4) * 0.1
-            state[f"base_model.model.{name}.lora_A.weight"], state[f"base_model.model.{name}.lora_B.weight"] = A, B
+            for which, matrix in (("A", A), ("B", B)):
+                state[f"base_model.model.{name}.lora_{which}.weight"] = matrix
             linear.weight.data += (B @ A).to(linear.weight) * 2  # lora_alpha / r
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_file(state, adapter / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets}
     (adapter / "adapter_config.json").write_text(json.dumps(described))
     assert_same(*serve(folder, adapter=adapter, enable_lora=True, max_lora_rank=8), model)
 
@@ -282,8 +291,9 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
         for sizes, what in (((64, 40), "out_features=48, vLLM's layer 40"), ((128, 48), "in_features=64, vLLM's layer 128")):
             with pytest.raises(ShapeError, match=what):
                 layers.RowParallelLinear(*sizes, prefix="mixer.q_a_proj", **settings)
-    assert (layer.weight.dtype, layer.weight.shape) == (torch.float32, (48, 64))  # what a model may ask while it is built
-    with pytest.raises(ArchitectureError, match=r"mixer\.q_a_proj: vLLM does not load it by its model's load_weights"):
+    # A model may ask for these while it is built.
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.float32, (48, 64))
+    with pytest.raises(ArchitectureError, match=r"mixer\.q_a_proj: vLLM does not load it by"):
         layer.quant_method.process_weights_after_loading(layer)
 
     def load(weights):
@@ -307,17 +317,21 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
 
 
 @pytest.mark.parametrize("turn", [False, True])
-def test_a_weight_with_a_loader_of_its_own_is_looked_at_too(turn):
-    """Mamba's in_proj: the model gives the dense weight another loader, which packed tensors do not go through."""
+def test_a_weight_with_a_loader_of_its_own_is_looked_at_too(monkeypatch, turn):
+    """Mamba's in_proj: its model gives the dense weight a loader that packed tensors do not see."""
     import vllm.model_executor.layers.linear as layers
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from slab_kernels.engines.vllm import SlabVllmConfig, _probe
 
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 1)
     config = SlabVllmConfig({"in_proj": slab_kernels.PackedLayout(48, 64, "int4", rank=1)})
     with set_current_vllm_config(VllmConfig()):
-        layer = layers.ReplicatedLinear(64, 48, bias=False, quant_config=config, params_dtype=torch.float32, prefix="in_proj")
-    layer.weight.weight_loader = lambda param, tensor: param.data.copy_(tensor.flip(0) if turn else tensor)
+        settings = {"bias": False, "quant_config": config, "params_dtype": torch.float32}
+        layer = layers.ReplicatedLinear(64, 48, prefix="in_proj", **settings)
+    change = (lambda tensor: tensor.flip(0)) if turn else (lambda tensor: tensor)
+    layer.weight.weight_loader = lambda param, tensor: param.data.copy_(change(tensor))
 
     def load(weights):
         for name, tensor in weights:

@@ -1,4 +1,4 @@
-"""Every decoder that transformers builds from a config and vLLM has, tiny, compressed and served by vLLM: one row of Markdown each.
+"""Every decoder that transformers builds and vLLM has, compressed and served: a Markdown table.
 
     .venv-vllm/bin/python tests/vllm_table.py [TYPE ...]        some 20 seconds a type, on CPU
 
@@ -17,8 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before vLLM is imported. Without dynamo vLLM compiles nothing, which takes most of its start.
-os.environ.update(VLLM_TARGET_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1")
-os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+os.environ |= {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 import tiny_models
 import torch
@@ -28,17 +36,23 @@ from slab_kernels.blocks import ArchitectureError
 
 # Whatever of these a config has. Heads and latents are of sizes that vLLM's attention has.
 SIZES = {
-    "vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "intermediate_size": 256, "max_position_embeddings": 128, "max_seq_len": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "ffn_dim": 256, "ffn_hidden_size": 256, "n_inner": 256, "expansion_ratio": 2, "word_embed_proj_dim": 128, "rotary_dim": 32,
-    "sliding_window": 6, "query_pre_attn_scalar": 32, "num_kv_heads": 2, "global_head_dim": 32, "num_global_key_value_heads": 2,
-    "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "num_nextn_predict_layers": 0,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
-    "moe_topk": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1, "shared_expert_intermediate_size": 128, "shared_intermediate_size": 128,
-    "q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
-    "index_n_heads": 2, "index_head_dim": 64, "index_topk": 8, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16,
-    "mamba_n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256,
+    "max_position_embeddings": 128, "max_seq_len": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0, "ffn_dim": 256, "ffn_hidden_size": 256, "n_inner": 256,
+    "expansion_ratio": 2, "word_embed_proj_dim": 128, "rotary_dim": 32, "sliding_window": 6,
+    "query_pre_attn_scalar": 32, "num_kv_heads": 2, "global_head_dim": 32,
+    "num_global_key_value_heads": 2, "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16,
+    "num_nextn_predict_layers": 0, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
+    "moe_topk": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "num_shared_experts": 1,
+    "moe_num_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "shared_expert_intermediate_size": 128, "shared_intermediate_size": 128, "q_lora_rank": 32,
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "index_n_heads": 2, "index_head_dim": 64, "index_topk": 8, "mamba_n_heads": 8,
+    "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 OF_A_TYPE = {
     "falcon_h1": {"mamba_d_ssm": 256},
@@ -54,7 +68,8 @@ def types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS as KNOWN
 
-    return sorted(name for name, architecture in CLASSES.items() if architecture in KNOWN or name in tiny_models.CONFIGS)
+    here = (name for name, architecture in CLASSES.items() if architecture in KNOWN)
+    return sorted({*here, *tiny_models.CONFIGS})
 
 
 def build(name: str, folder: Path) -> None:
@@ -64,13 +79,14 @@ def build(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     default, sizes = AutoConfig.for_model(name), {**SIZES, **OF_A_TYPE.get(name, {})}
     if settable(default, "qk_rope_head_dim"):
-        sizes["head_dim"] = sizes["qk_rope_head_dim"]  # where heads are latent, that is what the name means
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]  # what the name means where heads are latent
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     names = getattr(default, "attribute_map", None) or {}
     given = {names.get(key, key): value for key, value in sizes.items() if settable(default, key)}
     config = AutoConfig.for_model(name, **given)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        parameters = AutoModelForCausalLM.from_config(config).parameters()
+    count = sum(parameter.numel() for parameter in parameters)
     if count > LARGEST:
         raise ValueError(f"{count / 1e6:.0f} million weights at this size")
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -85,7 +101,7 @@ def build(name: str, folder: Path) -> None:
 
 
 def settable(config, key: str) -> bool:
-    """Something that the type has, once for all layers, and that is not computed from others; experts only where it has some."""
+    """Something that the type has, once for all layers, and that is not computed from others."""
     try:
         found = getattr(config, key)
     except Exception:
@@ -96,11 +112,12 @@ def settable(config, key: str) -> bool:
 
 
 def pack(dense: Path, out: Path) -> list[str]:
-    """Compress to int4; what the library says it cannot pack is left dense. Returns the patterns of what was left."""
-    settings, skip = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens(), "progress": False}, []
+    """Compress to int4 and leave dense what cannot be packed; returns the patterns of that."""
+    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    skip = []
     while True:
         try:
-            slab_kernels.compress(dense, out, skip=skip, **settings)
+            slab_kernels.compress(dense, out, skip=skip, progress=False, **settings)
             return skip
         except ArchitectureError as error:
             advice = re.search(r"skip='([^']+)'", str(error))
@@ -111,7 +128,8 @@ def pack(dense: Path, out: Path) -> list[str]:
 
 def by_transformers(model) -> list:
     """Greedy tokens and the sum of their log probabilities for each prompt."""
-    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    settings |= {"output_scores": True, "return_dict_in_generate": True}
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -126,7 +144,8 @@ def by_vllm(folder: Path) -> list:
 
     model = LLM(str(folder), dtype="float32", max_model_len=64, enforce_eager=True)
     greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=1)
-    found = [f.outputs[0] for f in model.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)]
+    asked = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    found = [f.outputs[0] for f in model.generate(asked, greedy, use_tqdm=False)]
     return [[list(f.token_ids), f.cumulative_logprob] for f in found]
 
 
@@ -142,7 +161,7 @@ def forked(function: Callable, *arguments):
     """The function's value from a process of its own. Raises: Refused."""
     receive, send = os.pipe()
     if (child := os.fork()) == 0:
-        with open(os.devnull if not os.environ.get("TABLE_LOG") else os.environ["TABLE_LOG"], "a") as log:
+        with open(os.environ.get("TABLE_LOG", os.devnull), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             try:
@@ -189,7 +208,9 @@ def outcome(name: str, top: Path) -> str:
     except Refused as error:
         return f"vLLM does not run the dense folder either: {error.args[0]}"
     if got is not None:
-        return f"tokens of the dense folder in vLLM, which differ from transformers'{note}" if same(got, plain) else "**WRONG**"
+        if not same(got, plain):
+            return "**WRONG**"
+        return f"tokens of the dense folder in vLLM, which differ from transformers'{note}"
     return f"refused: {reason.args[0]}" if reason.args[1] else f"**FAULT**: {reason.args[0]}"
 
 

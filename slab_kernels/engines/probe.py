@@ -1,8 +1,10 @@
-"""What an engine's loader does to a weight, found out with numbered stand-ins before the weights come. Plain torch, no engine.
+"""What an engine's loader does to a weight, found out with numbered stand-ins before weights come.
 
-A loader may reorder the rows of a weight (heads of a fused q, k, v), split it or leave it out. It knows dense weights only: what it
-does to a packed tensor is another thing, or nothing, and either way the bytes fit and the numbers are wrong. So each packed layer is
-sent through the loader first, its packed tensors and the `weight` that a dense folder has, and all must arrive as they were sent.
+Plain torch, no engine. A loader may reorder the rows of a weight (heads of a fused q, k, v),
+split it or leave it out. It knows dense weights only: what it does to a packed tensor is another
+thing, or nothing, and either way the bytes fit and the numbers are wrong. So each packed layer is
+sent through the loader first, its packed tensors and the `weight` that a dense folder has, and
+all must arrive as they were sent.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Probe:
     """The stand-ins of some packed layers, and which of them have arrived."""
 
     def __init__(self, layouts: Mapping[str, PackedLayout], engine: str):
-        """layouts: by the layers' names in the checkpoint; engine: its name and the model's, for messages."""
+        """layouts: by names in the checkpoint; engine: its name and the model's, for messages."""
         self.layouts, self.engine = dict(layouts), engine
         self.layer = ""  # the one that was sent last
         self._tensor, self._sent = "", torch.empty(0)
@@ -32,15 +34,18 @@ class Probe:
     def stand_ins(self) -> Iterator[tuple[str, Tensor]]:
         """Name and stand-in of every tensor, as an engine takes them from a checkpoint.
 
-        A stand-in is as large as the tensor and takes no memory. It comes twice: with the numbers of its rows, then of its columns.
+        A stand-in is as large as the tensor and takes no memory. It comes twice: with the numbers
+        of its rows, then with those of its columns.
         """
         for layer, layout in self.layouts.items():
-            described = {DENSE: (torch.int32, (layout.out_features, layout.in_features)), **layout.tensors()}
-            for name, (dtype, shape) in described.items():
+            dense = (torch.int32, (layout.out_features, layout.in_features))
+            for name, (dtype, shape) in {DENSE: dense, **layout.tensors()}.items():
                 for axis, view in ((0, (-1, 1)), (1, (1, -1))):
                     numbers = torch.arange(shape[axis])
-                    numbers = numbers if name == DENSE else numbers % 127  # what every type holds exactly
-                    self.layer, self._tensor, self._sent = layer, name, numbers.to(dtype).view(view).expand(shape)
+                    if name != DENSE:
+                        numbers %= 127  # what every type holds exactly
+                    self.layer, self._tensor = layer, name
+                    self._sent = numbers.to(dtype).view(view).expand(shape)
                     yield f"{layer}.{name}", self._sent
 
     def arrive(self, layer: str, name: str, tensor: Tensor) -> None:
@@ -50,19 +55,22 @@ class Probe:
         """
         if (layer, name) != (self.layer, self._tensor):
             raise ArchitectureError(
-                f"{self.engine} loads {self.layer}.{self._tensor} as {layer}.{name}, which packed layers do not support; {ADVICE}"
+                f"{self.engine} loads {self.layer}.{self._tensor} as {layer}.{name}, "
+                f"which packed layers do not support; {ADVICE}"
             )
         sent = self._sent
-        itself = (tensor.data_ptr(), tensor.shape, tensor.stride()) == (sent.data_ptr(), sent.shape, sent.stride())
-        if not itself and not torch.equal(tensor.to(sent), sent):
+        place, expected = ((t.data_ptr(), t.shape, t.stride()) for t in (tensor, sent))
+        if place != expected and not torch.equal(tensor.to(sent), sent):
             raise ArchitectureError(
-                f"{self.engine} splits or reorders {layer}.{name} while it loads, which packed layers do not support; {ADVICE}"
+                f"{self.engine} splits or reorders {layer}.{name} while it loads, "
+                f"which packed layers do not support; {ADVICE}"
             )
         self._arrived[layer].add(name)
 
     def missing(self) -> list[str]:
         """Layers of which a tensor was sent and has arrived nowhere."""
-        return [name for name, layout in self.layouts.items() if self._arrived[name] != {DENSE, *layout.tensors()}]
+        sent = {name: {DENSE, *layout.tensors()} for name, layout in self.layouts.items()}
+        return [name for name, tensors in sent.items() if self._arrived[name] != tensors]
 
     def refuse(self, layer: str) -> ArchitectureError:
         """The error for a layer that the engine has not, or does not load."""

@@ -4,8 +4,8 @@ A fused layer of vLLM (qkv_proj, gate_up_proj) holds several weights of the chec
 tensor's parameter holds nothing and only brings the loader: slices of what comes go to a `Shards`, `process_weights_after_loading` checks them
 and makes the backend's layout once, and those tensors are the layer's parameters from then on.
 
-Every model of vLLM has a loader of its own. Before the first weights come, stand-ins go through it (`Probe`): a model whose loader
-reorders, splits or leaves out a packed layer is refused.
+Every model of vLLM has a loader of its own. Before the first weights come, stand-ins go through it
+(`Probe`): a model whose loader reorders, splits or leaves out a packed layer is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from .probe import ADVICE, DENSE, Probe
 from .sharding import Shards, column_parallel, row_parallel
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # where a model's own list has none
+FUSED = {  # what a fused layer holds, where the model itself does not list it
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -143,17 +146,21 @@ class SlabLinearMethod(LinearMethodBase):
         layer.slab_shards = Shards(names, slices, lambda tensor: tensor.to(device))
         for name in layer.slab_shards.tensor_names:
             # As many elements as tensors will come: a reload prepares the layer once that many have been copied into its parameters.
-            coming = [piece.whole.tensors()[name] for piece in slices if name in piece.whole.tensors()]
-            count = len(coming) if len(self.names) == len(slices) else 1
-            param = nn.Parameter(torch.zeros(count, dtype=coming[0][0], device=device), requires_grad=False)
+            tables = [piece.whole.tensors() for piece in slices]
+            dtypes = [table[name][0] for table in tables if name in table]
+            count = len(dtypes) if len(self.names) == len(slices) else 1
+            empty = torch.zeros(count, dtype=dtypes[0], device=device)
+            param = nn.Parameter(empty, requires_grad=False)
             param.weight_loader = self._loader(layer.slab_shards, name)
             layer.register_parameter(name, param)
         layer.slab_dtype = params_dtype
-        # Until the probe a model may ask the dense weight for its type or give it another loader; no parameter, so no reload waits for it.
+        # Until the probe a model may ask the dense weight for its type or give it another loader.
+        # It is no parameter, so no reload waits for it.
         shape = (sum(output_partition_sizes), input_size_per_partition)
         layer.weight = torch.empty(shape, dtype=params_dtype, device="meta")
         loader = self._loader(layer.slab_shards, DENSE)
-        set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, "weight_loader": loader, "slab_loader": loader})
+        loaders = {"weight_loader": loader, "slab_loader": loader}
+        set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, **loaders})
         config = get_current_vllm_config_or_none()
         layer.slab_dummy = config is not None and config.load_config.load_format == "dummy"
         layer.slab_probed = False
@@ -163,9 +170,15 @@ class SlabLinearMethod(LinearMethodBase):
     def _loader(self, shards: Shards, name: str):
         def load(param, tensor: torch.Tensor, part: str | int | None = None) -> None:
             if isinstance(part, tuple):
-                raise ArchitectureError(f"vLLM loads several parts of {self.names[0]} from one tensor, which packed layers do not support; {ADVICE}")
+                raise ArchitectureError(
+                    f"vLLM loads several parts of {self.names[0]} from one tensor, "
+                    f"which packed layers do not support; {ADVICE}"
+                )
             if part is None and len(self.names) > 1:
-                raise ArchitectureError(f"vLLM gives {name} to a layer of {', '.join(self.names)} without saying to which part; {ADVICE}")
+                raise ArchitectureError(
+                    f"vLLM gives {name} to a layer of {', '.join(self.names)} without saying to "
+                    f"which part; {ADVICE}"
+                )
             at = None if len(self.names) == 1 else PARTS.get(part, part)
             if self.probe is not None:
                 self.probe.arrive(self.stored[at or 0], name, tensor)
@@ -176,15 +189,20 @@ class SlabLinearMethod(LinearMethodBase):
         return load
 
     def process_weights_after_loading(self, layer) -> None:
-        """Check, choose the backend, prepare. After a reload the same storage is filled again, so captured graphs stay right.
+        """Check, choose the backend, prepare.
 
-        Raises: ArchitectureError for weights that came past the probe, and what `Shards.packed` raises.
+        After a reload the same storage is filled again, so captured graphs stay right.
+
+        Raises: ArchitectureError for weights that came past the probe, what `Shards.packed` raises.
         """
         shards: Shards = layer.slab_shards
         if layer.slab_dummy:
             shards.fill()
         elif not layer.slab_probed:
-            raise ArchitectureError(f"{self.names[0]}: vLLM does not load it by its model's load_weights; packed layers need load_format='auto'")
+            raise ArchitectureError(
+                f"{self.names[0]}: vLLM does not load it by its model's load_weights; "
+                "packed layers need load_format='auto'"
+            )
         layer.slab_backend, state = dispatch.prepare_fused(shards.packed(), layer.slab_dtype)
         shards.tensors = [{} for _ in shards.tensors]
         leaves, structure = tree_flatten(state)
@@ -226,18 +244,24 @@ def _probe_before_loading() -> None:
 
 
 def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]) -> None:
-    """Send stand-ins for every packed layer through `load`. Raises: ArchitectureError if a weight would not arrive as it is stored."""
+    """Send stand-ins for every packed layer through `load`, the model's.
+
+    Raises: ArchitectureError if a weight would not arrive as it is stored.
+    """
     configs = (getattr(module, "quant_config", None) for module in model.modules())
     config = next((config for config in configs if isinstance(config, SlabVllmConfig)), None)
     if config is None:
         return
     names = {stored: name for name, stored in config.stored.items()}
-    probe = Probe({stored: config.layouts[name] for stored, name in names.items()}, f"vLLM's {type(model).__name__}")
-    layers = [module for module in model.modules() if isinstance(getattr(module, "quant_method", None), SlabLinearMethod)]
+    layouts = {stored: config.layouts[name] for stored, name in names.items()}
+    probe = Probe(layouts, f"vLLM's {type(model).__name__}")
+    methods = [(module, getattr(module, "quant_method", None)) for module in model.modules()]
+    layers = [module for module, method in methods if isinstance(method, SlabLinearMethod)]
     for layer in layers:
         weight = layer.weight
         del layer.weight
-        layer.register_parameter(DENSE, nn.Parameter(weight.to(torch.int32), requires_grad=False))  # the stand-ins' type
+        stand_in = nn.Parameter(weight.to(torch.int32), requires_grad=False)  # the type that comes
+        layer.register_parameter(DENSE, stand_in)
         set_weight_attrs(layer.weight, vars(weight))
         if weight.weight_loader is not weight.slab_loader:
             layer.weight.weight_loader = _landing(weight.weight_loader, weight.slab_loader)
@@ -246,7 +270,7 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
         load(probe.stand_ins())
     except ArchitectureError:
         raise
-    except Exception as error:  # whatever a loader does with a name or a shape that it does not know
+    except Exception as error:  # whatever a loader does with an unknown name or shape
         raise probe.refuse(probe.layer) from error
     for layer in layers:
         del layer.weight
@@ -258,7 +282,7 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
 
 
 def _landing(foreign: Callable, then: Callable) -> Callable:
-    """A loader that runs a model's own loader of a weight, and gives to `then` what that wrote into it."""
+    """A loader that runs a model's own loader of a weight, and gives what that wrote to `then`."""
 
     def load(param, tensor: torch.Tensor, *part) -> None:
         landed = nn.Parameter(torch.full(param.shape, -1, dtype=torch.int32), requires_grad=False)
