@@ -17,6 +17,12 @@ from .prepared import Prepared, Source, keep
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
 
 
+def _constant_in_traces(function):
+    """torch.compiler.assume_constant_result, without its import of torch._dynamo and Triton."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 class SlabLinear(nn.Module):
     """y = x W.T + bias from a packed weight; frozen, differentiable in x and bias.
 
@@ -99,7 +105,7 @@ class SlabLinear(nn.Module):
                 made.append(backend.prepare(packed.to(self._home or packed.values.device), dtype))
         return keep(linears, dtype, Prepared(backend, made[0], source))
 
-    @torch.compiler.assume_constant_result
+    @_constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
         """For torch.compile before the first call: done while it traces, and not traced."""
         self._prepared(dtype)
@@ -237,7 +243,7 @@ class FusedSlabLinear(nn.Module):
         self._prepared(dtype)
         return self
 
-    @torch.compiler.assume_constant_result
+    @_constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
         kept = self._linears.get(dtype, ())
         return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
