@@ -11,17 +11,14 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
-from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
+from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError
 from .prepared import Prepared, Source, keep
 
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
 
 
-def _constant(function):
-    """What torch.compiler.assume_constant_result does, without importing all of torch._dynamo.
-
-    That import takes seconds, and this module is imported by everybody who opens a model.
-    """
+def _constant_in_traces(function):
+    """torch.compiler.assume_constant_result, without its import of torch._dynamo and Triton."""
     function._dynamo_marked_constant = True
     return function
 
@@ -69,16 +66,11 @@ class SlabLinear(nn.Module):
         return _packed(self.layout, self._buffers)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The dense nn.Linear with the same function.
-
-        Raises: RangeError if its weight or bias does not fit `dtype`.
-        """
+        """The dense nn.Linear with the same function."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        weight = cast(self.packed().dense(), dtype, "the weight")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(self.packed().dense().to(dtype), requires_grad=False)
         if self.bias is not None:
-            bias = cast(self.bias.detach(), dtype, "the bias")
-            linear.bias = nn.Parameter(bias, requires_grad=False)
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
         return linear
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
@@ -113,7 +105,7 @@ class SlabLinear(nn.Module):
                 made.append(backend.prepare(packed.to(self._home or packed.values.device), dtype))
         return keep(linears, dtype, Prepared(backend, made[0], source))
 
-    @_constant
+    @_constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
         """For torch.compile before the first call: done while it traces, and not traced."""
         self._prepared(dtype)
@@ -251,7 +243,7 @@ class FusedSlabLinear(nn.Module):
         self._prepared(dtype)
         return self
 
-    @_constant
+    @_constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
         kept = self._linears.get(dtype, ())
         return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))

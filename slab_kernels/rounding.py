@@ -41,8 +41,8 @@ def round_adapter(
     for name, t in (("P", P), ("Q", Q)):
         if not bool((t.abs() <= bits.SHARED_LIMIT).all()):
             raise RangeError(
-                f"{name} reaches {float(t.abs().max()):.4g}; int8 adapters hold finite numbers up to "
-                f"{bits.SHARED_LIMIT:.4g}"
+                f"{name} reaches {float(t.abs().max()):.4g}; int8 adapters hold finite numbers up "
+                f"to {bits.SHARED_LIMIT:.4g}"
             )
     stored = [bits.unpack_shared(bits.pack_shared(t.float())) for t in (P, Q)]
     if not all(torch.equal(a, b) for a, b in zip(stored, (P, Q), strict=True)):
