@@ -11,15 +11,18 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
-from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError
+from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
 from .prepared import Prepared, Source, keep
 
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
 
 
 def _constant_in_traces(function):
-    """torch.compiler.assume_constant_result, without its import of torch._dynamo and Triton."""
-    function._dynamo_marked_constant = True
+    """What torch.compiler.assume_constant_result does, without importing all of torch._dynamo.
+
+    That import takes seconds, and this module is imported by everybody who opens a model.
+    """
+    function._dynamo_marked_constant_in_traces = True
     return function
 
 
@@ -66,11 +69,16 @@ class SlabLinear(nn.Module):
         return _packed(self.layout, self._buffers)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The dense nn.Linear with the same function."""
+        """The dense nn.Linear with the same function.
+
+        Raises: RangeError if its weight or bias does not fit `dtype`.
+        """
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
-        linear.weight = nn.Parameter(self.packed().dense().to(dtype), requires_grad=False)
+        weight = cast(self.packed().dense(), dtype, "the weight")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+            bias = cast(self.bias.detach(), dtype, "the bias")
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
