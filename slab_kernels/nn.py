@@ -22,7 +22,7 @@ def _constant_in_traces(function):
 
     That import takes seconds, and this module is imported by everybody who opens a model.
     """
-    function._dynamo_marked_constant_in_traces = True
+    function._dynamo_marked_constant = True
     return function
 
 
