@@ -83,7 +83,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         checksums = _checksums(header.pop("__metadata__", None))
     except (ValueError, TypeError, RecursionError) as error:
-        raise corrupt(f"its checksums cannot be read: {error}") from error
+        raise corrupt(f"its metadata cannot be read: {error}") from error
     entries, spans = {}, []
     for name, info in header.items():
         try:
@@ -127,9 +127,12 @@ def _checksums(metadata) -> dict[str, str]:
 
     Raises: ValueError, TypeError.
     """
-    text = metadata.get(CHECKSUMS, "{}") if isinstance(metadata, dict) else "{}"
-    if not isinstance(table := json.loads(text), dict):
-        raise ValueError("they are no JSON object")
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("it is no object of texts")  # safetensors takes nothing else
+    if not isinstance(table := json.loads(metadata.get(CHECKSUMS, "{}")), dict):
+        raise ValueError(f"{CHECKSUMS} is no JSON object")
     return table
 
 

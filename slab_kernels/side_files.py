@@ -123,9 +123,9 @@ def _unfit(folder: Path, name: Path) -> str | None:
     path = folder / name
     if not path.is_symlink():
         return None if stat.S_ISREG(path.lstat().st_mode) else "no regular file"
-    target, root = path.resolve(), folder.resolve()
-    if not target.is_file():
+    if not path.is_file():  # a loop of links too, at which Path.resolve fails before Python 3.13
         return "a link to no file"
+    target, root = path.resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs"
     if root.parent.name == "snapshots" and target.parent == blobs:
         return None

@@ -160,7 +160,10 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise ValueError("it knows special tokens only")  # transformers made one up
+        return tokenizer
     except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
         if "trust_remote_code=True" in str(error) and not trust_remote_code:
             reason = "it is a program in that folder, which runs only with trust_remote_code=True"
