@@ -54,9 +54,10 @@ test-triton: $(INSTALLED)
 # The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that the library takes.
 TRANSFORMERS ?= 5.0.0
 ANOTHER := $(VENV)/transformers-$(TRANSFORMERS)
+OPENING := $(addprefix tests/test_,transformers.py opening.py skeleton.py mixtures.py remote_code.py checksums.py)
 test-transformers: $(INSTALLED)
 	@test -d $(ANOTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(ANOTHER) transformers==$(TRANSFORMERS) "numpy==$$($(PYTHON) -c 'import numpy; print(numpy.__version__)')"
-	@PYTHONPATH=$(ANOTHER) $(PYTEST) tests/test_transformers.py
+	@PYTHONPATH=$(ANOTHER) $(PYTEST) $(OPENING)
 
 # lm-eval beside the environment, for the tests of `slab-kernels eval --tasks`.
 LM_EVAL := $(VENV)/lm-eval
