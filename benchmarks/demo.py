@@ -174,7 +174,8 @@ def main() -> int:
         say(str(error))
         page = report.write(found, args.out / "report", plots=False)[-1]
 
-    print_table(report.COLUMNS, report.table(found), f"\n{name}, 2:4, rank {args.rank}, {args.values} values")
+    print()
+    print_table(report.COLUMNS, report.table(found), f"{name}, 2:4, rank {args.rank}, {args.values} values")
     for row in timings:
         print(f"  one {row['n']}×{row['k']} linear, m={row['m']}: {row['backend']} {row['values'] or ''} {row['median_us']:,.0f} µs, "
               f"{row['speedup_vs_dense']:.2f}× torch's {row['dtype']} linear")  # fmt: skip
