@@ -9,10 +9,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-# What all orders share is loaded once; before each, this library and the registry are unloaded.
-ORDERS = """
-import itertools, sys
-import transformers.modeling_utils
+EVENTS = """
+import itertools, os, sys
 
 EVENTS = (
     "import slab_kernels",
@@ -21,17 +19,48 @@ EVENTS = (
     "from transformers import AutoModelForCausalLM; import transformers.quantizers.auto",
     "import slab_kernels.engines.transformers",
 )
+
+def run(order):
+    for event in order:
+        exec(event, {})
+        auto = sys.modules.get("transformers.quantizers.auto")
+        if auto is not None and "slab_kernels" in sys.modules:
+            ours = sys.modules["slab_kernels.engines.transformers"]
+            assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
+            assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
+"""
+# Whatever follows the second or the last event finds everything imported. So 32 orders differ in
+# what happens, and each of them runs in a process of its own, into which only packages that
+# neither of the two libraries belongs to have been imported.
+FRESH = """
+import accelerate, huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
+
+orders = itertools.permutations(EVENTS)
+ends = lambda order: min(order.index(EVENTS[1]), order.index(EVENTS[4]))
+distinct = sorted({order[: ends(order) + 1] for order in orders})
+assert len(distinct) == 32 and not {"transformers", "slab_kernels"} & sys.modules.keys()
+for order in distinct:
+    child = os.fork()
+    if child == 0:
+        try:
+            run(order)
+            os._exit(0)
+        except BaseException as error:
+            print(order, repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+# All 120 in one process: this library and the registry are unloaded before each.
+ORDERS = """
+import transformers.modeling_utils
+
 for order in itertools.permutations(EVENTS):
     sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("slab")]
     for name in list(sys.modules):
         if name.split(".")[0] == "slab_kernels" or name.startswith("transformers.quantizers"):
             del sys.modules[name]
-    for event in order:
-        exec(event, {})
-    auto = sys.modules["transformers.quantizers.auto"]
-    ours = sys.modules["slab_kernels.engines.transformers"]
-    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
-    assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
+    run(order)
+    assert "slab_kernels.engines.transformers" in sys.modules
 """
 KNOWN = """
 auto = sys.modules["transformers.quantizers.auto"]
@@ -94,11 +123,13 @@ else: raise AssertionError("opened")
 @pytest.mark.parametrize(
     ("code", "options"),
     [
-        (ORDERS, ()),
+        (EVENTS + FRESH, ()),
+        (EVENTS + ORDERS, ()),
         (FROZEN + KNOWN, ("-W", "error")),
         (TWICE + KNOWN, ()),
     ],
     ids=[
+        "every order that differs, in fresh processes",
         "all orders",
         "warnings are errors, and the loader cannot be changed",
         "a failed import and a reload",
