@@ -74,7 +74,7 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
     _prepare_streams()
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if as_json else stdout), noted_signals():
-        code, text = _carry_out(command, as_json, stdout)
+        code, text = _carry_out(command, as_json)
     try:
         stdout.write(text)
         stdout.flush()
@@ -88,7 +88,7 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
     return code
 
 
-def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool, stdout) -> tuple[int, str]:
+def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tuple[int, str]:
     """The exit code, and what is to stand on stdout. Of failures, what is not said there is said on stderr."""
     import typer
 

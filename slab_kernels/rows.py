@@ -63,8 +63,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 rows = whole if isinstance(whole, list) else [whole]
                 yield from ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1))
                 return
-            except json.JSONDecodeError:
-                pass  # a file of lines under the shorter name
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, RecursionError):
+                pass  # a file of lines under the shorter name; what is none fails below, by its line
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():

@@ -43,19 +43,22 @@ class StoredNames:
 
     origins: the model's name -> origin. ignored: stored tensors that the model has no place for.
 
-    Raises: CheckpointError if two stored tensors are the same one of the model, or if transformers cannot rebuild some.
+    Raises: CheckpointError if two stored tensors are the same one of the model, or if transformers
+        cannot rebuild some.
     """
 
-    def __init__(self, model: nn.Module, entries: Mapping[str, TensorEntry]):
+    def __init__(
+        self, model: nn.Module, entries: Mapping[str, TensorEntry], names: _Names | None = None
+    ):
+        names = names or _Names(model)
         self._entries = entries
         self.origins: dict[str, Origin] = {}
         self.ignored: list[str] = []
         from transformers.core_model_loading import dot_natural_key
 
-        expected, groups = model.state_dict(), {}
-        find = _finder(model, expected)
+        expected, groups = names.expected, {}
         for stored in sorted(entries, key=dot_natural_key):  # experts are stacked in this order
-            name, pattern, converter, renamed = find(stored)
+            name, pattern, converter, renamed = names.find(stored)
             if converter is not None:
                 groups.setdefault(name, (converter, []))[1].append((pattern, stored))
             elif name not in expected:
@@ -119,27 +122,35 @@ class StoredNames:
         return tensors[0] if origin.conversion is None else origin.conversion(tensors)[name].contiguous()
 
 
-def _finder(model: nn.Module, expected: dict) -> Callable[[str], tuple[str, str | None, Any, bool]]:
-    """Stored name -> the model's name, the pattern and the converter that take it there (or None), and `Origin.renamed`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+class _Names:
+    """The names that `model` has, `expected`, and transformers' tables that lead to them."""
 
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    transforms = get_model_conversion_mapping(model) if hasattr(model, "config") else []
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    def __init__(self, model: nn.Module):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    def find(stored: str) -> tuple[str, str | None, Any, bool]:
+        self.expected = model.state_dict()
+        self.prefix = getattr(model, "base_model_prefix", "") or ""
+        transforms = get_model_conversion_mapping(model) if hasattr(model, "config") else []
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
+
+    def find(self, stored: str) -> tuple[str, str | None, Any, bool]:
+        """The model's name of a stored tensor, the pattern and the converter that take it there
+        (or None), and `Origin.renamed`."""
+        from transformers.core_model_loading import rename_source_key
+
+        expected, prefix = self.expected, self.prefix
         if stored in expected:
             return stored, None, None, False
-        name, pattern = rename_source_key(stored, renamings, converters, prefix, expected)
+        name, pattern = rename_source_key(
+            stored, self.renamings, self.converters, prefix, expected
+        )
         if pattern is not None:
-            return name, pattern, by_pattern[pattern], True
+            return name, pattern, self.by_pattern[pattern], True
         plain, _ = rename_source_key(stored, [], [], prefix, expected)
         return (name, None, None, name != plain) if name in expected else (plain, None, None, False)
-
-    return find
 
 
 def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
@@ -150,11 +161,13 @@ def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
     from transformers.core_model_loading import revert_weight_conversion
 
     forms: Forms = {}
+    names, empty = _Names(model), {name: tensor.to("meta") for name, tensor in tensors.items()}
+    together = revert_weight_conversion(model, empty) if hasattr(model, "config") else empty
     for name, tensor in tensors.items():
-        parts = {name: tensor.to("meta")}
-        if hasattr(model, "config"):
+        parts = {name: empty[name]}
+        if together.get(name) is not empty[name]:  # one call takes milliseconds in a large model
             parts = revert_weight_conversion(model, parts)
-        if set(parts) != {name} and not _makes(model, parts, name):
+        if set(parts) != {name} and not _makes(model, parts, name, names):
             parts = {name: tensor}
 
         def make(stored: str, name: str = name, tensor: Tensor = tensor) -> Tensor:
@@ -164,11 +177,11 @@ def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
     return forms
 
 
-def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str) -> bool:
+def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:
     """Whether transformers reads the tensor `name` of `model` from `parts`, and nothing else."""
     entries = {stored: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for stored, t in parts.items()}
     try:
-        origins = StoredNames(model, entries).origins
+        origins = StoredNames(model, entries, names).origins
     except CheckpointError:
         return False
-    return origins.keys() == {name} and origins[name].shape == tuple(model.state_dict()[name].shape)
+    return origins.keys() == {name} and origins[name].shape == tuple(names.expected[name].shape)

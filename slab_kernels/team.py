@@ -45,7 +45,11 @@ class Team:
         self.device, self._steps = device, itertools.count()
         self._left = threading.Event()
         if self.size > 1:
-            self._meet()
+            try:
+                self._meet()
+            except BaseException:
+                self._left.set()  # no sign of life from one that has given up
+                raise
 
     def _meet(self) -> None:
         import torch.distributed as dist

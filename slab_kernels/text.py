@@ -135,9 +135,9 @@ def _dataset(name: str, max_characters: int | None) -> str:
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:
-        rows = load_dataset(path, config or None, split=split or "train", streaming=True)
+        found = load_dataset(path, config or None, split=split or "train", streaming=True)
         texts, length = [], 0
-        for row in rows:
+        for row in found:
             texts.append(row["text"])
             length += len(texts[-1])
             if max_characters is not None and length >= max_characters:

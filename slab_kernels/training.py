@@ -98,7 +98,6 @@ def train(
 
     Args:
         text: see `text.read_text`, or token ids [samples, window] (see `token_ids`).
-        trust_remote_code: run the Python code in the folder, of which some models are made.
         resume: go on from the state that an interrupted run left beside `out`; the result is that of a run without a break.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
