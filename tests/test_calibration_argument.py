@@ -65,15 +65,17 @@ def test_a_folder_holds_rows_too_and_reading_stops_in_time(tmp_path):
     ],
 )  # fmt: skip
 def test_a_row_that_has_no_text_is_named(tmp_path, tokenizer, row, message):
-    if message == "line 2 of .* is no JSON":
-        with pytest.raises(CalibrationError, match="line 1 of .* is no JSON"):
-            read_text(lines(tmp_path / "whole.json", row))
     file = lines(tmp_path / "a.jsonl", {"text": "fine"}, row)
     if message is None:
         read_text(file)
         return
     with pytest.raises(CalibrationError, match=message):
         read_text(file, tokenizer=tokenizer)
+
+
+def test_a_json_file_that_nests_too_deep_is_named(tmp_path):
+    with pytest.raises(CalibrationError, match="line 1 of .* is no JSON"):
+        read_text(lines(tmp_path / "a.json", "[" * 100_000))
 
 
 def test_a_chat_needs_a_template_that_can_write_it(tmp_path, tokenizer):
