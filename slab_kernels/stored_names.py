@@ -1,7 +1,8 @@
-"""What a checkpoint's tensors are called in the model: equal, renamed, or several rebuilt into one, as transformers reads them.
+"""What a checkpoint's tensors are called in the model, as transformers reads them.
 
-Mixtures keep a tensor for each expert and projection on disk and one for all of them in the model; transformers converts
-them on loading. Here the same conversion is done tensor by tensor.
+A tensor has the same name in both, or another, or is rebuilt from several of the checkpoint.
+Mixtures keep a tensor for each expert and projection on disk and one for all of them in the model;
+transformers converts them on loading. Here the same conversion is done tensor by tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, TensorEntry
 
-Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]  # stored name -> dtype, shape, its maker
+# Stored name -> dtype, shape, and what makes the tensor.
+Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Origin:
     """Where a tensor of the model comes from.
 
     stored: the names it has in the checkpoint, one unless transformers rebuilds it.
-    renamed: whether transformers' own tables were needed, beyond adding or leaving out the base model's prefix.
+    renamed: whether transformers' own tables were needed, beyond adding or leaving out the base
+        model's prefix.
     conversion: rebuilds the tensors of `stored`, or None where the tensor is taken as it is.
     alone: no other tensor of the model is made of the same ones.
     """
@@ -64,17 +67,22 @@ class StoredNames:
             elif name not in expected:
                 self.ignored.append(stored)
             else:
-                self._add(name, Origin((stored,), entries[stored].dtype, entries[stored].shape, renamed))
+                entry = entries[stored]
+                self._add(name, Origin((stored,), entry.dtype, entry.shape, renamed))
         for name, (converter, parts) in groups.items():
             self._rebuilt(model, entries, expected, name, converter, parts)
 
     def _add(self, name: str, origin: Origin) -> None:
         if name in self.origins:
             first = self.origins[name].stored[0]
-            raise CheckpointError(f"tensors {first!r} and {origin.stored[0]!r} are both {name!r} of the model")
+            raise CheckpointError(
+                f"tensors {first!r} and {origin.stored[0]!r} are both {name!r} of the model"
+            )
         self.origins[name] = origin
 
-    def _rebuilt(self, model, entries, expected, name: str, converter, parts: list[tuple[str, str]]) -> None:
+    def _rebuilt(
+        self, model, entries, expected, name: str, converter, parts: list[tuple[str, str]]
+    ) -> None:
         """The conversion is done on meta once, to learn what it makes."""
         stored = tuple(s for _, s in parts)
 
@@ -83,13 +91,15 @@ class StoredNames:
             for (pattern, source), tensor in zip(parts, tensors, strict=True):
                 own.add_tensor(name, source, pattern, tensor)
             made = own.convert(name, model=model, config=model.config)
-            made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 gives its list of errors too
+            made = made[0] if isinstance(made, tuple) else made  # beside 5.0's list of errors
             return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
 
         try:
-            empty = [torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta") for s in stored]
+            empty = [
+                torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta") for s in stored
+            ]
             made = convert(empty)
-        except Exception as error:  # whatever torch says to tensors that are missing or of other sizes
+        except Exception as error:  # torch's, where tensors are missing or of other sizes
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
             raise CheckpointError(
@@ -103,14 +113,18 @@ class StoredNames:
             self._add(key, Origin(stored, t.dtype, tuple(t.shape), True, convert, len(made) == 1))
 
     def forms(self, names: Iterable[str], read: Callable[[str], Tensor]) -> Forms:
-        """What to write for tensors of the model that stay as they are: those that transformers renames or rebuilds keep
-        the form of the checkpoint, which other engines read; the rest gets the model's names. read: as for `get`."""
+        """What to write for tensors of the model that stay as they are.
+
+        Those that transformers renames or rebuilds keep the form of the checkpoint, which other
+        engines read; the rest gets the model's names. read: as for `get`.
+        """
         forms: Forms = {}
         for name in names:
             origin = self.origins[name]
             if origin.renamed and origin.alone:
                 for stored in origin.stored:
-                    forms[stored] = (self._entries[stored].dtype, self._entries[stored].shape, partial(read, stored))
+                    entry = self._entries[stored]
+                    forms[stored] = (entry.dtype, entry.shape, partial(read, stored))
             else:
                 forms[name] = (origin.dtype, origin.shape, partial(self.get, name, read))
         return forms
@@ -119,7 +133,9 @@ class StoredNames:
         """The tensor `name` of the model; read: the tensor of a stored name."""
         origin = self.origins[name]
         tensors = [read(stored) for stored in origin.stored]
-        return tensors[0] if origin.conversion is None else origin.conversion(tensors)[name].contiguous()
+        if origin.conversion is None:
+            return tensors[0]
+        return origin.conversion(tensors)[name].contiguous()
 
 
 class _Names:
@@ -137,16 +153,13 @@ class _Names:
         self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
 
     def find(self, stored: str) -> tuple[str, str | None, Any, bool]:
-        """The model's name of a stored tensor, the pattern and the converter that take it there
-        (or None), and `Origin.renamed`."""
+        """The model's name of a stored tensor, pattern and converter if any, `Origin.renamed`."""
         from transformers.core_model_loading import rename_source_key
 
         expected, prefix = self.expected, self.prefix
         if stored in expected:
             return stored, None, None, False
-        name, pattern = rename_source_key(
-            stored, self.renamings, self.converters, prefix, expected
-        )
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, expected)
         if pattern is not None:
             return name, pattern, self.by_pattern[pattern], True
         plain, _ = rename_source_key(stored, [], [], prefix, expected)
@@ -171,15 +184,17 @@ def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
             parts = {name: tensor}
 
         def make(stored: str, name: str = name, tensor: Tensor = tensor) -> Tensor:
-            return tensor if stored == name else revert_weight_conversion(model, {name: tensor})[stored]
+            if stored == name:
+                return tensor
+            return revert_weight_conversion(model, {name: tensor})[stored]
 
-        forms |= {stored: (t.dtype, tuple(t.shape), partial(make, stored)) for stored, t in parts.items()}
+        forms |= {s: (t.dtype, tuple(t.shape), partial(make, s)) for s, t in parts.items()}
     return forms
 
 
 def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:
     """Whether transformers reads the tensor `name` of `model` from `parts`, and nothing else."""
-    entries = {stored: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for stored, t in parts.items()}
+    entries = {s: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for s, t in parts.items()}
     try:
         origins = StoredNames(model, entries, names).origins
     except CheckpointError:

@@ -127,7 +127,7 @@ def test_folders_without_checksums_load_as_before(copy):
 def test_a_damaged_table_is_named(copy, table):
     file = next(copy.glob("*.safetensors"))
     save_file(load_file(file), file, {"format": "pt", CHECKSUMS: table})
-    with pytest.raises(CheckpointError, match="is corrupt .its checksums cannot be read"):
+    with pytest.raises(CheckpointError, match="is corrupt .its metadata cannot be read"):
         Checkpoint(copy)
 
 

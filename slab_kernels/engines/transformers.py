@@ -71,9 +71,7 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..arguments import (
-            Arguments,  # they know the methods, which opening a packed folder does not need
-        )
+        from ..arguments import Arguments  # not above: opening a packed folder needs no methods
 
         plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
