@@ -80,7 +80,10 @@ class ModelCheckpoint(Checkpoint):
         return self._stored.get(name, self._checkpoint.get)
 
     def stored_forms(self, names: Iterable[str]) -> Forms:
-        """What to write for tensors that stay as they are. Reading one raises CheckpointError if it is not finite."""
+        """What to write for tensors that stay as they are.
+
+        Reading one raises CheckpointError if it is not finite.
+        """
         return self._stored.forms(names, lambda stored: read_dense(self._checkpoint, stored))
 
 
@@ -189,8 +192,8 @@ def load(
 
     The model holds its own copy of the weights: the files may change or go afterwards.
 
-    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked. A packed weight that
-    breaks the format is a FormatError and a CheckpointError at once.
+    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked.
+    A packed weight that breaks the format is a FormatError and a CheckpointError at once.
     """
     device = resolve_device(device)
     checkpoint = Checkpoint(hub_folder(str(path)), verify=verify)
@@ -225,8 +228,8 @@ def load(
 def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
 
-    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing in
-    the model is compressed, a weight is on meta, or the folder cannot be written.
+    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing
+    in the model is compressed, a weight is on meta, or the folder cannot be written.
     """
     modules = packed_modules(check(model))
     if not modules:

@@ -3,9 +3,9 @@
 Every process reads the calibration text through the same blocks, so statistics are equal to the last bit and the result does
 not depend on how many processes there are. Only process 0 writes.
 
-A process may work for any length of time while the others wait. Each shows that it is alive by counting in a store that all
-reach; who waits watches those counts, and speaks of a process that has stopped instead of waiting for ever. Results are
-gathered once everyone is there.
+A process may work for any length of time while the others wait. Each shows that it is alive by
+counting in a store that all reach; who waits watches those counts, and speaks of a process that has
+stopped instead of waiting for ever. Results are gathered once everyone is there.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class TeamError(RuntimeError):
 
 
 class Team:
-    """The processes of this run. size 1 without torchrun, which sets RANK, WORLD_SIZE and the meeting point.
+    """The processes of this run: 1 without torchrun, which sets RANK, WORLD_SIZE and where to meet.
 
-    device: where results of other processes go if they were made on a GPU. As a context manager it lets the others know
-    when this process leaves.
+    device: where results of other processes go if they were made on a GPU. As a context manager it
+    lets the others know when this process leaves.
 
     Raises: TeamError if the environment is incomplete or the other processes do not come.
     """
@@ -109,7 +109,8 @@ class Team:
     def share(self, names: list[str] | tuple[str, ...], work: Callable[[str], Any]) -> dict[str, Any]:
         """name -> work(name): every name is done by one process, round robin; all receive all results.
 
-        Raises: what `work` raised, on every process alike, for the first name that failed; TeamError if a process is gone.
+        Raises: what `work` raised, on every process alike, for the first name that failed;
+            TeamError if a process is gone.
         """
         mine: dict[str, Any] = {}
         for name in names[self.rank :: self.size]:

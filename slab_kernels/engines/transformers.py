@@ -159,8 +159,11 @@ class SlabQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model, *args, **kwargs):
-        """The metadata of every shard that `save_pretrained` writes: the checksums of all tensors, by each name that
-        transformers may give them (`save_original_format` decides); a name of two contents has none."""
+        """The metadata of every shard that `save_pretrained` writes: checksums of all tensors.
+
+        A tensor stands there by each name that transformers may give it (`save_original_format`
+        decides); a name of two contents has none.
+        """
         from transformers.core_model_loading import revert_weight_conversion
 
         state = model.state_dict()
