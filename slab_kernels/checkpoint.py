@@ -174,7 +174,8 @@ class Checkpoint:
         return CheckpointError(f"{self.folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}")
 
     def refuse_other_weights(self) -> None:
-        """For engines that read every safetensors file, or follow an index wherever one lies.
+        """For engines that read every safetensors file, or that follow an index wherever there is
+        one.
 
         Raises: CheckpointError if such an engine would read other files than these.
         """

@@ -80,10 +80,7 @@ class ModelCheckpoint(Checkpoint):
         return self._stored.get(name, self._checkpoint.get)
 
     def stored_forms(self, names: Iterable[str]) -> Forms:
-        """What to write for tensors that stay as they are.
-
-        Reading one raises CheckpointError if it is not finite.
-        """
+        """What to write for tensors that stay as they are. Reading one raises CheckpointError if it is not finite."""
         return self._stored.forms(names, lambda stored: read_dense(self._checkpoint, stored))
 
 

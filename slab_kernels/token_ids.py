@@ -36,9 +36,9 @@ def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
 
 
 def check_fits(ids: Tensor, model: torch.nn.Module, name: str) -> None:
-    """Refuse ids [..., tokens] that a model cannot take. name: whose they are, for the message.
+    """Raises: CalibrationError if a model lacks the embedding of some id, or positions for rows [..., tokens] of this length.
 
-    Raises: CalibrationError if the model lacks the embedding of one, or positions for so many.
+    name: whose tokens they are, for the message.
     """
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and ids.dim() > 1 and ids.shape[-1] > limit:
