@@ -1,4 +1,4 @@
-"""The model that a config.json describes, built on meta: which one it is, whether its sizes make sense, whose code it is."""
+"""The model that a config.json describes, built on meta once its sizes and its code are checked."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_
 
 
 def _refuse_own_code(described: dict, folder: Path) -> None:
-    """Raises: ArchitectureError for a config.json of a type that transformers lacks and the folder's code defines."""
+    """Raises: ArchitectureError for a type that transformers lacks and the folder's code defines."""
     from transformers import CONFIG_MAPPING
 
     if described.get("auto_map") and described["model_type"] not in CONFIG_MAPPING:
@@ -68,7 +68,7 @@ def _refuse_own_code(described: dict, folder: Path) -> None:
 
 
 def _build(config, trust_remote_code: bool) -> nn.Module:
-    """transformers would make the config's dtype the default of the whole process while it builds."""
+    """Without its dtype, which transformers would make the default of the process meanwhile."""
     from transformers import AutoModelForCausalLM
 
     dtype = config.get_text_config().dtype or config.dtype or torch.get_default_dtype()

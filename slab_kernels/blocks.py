@@ -1,4 +1,4 @@
-"""Decoder blocks and the linears in them, found by structure; nothing here knows an architecture."""
+"""Decoder blocks and the linears in them, found by structure, whatever the architecture."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def block_linears(
     skip: tuple[str, ...] = (),
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, nn.Linear]]:
-    """Per block: full name -> nn.Linear to compress. `skip` holds fnmatch patterns of full module or parameter names.
+    """Per block: full name -> nn.Linear to compress.
+
+    skip: fnmatch patterns of full names of modules or parameters.
 
     tied: parameter that is another one under a second name -> that other name.
 
@@ -118,7 +120,7 @@ def block_linears(
 
 
 def _refuse_outside(outside: dict[str, str], more: bool) -> None:
-    """Raises: ArchitectureError with what `skip` has to name, or that nothing would be left (`more` False)."""
+    """Raises: ArchitectureError with what `skip` has to name, if `more` linears are left then."""
     advice = ", ".join(f"skip='{pattern}'" for pattern in outside)
     leaves = f"{advice} {'leaves it' if len(outside) == 1 else 'together leave them'} dense"
     others = f" (and {len(outside) - 1} more alike)" if len(outside) > 1 else ""
@@ -129,7 +131,10 @@ def _refuse_outside(outside: dict[str, str], more: bool) -> None:
 
 
 def _refuse_shared(linears: list[dict[str, nn.Linear]], tied: Mapping[str, str]) -> None:
-    """Raises: ArchitectureError for a linear or a weight that two names stand for: one calibration cannot serve both."""
+    """Refuse a linear or weight that two names stand for: one calibration cannot serve both.
+
+    Raises: ArchitectureError.
+    """
     pairs = {**tied, **{other: name for name, other in tied.items()}}
     names: dict[int, str] = {}
     shared: dict[str, str] = {}

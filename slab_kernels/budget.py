@@ -63,7 +63,10 @@ BITS = Rule("stored bits a weight over the whole model", float, 0, above=True)
 
 
 def check_bits(bits: float, plan: Plan) -> float:
-    """`bits`; refuses what is no budget, and one beside settings that it chooses itself. Raises: BudgetError."""
+    """`bits`; refuses what is no budget, and one beside settings that it chooses itself.
+
+    Raises: BudgetError.
+    """
     bits = BITS.accept("bits", bits, BudgetError)
     if plan.method != "slab" or not plan.packed:
         raise BudgetError(f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}")
@@ -129,7 +132,7 @@ def search(
 def _measure(
     model: nn.Module, shapes: dict, plan: Plan, rows: dict, tokens: Tensor, device: torch.device, known: dict[str, list[float]]
 ) -> Iterator[tuple[str, list[float]]]:
-    """Steps 1 and 2: (module name, expected loss of each of its rows) for every layer that `known` lacks."""
+    """Steps 1 and 2 for every layer that `known` lacks: its name, and its rows' expected losses."""
     path, blocks = find_blocks(model)
     probes = tokens[: max(1, min(PROBES, len(tokens)))].to(device)
     dense = _log_probabilities(model, probes)

@@ -66,9 +66,9 @@ def config_dtype(config: dict) -> torch.dtype | None:
 class Checkpoint:
     """A folder of safetensors shards, every header read and checked on opening; tensors are read one by one.
 
-    Of several weights in a folder transformers' choice is read: the file that config.json names as
-    `transformers_weights`,
-    else model.safetensors, else the shards of model.safetensors.index.json.
+    Of several sets of weights in a folder, transformers' choice is read: the file that config.json
+    names as `transformers_weights`, else model.safetensors, else the shards that
+    model.safetensors.index.json lists.
 
     Args:
         files: the shards that an engine has chosen instead; they must lie in `folder`.
@@ -117,8 +117,7 @@ class Checkpoint:
                 )
 
     def _chosen(self) -> tuple[list[str], str, dict[str, str] | None]:
-        """The shards to read, the file that says so, and where an index places every tensor (None
-        without one)."""
+        """The shards to read, the file that names them, and tensor -> shard if it is an index."""
         where, name = "config.json", self.config.get(WEIGHTS_KEY)
         if name is None:
             where = "the folder"
@@ -136,8 +135,10 @@ class Checkpoint:
         return sorted(set(listed.values())), name, listed
 
     def _given(self, files: Iterable[Path | str]) -> list[str]:
-        """The names of files that an engine will read. Raises: CheckpointError for one in another
-        folder."""
+        """The names of the files that an engine will read.
+
+        Raises: CheckpointError for one that lies in another folder.
+        """
         paths = [Path(file) for file in files]
         for path in paths:
             if Path(os.path.abspath(path.parent)) != Path(os.path.abspath(self.folder)):
@@ -189,11 +190,10 @@ class Checkpoint:
             )
 
     def get(self, name: str) -> Tensor:
-        """One tensor, copied into memory of its own: what happens to the shard later does not
-        reach it.
+        """One tensor in memory of its own, which later changes of the shard do not reach.
 
-        Raises: CheckpointError if it cannot be read, does not match its checksum, or the shard is
-        another one by now.
+        Raises: CheckpointError if it cannot be read, does not match its checksum, or the shard was
+            changed since it was opened.
         """
         entry = self.entries[name]
         path = self.folder / entry.file
@@ -220,8 +220,7 @@ class Checkpoint:
         return tensor
 
     def verify(self) -> None:
-        """Read every tensor that has a checksum and compare it, for engines that read shards by
-        themselves.
+        """Compare every tensor that has a checksum, for engines that read shards by themselves.
 
         Raises: CheckpointError naming the first tensor that differs.
         """

@@ -74,7 +74,7 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
     _prepare_streams()
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if as_json else stdout), noted_signals():
-        code, text = _carry_out(command, as_json, stdout)
+        code, text = _carry_out(command, as_json)
     try:
         stdout.write(text)
         stdout.flush()
@@ -88,8 +88,11 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
     return code
 
 
-def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool, stdout) -> tuple[int, str]:
-    """The exit code, and what is to stand on stdout. Of failures, what is not said there is said on stderr."""
+def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tuple[int, str]:
+    """The exit code, and what is to stand on stdout.
+
+    Of failures, what is not said there is said on stderr.
+    """
     import typer
 
     usage_error = typer.BadParameter.__mro__[1]  # click's own or typer's copy of it, whichever this typer uses
@@ -140,7 +143,10 @@ SIGNALS: list[int] = []  # that came while the command ran
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt and are noted: torch turns one that arrives inside it into a ValueError."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, and are noted.
+
+    torch makes a ValueError of one that arrives inside it.
+    """
 
     def handle(number: int, frame) -> None:
         SIGNALS.append(number)
@@ -160,7 +166,7 @@ def noted_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[None]:
-    """Around a command that keeps something of its work: `kept` looks, once it was interrupted, what that is."""
+    """Around a command that keeps some of its work: `kept` says what, once it was interrupted."""
     try:
         yield
     except BaseException as error:
@@ -175,7 +181,10 @@ def _interrupted(kept: str, as_json: bool) -> tuple[int, str]:
 
 
 def fail(as_json: bool, kind: str, message: str, code: int) -> tuple[int, str]:
-    """A failure's exit code, and what is to stand on stdout: the JSON error, or nothing and the sentence goes to stderr."""
+    """A failure's exit code, and what is to stand on stdout.
+
+    That is the JSON error, or nothing, and the sentence goes to stderr.
+    """
     if as_json:
         return code, json.dumps({"error": {"type": kind, "message": message}}) + "\n"
     say(f"slab-kernels: {message}")
@@ -183,7 +192,7 @@ def fail(as_json: bool, kind: str, message: str, code: int) -> tuple[int, str]:
 
 
 def _prepare_streams() -> None:
-    """Every character can be printed on whatever console, and a stream that was closed swallows what it is given."""
+    """Let every character be printed on whatever console, and nothing fail on a closed stream."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
@@ -192,7 +201,7 @@ def _prepare_streams() -> None:
 
 
 def _mute(stream) -> None:
-    """Send what a stream still holds nowhere, so that Python does not fail to write it again when it ends."""
+    """Send what a stream still holds nowhere: Python, when it ends, would fail to write it."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

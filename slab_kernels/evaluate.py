@@ -132,10 +132,11 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
 def continuation(
     model: nn.Module, tokenizer, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, float]:
-    """The ids that follow `prompt`, at most `tokens` and no more than the model has positions for, and the seconds taken.
+    """The ids that follow `prompt`, at most `tokens` and no more than the model has positions for,
+    and the seconds taken.
 
-    temperature: 0 takes the most probable token, more draws by `seed`. Raises: CalibrationError for a prompt that is empty,
-    too long, or has tokens that the model does not know.
+    temperature: 0 takes the most probable token, more draws by `seed`. Raises: CalibrationError for
+    a prompt that is empty, too long, or has tokens that the model does not know.
     """
     inputs, tokens = _prompt(model, tokenizer, prompt, tokens)
     torch.manual_seed(Sampling(seed=seed).seed)
@@ -147,7 +148,10 @@ def continuation(
 
 
 def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict[str, Tensor], int]:
-    """The prompt as `generate` takes it, and how many of `tokens` fit behind it. Raises: CalibrationError."""
+    """The prompt as `generate` takes it, and how many of `tokens` fit behind it.
+
+    Raises: CalibrationError.
+    """
     if not isinstance(prompt, str) or any("\ud800" <= c <= "\udfff" for c in prompt):
         raise CalibrationError(f"the prompt {prompt!r} is no text in UTF-8")
     inputs = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))

@@ -1,4 +1,4 @@
-"""After the last block: the rest of a folder, or the model that was given; and whether a folder is finished already."""
+"""After the last block: the rest of a folder, or of the model in memory, is put in its place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import PROGRESS_NAME, RECORD_NAME, CheckpointError, read_json, write_index, write_json
+from .checkpoint import (
+    PROGRESS_NAME,
+    RECORD_NAME,
+    CheckpointError,
+    read_json,
+    write_index,
+    write_json,
+)
 from .format import PackedWeight
 from .packed_config import quantization_config
 from .plan import Plan
@@ -17,11 +24,12 @@ from .record import RunRecord
 from .replacement import replace_linear
 from .sinks import FolderSink, MemorySink, layout_on_disk
 
-DERIVED = ("calibration", "heldout", "layers")  # settings of a record that follow from others, or are names
+# Settings of a record that follow from others, or are names.
+DERIVED = ("calibration", "heldout", "layers")
 
 
 def finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenizer) -> RunRecord:
-    """Everything after the last block; config.json, without which nothing loads the folder, comes last."""
+    """Write everything else; config.json, without which nothing loads the folder, comes last."""
     sink.store_rest()
     tables = sink.tables()
     write_index(out, tables)
@@ -34,7 +42,12 @@ def finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenizer
     if plan.packed:
         layouts = {
             layer.name: layout_on_disk(
-                tables[layer.block], layer.name, layer.shape, layer.values, plan.layer(layer.name).stored_group_size, layer.planes
+                tables[layer.block],
+                layer.name,
+                layer.shape,
+                layer.values,
+                plan.layer(layer.name).stored_group_size,
+                layer.planes,
             )
             for layer in record.layers
         }
@@ -48,7 +61,7 @@ def into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
     stored = sink.stored
     packed = {name: weight for name, weight in stored.items() if isinstance(weight, PackedWeight)}
     dense = {f"{name}.weight": weight for name, weight in stored.items() if name not in packed}
-    with torch.inference_mode():  # where parameters made under it may be written to, and all others too
+    with torch.inference_mode():  # where parameters may be written to that were made under it
         for name, value in (sink.other | dense).items():
             model.get_parameter(name).copy_(value)
     replace_linear(model, packed)
@@ -60,19 +73,19 @@ def into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
 
 
 def complete(out: Path, settings: dict) -> RunRecord | None:
-    """The record of a run that finished in `out`, if its settings are the same and its shards what it wrote.
+    """The record of a run that finished in `out`; None if none did.
 
-    Raises: CheckpointError if they are not.
+    Raises: CheckpointError if it had other settings, or its shards are not what it wrote.
     """
-    if (
-        (out / PROGRESS_NAME).exists()
-        or not (out / "config.json").exists()
-        or not (out / RECORD_NAME).exists()
-    ):
+    whole = all((out / name).exists() for name in ("config.json", RECORD_NAME))
+    if not whole or (out / PROGRESS_NAME).exists():
         return None
     record = RunRecord.from_dict(read_json(out / RECORD_NAME))
-    check_same_settings(out, {k: v for k, v in record.settings.items() if k not in DERIVED}, settings)
+    before = {name: value for name, value in record.settings.items() if name not in DERIVED}
+    check_same_settings(out, before, settings)
     for file, sha256 in record.shards.items():
         if not is_whole(out / file, sha256):
-            raise CheckpointError(f"{out / file} is not what the finished run wrote; compress into an empty folder")
+            raise CheckpointError(
+                f"{out / file} is not what the finished run wrote; compress into an empty folder"
+            )
     return record

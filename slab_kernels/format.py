@@ -160,8 +160,9 @@ class PackedWeight:
         return replace(self, layout=layout, **parts)
 
     def narrow_in(self, start: int, length: int) -> PackedWeight:
-        """Columns start .. start+length, both multiples of `layout.slice_multiple`; the end may be
-        in_features.
+        """Columns start .. start+length.
+
+        Both are multiples of `layout.slice_multiple`, or the end is in_features.
 
         Raises: ShapeError.
         """

@@ -1,6 +1,6 @@
-"""What the linears of a block read: which of them read the same numbers, and those numbers, caught when they are read.
+"""The numbers that the linears of a block read, and which linears read the same.
 
-A block may write into a tensor after a linear has read it, so what counts is the contents at that moment.
+A block may write into a tensor after a linear has read it, so the contents at that moment count.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Group:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One input of a linear, caught when it is read. where: the tensor's place in memory and how often it was written to."""
+    """One input of a linear, caught when it is read.
+
+    where: the tensor's place in memory and how often it was written to.
+    """
 
     value: Tensor
     where: tuple
@@ -92,7 +95,7 @@ def find_groups(stream: Stream, index: int, block: nn.Module, linears: dict[str,
 
 
 def _split(group: list[str], inputs: dict[str, list[_Seen]], doubtful: set[str]) -> list[list[str]]:
-    """A group without those whose inputs differ from its first one's in this batch; those form groups of their own."""
+    """A group cut into those whose inputs are equal in this batch too."""
     kept, others = [], []
     for name in group:
         seen, first = inputs.get(name, []), inputs.get(group[0], [])
@@ -104,7 +107,10 @@ def _split(group: list[str], inputs: dict[str, list[_Seen]], doubtful: set[str])
 def _inputs(
     stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear], batch: int
 ) -> dict[str, list[_Seen]]:
-    """What each linear that gets any tokens reads while block `index` runs one batch; equal tensors are kept once."""
+    """What each linear that gets any tokens reads while block `index` runs one batch.
+
+    Equal tensors are kept once.
+    """
     inputs: dict[str, list[_Seen]] = {}
     alive: list[Tensor] = []  # so that no other tensor gets the place of one that was seen
 

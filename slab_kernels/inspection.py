@@ -22,8 +22,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     U, V, P and Q. `bits_per_weight` of the folder is over all its layers together.
 
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
-    and record disagree;
-    VersionError if a newer library packed it.
+        and record disagree; VersionError if a newer library packed it.
     """
     folder = expanded(folder)
     checkpoint = Checkpoint(folder)
@@ -72,8 +71,7 @@ def _layer(
     record: LayerRecord | None,
     described: dict,
 ) -> dict[str, Any]:
-    """One row of `inspect`. described: the settings that quantization_config tells of the whole
-    folder."""
+    """One row of `inspect`. described: what quantization_config says of the whole folder."""
     if layout is not None:
         shape = [layout.out_features, layout.in_features]
         counted = {leaf: entry.nbytes for leaf, entry in tensors.items() if leaf != "bias"}

@@ -134,7 +134,7 @@ def info(
 
 
 def _methods() -> Outcome:
-    """The table of methods, and of every setting that is a method's own: default, range, meaning."""
+    """The table of methods, and default, range and meaning of every setting that is their own."""
     from .methods import METHODS
 
     data = [

@@ -29,8 +29,9 @@ TARGETS = ("dense", "prefix")
 
 @dataclass(frozen=True)
 class Matching:
-    """`epochs` are 19 in the paper. `rate` suits every model, being a share of each tensor's size (2e-3, 1e-2, 3e-2 gave 6.11,
-    6.00, 6.08); it falls to a fifth along a cosine. `target`: see above. Raises on construction: ValueError.
+    """`epochs` are 19 in the paper. `rate` suits every model, being a share of each tensor's size
+    (2e-3, 1e-2, 3e-2 gave 6.11, 6.00, 6.08); it falls to a fifth along a cosine. `target`: see
+    above. Raises on construction: ValueError.
     """
 
     epochs: int = setting(10, "passes over the calibration text", 1, 1_000_000)
@@ -42,7 +43,9 @@ class Matching:
 
     @classmethod
     def of(cls, value: Matching | int | bool | None) -> Matching | None:
-        """The settings that `value` stands for: itself, so many epochs, True for the usual ones; None, False and 0 for none.
+        """The settings that `value` stands for; None for None, False and 0.
+
+        It may be the settings, a number of epochs, or True for the usual ones.
 
         Raises: ValueError for anything else.
         """

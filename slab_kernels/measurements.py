@@ -1,7 +1,8 @@
 """Files of measurements, as `report` shows them: read, checked, and rows of one model merged.
 
-Told apart by what they hold: records of `compress`, the JSON of `eval`, `eval --tasks` and `bench`, the results of the
-demo and of benchmarks/bench_methods.py, and, as plain tables, any other results that say where they are from.
+They are told apart by what they hold: records of `compress`, the JSON of `eval`, `eval --tasks` and
+`bench`, the results of the demo and of benchmarks/bench_methods.py, and, as plain tables, any other
+results that say where they are from.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from typing import Any
 from .paths import expanded
 
 RUN_RECORD = "slab_run.json"
-KINDS = "a run record, JSON of eval or bench, results of the demo, or results that name their device, machine, command or commit"
-ORIGIN = ("device", "machine", "command", "commit")  # what the files of benchmarks/results say of themselves
-BENCH_ROW = {"n": int, "k": int, "m": int, "backend": str, "dtype": str, "median_us": float, "speedup_vs_dense": float, "gbytes_per_s": float}
+KINDS = (
+    "a run record, JSON of eval or bench, results of the demo, or results that name their device, "
+    "machine, command or commit"
+)
+ORIGIN = ("device", "machine", "command", "commit")  # of which the files of benchmarks/results tell
+BENCH_ROW = {
+    "n": int, "k": int, "m": int, "backend": str, "dtype": str, "median_us": float,
+    "speedup_vs_dense": float, "gbytes_per_s": float,
+}  # fmt: skip
 MODEL_ROW = {
-    "pattern": str, "rank": int, "values": str, "bits_per_weight": float, "perplexity": float, "layer_error": float,
-    "tokens_per_second": float, "folder": str,
+    "pattern": str, "rank": int, "values": str, "bits_per_weight": float, "perplexity": float,
+    "layer_error": float, "tokens_per_second": float, "folder": str,
 }  # fmt: skip
 LARGEST = 1e300  # of a number: what is beyond overflows in a sum, and NaN is not below it
 NUMBERS = {int: "an integer", float: "a number", str: "a text"}
@@ -77,7 +84,10 @@ class Report:
 
 
 def read(paths: list[Path | str]) -> Report:
-    """Gathers run folders, folders of run folders and JSON files. Raises ReportError for a path with nothing in it."""
+    """Gathers run folders, folders of run folders and JSON files.
+
+    Raises: ReportError for a path with nothing in it.
+    """
     found: dict[str, Result] = {}
     bench: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -106,32 +116,41 @@ def read(paths: list[Path | str]) -> Report:
                 tables += _plain(data, file)
             else:
                 raise ReportError(f"{file} is none of the kinds that a report shows: {KINDS}")
-            if isinstance(data.get("model"), str) and (rows or model is None):  # a file of results names it best
-                model = data["model"]
-            noted = data.get("notes")
-            notes += [note for note in noted if isinstance(note, str)] if isinstance(noted, list) else []
-            notes += [data[name] for name in ("device", "machine") if isinstance(data.get(name), str)]
+            if isinstance(data.get("model"), str) and (rows or model is None):
+                model = data["model"]  # a file of results names it best
+            noted = data["notes"] if isinstance(data.get("notes"), list) else []
+            noted = [*noted, data.get("device"), data.get("machine")]
+            notes += [note for note in noted if isinstance(note, str)]
     if not found and not bench and not tables:
-        raise ReportError(f"nothing to report in {', '.join(map(str, paths))}: no {RUN_RECORD}, no result rows")
-    return Report(tuple(_labelled(list(found.values()))), tuple(bench), model, tuple(dict.fromkeys(notes)), tuple(tables))
+        where = ", ".join(map(str, paths))
+        raise ReportError(f"nothing to report in {where}: no {RUN_RECORD}, no result rows")
+    results, once = _labelled(list(found.values())), dict.fromkeys(notes)
+    return Report(tuple(results), tuple(bench), model, tuple(once), tuple(tables))
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ReportError(f"{path} does not exist: give a folder written by compress, or a JSON file of eval or bench")
+        raise ReportError(
+            f"{path} does not exist: give a folder written by compress, or a JSON file of eval or "
+            "bench"
+        )
     files = [f for f in (path / RUN_RECORD, path / "results.json") if f.is_file()]
     files = files or sorted(path.glob(f"*/{RUN_RECORD}"))
     if not files:
-        raise ReportError(f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: was it written by compress?")
+        raise ReportError(
+            f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: give a folder written "
+            "by compress"
+        )
     return files
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN: nothing was measured
-        json.dumps(data, ensure_ascii=False).encode()  # refuses half characters, which no page can hold
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=lambda _: None)  # NaN: nothing was measured
+        json.dumps(data, ensure_ascii=False).encode()  # no page can hold half a character
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(data, dict):
@@ -147,14 +166,17 @@ def _rows(data: dict[str, Any], file: Path) -> list[dict[str, Any]]:
 
 
 def _typed(row: dict[str, Any], kinds: dict[str, type], where: str, needed: bool) -> dict[str, Any]:
-    """The entries of `row` that `kinds` names, checked; absent ones left out, or refused where they are needed."""
+    """The entries of `row` that `kinds` names, checked.
+
+    Absent ones are left out, or refused where they are needed.
+    """
     found = {}
     for name, kind in kinds.items():
         value = row.get(name)
         if value is None and not needed:
             continue
-        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not right or (kind is not str and not abs(value) < LARGEST):
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or isinstance(value, bool) or (kind is not str and not abs(value) < LARGEST):
             raise ReportError(f"{where} has {name}={short(value)}, expected {NUMBERS[kind]}")
         found[name] = value
     return found
@@ -164,10 +186,12 @@ def _bench_rows(rows: Any, file: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ReportError(f"{file} has timing rows that are no list of objects: {short(rows)}")
     for number, row in enumerate(rows, 1):
-        _typed(row, BENCH_ROW, f"timing row {number} of {file}", needed=True)
-        _typed(row, {"values": str, "cache": str, "rank": int, "adapter_rank": int}, f"timing row {number} of {file}", needed=False)
+        where = f"timing row {number} of {file}"
+        optional = {"values": str, "cache": str, "rank": int, "adapter_rank": int}
+        _typed(row, BENCH_ROW, where, needed=True)
+        _typed(row, optional, where, needed=False)
         if "roofline" in row:
-            _typed(row, {"roofline": float, "bound": str}, f"timing row {number} of {file}", needed=True)
+            _typed(row, {"roofline": float, "bound": str}, where, needed=True)
     return [{"values": None} | row for row in rows]
 
 
@@ -178,7 +202,9 @@ def _from_record(data: dict[str, Any], file: Path) -> Result:
         where = f"layer {number} of {file}"
         shape = layer.get("shape") if isinstance(layer, dict) else None
         if not isinstance(shape, list) or len(shape) != 2:
-            raise ReportError(f"{where} is {short(layer)}, expected an object with a shape of two numbers")
+            raise ReportError(
+                f"{where} is {short(layer)}, expected an object with a shape of two numbers"
+            )
         _typed({"N": shape[0], "K": shape[1]}, {"N": int, "K": int}, where, needed=True)
         _typed(layer, {"name": str, "bits_per_weight": float}, where, needed=True)
         _typed(layer, {"error": float, "heldout_error": float}, where, needed=False)
@@ -187,8 +213,9 @@ def _from_record(data: dict[str, Any], file: Path) -> Result:
     heldout = bool(layers) and all(layer.get("heldout_error") is not None for layer in layers)
     name = "heldout_error" if heldout else "error"
     errors = {layer["name"]: layer[name] for layer in layers if layer.get(name) is not None}
+    kinds = {"method": str, "pattern": str, "rank": int, "values": str}
     return Result(
-        **({"method": "dense"} | _typed(settings, {"method": str, "pattern": str, "rank": int, "values": str}, str(file), needed=False)),
+        **({"method": "dense"} | _typed(settings, kinds, str(file), needed=False)),
         bits_per_weight=bits / weights if weights else None,
         layer_error=sum(errors.values()) / len(errors) if errors else None,
         errors=errors,
@@ -204,11 +231,12 @@ def _from_row(row: dict[str, Any], where: str) -> Result:
     errors = row.get("errors") or {}
     if not isinstance(errors, dict):
         raise ReportError(f"{where} has errors={short(errors)}, expected an object of numbers")
-    return Result(**known, errors=_typed(errors, dict.fromkeys(errors, float), where, needed=True), heldout=row.get("heldout") is True)
+    errors = _typed(errors, dict.fromkeys(errors, float), where, needed=True)
+    return Result(**known, errors=errors, heldout=row.get("heldout") is True)
 
 
 def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path) -> list[Result]:
-    """Results of benchmarks/bench_methods.py: every row with a label of its own, and the dense model's perplexity."""
+    """Results of benchmarks/bench_methods.py: rows with labels, and the dense model's perplexity."""
     kinds = {name: MODEL_ROW[name] for name in ("bits_per_weight", "perplexity", "layer_error")}
     dense = _typed(data, {"dense": float}, str(file), needed=False)
     found = [Result("dense", perplexity=dense["dense"])] if dense else []
@@ -217,7 +245,8 @@ def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path)
         label = _typed(row, {"label": str}, where, needed=True)["label"]
         settings = row["settings"] if isinstance(row.get("settings"), dict) else {}
         method = settings.get("method")
-        found.append(Result(method if isinstance(method, str) else label, **_typed(row, kinds, where, needed=False), label=label))
+        measured = _typed(row, kinds, where, needed=False)
+        found.append(Result(method if isinstance(method, str) else label, **measured, label=label))
     return found
 
 
@@ -227,7 +256,8 @@ def _tasks(data: dict[str, Any], file: Path) -> Table:
         for task, metrics in data["tasks"].items()
         for metric, value in (metrics.items() if isinstance(metrics, dict) else [("", metrics)])
     ]
-    return Table(f"Tasks of {data.get('folder') or file.name}", ("task", "metric", "value"), tuple(rows))
+    title = f"Tasks of {data.get('folder') or file.name}"
+    return Table(title, ("task", "metric", "value"), tuple(rows))
 
 
 def _plain(data: dict[str, Any], file: Path) -> list[Table]:
@@ -242,7 +272,8 @@ def _plain(data: dict[str, Any], file: Path) -> list[Table]:
         elif isinstance(value, list) and value and all(isinstance(row, list) for row in value):
             width = max(map(len, value))
             rows = tuple(tuple(map(_cell, row + [None] * (width - len(row)))) for row in value)
-            tables.append(Table(f"{file.stem}: {name}", tuple(str(i + 1) for i in range(width)), rows))
+            columns = tuple(str(i + 1) for i in range(width))
+            tables.append(Table(f"{file.stem}: {name}", columns, rows))
         else:
             facts += [(key, _cell(entry)) for key, entry in _flat({name: value}).items()]
     return [Table(f"{file.stem}", ("name", "value"), tuple(facts)), *tables] if facts else tables
@@ -252,8 +283,10 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """Objects inside an object become entries of their own: {"a": {"b": 1}} -> {"a b": 1}."""
     flat = {}
     for name, value in row.items():
-        inside = {f"{name} {key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= inside
+        if isinstance(value, dict):
+            flat |= {f"{name} {key}": entry for key, entry in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
@@ -268,7 +301,7 @@ def _cell(value: Any) -> str:
 
 
 def _merge(found: dict[str, Result], new: Result) -> None:
-    """A record and the evaluation of the same folder are one row; measured values win over absent ones."""
+    """A record and the evaluation of one folder are one row; what was measured stays."""
     key = new.folder or f"{new.method}/{new.pattern}/{new.rank}/{new.values}/{new.label}"
     old = found.get(key)
     if old is not None:

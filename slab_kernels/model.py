@@ -101,19 +101,21 @@ def compress(
             method. Patterns other than 2:4 cannot be packed and are written as a dense checkpoint.
         bits: stored bits a weight over the whole model, spent layer by layer on value types, planes and ranks where the
             measured loss says they help most (see `budget`); the dense model is then held in memory while it is searched.
-        matching: transformer matching after each block (see `matching`): its settings, just the epochs, or True; 0 or None: none.
+        matching: transformer matching after each block (see `matching`): its settings, just the
+            epochs, or True; 0 or None: none.
         calibration, heldout: text (see `text.read_text`) or token ids [samples, window] (see `token_ids`). With `heldout` each layer's
             error is measured on that text too, with at most a quarter of `samples`.
         samples, window: calibration windows and their length in tokens, cut to the model's maximum positions.
         skip: fnmatch patterns of module or parameter names to leave dense, such as "*.down_proj".
-        tokenizer: one of transformers or its folder; needed for a model in memory that does not know its folder, unless token ids
-            are given.
+        tokenizer: one of transformers or its folder; needed for a model in memory that does not
+            know its folder, unless token ids are given.
         device: where blocks run. "auto" is a GPU if there is one; a CPU computes in fp32.
-        resume: go on with an interrupted run in `out`: same settings, same bytes as without the interruption. What is
-            finished and every tensor of the model are compared with what they were.
+        resume: go on with an interrupted run in `out`: same settings, same bytes as without the
+            interruption. What is finished and every tensor of the model are compared with what they
+            were.
         progress: a function called with every ProgressEvent, True for a bar on stderr, None for a bar on a terminal.
-        trust_remote_code: run the Python code in the model's folder, which some models are made of; without it they
-            are refused before anything runs.
+        trust_remote_code: run the Python code in the model's folder, which some models are made of;
+            without it they are refused before anything runs.
 
     Returns: the RunRecord that also lies in slab_run.json; with out=None the model.
     Raises: CalibrationError, CheckpointError, ArchitectureError, FormatError, ValueError, one sentence each.
@@ -198,7 +200,7 @@ def compress(
 
 
 def _know_inputs(source: FolderSource | ModuleSource, state: Progress | None, team: Team) -> None:
-    """A run that goes on must read the tensors that it began with: their hashes are taken once and kept in `state`."""
+    """Let a run that goes on read the tensors that it began with: `state` keeps their hashes."""
 
     def hashes() -> dict[str, str]:
         before = dict(state.inputs)
@@ -213,7 +215,10 @@ def _spend(
     source: FolderSource | ModuleSource, plan: Plan, shapes: dict[str, tuple[int, int]], bits: float, tokens: Tensor,
     device: torch.device, team: Team, state: Progress | None, report: Callable[[ProgressEvent], None],
 ) -> dict[str, dict]:  # fmt: skip
-    """The settings of every layer under the budget, searched by one process for all and kept in `state`."""
+    """The settings of every layer under the budget, searched by one process for all.
+
+    What is found on the way is kept in `state`.
+    """
 
     def dense() -> nn.Module:
         in_memory = isinstance(source, ModuleSource)

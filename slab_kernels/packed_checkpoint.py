@@ -189,8 +189,8 @@ def load(
 
     The model holds its own copy of the weights: the files may change or go afterwards.
 
-    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked. A packed weight that
-    breaks the format is a FormatError and a CheckpointError at once.
+    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked.
+    A packed weight that breaks the format is a FormatError and a CheckpointError at once.
     """
     device = resolve_device(device)
     checkpoint = Checkpoint(hub_folder(str(path)), verify=verify)
@@ -225,8 +225,8 @@ def load(
 def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
 
-    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing in
-    the model is compressed, a weight is on meta, or the folder cannot be written.
+    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing
+    in the model is compressed, a weight is on meta, or the folder cannot be written.
     """
     modules = packed_modules(check(model))
     if not modules:

@@ -22,10 +22,9 @@ def _damaged(kind: type[FormatError]) -> type[FormatError]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Around the use of what a folder holds: a FormatError names `what` and is a CheckpointError
-    too.
+    """Around the use of what a folder holds: a FormatError becomes a CheckpointError too.
 
-    A FormatError alone is an argument that breaks the format.
+    Its message begins with `what`. A FormatError alone is an argument that breaks the format.
     """
     try:
         yield
@@ -34,7 +33,10 @@ def reading(what: str) -> Iterator[None]:
 
 
 def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dict:
-    """The entry of config.json from which every module can be built. settings: method, pattern, rank, values, group_size."""
+    """The entry of config.json from which every module can be built.
+
+    settings: method, pattern, rank, values, group_size.
+    """
     modules = {
         name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
     }
@@ -50,20 +52,19 @@ def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dic
 
 
 def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
-    """Module name -> layout, from config.json; tensors of the folder that bear these names have
-    these sizes.
+    """Module name -> layout, from config.json, with the sizes that its tensors have in the folder.
 
     Raises: CheckpointError if the folder was not written by this library or its sizes contradict
-    its files,
-    VersionError if a newer library wrote it, for an impossible layout a FormatError that is a
-    CheckpointError too.
+        its files, VersionError if a newer library wrote it, for an impossible layout a FormatError
+        that is a CheckpointError too.
     """
     entry = checkpoint.config.get("quantization_config")
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         method = entry.get("quant_method") if isinstance(entry, dict) else entry
         found = f"quant_method {reprlib.repr(method)}" if entry else "a dense model"
         raise CheckpointError(
-            f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); compress it first, or open it with transformers"
+            f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); "
+            "compress it first, or open it with transformers"
         )
     layouts = parse_layouts(entry, str(checkpoint.folder))
     for name, layout in layouts.items():
@@ -83,11 +84,12 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
 
 
 def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
-    """Module name -> layout, from a quantization_config; keys that are not known are ignored. where: for messages.
+    """Module name -> layout, from a quantization_config; keys that are not known are ignored.
+
+    where: the folder or model, for messages.
 
     Raises: CheckpointError, VersionError if a newer library wrote it, for an impossible layout a
-    FormatError that is a
-    CheckpointError too.
+        FormatError that is a CheckpointError too.
     """
     version = entry.get("format_version")
     if type(version) is not int or version < 1:  # type(): true is an int to isinstance

@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def expanded(path: str | os.PathLike) -> Path:
-    """`path` with a leading ~ or ~user as that home folder. Raises: ValueError where there is none, or for what is no path, or is empty."""
+    """`path` with a leading ~ or ~user as that home folder.
+
+    Raises: ValueError where there is no such home folder, for an empty path, or what is no path.
+    """
     if path == "":
         raise ValueError("a path is empty; give the name of a file or a folder")
     try:

@@ -24,9 +24,8 @@ from .streams import Stream, catch_stream
 from .team import Team
 from .ties import tied_names
 
-KEEP_ON_DEVICE = (
-    0.25  # share of a GPU's free memory that hidden states may take before they are kept in host memory
-)
+# Share of a GPU's free memory that hidden states may take before they are kept in host memory.
+KEEP_ON_DEVICE = 0.25
 
 
 def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:

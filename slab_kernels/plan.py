@@ -20,7 +20,8 @@ PACKABLE = ("2:4",)
 class Plan:
     """Settings of `methods.decompose`, and what follows it. Raises on construction: ValueError or a FormatError.
 
-    matching: transformer matching after the method, in any form that `Matching.of` takes.  layers: module name -> settings that differ for that layer.
+    matching: transformer matching after the method, in any form that `Matching.of` takes.
+    layers: module name -> settings that differ for that layer.
     """
 
     method: str = "slab"
@@ -85,7 +86,10 @@ class Plan:
         return parse_pattern(self.pattern).group or 1
 
     def check_shapes(self, shapes: dict[str, tuple[int, int]]) -> None:
-        """Refuse a plan that some layer cannot have. shapes: module name -> (N, K). Raises: a FormatError that names the layer."""
+        """Refuse a plan that some layer cannot have.
+
+        shapes: module name -> (N, K). Raises: a FormatError that names the layer.
+        """
         for name, shape in shapes.items():
             own = self.layer(name)
             method, given = METHODS[own.method], own.adapter_rank
@@ -117,7 +121,10 @@ class Plan:
         return unpack(self.pack(decomposition)) if self.packed else decomposition
 
     def store(self, name: str, decomposition: Decomposition, dtype: torch.dtype) -> PackedWeight | Tensor:
-        """Packed, or dense in `dtype`. Raises: RangeError naming the module if a number does not fit."""
+        """Packed, or dense in `dtype`.
+
+        Raises: RangeError naming the module if a number does not fit.
+        """
         if not self.packed:
             return cast(decomposition.dense(), dtype, f"{name}.weight")
         return self.pack(decomposition)

@@ -47,10 +47,11 @@ def _take_lock(path: Path):
 class Progress:
     """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
 
-    `blocks[i]` = {"file", "sha256", "layers", "match"} of finished block i, always a prefix 0 .. n-1; `inputs` what the
-    model's tensors were when the run began, by their hashes; `search` what a search has measured before the first block.
-    Opening it claims the folder until `close` or `abandon`; as a context manager it calls the one that fits. With
-    `resume` None the writer cannot go on after a kill: nothing is noted, and on failure everything that it wrote is removed.
+    `blocks[i]` = {"file", "sha256", "layers", "match"} of finished block i, always a prefix 0 ..
+    n-1; `inputs` what the model's tensors were when the run began, by their hashes; `search` what a
+    search has measured before the first block. Opening it claims the folder until `close` or
+    `abandon`; as a context manager it calls the one that fits. With `resume` None the writer cannot
+    go on after a kill: nothing is noted, and on failure everything that it wrote is removed.
 
     Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
     settings (the difference is named), or cannot be written.
@@ -137,7 +138,7 @@ class Progress:
             self.release()
 
     def abandon(self) -> None:
-        """A run that failed lets go of the folder; where nothing is kept, it gives it back for other settings."""
+        """Let go of the folder after a failure, and give it back where nothing is kept."""
         if self.blocks or self.search:
             self.release()
         else:
@@ -172,7 +173,7 @@ class Progress:
 
 
 def _is_state(state: dict) -> bool:
-    """Whether the state is as `Progress` wrote it: its own hash fits, and everything is where it belongs."""
+    """Whether the state is as `Progress` wrote it, by its hash and by the kinds of its parts."""
     rest = {key: value for key, value in state.items() if key != "sha256"}
     kinds = {"settings": dict, "inputs": dict, "search": dict, "blocks": list}
     of_block = {"file": str, "sha256": str, "layers": list}

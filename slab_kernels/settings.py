@@ -1,8 +1,9 @@
-"""Settings are fields of frozen dataclasses: each field says once what it means and what it may be, `enforce` refuses the rest.
+"""Settings as fields of frozen dataclasses, each with what it means and what it may be.
 
     rounds: int = setting(3, "rounds of refit and descent at most", 0, 10_000)
 
-Whoever makes the dataclass, from Python, the command line or a config.json, meets the same check and the same sentence.
+Whoever makes the dataclass, from Python, the command line or a config.json, meets the same check
+(`enforce`) and the same sentence.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a te
 class Rule:
     """What a setting may be.
 
-    kind: int, float, bool or str.  low, high: the range of a number, both ends allowed unless `above` leaves `low` out.
-    choices: the texts allowed, if not all are.  optional: whether None is a value.  error: what `enforce` raises
-    for this setting, if not the class that it was given.
+    kind: int, float, bool or str.
+    low, high: the range of a number, both ends allowed unless `above` leaves `low` out.
+    choices: the texts allowed, if not all are.
+    optional: whether None is a value.
+    error: what `enforce` raises for this setting, if not the class that it was given.
     """
 
     meaning: str
@@ -35,11 +38,14 @@ class Rule:
     optional: bool = False
     error: type[ValueError] | None = None
 
-    def accept(self, name: str, value: Any, error: type[ValueError] = ValueError, of: str = "") -> Any:
-        """`value` as the plain Python type it stands for: NumPy's numbers become int, float or bool.
+    def accept(
+        self, name: str, value: Any, error: type[ValueError] = ValueError, of: str = ""
+    ) -> Any:
+        """`value` as the plain Python type it stands for, also where it is one of NumPy's.
 
-        Raises: `error`, in a sentence that names the setting, its value, its range and its meaning. of: the owner,
-        such as " of training".
+        of: the owner, such as " of training".
+
+        Raises: `error`, in a sentence that names the setting, its value, its range and its meaning.
         """
         if value is None and self.optional:
             return None
@@ -55,8 +61,8 @@ class Rule:
         return plain
 
     def _plain(self, value: Any) -> Any:
-        """`value` as int, float, bool or str, or None where it is no such thing or no finite number."""
-        logical = isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # NumPy's too
+        """`value` as int, float, bool or str; None where it is neither, or not finite."""
+        logical = type(value).__name__ in ("bool", "bool_")  # Python's and NumPy's
         if self.kind is bool:
             return bool(value) if logical else None
         if logical:
@@ -95,8 +101,13 @@ def _figure(number: float) -> str:
     return f"2**{number.bit_length()} - 1" if number > 0 else f"-2**{number.bit_length() - 1}"
 
 
-def setting(default: Any, meaning: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:
-    """A dataclass field with its Rule; the kind is the default's type unless `kind` says otherwise. more: see Rule."""
+def setting(
+    default: Any, meaning: str, low: float | None = None, high: float | None = None, **more: Any
+) -> Any:
+    """A dataclass field with its Rule; the kind is the default's type unless `kind` says otherwise.
+
+    more: see Rule.
+    """
     kind = more.pop("kind", type(default))
     return field(default=default, metadata={RULE: Rule(meaning, kind, low, high, **more)})
 
@@ -107,12 +118,15 @@ def rules(settings: Any) -> list[tuple[Field, Rule]]:
 
 
 def enforce(settings: Any, error: type[ValueError] = ValueError, of: str = "") -> None:
-    """Called in `__post_init__`: brings every setting to its plain type. Raises: `error` for the first that breaks its rule."""
+    """Called in `__post_init__`: brings every setting to its plain type.
+
+    Raises: `error` for the first that breaks its rule.
+    """
     for entry, rule in rules(settings):
         value = rule.accept(entry.name, getattr(settings, entry.name), rule.error or error, of)
         object.__setattr__(settings, entry.name, value)
 
 
-# Used by more than one dataclass. The ends of a seed are those of torch's generators; training adds to it step by step.
+# Used by more than one dataclass. The ends of a seed are those of torch's generators.
 SEED = {"meaning": "which windows of text are drawn", "low": -(1 << 63), "high": (1 << 63) - 1}
 WINDOW = {"meaning": "tokens in a window", "low": 2}

@@ -1,8 +1,7 @@
-"""The files of a checkpoint folder: safetensors shards and JSON, read with suspicion and written
-atomically.
+"""The files of a checkpoint folder: safetensors shards and JSON, checked as they are read.
 
-Every file is written beside its final name and renamed over it, so a kill at any moment leaves
-whole files or none.
+Every file is written beside its final name and renamed to it, so a kill at any moment leaves whole
+files or none.
 """
 
 from __future__ import annotations
@@ -23,14 +22,10 @@ import torch
 from torch import Tensor
 
 PARTIAL_SUFFIX = ".partial"
-CHECKSUMS = (
-    "slab_crc32"  # key of a shard's __metadata__; its text is a JSON object, tensor -> CRC-32
-)
+CHECKSUMS = "slab_crc32"  # key of a shard's __metadata__: the text of a JSON object, tensor -> CRC
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 MAX_JSON = 1 << 26  # bytes; the config.json of 40,000 packed modules takes a quarter of it
-MAX_DEPTH = (
-    64  # of objects and lists inside each other; writing JSON recurses, and no config nests so
-)
+MAX_DEPTH = 64  # of objects and lists inside each other, far more than any config has
 MAX_DIMENSIONS = 64  # of a tensor in torch
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -45,8 +40,10 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: shard file name, dtype, shape, size in bytes, first byte in the file,
-    and its checksum if it has one."""
+    """Where one tensor lies: name of the shard, first byte there, size in bytes; and its checksum.
+
+    The checksum is None for tensors of files that other programs or older versions wrote.
+    """
 
     file: str
     dtype: torch.dtype
@@ -57,7 +54,9 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Name -> entry of one safetensors file, checked: sizes match dtypes and shapes, and the data covers the file once.
+    """Name -> entry of one safetensors file.
+
+    Sizes match dtypes and shapes, and the tensors cover the file once.
 
     Raises: CheckpointError naming the file and the defect.
     """
@@ -116,7 +115,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _without_duplicates(pairs: list[tuple]) -> dict:
-    """For json.loads, which lets the last of two equal names win; other readers of the same file may take the first."""
+    """For json.loads, which takes the last of two equal names where other readers take the first.
+    """
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands in it twice")
     return found
@@ -130,7 +130,7 @@ def _checksums(metadata) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("it is no object of texts")  # safetensors takes nothing else
+        raise ValueError("it is no JSON object of strings")  # safetensors takes nothing else
     if not isinstance(table := json.loads(metadata.get(CHECKSUMS, "{}")), dict):
         raise ValueError(f"{CHECKSUMS} is no JSON object")
     return table
@@ -147,8 +147,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises: CheckpointError, also for one that is absurdly large or
-    deep."""
+    """A JSON object from a file.
+
+    Raises: CheckpointError, also for a file above MAX_JSON or nested deeper than MAX_DEPTH.
+    """
     try:
         with path.open("rb") as f:
             text = f.read(MAX_JSON + 1) if os.fstat(f.fileno()).st_size <= MAX_JSON else None
@@ -186,8 +188,9 @@ def _check_depth(content) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name once it is whole and on the disk; on failure nothing of
-    it stays.
+    """A file to write, which gets its name once it is whole and on the disk.
+
+    On failure nothing of it stays.
 
     Raises: CheckpointError if the disk is full or the folder not writable.
     """
@@ -235,16 +238,16 @@ def write_shard(
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     get: Callable[[str], Tensor],
 ) -> dict[str, TensorEntry]:
-    """Write one safetensors file atomically, tensors fetched one at a time by `get(name)`; returns its table.
+    """Write one safetensors file atomically; returns its table.
 
-    Same bytes for the same tensors. Written here rather than by safetensors.save_file so that a shard of embeddings
-    never lies in memory whole and a full disk is an OSError with its cause.
+    Tensors are fetched one at a time by `get(name)`; the same ones give the same bytes. Written
+    here rather than by safetensors.save_file so that a shard of embeddings never lies in memory
+    whole, and a full disk is an OSError with its cause.
 
     Raises: CheckpointError if the disk is full or the folder not writable.
     """
-    names = sorted(
-        specs, key=lambda name: (-specs[name][0].itemsize, name)
-    )  # largest dtype first keeps alignment
+    # The largest dtype comes first, which keeps tensors aligned.
+    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
     header, position = {}, 0
     for name in names:
         dtype, shape = specs[name]

@@ -61,15 +61,15 @@ SWITCHES = ("do_", "output_", "return_", "use_")
 
 
 def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
-    """(files to carry along, relative to `folder`; what is skipped beside weights, each "name
-    (reason)"), both sorted.
+    """The files to carry along, and what else is left behind.
 
     Weights, hidden files and what compression writes anew are no side files. A link is followed
-    only to a file
-    inside the folder or to the blobs of the Hugging Face cache that the folder is a snapshot in. A
-    sub-folder with a
-    config.json and weights of its own is another model, and `out` the folder being written.
+    only to a file inside the folder, or to the blobs of the Hugging Face cache that the folder is a
+    snapshot in. A sub-folder with a config.json and weights of its own is another model. `out` is
+    the folder being written, which may lie inside.
 
+    Returns: paths relative to `folder`, and what is skipped beside weights, each "name (reason)";
+        both sorted.
     Raises: CheckpointError for a folder that cannot be listed.
     """
     carried, skipped = [], []
@@ -90,11 +90,8 @@ def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[
                 reason = "another model"
             if reason:
                 skipped.append(f"{here / name} ({reason})")
-            if (
-                reason
-                or name.startswith(".")
-                or (out is not None and path.resolve() == out.resolve())
-            ):
+            written = out is not None and path.resolve() == out.resolve()
+            if reason or written or name.startswith("."):
                 folders.remove(name)
         for name in files:
             if _is_side_file(name, top=not here.parts):
@@ -164,8 +161,10 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def read_generation_config(folder: Path):
-    """The GenerationConfig of a folder, None if it has none. Raises: CheckpointError if it cannot
-    be used."""
+    """The GenerationConfig of a folder, None if it has none.
+
+    Raises: CheckpointError if it cannot be used.
+    """
     from transformers import GenerationConfig
 
     path = folder / "generation_config.json"

@@ -25,12 +25,8 @@ DEFAULT_DTYPE = (
     torch.linspace,
     torch.logspace,
 )
-MAYBE_DEFAULT_DTYPE = (
-    torch.tensor,
-    torch.full,
-    torch.arange,
-    torch.scalar_tensor,
-)  # by the numbers given
+# The numbers given decide whether these make the default dtype.
+MAYBE_DEFAULT_DTYPE = (torch.tensor, torch.full, torch.arange, torch.scalar_tensor)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -100,8 +96,10 @@ def _compute(module: nn.Module, model: nn.Module) -> None:
 
 
 def blanked(model: nn.Module) -> dict[str, int]:
-    """Weight of an embedding -> its padding row, where transformers zeroes that row whenever it
-    opens a dense folder, whatever the file holds (seen in 5.23 for youtu)."""
+    """Weight of an embedding -> its padding row, where transformers makes that row zero.
+
+    It does so whenever it opens a dense folder, whatever the file holds (in 5.23 for Youtu).
+    """
     rows = {}
     if not type(model).__module__.startswith("transformers."):
         return rows  # code of a folder initialises no module that came from a file

@@ -135,7 +135,7 @@ class FolderSource:
         return self.checkpoint.fingerprint()
 
     def open_dense(self) -> nn.Module:
-        """The model itself, in memory; every tensor has been seen to be there, where transformers would invent it."""
+        """The model itself, in memory; no tensor is missing, which transformers would invent."""
         from transformers import AutoModelForCausalLM
 
         self.checkpoint.verify()
@@ -147,12 +147,12 @@ class FolderSource:
         return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every tensor that the model uses, by its name in the checkpoint; reads all of them once."""
+        """SHA-256 of every tensor that the model uses, by stored name; reads all of them once."""
         names = sorted({stored for origin in self.stored.origins.values() for stored in origin.stored})
         return {name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest() for name in names}
 
     def expect(self, hashes: dict[str, str]) -> None:
-        """From now on every tensor that is read must have its hash of `hashes()` in an earlier run."""
+        """From now on every tensor that is read must have its hash in `hashes`."""
         self._expected = hashes
 
     def left_out(self, out: Path | None) -> list[str]:
@@ -175,11 +175,12 @@ class FolderSource:
 
 
 class ModuleSource:
-    """A dense model in memory, seen as a source; `model` is its skeleton, the module itself is not changed.
+    """A dense model in memory, seen as a source; `model` is its skeleton, and it is not changed.
 
     Hooks of the module are left out, those by which accelerate moves inputs between devices too.
 
-    Raises: ArchitectureError for a model without config, one that is compressed, or one whose weights are not in memory.
+    Raises: ArchitectureError for a model without config, one that is compressed, or one whose
+        weights are not in memory.
     """
 
     def __init__(self, model: nn.Module, trust_remote_code: bool = False):
@@ -245,7 +246,7 @@ class ModuleSource:
         return digest.hexdigest()
 
     def tokenizer(self):
-        """Raises: CalibrationError if the model knows no folder, CheckpointError if that has no tokenizer."""
+        """Raises: CalibrationError if the model knows no folder, CheckpointError if that has none."""
         if not self.tokenizer_path:
             raise CalibrationError(
                 "a model in memory needs tokenizer=..., or token ids [samples, window] as calibration="
@@ -270,7 +271,7 @@ class ModuleSource:
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's, by where its classes come from: PEFT need not be installed."""
+    """Whether a module is one of PEFT's, which need not be installed, by where its classes are."""
     return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
@@ -324,7 +325,7 @@ def hub_folder(name: str) -> Path:
 
 
 def compute_dtype(config: dict, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU (half precision is slower there and less exact), elsewhere what the model is stored in.
+    """fp32 on a CPU (half precision is slower there and less exact), else the model's own.
 
     Raises: CheckpointError if the config names a dtype that weights do not have.
     """

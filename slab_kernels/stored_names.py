@@ -1,7 +1,8 @@
-"""What a checkpoint's tensors are called in the model: equal, renamed, or several rebuilt into one, as transformers reads them.
+"""What a checkpoint's tensors are called in the model, as transformers reads them.
 
-Mixtures keep a tensor for each expert and projection on disk and one for all of them in the model; transformers converts
-them on loading. Here the same conversion is done tensor by tensor.
+A tensor has the same name in both, or another, or is rebuilt from several of the checkpoint.
+Mixtures keep a tensor for each expert and projection on disk and one for all of them in the model;
+transformers converts them on loading. Here the same conversion is done tensor by tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, TensorEntry
 
-Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]  # stored name -> dtype, shape, its maker
+# Stored name -> dtype, shape, and what makes the tensor.
+Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Origin:
     """Where a tensor of the model comes from.
 
     stored: the names it has in the checkpoint, one unless transformers rebuilds it.
-    renamed: whether transformers' own tables were needed, beyond adding or leaving out the base model's prefix.
+    renamed: whether transformers' own tables were needed, beyond adding or leaving out the base
+        model's prefix.
     conversion: rebuilds the tensors of `stored`, or None where the tensor is taken as it is.
     alone: no other tensor of the model is made of the same ones.
     """
@@ -43,35 +46,43 @@ class StoredNames:
 
     origins: the model's name -> origin. ignored: stored tensors that the model has no place for.
 
-    Raises: CheckpointError if two stored tensors are the same one of the model, or if transformers cannot rebuild some.
+    Raises: CheckpointError if two stored tensors are the same one of the model, or if transformers
+        cannot rebuild some.
     """
 
-    def __init__(self, model: nn.Module, entries: Mapping[str, TensorEntry]):
+    def __init__(
+        self, model: nn.Module, entries: Mapping[str, TensorEntry], names: _Names | None = None
+    ):
+        names = names or _Names(model)
         self._entries = entries
         self.origins: dict[str, Origin] = {}
         self.ignored: list[str] = []
         from transformers.core_model_loading import dot_natural_key
 
-        expected, groups = model.state_dict(), {}
-        find = _finder(model, expected)
+        expected, groups = names.expected, {}
         for stored in sorted(entries, key=dot_natural_key):  # experts are stacked in this order
-            name, pattern, converter, renamed = find(stored)
+            name, pattern, converter, renamed = names.find(stored)
             if converter is not None:
                 groups.setdefault(name, (converter, []))[1].append((pattern, stored))
             elif name not in expected:
                 self.ignored.append(stored)
             else:
-                self._add(name, Origin((stored,), entries[stored].dtype, entries[stored].shape, renamed))
+                entry = entries[stored]
+                self._add(name, Origin((stored,), entry.dtype, entry.shape, renamed))
         for name, (converter, parts) in groups.items():
             self._rebuilt(model, entries, expected, name, converter, parts)
 
     def _add(self, name: str, origin: Origin) -> None:
         if name in self.origins:
             first = self.origins[name].stored[0]
-            raise CheckpointError(f"tensors {first!r} and {origin.stored[0]!r} are both {name!r} of the model")
+            raise CheckpointError(
+                f"tensors {first!r} and {origin.stored[0]!r} are both {name!r} of the model"
+            )
         self.origins[name] = origin
 
-    def _rebuilt(self, model, entries, expected, name: str, converter, parts: list[tuple[str, str]]) -> None:
+    def _rebuilt(
+        self, model, entries, expected, name: str, converter, parts: list[tuple[str, str]]
+    ) -> None:
         """The conversion is done on meta once, to learn what it makes."""
         stored = tuple(s for _, s in parts)
 
@@ -80,13 +91,15 @@ class StoredNames:
             for (pattern, source), tensor in zip(parts, tensors, strict=True):
                 own.add_tensor(name, source, pattern, tensor)
             made = own.convert(name, model=model, config=model.config)
-            made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 gives its list of errors too
+            made = made[0] if isinstance(made, tuple) else made  # beside 5.0's list of errors
             return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
 
         try:
-            empty = [torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta") for s in stored]
+            empty = [
+                torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta") for s in stored
+            ]
             made = convert(empty)
-        except Exception as error:  # whatever torch says to tensors that are missing or of other sizes
+        except Exception as error:  # torch's, where tensors are missing or of other sizes
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
             raise CheckpointError(
@@ -100,14 +113,18 @@ class StoredNames:
             self._add(key, Origin(stored, t.dtype, tuple(t.shape), True, convert, len(made) == 1))
 
     def forms(self, names: Iterable[str], read: Callable[[str], Tensor]) -> Forms:
-        """What to write for tensors of the model that stay as they are: those that transformers renames or rebuilds keep
-        the form of the checkpoint, which other engines read; the rest gets the model's names. read: as for `get`."""
+        """What to write for tensors of the model that stay as they are.
+
+        Those that transformers renames or rebuilds keep the form of the checkpoint, which other
+        engines read; the rest gets the model's names. read: as for `get`.
+        """
         forms: Forms = {}
         for name in names:
             origin = self.origins[name]
             if origin.renamed and origin.alone:
                 for stored in origin.stored:
-                    forms[stored] = (self._entries[stored].dtype, self._entries[stored].shape, partial(read, stored))
+                    entry = self._entries[stored]
+                    forms[stored] = (entry.dtype, entry.shape, partial(read, stored))
             else:
                 forms[name] = (origin.dtype, origin.shape, partial(self.get, name, read))
         return forms
@@ -116,30 +133,37 @@ class StoredNames:
         """The tensor `name` of the model; read: the tensor of a stored name."""
         origin = self.origins[name]
         tensors = [read(stored) for stored in origin.stored]
-        return tensors[0] if origin.conversion is None else origin.conversion(tensors)[name].contiguous()
+        if origin.conversion is None:
+            return tensors[0]
+        return origin.conversion(tensors)[name].contiguous()
 
 
-def _finder(model: nn.Module, expected: dict) -> Callable[[str], tuple[str, str | None, Any, bool]]:
-    """Stored name -> the model's name, the pattern and the converter that take it there (or None), and `Origin.renamed`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+class _Names:
+    """The names that `model` has, `expected`, and transformers' tables that lead to them."""
 
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    transforms = get_model_conversion_mapping(model) if hasattr(model, "config") else []
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    def __init__(self, model: nn.Module):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    def find(stored: str) -> tuple[str, str | None, Any, bool]:
+        self.expected = model.state_dict()
+        self.prefix = getattr(model, "base_model_prefix", "") or ""
+        transforms = get_model_conversion_mapping(model) if hasattr(model, "config") else []
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
+
+    def find(self, stored: str) -> tuple[str, str | None, Any, bool]:
+        """The model's name of a stored tensor, pattern and converter if any, `Origin.renamed`."""
+        from transformers.core_model_loading import rename_source_key
+
+        expected, prefix = self.expected, self.prefix
         if stored in expected:
             return stored, None, None, False
-        name, pattern = rename_source_key(stored, renamings, converters, prefix, expected)
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, expected)
         if pattern is not None:
-            return name, pattern, by_pattern[pattern], True
+            return name, pattern, self.by_pattern[pattern], True
         plain, _ = rename_source_key(stored, [], [], prefix, expected)
         return (name, None, None, name != plain) if name in expected else (plain, None, None, False)
-
-    return find
 
 
 def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
@@ -150,25 +174,29 @@ def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
     from transformers.core_model_loading import revert_weight_conversion
 
     forms: Forms = {}
+    names, empty = _Names(model), {name: tensor.to("meta") for name, tensor in tensors.items()}
+    together = revert_weight_conversion(model, empty) if hasattr(model, "config") else empty
     for name, tensor in tensors.items():
-        parts = {name: tensor.to("meta")}
-        if hasattr(model, "config"):
+        parts = {name: empty[name]}
+        if together.get(name) is not empty[name]:  # one call takes milliseconds in a large model
             parts = revert_weight_conversion(model, parts)
-        if set(parts) != {name} and not _makes(model, parts, name):
+        if set(parts) != {name} and not _makes(model, parts, name, names):
             parts = {name: tensor}
 
         def make(stored: str, name: str = name, tensor: Tensor = tensor) -> Tensor:
-            return tensor if stored == name else revert_weight_conversion(model, {name: tensor})[stored]
+            if stored == name:
+                return tensor
+            return revert_weight_conversion(model, {name: tensor})[stored]
 
-        forms |= {stored: (t.dtype, tuple(t.shape), partial(make, stored)) for stored, t in parts.items()}
+        forms |= {s: (t.dtype, tuple(t.shape), partial(make, s)) for s, t in parts.items()}
     return forms
 
 
-def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str) -> bool:
+def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:
     """Whether transformers reads the tensor `name` of `model` from `parts`, and nothing else."""
-    entries = {stored: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for stored, t in parts.items()}
+    entries = {s: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for s, t in parts.items()}
     try:
-        origins = StoredNames(model, entries).origins
+        origins = StoredNames(model, entries, names).origins
     except CheckpointError:
         return False
-    return origins.keys() == {name} and origins[name].shape == tuple(model.state_dict()[name].shape)
+    return origins.keys() == {name} and origins[name].shape == tuple(names.expected[name].shape)

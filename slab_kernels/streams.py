@@ -40,7 +40,7 @@ class Stream:
     device: torch.device
 
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """The output hidden state of block `index` for one batch; the block may write into what it is given."""
+        """The output hidden state of block `index` for one batch, which works on copies."""
         hidden = self.hidden[batch].to(self.device, copy=True)
         args, kwargs = _map(self.calls[index][batch], lambda leaf: hidden if leaf is _HIDDEN else _copied(leaf))
         return _hidden_output(block(*args, **kwargs))
@@ -128,8 +128,9 @@ def catch_stream(
         keep_on: where the hidden states are kept; default `device`.
         packed: full name -> linear of `blocks` that a layer without `weight` will replace.
 
-    Raises: ArchitectureError if more than the hidden state travels from block to block, or if the model's code reads
-    the weight of a linear of `packed`; CalibrationError if the hidden states are not finite.
+    Raises: ArchitectureError if more than the hidden state travels from block to block, or if the
+    model's code reads the weight of a linear of `packed`; CalibrationError if the hidden states are
+    not finite.
     """
     packed, read = packed or {}, []
     while True:
@@ -153,7 +154,7 @@ def catch_stream(
 
 
 def _inside(name: str) -> str:
-    """The name of a linear inside its block: what follows the last number that is a list's position, as in layers.0."""
+    """The name of a linear inside its block: what follows the first number, as in layers.0."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[first + 1 :])
@@ -168,7 +169,7 @@ class _WeightRead(AttributeError):
 
 
 class _WithoutWeight(nn.Linear):
-    """A linear as the model's code will find it once it is packed: it computes, and has no `weight`."""
+    """A linear as the model's code finds a packed one: it computes, and has no `weight`."""
 
     full_name: str
 

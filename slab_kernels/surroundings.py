@@ -1,4 +1,4 @@
-"""What the caller may have set in torch for the whole process or thread, put aside while this library works."""
+"""Settings of torch that hold for a process or thread, put aside while this library works."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """torch as it is after its import: no inference mode, autocast, gradients, default device or default dtype of the
-    caller's. What is computed inside has the same bytes wherever it is called."""
+    """torch as it is after its import, so that a computation gives the same bytes wherever it runs.
+
+    The caller's inference mode, autocast, gradients, default device and default dtype are off.
+    """
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -1,11 +1,12 @@
-"""Several processes at one model, started by torchrun: the layers of a group are shared out, results go to everyone.
+"""Several processes at one model, started by torchrun: they share out the layers of a group.
 
-Every process reads the calibration text through the same blocks, so statistics are equal to the last bit and the result does
-not depend on how many processes there are. Only process 0 writes.
+Every process reads the calibration text through the same blocks, so statistics are equal to the
+last bit and the result does not depend on how many processes there are. All get all results. Only
+process 0 writes.
 
-A process may work for any length of time while the others wait. Each shows that it is alive by counting in a store that all
-reach; who waits watches those counts, and speaks of a process that has stopped instead of waiting for ever. Results are
-gathered once everyone is there.
+A process may work for any length of time while the others wait. Each shows that it is alive by
+counting in a store that all reach; who waits watches those counts, and speaks of a process that has
+stopped instead of waiting for ever. Results are gathered once everyone is there.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class TeamError(RuntimeError):
 
 
 class Team:
-    """The processes of this run. size 1 without torchrun, which sets RANK, WORLD_SIZE and the meeting point.
+    """The processes of this run: 1 without torchrun, which sets RANK, WORLD_SIZE and where to meet.
 
-    device: where results of other processes go if they were made on a GPU. As a context manager it lets the others know
-    when this process leaves.
+    device: where results of other processes go if they were made on a GPU. As a context manager it
+    lets the others know when this process leaves.
 
     Raises: TeamError if the environment is incomplete or the other processes do not come.
     """
@@ -45,7 +46,11 @@ class Team:
         self.device, self._steps = device, itertools.count()
         self._left = threading.Event()
         if self.size > 1:
-            self._meet()
+            try:
+                self._meet()
+            except BaseException:
+                self._left.set()  # no sign of life from one that has given up
+                raise
 
     def _meet(self) -> None:
         import torch.distributed as dist
@@ -56,7 +61,7 @@ class Team:
                 store = dist.distributed_c10d._get_default_store()
             else:
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
-        except Exception as error:  # torch raises its own types for a port in use, a host unknown, a peer that is late
+        except Exception as error:  # torch's own types: a port in use, an unknown host, a late peer
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise TeamError(f"{self._expected(address)} ({reason})") from error
         self._store = dist.PrefixStore(f"slab_kernels/{next(_TEAMS)}", store)
@@ -74,8 +79,8 @@ class Team:
 
     def _expected(self, address: str) -> str:
         return (
-            f"WORLD_SIZE={self.size} processes were to meet at {address} within {ARRIVAL:.0f} seconds; start them all with "
-            "torchrun, or unset RANK and WORLD_SIZE to work alone"
+            f"WORLD_SIZE={self.size} processes were to meet at {address} within {ARRIVAL:.0f} "
+            "seconds; start them all with torchrun, or unset RANK and WORLD_SIZE to work alone"
         )
 
     def _beat(self) -> None:
@@ -105,7 +110,8 @@ class Team:
     def share(self, names: list[str] | tuple[str, ...], work: Callable[[str], Any]) -> dict[str, Any]:
         """name -> work(name): every name is done by one process, round robin; all receive all results.
 
-        Raises: what `work` raised, on every process alike, for the first name that failed; TeamError if a process is gone.
+        Raises: what `work` raised, on every process alike, for the first name that failed;
+            TeamError if a process is gone.
         """
         mine: dict[str, Any] = {}
         for name in names[self.rank :: self.size]:
@@ -139,8 +145,14 @@ class Team:
         try:
             dist.all_gather_object(everyone, data)
         except RuntimeError as error:
-            raise TeamError(f"a process of this run stopped while results were shared ({str(error).splitlines()[0]})") from error
-        return [mine if rank == self.rank else _unpacked(part, self.device) for rank, part in enumerate(everyone)]
+            reason = str(error).splitlines()[0]
+            raise TeamError(
+                f"a process of this run stopped while results were shared ({reason})"
+            ) from error
+        return [
+            mine if rank == self.rank else _unpacked(part, self.device)
+            for rank, part in enumerate(everyone)
+        ]
 
     def _await(self, key: str, rank: int) -> None:
         """Wait until process `rank` has set `key`, for as long as it lives. Raises: TeamError."""
@@ -148,25 +160,33 @@ class Team:
         try:
             while not self._store.check([key]):
                 if self._store.check([f"left/{rank}"]):
-                    raise TeamError(f"process {rank} of this run stopped ({self._store.get(f'left/{rank}').decode()})")
+                    reason = self._store.get(f"left/{rank}").decode()
+                    raise TeamError(f"process {rank} of this run stopped ({reason})")
                 count, since = self._counts[rank]
                 now = self._alive.get(str(rank))
                 if now != count:
                     self._counts[rank] = now, time.monotonic()
                 elif time.monotonic() - since > SILENCE:
-                    raise TeamError(f"process {rank} of this run has given no sign of life for {SILENCE:.0f} seconds")
+                    raise TeamError(
+                        f"process {rank} of this run has given no sign of life for {SILENCE:.0f} s"
+                    )
                 time.sleep(pause)
                 pause = min(2 * pause, 0.5)
         except TeamError:
             raise
         except RuntimeError as error:
-            raise TeamError(f"the process that holds this run together is gone ({str(error).splitlines()[0]})") from error
+            raise _gone(error) from error
 
     def _tell(self, key: str, value: str) -> None:
         try:
             self._store.set(key, value)
         except RuntimeError as error:
-            raise TeamError(f"the process that holds this run together is gone ({str(error).splitlines()[0]})") from error
+            raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> TeamError:
+    reason = str(error).splitlines()[0]
+    return TeamError(f"the process that holds this run together is gone ({reason})")
 
 
 def _place() -> tuple[int, int]:
@@ -176,13 +196,19 @@ def _place() -> tuple[int, int]:
         return 0, 1
     if rank is None or size is None:
         lone, other = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
-        raise TeamError(f"{lone} is set in the environment without {other}; start with torchrun, which sets both, or unset it")
+        raise TeamError(
+            f"{lone} is set in the environment without {other}; start with torchrun, which sets "
+            "both, or unset it"
+        )
     try:
         place = int(rank), int(size)
     except ValueError:
         place = -1, 0
     if not 0 <= place[0] < place[1]:
-        raise TeamError(f"RANK={rank!r} and WORLD_SIZE={size!r} of the environment are no place among processes; unset them")
+        raise TeamError(
+            f"RANK={rank!r} and WORLD_SIZE={size!r} of the environment are no place among "
+            "processes; unset them"
+        )
     if place[1] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise TeamError(
             f"WORLD_SIZE={size} is set in the environment without MASTER_ADDR and MASTER_PORT, where the processes would "

@@ -1,25 +1,33 @@
-"""What may reach a terminal: characters that would steer it, or hide and reorder text, are spelled out instead."""
+"""Text for a terminal: characters that would steer it, hide text or reorder it are spelled out."""
 
 from __future__ import annotations
 
 import codecs
 import unicodedata
 
-UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats such as bidirectional overrides, half characters, line separators
-TEXT = "\n\t\u200c\u200d"  # what belongs to running text: lines, and the joiners of some scripts and of emoji
+# Categories of Unicode: controls, formats such as bidirectional overrides, half characters, line
+# separators.
+UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+TEXT = "\n\t\u200c\u200d"  # parts of running text: lines, the joiners of some scripts and of emoji
 PLAIN = {
-    "×": "x", "–": "-", "—": "-", "─": "-", "━": "-", "·": "-", "→": "->", "µ": "u", "≈": "~", "≤": "<=", "≥": ">=",
-    "ᵀ": "^T", "‖": "||", "…": "...", "’": "'",
+    "×": "x", "–": "-", "—": "-", "─": "-", "━": "-", "·": "-", "→": "->", "µ": "u", "≈": "~",
+    "≤": "<=", "≥": ">=", "ᵀ": "^T", "‖": "||", "…": "...", "’": "'",
 }  # fmt: skip
 ERRORS = "slab_kernels.plain"  # name of the codec error handler below
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with every unsafe character but those in `keep` as an escape: the bell is \\x07, a line feed \\n."""
+    """`text` with every unsafe character as an escape, such as \\x07 for the bell.
+
+    keep: characters that stay.
+    """
     if text.isprintable():
         return text
     return "".join(
-        c if c in keep or unicodedata.category(c) not in UNSAFE else c.encode("unicode_escape").decode() for c in text
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in UNSAFE and c not in keep
+        else c
+        for c in text
     )
 
 
@@ -28,7 +36,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]
-    return "".join(PLAIN.get(c) or c.encode("unicode_escape").decode() for c in characters), error.end
+    plain = [PLAIN.get(c) or c.encode("unicode_escape").decode() for c in characters]
+    return "".join(plain), error.end
 
 
 codecs.register_error(ERRORS, _plain)

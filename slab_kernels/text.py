@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: a file, a folder, a dataset by name, the standard library's own sources, or texts in memory."""
+"""Calibration and evaluation text: from files, a dataset, the standard library, or memory."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def read_text(source: str | Path | list | dict, max_characters: int | None = Non
 
     Args:
         source: "stdlib" or "stdlib:heldout" (sources of Python's standard library), a UTF-8 text file, a file of rows
-            (.jsonl, .ndjson or .json, see `rows`), a folder (all .txt .text .md .raw .rst .jsonl .ndjson files below it, in
-            path order), or a dataset "name[:config][:split]" read with the optional package `datasets` (split "train",
-            column "text"). A list holds texts themselves (strings), files (Path) or rows (dict), and a dict is one row.
-            Parts are joined by an empty line.
+            (.jsonl, .ndjson or .json, see `rows`), a folder (all .txt .text .md .raw .rst .jsonl
+            .ndjson files below it, in path order), or a dataset "name[:config][:split]" read with
+            the optional package `datasets` (split "train", column "text"). A list holds texts
+            themselves (strings), files (Path) or rows (dict), and a dict is one row. Parts are
+            joined by an empty line.
         max_characters: stop reading there.
         tokenizer: writes out the chats in rows by its template.
 
-    Raises: CalibrationError if nothing is found, a file is not UTF-8, a row has no text, or the text is empty.
+    Raises: CalibrationError if nothing is found, a file is not UTF-8, a row has no text, or the
+        text is empty.
     """
     if isinstance(source, str | Path):
         text, name = _named_text(source, max_characters, tokenizer), str(source)
@@ -135,9 +137,9 @@ def _dataset(name: str, max_characters: int | None) -> str:
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:
-        rows = load_dataset(path, config or None, split=split or "train", streaming=True)
+        found = load_dataset(path, config or None, split=split or "train", streaming=True)
         texts, length = [], 0
-        for row in rows:
+        for row in found:
             texts.append(row["text"])
             length += len(texts[-1])
             if max_characters is not None and length >= max_characters:
@@ -153,7 +155,9 @@ def _dataset(name: str, max_characters: int | None) -> str:
 
 
 def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder. trust_remote_code: run Python code that the folder brings along; nobody is asked.
+    """The tokenizer of a model folder.
+
+    trust_remote_code: run Python code that the folder brings along; nobody is asked.
 
     Raises: CheckpointError if there is none that works.
     """
@@ -175,7 +179,10 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def tokenize(tokenizer, text: str) -> Tensor:
-    """Token ids of `text` [tokens] int64, with no special tokens added. Raises: CalibrationError for what is no text."""
+    """Token ids of `text` [tokens] int64, with no special tokens added.
+
+    Raises: CalibrationError for what is no text.
+    """
     if not isinstance(text, str):
         raise CalibrationError(f"{reprlib.repr(text)} is no text; `text.read_text` reads a file, a folder or a list of texts")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -204,7 +211,8 @@ def sample_windows(
 
     At most 8 times the text that the samples need is tokenised.
 
-    Raises: CalibrationError if the text does not fill one window, or for numbers that `Sampling` refuses.
+    Raises: CalibrationError if the text does not fill one window, or for numbers that `Sampling`
+        refuses.
     """
     Sampling(samples, window, seed)
     tokens = tokenize(tokenizer, text[: READ_AHEAD * samples * window * CHARACTERS_PER_TOKEN])

@@ -15,13 +15,13 @@ from .source import text_config
 
 
 def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
-    """`source` as ids [samples, window] int64 on the CPU, or None where it is text or the name of one.
+    """`source` as ids [samples, window] int64 on the CPU, or None where it is or names a text.
 
-    Taken are integer tensors and arrays [samples, window], lists of rows of equal length, and mappings with "input_ids"
-    (a tokenizer's BatchEncoding) or lists of those. name: for messages.
+    Taken are integer tensors and arrays [samples, window], lists of rows of equal length, and
+    mappings with "input_ids" (a tokenizer's BatchEncoding) or lists of those. name: for messages.
 
-    Raises: CalibrationError for ids of another shape or type, negative ones, and batches whose attention_mask marks
-    padding, which would be taken for text.
+    Raises: CalibrationError for ids of another shape or type, negative ones, and batches whose
+        attention_mask marks padding, which would be taken for text.
     """
     if not _holds_ids(source):
         return None
@@ -29,7 +29,9 @@ def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
     if ids.dim() != 2 or not ids.numel():
         raise _misshapen(name, ids)
     if int(ids.min()) < 0:
-        raise CalibrationError(f"{name} token ids go down to {int(ids.min())}, and none may be negative")
+        raise CalibrationError(
+            f"{name} token ids go down to {int(ids.min())}, and none may be negative"
+        )
     return ids
 
 
@@ -40,7 +42,10 @@ def check_fits(ids: Tensor, model: torch.nn.Module, name: str) -> None:
     """
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and ids.dim() > 1 and ids.shape[-1] > limit:
-        raise CalibrationError(f"the {name} token ids have windows of {ids.shape[-1]}, longer than the model's {limit} positions")
+        raise CalibrationError(
+            f"the {name} token ids have windows of {ids.shape[-1]}, longer than the model's "
+            f"{limit} positions; cut them, or give text"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and int(ids.max()) >= rows:
         raise CalibrationError(
@@ -54,7 +59,9 @@ def _holds_ids(source: Any) -> bool:
         return "input_ids" in source
     if isinstance(source, list | tuple):
         return bool(source) and _holds_ids(source[0])
-    return isinstance(source, Tensor | Integral) or (hasattr(source, "__array__") and not isinstance(source, str))
+    return isinstance(source, Tensor | Integral) or (
+        hasattr(source, "__array__") and not isinstance(source, str)
+    )
 
 
 def _matrix(source: Any, name: str) -> Tensor:
@@ -69,7 +76,8 @@ def _matrix(source: Any, name: str) -> Tensor:
             lengths = sorted({row.shape[-1] if row.dim() else 1 for row in rows})
             if len(lengths) > 1:
                 raise CalibrationError(
-                    f"the rows of the {name} token ids have {lengths[0]} to {lengths[-1]} tokens; cut them to one length"
+                    f"the rows of the {name} token ids have {lengths[0]} to {lengths[-1]} tokens; "
+                    "cut them to one length"
                 )
             ids = torch.cat(rows) if rows[0].dim() == 2 else torch.stack(rows)
         else:
@@ -77,7 +85,9 @@ def _matrix(source: Any, name: str) -> Tensor:
     except CalibrationError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
-        raise CalibrationError(f"{name}={reprlib.repr(source)} cannot be read as token ids: {error}") from error
+        raise CalibrationError(
+            f"{name}={reprlib.repr(source)} cannot be read as token ids: {error}"
+        ) from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise _misshapen(name, ids)
     return ids.long()
@@ -90,16 +100,19 @@ def _batch(source: Mapping, name: str) -> Tensor:
     try:
         padding = 0 if mask is None else int((torch.as_tensor(mask) == 0).sum())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(f"the attention_mask of the {name} token ids cannot be read: {error}") from error
+        raise CalibrationError(
+            f"the attention_mask of the {name} token ids cannot be read: {error}"
+        ) from error
     if padding:
         raise CalibrationError(
-            f"the attention_mask of the {name} token ids marks {padding} of {ids.numel()} as padding, which would be "
-            "taken for text; give rows of equal length"
+            f"the attention_mask of the {name} token ids marks {padding} of {ids.numel()} as "
+            "padding, which would be taken for text; give rows of equal length"
         )
     return ids
 
 
 def _misshapen(name: str, ids: Tensor) -> CalibrationError:
     return CalibrationError(
-        f"{name} token ids must be a non-empty integer tensor [samples, window], got {ids.dtype} {list(ids.shape)}"
+        f"{name} token ids must be a non-empty integer tensor [samples, window], "
+        f"got {ids.dtype} {list(ids.shape)}"
     )

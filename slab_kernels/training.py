@@ -39,7 +39,10 @@ HELD_BACK = 16  # every sixteenth window judges, and is never trained on
 
 @dataclass(frozen=True)
 class Training:
-    """`rate` is reached after a tenth of the steps, then falls to 0 along a cosine. Raises on construction: ValueError."""
+    """`rate` is reached after a tenth of the steps, then falls to 0 along a cosine.
+
+    Raises on construction: ValueError.
+    """
 
     steps: int = setting(200, "steps of Adam", 1, 10_000_000)
     batch: int = setting(8, "windows a step", 1)
@@ -98,7 +101,6 @@ def train(
 
     Args:
         text: see `text.read_text`, or token ids [samples, window] (see `token_ids`).
-        trust_remote_code: run the Python code in the folder, of which some models are made.
         resume: go on from the state that an interrupted run left beside `out`; the result is that of a run without a break.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
@@ -206,7 +208,10 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _note(file: Path, begun: dict, optimizer, parameters: list[Tensor], step: int, before: float) -> None:
-    """Parameters and Adam's moments; whole or not at all. begun: what the run began with, to be found again."""
+    """Parameters and Adam's moments; whole or not at all.
+
+    begun: what the run began with, to be found again.
+    """
     from safetensors.torch import save as to_bytes
 
     tensors = {}
@@ -219,7 +224,7 @@ def _note(file: Path, begun: dict, optimizer, parameters: list[Tensor], step: in
 
 
 def _restore(file: Path, begun: dict, optimizer, parameters: list[Tensor]) -> tuple[int, float]:
-    """Raises: CheckpointError if the state is damaged, or of a run that began with something else."""
+    """Raises: CheckpointError if the state is damaged, or of a run that began otherwise."""
     from safetensors import SafetensorError, safe_open
 
     try:

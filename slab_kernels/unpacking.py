@@ -1,5 +1,4 @@
-"""A packed folder back to a dense checkpoint, which plain transformers and every other engine
-open."""
+"""A packed folder back to a dense checkpoint, which plain transformers and other engines open."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ def decompress(
         verify: compare what is read with its checksums.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
-    Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights
-    and hidden files not named.
+    Returns: files of the folder that were not carried along, each "name (reason)"; weights and
+        hidden files are not named.
     Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`.
     """
     checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), expanded(out)
@@ -88,8 +87,10 @@ def _dense_shards(
     owners: dict[str, str],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, dict]]:
-    """Shard file -> name, dtype and shape of the dense tensors to write in it. owners: packed
-    tensor -> its module."""
+    """Shard file, and name -> dtype and shape of the dense tensors to write in it.
+
+    owners: packed tensor -> its module.
+    """
     for file in sorted({entry.file for entry in checkpoint.entries.values()}):
         specs = {}
         for name, entry in checkpoint.entries.items():
@@ -97,9 +98,7 @@ def _dense_shards(
                 if entry.file == file:
                     forms = checkpoint.stored_forms([name])
                     specs |= {stored: (kind, shape) for stored, (kind, shape, _) in forms.items()}
-            elif (
-                name.endswith(".metadata") and entry.file == file
-            ):  # every packed weight has exactly one
+            elif name.endswith(".metadata") and entry.file == file:  # one in every packed weight
                 layout = layouts[owners[name]]
                 specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))
         yield file, specs

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "surroundings": set(),
     "matching": FORMAT | {"record", "settings", "streams"},
     "plan": FORMAT | {"calibration", "matching", "methods"},
-    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "settings", "streams", "text"},
+    "budget": FORMAT | {"blocks", "calibration", "inputs", "plan", "settings", "streams"},
     "arguments": {"budget", "plan", "text"},
     "sinks": FORMAT | {"checkpoint", "plan", "progress", "record", "source"},
     "blocks": set(),
@@ -78,21 +78,21 @@ ALLOWED: dict[str, set[str]] = {
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
-    | {"streams", "team", "text", "ties"},
+    | {"streams", "team", "ties"},
     "packed_checkpoint": FORMAT
     | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
-    | {"stored_names", "text", "ties"},
+    | {"stored_names", "ties"},
     "unpacking": FORMAT
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "replacement", "packed_config", "plan", "progress", "record", "sinks"},
-    "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
+    "model": FORMAT | MODEL | {"finish", "paths"},
     "token_ids": {"calibration", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
     "tasks": {"packed_checkpoint", "paths", "settings", "token_ids"},
     "engines": FORMAT | {"blocks", "nn"}
-    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton"}
+    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "skeleton"}
     | {"source", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},

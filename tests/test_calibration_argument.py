@@ -73,6 +73,11 @@ def test_a_row_that_has_no_text_is_named(tmp_path, tokenizer, row, message):
         read_text(file, tokenizer=tokenizer)
 
 
+def test_a_json_file_that_nests_too_deep_is_named(tmp_path):
+    with pytest.raises(CalibrationError, match="line 1 of .* is no JSON"):
+        read_text(lines(tmp_path / "a.json", "[" * 100_000))
+
+
 def test_a_chat_needs_a_template_that_can_write_it(tmp_path, tokenizer):
     file = lines(tmp_path / "a.jsonl", {"messages": CHAT})
     with pytest.raises(CalibrationError, match="give tokenizer="):

@@ -16,6 +16,7 @@ from slab_kernels.checkpoint import CheckpointError
 from slab_kernels.model import compress, decompress, load, save
 from slab_kernels.nn import SlabLinear
 from slab_kernels.source import open_source
+from slab_kernels.stored_names import stored_forms
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 12},  # two digits: 10 comes after 9
@@ -82,6 +83,14 @@ def test_the_advice_leads_to_a_packed_folder_and_eval_of_the_dense_one_runs(tmp_
         capsys.readouterr()
         assert cli.run(["eval", str(tmp_path / folder), "--window", "16", "--max-tokens", "64", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+
+
+def test_names_of_a_large_model_are_made_from_one_look_at_it(tmp_path, monkeypatch):
+    model, looks = write(tmp_path, "qwen3_moe"), []
+    tensors, look = model.state_dict(), type(model).state_dict
+    monkeypatch.setattr(type(model), "state_dict", lambda *a, **k: looks.append(a) or look(*a, **k))
+    forms = stored_forms(model, tensors)
+    assert any(".experts.3." in name for name in forms) and len(looks) == 1
 
 
 def test_an_expert_that_is_not_there_is_named(tmp_path):

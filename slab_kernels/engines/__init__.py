@@ -31,17 +31,15 @@ class _Loader:
 
     def exec_module(self, module) -> None:
         self._loader.exec_module(module)
-        module.__spec__.loader = module.__loader__ = (
-            self._loader
-        )  # nothing of ours stays on the module
+        # Nothing of ours stays on the module.
+        module.__spec__.loader = module.__loader__ = self._loader
         register_with_transformers()
 
 
 class _Watcher:
-    """A meta-path finder that finds nothing itself: the module is imported as ever, and we register
-    behind it."""
+    """A meta-path finder that finds nothing itself: the other finders do, and we register then."""
 
-    asking = False  # the other finders, which means itself too
+    asking = False  # whether it is asking all finders, of which it is one
 
     def find_spec(self, name, path=None, target=None):
         if name != WATCHED or self.asking:

@@ -71,9 +71,7 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..arguments import (
-            Arguments,  # they know the methods, which opening a packed folder does not need
-        )
+        from ..arguments import Arguments  # not above: opening a packed folder needs no methods
 
         plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
@@ -161,8 +159,11 @@ class SlabQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model, *args, **kwargs):
-        """The metadata of every shard that `save_pretrained` writes: the checksums of all tensors, by each name that
-        transformers may give them (`save_original_format` decides); a name of two contents has none."""
+        """The metadata of every shard that `save_pretrained` writes: checksums of all tensors.
+
+        A tensor stands there by each name that transformers may give it (`save_original_format`
+        decides); a name of two contents has none.
+        """
         from transformers.core_model_loading import revert_weight_conversion
 
         state = model.state_dict()

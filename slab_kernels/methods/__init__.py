@@ -132,7 +132,10 @@ def check_settings(
     method: str, pattern: str, rank: int, values: str, group_size: int | None, planes: int, adapter_rank: int | None,
     adapter_values: str, options: dict,
 ) -> Config:  # fmt: skip
-    """The settings in their plain types; refuses what no weight could have, before any is read. Raises: as `decompose`."""
+    """The settings in their plain types; refuses what no weight could have, before any is read.
+
+    Raises: as `decompose`.
+    """
     chosen = check_options(method, options)
     given = 0 if adapter_rank is None else adapter_rank
     config = chosen.config(pattern, rank, values, group_size, planes, given, adapter_values, **options)
@@ -154,7 +157,10 @@ def check_settings(
 
 
 def check_options(method: str, options: dict) -> Method:
-    """The row of METHODS. Raises: MethodError for a method that is not there, or an option that it does not have."""
+    """The row of METHODS.
+
+    Raises: MethodError for a method that is not there, or an option that it does not have.
+    """
     if not isinstance(method, str) or method not in METHODS:
         raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     own = METHODS[method].options()
@@ -177,9 +183,13 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def check_shape(config: Config, method: Method, shape: tuple[int, int], adapter_rank: int | None) -> Config:
-    """The settings for one weight of `shape` (N, K): its adapter's rank, and no rank for a method without a sign term.
+    """The settings for one weight of `shape` (N, K), with its adapter's rank.
 
-    adapter_rank: as `decompose` takes it. Raises: ShapeError for a pattern that does not divide K, or a rank above min(N, K).
+    The rank of the sign term is 0 for a method without one.
+
+    adapter_rank: as `decompose` takes it.
+
+    Raises: ShapeError for a pattern that does not divide K, or a rank above min(N, K).
     """
     N, K = shape
     config = replace(config, rank=config.rank if method.signs else 0, adapter_rank=method.adapter_rank(shape, adapter_rank))

@@ -11,12 +11,15 @@ from .sweep import Grid
 
 
 class MethodError(ValueError):
-    """An unknown method, an option that the method does not have, or a value that the option cannot have."""
+    """A method that is unknown, an option that it does not have, or a value that is not allowed."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `methods.decompose`. Raises on construction: MethodError, or a FormatError for those that all share."""
+    """The settings of `methods.decompose`.
+
+    Raises on construction: MethodError, or a FormatError for those that all share.
+    """
 
     pattern: str = setting("2:4", "'n:m' keeps n of every m inputs, 'p%' removes p percent of every row", kind=str)
     rank: int = setting(1, "rank of U V^T in the sign term", 0, error=ShapeError)

@@ -21,8 +21,8 @@ INNER = ("sparsegpt", "alps")
 
 @dataclass(frozen=True)
 class HassleFreeConfig(ThreeBasilConfig):
-    """The paper has both inner pruners, and 80 alternations with SparseGPT; the error has settled after about 20 on layers
-    tried. The ADMM of "alps" takes `rho`, `stable` and `iterations`.
+    """The paper has both inner pruners, and 80 alternations with SparseGPT; the error has settled
+    after about 20 on layers tried. The ADMM of "alps" takes `rho`, `stable` and `iterations`.
     """
 
     inner: str = setting("sparsegpt", "the pruner", choices=INNER)

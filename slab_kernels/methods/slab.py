@@ -47,8 +47,9 @@ REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
 
 @dataclass(frozen=True)
 class SlabConfig(Config):
-    """A solve ends before its `iterations` where the preconditioned gradient has fallen by 1e-3. A `drift` of a quarter costs
-    the layer itself little and bought most of the perplexity on the models tried; more overfits.
+    """A solve ends before its `iterations` where the preconditioned gradient has fallen by 1e-3. A
+    `drift` of a quarter costs the layer itself little and bought most of the perplexity on the
+    models tried; more overfits.
     """
 
     damping: float = setting(0.001, "of the sweep, a share of the mean diagonal of the Gram matrix", 0, 10)

@@ -18,7 +18,10 @@ from .quantize import quantize
 
 @dataclass(frozen=True)
 class SlabPaperConfig(Config):
-    """`iterations` is 20 in the paper; `scaled_svd` is not the paper's, but a fairer baseline on inputs of uneven energy."""
+    """`iterations` is 20 in the paper, which has no `scaled_svd`.
+
+    That one is a fairer baseline on inputs of uneven energy.
+    """
 
     iterations: int = setting(20, "alternations of S and the sign term", 1, 10_000)
     scaled_svd: bool = setting(False, "the SVD is of |W - S| * ||X_j|| instead of |W - S|")

@@ -22,9 +22,10 @@ BINS = (512, 20000)  # of the histogram: at least, at most; between them a thous
 
 @dataclass(frozen=True)
 class SlimConfig(Config):
-    """One alternation is the paper's pass; every further one quantises and prunes W - P Q^T, as the released code does once,
-    and ends with the SVD, which it does not. `group_size` None is SLiM-Quant, one step for the whole weight (section 3.1);
-    otherwise steps are absolute maxima of groups. `polish`: see `finish`.
+    """One alternation is the paper's pass; every further one quantises and prunes W - P Q^T, as the
+    released code does once, and ends with the SVD, which it does not. `group_size` None is
+    SLiM-Quant, one step for the whole weight (section 3.1); otherwise steps are absolute maxima of
+    groups. `polish`: see `finish`.
     """
 
     alternations: int = setting(4, "of quantiser, mask and SVD", 1, 10_000)

@@ -49,10 +49,11 @@ ROWS = 64  # taken together between two products: three [64, 4096] matrices of f
 
 @dataclass(frozen=True)
 class ThreeBasilConfig(Config):
-    """The Gram matrix H becomes H + diag(a diag(H) + b mean(diag H)), b and a being `damping` and `relative_damping`, 0.005
-    both in the paper. A run that ends at `iterations` warns, since one stopped early is worse than simpler methods.
-    A round of `polish` solves kept values and adapter again for the chosen positions and, where the states of a group can be
-    enumerated, swaps positions one group at a time.
+    """The Gram matrix H becomes H + diag(a diag(H) + b mean(diag H)), b and a being `damping` and
+    `relative_damping`, 0.005 both in the paper. A run that ends at `iterations` warns, since one
+    stopped early is worse than simpler methods. A round of `polish` solves kept values and adapter
+    again for the chosen positions and, where the states of a group can be enumerated, swaps
+    positions one group at a time.
     """
 
     damping: float = setting(0.005, "share of the mean diagonal of the Gram matrix added to it", 0, 10)
