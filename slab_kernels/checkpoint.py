@@ -175,15 +175,16 @@ class Checkpoint:
 
     def refuse_other_weights(self) -> None:
         """For engines that read every safetensors file, or that follow an index wherever there is
-        one.
+        one, or that read Mistral's `consolidated*.safetensors` wherever there are any.
 
         Raises: CheckpointError if such an engine would read other files than these.
         """
-        others = {p.name for p in self.folder.glob("*.safetensors")} - self._stamps.keys()
-        followed = (self.folder / INDEX_NAME).is_file()
-        if followed:
-            others = set(self._weight_map(self.folder / INDEX_NAME).values()) ^ self._stamps.keys()
-        if others:
+        read = {p.name for p in self.folder.glob("*.safetensors")}
+        if named := {name for name in read if name.startswith("consolidated")}:
+            read = named
+        elif (self.folder / INDEX_NAME).is_file():
+            read = set(self._weight_map(self.folder / INDEX_NAME).values())
+        if others := read ^ self._stamps.keys():
             raise CheckpointError(
                 f"{self.folder} holds two sets of weights, and this engine reads other files than "
                 f"transformers does ({min(others)!r}); remove one of the two"

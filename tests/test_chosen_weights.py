@@ -4,6 +4,7 @@ sets of weights."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,10 @@ def test_engines_that_would_read_other_files_can_tell(packed):
     Checkpoint(
         packed
     ).refuse_other_weights()  # the index does not list it, and such engines follow the index
+    shutil.copy(packed / "stray.safetensors", packed / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        Checkpoint(packed).refuse_other_weights()  # they look for this name first
+    (packed / "consolidated.safetensors").unlink()
     slab_kernels.load(packed).save_pretrained(packed)  # one file beside the shards and their index
     with pytest.raises(CheckpointError, match="two sets of weights"):
         Checkpoint(packed).refuse_other_weights()

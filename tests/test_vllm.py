@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny_models
@@ -18,6 +19,7 @@ from torch import nn
 
 import slab_kernels
 from slab_kernels.blocks import ArchitectureError
+from slab_kernels.checkpoint import CheckpointError
 from slab_kernels.format import PackedWeight, ShapeError
 from slab_kernels.packed_checkpoint import read_layouts
 from slab_kernels.testing import random_packed
@@ -210,27 +212,67 @@ def test_weights_of_a_dummy_load_are_zero(folder):
     assert len(answers) == len(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "change", "message"),
-    [
-        ("self_attn.k_proj.signs", None, r"lacks tensor 'model\.layers\.1\.self_attn\.k_proj\.signs'"),
-        ("input_layernorm.weight", None, r"lacks tensor 'model\.layers\.1\.input_layernorm\.weight'"),
-        ("mlp.down_proj.metadata", torch.zeros_like, r"model\.layers\.1\.mlp\.down_proj: metadata holds"),
-        ("mlp.up_proj.values", lambda t: t[:, :8].contiguous(), r"'model\.layers\.1\.mlp\.up_proj\.values' has shape \[256, 8\]"),
-    ],
-)
-def test_damaged_folders_are_refused(folder, tmp_path, tensor, change, message):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    name = f"model.layers.1.{tensor}"
-    index = json.loads((copy / "model.safetensors.index.json").read_text())
-    file = copy / index["weight_map"][name]
+def edit_tensor(name, change, folder) -> None:
+    """Replace a tensor by `change` of it, and its shard by one without checksums; None drops it."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
     state = load_file(file)
     if change is None:
         del state[name], index["weight_map"][name]
-        (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         state[name] = change(state[name])
     save_file(state, file)
+
+
+def flip_a_byte(folder) -> None:
+    shard = min(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def add_other_weights(folder) -> None:
+    shutil.copy(min(folder.glob("*.safetensors")), folder / "consolidated.safetensors")
+
+
+def new_format(folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+KEYS, NORM = "model.layers.1.self_attn.k_proj.signs", "model.layers.1.input_layernorm.weight"
+UP, DOWN = "model.layers.1.mlp.up_proj.values", "model.layers.1.mlp.down_proj.metadata"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (partial(edit_tensor, KEYS, None), rf"lacks tensor '{KEYS}'"),
+        (partial(edit_tensor, NORM, None), rf"lacks tensor '{NORM}'"),
+        (partial(edit_tensor, UP, lambda t: t[:, :8].contiguous()), rf"'{UP}' has shape \[256, 8\]"),
+        (flip_a_byte, r"^tensor '\S+' in \S+ is damaged: its checksum is"),
+        (add_other_weights, r"^\S+ holds two sets of weights, .*\('consolidated\.safetensors'\)"),
+        (new_format, r"^this model has format_version 99, .* update"),
+    ],
+    ids=["no-keys", "no-norm", "misshapen", "flipped", "two-sets", "newer"],
+)
+def test_unusable_folders_are_refused_before_the_engine_starts(folder, tmp_path, change, message):
+    """In their own sentence, not inside that of pydantic, which prints all of vLLM's settings."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    EngineArgs(model=str(copy), dtype=DTYPE).create_engine_config()
+    change(copy)
+    with pytest.raises(CheckpointError, match=message):
+        EngineArgs(model=str(copy), dtype=DTYPE).create_engine_config()
+
+
+def test_damaged_tensors_without_checksums_are_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_tensor(DOWN, torch.zeros_like, copy)
+    message = r"model\.layers\.1\.mlp\.down_proj: metadata holds"
     with pytest.raises(RuntimeError, match=message):
         serve(copy)
 

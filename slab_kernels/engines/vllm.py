@@ -11,7 +11,8 @@ Every model of vLLM has a loader of its own. Before the first weights come, stan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from .. import dispatch
 from ..blocks import ArchitectureError
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, CheckpointError
 from ..format import PackedLayout, ShapeError
 from ..packed_checkpoint import check_tensors_fit, packed_skeleton
 from ..packed_config import QUANT_METHOD, parse_layouts, read_layouts
@@ -45,6 +46,17 @@ FUSED = {  # what a fused layer holds, where the model itself does not list it
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Around what vLLM asks while pydantic builds its settings: of a ValueError that would print
+    all of them, of a CheckpointError it prints the sentence.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -75,7 +87,8 @@ class SlabVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SlabVllmConfig:
-        return cls(parse_layouts(config, "this model"))
+        with _one_sentence():
+            return cls(parse_layouts(config, "this model"))
 
     def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
         """Every tensor of a local folder against the model of its config.json: with a quantization vLLM itself checks none.
@@ -83,10 +96,11 @@ class SlabVllmConfig(QuantizationConfig):
         Raises: CheckpointError.
         """
         if Path(model_name).is_dir():
-            checkpoint = Checkpoint(model_name)
-            checkpoint.refuse_other_weights()
-            check_tensors_fit(checkpoint, packed_skeleton(checkpoint, read_layouts(checkpoint)))
-            checkpoint.verify()
+            with _one_sentence():
+                checkpoint = Checkpoint(model_name)
+                checkpoint.refuse_other_weights()
+                check_tensors_fit(checkpoint, packed_skeleton(checkpoint, read_layouts(checkpoint)))
+                checkpoint.verify()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
