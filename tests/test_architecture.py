@@ -88,11 +88,11 @@ ALLOWED: dict[str, set[str]] = {
     "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
     "token_ids": {"calibration", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
-    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
+    "evaluate": {"architecture", "blocks", "checkpoint", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
-    "tasks": {"packed_checkpoint", "paths", "settings", "token_ids"},
+    "tasks": {"evaluate", "packed_checkpoint", "paths", "settings", "token_ids"},
     "engines": FORMAT | {"blocks", "nn"}
-    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "skeleton"}
+    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "plan", "side_files", "skeleton"}
     | {"source", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},
