@@ -274,13 +274,13 @@ def check_counts(config: dict, names: Iterable[str], where: Path | str, few: int
             asked = part.get(key)
             if type(asked) is int and asked > max(few, 2 * stored):
                 raise CheckpointError(
-                    f"config.json in {where} has {key}={reprlib.repr(asked)}, "
+                    f"{where}/config.json has {key}={reprlib.repr(asked)}, "
                     f"and the files hold {stored} blocks; it does not belong to them"
                 )
         labels = part.get("num_labels")
         if type(labels) is int and labels > MAX_LABELS:
             raise CheckpointError(
-                f"config.json in {where} has num_labels={reprlib.repr(labels)}, which no model has"
+                f"{where}/config.json has num_labels={reprlib.repr(labels)}, which no model has"
             )
 
 

@@ -68,7 +68,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     pieces = [w for w in pieces if len(w) == window] or pieces
     if not pieces:
         raise CalibrationError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
-    check_fits(torch.cat(pieces), model, "evaluation")
+    check_fits(torch.cat(pieces), model, "evaluation", tokenizer)
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
     for batch in _batches(pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))):
@@ -184,7 +184,7 @@ def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and length >= limit:
         raise CalibrationError(f"the prompt has {length} tokens, which leaves none of the model's {limit} positions; shorten it")
-    check_fits(inputs["input_ids"], model, "prompt's")
+    check_fits(inputs["input_ids"], model, "prompt's", tokenizer)
     device = model.get_input_embeddings().weight.device
     return {name: t.to(device) for name, t in inputs.items()}, tokens if limit is None else min(tokens, limit - length)
 

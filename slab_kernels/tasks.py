@@ -57,7 +57,7 @@ def run_tasks(
                 return super()._model_generate(*args, **kwargs)
 
     lm = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
-    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'"))
+    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'", tokenizer))
     try:
         found = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
     finally:

@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "replacement", "packed_config", "plan", "progress", "record", "sinks"},
     "model": FORMAT | MODEL | {"finish", "methods", "nn", "paths"},
-    "token_ids": {"calibration", "source"},
+    "token_ids": {"calibration", "checkpoint", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
     "evaluate": {"architecture", "blocks", "checkpoint", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import slab_kernels
 from fuzz.folders import INDEX, Folder
 from slab_kernels import cli, console
-from slab_kernels.format import TENSOR_NAMES, FormatError, PackedWeight
+from slab_kernels.format import TENSOR_NAMES, FormatError, PackedLayout, PackedWeight
 from slab_kernels.nn import SlabLinear
 
 # Target -> how often. The cheap ones come often.
