@@ -248,37 +248,39 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_counts(checkpoint: Checkpoint) -> None:
+def check_counts(config: dict, names: Iterable[str], where: Path | str, few: int = FEW_BLOCKS) -> None:
     """The blocks that config.json asks for against those that the files hold, before any is built,
-    and the labels of a
-    classifier, of which transformers makes a table.
+    and the labels of a classifier, of which transformers makes a table.
 
     An encoder's number may stand there while the files hold the decoder alone, so only far more
-    blocks are refused.
+    blocks are refused, and never up to `few`.
+
+    Args:
+        config: the content of config.json.
+        names: of tensors or modules in the files.
+        where: the folder, for messages.
 
     Raises: CheckpointError.
     """
     numbers: dict[str, set[str]] = {}
-    for name in checkpoint.entries:
+    for name in names:
         parts = name.split(".")
         first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         if first is not None:
             numbers.setdefault(".".join(parts[:first]), set()).add(parts[first])
     stored = max(map(len, numbers.values()), default=0)
-    config = checkpoint.config
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in BLOCK_COUNTS:
             asked = part.get(key)
-            if type(asked) is int and asked > max(FEW_BLOCKS, 2 * stored):
+            if type(asked) is int and asked > max(few, 2 * stored):
                 raise CheckpointError(
-                    f"{checkpoint.folder / 'config.json'} has {key}={reprlib.repr(asked)}, "
+                    f"{where}/config.json has {key}={reprlib.repr(asked)}, "
                     f"and the files hold {stored} blocks; it does not belong to them"
                 )
         labels = part.get("num_labels")
         if type(labels) is int and labels > MAX_LABELS:
             raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} has num_labels={reprlib.repr(labels)}, "
-                "which no model has"
+                f"{where}/config.json has num_labels={reprlib.repr(labels)}, which no model has"
             )
 
 

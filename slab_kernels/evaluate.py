@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .architecture import first_line
 from .blocks import batch_size, find_blocks
+from .checkpoint import CheckpointError
 from .nn import SlabLinear
 from .packed_checkpoint import check
 from .source import text_config
@@ -16,6 +20,27 @@ from .text import CalibrationError, Sampling, tokenize, windows
 from .token_ids import check_fits, token_ids
 
 LOGITS_AT_ONCE = 1 << 26  # tokens * vocabulary whose logits are held at a time: 256 MiB in fp32
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Around a model's own code, which fails in any way where the values of its config do not fit together.
+
+    Raises: CheckpointError that names its folder, instead of what transformers and torch raise; errors of this library,
+    of memory, devices, files and packages as they are.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, ImportError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("slab_kernels") or "DefaultCPUAllocator" in str(error):
+            raise
+        folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+        raise CheckpointError(
+            f"the model of {folder or type(model).__name__} does not run: {type(error).__name__}: {first_line(error)}; "
+            "its config.json and generation_config.json may be damaged"
+        ) from error
 
 
 @torch.no_grad()
@@ -43,12 +68,13 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     pieces = [w for w in pieces if len(w) == window] or pieces
     if not pieces:
         raise CalibrationError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
-    check_fits(torch.cat(pieces), model, "evaluation")
+    check_fits(torch.cat(pieces), model, "evaluation", tokenizer)
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     total, tokens = 0.0, 0
     for batch in _batches(pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))):
         batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        with running(model):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         total += float(loss.double().sum())
         tokens += loss.numel()
@@ -122,7 +148,8 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
     device = compressed_model.get_input_embeddings().weight.device
     try:
         for batch in ids.split(batch_size(ids.shape[1])):
-            compressed_model(input_ids=batch.to(device), use_cache=False)
+            with running(compressed_model):
+                compressed_model(input_ids=batch.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -142,7 +169,7 @@ def continuation(
     torch.manual_seed(Sampling(seed=seed).seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), running(model):
         out = model.generate(**inputs, max_new_tokens=tokens, **sampling)
     return out[0, inputs["input_ids"].shape[1] :], time.perf_counter() - start
 
@@ -161,7 +188,7 @@ def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and length >= limit:
         raise CalibrationError(f"the prompt has {length} tokens, which leaves none of the model's {limit} positions; shorten it")
-    check_fits(inputs["input_ids"], model, "prompt's")
+    check_fits(inputs["input_ids"], model, "prompt's", tokenizer)
     device = model.get_input_embeddings().weight.device
     return {name: t.to(device) for name, t in inputs.items()}, tokens if limit is None else min(tokens, limit - length)
 
@@ -179,13 +206,14 @@ def tokens_per_second(model: nn.Module, tokenizer, prompt: str, new_tokens: int 
 
     def run(count: int) -> float:
         began = time.perf_counter()
-        model.generate(
-            **inputs,
-            do_sample=False,
-            min_new_tokens=count,
-            max_new_tokens=count,
-            pad_token_id=tokenizer.eos_token_id or 0,
-        )
+        with running(model):
+            model.generate(
+                **inputs,
+                do_sample=False,
+                min_new_tokens=count,
+                max_new_tokens=count,
+                pad_token_id=tokenizer.eos_token_id or 0,
+            )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began

@@ -83,15 +83,30 @@ def find_groups(stream: Stream, index: int, block: nn.Module, linears: dict[str,
                 found.append([name])
         groups += found
     if len(calls) < len(linears):
-        missed = next(name for name in linears if name not in calls)
-        raise CalibrationError(
-            f"{missed} never ran on the calibration text, so nothing is known of its inputs; "
-            "give more text, or leave it dense with skip="
-        )
+        raise _never_ran(block, linears, [name for name in linears if name not in calls])
     for batch in range(len(stream.hidden)) if doubtful else ():
         inputs = _inputs(stream, index, block, {name: linears[name] for name in doubtful}, batch)
         groups = [part for group in groups for part in _split(group, inputs, doubtful)]
     return [Group(tuple(names), calls[names[0]]) for names in groups]
+
+
+def _never_ran(block: nn.Module, linears: dict[str, nn.Linear], missed: list[str]) -> CalibrationError:
+    """What to say of linears that no batch reached: the largest modules of `block` that hold no other linear."""
+    inside = {module: name for name, module in block.named_modules()}
+    idle = dict.fromkeys(inside[linears[name]] for name in missed)
+    busy = [inside[linear] for name, linear in linears.items() if name not in missed]
+    start = missed[0].removesuffix(next(iter(idle)))  # of every name: where the block is
+    largest = {}
+    for name in idle:
+        parts = name.split(".")
+        above = (".".join(parts[:end]) for end in range(1, len(parts)))
+        largest |= {next((m for m in above if not any(b.startswith(f"{m}.") for b in busy)), name): None}
+    numbered = any(part.isdigit() for name in largest for part in name.split("."))
+    advice = ", ".join(f"skip='{start if numbered else '*.'}{name}'" for name in largest)
+    return CalibrationError(
+        f"{missed[0]} never ran on the calibration text, so nothing is known of its inputs; "
+        f"give more text, or leave dense what did not run, with {advice}"
+    )
 
 
 def _split(group: list[str], inputs: dict[str, list[_Seen]], doubtful: set[str]) -> list[list[str]]:

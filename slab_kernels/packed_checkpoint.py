@@ -37,7 +37,7 @@ def packed_skeleton(
     checkpoint: Checkpoint, layouts: dict[str, PackedLayout], trust_remote_code: bool = False
 ) -> nn.Module:
     """The model on meta with a SlabLinear for every entry of `layouts`. Raises: CheckpointError where they do not fit."""
-    check_counts(checkpoint)
+    check_counts(checkpoint.config, checkpoint.entries, checkpoint.folder)
     model = build_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     swap_in(model, layouts)
     return model
@@ -67,9 +67,9 @@ def swap_in(model: nn.Module, layouts: dict[str, PackedLayout]) -> None:
 class ModelCheckpoint(Checkpoint):
     """A checkpoint under the names of a model, renamed and rebuilt as transformers does."""
 
-    def __init__(self, checkpoint: Checkpoint, stored: StoredNames):
+    def __init__(self, checkpoint: Checkpoint, stored: StoredNames, buffers: set[str]):
         self.__dict__.update(checkpoint.__dict__)
-        self._checkpoint, self._stored = checkpoint, stored
+        self._checkpoint, self._stored, self.buffers = checkpoint, stored, buffers
         self.entries = {}
         for name, origin in stored.origins.items():
             size = math.prod(origin.shape) * origin.dtype.itemsize
@@ -81,7 +81,9 @@ class ModelCheckpoint(Checkpoint):
 
     def stored_forms(self, names: Iterable[str]) -> Forms:
         """What to write for tensors that stay as they are. Reading one raises CheckpointError if it is not finite."""
-        return self._stored.forms(names, lambda stored: read_dense(self._checkpoint, stored))
+        origins = self._stored.origins
+        buffers = {s for name in self.buffers & origins.keys() for s in origins[name].stored}
+        return self._stored.forms(names, lambda s: read_dense(self._checkpoint, s, s in buffers))
 
 
 def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoint:
@@ -95,8 +97,8 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoi
     """
     stored = StoredNames(model, checkpoint.entries)
     settle(model, stored, checkpoint.get)
-    found = ModelCheckpoint(checkpoint, stored)
     expected, packed = model.state_dict(), _packed_names(model)
+    found = ModelCheckpoint(checkpoint, stored, {name for name, _ in model.named_buffers()} - packed)
     missing = sorted(expected.keys() - found.entries.keys() - tied_names(model).keys())
     for what, names in (("lacks", missing), ("holds the unexpected", sorted(stored.ignored))):
         if names:
@@ -158,16 +160,22 @@ def read_packed(get: Callable[[str], Tensor], name: str, layout: PackedLayout) -
     return packed
 
 
-def read_dense(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_dense(checkpoint: Checkpoint, name: str, buffer: bool = False) -> Tensor:
     """A tensor that is not packed. Raises: CheckpointError."""
     t = checkpoint.get(name)
-    check_finite(name, t)
+    check_finite(name, t, buffer)
     return t
 
 
-def check_finite(name: str, t: Tensor) -> None:
-    """Raises: CheckpointError for NaN or infinite numbers. Reads `t` once and copies nothing."""
-    if t.is_floating_point() and t.numel() and not bool(torch.stack(t.aminmax()).isfinite().all()):
+def check_finite(name: str, t: Tensor, buffer: bool = False) -> None:
+    """Raises: CheckpointError for NaN or infinite numbers. Reads `t` once and copies nothing.
+
+    buffer: infinite numbers stand for no bound in what is no weight (masks, clamps), and may be there.
+    """
+    if not t.is_floating_point() or not t.numel():
+        return
+    ends = torch.stack(t.aminmax())
+    if bool(ends.isnan().any()) or not (buffer or bool(ends.isfinite().all())):
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers of {t.dtype}")
 
 
@@ -205,7 +213,7 @@ def load(
     for name in checkpoint.entries.keys() - packed_names:
         t = checkpoint.get(name)
         t = t.to(device=device, dtype=dtype if dtype and t.is_floating_point() else t.dtype)
-        check_finite(name, t)
+        check_finite(name, t, name in checkpoint.buffers)
         for alias in (name, *(n for n, other in tied.items() if other == name)):
             place(model, alias, t)
     if hasattr(model, "tie_weights"):

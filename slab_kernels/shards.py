@@ -70,7 +70,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise corrupt(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
+            text = f.read(length).decode("utf-8")  # of bytes Python would take UTF-16 and marks too
+            header = json.loads(text, object_pairs_hook=_without_duplicates)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise

@@ -71,7 +71,7 @@ class FolderSource:
             raise CheckpointError(
                 f"{folder} is compressed already (quant_method {method!r}); start from the dense model"
             )
-        check_counts(self.checkpoint)
+        check_counts(self.config, self.checkpoint.entries, folder)
         self.model = build_skeleton(Path(folder), trust_remote_code=trust_remote_code)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name

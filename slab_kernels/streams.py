@@ -85,9 +85,12 @@ def _map(tree, change: Callable):
     if isinstance(tree, dict):
         return {key: _map(value, change) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        values = [_map(value, change) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+        return _like(tree, [_map(value, change) for value in tree])
     return change(tree)
+
+
+def _like(tree: tuple | list, values: list):
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 class _Noted:
@@ -241,17 +244,26 @@ def _caught(
         output = shapes[kind]
         if isinstance(output, (tuple, list)):
             travelling[:] = output[1:]
-            return type(output)([hidden, *travelling])
+            return _like(output, [hidden, *travelling])
         travelling.clear()
         return hidden
 
-    with torch.no_grad(), _replaced_forwards(blocks, step):
-        for batch in tokens.split(batch_size(tokens.shape[1])):
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except Stop:
-                continue
-            raise ArchitectureError(f"{type(model).__name__} did not call its last decoder block")
+    def refuse_head(*_):
+        raise ArchitectureError(f"{type(model).__name__} did not call its last decoder block")
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    hook = None if head is None else head.register_forward_pre_hook(refuse_head)  # it may be on meta
+    try:
+        with torch.no_grad(), _replaced_forwards(blocks, step):
+            for batch in tokens.split(batch_size(tokens.shape[1])):
+                try:
+                    model(input_ids=batch.to(device), use_cache=False)
+                except Stop:
+                    continue
+                refuse_head()
+    finally:
+        if hook is not None:
+            hook.remove()
     missed = [index for index, calls in enumerate(stream.calls) if len(calls) != len(stream.hidden)]
     if missed:
         raise ArchitectureError(f"decoder block {missed[0]} was not called exactly once per forward")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .evaluate import running
 from .packed_checkpoint import check
 from .paths import expanded
 from .settings import Rule
@@ -43,8 +44,20 @@ def run_tasks(
     for task in tasks:
         if not manager.match_tasks([task]):
             raise ValueError(f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them")
-    lm = HFLM(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
-    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'"))
+
+    class Named(HFLM):
+        """The harness's model, whose failures name its folder."""
+
+        def _model_call(self, *args, **kwargs):
+            with running(model):
+                return super()._model_call(*args, **kwargs)
+
+        def _model_generate(self, *args, **kwargs):
+            with running(model):
+                return super()._model_generate(*args, **kwargs)
+
+    lm = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
+    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'", tokenizer))
     try:
         found = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
     finally:

@@ -22,6 +22,9 @@ CHARACTERS_PER_TOKEN = 16  # generous: English text has 3 to 5; bounds how much 
 LONGEST_NAME = 1000  # characters; what is longer is a text, not the name of one
 READ_AHEAD = 8  # times the text that the samples need, so that they are drawn from more than its beginning
 
+TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+MAX_TOKENIZER_FILE = 1 << 28  # bytes; a vocabulary of a million tokens takes a tenth
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -163,10 +166,17 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    for file in Path(path).glob("*"):
+        if file.suffix in TOKENIZER_FILES and file.is_file() and file.stat().st_size > MAX_TOKENIZER_FILE:
+            raise CheckpointError(
+                f"{file} is larger than {MAX_TOKENIZER_FILE >> 20} MiB, which no tokenizer's file is; "
+                "copy or download it again"
+            )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it knows special tokens only")  # transformers made one up
+        tokenizer.decode(tokenizer("a text", verbose=False)["input_ids"])  # some settings fail only now
         return tokenizer
     except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
         if "trust_remote_code=True" in str(error) and not trust_remote_code:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibration import CalibrationError
+from .checkpoint import CheckpointError
 from .source import text_config
 
 
@@ -35,10 +36,11 @@ def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
     return ids
 
 
-def check_fits(ids: Tensor, model: torch.nn.Module, name: str) -> None:
-    """Raises: CalibrationError if a model lacks the embedding of some id, or positions for rows [..., tokens] of this length.
+def check_fits(ids: Tensor, model: torch.nn.Module, name: str, tokenizer=None) -> None:
+    """Raises: CalibrationError if a model lacks the embedding of some id, or positions for rows [..., tokens] of this length;
+    CheckpointError for an id that the tokenizer of the model's own folder has made.
 
-    name: whose tokens they are, for the message.
+    name: whose tokens they are, for the message. tokenizer: what made them, if known.
     """
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and ids.dim() > 1 and ids.shape[-1] > limit:
@@ -48,6 +50,12 @@ def check_fits(ids: Tensor, model: torch.nn.Module, name: str) -> None:
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and int(ids.max()) >= rows:
+        folder = getattr(tokenizer, "name_or_path", None)
+        if folder and str(folder) == str(getattr(model.config, "_name_or_path", None)):
+            raise CheckpointError(
+                f"the tokenizer in {folder} makes ids up to {int(ids.max())}, but the model's vocabulary has {rows}; "
+                "put the model's own tokenizer there"
+            )
         raise CalibrationError(
             f"the {name} tokens go up to {int(ids.max())}, but the model's vocabulary has {rows}; "
             "give the model's own tokenizer"

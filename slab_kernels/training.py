@@ -119,7 +119,7 @@ def train(
     ids = token_ids(text, "training")
     window = min(settings.window, getattr(text_config(model), "max_position_embeddings", None) or settings.window)
     tokens = _windows(tokenizer, text, replace(settings, window=window)) if ids is None else ids
-    check_fits(tokens, model, "training")
+    check_fits(tokens, model, "training", tokenizer if ids is None else None)
     begun = asdict(settings) | {"model_sha256": _digest(model.state_dict()), "text_sha256": _digest({"tokens": tokens})}
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]

@@ -86,13 +86,13 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
     "finish": FORMAT | {"checkpoint", "replacement", "packed_config", "plan", "progress", "record", "sinks"},
     "model": FORMAT | MODEL | {"finish", "paths"},
-    "token_ids": {"calibration", "source"},
+    "token_ids": {"calibration", "checkpoint", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
-    "evaluate": {"blocks", "nn", "packed_checkpoint", "source", "text", "token_ids"},
+    "evaluate": {"architecture", "blocks", "checkpoint", "nn", "packed_checkpoint", "source", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
-    "tasks": {"packed_checkpoint", "paths", "settings", "token_ids"},
+    "tasks": {"evaluate", "packed_checkpoint", "paths", "settings", "token_ids"},
     "engines": FORMAT | {"blocks", "nn"}
-    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "skeleton"}
+    | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "side_files", "skeleton"}
     | {"source", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import tiny_models
 import torch
@@ -304,7 +306,7 @@ class Toy(nn.Module):
         for layer in self.layers[:1] if self.kind == "missed" else self.layers:
             if self.kind == "carried":
                 hidden, carried = layer(hidden, carried=carried)
-            elif self.kind == "tuple":
+            elif self.kind in ("tuple", "named"):
                 hidden = layer(hidden_states=hidden)[0]
             elif self.kind == "changed":
                 hidden = layer(hidden) * 2
@@ -323,13 +325,18 @@ class ToyBlock(nn.Module):
         out = hidden_states + self.linear(hidden_states)
         if self.kind != "idle":
             out = out + self.idle(out)
-        return (
-            (out, out.mean()) if self.kind == "carried" else (out, "extra") if self.kind == "tuple" else out
-        )
+        more = {"carried": (out, out.mean()), "tuple": (out, "extra"), "named": Named(out, "extra")}
+        return more.get(self.kind, out)
 
 
-def test_a_block_that_takes_keywords_and_returns_a_tuple():
-    model, tokens = Toy("tuple"), tiny_models.tokens()
+class Named(NamedTuple):
+    hidden_states: torch.Tensor
+    extra: str
+
+
+@pytest.mark.parametrize("kind", ["tuple", "named"])
+def test_a_block_that_takes_keywords_and_returns_a_tuple(kind):
+    model, tokens = Toy(kind), tiny_models.tokens()
     with torch.no_grad():
         assert torch.equal(streamed(model, tokens), model(tokens))
 
@@ -340,10 +347,20 @@ def test_a_block_that_takes_keywords_and_returns_a_tuple():
         ("changed", ArchitectureError, "changes the hidden state between blocks 0 and 1"),
         ("carried", ArchitectureError, "block 1 takes more than the hidden state from block 0"),
         ("missed", ArchitectureError, "did not call its last decoder block"),
-        ("idle", CalibrationError, r"layers\.0\.idle never ran on the calibration text"),
+        ("idle", CalibrationError, r"layers\.0\.idle never ran .*, with skip='\*\.idle'$"),
         ("nan", CalibrationError, "embedded calibration text holds NaN"),
     ],
 )
 def test_what_block_by_block_cannot_do_is_refused(kind, error, message):
     with pytest.raises(error, match=message):
         compress(Toy(kind), method="magnitude", calibration=tiny_models.tokens(), progress=False)
+
+
+def test_a_head_on_meta_is_not_reached_where_the_blocks_found_are_not_called():
+    model = Toy("missed")
+    head = nn.Linear(32, 96, device="meta")
+    model.get_output_embeddings = lambda: head
+    plain, model.forward = model.forward, lambda **inputs: head(plain(**inputs)).float().cpu()
+    with pytest.raises(ArchitectureError, match="did not call its last decoder block"):
+        streamed(model, tiny_models.tokens())
+    assert not head._forward_pre_hooks

@@ -12,6 +12,7 @@ from slab_kernels.blocks import ArchitectureError
 from slab_kernels.inputs import find_groups, layer_inputs
 from slab_kernels.model import compress
 from slab_kernels.streams import _HIDDEN, Stream, catch_stream
+from slab_kernels.text import CalibrationError
 
 TOKENS = tiny_models.tokens(16, 32)
 
@@ -122,3 +123,33 @@ def test_a_hidden_state_that_the_model_writes_into_between_blocks_is_seen():
     model = Model()
     with pytest.raises(ArchitectureError, match="changes the hidden state between blocks 0 and 1"):
         catch_stream(model, model.blocks, torch.zeros(1, 2, dtype=torch.long), lambda index: nn.Linear(4, 4), torch.device("cpu"))
+
+
+class Idle(nn.Module):
+    """Linears in modules of which some never run; numbered: inside a list of experts."""
+
+    def __init__(self, numbered: bool):
+        super().__init__()
+        self.used, self.part = nn.Linear(32, 32), nn.ModuleDict(dict(a=nn.Linear(32, 32), b=nn.Linear(32, 32)))
+        self.cross = nn.ModuleDict(dict(k=nn.Linear(32, 32), deep=nn.Sequential(nn.Linear(32, 32))))
+        if numbered:
+            self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x):
+        x = self.part["a"](self.used(x))
+        return self.experts[0](x) if hasattr(self, "experts") else x
+
+
+@pytest.mark.parametrize(
+    ("numbered", "advice"),
+    [
+        (False, r"skip='\*\.part\.b', skip='\*\.cross'$"),
+        (True, r"skip='h\.0\.part\.b', skip='h\.0\.cross', skip='h\.0\.experts\.1'$"),
+    ],
+)
+def test_the_advice_covers_all_that_never_ran(numbered, advice):
+    block = Idle(numbered)
+    linears = {f"h.0.{n}": m for n, m in block.named_modules() if type(m) is nn.Linear}
+    stream = Stream([torch.ones(1, 2, 32)], [[((_HIDDEN,), {})]], torch.device("cpu"))
+    with pytest.raises(CalibrationError, match=rf"h\.0\.part\.b never ran .*, with {advice}"):
+        find_groups(stream, 0, block, linears)

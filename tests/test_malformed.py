@@ -4,18 +4,25 @@ anything large is built."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels import cli
+from slab_kernels.backends.base import BackendError
 from slab_kernels.checkpoint import INDEX_NAME, RECORD_NAME, Checkpoint, CheckpointError, read_json
+from slab_kernels.evaluate import running
 from slab_kernels.format import FormatError
 from slab_kernels.inspection import inspect
+from slab_kernels.packed_checkpoint import check_finite
 from slab_kernels.record import RunRecord, layer_from_dict
 from slab_kernels.shards import MAX_DEPTH
 from slab_kernels.source import FolderSource
@@ -205,6 +212,73 @@ def test_far_more_blocks_than_the_files_hold_are_refused_before_they_are_built(c
     ):
         use(copy)
     assert time.perf_counter() - began < 5
+
+
+def test_transformers_neither_builds_far_more_blocks_nor_reads_a_huge_generation_config(copy):
+    """from_pretrained sees the first before it builds the model, the second before it reads it."""
+    (copy / "generation_config.json").write_text("{}")
+    with (copy / "generation_config.json").open("r+b") as f:
+        f.truncate(8 << 30)
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError, match="generation_config.json is larger than 64 MiB"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    change(copy / "config.json", "num_hidden_layers", value=4000)
+    with pytest.raises(CheckpointError, match="has num_hidden_layers=4000, and .* 2 blocks"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    assert time.perf_counter() - began < 5
+
+
+def test_a_model_that_does_not_run_is_the_folder_s_fault(copy, capsys):
+    tiny_models.tokenizer().save_pretrained(copy)
+    change(copy / "config.json", "return_dict", value=False)
+    (copy / "text.txt").write_text(tiny_models.text(40))
+    arguments = [str(copy), "--text", str(copy / "text.txt")]
+    assert cli.run(["eval", *arguments, "--window", "16"]) == 3
+    assert f"the model of {copy} does not run: AttributeError" in capsys.readouterr().err
+    assert cli.run(["eval", *arguments, "--window", "65"]) == 2  # longer than its positions
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("bos_token", "another", "makes ids up to 96, but the model's vocabulary has 96"),
+        ("model_max_length", {"a": 1}, "no tokenizer can be loaded"),
+        (None, None, "tokenizer_config.json is larger than 256 MiB"),
+    ],
+)
+def test_a_tokenizer_that_does_not_work_is_the_folder_s_fault(copy, capsys, key, value, said):
+    tiny_models.tokenizer().save_pretrained(copy)
+    if key:
+        change(copy / "tokenizer_config.json", key, value=value)
+    else:
+        with (copy / "tokenizer_config.json").open("r+b") as f:
+            f.truncate(8 << 30)
+    (copy / "text.txt").write_text(tiny_models.text(40))
+    for command in (
+        ["eval", "--window", "16", "--text", str(copy / "text.txt")],
+        ["generate", "--prompt", "another"],
+    ):
+        assert cli.run([command[0], str(copy), *command[1:]]) == 3
+        assert said in capsys.readouterr().err
+
+
+def test_only_what_a_model_itself_raises_is_named_after_its_folder():
+    for error in (MemoryError(), ImportError(), OSError(), BackendError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)), running(nn.Linear(1, 1)):
+            raise error
+    for error in (ValueError("a\nb"), KeyError("k"), RuntimeError(), AssertionError()):
+        with pytest.raises(CheckpointError, match="the model of Linear does not run: "):
+            with running(nn.Linear(1, 1)):
+                raise error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_infinite_numbers_are_no_weights_and_may_bound_what_is_none(dtype):
+    for number, buffer in ((math.nan, False), (math.nan, True), (math.inf, False), (-math.inf, False)):
+        with pytest.raises(CheckpointError, match="holds NaN or infinite"):
+            check_finite("t", torch.tensor([0, number], dtype=dtype), buffer)
+    check_finite("t", torch.tensor([0, -math.inf], dtype=dtype), buffer=True)
+    check_finite("t", torch.tensor([0.0, 1.0], dtype=dtype))
 
 
 def test_what_a_folder_holds_is_a_format_error_with_the_exit_code_of_a_file(copy, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import tiny_models
@@ -62,6 +64,32 @@ def test_whatever_is_set_around_it(plain, name):
         assert (torch.get_default_dtype(), torch.get_default_device()) == (dtype, device)
     same({n: t.detach().clone() for n, t in found.state_dict().items()}, plain)
     assert not any(t.is_inference() for t in found.state_dict().values())
+
+
+IMPORTS = """
+import importlib, pkgutil
+import torch
+with torch.device("meta"):
+    import slab_kernels
+    for found in pkgutil.walk_packages(slab_kernels.__path__, "slab_kernels."):
+        if not found.name.endswith(("__main__", "._C")):
+            try:
+                importlib.import_module(found.name)
+            except ImportError as error:
+                assert not error.name.startswith("slab_kernels"), error
+    import transformers.quantizers.auto as auto
+    from slab_kernels.methods.masks import Pattern
+    from slab_kernels.methods.states import group_states
+    states = [vars(group_states(Pattern(keep=2, group=4), planes, torch.device("cpu"))) for planes in (0, 1)]
+assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"].__module__ == "slab_kernels.engines.transformers"
+assert not any(t.is_meta for kept in states for t in kept.values())
+assert [len(kept["mask"]) for kept in states] == [6, 24]
+"""
+
+
+def test_nothing_is_computed_with_torch_on_import():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def test_a_model_made_under_inference_mode(plain):

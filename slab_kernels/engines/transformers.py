@@ -16,7 +16,14 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import CHECKSUMS, Checkpoint, CheckpointError, checksum, tensor_bytes
+from ..checkpoint import (
+    CHECKSUMS,
+    Checkpoint,
+    CheckpointError,
+    check_counts,
+    checksum,
+    tensor_bytes,
+)
 from ..format import FORMAT_VERSION
 from ..packed_checkpoint import (
     check,
@@ -28,12 +35,14 @@ from ..packed_checkpoint import (
     swap_in,
 )
 from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
+from ..side_files import read_generation_config
 from ..skeleton import computes
 from ..source import hub_folder
 from ..ties import holds, untie
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
+MANY_BLOCKS = 512  # built in a second; packed modules tell little of how many there are
 _REGISTERING = threading.Lock()
 
 
@@ -109,6 +118,15 @@ class SlabQuantizer(HfQuantizer):
                 "parts cannot be fetched from a disk or CPU for each call; give one device, or several GPUs"
             )
 
+    def update_tp_plan(self, config):
+        """transformers lets us see the config before it builds the model; 5.23 by the name below."""
+        if self.pre_quantized:
+            names, where = self.quantization_config.modules, config._name_or_path or "this model"
+            check_counts(config.to_dict(), names, where, few=MANY_BLOCKS)
+        return config
+
+    update_attn_implementation = update_tp_plan
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not self.pre_quantized:
             return
@@ -118,11 +136,14 @@ class SlabQuantizer(HfQuantizer):
             )
         swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
         checkpoint = Checkpoint(_folder(model, checkpoint_files), checkpoint_files)
+        read_generation_config(checkpoint.folder)  # transformers reads it later, of whatever size
         check_tensors_fit(checkpoint, model)
         checkpoint.verify()
         for module in model.modules():
             if not computes(module):  # all its tensors come from files
                 module._is_hf_initialized = True
+        for module in packed_modules(model).values():  # a mixer initialises the linears inside it
+            module.weight = torch.empty(module.out_features, module.in_features, device="meta")
         if hasattr(model, ADJUST):
             setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
 
@@ -130,14 +151,17 @@ class SlabQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return self._compress(model)
         vars(model).pop(ADJUST, None)
+        for module in packed_modules(model).values():
+            del module.weight
         for t in (*model.parameters(), *model.buffers()):
             if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
                 t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
+        buffers = {name for name, _ in model.named_buffers()}
         for name, tensor in model.state_dict().items():
-            check_finite(name, tensor)
+            check_finite(name, tensor, name in buffers)
         if not holds(model):
             untie(model)
         return model

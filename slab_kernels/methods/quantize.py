@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..format import INTEGER_RANGES
 
-SEARCH = torch.linspace(0.5, 1.0, 21).tolist()  # fractions of the absolute maximum that the search tries
+SEARCH = [step / 40 for step in range(20, 41)]  # fractions of the absolute maximum that are tried
 
 
 def store_scale(scale: Tensor) -> Tensor:

@@ -52,10 +52,9 @@ def group_states(pattern: Pattern, planes: int, device: torch.device) -> GroupSt
     choices = list(combinations(range(m), gone))
     kept = [[i for i in range(m) if i not in choice] for choice in choices]
     upper = list(product((True, False), repeat=gone)) if planes else [(False,) * gone]
-    mask = torch.ones(len(choices) * len(upper), m, dtype=torch.bool)
-    takes_upper = torch.zeros_like(mask)
-    for row, (choice, higher) in enumerate(product(choices, upper)):
-        mask[row, list(choice)] = False
-        takes_upper[row, list(choice)] = torch.tensor(higher)
-    parts = torch.tensor(choices), torch.tensor(kept), torch.tensor(upper), mask, takes_upper
-    return GroupStates(*(t.to(device) for t in parts))
+    states = [dict(zip(choice, higher, strict=True)) for choice in choices for higher in upper]
+    mask = [[i not in state for i in range(m)] for state in states]
+    takes_upper = [[state.get(i, False) for i in range(m)] for state in states]
+    # The device is named, since the caller may have set another as torch's default.
+    parts = (torch.tensor(p, device=device) for p in (choices, kept, upper, mask, takes_upper))
+    return GroupStates(*parts)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import slab_kernels
 from fuzz.folders import INDEX, Folder
 from slab_kernels import cli, console
-from slab_kernels.format import TENSOR_NAMES, FormatError, PackedWeight
+from slab_kernels.format import TENSOR_NAMES, FormatError, PackedLayout, PackedWeight
 from slab_kernels.nn import SlabLinear
 
 # Target -> how often. The cheap ones come often.
@@ -171,12 +171,9 @@ def judge_dense(path: Path, out: Path, stored: dict[str, list[Tensor]]) -> None:
             part: stored[f"{name}.{part}"][0] for part in TENSOR_NAMES if f"{name}.{part}" in stored
         }
         try:
+            layout = PackedLayout.from_dict(entry)
             packed = PackedWeight.from_tensors(
-                parts,
-                entry["out_features"],
-                entry["in_features"],
-                entry["values"],
-                entry.get("group_size"),
+                parts, layout.out_features, layout.in_features, layout.values, layout.group_size
             )
         except FormatError as error:
             raise Fault(

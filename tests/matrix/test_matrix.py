@@ -22,6 +22,9 @@ SAMPLE = {
     "qwen3_5_text": "linear attention",
     "falcon_h1": "state space beside attention",
     "gemma3": "a language model inside one of several modalities",
+    "gemma4": "buffers that hold infinite numbers",
+    "falcon_mamba": "initialises linears from the module around them",
+    "bart": "cross attention that never runs",
     "gpt2": "no nn.Linear in its blocks",
     "mixtral": "stacked experts",
 }
