@@ -40,24 +40,22 @@ NOT_DOWNLOADED = [
     "*/.*",
 ]
 CHUNK = 1 << 20  # bytes copied at a time
-# Of a generation config; every other setting that transformers knows is a number, or a switch.
-TEXTS_AND_LISTS = (
-    "bad_words_ids",
-    "force_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "constraints",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "stop_strings",
-    "dola_layers",
-    "early_stopping",
-    "cache_implementation",
-    "speculation_type",
-    "num_assistant_tokens_schedule",
-    "transformers_version",
+# Settings of a generation config that are numbers, beside ids of tokens. What is in neither list,
+# now or in a later transformers, is left to transformers.
+NUMBERS = frozenset(
+    "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
+    "assistant_lookbehind diversity_penalty encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff guidance_scale length_penalty "
+    "max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length "
+    "min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_beam_groups num_beams "
+    "num_return_sequences penalty_alpha prefill_chunk_size prompt_lookup_num_tokens "
+    "repetition_penalty target_lookbehind temperature top_h top_k top_p typical_p".split()
 )
-SWITCHES = ("do_", "output_", "return_", "use_")
+SWITCHES = frozenset(
+    "disable_compile do_sample is_assistant low_memory output_attentions output_hidden_states "
+    "output_logits output_scores remove_invalid_values renormalize_logits "
+    "return_dict_in_generate token_healing use_cache use_model_defaults".split()
+)
 
 
 def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
@@ -171,14 +169,14 @@ def read_generation_config(folder: Path):
     if not path.is_file():
         return None
     content = read_json(path)
-    for name in vars(GenerationConfig()).keys() & content.keys():
-        if name in TEXTS_AND_LISTS or name.startswith("_") or name.endswith("_config"):
-            continue
-        value = content[name]
-        numbers = value if name.endswith("token_id") and isinstance(value, list) else [value]
-        kinds, expected = (int, float), "a number"
-        if name.startswith(SWITCHES):
+    for name, value in content.items():
+        if name in SWITCHES:
             kinds, expected = (bool,), "true or false"
+        elif name in NUMBERS or name.endswith("_token_id"):
+            kinds, expected = (int, float), "a number"
+        else:
+            continue
+        numbers = value if name.endswith("token_id") and isinstance(value, list) else [value]
         if not all(n is None or (isinstance(n, kinds) and abs(n) < 1 << 63) for n in numbers):
             raise CheckpointError(
                 f"{path} has {name}={short(value)}, expected {expected}; correct or delete the file"
