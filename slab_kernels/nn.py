@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
-from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
+from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast, weight_dtype
 from .prepared import Prepared, Source, keep
 
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
@@ -71,8 +71,9 @@ class SlabLinear(nn.Module):
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense nn.Linear with the same function.
 
-        Raises: RangeError if its weight or bias does not fit `dtype`.
+        Raises: RangeError if its weight or bias does not fit `dtype`, DtypeError if no weight can have it.
         """
+        dtype = weight_dtype(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         weight = cast(self.packed().dense(), dtype, "the weight")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -185,8 +186,11 @@ class SlabLinear(nn.Module):
             if tensor is None:
                 continue
             where = home or tensor.device
-            device = fn(tensor.new_empty(0, dtype=torch.uint8, device=where)).device  # where fn moves things, whatever it casts
-            if device != where:
+            probe = fn(tensor.new_empty(0, dtype=torch.uint8, device=where))  # fn may cast a float
+            device = probe.device
+            if device == where and device.type == "cpu" and probe.is_shared():
+                tensor.share_memory_()  # fn is that of share_memory()
+            elif device != where:
                 moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 self._buffers[name] = moved
                 self._linears, self._home = {}, None

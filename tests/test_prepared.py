@@ -191,3 +191,25 @@ def test_inference_mode_first_and_training_after_it_and_back(autocast):
             assert torch.equal(run(X), first)
         W = random_packed(LAYOUT).dense()
         assert torch.allclose(x.grad, W.sum(0).expand(2, -1), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_layer_made_under_inference_mode_has_gradients(monkeypatch, backend):
+    monkeypatch.setenv(dispatch.ENVIRONMENT, backend)
+    packed, x = random_packed(LAYOUT), X.clone().requires_grad_()
+    with torch.inference_mode():
+        copied = {name: t.clone() for name, t in packed.tensors().items()}
+        layer = SlabLinear.from_packed(dataclasses.replace(packed, **copied))
+        fused = FusedSlabLinear([layer])
+    for y in (layer(x), fused(x)[0]):
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, packed.dense().sum(0).expand_as(x))
+
+
+def test_share_memory_shares_packed_tensors_too():
+    layer = SlabLinear.from_packed(random_packed(LAYOUT), torch.ones(24))
+    net = torch.nn.Sequential(layer, FusedSlabLinear([SlabLinear.from_packed(random_packed(LAYOUT))]))
+    want = layer(X)
+    net.share_memory()
+    assert all(t.is_shared() for t in net.state_dict().values())
+    assert torch.equal(layer(X), want)
