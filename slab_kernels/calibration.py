@@ -7,6 +7,7 @@ compressed. Layers that read the same input (q/k/v, gate/up) can share one Gram 
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,7 +45,9 @@ class InputStats:
 
     @classmethod
     def from_inputs(cls, x: Tensor, needs: str = "gram", drift: Tensor | None = None) -> InputStats:
-        """Statistics of one batch x [..., K]."""
+        """Statistics of one batch x [..., K]. Raises: CalibrationError."""
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            raise CalibrationError(f"calibration inputs are {reprlib.repr(x)}, expected a tensor [..., in_features]")
         stats = cls(x.shape[-1], needs)
         stats.update(x, drift)
         return stats

@@ -125,7 +125,7 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
             return _interrupted("", as_json)
         if type(error).__name__ == "Exit":
             return error.exit_code, ""
-        if os.environ.get(DEBUG):
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         code = exit_code(error)
         message = as_options(one_line(str(error) or type(error).__name__))

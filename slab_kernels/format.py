@@ -24,6 +24,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     TENSOR_NAMES,
     VALUE_BYTES,
     VALUE_TYPES,
+    WEIGHT_DTYPES,
     DtypeError,
     FormatError,
     MetadataError,
@@ -40,6 +41,7 @@ from .layout import (  # noqa: F401  (the format's public names live here)
     check_range,
     check_tensors,
     plane_unit,
+    weight_dtype,
 )
 from .rounding import (
     MOST_LOST,

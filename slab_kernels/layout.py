@@ -19,6 +19,7 @@ VALUE_TYPES = {
 VALUE_BYTES = {"fp16": 8, "bf16": 8, "int8": 8, "int4": 4, "int3": 3}  # of the stored tensor's entries, for 16 inputs
 FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ADAPTER_TYPES = ("int8",)  # of P and Q beside the factors' own: a row's codes, then the exponent they share
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of dense weights
 INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
 MAX_PLANES = 3  # signs that a pruned entry may have
 TENSOR_NAMES = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
@@ -186,6 +187,19 @@ class PackedLayout:
         return cls(**{k: v for k, v in entries.items() if k in names})
 
 
+def weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`dtype`, or the one that it names, such as "float16", if dense weights can have it.
+
+    Raises: DtypeError.
+    """
+    known = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
+    named = isinstance(dtype, torch.dtype | str)
+    found = known.get(str(dtype).removeprefix("torch.")) if named else None
+    if found is None:
+        raise DtypeError(f"dtype={short(dtype)} is none of weights; use {', '.join(known)}")
+    return found
+
+
 def cast(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`t` rounded to `dtype`.
 
@@ -194,8 +208,7 @@ def cast(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     rounded = t.to(dtype)
     if rounded.is_floating_point() and not bool(rounded.isfinite().all()):
         most = float(t.abs().max())
-        wider = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        fitting = [str(d).removeprefix("torch.") for d in wider if most <= torch.finfo(d).max]
+        fitting = [str(d).removeprefix("torch.") for d in WEIGHT_DTYPES if most <= torch.finfo(d).max]
         raise RangeError(
             f"{name} reaches {most:.4g}, which {str(dtype).removeprefix('torch.')} does not hold; "
             + (f"dtype {' or '.join(fitting)} does" if fitting else "the weights are damaged")

@@ -16,6 +16,7 @@ VARIABLES = {
     "SLAB_KERNELS_CUDA": "at installation: 0 never compiles the CUDA kernels, 1 fails if nvcc cannot",
     "SLAB_KERNELS_CACHE": "where CUDA kernels compiled at run time are kept; default ~/.cache/slab_kernels",
     "SLAB_KERNELS_CONFIGS": "where tune writes the Triton kernels' rows and where they are read; default ~/.config/slab_kernels",
+    "SLAB_KERNELS_VERIFY": "0: what is read is not compared with its checksums",
     "SLAB_KERNELS_DEBUG": "1: the command line shows tracebacks",
     "OMP_NUM_THREADS": "threads of torch and of the CPU kernels",
 }

@@ -131,7 +131,7 @@ def compress(
     with ExitStack() as stack:
         team = stack.enter_context(Team(device))
         if isinstance(tokenizer, str | Path):
-            tokenizer = open_tokenizer(hub_folder(str(tokenizer)), trust_remote_code)
+            tokenizer = open_tokenizer(hub_folder(tokenizer), trust_remote_code)
         if not (tokenizer is None or callable(tokenizer)):
             raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers, or its folder")
         if out is None and not isinstance(model_or_path, nn.Module):

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .backends.base import Backend, LinearProblem
-from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast
+from .format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast, weight_dtype
 from .prepared import Prepared, Source, keep
 
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
@@ -71,8 +72,9 @@ class SlabLinear(nn.Module):
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense nn.Linear with the same function.
 
-        Raises: RangeError if its weight or bias does not fit `dtype`.
+        Raises: RangeError if its weight or bias does not fit `dtype`, DtypeError if no weight can have it.
         """
+        dtype = weight_dtype(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         weight = cast(self.packed().dense(), dtype, "the weight")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -156,6 +158,8 @@ class SlabLinear(nn.Module):
             x = _autocast(x)
         if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
+        if not traced and (transforms := get_interpreter_stack()) and _gradient(transforms):
+            return self._dense_linear(x)
         kept = self._linears.get(x.dtype, ())
         for prepared in kept:
             if prepared.source.is_still(self._buffers.values(), traced):
@@ -168,6 +172,15 @@ class SlabLinear(nn.Module):
         else:
             prepared = self._prepared(x.dtype)
         return prepared.backend.linear(x, prepared.state, self.bias)
+
+    def _dense_linear(self, x: Tensor) -> Tensor:
+        """The same from the dense weight, by torch's own ops: torch.func.grad takes none of ours,
+        which bring a backward along."""
+        kind = torch.promote_types(x.dtype, torch.float32)
+        W = self.packed().to(self._home or self.values.device).dense().to(kind)
+        bias = None if self.bias is None else self.bias.to(kind)
+        with ops.without_autocast(x):
+            return nn.functional.linear(x.to(kind), W, bias).to(x.dtype)
 
     def __setattr__(self, name: str, value) -> None:
         if name in TENSOR_NAMES:
@@ -185,8 +198,11 @@ class SlabLinear(nn.Module):
             if tensor is None:
                 continue
             where = home or tensor.device
-            device = fn(tensor.new_empty(0, dtype=torch.uint8, device=where)).device  # where fn moves things, whatever it casts
-            if device != where:
+            probe = fn(tensor.new_empty(0, dtype=torch.uint8, device=where))  # fn may cast a float
+            device = probe.device
+            if device == where and device.type == "cpu" and probe.is_shared():
+                tensor.share_memory_()  # fn is that of share_memory()
+            elif device != where:
                 moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 self._buffers[name] = moved
                 self._linears, self._home = {}, None
@@ -278,6 +294,8 @@ class FusedSlabLinear(nn.Module):
             x = _autocast(x)
         if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
+        if not traced and (transforms := get_interpreter_stack()) and _gradient(transforms):
+            return tuple(part(x) for part in self.parts)
         kept = self._linears.get(x.dtype, ())
         prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
         if prepared is None and traced:
@@ -303,6 +321,11 @@ def _packed(layout: PackedLayout, buffers: dict[str, Tensor | None]) -> PackedWe
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
+
+
+def _gradient(transforms: list) -> bool:
+    """Whether torch.func.grad or one of its like is among the transforms at work around a call."""
+    return any(transform.key() == TransformType.Grad for transform in transforms)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from .checkpoint import (
     write_json,
     write_shard,
 )
-from .format import PackedLayout, PackedWeight, ShapeError
+from .format import PackedLayout, PackedWeight, ShapeError, weight_dtype
 from .nn import SlabLinear
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
 from .paths import expanded
@@ -30,6 +32,7 @@ from .progress import Progress
 from .side_files import read_generation_config
 from .source import config_dict, hub_folder, place
 from .stored_names import Forms, StoredNames, stored_forms
+from .surroundings import usual_torch
 from .ties import holds, settle, tied_names, untie
 
 
@@ -129,7 +132,8 @@ def _packed_names(model: nn.Module) -> set[str]:
 def check(model: nn.Module) -> nn.Module:
     """The model, if every module that its config lists as packed is a SlabLinear.
 
-    Raises: CheckpointError for a model that transformers opened without this library: its linears are random numbers.
+    Raises: CheckpointError for a model that transformers opened without this library: its linears are random numbers;
+    and for one in which something else took the place of a packed layer.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     entry = dict(config) if config is not None else {}
@@ -138,8 +142,12 @@ def check(model: nn.Module) -> nn.Module:
         lost = [name for name in entry.get("modules") or {} if name not in packed]
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            found = dict(model.named_modules()).get(lost[0])
+            seen = f"{lost[0]}{more} should be packed and is {'not there' if found is None else type(found).__name__}"
+            if packed:
+                raise CheckpointError(f"{seen}: it was replaced after the model had been opened")
             raise CheckpointError(
-                f"{lost[0]}{more} should be packed and is {type(model.get_submodule(lost[0])).__name__}: transformers opened this model without "
+                f"{seen}: transformers opened this model without "
                 "slab_kernels, so those weights are random numbers; import slab_kernels before from_pretrained, or use slab_kernels.load"
             )
     return model
@@ -179,6 +187,7 @@ def check_finite(name: str, t: Tensor, buffer: bool = False) -> None:
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite numbers of {t.dtype}")
 
 
+@usual_torch()
 def load(
     path: Path | str,
     device: str | torch.device = "cpu",
@@ -197,11 +206,11 @@ def load(
 
     The model holds its own copy of the weights: the files may change or go afterwards.
 
-    Raises: CheckpointError, VersionError, ArchitectureError; nothing is used before it is checked.
-    A packed weight that breaks the format is a FormatError and a CheckpointError at once.
+    Raises: CheckpointError, VersionError, ArchitectureError, DtypeError; nothing is used before it
+    is checked. A packed weight that breaks the format is a FormatError and a CheckpointError at once.
     """
-    device = resolve_device(device)
-    checkpoint = Checkpoint(hub_folder(str(path)), verify=verify)
+    device, dtype = resolve_device(device), None if dtype is None else weight_dtype(dtype)
+    checkpoint = Checkpoint(hub_folder(path), verify=verify)
     layouts = read_layouts(checkpoint)
     model = packed_skeleton(checkpoint, layouts, trust_remote_code)
     checkpoint = check_tensors_fit(checkpoint, model)
@@ -230,14 +239,50 @@ def load(
     return model.eval()
 
 
+def _check_described(
+    model: nn.Module, layouts: dict[str, PackedLayout], state: dict[str, Tensor], tied: dict[str, str]
+) -> None:
+    """Raises: ArchitectureError if `load` would build another model from the config than this one with its `state`."""
+    if type(model).__module__.startswith("transformers_modules."):
+        return  # code of a folder's, which may not run here
+    described = build_skeleton(config=copy.deepcopy(model.config))
+    linears = {name for name, module in described.named_modules() if type(module) is nn.Linear}
+    if strange := sorted(layouts.keys() - linears):
+        raise ArchitectureError(
+            f"{strange[0]!r} is packed, and {type(described).__name__} of the config has no such nn.Linear; put the parts of "
+            "a FusedSlabLinear back where they were, and save then"
+        )
+    swap_in(described, layouts)
+    names, expected = state.keys() - tied.keys(), described.state_dict()
+    wanted = expected.keys() - (tied_names(described).keys() if tied else set())
+    for what, strange in (("lacks", wanted - names), ("has the further", names - expected.keys())):
+        if strange:
+            raise ArchitectureError(
+                f"the model {what} tensor {min(strange)!r} compared with its config, so the folder could not be opened; "
+                "change the config to fit"
+            )
+    for name in names:
+        if (found := tuple(state[name].shape)) != (wanted := tuple(expected[name].shape)):
+            raise ArchitectureError(
+                f"tensor {name!r} has shape {list(found)}, and {list(wanted)} by the model's config; change that to fit"
+            )
+
+
+@usual_torch()
 def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
 
-    Raises: ArchitectureError for a model without a Hugging Face config; CheckpointError if nothing
-    in the model is compressed, a weight is on meta, or the folder cannot be written.
+    Raises: ArchitectureError for a model without a Hugging Face config, or with other layers than its config
+    describes; CheckpointError if nothing in the model is compressed, a weight is on meta, or the folder cannot be
+    written; ValueError for a tokenizer that cannot be saved.
     """
-    modules = packed_modules(check(model))
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(f"{short(model)} is no model; give one of transformers with packed layers")
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
+        raise ValueError(f"tokenizer={short(tokenizer)} must be one of transformers")
+    modules = packed_modules(model)
     if not modules:
+        check(model)
         raise CheckpointError(
             f"{type(model).__name__} holds no SlabLinear module; compress it first, or use save_pretrained"
         )
@@ -249,6 +294,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     state, tied = model.state_dict(), tied_names(model) if holds(model) else {}
     if empty := [name for name, t in state.items() if t.is_meta]:
         raise CheckpointError(f"{empty[0]!r} is on meta and has no values; load the model first")
+    _check_described(model, {name: module.layout for name, module in modules.items()}, state, tied)
     out = expanded(path)
     with Progress(out, {}, resume=None):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -298,7 +299,7 @@ def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource 
     """
     if isinstance(model_or_path, nn.Module):
         return ModuleSource(model_or_path, trust_remote_code)
-    folder = hub_folder(str(model_or_path))
+    folder = hub_folder(model_or_path)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ArchitectureError(
             f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load it with PEFT, merge it into its "
@@ -307,11 +308,16 @@ def open_source(model_or_path, trust_remote_code: bool = False) -> FolderSource 
     return FolderSource(folder, trust_remote_code)
 
 
-def hub_folder(name: str) -> Path:
-    """The local snapshot of a hub model, or the folder if `name` is one."""
-    path = expanded(name)
+def hub_folder(name: str | os.PathLike) -> Path:
+    """The local snapshot of a hub model, or the folder if `name` is one.
+
+    Raises: ValueError for what is no name or path, CheckpointError if nothing is found.
+    """
+    path, name = expanded(name), str(name)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
     try:

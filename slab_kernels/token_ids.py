@@ -78,7 +78,7 @@ def _matrix(source: Any, name: str) -> Tensor:
         return _batch(source, name)
     try:
         if isinstance(source, Tensor):
-            ids = source.detach().cpu()
+            ids = source.detach().cpu().to_dense()
         elif isinstance(source, list | tuple) and not isinstance(source[0], Integral):
             rows = [_matrix(entry, name) for entry in source]
             lengths = sorted({row.shape[-1] if row.dim() else 1 for row in rows})

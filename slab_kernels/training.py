@@ -115,7 +115,7 @@ def train(
         raise CheckpointError(f"{state} is left of an interrupted run; pass resume=True to go on with it, or delete it")
     dtype = torch.float32 if str(device) == "cpu" else None
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = open_tokenizer(hub_folder(str(path)), trust_remote_code)
+    tokenizer = open_tokenizer(hub_folder(path), trust_remote_code)
     ids = token_ids(text, "training")
     window = min(settings.window, getattr(text_config(model), "max_position_embeddings", None) or settings.window)
     tokens = _windows(tokenizer, text, replace(settings, window=window)) if ids is None else ids

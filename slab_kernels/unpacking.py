@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from .checkpoint import WEIGHTS_KEY, Checkpoint, config_dtype, write_index, write_json, write_shard
-from .format import PackedLayout, cast
+from .format import PackedLayout, cast, weight_dtype
 from .packed_checkpoint import ModelCheckpoint, check_tensors_fit, packed_skeleton, read_packed
 from .packed_config import read_layouts, reading
 from .paths import expanded
 from .progress import Progress
 from .side_files import copy_side_files
 from .source import hub_folder
+from .surroundings import usual_torch
 
 
+@usual_torch()
 def decompress(
     path: Path | str,
     out: Path | str,
@@ -38,9 +40,11 @@ def decompress(
 
     Returns: files of the folder that were not carried along, each "name (reason)"; weights and
         hidden files are not named.
-    Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`.
+    Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`, DtypeError
+        if `dtype` is none of weights.
     """
-    checkpoint, out = Checkpoint(hub_folder(str(path)), verify=verify), expanded(out)
+    dtype = None if dtype is None else weight_dtype(dtype)
+    checkpoint, out = Checkpoint(hub_folder(path), verify=verify), expanded(out)
     layouts = read_layouts(checkpoint)
     owners = {
         f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()

@@ -81,9 +81,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"streams", "team", "ties"},
     "packed_checkpoint": FORMAT
     | {"architecture", "blocks", "checkpoint", "nn", "packed_config", "paths", "pipeline", "progress", "side_files", "source"}
-    | {"stored_names", "ties"},
+    | {"stored_names", "surroundings", "ties"},
     "unpacking": FORMAT
-    | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source"},
+    | {"checkpoint", "packed_checkpoint", "packed_config", "paths", "progress", "side_files", "source", "surroundings"},
     "finish": FORMAT | {"checkpoint", "replacement", "packed_config", "plan", "progress", "record", "sinks"},
     "model": FORMAT | MODEL | {"finish", "paths"},
     "token_ids": {"calibration", "checkpoint", "source"},

@@ -410,6 +410,9 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
     monkeypatch.setenv(console.DEBUG, "1")
     assert cli.run(["explain", "--shape", "64x32", "--values", "int5"]) == 2
     assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv(console.DEBUG, "0")
+    assert cli.run(["explain", "--shape", "64x32", "--values", "int5"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_help_documents_every_exit_code():

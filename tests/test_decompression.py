@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import slab_kernels
-from slab_kernels import cli, training
+from slab_kernels import cli, decompress, load, training
 from slab_kernels.checkpoint import CheckpointError, config_dtype
-from slab_kernels.format import RangeError
+from slab_kernels.format import DtypeError, RangeError
 from slab_kernels.source import compute_dtype
 
 LARGE = "model.layers.0.mlp.down_proj"
@@ -170,3 +170,17 @@ def test_training_that_cannot_write_keeps_its_state_alone(packed, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == [
         "out.training.safetensors"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool, torch.float8_e4m3fn, "int8", 16])
+def test_a_given_dtype_that_weights_do_not_have_is_named(packed, tmp_path, dtype):
+    layer = load(packed).model.layers[0].mlp.up_proj
+    for attempt in (
+        lambda: decompress(packed, tmp_path / "dense", dtype=dtype),
+        lambda: load(packed, dtype=dtype),
+        lambda: layer.to_linear(dtype),
+    ):
+        with pytest.raises(DtypeError, match="is none of weights; use float16, bfloat16, float32"):
+            attempt()
+    assert not (tmp_path / "dense").exists()
+    assert load(packed, dtype="bfloat16").dtype == torch.bfloat16

@@ -146,3 +146,34 @@ def test_a_strange_transformers_lives_and_refuses_our_folders():
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "The reason: AttributeError: moved" in done.stderr
+
+
+DEFAULT_META = """
+import torch
+with torch.device("meta"):
+    import slab_kernels.cli, slab_kernels.model, slab_kernels.nn, slab_kernels.engines.transformers
+from slab_kernels.methods.quantize import SEARCH
+assert SEARCH == torch.linspace(0.5, 1.0, 21).tolist()
+"""
+BEING_IMPORTED = """
+import sys, types
+import slab_kernels
+sys.modules["slab_kernels.engines.transformers"] = types.ModuleType("half")  # by another thread
+import transformers.quantizers.auto as auto
+try:
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"].from_dict({})
+except RuntimeError as error:
+    assert "still being imported" in str(error)
+else:
+    raise AssertionError("a packed folder would open with random weights")
+del sys.modules["slab_kernels.engines.transformers"]
+ours = __import__("slab_kernels.engines.transformers", fromlist=["register"])
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig
+assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer
+"""
+
+
+@pytest.mark.parametrize("program", [DEFAULT_META, BEING_IMPORTED], ids=["meta", "being imported"])
+def test_circumstances_of_the_import(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""`compress` gives the same bytes whatever the caller has set in torch, and whatever state the model is in."""
+"""The same bytes come out whatever the caller has set in torch, and whatever state the model is in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny_models
 import torch
 
 from slab_kernels.matching import Matching
-from slab_kernels.model import compress
+from slab_kernels.model import compress, decompress, load, save
 
 SETTINGS = dict(calibration=tiny_models.tokens(), progress=False, rounds=1, matching=Matching(epochs=1))
 
@@ -118,3 +118,28 @@ def test_matching_leaves_a_model_in_memory_alone_and_equals_the_folder(tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     for file in sorted((tmp_path / "a").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    tiny_models.write(folder / "dense")
+    compress(folder / "dense", folder / "out", method="magnitude", calibration=tiny_models.tokens(), progress=False)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_whatever_is_set_around_load_save_and_decompress(packed, tmp_path, name):
+    want = load(packed).state_dict()
+    with AROUND[name]():
+        model = load(packed)
+        save(model, tmp_path / "saved")
+        decompress(packed, tmp_path / "dense")
+    same(model.state_dict(), want)
+    tensors = (*model.parameters(), *model.buffers())
+    assert not any(t.is_inference() or t.is_meta for t in tensors)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    same(load(tmp_path / "saved").state_dict(), want)
+    decompress(packed, tmp_path / "plain")
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "dense" / file.name).read_bytes()

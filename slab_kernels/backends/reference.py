@@ -21,6 +21,9 @@ class ReferenceBackend(Backend):
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> tuple:
         ops.register()
         tensors = packed.tensors()
+        for name, tensor in tensors.items():
+            if tensor.is_inference():  # autograd cannot save it, but a copy
+                tensors[name] = tensor.clone()
         return tuple(tensors.get(name) for name in ops.TENSOR_ARGUMENTS), packed.in_features
 
     def linear(self, x: Tensor, state: tuple, bias: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ The finder stays there, since a reload empties the registry.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 
 WATCHED = "transformers.quantizers.auto"
@@ -67,28 +68,31 @@ def register_with_transformers() -> None:
 
     Nothing is raised: importing transformers must not fail because of this library.
     """
+    name = f"{__name__}.transformers"
     try:
-        module = importlib.import_module(".transformers", __name__)
-        if hasattr(module, "register"):  # else it is being imported now, and ends with registering
+        module = sys.modules.get(name) or importlib.import_module(name)
+        if hasattr(module, "register"):
             module.register()
+        else:  # it is being imported now, maybe by another thread, and ends with registering
+            _refuse("slab_kernels is still being imported; open its folders once that is done")
     except Exception as error:  # whatever moved inside transformers
-        _refuse(
+        reason = (
             "slab_kernels could not register with transformers, so from_pretrained cannot open "
             "its folders: use slab_kernels.load(folder). "
             f"The reason: {type(error).__name__}: {error}"
         )
+        logging.getLogger(__package__).warning(reason)
+        _refuse(reason)
 
 
 def _refuse(reason: str) -> None:
-    """Say so now, and again wherever transformers would open a folder with random weights."""
-    import logging
+    """Say so wherever transformers would open a folder with random weights."""
 
     class Refused:
         @classmethod
         def from_dict(cls, *args, **kwargs):
             raise RuntimeError(reason)
 
-    logging.getLogger(__package__).warning(reason)
     registry = getattr(sys.modules.get(WATCHED), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if isinstance(registry, dict):
         registry[METHOD] = Refused

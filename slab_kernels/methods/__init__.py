@@ -14,6 +14,7 @@ from ..format import (
     GROUP_SIZES,
     INTEGER_RANGES,
     MAX_PLANES,
+    WEIGHT_DTYPES,
     Decomposition,
     DtypeError,
     RangeError,
@@ -174,8 +175,10 @@ def _check_weight(weight: Tensor) -> None:
         raise DtypeError(f"weight is a {type(weight).__name__}, expected a torch tensor [out_features, in_features]")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ShapeError(f"weight has shape {tuple(weight.shape)}, expected [out_features, in_features]")
-    if not weight.is_floating_point():
-        raise DtypeError(f"weight is {weight.dtype}, expected a float dtype")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise DtypeError(f"weight is {weight.dtype}, expected a float dtype of 16 bits or more")
+    if weight.is_meta:
+        raise DtypeError("weight is on meta and has no values; load it first")
     if bad := int((~weight.isfinite()).sum()):
         raise RangeError(
             f"the weight has {bad} NaN or infinite entries of {weight.numel()}; its checkpoint is damaged"
