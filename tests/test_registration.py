@@ -77,6 +77,12 @@ import transformers.quantizers.auto as auto
 assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"]
 importlib.reload(auto)
 """
+ON_META = """
+import sys, torch
+import slab_kernels
+with torch.device("meta"):
+    import transformers.quantizers.auto
+"""
 STRANGE = """
 import slab_kernels, slab_kernels.engines as engines, sys, types
 broken = types.ModuleType("slab_kernels.engines.transformers")
@@ -97,11 +103,13 @@ else: raise AssertionError("opened")
         (ORDERS, ()),
         (FROZEN + KNOWN, ("-W", "error")),
         (TWICE + KNOWN, ()),
+        (ON_META + KNOWN, ()),
     ],
     ids=[
         "all orders",
         "warnings are errors, and the loader cannot be changed",
         "a failed import and a reload",
+        "while meta is the default device",
     ],
 )
 def test_registered(code, options):
