@@ -106,6 +106,12 @@ import transformers.quantizers.auto as auto
 assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"]
 importlib.reload(auto)
 """
+ON_META = """
+import sys, torch
+import slab_kernels
+with torch.device("meta"):
+    import transformers.quantizers.auto
+"""
 STRANGE = """
 import slab_kernels, slab_kernels.engines as engines, sys, types
 broken = types.ModuleType("slab_kernels.engines.transformers")
@@ -127,12 +133,14 @@ else: raise AssertionError("opened")
         (EVENTS + ORDERS, ()),
         (FROZEN + KNOWN, ("-W", "error")),
         (TWICE + KNOWN, ()),
+        (ON_META + KNOWN, ()),
     ],
     ids=[
         "every order that differs, in fresh processes",
         "all orders",
         "warnings are errors, and the loader cannot be changed",
         "a failed import and a reload",
+        "while meta is the default device",
     ],
 )
 def test_registered(code, options):

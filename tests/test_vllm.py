@@ -186,6 +186,29 @@ def test_a_model_whose_loader_reorders_rows_is_refused(compressed):
         serve(compressed)
 
 
+MIXTURES = {
+    "mixtral": ({"num_local_experts": 4}, ["*.mlp.gate", "*.mlp.experts"]),
+    "qwen2_moe": (
+        {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        ["*.mlp.gate", "*.mlp.experts", "*.shared_expert_gate"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_with_dense_experts_packed_and_decompressed(name, tmp_path, monkeypatch):
+    sizes, skip = MIXTURES[name]
+    sizes |= {"num_experts_per_tok": 2, "initializer_range": 0.15}
+    monkeypatch.setitem(tiny_models.CONFIGS, name, tiny_models.CONFIGS["phi3"] | SIZES | sizes)
+    tiny_models.write(tmp_path / "dense", name)
+    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    packed = tmp_path / "packed"
+    slab_kernels.compress(tmp_path / "dense", packed, skip=skip, progress=False, **settings)
+    slab_kernels.decompress(packed, tmp_path / "again")
+    for folder in (packed, tmp_path / "again"):
+        assert_ours(*serve(folder), packed)
+
+
 def test_an_adapter_on_packed_layers(folder, tmp_path):
     slab_kernels.decompress(folder, tmp_path / "dense")
     from transformers import AutoModelForCausalLM

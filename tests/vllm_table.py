@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import traceback
@@ -49,15 +50,25 @@ SIZES = {
     "moe_topk": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "num_shared_experts": 1,
     "moe_num_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "shared_expert_intermediate_size": 128, "shared_intermediate_size": 128, "q_lora_rank": 32,
-    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "o_lora_rank": 32, "o_groups": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32, "v_head_dim": 32,
     "index_n_heads": 2, "index_head_dim": 64, "index_topk": 8, "mamba_n_heads": 8,
     "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 OF_A_TYPE = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v3": {"topk_method": "noaux_tc"},  # as in the published folders
     "falcon_h1": {"mamba_d_ssm": 256},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"num_experts_per_tok": 1},  # vLLM has no other on CPU
     "mamba2": {"num_heads": 8, "head_dim": 32},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "minicpm3": {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
 }
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
@@ -77,13 +88,13 @@ def build(name: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    default, sizes = AutoConfig.for_model(name), {**SIZES, **OF_A_TYPE.get(name, {})}
+    default, sizes = AutoConfig.for_model(name), dict(SIZES)
     if settable(default, "qk_rope_head_dim"):
         sizes["head_dim"] = sizes["qk_rope_head_dim"]  # what the name means where heads are latent
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     names = getattr(default, "attribute_map", None) or {}
     given = {names.get(key, key): value for key, value in sizes.items() if settable(default, key)}
-    config = AutoConfig.for_model(name, **given)
+    config = AutoConfig.for_model(name, **(given | OF_A_TYPE.get(name, {})))
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).parameters()
     count = sum(parameter.numel() for parameter in parameters)
@@ -111,19 +122,23 @@ def settable(config, key: str) -> bool:
     return not absent and not (isinstance(computed, property) and computed.fset is None)
 
 
-def pack(dense: Path, out: Path) -> list[str]:
+def pack(dense: Path, out: Path, skip: list[str]) -> list[str]:
     """Compress to int4 and leave dense what cannot be packed; returns the patterns of that."""
     settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
-    skip = []
     while True:
         try:
             slab_kernels.compress(dense, out, skip=skip, progress=False, **settings)
             return skip
         except ArchitectureError as error:
-            advice = re.search(r"skip='([^']+)'", str(error))
-            if not advice or advice[1] in skip:
+            if not (skip_too := advised(error, skip)):
                 raise
-            skip.append(advice[1])
+            skip = skip_too
+
+
+def advised(error: Exception, skip: list[str]) -> list[str] | None:
+    """`skip` with what the message asks to leave dense; None if it asks for nothing new."""
+    advice = re.search(r"skip='([^']+)'", str(error))
+    return [*skip, advice[1]] if advice and advice[1] not in skip else None
 
 
 def by_transformers(model) -> list:
@@ -184,13 +199,18 @@ def forked(function: Callable, *arguments):
 
 def outcome(name: str, top: Path) -> str:
     """One table cell."""
-    dense, packed, again = top / "dense", top / "packed", top / "again"
     try:
-        forked(build, name, dense)
+        forked(build, name, top / "dense")
     except Refused as error:
         return f"not built here: {error.args[0]}"
+    return served(top, [])
+
+
+def served(top: Path, skip: list[str]) -> str:
+    """The cell of a folder that is compressed with `skip`, and with what the messages add to it."""
+    dense, packed, again = top / "dense", top / "packed", top / "again"
     try:
-        left = forked(pack, dense, packed)
+        left = forked(pack, dense, packed, skip)
         want = forked(lambda: by_transformers(slab_kernels.load(packed)))
     except Refused as error:
         return f"not compressed: {error.args[0]}"
@@ -202,6 +222,9 @@ def outcome(name: str, top: Path) -> str:
             return f"same tokens{note}"
     except Refused as error:
         got, reason = None, error
+        if skip_too := advised(error, left):
+            shutil.rmtree(packed)
+            return served(top, skip_too)
     try:
         forked(slab_kernels.decompress, packed, again)
         plain = forked(by_vllm, again)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -57,6 +60,14 @@ def _one_sentence() -> Iterator[None]:
         yield
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _restore_config_class(model_type: str | None) -> None:
+    """vLLM puts classes of its own in the place of some of transformers' configs, and the models
+    of those are none of transformers'. Whenever it reads a config it does so again.
+    """
+    if own := getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type, ""), None):
+        AutoConfig.register(model_type, own, exist_ok=True)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -99,6 +110,7 @@ class SlabVllmConfig(QuantizationConfig):
             with _one_sentence():
                 checkpoint = Checkpoint(model_name)
                 checkpoint.refuse_other_weights()
+                _restore_config_class(checkpoint.config.get("model_type"))
                 check_tensors_fit(checkpoint, packed_skeleton(checkpoint, read_layouts(checkpoint)))
                 checkpoint.verify()
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..format import INTEGER_RANGES
 
-SEARCH = [step / 40 for step in range(20, 41)]  # fractions of the absolute maximum that are tried
+# Fractions of the absolute maximum that the search tries. Whoever imports may have set a default
+# device, such as meta, or another default dtype.
+SEARCH = torch.linspace(0.5, 1.0, 21, dtype=torch.float32, device="cpu").tolist()
 
 
 def store_scale(scale: Tensor) -> Tensor:
