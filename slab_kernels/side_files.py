@@ -40,6 +40,7 @@ NOT_DOWNLOADED = [
     "*/.*",
 ]
 CHUNK = 1 << 20  # bytes copied at a time
+MOST = 1 << 30  # bytes of a side file; what is larger is data of another kind, or a damaged file
 # Settings of a generation config that are numbers, beside ids of tokens. What is in neither list,
 # now or in a later transformers, is left to transformers.
 NUMBERS = frozenset(
@@ -116,6 +117,8 @@ def _is_model(folder: Path) -> bool:
 def _unfit(folder: Path, name: Path) -> str | None:
     """Why a file is not carried along, None if it is."""
     path = folder / name
+    if path.is_file() and path.stat().st_size > MOST:
+        return f"larger than {MOST >> 30} GiB"
     if not path.is_symlink():
         return None if stat.S_ISREG(path.lstat().st_mode) else "no regular file"
     if not path.is_file():  # a loop of links too, at which Path.resolve fails before Python 3.13

@@ -66,6 +66,15 @@ def names(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_file_of_an_absurd_size_is_named_and_left(tmp_path):
+    fill(tmp_path / "m", "tokenizer_config.json", "a.txt")
+    (tmp_path / "o").mkdir()
+    os.truncate(tmp_path / "m" / "tokenizer_config.json", 8 << 30)
+    skipped = copy_side_files(tmp_path / "m", tmp_path / "o")
+    assert skipped == ["tokenizer_config.json (larger than 1 GiB)"]
+    assert names(tmp_path / "o") == {"a.txt"}
+
+
 def test_everything_but_weights_and_what_is_written_anew(tmp_path):
     fill(tmp_path / "m", *CARRIED, *LEFT)
     (tmp_path / "o").mkdir()

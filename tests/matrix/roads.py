@@ -118,11 +118,11 @@ def travel(model_type: str, top: Path) -> Outcome:
     try:
         found.road = "save_pretrained of the dense model"
         model.save_pretrained(top / "dense")
-        found.road = "from_pretrained of the dense folder"  # which may blank a padding row
-        model = AutoModelForCausalLM.from_pretrained(top / "dense").eval()
         found.linears = sum(isinstance(m, nn.Linear) for m in model.modules())
         found.road = "compress"
         found.skip = compress(top / "dense", top / "packed")
+        found.road = "from_pretrained of the dense folder"  # which may blank a padding row
+        model = AutoModelForCausalLM.from_pretrained(top / "dense").eval()
         found.road = "load"
         loaded = slab_kernels.load(top / "packed")
         layers = {name: m for name, m in loaded.named_modules() if isinstance(m, SlabLinear)}
