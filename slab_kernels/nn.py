@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import dispatch, ops
@@ -158,8 +157,6 @@ class SlabLinear(nn.Module):
             x = _autocast(x)
         if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
-        if not traced and (transforms := get_interpreter_stack()) and _gradient(transforms):
-            return self._dense_linear(x)
         kept = self._linears.get(x.dtype, ())
         for prepared in kept:
             if prepared.source.is_still(self._buffers.values(), traced):
@@ -172,15 +169,6 @@ class SlabLinear(nn.Module):
         else:
             prepared = self._prepared(x.dtype)
         return prepared.backend.linear(x, prepared.state, self.bias)
-
-    def _dense_linear(self, x: Tensor) -> Tensor:
-        """The same from the dense weight, by torch's own ops: torch.func.grad takes none of ours,
-        which bring a backward along."""
-        kind = torch.promote_types(x.dtype, torch.float32)
-        W = self.packed().to(self._home or self.values.device).dense().to(kind)
-        bias = None if self.bias is None else self.bias.to(kind)
-        with ops.without_autocast(x):
-            return nn.functional.linear(x.to(kind), W, bias).to(x.dtype)
 
     def __setattr__(self, name: str, value) -> None:
         if name in TENSOR_NAMES:
@@ -294,8 +282,6 @@ class FusedSlabLinear(nn.Module):
             x = _autocast(x)
         if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
-        if not traced and (transforms := get_interpreter_stack()) and _gradient(transforms):
-            return tuple(part(x) for part in self.parts)
         kept = self._linears.get(x.dtype, ())
         prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
         if prepared is None and traced:
@@ -321,11 +307,6 @@ def _packed(layout: PackedLayout, buffers: dict[str, Tensor | None]) -> PackedWe
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
-
-
-def _gradient(transforms: list) -> bool:
-    """Whether torch.func.grad or one of its like is among the transforms at work around a call."""
-    return any(transform.key() == TransformType.Grad for transform in transforms)
 
 
 def _autocast(x: Tensor) -> Tensor:

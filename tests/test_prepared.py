@@ -213,30 +213,3 @@ def test_share_memory_shares_packed_tensors_too():
     net.share_memory()
     assert all(t.is_shared() for t in net.state_dict().values())
     assert torch.equal(layer(X), want)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_gradients_by_torch_func(monkeypatch, backend):
-    """Of x, of a bias that is lent, in either order with vmap, and through lent packed tensors."""
-    monkeypatch.setenv(dispatch.ENVIRONMENT, backend)
-    grad, vmap = torch.func.grad, torch.func.vmap
-    packed, bias = random_packed(LAYOUT), torch.ones(24)
-    layer, lent = SlabLinear.from_packed(packed, bias), other(packed, "U")
-    fused, want = FusedSlabLinear([layer]), layer(X)
-    square = lambda module, x, *given: module_output(module, x, *given).pow(2).sum()  # noqa: E731
-    for module, prefix in ((layer, ""), (fused, "parts.0.")):
-        by_x = 2 * want @ packed.dense()
-        per_token = vmap(grad(lambda x, m=module: square(m, x)))(X)
-        around = grad(lambda x, m=module: vmap(lambda t: square(m, t))(x).sum())(X)
-        by_bias = grad(lambda b, m=module, p=prefix: square(m, X, {p + "bias": b}))(bias)
-        by_lent = grad(lambda x, m=module, p=prefix: module_output(m, x, {p + "U": lent[1]}).sum())(X)
-        for found in (grad(lambda x, m=module: square(m, x))(X), per_token, around):
-            torch.testing.assert_close(found, by_x)
-        torch.testing.assert_close(by_bias, 2 * want.sum(0))
-        torch.testing.assert_close(by_lent, lent[0].dense().sum(0).expand_as(X))
-        assert torch.equal(module_output(module, X), want)
-
-
-def module_output(module, x, given=None):
-    y = functional_call(module, given or {}, (x,))
-    return y[0] if isinstance(y, tuple) else y
