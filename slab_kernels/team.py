@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Team:
             if dist.is_initialized():
                 store = dist.distributed_c10d._get_default_store()
             else:
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch prints its stack for an unknown host
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         except Exception as error:  # torch raises its own types for a port in use, a host unknown, a peer that is late
             reason = (str(error).strip() or repr(error)).splitlines()[0]
