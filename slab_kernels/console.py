@@ -82,9 +82,11 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
         _mute(stdout)
     except OSError as error:  # a full disk behind it
         _mute(stdout)
+        say(f"slab-kernels: the result cannot be written to the standard output: {error.strerror or error}")
         if code == OK:
             code = NO_SPACE
-            say(f"slab-kernels: the result cannot be written to the standard output: {error.strerror or error}")
+        else:
+            say(text.strip())  # why the command failed
     return code
 
 

@@ -31,7 +31,10 @@ KEEP_ON_DEVICE = 0.25
 def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:
     """||X (W - W')^T|| / ||X W^T|| from the Gram matrix of X; 0 where W's output is zero throughout."""
 
+    exponent = torch.frexp(weight.abs().max()).exponent.clamp(-120, 120)  # else tiny weights have no squares
+
     def energy(matrix: Tensor) -> float:
+        matrix = torch.ldexp(matrix, -exponent)
         return float(((matrix @ stats.gram) * matrix).sum(dtype=torch.float64).clamp(min=0))
 
     whole = energy(weight)

@@ -16,6 +16,7 @@ import io
 import itertools
 import os
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Team:
             if dist.is_initialized():
                 store = dist.distributed_c10d._get_default_store()
             else:
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch prints its stack for an unknown host
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         except Exception as error:  # torch's own types: a port in use, an unknown host, a late peer
             reason = (str(error).strip() or repr(error)).splitlines()[0]

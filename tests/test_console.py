@@ -46,6 +46,7 @@ def test_a_full_stdout_is_exit_code_5_in_one_sentence(report, more):
     assert done.stderr.count("\n") == 1, done.stderr
     done = shell('"$@" > /dev/full', ["report", "nowhere", *more])
     assert done.returncode == 2 and "Exception ignored" not in done.stderr and "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr
     done = shell('"$@" > /dev/full', ["--help"])
     assert done.returncode == 5 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 

@@ -23,6 +23,7 @@ from slab_kernels.format import (
 from slab_kernels.methods import METHODS, MethodError, decompose
 from slab_kernels.methods.masks import parse_pattern
 from slab_kernels.methods.quantize import expand_scales
+from slab_kernels.pipeline import relative_error
 
 PATTERNS = ["2:4", "4:8", "1:4", "50%", "60%", "70%", "80%"]
 
@@ -378,3 +379,38 @@ def test_inputs_of_very_uneven_energy_stay_within_fp16():
         d = decompose(W, stats)
         assert float(d.S.abs().max()) < 1e3 * float(W.abs().max())
         pack(d)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("power", [-100, -60, 70])
+def test_weights_of_any_size_are_decomposed_alike(method, power):
+    """Scaled by a power of two: what has no squares in fp32 must not lose its scales or its sense."""
+    generator = torch.Generator().manual_seed(0)
+    W, x = torch.randn(16, 64, generator=generator), torch.randn(128, 64, generator=generator)
+    for values in ("fp16", "int8"):
+        drift = torch.randn(128, 16, generator=generator) * 0.1
+        want = decompose(W, InputStats.from_inputs(x, drift=drift), method=method, values=values)
+        stats = InputStats.from_inputs(x, drift=drift * 2.0**power)
+        found = decompose(W * 2.0**power, stats, method=method, values=values)
+        torch.testing.assert_close(found.dense() / 2.0**power, want.dense(), rtol=1e-3, atol=1e-3)
+        stored = want.dense() * 2.0**power
+        error, usual = relative_error(W * 2.0**power, stored, stats), relative_error(W, want.dense(), stats)
+        assert error == pytest.approx(usual, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.empty(8, 32, device="meta"), "on meta and has no values"),
+        (torch.ones(8, 32).to(torch.float8_e4m3fn), "expected a float dtype of 16 bits or more"),
+    ],
+)
+def test_weights_without_usable_values(weight, message):
+    with pytest.raises(DtypeError, match=message):
+        decompose(weight, method="magnitude")
+
+
+@pytest.mark.parametrize("inputs", [[1.0, 2.0], None, torch.tensor(1.0)])
+def test_inputs_that_are_no_tensor_of_tokens(inputs):
+    with pytest.raises(CalibrationError, match=r"expected a tensor \[\.\.\., in_features\]"):
+        InputStats.from_inputs(inputs)

@@ -93,15 +93,20 @@ def test_a_process_that_stops_without_a_word_is_missed(monkeypatch):
         ({"RANK": "two", "WORLD_SIZE": "2"}, "RANK='two' and WORLD_SIZE='2' of the environment are no place"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "are no place among processes"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_ADDR and MASTER_PORT"),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"},
+            "were to meet at nowhere.invalid:1",
+        ),
     ],
 )
-def test_an_environment_that_is_no_place(monkeypatch, place, message):
+def test_an_environment_that_is_no_place(monkeypatch, capfd, place, message):
     for name in PLACE:
         monkeypatch.delenv(name, raising=False)
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(team.TeamError, match=message):
         team.Team()
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
