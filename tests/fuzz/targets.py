@@ -285,17 +285,15 @@ class Targets:
             ):
                 model = opener(path)
         except Exception as error:
-            where = frames(error)
+            where, said = frames(error), f"{type(error).__name__}: {error}"
+            if target == "from_pretrained" and not is_named(error) and not touches_us(error):
+                return Result("error of transformers", said, where)
             if without_memory(error):
-                return Result(
-                    "too much memory", f"{type(error).__name__}: {error}", where, fault=True
-                )
+                return Result("too much memory", said, where, fault=True)
             if is_named(error):
                 judge_message(str(error))
-                return Result("named error", f"{type(error).__name__}: {error}", where)
-            if target == "from_pretrained" and not touches_us(error):
-                return Result("error of transformers", f"{type(error).__name__}: {error}", where)
-            return Result("unnamed error", f"{type(error).__name__}: {error}", where, fault=True)
+                return Result("named error", said, where)
+            return Result("unnamed error", said, where, fault=True)
         if target == "from_pretrained" and not names_us(folder):
             return Result("unknown to transformers")
         judge_model(model, self._judge_opened(folder, path))
