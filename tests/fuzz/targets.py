@@ -153,6 +153,13 @@ def safetensors_names(content: bytes) -> set[str]:
     return set(header_of(content)) - {"__metadata__"}
 
 
+def bare(name: str) -> str:
+    """A name without `model.` in front, which transformers adds and drops as a model needs it."""
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
+    return name
+
+
 def judge_dense(path: Path, out: Path, stored: dict[str, list[Tensor]]) -> None:
     """The dense folder holds each packed weight summed and rounded once, the rest as stored.
 
@@ -163,16 +170,16 @@ def judge_dense(path: Path, out: Path, stored: dict[str, list[Tensor]]) -> None:
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in written:
         raise Fault("other weights: the dense config.json still has a quantization_config")
-    dense = {name: tensors[0] for name, tensors in stored_tensors(out).items()}
+    dense = {bare(name): tensors[0] for name, tensors in stored_tensors(out).items()}
+    held = {bare(name): tensors[0] for name, tensors in stored.items()}
+    modules = {bare(name): entry for name, entry in modules.items()}
     want = {
-        name: tensors[0]
-        for name, tensors in stored.items()
+        name: tensor
+        for name, tensor in held.items()
         if name.rpartition(".")[0] not in modules or name.endswith(".bias")
     }
     for name, entry in modules.items():
-        parts = {
-            part: stored[f"{name}.{part}"][0] for part in TENSOR_NAMES if f"{name}.{part}" in stored
-        }
+        parts = {part: held[f"{name}.{part}"] for part in TENSOR_NAMES if f"{name}.{part}" in held}
         try:
             layout = PackedLayout.from_dict(entry)
             packed = PackedWeight.from_tensors(
@@ -285,17 +292,15 @@ class Targets:
             ):
                 model = opener(path)
         except Exception as error:
-            where = frames(error)
+            where, said = frames(error), f"{type(error).__name__}: {error}"
+            if target == "from_pretrained" and not is_named(error) and not touches_us(error):
+                return Result("error of transformers", said, where)
             if without_memory(error):
-                return Result(
-                    "too much memory", f"{type(error).__name__}: {error}", where, fault=True
-                )
+                return Result("too much memory", said, where, fault=True)
             if is_named(error):
                 judge_message(str(error))
-                return Result("named error", f"{type(error).__name__}: {error}", where)
-            if target == "from_pretrained" and not touches_us(error):
-                return Result("error of transformers", f"{type(error).__name__}: {error}", where)
-            return Result("unnamed error", f"{type(error).__name__}: {error}", where, fault=True)
+                return Result("named error", said, where)
+            return Result("unnamed error", said, where, fault=True)
         if target == "from_pretrained" and not names_us(folder):
             return Result("unknown to transformers")
         judge_model(model, self._judge_opened(folder, path))
