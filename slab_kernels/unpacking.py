@@ -41,8 +41,8 @@ def decompress(
 
     Returns: what else lay in the folder and was not carried along, each "name (reason)"; weights
     and hidden files not named.
-    Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`, DtypeError if
-    `dtype` is none of weights.
+    Raises: CheckpointError, VersionError; RangeError if a weight does not fit `dtype`, DtypeError
+    if `dtype` is none of weights.
     """
     dtype = None if dtype is None else weight_dtype(dtype)
     checkpoint, out = Checkpoint(hub_folder(path), verify=verify), expanded(out)

@@ -208,7 +208,8 @@ def test_a_layer_made_under_inference_mode_has_gradients(monkeypatch, backend):
 
 def test_share_memory_shares_packed_tensors_too():
     layer = SlabLinear.from_packed(random_packed(LAYOUT), torch.ones(24))
-    net = torch.nn.Sequential(layer, FusedSlabLinear([SlabLinear.from_packed(random_packed(LAYOUT))]))
+    part = SlabLinear.from_packed(random_packed(LAYOUT))
+    net = torch.nn.Sequential(layer, FusedSlabLinear([part]))
     want = layer(X)
     net.share_memory()
     assert all(t.is_shared() for t in net.state_dict().values())
@@ -229,7 +230,8 @@ def test_gradients_by_torch_func(monkeypatch, backend):
         per_token = vmap(grad(lambda x, m=module: square(m, x)))(X)
         around = grad(lambda x, m=module: vmap(lambda t: square(m, t))(x).sum())(X)
         by_bias = grad(lambda b, m=module, p=prefix: square(m, X, {p + "bias": b}))(bias)
-        by_lent = grad(lambda x, m=module, p=prefix: module_output(m, x, {p + "U": lent[1]}).sum())(X)
+        new = {prefix + "U": lent[1]}
+        by_lent = grad(lambda x, m=module, n=new: module_output(m, x, n).sum())(X)
         for found in (grad(lambda x, m=module: square(m, x))(X), per_token, around):
             torch.testing.assert_close(found, by_x)
         torch.testing.assert_close(by_bias, 2 * want.sum(0))

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..format import INTEGER_RANGES
 
-SEARCH = torch.linspace(0.5, 1.0, 21, dtype=torch.float32, device="cpu").tolist()  # fractions of the absolute maximum that the search tries
+# Fractions of the absolute maximum that the search tries.
+SEARCH = torch.linspace(0.5, 1.0, 21, dtype=torch.float32, device="cpu").tolist()
 
 
 def store_scale(scale: Tensor) -> Tensor:
