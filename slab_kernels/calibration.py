@@ -47,7 +47,9 @@ class InputStats:
     def from_inputs(cls, x: Tensor, needs: str = "gram", drift: Tensor | None = None) -> InputStats:
         """Statistics of one batch x [..., K]. Raises: CalibrationError."""
         if not isinstance(x, Tensor) or x.dim() == 0:
-            raise CalibrationError(f"calibration inputs are {reprlib.repr(x)}, expected a tensor [..., in_features]")
+            raise CalibrationError(
+                f"calibration inputs are {reprlib.repr(x)}, expected a tensor [..., in_features]"
+            )
         stats = cls(x.shape[-1], needs)
         stats.update(x, drift)
         return stats

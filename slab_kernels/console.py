@@ -82,7 +82,8 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
         _mute(stdout)
     except OSError as error:  # a full disk behind it
         _mute(stdout)
-        say(f"slab-kernels: the result cannot be written to the standard output: {error.strerror or error}")
+        reason = error.strerror or error
+        say(f"slab-kernels: the result cannot be written to the standard output: {reason}")
         if code == OK:
             code = NO_SPACE
         else:

@@ -208,7 +208,8 @@ def cast(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     rounded = t.to(dtype)
     if rounded.is_floating_point() and not bool(rounded.isfinite().all()):
         most = float(t.abs().max())
-        fitting = [str(d).removeprefix("torch.") for d in WEIGHT_DTYPES if most <= torch.finfo(d).max]
+        wide = [d for d in WEIGHT_DTYPES if most <= torch.finfo(d).max]
+        fitting = [str(d).removeprefix("torch.") for d in wide]
         raise RangeError(
             f"{name} reaches {most:.4g}, which {str(dtype).removeprefix('torch.')} does not hold; "
             + (f"dtype {' or '.join(fitting)} does" if fitting else "the weights are damaged")

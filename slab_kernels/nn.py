@@ -71,7 +71,8 @@ class SlabLinear(nn.Module):
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense nn.Linear with the same function.
 
-        Raises: RangeError if its weight or bias does not fit `dtype`, DtypeError if no weight can have it.
+        Raises: RangeError if its weight or bias does not fit `dtype`, DtypeError if no weight can
+        have it.
         """
         dtype = weight_dtype(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)

@@ -132,8 +132,8 @@ def _packed_names(model: nn.Module) -> set[str]:
 def check(model: nn.Module) -> nn.Module:
     """The model, if every module that its config lists as packed is a SlabLinear.
 
-    Raises: CheckpointError for a model that transformers opened without this library: its linears are random numbers;
-    and for one in which something else took the place of a packed layer.
+    Raises: CheckpointError for a model that transformers opened without this library: its linears
+    are random numbers; and for one in which something else took the place of a packed layer.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     entry = dict(config) if config is not None else {}
@@ -143,7 +143,8 @@ def check(model: nn.Module) -> nn.Module:
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             found = dict(model.named_modules()).get(lost[0])
-            seen = f"{lost[0]}{more} should be packed and is {'not there' if found is None else type(found).__name__}"
+            kind = "not there" if found is None else type(found).__name__
+            seen = f"{lost[0]}{more} should be packed and is {kind}"
             if packed:
                 raise CheckpointError(f"{seen}: it was replaced after the model had been opened")
             raise CheckpointError(
@@ -240,17 +241,21 @@ def load(
 
 
 def _check_described(
-    model: nn.Module, layouts: dict[str, PackedLayout], state: dict[str, Tensor], tied: dict[str, str]
+    model: nn.Module,
+    layouts: dict[str, PackedLayout],
+    state: dict[str, Tensor],
+    tied: dict[str, str],
 ) -> None:
-    """Raises: ArchitectureError if `load` would build another model from the config than this one with its `state`."""
+    """Raises: ArchitectureError if `load` would build another model from the config than this one
+    with its `state`."""
     if type(model).__module__.startswith("transformers_modules."):
         return  # code of a folder's, which may not run here
     described = build_skeleton(config=copy.deepcopy(model.config))
     linears = {name for name, module in described.named_modules() if type(module) is nn.Linear}
     if strange := sorted(layouts.keys() - linears):
         raise ArchitectureError(
-            f"{strange[0]!r} is packed, and {type(described).__name__} of the config has no such nn.Linear; put the parts of "
-            "a FusedSlabLinear back where they were, and save then"
+            f"{strange[0]!r} is packed, and {type(described).__name__} of the config has no such "
+            "nn.Linear; put the parts of a FusedSlabLinear back where they were, and save then"
         )
     swap_in(described, layouts)
     names, expected = state.keys() - tied.keys(), described.state_dict()
@@ -258,13 +263,14 @@ def _check_described(
     for what, strange in (("lacks", wanted - names), ("has the further", names - expected.keys())):
         if strange:
             raise ArchitectureError(
-                f"the model {what} tensor {min(strange)!r} compared with its config, so the folder could not be opened; "
-                "change the config to fit"
+                f"the model {what} tensor {min(strange)!r} compared with its config, so the folder "
+                "could not be opened; change the config to fit"
             )
     for name in names:
         if (found := tuple(state[name].shape)) != (wanted := tuple(expected[name].shape)):
             raise ArchitectureError(
-                f"tensor {name!r} has shape {list(found)}, and {list(wanted)} by the model's config; change that to fit"
+                f"tensor {name!r} has shape {list(found)}, and {list(wanted)} by the model's config; "
+                "change that to fit"
             )
 
 
@@ -272,12 +278,14 @@ def _check_described(
 def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
     """Write a model with SlabLinear modules as a folder that `load` opens; config.json last. `path` must be empty.
 
-    Raises: ArchitectureError for a model without a Hugging Face config, or with other layers than its config
-    describes; CheckpointError if nothing in the model is compressed, a weight is on meta, or the folder cannot be
-    written; ValueError for a tokenizer that cannot be saved.
+    Raises: ArchitectureError for a model without a Hugging Face config, or with other layers than
+    its config describes; CheckpointError if nothing in the model is compressed, a weight is on meta,
+    or the folder cannot be written; ValueError for a tokenizer that cannot be saved.
     """
     if not isinstance(model, nn.Module):
-        raise ArchitectureError(f"{short(model)} is no model; give one of transformers with packed layers")
+        raise ArchitectureError(
+            f"{short(model)} is no model; give one of transformers with packed layers"
+        )
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
         raise ValueError(f"tokenizer={short(tokenizer)} must be one of transformers")
     modules = packed_modules(model)

@@ -31,7 +31,8 @@ KEEP_ON_DEVICE = 0.25
 def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:
     """||X (W - W')^T|| / ||X W^T|| from the Gram matrix of X; 0 where W's output is zero throughout."""
 
-    exponent = torch.frexp(weight.abs().max()).exponent.clamp(-120, 120)  # else tiny weights have no squares
+    # Tiny weights would have no squares.
+    exponent = torch.frexp(weight.abs().max()).exponent.clamp(-120, 120)
 
     def energy(matrix: Tensor) -> float:
         matrix = torch.ldexp(matrix, -exponent)

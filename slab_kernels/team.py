@@ -61,7 +61,8 @@ class Team:
             if dist.is_initialized():
                 store = dist.distributed_c10d._get_default_store()
             else:
-                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch prints its stack for an unknown host
+                # For an unknown host torch would print its stack.
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         except Exception as error:  # torch's own types: a port in use, an unknown host, a late peer
             reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -172,7 +172,10 @@ def test_training_that_cannot_write_keeps_its_state_alone(packed, tmp_path, monk
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool, torch.float8_e4m3fn, "int8", 16])
+UNFIT = [torch.int8, torch.complex64, torch.bool, torch.float8_e4m3fn, "int8", 16]
+
+
+@pytest.mark.parametrize("dtype", UNFIT)
 def test_a_given_dtype_that_weights_do_not_have_is_named(packed, tmp_path, dtype):
     layer = load(packed).model.layers[0].mlp.up_proj
     for attempt in (

@@ -208,7 +208,8 @@ def test_a_layer_made_under_inference_mode_has_gradients(monkeypatch, backend):
 
 def test_share_memory_shares_packed_tensors_too():
     layer = SlabLinear.from_packed(random_packed(LAYOUT), torch.ones(24))
-    net = torch.nn.Sequential(layer, FusedSlabLinear([SlabLinear.from_packed(random_packed(LAYOUT))]))
+    part = SlabLinear.from_packed(random_packed(LAYOUT))
+    net = torch.nn.Sequential(layer, FusedSlabLinear([part]))
     want = layer(X)
     net.share_memory()
     assert all(t.is_shared() for t in net.state_dict().values())

@@ -15,7 +15,8 @@ from slab_kernels.blocks import ArchitectureError
 def folder(tmp_path_factory):
     top = tmp_path_factory.mktemp("saving")
     tiny_models.write(top / "dense")
-    compress(top / "dense", top / "out", method="magnitude", calibration=tiny_models.tokens(), progress=False)
+    tokens = tiny_models.tokens()
+    compress(top / "dense", top / "out", method="magnitude", calibration=tokens, progress=False)
     return top / "out"
 
 
@@ -45,7 +46,7 @@ def widen(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (fuse_beside, "gate_up.parts.0' is packed, and LlamaForCausalLM of the config has no such nn.Linear"),
+        (fuse_beside, "gate_up.parts.0' is packed, and LlamaForCausalLM of the config has no such"),
         (fuse_instead, "put the parts of a FusedSlabLinear back where they were"),
         (add, "the model has the further tensor 'model.layers.1.mlp.extra.bias'"),
         (drop, "the model lacks tensor 'model.layers.1.input_layernorm.weight'"),

@@ -1,4 +1,4 @@
-"""The same bytes come out whatever the caller has set in torch, and whatever state the model is in."""
+"""The same bytes come out whatever the caller has set in torch, whatever state the model is in."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_matching_leaves_a_model_in_memory_alone_and_equals_the_folder(tmp_path)
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     tiny_models.write(folder / "dense")
-    compress(folder / "dense", folder / "out", method="magnitude", calibration=tiny_models.tokens(), progress=False)
+    settings = SETTINGS | {"method": "magnitude", "matching": None}
+    settings.pop("rounds")
+    compress(folder / "dense", folder / "out", **settings)
     return folder / "out"
 
 

@@ -113,7 +113,9 @@ class SlabQuantizer(HfQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
         places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
         if "meta" in places:
-            raise ValueError("device_map='meta' holds no weights, and packed ones are checked on opening; give a device")
+            raise ValueError(
+                "device_map='meta' holds no weights, and packed ones are checked on opening; give a device"
+            )
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers keep what they prepare where they first ran, so "

@@ -33,7 +33,7 @@ from .sparsegpt import SparseGPTConfig, sparsegpt
 from .threebasil import ThreeBasilConfig, alps, threebasil
 from .wanda import wanda
 
-USUAL_EXPONENTS = 24  # of a weight's largest number; beyond, it is scaled by a power of two meanwhile
+USUAL_EXPONENTS = 24  # of a weight's largest number; others are scaled by a power of two meanwhile
 COMMON = tuple(field.name for field in fields(Config))
 
 
@@ -134,12 +134,14 @@ def decompose(
     if isinstance(stats, InputStats) and stats.drift is not None:
         stats = replace(stats, drift=torch.ldexp(stats.drift, torch.tensor(-shift)))
     found = chosen.function(torch.ldexp(W, torch.tensor(-shift)), stats, config)
-    scaled = {name: getattr(found, name) for name in ("S", "scales", "U", "P")}
-    return replace(found, **{n: torch.ldexp(t, torch.tensor(shift)) for n, t in scaled.items() if t is not None})
+    parts = {name: getattr(found, name) for name in ("S", "scales", "U", "P")}
+    back = {n: torch.ldexp(t, torch.tensor(shift)) for n, t in parts.items() if t is not None}
+    return replace(found, **back)
 
 
 def _shift(W: Tensor) -> int:
-    """The power of two by which a weight is far from 1, else 0: squares of numbers beyond 2**+-60 leave fp32."""
+    """The power of two by which a weight is far from 1, or 0: what is beyond 2**+-60 has no squares
+    in fp32."""
     exponent = int(torch.frexp(W.abs().max()).exponent)
     return min(max(exponent, -120), 120) if abs(exponent) > USUAL_EXPONENTS else 0
 
