@@ -96,7 +96,7 @@ class Checkpoint:
         shards, index, listed = self._chosen() if files is None else (self._given(files), "", None)
         self._stamps: dict[str, tuple[int, ...]] = {}
         for file in shards:
-            if not (self.folder / file).is_file():
+            if not os.path.isfile(self.folder / file):  # False for a name too long, too
                 raise CheckpointError(
                     f"{self.folder} lacks the shard {file!r} that "
                     f"{index or 'the engine'} lists; copy it there"

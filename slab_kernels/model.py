@@ -242,12 +242,12 @@ def _texts(source, calibration, heldout, sampling: Sampling, tokenizer) -> list[
         wanted.append(("held-out", heldout, max(1, sampling.samples // 4)))
     texts = []
     for name, text, count in wanted:
-        ids = token_ids(text, name)
+        ids, made = token_ids(text, name), None
         if ids is None:
-            tokenizer = source.tokenizer() if tokenizer is None else tokenizer
+            made = tokenizer = source.tokenizer() if tokenizer is None else tokenizer
             content = read_text(text, READ_AHEAD * count * window * CHARACTERS_PER_TOKEN, tokenizer)
             ids = sample_windows(tokenizer, content, count, window, sampling.seed, name)
-        check_fits(ids, source.model, name)
+        check_fits(ids, source.model, name, made)
         texts.append(ids)
     return texts
 

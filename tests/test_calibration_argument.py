@@ -152,8 +152,12 @@ def test_compress_takes_them_all_and_a_tokenizer_by_its_folder(tmp_path):
 def test_a_token_that_the_model_has_no_row_for_is_named_everywhere(tmp_path, capsys):
     tiny_models.write(tmp_path / "m", vocab_size=60)
     (tmp_path / "t.txt").write_text("xyz" * 99)
-    for arguments in (["eval", "--text", str(tmp_path / "t.txt")], ["generate", "--prompt", "xyz"]):
-        assert cli.run([arguments[0], str(tmp_path / "m"), *arguments[1:]]) == 2
+    for arguments in (
+        ["eval", "--text", str(tmp_path / "t.txt")],
+        ["generate", "--prompt", "xyz"],
+        ["compress", str(tmp_path / "out"), "--calibration", str(tmp_path / "t.txt")],
+    ):
+        assert cli.run([arguments[0], str(tmp_path / "m"), *arguments[1:]]) == 3  # its own tokenizer
         assert "the model's vocabulary has 60" in capsys.readouterr().err
     tokenizer = tiny_models.tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})  # its id, 96, is beyond the embedding

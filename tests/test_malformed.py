@@ -228,6 +228,15 @@ def test_transformers_neither_builds_far_more_blocks_nor_reads_a_huge_generation
     assert time.perf_counter() - began < 5
 
 
+def test_a_shard_of_a_name_too_long_for_any_file(copy):
+    index = json.loads((copy / INDEX_NAME).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "x" * 300 + ".safetensors")
+    (copy / INDEX_NAME).write_text(json.dumps(index))
+    for opener in (slab_kernels.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match="x{255}"):
+            opener(copy)
+
+
 def test_a_model_that_does_not_run_is_the_folder_s_fault(copy, capsys):
     tiny_models.tokenizer().save_pretrained(copy)
     change(copy / "config.json", "return_dict", value=False)
