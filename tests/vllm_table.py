@@ -65,6 +65,7 @@ OF_A_TYPE = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"num_experts_per_tok": 1},  # vLLM has no other on CPU
     "mamba2": {"num_heads": 8, "head_dim": 32},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 32},
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
