@@ -11,6 +11,7 @@ from .blocks import ArchitectureError
 from .checkpoint import CheckpointError, config_dtype, read_json
 from .layout import MAX_FEATURES, FormatError
 from .skeleton import build
+from .terminal import first_line
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.
 MAX_SIZES = {
@@ -108,7 +109,3 @@ def _size(config, name: str):
         return getattr(config, name, None)
     except Exception:  # transformers' own type: layers that differ have no common size
         return None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .architecture import first_line
 from .blocks import batch_size, find_blocks
 from .checkpoint import CheckpointError
 from .nn import SlabLinear
 from .packed_checkpoint import check
 from .source import text_config
+from .terminal import first_line
 from .text import CalibrationError, Sampling, tokenize, windows
 from .token_ids import check_fits, token_ids
 

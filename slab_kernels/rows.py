@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import CalibrationError
+from .terminal import first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 FIELDS = "text, messages, or prompt and completion"
@@ -119,7 +120,7 @@ def _chat(messages: list, tokenizer, where: str) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program of the model's author
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise CalibrationError(
             f"{where}: the tokenizer's chat template cannot write this chat: {reason}"
         ) from error

@@ -97,7 +97,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise corrupt(f"tensor {name!r} is described by {reprlib.repr(info)}") from error
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                f"{path}: tensor {name!r} has dtype {reprlib.repr(dtype)}, expected one of {', '.join(DTYPES)}"
             )
         if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise corrupt(f"tensor {name!r} of {dtype}{list(shape)} takes {end - start} bytes")

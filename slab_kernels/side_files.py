@@ -13,6 +13,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 from .checkpoint import CheckpointError, read_json, write_atomically
+from .terminal import first_line
 
 WEIGHT_FILES = (
     "*.safetensors",
@@ -188,9 +189,5 @@ def read_generation_config(folder: Path):
         return GenerationConfig.from_dict(content)
     except Exception as error:
         raise CheckpointError(
-            f"transformers cannot use {path}: {_first_line(error)}; correct or delete the file"
+            f"transformers cannot use {path}: {first_line(error)}; correct or delete the file"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

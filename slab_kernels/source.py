@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .architecture import build_skeleton, first_line
+from .architecture import build_skeleton
 from .blocks import ArchitectureError
 from .checkpoint import (
     WEIGHTS_KEY,
@@ -29,6 +29,7 @@ from .paths import expanded
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
 from .skeleton import blanked
 from .stored_names import Forms, StoredNames, stored_forms
+from .terminal import first_line
 from .text import CalibrationError, open_tokenizer
 from .ties import holds, settle, tied_names, untie, untie_config
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, TensorEntry
+from .terminal import first_line
 
 # Stored name -> dtype, shape, and what makes the tensor.
 Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
@@ -100,7 +101,7 @@ class StoredNames:
             ]
             made = convert(empty)
         except Exception as error:  # torch's, where tensors are missing or of other sizes
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = first_line(error)
             more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
             raise CheckpointError(
                 f"transformers cannot rebuild {name!r} from tensor {stored[0]!r}{more} ({reason}); "

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from .terminal import first_line
+
 ARRIVAL = 45.0  # seconds within which all processes must have come
 SILENCE = 40.0  # seconds without a sign of life after which a process counts as dead
 BEAT = 2.0  # seconds between two signs of life
@@ -65,7 +67,7 @@ class Team:
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         except Exception as error:  # torch's own types: a port in use, an unknown host, a late peer
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = first_line(error)
             raise TeamError(f"{self._expected(address)} ({reason})") from error
         self._store = dist.PrefixStore(f"slab_kernels/{next(_TEAMS)}", store)
         self._alive = dist.PrefixStore("alive", self._store)
@@ -148,7 +150,7 @@ class Team:
         try:
             dist.all_gather_object(everyone, data)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise TeamError(
                 f"a process of this run stopped while results were shared ({reason})"
             ) from error
@@ -188,7 +190,7 @@ class Team:
 
 
 def _gone(error: RuntimeError) -> TeamError:
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     return TeamError(f"the process that holds this run together is gone ({reason})")
 
 

@@ -8,6 +8,7 @@ import unicodedata
 # Categories of Unicode: controls, formats such as bidirectional overrides, half characters, line
 # separators.
 UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+MOST = 300  # characters of a reason
 TEXT = "\n\t\u200c\u200d"  # parts of running text: lines, the joiners of some scripts and of emoji
 PLAIN = {
     "×": "x", "–": "-", "—": "-", "─": "-", "━": "-", "·": "-", "→": "->", "µ": "u", "≈": "~",
@@ -29,6 +30,13 @@ def visible(text: str, keep: str = "") -> str:
         else c
         for c in text
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, as a part of a sentence: its first line, no longer
+    than MOST characters, with unsafe characters as escapes."""
+    said = (str(error).strip() or repr(error)).splitlines()[0]
+    return visible(said if len(said) <= MOST else said[: MOST - 3] + "...")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from .calibration import CalibrationError
 from .checkpoint import CheckpointError
 from .paths import expanded
 from .settings import SEED, WINDOW, enforce, setting
+from .terminal import first_line
 
 SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst", ".jsonl", ".ndjson")
 CHARACTERS_PER_TOKEN = 16  # generous: English text has 3 to 5; bounds how much of a large text is tokenised
@@ -152,7 +153,7 @@ def _dataset(name: str, max_characters: int | None) -> str:
             f"dataset {name!r} has no column 'text'; save its text to a file and give that"
         ) from error
     except Exception as error:  # the package raises many types: no network, unknown name, missing config
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise CalibrationError(f"cannot read dataset {name!r}: {reason}") from error
     return "\n\n".join(texts)
 
@@ -182,7 +183,7 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code=True" in str(error) and not trust_remote_code:
             reason = "it is a program in that folder, which runs only with trust_remote_code=True"
         else:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = first_line(error)
         raise CheckpointError(
             f"no tokenizer can be loaded from {path} ({reason}); put its files there or give tokenizer="
         ) from error

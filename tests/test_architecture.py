@@ -51,14 +51,14 @@ ALLOWED: dict[str, set[str]] = {
     "methods": FORMAT | {"calibration", "settings"},
     # a whole model
     "stdlib_text": set(),
-    "rows": {"calibration"},
-    "text": {"calibration", "checkpoint", "paths", "rows", "settings", "stdlib_text"},
+    "rows": {"calibration", "terminal"},
+    "text": {"calibration", "checkpoint", "paths", "rows", "settings", "stdlib_text", "terminal"},
     "shards": set(),
     "checkpoint": {"shards"},
-    "side_files": {"checkpoint"},
+    "side_files": {"checkpoint", "terminal"},
     "progress": {"checkpoint"},
     "record": FORMAT | {"checkpoint", "terminal"},
-    "team": set(),
+    "team": {"terminal"},
     "memory": set(),
     "surroundings": set(),
     "matching": FORMAT | {"record", "settings", "streams"},
@@ -69,12 +69,12 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": set(),
     "streams": {"blocks", "text"},
     "inputs": {"streams", "text"},
-    "stored_names": {"checkpoint"},
+    "stored_names": {"checkpoint", "terminal"},
     "skeleton": {"blocks"},
     "ties": {"stored_names"},
-    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton"},
+    "architecture": FORMAT | {"blocks", "checkpoint", "skeleton", "terminal"},
     "source": FORMAT
-    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "text", "ties"},
+    | {"architecture", "blocks", "checkpoint", "paths", "side_files", "skeleton", "stored_names", "terminal", "text", "ties"},
     "packed_config": FORMAT | {"checkpoint"},
     "pipeline": FORMAT
     | {"blocks", "calibration", "checkpoint", "inputs", "matching", "memory", "plan", "record", "sinks", "source"}
@@ -88,12 +88,12 @@ ALLOWED: dict[str, set[str]] = {
     "model": FORMAT | MODEL | {"finish", "paths"},
     "token_ids": {"calibration", "checkpoint", "source"},
     "training": FORMAT | {"checkpoint", "nn", "packed_checkpoint", "paths", "settings", "source", "surroundings", "text", "token_ids"},
-    "evaluate": {"architecture", "blocks", "checkpoint", "nn", "packed_checkpoint", "source", "text", "token_ids"},
+    "evaluate": {"blocks", "checkpoint", "nn", "packed_checkpoint", "source", "terminal", "text", "token_ids"},
     "inspection": FORMAT | {"checkpoint", "packed_config", "paths", "record"},
     "tasks": {"evaluate", "packed_checkpoint", "paths", "settings", "token_ids"},
     "engines": FORMAT | {"blocks", "nn"}
     | {"arguments", "checkpoint", "dispatch", "model", "packed_checkpoint", "packed_config", "side_files", "skeleton"}
-    | {"source", "ties"},
+    | {"source", "terminal", "ties"},
     # what a person sees
     "machine": {"dispatch", "backends"},
     "support": FORMAT | {"dispatch", "backends"},

@@ -306,3 +306,21 @@ def test_what_a_folder_holds_is_a_format_error_with_the_exit_code_of_a_file(copy
         == 3
     )
     assert cli.run(["compress", str(copy), str(tmp_path / "d"), "--values", "fp7"]) == 2
+
+
+@pytest.mark.parametrize("value", ["\x1b[31m" + "x" * 10_000, "\x1b[31m"])
+def test_what_transformers_says_of_a_value_is_cut_and_spelled_out(copy, value):
+    """Its messages hold the value itself, which may steer a terminal or fill it."""
+    change(copy / "config.json", "hidden_act", value=value)
+    with pytest.raises(CheckpointError, match="transformers cannot use") as caught:
+        slab_kernels.load(copy)
+    assert len(str(caught.value)) < 1000 and "\x1b" not in str(caught.value)
+
+
+def test_check_names_what_transformers_alone_cannot_read(copy, capsys):
+    """transformers wants `metadata` in the index, and says only that a key is missing."""
+    weight_map = json.loads((copy / INDEX_NAME).read_text())["weight_map"]
+    (copy / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    slab_kernels.load(copy)
+    assert cli.run(["check", str(copy)]) == 3
+    assert "cannot open it" in capsys.readouterr().err

@@ -38,6 +38,7 @@ from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
 from ..side_files import read_generation_config
 from ..skeleton import computes
 from ..source import hub_folder
+from ..terminal import first_line
 from ..ties import holds, untie
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
@@ -262,7 +263,18 @@ def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
 
     path = hub_folder(folder)
     ours = load(path, trust_remote_code=trust_remote_code)
-    theirs = check(AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code))
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, MemoryError):  # among them are all errors of this library
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: transformers {__version__} cannot open it, slab_kernels.load does: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    check(theirs)
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
