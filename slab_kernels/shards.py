@@ -71,7 +71,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise corrupt(f"a header of {length} bytes in a file of {size}")
             text = f.read(length).decode("utf-8")  # of bytes Python would take UTF-16 and marks too
-            header = json.loads(text, object_pairs_hook=_without_duplicates)
+            header = json.loads(
+                text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+            )
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -113,6 +115,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if position != size - 8 - length:
         raise corrupt(f"tensors take {position} bytes and the file holds {size - 8 - length}")
     return entries
+
+
+def _no_constant(name: str):
+    """For json.loads, which takes NaN and Infinity though JSON has no such numbers."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def _without_duplicates(pairs: list[tuple]) -> dict:
