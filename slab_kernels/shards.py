@@ -127,6 +127,8 @@ def _without_duplicates(pairs: list[tuple]) -> dict:
     """
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands in it twice")
+    for text in (*found, *(value for value in found.values() if isinstance(value, str))):
+        text.encode()  # fails for half a surrogate pair, which Python's JSON takes and others refuse
     return found
 
 

@@ -95,6 +95,7 @@ def entry(dtype="F32", shape=(2,), start=0, end=8) -> dict:
         (raw("{}".encode("utf-8-sig"), b""), "its header is not usable JSON: Unexpected UTF-8 BOM"),
         (raw("{}".encode("utf-16"), b""), "its header is not usable JSON: 'utf-8' codec"),
         (raw(b'{"a": 1, "a": 1}', b""), "its header is not usable JSON: a name stands in it twice"),
+        (raw(rb'{"__metadata__": {"a": "\ud800"}}', b""), "its header is not usable JSON: 'utf-8' codec"),
         (raw(b'{"a": NaN}', b""), "its header is not usable JSON: NaN is no JSON"),
         (raw(b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", b""), "tensor 'a' is described by"),
         (raw({"a": entry(dtype=[])}, b"x" * 8), "tensor 'a' is described by"),
