@@ -20,7 +20,7 @@ def main(kind: str) -> None:
 
     import torch
 
-    from slab_kernels import dispatch
+    from slab_kernels.backends import dispatch
     from slab_kernels.backends.base import LinearProblem
     from slab_kernels.testing import error_bound, oracle, random_packed
 

@@ -22,11 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slab_kernels import bench, console, figures, machine, peers, report
-from slab_kernels.layer_shapes import MODELS, layers
-from slab_kernels.options import DTYPES, parse_shape
+from slab_kernels.bench import linear as bench
+from slab_kernels.bench import machine, peers
+from slab_kernels.bench.layer_shapes import MODELS, layers
+from slab_kernels.cli.main import console
+from slab_kernels.cli.options import DTYPES, parse_shape
+from slab_kernels.compression.blockwise import resolve_device
 from slab_kernels.paths import expanded
-from slab_kernels.pipeline import resolve_device
+from slab_kernels.report import figures
+from slab_kernels.report import tables as report
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank", "group_size", "threads", "cache",

@@ -79,9 +79,9 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
 
     from slab_kernels.format import INTEGER_RANGES, Decomposition
     from slab_kernels.methods import METHODS, Config, Method
-    from slab_kernels.methods.masks import Pattern
-    from slab_kernels.methods.quantize import quantize
-    from slab_kernels.methods.sweep import Grid, curvature, sweep
+    from slab_kernels.methods.solvers.masks import Pattern
+    from slab_kernels.methods.solvers.quantize import quantize
+    from slab_kernels.methods.solvers.sweep import Grid, curvature, sweep
 
     values = f"int{bits}"
     INTEGER_RANGES.setdefault("int2", (-2, 1))
@@ -107,7 +107,7 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
     from transformers import AutoModelForCausalLM
 
     import slab_kernels
-    from slab_kernels import evaluate
+    from slab_kernels.evaluate import perplexity as evaluate
 
     settings = dict(entry.settings)
     if entry.bits:
@@ -193,11 +193,12 @@ def main() -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from slab_kernels import evaluate, machine
-    from slab_kernels import text as texts
-    from slab_kernels.budget import BudgetError
-    from slab_kernels.console import print_table, say
-    from slab_kernels.source import hub_folder, open_source
+    from slab_kernels.bench import machine
+    from slab_kernels.cli.console import print_table, say
+    from slab_kernels.compression.budget import BudgetError
+    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -245,6 +246,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from slab_kernels import console
+    from slab_kernels.cli.main import console
 
     sys.exit(console.run(main, as_json=False))

@@ -15,7 +15,8 @@ import timeit
 import torch
 from bench_linear import commit
 
-from slab_kernels import SlabLinear, machine
+from slab_kernels import SlabLinear
+from slab_kernels.bench import machine
 from slab_kernels.format import PackedLayout
 from slab_kernels.paths import expanded
 from slab_kernels.testing import random_packed

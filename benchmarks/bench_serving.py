@@ -26,8 +26,9 @@ import torch
 from transformers import AutoTokenizer
 
 import slab_kernels
-from slab_kernels import machine, text
+from slab_kernels.bench import machine
 from slab_kernels.paths import expanded
+from slab_kernels.text import source as text
 
 PROMPTS, PORT, START_SECONDS, ANSWER_SECONDS = 32, 8765, 300, 120
 

@@ -58,7 +58,7 @@ def say(message: str) -> None:
 def compress(args: argparse.Namespace, method: str, folder: Path):
     """The run record of OUT/<method>: reused, resumed, or made anew when the settings have changed."""
     import slab_kernels
-    from slab_kernels.model import CheckpointError
+    from slab_kernels.compression.model import CheckpointError
 
     def run(resume: bool):
         return slab_kernels.compress(
@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, model, tokenizer, text: str) -> dict:
     """Perplexity, speed and a continuation of one model."""
     import torch
 
-    from slab_kernels import evaluate
+    from slab_kernels.evaluate import perplexity as evaluate
 
     measured = evaluate.perplexity(model, tokenizer, text, args.window)
     speeds = [evaluate.tokens_per_second(model, tokenizer, args.prompt, args.new_tokens) for _ in range(1 if args.smoke else 3)]
@@ -97,7 +97,8 @@ def measure(args: argparse.Namespace, model, tokenizer, text: str) -> dict:
 
 def layer_timings(device: str) -> list[dict]:
     """torch's dense linear beside ours at the size of a large model, since the shipped one is too small to show speed."""
-    from slab_kernels import bench, report
+    from slab_kernels.bench import linear as bench
+    from slab_kernels.report import tables as report
 
     return report.cold(bench.layer_rows(*BENCH_SHAPE, tokens=(1,), values=("fp16", "int4"), dtype="bf16", device=device))
 
@@ -111,12 +112,13 @@ def main() -> int:
     from transformers.utils import logging
 
     import slab_kernels
-    from slab_kernels import machine, report
-    from slab_kernels import text as texts
-    from slab_kernels.console import print_table
-    from slab_kernels.inspection import inspect
-    from slab_kernels.pipeline import resolve_device
-    from slab_kernels.source import hub_folder, open_source
+    from slab_kernels.bench import machine
+    from slab_kernels.cli.console import print_table
+    from slab_kernels.compression.blockwise import resolve_device
+    from slab_kernels.evaluate.inspect import inspect
+    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.report import tables as report
+    from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -188,6 +190,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from slab_kernels import console
+    from slab_kernels.cli.main import console
 
     sys.exit(console.run(main, as_json=False))

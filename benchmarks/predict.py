@@ -16,7 +16,7 @@ from bench_linear import commit
 
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import GPUS, Rebuild, Sizes, choose, dense_microseconds, gpu_named
-from slab_kernels.layer_shapes import layers
+from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)

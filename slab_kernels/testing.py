@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import bitpacking as bits
-from .format import INTEGER_RANGES, PackedLayout, PackedWeight, plane_unit
+from .format import INTEGER_RANGES, PackedLayout, PackedWeight, bits, plane_unit
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257)
 RANKS = (0, 1, 2, 4)

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/model/train.py --steps 2350 --muon-lr 8e-3 --batch-tokens 3072 \\
         --long-share 0.05 --checkpoint build/stdlib-llama.pt
 
-The tokenizer and the model see `slab_kernels.stdlib_text.training_text()` only; every perplexity is on
+The tokenizer and the model see `slab_kernels.text.stdlib.training_text()` only; every perplexity is on
 `heldout_text()`. A killed run goes on from the checkpoint with the same command. The files in this folder came
 from six commands on one checkpoint (AdamW, then Muon), listed with their first steps in training_run.json;
 the single command above is the last of them and has not been run from step 0.
@@ -31,7 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from slab_kernels.stdlib_text import heldout_text, training_modules, training_text
+from slab_kernels.text.stdlib import heldout_text, training_modules, training_text
 
 HERE = Path(__file__).resolve().parent
 BOS = "<s>"

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import bitpacking as bits
-from ..format import PackedWeight
+from ..format import PackedWeight, bits
 from ..ops import register_vmap, without_autocast
 from . import factors
 from .base import Backend, BackendError, LinearProblem

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
 from ..format import PackedLayout, PackedWeight, ShapeError, check_range
+from ..models.packed import read_packed
+from ..models.shards import CheckpointError
 from ..nn import SlabLinear
-from ..packed_checkpoint import read_packed
 
 ROWS_ONLY = ("U", "P")  # no K
 INPUTS_ONLY = ("V", "Q")  # no N, and K comes first

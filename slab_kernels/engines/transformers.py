@@ -16,16 +16,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import (
-    CHECKSUMS,
-    Checkpoint,
-    CheckpointError,
-    check_counts,
-    checksum,
-    tensor_bytes,
-)
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import (
+from ..models.folder import Checkpoint, check_counts
+from ..models.packed import (
     check,
     check_finite,
     check_tensors_fit,
@@ -34,12 +27,13 @@ from ..packed_checkpoint import (
     read_packed,
     swap_in,
 )
-from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
-from ..side_files import read_generation_config
-from ..skeleton import computes
-from ..source import hub_folder
+from ..models.packed_config import QUANT_METHOD, parse_layouts, quantization_config
+from ..models.shards import CHECKSUMS, CheckpointError, checksum, tensor_bytes
+from ..models.side_files import read_generation_config
+from ..models.skeleton import computes
+from ..models.source import hub_folder
+from ..models.ties import holds, untie
 from ..terminal import first_line
-from ..ties import holds, untie
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
@@ -81,7 +75,7 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..arguments import Arguments  # not above: opening a packed folder needs no methods
+        from ..compression.arguments import Arguments  # not above: opening a packed folder needs no methods
 
         plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
@@ -172,7 +166,7 @@ class SlabQuantizer(HfQuantizer):
         return model
 
     def _compress(self, model):
-        from ..model import compress
+        from ..compression.model import compress
 
         where, dtype = model.device, model.dtype
         del model.config.quantization_config  # a mark of compressed models, which `compress` refuses

@@ -35,12 +35,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
-from .. import dispatch
-from ..blocks import ArchitectureError
-from ..checkpoint import Checkpoint, CheckpointError
+from ..backends import dispatch
 from ..format import PackedLayout, ShapeError
-from ..packed_checkpoint import check_tensors_fit, packed_skeleton
-from ..packed_config import QUANT_METHOD, parse_layouts, read_layouts
+from ..models.blocks import ArchitectureError
+from ..models.folder import Checkpoint
+from ..models.packed import check_tensors_fit, packed_skeleton
+from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
+from ..models.shards import CheckpointError
 from .probe import ADVICE, DENSE, Probe
 from .sharding import Shards, column_parallel, row_parallel
 

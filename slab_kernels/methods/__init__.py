@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import CalibrationError, InputStats
 from ..format import (
     GROUP_SIZES,
     INTEGER_RANGES,
@@ -24,6 +23,7 @@ from ..settings import Rule, rules
 from .config import Config, MethodError
 from .eora import EoraConfig, eora
 from .hassle_free import HassleFreeConfig, hassle_free
+from .inputs import CalibrationError, InputStats
 from .magnitude import magnitude
 from .oats import OatsConfig, SslcConfig, oats, sslc
 from .slab import SlabConfig, slab

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ..format import INTEGER_RANGES, VALUE_TYPES, ShapeError, ValueTypeError
 from ..settings import enforce, setting
-from .masks import Pattern, parse_pattern
-from .sweep import Grid
+from .solvers.masks import Pattern, parse_pattern
+from .solvers.sweep import Grid
 
 
 class MethodError(ValueError):

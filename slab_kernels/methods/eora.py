@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
+from .inputs import InputStats
 from .magnitude import magnitude
-from .metric import metric
+from .solvers.finish import finish
+from .solvers.metric import metric
 from .sparsegpt import SparseGPTConfig, sparsegpt
 from .wanda import wanda
 

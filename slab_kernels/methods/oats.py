@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
-from .lowrank import truncated_svd
-from .masks import select
-from .metric import Metric, metric
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.lowrank import truncated_svd
+from .solvers.masks import select
+from .solvers.metric import Metric, metric
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition, plane_unit, round_adapter, round_factors
 from ..settings import setting
 from .config import Config
-from .descent import descend_groups, descend_levels
-from .levels import nearest
-from .lowrank import signed_factors, signs
-from .metric import Metric, metric
-from .quantize import expand_scales, quantize, round_to_grid, store_scale
-from .refit import (
+from .inputs import InputStats
+from .solvers.descent import descend_groups, descend_levels
+from .solvers.levels import nearest
+from .solvers.lowrank import signed_factors, signs
+from .solvers.metric import Metric, metric
+from .solvers.quantize import expand_scales, quantize, round_to_grid, store_scale
+from .solvers.refit import (
     AdapterOutput,
     InputFactor,
     KeptValues,
@@ -38,8 +38,8 @@ from .refit import (
     conjugate_gradients,
     gram_loss,
 )
-from .states import enumerable
-from .sweep import Curvature, Grid, curvature, sweep
+from .solvers.states import enumerable
+from .solvers.sweep import Curvature, Grid, curvature, sweep
 from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
 REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import INTEGER_RANGES, Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
-from .lowrank import truncated_svd
-from .masks import select
-from .metric import metric
-from .quantize import expand_scales, grid_scales, round_to_grid, store_scale
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.lowrank import truncated_svd
+from .solvers.masks import select
+from .solvers.metric import metric
+from .solvers.quantize import expand_scales, grid_scales, round_to_grid, store_scale
 
 BINS = (512, 20000)  # of the histogram: at least, at most; between them a thousandth of the weight's entries
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .masks import top_of_rows
-from .sweep import curvature, sweep
+from .inputs import InputStats
+from .solvers.masks import top_of_rows
+from .solvers.sweep import curvature, sweep
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
-from .masks import Pattern, select
-from .metric import Metric, metric
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.masks import Pattern, select
+from .solvers.metric import Metric, metric
 
 RESTART = 5.0  # rho is divided by this when nothing moved, and the run starts again
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ... import bitpacking as bits
 from ...format import (
     INTEGER_RANGES,
     MOST_LOST,
@@ -25,6 +24,7 @@ from ...format import (
     PackedWeight,
     RangeError,
     ShapeError,
+    bits,
     plane_unit,
     rounding_error,
 )

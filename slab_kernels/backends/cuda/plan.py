@@ -38,7 +38,7 @@ REDUCE_US = 1.55  # the kernel that adds K-splits
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 
 # SASS instructions a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per token tile of 8). Fitted to the main
-# loops of the sm_90a cubin by `python tests/sass.py`; tests/test_sass.py holds them within 10 %.
+# loops of the sm_90a cubin by `python tests/sass/counter.py`; tests/sass/test_sass.py holds them within 10 %.
 ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
 PLANES_ISSUE = {  # by sign planes, of rank one
     2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},

@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     """A linear as its kernels see it, but for its sign planes.
 
     Two planes are half a bit and 0.6 instructions a weight more than one, three a bit and 1.6: one plane's best tiles are taken
-    for all, and every tile of the defaults has registers and shared memory for three (tests/test_triton_code.py).
+    for all, and every tile of the defaults has registers and shared memory for three (tests/backends/triton/test_triton_code.py).
     """
 
     K: int
@@ -134,7 +134,7 @@ class Row:
 
 
 INTEGERS = ("int8", "int4")
-# Chosen from the machine code (`python tests/triton_code.py`): instructions a weight in the loop, registers, shared memory.
+# Chosen from the machine code (`python tests/backends/triton/triton_code.py`): instructions a weight in the loop, registers, shared memory.
 # Nothing here was timed; `slab-kernels tune` does that.
 DEFAULTS = (
     Row(Config(16, 64, 128, 4, 4, 2, reason="fewest instructions a weight; a stage more, since codes are fewer bytes"),

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ... import bitpacking as bits
-from ...format import MOST_LOST, VALUE_TYPES, PackedWeight, RangeError, plane_unit, rounding_error
+from ...format import MOST_LOST, VALUE_TYPES, PackedWeight, RangeError, bits, plane_unit, rounding_error
 from .. import factors
 from .configs import Config, Sizes
 

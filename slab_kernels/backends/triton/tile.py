@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...bitpacking import LEGAL_NIBBLES
+from ...format.bits import LEGAL_NIBBLES
 
 
 def _index(nibble: int) -> int:
