@@ -27,7 +27,7 @@ from slab_kernels.bench import machine, peers
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli.main import console
 from slab_kernels.cli.options import DTYPES, parse_shape
-from slab_kernels.compression.blockwise import resolve_device
+from slab_kernels.device import resolve_device
 from slab_kernels.paths import expanded
 from slab_kernels.report import figures
 from slab_kernels.report import tables as report

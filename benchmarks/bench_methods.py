@@ -195,7 +195,7 @@ def main() -> int:
 
     from slab_kernels.bench import machine
     from slab_kernels.cli.console import print_table, say
-    from slab_kernels.compression.budget import BudgetError
+    from slab_kernels.errors import BudgetError
     from slab_kernels.evaluate import perplexity as evaluate
     from slab_kernels.models.source import hub_folder, open_source
     from slab_kernels.text import source as texts

@@ -58,7 +58,7 @@ def say(message: str) -> None:
 def compress(args: argparse.Namespace, method: str, folder: Path):
     """The run record of OUT/<method>: reused, resumed, or made anew when the settings have changed."""
     import slab_kernels
-    from slab_kernels.compression.model import CheckpointError
+    from slab_kernels.errors import CheckpointError
 
     def run(resume: bool):
         return slab_kernels.compress(
@@ -114,7 +114,7 @@ def main() -> int:
     import slab_kernels
     from slab_kernels.bench import machine
     from slab_kernels.cli.console import print_table
-    from slab_kernels.compression.blockwise import resolve_device
+    from slab_kernels.device import resolve_device
     from slab_kernels.evaluate.inspect import inspect
     from slab_kernels.models.source import hub_folder, open_source
     from slab_kernels.report import tables as report

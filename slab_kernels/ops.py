@@ -18,15 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .format import (
-    VALUE_BYTES,
-    VALUE_TYPES,
-    FormatError,
-    PackedLayout,
-    PackedWeight,
-    ShapeError,
-    read_factors,
-)
+from .errors import FormatError, ShapeError, UnsupportedError
+from .format import VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight, read_factors
 
 _REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
@@ -135,7 +128,7 @@ def register_vmap(name: str, library: torch.library.Library | None = None) -> No
 
     def batched(info, in_dims, x, *rest):
         if in_dims[0] is None or any(dim is not None for dim in tree_leaves(in_dims[1:])):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"vmap over the weight or the bias of {NAMESPACE}::{name}: only x may be batched; loop over the weights instead"
             )
         return op(x.movedim(in_dims[0], 0), *rest), 0

@@ -12,10 +12,6 @@ from torch import Tensor
 from ..format import PackedLayout, PackedWeight
 
 
-class BackendError(RuntimeError):
-    """A backend was asked for that cannot run this problem, or is unknown."""
-
-
 @dataclass(frozen=True)
 class LinearProblem:
     """y[M,N] = x[M,K] W.T: all that decides which backend can run it."""

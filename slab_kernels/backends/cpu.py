@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import BackendError
 from ..format import PackedWeight, bits
 from ..ops import register_vmap, without_autocast
 from . import factors
-from .base import Backend, BackendError, LinearProblem
+from .base import Backend, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set

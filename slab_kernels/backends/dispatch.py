@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ..errors import BackendError
 from ..format import PackedWeight
-from .base import Backend, BackendError, LinearProblem
+from .base import Backend, LinearProblem
 
 ORDER = ("cuda", "cpu", "triton", "reference")  # fastest first on each device; the reference runs everything
 ENVIRONMENT = "SLAB_KERNELS_BACKEND"

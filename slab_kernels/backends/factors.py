@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..format import MOST_LOST, PackedWeight, RangeError, rounding_error
+from ..errors import RangeError
+from ..format import MOST_LOST, PackedWeight, rounding_error
 
 LARGEST_V = 8.0  # |v x| below 65504 up to |x| = 8188
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import ArgumentError
+
 Shapes = tuple[tuple[int, int], ...]
 
 
@@ -59,7 +61,7 @@ MODELS = {
 def layers(name: str, fused: bool = True) -> Shapes:
     """The shapes of that model's linears. Raises ValueError with the known names."""
     if name.lower() not in MODELS:
-        raise ValueError(
+        raise ArgumentError(
             f"no layer table for {name!r}; known models: {', '.join(MODELS)}; or give --shape NxK"
         )
     model = MODELS[name.lower()]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import dispatch
 from ..backends.base import Backend, LinearProblem
+from ..errors import ArgumentError, BenchError
 from ..format import INTEGER_RANGES, PackedLayout, PackedWeight, unpack
 from ..testing import ROUNDOFF, error_bound, random_packed
 from . import clocks as timing
@@ -30,10 +31,6 @@ CPU_TOKENS = (1, 4, 16, 64)
 GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 
 Row = dict[str, Any]
-
-
-class BenchError(RuntimeError):
-    """A kernel failed its correctness gate; nothing was timed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Case:
     @property
     def kind(self) -> torch.dtype:
         if self.dtype not in DTYPES and self.dtype not in DTYPES.values():
-            raise ValueError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+            raise ArgumentError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         return DTYPES.get(self.dtype, self.dtype)
 
     def layouts(self) -> list[PackedLayout]:

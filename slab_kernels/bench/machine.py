@@ -53,7 +53,7 @@ def cpu_kernels() -> str | None:
     import torch
 
     from ..backends import cpu
-    from ..backends.base import BackendError
+    from ..errors import BackendError
 
     try:
         if cpu.missing_library():
@@ -97,7 +97,8 @@ def backends() -> dict[str, dict[str, list[str]]]:
     import torch
 
     from ..backends import dispatch
-    from ..backends.base import BackendError, LinearProblem
+    from ..backends.base import LinearProblem
+    from ..errors import BackendError
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}

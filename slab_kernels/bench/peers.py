@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import PeerError
+
 GROUP = 128  # inputs a scale, of the int4 peers
 WORST_ERROR = (
     0.02  # relative, Frobenius: rounding to bf16 makes 0.002, sums in fp16 up to 0.01, a wrong layout 1
@@ -74,10 +76,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-class PeerError(RuntimeError):
-    """A peer's result is not that of its own weight."""
 
 
 def agree(x: Tensor, prepared: Prepared) -> None:

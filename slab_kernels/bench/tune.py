@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import BackendError, LinearProblem
+from ..backends.base import LinearProblem
 from ..backends.triton import BACKEND, bits_of, configs, device_of, launch
-from ..backends.triton.configs import DECODE, Config, ConfigError, Device, Row, Sizes
+from ..backends.triton.configs import DECODE, Config, Device, Row, Sizes
+from ..errors import ArgumentError, BackendError, ConfigError
 from ..format import PackedLayout
 from ..testing import random_packed
 from . import clocks as timing
@@ -203,7 +204,7 @@ def gpu(where: str, seconds: float) -> tuple[Device, Any, Callable[[Problem], We
     try:
         kind = torch.device("cuda" if where == "auto" else where)
     except RuntimeError as error:
-        raise ValueError(f"device={where!r} is unknown; use 'cuda' or 'cuda:1'") from error
+        raise ArgumentError(f"device={where!r} is unknown; use 'cuda' or 'cuda:1'") from error
     missing = f"{where} is none" if kind.type != "cuda" else BACKEND.missing("cuda")
     if not missing and (kind.index or 0) >= torch.cuda.device_count():
         missing = f"torch sees {torch.cuda.device_count()} of them, so there is no {where}"

@@ -20,27 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import BAD_FILE, BAD_INPUT, BUG, CANNOT_RUN, DONE, INTERRUPTED, NO_SPACE, TERMINATED, SlabError
 from ..terminal import ERRORS, TEXT, visible
 
-OK, UNEXPECTED, BAD_INPUT, BAD_FILE, CANNOT_RUN, NO_SPACE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 5, 130, 143
 EXIT_CODES = (
     "Exit codes: 0 done · 2 wrong usage or input · 3 a file, checkpoint or model that cannot be used · 4 a backend, device or "
     "optional package that cannot run here · 5 disk or memory full, or no permission · 130 interrupted, 143 by SIGTERM · 1 a bug of ours."
 )
 DEBUG = "SLAB_KERNELS_DEBUG"
 
-# By class name along the exception's ancestors, nearest first: naming the classes here would import torch.
+# Exceptions of Python and torch, by class name: naming torch's classes here would import torch.
 CODES = {
-    "BackendError": CANNOT_RUN,
-    "TeamError": CANNOT_RUN,
-    "PlotsUnavailable": CANNOT_RUN,
     "ImportError": CANNOT_RUN,
     "OutOfMemoryError": NO_SPACE,
     "MemoryError": NO_SPACE,
-    "CheckpointError": BAD_FILE,
-    "ConfigError": BAD_FILE,
-    "ArchitectureError": BAD_FILE,
-    "VersionError": BAD_FILE,
     "OSError": BAD_FILE,
     "ValueError": BAD_INPUT,
 }
@@ -65,8 +58,10 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
         return NO_SPACE  # torch has no class of its own for a CPU that is out of memory
     if isinstance(error, ImportError) and (error.name or "").startswith("slab_kernels"):
-        return UNEXPECTED  # a module of ours, not an optional package
-    return next((CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in CODES), UNEXPECTED)
+        return BUG  # a module of ours, not an optional package
+    if isinstance(error, SlabError):
+        return error.exit_code
+    return next((CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in CODES), BUG)
 
 
 def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
@@ -84,7 +79,7 @@ def run(command: Callable[[], Outcome | int | None], as_json: bool) -> int:
         _mute(stdout)
         reason = error.strerror or error
         say(f"slab-kernels: the result cannot be written to the standard output: {reason}")
-        if code == OK:
+        if code == DONE:
             code = NO_SPACE
         else:
             say(text.strip())  # why the command failed
@@ -107,10 +102,10 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
         if not isinstance(outcome, Outcome):  # --help, or a bare exit
             return int(outcome or 0), ""
         if as_json:
-            return OK, json.dumps(finite(outcome.data), allow_nan=False) + "\n"
+            return DONE, json.dumps(finite(outcome.data), allow_nan=False) + "\n"
         with contextlib.redirect_stdout(io.StringIO()) as page:
             outcome.show()
-        return OK, visible(page.getvalue(), keep=TEXT)
+        return DONE, visible(page.getvalue(), keep=TEXT)
     except KeyboardInterrupt:
         return _interrupted("", as_json)
     except Interrupted as error:
@@ -122,7 +117,7 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
         return fail(as_json, "UsageError", message, BAD_INPUT)
     except SystemExit as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
         closed = isinstance(error.__context__, BrokenPipeError)
-        return OK if closed else error.code if isinstance(error.code, int) else UNEXPECTED, ""
+        return DONE if closed else error.code if isinstance(error.code, int) else BUG, ""
     except Exception as error:
         if SIGNALS or type(error).__name__ == "Abort":
             return _interrupted("", as_json)
@@ -132,7 +127,7 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
             traceback.print_exc()
         code = exit_code(error)
         message = as_options(one_line(str(error) or type(error).__name__))
-        if code == UNEXPECTED:
+        if code == BUG:
             message = f"unexpected {type(error).__name__}: {message}; {DEBUG}=1 shows where; please report it"
         return fail(as_json, type(error).__name__, message, code)
 

@@ -33,7 +33,7 @@ def bench(
     from ..bench import linear as bench
     from ..bench import machine
     from ..bench.layer_shapes import layers as known
-    from ..compression.blockwise import resolve_device
+    from ..device import resolve_device
     from ..report import tables as report
 
     torch_dtype(dtype)
@@ -173,7 +173,7 @@ def explain(
     """Which backend runs a problem and how, and why each other one does not."""
     from ..backends import dispatch
     from ..backends.base import LinearProblem
-    from ..compression.blockwise import resolve_device
+    from ..device import resolve_device
     from ..format import INTEGER_RANGES, PackedLayout
 
     (n, k), kind = parse_shape(shape), torch_dtype(dtype)

@@ -205,7 +205,7 @@ def _open(
     """Model, tokenizer and what is known of a packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
 
-    from ..compression.blockwise import resolve_device
+    from ..device import resolve_device
     from ..evaluate.inspect import inspect
     from ..models.packed import load
     from ..models.source import hub_folder, open_source
@@ -292,8 +292,8 @@ def train(
     json: Json = False,
 ) -> Outcome:
     """Train the adapters P Qᵀ of a compressed model on a text; everything else stays as it is."""
-    from ..compression.blockwise import resolve_device
     from ..compression.training import Training, state_file, train
+    from ..device import resolve_device
 
     settings = Training(steps, batch, window, samples, rate, adapter_rank, seed=seed)
     out = expanded(out)

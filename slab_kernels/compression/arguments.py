@@ -6,6 +6,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ArgumentError
 from ..text.source import Sampling
 from .budget import check_bits
 from .plan import Plan
@@ -61,7 +62,7 @@ def _patterns(skip: Any) -> tuple[str, ...]:
     patterns = () if skip is None else (skip,) if isinstance(skip, str) else skip
     several = isinstance(patterns, tuple | list | set | frozenset)
     if not several or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(
+        raise ArgumentError(
             f"skip={reprlib.repr(skip)} must be a pattern of module names such as '*.down_proj', "
             "or a list of them"
         )

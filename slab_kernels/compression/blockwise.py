@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..format import Decomposition, PackedWeight, cast
 from ..methods.inputs import InputStats
 from ..models.blocks import block_linears, filled_copy, find_blocks
 from ..models.groups import Group, find_groups, layer_inputs
-from ..models.shards import CheckpointError
 from ..models.source import FolderSource, ModuleSource, compute_dtype, outside_filled
 from ..models.streams import Stream, catch_stream
 from ..models.ties import tied_names
@@ -40,23 +40,6 @@ def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:
 
     whole = energy(weight)
     return (energy(weight - stored) / whole) ** 0.5 if whole > 0 else 0.0
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a GPU if there is one. Raises: ValueError for a device that this machine lacks."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', 'cpu' or 'cuda'")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={str(device)!r} is not on this machine (torch sees {torch.cuda.device_count()} GPUs); use device='cpu'"
-        )
-    return resolved
 
 
 def compress_blocks(

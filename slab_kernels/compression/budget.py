@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import BudgetError
 from ..methods.inputs import InputStats
 from ..models.blocks import batch_size, find_blocks
 from ..models.groups import find_groups, layer_inputs
@@ -44,10 +45,6 @@ LADDER: tuple[dict, ...] = (
     {"values": "fp16", "planes": 2, "rank": 4},
     {"values": "fp16", "planes": 3, "rank": 4},
 )
-
-
-class BudgetError(ValueError):
-    """No choice of rows meets the budget, or it contradicts other settings."""
 
 
 @dataclass(frozen=True)

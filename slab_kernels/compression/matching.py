@@ -18,6 +18,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..format import Decomposition, plane_unit
 from ..models.streams import Stream
 from ..settings import enforce, setting
@@ -55,7 +56,7 @@ class Matching:
             return cls() if value else None
         if isinstance(value, Integral):
             return cls(epochs=value) if value else None
-        raise ValueError(
+        raise ArgumentError(
             f"matching={reprlib.repr(value)} must be a number of epochs, True, None, or Matching(epochs=..., rate=..., target=...)"
         )
 

@@ -14,47 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..format import FORMAT_VERSION, VersionError
-from ..models.blocks import ArchitectureError, block_linears, find_blocks
-from ..models.decompress import decompress
-from ..models.packed import check, load, save
+from ..device import local_device, resolve_device, usual_torch
+from ..errors import ArgumentError
+from ..format import FORMAT_VERSION
+from ..models.blocks import block_linears, find_blocks
 from ..models.progress import Progress
-from ..models.shards import CheckpointError
-from ..models.source import (
-    FolderSource,
-    ModuleSource,
-    compute_dtype,
-    hub_folder,
-    open_source,
-    text_config,
-)
-from ..models.surroundings import usual_torch
+from ..models.source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source
 from ..models.ties import tied_names
 from ..paths import expanded
 from ..text.source import (
     CHARACTERS_PER_TOKEN,
     READ_AHEAD,
-    CalibrationError,
     Sampling,
     open_tokenizer,
     read_text,
     sample_windows,
 )
-from ..text.token_ids import check_fits, token_ids
+from ..text.token_ids import check_fits, text_config, token_ids
 from .arguments import Arguments
-from .blockwise import compress_blocks, resolve_device
+from .blockwise import compress_blocks
 from .budget import search
 from .finish import complete, finish, into
 from .matching import Matching
 from .plan import Plan
 from .record import ProgressEvent, RunRecord, listener
 from .sinks import FolderSink, MemorySink
-from .team import Team, local_device
-
-__all__ = [
-    "ArchitectureError", "CalibrationError", "CheckpointError", "ProgressEvent", "RunRecord", "VersionError",
-    "check", "compress", "decompress", "load", "save",
-]  # fmt: skip
+from .team import Team
 
 
 @usual_torch()
@@ -133,7 +118,7 @@ def compress(
         if isinstance(tokenizer, str | Path):
             tokenizer = open_tokenizer(hub_folder(tokenizer), trust_remote_code)
         if not (tokenizer is None or callable(tokenizer)):
-            raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers, or its folder")
+            raise ArgumentError(f"tokenizer={tokenizer!r} must be one of transformers, or its folder")
         if out is None and not isinstance(model_or_path, nn.Module):
             model_or_path = open_source(model_or_path, trust_remote_code).open_dense()
         source = open_source(model_or_path, trust_remote_code)

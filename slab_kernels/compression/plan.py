@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..errors import FormatError
 from ..format import (
     INTEGER_RANGES,
     Decomposition,
-    FormatError,
     PackedLayout,
     PackedWeight,
     cast,

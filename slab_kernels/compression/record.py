@@ -9,9 +9,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from ..errors import CheckpointError
 from ..format.layout import MAX_FEATURES
 from ..models.folder import RECORD_NAME
-from ..models.shards import CheckpointError, read_json
+from ..models.shards import read_json
 from ..terminal import visible
 
 MAX_NUMBER = 1 << 63  # no count in a record is larger, and floats hold it

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..format import PackedLayout, PackedWeight, read_factors
 from ..models.progress import Progress
-from ..models.shards import CheckpointError, TensorEntry, read_header, shard_name, write_shard
+from ..models.shards import TensorEntry, read_header, shard_name, write_shard
 from ..models.source import FolderSource, ModuleSource
 from .plan import Plan
 from .record import LayerRecord, MatchRecord, layer_from_dict, match_from_dict

@@ -23,16 +23,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from ..errors import TeamError
 from ..terminal import first_line
 
 ARRIVAL = 45.0  # seconds within which all processes must have come
 SILENCE = 40.0  # seconds without a sign of life after which a process counts as dead
 BEAT = 2.0  # seconds between two signs of life
 _TEAMS = itertools.count()  # every process makes its teams in the same order
-
-
-class TeamError(RuntimeError):
-    """The processes of a run cannot find each other, or one of them has stopped."""
 
 
 class Team:
@@ -246,13 +243,3 @@ def _unpacked(data: bytes, device: Any) -> dict[str, Any]:
         return storage if location == "cpu" else torch.serialization.default_restore_location(storage, str(device))
 
     return torch.load(io.BytesIO(data), map_location=place, weights_only=False)
-
-
-def local_device(device: str) -> str:
-    """ "auto" and "cuda" under torchrun: the GPU of this process, by LOCAL_RANK."""
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is None or device not in ("auto", "cuda"):
-        return device
-    import torch
-
-    return f"cuda:{rank}" if torch.cuda.is_available() else device

@@ -16,23 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..device import usual_torch
+from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..format import PackedWeight, pack_adapter
 from ..models.packed import load, save
-from ..models.shards import CheckpointError, tensor_bytes, write_atomically
-from ..models.source import hub_folder, text_config
-from ..models.surroundings import usual_torch
+from ..models.shards import tensor_bytes, write_atomically
+from ..models.source import hub_folder
 from ..nn import SlabLinear
 from ..paths import expanded
 from ..settings import SEED, WINDOW, enforce, setting
 from ..text.source import (
     CHARACTERS_PER_TOKEN,
     READ_AHEAD,
-    CalibrationError,
     open_tokenizer,
     read_text,
     sample_windows,
 )
-from ..text.token_ids import check_fits, token_ids
+from ..text.token_ids import check_fits, text_config, token_ids
 
 HELD_BACK = 16  # every sixteenth window judges, and is never trained on
 
@@ -175,7 +175,7 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, modules[name])
     if not modules:
-        raise ValueError("the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them, or compress with adapter_rank")
+        raise ArgumentError("the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them, or compress with adapter_rank")
     return modules
 
 

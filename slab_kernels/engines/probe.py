@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import ArchitectureError
 from ..format import PackedLayout
-from ..models.blocks import ArchitectureError
 
 DENSE = "weight"
 ADVICE = "serve the dense folder that `slab-kernels decompress` writes"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..format import PackedLayout, PackedWeight, ShapeError, check_range
+from ..errors import CheckpointError, ShapeError
+from ..format import PackedLayout, PackedWeight, check_range
 from ..models.packed import read_packed
-from ..models.shards import CheckpointError
 from ..nn import SlabLinear
 
 ROWS_ONLY = ("U", "P")  # no K

@@ -16,6 +16,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..errors import ArgumentError, CheckpointError
 from ..format import FORMAT_VERSION
 from ..models.folder import Checkpoint, check_counts
 from ..models.packed import (
@@ -28,7 +29,7 @@ from ..models.packed import (
     swap_in,
 )
 from ..models.packed_config import QUANT_METHOD, parse_layouts, quantization_config
-from ..models.shards import CHECKSUMS, CheckpointError, checksum, tensor_bytes
+from ..models.shards import CHECKSUMS, checksum, tensor_bytes
 from ..models.side_files import read_generation_config
 from ..models.skeleton import computes
 from ..models.source import hub_folder
@@ -79,7 +80,7 @@ class SlabConfig(QuantizationConfigMixin):
 
         plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
         if not plan.packed:
-            raise ValueError(
+            raise ArgumentError(
                 f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
                 "other patterns as a dense checkpoint"
             )
@@ -108,11 +109,11 @@ class SlabQuantizer(HfQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
         places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
         if "meta" in places:
-            raise ValueError(
+            raise ArgumentError(
                 "device_map='meta' holds no weights, and packed ones are checked on opening; give a device"
             )
         if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError(
+            raise ArgumentError(
                 f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers keep what they prepare where they first ran, so "
                 "parts cannot be fetched from a disk or CPU for each call; give one device, or several GPUs"
             )

@@ -36,12 +36,11 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from ..backends import dispatch
-from ..format import PackedLayout, ShapeError
-from ..models.blocks import ArchitectureError
+from ..errors import ArchitectureError, CheckpointError, ShapeError, UnsupportedError
+from ..format import PackedLayout
 from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
-from ..models.shards import CheckpointError
 from .probe import ADVICE, DENSE, Probe
 from .sharding import Shards, column_parallel, row_parallel
 
@@ -125,7 +124,7 @@ class SlabVllmConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             inside = [name for name in self.layouts if name == prefix or name.startswith(f"{prefix}.")]
             if inside:
-                raise NotImplementedError(
+                raise UnsupportedError(
                     f"{inside[0]} is packed, and vLLM runs it in {prefix} as {type(layer).__name__}: packed experts and embeddings are not supported "
                     "there; decompress the folder to a dense one, or compress again with skip"
                 )
@@ -140,7 +139,7 @@ class SlabVllmConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if packed != names:
             dense = next(name for name in names if name not in packed)
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"vLLM runs {', '.join(names)} as one layer, of which {packed[0]} is packed and {dense} is not; compress all of them or none (skip)"
             )
         return SlabLinearMethod(self, names)

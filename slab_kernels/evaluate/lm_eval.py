@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import ArgumentError
 from ..models.packed import check
 from ..paths import expanded
 from ..settings import Rule
@@ -39,11 +40,11 @@ def run_tasks(
     task_files = None if task_files is None else expanded(task_files)
     limit, batch_size = LIMIT.accept("limit", limit), BATCH.accept("batch_size", batch_size)
     if task_files is not None and not task_files.is_dir():
-        raise ValueError(f"task_files={str(task_files)!r} is not a folder of task files")
+        raise ArgumentError(f"task_files={str(task_files)!r} is not a folder of task files")
     manager = TaskManager(include_path=None if task_files is None else str(task_files))
     for task in tasks:
         if not manager.match_tasks([task]):
-            raise ValueError(f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them")
+            raise ArgumentError(f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them")
 
     class Named(HFLM):
         """The harness's model, whose failures name its folder."""

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..models.blocks import batch_size, find_blocks
 from ..models.packed import check
-from ..models.shards import CheckpointError
-from ..models.source import text_config
 from ..nn import SlabLinear
 from ..terminal import first_line
-from ..text.source import CalibrationError, Sampling, tokenize, windows
-from ..text.token_ids import check_fits, token_ids
+from ..text.source import Sampling, tokenize, windows
+from ..text.token_ids import check_fits, text_config, token_ids
 
 LOGITS_AT_ONCE = 1 << 26  # tokens * vocabulary whose logits are held at a time: 256 MiB in fp32
 
@@ -200,7 +199,7 @@ def tokens_per_second(model: nn.Module, tokenizer, prompt: str, new_tokens: int 
     The time of a run that makes one token (the prompt and all overhead) is subtracted; both runs are warmed up.
     """
     if new_tokens < 2:
-        raise ValueError(f"new_tokens={new_tokens} must be at least 2 to time decoding")
+        raise ArgumentError(f"new_tokens={new_tokens} must be at least 2 to time decoding")
     inputs, new_tokens = _prompt(model, tokenizer, prompt, new_tokens)
     device = inputs["input_ids"].device
 

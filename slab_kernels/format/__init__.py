@@ -1,5 +1,18 @@
 """The waist of the hourglass: every method ends in a `Decomposition`, every kernel starts from a `PackedWeight`."""
 
+from ..errors import (
+    DtypeError,
+    FormatError,
+    MetadataError,
+    MissingTensorError,
+    PaddingError,
+    PatternError,
+    RangeError,
+    ShapeError,
+    UnknownTensorError,
+    ValueTypeError,
+    VersionError,
+)
 from .layout import (
     ADAPTER_TYPES,
     FACTOR_TYPES,
@@ -12,18 +25,7 @@ from .layout import (
     VALUE_BYTES,
     VALUE_TYPES,
     WEIGHT_DTYPES,
-    DtypeError,
-    FormatError,
-    MetadataError,
-    MissingTensorError,
     PackedLayout,
-    PaddingError,
-    PatternError,
-    RangeError,
-    ShapeError,
-    UnknownTensorError,
-    ValueTypeError,
-    VersionError,
     cast,
     check_range,
     check_tensors,

@@ -9,6 +9,16 @@ from reprlib import repr as short
 import torch
 from torch import Tensor
 
+from ..errors import (
+    DtypeError,
+    MetadataError,
+    MissingTensorError,
+    PaddingError,
+    RangeError,
+    ShapeError,
+    UnknownTensorError,
+    ValueTypeError,
+)
 from . import bits
 
 FORMAT_VERSION = 2
@@ -29,50 +39,6 @@ MAX_FEATURES = 1 << 24  # far above any layer; keeps every byte count inside 63 
 def plane_unit(planes: int) -> float:
     """What the last of `planes` signs is worth in magnitudes: 1, 1/2, 1/4. B holds odd multiples of it."""
     return 2.0 ** (1 - planes)
-
-
-class FormatError(ValueError):
-    """A decomposition or packed weight breaks the format; the subclass names the defect."""
-
-
-class PatternError(FormatError):
-    """The kept positions are not 2:4, or signs are missing on pruned ones."""
-
-
-class ValueTypeError(FormatError):
-    """Unknown value type, factor type or group size."""
-
-
-class RangeError(FormatError):
-    """A number does not fit its stored type, or is NaN or infinite."""
-
-
-class ShapeError(FormatError):
-    """A tensor has the wrong shape, or a size is absurd."""
-
-
-class DtypeError(FormatError):
-    """A tensor has the wrong dtype."""
-
-
-class MetadataError(FormatError):
-    """A metadata nibble is not one of the six legal ones."""
-
-
-class MissingTensorError(FormatError):
-    """A tensor that the layout needs is absent."""
-
-
-class UnknownTensorError(FormatError):
-    """A tensor is present that the layout does not have."""
-
-
-class PaddingError(FormatError):
-    """Padding beyond in_features is not zero."""
-
-
-class VersionError(FormatError):
-    """Written by a newer format than this library reads."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import RangeError
 from . import bits
-from .layout import RangeError
 
 MOST_LOST = 2.0**-8  # of a matrix, by rounding what it holds: what bf16 loses at worst
 

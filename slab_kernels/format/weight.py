@@ -13,6 +13,14 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from ..errors import (
+    DtypeError,
+    PatternError,
+    RangeError,
+    ShapeError,
+    UnknownTensorError,
+    ValueTypeError,
+)
 from . import bits
 from .layout import (
     FACTOR_TYPES,
@@ -20,13 +28,7 @@ from .layout import (
     MAX_PLANES,
     TENSOR_NAMES,
     VALUE_TYPES,
-    DtypeError,
     PackedLayout,
-    PatternError,
-    RangeError,
-    ShapeError,
-    UnknownTensorError,
-    ValueTypeError,
     check_range,
     check_tensors,
     plane_unit,

@@ -9,21 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..format import (
-    GROUP_SIZES,
-    INTEGER_RANGES,
-    MAX_PLANES,
-    WEIGHT_DTYPES,
-    Decomposition,
-    DtypeError,
-    RangeError,
-    ShapeError,
-)
+from ..errors import CalibrationError, DtypeError, MethodError, RangeError, ShapeError
+from ..format import GROUP_SIZES, INTEGER_RANGES, MAX_PLANES, WEIGHT_DTYPES, Decomposition
 from ..settings import Rule, rules
-from .config import Config, MethodError
+from .config import Config
 from .eora import EoraConfig, eora
 from .hassle_free import HassleFreeConfig, hassle_free
-from .inputs import CalibrationError, InputStats
+from .inputs import InputStats
 from .magnitude import magnitude
 from .oats import OatsConfig, SslcConfig, oats, sslc
 from .slab import SlabConfig, slab

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..format import INTEGER_RANGES, VALUE_TYPES, ShapeError, ValueTypeError
+from ..errors import MethodError, ShapeError, ValueTypeError
+from ..format import INTEGER_RANGES, VALUE_TYPES
 from ..settings import enforce, setting
 from .solvers.masks import Pattern, parse_pattern
 from .solvers.sweep import Grid
-
-
-class MethodError(ValueError):
-    """A method that is unknown, an option that it does not have, or a value that is not allowed."""
 
 
 @dataclass(frozen=True)

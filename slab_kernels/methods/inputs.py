@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
+
 NEEDS = ("none", "diagonal", "gram")
-
-
-class CalibrationError(ValueError):
-    """Statistics that are missing, of the wrong width, or built from NaN or infinite inputs."""
 
 
 @dataclass

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..format.layout import MAX_FEATURES, FormatError
+from ..errors import ArchitectureError, CheckpointError, FormatError
+from ..format.layout import MAX_FEATURES
 from ..terminal import first_line
-from .blocks import ArchitectureError
 from .folder import config_dtype
-from .shards import CheckpointError, read_json
+from .shards import read_json
 from .skeleton import build
 
 # Far above any model: building allocates rotary tables for real and a module object for each layer.

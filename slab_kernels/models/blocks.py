@@ -10,11 +10,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArchitectureError
+
 TOKENS_PER_BATCH = 4096  # tokens a block sees at once: enough to fill a device, small beside the weights
-
-
-class ArchitectureError(ValueError):
-    """The model is not one that block-by-block compression can treat."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..device import usual_torch
 from ..format import PackedLayout, cast, weight_dtype
 from ..paths import expanded
 from .folder import WEIGHTS_KEY, Checkpoint, config_dtype, write_index
@@ -18,7 +19,6 @@ from .progress import Progress
 from .shards import write_json, write_shard
 from .side_files import copy_side_files
 from .source import hub_folder
-from .surroundings import usual_torch
 
 
 @usual_torch()

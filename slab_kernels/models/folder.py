@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from .shards import (
-    CheckpointError,
     TensorEntry,
     checksum,
     read_header,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..text.source import CalibrationError
+from ..errors import CalibrationError
 from .streams import Stop, Stream
 
 

@@ -12,20 +12,20 @@ from reprlib import repr as short
 import torch
 from torch import Tensor, nn
 
-from ..compression.blockwise import resolve_device
-from ..format import PackedLayout, PackedWeight, ShapeError, weight_dtype
+from ..device import resolve_device, usual_torch
+from ..errors import ArchitectureError, ArgumentError, CheckpointError, ShapeError
+from ..format import PackedLayout, PackedWeight, weight_dtype
 from ..nn import SlabLinear
 from ..paths import expanded
 from .architecture import build_skeleton
-from .blocks import ArchitectureError, find_blocks
+from .blocks import find_blocks
 from .folder import Checkpoint, check_counts, write_index
 from .packed_config import QUANT_METHOD, quantization_config, read_layouts, reading
 from .progress import Progress
-from .shards import CheckpointError, shard_name, write_json, write_shard
+from .shards import shard_name, write_json, write_shard
 from .side_files import read_generation_config
 from .source import config_dict, hub_folder, place
 from .stored_names import Forms, StoredNames, stored_forms
-from .surroundings import usual_torch
 from .ties import holds, settle, tied_names, untie
 
 
@@ -280,7 +280,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
             f"{short(model)} is no model; give one of transformers with packed layers"
         )
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
-        raise ValueError(f"tokenizer={short(tokenizer)} must be one of transformers")
+        raise ArgumentError(f"tokenizer={short(tokenizer)} must be one of transformers")
     modules = packed_modules(model)
     if not modules:
         check(model)

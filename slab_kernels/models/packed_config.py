@@ -7,9 +7,9 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..format import FORMAT_VERSION, FormatError, PackedLayout, VersionError
+from ..errors import CheckpointError, FormatError, VersionError
+from ..format import FORMAT_VERSION, PackedLayout
 from .folder import Checkpoint
-from .shards import CheckpointError
 
 QUANT_METHOD = "slab_kernels"
 

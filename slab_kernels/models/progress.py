@@ -12,8 +12,9 @@ import os
 import shutil
 from pathlib import Path
 
+from ..errors import CheckpointError
 from .folder import PROGRESS_NAME
-from .shards import PARTIAL_SUFFIX, CheckpointError, read_json, write_json
+from .shards import PARTIAL_SUFFIX, read_json, write_json
 
 LOCK_NAME = ".slab_lock"  # locked while a run writes to the folder, then removed; after a kill it is there, unlocked
 

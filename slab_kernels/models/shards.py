@@ -21,6 +21,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
+
 PARTIAL_SUFFIX = ".partial"
 CHECKSUMS = "slab_crc32"  # key of a shard's __metadata__: the text of a JSON object, tensor -> CRC
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
@@ -32,10 +34,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class CheckpointError(OSError):
-    """A folder cannot be read or written as a checkpoint."""
 
 
 @dataclass(frozen=True)

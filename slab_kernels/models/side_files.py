@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
 
+from ..errors import CheckpointError
 from ..terminal import first_line
-from .shards import CheckpointError, read_json, write_atomically
+from .shards import read_json, write_atomically
 
 WEIGHT_FILES = (
     "*.safetensors",

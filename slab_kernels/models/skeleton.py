@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .blocks import ArchitectureError
+from ..errors import ArchitectureError
 
 EMPTY = (torch.empty, torch.empty_permuted, torch.empty_strided)
 DEFAULT_DTYPE = (

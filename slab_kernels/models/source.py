@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArchitectureError, CalibrationError, CheckpointError
 from ..paths import expanded
 from ..terminal import first_line
-from ..text.source import CalibrationError, open_tokenizer
+from ..text.source import open_tokenizer
 from .architecture import build_skeleton
-from .blocks import ArchitectureError
 from .folder import WEIGHTS_KEY, Checkpoint, check_counts, config_dtype
-from .shards import CheckpointError, tensor_bytes, write_json
+from .shards import tensor_bytes, write_json
 from .side_files import NOT_DOWNLOADED, copy_side_files, side_files
 from .skeleton import blanked
 from .stored_names import Forms, StoredNames, stored_forms
@@ -28,12 +28,6 @@ from .ties import holds, settle, tied_names, untie, untie_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-
-
-def text_config(model: nn.Module):
-    """The config of the language model itself, inside that of a model of several modalities."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

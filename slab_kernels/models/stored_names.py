@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..terminal import first_line
-from .shards import CheckpointError, TensorEntry
+from .shards import TensorEntry
 
 # Stored name -> dtype, shape, and what makes the tensor.
 Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]

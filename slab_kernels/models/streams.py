@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..text.source import CalibrationError
-from .blocks import ArchitectureError, batch_size
+from ..errors import ArchitectureError, CalibrationError
+from .blocks import batch_size
 
 
 class Stop(Exception):

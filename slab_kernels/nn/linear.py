@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from .. import ops
 from ..backends import dispatch
 from ..backends.base import Backend, LinearProblem
-from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, ShapeError, cast, weight_dtype
+from ..errors import ArgumentTypeError, BackendError, ShapeError, UnsupportedError
+from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
 from .prepared import Prepared, Source, keep
 
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
@@ -131,7 +132,7 @@ class SlabLinear(nn.Module):
         Raises: RuntimeError before `prepare`.
         """
         if not self._linears:
-            raise RuntimeError("offload() needs a prepared layer: call prepare(dtype) first")
+            raise BackendError("offload() needs a prepared layer: call prepare(dtype) first")
         self._home = self._home or self.values.device
         before = tuple(self._buffers.values())
         for name, tensor in self.packed().tensors().items():
@@ -238,7 +239,7 @@ class FusedSlabLinear(nn.Module):
         super().__init__()
         parts = [parts] if isinstance(parts, nn.Module) else list(parts)
         if strange := {type(part).__name__ for part in parts if not isinstance(part, SlabLinear)}:
-            raise TypeError(f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}")
+            raise ArgumentTypeError(f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}")
         if not parts:
             raise ShapeError("FusedSlabLinear takes at least one SlabLinear, not an empty list")
         self.parts = nn.ModuleList(parts)
@@ -308,7 +309,7 @@ def _packed(layout: PackedLayout, buffers: dict[str, Tensor | None]) -> PackedWe
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
+        raise UnsupportedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
 
 
 def _autocast(x: Tensor) -> Tensor:

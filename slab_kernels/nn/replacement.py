@@ -6,7 +6,8 @@ from collections import defaultdict
 
 from torch import nn
 
-from ..format import PackedWeight, ShapeError
+from ..errors import ArgumentError, ArgumentTypeError, ShapeError, UnknownModuleError
+from ..format import PackedWeight
 from .linear import SlabLinear
 
 # Hooks of a module's calls. The dicts themselves move, so that handles go on removing from them.
@@ -42,13 +43,13 @@ def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Modu
         if not isinstance(linear, nn.Linear):
             kind = "absent" if linear is None else type(linear).__name__
             where = f"{name!r} is {kind} in {type(model).__name__}"
-            raise KeyError(f"{where}; only nn.Linear modules can be replaced")
+            raise UnknownModuleError(f"{where}; only nn.Linear modules can be replaced")
         if reason := obstacle(linear):
-            raise TypeError(f"{name!r} cannot be replaced: {reason}")
+            raise ArgumentTypeError(f"{name!r} cannot be replaced: {reason}")
         parents = [modules.get(other.rpartition(".")[0]) for other in names[linear]]
         if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
             reason = "nn.MultiheadAttention reads its weight and never calls it"
-            raise TypeError(f"{name!r} cannot be replaced: {reason}")
+            raise ArgumentTypeError(f"{name!r} cannot be replaced: {reason}")
         if (linear.out_features, linear.in_features) != (weight.out_features, weight.in_features):
             raise ShapeError(
                 f"{name!r} is {linear.out_features}x{linear.in_features}, the packed weight "
@@ -56,7 +57,7 @@ def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Modu
             )
         if weights.setdefault(linear, weight) is not weight:
             both = " and ".join(map(repr, names[linear]))
-            raise ValueError(f"{both} are one module, but two packed weights are given for it")
+            raise ArgumentError(f"{both} are one module, but two packed weights are given for it")
     for linear, weight in weights.items():
         device = linear.weight.device
         moved = weight if device.type == "meta" else weight.to(device)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import count, cycle
 from typing import TYPE_CHECKING
 
+from ..errors import PlotsUnavailable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -20,10 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .tables import Result
-
-
-class PlotsUnavailable(RuntimeError):
-    """matplotlib is not installed."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from ..errors import ReportError
 from ..paths import expanded
 
 RUN_RECORD = "slab_run.json"
@@ -31,10 +32,6 @@ MODEL_ROW = {
 }  # fmt: skip
 LARGEST = 1e300  # of a number: what is beyond overflows in a sum, and NaN is not below it
 NUMBERS = {int: "an integer", float: "a number", str: "a text"}
-
-
-class ReportError(ValueError):
-    """A path that holds nothing a report can show."""
 
 
 @dataclass(frozen=True)

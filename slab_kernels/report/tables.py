@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ReportError
 from ..paths import expanded
-from .measurements import Report, ReportError, Result, Table, read
+from .measurements import Report, Result, Table, read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

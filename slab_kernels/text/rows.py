@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..methods.inputs import CalibrationError
+from ..errors import CalibrationError
 from ..terminal import first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")

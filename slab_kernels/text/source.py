@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.inputs import CalibrationError
-from ..models.shards import CheckpointError
+from ..errors import CalibrationError, CheckpointError
 from ..paths import expanded
 from ..settings import SEED, WINDOW, enforce, setting
 from ..terminal import first_line

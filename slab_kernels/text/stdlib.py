@@ -11,6 +11,8 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
+from ..errors import StdlibSourceError
+
 __all__ = [
     "HELD_OUT",
     "StdlibSourceError",
@@ -41,10 +43,6 @@ _EXCLUDED_FILES = frozenset({"html/entities.py"})
 
 # A stripped interpreter can keep a handful of modules; fewer bytes than this is not the standard library.
 _MINIMUM_BYTES = 1_000_000
-
-
-class StdlibSourceError(OSError):
-    """The sources of the standard library are not on this machine."""
 
 
 def training_text() -> str:

@@ -8,11 +8,15 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..methods.inputs import CalibrationError
-from ..models.shards import CheckpointError
-from ..models.source import text_config
+from ..errors import CalibrationError, CheckpointError
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model itself, inside that of a model of several modalities."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def token_ids(source: Any, name: str = "calibration") -> Tensor | None:

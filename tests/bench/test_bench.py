@@ -17,13 +17,13 @@ import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.backends.base import BackendError
 from slab_kernels.bench import clocks as timing
 from slab_kernels.bench import linear as bench
 from slab_kernels.bench import peers, roofline
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli.main import main as cli
-from slab_kernels.format import PackedLayout, ValueTypeError, unpack
+from slab_kernels.errors import BackendError, ValueTypeError
+from slab_kernels.format import PackedLayout, unpack
 from slab_kernels.report import figures
 from slab_kernels.report import tables as report
 from slab_kernels.testing import random_packed

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from slab_kernels.backends.base import BackendError
 from slab_kernels.backends.triton import configs
-from slab_kernels.backends.triton.configs import Config, ConfigError, Device, Row, read
+from slab_kernels.backends.triton.configs import Config, Device, Row, read
 from slab_kernels.bench import clocks as timing
 from slab_kernels.bench import linear as bench
 from slab_kernels.bench import tune as tuning
 from slab_kernels.bench.tune import Problem, candidates, merged, problems, run, save, tune
 from slab_kernels.cli.main import console
 from slab_kernels.cli.main import main as cli
+from slab_kernels.errors import BackendError, ConfigError
 from slab_kernels.format import PackedLayout
 
 A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from slab_kernels.compression import matching
-from slab_kernels.compression.budget import LADDER, BudgetError, Choice, spend
+from slab_kernels.compression.budget import LADDER, Choice, spend
 from slab_kernels.compression.matching import Matching, TrainableLinear
 from slab_kernels.compression.model import compress
 from slab_kernels.compression.training import Training, train
+from slab_kernels.errors import BudgetError, CheckpointError
 from slab_kernels.format import pack, unpack
 from slab_kernels.methods import decompose
 from slab_kernels.models.packed import load
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.models.streams import _HIDDEN, Stream
 from slab_kernels.testing import random_packed
 

@@ -22,14 +22,13 @@ from transformers import AutoModelForCausalLM
 import slab_kernels
 from slab_kernels.compression import blockwise as pipeline
 from slab_kernels.compression import model
-from slab_kernels.compression.model import ArchitectureError, CalibrationError, RunRecord, compress
+from slab_kernels.compression.model import RunRecord, compress
 from slab_kernels.compression.record import ProgressEvent
+from slab_kernels.errors import ArchitectureError, CalibrationError, CheckpointError, FormatError
 from slab_kernels.evaluate import perplexity as evaluate
-from slab_kernels.format import FormatError
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
 from slab_kernels.models.packed import load, save
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.nn import SlabLinear
 
 TOKENS = tiny_models.tokens()

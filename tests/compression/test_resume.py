@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from slab_kernels.compression import budget
 from slab_kernels.compression.model import compress
+from slab_kernels.errors import CheckpointError
 from slab_kernels.models.folder import PROGRESS_NAME, Checkpoint
-from slab_kernels.models.shards import CheckpointError
 
 TOKENS = tiny_models.tokens()
 QUICK = dict(method="magnitude", calibration=TOKENS)

@@ -14,12 +14,10 @@ import slab_kernels
 from slab_kernels import InputStats, decompose
 from slab_kernels.cli.main import main as cli
 from slab_kernels.compression.arguments import Arguments
-from slab_kernels.compression.budget import BudgetError
 from slab_kernels.compression.matching import Matching
 from slab_kernels.compression.training import Training
-from slab_kernels.format import PatternError, ShapeError
-from slab_kernels.methods import METHODS, MethodError
-from slab_kernels.methods.inputs import CalibrationError
+from slab_kernels.errors import BudgetError, CalibrationError, MethodError, PatternError, ShapeError
+from slab_kernels.methods import METHODS
 
 NAN, INF = float("nan"), float("inf")
 OPTIONS = [(method, option) for method, row in METHODS.items() for option in row.options()]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from slab_kernels.engines.probe import Probe
+from slab_kernels.errors import ArchitectureError
 from slab_kernels.format import PackedLayout
-from slab_kernels.models.blocks import ArchitectureError
 
 LAYOUTS = {
     "h.0.qkv": PackedLayout(

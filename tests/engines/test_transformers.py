@@ -13,9 +13,8 @@ from torch import nn
 
 import slab_kernels
 from slab_kernels.cli.main import main as cli
+from slab_kernels.errors import CheckpointError, FormatError, VersionError
 from slab_kernels.evaluate import perplexity as evaluate
-from slab_kernels.format import FormatError, VersionError
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.nn import SlabLinear
 
 transformers = pytest.importorskip("transformers")

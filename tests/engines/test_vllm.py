@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slab_kernels
-from slab_kernels.format import PackedWeight, ShapeError
-from slab_kernels.models.blocks import ArchitectureError
+from slab_kernels.errors import ArchitectureError, CheckpointError, ShapeError
+from slab_kernels.format import PackedWeight
 from slab_kernels.models.packed import read_layouts
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.testing import random_packed
 
 ON_GPU = torch.cuda.is_available()

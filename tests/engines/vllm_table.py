@@ -33,7 +33,7 @@ import tiny_models
 import torch
 
 import slab_kernels
-from slab_kernels.models.blocks import ArchitectureError
+from slab_kernels.errors import ArchitectureError
 
 # Whatever of these a config has. Heads and latents are of sizes that vLLM's attention has.
 SIZES = {

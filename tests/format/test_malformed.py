@@ -16,15 +16,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
-from slab_kernels.backends.base import BackendError
 from slab_kernels.cli.main import main as cli
 from slab_kernels.compression.record import RunRecord, layer_from_dict
+from slab_kernels.errors import BackendError, CheckpointError, FormatError
 from slab_kernels.evaluate.inspect import inspect
 from slab_kernels.evaluate.perplexity import running
-from slab_kernels.format import FormatError
 from slab_kernels.models.folder import INDEX_NAME, RECORD_NAME, Checkpoint
 from slab_kernels.models.packed import check_finite
-from slab_kernels.models.shards import MAX_DEPTH, CheckpointError, read_json
+from slab_kernels.models.shards import MAX_DEPTH, read_json
 from slab_kernels.models.source import FolderSource
 
 HUGE = 10**400

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slab_kernels.methods.inputs import CalibrationError, InputStats
+from slab_kernels.errors import CalibrationError
+from slab_kernels.methods.inputs import InputStats
 
 
 def inputs(tokens: int, K: int, seed: int = 0) -> torch.Tensor:

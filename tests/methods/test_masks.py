@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slab_kernels.format import PatternError
+from slab_kernels.errors import PatternError
 from slab_kernels.methods.solvers.masks import Pattern, parse_pattern, select, top_of_groups, top_of_rows
 from slab_kernels.methods.solvers.states import enumerable, group_states
 

@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slab_kernels.compression.blockwise import relative_error
-from slab_kernels.format import (
+from slab_kernels.errors import (
+    CalibrationError,
     DtypeError,
+    MethodError,
     PatternError,
     RangeError,
     ShapeError,
     ValueTypeError,
-    pack,
-    round_factors,
-    unpack,
 )
-from slab_kernels.methods import METHODS, MethodError, decompose
-from slab_kernels.methods.inputs import CalibrationError, InputStats
+from slab_kernels.format import pack, round_factors, unpack
+from slab_kernels.methods import METHODS, decompose
+from slab_kernels.methods.inputs import InputStats
 from slab_kernels.methods.solvers.masks import parse_pattern
 from slab_kernels.methods.solvers.quantize import expand_scales
 

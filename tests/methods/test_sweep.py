@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slab_kernels.methods.inputs import CalibrationError
+from slab_kernels.errors import CalibrationError
 from slab_kernels.methods.solvers.descent import descend_groups, descend_levels
 from slab_kernels.methods.solvers.lowrank import masked_als, signed_factors, signed_loss, signs, truncated_svd
 from slab_kernels.methods.solvers.masks import Pattern, parse_pattern, select

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from slab_kernels.compression.model import compress
-from slab_kernels.methods.inputs import CalibrationError
+from slab_kernels.errors import ArchitectureError, CalibrationError
 from slab_kernels.models.architecture import build_skeleton
-from slab_kernels.models.blocks import ArchitectureError, block_linears, filled_copy, find_blocks
+from slab_kernels.models.blocks import block_linears, filled_copy, find_blocks
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.groups import find_groups
 from slab_kernels.models.packed import load

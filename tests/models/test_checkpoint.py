@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 
 import slab_kernels
 from slab_kernels.compression.model import compress
-from slab_kernels.format import PackedLayout, ShapeError
+from slab_kernels.errors import ArchitectureError, CheckpointError, ShapeError
+from slab_kernels.format import PackedLayout
 from slab_kernels.models.architecture import build_skeleton
-from slab_kernels.models.blocks import ArchitectureError
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import INDEX_NAME, PROGRESS_NAME, Checkpoint, write_index
 from slab_kernels.models.packed import load, read_layouts, read_packed
 from slab_kernels.models.progress import LOCK_NAME, Progress
-from slab_kernels.models.shards import CheckpointError, read_header, write_json, write_shard
+from slab_kernels.models.shards import read_header, write_json, write_shard
 from slab_kernels.models.source import FolderSource, open_source
 from slab_kernels.testing import random_packed
 

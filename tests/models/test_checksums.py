@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels.cli.main import main as cli
+from slab_kernels.errors import CheckpointError
 from slab_kernels.models.folder import VERIFY, Checkpoint
-from slab_kernels.models.shards import CHECKSUMS, CheckpointError
+from slab_kernels.models.shards import CHECKSUMS
 
 SETTINGS = {"method": "slab-paper", "calibration": tiny_models.tokens(), "progress": False}
 

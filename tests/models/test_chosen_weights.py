@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
+from slab_kernels.errors import CheckpointError
 from slab_kernels.models.folder import INDEX_NAME, Checkpoint
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.models.source import FolderSource
 
 NORM = "model.norm.weight"

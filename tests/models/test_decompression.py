@@ -17,9 +17,8 @@ import slab_kernels
 from slab_kernels import decompress, load
 from slab_kernels.cli.main import main as cli
 from slab_kernels.compression import training
-from slab_kernels.format import DtypeError, RangeError
+from slab_kernels.errors import CheckpointError, DtypeError, RangeError
 from slab_kernels.models.folder import config_dtype
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.models.source import compute_dtype
 
 LARGE = "model.layers.0.mlp.down_proj"

@@ -9,10 +9,9 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from slab_kernels.compression.model import compress
-from slab_kernels.models.blocks import ArchitectureError
+from slab_kernels.errors import ArchitectureError, CalibrationError
 from slab_kernels.models.groups import find_groups, layer_inputs
 from slab_kernels.models.streams import _HIDDEN, Stream, catch_stream
-from slab_kernels.text.source import CalibrationError
 
 TOKENS = tiny_models.tokens(16, 32)
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slab_kernels
-from slab_kernels.format import PackedLayout, VersionError
-from slab_kernels.models.blocks import ArchitectureError
-from slab_kernels.models.shards import CheckpointError
+from slab_kernels.errors import ArchitectureError, CheckpointError, VersionError
+from slab_kernels.format import PackedLayout
 from slab_kernels.nn import SlabLinear
 from slab_kernels.nn.replacement import replace_linear
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slab_kernels import FusedSlabLinear, compress, load, save
-from slab_kernels.models.blocks import ArchitectureError
+from slab_kernels.errors import ArchitectureError
 
 
 @pytest.fixture(scope="module")

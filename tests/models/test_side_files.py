@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import slab_kernels
 from slab_kernels.cli.main import main as cli
+from slab_kernels.errors import CheckpointError
 from slab_kernels.models import source
-from slab_kernels.models.shards import CheckpointError
 from slab_kernels.models.side_files import (
     NOT_DOWNLOADED,
     copy_side_files,

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import slab_kernels
+from slab_kernels.errors import ArchitectureError
 from slab_kernels.models import skeleton
 from slab_kernels.models.architecture import build_skeleton
-from slab_kernels.models.blocks import ArchitectureError
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from slab_kernels import FusedSlabLinear, SlabLinear
-from slab_kernels.format import PackedLayout, ShapeError
+from slab_kernels.errors import ShapeError
+from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
 ROWS, K = (40, 8, 17), 96

@@ -13,8 +13,9 @@ import torch
 
 from slab_kernels import ops, reference
 from slab_kernels.backends import dispatch
-from slab_kernels.backends.base import BackendError, LinearProblem
-from slab_kernels.format import FormatError, PackedLayout, ShapeError, pack, unpack
+from slab_kernels.backends.base import LinearProblem
+from slab_kernels.errors import BackendError, FormatError, ShapeError
+from slab_kernels.format import PackedLayout, pack, unpack
 from slab_kernels.nn import FusedSlabLinear, SlabLinear
 from slab_kernels.nn.prepared import Prepared, Source
 from slab_kernels.nn.replacement import replace_linear

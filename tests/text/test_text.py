@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slab_kernels.errors import CalibrationError
 from slab_kernels.evaluate import perplexity as evaluate
-from slab_kernels.text.source import CalibrationError, read_text, sample_windows, tokenize, windows
+from slab_kernels.text.source import read_text, sample_windows, tokenize, windows
 
 
 @pytest.fixture(scope="module")

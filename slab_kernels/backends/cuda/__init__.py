@@ -20,7 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...format import PackedWeight, ShapeError
+from ...errors import ArgumentTypeError, ShapeError
+from ...format import PackedWeight
 from ...ops import register_vmap, without_autocast
 from ..base import Backend, LinearProblem, differences
 from . import driver, layout
@@ -74,7 +75,7 @@ class CudaBackend(Backend):
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         if x.dtype != state.dtype:
-            raise TypeError(f"x is {x.dtype}, but this weight was prepared for {state.dtype} activations")
+            raise ArgumentTypeError(f"x is {x.dtype}, but this weight was prepared for {state.dtype} activations")
         tensors, sizes = state[:5], state[5:]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return torch.ops.slab_kernels.linear_cuda(x, *tensors, bias, *sizes)
@@ -129,17 +130,17 @@ def check(x: Tensor, stream: Tensor, bias: Tensor | None, in_features: int, out_
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
     if x.dtype != dtype:
-        raise TypeError(f"x is {x.dtype}, but this weight was prepared for {dtype} activations")
+        raise ArgumentTypeError(f"x is {x.dtype}, but this weight was prepared for {dtype} activations")
     if x.device != stream.device:
-        raise TypeError(f"x is on {x.device}, the weight on {stream.device}")
+        raise ArgumentTypeError(f"x is on {x.device}, the weight on {stream.device}")
     if bias is None:
         return
     if bias.shape != (out_features,) or not bias.is_contiguous():
         raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous")
     if bias.dtype not in BIAS_TYPES:
-        raise TypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
+        raise ArgumentTypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
     if bias.device != x.device:
-        raise TypeError(f"bias is on {bias.device}, x on {x.device}")
+        raise ArgumentTypeError(f"bias is on {bias.device}, x on {x.device}")
 
 
 def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, planes, dtype):

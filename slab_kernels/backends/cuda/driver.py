@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import CudaError
 from . import images
 
 LIBRARY = "libcuda.so.1"
@@ -32,10 +33,6 @@ _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number; behind it kernelParams[0]
 _CONFIG = struct.Struct("@7IxxxxQQIxxxxQ")
 _PARAMETERS_AT = 56
-
-
-class CudaError(RuntimeError):
-    """The driver refused a call; the message names the call, the error and what was asked for."""
 
 
 class _Function(NamedTuple):

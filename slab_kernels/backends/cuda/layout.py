@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...errors import ArgumentTypeError, RangeError, ShapeError
 from ...format import (
     INTEGER_RANGES,
     MOST_LOST,
     VALUE_TYPES,
     PackedWeight,
-    RangeError,
-    ShapeError,
     bits,
     plane_unit,
     rounding_error,
@@ -66,7 +65,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     activations' kernels cannot hold.
     """
     if dtype not in ACTIVATIONS:
-        raise TypeError(f"the CUDA kernels take float16 or bfloat16 activations, not {dtype}")
+        raise ArgumentTypeError(f"the CUDA kernels take float16 or bfloat16 activations, not {dtype}")
     if found := differences(parts):
         raise ShapeError(found)
     layouts = [part.layout for part in parts]

@@ -15,14 +15,11 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import CompileError
 from .compile import FALLBACK, OPTIONS
 
 _NAME = re.compile(r"libnvrtc(?:-[0-9a-f]+)?\.so\.(\d+)[.\d]*")  # not libnvrtc-builtins, not the .alt variant
 _LOADING = threading.Lock()
-
-
-class CompileError(RuntimeError):
-    """NVRTC refused the source; the message holds its log."""
 
 
 class Nvrtc(NamedTuple):

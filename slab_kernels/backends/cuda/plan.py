@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ...errors import ArgumentError
 from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES, SIGN_BYTES, VALUE_BYTES, W16
 
 MOST_STAGES = 4
@@ -82,7 +83,7 @@ def gpu_named(name: str) -> Gpu:
     for gpu in GPUS:
         if gpu.name.lower() == name.lower():
             return gpu
-    raise ValueError(f"no figures for the GPU {name!r}; known: {', '.join(gpu.name for gpu in GPUS)}")
+    raise ArgumentError(f"no figures for the GPU {name!r}; known: {', '.join(gpu.name for gpu in GPUS)}")
 
 
 def gpu_like(name: str, capability: tuple[int, int], multiprocessors: int, shared_limit: int) -> Gpu:
@@ -358,7 +359,7 @@ def plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list
 
 def _fastest(found: list[Plan], sizes: Sizes, gpu: Gpu) -> Plan:
     if not found:
-        raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+        raise ArgumentError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
     return min(found, key=lambda plan: plan.microseconds)
 
 
@@ -375,5 +376,5 @@ def _split(sizes: Sizes, decode: bool, gpu: Gpu) -> tuple[int, int]:
                 total = sum(min(plan.microseconds for plan in end) for end in ends)
                 best = min(best or (total, warp_inputs, splits), (total, warp_inputs, splits))
     if best is None:
-        raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+        raise ArgumentError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
     return best[1:]

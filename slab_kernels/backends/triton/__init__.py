@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...format import PackedWeight, ShapeError
+from ...errors import ArgumentTypeError, ShapeError
+from ...format import PackedWeight
 from ...ops import register_vmap, without_autocast
 from ..base import Backend, LinearProblem, differences
 from . import launch
@@ -145,20 +146,20 @@ def check(x: Tensor, values: Tensor, P: Tensor | None, bias: Tensor | None, in_f
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
     if x.dtype not in ACTIVATIONS:
-        raise TypeError(f"x is {x.dtype}, but the Triton kernels take float16, bfloat16 or float32")
+        raise ArgumentTypeError(f"x is {x.dtype}, but the Triton kernels take float16, bfloat16 or float32")
     if x.device != values.device:
-        raise TypeError(f"x is on {x.device}, the weight on {values.device}")
+        raise ArgumentTypeError(f"x is on {x.device}, the weight on {values.device}")
     for t in (values if x.dtype != torch.float32 else None, P):  # fp32 activations take values of either type
         if t is not None and t.is_floating_point() and t.dtype != x.dtype:
-            raise TypeError(f"x is {x.dtype}, but this weight was prepared for {t.dtype} activations")
+            raise ArgumentTypeError(f"x is {x.dtype}, but this weight was prepared for {t.dtype} activations")
     if bias is None:
         return
     if bias.shape != (out_features,) or not bias.is_contiguous():
         raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous")
     if not bias.is_floating_point() or bias.dtype == torch.float64:
-        raise TypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
+        raise ArgumentTypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
     if bias.device != x.device:
-        raise TypeError(f"bias is on {bias.device}, x on {x.device}")
+        raise ArgumentTypeError(f"bias is on {bias.device}, x on {x.device}")
 
 
 def _linear_fake(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features, rows, value_type, group_size):

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import ConfigError
+
 SHIPPED = Path(__file__).parent / "configs"
 ENVIRONMENT = "SLAB_KERNELS_CONFIGS"  # another folder for the user's rows
 FORMAT = 1
@@ -29,10 +31,6 @@ BLOCKS = (16, 32, 64, 128, 256)  # a tile is 2^16 numbers at most; Triton takes 
 WARPS = (1, 2, 4, 8)
 A_THREAD = 256  # numbers of a tile in one thread's registers (there are 255 of them): with more, compiling takes minutes
 VALUES = ("fp16", "bf16", "int8", "int4")
-
-
-class ConfigError(ValueError):
-    """A row or file of configurations is not usable; the message names it."""
 
 
 def _integer(name: str, value: object, least: int, most: int) -> None:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...format import MOST_LOST, VALUE_TYPES, PackedWeight, RangeError, bits, plane_unit, rounding_error
+from ...errors import RangeError
+from ...format import (
+    MOST_LOST,
+    VALUE_TYPES,
+    PackedWeight,
+    bits,
+    plane_unit,
+    rounding_error,
+)
 from .. import factors
 from .configs import Config, Sizes
 

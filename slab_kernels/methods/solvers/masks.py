@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...format import PatternError
+from ...errors import PatternError
 
 LOOP_GROUP = 8  # up to here ranks by comparison (m^2 passes over N*K/m) beat a sort
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import CalibrationError
+from ...errors import CalibrationError
 from .lowrank import truncated_svd
 
 MORE_DAMPING = 10.0  # factor tried when the damped matrix is not positive definite

@@ -15,8 +15,9 @@ import torch
 
 from slab_kernels import SlabLinear, reference
 from slab_kernels.backends import cpu, dispatch
-from slab_kernels.backends.base import BackendError, LinearProblem
+from slab_kernels.backends.base import LinearProblem
 from slab_kernels.bench import machine
+from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout, PackedWeight, bits
 from slab_kernels.testing import (
     ADAPTER_RANKS,

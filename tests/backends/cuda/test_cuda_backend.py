@@ -26,12 +26,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slab_kernels import reference
 from slab_kernels.backends import cuda, dispatch
-from slab_kernels.backends.base import BackendError, LinearProblem
+from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.cuda import driver, layout, plan
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda.launch import Device, kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
-from slab_kernels.format import PackedLayout, RangeError, ShapeError
+from slab_kernels.errors import BackendError, RangeError, ShapeError
+from slab_kernels.format import PackedLayout
 from slab_kernels.nn import SlabLinear
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, oracle, random_packed
 

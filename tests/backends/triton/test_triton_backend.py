@@ -25,10 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slab_kernels import SlabLinear
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.base import BackendError, LinearProblem
+from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.triton import configs, launch
 from slab_kernels.backends.triton.configs import Config
-from slab_kernels.format import PackedLayout, RangeError, ShapeError, bits
+from slab_kernels.errors import BackendError, RangeError, ShapeError
+from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, random_packed
 
 BACKEND = backend.BACKEND

@@ -19,7 +19,6 @@ import pytest
 from slab_kernels.backends.triton import configs, launch
 from slab_kernels.backends.triton.configs import (
     Config,
-    ConfigError,
     Device,
     Row,
     Sizes,
@@ -30,6 +29,7 @@ from slab_kernels.backends.triton.configs import (
     splits,
 )
 from slab_kernels.cli.main import console
+from slab_kernels.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)

@@ -25,9 +25,10 @@ import triton_checks as checks
 from slab_kernels import SlabLinear
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.base import BackendError, LinearProblem
+from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.triton import launch
 from slab_kernels.backends.triton.configs import DEFAULTS, Config, choose
+from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, random_packed
 
