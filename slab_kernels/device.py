@@ -20,7 +20,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device={device!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
     if resolved.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', 'cpu' or 'cuda'")
+        raise ArgumentError(
+            f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', 'cpu' or 'cuda'"
+        )
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
             f"device={str(device)!r} is not on this machine (torch sees {torch.cuda.device_count()} GPUs); use device='cpu'"

@@ -7,7 +7,16 @@ also derives from the built-in exception that Python programmers expect for its 
 from __future__ import annotations
 
 # The exit codes of `slab-kernels`. A kill by SIGINT or SIGTERM ends with 128 plus the signal's number.
-DONE, BUG, BAD_INPUT, BAD_FILE, CANNOT_RUN, NO_SPACE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 5, 130, 143
+DONE, BUG, BAD_INPUT, BAD_FILE, CANNOT_RUN, NO_SPACE, INTERRUPTED, TERMINATED = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    130,
+    143,
+)
 
 
 class SlabError(Exception):

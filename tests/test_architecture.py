@@ -69,7 +69,8 @@ def imported_modules(path: Path) -> set[str]:
     hidden = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", getattr(node.test, "attr", "")) == "TYPE_CHECKING"
+        if isinstance(node, ast.If)
+        and getattr(node.test, "id", getattr(node.test, "attr", "")) == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
     here = ("slab_kernels", *path.relative_to(PACKAGE).parts[:-1])
@@ -124,7 +125,9 @@ def test_no_two_files_need_each_other():
 
 
 def includes(path: Path) -> list[str]:
-    return re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(
+        r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
@@ -135,9 +138,17 @@ def test_cpp_includes_go_down(path):
     """bindings.cpp -> launch.h -> cpu/* -> format.h; torch in bindings.cpp alone."""
     relative = path.relative_to(ROOT / "csrc")
     seen = includes(path)
-    torch = [name for name in seen if name.startswith(("torch/", "ATen/", "c10/", "Python.h", "pybind11/"))]
+    torch = [
+        name
+        for name in seen
+        if name.startswith(("torch/", "ATen/", "c10/", "Python.h", "pybind11/"))
+    ]
     assert not torch or relative.name == "bindings.cpp"
-    own = {Path(name).name for name in seen if (path.parent / name).is_file() or (ROOT / "csrc" / name).is_file()}
+    own = {
+        Path(name).name
+        for name in seen
+        if (path.parent / name).is_file() or (ROOT / "csrc" / name).is_file()
+    }
     siblings = {p.name for p in path.parent.iterdir()}
     if relative.name == "format.h":
         assert own == set()
@@ -146,4 +157,6 @@ def test_cpp_includes_go_down(path):
     elif relative.name == "bindings.cpp":
         assert own <= {"launch.h"}
     else:
-        assert own <= {"format.h", "launch.h"} | {name for name in siblings if name.endswith((".h", ".cuh"))}
+        assert own <= {"format.h", "launch.h"} | {
+            name for name in siblings if name.endswith((".h", ".cuh"))
+        }

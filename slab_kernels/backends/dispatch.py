@@ -17,7 +17,12 @@ from ..errors import BackendError
 from ..format import PackedWeight
 from .base import Backend, LinearProblem
 
-ORDER = ("cuda", "cpu", "triton", "reference")  # fastest first on each device; the reference runs everything
+ORDER = (
+    "cuda",
+    "cpu",
+    "triton",
+    "reference",
+)  # fastest first on each device; the reference runs everything
 ENVIRONMENT = "SLAB_KERNELS_BACKEND"
 
 
@@ -48,7 +53,9 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
     if forced:
         chosen = backend(forced)
         if reasons := chosen.not_supported_reasons(problem):
-            raise BackendError(f"backend {forced!r} cannot run {problem.describe()}: {'; '.join(reasons)}")
+            raise BackendError(
+                f"backend {forced!r} cannot run {problem.describe()}: {'; '.join(reasons)}"
+            )
         return chosen
     found = explain(problem)
     for able, reasons in found.items():

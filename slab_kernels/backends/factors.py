@@ -53,5 +53,7 @@ def _power(size: Tensor) -> Tensor:
 
 def _checked(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
     if not rounding_error(t.float(), dtype) <= MOST_LOST:
-        raise RangeError(f"{name}, scaled so that the other factor is below 1, does not fit {dtype}; use bfloat16 activations")
+        raise RangeError(
+            f"{name}, scaled so that the other factor is below 1, does not fit {dtype}; use bfloat16 activations"
+        )
     return t.to(dtype)

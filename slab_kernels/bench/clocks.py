@@ -21,7 +21,9 @@ Call = Callable[[], Any]
 
 REPLAYS = 50  # samples at least, on a GPU
 FEWEST_COPIES = 8  # on a GPU
-L2_MULTIPLE = 4  # copies together are larger than so many L2 caches: the replacement policy is not plain LRU
+L2_MULTIPLE = (
+    4  # copies together are larger than so many L2 caches: the replacement policy is not plain LRU
+)
 USUAL_L2 = 64 << 20  # where torch does not tell: H100 has 50 MB, RTX 4090 72 MB
 CPU_ROTATED = 256 << 20  # beyond the private caches; a large shared cache may still hold it
 MOST_COPIES = 1024  # of a tiny weight, which then stays in cache and is reported as warm
@@ -90,13 +92,17 @@ class CudaClock:
     def __init__(self, device: torch.device | str, min_seconds: float, cuda: Any = None):
         self.cuda = cuda or torch.cuda
         self.device, self.min_seconds = torch.device(device), min_seconds
-        self.l2 = getattr(self.cuda.get_device_properties(self.device), "L2_cache_size", 0) or USUAL_L2
+        self.l2 = (
+            getattr(self.cuda.get_device_properties(self.device), "L2_cache_size", 0) or USUAL_L2
+        )
 
     def copies(self, size: int) -> int:
         wanted = max(FEWEST_COPIES, L2_MULTIPLE * self.l2 // size + 1)
         self.cuda.empty_cache()  # what torch keeps of the last contestant's copies is free too
         free, _ = self.cuda.mem_get_info(self.device)
-        return max(2, min(wanted, MOST_COPIES, free // 2 // size))  # the other half: room for outputs
+        return max(
+            2, min(wanted, MOST_COPIES, free // 2 // size)
+        )  # the other half: room for outputs
 
     def is_cold(self, total: int) -> bool:
         return total > L2_MULTIPLE * self.l2
@@ -105,7 +111,9 @@ class CudaClock:
         """At least `min_seconds` of replays and REPLAYS of them."""
         with self.cuda.device(self.device):
             run, timing = self._captured(calls)
-            for _ in range(5):  # keeps the queue full when the first sample starts, and the clocks up
+            for _ in range(
+                5
+            ):  # keeps the queue full when the first sample starts, and the clocks up
                 run()
             samples: list[float] = []
             while len(samples) < REPLAYS or sum(samples) * len(calls) < self.min_seconds:
@@ -149,14 +157,20 @@ class CudaClock:
             self.cuda.synchronize()
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            warnings.warn(f"no CUDA graph of these calls, timed one by one instead: {reason}", stacklevel=3)
+            warnings.warn(
+                f"no CUDA graph of these calls, timed one by one instead: {reason}", stacklevel=3
+            )
             return eager, "eager"
         return graph.replay, "graph"
 
 
 def clock(device: torch.device | str, min_seconds: float) -> WallClock | CudaClock:
     """The clock for that device."""
-    return CudaClock(device, min_seconds) if torch.device(device).type == "cuda" else WallClock(min_seconds)
+    return (
+        CudaClock(device, min_seconds)
+        if torch.device(device).type == "cuda"
+        else WallClock(min_seconds)
+    )
 
 
 def tensors(state: Any) -> Iterator[Tensor]:

@@ -24,13 +24,19 @@ class Decoder:
 
     def separate(self) -> Shapes:
         """q, k and v, o, gate and up, down as transformers holds them."""
-        q, kv, o = (self.attention, self.hidden), (self.kv, self.hidden), (self.hidden, self.attention)
+        q, kv, o = (
+            (self.attention, self.hidden),
+            (self.kv, self.hidden),
+            (self.hidden, self.attention),
+        )
         return tuple(dict.fromkeys((q, kv, o, (self.ffn, self.hidden), (self.hidden, self.ffn))))
 
     def fused(self) -> Shapes:
         """qkv, o, gate_up, down as engines run them."""
         qkv, gate_up = (self.attention + 2 * self.kv, self.hidden), (2 * self.ffn, self.hidden)
-        return tuple(dict.fromkeys((qkv, (self.hidden, self.attention), gate_up, (self.hidden, self.ffn))))
+        return tuple(
+            dict.fromkeys((qkv, (self.hidden, self.attention), gate_up, (self.hidden, self.ffn)))
+        )
 
 
 def _decoder(hidden: int, ffn: int, kv: int, attention: int | None = None) -> Decoder:

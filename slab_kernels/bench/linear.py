@@ -41,7 +41,9 @@ class Case:
     k: int
     tokens: Sequence[int] = (1,)
     values: Sequence[str] = ("fp16",)
-    dtype: torch.dtype | str = torch.float32  # of activations and dense weight; or "fp32", "bf16", "fp16"
+    dtype: torch.dtype | str = (
+        torch.float32
+    )  # of activations and dense weight; or "fp32", "bf16", "fp16"
     device: str = "cpu"
     group_size: int | None = 128  # inputs a scale; ignored for fp16 and bf16 values
     rank: int = 1  # of the sign term; 0 = none
@@ -53,14 +55,18 @@ class Case:
     @property
     def kind(self) -> torch.dtype:
         if self.dtype not in DTYPES and self.dtype not in DTYPES.values():
-            raise ArgumentError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+            raise ArgumentError(
+                f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
+            )
         return DTYPES.get(self.dtype, self.dtype)
 
     def layouts(self) -> list[PackedLayout]:
         """Of our weights, one for each value type. Raises ValueTypeError for an unknown one."""
         group = {True: self.group_size, False: None}
         return [
-            PackedLayout(self.n, self.k, v, group[v in INTEGER_RANGES], self.rank, self.adapter_rank)
+            PackedLayout(
+                self.n, self.k, v, group[v in INTEGER_RANGES], self.rank, self.adapter_rank
+            )
             for v in self.values
         ]
 
@@ -112,12 +118,17 @@ def measure(case: Case, clock: timing.WallClock | timing.CudaClock | None = None
     layouts = case.layouts()
     facts = case.facts()  # a wrong dtype fails here
     clock = clock or timing.clock(case.device, case.min_seconds)
-    rows: dict[tuple[int, bool], list[Row]] = {}  # by tokens and whether round copies; dense first in each
+    rows: dict[
+        tuple[int, bool], list[Row]
+    ] = {}  # by tokens and whether round copies; dense first in each
     absent: dict[str, str] = {}
     with torch.inference_mode():
         ceilings = Ceilings.measure(case.device, case.kind, clock)
         generator = torch.Generator().manual_seed(1)
-        inputs = [torch.randn(m, case.k, generator=generator).to(case.device, case.kind) for m in case.tokens]
+        inputs = [
+            torch.randn(m, case.k, generator=generator).to(case.device, case.kind)
+            for m in case.tokens
+        ]
         for contestant in _contestants(case, layouts, facts, absent):
             copies = clock.copies(contestant.size)
             for x in inputs:
@@ -146,7 +157,9 @@ def _timed(
     """The rows of one contestant and input: True -> round its copies, False -> over one copy, where the clock can tell."""
     m, size, found = x.shape[0], contestant.size, {}
     calls = contestant.calls(x, copies)
-    if not clock.has_warm or clock.is_cold(copies * size):  # else they stay in cache: no news beside one copy
+    if not clock.has_warm or clock.is_cold(
+        copies * size
+    ):  # else they stay in cache: no news beside one copy
         found[True] = calls, copies
     if clock.has_warm:
         found[False] = calls[:1] * max(copies, timing.FEWEST_COPIES), 1
@@ -259,7 +272,9 @@ def _backends(case: Case, layout: PackedLayout) -> list[Backend]:
         return [dispatch.backend(name) for name in names]
     found = [dispatch.explain(problem) for problem in problems]
     able = [
-        name for name in dispatch.ORDER if name != "reference" and any(not reasons[name] for reasons in found)
+        name
+        for name in dispatch.ORDER
+        if name != "reference" and any(not reasons[name] for reasons in found)
     ]
     return [dispatch.backend(name) for name in able]
 
@@ -271,14 +286,20 @@ def gate(backend: Backend, x: Tensor, state: Any, packed: PackedWeight) -> None:
     part = packed.narrow_out(packed.out_features - rows, rows)
     exact = reference.linear(x.double(), part)
     size = x.double().abs() @ term_sizes(part).T
-    allowed = tolerance(size, exact, x.dtype, packed.in_features, tensor_cores=x.device.type == "cuda")
-    if bool(((y[:, -rows:].double() - exact).abs() > allowed).any()) or not bool(y.isfinite().all()):
+    allowed = tolerance(
+        size, exact, x.dtype, packed.in_features, tensor_cores=x.device.type == "cuda"
+    )
+    if bool(((y[:, -rows:].double() - exact).abs() > allowed).any()) or not bool(
+        y.isfinite().all()
+    ):
         raise BenchError(
             f"backend {backend.name!r} disagrees with the reference on {packed.layout}; nothing was timed"
         )
 
 
-def tolerance(size: Tensor, exact: Tensor, dtype: torch.dtype, K: int, tensor_cores: bool) -> Tensor:
+def tolerance(
+    size: Tensor, exact: Tensor, dtype: torch.dtype, K: int, tensor_cores: bool
+) -> Tensor:
     """Largest difference allowed: fp32 accumulation, and on tensor cores products in the activations' type.
 
     There values, v and v·x are rounded to it. Of K such roundings, each at most ROUNDOFF and of either sign, 8 / sqrt(K) of

@@ -8,7 +8,17 @@ import sys
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "typer", "rich", "matplotlib", "datasets")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "triton",
+    "typer",
+    "rich",
+    "matplotlib",
+    "datasets",
+)
 VARIABLES = {
     "SLAB_KERNELS_BACKEND": "force a backend; raises with every reason if it cannot run",
     "SLAB_KERNELS_CPU_ISA": "force the CPU kernels' instruction set: scalar, avx2 or avx512",
@@ -26,7 +36,10 @@ def versions() -> dict[str, str | None]:
     """Package -> installed version, None where absent."""
     from .. import __version__
 
-    found: dict[str, str | None] = {"slab_kernels": __version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "slab_kernels": __version__,
+        "python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -103,7 +116,9 @@ def backends() -> dict[str, dict[str, list[str]]]:
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
     for kind in kinds:
-        problem = LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind)  # a type that every backend takes
+        problem = LinearProblem(
+            1, 4096, 4096, dtype=torch.bfloat16, device=kind
+        )  # a type that every backend takes
         try:
             found = dispatch.explain(problem)
             if forced := os.environ.get(dispatch.ENVIRONMENT):
@@ -120,7 +135,11 @@ def cuda_kernels() -> str:
     from ..backends.cuda.compile import IMAGES
 
     found = sorted(path.name.split(".")[1] for path in IMAGES.glob("*.*.*"))
-    return f"ahead of time: {', '.join(found)}" if found else "none ahead of time; a CUDA torch compiles them on first use"
+    return (
+        f"ahead of time: {', '.join(found)}"
+        if found
+        else "none ahead of time; a CUDA torch compiles them on first use"
+    )
 
 
 def information() -> dict[str, Any]:
@@ -140,9 +159,15 @@ def one_line() -> str:
     parts = []
     for device in devices():
         if device["device"] == "cpu":
-            parts.append(f"{device['name']}, {device['cores']} cores, {device['threads']} threads, kernels {device['kernels'] or 'absent'}")
+            parts.append(
+                f"{device['name']}, {device['cores']} cores, {device['threads']} threads, kernels {device['kernels'] or 'absent'}"
+            )
         else:
             parts.append(f"{device['name']} ({device['memory_gib']} GiB)")
     found = versions()
-    parts += [f"{name} {found[name]}" for name in ("slab_kernels", "torch", "transformers", "python") if found[name]]
+    parts += [
+        f"{name} {found[name]}"
+        for name in ("slab_kernels", "torch", "transformers", "python")
+        if found[name]
+    ]
     return " · ".join(parts)

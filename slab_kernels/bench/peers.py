@@ -21,9 +21,7 @@ from torch import Tensor
 from ..errors import PeerError
 
 GROUP = 128  # inputs a scale, of the int4 peers
-WORST_ERROR = (
-    0.02  # relative, Frobenius: rounding to bf16 makes 0.002, sums in fp16 up to 0.01, a wrong layout 1
-)
+WORST_ERROR = 0.02  # relative, Frobenius: rounding to bf16 makes 0.002, sums in fp16 up to 0.01, a wrong layout 1
 
 
 DISTRIBUTIONS = ("vllm", "gemlite", "humming-kernels")
@@ -125,7 +123,9 @@ def _humming(W: Tensor) -> Prepared:
     tensors = HummingWeightSchema.quant_tensor(W, schema, W.dtype)
     dense = schema.dequant_tensors(tensors)
     N, K = W.shape
-    layer = HummingLayer(shape_n=N, shape_k=K, weight_config=schema, torch_dtype=W.dtype).to(W.device)
+    layer = HummingLayer(shape_n=N, shape_k=K, weight_config=schema, torch_dtype=W.dtype).to(
+        W.device
+    )
     layer.load_from_tensors(tensors)
     layer.transform()
     return Prepared(layer, sum(parameter.nbytes for parameter in layer.parameters()), dense)
@@ -144,8 +144,12 @@ def _marlin(W: Tensor) -> Prepared:
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     none = torch.empty(0, dtype=torch.int, device=where)  # no zero points, no reordering of inputs
     words = words.contiguous()
-    weight = _called(ops.gptq_marlin_repack, b_q_weight=words, perm=none, size_k=K, size_n=N, num_bits=4)
-    scale = marlin_utils.marlin_permute_scales(scales.T.contiguous(), size_k=K, size_n=N, group_size=GROUP)
+    weight = _called(
+        ops.gptq_marlin_repack, b_q_weight=words, perm=none, size_k=K, size_n=N, num_bits=4
+    )
+    scale = marlin_utils.marlin_permute_scales(
+        scales.T.contiguous(), size_k=K, size_n=N, group_size=GROUP
+    )
     workspace = marlin_utils.marlin_make_workspace_new(where)
 
     def linear(x: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 CPU_BYTES, GPU_BYTES = 256 << 20, 1 << 30
 SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices
-LONG_ENOUGH = 0.02  # seconds: large enough (torch's fp16 product on a CPU takes 0.2 s at 512, 60 s at 2048)
+LONG_ENOUGH = (
+    0.02  # seconds: large enough (torch's fp16 product on a CPU takes 0.2 s at 512, 60 s at 2048)
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,15 @@ class Ceilings:
     ) -> Ceilings:
         return cls(bandwidth(device, clock), matrix_rate(device, dtype, clock))
 
-    def shares(self, seconds: float, weight_bytes: int, m: int, n: int, k: int) -> dict[str, float | str]:
+    def shares(
+        self, seconds: float, weight_bytes: int, m: int, n: int, k: int
+    ) -> dict[str, float | str]:
         """The columns of a row: rates, shares of the ceilings, and which of the two is nearer."""
         operations = 2 * m * n * k
-        moved, computed = weight_bytes / seconds / self.bandwidth, operations / seconds / self.matrix
+        moved, computed = (
+            weight_bytes / seconds / self.bandwidth,
+            operations / seconds / self.matrix,
+        )
         return {
             "gbytes_per_s": weight_bytes / seconds / 1e9,
             "bandwidth_share": moved,
@@ -61,7 +68,9 @@ def bandwidth(device: torch.device | str, clock: WallClock | CudaClock) -> float
     return rate
 
 
-def matrix_rate(device: torch.device | str, dtype: torch.dtype, clock: WallClock | CudaClock) -> float:
+def matrix_rate(
+    device: torch.device | str, dtype: torch.dtype, clock: WallClock | CudaClock
+) -> float:
     """Operations a second of a dense square product, the best over sizes up to one that takes long enough."""
     best = 0.0
     for side in SIDES:

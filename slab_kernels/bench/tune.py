@@ -62,13 +62,29 @@ class Problem:
         layout = self.layout
         stored = launch.held_as(layout.values, self.dtype)
         adapter = -(-layout.adapter_rank // 16) * 16
-        return Sizes(layout.in_features, (layout.out_features,), stored, layout.group_size or 0, layout.rank, adapter)
+        return Sizes(
+            layout.in_features,
+            (layout.out_features,),
+            stored,
+            layout.group_size or 0,
+            layout.rank,
+            adapter,
+        )
 
     def row(self, config: Config) -> Row:
         """`config` as a row for this problem."""
         bits, values = bits_of(self.dtype), self.sizes.values
         served = SIXTEEN_BITS if bits == 16 and values in SIXTEEN_BITS else (values,)
-        return Row(config, self.up_to, bits, served, self.layout.rank, self.layout.out_features, self.layout.in_features, above=self.above)
+        return Row(
+            config,
+            self.up_to,
+            bits,
+            served,
+            self.layout.rank,
+            self.layout.out_features,
+            self.layout.in_features,
+            above=self.above,
+        )
 
     def __str__(self) -> str:
         layout = self.layout
@@ -93,9 +109,14 @@ class Result:
 
     @property
     def row(self) -> Row:
-        took, before = (" and ".join(f"{t.median * 1e6:.1f}" for t in times) for times in (self.times, self.default_times))
+        took, before = (
+            " and ".join(f"{t.median * 1e6:.1f}" for t in times)
+            for times in (self.times, self.default_times)
+        )
         at = f" at m={','.join(map(str, self.problem.tokens))}"
-        reason = f"tuned {datetime.date.today().isoformat()}: {took} us{at}, the default {before} us"
+        reason = (
+            f"tuned {datetime.date.today().isoformat()}: {took} us{at}, the default {before} us"
+        )
         return self.problem.row(replace(self.best, reason=reason))
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +134,9 @@ class Result:
         }  # fmt: skip
 
 
-def problems(layouts: Iterable[PackedLayout], tokens: Sequence[int], dtype: torch.dtype, device: Device) -> list[Problem]:
+def problems(
+    layouts: Iterable[PackedLayout], tokens: Sequence[int], dtype: torch.dtype, device: Device
+) -> list[Problem]:
     """Token counts of one regime together, so that one row serves them. Raises: BackendError for what the kernels refuse."""
     found = []
     regimes: dict[tuple[int, int | None], list[int]] = {}
@@ -122,7 +145,9 @@ def problems(layouts: Iterable[PackedLayout], tokens: Sequence[int], dtype: torc
     for layout in layouts:
         asked = LinearProblem.of(layout, max(tokens), dtype, "cuda")
         if reasons := BACKEND.refusals(asked, divmod(device.capability, 10)):
-            raise BackendError(f"backend 'triton' cannot run {asked.describe()}: {'; '.join(reasons)}")
+            raise BackendError(
+                f"backend 'triton' cannot run {asked.describe()}: {'; '.join(reasons)}"
+            )
         found += [Problem(layout, dtype, tuple(ms), *regime) for regime, ms in regimes.items()]
     return found
 
@@ -140,20 +165,30 @@ def candidates(sizes: Sizes, M: int, bits: int, device: Device) -> list[Config]:
     for tile, fill in itertools.product(tiles, FILLS if M <= SPLIT_UP_TO else FILLS[:1]):
         config = Config(*tile, fill=fill)
         found.setdefault((tile, configs.splits(sizes, M, config, device)), config)
-    rebuilt = [Config(rebuild=True)] if bits == 16 and M > 64 else []  # fp32: torch's matmul may use TF32
+    rebuilt = (
+        [Config(rebuild=True)] if bits == 16 and M > 64 else []
+    )  # fp32: torch's matmul may use TF32
     return [*found.values(), *rebuilt]
 
 
 class Weight:
     """A random weight on the GPU with copies that caches do not hold, run by any configuration."""
 
-    def __init__(self, problem: Problem, device: Device, where: torch.device | str, copies: Callable[[int], int]):
+    def __init__(
+        self,
+        problem: Problem,
+        device: Device,
+        where: torch.device | str,
+        copies: Callable[[int], int],
+    ):
         self.device, self.dtype = device, problem.dtype
         self.packed = random_packed(problem.layout).to(where)
         self.state = launch.prepare((self.packed,), problem.dtype)
         self.sizes = launch.sizes_of(self.state)
         self.copies = [self.state]
-        self.copies += [timing.copied(self.state) for _ in range(copies(timing.size_of(self.state)) - 1)]
+        self.copies += [
+            timing.copied(self.state) for _ in range(copies(timing.size_of(self.state)) - 1)
+        ]
         self.inputs: dict[int, Tensor] = {}
 
     def linear(self, config: Config, x: Tensor, state: Any) -> Tensor:
@@ -182,9 +217,18 @@ class Weight:
     def poison(self, config: Config, m: int) -> None:
         """NaN where `linear` is about to allocate: torch gives out the same blocks again, with the last right result in them."""
         shares = 1 if config.rebuild else configs.splits(self.sizes, m, config, self.device)
-        shapes = [(m, self.sizes.N), *([(shares, m, self.sizes.N)] if shares > 1 else []), *([(self.sizes.N, self.sizes.K)] if config.rebuild else [])]
+        shapes = [
+            (m, self.sizes.N),
+            *([(shares, m, self.sizes.N)] if shares > 1 else []),
+            *([(self.sizes.N, self.sizes.K)] if config.rebuild else []),
+        ]
         where = self.state.values.device
-        blocks = [torch.full(s, math.nan, dtype=torch.float32 if len(s) == 3 else self.dtype, device=where) for s in shapes]
+        blocks = [
+            torch.full(
+                s, math.nan, dtype=torch.float32 if len(s) == 3 else self.dtype, device=where
+            )
+            for s in shapes
+        ]
         del blocks  # all at once, or they would be one block
 
     def calls(self, config: Config, m: int) -> list[timing.Call]:
@@ -249,11 +293,16 @@ def run(
     return results
 
 
-def tune(problem: Problem, weight: Any, clock: Any, device: Device, own: Config | None = None) -> Result:
+def tune(
+    problem: Problem, weight: Any, clock: Any, device: Device, own: Config | None = None
+) -> Result:
     """The fastest right candidate for a problem; `own` is one more. Raises: whatever the default's run raises."""
     M, bits = problem.tokens[-1], bits_of(problem.dtype)
     default = configs.choose(problem.sizes, M, bits, device, own=False)
-    others = [*([replace(own, reason="")] if own else []), *candidates(problem.sizes, M, bits, device)]
+    others = [
+        *([replace(own, reason="")] if own else []),
+        *candidates(problem.sizes, M, bits, device),
+    ]
     same = replace(default, reason="")
     skipped: dict[str, str] = {}
     times = {default: _timed(problem, weight, clock, default)}
@@ -265,10 +314,15 @@ def tune(problem: Problem, weight: Any, clock: Any, device: Device, own: Config 
             if reason is None:
                 raise
             shares = configs.splits(problem.sizes, M, config, device)
-            skipped[f"{config.describe()}, K in {shares}" if shares > 1 else config.describe()] = reason
+            skipped[f"{config.describe()}, K in {shares}" if shares > 1 else config.describe()] = (
+                reason
+            )
     best = min(times, key=lambda config: _ratio(times[config], times[default]))
     if best is not default:  # the least of many is partly luck: once more, just these two
-        again = {config: [clock.time(weight.calls(config, m)) for m in problem.tokens] for config in (default, best)}
+        again = {
+            config: [clock.time(weight.calls(config, m)) for m in problem.tokens]
+            for config in (default, best)
+        }
         times |= again
         if not faster(again[best], again[default]):
             best = default
@@ -276,7 +330,9 @@ def tune(problem: Problem, weight: Any, clock: Any, device: Device, own: Config 
 
 
 def _timed(problem: Problem, weight: Any, clock: Any, config: Config) -> list[timing.Timed]:
-    decode = [DECODE] if problem.above < DECODE else []  # tokens beside one another, whatever is timed
+    decode = (
+        [DECODE] if problem.above < DECODE else []
+    )  # tokens beside one another, whatever is timed
     for m in sorted({*problem.tokens, *decode}):  # all of them, before the first is timed
         weight.check(config, m)
     return [clock.time(weight.calls(config, m)) for m in problem.tokens]
@@ -284,22 +340,30 @@ def _timed(problem: Problem, weight: Any, clock: Any, config: Config) -> list[ti
 
 def _ratio(new: list[timing.Timed], old: list[timing.Timed]) -> float:
     """The geometric mean over token counts of new time over old."""
-    return math.exp(sum(math.log(n.median / o.median) for n, o in zip(new, old, strict=True)) / len(new))
+    return math.exp(
+        sum(math.log(n.median / o.median) for n, o in zip(new, old, strict=True)) / len(new)
+    )
 
 
 def faster(new: list[timing.Timed], old: list[timing.Timed]) -> bool:
     """Whether `new` gains more than the noise (the larger interquartile range) over all token counts, and loses that at none."""
     gains = [(o.median - n.median) / o.median for n, o in zip(new, old, strict=True)]
     noise = [max(n.iqr, o.iqr) / o.median for n, o in zip(new, old, strict=True)]
-    return sum(gains) > sum(noise) and all(gain >= -least for gain, least in zip(gains, noise, strict=True))
+    return sum(gains) > sum(noise) and all(
+        gain >= -least for gain, least in zip(gains, noise, strict=True)
+    )
 
 
 def _reason(error: Exception) -> str | None:
     """Why a candidate is left out; None for an error that must stop us: after some of them the GPU answers nothing."""
     if isinstance(error, bench.BenchError):
         return str(error).removesuffix("; nothing was timed")
-    ancestors = {kind.__name__ for kind in type(error).__mro__}  # by name: importing Triton's would need Triton
-    compiling = "TritonError" in ancestors or "PassManager::run failed" in str(error)  # what MLIR says is a plain RuntimeError
+    ancestors = {
+        kind.__name__ for kind in type(error).__mro__
+    }  # by name: importing Triton's would need Triton
+    compiling = "TritonError" in ancestors or "PassManager::run failed" in str(
+        error
+    )  # what MLIR says is a plain RuntimeError
     return " ".join(f"{type(error).__name__}: {error}".split()) if compiling else None
 
 
@@ -327,7 +391,9 @@ def _prepare(path: Path) -> None:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from error
+        raise ConfigError(
+            f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out"
+        ) from error
 
 
 def merged(present: Iterable[Row], problem: Problem, row: Row | None) -> list[Row]:
@@ -336,8 +402,16 @@ def merged(present: Iterable[Row], problem: Problem, row: Row | None) -> list[Ro
     The first row that fits is taken, so a row goes before the first that is for more: no N and K, higher ranks, more tokens.
     """
     key = replace(problem.row(Config()), config=None)
-    kept = [other for other in present if replace(other, config=None, shared=0, capability=0) != key]
-    order = lambda r: (r.N is None, r.K is None, math.inf if r.rank is None else r.rank, r.tokens or math.inf, -r.above)  # noqa: E731
+    kept = [
+        other for other in present if replace(other, config=None, shared=0, capability=0) != key
+    ]
+    order = lambda r: (
+        r.N is None,
+        r.K is None,
+        math.inf if r.rank is None else r.rank,
+        r.tokens or math.inf,
+        -r.above,
+    )
     if row is None:
         return kept
     at = next((i for i, other in enumerate(kept) if order(other) >= order(row)), len(kept))
@@ -349,7 +423,11 @@ def save(path: Path, rows: Iterable[Row], device: Device) -> None:
 
     Raises: ConfigError if it cannot be written.
     """
-    versions = {name: version for name, version in machine.versions().items() if name in ("slab_kernels", "torch", "triton")}
+    versions = {
+        name: version
+        for name, version in machine.versions().items()
+        if name in ("slab_kernels", "torch", "triton")
+    }
     head = json.dumps({"format": configs.FORMAT, "device": device.name, "versions": versions})
     lines = ",\n".join("  " + json.dumps(configs.row_to(row)) for row in rows)
     target = Path(os.path.realpath(path))  # a link stays one

@@ -20,7 +20,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BAD_FILE, BAD_INPUT, BUG, CANNOT_RUN, DONE, INTERRUPTED, NO_SPACE, TERMINATED, SlabError
+from ..errors import (
+    BAD_FILE,
+    BAD_INPUT,
+    BUG,
+    CANNOT_RUN,
+    DONE,
+    INTERRUPTED,
+    NO_SPACE,
+    TERMINATED,
+    SlabError,
+)
 from ..terminal import ERRORS, TEXT, visible
 
 EXIT_CODES = (
@@ -93,7 +103,9 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
     """
     import typer
 
-    usage_error = typer.BadParameter.__mro__[1]  # click's own or typer's copy of it, whichever this typer uses
+    usage_error = typer.BadParameter.__mro__[
+        1
+    ]  # click's own or typer's copy of it, whichever this typer uses
     click_error = usage_error.__mro__[1]
     try:
         outcome = command()
@@ -115,7 +127,9 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
         message = one_line(error.format_message()) or "no command is given"
         message += f" (see: {hint} --help)" if hint else ""
         return fail(as_json, "UsageError", message, BAD_INPUT)
-    except SystemExit as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
+    except (
+        SystemExit
+    ) as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
         closed = isinstance(error.__context__, BrokenPipeError)
         return DONE if closed else error.code if isinstance(error.code, int) else BUG, ""
     except Exception as error:
@@ -151,7 +165,9 @@ def noted_signals() -> Iterator[None]:
         raise KeyboardInterrupt
 
     SIGNALS.clear()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may set handlers
         yield
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -194,7 +210,9 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        with contextlib.suppress(AttributeError, ValueError):  # what stands in for a stream may lack `reconfigure`
+        with contextlib.suppress(
+            AttributeError, ValueError
+        ):  # what stands in for a stream may lack `reconfigure`
             getattr(sys, name).reconfigure(errors=ERRORS)
 
 
@@ -206,8 +224,14 @@ def _mute(stream) -> None:
 
 def as_options(message: str) -> str:
     """Advice in Python's words, said in the command line's: resume=True -> --resume, skip='*.x' -> --skip '*.x'."""
-    message = message.replace("resume=True", "--resume").replace("trust_remote_code=True", "--trust-remote-code")
-    return re.sub(r"\b(skip|device|calibration|window|values|group_size)=(?=['\"])", lambda m: f"--{m[1].replace('_', '-')} ", message)
+    message = message.replace("resume=True", "--resume").replace(
+        "trust_remote_code=True", "--trust-remote-code"
+    )
+    return re.sub(
+        r"\b(skip|device|calibration|window|values|group_size)=(?=['\"])",
+        lambda m: f"--{m[1].replace('_', '-')} ",
+        message,
+    )
 
 
 def one_line(message: str) -> str:
@@ -233,7 +257,9 @@ def say(message: str) -> None:
         _mute(sys.stderr)
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+def print_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None
+) -> None:
     """A table on stdout: first column left, the others right."""
     from rich import box
     from rich.console import Console
@@ -250,7 +276,9 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str |
     # In a pipe rich would fold tables at 80 columns; there is no screen to fit. Its own writing would end the process at a
     # closed pipe, so it writes into memory, without colours.
     page = io.StringIO()
-    Console(file=page, width=None if sys.__stdout__ is not None and sys.__stdout__.isatty() else 240).print(table)
+    Console(
+        file=page, width=None if sys.__stdout__ is not None and sys.__stdout__.isatty() else 240
+    ).print(table)
     print(page.getvalue(), end="")
 
 

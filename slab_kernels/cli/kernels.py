@@ -14,18 +14,47 @@ from .options import Backend, Device, Json, Shape, Values, finite, parse_shape, 
 
 
 def bench(
-    shape: Annotated[list[str] | None, typer.Option(help="out_features x in_features, 11008x4096; may be repeated.")] = None,
-    layers: Annotated[list[str] | None, typer.Option(help="All linears of a well-known model, llama-2-7b; may be repeated.")] = None,
-    fused: Annotated[bool, typer.Option("--fused/--separate", help="--layers with q, k, v and gate, up in one, as engines run them.")] = True,
-    m: Annotated[list[int] | None, typer.Option(help="Tokens at once; may be repeated. Default 1.", min=1)] = None,
-    values: Annotated[list[str] | None, typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the activations and the dense weight: fp32, bf16 or fp16.")] = "bf16",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="out_features x in_features, 11008x4096; may be repeated."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="All linears of a well-known model, llama-2-7b; may be repeated."),
+    ] = None,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fused/--separate",
+            help="--layers with q, k, v and gate, up in one, as engines run them.",
+        ),
+    ] = True,
+    m: Annotated[
+        list[int] | None, typer.Option(help="Tokens at once; may be repeated. Default 1.", min=1)
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the activations and the dense weight: fp32, bf16 or fp16.")
+    ] = "bf16",
     rank: Annotated[int, typer.Option(help="Rank of the sign term; 0 = none.", min=0)] = 1,
-    adapter_rank: Annotated[int, typer.Option(help="Rank of the adapter P Qᵀ; 0 = none.", min=0)] = 0,
+    adapter_rank: Annotated[
+        int, typer.Option(help="Rank of the adapter P Qᵀ; 0 = none.", min=0)
+    ] = 0,
     group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
-    backend: Annotated[list[str] | None, typer.Option(help="Time these; default: every one that runs it, without the reference.")] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed.")] = False,
-    seconds: Annotated[float, typer.Option(help="Time spent on a row, at least.", min=0.0, callback=finite)] = 0.5,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Time these; default: every one that runs it, without the reference."),
+    ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed."),
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Time spent on a row, at least.", min=0.0, callback=finite)
+    ] = 0.5,
     device: Device = "auto",
     json: Json = False,
 ) -> Outcome:
@@ -37,7 +66,9 @@ def bench(
     from ..report import tables as report
 
     torch_dtype(dtype)
-    shapes = [parse_shape(text) for text in shape or []] + [pair for name in layers or [] for pair in known(name, fused)]
+    shapes = [parse_shape(text) for text in shape or []] + [
+        pair for name in layers or [] for pair in known(name, fused)
+    ]
     where, rows, absent = str(resolve_device(device)), [], {}
     for n, k in dict.fromkeys(shapes or [(4096, 4096)]):
         console.say(f"{n}×{k}")
@@ -60,15 +91,41 @@ def bench(
 
 
 def tune(
-    shape: Annotated[list[str] | None, typer.Option(help="out_features x in_features, 11008x4096; may be repeated.")] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", "--layers", help="Linears of a well-known model, fused and not; may be repeated. Default llama-3-8b.")] = None,
-    m: Annotated[list[int] | None, typer.Option(help="Tokens at once; may be repeated. Default 1, 16, 64, 512, 2048.", min=1)] = None,
-    values: Annotated[list[str] | None, typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16, int8, int4.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="out_features x in_features, 11008x4096; may be repeated."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "--layers",
+            help="Linears of a well-known model, fused and not; may be repeated. Default llama-3-8b.",
+        ),
+    ] = None,
+    m: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens at once; may be repeated. Default 1, 16, 64, 512, 2048.", min=1),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16, int8, int4."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")] = "bf16",
-    rank: Annotated[int, typer.Option(help="Rank of the sign term, and lower ones; 0 = none.", min=0)] = 1,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the sign term, and lower ones; 0 = none.", min=0)
+    ] = 1,
     group_size: Annotated[int, typer.Option(help="Inputs a scale covers; 0 = one a row.")] = 128,
-    seconds: Annotated[float, typer.Option(help="Time spent on a configuration, at least.", min=0.0, callback=finite)] = 0.1,
-    out: Annotated[Path | None, typer.Option(help="The folder to write; default $SLAB_KERNELS_CONFIGS or ~/.config/slab_kernels.")] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(help="Time spent on a configuration, at least.", min=0.0, callback=finite),
+    ] = 0.1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder to write; default $SLAB_KERNELS_CONFIGS or ~/.config/slab_kernels."
+        ),
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> Outcome:
@@ -80,7 +137,9 @@ def tune(
     from ..format import INTEGER_RANGES, PackedLayout
 
     kind, names = torch_dtype(dtype), model or ([] if shape else ["llama-3-8b"])
-    shapes = [parse_shape(text) for text in shape or []] + [pair for name in names for fused in (True, False) for pair in layers(name, fused)]
+    shapes = [parse_shape(text) for text in shape or []] + [
+        pair for name in names for fused in (True, False) for pair in layers(name, fused)
+    ]
     layouts = [
         PackedLayout(n, k, v, (group_size or None) if v in INTEGER_RANGES else None, rank)
         for n, k in dict.fromkeys(shapes) for v in dict.fromkeys(values or ["fp16", "int8", "int4"])
@@ -89,23 +148,47 @@ def tune(
     problems = tuning.problems(layouts, m or [1, 16, 64, 512, 2048], kind, gpu)
     folder = expanded(out or configs.user_folder())
     path = folder / configs.file_name(gpu.name)
-    with console.interruptible(lambda: f"rows that were found are in {path}" if path.is_file() else "nothing was kept"):
+    with console.interruptible(
+        lambda: f"rows that were found are in {path}" if path.is_file() else "nothing was kept"
+    ):
         results = tuning.run(problems, gpu, clock, weights, folder, console.say)
     rows = [configs.row_to(result.row) for result in results if result.tuned]
-    data = {"device": machine.one_line(), "file": str(path), "rows": rows, "results": [result.to_dict() for result in results]}
+    data = {
+        "device": machine.one_line(),
+        "file": str(path),
+        "rows": rows,
+        "results": [result.to_dict() for result in results],
+    }
 
     def show() -> None:
         print(data["device"])
         console.print_table(tuning.COLUMNS, tuning.table(results))
-        used = "" if folder == configs.user_folder() else f"; {configs.ENVIRONMENT}={folder} makes them used"
-        print(f"{len(rows)} of {len(results)} defaults beaten; rows in {path}{used}" if rows else "no default was beaten by more than the noise")
+        used = (
+            ""
+            if folder == configs.user_folder()
+            else f"; {configs.ENVIRONMENT}={folder} makes them used"
+        )
+        print(
+            f"{len(rows)} of {len(results)} defaults beaten; rows in {path}{used}"
+            if rows
+            else "no default was beaten by more than the noise"
+        )
 
     return Outcome(data, show)
 
 
 def info(
-    support: Annotated[bool, typer.Option("--support", help="Instead: what every backend runs, on whatever machine.")] = False,
-    methods: Annotated[bool, typer.Option("--methods", help="Instead: every method and its settings, as compress --option takes them.")] = False,
+    support: Annotated[
+        bool,
+        typer.Option("--support", help="Instead: what every backend runs, on whatever machine."),
+    ] = False,
+    methods: Annotated[
+        bool,
+        typer.Option(
+            "--methods",
+            help="Instead: every method and its settings, as compress --option takes them.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> Outcome:
     """Versions, devices, and which backends work here and why the others do not."""
@@ -116,21 +199,41 @@ def info(
     if support:
         from ..backends.support import answers, markdown
 
-        return Outcome({"support": [answer.to_dict() for answer in answers()]}, lambda: print(markdown(), end=""))
+        return Outcome(
+            {"support": [answer.to_dict() for answer in answers()]},
+            lambda: print(markdown(), end=""),
+        )
     data = machine.information()
 
     def show() -> None:
-        console.print_pairs([(name, version or "not installed") for name, version in data["versions"].items()], "versions")
-        devices = ((d["device"], ", ".join(f"{v}" if k == "name" else f"{k} {v}" for k, v in d.items() if k != "device")) for d in data["devices"])
+        console.print_pairs(
+            [(name, version or "not installed") for name, version in data["versions"].items()],
+            "versions",
+        )
+        devices = (
+            (
+                d["device"],
+                ", ".join(
+                    f"{v}" if k == "name" else f"{k} {v}" for k, v in d.items() if k != "device"
+                ),
+            )
+            for d in data["devices"]
+        )
         console.print_pairs(devices, "devices")
         rows = [
             (f"{name} on {kind}", "works" if not reasons else "no: " + "; ".join(reasons))
             for name, table in data["backends"].items()
             for kind, reasons in table.items()
         ]
-        console.print_pairs([*rows, ("CUDA kernels", data["cuda_kernels"])], "backends, in order of preference")
         console.print_pairs(
-            [(name, f"{data['variables'][name] or 'not set'} ({what})") for name, what in machine.VARIABLES.items()], "environment"
+            [*rows, ("CUDA kernels", data["cuda_kernels"])], "backends, in order of preference"
+        )
+        console.print_pairs(
+            [
+                (name, f"{data['variables'][name] or 'not set'} ({what})")
+                for name, what in machine.VARIABLES.items()
+            ],
+            "environment",
         )
 
     return Outcome(data, show)
@@ -151,8 +254,13 @@ def _methods() -> Outcome:
 
     def show() -> None:
         for row in data:
-            pairs = [(f"{o['name']}={o['default']}", f"{o['range']}: {o['meaning']}") for o in row["options"]]
-            console.print_pairs(pairs or [("no settings of its own", "")], f"{row['method']}: {row['description']}")
+            pairs = [
+                (f"{o['name']}={o['default']}", f"{o['range']}: {o['meaning']}")
+                for o in row["options"]
+            ]
+            console.print_pairs(
+                pairs or [("no settings of its own", "")], f"{row['method']}: {row['description']}"
+            )
 
     return Outcome({"methods": data}, show)
 
@@ -167,7 +275,12 @@ def explain(
     adapter_rank: Annotated[int, typer.Option(help="Rank of the adapter P Qᵀ; 0 = none.")] = 0,
     device: Device = "auto",
     backend: Backend = None,
-    gpu: Annotated[str | None, typer.Option(help="Also the CUDA kernels' plan on a GPU that need not be here: A100, H200.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Also the CUDA kernels' plan on a GPU that need not be here: A100, H200."
+        ),
+    ] = None,
     json: Json = False,
 ) -> Outcome:
     """Which backend runs a problem and how, and why each other one does not."""
@@ -177,7 +290,9 @@ def explain(
     from ..format import INTEGER_RANGES, PackedLayout
 
     (n, k), kind = parse_shape(shape), torch_dtype(dtype)
-    layout = PackedLayout(n, k, values, (group_size or None) if values in INTEGER_RANGES else None, rank, adapter_rank)
+    layout = PackedLayout(
+        n, k, values, (group_size or None) if values in INTEGER_RANGES else None, rank, adapter_rank
+    )
     problem = LinearProblem.of(layout, m, kind, resolve_device(device).type)
     reasons = dispatch.explain(problem)
     elsewhere = dispatch.backend("cuda").describe(problem, gpu) if gpu is not None else ""
@@ -191,9 +306,17 @@ def explain(
     }  # fmt: skip
 
     def show() -> None:
-        print(f"{n}×{k}, m={m}, values {values}, rank {rank}, {dtype} activations on {problem.device}: {chosen}")
+        print(
+            f"{n}×{k}, m={m}, values {values}, rank {rank}, {dtype} activations on {problem.device}: {chosen}"
+        )
         for name, why in reasons.items():
-            status = "chosen" if name == chosen else "; ".join(why) if why else "can run it, stands later in the order"
+            status = (
+                "chosen"
+                if name == chosen
+                else "; ".join(why)
+                if why
+                else "can run it, stands later in the order"
+            )
             print(f"  {name:<10} {status}")
         for text in filter(None, (plan, elsewhere)):
             print(text)

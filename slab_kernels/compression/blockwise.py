@@ -68,7 +68,9 @@ def compress_blocks(
         tensors = {n.removeprefix(prefix): source.get(tied.get(n, n)) for n in inside}
         return filled_copy(blocks[index], tensors, device, dtype)
 
-    widest = max((item for block in linears for item in block.items()), key=lambda item: item[1].in_features)
+    widest = max(
+        (item for block in linears for item in block.items()), key=lambda item: item[1].in_features
+    )
     if plan.needs_gram and texts[0].numel() < widest[1].in_features:
         message = (
             f"warning: {texts[0].numel()} calibration tokens are fewer than the {widest[1].in_features} inputs of "
@@ -77,14 +79,22 @@ def compress_blocks(
         report(ProgressEvent("warning", blocks=len(blocks), layers=total, message=message))
     done = sink.finished()
     for block, inside in zip(done, linears, strict=False):
-        if {layer.name: layer.shape for layer in block.layers} != {n: tuple(m.weight.shape) for n, m in inside.items()}:
-            raise CheckpointError("the finished blocks of the interrupted run are not this model's; use an empty folder")
+        if {layer.name: layer.shape for layer in block.layers} != {
+            n: tuple(m.weight.shape) for n, m in inside.items()
+        }:
+            raise CheckpointError(
+                "the finished blocks of the interrupted run are not this model's; use an empty folder"
+            )
     if len(done) == len(blocks):
         return _records(done)
-    replaced = {name: linear for block in linears for name, linear in block.items()} if plan.packed else {}
+    replaced = (
+        {name: linear for block in linears for name, linear in block.items()} if plan.packed else {}
+    )
     with outside_filled(source, path, device, dtype) as model:
         streams = [
-            catch_stream(model, blocks, t, materialise, device, _home(t, source.config, device), replaced)
+            catch_stream(
+                model, blocks, t, materialise, device, _home(t, source.config, device), replaced
+            )
             for t in texts
         ]
     dense_stream = streams[0].twin() if plan.dense_stream else None
@@ -93,7 +103,9 @@ def compress_blocks(
         number = sum(len(block.layers) for block in done)
         report(ProgressEvent("resumed", len(done), len(blocks), number, total, message=message))
 
-    def treat(index: int, finished: bool) -> None:  # a function, so that a block is released before the next is made
+    def treat(
+        index: int, finished: bool
+    ) -> None:  # a function, so that a block is released before the next is made
         block = materialise(index)
         dense_block = materialise(index) if plan.dense_stream or plan.matching else None
         prefix = f"{path}.{index}."
@@ -108,9 +120,15 @@ def compress_blocks(
                 report(ProgressEvent("layer", index, len(blocks), number + position, total, layer))
 
             def say(message: str) -> None:
-                report(ProgressEvent("matching", index, len(blocks), number + len(inside), total, message=message))
+                report(
+                    ProgressEvent(
+                        "matching", index, len(blocks), number + len(inside), total, message=message
+                    )
+                )
 
-            work = _Work(index, prefix, block, dense_block, inside, streams, dense_stream, plan, team)
+            work = _Work(
+                index, prefix, block, dense_block, inside, streams, dense_stream, plan, team
+            )
             kept = work.compress(source, tell)
             if plan.matching is not None and inside:
                 work.match(kept, source, say)
@@ -132,16 +150,30 @@ def compress_blocks(
 
 
 def _records(done: list[FinishedBlock]) -> tuple[list[LayerRecord], list[MatchRecord]]:
-    return [layer for block in done for layer in block.layers], [block.match for block in done if block.match is not None]
+    return [layer for block in done for layer in block.layers], [
+        block.match for block in done if block.match is not None
+    ]
 
 
-def _put(block: nn.Module, prefix: str, kept: FinishedBlock, device: torch.device, dtype: torch.dtype | None) -> None:
+def _put(
+    block: nn.Module,
+    prefix: str,
+    kept: FinishedBlock,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
     """The stored numbers into a block, so that what follows sees what will be loaded."""
     for name, stored in kept.stored.items():
         path, _, leaf = name.removeprefix(prefix).rpartition(".")
         linear = getattr(block.get_submodule(path), leaf)
         if type(linear) is not nn.Linear:  # matching left a trainable one there
-            made = nn.Linear(linear.shape[1], linear.shape[0], linear.bias is not None, device="meta", dtype=dtype)
+            made = nn.Linear(
+                linear.shape[1],
+                linear.shape[0],
+                linear.bias is not None,
+                device="meta",
+                dtype=dtype,
+            )
             made.bias = linear.bias
             setattr(block.get_submodule(path), leaf, made)
         _set_weight(getattr(block.get_submodule(path), leaf), dense_weight(stored).to(device))
@@ -149,7 +181,9 @@ def _put(block: nn.Module, prefix: str, kept: FinishedBlock, device: torch.devic
         path, _, leaf = name.removeprefix(prefix).rpartition(".")
         owner = block.get_submodule(path)
         if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype or value.dtype), requires_grad=False)
+            owner._parameters[leaf] = nn.Parameter(
+                value.to(device=device, dtype=dtype or value.dtype), requires_grad=False
+            )
     block.requires_grad_(False)
 
 
@@ -158,7 +192,11 @@ def _home(tokens: Tensor, config: dict, device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     size = tokens.numel() * int(config.get("hidden_size") or 8192) * 4
-    return device if size < KEEP_ON_DEVICE * torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+    return (
+        device
+        if size < KEEP_ON_DEVICE * torch.cuda.mem_get_info(device)[0]
+        else torch.device("cpu")
+    )
 
 
 def _set_weight(linear: nn.Linear, weight: Tensor) -> None:
@@ -179,12 +217,17 @@ def _statistics(
     A layer W in the dense model puts out W x_dense, so its drift, the mean of (y_dense - W x) x^T, is W times that.
     """
     K = pair[0].in_features
-    stats, moved = InputStats(K), None if dense_stream is None else torch.zeros(K, K, device=stream.device)
+    stats, moved = (
+        InputStats(K),
+        None if dense_stream is None else torch.zeros(K, K, device=stream.device),
+    )
     for batch in range(len(stream.hidden)):
         x = layer_inputs(stream, index, blocks[0], pair[0], group.names[0], group.calls, batch)
         stats.update(x)
         if moved is not None:
-            dense = layer_inputs(dense_stream, index, blocks[1], pair[1], group.names[0], group.calls, batch)
+            dense = layer_inputs(
+                dense_stream, index, blocks[1], pair[1], group.names[0], group.calls, batch
+            )
             # an expert can be given other tokens in the dense model: then the two cannot be compared
             moved = moved + (dense - x).float().T @ x.float() if dense.shape == x.shape else None
     return stats, moved / stats.tokens if moved is not None and bool(moved.any()) else None
@@ -205,33 +248,69 @@ class _Work:
     team: Team
     decompositions: dict[str, Decomposition] = field(default_factory=dict)
 
-    def compress(self, source: FolderSource | ModuleSource, tell: Callable[[LayerRecord, int], None]) -> FinishedBlock:
+    def compress(
+        self, source: FolderSource | ModuleSource, tell: Callable[[LayerRecord, int], None]
+    ) -> FinishedBlock:
         """Every linear, group after group of those that read the same input."""
         finished, blocks = FinishedBlock({}, []), (self.block, self.dense_block)
-        twins = dict(zip(self.block.modules(), self.dense_block.modules(), strict=True)) if self.dense_block is not None else {}
+        twins = (
+            dict(zip(self.block.modules(), self.dense_block.modules(), strict=True))
+            if self.dense_block is not None
+            else {}
+        )
         for name, linear in self.linears.items():
             if bad := int((~linear.weight.isfinite()).sum()):
-                raise CheckpointError(f"{name}.weight holds {bad} NaN or infinite numbers; the model's checkpoint is damaged")
-        for group in find_groups(self.streams[0], self.index, self.block, self.linears) if self.linears else ():
+                raise CheckpointError(
+                    f"{name}.weight holds {bad} NaN or infinite numbers; the model's checkpoint is damaged"
+                )
+        for group in (
+            find_groups(self.streams[0], self.index, self.block, self.linears)
+            if self.linears
+            else ()
+        ):
             began = time.perf_counter()
             first = self.linears[group.names[0]]
-            stats, moved = _statistics(self.index, group, (first, twins.get(first)), blocks, self.streams[0], self.dense_stream)
-            heldout = [_statistics(self.index, group, (first, None), blocks, stream, None)[0] for stream in self.streams[1:]]
+            stats, moved = _statistics(
+                self.index,
+                group,
+                (first, twins.get(first)),
+                blocks,
+                self.streams[0],
+                self.dense_stream,
+            )
+            heldout = [
+                _statistics(self.index, group, (first, None), blocks, stream, None)[0]
+                for stream in self.streams[1:]
+            ]
             shared = (time.perf_counter() - began) / len(group.names)
-            results = self.team.share(group.names, lambda name: self._layer(name, stats, moved, heldout, shared, group))  # noqa: B023
+            results = self.team.share(
+                group.names, lambda name: self._layer(name, stats, moved, heldout, shared, group)
+            )
             for name, (decomposition, layer) in results.items():
                 plan = self.plan.layer(name)
                 self.decompositions[name] = decomposition
                 dtype = source.spec(f"{name}.weight")[0]
                 stored = finished.stored[name] = plan.store(name, decomposition, dtype)
-                bits = stored.bits_per_weight() if isinstance(stored, PackedWeight) else 8.0 * stored.element_size()
+                bits = (
+                    stored.bits_per_weight()
+                    if isinstance(stored, PackedWeight)
+                    else 8.0 * stored.element_size()
+                )
                 finished.layers.append(replace(layer, bits_per_weight=bits))
-                _set_weight(self.linears[name], dense_weight(stored).to(self.linears[name].weight.device))
+                _set_weight(
+                    self.linears[name], dense_weight(stored).to(self.linears[name].weight.device)
+                )
                 tell(finished.layers[-1], len(finished.layers))
         return finished
 
     def _layer(
-        self, name: str, stats: InputStats, moved: Tensor | None, heldout: list[InputStats], shared: float, group: Group
+        self,
+        name: str,
+        stats: InputStats,
+        moved: Tensor | None,
+        heldout: list[InputStats],
+        shared: float,
+        group: Group,
     ) -> tuple[Decomposition, LayerRecord]:
         """One linear; `moved` as `_statistics` gives it, `shared` its part of the time that the group's statistics took."""
         began, plan = time.perf_counter(), self.plan.layer(name)
@@ -253,18 +332,36 @@ class _Work:
         )  # fmt: skip
         return decomposition, layer
 
-    def match(self, finished: FinishedBlock, source: FolderSource | ModuleSource, say: Callable[[str], None]) -> None:
+    def match(
+        self,
+        finished: FinishedBlock,
+        source: FolderSource | ModuleSource,
+        say: Callable[[str], None],
+    ) -> None:
         """Transformer matching of the whole block; changes `finished`. Done by one process for all."""
         stream, settings = self.streams[0], self.plan.matching
         reads = self.dense_stream if settings.target == "dense" else stream
 
         def train() -> tuple:
             with torch.no_grad():
-                targets = [reads.run(self.index, self.dense_block, b).to(reads.hidden[b].device) for b in range(len(stream.hidden))]
+                targets = [
+                    reads.run(self.index, self.dense_block, b).to(reads.hidden[b].device)
+                    for b in range(len(stream.hidden))
+                ]
             inside = {name.removeprefix(self.prefix): d for name, d in self.decompositions.items()}
-            plans = {name.removeprefix(self.prefix): self.plan.layer(name) for name in self.decompositions}
+            plans = {
+                name.removeprefix(self.prefix): self.plan.layer(name)
+                for name in self.decompositions
+            }
             return match_block(
-                self.index, self.block, inside, stream, targets, settings, lambda name, d: plans[name].as_stored(d), say
+                self.index,
+                self.block,
+                inside,
+                stream,
+                targets,
+                settings,
+                lambda name, d: plans[name].as_stored(d),
+                say,
             )
 
         trained, other, finished.match = self.team.from_leader(train)

@@ -66,10 +66,14 @@ def check_bits(bits: float, plan: Plan) -> float:
     """
     bits = BITS.accept("bits", bits, BudgetError)
     if plan.method != "slab" or not plan.packed:
-        raise BudgetError(f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}")
+        raise BudgetError(
+            f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}"
+        )
     for name, usual in (("values", "fp16"), ("planes", 1), ("rank", 1), ("adapter_rank", None)):
         if getattr(plan, name) != usual:
-            raise BudgetError(f"bits={bits:g} chooses {name} layer by layer, so {name}={getattr(plan, name)!r} contradicts it; leave one out")
+            raise BudgetError(
+                f"bits={bits:g} chooses {name} layer by layer, so {name}={getattr(plan, name)!r} contradicts it; leave one out"
+            )
     return bits
 
 
@@ -107,7 +111,9 @@ def search(
     least = sum(min(cost for _, cost in options) for options in rows.values()) / total
     most = sum(max(cost for _, cost in options) for options in rows.values()) / total
     if not least <= bits:
-        raise BudgetError(f"bits={bits:g} is below what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight")
+        raise BudgetError(
+            f"bits={bits:g} is below what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight"
+        )
     if bits > most:
         raise BudgetError(
             f"bits={bits:g} is above what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight; "
@@ -120,14 +126,24 @@ def search(
             note(name, found)
             say(f"budget: {name} {found[0]:.2e} nats a token at its coarsest")
     choices = {
-        name: [Choice(row, cost, loss) for (row, cost), loss in zip(rows[name], losses[name], strict=True)] for name in shapes
+        name: [
+            Choice(row, cost, loss)
+            for (row, cost), loss in zip(rows[name], losses[name], strict=True)
+        ]
+        for name in shapes
     }
     chosen = spend(choices, bits * total)
     return {name: choice.settings for name, choice in chosen.items()}
 
 
 def _measure(
-    model: nn.Module, shapes: dict, plan: Plan, rows: dict, tokens: Tensor, device: torch.device, known: dict[str, list[float]]
+    model: nn.Module,
+    shapes: dict,
+    plan: Plan,
+    rows: dict,
+    tokens: Tensor,
+    device: torch.device,
+    known: dict[str, list[float]],
 ) -> Iterator[tuple[str, list[float]]]:
     """Steps 1 and 2 for every layer that `known` lacks: its name, and its rows' expected losses."""
     path, blocks = find_blocks(model)
@@ -136,16 +152,25 @@ def _measure(
     stream = catch_stream(model, blocks, tokens, lambda index: _bare(blocks[index]), device)
     for index, block in enumerate(blocks):
         prefix = f"{path}.{index}."
-        linears = {n: block.get_submodule(n.removeprefix(prefix)) for n in shapes if n.startswith(prefix)}
+        linears = {
+            n: block.get_submodule(n.removeprefix(prefix)) for n in shapes if n.startswith(prefix)
+        }
         if linears.keys() - known.keys():
             for group in find_groups(stream, index, block, linears):
                 first = linears[group.names[0]]
                 stats = InputStats(first.in_features)
                 for batch in range(len(stream.hidden)):
-                    stats.update(layer_inputs(stream, index, block, first, group.names[0], group.calls, batch))
+                    stats.update(
+                        layer_inputs(
+                            stream, index, block, first, group.names[0], group.calls, batch
+                        )
+                    )
                 for name in group.names:
                     if name not in known:
-                        yield name, _layer(model, linears[name], plan, rows[name], stats, probes, dense)
+                        yield (
+                            name,
+                            _layer(model, linears[name], plan, rows[name], stats, probes, dense),
+                        )
         with torch.no_grad():
             stream.advance(index, block)
 
@@ -178,7 +203,10 @@ def spend(choices: dict[str, list[Choice]], budget: float) -> dict[str, Choice]:
             at[name], spent = i, spent + extra
     best = {name: hulls[name][i] for name, i in at.items()}
     for row in LADDER:
-        uniform = {name: next((c for c in options if c.settings == row), None) for name, options in choices.items()}
+        uniform = {
+            name: next((c for c in options if c.settings == row), None)
+            for name, options in choices.items()
+        }
         if all(uniform.values()) and sum(c.bits for c in uniform.values()) <= budget:
             best = min(best, uniform, key=lambda rows: sum(c.loss for c in rows.values()))
     return best
@@ -198,7 +226,9 @@ def _hull(options: list[Choice]) -> list[Choice]:
     return hull
 
 
-def _layer(model, linear, plan: Plan, rows, stats: InputStats, probes: Tensor, dense: Tensor) -> list[float]:
+def _layer(
+    model, linear, plan: Plan, rows, stats: InputStats, probes: Tensor, dense: Tensor
+) -> list[float]:
     """Steps 1 and 2 for one layer: the expected loss of each row."""
     weight = linear.weight.detach()
     W = weight.float()

@@ -36,7 +36,9 @@ class Matching:
     """
 
     epochs: int = setting(10, "passes over the calibration text", 1, 1_000_000)
-    rate: float = setting(1e-2, "largest Adam step as a share of each tensor's root mean square", 0, 1, above=True)
+    rate: float = setting(
+        1e-2, "largest Adam step as a share of each tensor's root mean square", 0, 1, above=True
+    )
     target: str = setting("prefix", "whose block output is learnt", choices=TARGETS)
 
     def __post_init__(self):
@@ -70,13 +72,20 @@ class TrainableLinear(nn.Module):
     def __init__(self, decomposition: Decomposition, bias: Tensor | None):
         super().__init__()
         d = decomposition.folded()
-        self.shape, self.planes, self.values, self.group_size = tuple(d.S.shape), d.planes, d.values, d.group_size
+        self.shape, self.planes, self.values, self.group_size = (
+            tuple(d.S.shape),
+            d.planes,
+            d.values,
+            d.group_size,
+        )
         self.register_buffer("mask", d.mask)
         kept = d.S.float()[d.mask]
         if d.scales is None:
             self.kept = nn.Parameter(kept)
         else:
-            self.register_buffer("codes", (kept / self._steps(d.scales.float())[d.mask]).round().to(torch.int8))
+            self.register_buffer(
+                "codes", (kept / self._steps(d.scales.float())[d.mask]).round().to(torch.int8)
+            )
             self.scales = nn.Parameter(d.scales.float().clone())
         for name in ("U", "V", "P", "Q"):
             t = getattr(d, name)
@@ -90,7 +99,9 @@ class TrainableLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """[N,K] fp32, differentiable in the parameters."""
-        kept = self.kept if hasattr(self, "kept") else self.codes * self._steps(self.scales)[self.mask]
+        kept = (
+            self.kept if hasattr(self, "kept") else self.codes * self._steps(self.scales)[self.mask]
+        )
         if self.U is None:
             W = torch.zeros(self.shape, dtype=kept.dtype, device=kept.device)
         else:
@@ -112,9 +123,22 @@ class TrainableLinear(nn.Module):
         else:
             scales = self.scales.detach().clamp_min(1e-30).to(torch.bfloat16).float()
             S[self.mask] = self.codes * self._steps(scales)[self.mask]
-        parts = {name: None if (t := getattr(self, name)) is None else t.detach().clone() for name in ("U", "V", "P", "Q")}
+        parts = {
+            name: None if (t := getattr(self, name)) is None else t.detach().clone()
+            for name in ("U", "V", "P", "Q")
+        }
         return Decomposition(
-            S, self.mask, parts["U"], parts["V"], self.B, parts["P"], parts["Q"], scales, self.values, self.group_size, self.planes
+            S,
+            self.mask,
+            parts["U"],
+            parts["V"],
+            self.B,
+            parts["P"],
+            parts["Q"],
+            scales,
+            self.values,
+            self.group_size,
+            self.planes,
         )
 
 
@@ -146,7 +170,9 @@ def match_block(
         modules[name] = TrainableLinear(d, block.get_submodule(name).bias)
         setattr(block.get_submodule(path), leaf, modules[name])
     inside = {id(p) for module in modules.values() for p in module.parameters()}
-    others = {name: p for name, p in block.named_parameters() if id(p) not in inside and p.dim() < 2}
+    others = {
+        name: p for name, p in block.named_parameters() if id(p) not in inside and p.dim() < 2
+    }
     for name, p in list(others.items()):
         path, _, leaf = name.rpartition(".")
         others[name] = nn.Parameter(p.detach().float())
@@ -160,20 +186,35 @@ def match_block(
 
     @torch.no_grad()
     def measure() -> float:
-        error = sum(float((stream.run(index, block, b) - targets[b].to(stream.device)).float().square().sum()) for b in held)
+        error = sum(
+            float(
+                (stream.run(index, block, b) - targets[b].to(stream.device)).float().square().sum()
+            )
+            for b in held
+        )
         whole = sum(float((targets[b] - stream.hidden[b]).float().square().sum()) for b in held)
         return math.sqrt(error / whole) if whole else 0.0
 
     best, state, at = (before := measure()), _snapshot(trained), 0
-    groups = [{"params": [p], "lr": settings.rate * max(float(p.detach().square().mean().sqrt()), 1e-8)} for p in trained]
+    groups = [
+        {"params": [p], "lr": settings.rate * max(float(p.detach().square().mean().sqrt()), 1e-8)}
+        for p in trained
+    ]
     optimizer = torch.optim.Adam(groups)
     steps = settings.epochs * len(used)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.6 + 0.4 * math.cos(math.pi * min(s, steps) / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: 0.6 + 0.4 * math.cos(math.pi * min(s, steps) / steps)
+    )
     order = torch.Generator().manual_seed(index)
     for epoch in range(1, settings.epochs + 1):
         for b in torch.randperm(len(used), generator=order).tolist():
             with torch.enable_grad():
-                loss = (stream.run(index, block, used[b]) - targets[used[b]].to(stream.device)).float().square().mean()
+                loss = (
+                    (stream.run(index, block, used[b]) - targets[used[b]].to(stream.device))
+                    .float()
+                    .square()
+                    .mean()
+                )
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -185,9 +226,13 @@ def match_block(
     _restore(trained, state)
     result = {name: stored(name, module.decomposition()) for name, module in modules.items()}
     for name, d in result.items():
-        assert torch.equal(d.mask, decompositions[name].mask) and bool((d.S[~d.mask] == 0).all()), name
+        assert torch.equal(d.mask, decompositions[name].mask) and bool((d.S[~d.mask] == 0).all()), (
+            name
+        )
     changed = {name: p.detach() for name, p in others.items()}
-    changed |= {f"{name}.bias": m.bias.detach() for name, m in modules.items() if m.bias is not None}
+    changed |= {
+        f"{name}.bias": m.bias.detach() for name, m in modules.items() if m.bias is not None
+    }
     if at == 0:
         result, changed = decompositions, {}
     return result, changed, MatchRecord(index, before, best, at, time.perf_counter() - began)
@@ -201,4 +246,3 @@ def _snapshot(parameters: list[Tensor]) -> list[Tensor]:
 def _restore(parameters: list[Tensor], state: list[Tensor]) -> None:
     for p, saved in zip(parameters, state, strict=True):
         p.copy_(saved)
-

@@ -118,14 +118,20 @@ def compress(
         if isinstance(tokenizer, str | Path):
             tokenizer = open_tokenizer(hub_folder(tokenizer), trust_remote_code)
         if not (tokenizer is None or callable(tokenizer)):
-            raise ArgumentError(f"tokenizer={tokenizer!r} must be one of transformers, or its folder")
+            raise ArgumentError(
+                f"tokenizer={tokenizer!r} must be one of transformers, or its folder"
+            )
         if out is None and not isinstance(model_or_path, nn.Module):
             model_or_path = open_source(model_or_path, trust_remote_code).open_dense()
         source = open_source(model_or_path, trust_remote_code)
         path, blocks = find_blocks(source.model)
-        group = plan.group if plan.packed else 1  # a layer that no 2:4 fits is the model's matter, another pattern the user's
+        group = (
+            plan.group if plan.packed else 1
+        )  # a layer that no 2:4 fits is the model's matter, another pattern the user's
         found = block_linears(path, blocks, group, skip, tied_names(source.model))
-        shapes = {name: tuple(linear.weight.shape) for block in found for name, linear in block.items()}
+        shapes = {
+            name: tuple(linear.weight.shape) for block in found for name, linear in block.items()
+        }
         plan.check_shapes(shapes)
         texts = _texts(source, calibration, heldout, given.sampling, tokenizer)
         settings = {
@@ -149,9 +155,16 @@ def compress(
         if out is not None:
             _know_inputs(source, state, team)
         if bits is not None:
-            plan = replace(plan, layers=_spend(source, plan, shapes, bits, texts[0], device, team, state, report))
+            plan = replace(
+                plan,
+                layers=_spend(source, plan, shapes, bits, texts[0], device, team, state, report),
+            )
         done = team.from_leader(lambda: state.blocks if state else [])
-        sink = MemorySink() if out is None else FolderSink(out, source, path, len(blocks), plan, state, list(done))
+        sink = (
+            MemorySink()
+            if out is None
+            else FolderSink(out, source, path, len(blocks), plan, state, list(done))
+        )
         message = (
             f"compressing {source.name}: {len(blocks)} blocks, {texts[0].numel()} calibration tokens in windows of "
             f"{settings['window']}"
@@ -163,7 +176,8 @@ def compress(
         width = getattr(text_config(source.model), "hidden_size", 0) or 0
         record = RunRecord(
             model=source.name,
-            settings=settings | {"layers": plan.layers, "calibration": _name(calibration), "heldout": _name(heldout)},
+            settings=settings
+            | {"layers": plan.layers, "calibration": _name(calibration), "heldout": _name(heldout)},
             stored="packed" if plan.packed else "dense",
             layers=layers,
             tokens=texts[0].numel(),
@@ -180,7 +194,11 @@ def compress(
         else:
             result = finish(out, sink, record, plan, tokenizer) if team.leads else record
         message = f"done: {record.bits_per_weight:.3f} bits per weight, mean error {record.mean_error:.4f}, {record.seconds:.0f} s"
-        report(ProgressEvent("done", len(blocks), len(blocks), len(layers), len(layers), message=message))
+        report(
+            ProgressEvent(
+                "done", len(blocks), len(blocks), len(layers), len(layers), message=message
+            )
+        )
         return result
 
 
@@ -211,7 +229,9 @@ def _spend(
         return model.to(device=device, dtype=compute_dtype(source.config, device)).eval()
 
     def find() -> dict[str, dict]:
-        known, note = ({}, lambda name, losses: None) if state is None else (state.search, state.note_search)
+        known, note = (
+            ({}, lambda name, losses: None) if state is None else (state.search, state.note_search)
+        )
         tell = lambda text: report(ProgressEvent("budget", message=text))  # noqa: E731
         return search(dense, shapes, plan, bits, tokens, device, known, note, tell)
 
@@ -253,4 +273,8 @@ def _name(text) -> str | None:
 def _versions() -> dict[str, str]:
     import transformers
 
-    return {"slab_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "slab_kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

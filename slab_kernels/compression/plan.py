@@ -103,7 +103,15 @@ class Plan:
             own = self.layer(name)
             method, given = METHODS[own.method], own.adapter_rank
             config = check_settings(
-                own.method, own.pattern, own.rank, own.values, own.group_size, own.planes, given, own.adapter_values, own.options
+                own.method,
+                own.pattern,
+                own.rank,
+                own.values,
+                own.group_size,
+                own.planes,
+                given,
+                own.adapter_values,
+                own.options,
             )
             try:
                 check_shape(config, method, shape, given)
@@ -123,13 +131,17 @@ class Plan:
         )  # fmt: skip
 
     def pack(self, decomposition: Decomposition) -> PackedWeight:
-        return pack(decomposition, self.values, self.stored_group_size, adapter_values=self.stored_adapter)
+        return pack(
+            decomposition, self.values, self.stored_group_size, adapter_values=self.stored_adapter
+        )
 
     def as_stored(self, decomposition: Decomposition) -> Decomposition:
         """What packing leaves of a decomposition; patterns that are not packed are stored as dense weights."""
         return unpack(self.pack(decomposition)) if self.packed else decomposition
 
-    def store(self, name: str, decomposition: Decomposition, dtype: torch.dtype) -> PackedWeight | Tensor:
+    def store(
+        self, name: str, decomposition: Decomposition, dtype: torch.dtype
+    ) -> PackedWeight | Tensor:
         """Packed, or dense in `dtype`.
 
         Raises: RangeError naming the module if a number does not fit.
@@ -143,4 +155,12 @@ class Plan:
         method = METHODS[self.method]
         rank = self.rank if method.signs else 0
         adapter = method.adapter_rank(shape, self.adapter_rank)
-        return PackedLayout(*shape, self.values, self.stored_group_size, rank, adapter, planes=self.planes, adapter_values=self.stored_adapter)
+        return PackedLayout(
+            *shape,
+            self.values,
+            self.stored_group_size,
+            rank,
+            adapter,
+            planes=self.planes,
+            adapter_values=self.stored_adapter,
+        )

@@ -41,7 +41,9 @@ class LayerRecord:
     group: tuple[str, ...] = ()  # layers that share the input, compressed together
     planes: int = 1
     adapter_rank: int = 0
-    peak_bytes: int = 0  # memory while it was decomposed: the GPU's, or what the process held on a CPU
+    peak_bytes: int = (
+        0  # memory while it was decomposed: the GPU's, or what the process held on a CPU
+    )
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,19 @@ class RunRecord:
     def bits_per_weight(self) -> float:
         """Stored bits over all compressed weights."""
         weights = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        return sum(n * layer.bits_per_weight for n, layer in zip(weights, self.layers, strict=True)) / sum(
-            weights
-        )
+        return sum(
+            n * layer.bits_per_weight for n, layer in zip(weights, self.layers, strict=True)
+        ) / sum(weights)
 
     @property
     def mean_error(self) -> float:
         return sum(layer.error for layer in self.layers) / len(self.layers)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"bits_per_weight": self.bits_per_weight, "mean_error": self.mean_error}
+        return asdict(self) | {
+            "bits_per_weight": self.bits_per_weight,
+            "mean_error": self.mean_error,
+        }
 
     @classmethod
     def from_dict(cls, content: dict) -> RunRecord:
@@ -182,7 +187,9 @@ class ProgressEvent:
     def __str__(self) -> str:
         if self.layer is None:
             return self.message
-        held = "" if self.layer.heldout_error is None else f" held-out {self.layer.heldout_error:.4f}"
+        held = (
+            "" if self.layer.heldout_error is None else f" held-out {self.layer.heldout_error:.4f}"
+        )
         return (
             f"[{self.done}/{self.layers}] {self.layer.name} error {self.layer.error:.4f}{held} "
             f"{self.layer.bits_per_weight:.3f} bits per weight {self.layer.seconds:.1f} s"

@@ -69,9 +69,23 @@ class FolderSink:
     """One shard a block, each noted in the progress file once it is whole. `progress` None: reads only, and writes nothing."""
 
     def __init__(
-        self, out: Path, source: FolderSource | ModuleSource, path: str, blocks: int, plan: Plan, progress: Progress | None, done: list[dict]
+        self,
+        out: Path,
+        source: FolderSource | ModuleSource,
+        path: str,
+        blocks: int,
+        plan: Plan,
+        progress: Progress | None,
+        done: list[dict],
     ):
-        self.out, self.source, self.path, self.blocks, self.plan, self.progress = out, source, path, blocks, plan, progress
+        self.out, self.source, self.path, self.blocks, self.plan, self.progress = (
+            out,
+            source,
+            path,
+            blocks,
+            plan,
+            progress,
+        )
         self.done = done
 
     def shard(self, index: int) -> Path:
@@ -83,8 +97,12 @@ class FolderSink:
         blocks = []
         for index, block in enumerate(self.done[: self.blocks]):
             layers = [layer_from_dict(layer) for layer in block["layers"]]
-            if block["file"] != self.shard(index).name or any(layer.block != index for layer in layers):
-                raise CheckpointError(f"{self.out} holds other finished blocks than its model has; use an empty folder")
+            if block["file"] != self.shard(index).name or any(
+                layer.block != index for layer in layers
+            ):
+                raise CheckpointError(
+                    f"{self.out} holds other finished blocks than its model has; use an empty folder"
+                )
             blocks.append(FinishedBlock({}, layers, {}, match_from_dict(block["match"])))
         return blocks
 
@@ -98,7 +116,9 @@ class FolderSink:
                 module, _, leaf = name.rpartition(".")
                 if module in parts and leaf != "bias":
                     parts[module][leaf] = f.get_tensor(name)
-                elif name in inside:  # the rest is as the source has it, under the names of its checkpoint
+                elif (
+                    name in inside
+                ):  # the rest is as the source has it, under the names of its checkpoint
                     block.other[name] = f.get_tensor(name)
         for module, linear in linears.items():
             if not self.plan.packed:
@@ -115,13 +135,22 @@ class FolderSink:
             parts = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight}
             tensors |= {f"{module}.{name}": t for name, t in parts.items()}
         tensors |= block.other
-        kept = [n for n in self._inside(index) if n not in tensors and not (n.endswith(".weight") and n.removesuffix(".weight") in block.stored)]
+        kept = [
+            n
+            for n in self._inside(index)
+            if n not in tensors
+            and not (n.endswith(".weight") and n.removesuffix(".weight") in block.stored)
+        ]
         if self.progress is None:
             return block.layers
         table = self._write(index, kept, tensors)
-        layers = [replace(layer, bits_per_weight=bits_on_disk(table, layer)) for layer in block.layers]
+        layers = [
+            replace(layer, bits_per_weight=bits_on_disk(table, layer)) for layer in block.layers
+        ]
         match = None if block.match is None else asdict(block.match)
-        self.progress.finish_block(self.shard(index).name, [layer.__dict__ for layer in layers], match)
+        self.progress.finish_block(
+            self.shard(index).name, [layer.__dict__ for layer in layers], match
+        )
         return layers
 
     def store_rest(self) -> None:
@@ -132,12 +161,18 @@ class FolderSink:
     def _inside(self, index: int) -> list[str]:
         return [n for n in self.source.names if n.startswith(f"{self.path}.{index}.")]
 
-    def _write(self, index: int, kept: list[str], tensors: dict[str, Tensor]) -> dict[str, TensorEntry]:
+    def _write(
+        self, index: int, kept: list[str], tensors: dict[str, Tensor]
+    ) -> dict[str, TensorEntry]:
         """One shard of `tensors` and of what is `kept` of the source as it is."""
         forms = self.source.stored_forms(kept)
         specs = {name: (dtype, shape) for name, (dtype, shape, _) in forms.items()}
         specs |= {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        return write_shard(self.shard(index), specs, lambda name: tensors[name] if name in tensors else forms[name][2]())
+        return write_shard(
+            self.shard(index),
+            specs,
+            lambda name: tensors[name] if name in tensors else forms[name][2](),
+        )
 
     def tables(self) -> list[dict[str, TensorEntry]]:
         return [read_header(self.shard(index)) for index in range(self.blocks + 1)]
@@ -146,13 +181,20 @@ class FolderSink:
 def bits_on_disk(table: dict[str, TensorEntry], layer: LayerRecord) -> float:
     """Bytes that the layer's tensors take in its shard (bias not counted) in bits per weight."""
     size = sum(
-        e.nbytes for n, e in table.items() if n.rpartition(".")[0] == layer.name and not n.endswith(".bias")
+        e.nbytes
+        for n, e in table.items()
+        if n.rpartition(".")[0] == layer.name and not n.endswith(".bias")
     )
     return 8 * size / (layer.shape[0] * layer.shape[1])
 
 
 def layout_on_disk(
-    table: dict[str, TensorEntry], name: str, shape: tuple[int, int], values: str, group_size: int | None, planes: int
+    table: dict[str, TensorEntry],
+    name: str,
+    shape: tuple[int, int],
+    values: str,
+    group_size: int | None,
+    planes: int,
 ) -> PackedLayout:
     """The layout of a packed weight from the header of its shard."""
     factors = read_factors(table.get(f"{name}.U"), table.get(f"{name}.P"))

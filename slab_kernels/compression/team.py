@@ -109,7 +109,9 @@ class Team:
                     self._tell(f"left/{self.rank}", f"{kind.__name__}: {error}")
             self._left.set()
 
-    def share(self, names: list[str] | tuple[str, ...], work: Callable[[str], Any]) -> dict[str, Any]:
+    def share(
+        self, names: list[str] | tuple[str, ...], work: Callable[[str], Any]
+    ) -> dict[str, Any]:
         """name -> work(name): every name is done by one process, round robin; all receive all results.
 
         Raises: what `work` raised, on every process alike, for the first name that failed;
@@ -240,6 +242,10 @@ def _unpacked(data: bytes, device: Any) -> dict[str, Any]:
     import torch
 
     def place(storage: Any, location: str) -> Any:
-        return storage if location == "cpu" else torch.serialization.default_restore_location(storage, str(device))
+        return (
+            storage
+            if location == "cpu"
+            else torch.serialization.default_restore_location(storage, str(device))
+        )
 
     return torch.load(io.BytesIO(data), map_location=place, weights_only=False)

@@ -49,7 +49,9 @@ class Training:
     window: int = setting(512, **WINDOW)
     samples: int = setting(512, "windows of text, one in sixteen held back", 2)
     rate: float = setting(3e-4, "largest step", 0, 1, above=True)
-    adapter_rank: int = setting(0, "rank of new adapters for layers that have none; 0 leaves those alone", 0)
+    adapter_rank: int = setting(
+        0, "rank of new adapters for layers that have none; 0 leaves those alone", 0
+    )
     every: int = setting(25, "steps between two notes of the state", 1)
     seed: int = setting(0, **SEED)
 
@@ -64,7 +66,9 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         packed = linear.packed()
         bare = replace(packed.layout, adapter_rank=0, adapter_values=None)
-        self.base = SlabLinear.from_packed(replace(packed, layout=bare, P=None, Q=None), linear.bias)
+        self.base = SlabLinear.from_packed(
+            replace(packed, layout=bare, P=None, Q=None), linear.bias
+        )
         self.P, self.Q = nn.Parameter(P.float()), nn.Parameter(Q.float())
         self.whole = packed
 
@@ -112,15 +116,23 @@ def train(
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; choose an empty folder")
     if state.exists() and not resume:
-        raise CheckpointError(f"{state} is left of an interrupted run; pass resume=True to go on with it, or delete it")
+        raise CheckpointError(
+            f"{state} is left of an interrupted run; pass resume=True to go on with it, or delete it"
+        )
     dtype = torch.float32 if str(device) == "cpu" else None
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(hub_folder(path), trust_remote_code)
     ids = token_ids(text, "training")
-    window = min(settings.window, getattr(text_config(model), "max_position_embeddings", None) or settings.window)
+    window = min(
+        settings.window,
+        getattr(text_config(model), "max_position_embeddings", None) or settings.window,
+    )
     tokens = _windows(tokenizer, text, replace(settings, window=window)) if ids is None else ids
     check_fits(tokens, model, "training", tokenizer if ids is None else None)
-    begun = asdict(settings) | {"model_sha256": _digest(model.state_dict()), "text_sha256": _digest({"tokens": tokens})}
+    begun = asdict(settings) | {
+        "model_sha256": _digest(model.state_dict()),
+        "text_sha256": _digest({"tokens": tokens}),
+    }
     modules = _adapt(model, settings)
     parameters = [p for module in modules.values() for p in (module.P, module.Q)]
     for p in model.parameters():
@@ -130,7 +142,9 @@ def train(
     held = [i for i in range(len(tokens)) if i % HELD_BACK == HELD_BACK - 1] or [len(tokens) - 1]
     used = torch.tensor([i for i in range(len(tokens)) if i not in held] or held)
     optimizer = torch.optim.Adam(parameters, lr=settings.rate)
-    done, before = _restore(state, begun, optimizer, parameters) if resume and state.exists() else (0, None)
+    done, before = (
+        _restore(state, begun, optimizer, parameters) if resume and state.exists() else (0, None)
+    )
     if before is None:
         before = _likelihood(model, tokens[held], settings.batch)
     for step in range(done, settings.steps):
@@ -138,7 +152,11 @@ def train(
         share = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * share
-        draw = torch.randint(len(used), (settings.batch,), generator=torch.Generator().manual_seed(settings.seed + 7919 * step))
+        draw = torch.randint(
+            len(used),
+            (settings.batch,),
+            generator=torch.Generator().manual_seed(settings.seed + 7919 * step),
+        )
         with torch.enable_grad():
             loss = _loss(model, tokens[used[draw]])
             loss.backward()
@@ -151,10 +169,19 @@ def train(
     after = _likelihood(model, tokens[held], settings.batch)
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SlabLinear.from_packed(module.packed(), module.base.bias))
+        setattr(
+            model.get_submodule(parent),
+            leaf,
+            SlabLinear.from_packed(module.packed(), module.base.bias),
+        )
     save(model, out, tokenizer)
     state.unlink(missing_ok=True)
-    return {"before": before, "after": after, "steps": settings.steps, "parameters": sum(p.numel() for p in parameters)}
+    return {
+        "before": before,
+        "after": after,
+        "steps": settings.steps,
+        "parameters": sum(p.numel() for p in parameters),
+    }
 
 
 def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
@@ -162,7 +189,11 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
     generator = torch.Generator().manual_seed(settings.seed)
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, SlabLinear)]:
         packed = linear.packed()
-        N, K, rank = packed.out_features, packed.in_features, min(settings.adapter_rank, packed.out_features, packed.in_features)
+        N, K, rank = (
+            packed.out_features,
+            packed.in_features,
+            min(settings.adapter_rank, packed.out_features, packed.in_features),
+        )
         if packed.P is not None:
             P, Q = packed.adapter()
             Q = Q[:K]
@@ -175,7 +206,9 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, modules[name])
     if not modules:
-        raise ArgumentError("the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them, or compress with adapter_rank")
+        raise ArgumentError(
+            "the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them, or compress with adapter_rank"
+        )
     return modules
 
 
@@ -191,10 +224,16 @@ def _likelihood(model: nn.Module, tokens: Tensor, batch: int) -> float:
 
 
 def _windows(tokenizer, text: str | Path | list | dict, settings: Training) -> Tensor:
-    content = read_text(text, READ_AHEAD * settings.samples * settings.window * CHARACTERS_PER_TOKEN, tokenizer)
-    tokens = sample_windows(tokenizer, content, settings.samples, settings.window, settings.seed, "training")
+    content = read_text(
+        text, READ_AHEAD * settings.samples * settings.window * CHARACTERS_PER_TOKEN, tokenizer
+    )
+    tokens = sample_windows(
+        tokenizer, content, settings.samples, settings.window, settings.seed, "training"
+    )
     if len(tokens) < 2:
-        raise CalibrationError(f"the training text fills {len(tokens)} windows of {settings.window}; at least 2 are needed, one to judge by")
+        raise CalibrationError(
+            f"the training text fills {len(tokens)} windows of {settings.window}; at least 2 are needed, one to judge by"
+        )
     return tokens
 
 
@@ -207,7 +246,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _note(file: Path, begun: dict, optimizer, parameters: list[Tensor], step: int, before: float) -> None:
+def _note(
+    file: Path, begun: dict, optimizer, parameters: list[Tensor], step: int, before: float
+) -> None:
     """Parameters and Adam's moments; whole or not at all.
 
     begun: what the run began with, to be found again.
@@ -217,10 +258,21 @@ def _note(file: Path, begun: dict, optimizer, parameters: list[Tensor], step: in
     tensors = {}
     for i, p in enumerate(parameters):
         moments = optimizer.state[p]
-        tensors |= {f"{i}.value": p.detach(), f"{i}.first": moments["exp_avg"], f"{i}.second": moments["exp_avg_sq"]}
-    notes = {"begun": json.dumps(begun), "step": str(step), "before": repr(before), "sha256": _digest(tensors)}
+        tensors |= {
+            f"{i}.value": p.detach(),
+            f"{i}.first": moments["exp_avg"],
+            f"{i}.second": moments["exp_avg_sq"],
+        }
+    notes = {
+        "begun": json.dumps(begun),
+        "step": str(step),
+        "before": repr(before),
+        "sha256": _digest(tensors),
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, [to_bytes({name: t.cpu().contiguous() for name, t in tensors.items()}, notes)])
+    write_atomically(
+        file, [to_bytes({name: t.cpu().contiguous() for name, t in tensors.items()}, notes)]
+    )
 
 
 def _restore(file: Path, begun: dict, optimizer, parameters: list[Tensor]) -> tuple[int, float]:
@@ -243,7 +295,13 @@ def _restore(file: Path, begun: dict, optimizer, parameters: list[Tensor]) -> tu
         for i, p in enumerate(parameters):
             p.data.copy_(tensors[f"{i}.value"])
             first, second = tensors[f"{i}.first"].to(p), tensors[f"{i}.second"].to(p)
-            optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": first,
+                "exp_avg_sq": second,
+            }
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is damaged or of another model ({error}); delete it to start anew") from error
+        raise CheckpointError(
+            f"{file} is damaged or of another model ({error}); delete it to start anew"
+        ) from error
     return step, before

@@ -53,7 +53,13 @@ class SlabConfig(QuantizationConfigMixin):
     this library cannot read.
     """
 
-    def __init__(self, modules: dict[str, dict] | None = None, format_version: int = FORMAT_VERSION, quant_method: str = QUANT_METHOD, **settings):
+    def __init__(
+        self,
+        modules: dict[str, dict] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **settings,
+    ):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.modules = modules
@@ -76,9 +82,13 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..compression.arguments import Arguments  # not above: opening a packed folder needs no methods
+        from ..compression.arguments import (
+            Arguments,
+        )  # not above: opening a packed folder needs no methods
 
-        plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
+        plan = Arguments.of(
+            **{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
+        ).plan
         if not plan.packed:
             raise ArgumentError(
                 f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
@@ -91,13 +101,24 @@ class SlabConfig(QuantizationConfigMixin):
         modules = {}
         if self.modules is not None:
             modules["modules"] = {name: dict(module) for name, module in self.modules.items()}
-        return {"quant_method": self.quant_method, "format_version": self.format_version, **kept, **modules}
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            **kept,
+            **modules,
+        }
 
     def __iter__(self):
         yield from self.to_dict().items()
 
 
-OTHER_SETTINGS = ("calibration", "heldout", "tokenizer", "device", "progress")  # of this run, looked at when it begins
+OTHER_SETTINGS = (
+    "calibration",
+    "heldout",
+    "tokenizer",
+    "device",
+    "progress",
+)  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):
@@ -107,7 +128,11 @@ class SlabQuantizer(HfQuantizer):
     quantization_config: SlabConfig
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        places = (
+            set(map(str, device_map.values()))
+            if isinstance(device_map, dict)
+            else {str(device_map)}
+        )
         if "meta" in places:
             raise ArgumentError(
                 "device_map='meta' holds no weights, and packed ones are checked on opening; give a device"
@@ -154,7 +179,9 @@ class SlabQuantizer(HfQuantizer):
         for module in packed_modules(model).values():
             del module.weight
         for t in (*model.parameters(), *model.buffers()):
-            if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
+            if (
+                t.device.type == "cpu"
+            ):  # as transformers loads it, a view of the mapped file, which may change
                 t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
@@ -170,14 +197,20 @@ class SlabQuantizer(HfQuantizer):
         from ..compression.model import compress
 
         where, dtype = model.device, model.dtype
-        del model.config.quantization_config  # a mark of compressed models, which `compress` refuses
-        compress(model, None, **{"device": where, "progress": False} | self.quantization_config.settings)
+        del (
+            model.config.quantization_config
+        )  # a mark of compressed models, which `compress` refuses
+        compress(
+            model, None, **{"device": where, "progress": False} | self.quantization_config.settings
+        )
         self.quantization_config = SlabConfig(**model.config.quantization_config)
         model.config.quantization_config, self.pre_quantized = self.quantization_config, True
         return model.to(device=where, dtype=dtype).eval()
 
     def _dequantize(self, model, dtype=None):
-        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # config.dtype is a string once the model has been saved
+        dtype = (
+            dtype if isinstance(dtype, torch.dtype) else model.dtype
+        )  # config.dtype is a string once the model has been saved
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
         return model
@@ -193,7 +226,10 @@ class SlabQuantizer(HfQuantizer):
         state = model.state_dict()
         checksums = {name: checksum(tensor_bytes(t)) for name, t in state.items()}
         for name, t in revert_weight_conversion(model, dict(state)).items():
-            if t is not state.get(name) and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found:
+            if (
+                t is not state.get(name)
+                and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found
+            ):
                 del checksums[name]
         return None, {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
 
@@ -272,8 +308,14 @@ def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     check(theirs)
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
-        if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
-            raise CheckpointError(f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load")
+        if (
+            name not in state
+            or name not in found
+            or not torch.equal(state[name], found[name].to(state[name].dtype))
+        ):
+            raise CheckpointError(
+                f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load"
+            )
     return {"folder": str(folder), "transformers": __version__, "tensors": len(state)}
 
 

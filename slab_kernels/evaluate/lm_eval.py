@@ -19,7 +19,12 @@ BATCH = Rule("sequences that run together", int, 1)
 
 
 def run_tasks(
-    model: nn.Module, tokenizer, tasks: list[str], task_files: Path | str | None = None, limit: int | None = None, batch_size: int = 8
+    model: nn.Module,
+    tokenizer,
+    tasks: list[str],
+    task_files: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
     """Task -> metric -> number, as `lm_eval.simple_evaluate` reports them.
 
@@ -36,7 +41,9 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(f"tasks need the package lm-eval, and it does not import here ({error}); pip install lm-eval") from error
+        raise ImportError(
+            f"tasks need the package lm-eval, and it does not import here ({error}); pip install lm-eval"
+        ) from error
     task_files = None if task_files is None else expanded(task_files)
     limit, batch_size = LIMIT.accept("limit", limit), BATCH.accept("batch_size", batch_size)
     if task_files is not None and not task_files.is_dir():
@@ -44,7 +51,9 @@ def run_tasks(
     manager = TaskManager(include_path=None if task_files is None else str(task_files))
     for task in tasks:
         if not manager.match_tasks([task]):
-            raise ArgumentError(f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them")
+            raise ArgumentError(
+                f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them"
+            )
 
     class Named(HFLM):
         """The harness's model, whose failures name its folder."""
@@ -58,12 +67,25 @@ def run_tasks(
                 return super()._model_generate(*args, **kwargs)
 
     lm = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
-    watch = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_fits(args[0], model, "tasks'", tokenizer))
+    watch = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: check_fits(args[0], model, "tasks'", tokenizer)
+    )
     try:
-        found = simple_evaluate(lm, tasks=manager.match_tasks(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
+        found = simple_evaluate(
+            lm,
+            tasks=manager.match_tasks(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     finally:
         watch.remove()
     return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        }
         for task, metrics in found["results"].items()
     }

@@ -63,18 +63,27 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     if limit is not None and window > limit:
         raise CalibrationError(f"window={window} is longer than the model's {limit} positions")
     ids = tokenize(tokenizer, text)
-    pieces = [w for w in windows(ids, window, tokenizer.bos_token_id) if len(w) > 1] if len(ids) else []
+    pieces = (
+        [w for w in windows(ids, window, tokenizer.bos_token_id) if len(w) > 1] if len(ids) else []
+    )
     pieces = [w for w in pieces if len(w) == window] or pieces
     if not pieces:
         raise CalibrationError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
     check_fits(torch.cat(pieces), model, "evaluation", tokenizer)
-    vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
+    vocabulary, device = (
+        model.get_input_embeddings().weight.shape[0],
+        model.get_input_embeddings().weight.device,
+    )
     total, tokens = 0.0, 0
-    for batch in _batches(pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))):
+    for batch in _batches(
+        pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))
+    ):
         batch = batch.to(device)
         with running(model):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+        )
         total += float(loss.double().sum())
         tokens += loss.numel()
     mean = total / tokens
@@ -97,7 +106,9 @@ def _batches(pieces: list[Tensor], size: int):
 
 
 @torch.no_grad()
-def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Tensor) -> dict[str, float]:
+def layer_errors(
+    dense_model: nn.Module, compressed_model: nn.Module, tokens: Tensor
+) -> dict[str, float]:
     """||X (W - W')^T|| / ||X W^T|| of every compressed linear, X its inputs in the compressed model on `tokens`.
 
     Args:
@@ -108,7 +119,9 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
     """
     dense, ids = dict(dense_model.named_modules()), token_ids(tokens, "held-out")
     if ids is None:
-        raise CalibrationError("layer errors are measured on token ids [samples, window], not on text; `text.sample_windows` makes them")
+        raise CalibrationError(
+            "layer errors are measured on token ids [samples, window], not on text; `text.sample_windows` makes them"
+        )
     check_fits(ids, compressed_model, "held-out")
     path, _ = find_blocks(compressed_model)
     compared: list[str] = []
@@ -133,7 +146,9 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
         def see(module, args):
             x = args[0].flatten(0, -2).float()
             weight = dense[name].weight.float().to(x.device)
-            stored = module.packed().dense() if isinstance(module, SlabLinear) else module.weight.float()
+            stored = (
+                module.packed().dense() if isinstance(module, SlabLinear) else module.weight.float()
+            )
             for position, matrix in enumerate(
                 (weight - stored, weight)
             ):  # decoded anew: 7B in fp32 would not fit twice
@@ -142,7 +157,8 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
         return see
 
     handles = [
-        compressed_model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in compared
+        compressed_model.get_submodule(name).register_forward_pre_hook(watch(name))
+        for name in compared
     ]
     device = compressed_model.get_input_embeddings().weight.device
     try:
@@ -152,7 +168,9 @@ def layer_errors(dense_model: nn.Module, compressed_model: nn.Module, tokens: Te
     finally:
         for handle in handles:
             handle.remove()
-    return {name: math.sqrt(error / whole) if whole else 0.0 for name, (error, whole) in sums.items()}
+    return {
+        name: math.sqrt(error / whole) if whole else 0.0 for name, (error, whole) in sums.items()
+    }
 
 
 def continuation(
@@ -166,7 +184,9 @@ def continuation(
     """
     inputs, tokens = _prompt(model, tokenizer, prompt, tokens)
     torch.manual_seed(Sampling(seed=seed).seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
     start = time.perf_counter()
     with torch.inference_mode(), running(model):
         out = model.generate(**inputs, max_new_tokens=tokens, **sampling)
@@ -183,13 +203,19 @@ def _prompt(model: nn.Module, tokenizer, prompt: str, tokens: int) -> tuple[dict
     inputs = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
     length = inputs["input_ids"].numel()
     if not length:
-        raise CalibrationError("the prompt is empty and this tokenizer adds no start token; give some text to go on from")
+        raise CalibrationError(
+            "the prompt is empty and this tokenizer adds no start token; give some text to go on from"
+        )
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is not None and length >= limit:
-        raise CalibrationError(f"the prompt has {length} tokens, which leaves none of the model's {limit} positions; shorten it")
+        raise CalibrationError(
+            f"the prompt has {length} tokens, which leaves none of the model's {limit} positions; shorten it"
+        )
     check_fits(inputs["input_ids"], model, "prompt's", tokenizer)
     device = model.get_input_embeddings().weight.device
-    return {name: t.to(device) for name, t in inputs.items()}, tokens if limit is None else min(tokens, limit - length)
+    return {name: t.to(device) for name, t in inputs.items()}, tokens if limit is None else min(
+        tokens, limit - length
+    )
 
 
 @torch.no_grad()

@@ -104,7 +104,9 @@ def pack_planes(odd: Tensor, planes: int) -> Tensor:
     Plane p counts 2^(planes-1-p), negative where its bit is set; the bytes of a unit of 16 inputs follow each other, the
     largest plane first.
     """
-    index = (2**planes - 1 - odd.to(torch.int64)) >> 1  # 0 is the largest level; its bits, the highest first, are the planes
+    index = (
+        2**planes - 1 - odd.to(torch.int64)
+    ) >> 1  # 0 is the largest level; its bits, the highest first, are the planes
     bits = [pack_signs((index >> planes - 1 - p & 1).bool()) for p in range(planes)]
     return torch.stack(bits, -1).flatten(-2)
 
@@ -139,7 +141,10 @@ def unpack_shared(stored: Tensor) -> Tensor:
     return torch.ldexp(stored[:, :-1].float(), stored[:, -1:].int())
 
 
-INTEGER_PACKING = {"int4": (pack_int4, unpack_int4), "int3": (pack_int3, unpack_int3)}  # of the types below a byte
+INTEGER_PACKING = {
+    "int4": (pack_int4, unpack_int4),
+    "int3": (pack_int3, unpack_int3),
+}  # of the types below a byte
 
 
 def unpack_values(values: Tensor, value_type: str) -> Tensor:

@@ -26,14 +26,24 @@ GROUP_SIZES = (32, 64, 128)
 VALUE_TYPES = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8, "int3": torch.uint8,
 }  # fmt: skip
-VALUE_BYTES = {"fp16": 8, "bf16": 8, "int8": 8, "int4": 4, "int3": 3}  # of the stored tensor's entries, for 16 inputs
+VALUE_BYTES = {
+    "fp16": 8,
+    "bf16": 8,
+    "int8": 8,
+    "int4": 4,
+    "int3": 3,
+}  # of the stored tensor's entries, for 16 inputs
 FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-ADAPTER_TYPES = ("int8",)  # of P and Q beside the factors' own: a row's codes, then the exponent they share
+ADAPTER_TYPES = (
+    "int8",
+)  # of P and Q beside the factors' own: a row's codes, then the exponent they share
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of dense weights
 INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3)}
 MAX_PLANES = 3  # signs that a pruned entry may have
 TENSOR_NAMES = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
-MAX_FEATURES = 1 << 24  # far above any layer; keeps every byte count inside 63 bits on hostile input
+MAX_FEATURES = (
+    1 << 24
+)  # far above any layer; keeps every byte count inside 63 bits on hostile input
 
 
 def plane_unit(planes: int) -> float:
@@ -67,7 +77,11 @@ class PackedLayout:
             raise ValueTypeError(
                 f"factors={short(self.factors)} is unknown; choose one of {', '.join(FACTOR_TYPES)}"
             )
-        takes_groups = self.values in INTEGER_RANGES and type(self.group_size) is int and self.group_size in GROUP_SIZES
+        takes_groups = (
+            self.values in INTEGER_RANGES
+            and type(self.group_size) is int
+            and self.group_size in GROUP_SIZES
+        )
         if self.group_size is not None and not takes_groups:
             raise ValueTypeError(
                 f"group_size={short(self.group_size)} with values={short(self.values)}: int8, int4 and "
@@ -99,7 +113,9 @@ class PackedLayout:
         if not self.adapter_rank:
             object.__setattr__(self, "adapter_values", None)
         if not self.rank and (not self.adapter_rank or self.adapter_values):
-            object.__setattr__(self, "factors", "fp16")  # there are none: layouts that mean the same compare equal
+            object.__setattr__(
+                self, "factors", "fp16"
+            )  # there are none: layouts that mean the same compare equal
 
     @property
     def slice_multiple(self) -> int:
@@ -124,7 +140,11 @@ class PackedLayout:
             table["U"] = (factor, (N, self.rank))
             table["V"] = (factor, (Kp, self.rank))
         if self.adapter_rank:
-            dtype, width = (torch.int8, self.adapter_rank + 1) if self.adapter_values else (factor, self.adapter_rank)
+            dtype, width = (
+                (torch.int8, self.adapter_rank + 1)
+                if self.adapter_values
+                else (factor, self.adapter_rank)
+            )
             table["P"], table["Q"] = (dtype, (N, width)), (dtype, (Kp, width))
         return table
 
@@ -147,9 +167,7 @@ class PackedLayout:
         names = {f.name for f in fields(cls)}
         missing = {"out_features", "in_features"} - entries.keys()
         if missing:
-            raise ShapeError(
-                f"packed layout {short(entries)} lacks {', '.join(sorted(missing))}"
-            )
+            raise ShapeError(f"packed layout {short(entries)} lacks {', '.join(sorted(missing))}")
         return cls(**{k: v for k, v in entries.items() if k in names})
 
 
@@ -208,9 +226,13 @@ def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     """
     table = layout.tensors()
     for name in table.keys() - tensors.keys():
-        raise MissingTensorError(f"tensor {name!r} is missing from a packed weight with {sorted(tensors)}")
+        raise MissingTensorError(
+            f"tensor {name!r} is missing from a packed weight with {sorted(tensors)}"
+        )
     for name in tensors.keys() - table.keys():
-        raise UnknownTensorError(f"tensor {name!r} does not belong to a packed weight with {sorted(table)}")
+        raise UnknownTensorError(
+            f"tensor {name!r} does not belong to a packed weight with {sorted(table)}"
+        )
     for name, (dtype, shape) in table.items():
         if tensors[name].dtype != dtype:
             raise DtypeError(f"{name} is {tensors[name].dtype}, expected {dtype}")
@@ -230,8 +252,14 @@ def check_tensors(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     if layout.adapter_values:
         for name in ("P", "Q"):
             codes, exponents = tensors[name][:, :-1], tensors[name][:, -1]
-            if bool((codes == -128).any()) or bool((exponents > 120).any()) or bool((exponents < -126).any()):
-                raise RangeError(f"{name} holds the code -128 or an exponent beyond -126 .. 120; the file is corrupt")
+            if (
+                bool((codes == -128).any())
+                or bool((exponents > 120).any())
+                or bool((exponents < -126).any())
+            ):
+                raise RangeError(
+                    f"{name} holds the code -128 or an exponent beyond -126 .. 120; the file is corrupt"
+                )
         tensors = tensors | {name: bits.unpack_shared(tensors[name]) for name in ("P", "Q")}
     _check_products(tensors)
     _check_padding(tensors, layout)
@@ -248,7 +276,9 @@ def _check_products(tensors: dict[str, Tensor]) -> None:
     if "scales" in tensors:
         low, high = float(tensors["scales"].float().min()), float(tensors["scales"].float().max())
         if low <= 0 or high * 128 > most:
-            raise RangeError(f"scales range from {low:.3g} to {high:.3g}; they must be positive and far below fp32's end")
+            raise RangeError(
+                f"scales range from {low:.3g} to {high:.3g}; they must be positive and far below fp32's end"
+            )
 
 
 def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
@@ -267,6 +297,8 @@ def _check_padding(tensors: dict[str, Tensor], layout: PackedLayout) -> None:
     if "signs" in tensors:
         most = 2**layout.planes - 1  # what padding holds: every sign positive
         lower = most - bits.unpack_planes(tensors["signs"], layout.planes)
-        dirty = dirty or bool(bits.scatter_positions(lower, *bits.pruned_positions(i0, i1))[:, K:].any())
+        dirty = dirty or bool(
+            bits.scatter_positions(lower, *bits.pruned_positions(i0, i1))[:, K:].any()
+        )
     if dirty:
         raise PaddingError(f"padding beyond in_features={K} must be zero (nibble 4, sign bits 0)")

@@ -126,7 +126,11 @@ class PackedWeight:
 
     def adapter(self) -> tuple[Tensor, Tensor]:
         """P [N,R'] and Q [Kp,R'] as numbers: fp32 if they are stored as int8, else in the factors' type."""
-        return (bits.unpack_shared(self.P), bits.unpack_shared(self.Q)) if self.layout.adapter_values else (self.P, self.Q)
+        return (
+            (bits.unpack_shared(self.P), bits.unpack_shared(self.Q))
+            if self.layout.adapter_values
+            else (self.P, self.Q)
+        )
 
     def bits_per_weight(self, factors: bool = True) -> float:
         return self.layout.bits_per_weight(factors)
@@ -144,7 +148,11 @@ class PackedWeight:
         Raises: ShapeError.
         """
         check_range("out_features", start, length, self.out_features)
-        parts = {name: t.narrow(0, start, length) for name, t in self.tensors().items() if name not in ("V", "Q")}
+        parts = {
+            name: t.narrow(0, start, length)
+            for name, t in self.tensors().items()
+            if name not in ("V", "Q")
+        }
         layout = replace(
             self.layout,
             out_features=length,
@@ -165,7 +173,9 @@ class PackedWeight:
         for name, t in self.tensors().items():
             if name in ("V", "Q"):
                 parts[name] = t.narrow(0, start, table[name][1][0])
-            elif name not in ("U", "P") and not (name == "scales" and self.layout.group_size is None):
+            elif name not in ("U", "P") and not (
+                name == "scales" and self.layout.group_size is None
+            ):
                 parts[name] = t.narrow(1, start * t.shape[1] // Kp, table[name][1][1])
         return replace(self, layout=layout, **parts)
 
@@ -184,13 +194,21 @@ class PackedWeight:
         """
         for name in tensors:
             if name not in TENSOR_NAMES:
-                raise UnknownTensorError(f"tensor {name!r} is not part of the packed format ({', '.join(TENSOR_NAMES)})")
+                raise UnknownTensorError(
+                    f"tensor {name!r} is not part of the packed format ({', '.join(TENSOR_NAMES)})"
+                )
         for name in ("U", "P"):
             if name in tensors and (tensors[name].dim() != 2 or tensors[name].shape[1] == 0):
-                raise ShapeError(f"{name} has shape {tuple(tensors[name].shape)}, expected [out_features, rank >= 1]")
+                raise ShapeError(
+                    f"{name} has shape {tuple(tensors[name].shape)}, expected [out_features, rank >= 1]"
+                )
         types = [tensors[name].dtype for name in ("U", "P") if name in tensors]
-        if unknown := [dtype for dtype in types if dtype not in (*FACTOR_TYPES.values(), torch.int8)]:
-            raise DtypeError(f"U or P is {unknown[0]}, expected one of {', '.join(map(str, FACTOR_TYPES.values()))}, or int8 for P")
+        if unknown := [
+            dtype for dtype in types if dtype not in (*FACTOR_TYPES.values(), torch.int8)
+        ]:
+            raise DtypeError(
+                f"U or P is {unknown[0]}, expected one of {', '.join(map(str, FACTOR_TYPES.values()))}, or int8 for P"
+            )
         factors = read_factors(tensors.get("U"), tensors.get("P"))
         layout = PackedLayout(out_features, in_features, values, group_size, **factors)
         if "signs" in tensors and layout.rank and tensors["signs"].dim() == 2:
@@ -247,17 +265,33 @@ def pack(
         pairs = [(d.U, d.V), *([] if adapter_values else [(d.P, d.Q)])]
         factor_dtype = fitting_dtype(*(pair for pair in pairs if pair[0] is not None))
     if factor_dtype not in factor_names:
-        raise ValueTypeError(f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}")
+        raise ValueTypeError(
+            f"factor_dtype={factor_dtype} is unknown; choose one of {', '.join(map(str, factor_names))}"
+        )
     rank = 0 if decomposition.U is None else decomposition.U.shape[1]
     adapter_rank = 0 if decomposition.P is None else decomposition.P.shape[1]
-    layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, factor_names[factor_dtype], decomposition.planes, adapter_values)
+    layout = PackedLayout(
+        N,
+        K,
+        values,
+        group_size,
+        rank,
+        adapter_rank,
+        factor_names[factor_dtype],
+        decomposition.planes,
+        adapter_values,
+    )
     Kp = layout.padded_in_features
 
     d = decomposition
     mask = _two_of_four(_pad(d.mask, Kp))
     term = d.sign_term()
     # Where B is 0 the value is folded already and is taken as it is: -0.0 + 0.0 would lose its sign.
-    S = d.S.float() if term is None else torch.where(mask[:, :K] & (d.B != 0), d.S.float() + term, d.S.float())
+    S = (
+        d.S.float()
+        if term is None
+        else torch.where(mask[:, :K] & (d.B != 0), d.S.float() + term, d.S.float())
+    )
     i0, i1 = bits.kept_positions(metadata := bits.pack_metadata(mask))
     kept = bits.gather_positions(_pad(S, Kp), i0, i1)
     parts = {"metadata": metadata}
@@ -267,15 +301,21 @@ def pack(
         level = _pad(d.B.to(torch.int8), Kp, fill=most)
         pruned = bits.gather_positions(level, *bits.pruned_positions(i0, i1))
         if bool((pruned == 0).any()):
-            raise PatternError(f"B is 0 on {int((pruned == 0).sum())} pruned positions; it must be +1 or -1 there")
+            raise PatternError(
+                f"B is 0 on {int((pruned == 0).sum())} pruned positions; it must be +1 or -1 there"
+            )
         if bool(((pruned & 1 == 0) | (pruned.abs() > most)).any()):
-            raise PatternError(f"B holds {int(pruned.abs().max())} at most; with planes={layout.planes} it is odd and within +-{most}")
+            raise PatternError(
+                f"B holds {int(pruned.abs().max())} at most; with planes={layout.planes} it is odd and within +-{most}"
+            )
         parts["signs"] = bits.pack_planes(pruned, layout.planes)
         U, V = round_factors(d.U, d.V, factor_dtype)
         parts["U"], parts["V"] = U.to(factor_dtype), _pad_rows(V.to(factor_dtype), Kp)
     if adapter_rank:
         parts["P"], parts["Q"] = pack_adapter(d.P, d.Q, layout)
-    return PackedWeight(layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None})
+    return PackedWeight(
+        layout=layout, **{name: t.contiguous() for name, t in parts.items() if t is not None}
+    )
 
 
 def _grid(
@@ -311,7 +351,9 @@ def pack_adapter(P: Tensor, Q: Tensor, layout: PackedLayout) -> tuple[Tensor, Te
     dtype = FACTOR_TYPES[layout.factors]
     P, Q = round_adapter(P, Q, layout.adapter_values, dtype)
     Q = _pad_rows(Q, layout.padded_in_features)
-    stored = [bits.pack_shared(t) if layout.adapter_values else t.to(dtype).contiguous() for t in (P, Q)]
+    stored = [
+        bits.pack_shared(t) if layout.adapter_values else t.to(dtype).contiguous() for t in (P, Q)
+    ]
     return stored[0], stored[1]
 
 
@@ -334,7 +376,11 @@ def unpack(packed: PackedWeight) -> Decomposition:
         P, Q = packed.adapter()
         parts["P"], parts["Q"] = P.float(), Q[:K].float()
     if packed.scales is not None:
-        parts |= {"scales": packed.scales.float(), "values": layout.values, "group_size": layout.group_size}
+        parts |= {
+            "scales": packed.scales.float(),
+            "values": layout.values,
+            "group_size": layout.group_size,
+        }
     return Decomposition(**parts)
 
 
@@ -351,13 +397,17 @@ def _two_of_four(mask: Tensor) -> Tensor:
     return (groups | ((~groups).cumsum(-1) <= 2 - count) & ~groups).flatten(-2)
 
 
-def _encode_values(kept: Tensor, d: Decomposition, layout: PackedLayout) -> tuple[Tensor, Tensor | None]:
+def _encode_values(
+    kept: Tensor, d: Decomposition, layout: PackedLayout
+) -> tuple[Tensor, Tensor | None]:
     if not bool(kept.isfinite().all()):
         raise RangeError(f"{int((~kept.isfinite()).sum())} kept values are NaN or infinite")
     if layout.values not in INTEGER_RANGES:
         stored = kept.to(VALUE_TYPES[layout.values])
         if not bool(stored.isfinite().all()):
-            raise RangeError(f"a kept value of {kept.abs().max():.4g} does not fit {layout.values}; use values='bf16'")
+            raise RangeError(
+                f"a kept value of {kept.abs().max():.4g} does not fit {layout.values}; use values='bf16'"
+            )
         if rounding_error(kept, stored.dtype) > MOST_LOST:
             raise RangeError(
                 f"kept values of up to {kept.abs().max():.3g} are below what "

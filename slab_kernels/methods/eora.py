@@ -23,8 +23,12 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 class EoraConfig(Config):
     """`polish`: see `finish`."""
 
-    pruner: str = setting("sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS)
-    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
+    pruner: str = setting(
+        "sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS
+    )
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 def eora(weight: Tensor, stats: InputStats, config: EoraConfig) -> Decomposition:

@@ -39,7 +39,9 @@ class InputStats:
 
     def __post_init__(self) -> None:
         if self.needs not in NEEDS:
-            raise CalibrationError(f"needs={self.needs!r} is unknown; choose one of {', '.join(NEEDS)}")
+            raise CalibrationError(
+                f"needs={self.needs!r} is unknown; choose one of {', '.join(NEEDS)}"
+            )
 
     @classmethod
     def from_inputs(cls, x: Tensor, needs: str = "gram", drift: Tensor | None = None) -> InputStats:
@@ -60,7 +62,9 @@ class InputStats:
                 f"a Gram matrix is square [in_features, in_features], got {tuple(gram.shape)}"
             )
         if bad := int((~gram.isfinite()).sum()):
-            raise CalibrationError(f"the Gram matrix has {bad} NaN or infinite entries of {gram.numel()}")
+            raise CalibrationError(
+                f"the Gram matrix has {bad} NaN or infinite entries of {gram.numel()}"
+            )
         return cls(gram.shape[0], "gram", tokens, gram, gram.diagonal().clone(), drift, gram.dtype)
 
     @property
@@ -136,7 +140,9 @@ class InputStats:
 
     def to(self, device: torch.device | str) -> InputStats:
         parts = {name: getattr(self, name) for name in ("gram", "mean_square", "drift")}
-        return replace(self, **{name: None if t is None else t.to(device) for name, t in parts.items()})
+        return replace(
+            self, **{name: None if t is None else t.to(device) for name, t in parts.items()}
+        )
 
     def dead_inputs(self) -> Tensor:
         """[K] bool: inputs that were zero for every token."""

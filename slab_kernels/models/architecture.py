@@ -23,7 +23,9 @@ MAX_SIZES = {
 MAX_EMBEDDING = 1 << 40  # entries
 
 
-def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(
+    config_folder: Path | None = None, config=None, trust_remote_code: bool = False
+) -> nn.Module:
     """The causal language model of a config with parameters on meta and computed buffers (rotary tables) real.
 
     trust_remote_code: run the Python code in the folder, where its config names some.
@@ -38,14 +40,20 @@ def build_skeleton(config_folder: Path | None = None, config=None, trust_remote_
         if config is None:
             described = read_json(where)
             if not isinstance(described.get("model_type"), str):
-                raise CheckpointError(f"{where} names no model_type; it is no Hugging Face model config")
+                raise CheckpointError(
+                    f"{where} names no model_type; it is no Hugging Face model config"
+                )
             if not trust_remote_code:
                 _refuse_own_code(described, config_folder)
             config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code)
         _check_sizes(config, where)
-        own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        own = trust_remote_code and "AutoModelForCausalLM" in (
+            getattr(config, "auto_map", None) or {}
+        )
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own:
-            raise ArchitectureError(f"transformers builds no causal language model for {config.model_type!r}")
+            raise ArchitectureError(
+                f"transformers builds no causal language model for {config.model_type!r}"
+            )
         model = _build(config, trust_remote_code)
     except (CheckpointError, ArchitectureError, FormatError):
         raise
@@ -79,7 +87,10 @@ def _build(config, trust_remote_code: bool) -> nn.Module:
     for part, _ in dtypes:
         part.dtype = None
     try:
-        return build(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), dtype)
+        return build(
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+            dtype,
+        )
     finally:
         for part, own in dtypes:
             part.dtype = own
@@ -97,12 +108,18 @@ def _check_sizes(config, where: Path | str) -> None:
     for part in _configs(config):
         for name, most in MAX_SIZES.items():
             sizes = _size(part, name)
-            for size in sizes if isinstance(sizes, list | tuple) else [sizes]:  # some models list one for each layer
+            for size in (
+                sizes if isinstance(sizes, list | tuple) else [sizes]
+            ):  # some models list one for each layer
                 if size is not None and (type(size) is not int or not 0 < size <= most):
-                    raise CheckpointError(f"{where} has {name}={size!r}, expected an integer from 1 to {most}")
+                    raise CheckpointError(
+                        f"{where} has {name}={size!r}, expected an integer from 1 to {most}"
+                    )
         width, vocabulary = _size(part, "hidden_size"), _size(part, "vocab_size")
         if type(width) is type(vocabulary) is int and width * vocabulary > MAX_EMBEDDING:
-            raise CheckpointError(f"{where} asks for an embedding of {vocabulary}x{width} numbers, which no model has")
+            raise CheckpointError(
+                f"{where} asks for an embedding of {vocabulary}x{width} numbers, which no model has"
+            )
 
 
 def _size(config, name: str):

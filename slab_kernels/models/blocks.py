@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureError
 
-TOKENS_PER_BATCH = 4096  # tokens a block sees at once: enough to fill a device, small beside the weights
+TOKENS_PER_BATCH = (
+    4096  # tokens a block sees at once: enough to fill a device, small beside the weights
+)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -76,13 +78,17 @@ def block_linears(
     matches nothing, and if nothing is left.
     """
     result, used = [], set()
-    outside: dict[str, str] = {}  # skip pattern -> the first weight outside nn.Linear that it leaves dense
+    outside: dict[
+        str, str
+    ] = {}  # skip pattern -> the first weight outside nn.Linear that it leaves dense
     for index, block in enumerate(blocks):
         linears = {}
         for name, module in block.named_modules(remove_duplicate=False):
             full = f"{path}.{index}.{name}" if name else f"{path}.{index}"
             own = [f"{full}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-            used |= {pattern for pattern in skip if any(fnmatchcase(n, pattern) for n in (full, *own))}
+            used |= {
+                pattern for pattern in skip if any(fnmatchcase(n, pattern) for n in (full, *own))
+            }
             kind = type(module).__name__
             if kind == "SlabLinear":
                 raise ArchitectureError(f"{full} is compressed already; start from the dense model")
@@ -101,8 +107,13 @@ def block_linears(
                     large = value.dim() >= 2 and min(value.shape[-2:]) > 1
                     if large and not _is_skipped(f"{full}.{parameter}", skip):
                         parts = [*name.split("."), *([parameter] if holds or not name else [])]
-                        pattern = ".".join(["*", *("*" if part.isdigit() else part for part in parts if part)])
-                        outside.setdefault(pattern, f"{full} ({kind}) keeps its weight {parameter!r} {list(value.shape)}")
+                        pattern = ".".join(
+                            ["*", *("*" if part.isdigit() else part for part in parts if part)]
+                        )
+                        outside.setdefault(
+                            pattern,
+                            f"{full} ({kind}) keeps its weight {parameter!r} {list(value.shape)}",
+                        )
         result.append(linears)
     unused = [pattern for pattern in skip if pattern not in used]
     if unused:
@@ -138,13 +149,20 @@ def _refuse_shared(linears: list[dict[str, nn.Linear]], tied: Mapping[str, str])
     shared: dict[str, str] = {}
     for name, linear in ((name, linear) for block in linears for name, linear in block.items()):
         first = names.setdefault(id(linear.weight), name)
-        other = pairs.get(f"{name}.weight", first).removesuffix(".weight") if first == name else first
+        other = (
+            pairs.get(f"{name}.weight", first).removesuffix(".weight") if first == name else first
+        )
         if other != name:
             shared |= {name: other, other: name}
     if shared:
         name, other = next(iter(shared.items()))
         everything = all(name in shared for block in linears for name in block)
-        dense = "" if everything else ", or leave what is shared dense with skip, as in " + f"skip='{other}', skip='{name}'"
+        dense = (
+            ""
+            if everything
+            else ", or leave what is shared dense with skip, as in "
+            + f"skip='{other}', skip='{name}'"
+        )
         more = f" ({len(shared)} linears are shared in all)" if len(shared) > 2 else ""
         raise ArchitectureError(
             f"{other} and {name} share one weight{more}, and each would be compressed for inputs of its own; give each "
@@ -156,7 +174,9 @@ def _is_skipped(full: str, skip: tuple[str, ...]) -> bool:
     """A skipped module covers what is below it."""
     parts = full.split(".")
     return any(
-        fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1) for pattern in skip
+        fnmatchcase(".".join(parts[:end]), pattern)
+        for end in range(1, len(parts) + 1)
+        for pattern in skip
     )
 
 
@@ -176,9 +196,13 @@ def filled_copy(
 
     def place(t: Tensor) -> Tensor:
         kind = dtype if dtype and t.is_floating_point() else t.dtype
-        return t.to(device=device, dtype=kind, copy=True)  # matching trains it, and a model in memory must not change
+        return t.to(
+            device=device, dtype=kind, copy=True
+        )  # matching trains it, and a model in memory must not change
 
-    filled.load_state_dict({name: place(t) for name, t in tensors.items()}, strict=False, assign=True)
+    filled.load_state_dict(
+        {name: place(t) for name, t in tensors.items()}, strict=False, assign=True
+    )
     for owner in filled.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:

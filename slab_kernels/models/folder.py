@@ -28,7 +28,9 @@ from .shards import (
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_KEY = "transformers_weights"  # of config.json: the file to read instead of those two
-PROGRESS_NAME = "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
+PROGRESS_NAME = (
+    "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
+)
 RECORD_NAME = "slab_run.json"
 VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not compared
 WEIGHT_DTYPES = {
@@ -79,12 +81,18 @@ class Checkpoint:
         self.folder = Path(folder)
         self.verifies = verify and os.environ.get(VERIFY) != "0"
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder; give the folder that holds config.json")
+            raise CheckpointError(
+                f"{self.folder} is not a folder; give the folder that holds config.json"
+            )
         if not (self.folder / "config.json").is_file():
             unfinished = (self.folder / PROGRESS_NAME).is_file()
             raise CheckpointError(
                 f"{self.folder} has no config.json"
-                + ("; its compression was interrupted: finish it with resume=True" if unfinished else "")
+                + (
+                    "; its compression was interrupted: finish it with resume=True"
+                    if unfinished
+                    else ""
+                )
             )
         self.config = read_json(self.folder / "config.json")
         self.entries: dict[str, TensorEntry] = {}
@@ -99,7 +107,9 @@ class Checkpoint:
             self._stamps[file] = _stamp((self.folder / file).stat())
             for name, entry in read_header(self.folder / file).items():
                 if name in self.entries:
-                    raise CheckpointError(f"tensor {name!r} lies in both {self.entries[name].file} and {file}")
+                    raise CheckpointError(
+                        f"tensor {name!r} lies in both {self.entries[name].file} and {file}"
+                    )
                 if listed is not None and listed.get(name) != file:
                     raise CheckpointError(
                         f"{file} holds tensor {name!r}, which {index} does not place there"
@@ -144,7 +154,11 @@ class Checkpoint:
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or not all(isinstance(f, str) for f in listed.values())
+        ):
             raise CheckpointError(f"{index} has no weight_map from tensor names to shard names")
         for file in listed.values():
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -243,7 +257,9 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_counts(config: dict, names: Iterable[str], where: Path | str, few: int = FEW_BLOCKS) -> None:
+def check_counts(
+    config: dict, names: Iterable[str], where: Path | str, few: int = FEW_BLOCKS
+) -> None:
     """The blocks that config.json asks for against those that the files hold, before any is built,
     and the labels of a classifier, of which transformers makes a table.
 

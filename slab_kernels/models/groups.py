@@ -24,7 +24,8 @@ def _hooks(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]):
         return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"])
 
     handles = [
-        module.register_forward_pre_hook(bind(name), with_kwargs=True) for name, module in modules.items()
+        module.register_forward_pre_hook(bind(name), with_kwargs=True)
+        for name, module in modules.items()
     ]
     try:
         yield
@@ -55,7 +56,9 @@ class _Seen:
         return self.value.shape == other.value.shape and torch.equal(self.value, other.value)
 
 
-def find_groups(stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[Group]:
+def find_groups(
+    stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear]
+) -> list[Group]:
     """Linears grouped by the contents of their inputs (q/k/v, gate/up), in order of execution.
 
     Inputs that are equal in one batch and are not one tensor are compared in every batch.
@@ -68,7 +71,9 @@ def find_groups(stream: Stream, index: int, block: nn.Module, linears: dict[str,
     for batch in range(len(stream.hidden)):
         if len(calls) == len(linears):
             break
-        inputs = _inputs(stream, index, block, {n: linears[n] for n in linears if n not in calls}, batch)
+        inputs = _inputs(
+            stream, index, block, {n: linears[n] for n in linears if n not in calls}, batch
+        )
         found: list[list[str]] = []
         for name, seen in inputs.items():
             calls[name] = len(seen)
@@ -90,7 +95,9 @@ def find_groups(stream: Stream, index: int, block: nn.Module, linears: dict[str,
     return [Group(tuple(names), calls[names[0]]) for names in groups]
 
 
-def _never_ran(block: nn.Module, linears: dict[str, nn.Linear], missed: list[str]) -> CalibrationError:
+def _never_ran(
+    block: nn.Module, linears: dict[str, nn.Linear], missed: list[str]
+) -> CalibrationError:
     """What to say of linears that no batch reached: the largest modules of `block` that hold no other linear."""
     inside = {module: name for name, module in block.named_modules()}
     idle = dict.fromkeys(inside[linears[name]] for name in missed)
@@ -100,7 +107,9 @@ def _never_ran(block: nn.Module, linears: dict[str, nn.Linear], missed: list[str
     for name in idle:
         parts = name.split(".")
         above = (".".join(parts[:end]) for end in range(1, len(parts)))
-        largest |= {next((m for m in above if not any(b.startswith(f"{m}.") for b in busy)), name): None}
+        largest |= {
+            next((m for m in above if not any(b.startswith(f"{m}.") for b in busy)), name): None
+        }
     numbered = any(part.isdigit() for name in largest for part in name.split("."))
     advice = ", ".join(f"skip='{start if numbered else '*.'}{name}'" for name in largest)
     return CalibrationError(
@@ -144,7 +153,13 @@ def _inputs(
 
 
 def layer_inputs(
-    stream: Stream, index: int, block: nn.Module, linear: nn.Linear, name: str, calls: int, batch: int
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    linear: nn.Linear,
+    name: str,
+    calls: int,
+    batch: int,
 ) -> Tensor:
     """The inputs [tokens, in_features] that `linear` receives while block `index` runs one batch, up to its last call.
 

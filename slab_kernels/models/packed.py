@@ -54,7 +54,10 @@ def swap_in(model: nn.Module, layouts: dict[str, PackedLayout]) -> None:
                 f"module {name} is {layout.out_features}x{layout.in_features} in quantization_config and "
                 f"{linear.out_features}x{linear.in_features} in the model that config.json describes"
             )
-        model.set_submodule(name, SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype))
+        model.set_submodule(
+            name,
+            SlabLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype),
+        )
     tied = tied_names(model)
     if any(f"{name}.weight" in (*tied, *tied.values()) for name in layouts):
         untie(model)  # a packed weight is no other tensor
@@ -94,7 +97,9 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoi
     stored = StoredNames(model, checkpoint.entries)
     settle(model, stored, checkpoint.get)
     expected, packed = model.state_dict(), _packed_names(model)
-    found = ModelCheckpoint(checkpoint, stored, {name for name, _ in model.named_buffers()} - packed)
+    found = ModelCheckpoint(
+        checkpoint, stored, {name for name, _ in model.named_buffers()} - packed
+    )
     missing = sorted(expected.keys() - found.entries.keys() - tied_names(model).keys())
     for what, names in (("lacks", missing), ("holds the unexpected", sorted(stored.ignored))):
         if names:
@@ -105,7 +110,9 @@ def check_tensors_fit(checkpoint: Checkpoint, model: nn.Module) -> ModelCheckpoi
     for name, entry in found.entries.items():
         want = expected[name]
         if entry.shape != tuple(want.shape):
-            raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}")
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(entry.shape)}, expected {list(want.shape)}"
+            )
         kinds = {entry.dtype.is_floating_point, want.dtype.is_floating_point}
         if entry.dtype != want.dtype and (name in packed or len(kinds) > 1):
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
@@ -119,7 +126,11 @@ def packed_modules(model: nn.Module) -> dict[str, SlabLinear]:
 
 
 def _packed_names(model: nn.Module) -> set[str]:
-    return {f"{name}.{part}" for name, module in packed_modules(model).items() for part in module.layout.tensors()}
+    return {
+        f"{name}.{part}"
+        for name, module in packed_modules(model).items()
+        for part in module.layout.tensors()
+    }
 
 
 def check(model: nn.Module) -> nn.Module:
@@ -221,14 +232,18 @@ def load(
             place(model, alias, t)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    for module in model.modules():  # tables computed from the config, such as rotary frequencies, are in no checkpoint
+    for module in (
+        model.modules()
+    ):  # tables computed from the config, such as rotary frequencies, are in no checkpoint
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
     if dtype is not None:
         model.config.dtype = dtype
     if hasattr(model, "generation_config"):
-        model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
+        model.generation_config = (
+            read_generation_config(checkpoint.folder) or model.generation_config
+        )
     model.config._name_or_path = str(checkpoint.folder)
     return model.eval()
 
@@ -319,5 +334,7 @@ def save(model: nn.Module, path: Path | str, tokenizer=None) -> None:
             model.generation_config.save_pretrained(out)
         before = dict(getattr(model.config, "quantization_config", None) or {})
         config = config_dict(model)
-        config["quantization_config"] = quantization_config({name: m.layout for name, m in modules.items()}, before)
+        config["quantization_config"] = quantization_config(
+            {name: m.layout for name, m in modules.items()}, before
+        )
         write_json(out / "config.json", config)

@@ -87,7 +87,11 @@ class Progress:
             begun = PROGRESS_NAME in found and self.resumable
             raise CheckpointError(
                 f"{out} is not empty ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); choose an empty folder"
-                + (", or pass resume=True to go on with the run that was interrupted there" if begun else "")
+                + (
+                    ", or pass resume=True to go on with the run that was interrupted there"
+                    if begun
+                    else ""
+                )
             )
         if PROGRESS_NAME in found:
             self._restore(read_json(out / PROGRESS_NAME))
@@ -112,7 +116,9 @@ class Progress:
 
     def finish_block(self, file: str, layers: list[dict], match: dict | None = None) -> None:
         """Note that the next block is done and its shard written."""
-        self.blocks.append({"file": file, "sha256": file_sha256(self.out / file), "layers": layers, "match": match})
+        self.blocks.append(
+            {"file": file, "sha256": file_sha256(self.out / file), "layers": layers, "match": match}
+        )
         self._write()
 
     def note_inputs(self, inputs: dict[str, str]) -> None:
@@ -128,7 +134,12 @@ class Progress:
     def _write(self) -> None:
         if not self.resumable:
             return
-        parts = {"settings": self.settings, "inputs": self.inputs, "search": self.search, "blocks": self.blocks}
+        parts = {
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "search": self.search,
+            "blocks": self.blocks,
+        }
         state = json.loads(json.dumps(parts))
         write_json(self.out / PROGRESS_NAME, {**state, "sha256": _digest(state)})
 
@@ -163,7 +174,9 @@ class Progress:
         """Let other runs into the folder; what is in it stays."""
         lock, self._lock = self._lock, None
         if lock is not None:
-            with contextlib.suppress(OSError):  # before it is closed, else it may be another run's by then
+            with contextlib.suppress(
+                OSError
+            ):  # before it is closed, else it may be another run's by then
                 (self.out / LOCK_NAME).unlink()
             lock.close()
 
@@ -183,7 +196,11 @@ def _is_state(state: dict) -> bool:
         state.get("sha256") == _digest(rest)
         and all(type(rest.get(key)) is kind for key, kind in kinds.items())
         and all(type(block) is dict for block in rest["blocks"])
-        and all(type(block.get(key)) is kind for block in rest["blocks"] for key, kind in of_block.items())
+        and all(
+            type(block.get(key)) is kind
+            for block in rest["blocks"]
+            for key, kind in of_block.items()
+        )
     )
 
 
@@ -210,8 +227,13 @@ def check_same_settings(out: Path, before: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
     different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if different:
-        what = "; ".join(f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}" for key in different)
-        raise CheckpointError(f"cannot resume {out}: {what}; use the settings of the first run, or an empty folder")
+        what = "; ".join(
+            f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}"
+            for key in different
+        )
+        raise CheckpointError(
+            f"cannot resume {out}: {what}; use the settings of the first run, or an empty folder"
+        )
 
 
 def _short(value) -> str:

@@ -121,8 +121,7 @@ def _no_constant(name: str):
 
 
 def _without_duplicates(pairs: list[tuple]) -> dict:
-    """For json.loads, which takes the last of two equal names where other readers take the first.
-    """
+    """For json.loads, which takes the last of two equal names where other readers take the first."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands in it twice")
     for text in (*found, *(value for value in found.values() if isinstance(value, str))):

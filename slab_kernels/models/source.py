@@ -27,7 +27,12 @@ from .stored_names import Forms, StoredNames, stored_forms
 from .ties import holds, settle, tied_names, untie, untie_config
 
 ADAPTER_CONFIG = "adapter_config.json"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -66,7 +71,9 @@ class FolderSource:
         self.name = Path(folder).resolve().name
         self._expected: dict[str, str] = {}
         self._match()
-        self._blank: dict[str, int] = {}  # stored name -> row; the model is what transformers makes of it
+        self._blank: dict[
+            str, int
+        ] = {}  # stored name -> row; the model is what transformers makes of it
         for name, row in blanked(self.model).items():
             if self.get(name)[row].any():
                 self._blank[self.stored.origins[name].stored[0]] = row
@@ -88,7 +95,9 @@ class FolderSource:
                 raise CheckpointError(
                     f"tensor {first!r} has shape {list(origin.shape)}, the config asks for {list(want.shape)}"
                 )
-            if want.is_floating_point() and not (origin.dtype.is_floating_point and origin.dtype.itemsize >= 2):
+            if want.is_floating_point() and not (
+                origin.dtype.is_floating_point and origin.dtype.itemsize >= 2
+            ):
                 raise CheckpointError(
                     f"tensor {first!r} is {origin.dtype}; only fp16, bf16, fp32 and fp64 weights can be compressed"
                 )
@@ -107,7 +116,10 @@ class FolderSource:
 
     def _read(self, stored: str) -> Tensor:
         tensor = self.checkpoint.get(stored)
-        if self._expected and self._expected.get(stored) != hashlib.sha256(tensor_bytes(tensor)).hexdigest():
+        if (
+            self._expected
+            and self._expected.get(stored) != hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        ):
             raise CheckpointError(
                 f"tensor {stored!r} of {self.checkpoint.folder} is not what it was when this run began; "
                 "put the first model back, or compress this one into an empty folder"
@@ -129,7 +141,9 @@ class FolderSource:
 
         self.checkpoint.verify()
         trust = self.trust_remote_code
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype="auto", trust_remote_code=trust).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            self.checkpoint.folder, dtype="auto", trust_remote_code=trust
+        ).eval()
 
     def tokenizer(self):
         """Raises: CheckpointError if the folder holds none that can be used."""
@@ -137,8 +151,13 @@ class FolderSource:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every tensor that the model uses, by stored name; reads all of them once."""
-        names = sorted({stored for origin in self.stored.origins.values() for stored in origin.stored})
-        return {name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest() for name in names}
+        names = sorted(
+            {stored for origin in self.stored.origins.values() for stored in origin.stored}
+        )
+        return {
+            name: hashlib.sha256(tensor_bytes(self.checkpoint.get(name))).hexdigest()
+            for name in names
+        }
 
     def expect(self, hashes: dict[str, str]) -> None:
         """From now on every tensor that is read must have its hash in `hashes`."""
@@ -154,7 +173,8 @@ class FolderSource:
         ]
         tensors = f"tensors that {type(self.model).__name__} of config.json does not have"
         return rows + [
-            f"{what} are left out: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+            f"{what} are left out: {', '.join(names[:3])}"
+            + (f" and {len(names) - 3} more" if names[3:] else "")
             for what, names in ((tensors, self.ignored), ("files", skipped))
             if names
         ]
@@ -189,7 +209,9 @@ class ModuleSource:
                 f"{adapter or 'the model'} is {type(model.get_submodule(adapter)).__name__}, an adapter of PEFT around dense weights; "
                 "merge it first (model = model.merge_and_unload()) and compress the result"
             )
-        away = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+        away = next(
+            (n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None
+        )
         if away is not None:
             raise ArchitectureError(
                 f"the weight {away} of {type(model).__name__} is not in memory (on a disk, on meta, or moved away by "
@@ -197,9 +219,14 @@ class ModuleSource:
             )
         self.dense = model
         self.trust_remote_code = trust_remote_code
-        memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+        memo = {
+            id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False)
+            for p in model.parameters()
+        }
         hooks = [getattr(m, name) for m in model.modules() for name in HOOKS]
-        memo |= {id(table): OrderedDict() for table in hooks}  # what is compressed is what a checkpoint would hold
+        memo |= {
+            id(table): OrderedDict() for table in hooks
+        }  # what is compressed is what a checkpoint would hold
         self.model = remove_hook_from_module(copy.deepcopy(model, memo), recurse=True).eval()
         self.config = config_dict(model)
         if not holds(model):
@@ -220,7 +247,9 @@ class ModuleSource:
     def get(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         t = getattr(self.dense.get_submodule(path), leaf).detach()
-        return t.clone() if t.is_inference() else t  # made under inference_mode, where nothing may write to it
+        return (
+            t.clone() if t.is_inference() else t
+        )  # made under inference_mode, where nothing may write to it
 
     def stored_forms(self, names: list[str]) -> Forms:
         """What to write for tensors that stay as they are: what transformers would save."""
@@ -324,17 +353,27 @@ def compute_dtype(config: dict, device: torch.device) -> torch.dtype:
     Raises: CheckpointError if the config names a dtype that weights do not have.
     """
     dtype = config_dtype(config)
-    return dtype if device.type != "cpu" and dtype in (torch.float16, torch.bfloat16) else torch.float32
+    return (
+        dtype
+        if device.type != "cpu" and dtype in (torch.float16, torch.bfloat16)
+        else torch.float32
+    )
 
 
 @contextmanager
-def outside_filled(source, path: str, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+def outside_filled(
+    source, path: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[nn.Module]:
     """The skeleton with real weights everywhere outside the blocks; back on meta afterwards. The output head, which no
     block needs, stays on meta unless it is tied to the embedding."""
     model, tied = source.model, tied_names(source.model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head_names = {f"{name}." for name, module in model.named_modules() if module is head}
-    names = [n for n in source.names if not n.startswith(path + ".") and not n.startswith(tuple(head_names))]
+    names = [
+        n
+        for n in source.names
+        if not n.startswith(path + ".") and not n.startswith(tuple(head_names))
+    ]
     for name in names:
         t = source.get(name)
         t = t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype)
@@ -351,5 +390,8 @@ def outside_filled(source, path: str, device: torch.device, dtype: torch.dtype) 
     finally:
         for name in names:
             for alias in (name, *(n for n, other in tied.items() if other == name)):
-                owner, leaf = model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2]
+                owner, leaf = (
+                    model.get_submodule(alias.rpartition(".")[0]),
+                    alias.rpartition(".")[2],
+                )
                 place(model, alias, getattr(owner, leaf).to("meta"))

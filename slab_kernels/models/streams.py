@@ -42,7 +42,9 @@ class Stream:
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """The output hidden state of block `index` for one batch, which works on copies."""
         hidden = self.hidden[batch].to(self.device, copy=True)
-        args, kwargs = _map(self.calls[index][batch], lambda leaf: hidden if leaf is _HIDDEN else _copied(leaf))
+        args, kwargs = _map(
+            self.calls[index][batch], lambda leaf: hidden if leaf is _HIDDEN else _copied(leaf)
+        )
         return _hidden_output(block(*args, **kwargs))
 
     def advance(self, index: int, block: nn.Module) -> None:
@@ -76,7 +78,9 @@ def _take(args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
 def _hidden_output(output) -> Tensor:
     output = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(output, Tensor):
-        raise ArchitectureError(f"a decoder block returned {type(output).__name__} instead of a hidden state")
+        raise ArchitectureError(
+            f"a decoder block returned {type(output).__name__} instead of a hidden state"
+        )
     return output
 
 
@@ -252,7 +256,9 @@ def _caught(
         raise ArchitectureError(f"{type(model).__name__} did not call its last decoder block")
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    hook = None if head is None else head.register_forward_pre_hook(refuse_head)  # it may be on meta
+    hook = (
+        None if head is None else head.register_forward_pre_hook(refuse_head)
+    )  # it may be on meta
     try:
         with torch.no_grad(), _replaced_forwards(blocks, step):
             for batch in tokens.split(batch_size(tokens.shape[1])):
@@ -266,7 +272,9 @@ def _caught(
             hook.remove()
     missed = [index for index, calls in enumerate(stream.calls) if len(calls) != len(stream.hidden)]
     if missed:
-        raise ArchitectureError(f"decoder block {missed[0]} was not called exactly once per forward")
+        raise ArchitectureError(
+            f"decoder block {missed[0]} was not called exactly once per forward"
+        )
     return stream
 
 
@@ -277,7 +285,9 @@ def _replaced_forwards(blocks: nn.ModuleList, step: Callable):
 
     try:
         for index, block in enumerate(blocks):
-            block.forward = bind(index)  # on the instance: class and attributes, which models ask for, stay
+            block.forward = bind(
+                index
+            )  # on the instance: class and attributes, which models ask for, stay
         yield
     finally:
         for block in blocks:

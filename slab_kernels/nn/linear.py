@@ -40,7 +40,13 @@ class SlabLinear(nn.Module):
     of an nn.Linear.
     """
 
-    def __init__(self, layout: PackedLayout, bias: bool = False, device=None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        layout: PackedLayout,
+        bias: bool = False,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         ops.register()
         self.layout = layout
@@ -48,13 +54,23 @@ class SlabLinear(nn.Module):
         table = layout.tensors()
         for name in TENSOR_NAMES:
             stored = table.get(name)
-            tensor = None if stored is None else torch.zeros(stored[1], dtype=stored[0], device=device)
+            tensor = (
+                None if stored is None else torch.zeros(stored[1], dtype=stored[0], device=device)
+            )
             self.register_buffer(name, tensor)
-        self.metadata.fill_(0x44)  # the first two of four kept: legal, so a fresh module is the zero map
+        self.metadata.fill_(
+            0x44
+        )  # the first two of four kept: legal, so a fresh module is the zero map
         shape = (layout.out_features,)
-        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
+            if bias
+            else None
+        )
         self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
-        self._home: torch.device | None = None  # where the layer works, once its canonical tensors are offloaded
+        self._home: torch.device | None = (
+            None  # where the layer works, once its canonical tensors are offloaded
+        )
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SlabLinear:
@@ -77,7 +93,9 @@ class SlabLinear(nn.Module):
         have it.
         """
         dtype = weight_dtype(dtype)
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
+        )
         weight = cast(self.packed().dense(), dtype, "the weight")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
@@ -194,7 +212,9 @@ class SlabLinear(nn.Module):
             if device == where and device.type == "cpu" and probe.is_shared():
                 tensor.share_memory_()  # fn is that of share_memory()
             elif device != where:
-                moved = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                moved = (
+                    torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                )
                 self._buffers[name] = moved
                 self._linears, self._home = {}, None
         return self
@@ -204,7 +224,9 @@ class SlabLinear(nn.Module):
         for name, buffer in self.packed().tensors().items():
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor) and found.dtype != buffer.dtype:  # torch would cast
-                errors.append(f"{prefix}{name} is {found.dtype}, this layer's is {buffer.dtype}: it was packed in another format")
+                errors.append(
+                    f"{prefix}{name} is {found.dtype}, this layer's is {buffer.dtype}: it was packed in another format"
+                )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, buffer in self.packed().tensors().items():
@@ -213,7 +235,10 @@ class SlabLinear(nn.Module):
         self._linears = {}  # after it: a call meanwhile prepared what was there before
 
     def __getstate__(self):
-        return {**self.__dict__, "_linears": {}}  # prepared layouts are never saved, nor deep-copied
+        return {
+            **self.__dict__,
+            "_linears": {},
+        }  # prepared layouts are never saved, nor deep-copied
 
     def extra_repr(self) -> str:
         layout = self.layout
@@ -239,12 +264,16 @@ class FusedSlabLinear(nn.Module):
         super().__init__()
         parts = [parts] if isinstance(parts, nn.Module) else list(parts)
         if strange := {type(part).__name__ for part in parts if not isinstance(part, SlabLinear)}:
-            raise ArgumentTypeError(f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}")
+            raise ArgumentTypeError(
+                f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}"
+            )
         if not parts:
             raise ShapeError("FusedSlabLinear takes at least one SlabLinear, not an empty list")
         self.parts = nn.ModuleList(parts)
         if len(sizes := {part.in_features for part in parts}) > 1:
-            raise ShapeError(f"fused parts must read the same x, but these take in_features={sorted(sizes)}")
+            raise ShapeError(
+                f"fused parts must read the same x, but these take in_features={sorted(sizes)}"
+            )
         self.in_features = self.parts[0].in_features
         self.sizes = [part.out_features for part in self.parts]
         self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
@@ -278,7 +307,9 @@ class FusedSlabLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ShapeError(f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last")
+            raise ShapeError(
+                f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last"
+            )
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, *(part.bias for part in self.parts))
         if _any_autocast():
@@ -309,7 +340,9 @@ def _packed(layout: PackedLayout, buffers: dict[str, Tensor | None]) -> PackedWe
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise UnsupportedError("packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer")
+        raise UnsupportedError(
+            "packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer"
+        )
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -46,11 +46,19 @@ STYLES = {
     "slab-paper": ("#cc6fa8", "D"),
     "slab": ("#00a37a", "o"),
 }
-SPARE_STYLES = (("#8c6bd1", "P"), ("#d55e00", "X"), ("#b0a712", "h"), ("#5d8aa8", "<"), ("#a0522d", ">"))
+SPARE_STYLES = (
+    ("#8c6bd1", "P"),
+    ("#d55e00", "X"),
+    ("#b0a712", "h"),
+    ("#5d8aa8", "<"),
+    ("#a0522d", ">"),
+)
 WIDTH = 5.3  # inches; a phone shows it about 330 pixels wide: 9.5-point type is 8 pixels high there
 
 
-def figure(height: float, theme: Theme, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, list[Axes]]:
+def figure(
+    height: float, theme: Theme, rows: int = 1, columns: int = 1, **options
+) -> tuple[Figure, list[Axes]]:
     """An empty figure in the report's style and its axes, row by row. Raises PlotsUnavailable without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,7 +84,9 @@ def figure(height: float, theme: Theme, rows: int = 1, columns: int = 1, **optio
 def png(fig: Figure) -> bytes:
     """The figure as PNG bytes, 200 dots an inch, without a time stamp: equal data gives equal bytes."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=200, facecolor=fig.get_facecolor(), metadata={"Software": None})
+    fig.savefig(
+        buffer, format="png", dpi=200, facecolor=fig.get_facecolor(), metadata={"Software": None}
+    )
     return buffer.getvalue()
 
 
@@ -109,13 +119,24 @@ def error_by_layer(results: Sequence[Result], theme: Theme, measured: str) -> Fi
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
     fig, axes = figure(1.1 + 1.5 * rows, theme, rows, columns, sharey=True)
-    top = max((error for panel in panels.values() for line in panel.values() for _, error in line), default=1.0)
+    top = max(
+        (error for panel in panels.values() for line in panel.values() for _, error in line),
+        default=1.0,
+    )
     for ax, (projection, lines) in zip(axes, panels.items(), strict=False):
         for label, points in lines.items():
             colour, marker = styled[label]
             points = sorted(points)
             every = max(1, len(points) // 12)
-            ax.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, markevery=every, linewidth=1.6, label=label)
+            ax.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=4,
+                markevery=every,
+                linewidth=1.6,
+                label=label,
+            )
         ax.set_title(projection.split(".")[-1], loc="left", color=theme.ink, fontsize=10)
         ax.set_ylim(0, top * 1.06)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -160,7 +181,15 @@ def perplexity_by_bits(results: Sequence[Result], dense_row: Result | None, them
     ax.set_xlim(min(xs) - 0.2 * span, max(xs) + 0.65 * span)  # room on the right for the labels
     for r in points:
         colour, marker = styled[r.label]
-        ax.scatter(r.bits_per_weight, r.perplexity, s=64, color=colour, marker=marker, edgecolor=theme.background, zorder=3)
+        ax.scatter(
+            r.bits_per_weight,
+            r.perplexity,
+            s=64,
+            color=colour,
+            marker=marker,
+            edgecolor=theme.background,
+            zorder=3,
+        )
     if dense is not None:
         ax.axhline(dense, color=theme.muted, linewidth=1.2, linestyle=(0, (5, 4)), zorder=2)
         ax.annotate(
@@ -169,7 +198,11 @@ def perplexity_by_bits(results: Sequence[Result], dense_row: Result | None, them
         )  # fmt: skip
     _label_points(ax, points, styled, theme)
     ax.set_xlabel("stored bits per weight, factors included", color=theme.muted, fontsize=9.5)
-    ax.set_ylabel("held-out perplexity per token" + (" (log scale)" if logarithmic else ""), color=theme.muted, fontsize=9.5)
+    ax.set_ylabel(
+        "held-out perplexity per token" + (" (log scale)" if logarithmic else ""),
+        color=theme.muted,
+        fontsize=9.5,
+    )
     return fig
 
 
@@ -184,7 +217,9 @@ def _label_points(ax: Axes, points: Sequence[Result], styled: dict, theme: Theme
         left, width, half = x + 9 * dot, 6 * dot * len(text), 6.5 * dot
         for shift in (0, 1, -1, 2, -2, 3, -3, 4):
             box = (left, y + (2 * shift - 1) * half, left + width, y + (2 * shift + 1) * half)
-            if not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+            if not any(
+                box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken
+            ):
                 break
         taken.append(box)
         ax.annotate(
@@ -244,7 +279,9 @@ def model_speed(results: Sequence[Result], theme: Theme) -> Figure:
     styled = styles((r.label, r.method) for r in rows if r.method != "dense")
     bars = []
     for r in rows:
-        times = f"  ({r.tokens_per_second / dense:.2f}× dense)" if dense and r.method != "dense" else ""
+        times = (
+            f"  ({r.tokens_per_second / dense:.2f}× dense)" if dense and r.method != "dense" else ""
+        )
         colour = theme.bar if r.method == "dense" else styled[r.label][0]
         bars.append(Bar(r.label, r.tokens_per_second, colour, f"{r.tokens_per_second:.3g}{times}"))
     return _bars(bars, "tokens per second, one sequence (longer is faster)", theme)
@@ -253,16 +290,35 @@ def model_speed(results: Sequence[Result], theme: Theme) -> Figure:
 def layer_speed(rows: Sequence[dict], theme: Theme) -> Figure:
     """Median time of one linear, from `bench` rows: torch's dense linear and each backend, shape by shape."""
     backends = list(dict.fromkeys(r["backend"] for r in rows if r["backend"] != "dense"))
-    colours = dict(zip(backends, cycle((STYLES["slab"][0], STYLES["sparsegpt"][0], STYLES["wanda"][0], *(c for c, _ in SPARE_STYLES))), strict=False))
+    colours = dict(
+        zip(
+            backends,
+            cycle(
+                (
+                    STYLES["slab"][0],
+                    STYLES["sparsegpt"][0],
+                    STYLES["wanda"][0],
+                    *(c for c, _ in SPARE_STYLES),
+                )
+            ),
+            strict=False,
+        )
+    )
     bars = []
     for row in rows:
         group = f"{row['n']}×{row['k']}, m={row['m']}, {row['dtype']} activations"
-        time = f"{row['median_us']:,.0f} µs" if row["median_us"] >= 100 else f"{row['median_us']:.3g} µs"
+        time = (
+            f"{row['median_us']:,.0f} µs"
+            if row["median_us"] >= 100
+            else f"{row['median_us']:.3g} µs"
+        )
         if row["backend"] == "dense":
             bars.append(Bar("torch dense", row["median_us"], theme.bar, time, group))
         else:
             text = f"{time}  ({row['speedup_vs_dense']:.2f}× dense)"
-            name = f"{row['backend']}, {row['values']}" + (f" + adapter {row['adapter_rank']}" if row.get("adapter_rank") else "")
+            name = f"{row['backend']}, {row['values']}" + (
+                f" + adapter {row['adapter_rank']}" if row.get("adapter_rank") else ""
+            )
             bars.append(Bar(name, row["median_us"], colours[row["backend"]], text, group))
     return _bars(bars, "median time of one linear in µs (shorter is faster)", theme)
 
@@ -275,7 +331,9 @@ def speed_by_tokens(rows: Sequence[dict], theme: Theme) -> Figure:
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for r in rows:
         title = f"{r['n']}×{r['k']}" + (f", {r['dtype']}" if len(dtypes) > 1 else "")
-        line = f"{r['backend']}, {r['values']}" + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else "")
+        line = f"{r['backend']}, {r['values']}" + (
+            f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else ""
+        )
         lines = panels.setdefault(title, {})
         if r["backend"] != "dense":
             lines.setdefault(line, []).append((r["m"], r["speedup_vs_dense"]))
@@ -289,7 +347,14 @@ def speed_by_tokens(rows: Sequence[dict], theme: Theme) -> Figure:
         ax.axhline(1.0, color=theme.muted, linewidth=1.2, linestyle=(0, (5, 4)), label="dense")
         for label, points in lines.items():
             colour, marker = styled[label]
-            ax.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+            ax.plot(
+                *zip(*sorted(points), strict=True),
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.6,
+                label=label,
+            )
         ax.set_title(title, loc="left", color=theme.ink, fontsize=10)
         ax.set_xscale("log", base=2)
         ax.set_xticks(tokens[:: -(-len(tokens) // 6)])
@@ -299,7 +364,9 @@ def speed_by_tokens(rows: Sequence[dict], theme: Theme) -> Figure:
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     for ax in axes[max(0, len(panels) - columns) : len(panels)]:
-        ax.tick_params(labelbottom=True)  # the last of its column, which shared axes leave to a hidden panel
+        ax.tick_params(
+            labelbottom=True
+        )  # the last of its column, which shared axes leave to a hidden panel
     handles: dict = {}
     for ax in axes[: len(panels)]:
         handles.update(dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)))

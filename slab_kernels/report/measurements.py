@@ -302,8 +302,14 @@ def _merge(found: dict[str, Result], new: Result) -> None:
     key = new.folder or f"{new.method}/{new.pattern}/{new.rank}/{new.values}/{new.label}"
     old = found.get(key)
     if old is not None:
-        kept = {name: getattr(old, name) for name in Result.__dataclass_fields__ if getattr(new, name) in (None, {}, "")}
-        if old.heldout and not new.heldout:  # held-out errors are the honest ones: a record's calibration errors never replace them
+        kept = {
+            name: getattr(old, name)
+            for name in Result.__dataclass_fields__
+            if getattr(new, name) in (None, {}, "")
+        }
+        if (
+            old.heldout and not new.heldout
+        ):  # held-out errors are the honest ones: a record's calibration errors never replace them
             kept |= {name: getattr(old, name) for name in ("errors", "layer_error", "heldout")}
         new = replace(new, **kept)
     found[key] = new

@@ -60,7 +60,10 @@ def html(
         notes: device, versions, what was measured: the small print.
     """
     source = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()  # noqa: E731
-    shown = [f"<section><h2>{escape(name)}</h2>{_table(head, rows)}</section>" for name, head, rows in tables]
+    shown = [
+        f"<section><h2>{escape(name)}</h2>{_table(head, rows)}</section>"
+        for name, head, rows in tables
+    ]
     drawn = [
         f"<section><h2>{escape(name)}</h2><p>{escape(caption)}</p><picture>"
         f'<source srcset="{source(dark)}" media="(prefers-color-scheme: dark)">'
@@ -79,7 +82,13 @@ def html(
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], str]]) -> str:
-    lines = ["<div class=scroll><table><thead><tr>", *(f"<th>{escape(cell)}</th>" for cell in head), "</tr></thead><tbody>"]
+    lines = [
+        "<div class=scroll><table><thead><tr>",
+        *(f"<th>{escape(cell)}</th>" for cell in head),
+        "</tr></thead><tbody>",
+    ]
     for cells, kind in rows:
-        lines.append(f'<tr class="{kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        lines.append(
+            f'<tr class="{kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        )
     return "".join([*lines, "</tbody></table></div>"])

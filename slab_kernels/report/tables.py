@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "ReportError", "Result", "Table", "read"]
 
-COLUMNS = ("method", "stored bits per weight", "mean layer output error", "held-out perplexity", "tokens per second")
+COLUMNS = (
+    "method",
+    "stored bits per weight",
+    "mean layer output error",
+    "held-out perplexity",
+    "tokens per second",
+)
 
 
 def table(report: Report) -> list[tuple[str, ...]]:
@@ -36,7 +42,17 @@ def table(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-BENCH_COLUMNS = ("linear", "backend", "values", "activations", "weights from", "median µs", "against dense", "GB/s", "roofline")
+BENCH_COLUMNS = (
+    "linear",
+    "backend",
+    "values",
+    "activations",
+    "weights from",
+    "median µs",
+    "against dense",
+    "GB/s",
+    "roofline",
+)
 WEIGHTS_FROM = {"cold": "memory", "warm": "cache"}
 MOST_POINTS = 24  # results that are drawn as points with their labels; more would cover each other
 MOST_BARS = 24  # timing rows that are drawn as bars; more become lines over the number of tokens
@@ -48,7 +64,8 @@ def bench_table(bench: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         (
             f"{r['n']}×{r['k']}, m={r['m']}",
             r["backend"],
-            (r["values"] or "–") + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else ""),
+            (r["values"] or "–")
+            + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else ""),
             r["dtype"],
             WEIGHTS_FROM.get(r.get("cache"), "–"),
             f"{r['median_us']:,.0f}" if r["median_us"] >= 100 else f"{r['median_us']:.3g}",
@@ -62,7 +79,9 @@ def bench_table(bench: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def cold(bench: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without those from cache that were also timed from memory: what a picture shows."""
-    what = lambda r: tuple(r.get(c) for c in ("n", "k", "m", "dtype", "backend", "values", "rank", "adapter_rank"))  # noqa: E731
+    what = lambda r: tuple(
+        r.get(c) for c in ("n", "k", "m", "dtype", "backend", "values", "rank", "adapter_rank")
+    )
     twice = {what(r) for r in bench if r.get("cache") == "cold"}
     return [r for r in bench if r.get("cache") != "warm" or what(r) not in twice]
 
@@ -75,9 +94,16 @@ def rows(report: Report) -> list[dict[str, Any]]:
 def headline(report: Report) -> str:
     """One sentence: what ours gains against the paper's at the same format, or what was measured."""
     methods = [r.method for r in report.results]
-    by_method = {r.method: r for r in report.results if methods.count(r.method) == 1}  # else they are of several formats
+    by_method = {
+        r.method: r for r in report.results if methods.count(r.method) == 1
+    }  # else they are of several formats
     ours, paper, dense = (by_method.get(m) for m in ("slab", "slab-paper", "dense"))
-    if ours and paper and dense and None not in (ours.perplexity, paper.perplexity, dense.perplexity):
+    if (
+        ours
+        and paper
+        and dense
+        and None not in (ours.perplexity, paper.perplexity, dense.perplexity)
+    ):
         gap = paper.perplexity - dense.perplexity
         if gap > 0:
             sentence = (
@@ -92,7 +118,9 @@ def headline(report: Report) -> str:
         best = min(compressed, key=lambda r: r.perplexity)
         return f"Best: {best.label}, perplexity {best.perplexity:.2f} where the dense model has {dense.perplexity:.2f}."
     other = f", {len(report.tables)} other table(s)" if report.tables else ""
-    return f"{len(report.compressed)} compressed model(s), {len(report.bench)} timing row(s){other}."
+    return (
+        f"{len(report.compressed)} compressed model(s), {len(report.bench)} timing row(s){other}."
+    )
 
 
 def draw(report: Report) -> dict[str, tuple[str, str, Any]]:
@@ -108,7 +136,9 @@ def draw(report: Report) -> dict[str, tuple[str, str, Any]]:
             f"‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ of every compressed linear on {measured}; both weights see the compressed model's inputs.",
             lambda theme: figures.error_by_layer(with_errors, theme, measured),
         )
-    points = [r for r in report.compressed if r.perplexity is not None and r.bits_per_weight is not None]
+    points = [
+        r for r in report.compressed if r.perplexity is not None and r.bits_per_weight is not None
+    ]
     if 0 < len(points) <= MOST_POINTS:
         drawn["perplexity-by-bits"] = (
             "Perplexity against stored bits per weight",
@@ -152,12 +182,21 @@ def write(report: Report, out: Path | str, plots: bool = True) -> list[Path]:
     kinds = {"slab": "ours", "dense": "dense"}
     tables = []
     if report.results:
-        rows = [(cells, kinds.get(r.method, "")) for cells, r in zip(table(report), report.results, strict=True)]
+        rows = [
+            (cells, kinds.get(r.method, ""))
+            for cells, r in zip(table(report), report.results, strict=True)
+        ]
         tables.append(("Results", COLUMNS, rows))
     if report.bench:
-        rows = [(cells, kinds.get(r["backend"], "")) for cells, r in zip(bench_table(report.bench), report.bench, strict=True)]
+        rows = [
+            (cells, kinds.get(r["backend"], ""))
+            for cells, r in zip(bench_table(report.bench), report.bench, strict=True)
+        ]
         tables.append(("Timings of single linears", BENCH_COLUMNS, rows))
-    tables += [(table.title, table.columns, [(cells, "") for cells in table.rows]) for table in report.tables]
+    tables += [
+        (table.title, table.columns, [(cells, "") for cells in table.rows])
+        for table in report.tables
+    ]
     html = page.html(report.model or "", headline(report), tables, pictures, report.notes)
     path.write_text(html, encoding="utf-8", errors="replace")  # a name may hold half a character
     return [*written, path]

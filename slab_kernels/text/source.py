@@ -18,9 +18,13 @@ from ..terminal import first_line
 from . import rows
 
 SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst", ".jsonl", ".ndjson")
-CHARACTERS_PER_TOKEN = 16  # generous: English text has 3 to 5; bounds how much of a large text is tokenised
+CHARACTERS_PER_TOKEN = (
+    16  # generous: English text has 3 to 5; bounds how much of a large text is tokenised
+)
 LONGEST_NAME = 1000  # characters; what is longer is a text, not the name of one
-READ_AHEAD = 8  # times the text that the samples need, so that they are drawn from more than its beginning
+READ_AHEAD = (
+    8  # times the text that the samples need, so that they are drawn from more than its beginning
+)
 
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 MAX_TOKENIZER_FILE = 1 << 28  # bytes; a vocabulary of a million tokens takes a tenth
@@ -38,7 +42,9 @@ class Sampling:
         enforce(self, CalibrationError)
 
 
-def read_text(source: str | Path | list | dict, max_characters: int | None = None, tokenizer=None) -> str:
+def read_text(
+    source: str | Path | list | dict, max_characters: int | None = None, tokenizer=None
+) -> str:
     """The text that `source` names or holds.
 
     Args:
@@ -58,7 +64,10 @@ def read_text(source: str | Path | list | dict, max_characters: int | None = Non
         text, name = _named_text(source, max_characters, tokenizer), str(source)
     elif isinstance(source, Mapping | list | tuple):
         parts = [source] if isinstance(source, Mapping) else source
-        text, name = "\n\n".join(_part(p, number, tokenizer) for number, p in enumerate(parts, 1)), "given"
+        text, name = (
+            "\n\n".join(_part(p, number, tokenizer) for number, p in enumerate(parts, 1)),
+            "given",
+        )
     else:
         raise CalibrationError(
             f"{reprlib.repr(source)} is neither text nor token ids: give a text file, a folder, a list of texts or of rows, "
@@ -71,7 +80,9 @@ def read_text(source: str | Path | list | dict, max_characters: int | None = Non
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CalibrationError(f"the text {name} holds half a character (a lone surrogate) at {error.start}") from error
+        raise CalibrationError(
+            f"the text {name} holds half a character (a lone surrogate) at {error.start}"
+        ) from error
     return text[:max_characters]
 
 
@@ -151,7 +162,9 @@ def _dataset(name: str, max_characters: int | None) -> str:
         raise CalibrationError(
             f"dataset {name!r} has no column 'text'; save its text to a file and give that"
         ) from error
-    except Exception as error:  # the package raises many types: no network, unknown name, missing config
+    except (
+        Exception
+    ) as error:  # the package raises many types: no network, unknown name, missing config
         reason = first_line(error)
         raise CalibrationError(f"cannot read dataset {name!r}: {reason}") from error
     return "\n\n".join(texts)
@@ -167,7 +180,11 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     for file in Path(path).glob("*"):
-        if file.suffix in TOKENIZER_FILES and file.is_file() and file.stat().st_size > MAX_TOKENIZER_FILE:
+        if (
+            file.suffix in TOKENIZER_FILES
+            and file.is_file()
+            and file.stat().st_size > MAX_TOKENIZER_FILE
+        ):
             raise CheckpointError(
                 f"{file} is larger than {MAX_TOKENIZER_FILE >> 20} MiB, which no tokenizer's file is; "
                 "copy or download it again"
@@ -176,9 +193,13 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it knows special tokens only")  # transformers made one up
-        tokenizer.decode(tokenizer("a text", verbose=False)["input_ids"])  # some settings fail only now
+        tokenizer.decode(
+            tokenizer("a text", verbose=False)["input_ids"]
+        )  # some settings fail only now
         return tokenizer
-    except Exception as error:  # transformers raises many types for a folder without usable tokenizer files
+    except (
+        Exception
+    ) as error:  # transformers raises many types for a folder without usable tokenizer files
         if "trust_remote_code=True" in str(error) and not trust_remote_code:
             reason = "it is a program in that folder, which runs only with trust_remote_code=True"
         else:
@@ -194,7 +215,9 @@ def tokenize(tokenizer, text: str) -> Tensor:
     Raises: CalibrationError for what is no text.
     """
     if not isinstance(text, str):
-        raise CalibrationError(f"{reprlib.repr(text)} is no text; `text.read_text` reads a file, a folder or a list of texts")
+        raise CalibrationError(
+            f"{reprlib.repr(text)} is no text; `text.read_text` reads a file, a folder or a list of texts"
+        )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 

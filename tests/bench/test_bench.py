@@ -70,16 +70,28 @@ def measured(clock, *arguments, **settings) -> bench.Measured:
 
 
 def test_rows_of_a_real_run():
-    rows = bench.layer_rows(48, 40, (1, 3), ("fp16", "int4"), backends=("reference",), min_seconds=0.0)
+    rows = bench.layer_rows(
+        48, 40, (1, 3), ("fp16", "int4"), backends=("reference",), min_seconds=0.0
+    )
     assert [(r["m"], r["backend"], r["values"]) for r in rows] == [
-        (m, *what) for m in (1, 3) for what in (("dense", ""), ("reference", "fp16"), ("reference", "int4"))
+        (m, *what)
+        for m in (1, 3)
+        for what in (("dense", ""), ("reference", "fp16"), ("reference", "int4"))
     ]
     for row in rows:
         assert set(bench_linear.COLUMNS) - {"model"} <= set(row)
-        assert row["cache"] == "warm" and row["timing"] == "wall", "a few kilobytes never leave the cache"
-        assert row["copies"] == timing.MOST_CPU_COPIES and row["rotated_bytes"] == row["copies"] * row["weight_bytes"]
+        assert row["cache"] == "warm" and row["timing"] == "wall", (
+            "a few kilobytes never leave the cache"
+        )
+        assert (
+            row["copies"] == timing.MOST_CPU_COPIES
+            and row["rotated_bytes"] == row["copies"] * row["weight_bytes"]
+        )
         assert row["bits_per_weight"] == pytest.approx(8 * row["weight_bytes"] / (48 * 40))
-        assert row["roofline"] == max(row["bandwidth_share"], row["matrix_share"]) > 0 and row["calls"] >= 10
+        assert (
+            row["roofline"] == max(row["bandwidth_share"], row["matrix_share"]) > 0
+            and row["calls"] >= 10
+        )
     assert all(r["speedup_vs_dense"] == 1 for r in rows if r["backend"] == "dense")
 
 
@@ -87,7 +99,10 @@ def test_cold_and_warm_are_compared_with_their_own_kind(ceilings):
     clock = FakeClock()
     rows = measured(clock, 64, 32, (1, 2), backends=("reference",)).rows
     assert [(r["m"], r["cache"], r["backend"]) for r in rows] == [
-        (m, cache, backend) for m in (1, 2) for cache in ("cold", "warm") for backend in ("dense", "reference")
+        (m, cache, backend)
+        for m in (1, 2)
+        for cache in ("cold", "warm")
+        for backend in ("dense", "reference")
     ]
     assert all(r["speedup_vs_dense"] == 1 for r in rows), "warm against warm, cold against cold"
     assert {r["cache"]: (r["copies"], r["median_us"], r["timing"]) for r in rows} == {
@@ -95,7 +110,9 @@ def test_cold_and_warm_are_compared_with_their_own_kind(ceilings):
     }  # fmt: skip
     assert all(len(calls) == 8 for calls in clock.seen)
     dense = {call.args[1].data_ptr() for call in clock.seen[0]}
-    ours = {next(timing.tensors(call.args[1])).data_ptr() for call in clock.seen[4]}  # after dense, two token counts
+    ours = {
+        next(timing.tensors(call.args[1])).data_ptr() for call in clock.seen[4]
+    }  # after dense, two token counts
     assert len(dense) == len(ours) == 8, "each copy in memory of its own"
 
 
@@ -113,7 +130,9 @@ def test_roofline_is_the_nearer_limit():
     assert few["tflops"] == pytest.approx(0.05) and few["matrix_share"] == pytest.approx(0.05)
     assert few["bound"] == "bytes" and few["roofline"] == few["bandwidth_share"]
     many = ceilings.shares(seconds=1e-3, weight_bytes=50_000_000, m=16, n=1000, k=25_000)
-    assert many["bound"] == "matrix" and many["roofline"] == many["matrix_share"] == pytest.approx(0.8)
+    assert many["bound"] == "matrix" and many["roofline"] == many["matrix_share"] == pytest.approx(
+        0.8
+    )
 
 
 def test_ceilings_count_bytes_and_operations(monkeypatch):
@@ -161,7 +180,23 @@ def test_a_wrong_kernel_is_not_timed(wrong, ceilings, tmp_path, capsys):
     with pytest.raises(bench.BenchError):
         bench_linear.main([*SMALL, "--out", str(tmp_path / "out")])
     assert not list((tmp_path / "out").iterdir())
-    assert cli.run(["bench", "--shape", "64x32", "--backend", "reference", "--device", "cpu", "--seconds", "0", "--json"]) == 1
+    assert (
+        cli.run(
+            [
+                "bench",
+                "--shape",
+                "64x32",
+                "--backend",
+                "reference",
+                "--device",
+                "cpu",
+                "--seconds",
+                "0",
+                "--json",
+            ]
+        )
+        == 1
+    )
     assert json.loads(capsys.readouterr().out)["error"]["type"] == "BenchError"
 
 
@@ -184,13 +219,17 @@ def test_tolerance_for_tensor_cores(dtype, K):
     exact = reference.linear(x.double(), packed)
     size = x.double().abs() @ bench.term_sizes(packed).T
     bound = bench.tolerance(size, exact, dtype, K, tensor_cores=True)
-    vx = (x.float() * d.V[:, 0].to(dtype).float()).to(dtype).float()  # as csrc/cuda does: v and v·x rounded
+    vx = (
+        (x.float() * d.V[:, 0].to(dtype).float()).to(dtype).float()
+    )  # as csrc/cuda does: v and v·x rounded
     y = (x.float() @ d.S.to(dtype).float().T + (vx @ d.B.float().T) * d.U[:, 0].float()).to(dtype)
     assert bool(((y.double() - exact).abs() <= bound).all())
     swapped = reference.linear(x[:, [1, 0, *range(2, K)]].double(), packed)
     assert bool(((swapped - exact).abs() > bound).any())
     assert bool((bound > bench.tolerance(size, exact, dtype, K, tensor_cores=False)).all())
-    assert bound.median() < 0.05 * exact.std(), "a few per cent of the result, for 64 inputs and for 4096"
+    assert bound.median() < 0.05 * exact.std(), (
+        "a few per cent of the result, for 64 inputs and for 4096"
+    )
 
 
 def test_nan_does_not_pass_the_gate(monkeypatch):
@@ -231,7 +270,11 @@ class FakeCuda:
     """Counts time in calls: an event notes how many calls were run, or replayed, before it; a call takes a millisecond."""
 
     def __init__(self, l2: int = 1 << 20, free: int = 1 << 40, captures: bool = True):
-        self.properties, self.free, self.captures = types.SimpleNamespace(L2_cache_size=l2), free, captures
+        self.properties, self.free, self.captures = (
+            types.SimpleNamespace(L2_cache_size=l2),
+            free,
+            captures,
+        )
         self.done, self.capturing, self.replays, self.log = 0, None, 0, []
 
     def call(self) -> None:
@@ -298,31 +341,50 @@ def test_a_sample_is_a_replay_over_the_calls_in_it():
     assert timed.timing == "graph" and len(timed.samples) == timing.REPLAYS
     assert timed.median == pytest.approx(1e-3), "eight calls of a millisecond, divided by eight"
     assert cuda.replays == 1 + 5 + timing.REPLAYS
-    assert cuda.log[:3] == ["wait", "side", "wait"] and cuda.log.index("side") < cuda.log.index("capture")
+    assert cuda.log[:3] == ["wait", "side", "wait"] and cuda.log.index("side") < cuda.log.index(
+        "capture"
+    )
     longer = timing.CudaClock("cuda", 1.0, FakeCuda())
-    assert len(longer.time([longer.cuda.call] * 8).samples) == 150, "whole rounds of 50 until a second is reached"
+    assert len(longer.time([longer.cuda.call] * 8).samples) == 150, (
+        "whole rounds of 50 until a second is reached"
+    )
 
 
 def test_calls_that_cannot_be_captured_are_timed_one_by_one():
     cuda = FakeCuda(captures=False)
     with pytest.warns(UserWarning, match="operation not permitted when stream is capturing"):
         timed = timing.CudaClock("cuda", 0.0, cuda).time([cuda.call] * 8)
-    assert timed.timing == "eager" and timed.median == pytest.approx(1e-3) and len(timed.samples) == timing.REPLAYS
+    assert (
+        timed.timing == "eager"
+        and timed.median == pytest.approx(1e-3)
+        and len(timed.samples) == timing.REPLAYS
+    )
 
 
 def test_copies_exceed_the_cache_fourfold_and_are_eight_at_least():
     clock = timing.CudaClock("cuda", 0.0, FakeCuda(l2=50 << 20))
     for size in (1 << 20, 30 << 20, 500 << 20):
         copies = clock.copies(size)
-        assert copies >= timing.FEWEST_COPIES and copies * size > 4 * (50 << 20) and clock.is_cold(copies * size)
-    assert not clock.is_cold(clock.copies(4096) * 4096), "a tiny weight stays in cache, however often it is copied"
-    assert timing.CudaClock("cuda", 0.0, FakeCuda(free=1 << 30)).copies(100 << 20) == 5, "half of the free memory"
+        assert (
+            copies >= timing.FEWEST_COPIES
+            and copies * size > 4 * (50 << 20)
+            and clock.is_cold(copies * size)
+        )
+    assert not clock.is_cold(clock.copies(4096) * 4096), (
+        "a tiny weight stays in cache, however often it is copied"
+    )
+    assert timing.CudaClock("cuda", 0.0, FakeCuda(free=1 << 30)).copies(100 << 20) == 5, (
+        "half of the free memory"
+    )
     assert timing.CudaClock("cuda", 0.0, FakeCuda(l2=0)).l2 == timing.USUAL_L2
 
 
 def test_fastest_is_one_call():
     cuda = FakeCuda()
-    assert timing.CudaClock("cuda", 0.0, cuda).fastest(cuda.call) == pytest.approx(1e-3) and cuda.done == 6
+    assert (
+        timing.CudaClock("cuda", 0.0, cuda).fastest(cuda.call) == pytest.approx(1e-3)
+        and cuda.done == 6
+    )
 
 
 def test_wall_clock_goes_round_the_copies():
@@ -333,7 +395,14 @@ def test_wall_clock_goes_round_the_copies():
 
 
 def test_sizes_and_copies_of_whatever_a_backend_prepares():
-    state = (torch.zeros(4), {"a": torch.zeros(2, dtype=torch.float16)}, torch.nn.Linear(3, 1), None, 7, torch.float16)
+    state = (
+        torch.zeros(4),
+        {"a": torch.zeros(2, dtype=torch.float16)},
+        torch.nn.Linear(3, 1),
+        None,
+        7,
+        torch.float16,
+    )
     assert timing.size_of(state) == 16 + 4 + 12 + 4
     copy = timing.copied(state)
     assert copy[0].data_ptr() != state[0].data_ptr() and copy[5] is torch.float16
@@ -349,8 +418,16 @@ def test_peers_are_timed_or_left_out_with_a_reason(ceilings, monkeypatch):
     def broken(W):
         raise RuntimeError("no kernel\nfor you")
 
-    made = {"right": prepare(1.0), "wrong": prepare(1.5), "broken": broken, "nan": prepare(float("nan"))}
-    fakes = [peers.Peer(name, None, "int4", 128, (0, 0), (1, 1), function) for name, function in made.items()]
+    made = {
+        "right": prepare(1.0),
+        "wrong": prepare(1.5),
+        "broken": broken,
+        "nan": prepare(float("nan")),
+    }
+    fakes = [
+        peers.Peer(name, None, "int4", 128, (0, 0), (1, 1), function)
+        for name, function in made.items()
+    ]
     fakes.append(peers.Peer("elsewhere", None, "int4", 128, (0, 0), (1, 1), broken))
     monkeypatch.setattr(bench, "PEERS", fakes)
     only_here = lambda self, *_: "not here" if self.name == "elsewhere" else None  # noqa: E731
@@ -359,7 +436,10 @@ def test_peers_are_timed_or_left_out_with_a_reason(ceilings, monkeypatch):
     assert {r["backend"] for r in found.rows} == {"dense", "reference", "right"}
     right = next(r for r in found.rows if r["backend"] == "right")
     assert right["bits_per_weight"] == pytest.approx(800 / (64 * 32)) and right["group_size"] == 128
-    assert found.absent["broken"] == "RuntimeError: no kernel for you" and found.absent["elsewhere"] == "not here"
+    assert (
+        found.absent["broken"] == "RuntimeError: no kernel for you"
+        and found.absent["elsewhere"] == "not here"
+    )
     assert "disagrees" in found.absent["wrong"] and "disagrees" in found.absent["nan"]
     assert measured(FakeClock(), 64, 32, backends=("reference",)).absent == {}
 
@@ -373,7 +453,15 @@ DESIGN = {
     "llama-3-70b": {(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)},
 }
 # model -> blocks and billions of parameters without embeddings, both as Qwen publishes them
-QWEN = {"0.5b": (24, 0.36), "1.5b": (28, 1.31), "3b": (36, 2.77), "7b": (28, 6.53), "14b": (48, 13.1), "32b": (64, 31.0), "72b": (80, 70.0)}
+QWEN = {
+    "0.5b": (24, 0.36),
+    "1.5b": (28, 1.31),
+    "3b": (36, 2.77),
+    "7b": (28, 6.53),
+    "14b": (48, 13.1),
+    "32b": (64, 31.0),
+    "72b": (80, 70.0),
+}
 
 
 def test_fused_shapes_are_those_of_the_design():
@@ -391,10 +479,16 @@ def test_sizes_of_qwen_add_up(size):
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_and_separate_hold_the_same_weights(name):
     model = MODELS[name]
-    q, kv, o = (model.attention, model.hidden), (model.kv, model.hidden), (model.hidden, model.attention)
+    q, kv, o = (
+        (model.attention, model.hidden),
+        (model.kv, model.hidden),
+        (model.hidden, model.attention),
+    )
     up, down = (model.ffn, model.hidden), (model.hidden, model.ffn)
     assert set(layers(name, fused=False)) == {q, kv, o, up, down}
-    assert sum(n * k for n, k in (q, kv, kv, o, up, up, down)) == sum(n * k for n, k in layers(name))
+    assert sum(n * k for n, k in (q, kv, kv, o, up, up, down)) == sum(
+        n * k for n, k in layers(name)
+    )
 
 
 def test_unknown_model_lists_the_known():
@@ -404,20 +498,50 @@ def test_unknown_model_lists_the_known():
 
 # The script and what a person sees
 
-SMALL = ["--device", "cpu", "--shapes", "64x32", "--m", "1", "2", "--values", "fp16", "--dtype", "fp32", "--backends", "reference", "--seconds", "0"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--shapes",
+    "64x32",
+    "--m",
+    "1",
+    "2",
+    "--values",
+    "fp16",
+    "--dtype",
+    "fp32",
+    "--backends",
+    "reference",
+    "--seconds",
+    "0",
+]
 
 
 def test_script_writes_table_record_and_picture(ceilings, tmp_path, capsys):
-    assert bench_linear.main([*SMALL, "--rank", "0", "--adapter-rank", "4", "--out", str(tmp_path)]) == 0
+    assert (
+        bench_linear.main([*SMALL, "--rank", "0", "--adapter-rank", "4", "--out", str(tmp_path)])
+        == 0
+    )
     shown = capsys.readouterr()
     files = {path.suffix: path for path in tmp_path.iterdir()}
-    assert set(files) == {".csv", ".json", ".png"} and sorted(shown.out.split()) == sorted(map(str, files.values()))
+    assert set(files) == {".csv", ".json", ".png"} and sorted(shown.out.split()) == sorted(
+        map(str, files.values())
+    )
     assert "64x32-r0-a4-" in files[".csv"].name and "without marlin" in shown.err
     record = json.loads(files[".json"].read_text())
-    assert record["commit"] and record["peers"] == {} and record["machine"]["versions"]["torch"] and record["absent"]["gemlite"]
+    assert (
+        record["commit"]
+        and record["peers"] == {}
+        and record["machine"]["versions"]["torch"]
+        and record["absent"]["gemlite"]
+    )
     with files[".csv"].open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["backend"] for row in table] == [row["backend"] for row in record["rows"]] == ["dense", "reference"] * 2
+    assert (
+        [row["backend"] for row in table]
+        == [row["backend"] for row in record["rows"]]
+        == ["dense", "reference"] * 2
+    )
     assert tuple(table[0]) == bench_linear.COLUMNS and table[1]["adapter_rank"] == "4"
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
     assert len(report.read([files[".json"]]).bench) == 4
@@ -435,7 +559,16 @@ def test_script_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"] and path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("wrong", [["--shapes", "64"], ["--shapes", "0x4"], ["--m", "0"], ["--models", "gpt-5"], ["--dtype", "fp8"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--shapes", "64"],
+        ["--shapes", "0x4"],
+        ["--m", "0"],
+        ["--models", "gpt-5"],
+        ["--dtype", "fp8"],
+    ],
+)
 def test_script_refuses_bad_arguments(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_linear.parse(["--device", "cpu", *wrong])
@@ -447,17 +580,38 @@ def test_script_defaults():
     assert tuple(args.m) == (1, 4, 16, 64) and args.chosen == [] and args.peers
     assert bench_linear.DEFAULTS["cuda"][1] == (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
     args = bench_linear.parse(["--device", "cpu", "--models", "llama-2-7b", "llama-3-8b"])
-    assert bench_linear.shapes(args)[4096, 4096] == "llama-2-7b llama-3-8b" and len(bench_linear.shapes(args)) == 7
+    assert (
+        bench_linear.shapes(args)[4096, 4096] == "llama-2-7b llama-3-8b"
+        and len(bench_linear.shapes(args)) == 7
+    )
 
 
 def test_command_line(capsys):
-    command = ["bench", "--shape", "64x32", "--dtype", "fp32", "--backend", "reference", "--device", "cpu", "--seconds", "0"]
+    command = [
+        "bench",
+        "--shape",
+        "64x32",
+        "--dtype",
+        "fp32",
+        "--backend",
+        "reference",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+    ]
     assert cli.run([*command, "--rank", "0", "--adapter-rank", "3", "--peers", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"][1]["adapter_rank"] == 3 and set(found["absent"]) == {peer.name for peer in peers.PEERS}
+    assert found["rows"][1]["adapter_rank"] == 3 and set(found["absent"]) == {
+        peer.name for peer in peers.PEERS
+    }
     assert cli.run([*command, "--adapter-rank", "3"]) == 0
     out = capsys.readouterr().out
-    assert "roofline" in out and "fp16 + adapter 3" in out and ("of bytes" in out or "of matrix" in out)
+    assert (
+        "roofline" in out
+        and "fp16 + adapter 3" in out
+        and ("of bytes" in out or "of matrix" in out)
+    )
     for bad in (["--shape", "64"], ["--shape", "64x32x2"], ["--layers", "gpt-5"], ["--rank", "-1"]):
         assert cli.run(["bench", *bad, "--device", "cpu", "--json"]) == 2
 

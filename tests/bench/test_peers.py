@@ -23,7 +23,9 @@ def test_peers_say_why_not(monkeypatch):
     half = torch.float16
     assert all("CUDA" in peer.reason(128, 128, half, "cpu") for peer in peers.PEERS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gemlite" else True)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gemlite" else True
+    )
     assert "'gemlite' is not installed" in by_name("gemlite").reason(128, 128, half, "cuda")
     assert "8.0" in by_name("marlin").reason(128, 128, half, "cuda")
     assert "float32" in by_name("torch-2:4").reason(128, 128, torch.float32, "cuda")
@@ -43,7 +45,11 @@ def test_int4_of_the_peers():
 def test_torch_semi_structured(monkeypatch):
     class Sparse:
         def __init__(self, dense):
-            self.dense, self.packed, self.meta = dense, dense[:, ::2], torch.zeros(4, dtype=torch.int16)
+            self.dense, self.packed, self.meta = (
+                dense,
+                dense[:, ::2],
+                torch.zeros(4, dtype=torch.int16),
+            )
 
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", Sparse)
     real = torch.nn.functional.linear
@@ -51,7 +57,9 @@ def test_torch_semi_structured(monkeypatch):
     W = torch.randn(32, 64)
     found = by_name("torch-2:4").prepare(W)
     kept = found.dense.unflatten(1, (-1, 4))
-    assert bool(((kept != 0).sum(-1) == 2).all()) and torch.equal(kept[kept != 0], W.unflatten(1, (-1, 4))[kept != 0])
+    assert bool(((kept != 0).sum(-1) == 2).all()) and torch.equal(
+        kept[kept != 0], W.unflatten(1, (-1, 4))[kept != 0]
+    )
     assert found.weight_bytes == 32 * 32 * 4 + 8
     peers.agree(torch.randn(3, 64), found)
 
@@ -66,7 +74,10 @@ def test_gemlite(monkeypatch):
             assert (device, dtype) == ("cpu", torch.float32)
 
         def from_weights(self, codes, scales, zeros):
-            assert codes.dtype == torch.uint8 and scales.shape == zeros.shape == (codes.numel() // 128, 1)
+            assert codes.dtype == torch.uint8 and scales.shape == zeros.shape == (
+                codes.numel() // 128,
+                1,
+            )
             W = ((codes.float().view(-1, 128) - zeros) * scales).view(codes.shape)
             layer = torch.nn.Linear(*codes.shape[::-1], bias=False)
             layer.weight = torch.nn.Parameter(W, requires_grad=False)
@@ -89,7 +100,9 @@ def test_humming(monkeypatch):
             return {"weight": codes, "weight_scale": scales}
 
         def dequant_tensors(self, tensors):
-            return (tensors["weight"].float() - 8) * tensors["weight_scale"].repeat_interleave(128, 1)
+            return (tensors["weight"].float() - 8) * tensors["weight_scale"].repeat_interleave(
+                128, 1
+            )
 
     class Layer(torch.nn.Module):
         def __init__(self, shape_n, shape_k, weight_config, torch_dtype):
@@ -100,7 +113,9 @@ def test_humming(monkeypatch):
             self.loaded = tensors
 
         def transform(self):
-            self.weight = torch.nn.Parameter(self.schema.dequant_tensors(self.loaded), requires_grad=False)
+            self.weight = torch.nn.Parameter(
+                self.schema.dequant_tensors(self.loaded), requires_grad=False
+            )
             assert self.weight.shape == self.shape
 
         def forward(self, x):
@@ -132,7 +147,12 @@ def test_marlin(monkeypatch, old):
 
     def apply_older(input, weight, weight_scale, weight_zp, g_idx, g_idx_sort_indices, workspace, wtype,
                     output_size_per_partition, input_size_per_partition, is_k_full, bias=None):  # fmt: skip
-        assert (output_size_per_partition, input_size_per_partition, is_k_full, bias) == (64, 256, True, None)
+        assert (output_size_per_partition, input_size_per_partition, is_k_full, bias) == (
+            64,
+            256,
+            True,
+            None,
+        )
         return apply(input, weight, weight_scale, wtype)
 
     def apply_newer(input, weight, weight_scale, weight_zp, workspace, wtype, output_size_per_partition,
@@ -147,9 +167,17 @@ def test_marlin(monkeypatch, old):
         marlin_permute_scales=permute_scales, marlin_make_workspace_new=lambda device: torch.zeros(1),
         apply_gptq_marlin_linear=apply_older if old else apply_newer,
     )  # fmt: skip
-    for name in ("vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.layers.quantization"):
+    for name in (
+        "vllm.model_executor",
+        "vllm.model_executor.layers",
+        "vllm.model_executor.layers.quantization",
+    ):
         module(monkeypatch, name)
-    module(monkeypatch, "vllm", _custom_ops=types.SimpleNamespace(gptq_marlin_repack=older if old else newer))
+    module(
+        monkeypatch,
+        "vllm",
+        _custom_ops=types.SimpleNamespace(gptq_marlin_repack=older if old else newer),
+    )
     module(monkeypatch, "vllm.model_executor.layers.quantization.utils", marlin_utils=utils)
     module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8="uint4b8"))
     peers.agree(torch.randn(3, 256), by_name("marlin").prepare(torch.randn(64, 256)))

@@ -67,7 +67,9 @@ class FakeClock:
 
     def time(self, calls) -> timing.Timed:
         seconds = calls[0]()
-        return timing.Timed([seconds * (1 + self.noise * (i / 50 - 1)) for i in range(101)], "graph")
+        return timing.Timed(
+            [seconds * (1 + self.noise * (i / 50 - 1)) for i in range(101)], "graph"
+        )
 
 
 @pytest.fixture
@@ -86,8 +88,14 @@ def file(folder: Path) -> Path:
 
 def others(problem: Problem) -> list[Config]:
     """Its candidates without the default."""
-    default = replace(configs.choose(problem.sizes, problem.tokens[-1], 16, A100, own=False), reason="")
-    return [config for config in candidates(problem.sizes, problem.tokens[-1], 16, A100) if config != default]
+    default = replace(
+        configs.choose(problem.sizes, problem.tokens[-1], 16, A100, own=False), reason=""
+    )
+    return [
+        config
+        for config in candidates(problem.sizes, problem.tokens[-1], 16, A100)
+        if config != default
+    ]
 
 
 def prefers(best: Config, gain: float = 0.5, m: int | None = None):
@@ -104,10 +112,18 @@ def prefers(best: Config, gain: float = 0.5, m: int | None = None):
 def test_candidates_are_few_and_differ(n, k, M, bits, folder):
     sizes = configs.Sizes(k, (n,), "int4", 128, 1, 0)
     found = candidates(sizes, M, bits, A100)
-    programs = [(replace(config, fill=0), configs.splits(sizes, M, config, A100)) for config in found]
+    programs = [
+        (replace(config, fill=0), configs.splits(sizes, M, config, A100)) for config in found
+    ]
     assert 10 <= len(found) <= 50 and len(set(programs)) == len(programs)
-    assert any(config.rebuild for config in found) == (M > 64 and bits == 16), "never for decoding, nor in fp32: torch may use TF32"
-    assert all(configs.row_from(configs.row_to(Row(config, above=64 if config.rebuild else 0))).config == config for config in found)
+    assert any(config.rebuild for config in found) == (M > 64 and bits == 16), (
+        "never for decoding, nor in fp32: torch may use TF32"
+    )
+    assert all(
+        configs.row_from(configs.row_to(Row(config, above=64 if config.rebuild else 0))).config
+        == config
+        for config in found
+    )
     if (n, k) == (4096, 4096) and M <= 64:
         assert len({shares for _, shares in programs}) > 2, "K is split in several ways"
 
@@ -115,8 +131,16 @@ def test_candidates_are_few_and_differ(n, k, M, bits, folder):
 def test_every_default_but_rebuilding_is_among_the_candidates_or_beside_them(folder):
     result = tune(DECODING, weight := FakeWeight(), FakeClock(), A100)
     default = configs.choose(DECODING.sizes, 16, 16, A100)
-    assert weight.timed()[0] == default and result.default is default, "first: it must be right, and is what others are held to"
-    assert sum(replace(config, reason="") == replace(default, reason="") for config in set(weight.timed())) == 1
+    assert weight.timed()[0] == default and result.default is default, (
+        "first: it must be right, and is what others are held to"
+    )
+    assert (
+        sum(
+            replace(config, reason="") == replace(default, reason="")
+            for config in set(weight.timed())
+        )
+        == 1
+    )
 
 
 def test_everything_is_checked_before_it_is_timed_and_decoding_at_16_tokens_too(folder):
@@ -131,7 +155,9 @@ def test_everything_is_checked_before_it_is_timed_and_decoding_at_16_tokens_too(
 def test_problems_group_token_counts_by_regime(folder):
     found = problems([LAYOUT], [512, 1, 16, 16, 64, 10**6], torch.bfloat16, A100)
     assert (found[0].tokens, found[0].above, found[0].up_to) == ((1, 16), 0, 16)
-    assert [p.tokens for p in found] == [(1, 16), (64,), (512,), (10**6,)] and found[-1].up_to is None
+    assert [p.tokens for p in found] == [(1, 16), (64,), (512,), (10**6,)] and found[
+        -1
+    ].up_to is None
     assert all(p.above < m and (p.up_to is None or m <= p.up_to) for p in found for m in p.tokens)
     with pytest.raises(BackendError, match="rank=99 of the sign term is above"):
         problems([replace(LAYOUT, rank=99)], [1], torch.bfloat16, A100)
@@ -145,7 +171,11 @@ def test_problems_group_token_counts_by_regime(folder):
 def test_the_fastest_wins(folder):
     best = others(DECODING)[5]
     result = tune(DECODING, FakeWeight(prefers(best)), FakeClock(), A100)
-    assert result.tuned and result.best == best and [t.median for t in result.times] == pytest.approx([FAST] * 2)
+    assert (
+        result.tuned
+        and result.best == best
+        and [t.median for t in result.times] == pytest.approx([FAST] * 2)
+    )
     assert "10.0 and 10.0 us at m=1,16, the default 20.0 and 20.0 us" in result.row.config.reason
 
 
@@ -161,14 +191,25 @@ def test_a_wrong_candidate_is_never_timed(folder):
 
 def test_what_triton_cannot_compile_is_left_out_with_its_words(folder):
     big = others(PREFILL)[0]
-    error = TritonError("out of resource: shared memory,\nRequired: 300000, Hardware limit: 166912.")
+    error = TritonError(
+        "out of resource: shared memory,\nRequired: 300000, Hardware limit: 166912."
+    )
     result = tune(PREFILL, FakeWeight(errors={big: error}), FakeClock(), A100)
     (entry,) = result.skipped.items()
-    assert entry[0].startswith(big.describe()) and entry[1] == "TritonError: out of resource: shared memory, Required: 300000, Hardware limit: 166912."
+    assert (
+        entry[0].startswith(big.describe())
+        and entry[1]
+        == "TritonError: out of resource: shared memory, Required: 300000, Hardware limit: 166912."
+    )
 
 
 def test_a_program_that_breaks_tritons_compiler_is_left_out(folder):
-    result = tune(PREFILL, FakeWeight(errors={others(PREFILL)[0]: RuntimeError("PassManager::run failed")}), FakeClock(), A100)
+    result = tune(
+        PREFILL,
+        FakeWeight(errors={others(PREFILL)[0]: RuntimeError("PassManager::run failed")}),
+        FakeClock(),
+        A100,
+    )
     assert list(result.skipped.values()) == ["RuntimeError: PassManager::run failed"]
 
 
@@ -176,7 +217,13 @@ def test_other_errors_stop_everything(folder):
     """After an illegal access no call on this GPU means anything."""
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run([DECODING], A100, FakeClock(), lambda p: FakeWeight(errors={others(DECODING)[0]: error}), folder)
+        run(
+            [DECODING],
+            A100,
+            FakeClock(),
+            lambda p: FakeWeight(errors={others(DECODING)[0]: error}),
+            folder,
+        )
     assert not file(folder).exists()
 
 
@@ -186,7 +233,10 @@ def test_a_wrong_default_is_an_error(folder):
         tune(DECODING, FakeWeight(wrong=[default]), FakeClock(), A100)
 
 
-@pytest.mark.parametrize(("gain", "noise", "tuned"), [(0.05, 0.01, True), (0.05, 0.2, False), (0.0, 0.0, False), (0.001, 0.0, True)])
+@pytest.mark.parametrize(
+    ("gain", "noise", "tuned"),
+    [(0.05, 0.01, True), (0.05, 0.2, False), (0.0, 0.0, False), (0.001, 0.0, True)],
+)
 def test_noise_keeps_the_default(gain, noise, tuned, folder):
     result = tune(DECODING, FakeWeight(prefers(others(DECODING)[3], gain)), FakeClock(noise), A100)
     assert result.tuned is tuned and (result.best is result.default) is not tuned
@@ -206,8 +256,14 @@ def test_a_lucky_first_time_does_not_win(folder):
 
 def test_one_row_for_decoding_must_not_lose_at_any_token_count(folder):
     first, second = others(DECODING)[:2]
-    seconds = lambda config, m: {(first, 16): SLOW * 0.2, (first, 1): SLOW * 1.5, (second, 1): SLOW * 0.9}.get((config, m), SLOW)  # noqa: E731
-    assert not tune(DECODING, FakeWeight(seconds), FakeClock(), A100).tuned, "much faster at 16, slower at 1"
+    seconds = lambda config, m: {
+        (first, 16): SLOW * 0.2,
+        (first, 1): SLOW * 1.5,
+        (second, 1): SLOW * 0.9,
+    }.get((config, m), SLOW)
+    assert not tune(DECODING, FakeWeight(seconds), FakeClock(), A100).tuned, (
+        "much faster at 16, slower at 1"
+    )
     assert tune(DECODING, FakeWeight(prefers(second, 0.1, m=1)), FakeClock(), A100).best == second
 
 
@@ -217,7 +273,9 @@ def test_the_users_present_row_is_a_candidate(folder):
     weight = FakeWeight(prefers(replace(own, reason="")))
     save_rows(folder, DECODING.row(own))
     (result,) = run([DECODING], A100, FakeClock(), lambda p: weight, folder)
-    assert result.best == replace(own, reason="") and read(file(folder))[0].config.reason.startswith("tuned ")
+    assert result.best == replace(own, reason="") and read(file(folder))[
+        0
+    ].config.reason.startswith("tuned ")
 
 
 # What is written
@@ -231,15 +289,25 @@ def save_rows(folder: Path, *rows: Row) -> None:
 def test_rows_written_are_those_chosen(folder):
     for problem in (DECODING, PREFILL):
         best = others(problem)[4]
-        (result,) = run([problem], A100, FakeClock(), lambda p, best=best: FakeWeight(prefers(best)), folder)
+        (result,) = run(
+            [problem], A100, FakeClock(), lambda p, best=best: FakeWeight(prefers(best)), folder
+        )
         for m in (problem.above + 1, *problem.tokens, problem.up_to):
             chosen = configs.choose(problem.sizes, m, 16, A100)
             assert chosen == result.row.config and replace(chosen, reason="") == best
         outside = configs.choose(problem.sizes, problem.up_to + 1, 16, A100)
         assert outside in [row.config for row in configs.DEFAULTS]
     content = json.loads(file(folder).read_text())
-    assert content["format"] == 1 and content["device"] == A100.name and set(content["versions"]) == {"slab_kernels", "torch", "triton"}
-    assert len(content["rows"]) == 2 and {"tokens": 16, "bits": 16, "values": ["int4"], "rank": 1, "N": 4096, "K": 4096}.items() <= content["rows"][0].items()
+    assert (
+        content["format"] == 1
+        and content["device"] == A100.name
+        and set(content["versions"]) == {"slab_kernels", "torch", "triton"}
+    )
+    assert (
+        len(content["rows"]) == 2
+        and {"tokens": 16, "bits": 16, "values": ["int4"], "rank": 1, "N": 4096, "K": 4096}.items()
+        <= content["rows"][0].items()
+    )
     assert "tuned 20" in content["rows"][0]["reason"] and not list(folder.glob("*.tmp"))
 
 
@@ -248,9 +316,13 @@ def test_fp16_and_bf16_values_share_a_row(dtype, folder):
     """Prepared values have the activations' type: what is chosen for is not what is stored."""
     problem = Problem(PackedLayout(64, 64, "fp16", rank=1), dtype, (1,), 0, 16)
     assert problem.sizes.values == {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    assert problem.row(Config()).fits(problem.sizes, 1, 16, A100) and problem.row(Config()).values == ("fp16", "bf16")
+    assert problem.row(Config()).fits(problem.sizes, 1, 16, A100) and problem.row(
+        Config()
+    ).values == ("fp16", "bf16")
     single = replace(problem, dtype=torch.float32)
-    assert single.row(Config()).values == ("fp16",) and single.row(Config()).fits(single.sizes, 1, 32, A100)
+    assert single.row(Config()).values == ("fp16",) and single.row(Config()).fits(
+        single.sizes, 1, 32, A100
+    )
     widened = replace(single, layout=replace(LAYOUT, values="int3"))
     assert widened.sizes.values == "int4" and widened.row(Config()).values == ("int4",)
 
@@ -259,13 +331,24 @@ def test_a_row_for_the_same_problem_is_replaced_and_others_keep_their_order(fold
     general = Row(Config(16, 128, 64, 8, reason="general"), 16)
     higher = replace(DECODING.row(Config(reason="higher")), rank=4)
     other = replace(DECODING.row(Config(reason="other")), N=1024)
-    old, new = DECODING.row(Config(16, 32, 128, reason="old")), DECODING.row(Config(16, 16, 256, reason="new"))
-    for present in ([general, higher, other, old], [other, old, higher, general], [old, general], [general], []):
+    old, new = (
+        DECODING.row(Config(16, 32, 128, reason="old")),
+        DECODING.row(Config(16, 16, 256, reason="new")),
+    )
+    for present in (
+        [general, higher, other, old],
+        [other, old, higher, general],
+        [old, general],
+        [general],
+        [],
+    ):
         rows = merged(present, DECODING, new)
         assert [row for row in rows if row is not new] == [row for row in present if row is not old]
         assert next(row for row in rows if row.fits(DECODING.sizes, 1, 16, A100)) is new
         assert merged(rows, DECODING, None) == [row for row in present if row is not old]
-    assert merged([replace(old, shared=50_000)], DECODING, new) == [new], "the same problem, whatever it is said to take"
+    assert merged([replace(old, shared=50_000)], DECODING, new) == [new], (
+        "the same problem, whatever it is said to take"
+    )
 
 
 def test_a_row_that_no_longer_wins_is_removed(folder):
@@ -280,7 +363,9 @@ def test_nothing_is_written_where_every_default_stays(folder):
     assert not file(folder).exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file(where, error, folder, monkeypatch):
     save_rows(folder, DECODING.row(Config(reason="old")))
@@ -294,7 +379,11 @@ def test_a_write_that_fails_leaves_the_old_file(where, error, folder, monkeypatc
         save(file(folder), [PREFILL.row(Config(reason="new"))], A100)
     assert file(folder).read_bytes() == before and os.listdir(folder) == [file(folder).name]
     if isinstance(error, OSError):
-        assert str(file(folder)) in str(raised.value) and "--out" in str(raised.value) and "\n" not in str(raised.value)
+        assert (
+            str(file(folder)) in str(raised.value)
+            and "--out" in str(raised.value)
+            and "\n" not in str(raised.value)
+        )
         assert console.exit_code(raised.value) == console.NO_SPACE
 
 
@@ -307,7 +396,13 @@ def test_an_interruption_keeps_what_was_found_before(folder):
         return FakeWeight(prefers(best))
 
     with pytest.raises(KeyboardInterrupt):
-        run([DECODING, replace(PREFILL, layout=replace(LAYOUT, values="int8"))], A100, FakeClock(), make, folder)
+        run(
+            [DECODING, replace(PREFILL, layout=replace(LAYOUT, values="int8"))],
+            A100,
+            FakeClock(),
+            make,
+            folder,
+        )
     (row,) = read(file(folder))
     assert replace(row.config, reason="") == best
 
@@ -331,23 +426,34 @@ def test_a_linked_file_stays_a_link(folder, tmp_path):
     assert file(folder).is_symlink() and len(read(tmp_path / "dotfiles.json")) == 1
 
 
-@pytest.mark.parametrize("content", [b'{"format": 0, "rows": []}', b"half a fi", b'{"format": 1, "rows": [{"block_n": 3}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"format": 0, "rows": []}', b"half a fi", b'{"format": 1, "rows": [{"block_n": 3}]}'],
+)
 def test_an_unusable_file_is_an_error_before_anything_is_timed(content, folder):
     folder.mkdir()
     file(folder).write_bytes(content)
     made = []
-    with pytest.raises(ConfigError, match="correct it, or delete it and run slab-kernels tune again"):
+    with pytest.raises(
+        ConfigError, match="correct it, or delete it and run slab-kernels tune again"
+    ):
         run([DECODING], A100, FakeClock(), made.append, folder)
     assert not made and file(folder).read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_timed(folder, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_timed(
+    folder, tmp_path, monkeypatch
+):
     (tmp_path / "taken").write_text("")
     made = []
     with pytest.raises(ConfigError, match="cannot write to .*taken"):
         run([DECODING], A100, FakeClock(), made.append, tmp_path / "taken")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # simulated, because root may write everywhere
-    with pytest.raises(ConfigError, match="Permission denied; choose another folder with --out") as raised:
+    monkeypatch.setattr(
+        os, "access", lambda *_: False
+    )  # simulated, because root may write everywhere
+    with pytest.raises(
+        ConfigError, match="Permission denied; choose another folder with --out"
+    ) as raised:
         run([DECODING], A100, FakeClock(), made.append, folder)
     assert not made and console.exit_code(raised.value) == console.NO_SPACE
 
@@ -366,7 +472,9 @@ def test_one_weight_at_a_time(folder):
 @pytest.fixture
 def gpu(folder, monkeypatch):
     """A GPU on which one candidate of every problem is twice as fast."""
-    make = lambda problem: FakeWeight(lambda config, m: FAST if config.block_n == 32 or config.rebuild else SLOW)  # noqa: E731
+    make = lambda problem: FakeWeight(
+        lambda config, m: FAST if config.block_n == 32 or config.rebuild else SLOW
+    )
     monkeypatch.setattr(tuning, "gpu", lambda where, seconds: (A100, FakeClock(), make))
 
 
@@ -378,22 +486,45 @@ def test_the_command_prints_one_object_and_writes_the_rows(gpu, folder, capsys):
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert shown.out.count("\n") == 1 and "[1/2] 4096×4096 int4 m=1" in shown.err
-    assert found["file"] == str(file(folder)) and found["rows"] == json.loads(file(folder).read_text())["rows"]
+    assert (
+        found["file"] == str(file(folder))
+        and found["rows"] == json.loads(file(folder).read_text())["rows"]
+    )
     first = found["results"][0]
-    assert first["tuned"] and first["tokens"] == [1] and first["median_us"] == [pytest.approx(10)] and first["config"]["block_n"] == 32
+    assert (
+        first["tuned"]
+        and first["tokens"] == [1]
+        and first["median_us"] == [pytest.approx(10)]
+        and first["config"]["block_n"] == 32
+    )
 
 
 def test_the_command_prints_a_table(gpu, folder, tmp_path, capsys):
     assert cli.run([*SMALL, "--out", str(tmp_path / "elsewhere")]) == 0
     shown = capsys.readouterr()
-    assert "-50.0%" in shown.out and "2 of 2 defaults beaten" in shown.out and file(tmp_path / "elsewhere").exists()
-    assert f"{configs.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out and not file(folder).exists()
+    assert (
+        "-50.0%" in shown.out
+        and "2 of 2 defaults beaten" in shown.out
+        and file(tmp_path / "elsewhere").exists()
+    )
+    assert (
+        f"{configs.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out and not file(folder).exists()
+    )
 
 
 def test_a_models_linears_fused_and_separate(gpu, capsys):
-    assert cli.run(["tune", "--model", "qwen2.5-0.5b", "--m", "1", "--values", "int8", "--json"]) == 0
+    assert (
+        cli.run(["tune", "--model", "qwen2.5-0.5b", "--m", "1", "--values", "int8", "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)["results"]
-    assert {(r["n"], r["k"]) for r in found} == {(896, 896), (128, 896), (4864, 896), (896, 4864), (1152, 896), (9728, 896)}
+    assert {(r["n"], r["k"]) for r in found} == {
+        (896, 896),
+        (128, 896),
+        (4864, 896),
+        (896, 4864),
+        (1152, 896),
+        (9728, 896),
+    }
 
 
 @pytest.mark.parametrize(
@@ -422,7 +553,9 @@ def test_what_the_command_refuses(more, code, words, folder, capsys):
 def test_without_a_gpu_one_sentence_and_exit_code_4(device, folder, capsys):
     assert cli.run(["tune", "--device", device, "--json"]) == 4
     error = json.loads(capsys.readouterr().out)["error"]
-    assert error["type"] == "BackendError" and error["message"].startswith("tune times kernels on a CUDA device: ")
+    assert error["type"] == "BackendError" and error["message"].startswith(
+        "tune times kernels on a CUDA device: "
+    )
 
 
 def test_a_bad_file_ends_the_command_with_exit_code_3(gpu, folder, capsys):
@@ -485,9 +618,13 @@ print(json.dumps(seen))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 def test_the_real_weight_in_the_interpreter(folder):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["sizes"] and found["splits"] == 2 and found["timed"] == 3 and found["skipped"] == {}
+    assert (
+        found["sizes"] and found["splits"] == 2 and found["timed"] == 3 and found["skipped"] == {}
+    )
     assert "disagrees with the reference" in found["lazy"]
     assert "disagrees" in found["beside"] or "depends on the tokens beside it" in found["beside"]

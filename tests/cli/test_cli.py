@@ -44,7 +44,20 @@ def packed(model, text, tmp_path_factory) -> Path:
 
 
 def small(model, out, text, *more: str) -> list[str]:
-    return ["compress", str(model), str(out), "--calibration", str(text), "--samples", "4", "--window", "32", "--device", "cpu", *more]
+    return [
+        "compress",
+        str(model),
+        str(out),
+        "--calibration",
+        str(text),
+        "--samples",
+        "4",
+        "--window",
+        "32",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -64,7 +77,9 @@ def answer(capsys):
         capsys.readouterr()
         code = cli.run([*map(str, arguments), "--json"])
         out = capsys.readouterr().out
-        assert out.endswith("\n") and out.count("\n") == 1, f"stdout holds more than one line: {out!r}"
+        assert out.endswith("\n") and out.count("\n") == 1, (
+            f"stdout holds more than one line: {out!r}"
+        )
         return code, json.loads(out)
 
     return run
@@ -79,8 +94,14 @@ def refused(answer, capsys):
         assert set(found) == {"error"} and set(found["error"]) == {"type", "message"}
         message = found["error"]["message"]
         assert "\n" not in message and "Traceback" not in message and code != console.UNEXPECTED
-        if arguments[0] == "compress" and len(arguments) > 2 and (Path(arguments[2]) / "slab_progress.json").exists():
-            shutil.rmtree(arguments[2])  # the failed run claimed it; the second one shall fail for the same reason
+        if (
+            arguments[0] == "compress"
+            and len(arguments) > 2
+            and (Path(arguments[2]) / "slab_progress.json").exists()
+        ):
+            shutil.rmtree(
+                arguments[2]
+            )  # the failed run claimed it; the second one shall fail for the same reason
         assert cli.run(list(map(str, arguments))) == code
         shown = capsys.readouterr()
         assert message in shown.err and "Traceback" not in shown.err
@@ -93,7 +114,9 @@ def refused(answer, capsys):
 
 
 def test_compress_writes_a_record_and_says_the_same(model, text, tmp_path, answer):
-    code, found = answer(*small(model, tmp_path / "out", text, "--values", "int4", "--group-size", "32"))
+    code, found = answer(
+        *small(model, tmp_path / "out", text, "--values", "int4", "--group-size", "32")
+    )
     assert code == 0 and found["folder"] == str(tmp_path / "out") and len(found["layers"]) == 14
     layer = found["layers"][0]
     assert layer["values"] == "int4" and 0 < layer["error"] < 1 and layer["bits_per_weight"] > 3.5
@@ -107,15 +130,26 @@ def test_compress_passes_method_options_on(model, text, tmp_path, refused):
 
 def test_eval_states_window_and_tokens(packed, model, text, answer):
     for folder, stored in ((packed, "packed"), (model, "dense")):
-        code, found = answer("eval", folder, "--text", text, "--window", "32", "--max-tokens", "500")
+        code, found = answer(
+            "eval", folder, "--text", text, "--window", "32", "--max-tokens", "500"
+        )
         assert code == 0 and found["stored"] == stored and found["window"] == 32
-        assert found["perplexity"] > 1 and 490 < found["tokens"] <= 500 and found["windows"] == -(-found["tokens"] // 31)
+        assert (
+            found["perplexity"] > 1
+            and 490 < found["tokens"] <= 500
+            and found["windows"] == -(-found["tokens"] // 31)
+        )
 
 
 def test_generate_continues_the_prompt(packed, model, answer):
     for folder in (packed, model):
         code, found = answer("generate", folder, "--prompt", "hello", "--tokens", "4")
-        assert code == 0 and found["prompt"] == "hello" and 0 < found["tokens"] <= 4 and found["tokens_per_second"] > 0
+        assert (
+            code == 0
+            and found["prompt"] == "hello"
+            and 0 < found["tokens"] <= 4
+            and found["tokens_per_second"] > 0
+        )
 
 
 def test_inspect_counts_the_bytes_on_disk(packed, answer):
@@ -131,7 +165,9 @@ def test_inspect_counts_the_bytes_on_disk(packed, answer):
                 stored[name] = t.numel() * t.element_size()
     for layer in found["layers"]:
         size = sum(n for name, n in stored.items() if name.rpartition(".")[0] == layer["name"])
-        assert layer["bits_per_weight"] == pytest.approx(8 * size / (layer["shape"][0] * layer["shape"][1]))
+        assert layer["bits_per_weight"] == pytest.approx(
+            8 * size / (layer["shape"][0] * layer["shape"][1])
+        )
         assert layer["bits_per_weight"] - layer["factor_bits_per_weight"] == pytest.approx(9.5)
 
 
@@ -144,12 +180,17 @@ def test_decompress_is_dense_and_means_the_same(packed, text, tmp_path, answer):
     assert answer("decompress", packed, tmp_path / "dense")[0] == 0
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     arguments = ("--text", text, "--window", "32", "--max-tokens", "300")
-    before, after = (answer("eval", folder, *arguments)[1]["perplexity"] for folder in (packed, tmp_path / "dense"))
+    before, after = (
+        answer("eval", folder, *arguments)[1]["perplexity"]
+        for folder in (packed, tmp_path / "dense")
+    )
     assert after == pytest.approx(before, rel=2e-3)  # fp16 instead of the exact product
 
 
 def test_patterns_that_do_not_pack_are_stored_dense(model, text, tmp_path, answer):
-    code, found = answer(*small(model, tmp_path / "out", text, "--pattern", "50%", "--method", "wanda"))
+    code, found = answer(
+        *small(model, tmp_path / "out", text, "--pattern", "50%", "--method", "wanda")
+    )
     assert code == 0 and found["stored"] == "dense"
     code, found = answer("inspect", tmp_path / "out")
     assert found["stored"] == "pruned, dense" and found["layers"][0]["pattern"] == "50%"
@@ -170,12 +211,34 @@ def test_info_says_why_not(answer):
 
 
 def test_bench_rows_have_dense_beside_ours(answer):
-    code, found = answer("bench", "--shape", "64x32", "--m", "1", "--values", "fp16", "--dtype", "fp32", "--device", "cpu")
+    code, found = answer(
+        "bench",
+        "--shape",
+        "64x32",
+        "--m",
+        "1",
+        "--values",
+        "fp16",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+    )
     assert code == 0
     dense, *ours = found["rows"]
     assert dense["backend"] == "dense" and dense["speedup_vs_dense"] == 1 and ours
     for row in found["rows"]:
-        assert {"backend", "m", "n", "k", "values", "dtype", "median_us", "speedup_vs_dense", "gbytes_per_s"} <= set(row)
+        assert {
+            "backend",
+            "m",
+            "n",
+            "k",
+            "values",
+            "dtype",
+            "median_us",
+            "speedup_vs_dense",
+            "gbytes_per_s",
+        } <= set(row)
         assert (row["m"], row["n"], row["k"]) == (1, 64, 32) and row["median_us"] > 0
 
 
@@ -183,8 +246,14 @@ def test_report_of_run_and_evaluation(packed, text, tmp_path, answer, capsys):
     code, evaluation = answer("eval", packed, "--text", text, "--max-tokens", "200")
     (tmp_path / "eval.json").write_text(json.dumps(evaluation))
     code, found = answer("report", packed, tmp_path / "eval.json", "--out", tmp_path / "report")
-    assert code == 0 and len(found["results"]) == 1 and found["results"][0]["perplexity"] == evaluation["perplexity"]
-    assert all(Path(path).is_file() for path in found["written"]) and found["written"][-1].endswith("report.html")
+    assert (
+        code == 0
+        and len(found["results"]) == 1
+        and found["results"][0]["perplexity"] == evaluation["perplexity"]
+    )
+    assert all(Path(path).is_file() for path in found["written"]) and found["written"][-1].endswith(
+        "report.html"
+    )
 
 
 def test_tables_for_people(packed, capsys):
@@ -224,7 +293,9 @@ def test_forced_backend_that_cannot_run_lists_every_reason(monkeypatch, refused)
     from slab_kernels.backends import dispatch
 
     backend = dispatch.backend("cpu")
-    monkeypatch.setattr(backend, "not_supported_reasons", lambda problem: ["first reason", "second reason"])
+    monkeypatch.setattr(
+        backend, "not_supported_reasons", lambda problem: ["first reason", "second reason"]
+    )
     code, message = refused("explain", "--backend", "cpu", "--device", "cpu")
     assert code == 4 and "first reason" in message and "second reason" in message
 
@@ -242,7 +313,14 @@ def test_usage_errors_are_json_too(refused):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(None, "does not exist"), (b"", "empty"), (b"  \n ", "empty"), (b"\xff\xfe\x00bad", "UTF-8"), (b"hi", "longer")]
+    ("content", "word"),
+    [
+        (None, "does not exist"),
+        (b"", "empty"),
+        (b"  \n ", "empty"),
+        (b"\xff\xfe\x00bad", "UTF-8"),
+        (b"hi", "longer"),
+    ],
 )
 def test_calibration_text(content, word, model, tmp_path, refused):
     path = tmp_path / "text.txt"
@@ -266,7 +344,12 @@ def test_missing_and_corrupt_shards(packed, text, tmp_path, refused):
     folder = copy(packed, tmp_path / "missing")
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.unlink()
-    for command in (("eval", folder, "--text", text), ("generate", folder), ("inspect", folder), ("decompress", folder, tmp_path / "d")):
+    for command in (
+        ("eval", folder, "--text", text),
+        ("generate", folder),
+        ("inspect", folder),
+        ("decompress", folder, tmp_path / "d"),
+    ):
         code, message = refused(*command)
         assert code == 3 and shard.name in message
     folder = copy(packed, tmp_path / "corrupt")
@@ -279,7 +362,10 @@ def test_missing_and_corrupt_shards(packed, text, tmp_path, refused):
 def test_newer_format_version(packed, tmp_path, refused):
     folder = copy(packed, tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
-    edit(folder / "config.json", quantization_config=config["quantization_config"] | {"format_version": 99})
+    edit(
+        folder / "config.json",
+        quantization_config=config["quantization_config"] | {"format_version": 99},
+    )
     code, message = refused("generate", folder)
     assert code == 3 and "99" in message and "update" in message
 
@@ -311,7 +397,9 @@ def test_architecture_without_blocks(model, text, tmp_path, refused):
     shutil.rmtree(folder)
     copy(model, folder)
     (folder / "config.json").unlink()
-    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    ).save_pretrained(folder)
     code, message = refused(*small(folder, tmp_path / "out", text))
     assert code == 3 and "Conv1D" in message
 
@@ -419,16 +507,33 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
 def test_help_documents_every_exit_code():
     done = subprocess.run([*SLAB, "--help"], capture_output=True, text=True, check=True)
     assert all(f" {code} " in done.stdout for code in (0, 2, 3, 4, 5, 130))
-    for name in ("compress", "eval", "generate", "bench", "info", "explain", "inspect", "decompress", "report"):
+    for name in (
+        "compress",
+        "eval",
+        "generate",
+        "bench",
+        "info",
+        "explain",
+        "inspect",
+        "decompress",
+        "report",
+    ):
         assert name in done.stdout
 
 
 def test_interrupt_is_130_and_resume_finishes(model, text, tmp_path):
     """A real process and a real SIGINT: exit code 130, JSON error, and the same command with --resume goes on."""
-    command = [*SLAB, *small(model, tmp_path / "out", text, "--json")]  # the first block alone takes far longer than the poll
+    command = [
+        *SLAB,
+        *small(model, tmp_path / "out", text, "--json"),
+    ]  # the first block alone takes far longer than the poll
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
-    while not (tmp_path / "out" / "slab_progress.json").exists() and child.poll() is None and time.time() < deadline:
+    while (
+        not (tmp_path / "out" / "slab_progress.json").exists()
+        and child.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.002)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)

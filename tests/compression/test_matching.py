@@ -55,12 +55,17 @@ def test_a_trainable_linear_is_its_decomposition_and_gives_it_back(layout):
     assert all(torch.equal(t, again.tensors()[name]) for name, t in packed.tensors().items())
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
     module(x).square().sum().backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) and bool((p.grad != 0).any()) for p in module.parameters())
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all()) and bool((p.grad != 0).any())
+        for p in module.parameters()
+    )
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.01)
     moved = module.decomposition()
-    assert torch.equal(moved.mask, d.mask) and bool((moved.S[~d.mask] == 0).all())  # a step cannot fill a zero
+    assert torch.equal(moved.mask, d.mask) and bool(
+        (moved.S[~d.mask] == 0).all()
+    )  # a step cannot fill a zero
     assert moved.B is None or torch.equal(moved.B, d.B)
 
 
@@ -69,7 +74,11 @@ class Block(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.up, self.down = torch.nn.LayerNorm(32), torch.nn.Linear(32, 64), torch.nn.Linear(64, 32, bias=False)
+        self.norm, self.up, self.down = (
+            torch.nn.LayerNorm(32),
+            torch.nn.Linear(32, 64),
+            torch.nn.Linear(64, 32, bias=False),
+        )
 
     def forward(self, x):
         return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
@@ -85,16 +94,33 @@ def test_matching_brings_a_block_nearer_and_never_further(values):
     targets = [twin(h).detach() for h in hidden]
     parts = {}
     for name in ("up", "down"):
-        d = unpack(pack(decompose(getattr(block, name).weight.detach(), method="magnitude", values=values, group_size=32), values, 32))
+        d = unpack(
+            pack(
+                decompose(
+                    getattr(block, name).weight.detach(),
+                    method="magnitude",
+                    values=values,
+                    group_size=32,
+                ),
+                values,
+                32,
+            )
+        )
         parts[name] = d
         getattr(block, name).weight.data = d.dense()
     stored = lambda name, d: unpack(pack(d, values, 32))  # noqa: E731
-    result, other, record = matching.match_block(0, block, parts, stream, targets, Matching(epochs=3, rate=1e-2), stored)
+    result, other, record = matching.match_block(
+        0, block, parts, stream, targets, Matching(epochs=3, rate=1e-2), stored
+    )
     assert record.after < 0.97 * record.before and record.epochs > 0
     assert set(other) == {"norm.weight", "norm.bias", "up.bias"}
     for name, d in result.items():
-        assert torch.equal(d.mask, parts[name].mask) and (d.mask.sum(1) == d.mask.shape[1] // 2).all()
-    result, other, record = matching.match_block(0, _restored(block, parts), parts, stream, [h for h in hidden], Matching(1, 0.9), stored)
+        assert (
+            torch.equal(d.mask, parts[name].mask) and (d.mask.sum(1) == d.mask.shape[1] // 2).all()
+        )
+    result, other, record = matching.match_block(
+        0, _restored(block, parts), parts, stream, [h for h in hidden], Matching(1, 0.9), stored
+    )
     assert record.after <= record.before
     if record.epochs == 0:
         assert other == {} and all(result[name] is parts[name] for name in parts)
@@ -114,8 +140,18 @@ def test_matching_of_a_model_is_written_resumed_and_loaded(dense, tmp_path):
     plain = compress(dense, tmp_path / "b", **{**settings, "matching": 0})
     assert not plain.matching
     norm = "model.layers.0.input_layernorm.weight"
-    tensors = [{n: t for f in sorted((tmp_path / d).glob("*.safetensors")) for n, t in load_file(f).items()} for d in "ab"]
-    assert not torch.equal(tensors[0][norm], tensors[1][norm]) and tensors[0][norm].dtype == tensors[1][norm].dtype
+    tensors = [
+        {
+            n: t
+            for f in sorted((tmp_path / d).glob("*.safetensors"))
+            for n, t in load_file(f).items()
+        }
+        for d in "ab"
+    ]
+    assert (
+        not torch.equal(tensors[0][norm], tensors[1][norm])
+        and tensors[0][norm].dtype == tensors[1][norm].dtype
+    )
     assert torch.equal(tensors[0]["model.norm.weight"], tensors[1]["model.norm.weight"])
 
     def stop(event):
@@ -128,12 +164,19 @@ def test_matching_of_a_model_is_written_resumed_and_loaded(dense, tmp_path):
     for file in sorted((tmp_path / "a").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "c" / file.name).read_bytes(), file.name
     memory = compress(tiny_models.model(), **settings)
-    assert torch.equal(memory.model.layers[0].input_layernorm.weight, load(tmp_path / "a").model.layers[0].input_layernorm.weight)
+    assert torch.equal(
+        memory.model.layers[0].input_layernorm.weight,
+        load(tmp_path / "a").model.layers[0].input_layernorm.weight,
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"epochs": 0}, "epochs=0"), ({"rate": 2.0}, "rate=2.0"), ({"target": "moon"}, "target='moon' of matching is unknown; choose one of dense, prefix")],
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"rate": 2.0}, "rate=2.0"),
+        ({"target": "moon"}, "target='moon' of matching is unknown; choose one of dense, prefix"),
+    ],
 )
 def test_bad_matching_settings(change, text):
     with pytest.raises(ValueError, match=text):
@@ -153,7 +196,10 @@ def test_spend_is_optimal_on_hulls_and_never_worse_than_uniform():
             loss, bits, options = float(torch.rand(1, generator=g)) * 4, 3.0, []
             for row in LADDER[:4]:
                 options.append(Choice(row, bits, loss))
-                bits, loss = bits + 0.2 + float(torch.rand(1, generator=g)), loss * float(torch.rand(1, generator=g))
+                bits, loss = (
+                    bits + 0.2 + float(torch.rand(1, generator=g)),
+                    loss * float(torch.rand(1, generator=g)),
+                )
             choices[str(layer)] = options
         budget = 4 * 3.0 + 4 * float(torch.rand(1, generator=g))
         chosen = spend(choices, budget)
@@ -166,18 +212,24 @@ def test_spend_is_optimal_on_hulls_and_never_worse_than_uniform():
         got = sum(c.loss for c in chosen.values())
         assert got >= best - 1e-9
         for row in LADDER[:4]:
-            uniform = [next(c for c in options if c.settings == row) for options in choices.values()]
+            uniform = [
+                next(c for c in options if c.settings == row) for options in choices.values()
+            ]
             if sum(c.bits for c in uniform) <= budget:
                 assert got <= sum(c.loss for c in uniform) + 1e-9
 
 
 def test_a_budget_is_met_by_the_bytes_on_disk(dense, tmp_path):
     reach = None
-    with pytest.raises(BudgetError, match=r"bits=1 is below .*: \d+\.\d+ to \d+\.\d+ stored") as caught:
+    with pytest.raises(
+        BudgetError, match=r"bits=1 is below .*: \d+\.\d+ to \d+\.\d+ stored"
+    ) as caught:
         compress(dense, tmp_path / "a", calibration=TOKENS, bits=1, group_size=32, progress=False)
     reach = [float(word) for word in str(caught.value).split(": ")[1].split() if word[0].isdigit()]
     bits = reach[0] + 1.5
-    record = compress(dense, tmp_path / "b", calibration=TOKENS, bits=bits, group_size=32, progress=False)
+    record = compress(
+        dense, tmp_path / "b", calibration=TOKENS, bits=bits, group_size=32, progress=False
+    )
     assert record.bits_per_weight <= bits and record.bits_per_weight > bits - 0.8
     assert len({(layer.values, layer.planes, layer.rank) for layer in record.layers}) > 1
     assert load(tmp_path / "b")(TOKENS[:1]).logits.isfinite().all()
@@ -186,7 +238,17 @@ def test_a_budget_is_met_by_the_bytes_on_disk(dense, tmp_path):
     assert not (tmp_path / "a").exists() and not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("change", [{"values": "int4"}, {"planes": 2}, {"rank": 3}, {"adapter_rank": 4}, {"method": "oats"}, {"pattern": "4:8"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": "int4"},
+        {"planes": 2},
+        {"rank": 3},
+        {"adapter_rank": 4},
+        {"method": "oats"},
+        {"pattern": "4:8"},
+    ],
+)
 def test_a_budget_beside_what_it_chooses_itself_is_refused(dense, change):
     with pytest.raises(BudgetError, match="bits=4"):
         compress(dense, calibration=TOKENS, bits=4.0, progress=False, **change)
@@ -195,12 +257,25 @@ def test_a_budget_beside_what_it_chooses_itself_is_refused(dense, change):
 # ---- adapter training ----
 
 
-def test_training_moves_the_adapters_alone_resumes_and_ends_with_the_same_bytes(dense, tmp_path, monkeypatch):
-    compress(dense, tmp_path / "p", method="threebasil", adapter_rank=4, iterations=120, calibration=TOKENS, progress=False)
+def test_training_moves_the_adapters_alone_resumes_and_ends_with_the_same_bytes(
+    dense, tmp_path, monkeypatch
+):
+    compress(
+        dense,
+        tmp_path / "p",
+        method="threebasil",
+        adapter_rank=4,
+        iterations=120,
+        calibration=TOKENS,
+        progress=False,
+    )
     settings = Training(steps=6, batch=4, rate=1e-2, every=2)
     measured = train(tmp_path / "p", tmp_path / "t", COUNTING, settings)
     assert measured["after"] < measured["before"] and measured["steps"] == 6
-    before, after = ({n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()} for d in (tmp_path / "p", tmp_path / "t"))
+    before, after = (
+        {n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()}
+        for d in (tmp_path / "p", tmp_path / "t")
+    )
     assert before.keys() == after.keys()
     changed = {n.rpartition(".")[2] for n in before if not torch.equal(before[n], after[n])}
     assert changed == {"P", "Q"}
@@ -239,7 +314,9 @@ def test_training_adds_adapters_where_asked_and_says_what_is_missing(dense, tmp_
         train(tmp_path / "p", tmp_path / "t", TOKENS, Training(steps=1))
     assert not (tmp_path / "t").exists()
     train(tmp_path / "p", tmp_path / "t", TOKENS, Training(steps=2, adapter_rank=3))
-    config = json.loads((tmp_path / "t" / "config.json").read_text())["quantization_config"]["modules"]
+    config = json.loads((tmp_path / "t" / "config.json").read_text())["quantization_config"][
+        "modules"
+    ]
     assert {m["adapter_rank"] for m in config.values()} == {3}
     with pytest.raises(CheckpointError, match="is not empty"):
         train(tmp_path / "p", tmp_path / "t", TOKENS, Training(steps=2, adapter_rank=3))
@@ -260,7 +337,13 @@ compress(sys.argv[1], sys.argv[2], calibration=tokens, method=sys.argv[3], match
 def test_two_processes_write_the_same_bytes_as_one(dense, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, launcher in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])):
+    for name, launcher in (
+        ("one", [sys.executable]),
+        (
+            "two",
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"],
+        ),
+    ):
         command = [*launcher, str(tmp_path / "run.py"), str(dense), str(tmp_path / name), "slab"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]

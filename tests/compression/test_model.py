@@ -70,7 +70,8 @@ def test_the_folder(dense, packed):
     files = {p.name for p in packed.iterdir()}
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     assert (
-        shards | {"config.json", "slab_run.json", "model.safetensors.index.json", "tokenizer.json"} <= files
+        shards | {"config.json", "slab_run.json", "model.safetensors.index.json", "tokenizer.json"}
+        <= files
     )
     assert PROGRESS_NAME not in files and not [f for f in files if f.endswith(".partial")]
     config = json.loads((packed / "config.json").read_text())
@@ -108,7 +109,9 @@ def test_the_record_counts_the_bytes_on_disk(dense, tmp_path, values, group_size
         progress=False,
         rounds=1,
     )
-    tensors = {n: t for f in (tmp_path / "o").glob("*.safetensors") for n, t in load_file(f).items()}
+    tensors = {
+        n: t for f in (tmp_path / "o").glob("*.safetensors") for n, t in load_file(f).items()
+    }
     loaded = load(tmp_path / "o")
     total = 0
     for layer in record.layers:
@@ -151,8 +154,12 @@ def test_the_default_method_beats_magnitude(dense, packed, tmp_path):
 
 
 def test_drift_is_seen_by_methods_that_ask_for_it(dense, tmp_path):
-    with_drift = compress(dense, tmp_path / "a", calibration=TOKENS, progress=False, drift=1.0, rounds=1)
-    without = compress(dense, tmp_path / "b", calibration=TOKENS, progress=False, drift=0.0, rounds=1)
+    with_drift = compress(
+        dense, tmp_path / "a", calibration=TOKENS, progress=False, drift=1.0, rounds=1
+    )
+    without = compress(
+        dense, tmp_path / "b", calibration=TOKENS, progress=False, drift=0.0, rounds=1
+    )
     assert with_drift.hidden_state_bytes == 2 * without.hidden_state_bytes
     first = [[layer.error for layer in r.layers[:3]] for r in (with_drift, without)]
     assert first[0] == first[1] and with_drift.layers[-1].error != without.layers[-1].error
@@ -183,7 +190,8 @@ def test_what_cannot_be_packed_is_stored_dense(dense, tmp_path, pattern):
     weight = opened.get_submodule(record.layers[0].name).weight
     assert int((weight == 0).sum()) == weight.numel() // 2
     with pytest.raises(
-        CheckpointError, match=r"was not written by slab_kernels .it holds a dense model.; compress it first"
+        CheckpointError,
+        match=r"was not written by slab_kernels .it holds a dense model.; compress it first",
     ):
         load(tmp_path / "o")
     measured = evaluate.layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS)
@@ -196,9 +204,9 @@ def test_events_tell_every_layer(dense, tmp_path):
     assert [e.kind for e in events] == ["start", *(["layer"] * 7 + ["block"]) * 2, "done"]
     layers = [e for e in events if e.kind == "layer"]
     assert [e.done for e in layers] == list(range(1, 15)) and {e.layers for e in layers} == {14}
-    assert "model.layers.0.self_attn.q_proj error 0." in str(layers[0]) and "bits per weight" in str(
+    assert "model.layers.0.self_attn.q_proj error 0." in str(
         layers[0]
-    )
+    ) and "bits per weight" in str(layers[0])
 
 
 def test_the_bar_writes_to_stderr(dense, tmp_path, capsys):
@@ -248,7 +256,9 @@ compress({dense!r}, {out!r}, calibration=tiny_models.tokens(), progress=progress
 
 
 def test_sigkill_and_resume(dense, packed, tmp_path):
-    code = KILL.format(tests=str(Path(__file__).parents[1]), dense=str(dense), out=str(tmp_path / "o"))
+    code = KILL.format(
+        tests=str(Path(__file__).parents[1]), dense=str(dense), out=str(tmp_path / "o")
+    )
     root = str(Path(slab_kernels.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True
@@ -263,7 +273,9 @@ def test_sigkill_and_resume(dense, packed, tmp_path):
 def test_resuming_a_finished_run_does_nothing(dense, packed):
     before = {p: p.stat().st_mtime_ns for p in packed.iterdir()}
     record = compress(dense, packed, calibration=TOKENS, progress=False, resume=True)
-    assert len(record.layers) == 14 and {p: p.stat().st_mtime_ns for p in packed.iterdir()} == before
+    assert (
+        len(record.layers) == 14 and {p: p.stat().st_mtime_ns for p in packed.iterdir()} == before
+    )
     with pytest.raises(CheckpointError, match=r"cannot resume .*: rank was 1 and is now 2"):
         compress(dense, packed, calibration=TOKENS, progress=False, resume=True, rank=2)
     with pytest.raises(CheckpointError, match="is not empty"):
@@ -291,7 +303,9 @@ def test_resume_refuses_other_settings_text_and_model(dense, tmp_path):
 # in memory
 
 
-def test_a_run_that_fails_before_its_first_block_gives_the_folder_back(dense, tmp_path, monkeypatch):
+def test_a_run_that_fails_before_its_first_block_gives_the_folder_back(
+    dense, tmp_path, monkeypatch
+):
     monkeypatch.setattr("slab_kernels.compression.model.compress_blocks", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(dense, tmp_path / "out", **QUICK)
@@ -319,14 +333,18 @@ def test_in_memory_in_place_and_equal_to_the_folder(dense, packed, tmp_path):
 def test_a_module_written_to_a_folder_stays_dense(dense, packed, tmp_path):
     given = AutoModelForCausalLM.from_pretrained(dense).eval()
     before = logits(given)
-    compress(given, tmp_path / "o", calibration=TOKENS, progress=False, tokenizer=tiny_models.tokenizer())
+    compress(
+        given, tmp_path / "o", calibration=TOKENS, progress=False, tokenizer=tiny_models.tokenizer()
+    )
     assert torch.equal(logits(given), before) and not any(p.is_meta for p in given.parameters())
     assert torch.equal(logits(load(tmp_path / "o")), logits(load(packed)))
     assert (tmp_path / "o" / "tokenizer.json").is_file()
 
 
 def test_a_folder_into_memory(dense, packed):
-    assert torch.equal(logits(compress(dense, calibration=TOKENS, progress=False)), logits(load(packed)))
+    assert torch.equal(
+        logits(compress(dense, calibration=TOKENS, progress=False)), logits(load(packed))
+    )
 
 
 def test_dense_patterns_in_memory():
@@ -343,12 +361,17 @@ def test_adapters_of_peft_are_refused_with_the_way_out(tmp_path):
     tuner = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
     model = tiny_models.model()
     model.model.layers[1].self_attn.q_proj = tuner(32, 32, bias=False)
-    with pytest.raises(ArchitectureError, match=r"layers\.1\.self_attn\.q_proj is Linear, an adapter of PEFT.*merge_and_unload"):
+    with pytest.raises(
+        ArchitectureError,
+        match=r"layers\.1\.self_attn\.q_proj is Linear, an adapter of PEFT.*merge_and_unload",
+    ):
         compress(model, tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False)
     tiny_models.write(tmp_path / "m")
     (tmp_path / "m" / "adapter_config.json").write_text("{}")
     with pytest.raises(ArchitectureError, match=r"holds an adapter of PEFT.*merge_and_unload"):
-        compress(tmp_path / "m", tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False)
+        compress(
+            tmp_path / "m", tmp_path / "out", method="magnitude", calibration=TOKENS, progress=False
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -366,13 +389,18 @@ def test_load_save_decompress(tmp_path, tied, dtype):
     tiny_models.write(tmp_path / "d", dtype=dtype, tie_word_embeddings=tied)
     compress(tmp_path / "d", tmp_path / "p", **QUICK)
     loaded = load(tmp_path / "p")
-    assert loaded.dtype == dtype and (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert (
+        loaded.dtype == dtype
+        and (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    )
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     save(loaded, tmp_path / "s")
     assert torch.equal(logits(load(tmp_path / "s")), logits(loaded))
     decompress(tmp_path / "p", tmp_path / "q")
     assert "quantization_config" not in json.loads((tmp_path / "q" / "config.json").read_text())
-    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype="auto", output_loading_info=True)
+    plain, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "q", dtype="auto", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and plain.dtype == dtype
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(
@@ -421,7 +449,11 @@ def damaged(packed: Path, folder: Path, config=None, module=None, **tensors) -> 
     (folder / "config.json").write_text(json.dumps(content))
     kept = {n: t for f in sorted(packed.glob("*.safetensors")) for n, t in load_file(f).items()}
     for name, change in tensors.items():
-        full = f"{NAME}.{name}" if name in ("values", "metadata", "signs", "U", "V", "bias", "P") else name
+        full = (
+            f"{NAME}.{name}"
+            if name in ("values", "metadata", "signs", "U", "V", "bias", "P")
+            else name
+        )
         kept[full] = change(kept.get(full)) if callable(change) else change
     save_file(
         {n: t.contiguous() for n, t in kept.items() if t is not None},
@@ -437,18 +469,38 @@ NAME = "model.layers.1.self_attn.k_proj"
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"values": None}, CheckpointError, r"lacks tensor 'model\.layers\.1\.self_attn\.k_proj\.values'"),
+        (
+            {"values": None},
+            CheckpointError,
+            r"lacks tensor 'model\.layers\.1\.self_attn\.k_proj\.values'",
+        ),
         ({"model.norm.weight": None}, CheckpointError, r"lacks tensor 'model\.norm\.weight'"),
-        ({"bias": torch.ones(16)}, CheckpointError, r"holds the unexpected tensor '.*k_proj\.bias'"),
+        (
+            {"bias": torch.ones(16)},
+            CheckpointError,
+            r"holds the unexpected tensor '.*k_proj\.bias'",
+        ),
         ({f"{NAME}.weight": torch.ones(16, 32)}, CheckpointError, "holds the unexpected tensor"),
-        ({"values": lambda t: t[:, :-1]}, CheckpointError, r"has shape \[16, 15\], expected \[16, 16\]"),
-        ({"values": lambda t: t.float()}, CheckpointError, "is torch.float32, expected torch.float16"),
+        (
+            {"values": lambda t: t[:, :-1]},
+            CheckpointError,
+            r"has shape \[16, 15\], expected \[16, 16\]",
+        ),
+        (
+            {"values": lambda t: t.float()},
+            CheckpointError,
+            "is torch.float32, expected torch.float16",
+        ),
         (
             {"model.norm.weight": lambda t: t.to(torch.int32)},
             CheckpointError,
             "is torch.int32, expected torch.float32",
         ),
-        ({"metadata": lambda t: t.fill_(0)}, FormatError, r"k_proj: metadata holds 128 nibbles that are not"),
+        (
+            {"metadata": lambda t: t.fill_(0)},
+            FormatError,
+            r"k_proj: metadata holds 128 nibbles that are not",
+        ),
         ({"values": lambda t: t.fill_(math.nan)}, FormatError, "k_proj: values holds NaN"),
         (
             {"model.norm.weight": lambda t: t.fill_(math.inf)},
@@ -510,7 +562,11 @@ def test_an_unharmed_copy_loads(packed, tmp_path):
     ("settings", "kind", "message"),
     [
         ({"method": "magic"}, ValueError, "method='magic' is unknown; choose one of .*slab"),
-        ({"values": "fp7"}, FormatError, "values='fp7' is unknown; choose one of fp16, bf16, int8, int4"),
+        (
+            {"values": "fp7"},
+            FormatError,
+            "values='fp7' is unknown; choose one of fp16, bf16, int8, int4",
+        ),
         ({"values": "int4", "group_size": 48}, FormatError, "group_size=48"),
         ({"pattern": "two of four"}, FormatError, "pattern='two of four' is not a pattern"),
         ({"pattern": "4:4"}, FormatError, "pattern='4:4' is not a pattern"),
@@ -551,7 +607,9 @@ def test_too_short_a_text(dense, tmp_path):
 def test_a_folder_without_tokenizer(tmp_path):
     tiny_models.model().save_pretrained(tmp_path / "d")
     with pytest.raises(CheckpointError, match="no tokenizer can be loaded from"):
-        compress(tmp_path / "d", tmp_path / "o", method="magnitude", calibration="stdlib", progress=False)
+        compress(
+            tmp_path / "d", tmp_path / "o", method="magnitude", calibration="stdlib", progress=False
+        )
 
 
 # numbers that are not numbers, inputs that are dead
@@ -562,7 +620,8 @@ def test_a_weight_that_is_not_finite_is_named(bad):
     given = tiny_models.model()
     given.model.layers[1].mlp.up_proj.weight.data[0, :2] = bad
     with pytest.raises(
-        CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 2 NaN or infinite numbers"
+        CheckpointError,
+        match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 2 NaN or infinite numbers",
     ):
         compress(given, **QUICK)
 
@@ -571,7 +630,8 @@ def test_activations_that_are_not_finite_are_named():
     given = tiny_models.model()
     given.model.layers[1].post_attention_layernorm.weight.data[3] = math.nan
     with pytest.raises(
-        CalibrationError, match=r"the inputs of model\.layers\.1\.mlp\.gate_proj hold NaN or infinite"
+        CalibrationError,
+        match=r"the inputs of model\.layers\.1\.mlp\.gate_proj hold NaN or infinite",
     ):
         compress(given, **QUICK)
 
@@ -583,11 +643,15 @@ def test_dead_channels_and_dead_layers(method):
     given.model.layers[1].input_layernorm.weight.data[:] = 0  # q, k and v see zeros only
     result = compress(given, **QUICK | {"method": method})
     assert bool(logits(result).isfinite().all())
-    assert all(math.isfinite(layer.error) and 0 <= layer.error < 1 for layer in result.slab_record.layers)
+    assert all(
+        math.isfinite(layer.error) and 0 <= layer.error < 1 for layer in result.slab_record.layers
+    )
 
 
 def test_one_window_of_two_tokens():
-    result = compress(tiny_models.model(), **QUICK | {"calibration": TOKENS[:1, :2], "method": "wanda"})
+    result = compress(
+        tiny_models.model(), **QUICK | {"calibration": TOKENS[:1, :2], "method": "wanda"}
+    )
     assert bool(logits(result).isfinite().all())
 
 
@@ -598,6 +662,7 @@ def test_fewer_tokens_than_inputs_is_a_warning():
         settings = QUICK | {"calibration": TOKENS[:1], "method": method, "progress": events.append}
         compress(tiny_models.model(), **settings)
     (warning,) = [e for e in events if e.kind == "warning"]
-    assert "16 calibration tokens are fewer than the 48 inputs of model.layers.0.mlp.down_proj" in str(
-        warning
+    assert (
+        "16 calibration tokens are fewer than the 48 inputs of model.layers.0.mlp.down_proj"
+        in str(warning)
     )

@@ -43,7 +43,10 @@ def test_published_methods_stand_in_the_published_order(errors):
     magnitude, wanda, sparsegpt = errors("magnitude"), errors("wanda"), errors("sparsegpt")
     alps, oats, sslc = errors("alps", polish=0), errors("oats", **plain), errors("sslc", **plain)
     eora, eora_wanda = errors("eora", **plain), errors("eora", pruner="wanda", **plain)
-    hassle, inner_alps = errors("hassle-free", **plain), errors("hassle-free", inner="alps", **plain)
+    hassle, inner_alps = (
+        errors("hassle-free", **plain),
+        errors("hassle-free", inner="alps", **plain),
+    )
     threebasil = errors("threebasil", **plain)
     assert magnitude > wanda > sparsegpt > alps
     assert wanda > eora_wanda > eora and sparsegpt > eora
@@ -54,25 +57,35 @@ def test_published_methods_stand_in_the_published_order(errors):
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.adapter] + ["alps"])
 @pytest.mark.parametrize("values", ["fp16", "int4"])
 def test_polish_never_hurts_and_the_joint_solver_beats_all(name, values, errors):
-    settings = {"values": values, "group_size": 32} | ({} if name == "alps" else {"adapter_rank": RANK})
+    settings = {"values": values, "group_size": 32} | (
+        {} if name == "alps" else {"adapter_rank": RANK}
+    )
     polished = errors(name, **settings)
     assert polished <= errors(name, polish=0, **settings) * 1.002
-    ours = errors("slab", rank=0, adapter_rank=0 if name == "alps" else RANK, values=values, group_size=32)
-    assert ours <= polished * (1.01 if values == "fp16" else 1.08)  # from a scaled SVD int4 ends a little lower than from ADMM
+    ours = errors(
+        "slab", rank=0, adapter_rank=0 if name == "alps" else RANK, values=values, group_size=32
+    )
+    assert ours <= polished * (
+        1.01 if values == "fp16" else 1.08
+    )  # from a scaled SVD int4 ends a little lower than from ADMM
     assert errors("slab", adapter_rank=RANK, values=values, group_size=32) < 0.8 * polished
 
 
 @pytest.mark.parametrize("values", ["fp16", "int4", "int3"])
 def test_every_plane_and_every_rank_of_the_adapter_helps(values, errors):
     planes = [errors("slab", values=values, planes=p, group_size=32) for p in (1, 2, 3)]
-    assert planes[0] > planes[1] > planes[2] and (values != "fp16" or planes[0] > 1.5 * planes[1] > 2.2 * planes[2])
+    assert planes[0] > planes[1] > planes[2] and (
+        values != "fp16" or planes[0] > 1.5 * planes[1] > 2.2 * planes[2]
+    )
     adapters = [errors("slab", values=values, adapter_rank=r, group_size=32) for r in (0, 4, 16)]
     assert adapters[0] > adapters[1] > adapters[2]
 
 
 @pytest.mark.parametrize("name", ["slab", "slim", "threebasil"])
 def test_adapters_of_int8_lose_nothing_and_are_what_pack_stores(name, layer, errors):
-    wide, narrow = (errors(name, adapter_rank=16, adapter_values=stored) for stored in ("fp16", "int8"))
+    wide, narrow = (
+        errors(name, adapter_rank=16, adapter_values=stored) for stored in ("fp16", "int8")
+    )
     assert narrow < 1.01 * wide
     d = decompose(layer[0], layer[1], name, adapter_rank=16)
     stored = unpack(pack(d, adapter_values="int8"))
@@ -89,13 +102,20 @@ def test_nearest_level_and_its_neighbours_by_brute_force(planes):
     w = torch.randn(500, generator=torch.Generator().manual_seed(0))
     l = torch.rand(500, generator=torch.Generator().manual_seed(1)) + 0.01  # noqa: E741
     every = torch.tensor(levels(planes))
-    assert len(every) == 2**planes and every.tolist() == sorted(every.tolist(), reverse=True) and not (every == 0).any()
+    assert (
+        len(every) == 2**planes
+        and every.tolist() == sorted(every.tolist(), reverse=True)
+        and not (every == 0).any()
+    )
     best = (w[:, None] - every * l[:, None]).abs().amin(1)
     torch.testing.assert_close((w - nearest(w, l, planes) * l).abs(), best)
     below, above = neighbours(w, l, planes)
     assert bool(torch.isin(below, every).all()) and torch.equal(above, below + 2.0 ** (2 - planes))
     torch.testing.assert_close(torch.minimum((w - below * l).abs(), (w - above * l).abs()), best)
-    assert nearest(torch.zeros(3), torch.zeros(3), planes).tolist() == [every[2 ** (planes - 1) - 1].item()] * 3
+    assert (
+        nearest(torch.zeros(3), torch.zeros(3), planes).tolist()
+        == [every[2 ** (planes - 1) - 1].item()] * 3
+    )
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
@@ -107,7 +127,11 @@ def test_more_rounds_of_signed_factors_never_hurt_with_planes(planes, rank):
     for rounds in (1, 2, 4, 8):
         U, V, mask = signed_factors(W, d, P24, rank, rounds, planes)
         losses.append(float(signed_loss(W, d, mask, U, V, planes)))
-    assert all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(losses)) if rank == 1 else losses[-1] <= 1.05 * losses[0]
+    assert (
+        all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(losses))
+        if rank == 1
+        else losses[-1] <= 1.05 * losses[0]
+    )
 
 
 def test_descending_levels_only_falls():
@@ -119,9 +143,13 @@ def test_descending_levels_only_falls():
     for _ in range(3):
         now, _ = descend_levels(W, now, mask, low, stats.gram, planes=2)
         losses.append(float(gram_loss(W - now, stats.gram)))
-    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses)) and losses[-1] < losses[0]
+    assert (
+        all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses)) and losses[-1] < losses[0]
+    )
     multiple = (now / low)[~mask]
-    torch.testing.assert_close(multiple, nearest(multiple, torch.ones_like(multiple), 2), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        multiple, nearest(multiple, torch.ones_like(multiple), 2), rtol=1e-3, atol=1e-3
+    )
 
 
 # ---- the shared metric ----
@@ -141,12 +169,16 @@ def test_truncation_is_the_best_low_rank_part_in_the_metric(layer):
     L = torch.randn(256, RANK, generator=torch.Generator().manual_seed(0))
     for _ in range(30):
         L, R = space.follow(T, L)
-    assert space.loss(T - L @ R.T) == pytest.approx(space.loss(T - P @ Q.T), rel=1e-3)  # no spare columns
+    assert space.loss(T - L @ R.T) == pytest.approx(
+        space.loss(T - P @ Q.T), rel=1e-3
+    )  # no spare columns
     torch.testing.assert_close(L.T @ L, torch.eye(RANK), atol=1e-5, rtol=0)
     torch.testing.assert_close(space.gram.diagonal(), torch.ones(256))
     torch.testing.assert_close(space.lower @ space.lower.T, space.gram, atol=1e-5, rtol=0)
     inverse = space.inverse(0.1)
-    torch.testing.assert_close(inverse @ (space.gram + 0.1 * torch.eye(256)), torch.eye(256), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        inverse @ (space.gram + 0.1 * torch.eye(256)), torch.eye(256), atol=1e-4, rtol=0
+    )
 
 
 def test_one_matrix_is_factorised_once_for_all_who_read_it():
@@ -176,8 +208,13 @@ def test_admm_splits_warn_when_stopped_early_and_restart_from_too_large_a_penalt
     assert 100 <= split.iterations < 1000 and torch.equal(split.D != 0, split.mask)
     assert split.P.shape == (256, RANK) and (split.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
     huge = admm(T, space, P24, ThreeBasilConfig(rank=0, rho=1e4), SCHEDULES["threebasil"], RANK)
-    assert space.loss(T - huge.D - huge.P @ huge.Q.T) < 1.6 * space.loss(T - split.D - split.P @ split.Q.T)
-    with pytest.warns(RuntimeWarning, match=r"not settled after iterations=40: .*% of the kept positions still moved"):
+    assert space.loss(T - huge.D - huge.P @ huge.Q.T) < 1.6 * space.loss(
+        T - split.D - split.P @ split.Q.T
+    )
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"not settled after iterations=40: .*% of the kept positions still moved",
+    ):
         admm(T, space, P24, ThreeBasilConfig(rank=0, iterations=40), SCHEDULES["threebasil"], RANK)
 
 
@@ -234,6 +271,10 @@ def test_saliency_is_invertible_with_dead_inputs():
 def test_rank_zero_is_plain_pruning_and_zeros_stay_zero(name, layer):
     W, stats, _ = layer
     d = decompose(W[:32], stats, name, adapter_rank=0)
-    assert d.P is None and (d.S[~d.mask] == 0).all() and (d.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    assert (
+        d.P is None
+        and (d.S[~d.mask] == 0).all()
+        and (d.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    )
     d = decompose(W[:32], stats, name)
     assert d.P.shape == (32, METHODS[name].adapter_rank((32, 256), None))

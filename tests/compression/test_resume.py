@@ -60,7 +60,8 @@ def interrupted(dense, tmp_path):
 def same_bytes(out, finished) -> bool:
     files = {p.name for p in finished.iterdir()}
     return files == {p.name for p in out.iterdir()} and all(
-        (out / name).read_bytes() == (finished / name).read_bytes() for name in files - {"slab_run.json"}
+        (out / name).read_bytes() == (finished / name).read_bytes()
+        for name in files - {"slab_run.json"}
     )
 
 
@@ -113,7 +114,9 @@ def test_a_damaged_progress_file_is_named(dense, interrupted):
         state = json.loads(whole)
         change(state)
         path.write_text(json.dumps(state))
-        with pytest.raises(CheckpointError, match=r"slab_progress\.json is damaged; use an empty folder"):
+        with pytest.raises(
+            CheckpointError, match=r"slab_progress\.json is damaged; use an empty folder"
+        ):
             resume(dense, interrupted)
     for text in ("", "[]", "7", whole[:-30]):
         path.write_text(text)
@@ -137,10 +140,15 @@ def test_finished_blocks_of_another_model_are_refused(dense, interrupted):
             resume(dense, interrupted)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"],
+)
 def test_a_model_that_changed_between_the_runs(dense, interrupted, tmp_path, monkeypatch, name):
     """In a finished block, in one that no run has read for its work yet, and outside the blocks."""
-    monkeypatch.setattr(Checkpoint, "fingerprint", lambda self: "the ends of the shards are the same")
+    monkeypatch.setattr(
+        Checkpoint, "fingerprint", lambda self: "the ends of the shards are the same"
+    )
     state = json.loads((interrupted / PROGRESS_NAME).read_text())
     shutil.rmtree(interrupted)
     assert len(state["inputs"]) == len(load_file(dense / "model.safetensors"))
@@ -150,7 +158,9 @@ def test_a_model_that_changed_between_the_runs(dense, interrupted, tmp_path, mon
     tensors = load_file(tmp_path / "changed" / "model.safetensors")
     tensors[name][3, 5] += 1
     save_file(tensors, tmp_path / "changed" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"tensor '{name}' of .* is not what it was when this run began"):
+    with pytest.raises(
+        CheckpointError, match=f"tensor '{name}' of .* is not what it was when this run began"
+    ):
         resume(tmp_path / "changed", interrupted)
     assert not (interrupted / "config.json").exists()
     resume(dense, interrupted)
@@ -158,9 +168,14 @@ def test_a_model_that_changed_between_the_runs(dense, interrupted, tmp_path, mon
 
 def test_a_finished_folder_is_compared_with_what_was_written(dense, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
-    assert resume(dense, tmp_path / "out").shards.keys() == {p.name for p in finished.glob("*.safetensors")}
+    assert resume(dense, tmp_path / "out").shards.keys() == {
+        p.name for p in finished.glob("*.safetensors")
+    }
     flip(tmp_path / "out" / "model-00004-of-00004.safetensors", 0.9)
-    with pytest.raises(CheckpointError, match=r"model-00004-of-00004\.safetensors is not what the finished run wrote"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model-00004-of-00004\.safetensors is not what the finished run wrote",
+    ):
         resume(dense, tmp_path / "out")
 
 
@@ -173,13 +188,25 @@ def test_a_run_that_finished_no_block_leaves_nothing(dense, tmp_path, kind, coun
 
 def test_a_search_is_kept_and_gone_on_with(dense, tmp_path, monkeypatch):
     measured, real = [], budget._layer
-    monkeypatch.setattr(budget, "_layer", lambda model, linear, *rest: measured.append(1) or real(model, linear, *rest))
+    monkeypatch.setattr(
+        budget,
+        "_layer",
+        lambda model, linear, *rest: measured.append(1) or real(model, linear, *rest),
+    )
     settings = dict(calibration=TOKENS, bits=5.0, group_size=32, rounds=0)
     compress(dense, tmp_path / "want", progress=False, **settings)
     assert len(measured) == 7 * BLOCKS
-    for kind, count, more in (("budget", 4, 4), ("budget", 6, 6), ("layer", 2, 7 * BLOCKS - 10), ("block", 1, 0), ("none", 1, 0)):
+    for kind, count, more in (
+        ("budget", 4, 4),
+        ("budget", 6, 6),
+        ("layer", 2, 7 * BLOCKS - 10),
+        ("block", 1, 0),
+        ("none", 1, 0),
+    ):
         measured.clear()
-        run = lambda: compress(dense, tmp_path / "out", progress=killer(kind, count), resume=True, **settings)  # noqa: B023, E731
+        run = lambda: compress(
+            dense, tmp_path / "out", progress=killer(kind, count), resume=True, **settings
+        )
         if kind == "none":
             record = run()
         else:
@@ -188,4 +215,8 @@ def test_a_search_is_kept_and_gone_on_with(dense, tmp_path, monkeypatch):
         assert len(measured) == more, kind
     assert same_bytes(tmp_path / "out", tmp_path / "want")
     measured.clear()
-    assert compress(dense, tmp_path / "out", progress=False, resume=True, **settings).layers == record.layers and not measured
+    assert (
+        compress(dense, tmp_path / "out", progress=False, resume=True, **settings).layers
+        == record.layers
+        and not measured
+    )

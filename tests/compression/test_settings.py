@@ -36,11 +36,24 @@ def wrong(rule) -> list:
     if rule.kind is bool:
         return [0, "true", None]
     beyond = [rule.low if rule.above else rule.low - 1, rule.high + 1]
-    return [*beyond, NAN, INF, -INF, True, "3", None, [3], torch.ones(2), *([2.5] if rule.kind is int else [])]
+    return [
+        *beyond,
+        NAN,
+        INF,
+        -INF,
+        True,
+        "3",
+        None,
+        [3],
+        torch.ones(2),
+        *([2.5] if rule.kind is int else []),
+    ]
 
 
 @pytest.mark.parametrize(("method", "option"), OPTIONS)
-def test_every_option_refuses_what_it_cannot_be_and_takes_the_ends_of_its_range(method, option, layer):
+def test_every_option_refuses_what_it_cannot_be_and_takes_the_ends_of_its_range(
+    method, option, layer
+):
     _, rule = METHODS[method].options()[option]
     for value in wrong(rule):
         with pytest.raises(MethodError, match=rf"^{option}="):
@@ -79,8 +92,16 @@ def test_numbers_of_numpy_are_numbers():
         samples=numpy.uint8(4), seed=numpy.int64(-1), skip=None,
     )  # fmt: skip
     plan = given.plan
-    assert plan.options == {"rounds": 2, "damping": 0.5, "drift": 1.0} and type(plan.options["rounds"]) is int
-    assert type(plan.rank) is int and plan.matching == Matching(epochs=3) and given.sampling.samples == 4 and given.skip == ()
+    assert (
+        plan.options == {"rounds": 2, "damping": 0.5, "drift": 1.0}
+        and type(plan.options["rounds"]) is int
+    )
+    assert (
+        type(plan.rank) is int
+        and plan.matching == Matching(epochs=3)
+        and given.sampling.samples == 4
+        and given.skip == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,11 +127,27 @@ def test_arguments_are_named_from_python_and_by_slab_config(given, error, text):
 
 
 def test_matching_and_training_have_rules_too():
-    assert Matching.of(True) == Matching() and Matching.of(4).epochs == 4 and Matching.of(Matching(3)).epochs == 3
+    assert (
+        Matching.of(True) == Matching()
+        and Matching.of(4).epochs == 4
+        and Matching.of(Matching(3)).epochs == 3
+    )
     assert Matching.of(None) is Matching.of(False) is Matching.of(0) is None
     for settings, wrong in (
         (Matching(), {"epochs": 0, "rate": NAN, "target": "x"}),
-        (Training(), {"steps": 0, "batch": 0, "window": 1, "samples": 1, "rate": -1, "adapter_rank": -1, "every": 0, "seed": 1 << 64}),
+        (
+            Training(),
+            {
+                "steps": 0,
+                "batch": 0,
+                "window": 1,
+                "samples": 1,
+                "rate": -1,
+                "adapter_rank": -1,
+                "every": 0,
+                "seed": 1 << 64,
+            },
+        ),
     ):
         for name, value in wrong.items():
             with pytest.raises(ValueError, match=f"^{name}="):
@@ -118,7 +155,18 @@ def test_matching_and_training_have_rules_too():
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    return ["compress", str(model), str(out), "--calibration", str(model / "text.txt"), "--window", "16", "--samples", "2", *more]
+    return [
+        "compress",
+        str(model),
+        str(out),
+        "--calibration",
+        str(model / "text.txt"),
+        "--window",
+        "16",
+        "--samples",
+        "2",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +188,13 @@ def model(tmp_path_factory) -> Path:
         (("--pattern", "1:64"), "q_proj"), (("--rank", "33"), "q_proj: rank=33"), (("--adapter-rank", "33", "--method", "oats"), "adapter_rank=33"),
     ],
 )  # fmt: skip
-def test_the_command_line_refuses_before_any_text_is_read(more, word, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("slab_kernels.compression.model.read_text", lambda *_: pytest.fail("the calibration text was read"))
+def test_the_command_line_refuses_before_any_text_is_read(
+    more, word, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "slab_kernels.compression.model.read_text",
+        lambda *_: pytest.fail("the calibration text was read"),
+    )
     assert cli.run(command(model, tmp_path / "out", *more)) == 2
     shown = capsys.readouterr().err
     assert word in shown and "report it" not in shown and not (tmp_path / "out").exists()

@@ -75,7 +75,9 @@ def test_missing_sources_are_named(monkeypatch, tmp_path):
 def test_importing_reads_nothing(monkeypatch):
     import importlib.util
 
-    monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda name: pytest.fail("read at import"))
+    monkeypatch.setattr(
+        stdlib_text.sysconfig, "get_path", lambda name: pytest.fail("read at import")
+    )
     spec = importlib.util.spec_from_file_location("stdlib_text_again", stdlib_text.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
@@ -100,7 +102,13 @@ def test_tokenizer_puts_bos_first_and_indentation_in_one_token(tokenizer):
 def test_config_is_the_documented_architecture():
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     assert [config[name] for name in shape] == [2048, 384, 1024, 3, 6]
     assert config["num_key_value_heads"] == 2 and config["tie_word_embeddings"] is True
 

@@ -43,7 +43,12 @@ except (team.TeamError, OSError) as error:
 
 
 def environment(rank: int, port: int) -> dict[str, str]:
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     return {**os.environ, **place, "OMP_NUM_THREADS": "1"}
 
 
@@ -64,7 +69,10 @@ def free_port() -> int:
 def test_two_processes(kind, leader, other):
     port, began = free_port(), time.monotonic()
     command = [sys.executable, "-c", SCRIPT, kind]
-    both = [subprocess.Popen(command, env=environment(r, port), stdout=subprocess.PIPE, text=True) for r in (0, 1)]
+    both = [
+        subprocess.Popen(command, env=environment(r, port), stdout=subprocess.PIPE, text=True)
+        for r in (0, 1)
+    ]
     outputs = [process.communicate(timeout=60)[0].strip() for process in both]
     assert outputs[0] == leader and outputs[1].startswith(other), outputs
     assert time.monotonic() - began < 50
@@ -81,7 +89,9 @@ def test_a_process_that_stops_without_a_word_is_missed(monkeypatch):
     with pytest.raises(team.TeamError, match="process 1 of this run has given no sign of life"):
         waiting._await("done/0/1", 1)
     waiting._store.set("left/1", "MemoryError: full")
-    with pytest.raises(team.TeamError, match=r"process 1 of this run stopped \(MemoryError: full\)"):
+    with pytest.raises(
+        team.TeamError, match=r"process 1 of this run stopped \(MemoryError: full\)"
+    ):
         waiting._await("done/0/1", 1)
 
 
@@ -90,7 +100,10 @@ def test_a_process_that_stops_without_a_word_is_missed(monkeypatch):
     [
         ({"RANK": "0"}, "RANK is set in the environment without WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment without RANK"),
-        ({"RANK": "two", "WORLD_SIZE": "2"}, "RANK='two' and WORLD_SIZE='2' of the environment are no place"),
+        (
+            {"RANK": "two", "WORLD_SIZE": "2"},
+            "RANK='two' and WORLD_SIZE='2' of the environment are no place",
+        ),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "are no place among processes"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_ADDR and MASTER_PORT"),
         (
@@ -128,7 +141,9 @@ def test_what_lay_on_another_gpu_comes_to_this_one(monkeypatch):
         t, want = getattr(received, name), getattr(d, name)
         assert (t.device.type, t.shape, t.dtype) == ("meta", want.shape, want.dtype), name
     monkeypatch.undo()
-    received = team._unpacked(team._packed({"layer": d}), "meta")["layer"]  # what lay on the CPU stays there
+    received = team._unpacked(team._packed({"layer": d}), "meta")[
+        "layer"
+    ]  # what lay on the CPU stays there
     assert torch.equal(received.dense(), d.dense())
 
 

@@ -18,7 +18,13 @@ FORMS = {
     "pure 2:4": {"rank": 0},
     "int8, groups": {"values": "int8", "group_size": 32},
     "int4, a scale a row, two planes": {"values": "int4", "planes": 2},
-    "int3, groups, three planes, int8 adapter": {"values": "int3", "group_size": 64, "planes": 3, "adapter_rank": 5, "adapter_values": "int8"},
+    "int3, groups, three planes, int8 adapter": {
+        "values": "int3",
+        "group_size": 64,
+        "planes": 3,
+        "adapter_rank": 5,
+        "adapter_values": "int8",
+    },
     "adapter only": {"values": "int4", "group_size": 32, "rank": 0, "adapter_rank": 4},
 }
 
@@ -52,7 +58,9 @@ def test_outputs_split_over_ranks(name, world):
     local = [48 // world, 12 * replicas // world, 12 * replicas // world]
     want = [reference.linear(x.double(), whole) for whole in wholes]
     for rank in range(world):
-        parts = assemble(column_parallel([w.layout for w in wholes], local, rank, world, replicas), wholes)
+        parts = assemble(
+            column_parallel([w.layout for w in wholes], local, rank, world, replicas), wholes
+        )
         got = outputs(parts, x).double().split(local, -1)
         for i, (mine, whole) in enumerate(zip(got, want, strict=True)):
             at = (rank if i == 0 else rank // replicas) * local[i]
@@ -69,14 +77,19 @@ def test_inputs_split_over_ranks(name, world):
     for rank in range(world):
         piece = row_parallel(whole.layout, rank, world)
         part = assemble([piece], [whole])
-        total += outputs(part, x[:, piece.first_input : piece.first_input + piece.inputs].contiguous()).double()
+        total += outputs(
+            part, x[:, piece.first_input : piece.first_input + piece.inputs].contiguous()
+        ).double()
     torch.testing.assert_close(total, reference.linear(x.double(), whole), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_the_ranks_hold_every_byte_once(name):
     whole = random_packed(form(48, 256, name))
-    for cut, axis in ((lambda r: column_parallel([whole.layout], [12], r, 4)[0], 0), (lambda r: row_parallel(whole.layout, r, 4), 1)):
+    for cut, axis in (
+        (lambda r: column_parallel([whole.layout], [12], r, 4)[0], 0),
+        (lambda r: row_parallel(whole.layout, r, 4), 1),
+    ):
         for tensor_name, tensor in whole.tensors().items():
             parts = [cut(r).cut(tensor_name, tensor) for r in range(4)]
             if tensor_name in ("V", "Q"):
@@ -89,7 +102,9 @@ def test_the_ranks_hold_every_byte_once(name):
                 assert all(torch.equal(p, tensor) for p in parts)
             else:
                 assert torch.equal(joined, tensor)
-            assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parts)  # not the whole file's
+            assert all(
+                p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parts
+            )  # not the whole file's
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -98,13 +113,18 @@ def test_one_weight_that_holds_q_k_v_below_each_other(name):
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(9))
     want = reference.linear(x.double(), whole).split([48, 12, 12], -1)
     for rank in range(world):
-        got = outputs(assemble(column_parallel([whole.layout], [24, 6, 6], rank, world), [whole]), x).double()
+        got = outputs(
+            assemble(column_parallel([whole.layout], [24, 6, 6], rank, world), [whole]), x
+        ).double()
         mine = torch.cat([part.chunk(world, -1)[rank] for part in want], -1)
         torch.testing.assert_close(got, mine, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_of_different_types_stand_side_by_side():
-    wholes = [random_packed(form(32, 128, name), seed=i) for i, name in enumerate(("int4, a scale a row, two planes", "fp16", "adapter only"))]
+    wholes = [
+        random_packed(form(32, 128, name), seed=i)
+        for i, name in enumerate(("int4, a scale a row, two planes", "fp16", "adapter only"))
+    ]
     x = torch.randn(2, 128)
     parts = assemble(column_parallel([w.layout for w in wholes], [16] * 3, 1, 2), wholes)
     want = torch.cat([reference.linear(x.double(), w)[:, 16:] for w in wholes], -1)
@@ -114,7 +134,10 @@ def test_parts_of_different_types_stand_side_by_side():
 def test_worlds_that_cut_a_unit_are_refused_with_those_that_fit():
     layout = form(64, 1536, "int8, groups")
     assert row_parallel(layout, 2, 3).inputs == 512
-    with pytest.raises(ShapeError, match="in_features=1536 over 5 ranks.*multiple of 32.*may be 1, 2, 3, 4, 6, 8, 12, 16"):
+    with pytest.raises(
+        ShapeError,
+        match="in_features=1536 over 5 ranks.*multiple of 32.*may be 1, 2, 3, 4, 6, 8, 12, 16",
+    ):
         row_parallel(layout, 0, 5)
     with pytest.raises(ShapeError, match="splits 64 outputs over 2 ranks.*out_features=48"):
         column_parallel([form(48, 64, "fp16")], [32], 0, 2)
@@ -147,7 +170,9 @@ def test_what_is_missing_or_strange_is_refused_by_name():
         shards.packed()
     with pytest.raises(CheckpointError, match=r"layer\.o_proj: signs is .*config\.json says"):
         shards.load("signs", tensors["signs"][:, :2])
-    with pytest.raises(CheckpointError, match=r"layer\.o_proj holds the unexpected tensor 'scales'"):
+    with pytest.raises(
+        CheckpointError, match=r"layer\.o_proj holds the unexpected tensor 'scales'"
+    ):
         shards.load("scales", tensors["signs"])
     shards.load("signs", tensors["signs"])
     shards.load("metadata", torch.zeros_like(tensors["metadata"]))
@@ -160,7 +185,10 @@ def test_padding_is_checked_in_the_only_slice_that_has_some():
     values = whole.values.clone()
     values[0, -1] = 1
     with pytest.raises(PaddingError):
-        assemble([row_parallel(whole.layout, 0, 1)], [PackedWeight(whole.layout, **{**whole.tensors(), "values": values})])
+        assemble(
+            [row_parallel(whole.layout, 0, 1)],
+            [PackedWeight(whole.layout, **{**whole.tensors(), "values": values})],
+        )
 
 
 @pytest.mark.parametrize("name", FORMS)

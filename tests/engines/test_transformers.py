@@ -20,7 +20,12 @@ from slab_kernels.nn import SlabLinear
 transformers = pytest.importorskip("transformers")
 AutoModel = transformers.AutoModelForCausalLM
 
-SETTINGS = {"values": "int4", "group_size": 32, "adapter_rank": 2, "calibration": tiny_models.tokens()}
+SETTINGS = {
+    "values": "int4",
+    "group_size": 32,
+    "adapter_rank": 2,
+    "calibration": tiny_models.tokens(),
+}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])  # tied embeddings; biases in attention
@@ -45,15 +50,25 @@ def test_opens_with_the_same_bits_and_generates_the_same_tokens(folders):
     assert not any(report.values())
     assert_same(ours, theirs)
     layers = [m for m in theirs.modules() if isinstance(m, SlabLinear)]
-    assert len(layers) == 14 and not any(p.requires_grad for layer in layers for p in layer.parameters())
+    assert len(layers) == 14 and not any(
+        p.requires_grad for layer in layers for p in layer.parameters()
+    )
     prompt = tiny_models.tokens(2, 5)
     generated = [m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (ours, theirs)]
     assert torch.equal(*generated)
 
 
 def test_a_cast_leaves_packed_tensors_alone(folders):
-    stored, cast = slab_kernels.load(folders[1]).state_dict(), AutoModel.from_pretrained(folders[1], dtype=torch.bfloat16)
-    packed = {f"{name}.{part}" for name, m in cast.named_modules() if isinstance(m, SlabLinear) for part in m.layout.tensors()}
+    stored, cast = (
+        slab_kernels.load(folders[1]).state_dict(),
+        AutoModel.from_pretrained(folders[1], dtype=torch.bfloat16),
+    )
+    packed = {
+        f"{name}.{part}"
+        for name, m in cast.named_modules()
+        if isinstance(m, SlabLinear)
+        for part in m.layout.tensors()
+    }
     for name, tensor in cast.state_dict().items():
         if name in packed:
             assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype
@@ -69,7 +84,10 @@ def test_saved_in_shards_and_opened_again(folders, tmp_path, where):
     assert len(list((tmp_path / "again").glob("*.safetensors"))) >= 3
     assert_same(opened, AutoModel.from_pretrained(tmp_path / "again", device_map=where))
     assert_same(opened, slab_kernels.load(tmp_path / "again"))
-    first, again = (json.loads((f / "config.json").read_text())["quantization_config"] for f in (folders[1], tmp_path / "again"))
+    first, again = (
+        json.loads((f / "config.json").read_text())["quantization_config"]
+        for f in (folders[1], tmp_path / "again")
+    )
     assert first == again
 
 
@@ -80,11 +98,16 @@ def test_what_load_gave_is_saved_too(folders, tmp_path):
 
 
 def test_compressed_while_loading(folders, tmp_path):
-    made = AutoModel.from_pretrained(folders[0], quantization_config=slab_kernels.SlabConfig(**SETTINGS))
+    made = AutoModel.from_pretrained(
+        folders[0], quantization_config=slab_kernels.SlabConfig(**SETTINGS)
+    )
     assert_same(made, slab_kernels.load(folders[1]))
     made.save_pretrained(tmp_path / "saved")
     assert_same(made, AutoModel.from_pretrained(tmp_path / "saved"))
-    first, again = (json.loads((f / "config.json").read_text())["quantization_config"] for f in (folders[1], tmp_path / "saved"))
+    first, again = (
+        json.loads((f / "config.json").read_text())["quantization_config"]
+        for f in (folders[1], tmp_path / "saved")
+    )
     assert first == again
 
 
@@ -94,7 +117,9 @@ def test_dequantized(folders):
         before = opened(ids).logits
         dense = opened.dequantize()
         torch.testing.assert_close(dense(ids).logits, before, rtol=1e-4, atol=1e-4)
-    assert not any(isinstance(m, SlabLinear) for m in dense.modules()) and not hasattr(dense.config, "quantization_config")
+    assert not any(isinstance(m, SlabLinear) for m in dense.modules()) and not hasattr(
+        dense.config, "quantization_config"
+    )
 
 
 def test_static_cache_and_compile(tmp_path):
@@ -106,12 +131,18 @@ def test_static_cache_and_compile(tmp_path):
     cache = transformers.StaticCache(config=opened.config, max_cache_len=16)
     compiled = torch.compile(opened.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        logits = opened(ids, past_key_values=cache, use_cache=True, cache_position=torch.arange(6)).logits
+        logits = opened(
+            ids, past_key_values=cache, use_cache=True, cache_position=torch.arange(6)
+        ).logits
         found = [ids]
         for position in range(6, 12):
             token = logits[:, -1].argmax(-1, keepdim=True)
             found.append(token)
-            step = {"past_key_values": cache, "use_cache": True, "cache_position": torch.tensor([position])}
+            step = {
+                "past_key_values": cache,
+                "use_cache": True,
+                "cache_position": torch.tensor([position]),
+            }
             logits = compiled(token, position_ids=torch.tensor([[position]]), **step).logits
     assert torch.equal(torch.cat(found, 1), want)
 
@@ -125,8 +156,12 @@ def opened_without_us(folders, monkeypatch):
 
 
 def test_random_weights_are_refused(folders, opened_without_us, tmp_path):
-    assert type(opened_without_us.model.layers[0].mlp.up_proj) is nn.Linear  # the silent load that all this is about
-    with pytest.raises(CheckpointError, match=r"q_proj and 13 more should be packed and is Linear.*random numbers"):
+    assert (
+        type(opened_without_us.model.layers[0].mlp.up_proj) is nn.Linear
+    )  # the silent load that all this is about
+    with pytest.raises(
+        CheckpointError, match=r"q_proj and 13 more should be packed and is Linear.*random numbers"
+    ):
         slab_kernels.check(opened_without_us)
     with pytest.raises(CheckpointError, match="random numbers"):
         evaluate.perplexity(opened_without_us, tiny_models.tokenizer(), tiny_models.text(), 16)
@@ -139,7 +174,9 @@ def test_random_weights_are_refused(folders, opened_without_us, tmp_path):
 
 def test_command_line_check(folders, capsys, monkeypatch):
     assert cli.run(["check", str(folders[1]), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tensors"] == len(slab_kernels.load(folders[1]).state_dict())
+    assert json.loads(capsys.readouterr().out)["tensors"] == len(
+        slab_kernels.load(folders[1]).state_dict()
+    )
     from transformers.quantizers import auto
 
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "slab_kernels")
@@ -159,7 +196,10 @@ def edit(folder, tmp_path, **changes):
 
 
 def test_unknown_keys_are_ignored_and_newer_formats_refused(folders, tmp_path):
-    assert_same(AutoModel.from_pretrained(edit(folders[1], tmp_path, colour="blue")), slab_kernels.load(folders[1]))
+    assert_same(
+        AutoModel.from_pretrained(edit(folders[1], tmp_path, colour="blue")),
+        slab_kernels.load(folders[1]),
+    )
     shutil.rmtree(tmp_path / "edited")
     with pytest.raises(VersionError, match="format_version 99"):
         AutoModel.from_pretrained(edit(folders[1], tmp_path, format_version=99))
@@ -191,11 +231,15 @@ def test_damaged_tensors_are_refused(folders, tmp_path, name, change, error):
         AutoModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "message"), [(None, "lacks tensor"), (lambda t: t / 0, "holds NaN or infinite")])
+@pytest.mark.parametrize(
+    ("change", "message"), [(None, "lacks tensor"), (lambda t: t / 0, "holds NaN or infinite")]
+)
 @pytest.mark.parametrize("folders", ["qwen2"], indirect=True)
 def test_biases_of_packed_layers_are_checked(folders, tmp_path, change, message):
     damage(folders[1], tmp_path, "model.layers.1.self_attn.k_proj.bias", change)
-    with pytest.raises(CheckpointError, match=rf"{message}|model\.layers\.1\.self_attn\.k_proj\.bias' {message}"):
+    with pytest.raises(
+        CheckpointError, match=rf"{message}|model\.layers\.1\.self_attn\.k_proj\.bias' {message}"
+    ):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -215,4 +259,6 @@ def test_settings_that_cannot_be_are_refused_at_once(settings, message):
 
 def test_offloading_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"cpu, disk.*one device"):
-        AutoModel.from_pretrained(folders[1], device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path)
+        AutoModel.from_pretrained(
+            folders[1], device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path
+        )

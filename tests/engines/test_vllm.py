@@ -68,11 +68,17 @@ def serve(folder, reloads=(), adapter=None, **arguments) -> list[list]:
     world = arguments.get("tensor_parallel_size", 1)
     if ON_GPU and torch.cuda.device_count() < world:
         pytest.skip(f"{world} GPUs wanted")
-    binding = {} if ON_GPU or world == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world)))}
+    binding = (
+        {}
+        if ON_GPU or world == 1
+        else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world)))}
+    )
     settings = json.dumps({"dtype": DTYPE, "enforce_eager": True, **arguments})
     given = PROMPTS, [str(other) for other in reloads], adapter and str(adapter)
     command = [sys.executable, "-c", SERVE, str(folder), settings, *map(json.dumps, given)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **binding})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, **binding}
+    )
     found = re.search("^ANSWERS (.*)$", done.stdout, re.MULTILINE)
     if not found:
         raise RuntimeError(done.stdout + done.stderr)
@@ -86,7 +92,13 @@ def assert_ours(answers: list, folder) -> None:
 
 def assert_same(answers: list, model) -> None:
     """The answers of `serve` are those of `model.generate`."""
-    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     for prompt, (tokens, logprob) in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt], device=model.device)
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
@@ -98,8 +110,15 @@ def assert_same(answers: list, model) -> None:
 def scaled(packed: PackedWeight, norm: float) -> PackedWeight:
     """The same weight with rows of this norm on average."""
     factor = norm / float(packed.dense().norm(dim=1).mean())
-    changed = {name: packed.tensors()[name] for name in ("values" if packed.scales is None else "scales", "U", "P") if name in packed.tensors()}
-    return replace(packed, **{name: (tensor.float() * factor).to(tensor.dtype) for name, tensor in changed.items()})
+    changed = {
+        name: packed.tensors()[name]
+        for name in ("values" if packed.scales is None else "scales", "U", "P")
+        if name in packed.tensors()
+    }
+    return replace(
+        packed,
+        **{name: (tensor.float() * factor).to(tensor.dtype) for name, tensor in changed.items()},
+    )
 
 
 def randomly_packed(folder, architecture: str, forms: list[dict], seed: int = 0, **sizes) -> None:
@@ -111,12 +130,23 @@ def randomly_packed(folder, architecture: str, forms: list[dict], seed: int = 0,
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "dense")
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    linears = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name != "lm_head"
+    ]
     packed = {}
     for i, (name, linear) in enumerate(linears):
-        layout = slab_kernels.PackedLayout(linear.out_features, linear.in_features, **forms[i % len(forms)])
-        packed[name] = scaled(random_packed(layout, seed=100 * seed + i), 1.5 if re.search("q_proj|k_proj|qkv", name) else 0.6)
-    slab_kernels.save(slab_kernels.replace_linear(model, packed), folder / "packed", tiny_models.tokenizer())
+        layout = slab_kernels.PackedLayout(
+            linear.out_features, linear.in_features, **forms[i % len(forms)]
+        )
+        packed[name] = scaled(
+            random_packed(layout, seed=100 * seed + i),
+            1.5 if re.search("q_proj|k_proj|qkv", name) else 0.6,
+        )
+    slab_kernels.save(
+        slab_kernels.replace_linear(model, packed), folder / "packed", tiny_models.tokenizer()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +154,30 @@ def folder(tmp_path_factory):
     """A Llama compressed to int4 with adapters, tied embeddings."""
     top = tmp_path_factory.mktemp("llama")
     tiny_models.write(top / "dense", "llama", **SIZES)
-    settings = {"values": "int4", "group_size": 32, "adapter_rank": 4, "calibration": tiny_models.tokens()}
+    settings = {
+        "values": "int4",
+        "group_size": 32,
+        "adapter_rank": 4,
+        "calibration": tiny_models.tokens(),
+    }
     slab_kernels.compress(top / "dense", top / "packed", progress=False, **settings)
     return top / "packed"
 
 
-@pytest.mark.parametrize("mode", [{}, {"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["eager", "compiled", "tensor-parallel-2"])
+@pytest.mark.parametrize(
+    "mode",
+    [{}, {"enforce_eager": False}, {"tensor_parallel_size": 2}],
+    ids=["eager", "compiled", "tensor-parallel-2"],
+)
 def test_the_tokens_are_those_of_transformers(folder, mode):
     assert_ours(*serve(folder, **mode), folder)
 
 
-FORMS = [{"values": "int4", "planes": 2, "rank": 1}, {"values": "fp16", "rank": 2}, {"values": "int8", "group_size": 32, "adapter_rank": 3}]
+FORMS = [
+    {"values": "int4", "planes": 2, "rank": 1},
+    {"values": "fp16", "rank": 2},
+    {"values": "int8", "group_size": 32, "adapter_rank": 3},
+]
 
 
 def test_weights_of_different_types_in_one_fused_layer_with_biases_and_loaded_anew(tmp_path):
@@ -148,7 +191,9 @@ def test_weights_of_different_types_in_one_fused_layer_with_biases_and_loaded_an
 
 
 def test_one_key_head_for_two_ranks(tmp_path):
-    randomly_packed(tmp_path, "qwen2", FORMS, **(SIZES | {"num_key_value_heads": 1}), use_sliding_window=False)
+    randomly_packed(
+        tmp_path, "qwen2", FORMS, **(SIZES | {"num_key_value_heads": 1}), use_sliding_window=False
+    )
     assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=2), tmp_path / "packed")
 
 
@@ -273,7 +318,10 @@ UP, DOWN = "model.layers.1.mlp.up_proj.values", "model.layers.1.mlp.down_proj.me
     [
         (partial(edit_tensor, KEYS, None), rf"lacks tensor '{KEYS}'"),
         (partial(edit_tensor, NORM, None), rf"lacks tensor '{NORM}'"),
-        (partial(edit_tensor, UP, lambda t: t[:, :8].contiguous()), rf"'{UP}' has shape \[256, 8\]"),
+        (
+            partial(edit_tensor, UP, lambda t: t[:, :8].contiguous()),
+            rf"'{UP}' has shape \[256, 8\]",
+        ),
         (flip_a_byte, r"^tensor '\S+' in \S+ is damaged: its checksum is"),
         (add_other_weights, r"^\S+ holds two sets of weights, .*\('consolidated\.safetensors'\)"),
         (new_format, r"^this model has format_version 99, .* update"),
@@ -321,19 +369,37 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
 
     register_with_vllm()
     layouts = read_layouts(Checkpoint(folder))
-    config = SlabVllmConfig(layouts | {"model.layers.0.moe.experts.0.up_proj": next(iter(layouts.values())), "lm_head": next(iter(layouts.values()))})
+    config = SlabVllmConfig(
+        layouts
+        | {
+            "model.layers.0.moe.experts.0.up_proj": next(iter(layouts.values())),
+            "lm_head": next(iter(layouts.values())),
+        }
+    )
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     where = "model.layers.0.self_attn"
-    assert isinstance(config.get_quant_method(a_layer(QKVParallelLinear), f"{where}.qkv_proj"), SlabLinearMethod)
-    assert isinstance(config.get_quant_method(a_layer(RowParallelLinear), f"{where}.o_proj"), SlabLinearMethod)
-    assert isinstance(config.get_quant_method(a_layer(RowParallelLinear), "visual.o_proj"), UnquantizedLinearMethod)
+    assert isinstance(
+        config.get_quant_method(a_layer(QKVParallelLinear), f"{where}.qkv_proj"), SlabLinearMethod
+    )
+    assert isinstance(
+        config.get_quant_method(a_layer(RowParallelLinear), f"{where}.o_proj"), SlabLinearMethod
+    )
+    assert isinstance(
+        config.get_quant_method(a_layer(RowParallelLinear), "visual.o_proj"),
+        UnquantizedLinearMethod,
+    )
     assert config.get_quant_method(a_layer(nn.Module), f"{where}.attn") is None
-    with pytest.raises(NotImplementedError, match=r"experts\.0\.up_proj is packed.*RoutedExperts.*decompress"):
+    with pytest.raises(
+        NotImplementedError, match=r"experts\.0\.up_proj is packed.*RoutedExperts.*decompress"
+    ):
         config.get_quant_method(a_layer(RoutedExperts), "model.layers.0.moe.experts")
     with pytest.raises(NotImplementedError, match=r"lm_head is packed.*ParallelLMHead"):
         config.get_quant_method(a_layer(ParallelLMHead), "lm_head")
     del config.layouts[f"{where}.k_proj"]
-    with pytest.raises(NotImplementedError, match=r"q_proj is packed and .*k_proj is not; compress all of them or none"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"q_proj is packed and .*k_proj is not; compress all of them or none",
+    ):
         config.get_quant_method(a_layer(QKVParallelLinear), f"{where}.qkv_proj")
 
 
@@ -352,7 +418,10 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
     settings = {"bias": False, "quant_config": config, "params_dtype": torch.float32}
     with set_current_vllm_config(VllmConfig()):
         layer = layers.ReplicatedLinear(64, 48, prefix="mixer.q_a_proj", **settings)
-        for sizes, what in (((64, 40), "out_features=48, vLLM's layer 40"), ((128, 48), "in_features=64, vLLM's layer 128")):
+        for sizes, what in (
+            ((64, 40), "out_features=48, vLLM's layer 40"),
+            ((128, 48), "in_features=64, vLLM's layer 128"),
+        ):
             with pytest.raises(ShapeError, match=what):
                 layers.RowParallelLinear(*sizes, prefix="mixer.q_a_proj", **settings)
     # A model may ask for these while it is built.
@@ -373,8 +442,12 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
         load((f"mixer.q_a_proj.{name}", tensor) for name, tensor in packed.tensors().items())
         layer.quant_method.process_weights_after_loading(layer)
         x = torch.randn(3, 64)
-        torch.testing.assert_close(layer.quant_method.apply(layer, x), slab_kernels.SlabLinear.from_packed(packed)(x))
-        prepared = [t.data_ptr() for t in tree_leaves(layer.slab_state) if isinstance(t, torch.Tensor)]
+        torch.testing.assert_close(
+            layer.quant_method.apply(layer, x), slab_kernels.SlabLinear.from_packed(packed)(x)
+        )
+        prepared = [
+            t.data_ptr() for t in tree_leaves(layer.slab_state) if isinstance(t, torch.Tensor)
+        ]
         assert kept in (None, prepared) and layer.slab_prepared_0.data_ptr() == prepared[0]
         kept = prepared
         del layer.slab_prepared_0  # as a reload of vLLM does

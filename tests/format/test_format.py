@@ -21,14 +21,23 @@ def random_decomposition(N, K, rank=1, seed=0, kept=2, adapter_rank=0):
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(N, K, generator=g)
     score = torch.rand(N, -(-K // 4), 4, generator=g)
-    mask = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(kept, -1).indices, True)
+    mask = torch.zeros_like(score, dtype=torch.bool).scatter_(
+        -1, score.topk(kept, -1).indices, True
+    )
     mask = mask.flatten(1)[:, :K]
     parts = {}
     if rank:
         B = torch.where(torch.rand(N, K, generator=g) < 0.5, -1, 1).to(torch.int8)
-        parts = {"U": torch.rand(N, rank, generator=g), "V": torch.rand(K, rank, generator=g), "B": B}
+        parts = {
+            "U": torch.rand(N, rank, generator=g),
+            "V": torch.rand(K, rank, generator=g),
+            "B": B,
+        }
     if adapter_rank:
-        parts |= {"P": torch.randn(N, adapter_rank, generator=g), "Q": torch.randn(K, adapter_rank, generator=g)}
+        parts |= {
+            "P": torch.randn(N, adapter_rank, generator=g),
+            "Q": torch.randn(K, adapter_rank, generator=g),
+        }
     return fmt.Decomposition(S=W * mask, mask=mask, **parts)
 
 
@@ -72,7 +81,9 @@ def test_pruned_positions_are_the_complement():
 def test_bit_packers_are_inverse(data):
     N, Kp = data.draw(st.integers(1, 5)), 16 * data.draw(st.integers(1, 9))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
-    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[torch.randint(6, (N, Kp // 4), generator=g)]
+    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[
+        torch.randint(6, (N, Kp // 4), generator=g)
+    ]
     metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     assert torch.equal(bits.pack_metadata(bits.unpack_mask(metadata)), metadata)
     signs = torch.randint(0, 256, (N, Kp // 16), generator=g, dtype=torch.uint8)
@@ -86,7 +97,9 @@ def test_bit_packers_are_inverse(data):
         odd = bits.unpack_planes(stored, planes)
         assert bool((odd % 2 != 0).all()) and int(odd.abs().max()) < 2**planes
         assert torch.equal(bits.pack_planes(odd, planes), stored)
-    assert torch.equal(bits.unpack_planes(signs, 1), 1 - 2 * bits.unpack_signs(signs).to(torch.int8))
+    assert torch.equal(
+        bits.unpack_planes(signs, 1), 1 - 2 * bits.unpack_signs(signs).to(torch.int8)
+    )
 
 
 # ---- golden bytes: the README's spec, worked by hand ----
@@ -100,11 +113,16 @@ def golden():
     B = torch.ones(1, 16, dtype=torch.int8)
     B[0, [3, 5, 8, 13]] = -1  # pruned entries ascending: 2 3 | 5 7 | 8 10 | 12 13
     B[mask] = 0
-    return fmt.Decomposition(S=S, mask=mask, U=torch.tensor([[0.5]]), V=torch.full((16, 1), 0.25), B=B)
+    return fmt.Decomposition(
+        S=S, mask=mask, U=torch.tensor([[0.5]]), V=torch.full((16, 1), 0.25), B=B
+    )
 
 
 def test_golden_bytes_fp16():
-    t = {name: bytes(v.view(torch.uint8).flatten().tolist()).hex() for name, v in fmt.pack(golden()).tensors().items()}
+    t = {
+        name: bytes(v.view(torch.uint8).flatten().tolist()).hex()
+        for name, v in fmt.pack(golden()).tensors().items()
+    }
     # nibbles 4 (0|1<<2), 8 (0|2<<2), D (1|3<<2), E (2|3<<2); signs: entries 1, 2, 4, 7 are negative.
     assert t["metadata"] == "84ed"
     assert t["signs"] == f"{0b10010110:02x}"
@@ -113,7 +131,11 @@ def test_golden_bytes_fp16():
 
 
 def test_golden_bytes_int4():
-    p = fmt.pack(fmt.Decomposition(S=golden().S * (golden().S.abs() != 0.5), mask=golden().mask), "int4", None)
+    p = fmt.pack(
+        fmt.Decomposition(S=golden().S * (golden().S.abs() != 0.5), mask=golden().mask),
+        "int4",
+        None,
+    )
     # absolute maximum 7 over a range of 7: step 1. Nibbles two's complement, first kept value low.
     assert bytes(p.values.flatten().tolist()).hex() == "e1" + "03" + "97" + "f4"
     assert p.scales.tolist() == [[1.0]]
@@ -122,7 +144,11 @@ def test_golden_bytes_int4():
 def test_golden_bytes_int3():
     S = golden().S.clone()
     S[golden().mask] = torch.tensor([1.0, -2.0, 3.0, -4.0, 2.0, 0.0, -1.0, -3.0])
-    p = fmt.pack(fmt.Decomposition(S=S, mask=golden().mask, scales=torch.ones(1, 1), values="int3"), "int3", None)
+    p = fmt.pack(
+        fmt.Decomposition(S=S, mask=golden().mask, scales=torch.ones(1, 1), values="int3"),
+        "int3",
+        None,
+    )
     # two's complement, three bits each, the first value lowest: 001 110 011 100 010 000 111 101
     word = 0b101_111_000_010_100_011_110_001
     assert bytes(p.values.flatten().tolist()) == word.to_bytes(3, "little")
@@ -137,7 +163,16 @@ def test_golden_bytes_of_two_planes():
     # B / 2 in magnitudes: plane 0 counts 1, plane 1 counts 1/2; 3 = ++, 1 = +-, -1 = -+, -3 = --; set bits are minus.
     assert p.signs.tolist() == [[0b01001010, 0b10000110]]
     low = 0.5 * 0.25
-    assert p.dense()[0, [2, 3, 5, 7, 8, 10, 12, 13]].tolist() == [1.5 * low, -1.5 * low, low / 2, -low / 2, 1.5 * low, 1.5 * low, -low / 2, low / 2]
+    assert p.dense()[0, [2, 3, 5, 7, 8, 10, 12, 13]].tolist() == [
+        1.5 * low,
+        -1.5 * low,
+        low / 2,
+        -low / 2,
+        1.5 * low,
+        1.5 * low,
+        -low / 2,
+        low / 2,
+    ]
 
 
 @pytest.mark.parametrize("planes", [2, 3])
@@ -293,7 +328,10 @@ def test_weights_of_any_size_keep_their_precision_or_are_refused(scale):
 
 
 def test_factors_keep_their_product_in_range():
-    U, V = torch.rand(8, 2) * 1e-6, torch.rand(16, 2) * 1e5  # v alone would overflow fp16, u alone underflow
+    U, V = (
+        torch.rand(8, 2) * 1e-6,
+        torch.rand(16, 2) * 1e5,
+    )  # v alone would overflow fp16, u alone underflow
     u, v = fmt.round_factors(U, V)
     assert torch.allclose(u @ v.T, U @ V.T, rtol=2e-3)
     assert all(torch.equal(a, b) for a, b in zip(fmt.round_factors(u, v), (u, v), strict=True))
@@ -303,7 +341,13 @@ def test_factors_keep_their_product_in_range():
 
 def test_golden_bytes_of_an_int8_adapter():
     rows = torch.tensor([[127.0, -3.0], [1.0, -0.5], [0.0, 0.0], [2.0**-140, 0.0], [3e38, -1e38]])
-    assert bits.pack_shared(rows).tolist() == [[127, -3, 0], [64, -32, -6], [0, 0, 0], [0, 0, 0], [127, -75, 120]]
+    assert bits.pack_shared(rows).tolist() == [
+        [127, -3, 0],
+        [64, -32, -6],
+        [0, 0, 0],
+        [0, 0, 0],
+        [127, -75, 120],
+    ]
     stored = bits.pack_shared(torch.randn(200, 7) * torch.logspace(-30, 30, 200)[:, None])
     again = bits.pack_shared(bits.unpack_shared(stored))
     assert torch.equal(again, stored) and int(stored[:, :-1].abs().amax(1).min()) >= 64
@@ -323,7 +367,11 @@ def test_int8_adapters_round_trip_and_cost_half():
     mask[:, ::2] = True
     d = fmt.Decomposition(torch.zeros(20, 40), mask, P=P, Q=Q)
     packed = fmt.pack(d, adapter_values="int8")
-    assert packed.P.dtype == torch.int8 and tuple(packed.Q.shape) == (48, 7) and packed.layout.adapter_rank == 6
+    assert (
+        packed.P.dtype == torch.int8
+        and tuple(packed.Q.shape) == (48, 7)
+        and packed.layout.adapter_rank == 6
+    )
     assert float((packed.dense() - P @ Q.T).norm() / (P @ Q.T).norm()) < 0.01
     assert fmt.PackedWeight.from_tensors(packed.tensors(), 20, 40).layout == packed.layout
     again = fmt.pack(fmt.unpack(packed), adapter_values="int8")
@@ -350,16 +398,52 @@ def tensors(**changes):
 DEFECTS = {
     "missing": (lambda: tensors(metadata=None), fmt.MissingTensorError, "'metadata' is missing"),
     "missing factor": (lambda: tensors(V=None), fmt.MissingTensorError, "'V' is missing"),
-    "unknown": (lambda: tensors(weight=torch.zeros(1)), fmt.UnknownTensorError, "'weight' is not part"),
+    "unknown": (
+        lambda: tensors(weight=torch.zeros(1)),
+        fmt.UnknownTensorError,
+        "'weight' is not part",
+    ),
     "left over": (lambda: tensors(U=None), fmt.UnknownTensorError, "does not belong"),
-    "scales of fp16": (lambda: tensors(scales=torch.ones(8, 1)), fmt.UnknownTensorError, "'scales'"),
-    "wrong dtype": (lambda: tensors(values=torch.zeros(8, 24)), fmt.DtypeError, "values is torch.float32"),
-    "wrong factor dtype": (lambda: tensors(U=torch.ones(8, 1, dtype=torch.int8)), fmt.DtypeError, "torch.int8"),
-    "truncated": (lambda: tensors(values=tensors()["values"][:, :-1]), fmt.ShapeError, "expected (8, 24)"),
-    "flat factor": (lambda: tensors(U=torch.ones(8, dtype=torch.float16)), fmt.ShapeError, "rank >= 1"),
-    "illegal nibble": (lambda: tensors(metadata=torch.zeros(8, 6, dtype=torch.uint8)), fmt.MetadataError, "96 nibbles"),
-    "NaN": (lambda: tensors(values=tensors()["values"] * torch.nan), fmt.RangeError, "values holds NaN"),
-    "dirty padding": (lambda: tensors(V=torch.ones(48, 1).half()), fmt.PaddingError, "in_features=40"),
+    "scales of fp16": (
+        lambda: tensors(scales=torch.ones(8, 1)),
+        fmt.UnknownTensorError,
+        "'scales'",
+    ),
+    "wrong dtype": (
+        lambda: tensors(values=torch.zeros(8, 24)),
+        fmt.DtypeError,
+        "values is torch.float32",
+    ),
+    "wrong factor dtype": (
+        lambda: tensors(U=torch.ones(8, 1, dtype=torch.int8)),
+        fmt.DtypeError,
+        "torch.int8",
+    ),
+    "truncated": (
+        lambda: tensors(values=tensors()["values"][:, :-1]),
+        fmt.ShapeError,
+        "expected (8, 24)",
+    ),
+    "flat factor": (
+        lambda: tensors(U=torch.ones(8, dtype=torch.float16)),
+        fmt.ShapeError,
+        "rank >= 1",
+    ),
+    "illegal nibble": (
+        lambda: tensors(metadata=torch.zeros(8, 6, dtype=torch.uint8)),
+        fmt.MetadataError,
+        "96 nibbles",
+    ),
+    "NaN": (
+        lambda: tensors(values=tensors()["values"] * torch.nan),
+        fmt.RangeError,
+        "values holds NaN",
+    ),
+    "dirty padding": (
+        lambda: tensors(V=torch.ones(48, 1).half()),
+        fmt.PaddingError,
+        "in_features=40",
+    ),
 }
 
 
@@ -378,10 +462,14 @@ def test_padding_inside_the_last_group_is_checked(K):
     fmt.check_tensors(clean.tensors(), layout)
     assert same(fmt.pack(fmt.unpack(clean)), clean)
     metadata = clean.metadata.clone()
-    metadata[0, 0] = 0xE4  # the second group keeps positions 2 and 3, padding while real inputs are free
+    metadata[0, 0] = (
+        0xE4  # the second group keeps positions 2 and 3, padding while real inputs are free
+    )
     with pytest.raises(fmt.PaddingError):
         fmt.check_tensors(clean.tensors() | {"metadata": metadata}, layout)
-    signs = clean.signs | 0b1000  # entry 3: the second group's last pruned position, which is padding
+    signs = (
+        clean.signs | 0b1000
+    )  # entry 3: the second group's last pruned position, which is padding
     with pytest.raises(fmt.PaddingError):
         fmt.check_tensors(clean.tensors() | {"signs": signs}, layout)
 
@@ -444,7 +532,11 @@ def test_numbers_that_do_not_fit_are_refused():
         fmt.pack(nan)
     unsigned = random_decomposition(4, 8)
     with pytest.raises(fmt.PatternError, match="B is 0 on 16 pruned"):
-        fmt.pack(fmt.Decomposition(unsigned.S, unsigned.mask, unsigned.U, unsigned.V, B=unsigned.B * unsigned.mask))
+        fmt.pack(
+            fmt.Decomposition(
+                unsigned.S, unsigned.mask, unsigned.U, unsigned.V, B=unsigned.B * unsigned.mask
+            )
+        )
 
 
 def test_layout_survives_json_and_ignores_what_it_does_not_know():

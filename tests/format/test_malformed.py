@@ -282,7 +282,12 @@ def test_only_what_a_model_itself_raises_is_named_after_its_folder():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_infinite_numbers_are_no_weights_and_may_bound_what_is_none(dtype):
-    for number, buffer in ((math.nan, False), (math.nan, True), (math.inf, False), (-math.inf, False)):
+    for number, buffer in (
+        (math.nan, False),
+        (math.nan, True),
+        (math.inf, False),
+        (-math.inf, False),
+    ):
         with pytest.raises(CheckpointError, match="holds NaN or infinite"):
             check_finite("t", torch.tensor([0, number], dtype=dtype), buffer)
     check_finite("t", torch.tensor([0, -math.inf], dtype=dtype), buffer=True)

@@ -43,7 +43,9 @@ def test_many_updates_lose_nothing_in_fp32():
     x = inputs(3000, 4).abs()
     for row in x.split(1):
         stats.update(row)
-    torch.testing.assert_close(stats.gram.double(), x.double().T @ x.double() / 3000, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        stats.gram.double(), x.double().T @ x.double() / 3000, rtol=1e-5, atol=0
+    )
 
 
 def test_half_precision_inputs_are_squared_in_fp32():
@@ -102,7 +104,9 @@ def test_dead_inputs_are_named():
 
 
 @pytest.mark.parametrize("needs", ["none", "diagonal", "gram"])
-@pytest.mark.parametrize(("value", "count"), [(float("nan"), "1 NaN and 0"), (float("inf"), "0 NaN and 1")])
+@pytest.mark.parametrize(
+    ("value", "count"), [(float("nan"), "1 NaN and 0"), (float("inf"), "0 NaN and 1")]
+)
 def test_nan_and_inf_are_refused_and_nothing_changes(needs, value, count):
     stats = InputStats.from_inputs(inputs(10, 4), needs=needs)
     gram, tokens = None if stats.gram is None else stats.gram.clone(), stats.tokens

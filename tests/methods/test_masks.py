@@ -10,13 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slab_kernels.errors import PatternError
-from slab_kernels.methods.solvers.masks import Pattern, parse_pattern, select, top_of_groups, top_of_rows
+from slab_kernels.methods.solvers.masks import (
+    Pattern,
+    parse_pattern,
+    select,
+    top_of_groups,
+    top_of_rows,
+)
 from slab_kernels.methods.solvers.states import enumerable, group_states
 
 
 @pytest.mark.parametrize(
     ("text", "pattern"),
-    [("2:4", Pattern(2, 4)), ("4:8", Pattern(4, 8)), ("1:4", Pattern(1, 4)), ("50%", Pattern(removed=0.5))],
+    [
+        ("2:4", Pattern(2, 4)),
+        ("4:8", Pattern(4, 8)),
+        ("1:4", Pattern(1, 4)),
+        ("50%", Pattern(removed=0.5)),
+    ],
 )
 def test_patterns_are_read_and_written(text, pattern):
     assert parse_pattern(text) == pattern
@@ -82,7 +93,9 @@ def test_ranks_by_comparison_and_by_sorting_agree_on_ties():
 
 
 def test_rows_may_keep_different_counts():
-    mask = top_of_rows(torch.tensor([[3.0, 1, 2], [3, 1, 2], [3, 1, 2]]), torch.tensor([[0], [1], [2]]))
+    mask = top_of_rows(
+        torch.tensor([[3.0, 1, 2], [3, 1, 2], [3, 1, 2]]), torch.tensor([[0], [1], [2]])
+    )
     assert mask.tolist() == [[False] * 3, [True, False, False], [True, False, True]]
 
 
@@ -93,7 +106,10 @@ def test_states_of_a_group_are_all_there_once(text, planes, count):
     pattern = parse_pattern(text)
     states = group_states(pattern, planes, torch.device("cpu"))
     assert enumerable(pattern, planes) and states.count == count
-    assert len({tuple(row) for row in (2 * states.mask.int() + states.takes_upper.int()).tolist()}) == count
+    assert (
+        len({tuple(row) for row in (2 * states.mask.int() + states.takes_upper.int()).tolist()})
+        == count
+    )
     assert (states.mask.sum(1) == pattern.keep).all()
     assert not (states.mask & states.takes_upper).any()
 

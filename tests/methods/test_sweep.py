@@ -11,9 +11,20 @@ from hypothesis import strategies as st
 
 from slab_kernels.errors import CalibrationError
 from slab_kernels.methods.solvers.descent import descend_groups, descend_levels
-from slab_kernels.methods.solvers.lowrank import masked_als, signed_factors, signed_loss, signs, truncated_svd
+from slab_kernels.methods.solvers.lowrank import (
+    masked_als,
+    signed_factors,
+    signed_loss,
+    signs,
+    truncated_svd,
+)
 from slab_kernels.methods.solvers.masks import Pattern, parse_pattern, select
-from slab_kernels.methods.solvers.quantize import expand_scales, grid_scales, quantize, round_to_grid
+from slab_kernels.methods.solvers.quantize import (
+    expand_scales,
+    grid_scales,
+    quantize,
+    round_to_grid,
+)
 from slab_kernels.methods.solvers.refit import (
     InputFactor,
     KeptValues,
@@ -52,7 +63,11 @@ def test_truncated_svd_is_the_best_and_leaves_the_global_generator_alone():
 @given(R=st.integers(1, 4), seed=st.integers(0, 10**6))
 def test_masked_als_never_increases_the_loss(R, seed):
     g = torch.Generator().manual_seed(seed)
-    A, U, V = torch.rand(9, 12, generator=g), torch.rand(9, R, generator=g), torch.rand(12, R, generator=g)
+    A, U, V = (
+        torch.rand(9, 12, generator=g),
+        torch.rand(9, R, generator=g),
+        torch.rand(12, R, generator=g),
+    )
     weight = (torch.rand(9, 12, generator=g) < 0.5).float()
     weight[0] = 0  # a row that nothing determines
     losses = []
@@ -128,7 +143,9 @@ def naive_sweep(W, H, L, pattern, damping):
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("nm", [(2, 4), (4, 8), (1, 3)])
 def test_blocked_sweep_agrees_with_textbook_obs(filled, nm, monkeypatch):
-    monkeypatch.setattr("slab_kernels.methods.solvers.sweep.BLOCK", 16)  # several blocks in a small layer
+    monkeypatch.setattr(
+        "slab_kernels.methods.solvers.sweep.BLOCK", 16
+    )  # several blocks in a small layer
     W, H = layer(6, 48)
     L = torch.full_like(W, 0.6) if filled else torch.zeros_like(W)
     expected, kept = naive_sweep(W, H, L, Pattern(*nm), 0.01)
@@ -158,7 +175,9 @@ def test_joint_choice_is_the_optimum_of_the_first_group():
         for gone in combinations(range(4), 2):
             for s in product((1.0, -1.0), repeat=2):
                 delta = W[row, list(gone)] - torch.tensor(s) * L[row, list(gone)]
-                costs[gone, s] = float(delta @ torch.linalg.inv(inverse[list(gone)][:, list(gone)]) @ delta)
+                costs[gone, s] = float(
+                    delta @ torch.linalg.inv(inverse[list(gone)][:, list(gone)]) @ delta
+                )
         gone, _ = min(costs, key=costs.get)
         assert (~swept.mask[row, :4]).nonzero().flatten().tolist() == list(gone)
 
@@ -172,7 +191,9 @@ def test_unstructured_sweep_keeps_what_the_mask_says_in_every_block(monkeypatch)
         assert torch.equal(swept.mask[:, a : a + 16].sum(1), mask[:, a : a + 16].sum(1))
 
 
-@pytest.mark.parametrize(("values", "group_size"), [("int8", 32), ("int4", 32), ("int8", None), ("int4", 64)])
+@pytest.mark.parametrize(
+    ("values", "group_size"), [("int8", 32), ("int4", 32), ("int8", None), ("int4", 64)]
+)
 def test_sweep_rounds_inside(values, group_size):
     W, H = layer(8, 96)
     swept = sweep(W, curvature(H), P24, None, grid=Grid(values, group_size))
@@ -280,7 +301,9 @@ def test_group_descent_only_falls_and_keeps_the_pattern(values, monkeypatch):
     torch.testing.assert_close(now.abs()[~mask], magnitude[~mask], rtol=1e-4, atol=1e-5)
     if values:
         step = expand_scales(scales, 24, 32)
-        torch.testing.assert_close(now[mask], round_to_grid(now, step, values)[mask], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            now[mask], round_to_grid(now, step, values)[mask], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_group_descent_finds_the_best_state_of_a_single_group():
@@ -296,7 +319,9 @@ def test_group_descent_finds_the_best_state_of_a_single_group():
             for s in product((1.0, -1.0), repeat=2):
                 e = torch.zeros(4)
                 e[list(gone)] = W[0, list(gone)] - torch.tensor(s) * L[0, list(gone)]
-                e[stay] = -torch.linalg.solve(H[stay][:, stay], H[stay][:, list(gone)] @ e[list(gone)])
+                e[stay] = -torch.linalg.solve(
+                    H[stay][:, stay], H[stay][:, list(gone)] @ e[list(gone)]
+                )
                 best = min(best, float(e @ H @ e))
         assert float(gram_loss(W - got, H)) == pytest.approx(best, rel=1e-3, abs=1e-6)
         assert chosen.sum() == 2

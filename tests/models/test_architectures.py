@@ -43,7 +43,10 @@ def streamed(model: nn.Module, tokens: torch.Tensor, groups: list | None = None)
         prefix = f"{path}.{index}."
         names = [n for n in source.names if n.startswith(prefix)]
         return filled_copy(
-            blocks[index], {n.removeprefix(prefix): source.get(n) for n in names}, CPU, torch.float32
+            blocks[index],
+            {n.removeprefix(prefix): source.get(n) for n in names},
+            CPU,
+            torch.float32,
         )
 
     with outside_filled(source, path, CPU, torch.float32) as skeleton:
@@ -53,7 +56,9 @@ def streamed(model: nn.Module, tokens: torch.Tensor, groups: list | None = None)
     for index in range(len(blocks)):
         block = materialise(index)
         if groups is not None:
-            inside = {n: block.get_submodule(n.removeprefix(f"{path}.{index}.")) for n in linears[index]}
+            inside = {
+                n: block.get_submodule(n.removeprefix(f"{path}.{index}.")) for n in linears[index]
+            }
             groups.append(
                 [
                     tuple(n.rpartition(".")[2] for n in g.names)
@@ -78,7 +83,9 @@ def real(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_streaming_blocks_equals_the_model(name, monkeypatch):
-    monkeypatch.setattr("slab_kernels.models.blocks.TOKENS_PER_BATCH", 64)  # batches of 4 and 2 samples
+    monkeypatch.setattr(
+        "slab_kernels.models.blocks.TOKENS_PER_BATCH", 64
+    )  # batches of 4 and 2 samples
     model, tokens, groups = tiny_models.model(name), tiny_models.tokens(), []
     found, want = streamed(model, tokens, groups), real(model, tokens)
     assert torch.allclose(found, want, atol=1e-5), float((found - want).abs().max())
@@ -90,7 +97,11 @@ def test_streaming_blocks_equals_the_model(name, monkeypatch):
 def test_compress_load_and_decompress(name, tmp_path):
     model, tokens = tiny_models.write(tmp_path / "dense", name), tiny_models.tokens()
     record = compress(
-        tmp_path / "dense", tmp_path / "packed", method="magnitude", calibration=tokens, progress=False
+        tmp_path / "dense",
+        tmp_path / "packed",
+        method="magnitude",
+        calibration=tokens,
+        progress=False,
     )
     linears = [layer for block in block_linears(*find_blocks(model), 4) for layer in block]
     assert sorted(layer.name for layer in record.layers) == sorted(linears)
@@ -102,12 +113,16 @@ def test_compress_load_and_decompress(name, tmp_path):
         packed, dense, original = (
             m(input_ids=tokens).logits for m in (load(tmp_path / "packed"), again.eval(), model)
         )
-    assert torch.allclose(packed, dense, atol=1e-4) and not torch.allclose(packed, original, atol=1e-2)
+    assert torch.allclose(packed, dense, atol=1e-4) and not torch.allclose(
+        packed, original, atol=1e-2
+    )
 
 
 def refused(model: nn.Module, message: str, **settings) -> None:
     with pytest.raises(ArchitectureError, match=message):
-        compress(model, method="magnitude", calibration=tiny_models.tokens(), progress=False, **settings)
+        compress(
+            model, method="magnitude", calibration=tiny_models.tokens(), progress=False, **settings
+        )
 
 
 def built(name: str, **config) -> nn.Module:
@@ -131,16 +146,29 @@ def mixtral() -> nn.Module:
 
 
 def test_stacked_experts_are_refused_unless_left_dense():
-    refused(mixtral(), r"no stacked experts\), and skip='\*\.mlp\.gate', skip='\*\.mlp\.experts' together leave them dense")
+    refused(
+        mixtral(),
+        r"no stacked experts\), and skip='\*\.mlp\.gate', skip='\*\.mlp\.experts' together leave them dense",
+    )
     skip = ("*.mlp.gate", "*.mlp.experts")
-    model = compress(mixtral(), method="magnitude", calibration=tiny_models.tokens(), skip=skip, progress=False)
+    model = compress(
+        mixtral(), method="magnitude", calibration=tiny_models.tokens(), skip=skip, progress=False
+    )
     assert {layer.name.rpartition(".")[2] for layer in model.slab_record.layers} == {*QKV, "o_proj"}
 
 
-STATES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
+STATES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
-def follows_advice(tmp_path, name: str, steps: list[tuple[str, list[str]]], layers: set[str], **config) -> None:
+def follows_advice(
+    tmp_path, name: str, steps: list[tuple[str, list[str]]], layers: set[str], **config
+) -> None:
     """Every refusal names what to skip, and what is left is compressed, loaded and runs."""
     model, skip = built(name, **STATES, **config), []
     for message, patterns in steps:
@@ -151,7 +179,9 @@ def follows_advice(tmp_path, name: str, steps: list[tuple[str, list[str]]], laye
     found = compress(model, **settings)
     assert {layer.name.partition(".0.")[2] for layer in found.slab_record.layers} - {""} == layers
     with torch.no_grad():
-        outputs = [m.eval()(input_ids=tiny_models.tokens()).logits for m in (found, load(tmp_path / "out"))]
+        outputs = [
+            m.eval()(input_ids=tiny_models.tokens()).logits for m in (found, load(tmp_path / "out"))
+        ]
     assert torch.equal(*outputs)
 
 
@@ -166,15 +196,24 @@ def test_mamba_is_compressed_but_for_its_state_matrix(tmp_path):
 def test_rwkv_is_compressed_but_for_what_its_code_reads(tmp_path):
     """Its model rescales two weights of every block, outside of the block's own forward."""
     message = r"reads the weight of attention\.output, feed_forward\.value .* skip='\*\.attention\.output', skip='\*\.feed_f"
-    linears = {f"attention.{n}" for n in ("key", "value", "receptance")} | {"feed_forward.key", "feed_forward.receptance"}
+    linears = {f"attention.{n}" for n in ("key", "value", "receptance")} | {
+        "feed_forward.key",
+        "feed_forward.receptance",
+    }
     skip = ["*.attention.output", "*.feed_forward.value"]
-    follows_advice(tmp_path, "rwkv", [(message, skip)], linears, attention_hidden_size=32, intermediate_size=48)
+    follows_advice(
+        tmp_path, "rwkv", [(message, skip)], linears, attention_hidden_size=32, intermediate_size=48
+    )
 
 
 def test_a_weight_that_is_looked_for_politely_is_no_obstacle():
     class Polite(ToyBlock):
         def forward(self, hidden_states):
-            return hidden_states + self.linear(hidden_states) + self.idle(hidden_states) * hasattr(self.idle, "weight")
+            return (
+                hidden_states
+                + self.linear(hidden_states)
+                + self.idle(hidden_states) * hasattr(self.idle, "weight")
+            )
 
     class Rude(ToyBlock):
         def forward(self, hidden_states):
@@ -184,7 +223,10 @@ def test_a_weight_that_is_looked_for_politely_is_no_obstacle():
         model = Toy("plain")
         model.layers = nn.ModuleList(block("plain") for _ in range(2))
         if block is Rude:
-            refused(model, "reads the weight of linear, idle in its own code, .*; no other linear is left to compress")
+            refused(
+                model,
+                "reads the weight of linear, idle in its own code, .*; no other linear is left to compress",
+            )
         else:
             compress(model, method="magnitude", calibration=tiny_models.tokens(), progress=False)
 
@@ -205,9 +247,21 @@ def share_weight(model):
 @pytest.mark.parametrize(
     ("share", "message", "skip"),
     [
-        (share_block, r"layers\.0\.self_attn\.q_proj .* share one weight \(14 linears are shared in all\), .* before compression$", None),
-        (share_linear, r"k_proj and model\.layers\.0\.self_attn\.v_proj share one weight, .* skip='model", ("*.k_proj", "*.v_proj")),
-        (share_weight, r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj share one weight", "*.up_proj"),
+        (
+            share_block,
+            r"layers\.0\.self_attn\.q_proj .* share one weight \(14 linears are shared in all\), .* before compression$",
+            None,
+        ),
+        (
+            share_linear,
+            r"k_proj and model\.layers\.0\.self_attn\.v_proj share one weight, .* skip='model",
+            ("*.k_proj", "*.v_proj"),
+        ),
+        (
+            share_weight,
+            r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj share one weight",
+            "*.up_proj",
+        ),
     ],
 )
 def test_linears_that_are_one_are_refused_before_any_work(tmp_path, share, message, skip):
@@ -227,12 +281,22 @@ def test_linears_that_are_one_are_refused_before_any_work(tmp_path, share, messa
 
 def test_weights_that_are_not_in_memory_are_named(tmp_path):
     tiny_models.write(tmp_path / "m")
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"), "cpu")
-    offloaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "m", device_map={**places, "model.layers.1": "disk"}, offload_folder=str(tmp_path / "disk")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"), "cpu"
     )
-    refused(offloaded, r"the weight model\.layers\.1\.self_attn\.q_proj\.weight of .* is not in memory .* give its folder")
-    refused(build_skeleton(config=tiny_models.config("llama")), r"the weight model\.embed_tokens\.weight of .* is not in memory")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m",
+        device_map={**places, "model.layers.1": "disk"},
+        offload_folder=str(tmp_path / "disk"),
+    )
+    refused(
+        offloaded,
+        r"the weight model\.layers\.1\.self_attn\.q_proj\.weight of .* is not in memory .* give its folder",
+    )
+    refused(
+        build_skeleton(config=tiny_models.config("llama")),
+        r"the weight model\.embed_tokens\.weight of .* is not in memory",
+    )
 
 
 def test_an_encoder_decoder_is_refused():
@@ -264,7 +328,11 @@ def test_in_features_that_the_pattern_does_not_divide():
         r"model\.layers\.0\.mlp\.down_proj has in_features=46, which groups of 4 do not divide; .* skip='\*\.mlp\.down_proj'",
     )
     compress(
-        model, method="magnitude", calibration=tiny_models.tokens(), skip="*.mlp.down_proj", progress=False
+        model,
+        method="magnitude",
+        calibration=tiny_models.tokens(),
+        skip="*.mlp.down_proj",
+        progress=False,
     )
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
 

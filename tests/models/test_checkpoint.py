@@ -34,22 +34,36 @@ from slab_kernels.models.shards import read_header, write_json, write_shard
 from slab_kernels.models.source import FolderSource, open_source
 from slab_kernels.testing import random_packed
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.int64,
+    torch.bool,
+]
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]):
-    return write_shard(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors.__getitem__)
+    return write_shard(
+        path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors.__getitem__
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=6
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)),
+        min_size=1,
+        max_size=6,
     )
 )
 def test_safetensors_reads_what_we_write(tmp_path_factory, kinds):
     path = tmp_path_factory.mktemp("shard") / "a.safetensors"
-    tensors = {f"t{i}": torch.randint(0, 2, shape).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
+    tensors = {
+        f"t{i}": torch.randint(0, 2, shape).to(dtype) for i, (dtype, shape) in enumerate(kinds)
+    }
     table = write(path, tensors)
     found = load_file(path)
     assert found.keys() == tensors.keys() == table.keys()
@@ -62,7 +76,9 @@ def test_safetensors_reads_what_we_write(tmp_path_factory, kinds):
 
 def test_we_read_what_safetensors_writes(tmp_path):
     save_file(
-        {"a": torch.ones(3, 2), "b": torch.zeros(0)}, tmp_path / "x.safetensors", metadata={"format": "pt"}
+        {"a": torch.ones(3, 2), "b": torch.zeros(0)},
+        tmp_path / "x.safetensors",
+        metadata={"format": "pt"},
     )
     table = read_header(tmp_path / "x.safetensors")
     assert (table["a"].dtype, table["a"].shape, table["a"].nbytes) == (torch.float32, (3, 2), 24)
@@ -88,7 +104,10 @@ def entry(dtype="F32", shape=(2,), start=0, end=8) -> dict:
         (raw("{}".encode("utf-8-sig"), b""), "its header is not usable JSON: Unexpected UTF-8 BOM"),
         (raw("{}".encode("utf-16"), b""), "its header is not usable JSON: 'utf-8' codec"),
         (raw(b'{"a": 1, "a": 1}', b""), "its header is not usable JSON: a name stands in it twice"),
-        (raw(rb'{"__metadata__": {"a": "\ud800"}}', b""), "its header is not usable JSON: 'utf-8' codec"),
+        (
+            raw(rb'{"__metadata__": {"a": "\ud800"}}', b""),
+            "its header is not usable JSON: 'utf-8' codec",
+        ),
         (raw(b'{"a": NaN}', b""), "its header is not usable JSON: NaN is no JSON"),
         (raw(b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", b""), "tensor 'a' is described by"),
         (raw({"a": entry(dtype=[])}, b"x" * 8), "tensor 'a' is described by"),
@@ -101,7 +120,10 @@ def entry(dtype="F32", shape=(2,), start=0, end=8) -> dict:
         (raw({"a": entry(shape=(-2,))}, b"x" * 8), "tensor 'a' is described by"),
         (raw({"a": entry(dtype="F8_E4M3", end=2)}, b"xx"), "has dtype 'F8_E4M3', expected one of"),
         (raw({"a": entry(shape=(3,))}, b"x" * 8), r"tensor 'a' of F32\[3\] takes 8 bytes"),
-        (raw({"a": entry(), "b": entry(start=4, end=12)}, b"x" * 12), "overlap or leave a gap at byte 8"),
+        (
+            raw({"a": entry(), "b": entry(start=4, end=12)}, b"x" * 12),
+            "overlap or leave a gap at byte 8",
+        ),
         (raw({"a": entry(start=4, end=12)}, b"x" * 12), "overlap or leave a gap at byte 0"),
         (raw({"a": entry()}, b"x" * 7), "tensors take 8 bytes and the file holds 7"),
         (raw({"a": entry()}, b"x" * 9), "tensors take 8 bytes and the file holds 9"),
@@ -127,14 +149,19 @@ def folder(tmp_path) -> Path:
 
 def test_a_folder_is_read_tensor_by_tensor(folder):
     checkpoint = Checkpoint(folder)
-    assert {n: e.file for n, e in checkpoint.entries.items()} == {"x": "a.safetensors", "y": "b.safetensors"}
+    assert {n: e.file for n, e in checkpoint.entries.items()} == {
+        "x": "a.safetensors",
+        "y": "b.safetensors",
+    }
     assert torch.equal(checkpoint.get("y"), torch.ones(3))
     assert json.loads((folder / INDEX_NAME).read_text())["metadata"]["total_size"] == 20
 
 
 def change_index(folder: Path, **weight_map: str | None):
     index = json.loads((folder / INDEX_NAME).read_text())
-    index["weight_map"] = {n: f for n, f in (index["weight_map"] | weight_map).items() if f is not None}
+    index["weight_map"] = {
+        n: f for n, f in (index["weight_map"] | weight_map).items() if f is not None
+    }
     (folder / INDEX_NAME).write_text(json.dumps(index))
 
 
@@ -143,8 +170,14 @@ def change_index(folder: Path, **weight_map: str | None):
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json$"),
         (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[" * 100_000), "is not valid JSON .maximum recursion"),
-        (lambda f: (f / INDEX_NAME).write_text('{"a":' * 100_000), "is not valid JSON .maximum recursion"),
+        (
+            lambda f: (f / "config.json").write_text("[" * 100_000),
+            "is not valid JSON .maximum recursion",
+        ),
+        (
+            lambda f: (f / INDEX_NAME).write_text('{"a":' * 100_000),
+            "is not valid JSON .maximum recursion",
+        ),
         (lambda f: (f / "config.json").write_text("[]"), "holds list instead of a JSON object"),
         (lambda f: (f / "b.safetensors").unlink(), "lacks the shard .b.safetensors"),
         (lambda f: (f / "b.safetensors").write_bytes(b"junk" * 9), "b.safetensors is corrupt"),
@@ -210,7 +243,9 @@ def test_a_source_finds_names_with_and_without_the_prefix(tmp_path):
 
 
 def rewrite(folder: Path, **tensors: torch.Tensor | None):
-    kept = load_file(folder / "model.safetensors") | {n.replace("__", "."): t for n, t in tensors.items()}
+    kept = load_file(folder / "model.safetensors") | {
+        n.replace("__", "."): t for n, t in tensors.items()
+    }
     save_file(
         {n: t for n, t in kept.items() if t is not None},
         folder / "model.safetensors",
@@ -249,21 +284,33 @@ def test_tensors_that_the_model_does_not_have_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, r"compressed already \(quant_method 'gptq'\)"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"compressed already \(quant_method 'gptq'\)",
+        ),
         ({"model_type": None}, "names no model_type"),
         ({"model_type": "no-such-model"}, "transformers cannot use"),
-        ({"hidden_size": 1 << 45}, r"config\.json has hidden_size=35184372088832, expected an integer from 1 to"),
+        (
+            {"hidden_size": 1 << 45},
+            r"config\.json has hidden_size=35184372088832, expected an integer from 1 to",
+        ),
         ({"hidden_size": "32"}, r"transformers cannot use .*config\.json: .*hidden_size"),
         ({"hidden_size": -4}, r"config\.json"),
         ({"hidden_size": 0}, r"config\.json has hidden_size=0"),
-        ({"hidden_size": 1 << 20, "vocab_size": 1 << 30}, r"config\.json asks for an embedding of 1073741824x1048576"),
+        (
+            {"hidden_size": 1 << 20, "vocab_size": 1 << 30},
+            r"config\.json asks for an embedding of 1073741824x1048576",
+        ),
         ({"vocab_size": 1 << 62}, r"config\.json has vocab_size="),
         ({"num_attention_heads": 0}, r"transformers cannot use .*config\.json"),
         ({"num_hidden_layers": 1 << 31}, r"config\.json has num_hidden_layers="),
         ({"head_dim": 1 << 30}, r"config\.json has head_dim="),
         ({"max_position_embeddings": -1}, r"config\.json has max_position_embeddings=-1"),
         ({"dtype": "load"}, r"transformers cannot use .*config\.json"),
-        ({"hidden_act": "no-such-function"}, r"transformers cannot use .*config\.json: 'no-such-function'"),
+        (
+            {"hidden_act": "no-such-function"},
+            r"transformers cannot use .*config\.json: 'no-such-function'",
+        ),
     ],
 )
 def test_a_config_that_is_no_dense_model(tmp_path, config, message):
@@ -294,7 +341,13 @@ def test_the_fingerprint_sees_weights_and_not_the_path(tmp_path):
 def packed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     tiny_models.write(folder / "dense")
-    compress(folder / "dense", folder / "out", method="magnitude", calibration=tiny_models.tokens(), progress=False)
+    compress(
+        folder / "dense",
+        folder / "out",
+        method="magnitude",
+        calibration=tiny_models.tokens(),
+        progress=False,
+    )
     return folder / "out"
 
 
@@ -303,13 +356,19 @@ def test_a_truth_value_is_no_format_version(packed):
     config["quantization_config"]["format_version"] = True
     checkpoint = Checkpoint(packed)
     checkpoint.config = config
-    with pytest.raises(CheckpointError, match="has format_version True, expected a positive integer"):
+    with pytest.raises(
+        CheckpointError, match="has format_version True, expected a positive integer"
+    ):
         read_layouts(checkpoint)
 
 
 def test_packed_tensors_of_another_layout_are_named():
-    tensors = {f"m.{part}": t for part, t in random_packed(PackedLayout(4, 32, rank=2)).tensors().items()}
-    with pytest.raises(ShapeError, match=r"m: its tensors make PackedLayout\(.*rank=2.* config\.json says .*rank=1"):
+    tensors = {
+        f"m.{part}": t for part, t in random_packed(PackedLayout(4, 32, rank=2)).tensors().items()
+    }
+    with pytest.raises(
+        ShapeError, match=r"m: its tensors make PackedLayout\(.*rank=2.* config\.json says .*rank=1"
+    ):
         read_packed(tensors.__getitem__, "m", PackedLayout(4, 32, rank=1))
 
 
@@ -324,7 +383,9 @@ def test_what_is_not_packed_is_checked_too(packed, tmp_path, use):
             save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds NaN or infinite"):
         use(folder)
-    assert not any((tmp_path / "plain" / name).exists() for name in ("config.json", LOCK_NAME, PROGRESS_NAME))
+    assert not any(
+        (tmp_path / "plain" / name).exists() for name in ("config.json", LOCK_NAME, PROGRESS_NAME)
+    )
 
 
 # writing
@@ -407,7 +468,8 @@ def test_progress_goes_on_where_it_stopped(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     Progress(tmp_path / "out", {"rank": 1, "seed": 0, "method": "slab"}, resume=False)
     with pytest.raises(
-        CheckpointError, match=r"cannot resume .*: rank was 1 and is now 2; seed was 0 and is now 5; use"
+        CheckpointError,
+        match=r"cannot resume .*: rank was 1 and is now 2; seed was 0 and is now 5; use",
     ):
         Progress(tmp_path / "out", {"rank": 2, "seed": 5, "method": "slab"}, resume=True)
 
@@ -418,13 +480,17 @@ def test_a_folder_in_use_is_refused(tmp_path):
         Progress(tmp_path / "out", {}, resume=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(CheckpointError, match=r"is not empty \(thesis\.tex\); choose an empty folder$"):
+    with pytest.raises(
+        CheckpointError, match=r"is not empty \(thesis\.tex\); choose an empty folder$"
+    ):
         Progress(tmp_path / "full", {}, resume=False)
     with pytest.raises(CheckpointError, match="but no interrupted run to resume"):
         Progress(tmp_path / "full", {}, resume=True)
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])])
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])]
+)
 def test_a_damaged_shard_is_done_again_with_all_after_it(tmp_path, damage):
     progress = Progress(tmp_path / "out", {}, resume=False)
     for name in "abc":
@@ -432,7 +498,9 @@ def test_a_damaged_shard_is_done_again_with_all_after_it(tmp_path, damage):
         progress.finish_block(f"{name}.safetensors", [])
     progress.release()
     damage(tmp_path / "out" / "b.safetensors")
-    assert [b["file"] for b in Progress(tmp_path / "out", {}, resume=True).blocks] == ["a.safetensors"]
+    assert [b["file"] for b in Progress(tmp_path / "out", {}, resume=True).blocks] == [
+        "a.safetensors"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -444,7 +512,10 @@ def test_a_damaged_shard_is_done_again_with_all_after_it(tmp_path, damage):
         ('{"settings": {}, "blocks": 5}', "is damaged; use an empty folder"),
         ('{"settings": {}, "blocks": null}', "is damaged; use an empty folder"),
         ('{"settings": {}, "blocks": [7]}', "is damaged; use an empty folder"),
-        ('{"settings": {}, "blocks": [{"file": "a", "bytes": 1}]}', "is damaged; use an empty folder"),
+        (
+            '{"settings": {}, "blocks": [{"file": "a", "bytes": 1}]}',
+            "is damaged; use an empty folder",
+        ),
         ('{"settings": ["a"], "blocks": []}', "is damaged; use an empty folder"),
     ],
 )
@@ -466,7 +537,9 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path, re
     write(out / "a.safetensors", {"x": torch.ones(2)})
     first.finish_block("a.safetensors", [])
     (out / "b.safetensors.partial").write_bytes(b"being written")
-    with pytest.raises(CheckpointError, match="out is in use by another run; wait for it or use another folder"):
+    with pytest.raises(
+        CheckpointError, match="out is in use by another run; wait for it or use another folder"
+    ):
         Progress(out, {}, resume)
     assert (out / "b.safetensors.partial").exists() and (out / LOCK_NAME).exists()
     end(first)

@@ -18,7 +18,9 @@ TOKENS = tiny_models.tokens(16, 32)
 
 class WritesHidden(modeling_llama.LlamaDecoderLayer):
     def forward(self, hidden_states, **kwargs):
-        hidden_states += self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states += self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), **kwargs
+        )[0]
         hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
 
@@ -85,7 +87,11 @@ def test_contents_decide_about_groups_in_every_batch():
     hidden = [torch.arange(8.0).reshape(1, 2, 4) / 2, torch.full((1, 2, 4), 5.0)]
     stream = Stream([h.clone() for h in hidden], [[((_HIDDEN,), {})] * 2], torch.device("cpu"))
     linears = {name: getattr(block, name) for name in "abcd"}
-    assert [group.names for group in find_groups(stream, 0, block, linears)] == [("a", "c"), ("d",), ("b",)]
+    assert [group.names for group in find_groups(stream, 0, block, linears)] == [
+        ("a", "c"),
+        ("d",),
+        ("b",),
+    ]
     seen = [layer_inputs(stream, 0, block, block.b, "b", 1, batch) for batch in (0, 1)]
     assert all(torch.equal(x, h.flatten(0, 1) + 1) for x, h in zip(seen, hidden, strict=True))
     assert all(torch.equal(x, h) for x, h in zip(stream.hidden, hidden, strict=True))
@@ -101,7 +107,11 @@ def test_a_linear_without_tokens_in_a_batch_joins_no_group():
             return x
 
     block = Experts()
-    stream = Stream([torch.ones(1, 2, 4), torch.full((1, 2, 4), 5.0)], [[((_HIDDEN,), {})] * 2], torch.device("cpu"))
+    stream = Stream(
+        [torch.ones(1, 2, 4), torch.full((1, 2, 4), 5.0)],
+        [[((_HIDDEN,), {})] * 2],
+        torch.device("cpu"),
+    )
     groups = find_groups(stream, 0, block, {name: getattr(block, name) for name in "abcd"})
     assert [group.names for group in groups] == [("c",), ("d",), ("a",), ("b",)]
 
@@ -110,7 +120,10 @@ def test_a_hidden_state_that_the_model_writes_into_between_blocks_is_seen():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.blocks = nn.Embedding(8, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.embed, self.blocks = (
+                nn.Embedding(8, 4),
+                nn.ModuleList(nn.Linear(4, 4) for _ in range(2)),
+            )
 
         def forward(self, input_ids, use_cache):
             x = self.embed(input_ids)
@@ -121,7 +134,13 @@ def test_a_hidden_state_that_the_model_writes_into_between_blocks_is_seen():
 
     model = Model()
     with pytest.raises(ArchitectureError, match="changes the hidden state between blocks 0 and 1"):
-        catch_stream(model, model.blocks, torch.zeros(1, 2, dtype=torch.long), lambda index: nn.Linear(4, 4), torch.device("cpu"))
+        catch_stream(
+            model,
+            model.blocks,
+            torch.zeros(1, 2, dtype=torch.long),
+            lambda index: nn.Linear(4, 4),
+            torch.device("cpu"),
+        )
 
 
 class Idle(nn.Module):
@@ -129,7 +148,10 @@ class Idle(nn.Module):
 
     def __init__(self, numbered: bool):
         super().__init__()
-        self.used, self.part = nn.Linear(32, 32), nn.ModuleDict(dict(a=nn.Linear(32, 32), b=nn.Linear(32, 32)))
+        self.used, self.part = (
+            nn.Linear(32, 32),
+            nn.ModuleDict(dict(a=nn.Linear(32, 32), b=nn.Linear(32, 32))),
+        )
         self.cross = nn.ModuleDict(dict(k=nn.Linear(32, 32), deep=nn.Sequential(nn.Linear(32, 32))))
         if numbered:
             self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))

@@ -26,13 +26,25 @@ EXPERTS = {
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, "decoder_sparse_step": 1},
     "olmoe": {"num_experts": 4},
 }
-SETTINGS = dict(method="magnitude", calibration=tiny_models.tokens(), progress=False, skip=("*.mlp.gate", "*.mlp.experts"))
+SETTINGS = dict(
+    method="magnitude",
+    calibration=tiny_models.tokens(),
+    progress=False,
+    skip=("*.mlp.gate", "*.mlp.experts"),
+)
 
 
 def write(folder, name: str):
-    common = {**tiny_models._TOKENS, **tiny_models._GATED, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    common = {
+        **tiny_models._TOKENS,
+        **tiny_models._GATED,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **common, **EXPERTS[name])).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **common, **EXPERTS[name])
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -55,11 +67,15 @@ def logits(model) -> torch.Tensor:
 def test_attention_is_packed_and_experts_stay(tmp_path, name):
     dense = write(tmp_path / "dense", name)
     record = compress(tmp_path / "dense", tmp_path / "packed", **SETTINGS)
-    assert any(layer.name.endswith("q_proj") for layer in record.layers) and not record.ignored_tensors
+    assert (
+        any(layer.name.endswith("q_proj") for layer in record.layers) and not record.ignored_tensors
+    )
     compress(dense, tmp_path / "from_memory", **SETTINGS)
     packed = load(tmp_path / "packed")
     assert isinstance(packed.model.layers[0].self_attn.q_proj, SlabLinear)
-    assert torch.equal(packed.model.layers[1].mlp.experts.down_proj, dense.model.layers[1].mlp.experts.down_proj)
+    assert torch.equal(
+        packed.model.layers[1].mlp.experts.down_proj, dense.model.layers[1].mlp.experts.down_proj
+    )
     want = logits(packed)
     save(packed, tmp_path / "saved")
     for folder in ("from_memory", "saved"):
@@ -75,15 +91,32 @@ def test_attention_is_packed_and_experts_stay(tmp_path, name):
 
 def test_the_advice_leads_to_a_packed_folder_and_eval_of_the_dense_one_runs(tmp_path, capsys):
     write(tmp_path / "dense", "qwen3_moe")
-    arguments = ["compress", str(tmp_path / "dense"), str(tmp_path / "out"), "--samples", "2", "--window", "16"]
+    arguments = [
+        "compress",
+        str(tmp_path / "dense"),
+        str(tmp_path / "out"),
+        "--samples",
+        "2",
+        "--window",
+        "16",
+    ]
     assert cli.run(arguments) == 3
     said = capsys.readouterr().err
-    advice = [word.rstrip(",").strip("'") for before, word in zip(said.split(), said.split()[1:], strict=False) if before == "--skip"]
+    advice = [
+        word.rstrip(",").strip("'")
+        for before, word in zip(said.split(), said.split()[1:], strict=False)
+        if before == "--skip"
+    ]
     assert advice == ["*.mlp.gate", "*.mlp.experts"] or advice == ["*.mlp.experts", "*.mlp.gate"]
     assert cli.run([*arguments, *(part for pattern in advice for part in ("--skip", pattern))]) == 0
     for folder in ("dense", "out"):
         capsys.readouterr()
-        assert cli.run(["eval", str(tmp_path / folder), "--window", "16", "--max-tokens", "64", "--json"]) == 0
+        assert (
+            cli.run(
+                ["eval", str(tmp_path / folder), "--window", "16", "--max-tokens", "64", "--json"]
+            )
+            == 0
+        )
         assert json.loads(capsys.readouterr().out)["perplexity"] > 1
 
 
@@ -100,5 +133,8 @@ def test_an_expert_that_is_not_there_is_named(tmp_path):
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.7.w1.weight"]
     save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"cannot rebuild 'model\.layers\.1\.mlp\.experts\.gate_up_proj' from tensor 'model\.layers\.1\.block"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"cannot rebuild 'model\.layers\.1\.mlp\.experts\.gate_up_proj' from tensor 'model\.layers\.1\.block",
+    ):
         open_source(tmp_path / "dense")

@@ -308,7 +308,9 @@ def test_remote_code_opens_with_its_own_weights(packed, tmp_path, monkeypatch, k
     if kind == "llama":
         assert torch.equal(logits(slab_kernels.load(folder)), logits(model))
     else:
-        with pytest.raises(ArchitectureError, match="own Python code .* give trust_remote_code=True"):
+        with pytest.raises(
+            ArchitectureError, match="own Python code .* give trust_remote_code=True"
+        ):
             slab_kernels.load(folder)
 
 

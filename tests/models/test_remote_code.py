@@ -41,8 +41,13 @@ class OwnForCausalLM(LlamaForCausalLM):
 def write(folder, kind: str) -> None:
     tiny_models.write(folder)
     config = json.loads((folder / "config.json").read_text())
-    named = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind, "auto_map": named}))
+    named = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": kind, "auto_map": named})
+    )
     for name, code in CODE.items():
         (folder / name).write_text(code.replace("{kind}", kind))
 
@@ -57,11 +62,26 @@ def ran(tmp_path, monkeypatch):
 def test_nothing_runs_and_nothing_is_asked(tmp_path, ran, capsys, monkeypatch):
     write(tmp_path / "dense", "own_llama")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    for attempt in (lambda: compress(tmp_path / "dense", tmp_path / "out", **SETTINGS), lambda: open_source(tmp_path / "dense")):
-        with pytest.raises(ArchitectureError, match=r"own Python code \(model_type 'own_llama'\), which was not run; .*give trust_remote_code=True"):
+    for attempt in (
+        lambda: compress(tmp_path / "dense", tmp_path / "out", **SETTINGS),
+        lambda: open_source(tmp_path / "dense"),
+    ):
+        with pytest.raises(
+            ArchitectureError,
+            match=r"own Python code \(model_type 'own_llama'\), which was not run; .*give trust_remote_code=True",
+        ):
             attempt()
     capsys.readouterr()
-    arguments = ["compress", str(tmp_path / "dense"), str(tmp_path / "out"), "--samples", "2", "--window", "16", "--json"]
+    arguments = [
+        "compress",
+        str(tmp_path / "dense"),
+        str(tmp_path / "out"),
+        "--samples",
+        "2",
+        "--window",
+        "16",
+        "--json",
+    ]
     assert cli.run(arguments) == 3
     assert set(json.loads(capsys.readouterr().out)) == {"error"}
     assert not ran.exists() and not (tmp_path / "out").exists()
@@ -79,11 +99,18 @@ def test_on_request_it_runs_and_goes_along(tmp_path, ran):
     assert type(loaded).__name__ == "OwnForCausalLM"
     memory = compress(tmp_path / "dense", trust_remote_code=True, **SETTINGS)
     decompress(tmp_path / "packed", tmp_path / "again", trust_remote_code=True)
-    opened = [AutoModelForCausalLM.from_pretrained(tmp_path / d, trust_remote_code=True) for d in ("packed", "again")]
+    opened = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / d, trust_remote_code=True)
+        for d in ("packed", "again")
+    ]
     tokens = tiny_models.tokens()
     with torch.no_grad():
         want, *found = (m.eval()(input_ids=tokens).logits for m in (loaded, memory, *opened))
-    assert torch.equal(found[0], want) and torch.equal(found[1], want) and torch.allclose(found[2], want, atol=1e-5)
+    assert (
+        torch.equal(found[0], want)
+        and torch.equal(found[1], want)
+        and torch.allclose(found[2], want, atol=1e-5)
+    )
 
 
 def test_a_type_that_transformers_knows_needs_no_code_of_the_folder(tmp_path, ran):

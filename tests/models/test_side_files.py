@@ -182,8 +182,7 @@ def test_compress_and_decompress_carry_files_and_say_what_they_leave(tmp_path, c
         tmp_path / "m", tmp_path / "o", progress=lambda event: said.append(str(event)), **SETTINGS
     )
     assert any(
-        "tensors that LlamaForCausalLM of config.json does not have are left out: model."
-        in s
+        "tensors that LlamaForCausalLM of config.json does not have are left out: model." in s
         and "and 1 more" in s
         for s in said
     )

@@ -15,7 +15,9 @@ from slab_kernels.compression.model import compress
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.packed import load, save
 
-SETTINGS = dict(calibration=tiny_models.tokens(), progress=False, rounds=1, matching=Matching(epochs=1))
+SETTINGS = dict(
+    calibration=tiny_models.tokens(), progress=False, rounds=1, matching=Matching(epochs=1)
+)
 
 
 @contextlib.contextmanager
@@ -44,7 +46,9 @@ AROUND = {
 
 
 def state(model) -> dict[str, torch.Tensor]:
-    return {name: t.detach().clone() for name, t in compress(model, **SETTINGS).state_dict().items()}
+    return {
+        name: t.detach().clone() for name, t in compress(model, **SETTINGS).state_dict().items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,9 @@ def test_a_model_made_under_inference_mode(plain):
 def test_a_model_in_training_with_gradients_and_hooks(plain):
     model = tiny_models.model().train()
     called = []
-    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, args, out: called.append(1) or out * 2)
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda m, args, out: called.append(1) or out * 2
+    )
     model.model.layers[1].register_forward_pre_hook(lambda m, args: called.append(2))
     assert all(p.requires_grad for p in model.parameters())
     same(state(model), plain)

@@ -17,7 +17,10 @@ ROWS, K = (40, 8, 17), 96
 
 def parts(biases=(True, False, True)):
     packed = [random_packed(PackedLayout(n, K, "int8", 32, 1, 4), seed=n) for n in ROWS]
-    return [SlabLinear.from_packed(p, torch.randn(n) if b else None) for p, n, b in zip(packed, ROWS, biases, strict=True)]
+    return [
+        SlabLinear.from_packed(p, torch.randn(n) if b else None)
+        for p, n, b in zip(packed, ROWS, biases, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -51,7 +54,9 @@ def test_a_state_dict_round_trip_and_a_copy_prepare_anew():
     other.load_state_dict(fused.state_dict())
     for y, old, want in zip(other(x), before, fused(x), strict=True):
         assert torch.equal(y, want)
-        assert not torch.equal(y, old) or y.shape[1] == ROWS[1]  # the middle part has the same weight and no bias
+        assert (
+            not torch.equal(y, old) or y.shape[1] == ROWS[1]
+        )  # the middle part has the same weight and no bias
     assert copy.deepcopy(fused)._linears == {}
 
 
@@ -67,11 +72,15 @@ def test_compile_before_and_after_the_first_call():
 
 
 def test_parts_that_do_not_fit_together():
-    with pytest.raises(ShapeError, match=r"must read the same x, but these take in_features=\[48, 96\]"):
+    with pytest.raises(
+        ShapeError, match=r"must read the same x, but these take in_features=\[48, 96\]"
+    ):
         FusedSlabLinear([parts()[0], SlabLinear.from_packed(random_packed(PackedLayout(8, 48)))])
     with pytest.raises(ShapeError, match="not an empty list"):
         FusedSlabLinear([])
     with pytest.raises(TypeError, match="takes SlabLinear modules, not Linear"):
         FusedSlabLinear([parts()[0], torch.nn.Linear(96, 8)])
-    with pytest.raises(ShapeError, match=r"x has shape \[2, 95\], but these layers take in_features=96 last"):
+    with pytest.raises(
+        ShapeError, match=r"x has shape \[2, 95\], but these layers take in_features=96 last"
+    ):
         FusedSlabLinear(parts())(torch.ones(2, 95))

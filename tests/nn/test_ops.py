@@ -39,7 +39,9 @@ def registered():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_reference_against_fp64(values, group_size, shape, dtype):
     N, K = shape
-    packed = random_packed(PackedLayout(N, K, values, group_size, rank=min(2, N), adapter_rank=min(3, N)))
+    packed = random_packed(
+        PackedLayout(N, K, values, group_size, rank=min(2, N), adapter_rank=min(3, N))
+    )
     x, bias = torch.randn(3, K).to(dtype), torch.randn(N)
     y = reference.linear(x, packed, bias)
     exact, magnitude = oracle(x, packed, bias)
@@ -58,7 +60,9 @@ def test_opcheck(values, group_size):
     packed = random_packed(PackedLayout(24, 48, values, group_size, rank=1))
     x = torch.randn(2, 3, 48)
     for sample in (x, x.clone().requires_grad_(), x.to(torch.bfloat16)):
-        torch.library.opcheck(torch.ops.slab_kernels.linear.default, arguments(packed, sample, torch.randn(24)))
+        torch.library.opcheck(
+            torch.ops.slab_kernels.linear.default, arguments(packed, sample, torch.randn(24))
+        )
 
 
 def test_gradients_of_input_and_bias():
@@ -153,7 +157,10 @@ def test_state_dict_is_the_canonical_form():
 
 def test_casting_leaves_packed_tensors_alone():
     module = SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24)).to(torch.bfloat16)
-    assert module.values.dtype == module.U.dtype == torch.float16 and module.bias.dtype == torch.bfloat16
+    assert (
+        module.values.dtype == module.U.dtype == torch.float16
+        and module.bias.dtype == torch.bfloat16
+    )
     x = torch.randn(2, 48, dtype=torch.bfloat16)
     assert module(x).dtype == torch.bfloat16
     meta = module.to("meta")
@@ -161,7 +168,9 @@ def test_casting_leaves_packed_tensors_alone():
 
 
 def test_replace_linear_checks_before_it_replaces():
-    model = torch.nn.Sequential(torch.nn.Linear(48, 24), torch.nn.ReLU(), torch.nn.Linear(24, 48, bias=False))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(48, 24), torch.nn.ReLU(), torch.nn.Linear(24, 48, bias=False)
+    )
     packed = random_packed(LAYOUT)
     with pytest.raises(KeyError, match="ReLU"):
         replace_linear(model, {"0": packed, "1": packed})
@@ -179,7 +188,9 @@ def test_dispatch_explains_and_never_falls_back_silently(monkeypatch):
     reasons = dispatch.explain(problem)
     assert list(reasons) == list(dispatch.ORDER) and reasons["reference"] == []
     assert dispatch.select(problem, "reference").name == "reference"
-    with pytest.raises(BackendError, match="'tpu' is unknown; known backends: cuda, cpu, triton, reference"):
+    with pytest.raises(
+        BackendError, match="'tpu' is unknown; known backends: cuda, cpu, triton, reference"
+    ):
         dispatch.select(problem, "tpu")
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cpu")
     with pytest.raises(BackendError, match="cannot run"):
@@ -211,19 +222,28 @@ def test_vmap_runs_over_x_and_refuses_anything_else():
     assert torch.equal(torch.vmap(layer, in_dims=1, out_dims=1)(x), layer(x))
     canonical = torch.ops.slab_kernels.linear
     _, *tensors, _, K = arguments(packed, x)
-    assert torch.equal(torch.vmap(lambda x: canonical(x, *tensors, bias, K))(x), canonical(x, *tensors, bias, K))
+    assert torch.equal(
+        torch.vmap(lambda x: canonical(x, *tensors, bias, K))(x), canonical(x, *tensors, bias, K)
+    )
     with pytest.raises(NotImplementedError, match="only x may be batched"):
         torch.vmap(lambda b: canonical(x[0], *tensors, b, K))(torch.randn(2, 24))
     with pytest.raises(NotImplementedError, match="only x may be batched"):
-        torch.vmap(lambda x, U: canonical(x, *tensors[:4], U, *tensors[5:], None, K))(x, torch.stack([packed.U] * 3))
+        torch.vmap(lambda x, U: canonical(x, *tensors[:4], U, *tensors[5:], None, K))(
+            x, torch.stack([packed.U] * 3)
+        )
 
 
 def test_threads_share_a_layer_from_its_first_call_on():
     """Eight threads meet in a fresh layer: preparing races, and every result is the one of a single thread."""
     packed = random_packed(PackedLayout(160, 512, "int4", 32, rank=2, adapter_rank=3))
     fused = [random_packed(PackedLayout(n, 512, "int8", rank=1), seed=n) for n in (96, 32)]
-    xs = [torch.randn(m, 512, generator=torch.Generator().manual_seed(m)) for m in (1, 2, 7, 33) * 2]
-    make = lambda: (SlabLinear.from_packed(packed), FusedSlabLinear(map(SlabLinear.from_packed, fused)))  # noqa: E731
+    xs = [
+        torch.randn(m, 512, generator=torch.Generator().manual_seed(m)) for m in (1, 2, 7, 33) * 2
+    ]
+    make = lambda: (
+        SlabLinear.from_packed(packed),
+        FusedSlabLinear(map(SlabLinear.from_packed, fused)),
+    )
     alone = make()
     want = [(alone[0](x), *alone[1](x)) for x in xs]
     for _ in range(5):
@@ -236,16 +256,26 @@ def test_threads_share_a_layer_from_its_first_call_on():
 
         with ThreadPoolExecutor(len(xs)) as pool:
             for results, expected in zip(pool.map(run, xs), want, strict=True):
-                assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+                assert all(
+                    torch.equal(a, b)
+                    for result in results
+                    for a, b in zip(result, expected, strict=True)
+                )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
     """A model in a file that runs without its Python: our op by its name, any number of tokens."""
-    model = torch.nn.Sequential(SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24)), torch.nn.ReLU()).eval()
+    model = torch.nn.Sequential(
+        SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24)), torch.nn.ReLU()
+    ).eval()
     model(torch.randn(1, 48))  # prepares: the file then holds what the CPU kernels read
-    exported = torch.export.export(model, (torch.randn(4, 48),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},))
-    file = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    exported = torch.export.export(
+        model, (torch.randn(4, 48),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},)
+    )
+    file = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "model.pt2")
+    )
     loaded = torch._inductor.aoti_load_package(file)
     for M in (2, 9):
         x = torch.randn(M, 48)
@@ -274,7 +304,9 @@ def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
     assert torch.equal(written.prepare()(x), want)
     loaded.load_state_dict(new)
     assert torch.equal(loaded(x), want)
-    assert torch.equal(torch.func.functional_call(called, new, x), want) and torch.equal(called(x), old)
+    assert torch.equal(torch.func.functional_call(called, new, x), want) and torch.equal(
+        called(x), old
+    )
     raced.register_load_state_dict_pre_hook(lambda module, *_: module(x))
     raced.load_state_dict(new)
     assert torch.equal(raced(x), want)
@@ -292,8 +324,12 @@ def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
 def test_a_state_dict_of_another_format_is_refused_before_anything_is_copied():
     module = SlabLinear.from_packed(random_packed(LAYOUT))
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    other = SlabLinear.from_packed(random_packed(dataclasses.replace(LAYOUT, values="bf16"), seed=3)).state_dict()
-    with pytest.raises(RuntimeError, match=r"values is torch\.bfloat16, this layer's is torch\.float16"):
+    other = SlabLinear.from_packed(
+        random_packed(dataclasses.replace(LAYOUT, values="bf16"), seed=3)
+    ).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r"values is torch\.bfloat16, this layer's is torch\.float16"
+    ):
         module.load_state_dict(other)
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
 
@@ -303,7 +339,9 @@ def test_forward_mode_derivatives_are_refused():
     for layer in (module, FusedSlabLinear([module])):
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
             torch.func.jvp(layer, (x,), (torch.ones_like(x),))
-    _, tangent = torch.func.jvp(lambda t: module(x).sum() * t, (torch.ones(()),), (torch.ones(()),))  # x has none
+    _, tangent = torch.func.jvp(
+        lambda t: module(x).sum() * t, (torch.ones(()),), (torch.ones(()),)
+    )  # x has none
     assert torch.equal(tangent, module(x).sum())
 
 
@@ -320,7 +358,9 @@ def test_forward_mode_derivatives_are_refused():
     ],
 )
 def test_the_canonical_op_refuses_tensors_that_do_not_belong_together(change, message):
-    packed = random_packed(dataclasses.replace(LAYOUT, in_features=96, values="int8", group_size=32))
+    packed = random_packed(
+        dataclasses.replace(LAYOUT, in_features=96, values="int8", group_size=32)
+    )
     arguments = {**dict.fromkeys(ops.TENSOR_ARGUMENTS), **packed.tensors(), "bias": None}
     for name, new in change.items():
         arguments[name] = new(arguments[name]) if callable(new) else new

@@ -7,11 +7,15 @@ import numpy as np
 from ptx import Memory, Module, launch
 
 WIDTHS = {2: ("%h", "b16"), 4: ("%r", "b32"), 8: ("%d", "b64")}
-REGISTERS = ".reg .b16 %h<20>; .reg .b32 %r<40>; .reg .f32 %f<20>; .reg .b64 %d<20>; .reg .pred %p<10>;"
+REGISTERS = (
+    ".reg .b16 %h<20>; .reg .b32 %r<40>; .reg .f32 %f<20>; .reg .b64 %d<20>; .reg .pred %p<10>;"
+)
 
 
 def program(body, parameters="", shared=""):
-    head = f".version 8.0\n.target sm_90\n.address_size 64\n{shared}\n.visible .entry k({parameters})"
+    head = (
+        f".version 8.0\n.target sm_90\n.address_size 64\n{shared}\n.visible .entry k({parameters})"
+    )
     return f"{head}\n{{\n{REGISTERS}\n{body}\nret;\n}}"
 
 
@@ -63,4 +67,6 @@ def bf16_exact(x):
     values = (candidates << 16).view(np.float32).astype(np.float64)
     distance = np.abs(values - abs(x))
     best = candidates[distance == distance.min()]
-    return int(best[best % 2 == 0][0] if len(best) == 2 else best[0]) | (0x8000 if np.signbit(x) else 0)
+    return int(best[best % 2 == 0][0] if len(best) == 2 else best[0]) | (
+        0x8000 if np.signbit(x) else 0
+    )

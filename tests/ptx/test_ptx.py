@@ -54,10 +54,18 @@ INTEGER = [
     ("mov.b32 {%h1, %h2}, %r0; mov.b32 %r9, {%h2, %h1};", [0x12345678], 0x56781234),
     ("cvt.u64.u32 %d0, %r0; mov.b64 {%r1, %r9}, %d0;", [0x12345678], 0),
     ("{ .reg .pred p; setp.ne.b32 p, %r0, 0; selp.b32 %r9, 3, 4, p; }", [1], 3),
-    ("setp.lt.s32 %p1, %r0, 0; setp.gt.and.s32 %p2|%p3, %r0, -5, %p1; selp.b32 %r9, 1, 0, %p2;", [-3], 1),
+    (
+        "setp.lt.s32 %p1, %r0, 0; setp.gt.and.s32 %p2|%p3, %r0, -5, %p1; selp.b32 %r9, 1, 0, %p2;",
+        [-3],
+        1,
+    ),
     ("setp.lt.s32 %p1, %r0, 0; setp.gt.or.u32 %p2, %r0, 9, !%p1; selp.b32 %r9, 1, 0, %p2;", [7], 1),
     ("setp.lo.u32 %p1, %r0, %r1; @%p1 mov.u32 %r9, 1; @!%p1 mov.u32 %r9, 2;", [-1, 1], 2),
-    ("setp.eq.f32 %p1|%p2, %r0, %r0; selp.b32 %r9, 1, 0, %p2;", [0x7FC00000], 1),  # NaN == NaN is false
+    (
+        "setp.eq.f32 %p1|%p2, %r0, %r0; selp.b32 %r9, 1, 0, %p2;",
+        [0x7FC00000],
+        1,
+    ),  # NaN == NaN is false
     ("setp.neu.f32 %p1, %r0, %r0; selp.b32 %r9, 1, 0, %p1;", [0x7FC00000], 1),
     ("setp.ne.f32 %p1, %r0, %r0; selp.b32 %r9, 1, 0, %p1;", [0x7FC00000], 0),
     ("setp.gtu.f32 %p1, %r0, 0f3F800000; selp.b32 %r9, 1, 0, %p1;", [0x7FC00000], 1),
@@ -84,7 +92,16 @@ def test_64_bit_integers():
 
 
 def test_bf16_conversion_rounds_ties_to_even():
-    x = u32(0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0x7F7FFFFF, 0x7F800001, 0x80000000)
+    x = u32(
+        0x3F808000,
+        0x3F818000,
+        0x3F808001,
+        0x3F807FFF,
+        0xBF808000,
+        0x7F7FFFFF,
+        0x7F800001,
+        0x80000000,
+    )
     expected = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF80, 0x7F80, 0x7FFF, 0x8000]
     assert evaluate("cvt.rn.bf16.f32 %h9, %r0;", x, out=np.uint16).tolist() == expected
     packed = evaluate("cvt.rn.bf16x2.f32 %r9, %r0, %r1;", f32(1.0), f32(-2.0))
@@ -119,7 +136,8 @@ def test_float_to_integer_saturates_and_rounds():
 def test_bf16_fma_rounds_once_and_multiplies_with_minus_zero():
     rng = np.random.default_rng(0)
     a, b, c = (
-        (rng.integers(0x3E00, 0x4100, 64) | rng.integers(0, 2, 64) << 15).astype(np.uint16) for _ in range(3)
+        (rng.integers(0x3E00, 0x4100, 64) | rng.integers(0, 2, 64) << 15).astype(np.uint16)
+        for _ in range(3)
     )
     wide = [(v.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for v in (a, b, c)]
     pair = [v.astype(np.uint32) | v[::-1].astype(np.uint32) << 16 for v in (a, b, c)]
@@ -129,16 +147,25 @@ def test_bf16_fma_rounds_once_and_multiplies_with_minus_zero():
     assert (got >> 16).tolist() == exact[::-1]
     got = evaluate("fma.rn.bf16x2 %r9, %r0, %r1, 0x80008000;", *pair[:2])
     assert (got & 0xFFFF).tolist() == [bf16_exact(x) for x in wide[0] * wide[1]]
-    signs = evaluate("fma.rn.bf16x2 %r9, %r0, %r1, %r2;", u32(0x80000000), u32(0x3F803F80), u32(0x80008000))
+    signs = evaluate(
+        "fma.rn.bf16x2 %r9, %r0, %r1, %r2;", u32(0x80000000), u32(0x3F803F80), u32(0x80008000)
+    )
     assert signs[0] == 0x80000000  # -0 * 1 + -0 = -0 and 0 * 1 + -0 = +0
 
 
 def test_fma_f32_is_fused():
     a = f32(1 + 2**-23)
-    assert evaluate("fma.rn.f32 %r9, %r0, %r0, %r1;", a, f32(-(1 + 2**-22)), out=np.float32)[0] == 2.0**-46
+    assert (
+        evaluate("fma.rn.f32 %r9, %r0, %r0, %r1;", a, f32(-(1 + 2**-22)), out=np.float32)[0]
+        == 2.0**-46
+    )
     # 1.5 + 1.5 * 2^-23 is half way between two f32; the addend, too small for the f64 sum, decides
     x = evaluate(
-        "fma.rn.f32 %r9, %r0, %r1, %r2;", f32(1 + 2**-23), f32(1.5), f32(-(2.0**-60)), out=np.float32
+        "fma.rn.f32 %r9, %r0, %r1, %r2;",
+        f32(1 + 2**-23),
+        f32(1.5),
+        f32(-(2.0**-60)),
+        out=np.float32,
     )[0]
     assert x == 1.5 + 2**-23
 
@@ -164,7 +191,10 @@ def test_single_precision():
         1
     ) / np.float32(3)
     assert np.signbit(evaluate("min.f32 %r9, %r0, %r1;", f32(0.0), f32(-0.0), out=np.float32)[0])
-    assert evaluate("mul.ftz.f32 %r9, %r0, %r1;", f32(2.0**-100), f32(2.0**-40), out=np.float32)[0] == 0
+    assert (
+        evaluate("mul.ftz.f32 %r9, %r0, %r1;", f32(2.0**-100), f32(2.0**-40), out=np.float32)[0]
+        == 0
+    )
 
 
 # ---- control flow ------------------------------------------------------------------------------------------
@@ -227,9 +257,16 @@ def test_struct_parameter_local_memory_constants_and_chunks():
     memory = Memory()
     memory.map(out.ctypes.data, out.view(np.uint8))
     stats = launch(
-        Module(text)["k"], (5,), (1,), struct.pack("<IIQQ", 3, 4, 0, out.ctypes.data), memory, chunk=2
+        Module(text)["k"],
+        (5,),
+        (1,),
+        struct.pack("<IIQQ", 3, 4, 0, out.ctypes.data),
+        memory,
+        chunk=2,
     )
     assert out.tolist() == [14] * 5
     assert (
-        stats["st.global"] == 5 and stats["global_write_bytes"] == 20 and stats["global_write_sectors"] == 5
+        stats["st.global"] == 5
+        and stats["global_write_bytes"] == 20
+        and stats["global_write_sectors"] == 5
     )

@@ -36,7 +36,9 @@ def tf32_mma(a, b, c):
 def test_tf32_fragments():
     """The ISA's formulas for m16n8k8 with .tf32, element by element: where a_i, b_i and c_i of a lane lie."""
     rng = np.random.default_rng(0)
-    A, B, C = (rng.integers(-1000, 1000, shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    A, B, C = (
+        rng.integers(-1000, 1000, shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8))
+    )
     a, b, c, expected = (np.zeros((n, 32), np.float32) for n in (4, 2, 4, 4))
     for lane in range(32):
         group, thread = lane >> 2, lane % 4
@@ -64,7 +66,9 @@ def test_tf32_conversion():
         (0x80000FFF, 0x80000000), strict=True,
     )  # fmt: skip
     assert evaluate("cvt.rna.tf32.f32 %r9, %r0;", u32(*x)).tolist() == list(expected)
-    assert np.isnan(evaluate("cvt.rna.tf32.f32 %r9, %r0;", u32(0x7FFFFFFF, 0xFFC00000), out=np.float32)).all()
+    assert np.isnan(
+        evaluate("cvt.rna.tf32.f32 %r9, %r0;", u32(0x7FFFFFFF, 0xFFC00000), out=np.float32)
+    ).all()
     x = np.random.default_rng(1).standard_normal(64).astype(np.float32)
     high = evaluate("cvt.rna.tf32.f32 %r9, %r0;", x, out=np.float32)
     low = evaluate("cvt.rna.tf32.f32 %r1, %r0; sub.f32 %r9, %r0, %r1;", x, out=np.float32)
@@ -123,7 +127,9 @@ def test_redux():
             setp.ne.u32 %p1, %r1, 0; mov.b32 %r9, 7; {guard}redux.sync.{op}.{ty} %r9, %r0, {mask:#x};"""
             expected = np.full((2, 32), 7)
             for warp in (0, 1):
-                expected[warp, members] = int(function(v.reshape(2, 32)[warp, members])) & 0xFFFFFFFF
+                expected[warp, members] = (
+                    int(function(v.reshape(2, 32)[warp, members])) & 0xFFFFFFFF
+                )
             assert evaluate(code, x).tolist() == expected.reshape(-1).tolist(), (op, ty, guard)
     with pytest.raises(PtxError, match="redux.sync executed by a partial warp"):
         evaluate("setp.lt.u32 %p1, %r30, 16; @%p1 redux.sync.add.u32 %r9, %r0, 0xffffffff;", x)
@@ -152,7 +158,13 @@ READ = "ld.shared.u32 %r5, [one]; mad.wide.u32 %d1, %r30, 4, %d10; st.global.u32
 def together(code, equal_writes=True, block=64):
     """Threads store, %r1 = warp, %r2 = 7: what they read."""
     out = np.zeros(block, np.uint32)
-    run(f"shr.u32 %r1, %r30, 5; mov.b32 %r2, 7; {code}", out, block=block, shared=ONE, equal_writes=equal_writes)
+    run(
+        f"shr.u32 %r1, %r30, 5; mov.b32 %r2, 7; {code}",
+        out,
+        block=block,
+        shared=ONE,
+        equal_writes=equal_writes,
+    )
     return set(out.tolist())
 
 
@@ -167,8 +179,12 @@ def test_equal_writes():
         together("st.shared.v2.u32 [one], {%r2, %r1};")  # the second half differs
     with pytest.raises(PtxError, match="two lanes of a warp write different bytes"):
         together("st.shared.u32 [one], %r30;", block=32)
-    with pytest.raises(PtxError, match="write by warp 1 after a write by warp 0"):  # by two instructions
-        together("setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [one], %r2; @!%p1 st.shared.u32 [one], %r2;")
+    with pytest.raises(
+        PtxError, match="write by warp 1 after a write by warp 0"
+    ):  # by two instructions
+        together(
+            "setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [one], %r2; @!%p1 st.shared.u32 [one], %r2;"
+        )
     # What a copy brings is not known yet when it is issued: never allowed.
     with pytest.raises(PtxError, match="two warps write the same bytes at once"):
         together("cp.async.cg.shared.global [one], [%d10], 16;")

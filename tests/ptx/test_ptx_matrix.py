@@ -1,6 +1,5 @@
 """The PTX interpreter: shuffles, ldmatrix and the matrix products, against layouts written as CuTe writes them."""
 
-
 import numpy as np
 import pytest
 
@@ -30,7 +29,10 @@ def test_shuffle_predicate_and_vote():
     t = np.arange(32, dtype=np.uint32)
     got = evaluate("shfl.sync.down.b32 %r1|%p1, %r0, 4, 31, -1; selp.b32 %r9, 1, 0, %p1;", t)
     assert got.tolist() == [1] * 28 + [0] * 4
-    assert evaluate("setp.lt.u32 %p1, %r0, 3; vote.sync.ballot.b32 %r9, %p1, -1;", t).tolist() == [7] * 32
+    assert (
+        evaluate("setp.lt.u32 %p1, %r0, 3; vote.sync.ballot.b32 %r9, %p1, -1;", t).tolist()
+        == [7] * 32
+    )
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
@@ -65,7 +67,11 @@ def layout(shape, stride):
             return i * stride
         total = 0
         for s, d in zip(shape, stride, strict=True):
-            n = int(np.prod(s)) if isinstance(s, int) else int(np.prod(np.hstack([np.ravel(x) for x in s])))
+            n = (
+                int(np.prod(s))
+                if isinstance(s, int)
+                else int(np.prod(np.hstack([np.ravel(x) for x in s])))
+            )
             total += index(i % n, s, d)
             i //= n
         return total
@@ -106,7 +112,11 @@ TYPES = {"f16": (2, "f32"), "bf16": (2, "f32"), "s8": (1, "s32")}
 def encode(x, ty):
     """Small integers as the type's bit patterns, viewed as 32-bit words along the last axis."""
     if ty == "bf16":
-        return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint32)
+        return (
+            (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16)
+            .astype(np.uint16)
+            .view(np.uint32)
+        )
     return np.ascontiguousarray(x, {"f16": np.float16, "s8": np.int8}[ty]).view(np.uint32)
 
 
@@ -155,10 +165,14 @@ def test_dense_mma_against_cute_layouts(ty):
     per, limit = 4 // size, 127 if ty == "s8" else 8
     rng = np.random.default_rng(1)
     a, b = rng.integers(-limit, limit, (16, k)), rng.integers(-limit, limit, (k, 8))
-    index = np.array([[[a_of(t, r * per + j) for j in range(per)] for t in range(32)] for r in range(4)])
+    index = np.array(
+        [[[a_of(t, r * per + j) for j in range(per)] for t in range(32)] for r in range(4)]
+    )
     fragment = encode(a[index % 16, index // 16], ty)[..., 0]
     got = multiply_on_warp(
-        f"mma.sync.aligned.m16n8k{k}.row.col.{acc}.{ty}.{ty}.{acc}", fragment, b_fragment(b, b_of, per, 2, ty)
+        f"mma.sync.aligned.m16n8k{k}.row.col.{acc}.{ty}.{ty}.{acc}",
+        fragment,
+        b_fragment(b, b_of, per, 2, ty),
     )
     assert np.array_equal(got, a @ b)
 
@@ -169,12 +183,17 @@ def sparse_operands(ty, selector):
     per, limit = 4 // size, 127 if ty == "s8" else 8
     rng = np.random.default_rng(2)
     patterns = np.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
-    kept, values = patterns[rng.integers(0, 6, (16, k // 4))], rng.integers(-limit, limit, (16, k // 4, 2))
+    kept, values = (
+        patterns[rng.integers(0, 6, (16, k // 4))],
+        rng.integers(-limit, limit, (16, k // 4, 2)),
+    )
     dense = np.zeros((16, k // 4, 4), np.int64)
     np.put_along_axis(dense, kept, values, 2)
     b = rng.integers(-limit, limit, (k, 8))
     a = np.zeros((4, 32), np.uint32)
-    metadata = rng.integers(0, 2**32, 32, dtype=np.uint32)  # the lanes that do not supply hold rubbish
+    metadata = rng.integers(
+        0, 2**32, 32, dtype=np.uint32
+    )  # the lanes that do not supply hold rubbish
     for t in range(32):
         for r in range(4):
             stored = []
@@ -207,10 +226,14 @@ def sparse_name(ty, ordered):
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize(("ty", "selector"), [("f16", 0), ("f16", 1), ("bf16", 0), ("bf16", 1), ("s8", 0)])
+@pytest.mark.parametrize(
+    ("ty", "selector"), [("f16", 0), ("f16", 1), ("bf16", 0), ("bf16", 1), ("s8", 0)]
+)
 def test_sparse_mma_against_cute_layouts(ty, selector, ordered):
     a, b, metadata, expected = sparse_operands(ty, selector)
-    assert np.array_equal(multiply_on_warp(sparse_name(ty, ordered), a, b, metadata, selector), expected)
+    assert np.array_equal(
+        multiply_on_warp(sparse_name(ty, ordered), a, b, metadata, selector), expected
+    )
 
 
 def test_an_illegal_metadata_nibble_is_found():

@@ -17,10 +17,13 @@ def test_global_faults_are_found():
     data, out = np.zeros(32, np.uint32), np.zeros(32, np.uint32)
     store = "mad.wide.u32 %d1, %r30, 4, %d10; {}"
     with pytest.raises(
-        PtxError, match=r"out-of-bounds global write of 4 bytes .*\(0 bytes past the end.*thread \(31, 0, 0\)"
+        PtxError,
+        match=r"out-of-bounds global write of 4 bytes .*\(0 bytes past the end.*thread \(31, 0, 0\)",
     ):
         run(store.format("st.global.u32 [%d1+4], %r30;"), out)
-    with pytest.raises(PtxError, match=r"out-of-bounds global read .*4 bytes before.*thread \(0, 0, 0\)"):
+    with pytest.raises(
+        PtxError, match=r"out-of-bounds global read .*4 bytes before.*thread \(0, 0, 0\)"
+    ):
         run(store.format("ld.global.u32 %r1, [%d1+-4];"), out)
     with pytest.raises(PtxError, match="misaligned 8-byte global access"):
         run(store.format("ld.global.v2.u32 {%r1, %r2}, [%d1];"), out)
@@ -46,9 +49,9 @@ def test_an_unknown_opcode_is_named():
 SHARED = ".extern .shared .align 16 .b8 smem[];"
 AT = "mov.u32 %r10, smem; mad.lo.u32 %r11, %r30, 16, %r10; mad.wide.u32 %d1, %r30, 16, %d10;"  # my 16 bytes
 READ = "ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [%r12];"
-NEIGHBOUR = "xor.b32 %r12, %r30, {}; mad.lo.u32 %r12, %r12, 16, %r10; " + READ.replace("{", "{{").replace(
-    "}", "}}"
-)
+NEIGHBOUR = "xor.b32 %r12, %r30, {}; mad.lo.u32 %r12, %r12, 16, %r10; " + READ.replace(
+    "{", "{{"
+).replace("}", "}}")
 COPY = "cp.async.cg.shared.global [%r11], [%d1], 16; cp.async.commit_group;"
 
 
@@ -84,8 +87,12 @@ def test_cp_async_with_a_short_source_and_a_cache_hint():
 COPY_FAULTS = {
     "not been waited for": COPY + "bar.sync 0;" + NEIGHBOUR.format(0),
     "not been waited": COPY + "cp.async.wait_group 1; bar.sync 0;" + NEIGHBOUR.format(0),
-    "after a write by warp 1": COPY + "cp.async.wait_group 0; bar.warp.sync -1;" + NEIGHBOUR.format(32),
-    "after a write by lane 1 of the same warp": COPY + "cp.async.wait_group 0;" + NEIGHBOUR.format(1),
+    "after a write by warp 1": COPY
+    + "cp.async.wait_group 0; bar.warp.sync -1;"
+    + NEIGHBOUR.format(32),
+    "after a write by lane 1 of the same warp": COPY
+    + "cp.async.wait_group 0;"
+    + NEIGHBOUR.format(1),
     "after a write by lane 0 of the same warp": COPY
     + "bar.sync 0; cp.async.wait_group 0;"
     + "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r11];",
@@ -118,7 +125,9 @@ def test_a_missing_barrier_is_found():
         run_shared(
             "setp.lt.u32 %p1, %r30, 32; @%p1 st.shared.u32 [smem], %r10; @!%p1 st.shared.u32 [smem], %r10;"
         )
-    with pytest.raises(PtxError, match=r"two lanes of a warp write different bytes.*thread \(1, 0, 0\)"):
+    with pytest.raises(
+        PtxError, match=r"two lanes of a warp write different bytes.*thread \(1, 0, 0\)"
+    ):
         run_shared("st.shared.u32 [smem], %r30;", block=32)
 
 
@@ -133,7 +142,9 @@ def test_a_warp_needs_bar_warp_sync_between_its_lanes():
         run_shared(store + NEIGHBOUR.format(1))
 
 
-GROUPS = "shr.u32 %r20, %r30, 6; add.u32 %r20, %r20, 1;"  # warps 0, 1 are group 1, warps 2, 3 group 2
+GROUPS = (
+    "shr.u32 %r20, %r30, 6; add.u32 %r20, %r20, 1;"  # warps 0, 1 are group 1, warps 2, 3 group 2
+)
 
 
 def test_named_barriers_order_their_own_warps_only():
@@ -182,7 +193,8 @@ DEADLOCKS = {
 @pytest.mark.parametrize("name", DEADLOCKS)
 def test_a_deadlock_is_found(name):
     with pytest.raises(
-        PtxError, match=r"k: line \d+: .*bar.*deadlock: .* waits for threads that exited or wait elsewhere"
+        PtxError,
+        match=r"k: line \d+: .*bar.*deadlock: .* waits for threads that exited or wait elsewhere",
     ):
         run_shared(DEADLOCKS[name] + " mov.u32 %r1, 0;")
 
@@ -200,7 +212,8 @@ def test_shared_bounds_alignment_and_poison():
     out, _, _ = run_shared(NEIGHBOUR.format(0))
     assert (out == 0xFFFFFFFF).all()  # never written: NaN
     with pytest.raises(
-        PtxError, match=r"shared access of 16 bytes at 0x3f0 is beyond the 1008 bytes.*thread \(63, 0, 0\)"
+        PtxError,
+        match=r"shared access of 16 bytes at 0x3f0 is beyond the 1008 bytes.*thread \(63, 0, 0\)",
     ):
         run_shared(NEIGHBOUR.format(0), shared_bytes=1008)
     with pytest.raises(PtxError, match="misaligned 16-byte shared access"):
@@ -248,11 +261,22 @@ extern "C" __global__ void soft(const P p) {
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_a_compiled_kernel(tmp_path, arch):
-    assert shutil.which("nvcc"), "nvcc is needed: the PTX that it emits is what the interpreter is for"
+    assert shutil.which("nvcc"), (
+        "nvcc is needed: the PTX that it emits is what the interpreter is for"
+    )
     source = tmp_path / "k.cu"
     source.write_text(CUDA)
     subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", source, "-o", tmp_path / "k.ptx"],
+        [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            f"-arch=compute_{arch}",
+            "-ptx",
+            source,
+            "-o",
+            tmp_path / "k.ptx",
+        ],
         check=True,
     )
     rng = np.random.default_rng(3)
@@ -266,5 +290,9 @@ def test_a_compiled_kernel(tmp_path, arch):
     kernel = Module((tmp_path / "k.ptx").read_text())["soft"]
     buffer += bytes(kernel.parameter_bytes - len(buffer))
     launch(kernel, (rows,), (128,), buffer, memory, 4 * n)
-    expected = x[:, ::-1] / x.sum(1, keepdims=True) + (np.arange(rows, dtype=np.float32) % 5)[:, None]
-    assert np.array_equal(y, [[bf16_exact(float(v)) for v in row] for row in expected.astype(np.float32)])
+    expected = (
+        x[:, ::-1] / x.sum(1, keepdims=True) + (np.arange(rows, dtype=np.float32) % 5)[:, None]
+    )
+    assert np.array_equal(
+        y, [[bf16_exact(float(v)) for v in row] for row in expected.astype(np.float32)]
+    )

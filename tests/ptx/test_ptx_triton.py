@@ -24,7 +24,10 @@ def gemm(a_ptr, b_ptr, c_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: t
     total = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        a_at, b_at = a_ptr + m[:, None] * K + k[None, :] + SHIFT, b_ptr + k[:, None] * N + n[None, :]
+        a_at, b_at = (
+            a_ptr + m[:, None] * K + k[None, :] + SHIFT,
+            b_ptr + k[:, None] * N + n[None, :],
+        )
         if MASKED:
             a = tl.load(a_at, mask=(m < M)[:, None] & (k < K)[None, :], other=0)
             b = tl.load(b_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0)
@@ -48,7 +51,18 @@ def scaled(x_ptr, y_ptr, n, scale, negative, B: tl.constexpr):
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def multiply(dtype, M, N, K, tile=(32, 32, 32), masked=True, store_masked=True, shift=0, emulated=None, numbers=None):
+def multiply(
+    dtype,
+    M,
+    N,
+    K,
+    tile=(32, 32, 32),
+    masked=True,
+    store_masked=True,
+    shift=0,
+    emulated=None,
+    numbers=None,
+):
     """c and what was launched; small integers, whose products and sums are exact in all types."""
     rng = np.random.default_rng(M)
     make = numbers or (lambda *shape: torch.from_numpy(rng.integers(-2, 3, shape)).to(dtype))
@@ -56,7 +70,9 @@ def multiply(dtype, M, N, K, tile=(32, 32, 32), masked=True, store_masked=True, 
     emulated = emulated or Emulated(gemm, ("c_ptr",))
     grid = (-(-M // tile[0]), -(-N // tile[1]))
     precision = "tf32x3" if dtype == torch.float32 else "ieee"
-    emulated[grid](a, b, c, M, N, K, *tile, masked, store_masked, shift, precision, num_warps=4, num_stages=3)
+    emulated[grid](
+        a, b, c, M, N, K, *tile, masked, store_masked, shift, precision, num_warps=4, num_stages=3
+    )
     return c.double(), a.double() @ b.double(), emulated.launched[-1]
 
 
@@ -64,7 +80,9 @@ def multiply(dtype, M, N, K, tile=(32, 32, 32), masked=True, store_masked=True, 
 @pytest.mark.parametrize(("M", "N", "K"), [(64, 32, 96), (50, 41, 77), (1, 17, 5), (33, 40, 48)])
 def test_a_triton_gemm_is_exact_on_small_integers(dtype, M, N, K):
     """Whole tiles without masks, and tails with them."""
-    c, expected, (compiled, _, counts) = multiply(dtype, M, N, K, masked=M != 64, store_masked=M != 64)
+    c, expected, (compiled, _, counts) = multiply(
+        dtype, M, N, K, masked=M != 64, store_masked=M != 64
+    )
     assert torch.equal(c, expected)
     assert counts["mma.sync"] and counts["bar.sync"] and counts["st.global"]
     shape = {torch.float16: "m16n8k16.row.col.f32.f16", torch.bfloat16: "m16n8k16.row.col.f32.bf16"}
@@ -76,7 +94,9 @@ def test_a_triton_gemm_is_exact_on_small_integers(dtype, M, N, K):
 
 def test_three_tf32_products_keep_22_bits():
     rng = torch.Generator().manual_seed(0)
-    c, expected, _ = multiply(torch.float32, 32, 32, 64, numbers=lambda *s: torch.randn(*s, generator=rng))
+    c, expected, _ = multiply(
+        torch.float32, 32, 32, 64, numbers=lambda *s: torch.randn(*s, generator=rng)
+    )
     error = (c - expected).abs().max().item()
     assert 0 < error < 64 * 2.0**-21  # a single tf32 product is off by 2^-11 a term
 
@@ -172,4 +192,9 @@ def test_launches_that_are_compiled_only():
     emulated = Emulated(scaled, ("y_ptr",), arch=90, execute=False)
     emulated[(1 << 15,)](x, y, 1 << 20, 2.0, False, 32)
     ((compiled, grid, counts),) = emulated.launched
-    assert compiled.arch == 90 and ".target sm_90" in compiled.ptx and grid == (1 << 15,) and not counts
+    assert (
+        compiled.arch == 90
+        and ".target sm_90" in compiled.ptx
+        and grid == (1 << 15,)
+        and not counts
+    )

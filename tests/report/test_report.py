@@ -48,7 +48,13 @@ def test_bits_are_weighted_by_layer_size(runs):
 
 
 def test_record_and_evaluation_of_one_folder_are_one_row(runs, tmp_path):
-    evaluation = {"folder": str(runs / "slab"), "method": "slab", "perplexity": 6.25, "bits_per_weight": 9.9, "tokens": 5}
+    evaluation = {
+        "folder": str(runs / "slab"),
+        "method": "slab",
+        "perplexity": 6.25,
+        "bits_per_weight": 9.9,
+        "tokens": 5,
+    }
     (tmp_path / "eval.json").write_text(json.dumps(evaluation))
     found = report.read([runs, tmp_path / "eval.json"])
     (slab,) = [r for r in found.results if r.method == "slab"]
@@ -72,7 +78,12 @@ def test_same_method_twice_gets_two_labels(tmp_path):
     rows = [{"method": "slab", "values": v, "rank": r} for v in ("fp16", "int4") for r in (1, 2)]
     (tmp_path / "results.json").write_text(json.dumps({"results": rows}))
     labels = [r.label for r in report.read([tmp_path]).results]
-    assert labels == ["slab fp16 rank 1", "slab fp16 rank 2", "slab int4 rank 1", "slab int4 rank 2"]
+    assert labels == [
+        "slab fp16 rank 1",
+        "slab fp16 rank 2",
+        "slab int4 rank 1",
+        "slab int4 rank 2",
+    ]
 
 
 def test_rows_read_back_as_written(runs, tmp_path):
@@ -83,7 +94,12 @@ def test_rows_read_back_as_written(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("not json", "not readable JSON"), ("[1]", "not an object"), ('{"a": 1}', "none of the kinds"), (None, "does not exist")],
+    [
+        ("not json", "not readable JSON"),
+        ("[1]", "not an object"),
+        ('{"a": 1}', "none of the kinds"),
+        (None, "does not exist"),
+    ],
 )
 def test_bad_paths_are_named(tmp_path, content, message):
     path = tmp_path / "x.json"
@@ -104,19 +120,37 @@ def test_every_results_file_of_the_repository_opens(file, tmp_path, capsys):
     assert cli.run(["report", str(file), "--no-plots", "--out", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = data.get("results") or data.get("rows") or data.get("kernels") or []
-    shown = [len(found["results"]), len(found["bench"]), *(len(table["rows"]) for table in found["tables"])]
-    assert len(rows) + ("dense" in data) in shown or (any(len(table["rows"]) for table in found["tables"]) and not rows)
+    shown = [
+        len(found["results"]),
+        len(found["bench"]),
+        *(len(table["rows"]) for table in found["tables"]),
+    ]
+    assert len(rows) + ("dense" in data) in shown or (
+        any(len(table["rows"]) for table in found["tables"]) and not rows
+    )
     assert cli.run(["report", str(file), "--no-plots", "--out", str(tmp_path)]) == 0
-    assert "<table" in (tmp_path / "report.html").read_text() and "report it" not in capsys.readouterr().err
+    assert (
+        "<table" in (tmp_path / "report.html").read_text()
+        and "report it" not in capsys.readouterr().err
+    )
 
 
 def test_a_method_of_several_formats_is_not_compared_as_if_it_had_one(tmp_path):
     rows = [{"label": f"{m} {b}", "settings": {"method": m}, "perplexity": p, "bits_per_weight": b}
             for m, p, b in (("slab", 6.0, 9.5), ("slab", 8.0, 3.5), ("slab-paper", 10.0, 3.5))]  # fmt: skip
-    (tmp_path / "methods.json").write_text(json.dumps({"rows": rows, "dense": 5.0, "machine": "two cores"}))
+    (tmp_path / "methods.json").write_text(
+        json.dumps({"rows": rows, "dense": 5.0, "machine": "two cores"})
+    )
     found = report.read([tmp_path / "methods.json"])
-    assert [r.label for r in found.results] == ["dense", "slab 9.5", "slab 3.5", "slab-paper 3.5"] and found.notes == ("two cores",)
-    assert report.headline(found).startswith("Best: slab 9.5, perplexity 6.00 where the dense model has 5.00")
+    assert [r.label for r in found.results] == [
+        "dense",
+        "slab 9.5",
+        "slab 3.5",
+        "slab-paper 3.5",
+    ] and found.notes == ("two cores",)
+    assert report.headline(found).startswith(
+        "Best: slab 9.5, perplexity 6.00 where the dense model has 5.00"
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,9 +178,15 @@ def test_folder_without_record_is_refused(tmp_path):
 def test_writes_pictures_and_a_page_that_stands_alone(runs, tmp_path):
     rows = [{"method": m, "perplexity": p, "bits_per_weight": b, "tokens_per_second": 9.0, "folder": str(runs / m)}
             for m, p, b in (("magnitude", 40.0, 9.0), ("slab-paper", 10.0, 9.6), ("slab", 6.0, 9.6))]  # fmt: skip
-    rows.append({"method": "dense", "perplexity": 5.0, "bits_per_weight": 16.0, "tokens_per_second": 12.0})
+    rows.append(
+        {"method": "dense", "perplexity": 5.0, "bits_per_weight": 16.0, "tokens_per_second": 12.0}
+    )
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({"model": "<b>tiny</b>", "results": rows, "bench": BENCH, "notes": ["two cores"]}))
+    file.write_text(
+        json.dumps(
+            {"model": "<b>tiny</b>", "results": rows, "bench": BENCH, "notes": ["two cores"]}
+        )
+    )
     written = report.write(report.read([runs, file]), tmp_path / "out")
     assert [p.name for p in written] == [
         "error-by-layer.png", "perplexity-by-bits.png", "speed-model.png", "speed-layers.png", "report.html",
@@ -155,8 +195,10 @@ def test_writes_pictures_and_a_page_that_stands_alone(runs, tmp_path):
     html = written[-1].read_text()
     assert "<b>tiny</b>" not in html and "&lt;b&gt;tiny" in html
     assert html.count("data:image/png;base64,") == 8  # light and dark
-    assert not re.search(r"(?:src|srcset|href)=[\"'](?!data:)|https?://|<script|@import|url\(", html)
-    assert 'name=viewport' in html and "prefers-color-scheme: dark" in html
+    assert not re.search(
+        r"(?:src|srcset|href)=[\"'](?!data:)|https?://|<script|@import|url\(", html
+    )
+    assert "name=viewport" in html and "prefers-color-scheme: dark" in html
 
 
 @pytest.mark.parametrize("draw", [lambda: figures.layer_speed(BENCH, figures.DARK), lambda: figures.model_speed(
@@ -168,10 +210,15 @@ def test_bars_start_at_zero_and_none_is_cut(draw):
 
 
 def test_labels_of_close_points_do_not_cover_each_other():
-    points = [report.Result(m, bits_per_weight=9.5, perplexity=6 + 0.001 * i, label=m) for i, m in enumerate(figures.STYLES)]
+    points = [
+        report.Result(m, bits_per_weight=9.5, perplexity=6 + 0.001 * i, label=m)
+        for i, m in enumerate(figures.STYLES)
+    ]
     fig = figures.perplexity_by_bits(points, report.Result("dense", perplexity=5.9), figures.LIGHT)
     fig.draw_without_rendering()
-    boxes = [Text.get_window_extent(t) for t in fig.axes[0].texts if not t.get_text().startswith("dense")]  # without leader lines
+    boxes = [
+        Text.get_window_extent(t) for t in fig.axes[0].texts if not t.get_text().startswith("dense")
+    ]  # without leader lines
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
@@ -193,5 +240,7 @@ def test_missing_matplotlib_is_a_sentence(runs, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 4 and "pip install" in done.stderr and "Traceback" not in done.stderr
-    done = subprocess.run([sys.executable, "-c", code, "--no-plots"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-plots"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "slab-paper" in done.stdout

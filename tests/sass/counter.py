@@ -29,7 +29,9 @@ from slab_kernels.backends.cuda import compile as recipe
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".pytest_cache" / "d" / "sass"
 UNIT = "linear"
-SHARING = 2  # warps that copy a group's activations: plan.py's most frequent tile has 64 rows, two warps
+SHARING = (
+    2  # warps that copy a group's activations: plan.py's most frequent tile has 64 rows, two warps
+)
 KEPT = 12  # cubins in the cache: two versions of every architecture
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by name. IMAD
@@ -86,7 +88,9 @@ class Usage(NamedTuple):
 class Kernel:
     """One kernel's instructions as basic blocks and natural loops."""
 
-    def __init__(self, name: str, instructions: list[Instruction], labels: dict[str, int], usage: Usage):
+    def __init__(
+        self, name: str, instructions: list[Instruction], labels: dict[str, int], usage: Usage
+    ):
         self.name, self.instructions, self.usage = name, instructions, usage
         self.blocks, self.successors = _blocks(instructions, labels)
         self.dominators = _dominators(self.successors)
@@ -101,9 +105,15 @@ class Kernel:
     @functools.cached_property
     def main(self) -> Loop:
         """Raises: ValueError if no loop both multiplies and copies."""
-        found = [x for x in self.loops if self.has(x.blocks, "HMMA", "IMMA", "HGMMA") and self.has(x.blocks, "LDGSTS")]
+        found = [
+            x
+            for x in self.loops
+            if self.has(x.blocks, "HMMA", "IMMA", "HGMMA") and self.has(x.blocks, "LDGSTS")
+        ]
         if not found:
-            raise ValueError(f"{self.name}: no loop has both a matrix product and an asynchronous copy")
+            raise ValueError(
+                f"{self.name}: no loop has both a matrix product and an asynchronous copy"
+            )
         return min(found, key=lambda x: len(self.of(x.blocks)))
 
     @functools.cached_property
@@ -138,11 +148,15 @@ class Kernel:
         A warp instruction copies two token rows of x. Raises: ValueError for a loop of an unknown kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
-        if self.has(loop.blocks, "HMMA") or any(".ZFILL" in i.opcode for i in copies):  # a rank; its row of v
+        if self.has(loop.blocks, "HMMA") or any(
+            ".ZFILL" in i.opcode for i in copies
+        ):  # a rank; its row of v
             return 1
         if copies:
             return -(-tokens // (2 * len(copies) * SHARING))
-        raise ValueError(f"{self.name}: what is the loop at {self.blocks[loop.header][0].address:#x}?")
+        raise ValueError(
+            f"{self.name}: what is the loop at {self.blocks[loop.header][0].address:#x}?"
+        )
 
     @functools.cached_property
     def times(self) -> dict[int, float]:
@@ -184,13 +198,20 @@ def _blocks(
     jumps: dict[int, list[int]] = {}
     for at, i in enumerate(code):
         targets = [labels[x] for x in re.findall(r"\.L_x_\d+", i.operands) if x in labels]
-        if i.base in ("BRA", "BRX", "BRXU", "CALL", "WARPSYNC") and (targets or i.base.startswith("BR")):
-            always = i.base.startswith("BR") and not i.predicate and not re.match(r"[!~]?U?[PR]", i.operands)
+        if i.base in ("BRA", "BRX", "BRXU", "CALL", "WARPSYNC") and (
+            targets or i.base.startswith("BR")
+        ):
+            always = (
+                i.base.startswith("BR")
+                and not i.predicate
+                and not re.match(r"[!~]?U?[PR]", i.operands)
+            )
             jumps[at] = targets if always or i.base == "BRXU" else [*targets, at + 1]
         elif i.base in ("EXIT", "RET"):
             jumps[at] = [at + 1] if i.predicate else []
     starts = sorted(
-        {0, *(t for targets in jumps.values() for t in targets), *(at + 1 for at in jumps)} - {len(code)}
+        {0, *(t for targets in jumps.values() for t in targets), *(at + 1 for at in jumps)}
+        - {len(code)}
     )
     index = {start: n for n, start in enumerate(starts)}
     blocks, successors = [], []
@@ -215,13 +236,18 @@ def _dominators(successors: list[list[int]]) -> list[int]:
             order.append(block)
             stack.pop()
     predecessors = [[p for p in seen if block in successors[p]] for block in range(len(successors))]
-    dominators = [(1 << len(successors)) - 1 if block in seen else 0 for block in range(len(successors))]
+    dominators = [
+        (1 << len(successors)) - 1 if block in seen else 0 for block in range(len(successors))
+    ]
     dominators[0] = 1
     changed = True
     while changed:
         changed = False
         for block in order[-2::-1]:
-            common = functools.reduce(int.__and__, (dominators[p] for p in predecessors[block])) | 1 << block
+            common = (
+                functools.reduce(int.__and__, (dominators[p] for p in predecessors[block]))
+                | 1 << block
+            )
             changed |= common != dominators[block]
             dominators[block] = common
     return dominators
@@ -238,7 +264,9 @@ def _loops(successors: list[list[int]], dominators: list[int]) -> list[Loop]:
                     inside = todo.pop()
                     if inside not in body:
                         body.add(inside)
-                        todo += [p for p, to in enumerate(successors) if inside in to and dominators[p]]
+                        todo += [
+                            p for p, to in enumerate(successors) if inside in to and dominators[p]
+                        ]
     return [Loop(header, frozenset(body)) for header, body in bodies.items()]
 
 
@@ -300,7 +328,9 @@ def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
             name, code, labels = line[len(".text.") : -1], [], {}
         elif line.startswith(".L_x_"):
             labels[line.rstrip(":")] = len(code)
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][A-Z0-9_.]*)\s*(.*)", line):
+        elif found := re.match(
+            r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][A-Z0-9_.]*)\s*(.*)", line
+        ):
             address, predicate, opcode, operands = found.groups()
             code.append(Instruction(int(address, 16), predicate or "", opcode, operands))
     close()
@@ -310,7 +340,10 @@ def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
 def disassemble(image: Path) -> dict[str, Kernel]:
     listing = recipe.run([tool("cuobjdump"), "--dump-resource-usage", str(image)])
     fields = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing)
-    usage = {name: Usage(int(registers), int(stack), int(local)) for name, registers, stack, local in fields}
+    usage = {
+        name: Usage(int(registers), int(stack), int(local))
+        for name, registers, stack, local in fields
+    }
     return parse(recipe.run([tool("nvdisasm"), "-c", str(image)]), usage)
 
 

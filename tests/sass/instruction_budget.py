@@ -23,7 +23,9 @@ from slab_kernels.backends.cuda.plan import DENSE, GPUS, INT4, INT8, REGISTERS, 
 RESULT = sass.ROOT / "benchmarks" / "results" / "instruction-budget.json"
 VALUES = {"w16": W16, "int8": INT8, "int4": INT4}
 KINDS = {**VALUES, "dense": DENSE}  # of plan.ISSUE
-WEIGHTS = 32 * 128  # of a K-block; a warp instruction does 32 lanes' work, so 128 of them are one a weight
+WEIGHTS = (
+    32 * 128
+)  # of a K-block; a warp instruction does 32 lanes' work, so 128 of them are one a weight
 LANE_WEIGHTS = WEIGHTS // 32
 SHOWN = ("sm_80", "sm_89", "sm_90a")
 SHOWN_TILES = (8, 16, 64)
@@ -103,15 +105,21 @@ def tiles_of(name: str, tokens: int) -> float:
     return tokens / 8 * (0.5 if name == "dense" else 1.0)
 
 
-def issue_line(kernels: dict[str, sass.Kernel], name: str) -> tuple[tuple[int, int], dict[int, float]]:
+def issue_line(
+    kernels: dict[str, sass.Kernel], name: str
+) -> tuple[tuple[int, int], dict[int, float]]:
     """(fixed, per token tile) for plan.ISSUE by least squares of relative errors, and the counts by tokens of
     a warp.
 
     Of the fp16 kernels. bf16 issues the same for w16 and a few per cent more for integers.
     """
     kernel = "adapter_fp16_t{}" if name == "dense" else f"linear_fp16_{name}_one_t{{}}"
-    counts = {tokens: sum(kernels[kernel.format(tokens)].by_pipe().values()) for tokens in REGISTERS}
-    rows = np.array([[1 / counted, tiles_of(name, tokens) / counted] for tokens, counted in counts.items()])
+    counts = {
+        tokens: sum(kernels[kernel.format(tokens)].by_pipe().values()) for tokens in REGISTERS
+    }
+    rows = np.array(
+        [[1 / counted, tiles_of(name, tokens) / counted] for tokens, counted in counts.items()]
+    )
     fixed, per_tile = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)[0]
     return (round(fixed), round(per_tile)), counts
 
@@ -130,12 +138,16 @@ def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
     ]
     for values in VALUES:
         for tokens in SHOWN_TILES:
-            found = [machine_code[a][f"linear_fp16_{values}_one_t{tokens}"].by_pipe() for a in SHOWN]
+            found = [
+                machine_code[a][f"linear_fp16_{values}_one_t{tokens}"].by_pipe() for a in SHOWN
+            ]
             cells = [[pipes[c] for pipes in found] for c in columns] + [
                 [sum(pipes.values()) for pipes in found]
             ]
             text = [
-                " / ".join(f"{n / LANE_WEIGHTS:.2f}" for n in (cell[:1] if len(set(cell)) == 1 else cell))
+                " / ".join(
+                    f"{n / LANE_WEIGHTS:.2f}" for n in (cell[:1] if len(set(cell)) == 1 else cell)
+                )
                 for cell in cells
             ]
             lines.append(f"| {values} | {tokens} | {' | '.join(text)} |")
@@ -149,13 +161,17 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
         " (all / of them ALU), and"
         " the share that the kernel of 8 tokens takes of its nearest limit besides bytes.",
         "",
-        "| GPU | " + " | ".join(f"{name}, {bits(values):g} bits" for name, values in VALUES.items()) + " |",
+        "| GPU | "
+        + " | ".join(f"{name}, {bits(values):g} bits" for name, values in VALUES.items())
+        + " |",
         "|---|" + "---|" * len(VALUES),
     ]
     for gpu in GPUS:
         cells = []
         for name, values in VALUES.items():
-            found = limit(machine_code[architecture_of(gpu)][f"linear_fp16_{name}_one_t8"], gpu, values)
+            found = limit(
+                machine_code[architecture_of(gpu)][f"linear_fp16_{name}_one_t8"], gpu, values
+            )
             nearest = max(found.used, key=found.used.__getitem__)
             share = found.used[nearest] / found.clocks
             room = f"{found.clocks / LANE_WEIGHTS:.1f} / {found.clocks / LANE_WEIGHTS / ALU_CLOCKS:.1f}"
@@ -185,7 +201,9 @@ def record(machine_code: dict[str, dict[str, sass.Kernel]]) -> dict[str, object]
         for name, values in VALUES.items():
             for tokens in REGISTERS:
                 found = limit(
-                    machine_code[architecture_of(gpu)][f"linear_fp16_{name}_one_t{tokens}"], gpu, values
+                    machine_code[architecture_of(gpu)][f"linear_fp16_{name}_one_t{tokens}"],
+                    gpu,
+                    values,
                 )
                 budgets.append(
                     {

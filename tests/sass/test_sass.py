@@ -32,8 +32,13 @@ from slab_kernels.backends.cuda.plan import (
 )
 
 MOST_BYTES = 6_500_000  # of a cubin; sm_90a takes 4.1, sm_120a's code is half as large again
-LARGEST_FAMILY = 12  # linear kernels of a token tile: two activation types, three values, one rank or any
-SIMPLE_REGISTERS, ANY_REGISTERS = 64, 128  # reduce and dense: four CTAs of 256 threads; dense of any rank: two
+LARGEST_FAMILY = (
+    12  # linear kernels of a token tile: two activation types, three values, one rank or any
+)
+SIMPLE_REGISTERS, ANY_REGISTERS = (
+    64,
+    128,
+)  # reduce and dense: four CTAs of 256 threads; dense of any rank: two
 ROW_TILES, STEPS = 2, 4  # of a warp, of a K-block
 WITHIN = 0.10  # of plan.ISSUE
 PLANES_WITHIN = 0.02  # of plan.PLANES_ISSUE: two tiles, a line through both
@@ -87,12 +92,22 @@ def test_every_kernel_is_there_once_and_the_image_is_small(machine_code, archite
     kinds = [f"linear_{a}_{v}_{r}" for a in activations for v in values for r in ("one", "any")]
     linears = {f"{kind}_t{t}" for kind in kinds for t in REGISTERS}
     adapters = {f"adapter_{a}_t{t}" for a in activations for t in REGISTERS}
-    simple = {f"reduce_{a}" for a in activations} | {f"dense_{a}_{v}" for a in activations for v in values}
+    simple = {f"reduce_{a}" for a in activations} | {
+        f"dense_{a}_{v}" for a in activations for v in values
+    }
     simple |= {f"dense_{a}_{v}_any" for a in activations for v in values}
     which = ("two", "three", "any")
-    planes = {f"planes_{a}_{v}_{w}_t{t}" for a in activations for v in values for w in which for t in PLANES_REGISTERS}
+    planes = {
+        f"planes_{a}_{v}_{w}_t{t}"
+        for a in activations
+        for v in values
+        for w in which
+        for t in PLANES_REGISTERS
+    }
     names = {W16: "w16", INT8: "int8", INT4: "int4"}
-    kinds = [(f"{names[v]}_{'one' if rank else 'none'}", tokens) for (v, rank), tokens in TALL.items()]
+    kinds = [
+        (f"{names[v]}_{'one' if rank else 'none'}", tokens) for (v, rank), tokens in TALL.items()
+    ]
     tall = {f"tall_{a}_{kind}_t{t}" for a in activations for kind, tokens in kinds for t in tokens}
     assert len(tall) <= LARGEST_FAMILY
     assert set(kernels) == linears | adapters | simple | tall | planes
@@ -111,13 +126,17 @@ def test_registers_suffice_and_nothing_is_called_or_spilled(machine_code, archit
         most = families.get(name.split("_")[0], REGISTERS).get(tokens_of(name), simple)
         everything = {i.base for i in kernel.instructions}
         if kernel.usage.registers > most:
-            wrong[f"{kernel.usage.registers} registers, where plan.py counts on {most}"].append(name)
+            wrong[f"{kernel.usage.registers} registers, where plan.py counts on {most}"].append(
+                name
+            )
         if kernel.usage.stack or kernel.usage.local or everything & {"LDL", "STL"}:
             wrong[f"spills: {kernel.usage.stack} bytes of stack"].append(name)
         # ptxas leaves some loops by CALL.REL.NOINC to the next label, on sm_80 to 89: a jump
         calls = [i for i in kernel.instructions if i.base in ("CALL", "RET")]
         if any("`(.L_x_" not in i.operands for i in calls):
-            wrong["a call of a subroutine: a 64-bit division or an emulated instruction"].append(name)
+            wrong["a call of a subroutine: a 64-bit division or an emulated instruction"].append(
+                name
+            )
     wrong.check()
 
 
@@ -141,7 +160,10 @@ def test_each_product_is_one_tensor_instruction(machine_code, architecture):
             expected["rank loops"], counted["rank loops"] = {sparse: half}, dict(inside)
         if not name.startswith("adapter"):  # one step of the adapter
             after = products(kernel.instructions) - products(main)
-            expected["adapter loop"], counted["adapter loop"] = {dense: tiles * ROW_TILES * (1 + tall)}, dict(after)
+            expected["adapter loop"], counted["adapter loop"] = (
+                {dense: tiles * ROW_TILES * (1 + tall)},
+                dict(after),
+            )
         if counted != expected:
             wrong[f"{counted}, not {expected}"].append(name)
     wrong.check()
@@ -162,7 +184,9 @@ def test_the_main_loop_copies_past_the_registers_and_converts_nothing(machine_co
         if not all(any(i.base == "LDGSTS" for i in part) for part in (before, main)):
             wrong["the first stages or the main loop copy nothing asynchronously"].append(name)
         if any(not m.endswith(".M88.4") for m in matrices) or matrices.total() < tiles * STEPS:
-            wrong[f"ldmatrix {dict(matrices)}, where {tiles * STEPS} of four matrices read x"].append(name)
+            wrong[
+                f"ldmatrix {dict(matrices)}, where {tiles * STEPS} of four matrices read x"
+            ].append(name)
         if conversions := sorted({i.opcode for i in main if i.pipe == "xu"}):
             wrong[f"conversions or divisions in the main loop: {conversions}"].append(name)
     wrong.check()
@@ -176,9 +200,9 @@ def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
         for tokens, counted in counts.items():
             modelled = fixed + per_tile * instruction_budget.tiles_of(name, tokens)
             if abs(modelled / counted - 1) > WITHIN:
-                wrong[f"plan.ISSUE of {name} is {ISSUE[values]}, the machine code says {fitted}"].append(
-                    f"t{tokens}: {modelled:.0f} for {counted:.0f}"
-                )
+                wrong[
+                    f"plan.ISSUE of {name} is {ISSUE[values]}, the machine code says {fitted}"
+                ].append(f"t{tokens}: {modelled:.0f} for {counted:.0f}")
     wrong.check()
 
 
@@ -188,8 +212,13 @@ def test_the_cost_model_knows_the_tall_kernels(machine_code):
             name = {W16: "w16", INT8: "int8", INT4: "int4"}[values]
             fixed, per_tile = TALL_ISSUE[values]
             for tokens in tiles:
-                counted = sum(machine_code("sm_90a")[1][f"tall_fp16_{name}_one_t{tokens}"].by_pipe().values())
-                assert fixed + per_tile * tokens / 8 == pytest.approx(counted, rel=WITHIN), (name, tokens)
+                counted = sum(
+                    machine_code("sm_90a")[1][f"tall_fp16_{name}_one_t{tokens}"].by_pipe().values()
+                )
+                assert fixed + per_tile * tokens / 8 == pytest.approx(counted, rel=WITHIN), (
+                    name,
+                    tokens,
+                )
 
 
 def test_the_cost_model_knows_the_kernels_of_several_planes(machine_code):
@@ -202,7 +231,9 @@ def test_the_cost_model_knows_the_kernels_of_several_planes(machine_code):
             counted = sum(machine_code("sm_90a")[1][kernel].by_pipe().values())
             modelled = fixed + per_tile * tokens / 8
             if abs(modelled / counted - 1) > PLANES_WITHIN:
-                wrong[f"plan.PLANES_ISSUE says {modelled:.0f}, the machine code {counted:.0f}"].append(kernel)
+                wrong[
+                    f"plan.PLANES_ISSUE says {modelled:.0f}, the machine code {counted:.0f}"
+                ].append(kernel)
     wrong.check()
 
 
@@ -248,7 +279,14 @@ def test_main_loop_is_found_although_a_part_lies_outside_its_addresses():
     assert addresses == [*range(0x10, 0x90, 0x10), 0xA0, 0xB0, 0xC0]
     assert [kernel.blocks[loop.header][0].address for loop in kernel.inner] == [0x30]
     # two warps move 4 of 8 token rows a trip; the store at an edge never runs; one load is only an issue slot
-    opcodes = {"MOV": 1, "LDGSTS.E.BYPASS.128": 2, "HMMA.SP.16832.F32": 1, "@!PT": 1, "FFMA": 1, "BRA": 4}
+    opcodes = {
+        "MOV": 1,
+        "LDGSTS.E.BYPASS.128": 2,
+        "HMMA.SP.16832.F32": 1,
+        "@!PT": 1,
+        "FFMA": 1,
+        "BRA": 4,
+    }
     pipes = {"tensor": 1, "alu": 1, "fma": 1, "shared": 2, "control": 5}
     assert kernel.executed() == opcodes
     assert kernel.by_pipe() == dict.fromkeys(sass.PIPES, 0) | pipes
@@ -264,7 +302,9 @@ def test_a_kernel_without_main_loop_and_an_unknown_opcode_are_named():
 def test_a_missing_tool_is_one_sentence(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sass.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(recipe.Impossible, match=r"^no nvdisasm here: pip install nvidia-cuda-nvdisasm$"):
+    with pytest.raises(
+        recipe.Impossible, match=r"^no nvdisasm here: pip install nvidia-cuda-nvdisasm$"
+    ):
         sass.tool("nvdisasm")
 
 
@@ -272,4 +312,6 @@ def test_budget_at_full_bandwidth():
     """H200, 3.625 bits: 4096 weights are 1856 bytes; 132 x 4 schedulers at 1.76 GHz against 4800 GB/s."""
     gpu = next(gpu for gpu in GPUS if gpu.name == "H200")
     assert instruction_budget.bits(INT4) == 3.625
-    assert instruction_budget.clocks_of_memory(gpu, INT4) == pytest.approx(4 * 132 * 1.76 * 1856 / 4800)
+    assert instruction_budget.clocks_of_memory(gpu, INT4) == pytest.approx(
+        4 * 132 * 1.76 * 1856 / 4800
+    )

@@ -35,10 +35,18 @@ def lines(path: Path, *rows) -> Path:
 
 
 def test_rows_are_read_by_their_fields(tmp_path, tokenizer):
-    rows = [{"text": "first"}, "", {"messages": CHAT, "id": 3}, {"prompt": "2+2=", "completion": "4"}, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
+    rows = [
+        {"text": "first"},
+        "",
+        {"messages": CHAT, "id": 3},
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    ]
     text = "first\n\n<user>Hi<assistant>Hello\n\n2+2=4\n\n<user>Hi<assistant>Hello"
     assert read_text(lines(tmp_path / "a.jsonl", *rows), tokenizer=tokenizer) == text
-    assert read_text(lines(tmp_path / "b.json", *rows), tokenizer=tokenizer) == text, "lines under the shorter name"
+    assert read_text(lines(tmp_path / "b.json", *rows), tokenizer=tokenizer) == text, (
+        "lines under the shorter name"
+    )
     whole = [row for row in rows if row]
     (tmp_path / "c.json").write_text(json.dumps(whole))
     assert read_text(tmp_path / "c.json", tokenizer=tokenizer) == text
@@ -120,7 +128,9 @@ def test_ids_that_mean_nothing_plain_are_named(ids, message):
         token_ids(ids, "held-out")
 
 
-@pytest.mark.parametrize("source", [None, 3.5, b"x", iter(["x"]), {"x", "y"}], ids=lambda source: type(source).__name__)
+@pytest.mark.parametrize(
+    "source", [None, 3.5, b"x", iter(["x"]), {"x", "y"}], ids=lambda source: type(source).__name__
+)
 def test_what_is_neither_text_nor_ids_is_named(source):
     assert token_ids(source) is None
     with pytest.raises(CalibrationError, match="neither text nor token ids"):
@@ -136,9 +146,14 @@ def test_a_text_for_its_name_is_named():
 
 def test_compress_takes_them_all_and_a_tokenizer_by_its_folder(tmp_path):
     model, settings = tiny_models.write(tmp_path / "m"), {"method": "magnitude", "progress": False}
-    made = [slab_kernels.compress(tmp_path / "m", calibration=c, **settings) for c in (TOKENS, TOKENS.tolist(), {"input_ids": TOKENS.numpy()})]
+    made = [
+        slab_kernels.compress(tmp_path / "m", calibration=c, **settings)
+        for c in (TOKENS, TOKENS.tolist(), {"input_ids": TOKENS.numpy()})
+    ]
     digests = {m.slab_record.settings["calibration_sha256"] for m in made}
-    assert len(digests) == 1 and {m.slab_record.settings["calibration"] for m in made} == {"token ids"}
+    assert len(digests) == 1 and {m.slab_record.settings["calibration"] for m in made} == {
+        "token ids"
+    }
     text = {"calibration": [tiny_models.text(90)], "samples": 2, "window": 16}
     for tokenizer in (str(tmp_path / "m"), tmp_path / "m", tiny_models.tokenizer()):
         made = slab_kernels.compress(model, tokenizer=tokenizer, **text, **settings)
@@ -146,7 +161,9 @@ def test_compress_takes_them_all_and_a_tokenizer_by_its_folder(tmp_path):
         model = tiny_models.model()
     with pytest.raises(ValueError, match="tokenizer=3 must be"):
         slab_kernels.compress(model, tokenizer=3, **text, **settings)
-    with pytest.raises(CalibrationError, match="windows of 65, longer than the model's 64 positions"):
+    with pytest.raises(
+        CalibrationError, match="windows of 65, longer than the model's 64 positions"
+    ):
         slab_kernels.compress(model, calibration=torch.ones(1, 65, dtype=torch.long), **settings)
 
 
@@ -158,7 +175,9 @@ def test_a_token_that_the_model_has_no_row_for_is_named_everywhere(tmp_path, cap
         ["generate", "--prompt", "xyz"],
         ["compress", str(tmp_path / "out"), "--calibration", str(tmp_path / "t.txt")],
     ):
-        assert cli.run([arguments[0], str(tmp_path / "m"), *arguments[1:]]) == 3  # its own tokenizer
+        assert (
+            cli.run([arguments[0], str(tmp_path / "m"), *arguments[1:]]) == 3
+        )  # its own tokenizer
         assert "the model's vocabulary has 60" in capsys.readouterr().err
     tokenizer = tiny_models.tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})  # its id, 96, is beyond the embedding
@@ -167,10 +186,15 @@ def test_a_token_that_the_model_has_no_row_for_is_named_everywhere(tmp_path, cap
 
 
 def test_generation_ends_at_the_last_position():
-    model, tokenizer = tiny_models.model("opt"), tiny_models.tokenizer()  # its positions are a table
+    model, tokenizer = (
+        tiny_models.model("opt"),
+        tiny_models.tokenizer(),
+    )  # its positions are a table
     new, _ = evaluate.continuation(model, tokenizer, "abc", 500)
     assert 0 < len(new) <= 61
-    with pytest.raises(CalibrationError, match="70 tokens, which leaves none of the model's 64 positions"):
+    with pytest.raises(
+        CalibrationError, match="70 tokens, which leaves none of the model's 64 positions"
+    ):
         evaluate.continuation(model, tokenizer, "a" * 70, 5)
 
 
@@ -181,7 +205,20 @@ def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(elsewhere)
     tiny_models.write(home / "m")
     (home / "t.txt").write_text(tiny_models.text())
-    small = ["--calibration", "~/t.txt", "--heldout", "~/t.txt", "--samples", "4", "--window", "16", "--method", "oats", "--option", "rounds=1"]
+    small = [
+        "--calibration",
+        "~/t.txt",
+        "--heldout",
+        "~/t.txt",
+        "--samples",
+        "4",
+        "--window",
+        "16",
+        "--method",
+        "oats",
+        "--option",
+        "rounds=1",
+    ]
     few = ["--text", "~/t.txt", "--steps", "1", "--window", "16", "--samples", "4"]
     for arguments in (
         ["compress", "~/m", "~/o", *small], ["eval", "~/o", "--text", "~/t.txt", "--max-tokens", "50"], ["inspect", "~/o"],
@@ -191,7 +228,9 @@ def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys
     slab_kernels.save(slab_kernels.load("~/o"), "~/s")
     slab_kernels.compress("~/m", "~/p", method="magnitude", calibration=TOKENS, progress=False)
     slab_kernels.compression.model.decompress("~/p", "~/q")
-    assert {"o", "d", "trained", "r", "s", "p", "q"} <= {p.name for p in home.iterdir()} and not list(elsewhere.iterdir())
+    assert {"o", "d", "trained", "r", "s", "p", "q"} <= {
+        p.name for p in home.iterdir()
+    } and not list(elsewhere.iterdir())
     with pytest.raises(ValueError, match="~nosuchuser/x"):
         slab_kernels.load("~nosuchuser/x")
     with pytest.raises(ValueError, match="a path is empty"):

@@ -135,7 +135,9 @@ def test_perplexity_is_the_mean_over_whole_windows(tokenizer):
 def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tokenizer):
     model = tiny_models.model(tie_word_embeddings=False)
     model.lm_head.weight.data.zero_()
-    found = evaluate.perplexity(model, tokenizer, "abc")  # shorter than one window: the tail is all there is
+    found = evaluate.perplexity(
+        model, tokenizer, "abc"
+    )  # shorter than one window: the tail is all there is
     assert (
         found["perplexity"] == pytest.approx(tiny_models.VOCABULARY)
         and found["tokens"] == 3

@@ -57,15 +57,22 @@ def descend_groups(
         for a in range(0, end - start, m):
             group, here = (start + a) // m, slice(start + a, start + a + m)
             H4, e = blocks[group], E[here]
-            outside = g[a : a + m] - H4 @ e  # gradient that the rest of the row exerts on this group
+            outside = (
+                g[a : a + m] - H4 @ e
+            )  # gradient that the rest of the row exerts on this group
             gone = 0.0
             if planes:
                 below, above = neighbours(target[here] + whole[group] @ outside, low[here], planes)
                 upper = states.upper[None, :, :, None]
-                gone = torch.where(upper, above[pruned][:, None], below[pruned][:, None]) * low[here][pruned][:, None]
+                gone = (
+                    torch.where(upper, above[pruned][:, None], below[pruned][:, None])
+                    * low[here][pruned][:, None]
+                )
             delta = target[here][pruned][:, None] - gone  # [C,T,p,N]
             C = pruned.shape[0]
-            free = -(kk[group] @ outside[kept])[:, None] - torch.einsum("cnp,ctpx->ctnx", kp[group], delta)
+            free = -(kk[group] @ outside[kept])[:, None] - torch.einsum(
+                "cnp,ctpx->ctnx", kp[group], delta
+            )
             if grid:
                 free = _nearest(target[here][kept], free, steps[here][kept], H4, kept, grid)
             trial = torch.empty(C, T, m, N, dtype=W.dtype, device=W.device)
@@ -86,13 +93,17 @@ def descend_groups(
     return W - E.T, new_mask.T.contiguous(), int(moved)
 
 
-def _nearest(target: Tensor, free: Tensor, step: Tensor, H4: Tensor, kept: Tensor, grid: Grid) -> Tensor:
+def _nearest(
+    target: Tensor, free: Tensor, step: Tensor, H4: Tensor, kept: Tensor, grid: Grid
+) -> Tensor:
     """Errors of kept values rounded to the grid one after the other; target, step [C,n,N], free [C,T,n,N]."""
     free = free.clone()
     n = kept.shape[1]
     for i in range(n):
         wanted = free[:, :, i]
-        got = target[:, None, i] - round_to_grid(target[:, None, i] - wanted, step[:, None, i], grid.values)
+        got = target[:, None, i] - round_to_grid(
+            target[:, None, i] - wanted, step[:, None, i], grid.values
+        )
         rest = kept[:, i + 1 :]
         if i + 1 < n:  # the later ones move to their optimum given this one
             block = H4[rest[:, :, None], rest[:, None, :]]

@@ -34,7 +34,9 @@ def finish(
     values on the grid. scales: of S, where it lies on the grid already.
     """
     grid, d = config.grid, space.scale
-    if grid and scales is None:  # a step is shared by inputs of one group, so it lives in the weight's own coordinates
+    if (
+        grid and scales is None
+    ):  # a step is shared by inputs of one group, so it lives in the weight's own coordinates
         S, scales = quantize(S / d, mask, grid.values, grid.group_size, weight=d * d)
         S = S * d
     basis = None
@@ -57,8 +59,12 @@ def finish(
         P, Q = round_adapter(P, Q / d[:, None], config.stored_adapter)
     if grid:
         scales = store_scale(scales)
-        S = round_to_grid(S / d, expand_scales(scales, S.shape[1], grid.group_size), grid.values).masked_fill(~mask, 0.0)
-        return Decomposition(S, mask, P=P, Q=Q, scales=scales, values=grid.values, group_size=grid.group_size)
+        S = round_to_grid(
+            S / d, expand_scales(scales, S.shape[1], grid.group_size), grid.values
+        ).masked_fill(~mask, 0.0)
+        return Decomposition(
+            S, mask, P=P, Q=Q, scales=scales, values=grid.values, group_size=grid.group_size
+        )
     if rounds and P is not None:
         S, _, _ = _refit(T - P @ (Q * d[:, None]).T, space, S, mask, None, None, None, config)
     return Decomposition(S / d, mask, P=P, Q=Q)

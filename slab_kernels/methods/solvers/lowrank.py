@@ -17,7 +17,12 @@ def signs(x: Tensor) -> Tensor:
 
 
 def truncated_svd(
-    A: Tensor, rank: int, iterations: int = 4, seed: int = 0, metric: Tensor | None = None, start: Tensor | None = None
+    A: Tensor,
+    rank: int,
+    iterations: int = 4,
+    seed: int = 0,
+    metric: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Best rank-`rank` approximation A [N,K] ~= U V^T by subspace iteration; U [N,R] carries the singular values.
 
@@ -40,7 +45,9 @@ def truncated_svd(
         Q = torch.linalg.qr(forward(torch.linalg.qr(backward(Q)).Q)).Q
     left, sigma, right = torch.linalg.svd(backward(Q).T, full_matrices=False)
     V = right.T.contiguous()
-    return (Q @ left[:, :rank]) * sigma[:rank], V if metric is not None else V[:, :rank].contiguous()
+    return (Q @ left[:, :rank]) * sigma[:rank], V if metric is not None else V[
+        :, :rank
+    ].contiguous()
 
 
 def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
@@ -60,7 +67,9 @@ def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
     return torch.linalg.solve(normal, right)
 
 
-def masked_als(A: Tensor, weight: Tensor, U: Tensor, V: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:
+def masked_als(
+    A: Tensor, weight: Tensor, U: Tensor, V: Tensor, iterations: int = 3
+) -> tuple[Tensor, Tensor]:
     """Alternating least squares for min sum weight * (A - U V^T)^2 (weight [N,K] >= 0); never increases the loss."""
     for _ in range(iterations):
         U = fit_rows(A, weight, V, U)
@@ -94,14 +103,18 @@ def signed_factors(
         return U, V, mask
 
     U, V, mask = descend(U, V, mask)
-    if rank > 1:  # start from the SVD of |W| with the kept entries imputed by the rank-1 fit: R=1 is contained in it
+    if (
+        rank > 1
+    ):  # start from the SVD of |W| with the kept entries imputed by the rank-1 fit: R=1 is contained in it
         L = U @ V.T
         U, V = truncated_svd(torch.where(mask, L, A / nearest(A, L.abs(), planes)), rank)
         U, V, mask = descend(U, V, mask)
     return U, V / scale[:, None], mask
 
 
-def signed_loss(W: Tensor, scale: Tensor, mask: Tensor, U: Tensor, V: Tensor, planes: int = 1) -> Tensor:
+def signed_loss(
+    W: Tensor, scale: Tensor, mask: Tensor, U: Tensor, V: Tensor, planes: int = 1
+) -> Tensor:
     """sum over pruned entries of scale_j^2 (|W_ij| - c |U V^T|_ij)^2: the diagonal-metric loss with the best levels."""
     L = (U @ V.T).abs()
     E = (W.abs() - nearest(W.abs(), L, planes) * L) * scale

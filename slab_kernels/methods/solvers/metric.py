@@ -40,7 +40,11 @@ def once_per_gram(function: Callable) -> Callable:
         if last and last[0]() is gram and last[1] == key:
             return last[2]
         last.clear()
-        last[:] = [weakref.ref(gram, lambda _: last.clear()), key, function(gram, *arguments, **named)]
+        last[:] = [
+            weakref.ref(gram, lambda _: last.clear()),
+            key,
+            function(gram, *arguments, **named),
+        ]
         return last[2]
 
     return cached
@@ -114,7 +118,9 @@ class Metric:
             lower = torch.linalg.cholesky(shifted.double()).float()
         return torch.cholesky_inverse(lower)
 
-    def truncate(self, E: Tensor, rank: int, start: Tensor | None = None, iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    def truncate(
+        self, E: Tensor, rank: int, start: Tensor | None = None, iterations: int = 4
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The best rank-`rank` part of E [N,K] in the metric: P [N,r], Q [K,r] with tr((E - P Q^T) G (E - P Q^T)^T) least.
 
         SVD of E F, its input side multiplied by F^-1 (EoRA, arXiv 2410.21271, equations 4-6, for any F F^T = G). The third
@@ -123,7 +129,6 @@ class Metric:
         P, right = truncated_svd(E, rank, iterations, metric=self.lower, start=start)
         Q = torch.linalg.solve_triangular(self.lower.T, right[:, :rank], upper=True)
         return P, Q, right
-
 
     def follow(self, E: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """One subspace iteration from basis [N,r]: P [N,r] orthonormal and Q = E^T P [K,r].

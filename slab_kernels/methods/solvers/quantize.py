@@ -49,7 +49,12 @@ def group_scale(
 
 
 def grid_scales(
-    x: Tensor, mask: Tensor, values: str, group_size: int | None, search: bool = True, weight: Tensor | None = None
+    x: Tensor,
+    mask: Tensor,
+    values: str,
+    group_size: int | None,
+    search: bool = True,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Step sizes of x [N,K] with kept `mask`: [N, ceil(K / group_size)], or [N,1] per row; bf16-rounded, fp32.
 
@@ -61,7 +66,9 @@ def grid_scales(
     def grouped(t: Tensor) -> Tensor:
         return torch.nn.functional.pad(t, (0, -K % size)).unflatten(-1, (-1, size))
 
-    return group_scale(grouped(x), grouped(mask), values, search, None if weight is None else grouped(weight))[..., 0]
+    return group_scale(
+        grouped(x), grouped(mask), values, search, None if weight is None else grouped(weight)
+    )[..., 0]
 
 
 def expand_scales(scales: Tensor, in_features: int, group_size: int | None) -> Tensor:

@@ -23,7 +23,9 @@ def gram_loss(E: Tensor, gram: Tensor) -> Tensor:
 
 
 class Part(Protocol):
-    by_row: bool  # unknowns of different rows are independent, so every row takes its own step length
+    by_row: (
+        bool  # unknowns of different rows are independent, so every row takes its own step length
+    )
 
     def expand(self, x: Tensor) -> Tensor: ...
     def collect(self, R: Tensor) -> Tensor: ...
@@ -59,7 +61,11 @@ class StepSizes:
         self.curvature = self.curvature + 1e-6 * self.curvature.mean() + 1e-30
 
     def _sum(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % self.size)).unflatten(1, (-1, self.size)).sum(-1)
+        return (
+            torch.nn.functional.pad(x, (0, -x.shape[1] % self.size))
+            .unflatten(1, (-1, self.size))
+            .sum(-1)
+        )
 
     def expand(self, x):
         return self.q * expand_scales(x, self.q.shape[1], self.size)
@@ -136,7 +142,9 @@ def _inverse_blocks(weight: Tensor, F: Tensor, factor: Tensor | float) -> Tensor
     blocks = factor * (weight @ (F[:, :, None] * F[:, None, :]).flatten(1)).unflatten(1, (R, R))
     ridge = 1e-6 * blocks.diagonal(dim1=1, dim2=2).mean(-1)
     ridge = ridge + 1e-6 * ridge.mean() + 1e-30
-    return torch.linalg.inv(blocks + ridge[:, None, None] * torch.eye(R, device=F.device, dtype=F.dtype))
+    return torch.linalg.inv(
+        blocks + ridge[:, None, None] * torch.eye(R, device=F.device, dtype=F.dtype)
+    )
 
 
 def conjugate_gradients(
@@ -188,4 +196,6 @@ def conjugate_gradients(
 
 
 def _expand(parts: Sequence[Part], x: Sequence[Tensor]) -> Tensor:
-    return sum((part.expand(t) for part, t in zip(parts[1:], x[1:], strict=True)), parts[0].expand(x[0]))
+    return sum(
+        (part.expand(t) for part, t in zip(parts[1:], x[1:], strict=True)), parts[0].expand(x[0])
+    )

@@ -92,17 +92,25 @@ def sweep(
     step = lcm(m, size) if grid and grid.group_size else m
     block = max(step, BLOCK // step * step)
     U = curve.factor
-    left = W.T.contiguous()  # [K,N]: a column of W is contiguous, which halves the time of the inner loop
+    left = (
+        W.T.contiguous()
+    )  # [K,N]: a column of W is contiguous, which halves the time of the inner loop
     low = None if magnitude is None else magnitude.T.contiguous()
     result, kept = torch.empty_like(left), torch.empty(K, N, dtype=torch.bool, device=W.device)
     costs = _costs(U, pattern, planes) if joint else None
     scales = []
     weight = curve.conditional_scale**2  # a rounding error in column j costs this much
     if grid and grid.group_size is None:
-        scales.append(group_scale(W, mask if mask is not None else W != 0, grid.values, weight=weight)[:, 0])
+        scales.append(
+            group_scale(W, mask if mask is not None else W != 0, grid.values, weight=weight)[:, 0]
+        )
     for start in range(0, K, block):
         end = min(K, start + block)
-        work, error, Ub = left[start:end].clone(), torch.empty(end - start, N).to(W), U[start:end, start:end]
+        work, error, Ub = (
+            left[start:end].clone(),
+            torch.empty(end - start, N).to(W),
+            U[start:end, start:end],
+        )
         if not pattern.structured:
             score = _score(work, low[start:end] if low is not None else None, Ub.diagonal(), planes)
             kept[start:end] = top_of_rows(score.T, mask[:, start:end].sum(1, keepdim=True)).T
@@ -119,9 +127,15 @@ def sweep(
                 scales.append(scale[:, 0])
             s = scales[-1] if grid else None
             if joint:
-                state, below, above = _best_state(work[a:b], fill, costs, (start + a) // m, grid, s, planes)
+                state, below, above = _best_state(
+                    work[a:b], fill, costs, (start + a) // m, grid, s, planes
+                )
                 kept[here] = costs.states.mask.T[:, state]
-                signed = None if fill is None else torch.where(costs.states.takes_upper.T[:, state], above, below)
+                signed = (
+                    None
+                    if fill is None
+                    else torch.where(costs.states.takes_upper.T[:, state], above, below)
+                )
             else:
                 if pattern.structured:
                     score = _score(work[a:b], fill, Ub.diagonal()[a:b], planes)
@@ -142,7 +156,9 @@ def sweep(
                     work[j + 1 : b].addr_(Ub[j, j + 1 : b], error[j], alpha=-1)
             work[b:].addmm_(Ub[a:b, b:].T, error[a:b], alpha=-1)
         left[end:].addmm_(U[start:end, end:].T, error, alpha=-1)
-    return Swept(result.T.contiguous(), kept.T.contiguous(), torch.stack(scales, 1) if grid else None)
+    return Swept(
+        result.T.contiguous(), kept.T.contiguous(), torch.stack(scales, 1) if grid else None
+    )
 
 
 def _miss(w: Tensor, fill: Tensor | None, planes: int) -> Tensor:
@@ -180,12 +196,20 @@ def _costs(U: Tensor, pattern: Pattern, planes: int) -> _Costs:
     )  # [H^-1] restricted to the group, everything to the left being fixed
     p = states.pruned
     return _Costs(
-        states, torch.linalg.inv(inverse[:, p[:, :, None], p[:, None, :]]), torch.linalg.inv(inverse)
+        states,
+        torch.linalg.inv(inverse[:, p[:, :, None], p[:, None, :]]),
+        torch.linalg.inv(inverse),
     )
 
 
 def _best_state(
-    w: Tensor, fill: Tensor | None, costs: _Costs, group: int, grid: Grid | None, s: Tensor | None, planes: int
+    w: Tensor,
+    fill: Tensor | None,
+    costs: _Costs,
+    group: int,
+    grid: Grid | None,
+    s: Tensor | None,
+    planes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N] index of the cheapest state of one group: delta^T C^-1 delta over the entries that are fixed; w, fill [m,N].
 
@@ -199,7 +223,9 @@ def _best_state(
         below, above = (level * fill for level in neighbours(w, fill, planes))
     if grid is None:
         p = states.pruned
-        gone = torch.where(states.upper[None, :, :, None], above[p][:, None], below[p][:, None])  # [C,T,p,N]
+        gone = torch.where(
+            states.upper[None, :, :, None], above[p][:, None], below[p][:, None]
+        )  # [C,T,p,N]
         delta = w[p][:, None] - gone
         cost = torch.einsum("cpq,ctqn->ctpn", costs.pruned[group], delta).mul_(delta).sum(2)
     else:

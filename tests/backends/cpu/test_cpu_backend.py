@@ -61,7 +61,9 @@ def problem(layout):
     generator = torch.Generator().manual_seed(layout.rank)
     packed = random_packed(layout, seed=layout.out_features)
     x = torch.randint(-127, 128, (max(TOKENS), layout.in_features), generator=generator) / 64
-    bias = torch.randn(layout.out_features, generator=generator) if layout.out_features % 2 else None
+    bias = (
+        torch.randn(layout.out_features, generator=generator) if layout.out_features % 2 else None
+    )
     return packed, x, bias, *oracle(x, packed, bias)
 
 
@@ -72,7 +74,9 @@ def test_against_fp64(isa, values, group_size, rank, planes, poisoned):
         if max(rank, adapter_rank) > min(N, K):
             continue
         stored = "int8" if adapter_rank == 16 else None
-        layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=stored)
+        layout = PackedLayout(
+            N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=stored
+        )
         packed, x, bias, exact, magnitude = problem(layout)
         state = cpu.BACKEND.prepare(packed)
         for dtype in DTYPES:
@@ -82,7 +86,12 @@ def test_against_fp64(isa, values, group_size, rank, planes, poisoned):
             assert {y.dtype for y in results} == {dtype}
             rows = torch.cat([torch.arange(M) for M in tokens])
             error = (torch.cat(results).double() - exact[rows]).abs()
-            assert bool((error <= error_bound(magnitude, exact, dtype, K)[rows]).all()), (N, K, adapter_rank, dtype)
+            assert bool((error <= error_bound(magnitude, exact, dtype, K)[rows]).all()), (
+                N,
+                K,
+                adapter_rank,
+                dtype,
+            )
 
 
 @pytest.mark.parametrize("M", [1, 2, 3, 5, 13])
@@ -105,7 +114,9 @@ def test_every_pattern_and_level_at_every_lane(isa, M, planes):
     nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
     pair = (row + group) // 6 % levels**2
     level = 2 * torch.stack([pair % levels, pair // levels], -1).flatten(1) + 1 - levels
-    parts = random_packed(PackedLayout(N, K, "fp16", rank=1, planes=planes), integers=True).tensors()
+    parts = random_packed(
+        PackedLayout(N, K, "fp16", rank=1, planes=planes), integers=True
+    ).tensors()
     parts["metadata"] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     parts["signs"] = bits.pack_planes(level, planes)
     packed = PackedWeight.from_tensors(parts, N, K)
@@ -174,7 +185,11 @@ def test_fp16_values_convert_exactly(isa):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_output_rounds_to_nearest_even(isa, dtype):
     one = first_two(1.0, 1.0)
-    pattern = torch.randint(-(1 << 31), 1 << 31, (20000, 1), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    pattern = (
+        torch.randint(-(1 << 31), 1 << 31, (20000, 1), dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
     x = torch.zeros(20000, 4, dtype=dtype)
     x[:, 0], x[:, 1] = pattern[:, 0].to(dtype), pattern.roll(1, 0)[:, 0].to(dtype)
     x = torch.where(x.isfinite(), x, 0)
@@ -272,13 +287,19 @@ def test_compile_and_export():
         x = torch.randn(M, 200)
         assert torch.equal(compiled(x), layer(x))
     x = torch.randn(3, 200, requires_grad=True)
-    assert torch.allclose(torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(layer(x).sum(), x)[0])
-    exported = torch.export.export(layer, (torch.randn(4, 200),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},))
+    assert torch.allclose(
+        torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(layer(x).sum(), x)[0]
+    )
+    exported = torch.export.export(
+        layer, (torch.randn(4, 200),), dynamic_shapes=({0: torch.export.Dim("M", min=2)},)
+    )
     assert torch.equal(exported.module()(x.detach()), layer(x.detach()))
 
 
 def test_reasons():
-    assert cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.bfloat16, "cpu")) == []
+    assert (
+        cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.bfloat16, "cpu")) == []
+    )
     against = cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.float64, "cuda"))
     assert len(against) == 2 and "float64" in against[1] and "cuda" in against[0]
 
@@ -351,13 +372,19 @@ def test_info_shows_a_misspelt_backend(monkeypatch):
 def run_with_isa(name):
     code = "from slab_kernels.backends import cpu; print(cpu.runnable(), cpu.torch.ops.slab_kernels.cpu_isa())"
     environment = {**os.environ, "SLAB_KERNELS_CPU_ISA": name}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
 
 
 def test_forced_instruction_set():
     assert run_with_isa("scalar").stdout.split()[-1] == "scalar"
     refused = run_with_isa("avx1024")
-    assert refused.returncode and "SLAB_KERNELS_CPU_ISA=avx1024" in refused.stderr and ISAS[0] in refused.stderr
+    assert (
+        refused.returncode
+        and "SLAB_KERNELS_CPU_ISA=avx1024" in refused.stderr
+        and ISAS[0] in refused.stderr
+    )
     with pytest.raises(RuntimeError, match="choose one of"):
         OPS.cpu_use_isa("neon")
 
@@ -374,7 +401,10 @@ def header(word: int, content: int) -> torch.Tensor:
 
 HOSTILE = {
     "another width": ({"x": torch.randn(2, 201)}, "x has 201 features, the weight 200"),
-    "claimed width": ({"in_features": 400, "x": torch.randn(2, 400)}, "a weight of 40x200, not 40x400"),
+    "claimed width": (
+        {"in_features": 400, "x": torch.randn(2, 400)},
+        "a weight of 40x200, not 40x400",
+    ),
     "far wider": ({"x": torch.randn(2, 400)}, "x has 400 features"),
     "fp64": ({"x": X.double()}, "x must be float32, float16 or bfloat16"),
     "scalar x": ({"x": torch.tensor(1.0)}, "at least one dimension"),
@@ -382,7 +412,10 @@ HOSTILE = {
     "bias type": ({"bias": torch.ones(40, dtype=torch.int64)}, "bias must be float32"),
     "more rows": ({"out_features": 400}, "a weight of 40x200, not 400x200"),
     "cut short": ({"prepared": STATE.prepared[:-64]}, r"prepared has \d+ bytes, its header says"),
-    "too long": ({"prepared": torch.cat([STATE.prepared, STATE.prepared])}, r"prepared has \d+ bytes, its header says"),
+    "too long": (
+        {"prepared": torch.cat([STATE.prepared, STATE.prepared])},
+        r"prepared has \d+ bytes, its header says",
+    ),
     "strided": ({"prepared": STATE.prepared[::2]}, "contiguous uint8"),
     "type": ({"prepared": STATE.prepared.to(torch.int8)}, "contiguous uint8"),
     "empty": ({"prepared": STATE.prepared[:0]}, "does not begin with the header"),
@@ -411,7 +444,21 @@ def test_hostile_arguments_are_refused(case):
 def test_hostile_packed_tensors_are_refused():
     packed = random_packed(PackedLayout(8, 64, "int8", 32, rank=1))
     U, V = torch.zeros(1, 1, 16), torch.zeros(1, 128)
-    good = [packed.values, packed.metadata, packed.signs, packed.scales, U, V, None, None, 8, 64, 2, 32, 1]
+    good = [
+        packed.values,
+        packed.metadata,
+        packed.signs,
+        packed.scales,
+        U,
+        V,
+        None,
+        None,
+        8,
+        64,
+        2,
+        32,
+        1,
+    ]
     OPS.prepare_cpu(*good)
     for place, bad, message in (
         (0, packed.values[:, :-1].contiguous(), "values has shape"),
@@ -437,6 +484,11 @@ def test_hostile_packed_tensors_are_refused():
         with pytest.raises(RuntimeError, match=message):
             OPS.prepare_cpu(*good[:place], bad, *good[place + 1 :])
     P, Q = torch.zeros(1, 3, 16), torch.zeros(2, 128, 16)
-    for factors, message in (((P[:, :0], Q), "P has shape"), ((P, Q[:1]), "Q has shape"), ((P.half(), Q), "Q has another dtype"), ((P.double(), Q), "P has another")):
+    for factors, message in (
+        ((P[:, :0], Q), "P has shape"),
+        ((P, Q[:1]), "Q has shape"),
+        ((P.half(), Q), "Q has another dtype"),
+        ((P.double(), Q), "P has another"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             OPS.prepare_cpu(*good[:6], *factors, *good[8:])

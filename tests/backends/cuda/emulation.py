@@ -35,7 +35,16 @@ def ptx(arch: str = "compute_80") -> Module:
     target = Path(tempfile.gettempdir()) / f"slab-kernels-{os.getuid()}-{arch}-{key}.ptx"
     if not target.exists():
         fresh = target.with_suffix(f".{os.getpid()}")
-        command = [find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-ptx", str(SOURCES / "cuda/linear.cu"), "-o", str(fresh)]
+        command = [
+            find_nvcc(),
+            "-std=c++17",
+            "-O3",
+            f"-arch={arch}",
+            "-ptx",
+            str(SOURCES / "cuda/linear.cu"),
+            "-o",
+            str(fresh),
+        ]
         subprocess.run(command, check=True)
         fresh.replace(target)
     return Module(target.read_text())
@@ -43,8 +52,12 @@ def ptx(arch: str = "compute_80") -> Module:
 
 def span(t: torch.Tensor) -> np.ndarray:
     """The bytes from a tensor's first element to its last."""
-    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
-    return np.ctypeslib.as_array((ctypes.c_uint8 * (reach * t.element_size())).from_address(t.data_ptr()))
+    reach = (
+        sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    )
+    return np.ctypeslib.as_array(
+        (ctypes.c_uint8 * (reach * t.element_size())).from_address(t.data_ptr())
+    )
 
 
 class _Allocations(TorchDispatchMode):
@@ -93,7 +106,9 @@ def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0],
                     seen[t.data_ptr()] = (span(t), False)
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable)
-            stats = launch(ptx(arch)[name], grid, block, bytes(params), mapped, shared_bytes=shared_bytes)
+            stats = launch(
+                ptx(arch)[name], grid, block, bytes(params), mapped, shared_bytes=shared_bytes
+            )
             if launched is not None:
                 launched.kernels.append(name)
                 launched.stats.append(stats)

@@ -30,7 +30,9 @@ SMALL = {
     "  for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) p.y[i] = twice(slab::complement_nibbles(uint32_t(i)));\n}\n",
 }
 TARGETS = (*recipe.ARCHITECTURES, recipe.FALLBACK)
-needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="no libnvrtc: pip install nvidia-cuda-nvrtc")
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.find() is None, reason="no libnvrtc: pip install nvidia-cuda-nvrtc"
+)
 
 
 def nvcc_or_none() -> str | None:
@@ -40,7 +42,9 @@ def nvcc_or_none() -> str | None:
         return None
 
 
-needs_nvcc = pytest.mark.skipif(nvcc_or_none() is None, reason="no nvcc: pip install nvidia-cuda-nvcc")
+needs_nvcc = pytest.mark.skipif(
+    nvcc_or_none() is None, reason="no nvcc: pip install nvidia-cuda-nvcc"
+)
 
 
 def write(folder: Path, sources: dict[str, str]) -> Path:
@@ -105,13 +109,24 @@ def test_nvrtc_compiles_the_real_source():
 @needs_nvrtc
 def test_nvrtc_quotes_the_compiler():
     broken = SMALL | {"cuda/ptx.cuh": "#error no such thing\n"}
-    with pytest.raises(nvrtc.CompileError, match=r"(?s)cuda/small.cu for sm_90a: NVRTC_ERROR_COMPILATION.*no such thing"):
+    with pytest.raises(
+        nvrtc.CompileError,
+        match=r"(?s)cuda/small.cu for sm_90a: NVRTC_ERROR_COMPILATION.*no such thing",
+    ):
         nvrtc.compile_unit(broken, "small", "sm_90a")
 
 
 @pytest.mark.parametrize(
     ("capability", "target"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120a"), ((12, 1), "sm_121"), ((13, 0), "compute_80")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_120a"),
+        ((12, 1), "sm_121"),
+        ((13, 0), "compute_80"),
+    ],
 )
 def test_what_nvrtc_is_asked_for(capability, target):
     assert nvrtc.target(LIBRARY, capability) == target
@@ -121,8 +136,15 @@ def test_libraries_of_torchs_cuda_come_first(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_loader("nvidia", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "nvidia" else real(name))
-    for name in ("cu13/lib/libnvrtc.so.13", "cu13/lib/libnvrtc.alt.so.13", "cu13/lib/libnvrtc-builtins.so.13.0", "cuda_nvrtc/lib/libnvrtc.so.12"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: spec if name == "nvidia" else real(name)
+    )
+    for name in (
+        "cu13/lib/libnvrtc.so.13",
+        "cu13/lib/libnvrtc.alt.so.13",
+        "cu13/lib/libnvrtc-builtins.so.13.0",
+        "cuda_nvrtc/lib/libnvrtc.so.12",
+    ):
         write(tmp_path, {name: ""})
     ours = [path.name for path in nvrtc.places("12") if tmp_path in path.parents]
     assert ours == ["libnvrtc.so.12", "libnvrtc.so.13"]
@@ -156,7 +178,9 @@ def test_cache_hit_miss_and_damage(cache, counted):
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path, counted, named):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SLAB_KERNELS_CACHE", str(tmp_path / named))
-    assert images.compiled(SMALL, "small", "sm_80", LIBRARY) == images.compiled(SMALL, "small", "sm_80", LIBRARY)
+    assert images.compiled(SMALL, "small", "sm_80", LIBRARY) == images.compiled(
+        SMALL, "small", "sm_80", LIBRARY
+    )
     assert len(counted) == 2
 
 
@@ -199,7 +223,12 @@ def test_two_processes_at_once(cache):
         "import sys, json, hashlib; from slab_kernels.backends.cuda import images, nvrtc\n"
         "print(hashlib.sha256(images.compiled(json.load(sys.stdin), 'small', 'sm_80', nvrtc.find())).hexdigest())"
     )
-    pair = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     for process in pair:
         process.stdin.write(json.dumps(SMALL))
         process.stdin.close()
@@ -215,7 +244,9 @@ def test_two_processes_at_once(cache):
 def ahead(monkeypatch, tmp_path):
     """Images of SMALL for every target, as files that hold their own name."""
     write(tmp_path, {recipe.image_name("small", target): target for target in TARGETS})
-    (tmp_path / recipe.RECORD).write_text(json.dumps({"sources": recipe.digest(SMALL), "images": ["small.sm_80.cubin"]}))
+    (tmp_path / recipe.RECORD).write_text(
+        json.dumps({"sources": recipe.digest(SMALL), "images": ["small.sm_80.cubin"]})
+    )
     monkeypatch.setattr(images, "IMAGES", tmp_path)
     monkeypatch.setattr(images, "kernel_sources", lambda: SMALL)
     monkeypatch.setattr(nvrtc, "find", lambda major=None: None)
@@ -234,7 +265,9 @@ def ahead(monkeypatch, tmp_path):
     ],
 )
 def test_image_for(ahead, capability, expected):
-    assert [image.data.rstrip(b"\0").decode() for image in images.images("small", capability)] == expected
+    assert [
+        image.data.rstrip(b"\0").decode() for image in images.images("small", capability)
+    ] == expected
     assert images.missing(capability) is None
 
 
@@ -255,7 +288,9 @@ def test_images_of_other_sources_are_not_used(ahead, monkeypatch):
 
 def test_without_sources_and_images(ahead, monkeypatch):
     monkeypatch.setattr(images, "kernel_sources", dict)
-    assert images.kernel_units() == ["small"] and images.missing((9, 0)) is None, "the record names them"
+    assert images.kernel_units() == ["small"] and images.missing((9, 0)) is None, (
+        "the record names them"
+    )
     (ahead / recipe.RECORD).write_text("{")
     assert "sources are not installed" in images.missing((9, 0))
 
@@ -269,7 +304,9 @@ def test_nvcc_builds_once_and_again_when_a_source_changes(tmp_path):
     assert {path.name for path in out.iterdir()} == {*names, recipe.RECORD}
     for target in recipe.ARCHITECTURES:
         image = (out / recipe.image_name("small", target)).read_bytes()
-        assert machine(image) == int(re.sub(r"\D", "", target)) and str(tmp_path).encode() not in image
+        assert (
+            machine(image) == int(re.sub(r"\D", "", target)) and str(tmp_path).encode() not in image
+        )
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     recipe.build(out, csrc)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
@@ -288,18 +325,26 @@ def test_an_old_nvcc_drops_architectures_with_a_remark(tmp_path):
     nvcc.chmod(0o755)
     (remark,) = recipe.build(tmp_path / "out", write(tmp_path / "csrc", SMALL), str(nvcc))
     assert remark == f"{nvcc} is too old for sm_86, sm_89, sm_120a"
-    assert recipe.record(tmp_path / "out")["images"] == ["small.compute_80.ptx", "small.sm_80.cubin", "small.sm_90a.cubin"]
+    assert recipe.record(tmp_path / "out")["images"] == [
+        "small.compute_80.ptx",
+        "small.sm_80.cubin",
+        "small.sm_90a.cubin",
+    ]
 
 
 @pytest.mark.skipif(not recipe.record(recipe.IMAGES), reason="installed without nvcc")
 def test_images_of_this_checkout():
     built = recipe.record(recipe.IMAGES)
     if built["sources"] != recipe.digest(images.kernel_sources()):
-        pytest.skip("csrc changed since; python slab_kernels/backends/cuda/compile.py builds them again")
+        pytest.skip(
+            "csrc changed since; python slab_kernels/backends/cuda/compile.py builds them again"
+        )
     for name in built["images"]:
         target = name.split(".")[1]
         image = (recipe.IMAGES / name).read_bytes()
-        assert f".target {target.replace('compute', 'sm')}".encode() in image or machine(image) == int(re.sub(r"\D", "", target))
+        assert f".target {target.replace('compute', 'sm')}".encode() in image or machine(
+            image
+        ) == int(re.sub(r"\D", "", target))
         assert str(ROOT).encode() not in image
 
 
@@ -335,15 +380,34 @@ def test_switched_off_or_without_nvcc_an_install_goes_on(setup_py, monkeypatch, 
 def test_wheel_without_native_parts_holds_the_sources(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     for name in ("slab_kernels", "csrc"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.tmp", "cubins"))
+        shutil.copytree(
+            ROOT / name,
+            source / name,
+            ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.tmp", "cubins"),
+        )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(out),
+        str(source),
+    ]
     environment = {**os.environ, "SLAB_KERNELS_NATIVE": "0", "SLAB_KERNELS_CUDA": "0"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     (wheel,) = out.glob("*-py3-none-any.whl")
     archive = zipfile.ZipFile(wheel)
-    packed = {name.removeprefix("slab_kernels/csrc/"): archive.read(name).decode() for name in archive.namelist() if "/csrc/" in name}
+    packed = {
+        name.removeprefix("slab_kernels/csrc/"): archive.read(name).decode()
+        for name in archive.namelist()
+        if "/csrc/" in name
+    }
     assert packed == recipe.read_sources(ROOT / "csrc")
     assert not [name for name in archive.namelist() if name.endswith((".cubin", ".ptx", ".so"))]
     assert "slab_kernels/backends/cuda/driver.py" in archive.namelist()
@@ -353,7 +417,9 @@ def test_no_cuda_library_is_linked():
     library = ROOT / "slab_kernels" / "_C.so"
     if not library.exists() or shutil.which("readelf") is None:
         pytest.skip("no native library, or no readelf")
-    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(
+        ["readelf", "-d", library], capture_output=True, text=True, check=True
+    ).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert needed and not [name for name in needed if re.match(r"libcu|libnv", name)]
 

@@ -75,7 +75,11 @@ def fake(library, fresh, monkeypatch):
     monkeypatch.setattr(driver, "LIBRARY", str(library))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(images, "kernel_units", lambda: ["linear"])
-    monkeypatch.setattr(images, "images", lambda *_: iter([Image("first", b"first image"), Image("second", b"second image")]))
+    monkeypatch.setattr(
+        images,
+        "images",
+        lambda *_: iter([Image("first", b"first image"), Image("second", b"second image")]),
+    )
     fake = Fake(library)
     fake.library.clear()
     yield fake
@@ -90,7 +94,16 @@ def properties(device):
 
 
 def launch(name="linear_w16", shared=0, device=0, params=None, **more):
-    driver.launch(name, (7, 2, 1), (128, 1, 1), shared, params or Params(0x123456789ABC, 5, 0.5), device, 0xABCDEF012345, **more)
+    driver.launch(
+        name,
+        (7, 2, 1),
+        (128, 1, 1),
+        shared,
+        params or Params(0x123456789ABC, 5, 0.5),
+        device,
+        0xABCDEF012345,
+        **more,
+    )
 
 
 @needs_compiler
@@ -121,7 +134,9 @@ def test_loading_ahead_launches_nothing(fake):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))])
+@pytest.mark.parametrize(
+    ("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))]
+)
 def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
     """The image decides, not the device: a PTX of compute_80 on a newer device has no griddepcontrol.wait in it."""
     fake.ptx_version = ptx
@@ -135,15 +150,21 @@ def test_shared_memory_is_asked_for_once_and_only_above_48k(fake):
     assert fake.raises == 0
     for shared in (100_000, 200_000, 231_424):
         launch(shared=shared)
-    assert fake.raises == 1 and fake.allowed == driver.shared_limit(0) - 1024 == 231_424  # 1024 bytes are static
-    with pytest.raises(driver.CudaError, match="asks for 231425 bytes of shared memory, device 0 allows it 231424"):
+    assert (
+        fake.raises == 1 and fake.allowed == driver.shared_limit(0) - 1024 == 231_424
+    )  # 1024 bytes are static
+    with pytest.raises(
+        driver.CudaError, match="asks for 231425 bytes of shared memory, device 0 allows it 231424"
+    ):
         launch(shared=231_425)
 
 
 @needs_compiler
 def test_a_struct_of_another_size_is_refused(fake):
     fake.parameter_size = 24
-    with pytest.raises(driver.CudaError, match="kernel linear_w16 takes a struct of 24 bytes, params has 16"):
+    with pytest.raises(
+        driver.CudaError, match="kernel linear_w16 takes a struct of 24 bytes, params has 16"
+    ):
         launch()
     fake.parameter_size = 16
     launch()
@@ -172,10 +193,15 @@ def test_an_image_too_new_for_the_driver_gives_way_to_the_next(fake):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("code", "loads"), [(209, 2), (2, 1)])  # no binary for the device: the next; out of memory: the end
+@pytest.mark.parametrize(
+    ("code", "loads"), [(209, 2), (2, 1)]
+)  # no binary for the device: the next; out of memory: the end
 def test_no_image_will_do(fake, code, loads):
     fake.refuse_loads, fake.refuse_code = 9, code
-    with pytest.raises(driver.CudaError, match=r"kernels of linear were not loaded on device 0, Fake: first: CUDA_ERROR_OTHER"):
+    with pytest.raises(
+        driver.CudaError,
+        match=r"kernels of linear were not loaded on device 0, Fake: first: CUDA_ERROR_OTHER",
+    ):
         launch()
     assert fake.loads == loads
 

@@ -44,8 +44,15 @@ def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str 
     packed = random_packed(layout, seed=layout.out_features, integers=integers).to(device)
     generator = torch.Generator().manual_seed(layout.rank)
     shape = (max(TOKENS), layout.in_features)
-    x = torch.randint(-2, 3, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
-    x, bias = x.to(device, dtype), torch.randint(-9, 10, (layout.out_features,), generator=generator).float().to(device)
+    x = (
+        torch.randint(-2, 3, shape, generator=generator)
+        if integers
+        else torch.randn(shape, generator=generator)
+    )
+    x, bias = (
+        x.to(device, dtype),
+        torch.randint(-9, 10, (layout.out_features,), generator=generator).float().to(device),
+    )
     return Layer(packed, BACKEND.prepare(packed, dtype), x, bias, *oracle(x, packed, bias))
 
 
@@ -62,7 +69,9 @@ def launches(state: CudaState, M: int):
 def clean(monkeypatch):
     """cuBLAS adds in fp32, as the bounds want it, and no fault of one test is reported by the next."""
     for name in ("fp16", "bf16"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", False)
+        monkeypatch.setattr(
+            torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", False
+        )
     yield
     torch.cuda.synchronize()
 
@@ -72,7 +81,9 @@ def forced(monkeypatch):
     """forced(tile, tokens of a warp, splits): the linear's plan, whatever the model says; adapters keep theirs."""
 
     def force(*how):
-        chosen = lambda s, M, gpu: plan.choose(s, M, gpu) if s.values == plan.DENSE else plan.evaluate(s, M, gpu, *how)  # noqa: E731
+        chosen = lambda s, M, gpu: (
+            plan.choose(s, M, gpu) if s.values == plan.DENSE else plan.evaluate(s, M, gpu, *how)
+        )
         monkeypatch.setattr(launching, "choose", chosen)
         launching.launches.cache_clear()
 
@@ -83,7 +94,9 @@ def forced(monkeypatch):
 @pytest.fixture
 def forgetful(monkeypatch):
     """Call it, and the driver has loaded nothing yet."""
-    return lambda: [monkeypatch.setattr(driver, name, {}) for name in ("_modules", "_loaded", "_functions")]
+    return lambda: [
+        monkeypatch.setattr(driver, name, {}) for name in ("_modules", "_loaded", "_functions")
+    ]
 
 
 def check_exact(linear, device, dtype, values, rank, shapes, tokens) -> None:
@@ -95,21 +108,36 @@ def check_exact(linear, device, dtype, values, rank, shapes, tokens) -> None:
             y = linear(it.x[:M], it.state, it.bias)
             exact = it.exact[:M]
             off, allowed = (y.double() - exact).abs(), bound(it.magnitude[:M], exact, dtype, K)
-            rebuilt = device == DEVICE and M > 64 and isinstance(launches(it.state, M)[1].plan, plan.Rebuild)
-            assert bool((off <= allowed).all()) if rebuilt else torch.equal(y, exact.to(dtype)), (N, K, adapter_rank, M)
+            rebuilt = (
+                device == DEVICE
+                and M > 64
+                and isinstance(launches(it.state, M)[1].plan, plan.Rebuild)
+            )
+            assert bool((off <= allowed).all()) if rebuilt else torch.equal(y, exact.to(dtype)), (
+                N,
+                K,
+                adapter_rank,
+                M,
+            )
 
 
 @pytest.mark.parametrize("values, rank", EXACT)
 @both_types
 def test_small_integers_are_exact(dtype, values, rank, poisoned):
-    check_exact(native, DEVICE, dtype, values, rank, ((70, 260, 4), (33, 1030, 0), (512, 516, 0)), TOKENS)
-    check_exact(native, DEVICE, dtype, values, rank, ((16, 128, 100),), TOKENS[:14])  # rebuilt, bf16 could not hold W
+    check_exact(
+        native, DEVICE, dtype, values, rank, ((70, 260, 4), (33, 1030, 0), (512, 516, 0)), TOKENS
+    )
+    check_exact(
+        native, DEVICE, dtype, values, rank, ((16, 128, 100),), TOKENS[:14]
+    )  # rebuilt, bf16 could not hold W
 
 
 def check_rebuilt(linear, device, dtype, values, rank, planes) -> None:
     """The rebuilt weight itself is exact to its one rounding: the identity as x leaves cuBLAS nothing to add."""
     N, K = 70, 260
-    packed = random_packed(PackedLayout(N, K, *values, rank, planes=planes), N, integers=True).to(device)
+    packed = random_packed(PackedLayout(N, K, *values, rank, planes=planes), N, integers=True).to(
+        device
+    )
     y = linear(torch.eye(K, device=device, dtype=dtype), BACKEND.prepare(packed, dtype))
     assert torch.equal(y.T, packed.dense().to(dtype))
 
@@ -134,7 +162,12 @@ def check_against_fp64(linear, device, dtype, values, rank, adapter_ranks, shape
             bias = (None, it.bias, it.bias.to(dtype))[M % 3]
             exact = it.exact[:M] - (it.bias.double() if bias is None else 0)
             error = (linear(it.x[:M], it.state, bias).double() - exact).abs()
-            assert bool((error <= bound(it.magnitude[:M], exact, dtype, K)).all()), (N, K, adapter_rank, M)
+            assert bool((error <= bound(it.magnitude[:M], exact, dtype, K)).all()), (
+                N,
+                K,
+                adapter_rank,
+                M,
+            )
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 4, 8])
@@ -145,21 +178,37 @@ def test_the_problem_grid_against_fp64(dtype, values, rank, poisoned):
     check_against_fp64(native, DEVICE, dtype, values, rank, (0, 16, 64, 100), shapes, TOKENS)
 
 
-@pytest.mark.parametrize("values, rank", [(("fp16", None), 0), (("fp16", None), 1), (("int8", 64), 1), (("int4", 128), 1)])
+@pytest.mark.parametrize(
+    "values, rank",
+    [(("fp16", None), 0), (("fp16", None), 1), (("int8", 64), 1), (("int4", 128), 1)],
+)
 def test_every_tile_of_the_tables(forced, values, rank):
     it, gpu = layer(PackedLayout(149, 396, *values, rank), torch.float16, True), here()
-    tall = [(tile, tokens, 1) for tile in plan.TALL_TILES for tokens in plan.TALL.get((it.state.values, rank), ())]
+    tall = [
+        (tile, tokens, 1)
+        for tile in plan.TALL_TILES
+        for tokens in plan.TALL.get((it.state.values, rank), ())
+    ]
     for tile, tokens, splits in (*FORCED, *tall):
         M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
-        if plan.evaluate(sizes(it.state), M, gpu, tile, tokens, splits):  # else it does not fit this device's shared memory
+        if plan.evaluate(
+            sizes(it.state), M, gpu, tile, tokens, splits
+        ):  # else it does not fit this device's shared memory
             forced(tile, tokens, splits)
-            assert torch.equal(native(it.x[:M], it.state, it.bias), it.exact[:M].half()), (tile, tokens, splits)
+            assert torch.equal(native(it.x[:M], it.state, it.bias), it.exact[:M].half()), (
+                tile,
+                tokens,
+                splits,
+            )
 
 
 def check_strided(linear, device, M, K) -> None:
     """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all tokens."""
     it = layer(PackedLayout(33, K, "fp16", rank=1), torch.float16, True, device)
-    want, wide = it.exact[:M].half(), torch.full((M, K + 9), float("nan"), dtype=torch.float16, device=device)
+    want, wide = (
+        it.exact[:M].half(),
+        torch.full((M, K + 9), float("nan"), dtype=torch.float16, device=device),
+    )
     for offset in (0, 1, 8):
         view = wide[:, offset : offset + K]
         view.copy_(it.x[:M])
@@ -184,7 +233,10 @@ def test_error_is_at_most_that_of_cublas(dtype, values, M):
     it = layer(PackedLayout(1024, 4096, *values, 1), dtype, False)
     exact = it.exact[:M] - it.bias.double()
     dense = torch.nn.functional.linear(it.x[:M], it.packed.dense().to(dtype))
-    ours, theirs = (float((y.double() - exact).square().mean().sqrt()) for y in (native(it.x[:M], it.state), dense))
+    ours, theirs = (
+        float((y.double() - exact).square().mean().sqrt())
+        for y in (native(it.x[:M], it.state), dense)
+    )
     assert ours <= 1.5 * theirs
 
 
@@ -192,7 +244,15 @@ def test_error_is_at_most_that_of_cublas(dtype, values, M):
 @both_layouts
 def test_a_hundred_runs_give_the_same_bits(layout, M):
     it = layer(layout, torch.float16, False)
-    assert len({native(it.x[:M], it.state, it.bias).view(torch.int16).cpu().numpy().tobytes() for _ in range(100)}) == 1
+    assert (
+        len(
+            {
+                native(it.x[:M], it.state, it.bias).view(torch.int16).cpu().numpy().tobytes()
+                for _ in range(100)
+            }
+        )
+        == 1
+    )
 
 
 def check_regimes(linear, device, layout, dtype, regimes) -> None:
@@ -210,8 +270,16 @@ def check_regimes(linear, device, layout, dtype, regimes) -> None:
 @both_types
 def test_a_token_does_not_depend_on_the_others(dtype, layout):
     state = layer(layout, dtype, False).state
-    fused = [M for M in (65, 100, 129, 300, 777) if isinstance(launches(state, M)[1].plan, plan.Plan)]  # else cuBLAS
-    check_regimes(native, DEVICE, layout, dtype, ((1, 2, 5, 8, 9, 16), (17, 32, 40, 64), *([fused] if fused else [])))
+    fused = [
+        M for M in (65, 100, 129, 300, 777) if isinstance(launches(state, M)[1].plan, plan.Plan)
+    ]  # else cuBLAS
+    check_regimes(
+        native,
+        DEVICE,
+        layout,
+        dtype,
+        ((1, 2, 5, 8, 9, 16), (17, 32, 40, 64), *([fused] if fused else [])),
+    )
 
 
 @pytest.mark.parametrize("M", [1, 12, 60])
@@ -223,7 +291,10 @@ def test_launches_that_overlap_wait_for_each_other(forced, M):
     assert first is not None and second.plan.splits == 4
     starts = [17 * i % (it.x.shape[0] - M) for i in range(200)]
     results = [native(it.x[start : start + M], it.state, it.bias) for start in starts]
-    assert all(torch.equal(y, it.exact[start : start + M].half()) for start, y in zip(starts, results, strict=True))
+    assert all(
+        torch.equal(y, it.exact[start : start + M].half())
+        for start, y in zip(starts, results, strict=True)
+    )
 
 
 @pytest.mark.parametrize("M", [1, 12, 40, 200])
@@ -233,7 +304,11 @@ def test_graph_capture_and_replay(layout, M, forgetful):
     it = layer(layout, torch.float16, False)
     want = [native(it.x[start : start + M], it.state, it.bias) for start in (0, 5, 400)]
     forgetful()
-    state, x, graph = BACKEND.prepare(it.packed, torch.float16), it.x[:M].clone(), torch.cuda.CUDAGraph()
+    state, x, graph = (
+        BACKEND.prepare(it.packed, torch.float16),
+        it.x[:M].clone(),
+        torch.cuda.CUDAGraph(),
+    )
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         y = native(x, state, it.bias)
@@ -255,7 +330,9 @@ def test_two_streams_at_once(layout):
         for call, (i, stream) in itertools.product(range(100), enumerate(streams)):
             with torch.cuda.stream(stream):
                 if call == 0:
-                    torch.cuda._sleep(50_000_000)  # clocks: x is written long after the launches were queued
+                    torch.cuda._sleep(
+                        50_000_000
+                    )  # clocks: x is written long after the launches were queued
                     xs[i].copy_(it.x[i : i + M])
                 results[i].append(native(xs[i], it.state, it.bias))
         torch.cuda.synchronize()
@@ -269,7 +346,10 @@ def test_a_fresh_thread():
 
     def work(i: int) -> list[bool]:
         starts = [(i, M) for M in (1, 40, 1, 100)]
-        return [torch.equal(native(it.x[i : i + M], it.state, it.bias), it.exact[i : i + M].half()) for i, M in starts]
+        return [
+            torch.equal(native(it.x[i : i + M], it.state, it.bias), it.exact[i : i + M].half())
+            for i, M in starts
+        ]
 
     with ThreadPoolExecutor(4) as threads:
         assert all(map(all, threads.map(work, range(4))))
@@ -291,7 +371,10 @@ def test_nothing_is_allocated_but_results_and_nothing_is_kept(layout):
         first, second = launches(it.state, M)
         native(it.x[:M], it.state, it.bias)
         torch.cuda.synchronize()
-        used, calls = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
+        used, calls = (
+            torch.cuda.memory_allocated(),
+            torch.cuda.memory_stats()["allocation.all.allocated"],
+        )
         y = native(it.x[:M], it.state, it.bias)
         made = torch.cuda.memory_stats()["allocation.all.allocated"] - calls
         assert made == 1 + (first is not None) + (second.plan.splits > 1), M  # y, z, partial sums
@@ -325,7 +408,9 @@ def test_opcheck(M):
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, False)
     x, rest = it.x[:M], (*it.state[:5], it.bias.half(), *it.state[5:])
     torch.library.opcheck(torch.ops.slab_kernels.linear_cuda_frozen.default, (x, *rest))
-    torch.library.opcheck(torch.ops.slab_kernels.linear_cuda.default, (x.clone().requires_grad_(), *rest))
+    torch.library.opcheck(
+        torch.ops.slab_kernels.linear_cuda.default, (x.clone().requires_grad_(), *rest)
+    )
 
 
 def test_compile_fullgraph():
@@ -338,7 +423,9 @@ def test_compile_fullgraph():
         x, again = (it.x[:M].clone().requires_grad_() for _ in range(2))
         compiled(x).float().sum().backward()
         module(again).float().sum().backward()
-        assert torch.allclose(x.grad, again.grad, rtol=2e-3, atol=1e-3), M  # the compiler may contract a * b + c
+        assert torch.allclose(x.grad, again.grad, rtol=2e-3, atol=1e-3), (
+            M
+        )  # the compiler may contract a * b + c
 
 
 def test_module_on_a_gpu():
@@ -346,7 +433,12 @@ def test_module_on_a_gpu():
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, True)
     module = SlabLinear.from_packed(it.packed, it.bias)
     other = "reference" if dispatch.backend("triton").missing(DEVICE) else "triton"
-    for dtype, name in ((torch.float32, other), (torch.float16, "cuda"), (torch.bfloat16, "cuda"), (torch.float16, "cuda")):
+    for dtype, name in (
+        (torch.float32, other),
+        (torch.float16, "cuda"),
+        (torch.bfloat16, "cuda"),
+        (torch.float16, "cuda"),
+    ):
         assert torch.equal(module(it.x[:5].to(dtype)), it.exact[:5].to(dtype))
         assert module._linears[dtype][0].backend.name == name
     module.bias.requires_grad_()
@@ -358,12 +450,19 @@ def test_module_on_a_gpu():
     assert module.to(DEVICE)(it.x[:5]).is_cuda and module.backend == "cuda"
 
 
-def check_fused(linear, device, dtype, rank, adapter_rank, tokens, rows=(100, 24, 37), K=272) -> None:
+def check_fused(
+    linear, device, dtype, rank, adapter_rank, tokens, rows=(100, 24, 37), K=272
+) -> None:
     layouts = [PackedLayout(n, K, "int8", 128, rank, adapter_rank) for n in rows]
     parts = [random_packed(it, it.out_features, integers=True).to(device) for it in layouts]
-    state, bias = BACKEND.prepare_fused(parts, dtype), torch.randint(-5, 6, (sum(rows),), device=device).float()
+    state, bias = (
+        BACKEND.prepare_fused(parts, dtype),
+        torch.randint(-5, 6, (sum(rows),), device=device).float(),
+    )
     for M in tokens:
-        x = torch.randint(-2, 3, (M, K), generator=torch.Generator().manual_seed(M)).to(device, dtype)
+        x = torch.randint(-2, 3, (M, K), generator=torch.Generator().manual_seed(M)).to(
+            device, dtype
+        )
         exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
         assert torch.equal(linear(x, state, bias), exact.to(dtype)), M
 
@@ -379,13 +478,20 @@ def test_nvrtc_gives_the_same_bits_as_nvcc(monkeypatch, tmp_path, forgetful):
         pytest.skip("no libnvrtc")
     if not all(images.ahead_of_time(unit, here().capability) for unit in images.kernel_units()):
         pytest.skip("installed without nvcc: all other tests ran what NVRTC compiled")
-    cases = [(layer(layout, dtype, False), M) for layout in (PLAIN, EVERYTHING) for dtype in DTYPES for M in (1, 16, 33, 100)]
+    cases = [
+        (layer(layout, dtype, False), M)
+        for layout in (PLAIN, EVERYTHING)
+        for dtype in DTYPES
+        for M in (1, 16, 33, 100)
+    ]
     before = [native(it.x[:M], it.state, it.bias) for it, M in cases]
     monkeypatch.setattr(images, "ahead_of_time", lambda *_: [])
     monkeypatch.setenv("SLAB_KERNELS_CACHE", str(tmp_path))
     forgetful()
     after = [native(it.x[:M], it.state, it.bias) for it, M in cases]
-    assert list(tmp_path.iterdir()) and all(same_bits(a, b) for a, b in zip(after, before, strict=True))
+    assert list(tmp_path.iterdir()) and all(
+        same_bits(a, b) for a, b in zip(after, before, strict=True)
+    )
 
 
 SCRIPT = """
@@ -409,13 +515,40 @@ print("every result is right")
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    if not (sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")):
+    if not (
+        sanitizer := shutil.which("compute-sanitizer")
+        or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    ):
         pytest.skip("no compute-sanitizer")
     # Not ours to judge: how cuBLAS (110 tokens) shares memory, and torch's calls that ask for what a device may lack.
-    more, tokens = (["--report-api-errors", "no"], "1 12 40 70 110") if tool == "memcheck" else ([], "1 12 40 70")
-    command = [sanitizer, "--tool", tool, *more, "--error-exitcode", "9", sys.executable, "-c", SCRIPT, *tokens.split()]
+    more, tokens = (
+        (["--report-api-errors", "no"], "1 12 40 70 110")
+        if tool == "memcheck"
+        else ([], "1 12 40 70")
+    )
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        *more,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-c",
+        SCRIPT,
+        *tokens.split(),
+    ]
     # Without torch's cache every tensor is an allocation of its own, with ends that memcheck knows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent, timeout=1800)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parent,
+        timeout=1800,
+    )
     said = done.stdout + done.stderr
-    assert done.returncode == 0 and "every result is right" in said and "SUMMARY: 0 " in said, said[-4000:]
+    assert done.returncode == 0 and "every result is right" in said and "SUMMARY: 0 " in said, said[
+        -4000:
+    ]

@@ -38,7 +38,9 @@ from slab_kernels.bench.layer_shapes import MODELS, layers
 CUDA = Path(__file__).resolve().parents[3] / "csrc/cuda"
 SHAPES = sorted({shape for name in MODELS for shape in layers(name)})
 # The shapes that the design is measured by: Llama-2-7B, Llama-3-8B, 70B.
-DESIGN = sorted({shape for name in ("llama-2-7b", "llama-3-8b", "llama-3-70b") for shape in layers(name)})
+DESIGN = sorted(
+    {shape for name in ("llama-2-7b", "llama-3-8b", "llama-3-70b") for shape in layers(name)}
+)
 VALUES = ((W16, 4), (INT8, 4), (INT4, 1))  # and steps of 32 inputs that a scale covers
 RANKS = (0, 1, 2, 16)
 SIGNS = ((0, 1), (1, 1), (2, 1), (16, 1), (1, 2), (1, 3), (2, 3), (16, 2))  # ranks and sign planes
@@ -58,8 +60,12 @@ def constants() -> dict[str, int]:
     """Numbers of params.h that decide sizes, read from its text."""
     text = "".join((CUDA / name).read_text() for name in ("params.h", "linear.cuh", "linear.cu"))
     found = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
-    values = re.search(r"values == kW16 \? (\d+) : values == kI8 \? (\d+) : values == kI4 \? (\d+) : (\d+);", text)
-    metadata = re.search(r"stream_metadata_bytes\(int values\) { return values == kDense \? 0 : (\d+); }", text)
+    values = re.search(
+        r"values == kW16 \? (\d+) : values == kI8 \? (\d+) : values == kI4 \? (\d+) : (\d+);", text
+    )
+    metadata = re.search(
+        r"stream_metadata_bytes\(int values\) { return values == kDense \? 0 : (\d+); }", text
+    )
     # What the test below spells out in Python, as it stands in the sources; whoever edits it looks here too.
     flat = re.sub(r"\s+", "", text)
     for formula in (
@@ -81,14 +87,22 @@ def constants() -> dict[str, int]:
         "slab::kRankAny, 2, kTiles, slab::kPlanesAny>",
     ):
         assert formula.replace(" ", "") in flat, f"csrc/cuda no longer says {formula!r}"
-    return found | {f"bytes{i}": int(values[i + 1]) for i in range(4)} | {"metadata": int(metadata[1])}
+    return (
+        found | {f"bytes{i}": int(values[i + 1]) for i in range(4)} | {"metadata": int(metadata[1])}
+    )
 
 
 @functools.cache
-def shared_bytes_of(sizes: Sizes, M: int, tokens: int, tile: plan.Tile, stages: int) -> tuple[int, int]:
+def shared_bytes_of(
+    sizes: Sizes, M: int, tokens: int, tile: plan.Tile, stages: int
+) -> tuple[int, int]:
     """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups, both from address 0."""
     c = _constants()
-    scales = c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"] if sizes.values in (INT8, INT4) else 0
+    scales = (
+        c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"]
+        if sizes.values in (INT8, INT4)
+        else 0
+    )
     block = c[f"bytes{sizes.values}"] + (0 if sizes.values == DENSE else c["metadata"])
     block += (sizes.planes * c["kSignBytes"] if sizes.rank else 0) + scales
     staged = tile.warp_tokens * tokens
@@ -110,25 +124,36 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
     tile, threads = chosen.tile, chosen.tile.threads
     assert threads <= 256 and chosen.block == (threads, 1, 1) and 2 <= chosen.stages <= 4, where
     assert chosen.shared_bytes <= gpu.shared_limit, where
-    family = PLANES_REGISTERS if sizes.planes > 1 else TALL_REGISTERS if tile.blocks == 4 else REGISTERS
+    family = (
+        PLANES_REGISTERS if sizes.planes > 1 else TALL_REGISTERS if tile.blocks == 4 else REGISTERS
+    )
     registers = family[chosen.tokens]
     assert chosen.resident >= 1 and registers * threads * chosen.resident <= 65536, where
     assert (chosen.shared_bytes + 1024) * chosen.resident <= gpu.shared_total, where
-    assert (chosen.stage_bytes, chosen.shared_bytes) == shared_bytes_of(sizes, M, chosen.tokens, tile, chosen.stages), where
+    assert (chosen.stage_bytes, chosen.shared_bytes) == shared_bytes_of(
+        sizes, M, chosen.tokens, tile, chosen.stages
+    ), where
     # tiles cover rows and tokens and none is empty
     rows, wide = 16 * tile.blocks * tile.warp_rows, chosen.tokens * tile.warp_tokens
     assert chosen.row_tiles == sum(-(-part // rows) for part in sizes.rows), where
     assert chosen.token_tiles * wide >= M > (chosen.token_tiles - 1) * wide, where
-    assert chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1) and chosen.grid[0] < 1 << 31, where
+    assert (
+        chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1)
+        and chosen.grid[0] < 1 << 31
+    ), where
     # linear.cuh: share()
     ends = [sizes.k_blocks * split // chosen.splits for split in range(chosen.splits + 1)]
     shares = [end - start for start, end in itertools.pairwise(ends)]
-    assert ends[-1] == sizes.k_blocks and min(shares) >= (tile.warp_inputs if chosen.splits > 1 else 1), where
+    assert ends[-1] == sizes.k_blocks and min(shares) >= (
+        tile.warp_inputs if chosen.splits > 1 else 1
+    ), where
     assert M <= 64 or (chosen.splits == 1 and tile.warp_inputs == 1), where
     # one tile takes all tokens of decoding; with several planes, whose warps hold no 64, two of 32
     assert M > 64 or chosen.token_tiles == (2 if sizes.planes > 1 and M > 32 else 1), where
     # 64 rows a warp: not every kernel is compiled for them
-    assert tile.blocks == 2 or (tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]), where
+    assert tile.blocks == 2 or (
+        tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]
+    ), where
     assert sizes.planes == 1 or tile.blocks == 2, where
     assert plan.LAUNCH_US + plan.FILL_US < chosen.microseconds < 1e6, where
 
@@ -169,8 +194,16 @@ def test_every_adapter(gpu):
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_sizes_that_no_model_has(gpu):
     """One input, one row, K of one block, parts that are no multiple of anything, far more rows than a tile, every M up to 64."""
-    for rows, K in itertools.product(((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)):
-        for values, rank, planes in ((W16, 1, 1), (INT4, 0, 1), (INT8, 16, 1), (INT4, 1, 3), (W16, 16, 2)):
+    for rows, K in itertools.product(
+        ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)
+    ):
+        for values, rank, planes in (
+            (W16, 1, 1),
+            (INT4, 0, 1),
+            (INT8, 16, 1),
+            (INT4, 1, 3),
+            (W16, 16, 2),
+        ):
             sizes = Sizes(K, rows, values, 2, rank, 2, planes)
             ways = [set(), set(), set()]
             for M in (*range(1, 66), 4095):
@@ -183,7 +216,10 @@ def test_sizes_that_no_model_has(gpu):
 def test_the_tables_hold_what_the_kernels_can():
     """Powers of two (linear.cuh shifts and masks by them), eight warps; tall warps where linear.cu has their kernels."""
     for tile in (*SPLIT_TILES, *WHOLE_TILES, *TALL_TILES):
-        assert all(n & (n - 1) == 0 for n in (tile.warp_rows, tile.warp_tokens, tile.warp_inputs)) and tile.threads <= 256
+        assert (
+            all(n & (n - 1) == 0 for n in (tile.warp_rows, tile.warp_tokens, tile.warp_inputs))
+            and tile.threads <= 256
+        )
         assert tile.reason
     text = (CUDA / "linear.cu").read_text()
     tall = re.findall(r"SLAB_TALL\(act, T, (\w+), k\w+, (\w+), k\w+, (\d+), (\d+)\)", text)
@@ -215,14 +251,19 @@ def test_decoding_is_predicted_to_beat_dense_weights(gpu):
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
         sizes = Sizes(K, (N,), values, group_steps, rank, 0)
         for M in (1, 2, 4, 8, 16):
-            assert choose(sizes, M, gpu).microseconds < plan.dense_microseconds(N, K, M, gpu), (sizes, M)
+            assert choose(sizes, M, gpu).microseconds < plan.dense_microseconds(N, K, M, gpu), (
+                sizes,
+                M,
+            )
 
 
 def test_rebuilding_pays_only_for_very_many_tokens():
     sizes = Sizes(4096, (11008,), W16, 4, 1, 0)
     kinds = [type(choose(sizes, M, H200)) for M in (1, 64, 65, 256, 4096, 1 << 16)]
     assert kinds[:2] == [Plan, Plan] and kinds[-1] is Rebuild
-    assert choose(sizes, 1 << 16, replace(H200, gemm_rate=1e-9)).splits == 1, "a device without a fast cuBLAS never does"
+    assert choose(sizes, 1 << 16, replace(H200, gemm_rate=1e-9)).splits == 1, (
+        "a device without a fast cuBLAS never does"
+    )
 
 
 # ---- devices
@@ -247,14 +288,20 @@ def test_rebuilding_pays_only_for_very_many_tokens():
         ("NVIDIA B200", (10, 0), "H100"),
         ("NVIDIA GB10", (12, 1), "RTX 5090"),
         ("", (13, 0), "RTX 5090"),
-        ("Tesla T4", (7, 5), "A100"),  # older than all; no kernel runs there, a plan can still be asked for
+        (
+            "Tesla T4",
+            (7, 5),
+            "A100",
+        ),  # older than all; no kernel runs there, a plan can still be asked for
     ],
 )
 def test_gpu_like(name, capability, row):
     """Figures of the row, sizes of the device."""
     (known,) = [gpu for gpu in GPUS if gpu.name == row]
     found = plan.gpu_like(name, capability, 77, 99_000)
-    assert found == replace(known, name=name, capability=capability, multiprocessors=77, shared_limit=99_000)
+    assert found == replace(
+        known, name=name, capability=capability, multiprocessors=77, shared_limit=99_000
+    )
 
 
 def test_a_plan_follows_the_sizes_of_the_device():
@@ -280,11 +327,17 @@ def test_describe():
     assert ", K split over 4 CTAs (32 rows:" in split.describe()
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
     rebuilt = choose(Sizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
-    assert re.fullmatch(r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores", rebuilt)
+    assert re.fullmatch(
+        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores",
+        rebuilt,
+    )
 
     problem = LinearProblem(1, 4096, 4096, "int4", 128, dtype=torch.float16, device="cuda")
     asked = BACKEND.describe(problem, "a100")  # a GPU that need not be here
-    assert re.fullmatch(r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us", asked)
+    assert re.fullmatch(
+        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us",
+        asked,
+    )
     with pytest.raises(ValueError, match="no figures for the GPU 'Voodoo2'; known: A100, RTX 3090"):
         BACKEND.describe(problem, "Voodoo2")
     with pytest.raises(ValueError, match="no figures for the GPU ''"):
@@ -294,9 +347,13 @@ def test_describe():
 def test_sizes_that_fit_nowhere_are_refused():
     tiny = replace(A100, shared_limit=16384)
     for M in (1, 16, 17, 64):
-        with pytest.raises(ValueError, match=r"no tile of Sizes\(K=4096, .*\) fits 16384 bytes of shared memory"):
+        with pytest.raises(
+            ValueError, match=r"no tile of Sizes\(K=4096, .*\) fits 16384 bytes of shared memory"
+        ):
             choose(Sizes(4096, (64,), W16, 4, 16, 0), M, tiny)
-    assert isinstance(choose(Sizes(4096, (64,), W16, 4, 16, 0), 65, tiny), Rebuild), "rebuilding needs none"
+    assert isinstance(choose(Sizes(4096, (64,), W16, 4, 16, 0), 65, tiny), Rebuild), (
+        "rebuilding needs none"
+    )
     with pytest.raises(ValueError, match="fits 16384 bytes of shared memory"):
         choose(Sizes(4096, (64,), DENSE, 4, 0, 0), 65, tiny)
 
@@ -309,7 +366,10 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
     """`prepare` loads them, so that the first call may be captured into a graph."""
     named = set()
     for (values, group_steps), (rank, planes), steps in itertools.product(VALUES, SIGNS, (0, 4)):
-        sizes, dtype = Sizes(512, (72,), values, group_steps, rank, steps, planes), (torch.float16, torch.bfloat16)[rank % 2]
+        sizes, dtype = (
+            Sizes(512, (72,), values, group_steps, rank, steps, planes),
+            (torch.float16, torch.bfloat16)[rank % 2],
+        )
         ahead = kernel_names(sizes, dtype)
         assert len(set(ahead)) == len(ahead)
         named |= set(ahead)
@@ -327,12 +387,33 @@ def test_the_template_says_what_the_plan_says():
     p = launching.LinearParams.from_buffer_copy(second.template)
     tile = second.plan.tile
     rows = 16 * tile.blocks * tile.warp_rows
-    assert (p.tokens, p.in_features, p.out_features, p.k_blocks, p.whole_blocks) == (12, 1000, 161, 8, 7)
-    assert (p.rank, p.planes, p.group_steps, p.adapter_steps, p.parts, p.z_splits) == (2, 3, 2, 1, 3, first.plan.splits)
-    assert (p.warp_rows, p.warp_tokens, p.warp_inputs) == (tile.warp_rows, tile.warp_tokens, tile.warp_inputs)
+    assert (p.tokens, p.in_features, p.out_features, p.k_blocks, p.whole_blocks) == (
+        12,
+        1000,
+        161,
+        8,
+        7,
+    )
+    assert (p.rank, p.planes, p.group_steps, p.adapter_steps, p.parts, p.z_splits) == (
+        2,
+        3,
+        2,
+        1,
+        3,
+        first.plan.splits,
+    )
+    assert (p.warp_rows, p.warp_tokens, p.warp_inputs) == (
+        tile.warp_rows,
+        tile.warp_tokens,
+        tile.warp_inputs,
+    )
     assert (p.stages, p.splits) == (second.plan.stages, second.plan.splits)
     assert list(p.part_row) == [0, 100, 124, 161, 0] and list(p.part_block) == [0, 7, 9, 12, 0]
     ends = list(itertools.accumulate(-(-part // rows) for part in sizes.rows))
-    assert list(p.part_tile) == [0, *ends, 0] and p.row_tiles == ends[-1] and p.token_tiles == second.plan.token_tiles
+    assert (
+        list(p.part_tile) == [0, *ends, 0]
+        and p.row_tiles == ends[-1]
+        and p.token_tiles == second.plan.token_tiles
+    )
     q = launching.LinearParams.from_buffer_copy(first.template)
     assert (q.out_features, q.parts, q.rank, q.adapter_steps, q.tokens) == (48, 1, 0, 0, 12)

@@ -32,8 +32,15 @@ def test_every_default_is_reached_on_some_device():
     reached = {case.row for case in EVERY}
     # The last row is the net under all others, for a device with less shared memory than any that has these kernels.
     same = [row for row in DEFAULTS[:-1] if not row.config.rebuild and row not in reached]
-    tiles = {(c.block_m, c.block_n, c.block_k, c.warps, c.stages) for c in (row.config for row in reached)}
-    assert all((r.config.block_m, r.config.block_n, r.config.block_k, r.config.warps, r.config.stages) in tiles for r in same)
+    tiles = {
+        (c.block_m, c.block_n, c.block_k, c.warps, c.stages)
+        for c in (row.config for row in reached)
+    }
+    assert all(
+        (r.config.block_m, r.config.block_n, r.config.block_k, r.config.warps, r.config.stages)
+        in tiles
+        for r in same
+    )
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
@@ -43,8 +50,13 @@ def test_registers_shared_memory_and_instructions(case: Case):
     plain = case.rank == 1 and case.dtype.itemsize == 2
     if kernel.local or kernel.stack > (0 if plain else SPILLED):
         found.append(f"spills {kernel.stack} bytes, {kernel.local} bytes of local memory")
-    if kernel.shared_bytes > case.row.shared or kernel.shared_bytes > DEVICES[case.arch].shared_limit:
-        found.append(f"takes {kernel.shared_bytes} bytes of shared memory, its row says {case.row.shared}")
+    if (
+        kernel.shared_bytes > case.row.shared
+        or kernel.shared_bytes > DEVICES[case.arch].shared_limit
+    ):
+        found.append(
+            f"takes {kernel.shared_bytes} bytes of shared memory, its row says {case.row.shared}"
+        )
     usage = {kernel.name: sass.Usage(kernel.registers, kernel.stack, kernel.local)}
     code = sass.parse(kernel.sass, usage)[kernel.name]
     main = code.of(code.main.blocks)
@@ -52,12 +64,18 @@ def test_registers_shared_memory_and_instructions(case: Case):
     if not any(i.base == product for i in main):
         found.append(f"has no {product} in its main loop")
     # ptxas leaves the loop by CALL.REL.NOINC, a jump that nothing returns from.
-    if plain and any(i.base in ("I2F", "F2F", "LDL", "STL") or (i.base == "CALL" and ".NOINC" not in i.opcode) for i in main):
+    if plain and any(
+        i.base in ("I2F", "F2F", "LDL", "STL") or (i.base == "CALL" and ".NOINC" not in i.opcode)
+        for i in main
+    ):
         found.append("converts, calls or spills in its main loop")
     if plain:
         class_ = next(tokens for tokens in (16, 64, 256) if case.row.config.block_m <= tokens)
         cost = triton_code.instructions_a_weight(case)
-        most = MOST[case.values, class_] + (LARGEST_BY_PLANES if class_ == 256 else BY_PLANES)[case.planes]
+        most = (
+            MOST[case.values, class_]
+            + (LARGEST_BY_PLANES if class_ == 256 else BY_PLANES)[case.planes]
+        )
         if cost > most:
             found.append(f"takes {cost:.1f} instructions a weight, more than {most:.1f}")
     assert not found, f"{case}: {'; '.join(found)}"

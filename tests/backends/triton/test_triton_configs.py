@@ -70,12 +70,16 @@ def test_the_users_rows_come_before_the_shipped_and_those_before_the_defaults(fo
     assert choose(LAYER._replace(rows=(1024,)), 1, 16, A100).reason == "shipped"
     assert choose(LAYER, 17, 16, A100) in [row.config for row in configs.DEFAULTS]
     other = A100._replace(name="NVIDIA L4")
-    assert choose(LAYER, 1, 16, other) in [row.config for row in configs.DEFAULTS], "a file is for one device"
+    assert choose(LAYER, 1, 16, other) in [row.config for row in configs.DEFAULTS], (
+        "a file is for one device"
+    )
 
 
 def test_every_problem_has_a_default(folders):
     devices = [A100, Device("small", 4, 48 << 10, 75), Device("H100", 132, 232448, 90)]
-    for device, m, bits, values, rank in itertools.product(devices, (0, 1, 16, 17, 64, 65, 513, 5000), (16, 32), configs.VALUES, (0, 1, 4)):
+    for device, m, bits, values, rank in itertools.product(
+        devices, (0, 1, 16, 17, 64, 65, 513, 5000), (16, 32), configs.VALUES, (0, 1, 4)
+    ):
         sizes = Sizes(4096, (64, 64), values, 128, rank, 16)
         config = choose(sizes, m, bits, device)
         assert config.reason and splits(sizes, m, config, device) in (1, 2, 4, 8, 16)
@@ -88,11 +92,18 @@ def test_a_decoded_token_is_summed_alike_whatever_is_beside_it(config):
 
 def test_above_and_tokens_bound_a_row(folders):
     write(folders[0], {"above": 64, "tokens": 100, "reason": "mine"})
-    assert [m for m in (1, 64, 65, 100, 101) if choose(LAYER, m, 16, A100).reason == "mine"] == [65, 100]
+    assert [m for m in (1, 64, 65, 100, 101) if choose(LAYER, m, 16, A100).reason == "mine"] == [
+        65,
+        100,
+    ]
 
 
 def test_a_regime_is_what_the_shipped_rows_tell_apart(folders):
-    assert [configs.regime(m, A100.name) for m in (1, 16, 17, 10**6)][:3] == [(0, 16), (0, 16), (16, 32)]
+    assert [configs.regime(m, A100.name) for m in (1, 16, 17, 10**6)][:3] == [
+        (0, 16),
+        (0, 16),
+        (16, 32),
+    ]
     assert configs.regime(10**6, A100.name)[1] is None
     write(folders[1], {"above": 100, "tokens": 200})
     assert configs.regime(150, A100.name) == (100, 200)
@@ -154,13 +165,20 @@ def test_a_file_that_everybody_may_write_and_a_variable_that_names_no_folder(fol
 
 def test_file_names():
     assert configs.file_name("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb.json"
-    assert configs.file_name("../AMD Instinct MI300X/") == "amd-instinct-mi300x.json", "no path in it"
+    assert configs.file_name("../AMD Instinct MI300X/") == "amd-instinct-mi300x.json", (
+        "no path in it"
+    )
 
 
 def test_shipped_files_are_packaged_and_fit_their_devices(tmp_path):
-    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]
     assert packaged["slab_kernels.backends.triton"] == ["configs/*.json"]
-    assert (configs.SHIPPED.name, configs.SHIPPED.parent) == ("configs", Path(configs.__file__).parent)
+    assert (configs.SHIPPED.name, configs.SHIPPED.parent) == (
+        "configs",
+        Path(configs.__file__).parent,
+    )
     source = tmp_path / "source"
     (source / "slab_kernels/backends/triton/configs").mkdir(parents=True)
     (source / "slab_kernels/backends/triton/configs/nvidia-l4.json").write_text("{}")
@@ -184,7 +202,9 @@ def test_shipped_files_are_packaged_and_fit_their_devices(tmp_path):
 def test_rows_survive_a_round_trip():
     rows = [*configs.DEFAULTS, Row(Config(), 64, 16, ("int4",), 1, 64, 128, 4096, 80, 16)]
     for row in rows:
-        if not (row.config.rebuild and row.above < configs.DECODE):  # only a default may, which stands after those for decoding
+        if not (
+            row.config.rebuild and row.above < configs.DECODE
+        ):  # only a default may, which stands after those for decoding
             assert row_from(json.loads(json.dumps(row_to(row)))) == row
     assert row_from({}) == row_from({"tokens": None, "stages": None}) == Row(Config())
 
@@ -205,13 +225,22 @@ BAD_ROWS = {
     "fill": ({"fill": -1}, "fill=-1 must be a whole number from 0 to 64"),
     "rebuild": ({"rebuild": "yes"}, "rebuild='yes' must be true or false"),
     "reason": ({"reason": 3}, "reason=3 text"),
-    "registers": ({"block_m": 256, "block_n": 256, "warps": 4}, "a thread 512 numbers of a tile, at most 256"),
+    "registers": (
+        {"block_m": 256, "block_n": 256, "warps": 4},
+        "a thread 512 numbers of a tile, at most 256",
+    ),
     "few tokens": ({"tokens": 4}, "tokens=4 must be a whole number from 16"),
     "tokens as text": ({"tokens": "all"}, "tokens='all'"),
-    "above": ({"above": 8}, "above=16 or more, not 8: up to 16 tokens no result may depend on their number"),
+    "above": (
+        {"above": 8},
+        "above=16 or more, not 8: up to 16 tokens no result may depend on their number",
+    ),
     "nothing between": ({"above": 64, "tokens": 64}, "tokens=64 must be more than above=64"),
     "rebuilding to decode": ({"rebuild": True}, "rebuild=true needs above=16 or more, not 0"),
-    "values as text": ({"values": "int4"}, "values='int4' must be a list of fp16, bf16, int8, int4"),
+    "values as text": (
+        {"values": "int4"},
+        "values='int4' must be a list of fp16, bf16, int8, int4",
+    ),
     "unknown values": ({"values": ["int3"]}, "values=['int3']"),
     "no values": ({"values": []}, "values=[]"),
     "unhashable values": ({"values": [{}]}, "values=[{}]"),
@@ -231,7 +260,9 @@ def test_a_bad_row_is_named_with_its_file_and_value(name, folders):
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         choose(LAYER, 1, 16, A100)
     text = str(raised.value)
-    assert text.startswith(f"{path}: row 2: ") and text.endswith("; correct it, or delete it and run slab-kernels tune again")
+    assert text.startswith(f"{path}: row 2: ") and text.endswith(
+        "; correct it, or delete it and run slab-kernels tune again"
+    )
     assert "\n" not in text and console.exit_code(raised.value) == console.BAD_FILE
 
 
@@ -246,7 +277,10 @@ BAD_FILES = {
     "no format": (b'{"rows": []}', "format None, this version of slab_kernels reads format 1"),
     "newer": (b'{"format": 2, "rows": []}', "format 2, this version"),
     "true": (b'{"format": true, "rows": []}', "format True, this version"),
-    "unknown key": (b'{"format": 1, "rows": [], "gpu": "x"}', "unknown keys 'gpu' (known: format, device, versions, rows)"),
+    "unknown key": (
+        b'{"format": 1, "rows": [], "gpu": "x"}',
+        "unknown keys 'gpu' (known: format, device, versions, rows)",
+    ),
 }
 
 
@@ -266,7 +300,9 @@ def test_a_bad_file_is_named(name, folders):
 
 def test_a_file_that_cannot_be_read(folders):
     (folders[0] / configs.file_name(A100.name)).mkdir(parents=True)
-    with pytest.raises(ConfigError, match="cannot read .*a100.*: Is a directory; make it readable, or delete it"):
+    with pytest.raises(
+        ConfigError, match="cannot read .*a100.*: Is a directory; make it readable, or delete it"
+    ):
         choose(LAYER, 1, 16, A100)
 
 
@@ -278,6 +314,9 @@ def test_blocks_that_a_row_may_name_are_those_that_the_kernels_take():
 
 
 def test_describe():
-    assert Config(reason="why").describe() == "64 rows x 16 tokens x 128 inputs, 4 warps, 3 stages (why)"
+    assert (
+        Config(reason="why").describe()
+        == "64 rows x 16 tokens x 128 inputs, 4 warps, 3 stages (why)"
+    )
     assert Config(rebuild=True).describe() == "the weight rebuilt dense, then torch's matmul"
     assert "shared" not in asdict(Config()), "a row's, not a configuration's"

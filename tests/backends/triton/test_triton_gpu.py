@@ -32,12 +32,19 @@ every_type = pytest.mark.parametrize("dtype", DTYPES)
 both_layouts = pytest.mark.parametrize("layout", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 
 
-def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str = DEVICE) -> checks.Layer:
+def layer(
+    layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str = DEVICE
+) -> checks.Layer:
     return checks.layer(layout, dtype, integers, device)
 
 
 def chosen(it: checks.Layer, M: int) -> Config:
-    return choose(launch.sizes_of(it.state), M, backend.bits_of(it.x.dtype), backend.device_of(torch.cuda.current_device()))
+    return choose(
+        launch.sizes_of(it.state),
+        M,
+        backend.bits_of(it.x.dtype),
+        backend.device_of(torch.cuda.current_device()),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +79,9 @@ def test_error_is_that_of_a_dense_weight(dtype, values, M):
 def test_other_bodies(monkeypatch, dtype, poisoned):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
     checks.check_kept_is_what_the_mask_says(DEVICE, dtype)
-    for values, rank, adapter_rank in itertools.product((("fp16", None), ("int4", 32)), (0, 1, 2), (0, 16)):
+    for values, rank, adapter_rank in itertools.product(
+        (("fp16", None), ("int4", 32)), (0, 1, 2), (0, 16)
+    ):
         checks.check_dense(DEVICE, dtype, values, rank, adapter_rank, 100, 388)
         checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (1, 12, 40, 200))
     for bad, M in itertools.product((float("nan"), float("inf")), (1, 8, 70)):
@@ -95,12 +104,18 @@ def test_compile_and_modules(monkeypatch, compiler):
 @every_type
 def test_every_default(dtype, row):
     device, M = backend.device_of(torch.cuda.current_device()), row.config.block_m + 3
-    if row.bits not in (None, backend.bits_of(dtype)) or row.shared > device.shared_limit or row.config.rebuild:
+    if (
+        row.bits not in (None, backend.bits_of(dtype))
+        or row.shared > device.shared_limit
+        or row.config.rebuild
+    ):
         pytest.skip("not for this")
     for rank in {min(row.rank or 2, 2), 1}:
         values = (row.values or ("fp16",))[0]
         it = layer(PackedLayout(149, 396, values, None, rank), dtype, True)
-        assert torch.equal(launch.linear(it.x[:M], it.state, None, row.config, 1, 1), it.exact[:M].to(dtype))
+        assert torch.equal(
+            launch.linear(it.x[:M], it.state, None, row.config, 1, 1), it.exact[:M].to(dtype)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -108,14 +123,28 @@ def test_very_many_tokens_rebuild_the_weight(dtype):
     it = layer(PackedLayout(149, 396, "int8", 128, 1), dtype, True)
     x, M = it.x.repeat(10, 1), 10 * max(TOKENS)
     assert chosen(it, M).rebuild
-    assert torch.equal(BACKEND.linear(x, it.state, it.bias), (it.exact + it.bias.double()).to(dtype).repeat(10, 1))
+    assert torch.equal(
+        BACKEND.linear(x, it.state, it.bias), (it.exact + it.bias.double()).to(dtype).repeat(10, 1)
+    )
 
 
 @pytest.mark.parametrize("M", [1, 16, 64, 257])
 @both_layouts
 def test_a_hundred_runs_give_the_same_bits(layout, M):
     it = layer(layout, torch.float16, False)
-    assert len({BACKEND.linear(it.x[:M], it.state, it.bias).view(torch.int16).cpu().numpy().tobytes() for _ in range(100)}) == 1
+    assert (
+        len(
+            {
+                BACKEND.linear(it.x[:M], it.state, it.bias)
+                .view(torch.int16)
+                .cpu()
+                .numpy()
+                .tobytes()
+                for _ in range(100)
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("M", [1, 12, 40, 200])
@@ -147,7 +176,9 @@ def test_two_streams_at_once(layout):
         for call, (i, stream) in itertools.product(range(100), enumerate(streams)):
             with torch.cuda.stream(stream):
                 if call == 0:
-                    torch.cuda._sleep(50_000_000)  # clocks: x is written long after the launches were queued
+                    torch.cuda._sleep(
+                        50_000_000
+                    )  # clocks: x is written long after the launches were queued
                     xs[i].copy_(it.x[i : i + M])
                 results[i].append(BACKEND.linear(xs[i], it.state, it.bias))
         torch.cuda.synchronize()
@@ -159,7 +190,9 @@ def test_a_device_that_is_not_the_current_one():
     it = layer(EVERYTHING, torch.float16, True, "cuda:1")
     for M in (1, 40, 100):
         y = BACKEND.linear(it.x[:M], it.state, it.bias)
-        assert y.device == torch.device("cuda:1") and torch.equal(y, (it.exact[:M] + it.bias.double()).half())
+        assert y.device == torch.device("cuda:1") and torch.equal(
+            y, (it.exact[:M] + it.bias.double()).half()
+        )
 
 
 @pytest.mark.parametrize("M", [1, 12, 40])
@@ -173,7 +206,9 @@ def test_as_the_cuda_backend(layout, dtype, M):
     other = cuda.linear(it.x[:M], cuda.prepare(it.packed, dtype))
     most = bound(it.magnitude[:M], it.exact[:M], dtype, layout.in_features)
     off = (BACKEND.linear(it.x[:M], it.state).double() - other.double()).abs()
-    assert bool((off <= 2 * most + 4 * ROUNDOFF[dtype] * it.magnitude[:M]).all())  # the other rounds v and v * x besides
+    assert bool(
+        (off <= 2 * most + 4 * ROUNDOFF[dtype] * it.magnitude[:M]).all()
+    )  # the other rounds v and v * x besides
 
 
 SCRIPT = """
@@ -189,12 +224,36 @@ print("every result is right")
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    if not (sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")):
+    if not (
+        sanitizer := shutil.which("compute-sanitizer")
+        or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    ):
         pytest.skip("no compute-sanitizer")
-    more = ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch's calls that ask for what a device may lack
-    command = [sanitizer, "--tool", tool, *more, "--error-exitcode", "9", sys.executable, "-c", SCRIPT]
+    more = (
+        ["--report-api-errors", "no"] if tool == "memcheck" else []
+    )  # torch's calls that ask for what a device may lack
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        *more,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-c",
+        SCRIPT,
+    ]
     # Without torch's cache every tensor is an allocation of its own, with ends that memcheck knows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent, timeout=1800)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parent,
+        timeout=1800,
+    )
     said = done.stdout + done.stderr
-    assert done.returncode == 0 and "every result is right" in said and "SUMMARY: 0 " in said, said[-4000:]
+    assert done.returncode == 0 and "every result is right" in said and "SUMMARY: 0 " in said, said[
+        -4000:
+    ]

@@ -59,7 +59,10 @@ def test_any_two_choices_of_the_grid_meet():
     assert len(GRID) == len(DTYPES) * len(VALUE_LAYOUTS) * len(checks.RANKS) * len(SHAPES)
     free = {("M", "tile"), ("shape", "tile"), ("splits", "tile")}
     for pair in set(itertools.combinations(checks.Case._fields, 2)) - free:
-        left, right, both = ({tuple(getattr(case, name) for name in names) for case in GRID} for names in (pair[:1], pair[1:], pair))
+        left, right, both = (
+            {tuple(getattr(case, name) for name in names) for case in GRID}
+            for names in (pair[:1], pair[1:], pair)
+        )
         assert len(both) == len(left) * len(right), pair
 
 
@@ -82,7 +85,9 @@ def test_error_is_that_of_a_dense_weight(values):
 def test_shares_of_K(dtype, adapter_rank):
     """Eight shares of seven steps, the last one empty; of eight steps without a tail."""
     for K in (64 * 6 + 3, 64 * 8):
-        checks.check_shares_of_K(DEVICE, PackedLayout(33, K, "int8", 128, 1, adapter_rank), dtype, Config(16, 64, 64))
+        checks.check_shares_of_K(
+            DEVICE, PackedLayout(33, K, "int8", 128, 1, adapter_rank), dtype, Config(16, 64, 64)
+        )
 
 
 def term_by_term(a, b, dtype=None):
@@ -100,7 +105,15 @@ def test_a_token_alone(dtype, monkeypatch):
     layout = PackedLayout(33, 772, "int4", 32, 2, 4)
     sizes = launch.sizes_of(checks.layer(layout, dtype, False, DEVICE).state)
     for M in (1, 16):
-        assert backend.splits(sizes, M, choose(sizes, M, 8 * dtype.itemsize, backend.device_of(None)), backend.device_of(None)) > 1
+        assert (
+            backend.splits(
+                sizes,
+                M,
+                choose(sizes, M, 8 * dtype.itemsize, backend.device_of(None)),
+                backend.device_of(None),
+            )
+            > 1
+        )
     checks.check_a_token_alone(DEVICE, layout, dtype)
 
 
@@ -110,7 +123,9 @@ def test_a_token_alone(dtype, monkeypatch):
 def test_fused_weights(dtype, values, rank, adapter_rank):
     checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (1, 20))
     for planes, rows in ((3, (40, 1, 17)), (2, (16, 33)), (1, (1, 2, 3, 4))):
-        checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (5,), rows, 68, Config(16, 16, 64), planes)
+        checks.check_fused(
+            DEVICE, dtype, values, rank, adapter_rank, (5,), rows, 68, Config(16, 16, 64), planes
+        )
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (4, 0), (1, 100)])
@@ -137,11 +152,23 @@ def test_nan_and_infinity_propagate(dtype, bad, M):
 @pytest.mark.parametrize("adapter_rank", [0, 4])
 def test_rows_of_x_beyond_two_to_the_31_elements(adapter_rank):
     """Three of them, 2^30 + 24 numbers apart, in 4 GiB that are reserved and never committed (Linux's MAP_NORESERVE)."""
-    stride, it = (1 << 30) + 24, checks.layer(PackedLayout(17, 40, "fp16", rank=1, adapter_rank=adapter_rank), torch.float16, True, DEVICE)
-    with mmap.mmap(-1, 2 * (2 * stride + 40), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) as room:
+    stride, it = (
+        (1 << 30) + 24,
+        checks.layer(
+            PackedLayout(17, 40, "fp16", rank=1, adapter_rank=adapter_rank),
+            torch.float16,
+            True,
+            DEVICE,
+        ),
+    )
+    with mmap.mmap(
+        -1, 2 * (2 * stride + 40), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    ) as room:
         x = torch.frombuffer(room, dtype=torch.float16).as_strided((3, 40), (stride, 1))
         x.copy_(it.x[:3])
-        assert torch.equal(launch.linear(x, it.state, None, Config(16, 16, 64), 1, 1), it.exact[:3].half())
+        assert torch.equal(
+            launch.linear(x, it.state, None, Config(16, 16, 64), 1, 1), it.exact[:3].half()
+        )
         del x
 
 
@@ -150,7 +177,10 @@ def test_the_largest_tile_needs_no_real_row():
     for dtype, row in itertools.product(DTYPES, DEFAULTS):
         it = checks.layer(PackedLayout(1, 3, "int8", None, 1, 2), dtype, True, DEVICE)
         if not row.config.rebuild:
-            assert torch.equal(launch.linear(it.x[:1], it.state, it.bias, row.config, 1, 1), (it.exact[:1] + it.bias.double()).to(dtype))
+            assert torch.equal(
+                launch.linear(it.x[:1], it.state, it.bias, row.config, 1, 1),
+                (it.exact[:1] + it.bias.double()).to(dtype),
+            )
 
 
 def test_many_tokens_rebuild_the_weight(monkeypatch):
@@ -196,8 +226,12 @@ def test_modules():
 
 
 def test_export():
-    module = SlabLinear.from_packed(random_packed(PackedLayout(17, 40, "fp16", rank=1)), torch.randn(17)).prepare(torch.float32)
-    program = torch.export.export(module, (torch.randn(4, 40),), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    module = SlabLinear.from_packed(
+        random_packed(PackedLayout(17, 40, "fp16", rank=1)), torch.randn(17)
+    ).prepare(torch.float32)
+    program = torch.export.export(
+        module, (torch.randn(4, 40),), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},)
+    )
     x = torch.randn(5, 40)
     assert torch.equal(program.module()(x), module(x)) and "linear_triton" in str(program.graph)
 
@@ -206,9 +240,17 @@ def test_reasons(monkeypatch):
     """bf16 comes out wrong without a word, so it is refused; by choice of its own, dispatch takes the CPU backend."""
     problem = LinearProblem(1, 24, 200, dtype=torch.float32)
     assert BACKEND.not_supported_reasons(problem) == []
-    with pytest.raises(BackendError, match="'triton' cannot run .* bfloat16 activations on cpu: Triton's interpreter computes bfloat16 wrongly"):
-        SlabLinear.from_packed(random_packed(PackedLayout(16, 64)))(torch.ones(1, 64, dtype=torch.bfloat16))
-    assert any("unset it" in reason for reason in BACKEND.not_supported_reasons(LinearProblem(1, 24, 200, device="cuda")))
+    with pytest.raises(
+        BackendError,
+        match="'triton' cannot run .* bfloat16 activations on cpu: Triton's interpreter computes bfloat16 wrongly",
+    ):
+        SlabLinear.from_packed(random_packed(PackedLayout(16, 64)))(
+            torch.ones(1, 64, dtype=torch.bfloat16)
+        )
+    assert any(
+        "unset it" in reason
+        for reason in BACKEND.not_supported_reasons(LinearProblem(1, 24, 200, device="cuda"))
+    )
     monkeypatch.delenv(dispatch.ENVIRONMENT)
     assert dispatch.select(problem).name in ("cpu", "triton")
     with pytest.raises(TypeError, match="float64"):

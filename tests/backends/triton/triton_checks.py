@@ -42,8 +42,15 @@ def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str)
     """A weight, its state, activations, a bias; the exact result and its magnitude without the bias."""
     packed = random_packed(layout, seed=layout.out_features, integers=integers).to(device)
     generator, shape = torch.Generator().manual_seed(layout.rank), (max(TOKENS), layout.in_features)
-    x = torch.randint(-1, 2, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
-    x, bias = x.to(device, dtype), torch.randint(-9, 10, (layout.out_features,), generator=generator).float().to(device)
+    x = (
+        torch.randint(-1, 2, shape, generator=generator)
+        if integers
+        else torch.randn(shape, generator=generator)
+    )
+    x, bias = (
+        x.to(device, dtype),
+        torch.randint(-9, 10, (layout.out_features,), generator=generator).float().to(device),
+    )
     return Layer(packed, BACKEND.prepare(packed, dtype), x, bias, *oracle(x, packed))
 
 
@@ -60,7 +67,11 @@ def bound(magnitude, exact, dtype, K):
 
 
 def same_bits(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    )
 
 
 # ---- the problem grid
@@ -85,8 +96,23 @@ class Case(NamedTuple):
         return "-".join(str(part).removeprefix("torch.") for part in self)
 
 
-CHOICES = {"planes": (1, 2, 3), "adapter_rank": ADAPTER_RANKS, "M": TOKENS, "bias": (None, *DTYPES), "splits": SPLITS, "z_splits": (1, 2, 4)}
-TILES = ((16, 16, 32), (16, 32, 64), (16, 64, 128), (64, 16, 64), (64, 64, 128), (128, 32, 256), (256, 128, 128))
+CHOICES = {
+    "planes": (1, 2, 3),
+    "adapter_rank": ADAPTER_RANKS,
+    "M": TOKENS,
+    "bias": (None, *DTYPES),
+    "splits": SPLITS,
+    "z_splits": (1, 2, 4),
+}
+TILES = (
+    (16, 16, 32),
+    (16, 32, 64),
+    (16, 64, 128),
+    (64, 16, 64),
+    (64, 64, 128),
+    (128, 32, 256),
+    (256, 128, 128),
+)
 SEED = 17  # with it any two choices meet in some case: test_triton_interpreter.py counts them
 
 
@@ -100,8 +126,14 @@ def grid(dtypes, shapes=SHAPES, steps: int = 16, seed: int = SEED) -> list[Case]
                 deck += generator.sample(CHOICES[name], len(CHOICES[name]))
             hand[name] = deck.pop()
         sizes = (hand["M"], *shape)
-        cost = {tile: interpreted_steps(sizes, tile) for tile in generator.sample(TILES, len(TILES))}
-        tile = next(tile for tile, count in cost.items() if count <= max(steps // hand["splits"], min(cost.values())))
+        cost = {
+            tile: interpreted_steps(sizes, tile) for tile in generator.sample(TILES, len(TILES))
+        }
+        tile = next(
+            tile
+            for tile, count in cost.items()
+            if count <= max(steps // hand["splits"], min(cost.values()))
+        )
         cases.append(Case(dtype, values, rank, shape, **hand, tile=tile))
     return cases
 
@@ -113,16 +145,33 @@ def interpreted_steps(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -
 def check_case(case: Case, device: str, config: Config | None = None) -> None:
     """Small integers bit for bit, then random numbers each within its own bound."""
     (N, K), M, dtype = case.shape, case.M, case.dtype
-    planes = min(case.planes, 2) if (dtype, case.rank) == (torch.bfloat16, 8) else case.planes  # quarters times 504 have nine bits
+    planes = (
+        min(case.planes, 2) if (dtype, case.rank) == (torch.bfloat16, 8) else case.planes
+    )  # quarters times 504 have nine bits
     for integers in (True, False):
-        it = layer(PackedLayout(N, K, *case.values, case.rank, case.adapter_rank, planes=planes), dtype, integers, device)
-        x, bias, exact = it.x[:M], None if case.bias is None else it.bias.to(case.bias), it.exact[:M]
+        it = layer(
+            PackedLayout(N, K, *case.values, case.rank, case.adapter_rank, planes=planes),
+            dtype,
+            integers,
+            device,
+        )
+        x, bias, exact = (
+            it.x[:M],
+            None if case.bias is None else it.bias.to(case.bias),
+            it.exact[:M],
+        )
         exact = exact if bias is None else exact + bias.double()
-        chosen = config or choose(launch.sizes_of(it.state), M, backend.bits_of(dtype), backend.device_of(x.device.index))
+        chosen = config or choose(
+            launch.sizes_of(it.state), M, backend.bits_of(dtype), backend.device_of(x.device.index)
+        )
         y = launch.linear(x, it.state, bias, chosen, case.splits, case.z_splits)
         assert (y.shape, y.dtype) == ((M, N), dtype)
         magnitude = it.magnitude[:M] + (0 if bias is None else bias.double().abs())
-        assert torch.equal(y, exact.to(dtype)) if integers else bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, K)).all())
+        assert (
+            torch.equal(y, exact.to(dtype))
+            if integers
+            else bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, K)).all())
+        )
 
 
 # ---- bodies: each takes the device
@@ -131,7 +180,10 @@ def check_case(case: Case, device: str, config: Config | None = None) -> None:
 def check_strided(device, M, K, dtype=torch.float16) -> None:
     """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all tokens."""
     it = layer(PackedLayout(33, K, "fp16", rank=1, adapter_rank=3), dtype, True, device)
-    linear, want = functools.partial(BACKEND.linear, state=it.state, bias=it.bias), (it.exact[:M] + it.bias.double()).to(dtype)
+    linear, want = (
+        functools.partial(BACKEND.linear, state=it.state, bias=it.bias),
+        (it.exact[:M] + it.bias.double()).to(dtype),
+    )
     wide = torch.full((M, K + 9), float("nan"), dtype=dtype, device=device)
     for offset in (0, 1, 8):
         view = wide[:, offset : offset + K]
@@ -151,7 +203,9 @@ def check_error_is_that_of_a_dense_weight(device, dtype, values, layout=(48, 102
     it = layer(PackedLayout(*layout, *values, 1), dtype, False, device)
     y = BACKEND.linear(it.x[:M], it.state)
     dense = (it.x[:M].float() @ it.packed.dense().to(dtype).float().T).to(dtype)
-    ours, theirs = (float((found.double() - it.exact[:M]).square().mean().sqrt()) for found in (y, dense))
+    ours, theirs = (
+        float((found.double() - it.exact[:M]).square().mean().sqrt()) for found in (y, dense)
+    )
     assert ours <= 1.5 * theirs, (ours, theirs)
 
 
@@ -161,7 +215,9 @@ def check_shares_of_K(device, layout, dtype, config: Config, M=5) -> None:
     exact, K = it.exact[:M] + it.bias.double(), layout.in_features
     most = bound(it.magnitude[:M] + it.bias.double().abs(), exact, dtype, K)
     for splits in SPLITS:
-        y, again = (launch.linear(it.x[:M], it.state, it.bias, config, splits, z) for z in (splits, splits))
+        y, again = (
+            launch.linear(it.x[:M], it.state, it.bias, config, splits, z) for z in (splits, splits)
+        )
         assert bool(((y.double() - exact).abs() <= most).all()), splits
         assert same_bits(y, again), splits
 
@@ -175,18 +231,43 @@ def check_a_token_alone(device, layout, dtype) -> None:
     assert same_bits(BACKEND.linear(it.x[:16].roll(3, 0), it.state, it.bias), largest.roll(3, 0))
 
 
-def check_fused(device, dtype, values, rank, adapter_rank, tokens, rows=(1, 17, 40), K=172, config=None, planes=1) -> None:
+def check_fused(
+    device,
+    dtype,
+    values,
+    rank,
+    adapter_rank,
+    tokens,
+    rows=(1, 17, 40),
+    K=172,
+    config=None,
+    planes=1,
+) -> None:
     """Parts keep their own factors: magnitudes of V and Q differ between them by powers of two."""
     parts, bias = [], torch.randint(-5, 6, (sum(rows),), device=device).float()
     for i, n in enumerate(rows):
-        part = random_packed(PackedLayout(n, K, *values, rank, adapter_rank, planes=planes), seed=n, integers=True)
-        parts.append(replace(part, V=None if part.V is None else part.V * 2**i, Q=None if part.Q is None else part.Q * 2**i).to(device))
+        part = random_packed(
+            PackedLayout(n, K, *values, rank, adapter_rank, planes=planes), seed=n, integers=True
+        )
+        parts.append(
+            replace(
+                part,
+                V=None if part.V is None else part.V * 2**i,
+                Q=None if part.Q is None else part.Q * 2**i,
+            ).to(device)
+        )
     state = BACKEND.prepare_fused(parts, dtype)
     assert state.rows == list(rows)
     for M in tokens:
-        x = torch.randint(-1, 2, (M, K), generator=torch.Generator().manual_seed(M)).to(device, dtype)
+        x = torch.randint(-1, 2, (M, K), generator=torch.Generator().manual_seed(M)).to(
+            device, dtype
+        )
         exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
-        y = launch.linear(x, state, bias, config, 2, 2) if config else BACKEND.linear_fused(x, state, bias)
+        y = (
+            launch.linear(x, state, bias, config, 2, 2)
+            if config
+            else BACKEND.linear_fused(x, state, bias)
+        )
         assert torch.equal(y, exact.to(dtype)), M
     W = torch.cat([part.dense() for part in parts])
     assert adapter_rank or torch.equal(launch.dense(state, dtype), W.to(dtype))
@@ -195,13 +276,17 @@ def check_fused(device, dtype, values, rank, adapter_rank, tokens, rows=(1, 17, 
 def check_dense(device, dtype, values, rank, adapter_rank, N, K, planes=1) -> None:
     """The whole weight: to the bit where it takes one rounding, else within as many as it takes."""
     for integers in (True, False):
-        it = layer(PackedLayout(N, K, *values, rank, adapter_rank, planes=planes), dtype, integers, device)
+        it = layer(
+            PackedLayout(N, K, *values, rank, adapter_rank, planes=planes), dtype, integers, device
+        )
         W, want = launch.dense(it.state, dtype), it.packed.dense()
         if not adapter_rank and (integers or rank == 0 or (rank == 1 and dtype == torch.float32)):
             assert torch.equal(W, want.to(dtype))
         else:
             size, want = oracle(torch.eye(K, device=device), it.packed)[1].T, want.double()
-            most = bound(size, want, dtype, max(rank, adapter_rank)) + 2.0**-23  # subnormal fp16 numbers: two halves of 2^-24
+            most = (
+                bound(size, want, dtype, max(rank, adapter_rank)) + 2.0**-23
+            )  # subnormal fp16 numbers: two halves of 2^-24
             assert bool(((W.double() - want).abs() <= most).all())
 
 
@@ -237,10 +322,20 @@ def check_nan_and_infinity_propagate(device, dtype, bad, M) -> None:
 
 def check_gradients(device, dtype) -> None:
     """Of x and bias, each wanted or not, any leading dimensions, two fused parts: those of the dense weight."""
-    parts = [random_packed(PackedLayout(n, 140, "int8", 128, 2, 4), seed=n).to(device) for n in (37, 16)]
-    state, W = BACKEND.prepare_fused(parts, dtype), torch.cat([part.dense() for part in parts]).to(dtype).float()
-    for shape, wanted in itertools.product(((140,), (5, 140), (2, 3, 140)), ((True, True), (True, False), (False, True))):
-        x, bias = torch.randn(shape).to(device, dtype).requires_grad_(wanted[0]), torch.randn(53, device=device).requires_grad_(wanted[1])
+    parts = [
+        random_packed(PackedLayout(n, 140, "int8", 128, 2, 4), seed=n).to(device) for n in (37, 16)
+    ]
+    state, W = (
+        BACKEND.prepare_fused(parts, dtype),
+        torch.cat([part.dense() for part in parts]).to(dtype).float(),
+    )
+    for shape, wanted in itertools.product(
+        ((140,), (5, 140), (2, 3, 140)), ((True, True), (True, False), (False, True))
+    ):
+        x, bias = (
+            torch.randn(shape).to(device, dtype).requires_grad_(wanted[0]),
+            torch.randn(53, device=device).requires_grad_(wanted[1]),
+        )
         grad = torch.randn(*shape[:-1], 53).to(device, dtype)
         y = BACKEND.linear(x, state, bias)
         y.backward(grad)
@@ -248,14 +343,21 @@ def check_gradients(device, dtype) -> None:
         for leaf, expected in zip((x, bias), want, strict=True):
             assert (leaf.grad is None) is not leaf.requires_grad
             if leaf.grad is not None:
-                torch.testing.assert_close(leaf.grad.float(), expected, rtol=4 * ROUNDOFF[dtype] + 1e-5, atol=8 * ROUNDOFF[dtype] + 1e-5)
+                torch.testing.assert_close(
+                    leaf.grad.float(),
+                    expected,
+                    rtol=4 * ROUNDOFF[dtype] + 1e-5,
+                    atol=8 * ROUNDOFF[dtype] + 1e-5,
+                )
 
 
 def check_opcheck(device, M, dtype=torch.float16) -> None:
     it = layer(PackedLayout(40, 140, "int8", 128, 2, 4), dtype, False, device)
     x, rest = it.x[:M], (*it.state[:8], it.bias.to(dtype), *it.state[8:])
     torch.library.opcheck(torch.ops.slab_kernels.linear_triton_frozen.default, (x, *rest))
-    torch.library.opcheck(torch.ops.slab_kernels.linear_triton.default, (x.clone().requires_grad_(), *rest))
+    torch.library.opcheck(
+        torch.ops.slab_kernels.linear_triton.default, (x.clone().requires_grad_(), *rest)
+    )
     torch.library.opcheck(torch.ops.slab_kernels.dense_triton.default, (*it.state, dtype))
 
 
@@ -272,7 +374,9 @@ def check_compile(device, compiler: str, tokens=(1, 3, 17)) -> None:
         x, again = (it.x[:M].clone().requires_grad_() for _ in range(2))
         compiled(x).float().sum().backward()
         module(again).float().sum().backward()
-        torch.testing.assert_close(x.grad, again.grad, rtol=2e-3, atol=1e-3)  # the compiler may contract a * b + c
+        torch.testing.assert_close(
+            x.grad, again.grad, rtol=2e-3, atol=1e-3
+        )  # the compiler may contract a * b + c
 
 
 def check_modules(device) -> None:
@@ -280,15 +384,26 @@ def check_modules(device) -> None:
     layouts = [PackedLayout(n, 140, "fp16", None, 1, 4) for n in (40, 8, 17)]
     mixed = [*layouts[:2], PackedLayout(17, 140, "int4", 32, 1, 4)]
     for chosen, state_type in ((layouts, launch.TritonState), (mixed, tuple)):
-        packed = [random_packed(it, seed=it.out_features, integers=True).to(device) for it in chosen]
+        packed = [
+            random_packed(it, seed=it.out_features, integers=True).to(device) for it in chosen
+        ]
         bias = [torch.randint(-4, 5, (it.out_features,), device=device).float() for it in chosen]
-        parts = [SlabLinear.from_packed(p, None if i == 1 else b) for i, (p, b) in enumerate(zip(packed, bias, strict=True))]
+        parts = [
+            SlabLinear.from_packed(p, None if i == 1 else b)
+            for i, (p, b) in enumerate(zip(packed, bias, strict=True))
+        ]
         fused = FusedSlabLinear(parts)
         for dtype in (torch.float16, torch.float32):
             x = torch.randint(-2, 3, (2, 3, 140), device=device).to(dtype)
             for i, (y, part) in enumerate(zip(fused(x), parts, strict=True)):
-                want = oracle(x.view(6, 140), packed[i], None if i == 1 else bias[i])[0].to(dtype).view(2, 3, -1)
-                assert torch.equal(y, want) and torch.equal(part(x), want) and part.backend == "triton"
+                want = (
+                    oracle(x.view(6, 140), packed[i], None if i == 1 else bias[i])[0]
+                    .to(dtype)
+                    .view(2, 3, -1)
+                )
+                assert (
+                    torch.equal(y, want) and torch.equal(part(x), want) and part.backend == "triton"
+                )
             served_by, state, _ = fused._linears[dtype][0]
             assert served_by.name == "triton" and type(state) is state_type
     parts[0].bias.requires_grad_()

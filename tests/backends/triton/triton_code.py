@@ -45,7 +45,9 @@ class Case:
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(K, (N,), self.values, 128 if self.values in configs.INTEGERS else 0, self.rank, 0)
+        return Sizes(
+            K, (N,), self.values, 128 if self.values in configs.INTEGERS else 0, self.rank, 0
+        )
 
     @property
     def tokens(self) -> int:
@@ -65,13 +67,25 @@ def cases() -> Iterator[Case]:
             for values in VALUES:
                 for rank in (1, 4):
                     bits = row.bits or 32
-                    case = Case(row, arch, values, rank, VALUES[values] if bits == 16 else torch.float32)
+                    case = Case(
+                        row, arch, values, rank, VALUES[values] if bits == 16 else torch.float32
+                    )
                     if not row.fits(case.sizes, case.tokens, bits, device):
                         continue
                     chosen = configs.choose(case.sizes, case.tokens, bits, device)
                     if chosen == row.config and not chosen.rebuild:
                         c = chosen
-                        code = arch, c.block_m, c.block_n, c.block_k, c.warps, c.stages, values, rank, bits
+                        code = (
+                            arch,
+                            c.block_m,
+                            c.block_n,
+                            c.block_k,
+                            c.warps,
+                            c.stages,
+                            values,
+                            rank,
+                            bits,
+                        )
                         if code not in seen:
                             seen.add(code)
                             yield case
@@ -82,7 +96,9 @@ def cases() -> Iterator[Case]:
 def compiled(case: Case) -> Compiled:
     """The linear's kernel, by the calls that would launch it."""
     config, device = case.row.config, DEVICES[case.arch]
-    layout = PackedLayout(N, K, case.values, case.sizes.group_size or None, case.rank, planes=case.planes)
+    layout = PackedLayout(
+        N, K, case.values, case.sizes.group_size or None, case.rank, planes=case.planes
+    )
     recorder = Emulated(kernels.linear_kernel, ("y_ptr",), case.arch, execute=False)
     nothing = Emulated(kernels.sum_kernel, ("y_ptr",), case.arch, execute=False)
     state = launch.prepare((random_packed(layout),), case.dtype)
@@ -92,7 +108,9 @@ def compiled(case: Case) -> Compiled:
         mock.patch.object(kernels, "sum_kernel", nothing),
         mock.patch.object(launch, "speaks_ptx", lambda device: True),
     ):
-        launch.linear(x, state, None, config, configs.splits(case.sizes, case.tokens, config, device), 1)
+        launch.linear(
+            x, state, None, config, configs.splits(case.sizes, case.tokens, config, device), 1
+        )
     return recorder.launched[0][0]
 
 
@@ -115,7 +133,9 @@ def instructions_a_weight(case: Case) -> float:
     usage = {kernel.name: sass.Usage(kernel.registers, kernel.stack, kernel.local)}
     parsed = sass.parse(kernel.sass, usage)[kernel.name]
     config = case.row.config
-    return len(parsed.of(parsed.main.blocks)) * 32 * config.warps / (config.block_n * config.block_k)
+    return (
+        len(parsed.of(parsed.main.blocks)) * 32 * config.warps / (config.block_n * config.block_k)
+    )
 
 
 def table() -> list[str]:
@@ -124,13 +144,28 @@ def table() -> list[str]:
     for case in (*cases(), *planes_cases()):
         if case.rank == 1:
             c = case.row.config
-            activations = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[case.dtype]
-            key = (f"{c.block_n} × {c.block_m} × {c.block_k}", case.values, activations, case.planes)
+            activations = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[
+                case.dtype
+            ]
+            key = (
+                f"{c.block_n} × {c.block_m} × {c.block_k}",
+                case.values,
+                activations,
+                case.planes,
+            )
             found.setdefault(key, {})[case.arch] = instructions_a_weight(case)
-    lines = ["| out_features × tokens × inputs | S | activations | planes | " + " | ".join(f"sm_{a}" for a in DEVICES) + " |"]
+    lines = [
+        "| out_features × tokens × inputs | S | activations | planes | "
+        + " | ".join(f"sm_{a}" for a in DEVICES)
+        + " |"
+    ]
     lines.append("|---" * (4 + len(DEVICES)) + "|")
     for (tile, values, activations, planes), by in found.items():
-        lines.append(f"| {tile} | {values} | {activations} | {planes} | " + " | ".join(f"{by[a]:.1f}" if a in by else "–" for a in DEVICES) + " |")
+        lines.append(
+            f"| {tile} | {values} | {activations} | {planes} | "
+            + " | ".join(f"{by[a]:.1f}" if a in by else "–" for a in DEVICES)
+            + " |"
+        )
     return lines
 
 

@@ -24,7 +24,9 @@ from ptx import Memory, Module, launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # in the wheel, of the CUDA release of its ptxas
+TOOLS = (
+    Path(triton.__file__).parent / "backends/nvidia/bin"
+)  # in the wheel, of the CUDA release of its ptxas
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.bool: "*i1", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
@@ -32,7 +34,9 @@ POINTERS = {
 }  # fmt: skip
 SCALARS = {"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q",
            "fp32": "f", "fp64": "d"}  # fmt: skip
-APART = 1 << 40  # between the addresses of two tensors: no access beside one of them falls into another
+APART = (
+    1 << 40
+)  # between the addresses of two tensors: no access beside one of them falls into another
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,20 @@ def compile_kernel(fn, signature: Mapping[str, str], constants: Mapping[str, Any
     Raises: RuntimeError where TRITON_INTERPRET=1 has replaced the compiler, ValueError for parameters given twice or never.
     """
     if triton.knobs.runtime.interpret or not isinstance(fn, triton.JITFunction):
-        raise RuntimeError(f"{fn!r} cannot be compiled: it needs @triton.jit, imported without TRITON_INTERPRET=1")
+        raise RuntimeError(
+            f"{fn!r} cannot be compiled: it needs @triton.jit, imported without TRITON_INTERPRET=1"
+        )
     given = [*signature, *constants]
     if sorted(given) != sorted(fn.arg_names):
         odd = sorted({n for n in given if given.count(n) > 1} | set(given) ^ set(fn.arg_names))
-        raise ValueError(f"{fn.__name__}: in neither or both of signature and constants, or unknown: {', '.join(odd)}")
+        raise ValueError(
+            f"{fn.__name__}: in neither or both of signature and constants, or unknown: {', '.join(odd)}"
+        )
     divisible = frozenset(divisible)
     if not divisible <= set(signature):
-        raise ValueError(f"{fn.__name__}: divisible, but no argument: {', '.join(sorted(divisible - set(signature)))}")
+        raise ValueError(
+            f"{fn.__name__}: divisible, but no argument: {', '.join(sorted(divisible - set(signature)))}"
+        )
     ordered = tuple((n, signature[n]) for n in fn.arg_names if n in signature)
     return _compile(fn, ordered, tuple(sorted(constants.items())), arch, warps, stages, divisible)
 
@@ -104,7 +114,9 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([TOOLS / name, option, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [TOOLS / name, option, file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch.Tensor | int | float],
@@ -119,13 +131,19 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
     """
     outputs = set(outputs)
     if arguments.keys() != compiled.signature.keys() or not outputs <= arguments.keys():
-        raise ValueError(f"{compiled.name} takes {', '.join(compiled.signature)}; given {', '.join(arguments)}")
+        raise ValueError(
+            f"{compiled.name} takes {', '.join(compiled.signature)}; given {', '.join(arguments)}"
+        )
     kernel, memory = compiled.kernel, Memory()
     if len(kernel.parameters) != len(compiled.signature) + 2:
-        raise NotImplementedError(f"{compiled.name}'s entry takes {len(kernel.parameters)} parameters, not its arguments and 2")
+        raise NotImplementedError(
+            f"{compiled.name}'s entry takes {len(kernel.parameters)} parameters, not its arguments and 2"
+        )
     buffer = bytearray(kernel.parameter_bytes)
     # The entry's parameters are the launch arguments in order, then the scratch pointers, which stay null.
-    for k, ((name, type_), offset) in enumerate(zip(compiled.signature.items(), kernel.parameters.values(), strict=False)):
+    for k, ((name, type_), offset) in enumerate(
+        zip(compiled.signature.items(), kernel.parameters.values(), strict=False)
+    ):
         value = arguments[name]
         if type_[0] == "*":
             if not isinstance(value, torch.Tensor) or POINTERS.get(value.dtype) != type_:
@@ -146,7 +164,9 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
     # Where a tile is too small for all warps, Triton lets several hold the same part of it and store it twice: allowed if
     # the bytes are the same (ptx/races.py).
     options = {"equal_writes": True} | options
-    return launch(kernel, grid, (32 * compiled.warps,), buffer, memory, compiled.shared_bytes, **options)
+    return launch(
+        kernel, grid, (32 * compiled.warps,), buffer, memory, compiled.shared_bytes, **options
+    )
 
 
 class Emulated:
@@ -156,7 +176,13 @@ class Emulated:
     """
 
     def __init__(self, fn, outputs: Iterable[str], arch: int = 80, execute: bool = True, **options):
-        self.fn, self.outputs, self.arch, self.execute, self.options = fn, tuple(outputs), arch, execute, options
+        self.fn, self.outputs, self.arch, self.execute, self.options = (
+            fn,
+            tuple(outputs),
+            arch,
+            execute,
+            options,
+        )
         self.launched: list[tuple[Compiled, tuple[int, ...], Counter[str]]] = []
 
     def __getitem__(self, grid):
@@ -168,7 +194,11 @@ class Emulated:
         open_ = {p.name for p in self.fn.params if p.do_not_specialize}
         signature, constants, divisible = {}, {}, []
         for name, value in named.items():
-            if name in constexprs or value is None or (type(value) is int and value == 1 and name not in open_):
+            if (
+                name in constexprs
+                or value is None
+                or (type(value) is int and value == 1 and name not in open_)
+            ):
                 constants[name] = value
                 continue
             if isinstance(value, torch.Tensor):
@@ -179,8 +209,12 @@ class Emulated:
                 signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
             if number % 16 == 0 and name not in open_:
                 divisible.append(name)
-        compiled = compile_kernel(self.fn, signature, constants, self.arch, num_warps, num_stages, divisible)
+        compiled = compile_kernel(
+            self.fn, signature, constants, self.arch, num_warps, num_stages, divisible
+        )
         arguments = {name: named[name] for name in signature}
         outputs = [name for name in self.outputs if name in signature]
-        counts = run(compiled, grid, arguments, outputs, **self.options) if self.execute else Counter()
+        counts = (
+            run(compiled, grid, arguments, outputs, **self.options) if self.execute else Counter()
+        )
         self.launched.append((compiled, grid, counts))
