@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from slab_kernels.backends import dispatch
-from slab_kernels.backends.cuda import device_of, launch, plan, sizes_of
+from slab_kernels.backends.cuda import cost, device_of, gpus, launch, layout, plan, sizes_of, tiles
 from slab_kernels.bench import clocks as timing
 from slab_kernels.cli.main import console
 from slab_kernels.errors import BackendError
@@ -32,13 +32,13 @@ from slab_kernels.testing import random_packed
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096))
 VALUES = (("int4", 128), ("fp16", None), ("int8", 128))
 FEW, MANY = (1, 8, 16, 32, 64), (128, 256, 512, 2048)
-KINDS = {"fp16": plan.W16, "int8": plan.INT8, "int4": plan.INT4}
+KINDS = {"fp16": layout.W16, "int8": layout.INT8, "int4": layout.INT4}
 COLUMNS = ("n", "k", "values", "m", "route", "warp_rows", "warp_tokens", "warp_inputs", "blocks", "tokens", "splits", "stages",
            "resident", "predicted_us", "bound", "measured_us", "iqr_us")  # fmt: skip
 FITTED = ("ISSUE_CYCLES", "WAIT_CYCLES", "BANDWIDTH_REACHED", "LAUNCH_US", "FILL_US", "REDUCE_US")
 
 
-def candidates(sizes: plan.Sizes, M: int, gpu: plan.Gpu) -> list[plan.Plan]:
+def candidates(sizes: tiles.CudaSizes, M: int, gpu: plan.Gpu) -> list[plan.Plan]:
     """Plans for up to 64 tokens, those that the model likes first."""
     tiles = [(tile, tokens) for tile in plan.SPLIT_TILES for tokens in sizes.warp_tokens()]
     tiles += [(tile, tokens) for tile in plan.TALL_TILES for tokens in sizes.warp_tokens(tall=True)]
@@ -89,7 +89,7 @@ def timed(out: Path, seconds: float) -> None:
             for M in (*FEW, *MANY):
                 x = torch.randn(M, K, device="cuda", dtype=torch.float16)
                 took = clock.time([partial(torch.nn.functional.linear, x, W) for W in weights])
-                expected = plan.dense_microseconds(N, K, M, gpu)
+                expected = cost.dense_microseconds(N, K, M, gpu)
                 writer.writerow(
                     (
                         N,
@@ -167,7 +167,7 @@ def fit(files: list[Path], gpu: plan.Gpu) -> None:
     for row in rows:
         n = {name: int(row[name]) for name in COLUMNS[:2] + COLUMNS[3:4] + COLUMNS[5:13]}
         tile = plan.Tile(n["warp_rows"], n["warp_tokens"], n["warp_inputs"], "", n["blocks"])
-        sizes = plan.Sizes(n["k"], (n["n"],), KINDS[row["values"]], 4, 1, 0)
+        sizes = tiles.CudaSizes(n["k"], (n["n"],), KINDS[row["values"]], 4, 1, 0)
         cases.append(
             (sizes, n["m"], gpu, tile, n["tokens"], n["splits"], n["stages"], n["resident"])
         )
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="H100", help="whose constants to fit")
     args = parser.parse_args()
     timed(args.files[0], args.seconds) if args.what == "time" else fit(
-        args.files, plan.gpu_named(args.gpu)
+        args.files, gpus.gpu_named(args.gpu)
     )
 
 

@@ -14,15 +14,11 @@ import json
 
 from bench_linear import commit
 
+from slab_kernels.backends.cuda.cost import Rebuild, dense_microseconds
+from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
-from slab_kernels.backends.cuda.plan import (
-    GPUS,
-    Rebuild,
-    Sizes,
-    choose,
-    dense_microseconds,
-    gpu_named,
-)
+from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
@@ -39,7 +35,7 @@ def rows(gpu_name: str, models: list[str]) -> list[dict]:
     gpu, found = gpu_named(gpu_name), []
     for N, K in dict.fromkeys(shape for model in models for shape in layers(model)):
         for kind, (values, rank, adapter_rank) in KINDS.items():
-            sizes = Sizes(K, (N,), values, 4, rank, adapter_rank // 16)
+            sizes = CudaSizes(K, (N,), values, 4, rank, adapter_rank // 16)
             for M in TOKENS:
                 plan, dense = choose(sizes, M, gpu), dense_microseconds(N, K, M, gpu)
                 row = {

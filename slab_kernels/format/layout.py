@@ -46,6 +46,11 @@ MAX_FEATURES = (
 )  # far above any layer; keeps every byte count inside 63 bits on hostile input
 
 
+def ceil_div(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
+
+
 def plane_unit(planes: int) -> float:
     """What the last of `planes` signs is worth in magnitudes: 1, 1/2, 1/4. B holds odd multiples of it."""
     return 2.0 ** (1 - planes)

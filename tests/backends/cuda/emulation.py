@@ -20,9 +20,9 @@ from ptx import Memory, Module, launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slab_kernels.backends.cuda.compile import find_nvcc
-from slab_kernels.backends.cuda.launch import Device, linear
+from slab_kernels.backends.cuda.gpus import GPUS, Gpu
+from slab_kernels.backends.cuda.launch import CudaDevice, linear
 from slab_kernels.backends.cuda.layout import CudaState
-from slab_kernels.backends.cuda.plan import GPUS, Gpu
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 
@@ -88,7 +88,7 @@ class Launched:
         self.dependent: list[bool] = []
 
 
-def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0], arch: str = "compute_80",
+def run(x: torch.Tensor, state: CudaState, bias=None, gpu: Gpu = GPUS[0], arch: str = "compute_80",
         launched: Launched | None = None) -> torch.Tensor:  # fmt: skip
     """`launch.linear` of CPU tensors on the emulated device."""
     with _Allocations() as memory:
@@ -114,4 +114,4 @@ def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0],
                 launched.stats.append(stats)
                 launched.dependent.append(dependent)
 
-        return linear(x, *state[:5], bias, sizes, Device(gpu, queue))
+        return linear(x, state, bias, CudaDevice(gpu, queue))

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slab_kernels import reference
 from slab_kernels.backends import cuda, dispatch
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.backends.cuda import driver, layout, plan
+from slab_kernels.backends.cuda import driver, layout, plan, tiles
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda.launch import Device, kernel_names
+from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.errors import BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout
@@ -54,24 +54,11 @@ def emulated(monkeypatch):
     def reasons(self, problem):
         return real(self, replace(problem, device="cpu"))[:-1]  # the last one: not on cpu
 
-    def interpreted(x, stream, V, U, P, Q, bias, sizes, to):
-        state = CudaState(
-            stream,
-            V,
-            U,
-            P,
-            Q,
-            sizes.K,
-            sizes.rows,
-            sizes.values,
-            sizes.group_steps,
-            sizes.planes,
-            x.dtype,
-        )
-        return run(x, state, sizes, bias, to.gpu)
+    def interpreted(x, state, bias, to):
+        return run(x, state, bias, to.gpu)
 
     monkeypatch.setattr(cuda.CudaBackend, "not_supported_reasons", reasons)
-    monkeypatch.setattr(cuda, "device_of", lambda _: Device(device.gpu, None))
+    monkeypatch.setattr(cuda, "device_of", lambda _: CudaDevice(device.gpu, None))
     monkeypatch.setattr(cuda, "linear", interpreted)
     cuda.register()
     with torch.library._scoped_library(cuda.NAMESPACE, "IMPL") as library:
@@ -107,9 +94,9 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
                 and state.stream.shape[2] % 16 == 0
             )
             assert all(t.is_contiguous() for t in state[:5] if t is not None)
-            W = layout.dense(*state[:3], *state[5:])
+            W = layout.dense(state)
             if adapter_rank:
-                ((left, right),) = layout.adapters(*state[3:5], K, (N,), dtype)
+                ((left, right),) = layout.adapters(state)
                 W = W + left.float() @ right.float()
             off = (W - packed.dense()).abs().max()
             most = float(oracle(torch.eye(K), packed)[1].max())
@@ -135,10 +122,8 @@ def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
         and state.stream.shape[0] == 3 + 1 + 3 + 1
         and state.V.shape == (4, 2, 384)
     )
-    factors = layout.adapters(state.P, state.Q, K, rows, dtype)
-    W = layout.dense(*state[:3], *state[5:]) + torch.cat(
-        [left.float() @ right.float() for left, right in factors]
-    )
+    factors = layout.adapters(state)
+    W = layout.dense(state) + torch.cat([left.float() @ right.float() for left, right in factors])
     assert torch.equal(W, torch.cat([part.dense() for part in parts]))
     most = state.V.float().abs().amax(-1)
     assert bool(((most >= 0.5) & (most < 1)).all()), "v * x never exceeds x"
@@ -211,7 +196,7 @@ def test_levels_of_several_ranks_must_fit_fp16(planes, most):
             torch.eye(64)[:9].half() * 2.0**-6,
         )
         y, exact = (
-            run(x, state, sizes(state)),
+            run(x, state),
             oracle(x, packed := replace(packed, U=U.half().float(), V=V))[0],
         )
         assert (
@@ -241,26 +226,22 @@ def test_activations_and_biases_are_checked_in_words():
     for x in (half(2, 199), half(), half(200, 1)):
         words = f"x has shape {list(x.shape)}, but this weight takes in_features=200 last"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            cuda.check(x, state.stream, None, 200, 24, torch.float16)
+            cuda.check(x, state, None)
     for bias in (half(23), half(1, 24), half(48)[::2]):
         words = f"bias has shape {list(bias.shape)}, expected [24], contiguous"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            cuda.check(half(2, 200), state.stream, bias, 200, 24, torch.float16)
+            cuda.check(half(2, 200), state, bias)
     for wrong in (torch.float64, torch.int32):
         with pytest.raises(
             TypeError, match=f"bias is {wrong}, it must be float32, float16 or bfloat16"
         ):
-            cuda.check(
-                half(2, 200), state.stream, torch.ones(24, dtype=wrong), 200, 24, torch.float16
-            )
+            cuda.check(half(2, 200), state, torch.ones(24, dtype=wrong))
     with pytest.raises(TypeError, match="bias is on meta, x on cpu"):
-        cuda.check(
-            half(2, 200), state.stream, torch.ones(24, device="meta"), 200, 24, torch.float16
-        )
+        cuda.check(half(2, 200), state, torch.ones(24, device="meta"))
     for x, good in itertools.product(
         (half(200), half(2, 3, 200)), (None, half(24), half(24).float(), half(24).bfloat16())
     ):
-        cuda.check(x, state.stream, good, 200, 24, torch.float16)
+        cuda.check(x, state, good)
 
 
 def test_x_on_another_device_is_refused():
@@ -281,12 +262,12 @@ def test_reasons():
         ({"device": "cpu"}, "it runs on CUDA tensors, not on cpu"),
         ({"dtype": torch.float32}, "activations must be float16 or bfloat16, not torch.float32"),
         ({"dtype": torch.float64}, "activations must be float16 or bfloat16, not torch.float64"),
-        ({"rank": plan.MOST_RANK + 1}, "rank=17 of the sign term is above 16"),
+        ({"rank": tiles.MOST_RANK + 1}, "rank=17 of the sign term is above 16"),
         ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4, int3"),
     ):
         assert reason in BACKEND.not_supported_reasons(replace(good, **change)), change
     assert set(
-        BACKEND.not_supported_reasons(replace(good, rank=plan.MOST_RANK, adapter_rank=4096))
+        BACKEND.not_supported_reasons(replace(good, rank=tiles.MOST_RANK, adapter_rank=4096))
     ) <= {missing}
     assert (
         len(BACKEND.not_supported_reasons(LinearProblem(1, 24, 200, "fp4", rank=99, device="mps")))
@@ -522,14 +503,14 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_bodies_of_the_gpu_tests(name):
-    CHECKS[name](lambda x, state, bias=None: run(x, state, sizes(state), bias, A100))
+    CHECKS[name](lambda x, state, bias=None: run(x, state, bias, A100))
 
 
 def test_the_body_of_the_rebuilt_weight(monkeypatch):
     monkeypatch.setattr(launching, "choose", plan.rebuild)
     launching.launches.cache_clear()
     gpu.check_rebuilt(
-        lambda x, state: run(x, state, sizes(state), None, A100),
+        lambda x, state: run(x, state, None, A100),
         "cpu",
         DTYPES[1],
         ("int4", 32),

@@ -21,7 +21,7 @@ import torch
 from test_cuda_kernels import DTYPES, EXACT, FORCED, TOKENS, bound, same_bits, sizes
 
 from slab_kernels.backends import cuda, dispatch
-from slab_kernels.backends.cuda import driver, images, nvrtc, plan
+from slab_kernels.backends.cuda import driver, images, nvrtc, plan, tiles
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.format import PackedLayout
@@ -187,7 +187,7 @@ def test_every_tile_of_the_tables(forced, values, rank):
     tall = [
         (tile, tokens, 1)
         for tile in plan.TALL_TILES
-        for tokens in plan.TALL.get((it.state.values, rank), ())
+        for tokens in tiles.TALL.get((it.state.values, rank), ())
     ]
     for tile, tokens, splits in (*FORCED, *tall):
         M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
@@ -285,7 +285,7 @@ def test_a_token_does_not_depend_on_the_others(dtype, layout):
 @pytest.mark.parametrize("M", [1, 12, 60])
 def test_launches_that_overlap_wait_for_each_other(forced, M):
     """Adapter, linear and the sum of K-splits, back to back: a kernel that read too early would see the call before."""
-    forced(plan.SPLIT_TILES[5], next(tokens for tokens in plan.REGISTERS if tokens >= M), 4)
+    forced(plan.SPLIT_TILES[5], next(tokens for tokens in tiles.REGISTERS if tokens >= M), 4)
     it = layer(PackedLayout(300, 4104, "fp16", None, 1, 4), torch.float16, True)
     first, second = launches(it.state, M)
     assert first is not None and second.plan.splits == 4
@@ -496,14 +496,14 @@ def test_nvrtc_gives_the_same_bits_as_nvcc(monkeypatch, tmp_path, forgetful):
 
 SCRIPT = """
 import sys
-from test_cuda_gpu import DTYPES, DEVICE, check_exact, launching, native, plan
+from test_cuda_gpu import DTYPES, DEVICE, check_exact, launching, native, plan, tiles
 
 def choose(sizes, M, gpu):  # K over groups and CTAs; above 64 tokens fused; above 100 rebuilt
     if M > 100 and sizes.values != plan.DENSE:
         return plan.rebuild(sizes, M, gpu)
-    tiles, splits = (plan.SPLIT_TILES, 2) if M <= 64 else (plan.WHOLE_TILES, 1)
-    tokens = next(tokens for tokens in plan.REGISTERS if tokens >= min(M, 64))
-    return next(filter(None, (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in tiles)))
+    table, splits = (plan.SPLIT_TILES, 2) if M <= 64 else (plan.WHOLE_TILES, 1)
+    tokens = next(tokens for tokens in tiles.REGISTERS if tokens >= min(M, 64))
+    return next(filter(None, (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in table)))
 
 launching.choose = choose
 for values, rank, adapter_rank in ((("fp16", None), 1, 3), (("int8", 64), 2, 0), (("int4", 32), 0, 0)):

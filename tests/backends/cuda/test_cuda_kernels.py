@@ -16,15 +16,16 @@ from emulation import Launched, ptx, run
 from ptx import PtxError
 
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda import layout, plan, sizes_of
-from slab_kernels.backends.cuda.plan import (
-    GPUS,
+from slab_kernels.backends.cuda import layout, plan
+from slab_kernels.backends.cuda.gpus import GPUS
+from slab_kernels.backends.cuda.layout import W16
+from slab_kernels.backends.cuda.tiles import (
     PLANES_REGISTERS,
     SPLIT_TILES,
     TALL,
     TALL_TILES,
-    W16,
     WHOLE_TILES,
+    sizes_of,
 )
 from slab_kernels.format import PackedLayout, PackedWeight, bits
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
@@ -63,7 +64,7 @@ def problem(packed_layout: PackedLayout, dtype: torch.dtype, integers: bool):
 
 
 def sizes(state):
-    return sizes_of(*state[:10])
+    return sizes_of(state)
 
 
 def same_bits(a, b):
@@ -100,7 +101,7 @@ def test_small_integers_are_exact(dtype, values, rank):
             PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True
         )
         for M in tokens:
-            y = run(x[:M], state, sizes(state), bias, A100)
+            y = run(x[:M], state, bias, A100)
             assert torch.equal(y, exact[:M].to(dtype)), (N, K, adapter_rank, M)
 
 
@@ -115,7 +116,7 @@ def test_against_fp64(dtype, values, group_size, rank):
             PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False
         )
         for M in (1, 9, 33, 130):
-            y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+            y = run(x[:M], state, bias.to(dtype), SMALL)
             error = (y.double() - exact[:M]).abs()
             assert bool((error <= bound(magnitude, exact, dtype, K)[:M]).all()), (
                 N,
@@ -159,7 +160,7 @@ def test_every_tile_of_the_tables(forced, tile, tokens, splits, values, group_si
     if plan.evaluate(sizes(state), M, FITTING, tile, tokens, splits) is None:
         pytest.skip("this tile never fits: choose() never takes it")
     launched = Launched()
-    y = run(x[:M], state, sizes(state), bias, FITTING, launched=launched)
+    y = run(x[:M], state, bias, FITTING, launched=launched)
     assert torch.equal(y, exact[:M].half())
     name = f"linear_fp16_{'w16' if values == 'fp16' else values}_one_t{tokens}"
     assert launched.kernels == [f"adapter_fp16_t{tokens}", name, *["reduce_fp16"] * (splits > 1)]
@@ -186,9 +187,7 @@ def test_tall_tiles(forced, values, rank, tokens, tile):
         )
     )
     launched = Launched()
-    assert torch.equal(
-        run(x[:M], state, sizes(state), bias, FITTING, launched=launched), exact[:M].half()
-    )
+    assert torch.equal(run(x[:M], state, bias, FITTING, launched=launched), exact[:M].half())
     kind = "w16" if values == W16 else name
     assert launched.kernels[1] == f"tall_fp16_{kind}_{'one' if rank else 'none'}_t{tokens}"
 
@@ -202,9 +201,7 @@ def test_every_kernel_of_the_library_is_executed(forced):
         packed_layout = PackedLayout(40, K, values, group_size, rank, adapter_rank, planes=planes)
         _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
         forced(chosen)
-        assert torch.equal(
-            run(x[:M], state, sizes(state), bias, A100, launched=seen), exact[:M].to(dtype)
-        )
+        assert torch.equal(run(x[:M], state, bias, A100, launched=seen), exact[:M].to(dtype))
 
     names = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}
     for dtype, values in itertools.product(DTYPES, names.values()):
@@ -272,13 +269,13 @@ def test_several_planes(planes, dtype, values, rank, turn):
     which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
     for M, tokens in (((1, 8), (40, 32)), ((9, 32), (66, 32)))[(turn // 2 + turn) % 2]:
         launched = Launched()
-        y = run(x[:M], state, sizes(state), bias, A100, launched=launched)
+        y = run(x[:M], state, bias, A100, launched=launched)
         assert torch.equal(y, exact[:M].to(dtype)), M
         name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
         assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
     _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
     M = (9, 1, 66, 40)[(turn // 2) % 4]
-    y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+    y = run(x[:M], state, bias.to(dtype), SMALL)
     assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all()), M
 
 
@@ -304,9 +301,10 @@ def test_every_tile_of_the_tables_with_planes(forced, tile):
             )
         )
         launched = Launched()
-        assert torch.equal(
-            run(x[:M], state, sizes(state), bias, FITTING, launched=launched), exact[:M].half()
-        ), (values, tokens)
+        assert torch.equal(run(x[:M], state, bias, FITTING, launched=launched), exact[:M].half()), (
+            values,
+            tokens,
+        )
         assert launched.kernels[-1 if splits == 1 else -2].startswith("planes_fp16")
 
 
@@ -325,7 +323,6 @@ def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
         y = run(
             torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1),
             state,
-            sizes(state),
             None,
             A100,
             launched=launched,
@@ -334,7 +331,7 @@ def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
             f"dense_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_any"
         ]
         assert torch.equal(y[:K].T, packed.dense().to(dtype)), (N, K, planes, rank)
-        plain = layout.dense(state.stream, state.V, state.U, *state[5:])
+        plain = layout.dense(state)
         assert torch.equal(plain.to(dtype), packed.dense().to(dtype)), (N, K, planes, rank)
 
 
@@ -352,7 +349,7 @@ def test_fused_projections_with_planes(planes, rank, adapter_values):
             torch.randint(-2, 3, (M, K), generator=torch.Generator().manual_seed(M)).half(),
             Launched(),
         )
-        y = run(x, state, sizes(state), None, A100, launched=launched)
+        y = run(x, state, None, A100, launched=launched)
         assert torch.equal(y, torch.cat([oracle(x, part)[0] for part in parts], -1).half()), M
         assert sum(name.startswith("planes") for name in launched.kernels) == 1
 
@@ -364,12 +361,10 @@ def test_a_token_does_not_depend_on_the_others_with_planes(dtype, rank):
         PackedLayout(40, 520, "int4", 128, rank, 20, planes=2), dtype, False
     )
     for regime in ((1, 8, 9, 16), (17, 32, 33, 64), (65, 130)):
-        largest = run(x[: max(regime)], state, sizes(state), bias, A100)
+        largest = run(x[: max(regime)], state, bias, A100)
         for M in regime[:-1]:
-            assert same_bits(run(x[:M], state, sizes(state), bias, A100), largest[:M]), M
-        assert same_bits(
-            run(x[: max(regime)].roll(3, 0), state, sizes(state), bias, A100), largest.roll(3, 0)
-        )
+            assert same_bits(run(x[:M], state, bias, A100), largest[:M]), M
+        assert same_bits(run(x[: max(regime)].roll(3, 0), state, bias, A100), largest.roll(3, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -385,7 +380,7 @@ def test_every_pattern_and_sign_at_every_lane(M, dtype):
     parts["signs"] = bits.pack_signs(torch.stack([pair % 2 == 1, pair // 2 == 1], -1).flatten(1))
     packed = PackedWeight.from_tensors(parts, N, K)
     state, x = layout.prepare((packed,), dtype), torch.randint(-3, 4, (M, K)).to(dtype)
-    assert torch.equal(run(x, state, sizes(state), None, A100), oracle(x, packed)[0].to(dtype))
+    assert torch.equal(run(x, state, None, A100), oracle(x, packed)[0].to(dtype))
 
 
 def test_kept_is_what_the_mask_says():
@@ -395,9 +390,7 @@ def test_kept_is_what_the_mask_says():
     packed.values[:, ::2] = -0.0
     state, kept = layout.prepare((packed,), torch.float16), bits.unpack_mask(packed.metadata)
     for M in (8, 64):
-        y = torch.cat(
-            [run(x, state, sizes(state), None, A100) for x in torch.eye(64).half().split(M)]
-        ).T
+        y = torch.cat([run(x, state, None, A100) for x in torch.eye(64).half().split(M)]).T
         assert bool((y[kept] == 0).all()) and bool((y[~kept] != 0).all())
 
 
@@ -407,7 +400,7 @@ def test_nan_and_infinity_reach_their_token_alone(M, bad):
     packed = random_packed(PackedLayout(20, 132, "int4", 32, rank=1, adapter_rank=2))
     state, x = layout.prepare((packed,), torch.float16), torch.randn(M, 132).half()
     x[1, 77] = bad
-    y = run(x, state, sizes(state), None, A100)
+    y = run(x, state, None, A100)
     assert not bool(y[1].isfinite().any())
     assert bool(y[torch.arange(M) != 1].isfinite().all())
 
@@ -418,11 +411,11 @@ def test_a_token_does_not_depend_on_the_others(values, group_size, adapter_rank)
     layout_ = PackedLayout(100, 1160, values, group_size, 1, adapter_rank)
     _, state, x, bias, _, _ = problem(layout_, torch.bfloat16, False)
     for regime in ((1, 2, 5, 8, 9, 16), (17, 32, 40, 64), (65, 129, 300)):
-        largest = run(x[: max(regime)], state, sizes(state), bias, A100)
+        largest = run(x[: max(regime)], state, bias, A100)
         for M in regime:
-            assert same_bits(run(x[:M], state, sizes(state), bias, A100), largest[:M]), M
+            assert same_bits(run(x[:M], state, bias, A100), largest[:M]), M
         moved = x[: max(regime)].roll(3, 0)
-        assert same_bits(run(moved, state, sizes(state), bias, A100), largest.roll(3, 0))
+        assert same_bits(run(moved, state, bias, A100), largest.roll(3, 0))
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 20), (0, 16)])
@@ -436,7 +429,7 @@ def test_fused_projections_are_one_launch(M, rank, adapter_rank):
     ]
     state, x = layout.prepare(parts, torch.float16), torch.randint(-3, 4, (M, K)).half()
     bias, launched = torch.randint(-5, 6, (sum(rows),)).half(), Launched()
-    y = run(x, state, sizes(state), bias, A100, launched=launched)
+    y = run(x, state, bias, A100, launched=launched)
     exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
     assert torch.equal(y, exact.half())
     assert sum(name.startswith("linear") for name in launched.kernels) == 1
@@ -451,14 +444,12 @@ def test_strided_and_unaligned_activations(M, K):
     for offset in (0, 1, 8):
         view = wide[:, offset : offset + K]
         view.copy_(x[:M])
-        assert torch.equal(run(view, state, sizes(state), bias, A100), want), offset
+        assert torch.equal(run(view, state, bias, A100), want), offset
         view.fill_(float("nan"))
     turned = x[:M].T.contiguous().T
-    assert not turned.is_contiguous() and torch.equal(
-        run(turned, state, sizes(state), bias, A100), want
-    )
+    assert not turned.is_contiguous() and torch.equal(run(turned, state, bias, A100), want)
     assert torch.equal(
-        run(x[:M].unflatten(0, (M // 3, 3)), state, sizes(state), bias, A100),
+        run(x[:M].unflatten(0, (M // 3, 3)), state, bias, A100),
         want.unflatten(0, (M // 3, 3)),
     )
 
@@ -471,7 +462,7 @@ def test_bias(M, bias_type):
     )
     given = None if bias_type is None else bias.to(bias_type)
     want = exact[:M] - (bias.double() if bias_type is None else 0)
-    assert torch.equal(run(x[:M], state, sizes(state), given, A100), want.bfloat16())
+    assert torch.equal(run(x[:M], state, given, A100), want.bfloat16())
 
 
 @pytest.mark.parametrize("M", [1, 40, 100])
@@ -499,7 +490,7 @@ def test_error_against_a_dense_gemm_of_the_same_weight(
     if adapter_rank:  # as it runs unfused: z in the activations' type
         P, Q = packed.P.to(dtype).double(), packed.Q[:1024].to(dtype).double()
         dense = dense + (x.double() @ Q).to(dtype).double() @ P.T
-    dense, ours = dense.to(dtype), run(x, state, sizes(state), None, A100)
+    dense, ours = dense.to(dtype), run(x, state, None, A100)
     error = [float((y.double() - exact).square().mean().sqrt()) for y in (ours, dense)]
     assert error[0] <= 1.5 * error[1]
 
@@ -518,7 +509,6 @@ def test_the_rebuilt_weight(forced, dtype, values, group_size):
         y = run(
             torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1),
             state,
-            sizes(state),
             None,
             A100,
             launched=launched,
@@ -540,7 +530,7 @@ def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
     )
     forced(lambda s: plan.evaluate(s, 4, A100, SPLIT_TILES[3], 8, splits if s.values == W16 else 2))
     launched = Launched()
-    y = run(x[:4], state, sizes(state), bias, A100, arch="compute_90", launched=launched)
+    y = run(x[:4], state, bias, A100, arch="compute_90", launched=launched)
     assert torch.equal(y, exact[:4].half())
     assert launched.dependent == [bool(d) for d in dependent]
     for early, stats in zip(launched.dependent, launched.stats, strict=True):
@@ -575,7 +565,7 @@ def test_shared_memory_banks(forced, name):
             filter(None, (plan.evaluate(s, M, A100, tile, M, 1) for tile in SPLIT_TILES))
         )
     )
-    run(x[:M], state, sizes(state), bias, A100, launched=launched)
+    run(x[:M], state, bias, A100, launched=launched)
     assert launched.kernels[0] == name
     assert launched.stats[0]["shared_wavefronts"] <= 1.1 * launched.stats[0]["shared_ideal"]
 
@@ -587,13 +577,11 @@ def test_a_damaged_stream_is_found():
     )
     with pytest.raises(PtxError):
         short = state._replace(stream=state.stream.flatten()[:-16].clone())
-        run(x[:2], short, sizes(state), bias, A100)
+        run(x[:2], short, bias, A100)
     broken = state.stream.clone()
     broken[0, 0, 2048] = 0
     with pytest.raises(PtxError):
-        run(x[:2], state._replace(stream=broken), sizes(state), bias, A100)
+        run(x[:2], state._replace(stream=broken), bias, A100)
     flipped = state.stream.clone()
     flipped[0, 0, 2304:] ^= 0x80
-    assert not torch.equal(
-        run(x[:2], state._replace(stream=flipped), sizes(state), bias, A100), exact[:2].half()
-    )
+    assert not torch.equal(run(x[:2], state._replace(stream=flipped), bias, A100), exact[:2].half())
