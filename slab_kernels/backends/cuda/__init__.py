@@ -1,7 +1,7 @@
-"""The fused CUDA kernels of csrc/cuda: `slab_kernels::linear_cuda`, from A100 (sm_80) on, loaded on first use.
+"""The fused CUDA kernels of csrc/cuda, for A100 (sm_80) and newer: `slab_kernels::linear_cuda`.
 
-`prepare` orders the canonical packed tensors as the tensor cores' lanes want them (layout.py). For
-a call plan.py chooses a tile (tiles.py) by a cost model (cost.py) of the GPU (gpus.py), launch.py
+They are loaded on first use. `prepare` orders the canonical packed tensors as the tensor cores'
+lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by a cost model (cost.py) of the GPU (gpus.py), launch.py
 queues one kernel (two with an adapter, one more where K is split over CTAs), and driver.py talks
 to the driver. images.py finds the machine code, which compile.py builds ahead of time and nvrtc.py
 at run time.
@@ -140,7 +140,16 @@ def device_of(index: int) -> CudaDevice:
 
     def queue(kernel, grid, block, shared_bytes, params, dependent) -> None:
         stream = torch._C._cuda_getCurrentRawStream(index)
-        driver.launch(kernel, grid, block, shared_bytes, params, index, stream, dependent)
+        driver.launch(
+            kernel,
+            grid,
+            block,
+            shared_bytes,
+            params,
+            device=index,
+            stream=stream,
+            dependent=dependent,
+        )
 
     return CudaDevice(gpu, queue)
 
@@ -191,9 +200,9 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         W = layout.dense(state)
         with without_autocast(grad):
             grad_x = wide @ W
-            factors = layout.adapters(state)
-            for part, (P, Q) in zip(wide.split(list(state.rows), -1), factors, strict=False):
-                grad_x = grad_x + (part @ P.float()) @ Q.float()
+            if factors := layout.adapters(state):
+                for part, (P, Q) in zip(wide.split(list(state.rows), -1), factors, strict=True):
+                    grad_x = grad_x + (part @ P.float()) @ Q.float()
         grad_x = grad_x.to(grad.dtype)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

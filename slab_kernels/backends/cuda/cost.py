@@ -1,7 +1,8 @@
-"""The cost model of the CUDA kernels: how long a launch takes, from bytes, tensor rates and issue rates.
+"""The cost model of the CUDA kernels: how long a launch takes.
 
-Its figures are predictions, good for ranking plans against one another; they are no measurements.
-All arithmetic here is on sizes, and nothing asks a device.
+It knows bytes, tensor rates and issue rates. Its figures are predictions, good for ranking plans
+against one another; they are no measurements. All arithmetic here is on sizes, and nothing asks a
+device.
 
 The model is a roofline with more than two roofs: a launch takes about the largest of six bounds,
 joined by a p-norm, and some fixed costs.
@@ -55,7 +56,7 @@ def clocks_per_us(gpu: Gpu) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch of a linear's kernel: the linear, the GPU, the choices, and what they are predicted to take.
+    """One launch of a linear's kernel: its sizes, its GPU, the choices, and their predicted time.
 
     Every `*_us` is a bound: what the launch would take if nothing else held it up. The work is
     that of the multiprocessor with the most CTAs.
@@ -96,7 +97,7 @@ class Plan:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a CTA: the rings of its groups, and later their sums in the same place."""
+        """Shared memory of a CTA: its groups' rings, and later their sums in the same place."""
         rings = self.stages * self.tile.warp_inputs * self.stage_bytes
         return max(sums_bytes(self.tile, self.tokens), rings)
 
@@ -230,7 +231,7 @@ REBUILT_ROWS = 8192
 
 @dataclass(frozen=True)
 class Rebuild:
-    """The weight rebuilt as a dense matrix, REBUILT_ROWS rows at a time, and multiplied by cuBLAS."""
+    """The weight rebuilt dense, REBUILT_ROWS rows at a time, and multiplied by cuBLAS."""
 
     max_ctas: int  # of a launch that rebuilds rows
     microseconds: float  # predicted
@@ -254,7 +255,7 @@ def rebuild(sizes: CudaSizes, M: int, gpu: Gpu) -> Rebuild:
 
 
 def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:
-    """What the model gives cuBLAS for a dense fp16 linear: fixed costs, and its bytes or products."""
+    """The predicted time of cuBLAS for a dense fp16 linear: fixed costs, and bytes or products."""
     memory = 2 * (N * K + M * (N + K)) / bytes_per_us(gpu)
     product = M * N * K / (gpu.multiprocessors * gpu.gemm_rate * clocks_per_us(gpu))
     return max(memory, product) + LAUNCH_US + FILL_US

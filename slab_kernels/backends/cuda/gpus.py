@@ -1,4 +1,4 @@
-"""What the cost model knows of GPUs: one row for each known name, and the row for a device at hand."""
+"""What the cost model knows of GPUs: a row for each known name, and the row for a device."""
 
 from __future__ import annotations
 

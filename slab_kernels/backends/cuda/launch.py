@@ -1,4 +1,4 @@
-"""One linear as launches: fills `LinearParams` of csrc/cuda/params.h and queues one to three kernels.
+"""One linear as launches: fills `LinearParams` of csrc/cuda/params.h and queues its kernels.
 
 The linear's kernel comes after the one of z = x Q where the weight has an adapter, and before the
 one that adds partial sums where K is split. The launches overlap by programmatic dependent launch
@@ -187,7 +187,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
 
 
 def _set_activations(args: LinearParams, x: Tensor) -> None:
-    """The pointer to x [M, K] and how it is read: 16 bytes at a time only where rows are aligned."""
+    """The pointer to x [M, K], and whether it may be read 16 bytes at a time."""
     args.x, args.token_stride = x.data_ptr(), x.stride(0)
     if args.x % 16 != 0 or (x.shape[0] > 1 and args.token_stride % 8 != 0):
         args.x_ragged, args.whole_blocks = 1, 0

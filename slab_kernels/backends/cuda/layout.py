@@ -44,7 +44,7 @@ ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
 class CudaState(NamedTuple):
-    """The arguments of `slab_kernels::linear_cuda` after x: tensors (without the bias), then sizes."""
+    """The arguments of `slab_kernels::linear_cuda` after x: tensors, bias excepted, then sizes."""
 
     stream: Tensor  # [row blocks, K blocks, bytes of a block] uint8
     V: Tensor | None  # [parts, R, K padded to 128] in the activations' type, entries about 1
@@ -62,8 +62,8 @@ class CudaState(NamedTuple):
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     """One stream for the parts, in order, for activations of `dtype`.
 
-    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense
-    bf16 weight would), int3 values as int4.
+    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a
+    dense bf16 weight would), int3 values as int4.
 
     Raises: ArgumentTypeError for another dtype, ShapeError for no or too many parts or parts of
     unequal layouts, RangeError for numbers that the kernels for fp16 activations cannot hold.
@@ -172,7 +172,7 @@ def _dense_scales(stored: Tensor) -> Tensor:
 
 
 def _dense_levels(stored: Tensor, planes: int) -> Tensor:
-    """The level of every pruned entry, the sum of its signs' worths: [rows, 64 per K block] fp32."""
+    """The level of every pruned entry, the sum of its signs' worths: [rows, 64 K blocks] fp32."""
     blocks, k_blocks, _ = stored.shape
     levels = torch.zeros((), device=stored.device)
     for number, plane in enumerate(_sign_places(planes, stored.device)):

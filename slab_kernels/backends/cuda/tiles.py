@@ -72,7 +72,7 @@ class CudaSizes(NamedTuple):
         return [ceil_div(part, rows) for part in self.rows]
 
     def warp_tokens(self, tall: bool = False) -> tuple[int, ...]:
-        """The tokens of a warp in the kernels that are compiled; tall: those of 64 rows per warp."""
+        """The tokens of a warp in the compiled kernels; tall: those of 64 rows per warp."""
         if self.planes > 1:
             return () if tall else tuple(PLANES_REGISTERS)
         return TALL.get((self.values, self.rank), ()) if tall else tuple(REGISTERS)

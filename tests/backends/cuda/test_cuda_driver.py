@@ -100,8 +100,8 @@ def launch(name="linear_w16", shared=0, device=0, params=None, **more):
         (128, 1, 1),
         shared,
         params or Params(0x123456789ABC, 5, 0.5),
-        device,
-        0xABCDEF012345,
+        device=device,
+        stream=0xABCDEF012345,
         **more,
     )
 
