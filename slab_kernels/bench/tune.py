@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..backends.base import LinearProblem
-from ..backends.triton import BACKEND, bits_of, configs, device_of, launch
-from ..backends.triton.configs import DECODE, Config, Device, Row, Sizes
+from ..backends.triton import BACKEND, bits_of, configs, device_of, launch, row_files
+from ..backends.triton.rows import DECODE, Row, TileConfig, TritonDevice, TritonSizes
 from ..errors import ArgumentError, BackendError, ConfigError
 from ..format import PackedLayout
 from ..testing import random_packed
@@ -58,11 +58,11 @@ class Problem:
     up_to: int | None
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TritonSizes:
         layout = self.layout
         stored = launch.held_as(layout.values, self.dtype)
         adapter = -(-layout.adapter_rank // 16) * 16
-        return Sizes(
+        return TritonSizes(
             layout.in_features,
             (layout.out_features,),
             stored,
@@ -71,7 +71,7 @@ class Problem:
             adapter,
         )
 
-    def row(self, config: Config) -> Row:
+    def row(self, config: TileConfig) -> Row:
         """`config` as a row for this problem."""
         bits, values = bits_of(self.dtype), self.sizes.values
         served = SIXTEEN_BITS if bits == 16 and values in SIXTEEN_BITS else (values,)
@@ -96,9 +96,9 @@ class Result:
     """What a problem's candidates took. `times` and `default_times`: one for each of its token counts, measured last."""
 
     problem: Problem
-    default: Config
+    default: TileConfig
     default_times: list[timing.Timed]
-    best: Config  # the default itself where nothing was faster by more than the noise
+    best: TileConfig  # the default itself where nothing was faster by more than the noise
     times: list[timing.Timed]
     timed: int  # candidates
     skipped: dict[str, str] = field(default_factory=dict)  # candidate -> why it was not timed
@@ -135,7 +135,7 @@ class Result:
 
 
 def problems(
-    layouts: Iterable[PackedLayout], tokens: Sequence[int], dtype: torch.dtype, device: Device
+    layouts: Iterable[PackedLayout], tokens: Sequence[int], dtype: torch.dtype, device: TritonDevice
 ) -> list[Problem]:
     """Token counts of one regime together, so that one row serves them. Raises: BackendError for what the kernels refuse."""
     found = []
@@ -152,7 +152,7 @@ def problems(
     return found
 
 
-def candidates(sizes: Sizes, M: int, bits: int, device: Device) -> list[Config]:
+def candidates(sizes: TritonSizes, M: int, bits: int, device: TritonDevice) -> list[TileConfig]:
     """Configurations worth timing at M tokens of `bits`-bit activations; each another program or another split of K."""
     if M <= 64:
         block_m = 16 if M <= 16 else 32 if M <= 32 else 64
@@ -161,12 +161,12 @@ def candidates(sizes: Sizes, M: int, bits: int, device: Device) -> list[Config]:
         tiles = MANY_TOKENS
     if bits == 32:  # an input takes twice the room
         tiles = dict.fromkeys((m, n, max(32, k // 2), *rest) for m, n, k, *rest in tiles)
-    found: dict[tuple, Config] = {}
+    found: dict[tuple, TileConfig] = {}
     for tile, fill in itertools.product(tiles, FILLS if M <= SPLIT_UP_TO else FILLS[:1]):
-        config = Config(*tile, fill=fill)
+        config = TileConfig(*tile, fill=fill)
         found.setdefault((tile, configs.splits(sizes, M, config, device)), config)
     rebuilt = (
-        [Config(rebuild=True)] if bits == 16 and M > 64 else []
+        [TileConfig(rebuild=True)] if bits == 16 and M > 64 else []
     )  # fp32: torch's matmul may use TF32
     return [*found.values(), *rebuilt]
 
@@ -177,7 +177,7 @@ class Weight:
     def __init__(
         self,
         problem: Problem,
-        device: Device,
+        device: TritonDevice,
         where: torch.device | str,
         copies: Callable[[int], int],
     ):
@@ -191,7 +191,7 @@ class Weight:
         ]
         self.inputs: dict[int, Tensor] = {}
 
-    def linear(self, config: Config, x: Tensor, state: Any) -> Tensor:
+    def linear(self, config: TileConfig, x: Tensor, state: Any) -> Tensor:
         if config.rebuild:
             return torch.nn.functional.linear(x, launch.dense(state, x.dtype))
         shares = configs.splits(self.sizes, x.shape[0], config, self.device)
@@ -204,7 +204,7 @@ class Weight:
             self.inputs[m] = x.to(self.state.values.device, self.dtype)
         return self.inputs[m]
 
-    def check(self, config: Config, m: int) -> None:
+    def check(self, config: TileConfig, m: int) -> None:
         """Raises: BenchError if the result is wrong, or that of a decoded token depends on the tokens beside it."""
         run = _Named("triton", partial(self.linear, config))
         self.poison(config, m)
@@ -214,7 +214,7 @@ class Weight:
             if not torch.equal(together, alone):
                 raise bench.BenchError("a token's result depends on the tokens beside it")
 
-    def poison(self, config: Config, m: int) -> None:
+    def poison(self, config: TileConfig, m: int) -> None:
         """NaN where `linear` is about to allocate: torch gives out the same blocks again, with the last right result in them."""
         shares = 1 if config.rebuild else configs.splits(self.sizes, m, config, self.device)
         shapes = [
@@ -231,7 +231,7 @@ class Weight:
         ]
         del blocks  # all at once, or they would be one block
 
-    def calls(self, config: Config, m: int) -> list[timing.Call]:
+    def calls(self, config: TileConfig, m: int) -> list[timing.Call]:
         return [partial(self.linear, config, self.x(m), state) for state in self.copies]
 
 
@@ -243,7 +243,7 @@ class _Named:
     linear: Callable[[Tensor, Any], Tensor]
 
 
-def gpu(where: str, seconds: float) -> tuple[Device, Any, Callable[[Problem], Weight]]:
+def gpu(where: str, seconds: float) -> tuple[TritonDevice, Any, Callable[[Problem], Weight]]:
     """The device, its clock, and what makes weights on it. Raises: BackendError without a CUDA device or without Triton."""
     try:
         kind = torch.device("cuda" if where == "auto" else where)
@@ -261,7 +261,7 @@ def gpu(where: str, seconds: float) -> tuple[Device, Any, Callable[[Problem], We
 
 
 def run(
-    todo: Sequence[Problem], device: Device, clock: Any, make: Callable[[Problem], Any], folder: Path,
+    todo: Sequence[Problem], device: TritonDevice, clock: Any, make: Callable[[Problem], Any], folder: Path,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:  # fmt: skip
     """Tunes every problem and writes its row, or removes the one that no longer beats the default.
@@ -294,7 +294,7 @@ def run(
 
 
 def tune(
-    problem: Problem, weight: Any, clock: Any, device: Device, own: Config | None = None
+    problem: Problem, weight: Any, clock: Any, device: TritonDevice, own: TileConfig | None = None
 ) -> Result:
     """The fastest right candidate for a problem; `own` is one more. Raises: whatever the default's run raises."""
     M, bits = problem.tokens[-1], bits_of(problem.dtype)
@@ -329,7 +329,7 @@ def tune(
     return Result(problem, default, times[default], best, times[best], len(times), skipped)
 
 
-def _timed(problem: Problem, weight: Any, clock: Any, config: Config) -> list[timing.Timed]:
+def _timed(problem: Problem, weight: Any, clock: Any, config: TileConfig) -> list[timing.Timed]:
     decode = (
         [DECODE] if problem.above < DECODE else []
     )  # tokens beside one another, whatever is timed
@@ -401,7 +401,7 @@ def merged(present: Iterable[Row], problem: Problem, row: Row | None) -> list[Ro
 
     The first row that fits is taken, so a row goes before the first that is for more: no N and K, higher ranks, more tokens.
     """
-    key = replace(problem.row(Config()), config=None)
+    key = replace(problem.row(TileConfig()), config=None)
     kept = [
         other for other in present if replace(other, config=None, shared=0, capability=0) != key
     ]
@@ -418,7 +418,7 @@ def merged(present: Iterable[Row], problem: Problem, row: Row | None) -> list[Ro
     return [*kept[:at], row, *kept[at:]]
 
 
-def save(path: Path, rows: Iterable[Row], device: Device) -> None:
+def save(path: Path, rows: Iterable[Row], device: TritonDevice) -> None:
     """Writes a file of rows in one step: after an interruption or on a full disk the old one is there, whole.
 
     Raises: ConfigError if it cannot be written.
@@ -428,8 +428,8 @@ def save(path: Path, rows: Iterable[Row], device: Device) -> None:
         for name, version in machine.versions().items()
         if name in ("slab_kernels", "torch", "triton")
     }
-    head = json.dumps({"format": configs.FORMAT, "device": device.name, "versions": versions})
-    lines = ",\n".join("  " + json.dumps(configs.row_to(row)) for row in rows)
+    head = json.dumps({"format": row_files.FORMAT, "device": device.name, "versions": versions})
+    lines = ",\n".join("  " + json.dumps(row_files.row_to(row)) for row in rows)
     target = Path(os.path.realpath(path))  # a link stays one
     fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slab_kernels.backends.triton import configs
-from slab_kernels.backends.triton.configs import Config, Device, Row, read
+from slab_kernels.backends.triton import configs, row_files, rows
+from slab_kernels.backends.triton.row_files import read
+from slab_kernels.backends.triton.rows import Row, TileConfig, TritonDevice
 from slab_kernels.bench import clocks as timing
 from slab_kernels.bench import linear as bench
 from slab_kernels.bench import tune as tuning
@@ -27,7 +28,7 @@ from slab_kernels.cli.main import main as cli
 from slab_kernels.errors import BackendError, ConfigError
 from slab_kernels.format import PackedLayout
 
-A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
+A100 = TritonDevice("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
 LAYOUT = PackedLayout(4096, 4096, "int4", 128, 1)
 DECODING = Problem(LAYOUT, torch.bfloat16, (1, 16), 0, 16)
 PREFILL = Problem(LAYOUT, torch.bfloat16, (128,), 64, 256)
@@ -44,18 +45,18 @@ class FakeWeight:
     def __init__(self, seconds=lambda config, m: SLOW, wrong=(), errors=()):
         self.seconds, self.wrong, self.errors, self.log = seconds, wrong, dict(errors), []
 
-    def check(self, config: Config, m: int) -> None:
+    def check(self, config: TileConfig, m: int) -> None:
         self.log.append(("check", config, m))
         if config in self.errors:
             raise self.errors[config]
         if config in self.wrong:
             raise bench.BenchError("disagrees with the reference; nothing was timed")
 
-    def calls(self, config: Config, m: int) -> list:
+    def calls(self, config: TileConfig, m: int) -> list:
         self.log.append(("time", config, m))
         return [lambda: self.seconds(config, m)]
 
-    def timed(self) -> list[Config]:
+    def timed(self) -> list[TileConfig]:
         return [config for what, config, _ in self.log if what == "time"]
 
 
@@ -75,7 +76,7 @@ class FakeClock:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """The user's folder, not there yet; no shipped rows, nothing remembered before or after."""
-    monkeypatch.setenv(configs.ENVIRONMENT, str(tmp_path / "user"))
+    monkeypatch.setenv(row_files.ENVIRONMENT, str(tmp_path / "user"))
     monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
     configs.forget()
     yield tmp_path / "user"
@@ -86,7 +87,7 @@ def file(folder: Path) -> Path:
     return folder / configs.file_name(A100.name)
 
 
-def others(problem: Problem) -> list[Config]:
+def others(problem: Problem) -> list[TileConfig]:
     """Its candidates without the default."""
     default = replace(
         configs.choose(problem.sizes, problem.tokens[-1], 16, A100, own=False), reason=""
@@ -98,7 +99,7 @@ def others(problem: Problem) -> list[Config]:
     ]
 
 
-def prefers(best: Config, gain: float = 0.5, m: int | None = None):
+def prefers(best: TileConfig, gain: float = 0.5, m: int | None = None):
     """Seconds by which `best` takes `gain` less, at that token count or at all."""
     return lambda config, at: SLOW * (1 - gain) if config == best and at == (m or at) else SLOW
 
@@ -110,7 +111,7 @@ def prefers(best: Config, gain: float = 0.5, m: int | None = None):
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 512, 2048])
 @pytest.mark.parametrize("n, k", [(4096, 4096), (28672, 8192), (64, 32)])
 def test_candidates_are_few_and_differ(n, k, M, bits, folder):
-    sizes = configs.Sizes(k, (n,), "int4", 128, 1, 0)
+    sizes = rows.TritonSizes(k, (n,), "int4", 128, 1, 0)
     found = candidates(sizes, M, bits, A100)
     programs = [
         (replace(config, fill=0), configs.splits(sizes, M, config, A100)) for config in found
@@ -120,7 +121,7 @@ def test_candidates_are_few_and_differ(n, k, M, bits, folder):
         "never for decoding, nor in fp32: torch may use TF32"
     )
     assert all(
-        configs.row_from(configs.row_to(Row(config, above=64 if config.rebuild else 0))).config
+        row_files.row_from(row_files.row_to(Row(config, above=64 if config.rebuild else 0))).config
         == config
         for config in found
     )
@@ -268,7 +269,7 @@ def test_one_row_for_decoding_must_not_lose_at_any_token_count(folder):
 
 
 def test_the_users_present_row_is_a_candidate(folder):
-    own = Config(16, 256, 32, 8, 2, 1, reason="by hand")
+    own = TileConfig(16, 256, 32, 8, 2, 1, reason="by hand")
     assert replace(own, reason="") not in candidates(DECODING.sizes, 16, 16, A100)
     weight = FakeWeight(prefers(replace(own, reason="")))
     save_rows(folder, DECODING.row(own))
@@ -316,24 +317,24 @@ def test_fp16_and_bf16_values_share_a_row(dtype, folder):
     """Prepared values have the activations' type: what is chosen for is not what is stored."""
     problem = Problem(PackedLayout(64, 64, "fp16", rank=1), dtype, (1,), 0, 16)
     assert problem.sizes.values == {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    assert problem.row(Config()).fits(problem.sizes, 1, 16, A100) and problem.row(
-        Config()
+    assert problem.row(TileConfig()).fits(problem.sizes, 1, 16, A100) and problem.row(
+        TileConfig()
     ).values == ("fp16", "bf16")
     single = replace(problem, dtype=torch.float32)
-    assert single.row(Config()).values == ("fp16",) and single.row(Config()).fits(
+    assert single.row(TileConfig()).values == ("fp16",) and single.row(TileConfig()).fits(
         single.sizes, 1, 32, A100
     )
     widened = replace(single, layout=replace(LAYOUT, values="int3"))
-    assert widened.sizes.values == "int4" and widened.row(Config()).values == ("int4",)
+    assert widened.sizes.values == "int4" and widened.row(TileConfig()).values == ("int4",)
 
 
 def test_a_row_for_the_same_problem_is_replaced_and_others_keep_their_order(folder):
-    general = Row(Config(16, 128, 64, 8, reason="general"), 16)
-    higher = replace(DECODING.row(Config(reason="higher")), rank=4)
-    other = replace(DECODING.row(Config(reason="other")), N=1024)
+    general = Row(TileConfig(16, 128, 64, 8, reason="general"), 16)
+    higher = replace(DECODING.row(TileConfig(reason="higher")), rank=4)
+    other = replace(DECODING.row(TileConfig(reason="other")), N=1024)
     old, new = (
-        DECODING.row(Config(16, 32, 128, reason="old")),
-        DECODING.row(Config(16, 16, 256, reason="new")),
+        DECODING.row(TileConfig(16, 32, 128, reason="old")),
+        DECODING.row(TileConfig(16, 16, 256, reason="new")),
     )
     for present in (
         [general, higher, other, old],
@@ -352,7 +353,7 @@ def test_a_row_for_the_same_problem_is_replaced_and_others_keep_their_order(fold
 
 
 def test_a_row_that_no_longer_wins_is_removed(folder):
-    keep = Row(Config(16, 128, 64, 8, reason="mine"), 16, N=7)
+    keep = Row(TileConfig(16, 128, 64, 8, reason="mine"), 16, N=7)
     save_rows(folder, keep, DECODING.row(others(DECODING)[0]))
     (result,) = run([DECODING], A100, FakeClock(), lambda p: FakeWeight(), folder)
     assert not result.tuned and read(file(folder)) == [keep]
@@ -368,7 +369,7 @@ def test_nothing_is_written_where_every_default_stays(folder):
 )
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file(where, error, folder, monkeypatch):
-    save_rows(folder, DECODING.row(Config(reason="old")))
+    save_rows(folder, DECODING.row(TileConfig(reason="old")))
     before = file(folder).read_bytes()
 
     def fail(*arguments):
@@ -376,7 +377,7 @@ def test_a_write_that_fails_leaves_the_old_file(where, error, folder, monkeypatc
 
     monkeypatch.setattr(os, where, fail)
     with pytest.raises(ConfigError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
-        save(file(folder), [PREFILL.row(Config(reason="new"))], A100)
+        save(file(folder), [PREFILL.row(TileConfig(reason="new"))], A100)
     assert file(folder).read_bytes() == before and os.listdir(folder) == [file(folder).name]
     if isinstance(error, OSError):
         assert (
@@ -408,7 +409,7 @@ def test_an_interruption_keeps_what_was_found_before(folder):
 
 
 def test_rows_that_somebody_else_wrote_meanwhile_are_kept(folder):
-    mine, theirs = others(DECODING)[1], PREFILL.row(Config(reason="theirs"))
+    mine, theirs = others(DECODING)[1], PREFILL.row(TileConfig(reason="theirs"))
 
     def make(problem):
         save_rows(folder, theirs)
@@ -422,7 +423,7 @@ def test_a_linked_file_stays_a_link(folder, tmp_path):
     folder.mkdir()
     file(folder).symlink_to(tmp_path / "dotfiles.json")
     (tmp_path / "dotfiles.json").write_text('{"format": 1, "rows": []}')
-    save(file(folder), [DECODING.row(Config())], A100)
+    save(file(folder), [DECODING.row(TileConfig())], A100)
     assert file(folder).is_symlink() and len(read(tmp_path / "dotfiles.json")) == 1
 
 
@@ -508,7 +509,7 @@ def test_the_command_prints_a_table(gpu, folder, tmp_path, capsys):
         and file(tmp_path / "elsewhere").exists()
     )
     assert (
-        f"{configs.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out and not file(folder).exists()
+        f"{row_files.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out and not file(folder).exists()
     )
 
 
@@ -577,7 +578,7 @@ INTERPRETED = """
 import json, torch
 from slab_kernels import bench, timing, tuning
 from slab_kernels.backends.triton import configs, device_of, launch
-from slab_kernels.backends.triton.configs import Config
+from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.format import PackedLayout
 
 class Clock:
@@ -588,7 +589,7 @@ plain = bench.tolerance  # the gate takes CPU tensors for fp32 sums of exact pro
 bench.tolerance = lambda *arguments, tensor_cores: plain(*arguments, tensor_cores=True)
 device, seen = device_of(None), {}
 problem = tuning.Problem(PackedLayout(40, 256, "int8", 64, 1, 4), torch.float16, (3,), 0, 16)
-few = [Config(16, 16, 64, fill=0), Config(16, 32, 64, fill=4)]
+few = [TileConfig(16, 16, 64, fill=0), TileConfig(16, 32, 64, fill=4)]
 tuning.candidates = lambda *_: few
 weight = tuning.Weight(problem, device, "cpu", lambda size: 2)
 seen["sizes"] = weight.sizes == problem.sizes and len(weight.copies) == 2
@@ -596,7 +597,7 @@ seen["splits"] = configs.splits(weight.sizes, 3, few[1], device)
 with torch.inference_mode():
     result = tuning.tune(problem, weight, Clock(), device)
     seen["timed"], seen["skipped"] = result.timed, result.skipped
-    weight.check(Config(rebuild=True), 100)
+    weight.check(TileConfig(rebuild=True), 100)
     right = launch.linear
     def lazy(*arguments):  # what was left in memory by the last run is not a result
         return arguments[0].new_empty(arguments[0].shape[0], 40)

@@ -26,8 +26,8 @@ from slab_kernels import SlabLinear
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.backends.triton import configs, launch
-from slab_kernels.backends.triton.configs import Config
+from slab_kernels.backends.triton import launch, rows
+from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.errors import BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, random_packed
@@ -237,7 +237,7 @@ def test_one_weight_is_not_copied(dtype, values, group_size):
         )
         assert all(t.is_contiguous() for t in state[:8] if t is not None)
         sizes = launch.sizes_of(state)
-        assert sizes == configs.Sizes(K, (N,), kind, group_size or 0, 2, 16) and sizes.N == N
+        assert sizes == rows.TritonSizes(K, (N,), kind, group_size or 0, 2, 16) and sizes.N == N
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (4, 0), (0, 16), (1, 100)])
@@ -425,7 +425,7 @@ def test_grids(monkeypatch, M, splits, adapter_rank, launched):
         (random_packed(PackedLayout(40, 300, "int8", 128, 1, adapter_rank)),), torch.float16
     )
     x = half(M, 308)[:, :300]
-    y = launch.linear(x, state, None, Config(16, 16, 64), splits, 2)
+    y = launch.linear(x, state, None, TileConfig(16, 16, 64), splits, 2)
     assert y.shape == (M, 40) and {name: grid for name, (grid, _, _) in found.items()} == launched
     if M:
         _, args, kwargs = found["linear"]

@@ -14,7 +14,7 @@ import triton_code
 from sass import counter as sass
 from triton_code import DEVICES, Case
 
-from slab_kernels.backends.triton.configs import DEFAULTS
+from slab_kernels.backends.triton.rows import DEFAULTS
 
 # Instructions a weight, measured (3.7.1 and 3.6) and a tenth. A tile of more tokens feeds more products.
 MOST = {

@@ -20,7 +20,8 @@ from triton_checks import BACKEND, DTYPES, bound, same_bits
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.triton import launch
-from slab_kernels.backends.triton.configs import DEFAULTS, Config, choose
+from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import ROUNDOFF, SHAPES, TOKENS
 
@@ -38,7 +39,7 @@ def layer(
     return checks.layer(layout, dtype, integers, device)
 
 
-def chosen(it: checks.Layer, M: int) -> Config:
+def chosen(it: checks.Layer, M: int) -> TileConfig:
     return choose(
         launch.sizes_of(it.state),
         M,

@@ -27,7 +27,8 @@ from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.triton import launch
-from slab_kernels.backends.triton.configs import DEFAULTS, Config, choose
+from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
 from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, random_packed
@@ -51,7 +52,7 @@ def clean(monkeypatch, poisoned):
 @every_type
 def test_the_problem_grid(dtype, values, shape):
     for case in (case for case in GRID if case[:2] == (dtype, values) and case.shape == shape):
-        checks.check_case(case, DEVICE, Config(*case.tile))
+        checks.check_case(case, DEVICE, TileConfig(*case.tile))
 
 
 def test_any_two_choices_of_the_grid_meet():
@@ -86,7 +87,7 @@ def test_shares_of_K(dtype, adapter_rank):
     """Eight shares of seven steps, the last one empty; of eight steps without a tail."""
     for K in (64 * 6 + 3, 64 * 8):
         checks.check_shares_of_K(
-            DEVICE, PackedLayout(33, K, "int8", 128, 1, adapter_rank), dtype, Config(16, 64, 64)
+            DEVICE, PackedLayout(33, K, "int8", 128, 1, adapter_rank), dtype, TileConfig(16, 64, 64)
         )
 
 
@@ -124,7 +125,16 @@ def test_fused_weights(dtype, values, rank, adapter_rank):
     checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (1, 20))
     for planes, rows in ((3, (40, 1, 17)), (2, (16, 33)), (1, (1, 2, 3, 4))):
         checks.check_fused(
-            DEVICE, dtype, values, rank, adapter_rank, (5,), rows, 68, Config(16, 16, 64), planes
+            DEVICE,
+            dtype,
+            values,
+            rank,
+            adapter_rank,
+            (5,),
+            rows,
+            68,
+            TileConfig(16, 16, 64),
+            planes,
         )
 
 
@@ -167,7 +177,7 @@ def test_rows_of_x_beyond_two_to_the_31_elements(adapter_rank):
         x = torch.frombuffer(room, dtype=torch.float16).as_strided((3, 40), (stride, 1))
         x.copy_(it.x[:3])
         assert torch.equal(
-            launch.linear(x, it.state, None, Config(16, 16, 64), 1, 1), it.exact[:3].half()
+            launch.linear(x, it.state, None, TileConfig(16, 16, 64), 1, 1), it.exact[:3].half()
         )
         del x
 
@@ -185,7 +195,7 @@ def test_the_largest_tile_needs_no_real_row():
 
 def test_many_tokens_rebuild_the_weight(monkeypatch):
     """Whatever surrounds the call: autocast is not to change x's type."""
-    monkeypatch.setattr(backend, "choose", lambda *_: Config(rebuild=True))
+    monkeypatch.setattr(backend, "choose", lambda *_: TileConfig(rebuild=True))
     for dtype, adapter_rank in itertools.product(DTYPES, (0, 3)):
         it = checks.layer(PackedLayout(37, 132, "int8", 128, 1, adapter_rank), dtype, True, DEVICE)
         want = (it.exact[:40] + it.bias.double()).to(dtype)

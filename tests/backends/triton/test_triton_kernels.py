@@ -15,12 +15,12 @@ pytest.importorskip("triton")
 
 from triton_programs import Emulated
 
-from slab_kernels.backends.triton import configs, kernels, launch
-from slab_kernels.backends.triton.configs import Config, Device
+from slab_kernels.backends.triton import configs, kernels, launch, rows
+from slab_kernels.backends.triton.rows import TileConfig, TritonDevice
 from slab_kernels.format import PackedLayout, plane_unit, unpack
 from slab_kernels.testing import ROUNDOFF, error_bound, oracle, random_packed
 
-A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
+A100 = TritonDevice("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
 HALF = (torch.float16, torch.bfloat16)
 VALUES = (
     ("fp16", None),
@@ -30,7 +30,7 @@ VALUES = (
     ("int4", 64),
     ("int4", None),
 )
-SMALL = Config(16, 16, 32, 1, 2)
+SMALL = TileConfig(16, 16, 32, 1, 2)
 OUTPUTS = {
     "linear_kernel": ("y_ptr",),
     "adapter_kernel": ("z_ptr",),
@@ -53,9 +53,9 @@ def emulated(monkeypatch):
     return found
 
 
-def shipped(packed, M: int, dtype: torch.dtype) -> Config:
+def shipped(packed, M: int, dtype: torch.dtype) -> TileConfig:
     layout = packed.layout
-    sizes = configs.Sizes(layout.in_features, (layout.out_features,), layout.values, layout.group_size or 0, layout.rank,
+    sizes = rows.TritonSizes(layout.in_features, (layout.out_features,), layout.values, layout.group_size or 0, layout.rank,
                           -(-layout.adapter_rank // 16) * 16)  # fmt: skip
     return configs.choose(sizes, M, 8 * dtype.itemsize, A100)
 

@@ -17,7 +17,8 @@ import torch
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.triton import launch
-from slab_kernels.backends.triton.configs import Config, choose
+from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import (
     ADAPTER_RANKS,
@@ -142,7 +143,7 @@ def interpreted_steps(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -
     return math.prod(-(-size // block) for size, block in zip(sizes, tile, strict=True))
 
 
-def check_case(case: Case, device: str, config: Config | None = None) -> None:
+def check_case(case: Case, device: str, config: TileConfig | None = None) -> None:
     """Small integers bit for bit, then random numbers each within its own bound."""
     (N, K), M, dtype = case.shape, case.M, case.dtype
     planes = (
@@ -209,7 +210,7 @@ def check_error_is_that_of_a_dense_weight(device, dtype, values, layout=(48, 102
     assert ours <= 1.5 * theirs, (ours, theirs)
 
 
-def check_shares_of_K(device, layout, dtype, config: Config, M=5) -> None:
+def check_shares_of_K(device, layout, dtype, config: TileConfig, M=5) -> None:
     """The same numbers up to rounding for any number of programs, the same bits for the same number."""
     it = layer(layout, dtype, False, device)
     exact, K = it.exact[:M] + it.bias.double(), layout.in_features
