@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slab_kernels.bench import linear as bench
-from slab_kernels.bench import machine, peers
+from slab_kernels.bench import linear, machine, peers
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli.main import console
 from slab_kernels.cli.options import DTYPES, parse_shape
@@ -37,10 +36,12 @@ COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapte
            "timing", "median_us", "iqr_us", "calls", "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops",
            "matrix_share", "roofline", "bound", "bits_per_weight", "weight_bytes", "copies", "rotated_bytes",
            "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
+CPU_TOKENS = (1, 4, 16, 64)
+GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 # device kind -> models, token counts, activation types, seconds a row: what is run when nothing is said
 DEFAULTS: dict[str, tuple[Sequence[str], Sequence[int], Sequence[str], float]] = {
-    "cpu": (("llama-2-7b", "llama-3-8b"), bench.CPU_TOKENS, ("fp32", "bf16"), 0.5),
-    "cuda": (("llama-2-7b", "llama-3-8b", "llama-3-70b"), bench.GPU_TOKENS, ("fp16",), 0.1),
+    "cpu": (("llama-2-7b", "llama-3-8b"), CPU_TOKENS, ("fp32", "bf16"), 0.5),
+    "cuda": (("llama-2-7b", "llama-3-8b", "llama-3-70b"), GPU_TOKENS, ("fp16",), 0.1),
 }
 
 
@@ -114,11 +115,11 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, s
     rows, absent = [], {}
     for (n, k), model in shapes(args).items():
         for dtype in args.dtype:
-            case = bench.Case(
+            case = linear.Case(
                 n, k, tuple(args.m), tuple(args.values), dtype, str(args.device), rank=args.rank, backends=args.backends,
                 min_seconds=args.seconds, adapter_rank=args.adapter_rank, peers=args.peers,
             )  # fmt: skip
-            found = bench.measure(case)
+            found = linear.measure(case)
             for row in found.rows:
                 rows.append({"model": model, **row})
                 console.say(

@@ -130,14 +130,11 @@ def measure(args: argparse.Namespace, model, tokenizer, text: str) -> dict:
 
 def layer_timings(device: str) -> list[dict]:
     """torch's dense linear beside ours at the size of a large model, since the shipped one is too small to show speed."""
-    from slab_kernels.bench import linear as bench
+    from slab_kernels.bench import linear
     from slab_kernels.report import tables as report
 
-    return report.cold(
-        bench.layer_rows(
-            *BENCH_SHAPE, tokens=(1,), values=("fp16", "int4"), dtype="bf16", device=device
-        )
-    )
+    case = linear.Case(*BENCH_SHAPE, values=("fp16", "int4"), dtype="bf16", device=device)
+    return report.cold(linear.measure(case).rows)
 
 
 def main() -> int:

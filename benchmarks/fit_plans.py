@@ -23,7 +23,7 @@ import torch
 
 from slab_kernels.backends import dispatch
 from slab_kernels.backends.cuda import cost, device_of, gpus, launch, layout, plan, sizes_of, tiles
-from slab_kernels.bench import clocks as timing
+from slab_kernels.bench import clocks
 from slab_kernels.cli.main import console
 from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
@@ -57,7 +57,7 @@ def timed(out: Path, seconds: float) -> None:
         raise BackendError(f"plans are timed on a CUDA device: {missing}")
     device, clock, choose = (
         device_of(torch.cuda.current_device()),
-        timing.CudaClock("cuda", 0.0),
+        clocks.CudaClock("cuda", 0.0),
         launch.choose,
     )
     gpu = device.gpu
@@ -111,7 +111,7 @@ def timed(out: Path, seconds: float) -> None:
             sizes = sizes_of(*state[:10])
             states = [
                 state,
-                *(timing.copied(state) for _ in range(clock.copies(timing.size_of(state)) - 1)),
+                *(clocks.copied(state) for _ in range(clock.copies(clocks.size_of(state)) - 1)),
             ]
             for M in (*FEW, *MANY):
                 x = torch.randn(M, K, device="cuda", dtype=torch.float16)

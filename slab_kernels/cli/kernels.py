@@ -59,8 +59,7 @@ def bench(
     json: Json = False,
 ) -> Outcome:
     """Time linears on this machine: torch's dense one beside ours, same run, same threads, checked first."""
-    from ..bench import linear as bench
-    from ..bench import machine
+    from ..bench import linear, machine
     from ..bench.layer_shapes import layers as known
     from ..device import resolve_device
     from ..report import tables as report
@@ -72,11 +71,11 @@ def bench(
     where, rows, absent = str(resolve_device(device)), [], {}
     for n, k in dict.fromkeys(shapes or [(4096, 4096)]):
         console.say(f"{n}×{k}")
-        case = bench.Case(
+        case = linear.Case(
             n, k, tuple(m or [1]), tuple(values or ["fp16"]), dtype, where, group_size or None, rank, backend, seconds,
             adapter_rank, peers,
         )  # fmt: skip
-        found = bench.measure(case)
+        found = linear.measure(case)
         rows += found.rows
         absent |= {name: f"{n}×{k}: {reason}" for name, reason in found.absent.items()}
     data = {"device": machine.one_line(), "rows": rows, "absent": absent}
@@ -130,7 +129,7 @@ def tune(
     json: Json = False,
 ) -> Outcome:
     """Time tiles of the Triton kernels on this GPU and write those that beat the shipped ones to your own file."""
-    from ..backends.triton import configs
+    from ..backends.triton import configs, row_files
     from ..bench import machine
     from ..bench import tune as tuning
     from ..bench.layer_shapes import layers
@@ -152,7 +151,7 @@ def tune(
         lambda: f"rows that were found are in {path}" if path.is_file() else "nothing was kept"
     ):
         results = tuning.run(problems, gpu, clock, weights, folder, console.say)
-    rows = [configs.row_to(result.row) for result in results if result.tuned]
+    rows = [row_files.row_to(result.row) for result in results if result.tuned]
     data = {
         "device": machine.one_line(),
         "file": str(path),
@@ -166,7 +165,7 @@ def tune(
         used = (
             ""
             if folder == configs.user_folder()
-            else f"; {configs.ENVIRONMENT}={folder} makes them used"
+            else f"; {row_files.ENVIRONMENT}={folder} makes them used"
         )
         print(
             f"{len(rows)} of {len(results)} defaults beaten; rows in {path}{used}"

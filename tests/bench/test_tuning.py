@@ -19,13 +19,12 @@ import torch
 from slab_kernels.backends.triton import configs, row_files, rows
 from slab_kernels.backends.triton.row_files import read
 from slab_kernels.backends.triton.rows import Row, TileConfig, TritonDevice
-from slab_kernels.bench import clocks as timing
-from slab_kernels.bench import linear as bench
+from slab_kernels.bench import clocks
 from slab_kernels.bench import tune as tuning
 from slab_kernels.bench.tune import Problem, candidates, merged, problems, run, save, tune
 from slab_kernels.cli.main import console
 from slab_kernels.cli.main import main as cli
-from slab_kernels.errors import BackendError, ConfigError
+from slab_kernels.errors import BackendError, BenchError, ConfigError
 from slab_kernels.format import PackedLayout
 
 A100 = TritonDevice("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
@@ -50,7 +49,7 @@ class FakeWeight:
         if config in self.errors:
             raise self.errors[config]
         if config in self.wrong:
-            raise bench.BenchError("disagrees with the reference; nothing was timed")
+            raise BenchError("disagrees with the reference; nothing was timed")
 
     def calls(self, config: TileConfig, m: int) -> list:
         self.log.append(("time", config, m))
@@ -66,9 +65,9 @@ class FakeClock:
     def __init__(self, noise: float = 0.01):
         self.noise = noise
 
-    def time(self, calls) -> timing.Timed:
+    def time(self, calls) -> clocks.Timed:
         seconds = calls[0]()
-        return timing.Timed(
+        return clocks.Timed(
             [seconds * (1 + self.noise * (i / 50 - 1)) for i in range(101)], "graph"
         )
 
@@ -230,7 +229,7 @@ def test_other_errors_stop_everything(folder):
 
 def test_a_wrong_default_is_an_error(folder):
     default = configs.choose(DECODING.sizes, 16, 16, A100)
-    with pytest.raises(bench.BenchError):
+    with pytest.raises(BenchError):
         tune(DECODING, FakeWeight(wrong=[default]), FakeClock(), A100)
 
 
@@ -509,7 +508,8 @@ def test_the_command_prints_a_table(gpu, folder, tmp_path, capsys):
         and file(tmp_path / "elsewhere").exists()
     )
     assert (
-        f"{row_files.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out and not file(folder).exists()
+        f"{row_files.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out
+        and not file(folder).exists()
     )
 
 
@@ -576,17 +576,19 @@ def test_importing_it_loads_no_triton():
 
 INTERPRETED = """
 import json, torch
-from slab_kernels import bench, timing, tuning
+from slab_kernels.bench import clocks, correctness
+from slab_kernels.bench import tune as tuning
 from slab_kernels.backends.triton import configs, device_of, launch
 from slab_kernels.backends.triton.rows import TileConfig
+from slab_kernels.errors import BenchError
 from slab_kernels.format import PackedLayout
 
 class Clock:
     def time(self, calls):
-        return timing.Timed([timing.WallClock(0.0)._seconds(call) for call in calls], "wall")
+        return clocks.Timed([clocks.WallClock(0.0)._seconds(call) for call in calls], "wall")
 
-plain = bench.tolerance  # the gate takes CPU tensors for fp32 sums of exact products
-bench.tolerance = lambda *arguments, tensor_cores: plain(*arguments, tensor_cores=True)
+plain = correctness.tolerance  # the gate takes CPU tensors for fp32 sums of exact products
+correctness.tolerance = lambda *arguments, tensor_cores: plain(*arguments, tensor_cores=True)
 device, seen = device_of(None), {}
 problem = tuning.Problem(PackedLayout(40, 256, "int8", 64, 1, 4), torch.float16, (3,), 0, 16)
 few = [TileConfig(16, 16, 64, fill=0), TileConfig(16, 32, 64, fill=4)]
@@ -609,7 +611,7 @@ with torch.inference_mode():
         try:
             weight.check(few[0], 16)
             seen[name] = ""
-        except bench.BenchError as error:
+        except BenchError as error:
             seen[name] = str(error)
         launch.linear = right
 print(json.dumps(seen))
