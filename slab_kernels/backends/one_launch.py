@@ -1,4 +1,4 @@
-"""What the CUDA and Triton backends share: several weights in one launch, and the checks of its call."""
+"""What the CUDA and Triton backends share: several weights in one launch, and checks of a call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OneLaunchBackend(Backend):
         return self.prepare_fused((packed,), dtype)
 
     def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> Any:
-        """One state for weights of equal layout; a tuple of states, as `Backend` has it, for others."""
+        """One state for weights of equal layout; for others a tuple of states, as in `Backend`."""
         if len(parts) > 1 and differences(parts):
             return super().prepare_fused(parts, dtype)
         return self.prepare_parts(parts, dtype or torch.float16)

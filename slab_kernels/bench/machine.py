@@ -168,7 +168,7 @@ def information() -> dict[str, Any]:
 
 
 def one_line() -> str:
-    """Device and versions in one line, without which a figure in a table or report means nothing."""
+    """Device and versions in one line; a figure in a table or report means nothing without it."""
     parts = []
     for device in devices():
         if device["device"] == "cpu":

@@ -373,7 +373,7 @@ COLUMNS = ("problem", "default us", "best us", "change", "configuration")
 
 def table(results: Iterable[Result]) -> list[tuple[str, ...]]:
     """One row of COLUMNS per problem."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for result in results:
         before, best = (
             " ".join(f"{t.median * 1e6:.1f}" for t in times)

@@ -1,10 +1,10 @@
 """The fused CUDA kernels of csrc/cuda, for A100 (sm_80) and newer: `slab_kernels::linear_cuda`.
 
 They are loaded on first use. `prepare` orders the canonical packed tensors as the tensor cores'
-lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by a cost model (cost.py) of the GPU (gpus.py), launch.py
-queues one kernel (two with an adapter, one more where K is split over CTAs), and driver.py talks
-to the driver. images.py finds the machine code, which compile.py builds ahead of time and nvrtc.py
-at run time.
+lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by a cost model (cost.py)
+of the GPU (gpus.py), launch.py queues one kernel (two with an adapter, one more where K is split
+over CTAs), and driver.py talks to the driver. images.py finds the machine code, which compile.py
+builds ahead of time and nvrtc.py at run time.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
 token's result depends on no other token. Above 64 that holds for every kernel here; where the plan

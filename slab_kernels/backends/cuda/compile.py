@@ -1,9 +1,11 @@
-"""What is compiled for CUDA and how: sources, architectures, nvcc. Standard library only, because setup.py loads this file by path.
+"""What is compiled for CUDA and how: sources, architectures, nvcc.
 
-The device code in csrc/cuda includes nothing but itself and format.h, so nvcc (here, ahead of time) and NVRTC (nvrtc.py, at
-run time) compile the same text with the same options. As a script it builds the images ahead of time, like setup.py:
+setup.py loads this file by its path, so it imports the standard library only. The device code in
+csrc/cuda includes nothing but itself and format.h, so that nvcc (here, ahead of time) and NVRTC
+(nvrtc.py, at run time) compile the same text with the same options. As a script it builds the
+images ahead of time, like setup.py; with --which it only says which nvcc that would be:
 
-    python slab_kernels/backends/cuda/compile.py [--nvcc NVCC] [FOLDER]     (--which: only says which nvcc that would be)
+    python slab_kernels/backends/cuda/compile.py [--nvcc NVCC] [--which] [FOLDER]
 """
 
 from __future__ import annotations
@@ -11,25 +13,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2]
-IMAGES = (
-    PACKAGE / "cubins"
-)  # where setup.py puts <source>.<architecture>.cubin, <source>.compute_80.ptx and the record
-RECORD = "built.json"  # the last file written: images without it, or of other sources, are not used
+# setup.py puts <source>.<architecture>.cubin, <source>.compute_80.ptx and the record here.
+IMAGES = PACKAGE / "cubins"
+# The record is the last file written: images without it, or of other sources, are not used.
+RECORD = "built.json"
 
-# 90a and 120a: wgmma and the block-scaled mma exist only under the "a"; such a cubin runs on exactly that capability.
+# wgmma and the block-scaled mma exist only under the "a" of 90a and 120a. Such a cubin runs on
+# exactly that capability.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
 FALLBACK = "compute_80"  # PTX that the driver compiles for every newer device
-# capability -> cubins that run on it, best first. Absent ones take the fallback: a cubin serves later minors of its major,
-# but not across desktop and Tegra (8.7), and never with an "a".
+# Capability -> cubins that run on it, best first; others take the fallback. A cubin serves later
+# minors of its major, but not across desktop and Tegra (8.7), and never with an "a".
 RUNS = {
     (8, 0): ("sm_80",),
     (8, 6): ("sm_86", "sm_80"),
@@ -37,9 +40,8 @@ RUNS = {
     (9, 0): ("sm_90a",),
     (12, 0): ("sm_120a",),
 }
-OPTIONS = (
-    "-std=c++17",
-)  # of nvcc and NVRTC alike; their defaults agree on fma contraction, division and denormals
+# These are for nvcc and NVRTC alike. Their defaults agree on fma contraction, division, denormals.
+OPTIONS = ("-std=c++17",)
 NVCC_OPTIONS = (*OPTIONS, "-O3", "-Xptxas=-v")
 
 
@@ -56,7 +58,10 @@ def source_folder() -> Path | None:
 
 
 def read_sources(folder: Path) -> dict[str, str]:
-    """Path below the folder -> text, of everything that a kernel may include. Raises: OSError if one cannot be read."""
+    """Path below the folder -> text, of everything that a kernel may include.
+
+    Raises: OSError if one cannot be read.
+    """
     files = [
         folder / "format.h",
         *sorted(p for p in (folder / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".h")),
@@ -70,7 +75,7 @@ def units(sources: dict[str, str]) -> list[str]:
 
 
 def digest(sources: dict[str, str], *more: str) -> str:
-    """Hexadecimal SHA-256 of all names, texts and further strings, unambiguous about where one ends."""
+    """Hexadecimal SHA-256 of all names, texts and further strings, and of where each ends."""
     return hashlib.sha256(json.dumps([sorted(sources.items()), more]).encode()).hexdigest()
 
 
@@ -89,7 +94,7 @@ def find_nvcc() -> str:
         if home
     ]
     places += [Path(found) for found in (shutil.which("nvcc"),) if found]
-    spec = importlib.util.find_spec("nvidia")  # a namespace: nothing is run
+    spec = importlib.util.find_spec("nvidia")  # This runs nothing: it is a namespace package.
     for folder in (spec.submodule_search_locations or []) if spec else []:
         places += sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
     places.append(Path("/usr/local/cuda/bin/nvcc"))
@@ -107,7 +112,10 @@ def nvcc_command(nvcc: str, source: Path, architecture: str, output: Path) -> li
 
 
 def run(command: list[str]) -> str:
-    """Its stdout. Raises: Impossible with all that it printed if it fails or cannot be started."""
+    """What a command printed on stdout.
+
+    Raises: Impossible, with all that it printed, if it fails or cannot be started.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -118,13 +126,15 @@ def run(command: list[str]) -> str:
 
 
 def known_architectures(nvcc: str) -> tuple[list[str], list[str]]:
-    """Those of ours that this nvcc can compile for, and those that it cannot. Raises: Impossible if nvcc does not run."""
+    """The architectures that this nvcc can compile for, and those that it cannot.
+
+    Raises: Impossible if nvcc does not run.
+    """
     listed = set(run([nvcc, "--list-gpu-arch"]).split())
-    known, unknown = [], []
+    known: list[str] = []
+    unknown: list[str] = []
     for name in (*ARCHITECTURES, FALLBACK):
-        virtual = "compute_" + name.split("_")[1].rstrip(
-            "a"
-        )  # the list names 90 and 120 without their "a"
+        virtual = "compute_" + name.split("_")[1].rstrip("a")  # nvcc lists 90 without its "a".
         (known if virtual in listed else unknown).append(name)
     return known, unknown
 
@@ -139,9 +149,11 @@ def record(folder: Path) -> dict[str, object]:
 
 
 def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
-    """Compile every csrc/cuda/*.cu for every architecture into the folder, on all cores; returns remarks for the user.
+    """Compile every csrc/cuda/*.cu for every architecture into the folder, on all cores.
 
-    Nothing is compiled if the folder already holds the images of these sources, this nvcc and these options.
+    Nothing is compiled if the folder already holds the images of these sources, this nvcc and
+    these options. Returns remarks for the user.
+
     Raises: Impossible if there is no nvcc or source, or if nvcc fails.
     """
     if not any((csrc / "cuda").glob("*.cu")):
@@ -155,7 +167,7 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
     names = sorted(
         image_name(unit, architecture) for unit in units(sources) for architecture in known
     )
-    # The sources alone are what the running package can compare; the rest only decides whether to compile again.
+    # The running package can compare only the sources; the rest decides whether to compile again.
     wanted = {
         "sources": digest(sources),
         "compiler": digest({}, version, *NVCC_OPTIONS),
@@ -166,32 +178,22 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
         return remarks
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    jobs = []
-    for unit in units(sources):
-        for architecture in known:
-            target = folder / image_name(unit, architecture)
-            jobs.append(
-                (
-                    nvcc_command(
-                        nvcc, csrc / f"cuda/{unit}.cu", architecture, target.with_suffix(".tmp")
-                    ),
-                    target,
-                )
-            )
 
-    def compile_one(job: tuple[list[str], Path]) -> None:
-        command, target = job
+    def compile_one(job: tuple[str, str]) -> None:
+        unit, architecture = job
+        target = folder / image_name(unit, architecture)
+        fresh = target.with_suffix(".tmp")
         try:
-            run(command)
-            Path(command[-1]).replace(target)  # a process that reads the old image keeps it
+            run(nvcc_command(nvcc, csrc / f"cuda/{unit}.cu", architecture, fresh))
+            fresh.replace(target)  # A process that reads the old image keeps it.
         finally:
-            Path(command[-1]).unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs))
+        list(pool.map(compile_one, itertools.product(units(sources), known)))
     if digest(read_sources(csrc)) != wanted["sources"]:
         raise Impossible(f"{csrc} was edited while nvcc read it; build again")
-    for stale in folder.iterdir():  # of a source or architecture that is gone
+    for stale in folder.iterdir():  # Images of a source or architecture that is gone.
         if stale.suffix in (".cubin", ".ptx") and stale.name not in names:
             stale.unlink()
     fresh = folder / f"{RECORD}.tmp"
@@ -211,7 +213,8 @@ def main() -> None:
     try:
         if arguments.which:
             nvcc = arguments.nvcc or find_nvcc()
-            return print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
+            print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
+            return
         remarks = build(
             arguments.folder, source_folder() or PACKAGE.parent / "csrc", arguments.nvcc
         )
@@ -225,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

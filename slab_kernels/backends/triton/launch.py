@@ -219,8 +219,7 @@ def linear(
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        grid = (ceil_div(M * N, SUM_BLOCK),)
-        kernels.sum_kernel[grid](
+        kernels.sum_kernel[(ceil_div(M * N, SUM_BLOCK),)](
             out, given, y, biased, M * N, N, splits, SUM_BLOCK, num_warps=4
         )  # fmt: skip
     return y.view(shape)

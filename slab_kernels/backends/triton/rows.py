@@ -142,41 +142,44 @@ class Row:
         )
 
 
-def _default(reason: str, *tile: int, **row) -> Row:
-    """tile: block_m, block_n, block_k, warps, stages and fill; none for a rebuilt weight."""
-    return Row(TileConfig(*tile, rebuild=not tile, reason=reason), **row)
-
-
 # The tiles were chosen from the machine code (`python tests/backends/triton/triton_code.py`): by
 # instructions per weight in the main loop, registers and shared memory. Nothing here was timed;
 # `slab-kernels tune` does that.
 # fmt: off
 DEFAULTS = (
-    _default("fewest instructions a weight; a stage more, since codes are fewer bytes",
-             16, 64, 128, 4, 4, 2, tokens=16, bits=16, values=INTEGERS, shared=51200),
-    _default("fewest instructions a weight, three programs a multiprocessor",
-             16, 64, 128, 4, 3, 2, tokens=16, bits=16, shared=53248),
-    _default("as for decoding, a tile of 32 tokens",
-             32, 64, 128, 4, 3, 2, tokens=32, bits=16, rank=1, shared=61440),
-    _default("as for decoding, a tile of 64 tokens",
-             64, 64, 128, 4, 3, 2, tokens=64, bits=16, rank=1, shared=86016),
-    _default("half the inputs a step: U V^T of a higher rank takes registers",
-             64, 64, 64, 4, 3, 2, tokens=64, bits=16, shared=49152),
-    _default("small tiles: more programs, for few tokens",
-             64, 64, 128, 4, 3, tokens=256, bits=16, rank=1, shared=86016),
-    _default("the same with half the inputs a step, for a higher rank's registers",
-             64, 64, 64, 4, 3, tokens=256, bits=16, shared=49152),
-    _default("fewer tokens would have every tile rebuilt more often",
-             128, 128, 64, 8, 3, tokens=512, bits=16, rank=1, shared=79872),
-    _default("products outweigh rebuilding the tile, and no register is spilled",
-             128, 128, 64, 8, 3, tokens=1023, bits=16, values=("fp16", "bf16"), rank=1,
-             shared=79872),
-    _default("2 bytes a weight written and read cost less than rebuilding every tile",
-             bits=16, above=DECODE),
-    _default("three TF32 products: the widest tile without a register spilled",
-             16, 64, 64, 4, 3, 2, tokens=16, bits=32, shared=65536),
-    _default("three TF32 products of more tokens: half the inputs a step",
-             64, 64, 32, 4, 3, shared=57344),
-    _default("the least shared memory", 64, 64, 32, 4, 2),
+    Row(TileConfig(16, 64, 128, 4, 4, 2,
+                   reason="fewest instructions a weight; a stage more, since codes are fewer bytes"
+                   ), tokens=16, bits=16, values=INTEGERS, shared=51200),
+    Row(TileConfig(16, 64, 128, 4, 3, 2,
+                   reason="fewest instructions a weight, three programs a multiprocessor"),
+        tokens=16, bits=16, shared=53248),
+    Row(TileConfig(32, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 32 tokens"),
+        tokens=32, bits=16, rank=1, shared=61440),
+    Row(TileConfig(64, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 64 tokens"),
+        tokens=64, bits=16, rank=1, shared=86016),
+    Row(TileConfig(64, 64, 64, 4, 3, 2,
+                   reason="half the inputs a step: U V^T of a higher rank takes registers"),
+        tokens=64, bits=16, shared=49152),
+    Row(TileConfig(64, 64, 128, 4, 3, reason="small tiles: more programs, for few tokens"),
+        tokens=256, bits=16, rank=1, shared=86016),
+    Row(TileConfig(64, 64, 64, 4, 3,
+                   reason="the same with half the inputs a step, for a higher rank's registers"),
+        tokens=256, bits=16, shared=49152),
+    Row(TileConfig(128, 128, 64, 8, 3,
+                   reason="fewer tokens would have every tile rebuilt more often"),
+        tokens=512, bits=16, rank=1, shared=79872),
+    Row(TileConfig(128, 128, 64, 8, 3,
+                   reason="products outweigh rebuilding the tile, and no register is spilled"),
+        tokens=1023, bits=16, values=("fp16", "bf16"), rank=1, shared=79872),
+    Row(TileConfig(rebuild=True,
+                   reason="2 bytes a weight written and read cost less than rebuilding every tile"),
+        bits=16, above=DECODE),
+    Row(TileConfig(16, 64, 64, 4, 3, 2,
+                   reason="three TF32 products: the widest tile without a register spilled"),
+        tokens=16, bits=32, shared=65536),
+    Row(TileConfig(64, 64, 32, 4, 3,
+                   reason="three TF32 products of more tokens: half the inputs a step"),
+        shared=57344),
+    Row(TileConfig(64, 64, 32, 4, 2, reason="the least shared memory")),
 )
 # fmt: on
