@@ -1,4 +1,7 @@
-"""pytest-benchmark cases small enough for CI, each checked before it is timed: pytest benchmarks --benchmark-only"""
+"""pytest-benchmark cases small enough for CI, each checked before it is timed.
+
+    pytest benchmarks --benchmark-only
+"""
 
 from __future__ import annotations
 
