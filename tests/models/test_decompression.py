@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import slab_kernels
 from slab_kernels import decompress, load
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression import training
 from slab_kernels.errors import CheckpointError, DtypeError, RangeError
 from slab_kernels.models.folder import config_dtype

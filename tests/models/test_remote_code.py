@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError
 from slab_kernels.models.decompress import decompress

@@ -11,7 +11,7 @@ import tiny_models
 from safetensors.torch import load_file, save_file
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import CheckpointError
 from slab_kernels.models import source
 from slab_kernels.models.side_files import (
