@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels.compression import blockwise as pipeline
-from slab_kernels.compression import model
 from slab_kernels.compression.model import RunRecord, compress
 from slab_kernels.compression.record import ProgressEvent
 from slab_kernels.errors import (
