@@ -21,7 +21,7 @@ import tiny_models
 import typer
 
 import slab_kernels
-from slab_kernels import cli
+from slab_kernels.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -289,7 +289,7 @@ def test_commands_within_sentences(span):
             "slab-kernels compress MODEL OUT --sample 3", "slab-kernels eval out --limit none",
         "make tests", "make demo MODLE=x", "python benchmarks/demo.py --tiny",
             "python benchmarks/nothing.py", "python -m slab_kernels.nothing",
-        "pytest -m slow", "pytest tests/test_nothing.py", "pip install slab-kernels[nothing]",
+        "pytest -m fast", "pytest tests/test_nothing.py", "pip install slab-kernels[nothing]",
             "torchrun -m slab_kernels squeeze", ".ci/nothing",
     ],
 )  # fmt: skip
