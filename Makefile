@@ -104,7 +104,7 @@ bench: $(INSTALLED)
 	@$(VENV)/bin/slab-kernels bench --shape 4096x4096 --shape 11008x4096 --m 1
 
 clean:
-	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
+	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(OUT)
 	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find slab_kernels -name '*.so' -delete
 	rm -rf slab_kernels/cubins
