@@ -131,6 +131,7 @@ def check_orders(program: str, orders) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_all_orders():
     check_orders(ORDERS, itertools.permutations(EVENTS))
 
@@ -149,6 +150,7 @@ def which_is_first(order: tuple[str, ...]) -> list[bool | None]:
     ]
 
 
+@pytest.mark.slow
 def test_orders_in_fresh_processes(request):
     orders = distinct_orders()
     assert len(orders) == 32
