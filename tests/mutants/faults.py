@@ -80,7 +80,7 @@ FAULTS = (
         "csrc/cuda/ptx.cuh", "0xC308C308u", "0xC309C309u", CUDA,
     ),
     Fault(
-        "a bank conflict in every read of the activations",
+        "activations of the second half read from another row",
         "csrc/cuda/*", "(row ^ (kStep % 2 << 6)) + (kStep / 2 << 7)",
         "(row ^ (kStep % 2 << 6)) + (kStep / 2 << 8)", CUDA,
     ),
