@@ -13,7 +13,7 @@ from slab_kernels.cli import main as cli
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError
 from slab_kernels.models.decompress import decompress
-from slab_kernels.models.packed import load
+from slab_kernels.models.load import load
 from slab_kernels.models.source import open_source
 
 SETTINGS = dict(method="magnitude", calibration=tiny_models.tokens(), progress=False)
