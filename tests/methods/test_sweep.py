@@ -324,6 +324,16 @@ def test_group_descent_only_falls_and_keeps_the_pattern(values, monkeypatch):
         )
 
 
+def test_a_single_row_is_swept_and_descended_without_changing_its_inputs():
+    """The transpose of one row is contiguous, so a copy must be asked for."""
+    W, H = layer(1, 16)
+    L, given = torch.rand_like(W), W.clone()
+    mask = sweep(W, curvature(H), P24, L).mask
+    before = mask.clone()
+    _, chosen = descend_groups(W, torch.where(mask, 0.0, L), mask, L, H, P24)
+    assert torch.equal(W, given) and torch.equal(mask, before) and not torch.equal(chosen, mask)
+
+
 def test_group_descent_finds_the_best_state_of_a_single_group():
     for seed in range(5):
         W, H = layer(1, 4, seed)
