@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ def decompress(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the dense checkpoint that a packed folder stands for, shard by shard.
 
@@ -38,6 +39,7 @@ def decompress(
         other weights.
         verify: compare what is read with its checksums.
         trust_remote_code: run the Python code in the folder, of which some models are made.
+        progress: called with the tensors written and those in all.
 
     Returns: files of the folder that were not carried along, each "name (reason)"; weights and
         hidden files are not named.
@@ -56,7 +58,13 @@ def decompress(
     )
     forms = checkpoint.stored_forms(name for name in checkpoint.entries if name not in owners)
 
+    done, total = 0, len(forms) + len(layouts)
+
     def get(name: str) -> Tensor:
+        nonlocal done
+        if progress is not None:
+            progress(done, total)
+        done += 1
         if name in forms:
             return forms[name][2]()
         module = name.removesuffix(".weight")
