@@ -48,7 +48,7 @@ EXAMPLES = {
         "slab-kernels decompress ./out ./dense --dtype bf16",
     ),
     "report": (
-        "slab-kernels report ./out eval.json --out ./report",
+        "slab-kernels report ./out eval.json --dense ./model --out ./report",
         "slab-kernels report bench.json --no-plots",
     ),
 }

@@ -112,9 +112,7 @@ def tune(
         return f"rows that were found are in {path}" if path.is_file() else "nothing was kept"
 
     with console.interruptible(kept), Progress("tune", "problems") as progress:
-        results = tuning.run(
-            problems, gpu, clock, weights, folder, progress.say, progress=progress
-        )
+        results = tuning.run(problems, gpu, clock, weights, folder, progress.say, progress=progress)
     rows = [configs.row_to(result.row) for result in results if result.tuned]
     data = {
         "device": machine.one_line(),

@@ -159,7 +159,9 @@ def generate(
     with Progress("generate", "steps") as progress:
         opened = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
         given = chat_prompt(opened.tokenizer, prompt) if chat else prompt
-        new, seconds = continuation(opened.model, opened.tokenizer, given, tokens, temperature, seed)
+        new, seconds = continuation(
+            opened.model, opened.tokenizer, given, tokens, temperature, seed
+        )
     text = opened.tokenizer.decode(new, skip_special_tokens=True)
     data = opened.facts | {
         "prompt": prompt,

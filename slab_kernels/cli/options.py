@@ -155,21 +155,27 @@ DenseDtype = Annotated[
 
 EvalWindow = Annotated[
     int | None,
-    typer.Option(help="Tokens in a window; default 2048, or the model's positions if fewer.", min=2),
+    typer.Option(
+        help="Tokens in a window; default 2048, or the model's positions if fewer.", min=2
+    ),
 ]
 MaxTokens = Annotated[
     int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.", min=0)
 ]
 Tasks = Annotated[
     str | None,
-    typer.Option(help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas."),
+    typer.Option(
+        help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas."
+    ),
 ]
 TaskFiles = Annotated[Path | None, typer.Option(help="A folder with task files of your own.")]
 Limit = Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)]
 Prompt = Annotated[str, typer.Option(help="The text to continue.")]
 Chat = Annotated[
     bool,
-    typer.Option("--chat", help="Put the prompt into the tokenizer's chat template, as a question."),
+    typer.Option(
+        "--chat", help="Put the prompt into the tokenizer's chat template, as a question."
+    ),
 ]
 NewTokens = Annotated[int, typer.Option(help="New tokens.", min=1)]
 Temperature = Annotated[
@@ -282,8 +288,8 @@ ReportOut = Annotated[Path, typer.Option(help="Where the PNG files and report.ht
 Dense = Annotated[
     Path | None,
     typer.Option(
-        help="The dense model of the run folders, for sizes and heat maps; default: the folder "
-        "that compress read."
+        help="The model that the run folders were compressed from: adds its size, and heat maps of "
+        "a weight."
     ),
 ]
 Plots = Annotated[
