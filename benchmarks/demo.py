@@ -1,4 +1,4 @@
-"""The whole story on one model: compress it with five methods, measure, time, draw, and let it speak.
+"""The whole story on one model: compress it with five methods, measure, time, draw, let it speak.
 
     python benchmarks/demo.py                        the Llama that ships in benchmarks/model
     python benchmarks/demo.py PATH_OR_HUB_NAME --calibration my.txt --text other.txt
@@ -314,7 +314,8 @@ def main() -> int:
     logging.disable_progress_bar()
     name = "the shipped Llama" if args.model == str(SHIPPED) else args.model
     story = Story(args, name)
-    say(f"model: {name}\ncalibration: {args.calibration}, held-out text: {args.text}")
+    say(f"model: {name}")
+    say(f"calibration: {args.calibration}, held-out text: {args.text}")
     dense, row = dense_row(args)
     story.results.append(row)
     story.notes = notes(args, dense, row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..paths import expanded
 from . import console, options
@@ -13,6 +13,9 @@ from .console import Outcome
 from .layers import show_layers
 from .options import method_options, torch_dtype
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..compression.record import RunRecord
 
 
 def compress(
@@ -49,7 +52,7 @@ def compress(
     with console.interruptible(
         lambda: _kept(out / "slab_progress.json", f"finished blocks are in {out}")
     ):
-        record = compress(
+        done = compress(
             model,
             out,
             method=method,
@@ -74,7 +77,7 @@ def compress(
             trust_remote_code=trust_remote_code,
             **settings,
         )
-    data = record.to_dict() | {"folder": str(out)}
+    data = cast("RunRecord", done).to_dict() | {"folder": str(out)}
 
     def show() -> None:
         show_layers(data["layers"], str(out))

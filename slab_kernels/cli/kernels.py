@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from ..paths import expanded
 from . import console, options
@@ -38,7 +39,9 @@ def bench(
     shapes = [parse_shape(text) for text in shape or []]
     shapes += [pair for name in layers or [] for pair in known(name, fused)]
     shapes = list(dict.fromkeys(shapes or [(4096, 4096)]))
-    where, rows, absent = str(resolve_device(device)), [], {}
+    where = str(resolve_device(device))
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
     with Progress("bench", "timings") as progress:
         for number, (n, k) in enumerate(shapes):
             progress.say(f"{n}×{k}")
@@ -87,8 +90,8 @@ def tune(
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> Outcome:
-    """Time tiles of the Triton kernels on this GPU and write those that beat the shipped ones to your
-    own file."""
+    """Time tiles of the Triton kernels on this GPU and write those that beat the shipped ones to
+    your own file."""
     from ..backends.triton import configs
     from ..bench import machine
     from ..bench import tune as tuning

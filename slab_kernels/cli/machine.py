@@ -62,7 +62,7 @@ def _methods() -> Outcome:
     """The table of methods, and default, range and meaning of every setting that is their own."""
     from ..methods import METHODS
 
-    data = [
+    data: list[dict[str, Any]] = [
         {
             "method": name,
             "description": method.description,

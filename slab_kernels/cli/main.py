@@ -7,8 +7,13 @@ exit code. torch and transformers load inside the commands, so that --help is in
 
 from __future__ import annotations
 
+import datetime
+import shlex
 import sys
-from typing import Annotated
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., console.Outcome]] = {
     "compress": compression.compress,
     "eval": models.evaluate,
     "generate": models.generate,
@@ -43,6 +48,7 @@ COMMANDS = {
     "report": report.report,
 }
 TIMED = ("bench", "tune")  # commands that time kernels as other programs run them
+MEASURING = ("compress", "eval", "bench")  # commands whose JSON says when and how it was made
 
 
 def main() -> None:
@@ -55,10 +61,24 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """One command line; returns its exit code."""
     command = typer.main.get_command(app)
-    return console.run(
-        lambda: command.main(arguments, prog_name="slab-kernels", standalone_mode=False),
-        as_json="--json" in arguments,
-    )
+
+    def carry_out() -> console.Outcome | int | None:
+        began = time.monotonic()
+        found = command.main(arguments, prog_name="slab-kernels", standalone_mode=False)
+        if isinstance(found, console.Outcome) and arguments[0] in MEASURING:
+            return replace(found, data=found.data | {"run": _run(arguments, began)})
+        return found
+
+    return console.run(carry_out, as_json="--json" in arguments)
+
+
+def _run(arguments: list[str], began: float) -> dict[str, Any]:
+    """When and by which command something was measured, and how long it took."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "command": shlex.join(["slab-kernels", *arguments]),
+        "seconds": time.monotonic() - began,
+    }
 
 
 def _show_version(wanted: bool) -> None:

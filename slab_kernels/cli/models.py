@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import typer
 
@@ -13,6 +13,9 @@ from .console import Outcome
 from .layers import show_layers
 from .options import torch_dtype
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..models.source import FolderSource
 
 
 class _Opened(NamedTuple):
@@ -46,7 +49,8 @@ def _open(
     if seen["stored"] == "packed":
         model = load(path, device=where, dtype=kind, trust_remote_code=trust)
     else:
-        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
+        source = cast("FolderSource", open_source(path, trust))
+        model = source.open_dense().to(device=where, dtype=kind)
     facts = {
         "folder": folder,
         "method": seen["method"] or "dense",
@@ -156,7 +160,7 @@ def generate(
     from ..evaluate.generation import chat_prompt
     from ..evaluate.perplexity import continuation
 
-    with Progress("generate", "steps") as progress:
+    with Progress("generate", "steps"):
         opened = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
         given = chat_prompt(opened.tokenizer, prompt) if chat else prompt
         new, seconds = continuation(
@@ -181,7 +185,8 @@ def generate(
 
 
 def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
-    """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on disk."""
+    """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on
+    disk."""
     from ..evaluate.inspect import inspect
 
     data = inspect(folder)

@@ -1,4 +1,5 @@
-"""A corner of one compressed weight and the parts that it was split into, small enough for a results file."""
+"""A corner of one compressed weight and the parts that it was split into, small enough for a
+results file."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ def weight_crop(
     size: int = 64,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """The first `size` rows and columns of a weight W, and of its parts in W ≈ S + (U Vᵀ) ⊙ B + P Qᵀ.
+    """The first `size` rows and columns of a weight W and of its parts, W ≈ S + (U Vᵀ) ⊙ B + P Qᵀ.
 
     Args:
         folder: a packed folder. dense: the model that it was compressed from.
         layer: a module that is packed there; default: the one in the middle of the model.
 
-    Returns: {"layer", "shape": of the crop, "step": the number that one level stands for, "parts":
+    Returns: {"layer", "shape" of the crop, "step": the number that one level stands for, "parts":
         name -> int8 levels, row by row, in base64}. The parts are "weight", "sparse", "signs",
         "adapter" (where there is one) and "left", which is the weight without the others.
     Raises: CheckpointError for a folder that cannot be used; ArgumentError for a module that is

@@ -12,8 +12,8 @@ def chat_prompt(tokenizer, prompt: str) -> str:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError(
-            "this model's tokenizer has no chat template, so it was probably not trained to answer; "
-            "leave out --chat to let it continue the prompt"
+            "this model's tokenizer has no chat template, so it was probably not trained to "
+            "answer; leave out --chat to let it continue the prompt"
         )
     message = [{"role": "user", "content": prompt}]
     try:

@@ -1,4 +1,5 @@
-"""The pictures of compressed models: error by layer, perplexity against bits, bits by part, heat maps.
+"""The pictures of compressed models: error by layer, perplexity against bits, bits by part, heat
+maps.
 
 Each function takes plain rows and a `Theme` and returns a matplotlib figure. Bars start at zero,
 every axis has its unit, a logarithmic axis says so.
@@ -56,6 +57,8 @@ def place_of(name: str) -> Place | None:
 def error_by_layer(results: Sequence[Result], theme: Theme, measured: str) -> Figure:
     """Relative output error of every linear: one panel per projection, blocks along x, one line per
     method. measured: what the errors are of, for the axis."""
+    from matplotlib.ticker import MaxNLocator
+
     styled = styles((r.label, r.method) for r in results)
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for result in results:
@@ -73,7 +76,7 @@ def error_by_layer(results: Sequence[Result], theme: Theme, measured: str) -> Fi
             handles[label] = _line(ax, sorted(points), styled[label], label)
         ax.set_title(projection.split(".")[-1], loc="left", color=theme.ink, fontsize=10)
         ax.set_ylim(0, top * 1.06)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         ax.margins(x=0.05)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -99,40 +102,57 @@ def _line(ax: Axes, points: Sequence[tuple[float, float]], style: Style, label: 
     return handle
 
 
+class Point(NamedTuple):
+    """A result whose bits and perplexity are both known."""
+
+    label: str
+    method: str
+    bits: float
+    perplexity: float
+
+
+def points(results: Sequence[Result]) -> list[Point]:
+    """The results of which `perplexity_by_bits` can be drawn."""
+    return [
+        Point(r.label, r.method, r.bits_per_weight, r.perplexity)
+        for r in results
+        if r.perplexity is not None and r.bits_per_weight is not None
+    ]
+
+
 def perplexity_by_bits(
-    results: Sequence[Result], dense_row: Result | None, theme: Theme, named: bool = True
+    results: Sequence[Result], dense: Result | None, theme: Theme, named: bool = True
 ) -> Figure:
     """Held-out perplexity against stored bits per weight, the dense model's as a dashed line.
 
     named: write each result's label beside its point; otherwise a legend names the methods.
     """
-    points = [r for r in results if r.perplexity is not None and r.bits_per_weight is not None]
-    names = {r.label: r.label if named else r.method for r in points}
-    styled = styles((names[r.label], r.method) for r in points)
+    shown = points(results)
+    names = [point.label if named else point.method for point in shown]
+    styled = styles(zip(names, (point.method for point in shown), strict=True))
     fig, (ax,) = figure(3.7 if named else 4.4, theme)
-    perplexities = [r.perplexity for r in points if r.perplexity is not None]
-    if dense_row is not None and dense_row.perplexity is not None:
-        _dense_line(ax, dense_row, theme)
-        perplexities.append(dense_row.perplexity)
+    perplexities = [point.perplexity for point in shown]
+    if dense is not None and dense.perplexity is not None:
+        _dense_line(ax, dense.perplexity, dense.bits_per_weight, theme)
+        perplexities.append(dense.perplexity)
     logarithmic = _perplexity_axis(ax, min(perplexities), max(perplexities))
-    bits = [r.bits_per_weight for r in points if r.bits_per_weight is not None]
+    bits = [point.bits for point in shown]
     span = max(1.0, max(bits) - min(bits))
     room = 0.65 if named else 0.1  # of the span, on the right for the labels
     ax.set_xlim(min(bits) - 0.2 * span, max(bits) + room * span)
     handles = {}
-    for r in points:
-        style = styled[names[r.label]]
-        handles[names[r.label]] = ax.scatter(
-            r.bits_per_weight,
-            r.perplexity,
+    for name, point in zip(names, shown, strict=True):
+        handles[name] = ax.scatter(
+            point.bits,
+            point.perplexity,
             s=64 if named else 36,
-            color=style.colour,
-            marker=style.marker,
+            color=styled[name].colour,
+            marker=styled[name].marker,
             edgecolor=theme.background,
             zorder=3,
         )
     if named:
-        _label_points(ax, points, styled, theme)
+        _label_points(fig, ax, shown, styled, theme)
     else:
         legend(fig, handles.values(), list(handles), theme)
     scale = " (log scale)" if logarithmic else ""
@@ -141,13 +161,12 @@ def perplexity_by_bits(
     return fig
 
 
-def _dense_line(ax: Axes, dense: Result, theme: Theme) -> None:
+def _dense_line(ax: Axes, perplexity: float, bits: float | None, theme: Theme) -> None:
     """A dashed line at the dense model's perplexity, and what it says."""
-    bits = f", {dense.bits_per_weight:g} bits" if dense.bits_per_weight else ""
-    ax.axhline(dense.perplexity, color=theme.muted, linewidth=1.2, linestyle=DASHES, zorder=2)
+    ax.axhline(perplexity, color=theme.muted, linewidth=1.2, linestyle=DASHES, zorder=2)
     ax.annotate(
-        f"dense{bits}: {dense.perplexity:.4g}",
-        (0.0, dense.perplexity),
+        f"dense{f', {bits:g} bits' if bits else ''}: {perplexity:.4g}",
+        (0.0, perplexity),
         xycoords=("axes fraction", "data"),
         xytext=(4, -4),
         textcoords="offset points",
@@ -158,7 +177,8 @@ def _dense_line(ax: Axes, dense: Result, theme: Theme) -> None:
 
 
 def _perplexity_axis(ax: Axes, low: float, high: float) -> bool:
-    """Room around the points, on a logarithmic axis if they lie far apart; returns whether they do."""
+    """Room around the points, on a logarithmic axis if they lie far apart; returns whether they
+    do."""
     if high <= 6 * low:
         spread = (high - low) or 0.1 * high
         ax.set_ylim(max(0.0, low - 0.18 * spread), high + 0.14 * spread)
@@ -191,17 +211,17 @@ class Box(NamedTuple):
 
 
 def _label_points(
-    ax: Axes, points: Sequence[Result], styled: dict[str, Style], theme: Theme
+    fig: Figure, ax: Axes, shown: Sequence[Point], styled: dict[str, Style], theme: Theme
 ) -> None:
     """A name beside each point; a name that would cover another name or point moves up or down to
     the next free line."""
-    ax.figure.draw_without_rendering()
-    dot = ax.figure.dpi / 72  # one point of type in display units
+    fig.draw_without_rendering()
+    dot = fig.dpi / 72  # one point of type in display units
     half = 6.5 * dot  # of a line of text
-    places = [ax.transData.transform((r.bits_per_weight, r.perplexity)) for r in points]
+    places = [ax.transData.transform((point.bits, point.perplexity)) for point in shown]
     taken = [Box(x - 5 * dot, y - 5 * dot, x + 5 * dot, y + 5 * dot) for x, y in places]
-    for r, (x, y) in sorted(zip(points, places, strict=True), key=lambda pair: pair[1][1]):
-        text = f"{r.label}  {r.perplexity:.4g}"
+    for point, (x, y) in sorted(zip(shown, places, strict=True), key=lambda pair: pair[1][1]):
+        text = f"{point.label}  {point.perplexity:.4g}"
         left, width = x + 9 * dot, 6 * dot * len(text)
         for shift in (0, 1, -1, 2, -2, 3, -3, 4):
             middle = y + 2 * shift * half
@@ -212,13 +232,13 @@ def _label_points(
         leader = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4}
         ax.annotate(
             text,
-            (r.bits_per_weight, r.perplexity),
+            (point.bits, point.perplexity),
             xytext=(9, 2 * shift * half / dot),
             textcoords="offset points",
             color=theme.ink,
             fontsize=LABEL,
             va="center_baseline",
-            arrowprops=leader | {"color": styled[r.label].colour} if shift else None,
+            arrowprops=leader | {"color": styled[point.label].colour} if shift else None,
         )
 
 

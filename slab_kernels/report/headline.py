@@ -1,4 +1,4 @@
-"""What was found, in plain words: the title of a report, its first sentences and its key numbers."""
+"""What was found, in plain words: the title of a report, its first sentences, its key numbers."""
 
 from __future__ import annotations
 

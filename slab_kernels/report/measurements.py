@@ -1,8 +1,8 @@
 """Files of measurements, as `report` shows them: read, checked, and rows of one model merged.
 
 They are told apart by what they hold: records of `compress`, the JSON of `eval`, `eval --tasks`,
-`inspect` and `bench`, the results of the demo and of benchmarks/bench_methods.py, and, as plain tables, any other
-results that say where they are from.
+`inspect` and `bench`, the results of the demo and of benchmarks/bench_methods.py, and, as plain
+tables, any other results that say where they are from.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class _Gathered:
 
 def _run_facts(data: dict[str, Any], file: Path) -> list[tuple[str, str]]:
     """When, how long and by which command a file was made, where it says so."""
-    known = data | (data["run"] if isinstance(data.get("run"), dict) else {})
+    made = data["run"] if isinstance(data.get("run"), dict) else {}
+    known = data | made
     arguments = known.get("arguments")
     if isinstance(arguments, list) and "command" not in known:
         command = shlex.join(map(str, arguments))
@@ -137,7 +138,8 @@ def _run_facts(data: dict[str, Any], file: Path) -> list[tuple[str, str]]:
     ]
     seconds = known.get("seconds")
     if isinstance(seconds, int | float) and not isinstance(seconds, bool):
-        what = f"compression into {file.parent.name}" if "layers" in data else "run"
+        compressed = "layers" in data and not made
+        what = f"compression into {file.parent.name}" if compressed else "run"
         facts.append((f"{what} took", f"{seconds:,.0f} s"))
     return facts
 
@@ -154,8 +156,8 @@ def _files(path: Path) -> list[Path]:
     files = files or sorted(path.glob(f"*/{RUN_RECORD}"))
     if not files:
         raise ReportError(
-            f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: give a folder written "
-            "by compress"
+            f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: give a folder "
+            "written by compress"
         )
     return files
 
@@ -190,11 +192,18 @@ def _typed(row: dict[str, Any], kinds: dict[str, type], where: str, needed: bool
         value = row.get(name)
         if value is None and not needed:
             continue
-        right = isinstance(value, (int, float) if kind is float else kind)
-        if not right or isinstance(value, bool) or (kind is not str and not abs(value) < LARGEST):
+        if not _is(value, kind):
             raise ReportError(f"{where} has {name}={short(value)}, expected {NUMBERS[kind]}")
         found[name] = value
     return found
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value from JSON is of a kind; numbers are finite."""
+    if kind is str:
+        return isinstance(value, str)
+    numbers = (int, float) if kind is float else (int,)
+    return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _bench_rows(rows: Any, file: Path) -> list[dict[str, Any]]:
@@ -293,7 +302,7 @@ def _crop(crop: Any, where: str) -> dict[str, Any] | None:
 
 
 def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path) -> list[Result]:
-    """Results of benchmarks/bench_methods.py: rows with labels, and the dense model's perplexity."""
+    """Results of benchmarks/bench_methods.py: rows with labels, and the dense perplexity."""
     kinds = {name: MODEL_ROW[name] for name in ("bits_per_weight", "perplexity", "layer_error")}
     dense = _typed(data, {"dense": float}, str(file), needed=False)
     found = [Result("dense", perplexity=dense["dense"])] if dense else []
@@ -338,7 +347,7 @@ def _plain(data: dict[str, Any], file: Path) -> list[Table]:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """Objects inside an object become entries of their own: {"a": {"b": 1}} -> {"a b": 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):
             flat |= {f"{name} {key}": entry for key, entry in value.items()}

@@ -111,7 +111,8 @@ def _texts(prompt: str, texts: Sequence[Text]) -> str:
 
 def _text(prompt: str, text: Text) -> str:
     given = f"<span class=prompt>{escape(prompt)}</span>" if prompt else ""
-    return f"<figure><figcaption>{escape(text.label)}</figcaption><pre>{given}{escape(text.text)}</pre></figure>"
+    caption = f"<figcaption>{escape(text.label)}</figcaption>"
+    return f"<figure>{caption}<pre>{given}{escape(text.text)}</pre></figure>"
 
 
 def _picture(picture: Drawn) -> str:

@@ -76,14 +76,15 @@ def figure(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise PlotsUnavailable(
             f"the plots need matplotlib ({error}): pip install 'slab_kernels[report]', "
             "or ask for tables only"
         ) from error
-    fig = Figure(figsize=(WIDTH, height), facecolor=theme.background, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    fig = Figure(figsize=(WIDTH, height), facecolor=theme.background, layout=layout)
     FigureCanvasAgg(fig)
-    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     axes = list(fig.subplots(rows, columns, squeeze=False, **options).flat)
     for ax in axes:
         ax.set_facecolor(theme.background)

@@ -32,17 +32,23 @@ section, .figures {
 }
 section { padding: 1.1rem 1.2rem; }
 section > p { color: var(--muted); font-size: .92rem; margin: 0 0 .7rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); padding: .4rem; }
-.figures div { padding: .7rem .8rem; }
+.figures {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); padding: .4rem;
+}
+.figures div { padding: .7rem .8rem; display: flex; flex-direction: column; }
+.figures dt { flex: 1; }
 dt { color: var(--muted); font-size: .82rem; line-height: 1.3; }
 .figures dd { margin: 0; font-size: 1.45rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .figures dd.beside { color: var(--muted); font-size: .85rem; font-weight: 400; }
-.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: .9rem; }
+.texts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: .9rem;
+}
 .texts figure { margin: 0; min-width: 0; }
 figcaption { font-weight: 600; font-size: .92rem; margin: 0 0 .3rem; }
 pre {
   margin: 0; padding: .8rem; background: var(--ground); border-radius: 8px; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  overflow-wrap: anywhere;
+  font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 .prompt { color: var(--muted); }
 details details, .texts + details { margin-top: .9rem; }
@@ -58,10 +64,12 @@ details[open] > summary { margin-bottom: .7rem; }
     linear-gradient(to left, var(--shade), transparent) 100% / .7rem 100% scroll;
   background-repeat: no-repeat;
 }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
+table {
+  border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem;
+}
 th {
-  font-weight: 500; color: var(--muted); font-size: .82rem; line-height: 1.25; vertical-align: bottom;
-  white-space: normal; min-width: 5rem;
+  font-weight: 500; color: var(--muted); font-size: .82rem; line-height: 1.25;
+  vertical-align: bottom; white-space: normal; min-width: 5rem;
 }
 th, td { text-align: right; padding: .5rem .55rem; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
@@ -74,7 +82,9 @@ img { display: block; width: 100%; height: auto; }
 footer { color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; padding: .6rem .2rem; }
 footer h2 { font-size: .95rem; color: var(--ink); margin: 1.1rem 0 .3rem; }
 footer p { margin: .3rem 0; }
-footer dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: 0 0 .5rem; }
+footer dl {
+  display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: 0 0 .5rem;
+}
 footer dt { font-size: inherit; }
 footer dd { margin: 0; min-width: 0; }
 footer ul { margin: 0; padding-left: 1.2rem; }

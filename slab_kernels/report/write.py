@@ -62,7 +62,8 @@ def _of_speed(report: Report) -> list[Picture]:
             Picture(
                 "speed-layers",
                 "Speed of one linear",
-                "Median time, torch's dense linear beside ours, in the same run on the same machine.",
+                "Median time; torch's dense linear stands beside ours, in the same run on the same "
+                "machine.",
                 lambda theme: speed.layer_speed(rows, theme),
             )
         )
@@ -94,9 +95,7 @@ def _of_speed(report: Report) -> list[Picture]:
 
 def _of_quality(report: Report) -> list[Picture]:
     found = []
-    points = [
-        r for r in report.compressed if r.perplexity is not None and r.bits_per_weight is not None
-    ]
+    points = figures.points(report.compressed)
     if points:
         found.append(
             Picture(
@@ -105,7 +104,7 @@ def _of_quality(report: Report) -> list[Picture]:
                 "Lower and further left is better. Bits count everything stored for the compressed "
                 "linears: values, metadata, signs, scales, factors.",
                 lambda theme: figures.perplexity_by_bits(
-                    points, report.dense, theme, named=len(points) <= MOST_POINTS
+                    report.compressed, report.dense, theme, named=len(points) <= MOST_POINTS
                 ),
             )
         )
