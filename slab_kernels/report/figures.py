@@ -57,8 +57,6 @@ def place_of(name: str) -> Place | None:
 def error_by_layer(results: Sequence[Result], theme: Theme, measured: str) -> Figure:
     """Relative output error of every linear: one panel per projection, blocks along x, one line per
     method. measured: what the errors are of, for the axis."""
-    from matplotlib.ticker import MaxNLocator
-
     styled = styles((r.label, r.method) for r in results)
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for result in results:
@@ -68,6 +66,8 @@ def error_by_layer(results: Sequence[Result], theme: Theme, measured: str) -> Fi
     columns = 2 if len(panels) > 1 else 1
     rows = (len(panels) + columns - 1) // columns
     fig, axes = figure(1.1 + 1.5 * rows, theme, rows, columns, sharey=True)
+    from matplotlib.ticker import MaxNLocator  # figure() says it where matplotlib is missing
+
     every_point = (e for panel in panels.values() for line in panel.values() for _, e in line)
     top = max(every_point, default=1.0)
     handles = {}
@@ -281,7 +281,6 @@ def heat_maps(crop: dict[str, Any], theme: Theme) -> Figure:
     crop: as `evaluate.crop.weight_crop` returns it.
     """
     import numpy
-    from matplotlib.colors import LinearSegmentedColormap
 
     parts = {
         name: numpy.frombuffer(base64.b64decode(text), numpy.int8).reshape(crop["shape"])
@@ -290,11 +289,13 @@ def heat_maps(crop: dict[str, Any], theme: Theme) -> Figure:
     }
     # A few outliers would leave everything else pale.
     largest = float(numpy.quantile(numpy.abs(parts["weight"]), 0.995)) or 1.0
-    ramp = [STYLES["sparsegpt"].colour, theme.background, "#d55e00"]
-    colours = LinearSegmentedColormap.from_list("weights", ramp)
     columns = 2
     rows = (len(parts) + columns - 1) // columns
     fig, axes = figure(0.5 + 2.65 * rows, theme, rows, columns)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ramp = [STYLES["sparsegpt"].colour, theme.background, "#d55e00"]
+    colours = LinearSegmentedColormap.from_list("weights", ramp)
     energy = float(numpy.square(parts["weight"]).sum()) or 1.0
     for ax, (name, part) in zip(axes, parts.items(), strict=False):
         image = ax.imshow(

@@ -126,8 +126,6 @@ def _contestant(row: dict[str, Any]) -> str:
 def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     """Speed-up over torch's dense linear against the number of tokens: one panel per shape, one
     line per backend and value type."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     several = len({r["dtype"] for r in rows}) > 1
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for r in rows:
@@ -139,6 +137,8 @@ def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     columns = 2 if len(panels) > 1 else 1
     height = (len(panels) + columns - 1) // columns
     fig, axes = figure(1.2 + 1.7 * height, theme, height, columns, sharex=True, sharey=True)
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
     tokens = sorted({r["m"] for r in rows})
     handles: dict[str, Any] = {}
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):

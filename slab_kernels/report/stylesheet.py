@@ -15,17 +15,17 @@ STYLE = """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--ground); color: var(--ink);
-  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere;
 }
 main { max-width: 50rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; }
-h1 { font-size: 1rem; font-weight: 600; color: var(--muted); margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.12rem; line-height: 1.3; margin: 0 0 .3rem; overflow-wrap: anywhere; }
-.model { color: var(--muted); font-size: .92rem; margin: 0 0 .9rem; overflow-wrap: anywhere; }
+h1 { font-size: 1rem; font-weight: 600; color: var(--muted); margin: 0; }
+h2 { font-size: 1.12rem; line-height: 1.3; margin: 0 0 .3rem; }
+.model { color: var(--muted); font-size: .92rem; margin: 0 0 .9rem; }
 .headline {
   font-size: 1.75rem; font-weight: 650; line-height: 1.22; letter-spacing: -.015em;
-  margin: 0 0 .7rem; text-wrap: balance; overflow-wrap: anywhere;
+  margin: 0 0 .7rem; text-wrap: balance;
 }
-.also { margin: 0 0 .5rem; text-wrap: pretty; overflow-wrap: anywhere; }
+.also { margin: 0 0 .5rem; text-wrap: pretty; }
 header { margin: 0 0 1.5rem; }
 section, .figures {
   background: var(--paper); border: 1px solid var(--line); border-radius: 12px; margin: 0 0 1.1rem;
@@ -47,7 +47,6 @@ dt { color: var(--muted); font-size: .82rem; line-height: 1.3; }
 figcaption { font-weight: 600; font-size: .92rem; margin: 0 0 .3rem; }
 pre {
   margin: 0; padding: .8rem; background: var(--ground); border-radius: 8px; white-space: pre-wrap;
-  overflow-wrap: anywhere;
   font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 .prompt { color: var(--muted); }
@@ -65,7 +64,8 @@ details[open] > summary { margin-bottom: .7rem; }
   background-repeat: no-repeat;
 }
 table {
-  border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem;
+  border-collapse: collapse; width: 100%; font-size: .95rem; overflow-wrap: normal;
+  font-variant-numeric: tabular-nums;
 }
 th {
   font-weight: 500; color: var(--muted); font-size: .82rem; line-height: 1.25;
@@ -79,7 +79,7 @@ tr:last-child td { border-bottom: 0; }
 tr.ours td { font-weight: 650; color: var(--mark); }
 tr.dense td { color: var(--muted); }
 img { display: block; width: 100%; height: auto; }
-footer { color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; padding: .6rem .2rem; }
+footer { color: var(--muted); font-size: .88rem; padding: .6rem .2rem; }
 footer h2 { font-size: .95rem; color: var(--ink); margin: 1.1rem 0 .3rem; }
 footer p { margin: .3rem 0; }
 footer dl {
