@@ -144,27 +144,22 @@ def _closed_gap(report: Report) -> str | None:
 
 def _of_methods(report: Report) -> list[str]:
     """The best and the smallest of many settings."""
-    dense = report.dense
+    settings = _count(len(report.compressed), "setting")
+    methods = _count(len({r.method for r in report.compressed}), "method")
     measured = [r for r in report.compressed if r.perplexity is not None]
+    if not measured:
+        return [f"{settings} of {methods}; no perplexity was measured."]
+    best = min(measured, key=lambda r: r.perplexity or 0.0)
+    dense = report.dense
+    beside = "" if dense is None or dense.perplexity is None else f"; dense {dense.perplexity:.2f}"
     sentences = [
-        f"{_count(len(report.compressed), 'setting')} of {_count(_methods(report), 'method')}."
+        f"Of {settings} of {methods}, the lowest perplexity is that of {_place(best)}{beside}."
     ]
-    if dense is not None and dense.perplexity is not None:
-        sentences[0] = (
-            sentences[0].removesuffix(".") + f"; dense perplexity {dense.perplexity:.2f}."
-        )
-    if measured:
-        best = min(measured, key=lambda r: r.perplexity or 0.0)
-        sentences.append(f"Lowest perplexity: {_place(best)}.")
-        sized = [r for r in measured if r.bits_per_weight is not None]
-        if sized:
-            smallest = min(sized, key=lambda r: (r.bits_per_weight or 0.0, r.perplexity or 0.0))
-            sentences.append(f"Fewest bits: {_place(smallest)}.")
+    sized = [r for r in measured if r.bits_per_weight is not None]
+    if sized:
+        smallest = min(sized, key=lambda r: (r.bits_per_weight or 0.0, r.perplexity or 0.0))
+        sentences.append(f"The fewest bits are those of {_place(smallest)}.")
     return sentences
-
-
-def _methods(report: Report) -> int:
-    return len({r.method for r in report.compressed})
 
 
 def _place(result: Result) -> str:
@@ -173,7 +168,7 @@ def _place(result: Result) -> str:
         if result.bits_per_weight is None
         else f" at {result.bits_per_weight:.2f} bits per weight"
     )
-    return f"{result.label} with {result.perplexity:.2f}{bits}"
+    return f"{result.label}, {result.perplexity:.2f}{bits}"
 
 
 def _of_timings(report: Report) -> list[str]:
@@ -192,10 +187,11 @@ def _of_timings(report: Report) -> list[str]:
         least, middle, most = min(fastest.values()), median(fastest.values()), max(fastest.values())
         at = "one token at a time" if m == 1 else f"{m:,} tokens at once"
         pace = "are slower than torch's dense one" if middle < 1 else "outrun torch's dense one"
-        spread = f", {least:.2f}× to {most:.2f}× over {len(fastest)} cases"
+        spread = ""
+        if len(fastest) > 1:
+            spread = f" in the median of {len(fastest)} cases, {least:.2f}× to {most:.2f}×"
         sentences.append(
-            f"With {at}, our compressed linears {pace}: {middle:.2f}× its speed"
-            f"{spread if len(fastest) > 1 else ''}."
+            f"With {at}, our compressed linears {pace}: {middle:.2f}× its speed{spread}."
         )
     return sentences
 

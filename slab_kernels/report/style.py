@@ -58,6 +58,11 @@ SPARE_STYLES = (
     Style("#b0a712", "h"),
     Style("#5d8aa8", "<"),
     Style("#a0522d", ">"),
+    Style("#d6336c", "*"),
+    Style("#2f6fdb", "p"),
+    Style("#6b8e23", "d"),
+    Style("#11998e", "8"),
+    Style("#7a7a7a", "H"),
 )
 WIDTH = 5.3  # inches; a phone shows it about 330 pixels wide: 9.5-point type is 8 pixels high there
 LABEL = 9.5  # points: names of axes, legends, labels

@@ -53,6 +53,7 @@ pre {
 details details, .texts + details { margin-top: .9rem; }
 summary { cursor: pointer; color: var(--muted); }
 summary h2 { display: inline; color: var(--ink); }
+summary span { font-size: .92rem; white-space: nowrap; }
 details[open] > summary { margin-bottom: .7rem; }
 .scroll {
   overflow: auto; max-height: 75vh;
@@ -105,6 +106,7 @@ a { color: var(--mark); }
   body { background: none; font-size: 11pt; }
   main { max-width: none; padding: 0; }
   section, .figures { break-inside: avoid; border-color: #cccccc; }
+  img { width: auto; max-width: 100%; max-height: 17cm; margin: 0 auto; }
   details::details-content { content-visibility: visible; display: block; }
   .scroll { overflow: visible; max-height: none; background: none; }
   table { font-size: 8pt; }

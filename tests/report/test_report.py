@@ -249,9 +249,9 @@ def test_a_method_of_several_formats_is_not_compared_as_if_it_had_one(tmp_path):
         "slab-paper 3.5",
     ] and found.notes == ("two cores",)
     assert headline(found) == [
-        "3 settings of 2 methods; dense perplexity 5.00.",
-        "Lowest perplexity: slab 9.5 with 6.00 at 9.50 bits per weight.",
-        "Fewest bits: slab 3.5 with 8.00 at 3.50 bits per weight.",
+        "Of 3 settings of 2 methods, the lowest perplexity is that of slab 9.5, 6.00 at 9.50 bits "
+        "per weight; dense 5.00.",
+        "The fewest bits are those of slab 3.5, 8.00 at 3.50 bits per weight.",
     ]
     assert title(found) == "Benchmark report: methods"
 
