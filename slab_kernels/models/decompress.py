@@ -75,6 +75,8 @@ def decompress(
     with Progress(out, {}, resume=None):
         shards = _dense_shards(checkpoint, layouts, owners, dtype)
         write_index(out, [write_shard(out / file, specs, get) for file, specs in shards])
+        if progress is not None:
+            progress(total, total)
         skipped = copy_side_files(checkpoint.folder, out)
         config = dict(checkpoint.config)
         for key in ("quantization_config", WEIGHTS_KEY):

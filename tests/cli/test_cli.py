@@ -1,4 +1,7 @@
-"""The command line: pure JSON on stdout, one sentence a failure, exit codes that mean something. A tiny random Llama."""
+"""The command line: pure JSON on stdout, one sentence per failure, exit codes that mean something.
+
+The model is a tiny random Llama.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,8 @@ def answer(capsys):
 
 @pytest.fixture
 def refused(answer, capsys):
-    """Runs a command that must fail: exit code and message, checked to be one plain sentence in both modes."""
+    """Runs a command that must fail and returns exit code and message, which is checked to be one
+    plain sentence in both modes."""
 
     def run(*arguments) -> tuple[int, str]:
         code, found = answer(*arguments)
@@ -432,7 +436,8 @@ def test_unwritable_folder(model, text, tmp_path, refused, monkeypatch):
 
 
 def test_full_disk_leaves_nothing_that_loads(model, text, tmp_path, refused, monkeypatch):
-    """No space at the second shard: exit code 5, and the folder is no checkpoint; with room again --resume finishes it."""
+    """No space at the second shard: exit code 5, and the folder is no checkpoint; with room again
+    --resume finishes it."""
     real, state = os.replace, {"left": 6}
 
     def replace(source, target):
@@ -523,7 +528,8 @@ def test_help_documents_every_exit_code():
 
 
 def test_interrupt_is_130_and_resume_finishes(model, text, tmp_path):
-    """A real process and a real SIGINT: exit code 130, JSON error, and the same command with --resume goes on."""
+    """A real process and a real SIGINT: exit code 130, JSON error, and the same command with
+    --resume goes on."""
     command = [
         *SLAB,
         *small(model, tmp_path / "out", text, "--json"),

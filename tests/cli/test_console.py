@@ -1,4 +1,5 @@
-"""The frame around the commands on consoles of every kind: narrow, full, closed, hostile names, signals. Light processes."""
+"""The frame around the commands on consoles of every kind: narrow, full, closed, hostile names,
+signals. Light processes."""
 
 from __future__ import annotations
 
