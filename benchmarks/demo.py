@@ -142,7 +142,8 @@ def dense_row(args: argparse.Namespace) -> tuple[Dense, dict[str, Any]]:
 
     from slab_kernels.device import resolve_device
     from slab_kernels.evaluate.inspect import inspect
-    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.models.folder import hub_folder
+    from slab_kernels.models.source import open_source
     from slab_kernels.text import source as texts
 
     device = resolve_device(args.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import typer
 
@@ -13,9 +13,6 @@ from .console import Outcome
 from .layers import show_layers
 from .options import torch_dtype
 from .progress import Progress
-
-if TYPE_CHECKING:
-    from ..models.source import FolderSource
 
 
 class _Opened(NamedTuple):
@@ -34,8 +31,9 @@ def _open(
 
     from ..device import resolve_device
     from ..evaluate.inspect import inspect
-    from ..models.packed import load
-    from ..models.source import hub_folder, open_source
+    from ..models.folder import hub_folder
+    from ..models.load import load
+    from ..models.source import open_source
     from ..text.source import open_tokenizer
 
     _force(backend)
@@ -49,8 +47,7 @@ def _open(
     if seen["stored"] == "packed":
         model = load(path, device=where, dtype=kind, trust_remote_code=trust)
     else:
-        source = cast("FolderSource", open_source(path, trust))
-        model = source.open_dense().to(device=where, dtype=kind)
+        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {
         "folder": folder,
         "method": seen["method"] or "dense",

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..format import unpack
-from ..models.folder import Checkpoint
+from ..models.folder import Checkpoint, hub_folder
 from ..models.packed import read_packed
 from ..models.packed_config import read_layouts
-from ..models.source import hub_folder, open_source
+from ..models.source import open_source
 
 LEVELS = 127  # a number is stored as one of -LEVELS to LEVELS steps
 
