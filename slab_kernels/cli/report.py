@@ -10,6 +10,7 @@ from ..errors import SlabError
 from ..paths import expanded
 from . import console, options
 from .console import Outcome
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..report.results import Report, Result
@@ -32,8 +33,9 @@ def report(
     from ..report.write import rows, write
 
     out = expanded(out)
-    found = _with_weights(read(paths), None if dense is None else expanded(dense))
-    written = [str(path) for path in write(found, out, plots)]
+    with Progress("report", "pictures") as progress:
+        found = _with_weights(read(paths), None if dense is None else expanded(dense))
+        written = [str(path) for path in write(found, out, plots, progress)]
     data = {
         "headline": " ".join(headline(found)),
         "results": rows(found),

@@ -37,9 +37,11 @@ def headline(report: Report) -> list[str]:
     if main is not None:
         sentences = [_of_model(main, report.dense, alone=len(report.compressed) == 1)]
         sentences += [line for line in (_speed(main, report.dense), _closed_gap(report)) if line]
-        return sentences
+        return sentences + (_of_timings(report) if report.bench else [])
     if report.bench:
         return _of_timings(report)
+    if report.dense is not None:
+        return ["Only a dense model was measured; nothing is compared with it."]
     rows = sum(len(table.rows) for table in report.tables)
     return [f"{rows:,} rows of measurements in {_count(len(report.tables), 'table')}."]
 

@@ -89,4 +89,4 @@ class Report:
     @property
     def is_benchmark(self) -> bool:
         """Whether it is about kernels or methods rather than about one compressed model."""
-        return self.compares_methods or not self.compressed
+        return self.compares_methods or not self.results

@@ -152,8 +152,15 @@ def _of_storage(report: Report) -> list[Picture]:
     return found
 
 
-def write(report: Report, out: Path | str, plots: bool = True) -> list[Path]:
+def write(
+    report: Report,
+    out: Path | str,
+    plots: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
     """Writes the PNG files and report.html into `out`; returns the paths written, the page last.
+
+    progress: called with the pictures drawn and those in all.
 
     Raises: PlotsUnavailable when matplotlib is missing and `plots` is true; OSError when `out`
         cannot be written.
@@ -161,12 +168,15 @@ def write(report: Report, out: Path | str, plots: bool = True) -> list[Path]:
     out = expanded(out)
     out.mkdir(parents=True, exist_ok=True)
     written, drawn = [], []
-    for picture in pictures(report) if plots else ():
+    shown = pictures(report) if plots else []
+    for number, picture in enumerate(shown, 1):
         light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
         drawn.append(page.Drawn(picture.title, picture.caption, light, dark))
         path = out / f"{picture.stem}.png"
         path.write_bytes(light)
         written.append(path)
+        if progress is not None:
+            progress(number, len(shown))
     path = out / "report.html"
     text = page.html(_page(report, drawn))
     path.write_text(text, encoding="utf-8", errors="replace")  # a name may hold half a character

@@ -122,6 +122,7 @@ LONG_COMMANDS = {
     "decompress": ["decompress", "packed", "dense", "--json"],
     "train": ["train", "packed", "trained", "--text", "text.txt", "--steps", "6", "--window", "16",
               "--samples", "8", "--adapter-rank", "2", "--json"],
+    "report": ["report", "packed", "--json"],
     "bench": ["bench", "--shape", "64x32", "--shape", "32x64", "--m", "1", "--m", "2",
               "--seconds", "0", "--dtype", "fp32", "--device", "cpu", "--json"],
 }  # fmt: skip

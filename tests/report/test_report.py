@@ -145,6 +145,12 @@ def test_a_model_alone_promises_nothing_that_was_not_measured():
     )
 
 
+def test_a_dense_model_alone_is_compared_with_nothing():
+    found = Report((DENSE,))
+    assert headline(found) == ["Only a dense model was measured; nothing is compared with it."]
+    assert title(found) == "Compression report"
+
+
 def test_the_headline_tells_slower_generation_too():
     dense = Result("dense", tokens_per_second=10.0, label="dense")
     for speed_, said in ((5.0, "more slowly here, at 0.50× the speed"), (20.0, "2.00× as fast")):
