@@ -155,8 +155,8 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
     from slab_kernels.format import INTEGER_RANGES, Decomposition
     from slab_kernels.methods import METHODS, Config, Method
     from slab_kernels.methods.solvers.masks import Pattern
-    from slab_kernels.methods.solvers.quantize import quantize
-    from slab_kernels.methods.solvers.sweep import Grid, curvature, sweep
+    from slab_kernels.methods.solvers.quantize import Grid, quantize
+    from slab_kernels.methods.solvers.sweep import curvature, sweep
 
     values = f"int{bits}"
     INTEGER_RANGES.setdefault("int2", (-2, 1))
@@ -324,7 +324,8 @@ def main() -> int:
     from slab_kernels.cli.console import print_table, say
     from slab_kernels.errors import BudgetError
     from slab_kernels.evaluate import perplexity as evaluate
-    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.models.folder import hub_folder
+    from slab_kernels.models.source import open_source
     from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
@@ -385,6 +386,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from slab_kernels.cli.main import console
+    from slab_kernels.cli import console
 
     sys.exit(console.run(main, as_json=False))

@@ -41,7 +41,7 @@ from slab_kernels.backends.cuda.tiles import (
     sizes_of,
 )
 from slab_kernels.bench.clocks import CudaClock, copied, size_of
-from slab_kernels.cli.main import console
+from slab_kernels.cli import console
 from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed

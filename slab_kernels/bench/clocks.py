@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..format.layout import ceil_div
+from ..format import ceil_div
 
 Call = Callable[[], Any]
 

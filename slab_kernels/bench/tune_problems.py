@@ -9,8 +9,7 @@ import torch
 
 from ..backends.triton import bits_of, configs, launch
 from ..backends.triton.rows import Row, TileConfig, TritonDevice, TritonSizes
-from ..format import PackedLayout
-from ..format.layout import ceil_div
+from ..format import PackedLayout, ceil_div
 
 # Tiles about the defaults, in every direction: block_n, block_k, warps, stages.
 FEW_TOKENS = (

@@ -1,4 +1,7 @@
-"""Magnitude pruning: keep the largest |w|. The baseline that needs no data."""
+"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): S = W where |W_ij| is largest.
+
+It is the baseline that needs no data.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from .solvers.quantize import quantize
 
 
 def magnitude(weight: Tensor, stats: InputStats | None, config: Config) -> Decomposition:
-    """weight [N,K] fp32 -> S = weight on the kept positions; no U, V, B. `stats` and `config.rank` are not used."""
+    """weight [N,K] fp32 -> S = weight where |weight| is highest in its row or n:m group.
+
+    `stats` is not read.
+    """
     return kept_only(weight, select(weight.abs(), config.parsed), config)
 
 
 def kept_only(weight: Tensor, mask: Tensor, config: Config) -> Decomposition:
-    """S = weight on `mask` [N,K], rounded to a searched grid where the configuration asks for integers."""
+    """S = weight on `mask` [N,K], rounded to a searched grid where integers are asked for."""
     if config.grid is None:
         return Decomposition(weight.masked_fill(~mask, 0.0), mask)
     S, scales = quantize(weight, mask, config.values, config.group_size)

@@ -22,8 +22,8 @@ from slab_kernels.backends.triton.rows import Row, TileConfig, TritonDevice
 from slab_kernels.bench import clocks
 from slab_kernels.bench import tune as tuning
 from slab_kernels.bench.tune import Problem, candidates, merged, problems, run, save, tune
-from slab_kernels.cli.main import console
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import console
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import BackendError, BenchError, ConfigError
 from slab_kernels.format import PackedLayout
 
@@ -578,9 +578,9 @@ INTERPRETED = """
 import json, torch
 from slab_kernels.bench import clocks, correctness
 from slab_kernels.bench import tune as tuning
+from slab_kernels.errors import BenchError
 from slab_kernels.backends.triton import configs, device_of, launch
 from slab_kernels.backends.triton.rows import TileConfig
-from slab_kernels.errors import BenchError
 from slab_kernels.format import PackedLayout
 
 class Clock:

@@ -15,24 +15,27 @@ found by dominators, not by the order of addresses, because ptxas moves unlikely
 from __future__ import annotations
 
 import collections
-import fcntl
 import functools
 import importlib.util
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+# pytest puts this folder on the path itself; a plain `python` does not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kept import kept
 
 from slab_kernels.backends.cuda import compile as recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".pytest_cache" / "d" / "sass"
 UNIT = "linear"
 SHARING = (
     2  # warps that copy a group's activations: plan.py's most frequent tile has 64 rows, two warps
 )
-KEPT = 12  # cubins in the cache: two versions of every architecture
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by name. IMAD
 # is the shift, move and add that ptxas puts where the ALU is full; uniform instructions take an issue slot of
@@ -284,34 +287,55 @@ def tool(name: str) -> str:
     return found[0]
 
 
-def cubin(architecture: str, cache: Path = CACHE) -> Path:
-    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept under a name that hashes
-    the sources.
+def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
+    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for the next time.
 
+    PTX for an architecture that begins with `compute_`, else a cubin. `only`: rows of the tables of kernels in linear.cu, such
+    as "linear_w16_one_t8"; the others are left out, which makes the compiler faster by as much.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
-    csrc, nvcc = ROOT / "csrc", recipe.find_nvcc()
-    sources, version = recipe.read_sources(csrc), recipe.run([nvcc, "--version"])
+    nvcc, name = recipe.find_nvcc(), recipe.image_name(UNIT, architecture)
+    sources, version = recipe.read_sources(ROOT / "csrc"), recipe.run([nvcc, "--version"])
     built = recipe.record(recipe.IMAGES)
-    image = recipe.IMAGES / recipe.image_name(UNIT, architecture)
     compiler = recipe.digest({}, version, *recipe.NVCC_OPTIONS)
-    if (built.get("sources"), built.get("compiler")) == (
-        recipe.digest(sources),
-        compiler,
-    ) and image.is_file():
-        return image
-    cache.mkdir(parents=True, exist_ok=True)
-    key = recipe.digest(sources, version, *recipe.NVCC_OPTIONS)[:16]
-    target = cache / f"{key}.{recipe.image_name(UNIT, architecture)}"
-    with (cache / f"{architecture}.lock").open("w") as lock:  # two test processes want the same one
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_file():
-            fresh = target.with_suffix(".tmp")
-            recipe.run(recipe.nvcc_command(nvcc, csrc / f"cuda/{UNIT}.cu", architecture, fresh))
-            fresh.replace(target)
-            for stale in sorted(cache.glob("*.cubin"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
-                stale.unlink()
-    return target
+    same = (built.get("sources"), built.get("compiler")) == (recipe.digest(sources), compiler)
+    if same and not only and (recipe.IMAGES / name).is_file():
+        return (recipe.IMAGES / name).read_bytes()
+    if only:
+        sources[f"cuda/{UNIT}.cu"] = _rows(sources[f"cuda/{UNIT}.cu"], only)
+
+    def compiled() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            for path, text in sources.items():
+                Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, path).write_text(text, encoding="utf-8")
+            output = Path(folder, name)
+            recipe.run(recipe.nvcc_command(nvcc, Path(folder, f"cuda/{UNIT}.cu"), architecture, output))  # fmt: skip
+            return output.read_bytes()
+
+    key = (recipe.digest(sources, version, *recipe.NVCC_OPTIONS), name)
+    return kept("image", key, compiled)
+
+
+def _rows(text: str, only: tuple[str, ...]) -> str:
+    """linear.cu with these rows of its tables of kernels alone. Each row ends the line before it with a backslash."""
+    rows = re.compile(r"^ *KERNEL\((\w+), *(\w+),.*\n", re.MULTILINE)
+    return rows.sub(lambda row: row[0] if f"{row[1]}_{row[2]}" in only else "  \\\n", text)
+
+
+def listing(program: str, option: str, cubin: bytes) -> str:
+    """What a program of `tool`, or the one at this path, prints of a cubin."""
+    program = program if "/" in program else tool(program)
+
+    def printed() -> bytes:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            return recipe.run([program, option, file.name]).encode()
+
+    status = Path(program).stat()
+    key = (program, str(status.st_size), str(status.st_mtime_ns), option, cubin)
+    return kept("listing", key, printed).decode()
 
 
 def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
@@ -337,14 +361,14 @@ def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
     return kernels
 
 
-def disassemble(image: Path) -> dict[str, Kernel]:
-    listing = recipe.run([tool("cuobjdump"), "--dump-resource-usage", str(image)])
-    fields = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing)
+def disassemble(cubin: bytes) -> dict[str, Kernel]:
+    usages = listing("cuobjdump", "--dump-resource-usage", cubin)
+    fields = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usages)
     usage = {
         name: Usage(int(registers), int(stack), int(local))
         for name, registers, stack, local in fields
     }
-    return parse(recipe.run([tool("nvdisasm"), "-c", str(image)]), usage)
+    return parse(listing("nvdisasm", "-c", cubin), usage)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentTypeError
-from ...format import PackedWeight
-from ...format.layout import ceil_div
-from ...ops import register_vmap, without_autocast
+from ...format import PackedWeight, ceil_div
+from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_call, wants_gradient
 from . import driver, layout
@@ -175,38 +174,19 @@ def check(x: Tensor, state: CudaState, bias: Tensor | None) -> None:
 
 
 def _linear_fake(x: Tensor, *arguments) -> Tensor:
-    """The result's shape and dtype, for tracing."""
     in_features, rows = arguments[BIAS + 1 : BIAS + 3]
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
-    )
-    return x.new_empty(*x.shape[:-1], sum(rows))
+    return fake_result(x, in_features, sum(rows))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, *arguments = inputs
-    ctx.save_for_backward(*arguments[:BIAS])
-    ctx.sizes = arguments[BIAS + 1 :]
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the bias: packed weights are frozen."""
-    state = CudaState(*ctx.saved_tensors, *ctx.sizes)
-    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1 + BIAS]
-    grad_x = grad_bias = None
-    if needs_x:
-        wide = grad.float()
-        W = layout.dense(state)
-        with without_autocast(grad):
-            grad_x = wide @ W
-            if factors := layout.adapters(state):
-                for part, (P, Q) in zip(wide.split(list(state.rows), -1), factors, strict=True):
-                    grad_x = grad_x + (part @ P.float()) @ Q.float()
-        grad_x = grad_x.to(grad.dtype)
-    if needs_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * BIAS, grad_bias, *(None,) * len(ctx.sizes)
+def _input_gradient(grad: Tensor, *arguments) -> Tensor:
+    """The gradient of x in fp32. arguments: a CudaState's."""
+    state = CudaState(*arguments)
+    wide = grad.float()
+    grad_x = wide @ layout.dense(state)
+    if factors := layout.adapters(state):
+        for part, (P, Q) in zip(wide.split(list(state.rows), -1), factors, strict=True):
+            grad_x = grad_x + (part @ P.float()) @ Q.float()
+    return grad_x
 
 
 def register() -> None:
@@ -217,18 +197,8 @@ def register() -> None:
 
 @functools.cache
 def _register_once() -> torch.library.Library:
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    # The frozen op is the same without autograd, which costs every call some 10 us, with gradients
-    # or without.
-    for name in ("linear_cuda", "linear_cuda_frozen"):
-        library.define(name + ARGUMENTS)
-        library.impl(name, _linear, "CUDA")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
-        register_vmap(name, library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::linear_cuda", _backward, setup_context=_setup_context, lib=library
-    )
-    return library
+    definition = Definition(ARGUMENTS, _linear, "CUDA")
+    return register_linear_op("linear_cuda", 1 + BIAS, _linear_fake, _input_gradient, definition)
 
 
 BACKEND = CudaBackend()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from ...format.layout import ceil_div
+from ...format import ceil_div
 from .gpus import Gpu
 from .layout import BLOCK_INPUTS, DENSE, INT4, INT8, W16
 from .tiles import TOKEN_ROW_BYTES, CudaSizes, Tile, stage_bytes, sums_bytes

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...format.layout import ceil_div
+from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
 from .gpus import Gpu

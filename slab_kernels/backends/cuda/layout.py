@@ -26,10 +26,10 @@ from ...format import (
     VALUE_TYPES,
     PackedWeight,
     bits,
+    ceil_div,
     plane_unit,
     rounding_error,
 )
-from ...format.layout import ceil_div
 from .. import factors
 from ..base import differences
 

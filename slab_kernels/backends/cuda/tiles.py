@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...format.layout import ceil_div
+from ...format import ceil_div
 from .layout import (
     BLOCK_INPUTS,
     BLOCK_ROWS,

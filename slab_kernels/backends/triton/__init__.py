@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentTypeError
-from ...format import PackedWeight
-from ...format.layout import ceil_div
-from ...ops import register_vmap, without_autocast
+from ...format import PackedWeight, ceil_div
+from ...ops import EVERYWHERE, Definition, fake_result, register_linear_op
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_call, wants_gradient
 from . import launch
@@ -40,8 +39,6 @@ TENSORS = (
     "Tensor? U, Tensor? V, Tensor? P, Tensor? Q"
 )
 SIZES = "int in_features, int[] rows, str value_type, int group_size"
-LINEAR = f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor"
-DENSE = f"({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor"
 BIAS = 8  # the place of the bias among the arguments after x: behind the state's tensors
 _REGISTERING = threading.Lock()
 
@@ -156,7 +153,7 @@ def device_of(index: int | None) -> TritonDevice:
 
 
 def _linear(x: Tensor, *arguments) -> Tensor:
-    """The op. arguments: those of LINEAR after x."""
+    """The op. arguments: TENSORS, the bias, SIZES."""
     state, bias = TritonState(*arguments[:BIAS], *arguments[BIAS + 1 :]), arguments[BIAS]
     check(x, state, bias)
     device, sizes = device_of(x.device.index), launch.sizes_of(state)
@@ -194,17 +191,12 @@ def check(x: Tensor, state: TritonState, bias: Tensor | None) -> None:
 
 
 def _linear_fake(x: Tensor, *arguments) -> Tensor:
-    """The result's shape and dtype, for tracing."""
     in_features, rows = arguments[BIAS + 1 : BIAS + 3]
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
-    )
-    return x.new_empty(*x.shape[:-1], sum(rows))
+    return fake_result(x, in_features, sum(rows))
 
 
 def _dense(*arguments) -> Tensor:
-    """The op that rebuilds the weight. arguments: those of DENSE."""
+    """The op that rebuilds the weight. arguments: TENSORS, SIZES, dtype."""
     *stored, dtype = arguments
     state = TritonState(*stored)
     with _current(state.values.device):
@@ -217,24 +209,10 @@ def _dense_fake(*arguments) -> Tensor:
     return state.values.new_empty(sum(state.rows), state.in_features, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, *arguments = inputs
-    ctx.save_for_backward(*arguments[:BIAS])
-    ctx.sizes = arguments[BIAS + 1 :]
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of the bias: packed weights are frozen."""
-    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1 + BIAS]
-    grad_x = grad_bias = None
-    if needs_x:
-        # torch.compile can trace an op, but not the launch in it.
-        W = torch.ops.slab_kernels.dense_triton(*ctx.saved_tensors, *ctx.sizes, grad.dtype)
-        with without_autocast(grad):
-            grad_x = grad @ W
-    if needs_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * BIAS, grad_bias, *(None,) * len(ctx.sizes)
+def _input_gradient(grad: Tensor, *state) -> Tensor:
+    """The gradient of x in grad's dtype. state: a TritonState's."""
+    # torch.compile can trace an op, but not the launch in it.
+    return grad @ torch.ops.slab_kernels.dense_triton(*state, grad.dtype)
 
 
 def register() -> None:
@@ -244,24 +222,16 @@ def register() -> None:
 
 
 @functools.cache
-def _register_once() -> torch.library.Library:
+def _register_once() -> tuple[torch.library.Library, ...]:
+    """The libraries, which keep their ops alive."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    # The frozen op is the same without autograd, which costs every call some 10 us, with gradients
-    # or without.
-    for name, arguments, run, fake in (
-        ("linear_triton", LINEAR, _linear, _linear_fake),
-        ("linear_triton_frozen", LINEAR, _linear, _linear_fake),
-        ("dense_triton", DENSE, _dense, _dense_fake),
-    ):
-        library.define(name + arguments)
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    for name in ("linear_triton", "linear_triton_frozen"):
-        register_vmap(name, library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::linear_triton", _backward, setup_context=_setup_context, lib=library
+    library.define(f"dense_triton({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor")
+    library.impl("dense_triton", _dense, EVERYWHERE)
+    torch.library.register_fake(f"{NAMESPACE}::dense_triton", _dense_fake, lib=library)
+    linear = Definition(f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor", _linear)
+    return library, register_linear_op(
+        "linear_triton", 1 + BIAS, _linear_fake, _input_gradient, linear
     )
-    return library
 
 
 BACKEND = TritonBackend()

@@ -12,7 +12,7 @@ import functools
 import os
 from pathlib import Path
 
-from ...format.layout import ceil_div
+from ...format import ceil_div
 from .row_files import file_name, read, user_folder
 from .rows import DECODE, DEFAULTS, Row, TileConfig, TritonDevice, TritonSizes
 

@@ -8,46 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from ptx import Memory, Module, launch
+from sass import counter as sass
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slab_kernels.backends.cuda.compile import find_nvcc
 from slab_kernels.backends.cuda.gpus import GPUS, Gpu
 from slab_kernels.backends.cuda.launch import CudaDevice, linear
 from slab_kernels.backends.cuda.layout import CudaState
 
-SOURCES = Path(__file__).resolve().parents[3] / "csrc"
-
 
 @functools.cache
-def ptx(arch: str = "compute_80") -> Module:
-    """The kernels' PTX, compiled once for any number of test processes."""
-    files = [SOURCES / "format.h", *sorted((SOURCES / "cuda").iterdir())]
-    key = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"slab-kernels-{os.getuid()}-{arch}-{key}.ptx"
-    if not target.exists():
-        fresh = target.with_suffix(f".{os.getpid()}")
-        command = [
-            find_nvcc(),
-            "-std=c++17",
-            "-O3",
-            f"-arch={arch}",
-            "-ptx",
-            str(SOURCES / "cuda/linear.cu"),
-            "-o",
-            str(fresh),
-        ]
-        subprocess.run(command, check=True)
-        fresh.replace(target)
-    return Module(target.read_text())
+def ptx(arch: str = "compute_80", only: tuple[str, ...] = ()) -> Module:
+    """The kernels' PTX, compiled once for any number of test processes; `only` as `sass.image` takes it."""
+    return Module(sass.image(arch, only).decode())
 
 
 def span(t: torch.Tensor) -> np.ndarray:
@@ -88,9 +64,9 @@ class Launched:
         self.dependent: list[bool] = []
 
 
-def run(x: torch.Tensor, state: CudaState, bias=None, gpu: Gpu = GPUS[0], arch: str = "compute_80",
+def run(x: torch.Tensor, state: CudaState, bias=None, gpu: Gpu = GPUS[0], kernels: Module | None = None,
         launched: Launched | None = None) -> torch.Tensor:  # fmt: skip
-    """`launch.linear` of CPU tensors on the emulated device."""
+    """`launch.linear` of CPU tensors on the emulated device, which has `kernels`; None: all, for sm_80."""
     with _Allocations() as memory:
 
         def queue(name, grid, block, shared_bytes, params, dependent):
@@ -107,7 +83,12 @@ def run(x: torch.Tensor, state: CudaState, bias=None, gpu: Gpu = GPUS[0], arch: 
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable)
             stats = launch(
-                ptx(arch)[name], grid, block, bytes(params), mapped, shared_bytes=shared_bytes
+                (kernels or ptx())[name],
+                grid,
+                block,
+                bytes(params),
+                mapped,
+                shared_bytes=shared_bytes,
             )
             if launched is not None:
                 launched.kernels.append(name)

@@ -13,10 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 from emulation import Launched, ptx, run
+from pairwise import grid, grid_of
 from ptx import PtxError
 
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda import layout, plan
+from slab_kernels.backends.cuda import layout, plan, sizes_of, tiles
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.layout import W16
 from slab_kernels.backends.cuda.tiles import (
@@ -25,7 +26,6 @@ from slab_kernels.backends.cuda.tiles import (
     TALL,
     TALL_TILES,
     WHOLE_TILES,
-    sizes_of,
 )
 from slab_kernels.format import PackedLayout, PackedWeight, bits
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
@@ -83,55 +83,41 @@ def bound(magnitude, exact, dtype, K):
     )
 
 
-EXACT = [(values, rank) for values in VALUE_LAYOUTS for rank in (0, 1, 2)]
-EXACT += [(values, rank) for values in (("fp16", None), ("int4", 32)) for rank in (4, 8)]
+@grid(**{
+    "dtype": DTYPES,
+    "values, group_size": VALUE_LAYOUTS,
+    "rank": (0, 1, 2, 4, 8),
+    "N, K, adapter_rank": ((70, 260, 4), (33, 1030, 0), (16, 128, 100)),
+    "M": TOKENS,
+})  # fmt: skip
+def test_small_integers_are_exact(dtype, values, group_size, rank, N, K, adapter_rank, M):
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True
+    )
+    y = run(x[:M], state, bias, A100)
+    assert torch.equal(y, exact[:M].to(dtype))
 
 
-@pytest.mark.parametrize("values, rank", EXACT)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_small_integers_are_exact(dtype, values, rank):
-    values, group_size = values
-    many = TOKENS if rank == 1 else (0, 1, 8, 9, 31, 64, 65, 257)
-    for N, K, adapter_rank, tokens in (
-        (70, 260, 4, many),
-        (33, 1030, 0, (1, 16, 33, 70)),
-        (16, 128, 100, (5, 65)),
-    ):
-        _, state, x, bias, exact, _ = problem(
-            PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True
-        )
-        for M in tokens:
-            y = run(x[:M], state, bias, A100)
-            assert torch.equal(y, exact[:M].to(dtype)), (N, K, adapter_rank, M)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_against_fp64(dtype, values, group_size, rank):
-    for (N, K), adapter_rank in itertools.product(SHAPES, (0, 16, 100)):
-        if max(rank, adapter_rank) > min(N, K):
-            continue
-        _, state, x, bias, exact, magnitude = problem(
-            PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False
-        )
-        for M in (1, 9, 33, 130):
-            y = run(x[:M], state, bias.to(dtype), SMALL)
-            error = (y.double() - exact[:M]).abs()
-            assert bool((error <= bound(magnitude, exact, dtype, K)[:M]).all()), (
-                N,
-                K,
-                adapter_rank,
-                M,
-            )
+@grid(**{
+    "dtype": DTYPES,
+    "values, group_size, rank": [(*values, rank) for values in VALUE_LAYOUTS for rank in (0, 1, 2)],
+    "N, K": SHAPES,
+    "adapter_rank": (0, 16, 100),
+    "M": (1, 9, 33, 130),
+})  # fmt: skip
+def test_against_fp64(dtype, values, group_size, rank, N, K, adapter_rank, M):
+    rank, adapter_rank = min(rank, N, K), min(adapter_rank, N, K)
+    _, state, x, bias, exact, magnitude = problem(
+        PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False
+    )
+    y = run(x[:M], state, bias.to(dtype), SMALL)
+    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all())
 
 
 def tile_name(value) -> str:
-    return (
-        f"{value.warp_rows}x{value.warp_tokens}x{value.warp_inputs}"
-        if isinstance(value, plan.Tile)
-        else str(value)
-    )
+    if isinstance(value, plan.Tile):
+        return f"{value.warp_rows}x{value.warp_tokens}x{value.warp_inputs}"
+    return str(value)
 
 
 FORCED = [
@@ -146,19 +132,37 @@ FORCED += [(tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
 FITTING = replace(A100, shared_limit=232448)  # an H200's
 
 
-@pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", 128)])
-@pytest.mark.parametrize("tile, tokens, splits", FORCED, ids=tile_name)
+def forced_tokens(tile, tokens) -> int:
+    """A ragged number of tokens for a warp's tile of so many."""
+    return tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+
+
+def fits(tile, tokens, splits, values, group_size) -> bool:
+    """Whether choose() could ever take this tile."""
+    kind = {"fp16": W16, "int8": layout.INT8, "int4": layout.INT4}[values]
+    some = tiles.CudaSizes(140, (149,), kind, (group_size or 128) // 32, 1, 2)
+    M = forced_tokens(tile, tokens)
+    return plan.evaluate(some, M, FITTING, tile, tokens, splits) is not None
+
+
+FORCED_VALUES = [
+    (*case, *values)
+    for case in FORCED
+    for values in (("fp16", None), ("int8", 64), ("int4", 128))
+    if fits(*case, *values)
+]
+
+
+@grid_of("tile, tokens, splits, values, group_size", FORCED_VALUES, tile_name)
 def test_every_tile_of_the_tables(forced, tile, tokens, splits, values, group_size):
     """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs, idle K groups."""
     _, state, x, bias, exact, _ = problem(
         PackedLayout(149, 140, values, group_size, 1, 20), torch.float16, True
     )
-    M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+    M = forced_tokens(tile, tokens)
     forced(
         lambda s: plan.evaluate(s, M, FITTING, tile if s.rank else SPLIT_TILES[-1], tokens, splits)
     )
-    if plan.evaluate(sizes(state), M, FITTING, tile, tokens, splits) is None:
-        pytest.skip("this tile never fits: choose() never takes it")
     launched = Launched()
     y = run(x[:M], state, bias, FITTING, launched=launched)
     assert torch.equal(y, exact[:M].half())
@@ -192,6 +196,7 @@ def test_tall_tiles(forced, values, rank, tokens, tile):
     assert launched.kernels[1] == f"tall_fp16_{kind}_{'one' if rank else 'none'}_t{tokens}"
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_library_is_executed(forced):
     """By name: nothing ships that these tests cannot reach."""
     seen = Launched()
@@ -242,41 +247,33 @@ def test_every_kernel_of_the_library_is_executed(forced):
     assert set(seen.kernels) == set(ptx().names)
 
 
-# Each number of planes, type, value layout and rank with every other; sizes, tokens and adapters take turns.
-PLANES = [
-    (planes, dtype, values, rank, turn)
-    for turn, (planes, values, rank, dtype) in enumerate(
-        itertools.product(
-            (2, 3), (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)), (1, 2, 3), DTYPES
-        )
-    )
-]
-PLANES_SIZES = (
-    (34, 260, 4, None),
-    (33, 140, 0, None),
-    (17, 197, 20, "int8"),
-)  # N, K, the adapter's rank and its values
-
-
-@pytest.mark.parametrize("planes, dtype, values, rank, turn", PLANES)
-def test_several_planes(planes, dtype, values, rank, turn):
+@grid(**{
+    "planes": (2, 3),
+    "dtype": DTYPES,
+    "values, group_size": (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)),
+    "rank": (1, 2, 3),
+    "N, K, adapter_rank, adapter_values": (
+        (34, 260, 4, None), (33, 140, 0, None), (17, 197, 20, "int8"),
+    ),
+    "M, tokens": ((1, 8), (9, 32), (40, 32), (66, 32)),
+})  # fmt: skip
+def test_several_planes(
+    planes, dtype, values, group_size, rank, N, K, adapter_rank, adapter_values, M, tokens
+):
     """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real numbers against fp64."""
-    N, K, adapter_rank, stored = PLANES_SIZES[(turn // 4 + turn) % 3]
     packed_layout = PackedLayout(
-        N, K, *values, rank, adapter_rank, planes=planes, adapter_values=stored
+        N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=adapter_values
     )
     _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
+    launched = Launched()
+    y = run(x[:M], state, bias, A100, launched=launched)
+    assert torch.equal(y, exact[:M].to(dtype))
     which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
-    for M, tokens in (((1, 8), (40, 32)), ((9, 32), (66, 32)))[(turn // 2 + turn) % 2]:
-        launched = Launched()
-        y = run(x[:M], state, bias, A100, launched=launched)
-        assert torch.equal(y, exact[:M].to(dtype)), M
-        name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
-        assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
+    name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
+    assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
     _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
-    M = (9, 1, 66, 40)[(turn // 2) % 4]
     y = run(x[:M], state, bias.to(dtype), SMALL)
-    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all()), M
+    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all())
 
 
 @pytest.mark.parametrize("tile", [*SPLIT_TILES, *WHOLE_TILES], ids=tile_name)
@@ -530,7 +527,8 @@ def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
     )
     forced(lambda s: plan.evaluate(s, 4, A100, SPLIT_TILES[3], 8, splits if s.values == W16 else 2))
     launched = Launched()
-    y = run(x[:4], state, bias, A100, arch="compute_90", launched=launched)
+    kernels = ptx("compute_90", only=("linear_w16_one_t8", "adapter_t8"))
+    y = run(x[:4], state, bias, A100, kernels, launched)
     assert torch.equal(y, exact[:4].half())
     assert launched.dependent == [bool(d) for d in dependent]
     for early, stats in zip(launched.dependent, launched.stats, strict=True):

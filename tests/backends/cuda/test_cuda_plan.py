@@ -349,7 +349,8 @@ def test_sizes_that_fit_nowhere_are_refused():
     tiny = replace(A100, shared_limit=16384)
     for M in (1, 16, 17, 64):
         with pytest.raises(
-            ValueError, match=r"no tile of CudaSizes\(K=4096, .*\) fits 16384 bytes of shared memory"
+            ValueError,
+            match=r"no tile of CudaSizes\(K=4096, .*\) fits 16384 bytes of shared memory",
         ):
             choose(CudaSizes(4096, (64,), W16, 4, 16, 0), M, tiny)
     assert isinstance(choose(CudaSizes(4096, (64,), W16, 4, 16, 0), 65, tiny), Rebuild), (

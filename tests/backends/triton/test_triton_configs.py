@@ -20,7 +20,7 @@ from slab_kernels.backends.triton import configs, launch, row_files, rows
 from slab_kernels.backends.triton.configs import choose, splits
 from slab_kernels.backends.triton.row_files import read, row_from, row_to
 from slab_kernels.backends.triton.rows import Row, TileConfig, TritonDevice, TritonSizes
-from slab_kernels.cli.main import console
+from slab_kernels.cli import console
 from slab_kernels.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
