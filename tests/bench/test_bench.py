@@ -1,4 +1,5 @@
-"""Layer timing: what a row says, how samples are taken, ceilings, other libraries' kernels, and that wrong results are never timed.
+"""Layer timing: what a row says, how samples are taken, ceilings, other libraries' kernels, and
+that wrong results are never timed.
 
 No GPU is needed: the CUDA clock runs against a fake `torch.cuda`.
 """
@@ -34,7 +35,8 @@ spec.loader.exec_module(bench_linear)
 
 
 class FakeClock:
-    """Says how long a call takes instead of measuring it: 1 ms, from cache 0.5 ms; every fourth byte is too many for the cache."""
+    """Says how long a call takes instead of measuring it: 1 ms, from cache 0.5 ms; every fourth
+    byte is too many for the cache."""
 
     def __init__(self, has_warm: bool = True, cache: int = 4096):
         self.has_warm, self.cache, self.seen = has_warm, cache, []
@@ -271,7 +273,8 @@ def test_unknown_names_are_refused():
 
 
 class FakeCuda:
-    """Counts time in calls: an event notes how many calls were run, or replayed, before it; a call takes a millisecond."""
+    """Counts time in calls: an event notes how many calls were run, or replayed, before it; a call
+    takes a millisecond."""
 
     def __init__(self, l2: int = 1 << 20, free: int = 1 << 40, captures: bool = True):
         self.properties, self.free, self.captures = (
@@ -474,7 +477,8 @@ def test_fused_shapes_are_those_of_the_design():
 
 @pytest.mark.parametrize("size", QWEN)
 def test_sizes_of_qwen_add_up(size):
-    """Attention and MLP weights of all blocks: the published number, up to its rounding (biases and norms are below 0.1 %)."""
+    """Attention and MLP weights of all blocks: the published number, up to its rounding (biases and
+    norms are below 0.1 %)."""
     blocks, billions = QWEN[size]
     total = blocks * sum(n * k for n, k in MODELS[f"qwen2.5-{size}"].fused()) / 1e9
     assert total == pytest.approx(billions, rel=0.01)

@@ -1,5 +1,6 @@
-"""`slab-kernels tune` without a GPU: what is timed, what wins, what is written, on weights and a clock that say how long a
-configuration takes. The real weight runs in Triton's interpreter, in a process of its own.
+"""`slab-kernels tune` without a GPU: what is timed, what wins, what is written, on weights and a
+clock that say how long a configuration takes. The real weight runs in Triton's interpreter, in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class TritonError(Exception):
 
 
 class FakeWeight:
-    """Takes `seconds(config, m)`, gives wrong results for `wrong` and raises `errors[config]`; notes what was asked."""
+    """Takes `seconds(config, m)`, gives wrong results for `wrong` and raises `errors[config]`;
+    notes what was asked."""
 
     def __init__(self, seconds=lambda config, m: SLOW, wrong=(), errors=()):
         self.seconds, self.wrong, self.errors, self.log = seconds, wrong, dict(errors), []

@@ -1,6 +1,8 @@
-"""The CUDA backend around its kernels, without a GPU: prepared layouts, refusals, the registered op, SlabLinear's path to it.
+"""The CUDA backend around its kernels, without a GPU: prepared layouts, refusals, the registered
+op, SlabLinear's path to it.
 
-`emulated` lets the op take CPU tensors and interprets what it launches, so that all but the driver is the real thing.
+`emulated` lets the op take CPU tensors and interprets what it launches, so that all but the
+driver is the real thing.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def half(*shape):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """The op on CPU tensors, and a dispatch that finds no fault with them. Yields the device, to be replaced."""
+    """The op on CPU tensors, and a dispatch that finds no fault with them. Yields the device, to be
+    replaced."""
     device = SimpleNamespace(gpu=A100)
     real = cuda.CudaBackend.not_supported_reasons
 
@@ -73,7 +76,8 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_stream_holds_the_weight(dtype, values, group_size):
-    """`dense` and `adapters` undo `prepare`: to the bit where both types hold the numbers, else to one rounding each."""
+    """`dense` and `adapters` undo `prepare`: to the bit where both types hold the numbers, else to
+    one rounding each."""
     for integers, (N, K), rank in (
         (i, shape, r) for i in (True, False) for shape in SHAPES for r in (0, 1, 2, 16)
     ):
@@ -111,7 +115,8 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
 @pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", None)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
-    """Rows of each part start at a multiple of 16; magnitudes of V and Q differ by powers of two between the parts."""
+    """Rows of each part start at a multiple of 16; magnitudes of V and Q differ by powers of two
+    between the parts."""
     rows, K, parts = (33, 5, 48, 16), 260, []
     for i, n in enumerate(rows):
         part = random_packed(PackedLayout(n, K, values, group_size, 2, 4), seed=n, integers=True)
@@ -184,7 +189,8 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     "planes, most", [(1, 65504), (2, 43648), (3, 37408)]
 )  # fp16 numbers whose 1.5 and 1.75 times still round to 65504 at most
 def test_levels_of_several_ranks_must_fit_fp16(planes, most):
-    """Their kernel rounds u times the largest level; of rank 1 u multiplies fp32 sums and need fit only itself."""
+    """Their kernel rounds u times the largest level; of rank 1 u multiplies fp32 sums and need fit
+    only itself."""
     for rank, largest in ((2, most), (1, 65504)):
         packed = random_packed(
             PackedLayout(16, 64, "fp16", None, rank, planes=planes, factors="fp32")
@@ -388,7 +394,8 @@ def test_fake_kernels(name):
 @pytest.mark.parametrize("values", [("fp16", None), ("int8", 64), ("int4", 32)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_against_autograd(dtype, values, rank, adapter_rank):
-    """Two fused parts, small integers: to the bit, whatever the leading dimensions and whichever gradients are wanted."""
+    """Two fused parts, small integers: to the bit, whatever the leading dimensions and whichever
+    gradients are wanted."""
     parts = [
         random_packed(PackedLayout(n, 200, *values, rank, adapter_rank), seed=n, integers=True)
         for n in (37, 16)

@@ -1,4 +1,5 @@
-"""The CUDA kernels compile without a GPU, by nvcc and by NVRTC; the cache, the images of setup.py, and what a wheel holds."""
+"""The CUDA kernels compile without a GPU, by nvcc and by NVRTC; the cache, the images of setup.py,
+and what a wheel holds."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from slab_kernels.backends.cuda import compile as recipe
 from slab_kernels.backends.cuda import images, nvrtc
 
 ROOT = Path(__file__).resolve().parents[3]
-# Small, with everything that the real source has: format.h, a header beside it, one struct by value.
+# Small, with everything that the real source has: format.h, a header beside it, one struct by
+# value.
 SMALL = {
     "format.h": (ROOT / "csrc/format.h").read_text(encoding="utf-8"),
     "cuda/ptx.cuh": '#pragma once\n#include "../format.h"\n__device__ inline uint32_t twice(uint32_t n) { return 2 * n; }\n',

@@ -1,4 +1,5 @@
-"""backends/cuda/driver.py against a libcuda that only remembers (fake_cuda.c): what is packed, loaded, allowed and said."""
+"""backends/cuda/driver.py against a libcuda that only remembers (fake_cuda.c): what is packed,
+loaded, allowed and said."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def fake(library, fresh, monkeypatch):
-    """A machine with four devices: 0 and 1 of capability 9.0, the others 8.6; one image, of one unit."""
+    """A machine with four devices: 0 and 1 of capability 9.0, the others 8.6; one image, of one
+    unit."""
     monkeypatch.setattr(driver, "LIBRARY", str(library))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(images, "kernel_units", lambda: ["linear"])
@@ -138,7 +140,8 @@ def test_loading_ahead_launches_nothing(fake):
     ("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))]
 )
 def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
-    """The image decides, not the device: a PTX of compute_80 on a newer device has no griddepcontrol.wait in it."""
+    """The image decides, not the device: a PTX of compute_80 on a newer device has no
+    griddepcontrol.wait in it."""
     fake.ptx_version = ptx
     launch(device=0, dependent=asked)
     assert (fake.last.count, fake.last.attribute, fake.last.value) == seen

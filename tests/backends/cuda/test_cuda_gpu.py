@@ -1,6 +1,8 @@
-"""The CUDA kernels on a real GPU, natively: what the emulated device (test_cuda_kernels.py) cannot show.
+"""The CUDA kernels on a real GPU, natively: what the emulated device (test_cuda_kernels.py) cannot
+show.
 
-Bodies that need none are `check_*`: test_cuda_backend.py runs them on the emulated device, so that they work on the day.
+Bodies that need none are `check_*`: test_cuda_backend.py runs them on the emulated device, so
+that they work on the day.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def forced(monkeypatch):
-    """forced(tile, tokens of a warp, splits): the linear's plan, whatever the model says; adapters keep theirs."""
+    """forced(tile, tokens of a warp, splits): the linear's plan, whatever the model says; adapters
+    keep theirs."""
 
     def force(*how):
         chosen = lambda s, M, gpu: (
@@ -100,8 +103,8 @@ def forgetful(monkeypatch):
 
 
 def check_exact(linear, device, dtype, values, rank, shapes, tokens) -> None:
-    """Small integers come out bit for bit, whatever the order of summation; but cuBLAS, which multiplies a rebuilt weight, may
-    round shares of K, or a sum before the bias."""
+    """Small integers come out bit for bit, whatever the order of summation; but cuBLAS, which
+    multiplies a rebuilt weight, may round shares of K, or a sum before the bias."""
     for N, K, adapter_rank in shapes:
         it = layer(PackedLayout(N, K, *values, rank, adapter_rank), dtype, True, device)
         for M in tokens:
@@ -134,7 +137,8 @@ def test_small_integers_are_exact(dtype, values, rank, poisoned):
 
 
 def check_rebuilt(linear, device, dtype, values, rank, planes) -> None:
-    """The rebuilt weight itself is exact to its one rounding: the identity as x leaves cuBLAS nothing to add."""
+    """The rebuilt weight itself is exact to its one rounding: the identity as x leaves cuBLAS
+    nothing to add."""
     N, K = 70, 260
     packed = random_packed(PackedLayout(N, K, *values, rank, planes=planes), N, integers=True).to(
         device
@@ -204,7 +208,8 @@ def test_every_tile_of_the_tables(forced, values, rank):
 
 
 def check_strided(linear, device, M, K) -> None:
-    """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all tokens."""
+    """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all
+    tokens."""
     it = layer(PackedLayout(33, K, "fp16", rank=1), torch.float16, True, device)
     want, wide = (
         it.exact[:M].half(),
@@ -230,7 +235,8 @@ def test_strided_and_unaligned_activations(M, K, poisoned):
 @pytest.mark.parametrize("values", [("fp16", None), ("bf16", None), ("int8", 128), ("int4", 128)])
 @both_types
 def test_error_is_at_most_that_of_cublas(dtype, values, M):
-    """Root mean square against fp64, cuBLAS on the same weight rounded to the activations' type: at most 1.5 times."""
+    """Root mean square against fp64, cuBLAS on the same weight rounded to the activations' type: at
+    most 1.5 times."""
     it = layer(PackedLayout(1024, 4096, *values, 1), dtype, False)
     exact = it.exact[:M] - it.bias.double()
     dense = torch.nn.functional.linear(it.x[:M], it.packed.dense().to(dtype))
@@ -285,7 +291,8 @@ def test_a_token_does_not_depend_on_the_others(dtype, layout):
 
 @pytest.mark.parametrize("M", [1, 12, 60])
 def test_launches_that_overlap_wait_for_each_other(forced, M):
-    """Adapter, linear and the sum of K-splits, back to back: a kernel that read too early would see the call before."""
+    """Adapter, linear and the sum of K-splits, back to back: a kernel that read too early would see
+    the call before."""
     forced(plan.SPLIT_TILES[5], next(tokens for tokens in tiles.REGISTERS if tokens >= M), 4)
     it = layer(PackedLayout(300, 4104, "fp16", None, 1, 4), torch.float16, True)
     first, second = launches(it.state, M)
@@ -301,7 +308,8 @@ def test_launches_that_overlap_wait_for_each_other(forced, M):
 @pytest.mark.parametrize("M", [1, 12, 40, 200])
 @both_layouts
 def test_graph_capture_and_replay(layout, M, forgetful):
-    """The very first launch may be captured, for `prepare` has loaded every kernel. Replays see changed inputs."""
+    """The very first launch may be captured, for `prepare` has loaded every kernel. Replays see
+    changed inputs."""
     it = layer(layout, torch.float16, False)
     want = [native(it.x[start : start + M], it.state, it.bias) for start in (0, 5, 400)]
     forgetful()
@@ -322,7 +330,8 @@ def test_graph_capture_and_replay(layout, M, forgetful):
 
 @both_layouts
 def test_two_streams_at_once(layout):
-    """Calls share nothing but the layer, neither partial sums nor z, and wait for what their stream does before them."""
+    """Calls share nothing but the layer, neither partial sums nor z, and wait for what their stream
+    does before them."""
     it, streams = layer(layout, torch.float16, False), [torch.cuda.Stream() for _ in range(2)]
     for M in (1, 40):
         xs, results = [torch.zeros_like(it.x[:M]) for _ in streams], [[], []]
@@ -430,7 +439,8 @@ def test_compile_fullgraph():
 
 
 def test_module_on_a_gpu():
-    """Half types on these kernels, fp32 on Triton's or the reference; gradients of x and bias; there and back again."""
+    """Half types on these kernels, fp32 on Triton's or the reference; gradients of x and bias;
+    there and back again."""
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, True)
     module = SlabLinear.from_packed(it.packed, it.bias)
     other = "reference" if dispatch.backend("triton").missing(DEVICE) else "triton"
@@ -521,7 +531,8 @@ def test_compute_sanitizer(tool):
         or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     ):
         pytest.skip("no compute-sanitizer")
-    # Not ours to judge: how cuBLAS (110 tokens) shares memory, and torch's calls that ask for what a device may lack.
+    # Not ours to judge: how cuBLAS (110 tokens) shares memory, and torch's calls that ask for what
+    # a device may lack.
     more, tokens = (
         (["--report-api-errors", "no"], "1 12 40 70 110")
         if tool == "memcheck"

@@ -1,6 +1,8 @@
-"""The CUDA kernels, executed without a GPU: the PTX that nvcc emits against the fp64 oracle (tests/backends/cuda/emulation.py).
+"""The CUDA kernels, executed without a GPU: the PTX that nvcc emits against the fp64 oracle
+(tests/backends/cuda/emulation.py).
 
-Small integers come out bit-exact whatever the order of summation, so any wrong lane, nibble, sign or tail shows.
+Small integers come out bit-exact whatever the order of summation, so any wrong lane, nibble,
+sign or tail shows.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257, 1000)
 DTYPES = (torch.float16, torch.bfloat16)
-# Rebuilding the weight for cuBLAS must not take the fused kernels' work here: a GPU whose cuBLAS is slow.
+# Rebuilding the weight for cuBLAS must not take the fused kernels' work here: a GPU whose cuBLAS is
+# slow.
 A100 = replace(GPUS[0], gemm_rate=1e-9)
 SMALL = replace(GPUS[2], gemm_rate=1e-9)  # 99 KB of shared memory
 
@@ -76,7 +79,8 @@ def same_bits(a, b):
 
 
 def bound(magnitude, exact, dtype, K):
-    """fp32 accumulation, one rounding of the result, and the operands': v, v * x (bf16: u, fp16 values too), P, Q, z."""
+    """fp32 accumulation, one rounding of the result, and the operands': v, v * x (bf16: u, fp16
+    values too), P, Q, z."""
     operands = 4 * ROUNDOFF[dtype]
     return (
         magnitude * (operands + 2.0**-24 * (8 + 4 * K**0.5)) + exact.abs() * ROUNDOFF[dtype] + 1e-30
@@ -155,7 +159,8 @@ FORCED_VALUES = [
 
 @grid_of("tile, tokens, splits, values, group_size", FORCED_VALUES, tile_name)
 def test_every_tile_of_the_tables(forced, tile, tokens, splits, values, group_size):
-    """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs, idle K groups."""
+    """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs,
+    idle K groups."""
     _, state, x, bias, exact, _ = problem(
         PackedLayout(149, 140, values, group_size, 1, 20), torch.float16, True
     )
@@ -260,7 +265,8 @@ def test_every_kernel_of_the_library_is_executed(forced):
 def test_several_planes(
     planes, dtype, values, group_size, rank, N, K, adapter_rank, adapter_values, M, tokens
 ):
-    """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real numbers against fp64."""
+    """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real
+    numbers against fp64."""
     packed_layout = PackedLayout(
         N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=adapter_values
     )
@@ -310,7 +316,8 @@ def test_every_tile_of_the_tables_with_planes(forced, tile):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
-    """By `dense_*_any`: one rounding on every entry. And what gradients take, `layout.dense`, is the same weight."""
+    """By `dense_*_any`: one rounding on every entry. And what gradients take, `layout.dense`, is
+    the same weight."""
     forced(lambda s: plan.rebuild(s, 65, A100))
     for (N, K), planes, rank in itertools.product(((5, 7), (33, 172)), (2, 3), (1, 3)):
         packed = random_packed(
@@ -367,7 +374,8 @@ def test_a_token_does_not_depend_on_the_others_with_planes(dtype, rank):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 20, 100])
 def test_every_pattern_and_sign_at_every_lane(M, dtype):
-    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 48 rows and 144 groups meet each at each place."""
+    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 48 rows and 144 groups meet
+    each at each place."""
     N, K = 48, 4 * 144
     row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
     nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
@@ -471,9 +479,11 @@ def test_bias(M, bias_type):
 def test_error_against_a_dense_gemm_of_the_same_weight(
     dtype, values, adapter_rank, outlier, size, M
 ):
-    """Root mean square, against fp64, of ours and of x W^T with W rounded to the activations' type: at most 1.5 times.
+    """Root mean square, against fp64, of ours and of x W^T with W rounded to the activations' type:
+    at most 1.5 times.
 
-    Also where one input has a large v (its x is small, as where a method has made v large) and all activations are small.
+    Also where one input has a large v (its x is small, as where a method has made v large) and
+    all activations are small.
     """
     group_size = None if values == "fp16" else 128
     packed = random_packed(PackedLayout(128, 1024, values, group_size, 1, adapter_rank), seed=5)
@@ -520,8 +530,8 @@ def test_the_rebuilt_weight(forced, dtype, values, group_size):
     [(16, 1, [0, 1]), (0, 1, [0]), (0, 4, [0, 1]), (16, 4, [0, 1, 1])],
 )
 def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
-    """compute_90 text: the linear waits for z, the sum of splits for the linear; nothing else starts early, since the
-    first kernel of a call may still be writing x."""
+    """compute_90 text: the linear waits for z, the sum of splits for the linear; nothing else
+    starts early, since the first kernel of a call may still be writing x."""
     _, state, x, bias, exact, _ = problem(
         PackedLayout(64, 640, "fp16", None, 1, adapter_rank), torch.float16, True
     )
@@ -551,7 +561,8 @@ def test_the_parameters_are_those_of_the_kernels():
     "name", ["linear_fp16_w16_one_t8", "linear_fp16_int8_one_t16", "linear_fp16_int4_one_t64"]
 )
 def test_shared_memory_banks(forced, name):
-    """Exact counts from the real addresses: the main loop's loads meet no bank twice; a tenth is left for the epilogue."""
+    """Exact counts from the real addresses: the main loop's loads meet no bank twice; a tenth is
+    left for the epilogue."""
     values = {"w16": "fp16", "int8": "int8", "int4": "int4"}[name.split("_")[2]]
     group_size = None if values == "fp16" else 128
     _, state, x, bias, _, _ = problem(
@@ -569,7 +580,8 @@ def test_shared_memory_banks(forced, name):
 
 
 def test_a_damaged_stream_is_found():
-    """The harness can fail: a short stream is out of bounds, an illegal nibble is refused, a lost sign is a wrong number."""
+    """The harness can fail: a short stream is out of bounds, an illegal nibble is refused, a lost
+    sign is a wrong number."""
     _, state, x, bias, exact, _ = problem(
         PackedLayout(33, 260, "fp16", rank=1), torch.float16, True
     )

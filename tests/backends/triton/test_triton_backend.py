@@ -1,4 +1,5 @@
-"""The Triton backend around its kernels, without a GPU and without the interpreter: refusals, states, the op's outside."""
+"""The Triton backend around its kernels, without a GPU and without the interpreter: refusals,
+states, the op's outside."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def half(*shape):
 
 @with_triton
 def test_everything_in_tritons_interpreter(request):
-    """test_triton_interpreter.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    """test_triton_interpreter.py in a process of its own: Triton reads TRITON_INTERPRET when it is
+    imported."""
     options = [f"--{name}" for name in ("full", "quick") if request.config.getoption(name)]
     command = [
         sys.executable,
@@ -136,7 +138,8 @@ def test_reasons_in_the_interpreter(monkeypatch):
 
 
 def test_its_place_in_dispatch(monkeypatch):
-    """After the CUDA kernels and the CPU's, before the reference; where only those have a reason against them it is taken."""
+    """After the CUDA kernels and the CPU's, before the reference; where only those have a reason
+    against them it is taken."""
     assert (
         dispatch.ORDER.index("cuda")
         < dispatch.ORDER.index("triton")
@@ -190,7 +193,8 @@ def test_activations_and_biases_are_checked_in_words():
 
 @pytest.mark.parametrize("made, asked", list(itertools.permutations(DTYPES, 2)))
 def test_a_state_of_other_activations_is_refused_where_it_matters(made, asked):
-    """16-bit values and adapters are read as the activations' type: another one would come out wrong without a word."""
+    """16-bit values and adapters are read as the activations' type: another one would come out
+    wrong without a word."""
     for layout in (SMALL, replace(SMALL, adapter_rank=0), PackedLayout(24, 200, "int8", 64, 1, 3)):
         state = launch.prepare((random_packed(layout),), made)
         x = torch.ones(1, 200, dtype=asked)
@@ -245,7 +249,8 @@ def test_one_weight_is_not_copied(dtype, values, group_size):
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (4, 0), (0, 16), (1, 100)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors_lie_as_the_kernels_read_them(dtype, rank, adapter_rank):
-    """V by position in the group of four, so that a group's neighbours are neighbours; ranks of an adapter padded to 16."""
+    """V by position in the group of four, so that a group's neighbours are neighbours; ranks of an
+    adapter padded to 16."""
     for N, K in ((5, 7), (17, 172)):
         packed = random_packed(PackedLayout(N, K, "int4", 32, rank, adapter_rank), integers=True)
         state, Kp = launch.prepare((packed,), dtype), packed.layout.padded_in_features
@@ -409,7 +414,8 @@ def test_importing_loads_no_triton_and_reads_no_file():
     (16, 2, 100, {"adapter": (2, 2), "linear": (3, 2), "sum": (1,)}), (0, 2, 3, {}),
 ])  # fmt: skip
 def test_grids(monkeypatch, M, splits, adapter_rank, launched):
-    """z and sums of their own for every call, no launch for no token; fp32 tensors as they are, x without a copy."""
+    """z and sums of their own for every call, no launch for no token; fp32 tensors as they are, x
+    without a copy."""
     from slab_kernels.backends.triton import kernels
 
     found = {}

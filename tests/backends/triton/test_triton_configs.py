@@ -1,4 +1,5 @@
-"""Rows of configurations: their order, what a file may hold, and what the choice costs. No Triton, no GPU."""
+"""Rows of configurations: their order, what a file may hold, and what the choice costs. No Triton,
+no GPU."""
 
 from __future__ import annotations
 
@@ -301,7 +302,8 @@ def test_a_file_that_cannot_be_read(folders):
 
 
 def test_blocks_that_a_row_may_name_are_those_that_the_kernels_take():
-    """`tl.dot` wants 16 at least, Triton powers of two and 2^20 numbers at most; a unit is 16 inputs, and K-steps are 32 or more."""
+    """`tl.dot` wants 16 at least, Triton powers of two and 2^20 numbers at most; a unit is 16
+    inputs, and K-steps are 32 or more."""
     assert all(block >= 16 and block & (block - 1) == 0 for block in rows.BLOCKS)
     assert max(rows.BLOCKS) ** 2 <= 1 << 20 and min(rows.BLOCKS[1:]) >= 32
     assert set(rows.VALUES) == set(launch.ELEMENT)

@@ -1,8 +1,10 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: the problem grid in fp32 and fp16, the op, the modules.
+"""The Triton kernels in Triton's interpreter, on CPU tensors: the problem grid in fp32 and fp16,
+the op, the modules.
 
-Triton reads TRITON_INTERPRET when it is imported, and whoever compiles ahead of time needs it unset: this file runs in
-processes of its own. `make test` starts them; a plain `pytest` does in test_triton_backend.py. What the interpreter cannot
-show (bf16, `prmt` on pairs, TF32) is executed as PTX: test_triton_kernels.py.
+Triton reads TRITON_INTERPRET when it is imported, and whoever compiles ahead of time needs it
+unset: this file runs in processes of its own. `make test` starts them; a plain `pytest` does in
+test_triton_backend.py. What the interpreter cannot show (bf16, `prmt` on pairs, TF32) is
+executed as PTX: test_triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def test_the_problem_grid(case):
 
 @pytest.mark.parametrize("make", [checks.grid, checks.lean_grid])
 def test_any_two_choices_of_the_grid_meet(make):
-    """Tokens, splits and shape choose the tile: a small one would take minutes on the largest product."""
+    """Tokens, splits and shape choose the tile: a small one would take minutes on the largest
+    product."""
     cases = make(DTYPES)
     for pair in itertools.combinations(checks.Case._fields, 2):
         if pair[1] == "tile" and pair[0] in checks.DEALT_BY_COST:
@@ -97,7 +100,8 @@ def test_shares_of_K(dtype, adapter_rank):
 
 
 def term_by_term(a, b, dtype=None):
-    """numpy.matmul, each sum in the order of its terms wherever it stands: OpenBLAS's AVX2 kernels sum the last rows in another order."""
+    """numpy.matmul, each sum in the order of its terms wherever it stands: OpenBLAS's AVX2 kernels
+    sum the last rows in another order."""
     out = numpy.zeros((a.shape[0], b.shape[1]), dtype or a.dtype)
     for k in range(a.shape[1]):
         out += a[:, k : k + 1].astype(out.dtype) * b[k : k + 1].astype(out.dtype)
@@ -168,7 +172,8 @@ def test_nan_and_infinity_propagate(dtype, bad, M):
 
 @pytest.mark.parametrize("adapter_rank", [0, 4])
 def test_rows_of_x_beyond_two_to_the_31_elements(adapter_rank):
-    """Three of them, 2^30 + 24 numbers apart, in 4 GiB that are reserved and never committed (Linux's MAP_NORESERVE)."""
+    """Three of them, 2^30 + 24 numbers apart, in 4 GiB that are reserved and never committed
+    (Linux's MAP_NORESERVE)."""
     stride, it = (
         (1 << 30) + 24,
         checks.layer(
@@ -190,7 +195,8 @@ def test_rows_of_x_beyond_two_to_the_31_elements(adapter_rank):
 
 
 def test_the_largest_tile_needs_no_real_row():
-    """N = 1, K = 3, M = 1 in every shipped configuration: all but one lane of each is beyond an end."""
+    """N = 1, K = 3, M = 1 in every shipped configuration: all but one lane of each is beyond an
+    end."""
     for dtype, row in itertools.product(DTYPES, DEFAULTS):
         it = checks.layer(PackedLayout(1, 3, "int8", None, 1, 2), dtype, True, DEVICE)
         if not row.config.rebuild:
@@ -254,7 +260,8 @@ def test_export():
 
 
 def test_reasons(monkeypatch):
-    """bf16 comes out wrong without a word, so it is refused; by choice of its own, dispatch takes the CPU backend."""
+    """bf16 comes out wrong without a word, so it is refused; by choice of its own, dispatch takes
+    the CPU backend."""
     problem = LinearProblem(1, 24, 200, dtype=torch.float32)
     assert BACKEND.not_supported_reasons(problem) == []
     with pytest.raises(

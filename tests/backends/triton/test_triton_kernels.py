@@ -1,7 +1,8 @@
-"""The Triton kernels' own PTX for sm_80, executed instruction by instruction, bf16 included: launch.py runs unchanged.
+"""The Triton kernels' own PTX for sm_80, executed instruction by instruction, bf16 included:
+launch.py runs unchanged.
 
-Every access is checked against its tensor's bounds, shared memory for races, outputs start as NaN. Tiles are those that
-an A100 would get, so that the text executed is the text shipped.
+Every access is checked against its tensor's bounds, shared memory for races, outputs start as
+NaN. Tiles are those that an A100 would get, so that the text executed is the text shipped.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def test_decoding_by_more_planes(emulated, dtype, values, group, rank, adapter, 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("dtype", HALF)
 def test_levels_are_rounded_as_one_sign_is(emulated, dtype, rank, planes):
-    """A pruned entry once; to bf16 of rank 1 both factors besides. fp16's halves of u leave 2^-22, or the least subnormals."""
+    """A pruned entry once; to bf16 of rank 1 both factors besides. fp16's halves of u leave 2^-22,
+    or the least subnormals."""
     packed = random_packed(PackedLayout(64, 128, "fp16", None, rank, planes=planes))
     state, d = launch.prepare((packed,), dtype), unpack(packed)
     W, exact = (
@@ -128,13 +130,15 @@ def test_levels_are_rounded_as_one_sign_is(emulated, dtype, rank, planes):
     assert bool(((W - exact).abs() <= most)[~d.mask].all())
 
 
-# The interpreter's grid meets more of them in fp32; here is what it cannot show, three TF32 products.
+# The interpreter's grid meets more of them in fp32; here is what it cannot show, three TF32
+# products.
 @pytest.mark.parametrize("values, group, planes, rank, adapter", [
     ("fp16", None, 1, 3, 0), ("bf16", None, 2, 1, 16), ("int8", 128, 1, 1, 16),
     ("int4", None, 1, 3, 0), ("int3", 64, 3, 1, 16),
 ])  # fmt: skip
 def test_fp32_activations(emulated, values, group, planes, rank, adapter):
-    """Three TF32 products keep 22 bits of either factor: fp32's bound on random numbers, exact on small integers."""
+    """Three TF32 products keep 22 bits of either factor: fp32's bound on random numbers, exact on
+    small integers."""
     layout = PackedLayout(70, 152, values, group, rank, adapter, planes=planes)
     x, bias = whole((3, 152), torch.float32), whole((70,), torch.float32)
     packed = random_packed(layout, integers=True)
@@ -186,7 +190,8 @@ def test_the_weight_rebuilt(emulated, dtype, values, group, rank, adapter, plane
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_a_whole_layer_without_tails_goes_by_wide_copies(emulated, planes):
-    """K a multiple of the tile, N too: nothing is masked, and the loads are cp.async, of 16 bytes for values; signs are among them."""
+    """K a multiple of the tile, N too: nothing is masked, and the loads are cp.async, of 16 bytes
+    for values; signs are among them."""
     packed = random_packed(PackedLayout(64, 512, "fp16", None, 1, planes=planes), integers=True)
     x = whole((16, 512), torch.float16)
     exact(

@@ -1,6 +1,8 @@
-"""The machine code of the Triton kernels: every shipped configuration, compiled for every architecture without a GPU.
+"""The machine code of the Triton kernels: every shipped configuration, compiled for every
+architecture without a GPU.
 
-`python tests/backends/triton/triton_code.py` prints the README's table of warp instructions a weight.
+`python tests/backends/triton/triton_code.py` prints the README's table of warp instructions a
+weight.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ DEVICES = {
     90: TritonDevice("H100", 132, 232448, 90),
     120: TritonDevice("RTX 5090", 170, 101376, 120),
 }
-# With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes through fp32 in bf16.
+# With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes
+# through fp32 in bf16.
 VALUES = {"fp16": torch.float16, "int8": torch.bfloat16, "int4": torch.float16}
 N, K = 256, 1024  # whole tiles of every configuration: nothing is masked, as in models
 MANY = 4096  # tokens of a row without a limit
@@ -66,7 +69,8 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Each row with a kind of weight that gets it: value types apart, rank 1 if that gets it, else 4."""
+    """Each row with a kind of weight that gets it: value types apart, rank 1 if that gets it, else
+    4."""
     seen = set()
     for arch, device in DEVICES.items():
         for row in DEFAULTS:
@@ -121,9 +125,11 @@ def compiled(case: Case) -> Compiled:
 
 
 def planes_cases() -> Iterator[Case]:
-    """More planes: decoding everywhere, every other tile with three where code differs (sm_86 and sm_89 get sm_80's but for 1 %).
+    """More planes: decoding everywhere, every other tile with three where code differs (sm_86 and
+    sm_89 get sm_80's but for 1 %).
 
-    All of cases() with two and three planes, compiled once by hand, spilled nothing and kept to their rows' shared memory.
+    All of cases() with two and three planes, compiled once by hand, spilled nothing and kept to
+    their rows' shared memory.
     """
     for case in cases():
         decoding = case.tokens == 16 and case.dtype.itemsize == 2 and case.rank == 1

@@ -1,7 +1,8 @@
-"""Triton kernels without a GPU: compiled ahead of time, and the PTX that Triton emits for them, interpreted.
+"""Triton kernels without a GPU: compiled ahead of time, and the PTX that Triton emits for them,
+interpreted.
 
-`compile_kernel` and `run` are the two halves; `Emulated(kernel)[grid](...)` is called as the kernel itself would be and
-chooses the signature as Triton's launcher does.
+`compile_kernel` and `run` are the two halves; `Emulated(kernel)[grid](...)` is called as the
+kernel itself would be and chooses the signature as Triton's launcher does.
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ def compile_kernel(fn, signature: Mapping[str, str], constants: Mapping[str, Any
                    stages: int = 3, divisible: Iterable[str] = ()) -> Compiled:  # fmt: skip
     """Compile a @triton.jit function for sm_`arch`, once a process.
 
-    Every parameter is in `signature` ("*fp16", "*u32", "i32", ...) or in `constants`: constexprs, absent pointers (None),
-    and the integers that are 1, which Triton's launcher makes constants as well. `divisible`: arguments that are multiples
-    of 16, which that launcher finds out too; wide loads and cp.async depend on it.
-    Raises: RuntimeError where TRITON_INTERPRET=1 has replaced the compiler, ValueError for parameters given twice or never.
+    Every parameter is in `signature` ("*fp16", "*u32", "i32", ...) or in `constants`:
+    constexprs, absent pointers (None), and the integers that are 1, which Triton's launcher
+    makes constants as well. `divisible`: arguments that are multiples of 16, which that launcher
+    finds out too; wide loads and cp.async depend on it. Raises: RuntimeError where
+    TRITON_INTERPRET=1 has replaced the compiler, ValueError for parameters given twice or never.
     """
     if triton.knobs.runtime.interpret or not isinstance(fn, triton.JITFunction):
         raise RuntimeError(
@@ -111,13 +113,15 @@ def _compile(fn, signature, constants, arch, warps, stages, divisible) -> Compil
 
 def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch.Tensor | int | float],
         outputs: Iterable[str], **options) -> Counter[str]:  # fmt: skip
-    """Execute a grid on CPU tensors; `outputs` names the tensors that may be written. Returns `ptx.launch`'s counts.
+    """Execute a grid on CPU tensors; `outputs` names the tensors that may be written. Returns
+    `ptx.launch`'s counts.
 
-    Nothing outside a tensor's first to last element can be touched, and nothing beside it is mapped: every tensor has
-    addresses of its own, with the alignment of its real one modulo 4096. Outputs keep their contents, so fill them with
-    NaN first. Triton's last two pointers, scratch memory that no kernel here asks for, are null. `options` are
-    `ptx.launch`'s: check_races, equal_writes, chunk.
-    Raises: ptx.PtxError for any fault; ValueError for arguments that the kernel was not compiled for.
+    Nothing outside a tensor's first to last element can be touched, and nothing beside it is
+    mapped: every tensor has addresses of its own, with the alignment of its real one modulo
+    4096. Outputs keep their contents, so fill them with NaN first. Triton's last two pointers,
+    scratch memory that no kernel here asks for, are null. `options` are `ptx.launch`'s:
+    check_races, equal_writes, chunk. Raises: ptx.PtxError for any fault; ValueError for
+    arguments that the kernel was not compiled for.
     """
     outputs = set(outputs)
     if arguments.keys() != compiled.signature.keys() or not outputs <= arguments.keys():
@@ -130,7 +134,8 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
             f"{compiled.name}'s entry takes {len(kernel.parameters)} parameters, not its arguments and 2"
         )
     buffer = bytearray(kernel.parameter_bytes)
-    # The entry's parameters are the launch arguments in order, then the scratch pointers, which stay null.
+    # The entry's parameters are the launch arguments in order, then the scratch pointers, which
+    # stay null.
     for k, ((name, type_), offset) in enumerate(
         zip(compiled.signature.items(), kernel.parameters.values(), strict=False)
     ):
@@ -151,7 +156,8 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
             struct.pack_into(f"<{format_}", buffer, offset, value)
         except struct.error as error:
             raise ValueError(f"{name} = {value!r}: {error}") from None
-    # Where a tile is too small for all warps, Triton lets several hold the same part of it and store it twice: allowed if
+    # Where a tile is too small for all warps, Triton lets several hold the same part of it and
+    # store it twice: allowed if
     # the bytes are the same (ptx/races.py).
     options = {"equal_writes": True} | options
     return launch(
@@ -160,7 +166,8 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
 
 
 class Emulated:
-    """Stands where a @triton.jit function stood: `Emulated(fn, ("y_ptr",))[grid](*args, num_warps=4)` on CPU tensors.
+    """Stands where a @triton.jit function stood: `Emulated(fn, ("y_ptr",))[grid](*args,
+    num_warps=4)` on CPU tensors.
 
     With execute=False launches are compiled and recorded only.
     """
