@@ -626,8 +626,20 @@ def test_command_line(capsys):
 
 def test_pictures_show_weights_from_memory():
     def row(backend, cache, m=1):
-        return {"n": 4, "k": 4, "m": m, "dtype": "fp16", "backend": backend, "values": "", "cache": cache, "median_us": 1.0,
-                "speedup_vs_dense": 1.0, "gbytes_per_s": 1.0, "roofline": 0.5, "bound": "bytes"}  # fmt: skip
+        return {
+            "n": 4,
+            "k": 4,
+            "m": m,
+            "dtype": "fp16",
+            "backend": backend,
+            "values": "",
+            "cache": cache,
+            "median_us": 1.0,
+            "speedup_vs_dense": 1.0,
+            "gbytes_per_s": 1.0,
+            "roofline": 0.5,
+            "bound": "bytes",
+        }
 
     both = [row("dense", "cold"), row("dense", "warm"), row("cuda", "warm")]
     assert tables.cold(both) == [both[0], both[2]]

@@ -569,7 +569,10 @@ def test_a_bad_file_ends_the_command_with_exit_code_3(gpu, folder, capsys):
 
 
 def test_importing_it_loads_no_triton():
-    code = "import sys, slab_kernels.bench.tune; print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
+    code = (
+        "import sys, slab_kernels.bench.tune; print([m for m in sys.modules if m.split('.')[0] == "
+        "'triton'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

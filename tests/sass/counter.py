@@ -40,19 +40,19 @@ SHARING = (
 )
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by
-# name. IMAD
-# is the shift, move and add that ptxas puts where the ALU is full; uniform instructions take an
-# issue slot of
-# their warp too.
+# name. IMAD is the shift, move and add that ptxas puts where the ALU is full; uniform instructions
+# take an issue slot of their warp too.
 PIPES = {
     "tensor": "HMMA IMMA QMMA",
-    "alu": "LOP3 PLOP3 IADD3 IADD VIADD SHF PRMT ISETP SEL LEA MOV IABS IMNMX VIMNMX VIADDMNMX VIMNMX3 SGXT "
+    "alu": "LOP3 PLOP3 IADD3 IADD VIADD SHF PRMT ISETP SEL LEA MOV IABS IMNMX VIMNMX "
+    "VIADDMNMX VIMNMX3 SGXT "
     "BMSK CS2R FSEL FSETP FMNMX P2R R2P VOTE ICMP LOP",
     "fma": "IMAD FFMA FMUL FADD HFMA2 HADD2 HMUL2",
     "xu": "MUFU I2F F2I F2F I2FP F2FP POPC FLO",
     "shared": "LDS LDSM STS LDGSTS",
     "global": "LDG STG LDC ATOM LD ST LDL STL",
-    "control": "BRA BRX BRXU BSSY BSYNC BREAK BAR WARPSYNC DEPBAR LDGDEPBAR NOP EXIT CALL RET YIELD S2R CCTL "
+    "control": "BRA BRX BRXU BSSY BSYNC BREAK BAR WARPSYNC DEPBAR LDGDEPBAR NOP EXIT CALL "
+    "RET YIELD S2R CCTL "
     "ERRBAR MEMBAR ACQBULK PREEXIT BMOV ELECT NANOSLEEP",
     "uniform": "S2UR R2UR VOTEU LDCU",  # and whatever begins with U
 }
@@ -322,7 +322,9 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_text(text, encoding="utf-8")
             output = Path(folder, name)
-            recipe.run(recipe.nvcc_command(nvcc, Path(folder, f"cuda/{UNIT}.cu"), architecture, output))  # fmt: skip
+            recipe.run(
+                recipe.nvcc_command(nvcc, Path(folder, f"cuda/{UNIT}.cu"), architecture, output)
+            )
             return output.read_bytes()
 
     key = (recipe.digest(sources, version, *recipe.NVCC_OPTIONS), name)

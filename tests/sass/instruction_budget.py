@@ -34,21 +34,16 @@ SHOWN_TILES = (8, 16, 64)
 SCHEDULERS = 4  # a multiprocessor; each issues one warp instruction a clock
 
 # Clocks for which a warp instruction holds its pipe in one scheduler, from "Throughput of Native
-# Arithmetic
-# Instructions" of the CUDA programming guide (results a clock and multiprocessor: logic, shift,
-# compare,
-# integer add and IMAD 64; fp32 64 on 8.0, 128 above; half2 128 on 8.0 and 9.0, 64 on the others).
-# 12.0 may
-# add integers twice as fast; not assumed. Taken as one pipe: fp32, half2 and IMAD, though 8.0 and
-# 9.0 may
-# overlap them.
+# Arithmetic Instructions" of the CUDA programming guide (results a clock and multiprocessor: logic,
+# shift, compare, integer add and IMAD 64; fp32 64 on 8.0, 128 above; half2 128 on 8.0 and 9.0, 64
+# on the others). 12.0 may add integers twice as fast; not assumed. Taken as one pipe: fp32, half2
+# and IMAD, though 8.0 and 9.0 may overlap them.
 ALU_CLOCKS, IMAD_CLOCKS, XU_CLOCKS = 2, 2, 8
 HALF_CLOCKS = {(8, 0): 1, (9, 0): 1}  # others 2
 FP32_CLOCKS = {(8, 0): 2}  # others 1
 SPARSE_PRODUCTS = 16 * 8 * 16  # multiply-adds, at plan's dense rate, of one HMMA.SP.16832
 # Passes through shared memory's 128 bytes a clock; a row of v is read by eight lanes at once, still
-# one pass
-# a matrix.
+# one pass a matrix.
 PASSES = {"LDSM": 4, "LDGSTS": 4, "STS.128": 4, "LDS.128": 4, "LDS.64": 2, "LDS": 1}
 
 
@@ -79,7 +74,8 @@ def bits(values: int) -> float:
 
 
 def clocks_of_memory(gpu: Gpu, values: int) -> float:
-    """Clocks of one scheduler in which the device's memory brings it a K-block, at full bandwidth."""
+    """Clocks of one scheduler in which the device's memory brings it a K-block, at full
+    bandwidth."""
     return SCHEDULERS * gpu.multiprocessors * gpu.clock * block_bytes(values) / gpu.bandwidth
 
 
@@ -142,7 +138,8 @@ def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
     side."""
     columns = ("tensor", "alu", "fma", "shared")
     lines = [
-        f"Instructions a weight on {' / '.join(SHOWN)}; fp16, rank 1, every token of the tile present.",
+        f"Instructions a weight on {' / '.join(SHOWN)}; fp16, rank 1, every token of the tile "
+        "present.",
         "",
         "| values | tokens | tensor | ALU | FMA pipe | shared memory | all issued |",
         "|---|---|---|---|---|---|---|",
@@ -166,9 +163,11 @@ def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
 
 
 def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
-    """What each GPU may issue a weight at full bandwidth, and what the decode kernels take of it."""
+    """What each GPU may issue a weight at full bandwidth, and what the decode kernels take of
+    it."""
     lines = [
-        "Instructions a weight that a GPU can issue while its memory streams the weights at full bandwidth"
+        "Instructions a weight that a GPU can issue while its memory streams the weights at full "
+        "bandwidth"
         " (all / of them ALU), and"
         " the share that the kernel of 8 tokens takes of its nearest limit besides bytes.",
         "",
@@ -185,7 +184,10 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
             )
             nearest = max(found.used, key=found.used.__getitem__)
             share = found.used[nearest] / found.clocks
-            room = f"{found.clocks / LANE_WEIGHTS:.1f} / {found.clocks / LANE_WEIGHTS / ALU_CLOCKS:.1f}"
+            room = (
+                f"{found.clocks / LANE_WEIGHTS:.1f} / "
+                f"{found.clocks / LANE_WEIGHTS / ALU_CLOCKS:.1f}"
+            )
             says = f"{nearest} {share:.0%}"
             cells.append(f"{room}: " + (f"bytes, {says}" if share <= 1 else f"**{says}**"))
         lines.append(f"| {gpu.name} | {' | '.join(cells)} |")

@@ -68,8 +68,14 @@ class Launched:
         self.dependent: list[bool] = []
 
 
-def run(x: torch.Tensor, state: CudaState, bias=None, gpu: Gpu = GPUS[0], kernels: Module | None = None,
-        launched: Launched | None = None) -> torch.Tensor:  # fmt: skip
+def run(
+    x: torch.Tensor,
+    state: CudaState,
+    bias=None,
+    gpu: Gpu = GPUS[0],
+    kernels: Module | None = None,
+    launched: Launched | None = None,
+) -> torch.Tensor:
     """`launch.linear` of CPU tensors on the emulated device, which has `kernels`; None: all, for
     sm_80."""
     with _Allocations() as memory:

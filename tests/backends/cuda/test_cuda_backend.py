@@ -158,7 +158,10 @@ def test_parts_that_do_not_go_together():
     changes = {"in_features": 128, "group_size": 64, "rank": 0, "adapter_rank": 0, "values": "int4"}
     for name, other in changes.items():
         pair = [random_packed(base), random_packed(replace(base, **{name: other}))]
-        words = f"weights of one launch must agree in {name}, but these have {getattr(base, name)} and {other}"
+        words = (
+            f"weights of one launch must agree in {name}, but these have {getattr(base, name)} and "
+            f"{other}"
+        )
         with pytest.raises(ShapeError, match=re.escape(words)):
             layout.prepare(pair, torch.float16)
         if name != "in_features":  # FusedSlabLinear still runs them, one by one
@@ -173,13 +176,17 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     packed.values[3, 5] = 1e5
     with pytest.raises(
         RangeError,
-        match=r"a bf16 value does not fit torch.float16 activations' kernels; use torch.bfloat16 ones",
+        match=r"a bf16 value does not fit torch.float16 activations' kernels; "
+        "use torch.bfloat16 ones",
     ):
         BACKEND.prepare(packed, torch.float16)
     packed.values[3, 5] = 1.0
     for left, right in (("U", "V"), ("P", "Q")):
         factors = {left: torch.full((16, 1), 1e5), right: torch.full((64, 1), 0.5)}
-        words = f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use bfloat16 activations"
+        words = (
+            f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use "
+            "bfloat16 activations"
+        )
         with pytest.raises(RangeError, match=re.escape(words)):
             BACKEND.prepare(replace(packed, **factors), torch.float16)
         BACKEND.prepare(replace(packed, **factors), torch.bfloat16)
@@ -285,7 +292,8 @@ def test_a_forced_backend_says_why_not(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
     with pytest.raises(
         BackendError,
-        match=r"'cuda' cannot run .*activations must be .*float32; it runs on CUDA tensors, not on cpu",
+        match=r"'cuda' cannot run .*activations must be .*float32; "
+        "it runs on CUDA tensors, not on cpu",
     ):
         SlabLinear.from_packed(random_packed(SMALL))(torch.ones(1, 200))
 
@@ -342,8 +350,14 @@ def test_importing_opens_no_library_and_reads_no_file():
     code = PROBE.replace("import typer", "import typer, torch, slab_kernels.nn").replace(
         "MODULE", "slab_kernels.backends.cuda as cuda"
     )
-    cold = "(cuda.driver._cuda, cuda.driver._properties, images.kernel_sources, nvrtc._find, cuda.device_of, cuda._register_once)"
-    code += f"from slab_kernels.backends.cuda import images, nvrtc\nassert not any(f.cache_info().currsize for f in {cold})\n"
+    cold = (
+        "(cuda.driver._cuda, cuda.driver._properties, images.kernel_sources, nvrtc._find, "
+        "cuda.device_of, cuda._register_once)"
+    )
+    code += (
+        "from slab_kernels.backends.cuda import images, nvrtc\nassert not "
+        f"any(f.cache_info().currsize for f in {cold})\n"
+    )
     code += "assert not hasattr(torch.ops.slab_kernels, 'linear_cuda')\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["seen"] == []

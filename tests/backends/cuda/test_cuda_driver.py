@@ -27,11 +27,20 @@ class Params(ctypes.Structure):
 
 class Last(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("count", ctypes.c_uint),
-        ("attribute", ctypes.c_int), ("value", ctypes.c_int), ("launches", ctypes.c_int),
-        ("stream", ctypes.c_uint64), ("function", ctypes.c_uint64), ("context", ctypes.c_uint64),
-        ("params", ctypes.c_ubyte * 64), ("name", ctypes.c_char * 64), ("image", ctypes.c_char * 64),
-    ]  # fmt: skip
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("count", ctypes.c_uint),
+        ("attribute", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("launches", ctypes.c_int),
+        ("stream", ctypes.c_uint64),
+        ("function", ctypes.c_uint64),
+        ("context", ctypes.c_uint64),
+        ("params", ctypes.c_ubyte * 64),
+        ("name", ctypes.c_char * 64),
+        ("image", ctypes.c_char * 64),
+    ]
 
 
 class Fake:
@@ -91,8 +100,12 @@ def fake(library, fresh, monkeypatch):
 def properties(device):
     major, minor = (9, 0) if device < 2 else (8, 6)
     return SimpleNamespace(
-        name="Fake", major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=232448
-    )  # fmt: skip
+        name="Fake",
+        major=major,
+        minor=minor,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=232448,
+    )
 
 
 def launch(name="linear_w16", shared=0, device=0, params=None, **more):
@@ -179,7 +192,8 @@ def test_a_refused_launch_says_what_was_asked(fake):
     with pytest.raises(driver.CudaError) as caught:
         launch(shared=512)
     assert str(caught.value) == (
-        "kernel linear_w16 with grid (7, 2, 1), block (128, 1, 1) and 512 bytes of shared memory was not launched on device 0: "
+        "kernel linear_w16 with grid (7, 2, 1), block (128, 1, 1) and 512 bytes of shared memory "
+        "was not launched on device 0: "
         "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (too many resources requested)"
     )
     assert isinstance(caught.value, RuntimeError)
@@ -255,7 +269,10 @@ def test_reasons_in_order(fake, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(driver, "LIBRARY", "libcuda-of-nobody.so.1")
         driver._cuda.cache_clear()
-        reason = "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the driver"
+        reason = (
+            "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the "
+            "driver"
+        )
         assert driver.missing(0) == reason
         with pytest.raises(driver.CudaError, match=reason):
             launch()

@@ -69,7 +69,8 @@ def launches(state: CudaState, M: int):
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """cuBLAS adds in fp32, as the bounds want it, and no fault of one test is reported by the next."""
+    """cuBLAS adds in fp32, as the bounds want it, and no fault of one test is reported by the
+    next."""
     for name in ("fp16", "bf16"):
         monkeypatch.setattr(
             torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", False
@@ -158,7 +159,8 @@ def test_the_rebuilt_weight(monkeypatch, dtype, values, rank, planes, poisoned):
 
 
 def check_against_fp64(linear, device, dtype, values, rank, adapter_ranks, shapes, tokens) -> None:
-    """Every element within its own bound; with bias in the activations' type, in fp32 and without."""
+    """Every element within its own bound; with bias in the activations' type, in fp32 and
+    without."""
     for (N, K), adapter_rank in ((shape, r) for shape in shapes for r in adapter_ranks):
         if max(rank, adapter_rank) > min(N, K):
             continue
@@ -514,12 +516,15 @@ def choose(sizes, M, gpu):  # K over groups and CTAs; above 64 tokens fused; abo
         return plan.rebuild(sizes, M, gpu)
     table, splits = (plan.SPLIT_TILES, 2) if M <= 64 else (plan.WHOLE_TILES, 1)
     tokens = next(tokens for tokens in tiles.REGISTERS if tokens >= min(M, 64))
-    return next(filter(None, (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in table)))
+    found = (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in table)
+    return next(filter(None, found))
 
 launching.choose = choose
-for values, rank, adapter_rank in ((("fp16", None), 1, 3), (("int8", 64), 2, 0), (("int4", 32), 0, 0)):
+kinds = ((("fp16", None), 1, 3), (("int8", 64), 2, 0), (("int4", 32), 0, 0))
+for values, rank, adapter_rank in kinds:
     for dtype in DTYPES:
-        check_exact(native, DEVICE, dtype, values, rank, ((149, 204, adapter_rank),), map(int, sys.argv[1:]))
+        shapes = ((149, 204, adapter_rank),)
+        check_exact(native, DEVICE, dtype, values, rank, shapes, map(int, sys.argv[1:]))
 print("every result is right")
 """
 

@@ -275,7 +275,8 @@ def test_several_planes(
     y = run(x[:M], state, bias, A100, launched=launched)
     assert torch.equal(y, exact[:M].to(dtype))
     which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
-    name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
+    act, kind = launching.DTYPE_NAMES[dtype], launching.VALUE_NAMES[state.values]
+    name = f"planes_{act}_{kind}_{which}_t{tokens}"
     assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
     _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
     y = run(x[:M], state, bias.to(dtype), SMALL)
@@ -389,7 +390,8 @@ def test_every_pattern_and_sign_at_every_lane(M, dtype):
 
 
 def test_kept_is_what_the_mask_says():
-    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds there."""
+    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds
+    there."""
     packed = random_packed(PackedLayout(16, 64, "fp16", rank=1))
     packed.values.zero_()
     packed.values[:, ::2] = -0.0
@@ -471,10 +473,19 @@ def test_bias(M, bias_type):
 
 
 @pytest.mark.parametrize("M", [1, 40, 100])
-@pytest.mark.parametrize("values, adapter_rank, outlier, size", [
-    ("fp16", 0, 1, 1.0), ("int8", 0, 1, 1.0), ("int4", 0, 1, 1.0), ("int4", 16, 1, 1.0), ("fp16", 16, 1, 1.0),
-    ("fp16", 0, 50, 1e-3), ("fp16", 0, 1, 1e-3), ("int4", 0, 50, 1e-2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, adapter_rank, outlier, size",
+    [
+        ("fp16", 0, 1, 1.0),
+        ("int8", 0, 1, 1.0),
+        ("int4", 0, 1, 1.0),
+        ("int4", 16, 1, 1.0),
+        ("fp16", 16, 1, 1.0),
+        ("fp16", 0, 50, 1e-3),
+        ("fp16", 0, 1, 1e-3),
+        ("int4", 0, 50, 1e-2),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_against_a_dense_gemm_of_the_same_weight(
     dtype, values, adapter_rank, outlier, size, M

@@ -74,7 +74,8 @@ def constants() -> dict[str, int]:
         "kTokenRow = 2 * kBlockInputs",
         "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
         "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
-        "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at + rank * kTokenRow",
+        "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at "
+        "+ rank * kTokenRow",
         "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
         "ring = shared + my.group * p.stages * stage_bytes",
         "kWide = kTiles >= 4",
@@ -331,8 +332,10 @@ def test_describe():
     text = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 1, A100).describe()
     number = r"\d+"
     assert re.fullmatch(
-        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] stages, {number} bytes shared, "
-        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
+        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] "
+        rf"stages, {number} bytes shared, "
+        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted "
+        rf"{number}\.\d us, bound by [a-zL2 ]+",
         text,
     ), text
     split = plan.evaluate(CudaSizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
@@ -340,14 +343,16 @@ def test_describe():
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
     rebuilt = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
     assert re.fullmatch(
-        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores",
+        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound "
+        r"by tensor cores",
         rebuilt,
     )
 
     problem = LinearProblem(1, 4096, 4096, "int4", 128, dtype=torch.float16, device="cuda")
     asked = BACKEND.describe(problem, "a100")  # a GPU that need not be here
     assert re.fullmatch(
-        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us",
+        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: "
+        r"\d+\.\d us",
         asked,
     )
     with pytest.raises(ValueError, match="no figures for the GPU 'Voodoo2'; known: A100, RTX 3090"):

@@ -155,7 +155,10 @@ def test_its_place_in_dispatch(monkeypatch):
 
 def test_a_forced_backend_gives_every_reason(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
-    words = rf"'triton' cannot run 24x200 with fp16 values, rank 17, .* on cpu: rank=17 .* above 16; {re.escape(CPU)}"
+    words = (
+        r"'triton' cannot run 24x200 with fp16 values, rank 17, .* on cpu: rank=17 .* above 16; "
+        rf"{re.escape(CPU)}"
+    )
     with pytest.raises(BackendError, match=words):
         SlabLinear.from_packed(random_packed(replace(SMALL, rank=17)))(torch.ones(1, 200))
 
@@ -215,7 +218,8 @@ def test_a_state_of_other_activations_is_refused_where_it_matters(made, asked):
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_weight_is_not_copied(dtype, values, group_size):
-    """Unless its 16-bit values have another 16-bit type than the activations, or int3 is widened."""
+    """Unless its 16-bit values have another 16-bit type than the activations, or int3 is
+    widened."""
     for N, K in SHAPES:
         packed = random_packed(PackedLayout(N, K, values, group_size, 2, 3))
         state = launch.prepare((packed,), dtype)
@@ -291,7 +295,8 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     packed.values[3, 5] = 1e5
     with pytest.raises(
         RangeError,
-        match=r"a bf16 value does not fit torch.float16 activations' kernels; use torch.bfloat16 ones",
+        match=r"a bf16 value does not fit torch.float16 activations' kernels; "
+        "use torch.bfloat16 ones",
     ):
         BACKEND.prepare(packed, torch.float16)
     for dtype in DTYPES[1:]:
@@ -299,7 +304,10 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     packed.values[3, 5] = 1.0
     for left, right in (("U", "V"), ("P", "Q")):
         large = replace(packed, **{left: torch.full((16, 1), 1e5), right: torch.full((64, 1), 0.5)})
-        words = f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use bfloat16 activations"
+        words = (
+            f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use "
+            "bfloat16 activations"
+        )
         with pytest.raises(RangeError, match=re.escape(words)):
             BACKEND.prepare(large, torch.float16)
         for dtype in DTYPES[1:]:
@@ -397,7 +405,10 @@ def test_importing_loads_no_triton_and_reads_no_file():
     code = PROBE.replace("import typer", "import typer, torch, slab_kernels.nn").replace(
         "MODULE", "slab_kernels.backends.triton as it"
     )
-    code += "assert not hasattr(torch.ops.slab_kernels, 'linear_triton') and not it.device_of.cache_info().currsize\n"
+    code += (
+        "assert not hasattr(torch.ops.slab_kernels, 'linear_triton') and not "
+        "it.device_of.cache_info().currsize\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["seen"] == [] and not [
@@ -409,10 +420,16 @@ def test_importing_loads_no_triton_and_reads_no_file():
 
 
 @with_triton
-@pytest.mark.parametrize("M, splits, adapter_rank, launched", [
-    (1, 1, 0, {"linear": (3, 1)}), (5, 4, 0, {"linear": (3, 4), "sum": (1,)}), (40, 1, 3, {"adapter": (1, 2), "linear": (9, 1)}),
-    (16, 2, 100, {"adapter": (2, 2), "linear": (3, 2), "sum": (1,)}), (0, 2, 3, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "M, splits, adapter_rank, launched",
+    [
+        (1, 1, 0, {"linear": (3, 1)}),
+        (5, 4, 0, {"linear": (3, 4), "sum": (1,)}),
+        (40, 1, 3, {"adapter": (1, 2), "linear": (9, 1)}),
+        (16, 2, 100, {"adapter": (2, 2), "linear": (3, 2), "sum": (1,)}),
+        (0, 2, 3, {}),
+    ],
+)
 def test_grids(monkeypatch, M, splits, adapter_rank, launched):
     """z and sums of their own for every call, no launch for no token; fp32 tensors as they are, x
     without a copy."""

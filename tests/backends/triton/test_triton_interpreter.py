@@ -19,7 +19,10 @@ import torch
 from pairwise import grid, label
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    why = "needs TRITON_INTERPRET=1 before Triton is imported: run by `make test`, and by test_triton_backend.py in a process of its own"
+    why = (
+        "needs TRITON_INTERPRET=1 before Triton is imported: run by `make test`, and by "
+        "test_triton_backend.py in a process of its own"
+    )
     pytest.skip(why, allow_module_level=True)
 pytest.importorskip("triton")
 
@@ -266,7 +269,8 @@ def test_reasons(monkeypatch):
     assert BACKEND.not_supported_reasons(problem) == []
     with pytest.raises(
         BackendError,
-        match="'triton' cannot run .* bfloat16 activations on cpu: Triton's interpreter computes bfloat16 wrongly",
+        match="'triton' cannot run .* bfloat16 activations on cpu: "
+        "Triton's interpreter computes bfloat16 wrongly",
     ):
         SlabLinear.from_packed(random_packed(PackedLayout(16, 64)))(
             torch.ones(1, 64, dtype=torch.bfloat16)

@@ -57,8 +57,14 @@ def emulated(monkeypatch):
 
 def shipped(packed, M: int, dtype: torch.dtype) -> TileConfig:
     layout = packed.layout
-    sizes = rows.TritonSizes(layout.in_features, (layout.out_features,), layout.values, layout.group_size or 0, layout.rank,
-                          -(-layout.adapter_rank // 16) * 16)  # fmt: skip
+    sizes = rows.TritonSizes(
+        layout.in_features,
+        (layout.out_features,),
+        layout.values,
+        layout.group_size or 0,
+        layout.rank,
+        -(-layout.adapter_rank // 16) * 16,
+    )
     return configs.choose(sizes, M, 8 * dtype.itemsize, A100)
 
 
@@ -177,9 +183,17 @@ def test_prefill_tiles(emulated, M, dtype, values, rank):
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("values, group, rank, adapter, planes", [
-    ("fp16", None, 1, 0, 1), ("int8", 32, 3, 20, 1), ("int4", None, 0, 16, 1), ("int4", 128, 1, 0, 1), ("int3", 64, 2, 0, 2), ("bf16", None, 1, 0, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, group, rank, adapter, planes",
+    [
+        ("fp16", None, 1, 0, 1),
+        ("int8", 32, 3, 20, 1),
+        ("int4", None, 0, 16, 1),
+        ("int4", 128, 1, 0, 1),
+        ("int3", 64, 2, 0, 2),
+        ("bf16", None, 1, 0, 3),
+    ],
+)
 def test_the_weight_rebuilt(emulated, dtype, values, group, rank, adapter, planes):
     packed = random_packed(
         PackedLayout(67, 140, values, group, rank, adapter, planes=planes), integers=True
