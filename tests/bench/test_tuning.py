@@ -258,11 +258,11 @@ def test_a_lucky_first_time_does_not_win(folder):
 
 def test_one_row_for_decoding_must_not_lose_at_any_token_count(folder):
     first, second = others(DECODING)[:2]
-    seconds = lambda config, m: {
-        (first, 16): SLOW * 0.2,
-        (first, 1): SLOW * 1.5,
-        (second, 1): SLOW * 0.9,
-    }.get((config, m), SLOW)
+    times = {(first, 16): SLOW * 0.2, (first, 1): SLOW * 1.5, (second, 1): SLOW * 0.9}
+
+    def seconds(config, m):
+        return times.get((config, m), SLOW)
+
     assert not tune(DECODING, FakeWeight(seconds), FakeClock(), A100).tuned, (
         "much faster at 16, slower at 1"
     )
@@ -474,9 +474,12 @@ def test_one_weight_at_a_time(folder):
 @pytest.fixture
 def gpu(folder, monkeypatch):
     """A GPU on which one candidate of every problem is twice as fast."""
-    make = lambda problem: FakeWeight(
-        lambda config, m: FAST if config.block_n == 32 or config.rebuild else SLOW
-    )
+
+    def make(problem):
+        return FakeWeight(
+            lambda config, m: FAST if config.block_n == 32 or config.rebuild else SLOW
+        )
+
     monkeypatch.setattr(tuning, "gpu", lambda where, seconds: (A100, FakeClock(), make))
 
 

@@ -138,7 +138,7 @@ class Tile:
 SPLIT_TILES = (  # up to 64 tokens
     Tile(1, 1, 8, "32 rows: most CTAs, so that few output features still fill the device"),
     Tile(2, 1, 4, "64 rows: activations are read half as often"),
-    Tile(4, 1, 2, "128 rows: activations are read a quarter as often, for many output features and tokens"),  # noqa: E501
+    Tile(4, 1, 2, "128 rows: a quarter of the activation reads, for many features and tokens"),
     Tile(1, 1, 4, "32 rows, four warps: fits 99 KB of shared memory, or two CTAs a multiprocessor"),
     Tile(2, 1, 2, "64 rows, four warps: the same with half the activation reads"),
     Tile(4, 1, 1, "128 rows, four warps: many tokens in 99 KB of shared memory"),

@@ -85,9 +85,11 @@ def forced(monkeypatch):
     keep theirs."""
 
     def force(*how):
-        chosen = lambda s, M, gpu: (
-            plan.choose(s, M, gpu) if s.values == plan.DENSE else plan.evaluate(s, M, gpu, *how)
-        )
+        def chosen(s, M, gpu):
+            return (
+                plan.choose(s, M, gpu) if s.values == plan.DENSE else plan.evaluate(s, M, gpu, *how)
+            )
+
         monkeypatch.setattr(launching, "choose", chosen)
         launching.launches.cache_clear()
 
