@@ -50,7 +50,7 @@ class Impossible(Exception):
 
 
 def source_folder() -> Path | None:
-    """The folder with format.h and cuda/: the copy inside an installed package, or csrc of a checkout."""
+    """The folder with format.h and cuda/: that of an installed package, or csrc of a checkout."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "format.h").is_file() and any((folder / "cuda").glob("*.cu")):
             return folder
@@ -84,7 +84,8 @@ def image_name(unit: str, architecture: str) -> str:
 
 
 def find_nvcc() -> str:
-    """nvcc of CUDA_HOME, of PATH, of the pip packages nvidia-cuda-nvcc and nvidia-nvvm, or of /usr/local/cuda.
+    """nvcc of CUDA_HOME, of PATH, of the pip packages nvidia-cuda-nvcc and nvidia-nvvm, or of
+    /usr/local/cuda.
 
     Raises: Impossible if there is none.
     """

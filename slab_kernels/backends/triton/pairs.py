@@ -133,9 +133,9 @@ def _sum(a, b, c):
     )
 
 
-# Each takes a pair of codes in word $1 and the scale in both lanes of $2, by magic numbers: fp16 has
-# a step of 1 from 1024 on, bf16 from 128 on, so that a code's bits become the number's. fp16 takes
-# q 2^-8 times 2^8 scale, which is a normal number for scales from 2.4e-7 to 255.
+# Each takes a pair of codes in word $1 and the scale in both lanes of $2, by magic numbers: fp16
+# has a step of 1 from 1024 on, bf16 from 128 on, so that a code's bits become the number's. fp16
+# takes q 2^-8 times 2^8 scale, which is a normal number for scales from 2.4e-7 to 255.
 INT8_TO_FP16 = tl.constexpr("""{ .reg .b32 q, c, d;
     xor.b32 q, $1, 0x8080; prmt.b32 q, q, 0x64, 0x4140;
     mov.b32 c, 0x1C001C00; mov.b32 d, 0xC480C480; fma.rn.f16x2 q, q, c, d;
