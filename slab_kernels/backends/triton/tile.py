@@ -74,29 +74,26 @@ def _plain(units, magnitudes, FORMAT: tl.constexpr):
 
 @triton.jit
 def _load(pointer, inside, MASKED: tl.constexpr):
+    """What is inside, zeros elsewhere; MASKED: whether anything is elsewhere."""
     return tl.load(pointer, mask=inside, other=0) if MASKED else tl.load(pointer)
 
 
 @triton.jit
-def _magnitude(pointers, place, position: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr):
-    """(U V^T) at one position of every group, [BN, BK/16, 4] in fp32."""
+def _row_of_v(pointers, place, row: tl.constexpr, MASKED: tl.constexpr):
+    """v at one position of every group, [1, BK/16, 4]; row: 4 times the rank, and the position."""
     groups = place.units * 4
-    total = 0.0
-    for r in tl.static_range(RANK):
-        at = pointers.v_ptr + (4 * r + position) * groups + place.group
-        v = _load(at, place.group < groups, MASKED)
-        u = tl.load(pointers.u_ptr + r * place.N + place.rows)[:, None, None]
-        total += u * tl.reshape(v, (1, place.group.shape[0] // 4, 4))
-    return total
+    v = _load(pointers.v_ptr + row * groups + place.group, place.group < groups, MASKED)
+    return tl.reshape(v, (1, place.group.shape[0] // 4, 4))
 
 
 @triton.jit
-def _row_of_v(pointers, place, position: tl.constexpr, MASKED: tl.constexpr):
-    """v of rank 1 at one position of every group, [1, BK/16, 4]."""
-    groups = place.units * 4
-    at = pointers.v_ptr + groups * position + place.group
-    v = _load(at, place.group < groups, MASKED)
-    return tl.reshape(v, (1, place.group.shape[0] // 4, 4))
+def _magnitude(pointers, place, position: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr):
+    """U V^T at one position of every group, [BN, BK/16, 4] in fp32."""
+    total = 0.0
+    for r in tl.static_range(RANK):
+        v = _row_of_v(pointers, place, 4 * r + position, MASKED)
+        total += tl.load(pointers.u_ptr + r * place.N + place.rows)[:, None, None] * v
+    return total
 
 
 @triton.jit
@@ -172,7 +169,8 @@ def weight(pointers, levels, place, FORMAT: tl.constexpr, MASKED: tl.constexpr):
     tile = tl.reshape(tl.join(tl.join(w.p0, w.p2), tl.join(w.p1, w.p3)), (BN, 16 * C))
     tile = tile.to(FORMAT.dtype)
     if FORMAT.packed:
-        # This does nothing, but holds the compiler from taking the pairs apart.
+        # The move is opaque to the compiler, which therefore converts the layout of the finished
+        # tile and not of its parts: both operands of the product are then read by ldmatrix.
         tile = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, is_pure=False, pack=2
         )
