@@ -83,7 +83,7 @@ class Plan:
     def token_tiles(self) -> int:
         return ceil_div(self.M, self.cta_tokens)
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int, int]:
         return self.row_tiles * self.token_tiles, self.splits, 1
 
@@ -95,7 +95,7 @@ class Plan:
     def stage_bytes(self) -> int:
         return stage_bytes(self.sizes, self.tile, self.tokens, self.M)
 
-    @property
+    @functools.cached_property
     def shared_bytes(self) -> int:
         """Shared memory of a CTA: its groups' rings, and later their sums in the same place."""
         rings = self.stages * self.tile.warp_inputs * self.stage_bytes

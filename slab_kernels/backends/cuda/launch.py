@@ -100,6 +100,7 @@ def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches
 
 
 def _name(sizes: CudaSizes, act: str, tokens: int, tall: bool) -> str:
+    """The linear's kernel. act: of the activations. tokens: of a warp. tall: 64 rows per warp."""
     values = VALUE_NAMES[sizes.values]
     if sizes.planes > 1:
         one_rank = {2: "two", 3: "three"}[sizes.planes]
@@ -110,6 +111,7 @@ def _name(sizes: CudaSizes, act: str, tokens: int, tall: bool) -> str:
 
 
 def _dense_name(sizes: CudaSizes, act: str) -> str:
+    """The kernel that rebuilds the weight."""
     any_rank = sizes.planes > 1 or sizes.rank > 1
     return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_any' if any_rank else ''}"
 
@@ -194,6 +196,7 @@ def _set_activations(args: LinearParams, x: Tensor) -> None:
 
 
 def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice, dependent: bool) -> None:
+    """dependent: the kernel may start before the one before it in the stream ends."""
     plan = launch.plan
     device.queue(launch.name, plan.grid, plan.block, plan.shared_bytes, args, dependent)
 
