@@ -347,6 +347,12 @@ def test_bars_start_at_zero_and_none_is_cut(draw):
     assert low == 0 and all(bar.get_width() <= high and bar.get_x() == 0 for bar in ax.patches)
 
 
+def test_many_methods_all_look_different():
+    methods = [*style.STYLES, *"abcdefghij"]
+    chosen = style.styles([(method, method) for method in methods for _ in range(3)])
+    assert len(set(chosen.values())) == len(methods) == len(chosen)
+
+
 def test_labels_of_close_points_do_not_cover_each_other():
     points = [
         Result(m, bits_per_weight=9.5, perplexity=6 + 0.001 * i, label=m)
