@@ -17,7 +17,7 @@ body {
   margin: 0; background: var(--ground); color: var(--ink);
   font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere;
 }
-main { max-width: 50rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; }
+main { max-width: 56rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; }
 h1 { font-size: 1rem; font-weight: 600; color: var(--muted); margin: 0; }
 h2 { font-size: 1.12rem; line-height: 1.3; margin: 0 0 .3rem; }
 .model { color: var(--muted); font-size: .92rem; margin: 0 0 .9rem; }
@@ -25,13 +25,13 @@ h2 { font-size: 1.12rem; line-height: 1.3; margin: 0 0 .3rem; }
   font-size: 1.75rem; font-weight: 650; line-height: 1.22; letter-spacing: -.015em;
   margin: 0 0 .7rem; text-wrap: balance;
 }
-.also { margin: 0 0 .5rem; text-wrap: pretty; }
+.also { max-width: 46rem; margin: 0 0 .5rem; text-wrap: pretty; }
 header { margin: 0 0 1.5rem; }
 section, .figures {
   background: var(--paper); border: 1px solid var(--line); border-radius: 12px; margin: 0 0 1.1rem;
 }
 section { padding: 1.1rem 1.2rem; }
-section > p { color: var(--muted); font-size: .92rem; margin: 0 0 .7rem; }
+section > p { max-width: 46rem; color: var(--muted); font-size: .92rem; margin: 0 0 .7rem; }
 .figures {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); padding: .4rem;
 }
@@ -65,21 +65,22 @@ details[open] > summary { margin-bottom: .7rem; }
   background-repeat: no-repeat;
 }
 table {
-  border-collapse: collapse; width: 100%; font-size: .95rem; overflow-wrap: normal;
+  border-collapse: collapse; width: 100%; font-size: .9rem; overflow-wrap: normal;
   font-variant-numeric: tabular-nums;
 }
 th {
   font-weight: 500; color: var(--muted); font-size: .82rem; line-height: 1.25;
-  vertical-align: bottom; white-space: normal; min-width: 5rem;
+  vertical-align: bottom; white-space: normal; min-width: 4rem;
+  position: sticky; top: 0; background: var(--paper);
 }
-th, td { text-align: right; padding: .5rem .55rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: right; padding: .45rem .45rem; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td:nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
 tr:last-child td { border-bottom: 0; }
 tr.ours td { font-weight: 650; color: var(--mark); }
 tr.dense td { color: var(--muted); }
-img { display: block; width: 100%; height: auto; }
+img { display: block; width: 100%; max-width: 46rem; height: auto; margin: 0 auto; }
 footer { color: var(--muted); font-size: .88rem; padding: .6rem .2rem; }
 footer h2 { font-size: .95rem; color: var(--ink); margin: 1.1rem 0 .3rem; }
 footer p { margin: .3rem 0; }
@@ -110,7 +111,7 @@ a { color: var(--mark); }
   details::details-content { content-visibility: visible; display: block; }
   .scroll { overflow: visible; max-height: none; background: none; }
   table { font-size: 8pt; }
-  th { min-width: 0; font-size: 7pt; }
+  th { min-width: 0; font-size: 7pt; position: static; }
   th, td { padding: .2rem; white-space: normal; overflow-wrap: anywhere; }
 }
 """
