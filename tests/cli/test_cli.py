@@ -527,6 +527,7 @@ def test_help_documents_every_exit_code():
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupt_is_130_and_resume_finishes(model, text, tmp_path):
     """A real process and a real SIGINT: exit code 130, JSON error, and the same command with
     --resume goes on."""
