@@ -8,7 +8,7 @@ from itertools import cycle
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .style import DASHES, LABEL, SPARE_STYLES, STYLES, Theme, figure, legend, styles
+from .style import DASHES, LABEL, SPARE_STYLES, STYLES, Theme, figure, grid, legend, styles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,9 +134,8 @@ def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
         if r["backend"] != "dense":
             lines.setdefault(_contestant(r), []).append((r["m"], r["speedup_vs_dense"]))
     styled = _styled(label for lines in panels.values() for label in lines)
-    columns = 2 if len(panels) > 1 else 1
-    height = (len(panels) + columns - 1) // columns
-    fig, axes = figure(1.2 + 1.7 * height, theme, height, columns, sharex=True, sharey=True)
+    down, across = grid(len(panels))
+    fig, axes = figure(1.2 + 1.7 * down, theme, down, across, sharex=True, sharey=True)
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     tokens = sorted({r["m"] for r in rows})
@@ -159,7 +158,7 @@ def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
         ax.set_ylim(0, 1.08 * max([1.0, *(r["speedup_vs_dense"] for r in rows)]))
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+    for ax in axes[max(0, len(panels) - across) : len(panels)]:
         # The last of its column, whose labels shared axes would leave to a hidden panel.
         ax.tick_params(labelbottom=True)
     legend(fig, handles.values(), list(handles), theme)

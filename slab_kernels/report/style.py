@@ -101,6 +101,12 @@ def figure(
     return fig, axes
 
 
+def grid(panels: int) -> tuple[int, int]:
+    """Rows and columns for so many panels: two beside each other, as a phone can show them."""
+    columns = 2 if panels > 1 else 1
+    return (panels + columns - 1) // columns, columns
+
+
 def legend(fig: Figure, handles: Iterable[Any], labels: Sequence[str], theme: Theme) -> None:
     """One legend above all panels, in as many columns as fit."""
     longest = max(map(len, labels), default=1)

@@ -27,19 +27,19 @@ h2 { font-size: 1.12rem; line-height: 1.3; margin: 0 0 .3rem; }
 }
 .also { max-width: 46rem; margin: 0 0 .5rem; text-wrap: pretty; }
 header { margin: 0 0 1.5rem; }
-section, .figures {
+section, .numbers {
   background: var(--paper); border: 1px solid var(--line); border-radius: 12px; margin: 0 0 1.1rem;
 }
 section { padding: 1.1rem 1.2rem; }
 section > p { max-width: 46rem; color: var(--muted); font-size: .92rem; margin: 0 0 .7rem; }
-.figures {
+.numbers {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); padding: .4rem;
 }
-.figures div { padding: .7rem .8rem; display: flex; flex-direction: column; }
-.figures dt { flex: 1; }
+.numbers div { padding: .7rem .8rem; display: flex; flex-direction: column; }
+.numbers dt { flex: 1; }
 dt { color: var(--muted); font-size: .82rem; line-height: 1.3; }
-.figures dd { margin: 0; font-size: 1.45rem; font-weight: 650; font-variant-numeric: tabular-nums; }
-.figures dd.beside { color: var(--muted); font-size: .85rem; font-weight: 400; }
+.numbers dd { margin: 0; font-size: 1.45rem; font-weight: 650; font-variant-numeric: tabular-nums; }
+.numbers dd.beside { color: var(--muted); font-size: .85rem; font-weight: 400; }
 .texts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: .9rem;
 }
@@ -80,7 +80,7 @@ td:nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; min-w
 tr:last-child td { border-bottom: 0; }
 tr.ours td { font-weight: 650; color: var(--mark); }
 tr.dense td { color: var(--muted); }
-img { display: block; width: 100%; max-width: 46rem; height: auto; margin: 0 auto; }
+img { display: block; width: 100%; max-width: 46rem; height: auto; }
 footer { color: var(--muted); font-size: .88rem; padding: .6rem .2rem; }
 footer h2 { font-size: .95rem; color: var(--ink); margin: 1.1rem 0 .3rem; }
 footer p { margin: .3rem 0; }
@@ -95,8 +95,8 @@ a { color: var(--mark); }
   main { padding: 1.4rem .6rem 3rem; }
   .headline { font-size: 1.35rem; }
   section { padding: .9rem .8rem; }
-  .figures { grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); }
-  .figures dd { font-size: 1.2rem; }
+  .numbers { grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); }
+  .numbers dd { font-size: 1.2rem; }
   table { font-size: .82rem; }
   th { font-size: .72rem; min-width: 3.4rem; }
   th, td { padding: .42rem .35rem; }
@@ -106,7 +106,7 @@ a { color: var(--mark); }
 @media print {
   body { background: none; font-size: 11pt; }
   main { max-width: none; padding: 0; }
-  section, .figures { break-inside: avoid; border-color: #cccccc; }
+  section, .numbers { break-inside: avoid; border-color: #cccccc; }
   img { width: auto; max-width: 100%; max-height: 17cm; margin: 0 auto; }
   details::details-content { content-visibility: visible; display: block; }
   .scroll { overflow: visible; max-height: none; background: none; }

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..paths import expanded
 from . import figures, page, speed
-from .headline import figures as key_figures
-from .headline import headline, title
+from .headline import headline, key_numbers, title
 from .style import DARK, LIGHT, png
 from .tables import BENCH_COLUMNS, COLUMNS, bench_table, cold, table
 
@@ -192,7 +191,7 @@ def _page(report: Report, drawn: list[page.Drawn]) -> page.Page:
         title=title(report),
         model=report.model or "",
         headline=headline(report),
-        figures=key_figures(report),
+        numbers=key_numbers(report),
         prompt=report.prompt or "",
         texts=[page.Text(r.label, r.continuation) for r in compared if r.continuation is not None],
         pictures=drawn,
