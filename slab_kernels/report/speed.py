@@ -171,10 +171,16 @@ def _styled(labels: Any) -> dict[str, Style]:
     return dict(zip(dict.fromkeys(labels), cycle(MARKED), strict=False))
 
 
-def with_ceilings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of which a roofline can be drawn: those of a run that measured both ceilings."""
-    needed = (*CEILINGS, "tflops", "weight_bytes")
-    return [r for r in rows if all(isinstance(r.get(name), int | float) for name in needed)]
+def with_ceilings(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of which a roofline can be drawn, those of a run that measured both ceilings, by
+    activations and device: each of them has ceilings of its own."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        needed = [r.get(name) for name in (*CEILINGS, "tflops", "weight_bytes", "m")]
+        if all(isinstance(value, int | float) and value > 0 for value in needed):
+            name = f"{r['dtype']} on {r['device']}" if r.get("device") else r["dtype"]
+            found.setdefault(name, []).append(r)
+    return found
 
 
 def roofline(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
@@ -182,7 +188,7 @@ def roofline(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     machine was seen to reach in memory bandwidth and in dense products.
 
     The points of one backend and value type at one number of tokens are drawn as their median over
-    the shapes. rows: as `with_ceilings` returns them.
+    the shapes. rows: one entry of what `with_ceilings` returns.
     """
     fig, (ax,) = figure(3.9, theme)
     series: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))

@@ -480,7 +480,9 @@ def test_the_stacked_bars_add_up():
 def test_the_roofline_is_what_the_machine_reached():
     ceilings = {"measured_gbytes_per_s": 1000.0, "measured_tflops": 50.0}
     timed = [row | ceilings | {"tflops": 1.0, "weight_bytes": 1024} for row in BENCH]
-    assert len(speed.with_ceilings([*timed, BENCH[0]])) == 2, "rows without ceilings are left out"
+    others = [timed[0] | {"dtype": "fp32", "device": "cpu"}, timed[0] | {"weight_bytes": 0}]
+    found = speed.with_ceilings([*timed, BENCH[0], *others])
+    assert {name: len(rows_) for name, rows_ in found.items()} == {"bf16": 2, "fp32 on cpu": 1}
     (ax,) = speed.roofline(timed, style.DARK).axes
     roof = ax.lines[-1]
     assert roof.get_xdata()[1] == 50.0 and list(roof.get_ydata()[1:]) == [50.0, 50.0]
