@@ -1,4 +1,5 @@
-// Plain C++ with the compiler's vector extension: any architecture. Lane n is an output row, as everywhere.
+// Plain C++ with the compiler's vector extension: any architecture. Lane n is an output row, as
+// everywhere.
 #include "kernel.h"
 
 namespace slab {
@@ -6,7 +7,8 @@ namespace {
 
 struct Scalar {
   static constexpr const char* kName = "scalar";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 4;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4,
+                       kLookupTokens = 4, kTokens = 4;
   static constexpr int kUnrollRank = -1;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -26,7 +28,9 @@ struct Scalar {
     std::memcpy(&v, p, sizeof(v));
     return v;
   }
-  static SLAB_INLINE F select(S mask, F yes, F no) { return (F)((mask & (S)yes) | (~mask & (S)no)); }
+  static SLAB_INLINE F select(S mask, F yes, F no) {
+    return (F)((mask & (S)yes) | (~mask & (S)no));
+  }
 
   template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
@@ -78,17 +82,20 @@ struct Scalar {
 
   using Pruned = Table;
   static SLAB_INLINE Pruned pruned_table(const float* x) {
-    return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0, x[3] - x[2],
-             x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
+    return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0,
+             x[3] - x[2], x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
   }
-  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) { return signed_by(answer(t, code), flip); }
+  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) {
+    return signed_by(answer(t, code), flip);
+  }
   static SLAB_INLINE F signed_by(F v, I bits) { return (F)((I)v ^ (bits & 0x80000000u)); }
 
   // For several planes: the two pruned positions apart, the first one negated where r is set.
   static constexpr bool kSignedTable = true;
   using Apart = Kept;
   static SLAB_INLINE Apart apart_table(const float* x) {
-    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0, 0}},
+    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0,
+              0}},
             {{x[3], x[3], x[2], x[3], x[2], x[1], 0, 0, x[3], x[3], x[2], x[3], x[2], x[1], 0, 0}}};
   }
   // |factors| of the two pruned positions from the fields of `levels`.
@@ -110,7 +117,9 @@ struct Scalar {
     for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 7u];
     return at;
   }
-  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) { return select((S)(bits << (31 - bit)) >> 31, yes, no); }
+  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
+    return select((S)(bits << (31 - bit)) >> 31, yes, no);
+  }
 
   static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
     const I bits = (I)v;
@@ -120,7 +129,8 @@ struct Scalar {
   }
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
     const I bits = (I)v, size = bits & 0x7FFFFFFFu;
-    // adding 2^(e + 13) in fp32 rounds to 10 bits, to nearest even; below the normal range the addend is fixed
+    // adding 2^(e + 13) in fp32 rounds to 10 bits, to nearest even; below the normal range the
+    // addend is fixed
     const I normal = (size + 0xC8000FFFu + ((size >> 13) & 1u)) >> 13;
     const I small = (I)((F)size + 0.5f) - (126u << 23);
     I out = (I)select((S)(size < 0x38800000u), (F)small, (F)normal);
