@@ -9,12 +9,12 @@
 //   levels  2 (planes - 1) x 16 x u32, only with planes > 1
 //               Lane n has two fields of planes - 1 bits for each group, that of the first pruned
 //               position below. A word holds 16 or 8 groups, the first one lowest. A field says how
-//               many steps the factor of u v is below the largest: 3/2, 1/2 with two planes and 7/4,
-//               5/4, 3/4, 1/4 with three.
+//               many steps the factor of u v is below the largest: 3/2, 1/2 with two planes and
+//               7/4, 5/4, 3/4, 1/4 with three.
 //   codes   4 x 16 x u32
-//               Word w, lane n, nibble j is of group 8 w + j: the pattern id (3 bits) | r << 3. With
-//               one plane, r is the xor of the signs of the two pruned positions; with more, it is the
-//               sign of the first one; with rank 0 it is 0.
+//               Word w, lane n, nibble j is of group 8 w + j: the pattern id (3 bits) | r << 3.
+//               With one plane, r is the xor of the signs of the two pruned positions; with more,
+//               it is the sign of the first one; with rank 0 it is 0.
 //   values  32 groups x {16 first kept, 16 second kept}, for fp16, bf16 and int8
 //           8 x 16 x u32, for int4
 //               Word q, lane n, byte j is of group 4 q + j, the first kept value in the low nibble.

@@ -4,11 +4,11 @@
 //
 //   kLookupBlocks   row blocks that share tables in `lookup` with one token
 //   kPairBlocks     the same with two tokens
-//   kPairRank       Up to this rank two tokens go together. With AVX-512 and rank 4 that would spill
-//                   and take 1.4 times as long.
+//   kPairRank       Up to this rank two tokens go together. With AVX-512 and rank 4 that would
+//                   spill and take 1.4 times as long.
 //   kUnrollRank     Up to this rank `lookup` takes four groups from a word by constant shifts. With
-//                   AVX-512 the words would otherwise travel to the stack and back (int4, rank 1: 1.24
-//                   times as long); where registers are few, the shifts cost more.
+//                   AVX-512 the words would otherwise travel to the stack and back (int4, rank 1:
+//                   1.24 times as long); where registers are few, the shifts cost more.
 //   kLookupTokens   `lookup` is used below so many tokens
 //   kTokens         tokens that `tile` multiplies at once
 //

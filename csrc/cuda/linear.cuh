@@ -15,15 +15,15 @@
 //         for r in ranks:
 //           a = u_r with the signs of (rows, step)            // one LOP3 a register
 //           sums += mma.sp(a, complement(metadata), b * v_r)  // the sign term
-//       sums += scale * the sums of a scale group             // int8, int4
+//         where a scale group ends: sums += scale * its sums  // int8, int4
 //   if adapter: sums += z P^T                                 // epilogue.cuh; z = x Q was a kernel
 //   sums = the groups' sums, added in their order
 //   y = sums + bias                                           // or the partial sums of a K-split
 //
-//      A CTA of 8 warps; warp_rows = 2, warp_tokens = 1, warp_inputs = 4: four groups of two members
+//      A CTA of 8 warps: warp_rows = 2, warp_tokens = 1, warp_inputs = 4, so four groups of two
 //
 //                    group 0         group 1         group 2         group 3
-//                  +----+----+     +----+----+     +----+----+     +----+----+
+//                  +---------+     +---------+     +---------+     +---------+
 //      rows 0..31  | warp 0  |     | warp 2  |     | warp 4  |     | warp 6  |
 //      rows 32..63 | warp 1  |     | warp 3  |     | warp 5  |     | warp 7  |
 //                  +---------+     +---------+     +---------+     +---------+
@@ -33,10 +33,10 @@
 //      The ring of a group, in shared memory; stages = 4:
 //
 //         stage 0       stage 1       stage 2       stage 3
-//      +-------------+-------------+-------------+-------------+   a stage, from its start:
-//      | K-block 0   | K-block 4   | K-block 8   | K-block 12  |     activations, 256 bytes per token
-//      +-------------+-------------+-------------+-------------+     v, 256 bytes per rank
-//        multiplied    copied in the background    copied next       weights, blocks of 16 rows
+//      +-------------+-------------+-------------+-------------+  a stage, from its start:
+//      | K-block 0   | K-block 4   | K-block 8   | K-block 12  |    activations, 256 bytes per token
+//      +-------------+-------------+-------------+-------------+    v, 256 bytes per rank
+//        multiplied    copied in the background    copied next      weights, blocks of 16 rows
 //
 // Weights are the tensor core's A operand (16 output rows), tokens its n8. S and the signs both add
 // into ONE accumulator, whatever the rank: the sign operand of rank r is not +-1 but +-u_ir, the

@@ -7,19 +7,19 @@
 //
 //   values    w16 (fp16 or bf16, as the activations): 4 steps of 32 inputs x 32 lanes x 16 bytes,
 //                 which are a0 a1 a2 a3
-//             int8: 2 x 32 lanes x 16 bytes for two steps each. Bytes hold q + 128; a word holds the
-//                 low halves of a0 and a1 and then their high ones, or those of a2 and a3
+//             int8: 2 x 32 lanes x 16 bytes, for two steps each. Bytes hold q + 128; a word holds
+//                 the low halves of a0 and a1 and then their high ones, or those of a2 and a3
 //             int4: 32 lanes x 4 words, one for each step. Nibble i holds q + 8 of a_i's low half,
 //                 nibble i + 4 that of its high half
 //             dense (Q of P Q^T): 4 steps x 2 x 32 lanes x 16 bytes, a0 a1 a2 a3 of two m16n8k16
 //   metadata  32 lanes x 2 words; word h serves steps 2 h (selector 0) and 2 h + 1 (selector 1)
 //   signs     only with rank > 0. One plane: 32 lanes x 1 word, one bit per pruned entry. A left
 //                 shift by 4 step + i brings the signs of a_i's halves to bits 15 and 31
-//             Two or three planes: 32 lanes x 2 words; word h serves steps 2 h and 2 h + 1. The bits
-//                 of a pruned entry in the first two planes, that of the larger plane above, are the
-//                 index of its level, 3/2 - index. Those of a_i's halves (i = 2 c + h) stand
-//                 8 (step % 2) + 2 i above bits 0 and 16. The third plane follows, 32 lanes x 1 word:
-//                 its bits stand 4 step + c + 2 h above bits 0 and 16
+//             Two or three planes: 32 lanes x 2 words; word h serves steps 2 h and 2 h + 1. The
+//                 bits of a pruned entry in the first two planes, that of the larger plane above,
+//                 are the index of its level, 3/2 - index. Those of a_i's halves (i = 2 c + h) stand
+//                 8 (step % 2) + 2 i above bits 0 and 16. The third plane follows, 32 lanes x 1
+//                 word: its bits stand 4 step + c + 2 h above bits 0 and 16
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
 // w16 with signs takes 2432 bytes, 9.5 bits per weight. Every block is a multiple of 16 bytes.
