@@ -33,10 +33,10 @@
 //      The ring of a group, in shared memory; stages = 4:
 //
 //         stage 0       stage 1       stage 2       stage 3
-//      +-------------+-------------+-------------+-------------+  a stage, from its start:
-//      | K-block 0   | K-block 4   | K-block 8   | K-block 12  |    activations, 256 bytes per token
-//      +-------------+-------------+-------------+-------------+    v, 256 bytes per rank
-//        multiplied    copied in the background    copied next      weights, blocks of 16 rows
+//      +-------------+-------------+-------------+-------------+  a stage, from its start
+//      | K-block 0   | K-block 4   | K-block 8   | K-block 12  |   activations, 256 bytes per token
+//      +-------------+-------------+-------------+-------------+   v, 256 bytes per rank
+//        multiplied    copied in the background    copied next     weights, blocks of 16 rows
 //
 // Weights are the tensor core's A operand (16 output rows), tokens its n8. S and the signs both add
 // into ONE accumulator, whatever the rank: the sign operand of rank r is not +-1 but +-u_ir, the

@@ -17,8 +17,8 @@
 //                 shift by 4 step + i brings the signs of a_i's halves to bits 15 and 31
 //             Two or three planes: 32 lanes x 2 words; word h serves steps 2 h and 2 h + 1. The
 //                 bits of a pruned entry in the first two planes, that of the larger plane above,
-//                 are the index of its level, 3/2 - index. Those of a_i's halves (i = 2 c + h) stand
-//                 8 (step % 2) + 2 i above bits 0 and 16. The third plane follows, 32 lanes x 1
+//                 are the index of its level, 3/2 - index. Those of a_i's halves, i = 2 c + h,
+//                 stand 8 (step % 2) + 2 i above bits 0 and 16. The third plane: 32 lanes x 1
 //                 word: its bits stand 4 step + c + 2 h above bits 0 and 16
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
