@@ -1,6 +1,6 @@
-// The torch side of the CPU backend, and the only file that includes torch: LibTorch's stable ABI
-// (2.11 and later), so one binary serves every later torch. Checks every argument, widens the
-// activations to fp32, and hands ranges of row blocks to torch's own thread pool.
+// The torch side of the CPU backend, and the only file that includes torch. It uses LibTorch's
+// stable ABI (2.11 and later), so one binary serves every later torch. It checks every argument,
+// widens the activations to fp32, and hands ranges of row blocks to torch's own thread pool.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,7 +28,8 @@ using namespace slab;
 // core).
 constexpr int64_t kThreadWork = 1 << 17;
 
-// STD_TORCH_CHECK without the file and line: the sentence is for whoever called from Python.
+// Like STD_TORCH_CHECK, but without file and line, because the sentence is for whoever called from
+// Python.
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;
@@ -126,21 +127,22 @@ void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int6
 using Factor = std::optional<Tensor>;
 
 // ---- the prepared tensor ----
-// One uint8 tensor a weight: this header, then stream, U, V, P, Q (launch.h), each from a multiple
-// of 64 bytes on. One, because every argument of a torch op costs a call some 0.3 us: twelve of
-// them 5.0 us before any work, five 3.5, and a dense linear 3.0.
+// A weight is one uint8 tensor: this header, then stream, U, V, P and Q (launch.h), each of which
+// begins at a multiple of 64 bytes. It is one tensor because every argument of a torch op costs a
+// call some 0.3 us: with twelve arguments it takes 5.0 us before any work, with five 3.5, a dense
+// linear 3.0.
 
 struct Header {
   uint64_t magic;
   int64_t out_features, in_features, rank, adapter_rank;
-  int32_t values, group_size, planes,
-      adapter_half;  // group_size 0: one scale a row; planes 0 with rank 0
+  // group_size 0 means one scale per row; planes is 0 with rank 0.
+  int32_t values, group_size, planes, adapter_half;
   uint64_t reserved;
 };
 static_assert(sizeof(Header) == 64);
 constexpr uint64_t kMagic = 0x315550436241'4c53;  // "SLAbCPU1"
 
-// Where everything lies; sizes are below 2^24 each and ranks too, so that nothing overflows.
+// Where everything lies, in bytes. Sizes and ranks are below 2^24 each, so nothing overflows.
 struct Sections {
   int64_t row_blocks, k_blocks, padded, block_size, adapter_padded;
   int64_t stream, u, v, p, q, end;
@@ -206,7 +208,8 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   return w;
 }
 
-struct Scratch {  // fp32, 64-byte aligned, freed with the call
+// fp32 memory, aligned to 64 bytes, which is freed at the end of the call.
+struct Scratch {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -220,9 +223,9 @@ struct Scratch {  // fp32, 64-byte aligned, freed with the call
 
 // ---- ops ----
 
-// U [row blocks, R, 16] and V [R, K padded to 128] in fp32, P [row blocks, R', 16] and Q [R' padded
-// to 32 / 16, K padded to 128, 16] in fp16 or fp32: in the kernels' order already, copied behind
-// the stream.
+// Makes the stream and copies the factors behind it. They are in the kernels' order already: U [row
+// blocks, R, 16] and V [R, K padded to 128] in fp32, P [row blocks, R', 16] and Q [R' padded to 32
+// / 16, K padded to 128, 16] in fp16 or fp32.
 Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor scales, Factor u,
                    Factor v, Factor p, Factor q, int64_t out_features, int64_t in_features,
                    int64_t values, int64_t group_size, int64_t planes) {
@@ -305,8 +308,7 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   return prepared;
 }
 
-// The tokens [0, count) of x, as fp32 rows padded to whole blocks; x itself when it already is
-// that.
+// The tokens [0, count) of x as fp32 rows, padded to whole blocks; x itself if it already is that.
 const float* widened(const CpuKernels& run, const void* x, int type, int64_t count,
                      int64_t features, int64_t padded, float* scratch) {
   if (type == kFloat32 && features == padded) return static_cast<const float*>(x);
@@ -321,7 +323,7 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
   return scratch;
 }
 
-// One call of the kernels: tokens that fit one slab.
+// Calls the kernels once, for at most kTileTokens tokens.
 void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const void* x, int x_type,
                 bool lookup) {
   const int64_t padded = w.k_blocks * kInputs;
@@ -340,7 +342,7 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
     torch::stable::parallel_for(
         0, w.adapter_padded / (2 * kRows), 1 + kThreadWork / (2 * kRows * padded * t.count),
         [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
-  // Whole groups of four row blocks a thread: lookup shares its tables among four.
+  // A thread takes whole groups of four row blocks, because lookup shares its tables among four.
   constexpr int64_t unit = 4;
   const int64_t units = (w.row_blocks + unit - 1) / unit;
   torch::stable::parallel_for(0, units, 1 + kThreadWork / (unit * kRows * padded * t.count),
@@ -351,8 +353,8 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
                               });
 }
 
-// x's shape with another last size, contiguous: through the shim, which takes 1.6 us less than the
-// dispatcher's new_empty.
+// A contiguous tensor of x's shape with another last size. It is made through the shim, which takes
+// 1.6 us less than the dispatcher's new_empty.
 Tensor empty_output(const Tensor& x, int64_t out_features) {
   const int64_t dims = x.dim();
   std::vector<int64_t> sizes(2 * size_t(dims));
@@ -405,7 +407,8 @@ Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
   return y;
 }
 
-// W += P Q^T for the rows of row blocks [begin, end). Plain loops: only gradients come here.
+// W += P Q^T for the rows of row blocks [begin, end). These are plain loops, because only gradients
+// come here.
 void add_adapter(const CpuKernels& run, const CpuWeight& w, float* dense, int64_t begin,
                  int64_t end) {
   const int64_t padded = w.k_blocks * kInputs, bytes = w.adapter_half ? 2 : 4;
@@ -457,8 +460,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
       "Tensor? V, Tensor? P, "
       "Tensor? Q, int out_features, int in_features, int value_type, int group_size, int planes) "
       "-> Tensor");
-  // Twice the same kernel: Python registers autograd for linear_cpu, which costs every call of it
-  // some 10 us, with or without gradients; linear_cpu_frozen is for calls that need none.
+  // The same kernel has two names, because Python registers autograd for linear_cpu, which costs
+  // every call of it some 10 us, with or without gradients. linear_cpu_frozen is for calls that
+  // need none.
   m.def("linear_cpu(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("dequantize_cpu(Tensor prepared, int out_features, int in_features) -> Tensor");

@@ -34,8 +34,8 @@ namespace slab {
 constexpr int kRows = 16;      // output rows of a block
 constexpr int kInputs = 128;   // inputs of a block
 constexpr int kMaxPlanes = 3;  // signs of a pruned entry
-constexpr int kTileTokens =
-    192;  // most tokens a call of `tile` takes: their fp32 sums (24 KB) live on its stack
+// The most tokens that a call of `tile` takes. Their fp32 sums, 24 KB, live on its stack.
+constexpr int kTileTokens = 192;
 
 enum FloatType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
@@ -85,7 +85,7 @@ struct CpuTokens {
 // One table per instruction set; ranges are half-open and disjoint ranges may run at the same time.
 struct CpuKernels {
   const char* name;
-  // n numbers of type -> float32, and back (round to nearest even)
+  // Turns n numbers of a type into float32.
   void (*widen)(const void* in, int type, float* out, int64_t n);
   void (*multiply)(const float* a, const float* b, float* out, int64_t n);
   // z = x Q for columns [32 * begin, 32 * end)
@@ -103,10 +103,12 @@ const CpuKernels* cpu_kernels_scalar();
 const CpuKernels* cpu_kernels_avx2();    // null when built without
 const CpuKernels* cpu_kernels_avx512();  // null when built without
 
-// What this build holds and this machine runs, best first; null after the last (at most 3).
+// The instruction sets that this build holds and this machine runs, best first; null after the last
+// of them, which are at most 3.
 const CpuKernels* cpu_kernels(int index);
 
-struct CpuPacked {  // the canonical packed tensors of one weight (see the format specification)
+// The canonical packed tensors of one weight, as the format specification lays them out.
+struct CpuPacked {
   int64_t out_features, in_features, padded_in;
   int values, group_size;  // group_size 0: one scale a row
   int planes;              // 0 without a low-rank term
@@ -115,8 +117,7 @@ struct CpuPacked {  // the canonical packed tensors of one weight (see the forma
   const uint8_t* signs;    // null without a low-rank term
   const uint16_t* scales;  // bf16, null for floating-point values
 };
-// Writes row blocks [begin, end) of the stream; returns the number of groups whose nibble is
-// illegal.
+// Writes row blocks [begin, end) of the stream and returns how many groups have an illegal nibble.
 int64_t cpu_prepare(const CpuPacked& p, uint8_t* stream, int64_t begin, int64_t end);
 
 }  // namespace slab

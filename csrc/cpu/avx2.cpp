@@ -1,6 +1,6 @@
-// AVX2 with FMA and F16C: 8 lanes, two strips a row block. A table has 8 entries, so the four
-// activations of a group and their products with v are looked up one by one and signs are flipped
-// bit by bit.
+// AVX2 with FMA and F16C: 8 lanes, so two strips per row block. A table has 8 entries, so the four
+// activations of a group and their products with v are looked up one by one, and their signs are
+// flipped afterwards.
 #include "../launch.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -41,8 +41,8 @@ struct Avx2 {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32((__m256i)(word << (28 - shift)), 28));
   }
 
-  // Entry id of a table answers pattern id; a lookup reads the low 3 bits of its index, so r does
-  // not disturb it.
+  // Entry id of a table answers pattern id. A lookup reads the low 3 bits of its index, so r, which
+  // is bit 3, does not disturb it.
   struct Pair {
     F first, second;
   };
@@ -73,12 +73,13 @@ struct Avx2 {
     return signed_by(_mm256_add_ps(second(t, code), one), flip);
   }
 
-  // For several planes the two pruned positions are apart anyway, and the caller applies r.
+  // For several planes the two pruned positions are looked up apart anyway, and the caller applies
+  // r.
   static constexpr bool kSignedTable = false;
   using Apart = Pair;
   static SLAB_INLINE Apart apart_table(const float* xv) { return pruned_table(xv); }
-  // |factors| of the two pruned positions from the fields of `levels`: vpermilps reads the low 2
-  // bits.
+  // The magnitudes of the two pruned positions' factors, from the fields of `levels`. vpermilps
+  // reads the low 2 bits.
   template <int kPlanes>
   static SLAB_INLINE Pair sizes(I level) {
     if constexpr (kPlanes == 2) {
@@ -92,7 +93,8 @@ struct Avx2 {
             _mm256_permutevar_ps(table, (__m256i)(level >> 2))};
   }
 
-  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
+  // first pruned one.
   static SLAB_INLINE I places(I code) {
     const __m256i table = _mm256_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
     return (I)_mm256_permutevar8x32_epi32(table, (__m256i)code);

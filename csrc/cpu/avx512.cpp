@@ -1,5 +1,5 @@
-// AVX-512 (F, BW, DQ, VL): 16 lanes, one zmm is a row block; the three tables of a group are one
-// zmm each.
+// AVX-512 (F, BW, DQ, VL): 16 lanes, so one zmm is a row block. Each of a group's three tables is
+// one zmm.
 #include "../launch.h"
 
 #if defined(__AVX512F__)
@@ -39,7 +39,8 @@ struct Avx512 {
     return _mm512_permutexvar_ps((__m512i)(word >> shift), table);
   }
 
-  // Lane c of a table answers code c: pattern id c & 7 (6 and 7 do not occur), r = c >> 3.
+  // Lane c of a table answers code c, which is pattern id c & 7 (6 and 7 do not occur) and r = c >>
+  // 3.
   struct Kept {
     F first, second;
   };
@@ -63,8 +64,8 @@ struct Avx512 {
         _mm512_ternarylogic_epi32(word, (__m512i)bits, top, 0x78));  // a ^ (b & c)
   }
 
-  // The two pruned positions, the first one negated where r is set: apart for several planes, added
-  // up for one.
+  // The two pruned positions, the first one negated where r is set. For several planes they are
+  // apart, for one they are added up.
   static constexpr bool kSignedTable = true;
   using Apart = Kept;
   static SLAB_INLINE Apart apart_table(const float* xv) {
@@ -86,8 +87,8 @@ struct Avx512 {
     return signed_by(_mm512_permutexvar_ps((__m512i)code, t), flip);
   }
 
-  // |factors| of the two pruned positions from the fields of `levels`; what stands above them is
-  // not read.
+  // The magnitudes of the two pruned positions' factors, from the fields of `levels`; what stands
+  // above the fields is not read.
   template <int kPlanes>
   static SLAB_INLINE Kept sizes(I level) {
     const __m512i at = (__m512i)level;
@@ -100,7 +101,8 @@ struct Avx512 {
             _mm512_permutexvar_ps(at, high)};
   }
 
-  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
+  // first pruned one.
   static SLAB_INLINE I places(I code) {
     return (I)_mm512_permutexvar_epi32(
         (__m512i)code, _mm512_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0, 0x421,

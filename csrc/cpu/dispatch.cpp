@@ -1,4 +1,4 @@
-// Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID and checks that the
+// Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID, and checks that the
 // operating system saves the registers.
 #include "../launch.h"
 

@@ -1,5 +1,5 @@
-// Canonical packed tensors -> the row-interleaved CPU stream of launch.h. Runs once a layer, after
-// loading.
+// Turns canonical packed tensors into the row-interleaved CPU stream of launch.h, once per layer,
+// after loading.
 #include <cstring>
 
 #include "../launch.h"
@@ -13,11 +13,11 @@ void put(uint8_t* at, T value) {
 }
 
 struct Pruned {
-  uint32_t signs = 0;  // one bit a plane, the largest plane's highest
+  uint32_t signs = 0;  // one bit per plane, the largest plane's highest
 
   uint32_t negative(int planes) const { return signs >> (planes - 1); }
-  // How far the magnitude is below its largest, in steps: a further plane takes away where it
-  // differs from the first.
+  // How many steps the magnitude is below the largest one: each further plane takes away from it
+  // where it differs from the first.
   uint32_t level(int planes) const {
     return (signs ^ (0u - negative(planes))) & ((1u << (planes - 1)) - 1u);
   }
@@ -39,7 +39,8 @@ Group read_group(const CpuPacked& p, int64_t row, int64_t group) {
   return g;
 }
 
-// One row's lane of one block. `groups` of its 32 groups exist, the rest are padding.
+// Writes one row's lane of one block and returns how many of its nibbles are illegal. `groups` of
+// its 32 groups exist, the rest are padding.
 int64_t write_lane(const CpuPacked& p, int64_t row, int64_t first_group, int lane, int64_t groups,
                    uint8_t* block) {
   int64_t illegal = 0;

@@ -1,6 +1,6 @@
-// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and
-// u v c) and multiplied with every token before the next tile. The adapter runs through the same
-// product: Q as the weight of z = x Q, P as further inputs of y.
+// More tokens: 128 inputs x 32 rows are rebuilt in fp32, which stay in L1, and multiplied with
+// every token before the next tile. An entry is either a kept value or u v times its sign or level.
+// The adapter goes through the same product: Q is the weight of z = x Q, P are further inputs of y.
 #pragma once
 
 #include "stream.h"
@@ -63,8 +63,8 @@ struct Tile {
     }
   }
 
-  // 16 rows x 128 inputs -> tile[k][kTileRows], the row block's lanes starting at tile[0]. kRank is
-  // 0, 1, or 2 for any rank from 2 on; kPlanes is 0 if kRank is.
+  // Rebuilds 16 rows x 128 inputs as tile[k][kTileRows], from lane 0 of the tile on. kRank is 0, 1,
+  // or 2 for any rank from 2 on; kPlanes is 0 if kRank is.
   template <ValueType kValues, int kRank, int kPlanes>
   static void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     const int64_t padded = w.k_blocks * kInputs;
@@ -170,7 +170,7 @@ struct Tile {
     multiply_rest<kTokens - 1>(tile, length, x, x_stride, tokens, y);
   }
 
-  // rows [0, length) of a [..][16] panel -> half of a tile
+  // Copies rows [0, length) of a panel [..][16] into half of a tile.
   static void panel_tile(const void* data, bool half, int64_t at, int64_t length, float* tile) {
     for (int64_t k = 0; k < length; ++k)
       for (int h = 0; h < kStrips; ++h)

@@ -152,7 +152,7 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
         chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1)
         and chosen.grid[0] < 1 << 31
     ), where
-    # linear.cuh: share()
+    # place.cuh: first_k_block_of
     ends = [sizes.k_blocks * split // chosen.splits for split in range(chosen.splits + 1)]
     shares = [end - start for start, end in itertools.pairwise(ends)]
     assert ends[-1] == sizes.k_blocks and min(shares) >= (
