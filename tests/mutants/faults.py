@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Fault(NamedTuple):
     """A text of one source file and what stands there instead while the tests run.
 
-    `files` is a pattern below the repository, so that a text may move between the files of a folder; it must stand in them
-    exactly once. `tests` are pytest's arguments.
+    `files` is a pattern below the repository, so that a text may move between the files of a
+    folder; it must stand in them exactly once. `tests` are pytest's arguments.
     """
 
     name: str
@@ -181,7 +181,8 @@ FAULTS = (
     Fault(
         "prepared weights that outlive a write",
         "slab_kernels/nn/*.py",
-        "return same and (traced or sum(map(_version, self.counting)) == self.writes)", "return same",
+        "return same and (traced or sum(map(_version, self.counting)) == self.writes)",
+        "return same",
         ("tests/nn",),
     ),
     Fault(
