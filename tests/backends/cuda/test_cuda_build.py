@@ -115,7 +115,7 @@ def test_nvrtc_compiles_the_real_source(request):
 
     That the assembler takes it is `test_images_of_this_checkout`'s.
     """
-    sources = images.kernel_sources()
+    sources = dict(images.kernel_sources())
     if not request.config.getoption("full"):
         sources["cuda/linear.cu"] = rows_only(sources["cuda/linear.cu"], ONE_OF_EACH_KIND)
     for unit in recipe.units(sources):
