@@ -27,8 +27,9 @@ before = set(sys.modules)
 seen = []
 def note(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, bytes)):
-        if not str(arguments[0]).endswith((".py", ".pyc")):
-            seen.append(str(arguments[0]))
+        name = str(arguments[0])
+        if not name.endswith((".py", ".pyc")) and ".pyc." not in name:  # while byte code is written
+            seen.append(name)
     elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen",
                    "socket.connect"):
         seen.append(f"{event} {arguments[:1]}")
