@@ -174,8 +174,9 @@ FAULTS = (
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
-        "the last inputs of a rank left out",
-        "slab_kernels/engines/*.py", "K % (world * unit)", "K % world",
+        "the first inputs of a rank counted in units of one tensor for all",
+        "slab_kernels/engines/*.py", "self.first_input // unit * per_unit",
+        "self.first_input // unit * unit",
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
