@@ -1,4 +1,6 @@
-"""setup.py: builds with what is there, says why when it cannot, and the library it makes is what its tag promises."""
+"""setup.py: builds with what is there, says why when it cannot, and the library it makes is what
+its tag promises.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def recipe(monkeypatch):
 
 
 def wheel(tmp_path, **environment):
-    """Builds a wheel of a copy of the sources; returns the finished process and the wheel's path."""
+    """Builds a wheel of a copy of the sources; returns the process and the wheel's path."""
     source, out = tmp_path / "source", tmp_path / "out"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.tmp", "cubins")
     for name in ("slab_kernels", "csrc"):

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Fault(NamedTuple):
     """A text of one source file and what stands there instead while the tests run.
 
-    `files` is a pattern below the repository, so that a text may move between the files of a folder; it must stand in them
-    exactly once. `tests` are pytest's arguments.
+    `files` is a pattern below the repository, so that a text may move between the files of a
+    folder; it must stand in them exactly once. `tests` are pytest's arguments.
     """
 
     name: str
@@ -174,14 +174,16 @@ FAULTS = (
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
-        "the last inputs of a rank left out",
-        "slab_kernels/engines/*.py", "K % (world * unit)", "K % world",
+        "the first inputs of a rank counted in units of one tensor for all",
+        "slab_kernels/engines/*.py", "self.first_input // unit * per_unit",
+        "self.first_input // unit * unit",
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
         "prepared weights that outlive a write",
         "slab_kernels/nn/*.py",
-        "return same and (traced or sum(map(_version, self.counting)) == self.writes)", "return same",
+        "return same and (traced or sum(map(_version, self.counting)) == self.writes)",
+        "return same",
         ("tests/nn",),
     ),
     Fault(
