@@ -20,11 +20,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
-from slab_kernels.compression import blockwise as pipeline
-from slab_kernels.compression import model
-from slab_kernels.compression.model import RunRecord, compress
-from slab_kernels.compression.record import ProgressEvent
-from slab_kernels.errors import ArchitectureError, CalibrationError, CheckpointError, FormatError
+from slab_kernels.compression import job
+from slab_kernels.compression.events import ProgressEvent
+from slab_kernels.compression.model import compress
+from slab_kernels.compression.record import RunRecord
+from slab_kernels.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    FormatError,
+    VersionError,
+)
 from slab_kernels.evaluate import perplexity as evaluate
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
@@ -169,14 +175,14 @@ def test_drift_is_seen_by_methods_that_ask_for_it(dense, tmp_path):
 def test_one_block_in_memory_at_a_time(tmp_path, monkeypatch, settings, most):
     """Two with a method that looks at the drift: the block as it was and as it becomes."""
     tiny_models.write(tmp_path / "d", num_hidden_layers=4)
-    alive, counts, real = weakref.WeakSet(), [], pipeline.filled_copy
+    alive, counts, real = weakref.WeakSet(), [], job.filled_copy
 
     def counted(*args):
         counts.append(len(alive) + 1)
         alive.add(block := real(*args))
         return block
 
-    monkeypatch.setattr(pipeline, "filled_copy", counted)
+    monkeypatch.setattr(job, "filled_copy", counted)
     compress(tmp_path / "d", tmp_path / "o", calibration=TOKENS, progress=False, **settings)
     assert len(counts) >= 4 * most and max(counts) <= most
 
@@ -212,7 +218,7 @@ def test_events_tell_every_layer(dense, tmp_path):
 def test_the_bar_writes_to_stderr(dense, tmp_path, capsys):
     compress(dense, tmp_path / "o", **QUICK | {"progress": True})
     out, err = capsys.readouterr()
-    assert not out and "model.layers.1.mlp.down_proj error" in err and "14/14 layers" in err
+    assert not out and "model.layers.1.mlp.down_proj error" in err and "[14/14]" in err
 
 
 # kill and resume
@@ -306,7 +312,7 @@ def test_resume_refuses_other_settings_text_and_model(dense, tmp_path):
 def test_a_run_that_fails_before_its_first_block_gives_the_folder_back(
     dense, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("slab_kernels.compression.model.compress_blocks", lambda *_: 1 / 0)
+    monkeypatch.setattr("slab_kernels.compression.run.BlockwiseRun", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(dense, tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
@@ -509,7 +515,7 @@ NAME = "model.layers.1.self_attn.k_proj"
         ),
         (
             {"config": {"format_version": 3}},
-            model.VersionError,
+            VersionError,
             "format_version 3, this library reads up to 2; update",
         ),
         (

@@ -187,11 +187,11 @@ def test_a_run_that_finished_no_block_leaves_nothing(dense, tmp_path, kind, coun
 
 
 def test_a_search_is_kept_and_gone_on_with(dense, tmp_path, monkeypatch):
-    measured, real = [], budget._layer
+    measured, real = [], budget.Measurement._layer
     monkeypatch.setattr(
-        budget,
+        budget.Measurement,
         "_layer",
-        lambda model, linear, *rest: measured.append(1) or real(model, linear, *rest),
+        lambda self, *rest: measured.append(1) or real(self, *rest),
     )
     settings = dict(calibration=TOKENS, bits=5.0, group_size=32, rounds=0)
     compress(dense, tmp_path / "want", progress=False, **settings)

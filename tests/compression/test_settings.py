@@ -61,7 +61,7 @@ def test_every_option_refuses_what_it_cannot_be_and_takes_the_ends_of_its_range(
     assert rule.meaning and not rule.meaning.endswith(".")
     if rule.kind is not bool and not rule.choices:
         for value in (rule.high, rule.low + 1e-9 if rule.above else rule.low):
-            assert Arguments.of(method=method, **{option: value}).plan.options[option] == value
+            assert Arguments.of(method=method, **{option: value}).plan.usual.options[option] == value
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_numbers_of_numpy_are_numbers():
         rank=numpy.int64(2), rounds=numpy.int32(2), damping=numpy.float32(0.5), drift=1, matching=numpy.int64(3),
         samples=numpy.uint8(4), seed=numpy.int64(-1), skip=None,
     )  # fmt: skip
-    plan = given.plan
+    plan, layer = given.plan, given.plan.usual
     assert (
-        plan.options == {"rounds": 2, "damping": 0.5, "drift": 1.0}
-        and type(plan.options["rounds"]) is int
+        layer.options == {"rounds": 2, "damping": 0.5, "drift": 1.0}
+        and type(layer.options["rounds"]) is int
     )
     assert (
-        type(plan.rank) is int
+        type(layer.rank) is int
         and plan.matching == Matching(epochs=3)
         and given.sampling.samples == 4
         and given.skip == ()
@@ -192,7 +192,7 @@ def test_the_command_line_refuses_before_any_text_is_read(
     more, word, model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(
-        "slab_kernels.compression.model.read_text",
+        "slab_kernels.compression.calibration.read_text",
         lambda *_: pytest.fail("the calibration text was read"),
     )
     assert cli.run(command(model, tmp_path / "out", *more)) == 2
