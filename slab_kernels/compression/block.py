@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -55,9 +56,7 @@ class Reader(NamedTuple):
 
     def inputs(self, index: int, group: Group, batch: int) -> Tensor:
         """What the linear reads in one batch, [tokens, in_features]."""
-        return layer_inputs(
-            self.stream, index, self.block, self.linear, group.names[0], group.calls, batch
-        )
+        return layer_inputs(self.stream, index, self.block, self.linear, group, batch)
 
 
 class GroupInputs(NamedTuple):
@@ -151,9 +150,8 @@ class BlockWork:
             return finished
         for group in find_groups(self.streams.calibration, self.index, self.block, self.linears):
             inputs = self._inputs(group)
-            results = self.team.share(
-                group.names, lambda name, i=inputs, g=group: self._layer(name, i, g)
-            )
+            layer = functools.partial(self._layer, inputs=inputs, group=group)
+            results = self.team.share(group.names, layer)
             for name, (decomposition, layer) in results.items():
                 self._keep(finished, name, decomposition, layer)
                 tell(finished.layers[-1], len(finished.layers))

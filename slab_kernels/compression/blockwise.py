@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..models.source import outside_filled
+from ..models.blocks import outside_filled
 from ..models.streams import catch_stream
 from .block import BlockWork, Streams, set_weight
 from .calibration import Tokens
@@ -142,8 +142,8 @@ class BlockwiseRun:
                     text,
                     self.load_block,
                     job.device,
-                    self._home(text),
-                    replaced,
+                    keep_on=self._home(text),
+                    packed=replaced,
                 )
                 for text in self.tokens.texts()
             ]

@@ -232,8 +232,7 @@ def _moments(
     """Statistics of what the linears of a group read."""
     stats = InputStats(linear.in_features)
     for batch in range(len(stream.hidden)):
-        name = group.names[0]
-        stats.update(layer_inputs(stream, index, block, linear, name, group.calls, batch))
+        stats.update(layer_inputs(stream, index, block, linear, group, batch))
     return stats
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..models.source import FolderSource, ModuleSource, hub_folder
+from ..models.folder import hub_folder
+from ..models.source import Source
 from ..text.source import (
     CHARACTERS_PER_TOKEN,
     READ_AHEAD,
@@ -54,7 +55,7 @@ class Calibration:
         """How a record calls the texts."""
         return {"calibration": _name(self.calibration), "heldout": _name(self.heldout)}
 
-    def tokens(self, source: FolderSource | ModuleSource, tokenizer: Any) -> Tokens:
+    def tokens(self, source: Source, tokenizer: Any) -> Tokens:
         """Windows of both texts, cut to the model's positions.
 
         tokenizer: None for the one in the model's folder, which is opened only for a text.

@@ -6,15 +6,17 @@ so the card has no times and no paths; slab_run.json has them.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from ..models.shards import write_atomically
-from ..models.source import FolderSource
+from ..models.source import FolderSource, ModuleSource, Source
 from ..terminal import visible
-from .job import Job, Source
+from .job import Job
 from .record import RunRecord
 
 CARD = "README.md"
@@ -50,9 +52,7 @@ def write_side_files(out: Path, source: Source, tokenizer: Any) -> Base:
     source.write_side_files(out, tokenizer)
     card: str | None = None
     if (out / CARD).is_file():
-        number = 1
-        while (out / (card := _base_card(number))).exists():
-            number += 1
+        card = next(name for name in _base_cards() if not (out / name).exists())
         (out / CARD).rename(out / card)
     return Base(_base_name(source), card, _licence(out, card))
 
@@ -246,20 +246,24 @@ def _text_name(name: str | None) -> str:
     return _cell(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 
 
-def _base_card(number: int) -> str:
-    return "README.base.md" if number == 1 else f"README.base.{number}.md"
+def _base_cards() -> Iterator[str]:
+    """Names for the base model's card, the first of which that is free is taken."""
+    yield "README.base.md"
+    for number in itertools.count(2):
+        yield f"README.base.{number}.md"
 
 
 def _base_name(source: Source) -> str:
     """The model's name on the hub where its path or config tells it, else its own."""
-    path = Path(source.tokenizer_path)
     if isinstance(source, FolderSource):
-        path = path.resolve()
+        path = source.checkpoint.folder.resolve()
         cache = path.parent.parent.name
         if path.parent.name == "snapshots" and cache.startswith("models--"):
             return cache.removeprefix("models--").replace("--", "/", 1)
-    elif path.name and not path.exists() and not path.is_absolute():
-        return source.tokenizer_path
+    elif isinstance(source, ModuleSource):
+        path = Path(source.tokenizer_path)
+        if path.name and not path.exists() and not path.is_absolute():
+            return source.tokenizer_path
     return source.name
 
 

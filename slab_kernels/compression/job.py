@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ..models.blocks import block_linears, filled_copy, find_blocks
-from ..models.source import FolderSource, ModuleSource, compute_dtype
+from ..models.model_config import compute_dtype
+from ..models.source import Source
 from ..models.ties import tied_names
 from .plan import Plan
-
-Source = FolderSource | ModuleSource
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def _checked(cls: type, content: Any) -> Any:
                 )
             continue
         value = content[f.name]
-        if not _fits(value, f.type):
+        if not _fits(value, str(f.type)):
             raise CheckpointError(
                 f"{RECORD_NAME} has {f.name}={short(value)}, no {f.type}; {DAMAGED}"
             )

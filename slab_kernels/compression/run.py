@@ -15,8 +15,9 @@ from torch import nn
 from .. import __version__
 from ..device import local_device, resolve_device
 from ..format import FORMAT_VERSION
-from ..models.progress import Progress
-from ..models.source import FolderSource, compute_dtype, open_source
+from ..models.model_config import compute_dtype
+from ..models.output import OutputFolder
+from ..models.source import FolderSource, ModuleSource, Source, open_source
 from ..paths import expanded
 from ..text.token_ids import text_config
 from .arguments import Arguments
@@ -25,7 +26,7 @@ from .budget import BudgetSearch
 from .calibration import Calibration, Tokens, usable_tokenizer
 from .events import ProgressEvent, Reporter
 from .finish import complete, finish, into
-from .job import Job, Source
+from .job import Job
 from .record import RunRecord
 from .sinks import FinishedBlock, FolderSink, MemorySink
 from .team import Team
@@ -72,10 +73,10 @@ def run(
             return record
         report = Reporter(options.progress if team.leads else False)
         stack.callback(report.close)
-        state: Progress | None = None
+        state: OutputFolder | None = None
         if folder is not None:
             if team.leads:
-                state = stack.enter_context(Progress(folder, settings, options.resume))
+                state = stack.enter_context(OutputFolder(folder, settings, options.resume))
             _know_inputs(source, state, team)
         if given.bits is not None:
             job = job.with_layers(_search(job, given.bits, tokens, team, state, report))
@@ -113,7 +114,7 @@ def _settings(job: Job, given: Arguments, tokens: Tokens, writes: bool) -> dict[
     }
 
 
-def _know_inputs(source: Source, state: Progress | None, team: Team) -> None:
+def _know_inputs(source: Source, state: OutputFolder | None, team: Team) -> None:
     """Let a run that goes on read the tensors that it began with: `state` keeps their hashes."""
 
     def hashes() -> dict[str, str]:
@@ -127,7 +128,7 @@ def _know_inputs(source: Source, state: Progress | None, team: Team) -> None:
 
 
 def _search(
-    job: Job, bits: float, tokens: Tokens, team: Team, state: Progress | None, report: Reporter
+    job: Job, bits: float, tokens: Tokens, team: Team, state: OutputFolder | None, report: Reporter
 ) -> dict[str, dict]:
     """The settings of every layer under the budget, searched by one process for all.
 
@@ -136,10 +137,11 @@ def _search(
 
     def open_model() -> nn.Module:
         source = job.source
-        if isinstance(source, FolderSource):
-            model = source.open_dense()
-        else:
+        if isinstance(source, ModuleSource):
             model = copy.deepcopy(source.dense)
+        else:
+            assert isinstance(source, FolderSource)
+            model = source.open_dense()
         dtype = compute_dtype(source.config, job.device)
         return model.to(device=job.device, dtype=dtype).eval()
 

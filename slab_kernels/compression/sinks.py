@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..format import PackedLayout, PackedWeight, read_factors
-from ..models.progress import Progress
+from ..models.output import OutputFolder
 from ..models.shards import TensorEntry, read_header, shard_name, write_shard
 from .job import Job
 from .record import LayerRecord, MatchRecord, layer_from_dict, match_from_dict
@@ -79,7 +79,7 @@ class FolderSink:
 
     out: Path
     job: Job
-    progress: Progress | None
+    progress: OutputFolder | None
     done: list[dict[str, Any]]
 
     @property

@@ -34,7 +34,8 @@ from slab_kernels.errors import (
 from slab_kernels.evaluate import perplexity as evaluate
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
-from slab_kernels.models.packed import load, save
+from slab_kernels.models.load import load
+from slab_kernels.models.save import save
 from slab_kernels.nn import SlabLinear
 
 TOKENS = tiny_models.tokens()
