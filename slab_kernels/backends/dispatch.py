@@ -22,6 +22,7 @@ from .base import Backend, LinearProblem
 # The built-in backends, on each device the fastest first; the reference runs everything.
 ORDER = ("cuda", "cpu", "triton", "reference")
 ENVIRONMENT = "SLAB_KERNELS_BACKEND"
+_WARNED: set[str] = set()  # what was said of packages that cannot be used
 
 
 def added() -> dict[str, Backend]:
@@ -37,9 +38,6 @@ def added() -> dict[str, Backend]:
             warnings.warn(plugin.problem, RuntimeWarning, stacklevel=2)
     able = [plugin.value for plugin in found if plugin.problem is None]
     return {b.name: b for b in sorted(able, key=lambda b: b.priority, reverse=True)}
-
-
-_WARNED: set[str] = set()
 
 
 def order() -> tuple[str, ...]:

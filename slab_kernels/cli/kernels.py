@@ -241,16 +241,19 @@ def info(
 
 def _methods() -> Outcome:
     """The table of methods, and default, range and meaning of every setting that is their own."""
-    from ..methods import METHODS
+    from ..methods import all_methods, origins, problems
 
+    origin = origins()
     data = [
-        {"method": name, "description": method.description,
+        {"method": name, "description": method.description, "origin": origin[name],
          "options": [
              {"name": option, "default": default, "range": rule.range(), "meaning": rule.meaning}
              for option, (default, rule) in method.options().items()
          ]}
-        for name, method in METHODS.items()
+        for name, method in all_methods().items()
     ]  # fmt: skip
+    for problem in problems():
+        console.say(f"warning: {problem}")
 
     def show() -> None:
         for row in data:
@@ -259,7 +262,8 @@ def _methods() -> Outcome:
                 for o in row["options"]
             ]
             console.print_pairs(
-                pairs or [("no settings of its own", "")], f"{row['method']}: {row['description']}"
+                pairs or [("no settings of its own", "")],
+                f"{row['method']}: {row['description']}, from {row['origin']}",
             )
 
     return Outcome({"methods": data}, show)

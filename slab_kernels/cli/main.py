@@ -155,6 +155,7 @@ def compress(
     json: Json = False,
 ) -> Outcome:
     """Compress MODEL into the folder OUT, one block in memory at a time."""
+    from ..compression.events import Lines
     from ..compression.model import compress
     from ..methods import check_options
 
@@ -167,7 +168,7 @@ def compress(
             model, out, method=method, pattern=pattern, rank=rank, values=values, group_size=group_size or None, planes=planes,
             adapter_rank=adapter_rank, adapter_values=adapter_values, matching=match, bits=bits, calibration=calibration,
             heldout=heldout, samples=samples, window=window, skip=skip, device=device, seed=seed, resume=resume,
-            progress=_progress(), trust_remote_code=trust_remote_code, **settings,
+            progress=True if sys.stderr.isatty() else Lines(console.say), trust_remote_code=trust_remote_code, **settings,
         )  # fmt: skip
     data = record.to_dict() | {"folder": str(out)}
 
@@ -187,15 +188,6 @@ def _kept(state: Path, what: str) -> str:
         f"{what}, and the same command with --resume goes on"
         if state.exists()
         else "nothing was kept"
-    )
-
-
-def _progress() -> Any:
-    """A bar on a terminal, one line a layer in a log."""
-    return (
-        True
-        if sys.stderr.isatty()
-        else lambda event: console.say(str(event)) if str(event) else None
     )
 
 

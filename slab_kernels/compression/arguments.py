@@ -18,7 +18,7 @@ from .plan import Plan
 class Arguments:
     """What is to be done with a model, whatever the model and the text.
 
-    bits: the budget of a search, in stored bits per weight over the whole model; None for no search.
+    bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
     skip: fnmatch patterns of module names that stay dense.
     """
 

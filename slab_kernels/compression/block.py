@@ -1,4 +1,4 @@
-"""One block under compression: its linears group after group, then transformer matching of the whole."""
+"""One block under compression: its linears group after group, then matching of the whole."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class BlockWork:
             group=group.names,
             planes=decomposition.planes,
             adapter_rank=0 if decomposition.P is None else decomposition.P.shape[1],
-            peak_bytes=peak[0],
+            peak_bytes=peak.bytes,
         )
         return decomposition, layer
 
@@ -224,7 +224,7 @@ class BlockWork:
         set_weight(self.linears[name], dense_weight(stored))
 
     def match(self, finished: FinishedBlock, say: Callable[[str], None]) -> None:
-        """Transformer matching of the whole block; changes `finished`. One process does it for all."""
+        """Transformer matching of the whole block, by one process for all; changes `finished`."""
         prefix, source = self.job.prefix(self.index), self.job.source
         matched: Matched = self.team.from_leader(lambda: self._train(say))
         finished.match = matched.record

@@ -1,7 +1,7 @@
-"""One budget of stored bits for a whole model, spent layer by layer where the measured loss says it helps most.
+"""One budget of stored bits for a whole model, spent where the measured loss says it helps most.
 
-SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value type, sign planes and
-rank are chosen together:
+SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value type, sign planes
+and rank of every layer are chosen together:
 1. With the dense model's own inputs every layer is decomposed by each row of LADDER (by the sweep
    alone, without refits: the order of the rows is what counts), which gives its relative output
    error e.
@@ -9,7 +9,7 @@ rank are chosen together:
    divergence of the model's next-token distribution from the dense one is measured, D = KL in nats
    per token. Near the dense model D grows with e^2, so each row is expected to cost
    D (e / e_coarsest)^2, and the costs of layers to add up.
-3. The sum is minimised under the budget: every layer climbs its rows in order of loss saved per bit.
+3. The sum is minimised under the budget: layers climb their rows in order of loss saved per bit.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from ..settings import Rule
 from .plan import decompose_as_stored
 
 PROBES = 8  # windows on which the divergence is measured
-# Coarse to fine. Below two planes a bit is better spent on the pruned positions than on kept values.
-# Ranks above 1 pay for themselves only on wide layers, where U and V are cheap; the search finds
-# out which.
+# The rows go from coarse to fine. Below two planes a bit is better spent on the pruned positions
+# than on kept values. Ranks above 1 pay for themselves only on wide layers, where U and V are
+# cheap; the search finds out which.
 LADDER: tuple[dict, ...] = (
     {"values": "int3", "planes": 1, "rank": 1},
     {"values": "int4", "planes": 1, "rank": 1},
@@ -58,7 +58,7 @@ CHOSEN = {"values": "fp16", "planes": 1, "rank": 1, "adapter_rank": None}
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of LADDER for one layer, its stored bits in all, and the loss that is expected of it."""
+    """A row of LADDER for one layer, its bits in all, and the loss that is expected of it."""
 
     settings: dict[str, Any]
     bits: float

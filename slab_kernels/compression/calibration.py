@@ -27,7 +27,7 @@ Text = str | Path | Tensor | list | dict  # a text or token ids, as `compress` t
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids [samples, window] int64 of the calibration text, and of the held-out text if any."""
+    """Token ids [samples, window] int64 of the calibration text, and of the held-out one if any."""
 
     calibration: Tensor
     heldout: Tensor | None

@@ -69,7 +69,7 @@ def front_matter(base: Base, record: RunRecord) -> str:
 
     packed = record.stored == "packed"
     content = {
-        "base_model": base.name,
+        "base_model": visible(base.name[:LONGEST]),
         "base_model_relation": "quantized",
         **base.licence,
         "library_name": "slab-kernels" if packed else "transformers",
@@ -94,24 +94,19 @@ def body(base: Base, job: Job, record: RunRecord, size: int) -> str:
     }
     rows = _method_rows(job, record) | sizes | _quality_rows(record) | _origin_rows(record)
     table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
-    stored = (
-        "2:4 sparse values plus low-rank signs, from which it runs without being unpacked"
-        if record.stored == "packed"
-        else f"pruned by the pattern {_cell(record.settings['pattern'])} and stored as a dense model"
-    )
-    original = (
-        f"The card of the base model is [{base.card}]({base.card})."
-        if base.card
-        else "The base model came without a card."
-    )
-    licence = (
-        "The licence is that of the base model."
-        if base.licence
-        else "The base model's folder names no licence; the base model's terms apply."
-    )
+    stored = "2:4 sparse values plus low-rank signs, from which it runs without being unpacked"
+    if record.stored != "packed":
+        pattern = _cell(record.settings["pattern"])
+        stored = f"a dense weight, pruned by the pattern {pattern}"
+    original = "The base model came without a card."
+    if base.card:
+        original = f"The card of the base model is [{base.card}]({base.card})."
+    licence = "Its folder names no licence; the terms of the base model apply."
+    if base.licence:
+        licence = f"The licence is that of the base model, {_cell(base.licence['license'])}."
     return f"""# {name}, compressed with slab_kernels
 
-This is {name} with every linear layer of its decoder blocks as {stored}.
+This is {name}, with the linear layers of its decoder blocks stored as {stored}.
 
 | | |
 |---|---|
@@ -271,7 +266,7 @@ def _licence(out: Path, card: str | None) -> dict[str, str]:
     """The licence from the front matter of the base model's card, else from a file for it."""
     found = {} if card is None else _front_matter_of(out / card)
     licence = {
-        name: value
+        name: visible(value)
         for name in CARRIED
         if isinstance(value := found.get(name), str) and 0 < len(value) <= LONGEST
     }

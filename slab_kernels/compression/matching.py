@@ -1,11 +1,11 @@
-"""Transformer matching (3BASiL-TM, arXiv 2603.01376, section 4): a compressed block is trained towards the dense one.
+"""Transformer matching: a compressed block is trained towards the dense one.
 
-It follows any method. All that a compressed block stores in floating point is trained together:
-kept values (or the step sizes of integer ones), U, V, P, Q, biases and norms. Positions, signs and
-integer codes stay. The target is the output of the dense block on the compressed prefix, as in the
-paper. `target="dense"` takes what the dense model puts out at this depth instead, so that errors
-made in earlier blocks are undone as well (perplexity on a five-block model, int4: 6.50 without
-matching, 6.00 and 6.01 with the two targets).
+It is 3BASiL-TM's (arXiv 2603.01376, section 4) and follows any method. All that a compressed block
+stores in floating point is trained together: kept values (or the step sizes of integer ones), U, V,
+P, Q, biases and norms. Positions, signs and integer codes stay. The target is the output of the
+dense block on the compressed prefix, as in the paper. `target="dense"` takes what the dense model
+puts out at this depth instead, so that errors made in earlier blocks are undone as well (perplexity
+on a five-block model, int4: 6.50 without matching, 6.00 and 6.01 with the two targets).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Goal:
 
 
 class Trained(NamedTuple):
-    """What can be trained of a block: its compressed linears, and its other vectors (norms, biases)."""
+    """What can be trained of a block: its compressed linears and other vectors (norms, biases)."""
 
     linears: dict[str, TrainableLinear]
     others: dict[str, nn.Parameter]

@@ -1,4 +1,4 @@
-"""Where finished blocks go: memory, or the shards of a folder that an interrupted run can go on with."""
+"""Where finished blocks go: memory, or shards of a folder that an interrupted run goes on with."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class FolderSink:
 
 
 def bits_on_disk(table: dict[str, TensorEntry], layer: LayerRecord) -> float:
-    """Bytes that the layer's tensors take in its shard (its bias not counted) in bits per weight."""
+    """What the layer's tensors take in its shard, its bias not counted, in bits per weight."""
     size = sum(
         entry.nbytes
         for name, entry in table.items()

@@ -1,8 +1,8 @@
-"""Adapter training after compression, SLiM's recipe (arXiv 2410.09615, section 3.4): P and Q learn a text, all else stays.
+"""Adapter training after compression: P and Q learn a text, and all else stays as it is.
 
-The whole model runs from its packed weights; gradients reach P and Q of every compressed linear
-alone, so what is kept for them is small beside the model. A model without adapters gets some: Q
-random, P zero, as in LoRA (arXiv 2106.09685).
+The recipe is SLiM's (arXiv 2410.09615, section 3.4). The whole model runs from its packed weights;
+gradients reach P and Q of every compressed linear alone, so what is kept for them is small beside
+the model. A model without adapters gets some: Q random, P zero, as in LoRA (arXiv 2106.09685).
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def train(
     device: str | torch.device = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Train the adapters of a packed folder on a text and write the result to the folder `out`.
@@ -115,6 +116,7 @@ def train(
         resume: go on from the state that an interrupted run left beside `out`; the result is that
             of a run without a break.
         say: is called with a line whenever the state is noted.
+        progress: is called after every step with the steps done and those in all.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
     Returns: {"before", "after": mean negative log-likelihood per token on the windows that are held
@@ -148,6 +150,8 @@ def train(
         before = lesson.likelihood()
     for step in range(done, settings.steps):
         loss = lesson.step(step)
+        if progress is not None:
+            progress(step + 1, settings.steps)
         if (step + 1) % settings.every == 0 and step + 1 < settings.steps:
             state.note(step + 1, before)
             say(f"step {step + 1} of {settings.steps}: {float(loss):.4f} nats per token")

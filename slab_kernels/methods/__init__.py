@@ -12,7 +12,7 @@ from ..format import WEIGHT_DTYPES, Decomposition
 from .config import Config
 from .inputs import InputStats
 from .settings import LayerSettings
-from .table import METHODS, Method, all_methods, check_options
+from .table import METHODS, Method, all_methods, check_options, find_method, origins, problems
 
 __all__ = [
     "METHODS",
@@ -24,6 +24,9 @@ __all__ = [
     "check_options",
     "decompose",
     "decompose_layer",
+    "find_method",
+    "origins",
+    "problems",
 ]
 
 USUAL_EXPONENTS = 24  # of a weight's largest number; others are scaled by a power of two meanwhile

@@ -1,8 +1,7 @@
-"""The table of methods: those of this library, and those that other packages add by entry points."""
+"""The table of methods: those of this library, and those that other packages add."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,20 +86,25 @@ METHODS: dict[str, Method] = {method.name: method for method in BUILT_IN}
 _NAMES = frozenset(METHODS)
 
 
-def installed() -> tuple[plugins.Plugin, ...]:
-    """The methods of other packages, those that cannot be used with their `problem`."""
+def _plugins() -> tuple[plugins.Plugin, ...]:
     return plugins.load(plugins.METHODS, Method, _NAMES)
 
 
 def all_methods() -> dict[str, Method]:
-    """METHODS and what other packages add, by name. Warns: of a package that cannot be used."""
-    found = dict(METHODS)
-    for plugin in installed():
-        if plugin.problem is None:
-            found.setdefault(plugin.name, plugin.value)
-        else:
-            warnings.warn(plugin.problem, RuntimeWarning, stacklevel=2)
-    return found
+    """METHODS and the usable methods of other packages, by name."""
+    added = {plugin.name: plugin.value for plugin in _plugins() if plugin.problem is None}
+    return METHODS | added
+
+
+def origins() -> dict[str, str]:
+    """Whose every method is: "slab_kernels", or the package that adds it with its version."""
+    added = {plugin.name: plugin.origin for plugin in _plugins() if plugin.problem is None}
+    return dict.fromkeys(METHODS, "slab_kernels") | added
+
+
+def problems() -> list[str]:
+    """A sentence for every method of another package that cannot be used."""
+    return [plugin.problem for plugin in _plugins() if plugin.problem is not None]
 
 
 def find_method(name: str) -> Method:
@@ -110,12 +114,14 @@ def find_method(name: str) -> Method:
     """
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    for plugin in installed():
-        if plugin.name == name and plugin.name not in _NAMES:
-            if plugin.problem is not None:
-                raise MethodError(f"method={name!r} is not usable: {plugin.problem}")
+    for plugin in _plugins():
+        if plugin.name == name and plugin.problem is not None:
+            raise MethodError(f"method={name!r} is not usable: {plugin.problem}")
+        if plugin.name == name:
             return plugin.value
-    raise MethodError(f"method={name!r} is unknown; choose one of {', '.join(all_methods())}")
+    unusable = "".join(f"; {problem}" for problem in problems())
+    known = ", ".join(all_methods())
+    raise MethodError(f"method={name!r} is unknown; choose one of {known}{unusable}")
 
 
 def check_options(method: str, options: dict[str, Any]) -> Method:

@@ -1,4 +1,4 @@
-"""What follows a method: transformer matching, adapter training, a budget over all layers, several processes."""
+"""What follows a method: matching, adapter training, a budget over all layers, several processes."""
 
 from __future__ import annotations
 
@@ -332,7 +332,8 @@ SCRIPT = """
 import sys, torch
 from slab_kernels.compression.model import compress
 tokens = torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(0))
-compress(sys.argv[1], sys.argv[2], calibration=tokens, method=sys.argv[3], matching=1, device="cpu", progress=False)
+method = {"method": sys.argv[3], "matching": 1, "device": "cpu", "progress": False}
+compress(sys.argv[1], sys.argv[2], calibration=tokens, **method)
 """
 
 

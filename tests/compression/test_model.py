@@ -1,4 +1,4 @@
-"""A whole model: compress, kill, resume, load, save, decompress; and everything that is refused on the way."""
+"""A whole model: compress, kill, resume, load, save, decompress; and all that is refused."""
 
 from __future__ import annotations
 
@@ -85,13 +85,26 @@ def test_the_folder(dense, packed):
     described = config.pop("quantization_config")
     assert config == json.loads((dense / "config.json").read_text())
     assert described.pop("modules")["model.layers.1.mlp.down_proj"] == {
-        "out_features": 32, "in_features": 48, "values": "fp16", "group_size": None, "rank": 1, "adapter_rank": 0,
-        "factors": "fp16", "planes": 1, "adapter_values": None, "signs": True,
-    }  # fmt: skip
+        "out_features": 32,
+        "in_features": 48,
+        "values": "fp16",
+        "group_size": None,
+        "rank": 1,
+        "adapter_rank": 0,
+        "factors": "fp16",
+        "planes": 1,
+        "adapter_values": None,
+        "signs": True,
+    }
     assert described == {
-        "quant_method": "slab_kernels", "format_version": 2, "method": "slab", "pattern": "2:4", "rank": 1,
-        "values": "fp16", "group_size": None,
-    }  # fmt: skip
+        "quant_method": "slab_kernels",
+        "format_version": 2,
+        "method": "slab",
+        "pattern": "2:4",
+        "rank": 1,
+        "values": "fp16",
+        "group_size": None,
+    }
 
 
 def test_everything_else_is_as_it_was(dense, packed):
@@ -133,7 +146,7 @@ def test_the_record_counts_the_bytes_on_disk(dense, tmp_path, values, group_size
 
 
 def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
-    """The recorded errors, from Gram matrices on the way, against the finished model run on the same tokens."""
+    """The recorded errors come from Gram matrices; here the finished model runs on the same tokens."""
     record = compress(dense, tmp_path / "o", heldout=tiny_models.tokens(seed=7), **QUICK)
     original, finished = AutoModelForCausalLM.from_pretrained(dense).eval(), load(tmp_path / "o")
     for field, tokens in (("error", TOKENS), ("heldout_error", tiny_models.tokens(seed=7))):
@@ -147,8 +160,14 @@ def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
 def test_text_calibration_end_to_end(dense, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.text())
     record = compress(
-        dense, tmp_path / "o", method="wanda", calibration=tmp_path / "text.txt", heldout=tmp_path / "text.txt", samples=8, progress=False,
-    )  # fmt: skip
+        dense,
+        tmp_path / "o",
+        method="wanda",
+        calibration=tmp_path / "text.txt",
+        heldout=tmp_path / "text.txt",
+        samples=8,
+        progress=False,
+    )
     assert record.settings["window"] == 64  # cut to the model's positions
     assert record.tokens == 8 * 64 and record.hidden_state_bytes == (8 + 2) * 64 * 32 * 4
     assert all(layer.heldout_error is not None for layer in record.layers)
@@ -448,7 +467,10 @@ def test_save_and_decompress_want_an_empty_folder_and_packed_weights(dense, pack
 
 
 def damaged(packed: Path, folder: Path, config=None, module=None, **tensors) -> Path:
-    """A copy of `packed` in one shard with changes: config entries, entries of one module, tensors (None removes)."""
+    """A copy of `packed` in one shard, with changes.
+
+    They are entries of the config, entries of one module, and tensors, which None removes.
+    """
     folder.mkdir()
     content = json.loads((packed / "config.json").read_text())
     content["quantization_config"] |= config or {}
