@@ -1,4 +1,4 @@
-"""What follows a method: matching, adapter training, a budget over all layers, several processes."""
+"""What follows a method: matching, adapter training, a budget of bits, several processes."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_the_record_counts_the_bytes_on_disk(dense, tmp_path, values, group_size
 
 
 def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
-    """The recorded errors come from Gram matrices; here the finished model runs on the same tokens."""
+    """The records take them from Gram matrices; here the finished model runs on the same tokens."""
     record = compress(dense, tmp_path / "o", heldout=tiny_models.tokens(seed=7), **QUICK)
     original, finished = AutoModelForCausalLM.from_pretrained(dense).eval(), load(tmp_path / "o")
     for field, tokens in (("error", TOKENS), ("heldout_error", tiny_models.tokens(seed=7))):
