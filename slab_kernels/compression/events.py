@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..terminal import visible
+from ..terminal import clock, visible
 from .record import LayerRecord
 
 QUIET = 30.0  # seconds after which lines are followed by one that the work goes on
@@ -56,13 +56,6 @@ class ProgressEvent:
         """How long the run has taken, and about how long it will."""
         passed = f"{clock(self.elapsed)} elapsed"
         return passed if self.remaining is None else f"{passed}, about {clock(self.remaining)} left"
-
-
-def clock(seconds: float) -> str:
-    """Such as 1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Reporter:
