@@ -205,7 +205,5 @@ def layout_on_disk(
     table: dict[str, TensorEntry], layer: LayerRecord, group_size: int | None
 ) -> PackedLayout:
     """The layout of a packed weight from the header of its shard."""
-    factors: dict[str, Any] = read_factors(
-        table.get(f"{layer.name}.U"), table.get(f"{layer.name}.P")
-    )
+    factors = read_factors(table.get(f"{layer.name}.U"), table.get(f"{layer.name}.P"))
     return PackedLayout(*layer.shape, layer.values, group_size, planes=layer.planes, **factors)
