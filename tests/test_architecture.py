@@ -20,18 +20,19 @@ PACKAGE = ROOT / "slab_kernels"
 ROOMS: dict[str, str] = {
     "errors": "",
     "terminal": "",
+    "plugins": "terminal",
     "paths": "errors",
     "settings": "errors",
     "device": "errors",
     # the waist
     "format": "errors",
     # above the waist: numbers for a layer
-    "methods": "errors format settings",
+    "methods": "errors format plugins settings",
     # below the waist: who runs a layer
     "reference": "format",
     "testing": "format",
     "ops": "errors format reference",
-    "backends": "errors format ops",
+    "backends": "errors format ops plugins",
     "nn": "backends errors format ops",
     "bench": "backends errors format reference testing",
     # a whole model
