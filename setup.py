@@ -37,7 +37,16 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "_C.so"
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the oldest torch the library loads on
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
 FLAGS.append(f"-ffile-prefix-map={ROOT}/=")  # no build paths in the binary
 # One kernel source, three instruction sets: each file gets its own flags, the choice is made at run time.
 SOURCES = {
@@ -45,7 +54,15 @@ SOURCES = {
     "cpu/prepare.cpp": [],
     "cpu/dispatch.cpp": [],
     "cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "cpu/avx512.cpp": [
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+    ],
     "bindings.cpp": [],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -62,7 +79,9 @@ def find_torch() -> Path:
     else:
         spec = importlib.util.find_spec("torch")
         if spec is None or spec.origin is None:
-            raise Impossible("torch is not visible to the build (use pip install --no-build-isolation)")
+            raise Impossible(
+                "torch is not visible to the build (use pip install --no-build-isolation)"
+            )
         folder = Path(spec.origin).parent
     if not (folder / "include/torch/csrc/stable/library.h").exists():
         raise Impossible(f"the torch in {folder} has no stable-ABI headers (torch >= 2.11 has)")
@@ -100,7 +119,11 @@ def compile_native(target: Path, objects: Path) -> None:
         outputs.append(str(output))
         command = [*compiler, *FLAGS, *(flags if X86 else [])]
         if source == "bindings.cpp":
-            command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch / "include")]
+            command += [
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+                "-isystem",
+                str(torch / "include"),
+            ]
         if source == "cpu/avx512.cpp":  # gcc 12 warns about its own intrinsics
             command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         jobs.append([*command, "-c", str(ROOT / "csrc" / source), "-o", str(output)])
@@ -108,7 +131,11 @@ def compile_native(target: Path, objects: Path) -> None:
         list(pool.map(run, jobs))
     # Beside the target and then renamed: a process that has the old library open keeps it.
     fresh = target.with_suffix(".tmp")
-    libraries = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--no-as-needed", "-ltorch_cpu"]
+    libraries = (
+        ["-undefined", "dynamic_lookup"]
+        if sys.platform == "darwin"
+        else ["-Wl,--no-as-needed", "-ltorch_cpu"]
+    )
     run([*compiler, "-shared", *outputs, "-o", str(fresh), f"-L{torch / 'lib'}", *libraries])
     fresh.replace(target)
 
@@ -131,7 +158,10 @@ def build_native(package: Path, objects: Path) -> bool:
     except Impossible as reason:
         if wanted == "1":
             raise SystemExit(f"slab_kernels: SLAB_KERNELS_NATIVE=1, but {reason}") from None
-        print(f"slab_kernels: installing without native kernels, the reference will run: {reason}", file=sys.stderr)
+        print(
+            f"slab_kernels: installing without native kernels, the reference will run: {reason}",
+            file=sys.stderr,
+        )
         return False
     return True
 
@@ -155,7 +185,10 @@ def build_cuda(package: Path) -> bool:
     except (Impossible, recipe.Impossible) as reason:
         if wanted == "1":
             raise SystemExit(f"slab_kernels: SLAB_KERNELS_CUDA=1, but {reason}") from None
-        print(f"slab_kernels: no CUDA kernels ahead of time, a GPU machine compiles them on first use: {reason}", file=sys.stderr)
+        print(
+            f"slab_kernels: no CUDA kernels ahead of time, a GPU machine compiles them on first use: {reason}",
+            file=sys.stderr,
+        )
         return False
     for remark in remarks:
         print(f"slab_kernels: {remark}", file=sys.stderr)
@@ -175,7 +208,9 @@ class BuildPython(build_py):
 
     def run(self):
         super().run()
-        package = ROOT / "slab_kernels" if self.editable_mode else Path(self.build_lib) / "slab_kernels"
+        package = (
+            ROOT / "slab_kernels" if self.editable_mode else Path(self.build_lib) / "slab_kernels"
+        )
         objects = Path(self.get_finalized_command("build").build_temp) / "slab_kernels"
         if not self.editable_mode:  # an earlier build with other choices left its own here: a pure wheel must not carry them
             (package / LIBRARY).unlink(missing_ok=True)
@@ -188,7 +223,12 @@ class BuildPython(build_py):
     def get_outputs(self, include_bytecode=True):
         package = Path(self.build_lib) / "slab_kernels"
         native = [str(package / LIBRARY)] if self.distribution.native else []
-        cuda = [str(path) for folder in ("cubins", "csrc") for path in (package / folder).rglob("*") if path.is_file()]
+        cuda = [
+            str(path)
+            for folder in ("cubins", "csrc")
+            for path in (package / folder).rglob("*")
+            if path.is_file()
+        ]
         return [*super().get_outputs(include_bytecode), *native, *cuda]
 
 

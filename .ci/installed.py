@@ -13,14 +13,18 @@ def main(kind: str) -> None:
     home = Path(slab_kernels.__file__).parent
     assert Path(sys.prefix) in home.parents, f"{home} is not of this environment"
     assert "torch" not in sys.modules, "importing the package imported torch"
-    assert not any(shutil.which(tool) for tool in ("g++", "c++", "clang++", "nvcc")), "a compiler is on PATH"
+    assert not any(shutil.which(tool) for tool in ("g++", "c++", "clang++", "nvcc")), (
+        "a compiler is on PATH"
+    )
     assert (home / "_C.so").exists() == (kind != "pure")
     assert bool(list(home.glob("cubins/*"))) == (kind == "cuda")
-    assert (home / "csrc" / "linear.cu").exists() or list(home.glob("csrc/**/linear.cu")), "the CUDA sources for NVRTC are missing"
+    assert (home / "csrc" / "linear.cu").exists() or list(home.glob("csrc/**/linear.cu")), (
+        "the CUDA sources for NVRTC are missing"
+    )
 
     import torch
 
-    from slab_kernels import dispatch
+    from slab_kernels.backends import dispatch
     from slab_kernels.backends.base import LinearProblem
     from slab_kernels.testing import error_bound, oracle, random_packed
 
@@ -28,7 +32,11 @@ def main(kind: str) -> None:
     packed, x = random_packed(layout), torch.randn(5, 300)
     layer = slab_kernels.SlabLinear.from_packed(packed)
     exact, magnitude = oracle(x, packed)
-    assert bool(((layer(x).double() - exact).abs() <= error_bound(magnitude, exact, torch.float32, 300)).all())
+    assert bool(
+        (
+            (layer(x).double() - exact).abs() <= error_bound(magnitude, exact, torch.float32, 300)
+        ).all()
+    )
     assert layer.backend == ("reference" if kind == "pure" else "cpu"), layer.backend
     reasons = dispatch.explain(LinearProblem.of(layout, 1, torch.float32, "cpu"))
     assert kind != "pure" or "was not built" in reasons["cpu"][0]
@@ -36,14 +44,24 @@ def main(kind: str) -> None:
     assert torch.cuda.is_available() or (on_gpu["cuda"] and on_gpu["triton"])
 
     command = [str(Path(sys.executable).parent / "slab-kernels")]
-    found = json.loads(subprocess.run([*command, "info", "--json"], capture_output=True, text=True, check=True).stdout)
+    found = json.loads(
+        subprocess.run(
+            [*command, "info", "--json"], capture_output=True, text=True, check=True
+        ).stdout
+    )
     refused = subprocess.run([*command, "inspect", "/nowhere"], capture_output=True, text=True)
     assert refused.returncode == 3 and "Traceback" not in refused.stderr, refused
 
     from importlib.metadata import entry_points
 
-    assert [e.value for e in entry_points(group="vllm.general_plugins") if e.name == "slab_kernels"] == ["slab_kernels.engines:register_with_vllm"]
-    size = sum(file.stat().st_size for file in home.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    assert [
+        e.value for e in entry_points(group="vllm.general_plugins") if e.name == "slab_kernels"
+    ] == ["slab_kernels.engines:register_with_vllm"]
+    size = sum(
+        file.stat().st_size
+        for file in home.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    )
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {found['versions']['transformers']}, triton {found['versions']['triton']}"
     print(f"{kind:24} {versions}: {layer.backend} runs, {size / 1e6:.1f} MB installed")
 

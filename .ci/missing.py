@@ -19,7 +19,9 @@ def main() -> None:
         if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
             continue
         try:
-            met = requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+            met = requirement.specifier.contains(
+                metadata.version(requirement.name), prereleases=True
+            )
         except metadata.PackageNotFoundError:
             met = False
         if not met:

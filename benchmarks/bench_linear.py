@@ -22,11 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slab_kernels import bench, console, figures, machine, peers, report
-from slab_kernels.layer_shapes import MODELS, layers
-from slab_kernels.options import DTYPES, parse_shape
+from slab_kernels.bench import linear as bench
+from slab_kernels.bench import machine, peers
+from slab_kernels.bench.layer_shapes import MODELS, layers
+from slab_kernels.cli.main import console
+from slab_kernels.cli.options import DTYPES, parse_shape
+from slab_kernels.device import resolve_device
 from slab_kernels.paths import expanded
-from slab_kernels.pipeline import resolve_device
+from slab_kernels.report import figures
+from slab_kernels.report import tables as report
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank", "group_size", "threads", "cache",
@@ -57,15 +61,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, or auto: a GPU if there is one"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, help="whose linears")
-    parser.add_argument("--shapes", nargs="+", type=shape, default=[], help="NxK instead of or beside models")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, default=[], help="NxK instead of or beside models"
+    )
     parser.add_argument("--m", nargs="+", type=count, help="tokens at once")
     parser.add_argument("--values", nargs="+", default=["fp16", "bf16", "int8", "int4"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the activations and the dense weight")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="of the activations and the dense weight"
+    )
     parser.add_argument("--rank", type=int, default=1, help="of the sign term; 0 = none")
-    parser.add_argument("--adapter-rank", type=int, default=0, help="of the adapter P Q^T; 0 = none")
-    parser.add_argument("--backends", nargs="+", help="default: all that can run it, without the reference")
+    parser.add_argument(
+        "--adapter-rank", type=int, default=0, help="of the adapter P Q^T; 0 = none"
+    )
+    parser.add_argument(
+        "--backends", nargs="+", help="default: all that can run it, without the reference"
+    )
     flag = argparse.BooleanOptionalAction
     parser.add_argument(
         "--peers", action=flag, default=True, help="other libraries' kernels, where installed"
@@ -77,7 +91,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.device.type not in DEFAULTS:
         parser.error(f"--device {args.device}: there are clocks for {' and '.join(DEFAULTS)} only")
     models, tokens, dtypes, seconds = DEFAULTS[args.device.type]
-    args.chosen = args.models or [f"{n}x{k}" for n, k in args.shapes]  # for the file name, unless by default
+    args.chosen = args.models or [
+        f"{n}x{k}" for n, k in args.shapes
+    ]  # for the file name, unless by default
     args.models = args.models or ([] if args.shapes else models)
     args.m, args.dtype = args.m or tokens, args.dtype or dtypes
     args.seconds = seconds if args.seconds is None else args.seconds
@@ -132,7 +148,9 @@ def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
     """linear-<device>-<what was chosen>-<commit>"""
     named = {found["device"]: found["name"] for found in information["devices"]}
     where = "cpu" if args.device.type == "cpu" else f"cuda:{args.device.index or 0}"
-    ranks = [f"r{args.rank}"] * (args.rank != 1) + [f"a{args.adapter_rank}"] * (args.adapter_rank != 0)
+    ranks = [f"r{args.rank}"] * (args.rank != 1) + [f"a{args.adapter_rank}"] * (
+        args.adapter_rank != 0
+    )
     text = "-".join([named[where], *args.chosen, *ranks])
     return "linear-" + re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + f"-{commit()}"
 
@@ -149,7 +167,9 @@ def write(path: Path, content: bytes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be written must not cost the measurements
+    args.out.mkdir(
+        parents=True, exist_ok=True
+    )  # now: a folder that cannot be written must not cost the measurements
     rows, absent = measure(args)
     information = machine.information()
     table = io.StringIO(newline="")
@@ -160,7 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": machine.one_line(), "commit": commit(), "arguments": list(sys.argv[1:] if arguments is None else arguments),
         "rows": rows, "absent": absent, "peers": peers.versions(), "machine": information,
     }  # fmt: skip
-    contents = {"csv": table.getvalue().encode(), "json": (json.dumps(record, indent=1) + "\n").encode()}
+    contents = {
+        "csv": table.getvalue().encode(),
+        "json": (json.dumps(record, indent=1) + "\n").encode(),
+    }
     try:
         contents["png"] = figures.png(figures.speed_by_tokens(report.cold(rows), figures.LIGHT))
     except figures.PlotsUnavailable as error:

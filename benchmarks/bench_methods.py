@@ -36,40 +36,115 @@ class Entry:
     bits: int | None = None
 
 
-MATCHED = {("fp16", 1), ("int4", 2)}  # values and planes of ours that are also matched: minutes each
+MATCHED = {
+    ("fp16", 1),
+    ("int4", 2),
+}  # values and planes of ours that are also matched: minutes each
 BUDGETS = (3.6, 4.6)  # stored bits per weight of the searches
 
 
 def entries(group_size: int, epochs: int, adapter_rank: int) -> list[Entry]:
     """All rows, the quick ones first. adapter_rank: of ours with P Q^T."""
     published, adapter = {"polish": 0}, {"adapter_rank": None}
-    rows = [Entry(f"{name} int{bits}", name, {"method": name}, bits) for name in ("rtn", "gptq") for bits in (8, 4, 3, 2)]
-    rows += [Entry(f"gptq int{bits}, groups of 32", "gptq", {"method": "gptq", "group_size": 32}, bits) for bits in (4, 3, 2)]
-    rows += [Entry(name, "2:4, published", {"method": name}) for name in ("magnitude", "wanda", "sparsegpt", "slab-paper")]
+    rows = [
+        Entry(f"{name} int{bits}", name, {"method": name}, bits)
+        for name in ("rtn", "gptq")
+        for bits in (8, 4, 3, 2)
+    ]
+    rows += [
+        Entry(f"gptq int{bits}, groups of 32", "gptq", {"method": "gptq", "group_size": 32}, bits)
+        for bits in (4, 3, 2)
+    ]
+    rows += [
+        Entry(name, "2:4, published", {"method": name})
+        for name in ("magnitude", "wanda", "sparsegpt", "slab-paper")
+    ]
     for name in ("alps", "eora", "oats", "sslc", "hassle-free", "threebasil"):
-        rows.append(Entry(f"{name} as published", "2:4, published", {"method": name, **published, **adapter}))
+        rows.append(
+            Entry(
+                f"{name} as published", "2:4, published", {"method": name, **published, **adapter}
+            )
+        )
         rows.append(Entry(f"{name} polished", "2:4, polished", {"method": name, **adapter}))
-    rows.append(Entry("threebasil int4 polished", "2:4, polished", {"method": "threebasil", "values": "int4", "group_size": group_size, **adapter}))
-    rows.append(Entry("hassle-free, alps inside", "2:4, published", {"method": "hassle-free", "inner": "alps", **published}))
+    rows.append(
+        Entry(
+            "threebasil int4 polished",
+            "2:4, polished",
+            {"method": "threebasil", "values": "int4", "group_size": group_size, **adapter},
+        )
+    )
+    rows.append(
+        Entry(
+            "hassle-free, alps inside",
+            "2:4, published",
+            {"method": "hassle-free", "inner": "alps", **published},
+        )
+    )
     for values in ("fp16", "int4"):
         slim = {"method": "slim", "values": values, "group_size": group_size}
-        rows.append(Entry(f"slim {values} as published", "2:4, published", {**slim, "alternations": 1, **published}))
+        rows.append(
+            Entry(
+                f"slim {values} as published",
+                "2:4, published",
+                {**slim, "alternations": 1, **published},
+            )
+        )
         rows.append(Entry(f"slim {values} polished", "2:4, polished", slim))
     ours = {"method": "slab", "group_size": group_size}
-    for values, planes in (("fp16", 1), ("fp16", 2), ("int8", 1), ("int4", 1), ("int3", 1), ("int3", 2), ("int4", 2), ("int4", 3)):
+    for values, planes in (
+        ("fp16", 1),
+        ("fp16", 2),
+        ("int8", 1),
+        ("int4", 1),
+        ("int3", 1),
+        ("int3", 2),
+        ("int4", 2),
+        ("int4", 3),
+    ):
         name = f"slab {values}" + (f", {planes} planes" if planes > 1 else "")
         rows.append(Entry(name, "slab", {**ours, "values": values, "planes": planes}))
     for values in ("fp16", "int4"):
         both = {**ours, "values": values, "adapter_rank": adapter_rank}
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
-    rows.append(Entry("slab int3, 2 planes, a scale a row", "slab", {**ours, "values": "int3", "planes": 2, "group_size": None}))
-    rows += [Entry(f"slab, searched for {bits} bits", "slab, searched", {"method": "slab", "bits": bits, "group_size": None}) for bits in BUDGETS]
-    matched = [row for row in rows if (row.settings.get("values"), row.settings.get("planes")) in MATCHED or "bits" in row.settings]
-    matched += [row for row in rows if row.label in ("threebasil polished", "gptq int4", "gptq int3")]
-    kin = {"slab": "slab, matched", "slab, searched": "slab, matched", "gptq": "gptq, matched", "2:4, polished": "2:4, matched"}
+    rows.append(
+        Entry(
+            "slab int3, 2 planes, a scale a row",
+            "slab",
+            {**ours, "values": "int3", "planes": 2, "group_size": None},
+        )
+    )
+    rows += [
+        Entry(
+            f"slab, searched for {bits} bits",
+            "slab, searched",
+            {"method": "slab", "bits": bits, "group_size": None},
+        )
+        for bits in BUDGETS
+    ]
+    matched = [
+        row
+        for row in rows
+        if (row.settings.get("values"), row.settings.get("planes")) in MATCHED
+        or "bits" in row.settings
+    ]
+    matched += [
+        row for row in rows if row.label in ("threebasil polished", "gptq int4", "gptq int3")
+    ]
+    kin = {
+        "slab": "slab, matched",
+        "slab, searched": "slab, matched",
+        "gptq": "gptq, matched",
+        "2:4, polished": "2:4, matched",
+    }
     return rows + [
-        replace(row, label=f"{row.label}, matched", family=kin[row.family], settings={**row.settings, "matching": epochs}) for row in matched
+        replace(
+            row,
+            label=f"{row.label}, matched",
+            family=kin[row.family],
+            settings={**row.settings, "matching": epochs},
+        )
+        for row in matched
     ]
 
 
@@ -79,9 +154,9 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
 
     from slab_kernels.format import INTEGER_RANGES, Decomposition
     from slab_kernels.methods import METHODS, Config, Method
-    from slab_kernels.methods.masks import Pattern
-    from slab_kernels.methods.quantize import quantize
-    from slab_kernels.methods.sweep import Grid, curvature, sweep
+    from slab_kernels.methods.solvers.masks import Pattern
+    from slab_kernels.methods.solvers.quantize import quantize
+    from slab_kernels.methods.solvers.sweep import Grid, curvature, sweep
 
     values = f"int{bits}"
     INTEGER_RANGES.setdefault("int2", (-2, 1))
@@ -95,8 +170,21 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
     def gptq(weight, stats, config):
         """GPTQ (arXiv 2210.17323): the sweep with every weight kept, steps of each group searched when it is reached."""
         mask = torch.ones_like(weight, dtype=torch.bool)
-        swept = sweep(weight, curvature(stats.gram, 0.01), Pattern(), mask=mask, grid=Grid(values, group_size), joint=False)
-        return Decomposition(swept.approximation, swept.mask, scales=swept.scales, values=values, group_size=group_size)
+        swept = sweep(
+            weight,
+            curvature(stats.gram, 0.01),
+            Pattern(),
+            mask=mask,
+            grid=Grid(values, group_size),
+            joint=False,
+        )
+        return Decomposition(
+            swept.approximation,
+            swept.mask,
+            scales=swept.scales,
+            values=values,
+            group_size=group_size,
+        )
 
     METHODS["rtn"] = Method("rtn", rtn, Config, "none", "dense integers, round to nearest")
     METHODS["gptq"] = Method("gptq", gptq, Config, "gram", "dense integers, GPTQ")
@@ -107,13 +195,15 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
     from transformers import AutoModelForCausalLM
 
     import slab_kernels
-    from slab_kernels import evaluate
+    from slab_kernels.evaluate import perplexity as evaluate
 
     settings = dict(entry.settings)
     if entry.bits:
         group_size = settings.setdefault("group_size", args.group_size)
         register_dense_quantizers(group_size, entry.bits)
-        settings |= {"pattern": "50%"}  # what is not 2:4 is written dense; the mask keeps everything
+        settings |= {
+            "pattern": "50%"
+        }  # what is not 2:4 is written dense; the mask keeps everything
     scratch = Path(tempfile.mkdtemp(prefix="bench-methods-", dir=args.scratch))
     try:
         record = slab_kernels.compress(
@@ -121,7 +211,11 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
             device=args.device, progress=False, **settings,
         )  # fmt: skip
         if entry.bits:
-            model = AutoModelForCausalLM.from_pretrained(scratch / "out", dtype=args.dtype).eval().to(args.device)
+            model = (
+                AutoModelForCausalLM.from_pretrained(scratch / "out", dtype=args.dtype)
+                .eval()
+                .to(args.device)
+            )
         else:
             model = slab_kernels.load(scratch / "out", device=args.device, dtype=args.dtype)
         measured = evaluate.perplexity(model, tokenizer, content, args.window)
@@ -132,8 +226,12 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
     bits = record.bits_per_weight
     if entry.bits:
         shapes = [layer.shape for layer in record.layers]
-        bits = entry.bits + sum(16 * N * math.ceil(K / group_size) for N, K in shapes) / sum(N * K for N, K in shapes)
-    errors = None if record.matching else [layer.heldout_error for layer in record.layers]  # those before matching mean nothing after it
+        bits = entry.bits + sum(16 * N * math.ceil(K / group_size) for N, K in shapes) / sum(
+            N * K for N, K in shapes
+        )
+    errors = (
+        None if record.matching else [layer.heldout_error for layer in record.layers]
+    )  # those before matching mean nothing after it
     return {
         "label": entry.label, "family": entry.family, "settings": entry.settings,
         "bits_per_weight": bits, "perplexity": measured["perplexity"], "layer_error": errors and sum(errors) / len(errors),
@@ -156,13 +254,33 @@ def draw(found: dict, out: Path) -> None:
         "2:4, matched": ("3BASiL, matched", "tab:green", "*", ""), "slab": ("slab (ours)", "tab:blue", "D", ""),
         "slab, searched": ("slab, searched", "tab:blue", "v", "--"), "slab, matched": ("slab, matched", "tab:red", "D", ""),
     }  # fmt: skip
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(
+        1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
     for ax, (low, high) in zip(axes, ((2.0, 6.6), (8.0, 12.0)), strict=True):
         for family, (name, colour, marker, line) in families.items():
-            rows = [r for r in found["rows"] if r["family"] == family and low <= r["bits_per_weight"] < high and r["perplexity"] < 1e4]
+            rows = [
+                r
+                for r in found["rows"]
+                if r["family"] == family
+                and low <= r["bits_per_weight"] < high
+                and r["perplexity"] < 1e4
+            ]
             rows.sort(key=lambda r: r["bits_per_weight"])
-            xs, ys = [r["bits_per_weight"] for r in rows], [max(100 * (r["perplexity"] / dense - 1), 0.05) for r in rows]
-            ax.plot(xs, ys, linestyle=line or "none", color=colour, marker=marker, label=name, linewidth=1.2, markersize=6)
+            xs, ys = (
+                [r["bits_per_weight"] for r in rows],
+                [max(100 * (r["perplexity"] / dense - 1), 0.05) for r in rows],
+            )
+            ax.plot(
+                xs,
+                ys,
+                linestyle=line or "none",
+                color=colour,
+                marker=marker,
+                label=name,
+                linewidth=1.2,
+                markersize=6,
+            )
         ax.set_yscale("log")
         ax.set_xlim(low, high)
         ax.grid(alpha=0.3)
@@ -174,9 +292,16 @@ def draw(found: dict, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default=str(SHIPPED))
-    parser.add_argument("--out", type=expanded, default=Path("bench-methods"), help="without suffix: OUT.json and OUT.png")
+    parser.add_argument(
+        "--out",
+        type=expanded,
+        default=Path("bench-methods"),
+        help="without suffix: OUT.json and OUT.png",
+    )
     parser.add_argument("--calibration", default="stdlib")
     parser.add_argument("--text", default="stdlib:heldout")
     parser.add_argument("--samples", type=int, default=128)
@@ -186,18 +311,21 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10, help="of transformer matching")
     parser.add_argument("--only", default="", help="entries whose label contains this")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scratch", default=None, help="where compressed models lie while they are measured")
+    parser.add_argument(
+        "--scratch", default=None, help="where compressed models lie while they are measured"
+    )
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from slab_kernels import evaluate, machine
-    from slab_kernels import text as texts
-    from slab_kernels.budget import BudgetError
-    from slab_kernels.console import print_table, say
-    from slab_kernels.source import hub_folder, open_source
+    from slab_kernels.bench import machine
+    from slab_kernels.cli.console import print_table, say
+    from slab_kernels.errors import BudgetError
+    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -208,10 +336,16 @@ def main() -> int:
     content = texts.read_text(args.text, args.eval_tokens * texts.CHARACTERS_PER_TOKEN)
     content = tokenizer.decode(texts.tokenize(tokenizer, content)[: args.eval_tokens])
     file = args.out.with_suffix(".json")
-    settings = {k: getattr(args, k) for k in ("samples", "window", "eval_tokens", "group_size", "epochs")}
+    settings = {
+        k: getattr(args, k) for k in ("samples", "window", "eval_tokens", "group_size", "epochs")
+    }
     found = json.loads(file.read_text()) if file.exists() else {}
     if not found or found.get("settings") != settings:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype or "auto").to(args.device).eval()
+        model = (
+            AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype or "auto")
+            .to(args.device)
+            .eval()
+        )
         name = "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name
         found = {"model": name, "settings": settings, "machine": machine.one_line(), "rows": []}
         found["dense"] = evaluate.perplexity(model, tokenizer, content, args.window)["perplexity"]
@@ -231,7 +365,9 @@ def main() -> int:
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(found, indent=1) + "\n")
         partial.replace(file)
-        say(f"{entry.label}: perplexity {row['perplexity']:.3f}, {row['bits_per_weight']:.3f} bits, {time.perf_counter() - began:.0f} s")
+        say(
+            f"{entry.label}: perplexity {row['perplexity']:.3f}, {row['bits_per_weight']:.3f} bits, {time.perf_counter() - began:.0f} s"
+        )
     draw(found, args.out.with_suffix(".png"))
     rows = sorted(found["rows"], key=lambda row: row["bits_per_weight"])
     body = [
@@ -239,12 +375,16 @@ def main() -> int:
          f"{r['peak_bytes'] / 1e9:.2f}")
         for r in rows
     ]  # fmt: skip
-    print_table(("entry", "bits/weight", "perplexity", "held-out layer error", "seconds", "peak GB"), body, f"{found['model']}, dense {found['dense']:.3f}")
+    print_table(
+        ("entry", "bits/weight", "perplexity", "held-out layer error", "seconds", "peak GB"),
+        body,
+        f"{found['model']}, dense {found['dense']:.3f}",
+    )
     print(f"{file}  {args.out.with_suffix('.png')}")
     return 0
 
 
 if __name__ == "__main__":
-    from slab_kernels import console
+    from slab_kernels.cli.main import console
 
     sys.exit(console.run(main, as_json=False))

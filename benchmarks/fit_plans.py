@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 
-from slab_kernels import console, dispatch, timing
-from slab_kernels.backends.base import BackendError
+from slab_kernels.backends import dispatch
 from slab_kernels.backends.cuda import device_of, launch, plan, sizes_of
+from slab_kernels.bench import clocks as timing
+from slab_kernels.cli.main import console
+from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
@@ -53,46 +55,91 @@ def timed(out: Path, seconds: float) -> None:
     backend, end = dispatch.backend("cuda"), time.monotonic() + seconds
     if missing := backend.missing("cuda"):
         raise BackendError(f"plans are timed on a CUDA device: {missing}")
-    device, clock, choose = device_of(torch.cuda.current_device()), timing.CudaClock("cuda", 0.0), launch.choose
+    device, clock, choose = (
+        device_of(torch.cuda.current_device()),
+        timing.CudaClock("cuda", 0.0),
+        launch.choose,
+    )
     gpu = device.gpu
 
     def measure(chosen, states, x, sizes) -> list[float]:
         launch.launches.cache_clear()
         launch.choose = lambda *_: chosen
         try:
-            took = clock.time([lambda s=s: launch.linear(x, *s[:5], None, sizes, device) for s in states])
+            took = clock.time(
+                [lambda s=s: launch.linear(x, *s[:5], None, sizes, device) for s in states]
+            )
         finally:
             launch.choose = choose
-        return [chosen.microseconds, getattr(chosen, "bound", ""), took.median * 1e6, took.iqr * 1e6]
+        return [
+            chosen.microseconds,
+            getattr(chosen, "bound", ""),
+            took.median * 1e6,
+            took.iqr * 1e6,
+        ]
 
     with out.open("w", newline="") as file, torch.inference_mode():
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for N, K in SHAPES:
-            weights = [torch.randn(N, K, device="cuda", dtype=torch.float16) for _ in range(clock.copies(2 * N * K))]
+            weights = [
+                torch.randn(N, K, device="cuda", dtype=torch.float16)
+                for _ in range(clock.copies(2 * N * K))
+            ]
             for M in (*FEW, *MANY):
                 x = torch.randn(M, K, device="cuda", dtype=torch.float16)
                 took = clock.time([partial(torch.nn.functional.linear, x, W) for W in weights])
                 expected = plan.dense_microseconds(N, K, M, gpu)
-                writer.writerow((N, K, "", M, "dense", *[""] * 8, expected, "", took.median * 1e6, took.iqr * 1e6))
+                writer.writerow(
+                    (
+                        N,
+                        K,
+                        "",
+                        M,
+                        "dense",
+                        *[""] * 8,
+                        expected,
+                        "",
+                        took.median * 1e6,
+                        took.iqr * 1e6,
+                    )
+                )
         del weights
         for (N, K), (values, group_size) in itertools.product(SHAPES, VALUES):
             packed = random_packed(PackedLayout(N, K, values, group_size, 1)).to("cuda")
             state = backend.prepare(packed, torch.float16)
             sizes = sizes_of(*state[:10])
-            states = [state, *(timing.copied(state) for _ in range(clock.copies(timing.size_of(state)) - 1))]
+            states = [
+                state,
+                *(timing.copied(state) for _ in range(clock.copies(timing.size_of(state)) - 1)),
+            ]
             for M in (*FEW, *MANY):
                 x = torch.randn(M, K, device="cuda", dtype=torch.float16)
-                plans = candidates(sizes, M, gpu) if M in FEW else plan.plans(sizes, M, gpu, 1, 1)[:6]
+                plans = (
+                    candidates(sizes, M, gpu) if M in FEW else plan.plans(sizes, M, gpu, 1, 1)[:6]
+                )
                 for each in plans:
                     if time.monotonic() > end:
                         return
                     t = each.tile
-                    how = (t.warp_rows, t.warp_tokens, t.warp_inputs, t.blocks, each.tokens, each.splits, each.stages, each.resident)
-                    writer.writerow((N, K, values, M, "fused", *how, *measure(each, states, x, sizes)))
+                    how = (
+                        t.warp_rows,
+                        t.warp_tokens,
+                        t.warp_inputs,
+                        t.blocks,
+                        each.tokens,
+                        each.splits,
+                        each.stages,
+                        each.resident,
+                    )
+                    writer.writerow(
+                        (N, K, values, M, "fused", *how, *measure(each, states, x, sizes))
+                    )
                 if M in MANY:
                     again = plan.rebuild(sizes, M, gpu)
-                    writer.writerow((N, K, values, M, "rebuilt", *[""] * 8, *measure(again, states, x, sizes)))
+                    writer.writerow(
+                        (N, K, values, M, "rebuilt", *[""] * 8, *measure(again, states, x, sizes))
+                    )
                 file.flush()
             print(N, K, values, file=sys.stderr)
 
@@ -102,10 +149,14 @@ def fused(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         reader = csv.DictReader(lines)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{file} has no columns {', '.join(COLUMNS)}; give a file that `fit_plans.py time` wrote")
+            raise ValueError(
+                f"{file} has no columns {', '.join(COLUMNS)}; give a file that `fit_plans.py time` wrote"
+            )
         rows = [row for row in reader if row["route"] == "fused"]
     if not rows:
-        raise ValueError(f"{file} has no row of a fused plan; run `fit_plans.py time` with more --seconds")
+        raise ValueError(
+            f"{file} has no row of a fused plan; run `fit_plans.py time` with more --seconds"
+        )
     return rows
 
 
@@ -117,8 +168,12 @@ def fit(files: list[Path], gpu: plan.Gpu) -> None:
         n = {name: int(row[name]) for name in COLUMNS[:2] + COLUMNS[3:4] + COLUMNS[5:13]}
         tile = plan.Tile(n["warp_rows"], n["warp_tokens"], n["warp_inputs"], "", n["blocks"])
         sizes = plan.Sizes(n["k"], (n["n"],), KINDS[row["values"]], 4, 1, 0)
-        cases.append((sizes, n["m"], gpu, tile, n["tokens"], n["splits"], n["stages"], n["resident"]))
-    predict = lambda: torch.tensor([plan.predict(*case).microseconds for case in cases], dtype=torch.float64)  # noqa: E731
+        cases.append(
+            (sizes, n["m"], gpu, tile, n["tokens"], n["splits"], n["stages"], n["resident"])
+        )
+    predict = lambda: torch.tensor(
+        [plan.predict(*case).microseconds for case in cases], dtype=torch.float64
+    )
     error = lambda: (predict() / took).log().clamp(-0.3, 0.3).square().mean().sqrt().item()  # noqa: E731
     least, step = error(), 0.2
     while step > 0.01:  # coordinate descent: six constants, a thousand rows
@@ -138,18 +193,25 @@ def fit(files: list[Path], gpu: plan.Gpu) -> None:
         groups[row["n"], row["k"], row["values"], row["m"]].append(i)
     for M in sorted({int(row["m"]) for row in rows}):
         here = [group for key, group in groups.items() if int(key[3]) == M]
-        regret = [float(took[min(group, key=lambda i: predicted[i])] / took[group].min()) for group in here]
+        regret = [
+            float(took[min(group, key=lambda i: predicted[i])] / took[group].min())
+            for group in here
+        ]
         print(f"m={M}: regret {sum(regret) / len(regret):.3f}, worst {max(regret):.3f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("time", "fit"))
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--seconds", type=float, default=90.0, help="time at most")
     parser.add_argument("--gpu", default="H100", help="whose constants to fit")
     args = parser.parse_args()
-    timed(args.files[0], args.seconds) if args.what == "time" else fit(args.files, plan.gpu_named(args.gpu))
+    timed(args.files[0], args.seconds) if args.what == "time" else fit(
+        args.files, plan.gpu_named(args.gpu)
+    )
 
 
 if __name__ == "__main__":

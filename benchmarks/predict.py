@@ -15,8 +15,15 @@ import json
 from bench_linear import commit
 
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
-from slab_kernels.backends.cuda.plan import GPUS, Rebuild, Sizes, choose, dense_microseconds, gpu_named
-from slab_kernels.layer_shapes import layers
+from slab_kernels.backends.cuda.plan import (
+    GPUS,
+    Rebuild,
+    Sizes,
+    choose,
+    dense_microseconds,
+    gpu_named,
+)
+from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
@@ -35,14 +42,26 @@ def rows(gpu_name: str, models: list[str]) -> list[dict]:
             sizes = Sizes(K, (N,), values, 4, rank, adapter_rank // 16)
             for M in TOKENS:
                 plan, dense = choose(sizes, M, gpu), dense_microseconds(N, K, M, gpu)
-                row = {"gpu": gpu.name, "n": N, "k": K, "m": M, "kind": kind, "predicted_us": plan.microseconds}
+                row = {
+                    "gpu": gpu.name,
+                    "n": N,
+                    "k": K,
+                    "m": M,
+                    "kind": kind,
+                    "predicted_us": plan.microseconds,
+                }
                 route = "rebuilt" if isinstance(plan, Rebuild) else "fused"
-                found.append(row | {"dense_us": dense, "ratio": dense / plan.microseconds, "route": route})
+                found.append(
+                    row | {"dense_us": dense, "ratio": dense / plan.microseconds, "route": route}
+                )
     return found
 
 
 def table(found: list[dict]) -> str:
-    lines = ["| S | " + " | ".join(f"M = {M}" for M in TOKENS) + " |", "|---" * (len(TOKENS) + 1) + "|"]
+    lines = [
+        "| S | " + " | ".join(f"M = {M}" for M in TOKENS) + " |",
+        "|---" * (len(TOKENS) + 1) + "|",
+    ]
     for kind in KINDS:
         cells = []
         for M in TOKENS:
@@ -55,7 +74,9 @@ def table(found: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", nargs="+", default=[gpu.name for gpu in GPUS])
     parser.add_argument("--models", nargs="+", default=["llama-3-8b", "llama-3-70b"])
     parser.add_argument("--out", type=expanded, help="also write the rows as JSON, into this file")
@@ -66,7 +87,12 @@ def main() -> None:
             layers(model)
     except ValueError as error:
         parser.error(str(error).partition("; or give")[0])
-    record = {"commit": commit(), "models": arguments.models, "what": "predictions of the cost model, not measurements", "rows": []}
+    record = {
+        "commit": commit(),
+        "models": arguments.models,
+        "what": "predictions of the cost model, not measurements",
+        "rows": [],
+    }
     for name in names:
         found = rows(name, arguments.models)
         record["rows"] += found
@@ -75,7 +101,9 @@ def main() -> None:
     if arguments.out is None:
         return
     fresh = arguments.out.with_suffix(".tmp")
-    fresh.write_text(json.dumps(record, ensure_ascii=False).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+    fresh.write_text(
+        json.dumps(record, ensure_ascii=False).replace("}, {", "},\n{") + "\n", encoding="utf-8"
+    )
     fresh.replace(arguments.out)
     print(f"wrote {arguments.out}")
 

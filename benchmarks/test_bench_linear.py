@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slab_kernels import bench, dispatch
+from slab_kernels.backends import dispatch
 from slab_kernels.backends.base import LinearProblem
+from slab_kernels.bench import linear as bench
 from slab_kernels.format import INTEGER_RANGES, VALUE_TYPES, PackedLayout
 from slab_kernels.testing import random_packed
 

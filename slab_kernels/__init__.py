@@ -13,10 +13,10 @@ from .engines import watch
 __version__ = "0.1.0"
 
 _HOMES = {
-    "compress": "model",
-    "load": "model",
-    "save": "model",
-    "decompress": "model",
+    "compress": "compression.model",
+    "load": "models.packed",
+    "save": "models.packed",
+    "decompress": "models.decompress",
     "decompose": "methods",
     "Decomposition": "format",
     "PackedLayout": "format",
@@ -25,10 +25,10 @@ _HOMES = {
     "unpack": "format",
     "SlabLinear": "nn",
     "FusedSlabLinear": "nn",
-    "replace_linear": "replacement",
-    "InputStats": "calibration",
+    "replace_linear": "nn",
+    "InputStats": "methods.inputs",
     "SlabConfig": "engines.transformers",
-    "check": "model",
+    "check": "models.packed",
 }
 
 

@@ -18,22 +18,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .format import (
-    VALUE_BYTES,
-    VALUE_TYPES,
-    FormatError,
-    PackedLayout,
-    PackedWeight,
-    ShapeError,
-    read_factors,
-)
+from .errors import FormatError, ShapeError, UnsupportedError
+from .format import VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight, read_factors
 
 _REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
 TENSOR_ARGUMENTS = ("values", "metadata", "signs", "scales", "U", "V", "P", "Q")
-PACKED = (
-    "Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, Tensor? Q"
-)
+PACKED = "Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, Tensor? Q"
 SCHEMAS = (
     f"linear(Tensor x, {PACKED}, Tensor? bias, int in_features) -> Tensor",
     f"dequantize({PACKED}, int in_features) -> Tensor",
@@ -49,14 +40,24 @@ def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) 
     values, metadata, scales = parts["values"], parts["metadata"], parts["scales"]
     for name, t in parts.items():
         if t is not None and (t.dim() != 2 or t.numel() == 0):
-            raise ShapeError(f"{name} has shape {list(t.shape)}; packed tensors are matrices, none of them empty")
+            raise ShapeError(
+                f"{name} has shape {list(t.shape)}; packed tensors are matrices, none of them empty"
+            )
     Kp = metadata.shape[1] * 8
     width = 16 * values.shape[1] / Kp  # of 16 inputs: tells int4 from int3
-    kinds = [name for name, dtype in VALUE_TYPES.items() if (dtype, VALUE_BYTES[name]) == (values.dtype, width)]
+    kinds = [
+        name
+        for name, dtype in VALUE_TYPES.items()
+        if (dtype, VALUE_BYTES[name]) == (values.dtype, width)
+    ]
     if not kinds:
-        raise FormatError(f"values {list(values.shape)} of {values.dtype} are of no value type beside metadata {list(metadata.shape)}")
+        raise FormatError(
+            f"values {list(values.shape)} of {values.dtype} are of no value type beside metadata {list(metadata.shape)}"
+        )
     value_type = kinds[0]
-    a_row = scales is None or (scales.shape[1] == 1 and Kp == -(-in_features // 16) * 16)  # or one group, which pads further
+    a_row = scales is None or (
+        scales.shape[1] == 1 and Kp == -(-in_features // 16) * 16
+    )  # or one group, which pads further
     group_size = None if a_row else Kp // scales.shape[1]
     planes = 1 if parts["signs"] is None else 16 * parts["signs"].shape[1] // Kp
     layout = PackedLayout(
@@ -71,7 +72,9 @@ def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) 
     for name, t in parts.items():
         want, found = table.get(name), None if t is None else (t.dtype, tuple(t.shape))
         if found != want:
-            raise ShapeError(f"{name} is {_described(found)}, but beside the other tensors it has to be {_described(want)}")
+            raise ShapeError(
+                f"{name} is {_described(found)}, but beside the other tensors it has to be {_described(want)}"
+            )
     return PackedWeight(layout, **parts)
 
 
@@ -82,14 +85,19 @@ def _described(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
 def _linear(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features):
     packed = packed_from_arguments((values, metadata, signs, scales, U, V, P, Q), in_features)
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ShapeError(f"x has shape {list(x.shape)}, but the weight takes in_features={in_features} last")
+        raise ShapeError(
+            f"x has shape {list(x.shape)}, but the weight takes in_features={in_features} last"
+        )
     if bias is not None and tuple(bias.shape) != (packed.out_features,):
         raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{packed.out_features}]")
     return reference.linear(x, packed, bias)
 
 
 def _linear_fake(x, values, metadata, signs, scales, U, V, P, Q, bias, in_features):
-    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
+    )
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
@@ -135,7 +143,7 @@ def register_vmap(name: str, library: torch.library.Library | None = None) -> No
 
     def batched(info, in_dims, x, *rest):
         if in_dims[0] is None or any(dim is not None for dim in tree_leaves(in_dims[1:])):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"vmap over the weight or the bias of {NAMESPACE}::{name}: only x may be batched; loop over the weights instead"
             )
         return op(x.movedim(in_dims[0], 0), *rest), 0
@@ -160,6 +168,8 @@ def _register_once() -> torch.library.Library:
     ):
         library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::linear", _backward, setup_context=_setup_context, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::linear", _backward, setup_context=_setup_context, lib=library
+    )
     register_vmap("linear", library)
     return library

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import ArgumentError
+
 
 def expanded(path: str | os.PathLike) -> Path:
     """`path` with a leading ~ or ~user as that home folder.
@@ -12,8 +14,8 @@ def expanded(path: str | os.PathLike) -> Path:
     Raises: ValueError where there is no such home folder, for an empty path, or what is no path.
     """
     if path == "":
-        raise ValueError("a path is empty; give the name of a file or a folder")
+        raise ArgumentError("a path is empty; give the name of a file or a folder")
     try:
         return Path(path).expanduser()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} cannot be used as a path: {error}") from error
+        raise ArgumentError(f"{str(path)!r} cannot be used as a path: {error}") from error

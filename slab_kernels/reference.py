@@ -1,6 +1,6 @@
 """THE definition of the operation, in plain torch; every kernel is judged against it.
 
-    y[M,N] = x[M,K] @ W[N,K].T + bias,    W = S + (U V^T) * B + P Q^T
+y[M,N] = x[M,K] @ W[N,K].T + bias,    W = S + (U V^T) * B + P Q^T
 """
 
 from __future__ import annotations

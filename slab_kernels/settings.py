@@ -14,6 +14,8 @@ from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+from .errors import ArgumentError
+
 RULE = "rule"  # where a field's metadata keeps its Rule
 KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
 
@@ -39,7 +41,7 @@ class Rule:
     error: type[ValueError] | None = None
 
     def accept(
-        self, name: str, value: Any, error: type[ValueError] = ValueError, of: str = ""
+        self, name: str, value: Any, error: type[ValueError] = ArgumentError, of: str = ""
     ) -> Any:
         """`value` as the plain Python type it stands for, also where it is one of NumPy's.
 
@@ -117,7 +119,7 @@ def rules(settings: Any) -> list[tuple[Field, Rule]]:
     return [(entry, entry.metadata[RULE]) for entry in fields(settings) if RULE in entry.metadata]
 
 
-def enforce(settings: Any, error: type[ValueError] = ValueError, of: str = "") -> None:
+def enforce(settings: Any, error: type[ValueError] = ArgumentError, of: str = "") -> None:
     """Called in `__post_init__`: brings every setting to its plain type.
 
     Raises: `error` for the first that breaks its rule.

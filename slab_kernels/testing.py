@@ -5,17 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import bitpacking as bits
-from .format import INTEGER_RANGES, PackedLayout, PackedWeight, plane_unit
+from .format import INTEGER_RANGES, PackedLayout, PackedWeight, bits, plane_unit
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257)
 RANKS = (0, 1, 2, 4)
 ADAPTER_RANKS = (0, 16, 100)
 # [N, K] with tails in every direction: below one group, off a byte of signs, off a SIMD block, several scale groups.
 SHAPES = ((1, 3), (5, 7), (16, 64), (17, 172), (33, 260), (64, 256), (100, 388))
-VALUE_LAYOUTS = (("fp16", None), ("bf16", None), ("int8", 128), ("int8", None), ("int4", 32), ("int4", 128), ("int3", 32))
+VALUE_LAYOUTS = (
+    ("fp16", None),
+    ("bf16", None),
+    ("int8", 128),
+    ("int8", None),
+    ("int4", 32),
+    ("int4", 128),
+    ("int3", 32),
+)
 # Unit round-off of what a kernel may lose on its way: fp32 accumulation, then one rounding to the output type.
-ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+ROUNDOFF = {
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float64: 2.0**-53,
+}
 
 
 def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -> PackedWeight:
@@ -34,7 +46,9 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
 
     legal = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)
     nibbles = legal[torch.randint(0, 6, (N, Kp // 4), generator=generator, dtype=torch.int32)]
-    padding = K // 4 if K % 4 != 3 else K // 4 + 1  # from this group on fewer than three inputs are real
+    padding = (
+        K // 4 if K % 4 != 3 else K // 4 + 1
+    )  # from this group on fewer than three inputs are real
     nibbles[:, padding:] = bits.LEGAL_NIBBLES[0]
     if K % 4 == 3:
         three = legal[[0, 1, 3]]  # the pairs among positions 0, 1, 2
@@ -56,8 +70,12 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
         values = normal((N, Kp // 2), 0.02)
         parts["values"] = torch.where(kept_real, values, 0.0).to(table["values"][0])
     if layout.rank:
-        signs = torch.randint(0, 256, (N, Kp // 16 * layout.planes), generator=generator, dtype=torch.uint8)
-        level = torch.where(pruned_real, bits.unpack_planes(signs, layout.planes), 2**layout.planes - 1)
+        signs = torch.randint(
+            0, 256, (N, Kp // 16 * layout.planes), generator=generator, dtype=torch.uint8
+        )
+        level = torch.where(
+            pruned_real, bits.unpack_planes(signs, layout.planes), 2**layout.planes - 1
+        )
         parts["signs"] = bits.pack_planes(level, layout.planes)
     for rank, left, right in ((layout.rank, "U", "V"), (layout.adapter_rank, "P", "Q")):
         if rank:
@@ -65,7 +83,9 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
             parts[right][K:] = 0
             shared = left == "P" and layout.adapter_values
             for name in (left, right):
-                parts[name] = bits.pack_shared(parts[name]) if shared else parts[name].to(table[name][0])
+                parts[name] = (
+                    bits.pack_shared(parts[name]) if shared else parts[name].to(table[name][0])
+                )
     return PackedWeight(layout, **parts)
 
 
@@ -97,7 +117,11 @@ def _decomposition64(packed: PackedWeight) -> dict[str, Tensor]:
     d = unpack(packed)
     zero = torch.zeros_like(d.S, dtype=torch.float64)
     L = zero if d.U is None else (d.U.double() @ d.V.double().T) * d.B * plane_unit(d.planes)
-    L_size = zero if d.U is None else (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs() * plane_unit(d.planes)
+    L_size = (
+        zero
+        if d.U is None
+        else (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs() * plane_unit(d.planes)
+    )
     A = zero if d.P is None else d.P.double() @ d.Q.double().T
     A_size = zero if d.P is None else d.P.double().abs() @ d.Q.double().abs().T
     return {"S": d.S.double(), "L": L, "L_size": L_size, "A": A, "A_size": A_size}

@@ -7,7 +7,13 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="run each N-th test only; 5 meets every value of every parameter")
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run each N-th test only; 5 meets every value of every parameter",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -36,8 +36,23 @@ def wheel(tmp_path, **environment):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
-    environment = {**os.environ, "SLAB_KERNELS_CUDA": "0", **environment}  # the cubins are test_cuda_build.py's
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(out),
+        str(source),
+    ]
+    environment = {
+        **os.environ,
+        "SLAB_KERNELS_CUDA": "0",
+        **environment,
+    }  # the cubins are test_cuda_build.py's
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done, next(out.glob("*.whl"), None)
 
@@ -87,13 +102,22 @@ def test_every_source_is_listed_in_both_builds(recipe):
 def test_library_needs_neither_python_nor_a_second_openmp():
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
-    dynamic = subprocess.run(["readelf", "-d", cpu.LIBRARY], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(
+        ["readelf", "-d", cpu.LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
     needed = [line.split("[")[1].split("]")[0] for line in dynamic.splitlines() if "NEEDED" in line]
     assert "libtorch_cpu.so" in needed
-    assert not [name for name in needed if name.startswith(("libgomp", "libiomp", "libomp", "libpython", "libc10"))]
+    assert not [
+        name
+        for name in needed
+        if name.startswith(("libgomp", "libiomp", "libomp", "libpython", "libc10"))
+    ]
 
 
-@pytest.mark.skipif("SLAB_KERNELS_TEST_BUILD" not in os.environ, reason="compiles everything: SLAB_KERNELS_TEST_BUILD=1")
+@pytest.mark.skipif(
+    "SLAB_KERNELS_TEST_BUILD" not in os.environ,
+    reason="compiles everything: SLAB_KERNELS_TEST_BUILD=1",
+)
 def test_native_wheel(tmp_path):
     done, built = wheel(tmp_path, SLAB_KERNELS_NATIVE="1")
     assert built is not None, done.stdout + done.stderr

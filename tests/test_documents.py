@@ -21,7 +21,7 @@ import tiny_models
 import typer
 
 import slab_kernels
-from slab_kernels import cli
+from slab_kernels.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -8,7 +8,17 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "matplotlib", "triton", "numpy", "safetensors", "accelerate", "datasets", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "matplotlib",
+    "triton",
+    "numpy",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "rich",
+)
 PROBE = """
 import builtins, io, json, os, subprocess, sys
 before = set(sys.modules)
@@ -26,11 +36,18 @@ print(json.dumps({"modules": sorted(set(sys.modules) - before), "seen": seen}))
 
 
 def probe(module: str) -> dict:
-    done = subprocess.run([sys.executable, "-c", PROBE.replace("MODULE", module)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.replace("MODULE", module)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("module", ["slab_kernels", "slab_kernels.cli", "slab_kernels.report"])
+@pytest.mark.parametrize(
+    "module", ["slab_kernels", "slab_kernels.cli.main", "slab_kernels.report.tables"]
+)
 def test_import_loads_nothing_heavy_and_touches_nothing(module):
     found = probe(module)
     assert not [m for m in found["modules"] if m.split(".")[0] in HEAVY]
@@ -38,11 +55,22 @@ def test_import_loads_nothing_heavy_and_touches_nothing(module):
 
 
 def test_package_import_loads_only_itself():
-    assert [m for m in probe("slab_kernels")["modules"] if m.startswith("slab_kernels")] == ["slab_kernels", "slab_kernels.engines"]
+    assert [m for m in probe("slab_kernels")["modules"] if m.startswith("slab_kernels")] == [
+        "slab_kernels",
+        "slab_kernels.engines",
+    ]
 
 
-@pytest.mark.parametrize("module", ["slab_kernels.nn", "slab_kernels.model", "slab_kernels.bench"])
+@pytest.mark.parametrize(
+    "module", ["slab_kernels.nn", "slab_kernels.compression.model", "slab_kernels.bench.linear"]
+)
 def test_torch_level_imports_leave_the_rest_alone(module):
     found = probe(module)
-    heavy = {m.split(".")[0] for m in found["modules"]} & {"transformers", "matplotlib", "triton", "accelerate", "datasets"}
+    heavy = {m.split(".")[0] for m in found["modules"]} & {
+        "transformers",
+        "matplotlib",
+        "triton",
+        "accelerate",
+        "datasets",
+    }
     assert not heavy

@@ -79,7 +79,9 @@ def model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32
 
 def tokens(samples: int = 6, window: int = 16, seed: int = 0) -> torch.Tensor:
     """Ids [samples, window]."""
-    return torch.randint(3, VOCABULARY, (samples, window), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCABULARY, (samples, window), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def tokenizer():
@@ -92,7 +94,9 @@ def tokenizer():
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def text(words: int = 800, seed: int = 0) -> str:
@@ -107,7 +111,9 @@ def text(words: int = 800, seed: int = 0) -> str:
     return " ".join(found)
 
 
-def write(folder, name: str = "llama", dtype: torch.dtype = torch.float32, shards: bool = False, **changes):
+def write(
+    folder, name: str = "llama", dtype: torch.dtype = torch.float32, shards: bool = False, **changes
+):
     """A model folder with tokenizer, as transformers writes it; returns the model."""
     built = model(name, dtype=dtype, **changes)
     built.save_pretrained(folder, **({"max_shard_size": "30KB"} if shards else {}))

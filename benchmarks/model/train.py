@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/model/train.py --steps 2350 --muon-lr 8e-3 --batch-tokens 3072 \\
         --long-share 0.05 --checkpoint build/stdlib-llama.pt
 
-The tokenizer and the model see `slab_kernels.stdlib_text.training_text()` only; every perplexity is on
+The tokenizer and the model see `slab_kernels.text.stdlib.training_text()` only; every perplexity is on
 `heldout_text()`. A killed run goes on from the checkpoint with the same command. The files in this folder came
 from six commands on one checkpoint (AdamW, then Muon), listed with their first steps in training_run.json;
 the single command above is the last of them and has not been run from step 0.
@@ -31,7 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from slab_kernels.stdlib_text import heldout_text, training_modules, training_text
+from slab_kernels.text.stdlib import heldout_text, training_modules, training_text
 
 HERE = Path(__file__).resolve().parent
 BOS = "<s>"
@@ -42,7 +42,9 @@ POSITIONS = 1024
 # character that joins them to their left: " name", "_name", ".name", "(name".
 PIECES = r"\n+[ ]*|[ _.(]?\p{L}+|[ ]?\p{N}{1,3}|[ ]?[^\s\p{L}\p{N}]+|[ ]+|\s"
 
-EVALUATION_STRIDE = 12  # periodic evaluations read every 12th held-out window, the final one all of them
+EVALUATION_STRIDE = (
+    12  # periodic evaluations read every 12th held-out window, the final one all of them
+)
 LOG_FIELDS = ("step", "tokens", "lr", "train_loss", "heldout_perplexity", "seconds")
 
 
@@ -243,7 +245,9 @@ def train(settings) -> None:
         recent.append(loss.item())
         done = step + 1
         if done % settings.evaluate_every == 0 or done == settings.steps:
-            perplexity = heldout_perplexity(model, heldout, bos, settings.context, EVALUATION_STRIDE)
+            perplexity = heldout_perplexity(
+                model, heldout, bos, settings.context, EVALUATION_STRIDE
+            )
             row = (done, seen, f"{rate * settings.lr:.3e}", f"{sum(recent) / len(recent):.4f}",
                    f"{perplexity:.3f}", round(time.monotonic() - start))  # fmt: skip
             rows.append(dict(zip(LOG_FIELDS, row, strict=True)))
@@ -266,7 +270,9 @@ def train(settings) -> None:
         "commands": commands,
         "seed": settings.seed,
         "python": platform.python_version(),
-        "versions": {name: __import__(name).__version__ for name in ("torch", "transformers", "tokenizers")},
+        "versions": {
+            name: __import__(name).__version__ for name in ("torch", "transformers", "tokenizers")
+        },
         "parameters": sum(p.numel() for p in shipped.parameters()),
         "training_tokens": len(training),
         "training_sha256": hashlib.sha256(training_text().encode()).hexdigest(),
@@ -309,9 +315,13 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without a C++ compiler")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="without a C++ compiler"
+    )
     settings = parser.parse_args()
-    settings.command = "OMP_NUM_THREADS=1 python benchmarks/model/train.py " + shlex.join(sys.argv[1:])
+    settings.command = "OMP_NUM_THREADS=1 python benchmarks/model/train.py " + shlex.join(
+        sys.argv[1:]
+    )
     train(settings)
 
 

@@ -12,10 +12,6 @@ from torch import Tensor
 from ..format import PackedLayout, PackedWeight
 
 
-class BackendError(RuntimeError):
-    """A backend was asked for that cannot run this problem, or is unknown."""
-
-
 @dataclass(frozen=True)
 class LinearProblem:
     """y[M,N] = x[M,K] W.T: all that decides which backend can run it."""
@@ -64,7 +60,9 @@ def differences(parts: Sequence[PackedWeight]) -> str | None:
         for name in ("in_features", "values", "group_size", "rank", "adapter_rank", "planes"):
             mine, first = getattr(part.layout, name), getattr(parts[0].layout, name)
             if mine != first:
-                return f"weights of one launch must agree in {name}, but these have {first} and {mine}"
+                return (
+                    f"weights of one launch must agree in {name}, but these have {first} and {mine}"
+                )
     return None
 
 
@@ -79,9 +77,13 @@ class Backend:
     """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
 
     name: str
-    one_dtype = False  # what `prepare` returns serves the activations' dtype it was made for, and no other
+    one_dtype = (
+        False  # what `prepare` returns serves the activations' dtype it was made for, and no other
+    )
 
-    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
+    def refusals(
+        self, problem: LinearProblem, capability: tuple[int, int] | None = None
+    ) -> list[str]:
         """Every reason that no installation and no driver would change; empty means that some machine runs it.
 
         capability: CUDA compute capability of the GPU, where it is known. The support table (support.py) asks this too, so
@@ -96,7 +98,10 @@ class Backend:
     def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
         """Every reason why this problem cannot run here; empty means it can."""
         missing = self.missing(problem.device)
-        return [*self.refusals(problem, capability_here(problem.device)), *([missing] if missing else [])]
+        return [
+            *self.refusals(problem, capability_here(problem.device)),
+            *([missing] if missing else []),
+        ]
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Any:
         """The tensors and sizes that `linear` wants, made once after loading, for activations of `dtype`."""
@@ -114,7 +119,9 @@ class Backend:
         """x [..., K] -> [..., sum of the parts' N], the parts' outputs side by side. Here: one call a part."""
         sizes = [size for _, size in state]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        return torch.cat([self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)], -1)
+        return torch.cat(
+            [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)], -1
+        )
 
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
         """How it would run the problem (on a GPU of that name), for `explain`; empty where there is nothing to choose."""

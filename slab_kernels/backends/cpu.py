@@ -25,15 +25,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import bitpacking as bits
-from ..format import PackedWeight
+from ..errors import BackendError
+from ..format import PackedWeight, bits
 from ..ops import register_vmap, without_autocast
 from . import factors
-from .base import Backend, BackendError, LinearProblem
+from .base import Backend, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set
-VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}  # ValueType of csrc/format.h in the stream
+VALUE_CODES = {
+    "fp16": 0,
+    "bf16": 1,
+    "int8": 2,
+    "int4": 3,
+    "int3": 3,
+}  # ValueType of csrc/format.h in the stream
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
 ROWS, INPUTS = 16, 128  # of a block of the prepared stream
@@ -50,14 +56,18 @@ class CpuState(NamedTuple):
 class CpuBackend(Backend):
     name = "cpu"
 
-    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
+    def refusals(
+        self, problem: LinearProblem, capability: tuple[int, int] | None = None
+    ) -> list[str]:
         reasons = []
         if problem.device != "cpu":
             reasons.append(f"it runs on CPU tensors, not on {problem.device}")
         if problem.dtype not in ACTIVATIONS:
             reasons.append(f"activations must be float32, bfloat16 or float16, not {problem.dtype}")
         if problem.values not in VALUE_CODES:
-            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(VALUE_CODES)}")
+            reasons.append(
+                f"values={problem.values!r} is unknown; it runs {', '.join(VALUE_CODES)}"
+            )
         return reasons
 
     def missing(self, device: str) -> str | None:
@@ -68,11 +78,19 @@ class CpuBackend(Backend):
         N, K, layout = packed.out_features, packed.in_features, packed.layout
         kind = VALUE_CODES[layout.values], layout.group_size or 0, layout.planes
         values = widened(packed.values) if layout.values == "int3" else packed.values
-        canonical = (t if t is None else t.contiguous() for t in (values, packed.metadata, packed.signs, packed.scales))
+        canonical = (
+            t if t is None else t.contiguous()
+            for t in (values, packed.metadata, packed.signs, packed.scales)
+        )
         blocks, columns = -(-N // ROWS), -(-K // INPUTS) * INPUTS
 
         def row_blocks(t: Tensor) -> Tensor:  # [N,R] -> [blocks,R,16]
-            return pad(t, (0, 0, 0, blocks * ROWS - N)).view(blocks, ROWS, -1).transpose(1, 2).contiguous()
+            return (
+                pad(t, (0, 0, 0, blocks * ROWS - N))
+                .view(blocks, ROWS, -1)
+                .transpose(1, 2)
+                .contiguous()
+            )
 
         def inputs(t: Tensor) -> Tensor:  # [Kp,R] -> [columns,R]
             return pad(t[:K], (0, 0, 0, columns - K))
@@ -89,12 +107,21 @@ class CpuBackend(Backend):
                 P, Q = factors.beside_results(P, Q)
             padded = -(-rank // (2 * ROWS)) * 2 * ROWS
             P = row_blocks(P.to(stored))
-            Q = pad(inputs(Q.to(stored)), (0, padded - rank)).view(columns, -1, ROWS).transpose(0, 1).contiguous()
-        return CpuState(torch.ops.slab_kernels.prepare_cpu(*canonical, U, V, P, Q, N, K, *kind), N, K)
+            Q = (
+                pad(inputs(Q.to(stored)), (0, padded - rank))
+                .view(columns, -1, ROWS)
+                .transpose(0, 1)
+                .contiguous()
+            )
+        return CpuState(
+            torch.ops.slab_kernels.prepare_cpu(*canonical, U, V, P, Q, N, K, *kind), N, K
+        )
 
     def linear(self, x: Tensor, state: CpuState, bias: Tensor | None = None) -> Tensor:
         prepared, N, K = state
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
             return torch.ops.slab_kernels.linear_cpu.default(x, prepared, bias, N, K)
         return torch.ops.slab_kernels.linear_cpu_frozen.default(x, prepared, bias, N, K)
 
@@ -159,11 +186,16 @@ def _load_once() -> None:
     register("slab_kernels::dequantize_cpu", _dequantize_fake)
     for name in ("linear_cpu", "linear_cpu_frozen"):
         register_vmap(name)
-    torch.library.register_autograd("slab_kernels::linear_cpu", _backward, setup_context=_setup_context)
+    torch.library.register_autograd(
+        "slab_kernels::linear_cpu", _backward, setup_context=_setup_context
+    )
 
 
 def _linear_fake(x, prepared, bias, out_features, in_features):
-    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
+    )
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..format import MOST_LOST, PackedWeight, RangeError, rounding_error
+from ..errors import RangeError
+from ..format import MOST_LOST, PackedWeight, rounding_error
 
 LARGEST_V = 8.0  # |v x| below 65504 up to |x| = 8188
 
@@ -52,5 +53,7 @@ def _power(size: Tensor) -> Tensor:
 
 def _checked(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
     if not rounding_error(t.float(), dtype) <= MOST_LOST:
-        raise RangeError(f"{name}, scaled so that the other factor is below 1, does not fit {dtype}; use bfloat16 activations")
+        raise RangeError(
+            f"{name}, scaled so that the other factor is below 1, does not fit {dtype}; use bfloat16 activations"
+        )
     return t.to(dtype)

@@ -13,7 +13,9 @@ from .base import Backend, LinearProblem
 class ReferenceBackend(Backend):
     name = "reference"
 
-    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
+    def refusals(
+        self, problem: LinearProblem, capability: tuple[int, int] | None = None
+    ) -> list[str]:
         if not problem.dtype.is_floating_point:
             return [f"activations must be floating point, not {problem.dtype}"]
         return []

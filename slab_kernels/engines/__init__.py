@@ -14,6 +14,8 @@ import importlib.util
 import logging
 import sys
 
+from ..errors import UnsupportedError
+
 WATCHED = "transformers.quantizers.auto"
 METHOD = "slab_kernels"  # quant_method of our folders; packed_config would import torch for it
 
@@ -91,7 +93,7 @@ def _refuse(reason: str) -> None:
     class Refused:
         @classmethod
         def from_dict(cls, *args, **kwargs):
-            raise RuntimeError(reason)
+            raise UnsupportedError(reason)
 
     registry = getattr(sys.modules.get(WATCHED), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if isinstance(registry, dict):

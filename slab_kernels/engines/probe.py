@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..blocks import ArchitectureError
+from ..errors import ArchitectureError
 from ..format import PackedLayout
 
 DENSE = "weight"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
-from ..format import PackedLayout, PackedWeight, ShapeError, check_range
+from ..errors import CheckpointError, ShapeError
+from ..format import PackedLayout, PackedWeight, check_range
+from ..models.packed import read_packed
 from ..nn import SlabLinear
-from ..packed_checkpoint import read_packed
 
 ROWS_ONLY = ("U", "P")  # no K
 INPUTS_ONLY = ("V", "Q")  # no N, and K comes first
@@ -49,19 +49,28 @@ class Slice:
         """The slice of the packed tensor called `name`, a copy. Raises: CheckpointError if the whole has another shape or dtype."""
         dtype, shape = self.whole.tensors()[name]
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
-            raise CheckpointError(f"{name} is {tensor.dtype} {list(tensor.shape)}, config.json says {dtype} {list(shape)}")
+            raise CheckpointError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, config.json says {dtype} {list(shape)}"
+            )
         if name not in INPUTS_ONLY:
             tensor = tensor.narrow(0, self.first_row, self.rows)
         if name not in ROWS_ONLY:
             axis = 0 if name in INPUTS_ONLY else 1
-            units, unit = self.whole.padded_in_features // self.whole.slice_multiple, self.whole.slice_multiple
+            units, unit = (
+                self.whole.padded_in_features // self.whole.slice_multiple,
+                self.whole.slice_multiple,
+            )
             per_unit = tensor.shape[axis] // units
             if per_unit * units == tensor.shape[axis]:  # else one scale a row
-                tensor = tensor.narrow(axis, self.first_input // unit * per_unit, -(-self.inputs // unit) * per_unit)
+                tensor = tensor.narrow(
+                    axis, self.first_input // unit * per_unit, -(-self.inputs // unit) * per_unit
+                )
         return tensor.clone()
 
 
-def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: int, world: int, replicas: int = 1) -> list[Slice]:
+def column_parallel(
+    layouts: Sequence[PackedLayout], rows: Sequence[int], rank: int, world: int, replicas: int = 1
+) -> list[Slice]:
     """The slices of one rank of a layer that splits its outputs, one for each of `rows`.
 
     Args:
@@ -73,7 +82,9 @@ def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: 
     """
     _check_rank(rank, world, replicas)
     if len(layouts) not in (1, len(rows)):
-        raise ShapeError(f"{len(layouts)} packed weights cannot make the {len(rows)} parts of one layer of the engine")
+        raise ShapeError(
+            f"{len(layouts)} packed weights cannot make the {len(rows)} parts of one layer of the engine"
+        )
     slices, first = [], 0
     for i, size in enumerate(rows):
         layout = layouts[i] if len(layouts) == len(rows) else layouts[0]
@@ -81,12 +92,18 @@ def column_parallel(layouts: Sequence[PackedLayout], rows: Sequence[int], rank: 
         full = size * world // copies
         if len(layouts) == len(rows):
             first = 0
-        if full + first > layout.out_features or (len(layouts) == len(rows) and full != layout.out_features):
-            raise ShapeError(f"the engine splits {full} outputs over {world} ranks, the packed weight has out_features={layout.out_features}")
+        if full + first > layout.out_features or (
+            len(layouts) == len(rows) and full != layout.out_features
+        ):
+            raise ShapeError(
+                f"the engine splits {full} outputs over {world} ranks, the packed weight has out_features={layout.out_features}"
+            )
         slices.append(Slice(layout, first + rank // copies * size, size, 0, layout.in_features))
         first += full
     if len(layouts) < len(rows) and first != layouts[0].out_features:
-        raise ShapeError(f"the engine splits {first} outputs over {world} ranks, the packed weight has out_features={layouts[0].out_features}")
+        raise ShapeError(
+            f"the engine splits {first} outputs over {world} ranks, the packed weight has out_features={layouts[0].out_features}"
+        )
     return slices
 
 
@@ -113,7 +130,12 @@ def _check_rank(rank: int, world: int, replicas: int = 1) -> None:
 class Shards:
     """The packed tensors of one layer of an engine while they arrive, one by one and in any order."""
 
-    def __init__(self, names: Sequence[str], slices: Sequence[Slice], place: Callable[[Tensor], Tensor] = lambda t: t):
+    def __init__(
+        self,
+        names: Sequence[str],
+        slices: Sequence[Slice],
+        place: Callable[[Tensor], Tensor] = lambda t: t,
+    ):
         """names: of the parts, for messages; place: where a kept slice goes."""
         self.names, self.slices, self.place = list(names), list(slices), place
         self.tensors: list[dict[str, Tensor]] = [{} for _ in slices]
@@ -130,7 +152,9 @@ class Shards:
         """
         for i in range(len(self.slices)) if part is None else (part,):
             if name not in self.slices[i].whole.tensors():
-                raise CheckpointError(f"{self.names[i]} holds the unexpected tensor {name!r}; it does not belong to its config.json")
+                raise CheckpointError(
+                    f"{self.names[i]} holds the unexpected tensor {name!r}; it does not belong to its config.json"
+                )
             try:
                 self.tensors[i][name] = self.place(self.slices[i].cut(name, tensor))
             except CheckpointError as error:
@@ -148,6 +172,12 @@ class Shards:
         parts = []
         for name, piece, found in zip(self.names, self.slices, self.tensors, strict=True):
             if missing := sorted(piece.layout.tensors().keys() - found.keys()):
-                raise CheckpointError(f"the checkpoint lacks tensor '{name}.{missing[0]}'; it does not belong to its config.json")
-            parts.append(read_packed(lambda tensor, found=found: found[tensor.rpartition(".")[2]], name, piece.layout))
+                raise CheckpointError(
+                    f"the checkpoint lacks tensor '{name}.{missing[0]}'; it does not belong to its config.json"
+                )
+            parts.append(
+                read_packed(
+                    lambda tensor, found=found: found[tensor.rpartition(".")[2]], name, piece.layout
+                )
+            )
         return parts

@@ -16,16 +16,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import (
-    CHECKSUMS,
-    Checkpoint,
-    CheckpointError,
-    check_counts,
-    checksum,
-    tensor_bytes,
-)
+from ..errors import ArgumentError, CheckpointError
 from ..format import FORMAT_VERSION
-from ..packed_checkpoint import (
+from ..models.folder import Checkpoint, check_counts
+from ..models.packed import (
     check,
     check_finite,
     check_tensors_fit,
@@ -34,12 +28,13 @@ from ..packed_checkpoint import (
     read_packed,
     swap_in,
 )
-from ..packed_config import QUANT_METHOD, parse_layouts, quantization_config
-from ..side_files import read_generation_config
-from ..skeleton import computes
-from ..source import hub_folder
+from ..models.packed_config import QUANT_METHOD, parse_layouts, quantization_config
+from ..models.shards import CHECKSUMS, checksum, tensor_bytes
+from ..models.side_files import read_generation_config
+from ..models.skeleton import computes
+from ..models.source import hub_folder
+from ..models.ties import holds, untie
 from ..terminal import first_line
-from ..ties import holds, untie
 
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
@@ -58,7 +53,13 @@ class SlabConfig(QuantizationConfigMixin):
     this library cannot read.
     """
 
-    def __init__(self, modules: dict[str, dict] | None = None, format_version: int = FORMAT_VERSION, quant_method: str = QUANT_METHOD, **settings):
+    def __init__(
+        self,
+        modules: dict[str, dict] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **settings,
+    ):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.modules = modules
@@ -81,11 +82,15 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..arguments import Arguments  # not above: opening a packed folder needs no methods
+        from ..compression.arguments import (
+            Arguments,
+        )  # not above: opening a packed folder needs no methods
 
-        plan = Arguments.of(**{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}).plan
+        plan = Arguments.of(
+            **{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
+        ).plan
         if not plan.packed:
-            raise ValueError(
+            raise ArgumentError(
                 f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
                 "other patterns as a dense checkpoint"
             )
@@ -96,13 +101,24 @@ class SlabConfig(QuantizationConfigMixin):
         modules = {}
         if self.modules is not None:
             modules["modules"] = {name: dict(module) for name, module in self.modules.items()}
-        return {"quant_method": self.quant_method, "format_version": self.format_version, **kept, **modules}
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            **kept,
+            **modules,
+        }
 
     def __iter__(self):
         yield from self.to_dict().items()
 
 
-OTHER_SETTINGS = ("calibration", "heldout", "tokenizer", "device", "progress")  # of this run, looked at when it begins
+OTHER_SETTINGS = (
+    "calibration",
+    "heldout",
+    "tokenizer",
+    "device",
+    "progress",
+)  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):
@@ -112,13 +128,17 @@ class SlabQuantizer(HfQuantizer):
     quantization_config: SlabConfig
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
+        places = (
+            set(map(str, device_map.values()))
+            if isinstance(device_map, dict)
+            else {str(device_map)}
+        )
         if "meta" in places:
-            raise ValueError(
+            raise ArgumentError(
                 "device_map='meta' holds no weights, and packed ones are checked on opening; give a device"
             )
         if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError(
+            raise ArgumentError(
                 f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers keep what they prepare where they first ran, so "
                 "parts cannot be fetched from a disk or CPU for each call; give one device, or several GPUs"
             )
@@ -159,7 +179,9 @@ class SlabQuantizer(HfQuantizer):
         for module in packed_modules(model).values():
             del module.weight
         for t in (*model.parameters(), *model.buffers()):
-            if t.device.type == "cpu":  # as transformers loads it, a view of the mapped file, which may change
+            if (
+                t.device.type == "cpu"
+            ):  # as transformers loads it, a view of the mapped file, which may change
                 t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
@@ -172,17 +194,23 @@ class SlabQuantizer(HfQuantizer):
         return model
 
     def _compress(self, model):
-        from ..model import compress
+        from ..compression.model import compress
 
         where, dtype = model.device, model.dtype
-        del model.config.quantization_config  # a mark of compressed models, which `compress` refuses
-        compress(model, None, **{"device": where, "progress": False} | self.quantization_config.settings)
+        del (
+            model.config.quantization_config
+        )  # a mark of compressed models, which `compress` refuses
+        compress(
+            model, None, **{"device": where, "progress": False} | self.quantization_config.settings
+        )
         self.quantization_config = SlabConfig(**model.config.quantization_config)
         model.config.quantization_config, self.pre_quantized = self.quantization_config, True
         return model.to(device=where, dtype=dtype).eval()
 
     def _dequantize(self, model, dtype=None):
-        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # config.dtype is a string once the model has been saved
+        dtype = (
+            dtype if isinstance(dtype, torch.dtype) else model.dtype
+        )  # config.dtype is a string once the model has been saved
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
         return model
@@ -198,7 +226,10 @@ class SlabQuantizer(HfQuantizer):
         state = model.state_dict()
         checksums = {name: checksum(tensor_bytes(t)) for name, t in state.items()}
         for name, t in revert_weight_conversion(model, dict(state)).items():
-            if t is not state.get(name) and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found:
+            if (
+                t is not state.get(name)
+                and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found
+            ):
                 del checksums[name]
         return None, {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
 
@@ -277,8 +308,14 @@ def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     check(theirs)
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
-        if name not in state or name not in found or not torch.equal(state[name], found[name].to(state[name].dtype)):
-            raise CheckpointError(f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load")
+        if (
+            name not in state
+            or name not in found
+            or not torch.equal(state[name], found[name].to(state[name].dtype))
+        ):
+            raise CheckpointError(
+                f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load"
+            )
     return {"folder": str(folder), "transformers": __version__, "tensors": len(state)}
 
 

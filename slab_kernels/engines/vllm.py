@@ -35,12 +35,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
-from .. import dispatch
-from ..blocks import ArchitectureError
-from ..checkpoint import Checkpoint, CheckpointError
-from ..format import PackedLayout, ShapeError
-from ..packed_checkpoint import check_tensors_fit, packed_skeleton
-from ..packed_config import QUANT_METHOD, parse_layouts, read_layouts
+from ..backends import dispatch
+from ..errors import ArchitectureError, CheckpointError, ShapeError, UnsupportedError
+from ..format import PackedLayout
+from ..models.folder import Checkpoint
+from ..models.packed import check_tensors_fit, packed_skeleton
+from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
 from .probe import ADVICE, DENSE, Probe
 from .sharding import Shards, column_parallel, row_parallel
 
@@ -122,9 +122,11 @@ class SlabVllmConfig(QuantizationConfig):
         """Raises: NotImplementedError for a packed layer that is no linear (experts, embeddings), or of which vLLM fuses a part only."""
         _probe_before_loading()
         if not isinstance(layer, LinearBase):
-            inside = [name for name in self.layouts if name == prefix or name.startswith(f"{prefix}.")]
+            inside = [
+                name for name in self.layouts if name == prefix or name.startswith(f"{prefix}.")
+            ]
             if inside:
-                raise NotImplementedError(
+                raise UnsupportedError(
                     f"{inside[0]} is packed, and vLLM runs it in {prefix} as {type(layer).__name__}: packed experts and embeddings are not supported "
                     "there; decompress the folder to a dense one, or compress again with skip"
                 )
@@ -139,7 +141,7 @@ class SlabVllmConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if packed != names:
             dense = next(name for name in names if name not in packed)
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"vLLM runs {', '.join(names)} as one layer, of which {packed[0]} is packed and {dense} is not; compress all of them or none (skip)"
             )
         return SlabLinearMethod(self, names)
@@ -154,15 +156,30 @@ class SlabLinearMethod(LinearMethodBase):
         self.stored = [config.stored[name] for name in names]
         self.probe: Probe | None = None  # while stand-ins come
 
-    def create_weights(self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra):
+    def create_weights(
+        self,
+        layer,
+        input_size_per_partition,
+        output_partition_sizes,
+        input_size,
+        output_size,
+        params_dtype,
+        **extra,
+    ):
         # A replicated layer is whole on every rank, though it knows how many there are.
-        rank, world = (0, 1) if isinstance(layer, ReplicatedLinear) else (layer.tp_rank, layer.tp_size)
+        rank, world = (
+            (0, 1) if isinstance(layer, ReplicatedLinear) else (layer.tp_rank, layer.tp_size)
+        )
         for name, layout in zip(self.names, self.layouts, strict=True):
             if layout.in_features != input_size:
-                raise ShapeError(f"{name} has in_features={layout.in_features}, vLLM's layer {input_size}")
+                raise ShapeError(
+                    f"{name} has in_features={layout.in_features}, vLLM's layer {input_size}"
+                )
         if isinstance(layer, RowParallelLinear):
             if self.layouts[0].out_features != output_size:
-                raise ShapeError(f"{self.names[0]} has out_features={self.layouts[0].out_features}, vLLM's layer {output_size}")
+                raise ShapeError(
+                    f"{self.names[0]} has out_features={self.layouts[0].out_features}, vLLM's layer {output_size}"
+                )
             slices = [row_parallel(self.layouts[0], rank, world)]
         else:
             replicas = getattr(layer, "num_kv_head_replicas", 1)
@@ -237,7 +254,10 @@ class SlabLinearMethod(LinearMethodBase):
             if isinstance(leaf, torch.Tensor):
                 name = f"slab_prepared_{i}"
                 # A reload of vLLM has taken them off the layer by now; the graphs have not forgotten them.
-                layer.register_parameter(name, before[i] if same == structure else nn.Parameter(leaf, requires_grad=False))
+                layer.register_parameter(
+                    name,
+                    before[i] if same == structure else nn.Parameter(leaf, requires_grad=False),
+                )
                 replace_parameter(layer, name, leaf, prefer_copy=True)
                 leaves[i] = getattr(layer, name)
         layer.slab_state = tree_unflatten(leaves, structure)

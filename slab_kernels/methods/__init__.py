@@ -9,21 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import CalibrationError, InputStats
-from ..format import (
-    GROUP_SIZES,
-    INTEGER_RANGES,
-    MAX_PLANES,
-    WEIGHT_DTYPES,
-    Decomposition,
-    DtypeError,
-    RangeError,
-    ShapeError,
-)
+from ..errors import CalibrationError, DtypeError, MethodError, RangeError, ShapeError
+from ..format import GROUP_SIZES, INTEGER_RANGES, MAX_PLANES, WEIGHT_DTYPES, Decomposition
 from ..settings import Rule, rules
-from .config import Config, MethodError
+from .config import Config
 from .eora import EoraConfig, eora
 from .hassle_free import HassleFreeConfig, hassle_free
+from .inputs import InputStats
 from .magnitude import magnitude
 from .oats import OatsConfig, SslcConfig, oats, sslc
 from .slab import SlabConfig, slab
@@ -62,7 +54,11 @@ class Method:
 
     def options(self) -> dict[str, tuple[Any, Rule]]:
         """What only this method has: name -> default and rule."""
-        return {entry.name: (entry.default, rule) for entry, rule in rules(self.config) if entry.name not in COMMON}
+        return {
+            entry.name: (entry.default, rule)
+            for entry, rule in rules(self.config)
+            if entry.name not in COMMON
+        }
 
 
 TENTH = 0.1  # of min(N, K): SLiM, section 4
@@ -70,14 +66,50 @@ SIXTY_FOURTH = 1 / 64  # 64 for a layer of 4096: 3BASiL, section 5
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("slab", slab, SlabConfig, "gram", "S + (U V^T) * B + P Q^T solved together in the Gram metric (ours, the default)", True, 0.0),
-        Method("slab-paper", slab_paper, SlabPaperConfig, "diagonal", "SLaB as published (arXiv 2604.04493)", True),
-        Method("threebasil", threebasil, ThreeBasilConfig, "gram", "3BASiL (arXiv 2603.01376)", adapter=SIXTY_FOURTH),
-        Method("hassle-free", hassle_free, HassleFreeConfig, "gram", "HASSLE-free (arXiv 2502.00899)", adapter=SIXTY_FOURTH),
+        Method(
+            "slab",
+            slab,
+            SlabConfig,
+            "gram",
+            "S + (U V^T) * B + P Q^T solved together in the Gram metric (ours, the default)",
+            True,
+            0.0,
+        ),
+        Method(
+            "slab-paper",
+            slab_paper,
+            SlabPaperConfig,
+            "diagonal",
+            "SLaB as published (arXiv 2604.04493)",
+            True,
+        ),
+        Method(
+            "threebasil",
+            threebasil,
+            ThreeBasilConfig,
+            "gram",
+            "3BASiL (arXiv 2603.01376)",
+            adapter=SIXTY_FOURTH,
+        ),
+        Method(
+            "hassle-free",
+            hassle_free,
+            HassleFreeConfig,
+            "gram",
+            "HASSLE-free (arXiv 2502.00899)",
+            adapter=SIXTY_FOURTH,
+        ),
         Method("sslc", sslc, SslcConfig, "gram", "SSLC (arXiv 2510.26446)", adapter=SIXTY_FOURTH),
         Method("oats", oats, OatsConfig, "gram", "OATS (arXiv 2409.13652)", adapter=SIXTY_FOURTH),
         Method("slim", slim, SlimConfig, "gram", "SLiM (arXiv 2410.09615)", adapter=TENTH),
-        Method("eora", eora, EoraConfig, "gram", "EoRA on a pruner (arXiv 2410.21271)", adapter=SIXTY_FOURTH),
+        Method(
+            "eora",
+            eora,
+            EoraConfig,
+            "gram",
+            "EoRA on a pruner (arXiv 2410.21271)",
+            adapter=SIXTY_FOURTH,
+        ),
         Method("alps", alps, ThreeBasilConfig, "gram", "ALPS (arXiv 2406.07831)"),
         Method("sparsegpt", sparsegpt, SparseGPTConfig, "gram", "SparseGPT (arXiv 2301.00774)"),
         Method("wanda", wanda, Config, "diagonal", "Wanda (arXiv 2306.11695)"),
@@ -120,7 +152,9 @@ def decompose(
     Raises: MethodError, PatternError, ShapeError, RangeError, ValueTypeError, DtypeError or CalibrationError (all
         ValueErrors), before anything is computed.
     """
-    config = check_settings(method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, options)
+    config = check_settings(
+        method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values, options
+    )
     chosen = METHODS[method]
     _check_weight(weight)
     config = check_shape(config, chosen, tuple(weight.shape), adapter_rank)
@@ -156,21 +190,33 @@ def check_settings(
     """
     chosen = check_options(method, options)
     given = 0 if adapter_rank is None else adapter_rank
-    config = chosen.config(pattern, rank, values, group_size, planes, given, adapter_values, **options)
+    config = chosen.config(
+        pattern, rank, values, group_size, planes, given, adapter_values, **options
+    )
     rank, planes, group_size = config.rank, config.planes, config.group_size
     if chosen.signs and chosen.adapter is None and not rank:
-        raise ShapeError(f"rank=0: method {method!r} is nothing without its sign term; give at least 1")
+        raise ShapeError(
+            f"rank=0: method {method!r} is nothing without its sign term; give at least 1"
+        )
     if adapter_rank and chosen.adapter is None:
         able = ", ".join(m.name for m in METHODS.values() if m.adapter is not None)
-        raise MethodError(f"method {method!r} has no adapter P Q^T, so adapter_rank={adapter_rank} has no meaning; {able} have one")
+        raise MethodError(
+            f"method {method!r} has no adapter P Q^T, so adapter_rank={adapter_rank} has no meaning; {able} have one"
+        )
     most = MAX_PLANES if chosen.signs and chosen.adapter is not None and rank else 1
     if planes > most:
-        raise MethodError(f"planes={planes}: only 'slab' with a rank of at least 1 has several sign planes, 1 to {MAX_PLANES}")
+        raise MethodError(
+            f"planes={planes}: only 'slab' with a rank of at least 1 has several sign planes, 1 to {MAX_PLANES}"
+        )
     if values in INTEGER_RANGES and group_size is not None:
         if group_size not in GROUP_SIZES:
-            raise ShapeError(f"group_size={group_size} must be one of {', '.join(map(str, GROUP_SIZES))} or None")
+            raise ShapeError(
+                f"group_size={group_size} must be one of {', '.join(map(str, GROUP_SIZES))} or None"
+            )
         if config.parsed.structured and group_size % config.parsed.group:
-            raise ShapeError(f"group_size={group_size} must be a multiple of {config.parsed.group} for pattern {pattern!r}")
+            raise ShapeError(
+                f"group_size={group_size} must be a multiple of {config.parsed.group} for pattern {pattern!r}"
+            )
     return config
 
 
@@ -183,15 +229,21 @@ def check_options(method: str, options: dict) -> Method:
         raise MethodError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     own = METHODS[method].options()
     if unknown := [name for name in options if name not in own]:
-        raise MethodError(f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}")
+        raise MethodError(
+            f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(own) if own else 'none'}"
+        )
     return METHODS[method]
 
 
 def _check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor):
-        raise DtypeError(f"weight is a {type(weight).__name__}, expected a torch tensor [out_features, in_features]")
+        raise DtypeError(
+            f"weight is a {type(weight).__name__}, expected a torch tensor [out_features, in_features]"
+        )
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ShapeError(f"weight has shape {tuple(weight.shape)}, expected [out_features, in_features]")
+        raise ShapeError(
+            f"weight has shape {tuple(weight.shape)}, expected [out_features, in_features]"
+        )
     if weight.dtype not in WEIGHT_DTYPES:
         raise DtypeError(f"weight is {weight.dtype}, expected a float dtype of 16 bits or more")
     if weight.is_meta:
@@ -202,7 +254,9 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def check_shape(config: Config, method: Method, shape: tuple[int, int], adapter_rank: int | None) -> Config:
+def check_shape(
+    config: Config, method: Method, shape: tuple[int, int], adapter_rank: int | None
+) -> Config:
     """The settings for one weight of `shape` (N, K), with its adapter's rank.
 
     The rank of the sign term is 0 for a method without one.
@@ -212,7 +266,11 @@ def check_shape(config: Config, method: Method, shape: tuple[int, int], adapter_
     Raises: ShapeError for a pattern that does not divide K, or a rank above min(N, K).
     """
     N, K = shape
-    config = replace(config, rank=config.rank if method.signs else 0, adapter_rank=method.adapter_rank(shape, adapter_rank))
+    config = replace(
+        config,
+        rank=config.rank if method.signs else 0,
+        adapter_rank=method.adapter_rank(shape, adapter_rank),
+    )
     pattern = config.parsed
     if pattern.structured and K % pattern.group:
         raise ShapeError(
@@ -221,7 +279,9 @@ def check_shape(config: Config, method: Method, shape: tuple[int, int], adapter_
         )
     for name in ("rank", "adapter_rank"):
         if getattr(config, name) > min(N, K):
-            raise ShapeError(f"{name}={getattr(config, name)} must lie in 0 .. {min(N, K)} for a weight of {N} x {K}")
+            raise ShapeError(
+                f"{name}={getattr(config, name)} must lie in 0 .. {min(N, K)} for a weight of {N} x {K}"
+            )
     return config
 
 
@@ -230,7 +290,10 @@ def _check_stats(weight: Tensor, stats: InputStats | None, method: Method) -> No
     if method.statistics == "none":
         return
     what = "the Gram matrix" if method.statistics == "gram" else "the mean squares"
-    if not isinstance(stats, InputStats) or getattr(stats, "gram" if method.statistics == "gram" else "mean_square") is None:
+    if (
+        not isinstance(stats, InputStats)
+        or getattr(stats, "gram" if method.statistics == "gram" else "mean_square") is None
+    ):
         raise CalibrationError(
             f"method {method.name!r} needs {what} of the layer's inputs: update() an "
             f"InputStats(in_features={K}, needs={method.statistics!r}) with them and pass it as stats"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..format import INTEGER_RANGES, VALUE_TYPES, ShapeError, ValueTypeError
+from ..errors import MethodError, ShapeError, ValueTypeError
+from ..format import INTEGER_RANGES, VALUE_TYPES
 from ..settings import enforce, setting
-from .masks import Pattern, parse_pattern
-from .sweep import Grid
-
-
-class MethodError(ValueError):
-    """A method that is unknown, an option that it does not have, or a value that is not allowed."""
+from .solvers.masks import Pattern, parse_pattern
+from .solvers.sweep import Grid
 
 
 @dataclass(frozen=True)
@@ -21,16 +18,23 @@ class Config:
     Raises on construction: MethodError, or a FormatError for those that all share.
     """
 
-    pattern: str = setting("2:4", "'n:m' keeps n of every m inputs, 'p%' removes p percent of every row", kind=str)
+    pattern: str = setting(
+        "2:4", "'n:m' keeps n of every m inputs, 'p%' removes p percent of every row", kind=str
+    )
     rank: int = setting(1, "rank of U V^T in the sign term", 0, error=ShapeError)
-    values: str = setting("fp16", "type of the kept values", choices=tuple(VALUE_TYPES), error=ValueTypeError)
+    values: str = setting(
+        "fp16", "type of the kept values", choices=tuple(VALUE_TYPES), error=ValueTypeError
+    )
     group_size: int | None = setting(
         128, "inputs that share a scale", 1, kind=int, optional=True, error=ShapeError
     )
     planes: int = setting(1, "signs of a pruned entry", 1, error=ShapeError)
     adapter_rank: int = setting(0, "rank of the adapter P Q^T", 0, error=ShapeError)
     adapter_values: str = setting(
-        "int8", "how P and Q are stored: int8 has an exponent a row", choices=("int8", "fp16"), error=ValueTypeError
+        "int8",
+        "how P and Q are stored: int8 has an exponent a row",
+        choices=("int8", "fp16"),
+        error=ValueTypeError,
     )
 
     def __post_init__(self):

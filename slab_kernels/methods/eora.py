@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
+from .inputs import InputStats
 from .magnitude import magnitude
-from .metric import metric
+from .solvers.finish import finish
+from .solvers.metric import metric
 from .sparsegpt import SparseGPTConfig, sparsegpt
 from .wanda import wanda
 
@@ -23,8 +23,12 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 class EoraConfig(Config):
     """`polish`: see `finish`."""
 
-    pruner: str = setting("sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS)
-    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
+    pruner: str = setting(
+        "sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS
+    )
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 def eora(weight: Tensor, stats: InputStats, config: EoraConfig) -> Decomposition:

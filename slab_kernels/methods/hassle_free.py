@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
-from .finish import finish
-from .masks import top_of_rows
-from .metric import metric
-from .sweep import curvature, sweep
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.masks import top_of_rows
+from .solvers.metric import metric
+from .solvers.sweep import curvature, sweep
 from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
 INNER = ("sparsegpt", "alps")

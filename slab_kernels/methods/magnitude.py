@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from .config import Config
-from .masks import select
-from .quantize import quantize
+from .inputs import InputStats
+from .solvers.masks import select
+from .solvers.quantize import quantize
 
 
 def magnitude(weight: Tensor, stats: InputStats | None, config: Config) -> Decomposition:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
-from .lowrank import truncated_svd
-from .masks import select
-from .metric import Metric, metric
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.lowrank import truncated_svd
+from .solvers.masks import select
+from .solvers.metric import Metric, metric
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,25 @@ class OatsConfig(Config):
     """`rounds` is 80 in the paper. `polish`: see `finish`."""
 
     rounds: int = setting(80, "alternations of the low-rank part and the kept values", 1, 10_000)
-    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 @dataclass(frozen=True)
 class SslcConfig(Config):
     """`rounds` are 20 to 40 in the paper. `polish`: see `finish`."""
 
-    rounds: int = setting(40, "alternations of the kept values and the low-rank part at most", 1, 10_000)
+    rounds: int = setting(
+        40, "alternations of the kept values and the low-rank part at most", 1, 10_000
+    )
     tolerance: float = setting(1e-3, "relative change of the error at which the rounds stop", 0, 1)
-    pinned: float = setting(0.01, "share of the most salient entries kept whatever the low-rank part takes", 0, 1)
-    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
+    pinned: float = setting(
+        0.01, "share of the most salient entries kept whatever the low-rank part takes", 0, 1
+    )
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 def oats(weight: Tensor, stats: InputStats, config: OatsConfig) -> Decomposition:
@@ -62,7 +70,9 @@ def sslc(weight: Tensor, stats: InputStats, config: SslcConfig) -> Decomposition
     space, A, scale = _scaled(weight, stats)
     pattern, size = config.parsed, A.abs()
     count = max(1, int(config.pinned * A.numel()))
-    threshold = size.flatten().kthvalue(A.numel() - count + 1).values if config.pinned else torch.inf
+    threshold = (
+        size.flatten().kthvalue(A.numel() - count + 1).values if config.pinned else torch.inf
+    )
     salient = size >= threshold
     P = Q = V = None
     before = float("inf")
@@ -93,7 +103,9 @@ def _scaled(weight: Tensor, stats: InputStats) -> tuple[Metric, Tensor, Tensor]:
     return space, weight * scale, scale
 
 
-def _low_rank(A: Tensor, rank: int, start: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _low_rank(
+    A: Tensor, rank: int, start: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not rank:
         return None, None, None
     P, V = truncated_svd(A, rank, 4 if start is None else 1, start=start)

@@ -20,16 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition, plane_unit, round_adapter, round_factors
 from ..settings import setting
 from .config import Config
-from .descent import descend_groups, descend_levels
-from .levels import nearest
-from .lowrank import signed_factors, signs
-from .metric import Metric, metric
-from .quantize import expand_scales, quantize, round_to_grid, store_scale
-from .refit import (
+from .inputs import InputStats
+from .solvers.descent import descend_groups, descend_levels
+from .solvers.levels import nearest
+from .solvers.lowrank import signed_factors, signs
+from .solvers.metric import Metric, metric
+from .solvers.quantize import expand_scales, quantize, round_to_grid, store_scale
+from .solvers.refit import (
     AdapterOutput,
     InputFactor,
     KeptValues,
@@ -38,8 +38,8 @@ from .refit import (
     conjugate_gradients,
     gram_loss,
 )
-from .states import enumerable
-from .sweep import Curvature, Grid, curvature, sweep
+from .solvers.states import enumerable
+from .solvers.sweep import Curvature, Grid, curvature, sweep
 from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
 REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
@@ -52,16 +52,24 @@ class SlabConfig(Config):
     models tried; more overfits.
     """
 
-    damping: float = setting(0.001, "of the sweep, a share of the mean diagonal of the Gram matrix", 0, 10)
+    damping: float = setting(
+        0.001, "of the sweep, a share of the mean diagonal of the Gram matrix", 0, 10
+    )
     relative_damping: float = setting(0.01, "of the sweep, a share of each diagonal entry", 0, 10)
     refit_damping: float = setting(0.001, "share of each diagonal entry that the refit adds", 0, 10)
     alternations: int = setting(3, "of sweep and adapter before the rounds", 1, 10_000)
     rounds: int = setting(3, "rounds of refit and descent at most", 0, 10_000)
     tolerance: float = setting(5e-3, "relative fall of the root loss that a round must bring", 0, 1)
     iterations: int = setting(10, "conjugate gradient steps of a solve at most", 0, 10_000)
-    drift: float = setting(0.25, "share of the error made before this layer that it is to undo", 0, 1)
+    drift: float = setting(
+        0.25, "share of the error made before this layer that it is to undo", 0, 1
+    )
     drift_damping: float = setting(
-        0.1, "share of the mean diagonal added where that error is regressed on the inputs", 0, 10, above=True
+        0.1,
+        "share of the mean diagonal added where that error is regressed on the inputs",
+        0,
+        10,
+        above=True,
     )
 
 
@@ -122,9 +130,15 @@ def _begin(W: Tensor, curve: Curvature, space: Metric | None, config: SlabConfig
     state = _State(W, W != 0, None, None, None)
     for _ in range(config.alternations if config.adapter_rank else 1):
         target = state.without_adapter(W)
-        U, V, mask = signed_factors(target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes)
-        swept = sweep(target, curve, config.parsed, (U @ V.T).abs(), mask, config.grid, planes=config.planes)
-        state = _State(swept.approximation, swept.mask, U, V, swept.scales, state.P, state.Q, state.basis)
+        U, V, mask = signed_factors(
+            target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes
+        )
+        swept = sweep(
+            target, curve, config.parsed, (U @ V.T).abs(), mask, config.grid, planes=config.planes
+        )
+        state = _State(
+            swept.approximation, swept.mask, U, V, swept.scales, state.P, state.Q, state.basis
+        )
         _truncate(W, space, state, config)
     return state
 
@@ -132,8 +146,12 @@ def _begin(W: Tensor, curve: Curvature, space: Metric | None, config: SlabConfig
 def _begin_plain(W: Tensor, space: Metric, config: SlabConfig) -> _State:
     """S + P Q^T by ADMM, values then rounded to their grid."""
     d, grid = space.scale, config.grid
-    settings = ThreeBasilConfig(config.pattern, 0, config.values, config.group_size, adapter_rank=config.adapter_rank)
-    split = admm(W * d, space, config.parsed, settings, SCHEDULES["threebasil"], config.adapter_rank)
+    settings = ThreeBasilConfig(
+        config.pattern, 0, config.values, config.group_size, adapter_rank=config.adapter_rank
+    )
+    split = admm(
+        W * d, space, config.parsed, settings, SCHEDULES["threebasil"], config.adapter_rank
+    )
     S, scales = split.D / d, None
     if grid:
         S, scales = quantize(S, split.mask, grid.values, grid.group_size, weight=d * d)
@@ -146,11 +164,15 @@ def _truncate(W: Tensor, space: Metric | None, state: _State, config: SlabConfig
     """The adapter: the best low-rank part of what S and the sign term leave. Changes `state`."""
     if config.adapter_rank:
         rest = (W - state.approximation) * space.scale
-        state.P, Q, state.basis = space.truncate(rest, config.adapter_rank, state.basis, 2 if state.basis is not None else 4)
+        state.P, Q, state.basis = space.truncate(
+            rest, config.adapter_rank, state.basis, 2 if state.basis is not None else 4
+        )
         state.Q = Q / space.scale[:, None]
 
 
-def _round(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig) -> float:
+def _round(
+    W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig
+) -> float:
     """One round of refit and descent; changes `state`, returns the loss."""
     for factor in ("V", "U") if config.rank else (None,):
         _refit(W, gram, state, config, factor)
@@ -162,7 +184,9 @@ def _round(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config:
 def _level_matrix(state: _State, config: SlabConfig) -> Tensor:
     """[N,K] levels of B on pruned positions, 0 on kept ones, so that it times U V^T is the approximation there."""
     low = state.low
-    return (nearest(state.approximation, low.abs(), config.planes) * signs(low)).masked_fill(state.mask, 0.0)
+    return (nearest(state.approximation, low.abs(), config.planes) * signs(low)).masked_fill(
+        state.mask, 0.0
+    )
 
 
 def _kept_part(state: _State, gram: Tensor, grid: Grid | None):
@@ -193,7 +217,9 @@ def _refit(W: Tensor, gram: Tensor, state: _State, config: SlabConfig, factor: s
     if state.P is not None:
         parts.append(AdapterOutput(state.Q, gram))
         x, names = [*x, state.P], [*names, "P"]
-    _, x = conjugate_gradients(target - part.expand(start) - fixed, gram, parts, x, config.iterations, 1e-3)
+    _, x = conjugate_gradients(
+        target - part.expand(start) - fixed, gram, parts, x, config.iterations, 1e-3
+    )
     for name, value in zip(names[1:], x[1:], strict=True):
         setattr(state, name, value)
     if grid is not None:
@@ -208,14 +234,25 @@ def _descend(W: Tensor, gram: Tensor, state: _State, config: SlabConfig) -> None
     pattern, planes = config.parsed, config.planes if config.rank else 0
     target = state.without_adapter(W)
     magnitude = state.low.abs() if config.rank else torch.zeros_like(W)
-    settings = magnitude, gram, *((pattern,) if (all_states := enumerable(pattern, planes)) else ()), state.scales, config.grid, planes
+    settings = (
+        magnitude,
+        gram,
+        *((pattern,) if (all_states := enumerable(pattern, planes)) else ()),
+        state.scales,
+        config.grid,
+        planes,
+    )
     if all_states:
-        state.approximation, state.mask, _ = descend_groups(target, state.approximation, state.mask, *settings)
+        state.approximation, state.mask, _ = descend_groups(
+            target, state.approximation, state.mask, *settings
+        )
     else:
         state.approximation, _ = descend_levels(target, state.approximation, state.mask, *settings)
 
 
-def _finish(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig) -> Decomposition:
+def _finish(
+    W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig
+) -> Decomposition:
     """Round factors and step sizes as stored, and fit the kept values to what was stored."""
     grid, B = config.grid, None
     if state.P is not None:
@@ -232,13 +269,21 @@ def _finish(W: Tensor, gram: Tensor, space: Metric | None, state: _State, config
     else:
         state.scales = store_scale(state.scales)
         step = expand_scales(state.scales, W.shape[1], grid.group_size)
-        state.approximation = torch.where(state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation)
+        state.approximation = torch.where(
+            state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation
+        )
         _descend(W, gram, state, config)
-        state.approximation = torch.where(state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation)
+        state.approximation = torch.where(
+            state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation
+        )
         if config.rank:
             B = _level_matrix(state, config)
     if B is not None:
         B = (B / plane_unit(config.planes)).round().to(torch.int8)
     kept = state.approximation.masked_fill(~state.mask, 0.0)
-    grid_parts = (None, None, None) if grid is None else (state.scales, grid.values, grid.group_size)
-    return Decomposition(kept, state.mask, state.U, state.V, B, state.P, state.Q, *grid_parts, config.planes)
+    grid_parts = (
+        (None, None, None) if grid is None else (state.scales, grid.values, grid.group_size)
+    )
+    return Decomposition(
+        kept, state.mask, state.U, state.V, B, state.P, state.Q, *grid_parts, config.planes
+    )

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .lowrank import signs, truncated_svd
-from .masks import select
-from .quantize import quantize
+from .inputs import InputStats
+from .solvers.lowrank import signs, truncated_svd
+from .solvers.masks import select
+from .solvers.quantize import quantize
 
 
 @dataclass(frozen=True)

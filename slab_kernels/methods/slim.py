@@ -7,17 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import INTEGER_RANGES, Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
-from .lowrank import truncated_svd
-from .masks import select
-from .metric import metric
-from .quantize import expand_scales, grid_scales, round_to_grid, store_scale
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.lowrank import truncated_svd
+from .solvers.masks import select
+from .solvers.metric import metric
+from .solvers.quantize import expand_scales, grid_scales, round_to_grid, store_scale
 
-BINS = (512, 20000)  # of the histogram: at least, at most; between them a thousandth of the weight's entries
+BINS = (
+    512,
+    20000,
+)  # of the histogram: at least, at most; between them a thousandth of the weight's entries
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class SlimConfig(Config):
     """
 
     alternations: int = setting(4, "of quantiser, mask and SVD", 1, 10_000)
-    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 def slim(weight: Tensor, stats: InputStats, config: SlimConfig) -> Decomposition:
@@ -49,7 +54,17 @@ def slim(weight: Tensor, stats: InputStats, config: SlimConfig) -> Decomposition
             Q = V / x[:, None]
     space = metric(stats.gram)
     d = space.scale
-    return finish(weight * d, space, C * d, mask, P, None if Q is None else Q * d[:, None], config, config.polish, scales=scales)
+    return finish(
+        weight * d,
+        space,
+        C * d,
+        mask,
+        P,
+        None if Q is None else Q * d[:, None],
+        config,
+        config.polish,
+        scales=scales,
+    )
 
 
 def saliency(mean_square: Tensor) -> Tensor:
@@ -66,8 +81,12 @@ def _quantised(W: Tensor, config: SlimConfig) -> tuple[Tensor, Tensor | None]:
     if config.group_size is None:
         scales = store_scale(slim_quant(W, config.values)).expand(W.shape[0], 1).contiguous()
     else:
-        scales = grid_scales(W, torch.ones_like(W, dtype=torch.bool), config.values, config.group_size, search=False)
-    return round_to_grid(W, expand_scales(scales, W.shape[1], config.group_size), config.values), scales
+        scales = grid_scales(
+            W, torch.ones_like(W, dtype=torch.bool), config.values, config.group_size, search=False
+        )
+    return round_to_grid(
+        W, expand_scales(scales, W.shape[1], config.group_size), config.values
+    ), scales
 
 
 def slim_quant(W: Tensor, values: str) -> Tensor:

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .masks import top_of_rows
-from .sweep import curvature, sweep
+from .inputs import InputStats
+from .solvers.masks import top_of_rows
+from .solvers.sweep import curvature, sweep
 
 
 @dataclass(frozen=True)
 class SparseGPTConfig(Config):
     """`damping` is 0.01 in the paper."""
 
-    damping: float = setting(0.01, "share of the mean diagonal of the Gram matrix added to it", 0, 10)
+    damping: float = setting(
+        0.01, "share of the mean diagonal of the Gram matrix added to it", 0, 10
+    )
 
 
 def sparsegpt(weight: Tensor, stats: InputStats, config: SparseGPTConfig) -> Decomposition:
@@ -33,11 +35,17 @@ def sparsegpt(weight: Tensor, stats: InputStats, config: SparseGPTConfig) -> Dec
     pattern, grid = config.parsed, config.grid
     mask = None
     if not pattern.structured:
-        keep = torch.full_like(weight[:, :1], pattern.kept_in_row(weight.shape[1]), dtype=torch.long)
+        keep = torch.full_like(
+            weight[:, :1], pattern.kept_in_row(weight.shape[1]), dtype=torch.long
+        )
         mask = top_of_rows(weight.abs() * curve.conditional_scale, keep)
     swept = sweep(weight, curve, pattern, mask=mask, grid=grid, joint=False)
     if grid is None:
         return Decomposition(swept.approximation, swept.mask)
     return Decomposition(
-        swept.approximation, swept.mask, scales=swept.scales, values=grid.values, group_size=grid.group_size
+        swept.approximation,
+        swept.mask,
+        scales=swept.scales,
+        values=grid.values,
+        group_size=grid.group_size,
     )

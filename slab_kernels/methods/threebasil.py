@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
-from .finish import finish
-from .masks import Pattern, select
-from .metric import Metric, metric
+from .inputs import InputStats
+from .solvers.finish import finish
+from .solvers.masks import Pattern, select
+from .solvers.metric import Metric, metric
 
 RESTART = 5.0  # rho is divided by this when nothing moved, and the run starts again
 
@@ -56,12 +56,18 @@ class ThreeBasilConfig(Config):
     positions one group at a time.
     """
 
-    damping: float = setting(0.005, "share of the mean diagonal of the Gram matrix added to it", 0, 10)
+    damping: float = setting(
+        0.005, "share of the mean diagonal of the Gram matrix added to it", 0, 10
+    )
     relative_damping: float = setting(0.005, "share of each diagonal entry added to it", 0, 10)
     rho: float = setting(0.1, "penalty of the ADMM to start with", 0, 1_000_000, above=True)
-    stable: float = setting(3e-4, "share of kept positions that move between two checks at which it stops", 0, 1)
+    stable: float = setting(
+        3e-4, "share of kept positions that move between two checks at which it stops", 0, 1
+    )
     iterations: int = setting(2000, "of the ADMM at most", 1, 1_000_000)
-    polish: int = setting(3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000)
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 class Split(NamedTuple):
@@ -87,10 +93,27 @@ def alps(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decompo
     space = metric(stats.gram, config.damping, config.relative_damping)
     T = weight * space.scale
     split = admm(T, space, config.parsed, config, SCHEDULES["alps"])
-    return finish(T, space, split.D, split.mask, None, None, config, max(1, config.polish), swap=config.polish > 0)
+    return finish(
+        T,
+        space,
+        split.D,
+        split.mask,
+        None,
+        None,
+        config,
+        max(1, config.polish),
+        swap=config.polish > 0,
+    )
 
 
-def admm(T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, schedule: Schedule, rank: int = 0) -> Split:
+def admm(
+    T: Tensor,
+    space: Metric,
+    pattern: Pattern,
+    config: ThreeBasilConfig,
+    schedule: Schedule,
+    rank: int = 0,
+) -> Split:
     """The loop above for T [N,K] in the unit-diagonal coordinates of `space`, from L = 0, D = P(T), V = 0."""
     rho = config.rho
     while True:
@@ -101,10 +124,20 @@ def admm(T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, s
 
 
 def _run(
-    T: Tensor, space: Metric, pattern: Pattern, config: ThreeBasilConfig, schedule: Schedule, rank: int, rho: float
+    T: Tensor,
+    space: Metric,
+    pattern: Pattern,
+    config: ThreeBasilConfig,
+    schedule: Schedule,
+    rank: int,
+    rho: float,
 ) -> tuple[Split, bool]:
     """One run; False if hardly a kept position had moved at the first check, so that rho has to be smaller."""
-    rows = [slice(i, i + ROWS) for i in range(0, len(T), ROWS)] if T.device.type == "cpu" else [slice(None)]
+    rows = (
+        [slice(i, i + ROWS) for i in range(0, len(T), ROWS)]
+        if T.device.type == "cpu"
+        else [slice(None)]
+    )
     mask = torch.cat([select(T[part].abs(), pattern) for part in rows])
     checked, D = mask.clone(), T.masked_fill(~mask, 0.0)
     Y, S, product = D.clone(), torch.empty_like(T), torch.empty_like(T)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..calibration import InputStats
 from ..format import Decomposition
 from .config import Config
+from .inputs import InputStats
 from .magnitude import kept_only
-from .masks import select
+from .solvers.masks import select
 
 
 def wanda(weight: Tensor, stats: InputStats, config: Config) -> Decomposition:

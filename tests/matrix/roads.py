@@ -13,9 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import slab_kernels
 from matrix.configs import VOCABULARY, tiny
-from slab_kernels.blocks import ArchitectureError
+from slab_kernels.errors import ArchitectureError, CalibrationError
 from slab_kernels.nn import SlabLinear
-from slab_kernels.text import CalibrationError
 
 LARGEST = 4_000_000  # weights; a config that stays above it is not tiny
 RIGHT, WRONG, NOT_BUILT = "right", "wrong", "not built"

@@ -51,8 +51,17 @@ class Pair(NamedTuple):
 UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 SIGNED = {1: np.dtype("i1"), 2: np.dtype("i2"), 4: np.dtype("i4"), 8: np.dtype("i8")}
 # bf16 and the packed pairs stay bit patterns here; floats.py gives them their value.
-DTYPE = {f"{kind}{8 * w}": (SIGNED if kind == "s" else UNSIGNED)[w] for kind in "bus" for w in (1, 2, 4, 8)}
-DTYPE |= {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "bf16": np.dtype("u2")}
+DTYPE = {
+    f"{kind}{8 * w}": (SIGNED if kind == "s" else UNSIGNED)[w]
+    for kind in "bus"
+    for w in (1, 2, 4, 8)
+}
+DTYPE |= {
+    "f16": np.dtype("f2"),
+    "f32": np.dtype("f4"),
+    "f64": np.dtype("f8"),
+    "bf16": np.dtype("u2"),
+}
 DTYPE |= {"f16x2": np.dtype("u4"), "bf16x2": np.dtype("u4"), "pred": np.dtype(bool)}
 
 # Generic addresses carry their state space in the top bits; global ones are the process's own addresses
@@ -90,7 +99,9 @@ def source(operand, ty):
     if dtype.kind == "b":
         value = np.bool_(bits)
     else:
-        value = np.array(bits & ((1 << 8 * dtype.itemsize) - 1), UNSIGNED[dtype.itemsize]).view(dtype)[()]
+        value = np.array(bits & ((1 << 8 * dtype.itemsize) - 1), UNSIGNED[dtype.itemsize]).view(
+            dtype
+        )[()]
     return lambda m: value
 
 
@@ -141,7 +152,9 @@ def address(operand):
     if isinstance(base, Reg):
         slot = base.slot
         if base.width == 8:
-            return lambda m: m.R[slot].view(np.int64) + offset if offset else m.R[slot].view(np.int64)
+            return lambda m: (
+                m.R[slot].view(np.int64) + offset if offset else m.R[slot].view(np.int64)
+            )
         return lambda m: m.R[slot].astype(np.int64) + offset
     constant = offset + (base.address if base else 0)
     return lambda m: np.full(m.n, constant, np.int64)
@@ -162,5 +175,7 @@ def whole_warps(m, act, what):
     part = some & ~rows.all(1)
     if part.any():
         warp = int(np.flatnonzero(part)[0])
-        raise PtxError(f"{what} executed by a partial warp", warp * 32 + int(np.flatnonzero(~rows[warp])[0]))
+        raise PtxError(
+            f"{what} executed by a partial warp", warp * 32 + int(np.flatnonzero(~rows[warp])[0])
+        )
     return some

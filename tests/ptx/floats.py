@@ -44,9 +44,9 @@ def bits_of(x, ty):
         halves = x.astype(np.float16).view(np.uint16)
     else:
         b = (_to_odd(x) if x.dtype == np.float64 else x).view(np.uint32)
-        halves = ((b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(
-            np.uint16
-        )
+        halves = (
+            (b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        ).astype(np.uint16)
     nan = np.isnan(x)
     if nan.any():
         halves = np.where(nan, np.uint16(0x7FFF), halves)
@@ -59,8 +59,14 @@ def fma(a, b, c):
     product = a * b
     total = product + c
     part = total - product
-    error = (product - (total - part)) + (c - part)  # Knuth's TwoSum: total + error is the exact sum
-    nudge = (error != 0) & np.isfinite(total) & (np.atleast_1d(total).view(np.uint64) & np.uint64(1) == 0)
+    error = (product - (total - part)) + (
+        c - part
+    )  # Knuth's TwoSum: total + error is the exact sum
+    nudge = (
+        (error != 0)
+        & np.isfinite(total)
+        & (np.atleast_1d(total).view(np.uint64) & np.uint64(1) == 0)
+    )
     return np.where(nudge, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
 
 
@@ -152,7 +158,9 @@ def _sign_bits(i, integer, function):
     if i.type not in FLOAT:
         return integer(i)
     width = DTYPE[i.type].itemsize
-    sign = UNSIGNED[width].type({"f16x2": 0x80008000, "bf16x2": 0x80008000}.get(i.type, 1 << 8 * width - 1))
+    sign = UNSIGNED[width].type(
+        {"f16x2": 0x80008000, "bf16x2": 0x80008000}.get(i.type, 1 << 8 * width - 1)
+    )
     return integers.simple(i, lambda a: function(a, sign), [f"b{8 * width}"] * 2)
 
 
@@ -191,7 +199,10 @@ def setp(i):
         if not isinstance(p, Pair) or len(i.operands) > 3:
             raise PtxError("setp of a packed type needs p|q and no third source")
         compare = moves.comparison(i.parts[1], lambda bits: value(bits, i.type).reshape(-1, 2))
-        puts, (a, b) = [destination(o, "pred") for o in p], [array(o, i.type) for o in i.operands[1:]]
+        puts, (a, b) = (
+            [destination(o, "pred") for o in p],
+            [array(o, i.type) for o in i.operands[1:]],
+        )
 
         def run(m, act):
             both = compare(a(m), b(m))
@@ -256,7 +267,9 @@ def convert(i):
         return integers.simple(i, _to_tf32, ["b32", "b32"])
     unknown = flags - {"rn", "rz", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu"}
     if unknown or (to not in DTYPE) or (of not in DTYPE):
-        raise PtxError(f"cvt with {', '.join(sorted(unknown)) or to + ' from ' + of} is not implemented")
+        raise PtxError(
+            f"cvt with {', '.join(sorted(unknown)) or to + ' from ' + of} is not implemented"
+        )
     put = destination(i.operands[0], to)
     gets = [source(o, of) for o in i.operands[1:]]
     relu, sat, ftz = "relu" in flags, "sat" in flags, "ftz" in flags
@@ -276,7 +289,9 @@ def convert(i):
         one = to[:-2]
 
         def pack(m, act):
-            high, low = (narrow(value(np.atleast_1d(g(m)), of), one).astype(np.uint32) for g in gets)
+            high, low = (
+                narrow(value(np.atleast_1d(g(m)), of), one).astype(np.uint32) for g in gets
+            )
             put(m, act, high << np.uint32(16) | low)
 
         return pack
@@ -303,7 +318,11 @@ def convert(i):
 
         def whole(m, act):
             x = value(get(m), of)
-            put(m, act, _to_integer(_flush(x) if ftz and of == "f32" else x, integral or np.trunc, dtype))
+            put(
+                m,
+                act,
+                _to_integer(_flush(x) if ftz and of == "f32" else x, integral or np.trunc, dtype),
+            )
 
         return whole
     if sat:
@@ -312,7 +331,9 @@ def convert(i):
         def clamp(m, act):
             x = get(m)
             own = np.iinfo(x.dtype)
-            x = np.clip(x, x.dtype.type(max(info.min, own.min)), x.dtype.type(min(info.max, own.max)))
+            x = np.clip(
+                x, x.dtype.type(max(info.min, own.min)), x.dtype.type(min(info.max, own.max))
+            )
             put(m, act, x.astype(dtype))
 
         return clamp

@@ -180,7 +180,9 @@ def permute(i):
     selector = i.operands[3].bits if isinstance(i.operands[3], Imm) else None
 
     def pick(both, index):
-        return (both >> (index.astype(np.uint64) << np.uint64(3))).astype(np.uint32) & np.uint32(255)
+        return (both >> (index.astype(np.uint64) << np.uint64(3))).astype(np.uint32) & np.uint32(
+            255
+        )
 
     def run(m, act):
         both = get[1](m).astype(np.uint64) << np.uint64(32) | get[0](m).astype(np.uint64)
@@ -188,7 +190,9 @@ def permute(i):
         value = np.uint32(0)
         for k in range(4):
             if mode:
-                byte = pick(both, _selector_bytes(mode, np.uint32(k), s & np.uint32(3)) & np.uint32(7))
+                byte = pick(
+                    both, _selector_bytes(mode, np.uint32(k), s & np.uint32(3)) & np.uint32(7)
+                )
             else:
                 nibble = (s >> np.uint32(4 * k)) & np.uint32(15)
                 byte = pick(both, nibble & np.uint32(7))
@@ -271,7 +275,9 @@ def bfind(i):
     def run(a):
         a = np.where(a < 0, ~a, a).view(unsigned)
         top = _top_bit(a)
-        return np.where(a == 0, -1, bits - 1 - top if "shiftamt" in i.parts else top).astype(np.int32)
+        return np.where(a == 0, -1, bits - 1 - top if "shiftamt" in i.parts else top).astype(
+            np.int32
+        )
 
     return _count(i, run)
 

@@ -91,7 +91,9 @@ def load(i):
 
         def parameter(m, act):
             if not 0 <= start <= len(m.params) - width:
-                raise PtxError(f"parameter offset {start} is outside the {len(m.params)} bytes of parameters")
+                raise PtxError(
+                    f"parameter offset {start} is outside the {len(m.params)} bytes of parameters"
+                )
             for value, put in zip(m.params[start : start + width].view(dtype), puts, strict=True):
                 put(m, act, value)
 

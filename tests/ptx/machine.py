@@ -46,7 +46,17 @@ class Machine:
     """One chunk of CTAs."""
 
     def __init__(
-        self, kernel, grid, block, ctas, params, memory, shared_bytes, check_races, equal_writes, stats
+        self,
+        kernel,
+        grid,
+        block,
+        ctas,
+        params,
+        memory,
+        shared_bytes,
+        check_races,
+        equal_writes,
+        stats,
     ):
         self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
         self.ids, self.ctas = ctas, len(ctas)
@@ -154,7 +164,9 @@ class Machine:
             branches += 1
             if branches > _BRANCHES:
                 raise PtxError(f"no end after {_BRANCHES} branches")
-            if i.kind == "bra" and (act is group or (act is None and group is None)):  # everybody goes
+            if i.kind == "bra" and (
+                act is group or (act is None and group is None)
+            ):  # everybody goes
                 pc = i.targets[0]
                 continue
             if i.kind == "barrier":
@@ -208,7 +220,15 @@ _NOBODY = np.zeros(0, np.intp)
 
 
 def launch(
-    kernel, grid, block, params, memory=None, shared_bytes=0, check_races=True, chunk=None, equal_writes=False
+    kernel,
+    grid,
+    block,
+    params,
+    memory=None,
+    shared_bytes=0,
+    check_races=True,
+    chunk=None,
+    equal_writes=False,
 ):
     """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory traffic.
 
@@ -227,7 +247,9 @@ def launch(
         raise PtxError(f"{kernel.name}: grid {grid} of blocks {block}")
     shared = kernel.dynamic_start + shared_bytes
     if shared > 227 * 1024:
-        raise PtxError(f"{kernel.name}: {shared} bytes of shared memory; no GPU has more than 227 KiB")
+        raise PtxError(
+            f"{kernel.name}: {shared} bytes of shared memory; no GPU has more than 227 KiB"
+        )
     chunk = chunk or max(1, min(_LANES // threads, _SHARED // max(shared, 1)))
     space = (memory or Memory()).with_data(kernel.module.data.values())
     ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
@@ -241,7 +263,9 @@ def launch(
         except PtxError as error:
             i = kernel.code[min(m.pc, len(kernel.code) - 1)]
             who = f" [{m.where(error.lane)}]" if error.lane is not None else ""
-            raise PtxError(f"{kernel.name}: line {i.line}: {i.text}: {error}{who}", error.lane) from error
+            raise PtxError(
+                f"{kernel.name}: line {i.line}: {i.text}: {error}{who}", error.lane
+            ) from error
         for i, n in zip(kernel.code, counts, strict=False):
             if n:
                 stats[i.op] += n

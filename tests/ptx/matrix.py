@@ -53,7 +53,9 @@ def _c_table():
 
 
 _C = _c_table()
-_C_BACK = np.argsort(_C.reshape(-1)).reshape(4, 32)  # (register, lane) -> flat position in the 16 x 8 tile
+_C_BACK = np.argsort(_C.reshape(-1)).reshape(
+    4, 32
+)  # (register, lane) -> flat position in the 16 x 8 tile
 
 
 @lru_cache
@@ -79,8 +81,16 @@ def _elements(words, ty):
     if ty == "tf32":
         return (flat & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     if ty == "bf16":
-        return (flat.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return flat.view(np.float16).astype(np.float64) if ty == "f16" else flat.view(np.int8).astype(np.float32)
+        return (
+            (flat.view(np.uint16).astype(np.uint32) << np.uint32(16))
+            .view(np.float32)
+            .astype(np.float64)
+        )
+    return (
+        flat.view(np.float16).astype(np.float64)
+        if ty == "f16"
+        else flat.view(np.int8).astype(np.float32)
+    )
 
 
 class Fragments:
@@ -175,7 +185,11 @@ def mma(i):
         if clamp:
             result = np.clip(c + product.astype(np.int64), -(2**31), 2**31 - 1).astype(np.int32)
         else:
-            result = (c + product).astype(np.float32) if out is np.float32 else c + product.astype(np.int32)
+            result = (
+                (c + product).astype(np.float32)
+                if out is np.float32
+                else c + product.astype(np.int32)
+            )
         back = result.reshape(len(a), -1)[:, _C_BACK.reshape(-1)].reshape(len(a), 4, 32)
         for r, put in enumerate(puts):
             value = back[:, r].reshape(-1)

@@ -7,7 +7,13 @@ from .decode import PtxError
 
 # One element per access, so that a gather moves whole accesses.  complex128 is numpy's only 16-byte scalar;
 # indexing it only copies.
-RAW = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
+RAW = {
+    1: np.dtype("u1"),
+    2: np.dtype("u2"),
+    4: np.dtype("u4"),
+    8: np.dtype("u8"),
+    16: np.dtype("c16"),
+}
 
 
 class _Range:
@@ -43,12 +49,16 @@ class Memory:
             raise PtxError("Memory.map takes a contiguous uint8 array")
         if array.size:
             # ndarray.view keeps the memory shared; a read-only torch tensor may come as a read-only array.
-            self._ranges.append(_Range(address, array.reshape(-1), writable and array.flags.writeable))
+            self._ranges.append(
+                _Range(address, array.reshape(-1), writable and array.flags.writeable)
+            )
 
     def with_data(self, variables):
         """This memory and a module's variables: pairs of (bytes, writable)."""
         both = Memory()
-        both._ranges = self._ranges + [_Range(d.ctypes.data, d, writable) for d, writable in variables]
+        both._ranges = self._ranges + [
+            _Range(d.ctypes.data, d, writable) for d, writable in variables
+        ]
         return both
 
     def _pieces(self, address, width, lanes, write):
@@ -56,7 +66,9 @@ class Memory:
         odd = address & (width - 1)
         if odd.any():
             k = int(np.flatnonzero(odd)[0])
-            raise PtxError(f"misaligned {width}-byte global access at {int(address[k]):#x}", int(lanes[k]))
+            raise PtxError(
+                f"misaligned {width}-byte global access at {int(address[k]):#x}", int(lanes[k])
+            )
         low, high = int(address.min()), int(address.max()) + width
         for r in self._ranges:
             if r.start <= low and high <= r.end and (r.writable or not write):
@@ -76,7 +88,9 @@ class Memory:
         for r in self._ranges:
             if r.start <= address and address + width <= r.end:
                 raise PtxError(f"write to read-only memory at {address:#x}", lane)
-        text = f"out-of-bounds global {'write' if write else 'read'} of {width} bytes at {address:#x}"
+        text = (
+            f"out-of-bounds global {'write' if write else 'read'} of {width} bytes at {address:#x}"
+        )
         if self._ranges:
             r = min(self._ranges, key=lambda r: min(abs(address - r.start), abs(address - r.end)))
             side = (

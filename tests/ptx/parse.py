@@ -138,11 +138,15 @@ class Module:
         """Backing bytes of a .global or .const variable: (array, writable)."""
         dtype, (_, align, size) = DTYPE[match["type"]], _variable(match)
         store = np.zeros(size + align, np.uint8)
-        skip = -store.ctypes.data % align  # numpy aligns to 16 or 64 bytes; the variable may ask for more
+        skip = (
+            -store.ctypes.data % align
+        )  # numpy aligns to 16 or 64 bytes; the variable may ask for more
         data = store[skip : skip + size]
         if match["init"]:
             raw = np.dtype(f"u{dtype.itemsize}")
-            values = [_number(v.strip()) for v in match["init"].strip("{} \n").split(",") if v.strip()]
+            values = [
+                _number(v.strip()) for v in match["init"].strip("{} \n").split(",") if v.strip()
+            ]
             if None in values:
                 raise PtxError(f"initialiser of {match['name']} holds more than numbers")
             mask = (1 << 8 * raw.itemsize) - 1
@@ -183,7 +187,9 @@ class Kernel:
         self.module, self.name = module, name
         self.code, self.widths, self.special = [], [], {}
         head = head[: head.rindex(")")] if ")" in head else ""
-        self.parameters, self.parameter_bytes = _layout([_variable(m) for m in _VARIABLE.finditer(head)])
+        self.parameters, self.parameter_bytes = _layout(
+            [_variable(m) for m in _VARIABLE.finditer(head)]
+        )
         self._symbols = {n: Symbol(n, "param", o) for n, o in self.parameters.items()}
         self._place(body)
         self._scan(body, offset)
@@ -194,7 +200,11 @@ class Kernel:
         """Shared memory: the kernel's own and the module's variables that it names; extern (size 0) ones
         start at the end."""
         declared = ".shared ." in body or ".local ." in body  # ld.shared.b32 is no declaration
-        own = [m for m in _VARIABLE.finditer(body) if m["space"] in ("shared", "local")] if declared else []
+        own = (
+            [m for m in _VARIABLE.finditer(body) if m["space"] in ("shared", "local")]
+            if declared
+            else []
+        )
         words = set(re.findall(r"[\w$]+", body))
         shared = [v for n, v in self.module.shared.items() if n in words]
         shared += [_variable(m) for m in own if m["space"] == "shared"]
@@ -230,7 +240,9 @@ class Kernel:
                 elif text.startswith(".branchtargets"):
                     scope.tables[label] = [t.strip() for t in text[14:].split(",")]
                 elif not text.startswith("."):
-                    self.code.append(Instruction(text, self.module.line(offset + match.start("text")), scope))
+                    self.code.append(
+                        Instruction(text, self.module.line(offset + match.start("text")), scope)
+                    )
         if body[at:].strip():
             raise PtxError(f"{self.name}: cannot parse {body[at : at + 60].strip()!r}")
 
@@ -309,7 +321,9 @@ class Kernel:
         try:
             self._decode_parts(instruction)
         except PtxError as error:
-            raise PtxError(f"{self.name}: line {instruction.line}: {instruction.text}: {error}") from None
+            raise PtxError(
+                f"{self.name}: line {instruction.line}: {instruction.text}: {error}"
+            ) from None
 
     def _decode_parts(self, instruction):
         text, scope = instruction.text, instruction.scope
@@ -325,7 +339,9 @@ class Kernel:
         base = parts[0]
         tokens = [t for t in re.findall(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,]+)\s*,?", rest) if t.strip()]
         if base in ("bra", "brx"):
-            names = [tokens[0].strip()] if base == "bra" else scope.find("tables", tokens[1].strip())
+            names = (
+                [tokens[0].strip()] if base == "bra" else scope.find("tables", tokens[1].strip())
+            )
             instruction.targets = [scope.find("labels", n) for n in names or [None]]
             if None in instruction.targets:
                 raise PtxError("unknown label")

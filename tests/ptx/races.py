@@ -59,7 +59,11 @@ class Races:
 
     def _cells(self, at, width, lanes, whole):
         n = max(width // self.cell, 1)
-        cells, lane, warp = at // self.cell, np.full(len(at), WARP) if whole else lanes % 32, lanes // 32
+        cells, lane, warp = (
+            at // self.cell,
+            np.full(len(at), WARP) if whole else lanes % 32,
+            lanes // 32,
+        )
         if n > 1:
             cells = (cells[:, None] + np.arange(n)).reshape(-1)
             lane, warp, lanes = np.repeat(lane, n), np.repeat(warp, n), np.repeat(lanes, n)
@@ -72,14 +76,18 @@ class Races:
         closed = self.in_flight[cells]
         if closed.any():
             kind = "write to" if write else "read of"
-            self._fail(f"{kind} bytes of a cp.async that has not been waited for", cells, closed, lanes)
+            self._fail(
+                f"{kind} bytes of a cp.async that has not been waited for", cells, closed, lanes
+            )
         tag = self.written[cells]
         writer = self.writer[cells].astype(np.intp)
         unseen = self.clock[warp, writer] <= tag >> _EPOCH
         if unseen.any():
             unseen &= (writer != local) | ((tag & 63) != lane)
             if unseen.any():
-                self._explain("write" if write else "read", "write", cells, unseen, lanes, writer, tag)
+                self._explain(
+                    "write" if write else "read", "write", cells, unseen, lanes, writer, tag
+                )
         mine = self.clock[warp, local] << _EPOCH | lane
         if write:
             reads = self.read_[cells]
@@ -137,16 +145,22 @@ class Races:
         tag = int(tag if np.ndim(tag) == 0 else tag[k])
         mine = int(lanes[k]) // 32 % self.warps
         if warp == mine:
-            who = {WARP: "the warp's ldmatrix", SEVERAL: "other lanes"}.get(tag & 63, f"lane {tag & 63}")
+            who = {WARP: "the warp's ldmatrix", SEVERAL: "other lanes"}.get(
+                tag & 63, f"lane {tag & 63}"
+            )
             who += " of the same warp, with no bar.sync or bar.warp.sync between"
         else:
             who = f"warp {warp}, with no barrier between that both take part in"
         self._fail(
-            f"{kind} by warp {mine} after a {other} by {who}", cells, np.arange(len(cells)) == k, lanes
+            f"{kind} by warp {mine} after a {other} by {who}",
+            cells,
+            np.arange(len(cells)) == k,
+            lanes,
         )
 
     def _fail(self, text, cells, bad, lanes):
         k = int(np.flatnonzero(bad)[0])
         raise PtxError(
-            f"shared-memory race: {text} (flat offset {int(cells[k]) * self.cell:#x})", int(lanes[k])
+            f"shared-memory race: {text} (flat offset {int(cells[k]) * self.cell:#x})",
+            int(lanes[k]),
         )

@@ -42,7 +42,9 @@ class Barriers:
         self.expected[key] = count
         clash = self.expected[key] != count
         if clash.any():
-            raise PtxError("one barrier is used with two thread counts", int(lanes[np.flatnonzero(clash)[0]]))
+            raise PtxError(
+                "one barrier is used with two thread counts", int(lanes[np.flatnonzero(clash)[0]])
+            )
         self.arrived += np.bincount(key, self.weight[lanes], self.arrived.size).astype(np.int64)
         if m.races is not None:
             first = np.flatnonzero(np.diff(lanes // 32, prepend=-1))  # one lane of each warp
@@ -111,7 +113,9 @@ def barrier(i):
         odd = (numbers > 15) | (counts % 32 != 0) | (counts == 0)
         if odd.any():
             k = int(np.flatnonzero(odd)[0])
-            raise PtxError(f"barrier {int(numbers[k])} with {int(counts[k])} threads", int(lanes[k]))
+            raise PtxError(
+                f"barrier {int(numbers[k])} with {int(counts[k])} threads", int(lanes[k])
+            )
         m.barriers.arrive(m, lanes, numbers, counts, wait)
         return True
 
@@ -157,7 +161,9 @@ def _members(m, act, mask, what):
     mine = (mask >> (m.lanes & 31).astype(np.uint32) & np.uint32(1)).astype(bool)
     active = np.ones(m.n, bool) if act is None else act
     if (active & ~mine).any():
-        raise PtxError(f"{what}: an executing lane is not in the member mask", int(np.argmax(active & ~mine)))
+        raise PtxError(
+            f"{what}: an executing lane is not in the member mask", int(np.argmax(active & ~mine))
+        )
     rows = active.reshape(-1, 32)
     runs = (rows.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1, dtype=np.uint64)
     want = mask.astype(np.uint64) & (
@@ -204,7 +210,8 @@ def shuffle(i):
         j = np.where(valid, j, lane) + (m.lanes - lane)
         if act is not None and not act[j[act]].all():
             raise PtxError(
-                "shfl.sync reads a lane that does not execute it", int(np.flatnonzero(act)[~act[j[act]]][0])
+                "shfl.sync reads a lane that does not execute it",
+                int(np.flatnonzero(act)[~act[j[act]]][0]),
             )
         value = a(m)[j]
         put(m, act, value)
@@ -226,7 +233,9 @@ def vote(i):
         yes, no = (value & rows).any(1), (~value & rows).any(1)
         if mode == "ballot":
             result = (
-                ((value & rows).astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1).astype(np.uint32)
+                ((value & rows).astype(np.uint64) << np.arange(32, dtype=np.uint64))
+                .sum(1)
+                .astype(np.uint32)
             )
         else:
             result = {"any": yes, "all": ~no, "uni": ~(yes & no)}[mode]
@@ -274,7 +283,10 @@ def activemask(i):
         put(
             m,
             act,
-            (rows.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1).astype(np.uint32).repeat(32),
+            (rows.astype(np.uint64) << np.arange(32, dtype=np.uint64))
+            .sum(1)
+            .astype(np.uint32)
+            .repeat(32),
         )
 
     return run
@@ -285,7 +297,11 @@ def elect(i):
     """elect.sync d|p, mask: the lowest member is the leader (the ISA lets the hardware choose, always the
     same one)."""
     to, flag = i.operands[0]
-    put, put_flag, mask = destination(to, "b32"), destination(flag, "pred"), array(i.operands[1], "b32")
+    put, put_flag, mask = (
+        destination(to, "b32"),
+        destination(flag, "pred"),
+        array(i.operands[1], "b32"),
+    )
 
     def run(m, act):
         _members(m, act, mask, "elect.sync")

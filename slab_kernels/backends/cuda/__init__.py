@@ -20,7 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...format import PackedWeight, ShapeError
+from ...errors import ArgumentTypeError, ShapeError
+from ...format import PackedWeight
 from ...ops import register_vmap, without_autocast
 from ..base import Backend, LinearProblem, differences
 from . import driver, layout
@@ -41,18 +42,24 @@ class CudaBackend(Backend):
     name = "cuda"
     one_dtype = True
 
-    def refusals(self, problem: LinearProblem, capability: tuple[int, int] | None = None) -> list[str]:
+    def refusals(
+        self, problem: LinearProblem, capability: tuple[int, int] | None = None
+    ) -> list[str]:
         reasons = []
         if problem.dtype not in ACTIVATIONS:
             reasons.append(f"activations must be float16 or bfloat16, not {problem.dtype}")
         if problem.values not in STREAM_VALUES:
-            reasons.append(f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}")
+            reasons.append(
+                f"values={problem.values!r} is unknown; it runs {', '.join(STREAM_VALUES)}"
+            )
         if problem.rank > MOST_RANK:
             reasons.append(f"rank={problem.rank} of the sign term is above {MOST_RANK}")
         if problem.device != "cuda":
             reasons.append(f"it runs on CUDA tensors, not on {problem.device}")
         elif capability and capability < OLDEST:
-            reasons.append("compute capability must be {}.{} or above, not {}.{}".format(*OLDEST, *capability))
+            reasons.append(
+                "compute capability must be {}.{} or above, not {}.{}".format(*OLDEST, *capability)
+            )
         return reasons
 
     def missing(self, device: str) -> str | None:
@@ -61,7 +68,9 @@ class CudaBackend(Backend):
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CudaState:
         return self.prepare_fused((packed,), dtype)
 
-    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> CudaState | tuple:
+    def prepare_fused(
+        self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None
+    ) -> CudaState | tuple:
         """One launch for up to four weights of equal value types and ranks; others run one by one."""
         if len(parts) > 1 and differences(parts):
             return super().prepare_fused(parts, dtype)
@@ -74,13 +83,19 @@ class CudaBackend(Backend):
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         if x.dtype != state.dtype:
-            raise TypeError(f"x is {x.dtype}, but this weight was prepared for {state.dtype} activations")
+            raise ArgumentTypeError(
+                f"x is {x.dtype}, but this weight was prepared for {state.dtype} activations"
+            )
         tensors, sizes = state[:5], state[5:]
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
             return torch.ops.slab_kernels.linear_cuda(x, *tensors, bias, *sizes)
         return torch.ops.slab_kernels.linear_cuda_frozen(x, *tensors, bias, *sizes)
 
-    def linear_fused(self, x: Tensor, state: CudaState | tuple, bias: Tensor | None = None) -> Tensor:
+    def linear_fused(
+        self, x: Tensor, state: CudaState | tuple, bias: Tensor | None = None
+    ) -> Tensor:
         one_launch = isinstance(state, CudaState)
         return self.linear(x, state, bias) if one_launch else super().linear_fused(x, state, bias)
 
@@ -92,24 +107,50 @@ class CudaBackend(Backend):
         if reasons := self.refusals(replace(problem, device="cuda")):  # wherever the problem is now
             return f"the cuda backend does not run this: {'; '.join(reasons)}"
         found = gpu_named(gpu) if gpu is not None else device_of(torch.cuda.current_device()).gpu
-        group_steps, adapter_steps = (problem.group_size or 128) // 32, -(-problem.adapter_rank // 16)
+        group_steps, adapter_steps = (
+            (problem.group_size or 128) // 32,
+            -(-problem.adapter_rank // 16),
+        )
         values, M = STREAM_VALUES[problem.values], max(problem.M, 1)
-        sizes = Sizes(problem.K, (problem.N,), values, group_steps, problem.rank, adapter_steps, problem.planes)
+        sizes = Sizes(
+            problem.K,
+            (problem.N,),
+            values,
+            group_steps,
+            problem.rank,
+            adapter_steps,
+            problem.planes,
+        )
         dense = dense_microseconds(problem.N, problem.K, M, found)
         return f"{found.name}: {choose(sizes, M, found).describe()}; a dense fp16 linear by the same model: {dense:.1f} us"
 
 
-def sizes_of(stream, V, U, P, Q, in_features: int, rows: Sequence[int], values: int, group_steps: int, planes: int) -> Sizes:
+def sizes_of(
+    stream,
+    V,
+    U,
+    P,
+    Q,
+    in_features: int,
+    rows: Sequence[int],
+    values: int,
+    group_steps: int,
+    planes: int,
+) -> Sizes:
     """A state's tensors and sizes as plans want them."""
     rank = 0 if V is None else V.shape[1]
-    return Sizes(in_features, tuple(rows), values, group_steps, rank, 0 if P is None else P.shape[1], planes)
+    return Sizes(
+        in_features, tuple(rows), values, group_steps, rank, 0 if P is None else P.shape[1], planes
+    )
 
 
 @functools.cache
 def device_of(index: int) -> Device:
     """The device's facts, and its launches on torch's current stream."""
     name = torch.cuda.get_device_name(index)
-    gpu = gpu_like(name, driver.capability(index), driver.multiprocessors(index), driver.shared_limit(index))
+    gpu = gpu_like(
+        name, driver.capability(index), driver.multiprocessors(index), driver.shared_limit(index)
+    )
 
     def queue(kernel, grid, block, shared_bytes, params, dependent) -> None:
         stream = torch._C._cuda_getCurrentRawStream(index)
@@ -124,31 +165,59 @@ def _linear(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps,
     return linear(x, stream, V, U, P, Q, bias, sizes, device_of(x.device.index))
 
 
-def check(x: Tensor, stream: Tensor, bias: Tensor | None, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+def check(
+    x: Tensor,
+    stream: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> None:
     """Raises ShapeError or TypeError in a sentence: below this only raw pointers are left."""
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ShapeError(f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last")
+        raise ShapeError(
+            f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last"
+        )
     if x.dtype != dtype:
-        raise TypeError(f"x is {x.dtype}, but this weight was prepared for {dtype} activations")
+        raise ArgumentTypeError(
+            f"x is {x.dtype}, but this weight was prepared for {dtype} activations"
+        )
     if x.device != stream.device:
-        raise TypeError(f"x is on {x.device}, the weight on {stream.device}")
+        raise ArgumentTypeError(f"x is on {x.device}, the weight on {stream.device}")
     if bias is None:
         return
     if bias.shape != (out_features,) or not bias.is_contiguous():
-        raise ShapeError(f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous")
+        raise ShapeError(
+            f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous"
+        )
     if bias.dtype not in BIAS_TYPES:
-        raise TypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
+        raise ArgumentTypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
     if bias.device != x.device:
-        raise TypeError(f"bias is on {bias.device}, x on {x.device}")
+        raise ArgumentTypeError(f"bias is on {bias.device}, x on {x.device}")
 
 
-def _linear_fake(x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, planes, dtype):
-    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
+def _linear_fake(
+    x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, planes, dtype
+):
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
+    )
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 
 def _setup_context(ctx, inputs, output):
-    _, *tensors, _, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.planes, ctx.dtype = inputs
+    (
+        _,
+        *tensors,
+        _,
+        ctx.in_features,
+        ctx.rows,
+        ctx.values,
+        ctx.group_steps,
+        ctx.planes,
+        ctx.dtype,
+    ) = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -157,7 +226,17 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         wide = grad.float()
-        W = layout.dense(stream, V, U, ctx.in_features, ctx.rows, ctx.values, ctx.group_steps, ctx.planes, ctx.dtype)
+        W = layout.dense(
+            stream,
+            V,
+            U,
+            ctx.in_features,
+            ctx.rows,
+            ctx.values,
+            ctx.group_steps,
+            ctx.planes,
+            ctx.dtype,
+        )
         with without_autocast(grad):
             grad_x = wide @ W
             if P is not None:
@@ -179,12 +258,17 @@ def register() -> None:
 @functools.cache
 def _register_once() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for name in ("linear_cuda", "linear_cuda_frozen"):  # autograd costs every call some 10 us, with or without gradients
+    for name in (
+        "linear_cuda",
+        "linear_cuda_frozen",
+    ):  # autograd costs every call some 10 us, with or without gradients
         library.define(name + ARGUMENTS)
         library.impl(name, _linear, "CUDA")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
         register_vmap(name, library)
-    torch.library.register_autograd(f"{NAMESPACE}::linear_cuda", _backward, setup_context=_setup_context, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::linear_cuda", _backward, setup_context=_setup_context, lib=library
+    )
     return library
 
 

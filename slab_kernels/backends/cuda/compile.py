@@ -20,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2]
-IMAGES = PACKAGE / "cubins"  # where setup.py puts <source>.<architecture>.cubin, <source>.compute_80.ptx and the record
+IMAGES = (
+    PACKAGE / "cubins"
+)  # where setup.py puts <source>.<architecture>.cubin, <source>.compute_80.ptx and the record
 RECORD = "built.json"  # the last file written: images without it, or of other sources, are not used
 
 # 90a and 120a: wgmma and the block-scaled mma exist only under the "a"; such a cubin runs on exactly that capability.
@@ -35,7 +37,9 @@ RUNS = {
     (9, 0): ("sm_90a",),
     (12, 0): ("sm_120a",),
 }
-OPTIONS = ("-std=c++17",)  # of nvcc and NVRTC alike; their defaults agree on fma contraction, division and denormals
+OPTIONS = (
+    "-std=c++17",
+)  # of nvcc and NVRTC alike; their defaults agree on fma contraction, division and denormals
 NVCC_OPTIONS = (*OPTIONS, "-O3", "-Xptxas=-v")
 
 
@@ -53,7 +57,10 @@ def source_folder() -> Path | None:
 
 def read_sources(folder: Path) -> dict[str, str]:
     """Path below the folder -> text, of everything that a kernel may include. Raises: OSError if one cannot be read."""
-    files = [folder / "format.h", *sorted(p for p in (folder / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".h"))]
+    files = [
+        folder / "format.h",
+        *sorted(p for p in (folder / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".h")),
+    ]
     return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
@@ -76,7 +83,11 @@ def find_nvcc() -> str:
 
     Raises: Impossible if there is none.
     """
-    places = [Path(home, "bin/nvcc") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    places = [
+        Path(home, "bin/nvcc")
+        for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+        if home
+    ]
     places += [Path(found) for found in (shutil.which("nvcc"),) if found]
     spec = importlib.util.find_spec("nvidia")  # a namespace: nothing is run
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -85,7 +96,9 @@ def find_nvcc() -> str:
     for place in places:
         if os.access(place, os.X_OK):
             return str(place)
-    raise Impossible("no nvcc in CUDA_HOME, on PATH or among the pip packages (pip install nvidia-cuda-nvcc)")
+    raise Impossible(
+        "no nvcc in CUDA_HOME, on PATH or among the pip packages (pip install nvidia-cuda-nvcc)"
+    )
 
 
 def nvcc_command(nvcc: str, source: Path, architecture: str, output: Path) -> list[str]:
@@ -109,7 +122,9 @@ def known_architectures(nvcc: str) -> tuple[list[str], list[str]]:
     listed = set(run([nvcc, "--list-gpu-arch"]).split())
     known, unknown = [], []
     for name in (*ARCHITECTURES, FALLBACK):
-        virtual = "compute_" + name.split("_")[1].rstrip("a")  # the list names 90 and 120 without their "a"
+        virtual = "compute_" + name.split("_")[1].rstrip(
+            "a"
+        )  # the list names 90 and 120 without their "a"
         (known if virtual in listed else unknown).append(name)
     return known, unknown
 
@@ -137,9 +152,15 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
     if not known:
         raise Impossible(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}")
     version = run([nvcc, "--version"])
-    names = sorted(image_name(unit, architecture) for unit in units(sources) for architecture in known)
+    names = sorted(
+        image_name(unit, architecture) for unit in units(sources) for architecture in known
+    )
     # The sources alone are what the running package can compare; the rest only decides whether to compile again.
-    wanted = {"sources": digest(sources), "compiler": digest({}, version, *NVCC_OPTIONS), "images": names}
+    wanted = {
+        "sources": digest(sources),
+        "compiler": digest({}, version, *NVCC_OPTIONS),
+        "images": names,
+    }
     remarks = [f"{nvcc} is too old for {', '.join(unknown)}"] if unknown else []
     if record(folder) == wanted and all((folder / name).is_file() for name in names):
         return remarks
@@ -149,7 +170,14 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
     for unit in units(sources):
         for architecture in known:
             target = folder / image_name(unit, architecture)
-            jobs.append((nvcc_command(nvcc, csrc / f"cuda/{unit}.cu", architecture, target.with_suffix(".tmp")), target))
+            jobs.append(
+                (
+                    nvcc_command(
+                        nvcc, csrc / f"cuda/{unit}.cu", architecture, target.with_suffix(".tmp")
+                    ),
+                    target,
+                )
+            )
 
     def compile_one(job: tuple[list[str], Path]) -> None:
         command, target = job
@@ -176,16 +204,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the CUDA kernels ahead of time.")
     parser.add_argument("folder", type=Path, nargs="?", default=IMAGES, metavar="FOLDER")
     parser.add_argument("--nvcc", help="the compiler; default: the first that is found")
-    parser.add_argument("--which", action="store_true", help="print the compiler and its version, compile nothing")
+    parser.add_argument(
+        "--which", action="store_true", help="print the compiler and its version, compile nothing"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.which:
             nvcc = arguments.nvcc or find_nvcc()
             return print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
-        remarks = build(arguments.folder, source_folder() or PACKAGE.parent / "csrc", arguments.nvcc)
+        remarks = build(
+            arguments.folder, source_folder() or PACKAGE.parent / "csrc", arguments.nvcc
+        )
     except Impossible as reason:
         raise SystemExit(f"slab_kernels: the CUDA kernels cannot be compiled: {reason}") from None
-    print(*[f"slab_kernels: {remark}" for remark in remarks], f"{arguments.folder}: up to date", sep="\n")
+    print(
+        *[f"slab_kernels: {remark}" for remark in remarks],
+        f"{arguments.folder}: up to date",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

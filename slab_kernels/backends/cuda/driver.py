@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import CudaError
 from . import images
 
 LIBRARY = "libcuda.so.1"
@@ -34,27 +35,36 @@ _CONFIG = struct.Struct("@7IxxxxQQIxxxxQ")
 _PARAMETERS_AT = 56
 
 
-class CudaError(RuntimeError):
-    """The driver refused a call; the message names the call, the error and what was asked for."""
-
-
 class _Function(NamedTuple):
     handle: ctypes.c_void_p
-    attributes: int  # address of the launch attribute of dependent launches, 0 where the device has none
+    attributes: (
+        int  # address of the launch attribute of dependent launches, 0 where the device has none
+    )
     limit: int  # dynamic shared bytes that the driver allows it so far
 
 
 class _Slot:
     """The memory that one thread hands to the driver, and the two calls of the hot path."""
 
-    __slots__ = ("buffer", "config", "context", "context_out", "get_context", "launch", "parameters")
+    __slots__ = (
+        "buffer",
+        "config",
+        "context",
+        "context_out",
+        "get_context",
+        "launch",
+        "parameters",
+    )
 
     def __init__(self) -> None:
         cuda = _cuda()
         self.get_context, self.launch = cuda.cuCtxGetCurrent, cuda.cuLaunchKernelEx
         self.buffer = ctypes.create_string_buffer(_CONFIG.size)
         start = ctypes.addressof(self.buffer)
-        self.config, self.parameters = ctypes.c_void_p(start), ctypes.c_void_p(start + _PARAMETERS_AT)
+        self.config, self.parameters = (
+            ctypes.c_void_p(start),
+            ctypes.c_void_p(start + _PARAMETERS_AT),
+        )
         self.context = ctypes.c_void_p()
         self.context_out = ctypes.byref(self.context)
 
@@ -68,7 +78,9 @@ _thread: _Thread | None = None  # made by the first launch
 _lock = threading.RLock()
 _modules: dict[tuple[str, int, int], ctypes.c_void_p] = {}  # unit, device, context
 _loaded: dict[tuple[str, int, int], _Function] = {}  # kernel, device, context
-_functions: dict[tuple[str, int, int | None], _Function] = {}  # the same, once launched: its params have been checked
+_functions: dict[
+    tuple[str, int, int | None], _Function
+] = {}  # the same, once launched: its params have been checked
 _usable: set[int] = set()
 # One CUlaunchAttribute, 72 bytes: id, 4 bytes of padding, the value 1. Only ever read.
 _attribute = ctypes.create_string_buffer(struct.pack("@I4xi", _SERIALIZATION, 1), 72)
@@ -80,7 +92,9 @@ def _cuda() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(LIBRARY)
     except OSError:
-        raise CudaError(f"the library {LIBRARY} of the NVIDIA driver is not found; install the driver") from None
+        raise CudaError(
+            f"the library {LIBRARY} of the NVIDIA driver is not found; install the driver"
+        ) from None
 
 
 @functools.cache
@@ -152,7 +166,17 @@ def launch(
             return launch(name, grid, block, shared_bytes, params, device, stream, dependent)
     handle, attributes, _ = function
     counted = 1 if dependent and attributes else 0
-    _CONFIG.pack_into(slot.buffer, 0, *grid, *block, shared_bytes, stream, attributes, counted, ctypes.addressof(params))
+    _CONFIG.pack_into(
+        slot.buffer,
+        0,
+        *grid,
+        *block,
+        shared_bytes,
+        stream,
+        attributes,
+        counted,
+        ctypes.addressof(params),
+    )
     if code := slot.launch(slot.config, handle, slot.parameters, None):
         what = f"kernel {name} with grid {grid}, block {block} and {shared_bytes} bytes of shared memory"
         raise _error(code, f"{what} was not launched on device {device}")
@@ -178,7 +202,10 @@ def _current(device: int) -> Iterator[int]:
     cuda.cuCtxGetCurrent(ctypes.byref(context))
     if context.value is None:
         primary = _primary(device)
-        _check(cuda.cuCtxSetCurrent(ctypes.c_void_p(primary)), f"the context of device {device} was not made current")
+        _check(
+            cuda.cuCtxSetCurrent(ctypes.c_void_p(primary)),
+            f"the context of device {device} was not made current",
+        )
         yield primary
         return
     _check(cuda.cuCtxGetDevice(ctypes.byref(ordinal)), "the current context has no device")
@@ -186,7 +213,10 @@ def _current(device: int) -> Iterator[int]:
         yield context.value
         return
     primary = _primary(device)
-    _check(cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(primary)), f"the context of device {device} was not made current")
+    _check(
+        cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(primary)),
+        f"the context of device {device} was not made current",
+    )
     try:
         yield primary
     finally:
@@ -205,7 +235,10 @@ def _primary(device: int) -> int:
     """The primary context, retained once a device and never released: torch holds it until the process ends anyway."""
     context = ctypes.c_void_p()
     _properties(device)  # torch starts CUDA if nobody has
-    _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), _ordinal(device)), f"device {device} has no context")
+    _check(
+        _cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), _ordinal(device)),
+        f"device {device} has no context",
+    )
     return context.value
 
 
@@ -215,17 +248,29 @@ def _admit(name: str, device: int, context: int, shared_bytes: int, size: int) -
         cuda, function, taken = _cuda(), _function(name, device, context), ctypes.c_size_t()
         if hasattr(cuda, "cuFuncGetParamInfo"):  # driver 12.4
             offset = ctypes.c_size_t()
-            code = cuda.cuFuncGetParamInfo(function.handle, ctypes.c_size_t(0), ctypes.byref(offset), ctypes.byref(taken))
+            code = cuda.cuFuncGetParamInfo(
+                function.handle, ctypes.c_size_t(0), ctypes.byref(offset), ctypes.byref(taken)
+            )
             if not code and taken.value != size:
-                raise CudaError(f"kernel {name} takes a struct of {taken.value} bytes, params has {size}")
+                raise CudaError(
+                    f"kernel {name} takes a struct of {taken.value} bytes, params has {size}"
+                )
         if shared_bytes > _PLAIN_SHARED:
             static = ctypes.c_int()
-            _check(cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function.handle), f"kernel {name}: attributes")
+            _check(
+                cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function.handle),
+                f"kernel {name}: attributes",
+            )
             most = shared_limit(device) - static.value
             if shared_bytes > most:
-                raise CudaError(f"kernel {name} asks for {shared_bytes} bytes of shared memory, device {device} allows it {most}")
+                raise CudaError(
+                    f"kernel {name} asks for {shared_bytes} bytes of shared memory, device {device} allows it {most}"
+                )
             code = cuda.cuFuncSetAttribute(function.handle, _MAX_DYNAMIC_SHARED, most)
-            _check(code, f"kernel {name} was not allowed {most} bytes of shared memory on device {device}")
+            _check(
+                code,
+                f"kernel {name} was not allowed {most} bytes of shared memory on device {device}",
+            )
             function = _loaded[name, device, context] = function._replace(limit=most)
         _functions[name, device, context] = function
 
@@ -236,19 +281,28 @@ def _function(name: str, device: int, context: int) -> _Function:
             return found
         cuda, handle = _cuda(), ctypes.c_void_p()
         for unit in images.kernel_units():
-            code = cuda.cuModuleGetFunction(ctypes.byref(handle), _module(unit, device, context), name.encode())
+            code = cuda.cuModuleGetFunction(
+                ctypes.byref(handle), _module(unit, device, context), name.encode()
+            )
             if code == _NOT_FOUND:
                 continue
             _check(code, f"kernel {name} was not found in the module {unit}")
             attributes = ctypes.addressof(_attribute) if _waits(handle) else 0
-            return _loaded.setdefault((name, device, context), _Function(handle, attributes, _PLAIN_SHARED))
-        raise CudaError(f"there is no kernel {name} in csrc/cuda ({', '.join(images.kernel_units()) or 'no sources'})")
+            return _loaded.setdefault(
+                (name, device, context), _Function(handle, attributes, _PLAIN_SHARED)
+            )
+        raise CudaError(
+            f"there is no kernel {name} in csrc/cuda ({', '.join(images.kernel_units()) or 'no sources'})"
+        )
 
 
 def _waits(function: ctypes.c_void_p) -> bool:
     """Whether the kernel was compiled with its griddepcontrol.wait: a PTX of compute_80 has none, on whatever device."""
     version = ctypes.c_int()
-    _check(_cuda().cuFuncGetAttribute(ctypes.byref(version), _PTX_VERSION, function), "a kernel has no PTX version")
+    _check(
+        _cuda().cuFuncGetAttribute(ctypes.byref(version), _PTX_VERSION, function),
+        "a kernel has no PTX version",
+    )
     return version.value >= _DEPENDENT_SINCE
 
 
@@ -263,8 +317,12 @@ def _module(unit: str, device: int, context: int) -> ctypes.c_void_p:
         refused.append(f"{image.origin}: {_says(code)}")
         if code not in _UNUSABLE:
             break
-    reasons = "; ".join(refused) or images.missing(capability(device), _toolkit()) or "there is no image"
-    raise CudaError(f"the kernels of {unit} were not loaded on device {device}, {_properties(device).name}: {reasons}")
+    reasons = (
+        "; ".join(refused) or images.missing(capability(device), _toolkit()) or "there is no image"
+    )
+    raise CudaError(
+        f"the kernels of {unit} were not loaded on device {device}, {_properties(device).name}: {reasons}"
+    )
 
 
 def _toolkit() -> str | None:
@@ -283,7 +341,9 @@ def _says(code: int) -> str:
 
 
 def _error(code: int, what: str) -> CudaError:
-    late = "; an earlier kernel may be the cause" if 700 <= code < 720 and code != 701 else ""  # 701: out of resources, at once
+    late = (
+        "; an earlier kernel may be the cause" if 700 <= code < 720 and code != 701 else ""
+    )  # 701: out of resources, at once
     return CudaError(f"{what}: {_says(code)}{late}")
 
 

@@ -49,7 +49,9 @@ def kernel_sources() -> dict[str, str]:
 
 def kernel_units() -> list[str]:
     """The images that a device needs together: one for each csrc/cuda/*.cu."""
-    return units(kernel_sources()) or sorted({str(name).split(".")[0] for name in record(IMAGES).get("images", [])})
+    return units(kernel_sources()) or sorted(
+        {str(name).split(".")[0] for name in record(IMAGES).get("images", [])}
+    )
 
 
 def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
@@ -57,7 +59,9 @@ def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
     built, sources = record(IMAGES), kernel_sources()
     if not built or (sources and built.get("sources") != digest(sources)):
         return []
-    names = [image_name(unit, architecture) for architecture in (*RUNS.get(capability, ()), FALLBACK)]
+    names = [
+        image_name(unit, architecture) for architecture in (*RUNS.get(capability, ()), FALLBACK)
+    ]
     return [IMAGES / name for name in names if (IMAGES / name).is_file()]
 
 
@@ -71,7 +75,10 @@ def images(unit: str, capability: tuple[int, int], major: str | None = None) -> 
     if (nvrtc := rtc.find(major)) and kernel_sources():
         architecture = rtc.target(nvrtc, capability)
         data = compiled(kernel_sources(), unit, architecture, nvrtc)
-        yield Image(f"{unit} by NVRTC {nvrtc.version} for {architecture}", _terminated(data, architecture == FALLBACK))
+        yield Image(
+            f"{unit} by NVRTC {nvrtc.version} for {architecture}",
+            _terminated(data, architecture == FALLBACK),
+        )
 
 
 def missing(capability: tuple[int, int], major: str | None = None) -> str | None:

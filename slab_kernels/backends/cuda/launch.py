@@ -67,7 +67,9 @@ def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launc
     if sizes.adapter_steps:
         inner = sizes.adapter()
         adapter = choose(inner, M, gpu)
-        first = _Launch(f"adapter_{act}_t{adapter.tokens}", adapter, _template(inner, M, adapter, 1))
+        first = _Launch(
+            f"adapter_{act}_t{adapter.tokens}", adapter, _template(inner, M, adapter, 1)
+        )
         z_splits = adapter.splits
     name = _name(sizes, act, chosen.tokens, chosen.tile.blocks == 4)
     return first, _Launch(name, chosen, _template(sizes, M, chosen, z_splits))
@@ -88,7 +90,11 @@ def _dense_name(sizes: Sizes, act: str) -> str:
 def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
     """Every kernel that this weight may ever use, whatever the number of tokens."""
     act = DTYPE_NAMES[dtype]
-    names = [_name(sizes, act, tokens, tall) for tall in (False, True) for tokens in sizes.warp_tokens(tall)]
+    names = [
+        _name(sizes, act, tokens, tall)
+        for tall in (False, True)
+        for tokens in sizes.warp_tokens(tall)
+    ]
     if sizes.adapter_steps:
         names += [f"adapter_{act}_t{tokens}" for tokens in REGISTERS]
     return [*names, f"reduce_{act}", _dense_name(sizes, act)]
@@ -96,14 +102,28 @@ def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
 
 def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> bytes:
     p, tiles = LinearParams(), [0] * MAX_PARTS
-    p.tokens, p.in_features, p.out_features, p.k_blocks = M, sizes.K, sum(sizes.rows), sizes.k_blocks
+    p.tokens, p.in_features, p.out_features, p.k_blocks = (
+        M,
+        sizes.K,
+        sum(sizes.rows),
+        sizes.k_blocks,
+    )
     p.whole_blocks = sizes.K // BLOCK_INPUTS
     p.rank, p.planes, p.group_steps = sizes.rank, sizes.planes, sizes.group_steps
     p.adapter_steps, p.z_splits = sizes.adapter_steps, z_splits
     if isinstance(chosen, Plan):
         tile = chosen.tile
-        p.warp_rows, p.warp_tokens, p.warp_inputs = tile.warp_rows, tile.warp_tokens, tile.warp_inputs
-        p.stages, p.row_tiles, p.token_tiles, p.splits = chosen.stages, chosen.row_tiles, chosen.token_tiles, chosen.splits
+        p.warp_rows, p.warp_tokens, p.warp_inputs = (
+            tile.warp_rows,
+            tile.warp_tokens,
+            tile.warp_inputs,
+        )
+        p.stages, p.row_tiles, p.token_tiles, p.splits = (
+            chosen.stages,
+            chosen.row_tiles,
+            chosen.token_tiles,
+            chosen.splits,
+        )
         tiles = sizes.row_tiles(tile.rows)
     p.parts = len(sizes.rows)
     for i, rows in enumerate(sizes.rows):
@@ -132,11 +152,20 @@ def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Ten
     if p.x % 16 != 0 or (M > 1 and p.token_stride % 8 != 0):
         p.x_ragged, p.whole_blocks = 1, 0
     if first is not None:
-        z = x.new_empty(first.plan.splits, M, len(sizes.rows) * 16 * sizes.adapter_steps, dtype=torch.float32)
+        z = x.new_empty(
+            first.plan.splits, M, len(sizes.rows) * 16 * sizes.adapter_steps, dtype=torch.float32
+        )
         q = LinearParams.from_buffer_copy(first.template)
-        q.x, q.token_stride, q.x_ragged, q.whole_blocks = p.x, p.token_stride, p.x_ragged, p.whole_blocks
+        q.x, q.token_stride, q.x_ragged, q.whole_blocks = (
+            p.x,
+            p.token_stride,
+            p.x_ragged,
+            p.whole_blocks,
+        )
         q.stream, q.partial = Q.data_ptr(), z.data_ptr()
-        device.queue(first.name, first.plan.grid, first.plan.block, first.plan.shared_bytes, q, False)
+        device.queue(
+            first.name, first.plan.grid, first.plan.block, first.plan.shared_bytes, q, False
+        )
         p.p, p.z = P.data_ptr(), z.data_ptr()
     p.stream, p.y = stream.data_ptr(), y.data_ptr()
     if U is not None:
@@ -147,7 +176,14 @@ def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Ten
     if splits > 1:
         partial = x.new_empty(splits, M, N, dtype=torch.float32)
         p.partial = partial.data_ptr()
-    device.queue(second.name, second.plan.grid, second.plan.block, second.plan.shared_bytes, p, first is not None)
+    device.queue(
+        second.name,
+        second.plan.grid,
+        second.plan.block,
+        second.plan.shared_bytes,
+        p,
+        first is not None,
+    )
     if splits > 1:
         device.queue(f"reduce_{DTYPE_NAMES[dtype]}", (-(-N // 256), M, 1), (256, 1, 1), 0, p, True)
     return y
@@ -158,12 +194,16 @@ def rebuilt(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Te
     """x [M, K] -> [M, sum of rows]: REBUILT_ROWS rows of the weight made by `dense_*`, the adapter added and multiplied by cuBLAS,
     then the next rows in the same memory."""
     y = x.new_empty(x.shape[0], sum(sizes.rows))
-    W = x.new_empty(min(REBUILT_ROWS, max(sizes.rows)), -(-sizes.K // 8) * 8)[:, : sizes.K]  # dense.cuh: dense_pitch
+    W = x.new_empty(min(REBUILT_ROWS, max(sizes.rows)), -(-sizes.K // 8) * 8)[
+        :, : sizes.K
+    ]  # dense.cuh: dense_pitch
     pairs = [None] * len(sizes.rows) if P is None else adapters(P, Q, sizes.K, sizes.rows, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     p = LinearParams.from_buffer_copy(launch.template)
     p.y, to, block = W.data_ptr(), 0, 0
-    with torch.autocast(x.device.type, enabled=False):  # x's type is the result's, whatever surrounds us
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # x's type is the result's, whatever surrounds us
         for part, (rows, pair) in enumerate(zip(sizes.rows, pairs, strict=True)):
             for start in range(0, rows, REBUILT_ROWS):
                 count = min(REBUILT_ROWS, rows - start)
@@ -171,7 +211,9 @@ def rebuilt(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Te
                 p.stream, p.out_features = stream[first].data_ptr(), count
                 if U is not None:
                     p.u, p.v = U[BLOCK_ROWS * first].data_ptr(), V[part].data_ptr()
-                ctas = min(-(-(-(-count // BLOCK_ROWS) * sizes.k_blocks) // 8), launch.plan.ctas)  # eight warps each
+                ctas = min(
+                    -(-(-(-count // BLOCK_ROWS) * sizes.k_blocks) // 8), launch.plan.ctas
+                )  # eight warps each
                 device.queue(launch.name, (ctas, 1, 1), (256, 1, 1), 0, p, False)
                 if pair is not None:
                     some.addmm_(pair[0][start : start + count], pair[1])

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ... import bitpacking as bits
+from ...errors import ArgumentTypeError, RangeError, ShapeError
 from ...format import (
     INTEGER_RANGES,
     MOST_LOST,
     VALUE_TYPES,
     PackedWeight,
-    RangeError,
-    ShapeError,
+    bits,
     plane_unit,
     rounding_error,
 )
@@ -66,7 +65,9 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     activations' kernels cannot hold.
     """
     if dtype not in ACTIVATIONS:
-        raise TypeError(f"the CUDA kernels take float16 or bfloat16 activations, not {dtype}")
+        raise ArgumentTypeError(
+            f"the CUDA kernels take float16 or bfloat16 activations, not {dtype}"
+        )
     if found := differences(parts):
         raise ShapeError(found)
     layouts = [part.layout for part in parts]
@@ -82,7 +83,9 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         P, Q = torch.cat(P), torch.cat(Q)
     rows = tuple(layout.out_features for layout in layouts)
     group_steps = (first.group_size or BLOCK_INPUTS) // 32
-    return CudaState(stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, first.planes, dtype)
+    return CudaState(
+        stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, first.planes, dtype
+    )
 
 
 def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, rows: Sequence[int], values: int,
@@ -99,18 +102,28 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
         kept = value_bytes.view(*shape, 2, 8, 4, 2, 2, 2, 2).float() - 128  # j g t parity c half h
         kept = kept.permute(0, 8, 3, 1, 2, 5, 6, 4, 7)
     else:
-        nibbles = torch.stack((value_bytes & 15, value_bytes >> 4), -1).view(*shape, 8, 4, 4, 2, 2, 2)  # g t s half c h
+        nibbles = torch.stack((value_bytes & 15, value_bytes >> 4), -1).view(
+            *shape, 8, 4, 4, 2, 2, 2
+        )  # g t s half c h
         kept = (nibbles.float() - 8).permute(0, 7, 2, 1, 4, 6, 3, 5)
     kept = kept.reshape(blocks, 16, k_blocks, 64)
-    metadata = stream[..., at : at + METADATA_BYTES].reshape(*shape, 8, 2, 2, 2, 2, 2)  # g selector even h2 h pair
+    metadata = stream[..., at : at + METADATA_BYTES].reshape(
+        *shape, 8, 2, 2, 2, 2, 2
+    )  # g selector even h2 h pair
     metadata = metadata.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(blocks * 16, k_blocks * 16)
     at += METADATA_BYTES
     level = None
     if U is not None:
         level = 0.0
         for plane, (first, length, place) in enumerate(_sign_places(planes, stream.device)):
-            words = stream[..., at + first : at + first + length].contiguous().view(torch.int32 if length == SIGN_BYTES else torch.int64)
-            negative = words.view(*shape, 8, 4, 1, 1, 1, 1) >> place & 1  # blocks k g t half step c h
+            words = (
+                stream[..., at + first : at + first + length]
+                .contiguous()
+                .view(torch.int32 if length == SIGN_BYTES else torch.int64)
+            )
+            negative = (
+                words.view(*shape, 8, 4, 1, 1, 1, 1) >> place & 1
+            )  # blocks k g t half step c h
             level = level + (1 - 2 * negative) / 2.0**plane
         level = level.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
         at += planes * SIGN_BYTES
@@ -130,11 +143,24 @@ def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, 
     return torch.cat(parts)
 
 
-def adapters(P: Tensor, Q: Tensor, in_features: int, rows: Sequence[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def adapters(
+    P: Tensor, Q: Tensor, in_features: int, rows: Sequence[int], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
     """P [N, R'] and Q^T [R', K] of every part, R' padded to 16, in the activations' type."""
     steps, k_blocks = P.shape[1], Q.shape[1]
-    left = P.contiguous().view(dtype).view(-1, steps, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 3, 6).reshape(-1, steps * 16)
-    right = Q.contiguous().view(dtype).view(-1, k_blocks, 8, 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 2, 5, 4, 7)
+    left = (
+        P.contiguous()
+        .view(dtype)
+        .view(-1, steps, 8, 4, 2, 2, 2)
+        .permute(0, 5, 2, 1, 4, 3, 6)
+        .reshape(-1, steps * 16)
+    )
+    right = (
+        Q.contiguous()
+        .view(dtype)
+        .view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
+        .permute(0, 6, 3, 1, 2, 5, 4, 7)
+    )
     right = right.reshape(len(rows), steps * 16, -1)[..., :in_features]
     parts, first = [], 0
     for slot, count in enumerate(rows):
@@ -159,7 +185,9 @@ def _blocks(packed: PackedWeight) -> tuple[int, int]:
 
 def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
     """[N, k] -> [rows, columns], padded, or cut where canonical padding exceeds ours."""
-    return pad(t[:, :columns], (0, columns - min(columns, t.shape[1]), 0, rows - t.shape[0]), value=value)
+    return pad(
+        t[:, :columns], (0, columns - min(columns, t.shape[1]), 0, rows - t.shape[0]), value=value
+    )
 
 
 def _sign_places(planes: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
@@ -178,23 +206,36 @@ def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     layout, (blocks, k_blocks) = packed.layout, _blocks(packed)
     rows, shape = blocks * BLOCK_ROWS, (blocks, k_blocks)
     parts = [_values(packed, dtype).reshape(*shape, -1)]
-    metadata = _fill(packed.metadata, rows, k_blocks * 16, 0x44).view(blocks, 2, 8, k_blocks, 2, 2, 2, 2)
+    metadata = _fill(packed.metadata, rows, k_blocks * 16, 0x44).view(
+        blocks, 2, 8, k_blocks, 2, 2, 2, 2
+    )
     # blocks h g k | h2 selector even pair -> blocks k g selector even | h2 h pair
     parts.append(metadata.permute(0, 3, 2, 5, 6, 4, 1, 7).reshape(*shape, -1))
     if packed.signs is not None:
         planes = layout.planes
         signs = _fill(packed.signs, rows, k_blocks * 8 * planes).unflatten(1, (-1, planes))
-        negative = bits.unpack_signs(signs.mT).to(torch.int64).view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
+        negative = (
+            bits.unpack_signs(signs.mT)
+            .to(torch.int64)
+            .view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
+        )
         negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane blocks k g t half step c h
         places = _sign_places(planes, signs.device)
-        words = [(bit << place).sum((-4, -3, -2, -1)) for bit, (*_, place) in zip(negative, places, strict=True)]
+        words = [
+            (bit << place).sum((-4, -3, -2, -1))
+            for bit, (*_, place) in zip(negative, places, strict=True)
+        ]
         if planes > 1:
             parts.append((words.pop(0) | words.pop(0)).view(torch.uint8).reshape(*shape, -1))
         parts += [_low_words(word).view(torch.uint8).reshape(*shape, -1) for word in words]
     if packed.scales is not None:
         per_block = BLOCK_INPUTS // layout.group_size if layout.group_size else 1
         scales = packed.scales if layout.group_size else packed.scales.expand(-1, k_blocks)
-        scales = _fill(scales, rows, k_blocks * per_block).view(blocks, 2, 8, k_blocks, per_block).permute(0, 3, 4, 2, 1)
+        scales = (
+            _fill(scales, rows, k_blocks * per_block)
+            .view(blocks, 2, 8, k_blocks, per_block)
+            .permute(0, 3, 4, 2, 1)
+        )
         parts.append(scales.contiguous().view(torch.uint8).reshape(*shape, -1))
     return torch.cat(parts, -1)
 
@@ -209,7 +250,9 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
         if not rounding_error(q.float(), dtype) <= MOST_LOST:
-            raise RangeError(f"a {values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[values]} ones")
+            raise RangeError(
+                f"a {values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[values]} ones"
+            )
         q = q.to(dtype)
     # blocks h g k | step c t half
     q = _fill(q, blocks * 16, k_blocks * 64).view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)
@@ -235,8 +278,14 @@ def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Ten
     (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
     U, V = factors.sign(packed, dtype)
     most = 2 - plane_unit(planes)
-    if packed.layout.rank > 1 and planes > 1 and not bool((U.float() * most).to(dtype).isfinite().all()):
-        raise RangeError(f"U times the largest level, {most:g}, does not fit {dtype}; use bfloat16 activations")
+    if (
+        packed.layout.rank > 1
+        and planes > 1
+        and not bool((U.float() * most).to(dtype).isfinite().all())
+    ):
+        raise RangeError(
+            f"U times the largest level, {most:g}, does not fit {dtype}; use bfloat16 activations"
+        )
     word = _fill(U, blocks * 16, U.shape[1]).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     return word | word << 16, pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0])).T.contiguous()
 

@@ -15,14 +15,13 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import CompileError
 from .compile import FALLBACK, OPTIONS
 
-_NAME = re.compile(r"libnvrtc(?:-[0-9a-f]+)?\.so\.(\d+)[.\d]*")  # not libnvrtc-builtins, not the .alt variant
+_NAME = re.compile(
+    r"libnvrtc(?:-[0-9a-f]+)?\.so\.(\d+)[.\d]*"
+)  # not libnvrtc-builtins, not the .alt variant
 _LOADING = threading.Lock()
-
-
-class CompileError(RuntimeError):
-    """NVRTC refused the source; the message holds its log."""
 
 
 class Nvrtc(NamedTuple):
@@ -45,8 +44,15 @@ def places(major: str | None = None) -> list[Path]:
     if torch and torch.origin:
         folders.append(Path(torch.origin).parent / "lib")
     folders.append(Path(sys.prefix, "lib"))
-    folders += [Path(home, "lib64") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    found = [(m[1], path) for folder in folders for path in sorted(folder.glob("libnvrtc*")) if (m := _NAME.fullmatch(path.name))]
+    folders += [
+        Path(home, "lib64") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home
+    ]
+    found = [
+        (m[1], path)
+        for folder in folders
+        for path in sorted(folder.glob("libnvrtc*"))
+        if (m := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found, key=lambda pair: (pair[0] != major, -int(pair[0])))]
 
 
@@ -67,7 +73,9 @@ def _find(major: str | None) -> Nvrtc | None:
             return _opened(ctypes.CDLL(str(path)), str(path))
         except (OSError, AttributeError):
             continue
-    for known in (major,) if major else ("13", "12"):  # what the system's loader finds, or this process has already
+    for known in (
+        (major,) if major else ("13", "12")
+    ):  # what the system's loader finds, or this process has already
         try:
             return _opened(ctypes.CDLL(f"libnvrtc.so.{known}"), f"libnvrtc.so.{known}")
         except (OSError, AttributeError):
@@ -93,7 +101,9 @@ def target(nvrtc: Nvrtc, capability: tuple[int, int]) -> str:
     return f"sm_{number}a" if capability in ((9, 0), (12, 0)) else f"sm_{number}"
 
 
-def compile_unit(sources: dict[str, str], unit: str, architecture: str, nvrtc: Nvrtc | None = None) -> bytes:
+def compile_unit(
+    sources: dict[str, str], unit: str, architecture: str, nvrtc: Nvrtc | None = None
+) -> bytes:
     """The image of cuda/<unit>.cu: a cubin for sm_NN, PTX for compute_NN. All includes come from `sources`.
 
     Raises: CompileError with NVRTC's log, or if there is no NVRTC.
@@ -111,7 +121,9 @@ def compile_unit(sources: dict[str, str], unit: str, architecture: str, nvrtc: N
     def check(code: int) -> None:
         if code:
             said = library.nvrtcGetErrorString(code).decode()
-            raise CompileError(f"NVRTC {nvrtc.version} on cuda/{unit}.cu for {architecture}: {said}{log()}")
+            raise CompileError(
+                f"NVRTC {nvrtc.version} on cuda/{unit}.cu for {architecture}: {said}{log()}"
+            )
 
     def read(size_of, get) -> bytes:
         size = ctypes.c_size_t()
@@ -125,10 +137,21 @@ def compile_unit(sources: dict[str, str], unit: str, architecture: str, nvrtc: N
         return "\n" + text.rstrip(b"\0\n").decode(errors="replace")
 
     main, names = sources[f"cuda/{unit}.cu"].encode(), strings(headers)
-    check(library.nvrtcCreateProgram(ctypes.byref(program), main, f"{unit}.cu".encode(), len(headers), strings(headers.values()), names))
+    check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program),
+            main,
+            f"{unit}.cu".encode(),
+            len(headers),
+            strings(headers.values()),
+            names,
+        )
+    )
     try:
         # Unmarked constexpr functions, as in format.h, count as device functions.
-        options = strings([f"--gpu-architecture={architecture}", *OPTIONS, "--device-as-default-execution-space"])
+        options = strings(
+            [f"--gpu-architecture={architecture}", *OPTIONS, "--device-as-default-execution-space"]
+        )
         check(library.nvrtcCompileProgram(program, len(options), options))
         if architecture.startswith("compute"):
             return read(library.nvrtcGetPTXSize, library.nvrtcGetPTX).rstrip(b"\0")

@@ -15,13 +15,32 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, METADATA_BYTES, SIGN_BYTES, VALUE_BYTES, W16
+from ...errors import ArgumentError
+from .layout import (
+    BLOCK_INPUTS,
+    BLOCK_ROWS,
+    DENSE,
+    INT4,
+    INT8,
+    METADATA_BYTES,
+    SIGN_BYTES,
+    VALUE_BYTES,
+    W16,
+)
 
 MOST_STAGES = 4
 REBUILT_ROWS = 8192  # of a weight at a time, so that memory is bounded; 4096 cost an H100 up to 10 % more, all at once 1 to 4 % less
-REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}  # most a thread has, by tokens of a warp: one family of kernels each
+REGISTERS = {
+    8: 128,
+    16: 128,
+    32: 192,
+    64: 255,
+}  # most a thread has, by tokens of a warp: one family of kernels each
 TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # of those with 64 rows a warp
-PLANES_REGISTERS = {8: 128, 32: 248}  # of those with several sign planes, whose sums are apart: 64 tokens do not fit
+PLANES_REGISTERS = {
+    8: 128,
+    32: 248,
+}  # of those with several sign planes, whose sums are apart: 64 tokens do not fit
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS
 MOST_RANK = 16  # rows of V beside the activations in every stage
 SHARED_PORT = 128  # bytes a clock of one multiprocessor's shared memory
@@ -38,13 +57,17 @@ REDUCE_US = 1.55  # the kernel that adds K-splits
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 
 # SASS instructions a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per token tile of 8). Fitted to the main
-# loops of the sm_90a cubin by `python tests/sass.py`; tests/test_sass.py holds them within 10 %.
+# loops of the sm_90a cubin by `python tests/sass/counter.py`; tests/sass/test_sass.py holds them within 10 %.
 ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
 PLANES_ISSUE = {  # by sign planes, of rank one
     2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},
     3: {W16: (303, 54), INT8: (377, 61), INT4: (379, 62)},
 }
-TALL_ISSUE = {W16: (345, 71), INT8: (512, 71), INT4: (522, 71)}  # of a tall warp: 64 rows x 128 inputs
+TALL_ISSUE = {
+    W16: (345, 71),
+    INT8: (512, 71),
+    INT4: (522, 71),
+}  # of a tall warp: 64 rows x 128 inputs
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,9 @@ class Gpu:
     bandwidth: float  # GB/s
     clock: float  # GHz, boost
     mma_rate: int  # dense fp16 multiply-adds a clock of one multiprocessor, fp32 accumulation
-    gemm_rate: int  # of them, what cuBLAS reaches on large matrices (by wgmma where the device has it)
+    gemm_rate: (
+        int  # of them, what cuBLAS reaches on large matrices (by wgmma where the device has it)
+    )
     l2_port: int = 64  # bytes a clock from L2 into one multiprocessor
     shared_limit: int = 101376  # bytes a CTA may have
 
@@ -82,14 +107,22 @@ def gpu_named(name: str) -> Gpu:
     for gpu in GPUS:
         if gpu.name.lower() == name.lower():
             return gpu
-    raise ValueError(f"no figures for the GPU {name!r}; known: {', '.join(gpu.name for gpu in GPUS)}")
+    raise ArgumentError(
+        f"no figures for the GPU {name!r}; known: {', '.join(gpu.name for gpu in GPUS)}"
+    )
 
 
-def gpu_like(name: str, capability: tuple[int, int], multiprocessors: int, shared_limit: int) -> Gpu:
+def gpu_like(
+    name: str, capability: tuple[int, int], multiprocessors: int, shared_limit: int
+) -> Gpu:
     """The table's row for a device, with the device's own sizes; for an unknown name the row nearest in capability."""
     words = set(re.findall(r"[a-z]*\d+\w*", name.lower()))
     named = [gpu for gpu in GPUS if words & set(re.findall(r"[a-z]*\d+\w*", gpu.name.lower()))]
-    near = max((gpu for gpu in GPUS if gpu.capability <= capability), key=lambda gpu: gpu.capability, default=GPUS[0])
+    near = max(
+        (gpu for gpu in GPUS if gpu.capability <= capability),
+        key=lambda gpu: gpu.capability,
+        default=GPUS[0],
+    )
     row = named[0] if named else near
     return Gpu(name, capability, multiprocessors, row.bandwidth, row.clock, row.mma_rate, row.gemm_rate,
                row.l2_port, shared_limit)  # fmt: skip
@@ -114,7 +147,12 @@ class Sizes(NamedTuple):
     def block_bytes(self) -> int:
         scales = 4 // self.group_steps * 2 * BLOCK_ROWS if self.values in (INT8, INT4) else 0
         metadata = 0 if self.values == DENSE else METADATA_BYTES
-        return VALUE_BYTES[self.values] + metadata + (self.planes * SIGN_BYTES if self.rank else 0) + scales
+        return (
+            VALUE_BYTES[self.values]
+            + metadata
+            + (self.planes * SIGN_BYTES if self.rank else 0)
+            + scales
+        )
 
     def row_tiles(self, rows: int) -> list[int]:
         return [-(-part // rows) for part in self.rows]
@@ -152,7 +190,12 @@ class Tile:
 SPLIT_TILES = (  # up to 64 tokens
     Tile(1, 1, 8, "32 rows: most CTAs, so that few output features still fill the device"),
     Tile(2, 1, 4, "64 rows: activations are read half as often"),
-    Tile(4, 1, 2, "128 rows: activations are read a quarter as often, for many output features and tokens"),
+    Tile(
+        4,
+        1,
+        2,
+        "128 rows: activations are read a quarter as often, for many output features and tokens",
+    ),
     Tile(1, 1, 4, "32 rows, four warps: fits 99 KB of shared memory, or two CTAs a multiprocessor"),
     Tile(2, 1, 2, "64 rows, four warps: the same with half the activation reads"),
     Tile(4, 1, 1, "128 rows, four warps: many tokens in 99 KB of shared memory"),
@@ -180,7 +223,12 @@ TALL_TILES = (  # 64 rows a warp: half the reads of activations
     Tile(4, 2, 1, "256 rows x 2 t tokens: for many output features", 4),
     Tile(4, 1, 1, "256 rows x t tokens: where shared memory is small", 4),
 )
-TALL = {(INT8, 1): (8, 16), (INT4, 1): (8, 16), (W16, 1): (32,), (W16, 0): (64,)}  # values, rank: tokens of the kernels
+TALL = {
+    (INT8, 1): (8, 16),
+    (INT4, 1): (8, 16),
+    (W16, 1): (32,),
+    (W16, 0): (64,),
+}  # values, rank: tokens of the kernels
 SPLITS = (1, 2, 4, 8)
 
 
@@ -222,12 +270,18 @@ def stage_bytes(sizes: Sizes, tile: Tile, tokens: int, M: int) -> int:
     """Of one K-block in shared memory, as `Linear` in csrc/cuda/linear.cuh lays it out."""
     staged = tile.warp_tokens * tokens
     rows = (staged if tokens >= 32 else min(staged, M)) + sizes.rank
-    return -(-(rows * TOKEN_ROW_BYTES + tile.warp_rows * tile.blocks * sizes.block_bytes) // 256) * 256
+    return (
+        -(-(rows * TOKEN_ROW_BYTES + tile.warp_rows * tile.blocks * sizes.block_bytes) // 256) * 256
+    )
 
 
 def evaluate(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int) -> Plan | None:
     """The fastest of `residencies`; None if there is none."""
-    return min(residencies(sizes, M, gpu, tile, tokens, splits), key=lambda plan: plan.microseconds, default=None)
+    return min(
+        residencies(sizes, M, gpu, tile, tokens, splits),
+        key=lambda plan: plan.microseconds,
+        default=None,
+    )
 
 
 def residencies(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int) -> list[Plan]:
@@ -249,7 +303,9 @@ def sums_bytes(tile: Tile, tokens: int) -> int:
     return tile.warp_inputs * tokens * tile.warp_tokens * (tile.rows + 4) * 4
 
 
-def predict(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int, stages: int, resident: int) -> Plan:
+def predict(
+    sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int, stages: int, resident: int
+) -> Plan:
     """The plan with these choices and its predicted time."""
     stage = stage_bytes(sizes, tile, tokens, M)
     rows, wide = tile.rows, tokens * tile.warp_tokens
@@ -262,16 +318,35 @@ def predict(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int
     weight_blocks = sum(-(-part // BLOCK_ROWS) for part in sizes.rows)
     weights = weight_blocks * sizes.k_blocks * sizes.block_bytes
     activations = 2 * M * (sizes.K + sum(sizes.rows))
-    cta_bytes = k_blocks * (tile.warp_rows * tile.blocks * sizes.block_bytes + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES)
-    fixed, per_tile = (TALL_ISSUE if tall else PLANES_ISSUE[sizes.planes] if several else ISSUE)[sizes.values]
-    products = (2 if sizes.values == DENSE else 1) + sizes.rank  # in units of half the dense product
+    cta_bytes = k_blocks * (
+        tile.warp_rows * tile.blocks * sizes.block_bytes
+        + (min(M, wide) + sizes.rank) * TOKEN_ROW_BYTES
+    )
+    fixed, per_tile = (TALL_ISSUE if tall else PLANES_ISSUE[sizes.planes] if several else ISSUE)[
+        sizes.values
+    ]
+    products = (
+        2 if sizes.values == DENSE else 1
+    ) + sizes.rank  # in units of half the dense product
     cta_mma = rows * wide * k_blocks * BLOCK_INPUTS * products / 2
     issue_warp = fixed + per_tile * (tokens // 8) * (1 + sizes.rank) / 2
-    warp_reads = tokens * TOKEN_ROW_BYTES + tile.blocks * sizes.block_bytes + sizes.rank * 4 * 512  # v: a fragment of 512 bytes a step
+    warp_reads = (
+        tokens * TOKEN_ROW_BYTES + tile.blocks * sizes.block_bytes + sizes.rank * 4 * 512
+    )  # v: a fragment of 512 bytes a step
     cta_shared = k_blocks * (tile.warp_rows * tile.warp_tokens * warp_reads + stage)
     busy = min(ctas, gpu.multiprocessors)
-    scheduled = max(1.0, at_once * tile.threads / 128)  # warps of a scheduler, of which a multiprocessor has four
-    flying = busy * at_once * tile.warp_inputs * (stages - 1) * tile.warp_rows * tile.blocks * sizes.block_bytes
+    scheduled = max(
+        1.0, at_once * tile.threads / 128
+    )  # warps of a scheduler, of which a multiprocessor has four
+    flying = (
+        busy
+        * at_once
+        * tile.warp_inputs
+        * (stages - 1)
+        * tile.warp_rows
+        * tile.blocks
+        * sizes.block_bytes
+    )
     clock = gpu.clock * 1e3  # per microsecond
     bandwidth = gpu.bandwidth * 1e3 * BANDWIDTH_REACHED
     times = {
@@ -280,12 +355,28 @@ def predict(sizes: Sizes, M: int, gpu: Gpu, tile: Tile, tokens: int, splits: int
         "L2": per_sm * cta_bytes / (gpu.l2_port * clock),
         "shared memory": per_sm * cta_shared / (SHARED_PORT * clock * RATE_REACHED),
         "tensor cores": per_sm * cta_mma / (gpu.mma_rate * clock * RATE_REACHED),
-        "issue": per_sm / at_once * k_blocks / tile.warp_inputs * issue_warp * (ISSUE_CYCLES * scheduled + WAIT_CYCLES) / clock,
+        "issue": per_sm
+        / at_once
+        * k_blocks
+        / tile.warp_inputs
+        * issue_warp
+        * (ISSUE_CYCLES * scheduled + WAIT_CYCLES)
+        / clock,
     }
     extra = 0.0 if splits == 1 else REDUCE_US + 2 * splits * M * sum(sizes.rows) * 4 / bandwidth
-    total = sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP) + LAUNCH_US + FILL_US * -(-per_sm // resident) + extra
-    shared, bound = max(sums_bytes(tile, tokens), stages * tile.warp_inputs * stage), max(times, key=times.__getitem__)
-    return Plan(tokens, tile, stages, splits, row_tiles, token_tiles, shared, stage, resident, total, bound)
+    total = (
+        sum(t**OVERLAP for t in times.values()) ** (1 / OVERLAP)
+        + LAUNCH_US
+        + FILL_US * -(-per_sm // resident)
+        + extra
+    )
+    shared, bound = (
+        max(sums_bytes(tile, tokens), stages * tile.warp_inputs * stage),
+        max(times, key=times.__getitem__),
+    )
+    return Plan(
+        tokens, tile, stages, splits, row_tiles, token_tiles, shared, stage, resident, total, bound
+    )
 
 
 @dataclass(frozen=True)
@@ -296,9 +387,7 @@ class Rebuild:
     microseconds: float  # predicted
 
     def describe(self) -> str:
-        return (
-            f"the weight rebuilt dense, {REBUILT_ROWS} rows at a time, then cuBLAS; predicted {self.microseconds:.1f} us, bound by tensor cores"
-        )
+        return f"the weight rebuilt dense, {REBUILT_ROWS} rows at a time, then cuBLAS; predicted {self.microseconds:.1f} us, bound by tensor cores"
 
 
 def rebuild(sizes: Sizes, M: int, gpu: Gpu) -> Rebuild:
@@ -307,7 +396,12 @@ def rebuild(sizes: Sizes, M: int, gpu: Gpu) -> Rebuild:
     dense = (blocks * sizes.block_bytes + 2 * weights) / (gpu.bandwidth * 1e3 * BANDWIDTH_REACHED)
     pieces = sum(sizes.row_tiles(REBUILT_ROWS))
     adapter = 2 * LAUNCH_US * pieces if sizes.adapter_steps else 0.0
-    total = dense + (LAUNCH_US + FILL_US) * pieces + adapter + dense_microseconds(sum(sizes.rows), sizes.K, M, gpu)
+    total = (
+        dense
+        + (LAUNCH_US + FILL_US) * pieces
+        + adapter
+        + dense_microseconds(sum(sizes.rows), sizes.K, M, gpu)
+    )
     return Rebuild(4 * gpu.multiprocessors, total)
 
 
@@ -325,7 +419,11 @@ def choose(sizes: Sizes, M: int, gpu: Gpu) -> Plan | Rebuild:
     Raises: ValueError if none fits into the device's shared memory.
     """
     if M > 64:
-        return rebuild(sizes, M, gpu) if M >= _rebuilt_from(sizes, gpu) else _fastest(plans(sizes, M, gpu, 1, 1), sizes, gpu)
+        return (
+            rebuild(sizes, M, gpu)
+            if M >= _rebuilt_from(sizes, gpu)
+            else _fastest(plans(sizes, M, gpu, 1, 1), sizes, gpu)
+        )
     return _fastest(plans(sizes, M, gpu, *_split(sizes, M <= 16, gpu)), sizes, gpu)
 
 
@@ -334,7 +432,9 @@ def _rebuilt_from(sizes: Sizes, gpu: Gpu) -> int:
     """The tokens from which on rebuilding is the faster way: one threshold a weight, to a tenth."""
     threshold = 1 << 62
     for M in (round(65 * 1.1**n) for n in range(72, -1, -1)):  # 62036 down to 65
-        fused = min((plan.microseconds for plan in plans(sizes, M, gpu, 1, 1)), default=float("inf"))
+        fused = min(
+            (plan.microseconds for plan in plans(sizes, M, gpu, 1, 1)), default=float("inf")
+        )
         if sizes.values == DENSE or rebuild(sizes, M, gpu).microseconds >= fused:
             break
         threshold = M
@@ -344,21 +444,27 @@ def _rebuilt_from(sizes: Sizes, gpu: Gpu) -> int:
 def plans(sizes: Sizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
     """Every plan for M that splits K this way."""
     widths = sizes.warp_tokens()
-    tiles = [(tile, tokens) for tile in (SPLIT_TILES if M <= 64 else WHOLE_TILES) for tokens in widths]
+    tiles = [
+        (tile, tokens) for tile in (SPLIT_TILES if M <= 64 else WHOLE_TILES) for tokens in widths
+    ]
     tiles += [(tile, tokens) for tile in TALL_TILES for tokens in sizes.warp_tokens(tall=True)]
     # Few tokens: the smallest tile that takes all, or, with several planes, two tiles of 32. Many: warps of 32 or 64 tokens.
     smallest = min(tokens for tokens in widths if tokens >= min(M, max(widths)))
     found = []
     for tile, tokens in tiles:
         fits = tokens * tile.warp_tokens == smallest if M <= 64 else tokens >= 32
-        if tile.warp_inputs == warp_inputs and fits and (plan := evaluate(sizes, M, gpu, tile, tokens, splits)):
+        if (
+            tile.warp_inputs == warp_inputs
+            and fits
+            and (plan := evaluate(sizes, M, gpu, tile, tokens, splits))
+        ):
             found.append(plan)
     return found
 
 
 def _fastest(found: list[Plan], sizes: Sizes, gpu: Gpu) -> Plan:
     if not found:
-        raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+        raise ArgumentError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
     return min(found, key=lambda plan: plan.microseconds)
 
 
@@ -370,10 +476,13 @@ def _split(sizes: Sizes, decode: bool, gpu: Gpu) -> tuple[int, int]:
         for splits in SPLITS:
             if splits > 1 and sizes.k_blocks < splits * warp_inputs:
                 continue
-            ends = [plans(sizes, M, gpu, warp_inputs, splits) for M in ((1, 8, 16) if decode else (32, 64))]
+            ends = [
+                plans(sizes, M, gpu, warp_inputs, splits)
+                for M in ((1, 8, 16) if decode else (32, 64))
+            ]
             if all(ends):
                 total = sum(min(plan.microseconds for plan in end) for end in ends)
                 best = min(best or (total, warp_inputs, splits), (total, warp_inputs, splits))
     if best is None:
-        raise ValueError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+        raise ArgumentError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
     return best[1:]

@@ -18,10 +18,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import ConfigError
+
 SHIPPED = Path(__file__).parent / "configs"
 ENVIRONMENT = "SLAB_KERNELS_CONFIGS"  # another folder for the user's rows
 FORMAT = 1
-KEYS = ("format", "device", "versions", "rows")  # of a file; device and versions say where the rows were measured
+KEYS = (
+    "format",
+    "device",
+    "versions",
+    "rows",
+)  # of a file; device and versions say where the rows were measured
 DECODE = 16  # tokens up to which K is split in one way: a token's result depends on no other
 MOST_SPLITS = 16
 Z_SPLITS = 16  # shares of K in z = x Q: few programs would otherwise walk all of K
@@ -31,20 +38,18 @@ A_THREAD = 256  # numbers of a tile in one thread's registers (there are 255 of 
 VALUES = ("fp16", "bf16", "int8", "int4")
 
 
-class ConfigError(ValueError):
-    """A row or file of configurations is not usable; the message names it."""
-
-
 def _integer(name: str, value: object, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise ConfigError(f"{name}={reprlib.repr(value)} must be a whole number from {least} to {most}")
+        raise ConfigError(
+            f"{name}={reprlib.repr(value)} must be a whole number from {least} to {most}"
+        )
 
 
 class Sizes(NamedTuple):
     """A linear as its kernels see it, but for its sign planes.
 
     Two planes are half a bit and 0.6 instructions a weight more than one, three a bit and 1.6: one plane's best tiles are taken
-    for all, and every tile of the defaults has registers and shared memory for three (tests/test_triton_code.py).
+    for all, and every tile of the defaults has registers and shared memory for three (tests/backends/triton/test_triton_code.py).
     """
 
     K: int
@@ -77,19 +82,32 @@ class Config:
     block_k: int = 128  # inputs a step
     warps: int = 4
     stages: int = 3  # tiles in flight
-    fill: int = 0  # programs a multiprocessor should have: K is split until they are; 0 = never split
+    fill: int = (
+        0  # programs a multiprocessor should have: K is split until they are; 0 = never split
+    )
     rebuild: bool = False
     reason: str = ""
 
     def __post_init__(self):
-        for name, allowed in (("block_m", BLOCKS), ("block_n", BLOCKS), ("block_k", BLOCKS[1:]), ("warps", WARPS)):
+        for name, allowed in (
+            ("block_m", BLOCKS),
+            ("block_n", BLOCKS),
+            ("block_k", BLOCKS[1:]),
+            ("warps", WARPS),
+        ):
             value = getattr(self, name)
-            if type(value) is not int or value not in allowed:  # type(), since true and 16.0 would pass
-                raise ConfigError(f"{name}={reprlib.repr(value)} must be one of {', '.join(map(str, allowed))}")
+            if (
+                type(value) is not int or value not in allowed
+            ):  # type(), since true and 16.0 would pass
+                raise ConfigError(
+                    f"{name}={reprlib.repr(value)} must be one of {', '.join(map(str, allowed))}"
+                )
         for name, least, most in (("stages", 1, 8), ("fill", 0, 64)):
             _integer(name, getattr(self, name), least, most)
         if type(self.rebuild) is not bool or not isinstance(self.reason, str):
-            raise ConfigError(f"rebuild={reprlib.repr(self.rebuild)} must be true or false, and reason={reprlib.repr(self.reason)} text")
+            raise ConfigError(
+                f"rebuild={reprlib.repr(self.rebuild)} must be true or false, and reason={reprlib.repr(self.reason)} text"
+            )
         numbers = self.block_n * max(self.block_m, self.block_k) // (32 * self.warps)
         if numbers > A_THREAD:
             raise ConfigError(
@@ -134,23 +152,136 @@ class Row:
 
 
 INTEGERS = ("int8", "int4")
-# Chosen from the machine code (`python tests/triton_code.py`): instructions a weight in the loop, registers, shared memory.
+# Chosen from the machine code (`python tests/backends/triton/triton_code.py`): instructions a weight in the loop, registers, shared memory.
 # Nothing here was timed; `slab-kernels tune` does that.
 DEFAULTS = (
-    Row(Config(16, 64, 128, 4, 4, 2, reason="fewest instructions a weight; a stage more, since codes are fewer bytes"),
-        16, 16, INTEGERS, shared=51200),
-    Row(Config(16, 64, 128, 4, 3, 2, reason="fewest instructions a weight, three programs a multiprocessor"), 16, 16, shared=53248),
-    Row(Config(32, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 32 tokens"), 32, 16, rank=1, shared=61440),
-    Row(Config(64, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 64 tokens"), 64, 16, rank=1, shared=86016),
-    Row(Config(64, 64, 64, 4, 3, 2, reason="half the inputs a step: U V^T of a higher rank takes registers"), 64, 16, shared=49152),
-    Row(Config(64, 64, 128, 4, 3, reason="small tiles: more programs, for few tokens"), 256, 16, rank=1, shared=86016),
-    Row(Config(64, 64, 64, 4, 3, reason="the same with half the inputs a step, for a higher rank's registers"), 256, 16, shared=49152),
-    Row(Config(128, 128, 64, 8, 3, reason="fewer tokens would have every tile rebuilt more often"), 512, 16, rank=1, shared=79872),
-    Row(Config(128, 128, 64, 8, 3, reason="products outweigh rebuilding the tile, and no register is spilled"),
-        1023, 16, ("fp16", "bf16"), rank=1, shared=79872),
-    Row(Config(rebuild=True, reason="2 bytes a weight written and read cost less than rebuilding every tile"), bits=16, above=DECODE),
-    Row(Config(16, 64, 64, 4, 3, 2, reason="three TF32 products: the widest tile without a register spilled"), 16, 32, shared=65536),
-    Row(Config(64, 64, 32, 4, 3, reason="three TF32 products of more tokens: half the inputs a step"), shared=57344),
+    Row(
+        Config(
+            16,
+            64,
+            128,
+            4,
+            4,
+            2,
+            reason="fewest instructions a weight; a stage more, since codes are fewer bytes",
+        ),
+        16,
+        16,
+        INTEGERS,
+        shared=51200,
+    ),
+    Row(
+        Config(
+            16,
+            64,
+            128,
+            4,
+            3,
+            2,
+            reason="fewest instructions a weight, three programs a multiprocessor",
+        ),
+        16,
+        16,
+        shared=53248,
+    ),
+    Row(
+        Config(32, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 32 tokens"),
+        32,
+        16,
+        rank=1,
+        shared=61440,
+    ),
+    Row(
+        Config(64, 64, 128, 4, 3, 2, reason="as for decoding, a tile of 64 tokens"),
+        64,
+        16,
+        rank=1,
+        shared=86016,
+    ),
+    Row(
+        Config(
+            64,
+            64,
+            64,
+            4,
+            3,
+            2,
+            reason="half the inputs a step: U V^T of a higher rank takes registers",
+        ),
+        64,
+        16,
+        shared=49152,
+    ),
+    Row(
+        Config(64, 64, 128, 4, 3, reason="small tiles: more programs, for few tokens"),
+        256,
+        16,
+        rank=1,
+        shared=86016,
+    ),
+    Row(
+        Config(
+            64,
+            64,
+            64,
+            4,
+            3,
+            reason="the same with half the inputs a step, for a higher rank's registers",
+        ),
+        256,
+        16,
+        shared=49152,
+    ),
+    Row(
+        Config(128, 128, 64, 8, 3, reason="fewer tokens would have every tile rebuilt more often"),
+        512,
+        16,
+        rank=1,
+        shared=79872,
+    ),
+    Row(
+        Config(
+            128,
+            128,
+            64,
+            8,
+            3,
+            reason="products outweigh rebuilding the tile, and no register is spilled",
+        ),
+        1023,
+        16,
+        ("fp16", "bf16"),
+        rank=1,
+        shared=79872,
+    ),
+    Row(
+        Config(
+            rebuild=True,
+            reason="2 bytes a weight written and read cost less than rebuilding every tile",
+        ),
+        bits=16,
+        above=DECODE,
+    ),
+    Row(
+        Config(
+            16,
+            64,
+            64,
+            4,
+            3,
+            2,
+            reason="three TF32 products: the widest tile without a register spilled",
+        ),
+        16,
+        32,
+        shared=65536,
+    ),
+    Row(
+        Config(
+            64, 64, 32, 4, 3, reason="three TF32 products of more tokens: half the inputs a step"
+        ),
+        shared=57344,
+    ),
     Row(Config(64, 64, 32, 4, 2, reason="the least shared memory")),
 )
 
@@ -161,7 +292,9 @@ def choose(sizes: Sizes, M: int, bits: int, device: Device, own: bool = True) ->
 
     Raises: ConfigError for an unusable file of rows.
     """
-    return next(row.config for row in rows(device.name, own) if row.fits(sizes, max(M, 1), bits, device))
+    return next(
+        row.config for row in rows(device.name, own) if row.fits(sizes, max(M, 1), bits, device)
+    )
 
 
 @functools.lru_cache(4096)
@@ -173,7 +306,10 @@ def splits(sizes: Sizes, M: int, config: Config, device: Device) -> int:
     """
     if not config.fill:
         return 1
-    tiles, processors = sum(-(-part // config.block_n) for part in sizes.rows), device.multiprocessors
+    tiles, processors = (
+        sum(-(-part // config.block_n) for part in sizes.rows),
+        device.multiprocessors,
+    )
     tokens = DECODE if M <= DECODE else max(64, M)
 
     def cost(shares: int) -> float:
@@ -183,7 +319,11 @@ def splits(sizes: Sizes, M: int, config: Config, device: Device) -> int:
         sums = 0.02 * tokens / DECODE * 4096 / sizes.K * shares + 0.03 if shares > 1 else 0.0
         return starved * uneven + sums
 
-    possible = [1 << i for i in range(MOST_SPLITS.bit_length()) if i == 0 or sizes.K >= (2 << i) * config.block_k]
+    possible = [
+        1 << i
+        for i in range(MOST_SPLITS.bit_length())
+        if i == 0 or sizes.K >= (2 << i) * config.block_k
+    ]
     return min(possible, key=cost)
 
 
@@ -211,7 +351,9 @@ def forget() -> None:
 
 def regime(M: int, device: str) -> tuple[int, int | None]:
     """The token counts around M that the shipped rows tell apart from others: above the first, up to the second (None: all)."""
-    ends = sorted({end for row in rows(device, own=False) for end in (row.tokens, row.above) if end})
+    ends = sorted(
+        {end for row in rows(device, own=False) for end in (row.tokens, row.above) if end}
+    )
     at = bisect.bisect_left(ends, M)
     return ends[at - 1] if at else 0, ends[at] if at < len(ends) else None
 
@@ -227,7 +369,9 @@ def user_folder() -> Path:
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise ConfigError(f"{ENVIRONMENT}={named} is no folder; it has to name one")
         return folder
-    return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "slab_kernels"
+    return (
+        Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "slab_kernels"
+    )
 
 
 def file_name(device: str) -> str:
@@ -245,10 +389,14 @@ def read(path: Path) -> list[Row]:
             raise ConfigError(f"everybody may write to it (mode {bits}; chmod o-w)")
         return _rows_of(text)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}; make it readable, or delete it") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror or error}; make it readable, or delete it"
+        ) from error
     except (ValueError, RecursionError) as error:
         defect = str(error) if isinstance(error, ConfigError) else f"it is not valid JSON ({error})"
-        raise ConfigError(f"{path}: {defect}; correct it, or delete it and run slab-kernels tune again") from error
+        raise ConfigError(
+            f"{path}: {defect}; correct it, or delete it and run slab-kernels tune again"
+        ) from error
 
 
 def _rows_of(text: bytes) -> list[Row]:
@@ -256,7 +404,9 @@ def _rows_of(text: bytes) -> list[Row]:
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise ConfigError('it must be an object {"format": ' + str(FORMAT) + ', "rows": [...]}')
     if (found := content.get("format")) != FORMAT or type(found) is not int:
-        raise ConfigError(f"it has format {reprlib.repr(found)}, this version of slab_kernels reads format {FORMAT}")
+        raise ConfigError(
+            f"it has format {reprlib.repr(found)}, this version of slab_kernels reads format {FORMAT}"
+        )
     _only(content, KEYS)
     parsed = []
     for position, entry in enumerate(content["rows"], 1):
@@ -277,14 +427,18 @@ def row_from(entry: dict) -> Row:
     for name in entry.keys() - {"values"}:
         _integer(name, entry[name], *LEAST_AND_MOST[name])
     values = entry.pop("values", None)
-    if values is not None and not (isinstance(values, (list, tuple)) and values and all(v in VALUES for v in values)):
+    if values is not None and not (
+        isinstance(values, (list, tuple)) and values and all(v in VALUES for v in values)
+    ):
         raise ConfigError(f"values={reprlib.repr(values)} must be a list of {', '.join(VALUES)}")
     if entry.get("bits") not in (None, 16, 32):
         raise ConfigError(f"bits={entry['bits']} must be 16 or 32")
     row = Row(config, values=None if values is None else tuple(values), **entry)
     if 0 < row.above < DECODE or (config.rebuild and row.above < DECODE):
         what = "a row with rebuild=true needs above" if config.rebuild else "above"
-        raise ConfigError(f"{what}={DECODE} or more, not {row.above}: up to {DECODE} tokens no result may depend on their number")
+        raise ConfigError(
+            f"{what}={DECODE} or more, not {row.above}: up to {DECODE} tokens no result may depend on their number"
+        )
     if row.tokens is not None and row.tokens <= row.above:
         raise ConfigError(f"tokens={row.tokens} must be more than above={row.above}")
     return row
@@ -299,7 +453,9 @@ LEAST_AND_MOST = {
 
 def _only(entry: dict, known) -> None:
     if strange := sorted(entry.keys() - set(known)):
-        raise ConfigError(f"unknown keys {', '.join(map(reprlib.repr, strange))} (known: {', '.join(known)})")
+        raise ConfigError(
+            f"unknown keys {', '.join(map(reprlib.repr, strange))} (known: {', '.join(known)})"
+        )
 
 
 def row_to(row: Row) -> dict:

@@ -78,7 +78,11 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
             p = tl.load(p_ptr + rows[:, None] * ADAPTER + ranks[None, :], mask=here, other=0.0)
             z = tl.zeros((16, BM), tl.float32)
             for i in tl.static_range(Z_SPLITS):
-                at = z_ptr + (i * M + readable)[None, :] * (PARTS * ADAPTER) + (part * ADAPTER + ranks)[:, None]
+                at = (
+                    z_ptr
+                    + (i * M + readable)[None, :] * (PARTS * ADAPTER)
+                    + (part * ADAPTER + ranks)[:, None]
+                )
                 z += tl.load(at, mask=here, other=0.0)
             total = tl.dot(p, z.to(T), total, input_precision=PRECISION)
     if SPLITS == 1:
@@ -100,7 +104,11 @@ def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, 
     z = tl.zeros((BM, BR), tl.float32)
     for k in tl.range(split * share, tl.minimum(K, (split + 1) * share), BK):
         inputs = k + tl.arange(0, BK)
-        x = tl.load(x_ptr + readable[:, None] * x_stride + inputs[None, :], mask=(inputs < K)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + readable[:, None] * x_stride + inputs[None, :],
+            mask=(inputs < K)[None, :],
+            other=0.0,
+        )
         at = q_ptr + inputs[:, None] * ranks + columns[None, :]
         q = tl.load(at, mask=(inputs < K)[:, None] & (columns < ranks)[None, :], other=0.0)
         z = tl.dot(x, q, z, input_precision=PRECISION)
@@ -109,7 +117,9 @@ def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["biased", "size"])
-def sum_kernel(partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_kernel(
+    partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
     """y = the SPLITS partial sums added in order, and the bias: partial [SPLITS, size] fp32, y [size], size = M N."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size

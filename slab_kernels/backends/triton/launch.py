@@ -14,12 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ... import bitpacking as bits
-from ...format import MOST_LOST, VALUE_TYPES, PackedWeight, RangeError, plane_unit, rounding_error
+from ...errors import RangeError
+from ...format import (
+    MOST_LOST,
+    VALUE_TYPES,
+    PackedWeight,
+    bits,
+    plane_unit,
+    rounding_error,
+)
 from .. import factors
 from .configs import Config, Sizes
 
-ELEMENT = {"fp16": torch.uint32, "bf16": torch.uint32, "int8": torch.uint16, "int4": torch.uint8}  # a group's kept values
+ELEMENT = {
+    "fp16": torch.uint32,
+    "bf16": torch.uint32,
+    "int8": torch.uint16,
+    "int4": torch.uint8,
+}  # a group's kept values
 VALUES = (*ELEMENT, "int3")  # stored types that run
 NO_STARTS = (0, 0, 0)
 
@@ -69,9 +81,16 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
     elif value_type != first.values:
         values = [t.to(dtype) for t in values]
         if not all(rounding_error(part.values.float(), dtype) <= MOST_LOST for part in parts):
-            raise RangeError(f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones")
-    joined = {name: _joined([getattr(part, name) for part in parts]) for name in ("metadata", "signs", "scales")}
-    if first.planes == 3:  # three bytes a unit cannot be copied in wide pieces: 9.2 instructions a weight instead of 8
+            raise RangeError(
+                f"a {first.values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[first.values]} ones"
+            )
+    joined = {
+        name: _joined([getattr(part, name) for part in parts])
+        for name in ("metadata", "signs", "scales")
+    }
+    if (
+        first.planes == 3
+    ):  # three bytes a unit cannot be copied in wide pieces: 9.2 instructions a weight instead of 8
         joined["signs"] = joined["signs"].unflatten(1, (-1, 3)).movedim(2, 0).contiguous()
     U = V = P = Q = None
     if first.rank:
@@ -80,7 +99,10 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
     if first.adapter_rank:
         P, Q = zip(*(factors.adapter(part, dtype) for part in parts), strict=True)
         extra = -P[0].shape[1] % 16
-        P, Q = torch.cat([pad(t, (0, extra)) for t in P]), torch.cat([pad(t, (0, extra)) for t in Q], 1)
+        P, Q = (
+            torch.cat([pad(t, (0, extra)) for t in P]),
+            torch.cat([pad(t, (0, extra)) for t in Q], 1),
+        )
         P, Q = P.contiguous(), Q.contiguous()
     rows = [part.out_features for part in parts]
     return TritonState(_joined(values), **joined, U=U, V=V, P=P, Q=Q, in_features=K, rows=rows, value_type=value_type,
@@ -122,7 +144,9 @@ def planes_of(state: Sequence) -> int:
     return 1 if signs is None else 2 * signs.numel() // metadata.numel()
 
 
-def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, splits: int, z_splits: int) -> Tensor:
+def linear(
+    x: Tensor, state: Sequence, bias: Tensor | None, config: Config, splits: int, z_splits: int
+) -> Tensor:
     """x [..., K] -> [..., sum of rows] in x's type, by `config`'s tiles, K shared by `splits` programs."""
     from . import kernels
 
@@ -138,11 +162,16 @@ def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, spli
     z = None
     if ranks:
         z = x.new_empty(z_splits, M, len(rows) * ranks, dtype=torch.float32)
-        BM, BR = 16 if M <= 16 else 64, min(64, 16 * (1 << (len(rows) * ranks // 16 - 1).bit_length()))
+        BM, BR = (
+            16 if M <= 16 else 64,
+            min(64, 16 * (1 << (len(rows) * ranks // 16 - 1).bit_length())),
+        )
         grid = (-(-M // BM) * -(-z.shape[2] // BR), z_splits)
         kernels.adapter_kernel[grid](x, Q, z, M, K, z.shape[2], x.stride(0), T, z_splits, common["PRECISION"], BM, BR,
                                      BK=64, num_warps=4, num_stages=3)  # fmt: skip
-    given, biased = (x, 0) if bias is None else (bias, 1)  # x stands in, of the usual type: its kernel is the same
+    given, biased = (
+        (x, 0) if bias is None else (bias, 1)
+    )  # x stands in, of the usual type: its kernel is the same
     y = x.new_empty(M, N)
     out = x.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else y
     grid = (sum(-(-part // config.block_n) for part in rows) * -(-M // config.block_m), splits)
@@ -152,7 +181,9 @@ def linear(x: Tensor, state: Sequence, bias: Tensor | None, config: Config, spli
         BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        kernels.sum_kernel[(-(-M * N // 1024),)](out, given, y, biased, M * N, N, splits, 1024, num_warps=4)
+        kernels.sum_kernel[(-(-M * N // 1024),)](
+            out, given, y, biased, M * N, N, splits, 1024, num_warps=4
+        )
     return y.view(shape)
 
 
@@ -172,7 +203,9 @@ def dense(state: Sequence, dtype: torch.dtype) -> Tensor:
 def element_type(dtype: torch.dtype):
     import triton.language as tl
 
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[
+        dtype
+    ]
 
 
 def starts(rows: Sequence[int]) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...bitpacking import LEGAL_NIBBLES
+from ...format.bits import LEGAL_NIBBLES
 
 
 def _index(nibble: int) -> int:
@@ -20,7 +20,12 @@ def _index(nibble: int) -> int:
     return nibble & 4 | (nibble >> 2 ^ nibble) & 2 | (nibble ^ nibble >> 1) & 1
 
 
-LANES = (0x10, 0x32, 0x54, 0x76)  # what `prmt` takes for a lane: one of its first operand's two, or of its second's
+LANES = (
+    0x10,
+    0x32,
+    0x54,
+    0x76,
+)  # what `prmt` takes for a lane: one of its first operand's two, or of its second's
 
 
 def _table(choose) -> tuple[int, int]:
@@ -32,15 +37,24 @@ def _table(choose) -> tuple[int, int]:
 def _by_nibble(choose) -> tuple[int, int]:
     """The table of a function of a group's kept and pruned positions."""
     kept = {_index(nibble): (nibble & 3, nibble >> 2) for nibble in LEGAL_NIBBLES}
-    return _table(lambda i: choose(kept.get(i, ()), [p for p in range(4) if p not in kept.get(i, ())]))
+    return _table(
+        lambda i: choose(kept.get(i, ()), [p for p in range(4) if p not in kept.get(i, ())])
+    )
 
 
 def _source(position: int, kept, pruned, gathered: bool) -> int:
     """The lane of (kept pair, other pair) for a position. Pruned ones: first and second if `gathered`, else each its own lane."""
-    return kept.index(position) if position in kept else 2 + (pruned.index(position) if gathered else position) % 2
+    return (
+        kept.index(position)
+        if position in kept
+        else 2 + (pruned.index(position) if gathered else position) % 2
+    )
 
 
-LEVELS = {2: (3, 1, -3, -1), 3: (7, 5, 3, 1)}  # by planes: four lanes of `row_levels`; of three planes without the sign
+LEVELS = {
+    2: (3, 1, -3, -1),
+    3: (7, 5, 3, 1),
+}  # by planes: four lanes of `row_levels`; of three planes without the sign
 
 
 def _level(index: int, planes: int) -> int:
@@ -55,8 +69,12 @@ def _constants(*tables: tuple[int, int]):
     return tl.constexpr(sum(tables, ()))
 
 
-OWN = _constants(*(_by_nibble(lambda *group, p=p: _source(p, *group, gathered=False)) for p in range(4)))
-GATHERED = _constants(*(_by_nibble(lambda *group, p=p: _source(p, *group, gathered=True)) for p in range(4)))
+OWN = _constants(
+    *(_by_nibble(lambda *group, p=p: _source(p, *group, gathered=False)) for p in range(4))
+)
+GATHERED = _constants(
+    *(_by_nibble(lambda *group, p=p: _source(p, *group, gathered=True)) for p in range(4))
+)
 PRUNED = _constants(*(_by_nibble(lambda _, pruned, k=k: pruned[k]) for k in range(2)))
 LEVEL = _constants(*(_table(lambda index, n=planes: _level(index, n)) for planes in LEVELS))
 
@@ -121,12 +139,24 @@ def _load(pointer, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _magnitude(u_ptr, v_ptr, rows, g, groups, N, position: tl.constexpr, RANK: tl.constexpr, MASKED: tl.constexpr):
+def _magnitude(
+    u_ptr,
+    v_ptr,
+    rows,
+    g,
+    groups,
+    N,
+    position: tl.constexpr,
+    RANK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """(U V^T) at one position of every group, [BN, BK/16, 4] in fp32; u [RANK, N] and v [RANK, 4, groups] fp32."""
     total = 0.0
     for r in tl.static_range(RANK):
         v = _load(v_ptr + (4 * r + position) * groups + g, g < groups, MASKED)
-        total += tl.load(u_ptr + r * N + rows)[:, None, None] * tl.reshape(v, (1, g.shape[0] // 4, 4))
+        total += tl.load(u_ptr + r * N + rows)[:, None, None] * tl.reshape(
+            v, (1, g.shape[0] // 4, 4)
+        )
     return total
 
 
@@ -141,14 +171,33 @@ def _signed(m, s, shift, l0, l1, l2, l3, PLANES: tl.constexpr):
         c0, c1, c2, c3 = 0.0, 0.0, 0.0, 0.0
         for p in tl.static_range(PLANES):
             n0, n1, n2, n3 = _negative(m, s >> 8 * p & 0xFF)
-            c0, c1 = 2 * c0 + tl.where(_bit(n0, shift), -1.0, 1.0), 2 * c1 + tl.where(_bit(n1, shift), -1.0, 1.0)
-            c2, c3 = 2 * c2 + tl.where(_bit(n2, shift), -1.0, 1.0), 2 * c3 + tl.where(_bit(n3, shift), -1.0, 1.0)
+            c0, c1 = (
+                2 * c0 + tl.where(_bit(n0, shift), -1.0, 1.0),
+                2 * c1 + tl.where(_bit(n1, shift), -1.0, 1.0),
+            )
+            c2, c3 = (
+                2 * c2 + tl.where(_bit(n2, shift), -1.0, 1.0),
+                2 * c3 + tl.where(_bit(n3, shift), -1.0, 1.0),
+            )
         l0, l1, l2, l3 = l0 * c0, l1 * c1, l2 * c2, l3 * c3
     return l0, l1, l2, l3
 
 
 @triton.jit
-def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr):
+def _plain(
+    m,
+    s,
+    word,
+    scale,
+    shift,
+    l0,
+    l1,
+    l2,
+    l3,
+    VALUES: tl.constexpr,
+    RANK: tl.constexpr,
+    PLANES: tl.constexpr,
+):
     """The four entries of every group in fp32: the kept values where the nibble says so, signed magnitudes elsewhere."""
     if VALUES == "int8":
         first, second = _integer(word, 8) * scale, _integer(word >> 8, 8) * scale
@@ -157,7 +206,10 @@ def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK:
     elif VALUES == "bf16":
         first, second = _wide(word), _wide(word >> 16)
     else:
-        first, second = _low(word, tl.float16).to(tl.float32), _high(word, tl.float16).to(tl.float32)
+        first, second = (
+            _low(word, tl.float16).to(tl.float32),
+            _high(word, tl.float16).to(tl.float32),
+        )
     i0, i1 = m >> shift & 3, m >> shift >> 2 & 3
     if RANK > 0:
         l0, l1, l2, l3 = _signed(m, s, shift, l0, l1, l2, l3, PLANES)
@@ -169,13 +221,17 @@ def _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES: tl.constexpr, RANK:
 @triton.jit
 def _prmt(a, b, selector):
     """Four bytes of a and b (PTX ISA, "prmt")."""
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.uint32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def _convert(low, high, T: tl.constexpr):
     """Two fp32 numbers, rounded to nearest even, as a pair."""
-    TO: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if T == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    TO: tl.constexpr = (
+        "cvt.rn.f16x2.f32 $0, $2, $1;" if T == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    )
     return tl.inline_asm_elementwise(TO, "=r,r,r", [low, high], tl.uint32, is_pure=True, pack=1)
 
 
@@ -184,13 +240,17 @@ def _product(a, b, T: tl.constexpr):
     """Products of pairs, rounded to nearest even. bf16 products as such exist from sm_90 on; a b + (-0) is the same number."""
     FP16: tl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
     BF16: tl.constexpr = "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
-    return tl.inline_asm_elementwise(FP16 if T == tl.float16 else BF16, "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        FP16 if T == tl.float16 else BF16, "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def _sum(a, b, c):
     """a b + c of fp16 pairs, rounded once."""
-    return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -214,7 +274,9 @@ def _integers(word, scale, BITS: tl.constexpr, T: tl.constexpr):
                 mov.b32 c, 0x3F803F80; mov.b32 d, 0xC308C308; fma.rn.bf16x2 q, q, c, d;
                 mov.b32 d, 0x80008000; fma.rn.bf16x2 $0, q, $2, d; }"""
         shifted = scale * (256.0 if T == tl.float16 else 1.0)
-        pair = tl.inline_asm_elementwise(CODE, "=r,r,r", [word, _convert(shifted, shifted, T)], tl.uint32, is_pure=True, pack=1)
+        pair = tl.inline_asm_elementwise(
+            CODE, "=r,r,r", [word, _convert(shifted, shifted, T)], tl.uint32, is_pure=True, pack=1
+        )
     return pair
 
 
@@ -241,7 +303,11 @@ def _fill(word, l01, l23, m, IS_GATHERED: tl.constexpr):
     """Every group as two pairs: the kept pair's lanes where the nibble says so, l01's and l23's elsewhere (`_source`)."""
     index = _indices(m)
     if IS_GATHERED:
-        s0, s1, s2 = _look_up(GATHERED, 0, index), _look_up(GATHERED, 1, index), _look_up(GATHERED, 2, index)
+        s0, s1, s2 = (
+            _look_up(GATHERED, 0, index),
+            _look_up(GATHERED, 1, index),
+            _look_up(GATHERED, 2, index),
+        )
         s3 = s0 ^ s1 ^ s2  # each of LANES once, and those cancel
     else:
         s0, s1 = _look_up(OWN, 0, index), _look_up(OWN, 1, index)
@@ -269,7 +335,9 @@ def _spread(s, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _leveled(m, s, shift, levels, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr):
+def _leveled(
+    m, s, shift, levels, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr
+):
     """The two pruned entries of every group, of two or three planes, as a pair.
 
     The pruned lanes are brought together before they are multiplied: half the products, and signs need no places. Of two planes
@@ -290,7 +358,11 @@ def _leveled(m, s, shift, levels, l0, l1, l2, l3, RANK: tl.constexpr, PLANES: tl
         else:
             pair = _product(level, v, T)
     else:  # levels as pairs of bf16
-        level = _prmt(0x3F804040, 0xBF80C040, which) if PLANES == 2 else _prmt(0x40A040E0, 0x3F804040, which)
+        level = (
+            _prmt(0x3F804040, 0xBF80C040, which)
+            if PLANES == 2
+            else _prmt(0x40A040E0, 0x3F804040, which)
+        )
         first = tl.where(m >> shift & 3 != 0, l0, tl.where(_bit(m, shift + 3), l1, l2))
         second = tl.where(m >> shift & 12 != 12, l3, tl.where(_bit(m, shift + 1), l1, l2))
         pair = _convert(_wide(level) * first, _wide(level >> 16) * second, T)
@@ -312,7 +384,10 @@ def _words(m, s, word, scale, shift, levels, l0, l1, l2, l3, VALUES: tl.constexp
         l23 = l01
     elif RANK > 0:
         n0, n1, n2, n3 = _negative(m, s)
-        n01, n23 = _pair(n0, n1) << 15 - shift & 0x80008000, _pair(n2, n3) << 15 - shift & 0x80008000
+        n01, n23 = (
+            _pair(n0, n1) << 15 - shift & 0x80008000,
+            _pair(n2, n3) << 15 - shift & 0x80008000,
+        )
         l01, l23 = _convert(l0, l1, T), _convert(l2, l3, T)
         if RANK == 1:
             l01, l23 = _product(levels[0] ^ n01, l01, T), _product(levels[0] ^ n23, l23, T)
@@ -332,7 +407,9 @@ def _halves(a, b, T: tl.constexpr):
 
 
 @triton.jit
-def row_levels(u_ptr, rows, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr, PACKED: tl.constexpr):
+def row_levels(
+    u_ptr, rows, RANK: tl.constexpr, PLANES: tl.constexpr, T: tl.constexpr, PACKED: tl.constexpr
+):
     """Of a sign term of rank 1, before the loop over K: u times LEVELS in two pairs, [BN, 1, 1], then what these leave of it.
 
     Of one plane the first is u in both lanes, the others are nothing; so are all of them for other ranks.
@@ -362,14 +439,18 @@ def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels
     at = rows[:, None] * units + c[None, :]
     m = _load(metadata_ptr + at, inside, MASKED).to(tl.uint32)
     m = tl.broadcast_to(tl.expand_dims(m, 2), (BN, C, 4))
-    word = _load(values_ptr + rows[:, None] * (units * 4) + g[None, :], (g < units * 4)[None, :], MASKED)
+    word = _load(
+        values_ptr + rows[:, None] * (units * 4) + g[None, :], (g < units * 4)[None, :], MASKED
+    )
     word = tl.reshape(word, (BN, C, 4)).to(tl.uint32)
     s, scale, l0, l1, l2, l3 = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     if VALUES == "int8" or VALUES == "int4":
         if GROUP == 0:
             scale = tl.load(scales_ptr + rows)[:, None]
         else:
-            scale = scales_ptr + rows[:, None] * (units * 16 // GROUP) + (c // (GROUP // 16))[None, :]
+            scale = (
+                scales_ptr + rows[:, None] * (units * 16 // GROUP) + (c // (GROUP // 16))[None, :]
+            )
             scale = _load(scale, inside, MASKED)
         scale = tl.expand_dims(_wide(scale), 2)
     if RANK > 0:
@@ -390,10 +471,14 @@ def weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels
             l3 = _magnitude(u_ptr, v_ptr, rows, g, units * 4, N, 3, RANK, MASKED)
     shift = (4 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]
     if PACKED:
-        w0, w1, w2, w3 = _words(m, s, word, scale, shift, levels, l0, l1, l2, l3, VALUES, RANK, PLANES, T)
+        w0, w1, w2, w3 = _words(
+            m, s, word, scale, shift, levels, l0, l1, l2, l3, VALUES, RANK, PLANES, T
+        )
     else:
         w0, w1, w2, w3 = _plain(m, s, word, scale, shift, l0, l1, l2, l3, VALUES, RANK, PLANES)
     w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BN, BK)).to(T)
     if PACKED:
-        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], w.dtype, is_pure=False, pack=2)
+        w = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [w], w.dtype, is_pure=False, pack=2
+        )
     return w

@@ -1,0 +1,173 @@
+"""What this machine is and which backends work on it: the facts behind `slab-kernels info` and every report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "triton",
+    "typer",
+    "rich",
+    "matplotlib",
+    "datasets",
+)
+VARIABLES = {
+    "SLAB_KERNELS_BACKEND": "force a backend; raises with every reason if it cannot run",
+    "SLAB_KERNELS_CPU_ISA": "force the CPU kernels' instruction set: scalar, avx2 or avx512",
+    "SLAB_KERNELS_NATIVE": "at installation: 0 never builds the native library, 1 fails if it cannot be built",
+    "SLAB_KERNELS_CUDA": "at installation: 0 never compiles the CUDA kernels, 1 fails if nvcc cannot",
+    "SLAB_KERNELS_CACHE": "where CUDA kernels compiled at run time are kept; default ~/.cache/slab_kernels",
+    "SLAB_KERNELS_CONFIGS": "where tune writes the Triton kernels' rows and where they are read; default ~/.config/slab_kernels",
+    "SLAB_KERNELS_VERIFY": "0: what is read is not compared with its checksums",
+    "SLAB_KERNELS_DEBUG": "1: the command line shows tracebacks",
+    "OMP_NUM_THREADS": "threads of torch and of the CPU kernels",
+}
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> installed version, None where absent."""
+    from .. import __version__
+
+    found: dict[str, str | None] = {
+        "slab_kernels": __version__,
+        "python": platform.python_version(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def processor() -> str:
+    """The name of the CPU as the system gives it."""
+    if sys.platform == "linux":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as f:
+                for line in f:
+                    if line.startswith(("model name", "Hardware")):
+                        return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_kernels() -> str | None:
+    """The instruction set that our CPU kernels use here, of those they could; None without the native library."""
+    import torch
+
+    from ..backends import cpu
+    from ..errors import BackendError
+
+    try:
+        if cpu.missing_library():
+            return None
+    except BackendError as error:
+        return str(error)
+    return f"{torch.ops.slab_kernels.cpu_isa()} of {', '.join(cpu.runnable())}"
+
+
+def devices() -> list[dict[str, Any]]:
+    """CPU first, then every CUDA device that torch sees."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": processor(),
+            "machine": platform.machine(),
+            "cores": cores,
+            "threads": torch.get_num_threads(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "kernels": cpu_kernels(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def backends() -> dict[str, dict[str, list[str]]]:
+    """Backend -> device -> reasons why it cannot run a plain 4096x4096 decode there; empty = it works."""
+    import torch
+
+    from ..backends import dispatch
+    from ..backends.base import LinearProblem
+    from ..errors import BackendError
+
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
+    for kind in kinds:
+        problem = LinearProblem(
+            1, 4096, 4096, dtype=torch.bfloat16, device=kind
+        )  # a type that every backend takes
+        try:
+            found = dispatch.explain(problem)
+            if forced := os.environ.get(dispatch.ENVIRONMENT):
+                dispatch.backend(forced)
+        except BackendError as error:  # a variable names what there is not, so that nothing runs
+            found = {name: [str(error)] for name in dispatch.ORDER}
+        for name, reasons in found.items():
+            table[name][kind] = reasons
+    return table
+
+
+def cuda_kernels() -> str:
+    """Which CUDA kernels this installation was compiled with."""
+    from ..backends.cuda.compile import IMAGES
+
+    found = sorted(path.name.split(".")[1] for path in IMAGES.glob("*.*.*"))
+    return (
+        f"ahead of time: {', '.join(found)}"
+        if found
+        else "none ahead of time; a CUDA torch compiles them on first use"
+    )
+
+
+def information() -> dict[str, Any]:
+    """Everything `info` prints."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "devices": devices(),
+        "backends": backends(),
+        "cuda_kernels": cuda_kernels(),
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def one_line() -> str:
+    """Device and versions in one line, for tables and reports: a figure without them means nothing."""
+    parts = []
+    for device in devices():
+        if device["device"] == "cpu":
+            parts.append(
+                f"{device['name']}, {device['cores']} cores, {device['threads']} threads, kernels {device['kernels'] or 'absent'}"
+            )
+        else:
+            parts.append(f"{device['name']} ({device['memory_gib']} GiB)")
+    found = versions()
+    parts += [
+        f"{name} {found[name]}"
+        for name in ("slab_kernels", "torch", "transformers", "python")
+        if found[name]
+    ]
+    return " · ".join(parts)

@@ -1,0 +1,176 @@
+"""Other libraries' kernels for the same linear, to be timed beside ours where they are installed and support the device.
+
+Each peer gets a weight of its own nearest format and of the same shape, and has to agree with its own dequantised weight
+before it is timed. One that is absent, refuses a shape or disagrees is left out with a reason, never an error: it is not
+ours. Written against the public interfaces of torch 2.13, gemlite 0.6.0, humming-kernels 0.1.19 and of vLLM as of 0.6 to
+2026 (whose Marlin functions lost and gained arguments: they are called by the names that the installed one has).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PeerError
+
+GROUP = 128  # inputs a scale, of the int4 peers
+WORST_ERROR = 0.02  # relative, Frobenius: rounding to bf16 makes 0.002, sums in fp16 up to 0.01, a wrong layout 1
+
+
+DISTRIBUTIONS = ("vllm", "gemlite", "humming-kernels")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight in a peer's format: x -> y, what it weighs, and the dense weight [N,K] it stands for."""
+
+    linear: Callable[[Tensor], Tensor]
+    weight_bytes: int
+    dense: Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`prepare` makes `Prepared` from a dense weight [N,K] on the device in the activations' dtype, new memory each time."""
+
+    name: str
+    package: str | None  # what has to be importable
+    values: str
+    group_size: int | None
+    capability: tuple[int, int]  # of the device, at least
+    multiples: tuple[int, int]  # N and K have to be multiples of these
+    prepare: Callable[[Tensor], Prepared]
+
+    def reason(self, n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> str | None:
+        """Why it cannot be timed on that problem, or None."""
+        where = torch.device(device)
+        if where.type != "cuda":
+            return f"it runs on CUDA devices, not on {where.type}"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package!r} is not installed"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it takes fp16 and bf16 activations, not {str(dtype).removeprefix('torch.')}"
+        if (found := torch.cuda.get_device_capability(where)) < self.capability:
+            needed, has = ("{}.{}".format(*pair) for pair in (self.capability, found))
+            return f"it needs compute capability {needed}, this device has {has}"
+        if n % self.multiples[0] or k % self.multiples[1]:
+            return f"it takes N in multiples of {self.multiples[0]} and K of {self.multiples[1]}, not {n}x{k}"
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Distribution -> version of those that are installed."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def agree(x: Tensor, prepared: Prepared) -> None:
+    """Compares its result with that of its own dequantised weight. Raises PeerError."""
+    exact = x.float() @ prepared.dense.float().T
+    error = ((prepared.linear(x).float() - exact).norm() / exact.norm()).item()
+    if not error <= WORST_ERROR:  # so that NaN fails too
+        raise PeerError(f"it disagrees with its own dequantised weight by {error:.3g}, relative")
+
+
+def quantized(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int4 by the largest of each group: codes 0…15 [N,K] uint8, scales [N,K/GROUP] in W's dtype, and (code - 8) · scale."""
+    groups = W.float().unflatten(1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / 7).to(W.dtype)
+    codes = (groups / scales.float()[..., None]).round().clamp(-8, 7)
+    dense = (codes * scales.float()[..., None]).flatten(1)
+    return (codes + 8).to(torch.uint8).flatten(1), scales, dense
+
+
+def _semi_structured(W: Tensor) -> Prepared:
+    """torch's own 2:4 linear (cuSPARSELt), the larger two of four kept."""
+    groups = W.unflatten(1, (-1, 4))
+    kept = torch.zeros_like(groups).scatter(-1, groups.abs().topk(2, -1).indices, 1)
+    dense = (groups * kept).flatten(1).contiguous()
+    sparse = torch.sparse.to_sparse_semi_structured(dense)
+    size = sum(part.nbytes for part in (sparse.packed, sparse.meta) if part is not None)
+    return Prepared(lambda x: torch.nn.functional.linear(x, sparse), size, dense)
+
+
+def _gemlite(W: Tensor) -> Prepared:
+    """gemlite's Triton kernels, in HQQ's convention (W_q - zeros) * scales."""
+    from gemlite.helper import A16W4_HQQ_INT
+
+    codes, scales, dense = quantized(W)
+    per_group = scales.reshape(-1, 1)
+    zeros = torch.full_like(per_group, 8)
+    layer = A16W4_HQQ_INT(device=str(W.device), dtype=W.dtype).from_weights(codes, per_group, zeros)
+    return Prepared(layer, layer.W_q.nbytes + layer.scales.nbytes + layer.zeros.nbytes, dense)
+
+
+def _humming(W: Tensor) -> Prepared:
+    """Humming's JIT-compiled kernels, quantised by Humming itself."""
+    from humming.layer import HummingLayer
+    from humming.schema import HummingWeightSchema
+
+    schema = HummingWeightSchema(b_dtype="uint4", weight_scale_group_size=GROUP)
+    tensors = HummingWeightSchema.quant_tensor(W, schema, W.dtype)
+    dense = schema.dequant_tensors(tensors)
+    N, K = W.shape
+    layer = HummingLayer(shape_n=N, shape_k=K, weight_config=schema, torch_dtype=W.dtype).to(
+        W.device
+    )
+    layer.load_from_tensors(tensors)
+    layer.transform()
+    return Prepared(layer, sum(parameter.nbytes for parameter in layer.parameters()), dense)
+
+
+def _marlin(W: Tensor) -> Prepared:
+    """Marlin as vLLM ships it, from GPTQ's packing: eight codes of one output column in an int32, lowest first."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.quantization.utils import marlin_utils
+    from vllm.scalar_type import scalar_types
+
+    (N, K), where = W.shape, W.device
+    codes, scales, dense = quantized(W)
+    eights = codes.T.reshape(K // 8, 8, N).long()
+    words = (eights << 4 * torch.arange(8, device=where)[None, :, None]).sum(1)
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    none = torch.empty(0, dtype=torch.int, device=where)  # no zero points, no reordering of inputs
+    words = words.contiguous()
+    weight = _called(
+        ops.gptq_marlin_repack, b_q_weight=words, perm=none, size_k=K, size_n=N, num_bits=4
+    )
+    scale = marlin_utils.marlin_permute_scales(
+        scales.T.contiguous(), size_k=K, size_n=N, group_size=GROUP
+    )
+    workspace = marlin_utils.marlin_make_workspace_new(where)
+
+    def linear(x: Tensor) -> Tensor:
+        return _called(
+            marlin_utils.apply_gptq_marlin_linear, input=x, weight=weight, weight_scale=scale, weight_zp=none, g_idx=none,
+            g_idx_sort_indices=none, workspace=workspace, wtype=scalar_types.uint4b8, output_size_per_partition=N,
+            input_size_per_partition=K, is_k_full=True, bias=None,
+        )  # fmt: skip
+
+    return Prepared(linear, weight.nbytes + scale.nbytes, dense)
+
+
+def _called(function: Callable[..., Any], **arguments: Any) -> Any:
+    """The function called with those of the arguments that this version of it names."""
+    known = inspect.signature(function).parameters
+    return function(**{name: value for name, value in arguments.items() if name in known})
+
+
+PEERS = (
+    Peer("torch-2:4", None, "2:4", None, (8, 0), (32, 64), _semi_structured),
+    Peer("marlin", "vllm", "int4", GROUP, (8, 0), (64, GROUP), _marlin),
+    Peer("gemlite", "gemlite", "int4", GROUP, (8, 0), (32, GROUP), _gemlite),
+    Peer("humming", "humming", "int4", GROUP, (8, 0), (64, GROUP), _humming),
+)

@@ -1,0 +1,1 @@
+"""A whole model compressed block after block: plan, run, resume, train."""

@@ -1,0 +1,59 @@
+"""Where the library computes, and with which of torch's settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from .errors import ArgumentError
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is a GPU if there is one. Raises: ValueError for a device that this machine lacks."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device={device!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ArgumentError(
+            f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', 'cpu' or 'cuda'"
+        )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device={str(device)!r} is not on this machine (torch sees {torch.cuda.device_count()} GPUs); use device='cpu'"
+        )
+    return resolved
+
+
+def local_device(device: str) -> str:
+    """ "auto" and "cuda" under torchrun: the GPU of this process, by LOCAL_RANK."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or device not in ("auto", "cuda"):
+        return device
+    return f"cuda:{rank}" if torch.cuda.is_available() else device
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """torch as it is after its import, so that a computation gives the same bytes wherever it runs.
+
+    The caller's inference mode, autocast, gradients, default device and default dtype are off.
+    """
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if before != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, before)
+        yield

@@ -1,0 +1,91 @@
+"""Benchmarks of the lm-evaluation-harness (`pip install lm-eval`, tested with 0.4.13) on a model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ArgumentError
+from ..models.packed import check
+from ..paths import expanded
+from ..settings import Rule
+from ..text.token_ids import check_fits
+from .perplexity import running
+
+LIMIT = Rule("documents of each task", int, 1, optional=True)
+BATCH = Rule("sequences that run together", int, 1)
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer,
+    tasks: list[str],
+    task_files: Path | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> number, as `lm_eval.simple_evaluate` reports them.
+
+    Args:
+        tasks: names, groups or patterns of the harness; their data sets are downloaded by `datasets` unless they are local.
+        task_files: a folder of task YAML files of your own, beside those of the harness.
+        limit: so many documents of each task.
+
+    Raises: ImportError without lm-eval, ValueError for a task that is not known, CheckpointError for a packed model that transformers
+    opened with random weights.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            f"tasks need the package lm-eval, and it does not import here ({error}); pip install lm-eval"
+        ) from error
+    task_files = None if task_files is None else expanded(task_files)
+    limit, batch_size = LIMIT.accept("limit", limit), BATCH.accept("batch_size", batch_size)
+    if task_files is not None and not task_files.is_dir():
+        raise ArgumentError(f"task_files={str(task_files)!r} is not a folder of task files")
+    manager = TaskManager(include_path=None if task_files is None else str(task_files))
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise ArgumentError(
+                f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them"
+            )
+
+    class Named(HFLM):
+        """The harness's model, whose failures name its folder."""
+
+        def _model_call(self, *args, **kwargs):
+            with running(model):
+                return super()._model_call(*args, **kwargs)
+
+        def _model_generate(self, *args, **kwargs):
+            with running(model):
+                return super()._model_generate(*args, **kwargs)
+
+    lm = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
+    watch = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: check_fits(args[0], model, "tasks'", tokenizer)
+    )
+    try:
+        found = simple_evaluate(
+            lm,
+            tasks=manager.match_tasks(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    finally:
+        watch.remove()
+    return {
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        }
+        for task, metrics in found["results"].items()
+    }

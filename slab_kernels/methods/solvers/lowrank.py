@@ -1,0 +1,121 @@
+"""Low-rank magnitudes under signs: masked alternating least squares, and the truncated SVD of the paper's loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .levels import nearest
+from .masks import Pattern, select
+
+OVERSAMPLE = 8  # extra columns of the randomised SVD (Halko et al. 2011, section 4.3)
+
+
+def signs(x: Tensor) -> Tensor:
+    """+1 or -1 everywhere, +1 for zero; same dtype."""
+    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+
+
+def truncated_svd(
+    A: Tensor,
+    rank: int,
+    iterations: int = 4,
+    seed: int = 0,
+    metric: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` approximation A [N,K] ~= U V^T by subspace iteration; U [N,R] carries the singular values.
+
+    metric: F [K,K]; then of A F, without forming it.  start: [K, R + a few] a basis to start from, such as the V of a nearby
+    matrix; otherwise it comes from a generator of its own, torch's global one is not touched. With a metric V has all
+    R + OVERSAMPLE columns, for the next start. Deterministic.
+    """
+    width = min(rank + OVERSAMPLE, *A.shape)
+
+    def forward(X: Tensor) -> Tensor:
+        return A @ (X if metric is None else metric @ X)
+
+    def backward(Y: Tensor) -> Tensor:
+        return A.T @ Y if metric is None else metric.T @ (A.T @ Y)
+
+    if start is None:
+        start = torch.randn(A.shape[1], width, generator=torch.Generator().manual_seed(seed)).to(A)
+    Q = torch.linalg.qr(forward(start)).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(forward(torch.linalg.qr(backward(Q)).Q)).Q
+    left, sigma, right = torch.linalg.svd(backward(Q).T, full_matrices=False)
+    V = right.T.contiguous()
+    return (Q @ left[:, :rank]) * sigma[:rank], V if metric is not None else V[
+        :, :rank
+    ].contiguous()
+
+
+def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
+    """argmin_U sum weight * (A - U V^T)^2 for A, weight [N,K], V [K,R]; `previous` [N,R] is the current U.
+
+    A proximal term of 1e-6 of the mean curvature towards `previous` keeps rows solvable that have fewer counted
+    entries than R, and keeps the step monotone.
+    """
+    R = V.shape[1]
+    products = (V[:, :, None] * V[:, None, :]).flatten(1)
+    normal = (weight @ products).unflatten(1, (R, R))
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(A.dtype).tiny * 1e8
+    right = (A * weight) @ V + ridge[:, None] * previous
+    if R == 1:
+        return right / (normal[:, 0] + ridge[:, None])
+    normal = normal + ridge[:, None, None] * torch.eye(R, dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(normal, right)
+
+
+def masked_als(
+    A: Tensor, weight: Tensor, U: Tensor, V: Tensor, iterations: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Alternating least squares for min sum weight * (A - U V^T)^2 (weight [N,K] >= 0); never increases the loss."""
+    for _ in range(iterations):
+        U = fit_rows(A, weight, V, U)
+        V = fit_rows(A.T, weight.T, U, V)
+    return U, V
+
+
+def signed_factors(
+    W: Tensor, scale: Tensor, pattern: Pattern, rank: int, rounds: int = 8, planes: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U [N,R], V [K,R] and kept mask [N,K] for min over pruned entries of sum_j scale_j^2 (|W_ij| - c_ij |U V^T|_ij)^2.
+
+    c > 0 is the nearest level of `planes` signs: 1 for one plane. Block coordinate descent over mask, levels and factors,
+    each step exact: the loss of `signed_loss` never increases.
+    Replaces the paper's EM-like loop (arXiv 2604.04493), which converges slowly to the same optimum.
+    `scale` [K] > 0 is the error metric, e.g. the root mean square of each input.
+    """
+    A = W.abs() * scale
+    mask = select(A, pattern)
+    pruned = (~mask).to(A.dtype)
+    V = ((A * pruned).sum(0) / pruned.sum(0).clamp_min(1))[:, None]
+    V = V.clamp_min(1e-6 * A.mean().clamp_min(1e-30))
+    U = torch.ones_like(A[:, :1])
+
+    def descend(U: Tensor, V: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for _ in range(rounds):
+            L = U @ V.T
+            c = nearest(A, L.abs(), planes)
+            U, V = masked_als(A * signs(L) / c, (~mask) * c * c, U, V)
+            mask = select((A - c * (U @ V.T).abs()).abs(), pattern)
+        return U, V, mask
+
+    U, V, mask = descend(U, V, mask)
+    if (
+        rank > 1
+    ):  # start from the SVD of |W| with the kept entries imputed by the rank-1 fit: R=1 is contained in it
+        L = U @ V.T
+        U, V = truncated_svd(torch.where(mask, L, A / nearest(A, L.abs(), planes)), rank)
+        U, V, mask = descend(U, V, mask)
+    return U, V / scale[:, None], mask
+
+
+def signed_loss(
+    W: Tensor, scale: Tensor, mask: Tensor, U: Tensor, V: Tensor, planes: int = 1
+) -> Tensor:
+    """sum over pruned entries of scale_j^2 (|W_ij| - c |U V^T|_ij)^2: the diagonal-metric loss with the best levels."""
+    L = (U @ V.T).abs()
+    E = (W.abs() - nearest(W.abs(), L, planes) * L) * scale
+    return (E.masked_fill(mask, 0.0) ** 2).sum()

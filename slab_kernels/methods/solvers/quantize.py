@@ -1,0 +1,85 @@
+"""Symmetric integer grids for kept values: step sizes and rounding, with the step sizes as they are stored (bf16)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...format import INTEGER_RANGES
+
+# Fractions of the absolute maximum that the search tries. Whoever imports may have set a default
+# device, such as meta, or another default dtype.
+SEARCH = torch.linspace(0.5, 1.0, 21, dtype=torch.float32, device="cpu").tolist()
+
+
+def store_scale(scale: Tensor) -> Tensor:
+    """The step size as stored, bf16 in fp32; a group without values gets 1."""
+    stored = scale.to(torch.bfloat16).float()
+    return torch.where(stored > 0, stored, 1.0)
+
+
+def round_to_grid(x: Tensor, scale: Tensor, values: str) -> Tensor:
+    """The nearest point of the grid scale * {low..high}; `scale` broadcasts against x."""
+    low, high = INTEGER_RANGES[values]
+    return (x / scale).round().clamp(low, high) * scale
+
+
+def group_scale(
+    x: Tensor, mask: Tensor, values: str, search: bool = True, weight: Tensor | None = None
+) -> Tensor:
+    """Step size of the last dimension: x, mask [..., g] -> [..., 1], bf16-rounded.
+
+    search=False: absolute maximum / high. Otherwise the step of least squared rounding error on the kept entries,
+    weighted by `weight`, among 21 fractions of it.
+    """
+    _, high = INTEGER_RANGES[values]
+    x = torch.where(mask, x, 0.0)
+    largest = x.abs().amax(-1, keepdim=True) / high
+    best = store_scale(largest)
+    if not search:
+        return best
+    error = torch.full_like(best, torch.inf)
+    for fraction in SEARCH:
+        scale = store_scale(fraction * largest)
+        miss = (round_to_grid(x, scale, values) - x) ** 2
+        loss = (miss if weight is None else miss * weight).sum(-1, keepdim=True)
+        best = torch.where(loss < error, scale, best)
+        error = torch.minimum(loss, error)
+    return best
+
+
+def grid_scales(
+    x: Tensor,
+    mask: Tensor,
+    values: str,
+    group_size: int | None,
+    search: bool = True,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Step sizes of x [N,K] with kept `mask`: [N, ceil(K / group_size)], or [N,1] per row; bf16-rounded, fp32.
+
+    weight [K]: of the squared rounding error of each input, for the search.
+    """
+    K = x.shape[1]
+    size = group_size or K
+
+    def grouped(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, -K % size)).unflatten(-1, (-1, size))
+
+    return group_scale(
+        grouped(x), grouped(mask), values, search, None if weight is None else grouped(weight)
+    )[..., 0]
+
+
+def expand_scales(scales: Tensor, in_features: int, group_size: int | None) -> Tensor:
+    """[N, groups] -> [N,K]: the step size of every entry."""
+    return scales.repeat_interleave(group_size or in_features, dim=1)[:, :in_features]
+
+
+def quantize(
+    x: Tensor, mask: Tensor, values: str, group_size: int | None, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round the kept entries of x [N,K] to a searched grid: (values on the grid, zero elsewhere; scales)."""
+    scales = grid_scales(x, mask, values, group_size, weight=weight)
+    rounded = round_to_grid(x, expand_scales(scales, x.shape[1], group_size), values)
+    return torch.where(mask, rounded, 0.0), scales

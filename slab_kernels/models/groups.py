@@ -1,0 +1,184 @@
+"""The numbers that the linears of a block read, and which linears read the same.
+
+A block may write into a tensor after a linear has read it, so the contents at that moment count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from .streams import Stop, Stream
+
+
+@contextmanager
+def _hooks(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]):
+    """Call `see(name, input)` before each of `modules` runs."""
+
+    def bind(name: str):
+        return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"])
+
+    handles = [
+        module.register_forward_pre_hook(bind(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that receive the same numbers, and how often in one forward."""
+
+    names: tuple[str, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One input of a linear, caught when it is read.
+
+    where: the tensor's place in memory and how often it was written to.
+    """
+
+    value: Tensor
+    where: tuple
+
+    def same(self, other: _Seen) -> bool:
+        return self.value.shape == other.value.shape and torch.equal(self.value, other.value)
+
+
+def find_groups(
+    stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear]
+) -> list[Group]:
+    """Linears grouped by the contents of their inputs (q/k/v, gate/up), in order of execution.
+
+    Inputs that are equal in one batch and are not one tensor are compared in every batch.
+
+    Raises: CalibrationError naming a linear that no batch reaches.
+    """
+    groups: list[list[str]] = []
+    calls: dict[str, int] = {}
+    doubtful: set[str] = set()
+    for batch in range(len(stream.hidden)):
+        if len(calls) == len(linears):
+            break
+        inputs = _inputs(
+            stream, index, block, {n: linears[n] for n in linears if n not in calls}, batch
+        )
+        found: list[list[str]] = []
+        for name, seen in inputs.items():
+            calls[name] = len(seen)
+            for group in found:
+                first = inputs[group[0]]
+                if len(seen) == len(first) and all(map(_Seen.same, seen, first)):
+                    group.append(name)
+                    if any(a.where != b.where for a, b in zip(seen, first, strict=True)):
+                        doubtful |= {group[0], name}
+                    break
+            else:
+                found.append([name])
+        groups += found
+    if len(calls) < len(linears):
+        raise _never_ran(block, linears, [name for name in linears if name not in calls])
+    for batch in range(len(stream.hidden)) if doubtful else ():
+        inputs = _inputs(stream, index, block, {name: linears[name] for name in doubtful}, batch)
+        groups = [part for group in groups for part in _split(group, inputs, doubtful)]
+    return [Group(tuple(names), calls[names[0]]) for names in groups]
+
+
+def _never_ran(
+    block: nn.Module, linears: dict[str, nn.Linear], missed: list[str]
+) -> CalibrationError:
+    """What to say of linears that no batch reached: the largest modules of `block` that hold no other linear."""
+    inside = {module: name for name, module in block.named_modules()}
+    idle = dict.fromkeys(inside[linears[name]] for name in missed)
+    busy = [inside[linear] for name, linear in linears.items() if name not in missed]
+    start = missed[0].removesuffix(next(iter(idle)))  # of every name: where the block is
+    largest = {}
+    for name in idle:
+        parts = name.split(".")
+        above = (".".join(parts[:end]) for end in range(1, len(parts)))
+        largest |= {
+            next((m for m in above if not any(b.startswith(f"{m}.") for b in busy)), name): None
+        }
+    numbered = any(part.isdigit() for name in largest for part in name.split("."))
+    advice = ", ".join(f"skip='{start if numbered else '*.'}{name}'" for name in largest)
+    return CalibrationError(
+        f"{missed[0]} never ran on the calibration text, so nothing is known of its inputs; "
+        f"give more text, or leave dense what did not run, with {advice}"
+    )
+
+
+def _split(group: list[str], inputs: dict[str, list[_Seen]], doubtful: set[str]) -> list[list[str]]:
+    """A group cut into those whose inputs are equal in this batch too."""
+    kept, others = [], []
+    for name in group:
+        seen, first = inputs.get(name, []), inputs.get(group[0], [])
+        equal = len(seen) == len(first) and all(map(_Seen.same, seen, first))
+        (kept if name not in doubtful or equal else others).append(name)
+    return [kept, *_split(others, inputs, doubtful)] if others else [kept]
+
+
+def _inputs(
+    stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear], batch: int
+) -> dict[str, list[_Seen]]:
+    """What each linear that gets any tokens reads while block `index` runs one batch.
+
+    Equal tensors are kept once.
+    """
+    inputs: dict[str, list[_Seen]] = {}
+    alive: list[Tensor] = []  # so that no other tensor gets the place of one that was seen
+
+    def see(name: str, x: Tensor):
+        if not x.numel():
+            return
+        alive.append(x)
+        where = (x.data_ptr(), x.shape, x.stride(), x._version)
+        known = (seen for other in inputs.values() for seen in other if seen.where == where)
+        seen = next((k for k in known if torch.equal(k.value, x)), None)
+        inputs.setdefault(name, []).append(seen or _Seen(x.detach().clone(), where))
+
+    with torch.no_grad(), _hooks(linears, see):
+        stream.run(index, block, batch)
+    return inputs
+
+
+def layer_inputs(
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    linear: nn.Linear,
+    name: str,
+    calls: int,
+    batch: int,
+) -> Tensor:
+    """The inputs [tokens, in_features] that `linear` receives while block `index` runs one batch, up to its last call.
+
+    Raises: CalibrationError if they are not finite.
+    """
+    inputs: list[Tensor] = []
+
+    def see(_, x: Tensor):
+        x, last = x.detach().flatten(0, -2), len(inputs) + 1 == calls
+        inputs.append(x if last else x.clone())  # the block may write into it afterwards
+        if last:
+            raise Stop  # what follows in the block is not needed
+
+    with torch.no_grad(), _hooks({name: linear}, see), suppress(Stop):
+        stream.run(index, block, batch)
+    x = torch.cat(inputs) if inputs else torch.empty(0, linear.in_features, device=stream.device)
+    if not bool(x.isfinite().all()):
+        raise CalibrationError(
+            f"the inputs of {name} hold NaN or infinite numbers on the calibration text; check the model's weights, or "
+            "compress with more precise activations (device='cpu' computes in fp32)"
+        )
+    return x

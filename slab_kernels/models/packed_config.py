@@ -1,0 +1,117 @@
+"""What config.json says of a packed folder: which modules are packed, in which layouts."""
+
+from __future__ import annotations
+
+import functools
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import CheckpointError, FormatError, VersionError
+from ..format import FORMAT_VERSION, PackedLayout
+from .folder import Checkpoint
+
+QUANT_METHOD = "slab_kernels"
+
+
+@functools.cache
+def _damaged(kind: type[FormatError]) -> type[FormatError]:
+    """`kind` as the error of a folder: a CheckpointError as well, so that it exits like one."""
+    plain = {"__reduce__": lambda error: (kind, error.args)}  # by pickle it arrives as `kind`
+    return type(kind.__name__, (CheckpointError, kind), {"__module__": kind.__module__, **plain})
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Around the use of what a folder holds: a FormatError becomes a CheckpointError too.
+
+    Its message begins with `what`. A FormatError alone is an argument that breaks the format.
+    """
+    try:
+        yield
+    except FormatError as error:
+        raise _damaged(type(error))(f"{what}: {error}") from error
+
+
+def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dict:
+    """The entry of config.json from which every module can be built.
+
+    settings: method, pattern, rank, values, group_size.
+    """
+    modules = {
+        name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
+    }
+    described = {
+        key: settings.get(key) for key in ("method", "pattern", "rank", "values", "group_size")
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        **described,
+        "modules": modules,
+    }
+
+
+def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
+    """Module name -> layout, from config.json, with the sizes that its tensors have in the folder.
+
+    Raises: CheckpointError if the folder was not written by this library or its sizes contradict
+        its files, VersionError if a newer library wrote it, for an impossible layout a FormatError
+        that is a CheckpointError too.
+    """
+    entry = checkpoint.config.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
+        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+        found = f"quant_method {reprlib.repr(method)}" if entry else "a dense model"
+        raise CheckpointError(
+            f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); "
+            "compress it first, or open it with transformers"
+        )
+    layouts = parse_layouts(entry, str(checkpoint.folder))
+    for name, layout in layouts.items():
+        for part, (dtype, shape) in layout.tensors().items():
+            stored = checkpoint.entries.get(f"{name}.{part}")
+            if stored is not None and stored.shape != shape:
+                raise CheckpointError(
+                    f"tensor '{name}.{part}' has shape {list(stored.shape)}, "
+                    f"expected {list(shape)} by quantization_config"
+                )
+            if stored is not None and stored.dtype != dtype:
+                raise CheckpointError(
+                    f"tensor '{name}.{part}' is {stored.dtype}, "
+                    f"expected {dtype} by quantization_config"
+                )
+    return layouts
+
+
+def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
+    """Module name -> layout, from a quantization_config; keys that are not known are ignored.
+
+    where: the folder or model, for messages.
+
+    Raises: CheckpointError, VersionError if a newer library wrote it, for an impossible layout a
+        FormatError that is a CheckpointError too.
+    """
+    version = entry.get("format_version")
+    if type(version) is not int or version < 1:  # type(): true is an int to isinstance
+        raise CheckpointError(
+            f"{where}: quantization_config has format_version {reprlib.repr(version)}, "
+            "expected a positive integer"
+        )
+    if version > FORMAT_VERSION:
+        raise VersionError(
+            f"{where} has format_version {reprlib.repr(version)}, "
+            f"this library reads up to {FORMAT_VERSION}; update slab_kernels"
+        )
+    modules = entry.get("modules")
+    if (
+        not isinstance(modules, dict)
+        or not modules
+        or not all(isinstance(m, dict) for m in modules.values())
+    ):
+        raise CheckpointError(f"{where}: quantization_config lists no compressed modules")
+    layouts = {}
+    for name, module in modules.items():
+        with reading(f"module {name[:200]!r}"):
+            layouts[name] = PackedLayout.from_dict(module)
+    return layouts

@@ -1,0 +1,194 @@
+"""What a model folder holds beside weights and config.json: tokenizers, templates, licences, code.
+
+All of it is carried along, sub-folders too, but nothing that lies outside the folder.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from reprlib import repr as short
+
+from ..errors import CheckpointError
+from ..terminal import first_line
+from .shards import read_json, write_atomically
+
+WEIGHT_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.ggml",
+    "*.onnx",
+    "*.onnx_data",
+    "*.ot",
+    "*.npz",
+    "*.tflite",
+    "*.mlmodel",
+    "*.partial",
+)
+WRITTEN_ANEW = ("config.json", "*.index.json", "slab_*.json")
+NOT_DOWNLOADED = [
+    *(p for p in WEIGHT_FILES if p != "*.safetensors"),
+    "*/*.safetensors",
+    ".*",
+    "*/.*",
+]
+CHUNK = 1 << 20  # bytes copied at a time
+MOST = 1 << 30  # bytes of a side file; what is larger is data of another kind, or a damaged file
+# Settings of a generation config that are numbers, beside ids of tokens. What is in neither list,
+# now or in a later transformers, is left to transformers.
+NUMBERS = frozenset(
+    "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
+    "assistant_lookbehind diversity_penalty encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff guidance_scale length_penalty "
+    "max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length "
+    "min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_beam_groups num_beams "
+    "num_return_sequences penalty_alpha prefill_chunk_size prompt_lookup_num_tokens "
+    "repetition_penalty target_lookbehind temperature top_h top_k top_p typical_p".split()
+)
+SWITCHES = frozenset(
+    "disable_compile do_sample is_assistant low_memory output_attentions output_hidden_states "
+    "output_logits output_scores remove_invalid_values renormalize_logits "
+    "return_dict_in_generate token_healing use_cache use_model_defaults".split()
+)
+
+
+def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
+    """The files to carry along, and what else is left behind.
+
+    Weights, hidden files and what compression writes anew are no side files. A link is followed
+    only to a file inside the folder, or to the blobs of the Hugging Face cache that the folder is a
+    snapshot in. A sub-folder with a config.json and weights of its own is another model. `out` is
+    the folder being written, which may lie inside.
+
+    Returns: paths relative to `folder`, and what is skipped beside weights, each "name (reason)";
+        both sorted.
+    Raises: CheckpointError for a folder that cannot be listed.
+    """
+    carried, skipped = [], []
+
+    def refuse(error: OSError) -> None:
+        raise CheckpointError(
+            f"cannot read {error.filename}: {error.strerror}; make it readable"
+        ) from error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        here = Path(place).relative_to(folder)
+        for name in sorted(folders):
+            path = folder / here / name
+            reason = None
+            if path.is_symlink():
+                reason = "a link to a folder"
+            elif _is_model(path):
+                reason = "another model"
+            if reason:
+                skipped.append(f"{here / name} ({reason})")
+            written = out is not None and path.resolve() == out.resolve()
+            if reason or written or name.startswith("."):
+                folders.remove(name)
+        for name in files:
+            if _is_side_file(name, top=not here.parts):
+                reason = _unfit(folder, here / name)
+                if reason is None:
+                    carried.append(here / name)
+                else:
+                    skipped.append(f"{here / name} ({reason})")
+    return sorted(carried), sorted(skipped)
+
+
+def _is_side_file(name: str, top: bool) -> bool:
+    if name.startswith(".") or any(fnmatch.fnmatchcase(name, p) for p in WEIGHT_FILES):
+        return False
+    return not (top and any(fnmatch.fnmatchcase(name, p) for p in WRITTEN_ANEW))
+
+
+def _is_model(folder: Path) -> bool:
+    names = os.listdir(folder) if os.access(folder, os.R_OK) else []
+    weights = any(fnmatch.fnmatchcase(n, p) for n in names for p in WEIGHT_FILES)
+    return weights and "config.json" in names
+
+
+def _unfit(folder: Path, name: Path) -> str | None:
+    """Why a file is not carried along, None if it is."""
+    path = folder / name
+    if path.is_file() and path.stat().st_size > MOST:
+        return f"larger than {MOST >> 30} GiB"
+    if not path.is_symlink():
+        return None if stat.S_ISREG(path.lstat().st_mode) else "no regular file"
+    if not path.is_file():  # a loop of links too, at which Path.resolve fails before Python 3.13
+        return "a link to no file"
+    target, root = path.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    if root.parent.name == "snapshots" and target.parent == blobs:
+        return None
+    if not target.is_relative_to(root):
+        return "a link out of the folder"
+    inside = target.relative_to(root)
+    hidden = any(part.startswith(".") for part in inside.parts)
+    if hidden or not _is_side_file(target.name, top=len(inside.parts) == 1):
+        return "a link to no side file"
+    return None
+
+
+def copy_side_files(folder: Path, out: Path) -> list[str]:
+    """Copy the side files of `folder` into `out`; returns what is skipped, each "name (reason)".
+
+    Raises: CheckpointError if one cannot be read or written.
+    """
+    carried, skipped = side_files(folder, out)
+    for name in carried:
+        target = out / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot create {target.parent}: {error.strerror}") from error
+        write_atomically(target, _chunks(folder / name))
+    return skipped
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as f:
+            while chunk := f.read(CHUNK):
+                yield chunk
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; make it readable") from error
+
+
+def read_generation_config(folder: Path):
+    """The GenerationConfig of a folder, None if it has none.
+
+    Raises: CheckpointError if it cannot be used.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    for name, value in content.items():
+        if name in SWITCHES:
+            kinds, expected = (bool,), "true or false"
+        elif name in NUMBERS or name.endswith("_token_id"):
+            kinds, expected = (int, float), "a number"
+        else:
+            continue
+        numbers = value if name.endswith("token_id") and isinstance(value, list) else [value]
+        if not all(n is None or (isinstance(n, kinds) and abs(n) < 1 << 63) for n in numbers):
+            raise CheckpointError(
+                f"{path} has {name}={short(value)}, expected {expected}; correct or delete the file"
+            )
+    try:  # values of wrong types surface as anything
+        return GenerationConfig.from_dict(content)
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot use {path}: {first_line(error)}; correct or delete the file"
+        ) from error

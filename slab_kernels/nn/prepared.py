@@ -1,0 +1,66 @@
+"""What a backend made of packed tensors, kept with them: a call sees whether they are still there.
+
+A module's tensors change in three ways: others take their place for good (an assignment), others
+take their place for one call (`torch.func.functional_call`), or somebody writes into them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.base import Backend
+
+_version = operator.attrgetter("_version")
+
+
+class Source(NamedTuple):
+    """A module's tensors, looked at before a backend reads them, which shows a write meanwhile."""
+
+    tensors: tuple[Tensor | None, ...]
+    counting: tuple[Tensor, ...]  # those that count how often they were written into
+    writes: int  # into all of them
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None]) -> Source:
+        tensors = tuple(tensors)
+        counting = tuple(t for t in tensors if t is not None and not t.is_inference())
+        return cls(tensors, counting, sum(map(_version, counting)))
+
+    def is_still(self, tensors: Iterable[Tensor | None], traced: bool = False) -> bool:
+        """Whether these are the same tensors, and nothing was written into them since.
+
+        A traced call cannot see writing. Through `.data`, or into an inference tensor, it counts
+        nowhere in torch.
+        """
+        same = all(map(operator.is_, self.tensors, tensors))
+        return same and (traced or sum(map(_version, self.counting)) == self.writes)
+
+    def same(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Whether these are the same tensors, whatever was written into them."""
+        return all(map(operator.is_, self.tensors, tensors))
+
+
+class Prepared(NamedTuple):
+    """`state` is what `backend` made of `source`."""
+
+    backend: Backend
+    state: Any
+    source: Source
+
+
+def keep(
+    kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared
+) -> Prepared:
+    """Put `made` into `kept`, beside the first one of other tensors.
+
+    Neither a module's own tensors nor others that are lent to it call after call are then prepared
+    twice, and a CUDA graph may hold addresses of what stays.
+    """
+    others = [other for other in kept.get(dtype, ()) if not other.source.same(made.source.tensors)]
+    kept[dtype] = (*others[:1], made)
+    return made

@@ -1,0 +1,333 @@
+"""Files of measurements, as `report` shows them: read, checked, and rows of one model merged.
+
+They are told apart by what they hold: records of `compress`, the JSON of `eval`, `eval --tasks` and
+`bench`, the results of the demo and of benchmarks/bench_methods.py, and, as plain tables, any other
+results that say where they are from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from ..errors import ReportError
+from ..paths import expanded
+
+RUN_RECORD = "slab_run.json"
+KINDS = (
+    "a run record, JSON of eval or bench, results of the demo, or results that name their device, "
+    "machine, command or commit"
+)
+ORIGIN = ("device", "machine", "command", "commit")  # of which the files of benchmarks/results tell
+BENCH_ROW = {
+    "n": int, "k": int, "m": int, "backend": str, "dtype": str, "median_us": float,
+    "speedup_vs_dense": float, "gbytes_per_s": float,
+}  # fmt: skip
+MODEL_ROW = {
+    "pattern": str, "rank": int, "values": str, "bits_per_weight": float, "perplexity": float,
+    "layer_error": float, "tokens_per_second": float, "folder": str,
+}  # fmt: skip
+LARGEST = 1e300  # of a number: what is beyond overflows in a sum, and NaN is not below it
+NUMBERS = {int: "an integer", float: "a number", str: "a text"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model, compressed or dense: a row of the table. None where nothing was measured."""
+
+    method: str
+    pattern: str | None = None
+    rank: int | None = None
+    values: str | None = None
+    bits_per_weight: float | None = None  # of the compressed linears, factors and scales included
+    perplexity: float | None = None
+    layer_error: float | None = None  # mean over the layers
+    tokens_per_second: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)  # layer -> relative output error
+    heldout: bool = False  # the errors are of held-out text, not of the calibration inputs
+    folder: str | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measurements of another kind, as they are."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report shows."""
+
+    results: tuple[Result, ...] = ()
+    bench: tuple[dict[str, Any], ...] = ()
+    model: str | None = None
+    notes: tuple[str, ...] = ()  # device, versions, text and window: printed under the tables
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def dense(self) -> Result | None:
+        return next((r for r in self.results if r.method == "dense"), None)
+
+    @property
+    def compressed(self) -> list[Result]:
+        return [r for r in self.results if r.method != "dense"]
+
+
+def read(paths: list[Path | str]) -> Report:
+    """Gathers run folders, folders of run folders and JSON files.
+
+    Raises: ReportError for a path with nothing in it.
+    """
+    found: dict[str, Result] = {}
+    bench: list[dict[str, Any]] = []
+    notes: list[str] = []
+    tables: list[Table] = []
+    model = None
+    for path in map(expanded, paths):
+        for file in _files(path):
+            data = _json(file)
+            rows = _rows(data, file)
+            if isinstance(data.get("layers"), list):
+                _merge(found, _from_record(data, file))
+            elif rows and all("method" in row for row in rows):
+                for number, row in enumerate(rows, 1):
+                    _merge(found, _from_row(row, f"row {number} of {file}"))
+                bench += _bench_rows(data.get("bench") or [], file)
+            elif rows and all("label" in row and "perplexity" in row for row in rows):
+                for result in _labelled_rows(rows, data, file):
+                    _merge(found, result)
+            elif rows and all("backend" in row and "median_us" in row for row in rows):
+                bench += _bench_rows(rows, file)
+            elif "perplexity" in data:
+                _merge(found, _from_row(data, str(file)))
+            elif isinstance(data.get("tasks"), dict):
+                tables.append(_tasks(data, file))
+            elif any(name in data for name in ORIGIN):
+                tables += _plain(data, file)
+            else:
+                raise ReportError(f"{file} is none of the kinds that a report shows: {KINDS}")
+            if isinstance(data.get("model"), str) and (rows or model is None):
+                model = data["model"]  # a file of results names it best
+            noted = data["notes"] if isinstance(data.get("notes"), list) else []
+            noted = [*noted, data.get("device"), data.get("machine")]
+            notes += [note for note in noted if isinstance(note, str)]
+    if not found and not bench and not tables:
+        where = ", ".join(map(str, paths))
+        raise ReportError(f"nothing to report in {where}: no {RUN_RECORD}, no result rows")
+    results, once = _labelled(list(found.values())), dict.fromkeys(notes)
+    return Report(tuple(results), tuple(bench), model, tuple(once), tuple(tables))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ReportError(
+            f"{path} does not exist: give a folder written by compress, or a JSON file of eval or "
+            "bench"
+        )
+    files = [f for f in (path / RUN_RECORD, path / "results.json") if f.is_file()]
+    files = files or sorted(path.glob(f"*/{RUN_RECORD}"))
+    if not files:
+        raise ReportError(
+            f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: give a folder written "
+            "by compress"
+        )
+    return files
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=lambda _: None)  # NaN: nothing was measured
+        json.dumps(data, ensure_ascii=False).encode()  # no page can hold half a character
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ReportError(f"{file} holds a JSON {type(data).__name__}, not an object")
+    return data
+
+
+def _rows(data: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+    rows = data.get("results") or data.get("rows") or []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ReportError(f"{file} has rows that are no list of objects: {short(rows)}")
+    return rows
+
+
+def _typed(row: dict[str, Any], kinds: dict[str, type], where: str, needed: bool) -> dict[str, Any]:
+    """The entries of `row` that `kinds` names, checked.
+
+    Absent ones are left out, or refused where they are needed.
+    """
+    found = {}
+    for name, kind in kinds.items():
+        value = row.get(name)
+        if value is None and not needed:
+            continue
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or isinstance(value, bool) or (kind is not str and not abs(value) < LARGEST):
+            raise ReportError(f"{where} has {name}={short(value)}, expected {NUMBERS[kind]}")
+        found[name] = value
+    return found
+
+
+def _bench_rows(rows: Any, file: Path) -> list[dict[str, Any]]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ReportError(f"{file} has timing rows that are no list of objects: {short(rows)}")
+    for number, row in enumerate(rows, 1):
+        where = f"timing row {number} of {file}"
+        optional = {"values": str, "cache": str, "rank": int, "adapter_rank": int}
+        _typed(row, BENCH_ROW, where, needed=True)
+        _typed(row, optional, where, needed=False)
+        if "roofline" in row:
+            _typed(row, {"roofline": float, "bound": str}, where, needed=True)
+    return [{"values": None} | row for row in rows]
+
+
+def _from_record(data: dict[str, Any], file: Path) -> Result:
+    settings = data["settings"] if isinstance(data.get("settings"), dict) else data
+    layers, errors, weights, bits = data["layers"], {}, 0, 0.0
+    for number, layer in enumerate(layers, 1):
+        where = f"layer {number} of {file}"
+        shape = layer.get("shape") if isinstance(layer, dict) else None
+        if not isinstance(shape, list) or len(shape) != 2:
+            raise ReportError(
+                f"{where} is {short(layer)}, expected an object with a shape of two numbers"
+            )
+        _typed({"N": shape[0], "K": shape[1]}, {"N": int, "K": int}, where, needed=True)
+        _typed(layer, {"name": str, "bits_per_weight": float}, where, needed=True)
+        _typed(layer, {"error": float, "heldout_error": float}, where, needed=False)
+        weights += shape[0] * shape[1]
+        bits += shape[0] * shape[1] * layer["bits_per_weight"]
+    heldout = bool(layers) and all(layer.get("heldout_error") is not None for layer in layers)
+    name = "heldout_error" if heldout else "error"
+    errors = {layer["name"]: layer[name] for layer in layers if layer.get(name) is not None}
+    kinds = {"method": str, "pattern": str, "rank": int, "values": str}
+    return Result(
+        **({"method": "dense"} | _typed(settings, kinds, str(file), needed=False)),
+        bits_per_weight=bits / weights if weights else None,
+        layer_error=sum(errors.values()) / len(errors) if errors else None,
+        errors=errors,
+        heldout=heldout,
+        folder=str(file.parent.resolve()),
+    )
+
+
+def _from_row(row: dict[str, Any], where: str) -> Result:
+    known = {"method": "dense"} | _typed(row, MODEL_ROW | {"method": str}, where, needed=False)
+    if "folder" in known:
+        known["folder"] = str(Path(known["folder"]).resolve())
+    errors = row.get("errors") or {}
+    if not isinstance(errors, dict):
+        raise ReportError(f"{where} has errors={short(errors)}, expected an object of numbers")
+    errors = _typed(errors, dict.fromkeys(errors, float), where, needed=True)
+    return Result(**known, errors=errors, heldout=row.get("heldout") is True)
+
+
+def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path) -> list[Result]:
+    """Results of benchmarks/bench_methods.py: rows with labels, and the dense model's perplexity."""
+    kinds = {name: MODEL_ROW[name] for name in ("bits_per_weight", "perplexity", "layer_error")}
+    dense = _typed(data, {"dense": float}, str(file), needed=False)
+    found = [Result("dense", perplexity=dense["dense"])] if dense else []
+    for number, row in enumerate(rows, 1):
+        where = f"row {number} of {file}"
+        label = _typed(row, {"label": str}, where, needed=True)["label"]
+        settings = row["settings"] if isinstance(row.get("settings"), dict) else {}
+        method = settings.get("method")
+        measured = _typed(row, kinds, where, needed=False)
+        found.append(Result(method if isinstance(method, str) else label, **measured, label=label))
+    return found
+
+
+def _tasks(data: dict[str, Any], file: Path) -> Table:
+    rows = [
+        (str(task), str(metric), _cell(value))
+        for task, metrics in data["tasks"].items()
+        for metric, value in (metrics.items() if isinstance(metrics, dict) else [("", metrics)])
+    ]
+    title = f"Tasks of {data.get('folder') or file.name}"
+    return Table(title, ("task", "metric", "value"), tuple(rows))
+
+
+def _plain(data: dict[str, Any], file: Path) -> list[Table]:
+    """Every list of objects or of lists as a table, everything else as names and values."""
+    tables, facts = [], []
+    for name, value in data.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            flat = [_flat(row) for row in value]
+            columns = tuple(dict.fromkeys(column for row in flat for column in row))
+            rows = tuple(tuple(_cell(row.get(column)) for column in columns) for row in flat)
+            tables.append(Table(f"{file.stem}: {name}", columns, rows))
+        elif isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+            width = max(map(len, value))
+            rows = tuple(tuple(map(_cell, row + [None] * (width - len(row)))) for row in value)
+            columns = tuple(str(i + 1) for i in range(width))
+            tables.append(Table(f"{file.stem}: {name}", columns, rows))
+        else:
+            facts += [(key, _cell(entry)) for key, entry in _flat({name: value}).items()]
+    return [Table(f"{file.stem}", ("name", "value"), tuple(facts)), *tables] if facts else tables
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Objects inside an object become entries of their own: {"a": {"b": 1}} -> {"a b": 1}."""
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {key}": entry for key, entry in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _merge(found: dict[str, Result], new: Result) -> None:
+    """A record and the evaluation of one folder are one row; what was measured stays."""
+    key = new.folder or f"{new.method}/{new.pattern}/{new.rank}/{new.values}/{new.label}"
+    old = found.get(key)
+    if old is not None:
+        kept = {
+            name: getattr(old, name)
+            for name in Result.__dataclass_fields__
+            if getattr(new, name) in (None, {}, "")
+        }
+        if (
+            old.heldout and not new.heldout
+        ):  # held-out errors are the honest ones: a record's calibration errors never replace them
+            kept |= {name: getattr(old, name) for name in ("errors", "layer_error", "heldout")}
+        new = replace(new, **kept)
+    found[key] = new
+
+
+def _labelled(results: list[Result]) -> list[Result]:
+    """Labels by method, and by what differs where a method stands there twice. Dense first."""
+    results.sort(key=lambda r: r.method != "dense")
+    labelled, seen = [], set()
+    for result in results:
+        same = [r for r in results if r.method == result.method]
+        parts = [result.method]
+        for name, prefix in (("pattern", ""), ("values", ""), ("rank", "rank ")):
+            if len({getattr(r, name) for r in same}) > 1:
+                parts.append(f"{prefix}{getattr(result, name)}")
+        label = result.label or " ".join(parts)
+        while label in seen:
+            label += f" ({Path(result.folder).name})" if result.folder and "(" not in label else "'"
+        seen.add(label)
+        labelled.append(replace(result, label=label))
+    return labelled

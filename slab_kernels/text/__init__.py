@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: files, rows of JSON, the standard library, token ids."""

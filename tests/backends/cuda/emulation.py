@@ -1,0 +1,117 @@
+"""A CUDA device without a GPU: `launch.linear` runs on it unchanged, every launch is the PTX that nvcc emits, interpreted.
+
+Only the ranges that a launch may touch are mapped: inputs read-only and exactly as long as their last element, outputs
+and scratch writable and poisoned with NaN. An access beside them, a race in shared memory, an illegal nibble is an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from ptx import Memory, Module, launch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slab_kernels.backends.cuda.compile import find_nvcc
+from slab_kernels.backends.cuda.launch import Device, linear
+from slab_kernels.backends.cuda.layout import CudaState
+from slab_kernels.backends.cuda.plan import GPUS, Gpu
+
+SOURCES = Path(__file__).resolve().parents[3] / "csrc"
+
+
+@functools.cache
+def ptx(arch: str = "compute_80") -> Module:
+    """The kernels' PTX, compiled once for any number of test processes."""
+    files = [SOURCES / "format.h", *sorted((SOURCES / "cuda").iterdir())]
+    key = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"slab-kernels-{os.getuid()}-{arch}-{key}.ptx"
+    if not target.exists():
+        fresh = target.with_suffix(f".{os.getpid()}")
+        command = [
+            find_nvcc(),
+            "-std=c++17",
+            "-O3",
+            f"-arch={arch}",
+            "-ptx",
+            str(SOURCES / "cuda/linear.cu"),
+            "-o",
+            str(fresh),
+        ]
+        subprocess.run(command, check=True)
+        fresh.replace(target)
+    return Module(target.read_text())
+
+
+def span(t: torch.Tensor) -> np.ndarray:
+    """The bytes from a tensor's first element to its last."""
+    reach = (
+        sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    )
+    return np.ctypeslib.as_array(
+        (ctypes.c_uint8 * (reach * t.element_size())).from_address(t.data_ptr())
+    )
+
+
+class _Allocations(TorchDispatchMode):
+    """Keeps what torch allocates meanwhile: fresh memory is poisoned, copies are inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fresh: list[torch.Tensor] = []
+        self.copies: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            if "empty" in str(function):
+                out.fill_(float("nan"))
+                self.fresh.append(out)
+            else:
+                self.copies.append(out)
+        return out
+
+
+class Launched:
+    """What was launched, in order: kernel names, their statistics, whether each may start before the one before it ends."""
+
+    def __init__(self):
+        self.kernels: list[str] = []
+        self.stats: list = []
+        self.dependent: list[bool] = []
+
+
+def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0], arch: str = "compute_80",
+        launched: Launched | None = None) -> torch.Tensor:  # fmt: skip
+    """`launch.linear` of CPU tensors on the emulated device."""
+    with _Allocations() as memory:
+
+        def queue(name, grid, block, shared_bytes, params, dependent):
+            assert shared_bytes <= gpu.shared_limit
+            mapped = Memory()
+            inputs = [t for t in (x, *state[:5], bias, *memory.copies) if t is not None]
+            seen = {}
+            for t in memory.fresh:
+                seen[t.data_ptr()] = (span(t), True)
+            for t in inputs:
+                old = seen.get(t.data_ptr())
+                if old is None or (not old[1] and old[0].size < span(t).size):
+                    seen[t.data_ptr()] = (span(t), False)
+            for address, (array, writable) in seen.items():
+                mapped.map(address, array, writable=writable)
+            stats = launch(
+                ptx(arch)[name], grid, block, bytes(params), mapped, shared_bytes=shared_bytes
+            )
+            if launched is not None:
+                launched.kernels.append(name)
+                launched.stats.append(stats)
+                launched.dependent.append(dependent)
+
+        return linear(x, *state[:5], bias, sizes, Device(gpu, queue))

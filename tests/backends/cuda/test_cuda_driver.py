@@ -1,0 +1,265 @@
+"""backends/cuda/driver.py against a libcuda that only remembers (fake_cuda.c): what is packed, loaded, allowed and said."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from slab_kernels.backends.cuda import driver, images
+from slab_kernels.backends.cuda.images import Image
+
+SOURCE = Path(__file__).with_name("fake_cuda.c")
+compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+needs_compiler = pytest.mark.skipif(compiler is None, reason="no C compiler")
+
+
+class Params(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("tokens", ctypes.c_int), ("scale", ctypes.c_float)]
+
+
+class Last(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("count", ctypes.c_uint),
+        ("attribute", ctypes.c_int), ("value", ctypes.c_int), ("launches", ctypes.c_int),
+        ("stream", ctypes.c_uint64), ("function", ctypes.c_uint64), ("context", ctypes.c_uint64),
+        ("params", ctypes.c_ubyte * 64), ("name", ctypes.c_char * 64), ("image", ctypes.c_char * 64),
+    ]  # fmt: skip
+
+
+class Fake:
+    """The library's own memory: `fake.last`, and its counters and switches as attributes."""
+
+    def __init__(self, path: Path):
+        object.__setattr__(self, "library", ctypes.CDLL(str(path)))
+        object.__setattr__(self, "last", Last.in_dll(self.library, "last"))
+
+    def __getattr__(self, name):
+        return ctypes.c_int.in_dll(self.library, name).value
+
+    def __setattr__(self, name, value):
+        ctypes.c_int.in_dll(self.library, name).value = value
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """The driver as at the start of a process; what it learns here is forgotten afterwards."""
+    for name in ("_modules", "_loaded", "_functions"):
+        monkeypatch.setattr(driver, name, {})
+    monkeypatch.setattr(driver, "_thread", None)
+    monkeypatch.setattr(driver, "_usable", set())
+    cached = (driver._cuda, driver._properties, driver._ordinal, driver._primary)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", str(SOURCE), "-o", str(path)], check=True)
+    return path
+
+
+@pytest.fixture
+def fake(library, fresh, monkeypatch):
+    """A machine with four devices: 0 and 1 of capability 9.0, the others 8.6; one image, of one unit."""
+    monkeypatch.setattr(driver, "LIBRARY", str(library))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(images, "kernel_units", lambda: ["linear"])
+    monkeypatch.setattr(
+        images,
+        "images",
+        lambda *_: iter([Image("first", b"first image"), Image("second", b"second image")]),
+    )
+    fake = Fake(library)
+    fake.library.clear()
+    yield fake
+    fake.library.clear()
+
+
+def properties(device):
+    major, minor = (9, 0) if device < 2 else (8, 6)
+    return SimpleNamespace(
+        name="Fake", major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=232448
+    )  # fmt: skip
+
+
+def launch(name="linear_w16", shared=0, device=0, params=None, **more):
+    driver.launch(
+        name,
+        (7, 2, 1),
+        (128, 1, 1),
+        shared,
+        params or Params(0x123456789ABC, 5, 0.5),
+        device,
+        0xABCDEF012345,
+        **more,
+    )
+
+
+@needs_compiler
+def test_everything_arrives(fake):
+    launch(shared=4096)
+    last = fake.last
+    assert (list(last.grid), list(last.block), last.shared) == ([7, 2, 1], [128, 1, 1], 4096)
+    assert last.stream == 0xABCDEF012345 and last.function > 2**32 and last.context == 0x1000
+    assert bytes(last.params[:16]) == bytes(Params(0x123456789ABC, 5, 0.5))
+    assert (last.name, last.image) == (b"linear_w16", b"first image")
+    assert last.count == 0
+
+
+@needs_compiler
+def test_modules_and_functions_are_loaded_once(fake):
+    for name in ("a", "b", "a"):
+        launch(name)
+    driver.load("a", 0)
+    assert fake.loads == 1 and fake.last.launches == 3
+
+
+@needs_compiler
+def test_loading_ahead_launches_nothing(fake):
+    driver.load("linear_w16", 1)
+    assert fake.loads == 1 and fake.last.launches == 0
+    with pytest.raises(driver.CudaError, match="there is no kernel absent_one in csrc/cuda"):
+        driver.load("absent_one", 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))]
+)
+def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
+    """The image decides, not the device: a PTX of compute_80 on a newer device has no griddepcontrol.wait in it."""
+    fake.ptx_version = ptx
+    launch(device=0, dependent=asked)
+    assert (fake.last.count, fake.last.attribute, fake.last.value) == seen
+
+
+@needs_compiler
+def test_shared_memory_is_asked_for_once_and_only_above_48k(fake):
+    launch(shared=48 * 1024)
+    assert fake.raises == 0
+    for shared in (100_000, 200_000, 231_424):
+        launch(shared=shared)
+    assert (
+        fake.raises == 1 and fake.allowed == driver.shared_limit(0) - 1024 == 231_424
+    )  # 1024 bytes are static
+    with pytest.raises(
+        driver.CudaError, match="asks for 231425 bytes of shared memory, device 0 allows it 231424"
+    ):
+        launch(shared=231_425)
+
+
+@needs_compiler
+def test_a_struct_of_another_size_is_refused(fake):
+    fake.parameter_size = 24
+    with pytest.raises(
+        driver.CudaError, match="kernel linear_w16 takes a struct of 24 bytes, params has 16"
+    ):
+        launch()
+    fake.parameter_size = 16
+    launch()
+
+
+@needs_compiler
+def test_a_refused_launch_says_what_was_asked(fake):
+    fake.launch_code = 701
+    with pytest.raises(driver.CudaError) as caught:
+        launch(shared=512)
+    assert str(caught.value) == (
+        "kernel linear_w16 with grid (7, 2, 1), block (128, 1, 1) and 512 bytes of shared memory was not launched on device 0: "
+        "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (too many resources requested)"
+    )
+    assert isinstance(caught.value, RuntimeError)
+    fake.launch_code = 700
+    with pytest.raises(driver.CudaError, match="an earlier kernel may be the cause"):
+        launch()
+
+
+@needs_compiler
+def test_an_image_too_new_for_the_driver_gives_way_to_the_next(fake):
+    fake.refuse_loads, fake.refuse_code = 1, 222
+    launch()
+    assert fake.loads == 2 and fake.last.image == b"second image"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("code", "loads"), [(209, 2), (2, 1)]
+)  # no binary for the device: the next; out of memory: the end
+def test_no_image_will_do(fake, code, loads):
+    fake.refuse_loads, fake.refuse_code = 9, code
+    with pytest.raises(
+        driver.CudaError,
+        match=r"kernels of linear were not loaded on device 0, Fake: first: CUDA_ERROR_OTHER",
+    ):
+        launch()
+    assert fake.loads == loads
+
+
+@needs_compiler
+def test_contexts(fake):
+    """No context: the primary one, for good. Another device's: switched for the launch and back."""
+    launch(device=0)
+    launch(device=1)
+    assert fake.last.context == 0x1001 and fake.loads == 2
+    launch(device=1)
+    assert fake.last.context == 0x1001 and fake.loads == 2
+    launch(device=0)
+    assert fake.last.context == 0x1000 and fake.loads == 2
+
+
+@needs_compiler
+def test_threads_do_not_mix(fake):
+    """Each thread has its own argument memory and starts without a context; modules are shared."""
+    failed = []
+
+    def work(number):
+        try:
+            for _ in range(200):
+                launch(f"kernel{number}", params=Params(number, number, 0.0))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and fake.loads == 1 and fake.last.launches <= 800
+
+
+@needs_compiler
+def test_properties(fake):
+    assert (driver.capability(0), driver.capability(2)) == ((9, 0), (8, 6))
+    assert (driver.multiprocessors(0), driver.shared_limit(0)) == (132, 232448)
+
+
+@needs_compiler
+def test_reasons_in_order(fake, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA; install a CUDA build of torch" in driver.missing()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "LIBRARY", "libcuda-of-nobody.so.1")
+        driver._cuda.cache_clear()
+        reason = "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the driver"
+        assert driver.missing(0) == reason
+        with pytest.raises(driver.CudaError, match=reason):
+            launch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert driver.missing() == "torch finds no CUDA device; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(images, "missing", lambda *_: "nothing to run")
+    assert driver.missing(0) == "nothing to run"
+    monkeypatch.setattr(images, "missing", lambda *_: None)
+    assert driver.missing(0) is None

@@ -1,0 +1,599 @@
+"""The CUDA kernels, executed without a GPU: the PTX that nvcc emits against the fp64 oracle (tests/backends/cuda/emulation.py).
+
+Small integers come out bit-exact whatever the order of summation, so any wrong lane, nibble, sign or tail shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from emulation import Launched, ptx, run
+from ptx import PtxError
+
+from slab_kernels.backends.cuda import launch as launching
+from slab_kernels.backends.cuda import layout, plan, sizes_of
+from slab_kernels.backends.cuda.plan import (
+    GPUS,
+    PLANES_REGISTERS,
+    SPLIT_TILES,
+    TALL,
+    TALL_TILES,
+    W16,
+    WHOLE_TILES,
+)
+from slab_kernels.format import PackedLayout, PackedWeight, bits
+from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
+
+TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257, 1000)
+DTYPES = (torch.float16, torch.bfloat16)
+# Rebuilding the weight for cuBLAS must not take the fused kernels' work here: a GPU whose cuBLAS is slow.
+A100 = replace(GPUS[0], gemm_rate=1e-9)
+SMALL = replace(GPUS[2], gemm_rate=1e-9)  # 99 KB of shared memory
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """Plans by a function of the sizes instead of the cost model."""
+
+    def force(chosen):
+        monkeypatch.setattr(launching, "choose", lambda sizes, *_: chosen(sizes))
+        launching.launches.cache_clear()
+
+    yield force
+    launching.launches.cache_clear()
+
+
+@functools.cache
+def problem(packed_layout: PackedLayout, dtype: torch.dtype, integers: bool):
+    """Packed weight, its state, activations, bias, exact result and magnitude."""
+    packed = random_packed(packed_layout, seed=packed_layout.out_features, integers=integers)
+    generator = torch.Generator().manual_seed(packed_layout.rank)
+    x = torch.randint(-2, 3, (max(TOKENS), packed_layout.in_features), generator=generator).to(
+        dtype
+    )  # bf16 holds z
+    if not integers:
+        x = torch.randn(x.shape, generator=generator).to(dtype)
+    bias = torch.randint(-9, 10, (packed_layout.out_features,), generator=generator).float()
+    return packed, layout.prepare((packed,), dtype), x, bias, *oracle(x, packed, bias)
+
+
+def sizes(state):
+    return sizes_of(*state[:10])
+
+
+def same_bits(a, b):
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(torch.int16), b.view(torch.int16))
+    )
+
+
+def bound(magnitude, exact, dtype, K):
+    """fp32 accumulation, one rounding of the result, and the operands': v, v * x (bf16: u, fp16 values too), P, Q, z."""
+    operands = 4 * ROUNDOFF[dtype]
+    return (
+        magnitude * (operands + 2.0**-24 * (8 + 4 * K**0.5)) + exact.abs() * ROUNDOFF[dtype] + 1e-30
+    )
+
+
+EXACT = [(values, rank) for values in VALUE_LAYOUTS for rank in (0, 1, 2)]
+EXACT += [(values, rank) for values in (("fp16", None), ("int4", 32)) for rank in (4, 8)]
+
+
+@pytest.mark.parametrize("values, rank", EXACT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_integers_are_exact(dtype, values, rank):
+    values, group_size = values
+    many = TOKENS if rank == 1 else (0, 1, 8, 9, 31, 64, 65, 257)
+    for N, K, adapter_rank, tokens in (
+        (70, 260, 4, many),
+        (33, 1030, 0, (1, 16, 33, 70)),
+        (16, 128, 100, (5, 65)),
+    ):
+        _, state, x, bias, exact, _ = problem(
+            PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True
+        )
+        for M in tokens:
+            y = run(x[:M], state, sizes(state), bias, A100)
+            assert torch.equal(y, exact[:M].to(dtype)), (N, K, adapter_rank, M)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_fp64(dtype, values, group_size, rank):
+    for (N, K), adapter_rank in itertools.product(SHAPES, (0, 16, 100)):
+        if max(rank, adapter_rank) > min(N, K):
+            continue
+        _, state, x, bias, exact, magnitude = problem(
+            PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False
+        )
+        for M in (1, 9, 33, 130):
+            y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+            error = (y.double() - exact[:M]).abs()
+            assert bool((error <= bound(magnitude, exact, dtype, K)[:M]).all()), (
+                N,
+                K,
+                adapter_rank,
+                M,
+            )
+
+
+def tile_name(value) -> str:
+    return (
+        f"{value.warp_rows}x{value.warp_tokens}x{value.warp_inputs}"
+        if isinstance(value, plan.Tile)
+        else str(value)
+    )
+
+
+FORCED = [
+    (tile, tokens, splits)
+    for tile in SPLIT_TILES
+    for tokens in (8, 16, 32, 64)
+    for splits in (1, 3)
+]
+FORCED += [(tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
+
+
+FITTING = replace(A100, shared_limit=232448)  # an H200's
+
+
+@pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", 128)])
+@pytest.mark.parametrize("tile, tokens, splits", FORCED, ids=tile_name)
+def test_every_tile_of_the_tables(forced, tile, tokens, splits, values, group_size):
+    """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs, idle K groups."""
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(149, 140, values, group_size, 1, 20), torch.float16, True
+    )
+    M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+    forced(
+        lambda s: plan.evaluate(s, M, FITTING, tile if s.rank else SPLIT_TILES[-1], tokens, splits)
+    )
+    if plan.evaluate(sizes(state), M, FITTING, tile, tokens, splits) is None:
+        pytest.skip("this tile never fits: choose() never takes it")
+    launched = Launched()
+    y = run(x[:M], state, sizes(state), bias, FITTING, launched=launched)
+    assert torch.equal(y, exact[:M].half())
+    name = f"linear_fp16_{'w16' if values == 'fp16' else values}_one_t{tokens}"
+    assert launched.kernels == [f"adapter_fp16_t{tokens}", name, *["reduce_fp16"] * (splits > 1)]
+
+
+TALL_CASES = [(values, rank, tokens) for (values, rank), tiles in TALL.items() for tokens in tiles]
+
+
+@pytest.mark.parametrize("tile", TALL_TILES, ids=tile_name)
+@pytest.mark.parametrize("values, rank, tokens", TALL_CASES)
+def test_tall_tiles(forced, values, rank, tokens, tile):
+    """64 rows a warp."""
+    name = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}[values]
+    group_size = None if values == W16 else 64
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(277, 140, name, group_size, rank, 4), torch.float16, True
+    )
+    M = tokens * tile.warp_tokens + (3 if tokens >= 32 else -3)
+    if plan.evaluate(sizes(state), M, FITTING, tile, tokens, 1) is None:
+        pytest.skip("this tile never fits: choose() never takes it")
+    forced(
+        lambda s: plan.evaluate(
+            s, M, FITTING, SPLIT_TILES[-1] if s.values == layout.DENSE else tile, tokens, 1
+        )
+    )
+    launched = Launched()
+    assert torch.equal(
+        run(x[:M], state, sizes(state), bias, FITTING, launched=launched), exact[:M].half()
+    )
+    kind = "w16" if values == W16 else name
+    assert launched.kernels[1] == f"tall_fp16_{kind}_{'one' if rank else 'none'}_t{tokens}"
+
+
+def test_every_kernel_of_the_library_is_executed(forced):
+    """By name: nothing ships that these tests cannot reach."""
+    seen = Launched()
+
+    def exact_with(chosen, dtype, values, rank, M, adapter_rank=3, planes=1, K=520):
+        group_size = None if values == "fp16" else 32
+        packed_layout = PackedLayout(40, K, values, group_size, rank, adapter_rank, planes=planes)
+        _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
+        forced(chosen)
+        assert torch.equal(
+            run(x[:M], state, sizes(state), bias, A100, launched=seen), exact[:M].to(dtype)
+        )
+
+    names = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}
+    for dtype, values in itertools.product(DTYPES, names.values()):
+        for rank, M in itertools.product((1, 2), (8, 16, 32, 64)):
+            exact_with(
+                lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1),
+                dtype,
+                values,
+                rank,
+                M,
+            )
+        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 1, 80)
+        for (planes, rank), M in itertools.product(((2, 1), (3, 1), (3, 2)), PLANES_REGISTERS):
+            exact_with(
+                lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1),
+                dtype,
+                values,
+                rank,
+                M,
+                0,
+                planes,
+                140,
+            )
+        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 2, 80, 0, 2, 140)
+    for dtype, (values, rank, tokens) in itertools.product(DTYPES, TALL_CASES):
+        exact_with(
+            lambda s, t=tokens: plan.evaluate(s, t, A100, TALL_TILES[-1], t, 1),
+            dtype,
+            names[values],
+            rank,
+            tokens,
+            0,
+        )
+    for dtype in DTYPES:
+        exact_with(
+            lambda s: plan.evaluate(s, 1, A100, SPLIT_TILES[-1], 8, 4), dtype, "fp16", 1, 1, 0
+        )
+    assert set(seen.kernels) == set(ptx().names)
+
+
+# Each number of planes, type, value layout and rank with every other; sizes, tokens and adapters take turns.
+PLANES = [
+    (planes, dtype, values, rank, turn)
+    for turn, (planes, values, rank, dtype) in enumerate(
+        itertools.product(
+            (2, 3), (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)), (1, 2, 3), DTYPES
+        )
+    )
+]
+PLANES_SIZES = (
+    (34, 260, 4, None),
+    (33, 140, 0, None),
+    (17, 197, 20, "int8"),
+)  # N, K, the adapter's rank and its values
+
+
+@pytest.mark.parametrize("planes, dtype, values, rank, turn", PLANES)
+def test_several_planes(planes, dtype, values, rank, turn):
+    """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real numbers against fp64."""
+    N, K, adapter_rank, stored = PLANES_SIZES[(turn // 4 + turn) % 3]
+    packed_layout = PackedLayout(
+        N, K, *values, rank, adapter_rank, planes=planes, adapter_values=stored
+    )
+    _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
+    which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
+    for M, tokens in (((1, 8), (40, 32)), ((9, 32), (66, 32)))[(turn // 2 + turn) % 2]:
+        launched = Launched()
+        y = run(x[:M], state, sizes(state), bias, A100, launched=launched)
+        assert torch.equal(y, exact[:M].to(dtype)), M
+        name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
+        assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
+    _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
+    M = (9, 1, 66, 40)[(turn // 2) % 4]
+    y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all()), M
+
+
+@pytest.mark.parametrize("tile", [*SPLIT_TILES, *WHOLE_TILES], ids=tile_name)
+def test_every_tile_of_the_tables_with_planes(forced, tile):
+    whole = tile in WHOLE_TILES
+    for turn, (values, tokens) in enumerate(
+        itertools.product((("fp16", None), ("int4", 128)), (32,) if whole else (8, 32))
+    ):
+        rank, splits = (
+            (1, 1 if whole or tokens == 8 else 2)
+            if turn < 2
+            else (2, 1 if whole or tokens == 32 else 2)
+        )
+        packed_layout = PackedLayout(149, 140, *values, rank, 20, planes=3 if rank == 1 else 2)
+        _, state, x, bias, exact, _ = problem(packed_layout, torch.float16, True)
+        M = tokens * tile.warp_tokens + 3 if whole else tokens - 3
+        if plan.evaluate(sizes(state), M, FITTING, tile, tokens, splits) is None:
+            continue  # this tile never fits: choose() never takes it
+        forced(
+            lambda s, how=(tile, tokens, splits), M=M: (
+                plan.evaluate(s, M, FITTING, *how) if s.rank else plan.choose(s, M, FITTING)
+            )
+        )
+        launched = Launched()
+        assert torch.equal(
+            run(x[:M], state, sizes(state), bias, FITTING, launched=launched), exact[:M].half()
+        ), (values, tokens)
+        assert launched.kernels[-1 if splits == 1 else -2].startswith("planes_fp16")
+
+
+@pytest.mark.parametrize(
+    "values, group_size", [("fp16", None), ("int8", None), ("int4", 32), ("int3", 128)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
+    """By `dense_*_any`: one rounding on every entry. And what gradients take, `layout.dense`, is the same weight."""
+    forced(lambda s: plan.rebuild(s, 65, A100))
+    for (N, K), planes, rank in itertools.product(((5, 7), (33, 172)), (2, 3), (1, 3)):
+        packed = random_packed(
+            PackedLayout(N, K, values, group_size, rank, planes=planes), seed=N, integers=True
+        )
+        state, launched = layout.prepare((packed,), dtype), Launched()
+        y = run(
+            torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1),
+            state,
+            sizes(state),
+            None,
+            A100,
+            launched=launched,
+        )
+        assert launched.kernels == [
+            f"dense_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_any"
+        ]
+        assert torch.equal(y[:K].T, packed.dense().to(dtype)), (N, K, planes, rank)
+        plain = layout.dense(state.stream, state.V, state.U, *state[5:])
+        assert torch.equal(plain.to(dtype), packed.dense().to(dtype)), (N, K, planes, rank)
+
+
+@pytest.mark.parametrize("planes, rank, adapter_values", [(2, 1, None), (3, 2, "int8")])
+def test_fused_projections_with_planes(planes, rank, adapter_values):
+    rows, K = (100, 24, 37), 272
+    layouts = [
+        PackedLayout(n, K, "int3", 32, rank, 20, planes=planes, adapter_values=adapter_values)
+        for n in rows
+    ]
+    parts = [random_packed(each, seed=each.out_features, integers=True) for each in layouts]
+    state = layout.prepare(parts, torch.float16)
+    for M in (1, 40, 66):
+        x, launched = (
+            torch.randint(-2, 3, (M, K), generator=torch.Generator().manual_seed(M)).half(),
+            Launched(),
+        )
+        y = run(x, state, sizes(state), None, A100, launched=launched)
+        assert torch.equal(y, torch.cat([oracle(x, part)[0] for part in parts], -1).half()), M
+        assert sum(name.startswith("planes") for name in launched.kernels) == 1
+
+
+@pytest.mark.parametrize("dtype, rank", [(torch.float16, 1), (torch.bfloat16, 2)])
+def test_a_token_does_not_depend_on_the_others_with_planes(dtype, rank):
+    """Up to 64 also where two tiles of 32 tokens follow one."""
+    _, state, x, bias, _, _ = problem(
+        PackedLayout(40, 520, "int4", 128, rank, 20, planes=2), dtype, False
+    )
+    for regime in ((1, 8, 9, 16), (17, 32, 33, 64), (65, 130)):
+        largest = run(x[: max(regime)], state, sizes(state), bias, A100)
+        for M in regime[:-1]:
+            assert same_bits(run(x[:M], state, sizes(state), bias, A100), largest[:M]), M
+        assert same_bits(
+            run(x[: max(regime)].roll(3, 0), state, sizes(state), bias, A100), largest.roll(3, 0)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 20, 100])
+def test_every_pattern_and_sign_at_every_lane(M, dtype):
+    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 48 rows and 144 groups meet each at each place."""
+    N, K = 48, 4 * 144
+    row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
+    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
+    pair = (row + group) // 6 % 4
+    parts = random_packed(PackedLayout(N, K, "fp16", rank=1), integers=True).tensors()
+    parts["metadata"] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    parts["signs"] = bits.pack_signs(torch.stack([pair % 2 == 1, pair // 2 == 1], -1).flatten(1))
+    packed = PackedWeight.from_tensors(parts, N, K)
+    state, x = layout.prepare((packed,), dtype), torch.randint(-3, 4, (M, K)).to(dtype)
+    assert torch.equal(run(x, state, sizes(state), None, A100), oracle(x, packed)[0].to(dtype))
+
+
+def test_kept_is_what_the_mask_says():
+    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds there."""
+    packed = random_packed(PackedLayout(16, 64, "fp16", rank=1))
+    packed.values.zero_()
+    packed.values[:, ::2] = -0.0
+    state, kept = layout.prepare((packed,), torch.float16), bits.unpack_mask(packed.metadata)
+    for M in (8, 64):
+        y = torch.cat(
+            [run(x, state, sizes(state), None, A100) for x in torch.eye(64).half().split(M)]
+        ).T
+        assert bool((y[kept] == 0).all()) and bool((y[~kept] != 0).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("M", [2, 20, 70])
+def test_nan_and_infinity_reach_their_token_alone(M, bad):
+    packed = random_packed(PackedLayout(20, 132, "int4", 32, rank=1, adapter_rank=2))
+    state, x = layout.prepare((packed,), torch.float16), torch.randn(M, 132).half()
+    x[1, 77] = bad
+    y = run(x, state, sizes(state), None, A100)
+    assert not bool(y[1].isfinite().any())
+    assert bool(y[torch.arange(M) != 1].isfinite().all())
+
+
+@pytest.mark.parametrize("values, group_size, adapter_rank", [("fp16", None, 0), ("int4", 128, 20)])
+def test_a_token_does_not_depend_on_the_others(values, group_size, adapter_rank):
+    """Bit for bit within a regime; above 64 tokens whatever the tiles."""
+    layout_ = PackedLayout(100, 1160, values, group_size, 1, adapter_rank)
+    _, state, x, bias, _, _ = problem(layout_, torch.bfloat16, False)
+    for regime in ((1, 2, 5, 8, 9, 16), (17, 32, 40, 64), (65, 129, 300)):
+        largest = run(x[: max(regime)], state, sizes(state), bias, A100)
+        for M in regime:
+            assert same_bits(run(x[:M], state, sizes(state), bias, A100), largest[:M]), M
+        moved = x[: max(regime)].roll(3, 0)
+        assert same_bits(run(moved, state, sizes(state), bias, A100), largest.roll(3, 0))
+
+
+@pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 20), (0, 16)])
+@pytest.mark.parametrize("M", [1, 12, 40, 200])
+def test_fused_projections_are_one_launch(M, rank, adapter_rank):
+    """q, k and v of unequal sizes, each with its own V and Q, one of them no multiple of 16."""
+    rows, K = (100, 24, 37), 272
+    parts = [
+        random_packed(PackedLayout(n, K, "int8", 128, rank, adapter_rank), seed=n, integers=True)
+        for n in rows
+    ]
+    state, x = layout.prepare(parts, torch.float16), torch.randint(-3, 4, (M, K)).half()
+    bias, launched = torch.randint(-5, 6, (sum(rows),)).half(), Launched()
+    y = run(x, state, sizes(state), bias, A100, launched=launched)
+    exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
+    assert torch.equal(y, exact.half())
+    assert sum(name.startswith("linear") for name in launched.kernels) == 1
+
+
+@pytest.mark.parametrize("M", [3, 30, 90])
+@pytest.mark.parametrize("K", [40, 129, 388])
+def test_strided_and_unaligned_activations(M, K):
+    _, state, x, bias, exact, _ = problem(PackedLayout(33, K, "fp16", rank=1), torch.float16, True)
+    want = exact[:M].half()
+    wide = torch.full((M, K + 9), float("nan"), dtype=torch.float16)
+    for offset in (0, 1, 8):
+        view = wide[:, offset : offset + K]
+        view.copy_(x[:M])
+        assert torch.equal(run(view, state, sizes(state), bias, A100), want), offset
+        view.fill_(float("nan"))
+    turned = x[:M].T.contiguous().T
+    assert not turned.is_contiguous() and torch.equal(
+        run(turned, state, sizes(state), bias, A100), want
+    )
+    assert torch.equal(
+        run(x[:M].unflatten(0, (M // 3, 3)), state, sizes(state), bias, A100),
+        want.unflatten(0, (M // 3, 3)),
+    )
+
+
+@pytest.mark.parametrize("bias_type", [None, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("M", [2, 70])
+def test_bias(M, bias_type):
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(50, 300, "fp16", rank=1), torch.bfloat16, True
+    )
+    given = None if bias_type is None else bias.to(bias_type)
+    want = exact[:M] - (bias.double() if bias_type is None else 0)
+    assert torch.equal(run(x[:M], state, sizes(state), given, A100), want.bfloat16())
+
+
+@pytest.mark.parametrize("M", [1, 40, 100])
+@pytest.mark.parametrize("values, adapter_rank, outlier, size", [
+    ("fp16", 0, 1, 1.0), ("int8", 0, 1, 1.0), ("int4", 0, 1, 1.0), ("int4", 16, 1, 1.0), ("fp16", 16, 1, 1.0),
+    ("fp16", 0, 50, 1e-3), ("fp16", 0, 1, 1e-3), ("int4", 0, 50, 1e-2),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_against_a_dense_gemm_of_the_same_weight(
+    dtype, values, adapter_rank, outlier, size, M
+):
+    """Root mean square, against fp64, of ours and of x W^T with W rounded to the activations' type: at most 1.5 times.
+
+    Also where one input has a large v (its x is small, as where a method has made v large) and all activations are small.
+    """
+    group_size = None if values == "fp16" else 128
+    packed = random_packed(PackedLayout(128, 1024, values, group_size, 1, adapter_rank), seed=5)
+    x = torch.randn(M, 1024, generator=torch.Generator().manual_seed(1)) * size
+    packed.V[3] *= outlier
+    x[:, 3] /= outlier
+    x = x.to(dtype)
+    state, exact = layout.prepare((packed,), dtype), oracle(x, packed)[0]
+    plain = PackedLayout(128, 1024, values, group_size, 1)
+    dense = x.double() @ replace(packed, layout=plain, P=None, Q=None).dense().to(dtype).double().T
+    if adapter_rank:  # as it runs unfused: z in the activations' type
+        P, Q = packed.P.to(dtype).double(), packed.Q[:1024].to(dtype).double()
+        dense = dense + (x.double() @ Q).to(dtype).double() @ P.T
+    dense, ours = dense.to(dtype), run(x, state, sizes(state), None, A100)
+    error = [float((y.double() - exact).square().mean().sqrt()) for y in (ours, dense)]
+    assert error[0] <= 1.5 * error[1]
+
+
+@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rebuilt_weight(forced, dtype, values, group_size):
+    """One rounding to the activations' type, on every entry."""
+    for (N, K), rank in itertools.product(SHAPES, (0, 1, 3)):
+        if rank > min(N, K):
+            continue
+        packed = random_packed(PackedLayout(N, K, values, group_size, rank), seed=N, integers=True)
+        state = layout.prepare((packed,), dtype)
+        launched = Launched()
+        forced(lambda s: plan.rebuild(s, 65, A100))
+        y = run(
+            torch.eye(K, dtype=dtype).repeat(-(-65 // K), 1),
+            state,
+            sizes(state),
+            None,
+            A100,
+            launched=launched,
+        )
+        assert launched.kernels[0].startswith("dense") and torch.equal(
+            y[:K].T, packed.dense().to(dtype)
+        )
+
+
+@pytest.mark.parametrize(
+    "adapter_rank, splits, dependent",
+    [(16, 1, [0, 1]), (0, 1, [0]), (0, 4, [0, 1]), (16, 4, [0, 1, 1])],
+)
+def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
+    """compute_90 text: the linear waits for z, the sum of splits for the linear; nothing else starts early, since the
+    first kernel of a call may still be writing x."""
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(64, 640, "fp16", None, 1, adapter_rank), torch.float16, True
+    )
+    forced(lambda s: plan.evaluate(s, 4, A100, SPLIT_TILES[3], 8, splits if s.values == W16 else 2))
+    launched = Launched()
+    y = run(x[:4], state, sizes(state), bias, A100, arch="compute_90", launched=launched)
+    assert torch.equal(y, exact[:4].half())
+    assert launched.dependent == [bool(d) for d in dependent]
+    for early, stats in zip(launched.dependent, launched.stats, strict=True):
+        assert bool(stats["griddepcontrol.wait"]) == early
+    assert all(
+        s["griddepcontrol.launch_dependents"]
+        for s in launched.stats[: len(dependent) - (splits > 1)]
+    )
+
+
+def test_the_parameters_are_those_of_the_kernels():
+    sizes_in_ptx = {
+        ptx()[name].parameter_bytes
+        for name in ("linear_fp16_w16_one_t8", "reduce_bf16", "dense_fp16_int4")
+    }
+    assert sizes_in_ptx == {ctypes.sizeof(launching.LinearParams)}
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_fp16_w16_one_t8", "linear_fp16_int8_one_t16", "linear_fp16_int4_one_t64"]
+)
+def test_shared_memory_banks(forced, name):
+    """Exact counts from the real addresses: the main loop's loads meet no bank twice; a tenth is left for the epilogue."""
+    values = {"w16": "fp16", "int8": "int8", "int4": "int4"}[name.split("_")[2]]
+    group_size = None if values == "fp16" else 128
+    _, state, x, bias, _, _ = problem(
+        PackedLayout(256, 2048, values, group_size, 1), torch.float16, False
+    )
+    launched, M = Launched(), int(name.rpartition("t")[2])
+    forced(
+        lambda s: next(
+            filter(None, (plan.evaluate(s, M, A100, tile, M, 1) for tile in SPLIT_TILES))
+        )
+    )
+    run(x[:M], state, sizes(state), bias, A100, launched=launched)
+    assert launched.kernels[0] == name
+    assert launched.stats[0]["shared_wavefronts"] <= 1.1 * launched.stats[0]["shared_ideal"]
+
+
+def test_a_damaged_stream_is_found():
+    """The harness can fail: a short stream is out of bounds, an illegal nibble is refused, a lost sign is a wrong number."""
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(33, 260, "fp16", rank=1), torch.float16, True
+    )
+    with pytest.raises(PtxError):
+        short = state._replace(stream=state.stream.flatten()[:-16].clone())
+        run(x[:2], short, sizes(state), bias, A100)
+    broken = state.stream.clone()
+    broken[0, 0, 2048] = 0
+    with pytest.raises(PtxError):
+        run(x[:2], state._replace(stream=broken), sizes(state), bias, A100)
+    flipped = state.stream.clone()
+    flipped[0, 0, 2304:] ^= 0x80
+    assert not torch.equal(
+        run(x[:2], state._replace(stream=flipped), sizes(state), bias, A100), exact[:2].half()
+    )

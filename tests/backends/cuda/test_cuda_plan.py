@@ -1,0 +1,419 @@
+"""backends/cuda/plan.py: whatever the layer, the device and the number of tokens, the plan fits, covers and keeps its promises.
+
+Arithmetic alone. The sizes of shared memory are derived here once more from the text of csrc/cuda.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from slab_kernels.backends.base import LinearProblem
+from slab_kernels.backends.cuda import BACKEND, plan
+from slab_kernels.backends.cuda import launch as launching
+from slab_kernels.backends.cuda.launch import kernel_names, launches
+from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
+from slab_kernels.backends.cuda.plan import (
+    GPUS,
+    PLANES_REGISTERS,
+    REGISTERS,
+    SPLIT_TILES,
+    TALL,
+    TALL_REGISTERS,
+    TALL_TILES,
+    WHOLE_TILES,
+    Plan,
+    Rebuild,
+    Sizes,
+    choose,
+)
+from slab_kernels.bench.layer_shapes import MODELS, layers
+
+CUDA = Path(__file__).resolve().parents[3] / "csrc/cuda"
+SHAPES = sorted({shape for name in MODELS for shape in layers(name)})
+# The shapes that the design is measured by: Llama-2-7B, Llama-3-8B, 70B.
+DESIGN = sorted(
+    {shape for name in ("llama-2-7b", "llama-3-8b", "llama-3-70b") for shape in layers(name)}
+)
+VALUES = ((W16, 4), (INT8, 4), (INT4, 1))  # and steps of 32 inputs that a scale covers
+RANKS = (0, 1, 2, 16)
+SIGNS = ((0, 1), (1, 1), (2, 1), (16, 1), (1, 2), (1, 3), (2, 3), (16, 2))  # ranks and sign planes
+TOKENS = (1, 8, 9, 16, 17, 33, 64, 65, 1000, 4096)  # both sides of every tile and regime
+GPU_NAMES = [gpu.name for gpu in GPUS]
+A100, H200 = GPUS[0], GPUS[4]
+
+
+def regime(M: int) -> int:
+    return 0 if M <= 16 else 1 if M <= 64 else 2
+
+
+# ---- every plan
+
+
+def constants() -> dict[str, int]:
+    """Numbers of params.h that decide sizes, read from its text."""
+    text = "".join((CUDA / name).read_text() for name in ("params.h", "linear.cuh", "linear.cu"))
+    found = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
+    values = re.search(
+        r"values == kW16 \? (\d+) : values == kI8 \? (\d+) : values == kI4 \? (\d+) : (\d+);", text
+    )
+    metadata = re.search(
+        r"stream_metadata_bytes\(int values\) { return values == kDense \? 0 : (\d+); }", text
+    )
+    # What the test below spells out in Python, as it stands in the sources; whoever edits it looks here too.
+    flat = re.sub(r"\s+", "", text)
+    for formula in (
+        "kTokenRow = 2 * kBlockInputs",
+        "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
+        "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
+        "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at + rank * kTokenRow",
+        "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
+        "ring = shared + my.group * p.stages * stage_bytes",
+        "kWide = kTiles >= 4",
+        "pitch = rows + 4",
+        "sums + (my.group * all_tokens + my.token_warp * kTokens) * pitch",
+        "int(unsigned(p.k_blocks) * unsigned(split) / unsigned(p.splits))",
+        "slab::kRankOne, 2, kTiles>",  # row tiles of a warp: `blocks` of plan.Tile
+        "slab::kRankAny, 2, kTiles>",
+        "slab::kValues, slab::kRank, 4, kTiles>",
+        "slab::kRankOne, 2, kTiles, 2>",  # and planes
+        "slab::kRankOne, 2, kTiles, 3>",
+        "slab::kRankAny, 2, kTiles, slab::kPlanesAny>",
+    ):
+        assert formula.replace(" ", "") in flat, f"csrc/cuda no longer says {formula!r}"
+    return (
+        found | {f"bytes{i}": int(values[i + 1]) for i in range(4)} | {"metadata": int(metadata[1])}
+    )
+
+
+@functools.cache
+def shared_bytes_of(
+    sizes: Sizes, M: int, tokens: int, tile: plan.Tile, stages: int
+) -> tuple[int, int]:
+    """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups, both from address 0."""
+    c = _constants()
+    scales = (
+        c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"]
+        if sizes.values in (INT8, INT4)
+        else 0
+    )
+    block = c[f"bytes{sizes.values}"] + (0 if sizes.values == DENSE else c["metadata"])
+    block += (sizes.planes * c["kSignBytes"] if sizes.rank else 0) + scales
+    staged = tile.warp_tokens * tokens
+    rows = (staged if tokens // 8 >= 4 else min(staged, M)) + sizes.rank
+    stage = rows * 2 * c["kBlockInputs"] + tile.warp_rows * tile.blocks * block
+    stage = (stage + 255) // 256 * 256
+    pitch = tile.warp_rows * tile.blocks * c["kBlockRows"] + 4
+    return stage, max(tile.warp_inputs * stages * stage, tile.warp_inputs * staged * pitch * 4)
+
+
+_constants = functools.cache(constants)
+
+
+def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
+    where = (sizes, M, gpu.name, chosen)
+    if isinstance(chosen, Rebuild):
+        assert M > 64 and sizes.values != DENSE and chosen.ctas == 4 * gpu.multiprocessors, where
+        return
+    tile, threads = chosen.tile, chosen.tile.threads
+    assert threads <= 256 and chosen.block == (threads, 1, 1) and 2 <= chosen.stages <= 4, where
+    assert chosen.shared_bytes <= gpu.shared_limit, where
+    family = (
+        PLANES_REGISTERS if sizes.planes > 1 else TALL_REGISTERS if tile.blocks == 4 else REGISTERS
+    )
+    registers = family[chosen.tokens]
+    assert chosen.resident >= 1 and registers * threads * chosen.resident <= 65536, where
+    assert (chosen.shared_bytes + 1024) * chosen.resident <= gpu.shared_total, where
+    assert (chosen.stage_bytes, chosen.shared_bytes) == shared_bytes_of(
+        sizes, M, chosen.tokens, tile, chosen.stages
+    ), where
+    # tiles cover rows and tokens and none is empty
+    rows, wide = 16 * tile.blocks * tile.warp_rows, chosen.tokens * tile.warp_tokens
+    assert chosen.row_tiles == sum(-(-part // rows) for part in sizes.rows), where
+    assert chosen.token_tiles * wide >= M > (chosen.token_tiles - 1) * wide, where
+    assert (
+        chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1)
+        and chosen.grid[0] < 1 << 31
+    ), where
+    # linear.cuh: share()
+    ends = [sizes.k_blocks * split // chosen.splits for split in range(chosen.splits + 1)]
+    shares = [end - start for start, end in itertools.pairwise(ends)]
+    assert ends[-1] == sizes.k_blocks and min(shares) >= (
+        tile.warp_inputs if chosen.splits > 1 else 1
+    ), where
+    assert M <= 64 or (chosen.splits == 1 and tile.warp_inputs == 1), where
+    # one tile takes all tokens of decoding; with several planes, whose warps hold no 64, two of 32
+    assert M > 64 or chosen.token_tiles == (2 if sizes.planes > 1 and M > 32 else 1), where
+    # 64 rows a warp: not every kernel is compiled for them
+    assert tile.blocks == 2 or (
+        tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]
+    ), where
+    assert sizes.planes == 1 or tile.blocks == 2, where
+    assert plan.LAUNCH_US + plan.FILL_US < chosen.microseconds < 1e6, where
+
+
+@pytest.mark.parametrize("rank, planes", SIGNS)
+@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
+def test_every_layer_of_the_known_models(gpu, rank, planes):
+    """Fits, covers, and within a regime splits K in one way: a token's result depends on no other token.
+
+    Each GPU takes one value type with each form of the signs, the next GPU the next type: all of them took minutes.
+    """
+    values, group_steps = VALUES[(GPUS.index(gpu) + rank + planes) % len(VALUES)]
+    for N, K in SHAPES:
+        sizes = Sizes(K, (N,), values, group_steps, rank, 0, planes)
+        ways = [set(), set(), set()]
+        for M in TOKENS:
+            chosen = choose(sizes, M, gpu)
+            check(chosen, sizes, M, gpu)
+            if isinstance(chosen, Plan):
+                ways[regime(M)].add((chosen.tile.warp_inputs, chosen.splits))
+        assert max(map(len, ways)) <= 1, (sizes, gpu.name, ways)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
+def test_every_adapter(gpu):
+    """z = x Q, a dense weight of few rows that comes first: rank 64, alone and for three fused parts; rank 1 rounds up to 16."""
+    for K, parts, steps in itertools.product(sorted({K for _, K in SHAPES}), (1, 3), (1, 4)):
+        sizes = Sizes(K, (4096,) * parts, INT4, 4, 1, steps).adapter()
+        assert sizes == Sizes(K, (16 * steps * parts,), DENSE, 4, 0, 0)
+        ways = [set(), set(), set()]
+        for M in TOKENS:
+            chosen = choose(sizes, M, gpu)
+            check(chosen, sizes, M, gpu)
+            ways[regime(M)].add((chosen.tile.warp_inputs, chosen.splits))
+        assert [len(way) for way in ways] == [1, 1, 1], (sizes, gpu.name, ways)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
+def test_sizes_that_no_model_has(gpu):
+    """One input, one row, K of one block, parts that are no multiple of anything, far more rows than a tile, every M up to 64."""
+    for rows, K in itertools.product(
+        ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)
+    ):
+        for values, rank, planes in (
+            (W16, 1, 1),
+            (INT4, 0, 1),
+            (INT8, 16, 1),
+            (INT4, 1, 3),
+            (W16, 16, 2),
+        ):
+            sizes = Sizes(K, rows, values, 2, rank, 2, planes)
+            ways = [set(), set(), set()]
+            for M in (*range(1, 66), 4095):
+                check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
+                if isinstance(chosen, Plan):
+                    ways[regime(M)].add((chosen.tile.warp_inputs, chosen.splits))
+            assert max(map(len, ways)) <= 1, (sizes, ways)
+
+
+def test_the_tables_hold_what_the_kernels_can():
+    """Powers of two (linear.cuh shifts and masks by them), eight warps; tall warps where linear.cu has their kernels."""
+    for tile in (*SPLIT_TILES, *WHOLE_TILES, *TALL_TILES):
+        assert (
+            all(n & (n - 1) == 0 for n in (tile.warp_rows, tile.warp_tokens, tile.warp_inputs))
+            and tile.threads <= 256
+        )
+        assert tile.reason
+    text = (CUDA / "linear.cu").read_text()
+    tall = re.findall(r"SLAB_TALL\(act, T, (\w+), k\w+, (\w+), k\w+, (\d+), (\d+)\)", text)
+    ranks = {"none": 0, "one": 1}
+    values = {name: code for code, name in launching.VALUE_NAMES.items()}
+    compiled = sorted((values[name], ranks[rank], int(tokens)) for name, rank, tokens, _ in tall)
+    assert compiled == sorted((*key, tokens) for key, many in TALL.items() for tokens in many)
+    assert all(int(tokens) == 8 * int(tiles) for *_, tokens, tiles in tall)
+
+
+# ---- the predicted time
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
+def test_more_tokens_never_cost_less_within_a_regime(gpu):
+    """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more stages may do better. Above
+    64 tokens for a third: there is one threshold from which on the weight is rebuilt, and before it whole waves of CTAs."""
+    for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
+        sizes = Sizes(K, (N,), values, group_steps, rank, 0)
+        for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
+            times = [choose(sizes, M, gpu).microseconds for M in tokens]
+            allowed = 0.95 if tokens[-1] <= 64 else 0.66
+            assert all(b >= allowed * a for a, b in itertools.pairwise(times)), (sizes, times)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
+def test_decoding_is_predicted_to_beat_dense_weights(gpu):
+    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was measured to reach, no more than ours."""
+    for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
+        sizes = Sizes(K, (N,), values, group_steps, rank, 0)
+        for M in (1, 2, 4, 8, 16):
+            assert choose(sizes, M, gpu).microseconds < plan.dense_microseconds(N, K, M, gpu), (
+                sizes,
+                M,
+            )
+
+
+def test_rebuilding_pays_only_for_very_many_tokens():
+    sizes = Sizes(4096, (11008,), W16, 4, 1, 0)
+    kinds = [type(choose(sizes, M, H200)) for M in (1, 64, 65, 256, 4096, 1 << 16)]
+    assert kinds[:2] == [Plan, Plan] and kinds[-1] is Rebuild
+    assert choose(sizes, 1 << 16, replace(H200, gemm_rate=1e-9)).splits == 1, (
+        "a device without a fast cuBLAS never does"
+    )
+
+
+# ---- devices
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "row"),
+    [
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "A100"),
+        ("NVIDIA A100 80GB PCIe", (8, 0), "A100"),
+        ("NVIDIA GeForce RTX 3090", (8, 6), "RTX 3090"),
+        ("NVIDIA GeForce RTX 4090", (8, 9), "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), "H100"),
+        ("NVIDIA H200", (9, 0), "H200"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), "RTX 5090"),
+        # none of the table's: the newest row that is not newer than the device
+        ("NVIDIA A10", (8, 6), "RTX 3090"),
+        ("NVIDIA A800-SXM4-80GB", (8, 0), "A100"),
+        ("Orin", (8, 7), "RTX 3090"),
+        ("NVIDIA L40S", (8, 9), "RTX 4090"),
+        ("NVIDIA H20", (9, 0), "H100"),
+        ("NVIDIA B200", (10, 0), "H100"),
+        ("NVIDIA GB10", (12, 1), "RTX 5090"),
+        ("", (13, 0), "RTX 5090"),
+        (
+            "Tesla T4",
+            (7, 5),
+            "A100",
+        ),  # older than all; no kernel runs there, a plan can still be asked for
+    ],
+)
+def test_gpu_like(name, capability, row):
+    """Figures of the row, sizes of the device."""
+    (known,) = [gpu for gpu in GPUS if gpu.name == row]
+    found = plan.gpu_like(name, capability, 77, 99_000)
+    assert found == replace(
+        known, name=name, capability=capability, multiprocessors=77, shared_limit=99_000
+    )
+
+
+def test_a_plan_follows_the_sizes_of_the_device():
+    """A part of a GPU (MIG) and one with less shared memory than its row get plans of their own."""
+    sizes = Sizes(4096, (4096,), INT8, 4, 1, 0)
+    slice_ = plan.gpu_like("NVIDIA A100-SXM4-80GB MIG 1g.10gb", (8, 0), 14, 101376)
+    for M in TOKENS:
+        check(choose(sizes, M, slice_), sizes, M, slice_)
+
+
+# ---- words and errors
+
+
+def test_describe():
+    text = choose(Sizes(4096, (4096,), W16, 4, 1, 0), 1, A100).describe()
+    number = r"\d+"
+    assert re.fullmatch(
+        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] stages, {number} bytes shared, "
+        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
+        text,
+    ), text
+    split = plan.evaluate(Sizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
+    assert ", K split over 4 CTAs (32 rows:" in split.describe()
+    fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
+    rebuilt = choose(Sizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
+    assert re.fullmatch(
+        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores",
+        rebuilt,
+    )
+
+    problem = LinearProblem(1, 4096, 4096, "int4", 128, dtype=torch.float16, device="cuda")
+    asked = BACKEND.describe(problem, "a100")  # a GPU that need not be here
+    assert re.fullmatch(
+        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us",
+        asked,
+    )
+    with pytest.raises(ValueError, match="no figures for the GPU 'Voodoo2'; known: A100, RTX 3090"):
+        BACKEND.describe(problem, "Voodoo2")
+    with pytest.raises(ValueError, match="no figures for the GPU ''"):
+        BACKEND.describe(problem, "")
+
+
+def test_sizes_that_fit_nowhere_are_refused():
+    tiny = replace(A100, shared_limit=16384)
+    for M in (1, 16, 17, 64):
+        with pytest.raises(
+            ValueError, match=r"no tile of Sizes\(K=4096, .*\) fits 16384 bytes of shared memory"
+        ):
+            choose(Sizes(4096, (64,), W16, 4, 16, 0), M, tiny)
+    assert isinstance(choose(Sizes(4096, (64,), W16, 4, 16, 0), 65, tiny), Rebuild), (
+        "rebuilding needs none"
+    )
+    with pytest.raises(ValueError, match="fits 16384 bytes of shared memory"):
+        choose(Sizes(4096, (64,), DENSE, 4, 0, 0), 65, tiny)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("gpu", [A100, GPUS[2], H200], ids=lambda gpu: gpu.name)
+def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
+    """`prepare` loads them, so that the first call may be captured into a graph."""
+    named = set()
+    for (values, group_steps), (rank, planes), steps in itertools.product(VALUES, SIGNS, (0, 4)):
+        sizes, dtype = (
+            Sizes(512, (72,), values, group_steps, rank, steps, planes),
+            (torch.float16, torch.bfloat16)[rank % 2],
+        )
+        ahead = kernel_names(sizes, dtype)
+        assert len(set(ahead)) == len(ahead)
+        named |= set(ahead)
+        for M in (*range(1, 130), *range(130, 4097, 97), 1 << 20):
+            first, second = launches(sizes, M, dtype, gpu)
+            assert second.name in ahead and (first is None or first.name in ahead), (sizes, M)
+            assert (first is None) == (steps == 0 or isinstance(second.plan, Rebuild))
+    assert {f"reduce_{act}" for act in ("fp16", "bf16")} <= named
+
+
+def test_the_template_says_what_the_plan_says():
+    """Parts of unequal rows: first tile, block and feature of each, in `LinearParams`."""
+    sizes = Sizes(1000, (100, 24, 37), INT8, 2, 2, 1, 3)
+    first, second = launches(sizes, 12, torch.float16, A100)
+    p = launching.LinearParams.from_buffer_copy(second.template)
+    tile = second.plan.tile
+    rows = 16 * tile.blocks * tile.warp_rows
+    assert (p.tokens, p.in_features, p.out_features, p.k_blocks, p.whole_blocks) == (
+        12,
+        1000,
+        161,
+        8,
+        7,
+    )
+    assert (p.rank, p.planes, p.group_steps, p.adapter_steps, p.parts, p.z_splits) == (
+        2,
+        3,
+        2,
+        1,
+        3,
+        first.plan.splits,
+    )
+    assert (p.warp_rows, p.warp_tokens, p.warp_inputs) == (
+        tile.warp_rows,
+        tile.warp_tokens,
+        tile.warp_inputs,
+    )
+    assert (p.stages, p.splits) == (second.plan.stages, second.plan.splits)
+    assert list(p.part_row) == [0, 100, 124, 161, 0] and list(p.part_block) == [0, 7, 9, 12, 0]
+    ends = list(itertools.accumulate(-(-part // rows) for part in sizes.rows))
+    assert (
+        list(p.part_tile) == [0, *ends, 0]
+        and p.row_tiles == ends[-1]
+        and p.token_tiles == second.plan.token_tiles
+    )
+    q = launching.LinearParams.from_buffer_copy(first.template)
+    assert (q.out_features, q.parts, q.rank, q.adapter_steps, q.tokens) == (48, 1, 0, 0, 12)

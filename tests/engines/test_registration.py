@@ -1,0 +1,187 @@
+"""transformers knows packed folders in any order of imports, and its own import never fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+
+EVENTS = """
+import itertools, os, sys
+
+EVENTS = (
+    "import slab_kernels",
+    "from slab_kernels import SlabConfig",
+    "import transformers",
+    "from transformers import AutoModelForCausalLM; import transformers.quantizers.auto",
+    "import slab_kernels.engines.transformers",
+)
+
+def run(order):
+    for event in order:
+        exec(event, {})
+        auto = sys.modules.get("transformers.quantizers.auto")
+        if auto is not None and "slab_kernels" in sys.modules:
+            ours = sys.modules["slab_kernels.engines.transformers"]
+            assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
+            assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
+"""
+# Whatever follows the second or the last event finds everything imported. So 32 orders differ in
+# what happens, and each of them runs in a process of its own, into which only packages that
+# neither of the two libraries belongs to have been imported.
+FRESH = """
+import accelerate, huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
+
+orders = itertools.permutations(EVENTS)
+ends = lambda order: min(order.index(EVENTS[1]), order.index(EVENTS[4]))
+distinct = sorted({order[: ends(order) + 1] for order in orders})
+assert len(distinct) == 32 and not {"transformers", "slab_kernels"} & sys.modules.keys()
+for order in distinct:
+    child = os.fork()
+    if child == 0:
+        try:
+            run(order)
+            os._exit(0)
+        except BaseException as error:
+            print(order, repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+# All 120 in one process: this library and the registry are unloaded before each.
+ORDERS = """
+import transformers.modeling_utils
+
+for order in itertools.permutations(EVENTS):
+    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("slab")]
+    for name in list(sys.modules):
+        if name.split(".")[0] == "slab_kernels" or name.startswith("transformers.quantizers"):
+            del sys.modules[name]
+    run(order)
+    assert "slab_kernels.engines.transformers" in sys.modules
+"""
+KNOWN = """
+auto = sys.modules["transformers.quantizers.auto"]
+assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"].__module__ == "slab_kernels.engines.transformers"
+"""
+FROZEN = """
+import importlib.machinery, sys
+import slab_kernels
+
+class Frozen:
+    __slots__ = ("loader",)
+    def __init__(self, loader): object.__setattr__(self, "loader", loader)
+    def __setattr__(self, name, value): raise AttributeError(name)
+    def create_module(self, spec): return None
+    def exec_module(self, module): self.loader.exec_module(module)
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name != "transformers.quantizers.auto": return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        spec.loader = Frozen(spec.loader)
+        return spec
+
+sys.meta_path.insert(1, Finder)
+from slab_kernels import SlabConfig
+import transformers.quantizers.auto as auto
+assert type(auto.__spec__.loader) is Frozen
+"""
+TWICE = """
+import builtins, importlib, sys
+import slab_kernels
+plain = builtins.__import__
+
+def failed(name, *rest, **more):
+    if name.endswith("quantizer_awq"): raise OSError("once")
+    return plain(name, *rest, **more)
+
+builtins.__import__ = failed
+try: import transformers.quantizers.auto
+except OSError: builtins.__import__ = plain
+else: raise AssertionError("nothing failed")
+import transformers.quantizers.auto as auto
+assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"]
+importlib.reload(auto)
+"""
+ON_META = """
+import sys, torch
+import slab_kernels
+with torch.device("meta"):
+    import transformers.quantizers.auto
+"""
+STRANGE = """
+import slab_kernels, slab_kernels.engines as engines, sys, types
+broken = types.ModuleType("slab_kernels.engines.transformers")
+def register(): raise AttributeError("moved")
+broken.register = register
+sys.modules[broken.__name__] = broken
+from transformers.quantizers.auto import AutoHfQuantizer
+assert AutoHfQuantizer.supports_quant_method({"quant_method": "slab_kernels"})
+try: AutoHfQuantizer.from_config({"quant_method": "slab_kernels"}, pre_quantized=True)
+except RuntimeError as error: assert "use slab_kernels.load" in str(error)
+else: raise AssertionError("opened")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        (EVENTS + FRESH, ()),
+        (EVENTS + ORDERS, ()),
+        (FROZEN + KNOWN, ("-W", "error")),
+        (TWICE + KNOWN, ()),
+        (ON_META + KNOWN, ()),
+    ],
+    ids=[
+        "every order that differs, in fresh processes",
+        "all orders",
+        "warnings are errors, and the loader cannot be changed",
+        "a failed import and a reload",
+        "while meta is the default device",
+    ],
+)
+def test_registered(code, options):
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_strange_transformers_lives_and_refuses_our_folders():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", STRANGE], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1 and "The reason: AttributeError: moved" in done.stderr
+
+
+DEFAULT_META = """
+import torch
+with torch.device("meta"):
+    import slab_kernels.cli.main, slab_kernels.compression.model, slab_kernels.nn, slab_kernels.engines.transformers
+from slab_kernels.methods.solvers.quantize import SEARCH
+assert SEARCH == torch.linspace(0.5, 1.0, 21).tolist()
+"""
+BEING_IMPORTED = """
+import sys, types
+import slab_kernels
+sys.modules["slab_kernels.engines.transformers"] = types.ModuleType("half")  # by another thread
+import transformers.quantizers.auto as auto
+try:
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"].from_dict({})
+except RuntimeError as error:
+    assert "still being imported" in str(error)
+else:
+    raise AssertionError("a packed folder would open with random weights")
+del sys.modules["slab_kernels.engines.transformers"]
+ours = __import__("slab_kernels.engines.transformers", fromlist=["register"])
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig
+assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer
+"""
+
+
+@pytest.mark.parametrize("program", [DEFAULT_META, BEING_IMPORTED], ids=["meta", "being imported"])
+def test_circumstances_of_the_import(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
