@@ -1,4 +1,4 @@
-"""Numbers that stand inside sentences of the documents, each tied to a file under benchmarks/results/.
+"""Numbers inside sentences of the documents, each tied to a file under benchmarks/results/.
 
 A claim is a sentence with a format field for every number. The document has to contain it with
 the numbers that the claim computes; `figures.py --write` puts them there. Numbers that need no
@@ -36,7 +36,7 @@ class Claim:
         return re.compile("(" + f"){NUMBER}(".join(spaced) + ")")
 
     def renewed(self, text: str) -> str:
-        """The text with the claim's numbers in it. Raises: ValueError if the sentence is not there."""
+        """The text with the claim's numbers in it. Raises: ValueError if it lacks the sentence."""
         found = self.pattern().search(text)
         if not found:
             raise ValueError(f"the sentence {self.sentence!r} is not there")

@@ -67,7 +67,11 @@ GOALS = (
     ("plain fp16 values, the default", "--values fp16", "slab fp16"),
     ("speed while decoding", "--values int4", "slab int4"),
     ("accuracy for few bits", "--values int4 --planes 2", "slab int4, 2 planes"),
-    ("a given size, with time to spare", "--bits 3.6 --match 10", "slab, searched for 3.6 bits, matched"),
+    (
+        "a given size, with time to spare",
+        "--bits 3.6 --match 10",
+        "slab, searched for 3.6 bits, matched",
+    ),
 )
 
 
@@ -227,9 +231,7 @@ def xeon_linear() -> str:
     body = []
     for m in (1, 4, 16):
         for dtype in ("bf16", "fp32"):
-            found = [
-                the_row(rows, backend="cpu", values=v, dtype=dtype, m=m) for v in values
-            ]
+            found = [the_row(rows, backend="cpu", values=v, dtype=dtype, m=m) for v in values]
             rate = f"{found[0]['gbytes_per_s']:.1f}, {found[0]['bandwidth_share']:.2f}"
             body.append(
                 (str(m), dtype, *(f"{row['speedup_vs_dense']:.2f}×" for row in found), rate)
@@ -289,9 +291,14 @@ def instruction_budget() -> str:
     return markdown(head, body)
 
 
+def budget_rows() -> list[Row]:
+    """What decoding eight tokens takes of each resource, by GPU and value type."""
+    return matching(read("instruction-budget.json")["budgets"], tokens=8)
+
+
 def issue_rates() -> str:
     """What a GPU can issue per weight at full bandwidth, and the share that decoding takes."""
-    rows = matching(read("instruction-budget.json")["budgets"], tokens=8)
+    rows = budget_rows()
     kinds = {row["values"]: row["bits_per_weight"] for row in rows}
     body = []
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
@@ -324,6 +331,87 @@ def predicted(gpu: str) -> str:
     return markdown(("S", *(f"M = {m}" for m in tokens)), body)
 
 
+def triton_rows() -> list[Row]:
+    """The main loops of the Triton kernels, one row for each tile, weight and architecture."""
+    return read("triton-instructions.json")["rows"]
+
+
+def triton_instructions() -> str:
+    """Warp instructions per weight in the main loop of the Triton kernels, by architecture."""
+    rows = triton_rows()
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    columns = ("block_n", "block_m", "block_k", "values", "activations", "planes")
+    cases = {tuple(row[c] for c in columns): None for row in rows}
+    body = []
+    for case in sorted(cases, key=lambda case: (case[5], case[4] == "fp32", case)):
+        here = matching(rows, **dict(zip(columns, case, strict=True)))
+        counts = {row["architecture"]: rounded(row["per_weight"], 1) for row in here}
+        tile = " × ".join(map(str, case[:3]))
+        body.append((tile, *map(str, case[3:]), *(counts.get(a, "–") for a in architectures)))
+    return markdown(
+        ("out_features × tokens × inputs", "S", "activations", "planes", *architectures), body
+    )
+
+
+SCHEDULERS = 4  # of one multiprocessor; each issues one warp instruction per clock
+
+
+def triton_bounds() -> str:
+    """The greatest speed-up that bytes and the issue rate allow at 16 tokens or fewer."""
+    from slab_kernels.backends.cuda.plan import GPUS
+
+    decoding = matching(triton_rows(), block_n=64, block_m=16, block_k=128, planes=1)
+    kinds = {row["values"]: row["bits_per_weight"] for row in budget_rows()}
+    body = []
+    for values, stored in (
+        ("fp16", kinds["w16"]),
+        ("int8", kinds["int8"]),
+        ("int4", kinds["int4"]),
+    ):
+        cells = []
+        for gpu in GPUS:
+            architecture = "sm_{}{}".format(*gpu.capability)
+            count = the_row(decoding, values=values, architecture=architecture)["per_weight"]
+            issued = SCHEDULERS * gpu.multiprocessors * gpu.clock  # warp instructions per ns
+            read_dense = 2 / gpu.bandwidth  # ns for the two bytes of a dense fp16 weight
+            cells.append(rounded(min(16 / stored, read_dense / (count / 32 / issued)), 2))
+        body.append((values, *cells))
+    return markdown(("S", *(gpu.name for gpu in GPUS)), body)
+
+
+def group_error() -> str:
+    """Share of the variance that a 2:4 group loses, by value type, planes and kind of weight."""
+    rows = read("group-error.json")["rows"]
+    cases = {(row["bits"], row["values"], row["planes"]): None for row in rows}
+    body = []
+    for bits, values, planes in sorted(cases):
+        here = matching(rows, values=values, planes=planes)
+        lost = {row["weights"]: f"{rounded(100 * row['lost'], 1)} %" for row in here}
+        kind = f"2:4, {values}" if planes else f"dense {values}, round to nearest"
+        body.append((f"{bits:g}", kind, str(planes or "–"), lost["Gaussian"], lost["Student-t"]))
+    head = ("bits", "kept values", "planes", "Gaussian weights", "Student-t weights")
+    return markdown(head, body)
+
+
+def stored_bits(values: str, group_size: int | None = None, planes: int = 1) -> float:
+    """Bits per weight without factors, from the sizes of the packed tensors of a large layer."""
+    from slab_kernels.format import PackedLayout
+
+    layout = PackedLayout(4096, 4096, values, group_size, rank=1, planes=planes)
+    return layout.bits_per_weight(factors=False)
+
+
+def bits_by_type() -> str:
+    """Stored bits per weight without factors, by value type and planes."""
+    body = []
+    for values in ("fp16", "bf16", "int8", "int4", "int3"):
+        group_size = 128 if values.startswith("int") else None
+        name = values + (", groups of 128" if group_size else "")
+        planes = (stored_bits(values, group_size, count) for count in (1, 2, 3))
+        body.append((name, *(f"{bits:g}" for bits in planes)))
+    return markdown(("values", "one plane", "two planes", "three planes"), body)
+
+
 PREDICTED_GPUS = ("A100", "RTX 3090", "RTX 4090", "H100", "H200", "RTX 5090")
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -339,6 +427,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "call-overhead": call_overhead,
     "instruction-budget": instruction_budget,
     "issue-rates": issue_rates,
+    "triton-instructions": triton_instructions,
+    "triton-bounds": triton_bounds,
+    "group-error": group_error,
+    "bits-by-type": bits_by_type,
     **{
         f"predicted-{gpu.lower().replace(' ', '-')}": functools.partial(predicted, gpu)
         for gpu in PREDICTED_GPUS

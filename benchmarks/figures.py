@@ -41,7 +41,7 @@ def with_tables(text: str) -> str:
 
 
 def with_claims(text: str, claims: list[Claim]) -> str:
-    """The text with the numbers of every claim made anew. Raises: ValueError for a lost sentence."""
+    """The text with the numbers of every claim anew. Raises: ValueError for a lost sentence."""
     for claim in claims:
         text = claim.renewed(text)
     return text

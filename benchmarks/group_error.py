@@ -65,7 +65,9 @@ def best(w: Tensor, values: str, planes: int, steps: Tensor) -> float:
     low, high, ratio = 0.1, 2.0, (5**0.5 - 1) / 2
     while high - low > 0.005:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
-        if pruned_loss(w, values, planes, left, steps) < pruned_loss(w, values, planes, right, steps):
+        if pruned_loss(w, values, planes, left, steps) < pruned_loss(
+            w, values, planes, right, steps
+        ):
             high = right
         else:
             low = left
