@@ -77,6 +77,12 @@ def cells(matrix: Sequence[Sequence[float]], largest: float, left: float) -> str
     return "\n".join([*drawn, frame])
 
 
+def example_matrices() -> Row:
+    """W and its parts, by name."""
+    found = read("example-matrix.json")
+    return {name: found[name] for name in ("W", "S", "signs", "magnitudes", "adapter")}
+
+
 def decomposition(found: Row) -> str:
     """W = S + signs × magnitudes + P Qᵀ, every matrix on one colour scale but the signs."""
     largest = max(abs(entry) for row in found["W"] for entry in row)
@@ -267,7 +273,7 @@ def methods(found: dict[str, Any]) -> str:
 
 
 PICTURES: dict[str, Picture] = {
-    "decomposition.svg": Picture(lambda: read("example-matrix.json"), decomposition),
+    "decomposition.svg": Picture(example_matrices, decomposition),
     "speed-h100.svg": Picture(
         lambda: speedup_rows(H100, "cuda"),
         lambda rows: speed(rows, "The fused linears of Llama-3-8B on an H100, fp16 activations"),

@@ -37,7 +37,8 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 def with_tables(text: str) -> str:
     """The text with every table between its markers made anew. Raises: KeyError for its name."""
-    return REGION.sub(lambda m: m["begin"] + ALL_TABLES[m["name"]]() + m["end"], text)
+    # The empty lines make it a table for Python-Markdown too, which builds the site.
+    return REGION.sub(lambda m: f"{m['begin']}\n{ALL_TABLES[m['name']]()}\n{m['end']}", text)
 
 
 def with_claims(text: str, claims: list[Claim]) -> str:
