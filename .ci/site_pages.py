@@ -1,4 +1,4 @@
-"""What the site has beside docs/: README.md and its neighbours as pages, and files that pages link to.
+"""What the site has beside docs/: README.md and its neighbours, and files that pages link to.
 
 Pages are written for the repository, where a link is a path from the page's own folder. On the
 site the same links lead to the same things: a page outside docs/ gets a name of its own in

@@ -1,4 +1,4 @@
-"""Where the next bit of a 2:4 group belongs: the share of the variance that is lost, by value type and sign planes.
+"""Where the next bit of a 2:4 group belongs: the variance that is lost by value type and planes.
 
     python benchmarks/group_error.py [--out benchmarks/results/group-error.json]
 
@@ -42,7 +42,10 @@ def weights(name: str) -> Tensor:
 
 
 def rounding_errors(w: Tensor, values: str, steps: Tensor) -> Tensor:
-    """Squared errors of rounding to the grid, [steps, *w.shape]; a step is a share of a block's largest weight."""
+    """Squared errors of rounding to the grid, [steps, *w.shape].
+
+    A step is a share of the one that reaches the block's largest weight.
+    """
     if values == "fp16":
         return torch.zeros(1, *w.shape)
     low, high = INTEGER_RANGES[values]

@@ -24,8 +24,8 @@ def trained_network() -> nn.Sequential:
         nn.Linear(256, 1),
     )  # fmt: skip
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for _ in range(400):
-        x, y = points(512)
+    for _ in range(200):
+        x, y = points(256)
         optimizer.zero_grad()
         nn.functional.mse_loss(network(x), y).backward()
         optimizer.step()
