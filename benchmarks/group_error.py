@@ -78,7 +78,7 @@ def best(w: Tensor, values: str, planes: int, steps: Tensor) -> float:
 
 
 def rows() -> list[dict]:
-    """One row for each kind of weight, value type and number of planes; 0 planes: dense integers."""
+    """One row for each kind of weight, value type and number of planes; 0 is dense integers."""
     found = []
     steps = torch.linspace(0.3, 1.05, 31)
     for name in ("Gaussian", "Student-t"):
