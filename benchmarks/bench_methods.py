@@ -324,7 +324,8 @@ def main() -> int:
     from slab_kernels.cli.console import print_table, say
     from slab_kernels.errors import BudgetError
     from slab_kernels.evaluate import perplexity as evaluate
-    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.models.folder import hub_folder
+    from slab_kernels.models.source import open_source
     from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
@@ -385,6 +386,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from slab_kernels.cli.main import console
+    from slab_kernels.cli import console
 
     sys.exit(console.run(main, as_json=False))

@@ -153,7 +153,8 @@ def main() -> int:
     from slab_kernels.cli.console import print_table
     from slab_kernels.device import resolve_device
     from slab_kernels.evaluate.inspect import inspect
-    from slab_kernels.models.source import hub_folder, open_source
+    from slab_kernels.models.folder import hub_folder
+    from slab_kernels.models.source import open_source
     from slab_kernels.report import tables as report
     from slab_kernels.text import source as texts
 
@@ -246,6 +247,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from slab_kernels.cli.main import console
+    from slab_kernels.cli import console
 
     sys.exit(console.run(main, as_json=False))

@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "compress": "compression.model",
-    "load": "models.packed",
-    "save": "models.packed",
+    "load": "models.load",
+    "save": "models.save",
     "decompress": "models.decompress",
     "decompose": "methods",
     "Decomposition": "format",

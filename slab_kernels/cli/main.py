@@ -334,8 +334,9 @@ def _open(
 
     from ..device import resolve_device
     from ..evaluate.inspect import inspect
-    from ..models.packed import load
-    from ..models.source import hub_folder, open_source
+    from ..models.folder import hub_folder
+    from ..models.load import load
+    from ..models.source import open_source
     from ..text.source import open_tokenizer
 
     _force(backend)

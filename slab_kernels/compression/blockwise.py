@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..format import Decomposition, PackedWeight, cast
 from ..methods.inputs import InputStats
-from ..models.blocks import block_linears, filled_copy, find_blocks
+from ..models.blocks import block_linears, filled_copy, find_blocks, outside_filled
 from ..models.groups import Group, find_groups, layer_inputs
-from ..models.source import FolderSource, ModuleSource, compute_dtype, outside_filled
+from ..models.model_config import compute_dtype
+from ..models.source import FolderSource, ModuleSource
 from ..models.streams import Stream, catch_stream
 from ..models.ties import tied_names
 from .matching import match_block
@@ -93,7 +94,13 @@ def compress_blocks(
     with outside_filled(source, path, device, dtype) as model:
         streams = [
             catch_stream(
-                model, blocks, t, materialise, device, _home(t, source.config, device), replaced
+                model,
+                blocks,
+                t,
+                materialise,
+                device,
+                keep_on=_home(t, source.config, device),
+                packed=replaced,
             )
             for t in texts
         ]
@@ -222,12 +229,10 @@ def _statistics(
         None if dense_stream is None else torch.zeros(K, K, device=stream.device),
     )
     for batch in range(len(stream.hidden)):
-        x = layer_inputs(stream, index, blocks[0], pair[0], group.names[0], group.calls, batch)
+        x = layer_inputs(stream, index, blocks[0], pair[0], group, batch)
         stats.update(x)
         if moved is not None:
-            dense = layer_inputs(
-                dense_stream, index, blocks[1], pair[1], group.names[0], group.calls, batch
-            )
+            dense = layer_inputs(dense_stream, index, blocks[1], pair[1], group, batch)
             # an expert can be given other tokens in the dense model: then the two cannot be compared
             moved = moved + (dense - x).float().T @ x.float() if dense.shape == x.shape else None
     return stats, moved / stats.tokens if moved is not None and bool(moved.any()) else None

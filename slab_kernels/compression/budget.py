@@ -160,11 +160,7 @@ def _measure(
                 first = linears[group.names[0]]
                 stats = InputStats(first.in_features)
                 for batch in range(len(stream.hidden)):
-                    stats.update(
-                        layer_inputs(
-                            stream, index, block, first, group.names[0], group.calls, batch
-                        )
-                    )
+                    stats.update(layer_inputs(stream, index, block, first, group, batch))
                 for name in group.names:
                     if name not in known:
                         yield (

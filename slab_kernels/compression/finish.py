@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import CheckpointError
 from ..format import PackedWeight
 from ..models.folder import PROGRESS_NAME, RECORD_NAME, write_index
+from ..models.output import check_same_settings, file_sha256, is_whole
 from ..models.packed_config import quantization_config
-from ..models.progress import check_same_settings, file_sha256, is_whole
 from ..models.shards import read_json, write_json
 from ..nn.replacement import replace_linear
 from .plan import Plan

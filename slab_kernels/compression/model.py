@@ -18,8 +18,10 @@ from ..device import local_device, resolve_device, usual_torch
 from ..errors import ArgumentError
 from ..format import FORMAT_VERSION
 from ..models.blocks import block_linears, find_blocks
-from ..models.progress import Progress
-from ..models.source import FolderSource, ModuleSource, compute_dtype, hub_folder, open_source
+from ..models.folder import hub_folder
+from ..models.model_config import compute_dtype
+from ..models.output import OutputFolder
+from ..models.source import FolderSource, ModuleSource, open_source
 from ..models.ties import tied_names
 from ..paths import expanded
 from ..text.source import (
@@ -151,7 +153,7 @@ def compress(
         stack.callback(getattr(report, "close", lambda: None))
         state = None
         if out is not None and team.leads:
-            state = stack.enter_context(Progress(out, settings, resume))
+            state = stack.enter_context(OutputFolder(out, settings, resume))
         if out is not None:
             _know_inputs(source, state, team)
         if bits is not None:
@@ -202,7 +204,7 @@ def compress(
         return result
 
 
-def _know_inputs(source: FolderSource | ModuleSource, state: Progress | None, team: Team) -> None:
+def _know_inputs(source: FolderSource | ModuleSource, state: OutputFolder | None, team: Team) -> None:
     """Let a run that goes on read the tensors that it began with: `state` keeps their hashes."""
 
     def hashes() -> dict[str, str]:
@@ -216,7 +218,7 @@ def _know_inputs(source: FolderSource | ModuleSource, state: Progress | None, te
 
 def _spend(
     source: FolderSource | ModuleSource, plan: Plan, shapes: dict[str, tuple[int, int]], bits: float, tokens: Tensor,
-    device: torch.device, team: Team, state: Progress | None, report: Callable[[ProgressEvent], None],
+    device: torch.device, team: Team, state: OutputFolder | None, report: Callable[[ProgressEvent], None],
 ) -> dict[str, dict]:  # fmt: skip
     """The settings of every layer under the budget, searched by one process for all.
 

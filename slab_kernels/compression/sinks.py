@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..format import PackedLayout, PackedWeight, read_factors
-from ..models.progress import Progress
+from ..models.output import OutputFolder
 from ..models.shards import TensorEntry, read_header, shard_name, write_shard
 from ..models.source import FolderSource, ModuleSource
 from .plan import Plan
@@ -75,7 +75,7 @@ class FolderSink:
         path: str,
         blocks: int,
         plan: Plan,
-        progress: Progress | None,
+        progress: OutputFolder | None,
         done: list[dict],
     ):
         self.out, self.source, self.path, self.blocks, self.plan, self.progress = (

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..device import usual_torch
 from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..format import PackedWeight, pack_adapter
-from ..models.packed import load, save
+from ..models.folder import hub_folder
+from ..models.load import load
+from ..models.save import save
 from ..models.shards import tensor_bytes, write_atomically
-from ..models.source import hub_folder
 from ..nn import SlabLinear
 from ..paths import expanded
 from ..settings import SEED, WINDOW, enforce, setting

@@ -18,25 +18,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ArgumentError, CheckpointError
 from ..format import FORMAT_VERSION
-from ..models.folder import Checkpoint, check_counts
+from ..models.folder import Checkpoint, hub_folder
+from ..models.load import load
+from ..models.model_config import check_counts, read_generation_config
 from ..models.packed import (
     check,
     check_finite,
     check_tensors_fit,
-    load,
     packed_modules,
     read_packed,
     swap_in,
 )
-from ..models.packed_config import QUANT_METHOD, parse_layouts, quantization_config
+from ..models.packed_config import DESCRIBED, QUANT_METHOD, parse_layouts, quantization_config
 from ..models.shards import CHECKSUMS, checksum, tensor_bytes
-from ..models.side_files import read_generation_config
 from ..models.skeleton import computes
-from ..models.source import hub_folder
 from ..models.ties import holds, untie
 from ..terminal import first_line
 
-DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that config.json keeps
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
 MANY_BLOCKS = 512  # built in a second; packed modules tell little of how many there are
 _REGISTERING = threading.Lock()

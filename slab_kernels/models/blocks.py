@@ -1,25 +1,38 @@
-"""Decoder blocks and the linears in them, found by structure, whatever the architecture."""
+"""Decoder blocks and the linears in them, found by structure, whatever the architecture.
+
+Weights are filled in block by block, and into what lies outside the blocks.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError
+from .skeleton import place
+from .ties import all_names, tied_names
 
-TOKENS_PER_BATCH = (
-    4096  # tokens a block sees at once: enough to fill a device, small beside the weights
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .source import Source
+
+# Tokens that a block sees at once: enough to fill a device, small beside the weights.
+TOKENS_PER_BATCH = 4096
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the outermost nn.ModuleList with weights inside every element, of
-    `num_hidden_layers` elements where the config says so, and with the most parameters if several remain.
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks.
+
+    They are the outermost nn.ModuleList with weights inside every element, of `num_hidden_layers`
+    elements where the config says so, and with the most parameters if several remain.
 
     Raises: ArchitectureError saying what was looked for.
     """
@@ -29,30 +42,32 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ArchitectureError(
             f"{name} is an encoder-decoder model; only decoder-only language models are supported"
         )
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(text_config, "num_hidden_layers", None)
+    text = getattr(config, "get_text_config", None)
+    depth = getattr(config if text is None else text(), "num_hidden_layers", None)
     found = list(_outer_lists(model, ""))
     fitting = [(path, blocks) for path, blocks in found if depth is None or len(blocks) == depth]
     if not fitting:
         wanted = "" if depth is None else f" and num_hidden_layers={depth} elements"
         seen = ", ".join(f"{path} ({len(blocks)})" for path, blocks in found) or "none"
         raise ArchitectureError(
-            f"no decoder blocks found in {name}: looked for an nn.ModuleList with weights in every element{wanted}; found {seen}"
+            f"no decoder blocks found in {name}: looked for an nn.ModuleList with weights in every "
+            f"element{wanted}; found {seen}"
         )
     return max(fitting, key=lambda item: sum(t.numel() for t in _tensors(item[1])))
 
 
 def _outer_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Name and list of every nn.ModuleList with weights in all elements, outermost ones only."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if (
-            isinstance(child, nn.ModuleList)
-            and len(child)
-            and all(any(t.dim() >= 2 for t in _tensors(b)) for b in child)
-        ):
+        if isinstance(child, nn.ModuleList) and len(child) and all(map(_has_weight, child)):
             yield path, child
         else:
             yield from _outer_lists(child, path + ".")
+
+
+def _has_weight(block: nn.Module) -> bool:
+    return any(t.dim() >= 2 for t in _tensors(block))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -67,53 +82,37 @@ def block_linears(
     skip: tuple[str, ...] = (),
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, nn.Linear]]:
-    """Per block: full name -> nn.Linear to compress.
+    """For each block: full name -> nn.Linear to compress.
 
-    skip: fnmatch patterns of full names of modules or parameters.
+    Args:
+        path: name of `blocks` in the model.
+        group: what in_features must be a multiple of.
+        skip: fnmatch patterns of full names of modules or parameters.
+        tied: parameter that is another one under a second name -> that other name.
 
-    tied: parameter that is another one under a second name -> that other name.
-
-    Raises: ArchitectureError for weights that are not in plain nn.Linear modules (GPT-2's Conv1D, stacked experts), for
-    a linear that is another one too, for in_features that groups of `group` do not divide, for a skip pattern that
-    matches nothing, and if nothing is left.
+    Raises: ArchitectureError for weights that are not in plain nn.Linear modules (GPT-2's Conv1D,
+        stacked experts), for a linear that is another one too, for in_features that `group` does
+        not divide, for a skip pattern that matches nothing, and if nothing is left.
     """
-    result, used = [], set()
-    outside: dict[
-        str, str
-    ] = {}  # skip pattern -> the first weight outside nn.Linear that it leaves dense
+    result: list[dict[str, nn.Linear]] = []
+    used: set[str] = set()
+    outside: dict[str, str] = {}  # skip pattern -> the first weight outside nn.Linear it leaves
     for index, block in enumerate(blocks):
-        linears = {}
+        linears: dict[str, nn.Linear] = {}
         for name, module in block.named_modules(remove_duplicate=False):
             full = f"{path}.{index}.{name}" if name else f"{path}.{index}"
             own = [f"{full}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-            used |= {
-                pattern for pattern in skip if any(fnmatchcase(n, pattern) for n in (full, *own))
-            }
-            kind = type(module).__name__
-            if kind == "SlabLinear":
+            used |= {p for p in skip if any(fnmatchcase(n, p) for n in (full, *own))}
+            if type(module).__name__ == "SlabLinear":
                 raise ArchitectureError(f"{full} is compressed already; start from the dense model")
             if _is_skipped(full, skip):
                 continue
             if type(module) is nn.Linear:
-                if module.in_features % group:
-                    raise ArchitectureError(
-                        f"{full} has in_features={module.in_features}, which groups of {group} do not divide; "
-                        f"leave it dense with skip='*.{name}'"
-                    )
+                _check_divides(full, name, module, group)
                 linears[full] = module
             elif not type(module).__module__.startswith("torch.nn."):
-                holds = any(type(inner) is nn.Linear for inner in module.modules())
-                for parameter, value in module.named_parameters(recurse=False):
-                    large = value.dim() >= 2 and min(value.shape[-2:]) > 1
-                    if large and not _is_skipped(f"{full}.{parameter}", skip):
-                        parts = [*name.split("."), *([parameter] if holds or not name else [])]
-                        pattern = ".".join(
-                            ["*", *("*" if part.isdigit() else part for part in parts if part)]
-                        )
-                        outside.setdefault(
-                            pattern,
-                            f"{full} ({kind}) keeps its weight {parameter!r} {list(value.shape)}",
-                        )
+                for pattern, weight in _weights_of_its_own(module, name, full, skip):
+                    outside.setdefault(pattern, weight)
         result.append(linears)
     unused = [pattern for pattern in skip if pattern not in used]
     if unused:
@@ -128,14 +127,44 @@ def block_linears(
     return result
 
 
+def _check_divides(full: str, name: str, linear: nn.Linear, group: int) -> None:
+    """Refuse in_features that groups of `group` do not divide. Raises: ArchitectureError."""
+    if linear.in_features % group:
+        raise ArchitectureError(
+            f"{full} has in_features={linear.in_features}, which groups of {group} do not divide; "
+            f"leave it dense with skip='*.{name}'"
+        )
+
+
+def _weights_of_its_own(
+    module: nn.Module, name: str, full: str, skip: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """The matrices of a module that is no nn.Linear: a skip pattern for each, and what it is.
+
+    name, full: of the module in its block and in the model. Vectors are no matter.
+    """
+    holds_linears = any(type(inner) is nn.Linear for inner in module.modules())
+    for parameter, value in module.named_parameters(recurse=False):
+        large = value.dim() >= 2 and min(value.shape[-2:]) > 1
+        if large and not _is_skipped(f"{full}.{parameter}", skip):
+            # The module itself is named where that leaves out no linear.
+            parts = [*name.split("."), *([parameter] if holds_linears or not name else [])]
+            starred = ["*" if part.isdigit() else part for part in parts if part]
+            what = f"{full} ({type(module).__name__}) keeps its weight {parameter!r}"
+            yield ".".join(["*", *starred]), f"{what} {list(value.shape)}"
+
+
 def _refuse_outside(outside: dict[str, str], more: bool) -> None:
     """Raises: ArchitectureError with what `skip` has to name, if `more` linears are left then."""
-    advice = ", ".join(f"skip='{pattern}'" for pattern in outside)
-    leaves = f"{advice} {'leaves it' if len(outside) == 1 else 'together leave them'} dense"
+    if more:
+        advice = ", ".join(f"skip='{pattern}'" for pattern in outside)
+        leaves = f"{advice} {'leaves it' if len(outside) == 1 else 'together leave them'} dense"
+    else:
+        leaves = "these blocks hold no nn.Linear beside it, so there is nothing to compress"
     others = f" (and {len(outside) - 1} more alike)" if len(outside) > 1 else ""
     raise ArchitectureError(
-        f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear is supported (no Conv1D, no stacked "
-        f"experts), and {leaves if more else 'these blocks hold no nn.Linear beside it, so there is nothing to compress'}"
+        f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear is supported "
+        f"(no Conv1D, no stacked experts), and {leaves}"
     )
 
 
@@ -145,33 +174,29 @@ def _refuse_shared(linears: list[dict[str, nn.Linear]], tied: Mapping[str, str])
     Raises: ArchitectureError.
     """
     pairs = {**tied, **{other: name for name, other in tied.items()}}
-    names: dict[int, str] = {}
+    names: dict[int, str] = {}  # id of a weight -> the first name that it was met under
     shared: dict[str, str] = {}
     for name, linear in ((name, linear) for block in linears for name, linear in block.items()):
-        first = names.setdefault(id(linear.weight), name)
-        other = (
-            pairs.get(f"{name}.weight", first).removesuffix(".weight") if first == name else first
-        )
+        other = names.setdefault(id(linear.weight), name)
+        if other == name:
+            other = pairs.get(f"{name}.weight", name).removesuffix(".weight")
         if other != name:
             shared |= {name: other, other: name}
-    if shared:
-        name, other = next(iter(shared.items()))
-        everything = all(name in shared for block in linears for name in block)
-        dense = (
-            ""
-            if everything
-            else ", or leave what is shared dense with skip, as in "
-            + f"skip='{other}', skip='{name}'"
-        )
-        more = f" ({len(shared)} linears are shared in all)" if len(shared) > 2 else ""
-        raise ArchitectureError(
-            f"{other} and {name} share one weight{more}, and each would be compressed for inputs of its own; give each "
-            f"a copy of it before compression{dense}"
-        )
+    if not shared:
+        return
+    name, other = next(iter(shared.items()))
+    more = f" ({len(shared)} linears are shared in all)" if len(shared) > 2 else ""
+    dense = ""
+    if any(name not in shared for block in linears for name in block):
+        dense = f", or leave what is shared dense with skip, as in skip='{other}', skip='{name}'"
+    raise ArchitectureError(
+        f"{other} and {name} share one weight{more}, and each would be compressed for inputs of "
+        f"its own; give each a copy of it before compression{dense}"
+    )
 
 
 def _is_skipped(full: str, skip: tuple[str, ...]) -> bool:
-    """A skipped module covers what is below it."""
+    """Whether a pattern names the module or parameter `full`, or a module that it lies in."""
     parts = full.split(".")
     return any(
         fnmatchcase(".".join(parts[:end]), pattern)
@@ -181,30 +206,67 @@ def _is_skipped(full: str, skip: tuple[str, ...]) -> bool:
 
 
 def batch_size(window: int) -> int:
+    """Windows of so many tokens that run together."""
     return max(1, TOKENS_PER_BATCH // window)
 
 
 def filled_copy(
     block: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
 ) -> nn.Module:
-    """A copy of `block` (which may be on meta) holding `tensors` on `device`, floating parameters cast to `dtype`.
+    """A copy of `block` (which may be on meta) that holds `tensors` on `device`.
 
     The copy is all that is ever materialised of a block: dropping it releases the memory.
+
+    tensors: by their names in the block. dtype: of floating-point tensors; None: their own.
     """
     filled = copy.deepcopy(block)
     filled.__dict__.pop("forward", None)  # the copy of a block under `catch_stream` computes
 
-    def place(t: Tensor) -> Tensor:
+    def moved(t: Tensor) -> Tensor:
+        # A copy even where nothing changes: matching trains it, and a model in memory must stay.
         kind = dtype if dtype and t.is_floating_point() else t.dtype
-        return t.to(
-            device=device, dtype=kind, copy=True
-        )  # matching trains it, and a model in memory must not change
+        return t.to(device=device, dtype=kind, copy=True)
 
-    filled.load_state_dict(
-        {name: place(t) for name, t in tensors.items()}, strict=False, assign=True
-    )
-    for owner in filled.modules():
+    state = {name: moved(t) for name, t in tensors.items()}
+    filled.load_state_dict(state, strict=False, assign=True)
+    _move_buffers(filled.modules(), device)
+    return filled.eval().requires_grad_(False)
+
+
+def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Put the computed buffers of these modules on `device`."""
+    for owner in modules:
         for name, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 owner._buffers[name] = buffer.to(device)
-    return filled.eval().requires_grad_(False)
+
+
+@contextmanager
+def outside_filled(
+    source: Source, path: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[PreTrainedModel]:
+    """The skeleton with real weights everywhere outside the blocks; back on meta afterwards.
+
+    The output head, which no block needs, stays on meta unless it is tied to the embedding.
+
+    path: name of the blocks. dtype: of floating-point tensors.
+    """
+    model, tied = source.model, tied_names(source.model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = [f"{name}." for name, module in model.named_modules() if module is head]
+    left_empty = (f"{path}.", *heads)
+    names = [name for name in source.names if not name.startswith(left_empty)]
+    for name in names:
+        t = source.get(name)
+        t = t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype)
+        for alias in all_names(name, tied):
+            place(model, alias, t)
+    outside = (m for n, m in model.named_modules() if not f"{n}.".startswith(f"{path}."))
+    _move_buffers(outside, device)
+    try:
+        yield model
+    finally:
+        for name in names:
+            for alias in all_names(name, tied):
+                owner, _, leaf = alias.rpartition(".")
+                place(model, alias, getattr(model.get_submodule(owner), leaf).to("meta"))

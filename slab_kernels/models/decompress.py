@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 from ..device import usual_torch
 from ..format import PackedLayout, cast, weight_dtype
 from ..paths import expanded
-from .folder import WEIGHTS_KEY, Checkpoint, config_dtype, write_index
+from .folder import Checkpoint, hub_folder, write_index
+from .model_config import WEIGHTS_KEY, config_dtype
+from .output import OutputFolder
 from .packed import ModelCheckpoint, check_tensors_fit, packed_skeleton, read_packed
 from .packed_config import read_layouts, reading
-from .progress import Progress
-from .shards import write_json, write_shard
+from .shards import TensorEntry, write_json, write_shard
 from .side_files import copy_side_files
-from .source import hub_folder
+from .stored_names import Form, Forms
 
 
 @usual_torch()
@@ -28,6 +29,7 @@ def decompress(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the dense checkpoint that a packed folder stands for, shard by shard.
 
@@ -35,9 +37,10 @@ def decompress(
         path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
         out: the folder to write, empty or not there; on failure nothing of it stays.
         dtype: of the weights that were packed; default: what config.json names, else that of most
-        other weights.
+            other weights.
         verify: compare what is read with its checksums.
         trust_remote_code: run the Python code in the folder, of which some models are made.
+        progress: called with the number of tensors written and of all, after each of them.
 
     Returns: files of the folder that were not carried along, each "name (reason)"; weights and
         hidden files are not named.
@@ -45,28 +48,15 @@ def decompress(
         if `dtype` is none of weights.
     """
     dtype = None if dtype is None else weight_dtype(dtype)
-    checkpoint, out = Checkpoint(hub_folder(path), verify=verify), expanded(out)
-    layouts = read_layouts(checkpoint)
-    owners = {
-        f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()
-    }
-    dtype = dtype or config_dtype(checkpoint.config) or _usual_dtype(checkpoint, owners)
-    checkpoint = check_tensors_fit(
-        checkpoint, packed_skeleton(checkpoint, layouts, trust_remote_code)
-    )
-    forms = checkpoint.stored_forms(name for name in checkpoint.entries if name not in owners)
-
-    def get(name: str) -> Tensor:
-        if name in forms:
-            return forms[name][2]()
-        module = name.removesuffix(".weight")
-        weight = read_packed(checkpoint.get, module, layouts[module]).dense()
-        with reading(str(checkpoint.folder)):
-            return cast(weight, dtype, name)
-
-    with Progress(out, {}, resume=None):
-        shards = _dense_shards(checkpoint, layouts, owners, dtype)
-        write_index(out, [write_shard(out / file, specs, get) for file, specs in shards])
+    packed, out = Checkpoint(hub_folder(path), verify=verify), expanded(out)
+    layouts = read_layouts(packed)
+    dtype = dtype or config_dtype(packed.config) or _usual_dtype(packed, layouts)
+    skeleton = packed_skeleton(packed, layouts, trust_remote_code)
+    checkpoint = check_tensors_fit(packed, skeleton)
+    shards = _dense_shards(checkpoint, layouts, dtype)
+    report = _Steps(sum(map(len, shards.values())), progress)
+    with OutputFolder(out, {}, resume=None):
+        write_index(out, [_write(out / file, forms, report) for file, forms in shards.items()])
         skipped = copy_side_files(checkpoint.folder, out)
         config = dict(checkpoint.config)
         for key in ("quantization_config", WEIGHTS_KEY):
@@ -77,33 +67,67 @@ def decompress(
     return skipped
 
 
-def _usual_dtype(checkpoint: Checkpoint, owners: dict[str, str]) -> torch.dtype:
+class _Steps:
+    """Counts steps of which there are `total`, and tells `progress` after each."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None):
+        self.done, self.total, self.progress = 0, total, progress
+
+    def step(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _write(file: Path, forms: Forms, report: _Steps) -> dict[str, TensorEntry]:
+    """Write one shard, a step of `report` for every tensor; returns its table."""
+
+    def get(name: str) -> Tensor:
+        tensor = forms[name].make()
+        report.step()
+        return tensor
+
+    return write_shard(file, {name: form.spec for name, form in forms.items()}, get)
+
+
+def _usual_dtype(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> torch.dtype:
     """The dtype of most floating-point numbers that are not packed."""
-    count = Counter()
+    packed = _owners(layouts)
+    count: Counter[torch.dtype] = Counter()
     for name, entry in checkpoint.entries.items():
-        if name not in owners and entry.dtype.is_floating_point:
+        if name not in packed and entry.dtype.is_floating_point:
             count[entry.dtype] += entry.nbytes // entry.dtype.itemsize
     return count.most_common(1)[0][0] if count else torch.float16
 
 
-def _dense_shards(
-    checkpoint: ModelCheckpoint,
-    layouts: dict[str, PackedLayout],
-    owners: dict[str, str],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, dict]]:
-    """Shard file, and name -> dtype and shape of the dense tensors to write in it.
+def _owners(layouts: dict[str, PackedLayout]) -> dict[str, str]:
+    """Packed tensor -> its module."""
+    return {f"{name}.{part}": name for name, layout in layouts.items() for part in layout.tensors()}
 
-    owners: packed tensor -> its module.
+
+def _dense_shards(
+    checkpoint: ModelCheckpoint, layouts: dict[str, PackedLayout], dtype: torch.dtype
+) -> dict[str, Forms]:
+    """Shard file -> the dense tensors to write in it, those of the packed file of that name.
+
+    dtype: of the weights that were packed.
     """
-    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
-        specs = {}
-        for name, entry in checkpoint.entries.items():
-            if name not in owners:
-                if entry.file == file:
-                    forms = checkpoint.stored_forms([name])
-                    specs |= {stored: (kind, shape) for stored, (kind, shape, _) in forms.items()}
-            elif name.endswith(".metadata") and entry.file == file:  # one in every packed weight
-                layout = layouts[owners[name]]
-                specs[f"{owners[name]}.weight"] = (dtype, (layout.out_features, layout.in_features))
-        yield file, specs
+
+    def weight(module: str) -> Form:
+        layout = layouts[module]
+
+        def make() -> Tensor:
+            dense = read_packed(checkpoint.get, module, layout).dense()
+            with reading(str(checkpoint.folder)):
+                return cast(dense, dtype, f"{module}.weight")
+
+        return Form(dtype, (layout.out_features, layout.in_features), make)
+
+    owners = _owners(layouts)
+    shards: dict[str, Forms] = {entry.file: {} for entry in checkpoint.entries.values()}
+    for name, entry in checkpoint.entries.items():
+        if name not in owners:
+            shards[entry.file] |= checkpoint.stored_forms([name])
+        elif name.endswith(".metadata"):  # one in every packed weight
+            shards[entry.file][f"{owners[name]}.weight"] = weight(owners[name])
+    return dict(sorted(shards.items()))

@@ -1,4 +1,4 @@
-"""Checkpoint folders: the tensors of a folder found, checked and read one by one.
+"""Checkpoint folders: found by path or by name on the hub, checked, and read tensor by tensor.
 
 A folder loads only if its config.json is there, and config.json is written last.
 """
@@ -11,68 +11,74 @@ import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .shards import (
-    TensorEntry,
-    checksum,
-    read_header,
-    read_json,
-    tensor_bytes,
-    write_json,
-)
+from ..paths import expanded
+from ..terminal import first_line
+from .model_config import WEIGHTS_KEY
+from .shards import TensorEntry, checksum, read_header, read_json, tensor_bytes, write_json
+from .side_files import NOT_DOWNLOADED
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-WEIGHTS_KEY = "transformers_weights"  # of config.json: the file to read instead of those two
-PROGRESS_NAME = (
-    "slab_progress.json"  # finished blocks of a run under way; removed after config.json is written
-)
+PROGRESS_NAME = "slab_progress.json"  # the state of an unfinished run, see output.py
 RECORD_NAME = "slab_run.json"
 VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not compared
-WEIGHT_DTYPES = {
-    "float16": torch.float16, "bfloat16": torch.bfloat16,
-    "float32": torch.float32, "float64": torch.float64,
-}  # fmt: skip
-# Of config.json:
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-MAX_LABELS = 1 << 20
-FEW_BLOCKS = 64  # built in a second: by their names it turns out that some are not in the files
 
 
-def config_dtype(config: dict) -> torch.dtype | None:
-    """The dtype of weights that a config.json names; None if it names none.
+def hub_folder(name: str | os.PathLike[str]) -> Path:
+    """The folder `name`, or the local snapshot of the model of that name on the Hugging Face hub.
 
-    Raises: CheckpointError for a name that is none of WEIGHT_DTYPES.
+    Raises: ArgumentError for what is no name or path, CheckpointError if nothing is found.
     """
-    name = config.get("dtype") or config.get("torch_dtype")
-    if not name:
-        return None
-    dtype = WEIGHT_DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
-    if dtype is None:
+    path, name = expanded(name), str(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise CheckpointError(f"the model folder {name} does not exist")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, ignore_patterns=NOT_DOWNLOADED))
+    except Exception as error:  # the hub client raises many types: offline, unknown name, no rights
         raise CheckpointError(
-            f"config.json names the dtype {reprlib.repr(name)}, and weights are one of "
-            f"{', '.join(WEIGHT_DTYPES)}; write one of these there"
-        )
-    return dtype
+            f"{name} is no folder here and cannot be fetched from the Hugging Face hub: "
+            f"{first_line(error)}"
+        ) from error
+
+
+class _Chosen(NamedTuple):
+    """The weights to read of a folder.
+
+    shards: names of files. named_by: who names them, for messages. listed: tensor -> shard, where
+    that is an index.
+    """
+
+    shards: list[str]
+    named_by: str
+    listed: dict[str, str] | None = None
 
 
 class Checkpoint:
-    """A folder of safetensors shards, every header read and checked on opening; tensors are read one by one.
+    """A folder of safetensors shards, whose headers are read and checked on opening.
 
-    Of several sets of weights in a folder, transformers' choice is read: the file that config.json
-    names as `transformers_weights`, else model.safetensors, else the shards that
-    model.safetensors.index.json lists.
+    Tensors are read one by one. Of several sets of weights in a folder, transformers' choice is
+    read: the file that config.json names as `transformers_weights`, else model.safetensors, else
+    the shards that model.safetensors.index.json lists.
 
     Args:
         files: the shards that an engine has chosen instead; they must lie in `folder`.
         verify: compare what is read with its checksum (never if SLAB_KERNELS_VERIFY is 0).
 
-    Raises: CheckpointError for a missing folder, config.json or shard, a corrupt shard, a tensor that is listed but
-    absent, present but not listed, or present twice, and for PyTorch .bin files.
+    Raises: CheckpointError for a missing folder, config.json or shard, a corrupt shard, a tensor
+        that is listed but absent, present but not listed, or present twice, and for PyTorch .bin
+        files.
     """
 
     def __init__(
@@ -85,24 +91,23 @@ class Checkpoint:
                 f"{self.folder} is not a folder; give the folder that holds config.json"
             )
         if not (self.folder / "config.json").is_file():
-            unfinished = (self.folder / PROGRESS_NAME).is_file()
-            raise CheckpointError(
-                f"{self.folder} has no config.json"
-                + (
-                    "; its compression was interrupted: finish it with resume=True"
-                    if unfinished
-                    else ""
-                )
-            )
+            advice = ""
+            if (self.folder / PROGRESS_NAME).is_file():
+                advice = "; its compression was interrupted: finish it with resume=True"
+            raise CheckpointError(f"{self.folder} has no config.json{advice}")
         self.config = read_json(self.folder / "config.json")
         self.entries: dict[str, TensorEntry] = {}
-        shards, index, listed = self._chosen() if files is None else (self._given(files), "", None)
         self._stamps: dict[str, tuple[int, ...]] = {}
-        for file in shards:
+        self._open(self._chosen() if files is None else self._given(files))
+
+    def _open(self, chosen: _Chosen) -> None:
+        """Read the header of every shard into `entries`, and compare them with the index."""
+        listed = chosen.listed
+        for file in chosen.shards:
             if not os.path.isfile(self.folder / file):  # False for a name too long, too
                 raise CheckpointError(
-                    f"{self.folder} lacks the shard {file!r} that "
-                    f"{index or 'the engine'} lists; copy it there"
+                    f"{self.folder} lacks the shard {file!r} that {chosen.named_by} lists; "
+                    "copy it there"
                 )
             self._stamps[file] = _stamp((self.folder / file).stat())
             for name, entry in read_header(self.folder / file).items():
@@ -112,20 +117,21 @@ class Checkpoint:
                     )
                 if listed is not None and listed.get(name) != file:
                     raise CheckpointError(
-                        f"{file} holds tensor {name!r}, which {index} does not place there"
+                        f"{file} holds tensor {name!r}, which {chosen.named_by} does not place "
+                        "there"
                     )
                 self.entries[name] = entry
-        for name in listed or ():
+        for name, file in (listed or {}).items():
             if name not in self.entries:
                 raise CheckpointError(
-                    f"{index} places tensor {name!r} in {listed[name]}, which does not hold it"
+                    f"{chosen.named_by} places tensor {name!r} in {file}, which does not hold it"
                 )
 
-    def _chosen(self) -> tuple[list[str], str, dict[str, str] | None]:
-        """The shards to read, the file that names them, and tensor -> shard if it is an index."""
-        where, name = "config.json", self.config.get(WEIGHTS_KEY)
+    def _chosen(self) -> _Chosen:
+        """The weights that transformers would read."""
+        named_by, name = "config.json", self.config.get(WEIGHTS_KEY)
         if name is None:
-            where = "the folder"
+            named_by = "the folder"
             name = WEIGHTS_NAME if (self.folder / WEIGHTS_NAME).is_file() else INDEX_NAME
             if name == INDEX_NAME and not (self.folder / INDEX_NAME).is_file():
                 raise self._without_weights()
@@ -135,12 +141,12 @@ class Checkpoint:
                 "file in the same folder"
             )
         if name.endswith(".safetensors"):
-            return [name], where, None
+            return _Chosen([name], named_by)
         listed = self._weight_map(self.folder / name)
-        return sorted(set(listed.values())), name, listed
+        return _Chosen(sorted(set(listed.values())), name, listed)
 
-    def _given(self, files: Iterable[Path | str]) -> list[str]:
-        """The names of the files that an engine will read.
+    def _given(self, files: Iterable[Path | str]) -> _Chosen:
+        """The files that an engine will read.
 
         Raises: CheckpointError for one that lies in another folder.
         """
@@ -150,14 +156,14 @@ class Checkpoint:
                 raise CheckpointError(
                     f"the shard {str(path)!r} does not lie in {self.folder}; copy it there"
                 )
-        return [path.name for path in paths]
+        return _Chosen([path.name for path in paths], "the engine")
 
     def _weight_map(self, index: Path) -> dict[str, str]:
         listed = read_json(index).get("weight_map")
         if (
             not isinstance(listed, dict)
             or not listed
-            or not all(isinstance(f, str) for f in listed.values())
+            or not all(isinstance(file, str) for file in listed.values())
         ):
             raise CheckpointError(f"{index} has no weight_map from tensor names to shard names")
         for file in listed.values():
@@ -169,6 +175,7 @@ class Checkpoint:
         return listed
 
     def _without_weights(self) -> CheckpointError:
+        """The error for a folder that has neither of the usual files."""
         if files := sorted(p.name for p in self.folder.glob("*.safetensors")):
             return CheckpointError(
                 f"{self.folder} holds {len(files)} safetensors files but no {WEIGHTS_NAME} "
@@ -177,14 +184,17 @@ class Checkpoint:
             )
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
             return CheckpointError(
-                f"{self.folder} holds PyTorch .bin weights, which can run code when read; convert them once with "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which writes safetensors"
+                f"{self.folder} holds PyTorch .bin weights, which can run code when read; convert "
+                "them once with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), "
+                "which writes safetensors"
             )
         return CheckpointError(f"{self.folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}")
 
     def refuse_other_weights(self) -> None:
-        """For engines that read every safetensors file, or that follow an index wherever there is
-        one, or that read Mistral's `consolidated*.safetensors` wherever there are any.
+        """For engines that choose otherwise among several sets of weights.
+
+        Some read every safetensors file, some follow an index wherever there is one, some read
+        Mistral's `consolidated*.safetensors` wherever there are any.
 
         Raises: CheckpointError if such an engine would read other files than these.
         """
@@ -208,7 +218,7 @@ class Checkpoint:
         entry = self.entries[name]
         path = self.folder / entry.file
         tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        data = tensor_bytes(tensor)  # no copy: the tensor is contiguous and in host memory
+        data = tensor_bytes(tensor)  # the tensor's own memory, not a copy
         try:
             with path.open("rb") as f:
                 same = _stamp(os.fstat(f.fileno())) == self._stamps[entry.file]
@@ -239,7 +249,10 @@ class Checkpoint:
                 self.get(name)
 
     def fingerprint(self) -> str:
-        """SHA-256 of config.json, the tensor table, and the ends of every shard (1 MiB each): cheap, and no path in it."""
+        """SHA-256 of config.json, the table of tensors, and 1 MiB at both ends of every shard.
+
+        It is cheap, and no path enters it.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, entry in sorted(self.entries.items()):
             digest.update(f"{name}{entry.dtype}{entry.shape}".encode())
@@ -257,46 +270,11 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_counts(
-    config: dict, names: Iterable[str], where: Path | str, few: int = FEW_BLOCKS
-) -> None:
-    """The blocks that config.json asks for against those that the files hold, before any is built,
-    and the labels of a classifier, of which transformers makes a table.
-
-    An encoder's number may stand there while the files hold the decoder alone, so only far more
-    blocks are refused, and never up to `few`.
-
-    Args:
-        config: the content of config.json.
-        names: of tensors or modules in the files.
-        where: the folder, for messages.
-
-    Raises: CheckpointError.
-    """
-    numbers: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if first is not None:
-            numbers.setdefault(".".join(parts[:first]), set()).add(parts[first])
-    stored = max(map(len, numbers.values()), default=0)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in BLOCK_COUNTS:
-            asked = part.get(key)
-            if type(asked) is int and asked > max(few, 2 * stored):
-                raise CheckpointError(
-                    f"{where}/config.json has {key}={reprlib.repr(asked)}, "
-                    f"and the files hold {stored} blocks; it does not belong to them"
-                )
-        labels = part.get("num_labels")
-        if type(labels) is int and labels > MAX_LABELS:
-            raise CheckpointError(
-                f"{where}/config.json has num_labels={reprlib.repr(labels)}, which no model has"
-            )
-
-
 def write_index(folder: Path, tables: Iterable[dict[str, TensorEntry]]) -> None:
-    """model.safetensors.index.json from the tables of all shards."""
+    """Write model.safetensors.index.json from the tables of all shards.
+
+    Raises: CheckpointError if it cannot be written.
+    """
     entries = {name: entry for table in tables for name, entry in table.items()}
     total = sum(entry.nbytes for entry in entries.values())
     weight_map = {name: entries[name].file for name in sorted(entries)}

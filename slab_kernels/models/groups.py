@@ -5,9 +5,10 @@ A block may write into a tensor after a linear has read it, so the contents at t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from .streams import Stop, Stream
 
 
 @contextmanager
-def _hooks(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]):
-    """Call `see(name, input)` before each of `modules` runs."""
+def _hooks(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `see(name, input)` is called before each of `modules` runs."""
 
-    def bind(name: str):
+    def bind(name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"])
 
     handles = [
@@ -50,10 +51,15 @@ class _Seen:
     """
 
     value: Tensor
-    where: tuple
+    where: tuple[Any, ...]
 
     def same(self, other: _Seen) -> bool:
         return self.value.shape == other.value.shape and torch.equal(self.value, other.value)
+
+
+def _same(seen: list[_Seen], other: list[_Seen]) -> bool:
+    """Whether two linears read the same numbers, call for call."""
+    return len(seen) == len(other) and all(map(_Seen.same, seen, other))
 
 
 def find_groups(
@@ -67,25 +73,22 @@ def find_groups(
     """
     groups: list[list[str]] = []
     calls: dict[str, int] = {}
-    doubtful: set[str] = set()
+    doubtful: set[str] = set()  # grouped though their inputs are not one tensor
     for batch in range(len(stream.hidden)):
         if len(calls) == len(linears):
             break
-        inputs = _inputs(
-            stream, index, block, {n: linears[n] for n in linears if n not in calls}, batch
-        )
+        new = {name: linears[name] for name in linears if name not in calls}
+        inputs = _inputs(stream, index, block, new, batch)
         found: list[list[str]] = []
         for name, seen in inputs.items():
             calls[name] = len(seen)
-            for group in found:
-                first = inputs[group[0]]
-                if len(seen) == len(first) and all(map(_Seen.same, seen, first)):
-                    group.append(name)
-                    if any(a.where != b.where for a, b in zip(seen, first, strict=True)):
-                        doubtful |= {group[0], name}
-                    break
-            else:
+            group = next((g for g in found if _same(seen, inputs[g[0]])), None)
+            if group is None:
                 found.append([name])
+                continue
+            group.append(name)
+            if any(a.where != b.where for a, b in zip(seen, inputs[group[0]], strict=True)):
+                doubtful |= {group[0], name}
         groups += found
     if len(calls) < len(linears):
         raise _never_ran(block, linears, [name for name in linears if name not in calls])
@@ -98,32 +101,37 @@ def find_groups(
 def _never_ran(
     block: nn.Module, linears: dict[str, nn.Linear], missed: list[str]
 ) -> CalibrationError:
-    """What to say of linears that no batch reached: the largest modules of `block` that hold no other linear."""
-    inside = {module: name for name, module in block.named_modules()}
-    idle = dict.fromkeys(inside[linears[name]] for name in missed)
+    """The error for linears that no batch reached.
+
+    Its advice names the largest modules of `block` that hold only such linears.
+    """
+    inside: dict[nn.Module, str] = {module: name for name, module in block.named_modules()}
+    idle = list(dict.fromkeys(inside[linears[name]] for name in missed))
     busy = [inside[linear] for name, linear in linears.items() if name not in missed]
-    start = missed[0].removesuffix(next(iter(idle)))  # of every name: where the block is
-    largest = {}
-    for name in idle:
-        parts = name.split(".")
-        above = (".".join(parts[:end]) for end in range(1, len(parts)))
-        largest |= {
-            next((m for m in above if not any(b.startswith(f"{m}.") for b in busy)), name): None
-        }
+    prefix = missed[0].removesuffix(idle[0])  # of every name: where the block is
+    largest = list(dict.fromkeys(_largest_idle(name, busy) for name in idle))
+    # In a numbered part, such as one expert, a pattern for all blocks would name others too.
     numbered = any(part.isdigit() for name in largest for part in name.split("."))
-    advice = ", ".join(f"skip='{start if numbered else '*.'}{name}'" for name in largest)
+    advice = ", ".join(f"skip='{prefix if numbered else '*.'}{name}'" for name in largest)
     return CalibrationError(
         f"{missed[0]} never ran on the calibration text, so nothing is known of its inputs; "
         f"give more text, or leave dense what did not run, with {advice}"
     )
 
 
+def _largest_idle(name: str, busy: list[str]) -> str:
+    """The outermost module around the linear `name` that holds no linear of `busy`."""
+    parts = name.split(".")
+    around = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((m for m in around if not any(b.startswith(f"{m}.") for b in busy)), name)
+
+
 def _split(group: list[str], inputs: dict[str, list[_Seen]], doubtful: set[str]) -> list[list[str]]:
     """A group cut into those whose inputs are equal in this batch too."""
-    kept, others = [], []
+    kept: list[str] = []
+    others: list[str] = []
     for name in group:
-        seen, first = inputs.get(name, []), inputs.get(group[0], [])
-        equal = len(seen) == len(first) and all(map(_Seen.same, seen, first))
+        equal = _same(inputs.get(name, []), inputs.get(group[0], []))
         (kept if name not in doubtful or equal else others).append(name)
     return [kept, *_split(others, inputs, doubtful)] if others else [kept]
 
@@ -138,7 +146,7 @@ def _inputs(
     inputs: dict[str, list[_Seen]] = {}
     alive: list[Tensor] = []  # so that no other tensor gets the place of one that was seen
 
-    def see(name: str, x: Tensor):
+    def see(name: str, x: Tensor) -> None:
         if not x.numel():
             return
         alive.append(x)
@@ -153,32 +161,32 @@ def _inputs(
 
 
 def layer_inputs(
-    stream: Stream,
-    index: int,
-    block: nn.Module,
-    linear: nn.Linear,
-    name: str,
-    calls: int,
-    batch: int,
+    stream: Stream, index: int, block: nn.Module, linear: nn.Linear, group: Group, batch: int
 ) -> Tensor:
-    """The inputs [tokens, in_features] that `linear` receives while block `index` runs one batch, up to its last call.
+    """The inputs [tokens, in_features] of `linear` while block `index` runs one batch.
 
-    Raises: CalibrationError if they are not finite.
+    The block is stopped at the linear's last call.
+
+    group: the one that it belongs to.
+
+    Raises: CalibrationError if they are not finite; it names the first linear of the group.
     """
     inputs: list[Tensor] = []
 
-    def see(_, x: Tensor):
-        x, last = x.detach().flatten(0, -2), len(inputs) + 1 == calls
+    def see(_: str, x: Tensor) -> None:
+        x, last = x.detach().flatten(0, -2), len(inputs) + 1 == group.calls
         inputs.append(x if last else x.clone())  # the block may write into it afterwards
         if last:
             raise Stop  # what follows in the block is not needed
 
+    name = group.names[0]
     with torch.no_grad(), _hooks({name: linear}, see), suppress(Stop):
         stream.run(index, block, batch)
     x = torch.cat(inputs) if inputs else torch.empty(0, linear.in_features, device=stream.device)
     if not bool(x.isfinite().all()):
         raise CalibrationError(
-            f"the inputs of {name} hold NaN or infinite numbers on the calibration text; check the model's weights, or "
-            "compress with more precise activations (device='cpu' computes in fp32)"
+            f"the inputs of {name} hold NaN or infinite numbers on the calibration text; check the "
+            "model's weights, or compress with more precise activations (device='cpu' computes in "
+            "fp32)"
         )
     return x

@@ -1,54 +1,60 @@
-"""What config.json says of a packed folder: which modules are packed, in which layouts."""
+"""The entry `quantization_config` of a packed folder's config.json: the layout of every module."""
 
 from __future__ import annotations
 
 import functools
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import CheckpointError, FormatError, VersionError
 from ..format import FORMAT_VERSION, PackedLayout
 from .folder import Checkpoint
 
 QUANT_METHOD = "slab_kernels"
+DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that are kept there
 
 
 @functools.cache
 def _damaged(kind: type[FormatError]) -> type[FormatError]:
     """`kind` as the error of a folder: a CheckpointError as well, so that it exits like one."""
-    plain = {"__reduce__": lambda error: (kind, error.args)}  # by pickle it arrives as `kind`
-    return type(kind.__name__, (CheckpointError, kind), {"__module__": kind.__module__, **plain})
+
+    def reduce(error: FormatError) -> tuple[type[FormatError], tuple]:
+        return kind, error.args  # pickled, it arrives as `kind`
+
+    members = {"__module__": kind.__module__, "__reduce__": reduce}
+    return type(kind.__name__, (CheckpointError, kind), members)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Around the use of what a folder holds: a FormatError becomes a CheckpointError too.
 
-    Its message begins with `what`. A FormatError alone is an argument that breaks the format.
+    Its message then begins with `what`. A FormatError that is no CheckpointError says that an
+    argument breaks the format.
     """
     try:
         yield
     except FormatError as error:
-        raise _damaged(type(error))(f"{what}: {error}") from error
+        kind = _damaged(type(error))  # type: ignore[arg-type]  # mypy takes a class for unhashable
+        raise kind(f"{what}: {error}") from error
 
 
-def quantization_config(layouts: dict[str, PackedLayout], settings: dict) -> dict:
+def quantization_config(
+    layouts: Mapping[str, PackedLayout], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """The entry of config.json from which every module can be built.
 
-    settings: method, pattern, rank, values, group_size.
+    settings: of the run; those of DESCRIBED are kept, None where one is not there.
     """
-    modules = {
-        name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
-    }
-    described = {
-        key: settings.get(key) for key in ("method", "pattern", "rank", "values", "group_size")
-    }
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        **described,
-        "modules": modules,
+        **{key: settings.get(key) for key in DESCRIBED},
+        "modules": {
+            name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
+        },
     }
 
 
@@ -84,7 +90,7 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
     return layouts
 
 
-def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
+def parse_layouts(entry: Mapping[str, Any], where: str) -> dict[str, PackedLayout]:
     """Module name -> layout, from a quantization_config; keys that are not known are ignored.
 
     where: the folder or model, for messages.
@@ -93,7 +99,7 @@ def parse_layouts(entry: dict, where: str) -> dict[str, PackedLayout]:
         FormatError that is a CheckpointError too.
     """
     version = entry.get("format_version")
-    if type(version) is not int or version < 1:  # type(): true is an int to isinstance
+    if type(version) is not int or version < 1:  # isinstance would take true for an int
         raise CheckpointError(
             f"{where}: quantization_config has format_version {reprlib.repr(version)}, "
             "expected a positive integer"

@@ -13,10 +13,10 @@ import reprlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,16 +31,20 @@ MAX_DEPTH = 64  # of objects and lists inside each other, far more than any conf
 MAX_DIMENSIONS = 64  # of a tensor in torch
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+Spec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: name of the shard, first byte there, size in bytes; and its checksum.
+    """Where one tensor lies and what it is.
 
-    The checksum is None for tensors of files that other programs or older versions wrote.
+    file: name of the shard. nbytes: size in bytes. start: first byte, counted from the beginning
+    of the shard. checksum: None for tensors of files that other programs or older versions wrote.
     """
 
     file: str
@@ -51,6 +55,10 @@ class TensorEntry:
     checksum: str | None = None
 
 
+def _corrupt(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is corrupt ({reason}); copy or download it again")
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Name -> entry of one safetensors file.
 
@@ -58,78 +66,94 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
     Raises: CheckpointError naming the file and the defect.
     """
+    header, begin, size = _json_header(path)
+    try:
+        checksums = _checksums(header.pop("__metadata__", None))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _corrupt(path, f"its metadata cannot be read: {error}") from error
+    entries = {
+        name: _entry(path, begin, name, info, checksums.get(name)) for name, info in header.items()
+    }
+    position = begin
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
+        if entry.start != position:
+            raise _corrupt(path, f"tensors overlap or leave a gap at byte {position - begin}")
+        position += entry.nbytes
+    if position != size:
+        held = f"tensors take {position - begin} bytes and the file holds {size - begin}"
+        raise _corrupt(path, held)
+    return entries
 
-    def corrupt(reason: str) -> CheckpointError:
-        return CheckpointError(f"{path} is corrupt ({reason}); copy or download it again")
 
+def _json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON object at the head of a shard, the byte at which data begin, and the file's size.
+
+    Raises: CheckpointError.
+    """
     try:
         with path.open("rb") as f:
             size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise corrupt(f"a header of {length} bytes in a file of {size}")
-            text = f.read(length).decode("utf-8")  # of bytes Python would take UTF-16 and marks too
-            header = json.loads(
-                text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant
-            )
+                raise _corrupt(path, f"a header of {length} bytes in a file of {size}")
+            # Given bytes, json would also take UTF-16 and byte order marks.
+            text = f.read(length).decode("utf-8")
+        header = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+    except CheckpointError:
+        raise
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise corrupt(f"its header is not usable JSON: {error}") from error
+        raise _corrupt(path, f"its header is not usable JSON: {error}") from error
     if not isinstance(header, dict):
-        raise corrupt("its header is not a JSON object")
+        raise _corrupt(path, "its header is not a JSON object")
+    return header, 8 + length, size
+
+
+def _entry(path: Path, begin: int, name: str, info: Any, checksum: str | None) -> TensorEntry:
+    """The entry of one tensor from its JSON object; `begin` is where the shard's data begin.
+
+    Raises: CheckpointError.
+    """
     try:
-        checksums = _checksums(header.pop("__metadata__", None))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise corrupt(f"its metadata cannot be read: {error}") from error
-    entries, spans = {}, []
-    for name, info in header.items():
-        try:
-            dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            if type(dtype) is not str or len(shape) > MAX_DIMENSIONS:
-                raise ValueError
-            if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)):
-                raise ValueError  # type(n), since isinstance takes false for an int
-            name.encode()  # half a surrogate pair is no name
-        except (TypeError, KeyError, ValueError) as error:
-            raise corrupt(f"tensor {name!r} is described by {reprlib.repr(info)}") from error
-        if dtype not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has dtype {reprlib.repr(dtype)}, expected one of {', '.join(DTYPES)}"
-            )
-        if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise corrupt(f"tensor {name!r} of {dtype}{list(shape)} takes {end - start} bytes")
-        entries[name] = TensorEntry(
-            path.name, DTYPES[dtype], shape, end - start, 8 + length + start, checksums.get(name)
+        code, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        if type(code) is not str or len(shape) > MAX_DIMENSIONS:
+            raise ValueError
+        # type(n), because isinstance takes false for an int.
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)):
+            raise ValueError
+        name.encode()  # fails for half a surrogate pair, which is no name
+    except (TypeError, KeyError, ValueError) as error:
+        described = f"tensor {name!r} is described by {reprlib.repr(info)}"
+        raise _corrupt(path, described) from error
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {reprlib.repr(code)}, "
+            f"expected one of {', '.join(DTYPES)}"
         )
-        spans.append((start, end))
-    position = 0
-    for start, end in sorted(spans):
-        if start != position:
-            raise corrupt(f"tensors overlap or leave a gap at byte {position}")
-        position = end
-    if position != size - 8 - length:
-        raise corrupt(f"tensors take {position} bytes and the file holds {size - 8 - length}")
-    return entries
+    dtype, nbytes = DTYPES[code], end - start
+    if nbytes != math.prod(shape) * dtype.itemsize:
+        raise _corrupt(path, f"tensor {name!r} of {code}{list(shape)} takes {nbytes} bytes")
+    return TensorEntry(path.name, dtype, shape, nbytes, begin + start, checksum)
 
 
-def _no_constant(name: str):
-    """For json.loads, which takes NaN and Infinity though JSON has no such numbers."""
+def _refuse_constant(name: str) -> None:
+    """For json.loads, which takes NaN and Infinity although JSON has no such numbers."""
     raise ValueError(f"{name} is no JSON")
 
 
-def _without_duplicates(pairs: list[tuple]) -> dict:
-    """For json.loads, which takes the last of two equal names where other readers take the first."""
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, which takes the last of two equal names; other readers take the first."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands in it twice")
     for text in (*found, *(value for value in found.values() if isinstance(value, str))):
-        text.encode()  # fails for half a surrogate pair, which Python's JSON takes and others refuse
+        text.encode()  # fails for half a surrogate pair, which only Python's JSON takes
     return found
 
 
-def _checksums(metadata) -> dict[str, str]:
+def _checksums(metadata: Any) -> dict[str, str]:
     """Tensor -> checksum, from the __metadata__ of a shard; empty where other programs wrote it.
 
     Raises: ValueError, TypeError.
@@ -149,11 +173,14 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as a shard holds them: contiguous, in host memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a tensor as a shard holds them: contiguous, in host memory.
+
+    No copy is made of a tensor that is both already.
+    """
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises: CheckpointError, also for a file above MAX_JSON or nested deeper than MAX_DEPTH.
@@ -181,11 +208,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _check_depth(content) -> None:
+def _check_depth(content: Any) -> None:
     """Raises: ValueError for more than MAX_DEPTH objects and lists inside each other."""
     depth, level = 0, [content]
     while level:
-        if (depth := depth + 1) > MAX_DEPTH:
+        depth += 1
+        if depth > MAX_DEPTH:
             raise ValueError(f"it nests more than {MAX_DEPTH} levels deep")
         inside = (
             c.values() if isinstance(c, dict) else c for c in level if isinstance(c, dict | list)
@@ -209,10 +237,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         os.replace(partial, path)
     except BaseException as error:
-        try:
+        with suppress(OSError):
             partial.unlink(missing_ok=True)
-        except OSError:
-            pass
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             raise CheckpointError(
                 f"cannot write {path}: {error.strerror or error}{_free_space(path.parent)}; "
@@ -222,7 +248,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Raises: CheckpointError if the disk is full or the folder not writable."""
+    """Write `chunks` one behind the other.
+
+    Raises: CheckpointError if the disk is full or the folder not writable.
+    """
     with atomic_file(path) as f:
         for chunk in chunks:
             f.write(chunk)
@@ -236,14 +265,15 @@ def _free_space(folder: Path) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Atomically. Raises: CheckpointError if the disk is full or the folder not writable."""
+    """Write a JSON object atomically.
+
+    Raises: CheckpointError if the disk is full or the folder not writable.
+    """
     write_atomically(path, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
 def write_shard(
-    path: Path,
-    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    get: Callable[[str], Tensor],
+    path: Path, specs: Mapping[str, Spec], get: Callable[[str], Tensor]
 ) -> dict[str, TensorEntry]:
     """Write one safetensors file atomically; returns its table.
 
@@ -255,24 +285,17 @@ def write_shard(
     """
     # The largest dtype comes first, which keeps tensors aligned.
     names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
-    header, position = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    position = 0
     for name in names:
         dtype, shape = specs[name]
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [position, position + size],
-        }  # fmt: skip
-        position += size
+        end = position + math.prod(shape) * dtype.itemsize
+        code, offsets = DTYPE_CODES[dtype], [position, end]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
+        position = end
     checksums = dict.fromkeys(names, checksum(b""))
-
-    def encoded() -> bytes:
-        metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
-        text = json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
     with atomic_file(path) as f:
-        f.write(encoded())
+        f.write(_encoded(header, checksums))
         for name in names:
             t = get(name)
             assert (t.dtype, tuple(t.shape)) == (specs[name][0], tuple(specs[name][1])), name
@@ -280,8 +303,16 @@ def write_shard(
             checksums[name] = checksum(data)
             f.write(data)
         f.seek(0)
-        f.write(encoded())  # as long as before: a checksum has 8 digits
+        f.write(_encoded(header, checksums))  # as long as before: a checksum has 8 digits
     return read_header(path)
+
+
+def _encoded(header: dict[str, dict[str, Any]], checksums: dict[str, str]) -> bytes:
+    """The head of a shard: the length of its JSON in 8 bytes, and the JSON padded to 8 bytes."""
+    metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
+    text = json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def shard_name(number: int, total: int) -> str:

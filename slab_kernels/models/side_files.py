@@ -10,55 +10,23 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from reprlib import repr as short
 
 from ..errors import CheckpointError
-from ..terminal import first_line
-from .shards import read_json, write_atomically
+from .shards import write_atomically
 
 WEIGHT_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.gguf",
-    "*.ggml",
-    "*.onnx",
-    "*.onnx_data",
-    "*.ot",
-    "*.npz",
-    "*.tflite",
-    "*.mlmodel",
-    "*.partial",
-)
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml",
+    "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.tflite", "*.mlmodel", "*.partial",
+)  # fmt: skip
 WRITTEN_ANEW = ("config.json", "*.index.json", "slab_*.json")
 NOT_DOWNLOADED = [
-    *(p for p in WEIGHT_FILES if p != "*.safetensors"),
+    *(pattern for pattern in WEIGHT_FILES if pattern != "*.safetensors"),
     "*/*.safetensors",
     ".*",
     "*/.*",
 ]
 CHUNK = 1 << 20  # bytes copied at a time
-MOST = 1 << 30  # bytes of a side file; what is larger is data of another kind, or a damaged file
-# Settings of a generation config that are numbers, beside ids of tokens. What is in neither list,
-# now or in a later transformers, is left to transformers.
-NUMBERS = frozenset(
-    "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
-    "assistant_lookbehind diversity_penalty encoder_no_repeat_ngram_size "
-    "encoder_repetition_penalty epsilon_cutoff eta_cutoff guidance_scale length_penalty "
-    "max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length "
-    "min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_beam_groups num_beams "
-    "num_return_sequences penalty_alpha prefill_chunk_size prompt_lookup_num_tokens "
-    "repetition_penalty target_lookbehind temperature top_h top_k top_p typical_p".split()
-)
-SWITCHES = frozenset(
-    "disable_compile do_sample is_assistant low_memory output_attentions output_hidden_states "
-    "output_logits output_scores remove_invalid_values renormalize_logits "
-    "return_dict_in_generate token_healing use_cache use_model_defaults".split()
-)
+MAX_SIDE_FILE = 1 << 30  # bytes; a larger file holds data of another kind, or is damaged
 
 
 def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
@@ -73,7 +41,8 @@ def side_files(folder: Path, out: Path | None = None) -> tuple[list[Path], list[
         both sorted.
     Raises: CheckpointError for a folder that cannot be listed.
     """
-    carried, skipped = [], []
+    carried: list[Path] = []
+    skipped: list[str] = []
 
     def refuse(error: OSError) -> None:
         raise CheckpointError(
@@ -117,13 +86,13 @@ def _is_model(folder: Path) -> bool:
 
 
 def _unfit(folder: Path, name: Path) -> str | None:
-    """Why a file is not carried along, None if it is."""
+    """Why the file `name` of `folder` is not carried along; None if it is."""
     path = folder / name
-    if path.is_file() and path.stat().st_size > MOST:
-        return f"larger than {MOST >> 30} GiB"
+    if path.is_file() and path.stat().st_size > MAX_SIDE_FILE:
+        return f"larger than {MAX_SIDE_FILE >> 30} GiB"
     if not path.is_symlink():
         return None if stat.S_ISREG(path.lstat().st_mode) else "no regular file"
-    if not path.is_file():  # a loop of links too, at which Path.resolve fails before Python 3.13
+    if not path.is_file():  # also a loop of links, at which Path.resolve fails before Python 3.13
         return "a link to no file"
     target, root = path.resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs"
@@ -161,34 +130,3 @@ def _chunks(path: Path) -> Iterator[bytes]:
                 yield chunk
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; make it readable") from error
-
-
-def read_generation_config(folder: Path):
-    """The GenerationConfig of a folder, None if it has none.
-
-    Raises: CheckpointError if it cannot be used.
-    """
-    from transformers import GenerationConfig
-
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    for name, value in content.items():
-        if name in SWITCHES:
-            kinds, expected = (bool,), "true or false"
-        elif name in NUMBERS or name.endswith("_token_id"):
-            kinds, expected = (int, float), "a number"
-        else:
-            continue
-        numbers = value if name.endswith("token_id") and isinstance(value, list) else [value]
-        if not all(n is None or (isinstance(n, kinds) and abs(n) < 1 << 63) for n in numbers):
-            raise CheckpointError(
-                f"{path} has {name}={short(value)}, expected {expected}; correct or delete the file"
-            )
-    try:  # values of wrong types surface as anything
-        return GenerationConfig.from_dict(content)
-    except Exception as error:
-        raise CheckpointError(
-            f"transformers cannot use {path}: {first_line(error)}; correct or delete the file"
-        ) from error

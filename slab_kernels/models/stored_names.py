@@ -11,17 +11,33 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..terminal import first_line
-from .shards import TensorEntry
+from .shards import Spec, TensorEntry
 
-# Stored name -> dtype, shape, and what makes the tensor.
-Forms = dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+
+class Form(NamedTuple):
+    """How a tensor is written: dtype and shape, and what makes it when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def spec(self) -> Spec:
+        return self.dtype, self.shape
+
+
+Forms = dict[str, Form]  # by the name that the tensor is stored under
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,41 @@ class Origin:
     alone: bool = True
 
 
+class _Found(NamedTuple):
+    """What a stored tensor is in the model.
+
+    name: its name there. pattern, converter: transformers' rule that rebuilds it, if there is one.
+    renamed: see `Origin`.
+    """
+
+    name: str
+    pattern: str | None = None
+    converter: WeightConverter | None = None
+    renamed: bool = False
+
+
+class _Rebuilding:
+    """Stored tensors from which transformers makes other ones of the model."""
+
+    def __init__(self, model: PreTrainedModel, name: str, converter: WeightConverter):
+        self.model, self.name, self.converter = model, name, converter
+        self.patterns: list[str] = []
+        self.stored: list[str] = []
+
+    def add(self, pattern: str, stored: str) -> None:
+        self.patterns.append(pattern)
+        self.stored.append(stored)
+
+    def convert(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """The model's tensors from those of `stored`, in the same order."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, stored, tensor in zip(self.patterns, self.stored, tensors, strict=True):
+            converter.add_tensor(self.name, stored, pattern, tensor)
+        made = converter.convert(self.name, model=self.model, config=self.model.config)
+        made = made[0] if isinstance(made, tuple) else made  # 5.0 adds a list of errors
+        return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+
+
 class StoredNames:
     """How the entries of a checkpoint make the tensors of `model`, which may be a skeleton on meta.
 
@@ -53,26 +104,33 @@ class StoredNames:
     """
 
     def __init__(
-        self, model: nn.Module, entries: Mapping[str, TensorEntry], names: _Names | None = None
+        self,
+        model: PreTrainedModel,
+        entries: Mapping[str, TensorEntry],
+        names: _Names | None = None,
     ):
+        from transformers.core_model_loading import dot_natural_key
+
         names = names or _Names(model)
         self._entries = entries
         self.origins: dict[str, Origin] = {}
         self.ignored: list[str] = []
-        from transformers.core_model_loading import dot_natural_key
-
-        expected, groups = names.expected, {}
+        rebuilt: dict[str, _Rebuilding] = {}
         for stored in sorted(entries, key=dot_natural_key):  # experts are stacked in this order
-            name, pattern, converter, renamed = names.find(stored)
-            if converter is not None:
-                groups.setdefault(name, (converter, []))[1].append((pattern, stored))
-            elif name not in expected:
+            found = names.find(stored)
+            if found.converter is not None and found.pattern is not None:
+                group = rebuilt.setdefault(
+                    found.name, _Rebuilding(model, found.name, found.converter)
+                )
+                group.add(found.pattern, stored)
+            elif found.name not in names.expected:
                 self.ignored.append(stored)
             else:
                 entry = entries[stored]
-                self._add(name, Origin((stored,), entry.dtype, entry.shape, renamed))
-        for name, (converter, parts) in groups.items():
-            self._rebuilt(model, entries, expected, name, converter, parts)
+                origin = Origin((stored,), entry.dtype, entry.shape, found.renamed)
+                self._add(found.name, origin)
+        for group in rebuilt.values():
+            self._add_rebuilt(group, names.expected)
 
     def _add(self, name: str, origin: Origin) -> None:
         if name in self.origins:
@@ -82,37 +140,32 @@ class StoredNames:
             )
         self.origins[name] = origin
 
-    def _rebuilt(
-        self, model, entries, expected, name: str, converter, parts: list[tuple[str, str]]
-    ) -> None:
-        """The conversion is done on meta once, to learn what it makes."""
-        stored = tuple(s for _, s in parts)
+    def _add_rebuilt(self, group: _Rebuilding, expected: Mapping[str, Tensor]) -> None:
+        """Convert tensors on meta once, to learn what comes of them.
 
-        def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
-            own = copy.deepcopy(converter)
-            for (pattern, source), tensor in zip(parts, tensors, strict=True):
-                own.add_tensor(name, source, pattern, tensor)
-            made = own.convert(name, model=model, config=model.config)
-            made = made[0] if isinstance(made, tuple) else made  # beside 5.0's list of errors
-            return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
-
+        expected: the tensors of the model.
+        """
+        stored, entries = tuple(group.stored), self._entries
         try:
-            empty = [
-                torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta") for s in stored
-            ]
-            made = convert(empty)
+            made = group.convert(
+                [
+                    torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta")
+                    for s in stored
+                ]
+            )
         except Exception as error:  # torch's, where tensors are missing or of other sizes
             reason = first_line(error)
             more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
             raise CheckpointError(
-                f"transformers cannot rebuild {name!r} from tensor {stored[0]!r}{more} ({reason}); "
-                "copy or download the checkpoint again"
+                f"transformers cannot rebuild {group.name!r} from tensor {stored[0]!r}{more} "
+                f"({reason}); copy or download the checkpoint again"
             ) from error
-        known = {key: t for key, t in made.items() if key in expected}
+        known = {name: t for name, t in made.items() if name in expected}
         if not known:
             self.ignored += stored
-        for key, t in known.items():
-            self._add(key, Origin(stored, t.dtype, tuple(t.shape), True, convert, len(made) == 1))
+        for name, t in known.items():
+            alone = len(made) == 1
+            self._add(name, Origin(stored, t.dtype, tuple(t.shape), True, group.convert, alone))
 
     def forms(self, names: Iterable[str], read: Callable[[str], Tensor]) -> Forms:
         """What to write for tensors of the model that stay as they are.
@@ -126,9 +179,10 @@ class StoredNames:
             if origin.renamed and origin.alone:
                 for stored in origin.stored:
                     entry = self._entries[stored]
-                    forms[stored] = (entry.dtype, entry.shape, partial(read, stored))
+                    forms[stored] = Form(entry.dtype, entry.shape, partial(read, stored))
             else:
-                forms[name] = (origin.dtype, origin.shape, partial(self.get, name, read))
+                make = partial(self.get, name, read)
+                forms[name] = Form(origin.dtype, origin.shape, make)
         return forms
 
     def get(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
@@ -143,37 +197,44 @@ class StoredNames:
 class _Names:
     """The names that `model` has, `expected`, and transformers' tables that lead to them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.expected = model.state_dict()
+        self.expected: dict[str, Tensor] = model.state_dict()
         self.prefix = getattr(model, "base_model_prefix", "") or ""
         transforms = get_model_conversion_mapping(model) if hasattr(model, "config") else []
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
 
-    def find(self, stored: str) -> tuple[str, str | None, Any, bool]:
-        """The model's name of a stored tensor, pattern and converter if any, `Origin.renamed`."""
+    def find(self, stored: str) -> _Found:
+        """What the tensor stored under this name is in the model."""
         from transformers.core_model_loading import rename_source_key
 
         expected, prefix = self.expected, self.prefix
         if stored in expected:
-            return stored, None, None, False
+            return _Found(stored)
         name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, expected)
         if pattern is not None:
-            return name, pattern, self.by_pattern[pattern], True
+            return _Found(name, pattern, self.by_pattern[pattern], renamed=True)
         plain, _ = rename_source_key(stored, [], [], prefix, expected)
-        return (name, None, None, name != plain) if name in expected else (plain, None, None, False)
+        return _Found(name, renamed=name != plain) if name in expected else _Found(plain)
 
 
-def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
+def stored_forms(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Forms:
     """The form in which transformers saves tensors of `model`.
 
     A tensor that would be stored together with others keeps the model's name.
     """
     from transformers.core_model_loading import revert_weight_conversion
+
+    def make(name: str, stored: str) -> Tensor:
+        """The stored tensor that the tensor `name` of the model becomes, or is a part of."""
+        tensor = tensors[name]
+        if stored == name:
+            return tensor
+        return revert_weight_conversion(model, {name: tensor})[stored]
 
     forms: Forms = {}
     names, empty = _Names(model), {name: tensor.to("meta") for name, tensor in tensors.items()}
@@ -184,17 +245,12 @@ def stored_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Forms:
             parts = revert_weight_conversion(model, parts)
         if set(parts) != {name} and not _makes(model, parts, name, names):
             parts = {name: tensor}
-
-        def make(stored: str, name: str = name, tensor: Tensor = tensor) -> Tensor:
-            if stored == name:
-                return tensor
-            return revert_weight_conversion(model, {name: tensor})[stored]
-
-        forms |= {s: (t.dtype, tuple(t.shape), partial(make, s)) for s, t in parts.items()}
+        for stored, t in parts.items():
+            forms[stored] = Form(t.dtype, tuple(t.shape), partial(make, name, stored))
     return forms
 
 
-def _makes(model: nn.Module, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:
+def _makes(model: PreTrainedModel, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:
     """Whether transformers reads the tensor `name` of `model` from `parts`, and nothing else."""
     entries = {s: TensorEntry("", t.dtype, tuple(t.shape), 0, 0) for s, t in parts.items()}
     try:

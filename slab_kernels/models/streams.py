@@ -1,38 +1,44 @@
 """Decoder blocks fed one after another with exactly what the model's own forward gives them.
 
-Nothing here knows an architecture. The model's forward runs once on the calibration tokens with every block's
-`forward` replaced by one that notes its arguments and hands its input on, so masks, position embeddings and
-layer-type-specific arguments are the model's own. What must hold for that (the hidden state is the only thing that
-travels from block to block, and only a linear itself reads its weight) is checked on the way. A block may write into
-what it is given: it gets copies.
+Nothing here knows an architecture. The model's forward runs once on the calibration tokens, and in
+place of every block a recorder notes the arguments and hands the input on, so masks, position
+embeddings and layer-type-specific arguments are the model's own. Two things must hold for that,
+and both are checked: the hidden state is all that travels from block to block, and only a linear
+itself reads its weight. A block may write into what it is given: it gets copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArchitectureError, CalibrationError
+from ..errors import ArchitectureError, CalibrationError, SlabError
+from ..terminal import first_line
 from .blocks import batch_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Stop(Exception):
     """What was wanted from this forward has been seen."""
 
 
-Call = tuple[tuple, dict]
+Call = tuple[tuple, dict[str, Any]]  # positional arguments and keywords of a block
 
 
 @dataclass
 class Stream:
     """The hidden states of one text on their way through the blocks.
 
-    hidden: per batch [samples, window, hidden] at the input of the next block. calls: per block and batch, everything
-    else the block is called with; equal tensors are kept once. Bytes held: samples * window * hidden_size * itemsize.
+    hidden: [samples, window, hidden_size] for each batch, at the input of the next block. calls:
+    for each block and batch what else the block is called with; equal tensors are kept once. Bytes
+    held: samples * window * hidden_size * itemsize.
     """
 
     hidden: list[Tensor]
@@ -60,11 +66,11 @@ class Stream:
 _HIDDEN = object()  # stands for the hidden state in a noted call
 
 
-def _copied(leaf):
+def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _take(args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
+def _take(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """The hidden state (first positional argument, or `hidden_states`) and the call without it."""
     if args and isinstance(args[0], Tensor):
         return args[0], ((_HIDDEN, *args[1:]), kwargs)
@@ -75,8 +81,9 @@ def _take(args: tuple, kwargs: dict) -> tuple[Tensor, Call]:
     )
 
 
-def _hidden_output(output) -> Tensor:
-    output = output[0] if isinstance(output, (tuple, list)) else output
+def _hidden_output(output: Any) -> Tensor:
+    """The hidden state among what a block returns. Raises: ArchitectureError."""
+    output = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(output, Tensor):
         raise ArchitectureError(
             f"a decoder block returned {type(output).__name__} instead of a hidden state"
@@ -84,26 +91,30 @@ def _hidden_output(output) -> Tensor:
     return output
 
 
-def _map(tree, change: Callable):
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The same nest of tuples, lists and dicts with every leaf changed."""
     if isinstance(tree, dict):
         return {key: _map(value, change) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
+    if isinstance(tree, tuple | list):
         return _like(tree, [_map(value, change) for value in tree])
     return change(tree)
 
 
-def _like(tree: tuple | list, values: list):
+def _like(tree: tuple | list, values: list) -> Any:
+    """`values` in a tuple, named tuple or list of the kind of `tree`."""
     return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 class _Noted:
-    """Call arguments with equal tensors kept once, and caches (which a second run would extend) dropped."""
+    """Makes leaves of a call fit to be kept.
 
-    def __init__(self):
-        self.by_kind: dict[tuple, list[Tensor]] = {}
+    Equal tensors are kept once; caches, which a second run would extend, are dropped.
+    """
 
-    def __call__(self, leaf):
+    def __init__(self) -> None:
+        self.by_kind: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+
+    def __call__(self, leaf: Any) -> Any:
         if hasattr(leaf, "get_seq_length"):
             return None
         if not isinstance(leaf, Tensor):
@@ -117,34 +128,38 @@ class _Noted:
 
 
 def catch_stream(
-    model: nn.Module,
+    model: PreTrainedModel,
     blocks: nn.ModuleList,
     tokens: Tensor,
     materialise: Callable[[int], nn.Module],
     device: torch.device,
+    *,
     keep_on: torch.device | None = None,
-    packed: dict[str, nn.Linear] | None = None,
+    packed: Mapping[str, nn.Linear] | None = None,
 ) -> Stream:
     """Run the model's forward up to the last block and note what each block is called with.
 
     Args:
-        model: everything outside the blocks has real weights on `device`; the blocks may be on meta.
+        model: outside the blocks its weights are real and on `device`; the blocks may be on meta.
         tokens: [samples, window] int64.
-        materialise: index -> that block with real weights on `device`. Called once for every kind of block, to see
-            whether it returns a tensor or a tuple.
+        materialise: index -> that block with real weights on `device`. Called once for every kind
+            of block, to see whether it returns a tensor or a tuple.
         keep_on: where the hidden states are kept; default `device`.
         packed: full name -> linear of `blocks` that a layer without `weight` will replace.
 
-    Raises: ArchitectureError if more than the hidden state travels from block to block, or if the
-    model's code reads the weight of a linear of `packed`; CalibrationError if the hidden states are
-    not finite.
+    Raises: ArchitectureError if the model's forward fails, if more than the hidden state travels
+        from block to block, or if the model's code reads the weight of a linear of `packed`;
+        CalibrationError if the hidden states are not finite.
     """
-    packed, read = packed or {}, []
+    packed = packed or {}
+    read: list[str] = []  # names inside a block of linears whose weight the model's code reads
     while True:
         unread = {name: linear for name, linear in packed.items() if _inside(name) not in read}
+        stream = Stream([], [[] for _ in blocks], device)
+        recorder = _Recorder(blocks, materialise, stream, keep_on or device)
         try:
             with _without_weight(unread):
-                stream = _caught(model, blocks, tokens, materialise, device, keep_on or device)
+                _run_model(model, tokens, recorder)
             break
         except _WeightRead as error:
             read.append(_inside(error.linear))
@@ -154,8 +169,8 @@ def catch_stream(
         if all(_inside(name) in read for name in packed):
             what = "no other linear is left to compress"
         raise ArchitectureError(
-            f"{type(model).__name__} reads the weight of {', '.join(read)} in its own code, which a packed layer does "
-            f"not have; {what}"
+            f"{type(model).__name__} reads the weight of {', '.join(read)} in its own code, which "
+            f"a packed layer does not have; {what}"
         )
     return stream
 
@@ -180,22 +195,24 @@ class _WithoutWeight(nn.Linear):
 
     full_name: str
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "weight":
             raise _WeightRead(self.full_name)
         return super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self._parameters["weight"], self.bias)
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return nn.functional.linear(input, weight, self.bias)
 
 
 @contextmanager
-def _without_weight(linears: dict[str, nn.Linear]):
+def _without_weight(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
     """Inside, these linears and copies made of them hide their weight."""
     try:
         for name, linear in linears.items():
             linear.__class__ = _WithoutWeight
-            linear.full_name = name
+            linear.__dict__["full_name"] = name
         yield
     finally:
         for linear in linears.values():
@@ -203,67 +220,105 @@ def _without_weight(linears: dict[str, nn.Linear]):
             linear.__dict__.pop("full_name", None)
 
 
-def _caught(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    tokens: Tensor,
-    materialise: Callable[[int], nn.Module],
-    device: torch.device,
-    keep_on: torch.device,
-) -> Stream:
-    """The stream of `catch_stream`, from one run of the model's forward."""
-    stream, noted, shapes = Stream([], [[] for _ in blocks], device), _Noted(), {}
-    travelling: list = []  # what the last block returned beside the hidden state
+@dataclass
+class _Handover:
+    """What a block has handed on: the hidden state, and what it returned beside it."""
 
-    def step(index: int, args: tuple, kwargs: dict):
+    hidden: Tensor
+    rest: tuple = ()
+
+
+@dataclass
+class _Recorder:
+    """Stands in place of every block while the model's forward runs, and fills `stream`.
+
+    keep_on: where the hidden states are kept. outputs: what a block of each kind returned when it
+    was run; later ones return the like. handed_over: what the block before this one handed on.
+    """
+
+    blocks: nn.ModuleList
+    materialise: Callable[[int], nn.Module]
+    stream: Stream
+    keep_on: torch.device
+    noted: _Noted = field(default_factory=_Noted)
+    outputs: dict[tuple, Any] = field(default_factory=dict)
+    handed_over: _Handover | None = None
+
+    def on_call(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the model's code gets from block `index`: its own input, in the form of an output.
+
+        Raises: Stop at the last block; ArchitectureError, CalibrationError.
+        """
         hidden, call = _take(args, kwargs)
         if index == 0:
-            if not bool(hidden.isfinite().all()):
-                raise CalibrationError(
-                    "the embedded calibration text holds NaN or infinite numbers; check the model's weights"
-                )
-            stream.hidden.append(hidden.to(keep_on, copy=True))
-        elif not torch.equal(hidden, stream.hidden[-1].to(device)):
+            self._begin(hidden)
+        else:
+            self._check_handover(index, hidden, call)
+        self.stream.calls[index].append(_map(call, self.noted))
+        output = self._output(index, args, kwargs)
+        if index == len(self.blocks) - 1:
+            raise Stop
+        if isinstance(output, tuple | list):
+            self.handed_over = _Handover(hidden, tuple(output[1:]))
+            return _like(output, [hidden, *output[1:]])
+        self.handed_over = _Handover(hidden)
+        return hidden
+
+    def _begin(self, hidden: Tensor) -> None:
+        """Keep the input of the first block."""
+        if not bool(hidden.isfinite().all()):
+            raise CalibrationError(
+                "the embedded calibration text holds NaN or infinite numbers; "
+                "check the model's weights"
+            )
+        self.stream.hidden.append(hidden.to(self.keep_on, copy=True))
+
+    def _check_handover(self, index: int, hidden: Tensor, call: Call) -> None:
+        """Refuse anything but the hidden state on its way to block `index`."""
+        if not torch.equal(hidden, self.stream.hidden[-1].to(self.stream.device)):
             raise ArchitectureError(
                 f"the model changes the hidden state between blocks {index - 1} and {index}"
             )
-        else:
-            extra = {id(t) for t in travelling if isinstance(t, Tensor)}
+        rest = self.handed_over.rest if self.handed_over else ()
+        beside = {id(t) for t in rest if isinstance(t, Tensor)}
 
-            def refuse(leaf):
-                if id(leaf) in extra:
-                    raise ArchitectureError(
-                        f"block {index} takes more than the hidden state from block {index - 1}"
-                    )
+        def refuse(leaf: Any) -> None:
+            if id(leaf) in beside:
+                raise ArchitectureError(
+                    f"block {index} takes more than the hidden state from block {index - 1}"
+                )
 
-            _map(call, refuse)
-        stream.calls[index].append(_map(call, noted))
-        block = blocks[index]
+        _map(call, refuse)
+
+    def _output(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a block of this kind returns; the first of each kind is run to see it."""
+        block = self.blocks[index]
         kind = (type(block), tuple(name for name, _ in block.named_modules()))
-        if kind not in shapes:
-            copied = _map((args, kwargs), _copied)
-            shapes[kind] = materialise(index)(*copied[0], **copied[1])
-        if index == len(blocks) - 1:
-            raise Stop
-        output = shapes[kind]
-        if isinstance(output, (tuple, list)):
-            travelling[:] = output[1:]
-            return _like(output, [hidden, *travelling])
-        travelling.clear()
-        return hidden
+        if kind not in self.outputs:
+            copied_args, copied_kwargs = _map((args, kwargs), _copied)
+            self.outputs[kind] = self.materialise(index)(*copied_args, **copied_kwargs)
+        return self.outputs[kind]
 
-    def refuse_head(*_):
+
+def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> None:
+    """Run the model's forward on all batches, with `recorder` in place of the blocks.
+
+    Raises: as `catch_stream`, and _WeightRead.
+    """
+
+    def refuse_head(*_: Any) -> None:
         raise ArchitectureError(f"{type(model).__name__} did not call its last decoder block")
 
+    stream = recorder.stream
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    hook = (
-        None if head is None else head.register_forward_pre_hook(refuse_head)
-    )  # it may be on meta
+    # The head may be on meta, where its own failure would be another.
+    hook = None if head is None else head.register_forward_pre_hook(refuse_head)
     try:
-        with torch.no_grad(), _replaced_forwards(blocks, step):
+        with torch.no_grad(), _replaced_forwards(recorder):
             for batch in tokens.split(batch_size(tokens.shape[1])):
                 try:
-                    model(input_ids=batch.to(device), use_cache=False)
+                    with _one_sentence(model):
+                        model(input_ids=batch.to(stream.device), use_cache=False)
                 except Stop:
                     continue
                 refuse_head()
@@ -275,20 +330,52 @@ def _caught(
         raise ArchitectureError(
             f"decoder block {missed[0]} was not called exactly once per forward"
         )
-    return stream
 
 
 @contextmanager
-def _replaced_forwards(blocks: nn.ModuleList, step: Callable):
-    def bind(index: int):
-        return lambda *args, **kwargs: step(index, args, kwargs)
+def _one_sentence(model: PreTrainedModel) -> Iterator[None]:
+    """Around a model's own forward, whose failures are of any type and mostly of many lines.
+
+    Raises: ArchitectureError that names the model's class; what is not the model's matter
+        (`is_model_failure`) as it is.
+    """
+    try:
+        yield
+    except (Stop, _WeightRead):
+        raise
+    except Exception as error:
+        if not is_model_failure(error):
+            raise
+        raise ArchitectureError(
+            f"{type(model).__name__} does not run on the calibration text: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def is_model_failure(error: Exception) -> bool:
+    """Whether an exception that came out of a model's forward is a matter of that model.
+
+    Errors of this library, of memory, devices, files and packages are not.
+    """
+    others = (SlabError, OSError, MemoryError, ImportError)
+    of_devices = (torch.OutOfMemoryError, torch.AcceleratorError)
+    return not isinstance(error, others + of_devices) and "DefaultCPUAllocator" not in str(error)
+
+
+@contextmanager
+def _replaced_forwards(recorder: _Recorder) -> Iterator[None]:
+    """Inside, a call of a block goes to `recorder`.
+
+    The forwards are replaced on the instances: models ask a block for its class and attributes.
+    """
+
+    def bind(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: recorder.on_call(index, args, kwargs)
 
     try:
-        for index, block in enumerate(blocks):
-            block.forward = bind(
-                index
-            )  # on the instance: class and attributes, which models ask for, stay
+        for index, block in enumerate(recorder.blocks):
+            block.__dict__["forward"] = bind(index)
         yield
     finally:
-        for block in blocks:
+        for block in recorder.blocks:
             block.__dict__.pop("forward", None)

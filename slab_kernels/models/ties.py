@@ -5,21 +5,30 @@ transformers ties what class and config say, unless a checkpoint holds both tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .stored_names import StoredNames
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .stored_names import StoredNames
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Parameter that is another one under a second name -> that name: lm_head -> embed_tokens."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return dict(tied)
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def holds(model: nn.Module) -> bool:
+def all_names(name: str, tied: dict[str, str]) -> Iterator[str]:
+    """`name`, and every other name that `tied` (see `tied_names`) has for the same tensor."""
+    yield name
+    yield from (second for second, first in tied.items() if first == name)
+
+
+def holds(model: PreTrainedModel) -> bool:
     """Whether what `model` or its config calls tied is one tensor, or two of the same numbers."""
     state, tied = model.state_dict(), tied_names(model)
     if hasattr(model, "get_expanded_tied_weights_keys"):
@@ -28,19 +37,16 @@ def holds(model: nn.Module) -> bool:
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    if (
-        first is None
-        or second is None
-        or first.shape != second.shape
-        or first.device != second.device
-    ):
+    if first is None or second is None:
+        return False
+    if first.shape != second.shape or first.device != second.device:
         return False
     if first.is_meta or first.data_ptr() == second.data_ptr():
         return True
     return torch.equal(first.to(second.dtype), second)
 
 
-def untie(model: nn.Module) -> None:
+def untie(model: PreTrainedModel) -> None:
     """Make every tied tensor one of its own, in `model` and its config; no value is touched."""
     model.all_tied_weights_keys = {}
     for part in (model.config, *vars(model.config).values()):
@@ -48,17 +54,17 @@ def untie(model: nn.Module) -> None:
             part.tie_word_embeddings = False
 
 
-def untie_config(config: dict) -> None:
-    """The same in the content of a config.json."""
+def untie_config(config: dict[str, Any]) -> None:
+    """Do the same in the content of a config.json."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part["tie_word_embeddings"] = False
 
 
-def settle(model: nn.Module, stored: StoredNames, read: Callable[[str], Tensor]) -> bool:
+def settle(model: PreTrainedModel, stored: StoredNames, read: Callable[[str], Tensor]) -> bool:
     """Give `stored` one tensor for all tied names, or untie `model` if it holds two that differ.
 
-    Of a tied pair any one may be stored, as for transformers. read: the tensor of a stored name.
+    Of a tied pair either may be stored, as for transformers. read: the tensor of a stored name.
 
     Returns: whether the names are still tied.
     """

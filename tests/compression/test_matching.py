@@ -21,7 +21,7 @@ from slab_kernels.compression.training import Training, train
 from slab_kernels.errors import BudgetError, CheckpointError
 from slab_kernels.format import pack, unpack
 from slab_kernels.methods import decompose
-from slab_kernels.models.packed import load
+from slab_kernels.models.load import load
 from slab_kernels.models.streams import _HIDDEN, Stream
 from slab_kernels.testing import random_packed
 

@@ -128,7 +128,7 @@ def test_a_damaged_progress_file_is_named(dense, interrupted):
 
 def test_finished_blocks_of_another_model_are_refused(dense, interrupted):
     """A file that fits itself, as another version could have written it, and not the model."""
-    from slab_kernels.models.progress import _digest
+    from slab_kernels.models.output import _digest
 
     path = interrupted / PROGRESS_NAME
     for change in (swapped, without_a_layer):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import CheckpointError, FormatError, VersionError
 from slab_kernels.evaluate import perplexity as evaluate
 from slab_kernels.nn import SlabLinear

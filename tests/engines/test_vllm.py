@@ -20,7 +20,7 @@ from torch import nn
 import slab_kernels
 from slab_kernels.errors import ArchitectureError, CheckpointError, ShapeError
 from slab_kernels.format import PackedWeight
-from slab_kernels.models.packed import read_layouts
+from slab_kernels.models.packed_config import read_layouts
 from slab_kernels.testing import random_packed
 
 ON_GPU = torch.cuda.is_available()

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 
 TASK = """
 task: next_letter

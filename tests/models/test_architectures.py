@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError, CalibrationError
-from slab_kernels.models.architecture import build_skeleton
-from slab_kernels.models.blocks import block_linears, filled_copy, find_blocks
+from slab_kernels.models.blocks import block_linears, filled_copy, find_blocks, outside_filled
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.groups import find_groups
-from slab_kernels.models.packed import load
-from slab_kernels.models.source import ModuleSource, outside_filled
+from slab_kernels.models.load import load
+from slab_kernels.models.skeleton import config_skeleton
+from slab_kernels.models.source import ModuleSource
 from slab_kernels.models.streams import catch_stream
 
 CPU = torch.device("cpu")
@@ -294,7 +294,7 @@ def test_weights_that_are_not_in_memory_are_named(tmp_path):
         r"the weight model\.layers\.1\.self_attn\.q_proj\.weight of .* is not in memory .* give its folder",
     )
     refused(
-        build_skeleton(config=tiny_models.config("llama")),
+        config_skeleton(tiny_models.config("llama")),
         r"the weight model\.embed_tokens\.weight of .* is not in memory",
     )
 
@@ -353,7 +353,7 @@ def test_a_compressed_model_is_not_compressed_again():
 
 def test_a_config_without_a_causal_model():
     with pytest.raises(ArchitectureError, match="no causal language model for 'vit'"):
-        build_skeleton(config=AutoConfig.for_model("vit"))
+        config_skeleton(AutoConfig.for_model("vit"))
 
 
 class Toy(nn.Module):

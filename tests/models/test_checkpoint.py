@@ -25,12 +25,14 @@ import slab_kernels
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError, CheckpointError, ShapeError
 from slab_kernels.format import PackedLayout
-from slab_kernels.models.architecture import build_skeleton
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import INDEX_NAME, PROGRESS_NAME, Checkpoint, write_index
-from slab_kernels.models.packed import load, read_layouts, read_packed
-from slab_kernels.models.progress import LOCK_NAME, Progress
+from slab_kernels.models.load import load
+from slab_kernels.models.output import LOCK_NAME, OutputFolder
+from slab_kernels.models.packed import read_packed
+from slab_kernels.models.packed_config import read_layouts
 from slab_kernels.models.shards import read_header, write_json, write_shard
+from slab_kernels.models.skeleton import folder_skeleton
 from slab_kernels.models.source import FolderSource, open_source
 from slab_kernels.testing import random_packed
 
@@ -324,7 +326,7 @@ def test_a_config_that_is_no_dense_model(tmp_path, config, message):
 def test_a_config_of_no_language_model_is_an_architecture_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ArchitectureError, match="no causal language model for 'vit'"):
-        build_skeleton(tmp_path)
+        folder_skeleton(tmp_path)
 
 
 def test_the_fingerprint_sees_weights_and_not_the_path(tmp_path):
@@ -435,16 +437,16 @@ def test_a_failed_run_leaves_nothing_that_loads(tmp_path, monkeypatch):
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file is a file; give a folder"):
-        Progress(tmp_path / "file", {}, resume=False)
+        OutputFolder(tmp_path / "file", {}, resume=False)
     with pytest.raises(CheckpointError, match=r"cannot create .*; choose another folder"):
-        Progress(tmp_path / "file" / "below", {}, resume=False)
+        OutputFolder(tmp_path / "file" / "below", {}, resume=False)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_rights(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="Permission denied"):
-        Progress(tmp_path, {}, resume=False)
+        OutputFolder(tmp_path, {}, resume=False)
     tmp_path.chmod(0o700)
 
 
@@ -453,12 +455,12 @@ def test_a_folder_without_rights(tmp_path):
 
 def test_progress_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "out"
-    progress = Progress(out, {"rank": 1}, resume=False)
+    progress = OutputFolder(out, {"rank": 1}, resume=False)
     write(out / "a.safetensors", {"x": torch.ones(2)})
     progress.finish_block("a.safetensors", [{"name": "l"}])
     (out / "b.safetensors.partial").write_bytes(b"half a shard")
     progress.release()
-    again = Progress(out, {"rank": 1}, resume=True)
+    again = OutputFolder(out, {"rank": 1}, resume=True)
     assert [b["layers"] for b in again.blocks] == [[{"name": "l"}]]
     assert not list(out.glob("*.partial"))
     again.close()
@@ -466,39 +468,39 @@ def test_progress_goes_on_where_it_stopped(tmp_path):
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    Progress(tmp_path / "out", {"rank": 1, "seed": 0, "method": "slab"}, resume=False)
+    OutputFolder(tmp_path / "out", {"rank": 1, "seed": 0, "method": "slab"}, resume=False)
     with pytest.raises(
         CheckpointError,
         match=r"cannot resume .*: rank was 1 and is now 2; seed was 0 and is now 5; use",
     ):
-        Progress(tmp_path / "out", {"rank": 2, "seed": 5, "method": "slab"}, resume=True)
+        OutputFolder(tmp_path / "out", {"rank": 2, "seed": 5, "method": "slab"}, resume=True)
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    Progress(tmp_path / "out", {}, resume=False)
+    OutputFolder(tmp_path / "out", {}, resume=False)
     with pytest.raises(CheckpointError, match=r"is not empty .*or pass resume=True"):
-        Progress(tmp_path / "out", {}, resume=False)
+        OutputFolder(tmp_path / "out", {}, resume=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(
         CheckpointError, match=r"is not empty \(thesis\.tex\); choose an empty folder$"
     ):
-        Progress(tmp_path / "full", {}, resume=False)
+        OutputFolder(tmp_path / "full", {}, resume=False)
     with pytest.raises(CheckpointError, match="but no interrupted run to resume"):
-        Progress(tmp_path / "full", {}, resume=True)
+        OutputFolder(tmp_path / "full", {}, resume=True)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])]
 )
 def test_a_damaged_shard_is_done_again_with_all_after_it(tmp_path, damage):
-    progress = Progress(tmp_path / "out", {}, resume=False)
+    progress = OutputFolder(tmp_path / "out", {}, resume=False)
     for name in "abc":
         write(tmp_path / "out" / f"{name}.safetensors", {"x": torch.ones(2)})
         progress.finish_block(f"{name}.safetensors", [])
     progress.release()
     damage(tmp_path / "out" / "b.safetensors")
-    assert [b["file"] for b in Progress(tmp_path / "out", {}, resume=True).blocks] == [
+    assert [b["file"] for b in OutputFolder(tmp_path / "out", {}, resume=True).blocks] == [
         "a.safetensors"
     ]
 
@@ -522,7 +524,7 @@ def test_a_damaged_shard_is_done_again_with_all_after_it(tmp_path, damage):
 def test_a_progress_file_of_another_shape(tmp_path, content, message):
     (tmp_path / PROGRESS_NAME).write_text(content)
     with pytest.raises(CheckpointError, match=rf"slab_progress\.json {message}"):
-        Progress(tmp_path, {}, resume=True)
+        OutputFolder(tmp_path, {}, resume=True)
     assert [p.name for p in tmp_path.iterdir()] == [PROGRESS_NAME]
 
 
@@ -530,22 +532,22 @@ def test_a_progress_file_of_another_shape(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("end", [Progress.close, Progress.abandon, Progress.release])
+@pytest.mark.parametrize("end", [OutputFolder.close, OutputFolder.abandon, OutputFolder.release])
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path, resume, end):
     out = tmp_path / "out"
-    first = Progress(out, {}, resume=False)
+    first = OutputFolder(out, {}, resume=False)
     write(out / "a.safetensors", {"x": torch.ones(2)})
     first.finish_block("a.safetensors", [])
     (out / "b.safetensors.partial").write_bytes(b"being written")
     with pytest.raises(
         CheckpointError, match="out is in use by another run; wait for it or use another folder"
     ):
-        Progress(out, {}, resume)
+        OutputFolder(out, {}, resume)
     assert (out / "b.safetensors.partial").exists() and (out / LOCK_NAME).exists()
     end(first)
     assert not (out / LOCK_NAME).exists()
-    if end is not Progress.close:
-        assert len(Progress(out, {}, resume=True).blocks) == 1
+    if end is not OutputFolder.close:
+        assert len(OutputFolder(out, {}, resume=True).blocks) == 1
 
 
 def test_a_failed_run_lets_go_of_its_folder_and_can_be_resumed(tmp_path):
@@ -566,17 +568,17 @@ def test_a_failed_run_lets_go_of_its_folder_and_can_be_resumed(tmp_path):
 
 def test_a_lock_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
     """Between opening the lock file and locking it, its holder may end and remove it: what is locked must be the file there."""
-    first, real = Progress(tmp_path, {}, resume=False), fcntl.flock
+    first, real = OutputFolder(tmp_path, {}, resume=False), fcntl.flock
 
     def late(file, how):
         first.release()
         real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second = Progress(tmp_path, {}, resume=True)
+    second = OutputFolder(tmp_path, {}, resume=True)
     monkeypatch.setattr(fcntl, "flock", real)
     with pytest.raises(CheckpointError, match="in use by another run"):
-        Progress(tmp_path, {}, resume=True)
+        OutputFolder(tmp_path, {}, resume=True)
     second.close()
     assert not list(tmp_path.iterdir())
 
@@ -586,17 +588,17 @@ def test_where_there_are_no_locks_runs_go_on(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    Progress(tmp_path / "a", {}, resume=False).close()
+    OutputFolder(tmp_path / "a", {}, resume=False).close()
     monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows: importing it fails
-    Progress(tmp_path / "b", {}, resume=False).close()
+    OutputFolder(tmp_path / "b", {}, resume=False).close()
     assert not list(tmp_path.glob("*/*"))
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from slab_kernels.models.progress import Progress
-progress = Progress(Path(sys.argv[1]), {}, resume=False)
+from slab_kernels.models.output import OutputFolder
+progress = OutputFolder(Path(sys.argv[1]), {}, resume=False)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -609,8 +611,8 @@ def test_another_process_holds_the_folder_until_it_is_killed(tmp_path):
     ) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(CheckpointError, match="in use by another run"):
-            Progress(tmp_path / "out", {}, resume=True)
+            OutputFolder(tmp_path / "out", {}, resume=True)
         other.send_signal(signal.SIGKILL)
     assert (tmp_path / "out" / LOCK_NAME).exists()
-    Progress(tmp_path / "out", {}, resume=True).close()
+    OutputFolder(tmp_path / "out", {}, resume=True).close()
     assert not list((tmp_path / "out").iterdir())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import CheckpointError
 from slab_kernels.models.folder import VERIFY, Checkpoint
 from slab_kernels.models.shards import CHECKSUMS

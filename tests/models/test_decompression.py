@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 import slab_kernels
 from slab_kernels import decompress, load
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression import training
 from slab_kernels.errors import CheckpointError, DtypeError, RangeError
-from slab_kernels.models.folder import config_dtype
-from slab_kernels.models.source import compute_dtype
+from slab_kernels.models.model_config import compute_dtype, config_dtype
 
 LARGE = "model.layers.0.mlp.down_proj"
 

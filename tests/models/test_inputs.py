@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError, CalibrationError
-from slab_kernels.models.groups import find_groups, layer_inputs
+from slab_kernels.models.groups import Group, find_groups, layer_inputs
 from slab_kernels.models.streams import _HIDDEN, Stream, catch_stream
 
 TOKENS = tiny_models.tokens(16, 32)
@@ -92,7 +92,7 @@ def test_contents_decide_about_groups_in_every_batch():
         ("d",),
         ("b",),
     ]
-    seen = [layer_inputs(stream, 0, block, block.b, "b", 1, batch) for batch in (0, 1)]
+    seen = [layer_inputs(stream, 0, block, block.b, Group(("b",), 1), batch) for batch in (0, 1)]
     assert all(torch.equal(x, h.flatten(0, 1) + 1) for x, h in zip(seen, hidden, strict=True))
     assert all(torch.equal(x, h) for x, h in zip(stream.hidden, hidden, strict=True))
 

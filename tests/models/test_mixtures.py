@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import CheckpointError
 from slab_kernels.models.decompress import decompress
-from slab_kernels.models.packed import load, save
+from slab_kernels.models.load import load
+from slab_kernels.models.save import save
 from slab_kernels.models.source import open_source
 from slab_kernels.models.stored_names import stored_forms
 from slab_kernels.nn import SlabLinear

@@ -9,11 +9,11 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError
 from slab_kernels.models.decompress import decompress
-from slab_kernels.models.packed import load
+from slab_kernels.models.load import load
 from slab_kernels.models.source import open_source
 
 SETTINGS = dict(method="magnitude", calibration=tiny_models.tokens(), progress=False)

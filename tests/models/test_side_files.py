@@ -11,13 +11,13 @@ import tiny_models
 from safetensors.torch import load_file, save_file
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import CheckpointError
-from slab_kernels.models import source
+from slab_kernels.models import folder
+from slab_kernels.models.model_config import read_generation_config
 from slab_kernels.models.side_files import (
     NOT_DOWNLOADED,
     copy_side_files,
-    read_generation_config,
     side_files,
 )
 
@@ -154,7 +154,7 @@ def test_what_is_downloaded_is_what_is_carried_and_the_weights(monkeypatch, tmp_
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **how: asked.update(how) or str(tmp_path)
     )
-    source.hub_folder("someone/model")
+    folder.hub_folder("someone/model")
     found = set(filter_repo_objects([*CARRIED, *LEFT], **asked))
     assert asked == {"ignore_patterns": NOT_DOWNLOADED}
     assert found == {

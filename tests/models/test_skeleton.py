@@ -12,7 +12,7 @@ from torch import nn
 import slab_kernels
 from slab_kernels.errors import ArchitectureError
 from slab_kernels.models import skeleton
-from slab_kernels.models.architecture import build_skeleton
+from slab_kernels.models.skeleton import config_skeleton
 
 transformers = pytest.importorskip("transformers")
 
@@ -79,7 +79,7 @@ def test_a_skeleton_takes_no_memory():
         config = transformers.AutoConfig.for_model(
             kind, **sizes, num_hidden_layers=4, num_attention_heads=256, **more
         )
-        model = build_skeleton(config=config)
+        model = config_skeleton(config)
         assert all(p.is_meta for p in model.parameters())
         assert sum(p.numel() for p in model.parameters()) > 1 << 36
 
@@ -101,7 +101,7 @@ def test_buffers_are_those_of_from_pretrained(tmp_path, monkeypatch, name):
     tiny_models.model(name, dtype=torch.bfloat16).save_pretrained(tmp_path)
     theirs = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    ours = build_skeleton(config=config)
+    ours = config_skeleton(config)
     assert (torch.get_default_dtype(), config.dtype) == (torch.float32, torch.bfloat16)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     found = dict(ours.named_buffers())

@@ -13,7 +13,8 @@ import torch
 from slab_kernels.compression.matching import Matching
 from slab_kernels.compression.model import compress
 from slab_kernels.models.decompress import decompress
-from slab_kernels.models.packed import load, save
+from slab_kernels.models.load import load
+from slab_kernels.models.save import save
 
 SETTINGS = dict(
     calibration=tiny_models.tokens(), progress=False, rounds=1, matching=Matching(epochs=1)

@@ -11,7 +11,7 @@ import torch
 from transformers import BatchEncoding
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import CalibrationError
 from slab_kernels.evaluate import perplexity as evaluate
 from slab_kernels.text.source import read_text

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+TESTS = Path(__file__).resolve().parents[2]
+# pytest puts these folders on the path itself; a plain `python` does not.
+sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
+
 import torch
 import triton
-
-TESTS = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":  # pytest's settings hold these paths otherwise
-    sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
-
 from sass import counter as sass
 from triton_programs import Compiled, Emulated
 

@@ -1,6 +1,7 @@
-"""What a run has finished, kept in its output folder: one run at a time in a folder, and a killed one goes on.
+"""The folder that a run writes: one run at a time, and a killed one can go on where it stopped.
 
-The folder is claimed with a lock that dies with its process; the state file is removed once config.json is written.
+The folder is claimed with a lock that dies with its process. What is finished stands in a state
+file, which is removed once config.json is written.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 from .folder import PROGRESS_NAME
 from .shards import PARTIAL_SUFFIX, read_json, write_json
 
-LOCK_NAME = ".slab_lock"  # locked while a run writes to the folder, then removed; after a kill it is there, unlocked
+LOCK_NAME = ".slab_lock"  # locked while a run writes to the folder; after a kill it is unlocked
 
 
-def _take_lock(path: Path):
-    """The open lock file, which the kernel unlocks when it is closed or the process is killed; None where there are no
-    locks (Windows, some network folders). Raises: CheckpointError if another run holds it, OSError."""
+def _take_lock(path: Path) -> BinaryIO | None:
+    """The open lock file, unlocked by the kernel when it is closed or the process is killed.
+
+    None where there are no locks (Windows, some network folders).
+
+    Raises: CheckpointError if another run holds it, OSError.
+    """
     try:
         import fcntl
     except ImportError:
@@ -38,29 +44,40 @@ def _take_lock(path: Path):
                 f"{path.parent} is in use by another run; wait for it or use another folder"
             ) from error
         except FileNotFoundError:
-            pass  # as when the file is another one: its holder removed it after we opened it, so try again
+            pass
         except OSError:
             file.close()
             path.unlink(missing_ok=True)
             return None
+        # The holder removed the file after it was opened here: try again with the one there now.
         file.close()
 
 
-class Progress:
-    """What a run has finished, kept in the output folder so that `resume=True` can go on after a kill.
+class OutputFolder:
+    """A folder under writing: claimed, and with a note of what is finished.
 
-    `blocks[i]` = {"file", "sha256", "layers", "match"} of finished block i, always a prefix 0 ..
-    n-1; `inputs` what the model's tensors were when the run began, by their hashes; `search` what a
-    search has measured before the first block. Opening it claims the folder until `close` or
-    `abandon`; as a context manager it calls the one that fits. With `resume` None the writer cannot
-    go on after a kill: nothing is noted, and on failure everything that it wrote is removed.
+    As a context manager it calls `close` after success and `abandon` after a failure; until then
+    no other run can claim it.
 
-    Raises: CheckpointError if another run is at work in the folder, it holds something else, was begun with other
-    settings (the difference is named), or cannot be written.
+    Args:
+        out: the folder; made if it is not there.
+        settings: of the run; a run that goes on must have the same ones.
+        resume: whether to go on with what is there. None: the writer cannot go on after a kill, so
+            nothing is noted, and on failure everything that it wrote is removed.
+
+    Attributes:
+        blocks: {"file", "sha256", "layers", "match"} of every finished block, always a prefix
+            0 .. n-1 of the model's.
+        inputs: the hashes of the model's tensors when the run began, by name.
+        search: what a search has measured before the first block, by module.
+
+    Raises: CheckpointError if another run is at work in the folder, it holds something else, was
+        begun with other settings (the difference is named), or cannot be written.
     """
 
-    def __init__(self, out: Path, settings: dict, resume: bool | None):
-        self.out, self.settings, self.blocks = out, settings, []
+    def __init__(self, out: Path, settings: dict[str, Any], resume: bool | None):
+        self.out, self.settings = out, settings
+        self.blocks: list[dict[str, Any]] = []
         self.inputs: dict[str, str] = {}
         self.search: dict[str, list[float]] = {}
         self.resumable = resume is not None
@@ -69,42 +86,41 @@ class Progress:
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(out / LOCK_NAME)
+        except CheckpointError:
+            raise
         except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(
-                f"cannot create {out} or write to it: {error.strerror or error}; choose another folder"
+                f"cannot create {out} or write to it: {error.strerror or error}; "
+                "choose another folder"
             ) from error
         try:
-            self._claim(resume)
+            self._claim(resume=bool(resume))
         except BaseException:
             self.release()
             raise
 
     def _claim(self, resume: bool) -> None:
+        """Restore what an interrupted run has noted, or begin in an empty folder."""
         out, found = self.out, sorted(p.name for p in self.out.iterdir() if p.name != LOCK_NAME)
         if found and not resume:
-            begun = PROGRESS_NAME in found and self.resumable
-            raise CheckpointError(
-                f"{out} is not empty ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); choose an empty folder"
-                + (
-                    ", or pass resume=True to go on with the run that was interrupted there"
-                    if begun
-                    else ""
-                )
-            )
+            more = ", ..." if len(found) > 3 else ""
+            advice = "choose an empty folder"
+            if PROGRESS_NAME in found and self.resumable:
+                advice += ", or pass resume=True to go on with the run that was interrupted there"
+            raise CheckpointError(f"{out} is not empty ({', '.join(found[:3])}{more}); {advice}")
         if PROGRESS_NAME in found:
             self._restore(read_json(out / PROGRESS_NAME))
         elif found and found != [PROGRESS_NAME + PARTIAL_SUFFIX]:
             raise CheckpointError(
-                f"{out} holds files ({found[0]}, ...) but no interrupted run to resume; use an empty folder"
+                f"{out} holds files ({found[0]}, ...) but no interrupted run to resume; "
+                "use an empty folder"
             )
         for name in found:
             if name.endswith(PARTIAL_SUFFIX):
                 (out / name).unlink(missing_ok=True)
         self._write()
 
-    def _restore(self, state: dict) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         if not _is_state(state):
             raise CheckpointError(f"{self.out / PROGRESS_NAME} is damaged; use an empty folder")
         check_same_settings(self.out, state["settings"], self.settings)
@@ -114,11 +130,15 @@ class Progress:
                 break  # this block and those after it are done again
             self.blocks.append(block)
 
-    def finish_block(self, file: str, layers: list[dict], match: dict | None = None) -> None:
-        """Note that the next block is done and its shard written."""
-        self.blocks.append(
-            {"file": file, "sha256": file_sha256(self.out / file), "layers": layers, "match": match}
-        )
+    def finish_block(
+        self, file: str, layers: list[dict[str, Any]], match: dict[str, Any] | None = None
+    ) -> None:
+        """Note that the next block is done and its shard written.
+
+        file: name of the shard. layers, match: the block's records, as plain JSON.
+        """
+        sha256 = file_sha256(self.out / file)
+        self.blocks.append({"file": file, "sha256": sha256, "layers": layers, "match": match})
         self._write()
 
     def note_inputs(self, inputs: dict[str, str]) -> None:
@@ -135,11 +155,9 @@ class Progress:
         if not self.resumable:
             return
         parts = {
-            "settings": self.settings,
-            "inputs": self.inputs,
-            "search": self.search,
-            "blocks": self.blocks,
-        }
+            "settings": self.settings, "inputs": self.inputs,
+            "search": self.search, "blocks": self.blocks,
+        }  # fmt: skip
         state = json.loads(json.dumps(parts))
         write_json(self.out / PROGRESS_NAME, {**state, "sha256": _digest(state)})
 
@@ -154,16 +172,16 @@ class Progress:
         """Let go of the folder after a failure, and give it back where nothing is kept."""
         if self.blocks or self.search:
             self.release()
-        else:
-            if not self.resumable:
-                self._clear()
-            self.close()
-            with contextlib.suppress(OSError):  # not empty: somebody else's files
-                self.out.rmdir()
+            return
+        if not self.resumable:
+            self._clear()
+        self.close()
+        with contextlib.suppress(OSError):  # not empty: somebody else's files
+            self.out.rmdir()
 
     def _clear(self) -> None:
         """Remove what was written: the folder was empty when it was claimed."""
-        with contextlib.suppress(OSError):  # what failed before is what is to be told
+        with contextlib.suppress(OSError):  # the failure before this one is the one to be told
             for path in self.out.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -174,21 +192,23 @@ class Progress:
         """Let other runs into the folder; what is in it stays."""
         lock, self._lock = self._lock, None
         if lock is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # before it is closed, else it may be another run's by then
+            # Removed before it is closed, for after that it may be another run's.
+            with contextlib.suppress(OSError):
                 (self.out / LOCK_NAME).unlink()
             lock.close()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> OutputFolder:
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        self.close() if kind is None else self.abandon()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
 
-def _is_state(state: dict) -> bool:
-    """Whether the state is as `Progress` wrote it, by its hash and by the kinds of its parts."""
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether a state file is as `OutputFolder` wrote it, by its hash and its parts' kinds."""
     rest = {key: value for key, value in state.items() if key != "sha256"}
     kinds = {"settings": dict, "inputs": dict, "search": dict, "blocks": list}
     of_block = {"file": str, "sha256": str, "layers": list}
@@ -204,12 +224,12 @@ def _is_state(state: dict) -> bool:
     )
 
 
-def _digest(state: dict) -> str:
+def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal. Raises: OSError."""
+    """SHA-256 of a file, hexadecimal. Raises: OSError."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -222,8 +242,11 @@ def is_whole(path: Path, sha256: str) -> bool:
         return False
 
 
-def check_same_settings(out: Path, before: dict, now: dict) -> None:
-    """Raises: CheckpointError naming every setting in which an earlier run in `out` differs."""
+def check_same_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse settings that are not those of an earlier run in `out`.
+
+    Raises: CheckpointError naming every one that differs.
+    """
     now = json.loads(json.dumps(now))
     different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if different:
@@ -236,6 +259,7 @@ def check_same_settings(out: Path, before: dict, now: dict) -> None:
         )
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
+    """A setting in few characters, with the end that tells two long ones apart."""
     text = repr(value)
     return text if len(text) <= 40 else text[:18] + "..." + text[-12:]
