@@ -16,16 +16,12 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-<<<<<<< HEAD
-.PHONY: environment demo test test-all test-triton test-transformers test-vllm test-lm-eval lint docs bench clean distclean
-=======
-.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
+.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers test-vllm test-lm-eval lint docs bench clean distclean
 
 # Packages are installed without byte code. Python keeps it here, also where the packages' own folders cannot be written; without
 # it every process compiles all of torch anew.
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/byte-code
 unexport PYTHONDONTWRITEBYTECODE
->>>>>>> main
 
 environment: $(INSTALLED)
 
@@ -118,11 +114,7 @@ bench: $(INSTALLED)
 	@$(VENV)/bin/slab-kernels bench --shape 4096x4096 --shape 11008x4096 --m 1
 
 clean:
-<<<<<<< HEAD
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
-=======
-	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
->>>>>>> main
+	rm -rf build dist site *.egg-info .cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
 	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find slab_kernels -name '*.so' -delete
 	rm -rf slab_kernels/cubins

@@ -147,9 +147,10 @@ def as_svg(drawn: Any) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "slab_kernels"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    # Without the XML declaration and document type, the file is valid inside a page too.
     text = buffer.getvalue()
-    return re.sub(r"[ \t]+$", "", text[text.index("<svg") :], flags=re.MULTILINE)
+    text = text[text.index("<svg") :]  # no XML declaration: the file is valid inside a page too
+    # matplotlib writes every step of a path on a line of its own.
+    return re.sub(r'\bd="[^"]*"', lambda path: " ".join(path[0].split()), text)
 
 
 def plain_numbers(axis: Any, ticks: Sequence[float]) -> None:
