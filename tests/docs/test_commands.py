@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import tomllib
@@ -60,6 +61,13 @@ def options_in(source: Path) -> set[str]:
         if isinstance(node, ast.Constant)
     )
     return {value for value in constants if isinstance(value, str) and value.startswith("--")}
+
+
+@functools.cache
+def script_options() -> set[str]:
+    """The options of every script in benchmarks/ and of every program in tests/."""
+    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*/__main__.py")]
+    return set().union(*map(options_in, scripts))
 
 
 def check_script(words: list[str]) -> None:
@@ -163,13 +171,9 @@ def test_commands_within_sentences(document, span):
             f"slab-kernels {words[1]} has no {', '.join(sorted(named - options_of(words[1])))}"
         )
     elif words[0].startswith("--"):
-        scripts = set().union(
-            *(
-                options_in(path)
-                for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*/__main__.py")]
-            )
+        assert words[0].partition("=")[0] in ANY_OPTION | script_options(), (
+            f"no command has {words[0]}"
         )
-        assert words[0].partition("=")[0] in ANY_OPTION | scripts, f"no command has {words[0]}"
     else:
         check_line(words)
 
