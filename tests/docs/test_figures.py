@@ -28,6 +28,7 @@ NO_MEASUREMENT = re.compile(
 # What else stands in a document without a file: facts of the format, of the hardware, of a setting.
 FACTS = {
     "README.md": ["a CUDA GPU from 8.0"],
+    "docs/architecture.md": ["Triton serves, from 8.0"],
     "docs/cuda-kernels.md": [" and 12.0, and PTX"],
     "docs/engines.md": ["5.0.0, 5.23 and 5.24", "more than 20 MB"],
     "docs/methods.md": ["50–80 %"],
