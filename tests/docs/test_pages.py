@@ -77,6 +77,11 @@ def test_every_method_is_in_the_table_of_methods():
     assert set(re.findall(r"`([\w-]+)`", rows)) >= set(METHODS)
 
 
+def test_every_command_has_a_section_with_its_options():
+    sections = re.findall(r"^## (\S+)$", text_of(ROOT / "docs" / "command-line.md"), re.MULTILINE)
+    assert set(group().commands) == set(COMMANDS) == set(sections)
+
+
 def test_the_readme_is_short():
     assert len(text_of(README).splitlines()) <= 200
 
