@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_tables import COMMANDS, group
 
 import slab_kernels
 from docs.documents import (
