@@ -155,8 +155,8 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
     from slab_kernels.format import INTEGER_RANGES, Decomposition
     from slab_kernels.methods import METHODS, Config, Method
     from slab_kernels.methods.solvers.masks import Pattern
-    from slab_kernels.methods.solvers.quantize import quantize
-    from slab_kernels.methods.solvers.sweep import Grid, curvature, sweep
+    from slab_kernels.methods.solvers.quantize import Grid, quantize
+    from slab_kernels.methods.solvers.sweep import curvature, sweep
 
     values = f"int{bits}"
     INTEGER_RANGES.setdefault("int2", (-2, 1))

@@ -1,71 +1,33 @@
 """Tensor parallelism on packed tensors: which slice of each a rank keeps. Plain torch, no engine.
 
-Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K. Along N every tensor slices by rows, V and Q
-stay whole; along K a slice begins at a multiple of lcm(16, group size), U, P and one-a-row scales stay whole (README, the format in
-bytes). A slice is a packed weight of its own, with the sizes of `Slice.layout`.
+Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K. A slice is a
+packed weight of its own: see `format.Slice`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ShapeError
-from ..format import PackedLayout, PackedWeight, check_range
+from ..format import PackedLayout, PackedWeight, Slice
 from ..models.packed import read_packed
 from ..nn import SlabLinear
 
-ROWS_ONLY = ("U", "P")  # no K
-INPUTS_ONLY = ("V", "Q")  # no N, and K comes first
 
+def cut(part: Slice, name: str, tensor: Tensor) -> Tensor:
+    """A copy of the slice's part of the packed tensor called `name`.
 
-@dataclass(frozen=True)
-class Slice:
-    """Rows first_row .. first_row + rows and inputs first_input .. first_input + inputs of a weight of layout `whole`.
-
-    Raises: ShapeError if it is not inside, or cuts what cannot be cut.
+    Raises: CheckpointError if the whole has another shape or dtype.
     """
-
-    whole: PackedLayout
-    first_row: int
-    rows: int
-    first_input: int
-    inputs: int
-
-    def __post_init__(self):
-        whole = self.whole
-        check_range("out_features", self.first_row, self.rows, whole.out_features)
-        unit = whole.slice_multiple
-        check_range("in_features", self.first_input, self.inputs, whole.in_features, unit)
-
-    @property
-    def layout(self) -> PackedLayout:
-        return replace(self.whole, out_features=self.rows, in_features=self.inputs)
-
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """The slice of the packed tensor called `name`, a copy. Raises: CheckpointError if the whole has another shape or dtype."""
-        dtype, shape = self.whole.tensors()[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
-            raise CheckpointError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, config.json says {dtype} {list(shape)}"
-            )
-        if name not in INPUTS_ONLY:
-            tensor = tensor.narrow(0, self.first_row, self.rows)
-        if name not in ROWS_ONLY:
-            axis = 0 if name in INPUTS_ONLY else 1
-            units, unit = (
-                self.whole.padded_in_features // self.whole.slice_multiple,
-                self.whole.slice_multiple,
-            )
-            per_unit = tensor.shape[axis] // units
-            if per_unit * units == tensor.shape[axis]:  # else one scale a row
-                tensor = tensor.narrow(
-                    axis, self.first_input // unit * per_unit, -(-self.inputs // unit) * per_unit
-                )
-        return tensor.clone()
+    dtype, shape = part.whole.tensors()[name]
+    if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+        raise CheckpointError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, config.json says {dtype} {list(shape)}"
+        )
+    return part.narrow(name, tensor).clone()
 
 
 def column_parallel(
@@ -156,7 +118,7 @@ class Shards:
                     f"{self.names[i]} holds the unexpected tensor {name!r}; it does not belong to its config.json"
                 )
             try:
-                self.tensors[i][name] = self.place(self.slices[i].cut(name, tensor))
+                self.tensors[i][name] = self.place(cut(self.slices[i], name, tensor))
             except CheckpointError as error:
                 raise CheckpointError(f"{self.names[i]}: {error}") from error
 

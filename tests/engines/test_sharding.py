@@ -7,9 +7,9 @@ import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.engines.sharding import Shards, Slice, column_parallel, row_parallel
+from slab_kernels.engines.sharding import Shards, column_parallel, cut, row_parallel
 from slab_kernels.errors import CheckpointError, MetadataError, PaddingError, ShapeError
-from slab_kernels.format import PackedLayout, PackedWeight
+from slab_kernels.format import PackedLayout, PackedWeight, Slice
 from slab_kernels.testing import random_packed
 
 FORMS = {
@@ -86,12 +86,12 @@ def test_inputs_split_over_ranks(name, world):
 @pytest.mark.parametrize("name", FORMS)
 def test_the_ranks_hold_every_byte_once(name):
     whole = random_packed(form(48, 256, name))
-    for cut, axis in (
+    for part_of, axis in (
         (lambda r: column_parallel([whole.layout], [12], r, 4)[0], 0),
         (lambda r: row_parallel(whole.layout, r, 4), 1),
     ):
         for tensor_name, tensor in whole.tensors().items():
-            parts = [cut(r).cut(tensor_name, tensor) for r in range(4)]
+            parts = [cut(part_of(r), tensor_name, tensor) for r in range(4)]
             if tensor_name in ("V", "Q"):
                 joined = torch.cat(parts) if axis else None
             elif tensor_name in ("U", "P") or tensor.shape[1] == 1:
