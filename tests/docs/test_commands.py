@@ -140,7 +140,8 @@ def check_line(words: list[str]) -> None:
 @pytest.mark.parametrize(("document", "words"), each(command_lines))
 def test_command_lines(document, words, models, tmp_path, monkeypatch, capsys):
     check_line(words)
-    if words[0] == "slab-kernels" and words[1] in RUN:
+    # The tiny model's tokenizer has no chat template.
+    if words[0] == "slab-kernels" and words[1] in RUN and "--chat" not in words:
         monkeypatch.chdir(tmp_path)
         for argument in GROUP.commands[words[1]].params:
             if argument.param_type_name == "argument" and argument.name == "folder":

@@ -78,6 +78,14 @@ def test_every_method_is_in_the_table_of_methods():
     assert set(re.findall(r"`([\w-]+)`", rows)) >= set(METHODS)
 
 
+def test_every_room_is_in_the_page_of_the_architecture():
+    page = text_of(ROOT / "docs" / "architecture.md")
+    rooms = [path for path in (ROOT / "slab_kernels").iterdir() if (path / "__init__.py").exists()]
+    rooms += (ROOT / "slab_kernels").glob("[!_]*.py")
+    names = {f"{room.name}/" if room.is_dir() else room.name for room in rooms}
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
 def test_every_command_has_a_section_with_its_options():
     sections = re.findall(r"^## (\S+)$", text_of(ROOT / "docs" / "command-line.md"), re.MULTILINE)
     assert set(group().commands) == set(COMMANDS) == set(sections)
