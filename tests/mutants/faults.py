@@ -174,10 +174,9 @@ FAULTS = (
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
-        "the first inputs of a rank counted in units of one tensor for all",
-        "slab_kernels/engines/*.py", "self.first_input // unit * per_unit",
-        "self.first_input // unit * unit",
-        ("tests/engines/test_sharding.py",),
+        "a rank's inputs counted by its own slice",
+        "slab_kernels/format/*.py", "self.first_input * tensor.shape[axis]",
+        "self.first_input * shape[axis]", ("tests/engines/test_sharding.py",),
     ),
     Fault(
         "prepared weights that outlive a write",
