@@ -173,6 +173,7 @@ def test_a_backend_with_a_priority_is_asked_first_and_runs_a_layer(install, monk
     )
 
 
+@pytest.mark.filterwarnings("ignore:unpack-all 1.2 cannot add the entry point .cpu.")
 def test_a_backend_that_cannot_be_used_is_named_and_the_others_run(install):
     install("unpack-all", BACKEND, plugins.BACKENDS, {"unpacking": "MISSING", "cpu": "UNPACKING"})
     problem = LinearProblem.of(PackedLayout(8, 64, "int4", 32, 1, 0), 1, torch.float32, "cpu")

@@ -17,7 +17,7 @@ from slab_kernels.compression.arguments import Arguments
 from slab_kernels.compression.matching import Matching
 from slab_kernels.compression.training import Training
 from slab_kernels.errors import BudgetError, CalibrationError, MethodError, PatternError, ShapeError
-from slab_kernels.methods import METHODS
+from slab_kernels.methods import METHODS, LayerSettings
 
 NAN, INF = float("nan"), float("inf")
 OPTIONS = [(method, option) for method, row in METHODS.items() for option in row.options()]
@@ -244,3 +244,21 @@ def test_info_lists_every_option_with_its_meaning(capsys):
     for method, option in OPTIONS:
         default, rule = METHODS[method].options()[option]
         assert f"{option}={default}" in shown and rule.range() in shown and rule.meaning in shown
+
+
+def test_one_object_holds_a_layers_settings_whoever_gives_them():
+    keywords = {"method": "slab", "values": "int4", "group_size": 32, "planes": 2, "rounds": 1}
+    settings = LayerSettings.from_keywords(**keywords)
+    assert settings.options == {"rounds": 1}
+    assert settings == Arguments.of(**keywords).plan.usual
+    assert settings == LayerSettings(values="int4", group_size=32, planes=2, options={"rounds": 1})
+    assert list(settings.to_dict()) == [
+        "method", "pattern", "rank", "values", "group_size", "planes", "adapter_rank",
+        "adapter_values",
+    ]  # fmt: skip
+    assert LayerSettings().to_dict()["group_size"] is None  # fp16 values have no scales
+    assert settings.layout((16, 64)).planes == 2
+    with pytest.raises(ShapeError, match="rank=17 must lie in 0 .. 16"):
+        replace(settings, rank=17).config((16, 64))
+    with pytest.raises(MethodError, match="method 'wanda' has no option 'rounds'"):
+        replace(settings, method="wanda")
