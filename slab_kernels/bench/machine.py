@@ -130,7 +130,7 @@ def backends() -> dict[str, dict[str, list[str]]]:
     from ..errors import BackendError
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
+    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.order()}
     for kind in kinds:
         # Every backend takes bf16.
         problem = LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind)
@@ -139,7 +139,7 @@ def backends() -> dict[str, dict[str, list[str]]]:
             if forced := os.environ.get(dispatch.ENVIRONMENT):
                 dispatch.backend(forced)
         except BackendError as error:  # A variable names what does not exist, so nothing runs.
-            found = {name: [str(error)] for name in dispatch.ORDER}
+            found = {name: [str(error)] for name in dispatch.order()}
         for name, reasons in found.items():
             table[name][kind] = reasons
     return table

@@ -2,9 +2,9 @@
 memory streams the weights.
 
 Counts are those of counter.py: exact for the code, an upper bound where a branch has two sides.
-Budgets are arithmetic on the datasheet figures of gpus.GPUS (peak bandwidth, boost clock), and
-no prediction of a time: latencies, bank conflicts and the limits of DRAM (about 92 % of peak)
-are not in them. `python tests/sass/counter.py` prints the tables of the README.
+Budgets are arithmetic on the datasheet figures of gpus.GPUS (peak bandwidth, boost clock), and no
+prediction of a time: latencies, bank conflicts and the limits of DRAM (about 92 % of peak) are not
+in them. `python tests/sass/counter.py` prints the tables of the README.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ PASSES = {"LDSM": 4, "LDGSTS": 4, "STS.128": 4, "LDS.128": 4, "LDS.64": 2, "LDS"
 
 class Limit(NamedTuple):
     """Clocks a scheduler spends on a K-block in each resource, and those in which memory delivers
-    it."""
+    it.
+    """
 
     clocks: float
     used: dict[str, float]
@@ -74,8 +75,7 @@ def bits(values: int) -> float:
 
 
 def clocks_of_memory(gpu: Gpu, values: int) -> float:
-    """Clocks of one scheduler in which the device's memory brings it a K-block, at full
-    bandwidth."""
+    """Clocks of one scheduler in which memory brings it a K-block, at full bandwidth."""
     return SCHEDULERS * gpu.multiprocessors * gpu.clock * block_bytes(values) / gpu.bandwidth
 
 
@@ -106,7 +106,8 @@ def limit(kernel: sass.Kernel, gpu: Gpu, values: int) -> Limit:
 
 def tiles_of(name: str, tokens: int) -> float:
     """Token tiles as plan counts them: (1 + rank) / 2 of one, which is a half for the adapter's
-    product."""
+    product.
+    """
     return tokens / 8 * (0.5 if name == "dense" else 1.0)
 
 
@@ -129,17 +130,17 @@ def issue_line(
     return (round(fixed), round(per_tile)), counts
 
 
-# ---- tables
-# ------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------
 
 
 def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
     """Instructions a weight of the one-rank fp16 kernels, a column a pipe, architectures side by
-    side."""
+    side.
+    """
     columns = ("tensor", "alu", "fma", "shared")
     lines = [
-        f"Instructions a weight on {' / '.join(SHOWN)}; fp16, rank 1, every token of the tile "
-        "present.",
+        f"Instructions a weight on {' / '.join(SHOWN)}; fp16, rank 1, "
+        "every token of the tile present.",
         "",
         "| values | tokens | tensor | ALU | FMA pipe | shared memory | all issued |",
         "|---|---|---|---|---|---|---|",
@@ -163,8 +164,7 @@ def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
 
 
 def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
-    """What each GPU may issue a weight at full bandwidth, and what the decode kernels take of
-    it."""
+    """What each GPU may issue a weight at full bandwidth, and what decode kernels take of it."""
     lines = [
         "Instructions a weight that a GPU can issue while its memory streams the weights at full "
         "bandwidth"
@@ -184,10 +184,8 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
             )
             nearest = max(found.used, key=found.used.__getitem__)
             share = found.used[nearest] / found.clocks
-            room = (
-                f"{found.clocks / LANE_WEIGHTS:.1f} / "
-                f"{found.clocks / LANE_WEIGHTS / ALU_CLOCKS:.1f}"
-            )
+            issued = found.clocks / LANE_WEIGHTS
+            room = f"{issued:.1f} / {issued / ALU_CLOCKS:.1f}"
             says = f"{nearest} {share:.0%}"
             cells.append(f"{room}: " + (f"bytes, {says}" if share <= 1 else f"**{says}**"))
         lines.append(f"| {gpu.name} | {' | '.join(cells)} |")
@@ -196,7 +194,8 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
 
 def record(machine_code: dict[str, dict[str, sass.Kernel]]) -> dict[str, object]:
     """Everything counted, for a file: by architecture and kernel, by GPU and value type, and its
-    origin."""
+    origin.
+    """
     git = ["git", "-C", str(sass.ROOT), "describe", "--always", "--dirty"]
     kernels = [
         {

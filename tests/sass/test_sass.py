@@ -136,7 +136,8 @@ def test_registers_suffice_and_nothing_is_called_or_spilled(machine_code, archit
 @EVERY
 def test_each_product_is_one_tensor_instruction(machine_code, architecture):
     """S and signs as HMMA.SP of 16 x 8 x 32, adapters as dense HMMA, all with fp32 sums, none left
-    out."""
+    out.
+    """
     wrong = Findings()
     for name, kernel in machine_code(architecture)[1].items():
         if not (tiles := tokens_of(name) // 8):
@@ -238,8 +239,7 @@ def test_every_instruction_of_the_main_loops_has_a_pipe(machine_code, architectu
             assert sum(kernel.by_pipe().values()) == pytest.approx(kernel.executed().total())
 
 
-# ---- the reader itself, on text that is small enough to count by hand
-# --------------------------------------
+# ---- the reader itself, on text that is small enough to count by hand ---------------------------
 
 LISTING = """\
 .text.linear_x_one_t8:
@@ -306,7 +306,8 @@ def test_a_missing_tool_is_one_sentence(monkeypatch):
 
 def test_budget_at_full_bandwidth():
     """H200, 3.625 bits: 4096 weights are 1856 bytes; 132 x 4 schedulers at 1.76 GHz against 4800
-    GB/s."""
+    GB/s.
+    """
     gpu = next(gpu for gpu in GPUS if gpu.name == "H200")
     assert instruction_budget.bits(INT4) == 3.625
     assert instruction_budget.clocks_of_memory(gpu, INT4) == pytest.approx(

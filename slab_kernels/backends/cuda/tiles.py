@@ -170,7 +170,7 @@ TALL_TILES = (  # 64 rows per warp: half the reads of activations
 
 
 def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int, M: int) -> int:
-    """Bytes of shared memory for one K block, as csrc/cuda/linear.cuh lays it out.
+    """Bytes of shared memory for one K block, as `plan_stage` of csrc/cuda/plan.cuh has it.
 
     tokens: of a warp. Kernels of fewer than 32 stage no more tokens than there are.
     """

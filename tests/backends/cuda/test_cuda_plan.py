@@ -1,8 +1,6 @@
-"""backends/cuda/plan.py: whatever the layer, the device and the number of tokens, the plan fits,
-covers and keeps its promises.
+"""backends/cuda/plan.py: whatever the layer, the device and the number of tokens, the plan fits, covers and keeps its promises.
 
-Arithmetic alone. The sizes of shared memory are derived here once more from the text of
-csrc/cuda.
+Arithmetic alone. The sizes of shared memory are derived here once more from the text of csrc/cuda.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ def regime(M: int) -> int:
 
 def constants() -> dict[str, int]:
     """Numbers of params.h that decide sizes, read from its text."""
-    text = "".join((CUDA / name).read_text() for name in ("params.h", "linear.cuh", "linear.cu"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(CUDA.iterdir()))
     found = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
     values = re.search(
         r"values == kW16 \? (\d+) : values == kI8 \? (\d+) : values == kI4 \? (\d+) : (\d+);", text
@@ -67,27 +65,21 @@ def constants() -> dict[str, int]:
     metadata = re.search(
         r"stream_metadata_bytes\(int values\) { return values == kDense \? 0 : (\d+); }", text
     )
-    # What the test below spells out in Python, as it stands in the sources; whoever edits it looks
-    # here too.
+    # What the test below spells out in Python, as it stands in the sources; whoever edits it looks here too.
     flat = re.sub(r"\s+", "", text)
     for formula in (
         "kTokenRow = 2 * kBlockInputs",
         "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
-        "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
-        "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at "
-        "+ rank * kTokenRow",
-        "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
-        "ring = shared + my.group * p.stages * stage_bytes",
-        "kWide = kTiles >= 4",
+        "scales_at = Traits::kSignsAt + (rank ? planes * kSignBytes : 0)",
+        "v_rows_at = (Traits::kWide ? staged : min(staged, params.tokens)) * kTokenRow",
+        "weights_at = layout.v_rows_at + rank * kTokenRow",
+        "weight_bytes = params.warp_rows * Traits::kRowTiles * layout.block_bytes",
+        "stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256",
+        "begin = shared + role.group * params.stages * ring.stage_bytes",
+        "kWide = kTokenTiles >= 4",
         "pitch = rows + 4",
-        "sums + (my.group * all_tokens + my.token_warp * kTokens) * pitch",
-        "int(unsigned(p.k_blocks) * unsigned(split) / unsigned(p.splits))",
-        "slab::kRankOne, 2, kTiles>",  # row tiles of a warp: `blocks` of plan.Tile
-        "slab::kRankAny, 2, kTiles>",
-        "slab::kValues, slab::kRank, 4, kTiles>",
-        "slab::kRankOne, 2, kTiles, 2>",  # and planes
-        "slab::kRankOne, 2, kTiles, 3>",
-        "slab::kRankAny, 2, kTiles, slab::kPlanesAny>",
+        "(role.group * all_tokens + role.token_warp * Traits::kWarpTokens) * pitch",
+        "int(unsigned(params.num_k_blocks) * unsigned(split) / unsigned(params.splits))",
     ):
         assert formula.replace(" ", "") in flat, f"csrc/cuda no longer says {formula!r}"
     return (
@@ -95,12 +87,26 @@ def constants() -> dict[str, int]:
     )
 
 
+def test_the_kernels_have_the_tiles_that_plans_count_on():
+    """Row tiles, tokens and planes of each row of the table in linear.cu, against its name."""
+    rows = re.findall(
+        r"KERNEL\((\w+), +(\w+), +k\w+, +k\w+, +(\w+), +(\d), (\d), \d\)",
+        (CUDA / "linear.cu").read_text(encoding="utf-8"),
+    )
+    assert len(rows) == 24 + 4 + 6 + 18
+    planes_of = {"two": "2", "three": "3", "any": "kPlanesAny"}
+    for family, name, planes, row_tiles, token_tiles in rows:
+        *which, tokens = name.split("_")
+        assert int(tokens.removeprefix("t")) == 8 * int(token_tiles), name
+        assert int(row_tiles) == (4 if family == "tall" else 2), name  # `blocks` of plan.Tile
+        assert planes == (planes_of[which[-1]] if family == "planes" else "1"), name
+
+
 @functools.cache
 def shared_bytes_of(
     sizes: CudaSizes, M: int, tokens: int, tile: plan.Tile, stages: int
 ) -> tuple[int, int]:
-    """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups,
-    both from address 0."""
+    """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups, both from address 0."""
     c = _constants()
     scales = (
         c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"]
@@ -147,7 +153,7 @@ def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> No
         chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1)
         and chosen.grid[0] < 1 << 31
     ), where
-    # linear.cuh: share()
+    # place.cuh: first_k_block_of
     ends = [sizes.k_blocks * split // chosen.splits for split in range(chosen.splits + 1)]
     shares = [end - start for start, end in itertools.pairwise(ends)]
     assert ends[-1] == sizes.k_blocks and min(shares) >= (
@@ -167,11 +173,9 @@ def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> No
 @pytest.mark.parametrize("rank, planes", SIGNS)
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_every_layer_of_the_known_models(gpu, rank, planes):
-    """Fits, covers, and within a regime splits K in one way: a token's result depends on no other
-    token.
+    """Fits, covers, and within a regime splits K in one way: a token's result depends on no other token.
 
-    Each GPU takes one value type with each form of the signs, the next GPU the next type: all of
-    them took minutes.
+    Each GPU takes one value type with each form of the signs, the next GPU the next type: all of them took minutes.
     """
     values, group_steps = VALUES[(GPUS.index(gpu) + rank + planes) % len(VALUES)]
     for N, K in SHAPES:
@@ -187,8 +191,7 @@ def test_every_layer_of_the_known_models(gpu, rank, planes):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_every_adapter(gpu):
-    """z = x Q, a dense weight of few rows that comes first: rank 64, alone and for three fused
-    parts; rank 1 rounds up to 16."""
+    """z = x Q, a dense weight of few rows that comes first: rank 64, alone and for three fused parts; rank 1 rounds up to 16."""
     for K, parts, steps in itertools.product(sorted({K for _, K in SHAPES}), (1, 3), (1, 4)):
         sizes = CudaSizes(K, (4096,) * parts, INT4, 4, 1, steps).adapter()
         assert sizes == CudaSizes(K, (16 * steps * parts,), DENSE, 4, 0, 0)
@@ -202,8 +205,7 @@ def test_every_adapter(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_sizes_that_no_model_has(gpu):
-    """One input, one row, K of one block, parts that are no multiple of anything, far more rows
-    than a tile, every M up to 64."""
+    """One input, one row, K of one block, parts that are no multiple of anything, far more rows than a tile, every M up to 64."""
     for rows, K in itertools.product(
         ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)
     ):
@@ -224,8 +226,7 @@ def test_sizes_that_no_model_has(gpu):
 
 
 def test_the_tables_hold_what_the_kernels_can():
-    """Powers of two (linear.cuh shifts and masks by them), eight warps; tall warps where linear.cu
-    has their kernels."""
+    """Powers of two (linear.cuh shifts and masks by them), eight warps; tall warps where linear.cu has their kernels."""
     for tile in (*SPLIT_TILES, *WHOLE_TILES, *TALL_TILES):
         assert (
             all(n & (n - 1) == 0 for n in (tile.warp_rows, tile.warp_tokens, tile.warp_inputs))
@@ -246,9 +247,8 @@ def test_the_tables_hold_what_the_kernels_can():
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_more_tokens_never_cost_less_within_a_regime(gpu):
-    """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more
-    stages may do better. Above 64 tokens for a third: there is one threshold from which on the
-    weight is rebuilt, and before it whole waves of CTAs."""
+    """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more stages may do better. Above
+    64 tokens for a third: there is one threshold from which on the weight is rebuilt, and before it whole waves of CTAs."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
@@ -259,8 +259,7 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_decoding_is_predicted_to_beat_dense_weights(gpu):
-    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was
-    measured to reach, no more than ours."""
+    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was measured to reach, no more than ours."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for M in (1, 2, 4, 8, 16):
@@ -332,10 +331,8 @@ def test_describe():
     text = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 1, A100).describe()
     number = r"\d+"
     assert re.fullmatch(
-        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] "
-        rf"stages, {number} bytes shared, "
-        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted "
-        rf"{number}\.\d us, bound by [a-zL2 ]+",
+        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] stages, {number} bytes shared, "
+        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
         text,
     ), text
     split = plan.evaluate(CudaSizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
@@ -343,16 +340,14 @@ def test_describe():
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
     rebuilt = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
     assert re.fullmatch(
-        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound "
-        r"by tensor cores",
+        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores",
         rebuilt,
     )
 
     problem = LinearProblem(1, 4096, 4096, "int4", 128, dtype=torch.float16, device="cuda")
     asked = BACKEND.describe(problem, "a100")  # a GPU that need not be here
     assert re.fullmatch(
-        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: "
-        r"\d+\.\d us",
+        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us",
         asked,
     )
     with pytest.raises(ValueError, match="no figures for the GPU 'Voodoo2'; known: A100, RTX 3090"):

@@ -1,24 +1,25 @@
-"""The machine code of the Triton kernels: every shipped configuration, compiled for every
-architecture without a GPU.
+"""The machine code of the Triton kernels: every shipped configuration, compiled for every architecture without a GPU.
 
-`python tests/backends/triton/triton_code.py` prints the README's table of warp instructions a
-weight.
+`python tests/backends/triton/triton_code.py` writes how many warp instructions a weight takes, for
+the documents.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+TESTS = Path(__file__).resolve().parents[2]
 # pytest puts these folders on the path itself; a plain `python` does not.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
+sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
 
 import torch
+import triton
 from sass import counter as sass
 from triton_programs import Compiled, Emulated
 
@@ -27,6 +28,7 @@ from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, Trito
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
+RESULT = TESTS.parent / "benchmarks" / "results" / "triton-instructions.json"
 DEVICES = {
     80: TritonDevice("A100", 108, 166912, 80),
     86: TritonDevice("RTX 3090", 82, 101376, 86),
@@ -34,8 +36,7 @@ DEVICES = {
     90: TritonDevice("H100", 132, 232448, 90),
     120: TritonDevice("RTX 5090", 170, 101376, 120),
 }
-# With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes
-# through fp32 in bf16.
+# With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes through fp32 in bf16.
 VALUES = {"fp16": torch.float16, "int8": torch.bfloat16, "int4": torch.float16}
 N, K = 256, 1024  # whole tiles of every configuration: nothing is masked, as in models
 MANY = 4096  # tokens of a row without a limit
@@ -65,14 +66,11 @@ class Case:
     def __str__(self) -> str:
         c = self.row.config
         tile = f"{c.block_n}x{c.block_m}x{c.block_k}-w{c.warps}-s{c.stages}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        weight = f"{self.values}-rank{self.rank}-planes{self.planes}"
-        return f"sm{self.arch}-{tile}-{weight}-{dtype}"
+        return f"sm{self.arch}-{tile}-{self.values}-rank{self.rank}-planes{self.planes}-{str(self.dtype).removeprefix('torch.')}"
 
 
 def cases() -> Iterator[Case]:
-    """Each row with a kind of weight that gets it: value types apart, rank 1 if that gets it, else
-    4."""
+    """Each row with a kind of weight that gets it: value types apart, rank 1 if that gets it, else 4."""
     seen = set()
     for arch, device in DEVICES.items():
         for row in DEFAULTS:
@@ -127,11 +125,9 @@ def compiled(case: Case) -> Compiled:
 
 
 def planes_cases() -> Iterator[Case]:
-    """More planes: decoding everywhere, every other tile with three where code differs (sm_86 and
-    sm_89 get sm_80's but for 1 %).
+    """More planes: decoding everywhere, every other tile with three where code differs (sm_86 and sm_89 get sm_80's but for 1 %).
 
-    All of cases() with two and three planes, compiled once by hand, spilled nothing and kept to
-    their rows' shared memory.
+    All of cases() with two and three planes, compiled once by hand, spilled nothing and kept to their rows' shared memory.
     """
     for case in cases():
         decoding = case.tokens == 16 and case.dtype.itemsize == 2 and case.rank == 1
@@ -152,36 +148,34 @@ def instructions_a_weight(case: Case) -> float:
     )
 
 
-def table() -> list[str]:
-    """Tile, values, activations and planes by architecture."""
-    found: dict[tuple[str, str, str, int], dict[int, float]] = {}
+def record() -> dict[str, object]:
+    """What the documents show: instructions per weight of every case of rank 1, and their origin."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    rows = []
     for case in (*cases(), *planes_cases()):
         if case.rank == 1:
-            c = case.row.config
-            activations = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[
-                case.dtype
-            ]
-            key = (
-                f"{c.block_n} × {c.block_m} × {c.block_k}",
-                case.values,
-                activations,
-                case.planes,
+            tile = case.row.config
+            rows.append(
+                {
+                    "architecture": f"sm_{case.arch}",
+                    "block_n": tile.block_n,
+                    "block_m": tile.block_m,
+                    "block_k": tile.block_k,
+                    "values": case.values,
+                    "activations": names[case.dtype],
+                    "planes": case.planes,
+                    "per_weight": round(instructions_a_weight(case), 3),
+                }
             )
-            found.setdefault(key, {})[case.arch] = instructions_a_weight(case)
-    lines = [
-        "| out_features × tokens × inputs | S | activations | planes | "
-        + " | ".join(f"sm_{a}" for a in DEVICES)
-        + " |"
-    ]
-    lines.append("|---" * (4 + len(DEVICES)) + "|")
-    for (tile, values, activations, planes), by in found.items():
-        lines.append(
-            f"| {tile} | {values} | {activations} | {planes} | "
-            + " | ".join(f"{by[a]:.1f}" if a in by else "–" for a in DEVICES)
-            + " |"
-        )
-    return lines
+    command = "python tests/backends/triton/triton_code.py"
+    return {"command": command, "triton": triton.__version__, "rows": rows}
+
+
+def main() -> None:
+    text = json.dumps(record()).replace("}, {", "},\n {") + "\n"
+    RESULT.write_text(text, encoding="utf-8")
+    print(RESULT)
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    main()
