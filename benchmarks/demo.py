@@ -109,11 +109,12 @@ def measure(args: argparse.Namespace, model, tokenizer, text: str) -> dict:
     """Perplexity, speed and a continuation of one model."""
     import torch
 
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.generation import tokens_per_second
+    from slab_kernels.evaluate.perplexity import perplexity
 
-    measured = evaluate.perplexity(model, tokenizer, text, args.window)
+    measured = perplexity(model, tokenizer, text, args.window)
     speeds = [
-        evaluate.tokens_per_second(model, tokenizer, args.prompt, args.new_tokens)
+        tokens_per_second(model, tokenizer, args.prompt, args.new_tokens)
         for _ in range(1 if args.smoke else 3)
     ]
     measured["tokens_per_second"] = max(speeds)

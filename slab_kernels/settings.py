@@ -130,5 +130,9 @@ def enforce(settings: Any, error: type[ValueError] = ArgumentError, of: str = ""
 
 
 # Used by more than one dataclass. The ends of a seed are those of torch's generators.
-SEED = {"meaning": "which windows of text are drawn", "low": -(1 << 63), "high": (1 << 63) - 1}
-WINDOW = {"meaning": "tokens in a window", "low": 2}
+SEED: dict[str, Any] = {
+    "meaning": "which windows of text are drawn",
+    "low": -(1 << 63),
+    "high": (1 << 63) - 1,
+}
+WINDOW: dict[str, Any] = {"meaning": "tokens in a window", "low": 2}

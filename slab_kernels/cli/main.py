@@ -393,7 +393,7 @@ def generate(
     json: Json = False,
 ) -> Outcome:
     """Continue a prompt from packed weights."""
-    from ..evaluate.perplexity import continuation
+    from ..evaluate.generation import continuation
 
     model, tokenizer, facts = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
     new, seconds = continuation(model, tokenizer, prompt, tokens, temperature, seed)

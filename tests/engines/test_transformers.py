@@ -14,7 +14,7 @@ from torch import nn
 import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import CheckpointError, FormatError, VersionError
-from slab_kernels.evaluate import perplexity as evaluate
+from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.nn import SlabLinear
 
 transformers = pytest.importorskip("transformers")
@@ -164,7 +164,7 @@ def test_random_weights_are_refused(folders, opened_without_us, tmp_path):
     ):
         slab_kernels.check(opened_without_us)
     with pytest.raises(CheckpointError, match="random numbers"):
-        evaluate.perplexity(opened_without_us, tiny_models.tokenizer(), tiny_models.text(), 16)
+        perplexity(opened_without_us, tiny_models.tokenizer(), tiny_models.text(), 16)
     with pytest.raises(CheckpointError, match="random numbers"):
         slab_kernels.save(opened_without_us, tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -13,7 +13,8 @@ from transformers import BatchEncoding
 import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import CalibrationError
-from slab_kernels.evaluate import perplexity as evaluate
+from slab_kernels.evaluate.generation import continuation
+from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.text.source import read_text
 from slab_kernels.text.token_ids import token_ids
 
@@ -182,7 +183,7 @@ def test_a_token_that_the_model_has_no_row_for_is_named_everywhere(tmp_path, cap
     tokenizer = tiny_models.tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})  # its id, 96, is beyond the embedding
     with pytest.raises(CalibrationError, match="go up to 96, but the model's vocabulary has 96"):
-        evaluate.perplexity(tiny_models.model(), tokenizer, "abc")
+        perplexity(tiny_models.model(), tokenizer, "abc")
 
 
 def test_generation_ends_at_the_last_position():
@@ -190,12 +191,12 @@ def test_generation_ends_at_the_last_position():
         tiny_models.model("opt"),
         tiny_models.tokenizer(),
     )  # its positions are a table
-    new, _ = evaluate.continuation(model, tokenizer, "abc", 500)
+    new, _ = continuation(model, tokenizer, "abc", 500)
     assert 0 < len(new) <= 61
     with pytest.raises(
         CalibrationError, match="70 tokens, which leaves none of the model's 64 positions"
     ):
-        evaluate.continuation(model, tokenizer, "a" * 70, 5)
+        continuation(model, tokenizer, "a" * 70, 5)
 
 
 def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys):
@@ -227,7 +228,7 @@ def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys
         assert cli.run(arguments) == 0, capsys.readouterr().err
     slab_kernels.save(slab_kernels.load("~/o"), "~/s")
     slab_kernels.compress("~/m", "~/p", method="magnitude", calibration=TOKENS, progress=False)
-    slab_kernels.compression.model.decompress("~/p", "~/q")
+    slab_kernels.decompress("~/p", "~/q")
     assert {"o", "d", "trained", "r", "s", "p", "q"} <= {
         p.name for p in home.iterdir()
     } and not list(elsewhere.iterdir())
