@@ -1,7 +1,8 @@
 # One command each, from a fresh clone:
 #   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot; default: the model in benchmarks/model
 #   make test (linters, then every test)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
-#   make test-all (make test, 2,000 damaged folders, every architecture)
+#   make test-quick (one case of everything)    make test-all (every combination, 2,000 damaged folders, every architecture)
+#   make test-mutants (plants faults, which the tests must find)    tests/README.md says which to run when
 #   make test-triton, test-transformers (another version of them)    make test-vllm, test-lm-eval (with what .venv has not)
 #   .ci/packages PYTHON...   wheels and sdist in fresh environments
 # SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
@@ -14,7 +15,12 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test test-all test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
+.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
+
+# Packages are installed without byte code. Python keeps it here, also where the packages' own folders cannot be written; without
+# it every process compiles all of torch anew.
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/byte-code
+unexport PYTHONDONTWRITEBYTECODE
 
 environment: $(INSTALLED)
 
@@ -25,19 +31,27 @@ $(INSTALLED): .ci/environment .ci/missing.py constraints.txt pyproject.toml setu
 demo: $(INSTALLED)
 	@$(PYTHON) benchmarks/demo.py $(MODEL) --out $(OUT) $(DEMO)
 
-# Linters, then every test. Two workers, one thread each: torch's own threads would only fight over the cores. The Triton kernels'
-# tests in its interpreter come first, in a process of their own: Triton reads the variable once, and compiling wants it unset.
-# Exit status 5 is no test at all: a machine without Triton. A plain `pytest` starts that process from the test deselected here.
-INTERPRETER := tests/backends/triton/test_triton_backend.py::test_everything_in_tritons_interpreter
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n 2")' 2>/dev/null)
+# Two workers, one thread each: torch's own threads would only fight over the cores. A worker that is done takes tests from the
+# other. The Triton kernels' tests in Triton's interpreter are a process of their own, which one of the tests starts: Triton reads
+# TRITON_INTERPRET once, and compiling wants it unset.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
 test: lint
-	@TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton/test_triton_interpreter.py || test $$? -eq 5
-	@env -u TRITON_INTERPRET $(PYTEST) tests --deselect $(INTERPRETER)
+	@env -u TRITON_INTERPRET $(PYTEST) tests
 
-# What takes minutes more: damaged folders (CASES of them from START on), and every architecture on every road.
+# One case of every test that is not slow.
+test-quick: $(INSTALLED)
+	@env -u TRITON_INTERPRET $(PYTEST) --quick tests
+
+# Faults planted in copies of this tree, each of which must make the tests fail that are named beside it.
+test-mutants: $(INSTALLED)
+	@$(PYTHON) -m tests.mutants
+
+# What takes an hour or more: every combination of the grids, damaged folders (CASES of them from START on), and every
+# architecture on every road.
 CASES ?= 2000
 START ?= 0
-test-all: test
+test-all: lint
+	@env -u TRITON_INTERPRET $(PYTEST) --full tests
 	@$(PYTHON) -m tests.fuzz --cases $(CASES) --start $(START) --workers 2
 	@$(PYTHON) -m tests.matrix
 
@@ -54,7 +68,7 @@ test-triton: $(INSTALLED)
 # The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that the library takes.
 TRANSFORMERS ?= 5.0.0
 ANOTHER := $(VENV)/transformers-$(TRANSFORMERS)
-OPENING := $(addprefix tests/test_,transformers.py opening.py skeleton.py mixtures.py remote_code.py checksums.py)
+OPENING := tests/engines/test_transformers.py $(addprefix tests/models/test_,opening.py skeleton.py mixtures.py remote_code.py checksums.py)
 test-transformers: $(INSTALLED)
 	@test -d $(ANOTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(ANOTHER) transformers==$(TRANSFORMERS) "numpy==$$($(PYTHON) -c 'import numpy; print(numpy.__version__)')"
 	@PYTHONPATH=$(ANOTHER) $(PYTEST) $(OPENING)
@@ -78,7 +92,9 @@ test-vllm: $(INSTALLED)
 
 # A machine without network may lack a linter; that is said, and .ci/run refuses it.
 lint: $(INSTALLED)
-	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then $(PYTHON) -m ruff check -q .; else echo "lint: no ruff here"; fi
+	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then $(PYTHON) -m ruff check -q . && $(PYTHON) -m ruff format -q --check .; \
+	else echo "lint: no ruff here"; fi
+	@if $(PYTHON) -m mypy --version >/dev/null 2>&1; then $(PYTHON) -m mypy --no-error-summary; else echo "lint: no mypy here"; fi
 	@format=$$(ls $(VENV)/bin/clang-format 2>/dev/null || command -v clang-format || true); \
 	if [ -n "$$format" ]; then find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$$format" --dry-run -Werror; \
 	else echo "lint: no clang-format here"; fi
@@ -88,7 +104,7 @@ bench: $(INSTALLED)
 	@$(VENV)/bin/slab-kernels bench --shape 4096x4096 --shape 11008x4096 --m 1
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
 	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find slab_kernels -name '*.so' -delete
 	rm -rf slab_kernels/cubins

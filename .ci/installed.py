@@ -1,4 +1,7 @@
-"""Run by .ci/packages with the interpreter of a fresh environment: what an installed slab_kernels must do there. Argument: cuda, native or pure."""
+"""Checks what an installed slab_kernels must do; `.ci/packages` runs it in a fresh environment.
+
+The argument says what was installed: a wheel with CUDA kernels, a native one, or a pure one.
+"""
 
 import json
 import shutil
@@ -62,8 +65,10 @@ def main(kind: str) -> None:
         for file in home.rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     )
-    versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {found['versions']['transformers']}, triton {found['versions']['triton']}"
-    print(f"{kind:24} {versions}: {layer.backend} runs, {size / 1e6:.1f} MB installed")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    versions |= {name: found["versions"][name] for name in ("transformers", "triton")}
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"{kind:24} {named}: {layer.backend} runs, {size / 1e6:.1f} MB installed")
 
 
 main(sys.argv[1])

@@ -1,6 +1,7 @@
-"""Prints, one a line, the requirements of slab-kernels (and of the extras named as arguments) that this python does not meet.
+"""Prints the requirements of slab-kernels that this Python does not meet, one per line.
 
-For machines that bring their own torch: pip is asked only for what is printed here, so a complete machine needs no network.
+Arguments are the extras to look at. A machine that brings its own torch asks pip only for what is
+printed here, so that a complete machine needs no network.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from typing import Any
 from slab_kernels.bench import linear as bench
 from slab_kernels.bench import machine, peers
 from slab_kernels.bench.layer_shapes import MODELS, layers
-from slab_kernels.cli.main import console
+from slab_kernels.cli import console
 from slab_kernels.cli.options import DTYPES, parse_shape
 from slab_kernels.device import resolve_device
 from slab_kernels.paths import expanded

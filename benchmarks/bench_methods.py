@@ -386,6 +386,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from slab_kernels.cli.main import console
+    from slab_kernels.cli import console
 
     sys.exit(console.run(main, as_json=False))

@@ -24,7 +24,7 @@ import torch
 from slab_kernels.backends import dispatch
 from slab_kernels.backends.cuda import device_of, launch, plan, sizes_of
 from slab_kernels.bench import clocks as timing
-from slab_kernels.cli.main import console
+from slab_kernels.cli import console
 from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed

@@ -1,12 +1,35 @@
-"""Tests marked `gpu` run where there is a CUDA device and are reported as skipped elsewhere; `--every N` runs a sample."""
+"""Options of the suite, the grids, the order of the tests, and fixtures that several rooms share.
+
+Tests marked `gpu` run where there is a CUDA device and are reported as skipped elsewhere.
+"""
 
 from __future__ import annotations
 
+import pairwise
 import pytest
 import torch
 
+# These take longest, so they begin first: then no worker is left with one of them at the end.
+LONGEST = (
+    "test_everything_in_tritons_interpreter",
+    "test_triton_code.py",
+    "test_sass.py",
+    "test_cuda_kernels.py",
+    "test_triton_kernels.py",
+)
+
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="every combination of the grids, where otherwise any two of their values meet",
+    )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="one case of every test, without those marked slow",
+    )
     parser.addoption(
         "--every",
         type=int,
@@ -16,12 +39,21 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_generate_tests(metafunc):
+    pairwise.parametrise(metafunc, metafunc.config.getoption("full"))
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=_turn)
     every = config.getoption("every")
     if every < 1:
         raise pytest.UsageError(f"--every {every}: must be 1 or more")
-    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
-    items[:] = items[::every]
+    kept = items[::every]
+    if config.getoption("quick"):
+        kept = _one_of_each(kept)
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:
@@ -29,9 +61,26 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def _turn(item) -> int:
+    places = (at for at, part in enumerate(LONGEST) if part in item.nodeid)
+    return next(places, len(LONGEST))
+
+
+def _one_of_each(items):
+    """The first case of every test function that is not marked slow."""
+    first = {}
+    for item in items:
+        if "slow" not in item.keywords:
+            first.setdefault((item.path, item.originalname), item)
+    return list(first.values())
+
+
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory is NaN, so an element that no kernel writes shows. A warning: cuBLAS is not the matter here."""
+    """Fills uninitialised memory with NaN, so that an element that no kernel writes shows.
+
+    It only warns about operations without a deterministic form: cuBLAS is not what is tested here.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

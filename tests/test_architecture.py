@@ -1,7 +1,7 @@
-"""Imports go down only. The table is the architecture: which room may know which, in Python and in C++.
+"""Imports go down only. The table is the architecture: it says which room knows which.
 
-A room is a folder of the package or a file beside them. The hourglass: `methods` sees the format and knows no
-backend, `backends` sees the format and knows no method, and `format` knows neither.
+A room is a folder of the package or a file beside them. The hourglass: `methods` sees the format
+and knows no backend, `backends` sees the format and knows no method, and `format` knows neither.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "slab_kernels"
 
-# Room: the rooms that it imports, at the top of a file or inside a function. Exactly these: an arrow that nobody uses
-# is taken out of the table. A room imports only rooms above it in the table.
+# Each room has the rooms that it imports, at the top of a file or inside a function: exactly these,
+# so that an arrow nobody uses leaves the table. A room imports only rooms above it in the table.
 ROOMS: dict[str, str] = {
     "errors": "",
     "terminal": "",
@@ -42,7 +42,8 @@ ROOMS: dict[str, str] = {
     "engines": "backends compression errors format models nn terminal",
     # what a person sees
     "report": "errors paths",
-    "cli": "backends bench compression device engines errors evaluate format methods models paths report terminal text",
+    "cli": "backends bench compression device engines errors evaluate format methods models"
+    " paths report terminal text",
     "__main__": "cli",
 }
 VERSION = "__init__"  # every room may ask the package for its version
@@ -64,7 +65,7 @@ MODULES = {module(path): path for path in FILES}
 
 
 def imported_modules(path: Path) -> set[str]:
-    """The modules of this package that a file imports anywhere; type-checking blocks do not count."""
+    """The modules of this package that a file imports anywhere, outside of type-checking blocks."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     hidden = {
         id(inner)

@@ -289,7 +289,7 @@ def test_commands_within_sentences(span):
             "slab-kernels compress MODEL OUT --sample 3", "slab-kernels eval out --limit none",
         "make tests", "make demo MODLE=x", "python benchmarks/demo.py --tiny",
             "python benchmarks/nothing.py", "python -m slab_kernels.nothing",
-        "pytest -m slow", "pytest tests/test_nothing.py", "pip install slab-kernels[nothing]",
+        "pytest -m fast", "pytest tests/test_nothing.py", "pip install slab-kernels[nothing]",
             "torchrun -m slab_kernels squeeze", ".ci/nothing",
     ],
 )  # fmt: skip

@@ -58,6 +58,7 @@ def test_package_import_loads_only_itself():
     assert [m for m in probe("slab_kernels")["modules"] if m.startswith("slab_kernels")] == [
         "slab_kernels",
         "slab_kernels.engines",
+        "slab_kernels.errors",
     ]
 
 

@@ -1,15 +1,18 @@
-"""Train the small Llama that ships with slab_kernels, from nothing but the Python standard library.
+"""Trains the small Llama that ships with slab_kernels on the sources of the standard library.
 
-    OMP_NUM_THREADS=1 python benchmarks/model/train.py --steps 2350 --muon-lr 8e-3 --batch-tokens 3072 \\
-        --long-share 0.05 --checkpoint build/stdlib-llama.pt
+    OMP_NUM_THREADS=1 python benchmarks/model/train.py --steps 2350 --muon-lr 8e-3 \\
+        --batch-tokens 3072 --long-share 0.05 --checkpoint build/stdlib-llama.pt
 
-The tokenizer and the model see `slab_kernels.text.stdlib.training_text()` only; every perplexity is on
-`heldout_text()`. A killed run goes on from the checkpoint with the same command. The files in this folder came
-from six commands on one checkpoint (AdamW, then Muon), listed with their first steps in training_run.json;
-the single command above is the last of them and has not been run from step 0.
-Written: config.json, generation_config.json, model.safetensors (fp16), the tokenizer files, training_log.csv
-(one row an evaluation, on every 12th held-out window; seconds without restarts and discarded steps) and
-training_run.json (commands, versions, seed, perplexities over all held-out text).
+The tokenizer and the model see `slab_kernels.text.stdlib.training_text()` only, and every
+perplexity is measured on `heldout_text()`. A killed run goes on from its checkpoint with the same
+command. The files in this folder came from six commands on one checkpoint (AdamW, then Muon), which
+training_run.json lists with their first steps; the command above is the last of them and has not
+been run from step 0.
+
+The script writes config.json, generation_config.json, model.safetensors (fp16), the tokenizer's
+files, training_log.csv (one row per evaluation on every 12th held-out window, with seconds that
+leave out restarts and discarded steps) and training_run.json (commands, versions, seed and the
+perplexities on all held-out text).
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -38,18 +44,17 @@ BOS = "<s>"
 VOCABULARY = 2048
 POSITIONS = 1024
 
-# Newlines carry the indentation that follows them ("\n        " is one token), and identifiers carry the
-# character that joins them to their left: " name", "_name", ".name", "(name".
+# Newlines carry the indentation that follows them ("\n        " is one token), and identifiers
+# carry the character that joins them to their left: " name", "_name", ".name", "(name".
 PIECES = r"\n+[ ]*|[ _.(]?\p{L}+|[ ]?\p{N}{1,3}|[ ]?[^\s\p{L}\p{N}]+|[ ]+|\s"
 
-EVALUATION_STRIDE = (
-    12  # periodic evaluations read every 12th held-out window, the final one all of them
-)
+# Periodic evaluations read every 12th held-out window; the final one reads all of them.
+EVALUATION_STRIDE = 12
 LOG_FIELDS = ("step", "tokens", "lr", "train_loss", "heldout_perplexity", "seconds")
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
-    """Byte-level BPE, 2048 entries, saved so that AutoTokenizer loads it; decoding is exact for any text."""
+    """Saves a byte-level BPE of 2048 entries for AutoTokenizer; it decodes any text exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,9 +64,11 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS], show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -93,7 +100,10 @@ def new_model(seed: int, bos: int) -> LlamaForCausalLM:
 
 
 def training_batch(tokens: torch.Tensor, bos: int, step: int, settings) -> torch.Tensor:
-    """[batch, context] int64: BOS and a random stretch each, a function of (seed, step) so a resume is exact."""
+    """Token ids [batch, context] int64, each row BOS and a random stretch.
+
+    They depend on (seed, step) alone, so that a resumed run is exact.
+    """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     long = step >= settings.steps * (1 - settings.long_share)
     length = POSITIONS if long else settings.context
@@ -112,7 +122,7 @@ def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
 def heldout_perplexity(
     model: LlamaForCausalLM, tokens: torch.Tensor, bos: int, window: int, stride: int = 1
 ) -> float:
-    """Per token, over windows of BOS and window-1 tokens without overlap; every `stride`-th window."""
+    """The perplexity per token, over every `stride`-th window of BOS and window-1 tokens."""
     model.eval()
     windows = tokens[: len(tokens) // (window - 1) * (window - 1)].view(-1, window - 1)[::stride]
     losses = [
@@ -124,13 +134,13 @@ def heldout_perplexity(
 
 
 def unigram_perplexity(training: torch.Tensor, heldout: torch.Tensor) -> float:
-    """Held-out perplexity of the training token frequencies with add-one smoothing."""
+    """The held-out perplexity of the training tokens' frequencies with add-one smoothing."""
     counts = torch.bincount(training, minlength=VOCABULARY).double() + 1
     return math.exp(-(counts / counts.sum()).log()[heldout].mean().item())
 
 
 def schedule(step: int, settings) -> float:
-    """Share of the peak learning rates: linear warm-up, then a cosine down to 5 %."""
+    """The share of the peak learning rates: a linear warm-up, then a cosine down to 5 %."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -138,10 +148,11 @@ def schedule(step: int, settings) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for the matrices of the blocks (Jordan et al. 2024), in fp32.
+    """Orthogonalises the momentum of the blocks' matrices (Jordan et al. 2024) in fp32.
 
-    torch.optim.Muon orthogonalises in bf16, which a CPU without bf16 units does slowly. The update is scaled
-    by 0.2 sqrt(max(N, K)) (Liu et al. 2025, equation 4), so that learning rates are those of AdamW.
+    torch.optim.Muon orthogonalises in bf16, which is slow on a CPU without bf16 units. The update
+    is scaled by 0.2 sqrt(max(N, K)) (Liu et al. 2025, equation 4), so that learning rates are those
+    of AdamW.
     """
 
     def __init__(self, matrices, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
@@ -159,7 +170,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearest matrix with all singular values near 1, by five quintic Newton-Schulz steps."""
+    """The nearest matrix whose singular values are near 1, by five quintic Newton-Schulz steps."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
@@ -169,7 +180,7 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def new_optimizers(model: LlamaForCausalLM, settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks (AdamW when its rate is 0), AdamW for the embedding and the norms."""
+    """Muon for the blocks' matrices (AdamW when its rate is 0), AdamW for embedding and norms."""
     embedding = [model.get_input_embeddings().weight]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -193,98 +204,135 @@ def write_log(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def train(settings) -> None:
-    torch.set_num_threads(settings.threads)
-    folder = settings.out
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    resumed = torch.load(settings.checkpoint) if settings.checkpoint.exists() else None
-    if resumed is None:
-        train_tokenizer(list(training_modules().values()), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    bos = tokenizer.bos_token_id
-    training, heldout = encode(tokenizer, training_text()), encode(tokenizer, heldout_text())
-    unigram = unigram_perplexity(training, heldout)
-    model = new_model(settings.seed, bos).train()
-    optimizers = new_optimizers(model, settings)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    first, seen, rows, earlier, commands = 0, 0, [], 0.0, []
-    if resumed is not None:
-        model.load_state_dict(resumed["model"])
-        if len(resumed["optimizers"]) == len(
-            optimizers
-        ):  # otherwise the optimizer was changed: fresh moments
-            for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        first, seen, rows = resumed["step"], resumed["tokens"], resumed["rows"]
-        earlier, commands = resumed["seconds"], resumed["commands"]
-    commands.append({"from_step": first, "command": settings.command})
-    print(
-        f"{sum(p.numel() for p in model.parameters())} parameters, {len(training)} training tokens, "
-        f"{len(heldout)} held-out tokens, {len(heldout_text().encode()) / len(heldout):.2f} bytes a token, "
-        f"unigram perplexity {unigram:.1f}, from step {first}",
-        flush=True,
-    )
+class Texts(NamedTuple):
+    """Token ids [tokens] int64 of both texts, and the id that begins every window."""
 
-    # Compiled: 3.0k instead of 2.2k tokens/s on one thread.
+    training: torch.Tensor
+    heldout: torch.Tensor
+    bos: int
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the weights and the optimizers' state."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+    commands: list[dict] = field(default_factory=list)
+
+
+def restore(path: Path, model: LlamaForCausalLM, optimizers: list) -> Progress:
+    """Loads the checkpoint, if there is one, into model and optimizers."""
+    if not path.exists():
+        return Progress()
+    state = torch.load(path)
+    model.load_state_dict(state["model"])
+    # A run that went on with another set of optimizers starts with fresh moments.
+    if len(state["optimizers"]) == len(optimizers):
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    return Progress(**{entry.name: state[entry.name] for entry in fields(Progress)})
+
+
+def optimise(model, optimizers, texts: Texts, settings, progress: Progress) -> None:
+    """Trains from `progress` to the last step, with evaluations and checkpoints on the way."""
+    # Compiling gives 3.0k instead of 2.2k tokens/s on one thread.
     training_loss = torch.compile(loss_of, dynamic=False) if settings.compile else loss_of
-    start = time.monotonic() - earlier
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    start = time.monotonic() - progress.seconds
     saved, recent = time.monotonic(), []
-    for step in range(first, settings.steps):
+    for step in range(progress.step, settings.steps):
         rate = schedule(step, settings)
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = peak * rate
-        loss = training_loss(model, training_batch(training, bos, step, settings))
+        loss = training_loss(model, training_batch(texts.training, texts.bos, step, settings))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        seen += settings.batch_tokens
         recent.append(loss.item())
-        done = step + 1
-        if done % settings.evaluate_every == 0 or done == settings.steps:
+        progress.step, progress.tokens = step + 1, progress.tokens + settings.batch_tokens
+        progress.seconds = time.monotonic() - start
+        last = progress.step == settings.steps
+        if progress.step % settings.evaluate_every == 0 or last:
             perplexity = heldout_perplexity(
-                model, heldout, bos, settings.context, EVALUATION_STRIDE
+                model, texts.heldout, texts.bos, settings.context, EVALUATION_STRIDE
             )
-            row = (done, seen, f"{rate * settings.lr:.3e}", f"{sum(recent) / len(recent):.4f}",
-                   f"{perplexity:.3f}", round(time.monotonic() - start))  # fmt: skip
-            rows.append(dict(zip(LOG_FIELDS, row, strict=True)))
-            print(rows[-1], flush=True)
-            write_log(folder / "training_log.csv", rows)
+            row = {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "lr": f"{rate * settings.lr:.3e}",
+                "train_loss": f"{sum(recent) / len(recent):.4f}",
+                "heldout_perplexity": f"{perplexity:.3f}",
+                "seconds": round(time.monotonic() - start),
+            }
+            progress.rows.append(row)
+            print(row, flush=True)
+            write_log(settings.out / "training_log.csv", progress.rows)
             recent = []
-        if time.monotonic() - saved > settings.save_minutes * 60 or done == settings.steps:
+        if time.monotonic() - saved > settings.save_minutes * 60 or last:
+            states = [optimizer.state_dict() for optimizer in optimizers]
             save_checkpoint(
-                settings.checkpoint, model=model.state_dict(), step=done, tokens=seen, rows=rows,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers], seconds=time.monotonic() - start, commands=commands,
-            )  # fmt: skip
+                settings.checkpoint, model=model.state_dict(), optimizers=states, **vars(progress)
+            )
             saved = time.monotonic()
 
-    seconds = time.monotonic() - start
+
+def train(settings) -> None:
+    torch.set_num_threads(settings.threads)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    settings.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not settings.checkpoint.exists():
+        train_tokenizer(list(training_modules().values()), settings.out)
+    tokenizer = AutoTokenizer.from_pretrained(settings.out)
+    texts = Texts(
+        encode(tokenizer, training_text()),
+        encode(tokenizer, heldout_text()),
+        tokenizer.bos_token_id,
+    )
+    model = new_model(settings.seed, texts.bos).train()
+    optimizers = new_optimizers(model, settings)
+    progress = restore(settings.checkpoint, model, optimizers)
+    progress.commands.append({"from_step": progress.step, "command": settings.command})
+    print(
+        f"{sum(p.numel() for p in model.parameters())} parameters, "
+        f"{len(texts.training)} training tokens, {len(texts.heldout)} held-out tokens, "
+        f"from step {progress.step}",
+        flush=True,
+    )
+    optimise(model, optimizers, texts, settings, progress)
+    finish(model, texts, settings, progress)
+
+
+def finish(model: LlamaForCausalLM, texts: Texts, settings, progress: Progress) -> None:
+    """Writes the model in fp16 and the record of the run."""
+    folder, bos = settings.out, texts.bos
     model.half().save_pretrained(folder)
     GenerationConfig(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos).save_pretrained(folder)
     # The perplexity on record is that of the fp16 values on file, in fp32 arithmetic.
     shipped = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    libraries = ("torch", "transformers", "tokenizers")
     run = {
-        "commands": commands,
+        "commands": progress.commands,
         "seed": settings.seed,
         "python": platform.python_version(),
-        "versions": {
-            name: __import__(name).__version__ for name in ("torch", "transformers", "tokenizers")
-        },
+        "versions": {name: metadata.version(name) for name in libraries},
         "parameters": sum(p.numel() for p in shipped.parameters()),
-        "training_tokens": len(training),
+        "training_tokens": len(texts.training),
         "training_sha256": hashlib.sha256(training_text().encode()).hexdigest(),
-        "heldout_tokens": len(heldout),
+        "heldout_tokens": len(texts.heldout),
         "heldout_sha256": hashlib.sha256(heldout_text().encode()).hexdigest(),
-        "heldout_bytes_per_token": round(len(heldout_text().encode()) / len(heldout), 4),
+        "heldout_bytes_per_token": round(len(heldout_text().encode()) / len(texts.heldout), 4),
         "steps": settings.steps,
-        "tokens_seen": seen,
-        "seconds": round(seconds),
-        "unigram_heldout_perplexity": round(unigram, 3),
+        "tokens_seen": progress.tokens,
+        "seconds": round(progress.seconds),
+        "unigram_heldout_perplexity": round(unigram_perplexity(texts.training, texts.heldout), 3),
         "heldout_perplexity": {
-            str(window): round(heldout_perplexity(shipped, heldout, bos, window), 4)
+            str(window): round(heldout_perplexity(shipped, texts.heldout, bos, window), 4)
             for window in (settings.context, POSITIONS)
         },
     }

@@ -8,7 +8,7 @@ from ..errors import MethodError, ShapeError, ValueTypeError
 from ..format import INTEGER_RANGES, VALUE_TYPES
 from ..settings import enforce, setting
 from .solvers.masks import Pattern, parse_pattern
-from .solvers.sweep import Grid
+from .solvers.quantize import Grid
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""EoRA (arXiv 2410.21271): a low-rank adapter, best in the Gram metric, on top of any pruner."""
+"""EoRA (arXiv 2410.21271): P Q^T = the best low-rank part of W - S in the Gram metric, S by any pruner.
+
+The paper projects W - S on the eigenvectors of H scaled by the roots of its eigenvalues (equations 4-6);
+any F with F F^T = H gives the same product P Q^T.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from ..settings import setting
 from .config import Config
 from .inputs import InputStats
 from .magnitude import magnitude
-from .solvers.finish import finish
+from .solvers.finish import Split, finish
 from .solvers.metric import metric
 from .sparsegpt import SparseGPTConfig, sparsegpt
 from .wanda import wanda
@@ -32,19 +36,16 @@ class EoraConfig(Config):
 
 
 def eora(weight: Tensor, stats: InputStats, config: EoraConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> S + P Q^T: S by the pruner, quantised where asked, P Q^T = truncation of W - S.
-
-    The paper projects the error on the eigenvectors of the Gram matrix scaled by the roots of its eigenvalues (equations 4-6);
-    any F with F F^T = G gives the same product P Q^T.
-    """
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T; S is quantised where that is asked for."""
     base = Config(config.pattern, 0, config.values, config.group_size)
     if config.pruner == "sparsegpt":
         pruned = sparsegpt(weight, stats, SparseGPTConfig(**vars(base)))
     else:
         pruned = {"magnitude": magnitude, "wanda": wanda}[config.pruner](weight, stats, base)
-    space = metric(stats.gram)
+    space = metric(stats.matrix)
     T, S = weight * space.scale, pruned.S * space.scale
-    P = Q = None
+    split = Split(S, pruned.mask, scales=pruned.scales)
     if config.adapter_rank:
         P, Q, _ = space.truncate(T - S, config.adapter_rank)
-    return finish(T, space, S, pruned.mask, P, Q, config, config.polish, scales=pruned.scales)
+        split = split._replace(P=P, Q=Q)
+    return finish(T, space, split, config, config.polish)

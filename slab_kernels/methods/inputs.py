@@ -1,8 +1,10 @@
-"""What a decomposition method may know of a layer's inputs: mean squares, the Gram matrix, the drift from the dense model.
+"""What a decomposition method may know of a layer's inputs: mean squares, the Gram matrix, the drift.
 
-Statistics are plain means over tokens, whatever the sequence they came from (a running mean, so neither the number of
-tokens nor their scale can overflow fp32). A layer's inputs should come from the model whose earlier layers are already
-compressed. Layers that read the same input (q/k/v, gate/up) can share one Gram matrix: see `with_drift`.
+With x the inputs and y = x W^T, over all tokens: mean_square = mean(x_j^2), gram = mean(x^T x) and
+drift = mean((y_dense - W x)^T x). They are plain means, whatever the sequence a token came from, kept as
+running means so that neither the number of tokens nor their scale can overflow fp32. A layer's inputs
+should come from the model whose earlier layers are already compressed. Layers that read the same input
+(q/k/v, gate/up) can share one Gram matrix: see `with_drift`.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ NEEDS = ("none", "diagonal", "gram")
 class InputStats:
     """Running input statistics of one linear layer, y = x W^T.
 
-    in_features: K.  needs: "none" (tokens are only counted), "diagonal" (mean squares), "gram" (the K x K matrix).
-    gram [K,K]: mean over tokens of x x^T, `dtype`.  mean_square [K]: its diagonal, `dtype`.
-    drift [N,K], optional: mean over tokens of (y_dense - W x) x^T, where y_dense is what the layer put out in the dense
-        model and x is what reaches it in the compressed one; lets a method correct errors made before this layer.
-    dtype: of the accumulators; products of one update are always fp32 unless this is float64.
+    in_features: K.
+    needs: "none" (tokens are only counted), "diagonal" (mean squares) or "gram" (the K x K matrix).
+    gram [K,K] of `dtype`: mean over tokens of x x^T. mean_square [K] of `dtype`: its diagonal.
+    drift [N,K], optional: mean over tokens of (y_dense - W x) x^T, where y_dense is what the layer put
+        out in the dense model and x is what reaches it in the compressed one. It lets a method correct
+        errors made before this layer.
+    dtype: of the accumulators. Products of one update are fp32 unless this is float64.
     """
 
     in_features: int
@@ -56,7 +60,10 @@ class InputStats:
 
     @classmethod
     def from_gram(cls, gram: Tensor, tokens: int = 1, drift: Tensor | None = None) -> InputStats:
-        """Statistics from a mean Gram matrix [K,K] computed elsewhere."""
+        """Statistics from a mean Gram matrix [K,K] computed elsewhere.
+
+        Raises: CalibrationError for one that is not square, or has NaN or infinite entries.
+        """
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
             raise CalibrationError(
                 f"a Gram matrix is square [in_features, in_features], got {tuple(gram.shape)}"
@@ -68,11 +75,27 @@ class InputStats:
         return cls(gram.shape[0], "gram", tokens, gram, gram.diagonal().clone(), drift, gram.dtype)
 
     @property
+    def matrix(self) -> Tensor:
+        """[K,K] `gram` where it was collected.
+
+        Raises: CalibrationError where it was not.
+        """
+        if self.gram is None:
+            raise CalibrationError(
+                "no Gram matrix was collected: build InputStats with needs='gram' and update() it"
+            )
+        return self.gram
+
+    @property
     def diagonal(self) -> Tensor:
-        """[K] mean of x_j^2."""
+        """[K] mean of x_j^2.
+
+        Raises: CalibrationError where it was not collected.
+        """
         if self.mean_square is None:
             raise CalibrationError(
-                "no mean squares were collected: build InputStats with needs='diagonal' or 'gram' and update() it"
+                "no mean squares were collected: build InputStats with needs='diagonal' or 'gram' "
+                "and update() it"
             )
         return self.mean_square
 
@@ -85,7 +108,8 @@ class InputStats:
         """
         if x.shape[-1] != self.in_features:
             raise CalibrationError(
-                f"inputs of width {x.shape[-1]} {tuple(x.shape)} do not fit statistics of in_features={self.in_features}"
+                f"inputs of width {x.shape[-1]} {tuple(x.shape)} do not fit statistics of "
+                f"in_features={self.in_features}"
             )
         x = x.reshape(-1, self.in_features)
         count = x.shape[0]
@@ -98,63 +122,44 @@ class InputStats:
         x = x.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
         square = (x / count * x).sum(0)
         self._check(x, square)
-        share = count / (self.tokens + count)
-        shift = None
+        fraction = count / (self.tokens + count)
+        new_drift = None
         if drift is not None:
             drift = drift.reshape(count, -1).to(x.dtype)
             self._check(drift, drift.sum(), "drift")
-            shift = (drift / count).T @ x
+            new_drift = (drift / count).T @ x
         gram = (x / count).T @ x if self.needs == "gram" else None
         if self.tokens and (drift is None) != (self.drift is None):
             raise CalibrationError("drift must be given with every update or with none")
         if self.needs != "none":
-            self.mean_square = self._mix(self.mean_square, square, share)
-            self.gram = self._mix(self.gram, gram, share)
-        self.drift = self._mix(self.drift, shift, share)
+            self.mean_square = self._mix(self.mean_square, square, fraction)
+            self.gram = self._mix(self.gram, gram, fraction)
+        self.drift = self._mix(self.drift, new_drift, fraction)
         self.tokens += count
 
-    def merge(self, other: InputStats) -> InputStats:
-        """The statistics of both token sets together; both stay as they are.
-
-        Raises: CalibrationError when widths, needs or the presence of drift differ.
-        """
-        if (self.in_features, self.needs) != (other.in_features, other.needs):
-            raise CalibrationError(
-                f"cannot merge statistics of in_features={self.in_features}, needs={self.needs!r} with "
-                f"in_features={other.in_features}, needs={other.needs!r}"
-            )
-        if not other.tokens or not self.tokens:
-            return replace(self if self.tokens else other)
-        if (self.drift is None) != (other.drift is None):
-            raise CalibrationError("cannot merge statistics with drift and statistics without")
-        share = other.tokens / (self.tokens + other.tokens)
-        parts = {
-            name: self._mix(getattr(self, name), getattr(other, name), share)
-            for name in ("gram", "mean_square", "drift")
-        }
-        return replace(self, tokens=self.tokens + other.tokens, **parts)
-
     def with_drift(self, drift: Tensor | None) -> InputStats:
-        """A view that shares the Gram matrix and has this `drift` [N,K]: one per layer that reads the same input."""
+        """A view that shares the Gram matrix and has this `drift` [N,K], for one of several layers that
+        read the same input."""
         return replace(self, drift=drift)
 
     def to(self, device: torch.device | str) -> InputStats:
-        parts = {name: getattr(self, name) for name in ("gram", "mean_square", "drift")}
-        return replace(
-            self, **{name: None if t is None else t.to(device) for name, t in parts.items()}
-        )
+        """The same statistics on `device`."""
 
-    def dead_inputs(self) -> Tensor:
-        """[K] bool: inputs that were zero for every token."""
-        return self.diagonal <= 0
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
 
-    def _mix(self, mean: Tensor | None, new: Tensor | None, share: float) -> Tensor | None:
+        gram, mean_square, drift = moved(self.gram), moved(self.mean_square), moved(self.drift)
+        return replace(self, gram=gram, mean_square=mean_square, drift=drift)
+
+    def _mix(self, mean: Tensor | None, new: Tensor | None, fraction: float) -> Tensor | None:
+        """The mean of all tokens, where `new` is that of the `fraction` of them that came last."""
         if new is None:
             return mean
         new = new.to(self.dtype)
-        return new if mean is None else mean.lerp(new.to(mean.device), share)
+        return new if mean is None else mean.lerp(new.to(mean.device), fraction)
 
     def _check(self, values: Tensor, total: Tensor, what: str = "calibration inputs") -> None:
+        """Refuse `values` whose `total` is not finite. Raises: CalibrationError."""
         if bool(total.isfinite().all()):
             return
         nan, inf = int(values.isnan().sum()), int(values.isinf().sum())

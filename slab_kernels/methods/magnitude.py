@@ -1,4 +1,7 @@
-"""Magnitude pruning: keep the largest |w|. The baseline that needs no data."""
+"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): S = W where |W_ij| is largest.
+
+It is the baseline that needs no data.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from .solvers.quantize import quantize
 
 
 def magnitude(weight: Tensor, stats: InputStats | None, config: Config) -> Decomposition:
-    """weight [N,K] fp32 -> S = weight on the kept positions; no U, V, B. `stats` and `config.rank` are not used."""
+    """weight [N,K] fp32 -> S = weight where |weight| is highest in its row or n:m group.
+
+    `stats` is not read.
+    """
     return kept_only(weight, select(weight.abs(), config.parsed), config)
 
 

@@ -1,8 +1,13 @@
-"""OATS (arXiv 2409.13652) and SSLC (arXiv 2510.26446): sparse plus low rank with each input scaled by its root mean square."""
+"""OATS and SSLC: A ~ S + P Q^T for A = W diag(rms x), alternating a threshold and a truncated SVD.
+
+OATS: arXiv 2409.13652, algorithm 1. SSLC: arXiv 2510.26446, section 3. Both minimise
+||(W - S - P Q^T) diag(rms x)||_F, the error where inputs are uncorrelated.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +16,7 @@ from ..format import Decomposition
 from ..settings import setting
 from .config import Config
 from .inputs import InputStats
-from .solvers.finish import finish
+from .solvers.finish import Split, finish
 from .solvers.lowrank import truncated_svd
 from .solvers.masks import select
 from .solvers.metric import Metric, metric
@@ -44,85 +49,96 @@ class SslcConfig(Config):
 
 
 def oats(weight: Tensor, stats: InputStats, config: OatsConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> S + P Q^T: alternating thresholding of W diag(rms x) (algorithm 1), from S = 0.
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T, from S = 0.
 
-    L = SVD_r(A - S), then S = the largest of A - L, row by row or in each n:m group. The Gram matrix serves `polish`.
+    L = SVD_r(A - S), then S = the largest of A - L, row by row or in each n:m group. The Gram matrix
+    serves `polish`.
     """
-    space, A, scale = _scaled(weight, stats)
-    S, mask, P, Q, V = torch.zeros_like(A), None, None, None, None
+    scaled = _scaled(weight, stats)
+    A, S, L = scaled.A, torch.zeros_like(scaled.A), _LowRank()
     for _ in range(config.rounds):
-        P, Q, V = _low_rank(A - S, config.adapter_rank, V)
-        rest = A if P is None else A - P @ Q.T
+        L = L.following(A - S, config.adapter_rank)
+        rest = L.taken_from(A)
         mask = select(rest.abs(), config.parsed)
         S = rest.masked_fill(~mask, 0.0)
-        if P is None:
+        if L.P is None:
             break
-    return _finished(weight, space, S / scale, mask, P, Q, scale, config)
+    return _finished(weight, scaled, S, mask, L, config)
 
 
 def sslc(weight: Tensor, stats: InputStats, config: SslcConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> S + P Q^T: the paper's alternation of pruning and randomised SVD, salient entries pinned.
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T: pruning and SVD in turn, salient entries pinned.
 
-    No code was published. Our reading: A = W diag(rms x); the `pinned` share of largest |A| stay in S through every round (as
-    many as the pattern has room for in each group); S first, from L = 0; the error watched is ||A - S - L||. Its optional
-    recovery training is `training`.
+    No code was published. Our reading: the `pinned` share of largest |A| stays in S through every round
+    (as many as the pattern has room for in each group); S comes first, from L = 0; the error watched is
+    ||A - S - L||. The paper's optional recovery training is `compression.training`.
     """
-    space, A, scale = _scaled(weight, stats)
-    pattern, size = config.parsed, A.abs()
-    count = max(1, int(config.pinned * A.numel()))
-    threshold = (
-        size.flatten().kthvalue(A.numel() - count + 1).values if config.pinned else torch.inf
-    )
-    salient = size >= threshold
-    P = Q = V = None
+    scaled = _scaled(weight, stats)
+    A, size, L = scaled.A, scaled.A.abs(), _LowRank()
+    salient = torch.zeros_like(A, dtype=torch.bool)
+    if config.pinned:
+        count = max(1, int(config.pinned * A.numel()))
+        salient = size >= size.flatten().kthvalue(A.numel() - count + 1).values
     before = float("inf")
     for _ in range(config.rounds):
-        rest = A if P is None else A - P @ Q.T
-        mask = select(_pinned_score(rest, salient, size), pattern)
+        rest = L.taken_from(A)
+        # Salient entries come above all others, in the order of their own size.
+        score = torch.where(salient, rest.abs().max() + size, rest.abs())
+        mask = select(score, config.parsed)
         S = rest.masked_fill(~mask, 0.0)
         if not config.adapter_rank:
             break
-        P, Q, V = _low_rank(A - S, config.adapter_rank, V)
-        error = float((A - S - P @ Q.T).norm())
+        L = L.following(A - S, config.adapter_rank)
+        error = float((L.taken_from(A - S)).norm())
         if abs(before - error) <= config.tolerance * error:
             break
         before = error
-    return _finished(weight, space, S / scale, mask, P, Q, scale, config)
+    return _finished(weight, scaled, S, mask, L, config)
 
 
-def _pinned_score(rest: Tensor, salient: Tensor, size: Tensor) -> Tensor:
-    """|rest|, and above all of it the salient entries in the order of their own size."""
-    return torch.where(salient, rest.abs().max() + size, rest.abs())
+class _LowRank(NamedTuple):
+    """L = P Q^T, P [N,r] and Q [K,r], or nothing."""
+
+    P: Tensor | None = None
+    Q: Tensor | None = None
+
+    def taken_from(self, A: Tensor) -> Tensor:
+        """A - L [N,K]."""
+        return A if self.P is None or self.Q is None else A - self.P @ self.Q.T
+
+    def following(self, A: Tensor, rank: int) -> _LowRank:
+        """The truncated SVD of A, by one subspace iteration from this one where there is one."""
+        if not rank:
+            return self
+        return _LowRank(*truncated_svd(A, rank, 4 if self.Q is None else 1, start=self.Q))
 
 
-def _scaled(weight: Tensor, stats: InputStats) -> tuple[Metric, Tensor, Tensor]:
-    """The metric, A = W diag(rms x) and rms x [K]; inputs that were always zero count as in the damped metric."""
-    space = metric(stats.gram)
+class _Scaled(NamedTuple):
+    """The Gram metric of the inputs, A = W diag(scale) [N,K] and scale [K], the rms of each input."""
+
+    space: Metric
+    A: Tensor
+    scale: Tensor
+
+
+def _scaled(weight: Tensor, stats: InputStats) -> _Scaled:
+    """Inputs that were always zero count as in the damped metric."""
+    space = metric(stats.matrix)
     rms = stats.diagonal.to(weight).sqrt()
     scale = torch.where(rms > 0, rms, space.scale)
-    return space, weight * scale, scale
-
-
-def _low_rank(
-    A: Tensor, rank: int, start: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not rank:
-        return None, None, None
-    P, V = truncated_svd(A, rank, 4 if start is None else 1, start=start)
-    return P, V, V
+    return _Scaled(space, weight * scale, scale)
 
 
 def _finished(
     weight: Tensor,
-    space: Metric,
+    scaled: _Scaled,
     S: Tensor,
     mask: Tensor,
-    P: Tensor | None,
-    Q: Tensor | None,
-    scale: Tensor,
+    L: _LowRank,
     config: OatsConfig | SslcConfig,
 ) -> Decomposition:
-    """From S in the weight's coordinates and P Q^T in those of A."""
-    d = space.scale
-    Q = None if Q is None else Q / scale[:, None] * d[:, None]
-    return finish(weight * d, space, S * d, mask, P, Q, config, config.polish)
+    """From S and P Q^T in the coordinates of A."""
+    d, scale = scaled.space.scale, scaled.scale
+    Q = None if L.Q is None else L.Q / scale[:, None] * d[:, None]
+    split = Split(S / scale * d, mask, L.P, Q)
+    return finish(weight * d, scaled.space, split, config, config.polish)

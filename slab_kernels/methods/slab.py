@@ -1,21 +1,27 @@
-"""S + (U V^T) * B + P Q^T in the Gram metric, any part optional, all of them solved together.
+"""W ~ S + (U V^T) * B + P Q^T in the Gram metric, any part optional, all of them solved together.
 
-The sign term is SLaB's (arXiv 2604.04493), the adapter that of SLiM and 3BASiL; the solver is ours. In order:
-1. Masked alternating least squares fits U, V to |W| on the pruned positions, column j weighted with 1 / U_jj of the
-   Cholesky factor of H^-1: the error that is left in column j once the columns to its right have adapted.
-2. A sweep in the manner of SparseGPT fixes each group's positions and levels by their exact common cost. Without a sign term
-   3BASiL's ADMM takes the place of 1 and 2.
-3. Rounds, each step monotone in tr(E H E^T): kept values with V, then with U, by conjugate gradients; coordinate descent over
-   positions and levels of every group; the adapter as the best low-rank part of what is left; until a round gains less than
-   `tolerance`.
-4. The factors are rounded as they will be stored and the kept values solved once more for the rounded factors.
-Integer values are rounded inside the sweep; in the rounds their step sizes are refitted and the descent moves them on
-the grid, so that what is returned is what is stored.
+Minimises tr(E H E^T), E = W - S - (U V^T) * B - P Q^T, with H the Gram matrix of the inputs. The sign
+term is SLaB's (arXiv 2604.04493), the adapter that of SLiM and 3BASiL; the solver is ours. In order:
+
+1. Masked alternating least squares fits U, V to |W| on the pruned positions, column j weighted with
+   1 / U_jj of the Cholesky factor of H^-1: the error that is left in column j once the columns to its
+   right have adapted.
+2. A sweep in the manner of SparseGPT fixes each group's positions and levels by their exact common
+   cost. Without a sign term 3BASiL's ADMM takes the place of 1 and 2.
+3. Rounds follow, no step of which raises the loss: kept values with V, then with U, by conjugate
+   gradients; coordinate descent over positions and levels of every group; the adapter as the best
+   low-rank part of what is left. They end when a round gains less than `tolerance`.
+4. The factors are rounded as they will be stored, and the kept values are solved for once more.
+
+Integer values are rounded inside the sweep; in the rounds their step sizes are refitted and the descent
+moves them on the grid, so that what is returned is what is stored.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,32 +30,35 @@ from ..format import Decomposition, plane_unit, round_adapter, round_factors
 from ..settings import setting
 from .config import Config
 from .inputs import InputStats
-from .solvers.descent import descend_groups, descend_levels
+from .solvers.descent import descend
 from .solvers.levels import nearest
 from .solvers.lowrank import signed_factors, signs
 from .solvers.metric import Metric, metric
-from .solvers.quantize import expand_scales, quantize, round_to_grid, store_scale
+from .solvers.quantize import Grid, expand_scales, quantize, round_to_grid, store_scale
 from .solvers.refit import (
     AdapterOutput,
     InputFactor,
     KeptValues,
     OutputFactor,
+    Part,
     StepSizes,
     conjugate_gradients,
     gram_loss,
 )
-from .solvers.states import enumerable
-from .solvers.sweep import Curvature, Grid, curvature, sweep
+from .solvers.sweep import Curvature, curvature, sweep
 from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
-REFIT_FLOOR = 1e-5  # of the mean diagonal, added in the refit
+REFIT_FLOOR = 1e-5  # the fraction of the mean diagonal that the refit adds to each diagonal entry
+TOLERANCE = 1e-3  # the fall of the preconditioned gradient that ends a solve
 
 
 @dataclass(frozen=True)
 class SlabConfig(Config):
-    """A solve ends before its `iterations` where the preconditioned gradient has fallen by 1e-3. A
-    `drift` of a quarter costs the layer itself little and bought most of the perplexity on the
-    models tried; more overfits.
+    """The settings of `slab`.
+
+    A solve ends before its `iterations` where the preconditioned gradient has fallen by 1e-3. A
+    `drift` of a quarter costs the layer itself little and brought most of the gain in perplexity on
+    the models tried; more overfits.
     """
 
     damping: float = setting(
@@ -73,47 +82,27 @@ class SlabConfig(Config):
     )
 
 
-@dataclass
-class _State:
-    """A feasible point: approximation [N,K] by S and the sign term, kept mask [N,K], U [N,R], V [K,R], step sizes, P, Q."""
-
-    approximation: Tensor
-    mask: Tensor
-    U: Tensor | None
-    V: Tensor | None
-    scales: Tensor | None
-    P: Tensor | None = None
-    Q: Tensor | None = None
-    basis: Tensor | None = None
-
-    @property
-    def low(self) -> Tensor | None:
-        """U V^T [N,K], or None without a sign term."""
-        return None if self.U is None else self.U @ self.V.T
-
-    def without_adapter(self, W: Tensor) -> Tensor:
-        """What S and the sign term are to approximate."""
-        return W if self.P is None else W - self.P @ self.Q.T
-
-
 def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> folded Decomposition: S kept values, U V^T magnitudes, B levels of the pruned, P Q^T."""
-    curve = curvature(stats.gram.to(weight.device), config.damping, config.relative_damping)
+    """weight [N,K] fp32, Gram matrix -> folded Decomposition.
+
+    Folded: S holds the kept values, and U V^T and B matter on pruned positions alone.
+    """
+    curve = curvature(stats.matrix, config.damping, config.relative_damping)
     W = weight
     if stats.drift is not None and config.drift:
         W = drift_target(weight, curve.gram, stats.drift, config.drift, config.drift_damping)
     diagonal = curve.gram.diagonal()
-    # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones: without it, columns spread
-    # over 9 decades ended in values beyond fp16; ordinary layers do not notice it.
+    # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones: without
+    # it, columns spread over 9 decades ended in values beyond fp16. Ordinary layers do not notice it.
     gram = curve.gram + torch.diag(config.refit_damping * diagonal + REFIT_FLOOR * diagonal.mean())
-    space = metric(stats.gram.to(weight.device)) if config.adapter_rank or not config.rank else None
-    state = _begin(W, curve, space, config)
+    solver = _Solver(W, gram, stats, config)
+    solver.begin(curve)
     loss = float("inf")
     for _ in range(config.rounds):
-        before, loss = loss, _round(W, gram, space, state, config)
+        before, loss = loss, solver.round()
         if loss > (1 - config.tolerance) ** 2 * before:
             break
-    return _finish(W, gram, space, state, config)
+    return solver.finish()
 
 
 def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: float) -> Tensor:
@@ -123,167 +112,211 @@ def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: 
     return W + share * torch.linalg.solve(damped, drift.double(), left=False).to(W)
 
 
-def _begin(W: Tensor, curve: Curvature, space: Metric | None, config: SlabConfig) -> _State:
-    """Steps 1 and 2. With an adapter the sweep is repeated for what the adapter leaves of W."""
-    if not config.rank:
-        return _begin_plain(W, space, config)
-    state = _State(W, W != 0, None, None, None)
-    for _ in range(config.alternations if config.adapter_rank else 1):
-        target = state.without_adapter(W)
-        U, V, mask = signed_factors(
-            target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes
+class _Factors(NamedTuple):
+    """U [N,R] and V [K,R] of the sign term."""
+
+    U: Tensor
+    V: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        return self.U @ self.V.T
+
+
+class _Adapter(NamedTuple):
+    """P [N,r], Q [K,r], and the basis from which the next truncation starts."""
+
+    P: Tensor
+    Q: Tensor
+    basis: Tensor
+
+
+class _Solver:
+    """A feasible point of one layer and the steps that improve it.
+
+    W [N,K]: the weight to approximate. gram [K,K]: H, damped for the refit.
+    approximation [N,K]: S and the sign term together. mask [N,K] bool: kept positions.
+    factors: of the sign term, or None. scales [N,groups]: step sizes of integer values, or None.
+    """
+
+    approximation: Tensor
+    mask: Tensor
+
+    def __init__(self, W: Tensor, gram: Tensor, stats: InputStats, config: SlabConfig):
+        self.W, self.gram, self.stats, self.config = W, gram, stats, config
+        self.factors: _Factors | None = None
+        self.scales: Tensor | None = None
+        self.adapter: _Adapter | None = None
+
+    @cached_property
+    def space(self) -> Metric:
+        """The metric that the adapter and the ADMM work in; nothing else needs it."""
+        return metric(self.stats.matrix)
+
+    @property
+    def target(self) -> Tensor:
+        """[N,K]: what S and the sign term are to approximate."""
+        return self.W if self.adapter is None else self.W - self.adapter.P @ self.adapter.Q.T
+
+    def begin(self, curve: Curvature) -> None:
+        """Steps 1 and 2. With an adapter the sweep is repeated for what the adapter leaves of W."""
+        config = self.config
+        if not config.rank:
+            return self._begin_without_signs()
+        for _ in range(config.alternations if config.adapter_rank else 1):
+            target = self.target
+            U, V, mask = signed_factors(
+                target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes
+            )
+            magnitude = (U @ V.T).abs()
+            self.factors = _Factors(U, V)
+            self.approximation, self.mask, self.scales = sweep(
+                target, curve, config.parsed, magnitude, mask, config.grid, planes=config.planes
+            )
+            self._fit_adapter()
+
+    def _begin_without_signs(self) -> None:
+        """S + P Q^T by ADMM; the values are then rounded to their grid."""
+        config, d, grid = self.config, self.space.scale, self.config.grid
+        settings = ThreeBasilConfig(
+            config.pattern, 0, config.values, config.group_size, adapter_rank=config.adapter_rank
         )
-        swept = sweep(
-            target, curve, config.parsed, (U @ V.T).abs(), mask, config.grid, planes=config.planes
+        schedule = SCHEDULES["threebasil"]
+        split = admm(self.W * d, self.space, settings, schedule, config.adapter_rank)
+        self.approximation, self.mask = split.S / d, split.mask
+        if grid:
+            self.approximation, self.scales = quantize(
+                self.approximation, split.mask, grid.values, grid.group_size, weight=d * d
+            )
+        self._fit_adapter()
+
+    def _fit_adapter(self) -> None:
+        """The adapter becomes the best low-rank part of what S and the sign term leave."""
+        if not self.config.adapter_rank:
+            return
+        d = self.space.scale
+        rest = (self.W - self.approximation) * d
+        basis, iterations = (None, 4) if self.adapter is None else (self.adapter.basis, 2)
+        P, Q, basis = self.space.truncate(rest, self.config.adapter_rank, basis, iterations)
+        self.adapter = _Adapter(P, Q / d[:, None], basis)
+
+    def round(self) -> float:
+        """One round of refit and descent; returns the loss."""
+        if self.factors is None:
+            self._refit()
+        else:
+            self._refit("V")
+            self._refit("U")
+        self._descend()
+        self._fit_adapter()
+        return float(gram_loss(self.target - self.approximation, self.gram))
+
+    def _levels(self, product: Tensor) -> Tensor:
+        """[N,K] levels of B on pruned positions, 0 on kept ones; times U V^T they approximate W there."""
+        level = nearest(self.approximation, product.abs(), self.config.planes)
+        return (level * signs(product)).masked_fill(self.mask, 0.0)
+
+    def _kept_part(self) -> tuple[Part, Tensor]:
+        """The unknowns that stand for kept values, and where they are now."""
+        kept = self.approximation.masked_fill(~self.mask, 0.0)
+        grid, diagonal = self.config.grid, self.gram.diagonal()
+        if grid is None or self.scales is None:
+            return KeptValues(self.mask, diagonal), kept
+        q = (kept / expand_scales(self.scales, kept.shape[1], grid.group_size)).round()
+        return StepSizes(q, grid.group_size, diagonal), self.scales
+
+    def _refit(self, factor: Literal["U", "V"] | None = None) -> None:
+        """Least squares over the kept values, one factor of the sign term (or none) and P."""
+        kept, start = self._kept_part()
+        parts, unknowns = [kept], [start]
+        residual = self.target - kept.expand(start)
+        if self.factors is not None:
+            U, V = self.factors
+            product = self.factors.product
+            level = self._levels(product)
+            residual = residual - product * level
+            if factor == "V":
+                parts.append(InputFactor(U, level, self.gram.diagonal()))
+                unknowns.append(V)
+            elif factor == "U":
+                parts.append(OutputFactor(V, level, self.gram.diagonal()))
+                unknowns.append(U)
+        if self.adapter is not None:
+            parts.append(AdapterOutput(self.adapter.Q, self.gram))
+            unknowns.append(self.adapter.P)
+        found = conjugate_gradients(
+            residual, self.gram, parts, unknowns, self.config.iterations, TOLERANCE
         )
-        state = _State(
-            swept.approximation, swept.mask, U, V, swept.scales, state.P, state.Q, state.basis
+        self.approximation = kept.expand(found[0])
+        if self.config.grid is not None:
+            self.scales = found[0]
+        if self.factors is not None:
+            if factor is not None:
+                self.factors = self.factors._replace(**{factor: found[1]})
+            self.approximation = self.approximation + self.factors.product * level
+        if self.adapter is not None:
+            self.adapter = self.adapter._replace(P=found[-1])
+
+    def _descend(self) -> None:
+        """Coordinate descent over what is discrete."""
+        magnitude, planes = torch.zeros_like(self.W), 0
+        if self.factors is not None:
+            magnitude, planes = self.factors.product.abs(), self.config.planes
+        self.approximation, self.mask = descend(
+            self.target,
+            self.approximation,
+            self.mask,
+            magnitude,
+            self.gram,
+            self.config.parsed,
+            scales=self.scales,
+            grid=self.config.grid,
+            planes=planes,
         )
-        _truncate(W, space, state, config)
-    return state
 
-
-def _begin_plain(W: Tensor, space: Metric, config: SlabConfig) -> _State:
-    """S + P Q^T by ADMM, values then rounded to their grid."""
-    d, grid = space.scale, config.grid
-    settings = ThreeBasilConfig(
-        config.pattern, 0, config.values, config.group_size, adapter_rank=config.adapter_rank
-    )
-    split = admm(
-        W * d, space, config.parsed, settings, SCHEDULES["threebasil"], config.adapter_rank
-    )
-    S, scales = split.D / d, None
-    if grid:
-        S, scales = quantize(S, split.mask, grid.values, grid.group_size, weight=d * d)
-    state = _State(S, split.mask, None, None, scales)
-    _truncate(W, space, state, config)
-    return state
-
-
-def _truncate(W: Tensor, space: Metric | None, state: _State, config: SlabConfig) -> None:
-    """The adapter: the best low-rank part of what S and the sign term leave. Changes `state`."""
-    if config.adapter_rank:
-        rest = (W - state.approximation) * space.scale
-        state.P, Q, state.basis = space.truncate(
-            rest, config.adapter_rank, state.basis, 2 if state.basis is not None else 4
+    def finish(self) -> Decomposition:
+        """Step 4: round factors and step sizes as stored, and fit the kept values to what is stored."""
+        grid = self.config.grid
+        U = V = B = P = Q = None
+        self._round_adapter()
+        if self.factors is not None:
+            B = self._levels(self.factors.product)
+            U, V = round_factors(*self.factors)
+            self.factors = _Factors(U, V)
+            pruned = self.factors.product * B
+            self.approximation = torch.where(self.mask, self.approximation, pruned)
+        if grid is None:
+            self._refit()
+            self._round_adapter()  # P moved with the kept values
+        else:
+            self._settle_on(grid)
+            if self.factors is not None:
+                B = self._levels(self.factors.product)
+        if B is not None:
+            B = (B / plane_unit(self.config.planes)).round().to(torch.int8)
+        if self.adapter is not None:
+            P, Q = self.adapter.P, self.adapter.Q
+        kept = self.approximation.masked_fill(~self.mask, 0.0)
+        values, group_size = (grid.values, grid.group_size) if grid else (None, None)
+        return Decomposition(
+            kept, self.mask, U, V, B, P, Q, self.scales, values, group_size, self.config.planes
         )
-        state.Q = Q / space.scale[:, None]
 
+    def _round_adapter(self) -> None:
+        """P and Q as they will be stored."""
+        if self.adapter is not None:
+            P, Q = round_adapter(self.adapter.P, self.adapter.Q, self.config.stored_adapter)
+            self.adapter = self.adapter._replace(P=P, Q=Q)
 
-def _round(
-    W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig
-) -> float:
-    """One round of refit and descent; changes `state`, returns the loss."""
-    for factor in ("V", "U") if config.rank else (None,):
-        _refit(W, gram, state, config, factor)
-    _descend(W, gram, state, config)
-    _truncate(W, space, state, config)
-    return float(gram_loss(state.without_adapter(W) - state.approximation, gram))
+    def _settle_on(self, grid: Grid) -> None:
+        """Kept values on the grid of the step sizes as stored, before and after a last descent."""
+        assert self.scales is not None
+        self.scales = store_scale(self.scales)
+        steps = expand_scales(self.scales, self.W.shape[1], grid.group_size)
+        self._round_kept(steps, grid)
+        self._descend()
+        self._round_kept(steps, grid)
 
-
-def _level_matrix(state: _State, config: SlabConfig) -> Tensor:
-    """[N,K] levels of B on pruned positions, 0 on kept ones, so that it times U V^T is the approximation there."""
-    low = state.low
-    return (nearest(state.approximation, low.abs(), config.planes) * signs(low)).masked_fill(
-        state.mask, 0.0
-    )
-
-
-def _kept_part(state: _State, gram: Tensor, grid: Grid | None):
-    """The unknowns that stand for kept values, and where they are now."""
-    kept = state.approximation.masked_fill(~state.mask, 0.0)
-    if grid is None:
-        return KeptValues(state.mask, gram.diagonal()), kept
-    q = (kept / expand_scales(state.scales, kept.shape[1], grid.group_size)).round()
-    return StepSizes(q, grid.group_size, gram.diagonal()), state.scales
-
-
-def _refit(W: Tensor, gram: Tensor, state: _State, config: SlabConfig, factor: str | None) -> None:
-    """Least squares over the kept values, one factor of the sign term (or none) and P: changes `state`."""
-    grid, diagonal = config.grid, gram.diagonal()
-    part, start = _kept_part(state, gram, grid)
-    parts, x, names = [part], [start], ["kept"]
-    fixed = 0.0
-    if state.U is not None:
-        B = _level_matrix(state, config)
-        fixed = state.low * B
-        if factor == "V":
-            parts.append(InputFactor(state.U, B, diagonal))
-        elif factor == "U":
-            parts.append(OutputFactor(state.V, B, diagonal))
-        if factor is not None:
-            x, names = [*x, getattr(state, factor)], [*names, factor]
-    target = state.without_adapter(W)
-    if state.P is not None:
-        parts.append(AdapterOutput(state.Q, gram))
-        x, names = [*x, state.P], [*names, "P"]
-    _, x = conjugate_gradients(
-        target - part.expand(start) - fixed, gram, parts, x, config.iterations, 1e-3
-    )
-    for name, value in zip(names[1:], x[1:], strict=True):
-        setattr(state, name, value)
-    if grid is not None:
-        state.scales = x[0]
-    state.approximation = part.expand(x[0])
-    if state.U is not None:
-        state.approximation = state.approximation + state.low * B
-
-
-def _descend(W: Tensor, gram: Tensor, state: _State, config: SlabConfig) -> None:
-    """Coordinate descent over what is discrete: changes `state`."""
-    pattern, planes = config.parsed, config.planes if config.rank else 0
-    target = state.without_adapter(W)
-    magnitude = state.low.abs() if config.rank else torch.zeros_like(W)
-    settings = (
-        magnitude,
-        gram,
-        *((pattern,) if (all_states := enumerable(pattern, planes)) else ()),
-        state.scales,
-        config.grid,
-        planes,
-    )
-    if all_states:
-        state.approximation, state.mask, _ = descend_groups(
-            target, state.approximation, state.mask, *settings
-        )
-    else:
-        state.approximation, _ = descend_levels(target, state.approximation, state.mask, *settings)
-
-
-def _finish(
-    W: Tensor, gram: Tensor, space: Metric | None, state: _State, config: SlabConfig
-) -> Decomposition:
-    """Round factors and step sizes as stored, and fit the kept values to what was stored."""
-    grid, B = config.grid, None
-    if state.P is not None:
-        state.P, state.Q = round_adapter(state.P, state.Q, config.stored_adapter)
-    if config.rank:
-        B = _level_matrix(state, config)
-        state.U, state.V = round_factors(state.U, state.V)
-        state.approximation = torch.where(state.mask, state.approximation, state.low * B)
-    if grid is None:
-        P = state.P
-        _refit(W, gram, state, config, None)
-        if P is not None:  # P moved with the kept values, and is rounded again
-            state.P, state.Q = round_adapter(state.P, state.Q, config.stored_adapter)
-    else:
-        state.scales = store_scale(state.scales)
-        step = expand_scales(state.scales, W.shape[1], grid.group_size)
-        state.approximation = torch.where(
-            state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation
-        )
-        _descend(W, gram, state, config)
-        state.approximation = torch.where(
-            state.mask, round_to_grid(state.approximation, step, grid.values), state.approximation
-        )
-        if config.rank:
-            B = _level_matrix(state, config)
-    if B is not None:
-        B = (B / plane_unit(config.planes)).round().to(torch.int8)
-    kept = state.approximation.masked_fill(~state.mask, 0.0)
-    grid_parts = (
-        (None, None, None) if grid is None else (state.scales, grid.values, grid.group_size)
-    )
-    return Decomposition(
-        kept, state.mask, state.U, state.V, B, state.P, state.Q, *grid_parts, config.planes
-    )
+    def _round_kept(self, steps: Tensor, grid: Grid) -> None:
+        rounded = round_to_grid(self.approximation, steps, grid.values)
+        self.approximation = torch.where(self.mask, rounded, self.approximation)

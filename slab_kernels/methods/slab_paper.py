@@ -1,8 +1,11 @@
-"""SLaB as its paper describes it (arXiv 2604.04493): the baseline that `slab` is compared with."""
+"""SLaB as its paper describes it (arXiv 2604.04493): W ~ S + (U V^T) * B, S and the sign term in turn.
+
+It is the baseline that `slab` is compared with.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,16 +31,18 @@ class SlabPaperConfig(Config):
 
 
 def slab_paper(weight: Tensor, stats: InputStats, config: SlabPaperConfig) -> Decomposition:
-    """weight [N,K] fp32 -> S + (U V^T) * B, all three on every position as in the paper (packing folds them).
+    """weight [N,K] fp32, mean squares -> S + (U V^T) * B, on every position; packing folds them.
 
-    From L = 0, alternately S = prune(W - L * B) by |Y_S| * ||X_j||_2 per output row or group of n:m, then
-    B = sign(W - S) and L = SVD_R(|W - S|), unweighted. Ends with S. Integer values are rounded after folding.
+    From L = 0, alternately S = prune(W - L * B) by |Y_S| * ||X_j||_2 per output row or group of n:m,
+    then B = sign(W - S) and L = U V^T = SVD_R(|W - S|), unweighted. Ends with S. Integer values are
+    rounded after folding.
     """
     norm = stats.diagonal.to(weight).sqrt()
-    pattern = config.parsed
-    scale = torch.where(norm > 0, norm, norm[norm > 0].min() if bool((norm > 0).any()) else 1.0)
-    if not config.scaled_svd:
-        scale = torch.ones_like(norm)
+    pattern, grid = config.parsed, config.grid
+    scale = torch.ones_like(norm)
+    if config.scaled_svd:
+        smallest = norm[norm > 0].min() if bool((norm > 0).any()) else 1.0
+        scale = torch.where(norm > 0, norm, smallest)
     mask = select(weight.abs() * norm, pattern)
     S = weight.masked_fill(~mask, 0.0)
     for _ in range(config.iterations):
@@ -48,10 +53,9 @@ def slab_paper(weight: Tensor, stats: InputStats, config: SlabPaperConfig) -> De
         Y = weight - (U @ V.T) * B
         mask = select(Y.abs() * norm, pattern)
         S = Y.masked_fill(~mask, 0.0)
-    if config.grid is None:
-        return Decomposition(S, mask, U, V, B.to(torch.int8))
-    folded = Decomposition(S, mask, U, V, B.to(torch.int8)).folded()
-    S, scales = quantize(folded.S, mask, config.values, config.group_size)
-    return Decomposition(
-        S, mask, U, V, folded.B, scales=scales, values=config.values, group_size=config.group_size
-    )
+    found = Decomposition(S, mask, U, V, B.to(torch.int8))
+    if grid is None:
+        return found
+    folded = found.folded()
+    S, scales = quantize(folded.S, mask, grid.values, grid.group_size)
+    return replace(folded, S=S, scales=scales, values=grid.values, group_size=grid.group_size)

@@ -1,17 +1,19 @@
-"""SparseGPT (arXiv 2301.00774): pruning with the error of each column pushed onto the columns to its right."""
+"""SparseGPT (arXiv 2301.00774): S = W with w^2 / [H^-1]_jj smallest pruned, errors pushed to the right.
+
+The error of each column is made up for by the columns to its right (algorithm 1): see `solvers.sweep`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..format import Decomposition
 from ..settings import setting
 from .config import Config
 from .inputs import InputStats
-from .solvers.masks import top_of_rows
+from .solvers.masks import select
 from .solvers.sweep import curvature, sweep
 
 
@@ -25,27 +27,18 @@ class SparseGPTConfig(Config):
 
 
 def sparsegpt(weight: Tensor, stats: InputStats, config: SparseGPTConfig) -> Decomposition:
-    """weight [N,K] fp32 -> S (algorithm 1): mask by w^2 / [H^-1]_jj of the updated weights, kept entries as updated.
+    """weight [N,K] fp32, Gram matrix -> S: masks by w^2 / [H^-1]_jj of the updated weights.
 
-    n:m masks are chosen when the sweep reaches the group, unstructured ones row by row within each block of 128
-    columns; how many a row keeps in a block follows from its |w| / U_jj before the sweep. Inputs that were always zero
-    count as weak independent inputs (see `curvature`). Integer values are rounded inside the sweep, as in GPTQ.
+    n:m masks are chosen when the sweep reaches the group, unstructured ones row by row within each
+    block of 128 columns; how many a row keeps in a block follows from its |w| / U_jj before the sweep.
+    Inputs that were always zero count as weak independent inputs (see `damped_cholesky`). Integer
+    values are rounded inside the sweep, as in GPTQ.
     """
-    curve = curvature(stats.gram.to(weight.device), config.damping)
+    curve = curvature(stats.matrix, config.damping)
     pattern, grid = config.parsed, config.grid
-    mask = None
-    if not pattern.structured:
-        keep = torch.full_like(
-            weight[:, :1], pattern.kept_in_row(weight.shape[1]), dtype=torch.long
-        )
-        mask = top_of_rows(weight.abs() * curve.conditional_scale, keep)
+    mask = None if pattern.structured else select(weight.abs() * curve.conditional_scale, pattern)
     swept = sweep(weight, curve, pattern, mask=mask, grid=grid, joint=False)
-    if grid is None:
-        return Decomposition(swept.approximation, swept.mask)
+    values, group_size = (grid.values, grid.group_size) if grid else (None, None)
     return Decomposition(
-        swept.approximation,
-        swept.mask,
-        scales=swept.scales,
-        values=grid.values,
-        group_size=grid.group_size,
+        swept.approximation, swept.mask, scales=swept.scales, values=values, group_size=group_size
     )

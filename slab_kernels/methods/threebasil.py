@@ -1,20 +1,25 @@
-"""3BASiL (arXiv 2603.01376) and, with no low-rank part, ALPS (arXiv 2406.07831): pruning by ADMM in the Gram metric.
+"""3BASiL (arXiv 2603.01376) and, with no low-rank part, ALPS (arXiv 2406.07831): pruning by ADMM.
 
-min tr((T - S - L) G (T - S - L)^T) with S = D, D in the pattern, rank L <= r, in unit-diagonal coordinates. An iteration, in
-the paper's order S, D, V, L:
+min tr((T - S - L) G (T - S - L)^T) with S = D, D in the pattern, rank L <= r, in the unit-diagonal
+coordinates of the Gram metric. An iteration, in the paper's order S, D, V, L (algorithm 1):
 
-    S = [(T - L) G - V + rho D] (G + rho I)^-1      D = P(S + V / rho)      V += rho (S - D)      L = truncation of T - S
+    S = [(T - L) G - V + rho D] (G + rho I)^-1
+    D = the part of S + V / rho that the pattern keeps
+    V += rho (S - D)
+    L = truncation of T - S
 
-Written with Y = S + V / rho, so that V = rho (Y - D) and S = (T - L) + rho [2 D - Y - (T - L)] (G + rho I)^-1: one N x K x K
-product an iteration instead of two, and nothing to store but Y and D. Rows meet only in that product and in L, so the rest
-runs a few rows at a time, in cache.
+Written with Y = S + V / rho, so that V = rho (Y - D), the first line becomes
+
+    S = (T - L) + rho [2 D - Y - (T - L)] (G + rho I)^-1
+
+which takes one N x K x K product an iteration instead of two, and nothing needs to be stored but Y
+and D. Rows meet only in that product and in L, so the rest runs a few rows at a time, in cache.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,28 +28,41 @@ from ..format import Decomposition
 from ..settings import setting
 from .config import Config
 from .inputs import InputStats
-from .solvers.finish import finish
+from .solvers.finish import Split, finish
 from .solvers.masks import Pattern, select
 from .solvers.metric import Metric, metric
 
 RESTART = 5.0  # rho is divided by this when nothing moved, and the run starts again
+LEAST_RHO = 1e-6  # below this, no run starts again
+ROWS = 64  # taken together between two products: three [64, 4096] matrices of fp32 are 3 MB
+SOME, MANY = 0.005, 0.1  # shares of kept positions that tell the phases of a run apart
+SETTLING = 100  # iterations before a run may end because few positions move
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How rho grows: checked every `every` iterations by the share of kept positions that moved since the last check.
+    """How the penalty rho grows, by the share of kept positions that moved since the last check.
 
-    above 10 % times factors[0], above 0.5 % times factors[1], otherwise times factors[2]. 3BASiL's own are 1.1, 1.05, 1.02. Its
-    start decides the result, its end does not: on a 1024 x 1024 layer, rank 16, these take 260 iterations instead of 480
-    and end 0.5 % above its loss; 1.15 throughout 200, 1.5 % above; over-relaxed steps (1.6) are slower and worse.
+    every: iterations between two checks.
+    factors: rho grows by the first while more than 10 % move, by the second above 0.5 %, else by the third.
+
+    3BASiL's own factors are 1.1, 1.05, 1.02. The start of a schedule decides the result, its end does
+    not: on a 1024 x 1024 layer, rank 16, these take 260 iterations instead of 480 and end 0.5 % above
+    its loss; 1.15 throughout takes 200 and ends 1.5 % above; over-relaxed steps (1.6) are slower and
+    worse.
     """
 
     every: int = 10
     factors: tuple[float, float, float] = (1.1, 1.1, 1.2)
 
+    def growth(self, moved: float) -> float:
+        """The factor by which rho grows after the share `moved` of kept positions moved."""
+        if moved > MANY:
+            return self.factors[0]
+        return self.factors[1] if moved > SOME else self.factors[2]
+
 
 SCHEDULES = {"threebasil": Schedule(), "alps": Schedule(3, (1.3, 1.2, 1.1))}
-ROWS = 64  # taken together between two products: three [64, 4096] matrices of fp32 are 3 MB
 
 
 @dataclass(frozen=True)
@@ -70,111 +88,116 @@ class ThreeBasilConfig(Config):
     )
 
 
-class Split(NamedTuple):
-    """D [N,K] in the pattern, mask [N,K] bool, P [N,r], Q [K,r] (None for r = 0), all unit-diagonal; iterations taken."""
-
-    D: Tensor
-    mask: Tensor
-    P: Tensor | None
-    Q: Tensor | None
-    iterations: int
-
-
 def threebasil(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> S + P Q^T (algorithm 1); integer values are rounded afterwards, then polished."""
-    space = metric(stats.gram, config.damping, config.relative_damping)
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T; integer values are rounded afterwards, then polished."""
+    space = metric(stats.matrix, config.damping, config.relative_damping)
     T = weight * space.scale
-    split = admm(T, space, config.parsed, config, SCHEDULES["threebasil"], config.adapter_rank)
-    return finish(T, space, split.D, split.mask, split.P, split.Q, config, config.polish)
+    split = admm(T, space, config, SCHEDULES["threebasil"], config.adapter_rank)
+    return finish(T, space, split, config, config.polish)
 
 
 def alps(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> S: the ADMM, then kept values by conjugate gradients on the mask (section 3.3)."""
-    space = metric(stats.gram, config.damping, config.relative_damping)
+    """weight [N,K] fp32, Gram matrix -> S: the ADMM, then kept values by conjugate gradients.
+
+    ALPS, section 3.3, solves for the kept values once on the mask that the ADMM found.
+    """
+    space = metric(stats.matrix, config.damping, config.relative_damping)
     T = weight * space.scale
-    split = admm(T, space, config.parsed, config, SCHEDULES["alps"])
-    return finish(
-        T,
-        space,
-        split.D,
-        split.mask,
-        None,
-        None,
-        config,
-        max(1, config.polish),
-        swap=config.polish > 0,
-    )
+    split = admm(T, space, config, SCHEDULES["alps"])
+    return finish(T, space, split, config, max(1, config.polish), swap=config.polish > 0)
 
 
 def admm(
-    T: Tensor,
-    space: Metric,
-    pattern: Pattern,
-    config: ThreeBasilConfig,
-    schedule: Schedule,
-    rank: int = 0,
+    T: Tensor, space: Metric, config: ThreeBasilConfig, schedule: Schedule, rank: int = 0
 ) -> Split:
-    """The loop above for T [N,K] in the unit-diagonal coordinates of `space`, from L = 0, D = P(T), V = 0."""
+    """The loop above for T [N,K] in the unit-diagonal coordinates of `space`, from L = 0, V = 0.
+
+    D begins as the part of T that the pattern keeps. Warns with a RuntimeWarning where positions still
+    move after `config.iterations`.
+    """
     rho = config.rho
     while True:
-        result, moved = _run(T, space, pattern, config, schedule, rank, rho)
-        if moved or rho < 1e-6:
-            return result
-        rho /= RESTART  # so large that D did not leave its first support
+        run = _Run(T, space, config.parsed, rank, rho)
+        if _settle(run, config, schedule) or rho < LEAST_RHO:
+            return run.split()
+        rho /= RESTART  # it was so large that D did not leave its first support
 
 
-def _run(
-    T: Tensor,
-    space: Metric,
-    pattern: Pattern,
-    config: ThreeBasilConfig,
-    schedule: Schedule,
-    rank: int,
-    rho: float,
-) -> tuple[Split, bool]:
-    """One run; False if hardly a kept position had moved at the first check, so that rho has to be smaller."""
-    rows = (
-        [slice(i, i + ROWS) for i in range(0, len(T), ROWS)]
-        if T.device.type == "cpu"
-        else [slice(None)]
-    )
-    mask = torch.cat([select(T[part].abs(), pattern) for part in rows])
-    checked, D = mask.clone(), T.masked_fill(~mask, 0.0)
-    Y, S, product = D.clone(), torch.empty_like(T), torch.empty_like(T)
-    P = Q = None
-    rest, inverse, started = T, space.inverse(rho), False  # rest: T - L
+def _settle(run: _Run, config: ThreeBasilConfig, schedule: Schedule) -> bool:
+    """Iterate until positions stay. False, early, if hardly any moved at the first check: rho is too large."""
+    moved = 1.0
     for iteration in range(1, config.iterations + 1):
-        for part in rows:
-            torch.add(Y[part], rest[part], out=S[part]).add_(D[part], alpha=-2).mul_(-rho)
-        torch.mm(S, inverse, out=product)
-        for part in rows:
-            torch.add(product[part], rest[part], out=S[part])
-            Y[part].sub_(D[part]).add_(S[part])
-            mask[part] = select(Y[part].abs(), pattern)
-            torch.mul(Y[part], mask[part], out=D[part])
-        if rank:
-            E = torch.sub(T, S, out=product)
-            P, Q = space.truncate(E, rank)[:2] if P is None else space.follow(E, P)
-            rest = torch.addmm(T, P, Q.T, alpha=-1)
+        run.iterate()
         if iteration % schedule.every and iteration < config.iterations:
             continue
-        share = int((mask & ~checked).sum()) / int(mask.sum())
-        checked = mask.clone()
-        started = started or share > 0.005
-        if not started:
-            return Split(D, mask, P, Q, iteration), False
-        if share == 0 or (iteration >= 100 and share < config.stable):
-            break
-        factor = schedule.factors[0 if share > 0.1 else 1 if share > 0.005 else 2]
-        Y = D + (Y - D) / factor  # V stays
-        rho *= factor
-        inverse = space.inverse(rho)
-    else:
-        warnings.warn(
-            f"ADMM had not settled after iterations={config.iterations}: {share:.2%} of the kept positions still moved; allow more",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    if rank:
-        P, Q, _ = space.truncate(T - D, rank)
-    return Split(D, mask, P, Q, iteration), True
+        moved = run.moved()
+        run.started = run.started or moved > SOME
+        if not run.started:
+            return False
+        if moved == 0 or (iteration >= SETTLING and moved < config.stable):
+            return True
+        run.penalise(schedule.growth(moved))
+    warnings.warn(
+        f"ADMM had not settled after iterations={config.iterations}: {moved:.2%} of the kept positions "
+        "still moved; allow more",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+class _Run:
+    """One run of the ADMM: Y, D, `mask` and L = P Q^T as of the last iteration."""
+
+    def __init__(self, T: Tensor, space: Metric, pattern: Pattern, rank: int, rho: float):
+        self.T, self.space, self.pattern, self.rank, self.rho = T, space, pattern, rank, rho
+        self.rows = [slice(None)]
+        if T.device.type == "cpu":
+            self.rows = [slice(i, i + ROWS) for i in range(0, len(T), ROWS)]
+        self.mask = torch.cat([select(T[part].abs(), pattern) for part in self.rows])
+        self.checked = self.mask.clone()  # the mask at the last check
+        self.started = False  # whether positions have moved at all
+        self.D = T.masked_fill(~self.mask, 0.0)
+        self.Y, self.S, self.product = self.D.clone(), torch.empty_like(T), torch.empty_like(T)
+        self.P: Tensor | None = None
+        self.Q: Tensor | None = None
+        self.without_adapter = T  # T - L
+        self.inverse = space.inverse(rho)
+
+    def iterate(self) -> None:
+        """S, D, V and L, once each."""
+        T, Y, D, S, product = self.T, self.Y, self.D, self.S, self.product
+        rest = self.without_adapter
+        for part in self.rows:
+            torch.add(Y[part], rest[part], out=S[part]).add_(D[part], alpha=-2).mul_(-self.rho)
+        torch.mm(S, self.inverse, out=product)
+        for part in self.rows:
+            torch.add(product[part], rest[part], out=S[part])
+            Y[part].sub_(D[part]).add_(S[part])
+            self.mask[part] = select(Y[part].abs(), self.pattern)
+            torch.mul(Y[part], self.mask[part], out=D[part])
+        if self.rank:
+            E = torch.sub(T, S, out=product)
+            if self.P is None:
+                self.P, self.Q, _ = self.space.truncate(E, self.rank)
+            else:
+                self.P, self.Q = self.space.follow(E, self.P)
+            self.without_adapter = torch.addmm(T, self.P, self.Q.T, alpha=-1)
+
+    def moved(self) -> float:
+        """The share of kept positions that are new since the last call."""
+        share = int((self.mask & ~self.checked).sum()) / int(self.mask.sum())
+        self.checked = self.mask.clone()
+        return share
+
+    def penalise(self, growth: float) -> None:
+        """Multiply rho by `growth`; V stays."""
+        self.Y = self.D + (self.Y - self.D) / growth
+        self.rho *= growth
+        self.inverse = self.space.inverse(self.rho)
+
+    def split(self) -> Split:
+        """S = D, and the best P Q^T for it where the run has started."""
+        if self.rank and self.started:
+            self.P, self.Q, _ = self.space.truncate(self.T - self.D, self.rank)
+        return Split(self.D, self.mask, self.P, self.Q)

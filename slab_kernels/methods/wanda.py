@@ -1,4 +1,4 @@
-"""Wanda (arXiv 2306.11695): keep the largest |w| * ||x||."""
+"""Wanda (arXiv 2306.11695): S = W where |W_ij| * ||X_j||_2 is largest (equation 1)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from .solvers.masks import select
 
 
 def wanda(weight: Tensor, stats: InputStats, config: Config) -> Decomposition:
-    """weight [N,K] fp32 -> S = weight where |W_ij| * ||X_j||_2 (eq. 1) is highest, in each row or group of n:m."""
+    """weight [N,K] fp32, mean squares -> S = weight where the score is highest in its row or n:m group."""
     score = weight.abs() * stats.diagonal.to(weight).sqrt()
     return kept_only(weight, select(score, config.parsed), config)

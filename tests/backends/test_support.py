@@ -17,7 +17,7 @@ from slab_kernels.backends import cuda, dispatch, support
 from slab_kernels.backends.base import Backend, LinearProblem
 from slab_kernels.backends.cuda import CudaBackend
 from slab_kernels.backends.triton import TritonBackend
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 COMMAND = "python -m slab_kernels.backends.support README.md"

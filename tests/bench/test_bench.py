@@ -21,7 +21,7 @@ from slab_kernels.bench import clocks as timing
 from slab_kernels.bench import linear as bench
 from slab_kernels.bench import peers, roofline
 from slab_kernels.bench.layer_shapes import MODELS, layers
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import BackendError, ValueTypeError
 from slab_kernels.format import PackedLayout, unpack
 from slab_kernels.report import figures

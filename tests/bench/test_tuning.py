@@ -22,8 +22,8 @@ from slab_kernels.bench import clocks as timing
 from slab_kernels.bench import linear as bench
 from slab_kernels.bench import tune as tuning
 from slab_kernels.bench.tune import Problem, candidates, merged, problems, run, save, tune
-from slab_kernels.cli.main import console
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import console
+from slab_kernels.cli import main as cli
 from slab_kernels.errors import BackendError, ConfigError
 from slab_kernels.format import PackedLayout
 
@@ -575,7 +575,7 @@ def test_importing_it_loads_no_triton():
 
 INTERPRETED = """
 import json, torch
-from slab_kernels import bench, timing, tuning
+from slab_kernels.bench import clocks as timing, linear as bench, tune as tuning
 from slab_kernels.backends.triton import configs, device_of, launch
 from slab_kernels.backends.triton.configs import Config
 from slab_kernels.format import PackedLayout

@@ -16,8 +16,8 @@ import pytest
 import tiny_models
 import torch
 
-from slab_kernels.cli.main import console
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import console
+from slab_kernels.cli import main as cli
 
 SLAB = [sys.executable, "-m", "slab_kernels"]
 

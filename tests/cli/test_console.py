@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from slab_kernels import terminal
-from slab_kernels.cli.main import console
+from slab_kernels.cli import console
 
 SLAB = [sys.executable, "-m", "slab_kernels"]
 ROW = {
@@ -105,7 +105,7 @@ def test_a_closed_stream_swallows_what_it_is_given(report):
 def test_stderr_without_a_reader_does_not_stop_the_work(capfd):
     read, write = os.pipe()
     os.close(read)
-    code = "from slab_kernels import console\nfor i in range(3): console.say('line')\nprint('done')"
+    code = "from slab_kernels.cli import console\nfor i in range(3): console.say('line')\nprint('done')"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=write)
     os.close(write)
     assert done.returncode == 0 and done.stdout == b"done\n"
@@ -151,14 +151,14 @@ def test_an_event_of_a_run_is_spelt_out_in_the_bar(capsys):
 
 
 def test_nothing_given_says_so(capsys):
-    from slab_kernels.cli.main import main as cli
+    from slab_kernels.cli import main as cli
 
     assert cli.run([]) == 2 and "no command is given" in capsys.readouterr().err
 
 
 WAITING = """
     import sys, time
-    from slab_kernels import console
+    from slab_kernels.cli import console
 
     def work():
         with console.interruptible(lambda: {kept!r}):
@@ -188,7 +188,7 @@ def test_a_signal_ends_in_one_sentence_that_says_what_was_kept(number, code, kep
 
 
 def test_compress_says_whether_resume_has_something_to_go_on_with(tmp_path, monkeypatch, capsys):
-    from slab_kernels.cli.main import main as cli
+    from slab_kernels.cli import main as cli
     from slab_kernels.compression import model
 
     def interrupted(*arguments, **keywords):

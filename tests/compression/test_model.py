@@ -22,10 +22,15 @@ from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels.compression import blockwise as pipeline
-from slab_kernels.compression import model
 from slab_kernels.compression.model import RunRecord, compress
 from slab_kernels.compression.record import ProgressEvent
-from slab_kernels.errors import ArchitectureError, CalibrationError, CheckpointError, FormatError
+from slab_kernels.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    FormatError,
+    VersionError,
+)
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
 from slab_kernels.models.load import load
@@ -510,7 +515,7 @@ NAME = "model.layers.1.self_attn.k_proj"
         ),
         (
             {"config": {"format_version": 3}},
-            model.VersionError,
+            VersionError,
             "format_version 3, this library reads up to 2; update",
         ),
         (

@@ -12,7 +12,7 @@ import torch
 
 import slab_kernels
 from slab_kernels import InputStats, decompose
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression.arguments import Arguments
 from slab_kernels.compression.matching import Matching
 from slab_kernels.compression.training import Training

@@ -78,7 +78,7 @@ def test_importing_reads_nothing(monkeypatch):
     monkeypatch.setattr(
         stdlib_text.sysconfig, "get_path", lambda name: pytest.fail("read at import")
     )
-    spec = importlib.util.spec_from_file_location("stdlib_text_again", stdlib_text.__file__)
+    spec = importlib.util.spec_from_file_location("slab_kernels.text.again", stdlib_text.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

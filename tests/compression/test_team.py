@@ -21,7 +21,7 @@ PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 SCRIPT = """
 import datetime, functools, os, sys, time
 import torch.distributed as dist
-from slab_kernels import team
+from slab_kernels.compression import team
 team.ARRIVAL, team.SILENCE, team.BEAT = 20.0, 2.0, 0.2
 dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=1))
 kind = sys.argv[1]

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.compression.record import RunRecord, layer_from_dict
 from slab_kernels.errors import BackendError, CheckpointError, FormatError
 from slab_kernels.evaluate.inspect import inspect

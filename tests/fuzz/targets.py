@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from fuzz.folders import INDEX, Folder
+from slab_kernels.cli import console
 from slab_kernels.cli import main as cli
-from slab_kernels.cli.main import console
 from slab_kernels.errors import FormatError
 from slab_kernels.format import TENSOR_NAMES, PackedLayout, PackedWeight
 from slab_kernels.nn import SlabLinear

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from matplotlib.text import Text
 
-from slab_kernels.cli.main import main as cli
+from slab_kernels.cli import main as cli
 from slab_kernels.report import figures, page
 from slab_kernels.report import tables as report
 

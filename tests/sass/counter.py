@@ -15,24 +15,27 @@ found by dominators, not by the order of addresses, because ptxas moves unlikely
 from __future__ import annotations
 
 import collections
-import fcntl
 import functools
 import importlib.util
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+# pytest puts this folder on the path itself; a plain `python` does not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kept import kept
 
 from slab_kernels.backends.cuda import compile as recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".pytest_cache" / "d" / "sass"
 UNIT = "linear"
 SHARING = (
     2  # warps that copy a group's activations: plan.py's most frequent tile has 64 rows, two warps
 )
-KEPT = 12  # cubins in the cache: two versions of every architecture
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by name. IMAD
 # is the shift, move and add that ptxas puts where the ALU is full; uniform instructions take an issue slot of
@@ -284,34 +287,44 @@ def tool(name: str) -> str:
     return found[0]
 
 
-def cubin(architecture: str, cache: Path = CACHE) -> Path:
-    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept under a name that hashes
-    the sources.
+def image(architecture: str) -> bytes:
+    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for the next time.
 
+    PTX for an architecture that begins with `compute_`, else a cubin.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
     csrc, nvcc = ROOT / "csrc", recipe.find_nvcc()
     sources, version = recipe.read_sources(csrc), recipe.run([nvcc, "--version"])
     built = recipe.record(recipe.IMAGES)
-    image = recipe.IMAGES / recipe.image_name(UNIT, architecture)
+    name = recipe.image_name(UNIT, architecture)
     compiler = recipe.digest({}, version, *recipe.NVCC_OPTIONS)
-    if (built.get("sources"), built.get("compiler")) == (
-        recipe.digest(sources),
-        compiler,
-    ) and image.is_file():
-        return image
-    cache.mkdir(parents=True, exist_ok=True)
-    key = recipe.digest(sources, version, *recipe.NVCC_OPTIONS)[:16]
-    target = cache / f"{key}.{recipe.image_name(UNIT, architecture)}"
-    with (cache / f"{architecture}.lock").open("w") as lock:  # two test processes want the same one
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_file():
-            fresh = target.with_suffix(".tmp")
-            recipe.run(recipe.nvcc_command(nvcc, csrc / f"cuda/{UNIT}.cu", architecture, fresh))
-            fresh.replace(target)
-            for stale in sorted(cache.glob("*.cubin"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
-                stale.unlink()
-    return target
+    same = (built.get("sources"), built.get("compiler")) == (recipe.digest(sources), compiler)
+    if same and (recipe.IMAGES / name).is_file():
+        return (recipe.IMAGES / name).read_bytes()
+
+    def compiled() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, name)
+            recipe.run(recipe.nvcc_command(nvcc, csrc / f"cuda/{UNIT}.cu", architecture, output))
+            return output.read_bytes()
+
+    key = (recipe.digest(sources, version, *recipe.NVCC_OPTIONS), name)
+    return kept("image", key, compiled)
+
+
+def listing(program: str, option: str, cubin: bytes) -> str:
+    """What a program of `tool`, or the one at this path, prints of a cubin."""
+    program = program if "/" in program else tool(program)
+
+    def printed() -> bytes:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            return recipe.run([program, option, file.name]).encode()
+
+    status = Path(program).stat()
+    key = (program, str(status.st_size), str(status.st_mtime_ns), option, cubin)
+    return kept("listing", key, printed).decode()
 
 
 def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
@@ -337,14 +350,14 @@ def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
     return kernels
 
 
-def disassemble(image: Path) -> dict[str, Kernel]:
-    listing = recipe.run([tool("cuobjdump"), "--dump-resource-usage", str(image)])
-    fields = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", listing)
+def disassemble(cubin: bytes) -> dict[str, Kernel]:
+    usages = listing("cuobjdump", "--dump-resource-usage", cubin)
+    fields = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usages)
     usage = {
         name: Usage(int(registers), int(stack), int(local))
         for name, registers, stack, local in fields
     }
-    return parse(recipe.run([tool("nvdisasm"), "-c", str(image)]), usage)
+    return parse(listing("nvdisasm", "-c", cubin), usage)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a K-block of the fused linear issues, by pipe, against what each GPU can issue while its memory
 streams the weights.
 
-Counts are those of sass.py: exact for the code, an upper bound where a branch has two sides. Budgets are
+Counts are those of counter.py: exact for the code, an upper bound where a branch has two sides. Budgets are
 arithmetic on the datasheet figures of plan.GPUS (peak bandwidth, boost clock), and no prediction of a time:
 latencies, bank conflicts and the limits of DRAM (about 92 % of peak) are not in them. `python tests/sass/counter.py`
 prints the tables of the README.
@@ -229,7 +229,7 @@ def record(machine_code: dict[str, dict[str, sass.Kernel]]) -> dict[str, object]
 
 
 def main(target: str = str(RESULT)) -> None:
-    machine_code = {a: sass.disassemble(sass.cubin(a)) for a in recipe.ARCHITECTURES}
+    machine_code = {a: sass.disassemble(sass.image(a)) for a in recipe.ARCHITECTURES}
     print(
         "### Instruction budget",
         "",

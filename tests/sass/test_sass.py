@@ -8,9 +8,9 @@ seconds an architecture, once for each version of the sources.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 
@@ -46,19 +46,22 @@ PLANES_NAMES = {2: "two", 3: "three"}
 EVERY = pytest.mark.parametrize("architecture", recipe.ARCHITECTURES)
 
 
-@pytest.fixture(scope="session")
-def machine_code(request):
-    """architecture -> its cubin and kernels, compiled on first use and disassembled once a session."""
-    found: dict[str, tuple[Path, dict[str, sass.Kernel]]] = {}
+@functools.cache
+def compiled(architecture: str) -> tuple[int, dict[str, sass.Kernel]]:
+    """The size of an architecture's cubin and its kernels, read once a process."""
+    image = sass.image(architecture)
+    return len(image), sass.disassemble(image)
 
-    def get(architecture: str) -> tuple[Path, dict[str, sass.Kernel]]:
-        if architecture not in found:
-            try:
-                image = sass.cubin(architecture, Path(request.config.cache.mkdir("sass")))
-                found[architecture] = image, sass.disassemble(image)
-            except recipe.Impossible as reason:
-                pytest.fail(str(reason), pytrace=False)
-        return found[architecture]
+
+@pytest.fixture
+def machine_code():
+    """`compiled`; without a compiler or disassembler a test fails in one sentence."""
+
+    def get(architecture: str) -> tuple[int, dict[str, sass.Kernel]]:
+        try:
+            return compiled(architecture)
+        except recipe.Impossible as reason:
+            pytest.fail(str(reason), pytrace=False)
 
     return get
 
@@ -87,7 +90,7 @@ def products(instructions: list[sass.Instruction]) -> collections.Counter[str]:
 
 @EVERY
 def test_every_kernel_is_there_once_and_the_image_is_small(machine_code, architecture):
-    image, kernels = machine_code(architecture)
+    size, kernels = machine_code(architecture)
     activations, values = ("fp16", "bf16"), ("w16", "int8", "int4")
     kinds = [f"linear_{a}_{v}_{r}" for a in activations for v in values for r in ("one", "any")]
     linears = {f"{kind}_t{t}" for kind in kinds for t in REGISTERS}
@@ -113,7 +116,6 @@ def test_every_kernel_is_there_once_and_the_image_is_small(machine_code, archite
     assert set(kernels) == linears | adapters | simple | tall | planes
     families = collections.Counter(tokens_of(name) for name in linears)
     assert max(families.values()) <= LARGEST_FAMILY
-    size = image.stat().st_size
     assert size < MOST_BYTES
 
 

@@ -1,19 +1,59 @@
-"""Coordinate descent in the Gram metric over what is discrete: kept positions, levels of the pruned, integer values.
+"""Coordinate descent on tr(E H E^T), E = W - approximation, over what is discrete.
 
-The complement of the sweep. The sweep fixes a group while the columns to its right can still adapt, and never looks
-back; this goes over all groups again, each given everything else, so that the loss can only fall.
+Discrete are the kept positions, the levels of pruned entries and integer values. This complements the
+sweep: the sweep fixes a group while the columns to its right can still adapt and never looks back; the
+descent visits every group again, each given everything else, so that the loss can only fall. It is
+ours; only the rounding of a group's kept values is Babai's nearest plane (1986).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .levels import nearest, neighbours
 from .masks import Pattern
-from .quantize import expand_scales, round_to_grid
-from .states import group_states
-from .sweep import BLOCK, Grid
+from .quantize import Grid, expand_scales, round_to_grid
+from .states import enumerable, group_states
+from .sweep import BLOCK
+
+
+def descend(
+    W: Tensor,
+    approximation: Tensor,
+    mask: Tensor,
+    magnitude: Tensor,
+    gram: Tensor,
+    pattern: Pattern,
+    *,
+    scales: Tensor | None = None,
+    grid: Grid | None = None,
+    planes: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One pass over all of W: the new approximation [N,K] and kept mask [N,K].
+
+    W, approximation, magnitude [N,K], mask [N,K] bool, gram [K,K]. Pruned entries are a level of
+    `planes` signs times magnitude >= 0, or zero for planes=0. With a `grid`, kept values lie on it with
+    step sizes `scales` [N,groups]. Positions move where the states of a group can be enumerated.
+    """
+    if enumerable(pattern, planes):
+        return descend_groups(
+            W,
+            approximation,
+            mask,
+            magnitude,
+            gram,
+            pattern,
+            scales=scales,
+            grid=grid,
+            planes=planes,
+        )
+    levels = descend_levels(
+        W, approximation, mask, magnitude, gram, scales=scales, grid=grid, planes=planes
+    )
+    return levels, mask
 
 
 def descend_groups(
@@ -23,94 +63,136 @@ def descend_groups(
     magnitude: Tensor,
     gram: Tensor,
     pattern: Pattern,
+    *,
     scales: Tensor | None = None,
     grid: Grid | None = None,
     planes: int = 1,
-) -> tuple[Tensor, Tensor, int]:
-    """One pass over the groups of an enumerable n:m pattern: (approximation, mask, groups that changed positions).
+) -> tuple[Tensor, Tensor]:
+    """One pass over the groups of an enumerable n:m pattern; arguments and results as of `descend`.
 
-    Pruned entries are a level of `planes` signs times `magnitude` [N,K] >= 0, or zero for planes=0; of the levels the two next
-    to the group's own optimum are tried.
-    Every group takes the best of its states (24 for 2:4) with its kept values at their least-squares optimum, or, on a
-    grid, rounded one after the other (Babai's nearest plane); a group never moves to a worse state than it has.
+    Every group takes the best of its states (24 for 2:4) with its kept values at their least-squares
+    optimum or, on a grid, rounded one after the other. Of the levels of a pruned entry the two next to
+    the group's own optimum are tried. A group never moves to a state worse than its own.
     """
-    N, K = W.shape
-    m = pattern.group
-    states = group_states(pattern, planes, W.device)
-    pruned, kept, T = states.pruned, states.kept, states.upper.shape[0]
-    target, low = W.T.contiguous(), magnitude.T.contiguous()
-    E = (W - approximation).T.contiguous()
-    G = gram @ E
-    old = mask.T.contiguous()
-    new_mask = old.clone()
-    steps = expand_scales(scales, K, grid.group_size).T.contiguous() if grid else None
-    blocks = gram.view(K // m, m, K // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [K/m,m,m]
-    kk = torch.linalg.inv(blocks[:, kept[:, :, None], kept[:, None, :]])  # [K/m,C,n,n]
-    whole = torch.linalg.inv(blocks)
-    kp = kk @ blocks[:, kept[:, :, None], pruned[:, None, :]]  # [K/m,C,n,p]
-    width = max(m, BLOCK // m * m)
-    moved = torch.zeros((), dtype=torch.long, device=W.device)
+    m, N = pattern.group, len(W)
+    solver = _GroupSolver(gram, pattern, grid, planes)
+    target, size = W.T.contiguous(), magnitude.T.contiguous()
+    steps = _step_of_every_entry(scales, grid, W)
+    E, kept = (W - approximation).T.contiguous(), mask.T.contiguous()
+    for block, gradient in _blocks(E, gram, max(m, BLOCK // m * m)):
+        for a in range(block.start, block.stop, m):
+            group = slice(a, a + m)
+            H, e, first = solver.blocks[a // m], E[group], a - block.start
+            gradient_outside = gradient[first : first + m] - H @ e
+            step = None if steps is None else steps[group]
+            trial = solver.trials(a // m, target[group], size[group], gradient_outside, step)
+            best, state = _loss(trial, H, gradient_outside).min(0)
+            better = best < _loss(e, H, gradient_outside)
+            chosen = trial.gather(0, state.expand(1, m, N))[0]
+            change = torch.where(better, chosen - e, 0.0)
+            kept[group] = torch.where(better, solver.states.mask.T[:, state], kept[group])
+            E[group] += change
+            gradient.addmm_(gram[block, group], change)
+    return W - E.T, kept.T.contiguous()
+
+
+def _blocks(E: Tensor, gram: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of `width` columns of E [K,N], each with the gradient H E of its columns [width,N].
+
+    The caller changes E within the block and keeps that gradient current; before the next block, the
+    change is carried to all other gradients.
+    """
+    G, K = gram @ E, len(E)
     for start in range(0, K, width):
-        end = min(K, start + width)
-        before, g = E[start:end].clone(), G[start:end].clone()
-        Hb = gram[start:end, start:end]
-        for a in range(0, end - start, m):
-            group, here = (start + a) // m, slice(start + a, start + a + m)
-            H4, e = blocks[group], E[here]
-            outside = (
-                g[a : a + m] - H4 @ e
-            )  # gradient that the rest of the row exerts on this group
-            gone = 0.0
-            if planes:
-                below, above = neighbours(target[here] + whole[group] @ outside, low[here], planes)
-                upper = states.upper[None, :, :, None]
-                gone = (
-                    torch.where(upper, above[pruned][:, None], below[pruned][:, None])
-                    * low[here][pruned][:, None]
-                )
-            delta = target[here][pruned][:, None] - gone  # [C,T,p,N]
-            C = pruned.shape[0]
-            free = -(kk[group] @ outside[kept])[:, None] - torch.einsum(
-                "cnp,ctpx->ctnx", kp[group], delta
-            )
-            if grid:
-                free = _nearest(target[here][kept], free, steps[here][kept], H4, kept, grid)
-            trial = torch.empty(C, T, m, N, dtype=W.dtype, device=W.device)
-            trial.scatter_(2, pruned[:, None, :, None].expand_as(delta), delta)
-            trial.scatter_(2, kept[:, None, :, None].expand_as(free), free)
-            trial = trial.view(C * T, m, N)
-            loss = ((H4 @ trial).add_(outside, alpha=2).mul_(trial)).sum(1)
-            best, state = loss.min(0)
-            now = ((H4 @ e).add_(outside, alpha=2) * e).sum(0)
-            better = best < now
-            change = torch.where(better, trial.gather(0, state.expand(1, m, N))[0] - e, 0.0)
-            chosen = torch.where(better, states.mask.T[:, state], old[here])
-            moved += (chosen != old[here]).any(0).sum()
-            new_mask[here] = chosen
-            E[here] += change
-            g.addmm_(Hb[:, a : a + m], change)
-        G.addmm_(gram[:, start:end], E[start:end] - before)
-    return W - E.T, new_mask.T.contiguous(), int(moved)
+        block = slice(start, min(start + width, K))
+        before, gradient = E[block].clone(), G[block].clone()
+        yield block, gradient
+        G.addmm_(gram[:, block], E[block] - before)
 
 
-def _nearest(
-    target: Tensor, free: Tensor, step: Tensor, H4: Tensor, kept: Tensor, grid: Grid
-) -> Tensor:
-    """Errors of kept values rounded to the grid one after the other; target, step [C,n,N], free [C,T,n,N]."""
-    free = free.clone()
-    n = kept.shape[1]
-    for i in range(n):
-        wanted = free[:, :, i]
-        got = target[:, None, i] - round_to_grid(
-            target[:, None, i] - wanted, step[:, None, i], grid.values
+def _loss(e: Tensor, H: Tensor, gradient_outside: Tensor) -> Tensor:
+    """[...,N] loss of errors e [...,m,N] of one group, up to what the group does not change."""
+    return (H @ e).add_(gradient_outside, alpha=2).mul_(e).sum(-2)
+
+
+def _step_of_every_entry(scales: Tensor | None, grid: Grid | None, W: Tensor) -> Tensor | None:
+    """[K,N] step sizes, or None without a grid."""
+    if grid is None or scales is None:
+        return None
+    return expand_scales(scales, W.shape[1], grid.group_size).T.contiguous()
+
+
+class _GroupSolver:
+    """The least-squares optimum of a group's kept values in each of its states.
+
+    C is the number of choices of p pruned and n kept positions of m, T that of levels of one choice.
+    blocks [K/m,m,m]: the groups' own parts of H.
+    kept_inverse [K/m,C,n,n]: the inverse of each choice's kept part.
+    kept_from_pruned [K/m,C,n,p]: how kept errors answer to pruned ones.
+    """
+
+    def __init__(self, gram: Tensor, pattern: Pattern, grid: Grid | None, planes: int):
+        self.grid, self.planes = grid, planes
+        self.states = group_states(pattern, planes, gram.device)
+        pruned, kept, m = self.states.pruned, self.states.kept, pattern.group
+        groups = len(gram) // m
+        own = gram.view(groups, m, groups, m).diagonal(dim1=0, dim2=2)
+        self.blocks = own.permute(2, 0, 1)
+        self.inverse = torch.linalg.inv(self.blocks)
+        among_kept = self.blocks[:, kept[:, :, None], kept[:, None, :]]
+        self.kept_inverse = torch.linalg.inv(among_kept)
+        self.kept_from_pruned = (
+            self.kept_inverse @ self.blocks[:, kept[:, :, None], pruned[:, None, :]]
         )
-        rest = kept[:, i + 1 :]
-        if i + 1 < n:  # the later ones move to their optimum given this one
-            block = H4[rest[:, :, None], rest[:, None, :]]
-            shift = torch.linalg.inv(block) @ H4[rest, kept[:, i : i + 1]][..., None]  # [C,n-i-1,1]
-            free[:, :, i + 1 :] -= shift[:, None] * (got - wanted)[:, :, None]
-        free[:, :, i] = got
-    return free
+
+    def trials(
+        self,
+        group: int,
+        target: Tensor,
+        magnitude: Tensor,
+        gradient_outside: Tensor,
+        step: Tensor | None,
+    ) -> Tensor:
+        """[C*T,m,N] errors of the group in all its states; all arguments [m,N], step None without a grid.
+
+        gradient_outside: the gradient that the rest of the row exerts on the group.
+        """
+        pruned, kept = self.states.pruned, self.states.kept
+        level: Tensor | float = 0.0
+        if self.planes:
+            optimum = target + self.inverse[group] @ gradient_outside
+            below, above = neighbours(optimum, magnitude, self.planes)
+            upper = self.states.upper[None, :, :, None]
+            multiple = torch.where(upper, above[pruned][:, None], below[pruned][:, None])
+            level = multiple * magnitude[pruned][:, None]
+        delta = target[pruned][:, None] - level  # [C,T,p,N]
+        alone = -(self.kept_inverse[group] @ gradient_outside[kept])[:, None]
+        free = alone - torch.einsum("cnp,ctpx->ctnx", self.kept_from_pruned[group], delta)
+        if step is not None:
+            free = self._rounded(free, target[kept], step[kept], self.blocks[group])
+        (m, N), C, T = target.shape, len(pruned), len(self.states.upper)
+        trial = target.new_empty(C, T, m, N)
+        trial.scatter_(2, pruned[:, None, :, None].expand_as(delta), delta)
+        trial.scatter_(2, kept[:, None, :, None].expand_as(free), free)
+        return trial.view(C * T, m, N)
+
+    def _rounded(self, free: Tensor, target: Tensor, step: Tensor, H: Tensor) -> Tensor:
+        """Errors of kept values on the grid, rounded one after the other; the later ones adapt.
+
+        free [C,T,n,N]: the errors without a grid. target, step [C,n,N]. H [m,m].
+        """
+        assert self.grid is not None
+        free, kept = free.clone(), self.states.kept
+        for i in range(kept.shape[1]):
+            wanted, w = free[:, :, i], target[:, None, i]
+            got = w - round_to_grid(w - wanted, step[:, None, i], self.grid.values)
+            later = kept[:, i + 1 :]
+            if later.shape[1]:
+                among_later = torch.linalg.inv(H[later[:, :, None], later[:, None, :]])
+                shift = among_later @ H[later, kept[:, i : i + 1]][..., None]  # [C,n-i-1,1]
+                free[:, :, i + 1 :] -= shift[:, None] * (got - wanted)[:, :, None]
+            free[:, :, i] = got
+        return free
 
 
 def descend_levels(
@@ -119,37 +201,32 @@ def descend_levels(
     mask: Tensor,
     magnitude: Tensor,
     gram: Tensor,
+    *,
     scales: Tensor | None = None,
     grid: Grid | None = None,
     planes: int = 1,
-) -> tuple[Tensor, int]:
-    """One pass over columns, any pattern: (approximation, pruned entries that changed level). Positions stay.
+) -> Tensor:
+    """One pass over columns for any pattern: the new approximation. Arguments as of `descend`.
 
-    An entry takes the best of its values given everything else: a pruned one the nearest level to its least-squares
-    optimum (planes=0: zero), a kept one the optimum itself, rounded if there is a grid. The loss never increases.
+    Positions stay. An entry takes the best of its values given everything else: a pruned one the level
+    nearest to its least-squares optimum (planes=0: zero), a kept one the optimum itself, rounded if
+    there is a grid.
     """
-    K = W.shape[1]
-    target, low = W.T.contiguous(), magnitude.T.contiguous()
-    E = (W - approximation).T.contiguous()
-    G = gram @ E
-    kept = mask.T.contiguous()
-    steps = expand_scales(scales, K, grid.group_size).T.contiguous() if grid else None
-    changed = torch.zeros((), dtype=torch.long, device=W.device)
-    diagonal = gram.diagonal()
-    for start in range(0, K, BLOCK):
-        end = min(K, start + BLOCK)
-        before, g = E[start:end].clone(), G[start:end].clone()
-        Hb = gram[start:end, start:end]
-        for a in range(end - start):
-            j = start + a
-            e, h = E[j], diagonal[j]
-            best = target[j] - e + g[a] / h  # the optimum of the entry itself
-            stay = round_to_grid(best, steps[j], grid.values) if grid else best
-            gone = nearest(best, low[j], planes) * low[j] if planes else torch.zeros_like(best)
-            change = target[j] - torch.where(kept[j], stay, gone) - e
-            change = torch.where(change * (2 * g[a] + h * change) < 0, change, 0.0)
-            changed += ((change != 0) & ~kept[j]).sum()
+    target, size = W.T.contiguous(), magnitude.T.contiguous()
+    steps = _step_of_every_entry(scales, grid, W)
+    E, kept = (W - approximation).T.contiguous(), mask.T.contiguous()
+    for block, gradient in _blocks(E, gram, BLOCK):
+        for j in range(block.start, block.stop):
+            e, g, h = E[j], gradient[j - block.start], gram[j, j]
+            optimum = target[j] - e + g / h
+            stays = optimum
+            if grid and steps is not None:
+                stays = round_to_grid(optimum, steps[j], grid.values)
+            level = torch.zeros_like(optimum)
+            if planes:
+                level = nearest(optimum, size[j], planes) * size[j]
+            change = target[j] - torch.where(kept[j], stays, level) - e
+            change = torch.where(change * (2 * g + h * change) < 0, change, 0.0)
             E[j] += change
-            g.addr_(Hb[:, a], change)
-        G.addmm_(gram[:, start:end], E[start:end] - before)
-    return W - E.T, int(changed)
+            gradient.addr_(gram[block, j], change)
+    return W - E.T

@@ -1,101 +1,138 @@
-"""The end that all methods with a plain adapter share: kept values on their grid, S and P Q^T solved again, both as stored."""
+"""The end that all methods with a plain adapter share: min tr(E H E^T), E = W - S - P Q^T, all as stored.
+
+Kept values go to their grid, then S and P Q^T are solved for again in rounds: kept values (or step
+sizes) with P by conjugate gradients, positions and values of every group by coordinate descent, and the
+adapter as the best low-rank part of what is left (EoRA, arXiv 2410.21271, equations 4-6). No step raises
+the loss.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...format import Decomposition, round_adapter
 from ..config import Config
-from .descent import descend_groups, descend_levels
+from .descent import descend
 from .metric import Metric
-from .quantize import expand_scales, quantize, round_to_grid, store_scale
-from .refit import AdapterOutput, KeptValues, StepSizes, conjugate_gradients
-from .states import enumerable
+from .quantize import Grid, expand_scales, quantize, round_to_grid, store_scale
+from .refit import AdapterOutput, KeptValues, Part, StepSizes, conjugate_gradients
+
+ITERATIONS = 10  # conjugate gradient steps of a solve, at most
+TOLERANCE = 1e-3  # the fall of the preconditioned gradient that ends a solve before
+
+
+class Split(NamedTuple):
+    """S + P Q^T in the unit-diagonal coordinates of a Metric.
+
+    S [N,K] on `mask` [N,K] bool; P [N,r] and Q [K,r], or None without an adapter.
+    scales [N,groups]: the step sizes of S in the weight's own coordinates, where it lies on a grid.
+    """
+
+    S: Tensor
+    mask: Tensor
+    P: Tensor | None = None
+    Q: Tensor | None = None
+    scales: Tensor | None = None
+
+    def without_adapter(self, T: Tensor) -> Tensor:
+        """T - P Q^T [N,K]: what S is to approximate."""
+        return T if self.P is None or self.Q is None else T - self.P @ self.Q.T
 
 
 def finish(
     T: Tensor,
     space: Metric,
-    S: Tensor,
-    mask: Tensor,
-    P: Tensor | None,
-    Q: Tensor | None,
+    split: Split,
     config: Config,
     rounds: int,
+    *,
     swap: bool = True,
-    scales: Tensor | None = None,
 ) -> Decomposition:
-    """S [N,K] on `mask`, P [N,r] and Q [K,r] in the unit-diagonal coordinates of `space` -> Decomposition of the weight.
+    """The decomposition of the weight whose unit-diagonal form T [N,K] `split` approximates.
 
-    T [N,K]: the weight there. rounds: of kept values with P by conjugate gradients, positions and values of every group by
-    coordinate descent (with `swap`), and the adapter as the best low-rank part of what is left; no step raises the loss.
-    Integer values are first rounded to grids of least squared error; then step sizes are refitted and the descent moves
-    values on the grid. scales: of S, where it lies on the grid already.
+    rounds: how often everything is solved for again. swap: whether positions and values move by
+    coordinate descent. Values that are to be integers and have no step sizes yet are first rounded to
+    grids of least squared error; the rounds then refit the step sizes and move values on the grid.
     """
     grid, d = config.grid, space.scale
-    if (
-        grid and scales is None
-    ):  # a step is shared by inputs of one group, so it lives in the weight's own coordinates
-        S, scales = quantize(S / d, mask, grid.values, grid.group_size, weight=d * d)
-        S = S * d
+    if grid and split.scales is None:
+        # Inputs of one group share a step, so the grid lives in the weight's own coordinates.
+        S, scales = quantize(split.S / d, split.mask, grid.values, grid.group_size, weight=d * d)
+        split = split._replace(S=S * d, scales=scales)
     basis = None
-
-    def truncate() -> None:
-        nonlocal P, Q, basis
-        if P is not None:
-            P, Q, basis = space.truncate(T - S, P.shape[1], basis)
-
     if grid:
-        truncate()
+        split, basis = _fit_adapter(T, space, split, basis)
     for _ in range(rounds):
-        target = T if P is None else T - P @ Q.T
-        S, P, scales = _refit(target, space, S, mask, P, Q, scales, config)
-        target = T if P is None else T - P @ Q.T
+        split = _refit(split.without_adapter(T), space, split, grid)
         if swap:
-            S, mask = _descend(target, space, S, mask, scales, config)
-        truncate()
-    if P is not None:
+            split = _descend(split.without_adapter(T), space, split, config)
+        split, basis = _fit_adapter(T, space, split, basis)
+    S, mask, P, Q, scales = split
+    if P is not None and Q is not None:
         P, Q = round_adapter(P, Q / d[:, None], config.stored_adapter)
-    if grid:
+    if grid and scales is not None:
         scales = store_scale(scales)
-        S = round_to_grid(
-            S / d, expand_scales(scales, S.shape[1], grid.group_size), grid.values
-        ).masked_fill(~mask, 0.0)
+        steps = expand_scales(scales, S.shape[1], grid.group_size)
+        S = round_to_grid(S / d, steps, grid.values).masked_fill(~mask, 0.0)
         return Decomposition(
             S, mask, P=P, Q=Q, scales=scales, values=grid.values, group_size=grid.group_size
         )
-    if rounds and P is not None:
-        S, _, _ = _refit(T - P @ (Q * d[:, None]).T, space, S, mask, None, None, None, config)
+    if rounds and P is not None and Q is not None:
+        S = _refit(T - P @ (Q * d[:, None]).T, space, Split(S, mask), None).S
     return Decomposition(S / d, mask, P=P, Q=Q)
 
 
-def _refit(target, space, S, mask, P, Q, scales, config):
-    """Kept values (or step sizes) and P by least squares; target: T - P Q^T. Returns S, P and the step sizes."""
-    grid, d = config.grid, space.scale
-    if grid:
-        q = (S / d / expand_scales(scales, S.shape[1], grid.group_size)).round()
-        part, start = StepSizes(q * d, grid.group_size, space.gram.diagonal()), scales
+def _fit_adapter(
+    T: Tensor, space: Metric, split: Split, basis: Tensor | None
+) -> tuple[Split, Tensor | None]:
+    """P Q^T becomes the best low-rank part of T - S. `basis` is where the last call ended."""
+    if split.P is None:
+        return split, None
+    P, Q, basis = space.truncate(T - split.S, split.P.shape[1], basis)
+    return split._replace(P=P, Q=Q), basis
+
+
+def _refit(target: Tensor, space: Metric, split: Split, grid: Grid | None) -> Split:
+    """Kept values (or step sizes) and P by least squares; target: T - P Q^T [N,K]."""
+    d, diagonal = space.scale, space.gram.diagonal()
+    kept: Part
+    if grid and split.scales is not None:
+        steps = expand_scales(split.scales, split.S.shape[1], grid.group_size)
+        q = (split.S / d / steps).round()
+        kept, start = StepSizes(q * d, grid.group_size, diagonal), split.scales
     else:
-        part, start = KeptValues(mask, space.gram.diagonal()), S
-    parts, x = [part], [start]
-    if P is not None:
-        parts, x = [part, AdapterOutput(Q, space.gram)], [start, P]
-    _, x = conjugate_gradients(target - part.expand(start), space.gram, parts, x, 10, 1e-3)
-    return part.expand(x[0]), x[1] if P is not None else None, x[0] if grid else None
+        kept, start = KeptValues(split.mask, diagonal), split.S
+    parts, unknowns = [kept], [start]
+    if split.P is not None and split.Q is not None:
+        parts, unknowns = [kept, AdapterOutput(split.Q, space.gram)], [start, split.P]
+    residual = target - kept.expand(start)
+    found = conjugate_gradients(residual, space.gram, parts, unknowns, ITERATIONS, TOLERANCE)
+    return split._replace(
+        S=kept.expand(found[0]),
+        P=found[1] if len(found) > 1 else None,
+        scales=found[0] if grid else None,
+    )
 
 
-def _descend(target, space, S, mask, scales, config):
+def _descend(target: Tensor, space: Metric, split: Split, config: Config) -> Split:
     """Positions and values of every group, one after the other, each the best given the rest."""
-    grid, pattern, d = config.grid, config.parsed, space.scale
-    nothing = torch.zeros_like(S)
-    if grid:  # on the grid one works in the weight's own coordinates
-        target, S, gram = target / d, S / d, space.gram * d * d[:, None]
-    else:
-        gram = space.gram
-    if enumerable(pattern, 0):
-        S, mask, _ = descend_groups(target, S, mask, nothing, gram, pattern, scales, grid, planes=0)
-    else:
-        S, _ = descend_levels(target, S, mask, nothing, gram, scales, grid, planes=0)
+    grid, d = config.grid, space.scale
+    gram, S, nothing = space.gram, split.S, torch.zeros_like(split.S)
+    if grid:  # the grid lives in the weight's own coordinates
+        target, S, gram = target / d, S / d, gram * d * d[:, None]
+    S, mask = descend(
+        target,
+        S,
+        split.mask,
+        nothing,
+        gram,
+        config.parsed,
+        scales=split.scales,
+        grid=grid,
+        planes=0,
+    )
     S = S.masked_fill(~mask, 0.0)
-    return (S * d if grid else S), mask
+    return split._replace(S=S * d if grid else S, mask=mask)

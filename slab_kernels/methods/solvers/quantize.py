@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,14 @@ from ...format import INTEGER_RANGES
 # Fractions of the absolute maximum that the search tries. Whoever imports may have set a default
 # device, such as meta, or another default dtype.
 SEARCH = torch.linspace(0.5, 1.0, 21, dtype=torch.float32, device="cpu").tolist()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer grid of kept values: their type, and how many inputs share a scale (None: a whole row)."""
+
+    values: str
+    group_size: int | None
 
 
 def store_scale(scale: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Least squares in the Gram metric, min tr(E H E^T) with E = W - approximation, over any linear part of it.
 
-One conjugate gradient serves kept values, step sizes, U and V: a part says how its unknowns make up [N,K] (`expand`),
-the adjoint (`collect`) and a preconditioner. One N x K x K product an iteration, whatever the parts.
+Preconditioned conjugate gradients (Hestenes and Stiefel 1952) serve kept values, step sizes, U, V and P
+alike: a part says how its unknowns make up [N,K] (`expand`), the adjoint of that (`collect`) and a
+preconditioner. An iteration takes one N x K x K product, whatever the parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -23,31 +25,39 @@ def gram_loss(E: Tensor, gram: Tensor) -> Tensor:
 
 
 class Part(Protocol):
-    by_row: (
-        bool  # unknowns of different rows are independent, so every row takes its own step length
-    )
+    """Unknowns that a weight [N,K] depends on linearly.
 
-    def expand(self, x: Tensor) -> Tensor: ...
-    def collect(self, R: Tensor) -> Tensor: ...
-    def precondition(self, g: Tensor) -> Tensor: ...
+    by_row: whether unknowns of different rows are independent; every row then takes its own step length.
+    """
+
+    by_row: bool
+
+    def expand(self, x: Tensor) -> Tensor:
+        """[N,K]: what the unknowns x make of the weight."""
+
+    def collect(self, R: Tensor) -> Tensor:
+        """The adjoint of `expand` for R [N,K], of the shape of the unknowns."""
+
+    def precondition(self, gradient: Tensor) -> Tensor:
+        """An approximate inverse of `collect(expand(.) @ H)`, for a gradient in the unknowns."""
 
 
 class KeptValues:
-    """Free values on `mask` [N,K]; unknowns [N,K], zero elsewhere. Preconditioned with the diagonal [K] of H."""
+    """Free values on `mask` [N,K]; unknowns [N,K], zero elsewhere. Preconditioned with the diagonal of H."""
 
     by_row = True
 
     def __init__(self, mask: Tensor, diagonal: Tensor):
         self.mask, self.inverse = mask.to(diagonal.dtype), 1 / diagonal
 
-    def expand(self, x):
+    def expand(self, x: Tensor) -> Tensor:
         return x
 
-    def collect(self, R):
+    def collect(self, R: Tensor) -> Tensor:
         return R * self.mask
 
-    def precondition(self, g):
-        return g * self.inverse
+    def precondition(self, gradient: Tensor) -> Tensor:
+        return gradient * self.inverse
 
 
 class StepSizes:
@@ -57,66 +67,66 @@ class StepSizes:
 
     def __init__(self, q: Tensor, group_size: int | None, diagonal: Tensor):
         self.q, self.size = q, group_size or q.shape[1]
-        self.curvature = self._sum(q * q * diagonal)
-        self.curvature = self.curvature + 1e-6 * self.curvature.mean() + 1e-30
+        curvature = self._sum_of_groups(q * q * diagonal)
+        self.curvature = curvature + 1e-6 * curvature.mean() + 1e-30
 
-    def _sum(self, x: Tensor) -> Tensor:
-        return (
-            torch.nn.functional.pad(x, (0, -x.shape[1] % self.size))
-            .unflatten(1, (-1, self.size))
-            .sum(-1)
-        )
+    def _sum_of_groups(self, x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % self.size))
+        return padded.unflatten(1, (-1, self.size)).sum(-1)
 
-    def expand(self, x):
+    def expand(self, x: Tensor) -> Tensor:
         return self.q * expand_scales(x, self.q.shape[1], self.size)
 
-    def collect(self, R):
-        return self._sum(R * self.q)
+    def collect(self, R: Tensor) -> Tensor:
+        return self._sum_of_groups(R * self.q)
 
-    def precondition(self, g):
-        return g / self.curvature
+    def precondition(self, gradient: Tensor) -> Tensor:
+        return gradient / self.curvature
 
 
 class InputFactor:
-    """V [K,R] of (U V^T) * sign, with U [N,R] fixed; sign [N,K] is zero on kept positions. R x R block preconditioner."""
+    """V [K,R] of (U V^T) * level, with U [N,R] fixed; level [N,K] is zero on kept positions.
+
+    Preconditioned with the R x R block of every input.
+    """
 
     by_row = False
 
-    def __init__(self, U: Tensor, sign: Tensor, diagonal: Tensor):
-        self.U, self.sign = U, sign
-        self.inverse = _inverse_blocks((sign * sign).T, U, diagonal[:, None, None])
+    def __init__(self, U: Tensor, level: Tensor, diagonal: Tensor):
+        self.U, self.level = U, level
+        self.inverse = _inverse_blocks((level * level).T, U, diagonal[:, None, None])
 
-    def expand(self, x):
-        return (self.U @ x.T) * self.sign
+    def expand(self, x: Tensor) -> Tensor:
+        return (self.U @ x.T) * self.level
 
-    def collect(self, R):
-        return (R * self.sign).T @ self.U
+    def collect(self, R: Tensor) -> Tensor:
+        return (R * self.level).T @ self.U
 
-    def precondition(self, g):
-        return (self.inverse @ g[..., None])[..., 0]
+    def precondition(self, gradient: Tensor) -> Tensor:
+        return (self.inverse @ gradient[..., None])[..., 0]
 
 
 class OutputFactor:
-    """U [N,R] of (U V^T) * sign, with V [K,R] fixed: the same, row by row."""
+    """U [N,R] of (U V^T) * level, with V [K,R] fixed: the same, row by row."""
 
     by_row = True
 
-    def __init__(self, V: Tensor, sign: Tensor, diagonal: Tensor):
-        self.V, self.sign = V, sign
-        self.inverse = _inverse_blocks(sign * sign * diagonal, V, 1.0)
+    def __init__(self, V: Tensor, level: Tensor, diagonal: Tensor):
+        self.V, self.level = V, level
+        self.inverse = _inverse_blocks(level * level * diagonal, V, 1.0)
 
-    def expand(self, x):
-        return (x @ self.V.T) * self.sign
+    def expand(self, x: Tensor) -> Tensor:
+        return (x @ self.V.T) * self.level
 
-    def collect(self, R):
-        return (R * self.sign) @ self.V
+    def collect(self, R: Tensor) -> Tensor:
+        return (R * self.level) @ self.V
 
-    def precondition(self, g):
-        return (self.inverse @ g[..., None])[..., 0]
+    def precondition(self, gradient: Tensor) -> Tensor:
+        return (self.inverse @ gradient[..., None])[..., 0]
 
 
 class AdapterOutput:
-    """P [N,R'] of P Q^T, with Q [K,R'] fixed: one block, Q^T H Q, for every row."""
+    """P [N,R'] of P Q^T, with Q [K,R'] fixed: one block, Q^T H Q, preconditions every row."""
 
     by_row = True
 
@@ -126,14 +136,14 @@ class AdapterOutput:
         block.diagonal().add_(1e-6 * block.diagonal().mean() + 1e-30)
         self.inverse = torch.linalg.inv(block)
 
-    def expand(self, x):
+    def expand(self, x: Tensor) -> Tensor:
         return x @ self.Q.T
 
-    def collect(self, R):
+    def collect(self, R: Tensor) -> Tensor:
         return R @ self.Q
 
-    def precondition(self, g):
-        return g @ self.inverse
+    def precondition(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.inverse
 
 
 def _inverse_blocks(weight: Tensor, F: Tensor, factor: Tensor | float) -> Tensor:
@@ -154,48 +164,48 @@ def conjugate_gradients(
     start: Sequence[Tensor],
     iterations: int,
     tolerance: float = 0.0,
-) -> tuple[Tensor, list[Tensor]]:
+) -> list[Tensor]:
     """Minimise tr(E H E^T) over the unknowns of `parts`, jointly; `residual` [N,K] is E at `start`.
 
-    Returns E and the unknowns at the end. Stops after `iterations`, or when the preconditioned gradient has fallen by
-    `tolerance`. The loss never increases: a row (or everything, where a part couples the rows) whose search direction
-    has no curvature left stays where it is.
+    Returns the unknowns at the end: after `iterations`, or when the preconditioned gradient has fallen
+    by `tolerance`. The loss never increases: a row (or everything, where a part couples the rows) whose
+    search direction has no curvature left stays where it is.
     """
     x = [t.clone() for t in start]
     rows = all(part.by_row for part in parts)
-
-    def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        total = sum(torch.einsum("ij,ij->i", p, q) if rows else torch.vdot(p.flatten(), q.flatten())
-                    for p, q in zip(a, b, strict=True))  # fmt: skip
-        return total[:, None] if rows else total
-
     EH = residual @ gram
-    g = [part.collect(EH) for part in parts]
-    del EH
-    z = [part.precondition(t) for part, t in zip(parts, g, strict=True)]
+    gradient = [part.collect(EH) for part in parts]
+    del EH  # [N,K], not needed in the loop
+    z = [part.precondition(r) for part, r in zip(parts, gradient, strict=True)]
     direction = [t.clone() for t in z]
-    energy = first = dot(g, z)
+    rz = first = _dot(gradient, z, rows)
     for _ in range(iterations):
         DH = _expand(parts, direction) @ gram
-        back = [part.collect(DH) for part in parts]
-        bend = dot(direction, back)
-        step = torch.where(bend > 0, energy / bend.clamp_min(TINY), 0.0)
+        applied = [part.collect(DH) for part in parts]
+        curvature = _dot(direction, applied, rows)
+        alpha = torch.where(curvature > 0, rz / curvature.clamp_min(TINY), 0.0)
         for t, d in zip(x, direction, strict=True):
-            t.addcmul_(step, d)
-        for t, b in zip(g, back, strict=True):
-            t.addcmul_(step, b, value=-1)
-        z = [part.precondition(t) for part, t in zip(parts, g, strict=True)]
-        new = dot(g, z)
-        if tolerance and bool(new.sum() <= tolerance**2 * first.sum()):
+            t.addcmul_(alpha, d)
+        for r, a in zip(gradient, applied, strict=True):
+            r.addcmul_(alpha, a, value=-1)
+        z = [part.precondition(r) for part, r in zip(parts, gradient, strict=True)]
+        next_rz = _dot(gradient, z, rows)
+        if tolerance and bool(next_rz.sum() <= tolerance**2 * first.sum()):
             break
-        turn = torch.where(energy > 0, new / energy.clamp_min(TINY), 0.0)
-        direction = [torch.addcmul(t, turn, d) for t, d in zip(z, direction, strict=True)]
-        energy = new
-    moved = [a - b for a, b in zip(x, start, strict=True)]
-    return residual - _expand(parts, moved), x
+        beta = torch.where(rz > 0, next_rz / rz.clamp_min(TINY), 0.0)
+        direction = [torch.addcmul(t, beta, d) for t, d in zip(z, direction, strict=True)]
+        rz = next_rz
+    return x
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor], rows: bool) -> Tensor:
+    """The inner product of two sets of unknowns: [N,1] row by row, or one number."""
+    pairs = zip(a, b, strict=True)
+    if not rows:
+        return reduce(torch.add, (torch.vdot(s.flatten(), t.flatten()) for s, t in pairs))
+    return reduce(torch.add, (torch.einsum("ij,ij->i", s, t) for s, t in pairs))[:, None]
 
 
 def _expand(parts: Sequence[Part], x: Sequence[Tensor]) -> Tensor:
-    return sum(
-        (part.expand(t) for part, t in zip(parts[1:], x[1:], strict=True)), parts[0].expand(x[0])
-    )
+    """[N,K]: what the unknowns of all parts make up together."""
+    return reduce(torch.add, (part.expand(t) for part, t in zip(parts, x, strict=True)))

@@ -1,6 +1,7 @@
-"""All the ways to prune a group of n:m: which positions go, and to which of the two levels next to their optimum.
+"""All the ways to prune a group of n:m: which positions go, and to which of two levels each of them goes.
 
-24 for 2:4, however many levels there are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
+The two are those next to the entry's optimum. There are 24 states for 2:4, however many levels there
+are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from torch import Tensor
 
 from .masks import Pattern
 
-LIMIT = 32  # states that are enumerated: 2:4 has 24, 1:4 has 32; 4:8 has 1120 and is chosen position by position
+# The most states that are enumerated: 2:4 has 24 and 1:4 has 32; 4:8 has 1120 and is chosen position
+# by position.
+LIMIT = 32
 
 
 @dataclass(frozen=True)
 class GroupStates:
-    """For each of C choices of pruned positions and T = 2^p of their levels, in the order choice * T + level.
+    """The states for C choices of p pruned positions and T = 2^p of their levels.
 
-    pruned [C,p], kept [C,n]: ascending positions.  upper [T,p] bool: the higher of the two levels.
-    mask [C*T,m] bool: kept.  takes_upper [C*T,m] bool: pruned, to the higher level.
+    A state's index is choice * T + level.
+    pruned [C,p], kept [C,n]: ascending positions.
+    upper [T,p] bool: whether the pruned entry takes the higher of its two levels.
+    mask [C*T,m] bool: whether the entry is kept.
+    takes_upper [C*T,m] bool: whether the entry is pruned to its higher level.
     """
 
     pruned: Tensor
@@ -32,29 +38,27 @@ class GroupStates:
     mask: Tensor
     takes_upper: Tensor
 
-    @property
-    def count(self) -> int:
-        return self.mask.shape[0]
-
 
 def enumerable(pattern: Pattern, planes: int = 1) -> bool:
     """Whether the states of a group are few enough to try them all; planes=0: pruned entries are zero."""
     if not pattern.structured:
         return False
-    gone = pattern.group - pattern.keep
-    return comb(pattern.group, gone) * (2**gone if planes else 1) <= LIMIT
+    pruned = pattern.group - pattern.keep
+    return comb(pattern.group, pruned) * (2**pruned if planes else 1) <= LIMIT
 
 
 @lru_cache(maxsize=32)
 def group_states(pattern: Pattern, planes: int, device: torch.device) -> GroupStates:
     """The states of one group of `pattern`; planes=0 leaves one level, for pruned entries that are zero."""
-    m, gone = pattern.group, pattern.group - pattern.keep
-    choices = list(combinations(range(m), gone))
+    m, count = pattern.group, pattern.group - pattern.keep
+    choices = list(combinations(range(m), count))
     kept = [[i for i in range(m) if i not in choice] for choice in choices]
-    upper = list(product((True, False), repeat=gone)) if planes else [(False,) * gone]
+    upper = list(product((True, False), repeat=count)) if planes else [(False,) * count]
     states = [dict(zip(choice, higher, strict=True)) for choice in choices for higher in upper]
     mask = [[i not in state for i in range(m)] for state in states]
     takes_upper = [[state.get(i, False) for i in range(m)] for state in states]
     # The device is named, since the caller may have set another as torch's default.
-    parts = (torch.tensor(p, device=device) for p in (choices, kept, upper, mask, takes_upper))
+    parts = (
+        torch.tensor(part, device=device) for part in (choices, kept, upper, mask, takes_upper)
+    )
     return GroupStates(*parts)

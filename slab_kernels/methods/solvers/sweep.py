@@ -1,15 +1,19 @@
-"""The left-to-right sweep of SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323), for pruned entries of +-l.
+"""The left-to-right sweep of SparseGPT and GPTQ, for pruned entries that are zero or a level of a magnitude.
 
-Columns are fixed from left to right; the error of each is pushed onto the columns to its right through the Cholesky
-factor of the inverse Gram matrix, in blocks of 128. A kept entry takes its updated weight (rounded, if there is a
-grid), a pruned one the nearer of +-l, where l = 0 is plain pruning.
+Columns are fixed from left to right. With U the upper Cholesky factor of the inverse Gram matrix,
+U^T U = H^-1, the error of column j is pushed onto the columns to its right:
+
+    e = (w_j - fixed_j) / U_jj        w_k -= U_jk e   for k > j
+
+(GPTQ, arXiv 2210.17323, algorithm 1; SparseGPT, arXiv 2301.00774, algorithm 1). What lies beyond a
+block of 128 columns is updated once per block. A kept entry takes its updated weight, rounded where
+there is a grid; a pruned one takes the nearest level of its magnitude, or zero where there is none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import lcm
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from torch import Tensor
 from .levels import nearest, neighbours
 from .masks import Pattern, top_of_groups, top_of_rows
 from .metric import damped_cholesky, once_per_gram
-from .quantize import group_scale, round_to_grid
+from .quantize import Grid, group_scale, round_to_grid
 from .states import enumerable, group_states
 
 BLOCK = 128  # columns between two updates of everything to the right (SparseGPT, section 3.3)
@@ -27,9 +31,10 @@ BLOCK = 128  # columns between two updates of everything to the right (SparseGPT
 class Curvature:
     """A damped Gram matrix and what the sweep needs of its inverse.
 
-    gram [K,K] fp32, undamped but with dead inputs given a little energy.  factor [K,K] fp32: upper triangular U with
-    U^T U = (gram + damping)^-1.  damping: fraction of the mean diagonal really added, more than asked for where the
-    matrix was not positive definite.
+    gram [K,K] fp32: undamped, but dead inputs have a little energy.
+    factor [K,K] fp32: upper triangular U with U^T U = (gram + damping)^-1.
+    damping: the fraction of the mean diagonal that was added. It is more than asked for where the
+        matrix was not positive definite.
     """
 
     gram: Tensor
@@ -38,7 +43,8 @@ class Curvature:
 
     @property
     def conditional_scale(self) -> Tensor:
-        """[K] 1 / U_jj: the root of the loss per squared error in column j when every column to its right adapts."""
+        """[K] 1 / U_jj: the root of the loss per squared error in column j when all columns to its
+        right adapt."""
         return 1 / self.factor.diagonal()
 
 
@@ -48,14 +54,6 @@ def curvature(gram: Tensor, damping: float = 0.01, relative_damping: float = 0.0
     damped = damped_cholesky(gram, damping, relative_damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(damped.lower), upper=True)
     return Curvature(damped.alive, upper.float(), damped.added)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Integer values for kept entries: type and inputs a scale (None: one scale a row)."""
-
-    values: str
-    group_size: int | None
 
 
 class Swept(NamedTuple):
@@ -73,164 +71,203 @@ def sweep(
     magnitude: Tensor | None = None,
     mask: Tensor | None = None,
     grid: Grid | None = None,
+    *,
     joint: bool = True,
     planes: int = 1,
 ) -> Swept:
-    """Prune W [N,K] to `pattern` in the metric of `curve`; pruned entries become a level of `planes` signs times
-    magnitude [N,K] >= 0 (None: 0).
+    """Prune W [N,K] to `pattern` in the metric of `curve`.
 
-    mask: for unstructured patterns, how many each row keeps in each block (and the tentative choice that scales are
-        searched on); ignored for n:m except for the scales.
-    joint: choose the positions and signs of a group by their exact common cost, with all columns to the right free
-        (24 states for 2:4); False is SparseGPT's rule, column by column, (|w| - l)^2 / U_jj^2.
+    magnitude: [N,K] >= 0. Pruned entries become a level of `planes` signs times it; None makes them 0.
+    mask: [N,K] bool. Unstructured patterns keep as many entries of a row in each block as it does.
+        Step sizes are searched on it. For n:m it serves the step sizes alone and may be None.
+    grid: rounds kept entries. A scale's inputs are a whole number of groups of `pattern`.
+    joint: choose all positions and levels of a group by their exact common cost, all columns to the
+        right being free, where the states of a group can be enumerated (24 for 2:4). Otherwise, and
+        for False, an entry costs what pruning it alone would, which is SparseGPT's rule.
     """
     N, K = W.shape
-    m = pattern.group or 1
-    planes = planes if magnitude is not None else 0
-    joint = joint and enumerable(pattern, planes)
-    size = (grid.group_size or K) if grid else 1
-    step = lcm(m, size) if grid and grid.group_size else m
-    block = max(step, BLOCK // step * step)
     U = curve.factor
-    left = (
-        W.T.contiguous()
-    )  # [K,N]: a column of W is contiguous, which halves the time of the inner loop
-    low = None if magnitude is None else magnitude.T.contiguous()
-    result, kept = torch.empty_like(left), torch.empty(K, N, dtype=torch.bool, device=W.device)
-    costs = _costs(U, pattern, planes) if joint else None
-    scales = []
-    weight = curve.conditional_scale**2  # a rounding error in column j costs this much
-    if grid and grid.group_size is None:
-        scales.append(
-            group_scale(W, mask if mask is not None else W != 0, grid.values, weight=weight)[:, 0]
-        )
-    for start in range(0, K, block):
-        end = min(K, start + block)
-        work, error, Ub = (
-            left[start:end].clone(),
-            torch.empty(end - start, N).to(W),
-            U[start:end, start:end],
-        )
-        if not pattern.structured:
-            score = _score(work, low[start:end] if low is not None else None, Ub.diagonal(), planes)
-            kept[start:end] = top_of_rows(score.T, mask[:, start:end].sum(1, keepdim=True)).T
-        for a in range(0, end - start, m):
-            b = a + m
-            here = slice(start + a, start + b)
-            fill = low[here] if low is not None else None
-            if grid and grid.group_size and (start + a) % size == 0:
-                stop = min(end - start, a + size)
-                likely = _likely(work[a:stop], low, mask, pattern, start + a, start + stop, planes)
-                scale = group_scale(
-                    work[a:stop].T, likely, grid.values, weight=weight[start + a : start + stop]
-                )
-                scales.append(scale[:, 0])
-            s = scales[-1] if grid else None
-            if joint:
-                state, below, above = _best_state(
-                    work[a:b], fill, costs, (start + a) // m, grid, s, planes
-                )
-                kept[here] = costs.states.mask.T[:, state]
-                signed = (
-                    None
-                    if fill is None
-                    else torch.where(costs.states.takes_upper.T[:, state], above, below)
-                )
-            else:
-                if pattern.structured:
-                    score = _score(work[a:b], fill, Ub.diagonal()[a:b], planes)
-                    kept[here] = top_of_groups(score.T, pattern.keep).T
-                signed = None
-            for j in range(a, b):
-                w = work[j]
-                stay = w if grid is None else round_to_grid(w, s, grid.values)
-                if signed is not None:
-                    gone = signed[j - a]
-                elif fill is not None:
-                    gone = nearest(w, fill[j - a], planes) * fill[j - a]
-                else:
-                    gone = torch.zeros_like(w)
-                result[start + j] = torch.where(kept[start + j], stay, gone)
-                error[j] = (w - result[start + j]) / Ub[j, j]
-                if j + 1 < b:
-                    work[j + 1 : b].addr_(Ub[j, j + 1 : b], error[j], alpha=-1)
-            work[b:].addmm_(Ub[a:b, b:].T, error[a:b], alpha=-1)
-        left[end:].addmm_(U[start:end, end:].T, error, alpha=-1)
-    return Swept(
-        result.T.contiguous(), kept.T.contiguous(), torch.stack(scales, 1) if grid else None
-    )
-
-
-def _miss(w: Tensor, fill: Tensor | None, planes: int) -> Tensor:
-    """What pruning each entry alone leaves: w, or w less its nearest level."""
-    return w if fill is None else w - nearest(w, fill, planes) * fill
-
-
-def _score(w: Tensor, fill: Tensor | None, diagonal: Tensor, planes: int) -> Tensor:
-    """[k,N] cost of pruning each entry alone: (w - c l)^2 / [H^-1]_jj of what is left of H."""
-    miss = _miss(w, fill, planes)
-    return (miss / diagonal[:, None]) ** 2
-
-
-def _likely(work, low, mask, pattern, start, end, planes) -> Tensor:
-    """[N, end-start] bool: the entries of columns start..end likely to be kept, for the search of their step size."""
-    if mask is not None:
-        return mask[:, start:end]
-    miss = _miss(work, None if low is None else low[start:end], planes).abs()
-    return top_of_groups(miss.T.unflatten(1, (-1, pattern.group)), pattern.keep).flatten(1)
-
-
-@dataclass(frozen=True)
-class _Costs:
-    states: object
-    pruned: Tensor  # [K/m, C, p, p]: inverse of the pruned block of [H^-1] of what is left of H
-    whole: Tensor  # [K/m, m, m]: inverse of the whole group's block
-
-
-def _costs(U: Tensor, pattern: Pattern, planes: int) -> _Costs:
-    m, K = pattern.group, U.shape[0]
-    states = group_states(pattern, planes, U.device)
-    diagonal = U.view(K // m, m, K // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    inverse = (
-        diagonal.transpose(1, 2) @ diagonal
-    )  # [H^-1] restricted to the group, everything to the left being fixed
-    p = states.pruned
-    return _Costs(
-        states,
-        torch.linalg.inv(inverse[:, p[:, :, None], p[:, None, :]]),
-        torch.linalg.inv(inverse),
-    )
-
-
-def _best_state(
-    w: Tensor,
-    fill: Tensor | None,
-    costs: _Costs,
-    group: int,
-    grid: Grid | None,
-    s: Tensor | None,
-    planes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] index of the cheapest state of one group: delta^T C^-1 delta over the entries that are fixed; w, fill [m,N].
-
-    Kept entries are free without a grid (they cost nothing); with one they are fixed too, at their nearest points.
-    Beside the index, what the two levels of every entry come to, [m,N] each.
-    """
-    states = costs.states
-    C, T = states.pruned.shape[0], states.upper.shape[0]
-    below = above = torch.zeros_like(w)
-    if fill is not None:
-        below, above = (level * fill for level in neighbours(w, fill, planes))
-    if grid is None:
-        p = states.pruned
-        gone = torch.where(
-            states.upper[None, :, :, None], above[p][:, None], below[p][:, None]
-        )  # [C,T,p,N]
-        delta = w[p][:, None] - gone
-        cost = torch.einsum("cpq,ctqn->ctpn", costs.pruned[group], delta).mul_(delta).sum(2)
+    levels = _PrunedLevels(magnitude, planes)
+    kept_values = _KeptValues(W, curve, pattern, mask, grid, levels)
+    rule: _Rule
+    if joint and enumerable(pattern, levels.planes):
+        rule = _JointRule(U, pattern, levels, kept_values)
     else:
-        rounded = w - round_to_grid(w, s, grid.values)
-        gone = torch.where(states.takes_upper[:, :, None], above, below)
-        delta = torch.where(states.mask[:, :, None], rounded, w - gone)  # [C*T,m,N]
-        cost = (costs.whole[group] @ delta).mul_(delta).sum(1)
-    return cost.view(C * T, -1).argmin(0), below, above
+        rule = _SingleRule(U, pattern, levels, mask)
+    group = pattern.group or 1
+    unit = grid.group_size if grid and grid.group_size else group
+    width = max(unit, BLOCK // unit * unit)
+    chosen_at_once = group if pattern.structured else width
+    # A column of W is contiguous here, which halves the time of the inner loop.
+    remaining = W.T.contiguous()
+    fixed = torch.empty_like(remaining)
+    kept = torch.empty(K, N, dtype=torch.bool, device=W.device)
+    for start in range(0, K, width):
+        end = min(K, start + width)
+        error = torch.empty_like(remaining[start:end])
+        for a in range(start, end, group):
+            b = a + group
+            kept_values.reach(a, remaining[:end])
+            if (a - start) % chosen_at_once == 0:
+                columns = slice(a, min(a + chosen_at_once, end))
+                kept[columns] = rule.choose_positions(columns, remaining[columns])
+            for j in range(a, b):
+                w = remaining[j]
+                fixed[j] = torch.where(kept[j], kept_values.rounded(w), rule.pruned_value(j, w))
+                error[j - start] = (w - fixed[j]) / U[j, j]
+                remaining[j + 1 : b].addr_(U[j, j + 1 : b], error[j - start], alpha=-1)
+            pushed = error[a - start : b - start]
+            remaining[b:end].addmm_(U[a:b, b:end].T, pushed, alpha=-1)
+        remaining[end:].addmm_(U[start:end, end:].T, error, alpha=-1)
+    scales = torch.stack(kept_values.scales, 1) if grid else None
+    return Swept(fixed.T.contiguous(), kept.T.contiguous(), scales)
+
+
+class _PrunedLevels:
+    """What a pruned entry may become: a level of `planes` signs times its magnitude, or zero without one.
+
+    Columns are indices or slices of the K inputs; weights w are [N] or [columns,N].
+    """
+
+    def __init__(self, magnitude: Tensor | None, planes: int):
+        self.magnitude = None if magnitude is None else magnitude.T.contiguous()
+        self.planes = 0 if magnitude is None else planes
+
+    def nearest(self, columns: int | slice, w: Tensor) -> Tensor:
+        """The level nearest to each entry of w."""
+        if self.magnitude is None:
+            return torch.zeros_like(w)
+        return nearest(w, self.magnitude[columns], self.planes) * self.magnitude[columns]
+
+    def neighbours(self, columns: slice, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The two levels between which each entry of w lies, the lower one first."""
+        if self.magnitude is None:
+            return torch.zeros_like(w), torch.zeros_like(w)
+        below, above = neighbours(w, self.magnitude[columns], self.planes)
+        return below * self.magnitude[columns], above * self.magnitude[columns]
+
+
+class _KeptValues:
+    """What a kept entry becomes: itself, or the nearest point of a grid.
+
+    The step sizes of a scale's inputs are searched when the sweep reaches the first of them, on the
+    weights as they are by then. One scale per row is searched before the sweep begins.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        curve: Curvature,
+        pattern: Pattern,
+        mask: Tensor | None,
+        grid: Grid | None,
+        levels: _PrunedLevels,
+    ):
+        self.pattern, self.mask, self.grid, self.levels = pattern, mask, grid, levels
+        self.weight = curve.conditional_scale**2  # [K] the cost of a squared error in each column
+        self.scales: list[Tensor] = []  # [N] each
+        if grid and grid.group_size is None:
+            likely = W != 0 if mask is None else mask
+            self.scales.append(group_scale(W, likely, grid.values, weight=self.weight)[:, 0])
+
+    def reach(self, column: int, remaining: Tensor) -> None:
+        """Search the step sizes of the scale that begins at `column`, if one does.
+
+        remaining [columns,N]: the updated weights up to the end of the block.
+        """
+        size = self.grid.group_size if self.grid else None
+        if not self.grid or not size or column % size:
+            return
+        columns = slice(column, min(column + size, len(remaining)))
+        w = remaining[columns]
+        likely = self._likely(columns, w)
+        scale = group_scale(w.T, likely, self.grid.values, weight=self.weight[columns])
+        self.scales.append(scale[:, 0])
+
+    def _likely(self, columns: slice, w: Tensor) -> Tensor:
+        """[N,columns] bool: the entries that are likely to be kept."""
+        if self.mask is not None:
+            return self.mask[:, columns]
+        miss = (w - self.levels.nearest(columns, w)).abs().T
+        return top_of_groups(
+            miss.unflatten(1, (-1, self.pattern.group)), self.pattern.keep
+        ).flatten(1)
+
+    def rounded(self, w: Tensor) -> Tensor:
+        """w [...,N] as stored with the step sizes searched last."""
+        return round_to_grid(w, self.scales[-1], self.grid.values) if self.grid else w
+
+
+class _Rule(Protocol):
+    """Which entries of some columns are kept, and what the others become."""
+
+    def choose_positions(self, columns: slice, w: Tensor) -> Tensor:
+        """[columns,N] bool: what is kept of the updated weights w [columns,N]."""
+
+    def pruned_value(self, column: int, w: Tensor) -> Tensor:
+        """[N]: what the updated weights w [N] of a column become where they are pruned."""
+
+
+class _SingleRule:
+    """Every entry costs what pruning it alone would, (w - level)^2 / [H^-1]_jj of what is left of H."""
+
+    def __init__(self, U: Tensor, pattern: Pattern, levels: _PrunedLevels, mask: Tensor | None):
+        self.diagonal, self.pattern, self.levels, self.mask = U.diagonal(), pattern, levels, mask
+
+    def choose_positions(self, columns: slice, w: Tensor) -> Tensor:
+        miss = w - self.levels.nearest(columns, w)
+        cost = ((miss / self.diagonal[columns, None]) ** 2).T
+        if self.pattern.structured:
+            return top_of_groups(cost, self.pattern.keep).T
+        assert self.mask is not None, "an unstructured pattern needs the mask"
+        return top_of_rows(cost, self.mask[:, columns].sum(1, keepdim=True)).T
+
+    def pruned_value(self, column: int, w: Tensor) -> Tensor:
+        return self.levels.nearest(column, w)
+
+
+class _JointRule:
+    """A group takes the cheapest of its states: delta^T C^-1 delta over the entries that are fixed.
+
+    C is the group's block of H^-1 of what is left of H, restricted to those entries. Kept entries are
+    free without a grid and cost nothing; with one they are fixed too, at their nearest points.
+    """
+
+    def __init__(
+        self, U: Tensor, pattern: Pattern, levels: _PrunedLevels, kept_values: _KeptValues
+    ):
+        self.levels, self.kept_values = levels, kept_values
+        self.states = group_states(pattern, levels.planes, U.device)
+        self.group = m = pattern.group
+        groups = len(U) // m
+        diagonal = U.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        covariance = diagonal.transpose(1, 2) @ diagonal  # [K/m,m,m] blocks of H^-1
+        pruned = self.states.pruned
+        among_pruned = covariance[:, pruned[:, :, None], pruned[:, None, :]]
+        self.inverse_of_pruned = torch.linalg.inv(among_pruned)  # [K/m,C,p,p]
+        self.inverse = torch.linalg.inv(covariance)  # [K/m,m,m]
+        self.values: Tensor  # [m,N] what the entries of the current group become where pruned
+
+    def choose_positions(self, columns: slice, w: Tensor) -> Tensor:
+        below, above = self.levels.neighbours(columns, w)
+        state = self._cheapest(columns.start // self.group, w, below, above)
+        self.values = torch.where(self.states.takes_upper.T[:, state], above, below)
+        return self.states.mask.T[:, state]
+
+    def pruned_value(self, column: int, w: Tensor) -> Tensor:
+        return self.values[column % self.group]
+
+    def _cheapest(self, group: int, w: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        """[N] index of the cheapest state; w, below, above [m,N]."""
+        states = self.states
+        if self.kept_values.grid is None:
+            pruned = states.pruned
+            upper = states.upper[None, :, :, None]
+            level = torch.where(upper, above[pruned][:, None], below[pruned][:, None])
+            delta = w[pruned][:, None] - level  # [C,T,p,N]
+            cost = torch.einsum("cpq,ctqn->ctpn", self.inverse_of_pruned[group], delta)
+            return cost.mul_(delta).sum(2).flatten(0, 1).argmin(0)
+        rounding = w - self.kept_values.rounded(w)
+        level = torch.where(states.takes_upper[:, :, None], above, below)
+        delta = torch.where(states.mask[:, :, None], rounding, w - level)  # [C*T,m,N]
+        return (self.inverse[group] @ delta).mul_(delta).sum(1).argmin(0)

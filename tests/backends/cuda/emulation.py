@@ -8,46 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from ptx import Memory, Module, launch
+from sass import counter as sass
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slab_kernels.backends.cuda.compile import find_nvcc
 from slab_kernels.backends.cuda.launch import Device, linear
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.plan import GPUS, Gpu
-
-SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 
 
 @functools.cache
 def ptx(arch: str = "compute_80") -> Module:
     """The kernels' PTX, compiled once for any number of test processes."""
-    files = [SOURCES / "format.h", *sorted((SOURCES / "cuda").iterdir())]
-    key = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"slab-kernels-{os.getuid()}-{arch}-{key}.ptx"
-    if not target.exists():
-        fresh = target.with_suffix(f".{os.getpid()}")
-        command = [
-            find_nvcc(),
-            "-std=c++17",
-            "-O3",
-            f"-arch={arch}",
-            "-ptx",
-            str(SOURCES / "cuda/linear.cu"),
-            "-o",
-            str(fresh),
-        ]
-        subprocess.run(command, check=True)
-        fresh.replace(target)
-    return Module(target.read_text())
+    return Module(sass.image(arch).decode())
 
 
 def span(t: torch.Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulation import Launched, ptx, run
+from pairwise import grid, grid_of
 from ptx import PtxError
 
 from slab_kernels.backends.cuda import launch as launching
@@ -82,55 +83,41 @@ def bound(magnitude, exact, dtype, K):
     )
 
 
-EXACT = [(values, rank) for values in VALUE_LAYOUTS for rank in (0, 1, 2)]
-EXACT += [(values, rank) for values in (("fp16", None), ("int4", 32)) for rank in (4, 8)]
+@grid(**{
+    "dtype": DTYPES,
+    "values, group_size": VALUE_LAYOUTS,
+    "rank": (0, 1, 2, 4, 8),
+    "N, K, adapter_rank": ((70, 260, 4), (33, 1030, 0), (16, 128, 100)),
+    "M": TOKENS,
+})  # fmt: skip
+def test_small_integers_are_exact(dtype, values, group_size, rank, N, K, adapter_rank, M):
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True
+    )
+    y = run(x[:M], state, sizes(state), bias, A100)
+    assert torch.equal(y, exact[:M].to(dtype))
 
 
-@pytest.mark.parametrize("values, rank", EXACT)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_small_integers_are_exact(dtype, values, rank):
-    values, group_size = values
-    many = TOKENS if rank == 1 else (0, 1, 8, 9, 31, 64, 65, 257)
-    for N, K, adapter_rank, tokens in (
-        (70, 260, 4, many),
-        (33, 1030, 0, (1, 16, 33, 70)),
-        (16, 128, 100, (5, 65)),
-    ):
-        _, state, x, bias, exact, _ = problem(
-            PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, True
-        )
-        for M in tokens:
-            y = run(x[:M], state, sizes(state), bias, A100)
-            assert torch.equal(y, exact[:M].to(dtype)), (N, K, adapter_rank, M)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_against_fp64(dtype, values, group_size, rank):
-    for (N, K), adapter_rank in itertools.product(SHAPES, (0, 16, 100)):
-        if max(rank, adapter_rank) > min(N, K):
-            continue
-        _, state, x, bias, exact, magnitude = problem(
-            PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False
-        )
-        for M in (1, 9, 33, 130):
-            y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
-            error = (y.double() - exact[:M]).abs()
-            assert bool((error <= bound(magnitude, exact, dtype, K)[:M]).all()), (
-                N,
-                K,
-                adapter_rank,
-                M,
-            )
+@grid(**{
+    "dtype": DTYPES,
+    "values, group_size, rank": [(*values, rank) for values in VALUE_LAYOUTS for rank in (0, 1, 2)],
+    "N, K": SHAPES,
+    "adapter_rank": (0, 16, 100),
+    "M": (1, 9, 33, 130),
+})  # fmt: skip
+def test_against_fp64(dtype, values, group_size, rank, N, K, adapter_rank, M):
+    rank, adapter_rank = min(rank, N, K), min(adapter_rank, N, K)
+    _, state, x, bias, exact, magnitude = problem(
+        PackedLayout(N, K, values, group_size, rank, adapter_rank), dtype, False
+    )
+    y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
+    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all())
 
 
 def tile_name(value) -> str:
-    return (
-        f"{value.warp_rows}x{value.warp_tokens}x{value.warp_inputs}"
-        if isinstance(value, plan.Tile)
-        else str(value)
-    )
+    if isinstance(value, plan.Tile):
+        return f"{value.warp_rows}x{value.warp_tokens}x{value.warp_inputs}"
+    return str(value)
 
 
 FORCED = [
@@ -145,19 +132,37 @@ FORCED += [(tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
 FITTING = replace(A100, shared_limit=232448)  # an H200's
 
 
-@pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", 128)])
-@pytest.mark.parametrize("tile, tokens, splits", FORCED, ids=tile_name)
+def forced_tokens(tile, tokens) -> int:
+    """A ragged number of tokens for a warp's tile of so many."""
+    return tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+
+
+def fits(tile, tokens, splits, values, group_size) -> bool:
+    """Whether choose() could ever take this tile."""
+    kind = {"fp16": W16, "int8": layout.INT8, "int4": layout.INT4}[values]
+    some = plan.Sizes(140, (149,), kind, (group_size or 128) // 32, 1, 2)
+    M = forced_tokens(tile, tokens)
+    return plan.evaluate(some, M, FITTING, tile, tokens, splits) is not None
+
+
+FORCED_VALUES = [
+    (*case, *values)
+    for case in FORCED
+    for values in (("fp16", None), ("int8", 64), ("int4", 128))
+    if fits(*case, *values)
+]
+
+
+@grid_of("tile, tokens, splits, values, group_size", FORCED_VALUES, tile_name)
 def test_every_tile_of_the_tables(forced, tile, tokens, splits, values, group_size):
     """Ragged in every direction: rows past a tile, tokens past a tile, a last K-block of 12 inputs, idle K groups."""
     _, state, x, bias, exact, _ = problem(
         PackedLayout(149, 140, values, group_size, 1, 20), torch.float16, True
     )
-    M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+    M = forced_tokens(tile, tokens)
     forced(
         lambda s: plan.evaluate(s, M, FITTING, tile if s.rank else SPLIT_TILES[-1], tokens, splits)
     )
-    if plan.evaluate(sizes(state), M, FITTING, tile, tokens, splits) is None:
-        pytest.skip("this tile never fits: choose() never takes it")
     launched = Launched()
     y = run(x[:M], state, sizes(state), bias, FITTING, launched=launched)
     assert torch.equal(y, exact[:M].half())

@@ -55,8 +55,9 @@ def half(*shape):
 
 
 @with_triton
-def test_everything_in_tritons_interpreter():
+def test_everything_in_tritons_interpreter(request):
     """test_triton_interpreter.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    options = [f"--{name}" for name in ("full", "quick") if request.config.getoption(name)]
     command = [
         sys.executable,
         "-m",
@@ -66,6 +67,7 @@ def test_everything_in_tritons_interpreter():
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        *options,
         str(HERE / "test_triton_interpreter.py"),
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {

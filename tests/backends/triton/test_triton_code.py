@@ -1,7 +1,9 @@
 """The gate on Triton's machine code: every shipped configuration on sm_80, 86, 89, 90 and 120, under the triton that is here.
 
+Any two of configuration, architecture, value type, rank and planes meet in some case; `pytest --full` compiles all of them.
+
 Registers, spills, shared memory, tensor instructions, and how many instructions a weight costs: configs.py was chosen by them.
-Compiling takes some two minutes on two cores the first time; Triton keeps the results.
+Triton keeps what it has compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton_code
+from pairwise import subset
 from sass import counter as sass
 from triton_code import DEVICES, Case
 
@@ -43,7 +46,16 @@ def test_every_default_is_reached_on_some_device():
     )
 
 
-@pytest.mark.parametrize("case", EVERY, ids=str)
+def settings(case: Case):
+    return case.row.config, case.arch, case.values, case.rank, case.planes
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = EVERY if metafunc.config.getoption("full") else subset(EVERY, settings)
+        metafunc.parametrize("case", cases, ids=str)
+
+
 def test_registers_shared_memory_and_instructions(case: Case):
     kernel = triton_code.compiled(case)
     found = []

@@ -28,7 +28,7 @@ from slab_kernels.backends.triton.configs import (
     row_to,
     splits,
 )
-from slab_kernels.cli.main import console
+from slab_kernels.cli import console
 from slab_kernels.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]

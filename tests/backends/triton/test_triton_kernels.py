@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from pairwise import grid
 
 pytest.importorskip("triton")
 
@@ -69,9 +70,11 @@ def exact(x, packed, bias, y) -> None:
     torch.testing.assert_close(y.double(), expected.to(x.dtype).double(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("rank, adapter", [(0, 0), (1, 0), (2, 16), (1, 100)])
-@pytest.mark.parametrize("values, group", VALUES)
-@pytest.mark.parametrize("dtype", HALF)
+@grid(**{
+    "dtype": HALF,
+    "values, group": VALUES,
+    "rank, adapter": ((0, 0), (1, 0), (2, 16), (1, 100)),
+})  # fmt: skip
 def test_decoding_is_exact_on_small_integers_with_every_tail(
     emulated, dtype, values, group, rank, adapter
 ):
@@ -85,12 +88,13 @@ def test_decoding_is_exact_on_small_integers_with_every_tail(
     exact(x, packed, bias, y)
 
 
-@pytest.mark.parametrize("planes", [2, 3])
-@pytest.mark.parametrize(
-    "values, group, rank, adapter",
-    [("fp16", None, 1, 0), ("bf16", None, 2, 0), ("int4", None, 2, 16), ("int3", 32, 1, 0)],
-)
-@pytest.mark.parametrize("dtype", HALF)
+@grid(**{
+    "dtype": HALF,
+    "values, group, rank, adapter": (
+        ("fp16", None, 1, 0), ("bf16", None, 2, 0), ("int4", None, 2, 16), ("int3", 32, 1, 0),
+    ),
+    "planes": (2, 3),
+})  # fmt: skip
 def test_decoding_by_more_planes(emulated, dtype, values, group, rank, adapter, planes):
     packed = random_packed(
         PackedLayout(77, 172, values, group, rank, adapter, planes=planes),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from pairwise import pairwise
 
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import triton as backend
@@ -113,11 +114,13 @@ TILES = (
     (128, 32, 256),
     (256, 128, 128),
 )
-SEED = 17  # with it any two choices meet in some case: test_triton_interpreter.py counts them
+SEED = 17  # With it any two choices meet in some case: test_triton_interpreter.py counts them.
+STEPS = 16  # Products of tiles that one case of the interpreter may take, where a larger tile can keep to it.
+DEALT_BY_COST = ("shape", "M", "splits")  # These decide which tiles are affordable.
 
 
-def grid(dtypes, shapes=SHAPES, steps: int = 16, seed: int = SEED) -> list[Case]:
-    """Every shape x dtype x value type x rank, all else dealt from shuffled decks. `steps`: of the interpreter, if it can be."""
+def grid(dtypes, shapes=SHAPES, seed: int = SEED) -> list[Case]:
+    """Every shape, dtype, value type and rank together; all else is dealt from shuffled decks."""
     generator, decks, cases = random.Random(seed), {name: [] for name in CHOICES}, []
     for shape, dtype, values, rank in itertools.product(shapes, dtypes, VALUE_LAYOUTS, RANKS):
         hand = {}
@@ -125,17 +128,31 @@ def grid(dtypes, shapes=SHAPES, steps: int = 16, seed: int = SEED) -> list[Case]
             if not deck:
                 deck += generator.sample(CHOICES[name], len(CHOICES[name]))
             hand[name] = deck.pop()
-        sizes = (hand["M"], *shape)
-        cost = {
-            tile: interpreted_steps(sizes, tile) for tile in generator.sample(TILES, len(TILES))
-        }
-        tile = next(
-            tile
-            for tile, count in cost.items()
-            if count <= max(steps // hand["splits"], min(cost.values()))
-        )
+        shuffled = generator.sample(TILES, len(TILES))
+        tile = affordable((hand["M"], *shape), hand["splits"], shuffled)[0]
         cases.append(Case(dtype, values, rank, shape, **hand, tile=tile))
     return cases
+
+
+def lean_grid(dtypes) -> list[Case]:
+    """Any two choices in some case; of the affordable tiles each case takes the one that meets most that is new to it."""
+    first = {"dtype": dtypes, "values": VALUE_LAYOUTS, "rank": RANKS, "shape": SHAPES}
+    cases, met = [], set()
+    for chosen in pairwise(first | CHOICES):
+        named = dict(zip((*first, *CHOICES), chosen, strict=True))
+        others = [(name, value) for name, value in named.items() if name not in DEALT_BY_COST]
+        tiles = affordable((named["M"], *named["shape"]), named["splits"], TILES)
+        tile = max(tiles, key=lambda tile: sum((tile, other) not in met for other in others))
+        met |= {(tile, other) for other in others}
+        cases.append(Case(**named, tile=tile))
+    return cases
+
+
+def affordable(sizes: tuple[int, int, int], splits: int, tiles) -> list[tuple[int, int, int]]:
+    """The tiles that take few steps in the interpreter; at least the one that takes fewest."""
+    cost = {tile: interpreted_steps(sizes, tile) for tile in tiles}
+    most = max(STEPS // splits, min(cost.values()))
+    return [tile for tile, count in cost.items() if count <= most]
 
 
 def interpreted_steps(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -> int:

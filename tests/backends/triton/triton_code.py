@@ -6,9 +6,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from unittest import mock
+
+# pytest puts these folders on the path itself; a plain `python` does not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 
 import torch
 from sass import counter as sass

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import struct
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 import triton
 from emulation import span
 from ptx import Memory, Module, launch
+from sass.counter import listing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -62,7 +61,7 @@ class Compiled:
     @functools.cached_property
     def sass(self) -> str:
         """The machine code, as `nvdisasm -c` writes it."""
-        return _tool("nvdisasm", "-c", self.cubin)
+        return listing(str(TOOLS / "nvdisasm"), "-c", self.cubin)
 
 
 def compile_kernel(fn, signature: Mapping[str, str], constants: Mapping[str, Any], arch: int = 80, warps: int = 4,
@@ -103,20 +102,11 @@ def _compile(fn, signature, constants, arch, warps, stages, divisible) -> Compil
     meta = made.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise NotImplementedError(f"{meta.name} wants scratch memory")
-    usage = _tool("cuobjdump", "--dump-resource-usage", made.asm["cubin"])
+    usage = listing(str(TOOLS / "cuobjdump"), "--dump-resource-usage", made.asm["cubin"])
     found = re.search(rf"Function {meta.name}:\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     registers, stack, local = map(int, found.groups())
     return Compiled(meta.name, made.asm["ptx"], made.asm["cubin"], dict(signature), divisible, arch, meta.num_warps,
                     meta.shared, registers, stack, local)  # fmt: skip
-
-
-def _tool(name: str, option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [TOOLS / name, option, file.name], check=True, capture_output=True, text=True
-        ).stdout
 
 
 def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch.Tensor | int | float],

@@ -1,0 +1,115 @@
+"""Grids in which any two choices meet, instead of every combination of all of them.
+
+A fault nearly always shows as soon as two particular settings come together: a value type and a tail, a number of tokens
+and a rank. A full grid of six settings costs thousands of products; the smallest set of cases that holds every pair of
+their values costs some fifty. `pytest --full` (make test-all) runs the full grids.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+
+def pairwise(choices: Mapping[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Cases, each one value of every choice in order, such that any two values of two choices meet in some case.
+
+    Each case begins with a pair that has not met. The other choices, those with most values first, take the value that
+    adds most new pairs, and among equals the one used least. The result depends on the arguments alone.
+    """
+    values = [list(some) for some in choices.values()]
+    if len(values) < 2:
+        return [(value,) for some in values for value in some]
+    order = sorted(range(len(values)), key=lambda place: -len(values[place]))
+    options = {place: [(place, at) for at in range(len(values[place]))] for place in order}
+    missing = {  # A dictionary, because a set has no first element.
+        frozenset(pair): None
+        for one, other in itertools.combinations(order, 2)
+        for pair in itertools.product(options[one], options[other])
+    }
+    used = dict.fromkeys(itertools.chain.from_iterable(options.values()), 0)
+    cases = []
+    while missing:
+        case = list(next(iter(missing)))
+        for place in order:
+            if place not in dict(case):
+                new = {
+                    option: sum(frozenset((option, other)) in missing for other in case)
+                    for option in options[place]
+                }
+                case.append(max(new, key=lambda option: (new[option], -used[option])))
+        for pair in itertools.combinations(case, 2):
+            missing.pop(frozenset(pair), None)
+        for option in case:
+            used[option] += 1
+        cases.append(tuple(values[place][at] for place, at in sorted(case)))
+    return cases
+
+
+def subset(
+    cases: Iterable[Any], settings: Callable[[Any], Sequence[Any]] = lambda case: case
+) -> list[Any]:
+    """Some of these cases that together hold every pair of settings that any of them holds, in their order.
+
+    For grids whose combinations are not all possible. `settings` says what a case consists of, hashable and always as many.
+    """
+    cases = list(cases)
+    pairs = [set(itertools.combinations(enumerate(settings(case)), 2)) for case in cases]
+    missing = set().union(*pairs)
+    chosen = []
+    while missing:
+        best = max(range(len(cases)), key=lambda at: len(pairs[at] & missing))
+        missing -= pairs[best]
+        chosen.append(best)
+    return [cases[at] for at in sorted(chosen)]
+
+
+def grid(**choices: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by all pairs of these choices; by all combinations under `pytest --full`.
+
+    A name with commas, given as `grid(**{"dtype, values": [...]})`, is one choice of several arguments.
+    """
+    return pytest.mark.grid(choices)
+
+
+def label(value: Any) -> str:
+    """A value in the name of a test: float16, 33x260."""
+    if isinstance(value, tuple):
+        return "x".join(map(label, value))
+    return str(value).removeprefix("torch.")
+
+
+def grid_of(
+    names: str, cases: Sequence[Sequence[Any]], ids: Callable[[Any], str] = label
+) -> pytest.MarkDecorator:
+    """Parametrises a test by a `subset` of these cases; by all of them under `pytest --full`."""
+    return pytest.mark.grid(names, cases, ids)
+
+
+def parametrise(metafunc: pytest.Metafunc, full: bool) -> None:
+    """Gives a test that carries `grid` or `grid_of` its parameters; conftest.py calls it for every test."""
+    for mark in metafunc.definition.iter_markers("grid"):
+        ids = label
+        if len(mark.args) == 3:
+            joined, cases, ids = mark.args
+            rows = list(cases) if full else subset(cases)
+        else:
+            (choices,) = mark.args
+            joined = ", ".join(choices)
+            several = ["," in name for name in choices]
+            cases = itertools.product(*choices.values()) if full else pairwise(choices)
+            rows = [_flat(case, several) for case in cases]
+        metafunc.parametrize(
+            [name.strip() for name in joined.split(",")],
+            rows,
+            ids=["-".join(map(ids, row)) for row in rows],
+        )
+
+
+def _flat(case: Sequence[Any], several: Sequence[bool]) -> tuple[Any, ...]:
+    """The arguments of a case, in which a choice of several arguments is a tuple."""
+    parts = (value if split else (value,) for value, split in zip(case, several, strict=True))
+    return tuple(itertools.chain.from_iterable(parts))
