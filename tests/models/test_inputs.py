@@ -143,6 +143,22 @@ def test_a_hidden_state_that_the_model_writes_into_between_blocks_is_seen():
         )
 
 
+def test_a_model_that_does_not_run_is_named_in_one_sentence():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, input_ids, use_cache):
+            raise ValueError("no such layer\nand a page of advice")
+
+    model = Model()
+    tokens, cpu = torch.zeros(1, 2, dtype=torch.long), torch.device("cpu")
+    said = r"^Model does not run on the calibration text: ValueError: no such layer$"
+    with pytest.raises(ArchitectureError, match=said):
+        catch_stream(model, model.blocks, tokens, lambda index: model.blocks[index], cpu)
+
+
 class Idle(nn.Module):
     """Linears in modules of which some never run; numbered: inside a list of experts."""
 

@@ -13,7 +13,6 @@ from transformers import BatchEncoding
 import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import CalibrationError
-from slab_kernels.evaluate.generation import continuation
 from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.text.source import read_text
 from slab_kernels.text.token_ids import token_ids
@@ -184,19 +183,6 @@ def test_a_token_that_the_model_has_no_row_for_is_named_everywhere(tmp_path, cap
     tokenizer.add_special_tokens({"bos_token": "<begin>"})  # its id, 96, is beyond the embedding
     with pytest.raises(CalibrationError, match="go up to 96, but the model's vocabulary has 96"):
         perplexity(tiny_models.model(), tokenizer, "abc")
-
-
-def test_generation_ends_at_the_last_position():
-    model, tokenizer = (
-        tiny_models.model("opt"),
-        tiny_models.tokenizer(),
-    )  # its positions are a table
-    new, _ = continuation(model, tokenizer, "abc", 500)
-    assert 0 < len(new) <= 61
-    with pytest.raises(
-        CalibrationError, match="70 tokens, which leaves none of the model's 64 positions"
-    ):
-        continuation(model, tokenizer, "a" * 70, 5)
 
 
 def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys):

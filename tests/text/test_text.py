@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slab_kernels.errors import CalibrationError
-from slab_kernels.evaluate.generation import tokens_per_second
 from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.text.source import read_text, sample_windows, tokenize, windows
 
@@ -156,11 +155,3 @@ def test_perplexity_refuses_what_it_cannot_measure(tokenizer):
         perplexity(model, tokenizer, "abc", window=65)
     with pytest.raises(CalibrationError, match="but the model's vocabulary has 40"):
         perplexity(tiny_models.model(vocab_size=40), tokenizer, "xyz")
-
-
-def test_tokens_per_second(tokenizer):
-    assert tokens_per_second(tiny_models.model(), tokenizer, "abc", 8) > 0
-    with pytest.raises(ValueError, match="new_tokens=1"):
-        tokens_per_second(tiny_models.model(), tokenizer, "abc", 1)
-    with pytest.raises(ValueError, match="prompt is empty"):
-        tokens_per_second(tiny_models.model(), tokenizer, "", 8)
