@@ -1,4 +1,4 @@
-"""Slices of packed tensors, as tensor parallelism wants them: the ranks' outputs against the whole layer's."""
+"""Tensor parallelism on packed tensors: the outputs of all ranks against the whole layer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs of linears, caught when they are read: blocks that write into what they are given change nothing."""
+"""Inputs of linears, caught when they are read, whatever a block writes into them later."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_mlp_that_works_in_place_on_its_input():
 
 
 class Reads(nn.Module):
-    """Linears that read, in order: x; x again after a write that leaves no trace; a copy of x; x where no token is 5."""
+    """Linears that read x, x after a write that leaves no trace, a copy of x, x without some."""
 
     def __init__(self):
         super().__init__()

@@ -128,8 +128,11 @@ def test_perplexity_is_the_mean_over_whole_windows(tokenizer):
             logits = model(piece[None]).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
     assert found == {
-        "perplexity": pytest.approx(math.exp(sum(losses) / (15 * count)), rel=1e-5), "tokens": 15 * count, "windows": count, "window": 16,
-    }  # fmt: skip
+        "perplexity": pytest.approx(math.exp(sum(losses) / (15 * count)), rel=1e-5),
+        "tokens": 15 * count,
+        "windows": count,
+        "window": 16,
+    }
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tokenizer):
