@@ -15,6 +15,8 @@ from ..models.shards import TensorEntry
 from ..paths import expanded
 
 FACTORS = ("U", "V", "P", "Q")
+# Tensor -> the part of a layer that it is counted to, where that has another name.
+PARTS = {"U": "factors", "V": "factors", "P": "adapters", "Q": "adapters", "weight": "values"}
 
 
 def inspect(folder: Path | str) -> dict[str, Any]:
@@ -22,9 +24,10 @@ def inspect(folder: Path | str) -> dict[str, Any]:
 
     Returns: {"folder", "model", "stored", "format_version", "method", "weights",
         "bits_per_weight", "mean_error", "bytes", "layers"}; what is not known is None.
-        bits_per_weight of a layer counts every stored tensor of it except its bias, and
-        factor_bits_per_weight the part of U, V, P and Q. bits_per_weight of the folder is over all
-        its layers together; bytes are those of all tensors.
+        bits_per_weight of a layer counts every stored tensor of it except its bias,
+        factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
+        values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
+        of the folder is over all its layers together; bytes are those of all tensors.
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
     """
@@ -97,6 +100,10 @@ def _layer(
         raise CheckpointError(f"the folder holds nothing of the layer {name!r}")
     weights = max(1, math.prod(shape))
     factors = sum(size for leaf, size in counted.items() if leaf in FACTORS)
+    parts: dict[str, float] = {}
+    for leaf, size in counted.items():
+        part = PARTS.get(leaf, leaf)
+        parts[part] = parts.get(part, 0.0) + 8 * size / weights
     return {
         "name": name,
         "shape": shape,
@@ -108,6 +115,7 @@ def _layer(
         "adapter_rank": layout.adapter_rank if layout else 0,
         "bits_per_weight": 8 * sum(counted.values()) / weights,
         "factor_bits_per_weight": 8 * factors / weights,
+        "parts": parts,
         "error": record.error if record else None,
         "heldout_error": record.heldout_error if record else None,
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def read_rows(
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Every row and its place, for messages. Raises: CalibrationError."""
-    try:
+    with readable(path):
         if path.suffix == ".json" and (whole := _whole(path)) is not None:
             for number, row in enumerate(whole, 1):
                 yield f"row {number} of {path}", row
@@ -92,6 +93,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     where = f"line {number} of {path}"
                     yield where, _row(line, where)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around the reading of a text. Raises: CalibrationError that names the file."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out"

@@ -137,14 +137,8 @@ def _read_file(
 ) -> str:
     if path.suffix in rows.SUFFIXES:
         return rows.read_rows(path, tokenizer, max_characters)
-    try:
+    with rows.readable(path):
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out"
-        ) from error
-    except OSError as error:
-        raise CalibrationError(f"cannot read the text {path}: {error.strerror or error}") from error
 
 
 def _dataset(name: str, max_characters: int | None) -> str:
