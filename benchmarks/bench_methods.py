@@ -155,8 +155,8 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
     from slab_kernels.format import INTEGER_RANGES, Decomposition
     from slab_kernels.methods import METHODS, Config, Method
     from slab_kernels.methods.solvers.masks import Pattern
-    from slab_kernels.methods.solvers.quantize import quantize
-    from slab_kernels.methods.solvers.sweep import Grid, curvature, sweep
+    from slab_kernels.methods.solvers.quantize import Grid, quantize
+    from slab_kernels.methods.solvers.sweep import curvature, sweep
 
     values = f"int{bits}"
     INTEGER_RANGES.setdefault("int2", (-2, 1))
@@ -195,7 +195,7 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
     from transformers import AutoModelForCausalLM
 
     import slab_kernels
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.perplexity import perplexity
 
     settings = dict(entry.settings)
     if entry.bits:
@@ -218,7 +218,7 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
             )
         else:
             model = slab_kernels.load(scratch / "out", device=args.device, dtype=args.dtype)
-        measured = evaluate.perplexity(model, tokenizer, content, args.window)
+        measured = perplexity(model, tokenizer, content, args.window)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if args.device == "cuda":
@@ -323,7 +323,7 @@ def main() -> int:
     from slab_kernels.bench import machine
     from slab_kernels.cli.console import print_table, say
     from slab_kernels.errors import BudgetError
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.perplexity import perplexity
     from slab_kernels.models.folder import hub_folder
     from slab_kernels.models.source import open_source
     from slab_kernels.text import source as texts
@@ -349,7 +349,7 @@ def main() -> int:
         )
         name = "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name
         found = {"model": name, "settings": settings, "machine": machine.one_line(), "rows": []}
-        found["dense"] = evaluate.perplexity(model, tokenizer, content, args.window)["perplexity"]
+        found["dense"] = perplexity(model, tokenizer, content, args.window)["perplexity"]
         del model
     done = {row["label"] for row in found["rows"]}
     rank = max(1, AutoConfig.from_pretrained(source).hidden_size // 16)

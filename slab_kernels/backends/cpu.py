@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from ..errors import BackendError
 from ..format import PackedWeight, bits
-from ..ops import register_vmap, without_autocast
+from ..ops import fake_result, register_linear_op
 from . import factors
 from .base import Backend, LinearProblem
 
@@ -178,45 +178,23 @@ def load_library() -> None:
 
 
 @functools.cache
-def _load_once() -> None:
+def _load_once() -> torch.library.Library:
+    """The library that keeps the registrations alive; the ops themselves are those of the C++ one."""
     torch.ops.load_library(str(LIBRARY))
-    register = torch.library.register_fake
-    register("slab_kernels::linear_cpu", _linear_fake)
-    register("slab_kernels::linear_cpu_frozen", _linear_fake)
-    register("slab_kernels::dequantize_cpu", _dequantize_fake)
-    for name in ("linear_cpu", "linear_cpu_frozen"):
-        register_vmap(name)
-    torch.library.register_autograd(
-        "slab_kernels::linear_cpu", _backward, setup_context=_setup_context
-    )
+    torch.library.register_fake("slab_kernels::dequantize_cpu", _dequantize_fake)
+    return register_linear_op("linear_cpu", 2, _linear_fake, _input_gradient)
 
 
 def _linear_fake(x, prepared, bias, out_features, in_features):
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
-    )
-    return x.new_empty(*x.shape[:-1], out_features)
+    return fake_result(x, in_features, out_features)
 
 
 def _dequantize_fake(prepared, out_features, in_features):
     return prepared.new_empty((out_features, in_features), dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output):
-    _, prepared, _, ctx.N, ctx.K = inputs
-    ctx.save_for_backward(prepared)
-
-
-def _backward(ctx, grad):
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        W = torch.ops.slab_kernels.dequantize_cpu(*ctx.saved_tensors, ctx.N, ctx.K)
-        with without_autocast(grad):
-            grad_x = (grad.float() @ W).to(grad.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, grad_bias, None, None
+def _input_gradient(grad, prepared, out_features, in_features):
+    return grad.float() @ torch.ops.slab_kernels.dequantize_cpu(prepared, out_features, in_features)
 
 
 BACKEND = CpuBackend()

@@ -1,60 +1,20 @@
 """Tensor parallelism on packed tensors: which slice of each a rank keeps. Plain torch, no engine.
 
-Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K.
+Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K. A slice is a
+packed weight of its own, see `format.Slice`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ShapeError
-from ..format import PackedLayout, PackedWeight, check_range
+from ..format import PackedLayout, PackedWeight, Slice
 from ..models.packed import read_packed
 from ..nn import SlabLinear
-
-ROWS_ONLY = ("U", "P")  # no K
-INPUTS_ONLY = ("V", "Q")  # no N, and K comes first
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Some rows and inputs of a weight of layout `whole`.
-
-    Rows first_row .. first_row + rows, inputs first_input .. first_input + inputs.
-
-    Raises on construction: ShapeError if it is not inside, or cuts what cannot be cut.
-    """
-
-    whole: PackedLayout
-    first_row: int
-    rows: int
-    first_input: int
-    inputs: int
-
-    def __post_init__(self):
-        whole = self.whole
-        check_range("out_features", self.first_row, self.rows, whole.out_features)
-        unit = whole.slice_multiple
-        check_range("in_features", self.first_input, self.inputs, whole.in_features, unit)
-
-    @property
-    def layout(self) -> PackedLayout:
-        return replace(self.whole, out_features=self.rows, in_features=self.inputs)
-
-    def narrow(self, name: str, tensor: Tensor) -> Tensor:
-        """The slice's part of the whole weight's tensor called `name`, as a view of it."""
-        shape = self.layout.tensors()[name][1]
-        if name not in INPUTS_ONLY:
-            tensor = tensor.narrow(0, self.first_row, self.rows)
-        if name not in ROWS_ONLY:
-            axis = 0 if name in INPUTS_ONLY else 1
-            first = self.first_input * tensor.shape[axis] // self.whole.padded_in_features
-            tensor = tensor.narrow(axis, first, shape[axis])
-        return tensor
 
 
 def column_parallel(

@@ -40,12 +40,12 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from ..backends import dispatch
 from ..errors import ArchitectureError, CheckpointError, ShapeError, UnsupportedError
-from ..format import PackedLayout
+from ..format import PackedLayout, Slice
 from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
 from .probe import ADVICE, DENSE, Probe
-from .sharding import LayerParts, Slice, column_parallel, row_parallel
+from .sharding import LayerParts, column_parallel, row_parallel
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
 FUSED = {  # what a fused layer holds, where the model itself does not list it

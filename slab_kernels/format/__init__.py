@@ -1,4 +1,8 @@
-"""The waist of the hourglass: every method ends in a `Decomposition`, every kernel starts from a `PackedWeight`."""
+"""The waist of the library: methods end in a `Decomposition`, kernels start from a `PackedWeight`.
+
+`layout` has sizes and types, `bits` the bytes, `weight` the two records, `packing` the way from one
+to the other, `slicing` parts of a weight, `check` what is read from outside.
+"""
 
 from ..errors import (
     DtypeError,
@@ -13,8 +17,8 @@ from ..errors import (
     ValueTypeError,
     VersionError,
 )
+from .check import check_tensors
 from .layout import (
-    ADAPTER_TYPES,
     FACTOR_TYPES,
     FORMAT_VERSION,
     GROUP_SIZES,
@@ -24,32 +28,24 @@ from .layout import (
     TENSOR_NAMES,
     VALUE_BYTES,
     VALUE_TYPES,
-    WEIGHT_DTYPES,
     PackedLayout,
-    cast,
-    check_range,
-    check_tensors,
+    ceil_div,
     plane_unit,
-    weight_dtype,
 )
+from .packing import pack, pack_adapter
 from .rounding import (
     MOST_LOST,
-    fitting_dtype,
+    WEIGHT_DTYPES,
+    cast,
     round_adapter,
     round_factors,
     rounding_error,
+    weight_dtype,
 )
-from .weight import (
-    Decomposition,
-    PackedWeight,
-    pack,
-    pack_adapter,
-    read_factors,
-    unpack,
-)
+from .slicing import Slice
+from .weight import Decomposition, PackedWeight, read_factors, unpack
 
 __all__ = [
-    "ADAPTER_TYPES",
     "FACTOR_TYPES",
     "FORMAT_VERSION",
     "GROUP_SIZES",
@@ -72,13 +68,13 @@ __all__ = [
     "PatternError",
     "RangeError",
     "ShapeError",
+    "Slice",
     "UnknownTensorError",
     "ValueTypeError",
     "VersionError",
     "cast",
-    "check_range",
+    "ceil_div",
     "check_tensors",
-    "fitting_dtype",
     "pack",
     "pack_adapter",
     "plane_unit",

@@ -1,19 +1,54 @@
-"""What rounding to a stored type loses, and factors as they are stored: balanced and rounded."""
+"""Rounding to a stored type: what it loses, what does not fit, and factors as they are stored."""
 
 from __future__ import annotations
+
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
-from ..errors import RangeError
+from ..errors import DtypeError, RangeError
 from . import bits
 
-MOST_LOST = 2.0**-8  # of a matrix, by rounding what it holds: what bf16 loses at worst
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of dense weights
+# The fraction of a matrix that rounding may lose, in the Frobenius norm: what bf16 loses at worst.
+MOST_LOST = 2.0**-8
+
+
+def weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`dtype`, or the one that it names, such as "float16", if dense weights can have it.
+
+    Raises: DtypeError.
+    """
+    known = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
+    named = isinstance(dtype, torch.dtype | str)
+    found = known.get(str(dtype).removeprefix("torch.")) if named else None
+    if found is None:
+        raise DtypeError(f"dtype={short(dtype)} is none of weights; use {', '.join(known)}")
+    return found
+
+
+def cast(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`t` rounded to `dtype`.
+
+    Raises: RangeError that calls it `name` if a number does not fit, with the dtypes that hold it.
+    """
+    rounded = t.to(dtype)
+    if rounded.is_floating_point() and not bool(rounded.isfinite().all()):
+        most = float(t.abs().max())
+        wide = [d for d in WEIGHT_DTYPES if most <= torch.finfo(d).max]
+        fitting = [str(d).removeprefix("torch.") for d in wide]
+        raise RangeError(
+            f"{name} reaches {most:.4g}, which {str(dtype).removeprefix('torch.')} does not hold; "
+            + (f"dtype {' or '.join(fitting)} does" if fitting else "the weights are damaged")
+        )
+    return rounded
 
 
 def rounding_error(t: Tensor, dtype: torch.dtype) -> float:
-    """How much of t, fp32 of any scale, rounding to `dtype` loses, in the Frobenius norm: 0 to 1,
-    or NaN or infinite if t does not fit.
+    """The fraction of t, fp32 of any scale, that rounding to `dtype` loses, in the Frobenius norm.
+
+    It is 0 to 1, or NaN or infinite if t does not fit.
     """
     most = t.abs().amax()
     if most == 0:
@@ -34,7 +69,9 @@ def round_adapter(
     """P [N,R'], Q [K,R'] as `pack` stores them, in fp32.
 
     With `adapter_values` None like `round_factors`, else int8 codes of rows with a shared power of
-    two (MXINT8 of the OCP microscaling formats, a row for a block). Raises RangeError.
+    two: MXINT8 of the OCP microscaling formats (specification 1.0), with a row for a block.
+
+    Raises: RangeError if a number does not fit.
     """
     if adapter_values is None:
         return round_factors(P, Q, dtype)
@@ -56,7 +93,9 @@ def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype | None = None) -> tup
 
     dtype None: the `fitting_dtype` of the two. Balancing (max|u_r| ~ max|v_r|) keeps both inside
     fp16's range. Factors already exact in `dtype` are left alone, so rounding twice changes
-    nothing. Returns fp32 tensors. Raises RangeError if a factor does not fit.
+    nothing. Returns fp32 tensors.
+
+    Raises: RangeError if a factor does not fit.
     """
     dtype = dtype or fitting_dtype((U, V))
     pair = _balanced(U, V, dtype)
@@ -70,6 +109,7 @@ def round_factors(U: Tensor, V: Tensor, dtype: torch.dtype | None = None) -> tup
 
 
 def _balanced(U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U and V in fp32, their largest entries alike in every rank; exact ones stay as they are."""
     U, V = U.float(), V.float()
     if all(bool((t.to(dtype).float() == t).all()) for t in (U, V)):
         return U, V

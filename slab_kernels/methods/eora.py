@@ -1,7 +1,7 @@
-"""EoRA (arXiv 2410.21271): P Q^T = the best low-rank part of W - S in the Gram metric, S by any pruner.
+"""EoRA (arXiv 2410.21271): P Q^T = the best part of W - S in the Gram metric, S by any pruner.
 
-The paper projects W - S on the eigenvectors of H scaled by the roots of its eigenvalues (equations 4-6);
-any F with F F^T = H gives the same product P Q^T.
+The paper projects W - S on the eigenvectors of H scaled by the roots of its eigenvalues (equations
+4-6); any F with F F^T = H gives the same product P Q^T.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class EoraConfig(Config):
-    """`polish`: see `finish`."""
+    """The settings of `eora`. `polish`: see `finish`."""
 
     pruner: str = setting(
         "sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS

@@ -25,7 +25,9 @@ INNER = ("sparsegpt", "alps")
 
 @dataclass(frozen=True)
 class HassleFreeConfig(ThreeBasilConfig):
-    """The paper has both inner pruners, and 80 alternations with SparseGPT; the error has settled
+    """The settings of `hassle_free`, beside those of its ADMM.
+
+    The paper has both inner pruners, and 80 alternations with SparseGPT; the error has settled
     after about 20 on layers tried. The ADMM of "alps" takes `rho`, `stable` and `iterations`.
     """
 

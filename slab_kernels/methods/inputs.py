@@ -1,10 +1,10 @@
-"""What a decomposition method may know of a layer's inputs: mean squares, the Gram matrix, the drift.
+"""What a method may know of a layer's inputs: mean squares, the Gram matrix, the drift.
 
 With x the inputs and y = x W^T, over all tokens: mean_square = mean(x_j^2), gram = mean(x^T x) and
-drift = mean((y_dense - W x)^T x). They are plain means, whatever the sequence a token came from, kept as
-running means so that neither the number of tokens nor their scale can overflow fp32. A layer's inputs
-should come from the model whose earlier layers are already compressed. Layers that read the same input
-(q/k/v, gate/up) can share one Gram matrix: see `with_drift`.
+drift = mean((y_dense - W x)^T x). They are plain means, whatever the sequence a token came from,
+kept as running means so that neither the number of tokens nor their scale can overflow fp32. A
+layer's inputs should come from the model whose earlier layers are already compressed. Layers that
+read the same input (q/k/v, gate/up) can share one Gram matrix: see `with_drift`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class InputStats:
     in_features: K.
     needs: "none" (tokens are only counted), "diagonal" (mean squares) or "gram" (the K x K matrix).
     gram [K,K] of `dtype`: mean over tokens of x x^T. mean_square [K] of `dtype`: its diagonal.
-    drift [N,K], optional: mean over tokens of (y_dense - W x) x^T, where y_dense is what the layer put
-        out in the dense model and x is what reaches it in the compressed one. It lets a method correct
-        errors made before this layer.
+    drift [N,K], optional: mean over tokens of (y_dense - W x) x^T, where y_dense is what the layer
+        put out in the dense model and x is what reaches it in the compressed one. It lets a method
+        correct errors made before this layer.
     dtype: of the accumulators. Products of one update are fp32 unless this is float64.
     """
 
@@ -101,10 +101,12 @@ class InputStats:
 
     @torch.no_grad()
     def update(self, x: Tensor, drift: Tensor | None = None) -> None:
-        """Add the tokens of x [..., K], any float dtype; `drift` [..., N] is y_dense - W x of the same tokens.
+        """Add the tokens of x [..., K], any float dtype.
 
-        Raises: CalibrationError for the wrong width, NaN, Inf, or squares that overflow fp32. The statistics are
-        unchanged then.
+        drift [..., N]: y_dense - W x of the same tokens.
+
+        Raises: CalibrationError for the wrong width, NaN, Inf, or squares that overflow fp32. The
+        statistics are unchanged then.
         """
         if x.shape[-1] != self.in_features:
             raise CalibrationError(
@@ -138,8 +140,8 @@ class InputStats:
         self.tokens += count
 
     def with_drift(self, drift: Tensor | None) -> InputStats:
-        """A view that shares the Gram matrix and has this `drift` [N,K], for one of several layers that
-        read the same input."""
+        """A view that shares the Gram matrix and has this `drift` [N,K], for one of several layers
+        that read the same input."""
         return replace(self, drift=drift)
 
     def to(self, device: torch.device | str) -> InputStats:
@@ -165,8 +167,8 @@ class InputStats:
         nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
         if nan or inf:
             raise CalibrationError(
-                f"{what} have {nan} NaN and {inf} infinite values of {values.numel()}; the model overflows on this "
-                "text: load it in bfloat16 or float32, or leave that text out"
+                f"{what} have {nan} NaN and {inf} infinite values of {values.numel()}; the model "
+                "overflows on this text: load it in bfloat16 or float32, or leave that text out"
             )
         raise CalibrationError(
             f"{what} as large as {values.abs().max():.3g} overflow when squared; use dtype=float64"

@@ -23,7 +23,7 @@ def magnitude(weight: Tensor, stats: InputStats | None, config: Config) -> Decom
 
 
 def kept_only(weight: Tensor, mask: Tensor, config: Config) -> Decomposition:
-    """S = weight on `mask` [N,K], rounded to a searched grid where the configuration asks for integers."""
+    """S = weight on `mask` [N,K], rounded to a searched grid where integers are asked for."""
     if config.grid is None:
         return Decomposition(weight.masked_fill(~mask, 0.0), mask)
     S, scales = quantize(weight, mask, config.values, config.group_size)

@@ -24,7 +24,7 @@ from .solvers.metric import Metric, metric
 
 @dataclass(frozen=True)
 class OatsConfig(Config):
-    """`rounds` is 80 in the paper. `polish`: see `finish`."""
+    """The settings of `oats`; `rounds` is 80 in the paper. `polish`: see `finish`."""
 
     rounds: int = setting(80, "alternations of the low-rank part and the kept values", 1, 10_000)
     polish: int = setting(
@@ -34,7 +34,7 @@ class OatsConfig(Config):
 
 @dataclass(frozen=True)
 class SslcConfig(Config):
-    """`rounds` are 20 to 40 in the paper. `polish`: see `finish`."""
+    """The settings of `sslc`; `rounds` are 20 to 40 in the paper. `polish`: see `finish`."""
 
     rounds: int = setting(
         40, "alternations of the kept values and the low-rank part at most", 1, 10_000
@@ -51,8 +51,8 @@ class SslcConfig(Config):
 def oats(weight: Tensor, stats: InputStats, config: OatsConfig) -> Decomposition:
     """weight [N,K] fp32, Gram matrix -> S + P Q^T, from S = 0.
 
-    L = SVD_r(A - S), then S = the largest of A - L, row by row or in each n:m group. The Gram matrix
-    serves `polish`.
+    L = SVD_r(A - S), then S = the largest of A - L, row by row or in each n:m group. The Gram
+    matrix serves `polish`.
     """
     scaled = _scaled(weight, stats)
     A, S, L = scaled.A, torch.zeros_like(scaled.A), _LowRank()
@@ -69,9 +69,9 @@ def oats(weight: Tensor, stats: InputStats, config: OatsConfig) -> Decomposition
 def sslc(weight: Tensor, stats: InputStats, config: SslcConfig) -> Decomposition:
     """weight [N,K] fp32, Gram matrix -> S + P Q^T: pruning and SVD in turn, salient entries pinned.
 
-    No code was published. Our reading: the `pinned` share of largest |A| stays in S through every round
-    (as many as the pattern has room for in each group); S comes first, from L = 0; the error watched is
-    ||A - S - L||. The paper's optional recovery training is `compression.training`.
+    No code was published. Our reading: the `pinned` share of largest |A| stays in S through every
+    round (as many as the pattern has room for in each group); S comes first, from L = 0; the error
+    watched is ||A - S - L||. The paper's optional recovery training is `compression.training`.
     """
     scaled = _scaled(weight, stats)
     A, size, L = scaled.A, scaled.A.abs(), _LowRank()
@@ -114,7 +114,7 @@ class _LowRank(NamedTuple):
 
 
 class _Scaled(NamedTuple):
-    """The Gram metric of the inputs, A = W diag(scale) [N,K] and scale [K], the rms of each input."""
+    """The Gram metric, A = W diag(scale) [N,K] and scale [K], the rms of each input."""
 
     space: Metric
     A: Tensor

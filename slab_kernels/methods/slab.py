@@ -1,11 +1,12 @@
 """W ~ S + (U V^T) * B + P Q^T in the Gram metric, any part optional, all of them solved together.
 
-Minimises tr(E H E^T), E = W - S - (U V^T) * B - P Q^T, with H the Gram matrix of the inputs. The sign
-term is SLaB's (arXiv 2604.04493), the adapter that of SLiM and 3BASiL; the solver is ours. In order:
+Minimises tr(E H E^T), E = W - S - (U V^T) * B - P Q^T, with H the Gram matrix of the inputs. The
+sign term is SLaB's (arXiv 2604.04493), the adapter that of SLiM and 3BASiL; the solver is ours. In
+order:
 
 1. Masked alternating least squares fits U, V to |W| on the pruned positions, column j weighted with
-   1 / U_jj of the Cholesky factor of H^-1: the error that is left in column j once the columns to its
-   right have adapted.
+   1 / U_jj of the Cholesky factor of H^-1: the error that is left in column j once the columns to
+   its right have adapted.
 2. A sweep in the manner of SparseGPT fixes each group's positions and levels by their exact common
    cost. Without a sign term 3BASiL's ADMM takes the place of 1 and 2.
 3. Rounds follow, no step of which raises the loss: kept values with V, then with U, by conjugate
@@ -13,8 +14,8 @@ term is SLaB's (arXiv 2604.04493), the adapter that of SLiM and 3BASiL; the solv
    low-rank part of what is left. They end when a round gains less than `tolerance`.
 4. The factors are rounded as they will be stored, and the kept values are solved for once more.
 
-Integer values are rounded inside the sweep; in the rounds their step sizes are refitted and the descent
-moves them on the grid, so that what is returned is what is stored.
+Integer values are rounded inside the sweep; in the rounds their step sizes are refitted and the
+descent moves them on the grid, so that what is returned is what is stored.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition
     if stats.drift is not None and config.drift:
         W = drift_target(weight, curve.gram, stats.drift, config.drift, config.drift_damping)
     diagonal = curve.gram.diagonal()
-    # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones: without
-    # it, columns spread over 9 decades ended in values beyond fp16. Ordinary layers do not notice it.
+    # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones:
+    # without it, columns spread over 9 decades ended in values beyond fp16. Ordinary layers do not
+    # notice it.
     gram = curve.gram + torch.diag(config.refit_damping * diagonal + REFIT_FLOOR * diagonal.mean())
     solver = _Solver(W, gram, stats, config)
     solver.begin(curve)
@@ -106,7 +108,7 @@ def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition
 
 
 def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: float) -> Tensor:
-    """The weight that would undo `share` of the drift: W + share * drift (H + damping)^-1, [N,K]."""
+    """[N,K] W + share * drift (H + damping)^-1: the weight that would undo `share` of the drift."""
     damped = gram.to(torch.float64, copy=True)
     damped.diagonal().add_(damping * damped.diagonal().mean())
     return W + share * torch.linalg.solve(damped, drift.double(), left=False).to(W)
@@ -212,7 +214,7 @@ class _Solver:
         return float(gram_loss(self.target - self.approximation, self.gram))
 
     def _levels(self, product: Tensor) -> Tensor:
-        """[N,K] levels of B on pruned positions, 0 on kept ones; times U V^T they approximate W there."""
+        """[N,K] levels of B: times U V^T they approximate W where it is pruned; 0 on kept ones."""
         level = nearest(self.approximation, product.abs(), self.config.planes)
         return (level * signs(product)).masked_fill(self.mask, 0.0)
 
@@ -275,7 +277,7 @@ class _Solver:
         )
 
     def finish(self) -> Decomposition:
-        """Step 4: round factors and step sizes as stored, and fit the kept values to what is stored."""
+        """Step 4: round factors and step sizes as stored, and fit the kept values to them."""
         grid = self.config.grid
         U = V = B = P = Q = None
         self._round_adapter()

@@ -1,4 +1,4 @@
-"""SLaB as its paper describes it (arXiv 2604.04493): W ~ S + (U V^T) * B, S and the sign term in turn.
+"""SLaB as published (arXiv 2604.04493): W ~ S + (U V^T) * B, S and the sign term in turn.
 
 It is the baseline that `slab` is compared with.
 """
@@ -21,9 +21,10 @@ from .solvers.quantize import quantize
 
 @dataclass(frozen=True)
 class SlabPaperConfig(Config):
-    """`iterations` is 20 in the paper, which has no `scaled_svd`.
+    """The settings of `slab_paper`.
 
-    That one is a fairer baseline on inputs of uneven energy.
+    `iterations` is 20 in the paper. The paper has no `scaled_svd`, which makes a fairer baseline on
+    inputs of uneven energy.
     """
 
     iterations: int = setting(20, "alternations of S and the sign term", 1, 10_000)
@@ -33,9 +34,9 @@ class SlabPaperConfig(Config):
 def slab_paper(weight: Tensor, stats: InputStats, config: SlabPaperConfig) -> Decomposition:
     """weight [N,K] fp32, mean squares -> S + (U V^T) * B, on every position; packing folds them.
 
-    From L = 0, alternately S = prune(W - L * B) by |Y_S| * ||X_j||_2 per output row or group of n:m,
-    then B = sign(W - S) and L = U V^T = SVD_R(|W - S|), unweighted. Ends with S. Integer values are
-    rounded after folding.
+    From L = 0, alternately S = prune(W - L * B) by |Y_S| * ||X_j||_2 per output row or group of
+    n:m, then B = sign(W - S) and L = U V^T = SVD_R(|W - S|), unweighted. Ends with S. Integer
+    values are rounded after folding.
     """
     norm = stats.diagonal.to(weight).sqrt()
     pattern, grid = config.parsed, config.grid

@@ -1,7 +1,7 @@
-"""SLiM (arXiv 2410.09615): P Q^T diag(x) = SVD_r((W - C) diag(x)), C the quantised and pruned weight.
+"""SLiM (arXiv 2410.09615): P Q^T diag(x) = SVD_r((W - C) diag(x)), C what is left of W.
 
-x is the saliency of the inputs; C = the part of Q(W) that has the largest |Q(W)_ij| * ||X_j||
-(section 3, algorithm 1).
+x is the saliency of the inputs. C is the quantised weight Q(W) where |Q(W)_ij| * ||X_j|| is
+largest, zero elsewhere (section 3, algorithm 1).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def slim(weight: Tensor, stats: InputStats, config: SlimConfig) -> Decomposition
 
 
 def saliency(mean_square: Tensor) -> Tensor:
-    """[K] root mean square of each input plus the smallest positive one, so that none is zero (section 3.2)."""
+    """[K] root mean square of each input plus the smallest positive one, so that none is zero
+    (section 3.2)."""
     x = mean_square.sqrt()
     positive = x[x > 0]
     return x + (positive.min() if positive.numel() else 1.0)
@@ -86,9 +87,9 @@ def _quantised(W: Tensor, config: SlimConfig) -> tuple[Tensor, Tensor | None]:
 def slim_quant(W: Tensor, values: str) -> Tensor:
     """The step size of one symmetric grid for all of W: SLiM-Quant (section 3.1).
 
-    Minimises E(a) = sum f(v) (Q_a(v) - v)^2 over the cap a, f being a histogram of |w|, from coarse to
-    fine. Searched is the quantiser that is applied, clipping and rounding included. (The released code
-    models a step of a/8 and applies a/7, which makes the squared error 6.7 % larger.)
+    Minimises E(a) = sum f(v) (Q_a(v) - v)^2 over the cap a, f being a histogram of |w|, from coarse
+    to fine. Searched is the quantiser that is applied, clipping and rounding included. (The
+    released code models a step of a/8 and applies a/7, which makes the squared error 6.7 % larger.)
     """
     size = W.abs().flatten()
     top = float(size.max())

@@ -1,6 +1,6 @@
-"""SparseGPT (arXiv 2301.00774): S = W with w^2 / [H^-1]_jj smallest pruned, errors pushed to the right.
+"""SparseGPT (arXiv 2301.00774): entries of least w^2 / [H^-1]_jj go, the others make up for them.
 
-The error of each column is made up for by the columns to its right (algorithm 1): see `solvers.sweep`.
+The error of each column is pushed onto the columns to its right (algorithm 1): see `solvers.sweep`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .solvers.sweep import curvature, sweep
 
 @dataclass(frozen=True)
 class SparseGPTConfig(Config):
-    """`damping` is 0.01 in the paper."""
+    """The settings of `sparsegpt`; `damping` is 0.01 in the paper."""
 
     damping: float = setting(
         0.01, "share of the mean diagonal of the Gram matrix added to it", 0, 10
@@ -30,9 +30,9 @@ def sparsegpt(weight: Tensor, stats: InputStats, config: SparseGPTConfig) -> Dec
     """weight [N,K] fp32, Gram matrix -> S: masks by w^2 / [H^-1]_jj of the updated weights.
 
     n:m masks are chosen when the sweep reaches the group, unstructured ones row by row within each
-    block of 128 columns; how many a row keeps in a block follows from its |w| / U_jj before the sweep.
-    Inputs that were always zero count as weak independent inputs (see `damped_cholesky`). Integer
-    values are rounded inside the sweep, as in GPTQ.
+    block of 128 columns; how many a row keeps in a block follows from its |w| / U_jj before the
+    sweep. Inputs that were always zero count as weak independent inputs (see `damped_cholesky`).
+    Integer values are rounded inside the sweep, as in GPTQ.
     """
     curve = curvature(stats.matrix, config.damping)
     pattern, grid = config.parsed, config.grid

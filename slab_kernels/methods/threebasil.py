@@ -44,12 +44,12 @@ class Schedule:
     """How the penalty rho grows, by the share of kept positions that moved since the last check.
 
     every: iterations between two checks.
-    factors: rho grows by the first while more than 10 % move, by the second above 0.5 %, else by the third.
+    factors: by which rho grows where more than 10 % moved, more than 0.5 %, or fewer.
 
-    3BASiL's own factors are 1.1, 1.05, 1.02. The start of a schedule decides the result, its end does
-    not: on a 1024 x 1024 layer, rank 16, these take 260 iterations instead of 480 and end 0.5 % above
-    its loss; 1.15 throughout takes 200 and ends 1.5 % above; over-relaxed steps (1.6) are slower and
-    worse.
+    3BASiL's own factors are 1.1, 1.05, 1.02. The start of a schedule decides the result, its end
+    does not: on a 1024 x 1024 layer, rank 16, these take 260 iterations instead of 480 and end
+    0.5 % above its loss; 1.15 throughout takes 200 and ends 1.5 % above; over-relaxed steps (1.6)
+    are slower and worse.
     """
 
     every: int = 10
@@ -67,7 +67,9 @@ SCHEDULES = {"threebasil": Schedule(), "alps": Schedule(3, (1.3, 1.2, 1.1))}
 
 @dataclass(frozen=True)
 class ThreeBasilConfig(Config):
-    """The Gram matrix H becomes H + diag(a diag(H) + b mean(diag H)), b and a being `damping` and
+    """The settings of `threebasil` and `alps`.
+
+    The Gram matrix H becomes H + diag(a diag(H) + b mean(diag H)), b and a being `damping` and
     `relative_damping`, 0.005 both in the paper. A run that ends at `iterations` warns, since one
     stopped early is worse than simpler methods. A round of `polish` solves kept values and adapter
     again for the chosen positions and, where the states of a group can be enumerated, swaps
@@ -89,7 +91,10 @@ class ThreeBasilConfig(Config):
 
 
 def threebasil(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decomposition:
-    """weight [N,K] fp32, Gram matrix -> S + P Q^T; integer values are rounded afterwards, then polished."""
+    """weight [N,K] fp32, Gram matrix -> S + P Q^T.
+
+    Integer values are rounded after the ADMM, then polished.
+    """
     space = metric(stats.matrix, config.damping, config.relative_damping)
     T = weight * space.scale
     split = admm(T, space, config, SCHEDULES["threebasil"], config.adapter_rank)
@@ -112,8 +117,8 @@ def admm(
 ) -> Split:
     """The loop above for T [N,K] in the unit-diagonal coordinates of `space`, from L = 0, V = 0.
 
-    D begins as the part of T that the pattern keeps. Warns with a RuntimeWarning where positions still
-    move after `config.iterations`.
+    D begins as the part of T that the pattern keeps. Warns with a RuntimeWarning where positions
+    still move after `config.iterations`.
     """
     rho = config.rho
     while True:
@@ -124,7 +129,7 @@ def admm(
 
 
 def _settle(run: _Run, config: ThreeBasilConfig, schedule: Schedule) -> bool:
-    """Iterate until positions stay. False, early, if hardly any moved at the first check: rho is too large."""
+    """Iterate until positions stay. False if few moved at the first check: rho is too large."""
     moved = 1.0
     for iteration in range(1, config.iterations + 1):
         run.iterate()
@@ -138,8 +143,8 @@ def _settle(run: _Run, config: ThreeBasilConfig, schedule: Schedule) -> bool:
             return True
         run.penalise(schedule.growth(moved))
     warnings.warn(
-        f"ADMM had not settled after iterations={config.iterations}: {moved:.2%} of the kept positions "
-        "still moved; allow more",
+        f"ADMM had not settled after iterations={config.iterations}: {moved:.2%} of the kept "
+        "positions still moved; allow more",
         RuntimeWarning,
         stacklevel=4,
     )

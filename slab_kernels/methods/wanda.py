@@ -12,6 +12,6 @@ from .solvers.masks import select
 
 
 def wanda(weight: Tensor, stats: InputStats, config: Config) -> Decomposition:
-    """weight [N,K] fp32, mean squares -> S = weight where the score is highest in its row or n:m group."""
+    """weight [N,K] fp32, mean squares -> S, the highest scores of each row or n:m group."""
     score = weight.abs() * stats.diagonal.to(weight).sqrt()
     return kept_only(weight, select(score, config.parsed), config)

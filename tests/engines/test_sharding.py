@@ -7,9 +7,9 @@ import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.engines.sharding import LayerParts, Slice, column_parallel, row_parallel
+from slab_kernels.engines.sharding import LayerParts, column_parallel, row_parallel
 from slab_kernels.errors import CheckpointError, MetadataError, PaddingError, ShapeError
-from slab_kernels.format import PackedLayout, PackedWeight
+from slab_kernels.format import PackedLayout, PackedWeight, Slice
 from slab_kernels.testing import random_packed
 
 FORMS = {

@@ -53,23 +53,6 @@ def test_legal_nibbles_are_the_ascending_pairs():
     assert sorted(bits.LEGAL_NIBBLES) == sorted(i0 | i1 << 2 for i0, i1 in PATTERNS)
 
 
-def test_complement_of_every_word_of_eight_nibbles():
-    """All 6^8 = 1,679,616 legal words, against the complement made position by position."""
-    legal = torch.tensor(bits.LEGAL_NIBBLES)
-    complement = {i0 | i1 << 2: _nibble(sorted({0, 1, 2, 3} - {i0, i1})) for i0, i1 in PATTERNS}
-    flipped = torch.tensor([complement[int(n)] for n in legal])
-    index = torch.cartesian_prod(*[torch.arange(6)] * 8)
-    shifts = 4 * torch.arange(8)
-    words, expected = (legal[index] << shifts).sum(1), (flipped[index] << shifts).sum(1)
-    assert words.numel() == 6**8
-    assert torch.equal(bits.complement_metadata(words), expected)
-    assert torch.equal(bits.complement_metadata(expected), words)
-
-
-def _nibble(pair):
-    return pair[0] | pair[1] << 2
-
-
 def test_pruned_positions_are_the_complement():
     for i0, i1 in PATTERNS:
         p0, p1 = bits.pruned_positions(torch.tensor(i0), torch.tensor(i1))

@@ -1,4 +1,5 @@
-"""Every method from the outside: patterns, order of quality, grids, packing, and refusal of bad input."""
+"""Every method from the outside: patterns, order of quality, grids, packing, and refusal of bad
+input."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ PATTERNS = ["2:4", "4:8", "1:4", "50%", "60%", "70%", "80%"]
 
 
 def correlated_layer(N: int, K: int, seed: int = 0, tokens: int = 6000):
-    """W [N,K] and held-out and calibration statistics: power-law x AR(1) covariance, outlier channels, Student-t weights."""
+    """W [N,K] and held-out and calibration statistics: power-law x AR(1) covariance, outlier
+    channels, Student-t weights."""
     g = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(K, K, generator=g)).Q
     root = basis * torch.arange(1, K + 1).float().pow(-0.4) @ basis.T
@@ -59,7 +61,8 @@ def error(W, approximation, stats) -> float:
     return math.sqrt(float(((E @ stats.gram) * E).sum() / ((W @ stats.gram) * W).sum()))
 
 
-# ------------------------------------------------------------------------------------------------ patterns
+# ------------------------------------------------------------------------------------------------
+# patterns
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.filterwarnings("ignore:ADMM had not settled")
@@ -107,7 +110,8 @@ def test_any_small_layer_with_little_data_gives_finite_numbers(
     assert (d.mask.sum(1) == K // 2).all()
 
 
-# ------------------------------------------------------------------------------------------------ quality
+# ------------------------------------------------------------------------------------------------
+# quality
 def test_order_of_the_methods_on_held_out_inputs(layer):
     W, stats, heldout = layer
     e = {name: error(W, decompose(W, stats, name).dense(), heldout) for name in METHODS}
@@ -196,7 +200,8 @@ def test_drift_moves_the_layer_towards_the_dense_output():
     torch.testing.assert_close(plain.dense(), decompose(W, measured, drift=0.0).dense())
 
 
-# ------------------------------------------------------------------------------------------------ grids, packing
+# ------------------------------------------------------------------------------------------------
+# grids, packing
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("values", "group_size"), [("int8", 128), ("int8", None), ("int4", 32), ("int4", 64)]
@@ -278,7 +283,8 @@ def test_rounding_inside_beats_rounding_afterwards(values, layer):
     )
 
 
-# ------------------------------------------------------------------------------------------------ purity
+# ------------------------------------------------------------------------------------------------
+# purity
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_are_pure_and_repeatable(method, layer):
     W, stats, _ = layer
@@ -318,7 +324,8 @@ def test_dead_inputs_are_approximated_like_any_other():
     assert decompose(W, InputStats.from_gram(torch.zeros(32, 32))).dense().isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------------
+# bad input
 @pytest.mark.parametrize(
     ("change", "kind", "text"),
     [

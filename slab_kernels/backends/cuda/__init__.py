@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...errors import ArgumentTypeError, ShapeError
 from ...format import PackedWeight
-from ...ops import register_vmap, without_autocast
+from ...ops import Definition, fake_result, register_linear_op
 from ..base import Backend, LinearProblem, differences
 from . import driver, layout
 from .launch import BIAS_TYPES, Device, kernel_names, linear
@@ -199,54 +199,20 @@ def check(
 def _linear_fake(
     x, stream, V, U, P, Q, bias, in_features, rows, values, group_steps, planes, dtype
 ):
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
-    )
-    return x.new_empty(*x.shape[:-1], sum(rows))
+    return fake_result(x, in_features, sum(rows))
 
 
-def _setup_context(ctx, inputs, output):
-    (
-        _,
-        *tensors,
-        _,
-        ctx.in_features,
-        ctx.rows,
-        ctx.values,
-        ctx.group_steps,
-        ctx.planes,
-        ctx.dtype,
-    ) = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad):
-    stream, V, U, P, Q = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        wide = grad.float()
-        W = layout.dense(
-            stream,
-            V,
-            U,
-            ctx.in_features,
-            ctx.rows,
-            ctx.values,
-            ctx.group_steps,
-            ctx.planes,
-            ctx.dtype,
-        )
-        with without_autocast(grad):
-            grad_x = wide @ W
-            if P is not None:
-                parts = layout.adapters(P, Q, ctx.in_features, ctx.rows, ctx.dtype)
-                for part, (left, right) in zip(wide.split(list(ctx.rows), -1), parts, strict=True):
-                    grad_x = grad_x + (part @ left.float()) @ right.float()
-        grad_x = grad_x.to(grad.dtype)
-    if ctx.needs_input_grad[6]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * 5, grad_bias, *(None,) * 6
+def _input_gradient(
+    grad, stream, V, U, P, Q, in_features, rows, values, group_steps, planes, dtype
+):
+    wide = grad.float()
+    W = layout.dense(stream, V, U, in_features, rows, values, group_steps, planes, dtype)
+    grad_x = wide @ W
+    if P is not None:
+        parts = layout.adapters(P, Q, in_features, rows, dtype)
+        for part, (left, right) in zip(wide.split(list(rows), -1), parts, strict=True):
+            grad_x = grad_x + (part @ left.float()) @ right.float()
+    return grad_x
 
 
 def register() -> None:
@@ -257,19 +223,8 @@ def register() -> None:
 
 @functools.cache
 def _register_once() -> torch.library.Library:
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for name in (
-        "linear_cuda",
-        "linear_cuda_frozen",
-    ):  # autograd costs every call some 10 us, with or without gradients
-        library.define(name + ARGUMENTS)
-        library.impl(name, _linear, "CUDA")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _linear_fake, lib=library)
-        register_vmap(name, library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::linear_cuda", _backward, setup_context=_setup_context, lib=library
-    )
-    return library
+    definition = Definition(ARGUMENTS, _linear, "CUDA")
+    return register_linear_op("linear_cuda", 6, _linear_fake, _input_gradient, definition)
 
 
 BACKEND = CudaBackend()

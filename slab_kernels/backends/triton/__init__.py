@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import ArgumentTypeError, ShapeError
 from ...format import PackedWeight
-from ...ops import register_vmap, without_autocast
+from ...ops import EVERYWHERE, Definition, fake_result, register_linear_op
 from ..base import Backend, LinearProblem, differences
 from . import launch
 from .configs import Device, choose, splits, z_splits
@@ -222,11 +222,7 @@ def check(
 def _linear_fake(
     x, values, metadata, signs, scales, U, V, P, Q, bias, in_features, rows, value_type, group_size
 ):
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"x has {x.shape[-1]} features, the weight {in_features}",
-    )
-    return x.new_empty(*x.shape[:-1], sum(rows))
+    return fake_result(x, in_features, sum(rows))
 
 
 def _dense(
@@ -258,21 +254,10 @@ def _dense_fake(
     return values.new_empty(sum(rows), in_features, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
-    _, *tensors, _, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad):
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        state = (*ctx.saved_tensors, ctx.in_features, ctx.rows, ctx.value_type, ctx.group_size)
-        W = torch.ops.slab_kernels.dense_triton(*state, grad.dtype)  # torch.compile traces an op
-        with without_autocast(grad):
-            grad_x = grad @ W
-    if ctx.needs_input_grad[9]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, *(None,) * 8, grad_bias, *(None,) * 4
+def _input_gradient(grad, *state):
+    return grad @ torch.ops.slab_kernels.dense_triton(
+        *state, grad.dtype
+    )  # torch.compile traces an op
 
 
 def register() -> None:
@@ -282,28 +267,13 @@ def register() -> None:
 
 
 @functools.cache
-def _register_once() -> torch.library.Library:
+def _register_once() -> tuple[torch.library.Library, ...]:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    linear = f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor"
-    for name, arguments, run, fake in (
-        ("linear_triton", linear, _linear, _linear_fake),
-        (
-            "linear_triton_frozen",
-            linear,
-            _linear,
-            _linear_fake,
-        ),  # autograd costs every call some 10 us, even without gradients
-        ("dense_triton", f"({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor", _dense, _dense_fake),
-    ):
-        library.define(name + arguments)
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    for name in ("linear_triton", "linear_triton_frozen"):
-        register_vmap(name, library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::linear_triton", _backward, setup_context=_setup_context, lib=library
-    )
-    return library
+    library.define(f"dense_triton({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor")
+    library.impl("dense_triton", _dense, EVERYWHERE)
+    torch.library.register_fake(f"{NAMESPACE}::dense_triton", _dense_fake, lib=library)
+    linear = Definition(f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor", _linear)
+    return library, register_linear_op("linear_triton", 9, _linear_fake, _input_gradient, linear)
 
 
 BACKEND = TritonBackend()

@@ -1,9 +1,9 @@
 """Coordinate descent on tr(E H E^T), E = W - approximation, over what is discrete.
 
-Discrete are the kept positions, the levels of pruned entries and integer values. This complements the
-sweep: the sweep fixes a group while the columns to its right can still adapt and never looks back; the
-descent visits every group again, each given everything else, so that the loss can only fall. It is
-ours; only the rounding of a group's kept values is Babai's nearest plane (1986).
+Discrete are the kept positions, the levels of pruned entries and integer values. The sweep fixes a
+group while the columns to its right can still adapt, and never looks back; the descent visits every
+group again, each given everything else, so that the loss can only fall. It is ours; only the
+rounding of a group's kept values is Babai's nearest plane (1986).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def descend(
     """One pass over all of W: the new approximation [N,K] and kept mask [N,K].
 
     W, approximation, magnitude [N,K], mask [N,K] bool, gram [K,K]. Pruned entries are a level of
-    `planes` signs times magnitude >= 0, or zero for planes=0. With a `grid`, kept values lie on it with
-    step sizes `scales` [N,groups]. Positions move where the states of a group can be enumerated.
+    `planes` signs times magnitude >= 0, or zero for planes=0. With a `grid`, kept values lie on it
+    with step sizes `scales` [N,groups]. Positions move where the states of a group can be
+    enumerated.
     """
     if enumerable(pattern, planes):
         return descend_groups(
@@ -70,15 +71,17 @@ def descend_groups(
 ) -> tuple[Tensor, Tensor]:
     """One pass over the groups of an enumerable n:m pattern; arguments and results as of `descend`.
 
-    Every group takes the best of its states (24 for 2:4) with its kept values at their least-squares
-    optimum or, on a grid, rounded one after the other. Of the levels of a pruned entry the two next to
-    the group's own optimum are tried. A group never moves to a state worse than its own.
+    Every group takes the best of its states (24 for 2:4) with its kept values at their
+    least-squares optimum or, on a grid, rounded one after the other. Of the levels of a pruned
+    entry the two next to the group's own optimum are tried. A group never moves to a state worse
+    than its own.
     """
     m, N = pattern.group, len(W)
     solver = _GroupSolver(gram, pattern, grid, planes)
     target, size = W.T.contiguous(), magnitude.T.contiguous()
     steps = _step_of_every_entry(scales, grid, W)
-    E, kept = (W - approximation).T.contiguous(), mask.T.contiguous()
+    E = (W - approximation).T.contiguous()
+    kept = mask.T.clone(memory_format=torch.contiguous_format)
     for block, gradient in _blocks(E, gram, max(m, BLOCK // m * m)):
         for a in range(block.start, block.stop, m):
             group = slice(a, a + m)
@@ -99,8 +102,8 @@ def descend_groups(
 def _blocks(E: Tensor, gram: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of `width` columns of E [K,N], each with the gradient H E of its columns [width,N].
 
-    The caller changes E within the block and keeps that gradient current; before the next block, the
-    change is carried to all other gradients.
+    The caller changes E within the block and keeps that gradient current; before the next block,
+    the change is carried to all other gradients.
     """
     G, K = gram @ E, len(E)
     for start in range(0, K, width):
@@ -125,7 +128,7 @@ def _step_of_every_entry(scales: Tensor | None, grid: Grid | None, W: Tensor) ->
 class _GroupSolver:
     """The least-squares optimum of a group's kept values in each of its states.
 
-    C is the number of choices of p pruned and n kept positions of m, T that of levels of one choice.
+    There are C choices of p pruned and n kept positions of m, and T of their levels.
     blocks [K/m,m,m]: the groups' own parts of H.
     kept_inverse [K/m,C,n,n]: the inverse of each choice's kept part.
     kept_from_pruned [K/m,C,n,p]: how kept errors answer to pruned ones.
@@ -153,9 +156,10 @@ class _GroupSolver:
         gradient_outside: Tensor,
         step: Tensor | None,
     ) -> Tensor:
-        """[C*T,m,N] errors of the group in all its states; all arguments [m,N], step None without a grid.
+        """[C*T,m,N] errors of the group in all its states. All arguments are [m,N].
 
         gradient_outside: the gradient that the rest of the row exerts on the group.
+        step: None without a grid.
         """
         pruned, kept = self.states.pruned, self.states.kept
         level: Tensor | float = 0.0
@@ -208,9 +212,9 @@ def descend_levels(
 ) -> Tensor:
     """One pass over columns for any pattern: the new approximation. Arguments as of `descend`.
 
-    Positions stay. An entry takes the best of its values given everything else: a pruned one the level
-    nearest to its least-squares optimum (planes=0: zero), a kept one the optimum itself, rounded if
-    there is a grid.
+    Positions stay. An entry takes the best of its values given everything else: a pruned one the
+    level nearest to its least-squares optimum (planes=0: zero), a kept one the optimum itself,
+    rounded if there is a grid.
     """
     target, size = W.T.contiguous(), magnitude.T.contiguous()
     steps = _step_of_every_entry(scales, grid, W)

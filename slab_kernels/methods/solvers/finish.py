@@ -1,9 +1,9 @@
-"""The end that all methods with a plain adapter share: min tr(E H E^T), E = W - S - P Q^T, all as stored.
+"""How methods with a plain adapter end: least tr(E H E^T) for E = W - S - P Q^T, all as stored.
 
 Kept values go to their grid, then S and P Q^T are solved for again in rounds: kept values (or step
-sizes) with P by conjugate gradients, positions and values of every group by coordinate descent, and the
-adapter as the best low-rank part of what is left (EoRA, arXiv 2410.21271, equations 4-6). No step raises
-the loss.
+sizes) with P by conjugate gradients, positions and values of every group by coordinate descent, and
+the adapter as the best low-rank part of what is left (EoRA, arXiv 2410.21271, equations 4-6). No
+step raises the loss.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def finish(
     """The decomposition of the weight whose unit-diagonal form T [N,K] `split` approximates.
 
     rounds: how often everything is solved for again. swap: whether positions and values move by
-    coordinate descent. Values that are to be integers and have no step sizes yet are first rounded to
-    grids of least squared error; the rounds then refit the step sizes and move values on the grid.
+    coordinate descent. Values that are to be integers and have no step sizes yet are first rounded
+    to grids of least squared error; the rounds then refit the step sizes and move values on the
+    grid.
     """
     grid, d = config.grid, space.scale
     if grid and split.scales is None:
@@ -70,7 +71,18 @@ def finish(
         if swap:
             split = _descend(split.without_adapter(T), space, split, config)
         split, basis = _fit_adapter(T, space, split, basis)
+    return _as_stored(T, space, split, config, solve=rounds > 0)
+
+
+def _as_stored(
+    T: Tensor, space: Metric, split: Split, config: Config, *, solve: bool
+) -> Decomposition:
+    """Everything as it will be stored, in the weight's own coordinates.
+
+    solve: whether kept values without a grid are fitted once more to the rounded adapter.
+    """
     S, mask, P, Q, scales = split
+    grid, d = config.grid, space.scale
     if P is not None and Q is not None:
         P, Q = round_adapter(P, Q / d[:, None], config.stored_adapter)
     if grid and scales is not None:
@@ -80,7 +92,7 @@ def finish(
         return Decomposition(
             S, mask, P=P, Q=Q, scales=scales, values=grid.values, group_size=grid.group_size
         )
-    if rounds and P is not None and Q is not None:
+    if solve and P is not None and Q is not None:
         S = _refit(T - P @ (Q * d[:, None]).T, space, Split(S, mask), None).S
     return Decomposition(S / d, mask, P=P, Q=Q)
 
@@ -99,15 +111,18 @@ def _refit(target: Tensor, space: Metric, split: Split, grid: Grid | None) -> Sp
     """Kept values (or step sizes) and P by least squares; target: T - P Q^T [N,K]."""
     d, diagonal = space.scale, space.gram.diagonal()
     kept: Part
+    start: Tensor
     if grid and split.scales is not None:
         steps = expand_scales(split.scales, split.S.shape[1], grid.group_size)
         q = (split.S / d / steps).round()
         kept, start = StepSizes(q * d, grid.group_size, diagonal), split.scales
     else:
         kept, start = KeptValues(split.mask, diagonal), split.S
-    parts, unknowns = [kept], [start]
+    parts: list[Part] = [kept]
+    unknowns = [start]
     if split.P is not None and split.Q is not None:
-        parts, unknowns = [kept, AdapterOutput(split.Q, space.gram)], [start, split.P]
+        parts.append(AdapterOutput(split.Q, space.gram))
+        unknowns.append(split.P)
     residual = target - kept.expand(start)
     found = conjugate_gradients(residual, space.gram, parts, unknowns, ITERATIONS, TOLERANCE)
     return split._replace(

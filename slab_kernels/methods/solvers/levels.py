@@ -1,7 +1,8 @@
-"""What a pruned entry may be, in units of its magnitude l = (U V^T)_ij: a sum of `planes` signs, each half the one before.
+"""The levels of a pruned entry, as multiples of its magnitude |U V^T|_ij.
 
-One plane: -1, +1. Two: -1.5, -0.5, +0.5, +1.5. Three: the odd multiples of a quarter up to 1.75. Zero is not among them:
-the magnitude is fitted to what is pruned, so the levels lie where the entries are.
+A level is a sum of signs, each worth half the one before. One plane of signs has -1 and +1; two
+have -1.5, -0.5, +0.5, +1.5; three have the odd multiples of a quarter up to 1.75. Zero is not among
+them: the magnitude is fitted to what is pruned, so the levels lie where the entries are.
 """
 
 from __future__ import annotations
@@ -12,14 +13,11 @@ from torch import Tensor
 from ...format import plane_unit
 
 
-def levels(planes: int) -> tuple[float, ...]:
-    """The 2^planes multiples, the largest first."""
-    unit = plane_unit(planes)
-    return tuple(unit * odd for odd in range(2**planes - 1, -(2**planes), -2))
-
-
 def neighbours(w: Tensor, magnitude: Tensor, planes: int) -> tuple[Tensor, Tensor]:
-    """The two levels next to each other between which w / magnitude lies, or the outermost two; both as multiples."""
+    """The adjacent levels between which w / magnitude lies, or the outermost two, as multiples.
+
+    w and magnitude >= 0 have one shape; the lower level comes first.
+    """
     unit, most = plane_unit(planes), 2**planes - 1
     steps = w / (unit * magnitude).clamp_min(torch.finfo(w.dtype).tiny)
     below = (2 * ((steps - 1) / 2).floor() + 1).clamp(-most, most - 2) * unit
@@ -27,7 +25,8 @@ def neighbours(w: Tensor, magnitude: Tensor, planes: int) -> tuple[Tensor, Tenso
 
 
 def nearest(w: Tensor, magnitude: Tensor, planes: int) -> Tensor:
-    """The multiple c of `magnitude` >= 0 with c * magnitude nearest to w (+ for w = 0); both broadcast."""
+    """The level c with c * magnitude nearest to w, positive for w = 0; w and magnitude >= 0
+    broadcast."""
     if planes == 1:
         return torch.where(w < 0, -1.0, 1.0).to(w.dtype)
     unit, most = plane_unit(planes), 2**planes - 1

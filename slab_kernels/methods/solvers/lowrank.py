@@ -1,4 +1,8 @@
-"""Low-rank magnitudes under signs: masked alternating least squares, and the truncated SVD of the paper's loop."""
+"""Low-rank magnitudes under signs, |W| ~ U V^T on pruned positions, and truncated SVDs.
+
+The magnitudes are found by masked alternating least squares, the SVDs by subspace iteration (Halko
+et al. 2011, arXiv 0909.4061, algorithm 4.4).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from .levels import nearest
 from .masks import Pattern, select
 
 OVERSAMPLE = 8  # extra columns of the randomised SVD (Halko et al. 2011, section 4.3)
+SEED = 0  # of the basis from which a truncated SVD starts
 
 
 def signs(x: Tensor) -> Tensor:
@@ -20,15 +25,16 @@ def truncated_svd(
     A: Tensor,
     rank: int,
     iterations: int = 4,
-    seed: int = 0,
     metric: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Best rank-`rank` approximation A [N,K] ~= U V^T by subspace iteration; U [N,R] carries the singular values.
+    """The best rank-`rank` approximation A [N,K] ~ U V^T by subspace iteration. Deterministic.
 
-    metric: F [K,K]; then of A F, without forming it.  start: [K, R + a few] a basis to start from, such as the V of a nearby
-    matrix; otherwise it comes from a generator of its own, torch's global one is not touched. With a metric V has all
-    R + OVERSAMPLE columns, for the next start. Deterministic.
+    U [N,R] carries the singular values, V [K,R] is orthonormal.
+    metric: F [K,K]; the approximation is then that of A F, which is not formed. V then has all
+        R + OVERSAMPLE columns, for the start of the next call.
+    start: a basis [K, R or more] to start from, such as the V of a nearby matrix. Without one, a
+        generator of its own draws it; torch's global one is not touched.
     """
     width = min(rank + OVERSAMPLE, *A.shape)
 
@@ -39,22 +45,20 @@ def truncated_svd(
         return A.T @ Y if metric is None else metric.T @ (A.T @ Y)
 
     if start is None:
-        start = torch.randn(A.shape[1], width, generator=torch.Generator().manual_seed(seed)).to(A)
+        start = torch.randn(A.shape[1], width, generator=torch.Generator().manual_seed(SEED)).to(A)
     Q = torch.linalg.qr(forward(start)).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(forward(torch.linalg.qr(backward(Q)).Q)).Q
     left, sigma, right = torch.linalg.svd(backward(Q).T, full_matrices=False)
-    V = right.T.contiguous()
-    return (Q @ left[:, :rank]) * sigma[:rank], V if metric is not None else V[
-        :, :rank
-    ].contiguous()
+    U, V = (Q @ left[:, :rank]) * sigma[:rank], right.T.contiguous()
+    return U, V if metric is not None else V[:, :rank].contiguous()
 
 
 def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
-    """argmin_U sum weight * (A - U V^T)^2 for A, weight [N,K], V [K,R]; `previous` [N,R] is the current U.
+    """U [N,R] of least sum weight * (A - U V^T)^2 for A, weight [N,K] and V [K,R].
 
-    A proximal term of 1e-6 of the mean curvature towards `previous` keeps rows solvable that have fewer counted
-    entries than R, and keeps the step monotone.
+    A proximal term of 1e-6 of the mean curvature towards `previous` [N,R] keeps rows solvable that
+    have fewer counted entries than R, and keeps the step monotone.
     """
     R = V.shape[1]
     products = (V[:, :, None] * V[:, None, :]).flatten(1)
@@ -70,7 +74,10 @@ def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
 def masked_als(
     A: Tensor, weight: Tensor, U: Tensor, V: Tensor, iterations: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Alternating least squares for min sum weight * (A - U V^T)^2 (weight [N,K] >= 0); never increases the loss."""
+    """U and V after alternating least squares for sum weight * (A - U V^T)^2, weight [N,K] >= 0.
+
+    No step increases the sum.
+    """
     for _ in range(iterations):
         U = fit_rows(A, weight, V, U)
         V = fit_rows(A.T, weight.T, U, V)
@@ -80,12 +87,13 @@ def masked_als(
 def signed_factors(
     W: Tensor, scale: Tensor, pattern: Pattern, rank: int, rounds: int = 8, planes: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U [N,R], V [K,R] and kept mask [N,K] for min over pruned entries of sum_j scale_j^2 (|W_ij| - c_ij |U V^T|_ij)^2.
+    """U [N,R], V [K,R] and kept mask [N,K] for the least loss in a diagonal metric.
 
-    c > 0 is the nearest level of `planes` signs: 1 for one plane. Block coordinate descent over mask, levels and factors,
-    each step exact: the loss of `signed_loss` never increases.
-    Replaces the paper's EM-like loop (arXiv 2604.04493), which converges slowly to the same optimum.
-    `scale` [K] > 0 is the error metric, e.g. the root mean square of each input.
+    The loss is the sum over pruned entries of scale_j^2 (|W_ij| - c_ij |U V^T|_ij)^2, where c > 0
+    is the nearest level of `planes` signs, 1 for one plane. Block coordinate descent over mask,
+    levels and factors, each step exact, never increases it. This replaces the paper's EM-like loop
+    (arXiv 2604.04493), which converges slowly to the same optimum.
+    scale: [K] > 0, the error metric, such as the root mean square of each input.
     """
     A = W.abs() * scale
     mask = select(A, pattern)
@@ -103,19 +111,9 @@ def signed_factors(
         return U, V, mask
 
     U, V, mask = descend(U, V, mask)
-    if (
-        rank > 1
-    ):  # start from the SVD of |W| with the kept entries imputed by the rank-1 fit: R=1 is contained in it
+    if rank > 1:
+        # The SVD is of |W| with kept entries imputed by the rank-1 fit, so it contains that fit.
         L = U @ V.T
         U, V = truncated_svd(torch.where(mask, L, A / nearest(A, L.abs(), planes)), rank)
         U, V, mask = descend(U, V, mask)
     return U, V / scale[:, None], mask
-
-
-def signed_loss(
-    W: Tensor, scale: Tensor, mask: Tensor, U: Tensor, V: Tensor, planes: int = 1
-) -> Tensor:
-    """sum over pruned entries of scale_j^2 (|W_ij| - c |U V^T|_ij)^2: the diagonal-metric loss with the best levels."""
-    L = (U @ V.T).abs()
-    E = (W.abs() - nearest(W.abs(), L, planes) * L) * scale
-    return (E.masked_fill(mask, 0.0) ** 2).sum()

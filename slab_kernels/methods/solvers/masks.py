@@ -1,4 +1,7 @@
-"""Sparsity patterns and the choice of kept positions. Ties go to the lowest input index, on every device."""
+"""Sparsity patterns and the choice of kept positions.
+
+Ties go to the lowest input index, on every device.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from torch import Tensor
 
 from ...errors import PatternError
 
-LOOP_GROUP = 8  # up to here ranks by comparison (m^2 passes over N*K/m) beat a sort
+# Up to this group size, ranks by comparison (m^2 passes over N * K / m scores) beat a sort.
+LOOP_GROUP = 8
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """n:m (`keep` of every `group` consecutive inputs) or unstructured (`removed` fraction of every output row)."""
+    """n:m keeps `keep` of every `group` consecutive inputs; an unstructured pattern has group 0 and
+    removes the fraction `removed` of every output row."""
 
     keep: int = 0
     group: int = 0
@@ -52,22 +57,21 @@ def parse_pattern(text: str) -> Pattern:
         if 0 < removed < 1:
             return Pattern(removed=removed)
     raise PatternError(
-        f"pattern={reprlib.repr(text)} is not a pattern: write 'n:m' with 0 < n < m to keep n of every m inputs ('2:4', '4:8'), "
-        "or a percentage to remove from every row ('50%' .. '80%')"
+        f"pattern={reprlib.repr(text)} is not a pattern: write 'n:m' with 0 < n < m to keep n of "
+        "every m inputs ('2:4', '4:8'), or a percentage to remove from every row ('50%' .. '80%')"
     )
 
 
 def select(score: Tensor, pattern: Pattern) -> Tensor:
-    """Keep the highest scores [N,K]: [N,K] bool mask with exactly the pattern's count, ties to the lowest index."""
+    """[N,K] bool mask of the highest scores [N,K], exactly as many as the pattern keeps."""
     if pattern.structured:
         return top_of_groups(score.unflatten(1, (-1, pattern.group)), pattern.keep).flatten(1)
-    return top_of_rows(
-        score, torch.full_like(score[:, :1], pattern.kept_in_row(score.shape[1]), dtype=torch.long)
-    )
+    keep = pattern.kept_in_row(score.shape[1])
+    return top_of_rows(score, torch.full_like(score[:, :1], keep, dtype=torch.long))
 
 
 def top_of_groups(score: Tensor, keep: int) -> Tensor:
-    """Mask of the `keep` highest along the last dimension of [..., m]."""
+    """Mask of the `keep` highest along the last dimension of score [..., m]."""
     m = score.shape[-1]
     if m > LOOP_GROUP:
         return top_of_rows(score, torch.full_like(score[..., :1], keep, dtype=torch.long))
@@ -82,7 +86,7 @@ def top_of_groups(score: Tensor, keep: int) -> Tensor:
 
 
 def top_of_rows(score: Tensor, keep: Tensor) -> Tensor:
-    """Mask of the `keep` [..., 1] highest along the last dimension; `keep` may differ from row to row."""
+    """Mask of the `keep` [..., 1] highest along the last dimension of score [..., K]."""
     order = score.sort(dim=-1, descending=True, stable=True).indices
     position = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.zeros_like(order).scatter_(-1, order, position) < keep

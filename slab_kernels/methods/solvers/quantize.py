@@ -1,4 +1,7 @@
-"""Symmetric integer grids for kept values: step sizes and rounding, with the step sizes as they are stored (bf16)."""
+"""Symmetric integer grids for kept values: W_ij ~ q_ij * scale, q an integer, one scale per group.
+
+Step sizes are rounded to bf16, as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from torch import Tensor
 
 from ...format import INTEGER_RANGES
 
-# Fractions of the absolute maximum that the search tries. Whoever imports may have set a default
-# device, such as meta, or another default dtype.
+# Fractions of the absolute maximum that the search tries. Device and dtype are named, since the
+# importing program may have set other defaults, such as the meta device.
 SEARCH = torch.linspace(0.5, 1.0, 21, dtype=torch.float32, device="cpu").tolist()
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The integer grid of kept values: their type, and how many inputs share a scale (None: a whole row)."""
+    """The integer type of kept values, and how many inputs share a scale (None: a whole row)."""
 
     values: str
     group_size: int | None
 
 
 def store_scale(scale: Tensor) -> Tensor:
-    """The step size as stored, bf16 in fp32; a group without values gets 1."""
+    """The step sizes as stored: bf16, returned in fp32. A group without values gets 1."""
     stored = scale.to(torch.bfloat16).float()
     return torch.where(stored > 0, stored, 1.0)
 
@@ -37,10 +40,11 @@ def round_to_grid(x: Tensor, scale: Tensor, values: str) -> Tensor:
 def group_scale(
     x: Tensor, mask: Tensor, values: str, search: bool = True, weight: Tensor | None = None
 ) -> Tensor:
-    """Step size of the last dimension: x, mask [..., g] -> [..., 1], bf16-rounded.
+    """One step size for the last dimension of x, mask [..., g]: [..., 1], rounded to bf16.
 
-    search=False: absolute maximum / high. Otherwise the step of least squared rounding error on the kept entries,
-    weighted by `weight`, among 21 fractions of it.
+    search=False: the largest kept |x| divided by the largest integer. Otherwise the one of 21
+    fractions of it that has the least squared rounding error on the kept entries, weighted by
+    `weight` [..., g].
     """
     _, high = INTEGER_RANGES[values]
     x = torch.where(mask, x, 0.0)
@@ -66,8 +70,9 @@ def grid_scales(
     search: bool = True,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Step sizes of x [N,K] with kept `mask`: [N, ceil(K / group_size)], or [N,1] per row; bf16-rounded, fp32.
+    """Step sizes of x [N,K] with kept `mask`: [N, ceil(K / group_size)] fp32, rounded to bf16.
 
+    group_size None means one scale per row, [N,1].
     weight [K]: of the squared rounding error of each input, for the search.
     """
     K = x.shape[1]
@@ -82,14 +87,14 @@ def grid_scales(
 
 
 def expand_scales(scales: Tensor, in_features: int, group_size: int | None) -> Tensor:
-    """[N, groups] -> [N,K]: the step size of every entry."""
+    """[N,K]: the step size of every entry, from scales [N,groups]."""
     return scales.repeat_interleave(group_size or in_features, dim=1)[:, :in_features]
 
 
 def quantize(
     x: Tensor, mask: Tensor, values: str, group_size: int | None, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Round the kept entries of x [N,K] to a searched grid: (values on the grid, zero elsewhere; scales)."""
+    """Kept entries of x [N,K] on a searched grid, zero elsewhere, and the scales [N,groups]."""
     scales = grid_scales(x, mask, values, group_size, weight=weight)
     rounded = round_to_grid(x, expand_scales(scales, x.shape[1], group_size), values)
     return torch.where(mask, rounded, 0.0), scales

@@ -1,8 +1,8 @@
-"""Least squares in the Gram metric, min tr(E H E^T) with E = W - approximation, over any linear part of it.
+"""Least squares: min tr(E H E^T), E = W - approximation, over what the latter depends on linearly.
 
-Preconditioned conjugate gradients (Hestenes and Stiefel 1952) serve kept values, step sizes, U, V and P
-alike: a part says how its unknowns make up [N,K] (`expand`), the adjoint of that (`collect`) and a
-preconditioner. An iteration takes one N x K x K product, whatever the parts.
+Preconditioned conjugate gradients (Hestenes and Stiefel 1952) serve kept values, step sizes, U, V
+and P alike: a part says how its unknowns make up [N,K] (`expand`), the adjoint of that (`collect`)
+and a preconditioner. An iteration takes one N x K x K product, whatever the parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def gram_loss(E: Tensor, gram: Tensor) -> Tensor:
 class Part(Protocol):
     """Unknowns that a weight [N,K] depends on linearly.
 
-    by_row: whether unknowns of different rows are independent; every row then takes its own step length.
+    by_row: whether unknowns of different rows are independent, so that each takes its own step.
     """
 
     by_row: bool
@@ -43,7 +43,10 @@ class Part(Protocol):
 
 
 class KeptValues:
-    """Free values on `mask` [N,K]; unknowns [N,K], zero elsewhere. Preconditioned with the diagonal of H."""
+    """Free values on `mask` [N,K]: unknowns [N,K], zero elsewhere.
+
+    Preconditioned with the diagonal [K] of H.
+    """
 
     by_row = True
 
@@ -147,7 +150,10 @@ class AdapterOutput:
 
 
 def _inverse_blocks(weight: Tensor, F: Tensor, factor: Tensor | float) -> Tensor:
-    """[rows,R,R]: inverse of factor * F^T diag(weight_row) F, weight [rows,k], F [k,R], with a 1e-6 ridge."""
+    """[rows,R,R]: inverses of factor * F^T diag(weight_row) F, with a ridge of 1e-6.
+
+    weight [rows,k], F [k,R].
+    """
     R = F.shape[1]
     blocks = factor * (weight @ (F[:, :, None] * F[:, None, :]).flatten(1)).unflatten(1, (R, R))
     ridge = 1e-6 * blocks.diagonal(dim1=1, dim2=2).mean(-1)
@@ -167,9 +173,9 @@ def conjugate_gradients(
 ) -> list[Tensor]:
     """Minimise tr(E H E^T) over the unknowns of `parts`, jointly; `residual` [N,K] is E at `start`.
 
-    Returns the unknowns at the end: after `iterations`, or when the preconditioned gradient has fallen
-    by `tolerance`. The loss never increases: a row (or everything, where a part couples the rows) whose
-    search direction has no curvature left stays where it is.
+    Returns the unknowns at the end: after `iterations`, or when the preconditioned gradient has
+    fallen by `tolerance`. The loss never increases: a row (or everything, where a part couples the
+    rows) whose search direction has no curvature left stays where it is.
     """
     x = [t.clone() for t in start]
     rows = all(part.by_row for part in parts)

@@ -1,7 +1,7 @@
-"""All the ways to prune a group of n:m: which positions go, and to which of two levels each of them goes.
+"""All the ways to prune a group of n:m: which positions go, and each to which of two levels.
 
-The two are those next to the entry's optimum. There are 24 states for 2:4, however many levels there
-are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
+The two are those next to the entry's optimum. There are 24 states for 2:4, however many levels
+there are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .masks import Pattern
 
-# The most states that are enumerated: 2:4 has 24 and 1:4 has 32; 4:8 has 1120 and is chosen position
-# by position.
+# The most states that are enumerated: 2:4 has 24 and 1:4 has 32; 4:8 has 1120 and is chosen
+# position by position.
 LIMIT = 32
 
 
@@ -40,7 +40,7 @@ class GroupStates:
 
 
 def enumerable(pattern: Pattern, planes: int = 1) -> bool:
-    """Whether the states of a group are few enough to try them all; planes=0: pruned entries are zero."""
+    """Whether a group has few enough states to try them all; planes=0: pruned entries are zero."""
     if not pattern.structured:
         return False
     pruned = pattern.group - pattern.keep
@@ -49,7 +49,7 @@ def enumerable(pattern: Pattern, planes: int = 1) -> bool:
 
 @lru_cache(maxsize=32)
 def group_states(pattern: Pattern, planes: int, device: torch.device) -> GroupStates:
-    """The states of one group of `pattern`; planes=0 leaves one level, for pruned entries that are zero."""
+    """The states of one group of `pattern`; planes=0 leaves one level, zero."""
     m, count = pattern.group, pattern.group - pattern.keep
     choices = list(combinations(range(m), count))
     kept = [[i for i in range(m) if i not in choice] for choice in choices]

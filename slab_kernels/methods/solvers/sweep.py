@@ -1,4 +1,4 @@
-"""The left-to-right sweep of SparseGPT and GPTQ, for pruned entries that are zero or a level of a magnitude.
+"""The left-to-right sweep of SparseGPT and GPTQ, with levels for pruned entries.
 
 Columns are fixed from left to right. With U the upper Cholesky factor of the inverse Gram matrix,
 U^T U = H^-1, the error of column j is pushed onto the columns to its right:
@@ -77,7 +77,7 @@ def sweep(
 ) -> Swept:
     """Prune W [N,K] to `pattern` in the metric of `curve`.
 
-    magnitude: [N,K] >= 0. Pruned entries become a level of `planes` signs times it; None makes them 0.
+    magnitude: [N,K] >= 0. Pruned entries become a level of `planes` signs times it, or 0 for None.
     mask: [N,K] bool. Unstructured patterns keep as many entries of a row in each block as it does.
         Step sizes are searched on it. For n:m it serves the step sizes alone and may be None.
     grid: rounds kept entries. A scale's inputs are a whole number of groups of `pattern`.
@@ -99,7 +99,7 @@ def sweep(
     width = max(unit, BLOCK // unit * unit)
     chosen_at_once = group if pattern.structured else width
     # A column of W is contiguous here, which halves the time of the inner loop.
-    remaining = W.T.contiguous()
+    remaining = W.T.clone(memory_format=torch.contiguous_format)
     fixed = torch.empty_like(remaining)
     kept = torch.empty(K, N, dtype=torch.bool, device=W.device)
     for start in range(0, K, width):
@@ -124,7 +124,7 @@ def sweep(
 
 
 class _PrunedLevels:
-    """What a pruned entry may become: a level of `planes` signs times its magnitude, or zero without one.
+    """What a pruned entry may become: a level of `planes` signs times its magnitude, or zero.
 
     Columns are indices or slices of the K inputs; weights w are [N] or [columns,N].
     """
@@ -209,7 +209,10 @@ class _Rule(Protocol):
 
 
 class _SingleRule:
-    """Every entry costs what pruning it alone would, (w - level)^2 / [H^-1]_jj of what is left of H."""
+    """Every entry costs what pruning it alone would: (w - level)^2 / [H^-1]_jj.
+
+    H is what is left of it when the sweep reaches column j, so that [H^-1]_jj = U_jj^2.
+    """
 
     def __init__(self, U: Tensor, pattern: Pattern, levels: _PrunedLevels, mask: Tensor | None):
         self.diagonal, self.pattern, self.levels, self.mask = U.diagonal(), pattern, levels, mask
@@ -229,8 +232,8 @@ class _SingleRule:
 class _JointRule:
     """A group takes the cheapest of its states: delta^T C^-1 delta over the entries that are fixed.
 
-    C is the group's block of H^-1 of what is left of H, restricted to those entries. Kept entries are
-    free without a grid and cost nothing; with one they are fixed too, at their nearest points.
+    C is the group's block of H^-1 of what is left of H, restricted to those entries. Kept entries
+    are free without a grid and cost nothing; with one they are fixed too, at their nearest points.
     """
 
     def __init__(
