@@ -77,6 +77,9 @@ class Backend:
     """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
 
     name: str
+    # Of a backend from another package: above 0 it is asked before the built-in ones, the largest
+    # first; otherwise after them and before the reference.
+    priority: float = 0
     one_dtype = (
         False  # what `prepare` returns serves the activations' dtype it was made for, and no other
     )

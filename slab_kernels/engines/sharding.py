@@ -1,7 +1,7 @@
 """Tensor parallelism on packed tensors: which slice of each a rank keeps. Plain torch, no engine.
 
-Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K. A slice is a
-packed weight of its own, see `format.Slice`.
+Column parallel layers (q, k, v; gate, up) split N, row parallel ones (o, down) split K. A slice is
+a packed weight of its own, see `format.Slice`.
 """
 
 from __future__ import annotations

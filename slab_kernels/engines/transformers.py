@@ -46,6 +46,10 @@ MANY_BLOCKS = 512  # built in a second; packed modules tell little of how many t
 _REGISTERING = threading.Lock()
 
 
+# Keywords of `compress` that say how it runs and are looked at only then.
+OF_THE_RUN = ("calibration", "heldout", "tokenizer", "device", "progress")
+
+
 class SlabConfig(QuantizationConfigMixin):
     """How a model is compressed, or was.
 
@@ -58,6 +62,8 @@ class SlabConfig(QuantizationConfigMixin):
         CheckpointError or VersionError on a stored config that this library cannot read.
     """
 
+    modules: dict[str, dict[str, Any]] | None
+
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
@@ -67,8 +73,7 @@ class SlabConfig(QuantizationConfigMixin):
     ):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.modules = modules
-        self.settings = settings
+        self.modules, self.settings = modules, settings
         if modules is None:
             self._check_settings()
             return
@@ -90,17 +95,16 @@ class SlabConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..compression.arguments import (
-            Arguments,
-        )  # not above: opening a packed folder needs no methods
+        # This is not imported above because opening a packed folder needs no methods.
+        from ..compression.arguments import Arguments
 
-        plan = Arguments.of(
-            **{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
-        ).plan
-        if not plan.packed:
+        given = {name: value for name, value in self.settings.items() if name not in OF_THE_RUN}
+        layer = Arguments.of(**given).plan.usual
+        if not layer.packed:
             raise ArgumentError(
-                f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
-                "other patterns as a dense checkpoint"
+                f"SlabConfig(pattern={layer.pattern!r}): only 2:4 can be packed; "
+                f"slab_kernels.compress(model, out, pattern={layer.pattern!r}) writes other "
+                "patterns as a dense checkpoint"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,15 +117,6 @@ class SlabConfig(QuantizationConfigMixin):
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
-
-
-OTHER_SETTINGS = (
-    "calibration",
-    "heldout",
-    "tokenizer",
-    "device",
-    "progress",
-)  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):

@@ -22,7 +22,7 @@ from .ties import all_names, tied_names
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .source import FolderSource, ModuleSource
+    from .source import Source
 
 # Tokens that a block sees at once: enough to fill a device, small beside the weights.
 TOKENS_PER_BATCH = 4096
@@ -243,7 +243,7 @@ def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
 
 @contextmanager
 def outside_filled(
-    source: FolderSource | ModuleSource, path: str, device: torch.device, dtype: torch.dtype
+    source: Source, path: str, device: torch.device, dtype: torch.dtype
 ) -> Iterator[PreTrainedModel]:
     """The skeleton with real weights everywhere outside the blocks; back on meta afterwards.
 

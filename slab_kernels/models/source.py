@@ -262,6 +262,9 @@ class ModuleSource:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
 
 
+Source = FolderSource | ModuleSource  # a dense model to be compressed
+
+
 def _check_dense(model: nn.Module) -> None:
     """Refuse what is no dense transformers model in memory. Raises: ArchitectureError."""
     kind = type(model).__name__
@@ -303,10 +306,10 @@ def open_source(
 @overload
 def open_source(
     model_or_path: nn.Module | str | os.PathLike[str], trust_remote_code: bool = False
-) -> FolderSource | ModuleSource: ...
+) -> Source: ...
 def open_source(
     model_or_path: nn.Module | str | os.PathLike[str], trust_remote_code: bool = False
-) -> FolderSource | ModuleSource:
+) -> Source:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub.
 
     A model of the hub is downloaded to its cache.

@@ -50,8 +50,8 @@ SIZES = {
     "shared_expert_intermediate_size": 128, "shared_intermediate_size": 128, "q_lora_rank": 32,
     "o_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
     "v_head_dim": 32, "index_n_heads": 2, "index_head_dim": 64, "indexer_head_dim": 64,
-    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 CORRECTIONS = {
