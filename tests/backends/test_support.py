@@ -1,4 +1,4 @@
-"""The support table: README has it, what it says is what dispatch does, and it follows the rules."""
+"""The support table: README has it, dispatch does what it says, and it follows the rules."""
 
 from __future__ import annotations
 
