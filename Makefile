@@ -60,8 +60,9 @@ test-all: lint
 TRITON ?= 3.6.0
 EVERY ?= 1
 OTHER := $(VENV)/triton-$(TRITON)
-test-triton: $(INSTALLED)
-	@test -d $(OTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --no-deps --target $(OTHER) triton==$(TRITON) 'numpy<2.4'
+$(OTHER): | $(INSTALLED)
+	@$(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --no-deps --target $@ triton==$(TRITON) 'numpy<2.4' || { rm -rf $@; exit 1; }
+test-triton: $(OTHER)
 	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_interpreter.py
 	@PYTHONPATH=$(OTHER) $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_kernels.py tests/backends/triton/test_triton_code.py tests/ptx/test_ptx_triton.py
 
@@ -69,8 +70,9 @@ test-triton: $(INSTALLED)
 TRANSFORMERS ?= 5.0.0
 ANOTHER := $(VENV)/transformers-$(TRANSFORMERS)
 OPENING := tests/engines/test_transformers.py $(addprefix tests/models/test_,opening.py skeleton.py mixtures.py remote_code.py checksums.py)
-test-transformers: $(INSTALLED)
-	@test -d $(ANOTHER) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(ANOTHER) transformers==$(TRANSFORMERS) "numpy==$$($(PYTHON) -c 'import numpy; print(numpy.__version__)')"
+$(ANOTHER): | $(INSTALLED)
+	@$(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $@ transformers==$(TRANSFORMERS) "numpy==$$($(PYTHON) -c 'import numpy; print(numpy.__version__)')" || { rm -rf $@; exit 1; }
+test-transformers: $(ANOTHER)
 	@PYTHONPATH=$(ANOTHER) $(PYTEST) $(OPENING)
 
 # lm-eval beside the environment, for the tests of `slab-kernels eval --tasks`.
@@ -104,7 +106,7 @@ bench: $(INSTALLED)
 	@$(VENV)/bin/slab-kernels bench --shape 4096x4096 --shape 11008x4096 --m 1
 
 clean:
-	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(OUT)
+	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(OUT)
 	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find slab_kernels -name '*.so' -delete
 	rm -rf slab_kernels/cubins

@@ -28,9 +28,10 @@ from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import console
 from slab_kernels.cli.options import DTYPES, parse_shape
 from slab_kernels.device import resolve_device
+from slab_kernels.errors import PlotsUnavailable
 from slab_kernels.paths import expanded
-from slab_kernels.report import figures
-from slab_kernels.report import tables as report
+from slab_kernels.report import speed, style
+from slab_kernels.report.tables import cold
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank", "group_size", "threads", "cache",
@@ -185,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "json": (json.dumps(record, indent=1) + "\n").encode(),
     }
     try:
-        contents["png"] = figures.png(figures.speed_by_tokens(report.cold(rows), figures.LIGHT))
-    except figures.PlotsUnavailable as error:
+        contents["png"] = style.png(speed.speed_by_tokens(cold(rows), style.LIGHT))
+    except PlotsUnavailable as error:
         console.say(str(error))
     name = stem(args, information)
     for ending, content in contents.items():

@@ -52,7 +52,7 @@ def probe(module: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "module", ["slab_kernels", "slab_kernels.cli.main", "slab_kernels.report.tables"]
+    "module", ["slab_kernels", "slab_kernels.cli.main", "slab_kernels.report.write"]
 )
 def test_import_loads_nothing_heavy_and_touches_nothing(module):
     found = probe(module)

@@ -24,12 +24,12 @@ struct Avx2 {
   static SLAB_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm256_loadu_si256((const __m256i*)p); }
 
-  template <int VT>
+  template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
-    if constexpr (VT == kFp16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-    if constexpr (VT == kBf16)
+    if constexpr (kValues == kFp16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    if constexpr (kValues == kBf16)
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
-    if constexpr (VT == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    if constexpr (kValues == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
   static SLAB_INLINE F from_int4(I word, int shift) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32((__m256i)(word << (28 - shift)), 28));
@@ -67,9 +67,9 @@ struct Avx2 {
   using Apart = Pair;
   static SLAB_INLINE Apart apart_table(const float* xv) { return pruned_table(xv); }
   // |factors| of the two pruned positions from the fields of `levels`: vpermilps reads the low 2 bits.
-  template <int P>
+  template <int kPlanes>
   static SLAB_INLINE Pair sizes(I level) {
-    if constexpr (P == 2) {
+    if constexpr (kPlanes == 2) {
       const F first = _mm256_setr_ps(1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f);
       const F second = _mm256_setr_ps(1.5f, 1.5f, 0.5f, 0.5f, 1.5f, 1.5f, 0.5f, 0.5f);
       return {_mm256_permutevar_ps(first, (__m256i)level), _mm256_permutevar_ps(second, (__m256i)level)};

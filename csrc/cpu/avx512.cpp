@@ -23,12 +23,12 @@ struct Avx512 {
   static SLAB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm512_loadu_si512(p); }
 
-  template <int VT>
+  template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
-    if constexpr (VT == kFp16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-    if constexpr (VT == kBf16)
+    if constexpr (kValues == kFp16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (kValues == kBf16)
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-    if constexpr (VT == kInt8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    if constexpr (kValues == kInt8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
   static SLAB_INLINE F from_int4(I word, int shift) {
     const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
@@ -72,10 +72,10 @@ struct Avx512 {
   }
 
   // |factors| of the two pruned positions from the fields of `levels`; what stands above them is not read.
-  template <int P>
+  template <int kPlanes>
   static SLAB_INLINE Kept sizes(I level) {
     const __m512i at = (__m512i)level;
-    if constexpr (P == 2)
+    if constexpr (kPlanes == 2)
       return {_mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 0.5f, 1.5f, 0.5f), at),
               _mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 1.5f, 0.5f, 0.5f), at)};
     const F high = _mm512_setr_ps(1.75f, 1.75f, 1.75f, 1.75f, 1.25f, 1.25f, 1.25f, 1.25f, 0.75f, 0.75f, 0.75f, 0.75f,

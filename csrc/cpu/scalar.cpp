@@ -28,10 +28,10 @@ struct Scalar {
   }
   static SLAB_INLINE F select(S mask, F yes, F no) { return (F)((mask & (S)yes) | (~mask & (S)no)); }
 
-  template <int VT>
+  template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
     I raw;
-    if constexpr (VT == kInt8) {
+    if constexpr (kValues == kInt8) {
       int8_t q[kLanes];
       std::memcpy(q, p, sizeof(q));
       F v;
@@ -41,7 +41,7 @@ struct Scalar {
       uint16_t h[kLanes];
       std::memcpy(h, p, sizeof(h));
       for (int n = 0; n < kLanes; ++n) raw[n] = h[n];
-      if constexpr (VT == kBf16) return (F)(raw << 16);
+      if constexpr (kValues == kBf16) return (F)(raw << 16);
       return from_fp16(raw);
     }
   }
@@ -95,12 +95,12 @@ struct Scalar {
   struct Pair {
     F first, second;
   };
-  template <int P>
+  template <int kPlanes>
   static SLAB_INLINE Pair sizes(I level) {
-    constexpr uint32_t mask = (1u << (P - 1)) - 1u;
-    constexpr float largest = P == 2 ? 1.5f : 1.75f, step = P == 2 ? 1.0f : 0.5f;
+    constexpr uint32_t mask = (1u << (kPlanes - 1)) - 1u;
+    constexpr float largest = kPlanes == 2 ? 1.5f : 1.75f, step = kPlanes == 2 ? 1.0f : 0.5f;
     return {largest - step * __builtin_convertvector((S)(level & mask), F),
-            largest - step * __builtin_convertvector((S)(level >> (P - 1) & mask), F)};
+            largest - step * __builtin_convertvector((S)(level >> (kPlanes - 1) & mask), F)};
   }
 
   // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one

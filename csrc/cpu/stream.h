@@ -38,37 +38,37 @@ struct Stream {
   }
 
   // The words of one strip that several groups share, the next group at the end that `drop` takes from: the lowest bits,
-  // of signs the highest. P: planes, 0 with rank 0.
-  template <int P>
+  // of signs the highest. kPlanes is 0 with rank 0.
+  template <int kPlanes>
   struct Words {
-    static constexpr int kLevelBits = P > 1 ? 2 * (P - 1) : 32;  // of a group
+    static constexpr int kLevelBits = kPlanes > 1 ? 2 * (kPlanes - 1) : 32;  // of a group
     I codes, signs, levels;
 
     SLAB_INLINE void start(const Block& b) {
-      if constexpr (P > 0) signs = V::load_words(b.signs);
+      if constexpr (kPlanes > 0) signs = V::load_words(b.signs);
     }
     SLAB_INLINE void load_eight(const Block& b, int word) {  // from group 8 * word on
       codes = V::load_words(b.codes + 64 * word);
-      if constexpr (P > 1)
+      if constexpr (kPlanes > 1)
         if (8 * word * kLevelBits % 32 == 0) levels = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
     }
     SLAB_INLINE void drop(int groups) {
       codes = codes >> (4 * groups);
-      if constexpr (P > 0) signs = signs << groups;
-      if constexpr (P > 1) levels = levels >> (kLevelBits * groups);
+      if constexpr (kPlanes > 0) signs = signs << groups;
+      if constexpr (kPlanes > 1) levels = levels >> (kLevelBits * groups);
     }
   };
 
-  template <int VT>
+  template <ValueType kValues>
   static SLAB_INLINE void load_values(const uint8_t* values, int g, F& first, F& second) {
-    if constexpr (VT == kInt4) {
+    if constexpr (kValues == kInt4) {
       const I word = V::load_words(values + 64 * (g / 4));
       first = V::from_int4(word, 8 * (g % 4));
       second = V::from_int4(word, 8 * (g % 4) + 4);
     } else {
-      constexpr int bytes = VT == kInt8 ? 1 : 2;
-      first = V::template load_values<VT>(values + g * 32 * bytes);
-      second = V::template load_values<VT>(values + g * 32 * bytes + 16 * bytes);
+      constexpr int bytes = kValues == kInt8 ? 1 : 2;
+      first = V::template load_values<kValues>(values + g * 32 * bytes);
+      second = V::template load_values<kValues>(values + g * 32 * bytes + 16 * bytes);
     }
   }
 

@@ -13,8 +13,12 @@
 
 namespace slab {
 
-__device__ __forceinline__ uint32_t read32(const uint8_t* p) { return __ldg(reinterpret_cast<const uint32_t*>(p)); }
-__device__ __forceinline__ uint4 read128(const uint8_t* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
+__device__ __forceinline__ uint32_t read32(const uint8_t* p) {
+  return __ldg(reinterpret_cast<const uint32_t*>(p));
+}
+__device__ __forceinline__ uint4 read128(const uint8_t* p) {
+  return __ldg(reinterpret_cast<const uint4*>(p));
+}
 
 // PRMT selectors of a nibble for positions 0, 1 (low half) and 2, 3 (high half). `values` takes the kept pair from the first
 // operand and pruned entries from the second, which holds them in their places; `orders` takes the first and the second
@@ -39,11 +43,14 @@ __device__ __forceinline__ Selectors selectors_of(uint32_t nibble) {
 
 constexpr SLAB_HD int dense_pitch(int in_features) { return (in_features + 7) / 8 * 8; }
 
-template <class T, int kValues, bool kAny>  // kAny: of any rank and planes, else at most rank one and one plane
+template <class T, int kValues,
+          bool kAny>  // kAny: of any rank and planes, else at most rank one and one plane
 __device__ __forceinline__ void rebuild(const LinearParams& p) {
   constexpr bool kScaled = kValues == kI8 || kValues == kI4;
   constexpr int kValueBytes = stream_value_bytes(kValues);
-  constexpr int kWords = kValues == kW16 ? 4 : kValues == kI8 ? 2 : 1;  // pieces of 16 bytes a lane reads of a block
+  constexpr int kWords = kValues == kW16  ? 4
+                         : kValues == kI8 ? 2
+                                          : 1;  // pieces of 16 bytes a lane reads of a block
   __shared__ Selectors table[16];
   if (threadIdx.x < 16) table[threadIdx.x] = selectors_of(threadIdx.x);
   __syncthreads();
@@ -52,12 +59,13 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
   const int scales_at = signs_at + (p.rank ? (kAny ? p.planes : 1) * kSignBytes : 0);
   const int block_bytes = scales_at + stream_scale_bytes(kValues, kScaled ? p.group_steps : kSteps);
   const int warps = gridDim.x * (blockDim.x / 32);
-  const int blocks = (p.out_features + kBlockRows - 1) / kBlockRows * p.k_blocks;
+  const int blocks = (p.out_features + kBlockRows - 1) / kBlockRows * p.num_k_blocks;
   const int pitch = dense_pitch(p.in_features);
   const bool three = kAny && p.planes == 3;
   const float top = three ? 1.75f : 1.5f;
   for (int b = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; b < blocks; b += warps) {
-    const int row = b / p.k_blocks * kBlockRows + g, first_input = b % p.k_blocks * kBlockInputs;
+    const int row = b / p.num_k_blocks * kBlockRows + g,
+              first_input = b % p.num_k_blocks * kBlockInputs;
     const uint8_t* const block = p.stream + int64_t(b) * block_bytes;
     uint32_t words[4 * kWords], metadata[2][4], signs[2] = {0, 0}, third = 0;
 #pragma unroll
@@ -73,15 +81,18 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
     }
     if (p.rank) {
       if (kAny && p.planes > 1) {
-        signs[0] = read32(block + signs_at + 8 * lane), signs[1] = read32(block + signs_at + 8 * lane + 4);
+        signs[0] = read32(block + signs_at + 8 * lane),
+        signs[1] = read32(block + signs_at + 8 * lane + 4);
         if (three) third = read32(block + signs_at + 2 * kSignBytes + 4 * lane);
       } else {
         signs[0] = read32(block + signs_at + 4 * lane);
       }
     }
     uint32_t u[2] = {0, 0};  // of rows g and g + 8
-    if (!kAny && p.rank) u[0] = __ldg(p.u + int64_t(row) * p.rank), u[1] = __ldg(p.u + int64_t(row + 8) * p.rank);
-    uint16_t* const to = reinterpret_cast<uint16_t*>(p.y) + int64_t(row) * pitch + first_input + 4 * t;
+    if (!kAny && p.rank)
+      u[0] = __ldg(p.u + int64_t(row) * p.rank), u[1] = __ldg(p.u + int64_t(row + 8) * p.rank);
+    uint16_t* const to =
+        reinterpret_cast<uint16_t*>(p.y) + int64_t(row) * pitch + first_input + 4 * t;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
@@ -106,7 +117,8 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
           const Selectors at = table[metadata[step % 2][2 * c + step / 2] >> (16 * h) & 15];
           uint32_t kept = a[i];
           if constexpr (kScaled) {
-            const uint8_t* const scale = block + scales_at + step / p.group_steps * 2 * kBlockRows + 4 * g + 2 * h;
+            const uint8_t* const scale =
+                block + scales_at + step / p.group_steps * 2 * kBlockRows + 4 * g + 2 * h;
             const float s = widen_bf16(__ldg(reinterpret_cast<const uint16_t*>(scale)));
             kept = T::pack(s * T::widen(uint16_t(kept)), s * T::widen(uint16_t(kept >> 16)));
           }
@@ -116,7 +128,7 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
 #pragma unroll 1
             for (int r = 0; r < p.rank; ++r) {
               const float u_r = T::widen(uint16_t(__ldg(p.u + int64_t(row + 8 * h) * p.rank + r)));
-              const uint8_t* const v_r = v + int64_t(r) * p.k_blocks * kTokenRow;
+              const uint8_t* const v_r = v + int64_t(r) * p.num_k_blocks * kTokenRow;
               const uint32_t near = read32(v_r), far = read32(v_r + 4);
               sum[0] = fmaf(u_r, T::widen(uint16_t(near)), sum[0]);
               sum[1] = fmaf(u_r, T::widen(uint16_t(near >> 16)), sum[1]);
@@ -124,11 +136,14 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
               sum[3] = fmaf(u_r, T::widen(uint16_t(far >> 16)), sum[3]);
             }
             if (p.planes > 1) {
-              const uint32_t index = signs[step / 2] >> (8 * (step % 2) + 2 * i);  // bits 0, 1 and 16, 17
-              const uint32_t half = third >> (4 * step + c + 2 * h);               // bits 0 and 16
-              const uint32_t levels = T::pack(top - float(index & 3u) - 0.5f * float(half & 1u),
-                                              top - float(index >> 16 & 3u) - 0.5f * float(half >> 16 & 1u));
-              const uint32_t near = __byte_perm(levels, 0, at.orders), far = __byte_perm(levels, 0, at.orders >> 16);
+              const uint32_t index =
+                  signs[step / 2] >> (8 * (step % 2) + 2 * i);        // bits 0, 1 and 16, 17
+              const uint32_t half = third >> (4 * step + c + 2 * h);  // bits 0 and 16
+              const uint32_t levels =
+                  T::pack(top - float(index & 3u) - 0.5f * float(half & 1u),
+                          top - float(index >> 16 & 3u) - 0.5f * float(half >> 16 & 1u));
+              const uint32_t near = __byte_perm(levels, 0, at.orders),
+                             far = __byte_perm(levels, 0, at.orders >> 16);
               sum[0] *= T::widen(uint16_t(near)), sum[1] *= T::widen(uint16_t(near >> 16));
               sum[2] *= T::widen(uint16_t(far)), sum[3] *= T::widen(uint16_t(far >> 16));
             }
@@ -139,11 +154,12 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
           if (!kAny || p.planes == 1) {
             const uint32_t negative =
                 signs[0] << (4 * step + i) & 0x80008000u;  // the first pruned entry's, the second's
-            low ^= __byte_perm(negative, 0, at.orders), high ^= __byte_perm(negative, 0, at.orders >> 16);
+            low ^= __byte_perm(negative, 0, at.orders),
+                high ^= __byte_perm(negative, 0, at.orders >> 16);
           }
           if (row + 8 * h < p.out_features && first_input + input + 4 * t < p.in_features)
-            *reinterpret_cast<uint2*>(to + int64_t(8 * h) * pitch + input) =
-                make_uint2(__byte_perm(kept, low, at.values), __byte_perm(kept, high, at.values >> 16));
+            *reinterpret_cast<uint2*>(to + int64_t(8 * h) * pitch + input) = make_uint2(
+                __byte_perm(kept, low, at.values), __byte_perm(kept, high, at.values >> 16));
         }
       }
     }

@@ -1,89 +1,128 @@
-// Every kernel of the CUDA backend. Device code only, no CUDA or standard headers: nvcc and NVRTC compile the same text.
-//
-//   linear_<activations>_<values>_<rank>_t<tokens of a warp>   the fused linear: a dozen for each of four token tiles
-//   tall_<activations>_<values>_<rank>_t<tokens of a warp>     the same with 64 rows a warp where registers allow it: half
-//                                                              the reads and products of activations, a dozen in all
-//   planes_<activations>_<values>_<planes>_t<tokens of a warp> two or three sign planes of rank one, or any of any rank
-//   adapter_<activations>_t<tokens of a warp>                  z = x Q of an adapter, before it (partial sums, fp32)
-//   reduce_<activations>                                       adds the K-splits of a small layer, after it
-//   dense_<activations>_<values>[_any]                         the weight rebuilt, for cuBLAS; any: ranks above 1, planes
+// Every kernel of the CUDA backend, one row each. Device code only, without CUDA or standard headers:
+// nvcc and NVRTC compile the same text.
 #include "dense.cuh"
 #include "linear.cuh"
 
 namespace slab {
 
-// y = sum of the splits, in their order, + bias. A CTA's y index is its token.
-template <class T>
-__device__ __forceinline__ void reduce(const LinearParams& p) {
+// y = the sum of the splits, in their order, + bias. The y index of a CTA is its token.
+template <class Activation>
+__device__ __forceinline__ void reduce(const LinearParams& params) {
   wait_for_predecessor();
   const int feature = blockIdx.x * blockDim.x + threadIdx.x;
-  if (feature >= p.out_features) return;
-  const int64_t to = int64_t(blockIdx.y) * p.out_features + feature;
+  if (feature >= params.out_features) return;
+  const int64_t to = int64_t(blockIdx.y) * params.out_features + feature;
   float sum = 0.0f;
-  for (int s = 0; s < p.splits; ++s)  // plain loads: written while this kernel ran
-    sum += *static_cast<const volatile float*>(p.partial + int64_t(s) * p.tokens * p.out_features + to);
-  reinterpret_cast<uint16_t*>(p.y)[to] = T::narrow(sum + bias_of(p, feature));
+  for (int split = 0; split < params.splits; ++split) {
+    // A plain load, not through the read-only cache: partial was written while this kernel ran.
+    const float* const from =
+        params.partial + int64_t(split) * params.tokens * params.out_features + to;
+    sum += *static_cast<const volatile float*>(from);
+  }
+  reinterpret_cast<uint16_t*>(params.y)[to] = Activation::narrow(sum + bias_of(params, feature));
 }
 
-}  // namespace slab
+// Each row defines two kernels, <family>_fp16_<name> and <family>_bf16_<name>:
+//
+//   linear   the fused linear of one sign plane: three value types, rank one or any, four token tiles
+//   adapter  z = x Q of an adapter, launched before it (partial sums in fp32)
+//   tall     the fused linear with 64 rows a warp, where registers allow it: half as many reads and
+//            products of activations
+//   planes   the fused linear of two or three sign planes of rank one, or any of any rank
+//
+// t8 to t64 are the tokens of a warp. A CTA has 256 threads. Up to 16 tokens two CTAs share an SM,
+// with 128 registers per thread; above that a CTA has it alone, with 255.
+//
+// clang-format off
+//      family   name             values  rank       planes     row tiles, token tiles, CTAs per SM
+#define SLAB_LINEAR_KERNELS(KERNEL)                                        \
+  KERNEL(linear,  w16_one_t8,      kW16,   kRankOne,  1,          2, 1, 2) \
+  KERNEL(linear,  w16_any_t8,      kW16,   kRankAny,  1,          2, 1, 2) \
+  KERNEL(linear,  int8_one_t8,     kI8,    kRankOne,  1,          2, 1, 2) \
+  KERNEL(linear,  int8_any_t8,     kI8,    kRankAny,  1,          2, 1, 2) \
+  KERNEL(linear,  int4_one_t8,     kI4,    kRankOne,  1,          2, 1, 2) \
+  KERNEL(linear,  int4_any_t8,     kI4,    kRankAny,  1,          2, 1, 2) \
+  KERNEL(adapter, t8,              kDense, kRankAny,  1,          2, 1, 2) \
+  KERNEL(linear,  w16_one_t16,     kW16,   kRankOne,  1,          2, 2, 2) \
+  KERNEL(linear,  w16_any_t16,     kW16,   kRankAny,  1,          2, 2, 2) \
+  KERNEL(linear,  int8_one_t16,    kI8,    kRankOne,  1,          2, 2, 2) \
+  KERNEL(linear,  int8_any_t16,    kI8,    kRankAny,  1,          2, 2, 2) \
+  KERNEL(linear,  int4_one_t16,    kI4,    kRankOne,  1,          2, 2, 2) \
+  KERNEL(linear,  int4_any_t16,    kI4,    kRankAny,  1,          2, 2, 2) \
+  KERNEL(adapter, t16,             kDense, kRankAny,  1,          2, 2, 2) \
+  KERNEL(linear,  w16_one_t32,     kW16,   kRankOne,  1,          2, 4, 1) \
+  KERNEL(linear,  w16_any_t32,     kW16,   kRankAny,  1,          2, 4, 1) \
+  KERNEL(linear,  int8_one_t32,    kI8,    kRankOne,  1,          2, 4, 1) \
+  KERNEL(linear,  int8_any_t32,    kI8,    kRankAny,  1,          2, 4, 1) \
+  KERNEL(linear,  int4_one_t32,    kI4,    kRankOne,  1,          2, 4, 1) \
+  KERNEL(linear,  int4_any_t32,    kI4,    kRankAny,  1,          2, 4, 1) \
+  KERNEL(adapter, t32,             kDense, kRankAny,  1,          2, 4, 1) \
+  KERNEL(linear,  w16_one_t64,     kW16,   kRankOne,  1,          2, 8, 1) \
+  KERNEL(linear,  w16_any_t64,     kW16,   kRankAny,  1,          2, 8, 1) \
+  KERNEL(linear,  int8_one_t64,    kI8,    kRankOne,  1,          2, 8, 1) \
+  KERNEL(linear,  int8_any_t64,    kI8,    kRankAny,  1,          2, 8, 1) \
+  KERNEL(linear,  int4_one_t64,    kI4,    kRankOne,  1,          2, 8, 1) \
+  KERNEL(linear,  int4_any_t64,    kI4,    kRankAny,  1,          2, 8, 1) \
+  KERNEL(adapter, t64,             kDense, kRankAny,  1,          2, 8, 1) \
+  KERNEL(tall,    int8_one_t8,     kI8,    kRankOne,  1,          4, 1, 1) \
+  KERNEL(tall,    int8_one_t16,    kI8,    kRankOne,  1,          4, 2, 1) \
+  KERNEL(tall,    int4_one_t8,     kI4,    kRankOne,  1,          4, 1, 1) \
+  KERNEL(tall,    int4_one_t16,    kI4,    kRankOne,  1,          4, 2, 1) \
+  KERNEL(tall,    w16_one_t32,     kW16,   kRankOne,  1,          4, 4, 1) \
+  KERNEL(tall,    w16_none_t64,    kW16,   kRankNone, 1,          4, 8, 1) \
+  KERNEL(planes,  w16_two_t8,      kW16,   kRankOne,  2,          2, 1, 2) \
+  KERNEL(planes,  w16_three_t8,    kW16,   kRankOne,  3,          2, 1, 2) \
+  KERNEL(planes,  w16_any_t8,      kW16,   kRankAny,  kPlanesAny, 2, 1, 2) \
+  KERNEL(planes,  int8_two_t8,     kI8,    kRankOne,  2,          2, 1, 2) \
+  KERNEL(planes,  int8_three_t8,   kI8,    kRankOne,  3,          2, 1, 2) \
+  KERNEL(planes,  int8_any_t8,     kI8,    kRankAny,  kPlanesAny, 2, 1, 2) \
+  KERNEL(planes,  int4_two_t8,     kI4,    kRankOne,  2,          2, 1, 2) \
+  KERNEL(planes,  int4_three_t8,   kI4,    kRankOne,  3,          2, 1, 2) \
+  KERNEL(planes,  int4_any_t8,     kI4,    kRankAny,  kPlanesAny, 2, 1, 2) \
+  KERNEL(planes,  w16_two_t32,     kW16,   kRankOne,  2,          2, 4, 1) \
+  KERNEL(planes,  w16_three_t32,   kW16,   kRankOne,  3,          2, 4, 1) \
+  KERNEL(planes,  w16_any_t32,     kW16,   kRankAny,  kPlanesAny, 2, 4, 1) \
+  KERNEL(planes,  int8_two_t32,    kI8,    kRankOne,  2,          2, 4, 1) \
+  KERNEL(planes,  int8_three_t32,  kI8,    kRankOne,  3,          2, 4, 1) \
+  KERNEL(planes,  int8_any_t32,    kI8,    kRankAny,  kPlanesAny, 2, 4, 1) \
+  KERNEL(planes,  int4_two_t32,    kI4,    kRankOne,  2,          2, 4, 1) \
+  KERNEL(planes,  int4_three_t32,  kI4,    kRankOne,  3,          2, 4, 1) \
+  KERNEL(planes,  int4_any_t32,    kI4,    kRankAny,  kPlanesAny, 2, 4, 1)
 
-// 256 threads. Up to 16 tokens two CTAs share an SM (128 registers a thread), above that one has it (255).
-#define SLAB_KERNEL(name, occupancy, body)                                                                          \
-  extern "C" __global__ void __launch_bounds__(256, occupancy) name(const __grid_constant__ slab::LinearParams p) { \
-    body;                                                                                                           \
+// dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank one
+// and one plane.
+//
+//      name      values  any   CTAs per SM
+#define SLAB_DENSE_KERNELS(KERNEL) \
+  KERNEL(w16,      kW16, false, 4) \
+  KERNEL(w16_any,  kW16, true,  2) \
+  KERNEL(int8,     kI8,  false, 4) \
+  KERNEL(int8_any, kI8,  true,  2) \
+  KERNEL(int4,     kI4,  false, 4) \
+  KERNEL(int4_any, kI4,  true,  2)
+// clang-format on
+
+#define SLAB_KERNEL(name, ctas_per_sm, body)                     \
+  extern "C" __global__ void __launch_bounds__(256, ctas_per_sm) \
+      name(const __grid_constant__ LinearParams params) {        \
+    body;                                                        \
   }
 
-#define SLAB_LINEAR(act, T, values, kValues, tokens, kTiles, occupancy)             \
-  SLAB_KERNEL(linear_##act##_##values##_one_t##tokens, occupancy,                   \
-              (slab::linear<slab::T, slab::kValues, slab::kRankOne, 2, kTiles>(p))) \
-  SLAB_KERNEL(linear_##act##_##values##_any_t##tokens, occupancy,                   \
-              (slab::linear<slab::T, slab::kValues, slab::kRankAny, 2, kTiles>(p)))
+#define SLAB_LINEAR(kernel, T, values, rank, planes, row_tiles, token_tiles, ctas) \
+  SLAB_KERNEL(kernel, ctas,                                                        \
+              (linear<LinearTraits<T, values, rank, planes, row_tiles, token_tiles>>(params)))
 
-#define SLAB_VALUES(act, T, tokens, kTiles, occupancy)      \
-  SLAB_LINEAR(act, T, w16, kW16, tokens, kTiles, occupancy) \
-  SLAB_LINEAR(act, T, int8, kI8, tokens, kTiles, occupancy) \
-  SLAB_LINEAR(act, T, int4, kI4, tokens, kTiles, occupancy) \
-  SLAB_KERNEL(adapter_##act##_t##tokens, occupancy, (slab::linear<slab::T, slab::kDense, slab::kRankAny, 2, kTiles>(p)))
+#define SLAB_LINEAR_PAIR(family, name, ...)            \
+  SLAB_LINEAR(family##_fp16_##name, Fp16, __VA_ARGS__) \
+  SLAB_LINEAR(family##_bf16_##name, Bf16, __VA_ARGS__)
 
-#define SLAB_TOKENS(tokens, kTiles, occupancy)       \
-  SLAB_VALUES(fp16, Fp16, tokens, kTiles, occupancy) \
-  SLAB_VALUES(bf16, Bf16, tokens, kTiles, occupancy)
+#define SLAB_DENSE_PAIR(name, values, any, ctas)                             \
+  SLAB_KERNEL(dense_fp16_##name, ctas, (rebuild<Fp16, values, any>(params))) \
+  SLAB_KERNEL(dense_bf16_##name, ctas, (rebuild<Bf16, values, any>(params)))
 
-SLAB_TOKENS(8, 1, 2)
-SLAB_TOKENS(16, 2, 2)
-SLAB_TOKENS(32, 4, 1)
-SLAB_TOKENS(64, 8, 1)
+SLAB_LINEAR_KERNELS(SLAB_LINEAR_PAIR)
+SLAB_DENSE_KERNELS(SLAB_DENSE_PAIR)
+SLAB_KERNEL(reduce_fp16, 4, reduce<Fp16>(params))
+SLAB_KERNEL(reduce_bf16, 4, reduce<Bf16>(params))
 
-#define SLAB_TALL(act, T, values, kValues, rank, kRank, tokens, kTiles) \
-  SLAB_KERNEL(tall_##act##_##values##_##rank##_t##tokens, 1,            \
-              (slab::linear<slab::T, slab::kValues, slab::kRank, 4, kTiles>(p)))
-
-#define SLAB_PLANES_TILE(act, T, values, kValues, tokens, kTiles, occupancy)           \
-  SLAB_KERNEL(planes_##act##_##values##_two_t##tokens, occupancy,                      \
-              (slab::linear<slab::T, slab::kValues, slab::kRankOne, 2, kTiles, 2>(p))) \
-  SLAB_KERNEL(planes_##act##_##values##_three_t##tokens, occupancy,                    \
-              (slab::linear<slab::T, slab::kValues, slab::kRankOne, 2, kTiles, 3>(p))) \
-  SLAB_KERNEL(planes_##act##_##values##_any_t##tokens, occupancy,                      \
-              (slab::linear<slab::T, slab::kValues, slab::kRankAny, 2, kTiles, slab::kPlanesAny>(p)))
-
-#define SLAB_PLANES(act, T, values, kValues)          \
-  SLAB_PLANES_TILE(act, T, values, kValues, 8, 1, 2)  \
-  SLAB_PLANES_TILE(act, T, values, kValues, 32, 4, 1) \
-  SLAB_KERNEL(dense_##act##_##values##_any, 2, (slab::rebuild<slab::T, slab::kValues, true>(p)))
-
-#define SLAB_REST(act, T)                                                           \
-  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 8, 1)                                 \
-  SLAB_TALL(act, T, int8, kI8, one, kRankOne, 16, 2)                                \
-  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 8, 1)                                 \
-  SLAB_TALL(act, T, int4, kI4, one, kRankOne, 16, 2)                                \
-  SLAB_TALL(act, T, w16, kW16, one, kRankOne, 32, 4)                                \
-  SLAB_TALL(act, T, w16, kW16, none, kRankNone, 64, 8)                              \
-  SLAB_PLANES(act, T, w16, kW16)                                                    \
-  SLAB_PLANES(act, T, int8, kI8)                                                    \
-  SLAB_PLANES(act, T, int4, kI4)                                                    \
-  SLAB_KERNEL(reduce_##act, 4, slab::reduce<slab::T>(p))                            \
-  SLAB_KERNEL(dense_##act##_w16, 4, (slab::rebuild<slab::T, slab::kW16, false>(p))) \
-  SLAB_KERNEL(dense_##act##_int8, 4, (slab::rebuild<slab::T, slab::kI8, false>(p))) \
-  SLAB_KERNEL(dense_##act##_int4, 4, (slab::rebuild<slab::T, slab::kI4, false>(p)))
-SLAB_REST(fp16, Fp16)
-SLAB_REST(bf16, Bf16)
+}  // namespace slab

@@ -25,8 +25,8 @@ namespace slab {
 
 constexpr int kBlockRows = 16;
 constexpr int kBlockInputs = 128;
-constexpr int kSteps = 4;                    // mma.sp steps of 32 inputs a block
-constexpr int kMaxParts = 4;                 // fused projections in one launch: q, k, v and one more
+constexpr int kSteps = 4;     // mma.sp steps of 32 inputs a block
+constexpr int kMaxParts = 4;  // fused projections in one launch: q, k, v and one more
 constexpr int kTokenRow = 2 * kBlockInputs;  // bytes of one token's 128 inputs
 
 enum StreamValues : int { kW16 = 0, kI8 = 1, kI4 = 2, kDense = 3 };
@@ -41,27 +41,33 @@ constexpr SLAB_HD int stream_scale_bytes(int values, int group_steps) {
 }
 
 struct LinearParams {
-  const uint8_t* x;       // [tokens][token_stride] activations, 16-byte aligned rows unless x_ragged
-  const uint8_t* stream;  // [row_blocks][k_blocks] blocks
-  const uint8_t* v;       // [parts][rank][128 k_blocks], activations' type
-  const uint32_t* u;      // [16 row_blocks][rank], twice the same 16-bit number
-  const uint8_t* p;       // [row_blocks][adapter_steps][32 lanes][16 bytes]: a0 a1 a2 a3 of m16n8k16
-  const float* z;         // [z_splits][tokens][parts][16 adapter_steps]: sums of x Q
-  const void* bias;       // [out_features]
-  uint8_t* y;             // [tokens][out_features] activations' type, or
-  float* partial;         // [splits][tokens][out_features], summed by `reduce`; null: y is written
-  int64_t token_stride;   // elements
-  int tokens, in_features, out_features, k_blocks;
-  int whole_blocks;  // K-blocks whose activations are copied 16 bytes at a time; 0 if x_ragged
-  int rank, planes;  // of signs: 1, 2, 3
-  int group_steps;   // steps of 32 inputs a scale covers: 1, 2, 4
-  int adapter_steps, z_splits;
-  int bias_type;                            // 0 none, 1 fp32, 2 fp16, 3 bf16
-  int x_ragged;                             // rows of x are not 16-byte aligned: they are copied element by element
-  int warp_rows, warp_tokens, warp_inputs;  // warps along rows (32 each, tall 64), tokens (8 kTiles each), and K
-  int stages, row_tiles, token_tiles, splits;
-  int parts;
-  int part_tile[kMaxParts + 1];   // first row tile of each part, and their number
+  const uint8_t* x;  // [tokens][token_stride] activations; rows are 16-byte aligned unless x_ragged
+  const uint8_t* stream;  // [row blocks][num_k_blocks] blocks
+  const uint8_t* v;       // [parts][rank][128 num_k_blocks], activations' type
+  const uint32_t* u;      // [16 row blocks][rank], twice the same 16-bit number
+  const uint8_t*
+      adapter_p;  // [row blocks][adapter_steps][32 lanes][16 bytes]: a0 a1 a2 a3 of m16n8k16
+  const float* adapter_z;  // [z_splits][tokens][parts][16 adapter_steps]: sums of x Q
+  const void* bias;        // [out_features]
+  uint8_t* y;              // [tokens][out_features] in the activations' type, unless there is
+  float*
+      partial;  // [splits][tokens][out_features], which `reduce` adds up; null where y is written
+  int64_t token_stride;  // elements
+  int tokens, in_features, out_features, num_k_blocks;
+  int whole_blocks;   // K-blocks whose activations are copied 16 bytes at a time; 0 if x_ragged
+  int rank, planes;   // of the sign term; planes: 1, 2 or 3
+  int group_steps;    // steps of 32 inputs that a scale covers: 1, 2 or 4
+  int adapter_steps;  // steps of 16 that the adapter's rank takes
+  int z_splits;       // K-splits of the kernel that summed z
+  int bias_type;      // 0: no bias, 1: fp32, 2: fp16, 3: bf16
+  int x_ragged;       // 1 if rows of x are not 16-byte aligned: they are copied element by element
+  int warp_rows;      // warps of a CTA along rows (a warp has 32, a tall one 64),
+  int warp_tokens;    // along tokens (8 token tiles' worth each),
+  int warp_inputs;    // and along K: the groups
+  int stages;         // of a group's ring: 2, 3 or 4
+  int row_tiles, token_tiles, splits;  // of the grid: CTAs along rows, tokens and K
+  int parts;                           // fused projections
+  int part_tile[kMaxParts + 1];   // first row tile of each part, and behind the last their number
   int part_block[kMaxParts + 1];  // first row block
   int part_row[kMaxParts + 1];    // first output feature
 };

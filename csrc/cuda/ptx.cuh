@@ -7,35 +7,46 @@ namespace slab {
 
 // ---- memory ----
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
 
 // cp.async (PTX 9.7.9.25.3): 16 bytes, L1 bypassed. The policy decides what L2 keeps. The predicate is the
 // instruction's own: no branch, and one run of copies instead of several (ptxas guards each run with three dummy
 // loads).
 template <int kAt>  // bytes after both addresses
-__device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from, uint64_t policy) {
+__device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from,
+                                          uint64_t policy) {
   asm volatile(
-      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global.L2::cache_hint [%0 + %4], [%1 + "
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global.L2::cache_hint "
+      "[%0 + %4], [%1 + "
       "%4], 16, %2;\n}" ::"r"(to),
       "l"(from), "l"(policy), "r"(int(yes)), "n"(kAt)
       : "memory");
 }
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from) {
   asm volatile(
-      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to),
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0], [%1], "
+      "16;\n}" ::"r"(to),
       "l"(from), "r"(int(yes))
       : "memory");
 }
 // The first `bytes` of 16 are read, the rest is zero.
 __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
 }
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void copies_wait_all() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
 // At most stages - 2 groups of this thread are still on their way; 2 to 4 stages. Three instructions and no branch.
 __device__ __forceinline__ void copies_wait(int stages) {
   asm volatile(
-      "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, 2;\ncp.async.wait_group 2;\n"
+      "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, "
+      "2;\ncp.async.wait_group 2;\n"
       "@three cp.async.wait_group 1;\n@two cp.async.wait_group 0;\n}" ::"r"(stages)
       : "memory");
 }
@@ -49,7 +60,9 @@ __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
 }
 
 __device__ __forceinline__ void load_shared(uint32_t (&r)[4], uint32_t at) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at));
 }
 __device__ __forceinline__ void load_shared(uint32_t (&r)[2], uint32_t at) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at));
@@ -60,7 +73,8 @@ __device__ __forceinline__ uint32_t load_shared32(uint32_t at) {
   return r;
 }
 __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
                : "memory");
 }
 // ldmatrix (PTX 9.7.14.5.15): four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
@@ -96,6 +110,12 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
 }
+// Zero, which the compiler cannot know: the sign bit of a number that is never negative. A constant
+// that it was ORed with has to live in a register.
+__device__ __forceinline__ uint32_t opaque_zero(int never_negative) {
+  return uint32_t(never_negative) >> 31;
+}
+
 __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t value) {
   return (word & mask) | value;
 }
@@ -116,7 +136,9 @@ __device__ __forceinline__ float widen_fp16(uint16_t h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
 }
-__device__ __forceinline__ float widen_bf16(uint16_t h) { return __uint_as_float(uint32_t(h) << 16); }
+__device__ __forceinline__ float widen_bf16(uint16_t h) {
+  return __uint_as_float(uint32_t(h) << 16);
+}
 
 // The two activation types. Everything that differs between them is here.
 //
@@ -125,21 +147,23 @@ __device__ __forceinline__ float widen_bf16(uint16_t h) { return __uint_as_float
 // tokens 2t, 2t+1, c2, c3 row g + 8. Metadata of both halves of a k64 fit in one register: lanes t = 0, 1 hold the
 // first k32 (selector 0), lanes t = 2, 3 the second (selector 1); the even lane inputs 0..15, the odd lane 16..31; low
 // half row g.
-#define SLAB_MMA(TYPE)                                                                                                \
-  template <int kSelector>                                                                                            \
-  static __device__ __forceinline__ void mma_sparse(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],    \
-                                                    uint32_t metadata) {                                              \
-    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                          \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"           \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),            \
-                   "r"(metadata), "n"(kSelector));                                                                    \
-  }                                                                                                                   \
-  static __device__ __forceinline__ void mma_dense(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                               \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                     \
+#define SLAB_MMA(TYPE)                                                                             \
+  template <int kSelector>                                                                         \
+  static __device__ __forceinline__ void mma_sparse(float (&c)[4], const uint32_t (&a)[4],         \
+                                                    const uint32_t (&b)[4], uint32_t metadata) {   \
+    asm volatile(                                                                                  \
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;" \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+          "r"(metadata), "n"(kSelector));                                                          \
+  }                                                                                                \
+  static __device__ __forceinline__ void mma_dense(float (&c)[4], const uint32_t (&a)[4],          \
+                                                   uint32_t b0, uint32_t b1) {                     \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                            \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"            \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                  \
   }
 
 struct Fp16 {
@@ -159,11 +183,14 @@ struct Fp16 {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
   }
-  static constexpr uint32_t kByteMagic = 0x64646464u, kNibbleMagic = 0x64006400u;  // 0x6400 | n is 1024 + n, exactly
+  static constexpr uint32_t kByteMagic = 0x64646464u,
+                            kNibbleMagic = 0x64006400u;  // 0x6400 | n is 1024 + n, exactly
   static constexpr uint32_t kOne = 0x3C003C00u;
-  static constexpr int kMantissaBits = 10, kIndexAt = 4;  // bits kIndexAt - 2 to kIndexAt + 3 are mantissa
+  static constexpr int kMantissaBits = 10,
+                       kIndexAt = 4;  // bits kIndexAt - 2 to kIndexAt + 3 are mantissa
   // Bytes 0 and 2 of w hold q + 128 of one register, bytes 1 and 3 of the next. One PRMT, one HADD2 each.
-  static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w, uint32_t magic) {
+  static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w,
+                                                   uint32_t magic) {
     even = add(__byte_perm(w, magic, 0x4240), 0xE480E480u);  // - 1152
     odd = add(__byte_perm(w, magic, 0x4341), 0xE480E480u);
   }
@@ -196,15 +223,19 @@ struct Bf16 {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
   }
-  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return fma(a, b, 0x80008000u); }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    return fma(a, b, 0x80008000u);
+  }
   static constexpr uint32_t kByteMagic = 0x43004300u, kNibbleMagic = 0x43004300u;
   static constexpr uint32_t kOne = 0x3F803F80u;
   static constexpr int kMantissaBits = 7, kIndexAt = 2;
   // Seven mantissa bits: 0x4300 | low seven bits is 128 + low; the eighth bit turns 256 into 128. Two LOP3, one HFMA2.
   static __device__ __forceinline__ uint32_t from_bytes(uint32_t w, uint32_t magic) {
-    return fma(and_xor(w, 0x00800080u, magic ^ 0x00800080u), 0xBF80BF80u, and_or(w, 0x007F007Fu, magic));
+    return fma(and_xor(w, 0x00800080u, magic ^ 0x00800080u), 0xBF80BF80u,
+               and_or(w, 0x007F007Fu, magic));
   }
-  static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w, uint32_t magic) {
+  static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w,
+                                                   uint32_t magic) {
     even = from_bytes(w, magic);
     odd = from_bytes(w >> 8, magic);
   }

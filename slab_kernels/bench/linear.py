@@ -113,8 +113,15 @@ def layer_rows(*arguments: Any, **settings: Any) -> list[Row]:
     return measure(Case(*arguments, **settings)).rows
 
 
-def measure(case: Case, clock: timing.WallClock | timing.CudaClock | None = None) -> Measured:
-    """`layer_rows`, and the reasons why peers are absent. `clock`: default the device's own."""
+def measure(
+    case: Case,
+    clock: timing.WallClock | timing.CudaClock | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """`layer_rows`, and the reasons why peers are absent.
+
+    clock: default the device's own. progress: called with the inputs timed and those in all.
+    """
     layouts = case.layouts()
     facts = case.facts()  # a wrong dtype fails here
     clock = clock or timing.clock(case.device, case.min_seconds)
@@ -129,9 +136,15 @@ def measure(case: Case, clock: timing.WallClock | timing.CudaClock | None = None
             torch.randn(m, case.k, generator=generator).to(case.device, case.kind)
             for m in case.tokens
         ]
+        contestants = 1 + sum(len(_backends(case, layout)) for layout in layouts)
+        contestants += len(PEERS) if case.peers else 0
+        done = 0
         for contestant in _contestants(case, layouts, facts, absent):
             copies = clock.copies(contestant.size)
             for x in inputs:
+                done += 1
+                if progress is not None:
+                    progress(done, contestants * len(inputs))
                 if contestant.unable(x.shape[0]):
                     continue
                 try:

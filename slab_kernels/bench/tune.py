@@ -262,11 +262,12 @@ def gpu(where: str, seconds: float) -> tuple[Device, Any, Callable[[Problem], We
 
 def run(
     todo: Sequence[Problem], device: Device, clock: Any, make: Callable[[Problem], Any], folder: Path,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:  # fmt: skip
     """Tunes every problem and writes its row, or removes the one that no longer beats the default.
 
     make: `Weight` of a problem, or what does the same. say: takes a line of progress.
+    progress: called with the problems done and those in all.
 
     Raises: ConfigError if the file there is not usable, before anything is timed, or cannot be written; BenchError if the
     default itself is wrong.
@@ -290,6 +291,8 @@ def run(
             if (rows := merged(present, problem, result.row if result.tuned else None)) != present:
                 save(path, rows, device)
             results.append(result)
+            if progress is not None:
+                progress(number, len(todo))
     return results
 
 

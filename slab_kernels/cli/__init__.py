@@ -1,1 +1,2 @@
-"""The command line `slab-kernels`: what the options mean, how a command ends, one file a group of commands."""
+"""The command line `slab-kernels`: what the options mean, how a command ends, and one file per
+group of commands."""

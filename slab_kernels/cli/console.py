@@ -1,7 +1,8 @@
-"""How a command ends: its result as a table or as one JSON object, its failure as one sentence, its exit code.
+"""How a command ends: its result as a table or as one JSON object, its failure as one sentence, its
+exit code.
 
-stdout carries the result and nothing else. With --json whatever a library prints goes to stderr, and an error is
-{"error": {"type", "message"}} on stdout.
+stdout carries the result and nothing else. With --json whatever a library prints goes to stderr,
+and an error is {"error": {"type", "message"}} on stdout.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from ..errors import (
 from ..terminal import ERRORS, TEXT, visible
 
 EXIT_CODES = (
-    "Exit codes: 0 done · 2 wrong usage or input · 3 a file, checkpoint or model that cannot be used · 4 a backend, device or "
-    "optional package that cannot run here · 5 disk or memory full, or no permission · 130 interrupted, 143 by SIGTERM · 1 a bug of ours."
+    "Exit codes: 0 done · 2 wrong usage or input · 3 a file, checkpoint or model that cannot be "
+    "used · 4 a backend, device or optional package that cannot run here · 5 disk or memory full, "
+    "or no permission · 130 interrupted, 143 by SIGTERM · 1 a bug of ours."
 )
 DEBUG = "SLAB_KERNELS_DEBUG"
 
@@ -59,7 +61,8 @@ class Outcome:
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code for an exception: a full disk or missing permission anywhere in its causes, else by its class."""
+    """The exit code for an exception: by a full disk or missing permission anywhere in its causes,
+    else by its class."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in NO_SPACE_ERRNOS:
@@ -103,10 +106,9 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
     """
     import typer
 
-    usage_error = typer.BadParameter.__mro__[
-        1
-    ]  # click's own or typer's copy of it, whichever this typer uses
-    click_error = usage_error.__mro__[1]
+    # The base class of click, or of typer's copy of click, whichever this typer uses.
+    usage_error = typer.BadParameter.__mro__[1]
+    click_error: Any = usage_error.__mro__[1]
     try:
         outcome = command()
         if outcome == INTERRUPTED:  # typer catches KeyboardInterrupt itself
@@ -127,22 +129,24 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
         message = one_line(error.format_message()) or "no command is given"
         message += f" (see: {hint} --help)" if hint else ""
         return fail(as_json, "UsageError", message, BAD_INPUT)
-    except (
-        SystemExit
-    ) as error:  # rich's answer to a closed pipe, as in `slab-kernels --help | head -1`
-        closed = isinstance(error.__context__, BrokenPipeError)
-        return DONE if closed else error.code if isinstance(error.code, int) else BUG, ""
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            return DONE, ""  # rich's answer to a closed pipe: `slab-kernels --help | head -1`
+        return error.code if isinstance(error.code, int) else BUG, ""
     except Exception as error:
         if SIGNALS or type(error).__name__ == "Abort":
             return _interrupted("", as_json)
         if type(error).__name__ == "Exit":
-            return error.exit_code, ""
+            return getattr(error, "exit_code", BUG), ""
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
         code = exit_code(error)
         message = as_options(one_line(str(error) or type(error).__name__))
         if code == BUG:
-            message = f"unexpected {type(error).__name__}: {message}; {DEBUG}=1 shows where; please report it"
+            message = (
+                f"unexpected {type(error).__name__}: {message}; {DEBUG}=1 shows where; "
+                "please report it"
+            )
         return fail(as_json, type(error).__name__, message, code)
 
 
@@ -150,7 +154,7 @@ class Interrupted(Exception):
     """A command was interrupted; the message says what was kept."""
 
 
-SIGNALS: list[int] = []  # that came while the command ran
+SIGNALS: list[int] = []  # the signals that came while the command ran
 
 
 @contextlib.contextmanager
@@ -165,10 +169,8 @@ def noted_signals() -> Iterator[None]:
         raise KeyboardInterrupt
 
     SIGNALS.clear()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may set handlers
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -210,9 +212,8 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        with contextlib.suppress(
-            AttributeError, ValueError
-        ):  # what stands in for a stream may lack `reconfigure`
+        # What stands in for a stream may lack `reconfigure`.
+        with contextlib.suppress(AttributeError, ValueError):
             getattr(sys, name).reconfigure(errors=ERRORS)
 
 
@@ -223,7 +224,8 @@ def _mute(stream) -> None:
 
 
 def as_options(message: str) -> str:
-    """Advice in Python's words, said in the command line's: resume=True -> --resume, skip='*.x' -> --skip '*.x'."""
+    """Advice in Python's words, said in the command line's: resume=True becomes --resume, and
+    skip='*.x' becomes --skip '*.x'."""
     message = message.replace("resume=True", "--resume").replace(
         "trust_remote_code=True", "--trust-remote-code"
     )
@@ -273,12 +275,11 @@ def print_table(
         table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
-    # In a pipe rich would fold tables at 80 columns; there is no screen to fit. Its own writing would end the process at a
-    # closed pipe, so it writes into memory, without colours.
+    # In a pipe rich would fold tables at 80 columns; there is no screen to fit. Its own writing
+    # would end the process at a closed pipe, so it writes into memory, without colours.
     page = io.StringIO()
-    Console(
-        file=page, width=None if sys.__stdout__ is not None and sys.__stdout__.isatty() else 240
-    ).print(table)
+    on_screen = sys.__stdout__ is not None and sys.__stdout__.isatty()
+    Console(file=page, width=None if on_screen else 240).print(table)
     print(page.getvalue(), end="")
 
 

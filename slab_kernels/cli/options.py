@@ -1,11 +1,27 @@
-"""Options that commands share, and what their text means."""
+"""The options and arguments of the commands, and what their text means."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def finite(value: float | None) -> float | None:
+    """The value itself. typer alone would accept NaN, which lies in every range."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+# Of every command, or of many.
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; progress stays on stderr.")
@@ -16,6 +32,7 @@ Folder = Annotated[
     typer.Argument(metavar="DIR", help="A folder written by compress; a dense model works too."),
 ]
 Packed = Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 Backend = Annotated[
     str | None, typer.Option(help="Force a backend; fails with every reason if it cannot run.")
 ]
@@ -25,12 +42,10 @@ Dtype = Annotated[
         help="Of the activations: fp32, bf16 or fp16; default: the checkpoint's, fp32 on a CPU."
     ),
 ]
-Shape = Annotated[str, typer.Option(help="out_features x in_features, for example 11008x4096.")]
-Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
 Text = Annotated[
     str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")
 ]
-
+Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Trust = Annotated[
     bool,
     typer.Option(
@@ -42,18 +57,254 @@ NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not compare what is read with its checksums.")
 ]
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Of compress.
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A model folder or the name of one on the Hugging Face hub."
+    ),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="slab (ours), slab-paper, threebasil, hassle-free, sslc, oats, slim, eora, alps, "
+        "sparsegpt, wanda or magnitude."
+    ),
+]
+Pattern = Annotated[
+    str, typer.Option(help="Keep n of m (2:4, 4:8) or remove a share (50%); only 2:4 is packed.")
+]
+SignRank = Annotated[
+    int, typer.Option(help="Rank of the magnitudes of the sign term (slab methods).")
+]
+Planes = Annotated[
+    int,
+    typer.Option(help="Signs of a pruned entry, 1 to 3, each half a bit per weight (slab)."),
+]
+StoredValues = Annotated[
+    str, typer.Option(help="How kept values are stored: fp16, bf16, int8, int4 or int3.")
+]
+StoredGroup = Annotated[
+    int,
+    typer.Option(
+        help="Inputs that one scale of an integer type covers: 32, 64, 128; 0 = one scale per row."
+    ),
+]
+StoredAdapter = Annotated[
+    int | None,
+    typer.Option(help="Rank of the adapter P Qᵀ; default: the method's own, 0 = none.", min=0),
+]
+AdapterValues = Annotated[
+    str, typer.Option(help="How P and Q are stored: int8 (one exponent per row) or fp16.")
+]
+Match = Annotated[
+    int,
+    typer.Option(
+        help="Transformer matching: epochs of training each block's numbers towards the dense "
+        "model.",
+        min=0,
+    ),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Stored bits per weight over the whole model; chooses values, planes and rank by "
+        "layer."
+    ),
+]
+Heldout = Annotated[
+    str | None, typer.Option(help="Also measure every layer's error on this other text.")
+]
+Samples = Annotated[int, typer.Option(help="Windows of calibration text.")]
+Window = Annotated[int, typer.Option(help="Tokens in a window.")]
+ResumeInOut = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave these modules dense, '*.down_proj'; may be repeated."),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A setting of the method, name=value; may be repeated. `slab-kernels info --methods` "
+        "lists them."
+    ),
+]
+
+# Of train and decompress.
+
+Steps = Annotated[int, typer.Option(help="Steps of Adam.")]
+Batch = Annotated[int, typer.Option(help="Windows per step.")]
+TrainingSamples = Annotated[
+    int, typer.Option(help="Windows of text, one in sixteen held back to judge by.")
+]
+Rate = Annotated[float, typer.Option(help="Largest step.")]
+NewAdapters = Annotated[
+    int,
+    typer.Option(help="Add adapters P Qᵀ of this rank to layers that have none.", min=0),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+DenseDtype = Annotated[
+    str | None,
+    typer.Option(help="Of the weights: fp32, bf16 or fp16; default: what config.json names."),
+]
+
+# Of eval and generate.
+
+EvalWindow = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens in a window; default 2048, or the model's positions if fewer.", min=2
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.", min=0)
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas."
+    ),
+]
+TaskFiles = Annotated[Path | None, typer.Option(help="A folder with task files of your own.")]
+Limit = Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)]
+Prompt = Annotated[str, typer.Option(help="The text to continue.")]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="Put the prompt into the tokenizer's chat template, as a question."
+    ),
+]
+NewTokens = Annotated[int, typer.Option(help="New tokens.", min=1)]
+Temperature = Annotated[
+    float, typer.Option(help="0 = always the most probable token.", min=0.0, callback=finite)
+]
+DrawSeed = Annotated[int, typer.Option(help="For temperature above 0.")]
+
+# Of bench, tune and explain.
+
+Shape = Annotated[str, typer.Option(help="out_features x in_features, for example 11008x4096.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(help="out_features x in_features, 11008x4096; may be repeated."),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(help="All linears of a well-known model, llama-2-7b; may be repeated."),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "--layers",
+        help="Linears of a well-known model, fused and not; may be repeated. Default llama-3-8b.",
+    ),
+]
+Fused = Annotated[
+    bool,
+    typer.Option(
+        "--fused/--separate",
+        help="--layers with q, k, v and gate, up in one, as engines run them.",
+    ),
+]
+Tokens = Annotated[int, typer.Option(help="Tokens at once.", min=1)]
+BenchTokens = Annotated[
+    list[int] | None, typer.Option(help="Tokens at once; may be repeated. Default 1.", min=1)
+]
+TuneTokens = Annotated[
+    list[int] | None,
+    typer.Option(help="Tokens at once; may be repeated. Default 1, 16, 64, 512, 2048.", min=1),
+]
+Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
+BenchValues = Annotated[
+    list[str] | None, typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16.")
+]
+TuneValues = Annotated[
+    list[str] | None,
+    typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16, int8, int4."),
+]
+BenchDtype = Annotated[
+    str, typer.Option(help="Of the activations and the dense weight: fp32, bf16 or fp16.")
+]
+ActivationDtype = Annotated[str, typer.Option(help="Of the activations: fp32, bf16 or fp16.")]
+Rank = Annotated[int, typer.Option(help="Rank of the sign term; 0 = none.", min=0)]
+TuneRank = Annotated[
+    int, typer.Option(help="Rank of the sign term, and lower ones; 0 = none.", min=0)
+]
+AdapterRank = Annotated[int, typer.Option(help="Rank of the adapter P Qᵀ; 0 = none.", min=0)]
+GroupSize = Annotated[
+    int, typer.Option(help="Inputs that one scale covers; 0 = one scale per row.")
+]
+BenchBackends = Annotated[
+    list[str] | None,
+    typer.Option(help="Time these; default: every one that runs it, without the reference."),
+]
+Peers = Annotated[
+    bool,
+    typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed."),
+]
+RowSeconds = Annotated[
+    float,
+    typer.Option(help="Time spent on a row, at least.", min=0.0, callback=finite),
+]
+TileSeconds = Annotated[
+    float,
+    typer.Option(help="Time spent on a configuration, at least.", min=0.0, callback=finite),
+]
+ConfigFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="The folder to write; default $SLAB_KERNELS_CONFIGS or ~/.config/slab_kernels."
+    ),
+]
+PlannedGpu = Annotated[
+    str | None,
+    typer.Option(help="Also the CUDA kernels' plan on a GPU that need not be here: A100, H200."),
+]
+
+# Of info and report.
+
+Support = Annotated[
+    bool,
+    typer.Option("--support", help="Instead: what every backend runs, on whatever machine."),
+]
+Methods = Annotated[
+    bool,
+    typer.Option(
+        "--methods",
+        help="Instead: every method and its settings, as compress --option takes them.",
+    ),
+]
+ReportPaths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PATH...",
+        help="Run folders, or JSON of eval, inspect, bench, the demo or another benchmark.",
+    ),
+]
+ReportOut = Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")]
+Dense = Annotated[
+    Path | None,
+    typer.Option(
+        help="The model that the run folders were compressed from: adds its size, and heat maps of "
+        "a weight."
+    ),
+]
+Plots = Annotated[
+    bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")
+]
 
 
-def finite(value: float | None) -> float | None:
-    """For typer, to which NaN lies in every range."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
-    return value
+# What the text of an option means.
 
 
-def torch_dtype(name: str) -> Any:
-    """ "bf16" -> torch.bfloat16."""
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a short name: "bf16" is torch.bfloat16.
+
+    Raises: typer.BadParameter for a name that is none of DTYPES.
+    """
     import torch
 
     if name not in DTYPES:
@@ -62,7 +313,10 @@ def torch_dtype(name: str) -> Any:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """ "11008x4096" -> (11008, 4096): out_features, in_features."""
+    """out_features and in_features of "11008x4096".
+
+    Raises: typer.BadParameter for text of another form.
+    """
     parts = text.lower().replace("×", "x").split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(
@@ -72,7 +326,10 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def method_options(options: list[str]) -> dict[str, Any]:
-    """["rounds=3"] -> {"rounds": 3}: numbers and booleans as such, the rest as text."""
+    """The settings of a method from "name=value" each: numbers and booleans as such, else text.
+
+    Raises: typer.BadParameter for an entry of another form.
+    """
     parsed: dict[str, Any] = {}
     for entry in options:
         name, separator, value = entry.partition("=")
@@ -80,12 +337,14 @@ def method_options(options: list[str]) -> dict[str, Any]:
             raise typer.BadParameter(
                 f"--option {entry} must be name=value, for example --option rounds=3"
             )
-        for kind in (int, float):
-            try:
-                parsed[name] = kind(value)
-                break
-            except ValueError:
-                continue
-        else:
-            parsed[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+        parsed[name] = _plain_value(value)
     return parsed
+
+
+def _plain_value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)

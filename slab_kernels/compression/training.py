@@ -100,12 +100,14 @@ def train(
     device: str | torch.device = "cpu",
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> dict:
     """Train the adapters of a packed folder on a text and write the result to the folder `out`.
 
     Args:
         text: see `text.read_text`, or token ids [samples, window] (see `token_ids`).
+        progress: called with the steps done and those in all.
         resume: go on from the state that an interrupted run left beside `out`; the result is that of a run without a break.
         trust_remote_code: run the Python code in the folder, of which some models are made.
 
@@ -164,6 +166,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(step + 1, settings.steps)
         if (step + 1) % settings.every == 0 and step + 1 < settings.steps:
             _note(state, begun, optimizer, parameters, step + 1, before)
             say(f"step {step + 1} of {settings.steps}: {float(loss.detach()):.4f} nats a token")

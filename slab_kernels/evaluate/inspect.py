@@ -14,13 +14,15 @@ from ..models.shards import TensorEntry
 from ..paths import expanded
 
 FACTORS = ("U", "V", "P", "Q")
+PARTS = {"U": "factors", "V": "factors", "P": "adapters", "Q": "adapters", "weight": "values"}
 
 
 def inspect(folder: Path | str) -> dict[str, Any]:
     """Layers of a packed, pruned-but-dense or dense folder with shape, settings, bits per weight and error.
 
     bits_per_weight counts every stored tensor of the layer except its bias; factor_bits_per_weight is the part of
-    U, V, P and Q. `bits_per_weight` of the folder is over all its layers together.
+    U, V, P and Q. `parts` are the bits per weight of values, metadata, signs, scales, factors (U
+    and V) and adapters (P and Q). `bits_per_weight` of the folder is over all its layers together.
 
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
@@ -84,6 +86,10 @@ def _layer(
     if layout is None and record is None:
         values = str(tensors["weight"].dtype).removeprefix("torch.")
     factors = sum(size for leaf, size in counted.items() if leaf in FACTORS)
+    parts: dict[str, float] = {}
+    for leaf, size in counted.items():
+        part = PARTS.get(leaf, leaf)
+        parts[part] = parts.get(part, 0.0) + 8 * size / weights
     return {
         "name": name,
         "shape": shape,
@@ -95,6 +101,7 @@ def _layer(
         "adapter_rank": layout.adapter_rank if layout else 0,
         "bits_per_weight": 8 * sum(counted.values()) / weights,
         "factor_bits_per_weight": 8 * factors / weights,
+        "parts": parts,
         "error": record.error if record else None,
         "heldout_error": record.heldout_error if record else None,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,13 @@ def running(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None) -> dict:
+def perplexity(
+    model: nn.Module,
+    tokenizer,
+    text: str,
+    window: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
     """exp of the mean negative log-likelihood per token.
 
     `text` is cut without overlap into windows of the BOS token and window-1 tokens of text (window tokens where the
@@ -53,6 +59,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
     Args:
         text: the text itself (`text.read_text` reads one).
         window: default 2048, cut to the model's maximum positions.
+        progress: called with the windows done and those in all.
 
     Returns: {"perplexity", "tokens" (predicted), "windows", "window"}.
     Raises: CalibrationError for an empty text, or a window longer than the model's positions; CheckpointError for a packed model that
@@ -74,7 +81,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
         model.get_input_embeddings().weight.shape[0],
         model.get_input_embeddings().weight.device,
     )
-    total, tokens = 0.0, 0
+    total, tokens, done = 0.0, 0, 0
     for batch in _batches(
         pieces, max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * vocabulary)))
     ):
@@ -86,6 +93,9 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int | None = None
         )
         total += float(loss.double().sum())
         tokens += loss.numel()
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(pieces))
     mean = total / tokens
     return {
         "perplexity": math.exp(mean) if mean < 700 else math.inf,

@@ -1,20 +1,26 @@
 """Files of measurements, as `report` shows them: read, checked, and rows of one model merged.
 
-They are told apart by what they hold: records of `compress`, the JSON of `eval`, `eval --tasks` and
-`bench`, the results of the demo and of benchmarks/bench_methods.py, and, as plain tables, any other
-results that say where they are from.
+They are told apart by what they hold: records of `compress`, the JSON of `eval`, `eval --tasks`,
+`inspect` and `bench`, the results of the demo and of benchmarks/bench_methods.py, and, as plain
+tables, any other results that say where they are from.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
-from dataclasses import dataclass, field, replace
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 from ..errors import ReportError
 from ..paths import expanded
+from .results import Report, Result, Source, Table
 
 RUN_RECORD = "slab_run.json"
 KINDS = (
@@ -28,101 +34,114 @@ BENCH_ROW = {
 }  # fmt: skip
 MODEL_ROW = {
     "pattern": str, "rank": int, "values": str, "bits_per_weight": float, "perplexity": float,
-    "layer_error": float, "tokens_per_second": float, "folder": str,
+    "layer_error": float, "tokens_per_second": float, "folder": str, "bytes": int,
+    "continuation": str,
 }  # fmt: skip
 LARGEST = 1e300  # of a number: what is beyond overflows in a sum, and NaN is not below it
 NUMBERS = {int: "an integer", float: "a number", str: "a text"}
 
 
-@dataclass(frozen=True)
-class Result:
-    """One model, compressed or dense: a row of the table. None where nothing was measured."""
-
-    method: str
-    pattern: str | None = None
-    rank: int | None = None
-    values: str | None = None
-    bits_per_weight: float | None = None  # of the compressed linears, factors and scales included
-    perplexity: float | None = None
-    layer_error: float | None = None  # mean over the layers
-    tokens_per_second: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)  # layer -> relative output error
-    heldout: bool = False  # the errors are of held-out text, not of the calibration inputs
-    folder: str | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Measurements of another kind, as they are."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that a report shows."""
-
-    results: tuple[Result, ...] = ()
-    bench: tuple[dict[str, Any], ...] = ()
-    model: str | None = None
-    notes: tuple[str, ...] = ()  # device, versions, text and window: printed under the tables
-    tables: tuple[Table, ...] = ()
-
-    @property
-    def dense(self) -> Result | None:
-        return next((r for r in self.results if r.method == "dense"), None)
-
-    @property
-    def compressed(self) -> list[Result]:
-        return [r for r in self.results if r.method != "dense"]
-
-
-def read(paths: list[Path | str]) -> Report:
+def read(paths: Sequence[Path | str]) -> Report:
     """Gathers run folders, folders of run folders and JSON files.
 
     Raises: ReportError for a path with nothing in it.
     """
-    found: dict[str, Result] = {}
-    bench: list[dict[str, Any]] = []
-    notes: list[str] = []
-    tables: list[Table] = []
-    model = None
+    gathered = _Gathered()
     for path in map(expanded, paths):
         for file in _files(path):
-            data = _json(file)
-            rows = _rows(data, file)
-            if isinstance(data.get("layers"), list):
-                _merge(found, _from_record(data, file))
-            elif rows and all("method" in row for row in rows):
-                for number, row in enumerate(rows, 1):
-                    _merge(found, _from_row(row, f"row {number} of {file}"))
-                bench += _bench_rows(data.get("bench") or [], file)
-            elif rows and all("label" in row and "perplexity" in row for row in rows):
-                for result in _labelled_rows(rows, data, file):
-                    _merge(found, result)
-            elif rows and all("backend" in row and "median_us" in row for row in rows):
-                bench += _bench_rows(rows, file)
-            elif "perplexity" in data:
-                _merge(found, _from_row(data, str(file)))
-            elif isinstance(data.get("tasks"), dict):
-                tables.append(_tasks(data, file))
-            elif any(name in data for name in ORIGIN):
-                tables += _plain(data, file)
-            else:
-                raise ReportError(f"{file} is none of the kinds that a report shows: {KINDS}")
-            if isinstance(data.get("model"), str) and (rows or model is None):
-                model = data["model"]  # a file of results names it best
-            noted = data["notes"] if isinstance(data.get("notes"), list) else []
-            noted = [*noted, data.get("device"), data.get("machine")]
-            notes += [note for note in noted if isinstance(note, str)]
-    if not found and not bench and not tables:
+            gathered.add(file)
+    found = gathered.report()
+    if not found.results and not found.bench and not found.tables:
         where = ", ".join(map(str, paths))
         raise ReportError(f"nothing to report in {where}: no {RUN_RECORD}, no result rows")
-    results, once = _labelled(list(found.values())), dict.fromkeys(notes)
-    return Report(tuple(results), tuple(bench), model, tuple(once), tuple(tables))
+    return found
+
+
+class _Gathered:
+    """What was found in the files so far."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Result] = {}
+        self.bench: list[dict[str, Any]] = []
+        self.tables: list[Table] = []
+        self.notes: list[str] = []
+        self.run: list[tuple[str, str]] = []
+        self.sources: list[Source] = []
+        self.model: str | None = None
+        self.prompt: str | None = None
+        self.labelled = 0  # files of many settings, as benchmarks/bench_methods.py writes them
+
+    def add(self, file: Path) -> None:
+        """Raises: ReportError for a file that cannot be read, or is of no kind that is known."""
+        text, data = _json(file)
+        rows = _rows(data, file)
+        if isinstance(data.get("layers"), list):
+            _merge(self.results, _from_record(data, file))
+        elif rows and all("method" in row for row in rows):
+            for number, row in enumerate(rows, 1):
+                _merge(self.results, _from_row(row, f"row {number} of {file}"))
+            self.bench += _bench_rows(data.get("bench") or [], file)
+        elif rows and all("label" in row and "perplexity" in row for row in rows):
+            self.labelled += 1
+            for result in _labelled_rows(rows, data, file):
+                _merge(self.results, result)
+        elif rows and all("backend" in row and "median_us" in row for row in rows):
+            self.bench += _bench_rows(rows, file)
+        elif "perplexity" in data:
+            _merge(self.results, _from_row(data, str(file)))
+        elif isinstance(data.get("tasks"), dict):
+            self.tables.append(_tasks(data, file))
+        elif any(name in data for name in ORIGIN):
+            self.tables += _plain(data, file)
+        else:
+            raise ReportError(f"{file} is none of the kinds that a report shows: {KINDS}")
+        self._note(data, file, names_model=bool(rows))
+        self.sources.append(Source(str(file), text))
+
+    def _note(self, data: dict[str, Any], file: Path, names_model: bool) -> None:
+        """The facts about the whole run. names_model: this file's name of the model is the best."""
+        if isinstance(data.get("model"), str) and (names_model or self.model is None):
+            self.model = data["model"]
+        if isinstance(data.get("prompt"), str) and names_model:
+            self.prompt = data["prompt"]
+        noted = data["notes"] if isinstance(data.get("notes"), list) else []
+        noted = [*noted, data.get("device"), data.get("machine")]
+        self.notes += [note for note in noted if isinstance(note, str)]
+        self.run += _run_facts(data, file)
+
+    def report(self) -> Report:
+        return Report(
+            results=tuple(_labelled(list(self.results.values()))),
+            bench=tuple(self.bench),
+            model=self.model,
+            notes=tuple(dict.fromkeys(self.notes)),
+            tables=tuple(self.tables),
+            prompt=self.prompt,
+            run=tuple(dict.fromkeys(self.run)),
+            sources=tuple(self.sources),
+            compares_methods=self.labelled > 0,
+        )
+
+
+def _run_facts(data: dict[str, Any], file: Path) -> list[tuple[str, str]]:
+    """When, how long and by which command a file was made, where it says so."""
+    made = data["run"] if isinstance(data.get("run"), dict) else {}
+    known = data | made
+    arguments = known.get("arguments")
+    if isinstance(arguments, list) and "command" not in known:
+        command = shlex.join(map(str, arguments))
+        known["command"] = f"python benchmarks/bench_linear.py {command}"
+    facts = [
+        (name, known[key])
+        for key, name in (("date", "measured"), ("command", "command"), ("commit", "commit"))
+        if isinstance(known.get(key), str)
+    ]
+    seconds = known.get("seconds")
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool):
+        compressed = "layers" in data and not made
+        what = f"compression into {file.parent.name}" if compressed else "run"
+        facts.append((f"{what} took", f"{seconds:,.0f} s"))
+    return facts
 
 
 def _files(path: Path) -> list[Path]:
@@ -137,13 +156,14 @@ def _files(path: Path) -> list[Path]:
     files = files or sorted(path.glob(f"*/{RUN_RECORD}"))
     if not files:
         raise ReportError(
-            f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: give a folder written "
-            "by compress"
+            f"{path} holds no {RUN_RECORD}, neither itself nor in its folders: give a folder "
+            "written by compress"
         )
     return files
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file, and the object that it holds."""
     try:
         text = file.read_text(encoding="utf-8")
         data = json.loads(text, parse_constant=lambda _: None)  # NaN: nothing was measured
@@ -152,7 +172,7 @@ def _json(file: Path) -> dict[str, Any]:
         raise ReportError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(data, dict):
         raise ReportError(f"{file} holds a JSON {type(data).__name__}, not an object")
-    return data
+    return text, data
 
 
 def _rows(data: dict[str, Any], file: Path) -> list[dict[str, Any]]:
@@ -172,11 +192,18 @@ def _typed(row: dict[str, Any], kinds: dict[str, type], where: str, needed: bool
         value = row.get(name)
         if value is None and not needed:
             continue
-        right = isinstance(value, (int, float) if kind is float else kind)
-        if not right or isinstance(value, bool) or (kind is not str and not abs(value) < LARGEST):
+        if not _is(value, kind):
             raise ReportError(f"{where} has {name}={short(value)}, expected {NUMBERS[kind]}")
         found[name] = value
     return found
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value from JSON is of a kind; numbers are finite."""
+    if kind is str:
+        return isinstance(value, str)
+    numbers = (int, float) if kind is float else (int,)
+    return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _bench_rows(rows: Any, file: Path) -> list[dict[str, Any]]:
@@ -207,17 +234,21 @@ def _from_record(data: dict[str, Any], file: Path) -> Result:
         _typed(layer, {"error": float, "heldout_error": float}, where, needed=False)
         weights += shape[0] * shape[1]
         bits += shape[0] * shape[1] * layer["bits_per_weight"]
+    parts = {layer["name"]: layer["parts"] for layer in layers if layer.get("parts")}
     heldout = bool(layers) and all(layer.get("heldout_error") is not None for layer in layers)
     name = "heldout_error" if heldout else "error"
     errors = {layer["name"]: layer[name] for layer in layers if layer.get(name) is not None}
     kinds = {"method": str, "pattern": str, "rank": int, "values": str}
+    folder = _typed(data, {"folder": str}, str(file), needed=False).get("folder", file.parent)
     return Result(
         **({"method": "dense"} | _typed(settings, kinds, str(file), needed=False)),
+        **_typed(data, {"bytes": int}, str(file), needed=False),
         bits_per_weight=bits / weights if weights else None,
         layer_error=sum(errors.values()) / len(errors) if errors else None,
         errors=errors,
         heldout=heldout,
-        folder=str(file.parent.resolve()),
+        folder=str(Path(folder).resolve()),
+        parts=_parts(parts, str(file)),
     )
 
 
@@ -229,11 +260,49 @@ def _from_row(row: dict[str, Any], where: str) -> Result:
     if not isinstance(errors, dict):
         raise ReportError(f"{where} has errors={short(errors)}, expected an object of numbers")
     errors = _typed(errors, dict.fromkeys(errors, float), where, needed=True)
-    return Result(**known, errors=errors, heldout=row.get("heldout") is True)
+    return Result(
+        **known,
+        errors=errors,
+        heldout=row.get("heldout") is True,
+        parts=_parts(row.get("parts") or {}, where),
+        crop=_crop(row.get("crop"), where),
+    )
+
+
+def _parts(parts: Any, where: str) -> dict[str, dict[str, float]]:
+    """The bits per weight of every part of every layer, checked."""
+    if not isinstance(parts, dict) or not all(isinstance(bits, dict) for bits in parts.values()):
+        raise ReportError(f"{where} has parts={short(parts)}, expected numbers by layer and part")
+    return {
+        layer: _typed(bits, dict.fromkeys(bits, float), f"layer {layer} of {where}", needed=True)
+        for layer, bits in parts.items()
+    }
+
+
+def _crop(crop: Any, where: str) -> dict[str, Any] | None:
+    """A corner of a weight as `evaluate.crop.weight_crop` returns it, checked."""
+    if crop is None:
+        return None
+    try:
+        rows, columns = crop["shape"]
+        whole = (
+            isinstance(crop["layer"], str)
+            and 0 < float(crop["step"]) < math.inf
+            and "weight" in crop["parts"]
+            and all(
+                0 < rows * columns == len(base64.b64decode(text, validate=True))
+                for text in crop["parts"].values()
+            )
+        )
+    except (TypeError, KeyError, ValueError, AttributeError, binascii.Error):
+        whole = False
+    if not whole:
+        raise ReportError(f"{where} has crop={short(crop)}, which is no corner of a weight")
+    return crop
 
 
 def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path) -> list[Result]:
-    """Results of benchmarks/bench_methods.py: rows with labels, and the dense model's perplexity."""
+    """Results of benchmarks/bench_methods.py: rows with labels, and the dense perplexity."""
     kinds = {name: MODEL_ROW[name] for name in ("bits_per_weight", "perplexity", "layer_error")}
     dense = _typed(data, {"dense": float}, str(file), needed=False)
     found = [Result("dense", perplexity=dense["dense"])] if dense else []
@@ -278,7 +347,7 @@ def _plain(data: dict[str, Any], file: Path) -> list[Table]:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """Objects inside an object become entries of their own: {"a": {"b": 1}} -> {"a b": 1}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):
             flat |= {f"{name} {key}": entry for key, entry in value.items()}
@@ -307,9 +376,8 @@ def _merge(found: dict[str, Result], new: Result) -> None:
             for name in Result.__dataclass_fields__
             if getattr(new, name) in (None, {}, "")
         }
-        if (
-            old.heldout and not new.heldout
-        ):  # held-out errors are the honest ones: a record's calibration errors never replace them
+        if old.heldout and not new.heldout:
+            # Held-out errors are the honest ones: calibration errors never replace them.
             kept |= {name: getattr(old, name) for name in ("errors", "layer_error", "heldout")}
         new = replace(new, **kept)
     found[key] = new

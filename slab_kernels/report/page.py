@@ -1,94 +1,174 @@
-"""The report as one self-contained HTML page: no script, no external resource, both colour schemes, phone and print."""
+"""The report as one self-contained HTML page: no script, no external resource, both colour schemes,
+phone and print."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import PurePath
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from .headline import Figure
+from .results import Source
+from .stylesheet import STYLE
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ground: #f4f5f7; --ink: #1d2026; --muted: #667080; --line: #e4e7eb; --mark: #00805f; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #181b20; --ground: #101216; --ink: #e8eaed; --muted: #98a1ae; --line: #2c3138; --mark: #3ecf9f; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 47rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .4rem; text-wrap: balance; }
-h2 { font-size: 1.12rem; margin: 0 0 .3rem; }
-.model { color: var(--muted); margin: 0 0 1.4rem; overflow-wrap: anywhere; }
-.headline { font-size: 1.2rem; line-height: 1.45; margin: 0 0 1.6rem; text-wrap: pretty; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 1.1rem 1.2rem; margin: 0 0 1.1rem; }
-section > p { color: var(--muted); font-size: .92rem; margin: 0 0 .7rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
-th { font-weight: 500; color: var(--muted); font-size: .82rem; line-height: 1.25; vertical-align: bottom; }
-th, td { text-align: right; padding: .5rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { white-space: normal; min-width: 5.2rem; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tr:last-child td { border-bottom: 0; }
-tr.ours td { font-weight: 650; color: var(--mark); }
-tr.dense td { color: var(--muted); }
-img { display: block; width: 100%; height: auto; }
-@media (max-width: 560px) {
-  main { padding: 1.4rem .6rem 3rem; }
-  section { padding: .9rem .8rem; }
-  table { font-size: .82rem; }
-  th { font-size: .72rem; min-width: 3.4rem; }
-  th, td { padding: .42rem .3rem; }
-}
-footer { color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; }
-footer p { margin: .3rem 0; }
-"""
+LONG = 12  # rows of a table that is shown; a longer one is folded
+LARGEST_LINK = 1 << 20  # bytes of a JSON file that the page carries along
 
 
-def html(
-    title: str,
-    headline: str,
-    tables: Sequence[tuple[str, Sequence[str], Sequence[tuple[Sequence[str], str]]]],
-    pictures: Sequence[tuple[str, str, bytes, bytes]],
-    notes: Sequence[str],
-) -> str:
-    """The page.
+class Drawn(NamedTuple):
+    """A picture: its PNG for a light page and for a dark one."""
 
-    Args:
-        tables: (title, column names, rows), a row being its cells and its kind: "ours" and "dense" are set apart.
-        pictures: (title, caption, PNG for a light page, PNG for a dark one), after the first table.
-        notes: device, versions, what was measured: the small print.
-    """
-    source = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()  # noqa: E731
-    shown = [
-        f"<section><h2>{escape(name)}</h2>{_table(head, rows)}</section>"
-        for name, head, rows in tables
-    ]
-    drawn = [
-        f"<section><h2>{escape(name)}</h2><p>{escape(caption)}</p><picture>"
-        f'<source srcset="{source(dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{source(light)}" alt="{escape(name)}"></picture></section>'
-        for name, caption, light, dark in pictures
-    ]
+    title: str
+    caption: str
+    light: bytes
+    dark: bytes
+
+
+class Text(NamedTuple):
+    """What one model wrote."""
+
+    label: str
+    text: str
+
+
+class Table(NamedTuple):
+    """Rows of text, and of each row its kind: "ours" and "dense" are set apart."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kinds: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands on the page, from top to bottom."""
+
+    title: str
+    model: str
+    headline: Sequence[str]
+    figures: Sequence[Figure]
+    prompt: str
+    texts: Sequence[Text]  # the first two stand side by side, the others are folded
+    pictures: Sequence[Drawn]
+    tables: Sequence[Table]
+    run: Sequence[tuple[str, str]]
+    notes: Sequence[str]
+    sources: Sequence[Source]
+
+
+def html(page: Page) -> str:
+    """The whole page."""
+    head = escape(f"{page.title}: {page.model}" if page.model else page.title)
+    first, *others = page.headline or [""]
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>Compression report</title><style>{STYLE}</style></head><body><main>",
-        f"<h1>Compression report</h1><p class=model>{escape(title)}</p><p class=headline>{escape(headline)}</p>",
-        *shown[:1], *drawn, *shown[1:],
-        "<footer>", *(f"<p>{escape(note)}</p>" for note in notes), "</footer></main></body></html>\n",
-    ]  # fmt: skip
+        f"<title>{head}</title><style>{STYLE}</style></head><body><main>",
+        f"<header><h1>{escape(page.title)}</h1><p class=model>{escape(page.model)}</p>",
+        f"<p class=headline>{escape(first)}</p>",
+        *(f"<p class=also>{escape(sentence)}</p>" for sentence in others),
+        "</header>",
+        _figures(page.figures),
+        _texts(page.prompt, page.texts),
+        *map(_picture, page.pictures),
+        *map(_table, page.tables),
+        _footer(page),
+        "</main></body></html>\n",
+    ]
     return "".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], str]]) -> str:
-    lines = [
-        "<div class=scroll><table><thead><tr>",
-        *(f"<th>{escape(cell)}</th>" for cell in head),
-        "</tr></thead><tbody>",
-    ]
-    for cells, kind in rows:
-        lines.append(
-            f'<tr class="{kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        )
-    return "".join([*lines, "</tbody></table></div>"])
+def _figures(figures: Sequence[Figure]) -> str:
+    if not figures:
+        return ""
+    tiles = (
+        f"<div><dt>{escape(f.name)}</dt><dd>{escape(f.value)}</dd>"
+        f"<dd class=beside>{escape(f.beside)}</dd></div>"
+        for f in figures
+    )
+    return f"<dl class=figures>{''.join(tiles)}</dl>"
+
+
+def _texts(prompt: str, texts: Sequence[Text]) -> str:
+    """The dense and the main compressed model side by side, the others folded below."""
+    if not texts:
+        return ""
+    beside = "".join(_text(prompt, text) for text in texts[:2])
+    folded = ""
+    if texts[2:]:
+        more = "".join(_text(prompt, text) for text in texts[2:])
+        count = f"{len(texts) - 2} more methods" if texts[3:] else "one more method"
+        folded = f"<details><summary>{count}</summary><div class=texts>{more}</div></details>"
+    return (
+        "<section><h2>The same prompt, continued</h2><p>Greedy: every model writes the token that "
+        f"it holds most probable.</p><div class=texts>{beside}</div>{folded}</section>"
+    )
+
+
+def _text(prompt: str, text: Text) -> str:
+    given = f"<span class=prompt>{escape(prompt)}</span>" if prompt else ""
+    caption = f"<figcaption>{escape(text.label)}</figcaption>"
+    return f"<figure>{caption}<pre>{given}{escape(text.text)}</pre></figure>"
+
+
+def _picture(picture: Drawn) -> str:
+    light, dark = (_data("image/png", data) for data in (picture.light, picture.dark))
+    return (
+        f"<section><h2>{escape(picture.title)}</h2><p>{escape(picture.caption)}</p><picture>"
+        f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{light}" alt="{escape(picture.title)}"></picture></section>'
+    )
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _table(table: Table) -> str:
+    """A table that scrolls inside its box, folded where it is long."""
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in table.columns)
+    rows = "".join(
+        f'<tr class="{kind}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for cells, kind in zip(table.rows, table.kinds, strict=True)
+    )
+    body = (
+        f'<div class=scroll tabindex=0 role=region aria-label="{escape(table.title)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    title = escape(table.title)
+    if len(table.rows) <= LONG:
+        return f"<section><h2>{title}</h2>{body}</section>"
+    count = f"{len(table.rows):,} rows"
+    return (
+        f"<section><details><summary><h2>{title}</h2> <span>{count}</span></summary>{body}"
+        "</details></section>"
+    )
+
+
+def _footer(page: Page) -> str:
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in page.run)
+    links = "".join(f"<li>{_link(source)}</li>" for source in page.sources)
+    return "".join(
+        [
+            "<footer>",
+            f"<h2>How this was measured</h2><dl>{facts}</dl>" if facts else "",
+            *(f"<p>{escape(note)}</p>" for note in page.notes),
+            f"<h2>The numbers</h2><ul>{links}</ul>" if links else "",
+            "</footer>",
+        ]
+    )
+
+
+def _link(source: Source) -> str:
+    """The JSON file itself, carried along so that the page stays whole wherever it is taken."""
+    data = source.text.encode("utf-8", errors="replace")
+    size = f"{len(data) / 1e3:,.0f} kB"
+    if len(data) > LARGEST_LINK:
+        return f"{escape(source.name)} ({size})"
+    name = escape(PurePath(source.name).name)
+    href = _data("application/json", data)
+    return f'<a download="{name}" href="{href}">{escape(source.name)}</a> ({size})'

@@ -24,8 +24,9 @@ from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import BackendError, ValueTypeError
 from slab_kernels.format import PackedLayout, unpack
-from slab_kernels.report import figures
-from slab_kernels.report import tables as report
+from slab_kernels.report import measurements, style, tables
+from slab_kernels.report.results import Report
+from slab_kernels.report.write import pictures
 from slab_kernels.testing import random_packed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_linear.py"
@@ -544,7 +545,7 @@ def test_script_writes_table_record_and_picture(ceilings, tmp_path, capsys):
     )
     assert tuple(table[0]) == bench_linear.COLUMNS and table[1]["adapter_rank"] == "4"
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
-    assert len(report.read([files[".json"]]).bench) == 4
+    assert len(measurements.read([files[".json"]]).bench) == 4
 
 
 def test_script_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -622,10 +623,10 @@ def test_pictures_show_weights_from_memory():
                 "speedup_vs_dense": 1.0, "gbytes_per_s": 1.0, "roofline": 0.5, "bound": "bytes"}  # fmt: skip
 
     both = [row("dense", "cold"), row("dense", "warm"), row("cuda", "warm")]
-    assert report.cold(both) == [both[0], both[2]]
-    assert [cells[4] for cells in report.bench_table(both)] == ["memory", "cache", "cache"]
-    assert report.bench_table(both)[0][-1] == "50% of bytes"
+    assert tables.cold(both) == [both[0], both[2]]
+    assert [cells[4] for cells in tables.bench_table(both)] == ["memory", "cache", "cache"]
+    assert tables.bench_table(both)[0][-1] == "50% of bytes"
     many = [row(backend, "cold", m) for m in range(1, 20) for backend in ("dense", "cuda")]
-    (drawn,) = report.draw(report.Report(bench=tuple(many))).values()
-    (ax,) = drawn[2](figures.LIGHT).axes
-    assert ax.get_xlabel() == "" and [line.get_label() for line in ax.lines] == ["dense", "cuda, "]
+    (drawn,) = pictures(Report(bench=tuple(many)))
+    fig = drawn.draw(style.LIGHT)
+    assert [text.get_text() for text in fig.legends[0].texts] == ["dense", "cuda, "]

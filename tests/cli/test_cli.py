@@ -1,4 +1,7 @@
-"""The command line: pure JSON on stdout, one sentence a failure, exit codes that mean something. A tiny random Llama."""
+"""The command line: pure JSON on stdout, one sentence per failure, exit codes that mean something.
+
+The model is a tiny random Llama.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import torch
 
 from slab_kernels.cli import console
 from slab_kernels.cli import main as cli
+from slab_kernels.errors import BUG
 
 SLAB = [sys.executable, "-m", "slab_kernels"]
 
@@ -87,13 +91,14 @@ def answer(capsys):
 
 @pytest.fixture
 def refused(answer, capsys):
-    """Runs a command that must fail: exit code and message, checked to be one plain sentence in both modes."""
+    """Runs a command that must fail and returns exit code and message, which is checked to be one
+    plain sentence in both modes."""
 
     def run(*arguments) -> tuple[int, str]:
         code, found = answer(*arguments)
         assert set(found) == {"error"} and set(found["error"]) == {"type", "message"}
         message = found["error"]["message"]
-        assert "\n" not in message and "Traceback" not in message and code != console.UNEXPECTED
+        assert "\n" not in message and "Traceback" not in message and code != BUG
         if (
             arguments[0] == "compress"
             and len(arguments) > 2
@@ -431,7 +436,8 @@ def test_unwritable_folder(model, text, tmp_path, refused, monkeypatch):
 
 
 def test_full_disk_leaves_nothing_that_loads(model, text, tmp_path, refused, monkeypatch):
-    """No space at the second shard: exit code 5, and the folder is no checkpoint; with room again --resume finishes it."""
+    """No space at the second shard: exit code 5, and the folder is no checkpoint; with room again
+    --resume finishes it."""
     real, state = os.replace, {"left": 6}
 
     def replace(source, target):
@@ -521,8 +527,10 @@ def test_help_documents_every_exit_code():
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupt_is_130_and_resume_finishes(model, text, tmp_path):
-    """A real process and a real SIGINT: exit code 130, JSON error, and the same command with --resume goes on."""
+    """A real process and a real SIGINT: exit code 130, JSON error, and the same command with
+    --resume goes on."""
     command = [
         *SLAB,
         *small(model, tmp_path / "out", text, "--json"),

@@ -1,4 +1,5 @@
-"""The frame around the commands on consoles of every kind: narrow, full, closed, hostile names, signals. Light processes."""
+"""The frame around the commands on consoles of every kind: narrow, full, closed, hostile names,
+signals. Light processes."""
 
 from __future__ import annotations
 
@@ -105,7 +106,11 @@ def test_a_closed_stream_swallows_what_it_is_given(report):
 def test_stderr_without_a_reader_does_not_stop_the_work(capfd):
     read, write = os.pipe()
     os.close(read)
-    code = "from slab_kernels.cli import console\nfor i in range(3): console.say('line')\nprint('done')"
+    code = (
+        "from slab_kernels.cli import console\n"
+        "for i in range(3): console.say('line')\n"
+        "print('done')"
+    )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=write)
     os.close(write)
     assert done.returncode == 0 and done.stdout == b"done\n"

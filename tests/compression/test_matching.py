@@ -219,6 +219,7 @@ def test_spend_is_optimal_on_hulls_and_never_worse_than_uniform():
                 assert got <= sum(c.loss for c in uniform) + 1e-9
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_by_the_bytes_on_disk(dense, tmp_path):
     reach = None
     with pytest.raises(
@@ -334,6 +335,7 @@ compress(sys.argv[1], sys.argv[2], calibration=tokens, method=sys.argv[3], match
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(dense, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

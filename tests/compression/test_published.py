@@ -40,6 +40,7 @@ def errors(layer):
     return lambda name, **options: error(W, decompose(W, stats, name, **options).dense(), heldout)
 
 
+@pytest.mark.slow
 def test_published_methods_stand_in_the_published_order(errors):
     """3BASiL table 1, HASSLE-free table 2, ALPS figure 1, EoRA table 1: as published (`polish=0`),
     equal rank."""

@@ -186,6 +186,7 @@ def test_a_run_that_finished_no_block_leaves_nothing(dense, tmp_path, kind, coun
     assert (tmp_path / "out").exists() == (tmp_path / "out" / PROGRESS_NAME).exists() == left
 
 
+@pytest.mark.slow
 def test_a_search_is_kept_and_gone_on_with(dense, tmp_path, monkeypatch):
     measured, real = [], budget._layer
     monkeypatch.setattr(

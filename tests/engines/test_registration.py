@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 
 import pytest
+from pairwise import subset
 
 pytest.importorskip("transformers")
-
-EVENTS = """
-import itertools, os, sys
 
 EVENTS = (
     "import slab_kernels",
@@ -19,6 +19,10 @@ EVENTS = (
     "from transformers import AutoModelForCausalLM; import transformers.quantizers.auto",
     "import slab_kernels.engines.transformers",
 )
+RUN = """
+import json, os, sys
+
+orders = json.loads(sys.argv[1])
 
 def run(order):
     for event in order:
@@ -29,17 +33,12 @@ def run(order):
             assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
             assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
 """
-# Whatever follows the second or the last event finds everything imported. So 32 orders differ in
-# what happens, and each of them runs in a process of its own, into which only packages that
-# neither of the two libraries belongs to have been imported.
+# Each order in a process of its own, into which only packages that neither of the two libraries belongs to have been imported.
 FRESH = """
 import accelerate, huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
 
-orders = itertools.permutations(EVENTS)
-ends = lambda order: min(order.index(EVENTS[1]), order.index(EVENTS[4]))
-distinct = sorted({order[: ends(order) + 1] for order in orders})
-assert len(distinct) == 32 and not {"transformers", "slab_kernels"} & sys.modules.keys()
-for order in distinct:
+assert not {"transformers", "slab_kernels"} & sys.modules.keys()
+for order in orders:
     child = os.fork()
     if child == 0:
         try:
@@ -50,11 +49,11 @@ for order in distinct:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
 """
-# All 120 in one process: this library and the registry are unloaded before each.
+# All in one process: this library and the registry are unloaded before each.
 ORDERS = """
 import transformers.modeling_utils
 
-for order in itertools.permutations(EVENTS):
+for order in orders:
     sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("slab")]
     for name in list(sys.modules):
         if name.split(".")[0] == "slab_kernels" or name.startswith("transformers.quantizers"):
@@ -126,18 +125,47 @@ else: raise AssertionError("opened")
 """
 
 
+def check_orders(program: str, orders) -> None:
+    command = [sys.executable, "-c", RUN + program, json.dumps(list(orders))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_all_orders():
+    check_orders(ORDERS, itertools.permutations(EVENTS))
+
+
+def distinct_orders() -> list[tuple[str, ...]]:
+    """The orders that differ in what happens: what follows the second or the last event finds everything imported."""
+    orders = itertools.permutations(EVENTS)
+    return sorted({order[: min(order.index(EVENTS[1]), order.index(EVENTS[4])) + 1] for order in orders})  # fmt: skip
+
+
+def which_is_first(order: tuple[str, ...]) -> list[bool | None]:
+    """Of every two events, whether the one comes before the other; None if either does not come."""
+    return [
+        order.index(one) < order.index(other) if {one, other} <= set(order) else None
+        for one, other in itertools.combinations(EVENTS, 2)
+    ]
+
+
+@pytest.mark.slow
+def test_orders_in_fresh_processes(request):
+    orders = distinct_orders()
+    assert len(orders) == 32
+    full = request.config.getoption("full")
+    check_orders(FRESH, orders if full else subset(orders, which_is_first))
+
+
 @pytest.mark.parametrize(
     ("code", "options"),
     [
-        (EVENTS + FRESH, ()),
-        (EVENTS + ORDERS, ()),
         (FROZEN + KNOWN, ("-W", "error")),
         (TWICE + KNOWN, ()),
         (ON_META + KNOWN, ()),
     ],
     ids=[
-        "every order that differs, in fresh processes",
-        "all orders",
         "warnings are errors, and the loader cannot be changed",
         "a failed import and a reload",
         "while meta is the default device",

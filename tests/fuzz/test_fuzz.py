@@ -18,6 +18,7 @@ from fuzz.targets import Fault, judge_model, stored_tensors
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_sample_of_damaged_folders():
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", "--cases", "150"],

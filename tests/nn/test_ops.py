@@ -265,6 +265,7 @@ def test_threads_share_a_layer_from_its_first_call_on():
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
     """A model in a file that runs without its Python: our op by its name, any number of tokens."""

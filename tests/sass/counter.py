@@ -287,29 +287,40 @@ def tool(name: str) -> str:
     return found[0]
 
 
-def image(architecture: str) -> bytes:
+def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
     """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for the next time.
 
-    PTX for an architecture that begins with `compute_`, else a cubin.
+    PTX for an architecture that begins with `compute_`, else a cubin. `only`: rows of the tables of kernels in linear.cu, such
+    as "linear_w16_one_t8"; the others are left out, which makes the compiler faster by as much.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
-    csrc, nvcc = ROOT / "csrc", recipe.find_nvcc()
-    sources, version = recipe.read_sources(csrc), recipe.run([nvcc, "--version"])
+    nvcc, name = recipe.find_nvcc(), recipe.image_name(UNIT, architecture)
+    sources, version = recipe.read_sources(ROOT / "csrc"), recipe.run([nvcc, "--version"])
     built = recipe.record(recipe.IMAGES)
-    name = recipe.image_name(UNIT, architecture)
     compiler = recipe.digest({}, version, *recipe.NVCC_OPTIONS)
     same = (built.get("sources"), built.get("compiler")) == (recipe.digest(sources), compiler)
-    if same and (recipe.IMAGES / name).is_file():
+    if same and not only and (recipe.IMAGES / name).is_file():
         return (recipe.IMAGES / name).read_bytes()
+    if only:
+        sources[f"cuda/{UNIT}.cu"] = _rows(sources[f"cuda/{UNIT}.cu"], only)
 
     def compiled() -> bytes:
         with tempfile.TemporaryDirectory() as folder:
+            for path, text in sources.items():
+                Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, path).write_text(text, encoding="utf-8")
             output = Path(folder, name)
-            recipe.run(recipe.nvcc_command(nvcc, csrc / f"cuda/{UNIT}.cu", architecture, output))
+            recipe.run(recipe.nvcc_command(nvcc, Path(folder, f"cuda/{UNIT}.cu"), architecture, output))  # fmt: skip
             return output.read_bytes()
 
     key = (recipe.digest(sources, version, *recipe.NVCC_OPTIONS), name)
     return kept("image", key, compiled)
+
+
+def _rows(text: str, only: tuple[str, ...]) -> str:
+    """linear.cu with these rows of its tables of kernels alone. Each row ends the line before it with a backslash."""
+    rows = re.compile(r"^ *KERNEL\((\w+), *(\w+),.*\n", re.MULTILINE)
+    return rows.sub(lambda row: row[0] if f"{row[1]}_{row[2]}" in only else "  \\\n", text)
 
 
 def listing(program: str, option: str, cubin: bytes) -> str:

@@ -21,9 +21,9 @@ from slab_kernels.backends.cuda.plan import GPUS, Gpu
 
 
 @functools.cache
-def ptx(arch: str = "compute_80") -> Module:
-    """The kernels' PTX, compiled once for any number of test processes."""
-    return Module(sass.image(arch).decode())
+def ptx(arch: str = "compute_80", only: tuple[str, ...] = ()) -> Module:
+    """The kernels' PTX, compiled once for any number of test processes; `only` as `sass.image` takes it."""
+    return Module(sass.image(arch, only).decode())
 
 
 def span(t: torch.Tensor) -> np.ndarray:
@@ -64,9 +64,9 @@ class Launched:
         self.dependent: list[bool] = []
 
 
-def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0], arch: str = "compute_80",
+def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0], kernels: Module | None = None,
         launched: Launched | None = None) -> torch.Tensor:  # fmt: skip
-    """`launch.linear` of CPU tensors on the emulated device."""
+    """`launch.linear` of CPU tensors on the emulated device, which has `kernels`; None: all, for sm_80."""
     with _Allocations() as memory:
 
         def queue(name, grid, block, shared_bytes, params, dependent):
@@ -83,7 +83,12 @@ def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0],
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable)
             stats = launch(
-                ptx(arch)[name], grid, block, bytes(params), mapped, shared_bytes=shared_bytes
+                (kernels or ptx())[name],
+                grid,
+                block,
+                bytes(params),
+                mapped,
+                shared_bytes=shared_bytes,
             )
             if launched is not None:
                 launched.kernels.append(name)

@@ -198,6 +198,7 @@ def test_tall_tiles(forced, values, rank, tokens, tile):
     assert launched.kernels[1] == f"tall_fp16_{kind}_{'one' if rank else 'none'}_t{tokens}"
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_library_is_executed(forced):
     """By name: nothing ships that these tests cannot reach."""
     seen = Launched()
@@ -250,41 +251,33 @@ def test_every_kernel_of_the_library_is_executed(forced):
     assert set(seen.kernels) == set(ptx().names)
 
 
-# Each number of planes, type, value layout and rank with every other; sizes, tokens and adapters take turns.
-PLANES = [
-    (planes, dtype, values, rank, turn)
-    for turn, (planes, values, rank, dtype) in enumerate(
-        itertools.product(
-            (2, 3), (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)), (1, 2, 3), DTYPES
-        )
-    )
-]
-PLANES_SIZES = (
-    (34, 260, 4, None),
-    (33, 140, 0, None),
-    (17, 197, 20, "int8"),
-)  # N, K, the adapter's rank and its values
-
-
-@pytest.mark.parametrize("planes, dtype, values, rank, turn", PLANES)
-def test_several_planes(planes, dtype, values, rank, turn):
+@grid(**{
+    "planes": (2, 3),
+    "dtype": DTYPES,
+    "values, group_size": (("fp16", None), ("int8", 128), ("int4", 32), ("int3", 64)),
+    "rank": (1, 2, 3),
+    "N, K, adapter_rank, adapter_values": (
+        (34, 260, 4, None), (33, 140, 0, None), (17, 197, 20, "int8"),
+    ),
+    "M, tokens": ((1, 8), (9, 32), (40, 32), (66, 32)),
+})  # fmt: skip
+def test_several_planes(
+    planes, dtype, values, group_size, rank, N, K, adapter_rank, adapter_values, M, tokens
+):
     """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real numbers against fp64."""
-    N, K, adapter_rank, stored = PLANES_SIZES[(turn // 4 + turn) % 3]
     packed_layout = PackedLayout(
-        N, K, *values, rank, adapter_rank, planes=planes, adapter_values=stored
+        N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=adapter_values
     )
     _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
+    launched = Launched()
+    y = run(x[:M], state, sizes(state), bias, A100, launched=launched)
+    assert torch.equal(y, exact[:M].to(dtype))
     which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
-    for M, tokens in (((1, 8), (40, 32)), ((9, 32), (66, 32)))[(turn // 2 + turn) % 2]:
-        launched = Launched()
-        y = run(x[:M], state, sizes(state), bias, A100, launched=launched)
-        assert torch.equal(y, exact[:M].to(dtype)), M
-        name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
-        assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
+    name = f"planes_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_{which}_t{tokens}"
+    assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
     _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
-    M = (9, 1, 66, 40)[(turn // 2) % 4]
     y = run(x[:M], state, sizes(state), bias.to(dtype), SMALL)
-    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all()), M
+    assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all())
 
 
 @pytest.mark.parametrize("tile", [*SPLIT_TILES, *WHOLE_TILES], ids=tile_name)
@@ -545,7 +538,8 @@ def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
     )
     forced(lambda s: plan.evaluate(s, 4, A100, SPLIT_TILES[3], 8, splits if s.values == W16 else 2))
     launched = Launched()
-    y = run(x[:4], state, sizes(state), bias, A100, arch="compute_90", launched=launched)
+    kernels = ptx("compute_90", only=("linear_w16_one_t8", "adapter_t8"))
+    y = run(x[:4], state, sizes(state), bias, A100, kernels, launched)
     assert torch.equal(y, exact[:4].half())
     assert launched.dependent == [bool(d) for d in dependent]
     for early, stats in zip(launched.dependent, launched.stats, strict=True):

@@ -14,6 +14,7 @@ import os
 import numpy
 import pytest
 import torch
+from pairwise import grid, label
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     why = "needs TRITON_INTERPRET=1 before Triton is imported: run by `make test`, and by test_triton_backend.py in a process of its own"
@@ -47,18 +48,19 @@ def clean(monkeypatch, poisoned):
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        grid = checks.grid if metafunc.config.getoption("full") else checks.lean_grid
-        metafunc.parametrize("case", grid(DTYPES), ids=str)
+        every = metafunc.config.getoption("full")
+        cases = (checks.grid if every else checks.lean_grid)(DTYPES)
+        metafunc.parametrize("case", cases, ids=label)
 
 
 def test_the_problem_grid(case):
     checks.check_case(case, DEVICE, Config(*case.tile))
 
 
-@pytest.mark.parametrize("grid", [checks.grid, checks.lean_grid])
-def test_any_two_choices_of_the_grid_meet(grid):
+@pytest.mark.parametrize("make", [checks.grid, checks.lean_grid])
+def test_any_two_choices_of_the_grid_meet(make):
     """Tokens, splits and shape choose the tile: a small one would take minutes on the largest product."""
-    cases = grid(DTYPES)
+    cases = make(DTYPES)
     for pair in itertools.combinations(checks.Case._fields, 2):
         if pair[1] == "tile" and pair[0] in checks.DEALT_BY_COST:
             continue
@@ -120,9 +122,11 @@ def test_a_token_alone(dtype, monkeypatch):
     checks.check_a_token_alone(DEVICE, layout, dtype)
 
 
-@pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (2, 20), (0, 20)])
-@pytest.mark.parametrize("values", CORE[::3], ids=str)
-@every_type
+@grid(**{
+    "dtype": DTYPES,
+    "values": CORE[::3],
+    "rank, adapter_rank": ((0, 0), (1, 0), (2, 20), (0, 20)),
+})  # fmt: skip
 def test_fused_weights(dtype, values, rank, adapter_rank):
     checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (1, 20))
     for planes, rows in ((3, (40, 1, 17)), (2, (16, 33)), (1, (1, 2, 3, 4))):
@@ -131,9 +135,11 @@ def test_fused_weights(dtype, values, rank, adapter_rank):
         )
 
 
-@pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (4, 0), (1, 100)])
-@pytest.mark.parametrize("values", VALUE_LAYOUTS, ids=str)
-@every_type
+@grid(**{
+    "dtype": DTYPES,
+    "values": VALUE_LAYOUTS,
+    "rank, adapter_rank": ((0, 0), (1, 0), (4, 0), (1, 100)),
+})  # fmt: skip
 def test_the_weight_rebuilt(dtype, values, rank, adapter_rank):
     for N, K, planes in ((1, 3, 2), (33, 260, 1), (20, 92, 2), (20, 92, 3)):
         checks.check_dense(DEVICE, dtype, values, rank, adapter_rank, N, K, planes)
@@ -145,9 +151,7 @@ def test_kept_is_what_the_mask_says(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("M", [1, 8, 70])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@every_type
+@grid(dtype=DTYPES, bad=(float("nan"), float("inf"), -float("inf")), M=(1, 8, 70))
 def test_nan_and_infinity_propagate(dtype, bad, M):
     checks.check_nan_and_infinity_propagate(DEVICE, dtype, bad, M)
 

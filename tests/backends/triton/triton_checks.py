@@ -116,6 +116,8 @@ TILES = (
 )
 SEED = 17  # With it any two choices meet in some case: test_triton_interpreter.py counts them.
 STEPS = 16  # Products of tiles that one case of the interpreter may take, where a larger tile can keep to it.
+# Of TOKENS, those below, at and beyond each tile of tokens.
+LEAN_TOKENS = (0, 1, 9, 16, 17, 31, 33, 64, 65, 127, 128, 257)
 DEALT_BY_COST = ("shape", "M", "splits")  # These decide which tiles are affordable.
 
 
@@ -136,10 +138,11 @@ def grid(dtypes, shapes=SHAPES, seed: int = SEED) -> list[Case]:
 
 def lean_grid(dtypes) -> list[Case]:
     """Any two choices in some case; of the affordable tiles each case takes the one that meets most that is new to it."""
-    first = {"dtype": dtypes, "values": VALUE_LAYOUTS, "rank": RANKS, "shape": SHAPES}
+    choices = {"dtype": dtypes, "values": VALUE_LAYOUTS, "rank": RANKS, "shape": SHAPES}
+    choices |= CHOICES | {"M": LEAN_TOKENS}
     cases, met = [], set()
-    for chosen in pairwise(first | CHOICES):
-        named = dict(zip((*first, *CHOICES), chosen, strict=True))
+    for chosen in pairwise(choices):
+        named = dict(zip(choices, chosen, strict=True))
         others = [(name, value) for name, value in named.items() if name not in DEALT_BY_COST]
         tiles = affordable((named["M"], *named["shape"]), named["splits"], TILES)
         tile = max(tiles, key=lambda tile: sum((tile, other) not in met for other in others))

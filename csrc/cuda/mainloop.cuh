@@ -1,0 +1,279 @@
+// The consumer: how a warp multiplies one stage of the ring into its accumulators.
+//
+// A K-block is four steps of 32 inputs. In step `kStep`, mma.sp multiplies
+//
+//   S:              the stored values, placed by the metadata, with the activations
+//   the sign term:  the signs times u, placed by the complement metadata, with the activations
+//                   times v
+#pragma once
+
+#include "warp.cuh"
+
+namespace slab {
+
+// c += a b for one step of 32 inputs. The metadata says to which two of four inputs a pair of a belongs.
+template <class T, int kStep>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[4], const uint32_t (&metadata)[2]) {
+  T::template mma_sparse<kStep % 2>(c, a, b, metadata[kStep / 2]);
+}
+
+// u of rank r: twice the same 16-bit number in each register.
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::load_u(Factors& u, int r) const {
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    const int block =
+        min(place.first_block + role.row_warp * Traits::kRowTiles + m, place.end_block - 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      u[m][h] = __ldg(params.u + int64_t(block * kBlockRows + 8 * h + role.lane / 4) * rank + r);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::multiply_stage(const Factors& u) {
+  Block block;
+  open(block);
+#pragma unroll
+  for (int pass = 0; pass < Traits::kTokenTiles; pass += Traits::kPassTiles) {
+    step<0>(block, u, pass);
+    step<1>(block, u, pass);
+    step<2>(block, u, pass);
+    step<3>(block, u, pass);
+  }
+  read_stage = ring.after(read_stage);
+}
+
+// Loads what all steps of the K-block use.
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::open(Block& block) const {
+#pragma unroll
+  for (int n = 0; n < Traits::kTokenAddresses; ++n)
+    block.tokens[n] = read_stage + read.tokens_at[n];
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    block.values[m] = read_stage + read.values_at[m];
+    if constexpr (Traits::kSparse) {
+      load_shared(block.metadata[m], block.values[m] + read.metadata_at);
+      if (Traits::kRank == kRankOne || rank) load_signs(block, m);
+    }
+#pragma unroll
+    for (int n = 0; n < (Traits::kScaled ? Traits::kPassTiles : 1); ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) block.group_sum[m][n][i] = 0.0f;
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::load_signs(Block& block, int m) const {
+  const uint32_t signs_at = block.values[m] + read.signs_at;
+  if constexpr (Traits::kPlanes == 1) {
+    block.signs[m][0] = load_shared32(signs_at);
+  } else {
+    uint32_t two[2];
+    load_shared(two, block.values[m] + read.metadata_at + (Traits::kSignsAt - Traits::kValueBytes));
+    block.signs[m][0] = two[0], block.signs[m][1] = two[1];
+    if constexpr (Traits::kThirdPlane)
+      block.signs[m][2] = planes == 3 ? load_shared32(signs_at) : 0;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) block.complement[m][h] = complement_nibbles(block.metadata[m][h]);
+}
+
+// One step of 32 inputs, for the token tiles [pass, pass + kPassTiles).
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& u, int pass) {
+  Weights a;
+  Fragment v;
+  if constexpr (Traits::kSparse) {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m)
+      load_values<kStep>(a[m], block.words[m], block.values[m]);
+    if constexpr (Traits::kRank == kRankOne) load_matrices(v, read_stage + read.v_at + 64 * kStep);
+  }
+#pragma unroll
+  for (int first = pass; first < pass + Traits::kPassTiles; first += Traits::kHeldFragments) {
+    Activations b;
+    load_activations<kStep>(b, block, first);
+    if constexpr (Traits::kSparse) {
+      add_values<kStep>(block, a, b, first, pass);
+      add_sign_term<kStep>(block, b, first, u, v);
+    } else {
+      add_dense<kStep>(block, b, first);
+    }
+  }
+  if constexpr (Traits::kScaled) {
+    // Where a scale group ends. The last step always is, which the compiler sees by the first condition.
+    if (kStep == kSteps - 1 || ((kStep + 1) & (params.group_steps - 1)) == 0)
+      apply_scales<kStep>(block, pass);
+  }
+}
+
+// The A fragment of a step.
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::load_values(Fragment& a, Fragment& words,
+                                                          uint32_t values) const {
+  if constexpr (Traits::kValues == kW16) {
+    load_shared(a, values + 512 * kStep);
+  } else if constexpr (Traits::kValues == kI8) {
+    if (kStep % 2 == 0) load_shared(words, values + 256 * kStep);
+    T::from_int8(a[0], a[1], words[kStep % 2 * 2], read.value_magic);
+    T::from_int8(a[2], a[3], words[kStep % 2 * 2 + 1], read.value_magic);
+  } else {
+    if (kStep == 0) load_shared(words, values);
+    T::from_int4(a, words[kStep], read.value_magic);
+  }
+}
+
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::load_activations(Activations& b, const Block& block,
+                                                               int first) const {
+#pragma unroll
+  for (int n = 0; n < Traits::kHeldFragments; ++n) {
+    const uint32_t row = Traits::kWide ? block.tokens[0] : block.tokens[n];
+    const uint32_t tile_at = Traits::kWide ? (first + n) * 8 * kTokenRow : 0;
+    // Step s is the pieces 4 s to 4 s + 3 of a row. Bit 2 of a piece's number is the lowest of s, and
+    // the swizzle may have flipped it, so it is XORed; the others are added.
+    load_matrices(b[n], (row ^ (kStep % 2 << 6)) + (kStep / 2 << 7) + tile_at);
+  }
+}
+
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::add_values(Block& block, const Weights& a,
+                                                         const Activations& b, int first,
+                                                         int pass) {
+#pragma unroll
+  for (int n = 0; n < Traits::kHeldFragments; ++n)
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+      if constexpr (Traits::kScaled)
+        multiply<T, kStep>(block.group_sum[m][first - pass + n], a[m], b[n], block.metadata[m]);
+      else
+        multiply<T, kStep>(sums.sum[m][first + n], a[m], b[n], block.metadata[m]);
+    }
+}
+
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::add_sign_term(const Block& block,
+                                                            const Activations& b, int first,
+                                                            const Factors& u, const Fragment& v) {
+  if constexpr (Traits::kRank == kRankOne) {
+    add_signs<kStep>(block, b, first, u, v);
+  } else if constexpr (Traits::kRank == kRankAny) {
+#pragma unroll 1
+    for (int r = 0; r < rank; ++r) {
+      Factors u_r;
+      Fragment v_r;
+      load_u(u_r, r);
+      load_matrices(v_r, read_stage + read.v_at + r * kTokenRow + 64 * kStep);
+      add_signs<kStep>(block, b, first, u_r, v_r);
+    }
+  }
+}
+
+// The sign term of one rank.
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::add_signs(const Block& block, const Activations& b,
+                                                        int first, const Factors& u,
+                                                        const Fragment& v) {
+  Weights a;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) load_sign_operand<kStep>(a[m], block.signs[m], u[m]);
+#pragma unroll
+  for (int n = 0; n < Traits::kHeldFragments; ++n) {
+    Fragment scaled;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled[i] = T::multiply(b[n][i], v[i]);
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+      if constexpr (Traits::kTwoChains)
+        multiply<T, kStep>(sums.signs[m][first + n], a[m], scaled, block.complement[m]);
+      else
+        multiply<T, kStep>(sums.sum[m][first + n], a[m], scaled, block.complement[m]);
+    }
+  }
+}
+
+// The A fragment of the sign term: u with its sign flipped where the sign is -1, or levels.
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::load_sign_operand(Fragment& a, const SignWords& signs,
+                                                                const uint32_t (&u)[2]) const {
+  if constexpr (Traits::kPlanes == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = and_xor(signs[0] << (4 * kStep + i), 0x80008000u, u[i % 2]);
+  } else {
+    a[0] = levels<kStep, 0, 0>(signs), a[1] = levels<kStep, 0, 1>(signs);
+    a[2] = levels<kStep, 1, 0>(signs), a[3] = levels<kStep, 1, 1>(signs);
+    if constexpr (!Traits::kLevelOperand) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = T::multiply(a[i], u[i % 2]);
+    }
+  }
+}
+
+// The levels of register i = 2 kColumn + kHalf, exactly: 3/2 (two planes) or 7/4 (three) less the
+// index, which is put into the mantissa at bit kAt. The third plane's bit goes right below it, where
+// it counts half a unit.
+template <class Traits>
+template <int kStep, int kColumn, int kHalf>
+__device__ __forceinline__ uint32_t Warp<Traits>::levels(const SignWords& signs) const {
+  constexpr int kAt = T::kIndexAt + 2 * kHalf, kScale = 0x00010001 * (kAt << T::kMantissaBits);
+  constexpr uint32_t kTwo = 0x00030003u << (kAt - 1), kThree = 0x00070007u << (kAt - 2);
+  const uint32_t index = shift_down<8 * (kStep % 2) + 4 * kColumn - T::kIndexAt>(signs[kStep / 2]);
+  uint32_t word = and_or(index, 0x00030003u << kAt, read.level_magic);
+  if constexpr (Traits::kThirdPlane) {
+    const uint32_t third = shift_down<4 * kStep + kColumn + 1 - T::kIndexAt>(signs[2]);
+    word = and_or(third, 0x00010001u << (kAt - 1), word);
+  }
+  return T::fma(word, (T::kOne - kScale) | 0x80008000u,
+                T::kNibbleMagic - kScale + (planes == 2 ? kTwo : kThree));
+}
+
+// Adds the sums of a scale group, times the scale, and clears them.
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::apply_scales(Block& block, int pass) {
+  // This is kStep / group_steps, because group_steps is 1, 2 or 4.
+  const int group = kStep >> (params.group_steps >> 1);
+  const uint32_t group_at = read.scales_at + group * 2 * kBlockRows;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    const uint32_t scales = load_shared32(block.values[m] + group_at);
+    const float near = __uint_as_float(scales << 16), far = __uint_as_float(scales & 0xFFFF0000u);
+#pragma unroll
+    for (int n = 0; n < Traits::kPassTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& sum = sums.sum[m][pass + n][i];
+        sum = fmaf(i < 2 ? near : far, block.group_sum[m][n][i], sum);
+        block.group_sum[m][n][i] = 0.0f;
+      }
+  }
+}
+
+// P Q^T's Q as a dense weight, for the kernel that computes z = x Q.
+template <class Traits>
+template <int kStep>
+__device__ __forceinline__ void Warp<Traits>::add_dense(const Block& block, const Activations& b,
+                                                        int first) {
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Fragment a;
+      load_shared(a, block.values[m] + 1024 * kStep + 512 * h);
+#pragma unroll
+      for (int n = 0; n < Traits::kHeldFragments; ++n)
+        T::mma_dense(sums.sum[m][first + n], a, b[n][2 * h], b[n][2 * h + 1]);
+    }
+}
+
+}  // namespace slab

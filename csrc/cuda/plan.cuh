@@ -1,0 +1,109 @@
+// Planning: what no K-block changes is computed here, once, and most of it kept in registers.
+#pragma once
+
+#include "warp.cuh"
+
+namespace slab {
+
+template <class Traits>
+__device__ __forceinline__ Warp<Traits>::Warp(const LinearParams& params, uint32_t shared)
+    : params(params), place(place_of<Traits::kRowTiles>(params)), role(role_of(params)) {
+  rank = Traits::kRank != kRankAny ? Traits::kRank : Traits::kSparse ? params.rank : 0;
+  planes = Traits::kPlanes != kPlanesAny ? Traits::kPlanes : params.planes;
+  const int staged = params.warp_tokens * Traits::kWarpTokens;
+  const int first_token = place.token_tile * staged;
+  tokens = min(staged, params.tokens - first_token);
+  const StageLayout layout = plan_stage(staged);
+  ring.begin = shared + role.group * params.stages * ring.stage_bytes;
+  ring.end = Traits::kept(ring.begin + params.stages * ring.stage_bytes);
+  read_stage = write_stage = Traits::kept(ring.begin);
+  const int first = first_k_block();
+  plan_weights(layout, first);
+  plan_activations(layout, first, first_token);
+  plan_reads(layout);
+  sums.clear();
+}
+
+// `staged` token rows have a place in a stage.
+template <class Traits>
+__device__ __forceinline__ StageLayout Warp<Traits>::plan_stage(int staged) {
+  read.scales_at = Traits::kSignsAt + (rank ? planes * kSignBytes : 0);
+  StageLayout layout;
+  const int group_steps = Traits::kScaled ? params.group_steps : kSteps;
+  layout.block_bytes = read.scales_at + stream_scale_bytes(Traits::kValues, group_steps);
+  layout.v_rows_at = (Traits::kWide ? staged : min(staged, params.tokens)) * kTokenRow;
+  layout.weights_at = layout.v_rows_at + rank * kTokenRow;
+  const int weight_bytes = params.warp_rows * Traits::kRowTiles * layout.block_bytes;
+  ring.stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256;
+  return layout;
+}
+
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::plan_weights(const StageLayout& layout,
+                                                           int first_k_block) {
+  const int lane = role.lane;
+  copy.whole_blocks = params.whole_blocks - first_k_block;
+  copy.tail_pieces = (layout.block_bytes - Traits::kHeadBytes) / 16;
+  copy.l2_policy = weight_policy(params.token_tiles == 1);
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+    const int own = role.member + m * role.members;
+    copy.has_block[m] = own < params.warp_rows * Traits::kRowTiles;
+    // Past the end of the part the last block is read again; its sums are not stored.
+    const int block = min(place.first_block + own, place.end_block - 1);
+    copy.weights_from[m] =
+        params.stream +
+        (int64_t(block) * params.num_k_blocks + first_k_block) * layout.block_bytes + 16 * lane;
+    copy.weights_to[m] = Traits::kept(layout.weights_at + own * layout.block_bytes + 16 * lane);
+    const int multiplied = role.row_warp * Traits::kRowTiles + m;
+    read.values_at[m] =
+        Traits::kept(layout.weights_at + multiplied * layout.block_bytes + 16 * lane);
+  }
+}
+
+// A row of activations is 16 pieces of 16 bytes. Piece c of token row r is stored at c ^ (r % 8), so
+// that the eight rows of an ldmatrix lie in different banks.
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::plan_activations(const StageLayout& layout,
+                                                               int first_k_block, int first_token) {
+  const int lane = role.lane;
+  copy.token_row = lane / 16 + 2 * role.member;
+  copy.token_step = 2 * role.members;
+  copy.tokens_from = params.x + 2 * ((first_token + copy.token_row) * params.token_stride +
+                                     int64_t(first_k_block) * kBlockInputs + lane % 16 * 8);
+  copy.token_piece = Traits::kept(lane % 16);
+  copy.v_from =
+      (place.part * rank * params.num_k_blocks + first_k_block) * kTokenRow + lane % 16 * 16;
+  copy.v_to = Traits::kept(layout.v_rows_at + 16 * (lane % 16));
+}
+
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::plan_reads(const StageLayout& layout) {
+  const int lane = role.lane;
+  read.v_at = Traits::kept(layout.v_rows_at + lane / 8 * 16);
+  // Lane l reads 8 bytes of metadata at 8 l. values_at already holds 16 l, so subtract 8 l.
+  const uint32_t metadata_at = Traits::kValueBytes - 8 * lane;
+  // Lane l reads 4 bytes of signs at 4 l, of the only plane or of the third one: subtract 12 l. (The
+  // words of the first two of several planes lie as those of the metadata do.)
+  const uint32_t signs_at =
+      Traits::kSignsAt + (Traits::kThirdPlane ? 2 * kSignBytes : 0) - 12 * lane;
+  // Lane l = 4 g + t reads 4 bytes of scales at 4 g, those of rows g and g + 8: subtract 16 l.
+  const uint32_t scales_at = read.scales_at + (lane / 4 * 4 - 16 * lane);
+  read.metadata_at = Traits::kept(metadata_at);
+  read.signs_at = Traits::kept(signs_at);
+  read.scales_at = Traits::kept(scales_at);
+#pragma unroll
+  for (int n = 0; n < Traits::kTokenAddresses; ++n) {
+    int row = role.token_warp * Traits::kWarpTokens + 8 * n + lane % 8;
+    // A token that does not exist has no row here; its column of the product is never stored.
+    if (!Traits::kWide) row = min(row, tokens - 1);
+    read.tokens_at[n] = Traits::kept(row * kTokenRow + ((lane / 8 ^ (row & 7)) << 4));
+  }
+  // A LOP3 takes one immediate operand. With the magic number in a register, which the opaque zero
+  // forces, mask and magic number are applied by one instruction.
+  const uint32_t zero = Traits::kKeepsOffsets ? opaque_zero(params.tokens) : 0u;
+  read.value_magic = (Traits::kValues == kI8 ? T::kByteMagic : T::kNibbleMagic) | zero;
+  read.level_magic = T::kNibbleMagic | zero;
+}
+
+}  // namespace slab

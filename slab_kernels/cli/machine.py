@@ -1,0 +1,91 @@
+"""The command about this machine and what is installed on it: info."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import console, options
+from .console import Outcome
+
+
+def info(
+    support: options.Support = False, methods: options.Methods = False, json: options.Json = False
+) -> Outcome:
+    """Versions, devices, and which backends work here and why the others do not."""
+    from ..bench import machine
+
+    if methods:
+        return _methods()
+    if support:
+        return _support()
+    data = machine.information()
+
+    def show() -> None:
+        versions = [(name, found or "not installed") for name, found in data["versions"].items()]
+        console.print_pairs(versions, "versions")
+        console.print_pairs(map(_device, data["devices"]), "devices")
+        backends = [
+            (f"{name} on {kind}", "no: " + "; ".join(reasons) if reasons else "works")
+            for name, kinds in data["backends"].items()
+            for kind, reasons in kinds.items()
+        ]
+        backends.append(("CUDA kernels", data["cuda_kernels"]))
+        console.print_pairs(backends, "backends, in order of preference")
+        variables = [
+            (name, f"{data['variables'][name] or 'not set'} ({meaning})")
+            for name, meaning in machine.VARIABLES.items()
+        ]
+        console.print_pairs(variables, "environment")
+
+    return Outcome(data, show)
+
+
+def _device(facts: dict[str, Any]) -> tuple[str, str]:
+    """The name of a device, and everything else that is known of it."""
+    rest = [
+        str(value) if name == "name" else f"{name} {value}"
+        for name, value in facts.items()
+        if name != "device"
+    ]
+    return facts["device"], ", ".join(rest)
+
+
+def _support() -> Outcome:
+    """What every backend runs, as the table of the documents."""
+    from ..backends.support import answers, markdown
+
+    data = {"support": [answer.to_dict() for answer in answers()]}
+    return Outcome(data, lambda: print(markdown(), end=""))
+
+
+def _methods() -> Outcome:
+    """The table of methods, and default, range and meaning of every setting that is their own."""
+    from ..methods import METHODS
+
+    data: list[dict[str, Any]] = [
+        {
+            "method": name,
+            "description": method.description,
+            "options": [
+                {
+                    "name": option,
+                    "default": default,
+                    "range": rule.range(),
+                    "meaning": rule.meaning,
+                }
+                for option, (default, rule) in method.options().items()
+            ],
+        }
+        for name, method in METHODS.items()
+    ]
+
+    def show() -> None:
+        for row in data:
+            pairs = [
+                (f"{option['name']}={option['default']}", f"{option['range']}: {option['meaning']}")
+                for option in row["options"]
+            ]
+            title = f"{row['method']}: {row['description']}"
+            console.print_pairs(pairs or [("no settings of its own", "")], title)
+
+    return Outcome({"methods": data}, show)

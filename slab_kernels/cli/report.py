@@ -1,0 +1,107 @@
+"""The command that shows what was measured: report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SlabError
+from ..paths import expanded
+from . import console, options
+from .console import Outcome
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..report.results import Report, Result
+
+MOST_ROWS = 20  # of a plain table that are printed
+
+
+def report(
+    paths: options.ReportPaths,
+    out: options.ReportOut = Path("report"),
+    dense: options.Dense = None,
+    plots: options.Plots = True,
+    json: options.Json = False,
+) -> Outcome:
+    """Tables and plots of runs: sizes, perplexity against bits per weight, error by layer, speed;
+    PNG and one HTML page."""
+    from ..report import tables
+    from ..report.headline import headline
+    from ..report.measurements import read
+    from ..report.write import rows, write
+
+    out = expanded(out)
+    with Progress("report", "pictures") as progress:
+        found = _with_weights(read(paths), None if dense is None else expanded(dense))
+        written = [str(path) for path in write(found, out, plots, progress)]
+    data = {
+        "headline": " ".join(headline(found)),
+        "results": rows(found),
+        "bench": list(found.bench),
+        "written": written,
+        "tables": [asdict(table) for table in found.tables],
+    }
+
+    def show() -> None:
+        if found.results:
+            console.print_table(tables.COLUMNS, tables.table(found), found.model)
+        for table in found.tables:
+            console.print_table(table.columns, table.rows[:MOST_ROWS], table.title)
+            if len(table.rows) > MOST_ROWS:
+                print(f"and {len(table.rows) - MOST_ROWS} more rows on the page\n")
+        for sentence in headline(found):
+            print(sentence)
+        console.print_pairs([(path, "") for path in written], "written")
+
+    return Outcome(data, show)
+
+
+def _with_weights(found: Report, dense: Path | None) -> Report:
+    """What the weights of run folders add where they are still there: sizes, stored bits by part,
+    and beside the dense model a corner of one weight."""
+    if any(_is_run_folder(r.folder) for r in found.results):
+        found = replace(found, results=tuple(map(_with_folder, found.results)))
+    return found if dense is None else _with_dense(found, dense)
+
+
+def _is_run_folder(folder: str | None) -> bool:
+    names = ("config.json", "slab_run.json")
+    return folder is not None and all((Path(folder) / name).is_file() for name in names)
+
+
+def _with_folder(result: Result) -> Result:
+    """A damaged folder is told of, and shown by its record alone."""
+    from ..evaluate.inspect import inspect
+
+    if result.folder is None or not _is_run_folder(result.folder):
+        return result
+    try:
+        seen = inspect(result.folder)
+    except SlabError as error:
+        console.say(f"warning: {result.folder} is not shown in full: {error}")
+        return result
+    parts = {layer["name"]: layer["parts"] for layer in seen["layers"]}
+    return replace(result, bytes=result.bytes or seen["bytes"], parts=parts)
+
+
+def _with_dense(found: Report, folder: Path) -> Report:
+    """The size of the dense model, and a corner of a weight of the main compressed one."""
+    from ..evaluate.crop import weight_crop
+    from ..evaluate.inspect import inspect
+    from ..report.results import DENSE, Result
+
+    seen = inspect(folder)
+    known = found.dense or Result(DENSE, label=DENSE)
+    dense = replace(
+        known,
+        bytes=known.bytes or seen["bytes"],
+        bits_per_weight=known.bits_per_weight or seen["bits_per_weight"],
+    )
+    main, compressed = found.main, found.compressed
+    if main is not None and main.folder is not None and _is_run_folder(main.folder):
+        if inspect(main.folder)["stored"] == "packed":
+            shown = replace(main, crop=main.crop or weight_crop(main.folder, folder))
+            compressed = [shown if r is main else r for r in compressed]
+    return replace(found, results=(dense, *compressed))

@@ -1,0 +1,72 @@
+"""A corner of one compressed weight and the parts that it was split into, small enough for a
+results file."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..format import unpack
+from ..models.folder import Checkpoint, hub_folder
+from ..models.packed import read_packed
+from ..models.packed_config import read_layouts
+from ..models.source import open_source
+
+LEVELS = 127  # a number is stored as one of -LEVELS to LEVELS steps
+
+
+def weight_crop(
+    folder: Path | str,
+    dense: Path | str,
+    layer: str | None = None,
+    size: int = 64,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """The first `size` rows and columns of a weight W and of its parts, W ≈ S + (U Vᵀ) ⊙ B + P Qᵀ.
+
+    Args:
+        folder: a packed folder. dense: the model that it was compressed from.
+        layer: a module that is packed there; default: the one in the middle of the model.
+
+    Returns: {"layer", "shape" of the crop, "step": the number that one level stands for, "parts":
+        name -> int8 levels, row by row, in base64}. The parts are "weight", "sparse", "signs",
+        "adapter" (where there is one) and "left", which is the weight without the others.
+    Raises: CheckpointError for a folder that cannot be used; ArgumentError for a module that is
+        not packed, or that has another shape in the dense model.
+    """
+    checkpoint = Checkpoint(hub_folder(folder))
+    layouts = read_layouts(checkpoint)
+    if layer is None and layouts:
+        layer = list(layouts)[len(layouts) // 2]
+    if layer not in layouts:
+        raise ArgumentError(f"{folder} holds no packed module {layer!r}")
+    parts = unpack(read_packed(checkpoint.get, layer, layouts[layer]))
+    W = open_source(hub_folder(dense), trust_remote_code).get(f"{layer}.weight").float()
+    if W.shape != parts.S.shape:
+        raise ArgumentError(
+            f"{layer} is {list(W.shape)} in {dense} and {list(parts.S.shape)} in {folder}; "
+            "give the model that was compressed"
+        )
+    N, K = min(size, W.shape[0]), min(size, W.shape[1])
+    shown = {"weight": W[:N, :K], "sparse": parts.S[:N, :K]}
+    if parts.B is not None and parts.U is not None and parts.V is not None:
+        levels = parts.B[:N, :K] * 2.0 ** (1 - parts.planes)
+        shown["signs"] = (parts.U[:N] @ parts.V[:K].T) * levels
+    if parts.P is not None and parts.Q is not None:
+        shown["adapter"] = parts.P[:N] @ parts.Q[:K].T
+    explained = sum(part for name, part in shown.items() if name != "weight")
+    shown["left"] = shown["weight"] - explained
+    largest = max(float(part.abs().max()) for part in shown.values())
+    step = largest / LEVELS or 1.0
+    stored = {name: _stored(part, step) for name, part in shown.items()}
+    return {"layer": layer, "shape": [N, K], "step": step, "parts": stored}
+
+
+def _stored(part: Tensor, step: float) -> str:
+    levels = (part / step).round().to(torch.int8).contiguous()
+    return base64.b64encode(levels.numpy().tobytes()).decode()

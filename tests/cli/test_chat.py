@@ -1,0 +1,66 @@
+"""generate --chat: the tokenizer's own template, or a sentence that says that there is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+
+from slab_kernels.cli import main as cli
+from slab_kernels.errors import ArgumentError
+from slab_kernels.evaluate.generation import chat_prompt
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+class Stuttering:
+    """A tokenizer that writes a start token before every text, as Llama's does."""
+
+    chat_template, bos_token, bos_token_id = TEMPLATE, "<s>", 1
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return f"<s>[user] {messages[0]['content']}\n[assistant] "
+
+    def __call__(self, text):
+        return {"input_ids": [1, *([1] if text.startswith("<s>") else []), 7, 7]}
+
+
+def test_a_question_stands_in_the_template():
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    assert chat_prompt(tokenizer, "Why?") == "<s>[user] Why?\n[assistant] "
+
+
+def test_the_start_token_stands_there_once():
+    assert chat_prompt(Stuttering(), "Why?") == "[user] Why?\n[assistant] "
+
+
+def test_a_tokenizer_without_a_template_is_told_of():
+    with pytest.raises(ArgumentError, match="no chat template.*leave out --chat"):
+        chat_prompt(tiny_models.tokenizer(), "Why?")
+
+
+def test_a_template_that_fails_is_told_of():
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('two messages, please') }}"
+    with pytest.raises(ArgumentError, match="two messages, please"):
+        chat_prompt(tokenizer, "Why?")
+
+
+def test_generate_answers_in_the_template(tmp_path, capsys):
+    tiny_models.write(tmp_path / "plain")
+    command = ["--prompt", "hello", "--tokens", "3", "--device", "cpu", "--chat"]
+    assert cli.run(["generate", str(tmp_path / "plain"), *command]) == 2
+    shown = capsys.readouterr()
+    assert "no chat template" in shown.err and "Traceback" not in shown.err and not shown.out
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "plain")
+    assert cli.run(["generate", str(tmp_path / "plain"), *command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chat"] is True and found["prompt"] == "hello" and found["tokens"] <= 3

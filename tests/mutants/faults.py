@@ -1,0 +1,209 @@
+"""The faults: where each is planted, and the tests that must see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Fault(NamedTuple):
+    """A text of one source file and what stands there instead while the tests run.
+
+    `files` is a pattern below the repository, so that a text may move between the files of a folder; it must stand in them
+    exactly once. `tests` are pytest's arguments.
+    """
+
+    name: str
+    files: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def place(self, root: Path = ROOT) -> tuple[Path, int, int]:
+        """The file, and where the text begins and ends in it.
+
+        Raises: LookupError if it does not stand there exactly once.
+        """
+        found = []
+        for path in sorted(root.glob(self.files)):
+            text = path.read_text(encoding="utf-8")
+            at = text.find(self.old)
+            while at >= 0:
+                found.append((path, at, at + len(self.old)))
+                at = text.find(self.old, at + 1)
+        if len(found) != 1:
+            raise LookupError(
+                f"{self.name}: {self.old!r} stands {len(found)} times in {self.files}"
+            )
+        return found[0]
+
+
+CUDA = ("tests/backends/cuda/test_cuda_kernels.py",)
+CPU = ("tests/backends/cpu/test_cpu_backend.py",)
+TRITON = ("tests/backends/triton/test_triton_kernels.py",)
+INTERPRETED = ("tests/backends/triton/test_triton_interpreter.py",)
+IN_INTERPRETER = (("TRITON_INTERPRET", "1"),)
+FORMAT = ("tests/format/test_format.py",)
+
+FAULTS = (
+    # CUDA kernels
+    Fault(
+        "the metadata of the wrong lanes",
+        "csrc/cuda/*", "mma_sparse<kStep % 2>(", "mma_sparse<0>(", CUDA,
+    ),
+    Fault(
+        "a missing barrier",
+        "csrc/cuda/*", '"bar.sync %0, %1;"', '"// %0 %1"', CUDA,
+    ),
+    Fault(
+        "one stage of the ring read too early",
+        "csrc/cuda/*", "@two cp.async.wait_group 0;", "@two cp.async.wait_group 1;", CUDA,
+    ),
+    Fault(
+        "an input too many at the tail of K",
+        "csrc/cuda/*", "2 * max(0, min(left, 8))", "2 * max(0, min(left + 1, 8))", CUDA,
+    ),
+    Fault(
+        "the scale of the group before",
+        "csrc/cuda/*", ".group_steps >> 1)", ".group_steps >> 2)", CUDA,
+    ),
+    Fault(
+        "two columns of sign planes in the wrong order",
+        "csrc/cuda/*", "4 * kColumn - T::kIndexAt>(signs[kStep / 2])",
+        "4 * (1 - kColumn) - T::kIndexAt>(signs[kStep / 2])", CUDA,
+    ),
+    Fault(
+        "int4 values off by one in bf16",
+        "csrc/cuda/*", "0xC308C308u", "0xC309C309u", CUDA,
+    ),
+    Fault(
+        "activations of the second half read from another row",
+        "csrc/cuda/*", "(row ^ (kStep % 2 << 6)) + (kStep / 2 << 7)",
+        "(row ^ (kStep % 2 << 6)) + (kStep / 2 << 8)", CUDA,
+    ),
+    # CPU kernels
+    Fault(
+        "the two signs of a group in the wrong order",
+        "csrc/cpu/*", "(byte >> (group % 4 * 2 + 1) & 1u)", "(byte >> (group % 4 * 2) & 1u)", CPU,
+    ),
+    Fault(
+        "the scale of the first group for all of a block",
+        "csrc/cpu/*", "kb * (kInputs / p.group_size) + s", "kb * (kInputs / p.group_size)", CPU,
+    ),
+    Fault(
+        "one row too many of the last block",
+        "csrc/cpu/*", "if (row >= p.out_features) break;", "if (row > p.out_features) break;", CPU,
+    ),
+    Fault(
+        "three planes counted as two",
+        "csrc/cpu/*", "p.planes > 1 ? 2 * (p.planes - 1) : 0", "p.planes > 1 ? 2 : 0", CPU,
+    ),
+    # Triton kernels
+    Fault(
+        "a token of the next tile in y",
+        "slab_kernels/backends/triton/*.py", "mask=(tokens < M)[None, :] & exists[:, None]",
+        "mask=(tokens <= M)[None, :] & exists[:, None]", INTERPRETED, IN_INTERPRETER,
+    ),
+    Fault(
+        "int4 codes off by one",
+        "slab_kernels/backends/triton/*.py", "- (8388608.0 + HALF)", "- (8388609.0 + HALF)",
+        INTERPRETED, IN_INTERPRETER,
+    ),
+    Fault(
+        "the levels of two planes in the wrong order",
+        "slab_kernels/backends/triton/*.py", "2: (3, 1, -3, -1)", "2: (1, 3, -1, -3)", TRITON,
+    ),
+    Fault(
+        "the adapter's first share added by every split",
+        "slab_kernels/backends/triton/*.py", "here = split == 0", "here = split >= 0",
+        INTERPRETED, IN_INTERPRETER,
+    ),
+    # The format in bytes
+    Fault(
+        "the even group in the high nibble",
+        "slab_kernels/format/*.py", "return pairs[..., 0] | pairs[..., 1] << 4",
+        "return pairs[..., 1] | pairs[..., 0] << 4", FORMAT,
+    ),
+    Fault(
+        "padding is not looked at",
+        "slab_kernels/format/*.py", "    if dirty:", "    if False:", FORMAT,
+    ),
+    Fault(
+        "a row of int8 factors twice as coarse",
+        "slab_kernels/format/*.py", "torch.where(mantissa == 0.5, exponent - 1, exponent)",
+        "torch.where(mantissa == 0.5, exponent, exponent)", FORMAT,
+    ),
+    Fault(
+        "scales as large as the smallest value",
+        "slab_kernels/format/*.py", "groups.abs().amax(-1) / high", "groups.abs().amin(-1) / high",
+        FORMAT,
+    ),
+    Fault(
+        "-128 among int8 values is taken",
+        "slab_kernels/format/*.py", '(tensors["values"] == -128).any()',
+        '(tensors["values"] == -129).any()', FORMAT,
+    ),
+    # Folders
+    Fault(
+        "a finished shard is not looked at again",
+        "slab_kernels/models/*.py", "if not is_whole(", "if False and not is_whole(",
+        ("tests/compression/test_resume.py",),
+    ),
+    Fault(
+        "a run goes on with other settings",
+        "slab_kernels/models/*.py", "before.get(key) != now.get(key)",
+        "before.get(key) != before.get(key)", ("tests/compression",), (),
+    ),
+    Fault(
+        "checksums are not compared",
+        "slab_kernels/models/*.py", "checksum(data) != entry.checksum",
+        "checksum(data) != checksum(data)", ("tests/models/test_checksums.py",),
+    ),
+    Fault(
+        "tied tensors that differ stay tied",
+        "slab_kernels/models/*.py", "return torch.equal(first.to(second.dtype), second)",
+        "return first.shape == second.shape", ("tests/models",),
+    ),
+    # Engines and modules
+    Fault(
+        "a rank's rows as if every rank had its own",
+        "slab_kernels/engines/*.py", "first + rank // copies * size", "first + rank * size",
+        ("tests/engines/test_sharding.py",),
+    ),
+    Fault(
+        "the last inputs of a rank left out",
+        "slab_kernels/engines/*.py", "K % (world * unit)", "K % world",
+        ("tests/engines/test_sharding.py",),
+    ),
+    Fault(
+        "prepared weights that outlive a write",
+        "slab_kernels/nn/*.py",
+        "return same and (traced or sum(map(_version, self.counting)) == self.writes)", "return same",
+        ("tests/nn",),
+    ),
+    Fault(
+        "prepared weights that outlive an assignment",
+        "slab_kernels/nn/*.py",
+        "return same and (traced or sum(map(_version, self.counting)) == self.writes)",
+        "return traced or sum(map(_version, self.counting)) == self.writes", ("tests/nn",),
+    ),
+    # Methods
+    Fault(
+        "the sweep pushes its error the wrong way",
+        "slab_kernels/methods/solvers/*.py", "error, alpha=-1)", "error, alpha=1)",
+        ("tests/methods/test_sweep.py",),
+    ),
+    Fault(
+        "factors balanced the wrong way",
+        "slab_kernels/format/*.py", "(high_v.log2() - high_u.log2()) / 2",
+        "(high_u.log2() - high_v.log2()) / 2", FORMAT,
+    ),
+    Fault(
+        "perplexity of the token that is given",
+        "slab_kernels/evaluate/*.py", "batch[:, 1:].flatten()", "batch[:, :-1].flatten()",
+        ("tests/text", "tests/compression"),
+    ),
+)  # fmt: skip
