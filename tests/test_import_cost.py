@@ -1,4 +1,6 @@
-"""Importing costs nothing: no heavy package, no other file, no compiler, no device query."""
+"""Importing costs nothing: no heavy package, no file read beyond Python's own modules, no compiler,
+no device query.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,13 @@ PROBE = """
 import builtins, io, json, os, subprocess, sys
 before = set(sys.modules)
 seen = []
-LOUD = {
-    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen", "socket.connect"
-}
 def note(event, arguments):
-    first = arguments[0] if arguments else None
-    if event == "open" and isinstance(first, (str, bytes)):
-        # Python's byte code is first written under a longer name.
-        if not str(first).endswith(".py") and ".pyc" not in str(first):
-            seen.append(str(first))
-    elif event in LOUD:
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        name = str(arguments[0])
+        if not name.endswith((".py", ".pyc")) and ".pyc." not in name:  # while byte code is written
+            seen.append(name)
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen",
+                   "socket.connect"):
         seen.append(f"{event} {arguments[:1]}")
 import typer  # what the command line stands on is not ours to measure
 sys.addaudithook(note)

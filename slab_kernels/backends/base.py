@@ -87,10 +87,13 @@ class Backend:
     """A way to run the linear.
 
     `prepare` may permute the packed tensors once; what it returns is never saved.
-    one_dtype: whether that serves only the activations' dtype that it was made for.
+    priority: of a backend from another package. Above 0 it is asked before the built-in ones, the
+        largest first; otherwise after them and before the reference.
+    one_dtype: whether what `prepare` returns serves only the activations' dtype that it was made for.
     """
 
     name: str
+    priority: float = 0
     one_dtype = False
 
     def refusals(

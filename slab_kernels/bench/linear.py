@@ -286,7 +286,7 @@ def _backends(case: Case, layout: PackedLayout) -> list[Backend]:
     found = [dispatch.explain(problem) for problem in problems]
     able = [
         name
-        for name in dispatch.ORDER
+        for name in dispatch.order()
         if name != "reference" and any(not reasons[name] for reasons in found)
     ]
     return [dispatch.backend(name) for name in able]

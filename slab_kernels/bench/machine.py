@@ -114,7 +114,7 @@ def backends() -> dict[str, dict[str, list[str]]]:
     from ..errors import BackendError
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
+    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.order()}
     for kind in kinds:
         problem = LinearProblem(
             1, 4096, 4096, dtype=torch.bfloat16, device=kind
@@ -124,7 +124,7 @@ def backends() -> dict[str, dict[str, list[str]]]:
             if forced := os.environ.get(dispatch.ENVIRONMENT):
                 dispatch.backend(forced)
         except BackendError as error:  # a variable names what there is not, so that nothing runs
-            found = {name: [str(error)] for name in dispatch.ORDER}
+            found = {name: [str(error)] for name in dispatch.order()}
         for name, reasons in found.items():
             table[name][kind] = reasons
     return table

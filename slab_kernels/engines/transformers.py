@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.quantizers import auto
@@ -40,83 +42,81 @@ MANY_BLOCKS = 512  # built in a second; packed modules tell little of how many t
 _REGISTERING = threading.Lock()
 
 
+# Keywords of `compress` that say how it runs and are looked at only then.
+OF_THE_RUN = ("calibration", "heldout", "tokenizer", "device", "progress")
+
+
 class SlabConfig(QuantizationConfigMixin):
     """How a model is compressed, or was.
 
-    `from_pretrained(dense, quantization_config=SlabConfig(values="int4"))` compresses what it loads; the keywords are those of
-    `slab_kernels.compress` (method, rank, values, planes, adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is
-    2:4). Read back from config.json it lists the packed modules.
+    `from_pretrained(dense, quantization_config=SlabConfig(values="int4"))` compresses what it
+    loads; the keywords are those of `slab_kernels.compress` (method, rank, values, planes,
+    adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is 2:4). Read
+    back from config.json it lists the packed modules.
 
-    Raises: ValueError or a FormatError on settings that contradict each other, CheckpointError or VersionError on a stored config that
-    this library cannot read.
+    Raises: ArgumentError, MethodError or a FormatError for settings that contradict each other;
+        CheckpointError or VersionError for a stored config that this library cannot read.
     """
+
+    modules: dict[str, dict[str, Any]] | None
 
     def __init__(
         self,
-        modules: dict[str, dict] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
-        **settings,
+        **settings: Any,
     ):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.modules = modules
-        self.settings = settings
+        self.modules, self.settings = modules, settings
         if modules is None:
             self._check_settings()
             return
-        entry = {"format_version": format_version, "modules": modules}
-        layouts = parse_layouts(entry, "this model")
+        layouts = parse_layouts(
+            {"format_version": format_version, "modules": modules}, "this model"
+        )
         plain = {key: value for key, value in settings.items() if isinstance(value, str | int)}
-        entry = quantization_config(layouts, plain)
+        entry: dict[str, Any] = quantization_config(layouts, plain)
         self.modules, self.settings = entry["modules"], {key: entry[key] for key in DESCRIBED}
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """What config.json holds, without keys that are not known. Raises: as the class does."""
-        modules, version = config_dict.get("modules"), config_dict.get("format_version")
-        described = {key: config_dict.get(key) for key in DESCRIBED}
-        config = cls({} if modules is None else modules, version, **described)
+        known = {key: config_dict.get(key) for key in ("modules", "format_version", *DESCRIBED)}
+        if known["modules"] is None:
+            known["modules"] = {}
+        config = cls(**known)  # type: ignore[arg-type]  # a stored config may hold anything
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..compression.arguments import (
-            Arguments,
-        )  # not above: opening a packed folder needs no methods
+        # This is not imported above because opening a packed folder needs no methods.
+        from ..compression.arguments import Arguments
 
-        plan = Arguments.of(
-            **{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
-        ).plan
-        if not plan.packed:
+        given = {name: value for name, value in self.settings.items() if name not in OF_THE_RUN}
+        layer = Arguments.of(**given).plan.usual
+        if not layer.packed:
             raise ArgumentError(
-                f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
-                "other patterns as a dense checkpoint"
+                f"SlabConfig(pattern={layer.pattern!r}): only 2:4 can be packed; "
+                f"slab_kernels.compress(model, out, pattern={layer.pattern!r}) writes other "
+                "patterns as a dense checkpoint"
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """What stands in config.json under quantization_config."""
-        kept = {key: self.settings[key] for key in DESCRIBED if key in self.settings}
-        modules = {}
-        if self.modules is not None:
-            modules["modules"] = {name: dict(module) for name, module in self.modules.items()}
-        return {
+        described: dict[str, Any] = {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
-            **kept,
-            **modules,
         }
+        described |= {key: self.settings[key] for key in DESCRIBED if key in self.settings}
+        if self.modules is not None:
+            described["modules"] = {name: dict(module) for name, module in self.modules.items()}
+        return described
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
-
-
-OTHER_SETTINGS = (
-    "calibration",
-    "heldout",
-    "tokenizer",
-    "device",
-    "progress",
-)  # of this run, looked at when it begins
 
 
 class SlabQuantizer(HfQuantizer):
@@ -144,7 +144,10 @@ class SlabQuantizer(HfQuantizer):
     def update_tp_plan(self, config):
         """transformers lets us see the config before it builds the model; 5.23 by the name below."""
         if self.pre_quantized:
-            names, where = self.quantization_config.modules, config._name_or_path or "this model"
+            names, where = (
+                self.quantization_config.modules or {},
+                config._name_or_path or "this model",
+            )
             check_counts(config.to_dict(), names, where, few=MANY_BLOCKS)
         return config
 
