@@ -148,8 +148,8 @@ def handled(handler: ast.ExceptHandler) -> list[type[BaseException]]:
 def builtin_raises(path: Path) -> set[str]:
     """The built-in exceptions that a file raises and does not catch itself.
 
-    It catches one around the raise, or by its name anywhere. A bare `raise NotImplementedError`
-    marks a method that subclasses define.
+    It catches one around the raise, or by its name anywhere. A bare `raise NotImplementedError` marks
+    a method that subclasses define, AssertionError what cannot happen.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
@@ -166,7 +166,8 @@ def builtin_raises(path: Path) -> set[str]:
         kind = builtin(node.exc) if isinstance(node, ast.Raise) else None
         if kind is None or kind in named or issubclass(kind, caught_around.get(id(node), ())):
             continue
-        if kind is not NotImplementedError or isinstance(node.exc, ast.Call):
+        abstract = kind is NotImplementedError and not isinstance(node.exc, ast.Call)
+        if kind is not AssertionError and not abstract:
             found.add(kind.__name__)
     return found
 
