@@ -148,8 +148,8 @@ def handled(handler: ast.ExceptHandler) -> list[type[BaseException]]:
 def builtin_raises(path: Path) -> set[str]:
     """The built-in exceptions that a file raises and does not catch itself.
 
-    It catches one around the raise, or by its name anywhere. A bare `raise NotImplementedError` marks
-    a method that subclasses define, AssertionError what cannot happen.
+    It catches one around the raise, or by its name anywhere. A bare `raise NotImplementedError`
+    marks a method that subclasses define, AssertionError what cannot happen.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
