@@ -1,7 +1,8 @@
 """Results that take long to make, kept on disk under a hash of everything that they were made from.
 
-Compiled and disassembled kernels are the same for every test process and for the next run, as long as their sources, the
-compiler and its options are. Any of these in another form is another key, so nothing is ever out of date.
+Compiled and disassembled kernels are the same for every test process and for the next run, as long
+as their sources, the compiler and its options are. Any of these in another form is another key, so
+nothing is ever out of date.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def kept(
 ) -> bytes:
     """What `make` returned for these inputs, now or in an earlier run.
 
-    Only one process at a time makes a result; the others wait for it. A file is complete or absent, and one that is
-    damaged is made again.
+    Only one process at a time makes a result; the others wait for it. A file is complete or absent,
+    and one that is damaged is made again.
     """
     digest = hashlib.sha256()
     for part in inputs:

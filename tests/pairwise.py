@@ -1,8 +1,9 @@
 """Grids in which any two choices meet, instead of every combination of all of them.
 
-A fault nearly always shows as soon as two particular settings come together: a value type and a tail, a number of tokens
-and a rank. A full grid of six settings costs thousands of products; the smallest set of cases that holds every pair of
-their values costs some fifty. `pytest --full` (make test-all) runs the full grids.
+A fault nearly always shows as soon as two particular settings come together: a value type and a
+tail, a number of tokens and a rank. A full grid of six settings costs thousands of products; the
+smallest set of cases that holds every pair of their values costs some fifty. `pytest --full` (make
+test-all) runs the full grids.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import pytest
 
 
 def pairwise(choices: Mapping[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Cases, each one value of every choice in order, such that any two values of two choices meet in some case.
+    """Cases, each one value of every choice in order, such that any two values of two choices meet
+    in some case.
 
-    Each case begins with a pair that has not met. The other choices, those with most values first, take the value that
-    adds most new pairs, and among equals the one used least. The result depends on the arguments alone.
+    Each case begins with a pair that has not met. The other choices, those with most values first,
+    take the value that adds most new pairs, and among equals the one used least. The result depends
+    on the arguments alone.
     """
     values = [list(some) for some in choices.values()]
     if len(values) < 2:
@@ -52,9 +55,11 @@ def pairwise(choices: Mapping[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
 def subset(
     cases: Iterable[Any], settings: Callable[[Any], Sequence[Any]] = lambda case: case
 ) -> list[Any]:
-    """Some of these cases that together hold every pair of settings that any of them holds, in their order.
+    """Some of these cases that together hold every pair of settings that any of them holds, in
+    their order.
 
-    For grids whose combinations are not all possible. `settings` says what a case consists of, hashable and always as many.
+    For grids whose combinations are not all possible. `settings` says what a case consists of,
+    hashable and always as many.
     """
     cases = list(cases)
     pairs = [set(itertools.combinations(enumerate(settings(case)), 2)) for case in cases]
@@ -70,7 +75,8 @@ def subset(
 def grid(**choices: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrises a test by all pairs of these choices; by all combinations under `pytest --full`.
 
-    A name with commas, given as `grid(**{"dtype, values": [...]})`, is one choice of several arguments.
+    A name with commas, given as `grid(**{"dtype, values": [...]})`, is one choice of several
+    arguments.
     """
     return pytest.mark.grid(choices)
 
@@ -90,7 +96,9 @@ def grid_of(
 
 
 def parametrise(metafunc: pytest.Metafunc, full: bool) -> None:
-    """Gives a test that carries `grid` or `grid_of` its parameters; conftest.py calls it for every test."""
+    """Gives a test that carries `grid` or `grid_of` its parameters; conftest.py calls it for every
+    test.
+    """
     for mark in metafunc.definition.iter_markers("grid"):
         ids = label
         if len(mark.args) == 3:

@@ -1,9 +1,13 @@
-"""setup.py: builds with what is there, says why when it cannot, and the library it makes is what its tag promises."""
+"""setup.py: builds with what is there, says why when it cannot, and the library it makes is what
+its tag promises.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,7 +33,7 @@ def recipe(monkeypatch):
 
 
 def wheel(tmp_path, **environment):
-    """Builds a wheel of a copy of the sources; returns the finished process and the wheel's path."""
+    """Builds a wheel of a copy of the sources; returns the process and the wheel's path."""
     source, out = tmp_path / "source", tmp_path / "out"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.tmp", "cubins")
     for name in ("slab_kernels", "csrc"):
@@ -91,11 +95,35 @@ def test_failing_compiler_is_quoted(recipe, monkeypatch, tmp_path, capsys):
     assert "false -std=c++17" in capsys.readouterr().err
 
 
-def test_every_source_is_listed_in_both_builds(recipe):
+def test_every_source_is_listed(recipe):
     sources = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert sources == set(recipe.SOURCES)
-    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert all(f"csrc/{source}" in cmake for source in sources)
+    assert sources == set(recipe.BUILD["sources"])
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_cmake_compiles_with_the_same_flags(recipe, tmp_path):
+    """Both read csrc/sources.json; CMake adds its own flags before."""
+    command = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads((tmp_path / "compile_commands.json").read_text(encoding="utf-8"))
+    theirs = {entry["file"]: shlex.split(entry["command"]) for entry in entries}
+    torch = recipe.find_torch()
+    for source in recipe.BUILD["sources"]:
+        _, *ours = recipe.compile_command(["c++"], source, torch)
+        mapping = next(flag for flag in ours if flag.startswith("-ffile-prefix-map="))
+        flags = [
+            flag for flag in ours[:-2] if flag != mapping
+        ]  # the last two are -c and the source
+        command = theirs[ours[-1]]
+        assert [flag for flag in command if flag in flags][-len(flags) :] == flags
 
 
 @pytest.mark.skipif(cpu.missing_library() is not None, reason="no native library")

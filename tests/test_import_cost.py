@@ -1,4 +1,6 @@
-"""Importing costs nothing: no heavy package, no file read beyond Python's own modules, no compiler, no device query."""
+"""Importing costs nothing: no heavy package, no file read beyond Python's own modules, no compiler,
+no device query.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,12 @@ import builtins, io, json, os, subprocess, sys
 before = set(sys.modules)
 seen = []
 def note(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, bytes)) and not str(arguments[0]).endswith((".py", ".pyc")):
-        seen.append(str(arguments[0]))
-    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen", "socket.connect"):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        name = str(arguments[0])
+        if not name.endswith((".py", ".pyc")) and ".pyc." not in name:  # while byte code is written
+            seen.append(name)
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen",
+                   "socket.connect"):
         seen.append(f"{event} {arguments[:1]}")
 import typer  # what the command line stands on is not ours to measure
 sys.addaudithook(note)

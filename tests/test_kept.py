@@ -1,4 +1,6 @@
-"""Kept results are made once, whoever asks, and again when anything that they were made from is another."""
+"""Kept results are made once, whoever asks, and again when anything that they were made from is
+another.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Random models of a few thousand weights, one config for each architecture, and a tokenizer for them."""
+"""Random models of a few thousand weights, one config for each architecture, and a tokenizer for
+them.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def config(name: str, **changes):
 
 
 def model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
-    """A random model; weights far larger than trained ones, so that every part of a block matters to its output."""
+    """A random model; weights far larger than trained ones, so that every part of a block matters
+    to its output.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)

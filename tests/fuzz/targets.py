@@ -21,7 +21,7 @@ import slab_kernels
 from fuzz.folders import INDEX, Folder
 from slab_kernels.cli import console
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import FormatError
+from slab_kernels.errors import BAD_FILE, BUG, CANNOT_RUN, DONE, FormatError
 from slab_kernels.format import TENSOR_NAMES, PackedLayout, PackedWeight
 from slab_kernels.nn import SlabLinear
 
@@ -327,7 +327,7 @@ class Targets:
                 code = cli.run([target, str(path), *more, *(["--json"] if as_json else [])])
             if found := CONTROL.search(stdout.getvalue() + stderr.getvalue()):
                 raise Fault(f"message: {target} prints the control character {found[0]!r}")
-            if code != console.OK:
+            if code != DONE:
                 return self._judge_failure(code, stdout.getvalue(), stderr.getvalue(), as_json)
             if as_json:
                 json.loads(stdout.getvalue())
@@ -347,9 +347,9 @@ class Targets:
         message, where = f"{type(error).__name__}: {said}", frames(error)
         if without_memory(error):
             return Result("too much memory", message, where, fault=True)
-        if code == console.UNEXPECTED:
+        if code == BUG:
             return Result("unnamed error", message, where, fault=True)
-        if code not in (console.BAD_FILE, console.CANNOT_RUN):
+        if code not in (BAD_FILE, CANNOT_RUN):
             return Result(f"exit code {code} for a damaged folder", message, where, fault=True)
         if not as_json and (stdout or len(lines) != 1 or "Traceback" in stderr):
             return Result("not one line on stderr", message, where, fault=True)

@@ -1,6 +1,8 @@
-"""`python -m tests.mutants`: plants every fault in a copy of the tree and runs the tests that must see it.
+"""`python -m tests.mutants`: plants every fault in a copy of the tree and runs the tests that must
+see it.
 
-The checkout is never changed. Exit code 1 if a fault was not found, or if the tests fail without any.
+The checkout is never changed. Exit code 1 if a fault was not found, or if the tests fail without
+any.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from .faults import FAULTS, ROOT, Fault
 
-LEFT_OUT = (".git", ".venv*", ".cache", ".*_cache", "__pycache__", "build", "dist", "demo-out", "*.egg-info")  # fmt: skip
+LEFT_OUT = (".git", ".venv*", ".cache", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
 # Compiles _C.so into the copy: setup.py without its call of setuptools.
 BUILD = """
 import pathlib, setuptools
@@ -28,9 +30,8 @@ setup.compile_native(pathlib.Path("slab_kernels/_C.so"), pathlib.Path("build/obj
 
 def environment(copy: Path) -> dict[str, str]:
     """Ours, with the copy in the place of the checkout."""
-    inherited = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))
-    }  # fmt: skip
+    ours = ("PYTEST_", "TRITON_INTERPRET")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return inherited | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -56,12 +57,15 @@ def test(copy: Path, fault: Fault) -> subprocess.CompletedProcess:
 
 def failed_test(done: subprocess.CompletedProcess) -> str | None:
     """The test that failed; None if all passed, or the tests did not come to run."""
-    failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]  # fmt: skip
-    return failed[0] if done.returncode == 1 and failed else None
+    lines = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0] if done.returncode == 1 and lines else None
 
 
 def plant(copy: Path, fault: Fault) -> str:
-    """Run the fault's tests with the fault in the copy, which is as before when it returns. What found it, or ""."""
+    """Run the fault's tests with the fault in the copy, which is as before when it returns.
+
+    What found it, or "".
+    """
     path, begin, end = fault.place(copy)
     original, before = path.read_text(encoding="utf-8"), path.stat()
     try:
@@ -102,7 +106,8 @@ def main() -> int:
             begun = time.monotonic()
             found = plant(copy, fault)
             verdict = f"found by {found.partition(' ')[2]}" if found else "NOT FOUND"
-            print(f"{fault.name} ({fault.files}): {verdict}, {time.monotonic() - begun:.0f} s", flush=True)  # fmt: skip
+            seconds = time.monotonic() - begun
+            print(f"{fault.name} ({fault.files}): {verdict}, {seconds:.0f} s", flush=True)
             if not found:
                 missed.append(fault.name)
     print(f"{len(faults) - len(missed)} of {len(faults)} faults found")

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Fault(NamedTuple):
     """A text of one source file and what stands there instead while the tests run.
 
-    `files` is a pattern below the repository, so that a text may move between the files of a folder; it must stand in them
-    exactly once. `tests` are pytest's arguments.
+    `files` is a pattern below the repository, so that a text may move between the files of a
+    folder; it must stand in them exactly once. `tests` are pytest's arguments.
     """
 
     name: str
@@ -174,14 +174,15 @@ FAULTS = (
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
-        "the last inputs of a rank left out",
-        "slab_kernels/engines/*.py", "K % (world * unit)", "K % world",
-        ("tests/engines/test_sharding.py",),
+        "a rank's inputs counted by its own slice",
+        "slab_kernels/format/*.py", "self.first_input * tensor.shape[axis]",
+        "self.first_input * shape[axis]", ("tests/engines/test_sharding.py",),
     ),
     Fault(
         "prepared weights that outlive a write",
         "slab_kernels/nn/*.py",
-        "return same and (traced or sum(map(_version, self.counting)) == self.writes)", "return same",
+        "return same and (traced or sum(map(_version, self.counting)) == self.writes)",
+        "return same",
         ("tests/nn",),
     ),
     Fault(

@@ -1,5 +1,6 @@
-"""A PTX interpreter: runs the text that nvcc emits on a machine without a GPU, and finds the faults a GPU
-would hide."""
+"""A PTX interpreter: runs the text that nvcc emits on a machine without a GPU, and finds the faults
+a GPU would hide.
+"""
 
 from . import floats, integers, loads, matrix, moves, warps  # noqa: F401
 from .decode import PtxError

@@ -1,10 +1,10 @@
 """Operands of one instruction, and the table of decoders (PTX ISA 6 "Instruction Operands", 9.7
 "Instructions").
 
-Every instruction is decoded once into a closure `run(m, act)`: `m` is the machine (`m.R` is its list of
-registers, each a numpy array with one lane per thread) and `act` is the mask of executing lanes, or None
-when that is all of them. A register's array is replaced by a write and never changed in place, so two
-registers may share one array and a cache may compare by identity."""
+Every instruction is decoded once into a closure `run(m, act)`: `m` is the machine (`m.R` is its
+list of registers, each a numpy array with one lane per thread) and `act` is the mask of executing
+lanes, or None when that is all of them. A register's array is replaced by a write and never changed
+in place, so two registers may share one array and a cache may compare by identity."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,10 @@ import numpy as np
 
 
 class PtxError(RuntimeError):
-    """Any fault found in a PTX program. `lane` is the index of the first offending lane inside the running
-    chunk, if known."""
+    """Any fault found in a PTX program.
+
+    `lane` is the index of the first offending lane inside the running chunk, if known.
+    """
 
     def __init__(self, message, lane=None):
         super().__init__(message)
@@ -64,9 +66,9 @@ DTYPE |= {
 }
 DTYPE |= {"f16x2": np.dtype("u4"), "bf16x2": np.dtype("u4"), "pred": np.dtype(bool)}
 
-# Generic addresses carry their state space in the top bits; global ones are the process's own addresses
-# (below 2^47), and the low 32 bits are the offset, so that cvt.u32.u64 of a generic shared address is the
-# shared address, as nvcc relies on.
+# Generic addresses carry their state space in the top bits; global ones are the process's own
+# addresses (below 2^47), and the low 32 bits are the offset, so that cvt.u32.u64 of a generic
+# shared address is the shared address, as nvcc relies on.
 WINDOW = {"global": 0, "const": 0, "shared": 1 << 60, "local": 2 << 60, "param": 3 << 60}
 
 DECODERS = {}
@@ -83,7 +85,9 @@ def opcode(*names):
 
 
 def source(operand, ty):
-    """A function of the machine giving the operand as an array (or numpy scalar) of the type's dtype."""
+    """A function of the machine giving the operand as an array (or numpy scalar) of the type's
+    dtype.
+    """
     dtype = DTYPE[ty]
     if isinstance(operand, Reg):
         slot, width = operand.slot, operand.width
@@ -114,8 +118,9 @@ def array(operand, ty):
 
 
 def destination(operand, ty):
-    """A function put(m, act, value) writing a register; a wider register gets the value extended (ISA
-    9.4.1)."""
+    """A function put(m, act, value) writing a register; a wider register gets the value extended
+    (ISA 9.4.1).
+    """
     if operand is None:  # "_", the sink
         return lambda m, act, v: None
     if not isinstance(operand, Reg):
@@ -166,8 +171,10 @@ def lanes_of(m, act):
 
 
 def whole_warps(m, act, what):
-    """Refuse a warp-wide (.aligned) instruction that only part of a warp executes; None or the mask of
-    executing warps."""
+    """Refuse a warp-wide (.aligned) instruction that only part of a warp executes.
+
+    Returns None, or the mask of executing warps.
+    """
     if act is None:
         return None
     rows = act.reshape(-1, 32)

@@ -1,9 +1,9 @@
 """Floating-point values, conversions and arithmetic (PTX ISA 9.7.3 to 9.7.5, 9.7.9.22 "cvt").
 
-Every result is rounded once: f16 and bf16 are computed in f32, where a sum, product or quotient of two
-11-bit significands rounds innocuously (24 >= 2*11 + 2), and fma in f64 with the sum rounded to odd before
-the final rounding. NaN results of 16-bit types are canonical (0x7FFF); f32 and f64 NaNs keep numpy's
-payload. The .approx functions are numpy's, more exact than the hardware's."""
+Every result is rounded once: f16 and bf16 are computed in f32, where a sum, product or quotient of
+two 11-bit significands rounds innocuously (24 >= 2*11 + 2), and fma in f64 with the sum rounded to
+odd before the final rounding. NaN results of 16-bit types are canonical (0x7FFF); f32 and f64 NaNs
+keep numpy's payload. The .approx functions are numpy's, more exact than the hardware's."""
 
 import numpy as np
 
@@ -25,8 +25,9 @@ def value(bits, ty):
 
 
 def _to_odd(x):
-    """f64 to f32, rounded to odd: inexact results have their last bit set, so a later rounding is the only
-    one."""
+    """f64 to f32, rounded to odd: inexact results have their last bit set, so a later rounding is
+    the only one.
+    """
     y = x.astype(np.float32)
     back = y.astype(np.float64)
     inexact = (back != x) & ~np.isnan(x)
@@ -180,7 +181,8 @@ def copysign(i):
 
 
 _FUNCTIONS = {
-    "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2,
+    "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a),
+    "ex2": np.exp2, "lg2": np.log2,
     "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
 }  # fmt: skip
 
@@ -228,8 +230,10 @@ _INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def _to_integer(x, rounding, dtype):
-    """Saturating float to integer; NaN gives 0 (ISA 9.7.9.22), except that hardware gives 0x8000... for 64
-    bits."""
+    """Saturating float to integer.
+
+    NaN gives 0 (ISA 9.7.9.22), except that hardware gives 0x8000... for 64 bits.
+    """
     info = np.iinfo(dtype)
     x = rounding(np.atleast_1d(x).astype(np.float64))
     inside = (x > float(info.min)) & (x < float(info.max))
@@ -252,8 +256,9 @@ def _truncated(x, ty):
 
 
 def _to_tf32(bits):
-    """cvt.rna: to nearest, ties away from zero. The ISA leaves tf32's layout open; this is what ptxas makes
-    of it for sm_80 and sm_90: 0x1000 added to finite numbers, then the lower 13 bits of anything cleared."""
+    """cvt.rna: to nearest, ties away from zero. The ISA leaves tf32's layout open; this is what
+    ptxas makes of it for sm_80 and sm_90: 0x1000 added to finite numbers, then the lower 13 bits of
+    anything cleared."""
     finite = bits & np.uint32(0x7F800000) != np.uint32(0x7F800000)
     return np.where(finite, bits + np.uint32(0x1000), bits) & np.uint32(0xFFFFE000)
 
@@ -305,8 +310,8 @@ def convert(i):
                 put(m, act, narrow(integral(x) if integral else x, to))
 
         else:
-            # An integer of up to 32 bits is exact in f64; larger ones go straight to the target to be
-            # rounded once.
+            # An integer of up to 32 bits is exact in f64; larger ones go straight to the target to
+            # be rounded once.
             wide = DTYPE[to] if of[1:] == "64" and to in ("f32", "f64") else np.float64
 
             def run(m, act):

@@ -9,8 +9,9 @@ _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def simple(i, function, types=None):
-    """An instruction that is one numpy function of its sources, all of the instruction's type unless told
-    otherwise."""
+    """An instruction that is one numpy function of its sources, all of the instruction's type
+    unless told otherwise.
+    """
     types = types or [i.type] * len(i.operands)
     put = destination(i.operands[0], types[0])
     sources = [source(o, t) for o, t in zip(i.operands[1:], types[1:], strict=True)]
@@ -82,8 +83,9 @@ def multiply(i):
 
 
 def divide(i):
-    """div and rem of integers truncate towards zero; division by zero gives all ones, as the hardware
-    does."""
+    """div and rem of integers truncate towards zero; division by zero gives all ones, as the
+    hardware does.
+    """
     ones = ~DTYPE[i.type].type(0)
     rem = i.parts[0] == "rem"
 
@@ -146,8 +148,10 @@ _TWO = [
 
 @opcode("lop3")
 def lop3(i):
-    """d = F(a, b, c) with truth table immLut (ISA 9.7.8.6): F = g0 ^ (a & (g0 ^ g1)), g_a the table's half
-    for that a."""
+    """d = F(a, b, c) with truth table immLut (ISA 9.7.8.6):
+
+    F = g0 ^ (a & (g0 ^ g1)), g_a the table's half for that a.
+    """
     table = i.operands[4].bits
     zero, differ = _TWO[table & 15], _TWO[(table ^ table >> 4) & 15]
     short = type(i)(i.text, i.line, i.scope)
@@ -207,7 +211,9 @@ def permute(i):
 
 @opcode("bfe")
 def extract(i):
-    """Bit field extract (ISA 9.7.1.19): fields past the top are filled with the sign (signed) or zero."""
+    """Bit field extract (ISA 9.7.1.19): fields past the top are filled with the sign (signed) or
+    zero.
+    """
     dtype = DTYPE[i.type]
     bits, unsigned = 8 * dtype.itemsize, UNSIGNED[dtype.itemsize]
 

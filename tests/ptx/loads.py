@@ -1,7 +1,8 @@
 """Loads, stores and asynchronous copies (PTX ISA 9.7.9.8 "ld" to 9.7.9.25 "cp.async").
 
-Cache operators, eviction hints and memory orders are accepted and ignored: all lanes of one instruction act
-at once, and CTAs of one chunk advance together. Atomics, bulk copies and mbarriers do not exist here."""
+Cache operators, eviction hints and memory orders are accepted and ignored: all lanes of one
+instruction act at once, and CTAs of one chunk advance together. Atomics, bulk copies and mbarriers
+do not exist here."""
 
 import numpy as np
 
@@ -51,7 +52,8 @@ def _read(m, space, at, width, lanes):
         return m.local.read(m.local.locate(lanes, at, width, lanes), width)
     if int(at.min()) < 0 or int(at.max()) + width > len(m.params):
         raise PtxError(
-            f"parameter access at {int(at.max())} is outside the {len(m.params)} bytes of parameters",
+            f"parameter access at {int(at.max())} is outside "
+            f"the {len(m.params)} bytes of parameters",
             int(lanes[0]),
         )
     bytes_ = m.params[at[:, None] + np.arange(width)]
@@ -153,8 +155,11 @@ def create_policy(i):
 
 
 class Copies:
-    """cp.async operations on their way. Groups are counted per thread: a copy belongs to the group its
-    thread commits next, and wait_group n waits for all but the thread's n newest committed groups."""
+    """cp.async operations on their way.
+
+    Groups are counted per thread: a copy belongs to the group its thread commits next, and
+    wait_group n waits for all but the thread's n newest committed groups.
+    """
 
     def __init__(self, lanes):
         self.group = np.zeros(lanes, np.int64)  # groups committed by each thread

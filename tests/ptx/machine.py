@@ -1,8 +1,9 @@
 """Execution of a grid (PTX ISA 2 "Programming Model", 9.7.12 control flow).
 
-All CTAs of a chunk run together, one numpy lane per thread. Among lanes at different instructions those at
-the lowest one go first, until they branch or reach the others: that reconverges structured code. Parked
-(barrier) and exited lanes have program counters beyond the code, so they are never the lowest."""
+All CTAs of a chunk run together, one numpy lane per thread. Among lanes at different instructions
+those at the lowest one go first, until they branch or reach the others: that reconverges structured
+code. Parked (barrier) and exited lanes have program counters beyond the code, so they are never the
+lowest."""
 
 from collections import Counter
 
@@ -16,7 +17,8 @@ from .races import Races
 from .warps import Barriers
 
 _PARKED, _EXITED = 1 << 30, (1 << 30) + 1
-# per chunk: large enough to hide numpy's call cost, small enough for a register set to stay in the cache
+# per chunk: large enough to hide numpy's call cost, small enough for a register set to stay in the
+# cache
 _LANES = 8192
 _BRANCHES = 5_000_000  # of one chunk: some minutes; a thread that spins on memory would never end
 _SHARED = 1 << 24  # bytes of shared memory per chunk
@@ -213,7 +215,8 @@ class Machine:
         """CTA and thread of a lane, for messages."""
         x, y, _ = self.block
         t = lane % (32 * self.warps)
-        return f"CTA {tuple(self.ids[lane // (32 * self.warps)])}, thread {(t % x, t // x % y, t // (x * y))}"
+        cta = tuple(self.ids[lane // (32 * self.warps)])
+        return f"CTA {cta}, thread {(t % x, t // x % y, t // (x * y))}"
 
 
 _NOBODY = np.zeros(0, np.intp)
@@ -230,17 +233,20 @@ def launch(
     chunk=None,
     equal_writes=False,
 ):
-    """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory traffic.
+    """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory
+    traffic.
 
-    `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many CTAs
-    run at once. `equal_writes` lets several warps store to one place of shared memory in one instruction if
-    they store the same bytes; without it they may not. Traffic: global_{read,write}_{bytes,sectors};
-    shared_wavefronts against shared_ideal (their ratio is the bank conflicts)."""
+    `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many
+    CTAs run at once. `equal_writes` lets several warps store to one place of shared memory in one
+    instruction if they store the same bytes; without it they may not. Traffic:
+    global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their ratio is the
+    bank conflicts)."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
     raw = np.frombuffer(bytes(params), np.uint8)
     if raw.size != kernel.parameter_bytes:
         raise PtxError(
-            f"{kernel.name}: {raw.size} bytes of parameters, the kernel takes {kernel.parameter_bytes}"
+            f"{kernel.name}: {raw.size} bytes of parameters, "
+            f"the kernel takes {kernel.parameter_bytes}"
         )
     threads = -(-block[0] * block[1] * block[2] // 32) * 32
     if not 0 < block[0] * block[1] * block[2] <= 1024 or min(*grid, *block) < 1:

@@ -1,10 +1,11 @@
 """Warp-level matrix instructions (PTX ISA 9.7.14.5 "mma", "ldmatrix"; 9.7.14.6 "mma.sp").
 
-Fragments are index tables from the ISA's figures (g = lane / 4, t = lane % 4), so that one gather turns the
-registers of all warps into matrices and one batched matmul multiplies them. Floating-point products are
-summed in f64 with the accumulator and rounded to f32 once; hardware aligns and truncates the addends
-instead, so exact tests use small integers. Integer products are exact in f32 (64 * 2^14 = 2^20) and the
-accumulator wraps, or clamps with .satfinite. Of a tf32 operand the upper 19 bits count."""
+Fragments are index tables from the ISA's figures (g = lane / 4, t = lane % 4), so that one gather
+turns the registers of all warps into matrices and one batched matmul multiplies them.
+Floating-point products are summed in f64 with the accumulator and rounded to f32 once; hardware
+aligns and truncates the addends instead, so exact tests use small integers. Integer products are
+exact in f32 (64 * 2^14 = 2^20) and the accumulator wraps, or clamps with .satfinite. Of a tf32
+operand the upper 19 bits count."""
 
 from functools import lru_cache
 
@@ -28,7 +29,9 @@ _K = {
 
 @lru_cache
 def _a_table(per):
-    """Row-major 16 x (2*4*per) index into the flat (register, lane, element) order of A's four registers."""
+    """Row-major 16 x (2*4*per) index into the flat (register, lane, element) order of A's four
+    registers.
+    """
     table = np.zeros((16, 8 * per), np.intp)
     for r in range(4):
         for e in range(per):
@@ -60,7 +63,9 @@ _C_BACK = np.argsort(_C.reshape(-1)).reshape(
 
 @lru_cache
 def _metadata_table(per, selector):
-    """For each row and group of 4 columns: the lane that holds its nibble, and the nibble's bit position."""
+    """For each row and group of 4 columns: the lane that holds its nibble, and the nibble's bit
+    position.
+    """
     row, group = np.arange(16)[:, None], np.arange(4 * per)[None, :]
     # 16-bit types, k = 32: 8 groups; lanes 0,1 (selector 0) or 2,3 (selector 1) of each quad supply
     if per == 2:
@@ -94,8 +99,10 @@ def _elements(words, ty):
 
 
 class Fragments:
-    """The last matrices made from registers. Arrays are never changed in place, so the same arrays hold the
-    same matrix."""
+    """The last matrices made from registers.
+
+    Arrays are never changed in place, so the same arrays hold the same matrix.
+    """
 
     def __init__(self):
         self.made = {}
@@ -110,7 +117,9 @@ class Fragments:
 
 
 def _spread(a, words, ty, tables, ordered):
-    """Compressed A to dense: the two kept values of each group of four columns go where the metadata says."""
+    """Compressed A to dense: the two kept values of each group of four columns go where the
+    metadata says.
+    """
     lane, bit = tables
     nibble = words.reshape(-1, 32)[:, lane] >> bit.astype(np.uint32) & np.uint32(15)
     first, second = (nibble & 3).astype(np.intp), (nibble >> 2).astype(np.intp)
@@ -118,7 +127,8 @@ def _spread(a, words, ty, tables, ordered):
     if bad.any():
         warp, row, group = (int(v[0]) for v in np.nonzero(bad))
         raise PtxError(
-            f"illegal metadata nibble {int(nibble[warp, row, group]):#x} for row {row}, group {group}",
+            f"illegal metadata nibble {int(nibble[warp, row, group]):#x} "
+            f"for row {row}, group {group}",
             warp * 32 + int(lane[row, group]),
         )
     groups = np.arange(lane.shape[1])
@@ -222,8 +232,9 @@ class _Rows:
 
 @opcode("ldmatrix")
 def ldmatrix(i):
-    """Each of 1, 2 or 4 8x8 matrices of b16: lane j of the j-th eight lanes gives a row's address (ISA
-    9.7.14.5.15)."""
+    """Each of 1, 2 or 4 8x8 matrices of b16: lane j of the j-th eight lanes gives a row's address
+    (ISA 9.7.14.5.15).
+    """
     count = {"x1": 1, "x2": 2, "x4": 4}[i.parts[4]]
     transposed = "trans" in i.parts
     if i.parts[3] != "m8n8" or i.type != "b16":

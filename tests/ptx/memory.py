@@ -1,12 +1,13 @@
-"""State spaces (PTX ISA 5.1): global memory as mapped ranges, shared and local memory as one flat array,
-and access counts."""
+"""State spaces (PTX ISA 5.1): global memory as mapped ranges, shared and local memory as one flat
+array, and access counts.
+"""
 
 import numpy as np
 
 from .decode import PtxError
 
-# One element per access, so that a gather moves whole accesses.  complex128 is numpy's only 16-byte scalar;
-# indexing it only copies.
+# One element per access, so that a gather moves whole accesses.  complex128 is numpy's only 16-byte
+# scalar; indexing it only copies.
 RAW = {
     1: np.dtype("u1"),
     2: np.dtype("u2"),
@@ -39,7 +40,9 @@ class _Range:
 
 
 class Memory:
-    """Global memory: nothing outside the mapped ranges may be touched.  Addresses are the process's own."""
+    """Global memory: nothing outside the mapped ranges may be touched.  Addresses are the process's
+    own.
+    """
 
     def __init__(self):
         self._ranges = []
@@ -48,7 +51,8 @@ class Memory:
         if array.dtype != np.uint8 or not array.flags.c_contiguous:
             raise PtxError("Memory.map takes a contiguous uint8 array")
         if array.size:
-            # ndarray.view keeps the memory shared; a read-only torch tensor may come as a read-only array.
+            # ndarray.view keeps the memory shared; a read-only torch tensor may come as a read-only
+            # array.
             self._ranges.append(
                 _Range(address, array.reshape(-1), writable and array.flags.writeable)
             )
@@ -123,8 +127,10 @@ class Memory:
 
 
 class Flat:
-    """Memory of equal windows, one per CTA (shared) or per thread (local), filled with 0xFF: NaN as f16 and
-    f32."""
+    """Memory of equal windows, one per CTA (shared) or per thread (local), filled with 0xFF:
+
+    NaN as f16 and f32.
+    """
 
     def __init__(self, windows, size, what):
         self.size, self.what = size, what
@@ -154,8 +160,9 @@ class Flat:
 
 
 def count_shared(stats, at, width, lanes):
-    """Wavefronts of one shared access: lanes are served in groups that move 128 bytes; a group takes as
-    many wavefronts as its busiest bank (of 32, four bytes wide) has distinct words."""
+    """Wavefronts of one shared access: lanes are served in groups that move 128 bytes; a group
+    takes as many wavefronts as its busiest bank (of 32, four bytes wide) has distinct words.
+    """
     group = 32 // max(1, width // 4)
     if at.size % group == 0 and lanes[0] % group == 0 and lanes[-1] - lanes[0] == at.size - 1:
         chunk = (at // max(width, 4)).reshape(-1, group)

@@ -78,8 +78,10 @@ _BOOLEAN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def comparison(name, value_of=None):
-    """The comparison of ISA 9.7.5; `value_of` turns bit patterns into floats. An ordered one is false if an
-    operand is NaN."""
+    """The comparison of ISA 9.7.5;
+
+    `value_of` turns bit patterns into floats. An ordered one is false if an operand is NaN.
+    """
 
     def compare(a, b):
         if value_of is None:

@@ -1,8 +1,8 @@
 """PTX text to instructions (PTX ISA 4 "Syntax", 5 "State Spaces", 7.1 kernels).
 
-A kernel is parsed when it is asked for. Only what nvcc and inline assembly produce is understood: one
-.entry per kernel, nested `{ }` scopes with their own registers and labels, module-level .shared / .const /
-.global variables with plain initialisers."""
+A kernel is parsed when it is asked for. Only what nvcc and inline assembly produce is understood:
+one .entry per kernel, nested `{ }` scopes with their own registers and labels, module-level .shared
+/ .const / .global variables with plain initialisers."""
 
 import gc
 import re
@@ -119,8 +119,8 @@ class Module:
         if name not in self._found:
             raise PtxError(f"no kernel {name!r} in the module; it has {', '.join(self.names)}")
         if name not in self._kernels:
-            # Decoding makes tens of closures an instruction and no garbage: the collector would double its
-            # time.
+            # Decoding makes tens of closures an instruction and no garbage: the collector would
+            # double its time.
             collecting = gc.isenabled()
             gc.disable()
             try:
@@ -155,7 +155,10 @@ class Module:
 
 
 class _Scope:
-    """Registers and labels of one `{ }` block (ISA 5.1.1); ranges are declarations such as %r<100>."""
+    """Registers and labels of one `{ }` block (ISA 5.1.1).
+
+    Ranges are declarations such as %r<100>.
+    """
 
     def __init__(self, parent=None):
         self.parent, self.names, self.ranges, self.labels, self.tables = parent, {}, {}, {}, {}
@@ -181,7 +184,9 @@ class Instruction:
 
 
 class Kernel:
-    """One .entry: instructions (decoded), register widths, and the layout of its parameters and memories."""
+    """One .entry: instructions (decoded), register widths, and the layout of its parameters and
+    memories.
+    """
 
     def __init__(self, module, name, head, body, offset):
         self.module, self.name = module, name
@@ -197,8 +202,9 @@ class Kernel:
             self._decode(instruction)
 
     def _place(self, body):
-        """Shared memory: the kernel's own and the module's variables that it names; extern (size 0) ones
-        start at the end."""
+        """Shared memory: the kernel's own and the module's variables that it names; extern (size 0)
+        ones start at the end.
+        """
         declared = ".shared ." in body or ".local ." in body  # ld.shared.b32 is no declaration
         own = (
             [m for m in _VARIABLE.finditer(body) if m["space"] in ("shared", "local")]
@@ -357,8 +363,9 @@ class Kernel:
 
 
 def _class(parts):
-    """Name under which executed instructions are counted: the opcode, with the parts that make it another
-    instruction."""
+    """Name under which executed instructions are counted: the opcode, with the parts that make it
+    another instruction.
+    """
     base = parts[0]
     if base in ("ld", "st"):
         return f"{base}." + next((p for p in parts if p in WINDOW_NAMES), "generic")

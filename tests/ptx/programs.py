@@ -20,7 +20,9 @@ def program(body, parameters="", shared=""):
 
 
 def run(body, *arrays, block=32, grid=1, shared="", shared_bytes=0, read_only=(), **options):
-    """Run a kernel whose parameters p0, p1, ... are the arrays' addresses, loaded into %d10, %d11, ..."""
+    """Run a kernel whose parameters p0, p1, ... are the arrays' addresses, loaded into %d10, %d11,
+    ...
+    """
     parameters = ", ".join(f".param .u64 p{k}" for k in range(len(arrays)))
     head = "\n".join(f"ld.param.u64 %d{10 + k}, [p{k}];" for k in range(len(arrays)))
     module = Module(program("mov.u32 %r30, %tid.x;\n" + head + "\n" + body, parameters, shared))
@@ -32,8 +34,9 @@ def run(body, *arrays, block=32, grid=1, shared="", shared_bytes=0, read_only=()
 
 
 def evaluate(code, *inputs, out=np.uint32):
-    """Each thread's inputs are in %h0/%r0/%d0, ... by their width; the code leaves its result in register 9
-    of out's width."""
+    """Each thread's inputs are in %h0/%r0/%d0, ... by their width; the code leaves its result in
+    register 9 of out's width.
+    """
     inputs = [np.atleast_1d(np.asarray(a)) for a in inputs]
     n = max(a.size for a in inputs)
     inputs = [np.ascontiguousarray(np.resize(a, n)) for a in inputs]

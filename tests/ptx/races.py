@@ -1,20 +1,22 @@
-"""Shared-memory race detector (PTX ISA 8 "Memory Consistency Model", 9.7.13 barriers, 9.7.9.25 "cp.async").
+"""Shared-memory race detector (PTX ISA 8 "Memory Consistency Model", 9.7.13 barriers, 9.7.9.25
+"cp.async").
 
-Every warp has a vector clock over the warps of its CTA. An access carries its warp's own epoch; a barrier
-advances the epochs of the warps that take part and joins their clocks. Two accesses to one cell, one of
-them a write, are ordered if the later one's warp has seen an epoch *newer* than the earlier one's, or if
-both are by the same lane. The same rule orders the lanes of one warp, whose epoch a barrier or
-bar.warp.sync advances; bar.warp.sync with a partial mask counts as a full one.
+Every warp has a vector clock over the warps of its CTA. An access carries its warp's own epoch; a
+barrier advances the epochs of the warps that take part and joins their clocks. Two accesses to one
+cell, one of them a write, are ordered if the later one's warp has seen an epoch *newer* than the
+earlier one's, or if both are by the same lane. The same rule orders the lanes of one warp, whose
+epoch a barrier or bar.warp.sync advances; bar.warp.sync with a partial mask counts as a full one.
 
-A cell is as wide as the kernel's narrowest shared access, so neighbours never look like a conflict. A
-cp.async writes its cells when it is issued, they stay closed to everybody until the issuing thread's wait,
-and from then on they count as that lane's write at that moment: other lanes may read them only after a
-barrier that follows the wait.
+A cell is as wide as the kernel's narrowest shared access, so neighbours never look like a conflict.
+A cp.async writes its cells when it is issued, they stay closed to everybody until the issuing
+thread's wait, and from then on they count as that lane's write at that moment: other lanes may read
+them only after a barrier that follows the wait.
 
-Stores by several warps to one place in one instruction are a race, whatever they store, unless the launch
-allows `equal_writes`: then they must store the same bytes. One of them counts as the write and the others
-as reads, so that a later write has to be ordered after all of them: one that lands late would undo it. A
-store of the same bytes by another instruction is a race as any other."""
+Stores by several warps to one place in one instruction are a race, whatever they store, unless the
+launch allows `equal_writes`: then they must store the same bytes. One of them counts as the write
+and the others
+as reads, so that a later write has to be ordered after all of them: one that lands late would undo
+it. A store of the same bytes by another instruction is a race as any other."""
 
 import numpy as np
 
@@ -26,7 +28,9 @@ _EPOCH = np.int32(6)  # an access is tagged epoch << 6 | lane
 
 
 def _differing(at, data):
-    """Index of a store that writes other bytes than another one of this instruction to its place, or None."""
+    """Index of a store that writes other bytes than another one of this instruction to its place,
+    or None.
+    """
     order = np.argsort(at, kind="stable")
     at, data = at[order], np.ascontiguousarray(data).view(np.uint8).reshape(len(at), -1)[order]
     other = (at[1:] == at[:-1]) & (data[1:] != data[:-1]).any(1)
@@ -70,8 +74,10 @@ class Races:
         return cells, lane.astype(np.int32), warp, warp % self.warps, lanes
 
     def access(self, at, width, lanes, write, whole=False, data=None):
-        """Check and record accesses at flat byte offsets `at`; `whole`: made by the warp, not by the lane;
-        `data`: what a store writes there."""
+        """Check and record accesses at flat byte offsets `at`;
+
+        `whole`: made by the warp, not by the lane; `data`: what a store writes there.
+        """
         cells, lane, warp, local, lanes = self._cells(at, width, lanes, whole)
         closed = self.in_flight[cells]
         if closed.any():

@@ -1,4 +1,6 @@
-"""The PTX interpreter of tests/ptx: single instructions against values worked out by hand, and control flow."""
+"""The PTX interpreter of tests/ptx: single instructions against values worked out by hand, and
+control flow.
+"""
 
 import struct
 
@@ -197,7 +199,7 @@ def test_single_precision():
     )
 
 
-# ---- control flow ------------------------------------------------------------------------------------------
+# ---- control flow -------------------------------------------------------------------------------
 
 
 def test_divergent_lanes_reconverge():
@@ -234,7 +236,8 @@ def test_a_jump_table():
 def test_exited_lanes_stay_out():
     out = np.zeros(40, np.uint32)  # and a ragged last warp
     run(
-        "setp.gt.u32 %p1, %r30, 35; @%p1 exit; mad.wide.u32 %d1, %r30, 4, %d10; st.global.u32 [%d1], %r30;",
+        "setp.gt.u32 %p1, %r30, 35; @%p1 exit; "
+        "mad.wide.u32 %d1, %r30, 4, %d10; st.global.u32 [%d1], %r30;",
         out,
         block=40,
     )
@@ -248,10 +251,12 @@ def test_struct_parameter_local_memory_constants_and_chunks():
     .local .align 4 .b8 depot[8];
     .reg .b64 %rd<9>; .reg .b32 %r<9>;
     ld.param.u64 %rd1, [s+16]; ld.param.v2.u32 {%r1, %r2}, [s];
-    mov.u64 %rd5, depot; cvta.local.u64 %rd5, %rd5; st.u32 [%rd5+4], %r2; ld.local.u32 %r3, [depot+4];
+    mov.u64 %rd5, depot; cvta.local.u64 %rd5, %rd5;
+    st.u32 [%rd5+4], %r2; ld.local.u32 %r3, [depot+4];
     mov.u64 %rd6, table; ld.const.u32 %r4, [table+8];
     add.u32 %r1, %r1, %r3; add.u32 %r1, %r1, %r4;
-    mov.u32 %r5, %ctaid.x; mul.wide.u32 %rd2, %r5, 4; add.s64 %rd1, %rd1, %rd2; st.global.u32 [%rd1], %r1;
+    mov.u32 %r5, %ctaid.x; mul.wide.u32 %rd2, %r5, 4; add.s64 %rd1, %rd1, %rd2;
+    st.global.u32 [%rd1], %r1;
     ret; }"""
     out = np.zeros(5, np.uint32)
     memory = Memory()

@@ -8,11 +8,13 @@ import pytest
 from ptx import PtxError
 from ptx.programs import evaluate, f32, run, u32
 
-# ---- tf32 --------------------------------------------------------------------------------------------------
+# ---- tf32 ---------------------------------------------------------------------------------------
 
 
 def tf32_mma(a, b, c):
-    """One m16n8k8 on a warp whose registers a [4, 32], b [2, 32] and c [4, 32] are given; d [4, 32]."""
+    """One m16n8k8 on a warp whose registers a [4, 32], b [2, 32] and c [4, 32] are given; d [4,
+    32].
+    """
     out = np.zeros((4, 32), np.uint32)
 
     def load(first, n, at):
@@ -20,10 +22,12 @@ def tf32_mma(a, b, c):
 
     run(
         f"""
-        mad.wide.u32 %d0, %r30, 4, %d10; mad.wide.u32 %d1, %r30, 4, %d11; mad.wide.u32 %d2, %r30, 4, %d12;
+        mad.wide.u32 %d0, %r30, 4, %d10; mad.wide.u32 %d1, %r30, 4, %d11;
+        mad.wide.u32 %d2, %r30, 4, %d12;
         mad.wide.u32 %d3, %r30, 4, %d13; {load(0, 4, 1)} {load(4, 2, 2)} {load(6, 4, 3)}
         mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
-            {{%r10, %r11, %r12, %r13}}, {{%r0, %r1, %r2, %r3}}, {{%r4, %r5}}, {{%r6, %r7, %r8, %r9}};
+            {{%r10, %r11, %r12, %r13}}, {{%r0, %r1, %r2, %r3}}, {{%r4, %r5}},
+            {{%r6, %r7, %r8, %r9}};
         st.global.b32 [%d0], %r10; st.global.b32 [%d0+128], %r11; st.global.b32 [%d0+256], %r12;
         st.global.b32 [%d0+384], %r13;""",
         out,
@@ -34,7 +38,9 @@ def tf32_mma(a, b, c):
 
 
 def test_tf32_fragments():
-    """The ISA's formulas for m16n8k8 with .tf32, element by element: where a_i, b_i and c_i of a lane lie."""
+    """The ISA's formulas for m16n8k8 with .tf32, element by element: where a_i, b_i and c_i of a
+    lane lie.
+    """
     rng = np.random.default_rng(0)
     A, B, C = (
         rng.integers(-1000, 1000, shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8))
@@ -61,8 +67,10 @@ def test_tf32_fragments():
 def test_tf32_conversion():
     """To nearest, ties away from zero, 10 bits kept; infinite only beyond the largest."""
     x, expected = zip(
-        (0x3F801000, 0x3F802000), (0x3F800FFF, 0x3F800000), (0x3F803000, 0x3F804000), (0xBF801000, 0xBF802000),
-        (0x7F7FEFFF, 0x7F7FE000), (0x7F7FF000, 0x7F800000), (0xFF800000, 0xFF800000), (0x00001000, 0x00002000),
+        (0x3F801000, 0x3F802000), (0x3F800FFF, 0x3F800000), (0x3F803000, 0x3F804000),
+        (0xBF801000, 0xBF802000),
+        (0x7F7FEFFF, 0x7F7FE000), (0x7F7FF000, 0x7F800000), (0xFF800000, 0xFF800000),
+        (0x00001000, 0x00002000),
         (0x80000FFF, 0x80000000), strict=True,
     )  # fmt: skip
     assert evaluate("cvt.rna.tf32.f32 %r9, %r0;", u32(*x)).tolist() == list(expected)
@@ -79,10 +87,12 @@ def test_tf32_conversion():
     "code",
     [
         "cvt.rn.tf32.f32 %r9, %r0;",  # sm_90
-        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r1,%r2,%r3,%r4},{%r1,%r2},{%r1},{%r1,%r2,%r3,%r4};",
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 "
+        "{%r1,%r2,%r3,%r4},{%r1,%r2},{%r1},{%r1,%r2,%r3,%r4};",
         """mma.sync.aligned.m16n8k8.row.col.satfinite.f32.tf32.tf32.f32
         {%r1,%r2,%r3,%r4},{%r1,%r2,%r3,%r4},{%r1,%r2},{%r1,%r2,%r3,%r4};""",
-        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1,%r2},{%r1,%r2,%r3,%r4},{%r1,%r2},{%r1,%r2};",
+        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
+        "{%r1,%r2},{%r1,%r2,%r3,%r4},{%r1,%r2},{%r1,%r2};",
         "redux.sync.add.f32 %r9, %r0, -1;",
         "redux.sync.min.b32 %r9, %r0, -1;",
     ],
@@ -92,7 +102,7 @@ def test_other_forms_are_refused(code):
         evaluate(code, u32(1))
 
 
-# ---- other forms -------------------------------------------------------------------------------------------
+# ---- other forms --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clamp", [True, False])
@@ -100,7 +110,8 @@ def test_integer_mma_clamps_or_wraps(clamp):
     """A and B all -128: 32 * 2^14 = 2^19 are added to the accumulator."""
     out, start = np.zeros(32, np.int32), np.array([2**31 - 2**19, 5 - 2**31] * 16, np.int32)
     run(
-        f"""mad.wide.u32 %d0, %r30, 4, %d10; mad.wide.u32 %d1, %r30, 4, %d11; ld.global.b32 %r1, [%d1];
+        f"""mad.wide.u32 %d0, %r30, 4, %d10; mad.wide.u32 %d1, %r30, 4, %d11;
+            ld.global.b32 %r1, [%d1];
         mov.b32 %r2, 0x80808080;
         mma.sync.aligned.m16n8k32.row.col{".satfinite" * clamp}.s32.s8.s8.s32
             {{%r3, %r4, %r5, %r6}}, {{%r2, %r2, %r2, %r2}}, {{%r2, %r2}}, {{%r1, %r1, %r1, %r1}};
@@ -115,8 +126,10 @@ def test_redux():
     rng = np.random.default_rng(2)
     x = rng.integers(0, 2**32, 64, dtype=np.uint32)
     for op, ty, function in [
-        ("add", "s32", lambda v: v.sum(dtype=np.int64)), ("add", "u32", lambda v: v.sum(dtype=np.int64)),
-        ("min", "s32", np.min), ("min", "u32", np.min), ("max", "s32", np.max), ("max", "u32", np.max),
+        ("add", "s32", lambda v: v.sum(dtype=np.int64)),
+        ("add", "u32", lambda v: v.sum(dtype=np.int64)),
+        ("min", "s32", np.min), ("min", "u32", np.min),
+        ("max", "s32", np.max), ("max", "u32", np.max),
         ("and", "b32", np.bitwise_and.reduce), ("or", "b32", np.bitwise_or.reduce),
         ("xor", "b32", np.bitwise_xor.reduce),
     ]:  # fmt: skip
@@ -124,7 +137,8 @@ def test_redux():
         for members, guard in (([*range(32)], ""), ([0, 3, 31], "@%p1 ")):
             mask = sum(1 << k for k in members)
             code = f"""and.b32 %r1, %r30, 31; shl.b32 %r1, 1, %r1; and.b32 %r1, %r1, {mask:#x};
-            setp.ne.u32 %p1, %r1, 0; mov.b32 %r9, 7; {guard}redux.sync.{op}.{ty} %r9, %r0, {mask:#x};"""
+            setp.ne.u32 %p1, %r1, 0; mov.b32 %r9, 7;
+            {guard}redux.sync.{op}.{ty} %r9, %r0, {mask:#x};"""
             expected = np.full((2, 32), 7)
             for warp in (0, 1):
                 expected[warp, members] = (
@@ -149,7 +163,7 @@ def test_relu_of_infinity():
     assert got.tolist() == [0x3F800000, 0x3F800000, 0x3F804000, 0x3F807FFF]
 
 
-# ---- stores of several warps to one place ------------------------------------------------------------------
+# ---- stores of several warps to one place -------------------------------------------------------
 
 ONE = ".shared .align 16 .b8 one[16];"
 READ = "ld.shared.u32 %r5, [one]; mad.wide.u32 %d1, %r30, 4, %d10; st.global.u32 [%d1], %r5;"
@@ -183,7 +197,8 @@ def test_equal_writes():
         PtxError, match="write by warp 1 after a write by warp 0"
     ):  # by two instructions
         together(
-            "setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [one], %r2; @!%p1 st.shared.u32 [one], %r2;"
+            "setp.eq.u32 %p1, %r1, 0; "
+            "@%p1 st.shared.u32 [one], %r2; @!%p1 st.shared.u32 [one], %r2;"
         )
     # What a copy brings is not known yet when it is issued: never allowed.
     with pytest.raises(PtxError, match="two warps write the same bytes at once"):
@@ -194,7 +209,8 @@ def test_equal_writes_need_a_barrier_as_all_writes():
     same = "st.shared.u32 [one], %r2;"
     with pytest.raises(PtxError, match="read by warp 0 after a write by warp 1, with no barrier"):
         together(f"{same} {READ}")
-    # Whichever warp counts as the writer, neither may write again before the other is known to be done.
+    # Whichever warp counts as the writer, neither may write again before the other is known to be
+    # done.
     for warp in (0, 1):
         again = f"bar.warp.sync -1; setp.eq.u32 %p1, %r1, {warp}; @%p1 st.shared.u32 [one], %r1;"
         text = f"write by warp {warp} after a (read|write) by warp {1 - warp}, with no barrier"

@@ -1,4 +1,6 @@
-"""The PTX interpreter: shuffles, ldmatrix and the matrix products, against layouts written as CuTe writes them."""
+"""The PTX interpreter: shuffles, ldmatrix and the matrix products, against layouts written as CuTe
+writes them.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from ptx import PtxError
 from ptx.programs import evaluate, run
 
-# ---- warps -------------------------------------------------------------------------------------------------
+# ---- warps --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,8 @@ def test_ldmatrix(trans):
     run(
         f"""
         mad.wide.u32 %d1, %r30, 16, %d11; ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%d1];
-        mov.u32 %r5, buf; mad.lo.u32 %r5, %r30, 16, %r5; st.shared.v4.u32 [%r5], {{%r1, %r2, %r3, %r4}};
+        mov.u32 %r5, buf; mad.lo.u32 %r5, %r30, 16, %r5;
+        st.shared.v4.u32 [%r5], {{%r1, %r2, %r3, %r4}};
         bar.warp.sync 0xffffffff;
         ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r1, %r2, %r3, %r4}}, [%r5];
         mad.wide.u32 %d2, %r30, 4, %d10; st.global.u32 [%d2], %r1; st.global.u32 [%d2+128], %r2;
@@ -129,7 +132,8 @@ def multiply_on_warp(instruction, a, b, e=None, selector=0, guard=""):
     tail = "" if e is None else f", %r12, {selector}"
     out = np.zeros((32, 4), np.uint32)
     body = f"""
-        mad.wide.u32 %d1, %r30, 4, %d11; mad.wide.u32 %d2, %r30, 4, %d12; mad.wide.u32 %d3, %r30, 4, %d13;
+        mad.wide.u32 %d1, %r30, 4, %d11; mad.wide.u32 %d2, %r30, 4, %d12;
+        mad.wide.u32 %d3, %r30, 4, %d13;
         {" ".join(loads)} ld.global.b32 %r12, [%d3];
         mov.b32 %r13, 0; setp.lt.u32 %p1, %r30, 16;
         {guard}{instruction} {{%r16, %r17, %r18, %r19}}, {{%r0, %r1, %r2, %r3}}, {{{regs}}},
@@ -213,7 +217,8 @@ def sparse_operands(ty, selector):
                 continue
             first, second = kept[row, group]
             word |= int(first | second << 2) << shift
-        # CuTe's layout gives lanes 2, 3 of a quad what lanes 0, 1 hold; the selector says which is read.
+        # CuTe's layout gives lanes 2, 3 of a quad what lanes 0, 1 hold; the selector says which is
+        # read.
         if size == 1 or t % 4 // 2 == selector:
             metadata[t] = word
     return a, b_fragment(b, b_of, per, 4, ty), metadata, dense.reshape(16, k) @ b
@@ -241,7 +246,8 @@ def test_an_illegal_metadata_nibble_is_found():
     metadata[5] = metadata[5] & ~np.uint32(0xF0) | np.uint32(0x10)  # nibble 1 of lane 5: 1 then 0
     with pytest.raises(
         PtxError,
-        match=r"k: line \d+: mma.sp.*illegal metadata nibble 0x1 for row 1, group 5.*thread \(5, 0, 0\)",
+        match=r"k: line \d+: mma.sp.*illegal metadata nibble 0x1 for row 1, group 5.*"
+        r"thread \(5, 0, 0\)",
     ):
         multiply_on_warp(sparse_name("f16", True), a, b, metadata, 0)
 

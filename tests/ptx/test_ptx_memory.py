@@ -10,7 +10,7 @@ import pytest
 from ptx import Memory, Module, PtxError, launch
 from ptx.programs import bf16_exact, program, run
 
-# ---- global memory -----------------------------------------------------------------------------------------
+# ---- global memory ------------------------------------------------------------------------------
 
 
 def test_global_faults_are_found():
@@ -18,7 +18,8 @@ def test_global_faults_are_found():
     store = "mad.wide.u32 %d1, %r30, 4, %d10; {}"
     with pytest.raises(
         PtxError,
-        match=r"out-of-bounds global write of 4 bytes .*\(0 bytes past the end.*thread \(31, 0, 0\)",
+        match=r"out-of-bounds global write of 4 bytes .*\(0 bytes past the end.*"
+        r"thread \(31, 0, 0\)",
     ):
         run(store.format("st.global.u32 [%d1+4], %r30;"), out)
     with pytest.raises(
@@ -44,10 +45,11 @@ def test_an_unknown_opcode_is_named():
         run("trap;")
 
 
-# ---- shared memory: what one thread writes and another reads -----------------------------------------------
+# ---- shared memory: what one thread writes and another reads ------------------------------------
 
 SHARED = ".extern .shared .align 16 .b8 smem[];"
-AT = "mov.u32 %r10, smem; mad.lo.u32 %r11, %r30, 16, %r10; mad.wide.u32 %d1, %r30, 16, %d10;"  # my 16 bytes
+# The addresses of a thread's 16 bytes.
+AT = "mov.u32 %r10, smem; mad.lo.u32 %r11, %r30, 16, %r10; mad.wide.u32 %d1, %r30, 16, %d10;"
 READ = "ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [%r12];"
 NEIGHBOUR = "xor.b32 %r12, %r30, {}; mad.lo.u32 %r12, %r12, 16, %r10; " + READ.replace(
     "{", "{{"
@@ -78,7 +80,8 @@ def test_cp_async_with_a_short_source_and_a_cache_hint():
     code = """createpolicy.fractional.L2::evict_first.b64 %d5, 1.0;
     cp.async.cg.shared.global.L2::cache_hint [%r11], [%d1], 16, %r13, %d5;"""
     out, data, _ = run_shared(
-        f"shl.b32 %r13, %r30, 2; min.u32 %r13, %r13, 16; {code} cp.async.wait_all; {NEIGHBOUR.format(0)}"
+        "shl.b32 %r13, %r30, 2; min.u32 %r13, %r13, 16; "
+        f"{code} cp.async.wait_all; {NEIGHBOUR.format(0)}"
     )
     expected = np.where(np.arange(4) < np.minimum(np.arange(64), 4)[:, None], data, 0)
     assert np.array_equal(out, expected)
@@ -123,7 +126,8 @@ def test_a_missing_barrier_is_found():
         run_shared("st.shared.u32 [smem], %r30;")
     with pytest.raises(PtxError, match="write by warp 1 after a write by warp 0"):
         run_shared(
-            "setp.lt.u32 %p1, %r30, 32; @%p1 st.shared.u32 [smem], %r10; @!%p1 st.shared.u32 [smem], %r10;"
+            "setp.lt.u32 %p1, %r30, 32; "
+            "@%p1 st.shared.u32 [smem], %r10; @!%p1 st.shared.u32 [smem], %r10;"
         )
     with pytest.raises(
         PtxError, match=r"two lanes of a warp write different bytes.*thread \(1, 0, 0\)"
@@ -237,7 +241,7 @@ def test_bank_conflicts_are_counted():
     assert stats["shared_wavefronts"] == stats["shared_ideal"] == 1
 
 
-# ---- what nvcc makes ---------------------------------------------------------------------------------------
+# ---- what nvcc makes ----------------------------------------------------------------------------
 
 CUDA = r"""
 #include <cuda_bf16.h>
@@ -247,14 +251,16 @@ extern "C" __global__ void soft(const P p) {
   extern __shared__ float s[];
   __shared__ float total[8];
   float sum = 0;
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) sum += s[i] = p.x[size_t(blockIdx.x) * p.n + i];
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
+    sum += s[i] = p.x[size_t(blockIdx.x) * p.n + i];
   for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
   if (threadIdx.x % 32 == 0) total[threadIdx.x / 32] = sum;
   __syncthreads();
   sum = 0;
   for (int w = 0; w < blockDim.x / 32; ++w) sum += total[w];
   for (int i = threadIdx.x; i < p.n; i += blockDim.x)
-    p.y[size_t(blockIdx.x) * p.n + i] = __float2bfloat16(s[p.n - 1 - i] / sum + p.row[blockIdx.x % 5]);
+    p.y[size_t(blockIdx.x) * p.n + i] =
+        __float2bfloat16(s[p.n - 1 - i] / sum + p.row[blockIdx.x % 5]);
 }
 """
 

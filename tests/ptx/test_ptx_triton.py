@@ -1,4 +1,7 @@
-"""triton_programs: Triton kernels compiled without a GPU, and their PTX executed by the interpreter."""
+"""triton_programs:
+
+Triton kernels compiled without a GPU, and their PTX executed by the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from ptx import PtxError
 
 
 @triton.jit
-def gemm(a_ptr, b_ptr, c_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr,
-         STORE_MASKED: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def gemm(a_ptr, b_ptr, c_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+         MASKED: tl.constexpr, STORE_MASKED: tl.constexpr, SHIFT: tl.constexpr,
+         PRECISION: tl.constexpr):  # fmt: skip
     """c [M, N] = a [M, K] b [K, N], all contiguous; SHIFT elements too far in a."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -152,8 +156,10 @@ def test_arguments_are_checked():
     assert torch.equal(y, -x / 2)
     for change, message in [
         ({"n": 47}, "n is not a multiple of 16"), ({"n": 2**40}, f"n = {2**40}: "),
-        ({"n": x}, "n is a tensor, not an i32"), ({"B": 32}, "scaled takes x_ptr, y_ptr, n, scale, negative; given"),
-        ({"x_ptr": x.half()}, r"x_ptr is not a tensor of \*fp32"), ({"x_ptr": 16}, "x_ptr is not a tensor"),
+        ({"n": x}, "n is a tensor, not an i32"),
+        ({"B": 32}, "scaled takes x_ptr, y_ptr, n, scale, negative; given"),
+        ({"x_ptr": x.half()}, r"x_ptr is not a tensor of \*fp32"),
+        ({"x_ptr": 16}, "x_ptr is not a tensor"),
         ({"x_ptr": x.to(torch.complex64)}, "x_ptr is not a tensor"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -171,7 +177,9 @@ def copied(x_ptr, y_ptr, n, stride, B: tl.constexpr):
 
 
 def test_emulated_chooses_the_signature_of_tritons_launcher():
-    """Integers of 1 are constants unless they are open, multiples of 16 are promised, addresses too."""
+    """Integers of 1 are constants unless they are open, multiples of 16 are promised, addresses
+    too.
+    """
     x, y = torch.arange(64.0), torch.zeros(64)
     emulated = Emulated(copied, ("y_ptr",))
     for at, n, stride in [(0, 32, 1), (0, 1, 1), (1, 16, 2), (0, 2, 16), (0, 1, 2**31)]:

@@ -1,8 +1,8 @@
-"""Instructions by which threads meet: barriers, warp synchronisation, shuffles and votes (PTX ISA 9.7.13,
-9.7.9.6 "shfl").
+"""Instructions by which threads meet: barriers, warp synchronisation, shuffles and votes (PTX ISA
+9.7.13, 9.7.9.6 "shfl").
 
-A blocked lane is parked by the machine (m.park) with the place where it goes on, and freed when the last
-participant arrives. Deadlock is noticed by the machine: nobody can run, somebody is parked."""
+A blocked lane is parked by the machine (m.park) with the place where it goes on, and freed when the
+last participant arrives. Deadlock is noticed by the machine: nobody can run, somebody is parked."""
 
 import re
 
@@ -30,15 +30,16 @@ class Barriers:
         self.busy = False
 
     def arrive(self, m, lanes, number, count, wait):
-        """Threads `lanes` arrive at barrier `number` (per lane) for `count` threads; with `wait` they are
-        parked until it opens."""
+        """Threads `lanes` arrive at barrier `number` (per lane) for `count` threads; with `wait`
+        they are parked until it opens.
+        """
         key = m.cta[lanes] * 16 + number
         before = self.expected[key]
         clash = (before != 0) & (before != count)
         if clash.any():
             k = int(np.flatnonzero(clash)[0])
-            text = f"barrier {int(number[k])} is used with {int(count[k])} threads and with {int(before[k])}"
-            raise PtxError(text, int(lanes[k]))
+            counts = f"{int(count[k])} threads and with {int(before[k])}"
+            raise PtxError(f"barrier {int(number[k])} is used with {counts}", int(lanes[k]))
         self.expected[key] = count
         clash = self.expected[key] != count
         if clash.any():
@@ -84,8 +85,9 @@ class Barriers:
 
 @opcode("bar", "barrier")
 def barrier(i):
-    """bar{.sync,.arrive} a{, b}; barrier{.sync,.arrive}{.aligned}; bar.warp.sync mask (ISA 9.7.13.1,
-    9.7.13.2)."""
+    """bar{.sync,.arrive} a{, b}; barrier{.sync,.arrive}{.aligned}; bar.warp.sync mask (ISA
+    9.7.13.1, 9.7.13.2).
+    """
     if i.parts[1] == "warp":
         return _warp_sync(i)
     if i.parts[1] not in ("sync", "arrive"):
@@ -155,8 +157,9 @@ def _warp_sync(i):
 
 
 def _members(m, act, mask, what):
-    """Refuse a warp instruction whose member mask names lanes that do not execute it, or lacks ones that
-    do."""
+    """Refuse a warp instruction whose member mask names lanes that do not execute it, or lacks ones
+    that do.
+    """
     mask = np.broadcast_to(mask(m), m.n)
     mine = (mask >> (m.lanes & 31).astype(np.uint32) & np.uint32(1)).astype(bool)
     active = np.ones(m.n, bool) if act is None else act
@@ -179,7 +182,9 @@ def _members(m, act, mask, what):
 
 @opcode("shfl")
 def shuffle(i):
-    """shfl.sync.{up,down,bfly,idx}.b32 d{|p}, a, b, c, mask: c holds the clamp and the segment mask."""
+    """shfl.sync.{up,down,bfly,idx}.b32 d{|p}, a, b, c, mask: c holds the clamp and the segment
+    mask.
+    """
     if i.parts[1] != "sync":
         raise PtxError("shfl without .sync")
     mode = i.parts[2]
@@ -252,7 +257,9 @@ _REDUCTIONS = {
 
 @opcode("redux")
 def reduce(i):
-    """redux.sync.op d, a, mask: one integer of all members; and, or, xor of .b32, the others .u32 or .s32."""
+    """redux.sync.op d, a, mask: one integer of all members; and, or, xor of .b32, the others .u32
+    or .s32.
+    """
     name = ".".join(i.parts)
     if not re.fullmatch(r"redux\.sync\.((add|min|max)\.[us]32|(and|or|xor)\.b32)", name):
         raise PtxError(f"{name} is not implemented")
@@ -294,8 +301,9 @@ def activemask(i):
 
 @opcode("elect")
 def elect(i):
-    """elect.sync d|p, mask: the lowest member is the leader (the ISA lets the hardware choose, always the
-    same one)."""
+    """elect.sync d|p, mask: the lowest member is the leader (the ISA lets the hardware choose,
+    always the same one).
+    """
     to, flag = i.operands[0]
     put, put_flag, mask = (
         destination(to, "b32"),

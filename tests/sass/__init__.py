@@ -1,1 +1,4 @@
-"""Counts the instructions of compiled CUDA kernels: `counter` reads a disassembly, `instruction_budget` weighs it."""
+"""Counts the instructions of compiled CUDA kernels:
+
+`counter` reads a disassembly, `instruction_budget` weighs it.
+"""

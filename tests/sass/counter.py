@@ -1,15 +1,18 @@
-"""The machine code of the CUDA kernels: compiled for one architecture, disassembled, cut into loops, counted
-by pipe.
+"""The machine code of the CUDA kernels: compiled for one architecture, disassembled, cut into
+loops, counted by pipe.
 
-nvcc (or the images that a build left) gives a cubin, nvdisasm its text, cuobjdump registers and stack. No GPU
-is asked.
+nvcc (or the images that a build left) gives a cubin, nvdisasm its text, cuobjdump registers and
+stack. No GPU is asked.
 
-The *main loop* of a kernel is the smallest natural loop that issues both a matrix product and an asynchronous
-copy: one K-block of 32 rows x 128 inputs a warp. The prologue copies but multiplies nothing, the rank loops
-of `any` kernels multiply but copy nothing, the adapter's and the final loops do not copy. Natural loops are
-found by dominators, not by the order of addresses, because ptxas moves unlikely blocks out of a loop's range.
+The *main loop* of a kernel is the smallest natural loop that issues both a matrix product and an
+asynchronous
+copy: one K-block of 32 rows x 128 inputs a warp. The prologue copies but multiplies nothing, the
+rank loops of `any` kernels multiply but copy nothing, the adapter's and the final loops do not
+copy. Natural loops are found by dominators, not by the order of addresses, because ptxas moves
+unlikely blocks out of a loop's range.
 
-`python tests/sass/counter.py [JSON]` prints the instruction budget for the README and writes it as JSON.
+`python tests/sass/counter.py [JSON]` prints the instruction budget for the README and writes it as
+JSON.
 """
 
 from __future__ import annotations
@@ -37,19 +40,19 @@ SHARING = (
     2  # warps that copy a group's activations: plan.py's most frequent tile has 64 rows, two warps
 )
 
-# Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by name. IMAD
-# is the shift, move and add that ptxas puts where the ALU is full; uniform instructions take an issue slot of
-# their warp too.
+# Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by
+# name. IMAD is the shift, move and add that ptxas puts where the ALU is full; uniform instructions
+# take an issue slot of their warp too.
 PIPES = {
     "tensor": "HMMA IMMA QMMA",
-    "alu": "LOP3 PLOP3 IADD3 IADD VIADD SHF PRMT ISETP SEL LEA MOV IABS IMNMX VIMNMX VIADDMNMX VIMNMX3 SGXT "
-    "BMSK CS2R FSEL FSETP FMNMX P2R R2P VOTE ICMP LOP",
+    "alu": "LOP3 PLOP3 IADD3 IADD VIADD SHF PRMT ISETP SEL LEA MOV IABS IMNMX VIMNMX VIADDMNMX "
+    "VIMNMX3 SGXT BMSK CS2R FSEL FSETP FMNMX P2R R2P VOTE ICMP LOP",
     "fma": "IMAD FFMA FMUL FADD HFMA2 HADD2 HMUL2",
     "xu": "MUFU I2F F2I F2F I2FP F2FP POPC FLO",
     "shared": "LDS LDSM STS LDGSTS",
     "global": "LDG STG LDC ATOM LD ST LDL STL",
-    "control": "BRA BRX BRXU BSSY BSYNC BREAK BAR WARPSYNC DEPBAR LDGDEPBAR NOP EXIT CALL RET YIELD S2R CCTL "
-    "ERRBAR MEMBAR ACQBULK PREEXIT BMOV ELECT NANOSLEEP",
+    "control": "BRA BRX BRXU BSSY BSYNC BREAK BAR WARPSYNC DEPBAR LDGDEPBAR NOP EXIT CALL RET "
+    "YIELD S2R CCTL ERRBAR MEMBAR ACQBULK PREEXIT BMOV ELECT NANOSLEEP",
     "uniform": "S2UR R2UR VOTEU LDCU",  # and whatever begins with U
 }
 PIPE = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
@@ -131,11 +134,11 @@ class Kernel:
 
     @functools.cached_property
     def edge(self) -> set[int]:
-        """Blocks of the copy at an edge (the last K-block where K is no multiple of 128, rows of x that are
-        not aligned).
+        """Blocks of the copy at an edge (the last K-block where K is no multiple of 128, rows of x
+        that are not aligned).
 
-        It alone stores to shared memory. Going up its dominators, it begins below the first that other copies
-        are in.
+        It alone stores to shared memory. Going up its dominators, it begins below the first that
+        other copies are in.
         """
         edge: set[int] = set()
         for store in (b for b in self.main.blocks if self.has([b], "STS")):
@@ -146,9 +149,11 @@ class Kernel:
         return edge
 
     def trips(self, loop: Loop, tokens: int) -> int:
-        """How often a loop inside the main loop runs for one K-block with rank 1 and every token of the tile.
+        """How often a loop inside the main loop runs for one K-block with rank 1 and every token of
+        the tile.
 
-        A warp instruction copies two token rows of x. Raises: ValueError for a loop of an unknown kind.
+        A warp instruction copies two token rows of x. Raises: ValueError for a loop of an unknown
+        kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
         if self.has(loop.blocks, "HMMA") or any(
@@ -165,8 +170,9 @@ class Kernel:
     def times(self) -> dict[int, float]:
         """Block of the main loop -> how often it runs for one K-block, an upper bound.
 
-        Blocks of the main loop count once, whichever way a branch goes, but for three kinds: inner loops by
-        their trips, the copy at an edge never, and of several places that add a scale group (FFMA) the last
+        Blocks of the main loop count once, whichever way a branch goes, but for three kinds: inner
+        loops by their trips, the copy at an edge never, and of several places that add a scale
+        group (FFMA) the last
         only: a group is 128 inputs, shorter ones are an option.
         """
         tokens = int(self.name.rsplit("_t", 1)[1])
@@ -179,7 +185,9 @@ class Kernel:
         return times | {b: 0.0 for b in scaling[:-1] if not self.has([b], "HMMA")}
 
     def executed(self) -> collections.Counter[str]:
-        """Opcode with its modifiers -> warp instructions a K-block; the never executed ones as `@!PT`."""
+        """Opcode with its modifiers -> warp instructions a K-block; the never executed ones as
+        `@!PT`.
+        """
         counts: collections.Counter[str] = collections.Counter()
         for block, times in self.times.items():
             for i in self.blocks[block]:
@@ -225,7 +233,10 @@ def _blocks(
 
 
 def _dominators(successors: list[list[int]]) -> list[int]:
-    """Of each block, the bit set of those on every way to it; 0 where no way leads. To the fixed point."""
+    """Of each block, the bit set of those on every way to it; 0 where no way leads.
+
+    To the fixed point.
+    """
     order, seen = [], {0}
     stack = [(0, iter(successors[0]))]
     while stack:
@@ -273,11 +284,14 @@ def _loops(successors: list[list[int]], dominators: list[int]) -> list[Loop]:
     return [Loop(header, frozenset(body)) for header, body in bodies.items()]
 
 
-# ---- tools -------------------------------------------------------------------------------------------------
+# ---- tools --------------------------------------------------------------------------------------
 
 
 def tool(name: str) -> str:
-    """nvdisasm or cuobjdump, of the pip packages or PATH. Raises: recipe.Impossible, in one sentence."""
+    """nvdisasm or cuobjdump, of the pip packages or PATH.
+
+    Raises: recipe.Impossible, in one sentence.
+    """
     spec = importlib.util.find_spec("nvidia")
     folders = (spec.submodule_search_locations or []) if spec else []
     found = [str(p) for folder in folders for p in Path(folder).glob(f"cu*/bin/{name}")]
@@ -288,10 +302,12 @@ def tool(name: str) -> str:
 
 
 def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
-    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for the next time.
+    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for the next
+    time.
 
-    PTX for an architecture that begins with `compute_`, else a cubin. `only`: rows of the tables of kernels in linear.cu, such
-    as "linear_w16_one_t8"; the others are left out, which makes the compiler faster by as much.
+    PTX for an architecture that begins with `compute_`, else a cubin. `only`: rows of the tables of
+    kernels in linear.cu, such as "linear_w16_one_t8"; the others are left out, which makes the
+    compiler faster by as much.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
     nvcc, name = recipe.find_nvcc(), recipe.image_name(UNIT, architecture)
@@ -302,7 +318,7 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
     if same and not only and (recipe.IMAGES / name).is_file():
         return (recipe.IMAGES / name).read_bytes()
     if only:
-        sources[f"cuda/{UNIT}.cu"] = _rows(sources[f"cuda/{UNIT}.cu"], only)
+        sources[f"cuda/{UNIT}.cu"] = rows_only(sources[f"cuda/{UNIT}.cu"], only)
 
     def compiled() -> bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -310,15 +326,19 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_text(text, encoding="utf-8")
             output = Path(folder, name)
-            recipe.run(recipe.nvcc_command(nvcc, Path(folder, f"cuda/{UNIT}.cu"), architecture, output))  # fmt: skip
+            source = Path(folder, f"cuda/{UNIT}.cu")
+            recipe.run(recipe.nvcc_command(nvcc, source, architecture, output))
             return output.read_bytes()
 
     key = (recipe.digest(sources, version, *recipe.NVCC_OPTIONS), name)
     return kept("image", key, compiled)
 
 
-def _rows(text: str, only: tuple[str, ...]) -> str:
-    """linear.cu with these rows of its tables of kernels alone. Each row ends the line before it with a backslash."""
+def rows_only(text: str, only: tuple[str, ...]) -> str:
+    """linear.cu with these rows of its tables of kernels alone.
+
+    Each row ends the line before it with a backslash.
+    """
     rows = re.compile(r"^ *KERNEL\((\w+), *(\w+),.*\n", re.MULTILINE)
     return rows.sub(lambda row: row[0] if f"{row[1]}_{row[2]}" in only else "  \\\n", text)
 

@@ -1,10 +1,10 @@
-"""What a K-block of the fused linear issues, by pipe, against what each GPU can issue while its memory
-streams the weights.
+"""What a K-block of the fused linear issues, by pipe, against what each GPU can issue while its
+memory streams the weights.
 
-Counts are those of counter.py: exact for the code, an upper bound where a branch has two sides. Budgets are
-arithmetic on the datasheet figures of plan.GPUS (peak bandwidth, boost clock), and no prediction of a time:
-latencies, bank conflicts and the limits of DRAM (about 92 % of peak) are not in them. `python tests/sass/counter.py`
-prints the tables of the README.
+Counts are those of counter.py: exact for the code, an upper bound where a branch has two sides.
+Budgets are arithmetic on the datasheet figures of plan.GPUS (peak bandwidth, boost clock), and no
+prediction of a time: latencies, bank conflicts and the limits of DRAM (about 92 % of peak) are not
+in them. `python tests/sass/counter.py` prints the tables of the README.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ SHOWN = ("sm_80", "sm_89", "sm_90a")
 SHOWN_TILES = (8, 16, 64)
 SCHEDULERS = 4  # a multiprocessor; each issues one warp instruction a clock
 
-# Clocks for which a warp instruction holds its pipe in one scheduler, from "Throughput of Native Arithmetic
-# Instructions" of the CUDA programming guide (results a clock and multiprocessor: logic, shift, compare,
-# integer add and IMAD 64; fp32 64 on 8.0, 128 above; half2 128 on 8.0 and 9.0, 64 on the others). 12.0 may
-# add integers twice as fast; not assumed. Taken as one pipe: fp32, half2 and IMAD, though 8.0 and 9.0 may
-# overlap them.
+# Clocks for which a warp instruction holds its pipe in one scheduler, from "Throughput of Native
+# Arithmetic Instructions" of the CUDA programming guide (results a clock and multiprocessor: logic,
+# shift, compare, integer add and IMAD 64; fp32 64 on 8.0, 128 above; half2 128 on 8.0 and 9.0, 64
+# on the others). 12.0 may add integers twice as fast; not assumed. Taken as one pipe: fp32, half2
+# and IMAD, though 8.0 and 9.0 may overlap them.
 ALU_CLOCKS, IMAD_CLOCKS, XU_CLOCKS = 2, 2, 8
 HALF_CLOCKS = {(8, 0): 1, (9, 0): 1}  # others 2
 FP32_CLOCKS = {(8, 0): 2}  # others 1
 SPARSE_PRODUCTS = 16 * 8 * 16  # multiply-adds, at plan's dense rate, of one HMMA.SP.16832
-# Passes through shared memory's 128 bytes a clock; a row of v is read by eight lanes at once, still one pass
-# a matrix.
+# Passes through shared memory's 128 bytes a clock; a row of v is read by eight lanes at once, still
+# one pass a matrix.
 PASSES = {"LDSM": 4, "LDGSTS": 4, "STS.128": 4, "LDS.128": 4, "LDS.64": 2, "LDS": 1}
 
 
 class Limit(NamedTuple):
-    """Clocks a scheduler spends on a K-block in each resource, and those in which memory delivers it."""
+    """Clocks a scheduler spends on a K-block in each resource, and those in which memory delivers
+    it.
+    """
 
     clocks: float
     used: dict[str, float]
@@ -71,7 +73,7 @@ def bits(values: int) -> float:
 
 
 def clocks_of_memory(gpu: Gpu, values: int) -> float:
-    """Clocks of one scheduler in which the device's memory brings it a K-block, at full bandwidth."""
+    """Clocks of one scheduler in which memory brings it a K-block, at full bandwidth."""
     return SCHEDULERS * gpu.multiprocessors * gpu.clock * block_bytes(values) / gpu.bandwidth
 
 
@@ -101,15 +103,17 @@ def limit(kernel: sass.Kernel, gpu: Gpu, values: int) -> Limit:
 
 
 def tiles_of(name: str, tokens: int) -> float:
-    """Token tiles as plan counts them: (1 + rank) / 2 of one, which is a half for the adapter's product."""
+    """Token tiles as plan counts them: (1 + rank) / 2 of one, which is a half for the adapter's
+    product.
+    """
     return tokens / 8 * (0.5 if name == "dense" else 1.0)
 
 
 def issue_line(
     kernels: dict[str, sass.Kernel], name: str
 ) -> tuple[tuple[int, int], dict[int, float]]:
-    """(fixed, per token tile) for plan.ISSUE by least squares of relative errors, and the counts by tokens of
-    a warp.
+    """(fixed, per token tile) for plan.ISSUE by least squares of relative errors, and the counts by
+    tokens of a warp.
 
     Of the fp16 kernels. bf16 issues the same for w16 and a few per cent more for integers.
     """
@@ -124,14 +128,17 @@ def issue_line(
     return (round(fixed), round(per_tile)), counts
 
 
-# ---- tables ------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------
 
 
 def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
-    """Instructions a weight of the one-rank fp16 kernels, a column a pipe, architectures side by side."""
+    """Instructions a weight of the one-rank fp16 kernels, a column a pipe, architectures side by
+    side.
+    """
     columns = ("tensor", "alu", "fma", "shared")
     lines = [
-        f"Instructions a weight on {' / '.join(SHOWN)}; fp16, rank 1, every token of the tile present.",
+        f"Instructions a weight on {' / '.join(SHOWN)}; fp16, rank 1, "
+        "every token of the tile present.",
         "",
         "| values | tokens | tensor | ALU | FMA pipe | shared memory | all issued |",
         "|---|---|---|---|---|---|---|",
@@ -155,9 +162,10 @@ def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
 
 
 def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
-    """What each GPU may issue a weight at full bandwidth, and what the decode kernels take of it."""
+    """What each GPU may issue a weight at full bandwidth, and what decode kernels take of it."""
     lines = [
-        "Instructions a weight that a GPU can issue while its memory streams the weights at full bandwidth"
+        "Instructions a weight that a GPU can issue while its memory streams the weights at full "
+        "bandwidth"
         " (all / of them ALU), and"
         " the share that the kernel of 8 tokens takes of its nearest limit besides bytes.",
         "",
@@ -174,7 +182,8 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
             )
             nearest = max(found.used, key=found.used.__getitem__)
             share = found.used[nearest] / found.clocks
-            room = f"{found.clocks / LANE_WEIGHTS:.1f} / {found.clocks / LANE_WEIGHTS / ALU_CLOCKS:.1f}"
+            issued = found.clocks / LANE_WEIGHTS
+            room = f"{issued:.1f} / {issued / ALU_CLOCKS:.1f}"
             says = f"{nearest} {share:.0%}"
             cells.append(f"{room}: " + (f"bytes, {says}" if share <= 1 else f"**{says}**"))
         lines.append(f"| {gpu.name} | {' | '.join(cells)} |")
@@ -182,7 +191,9 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
 
 
 def record(machine_code: dict[str, dict[str, sass.Kernel]]) -> dict[str, object]:
-    """Everything counted, for a file: by architecture and kernel, by GPU and value type, and its origin."""
+    """Everything counted, for a file: by architecture and kernel, by GPU and value type, and its
+    origin.
+    """
     git = ["git", "-C", str(sass.ROOT), "describe", "--always", "--dirty"]
     kernels = [
         {

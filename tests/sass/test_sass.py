@@ -1,8 +1,8 @@
-"""The gate on machine code: each kernel of csrc/cuda, on every architecture, has the instructions that were
-meant and no others.
+"""The gate on machine code: each kernel of csrc/cuda, on every architecture, has the instructions
+that were meant and no others.
 
-Nothing is skipped: without nvcc or a disassembler these tests fail, in one sentence. Compiling takes about 15
-seconds an architecture, once for each version of the sources.
+Nothing is skipped: without nvcc or a disassembler these tests fail, in one sentence. Compiling
+takes about 15 seconds an architecture, once for each version of the sources.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def test_registers_suffice_and_nothing_is_called_or_spilled(machine_code, archit
 
 @EVERY
 def test_each_product_is_one_tensor_instruction(machine_code, architecture):
-    """S and signs as HMMA.SP of 16 x 8 x 32, adapters as dense HMMA, all with fp32 sums, none left out."""
+    """S and signs as HMMA.SP of 16 x 8 x 32, adapters as dense HMMA, all with fp32 sums, none left
+    out.
+    """
     wrong = Findings()
     for name, kernel in machine_code(architecture)[1].items():
         if not (tiles := tokens_of(name) // 8):
@@ -246,7 +248,7 @@ def test_every_instruction_of_the_main_loops_has_a_pipe(machine_code, architectu
             assert sum(kernel.by_pipe().values()) == pytest.approx(kernel.executed().total())
 
 
-# ---- the reader itself, on text that is small enough to count by hand --------------------------------------
+# ---- the reader itself, on text that is small enough to count by hand ---------------------------
 
 LISTING = """\
 .text.linear_x_one_t8:
@@ -280,7 +282,8 @@ def test_main_loop_is_found_although_a_part_lies_outside_its_addresses():
     addresses = [i.address for i in kernel.of(kernel.main.blocks)]
     assert addresses == [*range(0x10, 0x90, 0x10), 0xA0, 0xB0, 0xC0]
     assert [kernel.blocks[loop.header][0].address for loop in kernel.inner] == [0x30]
-    # two warps move 4 of 8 token rows a trip; the store at an edge never runs; one load is only an issue slot
+    # two warps move 4 of 8 token rows a trip; the store at an edge never runs; one load is only an
+    # issue slot
     opcodes = {
         "MOV": 1,
         "LDGSTS.E.BYPASS.128": 2,
@@ -311,7 +314,9 @@ def test_a_missing_tool_is_one_sentence(monkeypatch):
 
 
 def test_budget_at_full_bandwidth():
-    """H200, 3.625 bits: 4096 weights are 1856 bytes; 132 x 4 schedulers at 1.76 GHz against 4800 GB/s."""
+    """H200, 3.625 bits: 4096 weights are 1856 bytes; 132 x 4 schedulers at 1.76 GHz against 4800
+    GB/s.
+    """
     gpu = next(gpu for gpu in GPUS if gpu.name == "H200")
     assert instruction_budget.bits(INT4) == 3.625
     assert instruction_budget.clocks_of_memory(gpu, INT4) == pytest.approx(

@@ -227,7 +227,7 @@ def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys
         assert cli.run(arguments) == 0, capsys.readouterr().err
     slab_kernels.save(slab_kernels.load("~/o"), "~/s")
     slab_kernels.compress("~/m", "~/p", method="magnitude", calibration=TOKENS, progress=False)
-    slab_kernels.compression.model.decompress("~/p", "~/q")
+    slab_kernels.decompress("~/p", "~/q")
     assert {"o", "d", "trained", "r", "s", "p", "q"} <= {
         p.name for p in home.iterdir()
     } and not list(elsewhere.iterdir())

@@ -23,7 +23,7 @@ from .plan import REBUILT_ROWS, REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BIAS_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-_POINTERS = ("x", "stream", "v", "u", "p", "z", "bias", "y", "partial")
+_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial")
 
 
 class LinearParams(ctypes.Structure):
@@ -35,7 +35,7 @@ class LinearParams(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "tokens", "in_features", "out_features", "k_blocks", "whole_blocks", "rank", "planes", "group_steps", "adapter_steps",
+                "tokens", "in_features", "out_features", "num_k_blocks", "whole_blocks", "rank", "planes", "group_steps", "adapter_steps",
                 "z_splits", "bias_type", "x_ragged", "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
                 "splits", "parts",
             )
@@ -102,7 +102,7 @@ def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
 
 def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> bytes:
     p, tiles = LinearParams(), [0] * MAX_PARTS
-    p.tokens, p.in_features, p.out_features, p.k_blocks = (
+    p.tokens, p.in_features, p.out_features, p.num_k_blocks = (
         M,
         sizes.K,
         sum(sizes.rows),
@@ -166,7 +166,7 @@ def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Ten
         device.queue(
             first.name, first.plan.grid, first.plan.block, first.plan.shared_bytes, q, False
         )
-        p.p, p.z = P.data_ptr(), z.data_ptr()
+        p.adapter_p, p.adapter_z = P.data_ptr(), z.data_ptr()
     p.stream, p.y = stream.data_ptr(), y.data_ptr()
     if U is not None:
         p.u, p.v = U.data_ptr(), V.data_ptr()

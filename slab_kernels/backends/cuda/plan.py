@@ -267,7 +267,7 @@ class Plan:
 
 
 def stage_bytes(sizes: Sizes, tile: Tile, tokens: int, M: int) -> int:
-    """Of one K-block in shared memory, as `Linear` in csrc/cuda/linear.cuh lays it out."""
+    """Of one K-block in shared memory, as `plan_stage` in csrc/cuda/plan.cuh lays it out."""
     staged = tile.warp_tokens * tokens
     rows = (staged if tokens >= 32 else min(staged, M)) + sizes.rank
     return (

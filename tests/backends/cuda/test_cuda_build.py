@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from sass.counter import rows_only
 
 from slab_kernels.backends.cuda import compile as recipe
 from slab_kernels.backends.cuda import images, nvrtc
@@ -85,6 +86,16 @@ LIBRARY = nvrtc.Nvrtc(None, "", "13.0", frozenset({80, 86, 89, 90, 100, 120, 121
 
 # ---- NVRTC
 
+ONE_OF_EACH_KIND = (
+    "linear_w16_one_t8",
+    "linear_int8_any_t16",
+    "linear_int4_one_t32",
+    "adapter_t8",
+    "tall_w16_none_t64",
+    "planes_int4_three_t8",
+    "planes_w16_any_t32",
+)
+
 
 @needs_nvrtc
 @pytest.mark.parametrize("target", TARGETS)
@@ -99,9 +110,14 @@ def test_nvrtc_compiles_for(target):
 
 @needs_nvrtc
 @pytest.mark.skipif(recipe.source_folder() is None, reason="no csrc/cuda/*.cu")
-def test_nvrtc_compiles_the_real_source():
-    """To PTX, some ten seconds; that the assembler takes it is `test_images_of_this_checkout`'s."""
-    sources = images.kernel_sources()
+def test_nvrtc_compiles_the_real_source(request):
+    """To PTX, one kernel of each kind, or all of them with --full.
+
+    That the assembler takes it is `test_images_of_this_checkout`'s.
+    """
+    sources = dict(images.kernel_sources())
+    if not request.config.getoption("full"):
+        sources["cuda/linear.cu"] = rows_only(sources["cuda/linear.cu"], ONE_OF_EACH_KIND)
     for unit in recipe.units(sources):
         assert b".visible .entry" in nvrtc.compile_unit(sources, unit, recipe.FALLBACK)
 

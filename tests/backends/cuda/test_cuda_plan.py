@@ -58,7 +58,7 @@ def regime(M: int) -> int:
 
 def constants() -> dict[str, int]:
     """Numbers of params.h that decide sizes, read from its text."""
-    text = "".join((CUDA / name).read_text() for name in ("params.h", "linear.cuh", "linear.cu"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(CUDA.iterdir()))
     found = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
     values = re.search(
         r"values == kW16 \? (\d+) : values == kI8 \? (\d+) : values == kI4 \? (\d+) : (\d+);", text
@@ -71,25 +71,36 @@ def constants() -> dict[str, int]:
     for formula in (
         "kTokenRow = 2 * kBlockInputs",
         "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
-        "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
-        "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at + rank * kTokenRow",
-        "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
-        "ring = shared + my.group * p.stages * stage_bytes",
-        "kWide = kTiles >= 4",
+        "scales_at = Traits::kSignsAt + (rank ? planes * kSignBytes : 0)",
+        "v_rows_at = (Traits::kWide ? staged : min(staged, params.tokens)) * kTokenRow",
+        "weights_at = layout.v_rows_at + rank * kTokenRow",
+        "weight_bytes = params.warp_rows * Traits::kRowTiles * layout.block_bytes",
+        "stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256",
+        "begin = shared + role.group * params.stages * ring.stage_bytes",
+        "kWide = kTokenTiles >= 4",
         "pitch = rows + 4",
-        "sums + (my.group * all_tokens + my.token_warp * kTokens) * pitch",
-        "int(unsigned(p.k_blocks) * unsigned(split) / unsigned(p.splits))",
-        "slab::kRankOne, 2, kTiles>",  # row tiles of a warp: `blocks` of plan.Tile
-        "slab::kRankAny, 2, kTiles>",
-        "slab::kValues, slab::kRank, 4, kTiles>",
-        "slab::kRankOne, 2, kTiles, 2>",  # and planes
-        "slab::kRankOne, 2, kTiles, 3>",
-        "slab::kRankAny, 2, kTiles, slab::kPlanesAny>",
+        "(role.group * all_tokens + role.token_warp * Traits::kWarpTokens) * pitch",
+        "int(unsigned(params.num_k_blocks) * unsigned(split) / unsigned(params.splits))",
     ):
         assert formula.replace(" ", "") in flat, f"csrc/cuda no longer says {formula!r}"
     return (
         found | {f"bytes{i}": int(values[i + 1]) for i in range(4)} | {"metadata": int(metadata[1])}
     )
+
+
+def test_the_kernels_have_the_tiles_that_plans_count_on():
+    """Row tiles, tokens and planes of each row of the table in linear.cu, against its name."""
+    rows = re.findall(
+        r"KERNEL\((\w+), +(\w+), +k\w+, +k\w+, +(\w+), +(\d), (\d), \d\)",
+        (CUDA / "linear.cu").read_text(encoding="utf-8"),
+    )
+    assert len(rows) == 24 + 4 + 6 + 18
+    planes_of = {"two": "2", "three": "3", "any": "kPlanesAny"}
+    for family, name, planes, row_tiles, token_tiles in rows:
+        *which, tokens = name.split("_")
+        assert int(tokens.removeprefix("t")) == 8 * int(token_tiles), name
+        assert int(row_tiles) == (4 if family == "tall" else 2), name  # `blocks` of plan.Tile
+        assert planes == (planes_of[which[-1]] if family == "planes" else "1"), name
 
 
 @functools.cache
@@ -141,7 +152,7 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
         chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1)
         and chosen.grid[0] < 1 << 31
     ), where
-    # linear.cuh: share()
+    # place.cuh: first_k_block_of
     ends = [sizes.k_blocks * split // chosen.splits for split in range(chosen.splits + 1)]
     shares = [end - start for start, end in itertools.pairwise(ends)]
     assert ends[-1] == sizes.k_blocks and min(shares) >= (
@@ -387,7 +398,7 @@ def test_the_template_says_what_the_plan_says():
     p = launching.LinearParams.from_buffer_copy(second.template)
     tile = second.plan.tile
     rows = 16 * tile.blocks * tile.warp_rows
-    assert (p.tokens, p.in_features, p.out_features, p.k_blocks, p.whole_blocks) == (
+    assert (p.tokens, p.in_features, p.out_features, p.num_k_blocks, p.whole_blocks) == (
         12,
         1000,
         161,
