@@ -38,6 +38,12 @@ class UnknownModuleError(SlabError, KeyError):
     __str__ = Exception.__str__  # KeyError would put the sentence in quotes
 
 
+class MissingPackageError(SlabError, ImportError):
+    """An optional package is needed and cannot be imported."""
+
+    exit_code = CANNOT_RUN
+
+
 class UnsupportedError(SlabError, NotImplementedError):
     """An operation was asked for that packed layers do not have."""
 
