@@ -68,7 +68,9 @@ class Case:
     def __str__(self) -> str:
         c = self.row.config
         tile = f"{c.block_n}x{c.block_m}x{c.block_k}-w{c.warps}-s{c.stages}"
-        return f"sm{self.arch}-{tile}-{self.values}-rank{self.rank}-planes{self.planes}-{str(self.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        weight = f"{self.values}-rank{self.rank}-planes{self.planes}"
+        return f"sm{self.arch}-{tile}-{weight}-{dtype}"
 
 
 def cases() -> Iterator[Case]:
