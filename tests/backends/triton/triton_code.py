@@ -19,15 +19,15 @@ TESTS = Path(__file__).resolve().parents[2]
 # pytest puts these folders on the path itself; a plain `python` does not.
 sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
 
-import torch
-import triton
-from sass import counter as sass
-from triton_programs import Compiled, Emulated
+import torch  # noqa: E402
+import triton  # noqa: E402
+from sass import counter as sass  # noqa: E402
+from triton_programs import Compiled, Emulated  # noqa: E402
 
-from slab_kernels.backends.triton import configs, kernels, launch, rows
-from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, TritonSizes
-from slab_kernels.format import PackedLayout
-from slab_kernels.testing import random_packed
+from slab_kernels.backends.triton import configs, kernels, launch, rows  # noqa: E402
+from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, TritonSizes  # noqa: E402
+from slab_kernels.format import PackedLayout  # noqa: E402
+from slab_kernels.testing import random_packed  # noqa: E402
 
 RESULT = TESTS.parent / "benchmarks" / "results" / "triton-instructions.json"
 DEVICES = {
