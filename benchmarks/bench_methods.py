@@ -199,7 +199,7 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
     from transformers import AutoModelForCausalLM
 
     import slab_kernels
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.perplexity import perplexity
 
     settings = dict(entry.settings)
     if entry.bits:
@@ -225,7 +225,7 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
             model = opened.eval().to(args.device)
         else:
             model = slab_kernels.load(scratch / "out", device=args.device, dtype=args.dtype)
-        measured = evaluate.perplexity(model, tokenizer, content, args.window)
+        measured = perplexity(model, tokenizer, content, args.window)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if args.device == "cuda":
@@ -335,14 +335,14 @@ def begun(file: Path, args: argparse.Namespace, tokenizer, content: str) -> dict
     from transformers import AutoModelForCausalLM
 
     from slab_kernels.bench import machine
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.perplexity import perplexity
 
     settings = {name: getattr(args, name) for name in SETTINGS}
     found = json.loads(file.read_text()) if file.exists() else {}
     if found and found.get("settings") == settings:
         return found
     dense = AutoModelForCausalLM.from_pretrained(args.source, dtype=args.dtype or "auto")
-    measured = evaluate.perplexity(dense.to(args.device).eval(), tokenizer, content, args.window)
+    measured = perplexity(dense.to(args.device).eval(), tokenizer, content, args.window)
     return {
         "model": "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name,
         "settings": settings,

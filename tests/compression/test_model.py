@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from layer_errors import layer_errors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -31,7 +32,6 @@ from slab_kernels.errors import (
     FormatError,
     VersionError,
 )
-from slab_kernels.evaluate import perplexity as evaluate
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
 from slab_kernels.models.load import load
@@ -150,7 +150,7 @@ def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
     record = compress(dense, tmp_path / "o", heldout=tiny_models.tokens(seed=7), **QUICK)
     original, finished = AutoModelForCausalLM.from_pretrained(dense).eval(), load(tmp_path / "o")
     for field, tokens in (("error", TOKENS), ("heldout_error", tiny_models.tokens(seed=7))):
-        measured = evaluate.layer_errors(original, finished, tokens)
+        measured = layer_errors(original, finished, tokens)
         assert list(measured) == [layer.name for layer in record.layers]
         for layer in record.layers:
             assert measured[layer.name] == pytest.approx(getattr(layer, field), rel=2e-3)
@@ -220,7 +220,7 @@ def test_what_cannot_be_packed_is_stored_dense(dense, tmp_path, pattern):
         match=r"was not written by slab_kernels .it holds a dense model.; compress it first",
     ):
         load(tmp_path / "o")
-    measured = evaluate.layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS)
+    measured = layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS)
     assert measured[record.layers[-1].name] == pytest.approx(record.layers[-1].error, rel=2e-3)
 
 

@@ -116,8 +116,8 @@ def test_what_is_stored_dense_must_fit_too(tmp_path):
     tiny_models.write(tmp_path / "m", dtype=torch.float16)
     weight = torch.full((32, 48), 65504.0)
     from slab_kernels.compression.plan import store
-    from slab_kernels.methods import LayerSettings
     from slab_kernels.format import Decomposition
+    from slab_kernels.methods import LayerSettings
 
     whole = Decomposition(
         weight, torch.ones(32, 48, dtype=torch.bool), P=torch.ones(32, 1) * 100, Q=torch.ones(48, 1)
