@@ -7,6 +7,7 @@ and knows no backend, `backends` sees the format and knows no method, and `forma
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from pathlib import Path
 
@@ -124,6 +125,57 @@ def test_no_two_files_need_each_other():
         for name in ready:
             del waiting[name]
     assert not waiting, f"a circle among {sorted(waiting)}"
+
+
+# Built-in exceptions that may leave a file, and why; all others come from `errors`.
+BUILTIN = {
+    ("__init__", "AttributeError"): "Python asks for it in __getattr__",
+    ("backends.cuda.compile", "SystemExit"): "the end of a program",
+}
+
+
+def builtin(node: ast.AST | None) -> type[BaseException] | None:
+    """The built-in exception that a node names or calls."""
+    called = node.func if isinstance(node, ast.Call) else node
+    kind = getattr(builtins, called.id, None) if isinstance(called, ast.Name) else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseException) else None
+
+
+def handled(handler: ast.ExceptHandler) -> list[type[BaseException]]:
+    return [kind for node in ast.walk(handler.type or handler) if (kind := builtin(node))]
+
+
+def builtin_raises(path: Path) -> set[str]:
+    """The built-in exceptions that a file raises and does not catch itself.
+
+    It catches one around the raise, or by its name anywhere. A bare `raise NotImplementedError`
+    marks a method that subclasses define, AssertionError what cannot happen.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    named = {k for node in nodes if isinstance(node, ast.ExceptHandler) for k in handled(node)}
+    caught_around = {
+        id(inner): tuple(kind for handler in node.handlers for kind in handled(handler))
+        for node in nodes
+        if isinstance(node, ast.Try)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    found = set()
+    for node in nodes:
+        kind = builtin(node.exc) if isinstance(node, ast.Raise) else None
+        if kind is None or kind in named or issubclass(kind, caught_around.get(id(node), ())):
+            continue
+        abstract = kind is NotImplementedError and not isinstance(node.exc, ast.Call)
+        if kind is not AssertionError and not abstract:
+            found.add(kind.__name__)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_exceptions_that_reach_a_user_are_the_librarys_own(name):
+    strange = {kind for kind in builtin_raises(MODULES[name]) if (name, kind) not in BUILTIN}
+    assert not strange, f"{name} raises {strange}; slab_kernels/errors.py has one for every kind"
 
 
 def includes(path: Path) -> list[str]:

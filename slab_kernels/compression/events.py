@@ -64,6 +64,8 @@ class Reporter:
     def __init__(self, progress: Any):
         """progress: as `compress` takes it."""
         self._listen = listener(progress)
+        if isinstance(self._listen, Lines):
+            self._listen.start()
         self._began = time.perf_counter()
         self._first = 0  # layers that were finished when the clock for the estimate started
         self._first_at = self._began
@@ -101,18 +103,18 @@ def _say(line: str) -> None:
 
 
 class Lines:
-    """One line per event, and at least one every QUIET seconds while the run goes on."""
+    """One line per event, and at least one every QUIET seconds between `start` and `close`."""
 
     def __init__(self, say: Callable[[str], None] = _say):
         self._say = say
         self._last = ProgressEvent("start")
         self._said_at = self._event_at = time.monotonic()
         self._closed = threading.Event()
-        self._reminder = threading.Thread(target=self._remind, daemon=True)
+
+    def start(self) -> None:
+        threading.Thread(target=self._remind, daemon=True).start()
 
     def __call__(self, event: ProgressEvent) -> None:
-        if not self._reminder.is_alive() and not self._closed.is_set():
-            self._reminder.start()
         self._last, self._event_at = event, time.monotonic()
         if line := str(event):
             self._said_at = self._event_at

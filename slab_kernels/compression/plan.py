@@ -20,18 +20,17 @@ class Plan:
     """Settings of every layer, and what follows the method.
 
     usual: the settings of a layer that has none of its own.
-    matching: transformer matching after the method, in any form that `Matching.of` takes.
+    matching: transformer matching after the method.
     layers: module name -> the settings in which that layer differs from `usual`.
 
-    Raises on construction: ArgumentError, MethodError or a FormatError.
+    Raises on construction: MethodError or a FormatError, for settings of a single layer.
     """
 
     usual: LayerSettings = field(default_factory=LayerSettings)
     matching: Matching | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __post_init__(self):
-        object.__setattr__(self, "matching", Matching.of(self.matching))
+    def __post_init__(self) -> None:
         for name in self.layers:
             self.layer(name)
 

@@ -34,7 +34,7 @@ from .team import Team
 
 @dataclass(frozen=True)
 class Options:
-    """What does not change the result of `compress`, as it was given there."""
+    """How a run is carried out, as it was given to `compress`."""
 
     device: str | torch.device
     resume: bool
@@ -50,7 +50,7 @@ def run(
     text: Calibration,
     options: Options,
 ) -> RunRecord | nn.Module:
-    """See `compress`."""
+    """Compress a model into the folder `out`, or in memory where that is None; see `compress`."""
     began = time.perf_counter()
     folder = None if out is None else expanded(out)
     device = resolve_device(local_device(str(options.device)))

@@ -42,6 +42,7 @@ def test_a_quiet_log_gets_a_sign_of_life(monkeypatch):
     monkeypatch.setattr(events, "QUIET", 0.05)
     said: list[str] = []
     lines = Lines(said.append)
+    lines.start()
     lines(ProgressEvent("layer", done=3, layers=14, message="a layer", elapsed=60, remaining=120))
     lines(ProgressEvent("block", done=3, layers=14, elapsed=61, remaining=119))
     deadline = time.monotonic() + 20

@@ -56,7 +56,12 @@ def test(copy: Path, fault: Fault) -> subprocess.CompletedProcess:
 
 
 def failed_test(done: subprocess.CompletedProcess) -> str | None:
-    """The test that failed; None if all passed, or the tests did not come to run."""
+    """The test that failed; None if all passed, or the tests did not come to run.
+
+    A fault that writes beside its memory may end the process, which is a failure too.
+    """
+    if done.returncode < 0:
+        return f"- the process, which signal {-done.returncode} ended"
     lines = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
     return lines[0].split(" - ")[0] if done.returncode == 1 and lines else None
 

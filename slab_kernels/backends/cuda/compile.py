@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -134,7 +133,8 @@ def known_architectures(nvcc: str) -> tuple[list[str], list[str]]:
     Raises: Impossible if nvcc does not run.
     """
     listed = set(run([nvcc, "--list-gpu-arch"]).split())
-    known, unknown = [], []
+    known: list[str] = []
+    unknown: list[str] = []
     for name in (*ARCHITECTURES, FALLBACK):
         # nvcc lists 90 and 120 without their "a".
         virtual = "compute_" + name.split("_")[1].rstrip("a")
@@ -227,7 +227,8 @@ def main() -> None:
     try:
         if arguments.which:
             nvcc = arguments.nvcc or find_nvcc()
-            return print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
+            print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
+            return
         csrc = source_folder() or PACKAGE.parent / "csrc"
         remarks = build(arguments.folder, csrc, arguments.nvcc)
     except Impossible as reason:
@@ -238,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

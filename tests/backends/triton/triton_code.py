@@ -23,18 +23,18 @@ import triton
 from sass import counter as sass
 from triton_programs import Compiled, Emulated
 
-from slab_kernels.backends.triton import configs, kernels, launch
-from slab_kernels.backends.triton.configs import DEFAULTS, Device, Row, Sizes
+from slab_kernels.backends.triton import configs, kernels, launch, rows
+from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, TritonSizes
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
 RESULT = TESTS.parent / "benchmarks" / "results" / "triton-instructions.json"
 DEVICES = {
-    80: Device("A100", 108, 166912, 80),
-    86: Device("RTX 3090", 82, 101376, 86),
-    89: Device("RTX 4090", 128, 101376, 89),
-    90: Device("H100", 132, 232448, 90),
-    120: Device("RTX 5090", 170, 101376, 120),
+    80: TritonDevice("A100", 108, 166912, 80),
+    86: TritonDevice("RTX 3090", 82, 101376, 86),
+    89: TritonDevice("RTX 4090", 128, 101376, 89),
+    90: TritonDevice("H100", 132, 232448, 90),
+    120: TritonDevice("RTX 5090", 170, 101376, 120),
 }
 # With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes through fp32 in bf16.
 VALUES = {"fp16": torch.float16, "int8": torch.bfloat16, "int4": torch.float16}
@@ -54,9 +54,9 @@ class Case:
     planes: int = 1
 
     @property
-    def sizes(self) -> Sizes:
-        return Sizes(
-            K, (N,), self.values, 128 if self.values in configs.INTEGERS else 0, self.rank, 0
+    def sizes(self) -> TritonSizes:
+        return TritonSizes(
+            K, (N,), self.values, 128 if self.values in rows.INTEGERS else 0, self.rank, 0
         )
 
     @property
