@@ -4,6 +4,7 @@
 #   make test-quick (one case of everything)    make test-all (every combination, 2,000 damaged folders, every architecture)
 #   make test-mutants (plants faults, which the tests must find)    tests/README.md says which to run when
 #   make test-triton, test-transformers (another version of them)    make test-vllm, test-lm-eval (with what .venv has not)
+#   make docs (the site, in site/)
 #   .ci/packages PYTHON...   wheels and sdist in fresh environments
 # SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
 
@@ -15,7 +16,7 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers test-vllm test-lm-eval lint bench clean distclean
+.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers test-vllm test-lm-eval lint docs bench clean distclean
 
 # Packages are installed without byte code. Python keeps it here, also where the packages' own folders cannot be written; without
 # it every process compiles all of torch anew.
@@ -92,6 +93,15 @@ test-vllm: $(INSTALLED)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-build-isolation -e .; }
 	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/engines/test_vllm.py
 
+# The site, in site/, from README.md and docs/. What builds it is kept beside the environment. A warning is an error, and so is a
+# figure that is not what benchmarks/results/ says.
+DOCS := $(VENV)/docs
+docs: $(INSTALLED)
+	@test -d $(DOCS) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(DOCS) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@$(PYTHON) benchmarks/figures.py --check
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(DOCS) $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
 # A machine without network may lack a linter; that is said, and .ci/run refuses it.
 lint: $(INSTALLED)
 	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then $(PYTHON) -m ruff check -q . && $(PYTHON) -m ruff format -q --check .; \
@@ -106,7 +116,7 @@ bench: $(INSTALLED)
 	@$(VENV)/bin/slab-kernels bench --shape 4096x4096 --shape 11008x4096 --m 1
 
 clean:
-	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(OUT)
+	rm -rf build dist site *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(OUT)
 	find slab_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	find slab_kernels -name '*.so' -delete
 	rm -rf slab_kernels/cubins

@@ -1,23 +1,27 @@
-"""Builds slab_kernels/_C.so and the CUDA kernels' cubins beside the Python package, or installs without them and says why.
+"""Builds slab_kernels/_C.so and the cubins beside the Python package, or installs without them.
 
-torch is never imported and is no build requirement: only the headers of the torch that is already installed are read
-(stable ABI, so the library serves every later torch). Under build isolation torch is invisible; then the headers are
-found through SLAB_KERNELS_TORCH=/path/to/site-packages/torch, or the build is pure Python.
+Where it builds less than asked for, it says why. torch is never imported and is no build
+requirement: only the headers of an installed torch are read, and of those only the stable ABI, so
+that the library serves every later torch. Under build isolation torch is invisible. The headers are
+then found through SLAB_KERNELS_TORCH=/path/to/site-packages/torch, or the build is pure Python.
 
-    SLAB_KERNELS_NATIVE=auto|0|1   build if possible (default) | never | fail if impossible
+    SLAB_KERNELS_NATIVE=auto|0|1   auto: build the library if possible (default); 0: never;
+                                   1: fail if it is impossible
     CXX=clang++                    the compiler; default: the first of c++, g++, clang++
-    SLAB_KERNELS_CUDA=auto|0|1     compile for every GPU ahead of time if there is an nvcc (default) | never | fail if impossible
+    SLAB_KERNELS_CUDA=auto|0|1     auto: compile for every GPU if there is an nvcc (default);
+                                   0: never; 1: fail if it is impossible
 
-The cubins need nothing of CUDA at build or link time but nvcc, and are data: a wheel of them alone suits any platform.
+The cubins need nothing of CUDA but nvcc, at build time, and they are data: a wheel with them and
+without the library suits any platform.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -31,45 +35,28 @@ try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:
     raise SystemExit(
-        f"slab_kernels: the build needs setuptools >= 77, here is {setuptools.__version__}: pip install 'setuptools>=77'"
+        f"slab_kernels: the build needs setuptools >= 77, here is {setuptools.__version__}: "
+        "pip install 'setuptools>=77'"
     ) from None
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 LIBRARY = "_C.so"
-TORCH_TARGET = "0x020b000000000000"  # 2.11: the oldest torch the library loads on
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-]
-FLAGS.append(f"-ffile-prefix-map={ROOT}/=")  # no build paths in the binary
-# One kernel source, three instruction sets: each file gets its own flags, the choice is made at run time.
-SOURCES = {
-    "cpu/scalar.cpp": [],
-    "cpu/prepare.cpp": [],
-    "cpu/dispatch.cpp": [],
-    "cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "cpu/avx512.cpp": [
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-    ],
-    "bindings.cpp": [],
-}
+BUILD = json.loads((CSRC / "sources.json").read_text(encoding="utf-8"))  # CMake reads it too
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
-class Impossible(Exception):
-    """The native library cannot be built here; the message says why."""
+def load_cuda_recipe():
+    """Load slab_kernels/backends/cuda/compile.py by its path: the package itself needs torch."""
+    path = ROOT / "slab_kernels" / "backends" / "cuda" / "compile.py"
+    spec = importlib.util.spec_from_file_location("slab_kernels_cuda_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_recipe = load_cuda_recipe()
+Impossible = cuda_recipe.Impossible
 
 
 def find_torch() -> Path:
@@ -100,48 +87,47 @@ def find_compiler() -> list[str]:
     raise Impossible("no C++ compiler on PATH (c++, g++ or clang++)")
 
 
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise Impossible(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+def compile_command(compiler: list[str], source: str, torch: Path) -> list[str]:
+    """The command that compiles one file of csrc, without its output."""
+    own = BUILD["sources"][source]
+    command = [*compiler, *BUILD["flags"], *own.get("flags", [])]
+    command.append(f"-ffile-prefix-map={ROOT}/=")  # keeps the build's path out of the binary
+    if X86:
+        command += own.get("x86_flags", [])
+    if own.get("uses_torch"):
+        include = str(torch / "include")
+        command += [f"-DTORCH_TARGET_VERSION={BUILD['torch_target']}", "-isystem", include]
+    return [*command, "-c", str(CSRC / source)]
 
 
 def compile_native(target: Path, objects: Path) -> None:
-    """csrc -> target. Raises Impossible."""
+    """Compile csrc and link it as the target. Raises: Impossible."""
     if sys.platform == "win32":
         raise Impossible("Windows is not supported by the native build")
     torch, compiler = find_torch(), find_compiler()
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     jobs, outputs = [], []
-    for source, flags in SOURCES.items():
-        output = objects / source.replace("/", "_").replace(".cpp", ".o")
-        outputs.append(str(output))
-        command = [*compiler, *FLAGS, *(flags if X86 else [])]
-        if source == "bindings.cpp":
-            command += [
-                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-                "-isystem",
-                str(torch / "include"),
-            ]
-        if source == "cpu/avx512.cpp":  # gcc 12 warns about its own intrinsics
-            command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-        jobs.append([*command, "-c", str(ROOT / "csrc" / source), "-o", str(output)])
+    for source in BUILD["sources"]:
+        output = str(objects / source.replace("/", "_").replace(".cpp", ".o"))
+        outputs.append(output)
+        jobs.append([*compile_command(compiler, source, torch), "-o", output])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, jobs))
-    # Beside the target and then renamed: a process that has the old library open keeps it.
+        list(pool.map(cuda_recipe.run, jobs))
+    # It is linked beside the target and then renamed: a process that has the old library open keeps
+    # it.
     fresh = target.with_suffix(".tmp")
-    libraries = (
-        ["-undefined", "dynamic_lookup"]
-        if sys.platform == "darwin"
-        else ["-Wl,--no-as-needed", "-ltorch_cpu"]
-    )
-    run([*compiler, "-shared", *outputs, "-o", str(fresh), f"-L{torch / 'lib'}", *libraries])
+    if sys.platform == "darwin":
+        libraries = ["-undefined", "dynamic_lookup"]
+    else:
+        libraries = ["-Wl,--no-as-needed", "-ltorch_cpu"]
+    search = f"-L{torch / 'lib'}"
+    cuda_recipe.run([*compiler, "-shared", *outputs, "-o", str(fresh), search, *libraries])
     fresh.replace(target)
 
 
 def choice(variable: str) -> str:
-    """auto, 0 or 1."""
+    """What an environment variable asks for: auto, 0 or 1. Raises: SystemExit for anything else."""
     wanted = os.environ.get(variable) or "auto"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"slab_kernels: {variable}={wanted} must be auto, 0 or 1")
@@ -149,7 +135,10 @@ def choice(variable: str) -> str:
 
 
 def build_native(package: Path, objects: Path) -> bool:
-    """Whether package/_C.so was built; says why not, and fails only if SLAB_KERNELS_NATIVE=1."""
+    """Build package/_C.so and return True, or say why not and return False.
+
+    Raises: SystemExit if SLAB_KERNELS_NATIVE=1 demands what is impossible.
+    """
     wanted = choice("SLAB_KERNELS_NATIVE")
     try:
         if wanted == "0":
@@ -166,27 +155,22 @@ def build_native(package: Path, objects: Path) -> bool:
     return True
 
 
-def cuda_recipe():
-    """slab_kernels/backends/cuda/compile.py, loaded by path: importing the package would import torch."""
-    path = ROOT / "slab_kernels" / "backends" / "cuda" / "compile.py"
-    spec = importlib.util.spec_from_file_location("slab_kernels_cuda_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def build_cuda(package: Path) -> bool:
-    """Whether package/cubins holds the CUDA kernels; says why not, and fails only if SLAB_KERNELS_CUDA=1."""
-    wanted, recipe = choice("SLAB_KERNELS_CUDA"), cuda_recipe()
+    """Build package/cubins and return True, or say why not and return False.
+
+    Raises: SystemExit if SLAB_KERNELS_CUDA=1 demands what is impossible.
+    """
+    wanted = choice("SLAB_KERNELS_CUDA")
     try:
         if wanted == "0":
             raise Impossible("SLAB_KERNELS_CUDA=0")
-        remarks = recipe.build(package / recipe.IMAGES.name, ROOT / "csrc")
-    except (Impossible, recipe.Impossible) as reason:
+        remarks = cuda_recipe.build(package / cuda_recipe.IMAGES.name, CSRC)
+    except Impossible as reason:
         if wanted == "1":
             raise SystemExit(f"slab_kernels: SLAB_KERNELS_CUDA=1, but {reason}") from None
         print(
-            f"slab_kernels: no CUDA kernels ahead of time, a GPU machine compiles them on first use: {reason}",
+            "slab_kernels: no CUDA kernels ahead of time, "
+            f"a GPU machine compiles them on first use: {reason}",
             file=sys.stderr,
         )
         return False
@@ -196,15 +180,18 @@ def build_cuda(package: Path) -> bool:
 
 
 def copy_cuda_sources(package: Path) -> None:
-    """What NVRTC compiles on a machine that no cubin was built for; a checkout reads csrc itself."""
-    for name, text in cuda_recipe().read_sources(ROOT / "csrc").items():
+    """Copy what NVRTC compiles where no cubin fits the GPU; a checkout reads csrc itself."""
+    for name, text in cuda_recipe.read_sources(CSRC).items():
         target = package / "csrc" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
 
 
 class BuildPython(build_py):
-    """build_py, then the native library and the cubins: into build_lib, or into the source tree when editable."""
+    """Builds the Python package, then the native library and the cubins inside it.
+
+    An editable install has them in the source tree.
+    """
 
     def run(self):
         super().run()
@@ -212,7 +199,9 @@ class BuildPython(build_py):
             ROOT / "slab_kernels" if self.editable_mode else Path(self.build_lib) / "slab_kernels"
         )
         objects = Path(self.get_finalized_command("build").build_temp) / "slab_kernels"
-        if not self.editable_mode:  # an earlier build with other choices left its own here: a pure wheel must not carry them
+        if not self.editable_mode:
+            # An earlier build with other choices may have left its own here, and a pure wheel must
+            # not carry them.
             (package / LIBRARY).unlink(missing_ok=True)
             shutil.rmtree(package / "cubins", ignore_errors=True)
         self.distribution.native = build_native(package, objects)
@@ -233,11 +222,11 @@ class BuildPython(build_py):
 
 
 class Wheel(bdist_wheel):
-    """py3-none-<platform> when native: the library uses torch's stable ABI and nothing of CPython."""
+    """Tags a wheel with the library py3-none-<platform>, because it uses nothing of CPython."""
 
     def run(self):
         if not self.skip_build:
-            self.run_command("build")  # the tag depends on what was built
+            self.run_command("build")  # The tag depends on what was built.
         super().run()
 
     def get_tag(self):

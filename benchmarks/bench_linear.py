@@ -1,11 +1,14 @@
-"""Layer tables: torch's dense linear beside our backends and other libraries' kernels on the linears of known models.
+"""Layer tables: torch's dense linear beside ours and other libraries', for known models.
 
-    python benchmarks/bench_linear.py [--models llama-2-7b ...] [--m 1 4 16 64] [--values fp16 int4] [--dtype bf16]
+    python benchmarks/bench_linear.py [--models llama-2-7b ...] [--m 1 4 16 64]
+                                      [--values fp16 int4] [--dtype bf16]
 
-Shapes are those that engines run: q, k and v fused, gate and up fused. Writes OUT/linear-<device>-<commit>.csv, .json and
-(with matplotlib) .png, all at the end and each whole; progress goes to stderr. Every row names threads, what was timed and
-how near it is to the limits measured in the same run; the JSON also names device, versions and commit, and
-`slab-kernels report` reads it. On a GPU give one model a call if time is limited: nothing is written before the end.
+Shapes are those that engines run: q, k and v fused, gate and up fused. The script writes
+OUT/linear-<device>-<commit>.csv, .json and (with matplotlib) .png, all at the end and each whole;
+progress goes to stderr. Every row names threads, what was timed and how near it is to the limits
+measured in the same run. The JSON also names device, versions and commit, and `slab-kernels report`
+reads it. If time is limited on a GPU, give one model per call, since nothing is written before the
+end.
 """
 
 from __future__ import annotations
@@ -20,10 +23,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from slab_kernels.bench import linear as bench
-from slab_kernels.bench import machine, peers
+from slab_kernels.bench import linear, machine, peers
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import console
 from slab_kernels.cli.options import DTYPES, parse_shape
@@ -34,21 +36,34 @@ from slab_kernels.report import speed, style
 from slab_kernels.report.tables import cold
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank", "group_size", "threads", "cache",
-           "timing", "median_us", "iqr_us", "calls", "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops",
-           "matrix_share", "roofline", "bound", "bits_per_weight", "weight_bytes", "copies", "rotated_bytes",
+COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank",
+           "group_size", "threads", "cache", "timing", "median_us", "iqr_us", "calls",
+           "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops", "matrix_share",
+           "roofline", "bound", "bits_per_weight", "weight_bytes", "copies", "rotated_bytes",
            "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
-# device kind -> models, token counts, activation types, seconds a row: what is run when nothing is said
-DEFAULTS: dict[str, tuple[Sequence[str], Sequence[int], Sequence[str], float]] = {
-    "cpu": (("llama-2-7b", "llama-3-8b"), bench.CPU_TOKENS, ("fp32", "bf16"), 0.5),
-    "cuda": (("llama-2-7b", "llama-3-8b", "llama-3-70b"), bench.GPU_TOKENS, ("fp16",), 0.1),
+CPU_TOKENS = (1, 4, 16, 64)
+GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
+
+
+class Defaults(NamedTuple):
+    """What is run where the user says nothing."""
+
+    models: Sequence[str]
+    tokens: Sequence[int]
+    dtypes: Sequence[str]  # of the activations
+    seconds: float  # per row
+
+
+DEFAULTS = {
+    "cpu": Defaults(("llama-2-7b", "llama-3-8b"), CPU_TOKENS, ("fp32", "bf16"), 0.5),
+    "cuda": Defaults(("llama-2-7b", "llama-3-8b", "llama-3-70b"), GPU_TOKENS, ("fp16",), 0.1),
 }
 
 
 def shape(text: str) -> tuple[int, int]:
     try:
         return parse_shape(text)
-    except Exception as error:  # typer's error, in argparse's words
+    except Exception as error:  # typer has its own class of errors.
         raise argparse.ArgumentTypeError(str(error).replace("--shape", "--shapes")) from error
 
 
@@ -91,13 +106,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.device = resolve_device(args.device)
     if args.device.type not in DEFAULTS:
         parser.error(f"--device {args.device}: there are clocks for {' and '.join(DEFAULTS)} only")
-    models, tokens, dtypes, seconds = DEFAULTS[args.device.type]
-    args.chosen = args.models or [
-        f"{n}x{k}" for n, k in args.shapes
-    ]  # for the file name, unless by default
-    args.models = args.models or ([] if args.shapes else models)
-    args.m, args.dtype = args.m or tokens, args.dtype or dtypes
-    args.seconds = seconds if args.seconds is None else args.seconds
+    defaults = DEFAULTS[args.device.type]
+    # The file is named by what the user chose.
+    args.chosen = args.models or [f"{n}x{k}" for n, k in args.shapes]
+    args.models = args.models or ([] if args.shapes else defaults.models)
+    args.m, args.dtype = args.m or defaults.tokens, args.dtype or defaults.dtypes
+    args.seconds = defaults.seconds if args.seconds is None else args.seconds
     return args
 
 
@@ -110,28 +124,43 @@ def shapes(args: argparse.Namespace) -> dict[tuple[int, int], str]:
     return {pair: " ".join(names) for pair, names in owners.items()}
 
 
-def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(args: argparse.Namespace) -> tuple[list[linear.Row], dict[str, str]]:
     """All rows, and why peers are absent."""
-    rows, absent = [], {}
+    rows: list[linear.Row] = []
+    absent: dict[str, str] = {}
     for (n, k), model in shapes(args).items():
         for dtype in args.dtype:
-            case = bench.Case(
-                n, k, tuple(args.m), tuple(args.values), dtype, str(args.device), rank=args.rank, backends=args.backends,
-                min_seconds=args.seconds, adapter_rank=args.adapter_rank, peers=args.peers,
-            )  # fmt: skip
-            found = bench.measure(case)
+            case = linear.Case(
+                n,
+                k,
+                tokens=tuple(args.m),
+                values=tuple(args.values),
+                dtype=dtype,
+                device=str(args.device),
+                rank=args.rank,
+                backends=args.backends,
+                min_seconds=args.seconds,
+                adapter_rank=args.adapter_rank,
+                peers=args.peers,
+            )
+            found = linear.measure(case)
             for row in found.rows:
                 rows.append({"model": model, **row})
-                console.say(
-                    f"{n:6}x{k:<6} m={row['m']:<4} {row['backend']:10} {row['values']:5} {row['dtype']} {row['cache']}"
-                    f"{row['median_us']:10.1f} us {row['speedup_vs_dense']:6.2f}x {row['gbytes_per_s']:7.1f} GB/s"
-                    f" {row['roofline']:5.0%} of {row['bound']}"
-                )
+                console.say(in_words(row))
             for name, reason in found.absent.items():
                 if absent.get(name) != reason:
                     console.say(f"{n:6}x{k:<6} without {name}: {reason}")
             absent |= found.absent
     return rows, absent
+
+
+def in_words(row: linear.Row) -> str:
+    return (
+        f"{row['n']:6}x{row['k']:<6} m={row['m']:<4} {row['backend']:10} {row['values']:5} "
+        f"{row['dtype']} {row['cache']}{row['median_us']:10.1f} us "
+        f"{row['speedup_vs_dense']:6.2f}x {row['gbytes_per_s']:7.1f} GB/s "
+        f"{row['roofline']:5.0%} of {row['bound']}"
+    )
 
 
 def commit() -> str:
@@ -146,7 +175,7 @@ def commit() -> str:
 
 
 def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
-    """linear-<device>-<what was chosen>-<commit>"""
+    """The name of the files: linear-<device>-<what was chosen>-<commit>."""
     named = {found["device"]: found["name"] for found in information["devices"]}
     where = "cpu" if args.device.type == "cpu" else f"cuda:{args.device.index or 0}"
     ranks = [f"r{args.rank}"] * (args.rank != 1) + [f"a{args.adapter_rank}"] * (
@@ -168,9 +197,8 @@ def write(path: Path, content: bytes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    args.out.mkdir(
-        parents=True, exist_ok=True
-    )  # now: a folder that cannot be written must not cost the measurements
+    # A folder that cannot be made fails before the measurements.
+    args.out.mkdir(parents=True, exist_ok=True)
     rows, absent = measure(args)
     information = machine.information()
     table = io.StringIO(newline="")
@@ -178,9 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writer.writeheader()
     writer.writerows(rows)
     record = {
-        "device": machine.one_line(), "commit": commit(), "arguments": list(sys.argv[1:] if arguments is None else arguments),
-        "rows": rows, "absent": absent, "peers": peers.versions(), "machine": information,
-    }  # fmt: skip
+        "device": machine.one_line(),
+        "commit": commit(),
+        "arguments": list(sys.argv[1:] if arguments is None else arguments),
+        "rows": rows,
+        "absent": absent,
+        "peers": peers.versions(),
+        "machine": information,
+    }
     contents = {
         "csv": table.getvalue().encode(),
         "json": (json.dumps(record, indent=1) + "\n").encode(),

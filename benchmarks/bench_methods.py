@@ -1,10 +1,12 @@
-"""Every method on one model, one calibration, one count of bits: held-out layer error, perplexity, seconds, bits from the bytes.
+"""Every method on one model with one calibration: layer error, perplexity, seconds and stored bits.
 
-    python benchmarks/bench_methods.py                        the Llama that ships in benchmarks/model
+    python benchmarks/bench_methods.py                  measures the Llama in benchmarks/model
     python benchmarks/bench_methods.py MODEL --calibration my.txt --text other.txt --group-size 128
 
-Beside the 2:4 methods stand dense integer weights at the same bits: round-to-nearest and GPTQ. Writes OUT.json, a row an entry as
-it is done, and OUT.png; a second run with the same OUT goes on where the first one stopped. `--only` takes a part of a label.
+Errors are those on held-out text, and bits come from the bytes on disk. Beside the 2:4 methods
+stand dense integer weights at the same bits: round-to-nearest and GPTQ. Writes OUT.json, one row
+per entry as it is done, and OUT.png; a second run with the same OUT goes on where the first one
+stopped. `--only` takes a part of a label.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Entry:
-    """label; family: which line or marker of the plot; settings of `compress`; bits: of a dense integer weight, else None."""
+    """One row of the comparison.
+
+    family: which line or marker of the plot it belongs to.
+    settings: keywords of `compress`.
+    bits: of a dense integer weight; None for a method of the library.
+    """
 
     label: str
     family: str
@@ -36,120 +43,113 @@ class Entry:
     bits: int | None = None
 
 
-MATCHED = {
-    ("fp16", 1),
-    ("int4", 2),
-}  # values and planes of ours that are also matched: minutes each
+# Values and planes of ours that are also matched, which takes minutes each.
+MATCHED = {("fp16", 1), ("int4", 2)}
 BUDGETS = (3.6, 4.6)  # stored bits per weight of the searches
+
+
+# Of a method from a paper: as it was published, which is without our last refit.
+PUBLISHED = {"polish": 0}
+# Values and planes of ours, as they are measured.
+OWN = (
+    ("fp16", 1), ("fp16", 2), ("int8", 1), ("int4", 1), ("int3", 1), ("int3", 2), ("int4", 2),
+    ("int4", 3),
+)  # fmt: skip
+# Whose family the matched twin of an entry belongs to.
+MATCHED_FAMILY = {
+    "slab": "slab, matched",
+    "slab, searched": "slab, matched",
+    "gptq": "gptq, matched",
+    "2:4, polished": "2:4, matched",
+}
 
 
 def entries(group_size: int, epochs: int, adapter_rank: int) -> list[Entry]:
     """All rows, the quick ones first. adapter_rank: of ours with P Q^T."""
-    published, adapter = {"polish": 0}, {"adapter_rank": None}
-    rows = [
+    rows = dense_entries() + published_entries(group_size) + own_entries(group_size, adapter_rank)
+    return rows + matched_entries(rows, epochs)
+
+
+def dense_entries() -> list[Entry]:
+    """Dense integer weights."""
+    plain = [
         Entry(f"{name} int{bits}", name, {"method": name}, bits)
         for name in ("rtn", "gptq")
         for bits in (8, 4, 3, 2)
     ]
-    rows += [
-        Entry(f"gptq int{bits}, groups of 32", "gptq", {"method": "gptq", "group_size": 32}, bits)
-        for bits in (4, 3, 2)
+    finer = {"method": "gptq", "group_size": 32}
+    return plain + [
+        Entry(f"gptq int{bits}, groups of 32", "gptq", finer, bits) for bits in (4, 3, 2)
     ]
-    rows += [
-        Entry(name, "2:4, published", {"method": name})
-        for name in ("magnitude", "wanda", "sparsegpt", "slab-paper")
-    ]
+
+
+def published_entries(group_size: int) -> list[Entry]:
+    """Methods of other papers, as published and with our last refit."""
+    before, after = "2:4, published", "2:4, polished"
+    names = ("magnitude", "wanda", "sparsegpt", "slab-paper")
+    rows = [Entry(name, before, {"method": name}) for name in names]
     for name in ("alps", "eora", "oats", "sslc", "hassle-free", "threebasil"):
-        rows.append(
-            Entry(
-                f"{name} as published", "2:4, published", {"method": name, **published, **adapter}
-            )
-        )
-        rows.append(Entry(f"{name} polished", "2:4, polished", {"method": name, **adapter}))
-    rows.append(
-        Entry(
-            "threebasil int4 polished",
-            "2:4, polished",
-            {"method": "threebasil", "values": "int4", "group_size": group_size, **adapter},
-        )
-    )
-    rows.append(
-        Entry(
-            "hassle-free, alps inside",
-            "2:4, published",
-            {"method": "hassle-free", "inner": "alps", **published},
-        )
-    )
+        own = {"method": name, "adapter_rank": None}
+        rows.append(Entry(f"{name} as published", before, own | PUBLISHED))
+        rows.append(Entry(f"{name} polished", after, own))
+    int4 = {"values": "int4", "group_size": group_size}
+    basil = {"method": "threebasil", "adapter_rank": None, **int4}
+    rows.append(Entry("threebasil int4 polished", after, basil))
+    inside = {"method": "hassle-free", "inner": "alps", **PUBLISHED}
+    rows.append(Entry("hassle-free, alps inside", before, inside))
     for values in ("fp16", "int4"):
         slim = {"method": "slim", "values": values, "group_size": group_size}
-        rows.append(
-            Entry(
-                f"slim {values} as published",
-                "2:4, published",
-                {**slim, "alternations": 1, **published},
-            )
-        )
-        rows.append(Entry(f"slim {values} polished", "2:4, polished", slim))
+        once = {**slim, "alternations": 1, **PUBLISHED}
+        rows.append(Entry(f"slim {values} as published", before, once))
+        rows.append(Entry(f"slim {values} polished", after, slim))
+    return rows
+
+
+def own_entries(group_size: int, adapter_rank: int) -> list[Entry]:
+    """The library's own method."""
     ours = {"method": "slab", "group_size": group_size}
-    for values, planes in (
-        ("fp16", 1),
-        ("fp16", 2),
-        ("int8", 1),
-        ("int4", 1),
-        ("int3", 1),
-        ("int3", 2),
-        ("int4", 2),
-        ("int4", 3),
-    ):
+    rows = []
+    for values, planes in OWN:
         name = f"slab {values}" + (f", {planes} planes" if planes > 1 else "")
         rows.append(Entry(name, "slab", {**ours, "values": values, "planes": planes}))
     for values in ("fp16", "int4"):
         both = {**ours, "values": values, "adapter_rank": adapter_rank}
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
-    rows.append(
-        Entry(
-            "slab int3, 2 planes, a scale a row",
-            "slab",
-            {**ours, "values": "int3", "planes": 2, "group_size": None},
-        )
-    )
-    rows += [
-        Entry(
-            f"slab, searched for {bits} bits",
-            "slab, searched",
-            {"method": "slab", "bits": bits, "group_size": None},
-        )
-        for bits in BUDGETS
-    ]
-    matched = [
+    by_row = {**ours, "values": "int3", "planes": 2, "group_size": None}
+    rows.append(Entry("slab int3, 2 planes, a scale a row", "slab", by_row))
+    for bits in BUDGETS:
+        searched = {"method": "slab", "bits": bits, "group_size": None}
+        rows.append(Entry(f"slab, searched for {bits} bits", "slab, searched", searched))
+    return rows
+
+
+def matched_entries(rows: list[Entry], epochs: int) -> list[Entry]:
+    """Some of the rows again, with transformer matching."""
+    labels = ("threebasil polished", "gptq int4", "gptq int3")
+    chosen = [
         row
         for row in rows
         if (row.settings.get("values"), row.settings.get("planes")) in MATCHED
         or "bits" in row.settings
     ]
-    matched += [
-        row for row in rows if row.label in ("threebasil polished", "gptq int4", "gptq int3")
-    ]
-    kin = {
-        "slab": "slab, matched",
-        "slab, searched": "slab, matched",
-        "gptq": "gptq, matched",
-        "2:4, polished": "2:4, matched",
-    }
-    return rows + [
+    chosen += [row for row in rows if row.label in labels]
+    return [
         replace(
             row,
             label=f"{row.label}, matched",
-            family=kin[row.family],
+            family=MATCHED_FAMILY[row.family],
             settings={**row.settings, "matching": epochs},
         )
-        for row in matched
+        for row in chosen
     ]
 
 
 def register_dense_quantizers(group_size: int, bits: int) -> None:
-    """rtn and gptq as methods of this process: they keep every weight, so they are no decomposition of the library's."""
+    """Add rtn and gptq as methods of this process.
+
+    They keep every weight, so they are no decomposition of the library's.
+    """
     import torch
 
     from slab_kernels.format import INTEGER_RANGES, Decomposition
@@ -168,7 +168,10 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
         return Decomposition(S, mask, scales=scales, values=values, group_size=group_size)
 
     def gptq(weight, stats, config):
-        """GPTQ (arXiv 2210.17323): the sweep with every weight kept, steps of each group searched when it is reached."""
+        """GPTQ (arXiv 2210.17323): the sweep with every weight kept.
+
+        The steps of a group are searched when the sweep reaches it.
+        """
         mask = torch.ones_like(weight, dtype=torch.bool)
         swept = sweep(
             weight,
@@ -191,89 +194,101 @@ def register_dense_quantizers(group_size: int, bits: int) -> None:
 
 
 def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict:
+    """Compress with one entry's settings, measure, and throw the model away."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import slab_kernels
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.perplexity import perplexity
 
     settings = dict(entry.settings)
     if entry.bits:
         group_size = settings.setdefault("group_size", args.group_size)
         register_dense_quantizers(group_size, entry.bits)
-        settings |= {
-            "pattern": "50%"
-        }  # what is not 2:4 is written dense; the mask keeps everything
+        # What is not 2:4 is written dense; the mask of these methods keeps everything.
+        settings["pattern"] = "50%"
     scratch = Path(tempfile.mkdtemp(prefix="bench-methods-", dir=args.scratch))
     try:
         record = slab_kernels.compress(
-            args.model, scratch / "out", calibration=args.calibration, heldout=args.text, samples=args.samples, window=args.window,
-            device=args.device, progress=False, **settings,
-        )  # fmt: skip
+            args.model,
+            scratch / "out",
+            calibration=args.calibration,
+            heldout=args.text,
+            samples=args.samples,
+            window=args.window,
+            device=args.device,
+            progress=False,
+            **settings,
+        )
         if entry.bits:
-            model = (
-                AutoModelForCausalLM.from_pretrained(scratch / "out", dtype=args.dtype)
-                .eval()
-                .to(args.device)
-            )
+            opened = AutoModelForCausalLM.from_pretrained(scratch / "out", dtype=args.dtype)
+            model = opened.eval().to(args.device)
         else:
             model = slab_kernels.load(scratch / "out", device=args.device, dtype=args.dtype)
-        measured = evaluate.perplexity(model, tokenizer, content, args.window)
+        measured = perplexity(model, tokenizer, content, args.window)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if args.device == "cuda":
         torch.cuda.empty_cache()
     bits = record.bits_per_weight
     if entry.bits:
-        shapes = [layer.shape for layer in record.layers]
-        bits = entry.bits + sum(16 * N * math.ceil(K / group_size) for N, K in shapes) / sum(
-            N * K for N, K in shapes
-        )
-    errors = (
-        None if record.matching else [layer.heldout_error for layer in record.layers]
-    )  # those before matching mean nothing after it
+        scales = sum(16 * N * math.ceil(K / group_size) for N, K in shapes(record))
+        bits = entry.bits + scales / record.weights
     return {
-        "label": entry.label, "family": entry.family, "settings": entry.settings,
-        "bits_per_weight": bits, "perplexity": measured["perplexity"], "layer_error": errors and sum(errors) / len(errors),
-        "seconds": record.seconds, "peak_bytes": max(layer.peak_bytes for layer in record.layers),
-    }  # fmt: skip
+        "label": entry.label,
+        "family": entry.family,
+        "settings": entry.settings,
+        "bits_per_weight": bits,
+        "perplexity": measured["perplexity"],
+        # Errors were measured before matching, and mean nothing after it.
+        "layer_error": None if record.matching else record.mean_heldout_error,
+        "seconds": record.seconds,
+        "peak_bytes": max(layer.peak_bytes for layer in record.layers),
+    }
+
+
+def shapes(record) -> list[tuple[int, int]]:
+    return [layer.shape for layer in record.layers]
+
+
+# Family of entries: its name in the legend, colour, marker and line.
+STYLES = {
+    "rtn": ("dense, round to nearest", "0.55", "o", "--"),
+    "gptq": ("dense, GPTQ", "0.15", "s", "-"),
+    "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ":"),
+    "2:4, published": ("2:4 methods as published", "tab:orange", "x", ""),
+    "2:4, polished": ("2:4 methods, polished", "tab:green", "+", ""),
+    "2:4, matched": ("3BASiL, matched", "tab:green", "*", ""),
+    "slab": ("slab (ours)", "tab:blue", "D", ""),
+    "slab, searched": ("slab, searched", "tab:blue", "v", "--"),
+    "slab, matched": ("slab, matched", "tab:red", "D", ""),
+}
+MOST_PERPLEXITY = 1e4  # of a model that is drawn
+PANELS = ((2.0, 6.6), (8.0, 12.0))  # stored bits per weight, from and to
 
 
 def draw(found: dict, out: Path) -> None:
-    """Perplexity above the dense model's, in percent of it, against stored bits: two panels, about 2 to 5.5 bits and about 9 to 11."""
+    """Perplexity above the dense model's, in percent of it, against stored bits in two panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     dense = found["dense"]
-    families = {
-        "rtn": ("dense, round to nearest", "0.55", "o", "--"), "gptq": ("dense, GPTQ", "0.15", "s", "-"),
-        "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ":"),
-        "2:4, published": ("2:4 methods as published", "tab:orange", "x", ""), "2:4, polished": ("2:4 methods, polished", "tab:green", "+", ""),
-        "2:4, matched": ("3BASiL, matched", "tab:green", "*", ""), "slab": ("slab (ours)", "tab:blue", "D", ""),
-        "slab, searched": ("slab, searched", "tab:blue", "v", "--"), "slab, matched": ("slab, matched", "tab:red", "D", ""),
-    }  # fmt: skip
     fig, axes = plt.subplots(
         1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
     )
-    for ax, (low, high) in zip(axes, ((2.0, 6.6), (8.0, 12.0)), strict=True):
-        for family, (name, colour, marker, line) in families.items():
-            rows = [
-                r
-                for r in found["rows"]
-                if r["family"] == family
-                and low <= r["bits_per_weight"] < high
-                and r["perplexity"] < 1e4
-            ]
-            rows.sort(key=lambda r: r["bits_per_weight"])
-            xs, ys = (
-                [r["bits_per_weight"] for r in rows],
-                [max(100 * (r["perplexity"] / dense - 1), 0.05) for r in rows],
-            )
+    for ax, (low, high) in zip(axes, PANELS, strict=True):
+        shown = [
+            row
+            for row in sorted(found["rows"], key=lambda row: row["bits_per_weight"])
+            if low <= row["bits_per_weight"] < high and row["perplexity"] < MOST_PERPLEXITY
+        ]
+        for family, (name, colour, marker, line) in STYLES.items():
+            rows = [row for row in shown if row["family"] == family]
             ax.plot(
-                xs,
-                ys,
+                [row["bits_per_weight"] for row in rows],
+                [max(100 * (row["perplexity"] / dense - 1), 0.05) for row in rows],
                 linestyle=line or "none",
                 color=colour,
                 marker=marker,
@@ -291,17 +306,16 @@ def draw(found: dict, out: Path) -> None:
     fig.savefig(out, dpi=130)
 
 
-def main() -> int:
+SETTINGS = ("samples", "window", "eval_tokens", "group_size", "epochs")  # of a results file
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", default=str(SHIPPED))
-    parser.add_argument(
-        "--out",
-        type=expanded,
-        default=Path("bench-methods"),
-        help="without suffix: OUT.json and OUT.png",
-    )
+    out_help = "without suffix: OUT.json and OUT.png"
+    parser.add_argument("--out", type=expanded, default=Path("bench-methods"), help=out_help)
     parser.add_argument("--calibration", default="stdlib")
     parser.add_argument("--text", default="stdlib:heldout")
     parser.add_argument("--samples", type=int, default=128)
@@ -311,48 +325,42 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10, help="of transformer matching")
     parser.add_argument("--only", default="", help="entries whose label contains this")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--scratch", default=None, help="where compressed models lie while they are measured"
-    )
-    args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    scratch_help = "where compressed models lie while they are measured"
+    parser.add_argument("--scratch", default=None, help=scratch_help)
+    return parser.parse_args()
+
+
+def begun(file: Path, args: argparse.Namespace, tokenizer, content: str) -> dict:
+    """What an earlier run with these settings has found, else a new table with the dense model."""
+    from transformers import AutoModelForCausalLM
 
     from slab_kernels.bench import machine
-    from slab_kernels.cli.console import print_table, say
-    from slab_kernels.errors import BudgetError
-    from slab_kernels.evaluate import perplexity as evaluate
-    from slab_kernels.models.folder import hub_folder
-    from slab_kernels.models.source import open_source
-    from slab_kernels.text import source as texts
+    from slab_kernels.evaluate.perplexity import perplexity
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    args.dtype = torch.float32 if args.device == "cpu" else None
-    source = hub_folder(args.model)
-    open_source(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    content = texts.read_text(args.text, args.eval_tokens * texts.CHARACTERS_PER_TOKEN)
-    content = tokenizer.decode(texts.tokenize(tokenizer, content)[: args.eval_tokens])
-    file = args.out.with_suffix(".json")
-    settings = {
-        k: getattr(args, k) for k in ("samples", "window", "eval_tokens", "group_size", "epochs")
-    }
+    settings = {name: getattr(args, name) for name in SETTINGS}
     found = json.loads(file.read_text()) if file.exists() else {}
-    if not found or found.get("settings") != settings:
-        model = (
-            AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype or "auto")
-            .to(args.device)
-            .eval()
-        )
-        name = "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name
-        found = {"model": name, "settings": settings, "machine": machine.one_line(), "rows": []}
-        found["dense"] = evaluate.perplexity(model, tokenizer, content, args.window)["perplexity"]
-        del model
+    if found and found.get("settings") == settings:
+        return found
+    dense = AutoModelForCausalLM.from_pretrained(args.source, dtype=args.dtype or "auto")
+    measured = perplexity(dense.to(args.device).eval(), tokenizer, content, args.window)
+    return {
+        "model": "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name,
+        "settings": settings,
+        "machine": machine.one_line(),
+        "rows": [],
+        "dense": measured["perplexity"],
+    }
+
+
+def fill(found: dict, file: Path, args: argparse.Namespace, tokenizer, content: str) -> None:
+    """Run every entry that has no row yet; the file is written after each."""
+    from transformers import AutoConfig
+
+    from slab_kernels.cli.console import say
+    from slab_kernels.errors import BudgetError
+
     done = {row["label"] for row in found["rows"]}
-    rank = max(1, AutoConfig.from_pretrained(source).hidden_size // 16)
+    rank = max(1, AutoConfig.from_pretrained(args.source).hidden_size // 16)
     for entry in entries(args.group_size, args.epochs, rank):
         if entry.label in done or args.only not in entry.label:
             continue
@@ -367,20 +375,57 @@ def main() -> int:
         partial.write_text(json.dumps(found, indent=1) + "\n")
         partial.replace(file)
         say(
-            f"{entry.label}: perplexity {row['perplexity']:.3f}, {row['bits_per_weight']:.3f} bits, {time.perf_counter() - began:.0f} s"
+            f"{entry.label}: perplexity {row['perplexity']:.3f}, "
+            f"{row['bits_per_weight']:.3f} bits, {time.perf_counter() - began:.0f} s"
         )
-    draw(found, args.out.with_suffix(".png"))
-    rows = sorted(found["rows"], key=lambda row: row["bits_per_weight"])
+
+
+def show(found: dict) -> None:
+    """The table on stdout."""
+    from slab_kernels.cli.console import print_table
+
     body = [
-        (r["label"], f"{r['bits_per_weight']:.3f}", f"{r['perplexity']:.3f}", f"{r['layer_error']:.4f}" if r["layer_error"] else "–", f"{r['seconds']:.0f}",
-         f"{r['peak_bytes'] / 1e9:.2f}")
-        for r in rows
-    ]  # fmt: skip
+        (
+            row["label"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['layer_error']:.4f}" if row["layer_error"] else "–",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+        )
+        for row in sorted(found["rows"], key=lambda row: row["bits_per_weight"])
+    ]
     print_table(
         ("entry", "bits/weight", "perplexity", "held-out layer error", "seconds", "peak GB"),
         body,
         f"{found['model']}, dense {found['dense']:.3f}",
     )
+
+
+def main() -> int:
+    args = arguments()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from slab_kernels.models.folder import hub_folder
+    from slab_kernels.models.source import open_source
+    from slab_kernels.text import source as texts
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    args.dtype = torch.float32 if args.device == "cpu" else None
+    args.source = hub_folder(args.model)
+    open_source(args.source)
+    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    content = texts.read_text(args.text, args.eval_tokens * texts.CHARACTERS_PER_TOKEN)
+    content = tokenizer.decode(texts.tokenize(tokenizer, content)[: args.eval_tokens])
+    file = args.out.with_suffix(".json")
+    found = begun(file, args, tokenizer, content)
+    fill(found, file, args, tokenizer, content)
+    draw(found, args.out.with_suffix(".png"))
+    show(found)
     print(f"{file}  {args.out.with_suffix('.png')}")
     return 0
 

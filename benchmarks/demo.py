@@ -241,15 +241,16 @@ def compress(args: argparse.Namespace, method: str, folder: Path, name: str):
 
 def measure(args: argparse.Namespace, model, tokenizer, text: str, name: str) -> dict[str, Any]:
     """Perplexity, speed and a continuation of one model."""
-    from slab_kernels.evaluate import perplexity as evaluate
+    from slab_kernels.evaluate.generation import continuation, tokens_per_second
+    from slab_kernels.evaluate.perplexity import perplexity
 
     with Progress(name, "windows") as progress:
-        measured = evaluate.perplexity(model, tokenizer, text, args.window, progress=progress)
+        measured = perplexity(model, tokenizer, text, args.window, progress=progress)
         speeds = [
-            evaluate.tokens_per_second(model, tokenizer, args.prompt, args.new_tokens)
+            tokens_per_second(model, tokenizer, args.prompt, args.new_tokens)
             for _ in range(1 if args.smoke else 3)
         ]
-        new, _ = evaluate.continuation(model, tokenizer, args.prompt, args.new_tokens)
+        new, _ = continuation(model, tokenizer, args.prompt, args.new_tokens)
     measured["tokens_per_second"] = max(speeds)
     measured["continuation"] = tokenizer.decode(new, skip_special_tokens=True)
     return measured

@@ -1,10 +1,10 @@
-"""What the cost model of the CUDA kernels predicts beside a dense fp16 linear. Predictions from bytes, tensor and issue
-rates; nothing is measured, no GPU is needed.
+"""What the cost model of the CUDA kernels predicts beside a dense fp16 linear.
 
-    python benchmarks/predict.py [--gpu H200 A100 ...] [--models llama-3-8b llama-3-70b] [--out FILE]
+    python benchmarks/predict.py [--gpu H200 A100 ...] [--models llama-3-8b ...] [--out FILE]
 
-prints one table a GPU: the least and the greatest ratio over the models' fused shapes. Every row: --out
-benchmarks/results/prediction.json.
+These are predictions from bytes, tensor and issue rates: nothing is measured, and no GPU is needed.
+One table per GPU is printed, with the least and the greatest ratio over the models' fused shapes.
+With --out benchmarks/results/prediction.json every row is kept.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ import json
 
 from bench_linear import commit
 
+from slab_kernels.backends.cuda.cost import Rebuild, dense_microseconds
+from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
-from slab_kernels.backends.cuda.plan import (
-    GPUS,
-    Rebuild,
-    Sizes,
-    choose,
-    dense_microseconds,
-    gpu_named,
-)
+from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
-KINDS = {  # name -> values, rank of the sign term, rank of the adapter
+# Name -> values, rank of the sign term, rank of the adapter.
+KINDS = {
     "fp16 / bf16": (W16, 1, 0),
     "int8": (INT8, 1, 0),
     "int4": (INT4, 1, 0),
@@ -36,10 +33,11 @@ KINDS = {  # name -> values, rank of the sign term, rank of the adapter
 
 
 def rows(gpu_name: str, models: list[str]) -> list[dict]:
+    """One row per shape, kind and token count."""
     gpu, found = gpu_named(gpu_name), []
     for N, K in dict.fromkeys(shape for model in models for shape in layers(model)):
         for kind, (values, rank, adapter_rank) in KINDS.items():
-            sizes = Sizes(K, (N,), values, 4, rank, adapter_rank // 16)
+            sizes = CudaSizes(K, (N,), values, 4, rank, adapter_rank // 16)
             for M in TOKENS:
                 plan, dense = choose(sizes, M, gpu), dense_microseconds(N, K, M, gpu)
                 row = {
@@ -58,6 +56,7 @@ def rows(gpu_name: str, models: list[str]) -> list[dict]:
 
 
 def table(found: list[dict]) -> str:
+    """The ratios by kind and token count, in Markdown."""
     lines = [
         "| S | " + " | ".join(f"M = {M}" for M in TOKENS) + " |",
         "|---" * (len(TOKENS) + 1) + "|",

@@ -1,4 +1,7 @@
-"""pytest-benchmark cases small enough for CI, each checked before it is timed: pytest benchmarks --benchmark-only"""
+"""pytest-benchmark cases small enough for CI, each checked before it is timed.
+
+    pytest benchmarks --benchmark-only
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 
 from slab_kernels.backends import dispatch
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.bench import linear as bench
+from slab_kernels.bench import correctness
 from slab_kernels.format import INTEGER_RANGES, VALUE_TYPES, PackedLayout
 from slab_kernels.testing import random_packed
 
@@ -30,7 +33,7 @@ def test_linear(benchmark, shape, values, m):
         packed = random_packed(layout).to(DEVICE)
         backend = dispatch.select(LinearProblem.of(layout, m, DTYPE, DEVICE))
         state = backend.prepare(packed, DTYPE)
-        bench.gate(backend, x, state, packed)
+        correctness.gate(backend, x, state, packed)
         call = lambda: backend.linear(x, state)  # noqa: E731
     benchmark.group = f"{n}x{k}, m={m}"
 

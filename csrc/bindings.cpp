@@ -1,6 +1,6 @@
-// The torch side of the CPU backend, and the only file that includes torch: LibTorch's stable ABI (2.11 and later), so
-// one binary serves every later torch. Checks every argument, widens the activations to fp32, and hands ranges of row
-// blocks to torch's own thread pool.
+// The torch side of the CPU backend, and the only file that includes torch. It uses LibTorch's
+// stable ABI (2.11 and later), so one binary serves every later torch. It checks every argument,
+// widens the activations to fp32, and hands ranges of row blocks to torch's own thread pool.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,10 +24,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace slab;
 
-// A chunk of work below this many weights x tokens is not worth a second thread (about 10 us of one core).
+// A chunk of work below this many weights x tokens is not worth a second thread (about 10 us of one
+// core).
 constexpr int64_t kThreadWork = 1 << 17;
 
-// STD_TORCH_CHECK without the file and line: the sentence is for whoever called from Python.
+// Like STD_TORCH_CHECK, but without file and line, because the sentence is for whoever called from
+// Python.
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;
@@ -39,7 +41,7 @@ template <class... Parts>
     if (!(condition)) refuse(__VA_ARGS__); \
   } while (false)
 
-// ---- instruction set ------------------------------------------------------------------------------------------------
+// ---- instruction set ----
 
 std::string runnable() {
   std::string names;
@@ -50,7 +52,8 @@ std::string runnable() {
 const CpuKernels* named(const std::string& name, const char* origin) {
   for (int i = 0; cpu_kernels(i); ++i)
     if (name == cpu_kernels(i)->name) return cpu_kernels(i);
-  refuse(origin, "=", name, " is not an instruction set this build runs on this machine; choose one of ", runnable());
+  refuse(origin, "=", name,
+         " is not an instruction set this build runs on this machine; choose one of ", runnable());
 }
 
 std::atomic<const CpuKernels*> chosen{nullptr};
@@ -72,7 +75,7 @@ std::string cpu_use_isa(std::string name) {
   return name;
 }
 
-// ---- arguments ------------------------------------------------------------------------------------------------------
+// ---- arguments ----
 
 std::string shape(const Tensor& t) {
   std::string text = "[";
@@ -106,10 +109,12 @@ int float_type(const char* name, ScalarType type) {
 
 constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
 
-void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size, int64_t planes,
-                 bool sign_term) {
-  CHECK_ARGUMENT(out_features > 0 && out_features <= kMost && in_features > 0 && in_features <= kMost,
-                 "out_features=", out_features, " and in_features=", in_features, " must be between 1 and ", kMost);
+void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size,
+                 int64_t planes, bool sign_term) {
+  CHECK_ARGUMENT(
+      out_features > 0 && out_features <= kMost && in_features > 0 && in_features <= kMost,
+      "out_features=", out_features, " and in_features=", in_features, " must be between 1 and ",
+      kMost);
   CHECK_ARGUMENT(values >= kFp16 && values <= kInt4, "values=", values,
                  " must be 0 (fp16), 1 (bf16), 2 (int8) or 3 (int4)");
   CHECK_ARGUMENT(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128,
@@ -121,20 +126,23 @@ void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int6
 
 using Factor = std::optional<Tensor>;
 
-// ---- the prepared tensor --------------------------------------------------------------------------------------------
-// One uint8 tensor a weight: this header, then stream, U, V, P, Q (launch.h), each from a multiple of 64 bytes on. One, because
-// every argument of a torch op costs a call some 0.3 us: twelve of them 5.0 us before any work, five 3.5, and a dense linear 3.0.
+// ---- the prepared tensor ----
+// A weight is one uint8 tensor: this header, then stream, U, V, P and Q (launch.h), each of which
+// begins at a multiple of 64 bytes. It is one tensor because every argument of a torch op costs a
+// call some 0.3 us: with twelve arguments it takes 5.0 us before any work, with five 3.5, a dense
+// linear 3.0.
 
 struct Header {
   uint64_t magic;
   int64_t out_features, in_features, rank, adapter_rank;
-  int32_t values, group_size, planes, adapter_half;  // group_size 0: one scale a row; planes 0 with rank 0
+  // group_size 0 means one scale per row; planes is 0 with rank 0.
+  int32_t values, group_size, planes, adapter_half;
   uint64_t reserved;
 };
 static_assert(sizeof(Header) == 64);
 constexpr uint64_t kMagic = 0x315550436241'4c53;  // "SLAbCPU1"
 
-// Where everything lies; sizes are below 2^24 each and ranks too, so that nothing overflows.
+// Where everything lies, in bytes. Sizes and ranks are below 2^24 each, so nothing overflows.
 struct Sections {
   int64_t row_blocks, k_blocks, padded, block_size, adapter_padded;
   int64_t stream, u, v, p, q, end;
@@ -155,19 +163,24 @@ struct Sections {
 };
 
 CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features) {
-  CHECK_ARGUMENT(prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),
-                 "prepared must be a contiguous uint8 tensor on the CPU, as prepare_cpu made it");
+  CHECK_ARGUMENT(
+      prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),
+      "prepared must be a contiguous uint8 tensor on the CPU, as prepare_cpu made it");
   Header h{};
   const int64_t bytes = prepared.numel();
   const auto* const base = static_cast<const uint8_t*>(prepared.const_data_ptr());
   if (bytes >= int64_t(sizeof(Header))) std::memcpy(&h, base, sizeof(Header));
-  CHECK_ARGUMENT(h.magic == kMagic, "prepared does not begin with the header that prepare_cpu writes");
-  CHECK_ARGUMENT(h.out_features == out_features && h.in_features == in_features, "prepared holds a weight of ",
-                 h.out_features, "x", h.in_features, ", not ", out_features, "x", in_features);
-  check_sizes(h.out_features, h.in_features, h.values, h.group_size, h.planes ? h.planes : 1, h.planes > 0);
+  CHECK_ARGUMENT(h.magic == kMagic,
+                 "prepared does not begin with the header that prepare_cpu writes");
+  CHECK_ARGUMENT(h.out_features == out_features && h.in_features == in_features,
+                 "prepared holds a weight of ", h.out_features, "x", h.in_features, ", not ",
+                 out_features, "x", in_features);
+  check_sizes(h.out_features, h.in_features, h.values, h.group_size, h.planes ? h.planes : 1,
+              h.planes > 0);
   CHECK_ARGUMENT(h.rank >= 0 && h.rank <= kMost && h.adapter_rank >= 0 && h.adapter_rank <= kMost &&
                      (h.rank > 0) == (h.planes > 0),
-                 "prepared has a header of ranks ", h.rank, " and ", h.adapter_rank, " and ", h.planes, " sign planes");
+                 "prepared has a header of ranks ", h.rank, " and ", h.adapter_rank, " and ",
+                 h.planes, " sign planes");
   const Sections at(h);
   CHECK_ARGUMENT(at.end == bytes, "prepared has ", bytes, " bytes, its header says ", at.end);
   CpuWeight w{};
@@ -195,28 +208,33 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   return w;
 }
 
-struct Scratch {  // fp32, 64-byte aligned, freed with the call
+// fp32 memory, aligned to 64 bytes, which is freed at the end of the call.
+struct Scratch {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
   std::unique_ptr<float, Free> data;
-  explicit Scratch(int64_t n) : data(static_cast<float*>(std::aligned_alloc(64, size_t(round_up(n * 4 + 4, 64))))) {
+  explicit Scratch(int64_t n)
+      : data(static_cast<float*>(std::aligned_alloc(64, size_t(round_up(n * 4 + 4, 64))))) {
     CHECK_ARGUMENT(data, "out of memory for ", n, " floats");
   }
   float* get() const { return data.get(); }
 };
 
-// ---- ops ------------------------------------------------------------------------------------------------------------
+// ---- ops ----
 
-// U [row blocks, R, 16] and V [R, K padded to 128] in fp32, P [row blocks, R', 16] and Q [R' padded to 32 / 16, K padded to 128, 16]
-// in fp16 or fp32: in the kernels' order already, copied behind the stream.
-Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor scales, Factor u, Factor v, Factor p,
-                   Factor q, int64_t out_features, int64_t in_features, int64_t values, int64_t group_size,
-                   int64_t planes) {
+// Makes the stream and copies the factors behind it. They are in the kernels' order already: U [row
+// blocks, R, 16] and V [R, K padded to 128] in fp32, P [row blocks, R', 16] and Q [R' padded to 32
+// / 16, K padded to 128, 16] in fp16 or fp32.
+Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor scales, Factor u,
+                   Factor v, Factor p, Factor q, int64_t out_features, int64_t in_features,
+                   int64_t values, int64_t group_size, int64_t planes) {
   check_sizes(out_features, in_features, values, group_size, planes, signs.has_value());
-  CHECK_ARGUMENT(group_size == 0 || is_integer(int(values)), "group_size=", group_size, " needs int8 or int4 values");
+  CHECK_ARGUMENT(group_size == 0 || is_integer(int(values)), "group_size=", group_size,
+                 " needs int8 or int4 values");
   const int64_t padded = round_up(in_features, group_size > 16 ? group_size : 16);
-  static constexpr ScalarType types[] = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte};
+  static constexpr ScalarType types[] = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Char,
+                                         ScalarType::Byte};
   check_dtype("values", values_tensor, types[values], "the one that the value type names");
   check_shape("values", values_tensor, {out_features, values == kInt4 ? padded / 4 : padded / 2});
   check_dtype("metadata", metadata, ScalarType::Byte, "uint8");
@@ -242,13 +260,15 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
     check_shape("scales", *scales, {out_features, group_size ? padded / group_size : 1});
     packed.scales = static_cast<const uint16_t*>(scales->const_data_ptr());
   }
-  Header h{kMagic, out_features, in_features, 0, 0, int32_t(values), int32_t(group_size), packed.planes, 0, 0};
+  Header h{kMagic,          out_features,        in_features,   0, 0,
+           int32_t(values), int32_t(group_size), packed.planes, 0, 0};
   CHECK_ARGUMENT(u.has_value() == v.has_value() && u.has_value() == signs.has_value(),
                  "signs, U and V belong together, but only some are given");
   CHECK_ARGUMENT(p.has_value() == q.has_value(), "P and Q belong together, but only one is given");
   if (u) h.rank = u->dim() == 3 ? u->size(1) : 0;
   if (p) h.adapter_rank = p->dim() == 3 ? p->size(1) : 0;
-  CHECK_ARGUMENT(!u || (h.rank > 0 && h.rank <= kMost), "U has shape ", shape(*u), ", expected [row blocks, rank, 16]");
+  CHECK_ARGUMENT(!u || (h.rank > 0 && h.rank <= kMost), "U has shape ", shape(*u),
+                 ", expected [row blocks, rank, 16]");
   CHECK_ARGUMENT(!p || (h.adapter_rank > 0 && h.adapter_rank <= kMost), "P has shape ", shape(*p),
                  ", expected [row blocks, rank, 16]");
   if (p) h.adapter_half = p->scalar_type() == ScalarType::Half;
@@ -257,8 +277,8 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   auto* const out = static_cast<uint8_t*>(prepared.mutable_data_ptr());
   std::memset(out, 0, size_t(at.stream));
   std::memcpy(out, &h, sizeof(Header));
-  const auto copy = [&](const char* name, const Factor& t, std::initializer_list<int64_t> expected, ScalarType type,
-                        const char* type_name, int64_t from, int64_t to) {
+  const auto copy = [&](const char* name, const Factor& t, std::initializer_list<int64_t> expected,
+                        ScalarType type, const char* type_name, int64_t from, int64_t to) {
     int64_t bytes = 0;
     if (t) {
       check_shape(name, *t, expected);
@@ -269,25 +289,28 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
     std::memset(out + from + bytes, 0, size_t(to - from - bytes));
   };
   const ScalarType adapters = h.adapter_half ? ScalarType::Half : ScalarType::Float;
-  const char* const adapters_name = h.adapter_half ? "float16, as P" : "float32 or float16, both the same";
+  const char* const adapters_name =
+      h.adapter_half ? "float16, as P" : "float32 or float16, both the same";
   copy("U", u, {at.row_blocks, h.rank, kRows}, ScalarType::Float, "float32", at.u, at.v);
   copy("V", v, {h.rank, at.padded}, ScalarType::Float, "float32", at.v, at.p);
   copy("P", p, {at.row_blocks, h.adapter_rank, kRows}, adapters, adapters_name, at.p, at.q);
-  copy("Q", q, {at.adapter_padded / kRows, at.padded, kRows}, adapters, adapters_name, at.q, at.end);
+  copy("Q", q, {at.adapter_padded / kRows, at.padded, kRows}, adapters, adapters_name, at.q,
+       at.end);
   const int64_t stream_bytes = at.row_blocks * at.k_blocks * at.block_size;
   std::memset(out + at.stream + stream_bytes, 0, size_t(at.u - at.stream - stream_bytes));
   std::atomic<int64_t> illegal{0};
-  torch::stable::parallel_for(0, at.row_blocks, 1 + kThreadWork / (kRows * padded), [&](int64_t begin, int64_t end) {
-    illegal += cpu_prepare(packed, out + at.stream, begin, end);
-  });
+  torch::stable::parallel_for(0, at.row_blocks, 1 + kThreadWork / (kRows * padded),
+                              [&](int64_t begin, int64_t end) {
+                                illegal += cpu_prepare(packed, out + at.stream, begin, end);
+                              });
   CHECK_ARGUMENT(illegal == 0, "metadata holds ", illegal.load(),
                  " nibbles that are not two ascending positions (legal: 4 8 C 9 D E)");
   return prepared;
 }
 
-// The tokens [0, count) of x, as fp32 rows padded to whole blocks; x itself when it already is that.
-const float* widened(const CpuKernels& run, const void* x, int type, int64_t count, int64_t features, int64_t padded,
-                     float* scratch) {
+// The tokens [0, count) of x as fp32 rows, padded to whole blocks; x itself if it already is that.
+const float* widened(const CpuKernels& run, const void* x, int type, int64_t count,
+                     int64_t features, int64_t padded, float* scratch) {
   if (type == kFloat32 && features == padded) return static_cast<const float*>(x);
   const auto* const from = static_cast<const uint8_t*>(x);
   const int64_t bytes = type == kFloat32 ? 4 : 2;
@@ -300,8 +323,9 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
   return scratch;
 }
 
-// One call of the kernels: tokens that fit one slab.
-void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const void* x, int x_type, bool lookup) {
+// Calls the kernels once, for at most kTileTokens tokens.
+void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const void* x, int x_type,
+                bool lookup) {
   const int64_t padded = w.k_blocks * kInputs;
   const bool copy = !(x_type == kFloat32 && w.in_features == padded);
   const Scratch rows(copy ? t.count * padded : 0), scaled(lookup ? t.count * w.rank * padded : 0);
@@ -312,21 +336,25 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
   if (lookup)
     for (int64_t i = 0; i < t.count; ++i)
       for (int64_t r = 0; r < w.rank; ++r)
-        run.multiply(t.x + i * padded, w.v + r * padded, scaled.get() + (i * w.rank + r) * padded, padded);
+        run.multiply(t.x + i * padded, w.v + r * padded, scaled.get() + (i * w.rank + r) * padded,
+                     padded);
   if (w.adapter_rank)
-    torch::stable::parallel_for(0, w.adapter_padded / (2 * kRows), 1 + kThreadWork / (2 * kRows * padded * t.count),
-                                [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
-  // Whole groups of four row blocks a thread: lookup shares its tables among four.
+    torch::stable::parallel_for(
+        0, w.adapter_padded / (2 * kRows), 1 + kThreadWork / (2 * kRows * padded * t.count),
+        [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
+  // A thread takes whole groups of four row blocks, because lookup shares its tables among four.
   constexpr int64_t unit = 4;
   const int64_t units = (w.row_blocks + unit - 1) / unit;
   torch::stable::parallel_for(0, units, 1 + kThreadWork / (unit * kRows * padded * t.count),
                               [&](int64_t begin, int64_t end) {
-                                const int64_t last = end * unit < w.row_blocks ? end * unit : w.row_blocks;
+                                const int64_t last =
+                                    end * unit < w.row_blocks ? end * unit : w.row_blocks;
                                 (lookup ? run.lookup : run.tile)(w, t, begin * unit, last);
                               });
 }
 
-// x's shape with another last size, contiguous: through the shim, which takes 1.6 us less than the dispatcher's new_empty.
+// A contiguous tensor of x's shape with another last size. It is made through the shim, which takes
+// 1.6 us less than the dispatcher's new_empty.
 Tensor empty_output(const Tensor& x, int64_t out_features) {
   const int64_t dims = x.dim();
   std::vector<int64_t> sizes(2 * size_t(dims));
@@ -339,17 +367,18 @@ Tensor empty_output(const Tensor& x, int64_t out_features) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle y = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }
 
-Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features, int64_t in_features) {
+Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
+                  int64_t in_features) {
   CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
   CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
   const int type = float_type("x", x.scalar_type());
-  CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1), " features, the weight ",
-                 in_features);
+  CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1),
+                 " features, the weight ", in_features);
   CpuWeight w = weight_of(prepared, out_features, in_features);
   const CpuKernels& run = kernels();
   Tensor y = empty_output(x, out_features);
@@ -359,7 +388,8 @@ Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features, 
   if (bias) {
     check_shape("bias", *bias, {out_features});
     for (int64_t n = out_features; n < w.row_blocks * kRows; ++n) wide_bias.get()[n] = 0.0f;
-    run.widen(bias->const_data_ptr(), float_type("bias", bias->scalar_type()), wide_bias.get(), out_features);
+    run.widen(bias->const_data_ptr(), float_type("bias", bias->scalar_type()), wide_bias.get(),
+              out_features);
     w.bias = wide_bias.get();
   }
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -370,22 +400,28 @@ Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features, 
     t.count = tokens - first < kTileTokens ? tokens - first : kTileTokens;
     t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * out_features * bytes;
     t.y_type = type;
-    run_tokens(run, w, t, static_cast<const uint8_t*>(x.const_data_ptr()) + first * in_features * bytes, type, lookup);
+    run_tokens(run, w, t,
+               static_cast<const uint8_t*>(x.const_data_ptr()) + first * in_features * bytes, type,
+               lookup);
   }
   return y;
 }
 
-// W += P Q^T for the rows of row blocks [begin, end). Plain loops: only gradients come here.
-void add_adapter(const CpuKernels& run, const CpuWeight& w, float* dense, int64_t begin, int64_t end) {
+// W += P Q^T for the rows of row blocks [begin, end). These are plain loops, because only gradients
+// come here.
+void add_adapter(const CpuKernels& run, const CpuWeight& w, float* dense, int64_t begin,
+                 int64_t end) {
   const int64_t padded = w.k_blocks * kInputs, bytes = w.adapter_half ? 2 : 4;
   const int type = w.adapter_half ? kFloat16 : kFloat32;
   const Scratch panel(padded * kRows), left(w.adapter_padded * kRows);
   for (int64_t block = begin; block < end; ++block) {
-    for (int64_t i = w.adapter_rank * kRows; i < w.adapter_padded * kRows; ++i) left.get()[i] = 0.0f;
+    for (int64_t i = w.adapter_rank * kRows; i < w.adapter_padded * kRows; ++i)
+      left.get()[i] = 0.0f;
     const auto* const p = static_cast<const uint8_t*>(w.p) + block * w.adapter_rank * kRows * bytes;
     run.widen(p, type, left.get(), w.adapter_rank * kRows);
     for (int64_t r = 0; r < w.adapter_padded; r += kRows) {
-      run.widen(static_cast<const uint8_t*>(w.q) + r * padded * bytes, type, panel.get(), padded * kRows);
+      run.widen(static_cast<const uint8_t*>(w.q) + r * padded * bytes, type, panel.get(),
+                padded * kRows);
       for (int64_t n = block * kRows; n < (block + 1) * kRows && n < w.out_features; ++n)
         for (int64_t k = 0; k < w.in_features; ++k) {
           float sum = 0.0f;
@@ -412,17 +448,21 @@ Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features
 
 }  // namespace
 
-#define LINEAR_ARGUMENTS "Tensor x, Tensor prepared, Tensor? bias, int out_features, int in_features"
+#define LINEAR_ARGUMENTS \
+  "Tensor x, Tensor prepared, Tensor? bias, int out_features, int in_features"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_runnable() -> str");
   m.def("cpu_use_isa(str name) -> str");
   m.def(
-      "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, Tensor? V, Tensor? P, "
-      "Tensor? Q, int out_features, int in_features, int value_type, int group_size, int planes) -> Tensor");
-  // Twice the same kernel: Python registers autograd for linear_cpu, which costs every call of it some 10 us, with or
-  // without gradients; linear_cpu_frozen is for calls that need none.
+      "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, "
+      "Tensor? V, Tensor? P, "
+      "Tensor? Q, int out_features, int in_features, int value_type, int group_size, int planes) "
+      "-> Tensor");
+  // The same kernel has two names, because Python registers autograd for linear_cpu, which costs
+  // every call of it some 10 us, with or without gradients. linear_cpu_frozen is for calls that
+  // need none.
   m.def("linear_cpu(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("dequantize_cpu(Tensor prepared, int out_features, int in_features) -> Tensor");

@@ -1,21 +1,28 @@
 // What the bindings call: raw pointers and sizes, no torch. All matrices are row-major.
 //
-// The CPU stream (made by cpu_prepare, never saved). A block is 16 output rows x 128 inputs; blocks of one row block
-// follow each other along K, row blocks follow each other along N. A SIMD lane is an output row. One block:
+// The CPU stream is made by cpu_prepare and never saved. A block is 16 output rows x 128 inputs;
+// the blocks of a row block follow each other along K, row blocks follow each other along N. Lane n
+// of a SIMD vector is an output row. A block is, one part after the other:
 //
-//   signs   16 x u32   only with rank > 0. Lane n, bit 31 - g: sign of the second pruned position of group g (0..31)
-//   levels  2 (planes - 1) x 16 x u32   only with planes > 1. Lane n, two fields of planes - 1 bits a group, that of the
-//                      first pruned position below, 16 or 8 groups a word, the first one lowest: how many steps the
-//                      factor of u v is below the largest: 3/2, 1/2 with two planes, 7/4, 5/4, 3/4, 1/4 with three
-//   codes   4 x 16 x u32   word w, lane n, nibble j: group 8w + j: pattern id (3 bits) | r << 3. With one plane r is
-//                      the xor of the signs of the two pruned positions, with more the sign of the first one, with
-//                      rank 0 it is 0
-//   values  32 groups x {16 first kept, 16 second kept}   fp16, bf16, int8
-//           8 x 16 x u32   int4: word q, lane n, byte j: group 4q + j, first kept value in the low nibble
-//   scales  128 / group_size x 16 x bf16   only int8, int4 (a per-channel scale is repeated: group_size 128)
+//   signs   16 x u32, only with rank > 0
+//               Lane n, bit 31 - g: the sign of the second pruned position of group g (0 to 31).
+//   levels  2 (planes - 1) x 16 x u32, only with planes > 1
+//               Lane n has two fields of planes - 1 bits for each group, that of the first pruned
+//               position below. A word holds 16 or 8 groups, the first one lowest. A field says how
+//               many steps the factor of u v is below the largest: 3/2, 1/2 with two planes and
+//               7/4, 5/4, 3/4, 1/4 with three.
+//   codes   4 x 16 x u32
+//               Word w, lane n, nibble j is of group 8 w + j: the pattern id (3 bits) | r << 3.
+//               With one plane, r is the xor of the signs of the two pruned positions; with more,
+//               it is the sign of the first one; with rank 0 it is 0.
+//   values  32 groups x {16 first kept, 16 second kept}, for fp16, bf16 and int8
+//           8 x 16 x u32, for int4
+//               Word q, lane n, byte j is of group 4 q + j, the first kept value in the low nibble.
+//   scales  128 / group_size x 16 x bf16, only for int8 and int4
+//               A scale of a whole row is repeated; group_size is then 128.
 //
-// fp16 with signs: 9.25 bits a weight; a further plane is half a bit, as in the canonical form. Rows are padded to 16 and
-// inputs to 128 with zeros.
+// fp16 with signs takes 9.25 bits per weight; each further plane takes half a bit, as in the
+// canonical form. Rows are padded to 16 and inputs to 128 with zeros.
 #pragma once
 
 #include <cstdint>
@@ -24,14 +31,17 @@
 
 namespace slab {
 
-constexpr int kRows = 16;         // output rows of a block
-constexpr int kInputs = 128;      // inputs of a block
-constexpr int kMaxPlanes = 3;     // signs of a pruned entry
-constexpr int kTileTokens = 192;  // most tokens a call of `tile` takes: their fp32 sums (24 KB) live on its stack
+constexpr int kRows = 16;      // output rows of a block
+constexpr int kInputs = 128;   // inputs of a block
+constexpr int kMaxPlanes = 3;  // signs of a pruned entry
+// The most tokens that a call of `tile` takes. Their fp32 sums, 24 KB, live on its stack.
+constexpr int kTileTokens = 192;
 
 enum FloatType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 constexpr int64_t sign_bytes(int planes) { return planes ? 4 * kRows : 0; }
 constexpr int64_t level_bytes(int planes) { return planes > 1 ? 4 * kRows * 2 * (planes - 1) : 0; }
 constexpr int64_t code_bytes() { return 4 * 4 * kRows; }
@@ -75,7 +85,7 @@ struct CpuTokens {
 // One table per instruction set; ranges are half-open and disjoint ranges may run at the same time.
 struct CpuKernels {
   const char* name;
-  // n numbers of type -> float32, and back (round to nearest even)
+  // Turns n numbers of a type into float32.
   void (*widen)(const void* in, int type, float* out, int64_t n);
   void (*multiply)(const float* a, const float* b, float* out, int64_t n);
   // z = x Q for columns [32 * begin, 32 * end)
@@ -93,10 +103,12 @@ const CpuKernels* cpu_kernels_scalar();
 const CpuKernels* cpu_kernels_avx2();    // null when built without
 const CpuKernels* cpu_kernels_avx512();  // null when built without
 
-// What this build holds and this machine runs, best first; null after the last (at most 3).
+// The instruction sets that this build holds and this machine runs, best first; null after the last
+// of them, which are at most 3.
 const CpuKernels* cpu_kernels(int index);
 
-struct CpuPacked {  // the canonical packed tensors of one weight (see the format specification)
+// The canonical packed tensors of one weight, as the format specification lays them out.
+struct CpuPacked {
   int64_t out_features, in_features, padded_in;
   int values, group_size;  // group_size 0: one scale a row
   int planes;              // 0 without a low-rank term
@@ -105,7 +117,7 @@ struct CpuPacked {  // the canonical packed tensors of one weight (see the forma
   const uint8_t* signs;    // null without a low-rank term
   const uint16_t* scales;  // bf16, null for floating-point values
 };
-// Writes row blocks [begin, end) of the stream; returns the number of groups whose nibble is illegal.
+// Writes row blocks [begin, end) of the stream and returns how many groups have an illegal nibble.
 int64_t cpu_prepare(const CpuPacked& p, uint8_t* stream, int64_t begin, int64_t end);
 
 }  // namespace slab

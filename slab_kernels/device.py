@@ -12,7 +12,10 @@ from .errors import ArgumentError
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a GPU if there is one. Raises: ValueError for a device that this machine lacks."""
+    """The device of that name, where "auto" is a GPU if there is one.
+
+    Raises: ArgumentError for a device that is unknown, cannot compute, or is not on this machine.
+    """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,17 +24,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ArgumentError(f"device={device!r} is unknown; use 'auto', 'cpu' or 'cuda'") from error
     if resolved.type not in ("cpu", "cuda"):
         raise ArgumentError(
-            f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', 'cpu' or 'cuda'"
+            f"device={str(device)!r} holds no numbers that can be computed with here; use 'auto', "
+            "'cpu' or 'cuda'"
         )
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(
-            f"device={str(device)!r} is not on this machine (torch sees {torch.cuda.device_count()} GPUs); use device='cpu'"
+            f"device={str(device)!r} is not on this machine (torch sees "
+            f"{torch.cuda.device_count()} GPUs); use device='cpu'"
         )
     return resolved
 
 
 def local_device(device: str) -> str:
-    """ "auto" and "cuda" under torchrun: the GPU of this process, by LOCAL_RANK."""
+    """For "auto" and "cuda" under torchrun, the GPU of this process by LOCAL_RANK; else
+    `device`."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None or device not in ("auto", "cuda"):
         return device
@@ -42,7 +48,8 @@ def local_device(device: str) -> str:
 def usual_torch() -> Iterator[None]:
     """torch as it is after its import, so that a computation gives the same bytes wherever it runs.
 
-    The caller's inference mode, autocast, gradients, default device and default dtype are off.
+    The caller's inference mode, autocast, gradients, default device and default dtype do not apply
+    inside.
     """
     before = torch.get_default_dtype()
     with ExitStack() as stack:

@@ -1,26 +1,25 @@
-"""Every exception that this library raises, under one base, each with the exit code of the command line.
+"""Every exception that this library raises, under one base, each with its exit code.
 
-Nothing here needs torch, so that a program can name an exception before it loads anything. Each class
-also derives from the built-in exception that Python programmers expect for its kind.
+Nothing here needs torch, so that a program can name an exception before it loads anything. Each
+class also derives from the built-in exception that Python programmers expect for its kind.
 """
 
 from __future__ import annotations
 
-# The exit codes of `slab-kernels`. A kill by SIGINT or SIGTERM ends with 128 plus the signal's number.
-DONE, BUG, BAD_INPUT, BAD_FILE, CANNOT_RUN, NO_SPACE, INTERRUPTED, TERMINATED = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    130,
-    143,
-)
+# The exit codes of `slab-kernels`. A kill by SIGINT or SIGTERM ends with 128 plus the signal's
+# number.
+DONE = 0
+BUG = 1
+BAD_INPUT = 2
+BAD_FILE = 3
+CANNOT_RUN = 4
+NO_SPACE = 5
+INTERRUPTED = 130
+TERMINATED = 143
 
 
 class SlabError(Exception):
-    """The base of every exception of this library. `exit_code` is what the command line ends with."""
+    """The base of every exception of this library; `exit_code` is that of the command line."""
 
     exit_code = BAD_INPUT
 
@@ -37,6 +36,12 @@ class UnknownModuleError(SlabError, KeyError):
     """A module of that name is not in the model."""
 
     __str__ = Exception.__str__  # KeyError would put the sentence in quotes
+
+
+class MissingPackageError(SlabError, ImportError):
+    """An optional package is needed and cannot be imported."""
+
+    exit_code = CANNOT_RUN
 
 
 class UnsupportedError(SlabError, NotImplementedError):
@@ -149,7 +154,7 @@ class ConfigError(SlabError, ValueError):
 
 
 class CudaError(SlabError, RuntimeError):
-    """The CUDA driver refused a call; the message names the call, the error and what was asked for."""
+    """The CUDA driver refused a call; the message names the call, the error and what it was for."""
 
     exit_code = BUG
 

@@ -173,7 +173,7 @@ def register_linear_op(
         ctx.sizes = inputs[bias + 1 :]
 
     def backward(ctx, grad):
-        grads = [None] * (bias + 1 + len(ctx.sizes))
+        grads: list[Tensor | None] = [None] * (bias + 1 + len(ctx.sizes))
         if ctx.needs_input_grad[0]:
             with _without_autocast(grad):
                 grad_x = input_gradient(grad, *ctx.saved_tensors, *ctx.sizes)

@@ -11,7 +11,8 @@ from .errors import ArgumentError
 def expanded(path: str | os.PathLike) -> Path:
     """`path` with a leading ~ or ~user as that home folder.
 
-    Raises: ValueError where there is no such home folder, for an empty path, or what is no path.
+    Raises: ArgumentError where there is no such home folder, and for an empty path or no path at
+    all.
     """
     if path == "":
         raise ArgumentError("a path is empty; give the name of a file or a folder")

@@ -100,7 +100,8 @@ def _figure(number: float) -> str:
     """Ends of the machine's integers as powers of two, since nobody reads their digits."""
     if abs(number) <= 1 << 31:
         return f"{number:,}"
-    return f"2**{number.bit_length()} - 1" if number > 0 else f"-2**{number.bit_length() - 1}"
+    bits = int(number).bit_length()
+    return f"2**{bits} - 1" if number > 0 else f"-2**{bits - 1}"
 
 
 def setting(
@@ -130,5 +131,5 @@ def enforce(settings: Any, error: type[ValueError] = ArgumentError, of: str = ""
 
 
 # Used by more than one dataclass. The ends of a seed are those of torch's generators.
-SEED = {"meaning": "which windows of text are drawn", "low": -(1 << 63), "high": (1 << 63) - 1}
-WINDOW = {"meaning": "tokens in a window", "low": 2}
+SEED: dict[str, Any] = {"meaning": "which windows of text are drawn", "low": -(1 << 63), "high": (1 << 63) - 1}
+WINDOW: dict[str, Any] = {"meaning": "tokens in a window", "low": 2}

@@ -32,6 +32,13 @@ def visible(text: str, keep: str = "") -> str:
     )
 
 
+def clock(seconds: float) -> str:
+    """A length of time as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of another library says, as a part of a sentence: its first line, no longer
     than MOST characters, with unsafe characters as escapes."""

@@ -5,7 +5,9 @@ its tag promises.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,11 +95,35 @@ def test_failing_compiler_is_quoted(recipe, monkeypatch, tmp_path, capsys):
     assert "false -std=c++17" in capsys.readouterr().err
 
 
-def test_every_source_is_listed_in_both_builds(recipe):
+def test_every_source_is_listed(recipe):
     sources = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert sources == set(recipe.SOURCES)
-    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert all(f"csrc/{source}" in cmake for source in sources)
+    assert sources == set(recipe.BUILD["sources"])
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_cmake_compiles_with_the_same_flags(recipe, tmp_path):
+    """Both read csrc/sources.json; CMake adds its own flags before."""
+    command = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads((tmp_path / "compile_commands.json").read_text(encoding="utf-8"))
+    theirs = {entry["file"]: shlex.split(entry["command"]) for entry in entries}
+    torch = recipe.find_torch()
+    for source in recipe.BUILD["sources"]:
+        _, *ours = recipe.compile_command(["c++"], source, torch)
+        mapping = next(flag for flag in ours if flag.startswith("-ffile-prefix-map="))
+        flags = [
+            flag for flag in ours[:-2] if flag != mapping
+        ]  # the last two are -c and the source
+        command = theirs[ours[-1]]
+        assert [flag for flag in command if flag in flags][-len(flags) :] == flags
 
 
 @pytest.mark.skipif(cpu.missing_library() is not None, reason="no native library")

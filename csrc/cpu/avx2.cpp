@@ -1,5 +1,6 @@
-// AVX2 with FMA and F16C: 8 lanes, two strips a row block. A table has 8 entries, so the four activations of a group
-// and their products with v are looked up one by one and signs are flipped bit by bit.
+// AVX2 with FMA and F16C: 8 lanes, so two strips per row block. A table has 8 entries, so the four
+// activations of a group and their products with v are looked up one by one, and their signs are
+// flipped afterwards.
 #include "../launch.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -12,7 +13,8 @@ namespace {
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 6;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4,
+                       kLookupTokens = 4, kTokens = 6;
   static constexpr int kUnrollRank = 1;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -22,20 +24,25 @@ struct Avx2 {
   static SLAB_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static SLAB_INLINE F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static SLAB_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm256_loadu_si256((const __m256i*)p); }
+  static SLAB_INLINE I load_words(const uint8_t* p) {
+    return (I)_mm256_loadu_si256((const __m256i*)p);
+  }
 
   template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
     if constexpr (kValues == kFp16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
     if constexpr (kValues == kBf16)
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
-    if constexpr (kValues == kInt8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+      return _mm256_castsi256_ps(
+          _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    if constexpr (kValues == kInt8)
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
   static SLAB_INLINE F from_int4(I word, int shift) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32((__m256i)(word << (28 - shift)), 28));
   }
 
-  // Entry id of a table answers pattern id; a lookup reads the low 3 bits of its index, so r does not disturb it.
+  // Entry id of a table answers pattern id. A lookup reads the low 3 bits of its index, so r, which
+  // is bit 3, does not disturb it.
   struct Pair {
     F first, second;
   };
@@ -45,8 +52,12 @@ struct Avx2 {
     return {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0)),
             _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0))};
   }
-  static SLAB_INLINE F first(const Kept& t, I code) { return _mm256_permutevar8x32_ps(t.first, (__m256i)code); }
-  static SLAB_INLINE F second(const Kept& t, I code) { return _mm256_permutevar8x32_ps(t.second, (__m256i)code); }
+  static SLAB_INLINE F first(const Kept& t, I code) {
+    return _mm256_permutevar8x32_ps(t.first, (__m256i)code);
+  }
+  static SLAB_INLINE F second(const Kept& t, I code) {
+    return _mm256_permutevar8x32_ps(t.second, (__m256i)code);
+  }
 
   using Pruned = Pair;
   static SLAB_INLINE Pruned pruned_table(const float* xv) {
@@ -62,23 +73,28 @@ struct Avx2 {
     return signed_by(_mm256_add_ps(second(t, code), one), flip);
   }
 
-  // For several planes the two pruned positions are apart anyway, and the caller applies r.
+  // For several planes the two pruned positions are looked up apart anyway, and the caller applies
+  // r.
   static constexpr bool kSignedTable = false;
   using Apart = Pair;
   static SLAB_INLINE Apart apart_table(const float* xv) { return pruned_table(xv); }
-  // |factors| of the two pruned positions from the fields of `levels`: vpermilps reads the low 2 bits.
+  // The magnitudes of the two pruned positions' factors, from the fields of `levels`. vpermilps
+  // reads the low 2 bits.
   template <int kPlanes>
   static SLAB_INLINE Pair sizes(I level) {
     if constexpr (kPlanes == 2) {
       const F first = _mm256_setr_ps(1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f, 1.5f, 0.5f);
       const F second = _mm256_setr_ps(1.5f, 1.5f, 0.5f, 0.5f, 1.5f, 1.5f, 0.5f, 0.5f);
-      return {_mm256_permutevar_ps(first, (__m256i)level), _mm256_permutevar_ps(second, (__m256i)level)};
+      return {_mm256_permutevar_ps(first, (__m256i)level),
+              _mm256_permutevar_ps(second, (__m256i)level)};
     }
     const F table = _mm256_setr_ps(1.75f, 1.25f, 0.75f, 0.25f, 1.75f, 1.25f, 0.75f, 0.25f);
-    return {_mm256_permutevar_ps(table, (__m256i)level), _mm256_permutevar_ps(table, (__m256i)(level >> 2))};
+    return {_mm256_permutevar_ps(table, (__m256i)level),
+            _mm256_permutevar_ps(table, (__m256i)(level >> 2))};
   }
 
-  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
+  // first pruned one.
   static SLAB_INLINE I places(I code) {
     const __m256i table = _mm256_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
     return (I)_mm256_permutevar8x32_epi32(table, (__m256i)code);
@@ -88,13 +104,15 @@ struct Avx2 {
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i*)p,
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
     const I bits = (I)_mm256_castps_si256(v);
     const F round = _mm256_castsi256_ps((__m256i)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16));
     const F quiet = _mm256_castsi256_ps((__m256i)((bits >> 16) | 0x40u));
-    const __m256i out = _mm256_castps_si256(_mm256_blendv_ps(round, quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    const __m256i out =
+        _mm256_castps_si256(_mm256_blendv_ps(round, quiet, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
     const __m128i low = _mm256_castsi256_si128(out), high = _mm256_extracti128_si256(out, 1);
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
   }

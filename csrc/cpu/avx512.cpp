@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL): 16 lanes, one zmm is a row block; the three tables of a group are one zmm each.
+// AVX-512 (F, BW, DQ, VL): 16 lanes, so one zmm is a row block. Each of a group's three tables is
+// one zmm.
 #include "../launch.h"
 
 #if defined(__AVX512F__)
@@ -11,7 +12,8 @@ namespace {
 
 struct Avx512 {
   static constexpr const char* kName = "avx512";
-  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kPairRank = 2, kLookupTokens = 4, kTokens = 12;
+  static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kPairRank = 2,
+                       kLookupTokens = 4, kTokens = 12;
   static constexpr int kUnrollRank = 2;
   using F = __m512;
   typedef uint32_t I __attribute__((vector_size(64)));
@@ -27,39 +29,53 @@ struct Avx512 {
   static SLAB_INLINE F load_values(const uint8_t* p) {
     if constexpr (kValues == kFp16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
     if constexpr (kValues == kBf16)
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-    if constexpr (kValues == kInt8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+      return _mm512_castsi512_ps(
+          _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+    if constexpr (kValues == kInt8)
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
   static SLAB_INLINE F from_int4(I word, int shift) {
     const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     return _mm512_permutexvar_ps((__m512i)(word >> shift), table);
   }
 
-  // Lane c of a table answers code c: pattern id c & 7 (6 and 7 do not occur), r = c >> 3.
+  // Lane c of a table answers code c, which is pattern id c & 7 (6 and 7 do not occur) and r = c >>
+  // 3.
   struct Kept {
     F first, second;
   };
   static SLAB_INLINE Kept kept_table(const float* x) {
     const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
-    return {_mm512_permutevar_ps(four, _mm512_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, 1, 1, 2, 0, 0)),
-            _mm512_permutevar_ps(four, _mm512_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0, 1, 2, 3, 2, 3, 3, 0, 0))};
+    return {_mm512_permutevar_ps(four,
+                                 _mm512_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, 1, 1, 2, 0, 0)),
+            _mm512_permutevar_ps(
+                four, _mm512_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0, 1, 2, 3, 2, 3, 3, 0, 0))};
   }
-  static SLAB_INLINE F first(const Kept& t, I code) { return _mm512_permutexvar_ps((__m512i)code, t.first); }
-  static SLAB_INLINE F second(const Kept& t, I code) { return _mm512_permutexvar_ps((__m512i)code, t.second); }
+  static SLAB_INLINE F first(const Kept& t, I code) {
+    return _mm512_permutexvar_ps((__m512i)code, t.first);
+  }
+  static SLAB_INLINE F second(const Kept& t, I code) {
+    return _mm512_permutexvar_ps((__m512i)code, t.second);
+  }
 
   static SLAB_INLINE F signed_by(F v, I bits) {
     const __m512i word = _mm512_castps_si512(v), top = _mm512_set1_epi32(INT32_MIN);
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(word, (__m512i)bits, top, 0x78));  // a ^ (b & c)
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(word, (__m512i)bits, top, 0x78));  // a ^ (b & c)
   }
 
-  // The two pruned positions, the first one negated where r is set: apart for several planes, added up for one.
+  // The two pruned positions, the first one negated where r is set. For several planes they are
+  // apart, for one they are added up.
   static constexpr bool kSignedTable = true;
   using Apart = Kept;
   static SLAB_INLINE Apart apart_table(const float* xv) {
     const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(xv));
-    const F one = _mm512_permutevar_ps(four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
-    const F two = _mm512_permutevar_ps(four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
-    const F minus = _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    const F one = _mm512_permutevar_ps(
+        four, _mm512_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0, 2, 1, 1, 0, 0, 0, 0, 0));
+    const F two = _mm512_permutevar_ps(
+        four, _mm512_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0, 3, 3, 2, 3, 2, 1, 0, 0));
+    const F minus = _mm512_setr_ps(0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f,
+                                   -0.0f, -0.0f);
     return {_mm512_xor_ps(one, minus), two};
   }
   using Pruned = F;
@@ -71,37 +87,43 @@ struct Avx512 {
     return signed_by(_mm512_permutexvar_ps((__m512i)code, t), flip);
   }
 
-  // |factors| of the two pruned positions from the fields of `levels`; what stands above them is not read.
+  // The magnitudes of the two pruned positions' factors, from the fields of `levels`; what stands
+  // above the fields is not read.
   template <int kPlanes>
   static SLAB_INLINE Kept sizes(I level) {
     const __m512i at = (__m512i)level;
     if constexpr (kPlanes == 2)
       return {_mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 0.5f, 1.5f, 0.5f), at),
               _mm512_permutevar_ps(_mm512_setr4_ps(1.5f, 1.5f, 0.5f, 0.5f), at)};
-    const F high = _mm512_setr_ps(1.75f, 1.75f, 1.75f, 1.75f, 1.25f, 1.25f, 1.25f, 1.25f, 0.75f, 0.75f, 0.75f, 0.75f,
-                                  0.25f, 0.25f, 0.25f, 0.25f);
-    return {_mm512_permutevar_ps(_mm512_setr4_ps(1.75f, 1.25f, 0.75f, 0.25f), at), _mm512_permutexvar_ps(at, high)};
+    const F high = _mm512_setr_ps(1.75f, 1.75f, 1.75f, 1.75f, 1.25f, 1.25f, 1.25f, 1.25f, 0.75f,
+                                  0.75f, 0.75f, 0.75f, 0.25f, 0.25f, 0.25f, 0.25f);
+    return {_mm512_permutevar_ps(_mm512_setr4_ps(1.75f, 1.25f, 0.75f, 0.25f), at),
+            _mm512_permutexvar_ps(at, high)};
   }
 
-  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
+  // first pruned one.
   static SLAB_INLINE I places(I code) {
     return (I)_mm512_permutexvar_epi32(
-        (__m512i)code, _mm512_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0, 0x421, 0x241, 0x281, 0x142,
-                                         0x182, 0x184, 0, 0));
+        (__m512i)code, _mm512_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0, 0x421,
+                                         0x241, 0x281, 0x142, 0x182, 0x184, 0, 0));
   }
   static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
-    return _mm512_mask_mov_ps(no, _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(1 << bit)), yes);
+    return _mm512_mask_mov_ps(
+        no, _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(1 << bit)), yes);
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
     const I bits = (I)_mm512_castps_si512(v);
     const __m512i round = (__m512i)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
     const __m512i quiet = (__m512i)((bits >> 16) | 0x40u);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(round, nan, quiet)));
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(round, nan, quiet)));
   }
 };
 

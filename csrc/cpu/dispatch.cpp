@@ -1,5 +1,5 @@
-// Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID and checks that the operating system
-// saves the registers.
+// Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID, and checks that the
+// operating system saves the registers.
 #include "../launch.h"
 
 namespace slab {
@@ -9,8 +9,9 @@ const CpuKernels* cpu_kernels(int index) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (cpu_kernels_avx512() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (cpu_kernels_avx512() && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     found[count++] = cpu_kernels_avx512();
   if (cpu_kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))

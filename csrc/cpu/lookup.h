@@ -1,14 +1,14 @@
 // Few tokens: y = W x without rebuilding W.
 //
 // The 4 inputs of a group give three tables, x[first kept], x[second kept] and v x[pruned 1] +- v
-// x[pruned 0], indexed by the 4-bit code of a lane: a group of 16 rows (64 weights) costs 3 lookups,
-// 2 FMAs and one sign flip. u multiplies once, at the end. Several row blocks share the tables of a
-// group, two tokens share the decoded codes and values.
+// x[pruned 0], indexed by the 4-bit code of a lane: a group of 16 rows (64 weights) costs 3
+// lookups, 2 FMAs and one sign flip. u multiplies once, at the end. Several row blocks share the
+// tables of a group, two tokens share the decoded codes and values.
 //
 // With several planes the two pruned positions are looked up apart and each is multiplied by its
-// signed factor: one more lookup and FMA per token, and a lookup for each factor, whatever the number
-// of planes. (One lookup and addition per plane would need as many with two planes and half as many
-// again with three, and tokens would share nothing of it.)
+// signed factor: one more lookup and FMA per token, and a lookup for each factor, whatever the
+// number of planes. (One lookup and addition per plane would need as many with two planes and half
+// as many again with three, and tokens would share nothing of it.)
 #pragma once
 
 #include "stream.h"
@@ -16,15 +16,16 @@
 namespace slab {
 namespace {
 
-// Prefetch distance along a row block, bytes: two blocks of fp16. 2048, 4096 and 8192 are equally good
-// within noise.
+// Prefetch distance along a row block, bytes: two blocks of fp16. 2048, 4096 and 8192 are equally
+// good within noise.
 constexpr int kPrefetchAhead = 4096;
 
 static SLAB_INLINE void prefetch(const uint8_t* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
 }
 
-// y of kTokens tokens and kBlocks row blocks. kPlanes is 0 if kRank is. A strip is a vector of rows.
+// y of kTokens tokens and kBlocks row blocks. kPlanes is 0 if kRank is. A strip is a vector of
+// rows.
 template <class V, ValueType kValues, int kRank, int kPlanes, int kTokens, int kBlocks>
 struct LookupBlocks {
   using F = typename V::F;
@@ -72,8 +73,7 @@ struct LookupBlocks {
     }
     SLAB_INLINE void load_four(int quarter) {
       if constexpr (kValues == kInt4)
-        for (int s = 0; s < kStrips; ++s)
-          nibbles[s] = V::load_words(at[s].values + 64 * quarter);
+        for (int s = 0; s < kStrips; ++s) nibbles[s] = V::load_words(at[s].values + 64 * quarter);
     }
     // The values of group g; the words of a strip still hold `behind` groups before it.
     SLAB_INLINE void load_values(int s, int g, int behind, F& first, F& second) const {

@@ -1,4 +1,5 @@
-// Plain C++ with the compiler's vector extension: any architecture. Lane n is an output row, as everywhere.
+// Plain C++ with the compiler's vector extension, for any architecture. Lane n is an output row, as
+// everywhere.
 #include "kernel.h"
 
 namespace slab {
@@ -6,7 +7,8 @@ namespace {
 
 struct Scalar {
   static constexpr const char* kName = "scalar";
-  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4, kLookupTokens = 4, kTokens = 4;
+  static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4,
+                       kLookupTokens = 4, kTokens = 4;
   static constexpr int kUnrollRank = -1;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -26,7 +28,9 @@ struct Scalar {
     std::memcpy(&v, p, sizeof(v));
     return v;
   }
-  static SLAB_INLINE F select(S mask, F yes, F no) { return (F)((mask & (S)yes) | (~mask & (S)no)); }
+  static SLAB_INLINE F select(S mask, F yes, F no) {
+    return (F)((mask & (S)yes) | (~mask & (S)no));
+  }
 
   template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
@@ -45,7 +49,8 @@ struct Scalar {
       return from_fp16(raw);
     }
   }
-  // Exact, subnormals included, without subnormal arithmetic (the program may flush them).
+  // This is exact, for subnormals too, and uses no subnormal arithmetic, which the program may
+  // flush.
   static SLAB_INLINE F from_fp16(I h) {
     const I w = (h & 0x7FFFu) << 16;
     const F normal = (F)((w >> 3) + (0x70u << 23));
@@ -78,20 +83,23 @@ struct Scalar {
 
   using Pruned = Table;
   static SLAB_INLINE Pruned pruned_table(const float* x) {
-    return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0, x[3] - x[2],
-             x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
+    return {{x[3] + x[2], x[3] + x[1], x[2] + x[1], x[3] + x[0], x[2] + x[0], x[1] + x[0], 0, 0,
+             x[3] - x[2], x[3] - x[1], x[2] - x[1], x[3] - x[0], x[2] - x[0], x[1] - x[0], 0, 0}};
   }
-  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) { return signed_by(answer(t, code), flip); }
+  static SLAB_INLINE F pruned(const Pruned& t, I code, I flip) {
+    return signed_by(answer(t, code), flip);
+  }
   static SLAB_INLINE F signed_by(F v, I bits) { return (F)((I)v ^ (bits & 0x80000000u)); }
 
-  // For several planes: the two pruned positions apart, the first one negated where r is set.
+  // For several planes the two pruned positions are apart, the first one negated where r is set.
   static constexpr bool kSignedTable = true;
   using Apart = Kept;
   static SLAB_INLINE Apart apart_table(const float* x) {
-    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0, 0}},
+    return {{{x[2], x[1], x[1], x[0], x[0], x[0], 0, 0, -x[2], -x[1], -x[1], -x[0], -x[0], -x[0], 0,
+              0}},
             {{x[3], x[3], x[2], x[3], x[2], x[1], 0, 0, x[3], x[3], x[2], x[3], x[2], x[1], 0, 0}}};
   }
-  // |factors| of the two pruned positions from the fields of `levels`.
+  // The magnitudes of the two pruned positions' factors, from the fields of `levels`.
   struct Pair {
     F first, second;
   };
@@ -103,14 +111,17 @@ struct Scalar {
             largest - step * __builtin_convertvector((S)(level >> (kPlanes - 1) & mask), F)};
   }
 
-  // bits 0..3: the first kept position is k, 4..7: the second kept one, 8..11: the first pruned one
+  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
+  // first pruned one.
   static SLAB_INLINE I places(I code) {
     static constexpr uint32_t table[8] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
     I at;
     for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 7u];
     return at;
   }
-  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) { return select((S)(bits << (31 - bit)) >> 31, yes, no); }
+  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
+    return select((S)(bits << (31 - bit)) >> 31, yes, no);
+  }
 
   static SLAB_INLINE void store_bf16(uint16_t* p, F v) {
     const I bits = (I)v;
@@ -120,7 +131,8 @@ struct Scalar {
   }
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {
     const I bits = (I)v, size = bits & 0x7FFFFFFFu;
-    // adding 2^(e + 13) in fp32 rounds to 10 bits, to nearest even; below the normal range the addend is fixed
+    // Adding 2^(e + 13) in fp32 rounds to 10 bits, to nearest even. Below the normal range the
+    // addend is fixed.
     const I normal = (size + 0xC8000FFFu + ((size >> 13) & 1u)) >> 13;
     const I small = (I)((F)size + 0.5f) - (126u << 23);
     I out = (I)select((S)(size < 0x38800000u), (F)small, (F)normal);

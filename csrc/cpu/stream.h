@@ -1,7 +1,8 @@
-// Reading the stream of launch.h, and numbers in and out, over a vector type V of one instruction set.
+// Reads the stream of launch.h, and numbers in and out, over a vector type V of one instruction
+// set.
 //
-// No standard library templates in these headers: an inline function compiled with AVX-512 flags could be the copy the
-// linker keeps for everyone.
+// These headers use no templates of the standard library: an inline function that was compiled with
+// AVX-512 flags could be the copy that the linker keeps for everyone.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct Stream {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
 
-  struct Block {  // one strip of one block
+  // Where the parts of one strip of one block begin.
+  struct Block {
     const uint8_t *signs, *levels, *codes, *values, *scales;
   };
   static SLAB_INLINE Block block_at(const uint8_t* block, int strip, int values, int planes) {
@@ -37,8 +39,8 @@ struct Stream {
     return b;
   }
 
-  // The words of one strip that several groups share, the next group at the end that `drop` takes from: the lowest bits,
-  // of signs the highest. kPlanes is 0 with rank 0.
+  // The words of one strip, which several groups share. The next group is where `drop` takes from:
+  // in the lowest bits, and of `signs` in the highest one. kPlanes is 0 with rank 0.
   template <int kPlanes>
   struct Words {
     static constexpr int kLevelBits = kPlanes > 1 ? 2 * (kPlanes - 1) : 32;  // of a group
@@ -47,10 +49,12 @@ struct Stream {
     SLAB_INLINE void start(const Block& b) {
       if constexpr (kPlanes > 0) signs = V::load_words(b.signs);
     }
-    SLAB_INLINE void load_eight(const Block& b, int word) {  // from group 8 * word on
+    // Loads the words of the eight groups from 8 * word on.
+    SLAB_INLINE void load_eight(const Block& b, int word) {
       codes = V::load_words(b.codes + 64 * word);
       if constexpr (kPlanes > 1)
-        if (8 * word * kLevelBits % 32 == 0) levels = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
+        if (8 * word * kLevelBits % 32 == 0)
+          levels = V::load_words(b.levels + 64 * (8 * word * kLevelBits / 32));
     }
     SLAB_INLINE void drop(int groups) {
       codes = codes >> (4 * groups);
@@ -97,11 +101,13 @@ struct Stream {
       std::memcpy(out + 2 * i, lanes, size_t(left) * 2);
     }
   }
-  // Not inline: it would be in every instance of the products, a fifth of their code.
-  static __attribute__((noinline)) void store_rows(const CpuWeight& w, const CpuTokens& t, int64_t token, int64_t rb,
-                                                   const float* rows) {
+  // This is not inline, because it would be a fifth of the code of every instance of the products.
+  static __attribute__((noinline)) void store_rows(const CpuWeight& w, const CpuTokens& t,
+                                                   int64_t token, int64_t rb, const float* rows) {
     const int64_t left = w.out_features - rb * kRows, n = left < kRows ? left : kRows;
-    narrow(rows, t.y_type, static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4), n);
+    narrow(rows, t.y_type,
+           static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4),
+           n);
   }
   static void widen(const void* in, int type, float* out, int64_t n) {
     const uint8_t* const from = static_cast<const uint8_t*>(in);
@@ -114,7 +120,8 @@ struct Stream {
       float wide[kLanes];
       const int64_t left = n - i < kLanes ? n - i : kLanes;
       std::memcpy(raw, from + 2 * i, size_t(left) * 2);
-      V::store(wide, type == kFloat16 ? V::template load_values<kFp16>(raw) : V::template load_values<kBf16>(raw));
+      V::store(wide, type == kFloat16 ? V::template load_values<kFp16>(raw)
+                                      : V::template load_values<kBf16>(raw));
       std::memcpy(out + i, wide, size_t(left) * 4);
     }
   }

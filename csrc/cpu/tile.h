@@ -1,6 +1,6 @@
-// More tokens: 128 inputs x 32 rows are rebuilt in fp32 in L1 (a select between the kept value and u v c) and
-// multiplied with every token before the next tile. The adapter runs through the same product: Q as the weight of z = x
-// Q, P as further inputs of y.
+// More tokens: 128 inputs x 32 rows are rebuilt in fp32, which stay in L1, and multiplied with
+// every token before the next tile. An entry is either a kept value or u v times its sign or level.
+// The adapter goes through the same product: Q is the weight of z = x Q, P are further inputs of y.
 #pragma once
 
 #include "stream.h"
@@ -17,8 +17,8 @@ struct Tile {
   static constexpr int kLanes = V::kLanes;
   static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
 
-  // u v^T of one group in one strip, added up over the ranks. u0 is u of the first rank; the others are
-  // read at u. v is that of the group's inputs, a rank `padded` apart.
+  // u v^T of one group in one strip, added up over the ranks. u0 is u of the first rank; the others
+  // are read at u. v is that of the group's inputs, a rank `padded` apart.
   template <int kRank>
   static SLAB_INLINE void low_rank(F (&out)[kGroup], F u0, const float* u, const float* v,
                                    int64_t rank, int64_t padded) {
@@ -63,7 +63,7 @@ struct Tile {
     }
   }
 
-  // 16 rows x 128 inputs -> tile[k][kTileRows], the row block's lanes starting at tile[0]. kRank is 0, 1,
+  // Rebuilds 16 rows x 128 inputs as tile[k][kTileRows], from lane 0 of the tile on. kRank is 0, 1,
   // or 2 for any rank from 2 on; kPlanes is 0 if kRank is.
   template <ValueType kValues, int kRank, int kPlanes>
   static void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
@@ -103,7 +103,8 @@ struct Tile {
   }
   template <ValueType kValues, int kPlanes>
   static void rebuild_planes(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
-    w.rank == 1 ? rebuild_ranked<kValues, 1, kPlanes>(w, rb, kb, tile) : rebuild_ranked<kValues, 2, kPlanes>(w, rb, kb, tile);
+    w.rank == 1 ? rebuild_ranked<kValues, 1, kPlanes>(w, rb, kb, tile)
+                : rebuild_ranked<kValues, 2, kPlanes>(w, rb, kb, tile);
   }
   template <ValueType kValues>
   static void rebuild(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
@@ -125,7 +126,8 @@ struct Tile {
 
   // y[kTokens][kTileRows] += x[kTokens][length] tile[length][kTileRows]
   template <int kTokens>
-  static void multiply_tokens(const float* tile, int64_t length, const float* x, int64_t x_stride, float* y) {
+  static void multiply_tokens(const float* tile, int64_t length, const float* x, int64_t x_stride,
+                              float* y) {
     for (int c = 0; c < kTileRows; c += 2 * kLanes) {
       F acc[kTokens][2];
 #pragma GCC unroll 16
@@ -134,7 +136,8 @@ struct Tile {
         acc[i][1] = V::load(y + i * kTileRows + c + kLanes);
       }
       for (int64_t k = 0; k < length; ++k) {
-        const F a = V::load(tile + k * kTileRows + c), b = V::load(tile + k * kTileRows + c + kLanes);
+        const F a = V::load(tile + k * kTileRows + c),
+                b = V::load(tile + k * kTileRows + c + kLanes);
 #pragma GCC unroll 16
         for (int i = 0; i < kTokens; ++i) {
           const F xk = V::broadcast(x + i * x_stride + k);
@@ -150,8 +153,8 @@ struct Tile {
     }
   }
   template <int kTokens>
-  static void multiply_rest(const float* tile, int64_t length, const float* x, int64_t x_stride, int64_t tokens,
-                            float* y) {
+  static void multiply_rest(const float* tile, int64_t length, const float* x, int64_t x_stride,
+                            int64_t tokens, float* y) {
     if constexpr (kTokens > 0) {
       if (tokens == kTokens)
         multiply_tokens<kTokens>(tile, length, x, x_stride, y);
@@ -159,19 +162,20 @@ struct Tile {
         multiply_rest<kTokens - 1>(tile, length, x, x_stride, tokens, y);
     }
   }
-  static void multiply_tile(const float* tile, int64_t length, const float* x, int64_t x_stride, int64_t tokens,
-                            float* y) {
+  static void multiply_tile(const float* tile, int64_t length, const float* x, int64_t x_stride,
+                            int64_t tokens, float* y) {
     constexpr int kTokens = V::kTokens;
     for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * x_stride, y += kTokens * kTileRows)
       multiply_tokens<kTokens>(tile, length, x, x_stride, y);
     multiply_rest<kTokens - 1>(tile, length, x, x_stride, tokens, y);
   }
 
-  // rows [0, length) of a [..][16] panel -> half of a tile
+  // Copies rows [0, length) of a panel [..][16] into half of a tile.
   static void panel_tile(const void* data, bool half, int64_t at, int64_t length, float* tile) {
     for (int64_t k = 0; k < length; ++k)
       for (int h = 0; h < kStrips; ++h)
-        V::store(tile + k * kTileRows + h * kLanes, Stream<V>::panel(data, half, at + k * kRows + h * kLanes));
+        V::store(tile + k * kTileRows + h * kLanes,
+                 Stream<V>::panel(data, half, at + k * kRows + h * kLanes));
   }
 
   static void adapter_in(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
@@ -184,12 +188,13 @@ struct Tile {
         std::memset(y, 0, sizeof(y));
         for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
           for (int half = 0; half < 2; ++half)
-            panel_tile(w.q, w.adapter_half, ((2 * c + half) * padded + kb * kInputs) * kRows, kInputs,
-                       tile + half * kRows);
+            panel_tile(w.q, w.adapter_half, ((2 * c + half) * padded + kb * kInputs) * kRows,
+                       kInputs, tile + half * kRows);
           multiply_tile(tile, kInputs, t.x + token * padded + kb * kInputs, padded, tokens, y);
         }
         for (int64_t i = 0; i < tokens; ++i)
-          std::memcpy(t.z + (token + i) * w.adapter_padded + c * kTileRows, y + i * kTileRows, 4 * kTileRows);
+          std::memcpy(t.z + (token + i) * w.adapter_padded + c * kTileRows, y + i * kTileRows,
+                      4 * kTileRows);
       }
   }
 
@@ -208,7 +213,8 @@ struct Tile {
       for (int64_t j = 0; j < w.adapter_rank; j += kInputs) {
         const int64_t left = w.adapter_rank - j, length = left < kInputs ? left : kInputs;
         for (int half = 0; half < both; ++half)
-          panel_tile(w.p, w.adapter_half, ((rb + half) * w.adapter_rank + j) * kRows, length, tile + half * kRows);
+          panel_tile(w.p, w.adapter_half, ((rb + half) * w.adapter_rank + j) * kRows, length,
+                     tile + half * kRows);
         multiply_tile(tile, length, t.z + j, w.adapter_padded, t.count, y);
       }
       for (int64_t i = 0; i < t.count; ++i)
@@ -233,7 +239,8 @@ struct Tile {
         for (int64_t n = 0; n < kRows && n < rows; ++n) {
           for (int k = 0; k < kInputs; ++k) row[k] = tile[k * kTileRows + n];
           Stream<V>::narrow(row, out_type,
-                            static_cast<uint8_t*>(out) + ((rb * kRows + n) * w.in_features + kb * kInputs) * bytes,
+                            static_cast<uint8_t*>(out) +
+                                ((rb * kRows + n) * w.in_features + kb * kInputs) * bytes,
                             columns < kInputs ? columns : kInputs);
         }
       }

@@ -1,5 +1,5 @@
-// The producer: what a warp copies from global memory into a stage of the ring, 16 bytes a lane at a
-// time and asynchronously (cp.async). Copies are predicated, never branched around.
+// The producer: what a warp copies from global memory into a stage of the ring, 16 bytes a lane at
+// a time and asynchronously (cp.async). Copies are predicated, never branched around.
 #pragma once
 
 #include "warp.cuh"

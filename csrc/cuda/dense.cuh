@@ -1,11 +1,13 @@
-// W[rows, K] = S + sum_r (u_r v_r^T) * B from the stream, in the activations' type: for cuBLAS, where so many tokens share
-// a weight that rebuilding it once is cheaper than two sparse products. The adapter is not in it. p describes one part of the
-// weight, or some of its row blocks: `out_features` rows, in memory a multiple of 8 inputs apart (`dense_pitch`).
+// W[rows, K] = S + sum_r (u_r v_r^T) * B from the stream, in the activations' type, for cuBLAS:
+// where very many tokens share a weight, rebuilding it once is cheaper than two sparse products.
+// The adapter is not in it. `params` describes one part of the weight, or some of its row blocks:
+// `out_features` rows, which lie a multiple of 8 inputs apart in memory (`dense_pitch`).
 //
-// A warp rebuilds one block (16 rows x 128 inputs). Register i = 2 c + h of a lane is the kept pair of ONE group: row
-// g + 8 h, group 8 step + 4 c + t; its nibble lies with lane 4 g + 2 (step % 2) + c. A group is put into place by four PRMT
-// whose selectors a table gives by the nibble: entry by entry, by comparisons, rebuilding 28672 x 4096 took an H100 225 us
-// instead of 131.
+// A warp rebuilds one block of 16 rows x 128 inputs. Register i = 2 c + h of a lane is the kept
+// pair of ONE group, row g + 8 h and group 8 step + 4 c + t; the group's nibble lies with lane 4 g
+// + 2 (step % 2) + c. Four PRMT put a group into place, with selectors that a table gives by the
+// nibble. (Entry by entry, by comparisons, rebuilding 28672 x 4096 took an H100 225 us instead of
+// 131.)
 #pragma once
 
 #include "params.h"
@@ -20,9 +22,10 @@ __device__ __forceinline__ uint4 read128(const uint8_t* p) {
   return __ldg(reinterpret_cast<const uint4*>(p));
 }
 
-// PRMT selectors of a nibble for positions 0, 1 (low half) and 2, 3 (high half). `values` takes the kept pair from the first
-// operand and pruned entries from the second, which holds them in their places; `orders` takes the first and the second
-// pruned entry's halves from the first operand and zero, the second operand, where an entry is kept.
+// The PRMT selectors of a nibble, for positions 0 and 1 (low half) and 2 and 3 (high half).
+// `values` takes the kept pair from the first operand, and pruned entries from the second, which
+// holds them in their places. `orders` takes the halves of the first and the second pruned entry
+// from the first operand, and zero, which is the second operand, where an entry is kept.
 struct Selectors {
   uint32_t values, orders;
 };
@@ -43,107 +46,156 @@ __device__ __forceinline__ Selectors selectors_of(uint32_t nibble) {
 
 constexpr SLAB_HD int dense_pitch(int in_features) { return (in_features + 7) / 8 * 8; }
 
-template <class T, int kValues,
-          bool kAny>  // kAny: of any rank and planes, else at most rank one and one plane
-__device__ __forceinline__ void rebuild(const LinearParams& p) {
-  constexpr bool kScaled = kValues == kI8 || kValues == kI4;
-  constexpr int kValueBytes = stream_value_bytes(kValues);
-  constexpr int kWords = kValues == kW16  ? 4
-                         : kValues == kI8 ? 2
-                                          : 1;  // pieces of 16 bytes a lane reads of a block
-  __shared__ Selectors table[16];
-  if (threadIdx.x < 16) table[threadIdx.x] = selectors_of(threadIdx.x);
-  __syncthreads();
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int signs_at = kValueBytes + stream_metadata_bytes(kValues);
-  const int scales_at = signs_at + (p.rank ? (kAny ? p.planes : 1) * kSignBytes : 0);
-  const int block_bytes = scales_at + stream_scale_bytes(kValues, kScaled ? p.group_steps : kSteps);
-  const int warps = gridDim.x * (blockDim.x / 32);
-  const int blocks = (p.out_features + kBlockRows - 1) / kBlockRows * p.num_k_blocks;
-  const int pitch = dense_pitch(p.in_features);
-  const bool three = kAny && p.planes == 3;
-  const float top = three ? 1.75f : 1.5f;
-  for (int b = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; b < blocks; b += warps) {
-    const int row = b / p.num_k_blocks * kBlockRows + g,
-              first_input = b % p.num_k_blocks * kBlockInputs;
-    const uint8_t* const block = p.stream + int64_t(b) * block_bytes;
-    uint32_t words[4 * kWords], metadata[2][4], signs[2] = {0, 0}, third = 0;
+// Where things lie in a block. kAny: of any rank and planes, else of at most rank one and one
+// plane.
+template <int kValues, bool kAny>
+struct DenseLayout {
+  static constexpr bool kScaled = kValues == kI8 || kValues == kI4;
+  static constexpr int kValueBytes = stream_value_bytes(kValues);
+  // Pieces of 16 bytes that a lane reads of the values.
+  static constexpr int kPieces = kValues == kW16 ? 4 : kValues == kI8 ? 2 : 1;
+
+  int signs_at, scales_at, block_bytes;
+  bool three;  // sign planes
+
+  __device__ __forceinline__ DenseLayout(const LinearParams& params) {
+    signs_at = kValueBytes + stream_metadata_bytes(kValues);
+    scales_at = signs_at + (params.rank ? (kAny ? params.planes : 1) * kSignBytes : 0);
+    block_bytes = scales_at + stream_scale_bytes(kValues, kScaled ? params.group_steps : kSteps);
+    three = kAny && params.planes == 3;
+  }
+};
+
+// What lane 4 g + t holds of a block.
+template <int kValues, bool kAny>
+struct DenseLane {
+  using Layout = DenseLayout<kValues, kAny>;
+
+  uint32_t words[4 * Layout::kPieces];
+  uint32_t metadata[2][4];  // [step % 2][2 c + step / 2], the lane's nibble lowest
+  uint32_t signs[2] = {0, 0}, third = 0;
+
+  __device__ __forceinline__ DenseLane(const LinearParams& params, const Layout& layout,
+                                       const uint8_t* block, int lane) {
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
+    for (int i = 0; i < Layout::kPieces; ++i) {
       const uint4 r = read128(block + 512 * i + 16 * lane);
       words[4 * i] = r.x, words[4 * i + 1] = r.y, words[4 * i + 2] = r.z, words[4 * i + 3] = r.w;
     }
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {  // steps 2h + odd; of c = 0: h = 0, 1, of c = 1: h = 0, 1
-      const uint4 r = read128(block + kValueBytes + 8 * (4 * g + 2 * odd));
+    for (int odd = 0; odd < 2; ++odd) {
+      const uint4 r = read128(block + Layout::kValueBytes + 8 * (4 * g + 2 * odd));
       metadata[odd][0] = r.x >> (4 * t), metadata[odd][1] = r.y >> (4 * t);
       metadata[odd][2] = r.z >> (4 * t), metadata[odd][3] = r.w >> (4 * t);
     }
-    if (p.rank) {
-      if (kAny && p.planes > 1) {
-        signs[0] = read32(block + signs_at + 8 * lane),
-        signs[1] = read32(block + signs_at + 8 * lane + 4);
-        if (three) third = read32(block + signs_at + 2 * kSignBytes + 4 * lane);
+    if (params.rank) {
+      const uint8_t* const at = block + layout.signs_at;
+      if (kAny && params.planes > 1) {
+        signs[0] = read32(at + 8 * lane), signs[1] = read32(at + 8 * lane + 4);
+        if (layout.three) third = read32(at + 2 * kSignBytes + 4 * lane);
       } else {
-        signs[0] = read32(block + signs_at + 4 * lane);
+        signs[0] = read32(at + 4 * lane);
       }
     }
+  }
+
+  // The kept pairs of a step as register i = 2 c + h of an mma's A fragment, not yet scaled.
+  template <class T>
+  __device__ __forceinline__ void load_kept(uint32_t (&a)[4], int step) const {
+    if constexpr (kValues == kW16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = words[4 * step + i];
+    } else if constexpr (kValues == kI8) {
+      T::from_int8(a[0], a[1], words[2 * step], T::kByteMagic);
+      T::from_int8(a[2], a[3], words[2 * step + 1], T::kByteMagic);
+    } else {
+      T::from_int4(a, words[step], T::kNibbleMagic);
+    }
+  }
+
+  // The levels of register i's two pruned entries.
+  template <class T>
+  __device__ __forceinline__ uint32_t levels(int step, int i, float top) const {
+    const uint32_t index = signs[step / 2] >> (8 * (step % 2) + 2 * i);  // bits 0, 1 and 16, 17
+    const uint32_t half = third >> (4 * step + i / 2 + 2 * (i % 2));     // bits 0 and 16
+    return T::pack(top - float(index & 3u) - 0.5f * float(half & 1u),
+                   top - float(index >> 16 & 3u) - 0.5f * float(half >> 16 & 1u));
+  }
+};
+
+// The sign term's magnitude at four inputs, added up over any number of ranks. v is that of the
+// first.
+template <class T>
+__device__ __forceinline__ void add_ranks(float (&sum)[4], const LinearParams& params, int row,
+                                          const uint8_t* v) {
+#pragma unroll 1
+  for (int r = 0; r < params.rank; ++r) {
+    const float u_r = T::widen(uint16_t(__ldg(params.u + int64_t(row) * params.rank + r)));
+    const uint8_t* const v_r = v + int64_t(r) * params.num_k_blocks * kTokenRow;
+    const uint32_t near = read32(v_r), far = read32(v_r + 4);
+    sum[0] = fmaf(u_r, T::widen(uint16_t(near)), sum[0]);
+    sum[1] = fmaf(u_r, T::widen(uint16_t(near >> 16)), sum[1]);
+    sum[2] = fmaf(u_r, T::widen(uint16_t(far)), sum[2]);
+    sum[3] = fmaf(u_r, T::widen(uint16_t(far >> 16)), sum[3]);
+  }
+}
+
+// A warp takes every `warps`-th block.
+template <class T, int kValues, bool kAny>
+__device__ __forceinline__ void rebuild(const LinearParams& params) {
+  using Layout = DenseLayout<kValues, kAny>;
+  __shared__ Selectors table[16];
+  if (threadIdx.x < 16) table[threadIdx.x] = selectors_of(threadIdx.x);
+  __syncthreads();
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const Layout layout(params);
+  const int warps = gridDim.x * (blockDim.x / 32);
+  const int blocks = (params.out_features + kBlockRows - 1) / kBlockRows * params.num_k_blocks;
+  const int pitch = dense_pitch(params.in_features);
+  const float top = layout.three ? 1.75f : 1.5f;
+  for (int b = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; b < blocks; b += warps) {
+    const int row = b / params.num_k_blocks * kBlockRows + g;
+    const int first_input = b % params.num_k_blocks * kBlockInputs;
+    const uint8_t* const block = params.stream + int64_t(b) * layout.block_bytes;
+    const DenseLane<kValues, kAny> own(params, layout, block, lane);
     uint32_t u[2] = {0, 0};  // of rows g and g + 8
-    if (!kAny && p.rank)
-      u[0] = __ldg(p.u + int64_t(row) * p.rank), u[1] = __ldg(p.u + int64_t(row + 8) * p.rank);
+    if (!kAny && params.rank) {
+      u[0] = __ldg(params.u + int64_t(row) * params.rank);
+      u[1] = __ldg(params.u + int64_t(row + 8) * params.rank);
+    }
     uint16_t* const to =
-        reinterpret_cast<uint16_t*>(p.y) + int64_t(row) * pitch + first_input + 4 * t;
+        reinterpret_cast<uint16_t*>(params.y) + int64_t(row) * pitch + first_input + 4 * t;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
-      if constexpr (kValues == kW16) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = words[4 * step + i];
-      } else if constexpr (kValues == kI8) {
-        T::from_int8(a[0], a[1], words[2 * step], T::kByteMagic);
-        T::from_int8(a[2], a[3], words[2 * step + 1], T::kByteMagic);
-      } else {
-        T::from_int4(a, words[step], T::kNibbleMagic);
-      }
+      own.template load_kept<T>(a, step);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int input = 32 * step + 16 * c;
-        const uint8_t* const v = p.v + 2 * (first_input + input + 4 * t);
+        const uint8_t* const v = params.v + 2 * (first_input + input + 4 * t);
         uint32_t v_low = 0, v_high = 0;
-        if (!kAny && p.rank) v_low = read32(v), v_high = read32(v + 4);
+        if (!kAny && params.rank) v_low = read32(v), v_high = read32(v + 4);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int i = 2 * c + h;
-          const Selectors at = table[metadata[step % 2][2 * c + step / 2] >> (16 * h) & 15];
+          const Selectors at = table[own.metadata[step % 2][2 * c + step / 2] >> (16 * h) & 15];
           uint32_t kept = a[i];
-          if constexpr (kScaled) {
+          if constexpr (Layout::kScaled) {
+            const int group = step / params.group_steps;
             const uint8_t* const scale =
-                block + scales_at + step / p.group_steps * 2 * kBlockRows + 4 * g + 2 * h;
+                block + layout.scales_at + group * 2 * kBlockRows + 4 * g + 2 * h;
             const float s = widen_bf16(__ldg(reinterpret_cast<const uint16_t*>(scale)));
             kept = T::pack(s * T::widen(uint16_t(kept)), s * T::widen(uint16_t(kept >> 16)));
           }
-          uint32_t low, high;
+          uint32_t low, high;  // what positions 0, 1 and 2, 3 hold if they are pruned
           if constexpr (kAny) {
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-            for (int r = 0; r < p.rank; ++r) {
-              const float u_r = T::widen(uint16_t(__ldg(p.u + int64_t(row + 8 * h) * p.rank + r)));
-              const uint8_t* const v_r = v + int64_t(r) * p.num_k_blocks * kTokenRow;
-              const uint32_t near = read32(v_r), far = read32(v_r + 4);
-              sum[0] = fmaf(u_r, T::widen(uint16_t(near)), sum[0]);
-              sum[1] = fmaf(u_r, T::widen(uint16_t(near >> 16)), sum[1]);
-              sum[2] = fmaf(u_r, T::widen(uint16_t(far)), sum[2]);
-              sum[3] = fmaf(u_r, T::widen(uint16_t(far >> 16)), sum[3]);
-            }
-            if (p.planes > 1) {
-              const uint32_t index =
-                  signs[step / 2] >> (8 * (step % 2) + 2 * i);        // bits 0, 1 and 16, 17
-              const uint32_t half = third >> (4 * step + c + 2 * h);  // bits 0 and 16
-              const uint32_t levels =
-                  T::pack(top - float(index & 3u) - 0.5f * float(half & 1u),
-                          top - float(index >> 16 & 3u) - 0.5f * float(half >> 16 & 1u));
-              const uint32_t near = __byte_perm(levels, 0, at.orders),
-                             far = __byte_perm(levels, 0, at.orders >> 16);
+            add_ranks<T>(sum, params, row + 8 * h, v);
+            if (params.planes > 1) {
+              const uint32_t levels = own.template levels<T>(step, i, top);
+              const uint32_t near = __byte_perm(levels, 0, at.orders);
+              const uint32_t far = __byte_perm(levels, 0, at.orders >> 16);
               sum[0] *= T::widen(uint16_t(near)), sum[1] *= T::widen(uint16_t(near >> 16));
               sum[2] *= T::widen(uint16_t(far)), sum[3] *= T::widen(uint16_t(far >> 16));
             }
@@ -151,13 +203,13 @@ __device__ __forceinline__ void rebuild(const LinearParams& p) {
           } else {
             low = T::multiply(u[h], v_low), high = T::multiply(u[h], v_high);
           }
-          if (!kAny || p.planes == 1) {
-            const uint32_t negative =
-                signs[0] << (4 * step + i) & 0x80008000u;  // the first pruned entry's, the second's
-            low ^= __byte_perm(negative, 0, at.orders),
-                high ^= __byte_perm(negative, 0, at.orders >> 16);
+          if (!kAny || params.planes == 1) {
+            // Bits 15 and 31 are the signs of the first and the second pruned entry.
+            const uint32_t negative = own.signs[0] << (4 * step + i) & 0x80008000u;
+            low ^= __byte_perm(negative, 0, at.orders);
+            high ^= __byte_perm(negative, 0, at.orders >> 16);
           }
-          if (row + 8 * h < p.out_features && first_input + input + 4 * t < p.in_features)
+          if (row + 8 * h < params.out_features && first_input + input + 4 * t < params.in_features)
             *reinterpret_cast<uint2*>(to + int64_t(8 * h) * pitch + input) = make_uint2(
                 __byte_perm(kept, low, at.values), __byte_perm(kept, high, at.values >> 16));
         }

@@ -5,7 +5,8 @@
 
 namespace slab {
 
-// sums += z P^T. The kernel before this one summed z = x Q; its K-steps are dealt to the groups in turn.
+// sums += z P^T. The kernel before this one summed z = x Q; its K-steps are dealt to the groups in
+// turn.
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::add_adapter() {
   wait_for_predecessor();
@@ -46,8 +47,8 @@ __device__ __forceinline__ void Warp<Traits>::add_adapter() {
   }
 }
 
-// Adds the groups' sums in their order and stores y, or this split's share of it. `shared` is the memory
-// of the rings; it takes the sums as [group][token][row].
+// Adds the groups' sums in their order and stores y, or this split's share of it. `shared` is the
+// memory of the rings; it takes the sums as [group][token][row].
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::write_result(float* shared) {
   const Place place = place_of<Traits::kRowTiles>(params);

@@ -1,5 +1,5 @@
-// Every kernel of the CUDA backend, one row each. Device code only, without CUDA or standard headers:
-// nvcc and NVRTC compile the same text.
+// Every kernel of the CUDA backend, one row each. Device code only, without CUDA or standard
+// headers: nvcc and NVRTC compile the same text.
 #include "dense.cuh"
 #include "linear.cuh"
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
 
 // Each row defines two kernels, <family>_fp16_<name> and <family>_bf16_<name>:
 //
-//   linear   the fused linear of one sign plane: three value types, rank one or any, four token tiles
+//   linear   the fused linear of one sign plane: three value types, rank one or any, four tiles
 //   adapter  z = x Q of an adapter, launched before it (partial sums in fp32)
 //   tall     the fused linear with 64 rows a warp, where registers allow it: half as many reads and
 //            products of activations
@@ -89,8 +89,8 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(planes,  int4_three_t32,  kI4,    kRankOne,  3,          2, 4, 1) \
   KERNEL(planes,  int4_any_t32,    kI4,    kRankAny,  kPlanesAny, 2, 4, 1)
 
-// dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank one
-// and one plane.
+// dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank
+// one and one plane.
 //
 //      name      values  any   CTAs per SM
 #define SLAB_DENSE_KERNELS(KERNEL) \

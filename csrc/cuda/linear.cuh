@@ -1,4 +1,5 @@
-// y[M, N] = x S^T + sum_r ((x * v_r) B^T) * u_r + (x Q) P^T + bias in one pass over the packed bits.
+// y[M, N] = x S^T + sum_r ((x * v_r) B^T) * u_r + (x Q) P^T + bias in one pass over the packed
+// bits.
 //
 // As a pseudo-kernel, for one CTA (its tile: `rows` of the weight, `tokens` of x, `k_blocks` of K):
 //
@@ -14,15 +15,15 @@
 //         for r in ranks:
 //           a = u_r with the signs of (rows, step)            // one LOP3 a register
 //           sums += mma.sp(a, complement(metadata), b * v_r)  // the sign term
-//       sums += scale * the sums of a scale group             // int8, int4
-//   if adapter: sums += z P^T                                 // epilogue.cuh; z = x Q by the kernel before
+//         where a scale group ends: sums += scale * its sums  // int8, int4
+//   if adapter: sums += z P^T                                 // epilogue.cuh; z = x Q was a kernel
 //   sums = the groups' sums, added in their order
 //   y = sums + bias                                           // or the partial sums of a K-split
 //
-//      CTA of 8 warps: warp_rows = 2, warp_tokens = 1, warp_inputs = 4, so four groups of two members
+//      A CTA of 8 warps: warp_rows = 2, warp_tokens = 1, warp_inputs = 4, so four groups of two
 //
 //                    group 0         group 1         group 2         group 3
-//                  +----+----+     +----+----+     +----+----+     +----+----+
+//                  +---------+     +---------+     +---------+     +---------+
 //      rows 0..31  | warp 0  |     | warp 2  |     | warp 4  |     | warp 6  |
 //      rows 32..63 | warp 1  |     | warp 3  |     | warp 5  |     | warp 7  |
 //                  +---------+     +---------+     +---------+     +---------+
@@ -31,24 +32,24 @@
 //
 //      The ring of a group, in shared memory; stages = 4:
 //
-//         stage 0        stage 1        stage 2        stage 3
-//      +--------------+--------------+--------------+--------------+    a stage, from its start:
-//      | K-block 0    | K-block 4    | K-block 8    | (K-block 12) |      activations  256 bytes a token
-//      +--------------+--------------+--------------+--------------+      v            256 bytes a rank
-//        ^ multiplied   copies are on their way       ^ copied next       weights      16 rows a block
+//         stage 0       stage 1       stage 2       stage 3
+//      +-------------+-------------+-------------+-------------+  a stage, from its start
+//      | K-block 0   | K-block 4   | K-block 8   | K-block 12  |   activations, 256 bytes per token
+//      +-------------+-------------+-------------+-------------+   v, 256 bytes per rank
+//        multiplied    copied in the background    copied next     weights, blocks of 16 rows
 //
-// Weights are the tensor core's A operand (16 output rows), tokens its n8. S and the signs both add into
-// ONE accumulator, whatever the rank: the sign operand of rank r is not +-1 but +-u_ir, the stored u of
-// its row with a sign bit flipped, against the activations times v_r. (The normalised form, diag(u) M
-// diag(v) with M = S / (u v), would round kept values a second time, fail for u = 0 and v = 0, take
-// integer values their codes and scales, and need R accumulators for rank R. The price of this form is
-// one product of x and v per fragment, which all row tiles of a warp share.)
+// Weights are the tensor core's A operand (16 output rows), tokens its n8. S and the signs both add
+// into ONE accumulator, whatever the rank: the sign operand of rank r is not +-1 but +-u_ir, the
+// stored u of its row with a sign bit flipped, against the activations times v_r. (The normalised
+// form, diag(u) M diag(v) with M = S / (u v), would round kept values a second time, fail for u = 0
+// and v = 0, take integer values their codes and scales, and need R accumulators for rank R. The
+// price of this form is one product of x and v per fragment, which all row tiles of a warp share.)
 //
-// The groups' sums are added in a fixed order, so the result depends on no timing, and a token's result
-// on no other token.
+// The groups' sums are added in a fixed order, so the result depends on no timing, and a token's
+// result on no other token.
 //
-// At 4 bits a weight, decoding is a race against the issue rate: what does not change from K-block to
-// K-block is computed once and kept in a register (`kept`, traits.cuh).
+// At 4 bits a weight, decoding is a race against the issue rate: what does not change from K-block
+// to K-block is computed once and kept in a register (`kept`, traits.cuh).
 #pragma once
 
 #include "copy.cuh"
@@ -58,8 +59,8 @@
 
 namespace slab {
 
-// Waits until the oldest stage is here, copied by every warp of the group. All of them have then also
-// finished with the stage that they multiplied last, so it may be overwritten.
+// Waits until the oldest stage is here, copied by every warp of the group. All of them have then
+// also finished with the stage that they multiplied last, so it may be overwritten.
 __device__ __forceinline__ void wait_for_stage(int stages, int barrier_id, int group_threads) {
   copies_wait(stages);
   barrier(barrier_id, group_threads);

@@ -11,7 +11,8 @@
 
 namespace slab {
 
-// c += a b for one step of 32 inputs. The metadata says to which two of four inputs a pair of a belongs.
+// c += a b for one step of 32 inputs. The metadata says to which two of four inputs a pair of a
+// belongs.
 template <class T, int kStep>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[4], const uint32_t (&metadata)[2]) {
@@ -105,7 +106,8 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
     }
   }
   if constexpr (Traits::kScaled) {
-    // Where a scale group ends. The last step always is, which the compiler sees by the first condition.
+    // Where a scale group ends. The last step always is, which the compiler sees by the first
+    // condition.
     if (kStep == kSteps - 1 || ((kStep + 1) & (params.group_steps - 1)) == 0)
       apply_scales<kStep>(block, pass);
   }
@@ -136,8 +138,8 @@ __device__ __forceinline__ void Warp<Traits>::load_activations(Activations& b, c
   for (int n = 0; n < Traits::kHeldFragments; ++n) {
     const uint32_t row = Traits::kWide ? block.tokens[0] : block.tokens[n];
     const uint32_t tile_at = Traits::kWide ? (first + n) * 8 * kTokenRow : 0;
-    // Step s is the pieces 4 s to 4 s + 3 of a row. Bit 2 of a piece's number is the lowest of s, and
-    // the swizzle may have flipped it, so it is XORed; the others are added.
+    // Step s is the pieces 4 s to 4 s + 3 of a row. Bit 2 of a piece's number is the lowest of s,
+    // and the swizzle may have flipped it, so it is XORed; the others are added.
     load_matrices(b[n], (row ^ (kStep % 2 << 6)) + (kStep / 2 << 7) + tile_at);
   }
 }
@@ -220,8 +222,8 @@ __device__ __forceinline__ void Warp<Traits>::load_sign_operand(Fragment& a, con
 }
 
 // The levels of register i = 2 kColumn + kHalf, exactly: 3/2 (two planes) or 7/4 (three) less the
-// index, which is put into the mantissa at bit kAt. The third plane's bit goes right below it, where
-// it counts half a unit.
+// index, which is put into the mantissa at bit kAt. The third plane's bit goes right below it,
+// where it counts half a unit.
 template <class Traits>
 template <int kStep, int kColumn, int kHalf>
 __device__ __forceinline__ uint32_t Warp<Traits>::levels(const SignWords& signs) const {

@@ -1,22 +1,28 @@
-// What a CUDA kernel is called with, and the prepared stream it reads. Plain C, mirrored by backends/cuda/launch.py.
+// What a CUDA kernel is called with, and the prepared stream that it reads. Plain C;
+// backends/cuda/launch.py mirrors the struct.
 //
-// The CUDA stream (made by backends/cuda/layout.py, never saved). A block is 16 output rows x 128 inputs, in the order in
-// which lanes want it: lane = 4 g + t holds rows g and g + 8. Blocks of one row block follow each other along K.
+// The CUDA stream is made by backends/cuda/layout.py and never saved. A block is 16 output rows x
+// 128 inputs, in the order in which lanes want it: lane = 4 g + t holds rows g and g + 8. The
+// blocks of a row block follow each other along K. A block is, one part after the other:
 //
-//   values    w16 (fp16 or bf16, the activations' type): 4 steps of 32 inputs x 32 lanes x 16 bytes: a0 a1 a2 a3
-//             int8: 2 x 32 lanes x 16 bytes, two steps each, bytes q + 128; a word is a0.lo a1.lo a0.hi a1.hi, or a2, a3
-//             int4: 32 lanes x 4 words, one a step: nibble i is q + 8 of a_i's low half, nibble i + 4 of its high half
-//             dense (P Q^T's Q): 4 steps x 2 x 32 lanes x 16 bytes: a0 a1 a2 a3 of two m16n8k16
-//   metadata  32 lanes x 2 words: word h serves steps 2h (selector 0) and 2h + 1 (selector 1)
-//   signs     only with rank > 0: 32 lanes x 1 word, one bit a pruned entry, laid out so that a left shift by 4 step + i
-//             brings the signs of a_i's halves to bits 15 and 31
-//             two or three planes: 32 lanes x 2 words, word h serves steps 2h and 2h + 1. A pruned entry's bits of the first
-//             two planes, the larger one above, are the index of its level, 3/2 - index; those of a_i's halves (i = 2c + h)
-//             stand 8 (step % 2) + 2 i above bits 0 and 16. Then the third plane: 32 lanes x 1 word, 4 step + c + 2 h above
-//             bits 0 and 16
+//   values    w16 (fp16 or bf16, as the activations): 4 steps of 32 inputs x 32 lanes x 16 bytes,
+//                 which are a0 a1 a2 a3
+//             int8: 2 x 32 lanes x 16 bytes, for two steps each. Bytes hold q + 128; a word holds
+//                 the low halves of a0 and a1 and then their high ones, or those of a2 and a3
+//             int4: 32 lanes x 4 words, one for each step. Nibble i holds q + 8 of a_i's low half,
+//                 nibble i + 4 that of its high half
+//             dense (Q of P Q^T): 4 steps x 2 x 32 lanes x 16 bytes, a0 a1 a2 a3 of two m16n8k16
+//   metadata  32 lanes x 2 words; word h serves steps 2 h (selector 0) and 2 h + 1 (selector 1)
+//   signs     only with rank > 0. One plane: 32 lanes x 1 word, one bit per pruned entry. A left
+//                 shift by 4 step + i brings the signs of a_i's halves to bits 15 and 31
+//             Two or three planes: 32 lanes x 2 words; word h serves steps 2 h and 2 h + 1. The
+//                 bits of a pruned entry in the first two planes, that of the larger plane above,
+//                 are the index of its level, 3/2 - index. Those of a_i's halves, i = 2 c + h,
+//                 stand 8 (step % 2) + 2 i above bits 0 and 16. The third plane: 32 lanes x 1
+//                 word: its bits stand 4 step + c + 2 h above bits 0 and 16
 //   scales    int8, int4: 128 / group x 8 x {row g, row g + 8} x bf16
 //
-// w16 with signs: 2432 bytes = 9.5 bits a weight. Every block is a multiple of 16 bytes.
+// w16 with signs takes 2432 bytes, 9.5 bits per weight. Every block is a multiple of 16 bytes.
 #pragma once
 
 #include "../format.h"
@@ -25,7 +31,7 @@ namespace slab {
 
 constexpr int kBlockRows = 16;
 constexpr int kBlockInputs = 128;
-constexpr int kSteps = 4;     // mma.sp steps of 32 inputs a block
+constexpr int kSteps = 4;     // steps of 32 inputs in a block, one mma.sp each
 constexpr int kMaxParts = 4;  // fused projections in one launch: q, k, v and one more
 constexpr int kTokenRow = 2 * kBlockInputs;  // bytes of one token's 128 inputs
 

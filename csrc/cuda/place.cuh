@@ -16,8 +16,8 @@ struct Place {
   int split;  // which share of K
 };
 
-// Computed before the main loop and once more after it: what only the end needs would otherwise stay
-// in registers through the main loop, and spill.
+// Computed before the main loop and once more after it: what only the end needs would otherwise
+// stay in registers through the main loop, and spill.
 template <int kRowTiles>
 __device__ __forceinline__ Place place_of(const LinearParams& params) {
   const int band_tiles = kRaster * params.row_tiles, id = keep(blockIdx.x);
@@ -65,8 +65,8 @@ __device__ __forceinline__ int first_k_block_of(const LinearParams& params, int 
   return int(unsigned(params.num_k_blocks) * unsigned(split) / unsigned(params.splits));
 }
 
-// A stage of the ring is one K-block: rows of activations, rows of v, blocks of weights, in this order.
-// In bytes.
+// A stage of the ring is one K-block: rows of activations, rows of v, blocks of weights, in this
+// order. In bytes.
 struct StageLayout {
   int v_rows_at, weights_at;  // from the start of a stage
   int block_bytes;            // of a block of weights

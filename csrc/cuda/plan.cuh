@@ -61,8 +61,8 @@ __device__ __forceinline__ void Warp<Traits>::plan_weights(const StageLayout& la
   }
 }
 
-// A row of activations is 16 pieces of 16 bytes. Piece c of token row r is stored at c ^ (r % 8), so
-// that the eight rows of an ldmatrix lie in different banks.
+// A row of activations is 16 pieces of 16 bytes. Piece c of token row r is stored at c ^ (r % 8),
+// so that the eight rows of an ldmatrix lie in different banks.
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::plan_activations(const StageLayout& layout,
                                                                int first_k_block, int first_token) {
@@ -83,8 +83,8 @@ __device__ __forceinline__ void Warp<Traits>::plan_reads(const StageLayout& layo
   read.v_at = Traits::kept(layout.v_rows_at + lane / 8 * 16);
   // Lane l reads 8 bytes of metadata at 8 l. values_at already holds 16 l, so subtract 8 l.
   const uint32_t metadata_at = Traits::kValueBytes - 8 * lane;
-  // Lane l reads 4 bytes of signs at 4 l, of the only plane or of the third one: subtract 12 l. (The
-  // words of the first two of several planes lie as those of the metadata do.)
+  // Lane l reads 4 bytes of signs at 4 l, of the only plane or of the third one: subtract 12 l.
+  // (The words of the first two of several planes lie as those of the metadata do.)
   const uint32_t signs_at =
       Traits::kSignsAt + (Traits::kThirdPlane ? 2 * kSignBytes : 0) - 12 * lane;
   // Lane l = 4 g + t reads 4 bytes of scales at 4 g, those of rows g and g + 8: subtract 16 l.

@@ -1,4 +1,5 @@
-// The PTX instructions that the kernels use, one wrapper each; "PTX" sections are those of the PTX ISA 9.0 manual.
+// The PTX instructions that the kernels use, one wrapper each. "PTX 9.7" and the like are sections
+// of the PTX ISA 9.0 manual.
 #pragma once
 
 #include "../format.h"
@@ -11,10 +12,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// cp.async (PTX 9.7.9.25.3): 16 bytes, L1 bypassed. The policy decides what L2 keeps. The predicate is the
-// instruction's own: no branch, and one run of copies instead of several (ptxas guards each run with three dummy
-// loads).
-template <int kAt>  // bytes after both addresses
+// cp.async (PTX 9.7.9.25.3) copies 16 bytes past L1; the policy decides what L2 keeps. The
+// predicate is the instruction's own, so there is no branch, and one run of copies instead of
+// several (ptxas guards each run with three dummy loads). kAt bytes are added to both addresses.
+template <int kAt>
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from,
                                           uint64_t policy) {
   asm volatile(
@@ -31,7 +32,7 @@ __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* fro
       "l"(from), "r"(int(yes))
       : "memory");
 }
-// The first `bytes` of 16 are read, the rest is zero.
+// Reads the first `bytes` of 16 and writes zeros for the rest.
 __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
@@ -42,7 +43,8 @@ __device__ __forceinline__ void copies_commit() {
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
-// At most stages - 2 groups of this thread are still on their way; 2 to 4 stages. Three instructions and no branch.
+// Waits until at most stages - 2 groups of this thread's copies are still on their way, for 2, 3 or
+// 4 stages. It takes three instructions and no branch.
 __device__ __forceinline__ void copies_wait(int stages) {
   asm volatile(
       "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, "
@@ -51,7 +53,7 @@ __device__ __forceinline__ void copies_wait(int stages) {
       : "memory");
 }
 
-// createpolicy (PTX 9.7.9.23): weights that no other CTA will read leave L2 first.
+// createpolicy (PTX 9.7.9.23). Weights that no other CTA will read leave L2 first.
 __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
@@ -77,7 +79,8 @@ __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]
                "r"(r[2]), "r"(r[3])
                : "memory");
 }
-// ldmatrix (PTX 9.7.14.5.15): four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+// ldmatrix (PTX 9.7.14.5.15) loads four 8x8 matrices of 16-bit elements; lane l names row l % 8 of
+// matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -90,8 +93,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
 __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// griddepcontrol (PTX 9.7.13.13): with programmatic dependent launch (sm_90) a kernel starts before its predecessor
-// ends.
+// griddepcontrol (PTX 9.7.13.13). With programmatic dependent launch, from sm_90 on, a kernel
+// starts before its predecessor ends.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -105,7 +108,8 @@ __device__ __forceinline__ void let_successor_start() {
 
 // ---- arithmetic ----
 
-// Keeps NVVM from deriving the value again where it is used. (ptxas sees through it: constants need more, see `magic`.)
+// Keeps NVVM from deriving the value again where it is used. ptxas sees through it, so a constant
+// needs opaque_zero.
 __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
@@ -123,7 +127,8 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32
   return (word & mask) ^ value;
 }
 
-template <int kBits>  // up, if it is negative
+// Shifts up if kBits is negative.
+template <int kBits>
 __device__ __forceinline__ uint32_t shift_down(uint32_t word) {
   if constexpr (kBits < 0)
     return word << -kBits;
@@ -142,11 +147,16 @@ __device__ __forceinline__ float widen_bf16(uint16_t h) {
 
 // The two activation types. Everything that differs between them is here.
 //
-// mma.sp::ordered_metadata m16n8k32 (PTX 9.7.14.6): lane = 4 g + t. A: a0, a2 are row g, a1, a3 row g + 8, compressed
-// columns 2t, 2t+1 (a0, a1) and 2t+8, 2t+9 (a2, a3). B: b_i is inputs 8i + 2t, +1 of token g. C: c0, c1 row g and
-// tokens 2t, 2t+1, c2, c3 row g + 8. Metadata of both halves of a k64 fit in one register: lanes t = 0, 1 hold the
-// first k32 (selector 0), lanes t = 2, 3 the second (selector 1); the even lane inputs 0..15, the odd lane 16..31; low
-// half row g.
+// mma.sp::ordered_metadata m16n8k32 (PTX 9.7.14.6), in lane 4 g + t:
+//
+//   A  a0, a2 are of row g, a1, a3 of row g + 8; a0, a1 are the compressed columns 2t and 2t + 1,
+//      a2, a3 the columns 2t + 8 and 2t + 9
+//   B  b_i is the inputs 8i + 2t and 8i + 2t + 1 of token g
+//   C  c0, c1 are of row g and tokens 2t and 2t + 1, c2, c3 the same of row g + 8
+//
+// The metadata of two steps fit in one register. Lanes t = 0, 1 hold the first step (selector 0),
+// lanes t = 2, 3 the second (selector 1); of these the even lane holds inputs 0 to 15, the odd lane
+// 16 to 31; the low half is of row g, the high half of row g + 8.
 #define SLAB_MMA(TYPE)                                                                             \
   template <int kSelector>                                                                         \
   static __device__ __forceinline__ void mma_sparse(float (&c)[4], const uint32_t (&a)[4],         \
@@ -183,18 +193,20 @@ struct Fp16 {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
   }
-  static constexpr uint32_t kByteMagic = 0x64646464u,
-                            kNibbleMagic = 0x64006400u;  // 0x6400 | n is 1024 + n, exactly
+  // 0x6400 | n is 1024 + n, exactly.
+  static constexpr uint32_t kByteMagic = 0x64646464u, kNibbleMagic = 0x64006400u;
   static constexpr uint32_t kOne = 0x3C003C00u;
-  static constexpr int kMantissaBits = 10,
-                       kIndexAt = 4;  // bits kIndexAt - 2 to kIndexAt + 3 are mantissa
-  // Bytes 0 and 2 of w hold q + 128 of one register, bytes 1 and 3 of the next. One PRMT, one HADD2 each.
+  // Bits kIndexAt - 2 to kIndexAt + 3 are mantissa.
+  static constexpr int kMantissaBits = 10, kIndexAt = 4;
+  // Bytes 0 and 2 of w hold q + 128 of `even`, bytes 1 and 3 of `odd`. Each takes one PRMT and one
+  // HADD2.
   static __device__ __forceinline__ void from_int8(uint32_t& even, uint32_t& odd, uint32_t w,
                                                    uint32_t magic) {
     even = add(__byte_perm(w, magic, 0x4240), 0xE480E480u);  // - 1152
     odd = add(__byte_perm(w, magic, 0x4341), 0xE480E480u);
   }
-  // Nibble i of both half-words of w holds q + 8. Odd nibbles stay 16 times too large in the mantissa: no shift.
+  // Nibble i of both half-words of w holds q + 8 of a[i]. Odd nibbles stay 16 times too large in
+  // the mantissa, which saves a shift.
   static __device__ __forceinline__ void from_int4(uint32_t (&a)[4], uint32_t w, uint32_t magic) {
     const uint32_t high = w >> 8;
     a[0] = add(and_or(w, 0x000F000Fu, magic), 0xE408E408u);               // 1024 + n - 1032
@@ -217,7 +229,7 @@ struct Fp16 {
 
 struct Bf16 {
   SLAB_MMA("bf16")
-  // mul and sub of bf16x2 need sm_90, fma has been there since sm_80.
+  // mul and sub of bf16x2 need sm_90, while fma exists from sm_80 on.
   static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t r;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
@@ -229,7 +241,8 @@ struct Bf16 {
   static constexpr uint32_t kByteMagic = 0x43004300u, kNibbleMagic = 0x43004300u;
   static constexpr uint32_t kOne = 0x3F803F80u;
   static constexpr int kMantissaBits = 7, kIndexAt = 2;
-  // Seven mantissa bits: 0x4300 | low seven bits is 128 + low; the eighth bit turns 256 into 128. Two LOP3, one HFMA2.
+  // bf16 has seven mantissa bits: 0x4300 | the low seven bits is 128 + low, and the eighth bit
+  // turns 256 into 128. This takes two LOP3 and one HFMA2.
   static __device__ __forceinline__ uint32_t from_bytes(uint32_t w, uint32_t magic) {
     return fma(and_xor(w, 0x00800080u, magic ^ 0x00800080u), 0xBF80BF80u,
                and_or(w, 0x007F007Fu, magic));

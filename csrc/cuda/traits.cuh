@@ -1,4 +1,5 @@
-// What an instance of the fused linear is: the numbers that follow from its template arguments alone.
+// What an instance of the fused linear is: the numbers that follow from its template arguments
+// alone.
 #pragma once
 
 #include "params.h"
@@ -28,12 +29,12 @@ struct LinearTraits {
   static constexpr bool kSparse = kValues != kDense;
   static constexpr bool kScaled = kValues == kI8 || kValues == kI4;
   static constexpr bool kThirdPlane = kPlanes == 3 || kPlanes == kPlanesAny;
-  // With two or three planes and one rank, the sign operand is the level (an odd multiple of the last
-  // plane's unit) and not the level times u: u multiplies the sums once, at the end. With several
-  // ranks each level is multiplied by its u, and rounded.
+  // With two or three planes and one rank, the sign operand is the level (an odd multiple of the
+  // last plane's unit) and not the level times u: u multiplies the sums once, at the end. With
+  // several ranks each level is multiplied by its u, and rounded.
   static constexpr bool kLevelOperand = kPlanes > 1;
-  // The products of few tokens are a chain of dependent mma, 33 cycles each. There the signs add into
-  // accumulators of their own, so that two chains run side by side.
+  // The products of few tokens are a chain of dependent mma, 33 cycles each. There the signs add
+  // into accumulators of their own, so that two chains run side by side.
   static constexpr bool kTwoChains = (kValues == kW16 && kTokenTiles <= 2) || kLevelOperand;
 
   // ---- how registers are spent ----
@@ -45,8 +46,8 @@ struct LinearTraits {
   // Activation fragments that are held at once: 16 registers at most.
   static constexpr int kHeldFragments = kPassTiles < 4 ? kPassTiles : 4;
   // Whether offsets that no K-block changes are kept in registers instead of being derived again.
-  // Tiles of 64 tokens and the loop over ranks have no register to spare, and their products hide the
-  // few additions.
+  // Tiles of 64 tokens and the loop over ranks have no register to spare, and their products hide
+  // the few additions.
   static constexpr bool kKeepsOffsets = kTokenTiles < 8 && kRank == kRankOne;
 
   static __device__ __forceinline__ uint32_t kept(uint32_t value) {
@@ -57,8 +58,8 @@ struct LinearTraits {
 
   // Wide instances stage a whole tile of tokens, the others only the tokens that exist.
   static constexpr bool kWide = kTokenTiles >= 4;
-  // Activation rows whose address a lane holds: one where all rows of a tile are staged, because then
-  // the others follow at a fixed distance.
+  // Activation rows whose address a lane holds: one where all rows of a tile are staged, because
+  // then the others follow at a fixed distance.
   static constexpr int kTokenAddresses = kWide ? 1 : kTokenTiles;
   static constexpr int kValueBytes = stream_value_bytes(kValues);
   static constexpr int kSignsAt = kValueBytes + stream_metadata_bytes(kValues);

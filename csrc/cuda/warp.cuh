@@ -2,17 +2,17 @@
 //
 // It is ONE object of plain records, because only so does the compiler keep all of it in registers.
 //
-// Everywhere, m counts row tiles, n token tiles and i the registers of a fragment (ptx.cuh says which
-// element of the matrix each of them holds).
+// Everywhere, m counts row tiles, n token tiles and i the registers of a fragment (ptx.cuh says
+// which element of the matrix each of them holds).
 #pragma once
 
 #include "place.cuh"
 
 namespace slab {
 
-// What this lane copies of every K-block, 16 bytes at a time. The warps of a group share the copying:
-// of the row blocks of weights, member i takes i, i + members, ...; of the activation rows, two at a
-// time because half a warp copies one, 2 i, 2 i + 1, 2 (i + members), ...
+// What this lane copies of every K-block, 16 bytes at a time. The warps of a group share the
+// copying: of the row blocks of weights, member i takes i, i + members, ...; of the activation
+// rows, two at a time because half a warp copies one, 2 i, 2 i + 1, 2 (i + members), ...
 //
 // Sources are those of the group's first K-block. Targets count from the start of a stage.
 template <class Traits>

@@ -1,1 +1,1 @@
-"""One module a backend; `slab_kernels.backends.dispatch` holds their order."""
+"""One module or folder per backend; `dispatch` holds their order."""

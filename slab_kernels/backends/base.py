@@ -14,7 +14,11 @@ from ..format import PackedLayout, PackedWeight
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """y[M,N] = x[M,K] W.T: all that decides which backend can run it."""
+    """y[M,N] = x[M,K] W^T: all that decides which backend can run it.
+
+    values, group_size, rank, adapter_rank, planes: as in PackedLayout.
+    dtype: of the activations. device: "cpu", "cuda", or another type of torch's.
+    """
 
     M: int
     N: int
@@ -23,18 +27,21 @@ class LinearProblem:
     group_size: int | None = None
     rank: int = 1
     adapter_rank: int = 0
-    dtype: torch.dtype = torch.float32  # of the activations
+    dtype: torch.dtype = torch.float32
     device: str = "cpu"
     planes: int = 1
 
     def describe(self) -> str:
         """The problem in words, for messages."""
-        terms = f"{self.N}x{self.K} with {self.values} values, rank {self.rank}, adapter rank {self.adapter_rank}"
-        terms += f", {self.planes} sign planes" if self.planes > 1 else ""
-        return f"{terms}, {str(self.dtype).removeprefix('torch.')} activations on {self.device}"
+        terms = f"rank {self.rank}, adapter rank {self.adapter_rank}"
+        if self.planes > 1:
+            terms += f", {self.planes} sign planes"
+        activations = f"{str(self.dtype).removeprefix('torch.')} activations on {self.device}"
+        return f"{self.N}x{self.K} with {self.values} values, {terms}, {activations}"
 
     @classmethod
     def of(cls, layout: PackedLayout, M: int, dtype: torch.dtype, device: str) -> LinearProblem:
+        """The problem of M tokens and a weight of `layout`."""
         return cls(
             M,
             layout.out_features,
@@ -67,32 +74,42 @@ def differences(parts: Sequence[PackedWeight]) -> str | None:
 
 
 def capability_here(device: str) -> tuple[int, int] | None:
-    """CUDA compute capability of torch's current GPU; None for another device, and where torch has no CUDA or finds no GPU."""
+    """The CUDA compute capability of torch's current GPU.
+
+    None for another device, and where torch has no CUDA or finds no GPU.
+    """
     if device != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability()
 
 
 class Backend:
-    """A way to run the linear. `prepare` may permute the packed tensors once; what it returns is never saved."""
+    """A way to run the linear.
+
+    `prepare` may permute the packed tensors once; what it returns is never saved.
+    priority: of a backend from another package. Above 0 it is asked before the built-in ones, the
+        largest first; otherwise after them and before the reference.
+    one_dtype: whether what `prepare` returns serves only the activations' dtype that it was made for.
+    """
 
     name: str
-    one_dtype = (
-        False  # what `prepare` returns serves the activations' dtype it was made for, and no other
-    )
+    priority: float = 0
+    one_dtype = False
 
     def refusals(
         self, problem: LinearProblem, capability: tuple[int, int] | None = None
     ) -> list[str]:
-        """Every reason that no installation and no driver would change; empty means that some machine runs it.
+        """Every reason that no installation and no driver would change; none if some machine runs
+        it.
 
-        capability: CUDA compute capability of the GPU, where it is known. The support table (support.py) asks this too, so
-        the answer depends on nothing that is only so here.
+        capability: the CUDA compute capability of the GPU, where it is known. The support table
+            (support.py) asks this too, so the answer depends on nothing that is only so here.
         """
         raise NotImplementedError
 
     def missing(self, device: str) -> str | None:
-        """What this machine lacks to run anything on such a device, and what to do about it, or None."""
+        """What this machine lacks to run anything on such a device and what to do about it, or
+        None."""
         return None
 
     def not_supported_reasons(self, problem: LinearProblem) -> list[str]:
@@ -104,7 +121,7 @@ class Backend:
         ]
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Any:
-        """The tensors and sizes that `linear` wants, made once after loading, for activations of `dtype`."""
+        """The tensors and sizes that `linear` wants, for activations of `dtype`; made once."""
         raise NotImplementedError
 
     def linear(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
@@ -116,13 +133,16 @@ class Backend:
         return tuple((self.prepare(part, dtype), part.out_features) for part in parts)
 
     def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., sum of the parts' N], the parts' outputs side by side. Here: one call a part."""
+        """x [..., K] -> [..., sum of the parts' N], the parts' outputs side by side.
+
+        This one makes one call per part.
+        """
         sizes = [size for _, size in state]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        return torch.cat(
-            [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)], -1
-        )
+        outputs = [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)]
+        return torch.cat(outputs, -1)
 
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
-        """How it would run the problem (on a GPU of that name), for `explain`; empty where there is nothing to choose."""
+        """How it would run the problem (on a GPU of that name), for `explain`; empty without a
+        choice."""
         return ""

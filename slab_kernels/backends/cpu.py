@@ -1,16 +1,19 @@
-"""The native CPU backend: `slab_kernels::linear_cpu` of csrc/, loaded on first use, never at import.
+"""The native CPU backend: `slab_kernels::linear_cpu` of csrc/, loaded on first use, never at
+import.
 
-`prepare` interleaves the canonical packed tensors in blocks of 16 output rows (csrc/launch.h has the layout), so that a
-SIMD lane is an output row. int3 values become int4 there: they save disk, and take in memory what int4 takes. fp32
-accumulation, whatever the activations' type. With few tokens the weight is never rebuilt; from 4 tokens on it is, tile by
-tile in cache. Within either regime a row of y depends on its own token only and on no thread count; between the two the
+`prepare` interleaves the canonical packed tensors in blocks of 16 output rows (csrc/launch.h has
+the layout), so that a SIMD lane is an output row. int3 values become int4 there: they save disk,
+and take in memory what int4 takes. Sums are accumulated in fp32, whatever the activations' type.
+With few tokens the weight is never rebuilt; from 4 tokens on it is, tile by tile in cache. Within
+either regime a row of y depends on its own token only and on no thread count; between the two the
 order of summation differs. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512 forces an instruction set.
 
 Where the reference is finite, so are these kernels for |x| up to 2^80: above it, sums that a scale
 or a small factor is yet to multiply may overflow.
 
-NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure 2:4 weight (rank 0)
-has no weight at pruned positions, so with few tokens a NaN there does not reach rows that prune it.
+NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure
+2:4 weight (rank 0) has no weight at pruned positions, so with few tokens a NaN there does not reach
+rows that prune it.
 """
 
 from __future__ import annotations
@@ -33,27 +36,27 @@ from .base import Backend, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set
-VALUE_CODES = {
-    "fp16": 0,
-    "bf16": 1,
-    "int8": 2,
-    "int4": 3,
-    "int3": 3,
-}  # ValueType of csrc/format.h in the stream
+# The numbers of csrc/format.h's ValueType in the stream.
+VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
-ROWS, INPUTS = 16, 128  # of a block of the prepared stream
+ROWS, INPUTS = 16, 128  # rows and inputs of a block of the prepared stream
 
 
 class CpuState(NamedTuple):
-    """What `linear_cpu` wants."""
+    """What `linear_cpu` wants.
 
-    prepared: Tensor  # [bytes] uint8: header, stream and factors, laid out by csrc/bindings.cpp
+    prepared: [bytes] uint8, header, stream and factors as csrc/bindings.cpp lays them out.
+    """
+
+    prepared: Tensor
     out_features: int
     in_features: int
 
 
 class CpuBackend(Backend):
+    """The native CPU kernels as a backend."""
+
     name = "cpu"
 
     def refusals(
@@ -76,46 +79,20 @@ class CpuBackend(Backend):
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CpuState:
         load_library()
         N, K, layout = packed.out_features, packed.in_features, packed.layout
-        kind = VALUE_CODES[layout.values], layout.group_size or 0, layout.planes
         values = widened(packed.values) if layout.values == "int3" else packed.values
-        canonical = (
-            t if t is None else t.contiguous()
+        canonical = [
+            None if t is None else t.contiguous()
             for t in (values, packed.metadata, packed.signs, packed.scales)
-        )
-        blocks, columns = -(-N // ROWS), -(-K // INPUTS) * INPUTS
-
-        def row_blocks(t: Tensor) -> Tensor:  # [N,R] -> [blocks,R,16]
-            return (
-                pad(t, (0, 0, 0, blocks * ROWS - N))
-                .view(blocks, ROWS, -1)
-                .transpose(1, 2)
-                .contiguous()
-            )
-
-        def inputs(t: Tensor) -> Tensor:  # [Kp,R] -> [columns,R]
-            return pad(t[:K], (0, 0, 0, columns - K))
-
+        ]
         U = V = P = Q = None
-        if packed.U is not None:
-            U, V = factors.beside_results(packed.U, packed.V)
-            U, V = row_blocks(U), inputs(V).T.contiguous()
-        if packed.P is not None:
-            P, Q = packed.adapter()
-            exact = all(torch.equal(t.half().to(t.dtype), t) for t in (P, Q))
-            stored, rank = torch.float16 if exact else torch.float32, P.shape[1]
-            if not exact:
-                P, Q = factors.beside_results(P, Q)
-            padded = -(-rank // (2 * ROWS)) * 2 * ROWS
-            P = row_blocks(P.to(stored))
-            Q = (
-                pad(inputs(Q.to(stored)), (0, padded - rank))
-                .view(columns, -1, ROWS)
-                .transpose(0, 1)
-                .contiguous()
-            )
-        return CpuState(
-            torch.ops.slab_kernels.prepare_cpu(*canonical, U, V, P, Q, N, K, *kind), N, K
-        )
+        if layout.rank:
+            U, V = factors.beside_results(*packed.sign_factors())
+            U, V = _row_blocks(U), _padded_inputs(V, K).T.contiguous()
+        if layout.adapter_rank:
+            P, Q = _adapter(packed)
+        kind = VALUE_CODES[layout.values], layout.group_size or 0, layout.planes
+        prepared = torch.ops.slab_kernels.prepare_cpu(*canonical, U, V, P, Q, N, K, *kind)
+        return CpuState(prepared, N, K)
 
     def linear(self, x: Tensor, state: CpuState, bias: Tensor | None = None) -> Tensor:
         prepared, N, K = state
@@ -126,8 +103,33 @@ class CpuBackend(Backend):
         return torch.ops.slab_kernels.linear_cpu_frozen.default(x, prepared, bias, N, K)
 
 
+def _row_blocks(t: Tensor) -> Tensor:
+    """[N,R] -> [blocks,R,16]: rows in blocks of 16, zeros below them."""
+    padding = -len(t) % ROWS
+    return pad(t, (0, 0, 0, padding)).unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
+
+
+def _padded_inputs(t: Tensor, in_features: int) -> Tensor:
+    """[Kp,R] -> [columns,R]: the K real inputs, then zeros to a whole number of blocks."""
+    return pad(t[:in_features], (0, 0, 0, -in_features % INPUTS))
+
+
+def _adapter(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """P [blocks,R',16] and Q [R'/16,columns,16], its ranks padded to a multiple of 32.
+
+    They are fp16 where that holds them exactly, else fp32.
+    """
+    P, Q = packed.adapter()
+    exact = all(torch.equal(t.half().to(t.dtype), t) for t in (P, Q))
+    stored = torch.float16 if exact else torch.float32
+    if not exact:
+        P, Q = factors.beside_results(P, Q)
+    Q = pad(_padded_inputs(Q.to(stored), packed.in_features), (0, -P.shape[1] % (2 * ROWS)))
+    return _row_blocks(P.to(stored)), Q.unflatten(1, (-1, ROWS)).transpose(0, 1).contiguous()
+
+
 def widened(values: Tensor) -> Tensor:
-    """int3 values as int4 ones; in slices of rows, since unpacking takes 8 bytes a value."""
+    """int3 values as int4 ones, in slices of rows, since unpacking takes 8 bytes per value."""
     return torch.cat([bits.pack_int4(bits.unpack_int3(rows)) for rows in values.split(512)])
 
 
@@ -139,8 +141,8 @@ def missing_library() -> str | None:
     """
     if not LIBRARY.exists():
         return (
-            f"the native library {LIBRARY.name} was not built; install a C++17 compiler (g++ or clang++) and run "
-            "pip install --no-build-isolation -e . where torch is installed"
+            f"the native library {LIBRARY.name} was not built; install a C++17 compiler (g++ or "
+            "clang++) and run pip install --no-build-isolation -e . where torch is installed"
         )
     try:
         load_library()
@@ -152,12 +154,13 @@ def missing_library() -> str | None:
 
 
 def runnable() -> list[str]:
-    """Instruction sets that this build can run on this machine, best first."""
+    """Instruction sets that this build can run on this machine, the best first."""
     load_library()
     return _runnable()
 
 
 def _runnable() -> list[str]:
+    """As `runnable`, once the library is loaded."""
     return torch.ops.slab_kernels.cpu_runnable().split(", ")
 
 
@@ -179,7 +182,8 @@ def load_library() -> None:
 
 @functools.cache
 def _load_once() -> torch.library.Library:
-    """The library that keeps the registrations alive; the ops themselves are those of the C++ one."""
+    """The library that keeps the registrations alive; the ops themselves are those of the C++
+    one."""
     torch.ops.load_library(str(LIBRARY))
     torch.library.register_fake("slab_kernels::dequantize_cpu", _dequantize_fake)
     return register_linear_op("linear_cpu", 2, _linear_fake, _input_gradient)

@@ -1,38 +1,72 @@
 """Which backend runs a problem: an ordered list and a list of reasons.
 
-The first backend without a reason against it wins. An explicit choice (argument or SLAB_KERNELS_BACKEND) never falls
-back silently: it runs or it raises with every reason.
+The first backend without a reason against it wins. An explicit choice (argument or
+SLAB_KERNELS_BACKEND) never falls back silently: it runs or it raises with every reason.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .. import plugins
 from ..errors import BackendError
 from ..format import PackedWeight
 from .base import Backend, LinearProblem
 
-ORDER = (
-    "cuda",
-    "cpu",
-    "triton",
-    "reference",
-)  # fastest first on each device; the reference runs everything
+# The built-in backends, on each device the fastest first; the reference runs everything.
+ORDER = ("cuda", "cpu", "triton", "reference")
 ENVIRONMENT = "SLAB_KERNELS_BACKEND"
+_WARNED: set[str] = set()  # what was said of packages that cannot be used
+
+
+def added() -> dict[str, Backend]:
+    """The backends of other packages by name, the most wanted first (`Backend.priority`).
+
+    They come from the entry-point group `slab_kernels.backends`, whose objects are instances of
+    Backend. Warns, once in a process, of a package that cannot be used.
+    """
+    found = plugins.load(plugins.BACKENDS, Backend, frozenset(ORDER))
+    for plugin in found:
+        if plugin.problem is not None and plugin.problem not in _WARNED:
+            _WARNED.add(plugin.problem)
+            warnings.warn(plugin.problem, RuntimeWarning, stacklevel=2)
+    able = [plugin.value for plugin in found if plugin.problem is None]
+    return {b.name: b for b in sorted(able, key=lambda b: b.priority, reverse=True)}
+
+
+def order() -> tuple[str, ...]:
+    """The names of all backends in the order in which they are asked.
+
+    Those of other packages stand between the built-in ones and the reference, one with a
+    `priority` above 0 before the built-in ones.
+    """
+    others = added()
+    first = [name for name, backend in others.items() if backend.priority > 0]
+    last = [name for name in others if name not in first]
+    return (*first, *ORDER[:-1], *last, ORDER[-1])
 
 
 def backend(name: str) -> Backend:
-    """The backend of that name. Raises BackendError with the known names."""
-    if name not in ORDER:
-        origin = f" ({ENVIRONMENT} names it)" if os.environ.get(ENVIRONMENT) == name else ""
-        known = ", ".join(ORDER)
-        raise BackendError(f"backend {name!r} is unknown{origin}; known backends: {known}")
-    return importlib.import_module(f".{name}", __package__).BACKEND
+    """The backend of that name.
+
+    Raises: BackendError with the known names, or with the reason why another package's is none.
+    """
+    if name in ORDER:
+        return importlib.import_module(f".{name}", __package__).BACKEND
+    for plugin in plugins.load(plugins.BACKENDS, Backend, frozenset(ORDER)):
+        if plugin.name == name and plugin.problem is None:
+            return plugin.value
+        if plugin.name == name:
+            raise BackendError(f"backend {name!r} is not usable: {plugin.problem}")
+    origin = f" ({ENVIRONMENT} names it)" if os.environ.get(ENVIRONMENT) == name else ""
+    known = ", ".join(order())
+    raise BackendError(f"backend {name!r} is unknown{origin}; known backends: {known}")
 
 
 def explain(problem: LinearProblem) -> dict[str, list[str]]:
@@ -41,13 +75,14 @@ def explain(problem: LinearProblem) -> dict[str, list[str]]:
     Raises: BackendError if SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot
         run here.
     """
-    return {name: backend(name).not_supported_reasons(problem) for name in ORDER}
+    return {name: backend(name).not_supported_reasons(problem) for name in order()}
 
 
 def select(problem: LinearProblem, name: str | None = None) -> Backend:
     """The backend for this problem, or the forced one.
 
-    Raises: BackendError if the forced one is unknown or cannot run it, or if none can (all reasons listed).
+    Raises: BackendError if the forced one is unknown or cannot run it, or if none can (all reasons
+        listed).
     """
     forced = name or os.environ.get(ENVIRONMENT)
     if forced:
@@ -66,12 +101,13 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
 
 
 def prepare_fused(parts: Sequence[PackedWeight], dtype: torch.dtype) -> tuple[Backend, Any]:
-    """A backend that runs every part for activations of `dtype`, and what its `linear_fused` wants, made now.
+    """A backend that runs every part for activations of `dtype`, and its state for `linear_fused`.
 
     Raises: BackendError if a forced backend cannot run one of them.
     """
     problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in parts]
-    chosen = max(map(select, problems), key=lambda backend: ORDER.index(backend.name))
+    names = order()
+    chosen = max(map(select, problems), key=lambda backend: names.index(backend.name))
     # Inside inference_mode no inference tensors may be left behind: autograd could not save them.
     with torch.inference_mode(False), torch.no_grad():
         return chosen, chosen.prepare_fused(parts, dtype)

@@ -1,4 +1,4 @@
-"""The reference as a backend, last in the list: every shape, type and device works."""
+"""The reference as a backend, last in the list: it runs every shape, type and device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ReferenceBackend(Backend):
         ops.register()
         tensors = packed.tensors()
         for name, tensor in tensors.items():
-            if tensor.is_inference():  # autograd cannot save it, but a copy
+            if tensor.is_inference():  # autograd can save a copy only
                 tensors[name] = tensor.clone()
         return tuple(tensors.get(name) for name in ops.TENSOR_ARGUMENTS), packed.in_features
 

@@ -1,8 +1,9 @@
 """How long a call takes: wall clock on a CPU; on a GPU replays of a CUDA graph between two events.
 
-A weight that decoding reads comes from memory, not from cache, so calls go round over copies of it ("cold"). On a GPU a
-sample is one replay of a graph that calls every copy once, divided by their number: no launch of Python's is in it. The
-same graph over one copy gives the "warm" figure, which is reported apart.
+A weight that decoding reads comes from memory, not from cache, so calls go round over copies of it
+("cold"). On a GPU a sample is one replay of a graph that calls every copy once, divided by their
+number: no launch of Python's is in it. The same graph over one copy gives the "warm" figure, which
+is reported apart.
 """
 
 from __future__ import annotations
@@ -12,30 +13,31 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from ..format import ceil_div
 
 Call = Callable[[], Any]
 
 REPLAYS = 50  # samples at least, on a GPU
 FEWEST_COPIES = 8  # on a GPU
-L2_MULTIPLE = (
-    4  # copies together are larger than so many L2 caches: the replacement policy is not plain LRU
-)
-USUAL_L2 = 64 << 20  # where torch does not tell: H100 has 50 MB, RTX 4090 72 MB
+# Copies together are larger than so many L2 caches, whose replacement policy is not plain LRU.
+L2_MULTIPLE = 4
+USUAL_L2 = 64 << 20  # where torch does not tell: an H100 has 50 MB, an RTX 4090 72 MB
 CPU_ROTATED = 256 << 20  # beyond the private caches; a large shared cache may still hold it
 MOST_COPIES = 1024  # of a tiny weight, which then stays in cache and is reported as warm
-MOST_CPU_COPIES = 256  # so weights of a megabyte and more reach CPU_ROTATED
+MOST_CPU_COPIES = 256  # so that weights of a megabyte and more reach CPU_ROTATED
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds a call, one for each sample, and how they were taken: "wall", "graph" or "eager"."""
+    """How long calls took."""
 
-    samples: Sequence[float]
-    timing: str
+    samples: Sequence[float]  # seconds per call
+    timing: str  # how the samples were taken: "wall", "graph" or "eager"
 
     @property
     def median(self) -> float:
@@ -43,10 +45,29 @@ class Timed:
 
     @property
     def iqr(self) -> float:
+        """The range between the quartiles."""
         return self._quantile(0.75) - self._quantile(0.25)
 
     def _quantile(self, at: float) -> float:
         return torch.tensor(self.samples, dtype=torch.float64).quantile(at).item()
+
+
+class Clock(Protocol):
+    """What times calls on a device."""
+
+    has_warm: bool  # whether it tells a weight in cache from one in memory
+
+    def copies(self, size: int) -> int:
+        """How many copies of a weight of `size` bytes to go round over."""
+
+    def is_cold(self, total: int) -> bool:
+        """Whether copies of `total` bytes together have to come from memory."""
+
+    def time(self, calls: Sequence[Call]) -> Timed:
+        """Times the calls, one after another, over and over."""
+
+    def fastest(self, call: Call, times: int = 6) -> float:
+        """The seconds of the fastest call of several."""
 
 
 class WallClock:
@@ -59,7 +80,7 @@ class WallClock:
 
     def copies(self, size: int) -> int:
         """How many copies of a weight of `size` bytes to go round over."""
-        return max(2, min(MOST_CPU_COPIES, -(-CPU_ROTATED // size)))
+        return max(2, min(MOST_CPU_COPIES, ceil_div(CPU_ROTATED, size)))
 
     def is_cold(self, total: int) -> bool:
         """Whether copies of `total` bytes together have to come from memory."""
@@ -76,6 +97,7 @@ class WallClock:
         return Timed(samples, "wall")
 
     def fastest(self, call: Call, times: int = 6) -> float:
+        """The seconds of the fastest call of several."""
         return min(self._seconds(call) for _ in range(times))
 
     def _seconds(self, call: Call) -> float:
@@ -85,35 +107,37 @@ class WallClock:
 
 
 class CudaClock:
-    """Replays of a CUDA graph over all calls, each between two events, queued so that the GPU never waits for Python."""
+    """Replays of a CUDA graph over all calls, each between two events.
+
+    They are queued so that the GPU never waits for Python.
+    """
 
     has_warm = True
 
     def __init__(self, device: torch.device | str, min_seconds: float, cuda: Any = None):
         self.cuda = cuda or torch.cuda
         self.device, self.min_seconds = torch.device(device), min_seconds
-        self.l2 = (
-            getattr(self.cuda.get_device_properties(self.device), "L2_cache_size", 0) or USUAL_L2
-        )
+        properties = self.cuda.get_device_properties(self.device)
+        self.l2 = getattr(properties, "L2_cache_size", 0) or USUAL_L2
 
     def copies(self, size: int) -> int:
+        """How many copies of a weight of `size` bytes to go round over."""
         wanted = max(FEWEST_COPIES, L2_MULTIPLE * self.l2 // size + 1)
-        self.cuda.empty_cache()  # what torch keeps of the last contestant's copies is free too
+        self.cuda.empty_cache()  # What torch keeps of the last contestant's copies is free too.
         free, _ = self.cuda.mem_get_info(self.device)
-        return max(
-            2, min(wanted, MOST_COPIES, free // 2 // size)
-        )  # the other half: room for outputs
+        fitting = free // 2 // size  # The other half of the memory is room for outputs.
+        return max(2, min(wanted, MOST_COPIES, fitting))
 
     def is_cold(self, total: int) -> bool:
+        """Whether copies of `total` bytes together have to come from memory."""
         return total > L2_MULTIPLE * self.l2
 
     def time(self, calls: Sequence[Call]) -> Timed:
         """At least `min_seconds` of replays and REPLAYS of them."""
         with self.cuda.device(self.device):
             run, timing = self._captured(calls)
-            for _ in range(
-                5
-            ):  # keeps the queue full when the first sample starts, and the clocks up
+            # These keep the queue full when the first sample starts, and the clocks up.
+            for _ in range(5):
                 run()
             samples: list[float] = []
             while len(samples) < REPLAYS or sum(samples) * len(calls) < self.min_seconds:
@@ -121,12 +145,16 @@ class CudaClock:
             return Timed(samples, timing)
 
     def fastest(self, call: Call, times: int = 6) -> float:
+        """The seconds of the fastest call of several."""
         with self.cuda.device(self.device):
             return min(self._replays(call, times))
 
     def _replays(self, run: Call, times: int) -> list[float]:
-        event = lambda: self.cuda.Event(enable_timing=True)  # noqa: E731
-        pairs = [(event(), event()) for _ in range(times)]
+        """Seconds of each run."""
+        pairs = [
+            (self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True))
+            for _ in range(times)
+        ]
         for start, end in pairs:
             start.record()
             run()
@@ -135,13 +163,15 @@ class CudaClock:
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
     def _captured(self, calls: Sequence[Call]) -> tuple[Call, str]:
-        """A replay of all calls; the calls themselves where they cannot be captured."""
+        """A replay of all calls ("graph"); the calls themselves ("eager") if they cannot be
+        captured."""
 
         def eager() -> None:
             for call in calls:
                 call()
 
-        # torch asks for a warm-up on a side stream: lazy initialisation and autotuning must not be captured.
+        # torch asks for a warm-up on a side stream: lazy initialisation and autotuning must not be
+        # captured.
         side = self.cuda.Stream()
         side.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(side):
@@ -164,17 +194,15 @@ class CudaClock:
         return graph.replay, "graph"
 
 
-def clock(device: torch.device | str, min_seconds: float) -> WallClock | CudaClock:
-    """The clock for that device."""
-    return (
-        CudaClock(device, min_seconds)
-        if torch.device(device).type == "cuda"
-        else WallClock(min_seconds)
-    )
+def clock_of(device: torch.device | str, min_seconds: float) -> Clock:
+    """The clock for that device, which times a row for at least so many seconds."""
+    if torch.device(device).type == "cuda":
+        return CudaClock(device, min_seconds)
+    return WallClock(min_seconds)
 
 
 def tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors in what a backend prepared: tuples, lists, dicts, dataclasses and modules of them."""
+    """The tensors in what a backend prepared: tuples, lists, dicts, dataclasses and modules."""
     if isinstance(state, Tensor):
         yield state
     elif isinstance(state, nn.Module):

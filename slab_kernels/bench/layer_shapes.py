@@ -1,7 +1,8 @@
-"""The linears of well-known models, for `bench --layers`: (out_features, in_features) of one block, equal ones once.
+"""The linears of well-known models, for `bench --layers`.
 
-Inference engines fuse q, k and v into one linear and gate and up into another; those fused shapes are what a kernel
-meets, so they are the default. Sizes are of the models' published config.json files.
+Inference engines fuse q, k and v into one linear and gate and up into another. Those fused shapes
+are what a kernel meets, so they are the default. Sizes are those of the models' published
+config.json files.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from dataclasses import dataclass
 
 from ..errors import ArgumentError
 
-Shapes = tuple[tuple[int, int], ...]
+Shapes = tuple[tuple[int, int], ...]  # (out_features, in_features) of each linear
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """One block: widths of the residual stream, of the MLP, of all key heads together, of all query heads together."""
+    """The widths of one block of a decoder."""
 
-    hidden: int
-    ffn: int
-    kv: int
-    attention: int
+    hidden: int  # of the residual stream
+    ffn: int  # of the MLP
+    kv: int  # of all key heads together
+    attention: int  # of all query heads together
 
     def separate(self) -> Shapes:
-        """q, k and v, o, gate and up, down as transformers holds them."""
+        """q, k and v, o, gate and up, down as transformers holds them; equal ones once."""
         q, kv, o = (
             (self.attention, self.hidden),
             (self.kv, self.hidden),
@@ -32,7 +33,7 @@ class Decoder:
         return tuple(dict.fromkeys((q, kv, o, (self.ffn, self.hidden), (self.hidden, self.ffn))))
 
     def fused(self) -> Shapes:
-        """qkv, o, gate_up, down as engines run them."""
+        """qkv, o, gate_up, down as engines run them; equal ones once."""
         qkv, gate_up = (self.attention + 2 * self.kv, self.hidden), (2 * self.ffn, self.hidden)
         return tuple(
             dict.fromkeys((qkv, (self.hidden, self.attention), gate_up, (self.hidden, self.ffn)))
@@ -65,7 +66,10 @@ MODELS = {
 
 
 def layers(name: str, fused: bool = True) -> Shapes:
-    """The shapes of that model's linears. Raises ValueError with the known names."""
+    """The shapes of a model's linears, fused as engines run them or separate.
+
+    Raises: ArgumentError with the known names.
+    """
     if name.lower() not in MODELS:
         raise ArgumentError(
             f"no layer table for {name!r}; known models: {', '.join(MODELS)}; or give --shape NxK"

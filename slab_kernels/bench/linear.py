@@ -1,7 +1,9 @@
-"""Times one linear: torch's dense `F.linear` beside our backends and other libraries', same run, after a correctness gate.
+"""Times one linear: torch's dense `F.linear` beside our backends and other libraries', in one run.
 
-Weights are rotated over copies that together exceed the caches, as decoding a model reads them (`timing`); every row says
-over how many bytes, and how near the time is to what this machine reached in the same run (`roofline`).
+Nothing is timed before its result has passed a gate (correctness.py). Weights are rotated over
+copies that together exceed the caches, as decoding a model reads them (clocks.py). Every row says
+over how many bytes, and how near the time is to what this machine reached in the same run
+(roofline.py).
 """
 
 from __future__ import annotations
@@ -10,71 +12,99 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..backends import dispatch
 from ..backends.base import Backend, LinearProblem
-from ..errors import ArgumentError, BenchError
-from ..format import INTEGER_RANGES, PackedLayout, PackedWeight, unpack
-from ..testing import ROUNDOFF, error_bound, random_packed
-from . import clocks as timing
+from ..errors import ArgumentError
+from ..format import INTEGER_RANGES, PackedLayout, PackedWeight
+from ..testing import random_packed
+from .clocks import FEWEST_COPIES, Call, Clock, clock_of, copied, size_of
+from .correctness import gate
 from .peers import PEERS, Peer, agree
 from .roofline import Ceilings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GATE_ROWS = 256  # output rows compared with the reference before anything is timed
-CPU_TOKENS = (1, 4, 16, 64)
-GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 
 Row = dict[str, Any]
+Progress = Callable[[int, int], None]  # is called with the steps done and those in all
 
 
 @dataclass(frozen=True)
 class Case:
-    """One linear y[m,n] = x[m,k] W.T and what to time on it; the arguments of `layer_rows`."""
+    """One linear y[m,n] = x[m,k] W.T and what to time on it."""
 
     n: int
     k: int
     tokens: Sequence[int] = (1,)
     values: Sequence[str] = ("fp16",)
-    dtype: torch.dtype | str = (
-        torch.float32
-    )  # of activations and dense weight; or "fp32", "bf16", "fp16"
+    # of the activations and the dense weight: a dtype, or "fp32", "bf16", "fp16"
+    dtype: torch.dtype | str = torch.float32
     device: str = "cpu"
-    group_size: int | None = 128  # inputs a scale; ignored for fp16 and bf16 values
+    group_size: int | None = 128  # inputs that a scale covers; ignored for fp16 and bf16 values
     rank: int = 1  # of the sign term; 0 = none
-    backends: Sequence[str] | None = None  # default: all that can run it, the reference left out
-    min_seconds: float = 0.5  # each row is timed at least this long
+    backends: Sequence[str] | None = None  # default: all that can run it, without the reference
+    min_seconds: float = 0.5  # that each row is timed at least
     adapter_rank: int = 0  # of P Q^T; 0 = none
-    peers: bool = False  # other libraries' kernels too
+    peers: bool = False  # whether other libraries' kernels are timed too
 
     @property
     def kind(self) -> torch.dtype:
-        if self.dtype not in DTYPES and self.dtype not in DTYPES.values():
-            raise ArgumentError(
-                f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
-            )
-        return DTYPES.get(self.dtype, self.dtype)
+        """The dtype of the activations.
+
+        Raises: ArgumentError for an unknown one.
+        """
+        if isinstance(self.dtype, str) and self.dtype in DTYPES:
+            return DTYPES[self.dtype]
+        if isinstance(self.dtype, torch.dtype) and self.dtype in DTYPES.values():
+            return self.dtype
+        raise ArgumentError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
 
     def layouts(self) -> list[PackedLayout]:
-        """Of our weights, one for each value type. Raises ValueTypeError for an unknown one."""
-        group = {True: self.group_size, False: None}
-        return [
-            PackedLayout(
-                self.n, self.k, v, group[v in INTEGER_RANGES], self.rank, self.adapter_rank
+        """The layouts of our weights, one for each value type.
+
+        Raises: ValueTypeError for an unknown one.
+        """
+        layouts = []
+        for values in self.values:
+            group_size = self.group_size if values in INTEGER_RANGES else None
+            layouts.append(
+                PackedLayout(self.n, self.k, values, group_size, self.rank, self.adapter_rank)
             )
-            for v in self.values
+        return layouts
+
+    def problem(self, layout: PackedLayout, m: int) -> LinearProblem:
+        """The product of m tokens with a weight of that layout."""
+        return LinearProblem.of(layout, m, self.kind, torch.device(self.device).type)
+
+    def random_weight(self) -> Tensor:
+        """The same dense weight [n, k] every time."""
+        generator = torch.Generator(self.device).manual_seed(2)
+        return torch.randn(self.n, self.k, generator=generator, device=self.device, dtype=self.kind)
+
+    def inputs(self) -> list[Tensor]:
+        """The same activations [m, k] every time, for each token count."""
+        generator = torch.Generator().manual_seed(1)
+        return [
+            torch.randn(m, self.k, generator=generator).to(self.device, self.kind)
+            for m in self.tokens
         ]
 
     def facts(self) -> Row:
-        """The columns that all rows share."""
-        name = next(name for name, kind in DTYPES.items() if kind == self.kind)
-        where = {"dtype": name, "device": str(self.device), "threads": torch.get_num_threads()}
-        return {"n": self.n, "k": self.k, **where, "rank": 0, "adapter_rank": 0, "group_size": None}
+        """The columns that all rows share; contestants replace some of them."""
+        return {
+            "n": self.n,
+            "k": self.k,
+            "dtype": next(name for name, kind in DTYPES.items() if kind == self.kind),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "rank": 0,
+            "adapter_rank": 0,
+            "group_size": None,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,117 +117,145 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to run the linear: the columns that name it, the weight's bytes, and calls on the copies of its weight."""
+    """One way to run the linear."""
 
-    columns: Row
-    size: int
-    calls: Callable[[Tensor, int], list[timing.Call]]  # of an input, on so many copies
+    columns: Row  # those that name it
+    size: int  # bytes of the weight
+    calls: Callable[[Tensor, int], list[Call]]  # of an input, on so many copies of the weight
     check: Callable[[Tensor], None] = lambda x: None  # raises if its result is wrong
     unable: Callable[[int], bool] = lambda m: False  # leaves out a token count
-    foreign: bool = False  # not ours: what it raises becomes a reason, not an error
+    foreign: bool = False  # of another library: what it raises becomes a reason, not an error
 
 
-def layer_rows(*arguments: Any, **settings: Any) -> list[Row]:
-    """The rows of `Case(*arguments, **settings)`: for each m torch's dense linear ("dense"), then every backend and value
+def measure(case: Case, clock: Clock | None = None, progress: Progress | None = None) -> Measured:
+    """Times, for each token count, torch's dense linear ("dense"), then every backend and value
     type, then peers; on a GPU each of them twice, from memory ("cold") and from cache ("warm").
 
-    Returns one dict a row: backend, m, n, k, values, dtype, rank, adapter_rank, group_size, device, threads, cache ("cold"
-    or "warm"), timing ("wall", "graph" or "eager"), median_us, iqr_us, calls (samples), speedup_vs_dense, weight_bytes,
-    bits_per_weight, copies, rotated_bytes, and of `Ceilings.shares`: gbytes_per_s (weight bytes as that backend holds them
-    over the median), bandwidth_share and matrix_share (of what this run measured), tflops, roofline (the larger of the
-    two), bound ("bytes" or "matrix", whichever it is).
+    A row has these columns: backend, m, n, k, values, dtype, rank, adapter_rank, group_size,
+    device, threads, cache ("cold" or "warm"), timing ("wall", "graph" or "eager"), median_us,
+    iqr_us, calls (samples), speedup_vs_dense, weight_bytes, bits_per_weight, copies, rotated_bytes,
+    and those of `Ceilings.shares`.
 
-    Raises: BenchError if a kernel of ours disagrees with the reference, BackendError if a named backend cannot run it,
-    ValueTypeError for an unknown value type, ValueError for an unknown dtype.
+    clock: default that of the case's device.
+    progress: called before each contestant's turn at an input, with the number of turns so far,
+        this one included, and of those in all.
+
+    Raises: BenchError if a kernel of ours disagrees with the reference, BackendError if a named
+    backend cannot run the case, ValueTypeError for an unknown value type, ArgumentError for an
+    unknown dtype.
     """
-    return measure(Case(*arguments, **settings)).rows
-
-
-def measure(
-    case: Case,
-    clock: timing.WallClock | timing.CudaClock | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Measured:
-    """`layer_rows`, and the reasons why peers are absent.
-
-    clock: default the device's own. progress: called with the inputs timed and those in all.
-    """
-    layouts = case.layouts()
-    facts = case.facts()  # a wrong dtype fails here
-    clock = clock or timing.clock(case.device, case.min_seconds)
-    rows: dict[
-        tuple[int, bool], list[Row]
-    ] = {}  # by tokens and whether round copies; dense first in each
+    layouts, facts = case.layouts(), case.facts()
+    clock = clock or clock_of(case.device, case.min_seconds)
+    rows = _Rows(case.tokens)
     absent: dict[str, str] = {}
+    done = 0
     with torch.inference_mode():
-        ceilings = Ceilings.measure(case.device, case.kind, clock)
-        generator = torch.Generator().manual_seed(1)
-        inputs = [
-            torch.randn(m, case.k, generator=generator).to(case.device, case.kind)
-            for m in case.tokens
-        ]
-        contestants = 1 + sum(len(_backends(case, layout)) for layout in layouts)
-        contestants += len(PEERS) if case.peers else 0
-        done = 0
+        turns = len(case.tokens) * _count(case, layouts)
+        stand = _Stand(case, clock, Ceilings.measure(case.device, case.kind, clock))
+        inputs = case.inputs()
         for contestant in _contestants(case, layouts, facts, absent):
             copies = clock.copies(contestant.size)
             for x in inputs:
                 done += 1
                 if progress is not None:
-                    progress(done, contestants * len(inputs))
+                    progress(done, turns)
                 if contestant.unable(x.shape[0]):
                     continue
                 try:
                     contestant.check(x)
-                    found = _timed(case, contestant, x, copies, clock, ceilings)
+                    found = stand.time(contestant, x, copies)
                 except Exception as error:
                     if not contestant.foreign:
                         raise
                     absent[contestant.columns["backend"]] = f"at m={x.shape[0]}: {_said(error)}"
                     continue
-                for rotated, row in found.items():
-                    beside = rows.setdefault((x.shape[0], rotated), [])
-                    dense = (beside or [row])[0]
-                    beside.append(row | {"speedup_vs_dense": dense["median_us"] / row["median_us"]})
-            del contestant  # its copies make room before the next one's are made
-    order = [(m, rotated) for m in case.tokens for rotated in (True, False)]
-    return Measured([row for key in order for row in rows.get(key, [])], absent)
+                rows.add(x.shape[0], found)
+            del contestant  # Its copies make room before the next one's are made.
+    return Measured(rows.in_order(), absent)
 
 
-def _timed(
-    case: Case, contestant: Contestant, x: Tensor, copies: int, clock: Any, ceilings: Ceilings
-) -> dict[bool, Row]:
-    """The rows of one contestant and input: True -> round its copies, False -> over one copy, where the clock can tell."""
-    m, size, found = x.shape[0], contestant.size, {}
-    calls = contestant.calls(x, copies)
-    if not clock.has_warm or clock.is_cold(
-        copies * size
-    ):  # else they stay in cache: no news beside one copy
-        found[True] = calls, copies
-    if clock.has_warm:
-        found[False] = calls[:1] * max(copies, timing.FEWEST_COPIES), 1
-    for rotated, (run, count) in found.items():
-        timed = clock.time(run)
-        found[rotated] = contestant.columns | {
+class _Round(NamedTuple):
+    """Calls to be timed one after another."""
+
+    calls: list[Call]
+    copies: int  # of the weight among them
+
+
+class _Rows:
+    """Rows by token count and by whether copies were rotated; dense comes first in each."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.rows: dict[tuple[int, bool], list[Row]] = {
+            (m, rotated): [] for m in tokens for rotated in (True, False)
+        }
+
+    def add(self, m: int, found: dict[bool, Row]) -> None:
+        """Each row is compared with dense of its own kind: warm with warm, cold with cold."""
+        for rotated, row in found.items():
+            beside = self.rows[m, rotated]
+            dense = beside[0] if beside else row
+            beside.append(row | {"speedup_vs_dense": dense["median_us"] / row["median_us"]})
+
+    def in_order(self) -> list[Row]:
+        return [row for rows in self.rows.values() for row in rows]
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """Where contestants are timed."""
+
+    case: Case
+    clock: Clock
+    ceilings: Ceilings
+
+    def time(self, contestant: Contestant, x: Tensor, copies: int) -> dict[bool, Row]:
+        """The rows of one contestant and input.
+
+        True -> over all copies in turn, False -> over one copy, where the clock can tell them
+        apart. Copies that stay in cache would be no news beside one copy.
+        """
+        calls = contestant.calls(x, copies)
+        rounds: dict[bool, _Round] = {}
+        if not self.clock.has_warm or self.clock.is_cold(copies * contestant.size):
+            rounds[True] = _Round(calls, copies)
+        if self.clock.has_warm:
+            rounds[False] = _Round(calls[:1] * max(copies, FEWEST_COPIES), 1)
+        return {
+            rotated: contestant.columns | self._columns(some, contestant.size, x.shape[0], rotated)
+            for rotated, some in rounds.items()
+        }
+
+    def _columns(self, some: _Round, size: int, m: int, rotated: bool) -> Row:
+        timed, n, k = self.clock.time(some.calls), self.case.n, self.case.k
+        cold = rotated and self.clock.is_cold(some.copies * size)
+        return {
             "m": m,
-            "cache": "cold" if rotated and clock.is_cold(count * size) else "warm",
+            "cache": "cold" if cold else "warm",
             "timing": timed.timing,
             "median_us": timed.median * 1e6,
             "iqr_us": timed.iqr * 1e6,
             "calls": len(timed.samples),
             "weight_bytes": size,
-            "bits_per_weight": 8 * size / (case.n * case.k),
-            "copies": count,
-            "rotated_bytes": size * count,
-            **ceilings.shares(timed.median, size, m, case.n, case.k),
+            "bits_per_weight": 8 * size / (n * k),
+            "copies": some.copies,
+            "rotated_bytes": size * some.copies,
+            **self.ceilings.shares(timed.median, size, m, n, k),
         }
-    return found
+
+
+# Contestants. Each is made when its turn comes.
+
+
+def _count(case: Case, layouts: list[PackedLayout]) -> int:
+    """How many contestants there are, peers that turn out to be absent included."""
+    ours = sum(len(_backends(case, layout)) for layout in layouts)
+    return 1 + ours + (len(PEERS) if case.peers else 0)
 
 
 def _contestants(
     case: Case, layouts: list[PackedLayout], facts: Row, absent: dict[str, str]
 ) -> Iterator[Contestant]:
-    """Dense first; each is made when its turn comes."""
+    """Dense first, then ours, then peers; the reasons of absent peers are put into `absent`."""
     yield _dense(case, facts)
     for layout in layouts:
         packed = random_packed(layout).to(case.device)
@@ -208,44 +266,49 @@ def _contestants(
         try:
             if not reason:
                 yield _peer(case, peer, facts)
-        except Exception as error:  # another library that cannot prepare this weight
+        except Exception as error:  # Another library may fail to prepare this weight.
             reason = _said(error)
         if reason:
             absent[peer.name] = reason
 
 
 def _dense(case: Case, facts: Row) -> Contestant:
-    W = _random_weight(case)
+    W = case.random_weight()
     copies = _Copies(W, W.clone)
+    product = torch.nn.functional.linear
     return Contestant(
-        {"backend": "dense", **facts, "values": ""}, W.nbytes,
-        lambda x, count: [partial(torch.nn.functional.linear, x, weight) for weight in copies.first(count)],
-    )  # fmt: skip
+        columns={"backend": "dense", **facts, "values": ""},
+        size=W.nbytes,
+        calls=lambda x, count: [partial(product, x, weight) for weight in copies.first(count)],
+    )
 
 
 def _ours(case: Case, backend: Backend, packed: PackedWeight, facts: Row) -> Contestant:
     layout = packed.layout
     state = backend.prepare(packed, case.kind)
-    copies = _Copies(state, lambda: timing.copied(state))
+    copies = _Copies(state, lambda: copied(state))
     own = {name: getattr(layout, name) for name in ("values", "rank", "adapter_rank", "group_size")}
     return Contestant(
-        {"backend": backend.name, **facts, **own}, timing.size_of(state),
-        lambda x, count: [partial(backend.linear, x, copy) for copy in copies.first(count)],
+        columns={"backend": backend.name, **facts, **own},
+        size=size_of(state),
+        calls=lambda x, count: [partial(backend.linear, x, copy) for copy in copies.first(count)],
         check=lambda x: gate(backend, x, state, packed),
-        unable=lambda m: bool(backend.not_supported_reasons(_problem(case, layout, m))),
-    )  # fmt: skip
+        unable=lambda m: bool(backend.not_supported_reasons(case.problem(layout, m))),
+    )
 
 
 def _peer(case: Case, peer: Peer, facts: Row) -> Contestant:
-    W = _random_weight(case)
+    W = case.random_weight()
     prepared = peer.prepare(W)
     copies = _Copies(prepared.linear, lambda: peer.prepare(W).linear)
+    own = {"values": peer.values, "group_size": peer.group_size}
     return Contestant(
-        {"backend": peer.name, **facts, "values": peer.values, "group_size": peer.group_size}, prepared.weight_bytes,
-        lambda x, count: [partial(linear, x) for linear in copies.first(count)],
+        columns={"backend": peer.name, **facts, **own},
+        size=prepared.weight_bytes,
+        calls=lambda x, count: [partial(linear, x) for linear in copies.first(count)],
         check=lambda x: agree(x, prepared),
         foreign=True,
-    )  # fmt: skip
+    )
 
 
 class _Copies:
@@ -264,70 +327,24 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _random_weight(case: Case) -> Tensor:
-    generator = torch.Generator(case.device).manual_seed(2)
-    return torch.randn(case.n, case.k, generator=generator, device=case.device, dtype=case.kind)
-
-
-def _problem(case: Case, layout: PackedLayout, m: int) -> LinearProblem:
-    return LinearProblem.of(layout, m, case.kind, torch.device(case.device).type)
-
-
 def _backends(case: Case, layout: PackedLayout) -> list[Backend]:
-    """Those named, which have to run every token count; by default all that run one, the reference left out."""
-    problems = [_problem(case, layout, m) for m in case.tokens]
+    """The backends named by the case or the environment; by default all but the reference that run
+    some token count.
+
+    Raises: BackendError with every reason if a named one does not run every token count.
+    """
+    problems = [case.problem(layout, m) for m in case.tokens]
     forced = os.environ.get(dispatch.ENVIRONMENT)
     names = [forced] if forced and case.backends is None else case.backends
-    for name in names or ():
-        for problem in problems:
-            dispatch.select(problem, name)  # raises with every reason
-    if names is not None:
+    if names is None:
+        found = [dispatch.explain(problem) for problem in problems]
+        names = [
+            name
+            for name in dispatch.order()
+            if name != "reference" and any(not reasons[name] for reasons in found)
+        ]
         return [dispatch.backend(name) for name in names]
-    found = [dispatch.explain(problem) for problem in problems]
-    able = [
-        name
-        for name in dispatch.ORDER
-        if name != "reference" and any(not reasons[name] for reasons in found)
-    ]
-    return [dispatch.backend(name) for name in able]
-
-
-def gate(backend: Backend, x: Tensor, state: Any, packed: PackedWeight) -> None:
-    """Compares the last GATE_ROWS outputs with the reference in fp64. Raises BenchError."""
-    y = backend.linear(x, state)
-    rows = min(GATE_ROWS, packed.out_features)
-    part = packed.narrow_out(packed.out_features - rows, rows)
-    exact = reference.linear(x.double(), part)
-    size = x.double().abs() @ term_sizes(part).T
-    allowed = tolerance(
-        size, exact, x.dtype, packed.in_features, tensor_cores=x.device.type == "cuda"
-    )
-    if bool(((y[:, -rows:].double() - exact).abs() > allowed).any()) or not bool(
-        y.isfinite().all()
-    ):
-        raise BenchError(
-            f"backend {backend.name!r} disagrees with the reference on {packed.layout}; nothing was timed"
-        )
-
-
-def tolerance(
-    size: Tensor, exact: Tensor, dtype: torch.dtype, K: int, tensor_cores: bool
-) -> Tensor:
-    """Largest difference allowed: fp32 accumulation, and on tensor cores products in the activations' type.
-
-    There values, v and v·x are rounded to it. Of K such roundings, each at most ROUNDOFF and of either sign, 8 / sqrt(K) of
-    their sum is six standard deviations and more; with few inputs it is their sum.
-    """
-    rounded = size * ROUNDOFF[dtype] * min(2.0, 8 / K**0.5) if tensor_cores else 0.0
-    return error_bound(size, exact, dtype, K) + rounded
-
-
-def term_sizes(part: PackedWeight) -> Tensor:
-    """|S| + |U||V|^T on pruned positions + |P||Q|^T: terms that cancel round as what they are, and kernels sum them apart."""
-    d = unpack(part)
-    sizes = d.S.double().abs()
-    if d.U is not None:
-        sizes += (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs()
-    if d.P is not None:
-        sizes += d.P.double().abs() @ d.Q.double().abs().T
-    return sizes
+    for name in names:
+        for problem in problems:
+            dispatch.select(problem, name)
+    return [dispatch.backend(name) for name in names]

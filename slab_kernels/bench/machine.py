@@ -1,4 +1,4 @@
-"""What this machine is and which backends work on it: the facts behind `slab-kernels info` and every report."""
+"""What this machine is and which backends work on it: for `slab-kernels info` and every report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,23 @@ PACKAGES = (
     "matplotlib",
     "datasets",
 )
+# Environment variable -> what it does.
 VARIABLES = {
     "SLAB_KERNELS_BACKEND": "force a backend; raises with every reason if it cannot run",
     "SLAB_KERNELS_CPU_ISA": "force the CPU kernels' instruction set: scalar, avx2 or avx512",
-    "SLAB_KERNELS_NATIVE": "at installation: 0 never builds the native library, 1 fails if it cannot be built",
-    "SLAB_KERNELS_CUDA": "at installation: 0 never compiles the CUDA kernels, 1 fails if nvcc cannot",
-    "SLAB_KERNELS_CACHE": "where CUDA kernels compiled at run time are kept; default ~/.cache/slab_kernels",
-    "SLAB_KERNELS_CONFIGS": "where tune writes the Triton kernels' rows and where they are read; default ~/.config/slab_kernels",
+    "SLAB_KERNELS_NATIVE": (
+        "at installation: 0 never builds the native library, 1 fails if it cannot be built"
+    ),
+    "SLAB_KERNELS_CUDA": (
+        "at installation: 0 never compiles the CUDA kernels, 1 fails if nvcc cannot"
+    ),
+    "SLAB_KERNELS_CACHE": (
+        "where CUDA kernels compiled at run time are kept; default ~/.cache/slab_kernels"
+    ),
+    "SLAB_KERNELS_CONFIGS": (
+        "where tune writes the Triton kernels' rows and where they are read; "
+        "default ~/.config/slab_kernels"
+    ),
     "SLAB_KERNELS_VERIFY": "0: what is read is not compared with its checksums",
     "SLAB_KERNELS_DEBUG": "1: the command line shows tracebacks",
     "OMP_NUM_THREADS": "threads of torch and of the CPU kernels",
@@ -62,7 +72,10 @@ def processor() -> str:
 
 
 def cpu_kernels() -> str | None:
-    """The instruction set that our CPU kernels use here, of those they could; None without the native library."""
+    """The instruction set that our CPU kernels use here, of those that they could use.
+
+    None without the native library.
+    """
     import torch
 
     from ..backends import cpu
@@ -106,7 +119,10 @@ def devices() -> list[dict[str, Any]]:
 
 
 def backends() -> dict[str, dict[str, list[str]]]:
-    """Backend -> device -> reasons why it cannot run a plain 4096x4096 decode there; empty = it works."""
+    """Backend -> device -> reasons why it cannot run a plain 4096x4096 decode there.
+
+    No reasons mean that it works.
+    """
     import torch
 
     from ..backends import dispatch
@@ -114,17 +130,16 @@ def backends() -> dict[str, dict[str, list[str]]]:
     from ..errors import BackendError
 
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.ORDER}
+    table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.order()}
     for kind in kinds:
-        problem = LinearProblem(
-            1, 4096, 4096, dtype=torch.bfloat16, device=kind
-        )  # a type that every backend takes
+        # Every backend takes bf16.
+        problem = LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind)
         try:
             found = dispatch.explain(problem)
             if forced := os.environ.get(dispatch.ENVIRONMENT):
                 dispatch.backend(forced)
-        except BackendError as error:  # a variable names what there is not, so that nothing runs
-            found = {name: [str(error)] for name in dispatch.ORDER}
+        except BackendError as error:  # A variable names what does not exist, so nothing runs.
+            found = {name: [str(error)] for name in dispatch.order()}
         for name, reasons in found.items():
             table[name][kind] = reasons
     return table
@@ -135,11 +150,9 @@ def cuda_kernels() -> str:
     from ..backends.cuda.compile import IMAGES
 
     found = sorted(path.name.split(".")[1] for path in IMAGES.glob("*.*.*"))
-    return (
-        f"ahead of time: {', '.join(found)}"
-        if found
-        else "none ahead of time; a CUDA torch compiles them on first use"
-    )
+    if found:
+        return f"ahead of time: {', '.join(found)}"
+    return "none ahead of time; a CUDA torch compiles them on first use"
 
 
 def information() -> dict[str, Any]:
@@ -155,12 +168,14 @@ def information() -> dict[str, Any]:
 
 
 def one_line() -> str:
-    """Device and versions in one line, for tables and reports: a figure without them means nothing."""
+    """Device and versions in one line; a figure in a table or report means nothing without it."""
     parts = []
     for device in devices():
         if device["device"] == "cpu":
+            kernels = device["kernels"] or "absent"
             parts.append(
-                f"{device['name']}, {device['cores']} cores, {device['threads']} threads, kernels {device['kernels'] or 'absent'}"
+                f"{device['name']}, {device['cores']} cores, {device['threads']} threads, "
+                f"kernels {kernels}"
             )
         else:
             parts.append(f"{device['name']} ({device['memory_gib']} GiB)")

@@ -1,9 +1,12 @@
-"""Other libraries' kernels for the same linear, to be timed beside ours where they are installed and support the device.
+"""Other libraries' kernels for the same linear, to be timed beside ours.
 
-Each peer gets a weight of its own nearest format and of the same shape, and has to agree with its own dequantised weight
-before it is timed. One that is absent, refuses a shape or disagrees is left out with a reason, never an error: it is not
-ours. Written against the public interfaces of torch 2.13, gemlite 0.6.0, humming-kernels 0.1.19 and of vLLM as of 0.6 to
-2026 (whose Marlin functions lost and gained arguments: they are called by the names that the installed one has).
+Each peer gets a weight of its own nearest format and of the same shape, and has to agree with its
+own dequantised weight before it is timed. One that is absent, refuses a shape or disagrees is left
+out with a reason, never an error, since it is not ours.
+
+This file is written against the public interfaces of torch 2.13, gemlite 0.6.0, humming-kernels
+0.1.19 and of vLLM as of 0.6 to 2026. vLLM's Marlin functions lost and gained arguments; they are
+called by the names that the installed one has.
 """
 
 from __future__ import annotations
@@ -20,25 +23,25 @@ from torch import Tensor
 
 from ..errors import PeerError
 
-GROUP = 128  # inputs a scale, of the int4 peers
-WORST_ERROR = 0.02  # relative, Frobenius: rounding to bf16 makes 0.002, sums in fp16 up to 0.01, a wrong layout 1
-
-
+GROUP = 128  # inputs that a scale of the int4 peers covers
+# The largest relative error in the Frobenius norm. Rounding to bf16 makes 0.002, sums in fp16 make
+# up to 0.01, a wrong layout makes 1.
+WORST_ERROR = 0.02
 DISTRIBUTIONS = ("vllm", "gemlite", "humming-kernels")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight in a peer's format: x -> y, what it weighs, and the dense weight [N,K] it stands for."""
+    """A weight in a peer's format."""
 
-    linear: Callable[[Tensor], Tensor]
+    linear: Callable[[Tensor], Tensor]  # x [M, K] -> y [M, N]
     weight_bytes: int
-    dense: Tensor
+    dense: Tensor  # [N, K], the dense weight that it stands for
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`prepare` makes `Prepared` from a dense weight [N,K] on the device in the activations' dtype, new memory each time."""
+    """A kernel of another library, and what it takes."""
 
     name: str
     package: str | None  # what has to be importable
@@ -46,6 +49,7 @@ class Peer:
     group_size: int | None
     capability: tuple[int, int]  # of the device, at least
     multiples: tuple[int, int]  # N and K have to be multiples of these
+    # It takes a dense weight [N, K] in the activations' dtype, and makes a new one each time.
     prepare: Callable[[Tensor], Prepared]
 
     def reason(self, n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -61,7 +65,8 @@ class Peer:
             needed, has = ("{}.{}".format(*pair) for pair in (self.capability, found))
             return f"it needs compute capability {needed}, this device has {has}"
         if n % self.multiples[0] or k % self.multiples[1]:
-            return f"it takes N in multiples of {self.multiples[0]} and K of {self.multiples[1]}, not {n}x{k}"
+            N, K = self.multiples
+            return f"it takes N in multiples of {N} and K of {K}, not {n}x{k}"
         return None
 
 
@@ -77,15 +82,22 @@ def versions() -> dict[str, str]:
 
 
 def agree(x: Tensor, prepared: Prepared) -> None:
-    """Compares its result with that of its own dequantised weight. Raises PeerError."""
+    """Compares a peer's result with that of its own dequantised weight.
+
+    Raises: PeerError.
+    """
     exact = x.float() @ prepared.dense.float().T
     error = ((prepared.linear(x).float() - exact).norm() / exact.norm()).item()
-    if not error <= WORST_ERROR:  # so that NaN fails too
+    if not error <= WORST_ERROR:  # NaN fails too.
         raise PeerError(f"it disagrees with its own dequantised weight by {error:.3g}, relative")
 
 
 def quantized(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int4 by the largest of each group: codes 0…15 [N,K] uint8, scales [N,K/GROUP] in W's dtype, and (code - 8) · scale."""
+    """W [N, K] as int4 by the largest of each group.
+
+    Returns codes 0 to 15 [N, K] uint8, scales [N, K/GROUP] in W's dtype, and the dense weight
+    (code - 8) · scale [N, K] that they stand for.
+    """
     groups = W.float().unflatten(1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / 7).to(W.dtype)
     codes = (groups / scales.float()[..., None]).round().clamp(-8, 7)
@@ -94,7 +106,7 @@ def quantized(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _semi_structured(W: Tensor) -> Prepared:
-    """torch's own 2:4 linear (cuSPARSELt), the larger two of four kept."""
+    """torch's own 2:4 linear (cuSPARSELt); the larger two of four are kept."""
     groups = W.unflatten(1, (-1, 4))
     kept = torch.zeros_like(groups).scatter(-1, groups.abs().topk(2, -1).indices, 1)
     dense = (groups * kept).flatten(1).contiguous()
@@ -132,7 +144,10 @@ def _humming(W: Tensor) -> Prepared:
 
 
 def _marlin(W: Tensor) -> Prepared:
-    """Marlin as vLLM ships it, from GPTQ's packing: eight codes of one output column in an int32, lowest first."""
+    """Marlin as vLLM ships it, from GPTQ's packing.
+
+    That packs eight codes of one output column in an int32, the lowest first.
+    """
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils
     from vllm.scalar_type import scalar_types
@@ -143,9 +158,13 @@ def _marlin(W: Tensor) -> Prepared:
     words = (eights << 4 * torch.arange(8, device=where)[None, :, None]).sum(1)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     none = torch.empty(0, dtype=torch.int, device=where)  # no zero points, no reordering of inputs
-    words = words.contiguous()
     weight = _called(
-        ops.gptq_marlin_repack, b_q_weight=words, perm=none, size_k=K, size_n=N, num_bits=4
+        ops.gptq_marlin_repack,
+        b_q_weight=words.contiguous(),
+        perm=none,
+        size_k=K,
+        size_n=N,
+        num_bits=4,
     )
     scale = marlin_utils.marlin_permute_scales(
         scales.T.contiguous(), size_k=K, size_n=N, group_size=GROUP
@@ -154,10 +173,20 @@ def _marlin(W: Tensor) -> Prepared:
 
     def linear(x: Tensor) -> Tensor:
         return _called(
-            marlin_utils.apply_gptq_marlin_linear, input=x, weight=weight, weight_scale=scale, weight_zp=none, g_idx=none,
-            g_idx_sort_indices=none, workspace=workspace, wtype=scalar_types.uint4b8, output_size_per_partition=N,
-            input_size_per_partition=K, is_k_full=True, bias=None,
-        )  # fmt: skip
+            marlin_utils.apply_gptq_marlin_linear,
+            input=x,
+            weight=weight,
+            weight_scale=scale,
+            weight_zp=none,
+            g_idx=none,
+            g_idx_sort_indices=none,
+            workspace=workspace,
+            wtype=scalar_types.uint4b8,
+            output_size_per_partition=N,
+            input_size_per_partition=K,
+            is_k_full=True,
+            bias=None,
+        )
 
     return Prepared(linear, weight.nbytes + scale.nbytes, dense)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..paths import expanded
 from . import console, options
@@ -44,6 +44,7 @@ def compress(
     json: options.Json = False,
 ) -> Outcome:
     """Compress MODEL into the folder OUT, one block in memory at a time."""
+    from ..compression.events import Lines
     from ..compression.model import compress
     from ..methods import check_options
 
@@ -73,7 +74,7 @@ def compress(
             device=device,
             seed=seed,
             resume=resume,
-            progress=True if sys.stderr.isatty() else _say_event,
+            progress=True if sys.stderr.isatty() else Lines(console.say),
             trust_remote_code=trust_remote_code,
             **settings,
         )
@@ -88,12 +89,6 @@ def compress(
         )
 
     return Outcome(data, show)
-
-
-def _say_event(event: Any) -> None:
-    """One line per event of a run, for a log; some events have nothing to say."""
-    if str(event):
-        console.say(str(event))
 
 
 def _kept(state: Path, what: str) -> str:

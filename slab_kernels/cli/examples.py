@@ -5,8 +5,8 @@ from __future__ import annotations
 EXAMPLES = {
     "compress": (
         "slab-kernels compress meta-llama/Llama-3.2-1B llama-slab",
-        "slab-kernels compress ./model ./out --values int4 --group-size 64 --adapter-rank 16",
-        "slab-kernels compress ./model ./out --bits 4.5 --calibration corpus.txt --resume",
+        "slab-kernels compress ./model ./out --values int4 --adapter-rank 16",
+        "slab-kernels compress ./model ./out --bits 4.5 --calibration my.txt",
     ),
     "eval": (
         "slab-kernels eval ./out --text wiki.txt --window 2048",
@@ -14,11 +14,11 @@ EXAMPLES = {
         "slab-kernels eval ./out --tasks arc_easy,piqa --limit 200",
     ),
     "generate": (
-        'slab-kernels generate ./out --prompt "def fibonacci(n):" --tokens 100',
-        'slab-kernels generate ./out --chat --prompt "Why is the sky blue?" --temperature 0.7',
+        'slab-kernels generate ./out --prompt "def fibonacci(n):" --tokens 99',
+        'slab-kernels generate ./out --chat --prompt "Why is the sky blue?"',
     ),
     "bench": (
-        "slab-kernels bench --shape 11008x4096 --m 1 --m 16 --values int4 --values fp16",
+        "slab-kernels bench --shape 11008x4096 --m 1 --m 16 --values int4",
         "slab-kernels bench --layers llama-3-8b --peers --json > bench.json",
     ),
     "tune": (
@@ -35,8 +35,8 @@ EXAMPLES = {
         "slab-kernels explain --shape 4096x4096 --gpu H200",
     ),
     "train": (
-        "slab-kernels train ./out ./trained --text corpus.txt --adapter-rank 16 --steps 400",
-        "slab-kernels train ./out ./trained --text corpus.txt --adapter-rank 16 --resume",
+        "slab-kernels train ./out ./trained --text my.txt --adapter-rank 16",
+        "slab-kernels train ./out ./trained --text my.txt --steps 400 --resume",
     ),
     "inspect": (
         "slab-kernels inspect ./out",

@@ -92,7 +92,7 @@ def tune(
 ) -> Outcome:
     """Time tiles of the Triton kernels on this GPU and write those that beat the shipped ones to
     your own file."""
-    from ..backends.triton import configs
+    from ..backends.triton import configs, row_files
     from ..bench import machine
     from ..bench import tune as tuning
     from ..bench.layer_shapes import layers
@@ -116,7 +116,7 @@ def tune(
 
     with console.interruptible(kept), Progress("tune", "problems") as progress:
         results = tuning.run(problems, gpu, clock, weights, folder, progress.say, progress=progress)
-    rows = [configs.row_to(result.row) for result in results if result.tuned]
+    rows = [row_files.row_to(result.row) for result in results if result.tuned]
     data = {
         "device": machine.one_line(),
         "file": str(path),
@@ -132,7 +132,7 @@ def tune(
             return
         used = ""
         if folder != configs.user_folder():
-            used = f"; {configs.ENVIRONMENT}={shlex.quote(str(folder))} makes them used"
+            used = f"; {row_files.ENVIRONMENT}={shlex.quote(str(folder))} makes them used"
         print(f"{len(rows)} of {len(results)} defaults beaten; rows in {path}{used}")
 
     return Outcome(data, show)

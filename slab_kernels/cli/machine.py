@@ -60,12 +60,14 @@ def _support() -> Outcome:
 
 def _methods() -> Outcome:
     """The table of methods, and default, range and meaning of every setting that is their own."""
-    from ..methods import METHODS
+    from ..methods import all_methods, origins, problems
 
+    origin = origins()
     data: list[dict[str, Any]] = [
         {
             "method": name,
             "description": method.description,
+            "origin": origin[name],
             "options": [
                 {
                     "name": option,
@@ -76,8 +78,10 @@ def _methods() -> Outcome:
                 for option, (default, rule) in method.options().items()
             ],
         }
-        for name, method in METHODS.items()
+        for name, method in all_methods().items()
     ]
+    for problem in problems():
+        console.say(f"warning: {problem}")
 
     def show() -> None:
         for row in data:
@@ -85,7 +89,7 @@ def _methods() -> Outcome:
                 (f"{option['name']}={option['default']}", f"{option['range']}: {option['meaning']}")
                 for option in row["options"]
             ]
-            title = f"{row['method']}: {row['description']}"
+            title = f"{row['method']}: {row['description']}, from {row['origin']}"
             console.print_pairs(pairs or [("no settings of its own", "")], title)
 
     return Outcome({"methods": data}, show)

@@ -154,8 +154,7 @@ def generate(
     json: options.Json = False,
 ) -> Outcome:
     """Continue a prompt from packed weights, or answer it as a chat model."""
-    from ..evaluate.generation import chat_prompt
-    from ..evaluate.perplexity import continuation
+    from ..evaluate.generation import chat_prompt, continuation
 
     with Progress("generate", "steps"):
         opened = _open(folder, device, dtype, backend, trust_remote_code, no_verify)

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from ..terminal import visible
+from ..terminal import clock, visible
 from .console import say
 
 FIRST_LINE = 10.0  # seconds until the first line; shorter work needs none
@@ -94,10 +94,10 @@ class Progress:
         parts = [f"{self.what}: "]
         if self.last is not None:
             parts.append(f"{self.last.done} of {self.total} {self.unit}, ")
-        parts.append(f"{_clock(time.monotonic() - self.began)} elapsed")
+        parts.append(f"{clock(time.monotonic() - self.began)} elapsed")
         left = self.seconds_left()
         if left is not None:
-            parts.append(f", about {_clock(left)} left")
+            parts.append(f", about {clock(left)} left")
         return "".join(parts)
 
 
@@ -137,10 +137,3 @@ class _Bar:
 
     def say(self, message: str) -> None:
         self.bar.console.print(visible(message), highlight=False, markup=False)
-
-
-def _clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import ArgumentError
+from ..methods import LayerSettings
 from ..text.source import Sampling
 from .budget import check_bits
+from .matching import Matching
 from .plan import Plan
-
-OF_THE_PLAN = (
-    "method",
-    "pattern",
-    "rank",
-    "values",
-    "group_size",
-    "planes",
-    "adapter_rank",
-    "adapter_values",
-    "matching",
-)
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What is to be done with a model, whatever the model and the text.
 
-    skip: fnmatch patterns of module names.
+    bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
+    skip: fnmatch patterns of module names that stay dense.
     """
 
     plan: Plan
@@ -40,30 +31,44 @@ class Arguments:
     def of(
         cls,
         *,
+        matching: Matching | int | bool | None = None,
         bits: float | None = None,
         samples: int = 128,
         window: int = 2048,
         seed: int = 0,
         skip: Any = (),
-        **others: Any,
+        **layer: Any,
     ) -> Arguments:
-        """From the keywords of `compress`; what is no argument is an option of the method.
+        """From the keywords of `compress`; `layer` as `LayerSettings.from_keywords` takes it.
 
-        Raises: MethodError, FormatError, CalibrationError, BudgetError or another ValueError, in
-            one sentence.
+        Raises: MethodError, FormatError, CalibrationError, BudgetError or ArgumentError, in one
+            sentence.
         """
-        given = {name: others.pop(name) for name in OF_THE_PLAN if name in others}
-        plan = Plan(**given, options=others)
-        bits = None if bits is None else check_bits(bits, plan)
-        return cls(plan, bits, Sampling(samples, window, seed), _patterns(skip))
+        settings = LayerSettings.from_keywords(**layer)
+        plan = Plan(settings, Matching.of(matching))
+        budget = None if bits is None else check_bits(bits, settings)
+        return cls(plan, budget, Sampling(samples, window, seed), _patterns(skip))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What records and progress files call the settings of the plan."""
+        matching, options = self.plan.matching, self.plan.usual.options
+        return self.plan.usual.to_dict() | {
+            "matching": None if matching is None else asdict(matching),
+            "bits": self.bits,
+            "options": {name: repr(value) for name, value in sorted(options.items())},
+        }
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:
-    patterns = () if skip is None else (skip,) if isinstance(skip, str) else skip
-    several = isinstance(patterns, tuple | list | set | frozenset)
-    if not several or not all(isinstance(p, str) for p in patterns):
+    """The patterns of `skip`, which may be None, one of them, or several."""
+    if skip is None:
+        return ()
+    if isinstance(skip, str):
+        return (skip,)
+    several = isinstance(skip, tuple | list | set | frozenset)
+    if not several or not all(isinstance(pattern, str) for pattern in skip):
         raise ArgumentError(
             f"skip={reprlib.repr(skip)} must be a pattern of module names such as '*.down_proj', "
             "or a list of them"
         )
-    return tuple(sorted(patterns) if isinstance(patterns, set | frozenset) else patterns)
+    return tuple(sorted(skip) if isinstance(skip, set | frozenset) else skip)

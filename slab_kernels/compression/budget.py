@@ -1,12 +1,15 @@
-"""One budget of stored bits for a whole model, spent layer by layer where the measured loss says it helps most.
+"""One budget of stored bits for a whole model, spent where the measured loss says it helps most.
 
-SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value type, sign planes and rank are chosen together:
-1. With the dense model's own inputs every layer is decomposed by each row of LADDER (the sweep alone, without refits: the order
-   of the rows is what counts) and its relative output error e is noted.
-2. The layer's weight is replaced by its coarsest row, everything else dense, and the divergence of the model's next-token
-   distribution from the dense one, D = KL in nats a token, is measured. Near the dense model D grows with e^2, so each row
-   is expected to cost D (e / e_coarsest)^2, and layers to add up.
-3. The sum is minimised under the budget: every layer climbs its rows in order of loss saved per bit.
+SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value type, sign planes
+and rank of every layer are chosen together:
+1. With the dense model's own inputs every layer is decomposed by each row of LADDER (by the sweep
+   alone, without refits: the order of the rows is what counts), which gives its relative output
+   error e.
+2. The layer's weight is replaced by its coarsest row, everything else stays dense, and the
+   divergence of the model's next-token distribution from the dense one is measured, D = KL in nats
+   per token. Near the dense model D grows with e^2, so each row is expected to cost
+   D (e / e_coarsest)^2, and the costs of layers to add up.
+3. The sum is minimised under the budget: layers climb their rows in order of loss saved per bit.
 """
 
 from __future__ import annotations
@@ -15,22 +18,25 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError
+from ..methods import LayerSettings
 from ..methods.inputs import InputStats
 from ..models.blocks import batch_size, find_blocks
-from ..models.groups import find_groups, layer_inputs
-from ..models.streams import catch_stream
+from ..models.groups import Group, find_groups, layer_inputs
+from ..models.streams import Stream, catch_stream
 from ..settings import Rule
-from .plan import Plan
+from .plan import decompose_as_stored
 
 PROBES = 8  # windows on which the divergence is measured
-# Coarse to fine. Below two planes a bit is better spent on the pruned positions than on kept values (README, methods); ranks
-# above 1 pay for themselves only on wide layers, where U and V are cheap, and the search finds out which.
+# The rows go from coarse to fine. Below two planes a bit is better spent on the pruned positions
+# than on kept values. Ranks above 1 pay for themselves only on wide layers, where U and V are
+# cheap; the search finds out which.
 LADDER: tuple[dict, ...] = (
     {"values": "int3", "planes": 1, "rank": 1},
     {"values": "int4", "planes": 1, "rank": 1},
@@ -45,130 +51,189 @@ LADDER: tuple[dict, ...] = (
     {"values": "fp16", "planes": 2, "rank": 4},
     {"values": "fp16", "planes": 3, "rank": 4},
 )
+BITS = Rule("stored bits per weight over the whole model", float, 0, above=True)
+# Settings that a search chooses, and what they are where nobody gave them.
+CHOSEN = {"values": "fp16", "planes": 1, "rank": 1, "adapter_rank": None}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of LADDER for one layer: its settings, stored bits in all, and the loss that is expected of it."""
+    """A row of LADDER for one layer, its bits in all, and the loss that is expected of it."""
 
-    settings: dict
+    settings: dict[str, Any]
     bits: float
     loss: float
 
 
-BITS = Rule("stored bits a weight over the whole model", float, 0, above=True)
+class Row(NamedTuple):
+    """A row of LADDER that a layer can have, and the bits that the layer then takes in all."""
+
+    settings: dict[str, Any]
+    bits: float
 
 
-def check_bits(bits: float, plan: Plan) -> float:
-    """`bits`; refuses what is no budget, and one beside settings that it chooses itself.
+def check_bits(bits: float, settings: LayerSettings) -> float:
+    """`bits` as a plain number.
 
-    Raises: BudgetError.
+    Raises: BudgetError for what is no budget, and for one beside settings that it chooses itself.
     """
     bits = BITS.accept("bits", bits, BudgetError)
-    if plan.method != "slab" or not plan.packed:
+    if settings.method != "slab" or not settings.packed:
         raise BudgetError(
-            f"bits={bits:g} chooses among the packed forms of method 'slab', not of {plan.method!r} with pattern {plan.pattern!r}"
+            f"bits={bits:g} chooses among the packed forms of method 'slab', not of "
+            f"{settings.method!r} with pattern {settings.pattern!r}"
         )
-    for name, usual in (("values", "fp16"), ("planes", 1), ("rank", 1), ("adapter_rank", None)):
-        if getattr(plan, name) != usual:
+    for name, usual in CHOSEN.items():
+        if getattr(settings, name) != usual:
             raise BudgetError(
-                f"bits={bits:g} chooses {name} layer by layer, so {name}={getattr(plan, name)!r} contradicts it; leave one out"
+                f"bits={bits:g} chooses {name} layer by layer, so "
+                f"{name}={getattr(settings, name)!r} contradicts it; leave one out"
             )
     return bits
 
 
-def search(
-    open_model: Callable[[], nn.Module],
-    shapes: dict[str, tuple[int, int]],
-    plan: Plan,
-    bits: float,
-    tokens: Tensor,
-    device: torch.device,
-    known: dict[str, list[float]],
-    note: Callable[[str, list[float]], None] = lambda name, losses: None,
-    say: Callable[[str], None] = lambda message: None,
-) -> dict[str, dict]:
-    """Module name -> settings of `Plan.layer`, at most `bits` stored bits a weight over all of them.
+@dataclass
+class BudgetSearch:
+    """The search for the settings of every layer.
 
-    Args:
-        open_model: gives the dense model, in memory on `device`; not called where `known` holds every layer.
-        shapes: module name -> (N, K) of the linears to compress.
-        plan: method, pattern and group size that all layers share.
-        tokens: [samples, window] int64, calibration text.
-        known, note: module name -> the expected loss of each of its rows, from an interrupted search and for the next.
-
-    Raises: BudgetError naming the range if `bits` is outside of what the rows reach.
+    open_model: gives the dense model in memory; not called where `known` holds every layer.
+    shapes: module name -> (N, K) of the linears to compress.
+    usual: method, pattern and group size, which all layers share.
+    tokens: [samples, window] int64, calibration text.
+    say: is called with a line per layer that was measured.
+    known: module name -> the expected loss of each of its rows, from an interrupted search.
+    note: is called with the same for each layer that is measured now.
     """
-    rows = {
-        name: [
-            (row, replace(plan, **row).layout(shape).bits_per_weight() * math.prod(shape))
-            for row in LADDER
-            if row["rank"] <= min(shape)
-        ]
-        for name, shape in shapes.items()
-    }
-    total = sum(map(math.prod, shapes.values()))
-    least = sum(min(cost for _, cost in options) for options in rows.values()) / total
-    most = sum(max(cost for _, cost in options) for options in rows.values()) / total
-    if not least <= bits:
-        raise BudgetError(
-            f"bits={bits:g} is below what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight"
-        )
-    if bits > most:
-        raise BudgetError(
-            f"bits={bits:g} is above what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight; "
-            "give values, planes and rank yourself"
-        )
-    losses = {name: known[name] for name in shapes if len(known.get(name, ())) == len(rows[name])}
-    if len(losses) < len(shapes):
-        for name, found in _measure(open_model(), shapes, plan, rows, tokens, device, losses):
-            losses[name] = found
-            note(name, found)
-            say(f"budget: {name} {found[0]:.2e} nats a token at its coarsest")
-    choices = {
-        name: [
-            Choice(row, cost, loss)
-            for (row, cost), loss in zip(rows[name], losses[name], strict=True)
-        ]
-        for name in shapes
-    }
-    chosen = spend(choices, bits * total)
-    return {name: choice.settings for name, choice in chosen.items()}
 
+    open_model: Callable[[], nn.Module]
+    shapes: dict[str, tuple[int, int]]
+    usual: LayerSettings
+    tokens: Tensor
+    say: Callable[[str], None]
+    known: dict[str, list[float]] = field(default_factory=dict)
+    note: Callable[[str, list[float]], None] | None = None
 
-def _measure(
-    model: nn.Module,
-    shapes: dict,
-    plan: Plan,
-    rows: dict,
-    tokens: Tensor,
-    device: torch.device,
-    known: dict[str, list[float]],
-) -> Iterator[tuple[str, list[float]]]:
-    """Steps 1 and 2 for every layer that `known` lacks: its name, and its rows' expected losses."""
-    path, blocks = find_blocks(model)
-    probes = tokens[: max(1, min(PROBES, len(tokens)))].to(device)
-    dense = _log_probabilities(model, probes)
-    stream = catch_stream(model, blocks, tokens, lambda index: _bare(blocks[index]), device)
-    for index, block in enumerate(blocks):
-        prefix = f"{path}.{index}."
-        linears = {
-            n: block.get_submodule(n.removeprefix(prefix)) for n in shapes if n.startswith(prefix)
+    def best(self, bits: float) -> dict[str, dict[str, Any]]:
+        """Module name -> the settings in which it differs from `usual`.
+
+        All layers together take at most `bits` stored bits per weight.
+
+        Raises: BudgetError naming the range if `bits` is outside of what the rows reach.
+        """
+        rows = {name: self._rows(shape) for name, shape in self.shapes.items()}
+        weights = sum(math.prod(shape) for shape in self.shapes.values())
+        _check_reach(bits, rows, weights)
+        losses = self._losses(rows)
+        choices = {
+            name: [
+                Choice(row.settings, row.bits, loss)
+                for row, loss in zip(rows[name], losses[name], strict=True)
+            ]
+            for name in self.shapes
         }
-        if linears.keys() - known.keys():
-            for group in find_groups(stream, index, block, linears):
-                first = linears[group.names[0]]
-                stats = InputStats(first.in_features)
-                for batch in range(len(stream.hidden)):
-                    stats.update(layer_inputs(stream, index, block, first, group, batch))
+        chosen = spend(choices, bits * weights)
+        return {name: choice.settings for name, choice in chosen.items()}
+
+    def _rows(self, shape: tuple[int, int]) -> list[Row]:
+        """The rows that a layer of this shape can have."""
+        found = []
+        for settings in LADDER:
+            if settings["rank"] <= min(shape):
+                layout = replace(self.usual, **settings).layout(shape)
+                found.append(Row(settings, layout.bits_per_weight() * math.prod(shape)))
+        return found
+
+    def _losses(self, rows: dict[str, list[Row]]) -> dict[str, list[float]]:
+        """Module name -> the expected loss of each of its rows, measured where it is not known."""
+        losses = {
+            name: self.known[name]
+            for name in self.shapes
+            if len(self.known.get(name, ())) == len(rows[name])
+        }
+        missing = {name: rows[name] for name in self.shapes if name not in losses}
+        if missing:
+            for name, found in Measurement(self.open_model(), self.usual, self.tokens).run(missing):
+                losses[name] = found
+                if self.note is not None:
+                    self.note(name, found)
+                self.say(f"budget: {name} {found[0]:.2e} nats per token at its coarsest")
+        return losses
+
+
+def _check_reach(bits: float, rows: dict[str, list[Row]], weights: int) -> None:
+    """Raises: BudgetError."""
+    least = sum(min(row.bits for row in options) for options in rows.values()) / weights
+    most = sum(max(row.bits for row in options) for options in rows.values()) / weights
+    reach = f"what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight"
+    if not least <= bits:
+        raise BudgetError(f"bits={bits:g} is below {reach}")
+    if bits > most:
+        raise BudgetError(f"bits={bits:g} is above {reach}; give values, planes and rank yourself")
+
+
+class Measurement:
+    """Steps 1 and 2, on a dense model in memory, which is as before afterwards."""
+
+    def __init__(self, model: nn.Module, usual: LayerSettings, tokens: Tensor):
+        self.model, self.usual, self.tokens = model, usual, tokens
+        self.device = next(model.parameters()).device
+        self.probes = tokens[: max(1, min(PROBES, len(tokens)))].to(self.device)
+        self.dense = _log_probabilities(model, self.probes)
+
+    def run(self, rows: dict[str, list[Row]]) -> Iterator[tuple[str, list[float]]]:
+        """Layer after layer of `rows`: its name, and the expected loss of each of its rows."""
+        path, blocks = find_blocks(self.model)
+        stream = catch_stream(
+            self.model, blocks, self.tokens, lambda index: _bare(blocks[index]), self.device
+        )
+        for index, block in enumerate(blocks):
+            prefix = f"{path}.{index}."
+            linears: dict[str, nn.Linear] = {}
+            for name, module in block.named_modules():
+                if prefix + name in rows and isinstance(module, nn.Linear):
+                    linears[prefix + name] = module
+            for group in find_groups(stream, index, block, linears) if linears else ():
+                stats = _moments(stream, index, block, linears[group.names[0]], group)
                 for name in group.names:
-                    if name not in known:
-                        yield (
-                            name,
-                            _layer(model, linears[name], plan, rows[name], stats, probes, dense),
-                        )
-        with torch.no_grad():
-            stream.advance(index, block)
+                    yield name, self._layer(linears[name], rows[name], stats)
+            with torch.no_grad():
+                stream.advance(index, block)
+
+    def _layer(self, linear: nn.Linear, rows: list[Row], stats: InputStats) -> list[float]:
+        """The expected loss of each row of one layer."""
+        weight = linear.weight.detach()
+        W = weight.float()
+        assert stats.gram is not None
+        errors: list[float] = []
+        coarsest = W
+        for row in rows:
+            options = {**self.usual.options, "rounds": 0, "drift": 0.0}
+            quick = replace(self.usual, options=options, **row.settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                approximation = decompose_as_stored(W, stats, quick).dense()
+            E = W - approximation
+            energy = ((E @ stats.gram) * E).sum(dtype=torch.float64)
+            errors.append(float(energy.clamp_min(0)))
+            if errors[-1] == max(errors):
+                coarsest = approximation
+        try:
+            linear.weight = nn.Parameter(coarsest.to(weight.dtype), requires_grad=False)
+            loss = _divergence(self.model, self.probes, self.dense)
+        finally:
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        whole = max(max(errors), 1e-30)
+        return [loss * error / whole for error in errors]
+
+
+def _moments(
+    stream: Stream, index: int, block: nn.Module, linear: nn.Linear, group: Group
+) -> InputStats:
+    """Statistics of what the linears of a group read."""
+    stats = InputStats(linear.in_features)
+    for batch in range(len(stream.hidden)):
+        stats.update(layer_inputs(stream, index, block, linear, group, batch))
+    return stats
 
 
 def _bare(block: nn.Module) -> nn.Module:
@@ -179,11 +244,12 @@ def _bare(block: nn.Module) -> nn.Module:
 
 
 def spend(choices: dict[str, list[Choice]], budget: float) -> dict[str, Choice]:
-    """The row of every layer: greedy along each layer's lower convex hull of loss over bits, the best step first.
+    """The row of every layer, at most `budget` bits in all.
 
-    On hulls this is the optimum of the relaxed problem up to the last step that no longer fits; steps that do not fit are
-    skipped, so that cheaper ones can still use what is left. At equal bits no uniform row has a smaller expected loss: each of
-    them that fits is compared, and taken if it does.
+    Every layer climbs the lower convex hull of its loss over bits, the best step of all layers
+    first. On hulls this is the optimum of the relaxed problem up to the last step that no longer
+    fits; steps that do not fit are skipped, so that cheaper ones can still use what is left. No
+    row that fits as the same one for all layers has a smaller expected loss: each is compared.
     """
     hulls = {name: _hull(options) for name, options in choices.items()}
     at = dict.fromkeys(hulls, 0)
@@ -196,16 +262,24 @@ def spend(choices: dict[str, list[Choice]], budget: float) -> dict[str, Choice]:
     for _, name, i in sorted(steps):
         extra = hulls[name][i].bits - hulls[name][at[name]].bits
         if at[name] < i and spent + extra <= budget:
-            at[name], spent = i, spent + extra
+            at[name] = i
+            spent += extra
     best = {name: hulls[name][i] for name, i in at.items()}
-    for row in LADDER:
+    for settings in LADDER:
         uniform = {
-            name: next((c for c in options if c.settings == row), None)
+            name: choice
             for name, options in choices.items()
+            for choice in options
+            if choice.settings == settings
         }
-        if all(uniform.values()) and sum(c.bits for c in uniform.values()) <= budget:
-            best = min(best, uniform, key=lambda rows: sum(c.loss for c in rows.values()))
+        fits = sum(choice.bits for choice in uniform.values()) <= budget
+        if len(uniform) == len(choices) and fits:
+            best = min(best, uniform, key=_expected_loss)
     return best
+
+
+def _expected_loss(rows: dict[str, Choice]) -> float:
+    return sum(choice.loss for choice in rows.values())
 
 
 def _hull(options: list[Choice]) -> list[Choice]:
@@ -222,34 +296,9 @@ def _hull(options: list[Choice]) -> list[Choice]:
     return hull
 
 
-def _layer(
-    model, linear, plan: Plan, rows, stats: InputStats, probes: Tensor, dense: Tensor
-) -> list[float]:
-    """Steps 1 and 2 for one layer: the expected loss of each row."""
-    weight = linear.weight.detach()
-    W = weight.float()
-    errors, coarsest = [], None
-    for row, _ in rows:
-        quick = replace(plan, options={**plan.options, "rounds": 0, "drift": 0.0}, **row)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            approximation = quick.decompose(W, stats).dense()
-        E = W - approximation
-        errors.append(float(((E @ stats.gram) * E).sum(dtype=torch.float64).clamp_min(0)))
-        if errors[-1] == max(errors):
-            coarsest = approximation
-    try:
-        linear.weight = nn.Parameter(coarsest.to(weight.dtype), requires_grad=False)
-        loss = _divergence(model, probes, dense)
-    finally:
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-    whole = max(max(errors), 1e-30)
-    return [loss * error / whole for error in errors]
-
-
 @torch.no_grad()
 def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
-    """[samples, window, vocabulary] fp16 in host memory: 2 bytes each."""
+    """[samples, window, vocabulary] fp16 in host memory."""
     parts = [
         model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1).half().cpu()
         for batch in tokens.split(batch_size(tokens.shape[1]))
@@ -259,7 +308,7 @@ def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _divergence(model: nn.Module, tokens: Tensor, dense: Tensor) -> float:
-    """Mean over tokens of KL(dense || model), nats."""
+    """Mean over tokens of KL(dense || model) in nats; `dense` as `_log_probabilities` gives it."""
     total, start = 0.0, 0
     for batch in tokens.split(batch_size(tokens.shape[1])):
         now = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,37 +16,36 @@ from ..models.output import check_same_settings, file_sha256, is_whole
 from ..models.packed_config import quantization_config
 from ..models.shards import read_json, write_json
 from ..nn.replacement import replace_linear
-from .plan import Plan
+from .card import write_card, write_side_files
 from .record import RunRecord
-from .sinks import FolderSink, MemorySink, layout_on_disk
+from .sinks import FolderSink, MemorySink
 
-# Settings of a record that follow from others, or are names.
+# What a record says beside the settings that a run is told by: names, and what follows from others.
 DERIVED = ("calibration", "heldout", "layers")
 
 
-def finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenizer) -> RunRecord:
-    """Write everything else; config.json, without which nothing loads the folder, comes last."""
+def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
+    """Write everything else; config.json, without which nothing loads the folder, comes last.
+
+    tokenizer: what a model in memory was compressed with, to be saved with it; or None.
+
+    Returns: the record as it was written, with the hashes of the shards.
+    """
+    out, job, progress = sink.out, sink.job, sink.progress
+    assert progress is not None
     sink.store_rest()
     tables = sink.tables()
     write_index(out, tables)
-    sink.source.write_side_files(out, tokenizer)
-    hashes = {block["file"]: block["sha256"] for block in sink.progress.blocks}
-    last = sink.shard(len(hashes))
-    record = replace(record, shards={**hashes, last.name: file_sha256(last)})
+    base = write_side_files(out, job.source, tokenizer)
+    shards = {block["file"]: block["sha256"] for block in progress.blocks}
+    last = sink.shard(sink.blocks)
+    record = replace(record, shards={**shards, last.name: file_sha256(last)})
+    size = sum(entry.nbytes for table in tables for entry in table.values())
+    write_card(out, base, job, record, size)
     write_json(out / RECORD_NAME, record.to_dict())
-    config = dict(sink.source.config)
-    if plan.packed:
-        layouts = {
-            layer.name: layout_on_disk(
-                tables[layer.block],
-                layer.name,
-                layer.shape,
-                layer.values,
-                plan.layer(layer.name).stored_group_size,
-                layer.planes,
-            )
-            for layer in record.layers
-        }
+    config = dict(job.source.config)
+    if job.plan.usual.packed:
+        layouts = sink.layouts(tables, record.layers)
         config["quantization_config"] = quantization_config(layouts, record.settings)
     write_json(out / "config.json", config)
     return record
@@ -53,24 +53,30 @@ def finish(out: Path, sink: FolderSink, record: RunRecord, plan: Plan, tokenizer
 
 def into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
     """Put what was compressed into the module that was given."""
-    stored = sink.stored
-    packed = {name: weight for name, weight in stored.items() if isinstance(weight, PackedWeight)}
-    dense = {f"{name}.weight": weight for name, weight in stored.items() if name not in packed}
-    with torch.inference_mode():  # where parameters may be written to that were made under it
-        for name, value in (sink.other | dense).items():
+    packed: dict[str, PackedWeight] = {}
+    parameters = dict(sink.other)
+    for name, stored in sink.stored.items():
+        if isinstance(stored, PackedWeight):
+            packed[name] = stored
+        else:
+            parameters[f"{name}.weight"] = stored
+    with torch.inference_mode():  # Only here may parameters be written to that were made under it.
+        for name, value in parameters.items():
             model.get_parameter(name).copy_(value)
     replace_linear(model, packed)
     if packed:
         layouts = {name: weight.layout for name, weight in packed.items()}
-        model.config.quantization_config = quantization_config(layouts, record.settings)
-    model.slab_record = record
+        config: Any = model.config
+        config.quantization_config = quantization_config(layouts, record.settings)
+    attributes: Any = model
+    attributes.slab_record = record
     return model
 
 
 def complete(out: Path, settings: dict) -> RunRecord | None:
-    """The record of a run that finished in `out`; None if none did.
+    """The record of a run that finished in `out`, None if none did.
 
-    Raises: CheckpointError if it had other settings, or its shards are not what it wrote.
+    Raises: CheckpointError if it had other settings, or the shards are not what it wrote.
     """
     whole = all((out / name).exists() for name in ("config.json", RECORD_NAME))
     if not whole or (out / PROGRESS_NAME).exists():

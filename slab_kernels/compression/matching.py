@@ -1,9 +1,11 @@
-"""Transformer matching (3BASiL-TM, arXiv 2603.01376, section 4): after any method, train a block to put out what it did.
+"""Transformer matching: a compressed block is trained towards the dense one.
 
-All that a compressed block stores in floating point is trained together: kept values (or the step sizes of integer ones),
-U, V, P, Q, biases and norms. Positions, signs and integer codes stay. The target is the dense block on the compressed prefix, as
-in the paper; `target="dense"` takes what the dense model puts out at this depth, so that errors made before are undone as well
-(perplexity on a five-block model, int4: 6.50 without matching, 6.00 and 6.01 with the two).
+It is 3BASiL-TM's (arXiv 2603.01376, section 4) and follows any method. All that a compressed block
+stores in floating point is trained together: kept values (or the step sizes of integer ones), U, V,
+P, Q, biases and norms. Positions, signs and integer codes stay. The target is the output of the
+dense block on the compressed prefix, as in the paper. `target="dense"` takes what the dense model
+puts out at this depth instead, so that errors made in earlier blocks are undone as well (perplexity
+on a five-block model, int4: 6.50 without matching, 6.00 and 6.01 with the two targets).
 """
 
 from __future__ import annotations
@@ -11,28 +13,36 @@ from __future__ import annotations
 import math
 import reprlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..format import Decomposition, plane_unit
+from ..format import Decomposition
 from ..models.streams import Stream
 from ..settings import enforce, setting
 from .record import MatchRecord
+from .trainable import TrainableLinear
 
-HELD_BACK = 8  # every eighth batch of calibration text is kept for the choice of the best epoch
+HELD_BACK = 8  # Every eighth batch is never trained on; it decides which epoch was the best.
 TARGETS = ("dense", "prefix")
 
 
 @dataclass(frozen=True)
 class Matching:
-    """`epochs` are 19 in the paper. `rate` suits every model, being a share of each tensor's size
-    (2e-3, 1e-2, 3e-2 gave 6.11, 6.00, 6.08); it falls to a fifth along a cosine. `target`: see
-    above. Raises on construction: ValueError.
+    """How a block is trained.
+
+    epochs: the paper takes 19.
+    rate: suits every model, being a share of each tensor's size (2e-3, 1e-2 and 3e-2 gave
+        perplexities of 6.11, 6.00 and 6.08); it falls to a fifth along a cosine.
+    target: "prefix" or "dense", see above.
+
+    Raises on construction: ArgumentError.
     """
 
     epochs: int = setting(10, "passes over the calibration text", 1, 1_000_000)
@@ -50,199 +60,210 @@ class Matching:
 
         It may be the settings, a number of epochs, or True for the usual ones.
 
-        Raises: ValueError for anything else.
+        Raises: ArgumentError for anything else.
         """
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, bool):
             return cls() if value else None
         if isinstance(value, Integral):
-            return cls(epochs=value) if value else None
+            return cls(epochs=int(value)) if value else None
         raise ArgumentError(
-            f"matching={reprlib.repr(value)} must be a number of epochs, True, None, or Matching(epochs=..., rate=..., target=...)"
+            f"matching={reprlib.repr(value)} must be a number of epochs, True, None, or "
+            "Matching(epochs=..., rate=..., target=...)"
         )
 
 
-class TrainableLinear(nn.Module):
-    """A decomposition as a module: floating-point parts are fp32 parameters, the mask a buffer that no step can move.
+@dataclass(frozen=True)
+class Goal:
+    """What block `index` shall put out.
 
-    bias [N] or None. Memory beside the parameters: a byte an entry for the mask, one for B, four for the rebuilt weight.
+    stream: the hidden states at the block's input, which the compressed prefix gives.
+    targets: per batch [samples, window, hidden].
     """
 
-    def __init__(self, decomposition: Decomposition, bias: Tensor | None):
-        super().__init__()
-        d = decomposition.folded()
-        self.shape, self.planes, self.values, self.group_size = (
-            tuple(d.S.shape),
-            d.planes,
-            d.values,
-            d.group_size,
-        )
-        self.register_buffer("mask", d.mask)
-        kept = d.S.float()[d.mask]
-        if d.scales is None:
-            self.kept = nn.Parameter(kept)
-        else:
-            self.register_buffer(
-                "codes", (kept / self._steps(d.scales.float())[d.mask]).round().to(torch.int8)
-            )
-            self.scales = nn.Parameter(d.scales.float().clone())
-        for name in ("U", "V", "P", "Q"):
-            t = getattr(d, name)
-            self.register_parameter(name, None if t is None else nn.Parameter(t.float().clone()))
-        self.register_buffer("B", d.B)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+    index: int
+    stream: Stream
+    targets: list[Tensor]
 
-    def _steps(self, scales: Tensor) -> Tensor:
-        """[N, groups] -> [N,K], the step of every entry."""
-        return scales.repeat_interleave(self.group_size or self.shape[1], 1)[:, : self.shape[1]]
+    @property
+    def held(self) -> list[int]:
+        """The batches that are held back: every eighth, or the last."""
+        count = len(self.targets)
+        return [b for b in range(count) if b % HELD_BACK == HELD_BACK - 1] or [count - 1]
 
-    def weight(self) -> Tensor:
-        """[N,K] fp32, differentiable in the parameters."""
-        kept = (
-            self.kept if hasattr(self, "kept") else self.codes * self._steps(self.scales)[self.mask]
-        )
-        if self.U is None:
-            W = torch.zeros(self.shape, dtype=kept.dtype, device=kept.device)
-        else:
-            W = (self.U @ self.V.T) * (self.B * plane_unit(self.planes))
-        W = W.masked_scatter(self.mask, kept)
-        return W if self.P is None else W + self.P @ self.Q.T
+    @property
+    def used(self) -> list[int]:
+        """The batches to train on: the others, or those held back where there are no others."""
+        held = self.held
+        return [b for b in range(len(self.targets)) if b not in held] or held
 
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return nn.functional.linear(input, self.weight().to(input.dtype), bias)
+    def error(self, block: nn.Module, batch: int) -> Tensor:
+        """Output minus target, fp32, of one batch."""
+        output = self.stream.run(self.index, block, batch)
+        return (output - self.targets[batch].to(self.stream.device)).float()
 
     @torch.no_grad()
-    def decomposition(self) -> Decomposition:
-        """The numbers as they are now, folded."""
-        S = torch.zeros(self.shape, device=self.mask.device)
-        scales = None
-        if hasattr(self, "kept"):
-            S[self.mask] = self.kept.detach()
-        else:
-            scales = self.scales.detach().clamp_min(1e-30).to(torch.bfloat16).float()
-            S[self.mask] = self.codes * self._steps(scales)[self.mask]
-        parts = {
-            name: None if (t := getattr(self, name)) is None else t.detach().clone()
-            for name in ("U", "V", "P", "Q")
-        }
-        return Decomposition(
-            S,
-            self.mask,
-            parts["U"],
-            parts["V"],
-            self.B,
-            parts["P"],
-            parts["Q"],
-            scales,
-            self.values,
-            self.group_size,
-            self.planes,
-        )
+    def distance(self, block: nn.Module) -> float:
+        """||y - target|| / ||target - input|| over the batches that are held back."""
+        error = sum(float(self.error(block, b).square().sum()) for b in self.held)
+        moves = (self.targets[b] - self.stream.hidden[b] for b in self.held)
+        whole = sum(float(move.float().square().sum()) for move in moves)
+        return math.sqrt(error / whole) if whole else 0.0
+
+
+class Trained(NamedTuple):
+    """What can be trained of a block: its compressed linears and other vectors (norms, biases)."""
+
+    linears: dict[str, TrainableLinear]
+    others: dict[str, nn.Parameter]
+
+    def parameters(self) -> list[nn.Parameter]:
+        inside = [p for linear in self.linears.values() for p in linear.parameters()]
+        return inside + list(self.others.values())
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Norms and biases as they are now, by their names in the block."""
+        found = {name: p.detach() for name, p in self.others.items()}
+        for name, linear in self.linears.items():
+            if linear.bias is not None:
+                found[f"{name}.bias"] = linear.bias.detach()
+        return found
+
+
+@contextmanager
+def trainable(block: nn.Module, decompositions: dict[str, Decomposition]) -> Iterator[Trained]:
+    """Inside, the block computes with fp32 copies that can be trained; afterwards it is as before.
+
+    decompositions: module name inside the block -> what its linear stands for.
+    """
+    before: dict[str, nn.Module | nn.Parameter] = {}
+
+    def put(name: str, value: nn.Module | nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = block.get_submodule(path)
+        before.setdefault(name, getattr(owner, leaf))
+        setattr(owner, leaf, value)
+
+    linears = {
+        name: TrainableLinear(d, getattr(block.get_submodule(name), "bias", None))
+        for name, d in decompositions.items()
+    }
+    for name, linear in linears.items():
+        put(name, linear)
+    inside = {id(p) for linear in linears.values() for p in linear.parameters()}
+    others = {
+        name: nn.Parameter(p.detach().float().clone())
+        for name, p in block.named_parameters()
+        if id(p) not in inside and p.dim() < 2
+    }
+    for name, parameter in others.items():
+        put(name, parameter)
+    try:
+        yield Trained(linears, others)
+    finally:
+        for name, value in before.items():
+            put(name, value)
+
+
+@dataclass
+class Best:
+    """The smallest loss so far, after which epoch it was reached, and the parameters of then."""
+
+    loss: float
+    epoch: int
+    weights: list[Tensor]
+
+
+class Matched(NamedTuple):
+    """What matching made of a block.
+
+    decompositions: by module name inside the block.
+    vectors: norms and biases that were trained, by their names in the block.
+    """
+
+    decompositions: dict[str, Decomposition]
+    vectors: dict[str, Tensor]
+    record: MatchRecord
 
 
 def match_block(
-    index: int,
+    goal: Goal,
     block: nn.Module,
     decompositions: dict[str, Decomposition],
-    stream: Stream,
-    targets: list[Tensor],
     settings: Matching,
     stored: Callable[[str, Decomposition], Decomposition],
     tell: Callable[[str], None] = lambda message: None,
-) -> tuple[dict[str, Decomposition], dict[str, Tensor], MatchRecord]:
-    """Train block `index` towards `targets` and leave it so.
+) -> Matched:
+    """Train a block towards its goal. The block itself is as before afterwards.
 
     Args:
-        block: with compressed weights in its linears; its floats are fp32 afterwards.
+        block: with compressed weights in its linears.
         decompositions: module name inside the block -> what its linear stands for.
-        stream: the compressed prefix at the block's input. targets: per batch [samples, window, hidden].
         stored: (module, decomposition) -> what is left of it once it is packed and unpacked.
+        tell: is called with a line after every epoch.
 
-    Returns: the trained decompositions, every other parameter that was trained (norms, biases) by its name in the block, and
-    the record. The loss on held-back batches never rises: else everything comes back as it was.
+    Returns: what was learnt. The distance on the batches that are held back never rises: where no
+        epoch lowers it, the decompositions are those given and no vector is there.
     """
     began = time.perf_counter()
-    modules = {}
-    for name, d in decompositions.items():
-        path, _, leaf = name.rpartition(".")
-        modules[name] = TrainableLinear(d, block.get_submodule(name).bias)
-        setattr(block.get_submodule(path), leaf, modules[name])
-    inside = {id(p) for module in modules.values() for p in module.parameters()}
-    others = {
-        name: p for name, p in block.named_parameters() if id(p) not in inside and p.dim() < 2
-    }
-    for name, p in list(others.items()):
-        path, _, leaf = name.rpartition(".")
-        others[name] = nn.Parameter(p.detach().float())
-        setattr(block.get_submodule(path), leaf, others[name])
-    trained = [p for p in block.parameters() if id(p) in inside] + list(others.values())
-    for p in trained:
-        p.requires_grad_(True)
-    count = len(targets)
-    held = [b for b in range(count) if b % HELD_BACK == HELD_BACK - 1] or [count - 1]
-    used = [b for b in range(count) if b not in held] or held
+    with trainable(block, decompositions) as trained:
+        before = goal.distance(block)
+        best = _train(goal, block, trained.parameters(), settings, before, tell)
+        result = {name: stored(name, m.decomposition()) for name, m in trained.linears.items()}
+        vectors = trained.vectors()
+    for name, d in result.items():
+        mask = decompositions[name].mask
+        assert torch.equal(d.mask, mask) and bool((d.S[~mask] == 0).all()), name
+    if best.epoch == 0:
+        result, vectors = decompositions, {}
+    seconds = time.perf_counter() - began
+    return Matched(result, vectors, MatchRecord(goal.index, before, best.loss, best.epoch, seconds))
 
-    @torch.no_grad()
-    def measure() -> float:
-        error = sum(
-            float(
-                (stream.run(index, block, b) - targets[b].to(stream.device)).float().square().sum()
-            )
-            for b in held
-        )
-        whole = sum(float((targets[b] - stream.hidden[b]).float().square().sum()) for b in held)
-        return math.sqrt(error / whole) if whole else 0.0
 
-    best, state, at = (before := measure()), _snapshot(trained), 0
-    groups = [
-        {"params": [p], "lr": settings.rate * max(float(p.detach().square().mean().sqrt()), 1e-8)}
-        for p in trained
-    ]
-    optimizer = torch.optim.Adam(groups)
+def _train(
+    goal: Goal,
+    block: nn.Module,
+    parameters: list[nn.Parameter],
+    settings: Matching,
+    before: float,
+    tell: Callable[[str], None],
+) -> Best:
+    """Adam over all epochs; the parameters end as they were after the best one.
+
+    before: the distance at the start.
+    """
+    best = Best(before, 0, _copies(parameters))
+    optimizer = torch.optim.Adam([_group(p, settings.rate) for p in parameters])
+    used = goal.used
     steps = settings.epochs * len(used)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: 0.6 + 0.4 * math.cos(math.pi * min(s, steps) / steps)
+        optimizer, lambda step: 0.6 + 0.4 * math.cos(math.pi * min(step, steps) / steps)
     )
-    order = torch.Generator().manual_seed(index)
+    order = torch.Generator().manual_seed(goal.index)
     for epoch in range(1, settings.epochs + 1):
-        for b in torch.randperm(len(used), generator=order).tolist():
+        for position in torch.randperm(len(used), generator=order).tolist():
             with torch.enable_grad():
-                loss = (
-                    (stream.run(index, block, used[b]) - targets[used[b]].to(stream.device))
-                    .float()
-                    .square()
-                    .mean()
-                )
+                loss = goal.error(block, used[position]).square().mean()
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-        now = measure()
-        tell(f"block {index}: epoch {epoch} of {settings.epochs}, distance {now:.4f}")
-        if now < best:
-            best, state, at = now, _snapshot(trained), epoch
-    _restore(trained, state)
-    result = {name: stored(name, module.decomposition()) for name, module in modules.items()}
-    for name, d in result.items():
-        assert torch.equal(d.mask, decompositions[name].mask) and bool((d.S[~d.mask] == 0).all()), (
-            name
-        )
-    changed = {name: p.detach() for name, p in others.items()}
-    changed |= {
-        f"{name}.bias": m.bias.detach() for name, m in modules.items() if m.bias is not None
-    }
-    if at == 0:
-        result, changed = decompositions, {}
-    return result, changed, MatchRecord(index, before, best, at, time.perf_counter() - began)
+        distance = goal.distance(block)
+        tell(f"block {goal.index}: epoch {epoch} of {settings.epochs}, distance {distance:.4f}")
+        if distance < best.loss:
+            best = Best(distance, epoch, _copies(parameters))
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, best.weights, strict=True):
+            parameter.copy_(weight)
+    return best
 
 
-def _snapshot(parameters: list[Tensor]) -> list[Tensor]:
+def _group(parameter: nn.Parameter, rate: float) -> dict:
+    """A parameter group of Adam whose steps are in proportion to the parameter's size."""
+    size = float(parameter.detach().square().mean().sqrt())
+    return {"params": [parameter], "lr": rate * max(size, 1e-8)}
+
+
+def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [p.detach().clone() for p in parameters]
-
-
-@torch.no_grad()
-def _restore(parameters: list[Tensor], state: list[Tensor]) -> None:
-    for p, saved in zip(parameters, state, strict=True):
-        p.copy_(saved)

@@ -1,9 +1,8 @@
-"""What a compression run reports: one record at the end, events on the way, and the progress bar fed by them."""
+"""The record of a compression run, as slab_run.json holds it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
@@ -13,18 +12,20 @@ from ..errors import CheckpointError
 from ..format.layout import MAX_FEATURES
 from ..models.folder import RECORD_NAME
 from ..models.shards import read_json
-from ..terminal import visible
 
-MAX_NUMBER = 1 << 63  # no count in a record is larger, and floats hold it
+MAX_NUMBER = 1 << 63  # No count in a record is larger, and a float holds it.
 
 
 @dataclass(frozen=True)
 class LayerRecord:
     """One compressed linear.
 
-    error: ||X (W - W')^T|| / ||X W^T|| in Frobenius norm, X the calibration inputs of the compressed prefix, W' the
-    weight as stored; heldout_error the same on held-out text, None where not measured. bits_per_weight: bytes of its
-    tensors on disk (bias not counted) times 8 over shape[0] * shape[1].
+    error: ||X (W - W')^T|| / ||X W^T|| in the Frobenius norm. X are its calibration inputs in the
+        model whose earlier layers are compressed, W' is the weight as stored.
+    heldout_error: the same on the held-out text; None where there is none.
+    bits_per_weight: 8 times the bytes of its tensors on disk (its bias not counted) per weight.
+    group: the layers that read the same input and were compressed together.
+    peak_bytes: the most memory while it was decomposed: the GPU's, on a CPU the process's.
     """
 
     name: str
@@ -38,54 +39,73 @@ class LayerRecord:
     error: float
     heldout_error: float | None
     seconds: float
-    group: tuple[str, ...] = ()  # layers that share the input, compressed together
+    group: tuple[str, ...] = ()
     planes: int = 1
     adapter_rank: int = 0
-    peak_bytes: int = (
-        0  # memory while it was decomposed: the GPU's, or what the process held on a CPU
-    )
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class MatchRecord:
-    """How far a block's output was from the target, ||y - target|| / ||target - input|| over held-back text, before and after
-    transformer matching.
+    """What transformer matching did to one block.
+
+    before, after: the distance ||y - target|| / ||target - input|| of the block's output y on the
+        batches that were held back.
+    epochs: those after which the best was reached; 0 where training did not help and was dropped.
     """
 
     block: int
     before: float
     after: float
-    epochs: int  # after which the best was reached; 0: training did not help and was dropped
+    epochs: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished run, as slab_run.json holds it. Same settings, same machine: everything but the seconds is the same."""
+    """A finished run.
+
+    With the same settings on the same machine everything but seconds and memory is the same.
+
+    stored: "packed" or "dense".
+    hidden_state_bytes: what the hidden states of the texts took beside one block.
+    ignored_tensors: names in the checkpoint that the model does not have.
+    shards: file name -> SHA-256 of what the run wrote there.
+    """
 
     model: str
     settings: dict
-    stored: str  # "packed" | "dense"
+    stored: str
     layers: list[LayerRecord]
     tokens: int
-    hidden_state_bytes: int  # what the calibration samples' hidden states took beside one block
+    hidden_state_bytes: int
     seconds: float
     versions: dict = field(default_factory=dict)
     matching: list[MatchRecord] = field(default_factory=list)
     ignored_tensors: list[str] = field(default_factory=list)
-    shards: dict = field(default_factory=dict)  # file name -> SHA-256 of what the run wrote there
+    shards: dict = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """How many weights were compressed."""
+        return sum(math.prod(layer.shape) for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over all compressed weights."""
-        weights = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        return sum(
-            n * layer.bits_per_weight for n, layer in zip(weights, self.layers, strict=True)
-        ) / sum(weights)
+        """Stored bits per weight over all layers."""
+        bits = sum(math.prod(layer.shape) * layer.bits_per_weight for layer in self.layers)
+        return bits / self.weights
 
     @property
     def mean_error(self) -> float:
+        """The mean over all layers, each counted once."""
         return sum(layer.error for layer in self.layers) / len(self.layers)
+
+    @property
+    def mean_heldout_error(self) -> float | None:
+        """The mean over all layers, None where there was no held-out text."""
+        errors = [e for layer in self.layers if (e := layer.heldout_error) is not None]
+        return sum(errors) / len(errors) if errors else None
 
     def to_dict(self) -> dict:
         return asdict(self) | {
@@ -113,11 +133,10 @@ NUMBERS = {"int": (int,), "float": (int, float)}
 PLAIN = {"str": str, "dict": dict}
 
 
-def _checked(cls: type, content: dict) -> Any:
-    """An instance of a dataclass of this file, every value of the type that its field declares;
-    unknown keys are left out.
+def _checked(cls: type, content: Any) -> Any:
+    """An instance of a dataclass of this file, made of what JSON held; unknown keys are left out.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError where a value has not the type that its field declares.
     """
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -132,7 +151,7 @@ def _checked(cls: type, content: dict) -> Any:
                 )
             continue
         value = content[f.name]
-        if not _fits(value, f.type):
+        if not _fits(value, str(f.type)):
             raise CheckpointError(
                 f"{RECORD_NAME} has {f.name}={short(value)}, no {f.type}; {DAMAGED}"
             )
@@ -140,8 +159,8 @@ def _checked(cls: type, content: dict) -> Any:
     return cls(**known)
 
 
-def _fits(value, kind: str) -> bool:
-    """Whether a value from JSON is of the type that an annotation of this file names."""
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value from JSON has the type `kind`, an annotation of this file."""
     if kind.endswith(" | None"):
         return value is None or _fits(value, kind.removesuffix(" | None"))
     if kind in NUMBERS:
@@ -150,14 +169,17 @@ def _fits(value, kind: str) -> bool:
         return isinstance(value, PLAIN[kind])
     if not isinstance(value, list | tuple):
         return False
-    if kind == "tuple[int, int]":  # the shape of a layer
+    if kind == "tuple[int, int]":  # It is the shape of a layer.
         return len(value) == 2 and all(type(n) is int and 0 < n <= MAX_FEATURES for n in value)
-    return all(type(entry).__name__ in kind for entry in value)  # list[str], list[LayerRecord], ...
+    # What is left is list[str], list[LayerRecord] and the like.
+    return all(type(entry).__name__ in kind for entry in value)
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """What slab_run.json of a folder holds; None if there is none. Raises: CheckpointError if it
-    is no run record."""
+    """What slab_run.json of a folder holds, None if there is none.
+
+    Raises: CheckpointError if it is no run record.
+    """
     path = folder / RECORD_NAME
     return RunRecord.from_dict(read_json(path)) if path.is_file() else None
 
@@ -170,70 +192,3 @@ def match_from_dict(content: dict | None) -> MatchRecord | None:
 def layer_from_dict(content: dict) -> LayerRecord:
     """Raises: CheckpointError."""
     return _checked(LayerRecord, content)
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """One step of a run. kind: "start", "warning", "resumed", "budget", "layer", "matching", "block" or "done"; `str(event)` is one line for people."""
-
-    kind: str
-    block: int = 0
-    blocks: int = 0
-    done: int = 0  # layers finished
-    layers: int = 0  # layers in all
-    layer: LayerRecord | None = None
-    message: str = ""
-
-    def __str__(self) -> str:
-        if self.layer is None:
-            return self.message
-        held = (
-            "" if self.layer.heldout_error is None else f" held-out {self.layer.heldout_error:.4f}"
-        )
-        return (
-            f"[{self.done}/{self.layers}] {self.layer.name} error {self.layer.error:.4f}{held} "
-            f"{self.layer.bits_per_weight:.3f} bits per weight {self.layer.seconds:.1f} s"
-        )
-
-
-def listener(progress) -> Callable[[ProgressEvent], None]:
-    """What to call with events: `progress` itself, a bar on stderr for True (and for None on a terminal), or nothing."""
-    if callable(progress):
-        return progress
-    if progress or (progress is None and sys.stderr.isatty()):
-        return _Bar()
-    return lambda event: None
-
-
-class _Bar:
-    """A rich progress bar on stderr under one line a layer."""
-
-    def __init__(self):
-        self.bar = None
-
-    def __call__(self, event: ProgressEvent) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        if self.bar is None:
-            columns = (
-                TextColumn("compress"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )  # fmt: skip
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task("compress", total=None)
-            self.bar.start()
-        if str(event):
-            self.bar.console.print(visible(str(event)), highlight=False, markup=False)
-        self.bar.update(self.task, completed=event.done, total=event.layers or None)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()

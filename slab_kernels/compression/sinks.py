@@ -1,10 +1,11 @@
-"""Where finished blocks go: memory, or the shards of a folder that an interrupted run can go on with."""
+"""Where finished blocks go: memory, or shards of a folder that an interrupted run goes on with."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,8 +13,7 @@ from ..errors import CheckpointError
 from ..format import PackedLayout, PackedWeight, read_factors
 from ..models.output import OutputFolder
 from ..models.shards import TensorEntry, read_header, shard_name, write_shard
-from ..models.source import FolderSource, ModuleSource
-from .plan import Plan
+from .job import Job
 from .record import LayerRecord, MatchRecord, layer_from_dict, match_from_dict
 
 
@@ -26,8 +26,9 @@ def dense_weight(stored: PackedWeight | Tensor) -> Tensor:
 class FinishedBlock:
     """What becomes of one block.
 
-    stored: module name -> packed weight, or dense in its own type.  other: full parameter name -> what matching made of it
-    (norms, biases).  layers, match: the records.
+    stored: full module name -> packed weight, or dense [N,K] in the type of the source.
+    layers, match: the records.
+    other: full parameter name -> what matching made of it (norms, biases).
     """
 
     stored: dict[str, PackedWeight | Tensor]
@@ -52,12 +53,15 @@ class Sink(Protocol):
 class MemorySink:
     """Keeps everything in memory: for `compress(model)` without an output folder."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stored: dict[str, PackedWeight | Tensor] = {}
         self.other: dict[str, Tensor] = {}
 
     def finished(self) -> list[FinishedBlock]:
         return []
+
+    def restore(self, index: int, linears: dict[str, nn.Linear]) -> FinishedBlock:
+        raise AssertionError("a run in memory has no block that was finished before it")
 
     def store(self, index: int, block: FinishedBlock) -> list[LayerRecord]:
         self.stored |= block.stored
@@ -65,43 +69,37 @@ class MemorySink:
         return block.layers
 
 
+@dataclass
 class FolderSink:
-    """One shard a block, each noted in the progress file once it is whole. `progress` None: reads only, and writes nothing."""
+    """One shard per block, each noted in the progress file once it is whole.
 
-    def __init__(
-        self,
-        out: Path,
-        source: FolderSource | ModuleSource,
-        path: str,
-        blocks: int,
-        plan: Plan,
-        progress: OutputFolder | None,
-        done: list[dict],
-    ):
-        self.out, self.source, self.path, self.blocks, self.plan, self.progress = (
-            out,
-            source,
-            path,
-            blocks,
-            plan,
-            progress,
-        )
-        self.done = done
+    progress: None for a process that only reads; another one writes.
+    done: the finished blocks as the progress file holds them.
+    """
+
+    out: Path
+    job: Job
+    progress: OutputFolder | None
+    done: list[dict[str, Any]]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.job.blocks)
 
     def shard(self, index: int) -> Path:
         """The shard of block `index`, or of everything outside the blocks for index == blocks."""
         return self.out / shard_name(index + 1, self.blocks + 1)
 
     def finished(self) -> list[FinishedBlock]:
-        """Raises: CheckpointError if the progress file does not fit the model."""
+        """Of an interrupted run. Raises: CheckpointError if they do not fit the model."""
         blocks = []
         for index, block in enumerate(self.done[: self.blocks]):
             layers = [layer_from_dict(layer) for layer in block["layers"]]
-            if block["file"] != self.shard(index).name or any(
-                layer.block != index for layer in layers
-            ):
+            elsewhere = any(layer.block != index for layer in layers)
+            if elsewhere or block["file"] != self.shard(index).name:
                 raise CheckpointError(
-                    f"{self.out} holds other finished blocks than its model has; use an empty folder"
+                    f"{self.out} holds other finished blocks than its model has; "
+                    "use an empty folder"
                 )
             blocks.append(FinishedBlock({}, layers, {}, match_from_dict(block["match"])))
         return blocks
@@ -116,86 +114,96 @@ class FolderSink:
                 module, _, leaf = name.rpartition(".")
                 if module in parts and leaf != "bias":
                     parts[module][leaf] = f.get_tensor(name)
-                elif (
-                    name in inside
-                ):  # the rest is as the source has it, under the names of its checkpoint
+                elif name in inside:
+                    # A shard also holds tensors under names that only the source's checkpoint has;
+                    # those are as the source gives them.
                     block.other[name] = f.get_tensor(name)
         for module, linear in linears.items():
-            if not self.plan.packed:
+            settings = self.job.plan.layer(module)
+            if settings.packed:
+                block.stored[module] = PackedWeight.from_tensors(
+                    parts[module],
+                    linear.out_features,
+                    linear.in_features,
+                    settings.values,
+                    settings.stored_group_size,
+                )
+            else:
                 block.stored[module] = parts[module]["weight"]
-                continue
-            plan = self.plan.layer(module)
-            sizes = linear.out_features, linear.in_features, plan.values, plan.stored_group_size
-            block.stored[module] = PackedWeight.from_tensors(parts[module], *sizes)
         return block
 
     def store(self, index: int, block: FinishedBlock) -> list[LayerRecord]:
+        if self.progress is None:
+            return block.layers
         tensors: dict[str, Tensor] = {}
         for module, weight in block.stored.items():
             parts = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight}
             tensors |= {f"{module}.{name}": t for name, t in parts.items()}
         tensors |= block.other
-        kept = [
-            n
-            for n in self._inside(index)
-            if n not in tensors
-            and not (n.endswith(".weight") and n.removesuffix(".weight") in block.stored)
-        ]
-        if self.progress is None:
-            return block.layers
+        replaced = tensors.keys() | {f"{module}.weight" for module in block.stored}
+        kept = [name for name in self._inside(index) if name not in replaced]
         table = self._write(index, kept, tensors)
         layers = [
             replace(layer, bits_per_weight=bits_on_disk(table, layer)) for layer in block.layers
         ]
-        match = None if block.match is None else asdict(block.match)
         self.progress.finish_block(
-            self.shard(index).name, [layer.__dict__ for layer in layers], match
+            self.shard(index).name,
+            [layer.__dict__ for layer in layers],
+            None if block.match is None else asdict(block.match),
         )
         return layers
 
     def store_rest(self) -> None:
         """The shard of everything outside the blocks, in its original precision."""
-        names = [n for n in self.source.names if not n.startswith(self.path + ".")]
+        names = [n for n in self.job.source.names if not n.startswith(f"{self.job.path}.")]
         self._write(self.blocks, names, {})
 
     def _inside(self, index: int) -> list[str]:
-        return [n for n in self.source.names if n.startswith(f"{self.path}.{index}.")]
+        prefix = self.job.prefix(index)
+        return [name for name in self.job.source.names if name.startswith(prefix)]
 
     def _write(
         self, index: int, kept: list[str], tensors: dict[str, Tensor]
     ) -> dict[str, TensorEntry]:
         """One shard of `tensors` and of what is `kept` of the source as it is."""
-        forms = self.source.stored_forms(kept)
+        forms = self.job.source.stored_forms(kept)
         specs = {name: (dtype, shape) for name, (dtype, shape, _) in forms.items()}
         specs |= {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        return write_shard(
-            self.shard(index),
-            specs,
-            lambda name: tensors[name] if name in tensors else forms[name][2](),
-        )
+
+        def get(name: str) -> Tensor:
+            return tensors[name] if name in tensors else forms[name][2]()
+
+        return write_shard(self.shard(index), specs, get)
 
     def tables(self) -> list[dict[str, TensorEntry]]:
+        """Of every shard, in order."""
         return [read_header(self.shard(index)) for index in range(self.blocks + 1)]
+
+    def layouts(
+        self, tables: list[dict[str, TensorEntry]], layers: list[LayerRecord]
+    ) -> dict[str, PackedLayout]:
+        """Module name -> layout of its packed weight, from the headers of the shards."""
+        return {
+            layer.name: layout_on_disk(
+                tables[layer.block], layer, self.job.plan.layer(layer.name).stored_group_size
+            )
+            for layer in layers
+        }
 
 
 def bits_on_disk(table: dict[str, TensorEntry], layer: LayerRecord) -> float:
-    """Bytes that the layer's tensors take in its shard (bias not counted) in bits per weight."""
+    """What the layer's tensors take in its shard, its bias not counted, in bits per weight."""
     size = sum(
-        e.nbytes
-        for n, e in table.items()
-        if n.rpartition(".")[0] == layer.name and not n.endswith(".bias")
+        entry.nbytes
+        for name, entry in table.items()
+        if name.rpartition(".")[0] == layer.name and not name.endswith(".bias")
     )
-    return 8 * size / (layer.shape[0] * layer.shape[1])
+    return 8 * size / math.prod(layer.shape)
 
 
 def layout_on_disk(
-    table: dict[str, TensorEntry],
-    name: str,
-    shape: tuple[int, int],
-    values: str,
-    group_size: int | None,
-    planes: int,
+    table: dict[str, TensorEntry], layer: LayerRecord, group_size: int | None
 ) -> PackedLayout:
     """The layout of a packed weight from the header of its shard."""
-    factors = read_factors(table.get(f"{name}.U"), table.get(f"{name}.P"))
-    return PackedLayout(*shape, values, group_size, planes=planes, **factors)
+    factors = read_factors(table.get(f"{layer.name}.U"), table.get(f"{layer.name}.P"))
+    return PackedLayout(*layer.shape, layer.values, group_size, planes=layer.planes, **factors)

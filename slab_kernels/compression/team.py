@@ -63,7 +63,7 @@ class Team:
                 # For an unknown host torch would print its stack.
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
                 store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
-        except Exception as error:  # torch's own types: a port in use, an unknown host, a late peer
+        except Exception as error:  # torch raises many types: a port in use, an unknown host, ...
             reason = first_line(error)
             raise TeamError(f"{self._expected(address)} ({reason})") from error
         self._store = dist.PrefixStore(f"slab_kernels/{next(_TEAMS)}", store)
@@ -89,7 +89,7 @@ class Team:
         for count in itertools.count():
             try:
                 self._alive.set(str(self.rank), str(count))
-            except Exception:  # the store is gone, and with it whoever could read this
+            except Exception:  # The store is gone, and with it whoever could read this.
                 return
             if self._left.wait(BEAT):
                 return
@@ -101,10 +101,13 @@ class Team:
     def __enter__(self) -> Team:
         return self
 
-    def __exit__(self, kind, error, _) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         """Who leaves by an error tells the others, which then need not wait for its silence."""
         if self.size > 1:
-            with contextlib.suppress(TeamError):  # what ended this process is what is to be told
+            # A store that is gone is no news beside the error that ends this process.
+            with contextlib.suppress(TeamError):
                 if kind is not None:
                     self._tell(f"left/{self.rank}", f"{kind.__name__}: {error}")
             self._left.set()
@@ -112,7 +115,7 @@ class Team:
     def share(
         self, names: list[str] | tuple[str, ...], work: Callable[[str], Any]
     ) -> dict[str, Any]:
-        """name -> work(name): every name is done by one process, round robin; all receive all results.
+        """name -> work(name). Every name is done by one process, in turn; all receive all results.
 
         Raises: what `work` raised, on every process alike, for the first name that failed;
             TeamError if a process is gone.
@@ -194,7 +197,10 @@ def _gone(error: RuntimeError) -> TeamError:
 
 
 def _place() -> tuple[int, int]:
-    """RANK and WORLD_SIZE. Raises: TeamError."""
+    """RANK and WORLD_SIZE, (0, 1) without them.
+
+    Raises: TeamError for an environment that names no place among processes.
+    """
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None and size is None:
         return 0, 1
@@ -215,26 +221,26 @@ def _place() -> tuple[int, int]:
         )
     if place[1] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise TeamError(
-            f"WORLD_SIZE={size} is set in the environment without MASTER_ADDR and MASTER_PORT, where the processes would "
-            "meet; start with torchrun, which sets all, or unset RANK and WORLD_SIZE"
+            f"WORLD_SIZE={size} is set in the environment without MASTER_ADDR and MASTER_PORT, "
+            "where the processes would meet; start with torchrun, which sets all, or unset RANK "
+            "and WORLD_SIZE"
         )
     return place
 
 
 def _packed(mine: dict[str, Any]) -> bytes:
+    """Results as bytes for another process; an exception that cannot travel as one that can."""
     import torch
-
-    def written(what: dict[str, Any]) -> bytes:
-        torch.save(what, file := io.BytesIO())
-        return file.getvalue()
 
     for name, result in mine.items():
         if isinstance(result, Exception):
             try:
                 pickle.loads(pickle.dumps(result))
-            except Exception:  # an exception whose constructor wants more than its message
+            except Exception:  # The constructor of such an exception wants more than its message.
                 mine = {**mine, name: RuntimeError(f"{type(result).__name__}: {result}")}
-    return written(mine)
+    file = io.BytesIO()
+    torch.save(mine, file)
+    return file.getvalue()
 
 
 def _unpacked(data: bytes, device: Any) -> dict[str, Any]:
@@ -242,10 +248,8 @@ def _unpacked(data: bytes, device: Any) -> dict[str, Any]:
     import torch
 
     def place(storage: Any, location: str) -> Any:
-        return (
-            storage
-            if location == "cpu"
-            else torch.serialization.default_restore_location(storage, str(device))
-        )
+        if location == "cpu":
+            return storage
+        return torch.serialization.default_restore_location(storage, str(device))
 
     return torch.load(io.BytesIO(data), map_location=place, weights_only=False)

@@ -1,7 +1,10 @@
-"""Adapters to other people's engines, one file each. `import slab_kernels` hooks transformers here
-and imports nothing for it.
+"""Adapters to other people's engines. `import slab_kernels` hooks transformers here, and imports
+nothing for it.
 
-vLLM finds `register_with_vllm` through an entry point.
+transformers    the quantizer by which from_pretrained and save_pretrained treat packed folders
+vllm            the quantization plugin; vLLM finds `register_with_vllm` through an entry point
+sharding        which slice of each packed tensor a tensor-parallel rank keeps
+probe           what an engine's loader does to a weight, found out with stand-ins
 
 transformers has no plugin entry point: a quantizer has to be registered in a running process, after
 `transformers.quantizers.auto` exists. `watch` waits for that module with a finder on sys.meta_path.
@@ -13,38 +16,46 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 from ..errors import UnsupportedError
 
 WATCHED = "transformers.quantizers.auto"
-METHOD = "slab_kernels"  # quant_method of our folders; packed_config would import torch for it
+METHOD = "slab_kernels"  # quant_method of packed folders; models.packed_config would import torch
 
 
 class _Loader:
     """Another loader, which may not let itself be changed, with the registration behind it."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: Any):
         self._loader = loader
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        # Nothing of ours stays on the module.
-        module.__spec__.loader = module.__loader__ = self._loader
+        # Nothing of this library stays on the module.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         register_with_transformers()
 
 
 class _Watcher:
-    """A meta-path finder that finds nothing itself: the other finders do, and we register then."""
+    """A finder that lets the others find `WATCHED`, and registers once it has been imported."""
 
-    asking = False  # whether it is asking all finders, of which it is one
+    asking = False  # True while the other finders are asked; prevents recursion
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != WATCHED or self.asking:
             return None
         self.asking = True
@@ -53,7 +64,8 @@ class _Watcher:
         finally:
             self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            loader: Any = _Loader(spec.loader)
+            spec.loader = loader
         return spec
 
 
@@ -77,7 +89,7 @@ def register_with_transformers() -> None:
             module.register()
         else:  # it is being imported now, maybe by another thread, and ends with registering
             _refuse("slab_kernels is still being imported; open its folders once that is done")
-    except Exception as error:  # whatever moved inside transformers
+    except Exception as error:  # whatever has moved inside transformers
         reason = (
             "slab_kernels could not register with transformers, so from_pretrained cannot open "
             "its folders: use slab_kernels.load(folder). "
@@ -88,11 +100,11 @@ def register_with_transformers() -> None:
 
 
 def _refuse(reason: str) -> None:
-    """Say so wherever transformers would open a folder with random weights."""
+    """Let transformers raise UnsupportedError where it would open a folder with random weights."""
 
     class Refused:
         @classmethod
-        def from_dict(cls, *args, **kwargs):
+        def from_dict(cls, *args: Any, **kwargs: Any) -> None:
             raise UnsupportedError(reason)
 
     registry = getattr(sys.modules.get(WATCHED), "AUTO_QUANTIZATION_CONFIG_MAPPING", None)

@@ -1,7 +1,8 @@
-"""The quantizer by which plain `from_pretrained` and `save_pretrained` of transformers (>= 5.0) open and write packed folders.
+"""The quantizer by which transformers (>= 5.0) opens and writes packed folders.
 
-Registered by `import slab_kernels`. A process that does not import it opens such a folder with **random** linears, with a warning
-about missing weights and exit code 0: `packed_checkpoint.check` finds a model that was opened so.
+It serves plain `from_pretrained` and `save_pretrained`, and `import slab_kernels` registers it. A
+process that does not import this library opens such a folder with **random** linears, with a
+warning about missing weights and exit code 0: `models.packed.check` finds a model opened so.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers import auto
@@ -35,122 +38,132 @@ from ..models.skeleton import computes
 from ..models.ties import holds, untie
 from ..terminal import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
 MANY_BLOCKS = 512  # built in a second; packed modules tell little of how many there are
 _REGISTERING = threading.Lock()
 
 
+# Keywords of `compress` that say how it runs and are looked at only then.
+OF_THE_RUN = ("calibration", "heldout", "tokenizer", "device", "progress")
+
+
 class SlabConfig(QuantizationConfigMixin):
     """How a model is compressed, or was.
 
-    `from_pretrained(dense, quantization_config=SlabConfig(values="int4"))` compresses what it loads; the keywords are those of
-    `slab_kernels.compress` (method, rank, values, planes, adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is
-    2:4). Read back from config.json it lists the packed modules.
+    `from_pretrained(dense, quantization_config=SlabConfig(values="int4"))` compresses what it
+    loads; the keywords are those of `slab_kernels.compress` (method, rank, values, planes,
+    adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is 2:4). Read
+    back from config.json it lists the packed modules.
 
-    Raises: ValueError or a FormatError on settings that contradict each other, CheckpointError or VersionError on a stored config that
-    this library cannot read.
+    Raises: ArgumentError, MethodError or a FormatError on settings that contradict each other,
+        CheckpointError or VersionError on a stored config that this library cannot read.
     """
+
+    modules: dict[str, dict[str, Any]] | None
 
     def __init__(
         self,
-        modules: dict[str, dict] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
-        **settings,
+        **settings: Any,
     ):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.modules = modules
-        self.settings = settings
+        self.modules, self.settings = modules, settings
         if modules is None:
             self._check_settings()
             return
-        entry = {"format_version": format_version, "modules": modules}
-        layouts = parse_layouts(entry, "this model")
+        stored = {"format_version": format_version, "modules": modules}
+        layouts = parse_layouts(stored, "this model")
         plain = {key: value for key, value in settings.items() if isinstance(value, str | int)}
         entry = quantization_config(layouts, plain)
         self.modules, self.settings = entry["modules"], {key: entry[key] for key in DESCRIBED}
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> SlabConfig | tuple[SlabConfig, dict[str, Any]]:
         """What config.json holds, without keys that are not known. Raises: as the class does."""
-        modules, version = config_dict.get("modules"), config_dict.get("format_version")
-        described = {key: config_dict.get(key) for key in DESCRIBED}
-        config = cls({} if modules is None else modules, version, **described)
+        modules = config_dict.get("modules")
+        described: dict[str, Any] = {key: config_dict.get(key) for key in DESCRIBED}
+        described["format_version"] = config_dict.get("format_version")
+        config = cls({} if modules is None else modules, **described)
         return (config, kwargs) if return_unused_kwargs else config
 
     def _check_settings(self) -> None:
-        from ..compression.arguments import (
-            Arguments,
-        )  # not above: opening a packed folder needs no methods
+        # This is not imported above because opening a packed folder needs no methods.
+        from ..compression.arguments import Arguments
 
-        plan = Arguments.of(
-            **{name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
-        ).plan
-        if not plan.packed:
+        given = {name: value for name, value in self.settings.items() if name not in OF_THE_RUN}
+        layer = Arguments.of(**given).plan.usual
+        if not layer.packed:
             raise ArgumentError(
-                f"SlabConfig(pattern={plan.pattern!r}): only 2:4 can be packed; slab_kernels.compress(model, out, pattern={plan.pattern!r}) writes "
-                "other patterns as a dense checkpoint"
+                f"SlabConfig(pattern={layer.pattern!r}): only 2:4 can be packed; "
+                f"slab_kernels.compress(model, out, pattern={layer.pattern!r}) writes other "
+                "patterns as a dense checkpoint"
             )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """What stands in config.json under quantization_config."""
-        kept = {key: self.settings[key] for key in DESCRIBED if key in self.settings}
-        modules = {}
+        entry = {"quant_method": self.quant_method, "format_version": self.format_version}
+        entry |= {key: self.settings[key] for key in DESCRIBED if key in self.settings}
         if self.modules is not None:
-            modules["modules"] = {name: dict(module) for name, module in self.modules.items()}
-        return {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            **kept,
-            **modules,
-        }
+            entry["modules"] = {name: dict(module) for name, module in self.modules.items()}
+        return entry
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
 
-OTHER_SETTINGS = (
-    "calibration",
-    "heldout",
-    "tokenizer",
-    "device",
-    "progress",
-)  # of this run, looked at when it begins
-
-
 class SlabQuantizer(HfQuantizer):
-    """Packed modules into the skeleton before the weights come, checks after; or compression of the dense model that came."""
+    """What transformers calls while it opens a model that is packed, or to be compressed.
 
-    requires_calibration = False  # True would forbid to compress in from_pretrained
+    Packed modules are put into the skeleton before the weights come and checked after; a dense
+    model is compressed once its weights are there.
+    """
+
+    requires_calibration = False  # True would forbid compressing in from_pretrained
     quantization_config: SlabConfig
 
-    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        places = (
-            set(map(str, device_map.values()))
-            if isinstance(device_map, dict)
-            else {str(device_map)}
-        )
+    def validate_environment(
+        self, *args: Any, device_map: str | dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Raises: ArgumentError for places where packed layers do not work."""
+        places = {str(device_map)}
+        if isinstance(device_map, dict):
+            places = set(map(str, device_map.values()))
         if "meta" in places:
             raise ArgumentError(
-                "device_map='meta' holds no weights, and packed ones are checked on opening; give a device"
+                "device_map='meta' holds no weights, and packed ones are checked on opening; "
+                "give a device"
             )
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ArgumentError(
-                f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers keep what they prepare where they first ran, so "
-                "parts cannot be fetched from a disk or CPU for each call; give one device, or several GPUs"
+                f"device_map puts parts of the model on {', '.join(sorted(places))}: packed layers "
+                "keep what they prepare where they first ran, so parts cannot be fetched from a "
+                "disk or CPU for each call; give one device, or several GPUs"
             )
 
-    def update_tp_plan(self, config):
-        """transformers lets us see the config before it builds the model; 5.23 by the name below."""
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Check the config, which transformers shows before it builds the model.
+
+        5.0 shows it by this method, 5.23 by the one below.
+        """
         if self.pre_quantized:
-            names, where = self.quantization_config.modules, config._name_or_path or "this model"
+            names = self.quantization_config.modules or {}
+            where = config._name_or_path or "this model"
             check_counts(config.to_dict(), names, where, few=MANY_BLOCKS)
         return config
 
     update_attn_implementation = update_tp_plan
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if not self.pre_quantized:
             return
         if not checkpoint_files:
@@ -159,27 +172,29 @@ class SlabQuantizer(HfQuantizer):
             )
         swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
         checkpoint = Checkpoint(_folder(model, checkpoint_files), checkpoint_files)
-        read_generation_config(checkpoint.folder)  # transformers reads it later, of whatever size
+        read_generation_config(checkpoint.folder)  # transformers reads it later, unchecked
         check_tensors_fit(checkpoint, model)
         checkpoint.verify()
         for module in model.modules():
             if not computes(module):  # all its tensors come from files
                 module._is_hf_initialized = True
-        for module in packed_modules(model).values():  # a mixer initialises the linears inside it
-            module.weight = torch.empty(module.out_features, module.in_features, device="meta")
+        # A mixer initialises the weights of the linears inside it, so there has to be one.
+        for linear in packed_modules(model).values():
+            linear.weight = torch.empty(linear.out_features, linear.in_features, device="meta")
         if hasattr(model, ADJUST):
             setattr(model, ADJUST, _Refusing(getattr(model, ADJUST)))
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         if not self.pre_quantized:
             return self._compress(model)
         vars(model).pop(ADJUST, None)
         for module in packed_modules(model).values():
             del module.weight
+        # On a CPU transformers loads views of the mapped file, which may change.
         for t in (*model.parameters(), *model.buffers()):
-            if (
-                t.device.type == "cpu"
-            ):  # as transformers loads it, a view of the mapped file, which may change
+            if t.device.type == "cpu":
                 t.data = t.data.clone()
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
@@ -191,29 +206,27 @@ class SlabQuantizer(HfQuantizer):
             untie(model)
         return model
 
-    def _compress(self, model):
+    def _compress(self, model: PreTrainedModel) -> PreTrainedModel:
         from ..compression.model import compress
 
         where, dtype = model.device, model.dtype
-        del (
-            model.config.quantization_config
-        )  # a mark of compressed models, which `compress` refuses
-        compress(
-            model, None, **{"device": where, "progress": False} | self.quantization_config.settings
-        )
+        del model.config.quantization_config  # marks a compressed model, which `compress` refuses
+        defaults = {"device": where, "progress": False}
+        compress(model, None, **defaults | self.quantization_config.settings)
         self.quantization_config = SlabConfig(**model.config.quantization_config)
         model.config.quantization_config, self.pre_quantized = self.quantization_config, True
         return model.to(device=where, dtype=dtype).eval()
 
-    def _dequantize(self, model, dtype=None):
-        dtype = (
-            dtype if isinstance(dtype, torch.dtype) else model.dtype
-        )  # config.dtype is a string once the model has been saved
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        # transformers gives config.dtype, which is a string once the model has been saved.
+        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
         return model
 
-    def get_state_dict_and_metadata(self, model, *args, **kwargs):
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel, *args: Any, **kwargs: Any
+    ) -> tuple[None, dict[str, str]]:
         """The metadata of every shard that `save_pretrained` writes: checksums of all tensors.
 
         A tensor stands there by each name that transformers may give it (`save_original_format`
@@ -224,19 +237,19 @@ class SlabQuantizer(HfQuantizer):
         state = model.state_dict()
         checksums = {name: checksum(tensor_bytes(t)) for name, t in state.items()}
         for name, t in revert_weight_conversion(model, dict(state)).items():
-            if (
-                t is not state.get(name)
-                and checksums.setdefault(name, found := checksum(tensor_bytes(t))) != found
-            ):
-                del checksums[name]
+            if t is not state.get(name):
+                found = checksum(tensor_bytes(t))
+                if checksums.setdefault(name, found) != found:
+                    del checksums[name]
         return None, {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
 
-    def is_serializable(self, *args, **kwargs) -> bool:
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False  # `slab-kernels train` trains the adapters P Q^T; PEFT knows no SlabLinear
+        """False: PEFT knows no SlabLinear; `slab-kernels train` trains the adapters P Q^T."""
+        return False
 
     @property
     def is_compileable(self) -> bool:
@@ -246,10 +259,10 @@ class SlabQuantizer(HfQuantizer):
 class _Refusing:
     """transformers' own reckoning of what it could not load, with an error instead of a warning."""
 
-    def __init__(self, adjust):
+    def __init__(self, adjust: Callable[..., Any]):
         self.adjust = adjust
 
-    def __call__(self, *found):
+    def __call__(self, *found: Any) -> Any:
         result = self.adjust(*found)  # 5.0 gives and returns names; others change them
         missing, unexpected = result or (found[0].missing_keys, found[0].unexpected_keys)
         kinds = (("has no weight for", missing), ("has no use for the weight", unexpected))
@@ -263,7 +276,7 @@ class _Refusing:
         return result
 
 
-def _folder(model, files: list[str]) -> Path:
+def _folder(model: PreTrainedModel, files: list[str]) -> Path:
     """Where the weights lie. Raises: CheckpointError if that is outside the model's folder."""
     here, named = Path(files[0]).parent, Path(model.config._name_or_path)
     if named.is_dir() and os.path.relpath(here, named).split(os.sep)[0] == os.pardir:
@@ -272,7 +285,10 @@ def _folder(model, files: list[str]) -> Path:
 
 
 def register() -> None:
-    """Register config and quantizer with transformers; again and from several threads does no harm."""
+    """Register config and quantizer with transformers.
+
+    Calling it again, or from several threads, does no harm.
+    """
     with _REGISTERING:
         if auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD) is not SlabConfig:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
@@ -281,12 +297,14 @@ def register() -> None:
             auto.register_quantization_config(QUANT_METHOD)(SlabConfig)
 
 
-def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
-    """Open a packed folder by `slab_kernels.load` and by `from_pretrained`: {"folder", "transformers" (version), "tensors" (compared)}.
+def compare(folder: Path | str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Open a packed folder by `slab_kernels.load` and by `from_pretrained`, and compare the models.
 
     trust_remote_code: run the Python code in the folder, of which some models are made.
 
-    Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever `load` raises.
+    Returns: {"folder", "transformers" (version), "tensors" (compared)}.
+    Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever
+        `load` raises.
     """
     from transformers import AutoModelForCausalLM, __version__
 
@@ -306,13 +324,11 @@ def compare(folder: Path | str, trust_remote_code: bool = False) -> dict:
     check(theirs)
     state, found = ours.state_dict(), theirs.state_dict()
     for name in sorted(state.keys() | found.keys()):
-        if (
-            name not in state
-            or name not in found
-            or not torch.equal(state[name], found[name].to(state[name].dtype))
-        ):
+        both = name in state and name in found
+        if not both or not torch.equal(state[name], found[name].to(state[name].dtype)):
             raise CheckpointError(
-                f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is stored; use slab_kernels.load"
+                f"{folder}: transformers {__version__} reads tensor {name!r} otherwise than it is "
+                "stored; use slab_kernels.load"
             )
     return {"folder": str(folder), "transformers": __version__, "tensors": len(state)}
 

@@ -1,8 +1,11 @@
-"""The quantization plugin by which vLLM serves packed folders; vLLM finds it through the entry point `vllm.general_plugins`.
+"""The quantization plugin by which vLLM serves packed folders.
 
-A fused layer of vLLM (qkv_proj, gate_up_proj) holds several weights of the checkpoint, whose types and ranks may differ. So a packed
-tensor's parameter holds nothing and only brings the loader: slices of what comes go to a `Shards`, `process_weights_after_loading` checks them
-and makes the backend's layout once, and those tensors are the layer's parameters from then on.
+vLLM finds it through the entry point `vllm.general_plugins`.
+
+A fused layer of vLLM (qkv_proj, gate_up_proj) holds several weights of the checkpoint, whose types
+and ranks may differ. So a packed tensor's parameter holds nothing and only brings the loader:
+slices of what comes go to a `LayerParts`, `process_weights_after_loading` checks them and makes the
+backend's layout once, and those tensors are the layer's parameters from then on.
 
 Every model of vLLM has a loader of its own. Before the first weights come, stand-ins go through it
 (`Probe`): a model whose loader reorders, splits or leaves out a packed layer is refused.
@@ -37,12 +40,12 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from ..backends import dispatch
 from ..errors import ArchitectureError, CheckpointError, ShapeError, UnsupportedError
-from ..format import PackedLayout
+from ..format import PackedLayout, Slice
 from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
 from .probe import ADVICE, DENSE, Probe
-from .sharding import Shards, column_parallel, row_parallel
+from .sharding import LayerParts, column_parallel, row_parallel
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
 FUSED = {  # what a fused layer holds, where the model itself does not list it
@@ -53,8 +56,9 @@ FUSED = {  # what a fused layer holds, where the model itself does not list it
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Around what vLLM asks while pydantic builds its settings: of a ValueError that would print
-    all of them, of a CheckpointError it prints the sentence.
+    """Around what vLLM asks while pydantic builds its settings.
+
+    Of a ValueError pydantic would print all settings, of a CheckpointError it prints the sentence.
     """
     try:
         yield
@@ -63,8 +67,10 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _restore_config_class(model_type: str | None) -> None:
-    """vLLM puts classes of its own in the place of some of transformers' configs, and the models
-    of those are none of transformers'. Whenever it reads a config it does so again.
+    """Let transformers read configs of this type by its own class again.
+
+    vLLM puts classes of its own in the place of some, whenever it reads a config, and transformers
+    has no models for those.
     """
     if own := getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type, ""), None):
         AutoConfig.register(model_type, own, exist_ok=True)
@@ -72,12 +78,15 @@ def _restore_config_class(model_type: str | None) -> None:
 
 @register_quantization_config(QUANT_METHOD)
 class SlabVllmConfig(QuantizationConfig):
-    """quantization_config of a packed folder: the layout of every packed module, by vLLM's name for it."""
+    """quantization_config of a packed folder.
+
+    layouts: of every packed module, by vLLM's name for it. stored: vLLM's name -> the checkpoint's.
+    """
 
     def __init__(self, layouts: dict[str, PackedLayout]):
         super().__init__()
         self.layouts = layouts
-        self.stored = {name: name for name in layouts}  # vLLM's name -> the checkpoint's
+        self.stored = {name: name for name in layouts}
 
     def __repr__(self) -> str:
         return f"SlabVllmConfig({len(self.layouts)} packed modules)"
@@ -101,8 +110,10 @@ class SlabVllmConfig(QuantizationConfig):
         with _one_sentence():
             return cls(parse_layouts(config, "this model"))
 
-    def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
-        """Every tensor of a local folder against the model of its config.json: with a quantization vLLM itself checks none.
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Compare every tensor of a local folder with the model of its config.json.
+
+        With a quantization vLLM itself checks none.
 
         Raises: CheckpointError.
         """
@@ -114,12 +125,16 @@ class SlabVllmConfig(QuantizationConfig):
                 check_tensors_fit(checkpoint, packed_skeleton(checkpoint, read_layouts(checkpoint)))
                 checkpoint.verify()
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
         self.stored = hf_to_vllm_mapper.apply_dict(self.stored)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str):
-        """Raises: NotImplementedError for a packed layer that is no linear (experts, embeddings), or of which vLLM fuses a part only."""
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The method of the layer that vLLM calls `prefix`.
+
+        Raises: UnsupportedError for a packed layer that is no linear (experts, embeddings), or that
+            vLLM fuses with dense ones.
+        """
         _probe_before_loading()
         if not isinstance(layer, LinearBase):
             inside = [
@@ -127,7 +142,8 @@ class SlabVllmConfig(QuantizationConfig):
             ]
             if inside:
                 raise UnsupportedError(
-                    f"{inside[0]} is packed, and vLLM runs it in {prefix} as {type(layer).__name__}: packed experts and embeddings are not supported "
+                    f"{inside[0]} is packed, and vLLM runs it in {prefix} as "
+                    f"{type(layer).__name__}: packed experts and embeddings are not supported "
                     "there; decompress the folder to a dense one, or compress again with skip"
                 )
             return None
@@ -142,7 +158,8 @@ class SlabVllmConfig(QuantizationConfig):
         if packed != names:
             dense = next(name for name in names if name not in packed)
             raise UnsupportedError(
-                f"vLLM runs {', '.join(names)} as one layer, of which {packed[0]} is packed and {dense} is not; compress all of them or none (skip)"
+                f"vLLM runs {', '.join(names)} as one layer, of which {packed[0]} is packed and "
+                f"{dense} is not; compress all of them or none (skip)"
             )
         return SlabLinearMethod(self, names)
 
@@ -154,54 +171,39 @@ class SlabLinearMethod(LinearMethodBase):
         self.names = names
         self.layouts = [config.layouts[name] for name in names]
         self.stored = [config.stored[name] for name in names]
-        self.probe: Probe | None = None  # while stand-ins come
+        self.probe: Probe | None = None  # there while stand-ins come
 
     def create_weights(
         self,
-        layer,
-        input_size_per_partition,
-        output_partition_sizes,
-        input_size,
-        output_size,
-        params_dtype,
-        **extra,
-    ):
-        # A replicated layer is whole on every rank, though it knows how many there are.
-        rank, world = (
-            (0, 1) if isinstance(layer, ReplicatedLinear) else (layer.tp_rank, layer.tp_size)
-        )
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Give the layer a parameter for every packed tensor, whose loader keeps what comes.
+
+        Raises: ShapeError if the packed weights do not fit the layer or its ranks.
+        """
         for name, layout in zip(self.names, self.layouts, strict=True):
             if layout.in_features != input_size:
                 raise ShapeError(
                     f"{name} has in_features={layout.in_features}, vLLM's layer {input_size}"
                 )
-        if isinstance(layer, RowParallelLinear):
-            if self.layouts[0].out_features != output_size:
-                raise ShapeError(
-                    f"{self.names[0]} has out_features={self.layouts[0].out_features}, vLLM's layer {output_size}"
-                )
-            slices = [row_parallel(self.layouts[0], rank, world)]
-        else:
-            replicas = getattr(layer, "num_kv_head_replicas", 1)
-            slices = column_parallel(self.layouts, output_partition_sizes, rank, world, replicas)
+        slices = self._slices(layer, output_partition_sizes, output_size)
         device = torch.empty(0).device  # vLLM builds models under its target device
         names = self.names if len(self.names) == len(slices) else self.names * len(slices)
-        layer.slab_shards = Shards(names, slices, lambda tensor: tensor.to(device))
-        for name in layer.slab_shards.tensor_names:
-            # As many elements as tensors will come: a reload prepares the layer once that many have been copied into its parameters.
-            tables = [piece.whole.tensors() for piece in slices]
-            dtypes = [table[name][0] for table in tables if name in table]
-            count = len(dtypes) if len(self.names) == len(slices) else 1
-            empty = torch.zeros(count, dtype=dtypes[0], device=device)
-            param = nn.Parameter(empty, requires_grad=False)
-            param.weight_loader = self._loader(layer.slab_shards, name)
-            layer.register_parameter(name, param)
+        layer.slab_parts = LayerParts(names, slices, lambda tensor: tensor.to(device))
+        for name in layer.slab_parts.tensor_names:
+            self._add_parameter(layer, name, device)
         layer.slab_dtype = params_dtype
         # Until the probe a model may ask the dense weight for its type or give it another loader.
         # It is no parameter, so no reload waits for it.
         shape = (sum(output_partition_sizes), input_size_per_partition)
         layer.weight = torch.empty(shape, dtype=params_dtype, device="meta")
-        loader = self._loader(layer.slab_shards, DENSE)
+        loader = self._loader(layer.slab_parts, DENSE)
         loaders = {"weight_loader": loader, "slab_loader": loader}
         set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, **loaders})
         config = get_current_vllm_config_or_none()
@@ -210,8 +212,43 @@ class SlabLinearMethod(LinearMethodBase):
         # vLLM asks for it to know where an adapter (LoRA) belongs.
         layer.qweight = torch.empty(0, device=device)
 
-    def _loader(self, shards: Shards, name: str):
-        def load(param, tensor: torch.Tensor, part: str | int | None = None) -> None:
+    def _slices(self, layer: Any, rows: list[int], output_size: int) -> list[Slice]:
+        """What this rank keeps of every part. rows: its outputs of each. Raises: ShapeError."""
+        # A replicated layer is whole on every rank, though it knows how many there are.
+        rank, world = 0, 1
+        if not isinstance(layer, ReplicatedLinear):
+            rank, world = layer.tp_rank, layer.tp_size
+        if not isinstance(layer, RowParallelLinear):
+            replicas = getattr(layer, "num_kv_head_replicas", 1)
+            return column_parallel(self.layouts, rows, rank, world, replicas)
+        if self.layouts[0].out_features != output_size:
+            raise ShapeError(
+                f"{self.names[0]} has out_features={self.layouts[0].out_features}, vLLM's layer "
+                f"{output_size}"
+            )
+        return [row_parallel(self.layouts[0], rank, world)]
+
+    def _add_parameter(self, layer: Any, name: str, device: torch.device) -> None:
+        """Register the parameter that brings the loader of the packed tensor `name`.
+
+        It has as many elements as tensors will come: a reload prepares the layer once that many
+        have been copied into its parameters.
+        """
+        slices = layer.slab_parts.slices
+        tables = [piece.whole.tensors() for piece in slices]
+        dtypes = [table[name][0] for table in tables if name in table]
+        count = len(dtypes) if len(self.names) == len(slices) else 1
+        empty = torch.zeros(count, dtype=dtypes[0], device=device)
+        param = nn.Parameter(empty, requires_grad=False)
+        set_weight_attrs(param, {"weight_loader": self._loader(layer.slab_parts, name)})
+        layer.register_parameter(name, param)
+
+    def _loader(self, parts: LayerParts, name: str) -> Callable[..., None]:
+        """What vLLM calls with every tensor called `name`, and the part that it belongs to."""
+
+        def load(
+            param: nn.Parameter, tensor: torch.Tensor, part: str | int | tuple | None = None
+        ) -> None:
             if isinstance(part, tuple):
                 raise ArchitectureError(
                     f"vLLM loads several parts of {self.names[0]} from one tensor, "
@@ -222,52 +259,54 @@ class SlabLinearMethod(LinearMethodBase):
                     f"vLLM gives {name} to a layer of {', '.join(self.names)} without saying to "
                     f"which part; {ADVICE}"
                 )
-            at = None if len(self.names) == 1 else PARTS.get(part, part)
+            at = PARTS[part] if isinstance(part, str) else part
+            if len(self.names) == 1:
+                at = None
             if self.probe is not None:
                 self.probe.arrive(self.stored[at or 0], name, tensor)
                 return
-            shards.load(name, tensor, at)
+            parts.load(name, tensor, at)
             param.data[:1].copy_(torch.zeros(1, dtype=param.dtype))
 
         return load
 
-    def process_weights_after_loading(self, layer) -> None:
-        """Check, choose the backend, prepare.
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what has come, choose the backend and make its layout.
 
         After a reload the same storage is filled again, so captured graphs stay right.
 
-        Raises: ArchitectureError for weights that came past the probe, what `Shards.packed` raises.
+        Raises: ArchitectureError for weights that came past the probe, and what `LayerParts.packed`
+            raises.
         """
-        shards: Shards = layer.slab_shards
+        parts: LayerParts = layer.slab_parts
         if layer.slab_dummy:
-            shards.fill()
+            parts.fill()
         elif not layer.slab_probed:
             raise ArchitectureError(
                 f"{self.names[0]}: vLLM does not load it by its model's load_weights; "
                 "packed layers need load_format='auto'"
             )
-        layer.slab_backend, state = dispatch.prepare_fused(shards.packed(), layer.slab_dtype)
-        shards.tensors = [{} for _ in shards.tensors]
+        layer.slab_backend, state = dispatch.prepare_fused(parts.packed(), layer.slab_dtype)
+        parts.tensors = [{} for _ in parts.tensors]
         leaves, structure = tree_flatten(state)
         before, same = tree_flatten(getattr(layer, "slab_state", None))
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
                 name = f"slab_prepared_{i}"
-                # A reload of vLLM has taken them off the layer by now; the graphs have not forgotten them.
-                layer.register_parameter(
-                    name,
-                    before[i] if same == structure else nn.Parameter(leaf, requires_grad=False),
-                )
+                # A reload of vLLM has taken the old tensors off the layer by now, while captured
+                # graphs still use them.
+                kept = before[i] if same == structure else nn.Parameter(leaf, requires_grad=False)
+                layer.register_parameter(name, kept)
                 replace_parameter(layer, name, leaf, prefer_copy=True)
                 leaves[i] = getattr(layer, name)
         layer.slab_state = tree_unflatten(leaves, structure)
 
-    def apply(self, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.slab_backend.linear_fused(x, layer.slab_state, bias)
 
 
 def _probe_before_loading() -> None:
-    """Let the model that vLLM is building probe its loader before it loads for the first time."""
+    """Let the model that vLLM is building probe its loader before its weights come first."""
     building = get_current_vllm_config_or_none()
     if building is None or building.model_config is None:
         return
@@ -279,13 +318,13 @@ def _probe_before_loading() -> None:
         return
 
     @functools.wraps(load)
-    def load_weights(self, *args, **kwargs):
+    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "slab_probed"):
             self.slab_probed = True
             _probe(self, functools.partial(load, self))
         return load(self, *args, **kwargs)
 
-    load_weights.slab_probes = True
+    load_weights.slab_probes = True  # type: ignore[attr-defined]  # a mark on the function
     model_class.load_weights = load_weights
 
 
@@ -302,7 +341,7 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
     layouts = {stored: config.layouts[name] for stored, name in names.items()}
     probe = Probe(layouts, f"vLLM's {type(model).__name__}")
     methods = [(module, getattr(module, "quant_method", None)) for module in model.modules()]
-    layers = [module for module, method in methods if isinstance(method, SlabLinearMethod)]
+    layers: list[Any] = [m for m, method in methods if isinstance(method, SlabLinearMethod)]
     for layer in layers:
         weight = layer.weight
         del layer.weight
@@ -330,7 +369,7 @@ def _probe(model: nn.Module, load: Callable[[Iterable[tuple[str, torch.Tensor]]]
 def _landing(foreign: Callable, then: Callable) -> Callable:
     """A loader that runs a model's own loader of a weight, and gives what that wrote to `then`."""
 
-    def load(param, tensor: torch.Tensor, *part) -> None:
+    def load(param: nn.Parameter, tensor: torch.Tensor, *part: Any) -> None:
         landed = nn.Parameter(torch.full(param.shape, -1, dtype=torch.int32), requires_grad=False)
         foreign(landed, tensor, *part)
         then(param, landed.data, *part)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compression.record import LayerRecord, read_record
+from ..errors import CheckpointError
 from ..format.layout import PackedLayout
 from ..models.folder import Checkpoint
 from ..models.packed_config import QUANT_METHOD, read_layouts
@@ -14,26 +15,30 @@ from ..models.shards import TensorEntry
 from ..paths import expanded
 
 FACTORS = ("U", "V", "P", "Q")
+# Tensor -> the part of a layer that it is counted to, where that has another name.
 PARTS = {"U": "factors", "V": "factors", "P": "adapters", "Q": "adapters", "weight": "values"}
 
 
 def inspect(folder: Path | str) -> dict[str, Any]:
-    """Layers of a packed, pruned-but-dense or dense folder with shape, settings, bits per weight and error.
+    """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
-    bits_per_weight counts every stored tensor of the layer except its bias; factor_bits_per_weight is the part of
-    U, V, P and Q. `parts` are the bits per weight of values, metadata, signs, scales, factors (U
-    and V) and adapters (P and Q). `bits_per_weight` of the folder is over all its layers together.
-
+    Returns: {"folder", "model", "stored", "format_version", "method", "weights",
+        "bits_per_weight", "mean_error", "bytes", "layers"}; what is not known is None.
+        bits_per_weight of a layer counts every stored tensor of it except its bias,
+        factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
+        values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
+        of the folder is over all its layers together; bytes are those of all tensors.
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
     """
     folder = expanded(folder)
     checkpoint = Checkpoint(folder)
-    record = read_record(Path(folder))
+    record = read_record(folder)
     recorded = {layer.name: layer for layer in record.layers} if record else {}
     entry = checkpoint.config.get("quantization_config")
     ours = isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
-    layouts, described = (read_layouts(checkpoint), entry) if ours else ({}, {})
+    described: dict[str, Any] = entry if ours and isinstance(entry, dict) else {}
+    layouts = read_layouts(checkpoint) if ours else {}
     stored: dict[str, dict[str, TensorEntry]] = {}
     for tensor, found in checkpoint.entries.items():
         name, _, leaf = tensor.rpartition(".")
@@ -48,10 +53,11 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     weights = sum(math.prod(layer["shape"]) for layer in layers)
     bits = sum(math.prod(layer["shape"]) * layer["bits_per_weight"] for layer in layers)
     errors = [layer["error"] for layer in layers if layer["error"] is not None]
+    pruned = "pruned, dense" if recorded else "dense"
     return {
         "folder": str(folder),
         "model": record.model if record else _text(checkpoint.config, "model_type"),
-        "stored": "packed" if layouts else "pruned, dense" if recorded else "dense",
+        "stored": "packed" if layouts else pruned,
         "format_version": described.get("format_version"),
         "method": _text(record.settings if record else described, "method"),
         "weights": weights,
@@ -62,7 +68,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def _text(settings: dict, key: str) -> str | None:
+def _text(settings: dict[str, Any], key: str) -> str | None:
     value = settings.get(key)
     return value if isinstance(value, str) else None
 
@@ -72,19 +78,27 @@ def _layer(
     tensors: dict[str, TensorEntry],
     layout: PackedLayout | None,
     record: LayerRecord | None,
-    described: dict,
+    described: dict[str, Any],
 ) -> dict[str, Any]:
-    """One row of `inspect`. described: what quantization_config says of the whole folder."""
+    """One layer of `inspect`.
+
+    tensors: what is stored of it. record: what the run has noted of it. described: what
+    quantization_config says of the whole folder.
+    """
+    weight = tensors.get("weight")
+    rank, values = None, None
     if layout is not None:
         shape = [layout.out_features, layout.in_features]
         counted = {leaf: entry.nbytes for leaf, entry in tensors.items() if leaf != "bias"}
+        rank, values = layout.rank, layout.values
+    elif weight is not None:
+        shape, counted = list(weight.shape), {"weight": weight.nbytes}
+        values = str(weight.dtype).removeprefix("torch.")
+    elif record is not None:
+        shape, counted = list(record.shape), {}
     else:
-        shape = list(tensors["weight"].shape if "weight" in tensors else record.shape)
-        counted = {"weight": tensors["weight"].nbytes} if "weight" in tensors else {}
+        raise CheckpointError(f"the folder holds nothing of the layer {name!r}")
     weights = max(1, math.prod(shape))
-    values = layout.values if layout else None
-    if layout is None and record is None:
-        values = str(tensors["weight"].dtype).removeprefix("torch.")
     factors = sum(size for leaf, size in counted.items() if leaf in FACTORS)
     parts: dict[str, float] = {}
     for leaf, size in counted.items():
@@ -95,7 +109,7 @@ def _layer(
         "shape": shape,
         "method": record.method if record else _text(described, "method") or "dense",
         "pattern": record.pattern if record else _text(described, "pattern"),
-        "rank": record.rank if record else layout.rank if layout else None,
+        "rank": record.rank if record else rank,
         "values": record.values if record else values,
         "group_size": layout.group_size if layout else None,
         "adapter_rank": layout.adapter_rank if layout else 0,

@@ -1,26 +1,33 @@
-"""Benchmarks of the lm-evaluation-harness (`pip install lm-eval`, tested with 0.4.13) on a model in memory."""
+"""Benchmarks of the lm-evaluation-harness on a model in memory.
+
+The harness is the package lm-eval, tested with 0.4.13.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, MissingPackageError
 from ..models.packed import check
 from ..paths import expanded
 from ..settings import Rule
 from ..text.token_ids import check_fits
-from .perplexity import running
+from .running import running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LIMIT = Rule("documents of each task", int, 1, optional=True)
 BATCH = Rule("sequences that run together", int, 1)
 
 
 def run_tasks(
-    model: nn.Module,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
     task_files: Path | str | None = None,
     limit: int | None = None,
@@ -29,20 +36,23 @@ def run_tasks(
     """Task -> metric -> number, as `lm_eval.simple_evaluate` reports them.
 
     Args:
-        tasks: names, groups or patterns of the harness; their data sets are downloaded by `datasets` unless they are local.
+        tasks: names, groups or patterns of the harness; their data sets are downloaded by
+            `datasets` unless they are local.
         task_files: a folder of task YAML files of your own, beside those of the harness.
-        limit: so many documents of each task.
+        limit: documents of each task that are used; None: all.
+        batch_size: sequences that run together.
 
-    Raises: ImportError without lm-eval, ValueError for a task that is not known, CheckpointError for a packed model that transformers
-    opened with random weights.
+    Raises: MissingPackageError without lm-eval, ArgumentError for a task that is not known,
+        CheckpointError for a packed model that transformers opened with random weights.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(
-            f"tasks need the package lm-eval, and it does not import here ({error}); pip install lm-eval"
+        raise MissingPackageError(
+            f"tasks need the package lm-eval, and it does not import here ({error}); "
+            "pip install lm-eval"
         ) from error
     task_files = None if task_files is None else expanded(task_files)
     limit, batch_size = LIMIT.accept("limit", limit), BATCH.accept("batch_size", batch_size)
@@ -51,28 +61,30 @@ def run_tasks(
     manager = TaskManager(include_path=None if task_files is None else str(task_files))
     for task in tasks:
         if not manager.match_tasks([task]):
+            beside = "" if task_files is None else f" and to {task_files}"
             raise ArgumentError(
-                f"task {task!r} is unknown to lm-eval{'' if task_files is None else f' and to {task_files}'}; `lm-eval ls tasks` lists them"
+                f"task {task!r} is unknown to lm-eval{beside}; `lm-eval ls tasks` lists them"
             )
 
     class Named(HFLM):
         """The harness's model, whose failures name its folder."""
 
-        def _model_call(self, *args, **kwargs):
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
             with running(model):
                 return super()._model_call(*args, **kwargs)
 
-        def _model_generate(self, *args, **kwargs):
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
             with running(model):
                 return super()._model_generate(*args, **kwargs)
 
-    lm = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
-    watch = model.get_input_embeddings().register_forward_pre_hook(
-        lambda _, args: check_fits(args[0], model, "tasks'", tokenizer)
-    )
+    def check_ids(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+        check_fits(args[0], model, "tasks'", tokenizer)
+
+    harness_model = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
+    watch = model.get_input_embeddings().register_forward_pre_hook(check_ids)
     try:
         found = simple_evaluate(
-            lm,
+            harness_model,
             tasks=manager.match_tasks(tasks),
             task_manager=manager,
             limit=limit,
@@ -81,11 +93,13 @@ def run_tasks(
         )
     finally:
         watch.remove()
+    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are numbers; the harness writes "acc,none" where no filter was applied."""
     return {
-        task: {
-            name.removesuffix(",none"): value
-            for name, value in metrics.items()
-            if isinstance(value, int | float)
-        }
-        for task, metrics in found["results"].items()
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
     }

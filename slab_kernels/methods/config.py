@@ -1,8 +1,8 @@
-"""What every method's settings have in common."""
+"""The settings that every method has, each with its rule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..errors import MethodError, ShapeError, ValueTypeError
 from ..format import INTEGER_RANGES, VALUE_TYPES
@@ -12,10 +12,10 @@ from .solvers.quantize import Grid
 
 
 @dataclass(frozen=True)
-class Config:
-    """The settings of `methods.decompose`.
+class CommonSettings:
+    """What is kept of a weight, and how its parts are stored.
 
-    Raises on construction: MethodError, or a FormatError for those that all share.
+    adapter_rank: None stands for the method's own rank, which depends on the weight's shape.
     """
 
     pattern: str = setting(
@@ -29,21 +29,24 @@ class Config:
         128, "inputs that share a scale", 1, kind=int, optional=True, error=ShapeError
     )
     planes: int = setting(1, "signs of a pruned entry", 1, error=ShapeError)
-    adapter_rank: int = setting(0, "rank of the adapter P Q^T", 0, error=ShapeError)
+    adapter_rank: int | None = setting(
+        None, "rank of the adapter P Q^T", 0, kind=int, optional=True, error=ShapeError
+    )
     adapter_values: str = setting(
         "int8",
-        "how P and Q are stored: int8 has an exponent a row",
+        "how P and Q are stored: int8 has one exponent per row",
         choices=("int8", "fp16"),
         error=ValueTypeError,
     )
 
-    def __post_init__(self):
-        parse_pattern(self.pattern)
-        enforce(self, MethodError)
-
     @property
     def parsed(self) -> Pattern:
         return parse_pattern(self.pattern)
+
+    @property
+    def stored_group_size(self) -> int | None:
+        """The group size where the kept values are integers; other types have no scales."""
+        return self.group_size if self.values in INTEGER_RANGES else None
 
     @property
     def stored_adapter(self) -> str | None:
@@ -53,3 +56,20 @@ class Config:
     @property
     def grid(self) -> Grid | None:
         return Grid(self.values, self.group_size) if self.values in INTEGER_RANGES else None
+
+
+@dataclass(frozen=True)
+class Config(CommonSettings):
+    """What a method is called with; methods with options of their own extend it.
+
+    Raises on construction: MethodError, or a FormatError for the settings that all methods share.
+    """
+
+    adapter_rank: int = setting(0, "rank of the adapter P Q^T", 0, error=ShapeError)
+
+    def __post_init__(self):
+        parse_pattern(self.pattern)
+        enforce(self, MethodError)
+
+
+COMMON = tuple(field.name for field in fields(CommonSettings))

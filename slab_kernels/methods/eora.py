@@ -15,7 +15,7 @@ from ..settings import setting
 from .config import Config
 from .inputs import InputStats
 from .magnitude import magnitude
-from .solvers.finish import Split, finish
+from .solvers.finish import PolishedConfig, Split, finish
 from .solvers.metric import metric
 from .sparsegpt import SparseGPTConfig, sparsegpt
 from .wanda import wanda
@@ -24,14 +24,11 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
-class EoraConfig(Config):
-    """The settings of `eora`. `polish`: see `finish`."""
+class EoraConfig(PolishedConfig):
+    """The settings of `eora`."""
 
     pruner: str = setting(
         "sparsegpt", "what prunes the weight that the adapter corrects", choices=PRUNERS
-    )
-    polish: int = setting(
-        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
     )
 
 

@@ -14,27 +14,23 @@ from torch import Tensor
 
 from ..format import Decomposition
 from ..settings import setting
-from .config import Config
 from .inputs import InputStats
-from .solvers.finish import Split, finish
+from .solvers.finish import PolishedConfig, Split, finish
 from .solvers.lowrank import truncated_svd
 from .solvers.masks import select
 from .solvers.metric import Metric, metric
 
 
 @dataclass(frozen=True)
-class OatsConfig(Config):
-    """The settings of `oats`; `rounds` is 80 in the paper. `polish`: see `finish`."""
+class OatsConfig(PolishedConfig):
+    """The settings of `oats`; `rounds` is 80 in the paper."""
 
     rounds: int = setting(80, "alternations of the low-rank part and the kept values", 1, 10_000)
-    polish: int = setting(
-        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
-    )
 
 
 @dataclass(frozen=True)
-class SslcConfig(Config):
-    """The settings of `sslc`; `rounds` are 20 to 40 in the paper. `polish`: see `finish`."""
+class SslcConfig(PolishedConfig):
+    """The settings of `sslc`; `rounds` are 20 to 40 in the paper."""
 
     rounds: int = setting(
         40, "alternations of the kept values and the low-rank part at most", 1, 10_000
@@ -42,9 +38,6 @@ class SslcConfig(Config):
     tolerance: float = setting(1e-3, "relative change of the error at which the rounds stop", 0, 1)
     pinned: float = setting(
         0.01, "share of the most salient entries kept whatever the low-rank part takes", 0, 1
-    )
-    polish: int = setting(
-        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
     )
 
 
@@ -135,7 +128,7 @@ def _finished(
     S: Tensor,
     mask: Tensor,
     L: _LowRank,
-    config: OatsConfig | SslcConfig,
+    config: PolishedConfig,
 ) -> Decomposition:
     """From S and P Q^T in the coordinates of A."""
     d, scale = scaled.space.scale, scaled.scale

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..format import INTEGER_RANGES, Decomposition
 from ..settings import setting
-from .config import Config
 from .inputs import InputStats
-from .solvers.finish import Split, finish
+from .solvers.finish import PolishedConfig, Split, finish
 from .solvers.lowrank import truncated_svd
 from .solvers.masks import select
 from .solvers.metric import metric
@@ -26,19 +25,16 @@ LEAST_BINS, MOST_BINS = 512, 20000
 
 
 @dataclass(frozen=True)
-class SlimConfig(Config):
+class SlimConfig(PolishedConfig):
     """The settings of `slim`.
 
     One alternation is the paper's pass; every further one quantises and prunes W - P Q^T, as the
     released code does once, and ends with the SVD, which it does not. `group_size` None is
     SLiM-Quant, one step for the whole weight (section 3.1); otherwise steps are absolute maxima of
-    groups. `polish`: see `finish`.
+    groups.
     """
 
     alternations: int = setting(4, "of quantiser, mask and SVD", 1, 10_000)
-    polish: int = setting(
-        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
-    )
 
 
 def slim(weight: Tensor, stats: InputStats, config: SlimConfig) -> Decomposition:

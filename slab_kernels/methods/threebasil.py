@@ -26,9 +26,8 @@ from torch import Tensor
 
 from ..format import Decomposition
 from ..settings import setting
-from .config import Config
 from .inputs import InputStats
-from .solvers.finish import Split, finish
+from .solvers.finish import PolishedConfig, Split, finish
 from .solvers.masks import Pattern, select
 from .solvers.metric import Metric, metric
 
@@ -66,14 +65,12 @@ SCHEDULES = {"threebasil": Schedule(), "alps": Schedule(3, (1.3, 1.2, 1.1))}
 
 
 @dataclass(frozen=True)
-class ThreeBasilConfig(Config):
+class ThreeBasilConfig(PolishedConfig):
     """The settings of `threebasil` and `alps`.
 
     The Gram matrix H becomes H + diag(a diag(H) + b mean(diag H)), b and a being `damping` and
     `relative_damping`, 0.005 both in the paper. A run that ends at `iterations` warns, since one
-    stopped early is worse than simpler methods. A round of `polish` solves kept values and adapter
-    again for the chosen positions and, where the states of a group can be enumerated, swaps
-    positions one group at a time.
+    stopped early is worse than simpler methods.
     """
 
     damping: float = setting(
@@ -85,9 +82,6 @@ class ThreeBasilConfig(Config):
         3e-4, "share of kept positions that move between two checks at which it stops", 0, 1
     )
     iterations: int = setting(2000, "of the ADMM at most", 1, 1_000_000)
-    polish: int = setting(
-        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
-    )
 
 
 def threebasil(weight: Tensor, stats: InputStats, config: ThreeBasilConfig) -> Decomposition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +55,15 @@ def decompress(
     skeleton = packed_skeleton(packed, layouts, trust_remote_code)
     checkpoint = check_tensors_fit(packed, skeleton)
     shards = _dense_shards(checkpoint, layouts, dtype)
-    report = _Steps(sum(map(len, shards.values())), progress)
+    total = sum(map(len, shards.values()))
+    steps = itertools.count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(steps), total)
+
     with OutputFolder(out, {}, resume=None):
-        write_index(out, [_write(out / file, forms, report) for file, forms in shards.items()])
+        write_index(out, [_write(out / file, forms, step) for file, forms in shards.items()])
         skipped = copy_side_files(checkpoint.folder, out)
         config = dict(checkpoint.config)
         for key in ("quantization_config", WEIGHTS_KEY):
@@ -67,24 +74,12 @@ def decompress(
     return skipped
 
 
-class _Steps:
-    """Counts steps of which there are `total`, and tells `progress` after each."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], None] | None):
-        self.done, self.total, self.progress = 0, total, progress
-
-    def step(self) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def _write(file: Path, forms: Forms, report: _Steps) -> dict[str, TensorEntry]:
-    """Write one shard, a step of `report` for every tensor; returns its table."""
+def _write(file: Path, forms: Forms, step: Callable[[], None]) -> dict[str, TensorEntry]:
+    """Write one shard, and call `step` for every tensor; returns the shard's table."""
 
     def get(name: str) -> Tensor:
         tensor = forms[name].make()
-        report.step()
+        step()
         return tensor
 
     return write_shard(file, {name: form.spec for name, form in forms.items()}, get)

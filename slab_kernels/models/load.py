@@ -101,8 +101,9 @@ def _attach_quantizer(model: PreTrainedModel) -> None:
 
     Where this library could not register with transformers, the model does without.
     """
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+    from transformers.quantizers import auto
 
-    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
+    known = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    if all(QUANT_METHOD in methods for methods in known):
         entry = model.config.quantization_config
-        model.hf_quantizer = AutoHfQuantizer.from_config(entry, pre_quantized=True)
+        model.hf_quantizer = auto.AutoHfQuantizer.from_config(entry, pre_quantized=True)

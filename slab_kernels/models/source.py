@@ -11,7 +11,7 @@ import json
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
@@ -35,65 +35,13 @@ HOOKS = (
 )  # fmt: skip
 
 
-class Source(Protocol):
-    """A dense model to be compressed.
+class FolderSource:
+    """A checkpoint folder, whose tensors are read from disk one by one.
 
     model: its skeleton; the weights are on meta. config: the content of its config.json, without
     quantization_config. name: for messages and records. ignored: stored tensors that the model does
-    not have.
-    """
-
-    model: PreTrainedModel
-    config: dict[str, Any]
-    name: str
-    ignored: list[str]
-
-    @property
-    def names(self) -> list[str]:
-        """The model's tensors, each by one name, sorted."""
-
-    def spec(self, name: str) -> Spec:
-        """Dtype and shape of a tensor."""
-
-    def get(self, name: str) -> Tensor:
-        """A tensor by its name in the model; whoever gets it does not change it.
-
-        Raises: CheckpointError if it is no longer what it was when the run began (`expect`).
-        """
-
-    def stored_forms(self, names: list[str]) -> Forms:
-        """What to write for tensors that stay as they are."""
-
-    def fingerprint(self) -> str:
-        """SHA-256, hexadecimal, by which a run that goes on knows the model again."""
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises: CalibrationError if none is known, CheckpointError if it cannot be used."""
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every tensor that `fingerprint` has not read, by stored name."""
-
-    def expect(self, hashes: dict[str, str]) -> None:
-        """From now on every tensor that is read must have its hash in `hashes`."""
-
-    def left_out(self, out: Path | None) -> list[str]:
-        """What a copy in the folder `out` (None: in memory) will lack or change.
-
-        One sentence stands for each kind.
-        """
-
-    def write_side_files(self, out: Path, tokenizer: Any) -> None:
-        """Write what lies beside weights and config.json. tokenizer: the one of the run, or None.
-
-        Raises: CheckpointError.
-        """
-
-
-class FolderSource:
-    """A checkpoint folder as a `Source`; tensors are read from disk one by one.
-
-    Checkpoint names are matched to the model's exactly, with or without the base model's prefix, or
-    as transformers renames them.
+    not have. Checkpoint names are matched to the model's exactly, with or without the base model's
+    prefix, or as transformers renames them.
 
     Raises: CheckpointError for a tensor that is missing, has another shape, or is not floating
         point where the model has a weight; for a folder that is compressed already.
@@ -151,13 +99,19 @@ class FolderSource:
 
     @property
     def names(self) -> list[str]:
+        """The model's tensors, each by one name."""
         return sorted(self.stored.origins)
 
     def spec(self, name: str) -> Spec:
+        """Dtype and shape of a tensor of the model."""
         origin = self.stored.origins[name]
         return origin.dtype, origin.shape
 
     def get(self, name: str) -> Tensor:
+        """A tensor by its name in the model; whoever gets it does not change it.
+
+        Raises: CheckpointError if it is no longer what it was when the run began (`expect`).
+        """
         return self.stored.get(name, self._read)
 
     def _read(self, stored: str) -> Tensor:
@@ -172,9 +126,11 @@ class FolderSource:
         return tensor
 
     def stored_forms(self, names: list[str]) -> Forms:
+        """What to write for tensors that stay as they are."""
         return self.stored.forms(names, self._read)
 
     def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, by which a run that goes on knows the model again."""
         return self.checkpoint.fingerprint()
 
     def open_dense(self) -> PreTrainedModel:
@@ -188,17 +144,21 @@ class FolderSource:
         ).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises: CheckpointError if the folder holds none that can be used."""
         return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
 
     def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the model uses, by stored name; reads all of them once."""
         origins = self.stored.origins.values()
         names = sorted({stored for origin in origins for stored in origin.stored})
         return {name: _sha256(self.checkpoint.get(name)) for name in names}
 
     def expect(self, hashes: dict[str, str]) -> None:
+        """From now on every tensor that is read must have its hash in `hashes`."""
         self._expected = hashes
 
     def left_out(self, out: Path | None) -> list[str]:
+        """What a copy in the folder `out` (None: in memory) will lack or change, in sentences."""
         sentences = [
             f"row {row} of {name} (padding) is zero in the copy, as transformers sets it on opening"
             for name, row in self._blank.items()
@@ -220,7 +180,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 class ModuleSource:
-    """A dense model in memory as a `Source`; it is not changed.
+    """A dense model in memory, with the same members as `FolderSource`; it is not changed.
 
     Hooks of the module are left out, those by which accelerate moves inputs between devices too:
     what is compressed is what a checkpoint would hold.
@@ -277,6 +237,7 @@ class ModuleSource:
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises: CalibrationError if the model knows no folder, else as `FolderSource`."""
         if not self.tokenizer_path:
             raise CalibrationError(
                 "a model in memory needs tokenizer=..., or token ids [samples, window] as "
@@ -299,6 +260,9 @@ class ModuleSource:
         generation = getattr(self.dense, "generation_config", None)
         if generation is not None:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
+
+
+Source = FolderSource | ModuleSource  # a dense model to be compressed
 
 
 def _check_dense(model: nn.Module) -> None:
@@ -342,10 +306,10 @@ def open_source(
 @overload
 def open_source(
     model_or_path: nn.Module | str | os.PathLike[str], trust_remote_code: bool = False
-) -> FolderSource | ModuleSource: ...
+) -> Source: ...
 def open_source(
     model_or_path: nn.Module | str | os.PathLike[str], trust_remote_code: bool = False
-) -> FolderSource | ModuleSource:
+) -> Source:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub.
 
     A model of the hub is downloaded to its cache.

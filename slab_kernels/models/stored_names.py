@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,17 +72,15 @@ class _Found(NamedTuple):
     renamed: bool = False
 
 
+@dataclass
 class _Rebuilding:
-    """Stored tensors from which transformers makes other ones of the model."""
+    """Stored tensors from which transformers makes others of the model, and their patterns."""
 
-    def __init__(self, model: PreTrainedModel, name: str, converter: WeightConverter):
-        self.model, self.name, self.converter = model, name, converter
-        self.patterns: list[str] = []
-        self.stored: list[str] = []
-
-    def add(self, pattern: str, stored: str) -> None:
-        self.patterns.append(pattern)
-        self.stored.append(stored)
+    model: PreTrainedModel
+    name: str
+    converter: WeightConverter
+    patterns: list[str] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
 
     def convert(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         """The model's tensors from those of `stored`, in the same order."""
@@ -119,10 +117,10 @@ class StoredNames:
         for stored in sorted(entries, key=dot_natural_key):  # experts are stacked in this order
             found = names.find(stored)
             if found.converter is not None and found.pattern is not None:
-                group = rebuilt.setdefault(
-                    found.name, _Rebuilding(model, found.name, found.converter)
-                )
-                group.add(found.pattern, stored)
+                new = _Rebuilding(model, found.name, found.converter)
+                group = rebuilt.setdefault(found.name, new)
+                group.patterns.append(found.pattern)
+                group.stored.append(stored)
             elif found.name not in names.expected:
                 self.ignored.append(stored)
             else:
@@ -146,12 +144,10 @@ class StoredNames:
         expected: the tensors of the model.
         """
         stored, entries = tuple(group.stored), self._entries
+        parts = [entries[s] for s in stored]
         try:
             made = group.convert(
-                [
-                    torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta")
-                    for s in stored
-                ]
+                [torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts]
             )
         except Exception as error:  # torch's, where tensors are missing or of other sizes
             reason = first_line(error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,23 @@ from ..errors import ArgumentTypeError, BackendError, ShapeError, UnsupportedErr
 from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
 from .prepared import Prepared, Source, keep
 
+Function = TypeVar("Function", bound=Callable)
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
 
 
-def _constant_in_traces(function):
+def _constant_in_traces(function: Function) -> Function:
     """What torch.compiler.assume_constant_result does, without importing all of torch._dynamo.
 
-    That import takes seconds, and this module is imported by everybody who opens a model.
+    That import takes seconds, and everybody who opens a model imports this module.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch looks for it
     return function
 
 
 class SlabLinear(nn.Module):
-    """y = x W.T + bias from a packed weight; frozen, differentiable in x and bias.
+    """y = x W^T + bias from a packed weight; frozen, differentiable in x and bias.
+
+    x [..., K] of a floating dtype, y [..., N] of the same.
 
     The packed tensors are buffers under their format names, so a state dict is the canonical
     checkpoint form. What a backend prepares from them is made on the first call (or by `prepare`),
@@ -40,37 +44,36 @@ class SlabLinear(nn.Module):
     of an nn.Linear.
     """
 
+    values: Tensor
+    metadata: Tensor
+    bias: nn.Parameter | None
+    _home: torch.device | None  # where the layer works, once its canonical tensors are offloaded
+
     def __init__(
         self,
         layout: PackedLayout,
         bias: bool = False,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        """The zero map with buffers of `layout`. dtype: of the bias, if there is one."""
         super().__init__()
         ops.register()
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
         table = layout.tensors()
         for name in TENSOR_NAMES:
-            stored = table.get(name)
-            tensor = (
-                None if stored is None else torch.zeros(stored[1], dtype=stored[0], device=device)
-            )
+            tensor = None
+            if stored := table.get(name):
+                tensor = torch.zeros(stored[1], dtype=stored[0], device=device)
             self.register_buffer(name, tensor)
-        self.metadata.fill_(
-            0x44
-        )  # the first two of four kept: legal, so a fresh module is the zero map
-        shape = (layout.out_features,)
-        self.bias = (
-            nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
-            if bias
-            else None
-        )
+        self.metadata.fill_(0x44)  # keeps the first two of every four, which is legal
+        self.bias = None
+        if bias:
+            zeros = torch.zeros(layout.out_features, device=device, dtype=dtype)
+            self.bias = nn.Parameter(zeros, requires_grad=False)
         self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
-        self._home: torch.device | None = (
-            None  # where the layer works, once its canonical tensors are offloaded
-        )
+        self._home = None
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SlabLinear:
@@ -104,7 +107,9 @@ class SlabLinear(nn.Module):
         return linear
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
-        """Choose the backend for activations of `dtype` on this device and make its layout now; dtypes of one backend share a layout.
+        """Choose the backend for activations of `dtype` on this device and make its layout now.
+
+        Dtypes of one backend share a layout where it can serve them all.
 
         Raises: BackendError if a forced backend cannot run it.
         """
@@ -119,7 +124,9 @@ class SlabLinear(nn.Module):
 
     def _prepared(self, dtype: torch.dtype) -> Prepared:
         """What `_linears` keeps for that dtype and the tensors that are here, made if need be."""
-        linears = self._linears  # whoever changes the weight puts another dict there, and what is being made now goes with the old one
+        # Whoever changes the weight meanwhile puts another dict there; this one goes, with what is
+        # made now.
+        linears = self._linears
         buffers = self._buffers.copy()
         source = Source.of(buffers.values())
         for prepared in linears.get(dtype, ()):
@@ -130,24 +137,27 @@ class SlabLinear(nn.Module):
         same = (p for p in others if p.backend is backend and p.source.is_still(source.tensors))
         made = [] if backend.one_dtype else [p.state for p in same]
         if not made:
-            # A first call inside inference_mode must not leave inference tensors behind: autograd could not save them.
+            # A first call inside inference_mode must not leave inference tensors behind, since
+            # autograd could not save them.
             with torch.inference_mode(False), torch.no_grad():
                 made.append(backend.prepare(packed.to(self._home or packed.values.device), dtype))
         return keep(linears, dtype, Prepared(backend, made[0], source))
 
     @_constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
-        """For torch.compile before the first call: done while it traces, and not traced."""
+        """Prepares for torch.compile before the first call: done while it traces, but not
+        traced."""
         self._prepared(dtype)
         return True
 
     def offload(self) -> SlabLinear:
-        """Keep the canonical tensors in CPU memory from now on: a prepared layer works from its own copy of them.
+        """Keep the canonical tensors in CPU memory from now on.
 
-        On a GPU that halves what the layer takes. Saving still works, and so does another dtype (it copies them back for
-        the time of preparing). Moving the module brings them along again.
+        A prepared layer works from its own copy of them, so on a GPU this halves what it takes.
+        Saving still works, and so does another dtype, for whose preparing they are copied back.
+        Moving the module brings them along again.
 
-        Raises: RuntimeError before `prepare`.
+        Raises: BackendError before `prepare`.
         """
         if not self._linears:
             raise BackendError("offload() needs a prepared layer: call prepare(dtype) first")
@@ -164,7 +174,7 @@ class SlabLinear(nn.Module):
 
     @property
     def backend(self) -> str | None:
-        """Name of the backend that serves the last prepared dtype, or None before the first call."""
+        """The name of the backend for the dtype prepared last, or None before the first call."""
         latest = [kept[-1] for kept in self._linears.copy().values() if kept]
         return latest[-1].backend.name if latest else None
 
@@ -191,10 +201,10 @@ class SlabLinear(nn.Module):
             prepared = self._prepared(x.dtype)
         return prepared.backend.linear(x, prepared.state, self.bias)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in TENSOR_NAMES:
             self.__dict__["_linears"] = {}
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]  # as nn.Module takes it
 
     def _apply(self, fn, recurse: bool = True):
         packed = {name: self._buffers.pop(name) for name in TENSOR_NAMES}
@@ -207,15 +217,14 @@ class SlabLinear(nn.Module):
             if tensor is None:
                 continue
             where = home or tensor.device
-            probe = fn(tensor.new_empty(0, dtype=torch.uint8, device=where))  # fn may cast a float
+            # The function may cast floats, so it sees an empty tensor of another type.
+            probe = fn(tensor.new_empty(0, dtype=torch.uint8, device=where))
             device = probe.device
             if device == where and device.type == "cpu" and probe.is_shared():
-                tensor.share_memory_()  # fn is that of share_memory()
+                tensor.share_memory_()  # the function is that of share_memory()
             elif device != where:
-                moved = (
-                    torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-                )
-                self._buffers[name] = moved
+                like = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+                self._buffers[name] = like.to(device)
                 self._linears, self._home = {}, None
         return self
 
@@ -225,44 +234,46 @@ class SlabLinear(nn.Module):
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor) and found.dtype != buffer.dtype:  # torch would cast
                 errors.append(
-                    f"{prefix}{name} is {found.dtype}, this layer's is {buffer.dtype}: it was packed in another format"
+                    f"{prefix}{name} is {found.dtype}, this layer's is {buffer.dtype}: it was "
+                    "packed in another format"
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, buffer in self.packed().tensors().items():
-            if buffer.is_inference():  # counts no writing: another object has to tell
+            if buffer.is_inference():  # it counts no writing, so another object has to show it
                 self._buffers[name] = buffer.detach()
-        self._linears = {}  # after it: a call meanwhile prepared what was there before
+        self._linears = {}  # at the end, since a call meanwhile prepared what was there before
 
     def __getstate__(self):
-        return {
-            **self.__dict__,
-            "_linears": {},
-        }  # prepared layouts are never saved, nor deep-copied
+        return {**self.__dict__, "_linears": {}}  # prepared layouts are neither saved nor copied
 
     def extra_repr(self) -> str:
         layout = self.layout
-        text = f"in_features={layout.in_features}, out_features={layout.out_features}, values={layout.values}"
-        if layout.group_size:
-            text += f", group_size={layout.group_size}"
-        if layout.planes > 1:
-            text += f", planes={layout.planes}"
-        text += f", rank={layout.rank}, adapter_rank={layout.adapter_rank}, bias={self.bias is not None}"
-        return f"{text}, {layout.bits_per_weight():.2f} bits per weight"
+        shown = ["in_features", "out_features", "values"]
+        shown += ["group_size"] * bool(layout.group_size) + ["planes"] * (layout.planes > 1)
+        shown += ["rank", "adapter_rank"]
+        parts = [f"{name}={getattr(layout, name)}" for name in shown]
+        parts += [
+            f"bias={self.bias is not None}",
+            f"{layout.bits_per_weight():.2f} bits per weight",
+        ]
+        return ", ".join(parts)
 
 
 class FusedSlabLinear(nn.Module):
-    """Several SlabLinear that read the same x (q, k, v; gate, up) as one: one launch where the backend has such a kernel.
+    """Several SlabLinear that read the same x (q, k, v; gate, up), by one launch where a backend
+    can.
 
-    The parts stay modules of their own, `parts.0`, `parts.1`, ..., with their biases; only what a backend prepares is
-    shared. Every part keeps its own U, V, P and Q. Frozen, and differentiable in x and the biases,
-    like the parts.
+    x [..., K] -> one [..., N] per part. The parts stay modules of their own, `parts.0`, `parts.1`,
+    ..., with their biases, U, V, P and Q; only what a backend prepares is shared. Frozen, and
+    differentiable in x and the biases, like the parts.
     """
 
-    def __init__(self, parts: Iterable[SlabLinear]):
-        """Raises: TypeError for anything but SlabLinear, ShapeError if there are none or they differ in in_features."""
+    def __init__(self, parts: SlabLinear | Iterable[SlabLinear]):
+        """Raises: ArgumentTypeError for anything but SlabLinear, ShapeError without a part or if
+        they differ in in_features."""
         super().__init__()
-        parts = [parts] if isinstance(parts, nn.Module) else list(parts)
+        parts = [parts] if isinstance(parts, SlabLinear) else list(parts)
         if strange := {type(part).__name__ for part in parts if not isinstance(part, SlabLinear)}:
             raise ArgumentTypeError(
                 f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}"
@@ -274,8 +285,8 @@ class FusedSlabLinear(nn.Module):
             raise ShapeError(
                 f"fused parts must read the same x, but these take in_features={sorted(sizes)}"
             )
-        self.in_features = self.parts[0].in_features
-        self.sizes = [part.out_features for part in self.parts]
+        self.in_features = parts[0].in_features
+        self.sizes = [part.out_features for part in parts]
         self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> FusedSlabLinear:
@@ -292,26 +303,28 @@ class FusedSlabLinear(nn.Module):
         kept = self._linears.get(dtype, ())
         return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
 
+    def _parts(self) -> Iterable[SlabLinear]:
+        parts: Any = self._modules["parts"]  # self.parts would take half a microsecond
+        return parts
+
     def _tensors(self) -> Iterator[Tensor | None]:
-        parts = self._modules["parts"]  # not self.parts, which takes half a microsecond
-        return itertools.chain.from_iterable([part._buffers.values() for part in parts])
+        return itertools.chain.from_iterable([part._buffers.values() for part in self._parts()])
 
     def _prepared(self, dtype: torch.dtype) -> Prepared:
-        linears, buffers = self._linears, [part._buffers.copy() for part in self.parts]
+        linears, buffers = self._linears, [part._buffers.copy() for part in self._parts()]
         source = Source.of(itertools.chain.from_iterable(held.values() for held in buffers))
-        packed = [
-            _packed(part.layout, held).to(part._home or held["values"].device)
-            for part, held in zip(self.parts, buffers, strict=True)
-        ]
+        packed = []
+        for part, held in zip(self._parts(), buffers, strict=True):
+            weight = _packed(part.layout, held)
+            packed.append(weight.to(part._home or weight.values.device))
         return keep(linears, dtype, Prepared(*dispatch.prepare_fused(packed, dtype), source))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ShapeError(
-                f"x has shape {list(x.shape)}, but these layers take in_features={self.in_features} last"
-            )
+            takes = f"these layers take in_features={self.in_features} last"
+            raise ShapeError(f"x has shape {list(x.shape)}, but {takes}")
         if forward_ad._current_level >= 0:
-            _refuse_tangents(x, *(part.bias for part in self.parts))
+            _refuse_tangents(x, *(part.bias for part in self._parts()))
         if _any_autocast():
             x = _autocast(x)
         if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
@@ -320,10 +333,10 @@ class FusedSlabLinear(nn.Module):
         prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
         if prepared is None and traced:
             if not (kept and torch.compiler.is_exporting()):  # see SlabLinear.forward
-                return tuple(part(x) for part in self.parts)
+                return tuple(part(x) for part in self._parts())
             prepared = kept[0]
         backend, state, _ = prepared or self._prepared(x.dtype)
-        bias = _joined_bias(self._modules["parts"])
+        bias = _joined_bias(self._parts())
         return backend.linear_fused(x, state, bias).split(self.sizes, -1)
 
     def _apply(self, fn, recurse: bool = True):
@@ -334,14 +347,17 @@ class FusedSlabLinear(nn.Module):
         return {**self.__dict__, "_linears": {}}
 
 
-def _packed(layout: PackedLayout, buffers: dict[str, Tensor | None]) -> PackedWeight:
-    return PackedWeight(layout, **{name: buffers[name] for name in TENSOR_NAMES})
+def _packed(layout: PackedLayout, buffers: Mapping[str, Tensor | None]) -> PackedWeight:
+    present = {name: t for name in TENSOR_NAMES if (t := buffers[name]) is not None}
+    return PackedWeight(layout, **present)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises: UnsupportedError if one carries a forward-mode derivative, which would be lost."""
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise UnsupportedError(
-            "packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() for a dense layer"
+            "packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() "
+            "for a dense layer"
         )
 
 
@@ -357,7 +373,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
     """The parts' biases one after the other, zeros for a part without, or None if no part has one.
 
-    Made in every call: a bias may have been written into, and a gradient goes back to each.
+    It is made in every call, since a bias may have been written into and each gets its gradient.
     """
     biases = [part.bias for part in parts]
     given = next((bias for bias in biases if bias is not None), None)

@@ -1,4 +1,5 @@
-"""What a backend made of packed tensors, kept with them: a call sees whether they are still there.
+"""What a backend made of packed tensors, kept with them, so that a call sees whether they are
+there.
 
 A module's tensors change in three ways: others take their place for good (an assignment), others
 take their place for one call (`torch.func.functional_call`), or somebody writes into them.
@@ -19,14 +20,19 @@ _version = operator.attrgetter("_version")
 
 
 class Source(NamedTuple):
-    """A module's tensors, looked at before a backend reads them, which shows a write meanwhile."""
+    """A module's tensors as they were before a backend read them, so that a write meanwhile shows.
+
+    counting: those of them that count how often they were written into.
+    writes: the sum of these counts.
+    """
 
     tensors: tuple[Tensor | None, ...]
-    counting: tuple[Tensor, ...]  # those that count how often they were written into
-    writes: int  # into all of them
+    counting: tuple[Tensor, ...]
+    writes: int
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None]) -> Source:
+        """These tensors as they are now."""
         tensors = tuple(tensors)
         counting = tuple(t for t in tensors if t is not None and not t.is_inference())
         return cls(tensors, counting, sum(map(_version, counting)))
@@ -34,10 +40,10 @@ class Source(NamedTuple):
     def is_still(self, tensors: Iterable[Tensor | None], traced: bool = False) -> bool:
         """Whether these are the same tensors, and nothing was written into them since.
 
-        A traced call cannot see writing. Through `.data`, or into an inference tensor, it counts
+        A traced call cannot see writes. Those through `.data`, or into an inference tensor, count
         nowhere in torch.
         """
-        same = all(map(operator.is_, self.tensors, tensors))
+        same = all(map(operator.is_, self.tensors, tensors))  # a call of `same` would cost more
         return same and (traced or sum(map(_version, self.counting)) == self.writes)
 
     def same(self, tensors: Iterable[Tensor | None]) -> bool:
@@ -56,10 +62,10 @@ class Prepared(NamedTuple):
 def keep(
     kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared
 ) -> Prepared:
-    """Put `made` into `kept`, beside the first one of other tensors.
+    """Put `made` into `kept`, beside the first one of other tensors; returns `made`.
 
     Neither a module's own tensors nor others that are lent to it call after call are then prepared
-    twice, and a CUDA graph may hold addresses of what stays.
+    twice, and addresses that a CUDA graph holds stay valid.
     """
     others = [other for other in kept.get(dtype, ()) if not other.source.same(made.source.tensors)]
     kept[dtype] = (*others[:1], made)

@@ -10,7 +10,7 @@ from ..errors import ArgumentError, ArgumentTypeError, ShapeError, UnknownModule
 from ..format import PackedWeight
 from .linear import SlabLinear
 
-# Hooks of a module's calls. The dicts themselves move, so that handles go on removing from them.
+# Hooks of a module's calls. The dicts themselves move, so that removing a hook by its handle works.
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -29,15 +29,15 @@ def replace_linear(model: nn.Module, packed: dict[str, PackedWeight]) -> nn.Modu
     A module is replaced under every name that it has. Biases, hooks and the training flag are kept.
     Everything is checked before anything is replaced.
 
-    Raises: KeyError for a name that is no nn.Linear of the model, TypeError for one that does more
-        than nn.Linear (`obstacle`) or that its parent never calls, ShapeError for a weight of
-        another shape, ValueError for two weights of one module.
+    Raises: UnknownModuleError for a name that is no nn.Linear of the model, ArgumentTypeError for
+        one that does more than nn.Linear (`obstacle`) or that its parent never calls, ShapeError
+        for a weight of another shape, ArgumentError for two weights of one module.
     """
-    names = defaultdict(list)
+    names: dict[nn.Module, list[str]] = defaultdict(list)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         names[module].append(name)
-    weights: dict[nn.Module, PackedWeight] = {}
+    weights: dict[nn.Linear, PackedWeight] = {}
     for name, weight in packed.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):

@@ -11,7 +11,7 @@ import base64
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .style import DASHES, LABEL, STYLES, Theme, figure, legend, styles
+from .style import DASHES, LABEL, STYLES, Theme, figure, grid, legend, styles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,8 +63,7 @@ def error_by_layer(results: Sequence[Result], theme: Theme, measured: str) -> Fi
         for position, (name, error) in enumerate(result.errors.items()):
             block, projection = place_of(name) or Place(position, "layers")
             panels.setdefault(projection, {}).setdefault(result.label, []).append((block, error))
-    columns = 2 if len(panels) > 1 else 1
-    rows = (len(panels) + columns - 1) // columns
+    rows, columns = grid(len(panels))
     fig, axes = figure(1.1 + 1.5 * rows, theme, rows, columns, sharey=True)
     from matplotlib.ticker import MaxNLocator  # figure() says it where matplotlib is missing
 
@@ -289,8 +288,7 @@ def heat_maps(crop: dict[str, Any], theme: Theme) -> Figure:
     }
     # A few outliers would leave everything else pale.
     largest = float(numpy.quantile(numpy.abs(parts["weight"]), 0.995)) or 1.0
-    columns = 2
-    rows = (len(parts) + columns - 1) // columns
+    rows, columns = grid(len(parts))
     fig, axes = figure(0.5 + 2.65 * rows, theme, rows, columns)
     from matplotlib.colors import LinearSegmentedColormap
 

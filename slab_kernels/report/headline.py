@@ -13,8 +13,8 @@ NOTHING = 0.0005  # of a ratio: what is nearer to 1 is called equal
 MANY_TIMES = 2.0  # a perplexity that grew this much is told as a multiple
 
 
-class Figure(NamedTuple):
-    """One key number, before and after compression."""
+class KeyNumber(NamedTuple):
+    """One of the numbers below the headline, before and after compression."""
 
     name: str
     value: str
@@ -46,8 +46,8 @@ def headline(report: Report) -> list[str]:
     return [f"{rows:,} rows of measurements in {_count(len(report.tables), 'table')}."]
 
 
-def figures(report: Report) -> list[Figure]:
-    """The key numbers of the main model: size, bits, perplexity, speed."""
+def key_numbers(report: Report) -> list[KeyNumber]:
+    """Size, bits, perplexity and speed of the main model, as far as they were measured."""
     main, dense = report.main, report.dense
     if main is None or report.is_benchmark:
         return []
@@ -62,7 +62,7 @@ def figures(report: Report) -> list[Figure]:
         before = getattr(dense, attribute) if dense else None
         if value is not None:
             beside = "dense: not measured" if before is None else f"dense: {form(before)}"
-            found.append(Figure(name, form(value), beside))
+            found.append(KeyNumber(name, form(value), beside))
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import ReportError
 from ..paths import expanded
+from .plain import of_anything, of_tasks
 from .results import Report, Result, Source, Table
 
 RUN_RECORD = "slab_run.json"
@@ -90,9 +91,9 @@ class _Gathered:
         elif "perplexity" in data:
             _merge(self.results, _from_row(data, str(file)))
         elif isinstance(data.get("tasks"), dict):
-            self.tables.append(_tasks(data, file))
+            self.tables.append(of_tasks(data, file))
         elif any(name in data for name in ORIGIN):
-            self.tables += _plain(data, file)
+            self.tables += of_anything(data, file)
         else:
             raise ReportError(f"{file} is none of the kinds that a report shows: {KINDS}")
         self._note(data, file, names_model=bool(rows))
@@ -314,56 +315,6 @@ def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path)
         measured = _typed(row, kinds, where, needed=False)
         found.append(Result(method if isinstance(method, str) else label, **measured, label=label))
     return found
-
-
-def _tasks(data: dict[str, Any], file: Path) -> Table:
-    rows = [
-        (str(task), str(metric), _cell(value))
-        for task, metrics in data["tasks"].items()
-        for metric, value in (metrics.items() if isinstance(metrics, dict) else [("", metrics)])
-    ]
-    title = f"Tasks of {data.get('folder') or file.name}"
-    return Table(title, ("task", "metric", "value"), tuple(rows))
-
-
-def _plain(data: dict[str, Any], file: Path) -> list[Table]:
-    """Every list of objects or of lists as a table, everything else as names and values."""
-    tables, facts = [], []
-    for name, value in data.items():
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            flat = [_flat(row) for row in value]
-            columns = tuple(dict.fromkeys(column for row in flat for column in row))
-            rows = tuple(tuple(_cell(row.get(column)) for column in columns) for row in flat)
-            tables.append(Table(f"{file.stem}: {name}", columns, rows))
-        elif isinstance(value, list) and value and all(isinstance(row, list) for row in value):
-            width = max(map(len, value))
-            rows = tuple(tuple(map(_cell, row + [None] * (width - len(row)))) for row in value)
-            columns = tuple(str(i + 1) for i in range(width))
-            tables.append(Table(f"{file.stem}: {name}", columns, rows))
-        else:
-            facts += [(key, _cell(entry)) for key, entry in _flat({name: value}).items()]
-    return [Table(f"{file.stem}", ("name", "value"), tuple(facts)), *tables] if facts else tables
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Objects inside an object become entries of their own: {"a": {"b": 1}} -> {"a b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= {f"{name} {key}": entry for key, entry in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value)) or "none"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _merge(found: dict[str, Result], new: Result) -> None:

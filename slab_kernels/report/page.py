@@ -10,7 +10,7 @@ from html import escape
 from pathlib import PurePath
 from typing import NamedTuple
 
-from .headline import Figure
+from .headline import KeyNumber
 from .results import Source
 from .stylesheet import STYLE
 
@@ -50,7 +50,7 @@ class Page:
     title: str
     model: str
     headline: Sequence[str]
-    figures: Sequence[Figure]
+    numbers: Sequence[KeyNumber]
     prompt: str
     texts: Sequence[Text]  # the first two stand side by side, the others are folded
     pictures: Sequence[Drawn]
@@ -72,7 +72,7 @@ def html(page: Page) -> str:
         f"<p class=headline>{escape(first)}</p>",
         *(f"<p class=also>{escape(sentence)}</p>" for sentence in others),
         "</header>",
-        _figures(page.figures),
+        _numbers(page.numbers),
         _texts(page.prompt, page.texts),
         *map(_picture, page.pictures),
         *map(_table, page.tables),
@@ -82,15 +82,15 @@ def html(page: Page) -> str:
     return "".join(parts)
 
 
-def _figures(figures: Sequence[Figure]) -> str:
-    if not figures:
+def _numbers(numbers: Sequence[KeyNumber]) -> str:
+    if not numbers:
         return ""
     tiles = (
-        f"<div><dt>{escape(f.name)}</dt><dd>{escape(f.value)}</dd>"
-        f"<dd class=beside>{escape(f.beside)}</dd></div>"
-        for f in figures
+        f"<div><dt>{escape(number.name)}</dt><dd>{escape(number.value)}</dd>"
+        f"<dd class=beside>{escape(number.beside)}</dd></div>"
+        for number in numbers
     )
-    return f"<dl class=figures>{''.join(tiles)}</dl>"
+    return f"<dl class=numbers>{''.join(tiles)}</dl>"
 
 
 def _texts(prompt: str, texts: Sequence[Text]) -> str:

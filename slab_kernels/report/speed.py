@@ -8,7 +8,7 @@ from itertools import cycle
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .style import DASHES, LABEL, SPARE_STYLES, STYLES, Theme, figure, legend, styles
+from .style import DASHES, LABEL, SPARE_STYLES, STYLES, Theme, figure, grid, legend, styles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,9 +134,8 @@ def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
         if r["backend"] != "dense":
             lines.setdefault(_contestant(r), []).append((r["m"], r["speedup_vs_dense"]))
     styled = _styled(label for lines in panels.values() for label in lines)
-    columns = 2 if len(panels) > 1 else 1
-    height = (len(panels) + columns - 1) // columns
-    fig, axes = figure(1.2 + 1.7 * height, theme, height, columns, sharex=True, sharey=True)
+    down, across = grid(len(panels))
+    fig, axes = figure(1.2 + 1.7 * down, theme, down, across, sharex=True, sharey=True)
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     tokens = sorted({r["m"] for r in rows})
@@ -159,7 +158,7 @@ def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
         ax.set_ylim(0, 1.08 * max([1.0, *(r["speedup_vs_dense"] for r in rows)]))
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+    for ax in axes[max(0, len(panels) - across) : len(panels)]:
         # The last of its column, whose labels shared axes would leave to a hidden panel.
         ax.tick_params(labelbottom=True)
     legend(fig, handles.values(), list(handles), theme)
@@ -172,10 +171,16 @@ def _styled(labels: Any) -> dict[str, Style]:
     return dict(zip(dict.fromkeys(labels), cycle(MARKED), strict=False))
 
 
-def with_ceilings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of which a roofline can be drawn: those of a run that measured both ceilings."""
-    needed = (*CEILINGS, "tflops", "weight_bytes")
-    return [r for r in rows if all(isinstance(r.get(name), int | float) for name in needed)]
+def with_ceilings(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of which a roofline can be drawn, those of a run that measured both ceilings, by
+    activations and device: each of them has ceilings of its own."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        needed = [r.get(name) for name in (*CEILINGS, "tflops", "weight_bytes", "m")]
+        if all(isinstance(value, int | float) and value > 0 for value in needed):
+            name = f"{r['dtype']} on {r['device']}" if r.get("device") else r["dtype"]
+            found.setdefault(name, []).append(r)
+    return found
 
 
 def roofline(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
@@ -183,7 +188,7 @@ def roofline(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
     machine was seen to reach in memory bandwidth and in dense products.
 
     The points of one backend and value type at one number of tokens are drawn as their median over
-    the shapes. rows: as `with_ceilings` returns them.
+    the shapes. rows: one entry of what `with_ceilings` returns.
     """
     fig, (ax,) = figure(3.9, theme)
     series: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))

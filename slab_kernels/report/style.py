@@ -58,10 +58,10 @@ SPARE_STYLES = (
     Style("#b0a712", "h"),
     Style("#5d8aa8", "<"),
     Style("#a0522d", ">"),
-    Style("#d6336c", "*"),
+    Style("#d6336c", "^"),
     Style("#2f6fdb", "p"),
     Style("#6b8e23", "d"),
-    Style("#11998e", "8"),
+    Style("#17becf", "8"),
     Style("#7a7a7a", "H"),
 )
 WIDTH = 5.3  # inches; a phone shows it about 330 pixels wide: 9.5-point type is 8 pixels high there
@@ -101,6 +101,12 @@ def figure(
     return fig, axes
 
 
+def grid(panels: int) -> tuple[int, int]:
+    """Rows and columns for so many panels: two beside each other, as a phone can show them."""
+    columns = 2 if panels > 1 else 1
+    return (panels + columns - 1) // columns, columns
+
+
 def legend(fig: Figure, handles: Iterable[Any], labels: Sequence[str], theme: Theme) -> None:
     """One legend above all panels, in as many columns as fit."""
     longest = max(map(len, labels), default=1)
@@ -134,7 +140,7 @@ def styles(labels: Iterable[tuple[str, str]]) -> dict[str, Style]:
     that."""
     chosen: dict[str, Style] = {}
     spare = count()
-    for label, method in labels:
+    for label, method in dict(labels).items():
         style = STYLES.get(method)
         if style is None or style in chosen.values():
             style = SPARE_STYLES[next(spare) % len(SPARE_STYLES)]

@@ -64,13 +64,18 @@ def bench_table(bench: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else ""),
             r["dtype"],
             WEIGHTS_FROM.get(r.get("cache", ""), "–"),
-            f"{r['median_us']:,.0f}" if r["median_us"] >= 100 else f"{r['median_us']:.3g}",
+            _three_digits(r["median_us"]),
             f"{r['speedup_vs_dense']:.2f}×",
-            f"{r['gbytes_per_s']:.3g}",
+            _three_digits(r["gbytes_per_s"]),
             f"{r['roofline']:.0%} of {r['bound']}" if "roofline" in r else "–",
         )
         for r in bench
     ]
+
+
+def _three_digits(value: float) -> str:
+    """Three digits, or more before the decimal point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def cold(bench: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..paths import expanded
 from . import figures, page, speed
-from .headline import figures as key_figures
-from .headline import headline, title
+from .headline import headline, key_numbers, title
 from .style import DARK, LIGHT, png
 from .tables import BENCH_COLUMNS, COLUMNS, bench_table, cold, table
 
@@ -68,16 +68,16 @@ def _of_speed(report: Report) -> list[Picture]:
             )
         )
     measured = speed.with_ceilings(rows)
-    if measured:
+    for number, (name, timed) in enumerate(measured.items(), 1):
         found.append(
             Picture(
-                "roofline",
-                "Roofline",
+                "roofline" if len(measured) == 1 else f"roofline-{number}",
+                f"Roofline of {name}",
                 "Each point is one number of tokens, the median over the shapes. The dashed lines "
                 "are what this machine reached in the same run: its memory bandwidth on the left, "
                 "torch's dense product on the right. Nearer to the line is better; a compressed "
                 "weight has fewer bytes, so the same work lies further right.",
-                lambda theme: speed.roofline(measured, theme),
+                partial(speed.roofline, timed),
             )
         )
     if any(r.tokens_per_second for r in report.compressed):
@@ -192,7 +192,7 @@ def _page(report: Report, drawn: list[page.Drawn]) -> page.Page:
         title=title(report),
         model=report.model or "",
         headline=headline(report),
-        figures=key_figures(report),
+        numbers=key_numbers(report),
         prompt=report.prompt or "",
         texts=[page.Text(r.label, r.continuation) for r in compared if r.continuation is not None],
         pictures=drawn,

@@ -4,26 +4,31 @@ A row is an object with one of
     "text"                    a string, taken as it is;
     "messages"                a chat, [{"role": ..., "content": ...}, ...], which the tokenizer's
                               own template writes out;
-    "prompt", "completion"    two strings, joined as they are, or two such chats, which follow each
+    "prompt", "completion"    two strings, joined as they are, or two chats, which follow each
                               other.
-Other keys beside these are ignored.
+Other keys are ignored.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError
 from ..terminal import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SUFFIXES = (".jsonl", ".ndjson", ".json")
+KINDS = (("text",), ("messages",), ("prompt", "completion"))
 FIELDS = "text, messages, or prompt and completion"
 
 
-def row_text(row: Any, tokenizer, where: str) -> str:
+def row_text(row: Any, tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
     """The text of one row.
 
     Args:
@@ -35,32 +40,39 @@ def row_text(row: Any, tokenizer, where: str) -> str:
     """
     if not isinstance(row, Mapping):
         raise CalibrationError(f"{where} is {_kind(row)}, expected an object with {FIELDS}")
-    kinds = (("text",), ("messages",), ("prompt", "completion"))
-    parts = next((kind for kind in kinds if kind[0] in row), None)
+    parts = next((kind for kind in KINDS if kind[0] in row), None)
     if parts is None:
         found = ", ".join(map(str, list(row)[:6])) or "nothing"
         raise CalibrationError(f"{where} has none of the fields {FIELDS}; it has {found}")
     values = [row.get(part) for part in parts]
-    if all(isinstance(value, str) for value in values) and parts != ("messages",):
-        return "".join(values)
-    if all(_is_chat(value) for value in values) and parts != ("text",):
-        return _chat([message for value in values for message in value], tokenizer, where)
-    wanted = "a string" if parts == ("text",) else "a list of {role, content}"
-    wanted = "both strings or both lists of {role, content}" if len(parts) == 2 else wanted
+    texts = [value for value in values if isinstance(value, str)]
+    chats = [value for value in values if isinstance(value, list) and _is_chat(value)]
+    if len(texts) == len(parts) and parts != ("messages",):
+        return "".join(texts)
+    if len(chats) == len(parts) and parts != ("text",):
+        return _chat([message for chat in chats for message in chat], tokenizer, where)
+    wanted = {
+        "text": "a string",
+        "messages": "a list of {role, content}",
+        "prompt": "both strings or both lists of {role, content}",
+    }[parts[0]]
     raise CalibrationError(
         f"{where}: {' and '.join(parts)} must be {wanted}, not {' and '.join(map(_kind, values))}"
     )
 
 
-def read_rows(path: Path, tokenizer, max_characters: int | None = None) -> str:
+def read_rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None, max_characters: int | None = None
+) -> str:
     """The texts of a file of rows, joined by an empty line.
 
-    It holds a JSON object a line, or one JSON list. max_characters: no row is read once there are
-    so many.
+    The file holds one JSON object per line, or one JSON list. max_characters: no row is read once
+    there are so many.
 
     Raises: CalibrationError naming the line.
     """
-    texts, length = [], 0
+    texts: list[str] = []
+    length = 0
     for where, row in _rows(path):
         texts.append(row_text(row, tokenizer, where))
         length += len(texts[-1]) + 2
@@ -70,27 +82,24 @@ def read_rows(path: Path, tokenizer, max_characters: int | None = None) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        if path.suffix == ".json":
-            try:
-                whole = json.loads(path.read_text(encoding="utf-8-sig"))
-                rows = whole if isinstance(whole, list) else [whole]
-                yield from ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1))
-                return
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, RecursionError):
-                pass  # rows a line under the shorter name, or else refused below by line 1
+    """Every row and its place, for messages. Raises: CalibrationError."""
+    with readable(path):
+        if path.suffix == ".json" and (whole := _whole(path)) is not None:
+            for number, row in enumerate(whole, 1):
+                yield f"row {number} of {path}", row
+            return
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"line {number} of {path}"
-                    try:
-                        yield where, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        if isinstance(error, UnicodeDecodeError):
-                            raise
-                        raise CalibrationError(f"{where} is no JSON: {error}") from error
+                    yield where, _row(line, where)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around the reading of a text. Raises: CalibrationError that names the file."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out"
@@ -99,15 +108,32 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise CalibrationError(f"cannot read the text {path}: {error.strerror or error}") from error
 
 
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, Mapping) and "role" in m for m in value)
-    )
+def _whole(path: Path) -> list[Any] | None:
+    """The rows of a file that is one JSON list or object, None if it is none.
+
+    Then it may hold one row per line all the same, and is refused by its first line if not.
+    """
+    content = path.read_text(encoding="utf-8-sig")
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return whole if isinstance(whole, list) else [whole]
 
 
-def _chat(messages: list, tokenizer, where: str) -> str:
+def _row(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} is no JSON: {error}") from error
+
+
+def _is_chat(value: list) -> bool:
+    return bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+
+def _chat(messages: list, tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
+    """A chat as the tokenizer's template writes it. Raises: CalibrationError."""
     if tokenizer is None:
         raise CalibrationError(
             f"{where} is a chat, which only a tokenizer can write out; give tokenizer="
@@ -120,13 +146,13 @@ def _chat(messages: list, tokenizer, where: str) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program of the model's author
-        reason = first_line(error)
         raise CalibrationError(
-            f"{where}: the tokenizer's chat template cannot write this chat: {reason}"
+            f"{where}: the tokenizer's chat template cannot write this chat: {first_line(error)}"
         ) from error
 
 
 def _kind(value: Any) -> str:
+    """What a JSON value is, for messages."""
     names = {
         dict: "an object",
         list: "a list",

@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: from files, a dataset, the standard library, or memory."""
+"""Text read from files, a dataset, the standard library or memory, and cut into token windows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,17 @@ from ..errors import CalibrationError, CheckpointError
 from ..paths import expanded
 from ..settings import SEED, WINDOW, enforce, setting
 from ..terminal import first_line
-from . import rows
+from . import rows, stdlib
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst", ".jsonl", ".ndjson")
-CHARACTERS_PER_TOKEN = (
-    16  # generous: English text has 3 to 5; bounds how much of a large text is tokenised
-)
 LONGEST_NAME = 1000  # characters; what is longer is a text, not the name of one
-READ_AHEAD = (
-    8  # times the text that the samples need, so that they are drawn from more than its beginning
-)
-
+# Bounds how much of a large text is tokenised. English text has 3 to 5 characters per token.
+CHARACTERS_PER_TOKEN = 16
+# As many times the text that the samples need is read: they are drawn from more than its beginning.
+READ_AHEAD = 8
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 MAX_TOKENIZER_FILE = 1 << 28  # bytes; a vocabulary of a million tokens takes a tenth
 
@@ -43,17 +43,22 @@ class Sampling:
 
 
 def read_text(
-    source: str | Path | list | dict, max_characters: int | None = None, tokenizer=None
+    source: str | Path | list | dict,
+    max_characters: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
     """The text that `source` names or holds.
 
     Args:
-        source: "stdlib" or "stdlib:heldout" (sources of Python's standard library), a UTF-8 text file, a file of rows
-            (.jsonl, .ndjson or .json, see `rows`), a folder (all .txt .text .md .raw .rst .jsonl
-            .ndjson files below it, in path order), or a dataset "name[:config][:split]" read with
-            the optional package `datasets` (split "train", column "text"). A list holds texts
-            themselves (strings), files (Path) or rows (dict), and a dict is one row. Parts are
-            joined by an empty line.
+        source: one of
+            "stdlib", "stdlib:heldout": sources of Python's standard library;
+            a UTF-8 text file, or a file of rows (.jsonl, .ndjson or .json, see `rows`);
+            a folder: all .txt .text .md .raw .rst .jsonl .ndjson files below it, in path order;
+            a dataset "name[:config][:split]", read with the optional package `datasets` (split
+            "train", column "text");
+            a list of texts themselves (strings), files (Path) or rows (dict);
+            a dict: one row.
+            Parts are joined by an empty line.
         max_characters: stop reading there.
         tokenizer: writes out the chats in rows by its template.
 
@@ -64,14 +69,12 @@ def read_text(
         text, name = _named_text(source, max_characters, tokenizer), str(source)
     elif isinstance(source, Mapping | list | tuple):
         parts = [source] if isinstance(source, Mapping) else source
-        text, name = (
-            "\n\n".join(_part(p, number, tokenizer) for number, p in enumerate(parts, 1)),
-            "given",
-        )
+        texts = [_part(part, number, tokenizer) for number, part in enumerate(parts, 1)]
+        text, name = "\n\n".join(texts), "given"
     else:
         raise CalibrationError(
-            f"{reprlib.repr(source)} is neither text nor token ids: give a text file, a folder, a list of texts or of rows, "
-            "or integer ids [samples, window]"
+            f"{reprlib.repr(source)} is neither text nor token ids: give a text file, a folder, a "
+            "list of texts or of rows, or integer ids [samples, window]"
         )
     if not text.strip():
         raise CalibrationError(
@@ -86,8 +89,8 @@ def read_text(
     return text[:max_characters]
 
 
-def _part(part: Any, number: int, tokenizer) -> str:
-    """One entry of a list of texts."""
+def _part(part: Any, number: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text of one entry of a list, the `number`-th from 1."""
     if isinstance(part, str):
         return part
     if isinstance(part, Path):
@@ -95,13 +98,17 @@ def _part(part: Any, number: int, tokenizer) -> str:
     return rows.row_text(part, tokenizer, f"entry {number} of the given list")
 
 
-def _named_text(source: str | Path, max_characters: int | None, tokenizer) -> str:
+def _named_text(
+    source: str | Path, max_characters: int | None, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """The text of a name: of the standard library's, a file, a folder or a dataset."""
     name = str(source)
     if name in ("stdlib", "stdlib:heldout"):
         return _stdlib(heldout=name != "stdlib")
     if "\n" in name or len(name) > LONGEST_NAME:
         raise CalibrationError(
-            f"{reprlib.repr(name)} is no name of a file or a folder; to give a text itself, put it in a list"
+            f"{reprlib.repr(name)} is no name of a file or a folder; to give a text itself, put it "
+            "in a list"
         )
     path = expanded(name)
     if path.is_file():
@@ -119,25 +126,19 @@ def _named_text(source: str | Path, max_characters: int | None, tokenizer) -> st
 
 
 def _stdlib(heldout: bool) -> str:
-    from . import stdlib as stdlib_text
-
     try:
-        return stdlib_text.heldout_text() if heldout else stdlib_text.training_text()
+        return stdlib.heldout_text() if heldout else stdlib.training_text()
     except OSError as error:
         raise CalibrationError(str(error)) from error
 
 
-def _read_file(path: Path, max_characters: int | None, tokenizer) -> str:
+def _read_file(
+    path: Path, max_characters: int | None, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
     if path.suffix in rows.SUFFIXES:
         return rows.read_rows(path, tokenizer, max_characters)
-    try:
+    with rows.readable(path):
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out"
-        ) from error
-    except OSError as error:
-        raise CalibrationError(f"cannot read the text {path}: {error.strerror or error}") from error
 
 
 def _dataset(name: str, max_characters: int | None) -> str:
@@ -145,14 +146,16 @@ def _dataset(name: str, max_characters: int | None) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise CalibrationError(
-            f"{name!r} is neither a file nor a folder, and reading it as a dataset name needs the optional package "
-            "datasets (pip install datasets); a text file or 'stdlib' needs nothing"
+            f"{name!r} is neither a file nor a folder, and reading it as a dataset name needs "
+            "the optional package datasets (pip install datasets); a text file or 'stdlib' needs "
+            "nothing"
         ) from error
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:
         found = load_dataset(path, config or None, split=split or "train", streaming=True)
-        texts, length = [], 0
+        texts: list[str] = []
+        length = 0
         for row in found:
             texts.append(row["text"])
             length += len(texts[-1])
@@ -162,15 +165,13 @@ def _dataset(name: str, max_characters: int | None) -> str:
         raise CalibrationError(
             f"dataset {name!r} has no column 'text'; save its text to a file and give that"
         ) from error
-    except (
-        Exception
-    ) as error:  # the package raises many types: no network, unknown name, missing config
+    except Exception as error:  # of many types: no network, unknown name, missing config
         reason = first_line(error)
         raise CalibrationError(f"cannot read dataset {name!r}: {reason}") from error
     return "\n\n".join(texts)
 
 
-def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     trust_remote_code: run Python code that the folder brings along; nobody is asked.
@@ -180,52 +181,51 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     for file in Path(path).glob("*"):
-        if (
-            file.suffix in TOKENIZER_FILES
-            and file.is_file()
-            and file.stat().st_size > MAX_TOKENIZER_FILE
-        ):
+        read = file.suffix in TOKENIZER_FILES and file.is_file()
+        if read and file.stat().st_size > MAX_TOKENIZER_FILE:
             raise CheckpointError(
-                f"{file} is larger than {MAX_TOKENIZER_FILE >> 20} MiB, which no tokenizer's file is; "
-                "copy or download it again"
+                f"{file} is larger than {MAX_TOKENIZER_FILE >> 20} MiB, which no tokenizer's file "
+                "is; copy or download it again"
             )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it knows special tokens only")  # transformers made one up
-        tokenizer.decode(
-            tokenizer("a text", verbose=False)["input_ids"]
-        )  # some settings fail only now
+        # Some settings fail only when a text is encoded and decoded.
+        tokenizer.decode(tokenizer("a text", verbose=False)["input_ids"])
         return tokenizer
-    except (
-        Exception
-    ) as error:  # transformers raises many types for a folder without usable tokenizer files
+    except Exception as error:  # transformers raises many types for unusable files
         if "trust_remote_code=True" in str(error) and not trust_remote_code:
             reason = "it is a program in that folder, which runs only with trust_remote_code=True"
         else:
             reason = first_line(error)
         raise CheckpointError(
-            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give tokenizer="
+            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give "
+            "tokenizer="
         ) from error
 
 
-def tokenize(tokenizer, text: str) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Token ids of `text` [tokens] int64, with no special tokens added.
 
     Raises: CalibrationError for what is no text.
     """
     if not isinstance(text, str):
         raise CalibrationError(
-            f"{reprlib.repr(text)} is no text; `text.read_text` reads a file, a folder or a list of texts"
+            f"{reprlib.repr(text)} is no text; `text.source.read_text` reads a file, a folder or a "
+            "list of texts"
         )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 
 def windows(tokens: Tensor, window: int, bos: int | None) -> list[Tensor]:
-    """`tokens` cut, without overlap, into windows of at most `window` ids; each starts with `bos` where there is one.
+    """`tokens` cut, without overlap, into windows of at most `window` ids.
 
-    The last may be shorter. Every token lies in exactly one window.
+    Each starts with the id `bos`, where that is not None. The last may be shorter. Every token lies
+    in exactly one window.
+
+    Raises: CalibrationError for a window too short to hold a token.
     """
     step = window if bos is None else window - 1
     if step < 1:
@@ -238,25 +238,29 @@ def windows(tokens: Tensor, window: int, bos: int | None) -> list[Tensor]:
 
 
 def sample_windows(
-    tokenizer, text: str, samples: int, window: int, seed: int = 0, name: str = "calibration"
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    samples: int,
+    window: int,
+    seed: int = 0,
+    name: str = "calibration",
 ) -> Tensor:
-    """`samples` whole windows [samples, window] int64, drawn without replacement by `seed`; fewer if the text has fewer.
+    """Whole windows [samples, window] int64 of `text`, drawn without replacement by `seed`.
 
-    At most 8 times the text that the samples need is tokenised.
+    There are fewer if the text has fewer. At most READ_AHEAD times the text that the samples need
+    is tokenised. name: of the text, for messages.
 
     Raises: CalibrationError if the text does not fill one window, or for numbers that `Sampling`
         refuses.
     """
     Sampling(samples, window, seed)
     tokens = tokenize(tokenizer, text[: READ_AHEAD * samples * window * CHARACTERS_PER_TOKEN])
-    whole = (
-        [w for w in windows(tokens, window, tokenizer.bos_token_id) if len(w) == window]
-        if len(tokens)
-        else []
-    )
+    pieces = windows(tokens, window, tokenizer.bos_token_id) if len(tokens) else []
+    whole = [piece for piece in pieces if len(piece) == window]
     if not whole:
         raise CalibrationError(
-            f"the {name} text has {len(tokens)} tokens, fewer than one window of {window}; give a longer text or a smaller window"
+            f"the {name} text has {len(tokens)} tokens, fewer than one window of {window}; give a "
+            "longer text or a smaller window"
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return torch.stack([whole[i] for i in order[:samples].tolist()])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CalibrationError, CheckpointError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def text_config(model: nn.Module) -> Any:
+
+def text_config(model: PreTrainedModel) -> Any:
     """The config of the language model itself, inside that of a model of several modalities."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -40,13 +43,25 @@ def token_ids(source: Any, name: str = "calibration") -> Tensor | None:
     return ids
 
 
-def check_fits(ids: Tensor, model: torch.nn.Module, name: str, tokenizer=None) -> None:
-    """Raises: CalibrationError if a model lacks the embedding of some id, or positions for rows [..., tokens] of this length;
-    CheckpointError for an id that the tokenizer of the model's own folder has made.
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest text in tokens that a model takes; None if its config does not say."""
+    return getattr(text_config(model), "max_position_embeddings", None)
 
-    name: whose tokens they are, for the message. tokenizer: what made them, if known.
+
+def check_fits(
+    ids: Tensor,
+    model: PreTrainedModel,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Refuse ids [..., tokens] for which a model has no embedding or no position.
+
+    name: whose tokens they are, for messages. tokenizer: what made them, if known.
+
+    Raises: CalibrationError, or CheckpointError for an id that the tokenizer of the model's own
+        folder has made.
     """
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and ids.dim() > 1 and ids.shape[-1] > limit:
         raise CalibrationError(
             f"the {name} token ids have windows of {ids.shape[-1]}, longer than the model's "
@@ -57,8 +72,8 @@ def check_fits(ids: Tensor, model: torch.nn.Module, name: str, tokenizer=None) -
         folder = getattr(tokenizer, "name_or_path", None)
         if folder and str(folder) == str(getattr(model.config, "_name_or_path", None)):
             raise CheckpointError(
-                f"the tokenizer in {folder} makes ids up to {int(ids.max())}, but the model's vocabulary has {rows}; "
-                "put the model's own tokenizer there"
+                f"the tokenizer in {folder} makes ids up to {int(ids.max())}, but the model's "
+                f"vocabulary has {rows}; put the model's own tokenizer there"
             )
         raise CalibrationError(
             f"the {name} tokens go up to {int(ids.max())}, but the model's vocabulary has {rows}; "
@@ -67,6 +82,7 @@ def check_fits(ids: Tensor, model: torch.nn.Module, name: str, tokenizer=None) -
 
 
 def _holds_ids(source: Any) -> bool:
+    """Whether `source` is meant as ids, even if they turn out to be unusable."""
     if isinstance(source, Mapping):
         return "input_ids" in source
     if isinstance(source, list | tuple):
@@ -77,7 +93,7 @@ def _holds_ids(source: Any) -> bool:
 
 
 def _matrix(source: Any, name: str) -> Tensor:
-    """Ids in whatever shape they have, int64."""
+    """`source` as one tensor int64, of whatever shape it has. Raises: CalibrationError."""
     if isinstance(source, Mapping):
         return _batch(source, name)
     try:
@@ -106,6 +122,7 @@ def _matrix(source: Any, name: str) -> Tensor:
 
 
 def _batch(source: Mapping, name: str) -> Tensor:
+    """The ids of a tokenizer's batch. Raises: CalibrationError, also for padding in it."""
     if "input_ids" not in source:
         raise CalibrationError(f"an entry of the {name} token ids has no input_ids")
     ids, mask = _matrix(source["input_ids"], name), source.get("attention_mask")

@@ -1,4 +1,5 @@
-"""Layer timing: what a row says, how samples are taken, ceilings, other libraries' kernels, and that wrong results are never timed.
+"""Layer timing: what a row says, how samples are taken, ceilings, other libraries' kernels, and
+that wrong results are never timed.
 
 No GPU is needed: the CUDA clock runs against a fake `torch.cuda`.
 """
@@ -17,12 +18,10 @@ import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.bench import clocks as timing
-from slab_kernels.bench import linear as bench
-from slab_kernels.bench import peers, roofline
+from slab_kernels.bench import clocks, correctness, linear, peers, roofline
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import BackendError, ValueTypeError
+from slab_kernels.errors import BackendError, BenchError, ValueTypeError
 from slab_kernels.format import PackedLayout, unpack
 from slab_kernels.report import measurements, style, tables
 from slab_kernels.report.results import Report
@@ -36,7 +35,8 @@ spec.loader.exec_module(bench_linear)
 
 
 class FakeClock:
-    """Says how long a call takes instead of measuring it: 1 ms, from cache 0.5 ms; every fourth byte is too many for the cache."""
+    """Says how long a call takes instead of measuring it: 1 ms, from cache 0.5 ms; every fourth
+    byte is too many for the cache."""
 
     def __init__(self, has_warm: bool = True, cache: int = 4096):
         self.has_warm, self.cache, self.seen = has_warm, cache, []
@@ -51,7 +51,7 @@ class FakeClock:
         self.seen.append(calls)
         calls[0]()
         one = all(call is calls[0] for call in calls)
-        return timing.Timed([0.5e-3 if one else 1e-3] * 50, "graph")
+        return clocks.Timed([0.5e-3 if one else 1e-3] * 50, "graph")
 
     def fastest(self, call, times: int = 6) -> float:
         return 1e-3
@@ -63,17 +63,20 @@ def ceilings(monkeypatch):
     monkeypatch.setattr(roofline.Ceilings, "measure", classmethod(lambda cls, *_: cls(1e11, 1e12)))
 
 
-def measured(clock, *arguments, **settings) -> bench.Measured:
-    return bench.measure(bench.Case(*arguments, **settings), clock)
+def measured(clock, *arguments, **settings) -> linear.Measured:
+    return linear.measure(linear.Case(*arguments, **settings), clock)
+
+
+def layer_rows(*arguments, **settings) -> list[linear.Row]:
+    """The rows of a case, by the device's own clock."""
+    return linear.measure(linear.Case(*arguments, **settings)).rows
 
 
 # Rows
 
 
 def test_rows_of_a_real_run():
-    rows = bench.layer_rows(
-        48, 40, (1, 3), ("fp16", "int4"), backends=("reference",), min_seconds=0.0
-    )
+    rows = layer_rows(48, 40, (1, 3), ("fp16", "int4"), backends=("reference",), min_seconds=0.0)
     assert [(r["m"], r["backend"], r["values"]) for r in rows] == [
         (m, *what)
         for m in (1, 3)
@@ -85,7 +88,7 @@ def test_rows_of_a_real_run():
             "a few kilobytes never leave the cache"
         )
         assert (
-            row["copies"] == timing.MOST_CPU_COPIES
+            row["copies"] == clocks.MOST_CPU_COPIES
             and row["rotated_bytes"] == row["copies"] * row["weight_bytes"]
         )
         assert row["bits_per_weight"] == pytest.approx(8 * row["weight_bytes"] / (48 * 40))
@@ -112,7 +115,7 @@ def test_cold_and_warm_are_compared_with_their_own_kind(ceilings):
     assert all(len(calls) == 8 for calls in clock.seen)
     dense = {call.args[1].data_ptr() for call in clock.seen[0]}
     ours = {
-        next(timing.tensors(call.args[1])).data_ptr() for call in clock.seen[4]
+        next(clocks.tensors(call.args[1])).data_ptr() for call in clock.seen[4]
     }  # after dense, two token counts
     assert len(dense) == len(ours) == 8, "each copy in memory of its own"
 
@@ -148,11 +151,11 @@ def test_adapter_without_sign_term(ceilings):
     ours = [r for r in rows if r["backend"] == "reference"]
     assert ours and all((r["rank"], r["adapter_rank"]) == (0, 4) for r in ours)
     layout = PackedLayout(64, 32, "fp16", rank=0, adapter_rank=4)
-    assert ours[0]["weight_bytes"] == timing.size_of(random_packed(layout))
+    assert ours[0]["weight_bytes"] == clocks.size_of(random_packed(layout))
 
 
 def test_quantiles():
-    timed = timing.Timed([4.0, 1.0, 2.0, 3.0, 100.0], "wall")
+    timed = clocks.Timed([4.0, 1.0, 2.0, 3.0, 100.0], "wall")
     assert timed.median == 3.0 and timed.iqr == 2.0
 
 
@@ -175,10 +178,10 @@ def wrong(monkeypatch):
 
 def test_a_wrong_kernel_is_not_timed(wrong, ceilings, tmp_path, capsys):
     clock = FakeClock()
-    with pytest.raises(bench.BenchError, match="disagrees with the reference"):
+    with pytest.raises(BenchError, match="disagrees with the reference"):
         measured(clock, 64, 32, backends=("reference",))
     assert len(clock.seen) == 2, "only dense was"
-    with pytest.raises(bench.BenchError):
+    with pytest.raises(BenchError):
         bench_linear.main([*SMALL, "--out", str(tmp_path / "out")])
     assert not list((tmp_path / "out").iterdir())
     assert (
@@ -206,8 +209,10 @@ def test_a_wrong_kernel_is_not_timed(wrong, ceilings, tmp_path, capsys):
 def test_the_gate_lets_right_kernels_pass(values, ranks):
     packed = random_packed(PackedLayout(300, 70, values, 32 if values != "fp16" else None, *ranks))
     backend = dispatch.backend("reference")
-    for dtype in bench.DTYPES.values():
-        bench.gate(backend, torch.randn(5, 70).to(dtype), backend.prepare(packed, dtype), packed)
+    for dtype in linear.DTYPES.values():
+        correctness.gate(
+            backend, torch.randn(5, 70).to(dtype), backend.prepare(packed, dtype), packed
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -218,8 +223,8 @@ def test_tolerance_for_tensor_cores(dtype, K):
     x = torch.randn(16, K).to(dtype)
     d = unpack(packed)
     exact = reference.linear(x.double(), packed)
-    size = x.double().abs() @ bench.term_sizes(packed).T
-    bound = bench.tolerance(size, exact, dtype, K, tensor_cores=True)
+    size = x.double().abs() @ correctness.term_sizes(packed).T
+    bound = correctness.tolerance(size, exact, dtype, K, tensor_cores=True)
     vx = (
         (x.float() * d.V[:, 0].to(dtype).float()).to(dtype).float()
     )  # as csrc/cuda does: v and v·x rounded
@@ -227,7 +232,7 @@ def test_tolerance_for_tensor_cores(dtype, K):
     assert bool(((y.double() - exact).abs() <= bound).all())
     swapped = reference.linear(x[:, [1, 0, *range(2, K)]].double(), packed)
     assert bool(((swapped - exact).abs() > bound).any())
-    assert bool((bound > bench.tolerance(size, exact, dtype, K, tensor_cores=False)).all())
+    assert bool((bound > correctness.tolerance(size, exact, dtype, K, tensor_cores=False)).all())
     assert bound.median() < 0.05 * exact.std(), (
         "a few per cent of the result, for 64 inputs and for 4096"
     )
@@ -240,8 +245,8 @@ def test_nan_does_not_pass_the_gate(monkeypatch):
     right = backend.linear(x := torch.randn(2, 64), state)
     right[0, 3] = float("nan")  # outside the rows that are compared
     monkeypatch.setattr(backend, "linear", lambda *_: right)
-    with pytest.raises(bench.BenchError):
-        bench.gate(backend, x, state, packed)
+    with pytest.raises(BenchError):
+        correctness.gate(backend, x, state, packed)
 
 
 def test_backends_that_cannot_run_it(ceilings, monkeypatch):
@@ -259,16 +264,17 @@ def test_backends_that_cannot_run_it(ceilings, monkeypatch):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="fp32, bf16, fp16"):
-        bench.layer_rows(64, 32, dtype="fp8")
+        layer_rows(64, 32, dtype="fp8")
     with pytest.raises(ValueTypeError):
-        bench.layer_rows(64, 32, values=("int5",))
+        layer_rows(64, 32, values=("int5",))
 
 
 # The GPU's clock, on a fake torch.cuda
 
 
 class FakeCuda:
-    """Counts time in calls: an event notes how many calls were run, or replayed, before it; a call takes a millisecond."""
+    """Counts time in calls: an event notes how many calls were run, or replayed, before it; a call
+    takes a millisecond."""
 
     def __init__(self, l2: int = 1 << 20, free: int = 1 << 40, captures: bool = True):
         self.properties, self.free, self.captures = (
@@ -338,14 +344,14 @@ class FakeCuda:
 
 def test_a_sample_is_a_replay_over_the_calls_in_it():
     cuda = FakeCuda()
-    timed = timing.CudaClock("cuda", 0.0, cuda).time([cuda.call] * 8)
-    assert timed.timing == "graph" and len(timed.samples) == timing.REPLAYS
+    timed = clocks.CudaClock("cuda", 0.0, cuda).time([cuda.call] * 8)
+    assert timed.timing == "graph" and len(timed.samples) == clocks.REPLAYS
     assert timed.median == pytest.approx(1e-3), "eight calls of a millisecond, divided by eight"
-    assert cuda.replays == 1 + 5 + timing.REPLAYS
+    assert cuda.replays == 1 + 5 + clocks.REPLAYS
     assert cuda.log[:3] == ["wait", "side", "wait"] and cuda.log.index("side") < cuda.log.index(
         "capture"
     )
-    longer = timing.CudaClock("cuda", 1.0, FakeCuda())
+    longer = clocks.CudaClock("cuda", 1.0, FakeCuda())
     assert len(longer.time([longer.cuda.call] * 8).samples) == 150, (
         "whole rounds of 50 until a second is reached"
     )
@@ -354,45 +360,45 @@ def test_a_sample_is_a_replay_over_the_calls_in_it():
 def test_calls_that_cannot_be_captured_are_timed_one_by_one():
     cuda = FakeCuda(captures=False)
     with pytest.warns(UserWarning, match="operation not permitted when stream is capturing"):
-        timed = timing.CudaClock("cuda", 0.0, cuda).time([cuda.call] * 8)
+        timed = clocks.CudaClock("cuda", 0.0, cuda).time([cuda.call] * 8)
     assert (
         timed.timing == "eager"
         and timed.median == pytest.approx(1e-3)
-        and len(timed.samples) == timing.REPLAYS
+        and len(timed.samples) == clocks.REPLAYS
     )
 
 
 def test_copies_exceed_the_cache_fourfold_and_are_eight_at_least():
-    clock = timing.CudaClock("cuda", 0.0, FakeCuda(l2=50 << 20))
+    clock = clocks.CudaClock("cuda", 0.0, FakeCuda(l2=50 << 20))
     for size in (1 << 20, 30 << 20, 500 << 20):
         copies = clock.copies(size)
         assert (
-            copies >= timing.FEWEST_COPIES
+            copies >= clocks.FEWEST_COPIES
             and copies * size > 4 * (50 << 20)
             and clock.is_cold(copies * size)
         )
     assert not clock.is_cold(clock.copies(4096) * 4096), (
         "a tiny weight stays in cache, however often it is copied"
     )
-    assert timing.CudaClock("cuda", 0.0, FakeCuda(free=1 << 30)).copies(100 << 20) == 5, (
+    assert clocks.CudaClock("cuda", 0.0, FakeCuda(free=1 << 30)).copies(100 << 20) == 5, (
         "half of the free memory"
     )
-    assert timing.CudaClock("cuda", 0.0, FakeCuda(l2=0)).l2 == timing.USUAL_L2
+    assert clocks.CudaClock("cuda", 0.0, FakeCuda(l2=0)).l2 == clocks.USUAL_L2
 
 
 def test_fastest_is_one_call():
     cuda = FakeCuda()
     assert (
-        timing.CudaClock("cuda", 0.0, cuda).fastest(cuda.call) == pytest.approx(1e-3)
+        clocks.CudaClock("cuda", 0.0, cuda).fastest(cuda.call) == pytest.approx(1e-3)
         and cuda.done == 6
     )
 
 
 def test_wall_clock_goes_round_the_copies():
     seen = []
-    timed = timing.WallClock(0.0).time([lambda i=i: seen.append(i) for i in range(3)])
+    timed = clocks.WallClock(0.0).time([lambda i=i: seen.append(i) for i in range(3)])
     assert seen[:6] == [0, 1, 2, 0, 1, 2] and len(timed.samples) == 12 and timed.timing == "wall"
-    assert timing.WallClock(0.0).copies(timing.CPU_ROTATED) == 2
+    assert clocks.WallClock(0.0).copies(clocks.CPU_ROTATED) == 2
 
 
 def test_sizes_and_copies_of_whatever_a_backend_prepares():
@@ -404,8 +410,8 @@ def test_sizes_and_copies_of_whatever_a_backend_prepares():
         7,
         torch.float16,
     )
-    assert timing.size_of(state) == 16 + 4 + 12 + 4
-    copy = timing.copied(state)
+    assert clocks.size_of(state) == 16 + 4 + 12 + 4
+    copy = clocks.copied(state)
     assert copy[0].data_ptr() != state[0].data_ptr() and copy[5] is torch.float16
 
 
@@ -430,7 +436,7 @@ def test_peers_are_timed_or_left_out_with_a_reason(ceilings, monkeypatch):
         for name, function in made.items()
     ]
     fakes.append(peers.Peer("elsewhere", None, "int4", 128, (0, 0), (1, 1), broken))
-    monkeypatch.setattr(bench, "PEERS", fakes)
+    monkeypatch.setattr(linear, "PEERS", fakes)
     only_here = lambda self, *_: "not here" if self.name == "elsewhere" else None  # noqa: E731
     monkeypatch.setattr(peers.Peer, "reason", only_here)
     found = measured(FakeClock(cache=0), 64, 32, backends=("reference",), peers=True)
@@ -471,7 +477,8 @@ def test_fused_shapes_are_those_of_the_design():
 
 @pytest.mark.parametrize("size", QWEN)
 def test_sizes_of_qwen_add_up(size):
-    """Attention and MLP weights of all blocks: the published number, up to its rounding (biases and norms are below 0.1 %)."""
+    """Attention and MLP weights of all blocks: the published number, up to its rounding (biases and
+    norms are below 0.1 %)."""
     blocks, billions = QWEN[size]
     total = blocks * sum(n * k for n, k in MODELS[f"qwen2.5-{size}"].fused()) / 1e9
     assert total == pytest.approx(billions, rel=0.01)
@@ -619,8 +626,20 @@ def test_command_line(capsys):
 
 def test_pictures_show_weights_from_memory():
     def row(backend, cache, m=1):
-        return {"n": 4, "k": 4, "m": m, "dtype": "fp16", "backend": backend, "values": "", "cache": cache, "median_us": 1.0,
-                "speedup_vs_dense": 1.0, "gbytes_per_s": 1.0, "roofline": 0.5, "bound": "bytes"}  # fmt: skip
+        return {
+            "n": 4,
+            "k": 4,
+            "m": m,
+            "dtype": "fp16",
+            "backend": backend,
+            "values": "",
+            "cache": cache,
+            "median_us": 1.0,
+            "speedup_vs_dense": 1.0,
+            "gbytes_per_s": 1.0,
+            "roofline": 0.5,
+            "bound": "bytes",
+        }
 
     both = [row("dense", "cold"), row("dense", "warm"), row("cuda", "warm")]
     assert tables.cold(both) == [both[0], both[2]]

@@ -145,8 +145,20 @@ def test_marlin(monkeypatch, old):
         assert wtype == "uint4b8"
         return input @ ((weight - 8) * weight_scale.repeat_interleave(128, 0))
 
-    def apply_older(input, weight, weight_scale, weight_zp, g_idx, g_idx_sort_indices, workspace, wtype,
-                    output_size_per_partition, input_size_per_partition, is_k_full, bias=None):  # fmt: skip
+    def apply_older(
+        input,
+        weight,
+        weight_scale,
+        weight_zp,
+        g_idx,
+        g_idx_sort_indices,
+        workspace,
+        wtype,
+        output_size_per_partition,
+        input_size_per_partition,
+        is_k_full,
+        bias=None,
+    ):
         assert (output_size_per_partition, input_size_per_partition, is_k_full, bias) == (
             64,
             256,
@@ -155,8 +167,18 @@ def test_marlin(monkeypatch, old):
         )
         return apply(input, weight, weight_scale, wtype)
 
-    def apply_newer(input, weight, weight_scale, weight_zp, workspace, wtype, output_size_per_partition,
-                    input_size_per_partition, input_global_scale=None, bias=None):  # fmt: skip
+    def apply_newer(
+        input,
+        weight,
+        weight_scale,
+        weight_zp,
+        workspace,
+        wtype,
+        output_size_per_partition,
+        input_size_per_partition,
+        input_global_scale=None,
+        bias=None,
+    ):
         return apply(input, weight, weight_scale, wtype)
 
     def permute_scales(s, size_k, size_n, group_size):
@@ -164,9 +186,10 @@ def test_marlin(monkeypatch, old):
         return s
 
     utils = types.SimpleNamespace(
-        marlin_permute_scales=permute_scales, marlin_make_workspace_new=lambda device: torch.zeros(1),
+        marlin_permute_scales=permute_scales,
+        marlin_make_workspace_new=lambda device: torch.zeros(1),
         apply_gptq_marlin_linear=apply_older if old else apply_newer,
-    )  # fmt: skip
+    )
     for name in (
         "vllm.model_executor",
         "vllm.model_executor.layers",

@@ -1,5 +1,6 @@
-"""`slab-kernels tune` without a GPU: what is timed, what wins, what is written, on weights and a clock that say how long a
-configuration takes. The real weight runs in Triton's interpreter, in a process of its own.
+"""`slab-kernels tune` without a GPU: what is timed, what wins, what is written, on weights and a
+clock that say how long a configuration takes. The real weight runs in Triton's interpreter, in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from slab_kernels.backends.triton import configs
-from slab_kernels.backends.triton.configs import Config, Device, Row, read
-from slab_kernels.bench import clocks as timing
-from slab_kernels.bench import linear as bench
+from slab_kernels.backends.triton import configs, row_files, rows
+from slab_kernels.backends.triton.row_files import read
+from slab_kernels.backends.triton.rows import Row, TileConfig, TritonDevice
+from slab_kernels.bench import clocks
 from slab_kernels.bench import tune as tuning
 from slab_kernels.bench.tune import Problem, candidates, merged, problems, run, save, tune
 from slab_kernels.cli import console
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import BackendError, ConfigError
+from slab_kernels.errors import BackendError, BenchError, ConfigError
 from slab_kernels.format import PackedLayout
 
-A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
+A100 = TritonDevice("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
 LAYOUT = PackedLayout(4096, 4096, "int4", 128, 1)
 DECODING = Problem(LAYOUT, torch.bfloat16, (1, 16), 0, 16)
 PREFILL = Problem(LAYOUT, torch.bfloat16, (128,), 64, 256)
@@ -39,23 +40,24 @@ class TritonError(Exception):
 
 
 class FakeWeight:
-    """Takes `seconds(config, m)`, gives wrong results for `wrong` and raises `errors[config]`; notes what was asked."""
+    """Takes `seconds(config, m)`, gives wrong results for `wrong` and raises `errors[config]`;
+    notes what was asked."""
 
     def __init__(self, seconds=lambda config, m: SLOW, wrong=(), errors=()):
         self.seconds, self.wrong, self.errors, self.log = seconds, wrong, dict(errors), []
 
-    def check(self, config: Config, m: int) -> None:
+    def check(self, config: TileConfig, m: int) -> None:
         self.log.append(("check", config, m))
         if config in self.errors:
             raise self.errors[config]
         if config in self.wrong:
-            raise bench.BenchError("disagrees with the reference; nothing was timed")
+            raise BenchError("disagrees with the reference; nothing was timed")
 
-    def calls(self, config: Config, m: int) -> list:
+    def calls(self, config: TileConfig, m: int) -> list:
         self.log.append(("time", config, m))
         return [lambda: self.seconds(config, m)]
 
-    def timed(self) -> list[Config]:
+    def timed(self) -> list[TileConfig]:
         return [config for what, config, _ in self.log if what == "time"]
 
 
@@ -65,9 +67,9 @@ class FakeClock:
     def __init__(self, noise: float = 0.01):
         self.noise = noise
 
-    def time(self, calls) -> timing.Timed:
+    def time(self, calls) -> clocks.Timed:
         seconds = calls[0]()
-        return timing.Timed(
+        return clocks.Timed(
             [seconds * (1 + self.noise * (i / 50 - 1)) for i in range(101)], "graph"
         )
 
@@ -75,7 +77,7 @@ class FakeClock:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """The user's folder, not there yet; no shipped rows, nothing remembered before or after."""
-    monkeypatch.setenv(configs.ENVIRONMENT, str(tmp_path / "user"))
+    monkeypatch.setenv(row_files.ENVIRONMENT, str(tmp_path / "user"))
     monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
     configs.forget()
     yield tmp_path / "user"
@@ -86,7 +88,7 @@ def file(folder: Path) -> Path:
     return folder / configs.file_name(A100.name)
 
 
-def others(problem: Problem) -> list[Config]:
+def others(problem: Problem) -> list[TileConfig]:
     """Its candidates without the default."""
     default = replace(
         configs.choose(problem.sizes, problem.tokens[-1], 16, A100, own=False), reason=""
@@ -98,7 +100,7 @@ def others(problem: Problem) -> list[Config]:
     ]
 
 
-def prefers(best: Config, gain: float = 0.5, m: int | None = None):
+def prefers(best: TileConfig, gain: float = 0.5, m: int | None = None):
     """Seconds by which `best` takes `gain` less, at that token count or at all."""
     return lambda config, at: SLOW * (1 - gain) if config == best and at == (m or at) else SLOW
 
@@ -110,7 +112,7 @@ def prefers(best: Config, gain: float = 0.5, m: int | None = None):
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 512, 2048])
 @pytest.mark.parametrize("n, k", [(4096, 4096), (28672, 8192), (64, 32)])
 def test_candidates_are_few_and_differ(n, k, M, bits, folder):
-    sizes = configs.Sizes(k, (n,), "int4", 128, 1, 0)
+    sizes = rows.TritonSizes(k, (n,), "int4", 128, 1, 0)
     found = candidates(sizes, M, bits, A100)
     programs = [
         (replace(config, fill=0), configs.splits(sizes, M, config, A100)) for config in found
@@ -120,7 +122,7 @@ def test_candidates_are_few_and_differ(n, k, M, bits, folder):
         "never for decoding, nor in fp32: torch may use TF32"
     )
     assert all(
-        configs.row_from(configs.row_to(Row(config, above=64 if config.rebuild else 0))).config
+        row_files.row_from(row_files.row_to(Row(config, above=64 if config.rebuild else 0))).config
         == config
         for config in found
     )
@@ -229,7 +231,7 @@ def test_other_errors_stop_everything(folder):
 
 def test_a_wrong_default_is_an_error(folder):
     default = configs.choose(DECODING.sizes, 16, 16, A100)
-    with pytest.raises(bench.BenchError):
+    with pytest.raises(BenchError):
         tune(DECODING, FakeWeight(wrong=[default]), FakeClock(), A100)
 
 
@@ -256,11 +258,11 @@ def test_a_lucky_first_time_does_not_win(folder):
 
 def test_one_row_for_decoding_must_not_lose_at_any_token_count(folder):
     first, second = others(DECODING)[:2]
-    seconds = lambda config, m: {
-        (first, 16): SLOW * 0.2,
-        (first, 1): SLOW * 1.5,
-        (second, 1): SLOW * 0.9,
-    }.get((config, m), SLOW)
+    times = {(first, 16): SLOW * 0.2, (first, 1): SLOW * 1.5, (second, 1): SLOW * 0.9}
+
+    def seconds(config, m):
+        return times.get((config, m), SLOW)
+
     assert not tune(DECODING, FakeWeight(seconds), FakeClock(), A100).tuned, (
         "much faster at 16, slower at 1"
     )
@@ -268,7 +270,7 @@ def test_one_row_for_decoding_must_not_lose_at_any_token_count(folder):
 
 
 def test_the_users_present_row_is_a_candidate(folder):
-    own = Config(16, 256, 32, 8, 2, 1, reason="by hand")
+    own = TileConfig(16, 256, 32, 8, 2, 1, reason="by hand")
     assert replace(own, reason="") not in candidates(DECODING.sizes, 16, 16, A100)
     weight = FakeWeight(prefers(replace(own, reason="")))
     save_rows(folder, DECODING.row(own))
@@ -316,24 +318,24 @@ def test_fp16_and_bf16_values_share_a_row(dtype, folder):
     """Prepared values have the activations' type: what is chosen for is not what is stored."""
     problem = Problem(PackedLayout(64, 64, "fp16", rank=1), dtype, (1,), 0, 16)
     assert problem.sizes.values == {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    assert problem.row(Config()).fits(problem.sizes, 1, 16, A100) and problem.row(
-        Config()
+    assert problem.row(TileConfig()).fits(problem.sizes, 1, 16, A100) and problem.row(
+        TileConfig()
     ).values == ("fp16", "bf16")
     single = replace(problem, dtype=torch.float32)
-    assert single.row(Config()).values == ("fp16",) and single.row(Config()).fits(
+    assert single.row(TileConfig()).values == ("fp16",) and single.row(TileConfig()).fits(
         single.sizes, 1, 32, A100
     )
     widened = replace(single, layout=replace(LAYOUT, values="int3"))
-    assert widened.sizes.values == "int4" and widened.row(Config()).values == ("int4",)
+    assert widened.sizes.values == "int4" and widened.row(TileConfig()).values == ("int4",)
 
 
 def test_a_row_for_the_same_problem_is_replaced_and_others_keep_their_order(folder):
-    general = Row(Config(16, 128, 64, 8, reason="general"), 16)
-    higher = replace(DECODING.row(Config(reason="higher")), rank=4)
-    other = replace(DECODING.row(Config(reason="other")), N=1024)
+    general = Row(TileConfig(16, 128, 64, 8, reason="general"), 16)
+    higher = replace(DECODING.row(TileConfig(reason="higher")), rank=4)
+    other = replace(DECODING.row(TileConfig(reason="other")), N=1024)
     old, new = (
-        DECODING.row(Config(16, 32, 128, reason="old")),
-        DECODING.row(Config(16, 16, 256, reason="new")),
+        DECODING.row(TileConfig(16, 32, 128, reason="old")),
+        DECODING.row(TileConfig(16, 16, 256, reason="new")),
     )
     for present in (
         [general, higher, other, old],
@@ -352,7 +354,7 @@ def test_a_row_for_the_same_problem_is_replaced_and_others_keep_their_order(fold
 
 
 def test_a_row_that_no_longer_wins_is_removed(folder):
-    keep = Row(Config(16, 128, 64, 8, reason="mine"), 16, N=7)
+    keep = Row(TileConfig(16, 128, 64, 8, reason="mine"), 16, N=7)
     save_rows(folder, keep, DECODING.row(others(DECODING)[0]))
     (result,) = run([DECODING], A100, FakeClock(), lambda p: FakeWeight(), folder)
     assert not result.tuned and read(file(folder)) == [keep]
@@ -368,7 +370,7 @@ def test_nothing_is_written_where_every_default_stays(folder):
 )
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file(where, error, folder, monkeypatch):
-    save_rows(folder, DECODING.row(Config(reason="old")))
+    save_rows(folder, DECODING.row(TileConfig(reason="old")))
     before = file(folder).read_bytes()
 
     def fail(*arguments):
@@ -376,7 +378,7 @@ def test_a_write_that_fails_leaves_the_old_file(where, error, folder, monkeypatc
 
     monkeypatch.setattr(os, where, fail)
     with pytest.raises(ConfigError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
-        save(file(folder), [PREFILL.row(Config(reason="new"))], A100)
+        save(file(folder), [PREFILL.row(TileConfig(reason="new"))], A100)
     assert file(folder).read_bytes() == before and os.listdir(folder) == [file(folder).name]
     if isinstance(error, OSError):
         assert (
@@ -408,7 +410,7 @@ def test_an_interruption_keeps_what_was_found_before(folder):
 
 
 def test_rows_that_somebody_else_wrote_meanwhile_are_kept(folder):
-    mine, theirs = others(DECODING)[1], PREFILL.row(Config(reason="theirs"))
+    mine, theirs = others(DECODING)[1], PREFILL.row(TileConfig(reason="theirs"))
 
     def make(problem):
         save_rows(folder, theirs)
@@ -422,7 +424,7 @@ def test_a_linked_file_stays_a_link(folder, tmp_path):
     folder.mkdir()
     file(folder).symlink_to(tmp_path / "dotfiles.json")
     (tmp_path / "dotfiles.json").write_text('{"format": 1, "rows": []}')
-    save(file(folder), [DECODING.row(Config())], A100)
+    save(file(folder), [DECODING.row(TileConfig())], A100)
     assert file(folder).is_symlink() and len(read(tmp_path / "dotfiles.json")) == 1
 
 
@@ -472,9 +474,12 @@ def test_one_weight_at_a_time(folder):
 @pytest.fixture
 def gpu(folder, monkeypatch):
     """A GPU on which one candidate of every problem is twice as fast."""
-    make = lambda problem: FakeWeight(
-        lambda config, m: FAST if config.block_n == 32 or config.rebuild else SLOW
-    )
+
+    def make(problem):
+        return FakeWeight(
+            lambda config, m: FAST if config.block_n == 32 or config.rebuild else SLOW
+        )
+
     monkeypatch.setattr(tuning, "gpu", lambda where, seconds: (A100, FakeClock(), make))
 
 
@@ -508,7 +513,8 @@ def test_the_command_prints_a_table(gpu, folder, tmp_path, capsys):
         and file(tmp_path / "elsewhere").exists()
     )
     assert (
-        f"{configs.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out and not file(folder).exists()
+        f"{row_files.ENVIRONMENT}={tmp_path / 'elsewhere'}" in shown.out
+        and not file(folder).exists()
     )
 
 
@@ -566,7 +572,10 @@ def test_a_bad_file_ends_the_command_with_exit_code_3(gpu, folder, capsys):
 
 
 def test_importing_it_loads_no_triton():
-    code = "import sys, slab_kernels.bench.tune; print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
+    code = (
+        "import sys, slab_kernels.bench.tune; print([m for m in sys.modules if m.split('.')[0] == "
+        "'triton'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -575,20 +584,22 @@ def test_importing_it_loads_no_triton():
 
 INTERPRETED = """
 import json, torch
-from slab_kernels.bench import clocks as timing, linear as bench, tune as tuning
+from slab_kernels.bench import clocks, correctness
+from slab_kernels.bench import tune as tuning
+from slab_kernels.errors import BenchError
 from slab_kernels.backends.triton import configs, device_of, launch
-from slab_kernels.backends.triton.configs import Config
+from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.format import PackedLayout
 
 class Clock:
     def time(self, calls):
-        return timing.Timed([timing.WallClock(0.0)._seconds(call) for call in calls], "wall")
+        return clocks.Timed([clocks.WallClock(0.0)._seconds(call) for call in calls], "wall")
 
-plain = bench.tolerance  # the gate takes CPU tensors for fp32 sums of exact products
-bench.tolerance = lambda *arguments, tensor_cores: plain(*arguments, tensor_cores=True)
+plain = correctness.tolerance  # the gate takes CPU tensors for fp32 sums of exact products
+correctness.tolerance = lambda *arguments, tensor_cores: plain(*arguments, tensor_cores=True)
 device, seen = device_of(None), {}
 problem = tuning.Problem(PackedLayout(40, 256, "int8", 64, 1, 4), torch.float16, (3,), 0, 16)
-few = [Config(16, 16, 64, fill=0), Config(16, 32, 64, fill=4)]
+few = [TileConfig(16, 16, 64, fill=0), TileConfig(16, 32, 64, fill=4)]
 tuning.candidates = lambda *_: few
 weight = tuning.Weight(problem, device, "cpu", lambda size: 2)
 seen["sizes"] = weight.sizes == problem.sizes and len(weight.copies) == 2
@@ -596,7 +607,7 @@ seen["splits"] = configs.splits(weight.sizes, 3, few[1], device)
 with torch.inference_mode():
     result = tuning.tune(problem, weight, Clock(), device)
     seen["timed"], seen["skipped"] = result.timed, result.skipped
-    weight.check(Config(rebuild=True), 100)
+    weight.check(TileConfig(rebuild=True), 100)
     right = launch.linear
     def lazy(*arguments):  # what was left in memory by the last run is not a result
         return arguments[0].new_empty(arguments[0].shape[0], 40)
@@ -608,7 +619,7 @@ with torch.inference_mode():
         try:
             weight.check(few[0], 16)
             seen[name] = ""
-        except bench.BenchError as error:
+        except BenchError as error:
             seen[name] = str(error)
         launch.linear = right
 print(json.dumps(seen))

@@ -139,6 +139,7 @@ def test_eval_states_window_and_tokens(packed, model, text, answer):
             "eval", folder, "--text", text, "--window", "32", "--max-tokens", "500"
         )
         assert code == 0 and found["stored"] == stored and found["window"] == 32
+        assert found["bytes"] > 1000 and found["run"]["command"].startswith("slab-kernels eval ")
         assert (
             found["perplexity"] > 1
             and 490 < found["tokens"] <= 500

@@ -147,7 +147,7 @@ def test_control_characters_are_spelt_out(tmp_path, capsys):
 
 
 def test_an_event_of_a_run_is_spelt_out_in_the_bar(capsys):
-    from slab_kernels.compression.record import ProgressEvent, listener
+    from slab_kernels.compression.events import ProgressEvent, listener
 
     bar = listener(True)
     bar(ProgressEvent("warning", message=HOSTILE))

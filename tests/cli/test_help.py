@@ -24,6 +24,7 @@ def test_every_command_has_examples():
 @pytest.mark.parametrize(("name", "line"), LINES, ids=[line for _, line in LINES])
 def test_an_example_is_valid(name, line):
     """It parses, and what it says of methods, types and shapes is known."""
+    assert len(line) <= 74, "a line of 80 columns shows it whole"
     words = shlex.split(line.partition(" > ")[0])
     assert words[:2] == ["slab-kernels", name]
     group = typer.main.get_command(cli.app)

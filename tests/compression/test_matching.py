@@ -1,4 +1,4 @@
-"""What follows a method: transformer matching, adapter training, a budget over all layers, several processes."""
+"""What follows a method: matching, adapter training, a budget of bits, several processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from slab_kernels.compression import matching
 from slab_kernels.compression.budget import LADDER, Choice, spend
-from slab_kernels.compression.matching import Matching, TrainableLinear
+from slab_kernels.compression.matching import Goal, Matching, match_block
 from slab_kernels.compression.model import compress
+from slab_kernels.compression.trainable import TrainableLinear
 from slab_kernels.compression.training import Training, train
 from slab_kernels.errors import BudgetError, CheckpointError
 from slab_kernels.format import pack, unpack
@@ -109,17 +109,19 @@ def test_matching_brings_a_block_nearer_and_never_further(values):
         parts[name] = d
         getattr(block, name).weight.data = d.dense()
     stored = lambda name, d: unpack(pack(d, values, 32))  # noqa: E731
-    result, other, record = matching.match_block(
-        0, block, parts, stream, targets, Matching(epochs=3, rate=1e-2), stored
-    )
+    goal = Goal(0, stream, targets)
+    untrained = {name: t.clone() for name, t in block.state_dict().items()}
+    result, other, record = match_block(goal, block, parts, Matching(3, 1e-2), stored)
+    assert all(torch.equal(t, untrained[name]) for name, t in block.state_dict().items())
     assert record.after < 0.97 * record.before and record.epochs > 0
     assert set(other) == {"norm.weight", "norm.bias", "up.bias"}
     for name, d in result.items():
         assert (
             torch.equal(d.mask, parts[name].mask) and (d.mask.sum(1) == d.mask.shape[1] // 2).all()
         )
-    result, other, record = matching.match_block(
-        0, _restored(block, parts), parts, stream, [h for h in hidden], Matching(1, 0.9), stored
+    goal = Goal(0, stream, list(hidden))
+    result, other, record = match_block(
+        goal, _restored(block, parts), parts, Matching(1, 0.9), stored
     )
     assert record.after <= record.before
     if record.epochs == 0:
@@ -331,7 +333,8 @@ SCRIPT = """
 import sys, torch
 from slab_kernels.compression.model import compress
 tokens = torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(0))
-compress(sys.argv[1], sys.argv[2], calibration=tokens, method=sys.argv[3], matching=1, device="cpu", progress=False)
+method = {"method": sys.argv[3], "matching": 1, "device": "cpu", "progress": False}
+compress(sys.argv[1], sys.argv[2], calibration=tokens, **method)
 """
 
 

@@ -1,4 +1,4 @@
-"""A whole model: compress, kill, resume, load, save, decompress; and everything that is refused on the way."""
+"""A whole model: compress, kill, resume, load, save, decompress; and all that is refused."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from layer_errors import layer_errors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
-from slab_kernels.compression import blockwise as pipeline
-from slab_kernels.compression.model import RunRecord, compress
-from slab_kernels.compression.record import ProgressEvent
+from slab_kernels.compression import job
+from slab_kernels.compression.events import ProgressEvent
+from slab_kernels.compression.model import compress
+from slab_kernels.compression.record import RunRecord
 from slab_kernels.errors import (
     ArchitectureError,
     CalibrationError,
@@ -30,7 +32,6 @@ from slab_kernels.errors import (
     FormatError,
     VersionError,
 )
-from slab_kernels.evaluate import perplexity as evaluate
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
 from slab_kernels.models.load import load
@@ -84,13 +85,26 @@ def test_the_folder(dense, packed):
     described = config.pop("quantization_config")
     assert config == json.loads((dense / "config.json").read_text())
     assert described.pop("modules")["model.layers.1.mlp.down_proj"] == {
-        "out_features": 32, "in_features": 48, "values": "fp16", "group_size": None, "rank": 1, "adapter_rank": 0,
-        "factors": "fp16", "planes": 1, "adapter_values": None, "signs": True,
-    }  # fmt: skip
+        "out_features": 32,
+        "in_features": 48,
+        "values": "fp16",
+        "group_size": None,
+        "rank": 1,
+        "adapter_rank": 0,
+        "factors": "fp16",
+        "planes": 1,
+        "adapter_values": None,
+        "signs": True,
+    }
     assert described == {
-        "quant_method": "slab_kernels", "format_version": 2, "method": "slab", "pattern": "2:4", "rank": 1,
-        "values": "fp16", "group_size": None,
-    }  # fmt: skip
+        "quant_method": "slab_kernels",
+        "format_version": 2,
+        "method": "slab",
+        "pattern": "2:4",
+        "rank": 1,
+        "values": "fp16",
+        "group_size": None,
+    }
 
 
 def test_everything_else_is_as_it_was(dense, packed):
@@ -132,11 +146,11 @@ def test_the_record_counts_the_bytes_on_disk(dense, tmp_path, values, group_size
 
 
 def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
-    """The recorded errors, from Gram matrices on the way, against the finished model run on the same tokens."""
+    """The records take them from Gram matrices; here the finished model runs on the same tokens."""
     record = compress(dense, tmp_path / "o", heldout=tiny_models.tokens(seed=7), **QUICK)
     original, finished = AutoModelForCausalLM.from_pretrained(dense).eval(), load(tmp_path / "o")
     for field, tokens in (("error", TOKENS), ("heldout_error", tiny_models.tokens(seed=7))):
-        measured = evaluate.layer_errors(original, finished, tokens)
+        measured = layer_errors(original, finished, tokens)
         assert list(measured) == [layer.name for layer in record.layers]
         for layer in record.layers:
             assert measured[layer.name] == pytest.approx(getattr(layer, field), rel=2e-3)
@@ -146,8 +160,14 @@ def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
 def test_text_calibration_end_to_end(dense, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.text())
     record = compress(
-        dense, tmp_path / "o", method="wanda", calibration=tmp_path / "text.txt", heldout=tmp_path / "text.txt", samples=8, progress=False,
-    )  # fmt: skip
+        dense,
+        tmp_path / "o",
+        method="wanda",
+        calibration=tmp_path / "text.txt",
+        heldout=tmp_path / "text.txt",
+        samples=8,
+        progress=False,
+    )
     assert record.settings["window"] == 64  # cut to the model's positions
     assert record.tokens == 8 * 64 and record.hidden_state_bytes == (8 + 2) * 64 * 32 * 4
     assert all(layer.heldout_error is not None for layer in record.layers)
@@ -175,14 +195,14 @@ def test_drift_is_seen_by_methods_that_ask_for_it(dense, tmp_path):
 def test_one_block_in_memory_at_a_time(tmp_path, monkeypatch, settings, most):
     """Two with a method that looks at the drift: the block as it was and as it becomes."""
     tiny_models.write(tmp_path / "d", num_hidden_layers=4)
-    alive, counts, real = weakref.WeakSet(), [], pipeline.filled_copy
+    alive, counts, real = weakref.WeakSet(), [], job.filled_copy
 
     def counted(*args):
         counts.append(len(alive) + 1)
         alive.add(block := real(*args))
         return block
 
-    monkeypatch.setattr(pipeline, "filled_copy", counted)
+    monkeypatch.setattr(job, "filled_copy", counted)
     compress(tmp_path / "d", tmp_path / "o", calibration=TOKENS, progress=False, **settings)
     assert len(counts) >= 4 * most and max(counts) <= most
 
@@ -200,7 +220,7 @@ def test_what_cannot_be_packed_is_stored_dense(dense, tmp_path, pattern):
         match=r"was not written by slab_kernels .it holds a dense model.; compress it first",
     ):
         load(tmp_path / "o")
-    measured = evaluate.layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS)
+    measured = layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS)
     assert measured[record.layers[-1].name] == pytest.approx(record.layers[-1].error, rel=2e-3)
 
 
@@ -218,7 +238,7 @@ def test_events_tell_every_layer(dense, tmp_path):
 def test_the_bar_writes_to_stderr(dense, tmp_path, capsys):
     compress(dense, tmp_path / "o", **QUICK | {"progress": True})
     out, err = capsys.readouterr()
-    assert not out and "model.layers.1.mlp.down_proj error" in err and "14/14 layers" in err
+    assert not out and "model.layers.1.mlp.down_proj error" in err and "[14/14]" in err
 
 
 # kill and resume
@@ -313,7 +333,7 @@ def test_resume_refuses_other_settings_text_and_model(dense, tmp_path):
 def test_a_run_that_fails_before_its_first_block_gives_the_folder_back(
     dense, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("slab_kernels.compression.model.compress_blocks", lambda *_: 1 / 0)
+    monkeypatch.setattr("slab_kernels.compression.run.BlockwiseRun", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(dense, tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
@@ -448,7 +468,10 @@ def test_save_and_decompress_want_an_empty_folder_and_packed_weights(dense, pack
 
 
 def damaged(packed: Path, folder: Path, config=None, module=None, **tensors) -> Path:
-    """A copy of `packed` in one shard with changes: config entries, entries of one module, tensors (None removes)."""
+    """A copy of `packed` in one shard, with changes.
+
+    They are entries of the config, entries of one module, and tensors, which None removes.
+    """
     folder.mkdir()
     content = json.loads((packed / "config.json").read_text())
     content["quantization_config"] |= config or {}

@@ -1,4 +1,4 @@
-"""Published methods: their order on a layer, the errors of released codes that must not be repeated, the metric they share."""
+"""Published methods: their order on a layer, errors of released codes, the metric they share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def errors(layer):
 
 @pytest.mark.slow
 def test_published_methods_stand_in_the_published_order(errors):
-    """3BASiL table 1, HASSLE-free table 2, ALPS figure 1, EoRA table 1: as published (`polish=0`), equal rank."""
+    """As published (`polish=0`), at equal rank: 3BASiL table 1, HASSLE-free table 2, ALPS figure 1,
+    EoRA table 1."""
     plain = {"adapter_rank": RANK, "polish": 0}
     magnitude, wanda, sparsegpt = errors("magnitude"), errors("wanda"), errors("sparsegpt")
     alps, oats, sslc = errors("alps", polish=0), errors("oats", **plain), errors("sslc", **plain)
@@ -256,7 +257,7 @@ def test_a_singular_gram_matrix_is_damped_and_one_that_is_not_positive_definite_
 
 @pytest.mark.parametrize("values", ["int4", "int8"])
 def test_slim_quant_searches_the_quantiser_that_it_applies(values):
-    """SLiM's code models a step of a/8 and applies a/7: 6.7 % more squared error on Gaussian weights."""
+    """SLiM's code models a step of a/8 and applies a/7: 6.7 % more squared error on Gaussians."""
     W = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     high = 7 if values == "int4" else 127
     found = slim_quant(W, values)

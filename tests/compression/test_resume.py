@@ -1,7 +1,8 @@
-"""Going on with an interrupted run: what was finished, what was read and what was searched are compared and kept."""
+"""Going on with an interrupted run: what it finished, read and searched is compared and kept."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -102,9 +103,15 @@ def of_another_type(key, value):
 
 
 DAMAGES = {
-    "swapped": swapped, "layer": without_a_layer, "error": other_error,
-    **{f"{key}={value}": of_another_type(key, value) for key in ("settings", "blocks", "inputs", "search", "sha256") for value in (7, None, [3])},
-}  # fmt: skip
+    "swapped": swapped,
+    "layer": without_a_layer,
+    "error": other_error,
+    **{
+        f"{key}={value}": of_another_type(key, value)
+        for key in ("settings", "blocks", "inputs", "search", "sha256")
+        for value in (7, None, [3])
+    },
+}
 
 
 def test_a_damaged_progress_file_is_named(dense, interrupted):
@@ -188,11 +195,11 @@ def test_a_run_that_finished_no_block_leaves_nothing(dense, tmp_path, kind, coun
 
 @pytest.mark.slow
 def test_a_search_is_kept_and_gone_on_with(dense, tmp_path, monkeypatch):
-    measured, real = [], budget._layer
+    measured, real = [], budget.Measurement._layer
     monkeypatch.setattr(
-        budget,
+        budget.Measurement,
         "_layer",
-        lambda model, linear, *rest: measured.append(1) or real(model, linear, *rest),
+        lambda self, *rest: measured.append(1) or real(self, *rest),
     )
     settings = dict(calibration=TOKENS, bits=5.0, group_size=32, rounds=0)
     compress(dense, tmp_path / "want", progress=False, **settings)
@@ -205,14 +212,9 @@ def test_a_search_is_kept_and_gone_on_with(dense, tmp_path, monkeypatch):
         ("none", 1, 0),
     ):
         measured.clear()
-        run = lambda: compress(
-            dense, tmp_path / "out", progress=killer(kind, count), resume=True, **settings
-        )
-        if kind == "none":
-            record = run()
-        else:
-            with pytest.raises(Killed):
-                run()
+        more_settings = {"progress": killer(kind, count), "resume": True, **settings}
+        with contextlib.nullcontext() if kind == "none" else pytest.raises(Killed):
+            record = compress(dense, tmp_path / "out", **more_settings)
         assert len(measured) == more, kind
     assert same_bytes(tmp_path / "out", tmp_path / "want")
     measured.clear()

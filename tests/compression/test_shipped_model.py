@@ -1,4 +1,4 @@
-"""The small Llama in benchmarks/model: it loads, it fits in git, it learned something, and 2:4 pruning hurts it."""
+"""The small Llama in benchmarks/model: it loads, fits in git, has learned, and 2:4 hurts it."""
 
 from __future__ import annotations
 
@@ -121,5 +121,6 @@ def test_dense_model_predicts_heldout_source_and_2_4_magnitude_pruning_hurts(win
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             groups = module.weight.detach().view(-1, 4)
             groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0.0)
-    # 1.12 over all held-out text: 3.2 M training tokens leave the model undertrained and so tolerant of pruning.
+    # It is 1.12 over all held-out text: 3.2 M training tokens leave the model undertrained, and so
+    # tolerant of pruning.
     assert perplexity(model, windows) > 1.25 * dense

@@ -1,4 +1,4 @@
-"""Several processes at one model: who waits for whom, for how long, and what is said when one does not come or stops."""
+"""Several processes at one model: who waits for whom, and what is said when one stops."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from slab_kernels.format.layout import PackedLayout
 from slab_kernels.testing import random_packed
 
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
-# The times of a real run, shortened; what stands for gloo's 30 minutes is shorter than the leader's work.
+# The times of a real run are shortened; what stands for gloo's 30 minutes is shorter than the
+# leader's work.
 SCRIPT = """
 import datetime, functools, os, sys, time
 import torch.distributed as dist
 from slab_kernels.compression import team
 team.ARRIVAL, team.SILENCE, team.BEAT = 20.0, 2.0, 0.2
-dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=1))
+second = datetime.timedelta(seconds=1)
+dist.init_process_group = functools.partial(dist.init_process_group, timeout=second)
 kind = sys.argv[1]
 def work():
     if kind == "long":

@@ -33,7 +33,8 @@ def run(order):
             assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
             assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
 """
-# Each order in a process of its own, into which only packages that neither of the two libraries belongs to have been imported.
+# Each order runs in a process of its own, into which only packages that neither of the two libraries
+# belongs to have been imported.
 FRESH = """
 import accelerate, huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
 
@@ -137,9 +138,15 @@ def test_all_orders():
 
 
 def distinct_orders() -> list[tuple[str, ...]]:
-    """The orders that differ in what happens: what follows the second or the last event finds everything imported."""
-    orders = itertools.permutations(EVENTS)
-    return sorted({order[: min(order.index(EVENTS[1]), order.index(EVENTS[4])) + 1] for order in orders})  # fmt: skip
+    """The orders that differ in what happens.
+
+    Whatever follows the second or the last event finds everything imported.
+    """
+    found = set()
+    for order in itertools.permutations(EVENTS):
+        end = min(order.index(EVENTS[1]), order.index(EVENTS[4]))
+        found.add(order[: end + 1])
+    return sorted(found)
 
 
 def which_is_first(order: tuple[str, ...]) -> list[bool | None]:
@@ -188,7 +195,8 @@ def test_a_strange_transformers_lives_and_refuses_our_folders():
 DEFAULT_META = """
 import torch
 with torch.device("meta"):
-    import slab_kernels.cli.main, slab_kernels.compression.model, slab_kernels.nn, slab_kernels.engines.transformers
+    import slab_kernels.cli.main, slab_kernels.compression.model, slab_kernels.nn
+    import slab_kernels.engines.transformers
 from slab_kernels.methods.solvers.quantize import SEARCH
 assert SEARCH == torch.linspace(0.5, 1.0, 21).tolist()
 """

@@ -1,4 +1,4 @@
-"""Slices of packed tensors, as tensor parallelism wants them: the ranks' outputs against the whole layer's."""
+"""Tensor parallelism on packed tensors: the outputs of all ranks against the whole layer's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.engines.sharding import Shards, column_parallel, cut, row_parallel
+from slab_kernels.engines.sharding import LayerParts, column_parallel, row_parallel
 from slab_kernels.errors import CheckpointError, MetadataError, PaddingError, ShapeError
 from slab_kernels.format import PackedLayout, PackedWeight, Slice
 from slab_kernels.testing import random_packed
@@ -35,7 +35,7 @@ def form(N: int, K: int, name: str) -> PackedLayout:
 
 def assemble(slices: list[Slice], wholes: list[PackedWeight]) -> list[PackedWeight]:
     """What a rank holds once every tensor has come, part by part."""
-    shards = Shards([f"part{i}" for i in range(len(slices))], slices)
+    shards = LayerParts([f"part{i}" for i in range(len(slices))], slices)
     for i, whole in enumerate(wholes):
         for name, tensor in whole.tensors().items():
             shards.load(name, tensor, i if len(wholes) == len(slices) else None)
@@ -86,12 +86,15 @@ def test_inputs_split_over_ranks(name, world):
 @pytest.mark.parametrize("name", FORMS)
 def test_the_ranks_hold_every_byte_once(name):
     whole = random_packed(form(48, 256, name))
-    for part_of, axis in (
+    for cut, axis in (
         (lambda r: column_parallel([whole.layout], [12], r, 4)[0], 0),
         (lambda r: row_parallel(whole.layout, r, 4), 1),
     ):
         for tensor_name, tensor in whole.tensors().items():
-            parts = [cut(part_of(r), tensor_name, tensor) for r in range(4)]
+            ranks = [LayerParts(["part"], [cut(r)]) for r in range(4)]
+            for rank in ranks:
+                rank.load(tensor_name, tensor)
+            parts = [rank.tensors[0][tensor_name] for rank in ranks]
             if tensor_name in ("V", "Q"):
                 joined = torch.cat(parts) if axis else None
             elif tensor_name in ("U", "P") or tensor.shape[1] == 1:
@@ -102,9 +105,8 @@ def test_the_ranks_hold_every_byte_once(name):
                 assert all(torch.equal(p, tensor) for p in parts)
             else:
                 assert torch.equal(joined, tensor)
-            assert all(
-                p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parts
-            )  # not the whole file's
+            # No part holds on to the storage of the whole tensor.
+            assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parts)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -162,7 +164,7 @@ def test_worlds_that_cut_a_unit_are_refused_with_those_that_fit():
 
 def test_what_is_missing_or_strange_is_refused_by_name():
     whole = random_packed(form(32, 64, "fp16"))
-    shards = Shards(["layer.o_proj"], [row_parallel(whole.layout, 0, 2)])
+    shards = LayerParts(["layer.o_proj"], [row_parallel(whole.layout, 0, 2)])
     tensors = whole.tensors()
     for name in tensors.keys() - {"signs"}:
         shards.load(name, tensors[name])
@@ -193,6 +195,6 @@ def test_padding_is_checked_in_the_only_slice_that_has_some():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_layer_without_a_checkpoint_is_zero(name):
-    shards = Shards(["q", "k"], column_parallel([form(16, 64, name)] * 2, [8, 8], 1, 2))
+    shards = LayerParts(["q", "k"], column_parallel([form(16, 64, name)] * 2, [8, 8], 1, 2))
     shards.fill()
     assert not any(part.dense().any() for part in shards.packed())

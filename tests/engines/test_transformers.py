@@ -1,4 +1,4 @@
-"""Packed folders through transformers' own `from_pretrained` and `save_pretrained`, against `slab_kernels.load`."""
+"""Packed folders through transformers' own functions, against `slab_kernels.load`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import CheckpointError, FormatError, VersionError
-from slab_kernels.evaluate import perplexity as evaluate
+from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.nn import SlabLinear
 
 transformers = pytest.importorskip("transformers")
@@ -123,7 +123,10 @@ def test_dequantized(folders):
 
 
 def test_static_cache_and_compile(tmp_path):
-    """One graph without breaks serves every decoded token. (Inductor compiles it too; its C++ would take this test a minute.)"""
+    """One graph without breaks serves every decoded token.
+
+    Inductor compiles it too, but its C++ would take this test a minute.
+    """
     tiny_models.write(tmp_path / "dense", num_hidden_layers=1)
     slab_kernels.compress(tmp_path / "dense", tmp_path / "packed", progress=False, **SETTINGS)
     opened, ids = AutoModel.from_pretrained(tmp_path / "packed"), tiny_models.tokens(1, 6)
@@ -164,7 +167,7 @@ def test_random_weights_are_refused(folders, opened_without_us, tmp_path):
     ):
         slab_kernels.check(opened_without_us)
     with pytest.raises(CheckpointError, match="random numbers"):
-        evaluate.perplexity(opened_without_us, tiny_models.tokenizer(), tiny_models.text(), 16)
+        perplexity(opened_without_us, tiny_models.tokenizer(), tiny_models.text(), 16)
     with pytest.raises(CheckpointError, match="random numbers"):
         slab_kernels.save(opened_without_us, tmp_path / "never")
     assert not (tmp_path / "never").exists()
@@ -206,7 +209,10 @@ def test_unknown_keys_are_ignored_and_newer_formats_refused(folders, tmp_path):
 
 
 def damage(folder, tmp_path, tensor, change):
-    """A copy in one file with a tensor left out (None) or replaced by change(it, or None if it is new)."""
+    """A copy in one file, with tensors replaced by what `changes` make of them.
+
+    A change is None for a tensor that is left out, and gets None for one that is new.
+    """
     slab_kernels.load(folder).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     before = state.pop(tensor, None)

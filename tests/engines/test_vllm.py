@@ -1,4 +1,7 @@
-"""Packed folders served by vLLM against `slab_kernels.load(...).generate`. Opt-in: only where vLLM is installed (`make test-vllm`)."""
+"""Packed folders served by vLLM against `slab_kernels.load(...).generate`.
+
+These tests run only where vLLM is installed (`make test-vllm`).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ pytest.importorskip("vllm")
 
 DTYPE = "float16" if ON_GPU else "float32"
 SIZES = {  # heads of a size that vLLM's attention has, and slices of whole groups on two ranks
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "max_position_embeddings": 128,
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 256, "max_position_embeddings": 128,
 }  # fmt: skip
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
 SERVE = """
@@ -60,8 +64,10 @@ if __name__ == "__main__":
 
 
 def serve(folder, reloads=(), adapter=None, **arguments) -> list[list]:
-    """Greedy tokens and the sum of their log probabilities from a vLLM of its own, for each prompt; again after each reload, from the folder
-    that is then copied over the first. adapter: a folder of LoRA matrices.
+    """Greedy tokens and the sum of their log probabilities for each prompt, by a vLLM of its own.
+
+    reloads: folders that are then copied over the first one by one, each followed by a reload and
+    the same prompts. adapter: a folder of LoRA matrices.
 
     Raises: RuntimeError with all it said.
     """
@@ -124,7 +130,8 @@ def scaled(packed: PackedWeight, norm: float) -> PackedWeight:
 def randomly_packed(folder, architecture: str, forms: list[dict], seed: int = 0, **sizes) -> None:
     """A model whose linears are random packed weights of these forms in turn, with a tokenizer.
 
-    Queries and keys are large: attention is then far from uniform, and a wrong one of them changes the tokens.
+    Queries and keys are large: attention is then far from uniform, and a wrong one of them changes
+    the tokens.
     """
     tiny_models.write(folder / "dense", architecture, **sizes)
     from transformers import AutoModelForCausalLM

@@ -1,6 +1,8 @@
 """Every decoder that transformers builds and vLLM has, compressed and served: a Markdown table.
 
-    .venv-vllm/bin/python tests/engines/vllm_table.py [TYPE ...]        some 20 seconds a type, on CPU
+    .venv-vllm/bin/python tests/engines/vllm_table.py [TYPE ...]
+
+It takes about 20 seconds per type on a CPU.
 
 Each step runs in a process of its own, forked from one that has imported everything.
 """
@@ -28,49 +30,45 @@ os.environ |= {
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the tests' modules lie
 
 import tiny_models
 import torch
+from matrix.configs import tiny
 
 import slab_kernels
 from slab_kernels.errors import ArchitectureError
 
-# Whatever of these a config has. Heads and latents are of sizes that vLLM's attention has.
+# Heads, latents and states as vLLM's attention has them; other sizes are those of the matrix.
 SIZES = {
-    "vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256,
-    "max_position_embeddings": 128, "max_seq_len": 128, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "ffn_dim": 256, "ffn_hidden_size": 256, "n_inner": 256,
-    "expansion_ratio": 2, "word_embed_proj_dim": 128, "rotary_dim": 32, "sliding_window": 6,
-    "query_pre_attn_scalar": 32, "num_kv_heads": 2, "global_head_dim": 32,
-    "num_global_key_value_heads": 2, "num_kv_shared_layers": 0,
-    "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16,
-    "num_nextn_predict_layers": 0, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
-    "moe_topk": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "num_shared_experts": 1,
-    "moe_num_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "ffn_dim": 256,
+    "ffn_hidden_size": 256, "n_inner": 256, "expansion_ratio": 2, "word_embed_proj_dim": 128,
+    "max_position_embeddings": 128, "max_seq_len": 128, "model_max_length": 128, "rotary_dim": 32,
+    "sliding_window": 6, "query_pre_attn_scalar": 32, "global_head_dim": 32,
+    "num_global_key_value_heads": 2, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16,
+    "num_nextn_predict_layers": 0, "moe_intermediate_size": 128, "n_group": 1, "topk_group": 1,
     "shared_expert_intermediate_size": 128, "shared_intermediate_size": 128, "q_lora_rank": 32,
-    "o_lora_rank": 32, "o_groups": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 32, "v_head_dim": 32,
-    "index_n_heads": 2, "index_head_dim": 64, "index_topk": 8, "mamba_n_heads": 8,
-    "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "o_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
+    "v_head_dim": 32, "index_n_heads": 2, "index_head_dim": 64, "indexer_head_dim": 64,
+    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
-OF_A_TYPE = {
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "deepseek_v3": {"topk_method": "noaux_tc"},  # as in the published folders
-    "falcon_h1": {"mamba_d_ssm": 256},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+CORRECTIONS = {
+    "axk1": {"head_dim": 64},
+    "cohere2": {"head_dim": 32},
+    "deepseek_v3": {"head_dim": 64, "topk_method": "noaux_tc"},  # as in the published folders
+    "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 256},
+    "granitemoehybrid": {"mamba_d_head": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"num_experts_per_tok": 1},  # vLLM has no other on CPU
     "mamba2": {"num_heads": 8, "head_dim": 32},
-    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 32},
-    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
-    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "minicpm3": {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 32},
+    "qwen3_5_moe_text": LINEAR_AND_FULL,
+    "qwen3_5_text": LINEAR_AND_FULL,
+    "qwen3_next": LINEAR_AND_FULL,
+    "zamba2": {"n_mamba_heads": 4},
 }
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
 LARGEST = 12e6  # weights
@@ -86,16 +84,10 @@ def types() -> list[str]:
 
 def build(name: str, folder: Path) -> None:
     """A random model of that type, with a tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    default, sizes = AutoConfig.for_model(name), dict(SIZES)
-    if settable(default, "qk_rope_head_dim"):
-        sizes["head_dim"] = sizes["qk_rope_head_dim"]  # what the name means where heads are latent
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    names = getattr(default, "attribute_map", None) or {}
-    given = {names.get(key, key): value for key, value in sizes.items() if settable(default, key)}
-    config = AutoConfig.for_model(name, **(given | OF_A_TYPE.get(name, {})))
+    config = tiny(name, SIZES, CORRECTIONS.get(name))
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).parameters()
     count = sum(parameter.numel() for parameter in parameters)
@@ -110,17 +102,6 @@ def build(name: str, folder: Path) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
-
-
-def settable(config, key: str) -> bool:
-    """Something that the type has, once for all layers, and that is not computed from others."""
-    try:
-        found = getattr(config, key)
-    except Exception:
-        return False
-    computed = getattr(type(config), key, None)
-    absent = found is None and not key.endswith("_token_id")
-    return not absent and not (isinstance(computed, property) and computed.fset is None)
 
 
 def pack(dense: Path, out: Path, skip: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`eval --tasks`: the lm-evaluation-harness on a packed model, with a task made here; without the package, a sentence."""
+"""`eval --tasks`: the lm-evaluation-harness on a packed model, with a task made here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The format: identities proved exhaustively, golden bytes, exact inverses, slices, one named error a defect."""
+"""The format: exhaustive identities, golden bytes, inverses, slices, a named error per defect."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_golden_bytes_fp16():
         name: bytes(v.view(torch.uint8).flatten().tolist()).hex()
         for name, v in fmt.pack(golden()).tensors().items()
     }
-    # nibbles 4 (0|1<<2), 8 (0|2<<2), D (1|3<<2), E (2|3<<2); signs: entries 1, 2, 4, 7 are negative.
+    # nibbles 4 (0|1<<2), 8 (0|2<<2), D (1|3<<2), E (2|3<<2); signs: entries 1, 2, 4, 7 are
+    # negative.
     assert t["metadata"] == "84ed"
     assert t["signs"] == f"{0b10010110:02x}"
     assert t["values"] == "003c00c000420038004700c7004400bc"
@@ -143,7 +144,8 @@ def test_golden_bytes_of_two_planes():
     B[0, [2, 3, 5, 7, 8, 10, 12, 13]] = torch.tensor([3, -3, 1, -1, 3, 3, -1, 1], dtype=torch.int8)
     d = fmt.Decomposition(S=d.S, mask=d.mask, U=d.U, V=d.V, B=B, planes=2)
     p = fmt.pack(d)
-    # B / 2 in magnitudes: plane 0 counts 1, plane 1 counts 1/2; 3 = ++, 1 = +-, -1 = -+, -3 = --; set bits are minus.
+    # B / 2 in magnitudes: plane 0 counts 1, plane 1 counts 1/2; 3 = ++, 1 = +-, -1 = -+, -3 = --;
+    # set bits are minus.
     assert p.signs.tolist() == [[0b01001010, 0b10000110]]
     low = 0.5 * 0.25
     assert p.dense()[0, [2, 3, 5, 7, 8, 10, 12, 13]].tolist() == [

@@ -20,7 +20,7 @@ from slab_kernels.cli import main as cli
 from slab_kernels.compression.record import RunRecord, layer_from_dict
 from slab_kernels.errors import BackendError, CheckpointError, FormatError
 from slab_kernels.evaluate.inspect import inspect
-from slab_kernels.evaluate.perplexity import running
+from slab_kernels.evaluate.running import running
 from slab_kernels.models.folder import INDEX_NAME, RECORD_NAME, Checkpoint
 from slab_kernels.models.packed import check_finite
 from slab_kernels.models.shards import MAX_DEPTH, read_json

@@ -76,15 +76,15 @@ CORRECTIONS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def small(kind, corrections: dict | None = None) -> dict:
+def small(kind, corrections: dict | None = None, sizes: dict[str, int] = GENERIC) -> dict:
     """Keywords for the config class `kind`: small sizes, its sub-configs too, then corrections."""
     names = {field.name for field in dataclasses.fields(kind)}
-    given = {key: size for key, size in GENERIC.items() if key in names}
+    given = {key: size for key, size in sizes.items() if key in names}
     given |= {key: token for key, token in TOKENS.items() if key in names}
     if "kv_lora_rank" in names:  # latent attention has a key for every head
         given["num_key_value_heads"] = HEADS
     for name, inner in inner_kinds(kind).items():
-        given[name] = small(inner, CORRECTIONS.get(inner.model_type))
+        given[name] = small(inner, CORRECTIONS.get(inner.model_type), sizes)
         if name in (corrections or {}):
             given[name] |= corrections[name]
     return {
@@ -113,12 +113,18 @@ def inner_kinds(kind) -> dict[str, type]:
     return {name: inner for name, inner in found.items() if dataclasses.is_dataclass(inner)}
 
 
-def tiny(model_type: str):
-    """The config. Raises: whatever transformers makes of it."""
+def tiny(model_type: str, sizes: dict[str, int] | None = None, corrections: dict | None = None):
+    """The config of a type.
+
+    sizes: instead of those of the table. corrections: instead of those of CORRECTIONS.
+
+    Raises: whatever transformers makes of it.
+    """
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    return kind(**small(kind, CORRECTIONS.get(model_type)))
+    corrections = CORRECTIONS.get(model_type, {}) | (corrections or {})
+    return kind(**small(kind, corrections, GENERIC | (sizes or {})))
 
 
 def types() -> list[str]:

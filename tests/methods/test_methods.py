@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slab_kernels.compression.blockwise import relative_error
+from slab_kernels.compression.block import relative_error
 from slab_kernels.errors import (
     CalibrationError,
     DtypeError,

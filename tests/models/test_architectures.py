@@ -1,4 +1,7 @@
-"""One code path for every decoder: what the blocks are given, which layers share an input, and what is refused."""
+"""One code path for every decoder.
+
+Tested are what the blocks are given, which layers share an input, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,8 @@ def test_gpt2_keeps_weights_outside_linear():
     model = built("gpt2", vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     refused(
         model,
-        r"transformer\.h\.0\.attn\.c_attn \(Conv1D\) keeps its weight 'weight' \[32, 96\] outside nn\.Linear",
+        r"transformer\.h\.0\.attn\.c_attn \(Conv1D\) keeps its weight 'weight' \[32, 96\] "
+        r"outside nn\.Linear",
     )
 
 
@@ -148,7 +152,8 @@ def mixtral() -> nn.Module:
 def test_stacked_experts_are_refused_unless_left_dense():
     refused(
         mixtral(),
-        r"no stacked experts\), and skip='\*\.mlp\.gate', skip='\*\.mlp\.experts' together leave them dense",
+        r"no stacked experts\), and skip='\*\.mlp\.gate', skip='\*\.mlp\.experts' "
+        r"together leave them dense",
     )
     skip = ("*.mlp.gate", "*.mlp.experts")
     model = compress(
@@ -195,7 +200,10 @@ def test_mamba_is_compressed_but_for_its_state_matrix(tmp_path):
 
 def test_rwkv_is_compressed_but_for_what_its_code_reads(tmp_path):
     """Its model rescales two weights of every block, outside of the block's own forward."""
-    message = r"reads the weight of attention\.output, feed_forward\.value .* skip='\*\.attention\.output', skip='\*\.feed_f"
+    message = (
+        r"reads the weight of attention\.output, feed_forward\.value "
+        r".* skip='\*\.attention\.output', skip='\*\.feed_f"
+    )
     linears = {f"attention.{n}" for n in ("key", "value", "receptance")} | {
         "feed_forward.key",
         "feed_forward.receptance",
@@ -225,7 +233,8 @@ def test_a_weight_that_is_looked_for_politely_is_no_obstacle():
         if block is Rude:
             refused(
                 model,
-                "reads the weight of linear, idle in its own code, .*; no other linear is left to compress",
+                "reads the weight of linear, idle in its own code, .*; "
+                "no other linear is left to compress",
             )
         else:
             compress(model, method="magnitude", calibration=tiny_models.tokens(), progress=False)
@@ -249,7 +258,8 @@ def share_weight(model):
     [
         (
             share_block,
-            r"layers\.0\.self_attn\.q_proj .* share one weight \(14 linears are shared in all\), .* before compression$",
+            r"layers\.0\.self_attn\.q_proj .* share one weight "
+            r"\(14 linears are shared in all\), .* before compression$",
             None,
         ),
         (
@@ -291,7 +301,8 @@ def test_weights_that_are_not_in_memory_are_named(tmp_path):
     )
     refused(
         offloaded,
-        r"the weight model\.layers\.1\.self_attn\.q_proj\.weight of .* is not in memory .* give its folder",
+        r"the weight model\.layers\.1\.self_attn\.q_proj\.weight of .* is not in memory "
+        r".* give its folder",
     )
     refused(
         config_skeleton(tiny_models.config("llama")),
@@ -313,7 +324,8 @@ def test_no_blocks_says_what_was_looked_for():
     model.config.num_hidden_layers = 7
     refused(
         model,
-        r"looked for an nn\.ModuleList with weights in every element and num_hidden_layers=7 elements; found model\.layers \(2\)",
+        r"looked for an nn\.ModuleList with weights in every element and num_hidden_layers=7 "
+        r"elements; found model\.layers \(2\)",
     )
 
 
@@ -325,7 +337,8 @@ def test_in_features_that_the_pattern_does_not_divide():
     model = tiny_models.model(intermediate_size=46)
     refused(
         model,
-        r"model\.layers\.0\.mlp\.down_proj has in_features=46, which groups of 4 do not divide; .* skip='\*\.mlp\.down_proj'",
+        r"model\.layers\.0\.mlp\.down_proj has in_features=46, which groups of 4 do not divide; "
+        r".* skip='\*\.mlp\.down_proj'",
     )
     compress(
         model,

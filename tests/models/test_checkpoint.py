@@ -1,4 +1,7 @@
-"""Folders on disk: every defect has its sentence, every write is whole or absent, every resume is the same run."""
+"""Folders on disk.
+
+Every defect has its sentence, every write is whole or absent, every resume is the same run.
+"""
 
 from __future__ import annotations
 
@@ -394,7 +397,7 @@ def test_what_is_not_packed_is_checked_too(packed, tmp_path, use):
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    """A file size limit stands for the full disk: the write fails half way, with the system's own error."""
+    """A limit of file sizes stands for the full disk: the write fails half way."""
     tensors = {"x": torch.zeros(1 << 16)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
@@ -567,7 +570,10 @@ def test_a_failed_run_lets_go_of_its_folder_and_can_be_resumed(tmp_path):
 
 
 def test_a_lock_removed_while_it_was_opened_is_no_lock(tmp_path, monkeypatch):
-    """Between opening the lock file and locking it, its holder may end and remove it: what is locked must be the file there."""
+    """Between opening and locking it, the file may be removed by its holder.
+
+    What is locked must then be the file that is there now.
+    """
     first, real = OutputFolder(tmp_path, {}, resume=False), fcntl.flock
 
     def late(file, how):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -134,16 +135,28 @@ def test_a_damaged_table_is_named(copy, table):
 
 
 @pytest.mark.parametrize("original", [True, False])
-def test_save_pretrained_writes_them_under_the_names_that_it_gives(tmp_path, original):
+@pytest.mark.parametrize("opener", [AutoModelForCausalLM.from_pretrained, slab_kernels.load])
+def test_save_pretrained_writes_them_under_the_names_that_it_gives(tmp_path, opener, original):
     """GPT-NeoX's tensors are renamed on the way to the disk, or not."""
     tiny_models.write(tmp_path / "dense", "gpt_neox")
     slab_kernels.compress(tmp_path / "dense", tmp_path / "packed", **SETTINGS)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    opened = opener(tmp_path / "packed")
     opened.save_pretrained(tmp_path / "again", max_shard_size="30KB", save_original_format=original)
     again = Checkpoint(tmp_path / "again")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert all(entry.checksum for entry in again.entries.values())
     again.verify()
+
+
+def test_a_loaded_model_is_one_of_transformers_own(copy):
+    """It can be copied, and `dequantize` of transformers makes its linears dense."""
+    model, ids = slab_kernels.load(copy), tiny_models.tokens()
+    before = model(ids).logits
+    again = deepcopy(model)
+    again.dequantize()
+    assert not any(isinstance(module, slab_kernels.SlabLinear) for module in again.modules())
+    torch.testing.assert_close(again(ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_a_loaded_model_does_not_change_with_its_files(copy):

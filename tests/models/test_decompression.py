@@ -115,8 +115,9 @@ def test_what_is_stored_dense_must_fit_too(tmp_path):
     """A pattern that is not packed is written in the source's dtype."""
     tiny_models.write(tmp_path / "m", dtype=torch.float16)
     weight = torch.full((32, 48), 65504.0)
-    from slab_kernels.compression.plan import Plan
+    from slab_kernels.compression.plan import store
     from slab_kernels.format import Decomposition
+    from slab_kernels.methods import LayerSettings
 
     whole = Decomposition(
         weight, torch.ones(32, 48, dtype=torch.bool), P=torch.ones(32, 1) * 100, Q=torch.ones(48, 1)
@@ -124,7 +125,7 @@ def test_what_is_stored_dense_must_fit_too(tmp_path):
     with pytest.raises(
         RangeError, match=r"m\.weight reaches 6\.56e\+04, which float16 does not hold"
     ):
-        Plan("magnitude", "50%").store("m", whole, torch.float16)
+        store("m", whole, LayerSettings(method="magnitude", pattern="50%"), torch.float16)
 
 
 @pytest.mark.parametrize(

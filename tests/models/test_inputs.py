@@ -1,4 +1,4 @@
-"""Inputs of linears, caught when they are read: blocks that write into what they are given change nothing."""
+"""Inputs of linears, caught when they are read, whatever a block writes into them later."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_mlp_that_works_in_place_on_its_input():
 
 
 class Reads(nn.Module):
-    """Linears that read, in order: x; x again after a write that leaves no trace; a copy of x; x where no token is 5."""
+    """Linears that read x, x after a write that leaves no trace, a copy of x, x without some."""
 
     def __init__(self):
         super().__init__()
@@ -141,6 +141,22 @@ def test_a_hidden_state_that_the_model_writes_into_between_blocks_is_seen():
             lambda index: nn.Linear(4, 4),
             torch.device("cpu"),
         )
+
+
+def test_a_model_that_does_not_run_is_named_in_one_sentence():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, input_ids, use_cache):
+            raise ValueError("no such layer\nand a page of advice")
+
+    model = Model()
+    tokens, cpu = torch.zeros(1, 2, dtype=torch.long), torch.device("cpu")
+    said = r"^Model does not run on the calibration text: ValueError: no such layer$"
+    with pytest.raises(ArchitectureError, match=said):
+        catch_stream(model, model.blocks, tokens, lambda index: model.blocks[index], cpu)
 
 
 class Idle(nn.Module):

@@ -1,4 +1,4 @@
-"""Mixtures of experts left dense: read from split names, packed beside them, and written back in the form that others read."""
+"""Mixtures of experts that stay dense: read from split names and written back in that form."""
 
 from __future__ import annotations
 
@@ -136,6 +136,7 @@ def test_an_expert_that_is_not_there_is_named(tmp_path):
     save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         CheckpointError,
-        match=r"cannot rebuild 'model\.layers\.1\.mlp\.experts\.gate_up_proj' from tensor 'model\.layers\.1\.block",
+        match=r"cannot rebuild 'model\.layers\.1\.mlp\.experts\.gate_up_proj' from tensor "
+        r"'model\.layers\.1\.block",
     ):
         open_source(tmp_path / "dense")

@@ -1,4 +1,7 @@
-"""Folders whose model is Python code of their own: refused before any of it runs, or run on request and carried along."""
+"""Folders whose model is Python code of their own.
+
+They are refused before any of it runs; on request it is run, and carried along.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,8 @@ def test_nothing_runs_and_nothing_is_asked(tmp_path, ran, capsys, monkeypatch):
     ):
         with pytest.raises(
             ArchitectureError,
-            match=r"own Python code \(model_type 'own_llama'\), which was not run; .*give trust_remote_code=True",
+            match=r"own Python code \(model_type 'own_llama'\), which was not run; "
+            r".*give trust_remote_code=True",
         ):
             attempt()
     capsys.readouterr()

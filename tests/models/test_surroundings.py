@@ -87,7 +87,8 @@ with torch.device("meta"):
     import transformers.quantizers.auto as auto
     from slab_kernels.methods.solvers.masks import Pattern
     from slab_kernels.methods.solvers.states import group_states
-    states = [vars(group_states(Pattern(keep=2, group=4), planes, torch.device("cpu"))) for planes in (0, 1)]
+    pattern, cpu = Pattern(keep=2, group=4), torch.device("cpu")
+    states = [vars(group_states(pattern, planes, cpu)) for planes in (0, 1)]
 assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"].__module__ == "slab_kernels.engines.transformers"
 assert not any(t.is_meta for kept in states for t in kept.values())
 assert [len(kept["mask"]) for kept in states] == [6, 24]

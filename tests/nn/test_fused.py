@@ -1,4 +1,5 @@
-"""FusedSlabLinear: several projections of one x, on every backend that runs here and on the emulated CUDA device."""
+"""FusedSlabLinear: several projections of one x, on every backend that runs here and on the
+emulated CUDA device."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def test_the_parts_side_by_side(monkeypatch, backend, biases):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_bias_is_added_before_rounding(monkeypatch, backend, dtype):
-    """As in each part alone: products of 1e5 are infinite in fp16, and what a bias leaves of them is not."""
+    """As in each part alone: products of 1e5 are infinite in fp16, and what a bias leaves of them
+    is not."""
     monkeypatch.setenv("SLAB_KERNELS_BACKEND", backend)
     packed = [random_packed(PackedLayout(n, K, rank=1), seed=n, integers=True) for n in ROWS]
     x = torch.full((2, K), 2048.0)

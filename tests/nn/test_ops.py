@@ -234,16 +234,18 @@ def test_vmap_runs_over_x_and_refuses_anything_else():
 
 
 def test_threads_share_a_layer_from_its_first_call_on():
-    """Eight threads meet in a fresh layer: preparing races, and every result is the one of a single thread."""
+    """Eight threads meet in a fresh layer: preparing races, and every result is the one of a single
+    thread."""
     packed = random_packed(PackedLayout(160, 512, "int4", 32, rank=2, adapter_rank=3))
     fused = [random_packed(PackedLayout(n, 512, "int8", rank=1), seed=n) for n in (96, 32)]
     xs = [
         torch.randn(m, 512, generator=torch.Generator().manual_seed(m)) for m in (1, 2, 7, 33) * 2
     ]
-    make = lambda: (
-        SlabLinear.from_packed(packed),
-        FusedSlabLinear(map(SlabLinear.from_packed, fused)),
-    )
+
+    def make():
+        single = SlabLinear.from_packed(packed)
+        return single, FusedSlabLinear(map(SlabLinear.from_packed, fused))
+
     alone = make()
     want = [(alone[0](x), *alone[1](x)) for x in xs]
     for _ in range(5):
@@ -285,7 +287,8 @@ def test_aot_inductor(tmp_path):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_another_weight_in_a_prepared_layer(monkeypatch, backend):
-    """Assigned, written in place, loaded, put there for one call, and loaded while another thread calls: what runs is what the layer holds."""
+    """Assigned, written in place, loaded, put there for one call, and loaded while another thread
+    calls: what runs is what the layer holds."""
     monkeypatch.setenv(dispatch.ENVIRONMENT, backend)
     first, second = (random_packed(LAYOUT, seed=seed) for seed in (1, 2))
     x, new = torch.randn(2, 48), second.tensors()

@@ -347,6 +347,12 @@ def test_bars_start_at_zero_and_none_is_cut(draw):
     assert low == 0 and all(bar.get_width() <= high and bar.get_x() == 0 for bar in ax.patches)
 
 
+def test_many_methods_all_look_different():
+    methods = [*style.STYLES, *"abcdefghij"]
+    chosen = style.styles([(method, method) for method in methods for _ in range(3)])
+    assert len(set(chosen.values())) == len(methods) == len(chosen)
+
+
 def test_labels_of_close_points_do_not_cover_each_other():
     points = [
         Result(m, bits_per_weight=9.5, perplexity=6 + 0.001 * i, label=m)
@@ -474,7 +480,9 @@ def test_the_stacked_bars_add_up():
 def test_the_roofline_is_what_the_machine_reached():
     ceilings = {"measured_gbytes_per_s": 1000.0, "measured_tflops": 50.0}
     timed = [row | ceilings | {"tflops": 1.0, "weight_bytes": 1024} for row in BENCH]
-    assert len(speed.with_ceilings([*timed, BENCH[0]])) == 2, "rows without ceilings are left out"
+    others = [timed[0] | {"dtype": "fp32", "device": "cpu"}, timed[0] | {"weight_bytes": 0}]
+    found = speed.with_ceilings([*timed, BENCH[0], *others])
+    assert {name: len(rows_) for name, rows_ in found.items()} == {"bf16": 2, "fp32 on cpu": 1}
     (ax,) = speed.roofline(timed, style.DARK).axes
     roof = ax.lines[-1]
     assert roof.get_xdata()[1] == 50.0 and list(roof.get_ydata()[1:]) == [50.0, 50.0]

@@ -2,7 +2,7 @@
 memory streams the weights.
 
 Counts are those of counter.py: exact for the code, an upper bound where a branch has two sides.
-Budgets are arithmetic on the datasheet figures of plan.GPUS (peak bandwidth, boost clock), and no
+Budgets are arithmetic on the datasheet figures of gpus.GPUS (peak bandwidth, boost clock), and no
 prediction of a time: latencies, bank conflicts and the limits of DRAM (about 92 % of peak) are not
 in them. `python tests/sass/counter.py` prints the tables of the README.
 """
@@ -18,11 +18,13 @@ import numpy as np
 
 from sass import counter as sass
 from slab_kernels.backends.cuda import compile as recipe
-from slab_kernels.backends.cuda.plan import DENSE, GPUS, INT4, INT8, REGISTERS, W16, Gpu, Sizes
+from slab_kernels.backends.cuda.gpus import GPUS, Gpu
+from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
+from slab_kernels.backends.cuda.tiles import REGISTERS, CudaSizes
 
 RESULT = sass.ROOT / "benchmarks" / "results" / "instruction-budget.json"
 VALUES = {"w16": W16, "int8": INT8, "int4": INT4}
-KINDS = {**VALUES, "dense": DENSE}  # of plan.ISSUE
+KINDS = {**VALUES, "dense": DENSE}  # of cost.ISSUE
 WEIGHTS = (
     32 * 128
 )  # of a K-block; a warp instruction does 32 lanes' work, so 128 of them are one a weight
@@ -65,7 +67,7 @@ def architecture_of(gpu: Gpu) -> str:
 
 def block_bytes(values: int) -> int:
     """Of 32 rows x 128 inputs in the stream: rank 1, one scale for 128 inputs."""
-    return 2 * Sizes(128, (32,), values, 4, 1, 0).block_bytes
+    return 2 * CudaSizes(128, (32,), values, 4, 1, 0).block_bytes
 
 
 def bits(values: int) -> float:
@@ -112,7 +114,7 @@ def tiles_of(name: str, tokens: int) -> float:
 def issue_line(
     kernels: dict[str, sass.Kernel], name: str
 ) -> tuple[tuple[int, int], dict[int, float]]:
-    """(fixed, per token tile) for plan.ISSUE by least squares of relative errors, and the counts by
+    """(fixed, per token tile) for cost.ISSUE by least squares of relative errors, and the counts by
     tokens of a warp.
 
     Of the fp16 kernels. bf16 issues the same for w16 and a few per cent more for integers.
@@ -252,7 +254,7 @@ def main(target: str = str(RESULT)) -> None:
     )
     for name in KINDS:
         line, counts = issue_line(machine_code["sm_90a"], name)
-        print(f"plan.ISSUE of {name}: {line}, counted {counts}")
+        print(f"cost.ISSUE of {name}: {line}, counted {counts}")
     found = record(machine_code)
     lists = {
         key: "[\n  " + ",\n  ".join(map(json.dumps, found.pop(key))) + "\n ]"

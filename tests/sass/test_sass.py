@@ -17,19 +17,10 @@ import pytest
 from sass import counter as sass
 from sass import instruction_budget
 from slab_kernels.backends.cuda import compile as recipe
-from slab_kernels.backends.cuda.plan import (
-    GPUS,
-    INT4,
-    INT8,
-    ISSUE,
-    PLANES_ISSUE,
-    PLANES_REGISTERS,
-    REGISTERS,
-    TALL,
-    TALL_ISSUE,
-    TALL_REGISTERS,
-    W16,
-)
+from slab_kernels.backends.cuda.cost import ISSUE, PLANES_ISSUE, TALL_ISSUE
+from slab_kernels.backends.cuda.gpus import GPUS
+from slab_kernels.backends.cuda.layout import INT4, INT8, W16
+from slab_kernels.backends.cuda.tiles import PLANES_REGISTERS, REGISTERS, TALL, TALL_REGISTERS
 
 MOST_BYTES = 6_500_000  # of a cubin; sm_90a takes 4.1, sm_120a's code is half as large again
 LARGEST_FAMILY = (
@@ -40,8 +31,8 @@ SIMPLE_REGISTERS, ANY_REGISTERS = (
     128,
 )  # reduce and dense: four CTAs of 256 threads; dense of any rank: two
 ROW_TILES, STEPS = 2, 4  # of a warp, of a K-block
-WITHIN = 0.10  # of plan.ISSUE
-PLANES_WITHIN = 0.02  # of plan.PLANES_ISSUE: two tiles, a line through both
+WITHIN = 0.10  # of cost.ISSUE
+PLANES_WITHIN = 0.02  # of cost.PLANES_ISSUE: two tiles, a line through both
 PLANES_NAMES = {2: "two", 3: "three"}
 EVERY = pytest.mark.parametrize("architecture", recipe.ARCHITECTURES)
 
@@ -205,7 +196,7 @@ def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
             modelled = fixed + per_tile * instruction_budget.tiles_of(name, tokens)
             if abs(modelled / counted - 1) > WITHIN:
                 wrong[
-                    f"plan.ISSUE of {name} is {ISSUE[values]}, the machine code says {fitted}"
+                    f"cost.ISSUE of {name} is {ISSUE[values]}, the machine code says {fitted}"
                 ].append(f"t{tokens}: {modelled:.0f} for {counted:.0f}")
     wrong.check()
 
@@ -236,7 +227,7 @@ def test_the_cost_model_knows_the_kernels_of_several_planes(machine_code):
             modelled = fixed + per_tile * tokens / 8
             if abs(modelled / counted - 1) > PLANES_WITHIN:
                 wrong[
-                    f"plan.PLANES_ISSUE says {modelled:.0f}, the machine code {counted:.0f}"
+                    f"cost.PLANES_ISSUE says {modelled:.0f}, the machine code {counted:.0f}"
                 ].append(kernel)
     wrong.check()
 

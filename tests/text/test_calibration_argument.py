@@ -1,4 +1,4 @@
-"""What `calibration=` takes: rows of JSON, chats by the tokenizer's template, texts in memory, and token ids in any form."""
+"""What `calibration=` takes: JSON rows, chats, texts in memory, and token ids in any form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import CalibrationError
-from slab_kernels.evaluate import perplexity as evaluate
+from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.text.source import read_text
 from slab_kernels.text.token_ids import token_ids
 
@@ -65,14 +65,22 @@ def test_a_folder_holds_rows_too_and_reading_stops_in_time(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"text": "x"', "line 2 of .* is no JSON"), ("[1]", "line 2 of .* is a list, expected an object"), ('"x"', "is a string"),
-        ({"content": "x", "id": 1}, "none of the fields text, messages, .* it has content, id"), ({"text": None}, "text must be a string, not null"),
-        ({"text": ["x"]}, "text must be a string, not a list"), ({"messages": "Hi"}, "messages must be a list of {role, content}, not a string"),
-        ({"messages": []}, "messages must be"), ({"messages": [{"content": "x"}]}, "messages must be"), ({"prompt": "x"}, "not a string and null"),
-        ({"prompt": "x", "completion": CHAT}, "both strings or both lists"), ('{"text": "\\ud800"}', "half a character"),
-        ("[" * 100_000, "line 2 of .* is no JSON"), ({"text": " "}, None),
+        ('{"text": "x"', "line 2 of .* is no JSON"),
+        ("[1]", "line 2 of .* is a list, expected an object"),
+        ('"x"', "is a string"),
+        ({"content": "x", "id": 1}, "none of the fields text, messages, .* it has content, id"),
+        ({"text": None}, "text must be a string, not null"),
+        ({"text": ["x"]}, "text must be a string, not a list"),
+        ({"messages": "Hi"}, "messages must be a list of {role, content}, not a string"),
+        ({"messages": []}, "messages must be"),
+        ({"messages": [{"content": "x"}]}, "messages must be"),
+        ({"prompt": "x"}, "not a string and null"),
+        ({"prompt": "x", "completion": CHAT}, "both strings or both lists"),
+        ('{"text": "\\ud800"}', "half a character"),
+        ("[" * 100_000, "line 2 of .* is no JSON"),
+        ({"text": " "}, None),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_has_no_text_is_named(tmp_path, tokenizer, row, message):
     file = lines(tmp_path / "a.jsonl", {"text": "fine"}, row)
     if message is None:
@@ -101,13 +109,21 @@ def test_a_chat_needs_a_template_that_can_write_it(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "ids",
     [
-        TOKENS, TOKENS.int(), TOKENS.tolist(), TOKENS.numpy(), TOKENS.numpy().astype("uint16"), list(TOKENS), tuple(TOKENS.numpy()),
-        {"input_ids": TOKENS, "labels": TOKENS}, {"input_ids": TOKENS.tolist(), "attention_mask": torch.ones_like(TOKENS).tolist()},
-        BatchEncoding({"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}), [{"input_ids": row} for row in TOKENS.tolist()],
+        TOKENS,
+        TOKENS.int(),
+        TOKENS.tolist(),
+        TOKENS.numpy(),
+        TOKENS.numpy().astype("uint16"),
+        list(TOKENS),
+        tuple(TOKENS.numpy()),
+        {"input_ids": TOKENS, "labels": TOKENS},
+        {"input_ids": TOKENS.tolist(), "attention_mask": torch.ones_like(TOKENS).tolist()},
+        BatchEncoding({"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}),
+        [{"input_ids": row} for row in TOKENS.tolist()],
         [{"input_ids": row[None]} for row in TOKENS],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_ids_in_any_form_are_the_same_ids(ids):
     found = token_ids(ids)
     assert found.dtype == torch.long and torch.equal(found, TOKENS)
@@ -116,13 +132,21 @@ def test_ids_in_any_form_are_the_same_ids(ids):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (TOKENS.float(), "integer tensor"), (TOKENS.bool(), "integer tensor"), (TOKENS[0], r"\[samples, window\], got .* \[16\]"),
-        (TOKENS[:0], "non-empty"), (-TOKENS, "none may be negative"), ([[1, 2], [3]], "1 to 2 tokens; cut them to one length"), (5, "integer tensor"),
-        ([[1, "x"]], "cannot be read"), ([[1 << 70]], "cannot be read"), ({"input_ids": TOKENS, "attention_mask": TOKENS > 9}, "as padding"),
-        ({"input_ids": TOKENS, "attention_mask": "x"}, "attention_mask .* cannot be read"), ([{"input_ids": [1]}, {"x": 1}], "no input_ids"),
+        (TOKENS.float(), "integer tensor"),
+        (TOKENS.bool(), "integer tensor"),
+        (TOKENS[0], r"\[samples, window\], got .* \[16\]"),
+        (TOKENS[:0], "non-empty"),
+        (-TOKENS, "none may be negative"),
+        ([[1, 2], [3]], "1 to 2 tokens; cut them to one length"),
+        (5, "integer tensor"),
+        ([[1, "x"]], "cannot be read"),
+        ([[1 << 70]], "cannot be read"),
+        ({"input_ids": TOKENS, "attention_mask": TOKENS > 9}, "as padding"),
+        ({"input_ids": TOKENS, "attention_mask": "x"}, "attention_mask .* cannot be read"),
+        ([{"input_ids": [1]}, {"x": 1}], "no input_ids"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_ids_that_mean_nothing_plain_are_named(ids, message):
     with pytest.raises(CalibrationError, match=message):
         token_ids(ids, "held-out")
@@ -182,20 +206,7 @@ def test_a_token_that_the_model_has_no_row_for_is_named_everywhere(tmp_path, cap
     tokenizer = tiny_models.tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})  # its id, 96, is beyond the embedding
     with pytest.raises(CalibrationError, match="go up to 96, but the model's vocabulary has 96"):
-        evaluate.perplexity(tiny_models.model(), tokenizer, "abc")
-
-
-def test_generation_ends_at_the_last_position():
-    model, tokenizer = (
-        tiny_models.model("opt"),
-        tiny_models.tokenizer(),
-    )  # its positions are a table
-    new, _ = evaluate.continuation(model, tokenizer, "abc", 500)
-    assert 0 < len(new) <= 61
-    with pytest.raises(
-        CalibrationError, match="70 tokens, which leaves none of the model's 64 positions"
-    ):
-        evaluate.continuation(model, tokenizer, "a" * 70, 5)
+        perplexity(tiny_models.model(), tokenizer, "abc")
 
 
 def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys):
@@ -221,9 +232,13 @@ def test_home_is_home_for_what_is_read_and_written(tmp_path, monkeypatch, capsys
     ]
     few = ["--text", "~/t.txt", "--steps", "1", "--window", "16", "--samples", "4"]
     for arguments in (
-        ["compress", "~/m", "~/o", *small], ["eval", "~/o", "--text", "~/t.txt", "--max-tokens", "50"], ["inspect", "~/o"],
-        ["decompress", "~/o", "~/d"], ["train", "~/o", "~/trained", *few], ["report", "~/o", "--out", "~/r", "--no-plots"],
-    ):  # fmt: skip
+        ["compress", "~/m", "~/o", *small],
+        ["eval", "~/o", "--text", "~/t.txt", "--max-tokens", "50"],
+        ["inspect", "~/o"],
+        ["decompress", "~/o", "~/d"],
+        ["train", "~/o", "~/trained", *few],
+        ["report", "~/o", "--out", "~/r", "--no-plots"],
+    ):
         assert cli.run(arguments) == 0, capsys.readouterr().err
     slab_kernels.save(slab_kernels.load("~/o"), "~/s")
     slab_kernels.compress("~/m", "~/p", method="magnitude", calibration=TOKENS, progress=False)

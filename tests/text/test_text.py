@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slab_kernels.errors import CalibrationError
-from slab_kernels.evaluate import perplexity as evaluate
+from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.text.source import read_text, sample_windows, tokenize, windows
 
 
@@ -118,7 +118,7 @@ def test_too_little_text_says_how_much_there_is(tokenizer):
 
 def test_perplexity_is_the_mean_over_whole_windows(tokenizer):
     model, text = tiny_models.model(), tiny_models.text(40)
-    found = evaluate.perplexity(model, tokenizer, text, window=16)
+    found = perplexity(model, tokenizer, text, window=16)
     ids = tokenize(tokenizer, text)
     count = len(ids) // 15
     losses = []
@@ -128,16 +128,17 @@ def test_perplexity_is_the_mean_over_whole_windows(tokenizer):
             logits = model(piece[None]).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
     assert found == {
-        "perplexity": pytest.approx(math.exp(sum(losses) / (15 * count)), rel=1e-5), "tokens": 15 * count, "windows": count, "window": 16,
-    }  # fmt: skip
+        "perplexity": pytest.approx(math.exp(sum(losses) / (15 * count)), rel=1e-5),
+        "tokens": 15 * count,
+        "windows": count,
+        "window": 16,
+    }
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tokenizer):
     model = tiny_models.model(tie_word_embeddings=False)
     model.lm_head.weight.data.zero_()
-    found = evaluate.perplexity(
-        model, tokenizer, "abc"
-    )  # shorter than one window: the tail is all there is
+    found = perplexity(model, tokenizer, "abc")  # shorter than one window: the tail is all there is
     assert (
         found["perplexity"] == pytest.approx(tiny_models.VOCABULARY)
         and found["tokens"] == 3
@@ -148,22 +149,12 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tokenizer):
 def test_perplexity_refuses_what_it_cannot_measure(tokenizer):
     model = tiny_models.model()
     with pytest.raises(CalibrationError, match="3 is no text"):
-        evaluate.perplexity(model, tokenizer, 3)
+        perplexity(model, tokenizer, 3)
     with pytest.raises(CalibrationError, match="window='4' must be"):
-        evaluate.perplexity(model, tokenizer, "abc", window="4")
-    with pytest.raises(CalibrationError, match="measured on token ids"):
-        evaluate.layer_errors(model, model, "abc")
+        perplexity(model, tokenizer, "abc", window="4")
     with pytest.raises(CalibrationError, match="has 0 tokens"):
-        evaluate.perplexity(model, tokenizer, "")
+        perplexity(model, tokenizer, "")
     with pytest.raises(CalibrationError, match="window=65 is longer than the model's 64 positions"):
-        evaluate.perplexity(model, tokenizer, "abc", window=65)
+        perplexity(model, tokenizer, "abc", window=65)
     with pytest.raises(CalibrationError, match="but the model's vocabulary has 40"):
-        evaluate.perplexity(tiny_models.model(vocab_size=40), tokenizer, "xyz")
-
-
-def test_tokens_per_second(tokenizer):
-    assert evaluate.tokens_per_second(tiny_models.model(), tokenizer, "abc", 8) > 0
-    with pytest.raises(ValueError, match="new_tokens=1"):
-        evaluate.tokens_per_second(tiny_models.model(), tokenizer, "abc", 1)
-    with pytest.raises(ValueError, match="prompt is empty"):
-        evaluate.tokens_per_second(tiny_models.model(), tokenizer, "", 8)
+        perplexity(tiny_models.model(vocab_size=40), tokenizer, "xyz")

@@ -1,9 +1,12 @@
-"""What is compiled for CUDA and how: sources, architectures, nvcc. Standard library only, because setup.py loads this file by path.
+"""What is compiled for CUDA and how: sources, architectures, nvcc.
 
-The device code in csrc/cuda includes nothing but itself and format.h, so nvcc (here, ahead of time) and NVRTC (nvrtc.py, at
-run time) compile the same text with the same options. As a script it builds the images ahead of time, like setup.py:
+Only the standard library is used here, because setup.py loads this file by its path. The device
+code in csrc/cuda includes nothing but itself and format.h, so nvcc (here, ahead of time) and NVRTC
+(nvrtc.py, at run time) compile the same text with the same options. As a script, this file builds
+the images ahead of time as setup.py does:
 
-    python slab_kernels/backends/cuda/compile.py [--nvcc NVCC] [FOLDER]     (--which: only says which nvcc that would be)
+    python slab_kernels/backends/cuda/compile.py [--nvcc NVCC] [FOLDER]
+    python slab_kernels/backends/cuda/compile.py --which     (only names the nvcc it would use)
 """
 
 from __future__ import annotations
@@ -15,21 +18,22 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2]
-IMAGES = (
-    PACKAGE / "cubins"
-)  # where setup.py puts <source>.<architecture>.cubin, <source>.compute_80.ptx and the record
-RECORD = "built.json"  # the last file written: images without it, or of other sources, are not used
+# Where setup.py puts <source>.<architecture>.cubin, <source>.compute_80.ptx and the record.
+IMAGES = PACKAGE / "cubins"
+# The record is written last: images without it, or of other sources, are not used.
+RECORD = "built.json"
 
-# 90a and 120a: wgmma and the block-scaled mma exist only under the "a"; such a cubin runs on exactly that capability.
+# wgmma and the block-scaled mma exist only under the "a" of 90a and 120a. Such a cubin runs on
+# exactly that capability.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
-FALLBACK = "compute_80"  # PTX that the driver compiles for every newer device
-# capability -> cubins that run on it, best first. Absent ones take the fallback: a cubin serves later minors of its major,
-# but not across desktop and Tegra (8.7), and never with an "a".
+FALLBACK = "compute_80"  # PTX, which the driver compiles for every newer device
+# The cubins that run on a capability, best first. A capability that is absent takes the fallback: a
+# cubin serves later minor versions of its major one, but no Tegra (8.7), and no other one with an
+# "a".
 RUNS = {
     (8, 0): ("sm_80",),
     (8, 6): ("sm_86", "sm_80"),
@@ -37,18 +41,18 @@ RUNS = {
     (9, 0): ("sm_90a",),
     (12, 0): ("sm_120a",),
 }
-OPTIONS = (
-    "-std=c++17",
-)  # of nvcc and NVRTC alike; their defaults agree on fma contraction, division and denormals
+# The options of nvcc and NVRTC alike. Their defaults agree on fma contraction, division and
+# denormals.
+OPTIONS = ("-std=c++17",)
 NVCC_OPTIONS = (*OPTIONS, "-O3", "-Xptxas=-v")
 
 
 class Impossible(Exception):
-    """The images cannot be built here; the message says why."""
+    """Something cannot be built here, the library or the images; the message says why."""
 
 
 def source_folder() -> Path | None:
-    """The folder with format.h and cuda/: the copy inside an installed package, or csrc of a checkout."""
+    """The folder with format.h and cuda/, in an installed package or a checkout, or None."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "format.h").is_file() and any((folder / "cuda").glob("*.cu")):
             return folder
@@ -56,7 +60,10 @@ def source_folder() -> Path | None:
 
 
 def read_sources(folder: Path) -> dict[str, str]:
-    """Path below the folder -> text, of everything that a kernel may include. Raises: OSError if one cannot be read."""
+    """The text of everything that a kernel may include, by its path below the folder.
+
+    Raises: OSError if a file cannot be read.
+    """
     files = [
         folder / "format.h",
         *sorted(p for p in (folder / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".h")),
@@ -65,12 +72,12 @@ def read_sources(folder: Path) -> dict[str, str]:
 
 
 def units(sources: dict[str, str]) -> list[str]:
-    """The compiled files without their ending: one image each for every architecture."""
+    """The names of the compiled files without their ending; each gives one image per target."""
     return sorted(Path(name).stem for name in sources if name.endswith(".cu"))
 
 
 def digest(sources: dict[str, str], *more: str) -> str:
-    """Hexadecimal SHA-256 of all names, texts and further strings, unambiguous about where one ends."""
+    """SHA-256, in hexadecimal, of all names, texts and further strings and of where each ends."""
     return hashlib.sha256(json.dumps([sorted(sources.items()), more]).encode()).hexdigest()
 
 
@@ -79,9 +86,9 @@ def image_name(unit: str, architecture: str) -> str:
 
 
 def find_nvcc() -> str:
-    """nvcc of CUDA_HOME, of PATH, of the pip packages nvidia-cuda-nvcc and nvidia-nvvm, or of /usr/local/cuda.
+    """The first nvcc of CUDA_HOME, PATH, the pip packages and /usr/local/cuda.
 
-    Raises: Impossible if there is none.
+    The pip packages are nvidia-cuda-nvcc and nvidia-nvvm. Raises: Impossible if there is no nvcc.
     """
     places = [
         Path(home, "bin/nvcc")
@@ -89,7 +96,7 @@ def find_nvcc() -> str:
         if home
     ]
     places += [Path(found) for found in (shutil.which("nvcc"),) if found]
-    spec = importlib.util.find_spec("nvidia")  # a namespace: nothing is run
+    spec = importlib.util.find_spec("nvidia")  # It is a namespace, so nothing is run.
     for folder in (spec.submodule_search_locations or []) if spec else []:
         places += sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
     places.append(Path("/usr/local/cuda/bin/nvcc"))
@@ -107,7 +114,10 @@ def nvcc_command(nvcc: str, source: Path, architecture: str, output: Path) -> li
 
 
 def run(command: list[str]) -> str:
-    """Its stdout. Raises: Impossible with all that it printed if it fails or cannot be started."""
+    """Run a command and return its stdout.
+
+    Raises: Impossible, with all that it printed, if it fails or cannot be started.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -118,19 +128,22 @@ def run(command: list[str]) -> str:
 
 
 def known_architectures(nvcc: str) -> tuple[list[str], list[str]]:
-    """Those of ours that this nvcc can compile for, and those that it cannot. Raises: Impossible if nvcc does not run."""
+    """Our architectures that this nvcc can compile for, and those that it cannot.
+
+    Raises: Impossible if nvcc does not run.
+    """
     listed = set(run([nvcc, "--list-gpu-arch"]).split())
-    known, unknown = [], []
+    known: list[str] = []
+    unknown: list[str] = []
     for name in (*ARCHITECTURES, FALLBACK):
-        virtual = "compute_" + name.split("_")[1].rstrip(
-            "a"
-        )  # the list names 90 and 120 without their "a"
+        # nvcc lists 90 and 120 without their "a".
+        virtual = "compute_" + name.split("_")[1].rstrip("a")
         (known if virtual in listed else unknown).append(name)
     return known, unknown
 
 
 def record(folder: Path) -> dict[str, object]:
-    """What `build` wrote about the images of a folder; empty if it is missing or damaged."""
+    """The record that `build` wrote in a folder; empty if it is missing or damaged."""
     try:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,11 +151,25 @@ def record(folder: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
-    """Compile every csrc/cuda/*.cu for every architecture into the folder, on all cores; returns remarks for the user.
+def compile_image(command: list[str], target: Path) -> None:
+    """Run a command whose last argument is its output, and move that to the target.
 
-    Nothing is compiled if the folder already holds the images of these sources, this nvcc and these options.
-    Raises: Impossible if there is no nvcc or source, or if nvcc fails.
+    A process that reads the old image keeps it. Raises: Impossible if the command fails.
+    """
+    output = Path(command[-1])
+    try:
+        run(command)
+        output.replace(target)
+    finally:
+        output.unlink(missing_ok=True)
+
+
+def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
+    """Compile every csrc/cuda/*.cu for every architecture into the folder, on all cores.
+
+    Returns remarks for the user. Nothing is compiled if the folder already holds the images of
+    these sources, this nvcc and these options. Raises: Impossible if there is no nvcc or source, or
+    if nvcc fails.
     """
     if not any((csrc / "cuda").glob("*.cu")):
         raise Impossible(f"{csrc} has no cuda/*.cu")
@@ -151,53 +178,42 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
     known, unknown = known_architectures(nvcc)
     if not known:
         raise Impossible(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}")
-    version = run([nvcc, "--version"])
-    names = sorted(
-        image_name(unit, architecture) for unit in units(sources) for architecture in known
-    )
-    # The sources alone are what the running package can compare; the rest only decides whether to compile again.
+    remarks = [f"{nvcc} is too old for {', '.join(unknown)}"] if unknown else []
+    pairs = [(unit, architecture) for unit in units(sources) for architecture in known]
+    names = sorted(image_name(*pair) for pair in pairs)
+    # The running package can compare the sources alone. The compiler only decides whether to
+    # compile again.
     wanted = {
         "sources": digest(sources),
-        "compiler": digest({}, version, *NVCC_OPTIONS),
+        "compiler": digest({}, run([nvcc, "--version"]), *NVCC_OPTIONS),
         "images": names,
     }
-    remarks = [f"{nvcc} is too old for {', '.join(unknown)}"] if unknown else []
     if record(folder) == wanted and all((folder / name).is_file() for name in names):
         return remarks
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    jobs = []
-    for unit in units(sources):
-        for architecture in known:
-            target = folder / image_name(unit, architecture)
-            jobs.append(
-                (
-                    nvcc_command(
-                        nvcc, csrc / f"cuda/{unit}.cu", architecture, target.with_suffix(".tmp")
-                    ),
-                    target,
-                )
-            )
-
-    def compile_one(job: tuple[list[str], Path]) -> None:
-        command, target = job
-        try:
-            run(command)
-            Path(command[-1]).replace(target)  # a process that reads the old image keeps it
-        finally:
-            Path(command[-1]).unlink(missing_ok=True)
-
+    commands, targets = [], []
+    for unit, architecture in pairs:
+        target = folder / image_name(unit, architecture)
+        source, output = csrc / f"cuda/{unit}.cu", target.with_suffix(".tmp")
+        commands.append(nvcc_command(nvcc, source, architecture, output))
+        targets.append(target)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs))
+        list(pool.map(compile_image, commands, targets))
     if digest(read_sources(csrc)) != wanted["sources"]:
         raise Impossible(f"{csrc} was edited while nvcc read it; build again")
-    for stale in folder.iterdir():  # of a source or architecture that is gone
-        if stale.suffix in (".cubin", ".ptx") and stale.name not in names:
-            stale.unlink()
+    remove_stale_images(folder, names)
     fresh = folder / f"{RECORD}.tmp"
     fresh.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     fresh.replace(folder / RECORD)
     return remarks
+
+
+def remove_stale_images(folder: Path, names: list[str]) -> None:
+    """Delete every image with another name: its source or architecture is gone."""
+    for image in folder.iterdir():
+        if image.suffix in (".cubin", ".ptx") and image.name not in names:
+            image.unlink()
 
 
 def main() -> None:
@@ -211,18 +227,16 @@ def main() -> None:
     try:
         if arguments.which:
             nvcc = arguments.nvcc or find_nvcc()
-            return print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
-        remarks = build(
-            arguments.folder, source_folder() or PACKAGE.parent / "csrc", arguments.nvcc
-        )
+            print(nvcc, run([nvcc, "--version"]).split("\n")[-3:-1][0])
+            return
+        csrc = source_folder() or PACKAGE.parent / "csrc"
+        remarks = build(arguments.folder, csrc, arguments.nvcc)
     except Impossible as reason:
         raise SystemExit(f"slab_kernels: the CUDA kernels cannot be compiled: {reason}") from None
-    print(
-        *[f"slab_kernels: {remark}" for remark in remarks],
-        f"{arguments.folder}: up to date",
-        sep="\n",
-    )
+    for remark in remarks:
+        print(f"slab_kernels: {remark}")
+    print(f"{arguments.folder}: up to date")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

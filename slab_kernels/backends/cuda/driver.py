@@ -1,7 +1,8 @@
-"""Launches kernels through the CUDA driver's own interface, libcuda.so.1, by ctypes: no cudart, nothing to link.
+"""Launches kernels through the CUDA driver's own interface, libcuda.so.1, by ctypes.
 
-libcuda is opened on first use, never at import. `launch` is the only call on the hot path: one dictionary look-up, one
-struct.pack_into into memory of the calling thread, two calls of the driver.
+There is no cudart and nothing to link. libcuda is opened on first use, never at import. `launch` is
+the only call on the hot path: one dictionary look-up, one struct.pack_into into memory of the
+calling thread, two calls of the driver.
 """
 
 from __future__ import annotations
@@ -21,25 +22,28 @@ from . import images
 
 LIBRARY = "libcuda.so.1"
 _PLAIN_SHARED = 48 * 1024  # dynamic shared memory that every kernel may use without asking
-_DEPENDENT_SINCE = 90  # compute_90: programmatic dependent launch
+_DEPENDENT_SINCE = 90  # compute_90 is the first with programmatic dependent launch.
 
-# cuda.h
+# The numbers below are those of cuda.h.
 _NOT_FOUND = 500
-# The driver cannot use this image, another one may do: invalid image, no binary for the device, no JIT compiler, and PTX or
-# a cubin of a toolkit that is newer than the driver.
+# These errors mean that the driver cannot use an image, but perhaps another: invalid image, no
+# binary for the device, no JIT compiler, and PTX or a cubin of a toolkit newer than the driver.
 _UNUSABLE = {200, 209, 218, 220, 221, 222, 223}
+_OUT_OF_RESOURCES = 701  # It is found at once; the other errors from 700 on may come late.
 _STATIC_SHARED, _PTX_VERSION, _MAX_DYNAMIC_SHARED = 1, 5, 8  # CU_FUNC_ATTRIBUTE_*
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-# CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number; behind it kernelParams[0]
+# CUlaunchConfig holds grid, block, shared bytes, stream, attributes and their number. The pointer
+# kernelParams[0] is kept behind it.
 _CONFIG = struct.Struct("@7IxxxxQQIxxxxQ")
 _PARAMETERS_AT = 56
 
 
 class _Function(NamedTuple):
+    """A kernel that is loaded in a context."""
+
     handle: ctypes.c_void_p
-    attributes: (
-        int  # address of the launch attribute of dependent launches, 0 where the device has none
-    )
+    # The address of the launch attribute of dependent launches, 0 where the kernel has none.
+    attributes: int
     limit: int  # dynamic shared bytes that the driver allows it so far
 
 
@@ -61,10 +65,8 @@ class _Slot:
         self.get_context, self.launch = cuda.cuCtxGetCurrent, cuda.cuLaunchKernelEx
         self.buffer = ctypes.create_string_buffer(_CONFIG.size)
         start = ctypes.addressof(self.buffer)
-        self.config, self.parameters = (
-            ctypes.c_void_p(start),
-            ctypes.c_void_p(start + _PARAMETERS_AT),
-        )
+        self.config = ctypes.c_void_p(start)
+        self.parameters = ctypes.c_void_p(start + _PARAMETERS_AT)
         self.context = ctypes.c_void_p()
         self.context_out = ctypes.byref(self.context)
 
@@ -74,21 +76,23 @@ class _Thread(threading.local):
         self.slot = _Slot()
 
 
-_thread: _Thread | None = None  # made by the first launch
+_thread: _Thread | None = None  # The first launch makes it.
 _lock = threading.RLock()
-_modules: dict[tuple[str, int, int], ctypes.c_void_p] = {}  # unit, device, context
-_loaded: dict[tuple[str, int, int], _Function] = {}  # kernel, device, context
-_functions: dict[
-    tuple[str, int, int | None], _Function
-] = {}  # the same, once launched: its params have been checked
-_usable: set[int] = set()
-# One CUlaunchAttribute, 72 bytes: id, 4 bytes of padding, the value 1. Only ever read.
+_modules: dict[tuple[str, int, int], ctypes.c_void_p] = {}  # by unit, device, context
+_loaded: dict[tuple[str, int, int], _Function] = {}  # by kernel, device, context
+# The same, of kernels that were launched: the size of their params has been checked.
+_functions: dict[tuple[str, int, int | None], _Function] = {}
+_usable: set[int] = set()  # devices on which nothing is missing
+# One CUlaunchAttribute of 72 bytes: id, 4 bytes of padding, the value 1. It is only ever read.
 _attribute = ctypes.create_string_buffer(struct.pack("@I4xi", _SERIALIZATION, 1), 72)
 
 
 @functools.cache
 def _cuda() -> ctypes.CDLL:
-    """libcuda. Raises: CudaError if there is none. A CDLL lets go of the GIL: a launch waits while the queue is full."""
+    """libcuda, as a CDLL, which lets go of the GIL: a launch waits while the queue is full.
+
+    Raises: CudaError if there is none.
+    """
     try:
         return ctypes.CDLL(LIBRARY)
     except OSError:
@@ -103,7 +107,10 @@ def _properties(device: int) -> Any:
 
 
 def capability(device: int) -> tuple[int, int]:
-    """(9, 0) for an H100. Raises: what torch raises if there is no such device, here and below."""
+    """The compute capability, (9, 0) for an H100.
+
+    Raises: what torch raises if there is no such device; so do the functions below.
+    """
     return _properties(device).major, _properties(device).minor
 
 
@@ -117,9 +124,10 @@ def shared_limit(device: int) -> int:
 
 
 def missing(device: int | None = None) -> str | None:
-    """Why nothing can be launched on that device (default: torch's current one) and what to do about it, or None.
+    """Why nothing can be launched on that device and what to do about it, or None.
 
-    Compiles nothing; a device that can is remembered. Whether the kernels know such a GPU at all is the backend's to say.
+    device: default torch's current one. Nothing is compiled, and a device without a fault is
+    remembered. Whether the kernels know such a GPU at all is for the backend to say.
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
@@ -144,15 +152,23 @@ def launch(
     block: tuple[int, int, int],
     shared_bytes: int,
     params: ctypes.Structure,
+    *,
     device: int,
     stream: int,
     dependent: bool = False,
 ) -> None:
-    """Queue kernel `name` on the stream (its handle, of `device`); params, its one argument, is copied before this returns.
+    """Queue kernel `name` on a stream of the device.
 
-    dependent: the kernel may start before its predecessor in the stream ends, and waits for it by itself (from capability
-    9.0; ignored elsewhere). The first launch loads the module, which graph capture does not allow: call `load` before.
-    Raises: CudaError if the driver refuses, if params has not the size of the kernel's argument, and as `load` does.
+    The first launch loads the module, which graph capture does not allow: call `load` before.
+
+    shared_bytes: dynamic shared memory of a block.
+    params: the kernel's one argument; it is copied before this returns.
+    stream: the handle of the stream.
+    dependent: the kernel may start before its predecessor in the stream ends, and waits for it by
+        itself; ignored on devices older than capability 9.0.
+
+    Raises: CudaError if the driver refuses, or if params has not the size of the kernel's argument;
+    and as `load` does.
     """
     global _thread
     if _thread is None:
@@ -163,7 +179,16 @@ def launch(
     if function is None or shared_bytes > function.limit:
         with _current(device) as context:
             _admit(name, device, context, shared_bytes, ctypes.sizeof(params))
-            return launch(name, grid, block, shared_bytes, params, device, stream, dependent)
+            return launch(
+                name,
+                grid,
+                block,
+                shared_bytes,
+                params,
+                device=device,
+                stream=stream,
+                dependent=dependent,
+            )
     handle, attributes, _ = function
     counted = 1 if dependent and attributes else 0
     _CONFIG.pack_into(
@@ -178,15 +203,15 @@ def launch(
         ctypes.addressof(params),
     )
     if code := slot.launch(slot.config, handle, slot.parameters, None):
-        what = f"kernel {name} with grid {grid}, block {block} and {shared_bytes} bytes of shared memory"
-        raise _error(code, f"{what} was not launched on device {device}")
+        size = f"grid {grid}, block {block} and {shared_bytes} bytes of shared memory"
+        raise _error(code, f"kernel {name} with {size} was not launched on device {device}")
 
 
 def load(name: str, device: int) -> None:
-    """Make kernel `name` ready on the device, so that its first launch neither compiles nor reads anything.
+    """Make kernel `name` ready on the device; its first launch then compiles and reads nothing.
 
-    Raises: CudaError if there is no such kernel or the driver takes none of its images, nvrtc.CompileError if NVRTC refuses
-    the source, OSError if an image cannot be read.
+    Raises: CudaError if there is no such kernel or the driver takes none of its images,
+    CompileError if NVRTC refuses the source, OSError if an image cannot be read.
     """
     with _current(device) as context:
         _function(name, device, context)
@@ -196,7 +221,8 @@ def load(name: str, device: int) -> None:
 def _current(device: int) -> Iterator[int]:
     """The calling thread's context if it is of that device; else the primary one, which is torch's.
 
-    A thread without a context keeps it; another device's is back afterwards.
+    A thread that had no context keeps the primary one. A context of another device is current
+    again afterwards.
     """
     cuda, context, ordinal = _cuda(), ctypes.c_void_p(), ctypes.c_int()
     cuda.cuCtxGetCurrent(ctypes.byref(context))
@@ -232,50 +258,71 @@ def _ordinal(device: int) -> int:
 
 @functools.cache
 def _primary(device: int) -> int:
-    """The primary context, retained once a device and never released: torch holds it until the process ends anyway."""
+    """The primary context, retained once per device and never released.
+
+    torch holds it until the process ends anyway.
+    """
     context = ctypes.c_void_p()
-    _properties(device)  # torch starts CUDA if nobody has
-    _check(
-        _cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), _ordinal(device)),
-        f"device {device} has no context",
-    )
+    _properties(device)  # This makes torch start CUDA if nobody has.
+    what = f"device {device} has no context"
+    _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), _ordinal(device)), what)
+    if context.value is None:
+        raise CudaError(what)
     return context.value
 
 
 def _admit(name: str, device: int, context: int, shared_bytes: int, size: int) -> None:
-    """Enter the kernel in `_functions`, its params checked and as much shared memory allowed as the device has."""
+    """Enter the kernel in `_functions`: its params are checked and shared memory is allowed to it.
+
+    size: bytes of the params.
+    """
     with _lock:
-        cuda, function, taken = _cuda(), _function(name, device, context), ctypes.c_size_t()
-        if hasattr(cuda, "cuFuncGetParamInfo"):  # driver 12.4
-            offset = ctypes.c_size_t()
-            code = cuda.cuFuncGetParamInfo(
-                function.handle, ctypes.c_size_t(0), ctypes.byref(offset), ctypes.byref(taken)
-            )
-            if not code and taken.value != size:
-                raise CudaError(
-                    f"kernel {name} takes a struct of {taken.value} bytes, params has {size}"
-                )
+        function = _function(name, device, context)
+        _check_params(name, function, size)
         if shared_bytes > _PLAIN_SHARED:
-            static = ctypes.c_int()
-            _check(
-                cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function.handle),
-                f"kernel {name}: attributes",
-            )
-            most = shared_limit(device) - static.value
-            if shared_bytes > most:
-                raise CudaError(
-                    f"kernel {name} asks for {shared_bytes} bytes of shared memory, device {device} allows it {most}"
-                )
-            code = cuda.cuFuncSetAttribute(function.handle, _MAX_DYNAMIC_SHARED, most)
-            _check(
-                code,
-                f"kernel {name} was not allowed {most} bytes of shared memory on device {device}",
-            )
-            function = _loaded[name, device, context] = function._replace(limit=most)
+            limit = _allow_shared(name, function, device, shared_bytes)
+            function = _loaded[name, device, context] = function._replace(limit=limit)
         _functions[name, device, context] = function
 
 
+def _check_params(name: str, function: _Function, size: int) -> None:
+    """Raises: CudaError if the kernel's argument has another size, where the driver can tell."""
+    cuda = _cuda()
+    if not hasattr(cuda, "cuFuncGetParamInfo"):  # Drivers have it from CUDA 12.4 on.
+        return
+    first, offset, taken = ctypes.c_size_t(0), ctypes.c_size_t(), ctypes.c_size_t()
+    code = cuda.cuFuncGetParamInfo(
+        function.handle, first, ctypes.byref(offset), ctypes.byref(taken)
+    )
+    if not code and taken.value != size:
+        raise CudaError(f"kernel {name} takes a struct of {taken.value} bytes, params has {size}")
+
+
+def _allow_shared(name: str, function: _Function, device: int, shared_bytes: int) -> int:
+    """Allow the kernel as much dynamic shared memory as the device has, and return how much.
+
+    Raises: CudaError if that is less than shared_bytes.
+    """
+    cuda, static = _cuda(), ctypes.c_int()
+    code = cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function.handle)
+    _check(code, f"kernel {name}: attributes")
+    most = shared_limit(device) - static.value
+    if shared_bytes > most:
+        raise CudaError(
+            f"kernel {name} asks for {shared_bytes} bytes of shared memory, "
+            f"device {device} allows it {most}"
+        )
+    code = cuda.cuFuncSetAttribute(function.handle, _MAX_DYNAMIC_SHARED, most)
+    refused = f"kernel {name} was not allowed {most} bytes of shared memory on device {device}"
+    _check(code, refused)
+    return most
+
+
 def _function(name: str, device: int, context: int) -> _Function:
+    """The kernel, loaded with the first unit that has it.
+
+    Raises: as `load`.
+    """
     with _lock:
         if found := _loaded.get((name, device, context)):
             return found
@@ -291,13 +338,15 @@ def _function(name: str, device: int, context: int) -> _Function:
             return _loaded.setdefault(
                 (name, device, context), _Function(handle, attributes, _PLAIN_SHARED)
             )
-        raise CudaError(
-            f"there is no kernel {name} in csrc/cuda ({', '.join(images.kernel_units()) or 'no sources'})"
-        )
+        known = ", ".join(images.kernel_units()) or "no sources"
+        raise CudaError(f"there is no kernel {name} in csrc/cuda ({known})")
 
 
 def _waits(function: ctypes.c_void_p) -> bool:
-    """Whether the kernel was compiled with its griddepcontrol.wait: a PTX of compute_80 has none, on whatever device."""
+    """Whether the kernel was compiled with its griddepcontrol.wait (PTX ISA, "griddepcontrol").
+
+    A PTX of compute_80 has none, on whatever device it runs.
+    """
     version = ctypes.c_int()
     _check(
         _cuda().cuFuncGetAttribute(ctypes.byref(version), _PTX_VERSION, function),
@@ -307,6 +356,10 @@ def _waits(function: ctypes.c_void_p) -> bool:
 
 
 def _module(unit: str, device: int, context: int) -> ctypes.c_void_p:
+    """The module of a unit's first image that the driver takes.
+
+    Raises: CudaError with every refusal.
+    """
     if found := _modules.get((unit, device, context)):
         return found
     module, refused = ctypes.c_void_p(), []
@@ -317,21 +370,20 @@ def _module(unit: str, device: int, context: int) -> ctypes.c_void_p:
         refused.append(f"{image.origin}: {_says(code)}")
         if code not in _UNUSABLE:
             break
-    reasons = (
-        "; ".join(refused) or images.missing(capability(device), _toolkit()) or "there is no image"
-    )
+    missing = images.missing(capability(device), _toolkit()) or "there is no image"
     raise CudaError(
-        f"the kernels of {unit} were not loaded on device {device}, {_properties(device).name}: {reasons}"
+        f"the kernels of {unit} were not loaded on device {device}, {_properties(device).name}: "
+        + ("; ".join(refused) or missing)
     )
 
 
 def _toolkit() -> str | None:
-    """CUDA's major version that torch was built with, "13"."""
+    """The major version of CUDA that torch was built with, such as "13"; None without CUDA."""
     return torch.version.cuda.split(".")[0] if torch.version.cuda else None
 
 
 def _says(code: int) -> str:
-    """CUDA_ERROR_INVALID_VALUE (invalid argument)"""
+    """An error's name and text, such as "CUDA_ERROR_INVALID_VALUE (invalid argument)"."""
     texts = []
     for ask in (_cuda().cuGetErrorName, _cuda().cuGetErrorString):
         text = ctypes.c_char_p()
@@ -341,10 +393,9 @@ def _says(code: int) -> str:
 
 
 def _error(code: int, what: str) -> CudaError:
-    late = (
-        "; an earlier kernel may be the cause" if 700 <= code < 720 and code != 701 else ""
-    )  # 701: out of resources, at once
-    return CudaError(f"{what}: {_says(code)}{late}")
+    may_be_late = 700 <= code < 720 and code != _OUT_OF_RESOURCES
+    hint = "; an earlier kernel may be the cause" if may_be_late else ""
+    return CudaError(f"{what}: {_says(code)}{hint}")
 
 
 def _check(code: int, what: str) -> None:

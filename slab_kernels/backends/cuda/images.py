@@ -1,8 +1,8 @@
-"""Where a device's machine code comes from: built ahead of time, or compiled by NVRTC into a cache, or nowhere and why.
+"""Where a device's machine code comes from: built ahead of time, or compiled by NVRTC into a cache.
 
 SLAB_KERNELS_CACHE names the cache folder, default ~/.cache/slab_kernels; it is made for its user
-alone. A file's name holds a hash of all that went into it, its last 32 bytes the SHA-256 of the
-rest: what a full disk or a crash left half-written is compiled again.
+alone. A file's name holds a hash of all that went into it, and its last 32 bytes are the SHA-256 of
+the rest: what a full disk or a crash left half-written is compiled again.
 """
 
 from __future__ import annotations
@@ -36,26 +36,33 @@ _SUM = hashlib.sha256().digest_size
 
 
 class Image(NamedTuple):
-    origin: str  # for error messages
-    data: bytes  # a cubin, or PTX ending in a zero byte, as the driver wants it
+    """Machine code that the driver may load."""
+
+    origin: str  # names it in error messages
+    data: bytes  # a cubin, or PTX that ends in a zero byte as the driver wants it
 
 
 @functools.cache
 def kernel_sources() -> dict[str, str]:
-    """Path -> text, read once; empty where the sources are missing."""
+    """Path -> text of every source, read once; empty where the sources are missing."""
     folder = source_folder()
     return read_sources(folder) if folder else {}
 
 
 def kernel_units() -> list[str]:
     """The images that a device needs together: one for each csrc/cuda/*.cu."""
-    return units(kernel_sources()) or sorted(
-        {str(name).split(".")[0] for name in record(IMAGES).get("images", [])}
-    )
+    if sources := kernel_sources():
+        return units(sources)
+    listed = record(IMAGES).get("images")
+    built = listed if isinstance(listed, list) else []
+    return sorted({str(name).split(".")[0] for name in built})
 
 
 def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
-    """Images made by setup.py that run on such a device, best first; none if they are of other sources than those here."""
+    """Images made by setup.py that run on such a device, best first.
+
+    There are none if they were built from other sources than those here.
+    """
     built, sources = record(IMAGES), kernel_sources()
     if not built or (sources and built.get("sources") != digest(sources)):
         return []
@@ -66,9 +73,11 @@ def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
 
 
 def images(unit: str, capability: tuple[int, int], major: str | None = None) -> Iterator[Image]:
-    """What to try to load, in order. NVRTC runs only when all before was refused by the driver.
+    """What to try to load, in order. NVRTC runs only when the driver refused all before.
 
-    Raises: CompileError if NVRTC refuses the source, OSError if an image of setup.py cannot be read.
+    major: the major version of CUDA that torch was built with.
+
+    Raises: CompileError if NVRTC refuses the source, OSError if an image cannot be read.
     """
     for path in ahead_of_time(unit, capability):
         yield Image(path.name, _terminated(path.read_bytes(), path.suffix == ".ptx"))
@@ -82,18 +91,23 @@ def images(unit: str, capability: tuple[int, int], major: str | None = None) -> 
 
 
 def missing(capability: tuple[int, int], major: str | None = None) -> str | None:
-    """Why there is no machine code for such a device and what to do about it, or None. Compiles nothing."""
+    """Why there is no machine code for such a device and what to do about it, or None.
+
+    Nothing is compiled.
+    """
     needed = kernel_units()
     if not needed:
         return "the CUDA kernels' sources are not installed (csrc/cuda); install slab-kernels again"
     if all(ahead_of_time(unit, capability) for unit in needed):
         return None
     if not kernel_sources():
-        return f"no cubin for capability {capability[0]}.{capability[1]} is installed; install slab-kernels again"
+        number = ".".join(map(str, capability))
+        return f"no cubin for capability {number} is installed; install slab-kernels again"
     if rtc.find(major) is None:
+        suffix = f"-cu{major}" if major and int(major) < 13 else ""
         return (
             "no CUDA kernels were built at installation and libnvrtc is not found; pip install "
-            f"nvidia-cuda-nvrtc{f'-cu{major}' if major and int(major) < 13 else ''}, or install again where nvcc is on PATH"
+            f"nvidia-cuda-nvrtc{suffix}, or install again where nvcc is on PATH"
         )
     return None
 
@@ -101,8 +115,8 @@ def missing(capability: tuple[int, int], major: str | None = None) -> str | None
 def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.Nvrtc) -> bytes:
     """The image from the cache, or compiled and put there.
 
-    A cache that cannot be used is done without, with a line on stderr, and so is one that other
-    users may write: its images would run in this process.
+    If the cache cannot be used, the kernels are compiled without it, with a line on stderr. A cache
+    that other users may write counts as one: its images would run in this process.
 
     Raises: CompileError if NVRTC refuses the source.
     """
@@ -126,7 +140,7 @@ def _own_folder() -> Path | None:
     """
     try:
         folder = cache_folder()
-    except RuntimeError:  # no home folder
+    except RuntimeError:  # There is no home folder.
         return None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +154,7 @@ def _own_folder() -> Path | None:
 
 
 def _read(kept: Path) -> bytes | None:
-    """The image in that file if it is whole, and nobody else's."""
+    """The image in that file if it is whole and no other user may have written it."""
     try:
         with kept.open("rb") as f:
             reason, whole = distrust(os.fstat(f.fileno())), f.read()
@@ -154,11 +168,13 @@ def _read(kept: Path) -> bytes | None:
 
 
 def _write(kept: Path, data: bytes) -> None:
-    # Renamed when complete: of processes that compile the same at once the last one wins, and all
-    # read whole files. A NamedTemporaryFile has mode 0600.
-    place = {"dir": kept.parent, "prefix": kept.name, "suffix": ".tmp", "delete": False}
+    """Keep an image, or do without if the file cannot be written."""
+    # The file is renamed when it is complete: of processes that compile the same at once the last
+    # one wins, and all read whole files. A NamedTemporaryFile has mode 0600.
     with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile(**place) as fresh:
+        with tempfile.NamedTemporaryFile(
+            dir=kept.parent, prefix=kept.name, suffix=".tmp", delete=False
+        ) as fresh:
             try:
                 fresh.write(data + hashlib.sha256(data).digest())
                 fresh.close()
@@ -168,10 +184,11 @@ def _write(kept: Path, data: bytes) -> None:
 
 
 def distrust(found: os.stat_result) -> str | None:
-    """Why what is in a file or folder is not to be run, to follow its name in a sentence, or None.
+    """Why what is in a file or folder is not to be run, as the end of a sentence that begins with
+    its name; or None.
 
-    It has to belong to this user or to root, and nobody else may write to it. Where there are no
-    user ids, all is well.
+    It has to belong to this user or to root, and nobody else may write to it. On a system without
+    user ids nothing is distrusted.
     """
     if not hasattr(os, "getuid"):
         return None
@@ -191,7 +208,10 @@ _tell_once = functools.cache(_tell)
 
 
 def cache_folder() -> Path:
-    """Raises: RuntimeError if it is in the home folder and there is none."""
+    """The folder that SLAB_KERNELS_CACHE names, or the one in the home folder.
+
+    Raises: RuntimeError if it is in the home folder and there is none.
+    """
     return Path(os.environ.get("SLAB_KERNELS_CACHE") or "~/.cache/slab_kernels").expanduser()
 
 

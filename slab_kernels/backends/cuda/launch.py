@@ -1,9 +1,10 @@
-"""One linear as launches: fills `LinearParams` of csrc/cuda/params.h and queues one kernel, or two or three.
+"""One linear as launches: fills `LinearParams` of csrc/cuda/params.h and queues its kernels.
 
-The linear's kernel reads z = x Q (adapters) or is followed by the sum of its K-splits (small layers) only where the weight asks for
-it; the launches overlap by programmatic dependent launch where the device has it. Nothing is kept between calls, and
-there are no flags and no atomics: z, the partial sums and a rebuilt weight come from torch's allocator with the call, like
-y, so streams and CUDA graphs may overlap as they like.
+The linear's kernel comes after the one of z = x Q where the weight has an adapter, and before the
+one that adds partial sums where K is split. The launches overlap by programmatic dependent launch
+where the device has it. Nothing is kept between calls, and there are no flags and no atomics: z,
+the partial sums and a rebuilt weight come from torch's allocator with the call, like y, so streams
+and CUDA graphs may overlap as they like.
 """
 
 from __future__ import annotations
@@ -16,14 +17,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...format import ceil_div
 from ..base import MAX_PARTS
-from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, W16, adapters
-from .plan import REBUILT_ROWS, REGISTERS, Gpu, Plan, Rebuild, Sizes, choose
+from .cost import REBUILT_ROWS, Plan, Rebuild
+from .gpus import Gpu
+from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
+from .plan import choose
+from .tiles import REGISTERS, CudaSizes, sizes_of
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BIAS_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-_POINTERS = ("x", "stream", "v", "u", "p", "z", "bias", "y", "partial")
+THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
+WARPS = THREADS // 32
+_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial")
+_NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "whole_blocks", "rank",
+            "planes", "group_steps", "adapter_steps", "z_splits", "bias_type", "x_ragged",
+            "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
+            "splits", "parts")  # fmt: skip
+_BY_PART = ("part_tile", "part_block", "part_row")
 
 
 class LinearParams(ctypes.Structure):
@@ -32,62 +44,79 @@ class LinearParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in _POINTERS),
         ("token_stride", ctypes.c_int64),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "tokens", "in_features", "out_features", "k_blocks", "whole_blocks", "rank", "planes", "group_steps", "adapter_steps",
-                "z_splits", "bias_type", "x_ragged", "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
-                "splits", "parts",
-            )
-        ),
-        *((name, ctypes.c_int32 * (MAX_PARTS + 1)) for name in ("part_tile", "part_block", "part_row")),
-    )  # fmt: skip
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        *((name, ctypes.c_int32 * (MAX_PARTS + 1)) for name in _BY_PART),
+    )
 
 
-class Device(NamedTuple):
+class CudaDevice(NamedTuple):
     """Where kernels go: the facts that plans need, and a way to queue one."""
 
     gpu: Gpu
-    queue: Callable[..., None]  # (name, grid, block, shared bytes, params, dependent)
+    # It takes name, grid, block, shared bytes, params, and whether the kernel is dependent.
+    queue: Callable[..., None]
 
 
-class _Launch(NamedTuple):
+class FusedLaunch(NamedTuple):
+    """A kernel of a linear, or of an adapter's z = x Q."""
+
     name: str
-    plan: Plan | Rebuild
+    plan: Plan
     template: bytes  # LinearParams without its pointers
 
 
+class RebuildLaunch(NamedTuple):
+    """A kernel that rebuilds rows of a weight for cuBLAS."""
+
+    name: str
+    plan: Rebuild
+    template: bytes  # LinearParams without its pointers
+
+
+class Launches(NamedTuple):
+    """The launches of one linear; the one that adds partial sums needs no plan."""
+
+    adapter: FusedLaunch | None
+    linear: FusedLaunch | RebuildLaunch
+
+
 @functools.lru_cache(maxsize=4096)
-def launches(sizes: Sizes, M: int, dtype: torch.dtype, gpu: Gpu) -> tuple[_Launch | None, _Launch]:
-    """The adapter's launch, if there is one, and the linear's."""
+def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches:
+    """What runs M tokens. A rebuilt weight includes its adapter, so that z is not needed."""
     act = DTYPE_NAMES[dtype]
-    first, z_splits, chosen = None, 1, choose(sizes, M, gpu)
+    chosen = choose(sizes, M, gpu)
     if isinstance(chosen, Rebuild):
-        return None, _Launch(_dense_name(sizes, act), chosen, _template(sizes, M, chosen, 0))
+        template = _template(sizes, M, chosen, z_splits=0)
+        return Launches(None, RebuildLaunch(_dense_name(sizes, act), chosen, template))
+    adapter, z_splits = None, 1
     if sizes.adapter_steps:
         inner = sizes.adapter()
-        adapter = choose(inner, M, gpu)
-        first = _Launch(
-            f"adapter_{act}_t{adapter.tokens}", adapter, _template(inner, M, adapter, 1)
-        )
-        z_splits = adapter.splits
-    name = _name(sizes, act, chosen.tokens, chosen.tile.blocks == 4)
-    return first, _Launch(name, chosen, _template(sizes, M, chosen, z_splits))
+        plan = choose(inner, M, gpu)
+        assert isinstance(plan, Plan)  # An adapter's sizes are never rebuilt.
+        name = f"adapter_{act}_t{plan.tokens}"
+        adapter, z_splits = FusedLaunch(name, plan, _template(inner, M, plan, 1)), plan.splits
+    name = _name(sizes, act, chosen.tokens, chosen.tile.tall)
+    return Launches(adapter, FusedLaunch(name, chosen, _template(sizes, M, chosen, z_splits)))
 
 
-def _name(sizes: Sizes, act: str, tokens: int, tall: bool) -> str:
+def _name(sizes: CudaSizes, act: str, tokens: int, tall: bool) -> str:
+    """The linear's kernel. act: of the activations. tokens: of a warp. tall: 64 rows per warp."""
+    values = VALUE_NAMES[sizes.values]
     if sizes.planes > 1:
-        which = "any" if sizes.rank > 1 else "two" if sizes.planes == 2 else "three"
-        return f"planes_{act}_{VALUE_NAMES[sizes.values]}_{which}_t{tokens}"
-    rank = "one" if sizes.rank == 1 else "none" if tall else "any"
-    return f"{'tall' if tall else 'linear'}_{act}_{VALUE_NAMES[sizes.values]}_{rank}_t{tokens}"
+        one_rank = {2: "two", 3: "three"}[sizes.planes]
+        return f"planes_{act}_{values}_{'any' if sizes.rank > 1 else one_rank}_t{tokens}"
+    other_rank = "none" if tall else "any"
+    rank = "one" if sizes.rank == 1 else other_rank
+    return f"{'tall' if tall else 'linear'}_{act}_{values}_{rank}_t{tokens}"
 
 
-def _dense_name(sizes: Sizes, act: str) -> str:
-    return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_any' if sizes.planes > 1 or sizes.rank > 1 else ''}"
+def _dense_name(sizes: CudaSizes, act: str) -> str:
+    """The kernel that rebuilds the weight."""
+    any_rank = sizes.planes > 1 or sizes.rank > 1
+    return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_any' if any_rank else ''}"
 
 
-def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
+def kernel_names(sizes: CudaSizes, dtype: torch.dtype) -> list[str]:
     """Every kernel that this weight may ever use, whatever the number of tokens."""
     act = DTYPE_NAMES[dtype]
     names = [
@@ -100,128 +129,126 @@ def kernel_names(sizes: Sizes, dtype: torch.dtype) -> list[str]:
     return [*names, f"reduce_{act}", _dense_name(sizes, act)]
 
 
-def _template(sizes: Sizes, M: int, chosen: Plan | Rebuild, z_splits: int) -> bytes:
-    p, tiles = LinearParams(), [0] * MAX_PARTS
-    p.tokens, p.in_features, p.out_features, p.k_blocks = (
-        M,
-        sizes.K,
-        sum(sizes.rows),
-        sizes.k_blocks,
-    )
-    p.whole_blocks = sizes.K // BLOCK_INPUTS
-    p.rank, p.planes, p.group_steps = sizes.rank, sizes.planes, sizes.group_steps
-    p.adapter_steps, p.z_splits = sizes.adapter_steps, z_splits
-    if isinstance(chosen, Plan):
-        tile = chosen.tile
-        p.warp_rows, p.warp_tokens, p.warp_inputs = (
-            tile.warp_rows,
-            tile.warp_tokens,
-            tile.warp_inputs,
-        )
-        p.stages, p.row_tiles, p.token_tiles, p.splits = (
-            chosen.stages,
-            chosen.row_tiles,
-            chosen.token_tiles,
-            chosen.splits,
-        )
+def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> bytes:
+    """LinearParams without its pointers. z_splits: K-splits of the adapter's z that comes first."""
+    args = LinearParams()
+    args.tokens = M
+    args.in_features, args.out_features = sizes.K, sizes.N
+    args.num_k_blocks, args.whole_blocks = sizes.k_blocks, sizes.K // BLOCK_INPUTS
+    args.rank, args.planes, args.group_steps = sizes.rank, sizes.planes, sizes.group_steps
+    args.adapter_steps, args.z_splits = sizes.adapter_steps, z_splits
+    tiles = [0] * len(sizes.rows)
+    if isinstance(plan, Plan):
+        tile = plan.tile
+        args.warp_rows, args.warp_tokens = tile.warp_rows, tile.warp_tokens
+        args.warp_inputs, args.stages, args.splits = tile.warp_inputs, plan.stages, plan.splits
+        args.row_tiles, args.token_tiles = plan.row_tiles, plan.token_tiles
         tiles = sizes.row_tiles(tile.rows)
-    p.parts = len(sizes.rows)
-    for i, rows in enumerate(sizes.rows):
-        p.part_tile[i + 1] = p.part_tile[i] + tiles[i]
-        p.part_block[i + 1] = p.part_block[i] - (-rows // BLOCK_ROWS)
-        p.part_row[i + 1] = p.part_row[i] + rows
-    return bytes(p)
+    args.parts = len(sizes.rows)
+    for part, rows in enumerate(sizes.rows):
+        args.part_tile[part + 1] = args.part_tile[part] + tiles[part]
+        args.part_block[part + 1] = args.part_block[part] + ceil_div(rows, BLOCK_ROWS)
+        args.part_row[part + 1] = args.part_row[part] + rows
+    return bytes(args)
 
 
-def linear(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Tensor | None, Q: Tensor | None,
-           bias: Tensor | None, sizes: Sizes, device: Device) -> Tensor:  # fmt: skip
-    """x [..., K] in fp16 or bf16 -> [..., sum of rows]. Tensors as in `CudaState`; x in any strides."""
-    N, dtype, shape = sum(sizes.rows), x.dtype, (*x.shape[:-1], sum(sizes.rows))
-    M = x.numel() // sizes.K
+def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice) -> Tensor:
+    """x [..., K] in the state's dtype and any strides -> [..., sum of rows] in the same dtype."""
+    sizes = sizes_of(state)
+    N, M = sizes.N, x.numel() // sizes.K
+    shape = (*x.shape[:-1], N)
     if M == 0:
         return x.new_empty(shape)
     x = x.reshape(M, sizes.K)
     if x.stride(1) != 1 or (M > 1 and x.stride(0) < sizes.K):
         x = x.contiguous()
-    first, second = launches(sizes, M, dtype, device.gpu)
-    if isinstance(second.plan, Rebuild):
-        return rebuilt(x, stream, V, U, P, Q, bias, sizes, second, device).view(shape)
+    adapter, chosen = launches(sizes, M, x.dtype, device.gpu)
+    if isinstance(chosen, RebuildLaunch):
+        return rebuilt(x, state, bias, chosen, device).view(shape)
     y = x.new_empty(shape)
-    p = LinearParams.from_buffer_copy(second.template)
-    p.x, p.token_stride = x.data_ptr(), x.stride(0)
-    if p.x % 16 != 0 or (M > 1 and p.token_stride % 8 != 0):
-        p.x_ragged, p.whole_blocks = 1, 0
-    if first is not None:
-        z = x.new_empty(
-            first.plan.splits, M, len(sizes.rows) * 16 * sizes.adapter_steps, dtype=torch.float32
-        )
-        q = LinearParams.from_buffer_copy(first.template)
-        q.x, q.token_stride, q.x_ragged, q.whole_blocks = (
-            p.x,
-            p.token_stride,
-            p.x_ragged,
-            p.whole_blocks,
-        )
-        q.stream, q.partial = Q.data_ptr(), z.data_ptr()
-        device.queue(
-            first.name, first.plan.grid, first.plan.block, first.plan.shared_bytes, q, False
-        )
-        p.p, p.z = P.data_ptr(), z.data_ptr()
-    p.stream, p.y = stream.data_ptr(), y.data_ptr()
-    if U is not None:
-        p.u, p.v = U.data_ptr(), V.data_ptr()
+    args = LinearParams.from_buffer_copy(chosen.template)
+    _set_activations(args, x)
+    if adapter is not None:
+        assert state.P is not None
+        z = _queue_adapter(x, state, adapter, device)
+        args.adapter_p, args.adapter_z = state.P.data_ptr(), z.data_ptr()
+    args.stream, args.y = state.stream.data_ptr(), y.data_ptr()
+    if state.U is not None and state.V is not None:
+        args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
     if bias is not None:
-        p.bias, p.bias_type = bias.data_ptr(), BIAS_TYPES[bias.dtype]
-    splits = second.plan.splits
+        args.bias, args.bias_type = bias.data_ptr(), BIAS_TYPES[bias.dtype]
+    splits = chosen.plan.splits
     if splits > 1:
         partial = x.new_empty(splits, M, N, dtype=torch.float32)
-        p.partial = partial.data_ptr()
-    device.queue(
-        second.name,
-        second.plan.grid,
-        second.plan.block,
-        second.plan.shared_bytes,
-        p,
-        first is not None,
-    )
+        args.partial = partial.data_ptr()
+    _queue(chosen, args, device, dependent=adapter is not None)
     if splits > 1:
-        device.queue(f"reduce_{DTYPE_NAMES[dtype]}", (-(-N // 256), M, 1), (256, 1, 1), 0, p, True)
+        grid = (ceil_div(N, THREADS), M, 1)
+        device.queue(f"reduce_{DTYPE_NAMES[x.dtype]}", grid, (THREADS, 1, 1), 0, args, True)
     return y
 
 
-def rebuilt(x: Tensor, stream: Tensor, V: Tensor | None, U: Tensor | None, P: Tensor | None, Q: Tensor | None,
-            bias: Tensor | None, sizes: Sizes, launch: _Launch, device: Device) -> Tensor:  # fmt: skip
-    """x [M, K] -> [M, sum of rows]: REBUILT_ROWS rows of the weight made by `dense_*`, the adapter added and multiplied by cuBLAS,
-    then the next rows in the same memory."""
-    y = x.new_empty(x.shape[0], sum(sizes.rows))
-    W = x.new_empty(min(REBUILT_ROWS, max(sizes.rows)), -(-sizes.K // 8) * 8)[
-        :, : sizes.K
-    ]  # dense.cuh: dense_pitch
-    pairs = [None] * len(sizes.rows) if P is None else adapters(P, Q, sizes.K, sizes.rows, x.dtype)
+def _set_activations(args: LinearParams, x: Tensor) -> None:
+    """The pointer to x [M, K], and whether it may be read 16 bytes at a time."""
+    args.x, args.token_stride = x.data_ptr(), x.stride(0)
+    if args.x % 16 != 0 or (x.shape[0] > 1 and args.token_stride % 8 != 0):
+        args.x_ragged, args.whole_blocks = 1, 0
+
+
+def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice, dependent: bool) -> None:
+    """dependent: the kernel may start before the one before it in the stream ends."""
+    plan = launch.plan
+    device.queue(launch.name, plan.grid, plan.block, plan.shared_bytes, args, dependent)
+
+
+def _queue_adapter(x: Tensor, state: CudaState, launch: FusedLaunch, device: CudaDevice) -> Tensor:
+    """z = x Q, one sum for each K-split: [splits, M, parts * R' padded to 16] fp32."""
+    assert state.Q is not None
+    ranks = launch.plan.sizes.N
+    z = x.new_empty(launch.plan.splits, x.shape[0], ranks, dtype=torch.float32)
+    args = LinearParams.from_buffer_copy(launch.template)
+    _set_activations(args, x)
+    args.stream, args.partial = state.Q.data_ptr(), z.data_ptr()
+    _queue(launch, args, device, dependent=False)
+    return z
+
+
+def rebuilt(
+    x: Tensor, state: CudaState, bias: Tensor | None, launch: RebuildLaunch, device: CudaDevice
+) -> Tensor:
+    """x [M, K] -> [M, sum of rows] by cuBLAS, REBUILT_ROWS rows of a part at a time.
+
+    The rows are rebuilt by a `dense_*` kernel and their adapter is added; the next rows take the
+    same memory.
+    """
+    y = x.new_empty(x.shape[0], sum(state.rows))
+    K, k_blocks = state.in_features, state.stream.shape[1]
+    pitch = ceil_div(K, 8) * 8  # as dense_pitch of csrc/cuda/dense.cuh
+    W = x.new_empty(min(REBUILT_ROWS, max(state.rows)), pitch)[:, :K]
+    factors = adapters(state)
     bias = None if bias is None else bias.to(x.dtype)
-    p = LinearParams.from_buffer_copy(launch.template)
-    p.y, to, block = W.data_ptr(), 0, 0
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # x's type is the result's, whatever surrounds us
-        for part, (rows, pair) in enumerate(zip(sizes.rows, pairs, strict=True)):
+    args = LinearParams.from_buffer_copy(launch.template)
+    args.y = W.data_ptr()
+    done = 0  # columns of y
+    with torch.autocast(x.device.type, enabled=False):  # The result has x's type even in autocast.
+        for part, rows in enumerate(state.rows):
             for start in range(0, rows, REBUILT_ROWS):
                 count = min(REBUILT_ROWS, rows - start)
-                first, some = block + start // BLOCK_ROWS, W[:count]
-                p.stream, p.out_features = stream[first].data_ptr(), count
-                if U is not None:
-                    p.u, p.v = U[BLOCK_ROWS * first].data_ptr(), V[part].data_ptr()
-                ctas = min(
-                    -(-(-(-count // BLOCK_ROWS) * sizes.k_blocks) // 8), launch.plan.ctas
-                )  # eight warps each
-                device.queue(launch.name, (ctas, 1, 1), (256, 1, 1), 0, p, False)
-                if pair is not None:
-                    some.addmm_(pair[0][start : start + count], pair[1])
-                result = y[:, to : to + count]
+                row_blocks = ceil_div(count, BLOCK_ROWS)
+                first_block = args.part_block[part] + start // BLOCK_ROWS
+                args.stream, args.out_features = state.stream[first_block].data_ptr(), count
+                if state.U is not None and state.V is not None:
+                    args.u = state.U[BLOCK_ROWS * first_block].data_ptr()
+                    args.v = state.V[part].data_ptr()
+                ctas = min(ceil_div(row_blocks * k_blocks, WARPS), launch.plan.max_ctas)
+                device.queue(launch.name, (ctas, 1, 1), (THREADS, 1, 1), 0, args, False)
+                piece, result = W[:count], y[:, done : done + count]
+                if factors:
+                    P, Q = factors[part]
+                    piece.addmm_(P[start : start + count], Q)
                 if bias is None:
-                    torch.mm(x, some.T, out=result)
+                    torch.mm(x, piece.T, out=result)
                 else:
-                    torch.addmm(bias[to : to + count], x, some.T, out=result)
-                to += count
-            block += -(-rows // BLOCK_ROWS)
+                    torch.addmm(bias[done : done + count], x, piece.T, out=result)
+                done += count
     return y

@@ -1,11 +1,13 @@
-"""Canonical packed tensors -> the lane-ordered stream of csrc/cuda/params.h, and back. Plain torch, on any device.
+"""Canonical packed tensors -> the lane-ordered stream of csrc/cuda/params.h, and back. It is plain
+torch and runs on any device.
 
-A block is 16 output rows x 128 inputs. Lane 4 g + t of a warp holds rows g and g + 8; register i = 2 c + h of an m16n8
-fragment is row g + 8 h and (compressed) columns 2t + 8c + {0, 1}: the same for `mma` and `mma.sp` (PTX ISA, "Matrix
-fragments for mma.m16n8k16" and "mma.sp.m16n8k32"). So every permutation below is one `permute` of named axes.
+A block is 16 output rows x 128 inputs. Lane 4 g + t of a warp holds rows g and g + 8. Register
+i = 2 c + h of an m16n8 fragment holds row g + 8 h and the (compressed) columns 2 t + 8 c + {0, 1}.
+That is so for `mma` and for `mma.sp` (PTX ISA, "Matrix fragments for mma.m16n8k16" and
+"mma.sp.m16n8k32"), so every permutation below is one `permute` of named axes.
 
-Several weights of equal layout (q, k and v; gate and up) become one stream: the rows of each are padded to 16 and follow
-each other, V, U, P and Q keep a slot each.
+Several weights of equal layout (q, k and v; gate and up) become one stream: the rows of each are
+padded to 16 and follow each other; V and Q keep one slot for each part.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from ...format import (
     VALUE_TYPES,
     PackedWeight,
     bits,
+    ceil_div,
     plane_unit,
     rounding_error,
 )
@@ -31,38 +34,39 @@ from .. import factors
 from ..base import differences
 
 BLOCK_ROWS, BLOCK_INPUTS = 16, 128
-W16, INT8, INT4, DENSE = range(4)  # StreamValues of csrc/cuda/params.h
-# int3 is widened to int4's stream: it saves room on disk, on the GPU it takes int4's.
+W16, INT8, INT4, DENSE = range(4)  # These are StreamValues of csrc/cuda/params.h.
+# int3 is widened to int4's stream: it saves room on disk, and takes int4's room on the GPU.
 STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4, "int3": INT4}
-VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # of a block
-METADATA_BYTES, SIGN_BYTES = 256, 128
+VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # bytes per block
+METADATA_BYTES, SIGN_BYTES = 256, 128  # bytes per block, and per block and sign plane
+PADDING_METADATA = 0x44  # two groups that keep their positions 0 and 1
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
 class CudaState(NamedTuple):
-    """What `slab_kernels::linear_cuda` wants after x: tensors, bias excepted, then sizes."""
+    """The arguments of `slab_kernels::linear_cuda` after x: tensors, bias excepted, then sizes."""
 
     stream: Tensor  # [row blocks, K blocks, bytes of a block] uint8
-    V: Tensor | None  # [parts, R, K padded to 128], activations' type, about 1
-    U: Tensor | None  # [16 row blocks, R] int32: the 16-bit number twice
+    V: Tensor | None  # [parts, R, K padded to 128] in the activations' type, entries about 1
+    U: Tensor | None  # [16 row blocks, R] int32, each holding the 16-bit number twice
     P: Tensor | None  # [row blocks, R' / 16, 32 lanes, 16 bytes] uint8
     Q: Tensor | None  # [parts R' / 16, K blocks, 4096 bytes] uint8: Q transposed as a dense stream
     in_features: int
     rows: tuple[int, ...]  # out_features of each part
-    values: int
+    values: int  # W16, INT8 or INT4
     group_steps: int  # steps of 32 inputs that a scale covers: 1, 2, 4
-    planes: int  # of signs: 1, 2, 3
+    planes: int  # sign planes: 1, 2, 3
     dtype: torch.dtype  # of the activations
 
 
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
-    """One stream for the parts, in order.
+    """One stream for the parts, in order, for activations of `dtype`.
 
-    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a dense bf16 weight would), int3
-    values as int4.
+    fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a
+    dense bf16 weight would), int3 values as int4.
 
-    Raises: TypeError for another dtype, ShapeError for no or too many parts or parts of unequal layouts, RangeError for numbers that fp16
-    activations' kernels cannot hold.
+    Raises: ArgumentTypeError for another dtype, ShapeError for no or too many parts or parts of
+    unequal layouts, RangeError for numbers that the kernels for fp16 activations cannot hold.
     """
     if dtype not in ACTIVATIONS:
         raise ArgumentTypeError(
@@ -72,177 +76,213 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         raise ShapeError(found)
     layouts = [part.layout for part in parts]
     first = layouts[0]
-    K = first.in_features
     stream = torch.cat([_stream(part, dtype) for part in parts])
     U = V = P = Q = None
     if first.rank:
-        U, V = zip(*(_sign_factors(part, dtype) for part in parts), strict=True)
-        U, V = torch.cat(U), torch.stack(V)
+        signs = [_sign_factors(part, dtype) for part in parts]
+        U, V = torch.cat([u for u, _ in signs]), torch.stack([v for _, v in signs])
     if first.adapter_rank:
-        P, Q = zip(*(_adapter(part, dtype) for part in parts), strict=True)
-        P, Q = torch.cat(P), torch.cat(Q)
-    rows = tuple(layout.out_features for layout in layouts)
-    group_steps = (first.group_size or BLOCK_INPUTS) // 32
+        adapter = [_adapter(part, dtype) for part in parts]
+        P, Q = torch.cat([p for p, _ in adapter]), torch.cat([q for _, q in adapter])
     return CudaState(
-        stream, V, U, P, Q, K, rows, STREAM_VALUES[first.values], group_steps, first.planes, dtype
+        stream,
+        V,
+        U,
+        P,
+        Q,
+        in_features=first.in_features,
+        rows=tuple(layout.out_features for layout in layouts),
+        values=STREAM_VALUES[first.values],
+        group_steps=(first.group_size or BLOCK_INPUTS) // 32,
+        planes=first.planes,
+        dtype=dtype,
     )
 
 
-def dense(stream: Tensor, V: Tensor | None, U: Tensor | None, in_features: int, rows: Sequence[int], values: int,
-          group_steps: int, planes: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
-    """What a stream stands for, adapters excepted: [sum of rows, K] fp32. The inverse of `prepare` up to its rounding."""
-    blocks, k_blocks, _ = stream.shape
-    shape = (blocks, k_blocks)
-    at = VALUE_BYTES[values]
-    value_bytes = stream[..., :at].contiguous()
-    if values == W16:
-        kept = value_bytes.view(dtype).view(*shape, 4, 8, 4, 2, 2, 2).float()  # step g t c h half
-        kept = kept.permute(0, 6, 3, 1, 2, 5, 4, 7)
-    elif values == INT8:
-        kept = value_bytes.view(*shape, 2, 8, 4, 2, 2, 2, 2).float() - 128  # j g t parity c half h
-        kept = kept.permute(0, 8, 3, 1, 2, 5, 6, 4, 7)
-    else:
-        nibbles = torch.stack((value_bytes & 15, value_bytes >> 4), -1).view(
-            *shape, 8, 4, 4, 2, 2, 2
-        )  # g t s half c h
-        kept = (nibbles.float() - 8).permute(0, 7, 2, 1, 4, 6, 3, 5)
-    kept = kept.reshape(blocks, 16, k_blocks, 64)
-    metadata = stream[..., at : at + METADATA_BYTES].reshape(
-        *shape, 8, 2, 2, 2, 2, 2
-    )  # g selector even h2 h pair
-    metadata = metadata.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(blocks * 16, k_blocks * 16)
-    at += METADATA_BYTES
-    level = None
-    if U is not None:
-        level = 0.0
-        for plane, (first, length, place) in enumerate(_sign_places(planes, stream.device)):
-            words = (
-                stream[..., at + first : at + first + length]
-                .contiguous()
-                .view(torch.int32 if length == SIGN_BYTES else torch.int64)
-            )
-            negative = (
-                words.view(*shape, 8, 4, 1, 1, 1, 1) >> place & 1
-            )  # blocks k g t half step c h
-            level = level + (1 - 2 * negative) / 2.0**plane
-        level = level.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
-        at += planes * SIGN_BYTES
-    if values in (INT8, INT4):
-        scales = stream[..., at:].contiguous().view(torch.bfloat16).float().view(*shape, -1, 8, 2)
-        scales = scales.permute(0, 4, 3, 1, 2).reshape(blocks, 16, k_blocks, -1)
+# From the stream back to dense tensors.
+
+
+def dense(state: CudaState) -> Tensor:
+    """The weight that a stream stands for, without the adapter: [sum of rows, K] fp32.
+
+    It is the inverse of `prepare`, up to that function's rounding.
+    """
+    metadata_at = VALUE_BYTES[state.values]
+    signs_at = metadata_at + METADATA_BYTES
+    scales_at = signs_at + (state.planes * SIGN_BYTES if state.U is not None else 0)
+    kept = _dense_values(state.stream[..., :metadata_at].contiguous(), state)
+    if state.values in (INT8, INT4):
+        scales = _dense_scales(state.stream[..., scales_at:].contiguous())
         kept = kept * scales.repeat_interleave(64 // scales.shape[-1], -1)
-    kept = kept.reshape(blocks * 16, -1)
-    i0, i1 = bits.kept_positions(metadata)
-    W = bits.scatter_positions(kept, i0, i1)
-    if U is not None:
-        W = W + _sign_term(V, U, level, i0, i1, rows, dtype)
-    parts, first = [], 0
-    for count in rows:
-        parts.append(W[first : first + count, :in_features])
-        first += -(-count // BLOCK_ROWS) * BLOCK_ROWS
-    return torch.cat(parts)
+    metadata = _dense_metadata(state.stream[..., metadata_at:signs_at])
+    first, second = bits.kept_positions(metadata)
+    W = bits.scatter_positions(kept.reshape(metadata.shape[0], -1), first, second)
+    if state.U is not None:
+        levels = _dense_levels(state.stream[..., signs_at:scales_at], state.planes)
+        B = bits.scatter_positions(levels, *bits.pruned_positions(first, second))
+        W = W + _magnitudes(state) * B
+    parts = zip(W.split(_padded(state.rows)), state.rows, strict=True)
+    return torch.cat([part[:count, : state.in_features] for part, count in parts])
 
 
-def adapters(
-    P: Tensor, Q: Tensor, in_features: int, rows: Sequence[int], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """P [N, R'] and Q^T [R', K] of every part, R' padded to 16, in the activations' type."""
-    steps, k_blocks = P.shape[1], Q.shape[1]
-    left = (
-        P.contiguous()
-        .view(dtype)
-        .view(-1, steps, 8, 4, 2, 2, 2)
-        .permute(0, 5, 2, 1, 4, 3, 6)
-        .reshape(-1, steps * 16)
-    )
-    right = (
-        Q.contiguous()
-        .view(dtype)
-        .view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
-        .permute(0, 6, 3, 1, 2, 5, 4, 7)
-    )
-    right = right.reshape(len(rows), steps * 16, -1)[..., :in_features]
-    parts, first = [], 0
-    for slot, count in enumerate(rows):
-        parts.append((left[first : first + count], right[slot]))
-        first += -(-count // BLOCK_ROWS) * BLOCK_ROWS
-    return parts
+def adapters(state: CudaState) -> list[tuple[Tensor, Tensor]]:
+    """P [N, R'] and Q^T [R', K] of every part, R' padded to 16, in the activations' type.
+
+    The list is empty for a weight without an adapter.
+    """
+    if state.P is None or state.Q is None:
+        return []
+    steps, k_blocks = state.P.shape[1], state.Q.shape[1]
+    left = state.P.contiguous().view(state.dtype).view(-1, steps, 8, 4, 2, 2, 2)
+    left = left.permute(0, 5, 2, 1, 4, 3, 6).reshape(-1, steps * 16)
+    right = state.Q.contiguous().view(state.dtype).view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
+    right = right.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(len(state.rows), steps * 16, -1)
+    parts = zip(left.split(_padded(state.rows)), right, state.rows, strict=True)
+    return [(P[:count], Q[:, : state.in_features]) for P, Q, count in parts]
 
 
-def _sign_term(V, U, level, i0, i1, rows, dtype) -> Tensor:
-    u = U.contiguous().view(torch.int16)[:, ::2].contiguous().view(dtype).float()
-    L, first = [], 0
-    for slot, count in enumerate(rows):
-        padded = -(-count // BLOCK_ROWS) * BLOCK_ROWS
-        L.append(u[first : first + padded] @ V[slot].float())
-        first += padded
-    return torch.cat(L) * bits.scatter_positions(level, *bits.pruned_positions(i0, i1))
+def _dense_values(stored: Tensor, state: CudaState) -> Tensor:
+    """The kept values without their scales: [row blocks, 16, K blocks, 64] fp32."""
+    blocks, k_blocks, _ = stored.shape
+    shape = (blocks, k_blocks)
+    if state.values == W16:
+        kept = stored.view(state.dtype).view(*shape, 4, 8, 4, 2, 2, 2).float()
+        kept = kept.permute(0, 6, 3, 1, 2, 5, 4, 7)  # from the axes step g t c h half
+    elif state.values == INT8:
+        kept = stored.view(*shape, 2, 8, 4, 2, 2, 2, 2).float() - 128
+        kept = kept.permute(0, 8, 3, 1, 2, 5, 6, 4, 7)  # from the axes j g t parity c half h
+    else:
+        nibbles = torch.stack((stored & 15, stored >> 4), -1).view(*shape, 8, 4, 4, 2, 2, 2)
+        kept = (nibbles.float() - 8).permute(0, 7, 2, 1, 4, 6, 3, 5)  # from g t step half c h
+    return kept.reshape(blocks, 16, k_blocks, 64)
 
 
-def _blocks(packed: PackedWeight) -> tuple[int, int]:
-    return -(-packed.out_features // BLOCK_ROWS), -(-packed.in_features // BLOCK_INPUTS)
+def _dense_metadata(stored: Tensor) -> Tensor:
+    """The metadata as the packed format has it: [rows, 16 bytes per K block]."""
+    blocks, k_blocks, _ = stored.shape
+    axes = stored.reshape(blocks, k_blocks, 8, 2, 2, 2, 2, 2)  # g selector even h2 h pair
+    return axes.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(blocks * 16, k_blocks * 16)
 
 
-def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
-    """[N, k] -> [rows, columns], padded, or cut where canonical padding exceeds ours."""
-    return pad(
-        t[:, :columns], (0, columns - min(columns, t.shape[1]), 0, rows - t.shape[0]), value=value
-    )
+def _dense_scales(stored: Tensor) -> Tensor:
+    """The scales: [row blocks, 16, K blocks, scales per row and K block] fp32."""
+    blocks, k_blocks, _ = stored.shape
+    scales = stored.view(torch.bfloat16).float().view(blocks, k_blocks, -1, 8, 2)
+    return scales.permute(0, 4, 3, 1, 2).reshape(blocks, 16, k_blocks, -1)
 
 
-def _sign_places(planes: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
-    """Of each plane: its first byte after the metadata, the bytes of all lanes' words, and the bit of a lane's word that holds
-    the sign of each of its 32 pruned entries: [half, step, c, h], int64."""
+def _dense_levels(stored: Tensor, planes: int) -> Tensor:
+    """The level of every pruned entry, the sum of its signs' worths: [rows, 64 K blocks] fp32."""
+    blocks, k_blocks, _ = stored.shape
+    levels = torch.zeros((), device=stored.device)
+    for number, plane in enumerate(_sign_places(planes, stored.device)):
+        words = stored[..., plane.first : plane.first + plane.length].contiguous()
+        words = words.view(torch.int32 if plane.length == SIGN_BYTES else torch.int64)
+        words = words.view(blocks, k_blocks, 8, 4, 1, 1, 1, 1)
+        negative = words >> plane.bit & 1  # the axes are blocks k g t half step c h
+        levels = levels + (1 - 2 * negative) / 2.0**number
+    return levels.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
+
+
+def _magnitudes(state: CudaState) -> Tensor:
+    """U V^T of every part below one another: [rows of all row blocks, K padded to 128] fp32."""
+    assert state.U is not None and state.V is not None
+    U = state.U.contiguous().view(torch.int16)[:, ::2].contiguous().view(state.dtype).float()
+    parts = zip(U.split(_padded(state.rows)), state.V, strict=True)
+    return torch.cat([u @ v.float() for u, v in parts])
+
+
+# From packed tensors to the stream.
+
+
+class _SignPlane(NamedTuple):
+    """Where a block holds the signs of one plane."""
+
+    first: int  # its first byte after the metadata
+    length: int  # bytes of all lanes' words
+    bit: Tensor  # [half, step, c, h] int64: the bit of a lane's word for each of its pruned entries
+
+
+def _sign_places(planes: int, device: torch.device) -> list[_SignPlane]:
+    """The places of each plane's signs, the plane of the largest worth first."""
     axes = (torch.arange(n, device=device) for n in (2, 4, 2, 2))
     half, step, c, h = (a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))
     if planes == 1:
-        return [(0, SIGN_BYTES, 15 + 16 * half - 4 * step - 2 * c - h)]
+        return [_SignPlane(0, SIGN_BYTES, 15 + 16 * half - 4 * step - 2 * c - h)]
     index = 32 * (step // 2) + 16 * half + 8 * (step % 2) + 4 * c + 2 * h
-    third = (2 * SIGN_BYTES, SIGN_BYTES, 16 * half + 4 * step + c + 2 * h)
-    return [(0, 2 * SIGN_BYTES, index + 1), (0, 2 * SIGN_BYTES, index), third][:planes]
+    first, second = (_SignPlane(0, 2 * SIGN_BYTES, index + above) for above in (1, 0))
+    third = _SignPlane(2 * SIGN_BYTES, SIGN_BYTES, 16 * half + 4 * step + c + 2 * h)
+    return [first, second, third][:planes]
+
+
+def _padded(rows: Sequence[int]) -> list[int]:
+    """The rows that each part takes in the stream."""
+    return [ceil_div(count, BLOCK_ROWS) * BLOCK_ROWS for count in rows]
+
+
+def _blocks(packed: PackedWeight) -> tuple[int, int]:
+    """Row blocks and K blocks of a weight."""
+    return ceil_div(packed.out_features, BLOCK_ROWS), ceil_div(packed.in_features, BLOCK_INPUTS)
+
+
+def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
+    """[N, k] -> [rows, columns], padded, or cut where canonical padding exceeds the stream's."""
+    missing = columns - min(columns, t.shape[1]), rows - t.shape[0]
+    return pad(t[:, :columns], (0, missing[0], 0, missing[1]), value=value)
+
+
+def _bytes(t: Tensor, blocks: int, k_blocks: int) -> Tensor:
+    """A tensor whose axes begin with the row blocks and K blocks, as each block's bytes."""
+    return t.contiguous().view(torch.uint8).reshape(blocks, k_blocks, -1)
 
 
 def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    layout, (blocks, k_blocks) = packed.layout, _blocks(packed)
-    rows, shape = blocks * BLOCK_ROWS, (blocks, k_blocks)
-    parts = [_values(packed, dtype).reshape(*shape, -1)]
-    metadata = _fill(packed.metadata, rows, k_blocks * 16, 0x44).view(
-        blocks, 2, 8, k_blocks, 2, 2, 2, 2
-    )
-    # blocks h g k | h2 selector even pair -> blocks k g selector even | h2 h pair
-    parts.append(metadata.permute(0, 3, 2, 5, 6, 4, 1, 7).reshape(*shape, -1))
+    """The blocks of one weight: [row blocks, K blocks, bytes of a block] uint8."""
+    blocks, k_blocks = _blocks(packed)
+    fields = [_values(packed, dtype), _metadata(packed)]
     if packed.signs is not None:
-        planes = layout.planes
-        signs = _fill(packed.signs, rows, k_blocks * 8 * planes).unflatten(1, (-1, planes))
-        negative = (
-            bits.unpack_signs(signs.mT)
-            .to(torch.int64)
-            .view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
-        )
-        negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane blocks k g t half step c h
-        places = _sign_places(planes, signs.device)
-        words = [
-            (bit << place).sum((-4, -3, -2, -1))
-            for bit, (*_, place) in zip(negative, places, strict=True)
-        ]
-        if planes > 1:
-            parts.append((words.pop(0) | words.pop(0)).view(torch.uint8).reshape(*shape, -1))
-        parts += [_low_words(word).view(torch.uint8).reshape(*shape, -1) for word in words]
+        fields += _signs(packed.signs, packed)
     if packed.scales is not None:
-        per_block = BLOCK_INPUTS // layout.group_size if layout.group_size else 1
-        scales = packed.scales if layout.group_size else packed.scales.expand(-1, k_blocks)
-        scales = (
-            _fill(scales, rows, k_blocks * per_block)
-            .view(blocks, 2, 8, k_blocks, per_block)
-            .permute(0, 3, 4, 2, 1)
-        )
-        parts.append(scales.contiguous().view(torch.uint8).reshape(*shape, -1))
-    return torch.cat(parts, -1)
+        fields.append(_scales(packed.scales, packed))
+    return torch.cat([_bytes(field, blocks, k_blocks) for field in fields], -1)
+
+
+def _metadata(packed: PackedWeight) -> Tensor:
+    blocks, k_blocks = _blocks(packed)
+    metadata = _fill(packed.metadata, blocks * BLOCK_ROWS, k_blocks * 16, PADDING_METADATA)
+    # blocks h g k | h2 selector even pair -> blocks k g selector even | h2 h pair
+    return metadata.view(blocks, 2, 8, k_blocks, 2, 2, 2, 2).permute(0, 3, 2, 5, 6, 4, 1, 7)
+
+
+def _signs(signs: Tensor, packed: PackedWeight) -> list[Tensor]:
+    """The lanes' words: of one plane, or of the first two together, and of a third by itself."""
+    (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
+    signs = _fill(signs, blocks * BLOCK_ROWS, k_blocks * 8 * planes).unflatten(1, (-1, planes))
+    negative = bits.unpack_signs(signs.mT).to(torch.int64)
+    negative = negative.view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
+    negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane blocks k g t half step c h
+    places = _sign_places(planes, signs.device)
+    words = [
+        (bit << plane.bit).sum((-4, -3, -2, -1))
+        for bit, plane in zip(negative, places, strict=True)
+    ]
+    if planes == 1:
+        return [_low_words(words[0])]
+    return [words[0] | words[1], *map(_low_words, words[2:])]
 
 
 def _low_words(words: Tensor) -> Tensor:
     """int64 holding 32 unsigned bits -> int32 with the same bits."""
-    return (words - ((words >> 31 & 1) << 32)).to(torch.int32).contiguous()
+    return (words - ((words >> 31 & 1) << 32)).to(torch.int32)
+
+
+def _scales(scales: Tensor, packed: PackedWeight) -> Tensor:
+    (blocks, k_blocks), group_size = _blocks(packed), packed.layout.group_size
+    per_block = BLOCK_INPUTS // group_size if group_size else 1
+    if not group_size:  # The one scale of a row is repeated in every block.
+        scales = scales.expand(-1, k_blocks)
+    scales = _fill(scales, blocks * BLOCK_ROWS, k_blocks * per_block)
+    return scales.view(blocks, 2, 8, k_blocks, per_block).permute(0, 3, 4, 2, 1)
 
 
 def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -251,13 +291,14 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
         if not rounding_error(q.float(), dtype) <= MOST_LOST:
             raise RangeError(
-                f"a {values} value does not fit {dtype} activations' kernels; use {VALUE_TYPES[values]} ones"
+                f"a {values} value does not fit {dtype} activations' kernels; "
+                f"use {VALUE_TYPES[values]} ones"
             )
         q = q.to(dtype)
-    # blocks h g k | step c t half
-    q = _fill(q, blocks * 16, k_blocks * 64).view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)
+    q = _fill(q, blocks * BLOCK_ROWS, k_blocks * 64)
+    q = q.view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)  # blocks h g k | step c t half
     if STREAM_VALUES[values] == INT4:
-        q = (q + 8).to(torch.uint8).permute(0, 3, 2, 6, 4, 7, 5, 1)  # .. g t step half c h
+        q = (q + 8).to(torch.uint8).permute(0, 3, 2, 6, 4, 7, 5, 1)  # blocks k g t step half c h
         return q[..., 0] | q[..., 1] << 4
     if STREAM_VALUES[values] == INT8:
         q = (q.to(torch.int16) + 128).to(torch.uint8).view(blocks, 2, 8, k_blocks, 2, 2, 2, 4, 2)
@@ -266,35 +307,37 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _fragments(q: Tensor) -> Tensor:
-    """[blocks, h, g, k, step, c, t, half] 16-bit -> bytes in the order blocks k step g t c h half."""
-    return q.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous().view(torch.uint8)
+    """[blocks, h, g, k, step, c, t, half] -> [blocks, k, step, g, t, c, h, half]."""
+    return q.permute(0, 3, 4, 2, 6, 5, 1, 7)
 
 
 def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """U as words of the 16-bit number twice, V transposed and padded.
+    """U as words that hold the 16-bit number twice, and V transposed and padded.
 
-    Of a rank above 1 the kernels round U times the level of several planes, so the largest must fit.
+    Of a rank above 1 the kernels round U times the level of several planes, so U times the largest
+    level must fit.
     """
-    (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
+    (blocks, k_blocks), layout = _blocks(packed), packed.layout
     U, V = factors.sign(packed, dtype)
-    most = 2 - plane_unit(planes)
-    if (
-        packed.layout.rank > 1
-        and planes > 1
-        and not bool((U.float() * most).to(dtype).isfinite().all())
-    ):
-        raise RangeError(
-            f"U times the largest level, {most:g}, does not fit {dtype}; use bfloat16 activations"
-        )
-    word = _fill(U, blocks * 16, U.shape[1]).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-    return word | word << 16, pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0])).T.contiguous()
+    largest = 2 - plane_unit(layout.planes)
+    if layout.rank > 1 and layout.planes > 1:
+        if not bool((U.float() * largest).to(dtype).isfinite().all()):
+            raise RangeError(
+                f"U times the largest level, {largest:g}, does not fit {dtype}; "
+                "use bfloat16 activations"
+            )
+    word = _fill(U, blocks * BLOCK_ROWS, U.shape[1]).contiguous().view(torch.int16)
+    word = word.to(torch.int32) & 0xFFFF
+    V = pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0]))
+    return word | word << 16, V.T.contiguous()
 
 
 def _adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """P as dense fragments, Q as a dense stream."""
+    """P as dense fragments, and Q transposed as a dense stream."""
     blocks, k_blocks = _blocks(packed)
     P, Q = factors.adapter(packed, dtype)
-    steps = -(-P.shape[1] // 16)
-    P = _fill(P, blocks * 16, steps * 16).view(blocks, 2, 8, 1, steps, 2, 4, 2)
+    steps = ceil_div(P.shape[1], 16)
+    P = _fill(P, blocks * BLOCK_ROWS, steps * 16).view(blocks, 2, 8, 1, steps, 2, 4, 2)
     Q = _fill(Q.T, steps * 16, k_blocks * BLOCK_INPUTS).view(steps, 2, 8, k_blocks, 8, 2, 4, 2)
-    return _fragments(P).reshape(blocks, steps, 32, 16), _fragments(Q).reshape(steps, k_blocks, -1)
+    P, Q = _bytes(_fragments(P), blocks, steps), _bytes(_fragments(Q), steps, k_blocks)
+    return P.reshape(blocks, steps, 32, 16), Q

@@ -1,9 +1,10 @@
-"""The Triton kernels: y[M,N] = x[M,K] W.T with W = S + (U V^T) * B + P Q^T, straight from the canonical packed tensors.
+"""The Triton kernels: y[M,N] = x[M,K] W.T with W = S + (U V^T) * B + P Q^T, from packed tensors.
 
-tile.py rebuilds a tile of W in registers; here are the kernels around it: `linear_kernel` (decode and prefill: the same
-body, other tiles), `dense_kernel` (writes W), `adapter_kernel` (z = x Q) and `sum_kernel`. Triton cannot emit `mma.sp`, so the
-pruned entries are filled in and the product is an ordinary `tl.dot`, with the weight as its first operand: out_features
-are the rows, and few tokens cost few columns. No atomics, and every sum has one fixed order.
+tile.py rebuilds a tile of W in registers. Here are the kernels around it: `linear_kernel` (one body
+for decode and prefill, with other tiles), `dense_kernel` (writes W), `adapter_kernel` (z = x Q) and
+`sum_kernel`. Triton cannot emit `mma.sp`, so the pruned entries are filled in and the product is an
+ordinary `tl.dot`. The weight is its first operand: out_features are the rows, and few tokens cost
+few columns. There are no atomics, and every sum has one fixed order.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import row_levels, weight
+from .pairs import row_levels
+from .tile import weight
+from .units import Place, Pointers
 
 
 @triton.jit
 def _rows(tile, N, start1, start2, start3, BN: tl.constexpr, PARTS: tl.constexpr):
-    """Part, rows and whether they exist, of a tile: fused weights follow each other, a tile never spans two."""
+    """Part, rows and whether they exist, of a tile: parts follow each other, no tile spans two."""
     part, first, begin, end = 0, 0, 0, N
     if PARTS > 1:
         end = start1
@@ -31,25 +34,32 @@ def _rows(tile, N, start1, start2, start3, BN: tl.constexpr, PARTS: tl.constexpr
             end = tl.where(beyond, after, end)
     rows = begin + (tile - first) * BN + tl.arange(0, BN)
     exists = rows < end
-    return part, tl.minimum(rows, end - 1).to(tl.int64), exists  # int64: N K/2 may pass 2^31
+    return part, tl.minimum(rows, end - 1).to(tl.int64), exists  # int64: N K/2 may pass 2^31.
 
 
-# What changes from call to call is not specialised: one compiled kernel serves every M of a regime, with bias or without.
+# What changes from call to call is not specialised: one compiled kernel serves every M of a regime,
+# with bias or without.
 @triton.jit(do_not_specialize=["M", "biased"])
-def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, z_ptr, bias_ptr, y_ptr,
-                  biased, M, N, K, units, x_stride, start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr,
-                  GROUP: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr, ADAPTER: tl.constexpr,
-                  Z_SPLITS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
-                  PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """y[M,N] in T, or with SPLITS > 1 the fp32 sums over one share of K each, [SPLITS, M, N]. Grid: (tiles, SPLITS).
+def linear_kernel(
+    x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, z_ptr, bias_ptr,
+    y_ptr, biased, M, N, K, units, x_stride, start1, start2, start3,
+    FORMAT: tl.constexpr, PRECISION: tl.constexpr, Z_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] in the activations' type; with SPLITS > 1 fp32 sums [SPLITS, M, N] over shares of K.
 
-    A program is BN out_features x BM tokens. x [M, K] with x_stride; values, metadata and signs as stored, viewed as one
-    element a group (values) or unit, signs of three planes as [3, N, units]; z [Z_SPLITS, M, PARTS * ADAPTER] fp32 from
-    `adapter_kernel`; p [N, ADAPTER] in T.
+    A program is BN out_features x BM tokens. The grid is (tiles, SPLITS).
+
+    x [M, K] has x_stride. values, metadata and signs are stored tensors, viewed as one element per
+    group (values) or unit. z [Z_SPLITS, M, parts * adapter rank] fp32 is of `adapter_kernel`;
+    p [N, adapter rank] is in the activations' type.
     """
+    ADAPTER: tl.constexpr = FORMAT.adapter_rank
+    PARTS: tl.constexpr = FORMAT.parts
     token_tiles = tl.cdiv(M, BM)
     pid = tl.program_id(0)
-    # Eight token tiles side by side: their programs run together and read a weight from memory once.
+    # Eight token tiles stand side by side: their programs run together and read a weight from
+    # memory once.
     tiles = tl.num_programs(0) // token_tiles
     group = pid // (8 * tiles)
     wide = tl.minimum(token_tiles - 8 * group, 8)
@@ -60,31 +70,29 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
     split = tl.program_id(1)
     share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
 
-    if RANK > 0:
-        v_ptr += part * RANK * 4 * (units * 4)
-    levels = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
+    if FORMAT.rank > 0:
+        v_ptr += part * FORMAT.rank * 4 * (units * 4)
+    pointers = Pointers(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr)
+    levels = row_levels(u_ptr, rows, FORMAT)
     total = tl.zeros((BN, BM), tl.float32)
     for k in tl.range(split * share, tl.minimum(K, (split + 1) * share), BK):
-        w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES, GROUP,
-                    RANK, PLANES, BN, BK, T, MASKED, PACKED)  # fmt: skip
+        unit, of_k = k // 16 + tl.arange(0, BK // 16), k // 4 + tl.arange(0, BK // 4)
+        w = weight(pointers, levels, Place(rows, unit, of_k, units, N), FORMAT, MASKED)
         inputs = k + tl.arange(0, BK)
         at = x_ptr + readable[None, :] * x_stride + inputs[:, None]
         x = tl.load(at, mask=(inputs < K)[:, None], other=0.0) if MASKED else tl.load(at)
         total = tl.dot(w, x, total, input_precision=PRECISION)
     if ADAPTER > 0:
-        here = split == 0  # the others add nothing, in step with this one
+        here = split == 0  # The other shares add nothing, in step with this one.
         for r in tl.range(0, ADAPTER, 16, num_stages=1):
             ranks = r + tl.arange(0, 16)
             p = tl.load(p_ptr + rows[:, None] * ADAPTER + ranks[None, :], mask=here, other=0.0)
             z = tl.zeros((16, BM), tl.float32)
             for i in tl.static_range(Z_SPLITS):
-                at = (
-                    z_ptr
-                    + (i * M + readable)[None, :] * (PARTS * ADAPTER)
-                    + (part * ADAPTER + ranks)[:, None]
-                )
+                token = (i * M + readable)[None, :]
+                at = z_ptr + token * (PARTS * ADAPTER) + (part * ADAPTER + ranks)[:, None]
                 z += tl.load(at, mask=here, other=0.0)
-            total = tl.dot(p, z.to(T), total, input_precision=PRECISION)
+            total = tl.dot(p, z.to(FORMAT.dtype), total, input_precision=PRECISION)
     if SPLITS == 1:
         total += tl.load(bias_ptr + rows, mask=biased != 0, other=0.0).to(tl.float32)[:, None]
     at = y_ptr + (split * M + tokens)[None, :].to(tl.int64) * N + rows[:, None]
@@ -92,9 +100,15 @@ def linear_kernel(x_ptr, values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr,
 
 
 @triton.jit(do_not_specialize=["M"])
-def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-                   BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """z = x Q over one share of K each: x [M, K], q [K, ranks] in T, z [SPLITS, M, ranks] fp32. Grid: (tiles, SPLITS)."""
+def adapter_kernel(
+    x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """z = x Q, [SPLITS, M, ranks] fp32 over one share of K each. The grid is (tiles, SPLITS).
+
+    x [M, K] has x_stride; q [K, ranks] is in the same type.
+    """
     token_tiles = tl.cdiv(M, BM)
     tokens = tl.program_id(0) % token_tiles * BM + tl.arange(0, BM)
     columns = tl.program_id(0) // token_tiles * BR + tl.arange(0, BR)
@@ -104,11 +118,8 @@ def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, 
     z = tl.zeros((BM, BR), tl.float32)
     for k in tl.range(split * share, tl.minimum(K, (split + 1) * share), BK):
         inputs = k + tl.arange(0, BK)
-        x = tl.load(
-            x_ptr + readable[:, None] * x_stride + inputs[None, :],
-            mask=(inputs < K)[None, :],
-            other=0.0,
-        )
+        at = x_ptr + readable[:, None] * x_stride + inputs[None, :]
+        x = tl.load(at, mask=(inputs < K)[None, :], other=0.0)
         at = q_ptr + inputs[:, None] * ranks + columns[None, :]
         q = tl.load(at, mask=(inputs < K)[:, None] & (columns < ranks)[None, :], other=0.0)
         z = tl.dot(x, q, z, input_precision=PRECISION)
@@ -120,7 +131,10 @@ def adapter_kernel(x_ptr, q_ptr, z_ptr, M, K, ranks, x_stride, T: tl.constexpr, 
 def sum_kernel(
     partial_ptr, bias_ptr, y_ptr, biased, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """y = the SPLITS partial sums added in order, and the bias: partial [SPLITS, size] fp32, y [size], size = M N."""
+    """y [size] = the SPLITS partial sums [SPLITS, size] fp32 added in order, and the bias.
+
+    size is M N. The grid is (size / BLOCK, rounded up).
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     total = tl.zeros((BLOCK,), tl.float32)
@@ -131,18 +145,25 @@ def sum_kernel(
 
 
 @triton.jit
-def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, q_ptr, w_ptr, N, K, units,
-                 start1, start2, start3, T: tl.constexpr, VALUES: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
-                 PLANES: tl.constexpr, ADAPTER: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-                 BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """w[N, K] in T, adapter included: q [K, PARTS * ADAPTER] in T. Grid: (row tiles, K tiles)."""
+def dense_kernel(
+    values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, p_ptr, q_ptr, w_ptr,
+    N, K, units, start1, start2, start3,
+    FORMAT: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """w [N, K] in the activations' type, adapter included. The grid is (row tiles, K tiles).
+
+    q is [K, parts * adapter rank] in the activations' type, the rest as in `linear_kernel`.
+    """
+    ADAPTER: tl.constexpr = FORMAT.adapter_rank
+    PARTS: tl.constexpr = FORMAT.parts
     part, rows, exists = _rows(tl.program_id(0), N, start1, start2, start3, BN, PARTS)
     k = tl.program_id(1) * BK
-    if RANK > 0:
-        v_ptr += part * RANK * 4 * (units * 4)
-    levels = row_levels(u_ptr, rows, RANK, PLANES, T, PACKED)
-    w = weight(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, levels, rows, k, units, N, VALUES, GROUP, RANK,
-                PLANES, BN, BK, T, True, PACKED)  # fmt: skip
+    if FORMAT.rank > 0:
+        v_ptr += part * FORMAT.rank * 4 * (units * 4)
+    pointers = Pointers(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr)
+    levels = row_levels(u_ptr, rows, FORMAT)
+    unit, group = k // 16 + tl.arange(0, BK // 16), k // 4 + tl.arange(0, BK // 4)
+    w = weight(pointers, levels, Place(rows, unit, group, units, N), FORMAT, True)
     inputs = k + tl.arange(0, BK)
     if ADAPTER > 0:
         total = w.to(tl.float32)
@@ -152,6 +173,6 @@ def dense_kernel(values_ptr, metadata_ptr, signs_ptr, scales_ptr, u_ptr, v_ptr, 
             at = q_ptr + inputs[None, :] * (PARTS * ADAPTER) + (part * ADAPTER + ranks)[:, None]
             q = tl.load(at, mask=(inputs < K)[None, :], other=0.0)
             total = tl.dot(p, q, total, input_precision=PRECISION)
-        w = total.to(T)
+        w = total.to(FORMAT.dtype)
     at = w_ptr + rows[:, None] * K + inputs[None, :]
     tl.store(at, w, mask=exists[:, None] & (inputs < K)[None, :])

@@ -8,12 +8,14 @@ step raises the loss.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...format import Decomposition, round_adapter
+from ...settings import setting
 from ..config import Config
 from .descent import descend
 from .metric import Metric
@@ -22,6 +24,19 @@ from .refit import AdapterOutput, KeptValues, Part, StepSizes, conjugate_gradien
 
 ITERATIONS = 10  # conjugate gradient steps of a solve, at most
 TOLERANCE = 1e-3  # the fall of the preconditioned gradient that ends a solve before
+
+
+@dataclass(frozen=True)
+class PolishedConfig(Config):
+    """The settings of methods that end here.
+
+    A round of `polish` solves for kept values and adapter again and, where the states of a group
+    can be enumerated, swaps positions one group at a time.
+    """
+
+    polish: int = setting(
+        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+    )
 
 
 class Split(NamedTuple):

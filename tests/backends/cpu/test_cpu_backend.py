@@ -1,4 +1,5 @@
-"""The native CPU backend against the fp64 oracle: every instruction set that runs here, every layout, ragged shapes."""
+"""The native CPU backend against the fp64 oracle: every instruction set that runs here, every
+layout, ragged shapes."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def same_bits(a, b):
 
 @functools.cache
 def problem(layout):
-    """Packed weight, activations that every dtype holds exactly, bias, exact result and magnitude."""
+    """Packed weight, activations that every dtype holds exactly, bias, exact result and
+    magnitude."""
     generator = torch.Generator().manual_seed(layout.rank)
     packed = random_packed(layout, seed=layout.out_features)
     x = torch.randint(-127, 128, (max(TOKENS), layout.in_features), generator=generator) / 64
@@ -108,7 +110,8 @@ def test_small_integers_are_exact(isa, values, group_size, rank, planes, M):
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("M", [1, 6])
 def test_every_pattern_and_level_at_every_lane(isa, M, planes):
-    """Row n, group g: pattern (n + g) mod 6 and all pairs of levels in turn: each at each lane and place of a word."""
+    """Row n, group g: pattern (n + g) mod 6 and all pairs of levels in turn: each at each lane and
+    place of a word."""
     N, K, levels = 33, 4 * 6 * 4**planes, 2**planes
     row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
     nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
@@ -136,7 +139,8 @@ def test_dequantize(isa, values, group_size, poisoned):
 
 
 def test_kept_is_what_the_mask_says(isa):
-    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds there."""
+    """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds
+    there."""
     packed = random_packed(PackedLayout(16, 64, "fp16", rank=1))
     packed.values.zero_()
     packed.values[:, ::2] = -0.0
@@ -370,7 +374,10 @@ def test_info_shows_a_misspelt_backend(monkeypatch):
 
 
 def run_with_isa(name):
-    code = "from slab_kernels.backends import cpu; print(cpu.runnable(), cpu.torch.ops.slab_kernels.cpu_isa())"
+    code = (
+        "from slab_kernels.backends import cpu;"
+        "print(cpu.runnable(), cpu.torch.ops.slab_kernels.cpu_isa())"
+    )
     environment = {**os.environ, "SLAB_KERNELS_CPU_ISA": name}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -393,7 +400,8 @@ X, STATE = torch.randn(2, 200), cpu.BACKEND.prepare(random_packed(LAYOUT))
 
 
 def header(word: int, content: int) -> torch.Tensor:
-    """The prepared tensor with another 64-bit word in its header: 1 out_features, 3 rank, 4 adapter rank, 5 values | group size, 6 planes | half."""
+    """The prepared tensor with another 64-bit word in its header: 1 out_features, 3 rank, 4 adapter
+    rank, 5 values | group size, 6 planes | half."""
     changed = STATE.prepared.clone()
     changed.view(torch.int64)[word] = content
     return changed

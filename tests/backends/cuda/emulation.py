@@ -1,7 +1,9 @@
-"""A CUDA device without a GPU: `launch.linear` runs on it unchanged, every launch is the PTX that nvcc emits, interpreted.
+"""A CUDA device without a GPU: `launch.linear` runs on it unchanged, every launch is the PTX that
+nvcc emits, interpreted.
 
-Only the ranges that a launch may touch are mapped: inputs read-only and exactly as long as their last element, outputs
-and scratch writable and poisoned with NaN. An access beside them, a race in shared memory, an illegal nibble is an error.
+Only the ranges that a launch may touch are mapped: inputs read-only and exactly as long as their
+last element, outputs and scratch writable and poisoned with NaN. An access beside them, a race
+in shared memory, an illegal nibble is an error.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from ptx.parse import Kernel
 from sass import counter as sass
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slab_kernels.backends.cuda.launch import Device, linear
+from slab_kernels.backends.cuda.gpus import GPUS, Gpu
+from slab_kernels.backends.cuda.launch import CudaDevice, linear
 from slab_kernels.backends.cuda.layout import CudaState
-from slab_kernels.backends.cuda.plan import GPUS, Gpu
 
 
 @functools.cache
@@ -75,7 +77,8 @@ class _Allocations(TorchDispatchMode):
 
 
 class Launched:
-    """What was launched, in order: kernel names, their statistics, whether each may start before the one before it ends."""
+    """What was launched, in order: kernel names, their statistics, whether each may start before
+    the one before it ends."""
 
     def __init__(self):
         self.kernels: list[str] = []
@@ -83,8 +86,14 @@ class Launched:
         self.dependent: list[bool] = []
 
 
-def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0], architecture: str = "compute_80",
-        launched: Launched | None = None) -> torch.Tensor:  # fmt: skip
+def run(
+    x: torch.Tensor,
+    state: CudaState,
+    bias=None,
+    gpu: Gpu = GPUS[0],
+    architecture: str = "compute_80",
+    launched: Launched | None = None,
+) -> torch.Tensor:
     """`launch.linear` of CPU tensors on the emulated device."""
     with _Allocations() as memory:
 
@@ -114,4 +123,4 @@ def run(x: torch.Tensor, state: CudaState, sizes, bias=None, gpu: Gpu = GPUS[0],
                 launched.stats.append(stats)
                 launched.dependent.append(dependent)
 
-        return linear(x, *state[:5], bias, sizes, Device(gpu, queue))
+        return linear(x, state, bias, CudaDevice(gpu, queue))

@@ -1,6 +1,8 @@
-"""The CUDA backend around its kernels, without a GPU: prepared layouts, refusals, the registered op, SlabLinear's path to it.
+"""The CUDA backend around its kernels, without a GPU: prepared layouts, refusals, the registered
+op, SlabLinear's path to it.
 
-`emulated` lets the op take CPU tensors and interprets what it launches, so that all but the driver is the real thing.
+`emulated` lets the op take CPU tensors and interprets what it launches, so that all but the
+driver is the real thing.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slab_kernels import reference
 from slab_kernels.backends import cuda, dispatch
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.backends.cuda import driver, layout, plan
+from slab_kernels.backends.cuda import driver, layout, plan, tiles
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda.launch import Device, kernel_names
+from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.errors import BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout
@@ -47,31 +49,19 @@ def half(*shape):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """The op on CPU tensors, and a dispatch that finds no fault with them. Yields the device, to be replaced."""
+    """The op on CPU tensors, and a dispatch that finds no fault with them. Yields the device, to be
+    replaced."""
     device = SimpleNamespace(gpu=A100)
     real = cuda.CudaBackend.not_supported_reasons
 
     def reasons(self, problem):
         return real(self, replace(problem, device="cpu"))[:-1]  # the last one: not on cpu
 
-    def interpreted(x, stream, V, U, P, Q, bias, sizes, to):
-        state = CudaState(
-            stream,
-            V,
-            U,
-            P,
-            Q,
-            sizes.K,
-            sizes.rows,
-            sizes.values,
-            sizes.group_steps,
-            sizes.planes,
-            x.dtype,
-        )
-        return run(x, state, sizes, bias, to.gpu)
+    def interpreted(x, state, bias, to):
+        return run(x, state, bias, to.gpu)
 
     monkeypatch.setattr(cuda.CudaBackend, "not_supported_reasons", reasons)
-    monkeypatch.setattr(cuda, "device_of", lambda _: Device(device.gpu, None))
+    monkeypatch.setattr(cuda, "device_of", lambda _: CudaDevice(device.gpu, None))
     monkeypatch.setattr(cuda, "linear", interpreted)
     cuda.register()
     with torch.library._scoped_library(cuda.NAMESPACE, "IMPL") as library:
@@ -86,7 +76,8 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_stream_holds_the_weight(dtype, values, group_size):
-    """`dense` and `adapters` undo `prepare`: to the bit where both types hold the numbers, else to one rounding each."""
+    """`dense` and `adapters` undo `prepare`: to the bit where both types hold the numbers, else to
+    one rounding each."""
     for integers, (N, K), rank in (
         (i, shape, r) for i in (True, False) for shape in SHAPES for r in (0, 1, 2, 16)
     ):
@@ -107,9 +98,9 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
                 and state.stream.shape[2] % 16 == 0
             )
             assert all(t.is_contiguous() for t in state[:5] if t is not None)
-            W = layout.dense(*state[:3], *state[5:])
+            W = layout.dense(state)
             if adapter_rank:
-                ((left, right),) = layout.adapters(*state[3:5], K, (N,), dtype)
+                ((left, right),) = layout.adapters(state)
                 W = W + left.float() @ right.float()
             off = (W - packed.dense()).abs().max()
             most = float(oracle(torch.eye(K), packed)[1].max())
@@ -124,7 +115,8 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
 @pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", None)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
-    """Rows of each part start at a multiple of 16; magnitudes of V and Q differ by powers of two between the parts."""
+    """Rows of each part start at a multiple of 16; magnitudes of V and Q differ by powers of two
+    between the parts."""
     rows, K, parts = (33, 5, 48, 16), 260, []
     for i, n in enumerate(rows):
         part = random_packed(PackedLayout(n, K, values, group_size, 2, 4), seed=n, integers=True)
@@ -135,10 +127,8 @@ def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
         and state.stream.shape[0] == 3 + 1 + 3 + 1
         and state.V.shape == (4, 2, 384)
     )
-    factors = layout.adapters(state.P, state.Q, K, rows, dtype)
-    W = layout.dense(*state[:3], *state[5:]) + torch.cat(
-        [left.float() @ right.float() for left, right in factors]
-    )
+    factors = layout.adapters(state)
+    W = layout.dense(state) + torch.cat([left.float() @ right.float() for left, right in factors])
     assert torch.equal(W, torch.cat([part.dense() for part in parts]))
     most = state.V.float().abs().amax(-1)
     assert bool(((most >= 0.5) & (most < 1)).all()), "v * x never exceeds x"
@@ -168,7 +158,10 @@ def test_parts_that_do_not_go_together():
     changes = {"in_features": 128, "group_size": 64, "rank": 0, "adapter_rank": 0, "values": "int4"}
     for name, other in changes.items():
         pair = [random_packed(base), random_packed(replace(base, **{name: other}))]
-        words = f"weights of one launch must agree in {name}, but these have {getattr(base, name)} and {other}"
+        words = (
+            f"weights of one launch must agree in {name}, but these have {getattr(base, name)} and "
+            f"{other}"
+        )
         with pytest.raises(ShapeError, match=re.escape(words)):
             layout.prepare(pair, torch.float16)
         if name != "in_features":  # FusedSlabLinear still runs them, one by one
@@ -183,13 +176,17 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     packed.values[3, 5] = 1e5
     with pytest.raises(
         RangeError,
-        match=r"a bf16 value does not fit torch.float16 activations' kernels; use torch.bfloat16 ones",
+        match=r"a bf16 value does not fit torch.float16 activations' kernels; "
+        "use torch.bfloat16 ones",
     ):
         BACKEND.prepare(packed, torch.float16)
     packed.values[3, 5] = 1.0
     for left, right in (("U", "V"), ("P", "Q")):
         factors = {left: torch.full((16, 1), 1e5), right: torch.full((64, 1), 0.5)}
-        words = f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use bfloat16 activations"
+        words = (
+            f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use "
+            "bfloat16 activations"
+        )
         with pytest.raises(RangeError, match=re.escape(words)):
             BACKEND.prepare(replace(packed, **factors), torch.float16)
         BACKEND.prepare(replace(packed, **factors), torch.bfloat16)
@@ -199,7 +196,8 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     "planes, most", [(1, 65504), (2, 43648), (3, 37408)]
 )  # fp16 numbers whose 1.5 and 1.75 times still round to 65504 at most
 def test_levels_of_several_ranks_must_fit_fp16(planes, most):
-    """Their kernel rounds u times the largest level; of rank 1 u multiplies fp32 sums and need fit only itself."""
+    """Their kernel rounds u times the largest level; of rank 1 u multiplies fp32 sums and need fit
+    only itself."""
     for rank, largest in ((2, most), (1, 65504)):
         packed = random_packed(
             PackedLayout(16, 64, "fp16", None, rank, planes=planes, factors="fp32")
@@ -211,7 +209,7 @@ def test_levels_of_several_ranks_must_fit_fp16(planes, most):
             torch.eye(64)[:9].half() * 2.0**-6,
         )
         y, exact = (
-            run(x, state, sizes(state)),
+            run(x, state),
             oracle(x, packed := replace(packed, U=U.half().float(), V=V))[0],
         )
         assert (
@@ -241,26 +239,22 @@ def test_activations_and_biases_are_checked_in_words():
     for x in (half(2, 199), half(), half(200, 1)):
         words = f"x has shape {list(x.shape)}, but this weight takes in_features=200 last"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            cuda.check(x, state.stream, None, 200, 24, torch.float16)
+            cuda.check(x, state, None)
     for bias in (half(23), half(1, 24), half(48)[::2]):
         words = f"bias has shape {list(bias.shape)}, expected [24], contiguous"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            cuda.check(half(2, 200), state.stream, bias, 200, 24, torch.float16)
+            cuda.check(half(2, 200), state, bias)
     for wrong in (torch.float64, torch.int32):
         with pytest.raises(
             TypeError, match=f"bias is {wrong}, it must be float32, float16 or bfloat16"
         ):
-            cuda.check(
-                half(2, 200), state.stream, torch.ones(24, dtype=wrong), 200, 24, torch.float16
-            )
+            cuda.check(half(2, 200), state, torch.ones(24, dtype=wrong))
     with pytest.raises(TypeError, match="bias is on meta, x on cpu"):
-        cuda.check(
-            half(2, 200), state.stream, torch.ones(24, device="meta"), 200, 24, torch.float16
-        )
+        cuda.check(half(2, 200), state, torch.ones(24, device="meta"))
     for x, good in itertools.product(
         (half(200), half(2, 3, 200)), (None, half(24), half(24).float(), half(24).bfloat16())
     ):
-        cuda.check(x, state.stream, good, 200, 24, torch.float16)
+        cuda.check(x, state, good)
 
 
 def test_x_on_another_device_is_refused():
@@ -281,12 +275,12 @@ def test_reasons():
         ({"device": "cpu"}, "it runs on CUDA tensors, not on cpu"),
         ({"dtype": torch.float32}, "activations must be float16 or bfloat16, not torch.float32"),
         ({"dtype": torch.float64}, "activations must be float16 or bfloat16, not torch.float64"),
-        ({"rank": plan.MOST_RANK + 1}, "rank=17 of the sign term is above 16"),
+        ({"rank": tiles.MOST_RANK + 1}, "rank=17 of the sign term is above 16"),
         ({"values": "fp4"}, "values='fp4' is unknown; it runs fp16, bf16, int8, int4, int3"),
     ):
         assert reason in BACKEND.not_supported_reasons(replace(good, **change)), change
     assert set(
-        BACKEND.not_supported_reasons(replace(good, rank=plan.MOST_RANK, adapter_rank=4096))
+        BACKEND.not_supported_reasons(replace(good, rank=tiles.MOST_RANK, adapter_rank=4096))
     ) <= {missing}
     assert (
         len(BACKEND.not_supported_reasons(LinearProblem(1, 24, 200, "fp4", rank=99, device="mps")))
@@ -298,7 +292,8 @@ def test_a_forced_backend_says_why_not(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
     with pytest.raises(
         BackendError,
-        match=r"'cuda' cannot run .*activations must be .*float32; it runs on CUDA tensors, not on cpu",
+        match=r"'cuda' cannot run .*activations must be .*float32; "
+        "it runs on CUDA tensors, not on cpu",
     ):
         SlabLinear.from_packed(random_packed(SMALL))(torch.ones(1, 200))
 
@@ -355,8 +350,14 @@ def test_importing_opens_no_library_and_reads_no_file():
     code = PROBE.replace("import typer", "import typer, torch, slab_kernels.nn").replace(
         "MODULE", "slab_kernels.backends.cuda as cuda"
     )
-    cold = "(cuda.driver._cuda, cuda.driver._properties, images.kernel_sources, nvrtc._find, cuda.device_of, cuda._register_once)"
-    code += f"from slab_kernels.backends.cuda import images, nvrtc\nassert not any(f.cache_info().currsize for f in {cold})\n"
+    cold = (
+        "(cuda.driver._cuda, cuda.driver._properties, images.kernel_sources, nvrtc._find, "
+        "cuda.device_of, cuda._register_once)"
+    )
+    code += (
+        "from slab_kernels.backends.cuda import images, nvrtc\nassert not "
+        f"any(f.cache_info().currsize for f in {cold})\n"
+    )
     code += "assert not hasattr(torch.ops.slab_kernels, 'linear_cuda')\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["seen"] == []
@@ -407,7 +408,8 @@ def test_fake_kernels(name):
 @pytest.mark.parametrize("values", [("fp16", None), ("int8", 64), ("int4", 32)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_against_autograd(dtype, values, rank, adapter_rank):
-    """Two fused parts, small integers: to the bit, whatever the leading dimensions and whichever gradients are wanted."""
+    """Two fused parts, small integers: to the bit, whatever the leading dimensions and whichever
+    gradients are wanted."""
     parts = [
         random_packed(PackedLayout(n, 200, *values, rank, adapter_rank), seed=n, integers=True)
         for n in (37, 16)
@@ -524,14 +526,14 @@ CHECKS = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_bodies_of_the_gpu_tests(name):
-    CHECKS[name](lambda x, state, bias=None: run(x, state, sizes(state), bias, A100))
+    CHECKS[name](lambda x, state, bias=None: run(x, state, bias, A100))
 
 
 def test_the_body_of_the_rebuilt_weight(monkeypatch):
     monkeypatch.setattr(launching, "choose", plan.rebuild)
     launching.launches.cache_clear()
     gpu.check_rebuilt(
-        lambda x, state: run(x, state, sizes(state), None, A100),
+        lambda x, state: run(x, state, None, A100),
         "cpu",
         DTYPES[1],
         ("int4", 32),

@@ -1,4 +1,5 @@
-"""The CUDA kernels compile without a GPU, by nvcc and by NVRTC; the cache, the images of setup.py, and what a wheel holds."""
+"""The CUDA kernels compile without a GPU, by nvcc and by NVRTC; the cache, the images of setup.py,
+and what a wheel holds."""
 
 from __future__ import annotations
 
@@ -22,13 +23,16 @@ from slab_kernels.backends.cuda import compile as recipe
 from slab_kernels.backends.cuda import images, nvrtc
 
 ROOT = Path(__file__).resolve().parents[3]
-# Small, with everything that the real source has: format.h, a header beside it, one struct by value.
+# Small, with everything that the real source has: format.h, a header beside it, one struct by
+# value.
 SMALL = {
     "format.h": (ROOT / "csrc/format.h").read_text(encoding="utf-8"),
-    "cuda/ptx.cuh": '#pragma once\n#include "../format.h"\n__device__ inline uint32_t twice(uint32_t n) { return 2 * n; }\n',
+    "cuda/ptx.cuh": '#pragma once\n#include "../format.h"\n'
+    "__device__ inline uint32_t twice(uint32_t n) { return 2 * n; }\n",
     "cuda/small.cu": '#include "ptx.cuh"\nstruct Params { uint32_t* y; int64_t n; };\n'
     'extern "C" __global__ void small_kernel(const __grid_constant__ Params p) {\n'
-    "  for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) p.y[i] = twice(slab::complement_nibbles(uint32_t(i)));\n}\n",
+    "  for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) p.y[i] = "
+    "twice(slab::complement_nibbles(uint32_t(i)));\n}\n",
 }
 TARGETS = (*recipe.ARCHITECTURES, recipe.FALLBACK)
 needs_nvrtc = pytest.mark.skipif(
@@ -56,7 +60,8 @@ def write(folder: Path, sources: dict[str, str]) -> Path:
 
 
 def machine(image: bytes) -> int:
-    """The architecture number in a cubin's ELF header: the low byte of e_flags, 13.0's second byte."""
+    """The architecture number in a cubin's ELF header: the low byte of e_flags, 13.0's second
+    byte."""
     flags = int.from_bytes(image[48:52], "little")
     return flags >> 8 & 0xFF if image[7] == 0x41 else flags & 0xFF
 
@@ -238,7 +243,8 @@ def test_what_belongs_to_somebody_else_is_not_run():
 def test_two_processes_at_once(cache):
     code = (
         "import sys, json, hashlib; from slab_kernels.backends.cuda import images, nvrtc\n"
-        "print(hashlib.sha256(images.compiled(json.load(sys.stdin), 'small', 'sm_80', nvrtc.find())).hexdigest())"
+        "print(hashlib.sha256(images.compiled(json.load(sys.stdin), 'small', 'sm_80', "
+        "nvrtc.find())).hexdigest())"
     )
     pair = [
         subprocess.Popen(
@@ -293,7 +299,8 @@ def test_ptx_ends_as_the_driver_wants_it(ahead):
 
 
 def test_images_of_other_sources_are_not_used(ahead, monkeypatch):
-    """A checkout whose csrc was edited since the last build: NVRTC, or a reason, never stale code."""
+    """A checkout whose csrc was edited since the last build: NVRTC, or a reason, never stale
+    code."""
     monkeypatch.setattr(images, "kernel_sources", lambda: SMALL | {"cuda/ptx.cuh": "edited"})
     assert not list(images.images("small", (9, 0)))
     reason = images.missing((9, 0), "13")
@@ -336,7 +343,8 @@ def test_nvcc_builds_once_and_again_when_a_source_changes(tmp_path):
 def test_an_old_nvcc_drops_architectures_with_a_remark(tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(
-        '#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "compute_80\\ncompute_90\\n" && exit\n[ "$1" = --version ] && exit\n'
+        '#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "compute_80\\ncompute_90\\n" && exit\n[ '
+        '"$1" = --version ] && exit\n'
         'while [ "$2" ]; do shift; done\necho made >"$1"\n'
     )
     nvcc.chmod(0o755)
@@ -445,10 +453,12 @@ def test_importing_opens_nothing():
     code = (
         "import sys, torch, importlib; from pathlib import Path\n"
         "def note(event, given):\n"
-        "    if event in ('ctypes.dlopen', 'subprocess.Popen') or (event == 'open' and not str(given[0]).endswith(('.py', '.pyc'))):\n"
+        "    if event in ('ctypes.dlopen', 'subprocess.Popen') or (event == 'open' and not "
+        "str(given[0]).endswith(('.py', '.pyc'))):\n"
         "        sys.exit(f'{event} {given[:1]}')\n"
         "sys.addaudithook(note)\n"
-        "for name in ('compile', 'nvrtc', 'images', 'driver'): importlib.import_module('slab_kernels.backends.cuda.' + name)\n"
+        "for name in ('compile', 'nvrtc', 'images', 'driver'): "
+        "importlib.import_module('slab_kernels.backends.cuda.' + name)\n"
         "assert not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

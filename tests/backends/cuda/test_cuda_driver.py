@@ -1,4 +1,5 @@
-"""backends/cuda/driver.py against a libcuda that only remembers (fake_cuda.c): what is packed, loaded, allowed and said."""
+"""backends/cuda/driver.py against a libcuda that only remembers (fake_cuda.c): what is packed,
+loaded, allowed and said."""
 
 from __future__ import annotations
 
@@ -26,11 +27,20 @@ class Params(ctypes.Structure):
 
 class Last(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("count", ctypes.c_uint),
-        ("attribute", ctypes.c_int), ("value", ctypes.c_int), ("launches", ctypes.c_int),
-        ("stream", ctypes.c_uint64), ("function", ctypes.c_uint64), ("context", ctypes.c_uint64),
-        ("params", ctypes.c_ubyte * 64), ("name", ctypes.c_char * 64), ("image", ctypes.c_char * 64),
-    ]  # fmt: skip
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("count", ctypes.c_uint),
+        ("attribute", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("launches", ctypes.c_int),
+        ("stream", ctypes.c_uint64),
+        ("function", ctypes.c_uint64),
+        ("context", ctypes.c_uint64),
+        ("params", ctypes.c_ubyte * 64),
+        ("name", ctypes.c_char * 64),
+        ("image", ctypes.c_char * 64),
+    ]
 
 
 class Fake:
@@ -71,7 +81,8 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def fake(library, fresh, monkeypatch):
-    """A machine with four devices: 0 and 1 of capability 9.0, the others 8.6; one image, of one unit."""
+    """A machine with four devices: 0 and 1 of capability 9.0, the others 8.6; one image, of one
+    unit."""
     monkeypatch.setattr(driver, "LIBRARY", str(library))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(images, "kernel_units", lambda: ["linear"])
@@ -89,8 +100,12 @@ def fake(library, fresh, monkeypatch):
 def properties(device):
     major, minor = (9, 0) if device < 2 else (8, 6)
     return SimpleNamespace(
-        name="Fake", major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=232448
-    )  # fmt: skip
+        name="Fake",
+        major=major,
+        minor=minor,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=232448,
+    )
 
 
 def launch(name="linear_w16", shared=0, device=0, params=None, **more):
@@ -100,8 +115,8 @@ def launch(name="linear_w16", shared=0, device=0, params=None, **more):
         (128, 1, 1),
         shared,
         params or Params(0x123456789ABC, 5, 0.5),
-        device,
-        0xABCDEF012345,
+        device=device,
+        stream=0xABCDEF012345,
         **more,
     )
 
@@ -138,7 +153,8 @@ def test_loading_ahead_launches_nothing(fake):
     ("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))]
 )
 def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
-    """The image decides, not the device: a PTX of compute_80 on a newer device has no griddepcontrol.wait in it."""
+    """The image decides, not the device: a PTX of compute_80 on a newer device has no
+    griddepcontrol.wait in it."""
     fake.ptx_version = ptx
     launch(device=0, dependent=asked)
     assert (fake.last.count, fake.last.attribute, fake.last.value) == seen
@@ -176,7 +192,8 @@ def test_a_refused_launch_says_what_was_asked(fake):
     with pytest.raises(driver.CudaError) as caught:
         launch(shared=512)
     assert str(caught.value) == (
-        "kernel linear_w16 with grid (7, 2, 1), block (128, 1, 1) and 512 bytes of shared memory was not launched on device 0: "
+        "kernel linear_w16 with grid (7, 2, 1), block (128, 1, 1) and 512 bytes of shared memory "
+        "was not launched on device 0: "
         "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (too many resources requested)"
     )
     assert isinstance(caught.value, RuntimeError)
@@ -252,7 +269,10 @@ def test_reasons_in_order(fake, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(driver, "LIBRARY", "libcuda-of-nobody.so.1")
         driver._cuda.cache_clear()
-        reason = "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the driver"
+        reason = (
+            "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the "
+            "driver"
+        )
         assert driver.missing(0) == reason
         with pytest.raises(driver.CudaError, match=reason):
             launch()

@@ -1,6 +1,8 @@
-"""The CUDA kernels on a real GPU, natively: what the emulated device (test_cuda_kernels.py) cannot show.
+"""The CUDA kernels on a real GPU, natively: what the emulated device (test_cuda_kernels.py) cannot
+show.
 
-Bodies that need none are `check_*`: test_cuda_backend.py runs them on the emulated device, so that they work on the day.
+Bodies that need none are `check_*`: test_cuda_backend.py runs them on the emulated device, so
+that they work on the day.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from test_cuda_kernels import DTYPES, FORCED, TOKENS, bound, same_bits, sizes
 
 from slab_kernels.backends import cuda, dispatch
-from slab_kernels.backends.cuda import driver, images, nvrtc, plan
+from slab_kernels.backends.cuda import driver, images, nvrtc, plan, tiles
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.format import PackedLayout
@@ -67,7 +69,8 @@ def launches(state: CudaState, M: int):
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """cuBLAS adds in fp32, as the bounds want it, and no fault of one test is reported by the next."""
+    """cuBLAS adds in fp32, as the bounds want it, and no fault of one test is reported by the
+    next."""
     for name in ("fp16", "bf16"):
         monkeypatch.setattr(
             torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction", False
@@ -78,12 +81,15 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def forced(monkeypatch):
-    """forced(tile, tokens of a warp, splits): the linear's plan, whatever the model says; adapters keep theirs."""
+    """forced(tile, tokens of a warp, splits): the linear's plan, whatever the model says; adapters
+    keep theirs."""
 
     def force(*how):
-        chosen = lambda s, M, gpu: (
-            plan.choose(s, M, gpu) if s.values == plan.DENSE else plan.evaluate(s, M, gpu, *how)
-        )
+        def chosen(s, M, gpu):
+            return (
+                plan.choose(s, M, gpu) if s.values == plan.DENSE else plan.evaluate(s, M, gpu, *how)
+            )
+
         monkeypatch.setattr(launching, "choose", chosen)
         launching.launches.cache_clear()
 
@@ -100,8 +106,8 @@ def forgetful(monkeypatch):
 
 
 def check_exact(linear, device, dtype, values, rank, shapes, tokens) -> None:
-    """Small integers come out bit for bit, whatever the order of summation; but cuBLAS, which multiplies a rebuilt weight, may
-    round shares of K, or a sum before the bias."""
+    """Small integers come out bit for bit, whatever the order of summation; but cuBLAS, which
+    multiplies a rebuilt weight, may round shares of K, or a sum before the bias."""
     for N, K, adapter_rank in shapes:
         it = layer(PackedLayout(N, K, *values, rank, adapter_rank), dtype, True, device)
         for M in tokens:
@@ -134,7 +140,8 @@ def test_small_integers_are_exact(dtype, values, rank, poisoned):
 
 
 def check_rebuilt(linear, device, dtype, values, rank, planes) -> None:
-    """The rebuilt weight itself is exact to its one rounding: the identity as x leaves cuBLAS nothing to add."""
+    """The rebuilt weight itself is exact to its one rounding: the identity as x leaves cuBLAS
+    nothing to add."""
     N, K = 70, 260
     packed = random_packed(PackedLayout(N, K, *values, rank, planes=planes), N, integers=True).to(
         device
@@ -154,7 +161,8 @@ def test_the_rebuilt_weight(monkeypatch, dtype, values, rank, planes, poisoned):
 
 
 def check_against_fp64(linear, device, dtype, values, rank, adapter_ranks, shapes, tokens) -> None:
-    """Every element within its own bound; with bias in the activations' type, in fp32 and without."""
+    """Every element within its own bound; with bias in the activations' type, in fp32 and
+    without."""
     for (N, K), adapter_rank in ((shape, r) for shape in shapes for r in adapter_ranks):
         if max(rank, adapter_rank) > min(N, K):
             continue
@@ -188,7 +196,7 @@ def test_every_tile_of_the_tables(forced, values, rank):
     tall = [
         (tile, tokens, 1)
         for tile in plan.TALL_TILES
-        for tokens in plan.TALL.get((it.state.values, rank), ())
+        for tokens in tiles.TALL.get((it.state.values, rank), ())
     ]
     for tile, tokens, splits in (*FORCED, *tall):
         M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
@@ -204,7 +212,8 @@ def test_every_tile_of_the_tables(forced, values, rank):
 
 
 def check_strided(linear, device, M, K) -> None:
-    """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all tokens."""
+    """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all
+    tokens."""
     it = layer(PackedLayout(33, K, "fp16", rank=1), torch.float16, True, device)
     want, wide = (
         it.exact[:M].half(),
@@ -230,7 +239,8 @@ def test_strided_and_unaligned_activations(M, K, poisoned):
 @pytest.mark.parametrize("values", [("fp16", None), ("bf16", None), ("int8", 128), ("int4", 128)])
 @both_types
 def test_error_is_at_most_that_of_cublas(dtype, values, M):
-    """Root mean square against fp64, cuBLAS on the same weight rounded to the activations' type: at most 1.5 times."""
+    """Root mean square against fp64, cuBLAS on the same weight rounded to the activations' type: at
+    most 1.5 times."""
     it = layer(PackedLayout(1024, 4096, *values, 1), dtype, False)
     exact = it.exact[:M] - it.bias.double()
     dense = torch.nn.functional.linear(it.x[:M], it.packed.dense().to(dtype))
@@ -285,8 +295,9 @@ def test_a_token_does_not_depend_on_the_others(dtype, layout):
 
 @pytest.mark.parametrize("M", [1, 12, 60])
 def test_launches_that_overlap_wait_for_each_other(forced, M):
-    """Adapter, linear and the sum of K-splits, back to back: a kernel that read too early would see the call before."""
-    forced(plan.SPLIT_TILES[5], next(tokens for tokens in plan.REGISTERS if tokens >= M), 4)
+    """Adapter, linear and the sum of K-splits, back to back: a kernel that read too early would see
+    the call before."""
+    forced(plan.SPLIT_TILES[5], next(tokens for tokens in tiles.REGISTERS if tokens >= M), 4)
     it = layer(PackedLayout(300, 4104, "fp16", None, 1, 4), torch.float16, True)
     first, second = launches(it.state, M)
     assert first is not None and second.plan.splits == 4
@@ -301,7 +312,8 @@ def test_launches_that_overlap_wait_for_each_other(forced, M):
 @pytest.mark.parametrize("M", [1, 12, 40, 200])
 @both_layouts
 def test_graph_capture_and_replay(layout, M, forgetful):
-    """The very first launch may be captured, for `prepare` has loaded every kernel. Replays see changed inputs."""
+    """The very first launch may be captured, for `prepare` has loaded every kernel. Replays see
+    changed inputs."""
     it = layer(layout, torch.float16, False)
     want = [native(it.x[start : start + M], it.state, it.bias) for start in (0, 5, 400)]
     forgetful()
@@ -322,7 +334,8 @@ def test_graph_capture_and_replay(layout, M, forgetful):
 
 @both_layouts
 def test_two_streams_at_once(layout):
-    """Calls share nothing but the layer, neither partial sums nor z, and wait for what their stream does before them."""
+    """Calls share nothing but the layer, neither partial sums nor z, and wait for what their stream
+    does before them."""
     it, streams = layer(layout, torch.float16, False), [torch.cuda.Stream() for _ in range(2)]
     for M in (1, 40):
         xs, results = [torch.zeros_like(it.x[:M]) for _ in streams], [[], []]
@@ -430,7 +443,8 @@ def test_compile_fullgraph():
 
 
 def test_module_on_a_gpu():
-    """Half types on these kernels, fp32 on Triton's or the reference; gradients of x and bias; there and back again."""
+    """Half types on these kernels, fp32 on Triton's or the reference; gradients of x and bias;
+    there and back again."""
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, True)
     module = SlabLinear.from_packed(it.packed, it.bias)
     other = "reference" if dispatch.backend("triton").missing(DEVICE) else "triton"
@@ -497,19 +511,22 @@ def test_nvrtc_gives_the_same_bits_as_nvcc(monkeypatch, tmp_path, forgetful):
 
 SCRIPT = """
 import sys
-from test_cuda_gpu import DTYPES, DEVICE, check_exact, launching, native, plan
+from test_cuda_gpu import DTYPES, DEVICE, check_exact, launching, native, plan, tiles
 
 def choose(sizes, M, gpu):  # K over groups and CTAs; above 64 tokens fused; above 100 rebuilt
     if M > 100 and sizes.values != plan.DENSE:
         return plan.rebuild(sizes, M, gpu)
-    tiles, splits = (plan.SPLIT_TILES, 2) if M <= 64 else (plan.WHOLE_TILES, 1)
-    tokens = next(tokens for tokens in plan.REGISTERS if tokens >= min(M, 64))
-    return next(filter(None, (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in tiles)))
+    table, splits = (plan.SPLIT_TILES, 2) if M <= 64 else (plan.WHOLE_TILES, 1)
+    tokens = next(tokens for tokens in tiles.REGISTERS if tokens >= min(M, 64))
+    found = (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in table)
+    return next(filter(None, found))
 
 launching.choose = choose
-for values, rank, adapter_rank in ((("fp16", None), 1, 3), (("int8", 64), 2, 0), (("int4", 32), 0, 0)):
+kinds = ((("fp16", None), 1, 3), (("int8", 64), 2, 0), (("int4", 32), 0, 0))
+for values, rank, adapter_rank in kinds:
     for dtype in DTYPES:
-        check_exact(native, DEVICE, dtype, values, rank, ((149, 204, adapter_rank),), map(int, sys.argv[1:]))
+        shapes = ((149, 204, adapter_rank),)
+        check_exact(native, DEVICE, dtype, values, rank, shapes, map(int, sys.argv[1:]))
 print("every result is right")
 """
 
@@ -521,7 +538,8 @@ def test_compute_sanitizer(tool):
         or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     ):
         pytest.skip("no compute-sanitizer")
-    # Not ours to judge: how cuBLAS (110 tokens) shares memory, and torch's calls that ask for what a device may lack.
+    # Not ours to judge: how cuBLAS (110 tokens) shares memory, and torch's calls that ask for what
+    # a device may lack.
     more, tokens = (
         (["--report-api-errors", "no"], "1 12 40 70 110")
         if tool == "memcheck"

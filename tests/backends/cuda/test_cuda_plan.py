@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.backends.cuda import BACKEND, plan
+from slab_kernels.backends.cuda import BACKEND, cost, gpus, plan
 from slab_kernels.backends.cuda import launch as launching
+from slab_kernels.backends.cuda.cost import Plan, Rebuild
+from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.launch import kernel_names, launches
 from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
-from slab_kernels.backends.cuda.plan import (
-    GPUS,
+from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.tiles import (
     PLANES_REGISTERS,
     REGISTERS,
     SPLIT_TILES,
@@ -28,10 +30,7 @@ from slab_kernels.backends.cuda.plan import (
     TALL_REGISTERS,
     TALL_TILES,
     WHOLE_TILES,
-    Plan,
-    Rebuild,
-    Sizes,
-    choose,
+    CudaSizes,
 )
 from slab_kernels.bench.layer_shapes import MODELS, layers
 
@@ -58,7 +57,7 @@ def regime(M: int) -> int:
 
 def constants() -> dict[str, int]:
     """Numbers of params.h that decide sizes, read from its text."""
-    text = "".join((CUDA / name).read_text() for name in ("params.h", "linear.cuh", "linear.cu"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(CUDA.iterdir()))
     found = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
     values = re.search(
         r"values == kW16 \? (\d+) : values == kI8 \? (\d+) : values == kI4 \? (\d+) : (\d+);", text
@@ -71,20 +70,16 @@ def constants() -> dict[str, int]:
     for formula in (
         "kTokenRow = 2 * kBlockInputs",
         "values == kI8 || values == kI4 ? kSteps / group_steps * 2 * kBlockRows : 0",
-        "scales_at = kSignsAt + (rank ? planes * kSignBytes : 0)",
-        "v_rows_at = (kWide ? staged : min(staged, p.tokens)) * kTokenRow, weights_at = v_rows_at + rank * kTokenRow",
-        "stage_bytes = (weights_at + p.warp_rows * kRowTiles * block_bytes + 255) / 256 * 256",
-        "ring = shared + my.group * p.stages * stage_bytes",
-        "kWide = kTiles >= 4",
+        "scales_at = Traits::kSignsAt + (rank ? planes * kSignBytes : 0)",
+        "v_rows_at = (Traits::kWide ? staged : min(staged, params.tokens)) * kTokenRow",
+        "weights_at = layout.v_rows_at + rank * kTokenRow",
+        "weight_bytes = params.warp_rows * Traits::kRowTiles * layout.block_bytes",
+        "stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256",
+        "begin = shared + role.group * params.stages * ring.stage_bytes",
+        "kWide = kTokenTiles >= 4",
         "pitch = rows + 4",
-        "sums + (my.group * all_tokens + my.token_warp * kTokens) * pitch",
-        "int(unsigned(p.k_blocks) * unsigned(split) / unsigned(p.splits))",
-        "slab::kRankOne, 2, kTiles>",  # row tiles of a warp: `blocks` of plan.Tile
-        "slab::kRankAny, 2, kTiles>",
-        "slab::kValues, slab::kRank, 4, kTiles>",
-        "slab::kRankOne, 2, kTiles, 2>",  # and planes
-        "slab::kRankOne, 2, kTiles, 3>",
-        "slab::kRankAny, 2, kTiles, slab::kPlanesAny>",
+        "(role.group * all_tokens + role.token_warp * Traits::kWarpTokens) * pitch",
+        "int(unsigned(params.num_k_blocks) * unsigned(split) / unsigned(params.splits))",
     ):
         assert formula.replace(" ", "") in flat, f"csrc/cuda no longer says {formula!r}"
     return (
@@ -92,9 +87,24 @@ def constants() -> dict[str, int]:
     )
 
 
+def test_the_kernels_have_the_tiles_that_plans_count_on():
+    """Row tiles, tokens and planes of each row of the table in linear.cu, against its name."""
+    rows = re.findall(
+        r"KERNEL\((\w+), +(\w+), +k\w+, +k\w+, +(\w+), +(\d), (\d), \d\)",
+        (CUDA / "linear.cu").read_text(encoding="utf-8"),
+    )
+    assert len(rows) == 24 + 4 + 6 + 18
+    planes_of = {"two": "2", "three": "3", "any": "kPlanesAny"}
+    for family, name, planes, row_tiles, token_tiles in rows:
+        *which, tokens = name.split("_")
+        assert int(tokens.removeprefix("t")) == 8 * int(token_tiles), name
+        assert int(row_tiles) == (4 if family == "tall" else 2), name  # `blocks` of plan.Tile
+        assert planes == (planes_of[which[-1]] if family == "planes" else "1"), name
+
+
 @functools.cache
 def shared_bytes_of(
-    sizes: Sizes, M: int, tokens: int, tile: plan.Tile, stages: int
+    sizes: CudaSizes, M: int, tokens: int, tile: plan.Tile, stages: int
 ) -> tuple[int, int]:
     """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups, both from address 0."""
     c = _constants()
@@ -116,10 +126,12 @@ def shared_bytes_of(
 _constants = functools.cache(constants)
 
 
-def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
+def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> None:
     where = (sizes, M, gpu.name, chosen)
     if isinstance(chosen, Rebuild):
-        assert M > 64 and sizes.values != DENSE and chosen.ctas == 4 * gpu.multiprocessors, where
+        assert M > 64 and sizes.values != DENSE and chosen.max_ctas == 4 * gpu.multiprocessors, (
+            where
+        )
         return
     tile, threads = chosen.tile, chosen.tile.threads
     assert threads <= 256 and chosen.block == (threads, 1, 1) and 2 <= chosen.stages <= 4, where
@@ -141,7 +153,7 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
         chosen.grid == (chosen.row_tiles * chosen.token_tiles, chosen.splits, 1)
         and chosen.grid[0] < 1 << 31
     ), where
-    # linear.cuh: share()
+    # place.cuh: first_k_block_of
     ends = [sizes.k_blocks * split // chosen.splits for split in range(chosen.splits + 1)]
     shares = [end - start for start, end in itertools.pairwise(ends)]
     assert ends[-1] == sizes.k_blocks and min(shares) >= (
@@ -155,7 +167,7 @@ def check(chosen: Plan | Rebuild, sizes: Sizes, M: int, gpu: plan.Gpu) -> None:
         tile.blocks == 4 and chosen.tokens in TALL[sizes.values, sizes.rank]
     ), where
     assert sizes.planes == 1 or tile.blocks == 2, where
-    assert plan.LAUNCH_US + plan.FILL_US < chosen.microseconds < 1e6, where
+    assert cost.LAUNCH_US + cost.FILL_US < chosen.microseconds < 1e6, where
 
 
 @pytest.mark.parametrize("rank, planes", SIGNS)
@@ -167,7 +179,7 @@ def test_every_layer_of_the_known_models(gpu, rank, planes):
     """
     values, group_steps = VALUES[(GPUS.index(gpu) + rank + planes) % len(VALUES)]
     for N, K in SHAPES:
-        sizes = Sizes(K, (N,), values, group_steps, rank, 0, planes)
+        sizes = CudaSizes(K, (N,), values, group_steps, rank, 0, planes)
         ways = [set(), set(), set()]
         for M in TOKENS:
             chosen = choose(sizes, M, gpu)
@@ -181,8 +193,8 @@ def test_every_layer_of_the_known_models(gpu, rank, planes):
 def test_every_adapter(gpu):
     """z = x Q, a dense weight of few rows that comes first: rank 64, alone and for three fused parts; rank 1 rounds up to 16."""
     for K, parts, steps in itertools.product(sorted({K for _, K in SHAPES}), (1, 3), (1, 4)):
-        sizes = Sizes(K, (4096,) * parts, INT4, 4, 1, steps).adapter()
-        assert sizes == Sizes(K, (16 * steps * parts,), DENSE, 4, 0, 0)
+        sizes = CudaSizes(K, (4096,) * parts, INT4, 4, 1, steps).adapter()
+        assert sizes == CudaSizes(K, (16 * steps * parts,), DENSE, 4, 0, 0)
         ways = [set(), set(), set()]
         for M in TOKENS:
             chosen = choose(sizes, M, gpu)
@@ -204,7 +216,7 @@ def test_sizes_that_no_model_has(gpu):
             (INT4, 1, 3),
             (W16, 16, 2),
         ):
-            sizes = Sizes(K, rows, values, 2, rank, 2, planes)
+            sizes = CudaSizes(K, rows, values, 2, rank, 2, planes)
             ways = [set(), set(), set()]
             for M in (*range(1, 66), 4095):
                 check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
@@ -238,7 +250,7 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
     """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more stages may do better. Above
     64 tokens for a third: there is one threshold from which on the weight is rebuilt, and before it whole waves of CTAs."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
-        sizes = Sizes(K, (N,), values, group_steps, rank, 0)
+        sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
             times = [choose(sizes, M, gpu).microseconds for M in tokens]
             allowed = 0.95 if tokens[-1] <= 64 else 0.66
@@ -249,16 +261,16 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
 def test_decoding_is_predicted_to_beat_dense_weights(gpu):
     """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was measured to reach, no more than ours."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
-        sizes = Sizes(K, (N,), values, group_steps, rank, 0)
+        sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for M in (1, 2, 4, 8, 16):
-            assert choose(sizes, M, gpu).microseconds < plan.dense_microseconds(N, K, M, gpu), (
+            assert choose(sizes, M, gpu).microseconds < cost.dense_microseconds(N, K, M, gpu), (
                 sizes,
                 M,
             )
 
 
 def test_rebuilding_pays_only_for_very_many_tokens():
-    sizes = Sizes(4096, (11008,), W16, 4, 1, 0)
+    sizes = CudaSizes(4096, (11008,), W16, 4, 1, 0)
     kinds = [type(choose(sizes, M, H200)) for M in (1, 64, 65, 256, 4096, 1 << 16)]
     assert kinds[:2] == [Plan, Plan] and kinds[-1] is Rebuild
     assert choose(sizes, 1 << 16, replace(H200, gemm_rate=1e-9)).splits == 1, (
@@ -298,7 +310,7 @@ def test_rebuilding_pays_only_for_very_many_tokens():
 def test_gpu_like(name, capability, row):
     """Figures of the row, sizes of the device."""
     (known,) = [gpu for gpu in GPUS if gpu.name == row]
-    found = plan.gpu_like(name, capability, 77, 99_000)
+    found = gpus.gpu_like(name, capability, 77, 99_000)
     assert found == replace(
         known, name=name, capability=capability, multiprocessors=77, shared_limit=99_000
     )
@@ -306,8 +318,8 @@ def test_gpu_like(name, capability, row):
 
 def test_a_plan_follows_the_sizes_of_the_device():
     """A part of a GPU (MIG) and one with less shared memory than its row get plans of their own."""
-    sizes = Sizes(4096, (4096,), INT8, 4, 1, 0)
-    slice_ = plan.gpu_like("NVIDIA A100-SXM4-80GB MIG 1g.10gb", (8, 0), 14, 101376)
+    sizes = CudaSizes(4096, (4096,), INT8, 4, 1, 0)
+    slice_ = gpus.gpu_like("NVIDIA A100-SXM4-80GB MIG 1g.10gb", (8, 0), 14, 101376)
     for M in TOKENS:
         check(choose(sizes, M, slice_), sizes, M, slice_)
 
@@ -316,17 +328,17 @@ def test_a_plan_follows_the_sizes_of_the_device():
 
 
 def test_describe():
-    text = choose(Sizes(4096, (4096,), W16, 4, 1, 0), 1, A100).describe()
+    text = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 1, A100).describe()
     number = r"\d+"
     assert re.fullmatch(
         rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] stages, {number} bytes shared, "
         rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
         text,
     ), text
-    split = plan.evaluate(Sizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
+    split = plan.evaluate(CudaSizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
     assert ", K split over 4 CTAs (32 rows:" in split.describe()
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
-    rebuilt = choose(Sizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
+    rebuilt = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
     assert re.fullmatch(
         r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores",
         rebuilt,
@@ -348,14 +360,15 @@ def test_sizes_that_fit_nowhere_are_refused():
     tiny = replace(A100, shared_limit=16384)
     for M in (1, 16, 17, 64):
         with pytest.raises(
-            ValueError, match=r"no tile of Sizes\(K=4096, .*\) fits 16384 bytes of shared memory"
+            ValueError,
+            match=r"no tile of CudaSizes\(K=4096, .*\) fits 16384 bytes of shared memory",
         ):
-            choose(Sizes(4096, (64,), W16, 4, 16, 0), M, tiny)
-    assert isinstance(choose(Sizes(4096, (64,), W16, 4, 16, 0), 65, tiny), Rebuild), (
+            choose(CudaSizes(4096, (64,), W16, 4, 16, 0), M, tiny)
+    assert isinstance(choose(CudaSizes(4096, (64,), W16, 4, 16, 0), 65, tiny), Rebuild), (
         "rebuilding needs none"
     )
     with pytest.raises(ValueError, match="fits 16384 bytes of shared memory"):
-        choose(Sizes(4096, (64,), DENSE, 4, 0, 0), 65, tiny)
+        choose(CudaSizes(4096, (64,), DENSE, 4, 0, 0), 65, tiny)
 
 
 # ---- names
@@ -367,7 +380,7 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
     named = set()
     for (values, group_steps), (rank, planes), steps in itertools.product(VALUES, SIGNS, (0, 4)):
         sizes, dtype = (
-            Sizes(512, (72,), values, group_steps, rank, steps, planes),
+            CudaSizes(512, (72,), values, group_steps, rank, steps, planes),
             (torch.float16, torch.bfloat16)[rank % 2],
         )
         ahead = kernel_names(sizes, dtype)
@@ -382,12 +395,12 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
 
 def test_the_template_says_what_the_plan_says():
     """Parts of unequal rows: first tile, block and feature of each, in `LinearParams`."""
-    sizes = Sizes(1000, (100, 24, 37), INT8, 2, 2, 1, 3)
+    sizes = CudaSizes(1000, (100, 24, 37), INT8, 2, 2, 1, 3)
     first, second = launches(sizes, 12, torch.float16, A100)
     p = launching.LinearParams.from_buffer_copy(second.template)
     tile = second.plan.tile
     rows = 16 * tile.blocks * tile.warp_rows
-    assert (p.tokens, p.in_features, p.out_features, p.k_blocks, p.whole_blocks) == (
+    assert (p.tokens, p.in_features, p.out_features, p.num_k_blocks, p.whole_blocks) == (
         12,
         1000,
         161,

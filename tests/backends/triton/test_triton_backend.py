@@ -1,4 +1,5 @@
-"""The Triton backend around its kernels, without a GPU and without the interpreter: refusals, states, the op's outside."""
+"""The Triton backend around its kernels, without a GPU and without the interpreter: refusals,
+states, the op's outside."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from slab_kernels import SlabLinear
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.backends.triton import configs, launch
-from slab_kernels.backends.triton.configs import Config
+from slab_kernels.backends.triton import launch, rows
+from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.errors import BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, random_packed
@@ -56,7 +57,8 @@ def half(*shape):
 
 @with_triton
 def test_everything_in_tritons_interpreter(request):
-    """test_triton_interpreter.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    """test_triton_interpreter.py in a process of its own: Triton reads TRITON_INTERPRET when it is
+    imported."""
     options = [f"--{name}" for name in ("full", "quick") if request.config.getoption(name)]
     command = [
         sys.executable,
@@ -136,7 +138,8 @@ def test_reasons_in_the_interpreter(monkeypatch):
 
 
 def test_its_place_in_dispatch(monkeypatch):
-    """After the CUDA kernels and the CPU's, before the reference; where only those have a reason against them it is taken."""
+    """After the CUDA kernels and the CPU's, before the reference; where only those have a reason
+    against them it is taken."""
     assert (
         dispatch.ORDER.index("cuda")
         < dispatch.ORDER.index("triton")
@@ -152,7 +155,10 @@ def test_its_place_in_dispatch(monkeypatch):
 
 def test_a_forced_backend_gives_every_reason(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
-    words = rf"'triton' cannot run 24x200 with fp16 values, rank 17, .* on cpu: rank=17 .* above 16; {re.escape(CPU)}"
+    words = (
+        r"'triton' cannot run 24x200 with fp16 values, rank 17, .* on cpu: rank=17 .* above 16; "
+        rf"{re.escape(CPU)}"
+    )
     with pytest.raises(BackendError, match=words):
         SlabLinear.from_packed(random_packed(replace(SMALL, rank=17)))(torch.ones(1, 200))
 
@@ -190,7 +196,8 @@ def test_activations_and_biases_are_checked_in_words():
 
 @pytest.mark.parametrize("made, asked", list(itertools.permutations(DTYPES, 2)))
 def test_a_state_of_other_activations_is_refused_where_it_matters(made, asked):
-    """16-bit values and adapters are read as the activations' type: another one would come out wrong without a word."""
+    """16-bit values and adapters are read as the activations' type: another one would come out
+    wrong without a word."""
     for layout in (SMALL, replace(SMALL, adapter_rank=0), PackedLayout(24, 200, "int8", 64, 1, 3)):
         state = launch.prepare((random_packed(layout),), made)
         x = torch.ones(1, 200, dtype=asked)
@@ -211,7 +218,8 @@ def test_a_state_of_other_activations_is_refused_where_it_matters(made, asked):
 @pytest.mark.parametrize("values, group_size", VALUE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_weight_is_not_copied(dtype, values, group_size):
-    """Unless its 16-bit values have another 16-bit type than the activations, or int3 is widened."""
+    """Unless its 16-bit values have another 16-bit type than the activations, or int3 is
+    widened."""
     for N, K in SHAPES:
         packed = random_packed(PackedLayout(N, K, values, group_size, 2, 3))
         state = launch.prepare((packed,), dtype)
@@ -239,13 +247,14 @@ def test_one_weight_is_not_copied(dtype, values, group_size):
         )
         assert all(t.is_contiguous() for t in state[:8] if t is not None)
         sizes = launch.sizes_of(state)
-        assert sizes == configs.Sizes(K, (N,), kind, group_size or 0, 2, 16) and sizes.N == N
+        assert sizes == rows.TritonSizes(K, (N,), kind, group_size or 0, 2, 16) and sizes.N == N
 
 
 @pytest.mark.parametrize("rank, adapter_rank", [(0, 0), (1, 0), (4, 0), (0, 16), (1, 100)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors_lie_as_the_kernels_read_them(dtype, rank, adapter_rank):
-    """V by position in the group of four, so that a group's neighbours are neighbours; ranks of an adapter padded to 16."""
+    """V by position in the group of four, so that a group's neighbours are neighbours; ranks of an
+    adapter padded to 16."""
     for N, K in ((5, 7), (17, 172)):
         packed = random_packed(PackedLayout(N, K, "int4", 32, rank, adapter_rank), integers=True)
         state, Kp = launch.prepare((packed,), dtype), packed.layout.padded_in_features
@@ -286,7 +295,8 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     packed.values[3, 5] = 1e5
     with pytest.raises(
         RangeError,
-        match=r"a bf16 value does not fit torch.float16 activations' kernels; use torch.bfloat16 ones",
+        match=r"a bf16 value does not fit torch.float16 activations' kernels; "
+        "use torch.bfloat16 ones",
     ):
         BACKEND.prepare(packed, torch.float16)
     for dtype in DTYPES[1:]:
@@ -294,7 +304,10 @@ def test_numbers_that_fp16_kernels_cannot_hold():
     packed.values[3, 5] = 1.0
     for left, right in (("U", "V"), ("P", "Q")):
         large = replace(packed, **{left: torch.full((16, 1), 1e5), right: torch.full((64, 1), 0.5)})
-        words = f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use bfloat16 activations"
+        words = (
+            f"{left}, scaled so that the other factor is below 1, does not fit torch.float16; use "
+            "bfloat16 activations"
+        )
         with pytest.raises(RangeError, match=re.escape(words)):
             BACKEND.prepare(large, torch.float16)
         for dtype in DTYPES[1:]:
@@ -392,7 +405,10 @@ def test_importing_loads_no_triton_and_reads_no_file():
     code = PROBE.replace("import typer", "import typer, torch, slab_kernels.nn").replace(
         "MODULE", "slab_kernels.backends.triton as it"
     )
-    code += "assert not hasattr(torch.ops.slab_kernels, 'linear_triton') and not it.device_of.cache_info().currsize\n"
+    code += (
+        "assert not hasattr(torch.ops.slab_kernels, 'linear_triton') and not "
+        "it.device_of.cache_info().currsize\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["seen"] == [] and not [
@@ -404,12 +420,19 @@ def test_importing_loads_no_triton_and_reads_no_file():
 
 
 @with_triton
-@pytest.mark.parametrize("M, splits, adapter_rank, launched", [
-    (1, 1, 0, {"linear": (3, 1)}), (5, 4, 0, {"linear": (3, 4), "sum": (1,)}), (40, 1, 3, {"adapter": (1, 2), "linear": (9, 1)}),
-    (16, 2, 100, {"adapter": (2, 2), "linear": (3, 2), "sum": (1,)}), (0, 2, 3, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "M, splits, adapter_rank, launched",
+    [
+        (1, 1, 0, {"linear": (3, 1)}),
+        (5, 4, 0, {"linear": (3, 4), "sum": (1,)}),
+        (40, 1, 3, {"adapter": (1, 2), "linear": (9, 1)}),
+        (16, 2, 100, {"adapter": (2, 2), "linear": (3, 2), "sum": (1,)}),
+        (0, 2, 3, {}),
+    ],
+)
 def test_grids(monkeypatch, M, splits, adapter_rank, launched):
-    """z and sums of their own for every call, no launch for no token; fp32 tensors as they are, x without a copy."""
+    """z and sums of their own for every call, no launch for no token; fp32 tensors as they are, x
+    without a copy."""
     from slab_kernels.backends.triton import kernels
 
     found = {}
@@ -427,7 +450,7 @@ def test_grids(monkeypatch, M, splits, adapter_rank, launched):
         (random_packed(PackedLayout(40, 300, "int8", 128, 1, adapter_rank)),), torch.float16
     )
     x = half(M, 308)[:, :300]
-    y = launch.linear(x, state, None, Config(16, 16, 64), splits, 2)
+    y = launch.linear(x, state, None, TileConfig(16, 16, 64), splits, 2)
     assert y.shape == (M, 40) and {name: grid for name, (grid, _, _) in found.items()} == launched
     if M:
         _, args, kwargs = found["linear"]

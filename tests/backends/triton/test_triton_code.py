@@ -1,9 +1,11 @@
-"""The gate on Triton's machine code: every shipped configuration on sm_80, 86, 89, 90 and 120, under the triton that is here.
+"""The gate on Triton's machine code: every shipped configuration on sm_80, 86, 89, 90 and 120,
+under the triton that is here.
 
-Any two of configuration, architecture, value type, rank and planes meet in some case; `pytest --full` compiles all of them.
+Any two of configuration, architecture, value type, rank and planes meet in some case; `pytest
+--full` compiles all of them.
 
-Registers, spills, shared memory, tensor instructions, and how many instructions a weight costs: configs.py was chosen by them.
-Triton keeps what it has compiled.
+Registers, spills, shared memory, tensor instructions, and how many instructions a weight costs:
+configs.py was chosen by them. Triton keeps what it has compiled.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from pairwise import subset
 from sass import counter as sass
 from triton_code import DEVICES, Case
 
-from slab_kernels.backends.triton.configs import DEFAULTS
+from slab_kernels.backends.triton.rows import DEFAULTS
 
-# Instructions a weight, measured (3.7.1 and 3.6) and a tenth. A tile of more tokens feeds more products.
+# Instructions a weight, measured (3.7.1 and 3.6) and a tenth. A tile of more tokens feeds more
+# products.
 MOST = {
     ("fp16", 16): 8.8, ("int8", 16): 11.5, ("int4", 16): 10.5,
     ("fp16", 64): 8.8, ("int8", 64): 12.0, ("int4", 64): 11.0,
@@ -33,7 +36,8 @@ EVERY = [*triton_code.cases(), *triton_code.planes_cases()]
 
 def test_every_default_is_reached_on_some_device():
     reached = {case.row for case in EVERY}
-    # The last row is the net under all others, for a device with less shared memory than any that has these kernels.
+    # The last row is the net under all others, for a device with less shared memory than any that
+    # has these kernels.
     same = [row for row in DEFAULTS[:-1] if not row.config.rebuild and row not in reached]
     tiles = {
         (c.block_m, c.block_n, c.block_k, c.warps, c.stages)

@@ -1,4 +1,5 @@
-"""Rows of configurations: their order, what a file may hold, and what the choice costs. No Triton, no GPU."""
+"""Rows of configurations: their order, what a file may hold, and what the choice costs. No Triton,
+no GPU."""
 
 from __future__ import annotations
 
@@ -16,31 +17,23 @@ from pathlib import Path
 
 import pytest
 
-from slab_kernels.backends.triton import configs, launch
-from slab_kernels.backends.triton.configs import (
-    Config,
-    Device,
-    Row,
-    Sizes,
-    choose,
-    read,
-    row_from,
-    row_to,
-    splits,
-)
+from slab_kernels.backends.triton import configs, launch, row_files, rows
+from slab_kernels.backends.triton.configs import choose, splits
+from slab_kernels.backends.triton.row_files import read, row_from, row_to
+from slab_kernels.backends.triton.rows import Row, TileConfig, TritonDevice, TritonSizes
 from slab_kernels.cli import console
 from slab_kernels.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
-A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
-LAYER = Sizes(4096, (4096,), "int4", 128, 1, 0)
+A100 = TritonDevice("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
+LAYER = TritonSizes(4096, (4096,), "int4", 128, 1, 0)
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The user's and the shipped folder, empty; nothing remembered before or after."""
     user, shipped = tmp_path / "user", tmp_path / "shipped"
-    monkeypatch.setenv(configs.ENVIRONMENT, str(user))
+    monkeypatch.setenv(row_files.ENVIRONMENT, str(user))
     monkeypatch.setattr(configs, "SHIPPED", shipped)
     configs.forget()
     yield user, shipped
@@ -76,16 +69,18 @@ def test_the_users_rows_come_before_the_shipped_and_those_before_the_defaults(fo
 
 
 def test_every_problem_has_a_default(folders):
-    devices = [A100, Device("small", 4, 48 << 10, 75), Device("H100", 132, 232448, 90)]
+    devices = [A100, TritonDevice("small", 4, 48 << 10, 75), TritonDevice("H100", 132, 232448, 90)]
     for device, m, bits, values, rank in itertools.product(
-        devices, (0, 1, 16, 17, 64, 65, 513, 5000), (16, 32), configs.VALUES, (0, 1, 4)
+        devices, (0, 1, 16, 17, 64, 65, 513, 5000), (16, 32), rows.VALUES, (0, 1, 4)
     ):
-        sizes = Sizes(4096, (64, 64), values, 128, rank, 16)
+        sizes = TritonSizes(4096, (64, 64), values, 128, rank, 16)
         config = choose(sizes, m, bits, device)
         assert config.reason and splits(sizes, m, config, device) in (1, 2, 4, 8, 16)
 
 
-@pytest.mark.parametrize("config", [Config(fill=2), Config(16, 128, 64, 4, 3, 4), Config()])
+@pytest.mark.parametrize(
+    "config", [TileConfig(fill=2), TileConfig(16, 128, 64, 4, 3, 4), TileConfig()]
+)
 def test_a_decoded_token_is_summed_alike_whatever_is_beside_it(config):
     assert len({splits(LAYER, m, config, A100) for m in range(1, 17)}) == 1
 
@@ -135,7 +130,7 @@ def test_a_file_is_read_once(folders, monkeypatch):
 
 
 def test_folders_of_the_user(monkeypatch, tmp_path):
-    monkeypatch.delenv(configs.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(row_files.ENVIRONMENT, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert configs.user_folder() == tmp_path / "slab_kernels"
     monkeypatch.delenv("XDG_CONFIG_HOME")
@@ -145,7 +140,7 @@ def test_folders_of_the_user(monkeypatch, tmp_path):
 
 def test_without_a_home_the_defaults_run(monkeypatch):
     """A container's user without an entry in /etc/passwd."""
-    for name in (configs.ENVIRONMENT, "XDG_CONFIG_HOME", "HOME"):
+    for name in (row_files.ENVIRONMENT, "XDG_CONFIG_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     configs.forget()
@@ -157,7 +152,7 @@ def test_a_file_that_everybody_may_write_and_a_variable_that_names_no_folder(fol
     path.chmod(0o666)
     with pytest.raises(ConfigError, match=r"everybody may write to it \(mode 0666; chmod o-w\)"):
         configs.read(path)
-    monkeypatch.setenv(configs.ENVIRONMENT, str(path))
+    monkeypatch.setenv(row_files.ENVIRONMENT, str(path))
     configs.forget()
     with pytest.raises(ConfigError, match="SLAB_KERNELS_CONFIGS=.*is no folder"):
         choose(LAYER, 1, 16, A100)
@@ -200,13 +195,13 @@ def test_shipped_files_are_packaged_and_fit_their_devices(tmp_path):
 
 
 def test_rows_survive_a_round_trip():
-    rows = [*configs.DEFAULTS, Row(Config(), 64, 16, ("int4",), 1, 64, 128, 4096, 80, 16)]
+    rows = [*configs.DEFAULTS, Row(TileConfig(), 64, 16, ("int4",), 1, 64, 128, 4096, 80, 16)]
     for row in rows:
         if not (
             row.config.rebuild and row.above < configs.DECODE
         ):  # only a default may, which stands after those for decoding
             assert row_from(json.loads(json.dumps(row_to(row)))) == row
-    assert row_from({}) == row_from({"tokens": None, "stages": None}) == Row(Config())
+    assert row_from({}) == row_from({"tokens": None, "stages": None}) == Row(TileConfig())
 
 
 BAD_ROWS = {
@@ -307,16 +302,17 @@ def test_a_file_that_cannot_be_read(folders):
 
 
 def test_blocks_that_a_row_may_name_are_those_that_the_kernels_take():
-    """`tl.dot` wants 16 at least, Triton powers of two and 2^20 numbers at most; a unit is 16 inputs, and K-steps are 32 or more."""
-    assert all(block >= 16 and block & (block - 1) == 0 for block in configs.BLOCKS)
-    assert max(configs.BLOCKS) ** 2 <= 1 << 20 and min(configs.BLOCKS[1:]) >= 32
-    assert set(configs.VALUES) == set(launch.ELEMENT)
+    """`tl.dot` wants 16 at least, Triton powers of two and 2^20 numbers at most; a unit is 16
+    inputs, and K-steps are 32 or more."""
+    assert all(block >= 16 and block & (block - 1) == 0 for block in rows.BLOCKS)
+    assert max(rows.BLOCKS) ** 2 <= 1 << 20 and min(rows.BLOCKS[1:]) >= 32
+    assert set(rows.VALUES) == set(launch.ELEMENT)
 
 
 def test_describe():
     assert (
-        Config(reason="why").describe()
+        TileConfig(reason="why").describe()
         == "64 rows x 16 tokens x 128 inputs, 4 warps, 3 stages (why)"
     )
-    assert Config(rebuild=True).describe() == "the weight rebuilt dense, then torch's matmul"
-    assert "shared" not in asdict(Config()), "a row's, not a configuration's"
+    assert TileConfig(rebuild=True).describe() == "the weight rebuilt dense, then torch's matmul"
+    assert "shared" not in asdict(TileConfig()), "a row's, not a configuration's"

@@ -1,4 +1,5 @@
-"""The Triton kernels on a real GPU, natively: the bodies of triton_checks.py, and what the interpreter cannot show."""
+"""The Triton kernels on a real GPU, natively: the bodies of triton_checks.py, and what the
+interpreter cannot show."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from triton_checks import BACKEND, DTYPES, bound, same_bits
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.triton import launch
-from slab_kernels.backends.triton.configs import DEFAULTS, Config, choose
+from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import ROUNDOFF, SHAPES, TOKENS
 
@@ -38,7 +40,7 @@ def layer(
     return checks.layer(layout, dtype, integers, device)
 
 
-def chosen(it: checks.Layer, M: int) -> Config:
+def chosen(it: checks.Layer, M: int) -> TileConfig:
     return choose(
         launch.sizes_of(it.state),
         M,
@@ -50,7 +52,8 @@ def chosen(it: checks.Layer, M: int) -> Config:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", (*SHAPES, (300, 1160), (520, 2088)), ids=str)
 def test_the_problem_grid(dtype, shape, poisoned):
-    """The interpreter's cases with every M of the same tile, so that a case is one kernel to compile; a second or two each."""
+    """The interpreter's cases with every M of the same tile, so that a case is one kernel to
+    compile; a second or two each."""
     for case in checks.grid((dtype,), (shape,)):
         if shape[1] > 1000:
             case = case._replace(adapter_rank=0)  # bf16 could not hold every z of small integers
@@ -150,7 +153,8 @@ def test_a_hundred_runs_give_the_same_bits(layout, M):
 @pytest.mark.parametrize("M", [1, 12, 40, 200])
 @both_layouts
 def test_graph_capture_and_replay(layout, M):
-    """Decoding without a bias may be captured at once, for `prepare` has compiled it; what else, after a first call."""
+    """Decoding without a bias may be captured at once, for `prepare` has compiled it; what else,
+    after a first call."""
     it = layer(layout, torch.float16, False)
     bias = None if M <= 16 else it.bias
     want = [BACKEND.linear(it.x[start : start + M], it.state, bias) for start in (0, 5, 57)]
@@ -167,7 +171,8 @@ def test_graph_capture_and_replay(layout, M):
 
 @both_layouts
 def test_two_streams_at_once(layout):
-    """Calls share nothing but the layer, neither partial sums nor z, and wait for what their stream does before them."""
+    """Calls share nothing but the layer, neither partial sums nor z, and wait for what their stream
+    does before them."""
     it, streams = layer(layout, torch.float16, False), [torch.cuda.Stream() for _ in range(2)]
     for M in (1, 40):
         xs, results = [torch.zeros_like(it.x[:M]) for _ in streams], [[], []]

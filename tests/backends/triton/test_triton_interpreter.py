@@ -1,8 +1,10 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: the problem grid in fp32 and fp16, the op, the modules.
+"""The Triton kernels in Triton's interpreter, on CPU tensors: the problem grid in fp32 and fp16,
+the op, the modules.
 
-Triton reads TRITON_INTERPRET when it is imported, and whoever compiles ahead of time needs it unset: this file runs in
-processes of its own. `make test` starts them; a plain `pytest` does in test_triton_backend.py. What the interpreter cannot
-show (bf16, `prmt` on pairs, TF32) is executed as PTX: test_triton_kernels.py.
+Triton reads TRITON_INTERPRET when it is imported, and whoever compiles ahead of time needs it
+unset: this file runs in processes of its own. `make test` starts them; a plain `pytest` does in
+test_triton_backend.py. What the interpreter cannot show (bf16, `prmt` on pairs, TF32) is
+executed as PTX: test_triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ import torch
 from pairwise import grid, label
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    why = "needs TRITON_INTERPRET=1 before Triton is imported: run by `make test`, and by test_triton_backend.py in a process of its own"
+    why = (
+        "needs TRITON_INTERPRET=1 before Triton is imported: run by `make test`, and by "
+        "test_triton_backend.py in a process of its own"
+    )
     pytest.skip(why, allow_module_level=True)
 pytest.importorskip("triton")
 
@@ -28,7 +33,8 @@ from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.triton import launch
-from slab_kernels.backends.triton.configs import DEFAULTS, Config, choose
+from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
 from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import VALUE_LAYOUTS, random_packed
@@ -54,12 +60,13 @@ def pytest_generate_tests(metafunc):
 
 
 def test_the_problem_grid(case):
-    checks.check_case(case, DEVICE, Config(*case.tile))
+    checks.check_case(case, DEVICE, TileConfig(*case.tile))
 
 
 @pytest.mark.parametrize("make", [checks.grid, checks.lean_grid])
 def test_any_two_choices_of_the_grid_meet(make):
-    """Tokens, splits and shape choose the tile: a small one would take minutes on the largest product."""
+    """Tokens, splits and shape choose the tile: a small one would take minutes on the largest
+    product."""
     cases = make(DTYPES)
     for pair in itertools.combinations(checks.Case._fields, 2):
         if pair[1] == "tile" and pair[0] in checks.DEALT_BY_COST:
@@ -91,12 +98,13 @@ def test_shares_of_K(dtype, adapter_rank):
     """Eight shares of seven steps, the last one empty; of eight steps without a tail."""
     for K in (64 * 6 + 3, 64 * 8):
         checks.check_shares_of_K(
-            DEVICE, PackedLayout(33, K, "int8", 128, 1, adapter_rank), dtype, Config(16, 64, 64)
+            DEVICE, PackedLayout(33, K, "int8", 128, 1, adapter_rank), dtype, TileConfig(16, 64, 64)
         )
 
 
 def term_by_term(a, b, dtype=None):
-    """numpy.matmul, each sum in the order of its terms wherever it stands: OpenBLAS's AVX2 kernels sum the last rows in another order."""
+    """numpy.matmul, each sum in the order of its terms wherever it stands: OpenBLAS's AVX2 kernels
+    sum the last rows in another order."""
     out = numpy.zeros((a.shape[0], b.shape[1]), dtype or a.dtype)
     for k in range(a.shape[1]):
         out += a[:, k : k + 1].astype(out.dtype) * b[k : k + 1].astype(out.dtype)
@@ -131,7 +139,16 @@ def test_fused_weights(dtype, values, rank, adapter_rank):
     checks.check_fused(DEVICE, dtype, values, rank, adapter_rank, (1, 20))
     for planes, rows in ((3, (40, 1, 17)), (2, (16, 33)), (1, (1, 2, 3, 4))):
         checks.check_fused(
-            DEVICE, dtype, values, rank, adapter_rank, (5,), rows, 68, Config(16, 16, 64), planes
+            DEVICE,
+            dtype,
+            values,
+            rank,
+            adapter_rank,
+            (5,),
+            rows,
+            68,
+            TileConfig(16, 16, 64),
+            planes,
         )
 
 
@@ -158,7 +175,8 @@ def test_nan_and_infinity_propagate(dtype, bad, M):
 
 @pytest.mark.parametrize("adapter_rank", [0, 4])
 def test_rows_of_x_beyond_two_to_the_31_elements(adapter_rank):
-    """Three of them, 2^30 + 24 numbers apart, in 4 GiB that are reserved and never committed (Linux's MAP_NORESERVE)."""
+    """Three of them, 2^30 + 24 numbers apart, in 4 GiB that are reserved and never committed
+    (Linux's MAP_NORESERVE)."""
     stride, it = (
         (1 << 30) + 24,
         checks.layer(
@@ -174,13 +192,14 @@ def test_rows_of_x_beyond_two_to_the_31_elements(adapter_rank):
         x = torch.frombuffer(room, dtype=torch.float16).as_strided((3, 40), (stride, 1))
         x.copy_(it.x[:3])
         assert torch.equal(
-            launch.linear(x, it.state, None, Config(16, 16, 64), 1, 1), it.exact[:3].half()
+            launch.linear(x, it.state, None, TileConfig(16, 16, 64), 1, 1), it.exact[:3].half()
         )
         del x
 
 
 def test_the_largest_tile_needs_no_real_row():
-    """N = 1, K = 3, M = 1 in every shipped configuration: all but one lane of each is beyond an end."""
+    """N = 1, K = 3, M = 1 in every shipped configuration: all but one lane of each is beyond an
+    end."""
     for dtype, row in itertools.product(DTYPES, DEFAULTS):
         it = checks.layer(PackedLayout(1, 3, "int8", None, 1, 2), dtype, True, DEVICE)
         if not row.config.rebuild:
@@ -192,7 +211,7 @@ def test_the_largest_tile_needs_no_real_row():
 
 def test_many_tokens_rebuild_the_weight(monkeypatch):
     """Whatever surrounds the call: autocast is not to change x's type."""
-    monkeypatch.setattr(backend, "choose", lambda *_: Config(rebuild=True))
+    monkeypatch.setattr(backend, "choose", lambda *_: TileConfig(rebuild=True))
     for dtype, adapter_rank in itertools.product(DTYPES, (0, 3)):
         it = checks.layer(PackedLayout(37, 132, "int8", 128, 1, adapter_rank), dtype, True, DEVICE)
         want = (it.exact[:40] + it.bias.double()).to(dtype)
@@ -246,12 +265,14 @@ def test_export():
 
 
 def test_reasons(monkeypatch):
-    """bf16 comes out wrong without a word, so it is refused; by choice of its own, dispatch takes the CPU backend."""
+    """bf16 comes out wrong without a word, so it is refused; by choice of its own, dispatch takes
+    the CPU backend."""
     problem = LinearProblem(1, 24, 200, dtype=torch.float32)
     assert BACKEND.not_supported_reasons(problem) == []
     with pytest.raises(
         BackendError,
-        match="'triton' cannot run .* bfloat16 activations on cpu: Triton's interpreter computes bfloat16 wrongly",
+        match="'triton' cannot run .* bfloat16 activations on cpu: "
+        "Triton's interpreter computes bfloat16 wrongly",
     ):
         SlabLinear.from_packed(random_packed(PackedLayout(16, 64)))(
             torch.ones(1, 64, dtype=torch.bfloat16)

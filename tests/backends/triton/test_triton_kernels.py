@@ -1,7 +1,8 @@
-"""The Triton kernels' own PTX for sm_80, executed instruction by instruction, bf16 included: launch.py runs unchanged.
+"""The Triton kernels' own PTX for sm_80, executed instruction by instruction, bf16 included:
+launch.py runs unchanged.
 
-Every access is checked against its tensor's bounds, shared memory for races, outputs start as NaN. Tiles are those that
-an A100 would get, so that the text executed is the text shipped.
+Every access is checked against its tensor's bounds, shared memory for races, outputs start as
+NaN. Tiles are those that an A100 would get, so that the text executed is the text shipped.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ pytest.importorskip("triton")
 
 from triton_programs import Emulated
 
-from slab_kernels.backends.triton import configs, kernels, launch
-from slab_kernels.backends.triton.configs import Config, Device
+from slab_kernels.backends.triton import configs, kernels, launch, rows
+from slab_kernels.backends.triton.rows import TileConfig, TritonDevice
 from slab_kernels.format import PackedLayout, plane_unit, unpack
 from slab_kernels.testing import ROUNDOFF, error_bound, oracle, random_packed
 
-A100 = Device("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
+A100 = TritonDevice("NVIDIA A100-SXM4-80GB", 108, 166912, 80)
 HALF = (torch.float16, torch.bfloat16)
 VALUES = (
     ("fp16", None),
@@ -31,7 +32,7 @@ VALUES = (
     ("int4", 64),
     ("int4", None),
 )
-SMALL = Config(16, 16, 32, 1, 2)
+SMALL = TileConfig(16, 16, 32, 1, 2)
 OUTPUTS = {
     "linear_kernel": ("y_ptr",),
     "adapter_kernel": ("z_ptr",),
@@ -54,10 +55,16 @@ def emulated(monkeypatch):
     return found
 
 
-def shipped(packed, M: int, dtype: torch.dtype) -> Config:
+def shipped(packed, M: int, dtype: torch.dtype) -> TileConfig:
     layout = packed.layout
-    sizes = configs.Sizes(layout.in_features, (layout.out_features,), layout.values, layout.group_size or 0, layout.rank,
-                          -(-layout.adapter_rank // 16) * 16)  # fmt: skip
+    sizes = rows.TritonSizes(
+        layout.in_features,
+        (layout.out_features,),
+        layout.values,
+        layout.group_size or 0,
+        layout.rank,
+        -(-layout.adapter_rank // 16) * 16,
+    )
     return configs.choose(sizes, M, 8 * dtype.itemsize, A100)
 
 
@@ -114,7 +121,8 @@ def test_decoding_by_more_planes(emulated, dtype, values, group, rank, adapter, 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("dtype", HALF)
 def test_levels_are_rounded_as_one_sign_is(emulated, dtype, rank, planes):
-    """A pruned entry once; to bf16 of rank 1 both factors besides. fp16's halves of u leave 2^-22, or the least subnormals."""
+    """A pruned entry once; to bf16 of rank 1 both factors besides. fp16's halves of u leave 2^-22,
+    or the least subnormals."""
     packed = random_packed(PackedLayout(64, 128, "fp16", None, rank, planes=planes))
     state, d = launch.prepare((packed,), dtype), unpack(packed)
     W, exact = (
@@ -128,13 +136,15 @@ def test_levels_are_rounded_as_one_sign_is(emulated, dtype, rank, planes):
     assert bool(((W - exact).abs() <= most)[~d.mask].all())
 
 
-# The interpreter's grid meets more of them in fp32; here is what it cannot show, three TF32 products.
+# The interpreter's grid meets more of them in fp32; here is what it cannot show, three TF32
+# products.
 @pytest.mark.parametrize("values, group, planes, rank, adapter", [
     ("fp16", None, 1, 3, 0), ("bf16", None, 2, 1, 16), ("int8", 128, 1, 1, 16),
     ("int4", None, 1, 3, 0), ("int3", 64, 3, 1, 16),
 ])  # fmt: skip
 def test_fp32_activations(emulated, values, group, planes, rank, adapter):
-    """Three TF32 products keep 22 bits of either factor: fp32's bound on random numbers, exact on small integers."""
+    """Three TF32 products keep 22 bits of either factor: fp32's bound on random numbers, exact on
+    small integers."""
     layout = PackedLayout(70, 152, values, group, rank, adapter, planes=planes)
     x, bias = whole((3, 152), torch.float32), whole((70,), torch.float32)
     packed = random_packed(layout, integers=True)
@@ -173,9 +183,17 @@ def test_prefill_tiles(emulated, M, dtype, values, rank):
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("values, group, rank, adapter, planes", [
-    ("fp16", None, 1, 0, 1), ("int8", 32, 3, 20, 1), ("int4", None, 0, 16, 1), ("int4", 128, 1, 0, 1), ("int3", 64, 2, 0, 2), ("bf16", None, 1, 0, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, group, rank, adapter, planes",
+    [
+        ("fp16", None, 1, 0, 1),
+        ("int8", 32, 3, 20, 1),
+        ("int4", None, 0, 16, 1),
+        ("int4", 128, 1, 0, 1),
+        ("int3", 64, 2, 0, 2),
+        ("bf16", None, 1, 0, 3),
+    ],
+)
 def test_the_weight_rebuilt(emulated, dtype, values, group, rank, adapter, planes):
     packed = random_packed(
         PackedLayout(67, 140, values, group, rank, adapter, planes=planes), integers=True
@@ -186,7 +204,8 @@ def test_the_weight_rebuilt(emulated, dtype, values, group, rank, adapter, plane
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_a_whole_layer_without_tails_goes_by_wide_copies(emulated, planes):
-    """K a multiple of the tile, N too: nothing is masked, and the loads are cp.async, of 16 bytes for values; signs are among them."""
+    """K a multiple of the tile, N too: nothing is masked, and the loads are cp.async, of 16 bytes
+    for values; signs are among them."""
     packed = random_packed(PackedLayout(64, 512, "fp16", None, 1, planes=planes), integers=True)
     x = whole((16, 512), torch.float16)
     exact(

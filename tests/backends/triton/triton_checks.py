@@ -1,5 +1,6 @@
-"""What the Triton kernels must do, as bodies that take the device: in Triton's interpreter (test_triton_interpreter.py) it is
-"cpu", on a GPU (test_triton_gpu.py) "cuda"; so the GPU's tests work on the day there is one.
+"""What the Triton kernels must do, as bodies that take the device: in Triton's interpreter
+(test_triton_interpreter.py) it is "cpu", on a GPU (test_triton_gpu.py) "cuda"; so the GPU's
+tests work on the day there is one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pairwise import pairwise
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.triton import launch
-from slab_kernels.backends.triton.configs import Config, choose
+from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import (
     ADAPTER_RANKS,
@@ -40,7 +42,8 @@ Layer = namedtuple("Layer", "packed state x bias exact magnitude")
 
 @functools.lru_cache(maxsize=8)
 def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str) -> Layer:
-    """A weight, its state, activations, a bias; the exact result and its magnitude without the bias."""
+    """A weight, its state, activations, a bias; the exact result and its magnitude without the
+    bias."""
     packed = random_packed(layout, seed=layout.out_features, integers=integers).to(device)
     generator, shape = torch.Generator().manual_seed(layout.rank), (max(TOKENS), layout.in_features)
     x = (
@@ -58,8 +61,9 @@ def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str)
 def bound(magnitude, exact, dtype, K):
     """testing.error_bound, and what these kernels round besides.
 
-    16-bit activations: W once, as a dense weight would be, and z = x Q once; to bf16 also both factors. fp32 on a GPU: three
-    TF32 products lose 2^-22 a term, some of them twice; the interpreter multiplies in fp32.
+    16-bit activations: W once, as a dense weight would be, and z = x Q once; to bf16 also both
+    factors. fp32 on a GPU: three TF32 products lose 2^-22 a term, some of them twice; the
+    interpreter multiplies in fp32.
     """
     besides = {torch.float16: 1, torch.bfloat16: 3}.get(dtype, 0) * ROUNDOFF[dtype]
     if dtype == torch.float32 and magnitude.is_cuda:
@@ -115,7 +119,8 @@ TILES = (
     (256, 128, 128),
 )
 SEED = 17  # With it any two choices meet in some case: test_triton_interpreter.py counts them.
-STEPS = 16  # Products of tiles that one case of the interpreter may take, where a larger tile can keep to it.
+# Products of tiles that one case of the interpreter may take, where a larger tile can keep to it.
+STEPS = 16
 # Of TOKENS, those below, at and beyond each tile of tokens.
 LEAN_TOKENS = (0, 1, 9, 16, 17, 31, 33, 64, 65, 127, 128, 257)
 DEALT_BY_COST = ("shape", "M", "splits")  # These decide which tiles are affordable.
@@ -137,7 +142,8 @@ def grid(dtypes, shapes=SHAPES, seed: int = SEED) -> list[Case]:
 
 
 def lean_grid(dtypes) -> list[Case]:
-    """Any two choices in some case; of the affordable tiles each case takes the one that meets most that is new to it."""
+    """Any two choices in some case; of the affordable tiles each case takes the one that meets most
+    that is new to it."""
     choices = {"dtype": dtypes, "values": VALUE_LAYOUTS, "rank": RANKS, "shape": SHAPES}
     choices |= CHOICES | {"M": LEAN_TOKENS}
     cases, met = [], set()
@@ -162,7 +168,7 @@ def interpreted_steps(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -
     return math.prod(-(-size // block) for size, block in zip(sizes, tile, strict=True))
 
 
-def check_case(case: Case, device: str, config: Config | None = None) -> None:
+def check_case(case: Case, device: str, config: TileConfig | None = None) -> None:
     """Small integers bit for bit, then random numbers each within its own bound."""
     (N, K), M, dtype = case.shape, case.M, case.dtype
     planes = (
@@ -198,7 +204,8 @@ def check_case(case: Case, device: str, config: Config | None = None) -> None:
 
 
 def check_strided(device, M, K, dtype=torch.float16) -> None:
-    """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all tokens."""
+    """Columns of a wider matrix at any alignment, a transpose, batch dimensions, one row for all
+    tokens."""
     it = layer(PackedLayout(33, K, "fp16", rank=1, adapter_rank=3), dtype, True, device)
     linear, want = (
         functools.partial(BACKEND.linear, state=it.state, bias=it.bias),
@@ -219,7 +226,8 @@ def check_strided(device, M, K, dtype=torch.float16) -> None:
 
 
 def check_error_is_that_of_a_dense_weight(device, dtype, values, layout=(48, 1024), M=9) -> None:
-    """Root mean square against fp64 at most 1.5 times that of a dense product with W rounded to the activations' type."""
+    """Root mean square against fp64 at most 1.5 times that of a dense product with W rounded to the
+    activations' type."""
     it = layer(PackedLayout(*layout, *values, 1), dtype, False, device)
     y = BACKEND.linear(it.x[:M], it.state)
     dense = (it.x[:M].float() @ it.packed.dense().to(dtype).float().T).to(dtype)
@@ -229,8 +237,9 @@ def check_error_is_that_of_a_dense_weight(device, dtype, values, layout=(48, 102
     assert ours <= 1.5 * theirs, (ours, theirs)
 
 
-def check_shares_of_K(device, layout, dtype, config: Config, M=5) -> None:
-    """The same numbers up to rounding for any number of programs, the same bits for the same number."""
+def check_shares_of_K(device, layout, dtype, config: TileConfig, M=5) -> None:
+    """The same numbers up to rounding for any number of programs, the same bits for the same
+    number."""
     it = layer(layout, dtype, False, device)
     exact, K = it.exact[:M] + it.bias.double(), layout.in_features
     most = bound(it.magnitude[:M] + it.bias.double().abs(), exact, dtype, K)
@@ -311,7 +320,8 @@ def check_dense(device, dtype, values, rank, adapter_rank, N, K, planes=1) -> No
 
 
 def check_kept_is_what_the_mask_says(device, dtype) -> None:
-    """Stored zeros and minus zeros are kept entries with their sign, whatever U V^T holds there; u = 0 gives zeros elsewhere."""
+    """Stored zeros and minus zeros are kept entries with their sign, whatever U V^T holds there; u
+    = 0 gives zeros elsewhere."""
     packed = random_packed(PackedLayout(16, 64, "fp16", rank=1))
     packed.values.zero_()
     packed.values[:, ::2] = -0.0
@@ -341,7 +351,8 @@ def check_nan_and_infinity_propagate(device, dtype, bad, M) -> None:
 
 
 def check_gradients(device, dtype) -> None:
-    """Of x and bias, each wanted or not, any leading dimensions, two fused parts: those of the dense weight."""
+    """Of x and bias, each wanted or not, any leading dimensions, two fused parts: those of the
+    dense weight."""
     parts = [
         random_packed(PackedLayout(n, 140, "int8", 128, 2, 4), seed=n).to(device) for n in (37, 16)
     ]
@@ -400,7 +411,8 @@ def check_compile(device, compiler: str, tokens=(1, 3, 17)) -> None:
 
 
 def check_modules(device) -> None:
-    """SlabLinear and FusedSlabLinear, end to end: types, a joined bias, parts that cannot share a launch, gradients."""
+    """SlabLinear and FusedSlabLinear, end to end: types, a joined bias, parts that cannot share a
+    launch, gradients."""
     layouts = [PackedLayout(n, 140, "fp16", None, 1, 4) for n in (40, 8, 17)]
     mixed = [*layouts[:2], PackedLayout(17, 140, "int4", 32, 1, 4)]
     for chosen, state_type in ((layouts, launch.TritonState), (mixed, tuple)):

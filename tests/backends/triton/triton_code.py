@@ -1,36 +1,40 @@
 """The machine code of the Triton kernels: every shipped configuration, compiled for every architecture without a GPU.
 
-`python tests/backends/triton/triton_code.py` prints the README's table of warp instructions a weight.
+`python tests/backends/triton/triton_code.py` writes how many warp instructions a weight takes, for
+the documents.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+TESTS = Path(__file__).resolve().parents[2]
 # pytest puts these folders on the path itself; a plain `python` does not.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
+sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
 
 import torch
+import triton
 from sass import counter as sass
 from triton_programs import Compiled, Emulated
 
-from slab_kernels.backends.triton import configs, kernels, launch
-from slab_kernels.backends.triton.configs import DEFAULTS, Device, Row, Sizes
+from slab_kernels.backends.triton import configs, kernels, launch, rows
+from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, TritonSizes
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
+RESULT = TESTS.parent / "benchmarks" / "results" / "triton-instructions.json"
 DEVICES = {
-    80: Device("A100", 108, 166912, 80),
-    86: Device("RTX 3090", 82, 101376, 86),
-    89: Device("RTX 4090", 128, 101376, 89),
-    90: Device("H100", 132, 232448, 90),
-    120: Device("RTX 5090", 170, 101376, 120),
+    80: TritonDevice("A100", 108, 166912, 80),
+    86: TritonDevice("RTX 3090", 82, 101376, 86),
+    89: TritonDevice("RTX 4090", 128, 101376, 89),
+    90: TritonDevice("H100", 132, 232448, 90),
+    120: TritonDevice("RTX 5090", 170, 101376, 120),
 }
 # With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes through fp32 in bf16.
 VALUES = {"fp16": torch.float16, "int8": torch.bfloat16, "int4": torch.float16}
@@ -50,9 +54,9 @@ class Case:
     planes: int = 1
 
     @property
-    def sizes(self) -> Sizes:
-        return Sizes(
-            K, (N,), self.values, 128 if self.values in configs.INTEGERS else 0, self.rank, 0
+    def sizes(self) -> TritonSizes:
+        return TritonSizes(
+            K, (N,), self.values, 128 if self.values in rows.INTEGERS else 0, self.rank, 0
         )
 
     @property
@@ -144,36 +148,34 @@ def instructions_a_weight(case: Case) -> float:
     )
 
 
-def table() -> list[str]:
-    """Tile, values, activations and planes by architecture."""
-    found: dict[tuple[str, str, str, int], dict[int, float]] = {}
+def record() -> dict[str, object]:
+    """What the documents show: instructions per weight of every case of rank 1, and their origin."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    rows = []
     for case in (*cases(), *planes_cases()):
         if case.rank == 1:
-            c = case.row.config
-            activations = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[
-                case.dtype
-            ]
-            key = (
-                f"{c.block_n} × {c.block_m} × {c.block_k}",
-                case.values,
-                activations,
-                case.planes,
+            tile = case.row.config
+            rows.append(
+                {
+                    "architecture": f"sm_{case.arch}",
+                    "block_n": tile.block_n,
+                    "block_m": tile.block_m,
+                    "block_k": tile.block_k,
+                    "values": case.values,
+                    "activations": names[case.dtype],
+                    "planes": case.planes,
+                    "per_weight": round(instructions_a_weight(case), 3),
+                }
             )
-            found.setdefault(key, {})[case.arch] = instructions_a_weight(case)
-    lines = [
-        "| out_features × tokens × inputs | S | activations | planes | "
-        + " | ".join(f"sm_{a}" for a in DEVICES)
-        + " |"
-    ]
-    lines.append("|---" * (4 + len(DEVICES)) + "|")
-    for (tile, values, activations, planes), by in found.items():
-        lines.append(
-            f"| {tile} | {values} | {activations} | {planes} | "
-            + " | ".join(f"{by[a]:.1f}" if a in by else "–" for a in DEVICES)
-            + " |"
-        )
-    return lines
+    command = "python tests/backends/triton/triton_code.py"
+    return {"command": command, "triton": triton.__version__, "rows": rows}
+
+
+def main() -> None:
+    text = json.dumps(record()).replace("}, {", "},\n {") + "\n"
+    RESULT.write_text(text, encoding="utf-8")
+    print(RESULT)
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    main()

@@ -1,7 +1,8 @@
-"""Triton kernels without a GPU: compiled ahead of time, and the PTX that Triton emits for them, interpreted.
+"""Triton kernels without a GPU: compiled ahead of time, and the PTX that Triton emits for them,
+interpreted.
 
-`compile_kernel` and `run` are the two halves; `Emulated(kernel)[grid](...)` is called as the kernel itself would be and
-chooses the signature as Triton's launcher does.
+`compile_kernel` and `run` are the two halves; `Emulated(kernel)[grid](...)` is called as the
+kernel itself would be and chooses the signature as Triton's launcher does.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ TOOLS = (
 )  # in the wheel, of the CUDA release of its ptxas
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.bool: "*i1", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8", torch.uint16: "*u16", torch.uint32: "*u32", torch.uint64: "*u64",
 }  # fmt: skip
-SCALARS = {"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q",
+SCALARS = {"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i",
+           "u32": "I",
+           "i64": "q", "u64": "Q",
            "fp32": "f", "fp64": "d"}  # fmt: skip
 APART = (
     1 << 40
@@ -64,14 +68,22 @@ class Compiled:
         return listing(str(TOOLS / "nvdisasm"), "-c", self.cubin)
 
 
-def compile_kernel(fn, signature: Mapping[str, str], constants: Mapping[str, Any], arch: int = 80, warps: int = 4,
-                   stages: int = 3, divisible: Iterable[str] = ()) -> Compiled:  # fmt: skip
+def compile_kernel(
+    fn,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    arch: int = 80,
+    warps: int = 4,
+    stages: int = 3,
+    divisible: Iterable[str] = (),
+) -> Compiled:
     """Compile a @triton.jit function for sm_`arch`, once a process.
 
-    Every parameter is in `signature` ("*fp16", "*u32", "i32", ...) or in `constants`: constexprs, absent pointers (None),
-    and the integers that are 1, which Triton's launcher makes constants as well. `divisible`: arguments that are multiples
-    of 16, which that launcher finds out too; wide loads and cp.async depend on it.
-    Raises: RuntimeError where TRITON_INTERPRET=1 has replaced the compiler, ValueError for parameters given twice or never.
+    Every parameter is in `signature` ("*fp16", "*u32", "i32", ...) or in `constants`:
+    constexprs, absent pointers (None), and the integers that are 1, which Triton's launcher
+    makes constants as well. `divisible`: arguments that are multiples of 16, which that launcher
+    finds out too; wide loads and cp.async depend on it. Raises: RuntimeError where
+    TRITON_INTERPRET=1 has replaced the compiler, ValueError for parameters given twice or never.
     """
     if triton.knobs.runtime.interpret or not isinstance(fn, triton.JITFunction):
         raise RuntimeError(
@@ -81,12 +93,14 @@ def compile_kernel(fn, signature: Mapping[str, str], constants: Mapping[str, Any
     if sorted(given) != sorted(fn.arg_names):
         odd = sorted({n for n in given if given.count(n) > 1} | set(given) ^ set(fn.arg_names))
         raise ValueError(
-            f"{fn.__name__}: in neither or both of signature and constants, or unknown: {', '.join(odd)}"
+            f"{fn.__name__}: in neither or both of signature and constants, or unknown: "
+            f"{', '.join(odd)}"
         )
     divisible = frozenset(divisible)
     if not divisible <= set(signature):
         raise ValueError(
-            f"{fn.__name__}: divisible, but no argument: {', '.join(sorted(divisible - set(signature)))}"
+            f"{fn.__name__}: divisible, but no argument: "
+            f"{', '.join(sorted(divisible - set(signature)))}"
         )
     ordered = tuple((n, signature[n]) for n in fn.arg_names if n in signature)
     return _compile(fn, ordered, tuple(sorted(constants.items())), arch, warps, stages, divisible)
@@ -105,19 +119,37 @@ def _compile(fn, signature, constants, arch, warps, stages, divisible) -> Compil
     usage = listing(str(TOOLS / "cuobjdump"), "--dump-resource-usage", made.asm["cubin"])
     found = re.search(rf"Function {meta.name}:\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     registers, stack, local = map(int, found.groups())
-    return Compiled(meta.name, made.asm["ptx"], made.asm["cubin"], dict(signature), divisible, arch, meta.num_warps,
-                    meta.shared, registers, stack, local)  # fmt: skip
+    return Compiled(
+        meta.name,
+        made.asm["ptx"],
+        made.asm["cubin"],
+        dict(signature),
+        divisible,
+        arch,
+        meta.num_warps,
+        meta.shared,
+        registers,
+        stack,
+        local,
+    )
 
 
-def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch.Tensor | int | float],
-        outputs: Iterable[str], **options) -> Counter[str]:  # fmt: skip
-    """Execute a grid on CPU tensors; `outputs` names the tensors that may be written. Returns `ptx.launch`'s counts.
+def run(
+    compiled: Compiled,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, torch.Tensor | int | float],
+    outputs: Iterable[str],
+    **options,
+) -> Counter[str]:
+    """Execute a grid on CPU tensors; `outputs` names the tensors that may be written. Returns
+    `ptx.launch`'s counts.
 
-    Nothing outside a tensor's first to last element can be touched, and nothing beside it is mapped: every tensor has
-    addresses of its own, with the alignment of its real one modulo 4096. Outputs keep their contents, so fill them with
-    NaN first. Triton's last two pointers, scratch memory that no kernel here asks for, are null. `options` are
-    `ptx.launch`'s: check_races, equal_writes, chunk.
-    Raises: ptx.PtxError for any fault; ValueError for arguments that the kernel was not compiled for.
+    Nothing outside a tensor's first to last element can be touched, and nothing beside it is
+    mapped: every tensor has addresses of its own, with the alignment of its real one modulo
+    4096. Outputs keep their contents, so fill them with NaN first. Triton's last two pointers,
+    scratch memory that no kernel here asks for, are null. `options` are `ptx.launch`'s:
+    check_races, equal_writes, chunk. Raises: ptx.PtxError for any fault; ValueError for
+    arguments that the kernel was not compiled for.
     """
     outputs = set(outputs)
     if arguments.keys() != compiled.signature.keys() or not outputs <= arguments.keys():
@@ -127,10 +159,12 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
     kernel, memory = compiled.kernel, Memory()
     if len(kernel.parameters) != len(compiled.signature) + 2:
         raise NotImplementedError(
-            f"{compiled.name}'s entry takes {len(kernel.parameters)} parameters, not its arguments and 2"
+            f"{compiled.name}'s entry takes {len(kernel.parameters)} parameters, not its arguments "
+            "and 2"
         )
     buffer = bytearray(kernel.parameter_bytes)
-    # The entry's parameters are the launch arguments in order, then the scratch pointers, which stay null.
+    # The entry's parameters are the launch arguments in order, then the scratch pointers, which
+    # stay null.
     for k, ((name, type_), offset) in enumerate(
         zip(compiled.signature.items(), kernel.parameters.values(), strict=False)
     ):
@@ -151,8 +185,8 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
             struct.pack_into(f"<{format_}", buffer, offset, value)
         except struct.error as error:
             raise ValueError(f"{name} = {value!r}: {error}") from None
-    # Where a tile is too small for all warps, Triton lets several hold the same part of it and store it twice: allowed if
-    # the bytes are the same (ptx/races.py).
+    # Where a tile is too small for all warps, Triton lets several hold the same part of it and
+    # store it twice: allowed if the bytes are the same (ptx/races.py).
     options = {"equal_writes": True} | options
     return launch(
         kernel, grid, (32 * compiled.warps,), buffer, memory, compiled.shared_bytes, **options
@@ -160,7 +194,8 @@ def run(compiled: Compiled, grid: tuple[int, ...], arguments: Mapping[str, torch
 
 
 class Emulated:
-    """Stands where a @triton.jit function stood: `Emulated(fn, ("y_ptr",))[grid](*args, num_warps=4)` on CPU tensors.
+    """Stands where a @triton.jit function stood: `Emulated(fn, ("y_ptr",))[grid](*args,
+    num_warps=4)` on CPU tensors.
 
     With execute=False launches are compiled and recorded only.
     """

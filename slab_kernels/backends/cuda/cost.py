@@ -1,0 +1,261 @@
+"""The cost model of the CUDA kernels: how long a launch takes.
+
+It knows bytes, tensor rates and issue rates. Its figures are predictions, good for ranking plans
+against one another; they are no measurements. All arithmetic here is on sizes, and nothing asks a
+device.
+
+The model is a roofline with more than two roofs: a launch takes about the largest of six bounds,
+joined by a p-norm, and some fixed costs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ...format import ceil_div
+from .gpus import Gpu
+from .layout import BLOCK_INPUTS, DENSE, INT4, INT8, W16
+from .tiles import TOKEN_ROW_BYTES, CudaSizes, Tile, stage_bytes, sums_bytes
+
+SHARED_PORT = 128  # bytes per clock of one multiprocessor's shared memory
+SCHEDULERS = 4  # of a multiprocessor
+V_FRAGMENT_BYTES, STEPS = 512, 4  # A warp reads one fragment of V for each step of 32 inputs.
+# These constants were fitted by benchmarks/fit_plans.py to 1477 launches timed on an H100
+# (benchmarks/results/plans-h100.csv), in the device's own clocks. The model takes other GPUs to
+# behave alike.
+BANDWIDTH_REACHED = 0.86  # of the datasheet's memory bandwidth
+RATE_REACHED = 0.85  # of the tensor and shared-memory rates
+ISSUE_CYCLES = 1.38  # that a scheduler takes per instruction, when it has warps to choose from
+WAIT_CYCLES = 2.13  # more until the same warp may issue again; several warps overlap them
+OVERLAP = 6  # the p of the p-norm that joins the bounds: nearly their maximum
+LAUNCH_US = 1.09  # of a kernel in a graph
+FILL_US = 1.73  # per wave of CTAs: from first byte to first product, its reduction and store
+REDUCE_US = 1.55  # of the kernel that adds K-splits
+LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
+
+# SASS instructions that a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per 8
+# tokens). They are fitted to the main loops of the sm_90a cubin by `python tests/sass/counter.py`;
+# tests/sass/test_sass.py holds them within 10 %.
+ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
+PLANES_ISSUE = {  # by sign planes, of rank 1
+    2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},
+    3: {W16: (303, 54), INT8: (377, 61), INT4: (379, 62)},
+}
+TALL_ISSUE = {W16: (345, 71), INT8: (512, 71), INT4: (522, 71)}  # for 64 rows x 128 inputs
+
+
+def bytes_per_us(gpu: Gpu) -> float:
+    """The memory bandwidth that kernels reach."""
+    return gpu.bandwidth * 1e3 * BANDWIDTH_REACHED
+
+
+def clocks_per_us(gpu: Gpu) -> float:
+    return gpu.clock * 1e3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch of a linear's kernel: its sizes, its GPU, the choices, and their predicted time.
+
+    Every `*_us` is a bound: what the launch would take if nothing else held it up. The work is
+    that of the multiprocessor with the most CTAs.
+    """
+
+    sizes: CudaSizes
+    M: int  # tokens
+    gpu: Gpu
+    tile: Tile
+    tokens: int  # of a warp
+    splits: int  # CTAs that share K
+    stages: int  # K blocks in a group's ring
+    resident: int  # CTAs that a multiprocessor holds at once
+
+    @property
+    def cta_tokens(self) -> int:
+        return self.tokens * self.tile.warp_tokens
+
+    @functools.cached_property
+    def row_tiles(self) -> int:
+        return sum(self.sizes.row_tiles(self.tile.rows))
+
+    @property
+    def token_tiles(self) -> int:
+        return ceil_div(self.M, self.cta_tokens)
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int, int]:
+        return self.row_tiles * self.token_tiles, self.splits, 1
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        return self.tile.threads, 1, 1
+
+    @functools.cached_property
+    def stage_bytes(self) -> int:
+        return stage_bytes(self.sizes, self.tile, self.tokens, self.M)
+
+    @functools.cached_property
+    def shared_bytes(self) -> int:
+        """Shared memory of a CTA: its groups' rings, and later their sums in the same place."""
+        rings = self.stages * self.tile.warp_inputs * self.stage_bytes
+        return max(sums_bytes(self.tile, self.tokens), rings)
+
+    @functools.cached_property
+    def ctas(self) -> int:
+        return self.row_tiles * self.token_tiles * self.splits
+
+    @functools.cached_property
+    def ctas_per_multiprocessor(self) -> int:
+        return ceil_div(self.ctas, self.gpu.multiprocessors)
+
+    @property
+    def at_once(self) -> int:
+        """CTAs that a multiprocessor works on at the same time."""
+        return min(self.resident, self.ctas_per_multiprocessor)
+
+    @property
+    def waves(self) -> int:
+        return ceil_div(self.ctas_per_multiprocessor, self.resident)
+
+    @property
+    def cta_k_blocks(self) -> float:
+        return self.sizes.k_blocks / self.splits
+
+    @property
+    def cta_weight_bytes(self) -> int:
+        """Bytes of the stream that a CTA reads per K block."""
+        return self.tile.row_blocks * self.sizes.block_bytes
+
+    def memory_us(self) -> float:
+        activations = 2 * self.M * (self.sizes.K + self.sizes.N)
+        return (self.sizes.stream_bytes + activations) / bytes_per_us(self.gpu)
+
+    def bytes_in_flight_us(self) -> float:
+        """Memory answers after LATENCY_US, and only so many bytes are asked for meanwhile."""
+        busy = min(self.ctas, self.gpu.multiprocessors)
+        ahead = self.tile.warp_inputs * (self.stages - 1)  # K blocks of a CTA
+        flying = busy * self.at_once * ahead * self.cta_weight_bytes
+        return self.sizes.stream_bytes * LATENCY_US / flying
+
+    def l2_us(self) -> float:
+        activations = (min(self.M, self.cta_tokens) + self.sizes.rank) * TOKEN_ROW_BYTES
+        cta_bytes = self.cta_k_blocks * (self.cta_weight_bytes + activations)
+        rate = self.gpu.l2_port * clocks_per_us(self.gpu)
+        return self.ctas_per_multiprocessor * cta_bytes / rate
+
+    def shared_memory_us(self) -> float:
+        """Every stage is written once, and read by each warp that needs it."""
+        activations = self.tokens * TOKEN_ROW_BYTES
+        weight = self.tile.blocks * self.sizes.block_bytes
+        V = self.sizes.rank * STEPS * V_FRAGMENT_BYTES
+        warps = self.tile.warp_rows * self.tile.warp_tokens
+        cta_bytes = self.cta_k_blocks * (warps * (activations + weight + V) + self.stage_bytes)
+        rate = SHARED_PORT * clocks_per_us(self.gpu) * RATE_REACHED
+        return self.ctas_per_multiprocessor * cta_bytes / rate
+
+    def tensor_cores_us(self) -> float:
+        """A 2:4 product takes half of a dense one, and so does each rank of the sign term."""
+        halves = (2 if self.sizes.values == DENSE else 1) + self.sizes.rank
+        dense = self.tile.rows * self.cta_tokens * self.cta_k_blocks * BLOCK_INPUTS
+        rate = self.gpu.mma_rate * clocks_per_us(self.gpu) * RATE_REACHED
+        return self.ctas_per_multiprocessor * (dense * halves / 2) / rate
+
+    def issue_us(self) -> float:
+        """The instructions that the warps of a scheduler issue, and what a lone warp waits."""
+        warps = max(1.0, self.at_once * self.tile.threads / (32 * SCHEDULERS))
+        rounds = self.ctas_per_multiprocessor / self.at_once
+        warp_k_blocks = self.cta_k_blocks / self.tile.warp_inputs
+        cycles = self._warp_instructions() * (ISSUE_CYCLES * warps + WAIT_CYCLES)
+        return rounds * warp_k_blocks * cycles / clocks_per_us(self.gpu)
+
+    def _warp_instructions(self) -> float:
+        """SASS instructions that a warp issues per K block."""
+        if self.tile.tall:
+            table = TALL_ISSUE
+        elif self.sizes.planes > 1:
+            table = PLANES_ISSUE[self.sizes.planes]
+        else:
+            table = ISSUE
+        fixed, per_token_tile = table[self.sizes.values]
+        return fixed + per_token_tile * (self.tokens // 8) * (1 + self.sizes.rank) / 2
+
+    @functools.cached_property
+    def bounds(self) -> dict[str, float]:
+        """Every bound by its name, in microseconds."""
+        return {
+            "memory": self.memory_us(),
+            "bytes in flight": self.bytes_in_flight_us(),
+            "L2": self.l2_us(),
+            "shared memory": self.shared_memory_us(),
+            "tensor cores": self.tensor_cores_us(),
+            "issue": self.issue_us(),
+        }
+
+    @property
+    def bound(self) -> str:
+        """The name of the largest bound."""
+        return max(self.bounds, key=self.bounds.__getitem__)
+
+    def fixed_us(self) -> float:
+        """The launch, the waves' starts and ends, and the kernel that adds K-splits."""
+        started = LAUNCH_US + FILL_US * self.waves
+        if self.splits == 1:
+            return started
+        partial_sums = 2 * self.splits * self.M * self.sizes.N * 4  # bytes written and read, fp32
+        return started + REDUCE_US + partial_sums / bytes_per_us(self.gpu)
+
+    @functools.cached_property
+    def microseconds(self) -> float:
+        """The predicted time of the launch: the p-norm of the bounds, and the fixed costs."""
+        joined = sum(us**OVERLAP for us in self.bounds.values()) ** (1 / OVERLAP)
+        return joined + self.fixed_us()
+
+    def describe(self) -> str:
+        """The choices, their reason and the prediction in words."""
+        tile, split = self.tile, ""
+        if self.splits > 1:
+            split = f", K split over {self.splits} CTAs"
+        return (
+            f"{tile.rows} rows x {self.cta_tokens} tokens a CTA, {tile.warp_inputs} K groups, "
+            f"{tile.threads} threads, {self.stages} stages, {self.shared_bytes} bytes shared, "
+            f"{self.resident} CTAs a multiprocessor{split} ({tile.reason}); "
+            f"predicted {self.microseconds:.1f} us, bound by {self.bound}"
+        )
+
+
+# At so many tokens cuBLAS on a rebuilt weight is faster. The rows at a time bound the memory that
+# takes: 4096 cost an H100 up to 10 % more time, all at once 1 to 4 % less.
+REBUILT_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """The weight rebuilt dense, REBUILT_ROWS rows at a time, and multiplied by cuBLAS."""
+
+    max_ctas: int  # of a launch that rebuilds rows
+    microseconds: float  # predicted
+
+    def describe(self) -> str:
+        """The way and the prediction in words."""
+        return (
+            f"the weight rebuilt dense, {REBUILT_ROWS} rows at a time, then cuBLAS; "
+            f"predicted {self.microseconds:.1f} us, bound by tensor cores"
+        )
+
+
+def rebuild(sizes: CudaSizes, M: int, gpu: Gpu) -> Rebuild:
+    """What rebuilding takes for M tokens."""
+    pieces = sum(sizes.row_tiles(REBUILT_ROWS))
+    rebuilding = (sizes.stream_bytes + 2 * sizes.N * sizes.K) / bytes_per_us(gpu)
+    adapter = 2 * LAUNCH_US * pieces if sizes.adapter_steps else 0.0
+    started = (LAUNCH_US + FILL_US) * pieces
+    product = dense_microseconds(sizes.N, sizes.K, M, gpu)
+    return Rebuild(4 * gpu.multiprocessors, rebuilding + started + adapter + product)
+
+
+def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:
+    """The predicted time of cuBLAS for a dense fp16 linear: fixed costs, and bytes or products."""
+    memory = 2 * (N * K + M * (N + K)) / bytes_per_us(gpu)
+    product = M * N * K / (gpu.multiprocessors * gpu.gemm_rate * clocks_per_us(gpu))
+    return max(memory, product) + LAUNCH_US + FILL_US

@@ -1,0 +1,75 @@
+"""What the CUDA and Triton backends share: several weights in one launch, and checks of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, ShapeError
+from ..format import PackedWeight
+from .base import Backend, differences
+
+BIAS_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class OneLaunchBackend(Backend):
+    """A backend whose launch takes up to four weights of equal layout; others run one by one."""
+
+    one_dtype = True
+    state_type: type  # what `prepare_parts` returns
+
+    def prepare_parts(self, parts: Sequence[PackedWeight], dtype: torch.dtype) -> Any:
+        """The state of weights that share a launch, for activations of `dtype`."""
+        raise NotImplementedError
+
+    def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Any:
+        """The state of one weight, for activations of `dtype` (default: float16)."""
+        return self.prepare_fused((packed,), dtype)
+
+    def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> Any:
+        """One state for weights of equal layout; for others a tuple of states, as in `Backend`."""
+        if len(parts) > 1 and differences(parts):
+            return super().prepare_fused(parts, dtype)
+        return self.prepare_parts(parts, dtype or torch.float16)
+
+    def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., sum of the parts' N], by one launch where `prepare_fused` could."""
+        one = isinstance(state, self.state_type)
+        return self.linear(x, state, bias) if one else super().linear_fused(x, state, bias)
+
+
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has to see the call; otherwise the op without autograd saves some 10 us."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def check_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int
+) -> None:
+    """Checks all of x and bias but x's dtype, since kernels see only pointers.
+
+    weight: any tensor of the weight, for its device.
+
+    Raises: ShapeError or ArgumentTypeError.
+    """
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ShapeError(
+            f"x has shape {list(x.shape)}, but this weight takes in_features={in_features} last"
+        )
+    if x.device != weight.device:
+        raise ArgumentTypeError(f"x is on {x.device}, the weight on {weight.device}")
+    if bias is None:
+        return
+    if bias.shape != (out_features,) or not bias.is_contiguous():
+        raise ShapeError(
+            f"bias has shape {list(bias.shape)}, expected [{out_features}], contiguous"
+        )
+    if bias.dtype not in BIAS_TYPES:
+        raise ArgumentTypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
+    if bias.device != x.device:
+        raise ArgumentTypeError(f"bias is on {bias.device}, x on {x.device}")

@@ -1,0 +1,73 @@
+"""The gate before timing: a kernel's result is compared with the reference in fp64."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import BenchError
+from ..format import PackedWeight, unpack
+from ..testing import ROUNDOFF, error_bound
+
+GATE_ROWS = 256  # output rows that are compared
+
+
+class Linear(Protocol):
+    """What the gate needs of a backend."""
+
+    @property
+    def name(self) -> str: ...
+
+    def linear(self, x: Tensor, state: Any) -> Tensor: ...
+
+
+def gate(backend: Linear, x: Tensor, state: Any, packed: PackedWeight) -> None:
+    """Compares the last GATE_ROWS outputs of x [M, K] with the reference in fp64.
+
+    state: what the backend prepared from `packed`.
+
+    Raises: BenchError if one is off by more than `tolerance`, or any output is not finite.
+    """
+    y = backend.linear(x, state)
+    rows = min(GATE_ROWS, packed.out_features)
+    part = packed.narrow_out(packed.out_features - rows, rows)
+    exact = reference.linear(x.double(), part)
+    size = x.double().abs() @ term_sizes(part).T
+    on_tensor_cores = x.device.type == "cuda"
+    allowed = tolerance(size, exact, x.dtype, packed.in_features, tensor_cores=on_tensor_cores)
+    off = bool(((y[:, -rows:].double() - exact).abs() > allowed).any())
+    if off or not bool(y.isfinite().all()):
+        raise BenchError(
+            f"backend {backend.name!r} disagrees with the reference on {packed.layout}; "
+            "nothing was timed"
+        )
+
+
+def tolerance(
+    size: Tensor, exact: Tensor, dtype: torch.dtype, K: int, tensor_cores: bool
+) -> Tensor:
+    """The largest difference allowed from `exact` [M, N], whose terms' sizes sum to `size`.
+
+    Sums are accumulated in fp32. On tensor cores values, v and v x are also rounded to the
+    activations' type. Of K such roundings, each at most ROUNDOFF and of either sign, 8 / sqrt(K) of
+    their sum is six standard deviations and more; with few inputs it is their sum.
+    """
+    rounded = size * ROUNDOFF[dtype] * min(2.0, 8 / K**0.5) if tensor_cores else 0.0
+    return error_bound(size, exact, dtype, K) + rounded
+
+
+def term_sizes(part: PackedWeight) -> Tensor:
+    """|S| + |U||V|^T on pruned positions + |P||Q|^T, [N, K] fp64.
+
+    Terms that cancel round as what they are, and kernels sum them apart.
+    """
+    d = unpack(part)
+    sizes = d.S.double().abs()
+    if d.U is not None and d.V is not None and d.B is not None:
+        sizes += (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs()
+    if d.P is not None and d.Q is not None:
+        sizes += d.P.double().abs() @ d.Q.double().abs().T
+    return sizes

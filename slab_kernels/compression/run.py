@@ -1,0 +1,208 @@
+"""One run of `compress`, from its checked arguments to the finished folder or model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..device import local_device, resolve_device
+from ..format import FORMAT_VERSION
+from ..models.model_config import compute_dtype
+from ..models.output import OutputFolder
+from ..models.source import FolderSource, ModuleSource, Source, open_source
+from ..paths import expanded
+from ..text.token_ids import text_config
+from .arguments import Arguments
+from .blockwise import BlockwiseRun
+from .budget import BudgetSearch
+from .calibration import Calibration, Tokens, usable_tokenizer
+from .events import ProgressEvent, Reporter
+from .finish import complete, finish, into
+from .job import Job
+from .record import RunRecord
+from .sinks import FinishedBlock, FolderSink, MemorySink
+from .team import Team
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out, as it was given to `compress`."""
+
+    device: str | torch.device
+    resume: bool
+    progress: Any
+    tokenizer: Any
+    trust_remote_code: bool
+
+
+def run(
+    model_or_path: nn.Module | str | Path,
+    out: Path | str | None,
+    given: Arguments,
+    text: Calibration,
+    options: Options,
+) -> RunRecord | nn.Module:
+    """Compress a model into the folder `out`, or in memory where that is None; see `compress`."""
+    began = time.perf_counter()
+    folder = None if out is None else expanded(out)
+    device = resolve_device(local_device(str(options.device)))
+    with ExitStack() as stack:
+        team = stack.enter_context(Team(device))
+        tokenizer = usable_tokenizer(options.tokenizer, options.trust_remote_code)
+        module: nn.Module | None = None
+        if isinstance(model_or_path, nn.Module):
+            module = model_or_path
+            source = open_source(module, options.trust_remote_code)
+        else:
+            source = open_source(model_or_path, options.trust_remote_code)
+            if folder is None and isinstance(source, FolderSource):
+                module = source.open_dense()
+                source = open_source(module, options.trust_remote_code)
+        job = Job.of(source, given.plan, given.skip, device)
+        tokens = text.tokens(source, tokenizer)
+        settings = _settings(job, given, tokens, writes=folder is not None)
+        if folder is not None and options.resume and (record := complete(folder, settings)):
+            return record
+        report = Reporter(options.progress if team.leads else False)
+        stack.callback(report.close)
+        state: OutputFolder | None = None
+        if folder is not None:
+            if team.leads:
+                state = stack.enter_context(OutputFolder(folder, settings, options.resume))
+            _know_inputs(source, state, team)
+        if given.bits is not None:
+            job = job.with_layers(_search(job, given.bits, tokens, team, state, report))
+        sink: MemorySink | FolderSink = MemorySink()
+        if folder is not None:
+            finished = team.from_leader(lambda: state.blocks if state else [])
+            sink = FolderSink(folder, job, state, list(finished))
+        _tell_start(job, tokens, folder, report)
+        blocks = BlockwiseRun(job, tokens, sink, report, team).run()
+        record = _record(job, tokens, settings, blocks, text, time.perf_counter() - began)
+        result: RunRecord | nn.Module = record
+        if isinstance(sink, MemorySink):
+            assert module is not None
+            result = into(module, sink, record)
+        elif team.leads:
+            result = finish(sink, record, tokenizer)
+        _tell_end(job, record, report)
+        return result
+
+
+def _settings(job: Job, given: Arguments, tokens: Tokens, writes: bool) -> dict[str, Any]:
+    """What decides about the result, as records and progress files hold it."""
+    samples, window = tokens.calibration.shape
+    return {
+        **given.to_dict(),
+        "samples": samples,
+        "window": window,
+        "seed": given.sampling.seed,
+        "skip": list(given.skip),
+        "device": job.device.type,
+        **tokens.digests(),
+        "model_sha256": job.source.fingerprint() if writes else None,
+        "format_version": FORMAT_VERSION,
+        "library": __version__,
+    }
+
+
+def _know_inputs(source: Source, state: OutputFolder | None, team: Team) -> None:
+    """Let a run that goes on read the tensors that it began with: `state` keeps their hashes."""
+
+    def hashes() -> dict[str, str]:
+        assert state is not None  # The leader has it, and only the leader calls this.
+        before = dict(state.inputs)
+        if not before:
+            state.note_inputs(source.hashes())
+        return before
+
+    source.expect(team.from_leader(hashes))
+
+
+def _search(
+    job: Job, bits: float, tokens: Tokens, team: Team, state: OutputFolder | None, report: Reporter
+) -> dict[str, dict]:
+    """The settings of every layer under the budget, searched by one process for all.
+
+    What is found on the way is kept in `state`, and an interrupted search goes on from there.
+    """
+
+    def open_model() -> nn.Module:
+        source = job.source
+        if isinstance(source, ModuleSource):
+            model = copy.deepcopy(source.dense)
+        else:
+            assert isinstance(source, FolderSource)
+            model = source.open_dense()
+        dtype = compute_dtype(source.config, job.device)
+        return model.to(device=job.device, dtype=dtype).eval()
+
+    def tell(message: str) -> None:
+        report(ProgressEvent("budget", message=message))
+
+    def find() -> dict[str, dict]:
+        found = BudgetSearch(open_model, job.shapes, job.plan.usual, tokens.calibration, tell)
+        if state is not None:
+            found.known, found.note = state.search, state.note_search
+        return found.best(bits)
+
+    return team.from_leader(find)
+
+
+def _tell_start(job: Job, tokens: Tokens, folder: Path | None, report: Reporter) -> None:
+    count, (_, window) = tokens.calibration.numel(), tokens.calibration.shape
+    blocks = len(job.blocks)
+    message = (
+        f"compressing {job.source.name}: {blocks} blocks, {count} calibration tokens in windows "
+        f"of {window}"
+    )
+    report(ProgressEvent("start", blocks=blocks, message=message))
+    for left_out in job.source.left_out(folder):
+        report(ProgressEvent("warning", blocks=blocks, message=f"warning: {left_out}"))
+
+
+def _tell_end(job: Job, record: RunRecord, report: Reporter) -> None:
+    message = (
+        f"done: {record.bits_per_weight:.3f} bits per weight, mean error {record.mean_error:.4f}, "
+        f"{record.seconds:.0f} s"
+    )
+    blocks, layers = len(job.blocks), len(record.layers)
+    report(ProgressEvent("done", blocks, blocks, layers, layers, message=message))
+
+
+def _record(
+    job: Job,
+    tokens: Tokens,
+    settings: dict[str, Any],
+    blocks: list[FinishedBlock],
+    text: Calibration,
+    seconds: float,
+) -> RunRecord:
+    import transformers
+
+    streams = tokens.texts() + ([tokens.calibration] if job.plan.dense_stream else [])
+    width = getattr(text_config(job.source.model), "hidden_size", 0) or 0
+    return RunRecord(
+        model=job.source.name,
+        settings=settings | {"layers": job.plan.layers} | text.names(),
+        stored="packed" if job.plan.usual.packed else "dense",
+        layers=[layer for block in blocks for layer in block.layers],
+        tokens=tokens.calibration.numel(),
+        hidden_state_bytes=sum(t.numel() for t in streams) * width * job.dtype.itemsize,
+        seconds=seconds,
+        versions={
+            "slab_kernels": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        matching=[block.match for block in blocks if block.match is not None],
+        ignored_tensors=job.source.ignored,
+    )
