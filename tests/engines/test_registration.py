@@ -33,8 +33,8 @@ def run(order):
             assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
             assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
 """
-# Each order runs in a process of its own, into which only packages that neither of the two libraries
-# belongs to have been imported.
+# Each order runs in a process of its own, into which only packages that neither of the two
+# libraries belongs to have been imported.
 FRESH = """
 import accelerate, huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
 

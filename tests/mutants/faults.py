@@ -170,7 +170,7 @@ FAULTS = (
     # Engines and modules
     Fault(
         "a rank's rows as if every rank had its own",
-        "slab_kernels/engines/*.py", "first + rank // copies * size", "first + rank * size",
+        "slab_kernels/engines/*.py", "rank // copy * size", "rank * size",
         ("tests/engines/test_sharding.py",),
     ),
     Fault(
