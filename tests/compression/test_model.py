@@ -281,6 +281,7 @@ compress({dense!r}, {out!r}, calibration=tiny_models.tokens(), progress=progress
 """
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume(dense, packed, tmp_path):
     code = KILL.format(
         tests=str(Path(__file__).parents[1]), dense=str(dense), out=str(tmp_path / "o")

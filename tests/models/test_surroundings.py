@@ -95,6 +95,7 @@ assert [len(kept["mask"]) for kept in states] == [6, 24]
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_with_torch_on_import():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -301,22 +301,31 @@ def tool(name: str) -> str:
     return found[0]
 
 
-def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
-    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for the next
-    time.
+def built(architecture: str) -> Path | None:
+    """The image that a build left, if it is of these sources, this nvcc and these options.
 
-    PTX for an architecture that begins with `compute_`, else a cubin. `only`: rows of the tables of
-    kernels in linear.cu, such as "linear_w16_one_t8"; the others are left out, which makes the
-    compiler faster by as much.
+    Raises: recipe.Impossible without nvcc.
+    """
+    record, version = recipe.record(recipe.IMAGES), recipe.run([recipe.find_nvcc(), "--version"])
+    path = recipe.IMAGES / recipe.image_name(UNIT, architecture)
+    same = (record.get("sources"), record.get("compiler")) == (
+        recipe.digest(recipe.read_sources(ROOT / "csrc")),
+        recipe.digest({}, version, *recipe.NVCC_OPTIONS),
+    )
+    return path if same and path.is_file() else None
+
+
+def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
+    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for next time.
+
+    PTX for an architecture that begins with `compute_`, else a cubin. `only`: the rows that
+    `rows_only` leaves, which makes the compiler faster by as much.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
     nvcc, name = recipe.find_nvcc(), recipe.image_name(UNIT, architecture)
+    if not only and (path := built(architecture)):
+        return path.read_bytes()
     sources, version = recipe.read_sources(ROOT / "csrc"), recipe.run([nvcc, "--version"])
-    built = recipe.record(recipe.IMAGES)
-    compiler = recipe.digest({}, version, *recipe.NVCC_OPTIONS)
-    same = (built.get("sources"), built.get("compiler")) == (recipe.digest(sources), compiler)
-    if same and not only and (recipe.IMAGES / name).is_file():
-        return (recipe.IMAGES / name).read_bytes()
     if only:
         sources[f"cuda/{UNIT}.cu"] = rows_only(sources[f"cuda/{UNIT}.cu"], only)
 
@@ -325,8 +334,7 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
             for path, text in sources.items():
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_text(text, encoding="utf-8")
-            output = Path(folder, name)
-            source = Path(folder, f"cuda/{UNIT}.cu")
+            source, output = Path(folder, f"cuda/{UNIT}.cu"), Path(folder, name)
             recipe.run(recipe.nvcc_command(nvcc, source, architecture, output))
             return output.read_bytes()
 
@@ -335,9 +343,10 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
 
 
 def rows_only(text: str, only: tuple[str, ...]) -> str:
-    """linear.cu with these rows of its tables of kernels alone.
+    """linear.cu with these rows alone of its tables of kernels.
 
-    Each row ends the line before it with a backslash.
+    A row is named by what it begins with: "linear_w16_one_t8" of KERNEL(linear, w16_one_t8, ...),
+    "w16_any_kW16" of KERNEL(w16_any, kW16, ...). Each row but the last ends in a backslash.
     """
     rows = re.compile(r"^ *KERNEL\((\w+), *(\w+),.*\n", re.MULTILINE)
     return rows.sub(lambda row: row[0] if f"{row[1]}_{row[2]}" in only else "  \\\n", text)

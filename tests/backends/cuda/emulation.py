@@ -14,6 +14,7 @@ import functools
 import numpy as np
 import torch
 from ptx import Memory, Module, launch
+from ptx.parse import Kernel
 from sass import counter as sass
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +24,27 @@ from slab_kernels.backends.cuda.layout import CudaState
 
 
 @functools.cache
-def ptx(arch: str = "compute_80", only: tuple[str, ...] = ()) -> Module:
-    """The kernels' PTX, compiled once for any number of test processes; `only` as `sass.image`
-    takes it."""
-    return Module(sass.image(arch, only).decode())
+def ptx() -> Module:
+    """All kernels' PTX for sm_80, compiled once for any number of test processes."""
+    return Module(sass.image("compute_80").decode())
+
+
+@functools.cache
+def kernel_of(name: str, architecture: str = "compute_80") -> Kernel:
+    """One kernel. If no build has compiled all of them, it is compiled alone, in a second."""
+    if architecture == "compute_80" and sass.built(architecture):
+        return ptx()[name]
+    row = name.replace("_fp16", "", 1).replace("_bf16", "", 1)
+    values = {"w16": "kW16", "int8": "kI8", "int4": "kI4"}
+    if row.startswith("dense_"):
+        row = row.removeprefix("dense_")
+        row = f"{row}_{values[row.removesuffix('_any')]}"
+    return _module(sass.image(architecture, (row,)))[name]
+
+
+@functools.cache
+def _module(text: bytes) -> Module:
+    return Module(text.decode())
 
 
 def span(t: torch.Tensor) -> np.ndarray:
@@ -73,11 +91,10 @@ def run(
     state: CudaState,
     bias=None,
     gpu: Gpu = GPUS[0],
-    kernels: Module | None = None,
+    architecture: str = "compute_80",
     launched: Launched | None = None,
 ) -> torch.Tensor:
-    """`launch.linear` of CPU tensors on the emulated device, which has `kernels`; None: all, for
-    sm_80."""
+    """`launch.linear` of CPU tensors on the emulated device."""
     with _Allocations() as memory:
 
         def queue(name, grid, block, shared_bytes, params, dependent):
@@ -94,7 +111,7 @@ def run(
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable)
             stats = launch(
-                (kernels or ptx())[name],
+                kernel_of(name, architecture),
                 grid,
                 block,
                 bytes(params),

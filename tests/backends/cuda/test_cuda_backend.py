@@ -461,6 +461,7 @@ def test_gradients_through_the_op(emulated):
         assert not module(x).requires_grad
 
 
+@pytest.mark.slow
 def test_opcheck(emulated):
     state = BACKEND.prepare(random_packed(PackedLayout(24, 140, "int8", 64, 1, 3)))
     rest = (*state[:5], half(24), *state[5:])
@@ -474,6 +475,7 @@ def test_opcheck(emulated):
     )
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_number_of_tokens(emulated):
     module = SlabLinear.from_packed(random_packed(SMALL), torch.randn(24)).prepare(torch.float16)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -113,6 +113,7 @@ def test_nvrtc_compiles_for(target):
         assert image.startswith(b"\x7fELF") and machine(image) == int(re.sub(r"\D", "", target))
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.skipif(recipe.source_folder() is None, reason="no csrc/cuda/*.cu")
 def test_nvrtc_compiles_the_real_source(request):

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulation import Launched, ptx, run
+from emulation import Launched, kernel_of, ptx, run
 from pairwise import grid, grid_of
 from ptx import PtxError
 
@@ -548,8 +548,7 @@ def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
     )
     forced(lambda s: plan.evaluate(s, 4, A100, SPLIT_TILES[3], 8, splits if s.values == W16 else 2))
     launched = Launched()
-    kernels = ptx("compute_90", only=("linear_w16_one_t8", "adapter_t8"))
-    y = run(x[:4], state, bias, A100, kernels, launched)
+    y = run(x[:4], state, bias, A100, "compute_90", launched)
     assert torch.equal(y, exact[:4].half())
     assert launched.dependent == [bool(d) for d in dependent]
     for early, stats in zip(launched.dependent, launched.stats, strict=True):
@@ -562,7 +561,7 @@ def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
 
 def test_the_parameters_are_those_of_the_kernels():
     sizes_in_ptx = {
-        ptx()[name].parameter_bytes
+        kernel_of(name).parameter_bytes
         for name in ("linear_fp16_w16_one_t8", "reduce_bf16", "dense_fp16_int4")
     }
     assert sizes_in_ptx == {ctypes.sizeof(launching.LinearParams)}

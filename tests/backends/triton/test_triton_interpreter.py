@@ -236,12 +236,14 @@ def test_gradients(dtype):
     checks.check_gradients(DEVICE, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("M", [1, 20])
 @every_type
 def test_opcheck(dtype, M):
     checks.check_opcheck(DEVICE, M, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compile(compiler):
     checks.check_compile(DEVICE, compiler)
