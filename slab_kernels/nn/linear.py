@@ -39,9 +39,9 @@ class SlabLinear(nn.Module):
     checkpoint form. What a backend prepares from them is made on the first call (or by `prepare`),
     never saved, and made anew when the module holds other tensors or somebody wrote into them. Not
     seen is writing through `.data`, into an inference tensor, or between compiled calls: assign the
-    tensor again. Casting the module (`.half()`, `.to(dtype)`) casts the bias only:
-    packed tensors keep their types. Under autocast x is cast and the result has autocast's type, as
-    of an nn.Linear.
+    tensor again. Casting the module (`.half()`, `.to(dtype)`) casts the bias only: packed tensors
+    keep their types. Under autocast x is cast and the result has autocast's type, as of an
+    nn.Linear.
     """
 
     values: Tensor
