@@ -47,7 +47,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """For a stream that cannot encode a character: a similar one of ASCII, or its escape."""
+    """The codec error handler ERRORS: a character that a stream cannot encode becomes a similar one
+    of ASCII, or its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]

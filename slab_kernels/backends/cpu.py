@@ -160,7 +160,7 @@ def runnable() -> list[str]:
 
 
 def _runnable() -> list[str]:
-    """As `runnable`, once the library is loaded."""
+    """What `runnable` returns; the library has to be loaded already."""
     return torch.ops.slab_kernels.cpu_runnable().split(", ")
 
 

@@ -158,6 +158,7 @@ class BlockWork:
         return finished
 
     def _inputs(self, group: Group) -> GroupInputs:
+        """Run the texts up to a group of linears, and gather what their method and records need."""
         began = time.perf_counter()
         index, streams, linear = self.index, self.streams, self.linears[group.names[0]]
         reader = Reader(streams.calibration, self.block, linear)
@@ -237,6 +238,11 @@ class BlockWork:
             finished.stored[full] = store(full, decomposition, self.job.plan.layer(full), dtype)
 
     def _train(self, say: Callable[[str], None]) -> Matched:
+        """Train the block towards what its dense twin puts out.
+
+        The twin reads hidden states of the compressed prefix or, with target="dense", of the dense
+        model.
+        """
         plan, stream, dense_block = self.job.plan, self.streams.calibration, self.dense_block
         assert plan.matching is not None and dense_block is not None
         reads = self.streams.dense if plan.matching.target == "dense" else stream

@@ -162,7 +162,7 @@ class BudgetSearch:
 
 
 def _check_reach(bits: float, rows: dict[str, list[Row]], weights: int) -> None:
-    """Raises: BudgetError."""
+    """Raises: BudgetError for a budget outside of what the rows of LADDER reach together."""
     least = sum(min(row.bits for row in options) for options in rows.values()) / weights
     most = sum(max(row.bits for row in options) for options in rows.values()) / weights
     reach = f"what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight"

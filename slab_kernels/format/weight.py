@@ -143,7 +143,7 @@ class PackedWeight:
         return self.P, self.Q
 
     def bits_per_weight(self, factors: bool = True) -> float:
-        """As `PackedLayout.bits_per_weight`."""
+        """The stored bits per weight; see `PackedLayout.bits_per_weight`."""
         return self.layout.bits_per_weight(factors)
 
     def dense(self) -> Tensor:

@@ -290,6 +290,10 @@ def _scales(scales: Tensor, packed: PackedWeight) -> Tensor:
 
 
 def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The kept values in the order of the stream, as the head of csrc/cuda/params.h lays them out.
+
+    Raises: RangeError if a number does not fit the activations' type.
+    """
     (blocks, k_blocks), values = _blocks(packed), packed.layout.values
     q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
