@@ -1,6 +1,6 @@
 """pytest-benchmark cases small enough for CI, each checked before it is timed.
 
-    pytest benchmarks --benchmark-only
+pytest benchmarks --benchmark-only
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""THE definition of the operation, in plain torch; every kernel is judged against it.
+"""The definition of the operation, in plain torch; every kernel is judged against it.
 
 y[M,N] = x[M,K] @ W[N,K].T + bias,    W = S + (U V^T) * B + P Q^T
 """
@@ -12,7 +12,7 @@ from .format import Decomposition, PackedWeight
 
 
 def linear(x: Tensor, weight: PackedWeight | Decomposition, bias: Tensor | None = None) -> Tensor:
-    """The fused linear, rebuilt as a dense fp32 weight and accumulated in fp32 (fp64 when x is fp64).
+    """The fused linear by a dense weight; both in fp32, or fp64 where x is fp64.
 
     Args:
         x: [..., K], any floating dtype and strides.

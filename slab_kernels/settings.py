@@ -63,7 +63,7 @@ class Rule:
         return plain
 
     def _plain(self, value: Any) -> Any:
-        """`value` as int, float, bool or str; None where it is neither, or not finite."""
+        """`value` as int, float, bool or str; None where it is of another kind or not finite."""
         logical = type(value).__name__ in ("bool", "bool_")  # Python's and NumPy's
         if self.kind is bool:
             return bool(value) if logical else None
@@ -131,5 +131,9 @@ def enforce(settings: Any, error: type[ValueError] = ArgumentError, of: str = ""
 
 
 # Used by more than one dataclass. The ends of a seed are those of torch's generators.
-SEED: dict[str, Any] = {"meaning": "which windows of text are drawn", "low": -(1 << 63), "high": (1 << 63) - 1}
+SEED: dict[str, Any] = {
+    "meaning": "which windows of text are drawn",
+    "low": -(1 << 63),
+    "high": (1 << 63) - 1,
+}
 WINDOW: dict[str, Any] = {"meaning": "tokens in a window", "low": 2}

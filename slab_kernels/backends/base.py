@@ -89,7 +89,7 @@ class Backend:
     `prepare` may permute the packed tensors once; what it returns is never saved.
     priority: of a backend from another package. Above 0 it is asked before the built-in ones, the
         largest first; otherwise after them and before the reference.
-    one_dtype: whether what `prepare` returns serves only the activations' dtype that it was made for.
+    one_dtype: whether what `prepare` returns serves only the activations' dtype it was made for.
     """
 
     name: str

@@ -116,8 +116,8 @@ def _grid(
     if own and (values, group_size) != (d.values, d.group_size):
         raise ValueTypeError(
             f"the decomposition lies on a grid of values={d.values!r} with "
-            f"group_size={d.group_size}, which values={values!r} with group_size={group_size} would "
-            "round once more; pack it as it is, or decompose again"
+            f"group_size={d.group_size}, which values={values!r} with group_size={group_size} "
+            "would round once more; pack it as it is, or decompose again"
         )
     return values, group_size
 

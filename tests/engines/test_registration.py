@@ -33,8 +33,8 @@ def run(order):
             assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["slab_kernels"] is ours.SlabConfig, order
             assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer, order
 """
-# Each order runs in a process of its own, into which only packages that neither of the two
-# libraries belongs to have been imported.
+# Each order runs in a process of its own, into which only packages have been imported that neither
+# of the two libraries belongs to.
 FRESH = """
 import accelerate, huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
 
@@ -183,7 +183,6 @@ def test_registered(code, options):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.slow
 def test_a_strange_transformers_lives_and_refuses_our_folders():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", STRANGE], capture_output=True, text=True

@@ -1,6 +1,8 @@
-"""backends/cuda/plan.py: whatever the layer, the device and the number of tokens, the plan fits, covers and keeps its promises.
+"""backends/cuda/plan.py: whatever the layer, the device and the number of tokens, the plan fits,
+covers and keeps its promises.
 
-Arithmetic alone. The sizes of shared memory are derived here once more from the text of csrc/cuda.
+Arithmetic alone. The sizes of shared memory are derived here once more from the text of
+csrc/cuda.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def constants() -> dict[str, int]:
     metadata = re.search(
         r"stream_metadata_bytes\(int values\) { return values == kDense \? 0 : (\d+); }", text
     )
-    # What the test below spells out in Python, as it stands in the sources; whoever edits it looks here too.
+    # What the test below spells out in Python, as it stands in the sources; whoever edits it looks
+    # here too.
     flat = re.sub(r"\s+", "", text)
     for formula in (
         "kTokenRow = 2 * kBlockInputs",
@@ -106,7 +109,8 @@ def test_the_kernels_have_the_tiles_that_plans_count_on():
 def shared_bytes_of(
     sizes: CudaSizes, M: int, tokens: int, tile: plan.Tile, stages: int
 ) -> tuple[int, int]:
-    """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups, both from address 0."""
+    """Of a stage, and all that a CTA touches: the ring of stages, later the sums of its groups,
+    both from address 0."""
     c = _constants()
     scales = (
         c["kSteps"] // sizes.group_steps * 2 * c["kBlockRows"]
@@ -173,9 +177,11 @@ def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> No
 @pytest.mark.parametrize("rank, planes", SIGNS)
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_every_layer_of_the_known_models(gpu, rank, planes):
-    """Fits, covers, and within a regime splits K in one way: a token's result depends on no other token.
+    """Fits, covers, and within a regime splits K in one way: a token's result depends on no
+    other token.
 
-    Each GPU takes one value type with each form of the signs, the next GPU the next type: all of them took minutes.
+    Each GPU takes one value type with each form of the signs, the next GPU the next type: all
+    of them took minutes.
     """
     values, group_steps = VALUES[(GPUS.index(gpu) + rank + planes) % len(VALUES)]
     for N, K in SHAPES:
@@ -191,7 +197,8 @@ def test_every_layer_of_the_known_models(gpu, rank, planes):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_every_adapter(gpu):
-    """z = x Q, a dense weight of few rows that comes first: rank 64, alone and for three fused parts; rank 1 rounds up to 16."""
+    """z = x Q, a dense weight of few rows that comes first: rank 64, alone and for three fused
+    parts; rank 1 rounds up to 16."""
     for K, parts, steps in itertools.product(sorted({K for _, K in SHAPES}), (1, 3), (1, 4)):
         sizes = CudaSizes(K, (4096,) * parts, INT4, 4, 1, steps).adapter()
         assert sizes == CudaSizes(K, (16 * steps * parts,), DENSE, 4, 0, 0)
@@ -205,7 +212,8 @@ def test_every_adapter(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_sizes_that_no_model_has(gpu):
-    """One input, one row, K of one block, parts that are no multiple of anything, far more rows than a tile, every M up to 64."""
+    """One input, one row, K of one block, parts that are no multiple of anything, far more rows
+    than a tile, every M up to 64."""
     for rows, K in itertools.product(
         ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)
     ):
@@ -226,7 +234,8 @@ def test_sizes_that_no_model_has(gpu):
 
 
 def test_the_tables_hold_what_the_kernels_can():
-    """Powers of two (linear.cuh shifts and masks by them), eight warps; tall warps where linear.cu has their kernels."""
+    """Powers of two (linear.cuh shifts and masks by them), eight warps; tall warps where
+    linear.cu has their kernels."""
     for tile in (*SPLIT_TILES, *WHOLE_TILES, *TALL_TILES):
         assert (
             all(n & (n - 1) == 0 for n in (tile.warp_rows, tile.warp_tokens, tile.warp_inputs))
@@ -234,12 +243,11 @@ def test_the_tables_hold_what_the_kernels_can():
         )
         assert tile.reason
     text = (CUDA / "linear.cu").read_text()
-    tall = re.findall(r"SLAB_TALL\(act, T, (\w+), k\w+, (\w+), k\w+, (\d+), (\d+)\)", text)
+    tall = re.findall(r"KERNEL\(tall, +(\w+)_(none|one)_t(\d+),", text)
     ranks = {"none": 0, "one": 1}
     values = {name: code for code, name in launching.VALUE_NAMES.items()}
-    compiled = sorted((values[name], ranks[rank], int(tokens)) for name, rank, tokens, _ in tall)
+    compiled = sorted((values[name], ranks[rank], int(tokens)) for name, rank, tokens in tall)
     assert compiled == sorted((*key, tokens) for key, many in TALL.items() for tokens in many)
-    assert all(int(tokens) == 8 * int(tiles) for *_, tokens, tiles in tall)
 
 
 # ---- the predicted time
@@ -247,8 +255,9 @@ def test_the_tables_hold_what_the_kernels_can():
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_more_tokens_never_cost_less_within_a_regime(gpu):
-    """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more stages may do better. Above
-    64 tokens for a third: there is one threshold from which on the weight is rebuilt, and before it whole waves of CTAs."""
+    """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more
+    stages may do better. Above 64 tokens for a third: there is one threshold from which on
+    the weight is rebuilt, and before it whole waves of CTAs."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
@@ -259,7 +268,8 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_decoding_is_predicted_to_beat_dense_weights(gpu):
-    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was measured to reach, no more than ours."""
+    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was
+    measured to reach, no more than ours."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for M in (1, 2, 4, 8, 16):
@@ -331,8 +341,10 @@ def test_describe():
     text = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 1, A100).describe()
     number = r"\d+"
     assert re.fullmatch(
-        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] stages, {number} bytes shared, "
-        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted {number}\.\d us, bound by [a-zL2 ]+",
+        rf"{number} rows x {number} tokens a CTA, {number} K groups, {number} threads, [234] "
+        rf"stages, {number} bytes shared, "
+        rf"[124] CTAs a multiprocessor(, K split over {number} CTAs)? \(.+\); predicted "
+        rf"{number}\.\d us, bound by [a-zL2 ]+",
         text,
     ), text
     split = plan.evaluate(CudaSizes(8192, (64,), W16, 4, 1, 0), 1, A100, SPLIT_TILES[0], 8, 4)
@@ -340,14 +352,16 @@ def test_describe():
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
     rebuilt = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
     assert re.fullmatch(
-        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound by tensor cores",
+        r"the weight rebuilt dense, 8192 rows at a time, then cuBLAS; predicted \d+\.\d us, bound "
+        r"by tensor cores",
         rebuilt,
     )
 
     problem = LinearProblem(1, 4096, 4096, "int4", 128, dtype=torch.float16, device="cuda")
     asked = BACKEND.describe(problem, "a100")  # a GPU that need not be here
     assert re.fullmatch(
-        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: \d+\.\d us",
+        r"A100: \d+ rows x .* us, bound by [a-z ]+; a dense fp16 linear by the same model: "
+        r"\d+\.\d us",
         asked,
     )
     with pytest.raises(ValueError, match="no figures for the GPU 'Voodoo2'; known: A100, RTX 3090"):

@@ -164,34 +164,37 @@ def test_a_forced_backend_gives_every_reason(monkeypatch):
 
 
 def test_activations_and_biases_are_checked_in_words():
-    values, check = torch.ones(24, 104, dtype=torch.float16), backend.check
+    state, check = (
+        launch.prepare((random_packed(PackedLayout(24, 200)),), torch.float16),
+        backend.check,
+    )
     for x in (half(2, 199), half(), half(200, 1)):
         words = f"x has shape {list(x.shape)}, but this weight takes in_features=200 last"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            check(x, values, None, None, 200, 24)
+            check(x, state, None)
     for wrong in (torch.float64, torch.int8, torch.complex64):
         with pytest.raises(
             TypeError,
             match=f"x is {wrong}, but the Triton kernels take float16, bfloat16 or float32",
         ):
-            check(half(2, 200).to(wrong), values, None, None, 200, 24)
+            check(half(2, 200).to(wrong), state, None)
     with pytest.raises(TypeError, match="x is on meta, the weight on cpu"):
-        check(half(2, 200).to("meta"), values, None, None, 200, 24)
+        check(half(2, 200).to("meta"), state, None)
     for bias in (half(23), half(1, 24), half(48)[::2]):
         words = f"bias has shape {list(bias.shape)}, expected [24], contiguous"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            check(half(2, 200), values, None, bias, 200, 24)
+            check(half(2, 200), state, bias)
     for wrong in (torch.float64, torch.int32):
         with pytest.raises(
             TypeError, match=f"bias is {wrong}, it must be float32, float16 or bfloat16"
         ):
-            check(half(2, 200), values, None, torch.ones(24, dtype=wrong), 200, 24)
+            check(half(2, 200), state, torch.ones(24, dtype=wrong))
     with pytest.raises(TypeError, match="bias is on meta, x on cpu"):
-        check(half(2, 200), values, None, torch.ones(24, device="meta"), 200, 24)
+        check(half(2, 200), state, torch.ones(24, device="meta"))
     for x, bias in itertools.product(
         (half(200), half(2, 3, 200)), (None, half(24), half(24).float(), half(24).bfloat16())
     ):
-        check(x, values, half(24, 16), bias, 200, 24)
+        check(x, state, bias)
 
 
 @pytest.mark.parametrize("made, asked", list(itertools.permutations(DTYPES, 2)))
@@ -204,7 +207,7 @@ def test_a_state_of_other_activations_is_refused_where_it_matters(made, asked):
         read = [state.P.dtype] if layout.adapter_rank else []
         read += [state.values.dtype] if layout.values == "fp16" and asked != torch.float32 else []
         if all(dtype == asked for dtype in read):
-            backend.check(x, state.values, state.P, None, 200, 24)
+            backend.check(x, state, None)
             continue
         with pytest.raises(
             TypeError, match=f"x is {asked}, but this weight was prepared for torch.* activations"

@@ -1,7 +1,8 @@
-"""The machine code of the Triton kernels: every shipped configuration, compiled for every architecture without a GPU.
+"""The machine code of the Triton kernels: every shipped configuration, compiled for every
+architecture without a GPU.
 
-`python tests/backends/triton/triton_code.py` writes how many warp instructions a weight takes, for
-the documents.
+`python tests/backends/triton/triton_code.py` writes how many warp instructions a weight
+takes, for the documents.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ TESTS = Path(__file__).resolve().parents[2]
 # pytest puts these folders on the path itself; a plain `python` does not.
 sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
 
-import torch
-import triton
-from sass import counter as sass
-from triton_programs import Compiled, Emulated
+import torch  # noqa: E402
+import triton  # noqa: E402
+from sass import counter as sass  # noqa: E402
+from triton_programs import Compiled, Emulated  # noqa: E402
 
-from slab_kernels.backends.triton import configs, kernels, launch, rows
-from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, TritonSizes
-from slab_kernels.format import PackedLayout
-from slab_kernels.testing import random_packed
+from slab_kernels.backends.triton import configs, kernels, launch, rows  # noqa: E402
+from slab_kernels.backends.triton.rows import DEFAULTS, Row, TritonDevice, TritonSizes  # noqa: E402
+from slab_kernels.format import PackedLayout  # noqa: E402
+from slab_kernels.testing import random_packed  # noqa: E402
 
 RESULT = TESTS.parent / "benchmarks" / "results" / "triton-instructions.json"
 DEVICES = {
@@ -36,7 +37,8 @@ DEVICES = {
     90: TritonDevice("H100", 132, 232448, 90),
     120: TritonDevice("RTX 5090", 170, 101376, 120),
 }
-# With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes through fp32 in bf16.
+# With 16-bit activations; bf16 values compile to fp16's instructions, int8 does not: it goes
+# through fp32 in bf16.
 VALUES = {"fp16": torch.float16, "int8": torch.bfloat16, "int4": torch.float16}
 N, K = 256, 1024  # whole tiles of every configuration: nothing is masked, as in models
 MANY = 4096  # tokens of a row without a limit
@@ -66,11 +68,14 @@ class Case:
     def __str__(self) -> str:
         c = self.row.config
         tile = f"{c.block_n}x{c.block_m}x{c.block_k}-w{c.warps}-s{c.stages}"
-        return f"sm{self.arch}-{tile}-{self.values}-rank{self.rank}-planes{self.planes}-{str(self.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        weight = f"{self.values}-rank{self.rank}-planes{self.planes}"
+        return f"sm{self.arch}-{tile}-{weight}-{dtype}"
 
 
 def cases() -> Iterator[Case]:
-    """Each row with a kind of weight that gets it: value types apart, rank 1 if that gets it, else 4."""
+    """Each row with a kind of weight that gets it: value types apart, rank 1 if that gets it,
+    else 4."""
     seen = set()
     for arch, device in DEVICES.items():
         for row in DEFAULTS:
@@ -125,9 +130,11 @@ def compiled(case: Case) -> Compiled:
 
 
 def planes_cases() -> Iterator[Case]:
-    """More planes: decoding everywhere, every other tile with three where code differs (sm_86 and sm_89 get sm_80's but for 1 %).
+    """More planes: decoding everywhere, every other tile with three where code differs (sm_86
+    and sm_89 get sm_80's but for 1 %).
 
-    All of cases() with two and three planes, compiled once by hand, spilled nothing and kept to their rows' shared memory.
+    All of cases() with two and three planes, compiled once by hand, spilled nothing and kept
+    to their rows' shared memory.
     """
     for case in cases():
         decoding = case.tokens == 16 and case.dtype.itemsize == 2 and case.rank == 1
@@ -149,7 +156,8 @@ def instructions_a_weight(case: Case) -> float:
 
 
 def record() -> dict[str, object]:
-    """What the documents show: instructions per weight of every case of rank 1, and their origin."""
+    """What the documents show: instructions per weight of every case of rank 1, and their
+    origin."""
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
     rows = []
     for case in (*cases(), *planes_cases()):
