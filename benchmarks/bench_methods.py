@@ -381,7 +381,7 @@ def fill(found: dict, file: Path, args: argparse.Namespace, tokenizer, content: 
 
 
 def show(found: dict) -> None:
-    """The table on stdout."""
+    """Print the table of the results."""
     from slab_kernels.cli.console import print_table
 
     body = [

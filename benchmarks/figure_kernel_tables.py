@@ -107,7 +107,7 @@ SCHEDULERS = 4  # of one multiprocessor; each issues one warp instruction per cl
 
 def triton_bounds() -> str:
     """The greatest speed-up that bytes and the issue rate allow at 16 tokens or fewer."""
-    from slab_kernels.backends.cuda.plan import GPUS
+    from slab_kernels.backends.cuda.gpus import GPUS
 
     decoding = matching(triton_rows(), block_n=64, block_m=16, block_k=128, planes=1)
     kinds = {row["values"]: row["bits_per_weight"] for row in budget_rows()}

@@ -36,8 +36,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def local_device(device: str) -> str:
-    """For "auto" and "cuda" under torchrun, the GPU of this process by LOCAL_RANK; else
-    `device`."""
+    """The device that this process shall use.
+
+    Under torchrun "auto" and "cuda" are the GPU that LOCAL_RANK names; else it is `device`.
+    """
     rank = os.environ.get("LOCAL_RANK")
     if rank is None or device not in ("auto", "cuda"):
         return device

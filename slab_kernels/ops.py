@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import reference
 from .errors import FormatError, ShapeError, UnsupportedError
-from .format import VALUE_BYTES, VALUE_TYPES, PackedLayout, PackedWeight, ceil_div, read_factors
+from .format import VALUE_ENTRIES, VALUE_TYPES, PackedLayout, PackedWeight, ceil_div, read_factors
 
 _REGISTERING = threading.Lock()
 NAMESPACE = "slab_kernels"
@@ -72,9 +72,9 @@ def packed_from_arguments(tensors: tuple[Tensor | None, ...], in_features: int) 
 
 def _value_type(values: Tensor, metadata: Tensor) -> str:
     """The value type of stored values; their width beside the metadata's tells int4 from int3."""
-    width = 2 * values.shape[1] / metadata.shape[1]  # bytes or numbers for 16 inputs
+    width = 2 * values.shape[1] / metadata.shape[1]  # entries for 16 inputs
     for name, dtype in VALUE_TYPES.items():
-        if (dtype, VALUE_BYTES[name]) == (values.dtype, width):
+        if (dtype, VALUE_ENTRIES[name]) == (values.dtype, width):
             return name
     raise FormatError(
         f"values {list(values.shape)} of {values.dtype} are of no value type beside metadata "

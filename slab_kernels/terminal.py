@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 import unicodedata
 
-# Categories of Unicode: controls, formats such as bidirectional overrides, half characters, line
-# separators.
+# These categories of Unicode are controls, formats such as bidirectional overrides, half characters
+# and line separators.
 UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 MOST = 300  # characters of a reason
 TEXT = "\n\t\u200c\u200d"  # parts of running text: lines, the joiners of some scripts and of emoji
@@ -47,7 +47,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """For a stream that cannot encode a character: a similar one of ASCII, or its escape."""
+    """The codec error handler ERRORS: a character that a stream cannot encode becomes a similar one
+    of ASCII, or its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     characters = error.object[error.start : error.end]

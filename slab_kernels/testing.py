@@ -1,4 +1,4 @@
-"""The problem grid, the oracle and the tolerance table: shared by tests and benchmarks."""
+"""The problem grid, the oracle and the tolerance table, which tests and benchmarks share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .format import INTEGER_RANGES, PackedLayout, PackedWeight, bits, plane_unit
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257)
 RANKS = (0, 1, 2, 4)
 ADAPTER_RANKS = (0, 16, 100)
-# (N, K) with tails in every direction: below one group, off a byte of signs, off a SIMD block, and
+# These (N, K) have tails of every kind: below one group, off a byte of signs, off a SIMD block, and
 # with several groups of scales.
 SHAPES = ((1, 3), (5, 7), (16, 64), (17, 172), (33, 260), (64, 256), (100, 388))
 VALUE_LAYOUTS = (

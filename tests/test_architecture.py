@@ -35,7 +35,7 @@ ROOMS: dict[str, str] = {
     "ops": "errors format reference",
     "backends": "errors format ops plugins",
     "nn": "backends errors format ops",
-    "bench": "backends errors format reference testing",
+    "bench": "backends errors format testing",
     # a whole model
     "text": "errors paths settings terminal",
     "models": "device errors format nn paths terminal text",

@@ -36,7 +36,7 @@ from .base import Backend, LinearProblem
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set
-# The numbers of csrc/format.h's ValueType in the stream.
+# A value type has the number of csrc/format.h's ValueType in the stream; int3 becomes int4 there.
 VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
@@ -160,7 +160,7 @@ def runnable() -> list[str]:
 
 
 def _runnable() -> list[str]:
-    """As `runnable`, once the library is loaded."""
+    """What `runnable` returns; the library has to be loaded already."""
     return torch.ops.slab_kernels.cpu_runnable().split(", ")
 
 

@@ -16,9 +16,8 @@ def sign(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """U [N, R] and V [K, R] in `dtype`.
 
     The median of |v| comes to [1/2, 1), or less where max |v| would exceed LARGEST_V. With an
-    outlier
-    in V scaled to 1, small activations times v would underflow: for x of 1e-3 and an outlier of
-    200, the error was 22 times that of a dense fp16 product.
+    outlier in V scaled to 1, small activations times v would underflow: for x of 1e-3 and an
+    outlier of 200, the error was 22 times that of a dense fp16 product.
 
     Raises: RangeError if U does not fit.
     """

@@ -150,7 +150,7 @@ class CudaClock:
             return min(self._replays(call, times))
 
     def _replays(self, run: Call, times: int) -> list[float]:
-        """Seconds of each run."""
+        """The seconds that each of so many runs takes."""
         pairs = [
             (self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True))
             for _ in range(times)

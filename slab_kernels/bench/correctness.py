@@ -7,10 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..errors import BenchError
-from ..format import PackedWeight, unpack
-from ..testing import ROUNDOFF, error_bound
+from ..format import PackedWeight
+from ..testing import ROUNDOFF, error_bound, oracle
 
 GATE_ROWS = 256  # output rows that are compared
 
@@ -34,8 +33,7 @@ def gate(backend: Linear, x: Tensor, state: Any, packed: PackedWeight) -> None:
     y = backend.linear(x, state)
     rows = min(GATE_ROWS, packed.out_features)
     part = packed.narrow_out(packed.out_features - rows, rows)
-    exact = reference.linear(x.double(), part)
-    size = x.double().abs() @ term_sizes(part).T
+    exact, size = oracle(x, part)
     on_tensor_cores = x.device.type == "cuda"
     allowed = tolerance(size, exact, x.dtype, packed.in_features, tensor_cores=on_tensor_cores)
     off = bool(((y[:, -rows:].double() - exact).abs() > allowed).any())
@@ -57,17 +55,3 @@ def tolerance(
     """
     rounded = size * ROUNDOFF[dtype] * min(2.0, 8 / K**0.5) if tensor_cores else 0.0
     return error_bound(size, exact, dtype, K) + rounded
-
-
-def term_sizes(part: PackedWeight) -> Tensor:
-    """|S| + |U||V|^T on pruned positions + |P||Q|^T, [N, K] fp64.
-
-    Terms that cancel round as what they are, and kernels sum them apart.
-    """
-    d = unpack(part)
-    sizes = d.S.double().abs()
-    if d.U is not None and d.V is not None and d.B is not None:
-        sizes += (d.U.double().abs() @ d.V.double().abs().T) * d.B.abs()
-    if d.P is not None and d.Q is not None:
-        sizes += d.P.double().abs() @ d.Q.double().abs().T
-    return sizes

@@ -226,6 +226,7 @@ class _Stand:
         }
 
     def _columns(self, some: _Round, size: int, m: int, rotated: bool) -> Row:
+        """The columns that timing adds to a row. size: bytes of the weight."""
         timed, n, k = self.clock.time(some.calls), self.case.n, self.case.k
         cold = rotated and self.clock.is_cold(some.copies * size)
         return {

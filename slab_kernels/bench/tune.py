@@ -366,7 +366,7 @@ def _change(result: Result) -> str:
     return f"{_ratio(result.times, result.default_times) - 1:+.1%}"
 
 
-# The table on the screen
+# The table that `slab-kernels tune` prints.
 
 COLUMNS = ("problem", "default us", "best us", "change", "configuration")
 

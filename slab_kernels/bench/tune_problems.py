@@ -11,13 +11,13 @@ from ..backends.triton import bits_of, configs, launch
 from ..backends.triton.rows import Row, TileConfig, TritonDevice, TritonSizes
 from ..format import PackedLayout, ceil_div
 
-# Tiles about the defaults, in every direction: block_n, block_k, warps, stages.
+# These tiles lie around the defaults in every direction. Each is block_n, block_k, warps, stages.
 FEW_TOKENS = (
     (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (64, 64, 4, 4), (64, 256, 8, 3),
     (32, 128, 4, 4), (32, 128, 2, 4), (32, 256, 4, 3), (16, 256, 4, 4), (128, 64, 4, 4),
     (128, 128, 8, 3),
 )  # fmt: skip
-# The same after block_m.
+# The same for more than 64 tokens, where each begins with its block_m.
 MANY_TOKENS = (
     (64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 8, 3),
     (128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 32, 8, 4),

@@ -1,2 +1,13 @@
-"""The command line `slab-kernels`: what the options mean, how a command ends, and one file per
-group of commands."""
+"""The command line `slab-kernels`.
+
+    main            the commands by name, and the console script
+    options         every option and argument, and what its text means
+    examples        the examples under each --help
+    console         how a command ends: its output, its errors, its exit code
+    progress        a bar, or a line every half minute
+    threads         how torch's threads wait for one another
+    layers          the table of a model's layers
+
+One file for each group of commands: compression (compress, train, decompress), models (eval,
+generate, inspect, check), kernels (bench, tune, explain), machine (info), report.
+"""

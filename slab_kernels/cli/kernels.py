@@ -92,7 +92,7 @@ def tune(
 ) -> Outcome:
     """Time tiles of the Triton kernels on this GPU and write those that beat the shipped ones to
     your own file."""
-    from ..backends.triton import configs, row_files
+    from ..backends.triton import row_files
     from ..bench import machine
     from ..bench import tune as tuning
     from ..bench.layer_shapes import layers
@@ -108,8 +108,8 @@ def tune(
     ]
     gpu, clock, weights = tuning.gpu(device, seconds)
     problems = tuning.problems(layouts, m or [1, 16, 64, 512, 2048], kind, gpu)
-    folder = expanded(out or configs.user_folder())
-    path = folder / configs.file_name(gpu.name)
+    folder = expanded(out or row_files.user_folder())
+    path = folder / row_files.file_name(gpu.name)
 
     def kept() -> str:
         return f"rows that were found are in {path}" if path.is_file() else "nothing was kept"
@@ -131,7 +131,7 @@ def tune(
             print("no default was beaten by more than the noise")
             return
         used = ""
-        if folder != configs.user_folder():
+        if folder != row_files.user_folder():
             used = f"; {row_files.ENVIRONMENT}={shlex.quote(str(folder))} makes them used"
         print(f"{len(rows)} of {len(results)} defaults beaten; rows in {path}{used}")
 

@@ -52,7 +52,7 @@ MEASURING = ("compress", "eval", "bench")  # commands whose JSON says when and h
 
 
 def main() -> None:
-    """The console script."""
+    """The console script `slab-kernels`: runs the command line and ends the process."""
     if not sys.argv[1:2] or sys.argv[1] not in TIMED:
         wait_passively()
     sys.exit(run(sys.argv[1:]))

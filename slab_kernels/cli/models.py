@@ -121,6 +121,7 @@ def evaluate(
 
 
 def _tasks(opened: _Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
+    """The scores of a model in the tasks that `tasks` names, separated by commas."""
     from ..evaluate.lm_eval import run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -217,9 +217,10 @@ TuneTokens = Annotated[
     list[int] | None,
     typer.Option(help="Tokens at once; may be repeated. Default 1, 16, 64, 512, 2048.", min=1),
 ]
-Values = Annotated[str, typer.Option(help="fp16, bf16, int8 or int4.")]
+Values = Annotated[str, typer.Option(help="fp16, bf16, int8, int4 or int3.")]
 BenchValues = Annotated[
-    list[str] | None, typer.Option(help="fp16, bf16, int8, int4; may be repeated. Default fp16.")
+    list[str] | None,
+    typer.Option(help="fp16, bf16, int8, int4, int3; may be repeated. Default fp16."),
 ]
 TuneValues = Annotated[
     list[str] | None,

@@ -39,7 +39,9 @@ class Arguments:
         skip: Any = (),
         **layer: Any,
     ) -> Arguments:
-        """From the keywords of `compress`; `layer` as `LayerSettings.from_keywords` takes it.
+        """The arguments that the keywords of `compress` stand for.
+
+        layer: the keywords of `LayerSettings.from_keywords`.
 
         Raises: MethodError, FormatError, CalibrationError, BudgetError or ArgumentError, in one
             sentence.

@@ -92,7 +92,7 @@ def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:
     return (energy(weight - stored) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def _moments(index: int, group: Group, reader: Reader) -> InputStats:
+def moments(index: int, group: Group, reader: Reader) -> InputStats:
     """Statistics of the inputs of one text."""
     stats = InputStats(reader.linear.in_features)
     for batch in range(len(reader.stream.hidden)):
@@ -158,12 +158,13 @@ class BlockWork:
         return finished
 
     def _inputs(self, group: Group) -> GroupInputs:
+        """Run the texts up to a group of linears, and gather what their method and records need."""
         began = time.perf_counter()
         index, streams, linear = self.index, self.streams, self.linears[group.names[0]]
         reader = Reader(streams.calibration, self.block, linear)
         moved = heldout = None
         if streams.dense is None or self.dense_block is None:
-            stats = _moments(index, group, reader)
+            stats = moments(index, group, reader)
         else:
             name = group.names[0].removeprefix(self.job.prefix(index))
             twin = self.dense_block.get_submodule(name)
@@ -171,7 +172,7 @@ class BlockWork:
             dense = Reader(streams.dense, self.dense_block, twin)
             stats, moved = _moments_and_shift(index, group, reader, dense)
         if streams.heldout is not None:
-            heldout = _moments(index, group, Reader(streams.heldout, self.block, linear))
+            heldout = moments(index, group, Reader(streams.heldout, self.block, linear))
         seconds = (time.perf_counter() - began) / len(group.names)
         return GroupInputs(stats, heldout, moved, seconds)
 
@@ -237,6 +238,11 @@ class BlockWork:
             finished.stored[full] = store(full, decomposition, self.job.plan.layer(full), dtype)
 
     def _train(self, say: Callable[[str], None]) -> Matched:
+        """Train the block towards what its dense twin puts out.
+
+        The twin reads hidden states of the compressed prefix or, with target="dense", of the dense
+        model.
+        """
         plan, stream, dense_block = self.job.plan, self.streams.calibration, self.dense_block
         assert plan.matching is not None and dense_block is not None
         reads = self.streams.dense if plan.matching.target == "dense" else stream

@@ -28,9 +28,10 @@ from ..errors import BudgetError
 from ..methods import LayerSettings
 from ..methods.inputs import InputStats
 from ..models.blocks import batch_size, find_blocks
-from ..models.groups import Group, find_groups, layer_inputs
-from ..models.streams import Stream, catch_stream
+from ..models.groups import find_groups
+from ..models.streams import catch_stream
 from ..settings import Rule
+from .block import Reader, moments
 from .plan import decompose_as_stored
 
 PROBES = 8  # windows on which the divergence is measured
@@ -161,7 +162,7 @@ class BudgetSearch:
 
 
 def _check_reach(bits: float, rows: dict[str, list[Row]], weights: int) -> None:
-    """Raises: BudgetError."""
+    """Raises: BudgetError for a budget outside of what the rows of LADDER reach together."""
     least = sum(min(row.bits for row in options) for options in rows.values()) / weights
     most = sum(max(row.bits for row in options) for options in rows.values()) / weights
     reach = f"what this model's layers reach: {least:.3f} to {most:.3f} stored bits per weight"
@@ -193,7 +194,7 @@ class Measurement:
                 if prefix + name in rows and isinstance(module, nn.Linear):
                     linears[prefix + name] = module
             for group in find_groups(stream, index, block, linears) if linears else ():
-                stats = _moments(stream, index, block, linears[group.names[0]], group)
+                stats = moments(index, group, Reader(stream, block, linears[group.names[0]]))
                 for name in group.names:
                     yield name, self._layer(linears[name], rows[name], stats)
             with torch.no_grad():
@@ -224,16 +225,6 @@ class Measurement:
             linear.weight = nn.Parameter(weight, requires_grad=False)
         whole = max(max(errors), 1e-30)
         return [loss * error / whole for error in errors]
-
-
-def _moments(
-    stream: Stream, index: int, block: nn.Module, linear: nn.Linear, group: Group
-) -> InputStats:
-    """Statistics of what the linears of a group read."""
-    stats = InputStats(linear.in_features)
-    for batch in range(len(stream.hidden)):
-        stats.update(layer_inputs(stream, index, block, linear, group, batch))
-    return stats
 
 
 def _bare(block: nn.Module) -> nn.Module:

@@ -36,7 +36,7 @@ class Tokens:
         return [self.calibration] if self.heldout is None else [self.calibration, self.heldout]
 
     def digests(self) -> dict[str, str | None]:
-        """By which a run that goes on knows its texts again."""
+        """The hashes by which a run that goes on knows its texts again."""
         return {
             "calibration_sha256": _digest(self.calibration),
             "heldout_sha256": None if self.heldout is None else _digest(self.heldout),

@@ -166,6 +166,7 @@ slab-kernels decompress FOLDER DENSE_FOLDER
 
 
 def _method_rows(job: Job, record: RunRecord) -> dict[str, str]:
+    """Rows of the card's table: how the model was compressed."""
     usual, settings = job.plan.usual, record.settings
     rows = {"Method": _cell(usual.method), "Pattern": _cell(usual.pattern)}
     if settings["bits"] is not None:

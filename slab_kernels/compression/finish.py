@@ -20,7 +20,7 @@ from .card import write_card, write_side_files
 from .record import RunRecord
 from .sinks import FolderSink, MemorySink
 
-# What a record says beside the settings that a run is told by: names, and what follows from others.
+# A run is not told by these entries of a record: they are names, or follow from other entries.
 DERIVED = ("calibration", "heldout", "layers")
 
 

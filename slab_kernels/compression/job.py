@@ -55,7 +55,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which blocks compute."""
+        """The type in which blocks compute."""
         return compute_dtype(self.source.config, self.device)
 
     @property

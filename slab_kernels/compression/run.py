@@ -186,6 +186,7 @@ def _record(
     text: Calibration,
     seconds: float,
 ) -> RunRecord:
+    """The record of the run, as slab_run.json will hold it."""
     import transformers
 
     streams = tokens.texts() + ([tokens.calibration] if job.plan.dense_stream else [])

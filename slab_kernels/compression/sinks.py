@@ -91,7 +91,10 @@ class FolderSink:
         return self.out / shard_name(index + 1, self.blocks + 1)
 
     def finished(self) -> list[FinishedBlock]:
-        """Of an interrupted run. Raises: CheckpointError if they do not fit the model."""
+        """The records of the blocks that an interrupted run has finished.
+
+        Raises: CheckpointError if they do not fit the model.
+        """
         blocks = []
         for index, block in enumerate(self.done[: self.blocks]):
             layers = [layer_from_dict(layer) for layer in block["layers"]]
@@ -176,7 +179,7 @@ class FolderSink:
         return write_shard(self.shard(index), specs, get)
 
     def tables(self) -> list[dict[str, TensorEntry]]:
-        """Of every shard, in order."""
+        """The header of every shard, in order."""
         return [read_header(self.shard(index)) for index in range(self.blocks + 1)]
 
     def layouts(

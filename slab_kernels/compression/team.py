@@ -53,6 +53,11 @@ class Team:
                 raise
 
     def _meet(self) -> None:
+        """Find the store that all processes reach, show there that this one lives, and wait for the
+        others.
+
+        Raises: TeamError if the others do not come.
+        """
         import torch.distributed as dist
 
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -88,7 +88,10 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:
-        """With the adapter as it is now, stored in the type that it had, a new one as int8."""
+        """The packed weight with the adapter as it is now.
+
+        An adapter keeps the type in which it was stored; a new one is stored as int8.
+        """
         values = "int8" if self.whole.P is None else self.whole.layout.adapter_values
         layout = replace(self.whole.layout, adapter_rank=self.P.shape[1], adapter_values=values)
         P, Q = pack_adapter(self.P, self.Q, layout)

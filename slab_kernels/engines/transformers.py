@@ -42,11 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
-MANY_BLOCKS = 512  # built in a second; packed modules tell little of how many there are
+# So many blocks are built in a second; names of packed modules say little of how many there are.
+MANY_BLOCKS = 512
 _REGISTERING = threading.Lock()
-
-
-# Keywords of `compress` that say how it runs and are looked at only then.
+# These keywords of `compress` say how it runs, and are checked only when it does.
 OF_THE_RUN = ("calibration", "heldout", "tokenizer", "device", "progress")
 
 

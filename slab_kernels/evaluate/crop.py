@@ -20,33 +20,25 @@ from ..models.source import open_source
 LEVELS = 127  # a number is stored as one of -LEVELS to LEVELS steps
 
 
-def weight_crop(
-    folder: Path | str,
-    dense: Path | str,
-    layer: str | None = None,
-    size: int = 64,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+def weight_crop(folder: Path | str, dense: Path | str, size: int = 64) -> dict[str, Any]:
     """The first `size` rows and columns of a weight W and of its parts, W ≈ S + (U Vᵀ) ⊙ B + P Qᵀ.
+
+    The weight is that of the packed module in the middle of the model.
 
     Args:
         folder: a packed folder. dense: the model that it was compressed from.
-        layer: a module that is packed there; default: the one in the middle of the model.
 
     Returns: {"layer", "shape" of the crop, "step": the number that one level stands for, "parts":
         name -> int8 levels, row by row, in base64}. The parts are "weight", "sparse", "signs",
         "adapter" (where there is one) and "left", which is the weight without the others.
-    Raises: CheckpointError for a folder that cannot be used; ArgumentError for a module that is
-        not packed, or that has another shape in the dense model.
+    Raises: CheckpointError for a folder that cannot be used; ArgumentError for a module that has
+        another shape in the dense model.
     """
     checkpoint = Checkpoint(hub_folder(folder))
     layouts = read_layouts(checkpoint)
-    if layer is None and layouts:
-        layer = list(layouts)[len(layouts) // 2]
-    if layer not in layouts:
-        raise ArgumentError(f"{folder} holds no packed module {layer!r}")
+    layer = list(layouts)[len(layouts) // 2]
     parts = unpack(read_packed(checkpoint.get, layer, layouts[layer]))
-    W = open_source(hub_folder(dense), trust_remote_code).get(f"{layer}.weight").float()
+    W = open_source(hub_folder(dense)).get(f"{layer}.weight").float()
     if W.shape != parts.S.shape:
         raise ArgumentError(
             f"{layer} is {list(W.shape)} in {dense} and {list(parts.S.shape)} in {folder}; "

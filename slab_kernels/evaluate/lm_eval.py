@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LIMIT = Rule("documents of each task", int, 1, optional=True)
-BATCH = Rule("sequences that run together", int, 1)
+BATCH = 8  # sequences that run together
 
 
 def run_tasks(
@@ -31,7 +31,6 @@ def run_tasks(
     tasks: list[str],
     task_files: Path | str | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
     """Task -> metric -> number, as `lm_eval.simple_evaluate` reports them.
 
@@ -40,7 +39,6 @@ def run_tasks(
             `datasets` unless they are local.
         task_files: a folder of task YAML files of your own, beside those of the harness.
         limit: documents of each task that are used; None: all.
-        batch_size: sequences that run together.
 
     Raises: MissingPackageError without lm-eval, ArgumentError for a task that is not known,
         CheckpointError for a packed model that transformers opened with random weights.
@@ -55,7 +53,7 @@ def run_tasks(
             "pip install lm-eval"
         ) from error
     task_files = None if task_files is None else expanded(task_files)
-    limit, batch_size = LIMIT.accept("limit", limit), BATCH.accept("batch_size", batch_size)
+    limit = LIMIT.accept("limit", limit)
     if task_files is not None and not task_files.is_dir():
         raise ArgumentError(f"task_files={str(task_files)!r} is not a folder of task files")
     manager = TaskManager(include_path=None if task_files is None else str(task_files))
@@ -80,7 +78,7 @@ def run_tasks(
     def check_ids(_: nn.Module, args: tuple[torch.Tensor]) -> None:
         check_fits(args[0], model, "tasks'", tokenizer)
 
-    harness_model = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=batch_size)
+    harness_model = Named(pretrained=check(model), tokenizer=tokenizer, batch_size=BATCH)
     watch = model.get_input_embeddings().register_forward_pre_hook(check_ids)
     try:
         found = simple_evaluate(

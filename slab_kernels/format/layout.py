@@ -19,8 +19,8 @@ VALUE_TYPES = {
     "int4": torch.uint8,
     "int3": torch.uint8,
 }
-# Entries of the stored tensor for 16 inputs.
-VALUE_BYTES = {"fp16": 8, "bf16": 8, "int8": 8, "int4": 4, "int3": 3}
+# Entries of the stored tensor for 16 inputs of a row; an entry is of the type above.
+VALUE_ENTRIES = {"fp16": 8, "bf16": 8, "int8": 8, "int4": 4, "int3": 3}
 FACTOR_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What P and Q may be stored as instead of the factors' type: the codes of a row, then their
 # exponent.
@@ -122,7 +122,7 @@ class PackedLayout:
         """Name -> (dtype, shape) of every tensor of this layout."""
         N, Kp, factor = self.out_features, self.padded_in_features, FACTOR_TYPES[self.factors]
         table: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "values": (VALUE_TYPES[self.values], (N, Kp * VALUE_BYTES[self.values] // 16)),
+            "values": (VALUE_TYPES[self.values], (N, Kp * VALUE_ENTRIES[self.values] // 16)),
             "metadata": (torch.uint8, (N, Kp // 8)),
         }
         if self.values in INTEGER_RANGES:

@@ -1,10 +1,9 @@
 """The two records: methods end in a `Decomposition`, kernels start from a `PackedWeight`.
 
 W ~ S + (U V^T) * B + P Q^T, with S 2:4 sparse, B signs, and P Q^T a plain adapter; parts may be
-absent.
-Packing *folds*: on the positions that S keeps, S absorbs (U V^T) * B, so signs are stored for
-pruned positions only (2 bits in a group of four instead of 4) and a pruned entry is exactly +-(U
-V^T)_ij. docs/format.md is the specification to the byte.
+absent. Packing *folds*: on the positions that S keeps, S absorbs (U V^T) * B, so signs are stored
+for pruned positions only (2 bits in a group of four instead of 4) and a pruned entry is exactly
++-(U V^T)_ij. docs/format.md is the specification to the byte.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ class PackedWeight:
         return self.P, self.Q
 
     def bits_per_weight(self, factors: bool = True) -> float:
-        """As `PackedLayout.bits_per_weight`."""
+        """The stored bits per weight; see `PackedLayout.bits_per_weight`."""
         return self.layout.bits_per_weight(factors)
 
     def dense(self) -> Tensor:

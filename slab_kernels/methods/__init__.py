@@ -1,4 +1,15 @@
-"""Decomposition methods: pure functions (weight, input statistics, settings) -> Decomposition."""
+"""Decomposition methods: pure functions (weight, input statistics, settings) -> Decomposition.
+
+    table           `METHODS`: every method's name, function, settings and needs
+    config          the settings that all methods have
+    settings        `LayerSettings`, the settings of one layer checked beside each other
+    inputs          `InputStats`, what a method may know of a layer's inputs
+    solvers/        algorithms that several methods share
+
+Every other file is a method or two: slab (ours, the default), slab_paper, threebasil (with alps),
+hassle_free, oats (with sslc), slim, eora, sparsegpt, wanda, magnitude. `decompose` is the public
+function, and `decompose_layer` the same for checked settings.
+"""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class CommonSettings:
 
     @property
     def stored_adapter(self) -> str | None:
-        """As `format.round_adapter` takes it."""
+        """`adapter_values` in the form that `format.round_adapter` takes: None for fp16."""
         return None if self.adapter_values == "fp16" else self.adapter_values
 
     @property

@@ -130,7 +130,7 @@ def _finished(
     L: _LowRank,
     config: PolishedConfig,
 ) -> Decomposition:
-    """From S and P Q^T in the coordinates of A."""
+    """Carries S and P Q^T from the coordinates of A to those of the metric, and finishes them."""
     d, scale = scaled.space.scale, scaled.scale
     Q = None if L.Q is None else L.Q / scale[:, None] * d[:, None]
     split = Split(S / scale * d, mask, L.P, Q)

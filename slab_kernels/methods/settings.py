@@ -31,7 +31,10 @@ class LayerSettings(CommonSettings):
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> LayerSettings:
-        """From the keywords of `decompose`; one that is no field is an option of the method."""
+        """The settings that the keywords of `decompose` stand for.
+
+        A keyword that is no field is an option of the method.
+        """
         given = {name: keywords.pop(name) for name in ("method", *COMMON) if name in keywords}
         return cls(**given, options=keywords)
 
@@ -95,7 +98,10 @@ class LayerSettings(CommonSettings):
         return chosen.config(**common, **self.options)
 
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
-        """Of the packed weight that a weight of `shape` (N, K) becomes. Raises: a FormatError."""
+        """The layout of the packed weight that a weight of `shape` (N, K) becomes.
+
+        Raises: a FormatError.
+        """
         config = self.config(shape)
         return PackedLayout(
             *shape,

@@ -20,7 +20,7 @@ from .solvers.masks import select
 from .solvers.metric import metric
 from .solvers.quantize import expand_scales, grid_scales, round_to_grid, store_scale
 
-# Bins of the histogram, at least and at most; in between a thousandth of the weight's entries.
+# The histogram has a thousandth as many bins as the weight has entries, within these limits.
 LEAST_BINS, MOST_BINS = 512, 20000
 
 

@@ -82,7 +82,7 @@ def block_linears(
     skip: tuple[str, ...] = (),
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, nn.Linear]]:
-    """For each block: full name -> nn.Linear to compress.
+    """The linears to compress, a dict for each block: full name -> nn.Linear.
 
     Args:
         path: name of `blocks` in the model.

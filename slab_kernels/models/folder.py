@@ -191,7 +191,7 @@ class Checkpoint:
         return CheckpointError(f"{self.folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}")
 
     def refuse_other_weights(self) -> None:
-        """For engines that choose otherwise among several sets of weights.
+        """Refuse a folder of which another engine would read other weights than transformers does.
 
         Some read every safetensors file, some follow an index wherever there is one, some read
         Mistral's `consolidated*.safetensors` wherever there are any.

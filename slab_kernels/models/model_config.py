@@ -25,7 +25,8 @@ WEIGHT_DTYPES = {
     "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-FEW_BLOCKS = 64  # built in a second: by their names it turns out that some are not in the files
+# So many blocks are built in a second, and then their names show which ones the files lack.
+FEW_BLOCKS = 64
 MAX_LABELS = 1 << 20
 # Far above any model: building one allocates rotary tables and a module object for each layer.
 MAX_SIZES = {

@@ -155,9 +155,11 @@ class OutputFolder:
         if not self.resumable:
             return
         parts = {
-            "settings": self.settings, "inputs": self.inputs,
-            "search": self.search, "blocks": self.blocks,
-        }  # fmt: skip
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "search": self.search,
+            "blocks": self.blocks,
+        }
         state = json.loads(json.dumps(parts))
         write_json(self.out / PROGRESS_NAME, {**state, "sha256": _digest(state)})
 

@@ -140,12 +140,12 @@ def _entry(path: Path, begin: int, name: str, info: Any, checksum: str | None) -
 
 
 def _refuse_constant(name: str) -> None:
-    """For json.loads, which takes NaN and Infinity although JSON has no such numbers."""
+    """Refuses NaN and Infinity, which json.loads takes although JSON has no such numbers."""
     raise ValueError(f"{name} is no JSON")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads, which takes the last of two equal names; other readers take the first."""
+    """Refuses two equal names in an object: json.loads takes the last, other readers the first."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands in it twice")
     for text in (*found, *(value for value in found.values() if isinstance(value, str))):

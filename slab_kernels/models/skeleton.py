@@ -142,6 +142,7 @@ class _Unfilled(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Called by torch in place of `func`, for every function of torch that is called inside."""
         kwargs = dict(kwargs or {})
         plain = torch.get_default_dtype()
         if func is torch.Tensor.to and args[1:] == (plain,) and args[0].dtype == plain:

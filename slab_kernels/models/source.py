@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class FolderSource:

@@ -15,7 +15,7 @@ from ..backends import dispatch
 from ..backends.base import Backend, LinearProblem
 from ..errors import ArgumentTypeError, BackendError, ShapeError, UnsupportedError
 from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
-from .prepared import Prepared, Source, keep
+from .prepared import Prepared, Snapshot, keep
 
 Function = TypeVar("Function", bound=Callable)
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
@@ -39,9 +39,9 @@ class SlabLinear(nn.Module):
     checkpoint form. What a backend prepares from them is made on the first call (or by `prepare`),
     never saved, and made anew when the module holds other tensors or somebody wrote into them. Not
     seen is writing through `.data`, into an inference tensor, or between compiled calls: assign the
-    tensor again. Casting the module (`.half()`, `.to(dtype)`) casts the bias only:
-    packed tensors keep their types. Under autocast x is cast and the result has autocast's type, as
-    of an nn.Linear.
+    tensor again. Casting the module (`.half()`, `.to(dtype)`) casts the bias only: packed tensors
+    keep their types. Under autocast x is cast and the result has autocast's type, as of an
+    nn.Linear.
     """
 
     values: Tensor
@@ -128,7 +128,7 @@ class SlabLinear(nn.Module):
         # made now.
         linears = self._linears
         buffers = self._buffers.copy()
-        source = Source.of(buffers.values())
+        source = Snapshot.of(buffers.values())
         for prepared in linears.get(dtype, ()):
             if prepared.source.is_still(source.tensors):
                 return prepared
@@ -165,7 +165,7 @@ class SlabLinear(nn.Module):
         before = tuple(self._buffers.values())
         for name, tensor in self.packed().tensors().items():
             self._buffers[name] = tensor.cpu()
-        after = Source.of(self._buffers.values())
+        after = Snapshot.of(self._buffers.values())
         self._linears = {
             dtype: tuple(p._replace(source=after) for p in kept if p.source.is_still(before))
             for dtype, kept in self._linears.copy().items()
@@ -312,7 +312,7 @@ class FusedSlabLinear(nn.Module):
 
     def _prepared(self, dtype: torch.dtype) -> Prepared:
         linears, buffers = self._linears, [part._buffers.copy() for part in self._parts()]
-        source = Source.of(itertools.chain.from_iterable(held.values() for held in buffers))
+        source = Snapshot.of(itertools.chain.from_iterable(held.values() for held in buffers))
         packed = []
         for part, held in zip(self._parts(), buffers, strict=True):
             weight = _packed(part.layout, held)

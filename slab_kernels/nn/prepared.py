@@ -19,7 +19,7 @@ from ..backends.base import Backend
 _version = operator.attrgetter("_version")
 
 
-class Source(NamedTuple):
+class Snapshot(NamedTuple):
     """A module's tensors as they were before a backend read them, so that a write meanwhile shows.
 
     counting: those of them that count how often they were written into.
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     writes: int
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor | None]) -> Source:
+    def of(cls, tensors: Iterable[Tensor | None]) -> Snapshot:
         """These tensors as they are now."""
         tensors = tuple(tensors)
         counting = tuple(t for t in tensors if t is not None and not t.is_inference())
@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
 
     backend: Backend
     state: Any
-    source: Source
+    source: Snapshot
 
 
 def keep(

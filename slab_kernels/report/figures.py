@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .results import Result
     from .style import Style
 
-# What a layer stores, from the bottom of its bar to the top.
+# The parts that a layer stores, each with its colour, are stacked in this order from the bottom.
 PART_COLOURS = {
     "values": "#4aa3df",
     "metadata": "#8c6bd1",

@@ -146,6 +146,7 @@ def _run_facts(data: dict[str, Any], file: Path) -> list[tuple[str, str]]:
 
 
 def _files(path: Path) -> list[Path]:
+    """The files to read for one path: itself, or what a run folder or a folder of runs holds."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -221,6 +222,7 @@ def _bench_rows(rows: Any, file: Path) -> list[dict[str, Any]]:
 
 
 def _from_record(data: dict[str, Any], file: Path) -> Result:
+    """The result of a run record, or of the JSON of `inspect`; both list layers."""
     settings = data["settings"] if isinstance(data.get("settings"), dict) else data
     layers, errors, weights, bits = data["layers"], {}, 0, 0.0
     for number, layer in enumerate(layers, 1):

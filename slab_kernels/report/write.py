@@ -37,7 +37,10 @@ class Picture(NamedTuple):
 
 
 def pictures(report: Report) -> list[Picture]:
-    """In the order of the page: of a benchmark speed first, of a model quality first."""
+    """The pictures in the order of the page.
+
+    A report of a benchmark begins with speed, one of a model with quality.
+    """
     if report.is_benchmark:
         return [*_of_speed(report), *_of_quality(report), *_of_storage(report)]
     return [*_of_quality(report), *_of_storage(report), *_of_speed(report)]

@@ -142,6 +142,7 @@ def _read_file(
 
 
 def _dataset(name: str, max_characters: int | None) -> str:
+    """The column "text" of a dataset "name[:config][:split]". Raises: CalibrationError."""
     try:
         from datasets import load_dataset
     except ImportError as error:

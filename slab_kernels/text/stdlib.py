@@ -69,6 +69,7 @@ def heldout_modules() -> dict[str, str]:
 
 
 def _read(held_out: bool) -> dict[str, str]:
+    """Path relative to the standard library -> source, of one side. Raises: StdlibSourceError."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = _source_files(root)
     size = sum(path.stat().st_size for path in sources.values())

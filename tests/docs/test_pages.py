@@ -69,7 +69,8 @@ def test_names_of_the_package_exist(document, name):
 
 def test_every_public_name_is_on_the_api_page():
     listed = re.findall(r"^::: \S+\.(\w+)$", text_of(ROOT / "docs" / "api.md"), re.MULTILINE)
-    assert set(slab_kernels._HOMES) <= set(listed)
+    # A module that is listed shows all its names.
+    assert {name for name, home in slab_kernels._HOMES.items() if home not in listed} <= set(listed)
 
 
 def test_every_method_is_in_the_table_of_methods():

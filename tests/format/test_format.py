@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slab_kernels import errors
 from slab_kernels import format as fmt
 from slab_kernels.format import bits
+from slab_kernels.format.check import check_tensors
 from slab_kernels.testing import VALUE_LAYOUTS, random_packed
 
 PATTERNS = list(itertools.combinations(range(4), 2))
@@ -164,7 +166,7 @@ def test_golden_bytes_of_two_planes():
 def test_planes_round_trip_slice_and_are_read_off_the_signs(planes):
     layout = fmt.PackedLayout(9, 52, "int3", 32, rank=2, planes=planes)
     p = random_packed(layout)
-    fmt.check_tensors(p.tensors(), layout)
+    check_tensors(p.tensors(), layout)
     assert same(fmt.pack(fmt.unpack(p), "int3", 32), p)
     assert same(fmt.PackedWeight.from_tensors(p.tensors(), 9, 52, "int3", 32), p)
     assert layout.bits_per_weight(False) == pytest.approx((1 + 1.5 + planes / 2 + 0.5) * 64 / 52)
@@ -173,9 +175,9 @@ def test_planes_round_trip_slice_and_are_read_off_the_signs(planes):
     d = fmt.unpack(p)
     for wrong in (2, 2**planes + 1):
         B = torch.where(d.mask, 0, wrong).to(torch.int8)
-        with pytest.raises(fmt.PatternError, match=f"planes={planes}"):
+        with pytest.raises(errors.PatternError, match=f"planes={planes}"):
             fmt.pack(fmt.Decomposition(d.S, d.mask, d.U, d.V, B, planes=planes))
-    with pytest.raises(fmt.ShapeError, match="planes=4"):
+    with pytest.raises(errors.ShapeError, match="planes=4"):
         fmt.PackedLayout(9, 52, rank=1, planes=4)
 
 
@@ -197,7 +199,7 @@ def test_unpack_is_the_exact_inverse(values, group_size, shape, rank, adapter_ra
 def test_packing_random_packed_weights_gives_them_back(values, group_size):
     layout = fmt.PackedLayout(33, 260, values, group_size, rank=2, adapter_rank=3)
     p = random_packed(layout)
-    fmt.check_tensors(p.tensors(), layout)
+    check_tensors(p.tensors(), layout)
     assert same(fmt.pack(fmt.unpack(p), values, group_size), p)
 
 
@@ -229,7 +231,7 @@ def test_kept_is_what_the_mask_says_not_what_the_value_is():
 def test_sparser_groups_are_filled_and_denser_refused():
     one = random_decomposition(8, 16, kept=1)
     assert torch.allclose(fmt.pack(one).dense(), one.dense(), atol=2e-3)
-    with pytest.raises(fmt.PatternError, match="2:4 only.*keep more than two"):
+    with pytest.raises(errors.PatternError, match="2:4 only.*keep more than two"):
         fmt.pack(random_decomposition(8, 16, kept=3))
 
 
@@ -250,9 +252,9 @@ def test_slices_are_plain_narrows(values, group_size):
     assert torch.equal(p.narrow_out(7, 12).dense(), W[7:19])
     multiple = layout.slice_multiple
     part = p.narrow_in(multiple, 512 - multiple)
-    fmt.check_tensors(part.tensors(), part.layout)
+    check_tensors(part.tensors(), part.layout)
     assert torch.equal(part.dense(), W[:, multiple:])
-    with pytest.raises(fmt.ShapeError, match=f"multiples of {multiple}"):
+    with pytest.raises(errors.ShapeError, match=f"multiples of {multiple}"):
         p.narrow_in(multiple // 2, multiple)
 
 
@@ -266,7 +268,7 @@ def test_slices_are_plain_narrows(values, group_size):
 def test_slices_that_are_not_inside_are_refused(start, length):
     p = random_packed(fmt.PackedLayout(48, 512, rank=1))
     for name, slicer in (("out_features", p.narrow_out), ("in_features", p.narrow_in)):
-        with pytest.raises(fmt.ShapeError, match=f"cannot slice {name}"):
+        with pytest.raises(errors.ShapeError, match=f"cannot slice {name}"):
             slicer(start, length)
 
 
@@ -279,14 +281,16 @@ def test_a_decomposition_is_packed_on_its_own_grid():
     assert wide.layout.values == "bf16" and torch.allclose(wide.dense(), p.dense(), rtol=2**-8)
     others = (("int4", 64), ("int3", ...), ("int8", 32), ("int8", None), (None, 128))
     for values, group_size in others:
-        with pytest.raises(fmt.ValueTypeError, match="'int8' with group_size=64.*round once more"):
+        with pytest.raises(
+            errors.ValueTypeError, match="'int8' with group_size=64.*round once more"
+        ):
             fmt.pack(d, values, group_size)
     replaced = dataclasses.replace
-    with pytest.raises(fmt.ValueTypeError, match="no scales is on no grid"):
+    with pytest.raises(errors.ValueTypeError, match="no scales is on no grid"):
         fmt.pack(replaced(d, scales=None))
-    with pytest.raises(fmt.ShapeError, match=r"scales has shape \(16, 1\), expected \(16, 4\)"):
+    with pytest.raises(errors.ShapeError, match=r"scales has shape \(16, 1\), expected \(16, 4\)"):
         fmt.pack(replaced(d, scales=d.scales[:, :1]))
-    with pytest.raises(fmt.RangeError, match="beyond -127 .. 127 steps"):
+    with pytest.raises(errors.RangeError, match="beyond -127 .. 127 steps"):
         fmt.pack(replaced(d, S=3 * d.S))
 
 
@@ -300,7 +304,7 @@ def test_weights_of_any_size_keep_their_precision_or_are_refused(scale):
     half, coarse = (("bf16", None), ("fp16", None)), (("bf16", "int8"), ("int8", None))
     for values, adapter_values in half + coarse:
         if values == "fp16" and scale < 1e-6:
-            with pytest.raises(fmt.RangeError, match="below what values='fp16' holds; use"):
+            with pytest.raises(errors.RangeError, match="below what values='fp16' holds; use"):
                 fmt.pack(d, values)
             continue
         packed = fmt.pack(d, values, adapter_values=adapter_values)
@@ -308,7 +312,7 @@ def test_weights_of_any_size_keep_their_precision_or_are_refused(scale):
         lost = float((packed.dense().double() - W).norm() / W.double().norm())
         assert lost < (4e-3 if (values, adapter_values) in half else 2e-2)
     if scale < 1e-10:
-        with pytest.raises(fmt.RangeError, match="does not fit torch.float16; pack with factor"):
+        with pytest.raises(errors.RangeError, match="does not fit torch.float16; pack with factor"):
             fmt.pack(d, "bf16", factor_dtype=torch.float16)
 
 
@@ -330,7 +334,7 @@ def test_factors_keep_their_product_in_range():
     u, v = fmt.round_factors(U, V)
     assert torch.allclose(u @ v.T, U @ V.T, rtol=2e-3)
     assert all(torch.equal(a, b) for a, b in zip(fmt.round_factors(u, v), (u, v), strict=True))
-    with pytest.raises(fmt.RangeError, match="does not fit torch.float16"):
+    with pytest.raises(errors.RangeError, match="does not fit torch.float16"):
         fmt.round_factors(torch.full((2, 1), 1e30), torch.full((4, 1), 1e30), torch.float16)
 
 
@@ -352,7 +356,7 @@ def test_golden_bytes_of_an_int8_adapter():
 def test_an_int8_adapter_beyond_its_range_is_refused(bad):
     d = random_decomposition(16, 32, adapter_rank=2)
     d.P[3, 1] = bad
-    with pytest.raises(fmt.RangeError, match="int8 adapters|NaN"):
+    with pytest.raises(errors.RangeError, match="int8 adapters|NaN"):
         fmt.pack(d, adapter_values="int8")
 
 
@@ -378,7 +382,7 @@ def test_int8_adapters_round_trip_and_cost_half():
     for place, bad, error in (("P", -128, "code -128"), ("Q", 121, "exponent beyond")):
         parts = {name: t.clone() for name, t in packed.tensors().items()}
         parts[place][0, 0 if bad < 0 else -1] = bad
-        with pytest.raises(fmt.RangeError, match=error):
+        with pytest.raises(errors.RangeError, match=error):
             fmt.PackedWeight.from_tensors(parts, 20, 40)
 
 
@@ -391,52 +395,52 @@ def tensors(**changes):
 
 
 DEFECTS = {
-    "missing": (lambda: tensors(metadata=None), fmt.MissingTensorError, "'metadata' is missing"),
-    "missing factor": (lambda: tensors(V=None), fmt.MissingTensorError, "'V' is missing"),
+    "missing": (lambda: tensors(metadata=None), errors.MissingTensorError, "'metadata' is missing"),
+    "missing factor": (lambda: tensors(V=None), errors.MissingTensorError, "'V' is missing"),
     "unknown": (
         lambda: tensors(weight=torch.zeros(1)),
-        fmt.UnknownTensorError,
+        errors.UnknownTensorError,
         "'weight' is not part",
     ),
-    "left over": (lambda: tensors(U=None), fmt.UnknownTensorError, "does not belong"),
+    "left over": (lambda: tensors(U=None), errors.UnknownTensorError, "does not belong"),
     "scales of fp16": (
         lambda: tensors(scales=torch.ones(8, 1)),
-        fmt.UnknownTensorError,
+        errors.UnknownTensorError,
         "'scales'",
     ),
     "wrong dtype": (
         lambda: tensors(values=torch.zeros(8, 24)),
-        fmt.DtypeError,
+        errors.DtypeError,
         "values is torch.float32",
     ),
     "wrong factor dtype": (
         lambda: tensors(U=torch.ones(8, 1, dtype=torch.int8)),
-        fmt.DtypeError,
+        errors.DtypeError,
         "torch.int8",
     ),
     "truncated": (
         lambda: tensors(values=tensors()["values"][:, :-1]),
-        fmt.ShapeError,
+        errors.ShapeError,
         "expected (8, 24)",
     ),
     "flat factor": (
         lambda: tensors(U=torch.ones(8, dtype=torch.float16)),
-        fmt.ShapeError,
+        errors.ShapeError,
         "rank >= 1",
     ),
     "illegal nibble": (
         lambda: tensors(metadata=torch.zeros(8, 6, dtype=torch.uint8)),
-        fmt.MetadataError,
+        errors.MetadataError,
         "96 nibbles",
     ),
     "NaN": (
         lambda: tensors(values=tensors()["values"] * torch.nan),
-        fmt.RangeError,
+        errors.RangeError,
         "values holds NaN",
     ),
     "dirty padding": (
         lambda: tensors(V=torch.ones(48, 1).half()),
-        fmt.PaddingError,
+        errors.PaddingError,
         "in_features=40",
     ),
 }
@@ -454,30 +458,30 @@ def test_defects_are_named(defect):
 def test_padding_inside_the_last_group_is_checked(K):
     layout = fmt.PackedLayout(8, K, "fp16", rank=1)
     clean = random_packed(layout)
-    fmt.check_tensors(clean.tensors(), layout)
+    check_tensors(clean.tensors(), layout)
     assert same(fmt.pack(fmt.unpack(clean)), clean)
     metadata = clean.metadata.clone()
     metadata[0, 0] = (
         0xE4  # the second group keeps positions 2 and 3, padding while real inputs are free
     )
-    with pytest.raises(fmt.PaddingError):
-        fmt.check_tensors(clean.tensors() | {"metadata": metadata}, layout)
+    with pytest.raises(errors.PaddingError):
+        check_tensors(clean.tensors() | {"metadata": metadata}, layout)
     signs = (
         clean.signs | 0b1000
     )  # entry 3: the second group's last pruned position, which is padding
-    with pytest.raises(fmt.PaddingError):
-        fmt.check_tensors(clean.tensors() | {"signs": signs}, layout)
+    with pytest.raises(errors.PaddingError):
+        check_tensors(clean.tensors() | {"signs": signs}, layout)
 
 
 def test_finite_parts_whose_product_overflows_are_refused():
     layout = fmt.PackedLayout(8, 64, "fp16", rank=1, factors="fp32")
     t = random_packed(layout).tensors()
-    with pytest.raises(fmt.RangeError, match="beyond fp32"):
-        fmt.check_tensors(t | {"U": t["U"] * 1e30, "V": t["V"] * 1e30}, layout)
+    with pytest.raises(errors.RangeError, match="beyond fp32"):
+        check_tensors(t | {"U": t["U"] * 1e30, "V": t["V"] * 1e30}, layout)
     scaled = fmt.PackedLayout(8, 64, "int8", 32)
     t = random_packed(scaled).tensors()
-    with pytest.raises(fmt.RangeError, match="must be positive"):
-        fmt.check_tensors(t | {"scales": t["scales"] * 0}, scaled)
+    with pytest.raises(errors.RangeError, match="must be positive"):
+        check_tensors(t | {"scales": t["scales"] * 0}, scaled)
 
 
 def test_negative_zero_and_narrow_slices_survive():
@@ -490,24 +494,24 @@ def test_negative_zero_and_narrow_slices_survive():
 def test_minus_128_is_refused():
     p = random_packed(fmt.PackedLayout(8, 64, "int8", 32))
     p.values[3, 3] = -128
-    with pytest.raises(fmt.RangeError, match="-128"):
-        fmt.check_tensors(p.tensors(), p.layout)
+    with pytest.raises(errors.RangeError, match="-128"):
+        check_tensors(p.tensors(), p.layout)
 
 
 @pytest.mark.parametrize(
     "changes, error, text",
     [
-        ({"values": "fp8"}, fmt.ValueTypeError, "fp16, bf16, int8, int4"),
-        ({"factors": "fp8"}, fmt.ValueTypeError, "fp16, bf16, fp32"),
-        ({"values": "int4", "group_size": 48}, fmt.ValueTypeError, "32, 64, 128"),
-        ({"group_size": 64}, fmt.ValueTypeError, "fp16 and bf16 only None"),
-        ({"out_features": 1 << 40}, fmt.ShapeError, "out_features"),
-        ({"in_features": 0}, fmt.ShapeError, "in_features"),
-        ({"in_features": -4}, fmt.ShapeError, "in_features"),
-        ({"rank": -1}, fmt.ShapeError, "rank=-1"),
-        ({"rank": False}, fmt.ShapeError, "rank=False"),
-        ({"values": {}}, fmt.ValueTypeError, "values={}"),
-        ({"values": "int4", "group_size": 32.0}, fmt.ValueTypeError, "group_size=32.0"),
+        ({"values": "fp8"}, errors.ValueTypeError, "fp16, bf16, int8, int4"),
+        ({"factors": "fp8"}, errors.ValueTypeError, "fp16, bf16, fp32"),
+        ({"values": "int4", "group_size": 48}, errors.ValueTypeError, "32, 64, 128"),
+        ({"group_size": 64}, errors.ValueTypeError, "fp16 and bf16 only None"),
+        ({"out_features": 1 << 40}, errors.ShapeError, "out_features"),
+        ({"in_features": 0}, errors.ShapeError, "in_features"),
+        ({"in_features": -4}, errors.ShapeError, "in_features"),
+        ({"rank": -1}, errors.ShapeError, "rank=-1"),
+        ({"rank": False}, errors.ShapeError, "rank=False"),
+        ({"values": {}}, errors.ValueTypeError, "values={}"),
+        ({"values": "int4", "group_size": 32.0}, errors.ValueTypeError, "group_size=32.0"),
     ],
 )
 def test_absurd_layouts_are_refused(changes, error, text):
@@ -519,14 +523,14 @@ def test_absurd_layouts_are_refused(changes, error, text):
 def test_numbers_that_do_not_fit_are_refused():
     d = random_decomposition(4, 8, rank=0)
     big = fmt.Decomposition(S=d.S * 1e6, mask=d.mask)
-    with pytest.raises(fmt.RangeError, match="use values='bf16'"):
+    with pytest.raises(errors.RangeError, match="use values='bf16'"):
         fmt.pack(big)
     assert fmt.pack(big, "bf16").dense().isfinite().all()
     nan = fmt.Decomposition(S=torch.where(d.mask, torch.nan, 0.0), mask=d.mask)
-    with pytest.raises(fmt.RangeError, match="16 kept values are NaN"):
+    with pytest.raises(errors.RangeError, match="16 kept values are NaN"):
         fmt.pack(nan)
     unsigned = random_decomposition(4, 8)
-    with pytest.raises(fmt.PatternError, match="B is 0 on 16 pruned"):
+    with pytest.raises(errors.PatternError, match="B is 0 on 16 pruned"):
         fmt.pack(
             fmt.Decomposition(
                 unsigned.S, unsigned.mask, unsigned.U, unsigned.V, B=unsigned.B * unsigned.mask
@@ -537,5 +541,5 @@ def test_numbers_that_do_not_fit_are_refused():
 def test_layout_survives_json_and_ignores_what_it_does_not_know():
     layout = fmt.PackedLayout(8, 40, "int4", 32, rank=2, adapter_rank=1, factors="bf16")
     assert fmt.PackedLayout.from_dict(layout.to_dict() | {"planes": 1}) == layout
-    with pytest.raises(fmt.ShapeError, match="lacks in_features"):
+    with pytest.raises(errors.ShapeError, match="lacks in_features"):
         fmt.PackedLayout.from_dict({"out_features": 3})

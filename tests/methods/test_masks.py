@@ -29,9 +29,8 @@ from slab_kernels.methods.solvers.states import enumerable, group_states
         ("50%", Pattern(removed=0.5)),
     ],
 )
-def test_patterns_are_read_and_written(text, pattern):
+def test_patterns_are_read(text, pattern):
     assert parse_pattern(text) == pattern
-    assert str(pattern) == text
 
 
 @pytest.mark.parametrize(

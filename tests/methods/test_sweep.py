@@ -3,6 +3,7 @@ descent."""
 
 from __future__ import annotations
 
+import warnings
 from itertools import combinations, pairwise, product
 
 import pytest
@@ -225,9 +226,11 @@ def test_sweep_rounds_inside(values, group_size):
 
 def test_a_singular_gram_gets_more_damping_and_says_how_much():
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    assert curvature(x.T @ x / 5, damping=0.01).damping == 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curvature(x.T @ x / 5, damping=0.01)
     with pytest.warns(RuntimeWarning, match="not positive definite with damping=1e-06"):
-        assert curvature(-1e-3 * torch.eye(40) + x.T @ x / 5, damping=1e-6).damping > 1e-6
+        curvature(-1e-3 * torch.eye(40) + x.T @ x / 5, damping=1e-6)
     with pytest.raises(CalibrationError, match="not positive definite"):
         curvature(torch.eye(8) - 1e6 * torch.ones(8, 8))
     assert curvature(torch.zeros(8, 8)).factor.isfinite().all()

@@ -17,7 +17,7 @@ from slab_kernels.backends.base import LinearProblem
 from slab_kernels.errors import BackendError, FormatError, ShapeError
 from slab_kernels.format import PackedLayout, pack, unpack
 from slab_kernels.nn import FusedSlabLinear, SlabLinear
-from slab_kernels.nn.prepared import Prepared, Source
+from slab_kernels.nn.prepared import Prepared, Snapshot
 from slab_kernels.nn.replacement import replace_linear
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, error_bound, oracle, random_packed
 
@@ -120,7 +120,7 @@ def test_bias_gradient_of_a_single_token_without_batch():
         module.bias.requires_grad_()
         if backend:
             state = dispatch.backend(backend).prepare(module.packed())
-            source = Source.of(module._buffers.values())
+            source = Snapshot.of(module._buffers.values())
             module._linears[torch.float32] = (Prepared(dispatch.backend(backend), state, source),)
         module(torch.ones(48)).sum().backward()
         assert torch.equal(module.bias.grad, torch.ones(24))

@@ -37,7 +37,7 @@ from slab_kernels.backends.cuda import compile as recipe
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = "linear"
 SHARING = (
-    2  # warps that copy a group's activations: plan.py's most frequent tile has 64 rows, two warps
+    2  # warps that copy a group's activations: tiles.py's most frequent tile has 64 rows, two warps
 )
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by

@@ -119,7 +119,7 @@ def test_registers_suffice_and_nothing_is_called_or_spilled(machine_code, archit
         most = families.get(name.split("_")[0], REGISTERS).get(tokens_of(name), simple)
         everything = {i.base for i in kernel.instructions}
         if kernel.usage.registers > most:
-            wrong[f"{kernel.usage.registers} registers, where plan.py counts on {most}"].append(
+            wrong[f"{kernel.usage.registers} registers, where tiles.py counts on {most}"].append(
                 name
             )
         if kernel.usage.stack or kernel.usage.local or everything & {"LDL", "STL"}:

@@ -225,13 +225,11 @@ def _current(device: int) -> Iterator[int]:
     again afterwards.
     """
     cuda, context, ordinal = _cuda(), ctypes.c_void_p(), ctypes.c_int()
+    refused = f"the context of device {device} was not made current"
     cuda.cuCtxGetCurrent(ctypes.byref(context))
     if context.value is None:
         primary = _primary(device)
-        _check(
-            cuda.cuCtxSetCurrent(ctypes.c_void_p(primary)),
-            f"the context of device {device} was not made current",
-        )
+        _check(cuda.cuCtxSetCurrent(ctypes.c_void_p(primary)), refused)
         yield primary
         return
     _check(cuda.cuCtxGetDevice(ctypes.byref(ordinal)), "the current context has no device")
@@ -239,10 +237,7 @@ def _current(device: int) -> Iterator[int]:
         yield context.value
         return
     primary = _primary(device)
-    _check(
-        cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(primary)),
-        f"the context of device {device} was not made current",
-    )
+    _check(cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(primary)), refused)
     try:
         yield primary
     finally:

@@ -27,7 +27,7 @@ from .tiles import REGISTERS, CudaSizes, sizes_of
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-BIAS_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+BIAS_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # bias_type of params.h
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
 _POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial")
@@ -176,7 +176,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     if state.U is not None and state.V is not None:
         args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
     if bias is not None:
-        args.bias, args.bias_type = bias.data_ptr(), BIAS_TYPES[bias.dtype]
+        args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
     splits = chosen.plan.splits
     if splits > 1:
         partial = x.new_empty(splits, M, N, dtype=torch.float32)

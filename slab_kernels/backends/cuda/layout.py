@@ -5,6 +5,10 @@ A block is 16 output rows x 128 inputs. Lane 4 g + t of a warp holds rows g and 
 i = 2 c + h of an m16n8 fragment holds row g + 8 h and the (compressed) columns 2 t + 8 c + {0, 1}.
 That is so for `mma` and for `mma.sp` (PTX ISA, "Matrix fragments for mma.m16n8k16" and
 "mma.sp.m16n8k32"), so every permutation below is one `permute` of named axes.
+A comment beside it names them: `blocks` and k count row blocks and K blocks, `step` the four steps
+of 32 inputs of a K block, `half` the two numbers of a register. In metadata the step is
+2 h2 + selector, the lane's t is 2 selector + even, and `pair` counts bytes; in int8 values the step
+is 2 j + parity.
 
 Several weights of equal layout (q, k and v; gate and up) become one stream: the rows of each are
 padded to 16 and follow each other; V and Q keep one slot for each part.
@@ -250,7 +254,7 @@ def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 def _metadata(packed: PackedWeight) -> Tensor:
     blocks, k_blocks = _blocks(packed)
     metadata = _fill(packed.metadata, blocks * BLOCK_ROWS, k_blocks * 16, PADDING_METADATA)
-    # blocks h g k | h2 selector even pair -> blocks k g selector even | h2 h pair
+    # The axes blocks h g k | h2 selector even pair become blocks k g selector even | h2 h pair.
     return metadata.view(blocks, 2, 8, k_blocks, 2, 2, 2, 2).permute(0, 3, 2, 5, 6, 4, 1, 7)
 
 
@@ -286,6 +290,10 @@ def _scales(scales: Tensor, packed: PackedWeight) -> Tensor:
 
 
 def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The kept values in the order of the stream, as the head of csrc/cuda/params.h lays them out.
+
+    Raises: RangeError if a number does not fit the activations' type.
+    """
     (blocks, k_blocks), values = _blocks(packed), packed.layout.values
     q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:

@@ -67,6 +67,7 @@ def find(major: str | None = None) -> Nvrtc | None:
 
 @functools.cache
 def _find(major: str | None) -> Nvrtc | None:
+    """`find` without its lock: the first of `places` that loads, else the system loader's."""
     for path in places(major):
         try:
             # libnvrtc asks the loader for its built-ins by bare name and would not find them beside

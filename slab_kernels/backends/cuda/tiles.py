@@ -31,7 +31,7 @@ REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}
 TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # 64 rows per warp
 # Kernels with several sign planes keep the sums of the planes apart, so 64 tokens do not fit.
 PLANES_REGISTERS = {8: 128, 32: 248}
-# The tokens of a warp in the kernels with 64 rows per warp, by value type and rank.
+# By value type and rank, the tokens of a warp for which a kernel with 64 rows per warp exists.
 TALL = {(INT8, 1): (8, 16), (INT4, 1): (8, 16), (W16, 1): (32,), (W16, 0): (64,)}
 
 

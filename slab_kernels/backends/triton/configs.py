@@ -1,4 +1,4 @@
-"""Which tiles a linear runs with: rows of a table, chosen ahead of time.
+"""Which tiles a linear runs with: the first row of a table that fits it, chosen ahead of time.
 
 Nothing is tuned at run time. The user's own rows (`slab-kernels tune` writes them) come first, then
 rows measured for this device and shipped as `configs/<device>.json`, then the defaults of rows.py.

@@ -26,7 +26,7 @@ from ...format import (
     rounding_error,
 )
 from .. import factors
-from .configs import TileConfig, TritonSizes
+from .rows import TileConfig, TritonSizes
 
 if TYPE_CHECKING:
     from .units import Format

@@ -47,14 +47,14 @@ def _by_nibble(choose: Callable[[Positions, Positions], int]) -> tuple[int, int]
 
 
 def _own_lane(position: int) -> tuple[int, int]:
-    """For a position the lane of (kept pair, pair of the positions' own numbers)."""
+    """The lane that a position takes from (kept pair, pair of the positions' own numbers)."""
     return _by_nibble(
         lambda kept, pruned: kept.index(position) if position in kept else 2 + position % 2
     )
 
 
 def _gathered_lane(position: int) -> tuple[int, int]:
-    """For a position the lane of (kept pair, pair of the pruned numbers)."""
+    """The lane that a position takes from (kept pair, pair of the pruned numbers)."""
     return _by_nibble(
         lambda kept, pruned: (
             kept.index(position) if position in kept else 2 + pruned.index(position) % 2

@@ -75,6 +75,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _rows_of(text: bytes) -> list[Row]:
+    """The rows of a file with this text. Raises: ConfigError, ValueError or RecursionError."""
     content = json.loads(text)
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise ConfigError(f'it must be an object {{"format": {FORMAT}, "rows": [...]}}')

@@ -15,6 +15,7 @@ from ...errors import ConfigError
 DECODE = 16
 BLOCKS = (16, 32, 64, 128, 256)  # A tile is 2^16 numbers at most; Triton takes 2^20.
 WARPS = (1, 2, 4, 8)
+ALLOWED = {"block_m": BLOCKS, "block_n": BLOCKS, "block_k": BLOCKS[1:], "warps": WARPS}
 # Numbers of a tile in the 255 registers of one thread: with more, compiling takes minutes.
 MOST_PER_THREAD = 256
 INTEGERS = ("int8", "int4")
@@ -69,9 +70,7 @@ class TileConfig:
     reason: str = ""
 
     def __post_init__(self):
-        for name, allowed in (
-            ("block_m", BLOCKS), ("block_n", BLOCKS), ("block_k", BLOCKS[1:]), ("warps", WARPS),
-        ):  # fmt: skip
+        for name, allowed in ALLOWED.items():
             value = getattr(self, name)
             if type(value) is not int or value not in allowed:  # True and 16.0 are in there too.
                 known = ", ".join(map(str, allowed))

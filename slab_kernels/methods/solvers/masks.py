@@ -37,9 +37,6 @@ class Pattern:
             return in_features // self.group * self.keep
         return in_features - round(in_features * self.removed)
 
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.group}" if self.structured else f"{100 * self.removed:g}%"
-
 
 def parse_pattern(text: str) -> Pattern:
     """ "2:4" keeps 2 of every 4 consecutive inputs; "60%" removes 60 % of each output row.

@@ -59,14 +59,11 @@ class Damped(NamedTuple):
 
     alive [K,K] fp32: undamped, but dead inputs have a little energy.
     matrix, lower [K,K] fp64: the damped matrix and its Cholesky factor.
-    added: the fraction of the mean diagonal that was added. It is more than asked for where the
-        matrix was not positive definite.
     """
 
     alive: Tensor
     matrix: Tensor
     lower: Tensor
-    added: float
 
 
 def damped_cholesky(gram: Tensor, damping: float, relative_damping: float) -> Damped:
@@ -98,7 +95,7 @@ def damped_cholesky(gram: Tensor, damping: float, relative_damping: float) -> Da
                     RuntimeWarning,
                     stacklevel=3,
                 )
-            return Damped(alive, damped, lower, added)
+            return Damped(alive, damped, lower)
         added = max(added * MORE_DAMPING, 1e-8)
     raise CalibrationError(
         f"the Gram matrix [{len(gram)}, {len(gram)}] is not positive definite even with "

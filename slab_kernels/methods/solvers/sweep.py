@@ -33,13 +33,10 @@ class Curvature:
 
     gram [K,K] fp32: undamped, but dead inputs have a little energy.
     factor [K,K] fp32: upper triangular U with U^T U = (gram + damping)^-1.
-    damping: the fraction of the mean diagonal that was added. It is more than asked for where the
-        matrix was not positive definite.
     """
 
     gram: Tensor
     factor: Tensor
-    damping: float
 
     @property
     def conditional_scale(self) -> Tensor:
@@ -53,7 +50,7 @@ def curvature(gram: Tensor, damping: float = 0.01, relative_damping: float = 0.0
     """Damp and factorise a mean Gram matrix [K,K] in fp64: see `damped_cholesky`."""
     damped = damped_cholesky(gram, damping, relative_damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(damped.lower), upper=True)
-    return Curvature(damped.alive, upper.float(), damped.added)
+    return Curvature(damped.alive, upper.float())
 
 
 class Swept(NamedTuple):

@@ -5,7 +5,7 @@ Any two of configuration, architecture, value type, rank and planes meet in some
 --full` compiles all of them.
 
 Registers, spills, shared memory, tensor instructions, and how many instructions a weight costs:
-configs.py was chosen by them. Triton keeps what it has compiled.
+rows.py was chosen by them. Triton keeps what it has compiled.
 """
 
 from __future__ import annotations
