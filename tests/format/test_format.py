@@ -316,6 +316,16 @@ def test_weights_of_any_size_keep_their_precision_or_are_refused(scale):
             fmt.pack(d, "bf16", factor_dtype=torch.float16)
 
 
+def test_factors_far_apart_are_balanced_and_stay_in_fp16():
+    generator = torch.Generator().manual_seed(0)
+    U = torch.randn(40, 2, generator=generator) * 2.0**13
+    V = torch.randn(24, 2, generator=generator) * 2.0**-13
+    u, v = fmt.round_factors(U, V)
+    ratio = u.abs().amax(0) / v.abs().amax(0)
+    assert bool(((ratio >= 0.5) & (ratio <= 2)).all())
+    assert torch.equal(u.half().float(), u) and torch.equal(v.half().float(), v)
+
+
 def test_factors_keep_their_product_in_range():
     U, V = (
         torch.rand(8, 2) * 1e-6,

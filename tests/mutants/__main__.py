@@ -56,14 +56,14 @@ def test(copy: Path, fault: Fault) -> subprocess.CompletedProcess:
 
 
 def failed_test(done: subprocess.CompletedProcess) -> str | None:
-    """The test that failed; None if all passed, or the tests did not come to run.
+    """The test, or the file that could not be loaded, that failed; None if there is none.
 
     A fault that writes beside its memory may end the process, which is a failure too.
     """
     if done.returncode < 0:
         return f"- the process, which signal {-done.returncode} ended"
     lines = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
-    return lines[0].split(" - ")[0] if done.returncode == 1 and lines else None
+    return lines[0].split(" - ")[0] if done.returncode in (1, 2) and lines else None
 
 
 def plant(copy: Path, fault: Fault) -> str:
