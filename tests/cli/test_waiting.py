@@ -34,6 +34,7 @@ def at_torch(*arguments: str, **variables: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_commands_wait_passively():
     explain = ("explain", "--shape", "64x32", "--device", "cpu")
     assert at_torch(*explain) == "torch: PASSIVE 0"
@@ -41,6 +42,7 @@ def test_commands_wait_passively():
     assert at_torch(*explain, GOMP_SPINCOUNT="1000") == "torch: None None"
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_timed_as_other_programs_run_it():
     assert TIMED == ("bench", "tune")
     bench = ("bench", "--shape", "64x32", "--seconds", "0", "--device", "cpu")

@@ -183,6 +183,7 @@ def test_registered(code, options):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_strange_transformers_lives_and_refuses_our_folders():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", STRANGE], capture_output=True, text=True

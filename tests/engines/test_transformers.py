@@ -122,6 +122,7 @@ def test_dequantized(folders):
     )
 
 
+@pytest.mark.slow
 def test_static_cache_and_compile(tmp_path):
     """One graph without breaks serves every decoded token.
 

@@ -62,6 +62,7 @@ def test_a_state_dict_round_trip_and_a_copy_prepare_anew():
     assert copy.deepcopy(fused)._linears == {}
 
 
+@pytest.mark.slow
 def test_compile_before_and_after_the_first_call():
     x = torch.ones(2, K)
     for warm in (False, True):

@@ -122,6 +122,7 @@ PAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_wider_than_the_page(name, tmp_path):
     source, plots = PAGES[name]
