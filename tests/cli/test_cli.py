@@ -248,6 +248,7 @@ def test_bench_rows_have_dense_beside_ours(answer):
         assert (row["m"], row["n"], row["k"]) == (1, 64, 32) and row["median_us"] > 0
 
 
+@pytest.mark.slow
 def test_report_of_run_and_evaluation(packed, text, tmp_path, answer, capsys):
     code, evaluation = answer("eval", packed, "--text", text, "--max-tokens", "200")
     (tmp_path / "eval.json").write_text(json.dumps(evaluation))

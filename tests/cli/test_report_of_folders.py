@@ -30,6 +30,7 @@ def folders(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_layer_add_up(folders):
     for layer in inspect(folders / "slab")["layers"]:
         names = {"values", "metadata", "signs", "scales", "factors", "adapters"}
@@ -39,6 +40,7 @@ def test_the_parts_of_a_layer_add_up(folders):
     assert first["parts"] == {"values": 32.0}
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_weight_add_up(folders):
     found = weight_crop(folders / "slab", folders / "dense", size=16)
     parts = {
@@ -54,6 +56,7 @@ def test_the_parts_of_a_weight_add_up(folders):
     assert groups.max() <= 2, "signs stand for the two of four that S has not kept"
 
 
+@pytest.mark.slow
 def test_a_run_folder_brings_its_sizes(folders, tmp_path, capsys):
     command = ["report", str(folders / "slab"), "--out", str(tmp_path / "page"), "--json"]
     assert cli.run(command) == 0
@@ -70,6 +73,7 @@ def test_a_run_folder_brings_its_sizes(folders, tmp_path, capsys):
     assert {"bits-by-layer.png", "heat-maps.png", "report.html"} <= stems
 
 
+@pytest.mark.slow
 def test_a_pruned_folder_has_no_corner(folders, tmp_path, capsys):
     out, dense = str(tmp_path / "page"), str(folders / "dense")
     command = ["report", str(folders / "pruned"), "--dense", dense, "--out", out, "--no-plots"]
@@ -78,6 +82,7 @@ def test_a_pruned_folder_has_no_corner(folders, tmp_path, capsys):
     assert found["results"][1]["crop"] is None and "as large as" in found["headline"]
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_shown_by_its_record(folders, tmp_path, capsys):
     """The record is whole, the weights are gone."""
     (tmp_path / "run").mkdir()

@@ -58,6 +58,7 @@ def test_published_methods_stand_in_the_published_order(errors):
     assert alps > threebasil
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.adapter] + ["alps"])
 @pytest.mark.parametrize("values", ["fp16", "int4"])
 def test_polish_never_hurts_and_the_joint_solver_beats_all(name, values, errors):
@@ -75,6 +76,7 @@ def test_polish_never_hurts_and_the_joint_solver_beats_all(name, values, errors)
     assert errors("slab", adapter_rank=RANK, values=values, group_size=32) < 0.8 * polished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["fp16", "int4", "int3"])
 def test_every_plane_and_every_rank_of_the_adapter_helps(values, errors):
     planes = [errors("slab", values=values, planes=p, group_size=32) for p in (1, 2, 3)]
@@ -85,6 +87,7 @@ def test_every_plane_and_every_rank_of_the_adapter_helps(values, errors):
     assert adapters[0] > adapters[1] > adapters[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["slab", "slim", "threebasil"])
 def test_adapters_of_int8_lose_nothing_and_are_what_pack_stores(name, layer, errors):
     wide, narrow = (
@@ -101,6 +104,7 @@ def test_adapters_of_int8_lose_nothing_and_are_what_pack_stores(name, layer, err
 # ---- levels ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_nearest_level_and_its_neighbours_by_brute_force(planes):
     w = torch.randn(500, generator=torch.Generator().manual_seed(0))
@@ -120,6 +124,7 @@ def test_nearest_level_and_its_neighbours_by_brute_force(planes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_more_rounds_of_signed_factors_never_hurt_with_planes(planes, rank):
@@ -136,6 +141,7 @@ def test_more_rounds_of_signed_factors_never_hurt_with_planes(planes, rank):
     )
 
 
+@pytest.mark.slow
 def test_descending_levels_only_falls():
     W, stats, _ = correlated_layer(32, 64)
     U, V, mask = signed_factors(W, stats.diagonal.sqrt(), P24, 1, planes=2)
@@ -157,6 +163,7 @@ def test_descending_levels_only_falls():
 # ---- the shared metric ----
 
 
+@pytest.mark.slow
 def test_truncation_is_the_best_low_rank_part_in_the_metric(layer):
     W, stats, _ = layer
     space = metric(stats.gram)
@@ -183,6 +190,7 @@ def test_truncation_is_the_best_low_rank_part_in_the_metric(layer):
     )
 
 
+@pytest.mark.slow
 def test_one_matrix_is_factorised_once_for_all_who_read_it():
     calls = []
 
@@ -202,6 +210,7 @@ def test_one_matrix_is_factorised_once_for_all_who_read_it():
     assert work(a) is work(a)
 
 
+@pytest.mark.slow
 def test_admm_splits_warn_when_stopped_early_and_restart_from_too_large_a_penalty(layer):
     W, stats, _ = layer
     space = metric(stats.gram)
@@ -222,6 +231,7 @@ def test_admm_splits_warn_when_stopped_early_and_restart_from_too_large_a_penalt
         admm(T, space, ThreeBasilConfig(rank=0, iterations=40), schedule, RANK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.filterwarnings("ignore:ADMM had not settled")
 def test_admm_may_stop_before_its_first_check(schedule, layer):
@@ -235,11 +245,13 @@ def test_admm_may_stop_before_its_first_check(schedule, layer):
         assert split.P.shape == (16, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moved", "growth"), [(1.0, 1.3), (0.05, 1.2), (0.005, 1.1), (0.0, 1.1)])
 def test_the_penalty_grows_by_what_moved(moved, growth):
     assert SCHEDULES["alps"].growth(moved) == growth
 
 
+@pytest.mark.slow
 def test_a_singular_gram_matrix_is_damped_and_one_that_is_not_positive_definite_is_reported():
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     W = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
@@ -255,6 +267,7 @@ def test_a_singular_gram_matrix_is_damped_and_one_that_is_not_positive_definite_
 # ---- errors of released codes (not to be repeated) ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["int4", "int8"])
 def test_slim_quant_searches_the_quantiser_that_it_applies(values):
     """SLiM's code models a step of a/8 and applies a/7: 6.7 % more squared error on Gaussians."""
@@ -270,6 +283,7 @@ def test_slim_quant_searches_the_quantiser_that_it_applies(values):
     assert slim_quant(torch.zeros(4, 4), values) == 1
 
 
+@pytest.mark.slow
 def test_statistics_are_plain_means_whatever_the_order_of_the_sequences():
     """A released code weights sequence j by 1/j^2."""
     g = torch.Generator().manual_seed(0)
@@ -284,11 +298,13 @@ def test_statistics_are_plain_means_whatever_the_order_of_the_sequences():
     torch.testing.assert_close(one.gram, other.gram)
 
 
+@pytest.mark.slow
 def test_saliency_is_invertible_with_dead_inputs():
     x = saliency(torch.tensor([0.0, 4.0, 1.0]))
     assert x.tolist() == [1.0, 3.0, 2.0] and saliency(torch.zeros(3)).tolist() == [1.0] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["oats", "sslc", "hassle-free", "threebasil", "eora", "slim"])
 def test_rank_zero_is_plain_pruning_and_zeros_stay_zero(name, layer):
     W, stats, _ = layer

@@ -25,6 +25,7 @@ def module(name: str):
     return loaded
 
 
+@pytest.mark.slow
 def test_own_mlp(capsys):
     module("own_mlp").main()
     error, *layers = capsys.readouterr().out.splitlines()
@@ -33,6 +34,7 @@ def test_own_mlp(capsys):
     assert len(layers) == 2 and all("bits per weight instead of 32" in line for line in layers)
 
 
+@pytest.mark.slow
 def test_compress_and_serve(tmp_path, capsys):
     dense, out = tmp_path / "dense", tmp_path / "with space"
     tiny_models.write(dense)
@@ -54,6 +56,7 @@ def test_compress_and_serve(tmp_path, capsys):
     assert slab_kernels.check(slab_kernels.load(out))
 
 
+@pytest.mark.slow
 def test_new_method(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["new_method.py"])
     example = module("new_method")
@@ -67,6 +70,7 @@ def test_new_method(monkeypatch, capsys):
         METHODS.pop(example.METHOD.name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_is_tested(path):
     assert f"test_{path.stem}" in globals()

@@ -27,6 +27,7 @@ def opened_folders(statement: ast.stmt) -> list[tuple[str, bool]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", WITH_BLOCKS, ids=lambda document: document.stem)
 def test_python_blocks_run(document, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -41,12 +42,14 @@ def test_python_blocks_run(document, models, tmp_path, monkeypatch):
             exec(compile(code, str(document), "exec"), namespace)
 
 
+@pytest.mark.slow
 def test_the_readme_shows_four_ways_to_start_and_a_layer():
     blocks = python_blocks(text_of(DOCUMENTS[0]))
     assert len(blocks) == 3 and any("torch.nn.Linear(" in block for block in blocks)
     assert "vllm serve" in text_of(DOCUMENTS[0])
 
 
+@pytest.mark.slow
 def test_a_block_that_fails_is_seen(tmp_path):
     page = Path(tmp_path, "page.md")
     page.write_text("```python\nassert 1 == 2\n```\n", encoding="utf-8")

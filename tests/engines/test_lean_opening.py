@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     return top / "packed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [

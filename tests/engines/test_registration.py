@@ -218,6 +218,7 @@ assert auto.AUTO_QUANTIZER_MAPPING["slab_kernels"] is ours.SlabQuantizer
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [DEFAULT_META, BEING_IMPORTED], ids=["meta", "being imported"])
 def test_circumstances_of_the_import(program):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

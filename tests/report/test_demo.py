@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from slab_kernels.cli.threads import CHOICES
 
 DEMO = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -39,6 +41,7 @@ sys.exit(demo.main())
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_a_page(tmp_path):
     command = [sys.executable, "-c", STUB.replace("DEMO", repr(str(DEMO))), str(tmp_path / "out")]
     environment = {k: v for k, v in os.environ.items() if k not in CHOICES}

@@ -239,6 +239,7 @@ def test_what_belongs_to_somebody_else_is_not_run():
     assert "belongs to another user (uid 4321)" in images.distrust(owned(0o40700, 4321))
 
 
+@pytest.mark.slow
 @needs_nvrtc
 def test_two_processes_at_once(cache):
     code = (
