@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from .packed_config import read_layouts, reading
 from .shards import TensorEntry, write_json, write_shard
 from .side_files import copy_side_files
 from .stored_names import Form, Forms
+
+CARD, PACKED_CARD = "README.md", "README.packed.md"
 
 
 @usual_torch()
@@ -65,6 +68,7 @@ def decompress(
     with OutputFolder(out, {}, resume=None):
         write_index(out, [_write(out / file, forms, step) for file, forms in shards.items()])
         skipped = copy_side_files(checkpoint.folder, out)
+        _set_card_aside(out)
         config = dict(checkpoint.config)
         for key in ("quantization_config", WEIGHTS_KEY):
             config.pop(key, None)
@@ -72,6 +76,21 @@ def decompress(
             config[key] = str(dtype).removeprefix("torch.")
         write_json(out / "config.json", config)
     return skipped
+
+
+def _set_card_aside(out: Path) -> None:
+    """Rename the card that `compress` wrote, which says how a packed folder is opened.
+
+    The base model's card, if the folder has one, gets its name README.md back.
+    """
+    card = out / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if "\nlibrary_name: slab-kernels\n" not in text:
+        return
+    card.rename(out / PACKED_CARD)
+    named = re.search(r"The card of the base model is \[(README\.base(?:\.\d+)?\.md)\]", text)
+    if named and (out / named[1]).is_file():
+        (out / named[1]).rename(card)
 
 
 def _write(file: Path, forms: Forms, step: Callable[[], None]) -> dict[str, TensorEntry]:

@@ -189,3 +189,27 @@ def test_a_given_dtype_that_weights_do_not_have_is_named(packed, tmp_path, dtype
             attempt()
     assert not (tmp_path / "dense").exists()
     assert load(packed, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("base", [None, "# The base model\n"])
+def test_the_card_of_a_packed_folder_is_set_aside(copy, tmp_path, base):
+    """A dense copy is not opened as its card says; the base model's card takes the name back."""
+    card = (copy / "README.md").read_text()
+    if base is not None:
+        (copy / "README.base.md").write_text(base)
+        link = "The card of the base model is [README.base.md](README.base.md)."
+        card = card.replace("The base model came without a card.", link)
+        (copy / "README.md").write_text(card)
+    decompress(copy, tmp_path / "dense")
+    assert (tmp_path / "dense" / "README.packed.md").read_text() == card
+    if base is None:
+        assert not (tmp_path / "dense" / "README.md").exists()
+    else:
+        assert (tmp_path / "dense" / "README.md").read_text() == base
+        assert not (tmp_path / "dense" / "README.base.md").exists()
+
+
+def test_a_card_of_the_users_own_stays(copy, tmp_path):
+    (copy / "README.md").write_text("# Mine\n")
+    decompress(copy, tmp_path / "dense")
+    assert (tmp_path / "dense" / "README.md").read_text() == "# Mine\n"
