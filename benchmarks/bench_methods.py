@@ -264,7 +264,8 @@ STYLES = {
     "slab, matched": ("slab, matched", "tab:red", "D", ""),
 }
 MOST_PERPLEXITY = 1e4  # of a model that is drawn
-PANELS = ((2.0, 6.6), (8.0, 12.0))  # stored bits per weight, from and to
+# Each panel of the picture shows this range of stored bits per weight.
+PANELS = ((2.0, 6.6), (8.0, 12.0))
 
 
 def draw(found: dict, out: Path) -> None:

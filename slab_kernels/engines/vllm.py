@@ -113,7 +113,7 @@ class SlabVllmConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
         """Compare every tensor of a local folder with the model of its config.json.
 
-        With a quantization vLLM itself checks none.
+        vLLM itself does not compare the tensors of a quantized folder.
 
         Raises: CheckpointError.
         """

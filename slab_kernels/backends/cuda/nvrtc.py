@@ -1,4 +1,4 @@
-"""NVRTC, the compiler library that every CUDA build of torch brings, called through ctypes.
+"""Compiles by NVRTC, which every CUDA build of torch brings; it is called through ctypes.
 
 It needs no GPU and no driver, so the tests compile every architecture with it. Nothing is looked
 for or loaded at import.

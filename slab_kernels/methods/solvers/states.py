@@ -1,7 +1,7 @@
-"""All the ways to prune a group of n:m: which positions go, and each to which of two levels.
+"""Lists every way to prune a group of n:m: a state says which positions go, and to which level.
 
-The two are those next to the entry's optimum. There are 24 states for 2:4, however many levels
-there are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
+An entry may go to one of the two levels next to its optimum. There are 24 states for 2:4, however
+many levels there are (with one plane the two are -1 and +1), and 6 where pruned entries are zero.
 """
 
 from __future__ import annotations

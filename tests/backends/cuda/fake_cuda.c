@@ -1,4 +1,5 @@
-/* A libcuda.so.1 without a GPU: it hands out numbered handles and remembers the last launch, for test_cuda_driver.py. */
+/* A libcuda.so.1 without a GPU for test_cuda_driver.py: it hands out numbered handles and
+ * remembers the last launch. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -23,7 +24,8 @@ static __thread int depth; /* contexts of this thread; handle = 0x1000 + device 
 
 void clear(void) {
   memset(&last, 0, sizeof last);
-  loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0, ptx_version = 90;
+  loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0,
+  ptx_version = 90;
   depth = 0;
 }
 int cuCtxGetCurrent(uintptr_t* out) { return *out = depth ? stack[depth - 1] : 0, 0; }
@@ -35,7 +37,9 @@ int cuCtxPushCurrent_v2(uintptr_t context) { return stack[depth++] = context, 0;
 int cuCtxPopCurrent_v2(uintptr_t* out) { return *out = stack[--depth], 0; }
 int cuCtxGetDevice(int* out) { return depth ? (*out = (int)(stack[depth - 1] - 0x1000), 0) : 201; }
 int cuDeviceGet(int* out, int ordinal) { return ordinal < 4 ? (*out = ordinal, 0) : 101; }
-int cuDevicePrimaryCtxRetain(uintptr_t* out, int device) { return *out = 0x1000 + (uintptr_t)device, 0; }
+int cuDevicePrimaryCtxRetain(uintptr_t* out, int device) {
+  return *out = 0x1000 + (uintptr_t)device, 0;
+}
 int cuModuleLoadData(uintptr_t* out, const char* image) {
   if (loads++ < refuse_loads) return refuse_code;
   strncpy(last.image, image, sizeof last.image - 1);
@@ -44,17 +48,24 @@ int cuModuleLoadData(uintptr_t* out, const char* image) {
 int cuModuleGetFunction(uintptr_t* out, uintptr_t module, const char* name) {
   if (!strncmp(name, "absent", 6)) return 500;
   strncpy(last.name, name, sizeof last.name - 1);
-  return *out = 0x300000000000 + module, 0; /* more than 32 bits: a handle cut to an int is noticed */
+  return *out = 0x300000000000 + module,
+         0; /* more than 32 bits: a handle cut to an int is noticed */
 }
-int cuFuncGetAttribute(int* out, int attribute, uintptr_t function) { return *out = attribute == 1 ? 1024 : attribute == 5 ? ptx_version : -1, function == 0; }
+int cuFuncGetAttribute(int* out, int attribute, uintptr_t function) {
+  return *out = attribute == 1 ? 1024 : attribute == 5 ? ptx_version : -1, function == 0;
+}
 int cuFuncSetAttribute(uintptr_t function, int attribute, int value) {
   return raises++, allowed = attribute == 8 ? value : -1, function == 0;
 }
 int cuFuncGetParamInfo(uintptr_t function, size_t index, size_t* offset, size_t* size) {
   return *offset = 0, *size = (size_t)parameter_size, parameter_size == 0 || index || !function;
 }
-int cuGetErrorName(int code, const char** out) { return *out = code == 701 ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES" : "CUDA_ERROR_OTHER", 0; }
-int cuGetErrorString(int code, const char** out) { return *out = code == 701 ? "too many resources requested" : "something else", 0; }
+int cuGetErrorName(int code, const char** out) {
+  return *out = code == 701 ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES" : "CUDA_ERROR_OTHER", 0;
+}
+int cuGetErrorString(int code, const char** out) {
+  return *out = code == 701 ? "too many resources requested" : "something else", 0;
+}
 int cuLaunchKernelEx(const Config* config, uintptr_t function, void** params, void** extra) {
   if (extra) return 1;
   if (launch_code) return launch_code;
@@ -67,6 +78,7 @@ int cuLaunchKernelEx(const Config* config, uintptr_t function, void** params, vo
   last.value = config->count ? config->attributes[2] : 0;
   last.function = function;
   last.context = depth ? stack[depth - 1] : 0;
-  memcpy(last.params, params[0], parameter_size && parameter_size < 64 ? (size_t)parameter_size : 16);
+  memcpy(last.params, params[0],
+         parameter_size && parameter_size < 64 ? (size_t)parameter_size : 16);
   return ++last.launches, 0;
 }
