@@ -46,10 +46,10 @@ LAUNCH_US = 1.09  # of a kernel in a graph
 FILL_US = 1.73  # per wave of CTAs: from first byte to first product, its reduction and store
 REDUCE_US = 1.55  # of the kernel that adds K-splits
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
-# The loops for up to 16 tokens are newer than those measurements: all that is known of them is their
-# machine code. FILL_US was fitted to kernels that divided before their first copy, 711 cycles of
-# stalls and five divisions where now are 61 cycles, and that divided again at their end. That is
-# assumed to save this much of every launch.
+# The loops for up to 16 tokens are newer than those measurements, and nothing is known of them but
+# their machine code. FILL_US was fitted to kernels that divided five times and stalled 711 cycles
+# before their first copy, where now are no division and 61 cycles, and that divided again at their
+# end. It is an assumption that this saves so much of every launch.
 DECODE_SAVES_US = 0.7
 
 # SASS instructions that a warp issues for 32 rows x 128 inputs (4096 weights). They are counted in

@@ -23,7 +23,8 @@ from .tiles import DECODE, FEW, LOOPS, CudaSizes
 FILE = Path(__file__).with_name("measured.json")
 FORMAT = 1
 VALUES = {"w16": W16, "int8": INT8, "int4": INT4}
-_CHECKED = "correct it, or write it anew with benchmarks/fit_plans.py rows"
+MOST_US = 1e9
+_WAY_OUT = "correct it, or write it anew with benchmarks/fit_plans.py rows"
 
 
 class MeasuredRow(NamedTuple):
@@ -97,7 +98,7 @@ def rows(file: Path) -> tuple[MeasuredRow, ...]:
         ) from error
     except (ValueError, RecursionError) as error:
         defect = str(error) if isinstance(error, ConfigError) else f"it is not valid JSON ({error})"
-        raise ConfigError(f"{file}: {defect}; {_CHECKED}") from error
+        raise ConfigError(f"{file}: {defect}; {_WAY_OUT}") from error
 
 
 def _rows_of(text: bytes) -> tuple[MeasuredRow, ...]:

@@ -37,7 +37,7 @@ MOST_STAGES = 4
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS  # of one token's activations, or of a row of V, per K block
 COLUMNS = 8  # of one tensor-core product: tokens, or a token's products with a row of V
 COLUMN_BYTES = TOKEN_ROW_BYTES + 16  # a column's row of the narrow loop: no bank conflicts
-# Where the rank is above 1, a CTA of the wide loop has a product of x and v for each token and rank.
+# Of a CTA of the wide loop where the rank is above 1: a column for each token and rank.
 MOST_SIGN_COLUMNS = 32
 # The registers that a thread takes at most. In narrow and wide loops all kernels may take:
 DECODE_REGISTERS = 128
