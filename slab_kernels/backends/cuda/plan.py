@@ -33,6 +33,7 @@ from .tiles import (
     CudaSizes,
     Tile,
     columns_bytes,
+    factors_bytes,
     rings,
     stage_bytes,
     sums_bytes,
@@ -128,11 +129,11 @@ def residencies(
         registers = sizes.registers(tile.tall)[tokens] * tile.threads
     else:
         registers = DECODE_REGISTERS * tile.threads
-    held = columns_bytes(sizes, tile, tokens, splits)
+    factors, held = factors_bytes(sizes, tile), columns_bytes(sizes, tile, tokens, splits)
     stage = rings(tile) * stage_bytes(sizes, tile, tokens, M)
     found = []
     for resident in (1, 2, 4):
-        shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
+        shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024) - factors
         stages = min(MOST_STAGES, (shared - held) // stage)
         fits = registers * resident <= REGISTER_FILE and sums_bytes(sizes, tile, tokens) <= shared
         if fits and stages >= (2 if resident == 1 else 3):
