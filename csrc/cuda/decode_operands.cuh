@@ -110,7 +110,8 @@ struct BlockOperands {
       load_shared(r, at + Traits::kSignsAt);
 #pragma unroll
       for (int i = 0; i < 4; ++i) signs[i / 2][i % 2] = r[i];
-      if constexpr (Traits::kPlanes == 3) load_shared(third, at + narrow_at + Traits::kThirdPlaneAt);
+      if constexpr (Traits::kPlanes == 3)
+        load_shared(third, at + narrow_at + Traits::kThirdPlaneAt);
     }
     if constexpr (Traits::kValues == kI4) {
       load_shared(words[0], at);
