@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 
 from .decode import PtxError, opcode
+from .dependent import Dependence
 from .loads import Copies
 from .matrix import Fragments
 from .memory import Flat, Memory
@@ -58,6 +59,7 @@ class Machine:
         shared_bytes,
         check_races,
         equal_writes,
+        dependent,
         stats,
     ):
         self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
@@ -78,6 +80,7 @@ class Machine:
             self.races = Races(self.ctas, self.warps, self.shared.stride, min(widths), equal_writes)
         self.copies, self.fragments = Copies(self.n), Fragments()
         self.barriers = Barriers(self)
+        self.dependence = Dependence(self) if dependent else None
         self.pcs = np.where(self.present, 0, _EXITED)
         self.parked = np.full(self.n, -1, np.int64)
         self.resume = np.zeros(self.n, np.int64)
@@ -138,7 +141,7 @@ class Machine:
                     pcs[:] = pc
                 pc = int(pcs.min())
                 if pc >= _PARKED:
-                    return counts if pc == _EXITED else self._deadlock()
+                    return self._end(counts) if pc == _EXITED else self._deadlock()
                 mask = pcs == pc
                 group, limit = (None, _EXITED) if mask.all() else (mask, int(pcs[~mask].min()))
                 warps = self._warps(group)
@@ -202,6 +205,11 @@ class Machine:
         """Warps that have an executing lane."""
         return self.n // 32 if act is None else int(act.reshape(-1, 32).any(1).sum())
 
+    def _end(self, counts):
+        if self.dependence is not None:
+            self.dependence.end(self)
+        return counts
+
     def _deadlock(self):
         lane = int(np.argmax(self.parked >= 0))
         self.pc = int(self.resume[lane]) - 1
@@ -232,13 +240,15 @@ def launch(
     check_races=True,
     chunk=None,
     equal_writes=False,
+    dependent=False,
 ):
     """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory
     traffic.
 
     `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many
     CTAs run at once. `equal_writes` lets several warps store to one place of shared memory in one
-    instruction if they store the same bytes; without it they may not. Traffic:
+    instruction if they store the same bytes; without it they may not. `dependent`: the launch may
+    overlap the kernel ahead of it, under the rules of dependent.py. Traffic:
     global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their ratio is the
     bank conflicts)."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
@@ -248,6 +258,8 @@ def launch(
             f"{kernel.name}: {raw.size} bytes of parameters, "
             f"the kernel takes {kernel.parameter_bytes}"
         )
+    if dependent and kernel.module.target < 90:
+        raise PtxError(f"{kernel.name}: a dependent launch of code for sm_{kernel.module.target}")
     threads = -(-block[0] * block[1] * block[2] // 32) * 32
     if not 0 < block[0] * block[1] * block[2] <= 1024 or min(*grid, *block) < 1:
         raise PtxError(f"{kernel.name}: grid {grid} of blocks {block}")
@@ -262,7 +274,10 @@ def launch(
     stats = Counter()
     for start in range(0, len(ctas), chunk):
         some = ctas[start : start + chunk]
-        m = Machine(kernel, grid, block, some, raw, space, shared, check_races, equal_writes, stats)
+        m = Machine(
+            kernel, grid, block, some, raw, space, shared, check_races, equal_writes, dependent,
+            stats,
+        )  # fmt: skip
         try:
             with np.errstate(all="ignore"):
                 counts = m.run()

@@ -319,8 +319,3 @@ def elect(i):
         put_flag(m, act, (m.lanes & 31) == low)
 
     return run
-
-
-@opcode("griddepcontrol")
-def grid_dependency(i):
-    return lambda m, act: None  # one grid at a time: nothing to wait for; the machine counts it

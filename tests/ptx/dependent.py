@@ -1,0 +1,73 @@
+"""Programmatic dependent launch (PTX ISA 9.7.13.13 "griddepcontrol"; CUDA C++ Programming Guide,
+"Programmatic Dependent Launch and Synchronization").
+
+A kernel that is launched so may start while the kernel before it still runs, which may still write
+all memory but what was mapped as `early`, and still read all memory. Therefore a thread may, before
+its own griddepcontrol.wait, read early memory only and write nothing. Later it may read everything,
+but not through the read-only cache (ld.global.nc) what was written while the kernel ran. Bringing
+other memory into L2 is allowed at any time, since L2 is where the SMs' writes meet. Every CTA has
+to wait: a grid that ends without is complete while the kernel before it is not, and whoever waits
+for this grid would miss that one's results."""
+
+import numpy as np
+
+from .decode import PtxError, opcode
+
+
+class Dependence:
+    """Which threads of a dependent launch have waited for the kernel before it."""
+
+    def __init__(self, m):
+        self.waited = ~m.present
+        self.over = False  # all have waited
+
+    def wait(self, act):
+        self.waited |= True if act is None else act
+        self.over = bool(self.waited.all())
+
+    def read(self, m, address, width, lanes, read_only):
+        """Check a load's or a copy's source before it is read."""
+        if read_only:
+            some = m.memory.late(address, width, lanes)
+            text = "read through the read-only cache (.nc) of memory that the kernel before may "
+            self._refuse(some, lanes, text + "have written while this one ran")
+        elif not self.over:
+            some = ~self.waited[lanes]
+            if some.any():
+                some[some] = m.memory.late(address[some], width, lanes[some])
+                text = "read of memory that the kernel before may still write"
+                self._refuse(some, lanes, f"{text}, ahead of griddepcontrol.wait")
+
+    def write(self, lanes):
+        if not self.over:
+            text = "global write ahead of griddepcontrol.wait, while the kernel before may still"
+            self._refuse(~self.waited[lanes], lanes, f"{text} use the memory")
+
+    def end(self, m):
+        """Check that no CTA has come to its end without a thread that waited."""
+        some = (self.waited & m.present).reshape(m.ctas, -1).any(1)
+        if not some.all():
+            lane = int(np.argmin(some)) * 32 * m.warps
+            text = "a dependent launch ends in a CTA that never executed griddepcontrol.wait"
+            raise PtxError(text, lane)
+
+    @staticmethod
+    def _refuse(bad, lanes, text):
+        if bad.any():
+            raise PtxError(text, int(lanes[np.argmax(bad)]))
+
+
+@opcode("griddepcontrol")
+def grid_dependency(i):
+    """griddepcontrol.{launch_dependents, wait}: the interpreter runs one grid at a time, so the
+    first does nothing; the machine counts it."""
+    if i.parts[1:] == ["launch_dependents"]:
+        return lambda m, act: None
+    if i.parts[1:] != ["wait"]:
+        raise PtxError(f"{'.'.join(i.parts)} is not implemented")
+
+    def run(m, act):
+        if m.dependence is not None:
+            m.dependence.wait(act)
+
+    return run
