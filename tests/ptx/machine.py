@@ -141,7 +141,7 @@ class Machine:
                     pcs[:] = pc
                 pc = int(pcs.min())
                 if pc >= _PARKED:
-                    return self._end(counts) if pc == _EXITED else self._deadlock()
+                    return counts if pc == _EXITED else self._deadlock()
                 mask = pcs == pc
                 group, limit = (None, _EXITED) if mask.all() else (mask, int(pcs[~mask].min()))
                 warps = self._warps(group)
@@ -205,11 +205,6 @@ class Machine:
         """Warps that have an executing lane."""
         return self.n // 32 if act is None else int(act.reshape(-1, 32).any(1).sum())
 
-    def _end(self, counts):
-        if self.dependence is not None:
-            self.dependence.end(self)
-        return counts
-
     def _deadlock(self):
         lane = int(np.argmax(self.parked >= 0))
         self.pc = int(self.resume[lane]) - 1
@@ -271,7 +266,7 @@ def launch(
     chunk = chunk or max(1, min(_LANES // threads, _SHARED // max(shared, 1)))
     space = (memory or Memory()).with_data(kernel.module.data.values())
     ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-    stats = Counter()
+    stats, waited = Counter(), not dependent
     for start in range(0, len(ctas), chunk):
         some = ctas[start : start + chunk]
         m = Machine(
@@ -290,4 +285,7 @@ def launch(
         for i, n in zip(kernel.code, counts, strict=False):
             if n:
                 stats[i.op] += n
+        waited = waited or m.dependence.begun
+    if not waited:
+        raise PtxError(f"{kernel.name}: a dependent launch without griddepcontrol.wait")
     return stats

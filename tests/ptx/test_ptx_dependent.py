@@ -17,10 +17,10 @@ LAND = "cp.async.wait_all;"
 EARLY_ONLY = "setp.lt.u32 %p1, %r30, {};"  # those threads wait
 
 
-def dependent(body, block=64, dependent=True):
+def dependent(body, block=64, dependent=True, **options):
     data = [np.zeros((2 * block, 4), np.uint32) for _ in range(3)]
     shared = ".extern .shared .align 16 .b8 smem[];"
-    options = {"block": block, "grid": 2, "shared": shared, "shared_bytes": 16 * block}
+    options |= {"block": block, "grid": 2, "shared": shared, "shared_bytes": 16 * block}
     return run(AT + body, *data, early=(0,), dependent=dependent, **options)
 
 
@@ -31,12 +31,13 @@ def dependent(body, block=64, dependent=True):
         COPY + "[%d0], 16;" + WAIT + LAND + COPY + "[%d1], 16;" + LAND + STORE,
         "prefetch.global.L1 [%d0]; prefetch.global.L2 [%d1];" + WAIT + STORE,
         "cp.async.bulk.prefetch.L2.global [%d1], 32;" + WAIT,
+        "mov.u32 %r20, %ctaid.x; setp.eq.u32 %p1, %r20, 1; @%p1 exit;" + WAIT + STORE,
         # The other threads of the CTA touch early memory alone.
         EARLY_ONLY.format(32) + "@%p1 griddepcontrol.wait; @%p1 bra LATE; exit; LATE:" + STORE,
     ],
 )
 def test_weights_may_be_read_ahead(body):
-    stats = dependent("griddepcontrol.launch_dependents;" + body)
+    stats = dependent("griddepcontrol.launch_dependents;" + body, chunk=1)
     assert stats["griddepcontrol.launch_dependents"] == 4 and stats["griddepcontrol.wait"]
 
 
@@ -49,9 +50,6 @@ FAULTS = {
     "global write ahead of .*thread .40, 0, 0.": EARLY_ONLY.format(40)
     + "@%p1 griddepcontrol.wait;"
     + STORE,
-    "never executed griddepcontrol.wait.*CTA .0, 0, 0.": WEIGHTS,
-    "never executed griddepcontrol.wait.*CTA .1, 0, 0.": "mov.u32 %r20, %ctaid.x; "
-    "setp.eq.u32 %p1, %r20, 1; @%p1 exit;" + WAIT,
     r"through the read-only cache \(.nc\)": WAIT + ACTIVATIONS.replace("global", "global.nc"),
 }
 
@@ -61,6 +59,11 @@ def test_what_is_done_too_early_is_found(message):
     with pytest.raises(PtxError, match=rf"k: line \d+: .*{message}"):
         dependent(FAULTS[message])
     dependent(FAULTS[message], dependent=False)  # An ordinary launch begins after the one before.
+
+
+def test_a_launch_that_never_waits_is_found():
+    with pytest.raises(PtxError, match=r"k: a dependent launch without griddepcontrol\.wait"):
+        dependent(WEIGHTS)
 
 
 def test_only_code_for_hopper_is_launched_so():
