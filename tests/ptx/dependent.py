@@ -45,7 +45,7 @@ class Dependence:
     @staticmethod
     def _refuse(bad, lanes, text):
         if bad.any():
-            raise PtxError(text, int(lanes[np.argmax(bad)]))
+            raise PtxError(text, int(lanes[bad.argmax()]))
 
 
 @opcode("griddepcontrol")

@@ -3,9 +3,9 @@ nvcc emits, interpreted.
 
 Only the ranges that a launch may touch are mapped: inputs read-only and exactly as long as their
 last element, outputs and scratch writable and poisoned with NaN. An access beside them, a race
-in shared memory, an illegal nibble is an error. Code for Hopper (compute_90) is launched dependently
-where the library asks for it, and may then touch nothing but the prepared weight before it has
-waited for the kernel ahead of it.
+in shared memory, an illegal nibble is an error. Code for Hopper (compute_90) is launched as a
+dependent kernel where the library asks for it, and may then touch nothing but the prepared weight
+before it has waited for the kernel ahead of it.
 """
 
 from __future__ import annotations
