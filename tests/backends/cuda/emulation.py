@@ -54,9 +54,11 @@ def span(t: torch.Tensor) -> np.ndarray:
     reach = (
         sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
     )
-    return np.ctypeslib.as_array(
-        (ctypes.c_uint8 * (reach * t.element_size())).from_address(t.data_ptr())
-    )
+    return _bytes(t.data_ptr(), reach * t.element_size())
+
+
+def _bytes(address: int, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address))
 
 
 class _Allocations(TorchDispatchMode):
@@ -113,6 +115,8 @@ def run(
             prepared = {t.data_ptr() for t in state[:5] if t is not None}
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable, early=address in prepared)
+            if params.next:  # the next linear's weight, which is prefetched
+                mapped.map(params.next, _bytes(params.next, params.next_bytes), False, early=True)
             kernel = kernel_of(name, architecture)
             stats = launch(
                 kernel,
