@@ -149,14 +149,17 @@ __device__ __forceinline__ void add_ranks(float (&sum)[4], const LinearParams& p
   }
 }
 
-// A tile of 16 rows x 128 inputs, by one warp.
+// One tile of 16 rows x 128 inputs, by one warp.
 template <class T, int kValues, bool kAny>
 __device__ __forceinline__ void rebuild_tile(const LinearParams& params,
                                              const DenseLayout<kValues, kAny>& layout,
-                                             const Selectors (&table)[16], const uint8_t* block,
-                                             int tile, int first_row, int first_input) {
+                                             const Selectors (&table)[16], int first_row,
+                                             int k_block) {
   using Layout = DenseLayout<kValues, kAny>;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = first_row + g;
+  const int first_input = k_block * kBlockInputs, tile = first_row / kTileRows % kBlockTiles;
+  const int64_t number = int64_t(first_row / kBlockRows) * params.num_k_blocks + k_block;
+  const uint8_t* const block = params.stream + number * layout.block_bytes;
   const int pitch = dense_pitch(params.in_features);
   const float top = layout.three ? 1.75f : 1.5f;
   const DenseLane<kValues, kAny> own(params, layout, block, tile, lane);
@@ -165,8 +168,11 @@ __device__ __forceinline__ void rebuild_tile(const LinearParams& params,
     u[0] = __ldg(params.u + int64_t(row) * params.rank);
     u[1] = __ldg(params.u + int64_t(row + 8) * params.rank);
   }
-  uint16_t* const to =
-      reinterpret_cast<uint16_t*>(params.y) + int64_t(row) * pitch + first_input + 4 * t;
+  const int own_input = first_input + 4 * t;  // and others at fixed distances from it
+  const uint8_t* const own_v = params.v + 2 * own_input;
+  uint16_t* const near_to =
+      reinterpret_cast<uint16_t*>(params.y) + int64_t(row) * pitch + own_input;
+  uint16_t* const far_to = near_to + 8 * pitch;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a[4];
@@ -174,7 +180,7 @@ __device__ __forceinline__ void rebuild_tile(const LinearParams& params,
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int input = 32 * step + 16 * c;
-      const uint8_t* const v = params.v + 2 * (first_input + input + 4 * t);
+      const uint8_t* const v = own_v + 2 * input;
       uint32_t v_low = 0, v_high = 0;
       if (!kAny && params.rank) v_low = read32(v), v_high = read32(v + 4);
 #pragma unroll
@@ -210,16 +216,16 @@ __device__ __forceinline__ void rebuild_tile(const LinearParams& params,
           low ^= choose_bytes(negative, 0, at.orders);
           high ^= choose_bytes(negative, 0, at.orders >> 16);
         }
-        if (row + 8 * h < params.out_features && first_input + input + 4 * t < params.in_features)
-          *reinterpret_cast<uint2*>(to + int64_t(8 * h) * pitch + input) = make_uint2(
+        if (row + 8 * h < params.out_features && own_input + input < params.in_features)
+          *reinterpret_cast<uint2*>((h ? far_to : near_to) + input) = make_uint2(
               choose_bytes(kept, low, at.values), choose_bytes(kept, high, at.values >> 16));
       }
     }
   }
 }
 
-// The grid is (warps along K, row pairs). Where it is smaller than the weight, a CTA goes on a grid
-// further.
+// The grid is (K-blocks, 8 for the warps of each CTA, row pairs). If there are fewer CTAs along rows
+// than pairs, each goes on where the last one stopped.
 template <class T, int kValues, bool kAny>
 __device__ __forceinline__ void rebuild(const LinearParams& params) {
   let_successor_start();
@@ -227,17 +233,13 @@ __device__ __forceinline__ void rebuild(const LinearParams& params) {
   if (threadIdx.x < 16) table[threadIdx.x] = selectors_of(threadIdx.x);
   __syncthreads();
   wait_for_predecessor();  // It may still read W, as cuBLAS may that multiplied the rows before.
+  const int k_block = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (k_block >= params.num_k_blocks) return;
   const DenseLayout<kValues, kAny> layout(params);
-  const int warps = blockDim.x / 32, first = blockIdx.x * warps + threadIdx.x / 32;
-  for (int row = blockIdx.y * kBlockRows; row < params.out_features; row += gridDim.y * kBlockRows)
-    for (int k_block = first; k_block < params.num_k_blocks; k_block += gridDim.x * warps) {
-      const int64_t number = int64_t(row / kBlockRows) * params.num_k_blocks + k_block;
-      const uint8_t* const block = params.stream + number * layout.block_bytes;
-#pragma unroll 1
-      for (int tile = 0; tile < kBlockTiles; ++tile)
-        rebuild_tile<T, kValues, kAny>(params, layout, table, block, tile, row + tile * kTileRows,
-                                       k_block * kBlockInputs);
-    }
+  const int onward = gridDim.y * kBlockRows - kTileRows;  // from the second tile of a pair
+  for (int row = blockIdx.y * kBlockRows; row < params.out_features;
+       row += row % kBlockRows ? onward : kTileRows)
+    rebuild_tile<T, kValues, kAny>(params, layout, table, row, k_block);
 }
 
 }  // namespace slab

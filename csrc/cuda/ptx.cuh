@@ -14,15 +14,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // cp.async (PTX 9.7.9.25.3) copies 16 bytes past L1; the policy decides what L2 keeps. The
 // predicate is the instruction's own, so there is no branch, and one run of copies instead of
-// several (ptxas guards each run with three dummy loads). kAt bytes are added to both addresses.
-template <int kAt>
+// several (ptxas guards each run with three dummy loads). kTo and kFrom bytes are added to the
+// addresses.
+template <int kTo, int kFrom = kTo>
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from,
                                           uint64_t policy) {
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global.L2::cache_hint "
-      "[%0 + %4], [%1 + "
-      "%4], 16, %2;\n}" ::"r"(to),
-      "l"(from), "l"(policy), "r"(int(yes)), "n"(kAt)
+      "[%0 + %4], [%1 + %5], 16, %2;\n}" ::"r"(to),
+      "l"(from), "l"(policy), "r"(int(yes)), "n"(kTo), "n"(kFrom)
       : "memory");
 }
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from) {
@@ -40,14 +40,10 @@ __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most stages - 1 groups of this thread's copies are still on their way, for 2, 3 or
-// 4 stages: with that many asked for, until the oldest is here.
-__device__ __forceinline__ void copies_wait_for_oldest(int stages) {
-  asm volatile(
-      "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, "
-      "2;\ncp.async.wait_group 3;\n"
-      "@three cp.async.wait_group 2;\n@two cp.async.wait_group 1;\n}" ::"r"(stages)
-      : "memory");
+// Waits until at most kGroups groups of this thread's copies are still on their way.
+template <int kGroups>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -63,6 +59,11 @@ __device__ __forceinline__ void copies_wait(int stages) {
 }
 
 // createpolicy (PTX 9.7.9.23). Weights that no other CTA will read leave L2 first.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
@@ -70,6 +71,15 @@ __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   return read_once ? first : normal;
 }
 
+// A plain load, not through the read-only cache: the kernel before may write there while this one
+// begins. It stays where it is written down.
+__device__ __forceinline__ uint4 load_global(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return r;
+}
 // prefetch (PTX 9.7.9.16) of the line that this byte is in.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

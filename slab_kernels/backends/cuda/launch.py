@@ -166,8 +166,9 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
         args.k_share, args.k_more = divmod(sizes.k_blocks, plan.splits)
         tiles = sizes.row_tiles(tile.rows)
     args.parts = len(sizes.rows)
-    for part, rows in enumerate(sizes.rows):
-        args.part_tile[part + 1] = args.part_tile[part] + tiles[part]
+    missing = MAX_PARTS - len(sizes.rows)  # parts without rows follow
+    for part, rows in enumerate([*sizes.rows, *[0] * missing]):
+        args.part_tile[part + 1] = args.part_tile[part] + [*tiles, *[0] * missing][part]
         args.part_pair[part + 1] = args.part_pair[part] + ceil_div(rows, BLOCK_ROWS)
         args.part_row[part + 1] = args.part_row[part] + rows
     return bytes(args)
@@ -267,8 +268,9 @@ def rebuilt(
                 if state.U is not None and state.V is not None:
                     args.u = state.U[BLOCK_ROWS * first_pair].data_ptr()
                     args.v = state.V[part].data_ptr()
-                ctas = min(ceil_div(row_pairs * k_blocks, WARPS), launch.plan.max_ctas)
-                device.queue(launch.name, (ctas, 1, 1), (THREADS, 1, 1), 0, args, False)
+                along_k = ceil_div(k_blocks, WARPS)  # CTAs
+                grid = along_k, min(row_pairs, ceil_div(launch.plan.max_ctas, along_k)), 1
+                device.queue(launch.name, grid, (THREADS, 1, 1), 0, args, False)
                 piece, result = W[:count], y[:, done : done + count]
                 if factors:
                     P, Q = factors[part]
