@@ -29,6 +29,7 @@ from .tiles import (
     SPLIT_TILES,
     TALL_TILES,
     WHOLE_TILES,
+    WIDE,
     WIDE_TILES,
     CudaSizes,
     Tile,
@@ -117,14 +118,16 @@ def residencies(
 ) -> list[Plan]:
     """The plans with this tile for one, two and four CTAs per multiprocessor, as far as they fit.
 
-    Each has as many stages as there is room for. One CTA alone needs two, several need three.
+    Each has as many stages as there is room for. One CTA alone needs two, several need three. A CTA
+    of the wide loop makes room for no more tokens than there are.
     """
+    tokens = min(tokens, M) if tile.loop == WIDE else tokens
     if tile.loop == MANY:
         registers = sizes.registers(tile.tall)[tokens] * tile.threads
     else:
         registers = DECODE_REGISTERS * tile.threads
     factors, held = factors_bytes(sizes, tile), columns_bytes(sizes, tile, tokens, splits)
-    stage = rings(tile) * stage_bytes(sizes, tile, tokens, M)
+    stage = rings(tile) * stage_bytes(sizes, tile, tokens)
     found = []
     for resident in (1, 2, 4):
         shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024) - factors

@@ -112,7 +112,7 @@ def test_the_kernels_have_the_tiles_that_plans_count_on():
 
 @functools.cache
 def shared_bytes_of(
-    sizes: CudaSizes, M: int, tokens: int, tile: plan.Tile, stages: int, splits: int
+    sizes: CudaSizes, tokens: int, tile: plan.Tile, stages: int, splits: int
 ) -> tuple[int, int]:
     """Of a stage, and all that a CTA touches."""
     c = _constants()
@@ -129,9 +129,9 @@ def shared_bytes_of(
         held = warps * stages * block + most_k_blocks * columns * (2 * c["kBlockInputs"] + 16)
         sums = tile.warp_inputs * columns * pitch * 4
         return block, 4 * rows * sizes.rank + max(held, sums)
-    staged_rows = min(staged, M) if tile.loop == WIDE else staged
-    stage = (staged_rows + sizes.rank) * 2 * c["kBlockInputs"] + rows // 32 * block
-    stage = (stage + 255) // 256 * 256
+    stage = (staged + sizes.rank) * 2 * c["kBlockInputs"] + rows // 32 * block
+    unit = 128 if tile.loop == WIDE else 256
+    stage = (stage + unit - 1) // unit * unit
     ring, sums = tile.warp_inputs * stages * stage, tile.warp_inputs * staged * pitch * 4
     if tile.loop == WIDE:
         return stage, 4 * rows * sizes.rank + max(ring, sums * (1 + sizes.rank))
@@ -155,7 +155,7 @@ def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> No
     assert chosen.shared_bytes <= gpu.shared_limit, where
     assert (chosen.shared_bytes + 1024) * chosen.resident <= gpu.shared_total, where
     assert (chosen.stage_bytes, chosen.shared_bytes) == shared_bytes_of(
-        sizes, M, chosen.tokens, tile, chosen.stages, chosen.splits
+        sizes, chosen.tokens, tile, chosen.stages, chosen.splits
     ), where
     if M <= 16:
         check_decoding(chosen, where)
@@ -188,9 +188,9 @@ def check_decoding(chosen: Plan, where: tuple) -> None:
     if tile.loop == NARROW:
         assert chosen.tokens == M and M * (1 + sizes.rank) <= 8 and sizes.values != DENSE, where
     elif sizes.rank <= 1:
-        assert chosen.tokens == 16, where
+        assert chosen.tokens == M, where
     else:
-        assert chosen.tokens == min(8, 32 // sizes.rank) and chosen.tokens * sizes.rank <= 32, where
+        assert chosen.tokens == min(M, 8, 32 // sizes.rank), where
         assert chosen.token_tiles <= 8, where  # one band, so that K may be split
 
 
@@ -282,16 +282,15 @@ def test_the_tables_hold_what_the_kernels_can():
 
 
 def test_every_tile_for_few_tokens_is_of_use():
-    """Each is chosen for some weight on some GPU, or is the only one that fits some device."""
+    """Each is chosen for some weight, with 227 KB of shared memory or with 99."""
     seen = set()
-    for gpu, (N, K) in itertools.product(GPUS, (*SHAPES, (64, 512), (256, 4096), (128, 128))):
-        for (values, group_steps), (rank, planes) in itertools.product(VALUES, SIGNS):
+    for gpu, (N, K) in itertools.product(
+        (GPUS[3], GPUS[2], A100), (*DESIGN, (64, 512), (256, 4096))
+    ):
+        for (values, group_steps), (rank, planes) in itertools.product(VALUES, SIGNS[1::3]):
             sizes = CudaSizes(K, (N,), values, group_steps, rank, 0, planes)
             seen |= {choose(sizes, M, gpu).tile for M in (1, 16)}
-    for loop in (NARROW, WIDE):
-        assert {tile for tile in seen if tile.loop == loop} == {
-            tile for tile in (*NARROW_TILES, *WIDE_TILES) if tile.loop == loop
-        }
+    assert set() == {*NARROW_TILES, *WIDE_TILES} - seen
 
 
 @pytest.mark.parametrize("gpu", [A100, GPUS[2], H200], ids=lambda gpu: gpu.name)
@@ -340,11 +339,11 @@ def test_more_tokens_never_cost_less_within_a_regime(gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_decoding_is_predicted_to_beat_dense_weights(gpu):
-    """On the design's shapes, ranks up to 2. Of the bandwidth cuBLAS is granted what it was
-    measured to reach, no more than ours."""
+    """On the design's shapes. Of the bandwidth cuBLAS is granted what it was measured to reach, no
+    more than ours. Of rank 2, for as many tokens as one CTA takes."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN, VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
-        for M in (1, 2, 4, 8, 16):
+        for M in (1, 2, 4, 8, 16)[: 4 if rank > 1 else 5]:
             assert choose(sizes, M, gpu).microseconds < cost.dense_microseconds(N, K, M, gpu), (
                 sizes,
                 M,
@@ -419,8 +418,8 @@ def test_describe():
         rf"{number}\.\d us, bound by [a-zL2 ]+; chosen by the cost model",
         text,
     ), text
-    split = plan.evaluate(CudaSizes(8192, (64,), W16, 4, 1, 0), 17, A100, SPLIT_TILES[0], 32, 4)
-    assert ", K split over 4 CTAs (32 rows:" in split.describe()
+    split = plan.evaluate(CudaSizes(8192, (64,), W16, 4, 1, 0), 1, A100, NARROW_TILES[0], 1, 4)
+    assert ", K split over 4 CTAs (32 rows, sixteen" in split.describe()
     fast = replace(A100, gemm_rate=1 << 30, bandwidth=1 << 30, mma_rate=1)
     rebuilt = choose(CudaSizes(4096, (4096,), W16, 4, 1, 0), 100, fast).describe()
     assert re.fullmatch(
@@ -503,7 +502,7 @@ def test_names(sizes, M, name):
     sizes = CudaSizes(1024, (640,), values, group_steps, rank, 1, planes)
     first, second = launches(sizes, M, torch.float16, A100)
     assert second.name == name
-    assert first.name == f"adapter_fp16_t{16 if M <= 16 else 32 if M <= 32 else 64}"
+    assert re.fullmatch("adapter_fp16_t16" if M <= 16 else "adapter_fp16_t(32|64)", first.name)
 
 
 def test_the_template_says_what_the_plan_says():
@@ -528,13 +527,13 @@ def test_the_template_says_what_the_plan_says():
         tile.warp_inputs,
     )
     splits = second.plan.splits
-    assert (p.stages, p.splits, p.tile_tokens) == (second.plan.stages, splits, 8)
+    assert (p.stages, p.splits, p.tile_tokens) == (second.plan.stages, splits, 8)  # of 12 tokens
     assert (p.k_share, p.k_more) == (8 // splits, 8 % splits)
-    assert list(p.part_row) == [0, 100, 124, 161, 0] and list(p.part_pair) == [0, 4, 5, 7, 0]
+    assert list(p.part_row) == [0, 100, 124, 161, 161] and list(p.part_pair) == [0, 4, 5, 7, 7]
     assert (p.next, p.next_bytes) == (0, 0)
     ends = list(itertools.accumulate(-(-part // rows) for part in sizes.rows))
     assert (
-        list(p.part_tile) == [0, *ends, 0]
+        list(p.part_tile) == [0, *ends, ends[-1]]
         and p.row_tiles == ends[-1]
         and p.token_tiles == second.plan.token_tiles
     )
