@@ -199,19 +199,23 @@ struct ColumnPlan {
 template <class Traits>
 __device__ __forceinline__ void place_columns(const ColumnPlan<Traits>& plan) {
   RowPieces x, v;
-  int piece = threadIdx.x + 32 * (threadIdx.y + blockDim.y * threadIdx.z), ragged = -1;
-  if constexpr (Traits::kSigns) plan.load_v(v, piece);
+  const int thread = threadIdx.x + 32 * (threadIdx.y + blockDim.y * threadIdx.z);
+  int ragged = -1;
+  if constexpr (Traits::kSigns) plan.load_v(v, thread);
   wait_for_predecessor();
 #pragma unroll 1
-  for (; piece < plan.pieces; piece += plan.threads) {
+  for (int done = 0; done < plan.pieces; done += plan.threads) {
+    const int piece = done + thread;
 #pragma unroll 1
     for (int first = 0; first < plan.tile_tokens; first += 4) {
       plan.load_x(x, piece, first);
-      plan.store_x(x, piece, first);
+      if (piece < plan.pieces) plan.store_x(x, piece, first);
     }
     if constexpr (Traits::kSigns) {
-      plan.store_products(x, v, piece);
-      plan.store_more_products(x, piece);
+      if (piece < plan.pieces) {
+        plan.store_products(x, v, piece);
+        plan.store_more_products(x, piece);
+      }
       plan.load_v(v, piece + plan.threads);
     }
     if (8 * piece < plan.inputs && plan.inputs < 8 * piece + 8) ragged = piece;
@@ -241,11 +245,12 @@ struct NarrowWarp {
            (threadIdx.z * params.warp_rows + threadIdx.y) * params.stages * weights.block_bytes +
            16 * threadIdx.x;
     uint32_t slot = ring;
+    int stages = params.stages;
 #pragma unroll 1
-    for (int stage = 0; stage < params.stages; ++stage) {
+    do {
       weights.fetch(next, slot);
       slot += weights.block_bytes, next += params.warp_inputs;
-    }
+    } while (--stages);
     kept.clear();
 #pragma unroll
     for (int i = 0; i < 8; ++i) signs[i / 4][0][i % 4] = 0.0f;
