@@ -40,6 +40,15 @@ __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Waits until at most stages - 1 groups of this thread's copies are still on their way, for 2, 3 or
+// 4 stages: with that many asked for, until the oldest is here.
+__device__ __forceinline__ void copies_wait_for_oldest(int stages) {
+  asm volatile(
+      "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, "
+      "2;\ncp.async.wait_group 3;\n"
+      "@three cp.async.wait_group 2;\n@two cp.async.wait_group 1;\n}" ::"r"(stages)
+      : "memory");
+}
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
@@ -61,6 +70,11 @@ __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   return read_once ? first : normal;
 }
 
+// prefetch (PTX 9.7.9.16) of the line that this byte is in.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 __device__ __forceinline__ void load_shared(uint32_t (&r)[4], uint32_t at) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -78,6 +92,14 @@ __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, const uint4& r) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r.x), "r"(r.y), "r"(r.z),
+               "r"(r.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared16(uint32_t at, uint32_t r) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(uint16_t(r)) : "memory");
 }
 // ldmatrix (PTX 9.7.14.5.15) loads four 8x8 matrices of 16-bit elements; lane l names row l % 8 of
 // matrix l / 8.
@@ -173,6 +195,18 @@ __device__ __forceinline__ float widen_bf16(uint16_t h) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
           "r"(metadata), "n"(kSelector));                                                          \
+  }                                                                                                \
+  /* The first product of a chain: c need not be cleared. */                                       \
+  template <int kSelector>                                                                         \
+  static __device__ __forceinline__ void mma_sparse_from_zero(                                     \
+      float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {          \
+    asm volatile(                                                                                  \
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%14, %14, %14, %14}, "      \
+        "%12, %13;"                                                                                \
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+          "r"(metadata), "n"(kSelector), "f"(0.0f));                                               \
   }                                                                                                \
   static __device__ __forceinline__ void mma_dense(float (&c)[4], const uint32_t (&a)[4],          \
                                                    uint32_t b0, uint32_t b1) {                     \
