@@ -132,7 +132,7 @@ __device__ __forceinline__ float sum_of_groups(const float* column, int groups, 
 template <class T>
 __device__ __forceinline__ void write_result(const LinearParams& params, const float* sums,
                                              const uint32_t* u) {
-  const DecodePlace place = decode_place(params);
+  const DecodePlace place = decode_place_again(params);
   const int row = threadIdx.y * kBlockRows + threadIdx.x, feature = place.first_row + row;
   if (feature >= place.end_row) return;
   const int pitch = sums_pitch(params);

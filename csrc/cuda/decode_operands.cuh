@@ -70,6 +70,8 @@ struct BlockAddress {
 
   __device__ __forceinline__ BlockAddress(uint32_t block, int lane)
       : wide(block + 16 * lane), narrow(block + 8 * lane), scales(block + lane / 4 * 8) {}
+  __device__ __forceinline__ BlockAddress(const BlockAddress& first, uint32_t further)
+      : wide(first.wide + further), narrow(first.narrow + further), scales(first.scales + further) {}
 };
 
 // The operands of one block, and the constants that make them.

@@ -15,11 +15,10 @@ struct DecodePlace {
   int first_k_block, k_blocks;  // of this share
 };
 
-// Computed before the main loop and once more after it: what only the end needs would otherwise
-// stay in registers through the loop. What is not used costs nothing.
-__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) {
-  const int token_tile_in_band = keep(blockIdx.x), row_tile = keep(blockIdx.y),
-            z = keep(blockIdx.z);
+// Of the CTA (x, y, z) of the grid. What is not used costs nothing.
+__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params, int x, int y,
+                                                    int z) {
+  const int token_tile_in_band = x, row_tile = y;
   DecodePlace place;
   place.part = 0;
   int first_tile = 0, first_pair = 0, first_row = 0;
@@ -42,6 +41,15 @@ __device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) 
   place.first_k_block = place.split * params.k_share + min(place.split, params.k_more);
   place.k_blocks = params.k_share + (place.split < params.k_more ? 1 : 0);
   return place;
+}
+
+__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) {
+  return decode_place(params, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+// The same, computed once more after the main loop: what only the end needs would otherwise stay in
+// registers through the loop.
+__device__ __forceinline__ DecodePlace decode_place_again(const LinearParams& params) {
+  return decode_place(params, keep(blockIdx.x), keep(blockIdx.y), keep(blockIdx.z));
 }
 
 }  // namespace slab

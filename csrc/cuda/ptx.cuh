@@ -25,17 +25,23 @@ __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* fro
       "l"(from), "l"(policy), "r"(int(yes)), "n"(kAt)
       : "memory");
 }
-__device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from) {
+// kTo and kFrom bytes are added to the addresses.
+template <int kTo = 0, int kFrom = 0>
+__device__ __forceinline__ void copy16_if(uint32_t yes, uint32_t to, const void* from) {
   asm volatile(
-      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0], [%1], "
-      "16;\n}" ::"r"(to),
-      "l"(from), "r"(int(yes))
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0 + %3], [%1 "
+      "+ %4], 16;\n}" ::"r"(to),
+      "l"(from), "r"(yes), "n"(kTo), "n"(kFrom)
       : "memory");
 }
 // Reads the first `bytes` of 16 and writes zeros for the rest.
-__device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void copy16_zero_filled(uint32_t yes, uint32_t to, const void* from,
+                                                   int bytes) {
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global [%0], [%1], 16, "
+      "%2;\n}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(yes)
+      : "memory");
 }
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -135,6 +141,11 @@ __device__ __forceinline__ void let_successor_start() {
 __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
+}
+// A pointer is then one pair of registers, which a multiply-add takes as it is.
+__device__ __forceinline__ const uint8_t* keep(const uint8_t* p) {
+  asm volatile("mov.b64 %0, %0;" : "+l"(p));
+  return p;
 }
 // Zero, which the compiler cannot know: the sign bit of a number that is never negative. A constant
 // that it was ORed with has to live in a register.

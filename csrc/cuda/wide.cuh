@@ -1,241 +1,168 @@
+// y[M, N] = x S^T + sum_r ((x * v_r) B^T) * u_r + (x Q) P^T + bias for up to 16 tokens, where x and
+// its products with v are too many columns for narrow.cuh.
+//
+//   let_successor_start()
+//   ask for weights and v of the first stages
+//   wait_for_predecessor(); ask for x of the first stages
+//   for k in k_blocks[group :: warp_inputs]:          // the warps of a K group together
+//     wait for the oldest stage                       // and for each other
+//     for step in 0 .. 3:
+//       b = 32 inputs of every token                  // ldmatrix
+//       kept += mma.sp(values, metadata, b)
+//       for each 8 columns (rank, token) of the sign term:
+//         signs += mma.sp(+-1, pruned metadata, b * v)
+//     wait for each other                             // the stage may be overwritten
+//     ask for K-block k + stages * warp_inputs
+//   the end: decode_end.cuh
+//
+// A K group is warp_rows warps of 32 rows each, which share the activations of the group's ring.
+//
+// Shared memory, in this order, in bytes (wide_stage.cuh lays out a stage):
+//
+//   u      128 warp_rows rank
+//   rings  warp_inputs x stages x stage_bytes()
+//
+// The sums of the end (decode_end.cuh) take the place of the rings.
 #pragma once
 
-#include "wide_traits.cuh"
+#include "decode_end.cuh"
+#include "decode_operands.cuh"
+#include "wide_stage.cuh"
 
 namespace slab {
 
-template <class T, int kSel>
-__device__ __forceinline__ void first_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t m) {
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%12,%12,%12,%12},%13,%14;"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
-        "f"(0.0f), "r"(m), "n"(kSel));
-}
-
-template <int kOff> __device__ __forceinline__ void lds4(uint32_t (&r)[4], uint32_t a) {
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4+%5];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a), "n"(kOff));
-}
-template <int kOff> __device__ __forceinline__ void lds2(uint32_t (&r)[2], uint32_t a) {
-  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2+%3];" : "=r"(r[0]), "=r"(r[1]) : "r"(a), "n"(kOff));
-}
-template <int kOff> __device__ __forceinline__ void ldsm(uint32_t (&r)[4], uint32_t a) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a), "n"(kOff));
-}
-template <int kAt>
-__device__ __forceinline__ void copy16_to(bool yes, uint32_t to, const void* from) {
-  asm volatile(
-      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0 + %3], [%1], "
-      "16;\n}" ::"r"(to),
-      "l"(from), "r"(int(yes)), "n"(kAt)
-      : "memory");
-}
-
-__device__ __forceinline__ const uint8_t* kept_pointer(const uint8_t* p) {
-  asm volatile("mov.b64 %0, %0;" : "+l"(p));
-  return p;
-}
-__device__ __forceinline__ const uint8_t* ahead(const uint8_t* from, uint32_t count, uint32_t bytes) {
-  const uint8_t* to;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(count), "r"(bytes), "l"(from));
-  return to;
-}
-template <int kDepth>
-__device__ __forceinline__ void copies_wait_until() { asm volatile("cp.async.wait_group %0;" ::"n"(kDepth) : "memory"); }
-
+// The sign term: its sums, and where its columns are made from.
 template <class Traits>
-struct WideWarp {
+struct WideSigns {
   using T = typename Traits::Activation;
-  const LinearParams& params;
-  int lane, member, members, group;
-  // copies
-  const uint8_t *weights_from, *x_from, *v_from;
-  uint32_t weights_to, x_to[4], v_to, x_mask;
-  bool x_exists[8], copies_v;
-  int block_bytes, tail_pieces;
-  // reads
-  uint32_t values_at, signs_at, scales_at, x_at[Traits::kTokenTiles], x_odd[Traits::kTokenTiles], v_at;
-  uint32_t magic, one;
-  float kept[2][Traits::kTokenTiles][4], low[2][Traits::kTokenTiles][4];
+  static constexpr int kTiles = Traits::kSignTiles;
 
-  template <int kAt>
-  __device__ __forceinline__ void fetch_head(uint32_t to, const uint8_t* from, bool yes) const {
-    if constexpr (kAt < Traits::kHeadBytes) {
-      copy16_if<kAt>(yes, to, from, policy);
-      fetch_head<kAt + 512>(to, from, yes);
-    }
-  }
-  uint64_t policy;
-  __device__ __forceinline__ void fetch_weights(uint32_t stage, uint32_t k, bool yes) const {
-    const uint8_t* const from = ahead(weights_from, k, block_bytes);
-    fetch_head<0>(stage + weights_to, from, yes);
-    if constexpr (Traits::kHasTail)
-      copy16_if<Traits::kHeadBytes>(yes && lane < tail_pieces, stage + weights_to, from, policy);
-    if constexpr (Traits::kSigned) {
-      copy16_to<0>(copies_v, stage + v_to, ahead(v_from, k, 256));
-    }
-  }
-  template <int kPair>
-  __device__ __forceinline__ void fetch_pair(uint32_t stage, const uint8_t* from, uint32_t mask) const {
-    constexpr int q = kPair / 2, n = kPair % 2;
-    copy16_to<512 * q + 2048 * n>(x_exists[kPair], stage + x_to[q], ahead(from, uint32_t(params.token_stride), 2 * (2 * q + 8 * n)));
-  }
-  __device__ __forceinline__ void fetch_x(uint32_t stage, uint32_t k, bool yes) const {
-    const uint32_t mask = x_mask;
-    const uint8_t* const from = ahead(x_from, k, 256);
-    fetch_pair<0>(stage, from, mask), fetch_pair<1>(stage, from, mask);
-    fetch_pair<2>(stage, from, mask), fetch_pair<3>(stage, from, mask);
-    fetch_pair<4>(stage, from, mask), fetch_pair<5>(stage, from, mask);
-    fetch_pair<6>(stage, from, mask), fetch_pair<7>(stage, from, mask);
+  float sum[2][kTiles][4];
+  uint32_t v_at;  // for ldmatrix: lane l names a row of matrix l / 8, which are all the same
+
+  __device__ __forceinline__ WideSigns(const LinearParams& params, const DecodePlace& place,
+                                       const WideStage<Traits>& stage, uint32_t ring) {
+    v_at = ring + stage.v_at + threadIdx.x / 8 * 16;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[tile][n][i] = 0.0f;
   }
 
   template <int kStep>
-  __device__ __forceinline__ void step(uint32_t stage, const uint32_t (&metadata)[4], const uint32_t (&pruned)[4], const uint32_t (&signs)[2], uint32_t (&words)[2][4], float (&sum)[2][Traits::kTokenTiles][4]) {
-    uint32_t b[Traits::kTokenTiles][4], v[4], xv[Traits::kTokenTiles][4];
-    ldsm<64 * kStep>(v, stage + v_at);
+  __device__ __forceinline__ void add(const BlockOperands<Traits>& block, const uint32_t (&b)[Traits::kTokenTiles][4], uint32_t slot) {
+    uint32_t v[4], vx[kTiles][4];
+    load_matrices(v, v_at + slot + 64 * kStep);
 #pragma unroll
-    for (int n = 0; n < Traits::kTokenTiles; ++n) ldsm<(kStep / 2 << 7)>(b[n], stage + (kStep % 2 ? x_odd[n] : x_at[n]));
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-    for (int n = 0; n < Traits::kTokenTiles; ++n)
+      for (int i = 0; i < 4; ++i) vx[n][i] = T::multiply(b[n][i], v[i]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) xv[n][i] = T::multiply(b[n][i], v[i]);
+    for (int tile = 0; tile < 2; ++tile) {
+      uint32_t a[4];
+      block.template load_signs<kStep>(a, tile);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t a[4], q[4];
-      if constexpr (Traits::kValues == kW16) {
-        if (r == 0) lds4<512 * kStep>(a, stage + values_at); else lds4<2048 + 512 * kStep>(a, stage + values_at);
-      } else if constexpr (Traits::kValues == kI8) {
-        if constexpr (kStep % 2 == 0) { if (r == 0) lds4<256 * kStep>(words[0], stage + values_at); else lds4<1024 + 256 * kStep>(words[1], stage + values_at); }
-        T::from_int8(a[0], a[1], words[r][kStep % 2 * 2], magic);
-        T::from_int8(a[2], a[3], words[r][kStep % 2 * 2 + 1], magic);
-      } else {
-        T::from_int4(a, words[r][kStep], magic);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[i] = and_or(signs[r] << (4 * kStep + i), 0x80008000u, one);
-#pragma unroll
-      for (int n = 0; n < Traits::kTokenTiles; ++n) {
-        if constexpr (!Traits::kScaled) T::template mma_sparse<kStep % 2>(kept[r][n], a, b[n], metadata[2 * r + kStep / 2]);
-        else if constexpr (kStep == 0) first_product<T, 0>(sum[r][n], a, b[n], metadata[2 * r]);
-        else T::template mma_sparse<kStep % 2>(sum[r][n], a, b[n], metadata[2 * r + kStep / 2]);
-        T::template mma_sparse<kStep % 2>(low[r][n], q, xv[n], pruned[2 * r + kStep / 2]);
-      }
+      for (int n = 0; n < kTiles; ++n)
+        T::template mma_sparse<kStep % 2>(sum[tile][n], a, vx[n], block.pruned[tile][kStep / 2]);
     }
   }
-  __device__ __forceinline__ void multiply(uint32_t stage) {
-    uint32_t metadata[4], pruned[4], signs[2], words[2][4], scales[2];
-    float sum[2][Traits::kTokenTiles][4];
-    lds4<Traits::kMetadataAt>(metadata, stage + values_at);
-    lds2<Traits::kSignsAt>(signs, stage + signs_at);
-    if constexpr (Traits::kValues == kI4) lds4<0>(words[0], stage + values_at), lds4<512>(words[1], stage + values_at);
-    if constexpr (Traits::kScaled) lds2<Traits::kScalesAt>(scales, stage + scales_at);
+  __device__ __forceinline__ void store(float* own, const LinearParams& params) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pruned[i] = complement_nibbles(metadata[i]);
-    step<0>(stage, metadata, pruned, signs, words, sum);
-    step<1>(stage, metadata, pruned, signs, words, sum);
-    step<2>(stage, metadata, pruned, signs, words, sum);
-    step<3>(stage, metadata, pruned, signs, words, sum);
-    if constexpr (Traits::kScaled) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int n = 0; n < Traits::kTokenTiles; ++n)
-#pragma unroll
-              for (int i = 0; i < 4; ++i)
-                kept[r][n][i] = fmaf(__uint_as_float(i < 2 ? scales[r] << 16 : scales[r] & 0xFFFF0000u), sum[r][n][i], kept[r][n][i]);
-    }
+    for (int n = 0; n < kTiles; ++n)
+      store_columns(own, params, sum, n, params.tile_tokens + 8 * n, 0, params.tile_tokens - 8 * n);
   }
 };
 
-#ifndef UNI
-#define UNI 1
-#endif
-__device__ __forceinline__ int uniform(int x) { return UNI ? __shfl_sync(~0u, x, 0) : x; }
-
 template <class Traits>
 __device__ __forceinline__ void wide(const LinearParams& params) {
+  using T = typename Traits::Activation;
+  constexpr int kTiles = Traits::kTokenTiles;
   extern __shared__ __align__(256) uint8_t shared[];
   let_successor_start();
-  WideWarp<Traits> w{params};
-  w.lane = threadIdx.x, w.member = uniform(threadIdx.y), w.group = uniform(threadIdx.z), w.members = params.warp_rows;
-  const int lane = w.lane;
-  const int groups = params.warp_inputs;
-  const int first_token = blockIdx.x * params.tile_tokens, tokens = min(params.tile_tokens, params.tokens - first_token);
-  const int split = blockIdx.z;
-  const int first_k = split * params.k_share + min(split, params.k_more), k_blocks = params.k_share + (split < params.k_more);
-  const int group_steps = Traits::kGroups == kGroupsWhole ? kSteps : params.group_steps;
-  w.block_bytes = Traits::kScalesAt + stream_scale_bytes(Traits::kValues, group_steps);
-  w.tail_pieces = (w.block_bytes - Traits::kHeadBytes) / 16;
-  const int v_at = tokens * kTokenRow, weights_at = v_at + kTokenRow * (Traits::kSigned ? 1 : 0);
-  const uint32_t stage_bytes = (weights_at + w.members * w.block_bytes + 127) & ~127u;
-  const uint32_t ring = shared_address(shared) + w.group * params.stages * stage_bytes;
-  const int pair = blockIdx.y * w.members + w.member;
-  w.weights_from = kept_pointer(params.stream + (int64_t(pair) * params.num_k_blocks + first_k) * w.block_bytes + 16 * lane);
-  w.policy = weight_policy(params.token_tiles == 1);
-  w.weights_to = ring + weights_at + w.member * w.block_bytes + 16 * lane;
-  const int piece = lane % 16, half = lane / 16;
-  w.v_from = kept_pointer(params.v + first_k * kTokenRow + 16 * piece);
-  w.v_to = ring + v_at + 16 * piece;
-  const int share = max(4 >> (31 - __clz(w.members)), 1), q0 = (w.member * share) & 3, row = 2 * q0 + half;
-  w.x_from = kept_pointer(params.x + 2 * ((first_token + row) * params.token_stride + int64_t(first_k) * kBlockInputs + piece * 8));
-  #pragma unroll
-  for (int q = 0; q < 4; ++q) w.x_to[q] = (ring + row * kTokenRow + ((piece ^ row) << 4)) ^ (q << 5);
-  w.copies_v = w.member == 0 && lane < 16;
-  w.x_mask = 0;
-#pragma unroll
-  for (int p = 0; p < 8; ++p) if (p / 2 < share && row + 2 * (p / 2) + 8 * (p % 2) < tokens) w.x_mask |= 1u << p;
-#pragma unroll
-  for (int p = 0; p < 8; ++p) w.x_exists[p] = w.x_mask >> p & 1;
-  w.values_at = w.weights_to;
-  w.signs_at = w.values_at - 8 * lane;
-  w.scales_at = w.values_at - 16 * lane + lane / 4 * 8;
-  w.v_at = ring + v_at + lane / 8 * 16;
-#pragma unroll
-  for (int n = 0; n < Traits::kTokenTiles; ++n) {
-    const int r = min(8 * n + lane % 8, tokens - 1);
-    w.x_at[n] = ring + r * kTokenRow + ((lane / 8 ^ (r & 7)) << 4);
-    w.x_odd[n] = keep(w.x_at[n] ^ 64);
-  }
-  const uint32_t opaque = uint32_t(params.tokens) >> 31;
-  w.magic = (Traits::kValues == kI8 ? Traits::Activation::kByteMagic : Traits::Activation::kNibbleMagic) + opaque;
-  w.one = Traits::Activation::kOne + opaque;
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-#pragma unroll
-    for (int n = 0; n < Traits::kTokenTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w.kept[r][n][i] = w.low[r][n][i] = 0;
-  int next = w.group;
-  uint32_t to = 0;
-  for (int s = 0; s < params.stages - 1; ++s, next += groups, to += stage_bytes) if (next < k_blocks) w.fetch_weights(to, next, true);
-  wait_for_predecessor();
-  next = w.group, to = 0;
-  for (int s = 0; s < params.stages - 1; ++s, next += groups, to += stage_bytes) {if (next < k_blocks) w.fetch_x(to, next, true); copies_commit();}
-  uint32_t read = 0, end = params.stages * stage_bytes;
+  const int lane = threadIdx.x;
+  // The same in all lanes, which the compiler can see only so: then what moves with the ring is one
+  // uniform register, and addresses need no additions.
+  const int group = __shfl_sync(~0u, int(threadIdx.z), 0);
+  const int member = __shfl_sync(~0u, int(threadIdx.y), 0);
+  const int rank = Traits::kSigns ? params.rank : 0;
+  const DecodePlace place = decode_place(params);
+  const WideStage<Traits> stage(params, place);
+  const uint32_t u_at = shared_address(shared);
+  const uint32_t rings_at = u_at + params.warp_rows * rank * (4 * kBlockRows);
+  const uint32_t ring_bytes = params.stages * stage.bytes;
+  const uint32_t ring = rings_at + group * ring_bytes;
+  const WideCopies<Traits> copies(params, place, stage, ring, member);
+
+  int next = group;
+  uint32_t slot = 0;
 #pragma unroll 1
-  for (int k = w.group; k < k_blocks; k += groups) {
-    if (w.members == 1) {
-      if (params.stages == 2) copies_wait_until<0>(); else if (params.stages == 3) copies_wait_until<1>(); else copies_wait_until<2>();
-      __syncwarp();
-    } else {
-      if (params.stages == 2) copies_wait_until<0>(); else if (params.stages == 3) copies_wait_until<1>(); else copies_wait_until<2>();
-      barrier(1 + w.group, 32 * w.members);
-    }
-    if (next < k_blocks) {
-      w.fetch_weights(to, next, true);
-      w.fetch_x(to, next, true);
+  for (; slot != ring_bytes; slot += stage.bytes, next += params.warp_inputs)
+    if (next < place.k_blocks) copies.fetch_weights(slot, next);
+  if constexpr (Traits::kSigns) fetch_factors(params, place, u_at);
+  wait_for_predecessor();
+  next = group;
+#pragma unroll 1
+  for (slot = 0; slot != ring_bytes; slot += stage.bytes, next += params.warp_inputs) {
+    if (next < place.k_blocks) copies.fetch_activations(slot, next);
+    copies_commit();
+  }
+
+  const BlockAddress weights_at(ring + stage.weights_at + member * stage.block_bytes, lane);
+  BlockOperands<Traits> block(params.tokens);
+  KeptSums<Traits, kTiles> kept;
+  kept.clear();
+  WideSigns<Traits> signs(params, place, stage, ring);
+  uint32_t even_at[kTiles], odd_at[kTiles];  // x for ldmatrix, in even and in odd steps
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    // A token that does not exist has no row; its column of the products is never stored.
+    even_at[n] = ring + staged_at(min(8 * n + lane % 8, place.tokens - 1), lane / 8);
+    odd_at[n] = keep(even_at[n] ^ 64);
+  }
+  slot = 0;
+  const int end = place.k_blocks + params.stages * params.warp_inputs;
+#pragma unroll 1
+  for (; next < end; next += params.warp_inputs) {
+    copies_wait_for_oldest(params.stages);
+    meet_group(params, group);
+    block.open(BlockAddress(weights_at, slot));
+    const auto step = [&](auto number) {
+      constexpr int kStep = decltype(number)::value;
+      uint32_t b[kTiles][4];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        load_matrices(b[n], slot + (kStep % 2 ? odd_at : even_at)[n] + 128 * (kStep / 2));
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) kept.template multiply<kStep>(block, tile, b);
+      if constexpr (Traits::kSigns) signs.template add<kStep>(block, b, slot);
+      kept.template end_step<kStep>(block, params.group_steps);
+    };
+    step(Number<0>()), step(Number<1>()), step(Number<2>()), step(Number<3>());
+    meet_group(params, group);
+    if (next < place.k_blocks) {
+      copies.fetch_weights(slot, next);
+      copies.fetch_activations(slot, next);
     }
     copies_commit();
-    w.multiply(read);
-    next += groups;
-    to = read;
-    read = read + stage_bytes == end ? 0 : read + stage_bytes;
+    slot = slot + stage.bytes == ring_bytes ? 0 : slot + stage.bytes;
   }
-  float* y = reinterpret_cast<float*>(params.partial) + threadIdx.z * 1000 + threadIdx.y*100+lane;
+  prefetch_next(params);
+
+  if (Traits::kSparse && params.adapter_steps && place.split == 0)
+    add_adapter<T>(kept.sum, params, place);
+  copies_wait_all();
+  __syncthreads();  // No warp reads its ring any more.
+  float* const sums = reinterpret_cast<float*>(shared + (rings_at - u_at));
+  const int columns = params.tile_tokens * (1 + rank);
+  float* const own = own_sums(sums, params, columns);
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
-#pragma unroll
-    for (int n = 0; n < Traits::kTokenTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[(r*8+n*4+i)*32] = w.kept[r][n][i] + w.low[r][n][i];
+  for (int n = 0; n < kTiles; ++n)
+    store_columns(own, params, kept.sum, n, 8 * n, 0, params.tile_tokens - 8 * n);
+  if constexpr (Traits::kSigns) signs.store(own, params);
+  __syncthreads();
+  write_result<T>(params, sums, reinterpret_cast<const uint32_t*>(shared));
 }
 
 }  // namespace slab

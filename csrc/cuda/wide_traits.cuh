@@ -1,37 +1,20 @@
-// What an instance of the wide decode loop is: the numbers that follow from its template arguments
-// alone.
+// What an instance of the kernels for up to 16 tokens with x in the ring is.
 #pragma once
 
-#include "traits.cuh"
+#include "decode_operands.cuh"
 
 namespace slab {
 
-// Whether a wide kernel knows its scale groups: whole K-blocks (128 inputs, or rows), halves or
-// quarters of them, or any, which is asked at run time.
-enum ScaleGroups : int { kGroupsWhole, kGroupsShort, kGroupsAny };
+// The other parameters are those of DecodeTraits. kAnyRank_: any rank, for up to 8 tokens; else
+// rank one, or none, for up to 16.
+template <class Activation_, int kValues_, int kPlanes_, int kGroupSteps_, bool kAnyRank_ = false>
+struct WideTraits : DecodeTraits<Activation_, kValues_, kPlanes_, kGroupSteps_> {
+  static constexpr bool kAnyRank = kAnyRank_;
+  static_assert(kPlanes_ > 0 || !kAnyRank);
 
-// Activation_ is Fp16 or Bf16 of ptx.cuh, kValues_ a StreamValues of params.h; kRank_ is kRankNone,
-// kRankOne or kRankAny, kPlanes_ 1, 2 or 3.
-template <class Activation_, int kValues_, int kRank_, int kPlanes_, int kGroups_>
-struct WideTraits {
-  using Activation = Activation_;
-  static constexpr int kValues = kValues_, kRank = kRank_, kPlanes = kPlanes_, kGroups = kGroups_;
-  static constexpr bool kSparse = kValues != kDense;
-  static constexpr bool kScaled = kValues == kI8 || kValues == kI4;
-  static constexpr bool kSigned = kSparse && kRank != kRankNone;
-
-  // A warp has 32 rows and 16 tokens, or 8 of any rank.
-  static constexpr int kTokenTiles = kRank == kRankAny ? 1 : 2;
-  static constexpr int kTokens = 8 * kTokenTiles;
-  // Tiles of 8 columns of the sign product: the tokens of rank one, or every (rank, token).
-  static constexpr int kSignTiles = !kSigned ? 0 : kRank == kRankAny ? 4 : kTokenTiles;
-
-  // Bytes of a block in front of its scales, and of them what all lanes copy, 16 bytes each.
-  static constexpr int kMetadataAt = kBlockTiles * stream_value_bytes(kValues);
-  static constexpr int kSignsAt = kMetadataAt + stream_metadata_bytes(kValues);
-  static constexpr int kScalesAt = kSignsAt + (kSigned ? kPlanes * kSignBytes : 0);
-  static constexpr int kHeadBytes = kScalesAt / 512 * 512;
-  static constexpr bool kHasTail = kScaled || kScalesAt > kHeadBytes;
+  static constexpr int kTokenTiles = kAnyRank ? 1 : 2;  // of 8 tokens
+  // Tiles of 8 columns that the sign term has at most: with any rank, every (rank, token).
+  static constexpr int kSignTiles = kAnyRank ? 4 : kTokenTiles;
 };
 
 }  // namespace slab
