@@ -35,25 +35,33 @@ __device__ __forceinline__ void copy16_if(uint32_t yes, uint32_t to, const void*
       : "memory");
 }
 // Reads the first `bytes` of 16 and writes zeros for the rest.
+template <int kTo = 0, int kFrom = 0>
 __device__ __forceinline__ void copy16_zero_filled(uint32_t yes, uint32_t to, const void* from,
                                                    int bytes) {
   asm volatile(
-      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global [%0], [%1], 16, "
-      "%2;\n}" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(yes)
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global [%0 + %4], [%1 "
+      "+ %5], 16, %2;\n}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(yes), "n"(kTo), "n"(kFrom)
       : "memory");
 }
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Waits until at most kGroups groups of this thread's copies are still on their way.
+template <int kGroups>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+constexpr int kMostStages = 4;
 // Waits until at most stages - 1 groups of this thread's copies are still on their way, for 2, 3 or
 // 4 stages: with that many asked for, until the oldest is here.
 __device__ __forceinline__ void copies_wait_for_oldest(int stages) {
-  asm volatile(
-      "{\n.reg .pred three, two;\nsetp.le.s32 three, %0, 3;\nsetp.le.s32 two, %0, "
-      "2;\ncp.async.wait_group 3;\n"
-      "@three cp.async.wait_group 2;\n@two cp.async.wait_group 1;\n}" ::"r"(stages)
-      : "memory");
+  if (stages == 2)
+    copies_wait<1>();
+  else if (stages == 3)
+    copies_wait<2>();
+  else
+    copies_wait<3>();
 }
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");

@@ -75,6 +75,38 @@ struct WideSigns {
   }
 };
 
+// How the warps of a K group wait for each other and for copies: 0 if there are several warps, else
+// the stages of its ring. A barrier of one warp would take one of the CTA's 16 barriers for nothing.
+__device__ __forceinline__ int waiting_mode(const LinearParams& params) {
+  return keep(params.warp_rows > 1 ? 0 : params.stages);
+}
+
+// Waits until the oldest stage is here, copied by every warp of the group.
+__device__ __forceinline__ void wait_for_stage(const LinearParams& params, int mode, int group) {
+  if (mode == 3) {
+    copies_wait<2>();
+  } else if (mode == 2) {
+    copies_wait<1>();
+  } else if (mode == 4) {
+    copies_wait<3>();
+  } else {
+    copies_wait_for_oldest(params.stages);
+    barrier(1 + group, 32 * params.warp_rows);
+  }
+  __syncwarp();
+}
+
+// No warp of the group reads its oldest stage any more.
+__device__ __forceinline__ void leave_stage(const LinearParams& params, int mode, int group) {
+  __syncwarp();
+  if (mode == 0) {
+    // This waits for nothing: there are no more copies on their way. It keeps ptxas from executing
+    // the barrier's five instructions under a predicate where there is one warp.
+    copies_wait<kMostStages - 1>();
+    barrier(1 + group, 32 * params.warp_rows);
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void wide(const LinearParams& params) {
   using T = typename Traits::Activation;
@@ -88,63 +120,58 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
   const int member = __shfl_sync(~0u, int(threadIdx.y), 0);
   const int rank = Traits::kSigns ? params.rank : 0;
   const DecodePlace place = decode_place(params);
-  const WideStage<Traits> stage(params, place);
+  const WideStage<Traits> stage(params);
   const uint32_t u_at = shared_address(shared);
   const uint32_t rings_at = u_at + params.warp_rows * rank * (4 * kBlockRows);
   const uint32_t ring_bytes = params.stages * stage.bytes;
   const uint32_t ring = rings_at + group * ring_bytes;
-  const WideCopies<Traits> copies(params, place, stage, ring, member);
+  const WideCopies<Traits> copies(params, place, stage, member);
+  BlockAddress weights_at(ring + stage.weights_at + member * stage.block_bytes, lane);
+  weights_at.narrow = keep(weights_at.narrow), weights_at.scales = keep(weights_at.scales);
+  // x for ldmatrix, in even and in odd steps: lane l names row l % 8 of matrix l / 8.
+  const uint32_t even_at = keep(ring + staged_at(lane % 8, lane / 8)), odd_at = keep(even_at ^ 64);
 
   int next = group;
   uint32_t slot = 0;
 #pragma unroll 1
-  for (; slot != ring_bytes; slot += stage.bytes, next += params.warp_inputs)
-    if (next < place.k_blocks) copies.fetch_weights(slot, next);
+  for (int i = 0; i < params.stages; ++i, slot += stage.bytes, next += params.warp_inputs)
+    if (next < place.k_blocks) copies.fetch_weights(slot + weights_at.wide, next);
   if constexpr (Traits::kSigns) fetch_factors(params, place, u_at);
   wait_for_predecessor();
-  next = group;
+  next = group, slot = 0;
 #pragma unroll 1
-  for (slot = 0; slot != ring_bytes; slot += stage.bytes, next += params.warp_inputs) {
-    if (next < place.k_blocks) copies.fetch_activations(slot, next);
+  for (int i = 0; i < params.stages; ++i, slot += stage.bytes, next += params.warp_inputs) {
+    if (next < place.k_blocks)
+      copies.fetch_activations(slot + even_at, slot + odd_at, next);
     copies_commit();
   }
 
-  const BlockAddress weights_at(ring + stage.weights_at + member * stage.block_bytes, lane);
   BlockOperands<Traits> block(params.tokens);
   KeptSums<Traits, kTiles> kept;
   kept.clear();
   WideSigns<Traits> signs(params, place, stage, ring);
-  uint32_t even_at[kTiles], odd_at[kTiles];  // x for ldmatrix, in even and in odd steps
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    // A token that does not exist has no row; its column of the products is never stored.
-    even_at[n] = ring + staged_at(min(8 * n + lane % 8, place.tokens - 1), lane / 8);
-    odd_at[n] = keep(even_at[n] ^ 64);
-  }
-  slot = 0;
+  const int mode = waiting_mode(params);
   const int end = place.k_blocks + params.stages * params.warp_inputs;
+  slot = 0;
 #pragma unroll 1
   for (; next < end; next += params.warp_inputs) {
-    copies_wait_for_oldest(params.stages);
-    meet_group(params, group);
+    wait_for_stage(params, mode, group);
     block.open(BlockAddress(weights_at, slot));
     const auto step = [&](auto number) {
       constexpr int kStep = decltype(number)::value;
       uint32_t b[kTiles][4];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
-        load_matrices(b[n], slot + (kStep % 2 ? odd_at : even_at)[n] + 128 * (kStep / 2));
+        load_matrices(b[n], slot + (kStep % 2 ? odd_at : even_at) + 128 * (kStep / 2) +
+                                8 * kTokenRow * n);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) kept.template multiply<kStep>(block, tile, b);
       if constexpr (Traits::kSigns) signs.template add<kStep>(block, b, slot);
       kept.template end_step<kStep>(block, params.group_steps);
     };
     step(Number<0>()), step(Number<1>()), step(Number<2>()), step(Number<3>());
-    meet_group(params, group);
-    if (next < place.k_blocks) {
-      copies.fetch_weights(slot, next);
-      copies.fetch_activations(slot, next);
-    }
+    leave_stage(params, mode, group);
+    copies.fetch(slot + weights_at.wide, slot + even_at, slot + odd_at, next);
     copies_commit();
     slot = slot + stage.bytes == ring_bytes ? 0 : slot + stage.bytes;
   }
