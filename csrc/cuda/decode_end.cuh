@@ -21,8 +21,8 @@
 // All sums are added in a fixed order: the groups', then u_r times the sign sum of each r.
 #pragma once
 
+#include "bias.cuh"
 #include "decode_place.cuh"
-#include "place.cuh"
 
 namespace slab {
 
@@ -132,7 +132,7 @@ __device__ __forceinline__ float sum_of_groups(const float* column, int groups, 
 template <class T>
 __device__ __forceinline__ void write_result(const LinearParams& params, const float* sums,
                                              const uint32_t* u) {
-  const DecodePlace place = decode_place_again(params);
+  const DecodePlace place = decode_place(params);
   const int row = threadIdx.y * kBlockRows + threadIdx.x, feature = place.first_row + row;
   if (feature >= place.end_row) return;
   const int pitch = sums_pitch(params);

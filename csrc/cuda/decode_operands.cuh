@@ -4,9 +4,9 @@
 //
 // Both kernels go through a block in this way, `tile` being a row tile of 16 rows:
 //
-//   BlockOperands<Traits> block(params.tokens);            // once: constants in registers
+//   BlockOperands<Traits> block(params.tokens, lane);      // once: constants in registers
 //   KeptSums<Traits, token tiles> kept;  kept.clear();     // once
-//   block.open(BlockAddress(first byte of the block, lane));
+//   block.open(first byte of the block + 16 lane);
 //   for step in 0 .. 3:                                    // template argument
 //     b = the activations' fragments
 //     for tile in 0, 1:
@@ -64,64 +64,61 @@ struct DecodeTraits {
   }
 };
 
-// Where a lane reads of a block in shared memory.
-struct BlockAddress {
-  uint32_t wide, narrow, scales;  // of its 16 bytes and its 8 bytes, and of the 8 bytes of row g
-
-  __device__ __forceinline__ BlockAddress(uint32_t block, int lane)
-      : wide(block + 16 * lane), narrow(block + 8 * lane), scales(block + lane / 4 * 8) {}
-  __device__ __forceinline__ BlockAddress(const BlockAddress& first, uint32_t further)
-      : wide(first.wide + further), narrow(first.narrow + further), scales(first.scales + further) {}
-};
-
 // The operands of one block, and the constants that make them.
 template <class Traits>
 struct BlockOperands {
   using T = typename Traits::Activation;
   static constexpr int kSignWords = Traits::kPlanes == 1 ? 1 : 2;  // of a row tile, of one load
 
-  BlockAddress at = BlockAddress(0, 0);
+  uint32_t at;           // of this lane's first 16 bytes
   uint32_t words[2][4];  // integer values: one load serves several steps
   uint32_t metadata[2][2], pruned[2][2];
   uint32_t signs[2][kSignWords], third[2];
   uint32_t scales[2];  // of rows g and g + 8 of each row tile, if the block has one scale group
-  uint32_t value_magic, sign_magic;
+  // Constants. Where this lane reads 8 bytes of each lane's, and the 8 bytes of its row g: counted
+  // from `at`.
+  uint32_t narrow_at, scales_at;
+  uint32_t value_magic, sign_magic, minus_five;
 
   // A LOP3 takes one immediate operand. With the other constant in a register, which a number that
   // the compiler cannot know forces, mask and constant are applied by one instruction. The number
   // is added: ptxas would take an OR apart again.
-  __device__ __forceinline__ explicit BlockOperands(int never_negative) {
+  __device__ __forceinline__ BlockOperands(int never_negative, int lane) {
     const uint32_t zero = opaque_zero(never_negative);
     value_magic = (Traits::kValues == kI8 ? T::kByteMagic : T::kNibbleMagic) + zero;
     sign_magic = (Traits::kPlanes == 1 ? T::kOne : T::kNibbleMagic) + zero;
+    minus_five = zero - 5u;
+    narrow_at = -8 * lane + zero;
+    scales_at = lane / 4 * 8 - 16 * lane + zero;
   }
 
   // Loads what several steps use.
-  __device__ __forceinline__ void open(const BlockAddress& block) {
+  __device__ __forceinline__ void open(uint32_t block) {
     at = block;
     if constexpr (Traits::kSparse) {
       uint32_t r[4];
-      load_shared(r, at.wide + Traits::kMetadataAt);
+      load_shared(r, at + Traits::kMetadataAt);
 #pragma unroll
       for (int i = 0; i < 4; ++i) metadata[i / 2][i % 2] = r[i];
     }
     if constexpr (Traits::kPlanes == 1) {
       uint32_t r[2];
-      load_shared(r, at.narrow + Traits::kSignsAt);
+      load_shared(r, at + narrow_at + Traits::kSignsAt);
       signs[0][0] = r[0], signs[1][0] = r[1];
     } else if constexpr (Traits::kSigns) {
       uint32_t r[4];
-      load_shared(r, at.wide + Traits::kSignsAt);
+      load_shared(r, at + Traits::kSignsAt);
 #pragma unroll
       for (int i = 0; i < 4; ++i) signs[i / 2][i % 2] = r[i];
-      if constexpr (Traits::kPlanes == 3) load_shared(third, at.narrow + Traits::kThirdPlaneAt);
+      if constexpr (Traits::kPlanes == 3)
+        load_shared(third, at + narrow_at + Traits::kThirdPlaneAt);
     }
     if constexpr (Traits::kValues == kI4) {
-      load_shared(words[0], at.wide);
-      load_shared(words[1], at.wide + Traits::kTileBytes);
+      load_shared(words[0], at);
+      load_shared(words[1], at + Traits::kTileBytes);
     }
     if constexpr (Traits::kScaled && Traits::kGroupSteps == kSteps)
-      load_shared(scales, at.scales + Traits::kScalesAt);
+      load_shared(scales, at + scales_at + Traits::kScalesAt);
     if constexpr (Traits::kSigns) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) pruned[i / 2][i % 2] = complement_nibbles(metadata[i / 2][i % 2]);
@@ -131,7 +128,7 @@ struct BlockOperands {
   // The kept values of a step of 32 inputs as stored, integer codes as 16-bit numbers.
   template <int kStep>
   __device__ __forceinline__ void load_kept(uint32_t (&a)[4], int tile) {
-    const uint32_t values = at.wide + tile * Traits::kTileBytes;
+    const uint32_t values = at + tile * Traits::kTileBytes;
     if constexpr (Traits::kValues == kW16) {
       load_shared(a, values + 512 * kStep);
     } else if constexpr (Traits::kValues == kI8) {
@@ -200,7 +197,7 @@ struct KeptSums {
     if constexpr (!Traits::kSparse) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        load_shared(a, block.at.wide + tile * Traits::kTileBytes + 1024 * kStep + 512 * h);
+        load_shared(a, block.at + tile * Traits::kTileBytes + 1024 * kStep + 512 * h);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
           T::mma_dense(sum[tile][n], a, b[n][2 * h], b[n][2 * h + 1]);
@@ -231,7 +228,7 @@ struct KeptSums {
         uint32_t scales[2];
         // This is kStep / group_steps, because group_steps is 1, 2 or 4.
         const int number = kStep >> (group_steps >> 1);
-        load_shared(scales, block.at.scales + Traits::kScalesAt + number * kScaleBytes);
+        load_shared(scales, block.at + block.scales_at + Traits::kScalesAt + number * kScaleBytes);
         add_group(scales);
         if constexpr (kStep < kSteps - 1) clear_group();
       }

@@ -15,40 +15,31 @@ struct DecodePlace {
   int first_k_block, k_blocks;  // of this share
 };
 
-// Of the CTA (x, y, z) of the grid. What is not used costs nothing.
-__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params, int x, int y,
-                                                    int z) {
-  const int token_tile_in_band = x, row_tile = y;
+// The grid is (token tile, row tile, split): up to 16 tokens are one band of token tiles. What is
+// not used costs nothing.
+__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params, int token_tile,
+                                                    int row_tile, int split) {
   DecodePlace place;
+  // Behind the last part, part_tile is the number of all tiles.
   place.part = 0;
-  int first_tile = 0, first_pair = 0, first_row = 0;
-  place.end_pair = params.part_pair[1], place.end_row = params.part_row[1];
 #pragma unroll
   for (int i = 1; i < kMaxParts; ++i)
-    if (i < params.parts && row_tile >= params.part_tile[i]) {
-      place.part = i, first_tile = params.part_tile[i], first_pair = params.part_pair[i];
-      first_row = params.part_row[i];
-      place.end_pair = params.part_pair[i + 1], place.end_row = params.part_row[i + 1];
-    }
-  const int tile_pairs = (row_tile - first_tile) * params.warp_rows;
-  place.first_pair = first_pair + tile_pairs;
-  place.first_row = first_row + tile_pairs * kBlockRows;
-  const bool divided = params.splits > 1;
-  const int token_tile = token_tile_in_band + (divided ? 0 : z * kBand);
+    if (row_tile >= params.part_tile[i]) place.part = i;
+  const int first_in_part = (row_tile - params.part_tile[place.part]) * params.warp_rows;
+  place.first_pair = params.part_pair[place.part] + first_in_part;
+  place.end_pair = params.part_pair[place.part + 1];
+  place.first_row = params.part_row[place.part] + first_in_part * kBlockRows;
+  place.end_row = params.part_row[place.part + 1];
   place.first_token = token_tile * params.tile_tokens;
   place.tokens = min(params.tile_tokens, params.tokens - place.first_token);
-  place.split = divided ? z : 0;
+  place.split = split;
   place.first_k_block = place.split * params.k_share + min(place.split, params.k_more);
   place.k_blocks = params.k_share + (place.split < params.k_more ? 1 : 0);
   return place;
 }
-
+// Computed before the main loop and once more after it: what only the end needs would otherwise
+// stay in registers through the loop.
 __device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) {
-  return decode_place(params, blockIdx.x, blockIdx.y, blockIdx.z);
-}
-// The same, computed once more after the main loop: what only the end needs would otherwise stay in
-// registers through the loop.
-__device__ __forceinline__ DecodePlace decode_place_again(const LinearParams& params) {
   return decode_place(params, keep(blockIdx.x), keep(blockIdx.y), keep(blockIdx.z));
 }
 

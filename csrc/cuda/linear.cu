@@ -1,13 +1,16 @@
 // Every kernel of the CUDA backend, one row each. Device code only, without CUDA or standard
 // headers: nvcc and NVRTC compile the same text.
+#include "bias.cuh"
 #include "dense.cuh"
 #include "linear.cuh"
+#include "narrow.cuh"
 
 namespace slab {
 
 // y = the sum of the splits, in their order, + bias. The y index of a CTA is its token.
 template <class Activation>
 __device__ __forceinline__ void reduce(const LinearParams& params) {
+  let_successor_start();
   wait_for_predecessor();
   const int feature = blockIdx.x * blockDim.x + threadIdx.x;
   if (feature >= params.out_features) return;
@@ -24,70 +27,66 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
 
 // Each row defines two kernels, <family>_fp16_<name> and <family>_bf16_<name>:
 //
-//   linear   the fused linear of one sign plane: three value types, rank one or any, four tiles
+//   linear   the fused linear of one sign plane: three value types, rank one or any
 //   adapter  z = x Q of an adapter, launched before it (partial sums in fp32)
 //   tall     the fused linear with 64 rows a warp, where registers allow it: half as many reads and
 //            products of activations
 //   planes   the fused linear of two or three sign planes of rank one, or any of any rank
 //
-// t8 to t64 are the tokens of a warp. A CTA has 256 threads. Up to 16 tokens two CTAs share an SM,
-// with 128 registers per thread; above that a CTA has it alone, with 255.
+// t32 and t64 are the tokens of a warp. A CTA has at most 256 threads, so that each may take 255
+// registers.
 //
 // clang-format off
-//      family   name             values  rank       planes     row tiles, token tiles, CTAs per SM
+//      family   name            values   rank       planes   row pairs, token tiles of a warp
 #define SLAB_LINEAR_KERNELS(KERNEL)                                        \
-  KERNEL(linear,  w16_one_t8,      kW16,   kRankOne,  1,          2, 1, 2) \
-  KERNEL(linear,  w16_any_t8,      kW16,   kRankAny,  1,          2, 1, 2) \
-  KERNEL(linear,  int8_one_t8,     kI8,    kRankOne,  1,          2, 1, 2) \
-  KERNEL(linear,  int8_any_t8,     kI8,    kRankAny,  1,          2, 1, 2) \
-  KERNEL(linear,  int4_one_t8,     kI4,    kRankOne,  1,          2, 1, 2) \
-  KERNEL(linear,  int4_any_t8,     kI4,    kRankAny,  1,          2, 1, 2) \
-  KERNEL(adapter, t8,              kDense, kRankAny,  1,          2, 1, 2) \
-  KERNEL(linear,  w16_one_t16,     kW16,   kRankOne,  1,          2, 2, 2) \
-  KERNEL(linear,  w16_any_t16,     kW16,   kRankAny,  1,          2, 2, 2) \
-  KERNEL(linear,  int8_one_t16,    kI8,    kRankOne,  1,          2, 2, 2) \
-  KERNEL(linear,  int8_any_t16,    kI8,    kRankAny,  1,          2, 2, 2) \
-  KERNEL(linear,  int4_one_t16,    kI4,    kRankOne,  1,          2, 2, 2) \
-  KERNEL(linear,  int4_any_t16,    kI4,    kRankAny,  1,          2, 2, 2) \
-  KERNEL(adapter, t16,             kDense, kRankAny,  1,          2, 2, 2) \
-  KERNEL(linear,  w16_one_t32,     kW16,   kRankOne,  1,          2, 4, 1) \
-  KERNEL(linear,  w16_any_t32,     kW16,   kRankAny,  1,          2, 4, 1) \
-  KERNEL(linear,  int8_one_t32,    kI8,    kRankOne,  1,          2, 4, 1) \
-  KERNEL(linear,  int8_any_t32,    kI8,    kRankAny,  1,          2, 4, 1) \
-  KERNEL(linear,  int4_one_t32,    kI4,    kRankOne,  1,          2, 4, 1) \
-  KERNEL(linear,  int4_any_t32,    kI4,    kRankAny,  1,          2, 4, 1) \
-  KERNEL(adapter, t32,             kDense, kRankAny,  1,          2, 4, 1) \
-  KERNEL(linear,  w16_one_t64,     kW16,   kRankOne,  1,          2, 8, 1) \
-  KERNEL(linear,  w16_any_t64,     kW16,   kRankAny,  1,          2, 8, 1) \
-  KERNEL(linear,  int8_one_t64,    kI8,    kRankOne,  1,          2, 8, 1) \
-  KERNEL(linear,  int8_any_t64,    kI8,    kRankAny,  1,          2, 8, 1) \
-  KERNEL(linear,  int4_one_t64,    kI4,    kRankOne,  1,          2, 8, 1) \
-  KERNEL(linear,  int4_any_t64,    kI4,    kRankAny,  1,          2, 8, 1) \
-  KERNEL(adapter, t64,             kDense, kRankAny,  1,          2, 8, 1) \
-  KERNEL(tall,    int8_one_t8,     kI8,    kRankOne,  1,          4, 1, 1) \
-  KERNEL(tall,    int8_one_t16,    kI8,    kRankOne,  1,          4, 2, 1) \
-  KERNEL(tall,    int4_one_t8,     kI4,    kRankOne,  1,          4, 1, 1) \
-  KERNEL(tall,    int4_one_t16,    kI4,    kRankOne,  1,          4, 2, 1) \
-  KERNEL(tall,    w16_one_t32,     kW16,   kRankOne,  1,          4, 4, 1) \
-  KERNEL(tall,    w16_none_t64,    kW16,   kRankNone, 1,          4, 8, 1) \
-  KERNEL(planes,  w16_two_t8,      kW16,   kRankOne,  2,          2, 1, 2) \
-  KERNEL(planes,  w16_three_t8,    kW16,   kRankOne,  3,          2, 1, 2) \
-  KERNEL(planes,  w16_any_t8,      kW16,   kRankAny,  kPlanesAny, 2, 1, 2) \
-  KERNEL(planes,  int8_two_t8,     kI8,    kRankOne,  2,          2, 1, 2) \
-  KERNEL(planes,  int8_three_t8,   kI8,    kRankOne,  3,          2, 1, 2) \
-  KERNEL(planes,  int8_any_t8,     kI8,    kRankAny,  kPlanesAny, 2, 1, 2) \
-  KERNEL(planes,  int4_two_t8,     kI4,    kRankOne,  2,          2, 1, 2) \
-  KERNEL(planes,  int4_three_t8,   kI4,    kRankOne,  3,          2, 1, 2) \
-  KERNEL(planes,  int4_any_t8,     kI4,    kRankAny,  kPlanesAny, 2, 1, 2) \
-  KERNEL(planes,  w16_two_t32,     kW16,   kRankOne,  2,          2, 4, 1) \
-  KERNEL(planes,  w16_three_t32,   kW16,   kRankOne,  3,          2, 4, 1) \
-  KERNEL(planes,  w16_any_t32,     kW16,   kRankAny,  kPlanesAny, 2, 4, 1) \
-  KERNEL(planes,  int8_two_t32,    kI8,    kRankOne,  2,          2, 4, 1) \
-  KERNEL(planes,  int8_three_t32,  kI8,    kRankOne,  3,          2, 4, 1) \
-  KERNEL(planes,  int8_any_t32,    kI8,    kRankAny,  kPlanesAny, 2, 4, 1) \
-  KERNEL(planes,  int4_two_t32,    kI4,    kRankOne,  2,          2, 4, 1) \
-  KERNEL(planes,  int4_three_t32,  kI4,    kRankOne,  3,          2, 4, 1) \
-  KERNEL(planes,  int4_any_t32,    kI4,    kRankAny,  kPlanesAny, 2, 4, 1)
+  KERNEL(linear,  w16_one_t32,    kW16,    kRankOne,  1,          1, 4)    \
+  KERNEL(linear,  w16_any_t32,    kW16,    kRankAny,  1,          1, 4)    \
+  KERNEL(linear,  int8_one_t32,   kI8,     kRankOne,  1,          1, 4)    \
+  KERNEL(linear,  int8_any_t32,   kI8,     kRankAny,  1,          1, 4)    \
+  KERNEL(linear,  int4_one_t32,   kI4,     kRankOne,  1,          1, 4)    \
+  KERNEL(linear,  int4_any_t32,   kI4,     kRankAny,  1,          1, 4)    \
+  KERNEL(adapter, t32,            kDense,  kRankAny,  1,          1, 4)    \
+  KERNEL(linear,  w16_one_t64,    kW16,    kRankOne,  1,          1, 8)    \
+  KERNEL(linear,  w16_any_t64,    kW16,    kRankAny,  1,          1, 8)    \
+  KERNEL(linear,  int8_one_t64,   kI8,     kRankOne,  1,          1, 8)    \
+  KERNEL(linear,  int8_any_t64,   kI8,     kRankAny,  1,          1, 8)    \
+  KERNEL(linear,  int4_one_t64,   kI4,     kRankOne,  1,          1, 8)    \
+  KERNEL(linear,  int4_any_t64,   kI4,     kRankAny,  1,          1, 8)    \
+  KERNEL(adapter, t64,            kDense,  kRankAny,  1,          1, 8)    \
+  KERNEL(tall,    w16_one_t32,    kW16,    kRankOne,  1,          2, 4)    \
+  KERNEL(tall,    w16_none_t64,   kW16,    kRankNone, 1,          2, 8)    \
+  KERNEL(planes,  w16_two_t32,    kW16,    kRankOne,  2,          1, 4)    \
+  KERNEL(planes,  w16_three_t32,  kW16,    kRankOne,  3,          1, 4)    \
+  KERNEL(planes,  w16_any_t32,    kW16,    kRankAny,  kPlanesAny, 1, 4)    \
+  KERNEL(planes,  int8_two_t32,   kI8,     kRankOne,  2,          1, 4)    \
+  KERNEL(planes,  int8_three_t32, kI8,     kRankOne,  3,          1, 4)    \
+  KERNEL(planes,  int8_any_t32,   kI8,     kRankAny,  kPlanesAny, 1, 4)    \
+  KERNEL(planes,  int4_two_t32,   kI4,     kRankOne,  2,          1, 4)    \
+  KERNEL(planes,  int4_three_t32, kI4,     kRankOne,  3,          1, 4)    \
+  KERNEL(planes,  int4_any_t32,   kI4,     kRankAny,  kPlanesAny, 1, 4)
+
+// The kernels for up to 16 tokens, narrow_fp16_<name> and narrow_bf16_<name>. A CTA has at most 512
+// threads. none, one, two, three: sign planes, of any rank where there are some. groups: scale
+// groups of 32 or 64 inputs; kernels of several planes take all of them.
+//
+//      family  name             values  planes  steps of a scale group
+#define SLAB_DECODE_KERNELS(KERNEL)                                     \
+  KERNEL(narrow, w16_none,         kW16,   0,      kSteps)              \
+  KERNEL(narrow, w16_one,          kW16,   1,      kSteps)              \
+  KERNEL(narrow, w16_two,          kW16,   2,      kSteps)              \
+  KERNEL(narrow, w16_three,        kW16,   3,      kSteps)              \
+  KERNEL(narrow, int8_none,        kI8,    0,      kSteps)              \
+  KERNEL(narrow, int8_one,         kI8,    1,      kSteps)              \
+  KERNEL(narrow, int8_none_groups, kI8,    0,      kGroupStepsAny)      \
+  KERNEL(narrow, int8_one_groups,  kI8,    1,      kGroupStepsAny)      \
+  KERNEL(narrow, int8_two,         kI8,    2,      kGroupStepsAny)      \
+  KERNEL(narrow, int8_three,       kI8,    3,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_none,        kI4,    0,      kSteps)              \
+  KERNEL(narrow, int4_one,         kI4,    1,      kSteps)              \
+  KERNEL(narrow, int4_none_groups, kI4,    0,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_one_groups,  kI4,    1,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_two,         kI4,    2,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_three,       kI4,    3,      kGroupStepsAny)
 
 // dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank
 // one and one plane.
@@ -102,24 +101,33 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(int4_any, kI4,  true,  2)
 // clang-format on
 
-#define SLAB_KERNEL(name, ctas_per_sm, body)                     \
-  extern "C" __global__ void __launch_bounds__(256, ctas_per_sm) \
-      name(const __grid_constant__ LinearParams params) {        \
-    body;                                                        \
+#define SLAB_KERNEL_OF(threads, name, ctas_per_sm, body)             \
+  extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm) \
+      name(const __grid_constant__ LinearParams params) {            \
+    body;                                                            \
   }
+#define SLAB_KERNEL(name, ctas_per_sm, body) SLAB_KERNEL_OF(256, name, ctas_per_sm, body)
 
-#define SLAB_LINEAR(kernel, T, values, rank, planes, row_tiles, token_tiles, ctas) \
-  SLAB_KERNEL(kernel, ctas,                                                        \
-              (linear<LinearTraits<T, values, rank, planes, row_tiles, token_tiles>>(params)))
+#define SLAB_LINEAR(kernel, T, values, rank, planes, pairs, token_tiles) \
+  SLAB_KERNEL(kernel, 1,                                                 \
+              (linear<LinearTraits<T, values, rank, planes, pairs, token_tiles>>(params)))
 
 #define SLAB_LINEAR_PAIR(family, name, ...)            \
   SLAB_LINEAR(family##_fp16_##name, Fp16, __VA_ARGS__) \
   SLAB_LINEAR(family##_bf16_##name, Bf16, __VA_ARGS__)
 
+#define SLAB_DECODE(kernel, family, T, values, planes, group_steps) \
+  SLAB_KERNEL_OF(512, kernel, 1, (family<DecodeTraits<T, values, planes, group_steps>>(params)))
+
+#define SLAB_DECODE_PAIR(family, name, ...)                    \
+  SLAB_DECODE(family##_fp16_##name, family, Fp16, __VA_ARGS__) \
+  SLAB_DECODE(family##_bf16_##name, family, Bf16, __VA_ARGS__)
+
 #define SLAB_DENSE_PAIR(name, values, any, ctas)                             \
   SLAB_KERNEL(dense_fp16_##name, ctas, (rebuild<Fp16, values, any>(params))) \
   SLAB_KERNEL(dense_bf16_##name, ctas, (rebuild<Bf16, values, any>(params)))
 
+SLAB_DECODE_KERNELS(SLAB_DECODE_PAIR)
 SLAB_LINEAR_KERNELS(SLAB_LINEAR_PAIR)
 SLAB_DENSE_KERNELS(SLAB_DENSE_PAIR)
 SLAB_KERNEL(reduce_fp16, 4, reduce<Fp16>(params))

@@ -14,19 +14,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // cp.async (PTX 9.7.9.25.3) copies 16 bytes past L1; the policy decides what L2 keeps. The
 // predicate is the instruction's own, so there is no branch, and one run of copies instead of
-// several (ptxas guards each run with three dummy loads). kAt bytes are added to both addresses.
-template <int kAt>
+// several (ptxas guards each run with three dummy loads). kTo and kFrom bytes are added to the
+// addresses.
+template <int kTo, int kFrom = kTo>
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from,
                                           uint64_t policy) {
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global.L2::cache_hint "
-      "[%0 + %4], [%1 + "
-      "%4], 16, %2;\n}" ::"r"(to),
-      "l"(from), "l"(policy), "r"(int(yes)), "n"(kAt)
+      "[%0 + %4], [%1 + %5], 16, %2;\n}" ::"r"(to),
+      "l"(from), "l"(policy), "r"(int(yes)), "n"(kTo), "n"(kFrom)
       : "memory");
 }
-// kTo and kFrom bytes are added to the addresses.
-template <int kTo = 0, int kFrom = 0>
+template <int kTo = 0, int kFrom = kTo>
 __device__ __forceinline__ void copy16_if(uint32_t yes, uint32_t to, const void* from) {
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0 + %3], [%1 "
@@ -35,9 +34,13 @@ __device__ __forceinline__ void copy16_if(uint32_t yes, uint32_t to, const void*
       : "memory");
 }
 // Reads the first `bytes` of 16 and writes zeros for the rest.
-template <int kTo = 0, int kFrom = 0>
-__device__ __forceinline__ void copy16_zero_filled(uint32_t yes, uint32_t to, const void* from,
-                                                   int bytes) {
+__device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+template <int kTo, int kFrom = kTo>
+__device__ __forceinline__ void copy16_zero_filled_if(uint32_t yes, uint32_t to, const void* from,
+                                                      int bytes) {
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global [%0 + %4], [%1 "
       "+ %5], 16, %2;\n}" ::"r"(to),
@@ -51,17 +54,6 @@ __device__ __forceinline__ void copies_commit() {
 template <int kGroups>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-constexpr int kMostStages = 4;
-// Waits until at most stages - 1 groups of this thread's copies are still on their way, for 2, 3 or
-// 4 stages: with that many asked for, until the oldest is here.
-__device__ __forceinline__ void copies_wait_for_oldest(int stages) {
-  if (stages == 2)
-    copies_wait<1>();
-  else if (stages == 3)
-    copies_wait<2>();
-  else
-    copies_wait<3>();
 }
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -77,6 +69,11 @@ __device__ __forceinline__ void copies_wait(int stages) {
 }
 
 // createpolicy (PTX 9.7.9.23). Weights that no other CTA will read leave L2 first.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
@@ -84,6 +81,15 @@ __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   return read_once ? first : normal;
 }
 
+// A plain load, not through the read-only cache: the kernel before may write there while this one
+// begins. It stays where it is written down.
+__device__ __forceinline__ uint4 load_global(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return r;
+}
 // prefetch (PTX 9.7.9.16) of the line that this byte is in.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -150,7 +156,6 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
 }
-// A pointer is then one pair of registers, which a multiply-add takes as it is.
 __device__ __forceinline__ const uint8_t* keep(const uint8_t* p) {
   asm volatile("mov.b64 %0, %0;" : "+l"(p));
   return p;
@@ -166,6 +171,14 @@ __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_
 }
 __device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32_t value) {
   return (word & mask) ^ value;
+}
+
+// PRMT (PTX 9.7.9.7): byte i of the result is the byte of b a, a's lowest being number 0, that
+// nibble i of `choice` names, 7 at most. (__byte_perm masks a choice that only run time knows.)
+__device__ __forceinline__ uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t choice) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(choice));
+  return r;
 }
 
 // To the right, around the end.

@@ -134,31 +134,34 @@ class Kernel:
 
     @functools.cached_property
     def edge(self) -> set[int]:
-        """Blocks of the copy at an edge (the last K-block where K is no multiple of 128, rows of x
-        that are not aligned).
+        """Blocks of the copy at an edge, the last K-block where K is no multiple of 128.
 
-        It alone stores to shared memory. Going up its dominators, it begins below the first that
-        other copies are in.
+        It alone fills up with zeros. Going up its dominators, it begins below the first that other
+        copies are in, or the wait for them.
         """
         edge: set[int] = set()
-        for store in (b for b in self.main.blocks if self.has([b], "STS")):
-            for root in (b for b in self.main.blocks if self.dominators[store] >> b & 1):
+        for filled in (b for b in self.main.blocks if self.copies_at_edge([b])):
+            for root in (b for b in self.main.blocks if self.dominators[filled] >> b & 1):
                 below = {b for b in self.main.blocks if self.dominators[b] >> root & 1}
-                if not any(i.base == "LDGSTS" and ".ZFILL" not in i.opcode for i in self.of(below)):
+                if not self.copies_whole(below) and not self.has(below, "LDGDEPBAR", "HMMA"):
                     edge |= below
         return edge
+
+    def copies_at_edge(self, blocks) -> bool:
+        return any(i.base == "LDGSTS" and ".ZFILL" in i.opcode for i in self.of(blocks))
+
+    def copies_whole(self, blocks) -> bool:
+        return any(i.base == "LDGSTS" and ".ZFILL" not in i.opcode for i in self.of(blocks))
 
     def trips(self, loop: Loop, tokens: int) -> int:
         """How often a loop inside the main loop runs for one K-block with rank 1 and every token of
         the tile.
 
-        A warp instruction copies two token rows of x. Raises: ValueError for a loop of an unknown
-        kind.
+        A loop that copies x has several copies a trip, of two token rows each; one with a single
+        copy takes v, a rank each trip. Raises: ValueError for a loop of an unknown kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
-        if self.has(loop.blocks, "HMMA") or any(
-            ".ZFILL" in i.opcode for i in copies
-        ):  # a rank; its row of v
+        if self.has(loop.blocks, "HMMA") or len(copies) == 1:  # a rank; its row of v
             return 1
         if copies:
             return -(-tokens // (2 * len(copies) * SHARING))
