@@ -224,15 +224,18 @@ def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int, M: int) -> int:
 
     tokens: of a warp. A ring of the narrow loop is a warp's and holds nothing but weights; the
     others are a K group's and hold activations and V, too. The wide loop stages no more tokens than
-    there are.
+    there are (csrc/cuda/wide_stage.cuh).
     """
     if tile.loop == NARROW:
         return sizes.block_bytes
     staged = tile.warp_tokens * tokens
+    weights = tile.row_pairs * sizes.block_bytes
     if tile.loop == WIDE:
-        staged = min(staged, M)
+        all_rows = COLUMNS * (2 if sizes.rank <= 1 else 1)  # are read, whether they exist or not
+        activations = (min(staged, M) + sizes.rank) * TOKEN_ROW_BYTES
+        return max(all_rows * TOKEN_ROW_BYTES, ceil_div(activations + weights, 128) * 128)
     activations = (staged + sizes.rank) * TOKEN_ROW_BYTES
-    return ceil_div(activations + tile.row_pairs * sizes.block_bytes, 256) * 256
+    return ceil_div(activations + weights, 256) * 256
 
 
 def rings(tile: Tile) -> int:
