@@ -101,7 +101,7 @@ __device__ __forceinline__ void Warp<Traits>::multiply_k_blocks() {
     write_stage = ring.after(write_stage);
     multiply_stage(u);
   }
-  if constexpr (Traits::kLevelOperand) sums.join_chains(u);
+  if constexpr (Traits::kLevelOperand) sums.join_levels(u);
 }
 
 template <class Traits>
