@@ -189,12 +189,10 @@ class Plan:
         rank, tokens = self.sizes.rank, self.tokens
         if self.tile.loop == NARROW:
             return 1, min(1, rank)
-        if self.tile.loop == WIDE:
-            most = (
-                self.sizes.wide_tokens
-            )  # Columns of tokens that do not exist are multiplied, too.
-            tokens, signs = (most, most * rank) if rank <= 1 else (COLUMNS, tokens * rank)
-            return tokens // COLUMNS, ceil_div(signs, COLUMNS)
+        if self.tile.loop == WIDE and rank <= 1:
+            tokens = self.sizes.wide_tokens  # Those that do not exist are multiplied, too.
+        elif self.tile.loop == WIDE:
+            return 1, ceil_div(tokens * rank, COLUMNS)
         return tokens // COLUMNS, tokens * rank // COLUMNS
 
     @property
