@@ -173,7 +173,7 @@ def test_weights_are_asked_for_before_anything_else(machine_code, architecture):
 
 @pytest.mark.parametrize("loop", ("narrow", "wide"))
 def test_the_cost_model_issues_what_the_machine_code_does(machine_code, loop):
-    """Of the fp16 kernels on sm_90a, within 10 %; of any rank with four products of sign columns."""
+    """Of the fp16 kernels on sm_90a, within 10 %; of any rank with four products of signs."""
     wrong = Findings()
     values_of = {"w16": W16, "int8": INT8, "int4": INT4}
     tables = {"narrow": cost.NARROW_ISSUE, "wide": cost.WIDE_ISSUE}
