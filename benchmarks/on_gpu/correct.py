@@ -1,0 +1,189 @@
+"""Whether kernels for up to 16 tokens give the right results, by the reference in fp64.
+
+    python -m on_gpu.correct cuda|triton FILE
+
+Small integers must come out bit for bit, random numbers within the bound that follows from the
+types, and a token's result must have the same bits whatever the number of tokens. The CUDA backend
+runs every tile of every loop, the Triton backend what it chooses. Every wrong case is named.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from on_gpu import machine, plans, verdicts
+from on_gpu.rows import RESULTS, Row, Rows
+from on_gpu.weights import DTYPES, TOKENS, Problem, Weight, large, problem, small
+from slab_kernels.backends import cuda, dispatch
+from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
+from slab_kernels.backends.cuda.tiles import sizes_of
+from slab_kernels.bench.correctness import tolerance
+
+Linear = Callable[[Tensor, object, Tensor | None], Tensor]
+FEW_TOKENS = ("narrow_", "wide_", "adapter_")  # how the names of these kernels begin
+# A kernel of Triton takes seconds to compile: several processes do it, for every fourth weight.
+PROCESSES = 8
+TRITON_EVERY = 4
+
+
+def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
+    """What is wrong with y, the result of M tokens, or None."""
+    exact, magnitude = it.exact[:M], it.magnitude[:M]
+    if tuple(y.shape) != (M, sum(weight.rows)) or y.dtype != it.x.dtype:
+        return f"the result is {list(y.shape)} {y.dtype}"
+    if not bool(y.isfinite().all()):
+        return f"{int((~y.isfinite()).sum())} of {y.numel()} entries are not finite"
+    y = y[:, -exact.shape[1] :]
+    off = (y.double() - exact).abs()
+    if weight.integers:
+        bad = y != exact.to(y.dtype)
+    else:
+        bad = off > tolerance(magnitude, exact, y.dtype, weight.K, tensor_cores=True)
+    if not bool(bad.any()):
+        return None
+    token, row = (int(at) for at in bad.nonzero()[0])
+    return (
+        f"{int(bad.sum())} of {y.numel()} entries, the first at token {token}, row {row}: "
+        f"{float(y[token, row])} instead of {float(exact[token, row])}"
+    )
+
+
+def outcome(
+    case: str, weight: Weight, it: Problem, state: object, linear: Linear, tokens: Iterable[int]
+) -> Row:
+    """One way to run a weight: a row that says which token counts are wrong, and how."""
+    faults: list[str] = []
+    before: Tensor | None = None
+    broken = False
+    start = time.monotonic()
+    for M in tokens:
+        try:
+            y = linear(it.x[:M], state, it.bias)
+            if y.is_cuda:
+                torch.cuda.synchronize()
+        except Exception as error:
+            faults.append(f"M={M}: {type(error).__name__}: {' '.join(str(error).split())}")
+            if it.x.is_cuda and (broken := _broken()):
+                break
+            continue
+        if fault := wrong(weight, it, M, y):
+            faults.append(f"M={M}: {fault}")
+        elif before is not None and not _same_bits(y[: before.shape[0]], before):
+            faults.append(f"M={M}: a token's result depends on how many there are")
+        before = y
+    row = {"case": case, "wrong": faults, "seconds": round(time.monotonic() - start, 3)}
+    return row | {"broken": True} if broken else row
+
+
+def _broken() -> bool:
+    """Whether the device answers nothing more to this process, as after an illegal access."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def cuda_outcomes(weight: Weight, device: CudaDevice, where: str) -> Iterator[Row]:
+    """Every tile of a weight, each at all token counts that it serves, and the plan that is chosen.
+
+    where: of the tensors, "cuda", or "cpu" for a device that is emulated.
+    """
+    it = problem(weight, where)
+    state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
+    sizes = sizes_of(state)
+    seen: list[str] = []
+    linear = plans.linear_on(plans.recorded(device, seen))
+    row = outcome(f"cuda {weight}: chosen", weight, it, state, linear, TOKENS)
+    names = kernel_names(sizes, state.dtype)
+    yield row | {
+        "kernels": sorted(set(seen)),
+        "may_use": [name for name in names if name.startswith(FEW_TOKENS)],
+    }
+    if "broken" in row:
+        return
+    by_tile: dict[tuple, dict[int, plans.Plan]] = {}
+    for M in TOKENS:
+        for plan in plans.every(sizes, M, device.gpu):
+            by_tile.setdefault((plan.tile, plan.splits), {})[M] = plan
+    for (tile, splits), served in by_tile.items():
+        seen.clear()
+
+        def run(x: Tensor, state: object, bias: Tensor | None, served=served) -> Tensor:
+            with plans.forced(served[x.shape[0]]):
+                return linear(x, state, bias)
+
+        name = f"{tile.loop} {tile.warp_rows}x{tile.warp_inputs} warps, {splits} splits"
+        row = outcome(f"cuda {weight}: {name}", weight, it, state, run, served)
+        yield row | {"kernels": sorted(set(seen))}
+        if "broken" in row:
+            return
+
+
+def triton_outcome(weight: Weight, where: str = "cuda") -> Row:
+    """A weight on the Triton backend, and what it warned of: that it fell back, for instance."""
+    it, backend = problem(weight, where), dispatch.backend("triton")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        state = backend.prepare_fused(list(it.parts), DTYPES[weight.dtype])
+        row = outcome(f"triton {weight}", weight, it, state, backend.linear_fused, TOKENS)
+    warned = sorted({" ".join(str(each.message).split()) for each in said})
+    return row | {"warned": [each for each in warned if "slab" in each.lower()]}
+
+
+def triton_weights() -> list[Weight]:
+    """Fewer weights than the CUDA kernels get, with every value type and rank among them."""
+    chosen = [weight for weight in small() if weight.values != "int3"]
+    return [*chosen[::TRITON_EVERY], *large()[:2]]
+
+
+def run_cuda(rows: Rows) -> None:
+    device = cuda.device_of(torch.cuda.current_device())
+    for weight in [*small(), *large()]:
+        if rows.has(f"cuda {weight}: chosen"):
+            continue
+        rows.add(*cuda_outcomes(weight, device, "cuda"))
+        if any("broken" in row for row in rows.rows[-1:]):
+            # What stands in the file is left out by the fresh process.
+            print(f"{rows.rows[-1]['case']} left the device unusable; a fresh process goes on")
+            os.execv(sys.executable, [sys.executable, "-m", "on_gpu.correct", *sys.argv[1:]])
+
+
+def run_triton(rows: Rows) -> None:
+    todo = [weight for weight in triton_weights() if not rows.has(f"triton {weight}")]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, context) as pool:
+        for done in as_completed([pool.submit(triton_outcome, weight) for weight in todo]):
+            rows.add(done.result())
+
+
+def main(backend: str, file: str) -> int:
+    # Outputs begin as NaN, so that an entry that no kernel writes shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    rows = Rows(Path(file), machine.head(), (RESULTS,))
+    try:
+        run_cuda(rows) if backend == "cuda" else run_triton(rows)
+    finally:
+        rows.save()
+        mine = [row for row in rows.rows if row["case"].startswith(f"{backend} ")]
+        verdict = verdicts.correctness(mine)
+        verdict.say()
+    return 0 if verdict.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

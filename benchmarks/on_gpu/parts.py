@@ -1,0 +1,92 @@
+"""The parts of `benchmarks/on_gpu.sh`, in order of worth, each with its command and time limit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process of its own, which may fail or hang without harm to the others.
+
+    It prints its verdict as lines that begin with "verdict: ", of which the last one counts.
+    """
+
+    name: str
+    what: str  # in words
+    command: Sequence[str]
+    limit: float  # seconds
+    least: float  # It is not begun with fewer seconds left.
+
+
+def program(name: str, *arguments: object) -> list[str]:
+    """The command of a file of this package, which finds it by the PYTHONPATH of on_gpu.sh."""
+    return [sys.executable, "-m", f"on_gpu.{name}", *map(str, arguments)]
+
+
+def parts(out: Path, stem: str) -> list[Part]:
+    """All parts, in order.
+
+    out: the folder of the result files. stem: device and commit, which their names hold.
+    """
+
+    def file(kind: str, ending: str = "json") -> Path:
+        return out / f"{kind}-{stem}.{ending}"
+
+    correct, sanitizer = file("correct"), file("sanitizer")
+    return [
+        Part("kernels", "machine code of every kernel", program("kernels"), 240, 30),
+        Part(
+            "cuda",
+            "every CUDA kernel for up to 16 tokens is right",
+            program("correct", "cuda", correct),
+            60,
+            20,
+        ),
+        Part(
+            "triton",
+            "every Triton kernel for up to 16 tokens is right",
+            program("correct", "triton", correct),
+            60,
+            30,
+        ),
+        Part(
+            "causes",
+            "start, loop, warps and overlap timed apart, beside the prediction",
+            program("causes", file("causes")),
+            60,
+            30,
+        ),
+        Part(
+            "decode",
+            "four shapes at 1, 4 and 16 tokens beside dense and other libraries",
+            program("decode", file("linear")),
+            150,
+            40,
+        ),
+        Part(
+            "sweep",
+            "every tile of those shapes, for benchmarks/fit_plans.py",
+            program("sweep", file("plans", "csv"), 80),
+            100,
+            40,
+        ),
+        Part("tests", "pytest -m gpu", program("pytests", file("tests"), 110), 120, 40),
+        *(
+            Part(
+                f"{tool}-{case}",
+                f"compute-sanitizer --tool {tool} on {what}",
+                program("sanitized", tool, case, sanitizer),
+                60,
+                30,
+            )
+            for case, what in (
+                ("rings", "rings that are used many times"),
+                ("small", "K = 204, int4, rank 0, bf16"),
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+    ]
