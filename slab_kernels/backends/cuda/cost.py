@@ -16,7 +16,19 @@ from dataclasses import dataclass
 from ...format import ceil_div
 from .gpus import Gpu
 from .layout import BLOCK_INPUTS, DENSE, INT4, INT8, W16
-from .tiles import TOKEN_ROW_BYTES, CudaSizes, Tile, stage_bytes, sums_bytes
+from .measured import MeasuredRow
+from .tiles import (
+    COLUMNS,
+    MANY,
+    NARROW,
+    TOKEN_ROW_BYTES,
+    CudaSizes,
+    Tile,
+    columns_bytes,
+    rings,
+    stage_bytes,
+    sums_bytes,
+)
 
 BAND = 8  # token tiles side by side in a grid; kBand of csrc/cuda/params.h
 SHARED_PORT = 128  # bytes per clock of one multiprocessor's shared memory
@@ -34,16 +46,40 @@ LAUNCH_US = 1.09  # of a kernel in a graph
 FILL_US = 1.73  # per wave of CTAs: from first byte to first product, its reduction and store
 REDUCE_US = 1.55  # of the kernel that adds K-splits
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
+# The loops for up to 16 tokens are newer than those measurements, and nothing is known of them but
+# their machine code. FILL_US was fitted to kernels that divided five times and stalled 711 cycles
+# before their first copy, where now are no division and 61 cycles, and that divided again at their
+# end. It is an assumption that this saves so much of every launch.
+DECODE_SAVES_US = 0.7
 
-# SASS instructions that a warp issues for 32 rows x 128 inputs (4096 weights): (fixed, per 8
-# tokens). They are fitted to the main loops of the sm_90a cubin by `python tests/sass/counter.py`;
-# tests/sass/test_sass.py holds them within 10 %.
+# SASS instructions that a warp issues for 32 rows x 128 inputs (4096 weights). They are counted in
+# the main loops of the sm_90a cubin by `python tests/sass/counter.py`; tests/sass/test_sass.py
+# holds them within 10 %.
+NARROW_ISSUE = {  # by sign planes, 0 for a rank of 0; as many for every number of tokens and ranks
+    0: {W16: 75, INT8: 145, INT4: 148},
+    1: {W16: 137, INT8: 207, INT4: 210},
+    2: {W16: 160, INT8: 235, INT4: 240},
+    3: {W16: 190, INT8: 265, INT4: 270},
+}
+WIDE_ISSUE = {  # 16 tokens, at most one rank
+    0: {W16: 120, INT8: 200, INT4: 203, DENSE: 200},
+    1: {W16: 215, INT8: 297, INT4: 300},
+    2: {W16: 240, INT8: 325, INT4: 330},
+    3: {W16: 270, INT8: 355, INT4: 360},
+}
+# 8 tokens and any rank: (fixed, for each product of 8 sign columns), by sign planes.
+ANY_ISSUE = {
+    1: {W16: (150, 60), INT8: (220, 60), INT4: (223, 60)},
+    2: {W16: (175, 60), INT8: (245, 60), INT4: (250, 60)},
+    3: {W16: (205, 60), INT8: (275, 60), INT4: (280, 60)},
+}
+# The loop for many tokens: (fixed, per 8 tokens).
 ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
     2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},
     3: {W16: (303, 54), INT8: (377, 61), INT4: (379, 62)},
 }
-TALL_ISSUE = {W16: (345, 71), INT8: (512, 71), INT4: (522, 71)}  # for 64 rows x 128 inputs
+TALL_ISSUE = {W16: (345, 71)}  # for 64 rows x 128 inputs
 
 
 def bytes_per_us(gpu: Gpu) -> float:
@@ -59,6 +95,8 @@ def clocks_per_us(gpu: Gpu) -> float:
 class Plan:
     """One launch of a linear's kernel: its sizes, its GPU, the choices, and their predicted time.
 
+    measured: the row of measured.json by which it was chosen, None where the cost model chose.
+
     Every `*_us` is a bound: what the launch would take if nothing else held it up. The work is
     that of the multiprocessor with the most CTAs.
     """
@@ -69,8 +107,9 @@ class Plan:
     tile: Tile
     tokens: int  # of a warp
     splits: int  # CTAs that share K
-    stages: int  # K blocks in a group's ring
+    stages: int  # K blocks in a ring
     resident: int  # CTAs that a multiprocessor holds at once
+    measured: MeasuredRow | None = None
 
     @property
     def cta_tokens(self) -> int:
@@ -103,9 +142,11 @@ class Plan:
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Shared memory of a CTA: its groups' rings, and later their sums in the same place."""
-        rings = self.stages * self.tile.warp_inputs * self.stage_bytes
-        return max(sums_bytes(self.tile, self.tokens), rings)
+        """Shared memory of a CTA: columns of x and rings, and later the groups' sums in the same
+        place."""
+        held = columns_bytes(self.sizes, self.tile, self.tokens, self.splits)
+        held += rings(self.tile) * self.stages * self.stage_bytes
+        return max(sums_bytes(self.sizes, self.tile, self.tokens), held)
 
     @functools.cached_property
     def ctas(self) -> int:
@@ -127,6 +168,20 @@ class Plan:
     @property
     def cta_k_blocks(self) -> float:
         return self.sizes.k_blocks / self.splits
+
+    @property
+    def warp_k_blocks(self) -> float:
+        """K blocks of the warp that has most."""
+        if self.tile.loop == MANY:
+            return self.cta_k_blocks / self.tile.warp_inputs
+        return ceil_div(ceil_div(self.sizes.k_blocks, self.splits), self.tile.warp_inputs)
+
+    @property
+    def column_tiles(self) -> tuple[int, int]:
+        """How many products of 8 columns a warp makes of the kept values, and of the signs."""
+        if self.tile.loop == NARROW:
+            return 1, min(1, self.sizes.rank)
+        return ceil_div(self.tokens, COLUMNS), ceil_div(self.tokens * self.sizes.rank, COLUMNS)
 
     @property
     def cta_weight_bytes(self) -> int:
@@ -152,39 +207,50 @@ class Plan:
 
     def shared_memory_us(self) -> float:
         """Every stage is written once, and read by each warp that needs it."""
-        activations = self.tokens * TOKEN_ROW_BYTES
         weight = self.tile.row_tiles * self.sizes.block_bytes // 2
-        V = self.sizes.rank * STEPS * V_FRAGMENT_BYTES
+        if self.tile.loop == NARROW:
+            read = COLUMNS * TOKEN_ROW_BYTES + weight
+        else:
+            V = self.sizes.rank * STEPS * V_FRAGMENT_BYTES
+            read = self.tokens * TOKEN_ROW_BYTES + weight + V
         warps = self.tile.warp_rows * self.tile.warp_tokens
-        cta_bytes = self.cta_k_blocks * (warps * (activations + weight + V) + self.stage_bytes)
+        written = rings(self.tile) // self.tile.warp_inputs * self.stage_bytes
+        cta_bytes = self.cta_k_blocks * (warps * read + written)
         rate = SHARED_PORT * clocks_per_us(self.gpu) * RATE_REACHED
         return self.ctas_per_multiprocessor * cta_bytes / rate
 
     def tensor_cores_us(self) -> float:
-        """A 2:4 product takes half of a dense one, and so does each rank of the sign term."""
-        halves = (2 if self.sizes.values == DENSE else 1) + self.sizes.rank
-        dense = self.tile.rows * self.cta_tokens * self.cta_k_blocks * BLOCK_INPUTS
+        """A 2:4 product takes half of a dense one, and so does one of signs."""
+        kept, signs = self.column_tiles
+        halves = COLUMNS * ((2 if self.sizes.values == DENSE else 1) * kept + signs)
+        dense = self.tile.rows * self.tile.warp_tokens * self.cta_k_blocks * BLOCK_INPUTS
         rate = self.gpu.mma_rate * clocks_per_us(self.gpu) * RATE_REACHED
         return self.ctas_per_multiprocessor * (dense * halves / 2) / rate
 
     def issue_us(self) -> float:
         """The instructions that the warps of a scheduler issue, and what a lone warp waits."""
-        warps = max(1.0, self.at_once * self.tile.threads / (32 * SCHEDULERS))
+        warps = max(1.0, self.at_once * self.tile.warps / SCHEDULERS)
         rounds = self.ctas_per_multiprocessor / self.at_once
-        warp_k_blocks = self.cta_k_blocks / self.tile.warp_inputs
         cycles = self._warp_instructions() * (ISSUE_CYCLES * warps + WAIT_CYCLES)
-        return rounds * warp_k_blocks * cycles / clocks_per_us(self.gpu)
+        return rounds * self.warp_k_blocks * cycles / clocks_per_us(self.gpu)
 
     def _warp_instructions(self) -> float:
         """SASS instructions that a warp issues per K block."""
+        values, rank = self.sizes.values, self.sizes.rank
+        planes = self.sizes.planes if rank else 0
+        if self.tile.loop == NARROW:
+            return NARROW_ISSUE[planes][values]
+        if self.tile.loop != MANY and rank <= 1:
+            return WIDE_ISSUE[planes][values]
+        if self.tile.loop != MANY:
+            fixed, per_tile = ANY_ISSUE[planes][values]
+            return fixed + per_tile * self.column_tiles[1]
         if self.tile.tall:
             table = TALL_ISSUE
-        elif self.sizes.planes > 1:
-            table = PLANES_ISSUE[self.sizes.planes]
         else:
-            table = ISSUE
-        fixed, per_token_tile = table[self.sizes.values]
-        return fixed + per_token_tile * (self.tokens // 8) * (1 + self.sizes.rank) / 2
+            table = PLANES_ISSUE[planes] if planes > 1 else ISSUE
+        fixed, per_token_tile = table[values]
+        return fixed + per_token_tile * (self.tokens // COLUMNS) * (1 + rank) / 2
 
     @functools.cached_property
     def bounds(self) -> dict[str, float]:
@@ -203,9 +269,19 @@ class Plan:
         """The name of the largest bound."""
         return max(self.bounds, key=self.bounds.__getitem__)
 
+    def columns_us(self) -> float:
+        """What the narrow loop's x and V take a CTA longer to fetch than its first weights."""
+        if self.tile.loop != NARROW:
+            return 0.0
+        fetched = self.cta_k_blocks * (self.tokens + self.sizes.rank) * TOKEN_ROW_BYTES
+        rate = self.gpu.l2_port * clocks_per_us(self.gpu)
+        return max(0.0, self.at_once * fetched / rate - LATENCY_US)
+
     def fixed_us(self) -> float:
         """The launch, the waves' starts and ends, and the kernel that adds K-splits."""
-        started = LAUNCH_US + FILL_US * self.waves
+        started = LAUNCH_US + (FILL_US + self.columns_us()) * self.waves
+        if self.tile.loop != MANY:
+            started -= DECODE_SAVES_US
         if self.splits == 1:
             return started
         partial_sums = 2 * self.splits * self.M * self.sizes.N * 4  # bytes written and read, fp32
@@ -218,15 +294,20 @@ class Plan:
         return joined + self.fixed_us()
 
     def describe(self) -> str:
-        """The choices, their reason and the prediction in words."""
-        tile, split = self.tile, ""
+        """The choices, their reason, the prediction and who chose, in words."""
+        tile, split, by = self.tile, "", "chosen by the cost model"
         if self.splits > 1:
             split = f", K split over {self.splits} CTAs"
+        if self.measured is not None:
+            by = (
+                f"chosen because it took {self.measured.measured_us:.1f} us with "
+                f"{self.measured.tokens} tokens on an {self.measured.gpu} ({self.measured.file})"
+            )
         return (
-            f"{tile.rows} rows x {self.cta_tokens} tokens a CTA, {tile.warp_inputs} K groups, "
-            f"{tile.threads} threads, {self.stages} stages, {self.shared_bytes} bytes shared, "
-            f"{self.resident} CTAs a multiprocessor{split} ({tile.reason}); "
-            f"predicted {self.microseconds:.1f} us, bound by {self.bound}"
+            f"{tile.loop} loop, {tile.rows} rows x {self.cta_tokens} tokens a CTA, "
+            f"{tile.warp_inputs} K groups, {tile.threads} threads, {self.stages} stages, "
+            f"{self.shared_bytes} bytes shared, {self.resident} CTAs a multiprocessor{split} "
+            f"({tile.reason}); predicted {self.microseconds:.1f} us, bound by {self.bound}; {by}"
         )
 
 

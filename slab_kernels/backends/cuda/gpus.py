@@ -77,6 +77,11 @@ def gpu_like(
     )
 
 
+def is_model(gpu: Gpu, name: str) -> bool:
+    """Whether a device is of the model of that name: an "NVIDIA H100 80GB HBM3" is an "H100"."""
+    return _models(name) <= _models(gpu.name)
+
+
 def _models(name: str) -> set[str]:
     """The words of a GPU's name that hold a number: "NVIDIA H100 80GB HBM3" -> h100, 80gb, hbm3."""
     return set(re.findall(r"[a-z]*\d+\w*", name.lower()))

@@ -1,10 +1,14 @@
 """One linear as launches: fills `LinearParams` of csrc/cuda/params.h and queues its kernels.
 
 The linear's kernel comes after the one of z = x Q where the weight has an adapter, and before the
-one that adds partial sums where K is split. The launches overlap by programmatic dependent launch
-where the device has it. Nothing is kept between calls, and there are no flags and no atomics: z,
-the partial sums and a rebuilt weight come from torch's allocator with the call, like y, so streams
-and CUDA graphs may overlap as they like.
+one that adds partial sums where K is split. Nothing is kept between calls, and there are no flags
+and no atomics: z, the partial sums and a rebuilt weight come from torch's allocator with the call,
+like y, so streams and CUDA graphs may overlap as they like.
+
+Every linear, the first of a call too, is launched as a dependent kernel where the device has that:
+it may start before the kernel in front of it ends, whoever queued that one. Until it has waited for
+that kernel it reads nothing but the prepared weight (layout.prepare), and it writes nothing at all.
+`dense_*` kernels do not wait, so they are launched in the ordinary way.
 """
 
 from __future__ import annotations
@@ -21,15 +25,18 @@ from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
 from .gpus import Gpu
-from .layout import BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
+from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState, adapters
 from .plan import choose
-from .tiles import REGISTERS, CudaSizes, sizes_of
+from .prefetch import successor_of
+from .tiles import MANY, NARROW, WIDE, CudaSizes, sizes_of
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
+PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BIAS_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # bias_type of params.h
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
+STEPS = 4  # of 32 inputs in a K block
 _POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial", "next")
 _WIDE_NUMBERS = ("token_stride", "next_bytes")
 _NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "rank", "planes",
@@ -94,21 +101,30 @@ def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches
         inner = sizes.adapter()
         plan = choose(inner, M, gpu)
         assert isinstance(plan, Plan)  # An adapter's sizes are never rebuilt.
-        name = f"adapter_{act}_t{plan.tokens}"
+        name = _name(inner, act, plan.tile.loop, plan.tokens)
         adapter, z_splits = FusedLaunch(name, plan, _template(inner, M, plan, 1)), plan.splits
-    name = _name(sizes, act, chosen.tokens, chosen.tile.tall)
+    name = _name(sizes, act, chosen.tile.loop, chosen.tokens, chosen.tile.tall)
     return Launches(adapter, FusedLaunch(name, chosen, _template(sizes, M, chosen, z_splits)))
 
 
-def _name(sizes: CudaSizes, act: str, tokens: int, tall: bool) -> str:
+def _name(sizes: CudaSizes, act: str, loop: str, tokens: int, tall: bool = False) -> str:
     """The linear's kernel. act: of the activations. tokens: of a warp. tall: 64 rows per warp."""
-    values = VALUE_NAMES[sizes.values]
+    if sizes.values == DENSE:
+        return f"adapter_{act}_t{tokens}"
+    kind = f"{act}_{VALUE_NAMES[sizes.values]}"
+    if loop != MANY:
+        kind += f"_{PLANE_NAMES[sizes.planes if sizes.rank else 0]}"
+        if loop == WIDE and sizes.rank > 1:
+            return f"wide_{kind}_any_t8"
+        kind += "_t16" if loop == WIDE else ""
+        # The other kernels of several planes are told how many inputs a scale covers.
+        grouped = sizes.planes == 1 and sizes.values != W16 and sizes.group_steps < STEPS
+        return f"{loop}_{kind}{'_groups' if grouped else ''}"
     if sizes.planes > 1:
-        one_rank = {2: "two", 3: "three"}[sizes.planes]
-        return f"planes_{act}_{values}_{'any' if sizes.rank > 1 else one_rank}_t{tokens}"
+        return f"planes_{kind}_{'any' if sizes.rank > 1 else PLANE_NAMES[sizes.planes]}_t{tokens}"
     other_rank = "none" if tall else "any"
     rank = "one" if sizes.rank == 1 else other_rank
-    return f"{'tall' if tall else 'linear'}_{act}_{values}_{rank}_t{tokens}"
+    return f"{'tall' if tall else 'linear'}_{kind}_{rank}_t{tokens}"
 
 
 def _dense_name(sizes: CudaSizes, act: str) -> str:
@@ -119,15 +135,17 @@ def _dense_name(sizes: CudaSizes, act: str) -> str:
 
 def kernel_names(sizes: CudaSizes, dtype: torch.dtype) -> list[str]:
     """Every kernel that this weight may ever use, whatever the number of tokens."""
-    act = DTYPE_NAMES[dtype]
-    names = [
-        _name(sizes, act, tokens, tall)
-        for tall in (False, True)
-        for tokens in sizes.warp_tokens(tall)
-    ]
-    if sizes.adapter_steps:
-        names += [f"adapter_{act}_t{tokens}" for tokens in REGISTERS]
-    return [*names, f"reduce_{act}", _dense_name(sizes, act)]
+    act, found = DTYPE_NAMES[dtype], []
+    for each in (sizes, sizes.adapter()) if sizes.adapter_steps else (sizes,):
+        if each.most_narrow_tokens:
+            found.append(_name(each, act, NARROW, each.most_narrow_tokens))
+        found.append(_name(each, act, WIDE, each.wide_tokens))
+        found += [
+            _name(each, act, MANY, tokens, tall)
+            for tall in (False, True)
+            for tokens in each.warp_tokens(tall)
+        ]
+    return [*found, f"reduce_{act}", _dense_name(sizes, act)]
 
 
 def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> bytes:
@@ -163,10 +181,10 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     if M == 0:
         return x.new_empty(shape)
     x = x.reshape(M, sizes.K)
-    x = _aligned(x)
     adapter, chosen = launches(sizes, M, x.dtype, device.gpu)
     if isinstance(chosen, RebuildLaunch):
         return rebuilt(x, state, bias, chosen, device).view(shape)
+    x = _aligned(x)
     y = x.new_empty(shape)
     args = LinearParams.from_buffer_copy(chosen.template)
     _set_activations(args, x)
@@ -175,6 +193,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
         z = _queue_adapter(x, state, adapter, device)
         args.adapter_p, args.adapter_z = state.P.data_ptr(), z.data_ptr()
     args.stream, args.y = state.stream.data_ptr(), y.data_ptr()
+    args.next, args.next_bytes = successor_of(args.stream)
     if state.U is not None and state.V is not None:
         args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
     if bias is not None:
@@ -183,7 +202,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     if splits > 1:
         partial = x.new_empty(splits, M, N, dtype=torch.float32)
         args.partial = partial.data_ptr()
-    _queue(chosen, args, device, dependent=adapter is not None)
+    _queue(chosen, args, device)
     if splits > 1:
         grid = (ceil_div(N, THREADS), M, 1)
         device.queue(f"reduce_{DTYPE_NAMES[x.dtype]}", grid, (THREADS, 1, 1), 0, args, True)
@@ -204,10 +223,9 @@ def _set_activations(args: LinearParams, x: Tensor) -> None:
     args.x, args.token_stride = x.data_ptr(), x.stride(0)
 
 
-def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice, dependent: bool) -> None:
-    """dependent: the kernel may start before the one before it in the stream ends."""
+def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice) -> None:
     plan = launch.plan
-    device.queue(launch.name, plan.grid, plan.block, plan.shared_bytes, args, dependent)
+    device.queue(launch.name, plan.grid, plan.block, plan.shared_bytes, args, True)
 
 
 def _queue_adapter(x: Tensor, state: CudaState, launch: FusedLaunch, device: CudaDevice) -> Tensor:
@@ -218,7 +236,7 @@ def _queue_adapter(x: Tensor, state: CudaState, launch: FusedLaunch, device: Cud
     args = LinearParams.from_buffer_copy(launch.template)
     _set_activations(args, x)
     args.stream, args.partial = state.Q.data_ptr(), z.data_ptr()
-    _queue(launch, args, device, dependent=False)
+    _queue(launch, args, device)
     return z
 
 

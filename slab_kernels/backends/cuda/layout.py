@@ -68,6 +68,9 @@ class CudaState(NamedTuple):
 def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     """One stream for the parts, in order, for activations of `dtype`.
 
+    On a GPU it is there when this returns: kernels read a prepared weight before they wait for the
+    kernel in front of them, so nobody may write into its tensors afterwards either.
+
     fp16 and bf16 values are stored in the activations' type (an fp16 value rounds to bf16 as a
     dense bf16 weight would), int3 values as int4.
 
@@ -91,7 +94,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         adapter = [_adapter(part, dtype) for part in parts]
         P, Q = torch.cat([p for p, _ in adapter]), _even(torch.cat([q for _, q in adapter]))
         Q = _paired(Q, 2).flatten(2)
-    return CudaState(
+    state = CudaState(
         stream,
         V,
         U,
@@ -104,6 +107,14 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         planes=first.planes,
         dtype=dtype,
     )
+    finish(state)
+    return state
+
+
+def finish(state: CudaState) -> None:
+    """Waits, on a GPU, until all that was queued to write the prepared tensors has been done."""
+    if state.stream.is_cuda:
+        torch.cuda.current_stream(state.stream.device).synchronize()
 
 
 # From the stream back to dense tensors.

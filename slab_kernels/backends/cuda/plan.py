@@ -1,4 +1,5 @@
-"""Which kernel runs a linear on a device, with which tile: the plan that the cost model likes best.
+"""Which kernel runs a linear on a device, with which tile: a measured row, or what the cost model
+likes best.
 
 A token's result must not depend on how many others there are. So within a regime (up to 16 tokens,
 up to 64) one way of splitting K is chosen from the weight's sizes alone, and above 64 tokens K is
@@ -9,25 +10,36 @@ otherwise.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ...errors import ArgumentError
 from .cost import Plan, Rebuild, rebuild
 from .gpus import Gpu
 from .layout import DENSE
+from .measured import MeasuredRow, rows_for
 from .tiles import (
+    DECODE,
+    DECODE_REGISTERS,
+    FEW,
+    MANY,
     MOST_STAGES,
+    NARROW_TILES,
     SPLIT_TILES,
     TALL_TILES,
     WHOLE_TILES,
+    WIDE_TILES,
     CudaSizes,
     Tile,
+    columns_bytes,
+    rings,
     stage_bytes,
     sums_bytes,
 )
 
-DECODE, FEW = 16, 64  # tokens up to which each regime reaches
 SPLITS = (1, 2, 4, 8)  # CTAs that may share K
+REGIMES = (0, DECODE, FEW, 1 << 62)  # A regime is above one of these and up to the next.
 REGISTER_FILE = 65536  # registers of a multiprocessor
 # Rebuilding is weighed at these numbers of tokens, 65 to 62036, each a tenth above the one before.
 REBUILT_FROM = [round((FEW + 1) * 1.1**n) for n in range(73)]
@@ -35,42 +47,66 @@ REBUILT_FROM = [round((FEW + 1) * 1.1**n) for n in range(73)]
 
 @functools.lru_cache(maxsize=4096)
 def choose(sizes: CudaSizes, M: int, gpu: Gpu) -> Plan | Rebuild:
-    """The fastest plan by the model, within what the regime of M allows.
+    """The measured plan if there is one, else the fastest by the model, within what the regime of
+    M allows.
 
-    Raises: ArgumentError if no plan fits into the device's shared memory.
+    Raises: ArgumentError if no plan fits into the device's shared memory, ConfigError if the file
+    of measured rows is damaged.
     """
-    if M > FEW:
-        if M >= _rebuilt_from(sizes, gpu):
-            return rebuild(sizes, M, gpu)
-        return _fastest(plans(sizes, M, gpu, 1, 1), sizes, gpu)
-    warp_inputs, splits = _split(sizes, M <= DECODE, gpu)
-    return _fastest(plans(sizes, M, gpu, warp_inputs, splits), sizes, gpu)
+    if M > FEW and M >= _rebuilt_from(sizes, gpu):
+        return rebuild(sizes, M, gpu)
+    found = plans(sizes, M, gpu, *_split(sizes, regime(M), gpu))
+    if not found:
+        raise _too_large(sizes, gpu)
+    for row in rows_for(sizes, gpu, *regime(M)):
+        if row.above < M <= row.tokens and (plan := _named(row, found)):
+            return plan
+    return min(found, key=lambda plan: plan.microseconds)
+
+
+def regime(M: int) -> tuple[int, int]:
+    """The token counts that share M's way of splitting K: above the first, up to the second."""
+    return next((above, upto) for above, upto in itertools.pairwise(REGIMES) if M <= upto)
 
 
 def plans(sizes: CudaSizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
-    """Every plan for M tokens with so many K groups per CTA and so many CTAs that share K."""
-    found = (
-        evaluate(sizes, M, gpu, tile, tokens, splits)
-        for tile, tokens in _tiles(sizes, M)
-        if tile.warp_inputs == warp_inputs
-    )
-    return [plan for plan in found if plan is not None]
+    """Every plan for M tokens with so many K groups per CTA and so many CTAs that share K.
 
-
-def _tiles(sizes: CudaSizes, M: int) -> Iterator[tuple[Tile, int]]:
-    """Tiles and tokens of a warp that suit M tokens.
-
-    Few tokens take the smallest tile that holds them all; with several sign planes, which have no
-    tile of 64, two tiles of 32. Many tokens take warps of 32 or 64.
+    The narrow loop needs fewest instructions: where it fits, no other is looked at.
     """
+    for tiles in _tiles(sizes, M):
+        found = [
+            plan
+            for tile, tokens in tiles
+            if tile.warp_inputs == warp_inputs
+            for plan in residencies(sizes, M, gpu, tile, tokens, splits)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _tiles(sizes: CudaSizes, M: int) -> Iterator[list[tuple[Tile, int]]]:
+    """Tiles and tokens of a warp that suit M tokens, the preferred loop's first.
+
+    In the loop for many, up to 64 tokens take the smallest tile that holds them all; with several
+    sign planes, which have no tile of 64, two tiles of 32. More take warps of 32 or 64.
+    """
+    if M <= DECODE:
+        if M <= sizes.most_narrow_tokens:
+            yield [(tile, M) for tile in NARROW_TILES]
+        yield [(tile, sizes.wide_tokens) for tile in WIDE_TILES]
+        return
     widths = sizes.warp_tokens()
     smallest = min(tokens for tokens in widths if tokens >= min(M, max(widths)))
     flat = SPLIT_TILES if M <= FEW else WHOLE_TILES
     pairs = [(tile, tokens) for tile in flat for tokens in widths]
     pairs += [(tile, tokens) for tile in TALL_TILES for tokens in sizes.warp_tokens(tall=True)]
-    for tile, tokens in pairs:
-        if tokens * tile.warp_tokens == smallest if M <= FEW else tokens >= 32:
-            yield tile, tokens
+    yield [
+        (tile, tokens)
+        for tile, tokens in pairs
+        if (tokens * tile.warp_tokens == smallest if M <= FEW else tokens >= 32)
+    ]
 
 
 def evaluate(
@@ -88,22 +124,36 @@ def residencies(
 
     Each has as many stages as there is room for. One CTA alone needs two, several need three.
     """
-    registers = sizes.registers(tile.tall)[tokens] * tile.threads
-    group_bytes = tile.warp_inputs * stage_bytes(sizes, tile, tokens, M)
+    if tile.loop == MANY:
+        registers = sizes.registers(tile.tall)[tokens] * tile.threads
+    else:
+        registers = DECODE_REGISTERS * tile.threads
+    held = columns_bytes(sizes, tile, tokens, splits)
+    stage = rings(tile) * stage_bytes(sizes, tile, tokens, M)
     found = []
     for resident in (1, 2, 4):
         shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
-        stages = min(MOST_STAGES, shared // group_bytes)
-        fits = registers * resident <= REGISTER_FILE and sums_bytes(tile, tokens) <= shared
+        stages = min(MOST_STAGES, (shared - held) // stage)
+        fits = registers * resident <= REGISTER_FILE and sums_bytes(sizes, tile, tokens) <= shared
         if fits and stages >= (2 if resident == 1 else 3):
             found.append(Plan(sizes, M, gpu, tile, tokens, splits, stages, resident))
     return found
 
 
-def _fastest(found: list[Plan], sizes: CudaSizes, gpu: Gpu) -> Plan:
-    if not found:
-        raise _too_large(sizes, gpu)
-    return min(found, key=lambda plan: plan.microseconds)
+def _named(row: MeasuredRow, found: list[Plan]) -> Plan | None:
+    """The plan that a row names, with no more stages than fit, or None if it is not among these."""
+    for plan in found:
+        tile = plan.tile
+        same = (
+            row.loop == tile.loop
+            and (row.warp_rows, row.warp_tokens) == (tile.warp_rows, tile.warp_tokens)
+            and (row.split, row.row_tiles) == ((tile.warp_inputs, plan.splits), tile.row_tiles)
+            and (row.warp_width == plan.tokens or tile.loop != MANY)
+            and row.resident == plan.resident
+        )
+        if same:
+            return replace(plan, stages=min(row.stages, plan.stages), measured=row)
+    return None
 
 
 def _too_large(sizes: CudaSizes, gpu: Gpu) -> ArgumentError:
@@ -125,17 +175,24 @@ def _rebuilt_from(sizes: CudaSizes, gpu: Gpu) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def _split(sizes: CudaSizes, decode: bool, gpu: Gpu) -> tuple[int, int]:
+def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu) -> tuple[int, int]:
     """The K groups of a CTA and the CTAs that share K, for all token counts of a regime.
 
-    They are those with the least time summed over some token counts of the regime.
+    Measured rows of the regime have one way. Without them it is the one with the least time by the
+    model, summed over some token counts.
 
     Raises: ArgumentError if no plan fits into the device's shared memory.
     """
-    groups = sorted({tile.warp_inputs for tile in SPLIT_TILES}, reverse=True)
-    weighed = (1, 8, DECODE) if decode else (32, FEW)
+    if of[0] >= FEW:
+        return 1, 1
+    weighed = (1, 4, DECODE) if of[1] == DECODE else (32, FEW)
+    for row in rows_for(sizes, gpu, *of):
+        fit = all(plans(sizes, M, gpu, *row.split) for M in weighed)
+        if fit and _named(row, plans(sizes, row.tokens, gpu, *row.split)):
+            return row.split
+    tiles = WIDE_TILES if of[1] == DECODE else SPLIT_TILES
     totals: list[tuple[float, int, int]] = []
-    for warp_inputs in groups:
+    for warp_inputs in sorted({tile.warp_inputs for tile in tiles}, reverse=True):
         for splits in SPLITS:
             if splits > 1 and sizes.k_blocks < splits * warp_inputs:
                 continue

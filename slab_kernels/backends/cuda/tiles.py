@@ -1,7 +1,13 @@
 """A linear's sizes as its CUDA kernels see them, and the tiles that a CTA may have.
 
-A CTA has at most eight warps. They share its tile along rows and tokens; those that remain are
-groups, each of which takes every n-th K block and whose sums are added at the end.
+The warps of a CTA share its tile along rows and tokens; those that remain are groups, each of which
+takes every n-th K block and whose sums are added at the end. There are three main loops:
+
+narrow  up to 16 tokens, as long as tokens x (1 + rank) are at most the 8 columns of one product: x
+        and v * x of the CTA's share of K stand in shared memory before the loop, and each warp has
+        a ring of weights of its own
+wide    up to 16 tokens otherwise: x travels in the ring with the weights
+many    17 tokens and more
 """
 
 from __future__ import annotations
@@ -24,16 +30,24 @@ from .layout import (
     CudaState,
 )
 
-MOST_RANK = 16  # Every stage holds this many rows of V beside the activations.
+NARROW, WIDE, MANY = LOOPS = ("narrow", "wide", "many")
+DECODE, FEW = 16, 64  # tokens up to which each regime reaches: narrow and wide, many, many
+MOST_RANK = 16  # Every stage of the wide loop holds this many rows of V beside the activations.
 MOST_STAGES = 4
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS  # of one token's activations, or of a row of V, per K block
-# The registers that a thread takes at most, by the tokens of a warp: one family of kernels each.
-REGISTERS = {8: 128, 16: 128, 32: 192, 64: 255}
-TALL_REGISTERS = {8: 160, 16: 208, 32: 208, 64: 255}  # 64 rows per warp
+COLUMNS = 8  # of one tensor-core product: tokens, or a token's products with a row of V
+COLUMN_BYTES = TOKEN_ROW_BYTES + 16  # a column's row of the narrow loop: no bank conflicts
+# Of a CTA of the wide loop where the rank is above 1: a column for each token and rank.
+MOST_SIGN_COLUMNS = 32
+# The registers that a thread takes at most. In narrow and wide loops all kernels may take:
+DECODE_REGISTERS = 128
+# In the loop for many tokens, by the tokens of a warp: one family of kernels each.
+REGISTERS = {32: 192, 64: 255}
+TALL_REGISTERS = {32: 208, 64: 255}  # 64 rows per warp
 # Kernels with several sign planes keep the sums of the planes apart, so 64 tokens do not fit.
-PLANES_REGISTERS = {8: 128, 32: 248}
+PLANES_REGISTERS = {32: 248}
 # By value type and rank, the tokens of a warp for which a kernel with 64 rows per warp exists.
-TALL = {(INT8, 1): (8, 16), (INT4, 1): (8, 16), (W16, 1): (32,), (W16, 0): (64,)}
+TALL = {(W16, 1): (32,), (W16, 0): (64,)}
 
 
 class CudaSizes(NamedTuple):
@@ -72,14 +86,24 @@ class CudaSizes(NamedTuple):
         """How many tiles of `rows` rows each part takes."""
         return [ceil_div(part, rows) for part in self.rows]
 
+    @property
+    def most_narrow_tokens(self) -> int:
+        """The tokens up to which the narrow loop serves; 0 if it never does."""
+        return 0 if self.values == DENSE else COLUMNS // (1 + self.rank)
+
+    @property
+    def wide_tokens(self) -> int:
+        """The tokens of a CTA in the wide loop: all of decoding, if the rank is at most 1."""
+        return DECODE if self.rank <= 1 else min(COLUMNS, MOST_SIGN_COLUMNS // self.rank)
+
     def warp_tokens(self, tall: bool = False) -> tuple[int, ...]:
-        """The tokens of a warp in the compiled kernels; tall: those of 64 rows per warp."""
+        """The tokens of a warp in the kernels for many; tall: those of 64 rows per warp."""
         if self.planes > 1:
             return () if tall else tuple(PLANES_REGISTERS)
         return TALL.get((self.values, self.rank), ()) if tall else tuple(REGISTERS)
 
     def registers(self, tall: bool) -> dict[int, int]:
-        """The registers of a thread by the tokens of a warp."""
+        """The registers of a thread by the tokens of a warp, in the loop for many."""
         if tall:
             return TALL_REGISTERS
         return PLANES_REGISTERS if self.planes > 1 else REGISTERS
@@ -104,9 +128,11 @@ def sizes_of(state: CudaState) -> CudaSizes:
 
 @dataclass(frozen=True)
 class Tile:
-    """The warps of a CTA along rows, tokens and K (its groups): at most eight.
+    """The warps of a CTA along rows, tokens and K (its groups).
 
-    A warp holds 32 or 64 rows and 8, 16, 32 or 64 tokens.
+    In the loop for many tokens they are at most eight, and a warp holds 32 or 64 rows and 32 or 64
+    tokens. In narrow and wide they are at most sixteen, and each holds 32 rows and all tokens of
+    the CTA.
     """
 
     warp_rows: int
@@ -114,6 +140,7 @@ class Tile:
     warp_inputs: int
     reason: str
     row_tiles: int = 2  # of 16 rows that a warp holds
+    loop: str = MANY
 
     @property
     def tall(self) -> bool:
@@ -130,13 +157,35 @@ class Tile:
         return self.rows // BLOCK_ROWS
 
     @property
+    def warps(self) -> int:
+        return self.warp_rows * self.warp_tokens * self.warp_inputs
+
+    @property
     def threads(self) -> int:
-        return 32 * self.warp_rows * self.warp_tokens * self.warp_inputs
+        return 32 * self.warps
 
 
-# In the tables below t stands for the tokens of a warp.
 # fmt: off
-SPLIT_TILES = (  # up to 64 tokens
+DECODE_WARPS = (  # along rows and K, up to 16 tokens, for both loops
+    (1, 16, "32 rows, sixteen K groups: most warps, where few output features make few CTAs"),
+    (2, 8, "64 rows, sixteen warps: activations are read half as often"),
+    (4, 4, "128 rows, sixteen warps: a quarter of the activation reads"),
+    (8, 2, "256 rows, sixteen warps: an eighth of the activation reads"),
+    (1, 8, "32 rows, eight K groups: two CTAs a multiprocessor, or half the shared memory"),
+    (2, 4, "64 rows, eight warps: the same with half the activation reads"),
+    (4, 2, "128 rows, eight warps: a quarter of the activation reads"),
+    (8, 1, "256 rows, eight warps: an eighth of the activation reads, for many output features"),
+    (1, 4, "32 rows, four warps: four CTAs a multiprocessor, or little shared memory"),
+    (2, 2, "64 rows, four warps: the same with half the activation reads"),
+    (4, 1, "128 rows, four warps: the same with a quarter of the activation reads"),
+    (2, 1, "64 rows, two warps: the least shared memory"),
+)
+NARROW_TILES, WIDE_TILES = (
+    tuple(Tile(rows, 1, inputs, reason, loop=loop) for rows, inputs, reason in DECODE_WARPS)
+    for loop in (NARROW, WIDE)
+)
+# In the tables below t stands for the tokens of a warp.
+SPLIT_TILES = (  # 17 to 64 tokens
     Tile(1, 1, 8, "32 rows: most CTAs, so that few output features still fill the device"),
     Tile(2, 1, 4, "64 rows: activations are read half as often"),
     Tile(4, 1, 2, "128 rows: a quarter of the activation reads, for many features and tokens"),
@@ -171,17 +220,41 @@ TALL_TILES = (  # 64 rows per warp: half the reads of activations
 
 
 def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int, M: int) -> int:
-    """Bytes of shared memory for one K block, as `plan_stage` of csrc/cuda/plan.cuh has it.
+    """Bytes of shared memory for one K block of a ring.
 
-    tokens: of a warp. Kernels of fewer than 32 stage no more tokens than there are.
+    tokens: of a warp. A ring of the narrow loop is a warp's and holds nothing but weights; the
+    others are a K group's and hold activations and V, too. The wide loop stages no more tokens than
+    there are.
     """
+    if tile.loop == NARROW:
+        return sizes.block_bytes
     staged = tile.warp_tokens * tokens
-    if tokens < 32:
+    if tile.loop == WIDE:
         staged = min(staged, M)
     activations = (staged + sizes.rank) * TOKEN_ROW_BYTES
     return ceil_div(activations + tile.row_pairs * sizes.block_bytes, 256) * 256
 
 
-def sums_bytes(tile: Tile, tokens: int) -> int:
-    """Bytes of the sums that a CTA's groups add at the end, in the memory of the stages."""
-    return tile.warp_inputs * tokens * tile.warp_tokens * (tile.rows + 4) * 4
+def rings(tile: Tile) -> int:
+    """The rings of a CTA."""
+    return tile.warps if tile.loop == NARROW else tile.warp_inputs
+
+
+def columns_bytes(sizes: CudaSizes, tile: Tile, tokens: int, splits: int) -> int:
+    """Bytes of x and v * x of a CTA's whole share of K, in the narrow loop alone."""
+    if tile.loop != NARROW:
+        return 0
+    return ceil_div(sizes.k_blocks, splits) * tokens * (1 + sizes.rank) * COLUMN_BYTES
+
+
+def sums_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
+    """Bytes of the sums that a CTA's groups add at the end, in the memory of the stages.
+
+    Narrow and wide keep the sums of each rank's signs apart.
+    """
+    columns = tokens * tile.warp_tokens
+    if tile.loop == NARROW:
+        columns = COLUMNS
+    elif tile.loop == WIDE:
+        columns *= 1 + sizes.rank
+    return tile.warp_inputs * columns * (tile.rows + 4) * 4
