@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
@@ -30,7 +31,7 @@ from slab_kernels.backends.cuda.tiles import sizes_of
 from slab_kernels.bench.correctness import tolerance
 
 Linear = Callable[[Tensor, object, Tensor | None], Tensor]
-FEW_TOKENS = ("narrow_", "wide_", "adapter_")  # how the names of these kernels begin
+FEW_TOKENS = re.compile(r"narrow_|wide_|adapter_\w+_t16")  # kernels for up to 16 tokens
 # A kernel of Triton takes seconds to compile: several processes do it, for every fourth weight.
 PROCESSES = 8
 TRITON_EVERY = 4
@@ -112,7 +113,7 @@ def cuda_outcomes(weight: Weight, device: CudaDevice, where: str) -> Iterator[Ro
     names = kernel_names(sizes, state.dtype)
     yield row | {
         "kernels": sorted(set(seen)),
-        "may_use": [name for name in names if name.startswith(FEW_TOKENS)],
+        "may_use": [name for name in names if FEW_TOKENS.match(name)],
     }
     if "broken" in row:
         return

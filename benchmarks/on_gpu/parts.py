@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+OUT_OF_TIME = 3  # exit code of a part that ended by itself before it was through
+
 
 @dataclass(frozen=True)
 class Part:
     """A process of its own, which may fail or hang without harm to the others.
 
-    It prints its verdict as lines that begin with "verdict: ", of which the last one counts.
+    It prints its verdict as lines that begin with "verdict: ", of which the last one counts. Its
+    exit code is 0 if all is well, OUT_OF_TIME if another call has to go on, and another one if it
+    failed.
     """
 
     name: str

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from on_gpu.parts import Part
+from on_gpu.parts import OUT_OF_TIME, Part
 
 DONE, FAILED, STOPPED = "done", "failed", "out of time"
 FINISHED = (DONE, FAILED)  # A second call goes on behind these.
@@ -145,6 +145,8 @@ def run(
     took, last = time.monotonic() - start, said.last()
     if process.returncode == 0:
         return Entry(part.name, DONE, took, last or "no verdict")
+    if process.returncode == OUT_OF_TIME:
+        return Entry(part.name, STOPPED, took, last or "no verdict")
     ended = f"ended with code {process.returncode}"
     if process.returncode < 0:
         ended = f"killed by signal {-process.returncode}"

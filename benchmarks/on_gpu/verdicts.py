@@ -7,8 +7,8 @@ that its bytes alone would give, 16 / bits per weight.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from on_gpu.rows import Row
@@ -112,7 +112,9 @@ def byte_limit(rows: Sequence[Row]) -> Verdict:
             and ((row["n"], row["k"]) in LARGE) == large
         ]
         name = f"at least {goal} of the byte limit on {which} shapes"
-        found.append(_goal(name, some, limit_share, lambda row, goal=goal: limit_share(row) >= goal))
+        found.append(
+            _goal(name, some, limit_share, lambda row, goal=goal: limit_share(row) >= goal)
+        )
     return joined(found)
 
 
@@ -168,23 +170,74 @@ def prediction(rows: Sequence[Row]) -> Verdict:
     )
 
 
-def decode(rows: Sequence[Row]) -> Verdict:
-    """Rows of on_gpu.decode: all goals."""
-    failed = [row for row in rows if row.get("error")]
-    timed = [row for row in rows if not row.get("error")]
+def decode(rows: Sequence[Row], failed: Mapping[str, str]) -> Verdict:
+    """Rows of on_gpu.decode: all goals.
+
+    failed: what could not be measured, and why.
+    """
     predicted = [
         {"measured_us": row["median_us"], "predicted_us": row["predicted_us"]}
-        for row in _cold(timed, "cuda")
-        if row.get("predicted_us")
+        for row in _cold(rows, "cuda")
     ]
-    broken = Verdict(
-        f"not timed: {_named([row['case'] for row in failed])}",
-        False,
-        [f"NOT TIMED {row['case']}: {row['error']}" for row in failed],
+    found = [byte_limit(rows), triton_beside_cuda(rows), never_slower_than_dense(rows)]
+    found += [beside_peers(rows), prediction(predicted)]
+    if failed:
+        details = [f"NOT MEASURED {case}: {why}" for case, why in failed.items()]
+        found.insert(0, Verdict(f"not measured: {_named(list(failed))}", False, details))
+    return joined(found)
+
+
+def plans(rows: Sequence[Row], whole: bool) -> Verdict:
+    """Rows of on_gpu.sweep: what the model's choices cost over the best plan that was timed.
+
+    whole: whether every plan was timed.
+    """
+    problems: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        problem = row["n"], row["k"], row["values"], row["m"]
+        problems[problem].append((float(row["predicted_us"]), float(row["measured_us"])))
+    left = "" if whole else ", and time ran out before all were"
+    if not problems:
+        return Verdict(f"no plan was timed{left}", False)
+    regrets = [min(some)[1] / min(took for _, took in some) for some in problems.values()]
+    timed = [
+        {"predicted_us": predicted, "measured_us": took}
+        for some in problems.values()
+        for predicted, took in some
+    ]
+    return Verdict(
+        f"{len(rows)} plans of {len(problems)} cells were timed{left}; the model's choice takes "
+        f"{statistics.mean(regrets):.3f} times the best one's time, at worst {max(regrets):.3f}; "
+        f"{prediction(timed).text}",
+        whole,
     )
-    found = [byte_limit(timed), triton_beside_cuda(timed), never_slower_than_dense(timed)]
-    found += [beside_peers(timed), prediction(predicted)]
-    return joined([broken, *found] if failed else found)
+
+
+def tests(rows: Sequence[Row], selected: int | None, before: int = 0) -> Verdict:
+    """Rows of on_gpu.pytests.
+
+    selected: how many tests there were to be run, None if pytest did not say. before: how many of
+    the rows are of an earlier call, beside those.
+    """
+    count = Counter(row["outcome"] for row in rows)
+    bad = [row for row in rows if row["outcome"] in ("failed", "error")]
+    said = ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
+    if missing := 0 if selected is None else selected + before - len(rows):
+        said += f", {missing} not run"
+    if bad:
+        said += f": {_named([row['case'].split('::')[-1] for row in bad])}"
+    details = [f"{row['outcome'].upper()} {row['case']} {row.get('reason', '')}" for row in bad]
+    return Verdict(said or "no test was run", bool(rows) and not (bad or missing), details)
+
+
+def sanitizer(row: Row) -> Verdict:
+    """A row of on_gpu.sanitized."""
+    if row["errors"] is None:
+        last = row["said"][-1] if row["said"] else "nothing"
+        return Verdict(f"no summary (code {row['code']}); it said last: {last}", False)
+    results = "every result is right" if row["right"] else "a result is wrong or missing"
+    good = row["errors"] == 0 and row["right"] and row["code"] == 0
+    return Verdict(f"{row['errors']} errors or hazards, {results}", good)
 
 
 class Line(NamedTuple):

@@ -108,7 +108,7 @@ def problem(weight: Weight, device: str) -> Problem:
     """The same numbers every time."""
     dtype, generator = DTYPES[weight.dtype], torch.Generator().manual_seed(weight.rank)
     packed = [
-        random_packed(layout, seed, weight.integers).to(device)
+        random_packed(layout, seed, weight.integers, device)
         for seed, layout in enumerate(weight.layouts())
     ]
     shape, N = (max(TOKENS), weight.K), sum(weight.rows)

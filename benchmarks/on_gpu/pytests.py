@@ -1,0 +1,113 @@
+"""Runs the tests that need a GPU, and keeps the outcome of each.
+
+    python -m on_gpu.pytests FILE SECONDS
+
+Those that compute-sanitizer runs are left out, since it has parts of its own. What has an outcome
+of the same commit is not run again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from on_gpu import machine, verdicts
+from on_gpu.parts import OUT_OF_TIME
+from on_gpu.rows import RESULTS, Row, Rows
+
+WORKERS = 8  # They share the GPU; most of their time is Python's and Triton's compiler's.
+WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+# What `pytest -v` prints of a test: alone, and of a worker of pytest-xdist.
+ALONE = re.compile(rf"^(tests/.*?) ({WORDS})\b.*\[ *\d+%\]$")
+WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({WORDS}) (tests/.*?)\s*$")
+SELECTED = re.compile(r"(\d+) selected|^\d+ workers \[(\d+) items?\]")
+REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.*?) - (.*)$")
+
+
+def command() -> list[str]:
+    several = importlib.util.find_spec("xdist") is not None
+    return [
+        *(sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-k", "not sanitizer"),
+        *("-p", "no:cacheprovider", "tests/backends"),
+        *(["-n", str(WORKERS), "--dist", "worksteal"] if several else []),
+    ]
+
+
+def outcomes(lines: Iterable[str]) -> Iterator[Row | int]:
+    """A row for each line that tells a test's outcome or why it failed, and the number of tests
+    when a line tells that."""
+    for line in lines:
+        if found := ALONE.match(line):
+            yield {"case": found[1], "outcome": found[2].lower()}
+        elif found := WORKER.match(line):
+            yield {"case": found[2], "outcome": found[1].lower()}
+        elif found := REASON.match(line):
+            yield {"case": found[1], "outcome": "failed", "reason": found[2]}
+        elif found := SELECTED.search(line):
+            yield int(found[1] or found[2])
+
+
+def run(rows: Rows, seconds: float, pytest: Sequence[str], folder: Path) -> int | None:
+    """Runs the tests into `rows`; pytest's exit code, None if they were stopped.
+
+    pytest: the command. folder: where it runs.
+    """
+    process = subprocess.Popen(
+        pytest,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        process.send_signal(signal.SIGKILL)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    assert process.stdout is not None
+    try:
+        for found in outcomes(_echoed(process.stdout)):
+            if isinstance(found, int):
+                rows.save(selected=found)
+            else:
+                rows.add(found)
+            if stopped.is_set():
+                break
+        code = process.wait()
+    finally:
+        timer.cancel()
+    return None if stopped.is_set() else code
+
+
+def _echoed(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        print(line, end="")
+        yield line.rstrip("\n")
+
+
+def main(file: str, seconds: str) -> int:
+    rows = Rows(Path(file), machine.head(), (RESULTS,))
+    done = [row["case"] for row in rows.rows]
+    more = [argument for case in done for argument in ("--deselect", case)]
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(machine.ROOT / "tests"), *sys.path))
+    code = run(rows, float(seconds), [*command(), *more], machine.ROOT)
+    verdict = verdicts.tests(rows.rows, rows.more.get("selected"), len(done))
+    verdict.say()
+    if code is None:
+        return OUT_OF_TIME
+    return 0 if verdict.good and code == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
