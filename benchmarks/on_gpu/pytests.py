@@ -1,6 +1,6 @@
 """Runs the tests that need a GPU, and keeps the outcome of each.
 
-    python -m on_gpu.pytests FILE SECONDS
+    python -m on_gpu.pytests FILE
 
 Those that compute-sanitizer runs are left out, since it has parts of its own. What has an outcome
 of the same commit is not run again.
@@ -8,6 +8,7 @@ of the same commit is not run again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -19,10 +20,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from on_gpu import machine, verdicts
-from on_gpu.parts import OUT_OF_TIME
+from on_gpu.parts import OUT_OF_TIME, seconds_here
 from on_gpu.rows import RESULTS, Row, Rows
 
 WORKERS = 8  # They share the GPU; most of their time is Python's and Triton's compiler's.
+ROWS_AT_ONCE = 20  # Each writing is of the whole file.
 WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # What `pytest -v` prints of a test: alone, and of a worker of pytest-xdist.
 ALONE = re.compile(rf"^(tests/.*?) ({WORDS})\b.*\[ *\d+%\]$")
@@ -66,27 +68,34 @@ def run(rows: Rows, seconds: float, pytest: Sequence[str], folder: Path) -> int 
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
     )
     stopped = threading.Event()
 
-    def stop() -> None:
+    def stop(*_: object) -> None:
         stopped.set()
-        process.send_signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # The workers hold the pipe open, too.
 
-    timer = threading.Timer(seconds, stop)
+    before = signal.signal(signal.SIGTERM, stop)
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), stop)
     timer.start()
     assert process.stdout is not None
+    fresh: dict[str, Row] = {}
     try:
         for found in outcomes(_echoed(process.stdout)):
             if isinstance(found, int):
                 rows.save(selected=found)
             else:
-                rows.add(found)
-            if stopped.is_set():
-                break
+                fresh[found["case"]] = found
+            if len(fresh) == ROWS_AT_ONCE:
+                rows.add(*fresh.values())
+                fresh.clear()
         code = process.wait()
     finally:
         timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+        rows.add(*fresh.values())
     return None if stopped.is_set() else code
 
 
@@ -96,12 +105,12 @@ def _echoed(lines: Iterable[str]) -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def main(file: str, seconds: str) -> int:
+def main(file: str) -> int:
     rows = Rows(Path(file), machine.head(), (RESULTS,))
     done = [row["case"] for row in rows.rows]
     more = [argument for case in done for argument in ("--deselect", case)]
     os.environ["PYTHONPATH"] = os.pathsep.join((str(machine.ROOT / "tests"), *sys.path))
-    code = run(rows, float(seconds), [*command(), *more], machine.ROOT)
+    code = run(rows, seconds_here(), [*command(), *more], machine.ROOT)
     verdict = verdicts.tests(rows.rows, rows.more.get("selected"), len(done))
     verdict.say()
     if code is None:

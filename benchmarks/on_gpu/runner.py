@@ -11,11 +11,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from on_gpu.parts import OUT_OF_TIME, Part
+from on_gpu.parts import OUT_OF_TIME, SECONDS, Part
 
 DONE, FAILED, STOPPED = "done", "failed", "out of time"
 FINISHED = (DONE, FAILED)  # A second call goes on behind these.
@@ -81,7 +81,6 @@ def run_all(
     seconds: float,
     again: Callable[[str], bool] = lambda part: False,
     say: Callable[[str], None] = print,
-    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Runs the parts that no earlier call finished.
 
@@ -104,7 +103,7 @@ def run_all(
             continue
         limit = min(part.limit, left)
         say(f"== {part.name}: {part.what} (at most {limit:.0f} s)")
-        entry = run(part, limit, say, environment)
+        entry = run(part, limit, say)
         summary.add(entry)
         states.append(entry.state)
         say(f"== {part.name}: {entry.state} after {entry.seconds:.0f} s: {entry.verdict}")
@@ -113,12 +112,7 @@ def run_all(
     return 3 if "not begun" in states else 0
 
 
-def run(
-    part: Part,
-    limit: float,
-    say: Callable[[str], None],
-    environment: Mapping[str, str] | None = None,
-) -> Entry:
+def run(part: Part, limit: float, say: Callable[[str], None]) -> Entry:
     """Runs one part as a process group of its own, which is killed at its limit."""
     start = time.monotonic()
     try:
@@ -130,7 +124,7 @@ def run(
             text=True,
             errors="replace",
             start_new_session=True,
-            env=None if environment is None else {**os.environ, **environment},
+            env={**os.environ, SECONDS: str(limit)},
         )
     except OSError as error:
         return Entry(part.name, FAILED, 0.0, f"it cannot be started: {error.strerror or error}")

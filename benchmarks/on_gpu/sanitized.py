@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from on_gpu import machine, plans, verdicts
 from on_gpu.correct import outcome
@@ -56,12 +57,15 @@ def outcomes(case: str, device: CudaDevice, where: str) -> Iterator[Row]:
         state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
         state = type(state)(*(t.to(where) if torch.is_tensor(t) else t for t in state))
         it, linear = moved(it, where), plans.linear_on(device)
+
+        def run(x: Tensor, state: object, bias: Tensor | None, linear=linear) -> Tensor:
+            return linear(x, state, bias).cpu()
+
         for M in TOKENS:
             for plan in plans.every(sizes_of(state), M, device.gpu):
                 with plans.forced(plan):
                     name = f"{weight}, M={M}: {plans.in_words(plan)}"
-                    calls = lambda *arguments: linear(*arguments).cpu()  # noqa: E731
-                    yield outcome(name, weight, it, state, calls, (M,))
+                    yield outcome(name, weight, it, state, run, (M,))
 
 
 def watched(case: str) -> int:

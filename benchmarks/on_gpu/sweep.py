@@ -1,6 +1,6 @@
 """Times the plans of the narrow and the wide loop, for `benchmarks/fit_plans.py`.
 
-    python -m on_gpu.sweep FILE.csv SECONDS
+    python -m on_gpu.sweep FILE.csv
 
 The file has the columns that `fit_plans.py` reads, and no row that was not timed whole. A second
 call goes on behind the rows that it finds.
@@ -21,7 +21,7 @@ import torch
 from on_gpu import plans, verdicts
 from on_gpu.causes import Stand
 from on_gpu.decode import MODEL, TOKENS, VALUES
-from on_gpu.parts import OUT_OF_TIME
+from on_gpu.parts import OUT_OF_TIME, seconds_here
 from on_gpu.rows import RESULTS
 from slab_kernels.backends import cuda
 from slab_kernels.backends.cuda.cost import Plan
@@ -109,10 +109,10 @@ def write(path: Path, stand: Stand, seconds: float) -> tuple[list[dict[str, str]
     return rows, True
 
 
-def main(file: str, seconds: str) -> int:
+def main(file: str) -> int:
     index = torch.cuda.current_device()
     stand = Stand(cuda.device_of(index), CudaClock(f"cuda:{index}", 0.0), "cuda")
-    rows, whole = write(Path(file), stand, float(seconds))
+    rows, whole = write(Path(file), stand, seconds_here())
     verdicts.plans(rows, whole).say()
     return 0 if whole else OUT_OF_TIME
 
