@@ -1,15 +1,20 @@
-"""Times plans of the CUDA kernels on this GPU, and fits the cost model's constants to them.
+"""Times plans of the CUDA kernels on this GPU, and makes the cost model and its rows of the times.
 
     python benchmarks/fit_plans.py time OUT.csv [--seconds 90]
-    python benchmarks/fit_plans.py fit FILE.csv ...
+    python benchmarks/fit_plans.py rows FILE.csv ... [--gpu H100] [--out FILE.json]
+    python benchmarks/fit_plans.py fit FILE.csv ... [--gpu H100]
 
-`time` times every plan worth it, for several shapes, value types and token counts. `fit` prints the
-constants of backends/cuda/cost.py, the model's error, and what its choices cost.
+`time` times every plan worth it, for several shapes, value types and token counts. `rows` writes
+the plans that were faster than the model's choice into backends/cuda/measured.json, which the
+backend asks before the model. `fit` prints the constants of backends/cuda/cost.py, the model's
+error, and what its choices cost.
 
-A row is one plan: what decides it, predicted and measured microseconds. "regret" is the time of the
-plan that the model takes over that of the best one timed; it is what matters, since the model only
-ranks. `predicted_us` is by the constants of that day: of results/plans-h100.csv the first 865 rows
-are by the model before the fit (results/plans-h100.json says which tree timed what).
+A row of a file is one plan: what decides it, predicted and measured microseconds. "regret" is the
+time of the plan that the model takes over that of the best one timed; it is what matters, since the
+model only ranks. `predicted_us` is by the constants of that day: of results/plans-h100.csv the
+first 865 rows are by the model before the fit (results/plans-h100.json says which tree timed what).
+That file is older than the narrow and wide loops. It has no column `loop`, and its rows of up to 16
+tokens a warp are of kernels that are gone: `rows` and `fit` leave them out.
 """
 
 from __future__ import annotations
@@ -26,45 +31,51 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from plan_rows import CHOICES, COLUMNS, Timing, fused, write_rows
 from torch import Tensor
 
 from slab_kernels.backends import dispatch
-from slab_kernels.backends.cuda import cost, device_of, launch, layout, plan
+from slab_kernels.backends.cuda import cost, device_of, launch, measured, plan
 from slab_kernels.backends.cuda.gpus import Gpu, gpu_named
 from slab_kernels.backends.cuda.launch import CudaDevice
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.tiles import (
+    DECODE,
+    NARROW_TILES,
     SPLIT_TILES,
     TALL_TILES,
+    WIDE_TILES,
     CudaSizes,
-    Tile,
     sizes_of,
 )
 from slab_kernels.bench.clocks import CudaClock, copied, size_of
 from slab_kernels.cli import console
 from slab_kernels.errors import BackendError
 from slab_kernels.format import PackedLayout
+from slab_kernels.paths import expanded
 from slab_kernels.testing import random_packed
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096))
 VALUES = (("int4", 128), ("fp16", None), ("int8", 128))
-FEW, MANY = (1, 8, 16, 32, 64), (128, 256, 512, 2048)
-KINDS = {"fp16": layout.W16, "int8": layout.INT8, "int4": layout.INT4}
-CHOICES = ("warp_rows", "warp_tokens", "warp_inputs", "blocks", "tokens", "splits", "stages",
-           "resident")  # fmt: skip
-TIMES = ("predicted_us", "bound", "measured_us", "iqr_us")
-COLUMNS = ("n", "k", "values", "m", "route", *CHOICES, *TIMES)
-FITTED = ("ISSUE_CYCLES", "WAIT_CYCLES", "BANDWIDTH_REACHED", "LAUNCH_US", "FILL_US", "REDUCE_US")
+FEW_TOKENS, MANY_TOKENS = (1, 4, 16, 32, 64), (128, 256, 512, 2048)
+FITTED = ("ISSUE_CYCLES", "WAIT_CYCLES", "BANDWIDTH_REACHED", "LAUNCH_US", "FILL_US", "REDUCE_US",
+          "DECODE_SAVES_US")  # fmt: skip
 
 
 def candidates(sizes: CudaSizes, M: int, gpu: Gpu) -> list[cost.Plan]:
     """Plans for up to 64 tokens, those that the model likes first."""
-    tiles = [(tile, tokens) for tile in SPLIT_TILES for tokens in sizes.warp_tokens()]
-    tiles += [(tile, tokens) for tile in TALL_TILES for tokens in sizes.warp_tokens(tall=True)]
-    smallest = min(tokens for tokens in sizes.warp_tokens() if tokens >= M)
+    if M <= DECODE:
+        tiles = [(tile, sizes.wide_tokens) for tile in WIDE_TILES]
+        if M <= sizes.most_narrow_tokens:
+            tiles += [(tile, M) for tile in NARROW_TILES]
+    else:
+        tiles = [(tile, tokens) for tile in SPLIT_TILES for tokens in sizes.warp_tokens()]
+        tiles += [(tile, tokens) for tile in TALL_TILES for tokens in sizes.warp_tokens(True)]
+        smallest = min(tokens for tokens in sizes.warp_tokens() if tokens >= M)
+        tiles = [each for each in tiles if each[1] * each[0].warp_tokens == smallest]
     found = []
     for (tile, tokens), splits in itertools.product(tiles, plan.SPLITS[:2]):
-        if tokens * tile.warp_tokens == smallest and sizes.k_blocks >= splits * tile.warp_inputs:
+        if splits == 1 or sizes.k_blocks >= splits * tile.warp_inputs:
             found += plan.residencies(sizes, M, gpu, tile, tokens, splits)
     return sorted(found, key=lambda each: each.microseconds)[:20]
 
@@ -78,30 +89,31 @@ class Stand(NamedTuple):
     def dense(self, N: int, K: int) -> Iterator[tuple]:
         """The rows of torch's dense linear."""
         weights = [random(N, K) for _ in range(self.clock.copies(2 * N * K))]
-        for M in (*FEW, *MANY):
+        for M in (*FEW_TOKENS, *MANY_TOKENS):
             x = random(M, K)
             took = self.clock.time([partial(torch.nn.functional.linear, x, W) for W in weights])
             expected = cost.dense_microseconds(N, K, M, self.device.gpu)
             times = (expected, "", took.median * 1e6, took.iqr * 1e6)
-            yield N, K, "", M, "dense", *[""] * len(CHOICES), *times
+            yield N, K, "", M, "dense", *[""] * len(CHOICES), *times, ""
 
     def plans(self, states: list[CudaState], values: str) -> Iterator[tuple]:
         """The rows of one weight, of which `states` are copies."""
         sizes, gpu = sizes_of(states[0]), self.device.gpu
         N, K = sizes.N, sizes.K
-        for M in (*FEW, *MANY):
+        for M in (*FEW_TOKENS, *MANY_TOKENS):
             x = random(M, K)
-            few = M in FEW
+            few = M in FEW_TOKENS
             chosen = candidates(sizes, M, gpu) if few else plan.plans(sizes, M, gpu, 1, 1)[:6]
             for each in chosen:
                 tile = each.tile
-                how = (tile.warp_rows, tile.warp_tokens, tile.warp_inputs, tile.blocks)
+                how = (tile.warp_rows, tile.warp_tokens, tile.warp_inputs, tile.row_tiles)
                 how += (each.tokens, each.splits, each.stages, each.resident)
-                yield N, K, values, M, "fused", *how, *self.measure(each, states, x)
+                times = self.measure(each, states, x)
+                yield N, K, values, M, "fused", *how, *times, tile.loop
             if not few:
                 again = cost.rebuild(sizes, M, gpu)
                 times = self.measure(again, states, x)
-                yield N, K, values, M, "rebuilt", *[""] * len(CHOICES), *times
+                yield N, K, values, M, "rebuilt", *[""] * len(CHOICES), *times, ""
 
     def measure(
         self, chosen: cost.Plan | cost.Rebuild, states: list[CudaState], x: Tensor
@@ -150,43 +162,15 @@ def timed(out: Path, seconds: float) -> None:
             print(N, K, values, file=sys.stderr)
 
 
-def fused(file: Path) -> list[dict[str, str]]:
-    """A file's rows of fused plans.
-
-    Raises: ValueError if it is not a file of `time` or has none.
-    """
-    with file.open(newline="") as lines:
-        reader = csv.DictReader(lines)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(
-                f"{file} has no columns {', '.join(COLUMNS)}; "
-                "give a file that `fit_plans.py time` wrote"
-            )
-        rows = [row for row in reader if row["route"] == "fused"]
-    if not rows:
-        raise ValueError(
-            f"{file} has no row of a fused plan; run `fit_plans.py time` with more --seconds"
-        )
-    return rows
-
-
 class Model:
     """The cost model against measured plans, with constants that may be changed."""
 
-    def __init__(self, rows: list[dict[str, str]], gpu: Gpu):
-        self.choices = [self._choices(row, gpu) for row in rows]
-        self.took = torch.tensor([float(row["measured_us"]) for row in rows], dtype=torch.float64)
-
-    @staticmethod
-    def _choices(row: dict[str, str], gpu: Gpu) -> tuple:
-        """The arguments of the row's Plan."""
-        n = {name: int(row[name]) for name in ("n", "k", "m", *CHOICES)}
-        tile = Tile(n["warp_rows"], n["warp_tokens"], n["warp_inputs"], "", n["blocks"])
-        sizes = CudaSizes(n["k"], (n["n"],), KINDS[row["values"]], 4, 1, 0)
-        return sizes, n["m"], gpu, tile, n["tokens"], n["splits"], n["stages"], n["resident"]
+    def __init__(self, timings: list[Timing], gpu: Gpu):
+        self.timings, self.gpu = timings, gpu
+        self.took = torch.tensor([timing.took for timing in timings], dtype=torch.float64)
 
     def predicted(self) -> Tensor:
-        times = [cost.Plan(*choices).microseconds for choices in self.choices]
+        times = [timing.plan(self.gpu).microseconds for timing in self.timings]
         return torch.tensor(times, dtype=torch.float64)
 
     def error(self) -> float:
@@ -195,7 +179,7 @@ class Model:
         return logarithms.square().mean().sqrt().item()
 
     def fit(self) -> float:
-        """Coordinate descent over FITTED, six constants on a thousand rows; the error that is
+        """Coordinate descent over FITTED, seven constants on a thousand rows; the error that is
         left."""
         least, step = self.error(), 0.2
         while step > 0.01:
@@ -216,19 +200,19 @@ def fit(files: list[Path], gpu: Gpu) -> None:
 
     Raises: OSError or ValueError for a file that cannot be used.
     """
-    rows = [row for file in files for row in fused(file)]
-    model = Model(rows, gpu)
+    timings = [timing for file in files for timing in fused(file)]
+    model = Model(timings, gpu)
     least = model.fit()
-    print(f"{len(rows)} rows, error {least:.3f} (root mean square of logarithms, cut at 0.3)")
+    print(f"{len(timings)} rows, error {least:.3f} (root mean square of logarithms, cut at 0.3)")
     print(", ".join(f"{name} = {getattr(cost, name):.3g}" for name in FITTED))
     predicted, took = model.predicted(), model.took
-    problems = defaultdict(list)  # problem -> its rows
-    for i, row in enumerate(rows):
-        problems[row["n"], row["k"], row["values"], int(row["m"])].append(i)
+    problems = defaultdict(list)  # problem -> its timings
+    for i, timing in enumerate(timings):
+        problems[timing.sizes, timing.M].append(i)
     for M in sorted({m for *_, m in problems}):
         regret = [
             float(took[min(group, key=lambda i: predicted[i])] / took[group].min())
-            for (*_, m), group in problems.items()
+            for (_, m), group in problems.items()
             if m == M
         ]
         print(f"m={M}: regret {sum(regret) / len(regret):.3f}, worst {max(regret):.3f}")
@@ -238,13 +222,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("time", "fit"))
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("what", choices=("time", "rows", "fit"))
+    parser.add_argument("files", type=expanded, nargs="+")
     parser.add_argument("--seconds", type=float, default=90.0, help="time at most")
-    parser.add_argument("--gpu", default="H100", help="whose constants to fit")
+    parser.add_argument("--gpu", default="H100", help="whose rows to write, or constants to fit")
+    parser.add_argument("--out", type=expanded, default=measured.FILE, help="where rows go")
     args = parser.parse_args()
     if args.what == "time":
         timed(args.files[0], args.seconds)
+    elif args.what == "rows":
+        write_rows(args.files, gpu_named(args.gpu), args.out)
     else:
         fit(args.files, gpu_named(args.gpu))
 

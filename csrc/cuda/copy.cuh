@@ -6,51 +6,55 @@
 
 namespace slab {
 
-// Starts the copies of a K-block, counted from the group's first, into the next stage.
-template <class Traits>
-__device__ __forceinline__ void Warp<Traits>::fetch_to_shared(int k_block) {
-  fetch_weights(k_block);
-  const uint64_t along_k = uint64_t(uint32_t(k_block)) * kTokenRow;
-  if (Traits::kRank == kRankOne)
-    copy16_if(copy.token_row == 0, write_stage + copy.v_to, params.v + copy.v_from + along_k);
-  if (k_block < copy.whole_blocks)
-    fetch_activations(copy.tokens_from + along_k);
-  else
-    fetch_activations_at_edge(k_block, copy.tokens_from + along_k);
-  if (Traits::kRank == kRankAny)
-    for (int r = copy.token_row; r < rank; r += copy.token_step)
-      copy16_if(true, write_stage + copy.v_to + r * kTokenRow,
-                params.v + copy.v_from + along_k + r * params.num_k_blocks * kTokenRow);
-  write_stage = ring.after(write_stage);
-}
-
+// Starts the copies of a K-block's weights and rows of v. They may be read before the kernel before
+// this one has ended, activations may not.
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::fetch_weights(int k_block) const {
   // Derived from tail_pieces, so that only one of the two numbers stays in a register.
   const uint32_t block_bytes = 16 * copy.tail_pieces + Traits::kHeadBytes;
+  const uint8_t* const v_from = copy.v_from + uint64_t(uint32_t(k_block)) * kTokenRow;
 #pragma unroll
-  for (int m = 0; m < Traits::kRowTiles; ++m) {
+  for (int p = 0; p < Traits::kPairs; ++p) {
+    if (!copy.has_block[p]) continue;
+    const uint32_t to = write_stage + copy.weights_to[p];
     // Unsigned, this is one multiply-add into the register pair that LDGSTS takes.
-    const uint8_t* const from = copy.weights_from[m] + uint64_t(uint32_t(k_block)) * block_bytes;
-    fetch_head<0>(copy.has_block[m], write_stage + copy.weights_to[m], from);
+    const uint8_t* const from = copy.weights_from[p] + uint64_t(uint32_t(k_block)) * block_bytes;
+    // Conditional copies come first: then ptxas predicates them instead of branching around them.
     if constexpr (Traits::kSparse &&
                   (Traits::kScaled || Traits::kPlanes == 1 || Traits::kThirdPlane))
-      copy16_if<Traits::kHeadBytes>(copy.has_block[m] && role.lane < copy.tail_pieces,
-                                    write_stage + copy.weights_to[m], from, copy.l2_policy);
+      copy16_if<Traits::kHeadBytes - Traits::kCopyFrom>(role.lane < copy.tail_pieces, to, from,
+                                                        copy.l2_policy);
+    if (Traits::kRank == kRankOne && p == 0)
+      copy16_if(copy.token_row == 0, write_stage + copy.v_to, v_from);
+    fetch_head<0>(to, from);
   }
+  if (Traits::kRank == kRankAny)
+    for (int r = copy.token_row; r < rank; r += copy.token_step)
+      copy16_if(true, write_stage + copy.v_to + r * kTokenRow,
+                v_from + r * params.num_k_blocks * kTokenRow);
 }
 
 // Copies the head of a block from byte kAt on.
 template <class Traits>
 template <int kAt>
-__device__ __forceinline__ void Warp<Traits>::fetch_head(bool has_block, uint32_t to,
-                                                         const uint8_t* from) const {
-  copy16_if<kAt>(has_block, to, from, copy.l2_policy);
-  if constexpr (kAt + 512 < Traits::kHeadBytes) fetch_head<kAt + 512>(has_block, to, from);
+__device__ __forceinline__ void Warp<Traits>::fetch_head(uint32_t to, const uint8_t* from) const {
+  copy16_if<kAt - Traits::kCopyFrom>(true, to, from, copy.l2_policy);
+  if constexpr (kAt + 512 < Traits::kHeadBytes) fetch_head<kAt + 512>(to, from);
+}
+
+// Starts the copies of a K-block's activations.
+template <class Traits>
+__device__ __forceinline__ void Warp<Traits>::fetch_activations(int k_block) const {
+  const uint8_t* const from = copy.tokens_from + uint64_t(uint32_t(k_block)) * kTokenRow;
+  const int left = copy.inputs - k_block * kBlockInputs;
+  if (left >= kBlockInputs)
+    fetch_whole_activations(from);
+  else
+    fetch_activations_at_edge(from, left);
 }
 
 template <class Traits>
-__device__ __forceinline__ void Warp<Traits>::fetch_activations(const uint8_t* from) const {
+__device__ __forceinline__ void Warp<Traits>::fetch_whole_activations(const uint8_t* from) const {
   constexpr int kUnroll = 4;
   const uint32_t to =
       write_stage + copy.token_row * kTokenRow + ((copy.token_piece ^ (copy.token_row & 7)) << 4);
@@ -67,31 +71,16 @@ __device__ __forceinline__ void Warp<Traits>::fetch_activations(const uint8_t* f
   }
 }
 
-// The last K-block where K is no multiple of 128, and every K-block where rows of x are not aligned
-// to 16 bytes.
+// The last K-block where K is no multiple of 128. `left` inputs of it exist; the others are zero.
 template <class Traits>
-__device__ __forceinline__ void Warp<Traits>::fetch_activations_at_edge(
-    int k_block, const uint8_t* tokens_from) const {
-  // Inputs that exist from this lane's piece on. params.whole_blocks less copy.whole_blocks is the
-  // group's first K-block.
-  const int left = params.in_features -
-                   (params.whole_blocks - copy.whole_blocks + k_block) * kBlockInputs -
-                   role.lane % 16 * 8;
-  const uint8_t* from = left > 0 ? tokens_from : params.x;
-  for (int row = copy.token_row; row < tokens;
-       row += copy.token_step, from += left > 0 ? 2 * copy.token_step * params.token_stride : 0) {
-    const uint32_t to = write_stage + row * kTokenRow + ((copy.token_piece ^ (row & 7)) << 4);
-    if (!params.x_ragged) {
-      copy16_zero_filled(to, from, 2 * max(0, min(left, 8)));
-    } else {
-      uint32_t r[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (j < left)
-          r[j / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(from)[j]) << (16 * (j % 2));
-      store_shared(to, r);
-    }
-  }
+__device__ __forceinline__ void Warp<Traits>::fetch_activations_at_edge(const uint8_t* from,
+                                                                        int left) const {
+  const int own = max(0, min(left - int(copy.token_piece) * 8, 8));  // inputs of this lane's piece
+  const int64_t step = own ? 2 * copy.token_step * params.token_stride : 0;
+  if (!own) from = params.x;  // Zero bytes are read there.
+  for (int row = copy.token_row; row < tokens; row += copy.token_step, from += step)
+    copy16_zero_filled(write_stage + row * kTokenRow + ((copy.token_piece ^ (row & 7)) << 4), from,
+                       2 * own);
 }
 
 }  // namespace slab

@@ -9,8 +9,7 @@ namespace slab {
 // turn.
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::add_adapter() {
-  wait_for_predecessor();
-  const Place place = place_of<Traits::kRowTiles>(params);
+  const Place place = place_of<Traits::kPairs>(params);
   const WarpRole role = role_of(params);
   const int padded_rank = 16 * params.adapter_steps, z_row = params.parts * padded_rank;
   const int64_t z_split = int64_t(z_row) * params.tokens;
@@ -18,16 +17,15 @@ __device__ __forceinline__ void Warp<Traits>::add_adapter() {
     Weights a;
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m) {
-      const int block =
-          min(place.first_block + role.row_warp * Traits::kRowTiles + m, place.end_block - 1);
-      const uint8_t* const tile =
-          params.adapter_p + (int64_t(block) * params.adapter_steps + step) * 512;
+      const int pair = min(place.first_pair + role.row_warp * Traits::kPairs + m / kBlockTiles,
+                           place.end_pair - 1);
+      const int64_t row_tile = kBlockTiles * pair + m % kBlockTiles;
+      const uint8_t* const tile = params.adapter_p + (row_tile * params.adapter_steps + step) * 512;
       const uint4 words = __ldg(reinterpret_cast<const uint4*>(tile) + role.lane);
       a[m][0] = words.x, a[m][1] = words.y, a[m][2] = words.z, a[m][3] = words.w;
     }
-    const int first =
-        (place.token_tile * params.warp_tokens + role.token_warp) * Traits::kWarpTokens +
-        role.lane / 4;
+    const int first = place.token_tile * params.tile_tokens +
+                      role.token_warp * Traits::kWarpTokens + role.lane / 4;
 #pragma unroll
     for (int n = 0; n < Traits::kTokenTiles; ++n) {
       const int token = min(first + 8 * n, params.tokens - 1);
@@ -51,10 +49,9 @@ __device__ __forceinline__ void Warp<Traits>::add_adapter() {
 // memory of the rings; it takes the sums as [group][token][row].
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::write_result(float* shared) {
-  const Place place = place_of<Traits::kRowTiles>(params);
+  const Place place = place_of<Traits::kPairs>(params);
   const WarpRole role = role_of(params);
-  const int rows = params.warp_rows * Traits::kWarpRows,
-            all_tokens = params.warp_tokens * Traits::kWarpTokens;
+  const int rows = params.warp_rows * Traits::kWarpRows, all_tokens = params.tile_tokens;
   // Tokens 2 t of a fragment lie 8 banks apart and rows g one bank: its 32 lanes meet 32 banks.
   const int pitch = rows + 4;
   copies_wait_all();
@@ -69,13 +66,14 @@ __device__ __forceinline__ void Warp<Traits>::write_result(float* shared) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 8 * n + 2 * (role.lane % 4) + i % 2,
-                  row = kBlockRows * m + i / 2 * 8 + role.lane / 4;
+                  row = kTileRows * m + i / 2 * 8 + role.lane / 4;
         own[token * pitch + row] = sums.sum[m][n][i];
       }
   __syncthreads();
   const int first = place.token_tile * all_tokens, tokens = min(all_tokens, params.tokens - first);
   const int row_bits = 31 - __clz(rows);  // warp_rows is a power of two
-  for (int i = threadIdx.x; i < tokens * rows; i += blockDim.x) {
+  const int thread = (role.group * role.members + role.member) * 32 + role.lane;
+  for (int i = thread; i < tokens * rows; i += 32 * role.members * params.warp_inputs) {
     const int token = i >> row_bits, row = i & (rows - 1), feature = place.first_row + row;
     if (feature >= place.end_row) continue;
     float total = 0.0f;

@@ -8,6 +8,7 @@ namespace slab {
 // y = the sum of the splits, in their order, + bias. The y index of a CTA is its token.
 template <class Activation>
 __device__ __forceinline__ void reduce(const LinearParams& params) {
+  let_successor_start();
   wait_for_predecessor();
   const int feature = blockIdx.x * blockDim.x + threadIdx.x;
   if (feature >= params.out_features) return;
@@ -24,70 +25,43 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
 
 // Each row defines two kernels, <family>_fp16_<name> and <family>_bf16_<name>:
 //
-//   linear   the fused linear of one sign plane: three value types, rank one or any, four tiles
+//   linear   the fused linear of one sign plane: three value types, rank one or any
 //   adapter  z = x Q of an adapter, launched before it (partial sums in fp32)
 //   tall     the fused linear with 64 rows a warp, where registers allow it: half as many reads and
 //            products of activations
 //   planes   the fused linear of two or three sign planes of rank one, or any of any rank
 //
-// t8 to t64 are the tokens of a warp. A CTA has 256 threads. Up to 16 tokens two CTAs share an SM,
-// with 128 registers per thread; above that a CTA has it alone, with 255.
+// t32 and t64 are the tokens of a warp. A CTA has at most 256 threads, so that each may take 255
+// registers.
 //
 // clang-format off
-//      family   name             values  rank       planes     row tiles, token tiles, CTAs per SM
+//      family   name            values   rank       planes   row pairs, token tiles of a warp
 #define SLAB_LINEAR_KERNELS(KERNEL)                                        \
-  KERNEL(linear,  w16_one_t8,      kW16,   kRankOne,  1,          2, 1, 2) \
-  KERNEL(linear,  w16_any_t8,      kW16,   kRankAny,  1,          2, 1, 2) \
-  KERNEL(linear,  int8_one_t8,     kI8,    kRankOne,  1,          2, 1, 2) \
-  KERNEL(linear,  int8_any_t8,     kI8,    kRankAny,  1,          2, 1, 2) \
-  KERNEL(linear,  int4_one_t8,     kI4,    kRankOne,  1,          2, 1, 2) \
-  KERNEL(linear,  int4_any_t8,     kI4,    kRankAny,  1,          2, 1, 2) \
-  KERNEL(adapter, t8,              kDense, kRankAny,  1,          2, 1, 2) \
-  KERNEL(linear,  w16_one_t16,     kW16,   kRankOne,  1,          2, 2, 2) \
-  KERNEL(linear,  w16_any_t16,     kW16,   kRankAny,  1,          2, 2, 2) \
-  KERNEL(linear,  int8_one_t16,    kI8,    kRankOne,  1,          2, 2, 2) \
-  KERNEL(linear,  int8_any_t16,    kI8,    kRankAny,  1,          2, 2, 2) \
-  KERNEL(linear,  int4_one_t16,    kI4,    kRankOne,  1,          2, 2, 2) \
-  KERNEL(linear,  int4_any_t16,    kI4,    kRankAny,  1,          2, 2, 2) \
-  KERNEL(adapter, t16,             kDense, kRankAny,  1,          2, 2, 2) \
-  KERNEL(linear,  w16_one_t32,     kW16,   kRankOne,  1,          2, 4, 1) \
-  KERNEL(linear,  w16_any_t32,     kW16,   kRankAny,  1,          2, 4, 1) \
-  KERNEL(linear,  int8_one_t32,    kI8,    kRankOne,  1,          2, 4, 1) \
-  KERNEL(linear,  int8_any_t32,    kI8,    kRankAny,  1,          2, 4, 1) \
-  KERNEL(linear,  int4_one_t32,    kI4,    kRankOne,  1,          2, 4, 1) \
-  KERNEL(linear,  int4_any_t32,    kI4,    kRankAny,  1,          2, 4, 1) \
-  KERNEL(adapter, t32,             kDense, kRankAny,  1,          2, 4, 1) \
-  KERNEL(linear,  w16_one_t64,     kW16,   kRankOne,  1,          2, 8, 1) \
-  KERNEL(linear,  w16_any_t64,     kW16,   kRankAny,  1,          2, 8, 1) \
-  KERNEL(linear,  int8_one_t64,    kI8,    kRankOne,  1,          2, 8, 1) \
-  KERNEL(linear,  int8_any_t64,    kI8,    kRankAny,  1,          2, 8, 1) \
-  KERNEL(linear,  int4_one_t64,    kI4,    kRankOne,  1,          2, 8, 1) \
-  KERNEL(linear,  int4_any_t64,    kI4,    kRankAny,  1,          2, 8, 1) \
-  KERNEL(adapter, t64,             kDense, kRankAny,  1,          2, 8, 1) \
-  KERNEL(tall,    int8_one_t8,     kI8,    kRankOne,  1,          4, 1, 1) \
-  KERNEL(tall,    int8_one_t16,    kI8,    kRankOne,  1,          4, 2, 1) \
-  KERNEL(tall,    int4_one_t8,     kI4,    kRankOne,  1,          4, 1, 1) \
-  KERNEL(tall,    int4_one_t16,    kI4,    kRankOne,  1,          4, 2, 1) \
-  KERNEL(tall,    w16_one_t32,     kW16,   kRankOne,  1,          4, 4, 1) \
-  KERNEL(tall,    w16_none_t64,    kW16,   kRankNone, 1,          4, 8, 1) \
-  KERNEL(planes,  w16_two_t8,      kW16,   kRankOne,  2,          2, 1, 2) \
-  KERNEL(planes,  w16_three_t8,    kW16,   kRankOne,  3,          2, 1, 2) \
-  KERNEL(planes,  w16_any_t8,      kW16,   kRankAny,  kPlanesAny, 2, 1, 2) \
-  KERNEL(planes,  int8_two_t8,     kI8,    kRankOne,  2,          2, 1, 2) \
-  KERNEL(planes,  int8_three_t8,   kI8,    kRankOne,  3,          2, 1, 2) \
-  KERNEL(planes,  int8_any_t8,     kI8,    kRankAny,  kPlanesAny, 2, 1, 2) \
-  KERNEL(planes,  int4_two_t8,     kI4,    kRankOne,  2,          2, 1, 2) \
-  KERNEL(planes,  int4_three_t8,   kI4,    kRankOne,  3,          2, 1, 2) \
-  KERNEL(planes,  int4_any_t8,     kI4,    kRankAny,  kPlanesAny, 2, 1, 2) \
-  KERNEL(planes,  w16_two_t32,     kW16,   kRankOne,  2,          2, 4, 1) \
-  KERNEL(planes,  w16_three_t32,   kW16,   kRankOne,  3,          2, 4, 1) \
-  KERNEL(planes,  w16_any_t32,     kW16,   kRankAny,  kPlanesAny, 2, 4, 1) \
-  KERNEL(planes,  int8_two_t32,    kI8,    kRankOne,  2,          2, 4, 1) \
-  KERNEL(planes,  int8_three_t32,  kI8,    kRankOne,  3,          2, 4, 1) \
-  KERNEL(planes,  int8_any_t32,    kI8,    kRankAny,  kPlanesAny, 2, 4, 1) \
-  KERNEL(planes,  int4_two_t32,    kI4,    kRankOne,  2,          2, 4, 1) \
-  KERNEL(planes,  int4_three_t32,  kI4,    kRankOne,  3,          2, 4, 1) \
-  KERNEL(planes,  int4_any_t32,    kI4,    kRankAny,  kPlanesAny, 2, 4, 1)
+  KERNEL(linear,  w16_one_t32,    kW16,    kRankOne,  1,          1, 4)    \
+  KERNEL(linear,  w16_any_t32,    kW16,    kRankAny,  1,          1, 4)    \
+  KERNEL(linear,  int8_one_t32,   kI8,     kRankOne,  1,          1, 4)    \
+  KERNEL(linear,  int8_any_t32,   kI8,     kRankAny,  1,          1, 4)    \
+  KERNEL(linear,  int4_one_t32,   kI4,     kRankOne,  1,          1, 4)    \
+  KERNEL(linear,  int4_any_t32,   kI4,     kRankAny,  1,          1, 4)    \
+  KERNEL(adapter, t32,            kDense,  kRankAny,  1,          1, 4)    \
+  KERNEL(linear,  w16_one_t64,    kW16,    kRankOne,  1,          1, 8)    \
+  KERNEL(linear,  w16_any_t64,    kW16,    kRankAny,  1,          1, 8)    \
+  KERNEL(linear,  int8_one_t64,   kI8,     kRankOne,  1,          1, 8)    \
+  KERNEL(linear,  int8_any_t64,   kI8,     kRankAny,  1,          1, 8)    \
+  KERNEL(linear,  int4_one_t64,   kI4,     kRankOne,  1,          1, 8)    \
+  KERNEL(linear,  int4_any_t64,   kI4,     kRankAny,  1,          1, 8)    \
+  KERNEL(adapter, t64,            kDense,  kRankAny,  1,          1, 8)    \
+  KERNEL(tall,    w16_one_t32,    kW16,    kRankOne,  1,          2, 4)    \
+  KERNEL(tall,    w16_none_t64,   kW16,    kRankNone, 1,          2, 8)    \
+  KERNEL(planes,  w16_two_t32,    kW16,    kRankOne,  2,          1, 4)    \
+  KERNEL(planes,  w16_three_t32,  kW16,    kRankOne,  3,          1, 4)    \
+  KERNEL(planes,  w16_any_t32,    kW16,    kRankAny,  kPlanesAny, 1, 4)    \
+  KERNEL(planes,  int8_two_t32,   kI8,     kRankOne,  2,          1, 4)    \
+  KERNEL(planes,  int8_three_t32, kI8,     kRankOne,  3,          1, 4)    \
+  KERNEL(planes,  int8_any_t32,   kI8,     kRankAny,  kPlanesAny, 1, 4)    \
+  KERNEL(planes,  int4_two_t32,   kI4,     kRankOne,  2,          1, 4)    \
+  KERNEL(planes,  int4_three_t32, kI4,     kRankOne,  3,          1, 4)    \
+  KERNEL(planes,  int4_any_t32,   kI4,     kRankAny,  kPlanesAny, 1, 4)
 
 // dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank
 // one and one plane.
@@ -108,9 +82,9 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
     body;                                                        \
   }
 
-#define SLAB_LINEAR(kernel, T, values, rank, planes, row_tiles, token_tiles, ctas) \
-  SLAB_KERNEL(kernel, ctas,                                                        \
-              (linear<LinearTraits<T, values, rank, planes, row_tiles, token_tiles>>(params)))
+#define SLAB_LINEAR(kernel, T, values, rank, planes, pairs, token_tiles) \
+  SLAB_KERNEL(kernel, 1,                                                 \
+              (linear<LinearTraits<T, values, rank, planes, pairs, token_tiles>>(params)))
 
 #define SLAB_LINEAR_PAIR(family, name, ...)            \
   SLAB_LINEAR(family##_fp16_##name, Fp16, __VA_ARGS__) \

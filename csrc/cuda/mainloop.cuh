@@ -24,11 +24,11 @@ template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::load_u(Factors& u, int r) const {
 #pragma unroll
   for (int m = 0; m < Traits::kRowTiles; ++m) {
-    const int block =
-        min(place.first_block + role.row_warp * Traits::kRowTiles + m, place.end_block - 1);
+    const int pair = min(place.first_pair + role.row_warp * Traits::kPairs + m / kBlockTiles,
+                         place.end_pair - 1);
+    const int row = pair * kBlockRows + m % kBlockTiles * kTileRows + role.lane / 4;
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      u[m][h] = __ldg(params.u + int64_t(block * kBlockRows + 8 * h + role.lane / 4) * rank + r);
+    for (int h = 0; h < 2; ++h) u[m][h] = __ldg(params.u + int64_t(row + 8 * h) * rank + r);
   }
 }
 
@@ -49,37 +49,42 @@ __device__ __forceinline__ void Warp<Traits>::multiply_stage(const Factors& u) {
 // Loads what all steps of the K-block use.
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::open(Block& block) const {
+  block.tokens = read_stage + read.tokens_at;
 #pragma unroll
-  for (int n = 0; n < Traits::kTokenAddresses; ++n)
-    block.tokens[n] = read_stage + read.tokens_at[n];
-#pragma unroll
-  for (int m = 0; m < Traits::kRowTiles; ++m) {
-    block.values[m] = read_stage + read.values_at[m];
+  for (int p = 0; p < Traits::kPairs; ++p) {
+    block.pairs[p] = read_stage + read.blocks_at[p];
     if constexpr (Traits::kSparse) {
-      load_shared(block.metadata[m], block.values[m] + read.metadata_at);
-      if (Traits::kRank == kRankOne || rank) load_signs(block, m);
+      uint32_t words[4];
+      load_shared(words, block.pairs[p] + Traits::kMetadataAt);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) block.metadata[kBlockTiles * p + i / 2][i % 2] = words[i];
+      if (Traits::kRank == kRankOne || rank) load_signs(block, p);
     }
+  }
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m)
 #pragma unroll
     for (int n = 0; n < (Traits::kScaled ? Traits::kPassTiles : 1); ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) block.group_sum[m][n][i] = 0.0f;
-  }
 }
 
 template <class Traits>
-__device__ __forceinline__ void Warp<Traits>::load_signs(Block& block, int m) const {
-  const uint32_t signs_at = block.values[m] + read.signs_at;
-  if constexpr (Traits::kPlanes == 1) {
-    block.signs[m][0] = load_shared32(signs_at);
-  } else {
-    uint32_t two[2];
-    load_shared(two, block.values[m] + read.metadata_at + (Traits::kSignsAt - Traits::kValueBytes));
-    block.signs[m][0] = two[0], block.signs[m][1] = two[1];
-    if constexpr (Traits::kThirdPlane)
-      block.signs[m][2] = planes == 3 ? load_shared32(signs_at) : 0;
-  }
+__device__ __forceinline__ void Warp<Traits>::load_signs(Block& block, int pair) const {
+  uint32_t own[2] = {0, 0};  // of the only plane, or of the third
+  if (Traits::kPlanes == 1 || planes == 3) load_shared(own, block.pairs[pair] + read.signs_at);
+  uint32_t two[4];  // of the first two planes of several
+  if constexpr (Traits::kPlanes != 1) load_shared(two, block.pairs[pair] + Traits::kSignsAt);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) block.complement[m][h] = complement_nibbles(block.metadata[m][h]);
+  for (int tile = 0; tile < kBlockTiles; ++tile) {
+    const int m = kBlockTiles * pair + tile;
+    if constexpr (Traits::kPlanes != 1)
+      block.signs[m][0] = two[2 * tile], block.signs[m][1] = two[2 * tile + 1];
+    if constexpr (Traits::kPlanes == 1 || Traits::kThirdPlane)
+      block.signs[m][Traits::kSignWords - 1] = own[tile];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) block.complement[m][h] = complement_nibbles(block.metadata[m][h]);
+  }
 }
 
 // One step of 32 inputs, for the token tiles [pass, pass + kPassTiles).
@@ -91,7 +96,9 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
   if constexpr (Traits::kSparse) {
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m)
-      load_values<kStep>(a[m], block.words[m], block.values[m]);
+      load_values<kStep>(
+          a[m], block.words[m],
+          block.pairs[m / kBlockTiles] + m % kBlockTiles * uint32_t(Traits::kValueBytes));
     if constexpr (Traits::kRank == kRankOne) load_matrices(v, read_stage + read.v_at + 64 * kStep);
   }
 #pragma unroll
@@ -117,15 +124,15 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
 template <class Traits>
 template <int kStep>
 __device__ __forceinline__ void Warp<Traits>::load_values(Fragment& a, Fragment& words,
-                                                          uint32_t values) const {
+                                                          uint32_t values_at) const {
   if constexpr (Traits::kValues == kW16) {
-    load_shared(a, values + 512 * kStep);
+    load_shared(a, values_at + 512 * kStep);
   } else if constexpr (Traits::kValues == kI8) {
-    if (kStep % 2 == 0) load_shared(words, values + 256 * kStep);
+    if (kStep % 2 == 0) load_shared(words, values_at + 256 * kStep);
     T::from_int8(a[0], a[1], words[kStep % 2 * 2], read.value_magic);
     T::from_int8(a[2], a[3], words[kStep % 2 * 2 + 1], read.value_magic);
   } else {
-    if (kStep == 0) load_shared(words, values);
+    if (kStep == 0) load_shared(words, values_at);
     T::from_int4(a, words[kStep], read.value_magic);
   }
 }
@@ -136,11 +143,10 @@ __device__ __forceinline__ void Warp<Traits>::load_activations(Activations& b, c
                                                                int first) const {
 #pragma unroll
   for (int n = 0; n < Traits::kHeldFragments; ++n) {
-    const uint32_t row = Traits::kWide ? block.tokens[0] : block.tokens[n];
-    const uint32_t tile_at = Traits::kWide ? (first + n) * 8 * kTokenRow : 0;
     // Step s is the pieces 4 s to 4 s + 3 of a row. Bit 2 of a piece's number is the lowest of s,
     // and the swizzle may have flipped it, so it is XORed; the others are added.
-    load_matrices(b[n], (row ^ (kStep % 2 << 6)) + (kStep / 2 << 7) + tile_at);
+    load_matrices(
+        b[n], (block.tokens ^ (kStep % 2 << 6)) + (kStep / 2 << 7) + (first + n) * 8 * kTokenRow);
   }
 }
 
@@ -195,7 +201,7 @@ __device__ __forceinline__ void Warp<Traits>::add_signs(const Block& block, cons
     for (int i = 0; i < 4; ++i) scaled[i] = T::multiply(b[n][i], v[i]);
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m) {
-      if constexpr (Traits::kTwoChains)
+      if constexpr (Traits::kLevelOperand)
         multiply<T, kStep>(sums.signs[m][first + n], a[m], scaled, block.complement[m]);
       else
         multiply<T, kStep>(sums.sum[m][first + n], a[m], scaled, block.complement[m]);
@@ -245,11 +251,14 @@ template <int kStep>
 __device__ __forceinline__ void Warp<Traits>::apply_scales(Block& block, int pass) {
   // This is kStep / group_steps, because group_steps is 1, 2 or 4.
   const int group = kStep >> (params.group_steps >> 1);
-  const uint32_t group_at = read.scales_at + group * 2 * kBlockRows;
+  const uint32_t group_at = read.scales_at + group * kScaleBytes;
+  uint32_t scales[Traits::kPairs][kBlockTiles];
+#pragma unroll
+  for (int p = 0; p < Traits::kPairs; ++p) load_shared(scales[p], block.pairs[p] + group_at);
 #pragma unroll
   for (int m = 0; m < Traits::kRowTiles; ++m) {
-    const uint32_t scales = load_shared32(block.values[m] + group_at);
-    const float near = __uint_as_float(scales << 16), far = __uint_as_float(scales & 0xFFFF0000u);
+    const uint32_t both = scales[m / kBlockTiles][m % kBlockTiles];
+    const float near = __uint_as_float(both << 16), far = __uint_as_float(both & 0xFFFF0000u);
 #pragma unroll
     for (int n = 0; n < Traits::kPassTiles; ++n)
 #pragma unroll
@@ -271,7 +280,8 @@ __device__ __forceinline__ void Warp<Traits>::add_dense(const Block& block, cons
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       Fragment a;
-      load_shared(a, block.values[m] + 1024 * kStep + 512 * h);
+      load_shared(a, block.pairs[m / kBlockTiles] + m % kBlockTiles * Traits::kValueBytes +
+                         1024 * kStep + 512 * h);
 #pragma unroll
       for (int n = 0; n < Traits::kHeldFragments; ++n)
         T::mma_dense(sums.sum[m][first + n], a, b[n][2 * h], b[n][2 * h + 1]);

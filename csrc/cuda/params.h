@@ -52,7 +52,8 @@ constexpr SLAB_HD int stream_metadata_bytes(int values) { return values == kDens
 constexpr int kSignBytes = 256;  // of a plane
 constexpr int kScaleBytes = 64;  // of a scale group
 constexpr SLAB_HD int stream_scale_bytes(int values, int group_steps) {
-  return values == kI8 || values == kI4 ? kSteps / group_steps * kScaleBytes : 0;
+  // kSteps / group_steps without a division, because group_steps is 1, 2 or 4.
+  return values == kI8 || values == kI4 ? (kSteps >> (group_steps >> 1)) * kScaleBytes : 0;
 }
 
 constexpr int kBand = 8;  // token tiles side by side in a grid, which share a weight tile in L2

@@ -1,42 +1,43 @@
-// Where a CTA and a warp of the fused linear work, and how a stage of the ring is laid out.
+// Where a CTA and a warp of the fused linear work, and how a stage of the ring is laid out. Nothing
+// here is divided: grid, block and the shares of K come from backends/cuda/launch.py.
 #pragma once
 
 #include "traits.cuh"
 
 namespace slab {
 
-constexpr int kRaster = 8;  // token tiles that share a weight tile while it is in L2
-
 // Where this CTA works.
 struct Place {
-  int part;                    // which of the fused projections
-  int first_block, end_block;  // row blocks: the CTA's first, and the end of the part
-  int first_row, end_row;      // output features: the CTA's first, and the end of the part
+  int part;                  // which of the fused projections
+  int first_pair, end_pair;  // row pairs: the CTA's first, and the end of the part
+  int first_row, end_row;    // output features: the CTA's first, and the end of the part
   int token_tile;
   int split;  // which share of K
 };
 
+// The grid is (token tile of a band, row tile, split of K, or band where K is not split): the token
+// tiles of a band share a weight tile while it is in L2.
+__device__ __forceinline__ int token_tile_of(const LinearParams& params) {
+  return blockIdx.x + (params.splits > 1 ? 0 : kBand * blockIdx.z);
+}
+
 // Computed before the main loop and once more after it: what only the end needs would otherwise
 // stay in registers through the main loop, and spill.
-template <int kRowTiles>
+template <int kPairs>
 __device__ __forceinline__ Place place_of(const LinearParams& params) {
-  const int band_tiles = kRaster * params.row_tiles, id = keep(blockIdx.x);
-  const int first_token_tile = id / band_tiles * kRaster;
-  const int band_width = min(kRaster, params.token_tiles - first_token_tile),
-            in_band = id % band_tiles;
-  const int row_tile = in_band / band_width;
+  const int row_tile = keep(blockIdx.y);
   Place place;
   place.part = 0;
 #pragma unroll
   for (int i = 1; i < kMaxParts; ++i)
     if (i < params.parts && row_tile >= params.part_tile[i]) place.part = i;
-  const int tile = row_tile - params.part_tile[place.part];
-  place.first_block = params.part_block[place.part] + tile * params.warp_rows * kRowTiles;
-  place.end_block = params.part_block[place.part + 1];
-  place.first_row = params.part_row[place.part] + tile * params.warp_rows * kRowTiles * kBlockRows;
+  const int first = (row_tile - params.part_tile[place.part]) * params.warp_rows * kPairs;
+  place.first_pair = params.part_pair[place.part] + first;
+  place.end_pair = params.part_pair[place.part + 1];
+  place.first_row = params.part_row[place.part] + first * kBlockRows;
   place.end_row = params.part_row[place.part + 1];
-  place.token_tile = first_token_tile + in_band % band_width;
-  place.split = blockIdx.y;
+  place.token_tile = token_tile_of(params);
+  place.split = params.splits > 1 ? blockIdx.z : 0;
   return place;
 }
 
@@ -48,21 +49,21 @@ struct WarpRole {
   int row_warp, token_warp;  // which rows and which tokens of the CTA's tile
 };
 
+// The block is (lane, member, group). warp_rows is a power of two.
 __device__ __forceinline__ WarpRole role_of(const LinearParams& params) {
-  const int thread = keep(threadIdx.x), warp = thread / 32;
   WarpRole role;
-  role.lane = thread % 32;
+  role.lane = keep(threadIdx.x);
   role.members = params.warp_rows * params.warp_tokens;
-  role.group = warp / role.members;
-  role.member = warp % role.members;
-  role.row_warp = role.member % params.warp_rows;
-  role.token_warp = role.member / params.warp_rows;
+  role.member = keep(threadIdx.y);
+  role.group = keep(threadIdx.z);
+  role.row_warp = role.member & (params.warp_rows - 1);
+  role.token_warp = role.member >> (31 - __clz(params.warp_rows));
   return role;
 }
 
 // The first K-block of a split; that of the split after it is its end.
 __device__ __forceinline__ int first_k_block_of(const LinearParams& params, int split) {
-  return int(unsigned(params.num_k_blocks) * unsigned(split) / unsigned(params.splits));
+  return split * params.k_share + min(split, params.k_more);
 }
 
 // A stage of the ring is one K-block: rows of activations, rows of v, blocks of weights, in this

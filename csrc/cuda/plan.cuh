@@ -7,10 +7,10 @@ namespace slab {
 
 template <class Traits>
 __device__ __forceinline__ Warp<Traits>::Warp(const LinearParams& params, uint32_t shared)
-    : params(params), place(place_of<Traits::kRowTiles>(params)), role(role_of(params)) {
+    : params(params), place(place_of<Traits::kPairs>(params)), role(role_of(params)) {
   rank = Traits::kRank != kRankAny ? Traits::kRank : Traits::kSparse ? params.rank : 0;
   planes = Traits::kPlanes != kPlanesAny ? Traits::kPlanes : params.planes;
-  const int staged = params.warp_tokens * Traits::kWarpTokens;
+  const int staged = params.tile_tokens;
   const int first_token = place.token_tile * staged;
   tokens = min(staged, params.tokens - first_token);
   const StageLayout layout = plan_stage(staged);
@@ -31,9 +31,9 @@ __device__ __forceinline__ StageLayout Warp<Traits>::plan_stage(int staged) {
   StageLayout layout;
   const int group_steps = Traits::kScaled ? params.group_steps : kSteps;
   layout.block_bytes = read.scales_at + stream_scale_bytes(Traits::kValues, group_steps);
-  layout.v_rows_at = (Traits::kWide ? staged : min(staged, params.tokens)) * kTokenRow;
+  layout.v_rows_at = staged * kTokenRow;
   layout.weights_at = layout.v_rows_at + rank * kTokenRow;
-  const int weight_bytes = params.warp_rows * Traits::kRowTiles * layout.block_bytes;
+  const int weight_bytes = params.warp_rows * Traits::kPairs * layout.block_bytes;
   ring.stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256;
   return layout;
 }
@@ -42,21 +42,21 @@ template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::plan_weights(const StageLayout& layout,
                                                            int first_k_block) {
   const int lane = role.lane;
-  copy.whole_blocks = params.whole_blocks - first_k_block;
   copy.tail_pieces = (layout.block_bytes - Traits::kHeadBytes) / 16;
   copy.l2_policy = weight_policy(params.token_tiles == 1);
 #pragma unroll
-  for (int m = 0; m < Traits::kRowTiles; ++m) {
-    const int own = role.member + m * role.members;
-    copy.has_block[m] = own < params.warp_rows * Traits::kRowTiles;
-    // Past the end of the part the last block is read again; its sums are not stored.
-    const int block = min(place.first_block + own, place.end_block - 1);
-    copy.weights_from[m] =
-        params.stream +
-        (int64_t(block) * params.num_k_blocks + first_k_block) * layout.block_bytes + 16 * lane;
-    copy.weights_to[m] = Traits::kept(layout.weights_at + own * layout.block_bytes + 16 * lane);
-    const int multiplied = role.row_warp * Traits::kRowTiles + m;
-    read.values_at[m] =
+  for (int p = 0; p < Traits::kPairs; ++p) {
+    const int own = role.member + p * role.members;
+    copy.has_block[p] = own < params.warp_rows * Traits::kPairs;
+    // Past the end of the part the last pair is read again; its sums are not stored.
+    const int pair = min(place.first_pair + own, place.end_pair - 1);
+    const int64_t block = int64_t(pair) * params.num_k_blocks + first_k_block;
+    copy.weights_from[p] =
+        keep(params.stream + block * layout.block_bytes + 16 * lane + Traits::kCopyFrom);
+    copy.weights_to[p] =
+        Traits::kept(layout.weights_at + own * layout.block_bytes + 16 * lane + Traits::kCopyFrom);
+    const int multiplied = role.row_warp * Traits::kPairs + p;
+    read.blocks_at[p] =
         Traits::kept(layout.weights_at + multiplied * layout.block_bytes + 16 * lane);
   }
 }
@@ -69,11 +69,13 @@ __device__ __forceinline__ void Warp<Traits>::plan_activations(const StageLayout
   const int lane = role.lane;
   copy.token_row = lane / 16 + 2 * role.member;
   copy.token_step = 2 * role.members;
-  copy.tokens_from = params.x + 2 * ((first_token + copy.token_row) * params.token_stride +
-                                     int64_t(first_k_block) * kBlockInputs + lane % 16 * 8);
+  copy.tokens_from = keep(params.x + 2 * ((first_token + copy.token_row) * params.token_stride +
+                                          int64_t(first_k_block) * kBlockInputs + lane % 16 * 8));
+  copy.inputs = params.in_features - first_k_block * kBlockInputs;
   copy.token_piece = Traits::kept(lane % 16);
   copy.v_from =
-      (place.part * rank * params.num_k_blocks + first_k_block) * kTokenRow + lane % 16 * 16;
+      keep(params.v + (place.part * rank * params.num_k_blocks + first_k_block) * kTokenRow +
+           lane % 16 * 16);
   copy.v_to = Traits::kept(layout.v_rows_at + 16 * (lane % 16));
 }
 
@@ -81,24 +83,16 @@ template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::plan_reads(const StageLayout& layout) {
   const int lane = role.lane;
   read.v_at = Traits::kept(layout.v_rows_at + lane / 8 * 16);
-  // Lane l reads 8 bytes of metadata at 8 l. values_at already holds 16 l, so subtract 8 l.
-  const uint32_t metadata_at = Traits::kValueBytes - 8 * lane;
-  // Lane l reads 4 bytes of signs at 4 l, of the only plane or of the third one: subtract 12 l.
-  // (The words of the first two of several planes lie as those of the metadata do.)
+  // Lane l reads 8 bytes of signs at 8 l, of the only plane or of the third one. blocks_at already
+  // holds 16 l, so subtract 8 l. (Of the first two of several planes it reads 16 bytes at 16 l.)
   const uint32_t signs_at =
-      Traits::kSignsAt + (Traits::kThirdPlane ? 2 * kSignBytes : 0) - 12 * lane;
-  // Lane l = 4 g + t reads 4 bytes of scales at 4 g, those of rows g and g + 8: subtract 16 l.
-  const uint32_t scales_at = read.scales_at + (lane / 4 * 4 - 16 * lane);
-  read.metadata_at = Traits::kept(metadata_at);
+      Traits::kSignsAt + (Traits::kThirdPlane ? 2 * kSignBytes : 0) - 8 * lane;
+  // Lane l = 4 g + t reads 8 bytes of scales at 8 g, those of rows g and g + 8 of both tiles.
+  const uint32_t scales_at = read.scales_at + (lane / 4 * 8 - 16 * lane);
   read.signs_at = Traits::kept(signs_at);
   read.scales_at = Traits::kept(scales_at);
-#pragma unroll
-  for (int n = 0; n < Traits::kTokenAddresses; ++n) {
-    int row = role.token_warp * Traits::kWarpTokens + 8 * n + lane % 8;
-    // A token that does not exist has no row here; its column of the product is never stored.
-    if (!Traits::kWide) row = min(row, tokens - 1);
-    read.tokens_at[n] = Traits::kept(row * kTokenRow + ((lane / 8 ^ (row & 7)) << 4));
-  }
+  const int row = role.token_warp * Traits::kWarpTokens + lane % 8;
+  read.tokens_at = Traits::kept(row * kTokenRow + ((lane / 8 ^ (row & 7)) << 4));
   // A LOP3 takes one immediate operand. With the magic number in a register, which the opaque zero
   // forces, mask and magic number are applied by one instruction.
   const uint32_t zero = Traits::kKeepsOffsets ? opaque_zero(params.tokens) : 0u;

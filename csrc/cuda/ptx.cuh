@@ -114,6 +114,10 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
 }
+__device__ __forceinline__ const uint8_t* keep(const uint8_t* p) {
+  asm volatile("mov.b64 %0, %0;" : "+l"(p));
+  return p;
+}
 // Zero, which the compiler cannot know: the sign bit of a number that is never negative. A constant
 // that it was ORed with has to live in a register.
 __device__ __forceinline__ uint32_t opaque_zero(int never_negative) {
@@ -125,6 +129,14 @@ __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_
 }
 __device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32_t value) {
   return (word & mask) ^ value;
+}
+
+// PRMT (PTX 9.7.9.7): byte i of the result is the byte of b a, a's lowest being number 0, that
+// nibble i of `choice` names, 7 at most. (__byte_perm masks a choice that only run time knows.)
+__device__ __forceinline__ uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t choice) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(choice));
+  return r;
 }
 
 // To the right, around the end.

@@ -13,29 +13,27 @@ constexpr int kRankNone = 0, kRankOne = 1, kRankAny = -1;
 constexpr int kPlanesAny = -1;
 
 // Activation_ is Fp16 or Bf16 of ptx.cuh, kValues_ a StreamValues of params.h. A warp computes
-// kRowTiles_ x 16 output rows for kTokenTiles_ x 8 tokens.
-template <class Activation_, int kValues_, int kRank_, int kPlanes_, int kRowTiles_,
-          int kTokenTiles_>
+// kPairs_ row pairs, 32 output rows each, for kTokenTiles_ x 8 tokens.
+template <class Activation_, int kValues_, int kRank_, int kPlanes_, int kPairs_, int kTokenTiles_>
 struct LinearTraits {
   using Activation = Activation_;
   static constexpr int kValues = kValues_, kRank = kRank_, kPlanes = kPlanes_;
-  static constexpr int kRowTiles = kRowTiles_, kTokenTiles = kTokenTiles_;
+  static constexpr int kPairs = kPairs_, kTokenTiles = kTokenTiles_;
+  static constexpr int kRowTiles = kPairs * kBlockTiles;
   static_assert(kPlanes == 1 || kRank == (kPlanes == kPlanesAny ? kRankAny : kRankOne));
 
   // ---- what a warp computes ----
 
-  static constexpr int kWarpRows = kRowTiles * kBlockRows;
+  static constexpr int kWarpRows = kPairs * kBlockRows;
   static constexpr int kWarpTokens = 8 * kTokenTiles;
   static constexpr bool kSparse = kValues != kDense;
   static constexpr bool kScaled = kValues == kI8 || kValues == kI4;
   static constexpr bool kThirdPlane = kPlanes == 3 || kPlanes == kPlanesAny;
   // With two or three planes and one rank, the sign operand is the level (an odd multiple of the
-  // last plane's unit) and not the level times u: u multiplies the sums once, at the end. With
-  // several ranks each level is multiplied by its u, and rounded.
+  // last plane's unit) and not the level times u: the signs add into accumulators of their own,
+  // which u multiplies once, at the end. With several ranks each level is multiplied by its u, and
+  // rounded.
   static constexpr bool kLevelOperand = kPlanes > 1;
-  // The products of few tokens are a chain of dependent mma, 33 cycles each. There the signs add
-  // into accumulators of their own, so that two chains run side by side.
-  static constexpr bool kTwoChains = (kValues == kW16 && kTokenTiles <= 2) || kLevelOperand;
 
   // ---- how registers are spent ----
 
@@ -56,17 +54,16 @@ struct LinearTraits {
 
   // ---- what a stage holds ----
 
-  // Wide instances stage a whole tile of tokens, the others only the tokens that exist.
-  static constexpr bool kWide = kTokenTiles >= 4;
-  // Activation rows whose address a lane holds: one where all rows of a tile are staged, because
-  // then the others follow at a fixed distance.
-  static constexpr int kTokenAddresses = kWide ? 1 : kTokenTiles;
-  static constexpr int kValueBytes = stream_value_bytes(kValues);
-  static constexpr int kSignsAt = kValueBytes + stream_metadata_bytes(kValues);
+  static constexpr int kValueBytes = stream_value_bytes(kValues);  // of a row tile
+  static constexpr int kMetadataAt = kBlockTiles * kValueBytes;
+  static constexpr int kSignsAt = kMetadataAt + stream_metadata_bytes(kValues);
   // All lanes copy the head of a block, 16 bytes each, and some of them the tail (copy.cuh).
-  static constexpr int kHeadBytes = kPlanes == 1 ? kValueBytes : kSignsAt + 2 * kSignBytes;
+  static constexpr int kHeadBytes = kSignsAt + (kPlanes == 1 ? 0 : 2 * kSignBytes);
   static_assert(kHeadBytes % 512 == 0);
-  // Words of sign bits that a lane reads of a block.
+  // Addresses of copies are those of this byte of a block, because an instruction adds less than
+  // 2048 to the source, or subtracts as much.
+  static constexpr int kCopyFrom = 2048;
+  // Words of sign bits that a lane reads for a row tile.
   static constexpr int kSignWords = kThirdPlane ? 3 : kPlanes;
 };
 

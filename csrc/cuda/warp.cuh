@@ -11,42 +11,42 @@
 namespace slab {
 
 // What this lane copies of every K-block, 16 bytes at a time. The warps of a group share the
-// copying: of the row blocks of weights, member i takes i, i + members, ...; of the activation
+// copying: of the row pairs of weights, member i takes i, i + members, ...; of the activation
 // rows, two at a time because half a warp copies one, 2 i, 2 i + 1, 2 (i + members), ...
 //
 // Sources are those of the group's first K-block. Targets count from the start of a stage.
 template <class Traits>
 struct CopyPlan {
-  const uint8_t* weights_from[Traits::kRowTiles];  // at most so many blocks
+  const uint8_t* weights_from[Traits::kPairs];  // at most so many blocks
   const uint8_t* tokens_from;
-  uint32_t weights_to[Traits::kRowTiles];
+  const uint8_t* v_from;
+  uint32_t weights_to[Traits::kPairs];
   uint32_t token_piece;  // which 16 bytes of a row of activations
-  uint32_t v_from;       // bytes after params.v
   uint32_t v_to;
   int tail_pieces;            // of 16 bytes, behind the head of a block; at most 32
   int token_row, token_step;  // rows token_row, token_row + token_step, ...
-  int whole_blocks;           // K-blocks, from the group's first on, that need no care at an edge
-  bool has_block[Traits::kRowTiles];
+  int inputs;                 // from the group's first K-block on
+  bool has_block[Traits::kPairs];
   uint64_t l2_policy;  // decides for how long L2 keeps weights
 };
 
 // Where this lane reads. Unless said otherwise, offsets count from the start of a stage.
 template <class Traits>
 struct ReadPlan {
-  uint32_t values_at[Traits::kRowTiles];        // lane l reads 16 bytes at 16 l
-  uint32_t metadata_at, signs_at, scales_at;    // count from values_at
-  uint32_t v_at;                                // for ldmatrix: lane l names a row of matrix l / 8
-  uint32_t tokens_at[Traits::kTokenAddresses];  // likewise
-  uint32_t value_magic, level_magic;            // constants of the conversions, in registers
+  uint32_t blocks_at[Traits::kPairs];  // blocks of weights, for lane l 16 l bytes further on
+  uint32_t signs_at, scales_at;        // count from blocks_at
+  uint32_t v_at;                       // for ldmatrix: lane l names a row of matrix l / 8
+  uint32_t tokens_at;                  // likewise; the other token tiles follow at a fixed distance
+  uint32_t value_magic, level_magic;   // constants of the conversions, in registers
 };
 
 // The fp32 sums of a warp: [row tile][token tile][c0 .. c3 of the fragment].
 template <class Traits>
 struct Accumulators {
-  static constexpr bool kTwoChains = Traits::kTwoChains;
+  static constexpr bool kTwoChains = Traits::kLevelOperand;
 
   float sum[Traits::kRowTiles][Traits::kTokenTiles][4];
-  float signs[Traits::kRowTiles][kTwoChains ? Traits::kTokenTiles : 1][4];  // only with kTwoChains
+  float signs[Traits::kRowTiles][kTwoChains ? Traits::kTokenTiles : 1][4];  // only with levels
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -57,29 +57,25 @@ struct Accumulators {
         for (int i = 0; i < 4; ++i) sum[m][n][i] = signs[m][kTwoChains ? n : 0][i] = 0.0f;
   }
 
-  // Adds the sign term's chain to the sums; u[m][h] is of row tile m's rows g (h = 0) and g + 8.
+  // Adds the levels' chain times u to the sums; u[m][h] is of row tile m's rows g (h = 0) and g + 8.
   __device__ __forceinline__ void join_chains(const uint32_t (&u)[Traits::kRowTiles][2]) {
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < Traits::kTokenTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (Traits::kLevelOperand)
-            sum[m][n][i] = fmaf(Traits::Activation::widen(uint16_t(u[m][i / 2])), signs[m][n][i],
-                                sum[m][n][i]);
-          else
-            sum[m][n][i] += signs[m][n][i];
-        }
+        for (int i = 0; i < 4; ++i)
+          sum[m][n][i] =
+              fmaf(Traits::Activation::widen(uint16_t(u[m][i / 2])), signs[m][n][i], sum[m][n][i]);
   }
 };
 
 // What a warp keeps of the K-block that it multiplies.
 template <class Traits>
 struct HeldBlock {
-  uint32_t values[Traits::kRowTiles];        // addresses of this lane's values
-  uint32_t tokens[Traits::kTokenAddresses];  // addresses for ldmatrix
-  uint32_t words[Traits::kRowTiles][4];      // integer values: one load serves several steps
+  uint32_t pairs[Traits::kPairs];  // addresses of the blocks, for lane l 16 l bytes further on
+  uint32_t tokens;                 // an address for ldmatrix
+  uint32_t words[Traits::kRowTiles][4];  // integer values: one load serves several steps
   uint32_t metadata[Traits::kRowTiles][2];
   uint32_t complement[Traits::kRowTiles][2];  // metadata of the pruned positions
   uint32_t signs[Traits::kRowTiles][Traits::kSignWords];
@@ -121,24 +117,24 @@ struct Warp {
   }
   __device__ void multiply_k_blocks();
 
-  // copy.cuh: one K-block, counted from the group's first one.
-  __device__ void fetch_to_shared(int k_block);
+  // copy.cuh: one K-block, counted from the group's first one, into the stage write_stage.
   __device__ void fetch_weights(int k_block) const;
   template <int kAt>
-  __device__ void fetch_head(bool has_block, uint32_t to, const uint8_t* from) const;
-  __device__ void fetch_activations(const uint8_t* from) const;
-  __device__ void fetch_activations_at_edge(int k_block, const uint8_t* tokens_from) const;
+  __device__ void fetch_head(uint32_t to, const uint8_t* from) const;
+  __device__ void fetch_activations(int k_block) const;
+  __device__ void fetch_whole_activations(const uint8_t* from) const;
+  __device__ void fetch_activations_at_edge(const uint8_t* from, int left) const;
 
   // mainloop.cuh: one K-block,
   __device__ void load_u(Factors& u, int r) const;
   __device__ void multiply_stage(const Factors& u);
   __device__ void open(Block& block) const;
-  __device__ void load_signs(Block& block, int m) const;
+  __device__ void load_signs(Block& block, int pair) const;
   // and one step of it, for the token tiles [pass, pass + kPassTiles) or from `first` on.
   template <int kStep>
   __device__ void step(Block& block, const Factors& u, int pass);
   template <int kStep>
-  __device__ void load_values(Fragment& a, Fragment& words, uint32_t values) const;
+  __device__ void load_values(Fragment& a, Fragment& words, uint32_t values_at) const;
   template <int kStep>
   __device__ void load_activations(Activations& b, const Block& block, int first) const;
   template <int kStep>

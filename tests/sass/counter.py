@@ -134,19 +134,24 @@ class Kernel:
 
     @functools.cached_property
     def edge(self) -> set[int]:
-        """Blocks of the copy at an edge (the last K-block where K is no multiple of 128, rows of x
-        that are not aligned).
+        """Blocks of the copy at an edge, the last K-block where K is no multiple of 128.
 
-        It alone stores to shared memory. Going up its dominators, it begins below the first that
-        other copies are in.
+        It alone fills up with zeros. Going up its dominators, it begins below the first that other
+        copies are in, or the wait for them.
         """
         edge: set[int] = set()
-        for store in (b for b in self.main.blocks if self.has([b], "STS")):
-            for root in (b for b in self.main.blocks if self.dominators[store] >> b & 1):
+        for filled in (b for b in self.main.blocks if self.copies_at_edge([b])):
+            for root in (b for b in self.main.blocks if self.dominators[filled] >> b & 1):
                 below = {b for b in self.main.blocks if self.dominators[b] >> root & 1}
-                if not any(i.base == "LDGSTS" and ".ZFILL" not in i.opcode for i in self.of(below)):
+                if not self.copies_whole(below) and not self.has(below, "LDGDEPBAR", "HMMA"):
                     edge |= below
         return edge
+
+    def copies_at_edge(self, blocks) -> bool:
+        return any(i.base == "LDGSTS" and ".ZFILL" in i.opcode for i in self.of(blocks))
+
+    def copies_whole(self, blocks) -> bool:
+        return any(i.base == "LDGSTS" and ".ZFILL" not in i.opcode for i in self.of(blocks))
 
     def trips(self, loop: Loop, tokens: int) -> int:
         """How often a loop inside the main loop runs for one K-block with rank 1 and every token of

@@ -25,6 +25,7 @@ from .tiles import (
     CudaSizes,
     Tile,
     columns_bytes,
+    factors_bytes,
     rings,
     stage_bytes,
     sums_bytes,
@@ -142,11 +143,12 @@ class Plan:
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Shared memory of a CTA: columns of x and rings, and later the groups' sums in the same
+        """Shared memory of a CTA: u; rings and columns of x, and later the groups' sums in their
         place."""
         held = columns_bytes(self.sizes, self.tile, self.tokens, self.splits)
         held += rings(self.tile) * self.stages * self.stage_bytes
-        return max(sums_bytes(self.sizes, self.tile, self.tokens), held)
+        sums = sums_bytes(self.sizes, self.tile, self.tokens)
+        return factors_bytes(self.sizes, self.tile) + max(sums, held)
 
     @functools.cached_property
     def ctas(self) -> int:

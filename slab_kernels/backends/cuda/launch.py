@@ -267,8 +267,9 @@ def rebuilt(
                 if state.U is not None and state.V is not None:
                     args.u = state.U[BLOCK_ROWS * first_pair].data_ptr()
                     args.v = state.V[part].data_ptr()
-                ctas = min(ceil_div(row_pairs * k_blocks, WARPS), launch.plan.max_ctas)
-                device.queue(launch.name, (ctas, 1, 1), (THREADS, 1, 1), 0, args, False)
+                along_k = ceil_div(k_blocks, WARPS)  # CTAs
+                grid = along_k, min(row_pairs, ceil_div(launch.plan.max_ctas, along_k)), 1
+                device.queue(launch.name, grid, (THREADS, 1, 1), 0, args, False)
                 piece, result = W[:count], y[:, done : done + count]
                 if factors:
                     P, Q = factors[part]

@@ -33,6 +33,7 @@ from .tiles import (
     CudaSizes,
     Tile,
     columns_bytes,
+    factors_bytes,
     rings,
     stage_bytes,
     sums_bytes,
@@ -46,20 +47,23 @@ REBUILT_FROM = [round((FEW + 1) * 1.1**n) for n in range(73)]
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(sizes: CudaSizes, M: int, gpu: Gpu) -> Plan | Rebuild:
+def choose(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> Plan | Rebuild:
     """The measured plan if there is one, else the fastest by the model, within what the regime of
     M allows.
+
+    by_rows: False leaves the choice to the model alone.
 
     Raises: ArgumentError if no plan fits into the device's shared memory, ConfigError if the file
     of measured rows is damaged.
     """
     if M > FEW and M >= _rebuilt_from(sizes, gpu):
         return rebuild(sizes, M, gpu)
-    found = plans(sizes, M, gpu, *_split(sizes, regime(M), gpu))
+    rows = rows_for(sizes, gpu, *regime(M)) if by_rows else []
+    found = plans(sizes, M, gpu, *_split(sizes, regime(M), gpu, by_rows))
     if not found:
         raise _too_large(sizes, gpu)
-    for row in rows_for(sizes, gpu, *regime(M)):
-        if row.above < M <= row.tokens and (plan := _named(row, found)):
+    for row in rows:
+        if row.above < M <= row.tokens and (plan := named(row, found)):
             return plan
     return min(found, key=lambda plan: plan.microseconds)
 
@@ -128,11 +132,11 @@ def residencies(
         registers = sizes.registers(tile.tall)[tokens] * tile.threads
     else:
         registers = DECODE_REGISTERS * tile.threads
-    held = columns_bytes(sizes, tile, tokens, splits)
+    factors, held = factors_bytes(sizes, tile), columns_bytes(sizes, tile, tokens, splits)
     stage = rings(tile) * stage_bytes(sizes, tile, tokens, M)
     found = []
     for resident in (1, 2, 4):
-        shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024)
+        shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024) - factors
         stages = min(MOST_STAGES, (shared - held) // stage)
         fits = registers * resident <= REGISTER_FILE and sums_bytes(sizes, tile, tokens) <= shared
         if fits and stages >= (2 if resident == 1 else 3):
@@ -140,7 +144,7 @@ def residencies(
     return found
 
 
-def _named(row: MeasuredRow, found: list[Plan]) -> Plan | None:
+def named(row: MeasuredRow, found: list[Plan]) -> Plan | None:
     """The plan that a row names, with no more stages than fit, or None if it is not among these."""
     for plan in found:
         tile = plan.tile
@@ -175,7 +179,7 @@ def _rebuilt_from(sizes: CudaSizes, gpu: Gpu) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu) -> tuple[int, int]:
+def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu, by_rows: bool) -> tuple[int, int]:
     """The K groups of a CTA and the CTAs that share K, for all token counts of a regime.
 
     Measured rows of the regime have one way. Without them it is the one with the least time by the
@@ -186,9 +190,9 @@ def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu) -> tuple[int, int]:
     if of[0] >= FEW:
         return 1, 1
     weighed = (1, 4, DECODE) if of[1] == DECODE else (32, FEW)
-    for row in rows_for(sizes, gpu, *of):
+    for row in rows_for(sizes, gpu, *of) if by_rows else []:
         fit = all(plans(sizes, M, gpu, *row.split) for M in weighed)
-        if fit and _named(row, plans(sizes, row.tokens, gpu, *row.split)):
+        if fit and named(row, plans(sizes, row.tokens, gpu, *row.split)):
             return row.split
     tiles = WIDE_TILES if of[1] == DECODE else SPLIT_TILES
     totals: list[tuple[float, int, int]] = []

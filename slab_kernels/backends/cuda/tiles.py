@@ -240,6 +240,11 @@ def rings(tile: Tile) -> int:
     return tile.warps if tile.loop == NARROW else tile.warp_inputs
 
 
+def factors_bytes(sizes: CudaSizes, tile: Tile) -> int:
+    """Bytes of u of a CTA's rows, which narrow and wide keep beside everything else."""
+    return 0 if tile.loop == MANY else 4 * tile.rows * sizes.rank
+
+
 def columns_bytes(sizes: CudaSizes, tile: Tile, tokens: int, splits: int) -> int:
     """Bytes of x and v * x of a CTA's whole share of K, in the narrow loop alone."""
     if tile.loop != NARROW:
@@ -248,13 +253,9 @@ def columns_bytes(sizes: CudaSizes, tile: Tile, tokens: int, splits: int) -> int
 
 
 def sums_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
-    """Bytes of the sums that a CTA's groups add at the end, in the memory of the stages.
+    """Bytes of the sums that a CTA's groups add at the end, in the memory of rings and columns.
 
     Narrow and wide keep the sums of each rank's signs apart.
     """
-    columns = tokens * tile.warp_tokens
-    if tile.loop == NARROW:
-        columns = COLUMNS
-    elif tile.loop == WIDE:
-        columns *= 1 + sizes.rank
+    columns = tokens * tile.warp_tokens * (1 if tile.loop == MANY else 1 + sizes.rank)
     return tile.warp_inputs * columns * (tile.rows + 4) * 4

@@ -1,5 +1,5 @@
-/* A libcuda.so.1 without a GPU for test_cuda_driver.py: it hands out numbered handles and
- * remembers the last launch. */
+/* A libcuda.so.1 without a GPU for test_cuda_driver.py: it hands out numbered handles, remembers the
+ * last launch whole, and of every launch the kernel and the attributes. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -18,12 +18,24 @@ struct {
   unsigned char params[64];
   char name[64], image[64];
 } last;
+struct {
+  uint64_t stream;
+  int kernel; /* its place in names */
+  unsigned count;
+  int attribute, value; /* of the first attribute, 0 without any */
+} launched[64];
+char names[64][64]; /* of kernels in the order in which they were asked for */
+int known;
 int loads, raises, allowed, launch_code, refuse_loads, refuse_code, parameter_size, ptx_version;
+static const uintptr_t kHandles = 0x300000000000;
 static __thread uintptr_t stack[8];
 static __thread int depth; /* contexts of this thread; handle = 0x1000 + device */
 
 void clear(void) {
   memset(&last, 0, sizeof last);
+  memset(launched, 0, sizeof launched);
+  memset(names, 0, sizeof names);
+  known = 0;
   loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0,
   ptx_version = 90;
   depth = 0;
@@ -47,9 +59,11 @@ int cuModuleLoadData(uintptr_t* out, const char* image) {
 }
 int cuModuleGetFunction(uintptr_t* out, uintptr_t module, const char* name) {
   if (!strncmp(name, "absent", 6)) return 500;
+  if (!module || known == 64) return 500;
   strncpy(last.name, name, sizeof last.name - 1);
-  return *out = 0x300000000000 + module,
-         0; /* more than 32 bits: a handle cut to an int is noticed */
+  strncpy(names[known], name, sizeof names[known] - 1);
+  /* more than 32 bits: a handle cut to an int is noticed */
+  return *out = kHandles + (uintptr_t)known++, 0;
 }
 int cuFuncGetAttribute(int* out, int attribute, uintptr_t function) {
   return *out = attribute == 1 ? 1024 : attribute == 5 ? ptx_version : -1, function == 0;
@@ -77,6 +91,13 @@ int cuLaunchKernelEx(const Config* config, uintptr_t function, void** params, vo
   last.attribute = config->count ? config->attributes[0] : 0;
   last.value = config->count ? config->attributes[2] : 0;
   last.function = function;
+  if (last.launches < 64) {
+    launched[last.launches].stream = last.stream;
+    launched[last.launches].kernel = (int)(function - kHandles);
+    launched[last.launches].count = last.count;
+    launched[last.launches].attribute = last.attribute;
+    launched[last.launches].value = last.value;
+  }
   last.context = depth ? stack[depth - 1] : 0;
   memcpy(last.params, params[0],
          parameter_size && parameter_size < 64 ? (size_t)parameter_size : 16);

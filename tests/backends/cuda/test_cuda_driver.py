@@ -13,8 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slab_kernels.backends.cuda import driver, images
+from slab_kernels.backends.cuda import driver, images, layout, plan
+from slab_kernels.backends.cuda import launch as launching
+from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.images import Image
+from slab_kernels.backends.cuda.launch import CudaDevice
+from slab_kernels.format import PackedLayout
+from slab_kernels.testing import random_packed
 
 SOURCE = Path(__file__).with_name("fake_cuda.c")
 compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -43,12 +48,32 @@ class Last(ctypes.Structure):
     ]
 
 
+class Launched(ctypes.Structure):
+    _fields_ = [
+        ("stream", ctypes.c_uint64),
+        ("kernel", ctypes.c_int),
+        ("count", ctypes.c_uint),
+        ("attribute", ctypes.c_int),
+        ("value", ctypes.c_int),
+    ]
+
+
 class Fake:
     """The library's own memory: `fake.last`, and its counters and switches as attributes."""
 
     def __init__(self, path: Path):
         object.__setattr__(self, "library", ctypes.CDLL(str(path)))
         object.__setattr__(self, "last", Last.in_dll(self.library, "last"))
+
+    def launches(self) -> list[tuple[str, tuple[int, int, int]]]:
+        """Every launch: the kernel's name, and number, id and value of its attributes."""
+        assert self.last.launches <= 64
+        names = (ctypes.c_char * 64 * 64).in_dll(self.library, "names")
+        launched = (Launched * 64).in_dll(self.library, "launched")
+        return [
+            (names[each.kernel].value.decode(), (each.count, each.attribute, each.value))
+            for each in launched[: self.last.launches]
+        ]
 
     def __getattr__(self, name):
         return ctypes.c_int.in_dll(self.library, name).value
@@ -158,6 +183,69 @@ def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
     fake.ptx_version = ptx
     launch(device=0, dependent=asked)
     assert (fake.last.count, fake.last.attribute, fake.last.value) == seen
+
+
+PROGRAMMATIC, ORDINARY = (1, 6, 1), (0, 0, 0)  # number, id and value of attributes
+
+
+def queued_on(device: int, stream: int = 0xABCDEF012345) -> CudaDevice:
+    """The device of `cuda.device_of`, on a stream of that handle."""
+
+    def queue(name, grid, block, shared, params, dependent):
+        driver.launch(
+            name, grid, block, shared, params, device=device, stream=stream, dependent=dependent
+        )
+
+    return CudaDevice(GPUS[3], queue)
+
+
+def run_linear(device: CudaDevice, M: int, rank: int = 1, adapter_rank: int = 0, N: int = 40):
+    packed = random_packed(PackedLayout(N, 4096, "int4", 128, rank, adapter_rank))
+    state = layout.prepare((packed,), torch.float16)
+    launching.linear(torch.ones(M, 4096).half(), state, None, device)
+
+
+@needs_compiler
+@pytest.mark.parametrize("M", (1, 3, 5, 16, 17, 64, 70))
+def test_every_kernel_of_a_linear_is_launched_as_a_dependent_one(fake, monkeypatch, M):
+    """The first kernel of a call, too, whoever queued the kernel in front of it: it waits by itself
+    before it reads x or writes anything. In graph capture the driver gets the same attribute."""
+    monkeypatch.setattr(launching, "choose", split_in_two)
+    launching.launches.cache_clear()
+    run_linear(queued_on(0), M, adapter_rank=3)
+    launching.launches.cache_clear()
+    names, attributes = zip(*fake.launches(), strict=True)
+    assert names[0].startswith("adapter_fp16_t") and names[-1] == (
+        "reduce_fp16" if M <= 64 else names[1]
+    )
+    assert len(names) == (3 if M <= 64 else 2) and set(attributes) == {PROGRAMMATIC}
+    assert fake.last.stream == 0xABCDEF012345
+
+
+def split_in_two(sizes, M, gpu):
+    """A plan in which K is split up to 64 tokens; never the rebuilt weight."""
+    splits = 2 if M <= 64 and sizes.values != layout.DENSE else 1
+    found = plan.plans(sizes, M, gpu, 4 if M <= 64 else 1, splits)
+    return min(found, key=lambda each: each.microseconds)
+
+
+@needs_compiler
+@pytest.mark.parametrize("ptx", (80, 86, 89))
+def test_no_kernel_of_an_older_image_is_a_dependent_one(fake, ptx):
+    """Their code has no wait in it, whatever device they run on."""
+    fake.ptx_version = ptx
+    run_linear(queued_on(0), 1, adapter_rank=3)
+    assert {attributes for _, attributes in fake.launches()} == {ORDINARY}
+
+
+@needs_compiler
+def test_kernels_that_rebuild_a_weight_are_not_dependent(fake, monkeypatch):
+    """They write their result without waiting, and cuBLAS stands between them."""
+    monkeypatch.setattr(launching, "choose", plan.rebuild)
+    launching.launches.cache_clear()
+    run_linear(queued_on(0), 3)
+    launching.launches.cache_clear()
+    assert fake.launches() == [("dense_fp16_int4", ORDINARY)]
 
 
 @needs_compiler
