@@ -33,7 +33,8 @@ from slab_kernels.bench.clocks import FEWEST_COPIES, Clock, CudaClock, copied, s
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
-VALUES = {"int4": 128, "int8": 128, "fp16": None}  # value type -> inputs that a scale covers
+GROUP = {"int4": 128, "int8": 128, "fp16": None}  # value type -> inputs that a scale covers
+VALUES = tuple(GROUP)
 TINY = (32, 128)  # one block of the stream
 K_BLOCKS = (8, 16, 32, 48)  # Weights of the loop's line: all fit the L2 cache of an H100.
 WARP_SHAPES = ((4096, 4096), (6144, 4096))
@@ -50,7 +51,7 @@ class Stand(NamedTuple):
     where: str  # of tensors: "cuda"
 
     def weight(self, N: int, K: int, values: str) -> CudaState:
-        layout = PackedLayout(N, K, values, VALUES[values], rank=1)
+        layout = PackedLayout(N, K, values, GROUP[values], rank=1)
         packed = random_packed(layout, device=self.where)
         return cuda.layout.prepare((packed,), torch.float16)
 

@@ -81,7 +81,8 @@ def outcome(
             faults.append(f"M={M}: {fault}")
         elif before is not None and not _same_bits(y[: before.shape[0]], before):
             faults.append(f"M={M}: a token's result depends on how many there are")
-        before = y
+        else:
+            before = y
     row = {"case": case, "wrong": faults, "seconds": round(time.monotonic() - start, 3)}
     return row | {"broken": True} if broken else row
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import fit_plans
 import torch
+from plan_rows import CHOICES, COLUMNS
 
 from on_gpu import plans, verdicts
 from on_gpu.causes import Stand
@@ -25,34 +25,51 @@ from on_gpu.parts import OUT_OF_TIME, seconds_here
 from on_gpu.rows import RESULTS
 from slab_kernels.backends import cuda
 from slab_kernels.backends.cuda.cost import Plan
-from slab_kernels.backends.cuda.plan import residencies
-from slab_kernels.backends.cuda.tiles import CudaSizes, sizes_of
+from slab_kernels.backends.cuda.plan import choose, residencies
+from slab_kernels.backends.cuda.tiles import LOOPS, CudaSizes, sizes_of
 from slab_kernels.bench.clocks import CudaClock
 from slab_kernels.bench.layer_shapes import layers
 
-MOST = 16  # plans of a linear and token count, those first that the model likes best
-NUMBERS = ("n", "k", "values", "m", "route", *fit_plans.CHOICES)
+MOST = 18  # plans of a linear and token count
+NUMBERS = ("n", "k", "values", "m", "route", "loop", *CHOICES)
 
 
 def candidates(sizes: CudaSizes, M: int, stand: Stand) -> list[Plan]:
-    """Plans for M tokens with every tile, and every number of CTAs a multiprocessor."""
+    """Plans for M tokens: the one that the model takes, the best of each way of splitting K, then
+    those that the model likes best."""
     gpu = stand.device.gpu
     found = [
         each
         for plan in plans.every(sizes, M, gpu)
         for each in residencies(sizes, M, gpu, plan.tile, plan.tokens, plan.splits)
     ]
-    return sorted(found, key=lambda plan: plan.microseconds)[:MOST]
+    found.sort(key=lambda plan: plan.microseconds)
+    best: dict[tuple, Plan] = {}
+    for plan in found:
+        best.setdefault((plan.tile.warp_inputs, plan.splits), plan)
+    own = choose(sizes, M, gpu, by_rows=False)
+    return list(dict.fromkeys([own, *best.values(), *found]))[:MOST]
 
 
 def chosen(plan: Plan, values: str) -> dict[str, object]:
     """The columns that say which plan it is."""
-    own = {"n": plan.sizes.N, "k": plan.sizes.K, "values": values, "m": plan.M, "route": "fused"}
-    tile = {
-        name: getattr(plan.tile, name) for name in fit_plans.CHOICES if hasattr(plan.tile, name)
+    tile = plan.tile
+    return {
+        "n": plan.sizes.N,
+        "k": plan.sizes.K,
+        "values": values,
+        "m": plan.M,
+        "route": "fused",
+        "loop": tile.loop,
+        "warp_rows": tile.warp_rows,
+        "warp_tokens": tile.warp_tokens,
+        "warp_inputs": tile.warp_inputs,
+        "blocks": tile.row_tiles,
+        "tokens": plan.tokens,
+        "splits": plan.splits,
+        "stages": plan.stages,
+        "resident": plan.resident,
     }
-    rest = {name: getattr(plan, name) for name in fit_plans.CHOICES if name not in tile}
-    return own | tile | rest
 
 
 def measure(stand: Stand, done: Iterable[Mapping[str, str]]) -> Iterator[dict[str, object]]:
@@ -84,9 +101,10 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as lines:
         reader = csv.DictReader(lines)
-        if tuple(reader.fieldnames or ()) != fit_plans.COLUMNS:
+        if tuple(reader.fieldnames or ()) != COLUMNS:
             return []
-        return [row for row in reader if row["iqr_us"]]
+        # The column that is written last is missing in a torn line.
+        return [row for row in reader if row["loop"] in LOOPS]
 
 
 def write(path: Path, stand: Stand, seconds: float) -> tuple[list[dict[str, str]], bool]:
@@ -97,7 +115,7 @@ def write(path: Path, stand: Stand, seconds: float) -> tuple[list[dict[str, str]
     end = time.monotonic() + seconds
     rows = read(path) or read(RESULTS / path.name)
     with path.open("w", newline="") as file, torch.inference_mode():
-        writer = csv.DictWriter(file, fit_plans.COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         for row in measure(stand, rows):
