@@ -2,6 +2,7 @@
 // headers: nvcc and NVRTC compile the same text.
 #include "dense.cuh"
 #include "linear.cuh"
+#include "narrow.cuh"
 
 namespace slab {
 
@@ -63,6 +64,29 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(planes,  int4_three_t32, kI4,     kRankOne,  3,          1, 4)    \
   KERNEL(planes,  int4_any_t32,   kI4,     kRankAny,  kPlanesAny, 1, 4)
 
+// The kernels for up to 16 tokens, narrow_fp16_<name> and narrow_bf16_<name>. A CTA has at most 512
+// threads. none, one, two, three: sign planes, of any rank where there are some. groups: scale
+// groups of 32 or 64 inputs; kernels of several planes take all of them.
+//
+//      family  name             values  planes  steps of a scale group
+#define SLAB_DECODE_KERNELS(KERNEL)                                     \
+  KERNEL(narrow, w16_none,         kW16,   0,      kSteps)              \
+  KERNEL(narrow, w16_one,          kW16,   1,      kSteps)              \
+  KERNEL(narrow, w16_two,          kW16,   2,      kSteps)              \
+  KERNEL(narrow, w16_three,        kW16,   3,      kSteps)              \
+  KERNEL(narrow, int8_none,        kI8,    0,      kSteps)              \
+  KERNEL(narrow, int8_one,         kI8,    1,      kSteps)              \
+  KERNEL(narrow, int8_none_groups, kI8,    0,      kGroupStepsAny)      \
+  KERNEL(narrow, int8_one_groups,  kI8,    1,      kGroupStepsAny)      \
+  KERNEL(narrow, int8_two,         kI8,    2,      kGroupStepsAny)      \
+  KERNEL(narrow, int8_three,       kI8,    3,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_none,        kI4,    0,      kSteps)              \
+  KERNEL(narrow, int4_one,         kI4,    1,      kSteps)              \
+  KERNEL(narrow, int4_none_groups, kI4,    0,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_one_groups,  kI4,    1,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_two,         kI4,    2,      kGroupStepsAny)      \
+  KERNEL(narrow, int4_three,       kI4,    3,      kGroupStepsAny)
+
 // dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank
 // one and one plane.
 //
@@ -76,11 +100,12 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(int4_any, kI4,  true,  2)
 // clang-format on
 
-#define SLAB_KERNEL(name, ctas_per_sm, body)                     \
-  extern "C" __global__ void __launch_bounds__(256, ctas_per_sm) \
-      name(const __grid_constant__ LinearParams params) {        \
-    body;                                                        \
+#define SLAB_KERNEL_OF(threads, name, ctas_per_sm, body)             \
+  extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm) \
+      name(const __grid_constant__ LinearParams params) {            \
+    body;                                                            \
   }
+#define SLAB_KERNEL(name, ctas_per_sm, body) SLAB_KERNEL_OF(256, name, ctas_per_sm, body)
 
 #define SLAB_LINEAR(kernel, T, values, rank, planes, pairs, token_tiles) \
   SLAB_KERNEL(kernel, 1,                                                 \
@@ -90,10 +115,18 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   SLAB_LINEAR(family##_fp16_##name, Fp16, __VA_ARGS__) \
   SLAB_LINEAR(family##_bf16_##name, Bf16, __VA_ARGS__)
 
+#define SLAB_DECODE(kernel, family, T, values, planes, group_steps) \
+  SLAB_KERNEL_OF(512, kernel, 1, (family<DecodeTraits<T, values, planes, group_steps>>(params)))
+
+#define SLAB_DECODE_PAIR(family, name, ...)                    \
+  SLAB_DECODE(family##_fp16_##name, family, Fp16, __VA_ARGS__) \
+  SLAB_DECODE(family##_bf16_##name, family, Bf16, __VA_ARGS__)
+
 #define SLAB_DENSE_PAIR(name, values, any, ctas)                             \
   SLAB_KERNEL(dense_fp16_##name, ctas, (rebuild<Fp16, values, any>(params))) \
   SLAB_KERNEL(dense_bf16_##name, ctas, (rebuild<Bf16, values, any>(params)))
 
+SLAB_DECODE_KERNELS(SLAB_DECODE_PAIR)
 SLAB_LINEAR_KERNELS(SLAB_LINEAR_PAIR)
 SLAB_DENSE_KERNELS(SLAB_DENSE_PAIR)
 SLAB_KERNEL(reduce_fp16, 4, reduce<Fp16>(params))

@@ -89,7 +89,8 @@ struct LinearParams {
   int row_tiles, token_tiles, splits;  // CTAs along rows, tokens and K
   int k_share, k_more;                 // K-blocks of a split; the first k_more splits have one more
   int parts;                           // fused projections
-  int part_tile[kMaxParts + 1];  // first row tile of each part, and behind the last their number
+  int part_tile[kMaxParts + 1];  // first row tile of each part; behind the last, always, their
+                                 // number
   int part_pair[kMaxParts + 1];  // first row pair
   int part_row[kMaxParts + 1];   // first output feature
 };

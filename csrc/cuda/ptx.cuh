@@ -14,15 +14,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // cp.async (PTX 9.7.9.25.3) copies 16 bytes past L1; the policy decides what L2 keeps. The
 // predicate is the instruction's own, so there is no branch, and one run of copies instead of
-// several (ptxas guards each run with three dummy loads). kAt bytes are added to both addresses.
-template <int kAt>
+// several (ptxas guards each run with three dummy loads). kTo and kFrom bytes are added to the
+// addresses.
+template <int kTo, int kFrom = kTo>
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from,
                                           uint64_t policy) {
   asm volatile(
       "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global.L2::cache_hint "
-      "[%0 + %4], [%1 + "
-      "%4], 16, %2;\n}" ::"r"(to),
-      "l"(from), "l"(policy), "r"(int(yes)), "n"(kAt)
+      "[%0 + %4], [%1 + %5], 16, %2;\n}" ::"r"(to),
+      "l"(from), "l"(policy), "r"(int(yes)), "n"(kTo), "n"(kFrom)
       : "memory");
 }
 __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from) {
@@ -40,6 +40,11 @@ __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Waits until at most kGroups groups of this thread's copies are still on their way.
+template <int kGroups>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
@@ -54,11 +59,30 @@ __device__ __forceinline__ void copies_wait(int stages) {
 }
 
 // createpolicy (PTX 9.7.9.23). Weights that no other CTA will read leave L2 first.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ uint64_t weight_policy(bool read_once) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
   return read_once ? first : normal;
+}
+
+// A plain load, not through the read-only cache: the kernel before may write there while this one
+// begins. It stays where it is written down.
+__device__ __forceinline__ uint4 load_global(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return r;
+}
+// prefetch (PTX 9.7.9.16) of the line that this byte is in.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 __device__ __forceinline__ void load_shared(uint32_t (&r)[4], uint32_t at) {
@@ -78,6 +102,14 @@ __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, const uint4& r) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r.x), "r"(r.y), "r"(r.z),
+               "r"(r.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared16(uint32_t at, uint32_t r) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(uint16_t(r)) : "memory");
 }
 // ldmatrix (PTX 9.7.14.5.15) loads four 8x8 matrices of 16-bit elements; lane l names row l % 8 of
 // matrix l / 8.
@@ -185,6 +217,18 @@ __device__ __forceinline__ float widen_bf16(uint16_t h) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
           "r"(metadata), "n"(kSelector));                                                          \
+  }                                                                                                \
+  /* The first product of a chain: c need not be cleared. */                                       \
+  template <int kSelector>                                                                         \
+  static __device__ __forceinline__ void mma_sparse_from_zero(                                     \
+      float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {          \
+    asm volatile(                                                                                  \
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%14, %14, %14, %14}, "      \
+        "%12, %13;"                                                                                \
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+          "r"(metadata), "n"(kSelector), "f"(0.0f));                                               \
   }                                                                                                \
   static __device__ __forceinline__ void mma_dense(float (&c)[4], const uint32_t (&a)[4],          \
                                                    uint32_t b0, uint32_t b1) {                     \

@@ -166,8 +166,9 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
         args.k_share, args.k_more = divmod(sizes.k_blocks, plan.splits)
         tiles = sizes.row_tiles(tile.rows)
     args.parts = len(sizes.rows)
-    for part, rows in enumerate(sizes.rows):
-        args.part_tile[part + 1] = args.part_tile[part] + tiles[part]
+    missing = MAX_PARTS - len(sizes.rows)  # parts without rows follow
+    for part, rows in enumerate([*sizes.rows, *[0] * missing]):
+        args.part_tile[part + 1] = args.part_tile[part] + [*tiles, *[0] * missing][part]
         args.part_pair[part + 1] = args.part_pair[part] + ceil_div(rows, BLOCK_ROWS)
         args.part_row[part + 1] = args.part_row[part] + rows
     return bytes(args)
