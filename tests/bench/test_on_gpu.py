@@ -394,6 +394,41 @@ def test_wrong_results_of_a_device_are_found():
     }
 
 
+@pytest.mark.parametrize(
+    "weight, loop",
+    [
+        (weights.Weight("fp16", "int4", 128, 1, 1, 260, (70,)), "narrow"),
+        (weights.Weight("bf16", "fp16", None, 2, 1, 388, (20, 24)), "narrow"),
+    ],
+    ids=str,
+)
+def test_results_of_the_emulated_device_are_right(monkeypatch, weight, loop):
+    """The kernels' PTX, interpreted; a few tiles of one loop."""
+    emulation = pytest.importorskip("emulation")
+    device = NoDevice().device
+
+    def linear_on(device):
+        def linear(x, state, bias=None):
+            launched = emulation.Launched()
+            y = emulation.run(x, state, bias, device.gpu, launched=launched)
+            for name in launched.kernels:
+                device.queue(name, None, None, 0, None, True)
+            return y
+
+        return linear
+
+    every = plans.every
+    monkeypatch.setattr(
+        plans, "every", lambda *some: [plan for plan in every(*some) if plan.tile.loop == loop][::9]
+    )
+    monkeypatch.setattr(plans, "linear_on", linear_on)
+    monkeypatch.setattr(correct, "TOKENS", (1, 2))
+    rows = list(correct.cuda_outcomes(weight, device, "cpu"))
+    assert len(rows) > 2
+    verdict = verdicts.correctness([row for row in rows if loop in row["case"]])
+    assert verdict.good, verdict.details
+
+
 def test_one_wrong_entry_is_found_and_a_token_that_depends_on_others(tmp_path):
     weight = weights.Weight("fp16", "int4", 32, 2, 1, 128, (16, 40), 16)
     it = weights.problem(weight, "cpu")
