@@ -139,7 +139,7 @@ __device__ __forceinline__ void add_ranks(float (&sum)[4], const LinearParams& p
                                           const uint8_t* v) {
 #pragma unroll 1
   for (int r = 0; r < params.rank; ++r) {
-    const float u_r = T::widen(uint16_t(__ldg(params.u + int64_t(row) * params.rank + r)));
+    const float u_r = T::widen(uint16_t(__ldg(params.u + row * params.rank + r)));
     const uint8_t* const v_r = v + int64_t(r) * params.num_k_blocks * kTokenRow;
     const uint32_t near = read32(v_r), far = read32(v_r + 4);
     sum[0] = fmaf(u_r, T::widen(uint16_t(near)), sum[0]);
@@ -165,8 +165,8 @@ __device__ __forceinline__ void rebuild_tile(const LinearParams& params,
   const DenseLane<kValues, kAny> own(params, layout, block, tile, lane);
   uint32_t u[2] = {0, 0};  // of rows g and g + 8
   if (!kAny && params.rank) {
-    u[0] = __ldg(params.u + int64_t(row) * params.rank);
-    u[1] = __ldg(params.u + int64_t(row + 8) * params.rank);
+    u[0] = __ldg(params.u + row * params.rank);
+    u[1] = __ldg(params.u + (row + 8) * params.rank);
   }
   const int own_input = first_input + 4 * t;  // and others at fixed distances from it
   const uint8_t* const own_v = params.v + 2 * own_input;

@@ -23,12 +23,16 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4],
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::load_u(Factors& u, int r) const {
 #pragma unroll
-  for (int m = 0; m < Traits::kRowTiles; ++m) {
-    const int pair = min(place.first_pair + role.row_warp * Traits::kPairs + m / kBlockTiles,
-                         place.end_pair - 1);
-    const int row = pair * kBlockRows + m % kBlockTiles * kTileRows + role.lane / 4;
+  for (int p = 0; p < Traits::kPairs; ++p) {
+    const int pair = min(place.first_pair + role.row_warp * Traits::kPairs + p, place.end_pair - 1);
+    const uint32_t first = uint32_t(pair * kBlockRows + role.lane / 4) * uint32_t(rank) + r;
+    const uint32_t* const from = params.u + first;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) u[m][h] = __ldg(params.u + int64_t(row + 8 * h) * rank + r);
+    for (int tile = 0; tile < kBlockTiles; ++tile)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        u[kBlockTiles * p + tile][h] =
+            __ldg(from + uint64_t(uint32_t(rank)) * (kTileRows * tile + 8 * h));
   }
 }
 

@@ -2,7 +2,7 @@
 a GPU would hide.
 """
 
-from . import floats, integers, loads, matrix, moves, warps  # noqa: F401
+from . import dependent, floats, integers, loads, matrix, moves, warps  # noqa: F401
 from .decode import PtxError
 from .machine import launch
 from .memory import Memory

@@ -1,8 +1,8 @@
 """Loads, stores and asynchronous copies (PTX ISA 9.7.9.8 "ld" to 9.7.9.25 "cp.async").
 
 Cache operators, eviction hints and memory orders are accepted and ignored: all lanes of one
-instruction act at once, and CTAs of one chunk advance together. Atomics, bulk copies and mbarriers
-do not exist here."""
+instruction act at once, and CTAs of one chunk advance together. Atomics, bulk copies into shared
+memory and mbarriers do not exist here."""
 
 import numpy as np
 
@@ -41,8 +41,10 @@ def shared_at(m, at, width, lanes, write, whole=False, data=None):
     return flat
 
 
-def _read(m, space, at, width, lanes):
+def _read(m, space, at, width, lanes, read_only=False):
     if space == 0:
+        if m.dependence is not None:
+            m.dependence.read(m, at, width, lanes, read_only)
         data = m.memory.read(at, width, lanes)
         count_global(m.stats, "read", at, lanes, width * at.size)
         return data
@@ -62,6 +64,8 @@ def _read(m, space, at, width, lanes):
 
 def _write(m, space, at, width, lanes, data):
     if space == 0:
+        if m.dependence is not None:
+            m.dependence.write(lanes)
         m.memory.write(at, width, lanes, data)
         count_global(m.stats, "write", at, lanes, width * at.size)
     elif space == 1:
@@ -87,7 +91,7 @@ def load(i):
     item, width = _shape(i, registers)
     space, at, raw = _space(i), address(i.operands[1]), UNSIGNED[item]
     puts = [destination(r, i.type) for r in registers]
-    dtype = DTYPE[i.type]
+    dtype, read_only = DTYPE[i.type], "nc" in i.parts
     if space == 3 and i.operands[1].base is not None and not hasattr(i.operands[1].base, "slot"):
         start = i.operands[1].base.address + i.operands[1].offset
 
@@ -107,7 +111,7 @@ def load(i):
             where = where[act]
         data = np.empty(lanes.size, RAW[width])
         for s, part, some, pick in _by_space(m, where, lanes, space):
-            data[pick] = _read(m, s, part, width, some)
+            data[pick] = _read(m, s, part, width, some, read_only)
         columns = data.view(raw).reshape(-1, len(puts))
         for k, put in enumerate(puts):
             value = np.ascontiguousarray(columns[:, k])
@@ -143,9 +147,43 @@ def store(i):
     return run
 
 
-@opcode("prefetch", "prefetchu", "discard", "applypriority", "fence", "membar")
+@opcode("prefetchu", "discard", "applypriority", "fence", "membar")
 def nothing(i):
     return lambda m, act: None
+
+
+@opcode("prefetch")
+def prefetch(i):
+    """prefetch.global.{L1, L2}{::evict_*} [a] (ISA 9.7.9.16): nothing changes, but the address has
+    to be mapped, and L1 must not take what a kernel ahead may still write."""
+    if i.parts[1] != "global":
+        raise PtxError(f"{'.'.join(i.parts)} is not implemented")
+    at = address(i.operands[0])
+
+    def run(m, act):
+        lanes, where = lanes_of(m, act), at(m)[slice(None) if act is None else act]
+        m.memory.check(where, 1, lanes)
+        if i.parts[2] == "L1" and m.dependence is not None:
+            m.dependence.read(m, where, 1, lanes, False)
+
+    return run
+
+
+def bulk_prefetch(i):
+    """cp.async.bulk.prefetch.L2.global{.L2::cache_hint} [a], size (ISA 9.7.9.25.4.3)."""
+    at, size_of = address(i.operands[0]), source(i.operands[1], "u32")
+
+    def run(m, act):
+        lanes = lanes_of(m, act)
+        where, size = at(m)[lanes], np.broadcast_to(size_of(m), m.n)[lanes].astype(np.int64)
+        odd = ((where | size) & 15 != 0) | (size == 0)
+        if odd.any():
+            k = int(np.argmax(odd))
+            raise PtxError(f"prefetch of {size[k]} bytes at {where[k]:#x}", int(lanes[k]))
+        m.memory.check(where, 16, lanes)
+        m.memory.check(where + size - 16, 16, lanes)
+
+    return run
 
 
 @opcode("createpolicy")
@@ -204,6 +242,8 @@ class Copies:
 
 @opcode("cp")
 def copy(i):
+    if i.parts[1:6] == ["async", "bulk", "prefetch", "L2", "global"]:
+        return bulk_prefetch(i)
     if i.parts[1] != "async" or "bulk" in i.parts or "mbarrier" in i.parts or "tensor" in i.parts:
         raise PtxError(f"{'.'.join(i.parts[:4])} is not implemented")
     if "commit_group" in i.parts:
@@ -258,6 +298,8 @@ def copy(i):
             else:
                 m.memory.check(where[some], 1, lanes[some])
                 m.memory.check((where + size - 1)[some], 1, lanes[some])
+            if m.dependence is not None:
+                m.dependence.read(m, where[some], 1, lanes[some], False)
             count_global(m.stats, "read", where[some], lanes[some], int(size.sum()))
         flat = m.shared.locate(m.cta[lanes], at, width, lanes)
         count_shared(m.stats, flat, width, lanes)

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 
 from .decode import PtxError, opcode
+from .dependent import Dependence
 from .loads import Copies
 from .matrix import Fragments
 from .memory import Flat, Memory
@@ -58,6 +59,7 @@ class Machine:
         shared_bytes,
         check_races,
         equal_writes,
+        dependent,
         stats,
     ):
         self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
@@ -78,6 +80,7 @@ class Machine:
             self.races = Races(self.ctas, self.warps, self.shared.stride, min(widths), equal_writes)
         self.copies, self.fragments = Copies(self.n), Fragments()
         self.barriers = Barriers(self)
+        self.dependence = Dependence(self) if dependent else None
         self.pcs = np.where(self.present, 0, _EXITED)
         self.parked = np.full(self.n, -1, np.int64)
         self.resume = np.zeros(self.n, np.int64)
@@ -232,13 +235,15 @@ def launch(
     check_races=True,
     chunk=None,
     equal_writes=False,
+    dependent=False,
 ):
     """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory
     traffic.
 
     `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many
     CTAs run at once. `equal_writes` lets several warps store to one place of shared memory in one
-    instruction if they store the same bytes; without it they may not. Traffic:
+    instruction if they store the same bytes; without it they may not. `dependent`: the launch may
+    overlap the kernel ahead of it, under the rules of dependent.py. Traffic:
     global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their ratio is the
     bank conflicts)."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
@@ -248,6 +253,8 @@ def launch(
             f"{kernel.name}: {raw.size} bytes of parameters, "
             f"the kernel takes {kernel.parameter_bytes}"
         )
+    if dependent and kernel.module.target < 90:
+        raise PtxError(f"{kernel.name}: a dependent launch of code for sm_{kernel.module.target}")
     threads = -(-block[0] * block[1] * block[2] // 32) * 32
     if not 0 < block[0] * block[1] * block[2] <= 1024 or min(*grid, *block) < 1:
         raise PtxError(f"{kernel.name}: grid {grid} of blocks {block}")
@@ -259,10 +266,13 @@ def launch(
     chunk = chunk or max(1, min(_LANES // threads, _SHARED // max(shared, 1)))
     space = (memory or Memory()).with_data(kernel.module.data.values())
     ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-    stats = Counter()
+    stats, waited = Counter(), not dependent
     for start in range(0, len(ctas), chunk):
         some = ctas[start : start + chunk]
-        m = Machine(kernel, grid, block, some, raw, space, shared, check_races, equal_writes, stats)
+        m = Machine(
+            kernel, grid, block, some, raw, space, shared, check_races, equal_writes, dependent,
+            stats,
+        )  # fmt: skip
         try:
             with np.errstate(all="ignore"):
                 counts = m.run()
@@ -275,4 +285,7 @@ def launch(
         for i, n in zip(kernel.code, counts, strict=False):
             if n:
                 stats[i.op] += n
+        waited = waited or m.dependence.begun
+    if not waited:
+        raise PtxError(f"{kernel.name}: a dependent launch without griddepcontrol.wait")
     return stats

@@ -18,14 +18,10 @@ RAW = {
 
 
 class _Range:
-    def __init__(self, address, array, writable):
-        self.start, self.end, self.writable, self._array, self._views = (
-            address,
-            address + array.size,
-            writable,
-            array,
-            {},
-        )
+    def __init__(self, address, array, writable, early):
+        self.start, self.end = address, address + array.size
+        self.writable, self.early = writable, early
+        self._array, self._views = array, {}
 
     def view(self, width):
         """(address of element 0, elements of `width` bytes at the aligned addresses)."""
@@ -47,21 +43,24 @@ class Memory:
     def __init__(self):
         self._ranges = []
 
-    def map(self, address, array, writable=True):
+    def map(self, address, array, writable=True, early=False):
+        """`early`: no kernel ahead may still write it, so that a dependent launch (dependent.py)
+        may read it at once.
+        """
         if array.dtype != np.uint8 or not array.flags.c_contiguous:
             raise PtxError("Memory.map takes a contiguous uint8 array")
         if array.size:
             # ndarray.view keeps the memory shared; a read-only torch tensor may come as a read-only
             # array.
             self._ranges.append(
-                _Range(address, array.reshape(-1), writable and array.flags.writeable)
+                _Range(address, array.reshape(-1), writable and array.flags.writeable, early)
             )
 
     def with_data(self, variables):
         """This memory and a module's variables: pairs of (bytes, writable)."""
         both = Memory()
         both._ranges = self._ranges + [
-            _Range(d.ctypes.data, d, writable) for d, writable in variables
+            _Range(d.ctypes.data, d, writable, not writable) for d, writable in variables
         ]
         return both
 
@@ -107,6 +106,13 @@ class Memory:
 
     def check(self, address, width, lanes):
         self._pieces(address, width, lanes, False)
+
+    def late(self, address, width, lanes):
+        """Which of these accesses are to memory that was not mapped as early: a mask."""
+        some = np.zeros(address.size, bool)
+        for r, select in self._pieces(address, width, lanes, False):
+            some[select] = not r.early
+        return some
 
     def read(self, address, width, lanes):
         """The raw `width`-byte words at these addresses."""

@@ -20,6 +20,7 @@ _STATEMENT = re.compile(
 )
 _BRACE, _OPENING = re.compile(r"[{}]"), re.compile(r"[{;]")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+_TARGET = re.compile(r"^\s*\.target\s+sm_(\d+)", re.M)
 _GUARD = re.compile(r"@(!?)([\w$%]+)\s+(.*)", re.S)
 _VARIABLE = re.compile(
     r"\.(?P<space>shared|local|global|const|param)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
@@ -91,6 +92,8 @@ class Module:
 
     def __init__(self, ptx):
         text = _COMMENT.sub(_blank, ptx)
+        target = _TARGET.search(text)
+        self.target = int(target[1]) if target else 0  # 90 for sm_90 and sm_90a
         self._newlines = [m.start() for m in re.finditer("\n", text)]
         self._kernels, self._found, self.shared, self.data = {}, {}, {}, {}
         outside, last = [], 0

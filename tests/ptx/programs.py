@@ -19,16 +19,19 @@ def program(body, parameters="", shared=""):
     return f"{head}\n{{\n{REGISTERS}\n{body}\nret;\n}}"
 
 
-def run(body, *arrays, block=32, grid=1, shared="", shared_bytes=0, read_only=(), **options):
+def run(
+    body, *arrays, block=32, grid=1, shared="", shared_bytes=0, read_only=(), early=(), **options
+):
     """Run a kernel whose parameters p0, p1, ... are the arrays' addresses, loaded into %d10, %d11,
-    ...
+    ...; `read_only` and `early` name arrays by their numbers.
     """
     parameters = ", ".join(f".param .u64 p{k}" for k in range(len(arrays)))
     head = "\n".join(f"ld.param.u64 %d{10 + k}, [p{k}];" for k in range(len(arrays)))
     module = Module(program("mov.u32 %r30, %tid.x;\n" + head + "\n" + body, parameters, shared))
     memory = Memory()
     for k, a in enumerate(arrays):
-        memory.map(a.ctypes.data, a.reshape(-1).view(np.uint8), writable=k not in read_only)
+        data = a.reshape(-1).view(np.uint8)
+        memory.map(a.ctypes.data, data, writable=k not in read_only, early=k in early)
     buffer = struct.pack(f"<{len(arrays)}Q", *(a.ctypes.data for a in arrays))
     return launch(module["k"], (grid,), (block,), buffer, memory, shared_bytes, **options)
 

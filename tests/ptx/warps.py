@@ -130,10 +130,13 @@ def _warp_sync(i):
     i.kind = "barrier"
 
     def run(m, act):
-        if act is None and constant:
-            if m.races is not None:
-                m.races.advance(np.arange(m.n // 32))
-            return False
+        if constant:
+            rows = (m.present if act is None else act).reshape(-1, 32)
+            some = rows.any(1)
+            if (some == rows.all(1)).all():  # whole warps: nobody has to wait
+                if m.races is not None:
+                    m.races.advance(np.flatnonzero(some))
+                return False
         lanes = lanes_of(m, act)
         m.warp_mask[lanes] = np.broadcast_to(mask(m), m.n)[lanes]
         m.park(lanes, np.full(lanes.size, _WARP_SYNC))
@@ -319,8 +322,3 @@ def elect(i):
         put_flag(m, act, (m.lanes & 31) == low)
 
     return run
-
-
-@opcode("griddepcontrol")
-def grid_dependency(i):
-    return lambda m, act: None  # one grid at a time: nothing to wait for; the machine counts it

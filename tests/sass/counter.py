@@ -157,13 +157,11 @@ class Kernel:
         """How often a loop inside the main loop runs for one K-block with rank 1 and every token of
         the tile.
 
-        A warp instruction copies two token rows of x. Raises: ValueError for a loop of an unknown
-        kind.
+        A loop that copies x has several copies a trip, of two token rows each; one with a single
+        copy takes v, a rank each trip. Raises: ValueError for a loop of an unknown kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
-        if self.has(loop.blocks, "HMMA") or any(
-            ".ZFILL" in i.opcode for i in copies
-        ):  # a rank; its row of v
+        if self.has(loop.blocks, "HMMA") or len(copies) == 1:  # a rank; its row of v
             return 1
         if copies:
             return -(-tokens // (2 * len(copies) * SHARING))

@@ -3,7 +3,9 @@ nvcc emits, interpreted.
 
 Only the ranges that a launch may touch are mapped: inputs read-only and exactly as long as their
 last element, outputs and scratch writable and poisoned with NaN. An access beside them, a race
-in shared memory, an illegal nibble is an error.
+in shared memory, an illegal nibble is an error. Code for Hopper (compute_90) is launched as a
+dependent kernel where the library asks for it, and may then touch nothing but the prepared weight
+before it has waited for the kernel ahead of it.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ def span(t: torch.Tensor) -> np.ndarray:
     reach = (
         sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
     )
-    return np.ctypeslib.as_array(
-        (ctypes.c_uint8 * (reach * t.element_size())).from_address(t.data_ptr())
-    )
+    return _bytes(t.data_ptr(), reach * t.element_size())
+
+
+def _bytes(address: int, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address))
 
 
 class _Allocations(TorchDispatchMode):
@@ -108,15 +112,20 @@ def run(
                 old = seen.get(t.data_ptr())
                 if old is None or (not old[1] and old[0].size < span(t).size):
                     seen[t.data_ptr()] = (span(t), False)
+            prepared = {t.data_ptr() for t in state[:5] if t is not None}
             for address, (array, writable) in seen.items():
-                mapped.map(address, array, writable=writable)
+                mapped.map(address, array, writable=writable, early=address in prepared)
+            if params.next:  # the next linear's weight, which is prefetched
+                mapped.map(params.next, _bytes(params.next, params.next_bytes), False, early=True)
+            kernel = kernel_of(name, architecture)
             stats = launch(
-                kernel_of(name, architecture),
+                kernel,
                 grid,
                 block,
                 bytes(params),
                 mapped,
                 shared_bytes=shared_bytes,
+                dependent=dependent and kernel.module.target >= 90,
             )
             if launched is not None:
                 launched.kernels.append(name)

@@ -2,7 +2,7 @@
 (tests/backends/cuda/emulation.py).
 
 Small integers come out bit-exact whatever the order of summation, so any wrong lane, nibble,
-sign or tail shows.
+sign or tail shows. What is asked of up to 16 tokens alone is in test_cuda_regimes.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from slab_kernels.backends.cuda import layout, plan, sizes_of, tiles
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.layout import W16
 from slab_kernels.backends.cuda.tiles import (
+    DECODE,
+    NARROW_TILES,
     PLANES_REGISTERS,
+    REGISTERS,
     SPLIT_TILES,
     TALL,
     TALL_TILES,
     WHOLE_TILES,
+    WIDE_TILES,
 )
-from slab_kernels.format import PackedLayout, PackedWeight, bits
+from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import ROUNDOFF, SHAPES, VALUE_LAYOUTS, oracle, random_packed
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 257, 1000)
@@ -125,10 +129,7 @@ def tile_name(value) -> str:
 
 
 FORCED = [
-    (tile, tokens, splits)
-    for tile in SPLIT_TILES
-    for tokens in (8, 16, 32, 64)
-    for splits in (1, 3)
+    (tile, tokens, splits) for tile in SPLIT_TILES for tokens in (32, 64) for splits in (1, 3)
 ]
 FORCED += [(tile, tokens, 1) for tile in WHOLE_TILES for tokens in (32, 64)]
 
@@ -138,7 +139,7 @@ FITTING = replace(A100, shared_limit=232448)  # an H200's
 
 def forced_tokens(tile, tokens) -> int:
     """A ragged number of tokens for a warp's tile of so many."""
-    return tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
+    return tokens * tile.warp_tokens + 3
 
 
 def fits(tile, tokens, splits, values, group_size) -> bool:
@@ -187,7 +188,7 @@ def test_tall_tiles(forced, values, rank, tokens, tile):
     _, state, x, bias, exact, _ = problem(
         PackedLayout(277, 140, name, group_size, rank, 4), torch.float16, True
     )
-    M = tokens * tile.warp_tokens + (3 if tokens >= 32 else -3)
+    M = forced_tokens(tile, tokens)
     if plan.evaluate(sizes(state), M, FITTING, tile, tokens, 1) is None:
         pytest.skip("this tile never fits: choose() never takes it")
     forced(
@@ -201,53 +202,53 @@ def test_tall_tiles(forced, values, rank, tokens, tile):
     assert launched.kernels[1] == f"tall_fp16_{kind}_{'one' if rank else 'none'}_t{tokens}"
 
 
+def chosen(tile, tokens, M):
+    """A plan of its own for everything that M tokens of a weight need. tokens: of a warp."""
+
+    def plan_of(sizes):
+        if sizes.values == layout.DENSE:
+            inner = (WIDE_TILES[-1], DECODE) if M <= DECODE else (SPLIT_TILES[-1], tokens)
+            return plan.evaluate(sizes, M, A100, *inner, 1)
+        return plan.evaluate(sizes, M, A100, tile, tokens, 1)
+
+    return plan_of
+
+
 @pytest.mark.slow
 def test_every_kernel_of_the_library_is_executed(forced):
     """By name: nothing ships that these tests cannot reach."""
     seen = Launched()
 
-    def exact_with(chosen, dtype, values, rank, M, adapter_rank=3, planes=1, K=520):
-        group_size = None if values == "fp16" else 32
+    def exact_with(how, M, dtype, values, planes=1, rank=1, adapter_rank=0, group_size=32, K=140):
+        group_size = None if values == "fp16" else group_size
         packed_layout = PackedLayout(40, K, values, group_size, rank, adapter_rank, planes=planes)
         _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
-        forced(chosen)
+        forced(how)
         assert torch.equal(run(x[:M], state, bias, A100, launched=seen), exact[:M].to(dtype))
 
     names = {W16: "fp16", layout.INT8: "int8", layout.INT4: "int4"}
     for dtype, values in itertools.product(DTYPES, names.values()):
-        for rank, M in itertools.product((1, 2), (8, 16, 32, 64)):
-            exact_with(
-                lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1),
-                dtype,
-                values,
-                rank,
-                M,
-            )
-        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 1, 80)
-        for (planes, rank), M in itertools.product(((2, 1), (3, 1), (3, 2)), PLANES_REGISTERS):
-            exact_with(
-                lambda s, M=M: plan.evaluate(s, M, A100, SPLIT_TILES[-1], M, 1),
-                dtype,
-                values,
-                rank,
-                M,
-                0,
-                planes,
-                140,
-            )
-        exact_with(lambda s: plan.rebuild(s, 80, A100), dtype, values, 2, 80, 0, 2, 140)
+        for planes, rank in ((1, 0), (1, 1), (2, 1), (3, 1)):
+            for group_size in (32, 128):
+                how = dtype, values, planes, rank, 0, group_size
+                exact_with(chosen(NARROW_TILES[-1], 2, 2), 2, *how)
+                exact_with(chosen(WIDE_TILES[-1], DECODE, 9), 9, *how)
+        for planes in (1, 2, 3):
+            exact_with(chosen(WIDE_TILES[-1], 8, 9), 9, dtype, values, planes, 2)
+        for rank, tokens in itertools.product((1, 2), REGISTERS):
+            exact_with(chosen(SPLIT_TILES[-1], tokens, tokens), tokens, dtype, values, 1, rank, 3)
+        for (planes, rank), tokens in itertools.product(((2, 1), (3, 1), (3, 2)), PLANES_REGISTERS):
+            how = dtype, values, planes, rank
+            exact_with(chosen(SPLIT_TILES[-1], tokens, tokens), tokens, *how)
+        for planes, rank in ((1, 1), (2, 2)):
+            exact_with(lambda s: plan.rebuild(s, 80, A100), 80, dtype, values, planes, rank)
     for dtype, (values, rank, tokens) in itertools.product(DTYPES, TALL_CASES):
-        exact_with(
-            lambda s, t=tokens: plan.evaluate(s, t, A100, TALL_TILES[-1], t, 1),
-            dtype,
-            names[values],
-            rank,
-            tokens,
-            0,
-        )
+        how = dtype, names[values], 1, rank
+        exact_with(chosen(TALL_TILES[-1], tokens, tokens), tokens, *how)
     for dtype in DTYPES:
+        exact_with(chosen(WIDE_TILES[-1], DECODE, 16), 16, dtype, "fp16", adapter_rank=3)
         exact_with(
-            lambda s: plan.evaluate(s, 1, A100, SPLIT_TILES[-1], 8, 4), dtype, "fp16", 1, 1, 0
+            lambda s: plan.evaluate(s, 1, A100, NARROW_TILES[-1], 1, 4), 1, dtype, "fp16", K=520
         )
     assert set(seen.kernels) == set(ptx().names)
 
@@ -260,13 +261,13 @@ def test_every_kernel_of_the_library_is_executed(forced):
     "N, K, adapter_rank, adapter_values": (
         (34, 260, 4, None), (33, 140, 0, None), (17, 197, 20, "int8"),
     ),
-    "M, tokens": ((1, 8), (9, 32), (40, 32), (66, 32)),
+    "M": (1, 9, 40, 66),
 })  # fmt: skip
 def test_several_planes(
-    planes, dtype, values, group_size, rank, N, K, adapter_rank, adapter_values, M, tokens
+    planes, dtype, values, group_size, rank, N, K, adapter_rank, adapter_values, M
 ):
-    """Small integers are exact: two tiles of 32 tokens up to 64, warps of them above. Then real
-    numbers against fp64."""
+    """Small integers are exact: of one token, of more up to 16, in two tiles of 32 tokens up to 64,
+    in warps of them above. Then real numbers against fp64."""
     packed_layout = PackedLayout(
         N, K, values, group_size, rank, adapter_rank, planes=planes, adapter_values=adapter_values
     )
@@ -274,10 +275,14 @@ def test_several_planes(
     launched = Launched()
     y = run(x[:M], state, bias, A100, launched=launched)
     assert torch.equal(y, exact[:M].to(dtype))
-    which = {1: {2: "two", 3: "three"}[planes]}.get(rank, "any")
-    act, kind = launching.DTYPE_NAMES[dtype], launching.VALUE_NAMES[state.values]
-    name = f"planes_{act}_{kind}_{which}_t{tokens}"
-    assert [kernel for kernel in launched.kernels if kernel[0] == "p"] == [name]
+    number, kind = {2: "two", 3: "three"}[planes], launching.VALUE_NAMES[state.values]
+    kind = f"{launching.DTYPE_NAMES[dtype]}_{kind}"
+    names = {
+        1: f"narrow_{kind}_{number}",
+        9: f"wide_{kind}_{number}_{'t16' if rank == 1 else 'any_t8'}",
+    }
+    several = f"planes_{kind}_{number if rank == 1 else 'any'}_t32"
+    assert names.get(M, several) in launched.kernels
     _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
     y = run(x[:M], state, bias.to(dtype), SMALL)
     assert bool(((y.double() - exact[:M]).abs() <= bound(magnitude, exact, dtype, K)[:M]).all())
@@ -287,12 +292,10 @@ def test_several_planes(
 def test_every_tile_of_the_tables_with_planes(forced, tile):
     whole = tile in WHOLE_TILES
     for turn, (values, tokens) in enumerate(
-        itertools.product((("fp16", None), ("int4", 128)), (32,) if whole else (8, 32))
+        itertools.product((("fp16", None), ("int4", 128)), (32,) if whole else (32, 32))
     ):
         rank, splits = (
-            (1, 1 if whole or tokens == 8 else 2)
-            if turn < 2
-            else (2, 1 if whole or tokens == 32 else 2)
+            (1, 1 if whole or turn == 0 else 2) if turn < 2 else (2, 1 if whole or turn == 2 else 2)
         )
         packed_layout = PackedLayout(149, 140, *values, rank, 20, planes=3 if rank == 1 else 2)
         _, state, x, bias, exact, _ = problem(packed_layout, torch.float16, True)
@@ -356,7 +359,7 @@ def test_fused_projections_with_planes(planes, rank, adapter_values):
         )
         y = run(x, state, None, A100, launched=launched)
         assert torch.equal(y, torch.cat([oracle(x, part)[0] for part in parts], -1).half()), M
-        assert sum(name.startswith("planes") for name in launched.kernels) == 1
+        assert sum(name.startswith(("narrow", "planes")) for name in launched.kernels) == 1
 
 
 @pytest.mark.parametrize("dtype, rank", [(torch.float16, 1), (torch.bfloat16, 2)])
@@ -370,23 +373,6 @@ def test_a_token_does_not_depend_on_the_others_with_planes(dtype, rank):
         for M in regime[:-1]:
             assert same_bits(run(x[:M], state, bias, A100), largest[:M]), M
         assert same_bits(run(x[: max(regime)].roll(3, 0), state, bias, A100), largest.roll(3, 0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [1, 20, 100])
-def test_every_pattern_and_sign_at_every_lane(M, dtype):
-    """Row n, group g: pattern (n + g) mod 6 and all four sign pairs; 48 rows and 144 groups meet
-    each at each place."""
-    N, K = 48, 4 * 144
-    row, group = torch.arange(N)[:, None], torch.arange(K // 4)[None, :]
-    nibbles = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)[(row + group) % 6]
-    pair = (row + group) // 6 % 4
-    parts = random_packed(PackedLayout(N, K, "fp16", rank=1), integers=True).tensors()
-    parts["metadata"] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    parts["signs"] = bits.pack_signs(torch.stack([pair % 2 == 1, pair // 2 == 1], -1).flatten(1))
-    packed = PackedWeight.from_tensors(parts, N, K)
-    state, x = layout.prepare((packed,), dtype), torch.randint(-3, 4, (M, K)).to(dtype)
-    assert torch.equal(run(x, state, None, A100), oracle(x, packed)[0].to(dtype))
 
 
 def test_kept_is_what_the_mask_says():
@@ -439,10 +425,11 @@ def test_fused_projections_are_one_launch(M, rank, adapter_rank):
     y = run(x, state, bias, A100, launched=launched)
     exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
     assert torch.equal(y, exact.half())
-    assert sum(name.startswith("linear") for name in launched.kernels) == 1
+    loops = ("narrow", "wide", "linear")
+    assert sum(name.startswith(loops) for name in launched.kernels) == 1
 
 
-@pytest.mark.parametrize("M", [3, 30, 90])
+@pytest.mark.parametrize("M", [30, 90])
 @pytest.mark.parametrize("K", [40, 129, 388])
 def test_strided_and_unaligned_activations(M, K):
     _, state, x, bias, exact, _ = problem(PackedLayout(33, K, "fp16", rank=1), torch.float16, True)
@@ -536,41 +523,25 @@ def test_the_rebuilt_weight(forced, dtype, values, group_size):
         )
 
 
-@pytest.mark.parametrize(
-    "adapter_rank, splits, dependent",
-    [(16, 1, [0, 1]), (0, 1, [0]), (0, 4, [0, 1]), (16, 4, [0, 1, 1])],
-)
-def test_hopper_ptx_overlaps_launches(forced, adapter_rank, splits, dependent):
-    """compute_90 text: the linear waits for z, the sum of splits for the linear; nothing else
-    starts early, since the first kernel of a call may still be writing x."""
-    _, state, x, bias, exact, _ = problem(
-        PackedLayout(64, 640, "fp16", None, 1, adapter_rank), torch.float16, True
-    )
-    forced(lambda s: plan.evaluate(s, 4, A100, SPLIT_TILES[3], 8, splits if s.values == W16 else 2))
-    launched = Launched()
-    y = run(x[:4], state, bias, A100, "compute_90", launched)
-    assert torch.equal(y, exact[:4].half())
-    assert launched.dependent == [bool(d) for d in dependent]
-    for early, stats in zip(launched.dependent, launched.stats, strict=True):
-        assert bool(stats["griddepcontrol.wait"]) == early
-    assert all(
-        s["griddepcontrol.launch_dependents"]
-        for s in launched.stats[: len(dependent) - (splits > 1)]
-    )
-
-
 def test_the_parameters_are_those_of_the_kernels():
     sizes_in_ptx = {
         kernel_of(name).parameter_bytes
-        for name in ("linear_fp16_w16_one_t8", "reduce_bf16", "dense_fp16_int4")
+        for name in ("narrow_fp16_w16_one", "reduce_bf16", "dense_fp16_int4")
     }
     assert sizes_in_ptx == {ctypes.sizeof(launching.LinearParams)}
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_fp16_w16_one_t8", "linear_fp16_int8_one_t16", "linear_fp16_int4_one_t64"]
+    "name, tiles, M",
+    [
+        ("narrow_fp16_w16_one", NARROW_TILES, 4),
+        ("narrow_fp16_int4_one", NARROW_TILES, 1),
+        ("wide_fp16_int8_one_t16", WIDE_TILES, 16),
+        ("linear_fp16_int4_one_t64", SPLIT_TILES, 64),
+    ],
+    ids=tile_name,
 )
-def test_shared_memory_banks(forced, name):
+def test_shared_memory_banks(forced, name, tiles, M):
     """Exact counts from the real addresses: the main loop's loads meet no bank twice; a tenth is
     left for the epilogue."""
     values = {"w16": "fp16", "int8": "int8", "int4": "int4"}[name.split("_")[2]]
@@ -578,12 +549,8 @@ def test_shared_memory_banks(forced, name):
     _, state, x, bias, _, _ = problem(
         PackedLayout(256, 2048, values, group_size, 1), torch.float16, False
     )
-    launched, M = Launched(), int(name.rpartition("t")[2])
-    forced(
-        lambda s: next(
-            filter(None, (plan.evaluate(s, M, A100, tile, M, 1) for tile in SPLIT_TILES))
-        )
-    )
+    launched = Launched()
+    forced(lambda s: next(filter(None, (plan.evaluate(s, M, A100, tile, M, 1) for tile in tiles))))
     run(x[:M], state, bias, A100, launched=launched)
     assert launched.kernels[0] == name
     assert launched.stats[0]["shared_wavefronts"] <= 1.1 * launched.stats[0]["shared_ideal"]
@@ -599,9 +566,9 @@ def test_a_damaged_stream_is_found():
         short = state._replace(stream=state.stream.flatten()[:-16].clone())
         run(x[:2], short, bias, A100)
     broken = state.stream.clone()
-    broken[0, 0, 2048] = 0
+    broken[0, 0, 4096] = 0
     with pytest.raises(PtxError):
         run(x[:2], state._replace(stream=broken), bias, A100)
     flipped = state.stream.clone()
-    flipped[0, 0, 2304:] ^= 0x80
+    flipped[0, 0, 4608:] ^= 0x80
     assert not torch.equal(run(x[:2], state._replace(stream=flipped), bias, A100), exact[:2].half())
