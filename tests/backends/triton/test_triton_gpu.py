@@ -249,7 +249,11 @@ def test_compute_sanitizer(tool):
         SCRIPT,
     ]
     # Without torch's cache every tensor is an allocation of its own, with ends that memcheck knows.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(
         command,
         capture_output=True,
