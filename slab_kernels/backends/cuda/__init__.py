@@ -22,6 +22,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class CudaBackend(OneLaunchBackend):
     """The fused CUDA kernels as a backend."""
 
     name = "cuda"
-    state_type = CudaState
+    state_types = (CudaState,)
 
     def refusals(
         self, problem: LinearProblem, capability: tuple[int, int] | None = None
@@ -83,11 +84,19 @@ class CudaBackend(OneLaunchBackend):
         """The stream of the parts; on a GPU its kernels are loaded too, so that the first call may
         be captured into a graph."""
         state = layout.prepare(parts, dtype)
+        self.make_ready(state)
+        return state
+
+    def takes(self, state: Any, dtype: torch.dtype) -> bool:
+        """Whether it is a stream for these activations, as the Triton backend prepares it too."""
+        return isinstance(state, CudaState) and state.dtype == dtype
+
+    def make_ready(self, state: CudaState) -> None:
+        """Defines the op and loads the state's kernels, if it is on a GPU."""
         if state.stream.is_cuda:
             register()
             for name in kernel_names(sizes_of(state), state.dtype):
                 driver.load(name, state.stream.device.index)
-        return state
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the state's.
