@@ -127,6 +127,12 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32
   return (word & mask) ^ value;
 }
 
+// To the right, around the end.
+template <int kBits>
+__device__ __forceinline__ uint32_t rotate(uint32_t word) {
+  return __funnelshift_r(word, word, kBits);
+}
+
 // Shifts up if kBits is negative.
 template <int kBits>
 __device__ __forceinline__ uint32_t shift_down(uint32_t word) {
@@ -205,14 +211,14 @@ struct Fp16 {
     even = add(__byte_perm(w, magic, 0x4240), 0xE480E480u);  // - 1152
     odd = add(__byte_perm(w, magic, 0x4341), 0xE480E480u);
   }
-  // Nibble i of both half-words of w holds q + 8 of a[i]. Odd nibbles stay 16 times too large in
-  // the mantissa, which saves a shift.
+  // 4 q in a[0] and a[2], 64 q in a[1] and a[3]: the nibbles stay where they are in the mantissa,
+  // which saves shifts, and the stream's scales are that much smaller.
   static __device__ __forceinline__ void from_int4(uint32_t (&a)[4], uint32_t w, uint32_t magic) {
-    const uint32_t high = w >> 8;
-    a[0] = add(and_or(w, 0x000F000Fu, magic), 0xE408E408u);               // 1024 + n - 1032
-    a[1] = fma(and_or(w, 0x00F000F0u, magic), 0x2C002C00u, 0xD480D480u);  // (1024 + 16 n) / 16 - 72
-    a[2] = add(and_or(high, 0x000F000Fu, magic), 0xE408E408u);
-    a[3] = fma(and_or(high, 0x00F000F0u, magic), 0x2C002C00u, 0xD480D480u);
+    const uint32_t high = rotate<8>(w);
+    a[0] = add(and_or(w, 0x003C003Cu, magic), 0xE420E420u);  // 1024 + 4 (q + 8) - 1056
+    a[1] = add(and_or(w, 0x03C003C0u, magic), 0xE600E600u);  // 1024 + 64 (q + 8) - 1536
+    a[2] = add(and_or(high, 0x003C003Cu, magic), 0xE420E420u);
+    a[3] = add(and_or(high, 0x03C003C0u, magic), 0xE600E600u);
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t r;
@@ -252,10 +258,13 @@ struct Bf16 {
     even = from_bytes(w, magic);
     odd = from_bytes(w >> 8, magic);
   }
+  // 4 q: 128 + 4 (q + 8), less 160.
+  static __device__ __forceinline__ uint32_t from_nibbles(uint32_t w, uint32_t magic) {
+    return fma(and_or(w, 0x003C003Cu, magic), 0x3F803F80u, 0xC320C320u);
+  }
   static __device__ __forceinline__ void from_int4(uint32_t (&a)[4], uint32_t w, uint32_t magic) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = fma(and_or(w >> (4 * i), 0x000F000Fu, magic), 0x3F803F80u, 0xC308C308u);  // - 136
+    a[0] = from_nibbles(w, magic), a[1] = from_nibbles(rotate<4>(w), magic);
+    a[2] = from_nibbles(rotate<8>(w), magic), a[3] = from_nibbles(rotate<12>(w), magic);
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t r;

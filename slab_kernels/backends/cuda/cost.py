@@ -18,6 +18,7 @@ from .gpus import Gpu
 from .layout import BLOCK_INPUTS, DENSE, INT4, INT8, W16
 from .tiles import TOKEN_ROW_BYTES, CudaSizes, Tile, stage_bytes, sums_bytes
 
+BAND = 8  # token tiles side by side in a grid; kBand of csrc/cuda/params.h
 SHARED_PORT = 128  # bytes per clock of one multiprocessor's shared memory
 SCHEDULERS = 4  # of a multiprocessor
 V_FRAGMENT_BYTES, STEPS = 512, 4  # A warp reads one fragment of V for each step of 32 inputs.
@@ -85,11 +86,16 @@ class Plan:
 
     @functools.cached_property
     def grid(self) -> tuple[int, int, int]:
-        return self.row_tiles * self.token_tiles, self.splits, 1
+        """CTAs along x: the token tiles of a band, which share a weight tile while it is in L2;
+        y: row tiles; z: the splits of K or, where K is not split, the bands."""
+        bands = ceil_div(self.token_tiles, BAND)
+        assert bands == 1 or self.splits == 1
+        return min(BAND, self.token_tiles), self.row_tiles, self.splits * bands
 
     @property
     def block(self) -> tuple[int, int, int]:
-        return self.tile.threads, 1, 1
+        """Threads: lanes, warps of a K group, K groups."""
+        return 32, self.tile.warp_rows * self.tile.warp_tokens, self.tile.warp_inputs
 
     @functools.cached_property
     def stage_bytes(self) -> int:
@@ -125,7 +131,7 @@ class Plan:
     @property
     def cta_weight_bytes(self) -> int:
         """Bytes of the stream that a CTA reads per K block."""
-        return self.tile.row_blocks * self.sizes.block_bytes
+        return self.tile.row_pairs * self.sizes.block_bytes
 
     def memory_us(self) -> float:
         activations = 2 * self.M * (self.sizes.K + self.sizes.N)
@@ -147,7 +153,7 @@ class Plan:
     def shared_memory_us(self) -> float:
         """Every stage is written once, and read by each warp that needs it."""
         activations = self.tokens * TOKEN_ROW_BYTES
-        weight = self.tile.blocks * self.sizes.block_bytes
+        weight = self.tile.row_tiles * self.sizes.block_bytes // 2
         V = self.sizes.rank * STEPS * V_FRAGMENT_BYTES
         warps = self.tile.warp_rows * self.tile.warp_tokens
         cta_bytes = self.cta_k_blocks * (warps * (activations + weight + V) + self.stage_bytes)

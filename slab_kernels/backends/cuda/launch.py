@@ -21,7 +21,7 @@ from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
 from .gpus import Gpu
-from .layout import BLOCK_INPUTS, BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
+from .layout import BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
 from .plan import choose
 from .tiles import REGISTERS, CudaSizes, sizes_of
 
@@ -30,12 +30,13 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BIAS_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # bias_type of params.h
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
-_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial")
-_NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "whole_blocks", "rank",
-            "planes", "group_steps", "adapter_steps", "z_splits", "bias_type", "x_ragged",
-            "warp_rows", "warp_tokens", "warp_inputs", "stages", "row_tiles", "token_tiles",
-            "splits", "parts")  # fmt: skip
-_BY_PART = ("part_tile", "part_block", "part_row")
+_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial", "next")
+_WIDE_NUMBERS = ("token_stride", "next_bytes")
+_NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "rank", "planes",
+            "group_steps", "adapter_steps", "z_splits", "bias_type", "warp_rows", "warp_tokens",
+            "warp_inputs", "tile_tokens", "stages", "row_tiles", "token_tiles", "splits",
+            "k_share", "k_more", "parts")  # fmt: skip
+_BY_PART = ("part_tile", "part_pair", "part_row")
 
 
 class LinearParams(ctypes.Structure):
@@ -43,7 +44,7 @@ class LinearParams(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in _POINTERS),
-        ("token_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in _WIDE_NUMBERS),
         *((name, ctypes.c_int32) for name in _NUMBERS),
         *((name, ctypes.c_int32 * (MAX_PARTS + 1)) for name in _BY_PART),
     )
@@ -134,7 +135,7 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
     args = LinearParams()
     args.tokens = M
     args.in_features, args.out_features = sizes.K, sizes.N
-    args.num_k_blocks, args.whole_blocks = sizes.k_blocks, sizes.K // BLOCK_INPUTS
+    args.num_k_blocks = sizes.k_blocks
     args.rank, args.planes, args.group_steps = sizes.rank, sizes.planes, sizes.group_steps
     args.adapter_steps, args.z_splits = sizes.adapter_steps, z_splits
     tiles = [0] * len(sizes.rows)
@@ -143,11 +144,13 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
         args.warp_rows, args.warp_tokens = tile.warp_rows, tile.warp_tokens
         args.warp_inputs, args.stages, args.splits = tile.warp_inputs, plan.stages, plan.splits
         args.row_tiles, args.token_tiles = plan.row_tiles, plan.token_tiles
+        args.tile_tokens = plan.cta_tokens
+        args.k_share, args.k_more = divmod(sizes.k_blocks, plan.splits)
         tiles = sizes.row_tiles(tile.rows)
     args.parts = len(sizes.rows)
     for part, rows in enumerate(sizes.rows):
         args.part_tile[part + 1] = args.part_tile[part] + tiles[part]
-        args.part_block[part + 1] = args.part_block[part] + ceil_div(rows, BLOCK_ROWS)
+        args.part_pair[part + 1] = args.part_pair[part] + ceil_div(rows, BLOCK_ROWS)
         args.part_row[part + 1] = args.part_row[part] + rows
     return bytes(args)
 
@@ -160,8 +163,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     if M == 0:
         return x.new_empty(shape)
     x = x.reshape(M, sizes.K)
-    if x.stride(1) != 1 or (M > 1 and x.stride(0) < sizes.K):
-        x = x.contiguous()
+    x = _aligned(x)
     adapter, chosen = launches(sizes, M, x.dtype, device.gpu)
     if isinstance(chosen, RebuildLaunch):
         return rebuilt(x, state, bias, chosen, device).view(shape)
@@ -188,11 +190,18 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     return y
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x [M, K], or a copy if kernels could not copy its rows 16 bytes at a time."""
+    M, K = x.shape
+    rows = x.stride(1) == 1 and (M == 1 or (x.stride(0) >= K and x.stride(0) % 8 == 0))
+    if rows and x.data_ptr() % 16 == 0:
+        return x
+    return x.new_empty(M, ceil_div(K, 8) * 8)[:, :K].copy_(x)
+
+
 def _set_activations(args: LinearParams, x: Tensor) -> None:
-    """The pointer to x [M, K], and whether it may be read 16 bytes at a time."""
+    """The pointer to x [M, K], whose rows are aligned to 16 bytes."""
     args.x, args.token_stride = x.data_ptr(), x.stride(0)
-    if args.x % 16 != 0 or (x.shape[0] > 1 and args.token_stride % 8 != 0):
-        args.x_ragged, args.whole_blocks = 1, 0
 
 
 def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice, dependent: bool) -> None:
@@ -234,13 +243,13 @@ def rebuilt(
         for part, rows in enumerate(state.rows):
             for start in range(0, rows, REBUILT_ROWS):
                 count = min(REBUILT_ROWS, rows - start)
-                row_blocks = ceil_div(count, BLOCK_ROWS)
-                first_block = args.part_block[part] + start // BLOCK_ROWS
-                args.stream, args.out_features = state.stream[first_block].data_ptr(), count
+                row_pairs = ceil_div(count, BLOCK_ROWS)
+                first_pair = args.part_pair[part] + start // BLOCK_ROWS
+                args.stream, args.out_features = state.stream[first_pair].data_ptr(), count
                 if state.U is not None and state.V is not None:
-                    args.u = state.U[BLOCK_ROWS * first_block].data_ptr()
+                    args.u = state.U[BLOCK_ROWS * first_pair].data_ptr()
                     args.v = state.V[part].data_ptr()
-                ctas = min(ceil_div(row_blocks * k_blocks, WARPS), launch.plan.max_ctas)
+                ctas = min(ceil_div(row_pairs * k_blocks, WARPS), launch.plan.max_ctas)
                 device.queue(launch.name, (ctas, 1, 1), (THREADS, 1, 1), 0, args, False)
                 piece, result = W[:count], y[:, done : done + count]
                 if factors:

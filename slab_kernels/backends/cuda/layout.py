@@ -1,17 +1,19 @@
 """Canonical packed tensors -> the lane-ordered stream of csrc/cuda/params.h, and back. It is plain
 torch and runs on any device.
 
-A block is 16 output rows x 128 inputs. Lane 4 g + t of a warp holds rows g and g + 8. Register
-i = 2 c + h of an m16n8 fragment holds row g + 8 h and the (compressed) columns 2 t + 8 c + {0, 1}.
-That is so for `mma` and for `mma.sp` (PTX ISA, "Matrix fragments for mma.m16n8k16" and
-"mma.sp.m16n8k32"), so every permutation below is one `permute` of named axes.
-A comment beside it names them: `blocks` and k count row blocks and K blocks, `step` the four steps
-of 32 inputs of a K block, `half` the two numbers of a register. In metadata the step is
-2 h2 + selector, the lane's t is 2 selector + even, and `pair` counts bytes; in int8 values the step
+A block is a pair of row tiles, 2 x 16 output rows x 128 inputs, in one contiguous piece, because a
+warp multiplies both tiles and then copies with few instructions. Lane 4 g + t of a warp holds rows
+g and g + 8 of each tile. Register i = 2 c + h of an m16n8 fragment holds row g + 8 h and the
+(compressed) columns 2 t + 8 c + {0, 1}. That is so for `mma` and for `mma.sp` (PTX ISA, "Matrix
+fragments for mma.m16n8k16" and "mma.sp.m16n8k32"), so every permutation below is one `permute` of
+named axes, and `_paired` then brings the two tiles of a pair together.
+A comment beside it names the axes: `tiles` and k count row tiles and K blocks, `step` the four
+steps of 32 inputs of a K block, `half` the two numbers of a register. In metadata the step is
+2 h2 + selector, the lane's t is 2 selector + even, and `byte` counts bytes; in int8 values the step
 is 2 j + parity.
 
 Several weights of equal layout (q, k and v; gate and up) become one stream: the rows of each are
-padded to 16 and follow each other; V and Q keep one slot for each part.
+padded to 32 and follow each other; V and Q keep one slot for each part.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ from ...format import (
 from .. import factors
 from ..base import differences
 
-BLOCK_ROWS, BLOCK_INPUTS = 16, 128
+TILE_ROWS, BLOCK_ROWS, BLOCK_INPUTS = 16, 32, 128
 W16, INT8, INT4, DENSE = range(4)  # These are StreamValues of csrc/cuda/params.h.
 # int3 is widened to int4's stream: it saves room on disk, and takes int4's room on the GPU.
 STREAM_VALUES = {"fp16": W16, "bf16": W16, "int8": INT8, "int4": INT4, "int3": INT4}
-VALUE_BYTES = {W16: 2048, INT8: 1024, INT4: 512, DENSE: 4096}  # bytes per block
-METADATA_BYTES, SIGN_BYTES = 256, 128  # bytes per block, and per block and sign plane
+VALUE_BYTES = {W16: 4096, INT8: 2048, INT4: 1024, DENSE: 8192}  # bytes per block
+METADATA_BYTES, SIGN_BYTES = 512, 256  # bytes per block, and per block and sign plane
 PADDING_METADATA = 0x44  # two groups that keep their positions 0 and 1
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
@@ -50,11 +52,11 @@ ACTIVATIONS = (torch.float16, torch.bfloat16)
 class CudaState(NamedTuple):
     """The arguments of `slab_kernels::linear_cuda` after x: tensors, bias excepted, then sizes."""
 
-    stream: Tensor  # [row blocks, K blocks, bytes of a block] uint8
+    stream: Tensor  # [row pairs, K blocks, bytes of a block] uint8
     V: Tensor | None  # [parts, R, K padded to 128] in the activations' type, entries about 1
-    U: Tensor | None  # [16 row blocks, R] int32, each holding the 16-bit number twice
-    P: Tensor | None  # [row blocks, R' / 16, 32 lanes, 16 bytes] uint8
-    Q: Tensor | None  # [parts R' / 16, K blocks, 4096 bytes] uint8: Q transposed as a dense stream
+    U: Tensor | None  # [32 row pairs, R] int32, each holding the 16-bit number twice
+    P: Tensor | None  # [2 row pairs, R' / 16, 32 lanes, 16 bytes] uint8
+    Q: Tensor | None  # [pairs of parts R', K blocks, 8192 bytes] uint8: Q^T as a dense stream
     in_features: int
     rows: tuple[int, ...]  # out_features of each part
     values: int  # W16, INT8 or INT4
@@ -87,7 +89,8 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         U, V = torch.cat([u for u, _ in signs]), torch.stack([v for _, v in signs])
     if first.adapter_rank:
         adapter = [_adapter(part, dtype) for part in parts]
-        P, Q = torch.cat([p for p, _ in adapter]), torch.cat([q for _, q in adapter])
+        P, Q = torch.cat([p for p, _ in adapter]), _even(torch.cat([q for _, q in adapter]))
+        Q = _paired(Q, 2).flatten(2)
     return CudaState(
         stream,
         V,
@@ -114,9 +117,9 @@ def dense(state: CudaState) -> Tensor:
     metadata_at = VALUE_BYTES[state.values]
     signs_at = metadata_at + METADATA_BYTES
     scales_at = signs_at + (state.planes * SIGN_BYTES if state.U is not None else 0)
-    kept = _dense_values(state.stream[..., :metadata_at].contiguous(), state)
+    kept = _dense_values(state.stream[..., :metadata_at], state)
     if state.values in (INT8, INT4):
-        scales = _dense_scales(state.stream[..., scales_at:].contiguous())
+        scales = _dense_scales(state.stream[..., scales_at:], state)
         kept = kept * scales.repeat_interleave(64 // scales.shape[-1], -1)
     metadata = _dense_metadata(state.stream[..., metadata_at:signs_at])
     first, second = bits.kept_positions(metadata)
@@ -139,16 +142,28 @@ def adapters(state: CudaState) -> list[tuple[Tensor, Tensor]]:
     steps, k_blocks = state.P.shape[1], state.Q.shape[1]
     left = state.P.contiguous().view(state.dtype).view(-1, steps, 8, 4, 2, 2, 2)
     left = left.permute(0, 5, 2, 1, 4, 3, 6).reshape(-1, steps * 16)
-    right = state.Q.contiguous().view(state.dtype).view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
-    right = right.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(len(state.rows), steps * 16, -1)
+    right = _parted(state.Q, ()).view(state.dtype).view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
+    right = right.permute(0, 6, 3, 1, 2, 5, 4, 7).flatten(3).flatten(0, 2)
+    right = right[: len(state.rows) * steps * 16].view(len(state.rows), steps * 16, -1)
     parts = zip(left.split(_padded(state.rows)), right, state.rows, strict=True)
     return [(P[:count], Q[:, : state.in_features]) for P, Q, count in parts]
 
 
+def _parted(stored: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The inverse of `_paired`: a field of blocks [pairs, k, bytes] -> [tiles, k, *axes, bytes].
+
+    axes: those that stand before the two tiles of a pair.
+    """
+    pairs, k_blocks, _ = stored.shape
+    field = stored.reshape(pairs, k_blocks, *axes, 2, -1)
+    return field.movedim(2 + len(axes), 1).flatten(0, 1).contiguous()
+
+
 def _dense_values(stored: Tensor, state: CudaState) -> Tensor:
-    """The kept values without their scales: [row blocks, 16, K blocks, 64] fp32."""
-    blocks, k_blocks, _ = stored.shape
-    shape = (blocks, k_blocks)
+    """The kept values without their scales: [row tiles, 16, K blocks, 64] fp32."""
+    stored = _parted(stored, ())
+    tiles, k_blocks, _ = stored.shape
+    shape = (tiles, k_blocks)
     if state.values == W16:
         kept = stored.view(state.dtype).view(*shape, 4, 8, 4, 2, 2, 2).float()
         kept = kept.permute(0, 6, 3, 1, 2, 5, 4, 7)  # from the axes step g t c h half
@@ -156,40 +171,46 @@ def _dense_values(stored: Tensor, state: CudaState) -> Tensor:
         kept = stored.view(*shape, 2, 8, 4, 2, 2, 2, 2).float() - 128
         kept = kept.permute(0, 8, 3, 1, 2, 5, 6, 4, 7)  # from the axes j g t parity c half h
     else:
-        nibbles = torch.stack((stored & 15, stored >> 4), -1).view(*shape, 8, 4, 4, 2, 2, 2)
+        words = stored.view(torch.int32).to(torch.int64).view(*shape, 8, 4, 4, 1, 1, 1)
+        words = (words & _WORD) * (1 + (1 << 32))  # twice: a nibble may wrap around
+        nibbles = words >> _nibble_places(stored.device) & 15
         kept = (nibbles.float() - 8).permute(0, 7, 2, 1, 4, 6, 3, 5)  # from g t step half c h
-    return kept.reshape(blocks, 16, k_blocks, 64)
+    return kept.reshape(tiles, 16, k_blocks, 64)
 
 
 def _dense_metadata(stored: Tensor) -> Tensor:
     """The metadata as the packed format has it: [rows, 16 bytes per K block]."""
-    blocks, k_blocks, _ = stored.shape
-    axes = stored.reshape(blocks, k_blocks, 8, 2, 2, 2, 2, 2)  # g selector even h2 h pair
-    return axes.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(blocks * 16, k_blocks * 16)
+    stored = _parted(stored, (8, 2, 2))
+    axes = stored.unflatten(-1, (2, 2, 2))  # g selector even h2 h byte
+    tiles, k_blocks = stored.shape[:2]
+    return axes.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(tiles * 16, k_blocks * 16)
 
 
-def _dense_scales(stored: Tensor) -> Tensor:
-    """The scales: [row blocks, 16, K blocks, scales per row and K block] fp32."""
-    blocks, k_blocks, _ = stored.shape
-    scales = stored.view(torch.bfloat16).float().view(blocks, k_blocks, -1, 8, 2)
-    return scales.permute(0, 4, 3, 1, 2).reshape(blocks, 16, k_blocks, -1)
+def _dense_scales(stored: Tensor, state: CudaState) -> Tensor:
+    """The scales: [row tiles, 16, K blocks, scales per row and K block] fp32."""
+    stored = _parted(stored, (stored.shape[-1] // (8 * 8), 8))  # group g
+    tiles, k_blocks = stored.shape[:2]
+    scales = stored.view(torch.bfloat16).float()
+    if state.values == INT4:
+        scales = scales * _code_units(state.dtype, scales.device)
+    return scales.permute(0, 4, 3, 1, 2).reshape(tiles, 16, k_blocks, -1)
 
 
 def _dense_levels(stored: Tensor, planes: int) -> Tensor:
     """The level of every pruned entry, the sum of its signs' worths: [rows, 64 K blocks] fp32."""
-    blocks, k_blocks, _ = stored.shape
+    tiles, k_blocks = 2 * stored.shape[0], stored.shape[1]
     levels = torch.zeros((), device=stored.device)
     for number, plane in enumerate(_sign_places(planes, stored.device)):
-        words = stored[..., plane.first : plane.first + plane.length].contiguous()
+        words = _parted(stored[..., plane.first : plane.first + plane.length], (8, 4))
         words = words.view(torch.int32 if plane.length == SIGN_BYTES else torch.int64)
-        words = words.view(blocks, k_blocks, 8, 4, 1, 1, 1, 1)
-        negative = words >> plane.bit & 1  # the axes are blocks k g t half step c h
+        words = words.view(tiles, k_blocks, 8, 4, 1, 1, 1, 1)
+        negative = words >> plane.bit & 1  # the axes are tiles k g t half step c h
         levels = levels + (1 - 2 * negative) / 2.0**number
-    return levels.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(blocks * 16, k_blocks * 64)
+    return levels.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(tiles * 16, k_blocks * 64)
 
 
 def _magnitudes(state: CudaState) -> Tensor:
-    """U V^T of every part below one another: [rows of all row blocks, K padded to 128] fp32."""
+    """U V^T of every part below one another: [32 row pairs, K padded to 128] fp32."""
     assert state.U is not None and state.V is not None
     U = state.U.contiguous().view(torch.int16)[:, ::2].contiguous().view(state.dtype).float()
     parts = zip(U.split(_padded(state.rows)), state.V, strict=True)
@@ -219,14 +240,36 @@ def _sign_places(planes: int, device: torch.device) -> list[_SignPlane]:
     return [first, second, third][:planes]
 
 
+# int4: where a word holds q + 8. Register i = 2 c + h has its low half's nibble at bit 2 + 4 i and
+# its high half's 16 above that, modulo 32, so that two masks and one rotation by 8 bring all of
+# them below the leading one of fp16's 1024 = 0x6400, as 4 (q + 8) for rows g and 64 (q + 8) for
+# rows g + 8. In bf16, which has seven bits, a rotation by 4 i brings every one to bits 2 to 5. The
+# stream's scales are divided by these powers of two. (A scale below 2^-120 may lose bits by that.
+# Its products are less than 1e-34.)
+_WORD = 0xFFFFFFFF
+
+
+def _nibble_places(device: torch.device) -> Tensor:
+    """[half, c, h] int64: the lowest bit of a nibble."""
+    half, c, h = (torch.arange(2, device=device).view(shape) for shape in ((2, 1, 1), (2, 1), 2))
+    return (2 + 4 * (2 * c + h) + 16 * half) % 32
+
+
+def _code_units(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[h] fp32: by how much the kernels' int4 codes of rows g and g + 8 are too large."""
+    units = (4.0, 64.0) if dtype == torch.float16 else (4.0, 4.0)
+    return torch.tensor(units, device=device)
+
+
 def _padded(rows: Sequence[int]) -> list[int]:
     """The rows that each part takes in the stream."""
     return [ceil_div(count, BLOCK_ROWS) * BLOCK_ROWS for count in rows]
 
 
-def _blocks(packed: PackedWeight) -> tuple[int, int]:
-    """Row blocks and K blocks of a weight."""
-    return ceil_div(packed.out_features, BLOCK_ROWS), ceil_div(packed.in_features, BLOCK_INPUTS)
+def _tiles(packed: PackedWeight) -> tuple[int, int]:
+    """Row tiles, two for each pair, and K blocks of a weight."""
+    pairs = ceil_div(packed.out_features, BLOCK_ROWS)
+    return 2 * pairs, ceil_div(packed.in_features, BLOCK_INPUTS)
 
 
 def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
@@ -235,36 +278,48 @@ def _fill(t: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
     return pad(t[:, :columns], (0, missing[0], 0, missing[1]), value=value)
 
 
+def _paired(field: Tensor, place: int) -> Tensor:
+    """[tiles, k, ...] -> [pairs, k, ...], where the axis of a pair's two tiles is at `place`."""
+    return field.unflatten(0, (-1, 2)).movedim(1, place)
+
+
+def _even(tiles: Tensor) -> Tensor:
+    """[tiles, ...] with a tile of zeros more if their number is odd."""
+    return torch.cat([tiles, torch.zeros_like(tiles[:1])]) if tiles.shape[0] % 2 else tiles
+
+
 def _bytes(t: Tensor, blocks: int, k_blocks: int) -> Tensor:
-    """A tensor whose axes begin with the row blocks and K blocks, as each block's bytes."""
+    """A tensor whose axes begin with the rows' and the K blocks, as each block's bytes."""
     return t.contiguous().view(torch.uint8).reshape(blocks, k_blocks, -1)
 
 
 def _stream(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The blocks of one weight: [row blocks, K blocks, bytes of a block] uint8."""
-    blocks, k_blocks = _blocks(packed)
-    fields = [_values(packed, dtype), _metadata(packed)]
+    """The blocks of one weight: [row pairs, K blocks, bytes of a block] uint8."""
+    tiles, k_blocks = _tiles(packed)
+    # The two tiles follow each other in values; in metadata and signs they do in each lane, in
+    # scales in each g.
+    fields = [_paired(_values(packed, dtype), 2), _paired(_metadata(packed), 5)]
     if packed.signs is not None:
-        fields += _signs(packed.signs, packed)
+        fields += [_paired(words, 4) for words in _signs(packed.signs, packed)]
     if packed.scales is not None:
-        fields.append(_scales(packed.scales, packed))
-    return torch.cat([_bytes(field, blocks, k_blocks) for field in fields], -1)
+        fields.append(_paired(_scales(packed.scales, packed, dtype), 4))
+    return torch.cat([_bytes(field, tiles // 2, k_blocks) for field in fields], -1)
 
 
 def _metadata(packed: PackedWeight) -> Tensor:
-    blocks, k_blocks = _blocks(packed)
-    metadata = _fill(packed.metadata, blocks * BLOCK_ROWS, k_blocks * 16, PADDING_METADATA)
-    # The axes blocks h g k | h2 selector even pair become blocks k g selector even | h2 h pair.
-    return metadata.view(blocks, 2, 8, k_blocks, 2, 2, 2, 2).permute(0, 3, 2, 5, 6, 4, 1, 7)
+    tiles, k_blocks = _tiles(packed)
+    metadata = _fill(packed.metadata, tiles * TILE_ROWS, k_blocks * 16, PADDING_METADATA)
+    # The axes tiles h g k | h2 selector even byte become tiles k g selector even | h2 h byte.
+    return metadata.view(tiles, 2, 8, k_blocks, 2, 2, 2, 2).permute(0, 3, 2, 5, 6, 4, 1, 7)
 
 
 def _signs(signs: Tensor, packed: PackedWeight) -> list[Tensor]:
     """The lanes' words: of one plane, or of the first two together, and of a third by itself."""
-    (blocks, k_blocks), planes = _blocks(packed), packed.layout.planes
-    signs = _fill(signs, blocks * BLOCK_ROWS, k_blocks * 8 * planes).unflatten(1, (-1, planes))
+    (tiles, k_blocks), planes = _tiles(packed), packed.layout.planes
+    signs = _fill(signs, tiles * TILE_ROWS, k_blocks * 8 * planes).unflatten(1, (-1, planes))
     negative = bits.unpack_signs(signs.mT).to(torch.int64)
-    negative = negative.view(blocks, 2, 8, planes, k_blocks, 4, 2, 4, 2)
-    negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane blocks k g t half step c h
+    negative = negative.view(tiles, 2, 8, planes, k_blocks, 4, 2, 4, 2)
+    negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane tiles k g t half step c h
     places = _sign_places(planes, signs.device)
     words = [
         (bit << plane.bit).sum((-4, -3, -2, -1))
@@ -280,13 +335,16 @@ def _low_words(words: Tensor) -> Tensor:
     return (words - ((words >> 31 & 1) << 32)).to(torch.int32)
 
 
-def _scales(scales: Tensor, packed: PackedWeight) -> Tensor:
-    (blocks, k_blocks), group_size = _blocks(packed), packed.layout.group_size
+def _scales(scales: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    (tiles, k_blocks), group_size = _tiles(packed), packed.layout.group_size
     per_block = BLOCK_INPUTS // group_size if group_size else 1
     if not group_size:  # The one scale of a row is repeated in every block.
         scales = scales.expand(-1, k_blocks)
-    scales = _fill(scales, blocks * BLOCK_ROWS, k_blocks * per_block)
-    return scales.view(blocks, 2, 8, k_blocks, per_block).permute(0, 3, 4, 2, 1)
+    scales = _fill(scales, tiles * TILE_ROWS, k_blocks * per_block)
+    scales = scales.view(tiles, 2, 8, k_blocks, per_block).permute(0, 3, 4, 2, 1)  # tiles k s g h
+    if STREAM_VALUES[packed.layout.values] == INT4:
+        scales = (scales.float() / _code_units(dtype, scales.device)).to(torch.bfloat16)
+    return scales
 
 
 def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -294,7 +352,7 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
     Raises: RangeError if a number does not fit the activations' type.
     """
-    (blocks, k_blocks), values = _blocks(packed), packed.layout.values
+    (tiles, k_blocks), values = _tiles(packed), packed.layout.values
     q = bits.unpack_values(packed.values, values)
     if values not in INTEGER_RANGES and VALUE_TYPES[values] != dtype:
         if not rounding_error(q.float(), dtype) <= MOST_LOST:
@@ -303,19 +361,20 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
                 f"use {VALUE_TYPES[values]} ones"
             )
         q = q.to(dtype)
-    q = _fill(q, blocks * BLOCK_ROWS, k_blocks * 64)
-    q = q.view(blocks, 2, 8, k_blocks, 4, 2, 4, 2)  # blocks h g k | step c t half
+    q = _fill(q, tiles * TILE_ROWS, k_blocks * 64)
+    q = q.view(tiles, 2, 8, k_blocks, 4, 2, 4, 2)  # tiles h g k | step c t half
     if STREAM_VALUES[values] == INT4:
-        q = (q + 8).to(torch.uint8).permute(0, 3, 2, 6, 4, 7, 5, 1)  # blocks k g t step half c h
-        return q[..., 0] | q[..., 1] << 4
+        q = (q + 8).to(torch.int64).permute(0, 3, 2, 6, 4, 7, 5, 1)  # tiles k g t step half c h
+        words = (q << _nibble_places(q.device)).sum((-3, -2, -1))
+        return _low_words(words & _WORD | words >> 32)  # The last nibble wraps around.
     if STREAM_VALUES[values] == INT8:
-        q = (q.to(torch.int16) + 128).to(torch.uint8).view(blocks, 2, 8, k_blocks, 2, 2, 2, 4, 2)
-        return q.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # blocks k j g t parity c half h
+        q = (q.to(torch.int16) + 128).to(torch.uint8).view(tiles, 2, 8, k_blocks, 2, 2, 2, 4, 2)
+        return q.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # tiles k j g t parity c half h
     return _fragments(q)
 
 
 def _fragments(q: Tensor) -> Tensor:
-    """[blocks, h, g, k, step, c, t, half] -> [blocks, k, step, g, t, c, h, half]."""
+    """[tiles, h, g, k, step, c, t, half] -> [tiles, k, step, g, t, c, h, half]."""
     return q.permute(0, 3, 4, 2, 6, 5, 1, 7)
 
 
@@ -325,7 +384,7 @@ def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Ten
     Of a rank above 1 the kernels round U times the level of several planes, so U times the largest
     level must fit.
     """
-    (blocks, k_blocks), layout = _blocks(packed), packed.layout
+    (tiles, k_blocks), layout = _tiles(packed), packed.layout
     U, V = factors.sign(packed, dtype)
     largest = 2 - plane_unit(layout.planes)
     if layout.rank > 1 and layout.planes > 1:
@@ -334,18 +393,19 @@ def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Ten
                 f"U times the largest level, {largest:g}, does not fit {dtype}; "
                 "use bfloat16 activations"
             )
-    word = _fill(U, blocks * BLOCK_ROWS, U.shape[1]).contiguous().view(torch.int16)
+    word = _fill(U, tiles * TILE_ROWS, U.shape[1]).contiguous().view(torch.int16)
     word = word.to(torch.int32) & 0xFFFF
     V = pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0]))
     return word | word << 16, V.T.contiguous()
 
 
 def _adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """P as dense fragments, and Q transposed as a dense stream."""
-    blocks, k_blocks = _blocks(packed)
+    """P as dense fragments [tiles, R' / 16, 32, 16] uint8, and Q transposed as dense tiles
+    [R' / 16, K blocks, 4096] uint8."""
+    tiles, k_blocks = _tiles(packed)
     P, Q = factors.adapter(packed, dtype)
     steps = ceil_div(P.shape[1], 16)
-    P = _fill(P, blocks * BLOCK_ROWS, steps * 16).view(blocks, 2, 8, 1, steps, 2, 4, 2)
+    P = _fill(P, tiles * TILE_ROWS, steps * 16).view(tiles, 2, 8, 1, steps, 2, 4, 2)
     Q = _fill(Q.T, steps * 16, k_blocks * BLOCK_INPUTS).view(steps, 2, 8, k_blocks, 8, 2, 4, 2)
-    P, Q = _bytes(_fragments(P), blocks, steps), _bytes(_fragments(Q), steps, k_blocks)
-    return P.reshape(blocks, steps, 32, 16), Q
+    P, Q = _bytes(_fragments(P), tiles, steps), _bytes(_fragments(Q), steps, k_blocks)
+    return P.reshape(tiles, steps, 32, 16), Q

@@ -18,6 +18,7 @@ from .layout import (
     INT8,
     METADATA_BYTES,
     SIGN_BYTES,
+    TILE_ROWS,
     VALUE_BYTES,
     W16,
     CudaState,
@@ -57,7 +58,7 @@ class CudaSizes(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block of the stream, 16 rows x 128 inputs."""
+        """Bytes of a block of the stream, 32 rows x 128 inputs."""
         scales = 4 // self.group_steps * 2 * BLOCK_ROWS if self.values in (INT8, INT4) else 0
         metadata = 0 if self.values == DENSE else METADATA_BYTES
         signs = self.planes * SIGN_BYTES if self.rank else 0
@@ -112,21 +113,21 @@ class Tile:
     warp_tokens: int
     warp_inputs: int
     reason: str
-    blocks: int = 2  # of 16 rows that a warp holds
+    row_tiles: int = 2  # of 16 rows that a warp holds
 
     @property
     def tall(self) -> bool:
         """Whether a warp holds 64 rows."""
-        return self.blocks == 4
-
-    @property
-    def row_blocks(self) -> int:
-        """The row blocks of a CTA."""
-        return self.blocks * self.warp_rows
+        return self.row_tiles == 4
 
     @property
     def rows(self) -> int:
-        return BLOCK_ROWS * self.row_blocks
+        return TILE_ROWS * self.row_tiles * self.warp_rows
+
+    @property
+    def row_pairs(self) -> int:
+        """The row pairs of a CTA: blocks of the stream that it reads per K block."""
+        return self.rows // BLOCK_ROWS
 
     @property
     def threads(self) -> int:
@@ -178,7 +179,7 @@ def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int, M: int) -> int:
     if tokens < 32:
         staged = min(staged, M)
     activations = (staged + sizes.rank) * TOKEN_ROW_BYTES
-    return ceil_div(activations + tile.row_blocks * sizes.block_bytes, 256) * 256
+    return ceil_div(activations + tile.row_pairs * sizes.block_bytes, 256) * 256
 
 
 def sums_bytes(tile: Tile, tokens: int) -> int:
