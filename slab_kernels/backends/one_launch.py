@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from ..errors import ArgumentTypeError, ShapeError
 from ..format import PackedWeight
 from .base import Backend, differences
+
+if TYPE_CHECKING:
+    from .cuda.layout import CudaState
 
 BIAS_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -95,3 +98,20 @@ def check_call(
         raise ArgumentTypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
     if bias.device != x.device:
         raise ArgumentTypeError(f"bias is on {bias.device}, x on {x.device}")
+
+
+def other_dtype(x: Tensor, dtype: torch.dtype) -> ArgumentTypeError:
+    """The error of a call with x of another dtype than the state's."""
+    return ArgumentTypeError(
+        f"x is {x.dtype}, but this weight was prepared for {dtype} activations"
+    )
+
+
+def check_stream(x: Tensor, state: CudaState, bias: Tensor | None) -> None:
+    """Checks a call with a stream, since kernels see only pointers.
+
+    Raises: ShapeError or ArgumentTypeError.
+    """
+    if x.dtype != state.dtype:
+        raise other_dtype(x, state.dtype)
+    check_call(x, state.stream, bias, state.in_features, sum(state.rows))

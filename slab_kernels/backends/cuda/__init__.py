@@ -27,11 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentTypeError
 from ...format import PackedWeight, ceil_div
 from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
-from ..one_launch import OneLaunchBackend, check_call, wants_gradient
+from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout
 from .cost import dense_microseconds
 from .gpus import gpu_like, gpu_named
@@ -104,7 +103,7 @@ class CudaBackend(OneLaunchBackend):
         Raises: ArgumentTypeError for another dtype or a wrong device, ShapeError for a wrong shape.
         """
         if x.dtype != state.dtype:
-            raise _other_dtype(x, state.dtype)
+            raise other_dtype(x, state.dtype)
         arguments = (*state[:BIAS], bias, *state[BIAS:])
         if wants_gradient(x, bias):
             return torch.ops.slab_kernels.linear_cuda(x, *arguments)
@@ -162,24 +161,11 @@ def device_of(index: int) -> CudaDevice:
     return CudaDevice(gpu, queue)
 
 
-def _other_dtype(x: Tensor, dtype: torch.dtype) -> ArgumentTypeError:
-    return ArgumentTypeError(
-        f"x is {x.dtype}, but this weight was prepared for {dtype} activations"
-    )
-
-
 def _linear(x: Tensor, *arguments) -> Tensor:
     """The op on CUDA tensors. arguments: those of ARGUMENTS after x."""
     state, bias = CudaState(*arguments[:BIAS], *arguments[BIAS + 1 :]), arguments[BIAS]
-    check(x, state, bias)
+    check_stream(x, state, bias)
     return linear(x, state, bias, device_of(x.device.index))
-
-
-def check(x: Tensor, state: CudaState, bias: Tensor | None) -> None:
-    """Raises ShapeError or ArgumentTypeError in a sentence: kernels see only pointers."""
-    if x.dtype != state.dtype:
-        raise _other_dtype(x, state.dtype)
-    check_call(x, state.stream, bias, state.in_features, sum(state.rows))
 
 
 def _linear_fake(x: Tensor, *arguments) -> Tensor:

@@ -24,8 +24,8 @@ Positions = Sequence[int]
 
 
 def _index(nibble: int) -> int:
-    """A legal nibble as a number below 8, as `nibble_indices` computes it: i1's low bit, then the xor of
-    i1's and i0's high bits, then the xor of i0's bits."""
+    """A legal nibble as a number below 8, as `nibble_indices` computes it: i1's low bit, then the
+    xor of i1's and i0's high bits, then the xor of i0's bits."""
     return nibble & 4 | (nibble >> 2 ^ nibble) & 2 | (nibble ^ nibble >> 1) & 1
 
 

@@ -34,9 +34,15 @@ def _code(code, HALF: tl.constexpr):
 
 
 @triton.jit
-def _first_bit(word):
-    """Bit 0 of a word as fp32, and its bit 16."""
-    return (word & 1).to(tl.float32), (word >> 16 & 1).to(tl.float32)
+def _at_bits(word, MASK: tl.constexpr):
+    """What stands at bits 0 and 16 of a word, as fp32."""
+    return (word & MASK).to(tl.float32), (word >> 16 & MASK).to(tl.float32)
+
+
+@triton.jit
+def _entry(low, high):
+    """A tuple of the one word of 64 bits that holds two pairs."""
+    return (high.to(tl.uint64) << 32 | low.to(tl.uint64),)
 
 
 @triton.jit
@@ -61,6 +67,7 @@ def rebuild_kernel(
     WORDS: tl.constexpr = SCALES + (0 if VALUES == "w16" else 16 * (4 // GROUP_STEPS))
     k_block, k_blocks = tl.program_id(0), tl.num_programs(0)
     row_pair = tl.program_id(1).to(tl.int64)
+    TOP: tl.constexpr = 1.75 if PLANES == 3 else 1.5  # the largest level
     item = tl.arange(0, 128)
     step, lane = item >> 5, item & 31
     g, t = lane >> 2, lane & 3
@@ -106,7 +113,9 @@ def rebuild_kernel(
                     low, high = _code(codes & 0xFF, 128), _code(codes >> 16 & 0xFF, 128)
                     kept = convert(low * scale, high * scale, T)
                 else:
-                    codes = _turned(tl.load(block + VALUE_WORDS * r + 4 * lane + step), 2 + 4 * (2 * c + h))
+                    codes = _turned(
+                        tl.load(block + VALUE_WORDS * r + 4 * lane + step), 2 + 4 * (2 * c + h)
+                    )
                     low, high = _code(codes & 15, 8), _code(codes >> 16 & 15, 8)
                     kept = convert(low * scale, high * scale, T)
                 k = k_block * 32 + 8 * step + 4 * c + t  # the group of four inputs
@@ -125,19 +134,19 @@ def rebuild_kernel(
                             v_first, v_second = _widened(v, T)
                             first, second = first + u * v_first, second + u * v_second
                     if PLANES > 1:
-                        level0 = (levels >> 4 * c + 2 * h & 3).to(tl.float32)
-                        level1 = (levels >> 4 * c + 2 * h + 16 & 3).to(tl.float32)
+                        # 3/2 - index, or with a third plane 7/4 - index - its bit / 2.
+                        index0, index1 = _at_bits(levels >> 4 * c + 2 * h, 3)
                         if PLANES == 3:
-                            half0, half1 = _first_bit(third >> (c + 2 * h))
-                            level0, level1 = level0 + 0.5 * half0 - 0.25, level1 + 0.5 * half1 - 0.25
-                        first, second = first * (1.5 - level0), second * (1.5 - level1)
+                            bit0, bit1 = _at_bits(third >> c + 2 * h, 1)
+                            index0, index1 = index0 + 0.5 * bit0, index1 + 0.5 * bit1
+                        first, second = first * (TOP - index0), second * (TOP - index1)
                     if RANK > 1 or PLANES > 1:
                         other = convert(first, second, T)
                     if PLANES == 1:
                         other ^= signs << 2 * c + h & 0x80008000
                 low = prmt(kept, other, prmt(lane0, lane1, both))
                 high = prmt(kept, other, prmt(lane2, lane3, both))
-                entries += (high.to(tl.uint64) << 32 | low.to(tl.uint64),)
+                entries += _entry(low, high)
     # Stores come last, since no load could be moved before one.
     for r in tl.static_range(2):
         for h in tl.static_range(2):

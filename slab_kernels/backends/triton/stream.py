@@ -23,10 +23,11 @@ from ..cuda.layout import (
     CudaState,
     adapters,
 )
-from .launch import speaks_ptx
-from .rows import TritonSizes
+from . import launch
+from .rows import DECODE, TritonSizes
 
 OLDEST = (8, 0)  # the first compute capability with mma.sp
+COMPILED_TOKENS = (1, 2, 4, 8, 16)  # counts that have a kernel of their own
 REBUILT_ROWS = 8192  # rows of a rebuilt weight in memory at a time
 REBUILD_VALUES = {W16: "w16", INT8: "int8", INT4: "int4"}  # as rebuild.py calls them
 _CHECKING = threading.Lock()
@@ -40,7 +41,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     habit says which lane holds which element of a Triton tensor. If it differs, the process warns
     once, and the plain kernels run on the canonical tensors.
     """
-    if dtype not in ACTIVATIONS or not speaks_ptx(device):
+    if dtype not in ACTIVATIONS or not launch.speaks_ptx(device):
         return False
     with _CHECKING:
         found = _TRUSTED.get(device.index)
@@ -53,7 +54,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 def expected(device: torch.device, dtype: torch.dtype) -> bool:
     """`usable` without a check: what the device will do unless it has failed one."""
-    return dtype in ACTIVATIONS and speaks_ptx(device) and _TRUSTED.get(device.index, True)
+    return dtype in ACTIVATIONS and launch.speaks_ptx(device) and _TRUSTED.get(device.index, True)
 
 
 def _first_use(device: torch.device) -> bool:
@@ -89,6 +90,20 @@ def sizes_of(state: CudaState) -> TritonSizes:
         rank=0 if state.V is None else state.V.shape[1],
         adapter_rank=0 if state.P is None else 16 * state.P.shape[1],
     )
+
+
+def decoded(x: Tensor, state: CudaState, bias: Tensor | None) -> Tensor:
+    """x [..., K] -> [..., sum of rows] by sparse tensor cores, in token tiles."""
+    from . import sparse
+
+    return sparse.decode(x, state, bias)
+
+
+def describe(M: int) -> str:
+    """How M tokens are multiplied where the weight is not rebuilt."""
+    tiles = ceil_div(max(M, 1), DECODE)
+    more = f", in {tiles} tiles of tokens" if tiles > 1 else ""
+    return f"sparse tensor cores on the stream of the cuda backend{more}"
 
 
 def rebuilt(x: Tensor, state: CudaState, bias: Tensor | None) -> Tensor:
