@@ -93,7 +93,7 @@ def decode(
 
 
 def _words(x: Tensor) -> Tensor:
-    """x [M, K] as int32 words of two numbers, [M, K / 2]; copied only if it must be."""
+    """x [M, K] as uint32 words of two numbers, [M, K / 2]; copied only if it must be."""
     if x.shape[1] % 2:
         x = pad(x, (0, 1))
     elif x.stride(1) != 1 or x.storage_offset() % 2 or (x.shape[0] > 1 and x.stride(0) % 2):
@@ -101,7 +101,7 @@ def _words(x: Tensor) -> Tensor:
         x = x.clone() if x.storage_offset() % 2 else x
     if x.shape[0] == 1:
         x = x.as_strided(x.shape, (x.shape[1], 1))  # The stride of a single row may be odd.
-    return x.view(torch.int32)
+    return x.view(torch.uint32)
 
 
 def _z(words: Tensor, state: CudaState, configuration: Configuration) -> Tensor:
@@ -134,8 +134,8 @@ def _launch(
     pairs, k_blocks, _ = stream.shape
     grid = (pairs, ceil_div(M, kind.tokens), kind.splits)
     sparse_kernel.decode_kernel[grid](
-        words, stream.view(torch.int32), None if V is None else V.view(torch.int32), U,
-        None if P is None else P.view(torch.int32), z, bias, out, biased, M, sum(rows), width,
+        words, stream.view(torch.uint32), None if V is None else V.view(torch.uint32), U,
+        None if P is None else P.view(torch.uint32), z, bias, out, biased, M, sum(rows), width,
         k_blocks, ceil_div(k_blocks, kind.splits), words.stride(0), *starts(rows), KIND=kind,
         num_warps=kind.warps, num_stages=1,
     )  # fmt: skip

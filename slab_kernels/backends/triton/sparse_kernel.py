@@ -137,8 +137,11 @@ def _inputs(p, STEP: tl.constexpr, left):
     """The B fragment of x or v for 32 inputs, 0 beyond the words that are left."""
     b = ()
     for i in tl.static_range(4):
-        AT: tl.constexpr = 16 * STEP + 4 * i
-        b += (tl.load(p + AT) if left is None else tl.load(p + AT, mask=left > AT, other=0),)
+        at = p + (16 * STEP + 4 * i)
+        if left is None:
+            b += (tl.load(at),)
+        else:
+            b += (tl.load(at, mask=left > 16 * STEP + 4 * i, other=0),)
     return b
 
 
@@ -224,6 +227,7 @@ def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
     V_COUNT: tl.constexpr = len(place.v)
     INTEGER: tl.constexpr = KIND.values == "int8" or KIND.values == "int4"
     GROUP_STEPS: tl.constexpr = KIND.group_steps
+    SIGN_TILES: tl.constexpr = KIND.sign_tiles
     zero = tl.zeros_like(kept[0][0])
     sums = kept
     pruned = ()
@@ -242,8 +246,6 @@ def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
                     multiply_pairs(b[0], v[0], T), multiply_pairs(b[1], v[1], T),
                     multiply_pairs(b[2], v[2], T), multiply_pairs(b[3], v[3], T),
                 ),)  # fmt: skip
-        SELECTOR: tl.constexpr = step % 2
-        HALF: tl.constexpr = step // 2
         if KIND.values == "dense":
             near = _dense_products(codes, x, kept, 0, step, T)
             kept = near + _dense_products(codes, x, kept, 1, step, T)
@@ -254,17 +256,16 @@ def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
                     sums += ((zero, zero, zero, zero),)
             metadata = words.metadata
             a = _values(codes, magic, 0, step, KIND)
-            near = _products(a, x, sums, metadata[HALF], SELECTOR, 0, T)
+            near = _products(a, x, sums, metadata[step // 2], step % 2, 0, T)
             a = _values(codes, magic, 1, step, KIND)
-            sums = near + _products(a, x, sums, metadata[2 + HALF], SELECTOR, X_TILES, T)
+            sums = near + _products(a, x, sums, metadata[2 + step // 2], step % 2, X_TILES, T)
             if INTEGER and step % GROUP_STEPS == GROUP_STEPS - 1:
                 kept = _scaled(kept, sums, words.scales, step // GROUP_STEPS)
         if KIND.planes > 0:
-            SIGN_TILES: tl.constexpr = KIND.sign_tiles
             a = _signs(words.signs, magic, 0, step, KIND)
-            near = _products(a, z, signs, pruned[HALF], SELECTOR, 0, T)
+            near = _products(a, z, signs, pruned[step // 2], step % 2, 0, T)
             a = _signs(words.signs, magic, 1, step, KIND)
-            signs = near + _products(a, z, signs, pruned[2 + HALF], SELECTOR, SIGN_TILES, T)
+            signs = near + _products(a, z, signs, pruned[2 + step // 2], step % 2, SIGN_TILES, T)
     if not INTEGER and KIND.values != "dense":
         kept = sums
     return kept, signs
@@ -280,6 +281,7 @@ def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: 
     STEPS: tl.constexpr = KIND.adapter_steps
     X_TILES: tl.constexpr = len(tokens)
     T: tl.constexpr = KIND.dtype
+    Z_SPLITS: tl.constexpr = KIND.z_splits
     ROUNDS: tl.constexpr = (STEPS + W - 1) // W
     for i in tl.static_range(ROUNDS):
         step = i * W + warp
@@ -294,7 +296,7 @@ def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: 
                     rank = (part * STEPS + step) * 16 + 8 * half + 2 * (lane & 3)
                     at = z_ptr + tokens[n] * (KIND.parts * STEPS * 16) + rank
                     low, high = tl.zeros_like(kept[0][0]), tl.zeros_like(kept[0][0])
-                    for s in tl.static_range(KIND.z_splits):
+                    for s in tl.static_range(Z_SPLITS):
                         share = at + s * M * (KIND.parts * STEPS * 16)
                         low += tl.load(share, mask=exists, other=0.0)
                         high += tl.load(share + 1, mask=exists, other=0.0)
@@ -357,7 +359,8 @@ def decode_kernel(
     TOKENS: tl.constexpr = KIND.tokens
     COLUMNS: tl.constexpr = TOKENS if TOKENS < 8 else 8  # different tokens in an n8 tile
     X_TILES: tl.constexpr = 2 if TOKENS == 16 else 1
-    V_COUNT: tl.constexpr = KIND.sign_tiles // X_TILES
+    SIGN_TILES: tl.constexpr = KIND.sign_tiles
+    V_COUNT: tl.constexpr = SIGN_TILES // X_TILES
     BLOCK: tl.constexpr = KIND.block_bytes // 4
     PARTS: tl.constexpr = KIND.parts
     thread = tl.arange(0, 32 * W)
@@ -385,7 +388,7 @@ def decode_kernel(
     kept, signs = (), ()
     for i in tl.static_range(2 * X_TILES):
         kept += ((zero, zero, zero, zero),)
-    for i in tl.static_range(2 * KIND.sign_tiles):
+    for i in tl.static_range(2 * SIGN_TILES):
         signs += ((zero, zero, zero, zero),)
     place = Place(stream_ptr + (pair.to(tl.int64) * k_blocks + k) * BLOCK, x, v)
 
@@ -411,13 +414,14 @@ def decode_kernel(
     if first + rounds * W < last:
         # The last round: some warps have no block, or one with inputs beyond K.
         exists = k < last
-        codes = held.codes
-        if KIND.values != "int4":
-            codes = _where(exists, _codes(place.block, lane, exists, KIND), 0)
-        metadata = _where(exists, held.metadata, 0x44444444)
-        held = Words(metadata, held.signs, codes, _where(exists, held.scales, 0))
         left = tl.where(exists, words - k * 64 - t, 0)
-        kept, signs = _round(kept, signs, held, codes, place, left, magic, KIND)
+        metadata = _where(exists, held.metadata, 0x44444444)
+        end = Words(metadata, held.signs, held.codes, _where(exists, held.scales, 0))
+        if KIND.values == "int4":
+            values = held.codes
+        else:
+            values = _where(exists, _codes(place.block, lane, exists, KIND), 0)
+        kept, signs = _round(kept, signs, end, values, place, left, magic, KIND)
     if KIND.adapter_steps > 0:
         kept = _adapted(
             kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, split == 0, KIND
@@ -425,14 +429,14 @@ def decode_kernel(
 
     # The warps' sums are added first, so that the order is the same for any TOKENS.
     totals = ()
-    for j in tl.static_range(KIND.sign_tiles):
-        totals += (_total(signs[j], signs[KIND.sign_tiles + j], W),)
+    for j in tl.static_range(SIGN_TILES):
+        totals += (_total(signs[j], signs[SIGN_TILES + j], W),)
     levels = pair * 32 + tl.arange(0, 32)
     for n in tl.static_range(X_TILES):
         y = _columns(_total(kept[n], kept[X_TILES + n], W), 0, COLUMNS)
         for r in tl.static_range(R):
-            TILE: tl.constexpr = r * X_TILES + n if TOKENS == 16 else r * COLUMNS // 8
-            sign = _columns(totals[TILE], r % (8 // COLUMNS), COLUMNS)
+            total = totals[r * X_TILES + n if TOKENS == 16 else r * COLUMNS // 8]
+            sign = _columns(total, r % (8 // COLUMNS), COLUMNS)
             y = tl.fma(_widened(tl.load(u_ptr + levels * R + r), T)[:, None], sign, y)
         if KIND.splits == 1 and KIND.values != "dense":
             bias = tl.load(bias_ptr + rows, mask=biased != 0, other=0.0)
