@@ -75,7 +75,7 @@ class Result:
 
     def described(self, config: TileConfig) -> str:
         """How such a weight runs by a configuration, in words."""
-        return _described(config, self.problem.tokens[-1], self.streamed)
+        return _described(config, self.problem, self.streamed)
 
     @property
     def row(self) -> Row:
@@ -135,8 +135,9 @@ class Weight:
     def run(self, config: TileConfig, x: Tensor, state: State) -> Tensor:
         """x [m, K] -> [m, N] as `config` says."""
         if not isinstance(state, TritonState):
-            run = stream.rebuilt if config.rebuild else stream.decoded
-            return run(x, state, None)
+            if config.rebuild:
+                return stream.rebuilt(x, state, None)
+            return stream.decoded(x, state, None, self.device.multiprocessors)
         if config.rebuild:
             return torch.nn.functional.linear(x, launch.dense(state, x.dtype))
         shares = configs.splits(self.sizes, x.shape[0], config, self.device)
@@ -305,7 +306,8 @@ def tune(
     M, bits = problem.tokens[-1], bits_of(problem.dtype)
     default = configs.choose(problem.sizes, M, bits, device, own=False)
     if weight.streamed:
-        others = [TileConfig(rebuild=not default.rebuild)] if problem.above >= DECODE else []
+        both = M > DECODE and stream.decodes(M, problem.layout.rank)
+        others = [TileConfig(rebuild=not default.rebuild)] if both else []
     else:
         others = candidates(problem.sizes, M, bits, device)
         if own:
@@ -322,7 +324,7 @@ def tune(
                 raise
             shares = 1 if weight.streamed else configs.splits(problem.sizes, M, config, device)
             split = f", K in {shares}" if shares > 1 else ""
-            skipped[_described(config, M, weight.streamed) + split] = reason
+            skipped[_described(config, problem, weight.streamed) + split] = reason
     best = min(times, key=lambda config: _ratio(times[config], times[default]))
     if best is not default:
         # The least of many is partly luck, so these two are timed once more.
@@ -386,9 +388,11 @@ def _verdict(result: Result) -> str:
     return f"{_change(result)} by {result.described(result.best)}"
 
 
-def _described(config: TileConfig, M: int, streamed: bool) -> str:
-    """How M tokens run by a configuration, in words."""
-    return stream.describe(M) if streamed and not config.rebuild else config.describe()
+def _described(config: TileConfig, problem: Problem, streamed: bool) -> str:
+    """How a problem runs by a configuration, in words."""
+    if streamed and not config.rebuild:
+        return stream.describe(problem.tokens[-1], problem.layout.rank)
+    return config.describe()
 
 
 def _change(result: Result) -> str:

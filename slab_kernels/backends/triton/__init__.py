@@ -35,7 +35,7 @@ from ..one_launch import OneLaunchBackend, check_call, check_stream, wants_gradi
 from . import launch, stream
 from .configs import choose, splits, z_splits
 from .launch import TritonState
-from .rows import TritonDevice, TritonSizes
+from .rows import REBUILD, TileConfig, TritonDevice, TritonSizes
 
 NAMESPACE = "slab_kernels"
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
@@ -164,8 +164,11 @@ class TritonBackend(OneLaunchBackend):
         device = device_of(torch.cuda.current_device())
         config = choose(sizes, problem.M, bits_of(problem.dtype), device)
         here = torch.device("cuda", torch.cuda.current_device())
-        if not config.rebuild and stream.expected(here, problem.dtype):
-            return f"{device.name}: {stream.describe(problem.M)}"
+        if stream.expected(here, problem.dtype):
+            if not config.rebuild and stream.decodes(problem.M, problem.rank):
+                return f"{device.name}: {stream.describe(problem.M, problem.rank)}"
+            if not config.rebuild:
+                config = TileConfig(rebuild=True, reason=REBUILD)
         shares = splits(sizes, problem.M, config, device)
         split = f", K split over {shares} programs" if shares > 1 else ""
         return f"{device.name}: {config.describe()}{split}"
@@ -226,10 +229,11 @@ def _linear_stream(x: Tensor, *arguments) -> Tensor:
     check_stream(x, state, bias)
     sizes = stream.sizes_of(state)
     M = x.numel() // sizes.K
-    config = choose(sizes, M, bits_of(x.dtype), device_of(x.device.index))
+    device = device_of(x.device.index)
+    config = choose(sizes, M, bits_of(x.dtype), device)
     with _current(x.device):
-        if not config.rebuild:
-            return stream.decoded(x, state, bias)
+        if not config.rebuild and stream.decodes(M, sizes.rank):
+            return stream.decoded(x, state, bias, device.multiprocessors)
         with torch.autocast(x.device.type, enabled=False):
             return stream.rebuilt(x, state, bias)
 

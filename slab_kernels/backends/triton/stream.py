@@ -23,11 +23,13 @@ from ..cuda.layout import (
     CudaState,
     adapters,
 )
-from . import launch
+from . import launch, sparse
 from .rows import DECODE, TritonSizes
 
 OLDEST = (8, 0)  # the first compute capability with mma.sp
-COMPILED_TOKENS = (1, 2, 4, 8, 16)  # counts that have a kernel of their own
+COMPILED_TOKENS = (1, 2, 16)  # counts that have a kernel of their own
+# Tiles of tokens that decode the weight each for themselves rather than rebuild it once.
+MOST_TOKEN_TILES = 8
 REBUILT_ROWS = 8192  # rows of a rebuilt weight in memory at a time
 REBUILD_VALUES = {W16: "w16", INT8: "int8", INT4: "int4"}  # as rebuild.py calls them
 _CHECKING = threading.Lock()
@@ -59,8 +61,6 @@ def expected(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _first_use(device: torch.device) -> bool:
     """Whether sparse tensor cores give what they should on the device; warns if not."""
-    from . import sparse
-
     if device.index is not None and torch.cuda.get_device_capability(device) < OLDEST:
         return False
     defect = "differ from the reference"
@@ -92,16 +92,37 @@ def sizes_of(state: CudaState) -> TritonSizes:
     )
 
 
-def decoded(x: Tensor, state: CudaState, bias: Tensor | None) -> Tensor:
-    """x [..., K] -> [..., sum of rows] by sparse tensor cores, in token tiles."""
-    from . import sparse
+def decodes(M: int, rank: int) -> bool:
+    """Whether M tokens may be decoded from a stream with a sign term of that rank.
 
-    return sparse.decode(x, state, bias)
+    Every tile of tokens decodes the weight again. Up to DECODE tokens that is always done, since no
+    result may depend on how many they are.
+    """
+    return M <= DECODE or ceil_div(M, _tile_tokens(rank)) <= MOST_TOKEN_TILES
 
 
-def describe(M: int) -> str:
-    """How M tokens are multiplied where the weight is not rebuilt."""
-    tiles = ceil_div(max(M, 1), DECODE)
+def _tile_tokens(rank: int) -> int:
+    """Tokens of a tile for more than DECODE of them."""
+    return sparse.tile_tokens(DECODE, rank)
+
+
+def decoded(x: Tensor, state: CudaState, bias: Tensor | None, multiprocessors: int) -> Tensor:
+    """x [..., K] -> [..., sum of rows] by sparse tensor cores, in tiles of tokens.
+
+    multiprocessors: of the device.
+    """
+    shape = (*x.shape[:-1], sum(state.rows))
+    x = x.reshape(-1, state.in_features)
+    M = x.shape[0]
+    if M == 0:
+        return x.new_empty(shape)
+    configuration = sparse.configuration(state, min(M, DECODE), multiprocessors)
+    return sparse.decode(x, state, bias, configuration).view(shape)
+
+
+def describe(M: int, rank: int) -> str:
+    """How M tokens are decoded, in words."""
+    tiles = ceil_div(max(M, 1), _tile_tokens(rank))
     more = f", in {tiles} tiles of tokens" if tiles > 1 else ""
     return f"sparse tensor cores on the stream of the cuda backend{more}"
 
