@@ -1,0 +1,447 @@
+"""One linear of up to 16 tokens by `mma.sp`: y[M, N] = x[M, K] W.T, with W = S + (U V^T) * B + P Q^T
+from the prepared stream (csrc/cuda/params.h).
+
+A program has 32 rows, and its warps are K groups, which take the K blocks in turn. The kept values
+multiply x on the stored metadata, the signs multiply v x on its complement. Columns of the tensor
+core's n8 tile are tokens for the kept values; for the signs they are pairs of rank and token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .kernels import _rows as rows_of
+from .sparse_operands import (
+    complement,
+    from_int4,
+    from_int8,
+    levels_of,
+    multiply_dense,
+    multiply_pairs,
+    multiply_sparse,
+    signs_of,
+)
+
+
+class Kind(NamedTuple):
+    """What the kernel is compiled for."""
+
+    values: str  # w16, int8, int4, or dense for the adapter's Q
+    value_bytes: int  # of a block
+    block_bytes: int
+    planes: int  # sign planes, 0 without signs
+    rank: int  # of the sign term
+    group_steps: int  # steps of 32 inputs that a scale covers
+    adapter_steps: int  # steps of 16 that the adapter's rank takes
+    parts: int  # fused weights
+    dtype: tl.dtype  # of the activations
+    tokens: int  # of a program: 1, 2, 4, 8 or 16
+    sign_tiles: int  # n8 tiles of ranks and tokens
+    warps: int  # of a program
+    splits: int  # programs that share K
+    z_splits: int  # shares of K in z
+
+
+class Words(NamedTuple):
+    """What a thread holds of a block before it is multiplied, as tuples of words [32 warps]."""
+
+    metadata: Any  # tile 0 word 0, tile 0 word 1, tile 1 word 0, tile 1 word 1
+    signs: Any  # one plane: of tiles 0 and 1; more: 4 words as metadata, and of a third plane 2
+    codes: Any  # of tile 0, then of tile 1: int4 a word for each step, int8 2, w16 4, dense 8
+    scales: Any  # int8, int4: for each scale group rows g, g + 8 of tile 0 and of tile 1
+
+
+class Place(NamedTuple):
+    """Pointers [32 warps] to what a thread reads of a K block."""
+
+    block: Any
+    x: Any  # a tuple, one for each n8 tile of tokens
+    v: Any  # a tuple, one for each v that the thread needs
+
+
+class Magic(NamedTuple):
+    """Constants that the compiler cannot know. LOP3 takes one immediate; the other operand must be
+    a register."""
+
+    codes: Any  # 1024, or in bf16 128, twice
+    one: Any  # 1 twice
+
+
+@triton.jit
+def _load(p, COUNT: tl.constexpr, exists):
+    """2 or 4 words of each thread by one load, as a tuple; undefined where nothing exists."""
+    at = p[:, None] + tl.arange(0, COUNT)[None, :]
+    w = tl.load(at) if exists is None else tl.load(at, mask=exists[:, None])
+    if COUNT == 2:
+        words = tl.split(w)
+    else:
+        even, odd = tl.split(tl.reshape(w, (w.shape[0], 2, 2)))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        words = (w0, w1, w2, w3)
+    return words
+
+
+@triton.jit
+def _codes(block, lane, exists, KIND: tl.constexpr):
+    """The kept values of a block, as stored."""
+    LOADS: tl.constexpr = KIND.value_bytes // 512
+    codes = ()
+    for i in tl.static_range(LOADS):
+        codes += _load(block + 128 * i + lane * 4, 4, exists)
+    return codes
+
+
+@triton.jit
+def _words(block, lane, exists, KIND: tl.constexpr):
+    """What is loaded a round ahead: all of a block but int8 codes and 16-bit values."""
+    VALUE_WORDS: tl.constexpr = KIND.value_bytes // 4
+    metadata, signs, codes, scales = (), (), (), ()
+    at = block + VALUE_WORDS
+    if KIND.values == "int4":
+        codes = _codes(block, lane, exists, KIND)
+    if KIND.values != "dense":
+        metadata = _load(at + lane * 4, 4, exists)
+        at += 128
+    if KIND.planes == 1:
+        signs = _load(at + lane * 2, 2, exists)
+        at += 64
+    if KIND.planes > 1:
+        signs = _load(at + lane * 4, 4, exists)
+        at += 128
+    if KIND.planes == 3:
+        signs += _load(at + lane * 2, 2, exists)
+        at += 64
+    if KIND.values == "int8" or KIND.values == "int4":
+        GROUPS: tl.constexpr = 4 // KIND.group_steps
+        for group in tl.static_range(GROUPS):
+            scales += _load(at + 16 * group + (lane >> 2) * 2, 2, exists)
+    return Words(metadata, signs, codes, scales)
+
+
+@triton.jit
+def _where(exists, words, other):
+    """Every word of a tuple, or `other` where nothing exists."""
+    COUNT: tl.constexpr = len(words)
+    chosen = ()
+    for i in tl.static_range(COUNT):
+        chosen += (tl.where(exists, words[i], other),)
+    return chosen
+
+
+@triton.jit
+def _inputs(p, STEP: tl.constexpr, left):
+    """The B fragment of x or v for 32 inputs, 0 beyond the words that are left."""
+    b = ()
+    for i in tl.static_range(4):
+        at = p + (16 * STEP + 4 * i)
+        if left is None:
+            b += (tl.load(at),)
+        else:
+            b += (tl.load(at, mask=left > 16 * STEP + 4 * i, other=0),)
+    return b
+
+
+@triton.jit
+def _values(codes, magic, TILE: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr):
+    """The A fragment of the kept values of a row tile and a step."""
+    if KIND.values == "int4":
+        a = from_int4(codes[4 * TILE + STEP], magic.codes, KIND.dtype)
+    elif KIND.values == "int8":
+        AT: tl.constexpr = 8 * TILE + 2 * STEP
+        a = from_int8(codes[AT], codes[AT + 1], magic.codes, KIND.dtype)
+    else:
+        FIRST: tl.constexpr = 16 * TILE + 4 * STEP
+        a = (codes[FIRST], codes[FIRST + 1], codes[FIRST + 2], codes[FIRST + 3])
+    return a
+
+
+@triton.jit
+def _signs(signs, magic, TILE: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr):
+    """The A fragment of the signs, or of the levels of several planes."""
+    if KIND.planes == 1:
+        a = signs_of(signs[TILE], magic.one, STEP)
+    else:
+        word = signs[2 * TILE + STEP // 2]
+        third = word
+        if KIND.planes == 3:
+            third = signs[4 + TILE]
+        a = levels_of(word, third, magic.codes, KIND.planes, STEP, KIND.dtype)
+    return a
+
+
+@triton.jit
+def _products(a, b, c, metadata, SELECTOR: tl.constexpr, FIRST: tl.constexpr, T: tl.constexpr):
+    """The quads c[FIRST], c[FIRST + 1], ... plus a times each of the fragments b."""
+    COUNT: tl.constexpr = len(b)
+    new = ()
+    for n in tl.static_range(COUNT):
+        new += (multiply_sparse(a, b[n], c[FIRST + n], metadata, SELECTOR, T),)
+    return new
+
+
+@triton.jit
+def _dense_products(codes, x, c, TILE: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr):
+    """The same for dense values: both halves of a step."""
+    COUNT: tl.constexpr = len(x)
+    AT: tl.constexpr = 32 * TILE + 8 * STEP
+    new = ()
+    for n in tl.static_range(COUNT):
+        b = x[n]
+        near = (codes[AT], codes[AT + 1], codes[AT + 2], codes[AT + 3])
+        far = (codes[AT + 4], codes[AT + 5], codes[AT + 6], codes[AT + 7])
+        half = multiply_dense(near, b[0], b[1], c[TILE * COUNT + n], T)
+        new += (multiply_dense(far, b[2], b[3], half, T),)
+    return new
+
+
+@triton.jit
+def _scaled(kept, sums, scales, GROUP: tl.constexpr):
+    """kept + the sums of a scale group times its scale."""
+    TILES: tl.constexpr = len(kept)
+    new = ()
+    for i in tl.static_range(TILES):
+        pair = scales[2 * GROUP + i // (TILES // 2)]
+        near = (pair << 16).to(tl.float32, bitcast=True)
+        far = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+        c, s = kept[i], sums[i]
+        new += ((
+            tl.fma(near, s[0], c[0]), tl.fma(near, s[1], c[1]),
+            tl.fma(far, s[2], c[2]), tl.fma(far, s[3], c[3]),
+        ),)  # fmt: skip
+    return new
+
+
+@triton.jit
+def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
+    """The sums with one K block more in each warp.
+
+    kept holds quads [2 row tiles][n8 tiles of tokens], signs [2 row tiles][n8 tiles of ranks and
+    tokens]. The sums of a scale group begin at zero.
+    """
+    T: tl.constexpr = KIND.dtype
+    X_TILES: tl.constexpr = len(place.x)
+    V_COUNT: tl.constexpr = len(place.v)
+    INTEGER: tl.constexpr = KIND.values == "int8" or KIND.values == "int4"
+    GROUP_STEPS: tl.constexpr = KIND.group_steps
+    SIGN_TILES: tl.constexpr = KIND.sign_tiles
+    zero = tl.zeros_like(kept[0][0])
+    sums = kept
+    pruned = ()
+    if KIND.planes > 0:
+        for i in tl.static_range(4):
+            pruned += (complement(words.metadata[i]),)
+    for step in tl.static_range(4):
+        x, z = (), ()
+        for n in tl.static_range(X_TILES):
+            x += (_inputs(place.x[n], step, left),)
+        for j in tl.static_range(V_COUNT):
+            v = _inputs(place.v[j], step, left)
+            for n in tl.static_range(X_TILES):
+                b = x[n]
+                z += ((
+                    multiply_pairs(b[0], v[0], T), multiply_pairs(b[1], v[1], T),
+                    multiply_pairs(b[2], v[2], T), multiply_pairs(b[3], v[3], T),
+                ),)  # fmt: skip
+        if KIND.values == "dense":
+            near = _dense_products(codes, x, kept, 0, step, T)
+            kept = near + _dense_products(codes, x, kept, 1, step, T)
+        else:
+            if INTEGER and step % GROUP_STEPS == 0:
+                sums = ()
+                for i in tl.static_range(2 * X_TILES):
+                    sums += ((zero, zero, zero, zero),)
+            metadata = words.metadata
+            a = _values(codes, magic, 0, step, KIND)
+            near = _products(a, x, sums, metadata[step // 2], step % 2, 0, T)
+            a = _values(codes, magic, 1, step, KIND)
+            sums = near + _products(a, x, sums, metadata[2 + step // 2], step % 2, X_TILES, T)
+            if INTEGER and step % GROUP_STEPS == GROUP_STEPS - 1:
+                kept = _scaled(kept, sums, words.scales, step // GROUP_STEPS)
+        if KIND.planes > 0:
+            a = _signs(words.signs, magic, 0, step, KIND)
+            near = _products(a, z, signs, pruned[step // 2], step % 2, 0, T)
+            a = _signs(words.signs, magic, 1, step, KIND)
+            signs = near + _products(a, z, signs, pruned[2 + step // 2], step % 2, SIGN_TILES, T)
+    if not INTEGER and KIND.values != "dense":
+        kept = sums
+    return kept, signs
+
+
+@triton.jit
+def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: tl.constexpr):
+    """kept + P z: steps of 16 ranks, which the warps take in turn.
+
+    tokens: of the n8 tiles' columns, as tuples [32 warps].
+    """
+    W: tl.constexpr = KIND.warps
+    STEPS: tl.constexpr = KIND.adapter_steps
+    X_TILES: tl.constexpr = len(tokens)
+    T: tl.constexpr = KIND.dtype
+    Z_SPLITS: tl.constexpr = KIND.z_splits
+    ROUNDS: tl.constexpr = (STEPS + W - 1) // W
+    for i in tl.static_range(ROUNDS):
+        step = i * W + warp
+        exists = here & (step < STEPS)
+        new = ()
+        for r in tl.static_range(2):
+            at = p_ptr + ((2 * pair + r) * STEPS + step) * 128 + lane * 4
+            a = _where(exists, _load(at, 4, exists), 0)
+            for n in tl.static_range(X_TILES):
+                b = ()
+                for half in tl.static_range(2):
+                    rank = (part * STEPS + step) * 16 + 8 * half + 2 * (lane & 3)
+                    at = z_ptr + tokens[n] * (KIND.parts * STEPS * 16) + rank
+                    low, high = tl.zeros_like(kept[0][0]), tl.zeros_like(kept[0][0])
+                    for s in tl.static_range(Z_SPLITS):
+                        share = at + s * M * (KIND.parts * STEPS * 16)
+                        low += tl.load(share, mask=exists, other=0.0)
+                        high += tl.load(share + 1, mask=exists, other=0.0)
+                    low_bits = low.to(T).to(tl.uint16, bitcast=True).to(tl.uint32)
+                    b += (low_bits | high.to(T).to(tl.uint16, bitcast=True).to(tl.uint32) << 16,)
+                new += (multiply_dense(a, b[0], b[1], kept[r * X_TILES + n], T),)
+        kept = new
+    return kept
+
+
+@triton.jit
+def _total(c, d, W: tl.constexpr):
+    """The quads of both row tiles, added over the warps: [32 rows, 8 columns]."""
+    near = tl.join(tl.join(c[0], c[1]), tl.join(c[2], c[3]))
+    far = tl.join(tl.join(d[0], d[1]), tl.join(d[2], d[3]))
+    # The axes warp g t | parity half tile.
+    both = tl.reshape(tl.join(near, far), (W, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(tl.sum(both, axis=0), (4, 3, 0, 1, 2)), (32, 8))
+
+
+@triton.jit
+def _columns(total, WHICH: tl.constexpr, COUNT: tl.constexpr):
+    """The columns COUNT WHICH, ... of [32, 8]: [32, COUNT]."""
+    GROUPS: tl.constexpr = 8 // COUNT
+    if GROUPS == 1:
+        chosen = total
+    else:
+        here = (tl.arange(0, GROUPS) == WHICH)[None, :, None]
+        chosen = tl.sum(tl.where(here, tl.reshape(total, (32, GROUPS, COUNT)), 0.0), axis=1)
+    return chosen
+
+
+@triton.jit
+def _widened(word, T: tl.constexpr):
+    """The number in the low half of a word, in fp32."""
+    return (word & 0xFFFF).to(tl.uint16).to(T, bitcast=True).to(tl.float32)
+
+
+# What changes from call to call is not specialised: one compiled kernel serves every M of a regime,
+# with bias or without, and any alignment of x.
+@triton.jit(
+    do_not_specialize=[
+        "x_ptr", "bias_ptr", "y_ptr", "biased", "M", "N", "words", "k_blocks", "share", "x_stride",
+        "start1", "start2", "start3",
+    ]
+)  # fmt: skip
+def decode_kernel(
+    x_ptr, stream_ptr, v_ptr, u_ptr, p_ptr, z_ptr, bias_ptr, y_ptr, biased, M, N, words, k_blocks,
+    share, x_stride, start1, start2, start3, KIND: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] in the activations' type; fp32 sums [splits, M, N] where K is split or dense.
+
+    The grid is (row pairs, token tiles, splits). A split takes `share` of the K blocks.
+    x [M, words] of two numbers each, x_stride words apart. stream, v, p are a CudaState's tensors
+    as words; u is its U; z [z_splits, M, parts, 16 adapter_steps] fp32.
+    """
+    T: tl.constexpr = KIND.dtype
+    W: tl.constexpr = KIND.warps
+    R: tl.constexpr = KIND.rank
+    TOKENS: tl.constexpr = KIND.tokens
+    COLUMNS: tl.constexpr = TOKENS if TOKENS < 8 else 8  # different tokens in an n8 tile
+    X_TILES: tl.constexpr = 2 if TOKENS == 16 else 1
+    SIGN_TILES: tl.constexpr = KIND.sign_tiles
+    V_COUNT: tl.constexpr = SIGN_TILES // X_TILES
+    BLOCK: tl.constexpr = KIND.block_bytes // 4
+    PARTS: tl.constexpr = KIND.parts
+    thread = tl.arange(0, 32 * W)
+    lane, warp = thread & 31, thread >> 5
+    g, t = lane >> 2, lane & 3
+    pair, split = tl.program_id(1), tl.program_id(2)
+    part, rows, row_exists = rows_of(pair, N, start1, start2, start3, 32, PARTS)
+    first, last = split * share, tl.minimum((split + 1) * share, k_blocks)
+    k = first + warp
+    first_token = tl.program_id(0) * TOKENS
+    x, v, tokens = (), (), ()
+    for n in tl.static_range(X_TILES):
+        token = tl.minimum(first_token + 8 * n + (g & (COLUMNS - 1)), M - 1)
+        tokens += (token,)
+        x += (x_ptr + token.to(tl.int64) * x_stride + k * 64 + t,)
+    for j in tl.static_range(V_COUNT):
+        rank = j if TOKENS == 16 else tl.minimum((8 * j + g) // COLUMNS, R - 1)
+        v += (v_ptr + (part * R + rank) * k_blocks * 64 + k * 64 + t,)
+    nothing = (M >> 31).to(tl.uint32)
+    magic = Magic(
+        nothing + (0x64006400 if T == tl.float16 else 0x43004300),
+        nothing + (0x3C003C00 if T == tl.float16 else 0x3F803F80),
+    )
+    zero = tl.zeros((32 * W,), tl.float32)
+    kept, signs = (), ()
+    for i in tl.static_range(2 * X_TILES):
+        kept += ((zero, zero, zero, zero),)
+    for i in tl.static_range(2 * SIGN_TILES):
+        signs += ((zero, zero, zero, zero),)
+    place = Place(stream_ptr + (pair.to(tl.int64) * k_blocks + k) * BLOCK, x, v)
+
+    # All warps have a whole block in these rounds. The next block's words are asked for before this
+    # one's are used.
+    rounds = (tl.minimum(last, words // 64) - first) // W
+    held = _words(place.block, lane, k < last, KIND)
+    for _ in tl.range(0, rounds, 1, num_stages=1):
+        k += W
+        block = place.block + W * BLOCK
+        ahead = _words(block, lane, k < last, KIND)
+        codes = held.codes
+        if KIND.values != "int4":
+            codes = _codes(place.block, lane, None, KIND)
+        kept, signs = _round(kept, signs, held, codes, place, None, magic, KIND)
+        x, v = (), ()
+        for n in tl.static_range(X_TILES):
+            x += (place.x[n] + 64 * W,)
+        for j in tl.static_range(V_COUNT):
+            v += (place.v[j] + 64 * W,)
+        place = Place(block, x, v)
+        held = ahead
+    if first + rounds * W < last:
+        # The last round: some warps have no block, or one with inputs beyond K.
+        exists = k < last
+        left = tl.where(exists, words - k * 64 - t, 0)
+        metadata = _where(exists, held.metadata, 0x44444444)
+        end = Words(metadata, held.signs, held.codes, _where(exists, held.scales, 0))
+        if KIND.values == "int4":
+            values = held.codes
+        else:
+            values = _where(exists, _codes(place.block, lane, exists, KIND), 0)
+        kept, signs = _round(kept, signs, end, values, place, left, magic, KIND)
+    if KIND.adapter_steps > 0:
+        kept = _adapted(
+            kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, split == 0, KIND
+        )  # fmt: skip
+
+    # The warps' sums are added first, so that the order is the same for any TOKENS.
+    totals = ()
+    for j in tl.static_range(SIGN_TILES):
+        totals += (_total(signs[j], signs[SIGN_TILES + j], W),)
+    levels = pair * 32 + tl.arange(0, 32)
+    for n in tl.static_range(X_TILES):
+        y = _columns(_total(kept[n], kept[X_TILES + n], W), 0, COLUMNS)
+        for r in tl.static_range(R):
+            total = totals[r * X_TILES + n if TOKENS == 16 else r * COLUMNS // 8]
+            sign = _columns(total, r % (8 // COLUMNS), COLUMNS)
+            y = tl.fma(_widened(tl.load(u_ptr + levels * R + r), T)[:, None], sign, y)
+        if KIND.splits == 1 and KIND.values != "dense":
+            bias = tl.load(bias_ptr + rows, mask=biased != 0, other=0.0)
+            y += bias.to(tl.float32)[:, None]
+        token = first_token + 8 * n + tl.arange(0, COLUMNS)
+        at = y_ptr + (split * M + token)[None, :].to(tl.int64) * N + rows[:, None]
+        mask = (token < M)[None, :] & row_exists[:, None]
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
