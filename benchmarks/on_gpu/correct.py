@@ -27,6 +27,7 @@ from on_gpu.rows import RESULTS, Row, Rows
 from on_gpu.weights import DTYPES, TOKENS, Problem, Weight, large, problem, small
 from slab_kernels.backends import cuda, dispatch
 from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
+from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.tiles import sizes_of
 from slab_kernels.bench.correctness import tolerance
 
@@ -143,8 +144,10 @@ def triton_outcome(weight: Weight, where: str = "cuda") -> Row:
         warnings.simplefilter("always")
         state = backend.prepare_fused(list(it.parts), DTYPES[weight.dtype])
         row = outcome(f"triton {weight}", weight, it, state, backend.linear_fused, TOKENS)
-    warned = sorted({" ".join(str(each.message).split()) for each in said})
-    return row | {"warned": [each for each in warned if "slab" in each.lower()]}
+    warned = {" ".join(str(each.message).split()) for each in said if "triton" in str(each.message)}
+    if not isinstance(state, CudaState):
+        warned.add("the plain kernels ran, not those of the stream")
+    return row | {"warned": sorted(warned)}
 
 
 def triton_weights() -> list[Weight]:

@@ -20,11 +20,12 @@ from triton_checks import BACKEND, DTYPES, bound, same_bits
 
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.triton import launch
+from slab_kernels.backends.cuda.layout import CudaState
+from slab_kernels.backends.triton import launch, stream
 from slab_kernels.backends.triton.configs import choose
 from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
 from slab_kernels.format import PackedLayout
-from slab_kernels.testing import ROUNDOFF, SHAPES, TOKENS
+from slab_kernels.testing import ROUNDOFF, SHAPES, TOKENS, VALUE_LAYOUTS
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -42,7 +43,7 @@ def layer(
 
 def chosen(it: checks.Layer, M: int) -> TileConfig:
     return choose(
-        launch.sizes_of(it.state),
+        launch.sizes_of(it.plain),
         M,
         backend.bits_of(it.x.dtype),
         backend.device_of(torch.cuda.current_device()),
@@ -62,6 +63,24 @@ def test_the_problem_grid(dtype, shape, poisoned):
         for M in TOKENS:
             if chosen(it, M) == config:
                 checks.check_case(case._replace(M=M), DEVICE, config)
+
+
+@pytest.mark.parametrize("planes, rank", [(1, 0), (1, 1), (1, 2), (1, 7), (2, 1), (3, 2)])
+@pytest.mark.parametrize("values", VALUE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_stream(dtype, values, planes, rank, poisoned):
+    """16-bit activations are multiplied from the CUDA backend's stream: decoded up to 16 tokens and
+    a little beyond, then rebuilt. One kernel for each number of token tiles."""
+    assert stream.usable(torch.device(DEVICE, torch.cuda.current_device()), dtype)
+    it = layer(PackedLayout(70, 388, *values, rank, 4, planes=planes), dtype, True)
+    assert isinstance(it.state, CudaState)
+    for M in (1, 3, 8, 16, 40):
+        y = BACKEND.linear(it.x[:M], it.state, it.bias)
+        assert torch.equal(y, (it.exact[:M] + it.bias.double()).to(dtype)), M
+    exact = it.exact[:200] + it.bias.double()  # cuBLAS may round a sum before the bias.
+    magnitude = it.magnitude[:200] + it.bias.double().abs()
+    off = (BACKEND.linear(it.x[:200], it.state, it.bias).double() - exact).abs()
+    assert bool((off <= bound(magnitude, exact, dtype, 388)).all())
 
 
 @pytest.mark.parametrize("K", [40, 129, 388])
@@ -117,7 +136,7 @@ def test_every_default(dtype, row):
         values = (row.values or ("fp16",))[0]
         it = layer(PackedLayout(149, 396, values, None, rank), dtype, True)
         assert torch.equal(
-            launch.linear(it.x[:M], it.state, None, row.config, 1, 1), it.exact[:M].to(dtype)
+            launch.linear(it.x[:M], it.plain, None, row.config, 1, 1), it.exact[:M].to(dtype)
         )
 
 
@@ -178,8 +197,8 @@ def test_two_streams_at_once(layout):
         xs, results = [torch.zeros_like(it.x[:M]) for _ in streams], [[], []]
         want = [BACKEND.linear(it.x[i : i + M], it.state, it.bias) for i in range(2)]
         torch.cuda.synchronize()
-        for call, (i, stream) in itertools.product(range(100), enumerate(streams)):
-            with torch.cuda.stream(stream):
+        for call, (i, side) in itertools.product(range(100), enumerate(streams)):
+            with torch.cuda.stream(side):
                 if call == 0:
                     torch.cuda._sleep(
                         50_000_000
@@ -219,9 +238,13 @@ def test_as_the_cuda_backend(layout, dtype, M):
 SCRIPT = """
 import torch
 import triton_checks as checks
-from test_triton_gpu import DEVICE, DTYPES
+from test_triton_gpu import DEVICE, DTYPES, PackedLayout
 for case in checks.grid(DTYPES, ((100, 388),))[::5]:
     checks.check_case(case, DEVICE)
+it = checks.layer(PackedLayout(100, 1160, "int4", 128, 1), DTYPES[0], True, DEVICE)
+for M in (1, 12):
+    y = checks.BACKEND.linear(it.x[:M], it.state)
+    assert torch.equal(y, it.exact[:M].to(y.dtype)), M
 checks.check_dense(DEVICE, torch.float16, ("int8", 128), 2, 16, 100, 388)
 print("every result is right")
 """

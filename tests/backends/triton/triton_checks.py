@@ -18,7 +18,8 @@ from pairwise import pairwise
 
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.triton import launch
+from slab_kernels.backends.cuda.layout import CudaState
+from slab_kernels.backends.triton import launch, stream
 from slab_kernels.backends.triton.configs import choose
 from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.format import PackedLayout, bits
@@ -37,7 +38,8 @@ BACKEND = backend.BACKEND
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RANKS = (0, 1, 2, 4, 8)
 SPLITS = (1, 2, 4, 8)
-Layer = namedtuple("Layer", "packed state x bias exact magnitude")
+# `plain` is what the plain kernels read: the state itself, but where the backend takes the stream.
+Layer = namedtuple("Layer", "packed state plain x bias exact magnitude")
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,7 +57,9 @@ def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str)
         x.to(device, dtype),
         torch.randint(-9, 10, (layout.out_features,), generator=generator).float().to(device),
     )
-    return Layer(packed, BACKEND.prepare(packed, dtype), x, bias, *oracle(x, packed))
+    state = BACKEND.prepare(packed, dtype)
+    plain = state if isinstance(state, launch.TritonState) else launch.prepare((packed,), dtype)
+    return Layer(packed, state, plain, x, bias, *oracle(x, packed))
 
 
 def bound(magnitude, exact, dtype, K):
@@ -188,9 +192,9 @@ def check_case(case: Case, device: str, config: TileConfig | None = None) -> Non
         )
         exact = exact if bias is None else exact + bias.double()
         chosen = config or choose(
-            launch.sizes_of(it.state), M, backend.bits_of(dtype), backend.device_of(x.device.index)
+            launch.sizes_of(it.plain), M, backend.bits_of(dtype), backend.device_of(x.device.index)
         )
-        y = launch.linear(x, it.state, bias, chosen, case.splits, case.z_splits)
+        y = launch.linear(x, it.plain, bias, chosen, case.splits, case.z_splits)
         assert (y.shape, y.dtype) == ((M, N), dtype)
         magnitude = it.magnitude[:M] + (0 if bias is None else bias.double().abs())
         assert (
@@ -245,7 +249,7 @@ def check_shares_of_K(device, layout, dtype, config: TileConfig, M=5) -> None:
     most = bound(it.magnitude[:M] + it.bias.double().abs(), exact, dtype, K)
     for splits in SPLITS:
         y, again = (
-            launch.linear(it.x[:M], it.state, it.bias, config, splits, z) for z in (splits, splits)
+            launch.linear(it.x[:M], it.plain, it.bias, config, splits, z) for z in (splits, splits)
         )
         assert bool(((y.double() - exact).abs() <= most).all()), splits
         assert same_bits(y, again), splits
@@ -285,7 +289,7 @@ def check_fused(
                 Q=None if part.Q is None else part.Q * 2**i,
             ).to(device)
         )
-    state = BACKEND.prepare_fused(parts, dtype)
+    state, plain = BACKEND.prepare_fused(parts, dtype), launch.prepare(parts, dtype)
     assert state.rows == list(rows)
     for M in tokens:
         x = torch.randint(-1, 2, (M, K), generator=torch.Generator().manual_seed(M)).to(
@@ -293,13 +297,13 @@ def check_fused(
         )
         exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
         y = (
-            launch.linear(x, state, bias, config, 2, 2)
+            launch.linear(x, plain, bias, config, 2, 2)
             if config
             else BACKEND.linear_fused(x, state, bias)
         )
         assert torch.equal(y, exact.to(dtype)), M
     W = torch.cat([part.dense() for part in parts])
-    assert adapter_rank or torch.equal(launch.dense(state, dtype), W.to(dtype))
+    assert adapter_rank or torch.equal(launch.dense(plain, dtype), W.to(dtype))
 
 
 def check_dense(device, dtype, values, rank, adapter_rank, N, K, planes=1) -> None:
@@ -308,7 +312,7 @@ def check_dense(device, dtype, values, rank, adapter_rank, N, K, planes=1) -> No
         it = layer(
             PackedLayout(N, K, *values, rank, adapter_rank, planes=planes), dtype, integers, device
         )
-        W, want = launch.dense(it.state, dtype), it.packed.dense()
+        W, want = launch.dense(it.plain, dtype), it.packed.dense()
         if not adapter_rank and (integers or rank == 0 or (rank == 1 and dtype == torch.float32)):
             assert torch.equal(W, want.to(dtype))
         else:
@@ -331,14 +335,14 @@ def check_kept_is_what_the_mask_says(device, dtype) -> None:
     packed = packed.to(device)
     kept = bits.unpack_mask(packed.metadata)
     state, x = BACKEND.prepare(packed, dtype), torch.eye(64, dtype=dtype, device=device)
-    W, y = launch.dense(state, dtype), BACKEND.linear(x, state).T
+    W, y = launch.dense(launch.prepare((packed,), dtype), dtype), BACKEND.linear(x, state).T
     for found in (W, y):
         assert bool((found[kept] == 0).all()) and bool((found[~kept].view(16, -1)[3] == 0).all())
         assert bool((found[~kept].view(16, -1)[torch.arange(16) != 3] != 0).all())
     negative = torch.signbit(W)[kept].view(16, -1)
     assert bool(negative[:, ::2].all()) and not bool(negative[:, 1::2].any())
     packed.U.zero_()
-    assert not bool(launch.dense(BACKEND.prepare(packed, dtype), dtype).any())
+    assert not bool(launch.dense(launch.prepare((packed,), dtype), dtype).any())
 
 
 def check_nan_and_infinity_propagate(device, dtype, bad, M) -> None:
@@ -384,12 +388,12 @@ def check_gradients(device, dtype) -> None:
 
 def check_opcheck(device, M, dtype=torch.float16) -> None:
     it = layer(PackedLayout(40, 140, "int8", 128, 2, 4), dtype, False, device)
-    x, rest = it.x[:M], (*it.state[:8], it.bias.to(dtype), *it.state[8:])
+    x, rest = it.x[:M], (*it.plain[:8], it.bias.to(dtype), *it.plain[8:])
     torch.library.opcheck(torch.ops.slab_kernels.linear_triton_frozen.default, (x, *rest))
     torch.library.opcheck(
         torch.ops.slab_kernels.linear_triton.default, (x.clone().requires_grad_(), *rest)
     )
-    torch.library.opcheck(torch.ops.slab_kernels.dense_triton.default, (*it.state, dtype))
+    torch.library.opcheck(torch.ops.slab_kernels.dense_triton.default, (*it.plain, dtype))
 
 
 def check_compile(device, compiler: str, tokens=(1, 3, 17)) -> None:
@@ -437,7 +441,9 @@ def check_modules(device) -> None:
                     torch.equal(y, want) and torch.equal(part(x), want) and part.backend == "triton"
                 )
             served_by, state, _ = fused._linears[dtype][0]
-            assert served_by.name == "triton" and type(state) is state_type
+            streamed = stream.usable(x.device, dtype) and state_type is not tuple
+            expected = CudaState if streamed else state_type
+            assert served_by.name == "triton" and type(state) is expected
     parts[0].bias.requires_grad_()
     x = torch.ones(3, 140, dtype=torch.float16, device=device, requires_grad=True)
     parts[0](x).float().sum().backward()
