@@ -66,7 +66,10 @@ def options_in(source: Path) -> set[str]:
 @functools.cache
 def script_options() -> set[str]:
     """The options of every script in benchmarks/ and of every program in tests/."""
-    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*/__main__.py")]
+    scripts = [
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("*/*/__main__.py"),
+    ]
     return set().union(*map(options_in, scripts))
 
 
