@@ -3,7 +3,8 @@
 Each part is a process with a time limit. Its rows and a line of verdict are on disk before the next
 one begins, and one that fails or hangs does not stop the others. A second call goes on where the
 first was stopped: it leaves out what was finished on the same device and commit. Nothing is
-downloaded; CUDA kernels that were not built ahead of time are compiled by NVRTC.
+downloaded; CUDA kernels that were not built ahead of time are compiled by NVRTC. Where there is no
+git, the variable ON_GPU_COMMIT may name the commit.
 
 Exit code: 0 if every part is done, 1 if one failed or ran out of time, 2 if there is nothing to run
 on, 3 if nothing failed but the time was too short for some parts.

@@ -8,6 +8,9 @@ loop     weights of one row tile a multiprocessor and growing K, from cache and 
 warps    the same linear by CTAs of 4, 8 and 16 warps
 overlap  linears that follow each other, each reading the result of the one before it, launched as
          dependent kernels and one after another
+prefetch the same with another kernel between them, with and without a prefetch of the next weight
+
+All but the last two are launched one after another, as the model assumes.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from torch import Tensor
 from on_gpu import machine, plans, verdicts
 from on_gpu.rows import RESULTS, Row, Rows
 from slab_kernels.backends import cuda
-from slab_kernels.backends.cuda.cost import OVERLAP, Plan
+from slab_kernels.backends.cuda.cost import LAUNCH_US, OVERLAP, Plan
 from slab_kernels.backends.cuda.launch import CudaDevice
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.prefetch import MOST_BYTES, link
 from slab_kernels.backends.cuda.tiles import CudaSizes, sizes_of
 from slab_kernels.bench.clocks import FEWEST_COPIES, Clock, CudaClock, copied, size_of
 from slab_kernels.format import PackedLayout
@@ -58,6 +62,10 @@ class Stand(NamedTuple):
     def tokens(self, M: int, K: int) -> Tensor:
         return torch.randn(M, K, dtype=torch.float16, device=self.where)
 
+    def in_turn(self) -> Stand:
+        """The same, where no kernel starts before its predecessor ends: what the model assumes."""
+        return self._replace(device=plans.in_turn(self.device))
+
     def call(self, state: CudaState, x: Tensor) -> Callable[[], Tensor]:
         return partial(plans.linear_on(self.device), x, state)
 
@@ -78,10 +86,13 @@ def from_cache(plan: Plan) -> float:
     return sum(us**OVERLAP for us in met) ** (1 / OVERLAP) + plan.fixed_us()
 
 
-def columns(point: str, sizes: CudaSizes, values: str, plan: Plan, cache: str) -> Row:
-    """What names a row, and its prediction."""
+def columns(
+    point: str, sizes: CudaSizes, values: str, plan: Plan, cache: str, how: str = "in turn"
+) -> Row:
+    """What names a row, and its prediction. how: the launches follow each other."""
     return {
-        "case": f"{point} {sizes.N}x{sizes.K} {values} {cache} {plans.in_words(plan)}",
+        "case": f"{point} {sizes.N}x{sizes.K} {values} {cache} {plans.in_words(plan)}, {how}",
+        "how": how,
         "point": point,
         "n": sizes.N,
         "k": sizes.K,
@@ -97,7 +108,7 @@ def start(stand: Stand, values: str) -> Iterator[Row]:
     state, x = stand.weight(*TINY, values), stand.tokens(1, TINY[1])
     sizes = sizes_of(state)
     plan = chosen(sizes, stand)
-    took = stand.time([stand.call(state, x)] * FEWEST_COPIES)
+    took = stand.time([stand.in_turn().call(state, x)] * FEWEST_COPIES)
     yield columns("start", sizes, values, plan, "warm") | took
 
 
@@ -121,7 +132,7 @@ def loop(stand: Stand, values: str) -> Iterator[Row]:
         for plan in alike[:1]:
             with plans.forced(plan):
                 copies = stand.copies(state)
-                cold = [stand.call(each, x) for each in copies]
+                cold = [stand.in_turn().call(each, x) for each in copies]
                 for cache, calls in (("warm", cold[:1] * FEWEST_COPIES), ("cold", cold)):
                     row = columns("loop", sizes, values, plan, cache)
                     found.append(row | {"k_blocks": k_blocks} | stand.time(calls))
@@ -140,36 +151,58 @@ def warps(stand: Stand, values: str) -> Iterator[Row]:
                 continue
             plan = min(some, key=lambda plan: plan.microseconds)
             with plans.forced(plan):
-                took = stand.time([stand.call(each, x) for each in copies])
+                took = stand.time([stand.in_turn().call(each, x) for each in copies])
             yield columns("warps", sizes, values, plan, "cold") | {"warps": count} | took
 
 
 def overlap(stand: Stand, values: str) -> Iterator[Row]:
-    """A chain over copies of a square weight: each linear reads what the one before it wrote."""
+    """A chain over copies of a square weight: each linear reads what the one before it wrote.
+
+    The model knows no overlap: what it takes for the start of a launch is expected to be hidden.
+    """
     state = stand.weight(*CHAIN_SHAPE, values)
     first, sizes, copies = stand.tokens(1, CHAIN_SHAPE[1]), sizes_of(state), stand.copies(state)
     for cache, links in (("cold", copies), ("warm", copies[:1] * FEWEST_COPIES)):
-        for overlaps in (True, False):
-            device = stand.device if overlaps else plans.in_turn(stand.device)
-            took = stand.time(chain(device, links, first))
-            row = columns("overlap", sizes, values, chosen(sizes, stand), cache)
-            row["case"] += ", overlapping" if overlaps else ", in turn"
-            yield row | {"overlaps": overlaps} | took
+        for how, each in (("overlapping", stand), ("in turn", stand.in_turn())):
+            took = stand.time(chain(each, links, first))
+            row = columns("overlap", sizes, values, chosen(sizes, stand), cache, how)
+            if how == "overlapping":
+                row["predicted_us"] -= LAUNCH_US
+            yield row | took
+
+
+def prefetch(stand: Stand, values: str) -> Iterator[Row]:
+    """The same chain with a small kernel of torch's between linears, with and without a prefetch of
+    the next weight into L2. A row's time is that of both kernels."""
+    state = stand.weight(*CHAIN_SHAPE, values)
+    first, sizes, states = stand.tokens(1, CHAIN_SHAPE[1]), sizes_of(state), stand.copies(state)
+    for how, most_bytes in (("with a prefetch", MOST_BYTES), ("without one", 0)):
+        for one, following in zip(states, [*states[1:], states[0]], strict=True):
+            link(one, following, most_bytes)
+        took = stand.time(chain(stand, states, first, torch.nn.functional.silu))
+        row = columns("prefetch", sizes, values, chosen(sizes, stand), "cold", how)
+        yield row | {"predicted_us": None} | took
 
 
 def chain(
-    device: CudaDevice, states: Sequence[CudaState], first: Tensor
+    stand: Stand,
+    states: Sequence[CudaState],
+    first: Tensor,
+    between: Callable[[Tensor], Tensor] = lambda y: y,
 ) -> list[Callable[[], None]]:
-    """Calls of which each multiplies the result of the one before it; the first begins anew."""
-    linear, held = plans.linear_on(device), [first]
+    """Calls of which each multiplies the result of the one before it; the first begins anew.
+
+    between: what is done with a result before the next call has it.
+    """
+    linear, held = plans.linear_on(stand.device), [first]
 
     def call(state: CudaState, begins: bool) -> None:
-        held[0] = linear(first if begins else held[0], state)
+        held[0] = between(linear(first if begins else held[0], state))
 
     return [partial(call, state, at == 0) for at, state in enumerate(states)]
 
 
-POINTS = (overlap, warps, loop, start)
+POINTS = (overlap, warps, loop, start, prefetch)
 
 
 def measure(stand: Stand, rows: Rows) -> None:

@@ -13,9 +13,8 @@ import multiprocessing
 import os
 import re
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -33,9 +32,9 @@ from slab_kernels.bench.correctness import tolerance
 
 Linear = Callable[[Tensor, object, Tensor | None], Tensor]
 FEW_TOKENS = re.compile(r"narrow_|wide_|adapter_\w+_t16")  # kernels for up to 16 tokens
-# A kernel of Triton takes seconds to compile: several processes do it, for every fourth weight.
-PROCESSES = 8
-TRITON_EVERY = 4
+# A kernel of Triton takes seconds to compile: several processes do it, for every seventh weight.
+PROCESSES = 12
+TRITON_EVERY = 7
 
 
 def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
@@ -60,32 +59,36 @@ def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
     )
 
 
-def outcome(
-    case: str, weight: Weight, it: Problem, state: object, linear: Linear, tokens: Iterable[int]
-) -> Row:
-    """One way to run a weight: a row that says which token counts are wrong, and how."""
-    faults: list[str] = []
+class Broken(Exception):
+    """The device answers nothing more to this process, as after an illegal access."""
+
+
+def faults(
+    weight: Weight, it: Problem, state: object, linear: Linear, tokens: Iterable[int]
+) -> list[str]:
+    """What is wrong at which token counts, when a weight is run in one way.
+
+    Raises: Broken, with the last fault, if nothing more can be run.
+    """
+    found: list[str] = []
     before: Tensor | None = None
-    broken = False
-    start = time.monotonic()
     for M in tokens:
         try:
             y = linear(it.x[:M], state, it.bias)
             if y.is_cuda:
                 torch.cuda.synchronize()
         except Exception as error:
-            faults.append(f"M={M}: {type(error).__name__}: {' '.join(str(error).split())}")
-            if it.x.is_cuda and (broken := _broken()):
-                break
+            found.append(f"M={M}: {type(error).__name__}: {' '.join(str(error).split())}")
+            if it.x.is_cuda and _broken():
+                raise Broken("; ".join(found)) from error
             continue
         if fault := wrong(weight, it, M, y):
-            faults.append(f"M={M}: {fault}")
+            found.append(f"M={M}: {fault}")
         elif before is not None and not _same_bits(y[: before.shape[0]], before):
-            faults.append(f"M={M}: a token's result depends on how many there are")
+            found.append(f"M={M}: a token's result depends on how many there are")
         else:
             before = y
-    row = {"case": case, "wrong": faults, "seconds": round(time.monotonic() - start, 3)}
-    return row | {"broken": True} if broken else row
+    return found
 
 
 def _broken() -> bool:
@@ -101,8 +104,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-def cuda_outcomes(weight: Weight, device: CudaDevice, where: str) -> Iterator[Row]:
-    """Every tile of a weight, each at all token counts that it serves, and the plan that is chosen.
+def cuda_outcome(weight: Weight, device: CudaDevice, where: str) -> Row:
+    """The plan that is chosen and every tile of a weight, each at all token counts that it serves.
 
     where: of the tensors, "cuda", or "cpu" for a device that is emulated.
     """
@@ -111,30 +114,26 @@ def cuda_outcomes(weight: Weight, device: CudaDevice, where: str) -> Iterator[Ro
     sizes = sizes_of(state)
     seen: list[str] = []
     linear = plans.linear_on(plans.recorded(device, seen))
-    row = outcome(f"cuda {weight}: chosen", weight, it, state, linear, TOKENS)
-    names = kernel_names(sizes, state.dtype)
-    yield row | {
-        "kernels": sorted(set(seen)),
-        "may_use": [name for name in names if FEW_TOKENS.match(name)],
-    }
-    if "broken" in row:
-        return
-    by_tile: dict[tuple, dict[int, plans.Plan]] = {}
+    ways: dict[str, dict[int, plans.Plan]] = {}
     for M in TOKENS:
         for plan in plans.every(sizes, M, device.gpu):
-            by_tile.setdefault((plan.tile, plan.splits), {})[M] = plan
-    for (tile, splits), served in by_tile.items():
-        seen.clear()
+            tile = f"{plan.tile.loop} {plan.tile.warp_rows}x{plan.tile.warp_inputs} warps"
+            ways.setdefault(f"{tile}, {plan.splits} splits", {})[M] = plan
+    row: Row = {"case": f"cuda {weight}", "ways": 1 + len(ways), "wrong": []}
+    try:
+        row["wrong"] += [f"chosen, {fault}" for fault in faults(weight, it, state, linear, TOKENS)]
+        for way, served in ways.items():
 
-        def run(x: Tensor, state: object, bias: Tensor | None, served=served) -> Tensor:
-            with plans.forced(served[x.shape[0]]):
-                return linear(x, state, bias)
+            def run(x: Tensor, state: object, bias: Tensor | None, served=served) -> Tensor:
+                with plans.forced(served[x.shape[0]]):
+                    return linear(x, state, bias)
 
-        name = f"{tile.loop} {tile.warp_rows}x{tile.warp_inputs} warps, {splits} splits"
-        row = outcome(f"cuda {weight}: {name}", weight, it, state, run, served)
-        yield row | {"kernels": sorted(set(seen))}
-        if "broken" in row:
-            return
+            row["wrong"] += [f"{way}, {each}" for each in faults(weight, it, state, run, served)]
+    except Broken as error:
+        row |= {"wrong": [*row["wrong"], str(error)], "broken": True}
+    names = kernel_names(sizes, state.dtype)
+    may_use = [name for name in names if FEW_TOKENS.match(name)]
+    return row | {"kernels": sorted(set(seen)), "may_use": may_use}
 
 
 def triton_outcome(weight: Weight, where: str = "cuda") -> Row:
@@ -143,28 +142,32 @@ def triton_outcome(weight: Weight, where: str = "cuda") -> Row:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         state = backend.prepare_fused(list(it.parts), DTYPES[weight.dtype])
-        row = outcome(f"triton {weight}", weight, it, state, backend.linear_fused, TOKENS)
+        try:
+            found = faults(weight, it, state, backend.linear_fused, TOKENS)
+        except Broken as error:
+            found = [str(error)]
     warned = {" ".join(str(each.message).split()) for each in said if "triton" in str(each.message)}
     if not isinstance(state, CudaState):
         warned.add("the plain kernels ran, not those of the stream")
-    return row | {"warned": sorted(warned)}
+    return {"case": f"triton {weight}", "ways": 1, "wrong": found, "warned": sorted(warned)}
 
 
 def triton_weights() -> list[Weight]:
     """Fewer weights than the CUDA kernels get, with every value type and rank among them."""
     chosen = [weight for weight in small() if weight.values != "int3"]
-    return [*chosen[::TRITON_EVERY], *large()[:2]]
+    return [*chosen[::TRITON_EVERY], *large()[::2]]
 
 
 def run_cuda(rows: Rows) -> None:
     device = cuda.device_of(torch.cuda.current_device())
     for weight in [*small(), *large()]:
-        if rows.has(f"cuda {weight}: chosen"):
+        if rows.has(f"cuda {weight}"):
             continue
-        rows.add(*cuda_outcomes(weight, device, "cuda"))
-        if any("broken" in row for row in rows.rows[-1:]):
+        row = cuda_outcome(weight, device, "cuda")
+        rows.add(row)
+        if "broken" in row:
             # What stands in the file is left out by the fresh process.
-            print(f"{rows.rows[-1]['case']} left the device unusable; a fresh process goes on")
+            print(f"{row['case']} left the device unusable; a fresh process goes on", flush=True)
             os.execv(sys.executable, [sys.executable, "-m", "on_gpu.correct", *sys.argv[1:]])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -37,10 +38,11 @@ def reason() -> str | None:
 
 
 def revision() -> str:
-    """The commit; where git does not know it or the tree differs from it, also a sum of sources."""
+    """The commit, by git or the variable ON_GPU_COMMIT; where neither knows it or the tree differs
+    from it, also a sum of the sources."""
     from bench_linear import commit
 
-    known = commit()
+    known = os.environ.get("ON_GPU_COMMIT") or commit()
     if known != "unknown" and not known.endswith("-dirty"):
         return known
     digest = hashlib.sha256()

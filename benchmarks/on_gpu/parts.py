@@ -62,7 +62,7 @@ def parts(out: Path, stem: str) -> list[Part]:
             "triton",
             "every Triton kernel for up to 16 tokens is right",
             program("correct", "triton", correct),
-            60,
+            80,
             30,
         ),
         Part(

@@ -109,7 +109,6 @@ def main(file: str) -> int:
     rows = Rows(Path(file), machine.head(), (RESULTS,))
     done = [row["case"] for row in rows.rows]
     more = [argument for case in done for argument in ("--deselect", case)]
-    os.environ["PYTHONPATH"] = os.pathsep.join((str(machine.ROOT / "tests"), *sys.path))
     code = run(rows, seconds_here(), [*command(), *more], machine.ROOT)
     verdict = verdicts.tests(rows.rows, rows.more.get("selected"), len(done))
     verdict.say()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from on_gpu import machine, plans, verdicts
-from on_gpu.correct import outcome
+from on_gpu.correct import faults
 from on_gpu.rows import RESULTS, Row, Rows
 from on_gpu.weights import DTYPES, Problem, Weight, problem
 from slab_kernels.backends import cuda
@@ -50,8 +50,11 @@ def moved(it: Problem, device: str) -> Problem:
     return it._replace(x=it.x.to(device), bias=it.bias.to(device))
 
 
-def outcomes(case: str, device: CudaDevice, where: str) -> Iterator[Row]:
-    """Every tile, at some token counts. where: of the tensors, "cuda"."""
+def launches(case: str, device: CudaDevice, where: str) -> Iterator[tuple[str, list[str]]]:
+    """Every tile at some token counts, and what is wrong with its result.
+
+    where: of the tensors, "cuda".
+    """
     for weight in CASES[case]:
         it = problem(weight, "cpu")
         state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
@@ -65,13 +68,13 @@ def outcomes(case: str, device: CudaDevice, where: str) -> Iterator[Row]:
             for plan in plans.every(sizes_of(state), M, device.gpu):
                 with plans.forced(plan):
                     name = f"{weight}, M={M}: {plans.in_words(plan)}"
-                    yield outcome(name, weight, it, state, run, (M,))
+                    yield name, faults(weight, it, state, run, (M,))
 
 
 def watched(case: str) -> int:
     wrong = []
-    for row in outcomes(case, cuda.device_of(torch.cuda.current_device()), "cuda"):
-        wrong += [f"{row['case']}: {fault}" for fault in row["wrong"]]
+    for name, found in launches(case, cuda.device_of(torch.cuda.current_device()), "cuda"):
+        wrong += [f"{name}: {fault}" for fault in found]
     print("\n".join(wrong) or RIGHT)
     return 1 if wrong else 0
 

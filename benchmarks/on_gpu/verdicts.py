@@ -58,7 +58,8 @@ def correctness(rows: Sequence[Row]) -> Verdict:
     details = [f"WRONG {row['case']}: {fault}" for row in wrong for fault in row["wrong"]]
     details += [f"WARNED {row['case']}: {text}" for row in warned for text in row["warned"]]
     details += [f"NEVER RAN {name}" for name in missed]
-    said = [f"{len(rows) - len(wrong)} of {len(rows)} cases are right"]
+    ways = sum(row["ways"] for row in rows)
+    said = [f"{len(rows) - len(wrong)} of {len(rows)} weights are right, run in {ways} ways"]
     if ran:
         said.append(f"{len(ran)} kernels ran")
     if wrong:
@@ -266,6 +267,10 @@ def causes(rows: Sequence[Row]) -> Verdict:
     said += _loops(by_point["loop"])
     said += _warps(by_point["warps"])
     said += _overlap(by_point["overlap"])
+    said += [
+        f"{row['values']} behind another kernel {row['how']} {row['measured_us']:.2f} us"
+        for row in by_point["prefetch"]
+    ]
     return Verdict("; ".join(said) or "nothing was timed", bool(rows))
 
 
@@ -306,18 +311,13 @@ def _warps(rows: Sequence[Row]) -> list[str]:
 
 
 def _overlap(rows: Sequence[Row]) -> list[str]:
-    """For each chain of linears what the programmatic attribute saves a launch."""
+    """For each chain of linears the time of one by how they follow each other."""
     said = []
     for linear in dict.fromkeys((row["n"], row["k"], row["values"], row["cache"]) for row in rows):
-        times = {
-            row["overlaps"]: row["measured_us"]
+        found = {
+            row["how"]: f"{row['how']} {row['measured_us']:.2f} us ({row['predicted_us']:.2f})"
             for row in rows
             if (row["n"], row["k"], row["values"], row["cache"]) == linear
         }
-        if len(times) == 2:
-            n, k, values, cache = linear
-            said.append(
-                f"{n}x{k} {values} {cache} overlapping {times[True]:.2f} us, "
-                f"in turn {times[False]:.2f}"
-            )
+        said.append("{}x{} {} {}: ".format(*linear) + ", ".join(found.values()))
     return said

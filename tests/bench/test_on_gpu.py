@@ -213,17 +213,19 @@ def test_the_decode_table_tells_goals_peers_and_predictions():
 
 
 def test_wrong_results_fallbacks_and_kernels_that_never_ran_are_named():
-    right = {"case": "cuda a", "wrong": [], "kernels": ["narrow_a"], "may_use": ["narrow_a"]}
+    right = {"case": "cuda a", "ways": 9, "wrong": [], "kernels": ["narrow_a"]}
+    right["may_use"] = right["kernels"]
     assert verdicts.correctness([right]).good
-    wrong = {"case": "cuda b", "wrong": ["M=3: 1 of 9 entries"], "may_use": ["wide_b"]}
-    verdict = verdicts.correctness([right, wrong, {"case": "c", "wrong": [], "warned": ["fell"]}])
+    wrong = right | {"case": "cuda b", "wrong": ["M=3: 1 of 9 entries"], "may_use": ["wide_b"]}
+    fell = right | {"case": "c", "warned": ["fell"]}
+    verdict = verdicts.correctness([right, wrong, fell])
     assert not verdict.good
     assert list(verdict.details) == [
         "WRONG cuda b: M=3: 1 of 9 entries",
         "WARNED c: fell",
         "NEVER RAN wide_b",
     ]
-    assert "2 of 3 cases are right" in verdict.text
+    assert "2 of 3 weights are right, run in 27 ways" in verdict.text
     assert not verdicts.correctness([]).good
 
 
@@ -238,14 +240,16 @@ def test_pieces_of_a_launch_are_told_beside_their_predictions():
         *loop,
         {"point": "start", "values": "int4", "measured_us": 2.2, "predicted_us": 2.1},
         {"point": "warps", "warps": 16, "measured_us": 5.5} | place,
-        {"point": "overlap", "overlaps": True, "measured_us": 5.0} | place,
-        {"point": "overlap", "overlaps": False, "measured_us": 6.1} | place,
+        {"point": "overlap", "how": "overlapping", "measured_us": 5.0} | place,
+        {"point": "overlap", "how": "in turn", "measured_us": 6.1} | place,
+        {"point": "prefetch", "how": "with a prefetch", "measured_us": 7.0} | place,
     ]
     text = verdicts.causes(rows).text
     assert "int4 in cache 2.00 us + 50.0 ns a K block (3.00 us + 40.0 ns)" in text
     assert "int4 launch of a tiny weight 2.20 us (2.10)" in text
     assert "4096x4096 int4: 16 warps 5.50 us (5.00)" in text
-    assert "4096x4096 int4 cold overlapping 5.00 us, in turn 6.10" in text
+    assert "4096x4096 int4 cold: overlapping 5.00 us (5.00), in turn 6.10 us (5.00)" in text
+    assert "int4 behind another kernel with a prefetch 7.00 us" in text
 
 
 def test_what_the_models_choice_costs():
@@ -318,8 +322,10 @@ def test_the_pieces_of_a_launch_are_timed_apart(tmp_path, stand, monkeypatch):
         "warps": 3,
         "loop": 4,
         "start": 1,
+        "prefetch": 2,
     }
-    assert all(row["measured_us"] == 1.0 and row["predicted_us"] > 0 for row in rows.rows)
+    assert all(row["measured_us"] == 1.0 for row in rows.rows)
+    assert all(row["predicted_us"] > 0 for row in rows.rows if row["point"] != "prefetch")
     assert [row["warps"] for row in rows.rows if row["point"] == "warps"] == [4, 8, 16]
     warm, cold = (row for row in rows.rows if row["point"] == "loop" and row["k_blocks"] == 9)
     assert warm["predicted_us"] <= cold["predicted_us"], "a weight in cache meets fewer bounds"
@@ -335,10 +341,10 @@ def test_the_pieces_of_a_launch_are_timed_apart(tmp_path, stand, monkeypatch):
 def test_a_chain_is_launched_with_and_without_overlap():
     for overlaps in (True, False):
         made = NoDevice()
-        device = made.device if overlaps else plans.in_turn(made.device)
-        stand = causes.Stand(device, NoClock(), "cpu")
+        stand = causes.Stand(made.device, NoClock(), "cpu")
         state = stand.weight(128, 128, "int4")
-        for call in causes.chain(device, [state, state], stand.tokens(1, 128)):
+        each = stand if overlaps else stand.in_turn()
+        for call in causes.chain(each, [state, state], stand.tokens(1, 128)):
             call()
         assert [dependent for _, dependent in made.launched] == [overlaps] * 2
 
@@ -380,18 +386,16 @@ def test_wrong_results_of_a_device_are_found():
     weight = weights.Weight("fp16", "int4", 128, 1, 1, 260, (70,), 4)
     torch.use_deterministic_algorithms(True, warn_only=True)  # Outputs begin as NaN.
     try:
-        rows = list(correct.cuda_outcomes(weight, NoDevice().device, "cpu"))
+        row = correct.cuda_outcome(weight, NoDevice().device, "cpu")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(rows) > 10 and all(row["wrong"] for row in rows)
-    assert "70 of 70 entries are not finite" in rows[0]["wrong"][0]
-    ran = {name for row in rows for name in row["kernels"]}
-    assert {"narrow_fp16_int4_one", "wide_fp16_int4_one_t16", "adapter_fp16_t16"} <= ran
-    assert {name.split(":")[-1] for name in (row["case"] for row in rows)} >= {
-        " chosen",
-        " narrow 1x16 warps, 1 splits",
-        " wide 2x1 warps, 2 splits",
-    }
+    assert row["wrong"][0] == "chosen, M=1: 70 of 70 entries are not finite"
+    few = {"narrow_fp16_int4_one", "wide_fp16_int4_one_t16", "adapter_fp16_t16"}
+    assert few <= set(row["kernels"]) and set(row["may_use"]) == few
+    wrong = set(row["wrong"])
+    for way in ("narrow 1x16 warps, 1 splits, M=4", "wide 2x1 warps, 2 splits, M=16"):
+        assert any(fault.startswith(f"{way}: ") for fault in wrong)
+    assert len({fault.split(", M=")[0] for fault in wrong}) == row["ways"] > 30
 
 
 @pytest.mark.parametrize(
@@ -423,20 +427,19 @@ def test_results_of_the_emulated_device_are_right(monkeypatch, weight, loop):
     )
     monkeypatch.setattr(plans, "linear_on", linear_on)
     monkeypatch.setattr(correct, "TOKENS", (1, 2))
-    rows = list(correct.cuda_outcomes(weight, device, "cpu"))
-    assert len(rows) > 2
-    verdict = verdicts.correctness([row for row in rows if loop in row["case"]])
-    assert verdict.good, verdict.details
+    row = correct.cuda_outcome(weight, device, "cpu")
+    assert not row["wrong"] and row["ways"] > 2
+    assert any(name.startswith(loop) for name in row["kernels"])
 
 
-def test_one_wrong_entry_is_found_and_a_token_that_depends_on_others(tmp_path):
+def test_one_wrong_entry_is_found_and_a_token_that_depends_on_others():
     weight = weights.Weight("fp16", "int4", 32, 2, 1, 128, (16, 40), 16)
     it = weights.problem(weight, "cpu")
 
     def linear(x, state, bias):
         return it.exact[: x.shape[0]].half()
 
-    assert correct.outcome("a", weight, it, None, linear, weights.TOKENS)["wrong"] == []
+    assert correct.faults(weight, it, None, linear, weights.TOKENS) == []
     faults = {}
     for name, at in (("wrong", (0, 55)), ("depends", (0, 0))):
         normal = weight._replace(integers=name == "wrong")
@@ -446,7 +449,7 @@ def test_one_wrong_entry_is_found_and_a_token_that_depends_on_others(tmp_path):
             y[at] += (x.shape[0] == 8) * (y[at].abs() * 2**-10 + 2**-12)
             return y
 
-        faults[name] = correct.outcome("a", normal, it, None, off, weights.TOKENS)["wrong"]
+        faults[name] = correct.faults(normal, it, None, off, weights.TOKENS)
     assert [fault.split(":")[0] for fault in faults["wrong"]] == ["M=8"]
     assert "the first at token 0, row 55" in faults["wrong"][0]
     assert faults["depends"][0] == "M=8: a token's result depends on how many there are"
@@ -498,7 +501,7 @@ def test_what_the_sanitizer_says_becomes_a_row():
 
 def test_the_sanitizers_cases_fill_rings_again_and_run_every_tile():
     device = NoDevice()
-    rows = list(sanitized.outcomes("small", device.device, "cpu"))
+    ran = list(sanitized.launches("small", device.device, "cpu"))
     assert {name for name, _ in device.launched} >= {"narrow_bf16_int4_none_groups"}
-    assert len(rows) > 20
+    assert len(ran) > 20
     assert all(weight.K >= 8 * 128 * 2 for weight in sanitized.CASES["rings"])
