@@ -33,7 +33,7 @@ from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.plan import choose
 from slab_kernels.backends.cuda.prefetch import MOST_BYTES, link
 from slab_kernels.backends.cuda.tiles import CudaSizes, sizes_of
-from slab_kernels.bench.clocks import FEWEST_COPIES, Clock, CudaClock, copied, size_of
+from slab_kernels.bench.clocks import FEWEST_COPIES, Clock, clock_of, copied, size_of
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
@@ -52,7 +52,7 @@ class Stand(NamedTuple):
 
     device: CudaDevice
     clock: Clock
-    where: str  # of tensors: "cuda"
+    where: str  # of tensors: "cuda:0"
 
     def weight(self, N: int, K: int, values: str) -> CudaState:
         layout = PackedLayout(N, K, values, GROUP[values], rank=1)
@@ -78,6 +78,12 @@ class Stand(NamedTuple):
         took = self.clock.time(calls)
         columns = {"timing": took.timing, "calls": len(took.samples)}
         return {"measured_us": took.median * 1e6, "iqr_us": took.iqr * 1e6, **columns}
+
+
+def stand_here(seconds: float) -> Stand:
+    """This machine's. seconds: that a row is timed at least."""
+    where, device = machine.here()
+    return Stand(device, clock_of(where, seconds), where)
 
 
 def from_cache(plan: Plan) -> float:
@@ -217,8 +223,7 @@ def measure(stand: Stand, rows: Rows) -> None:
 
 
 def main(file: str) -> int:
-    index = torch.cuda.current_device()
-    stand = Stand(cuda.device_of(index), CudaClock(f"cuda:{index}", 0.01), "cuda")
+    stand = stand_here(0.01)
     rows = Rows(Path(file), machine.head(), (RESULTS,))
     try:
         measure(stand, rows)

@@ -136,7 +136,7 @@ def cuda_outcome(weight: Weight, device: CudaDevice, where: str) -> Row:
     return row | {"kernels": sorted(set(seen)), "may_use": may_use}
 
 
-def triton_outcome(weight: Weight, where: str = "cuda") -> Row:
+def triton_outcome(weight: Weight, where: str) -> Row:
     """A weight on the Triton backend, and what it warned of: that it fell back, for instance."""
     it, backend = problem(weight, where), dispatch.backend("triton")
     with warnings.catch_warnings(record=True) as said:
@@ -159,11 +159,11 @@ def triton_weights() -> list[Weight]:
 
 
 def run_cuda(rows: Rows) -> None:
-    device = cuda.device_of(torch.cuda.current_device())
+    where, device = machine.here()
     for weight in [*small(), *large()]:
         if rows.has(f"cuda {weight}"):
             continue
-        row = cuda_outcome(weight, device, "cuda")
+        row = cuda_outcome(weight, device, where)
         rows.add(row)
         if "broken" in row:
             # What stands in the file is left out by the fresh process.
@@ -172,11 +172,17 @@ def run_cuda(rows: Rows) -> None:
 
 
 def run_triton(rows: Rows) -> None:
+    where, _ = machine.here()
     todo = [weight for weight in triton_weights() if not rows.has(f"triton {weight}")]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context) as pool:
-        for done in as_completed([pool.submit(triton_outcome, weight) for weight in todo]):
-            rows.add(done.result())
+        jobs = {pool.submit(triton_outcome, weight, where): weight for weight in todo}
+        for job in as_completed(jobs):
+            if error := job.exception():  # It could not be prepared, or its process died.
+                said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                rows.add({"case": f"triton {jobs[job]}", "ways": 1, "wrong": [said]})
+            else:
+                rows.add(job.result())
 
 
 def main(backend: str, file: str) -> int:

@@ -15,11 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from on_gpu import machine, verdicts
 from on_gpu.rows import RESULTS, Row, Rows
-from slab_kernels.backends import cuda
 from slab_kernels.backends.cuda.gpus import Gpu
 from slab_kernels.backends.cuda.layout import STREAM_VALUES
 from slab_kernels.backends.cuda.plan import choose
@@ -108,12 +105,11 @@ def measure(rows: Rows, clock: Clock, device: str, gpu: Gpu) -> None:
 
 
 def main(file: str) -> int:
-    index = torch.cuda.current_device()
-    device, gpu = f"cuda:{index}", cuda.device_of(index).gpu
+    device, found = machine.here()
     rows = Rows(Path(file), machine.head(), (RESULTS,))
     rows.save(machine=whole_machine.information(), peers=peers.versions())
     try:
-        measure(rows, clock_of(device, SECONDS), device, gpu)
+        measure(rows, clock_of(device, SECONDS), device, found.gpu)
     finally:
         verdict = verdicts.decode(rows.rows, rows.more["failed"])
         rows.save(verdicts=[*verdict.text.split("; "), *verdict.details])

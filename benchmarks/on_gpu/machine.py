@@ -14,7 +14,10 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slab_kernels.backends.cuda.launch import CudaDevice
 
 ROOT = Path(__file__).resolve().parents[2]
 # What decides results: a change of it is another commit to the runner, whether git knows or not.
@@ -35,6 +38,16 @@ def reason() -> str | None:
     if torch.version.hip is not None:
         return "this is no NVIDIA GPU; the kernels are CUDA's"
     return None
+
+
+def here() -> tuple[str, CudaDevice]:
+    """The current device as torch names it, and where its launches go."""
+    import torch
+
+    from slab_kernels.backends import cuda
+
+    index = torch.cuda.current_device()
+    return f"cuda:{index}", cuda.device_of(index)
 
 
 def revision() -> str:

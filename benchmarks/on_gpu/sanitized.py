@@ -72,8 +72,8 @@ def launches(case: str, device: CudaDevice, where: str) -> Iterator[tuple[str, l
 
 
 def watched(case: str) -> int:
-    wrong = []
-    for name, found in launches(case, cuda.device_of(torch.cuda.current_device()), "cuda"):
+    wrong, (where, device) = [], machine.here()
+    for name, found in launches(case, device, where):
         wrong += [f"{name}: {fault}" for fault in found]
     print("\n".join(wrong) or RIGHT)
     return 1 if wrong else 0

@@ -19,15 +19,13 @@ import torch
 from plan_rows import CHOICES, COLUMNS
 
 from on_gpu import plans, verdicts
-from on_gpu.causes import Stand
+from on_gpu.causes import Stand, stand_here
 from on_gpu.decode import MODEL, TOKENS, VALUES
 from on_gpu.parts import OUT_OF_TIME, seconds_here
 from on_gpu.rows import RESULTS
-from slab_kernels.backends import cuda
 from slab_kernels.backends.cuda.cost import Plan
 from slab_kernels.backends.cuda.plan import choose, residencies
 from slab_kernels.backends.cuda.tiles import LOOPS, CudaSizes, sizes_of
-from slab_kernels.bench.clocks import CudaClock
 from slab_kernels.bench.layer_shapes import layers
 
 MOST = 18  # plans of a linear and token count
@@ -128,9 +126,7 @@ def write(path: Path, stand: Stand, seconds: float) -> tuple[list[dict[str, str]
 
 
 def main(file: str) -> int:
-    index = torch.cuda.current_device()
-    stand = Stand(cuda.device_of(index), CudaClock(f"cuda:{index}", 0.0), "cuda")
-    rows, whole = write(Path(file), stand, seconds_here())
+    rows, whole = write(Path(file), stand_here(0.0), seconds_here())
     verdicts.plans(rows, whole).say()
     return 0 if whole else OUT_OF_TIME
 
