@@ -104,11 +104,17 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
+def poison() -> None:
+    """Outputs begin as NaN from now on, so that an entry that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def cuda_outcome(weight: Weight, device: CudaDevice, where: str) -> Row:
     """The plan that is chosen and every tile of a weight, each at all token counts that it serves.
 
     where: of the tensors, "cuda", or "cpu" for a device that is emulated.
     """
+    poison()
     it = problem(weight, where)
     state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
     sizes = sizes_of(state)
@@ -138,6 +144,7 @@ def cuda_outcome(weight: Weight, device: CudaDevice, where: str) -> Row:
 
 def triton_outcome(weight: Weight, where: str) -> Row:
     """A weight on the Triton backend, and what it warned of: that it fell back, for instance."""
+    poison()
     it, backend = problem(weight, where), dispatch.backend("triton")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -186,8 +193,6 @@ def run_triton(rows: Rows) -> None:
 
 
 def main(backend: str, file: str) -> int:
-    # Outputs begin as NaN, so that an entry that no kernel writes shows.
-    torch.use_deterministic_algorithms(True, warn_only=True)
     rows = Rows(Path(file), machine.head(), (RESULTS,))
     try:
         run_cuda(rows) if backend == "cuda" else run_triton(rows)

@@ -29,6 +29,7 @@ WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # What `pytest -v` prints of a test: alone, and of a worker of pytest-xdist.
 ALONE = re.compile(rf"^(tests/.*?) ({WORDS})\b.*\[ *\d+%\]$")
 WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({WORDS}) (tests/.*?)\s*$")
+STARTS = re.compile(r"^(tests/.*::.*\S) $")  # A worker begins a test, which may hang.
 SELECTED = re.compile(r"(\d+) selected|^\d+ workers \[(\d+) items?\]")
 REASON = re.compile(r"^(?:FAILED|ERROR) (tests/.*?) - (.*)$")
 
@@ -52,6 +53,8 @@ def outcomes(lines: Iterable[str]) -> Iterator[Row | int]:
             yield {"case": found[2], "outcome": found[1].lower()}
         elif found := REASON.match(line):
             yield {"case": found[1], "outcome": "failed", "reason": found[2]}
+        elif found := STARTS.match(line):
+            yield {"case": found[1], "outcome": verdicts.STARTED}
         elif found := SELECTED.search(line):
             yield int(found[1] or found[2])
 
@@ -107,7 +110,7 @@ def _echoed(lines: Iterable[str]) -> Iterator[str]:
 
 def main(file: str) -> int:
     rows = Rows(Path(file), machine.head(), (RESULTS,))
-    done = [row["case"] for row in rows.rows]
+    done = [row["case"] for row in rows.rows if row["outcome"] != verdicts.STARTED]
     more = [argument for case in done for argument in ("--deselect", case)]
     code = run(rows, seconds_here(), [*command(), *more], machine.ROOT)
     verdict = verdicts.tests(rows.rows, rows.more.get("selected"), len(done))

@@ -19,6 +19,7 @@ GOAL_TOKENS = 4
 TRITON_GOAL = 1.15  # times the CUDA kernel's time
 OURS = ("cuda", "triton")
 PEERS = ("torch-2:4", "marlin", "gemlite", "humming")
+STARTED = "started"  # of a test that has no outcome yet
 MOST_NAMED = 3  # cases that a line names
 
 
@@ -218,10 +219,10 @@ def tests(rows: Sequence[Row], selected: int | None, before: int = 0) -> Verdict
     """Rows of on_gpu.pytests.
 
     selected: how many tests there were to be run, None if pytest did not say. before: how many of
-    the rows are of an earlier call, beside those.
+    the rows are of an earlier call, beside those. A test that has only started hung or was stopped.
     """
     count = Counter(row["outcome"] for row in rows)
-    bad = [row for row in rows if row["outcome"] in ("failed", "error")]
+    bad = [row for row in rows if row["outcome"] in ("failed", "error", STARTED)]
     said = ", ".join(f"{number} {word}" for word, number in sorted(count.items()))
     if missing := 0 if selected is None else selected + before - len(rows):
         said += f", {missing} not run"

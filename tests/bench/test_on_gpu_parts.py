@@ -147,11 +147,7 @@ def test_the_decode_table_is_measured_in_units(tmp_path, monkeypatch):
 def test_wrong_results_of_a_device_are_found():
     """Nothing is computed, so nothing is right; the kernels that were launched are told."""
     weight = weights.Weight("fp16", "int4", 128, 1, 1, 260, (70,), 4)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # Outputs begin as NaN.
-    try:
-        row = correct.cuda_outcome(weight, NoDevice().device, "cpu")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    row = correct.cuda_outcome(weight, NoDevice().device, "cpu")
     assert row["wrong"][0] == "chosen, M=1: 70 of 70 entries are not finite"
     few = {"narrow_fp16_int4_one", "wide_fp16_int4_one_t16", "adapter_fp16_t16"}
     assert few <= set(row["kernels"]) and set(row["may_use"]) == few
@@ -159,6 +155,13 @@ def test_wrong_results_of_a_device_are_found():
     for way in ("narrow 1x16 warps, 1 splits, M=4", "wide 2x1 warps, 2 splits, M=16"):
         assert any(fault.startswith(f"{way}: ") for fault in wrong)
     assert len({fault.split(", M=")[0] for fault in wrong}) == row["ways"] > 30
+
+
+@pytest.fixture(autouse=True)
+def undone():
+    """What the parts tell torch for good is taken back."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -169,8 +172,7 @@ def machine_of_nothing(monkeypatch, stand):
     monkeypatch.setattr(machine, "head", lambda: HEAD)
     for program in (causes, decode):
         monkeypatch.setattr(program, "clock_of", lambda *_: NoClock())
-    yield found
-    torch.use_deterministic_algorithms(False)
+    return found
 
 
 def test_the_program_of_each_part_says_a_verdict(tmp_path, monkeypatch, capsys, machine_of_nothing):
@@ -294,6 +296,8 @@ def test_what_pytest_prints_becomes_rows(tmp_path):
         "collected 2000 items / 1990 deselected / 10 selected",
         "tests/a.py::test_b[(300, 1160)-x] PASSED                    [  3%]",
         "tests/a.py::test_c SKIPPED (no libnvrtc)                     [  6%]",
+        "tests/a.py::test_d[1] ",
+        "tests/a.py::test_hangs ",
         "[gw3] [ 12%] FAILED tests/a.py::test_d[1] ",
         "FAILED tests/a.py::test_d[1] - assert 1 == 2",
         "some other line",
@@ -303,6 +307,8 @@ def test_what_pytest_prints_becomes_rows(tmp_path):
     assert [(row["case"], row["outcome"]) for row in found[1:]] == [
         ("tests/a.py::test_b[(300, 1160)-x]", "passed"),
         ("tests/a.py::test_c", "skipped"),
+        ("tests/a.py::test_d[1]", "started"),
+        ("tests/a.py::test_hangs", "started"),
         ("tests/a.py::test_d[1]", "failed"),
         ("tests/a.py::test_d[1]", "failed"),
     ]
@@ -310,8 +316,12 @@ def test_what_pytest_prints_becomes_rows(tmp_path):
     rows = Rows(tmp_path / "tests.json", HEAD)
     hangs = [sys.executable, "-c", f"import time; print({text!r}, flush=True); time.sleep(60)"]
     assert pytests.run(rows, 2.0, hangs, tmp_path) is None
-    assert len(rows.rows) == 3 and rows.more["selected"] == 10
-    assert rows.rows[-1]["reason"] == "assert 1 == 2"
+    assert rows.more["selected"] == 10
+    outcomes = {row["case"]: row for row in rows.rows}
+    assert outcomes["tests/a.py::test_d[1]"]["reason"] == "assert 1 == 2"
+    assert outcomes["tests/a.py::test_hangs"]["outcome"] == "started"
+    text = verdicts.tests(rows.rows, 10).text
+    assert text == "1 failed, 1 passed, 1 skipped, 1 started, 6 not run: test_d[1], test_hangs"
 
 
 def test_what_the_sanitizer_says_becomes_a_row():
