@@ -207,9 +207,14 @@ INCLUDES = {
     "cuda/plan.cuh": "warp.cuh",
     "cuda/copy.cuh": "warp.cuh",
     "cuda/mainloop.cuh": "warp.cuh",
-    "cuda/epilogue.cuh": "warp.cuh",
+    "cuda/bias.cuh": "params.h ptx.cuh",
+    "cuda/epilogue.cuh": "bias.cuh warp.cuh",
     "cuda/linear.cuh": "plan.cuh copy.cuh mainloop.cuh epilogue.cuh",
-    "cuda/linear.cu": "linear.cuh dense.cuh",
+    "cuda/decode_place.cuh": "params.h ptx.cuh",
+    "cuda/decode_operands.cuh": "params.h ptx.cuh",
+    "cuda/decode_end.cuh": "bias.cuh decode_place.cuh",
+    "cuda/narrow.cuh": "decode_end.cuh decode_operands.cuh",
+    "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh",
 }
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

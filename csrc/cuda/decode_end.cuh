@@ -21,8 +21,8 @@
 // All sums are added in a fixed order: the groups', then u_r times the sign sum of each r.
 #pragma once
 
+#include "bias.cuh"
 #include "decode_place.cuh"
-#include "place.cuh"
 
 namespace slab {
 

@@ -1,6 +1,7 @@
 // What follows the main loop: the adapter's product, the sums of the groups, and the one store.
 #pragma once
 
+#include "bias.cuh"
 #include "warp.cuh"
 
 namespace slab {

@@ -1,0 +1,16 @@
+// The bias, in whatever type it has.
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace slab {
+
+__device__ __forceinline__ float bias_of(const LinearParams& params, int feature) {
+  if (params.bias_type == 1) return static_cast<const float*>(params.bias)[feature];
+  if (params.bias_type == 2) return widen_fp16(static_cast<const uint16_t*>(params.bias)[feature]);
+  if (params.bias_type == 3) return widen_bf16(static_cast<const uint16_t*>(params.bias)[feature]);
+  return 0.0f;
+}
+
+}  // namespace slab
