@@ -22,6 +22,7 @@ from .tiles import (
     MANY,
     NARROW,
     TOKEN_ROW_BYTES,
+    WIDE,
     CudaSizes,
     Tile,
     columns_bytes,
@@ -139,7 +140,7 @@ class Plan:
 
     @functools.cached_property
     def stage_bytes(self) -> int:
-        return stage_bytes(self.sizes, self.tile, self.tokens, self.M)
+        return stage_bytes(self.sizes, self.tile, self.tokens)
 
     @functools.cached_property
     def shared_bytes(self) -> int:
@@ -181,9 +182,16 @@ class Plan:
     @property
     def column_tiles(self) -> tuple[int, int]:
         """How many products of 8 columns a warp makes of the kept values, and of the signs."""
+        rank, tokens = self.sizes.rank, self.tokens
         if self.tile.loop == NARROW:
-            return 1, min(1, self.sizes.rank)
-        return ceil_div(self.tokens, COLUMNS), ceil_div(self.tokens * self.sizes.rank, COLUMNS)
+            return 1, min(1, rank)
+        if self.tile.loop == WIDE:
+            most = (
+                self.sizes.wide_tokens
+            )  # Columns of tokens that do not exist are multiplied, too.
+            tokens, signs = (most, most * rank) if rank <= 1 else (COLUMNS, tokens * rank)
+            return tokens // COLUMNS, ceil_div(signs, COLUMNS)
+        return tokens // COLUMNS, tokens * rank // COLUMNS
 
     @property
     def cta_weight_bytes(self) -> int:

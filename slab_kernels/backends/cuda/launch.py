@@ -110,7 +110,7 @@ def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches
 def _name(sizes: CudaSizes, act: str, loop: str, tokens: int, tall: bool = False) -> str:
     """The linear's kernel. act: of the activations. tokens: of a warp. tall: 64 rows per warp."""
     if sizes.values == DENSE:
-        return f"adapter_{act}_t{tokens}"
+        return f"adapter_{act}_t{sizes.wide_tokens if loop == WIDE else tokens}"
     kind = f"{act}_{VALUE_NAMES[sizes.values]}"
     if loop != MANY:
         kind += f"_{PLANE_NAMES[sizes.planes if sizes.rank else 0]}"

@@ -93,7 +93,8 @@ class CudaSizes(NamedTuple):
 
     @property
     def wide_tokens(self) -> int:
-        """The tokens of a CTA in the wide loop: all of decoding, if the rank is at most 1."""
+        """The tokens of a CTA in the wide loop at most: all of decoding, if the rank is at most
+        1."""
         return DECODE if self.rank <= 1 else min(COLUMNS, MOST_SIGN_COLUMNS // self.rank)
 
     def warp_tokens(self, tall: bool = False) -> tuple[int, ...]:
@@ -219,20 +220,17 @@ TALL_TILES = (  # 64 rows per warp: half the reads of activations
 # fmt: on
 
 
-def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int, M: int) -> int:
+def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
     """Bytes of shared memory for one K block of a ring.
 
     tokens: of a warp. A ring of the narrow loop is a warp's and holds nothing but weights; the
-    others are a K group's and hold activations and V, too. The wide loop stages no more tokens than
-    there are.
+    others are a K group's and hold activations and V, too.
     """
     if tile.loop == NARROW:
         return sizes.block_bytes
-    staged = tile.warp_tokens * tokens
-    if tile.loop == WIDE:
-        staged = min(staged, M)
-    activations = (staged + sizes.rank) * TOKEN_ROW_BYTES
-    return ceil_div(activations + tile.row_pairs * sizes.block_bytes, 256) * 256
+    activations = (tile.warp_tokens * tokens + sizes.rank) * TOKEN_ROW_BYTES
+    unit = 128 if tile.loop == WIDE else 256
+    return ceil_div(activations + tile.row_pairs * sizes.block_bytes, unit) * unit
 
 
 def rings(tile: Tile) -> int:
