@@ -8,7 +8,7 @@ like y, so streams and CUDA graphs may overlap as they like.
 Every linear, the first of a call too, is launched as a dependent kernel where the device has that:
 it may start before the kernel in front of it ends, whoever queued that one. Until it has waited for
 that kernel it reads nothing but the prepared weight (layout.prepare), and it writes nothing at all.
-`dense_*` kernels do not wait, so they are launched in the ordinary way.
+The kernels that rebuild a weight and that add partial sums do likewise.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def rebuilt(
                     args.v = state.V[part].data_ptr()
                 along_k = ceil_div(k_blocks, WARPS)  # CTAs
                 grid = along_k, min(row_pairs, ceil_div(launch.plan.max_ctas, along_k)), 1
-                device.queue(launch.name, grid, (THREADS, 1, 1), 0, args, False)
+                device.queue(launch.name, grid, (THREADS, 1, 1), 0, args, True)
                 piece, result = W[:count], y[:, done : done + count]
                 if factors:
                     P, Q = factors[part]
