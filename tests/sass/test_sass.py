@@ -8,7 +8,6 @@ takes about 15 seconds an architecture, once for each version of the sources.
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import re
 
@@ -16,6 +15,7 @@ import pytest
 
 from sass import counter as sass
 from sass import instruction_budget
+from sass.findings import Findings
 from slab_kernels.backends.cuda import compile as recipe
 from slab_kernels.backends.cuda.cost import ISSUE, PLANES_ISSUE, TALL_ISSUE
 from slab_kernels.backends.cuda.gpus import GPUS
@@ -35,38 +35,6 @@ WITHIN = 0.10  # of cost.ISSUE
 PLANES_WITHIN = 0.02  # of cost.PLANES_ISSUE: two tiles, a line through both
 PLANES_NAMES = {2: "two", 3: "three"}
 EVERY = pytest.mark.parametrize("architecture", recipe.ARCHITECTURES)
-
-
-@functools.cache
-def compiled(architecture: str) -> tuple[int, dict[str, sass.Kernel]]:
-    """The size of an architecture's cubin and its kernels, read once a process."""
-    image = sass.image(architecture)
-    return len(image), sass.disassemble(image)
-
-
-@pytest.fixture
-def machine_code():
-    """`compiled`; without a compiler or disassembler a test fails in one sentence."""
-
-    def get(architecture: str) -> tuple[int, dict[str, sass.Kernel]]:
-        try:
-            return compiled(architecture)
-        except recipe.Impossible as reason:
-            pytest.fail(str(reason), pytrace=False)
-
-    return get
-
-
-class Findings(collections.defaultdict):
-    """What is wrong -> the kernels of which that is true."""
-
-    def __init__(self):
-        super().__init__(list)
-
-    def check(self) -> None:
-        if self:
-            lines = [f"{what}: {', '.join(kernels)}" for what, kernels in self.items()]
-            pytest.fail("\n".join(lines), pytrace=False)
 
 
 def tokens_of(name: str) -> int:
