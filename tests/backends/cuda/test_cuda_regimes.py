@@ -43,11 +43,14 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.fixture
 def forced(monkeypatch):
-    """Every linear of up to 16 tokens takes a certain loop with so many tokens, row warps, K groups
-    and splits a CTA; its adapter takes the wide loop with its own number of splits."""
+    """Every linear takes a certain loop of up to 16 tokens with so many tokens, row warps, K groups
+    and splits a CTA, or its weight is rebuilt ("dense"); its adapter takes the wide loop with its
+    own number of splits."""
 
     def force(loop, tokens, warp_rows, warp_inputs, splits=1, stages=4, z_splits=1):
         def chosen(sizes: CudaSizes, M: int, gpu):
+            if loop == "dense":
+                return plan.rebuild(sizes, M, gpu)
             if sizes.values == layout.DENSE:
                 return planned(sizes, M, WIDE, DECODE, 1, 4, z_splits, 2)
             return planned(sizes, M, loop, tokens, warp_rows, warp_inputs, splits, stages)
@@ -335,6 +338,7 @@ HOPPER = [
     ("int8", 32, 1, 0, 20, WIDE, 16, 1), ("int4", 128, 1, 1, 20, WIDE, 9, 2),
     ("fp16", None, 1, 2, 0, WIDE, 3, 1), ("int8", 128, 1, 1, 20, MANY, 20, 1),
     ("fp16", None, 1, 1, 0, MANY, 40, 2), ("int4", 128, 2, 1, 0, MANY, 20, 1),
+    ("int8", 128, 1, 1, 0, "dense", 80, 1), ("int4", 64, 3, 2, 0, "dense", 80, 1),
 ]  # fmt: skip
 
 
