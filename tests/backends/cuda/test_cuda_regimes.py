@@ -16,7 +16,7 @@ from emulation import Launched, run
 from pairwise import grid, grid_of
 
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda import layout, plan
+from slab_kernels.backends.cuda import layout, plan, prefetch
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.tiles import (
     DECODE,
@@ -363,3 +363,22 @@ def test_on_hopper_every_kernel_waits_for_the_one_ahead(
     for name, stats in zip(launched.kernels, launched.stats, strict=True):
         assert stats["griddepcontrol.wait"], name
         assert stats["griddepcontrol.launch_dependents"] or name.startswith("reduce"), name
+
+
+@pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
+@pytest.mark.parametrize("loop, M", [(NARROW, 1), (WIDE, 9)])
+def test_the_next_weight_is_prefetched_line_by_line(forced, loop, M, architecture):
+    """Each line of 128 bytes once, whatever the CTAs; and the result is the same."""
+    state, x, bias, exact = problem(PackedLayout(70, 648, "int4", 128, 1), torch.float16)
+    following = problem(PackedLayout(300, 388, "int8", 128, 1), torch.float16)[0]
+    forced(loop, min(M, most_tokens(loop, 1)) if loop == NARROW else 16, 1, 4)
+    for most in (1 << 20, 5000):
+        prefetch.link(state, following, most)
+        launched = Launched()
+        y = run(x[:M], state, bias, GPU, architecture, launched)
+        assert torch.equal(y, exact[:M].half())
+        lines = -(-min(following.stream.nbytes, most // 16 * 16) // 128)
+        assert launched.stats[0]["prefetches"] == lines
+    prefetch.link(state, following, 0)
+    run(x[:M], state, bias, GPU, architecture, launched)
+    assert launched.stats[1]["prefetches"] == 0
