@@ -42,18 +42,21 @@ class Configuration(NamedTuple):
 def configuration(state: CudaState, M: int, multiprocessors: int) -> Configuration:
     """The configuration for M <= 16 tokens of a weight on a device of so many multiprocessors."""
     pairs, k_blocks, _ = state.stream.shape
-    rank = 0 if state.V is None else state.V.shape[1]
-    if rank <= 1:
-        tokens = 8 if M <= 8 else 16
-    else:
-        most = MOST_SIGN_TILES * 8 // rank  # tokens whose sign products a program can hold
-        tokens = 1 if M == 1 else min(8, 1 << (most.bit_length() - 1))
+    tokens = tile_tokens(M, 0 if state.V is None else state.V.shape[1])
     warps = 16 if pairs < 2 * multiprocessors and k_blocks >= 16 else 8
     splits = _splits(pairs, k_blocks // (2 * warps), multiprocessors)
     z_splits = 1
     if state.Q is not None:
         z_splits = _splits(state.Q.shape[0], k_blocks // Z_WARPS, multiprocessors)
     return Configuration(tokens, warps, splits, z_splits)
+
+
+def tile_tokens(M: int, rank: int) -> int:
+    """Tokens of a program for M <= 16 tokens and a sign term of that rank."""
+    if rank <= 1:
+        return 8 if M <= 8 else 16
+    most = MOST_SIGN_TILES * 8 // rank  # tokens whose sign products a program can hold
+    return 1 if M == 1 else min(8, 1 << (most.bit_length() - 1))
 
 
 def _splits(pairs: int, most: int, multiprocessors: int) -> int:
@@ -132,7 +135,8 @@ def _launch(
     V, U, P = factors
     M, width = words.shape
     pairs, k_blocks, _ = stream.shape
-    grid = (pairs, ceil_div(M, kind.tokens), kind.splits)
+    # Token tiles are side by side, so that their programs read a weight from memory once.
+    grid = (ceil_div(M, kind.tokens), pairs, kind.splits)
     sparse_kernel.decode_kernel[grid](
         words, stream.view(torch.uint32), None if V is None else V.view(torch.uint32), U,
         None if P is None else P.view(torch.uint32), z, bias, out, biased, M, sum(rows), width,

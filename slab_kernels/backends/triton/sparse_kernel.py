@@ -365,11 +365,11 @@ def decode_kernel(
     thread = tl.arange(0, 32 * W)
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
-    pair, split = tl.program_id(0), tl.program_id(2)
+    pair, split = tl.program_id(1), tl.program_id(2)
     part, rows, row_exists = rows_of(pair, N, start1, start2, start3, 32, PARTS)
     first, last = split * share, tl.minimum((split + 1) * share, k_blocks)
     k = first + warp
-    first_token = tl.program_id(1) * TOKENS
+    first_token = tl.program_id(0) * TOKENS
     x, v, tokens = (), (), ()
     for n in tl.static_range(X_TILES):
         token = tl.minimum(first_token + 8 * n + (g & (COLUMNS - 1)), M - 1)
