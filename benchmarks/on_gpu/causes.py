@@ -31,7 +31,7 @@ from slab_kernels.backends.cuda.cost import LAUNCH_US, OVERLAP, Plan
 from slab_kernels.backends.cuda.launch import CudaDevice
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.plan import choose
-from slab_kernels.backends.cuda.prefetch import MOST_BYTES, link
+from slab_kernels.backends.cuda.prefetch import link
 from slab_kernels.backends.cuda.tiles import CudaSizes, sizes_of
 from slab_kernels.bench.clocks import FEWEST_COPIES, Clock, clock_of, copied, size_of
 from slab_kernels.format import PackedLayout
@@ -44,6 +44,7 @@ K_BLOCKS = (8, 16, 32, 48)  # Weights of the loop's line: all fit the L2 cache o
 WARP_SHAPES = ((4096, 4096), (6144, 4096))
 WARPS = (4, 8, 16)
 CHAIN_SHAPE = (4096, 4096)
+MOST_PREFETCHED = 8 << 20  # bytes of the next weight
 FROM_MEMORY = ("memory", "bytes in flight")  # bounds that a weight in cache does not meet
 
 
@@ -182,7 +183,7 @@ def prefetch(stand: Stand, values: str) -> Iterator[Row]:
     the next weight into L2. A row's time is that of both kernels."""
     state = stand.weight(*CHAIN_SHAPE, values)
     first, sizes, states = stand.tokens(1, CHAIN_SHAPE[1]), sizes_of(state), stand.copies(state)
-    for how, most_bytes in (("with a prefetch", MOST_BYTES), ("without one", 0)):
+    for how, most_bytes in (("with a prefetch", MOST_PREFETCHED), ("without one", 0)):
         for one, following in zip(states, [*states[1:], states[0]], strict=True):
             link(one, following, most_bytes)
         took = stand.time(chain(stand, states, first, torch.nn.functional.silu))

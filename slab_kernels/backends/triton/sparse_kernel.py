@@ -71,10 +71,9 @@ class Magic(NamedTuple):
 
 
 @triton.jit
-def _load(p, COUNT: tl.constexpr, exists):
-    """2 or 4 words of each thread by one load, as a tuple; undefined where nothing exists."""
-    at = p[:, None] + tl.arange(0, COUNT)[None, :]
-    w = tl.load(at) if exists is None else tl.load(at, mask=exists[:, None])
+def _load(p, COUNT: tl.constexpr):
+    """2 or 4 words of each thread by one load, as a tuple."""
+    w = tl.load(p[:, None] + tl.arange(0, COUNT)[None, :])
     if COUNT == 2:
         words = tl.split(w)
     else:
@@ -86,39 +85,39 @@ def _load(p, COUNT: tl.constexpr, exists):
 
 
 @triton.jit
-def _codes(block, lane, exists, KIND: tl.constexpr):
+def _codes(block, lane, KIND: tl.constexpr):
     """The kept values of a block, as stored."""
     LOADS: tl.constexpr = KIND.value_bytes // 512
     codes = ()
     for i in tl.static_range(LOADS):
-        codes += _load(block + 128 * i + lane * 4, 4, exists)
+        codes += _load(block + 128 * i + lane * 4, 4)
     return codes
 
 
 @triton.jit
-def _words(block, lane, exists, KIND: tl.constexpr):
+def _words(block, lane, KIND: tl.constexpr):
     """What is loaded a round ahead: all of a block but int8 codes and 16-bit values."""
     VALUE_WORDS: tl.constexpr = KIND.value_bytes // 4
     metadata, signs, codes, scales = (), (), (), ()
     at = block + VALUE_WORDS
     if KIND.values == "int4":
-        codes = _codes(block, lane, exists, KIND)
+        codes = _codes(block, lane, KIND)
     if KIND.values != "dense":
-        metadata = _load(at + lane * 4, 4, exists)
+        metadata = _load(at + lane * 4, 4)
         at += 128
     if KIND.planes == 1:
-        signs = _load(at + lane * 2, 2, exists)
+        signs = _load(at + lane * 2, 2)
         at += 64
     if KIND.planes > 1:
-        signs = _load(at + lane * 4, 4, exists)
+        signs = _load(at + lane * 4, 4)
         at += 128
     if KIND.planes == 3:
-        signs += _load(at + lane * 2, 2, exists)
+        signs += _load(at + lane * 2, 2)
         at += 64
     if KIND.values == "int8" or KIND.values == "int4":
         GROUPS: tl.constexpr = 4 // KIND.group_steps
         for group in tl.static_range(GROUPS):
-            scales += _load(at + 16 * group + (lane >> 2) * 2, 2, exists)
+            scales += _load(at + 16 * group + (lane >> 2) * 2, 2)
     return Words(metadata, signs, codes, scales)
 
 
@@ -149,7 +148,7 @@ def _inputs(p, STEP: tl.constexpr, left):
 def _values(codes, magic, TILE: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr):
     """The A fragment of the kept values of a row tile and a step."""
     if KIND.values == "int4":
-        a = from_int4(codes[4 * TILE + STEP], magic.codes, KIND.dtype)
+        a = from_int4(codes[4 * TILE + STEP], magic.codes, magic.one, KIND.dtype)
     elif KIND.values == "int8":
         AT: tl.constexpr = 8 * TILE + 2 * STEP
         a = from_int8(codes[AT], codes[AT + 1], magic.codes, KIND.dtype)
@@ -284,12 +283,12 @@ def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: 
     Z_SPLITS: tl.constexpr = KIND.z_splits
     ROUNDS: tl.constexpr = (STEPS + W - 1) // W
     for i in tl.static_range(ROUNDS):
-        step = i * W + warp
-        exists = here & (step < STEPS)
+        exists = here & (i * W + warp < STEPS)
+        step = tl.minimum(i * W + warp, STEPS - 1)
         new = ()
         for r in tl.static_range(2):
             at = p_ptr + ((2 * pair + r) * STEPS + step) * 128 + lane * 4
-            a = _where(exists, _load(at, 4, exists), 0)
+            a = _where(exists, _load(at, 4), 0)
             for n in tl.static_range(X_TILES):
                 b = ()
                 for half in tl.static_range(2):
@@ -390,19 +389,21 @@ def decode_kernel(
         kept += ((zero, zero, zero, zero),)
     for i in tl.static_range(2 * SIGN_TILES):
         signs += ((zero, zero, zero, zero),)
-    place = Place(stream_ptr + (pair.to(tl.int64) * k_blocks + k) * BLOCK, x, v)
+    # A warp without a block reads one that exists.
+    at = pair.to(tl.int64) * k_blocks + tl.minimum(k, last - 1)
+    place = Place(stream_ptr + at * BLOCK, x, v)
 
     # All warps have a whole block in these rounds. The next block's words are asked for before this
     # one's are used.
     rounds = (tl.minimum(last, words // 64) - first) // W
-    held = _words(place.block, lane, k < last, KIND)
+    held = _words(place.block, lane, KIND)
     for _ in tl.range(0, rounds, 1, num_stages=1):
         k += W
-        block = place.block + W * BLOCK
-        ahead = _words(block, lane, k < last, KIND)
+        block = place.block + tl.where(k < last, W * BLOCK, 0)
+        ahead = _words(block, lane, KIND)
         codes = held.codes
         if KIND.values != "int4":
-            codes = _codes(place.block, lane, None, KIND)
+            codes = _codes(place.block, lane, KIND)
         kept, signs = _round(kept, signs, held, codes, place, None, magic, KIND)
         x, v = (), ()
         for n in tl.static_range(X_TILES):
@@ -420,7 +421,7 @@ def decode_kernel(
         if KIND.values == "int4":
             values = held.codes
         else:
-            values = _where(exists, _codes(place.block, lane, exists, KIND), 0)
+            values = _where(exists, _codes(place.block, lane, KIND), 0)
         kept, signs = _round(kept, signs, end, values, place, left, magic, KIND)
     if KIND.adapter_steps > 0:
         kept = _adapted(

@@ -78,12 +78,19 @@ def multiply_pairs(a, b, T: tl.constexpr):
 
 
 @triton.jit
-def _plus(a, CONSTANT: tl.constexpr, T: tl.constexpr):
-    """a + a constant, two 16-bit numbers."""
-    FP16: tl.constexpr = "add.rn.f16x2 $0, $1, $2;"
-    BF16: tl.constexpr = "{ .reg .b32 u; mov.b32 u, 0x3F803F80; fma.rn.bf16x2 $0, $1, u, $2; }"
+def _plus(a, CONSTANT: tl.constexpr):
+    """a + a constant, two fp16 numbers."""
     return tl.inline_asm_elementwise(
-        FP16 if T == tl.float16 else BF16, "=r,r,r", [a, CONSTANT], tl.uint32, is_pure=True, pack=1
+        "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, CONSTANT], tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _plus_bf16(a, one, CONSTANT: tl.constexpr):
+    """The same of bf16 numbers, which have no sum before sm_90."""
+    TEXT: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(
+        TEXT, "=r,r,r,r", [a, one, CONSTANT], tl.uint32, is_pure=True, pack=1
     )
 
 
@@ -128,9 +135,9 @@ def _bytes_bf16(w, magic):
 def from_int8(w, later, magic, T: tl.constexpr):
     """A fragment of codes: w holds those of a0 and a1, later those of a2 and a3."""
     if T == tl.float16:
-        a0, a1 = _plus(_even_bytes(w, magic), 0xE480E480, T), _plus(_odd_bytes(w, magic), 0xE480E480, T)
-        a2 = _plus(_even_bytes(later, magic), 0xE480E480, T)
-        a3 = _plus(_odd_bytes(later, magic), 0xE480E480, T)
+        a0, a1 = _plus(_even_bytes(w, magic), 0xE480E480), _plus(_odd_bytes(w, magic), 0xE480E480)
+        a2 = _plus(_even_bytes(later, magic), 0xE480E480)
+        a3 = _plus(_odd_bytes(later, magic), 0xE480E480)
     else:
         a0, a1 = _bytes_bf16(w, magic), _bytes_bf16(w >> 8, magic)
         a2, a3 = _bytes_bf16(later, magic), _bytes_bf16(later >> 8, magic)
@@ -138,22 +145,22 @@ def from_int8(w, later, magic, T: tl.constexpr):
 
 
 @triton.jit
-def from_int4(w, magic, T: tl.constexpr):
+def from_int4(w, magic, one, T: tl.constexpr):
     """A fragment of codes times 4 or, in fp16, of rows g + 8 times 64, exactly.
 
     fp16: 1024 + 4 (q + 8) - 1056 and 1024 + 64 (q + 8) - 1536; bf16: 128 + 4 (q + 8) - 160.
     """
     if T == tl.float16:
         turned = _rotated(w, 8)
-        a0 = _plus(w & 0x003C003C | magic, 0xE420E420, T)
-        a1 = _plus(w & 0x03C003C0 | magic, 0xE600E600, T)
-        a2 = _plus(turned & 0x003C003C | magic, 0xE420E420, T)
-        a3 = _plus(turned & 0x03C003C0 | magic, 0xE600E600, T)
+        a0 = _plus(w & 0x003C003C | magic, 0xE420E420)
+        a1 = _plus(w & 0x03C003C0 | magic, 0xE600E600)
+        a2 = _plus(turned & 0x003C003C | magic, 0xE420E420)
+        a3 = _plus(turned & 0x03C003C0 | magic, 0xE600E600)
     else:
-        a0 = _plus(w & 0x003C003C | magic, 0xC320C320, T)
-        a1 = _plus(_rotated(w, 4) & 0x003C003C | magic, 0xC320C320, T)
-        a2 = _plus(_rotated(w, 8) & 0x003C003C | magic, 0xC320C320, T)
-        a3 = _plus(_rotated(w, 12) & 0x003C003C | magic, 0xC320C320, T)
+        a0 = _plus_bf16(w & 0x003C003C | magic, one, 0xC320C320)
+        a1 = _plus_bf16(_rotated(w, 4) & 0x003C003C | magic, one, 0xC320C320)
+        a2 = _plus_bf16(_rotated(w, 8) & 0x003C003C | magic, one, 0xC320C320)
+        a3 = _plus_bf16(_rotated(w, 12) & 0x003C003C | magic, one, 0xC320C320)
     return a0, a1, a2, a3
 
 

@@ -84,7 +84,7 @@ def sizes_of(state: CudaState) -> TritonSizes:
     sixteen_bits = "fp16" if state.dtype == torch.float16 else "bf16"
     return TritonSizes(
         K=state.in_features,
-        rows=state.rows,
+        rows=tuple(state.rows),
         values=sixteen_bits if state.values == W16 else REBUILD_VALUES[state.values],
         group_size=0 if state.values == W16 else 32 * state.group_steps,
         rank=0 if state.V is None else state.V.shape[1],

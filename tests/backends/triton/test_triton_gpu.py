@@ -18,9 +18,9 @@ pytest.importorskip("triton")
 import triton_checks as checks
 from triton_checks import BACKEND, DTYPES, bound, same_bits
 
+from slab_kernels import SlabLinear
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.triton import launch, stream
 from slab_kernels.backends.triton.configs import choose
 from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
@@ -69,18 +69,16 @@ def test_the_problem_grid(dtype, shape, poisoned):
 @pytest.mark.parametrize("values", VALUE_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_the_stream(dtype, values, planes, rank, poisoned):
-    """16-bit activations are multiplied from the CUDA backend's stream: decoded up to 16 tokens and
-    a little beyond, then rebuilt. One kernel for each number of token tiles."""
-    assert stream.usable(torch.device(DEVICE, torch.cuda.current_device()), dtype)
+    """Decoded up to 16 tokens and a little beyond, then rebuilt: every kernel of the stream."""
     it = layer(PackedLayout(70, 388, *values, rank, 4, planes=planes), dtype, True)
-    assert isinstance(it.state, CudaState)
+    assert it.state is not it.plain, "the first use of the device came out wrong"
     for M in (1, 3, 8, 16, 40):
         y = BACKEND.linear(it.x[:M], it.state, it.bias)
         assert torch.equal(y, (it.exact[:M] + it.bias.double()).to(dtype)), M
     exact = it.exact[:200] + it.bias.double()  # cuBLAS may round a sum before the bias.
     magnitude = it.magnitude[:200] + it.bias.double().abs()
     off = (BACKEND.linear(it.x[:200], it.state, it.bias).double() - exact).abs()
-    assert bool((off <= bound(magnitude, exact, dtype, 388)).all())
+    assert bool((off <= checks.stream_bound(magnitude, exact, dtype, 388)).all())
 
 
 @pytest.mark.parametrize("K", [40, 129, 388])
@@ -197,8 +195,8 @@ def test_two_streams_at_once(layout):
         xs, results = [torch.zeros_like(it.x[:M]) for _ in streams], [[], []]
         want = [BACKEND.linear(it.x[i : i + M], it.state, it.bias) for i in range(2)]
         torch.cuda.synchronize()
-        for call, (i, side) in itertools.product(range(100), enumerate(streams)):
-            with torch.cuda.stream(side):
+        for call, (i, own) in itertools.product(range(100), enumerate(streams)):
+            with torch.cuda.stream(own):
                 if call == 0:
                     torch.cuda._sleep(
                         50_000_000
@@ -235,16 +233,43 @@ def test_as_the_cuda_backend(layout, dtype, M):
     )  # the other rounds v and v * x besides
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_layer_that_changes_its_backend_holds_one_copy(monkeypatch, dtype):
+    """The CUDA kernels and Triton's read the same stream, whoever prepared it."""
+    if missing := dispatch.backend("cuda").missing("cuda"):
+        pytest.skip(missing)
+    assert stream.usable(torch.device("cuda", torch.cuda.current_device()), dtype)
+    it = layer(EVERYTHING, dtype, True)
+    for names in (("cuda", "triton"), ("triton", "cuda")):
+        made = SlabLinear.from_packed(it.packed)
+        found = set()
+        for name in names:
+            monkeypatch.setenv(dispatch.ENVIRONMENT, name)
+            made.prepare(dtype)
+            found.add(made._linears[dtype][0].state.stream.data_ptr())
+            for M in (1, 16, 40, 257):
+                assert made.backend == name
+                assert torch.equal(made(it.x[:M]), it.exact[:M].to(dtype))
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("values", [("fp16", None), ("int8", 128), ("int4", 32), ("int3", None)])
+@pytest.mark.parametrize(
+    "rank, planes, adapter_rank", [(0, 1, 0), (1, 1, 16), (2, 3, 0), (5, 2, 5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_stream_rebuilt(dtype, values, rank, planes, adapter_rank, poisoned):
+    shape = PackedLayout(149, 396, *values, rank, adapter_rank, planes=planes)
+    it = layer(shape, dtype, True)
+    assert torch.equal(stream.dense(it.state).double(), it.packed.dense().double())
+
+
 SCRIPT = """
 import torch
 import triton_checks as checks
-from test_triton_gpu import DEVICE, DTYPES, PackedLayout
+from test_triton_gpu import DEVICE, DTYPES
 for case in checks.grid(DTYPES, ((100, 388),))[::5]:
     checks.check_case(case, DEVICE)
-it = checks.layer(PackedLayout(100, 1160, "int4", 128, 1), DTYPES[0], True, DEVICE)
-for M in (1, 12):
-    y = checks.BACKEND.linear(it.x[:M], it.state)
-    assert torch.equal(y, it.exact[:M].to(y.dtype)), M
 checks.check_dense(DEVICE, torch.float16, ("int8", 128), 2, 16, 100, 388)
 print("every result is right")
 """
