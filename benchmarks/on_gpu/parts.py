@@ -50,7 +50,7 @@ def parts(out: Path, stem: str) -> list[Part]:
 
     correct, sanitizer = file("correct"), file("sanitizer")
     return [
-        Part("kernels", "machine code of every kernel", program("kernels"), 240, 30),
+        Part("kernels", "machine code of every kernel", program("kernels"), 180, 30),
         Part(
             "cuda",
             "every CUDA kernel for up to 16 tokens is right",
