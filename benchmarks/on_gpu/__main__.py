@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(names)}"
     )
-    parser.add_argument("--again", action="store_true", help="also what an earlier call finished")
+    parser.add_argument("--again", action="store_true", help="all of it, from its beginning")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="for all parts together")
     parser.add_argument(
         "--out",
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = machine.title(found)
     summary = runner.Summary(args.out / f"on-gpu-{stem}.txt", title, (RESULTS,))
     print(title)
-    code = runner.run_all(chosen, summary, args.seconds, lambda part: args.again)
+    code = runner.run_all(chosen, summary, args.seconds, args.again)
     print(f"\n{summary.path}\n{summary.path.read_text(encoding='utf-8')}", end="")
     return code
 

@@ -15,7 +15,9 @@ All but the last two are launched one after another, as the model assumes.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from on_gpu import machine, plans, verdicts
+from on_gpu.parts import begins_anew, deadline, exit_code
 from on_gpu.rows import RESULTS, Row, Rows
 from slab_kernels.backends import cuda
 from slab_kernels.backends.cuda.cost import LAUNCH_US, OVERLAP, Plan
@@ -127,7 +130,7 @@ def chosen(sizes: CudaSizes, stand: Stand) -> Plan:
 
 def loop(stand: Stand, values: str) -> Iterator[Row]:
     """One row tile of one row pair for each multiprocessor, eight K groups, no split."""
-    gpu, found = stand.device.gpu, []
+    gpu = stand.device.gpu
     for k_blocks in K_BLOCKS:
         state = stand.weight(32 * gpu.multiprocessors, 128 * k_blocks, values)
         sizes, x = sizes_of(state), stand.tokens(1, 128 * k_blocks)
@@ -137,13 +140,12 @@ def loop(stand: Stand, values: str) -> Iterator[Row]:
             if plan.tile.loop == "narrow" and (plan.tile.warp_rows, plan.tile.warp_inputs) == (1, 8)
         ]
         for plan in alike[:1]:
-            with plans.forced(plan):
-                copies = stand.copies(state)
-                cold = [stand.in_turn().call(each, x) for each in copies]
-                for cache, calls in (("warm", cold[:1] * FEWEST_COPIES), ("cold", cold)):
-                    row = columns("loop", sizes, values, plan, cache)
-                    found.append(row | {"k_blocks": k_blocks} | stand.time(calls))
-    yield from found
+            cold = [stand.in_turn().call(each, x) for each in stand.copies(state)]
+            for cache, calls in (("warm", cold[:1] * FEWEST_COPIES), ("cold", cold)):
+                with plans.forced(plan):
+                    took = stand.time(calls)
+                row = columns("loop", sizes, values, plan, cache)
+                yield row | {"k_blocks": k_blocks} | took
 
 
 def warps(stand: Stand, values: str) -> Iterator[Row]:
@@ -212,26 +214,34 @@ def chain(
 POINTS = (overlap, warps, loop, start, prefetch)
 
 
-def measure(stand: Stand, rows: Rows) -> None:
-    """All points of a value type before the next; those that the file has are left out."""
+def measure(stand: Stand, rows: Rows, end: float) -> bool:
+    """All points of a value type before the next; those that the file has are left out.
+
+    Returns whether all were measured until `end`, a time.monotonic().
+    """
     with torch.inference_mode():
-        for values in VALUES:
-            for point in POINTS:
-                done = f"{point.__name__} {values}"
-                if done not in rows.more.get("measured", []):
-                    rows.add(*point(stand, values))
-                    rows.save(measured=[*rows.more.get("measured", []), done])
+        for values, point in itertools.product(VALUES, POINTS):
+            name, done = f"{point.__name__} {values}", rows.more.get("measured", [])
+            if name in done:
+                continue
+            if time.monotonic() > end:
+                return False
+            print(name)
+            rows.add(*point(stand, values))
+            rows.save(measured=[*done, name])
+    return True
 
 
 def main(file: str) -> int:
-    stand = stand_here(0.01)
-    rows = Rows(Path(file), machine.head(), (RESULTS,))
+    end, rows, whole = deadline(), Rows(Path(file), machine.head(), (RESULTS,)), False
+    if begins_anew():
+        rows.forget()
     try:
-        measure(stand, rows)
+        whole = measure(stand_here(0.01), rows, end)
     finally:
         verdict = verdicts.causes(rows.rows)
         verdict.say()
-    return 0 if verdict.good else 1
+    return exit_code(whole, verdict.good)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from on_gpu import machine, plans, verdicts
+from on_gpu.parts import AGAIN, MARGIN, SECONDS, begins_anew, deadline, exit_code
 from on_gpu.rows import RESULTS, Row, Rows
 from on_gpu.weights import DTYPES, TOKENS, Problem, Weight, large, problem, small
 from slab_kernels.backends import cuda, dispatch
@@ -165,44 +168,63 @@ def triton_weights() -> list[Weight]:
     return [*chosen[::TRITON_EVERY], *large()[::2]]
 
 
-def run_cuda(rows: Rows) -> None:
+def run_cuda(rows: Rows, end: float) -> bool:
+    """Whether all weights were run until `end`, a time.monotonic()."""
     where, device = machine.here()
     for weight in [*small(), *large()]:
         if rows.has(f"cuda {weight}"):
             continue
+        if time.monotonic() > end:
+            return False
+        print(f"cuda {weight}")
         row = cuda_outcome(weight, device, where)
         rows.add(row)
         if "broken" in row:
             # What stands in the file is left out by the fresh process.
             print(f"{row['case']} left the device unusable; a fresh process goes on", flush=True)
+            os.environ |= {AGAIN: "", SECONDS: str(end - time.monotonic() + MARGIN)}
             os.execv(sys.executable, [sys.executable, "-m", "on_gpu.correct", *sys.argv[1:]])
+    return True
 
 
-def run_triton(rows: Rows) -> None:
+def run_triton(rows: Rows, end: float) -> bool:
+    """Whether all weights were run until `end`, a time.monotonic()."""
     where, _ = machine.here()
     todo = [weight for weight in triton_weights() if not rows.has(f"triton {weight}")]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context) as pool:
-        jobs = {pool.submit(triton_outcome, weight, where): weight for weight in todo}
-        for job in as_completed(jobs):
+    pool = ProcessPoolExecutor(PROCESSES, context)
+    jobs = {pool.submit(triton_outcome, weight, where): weight for weight in todo}
+    try:
+        for job in as_completed(jobs, min(end - time.monotonic(), threading.TIMEOUT_MAX)):
+            print(f"triton {jobs[job]}")
             if error := job.exception():  # It could not be prepared, or its process died.
                 said = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 rows.add({"case": f"triton {jobs[job]}", "ways": 1, "wrong": [said]})
             else:
                 rows.add(job.result())
+    except TimeoutError:
+        return False
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return True
 
 
 def main(backend: str, file: str) -> int:
-    rows = Rows(Path(file), machine.head(), (RESULTS,))
+    end, rows, whole = deadline(), Rows(Path(file), machine.head(), (RESULTS,)), False
+    if begins_anew():
+        rows.forget(f"{backend} ")
     try:
-        run_cuda(rows) if backend == "cuda" else run_triton(rows)
+        whole = (run_cuda if backend == "cuda" else run_triton)(rows, end)
     finally:
         rows.save()
         mine = [row for row in rows.rows if row["case"].startswith(f"{backend} ")]
         verdict = verdicts.correctness(mine)
         verdict.say()
-    return 0 if verdict.good else 1
+    return exit_code(whole, verdict.good)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    # Without Python's own end, which would wait for what still compiles.
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)

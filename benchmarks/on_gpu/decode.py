@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from on_gpu import machine, verdicts
+from on_gpu.parts import begins_anew, deadline, exit_code
 from on_gpu.rows import RESULTS, Row, Rows
 from slab_kernels.backends.cuda.gpus import Gpu
 from slab_kernels.backends.cuda.layout import STREAM_VALUES
@@ -91,31 +93,41 @@ def predicted(row: Row, gpu: Gpu) -> float:
     return choose(sizes, row["m"], gpu).microseconds
 
 
-def measure(rows: Rows, clock: Clock, device: str, gpu: Gpu) -> None:
-    """All units that the file neither has nor names as failed."""
+def measure(rows: Rows, clock: Clock, device: str, gpu: Gpu, end: float) -> bool:
+    """All units that the file neither has nor names as failed.
+
+    Returns whether all were measured until `end`, a time.monotonic().
+    """
     failed = rows.more.setdefault("failed", {})
     for unit in units():
         if rows.has(unit.case) or unit.case in failed:
             continue
+        if time.monotonic() > end:
+            return False
+        print(unit.case)
         try:
             rows.add(*rows_of(unit, clock, device, gpu))
         except Exception as error:
             failed[unit.case] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             rows.save()
+    return True
 
 
 def main(file: str) -> int:
+    end, whole = deadline(), False
     device, found = machine.here()
     rows = Rows(Path(file), machine.head(), (RESULTS,))
+    if begins_anew():
+        rows.forget()
     rows.save(machine=whole_machine.information(), peers=peers.versions())
     try:
-        measure(rows, clock_of(device, SECONDS), device, found.gpu)
+        whole = measure(rows, clock_of(device, SECONDS), device, found.gpu, end)
     finally:
         verdict = verdicts.decode(rows.rows, rows.more["failed"])
         rows.save(verdicts=[*verdict.text.split("; "), *verdict.details])
         verdict.say()
     # A missed goal is a finding; what could not be measured is a failure.
-    return 1 if rows.more["failed"] or not rows.rows else 0
+    return exit_code(whole, bool(rows.rows) and not rows.more["failed"])
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 SECONDS = "ON_GPU_SECONDS"  # the variable that tells a part its limit
+AGAIN = "ON_GPU_AGAIN"  # the variable by which a part forgets what an earlier call found
 MARGIN = 10.0  # seconds before it at which a part that can end itself does
 OUT_OF_TIME = 3  # exit code of a part that ended by itself before it was through
 
@@ -17,9 +19,9 @@ OUT_OF_TIME = 3  # exit code of a part that ended by itself before it was throug
 class Part:
     """A process of its own, which may fail or hang without harm to the others.
 
-    It prints its verdict as lines that begin with "verdict: ", of which the last one counts. Its
-    exit code is 0 if all is well, OUT_OF_TIME if another call has to go on, and another one if it
-    failed.
+    It prints what it is about, and its verdict as lines that begin with "verdict: ", of which the
+    last one counts. Its exit code is 0 if all is well, OUT_OF_TIME if another call has to go on,
+    and another one if it failed.
     """
 
     name: str
@@ -32,6 +34,23 @@ class Part:
 def seconds_here() -> float:
     """How long this process, a part, may go on; without a runner as long as it likes."""
     return float(os.environ.get(SECONDS, "inf")) - MARGIN
+
+
+def deadline() -> float:
+    """The time.monotonic() at which this process, a part that begins now, ends by itself."""
+    return time.monotonic() + seconds_here()
+
+
+def begins_anew() -> bool:
+    """Whether this process, a part, forgets what an earlier call found."""
+    return bool(os.environ.get(AGAIN))
+
+
+def exit_code(whole: bool, good: bool) -> int:
+    """That of a part. whole: whether it is through."""
+    if not whole:
+        return OUT_OF_TIME
+    return 0 if good else 1
 
 
 def program(name: str, *arguments: object) -> list[str]:

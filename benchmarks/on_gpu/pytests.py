@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from on_gpu import machine, verdicts
-from on_gpu.parts import OUT_OF_TIME, seconds_here
+from on_gpu.parts import begins_anew, exit_code, seconds_here
 from on_gpu.rows import RESULTS, Row, Rows
 
 WORKERS = 8  # They share the GPU; most of their time is Python's and Triton's compiler's.
@@ -110,14 +110,14 @@ def _echoed(lines: Iterable[str]) -> Iterator[str]:
 
 def main(file: str) -> int:
     rows = Rows(Path(file), machine.head(), (RESULTS,))
+    if begins_anew():
+        rows.forget()
     done = [row["case"] for row in rows.rows if row["outcome"] != verdicts.STARTED]
     more = [argument for case in done for argument in ("--deselect", case)]
     code = run(rows, seconds_here(), [*command(), *more], machine.ROOT)
     verdict = verdicts.tests(rows.rows, rows.more.get("selected"), len(done))
     verdict.say()
-    if code is None:
-        return OUT_OF_TIME
-    return 0 if verdict.good and code == 0 else 1
+    return exit_code(code is not None, verdict.good and code == 0)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ class Rows:
                 self.more = {key: value for key, value in found.items() if key not in known}
                 break
 
+    def forget(self, beginning: str = "") -> None:
+        """Drops the rows whose case begins so, and if that is every row, whatever else is said."""
+        self.rows = [row for row in self.rows if not row["case"].startswith(beginning)]
+        if not beginning:
+            self.more = {}
+
     def has(self, case: str) -> bool:
         return any(row["case"] == case for row in self.rows)
 

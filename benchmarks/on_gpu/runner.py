@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from on_gpu.parts import OUT_OF_TIME, SECONDS, Part
+from on_gpu.parts import AGAIN, OUT_OF_TIME, SECONDS, Part
 
 DONE, FAILED, STOPPED = "done", "failed", "out of time"
 FINISHED = (DONE, FAILED)  # A second call goes on behind these.
@@ -58,7 +58,6 @@ class Summary:
             if file.is_file():
                 for line in file.read_text(encoding="utf-8").splitlines():
                     if entry := Entry.of(line):
-                        self.entries.setdefault(entry.part, entry)
                         self.entries[entry.part] = entry
                 break
         lines = [f"# {title}", *(entry.line() for entry in self.entries.values())]
@@ -79,19 +78,19 @@ def run_all(
     parts: Iterable[Part],
     summary: Summary,
     seconds: float,
-    again: Callable[[str], bool] = lambda part: False,
+    again: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
     """Runs the parts that no earlier call finished.
 
-    seconds: for all of them together. again: whether a finished part is repeated.
+    seconds: for all of them together. again: all parts are run, and begin anew.
 
     Returns 0 if all parts are done, 1 if one failed or ran out of time, 3 if only time for some was
     lacking.
     """
     end, states = time.monotonic() + seconds, []
     for part in parts:
-        if summary.finished(part.name) and not again(part.name):
+        if summary.finished(part.name) and not again:
             entry = summary.entries[part.name]
             say(f"== {part.name}: {entry.state} by an earlier call: {entry.verdict}")
             states.append(entry.state)
@@ -103,7 +102,7 @@ def run_all(
             continue
         limit = min(part.limit, left)
         say(f"== {part.name}: {part.what} (at most {limit:.0f} s)")
-        entry = run(part, limit, say)
+        entry = run(part, limit, say, again)
         summary.add(entry)
         states.append(entry.state)
         say(f"== {part.name}: {entry.state} after {entry.seconds:.0f} s: {entry.verdict}")
@@ -112,7 +111,7 @@ def run_all(
     return 3 if "not begun" in states else 0
 
 
-def run(part: Part, limit: float, say: Callable[[str], None]) -> Entry:
+def run(part: Part, limit: float, say: Callable[[str], None], again: bool = False) -> Entry:
     """Runs one part as a process group of its own, which is killed at its limit."""
     start = time.monotonic()
     try:
@@ -124,7 +123,7 @@ def run(part: Part, limit: float, say: Callable[[str], None]) -> Entry:
             text=True,
             errors="replace",
             start_new_session=True,
-            env={**os.environ, SECONDS: str(limit)},
+            env={**os.environ, SECONDS: str(limit), AGAIN: "1" if again else ""},
         )
     except OSError as error:
         return Entry(part.name, FAILED, 0.0, f"it cannot be started: {error.strerror or error}")

@@ -67,8 +67,8 @@ def launches(case: str, device: CudaDevice, where: str) -> Iterator[tuple[str, l
         for M in TOKENS:
             for plan in plans.every(sizes_of(state), M, device.gpu):
                 with plans.forced(plan):
-                    name = f"{weight}, M={M}: {plans.in_words(plan)}"
-                    yield name, faults(weight, it, state, run, (M,))
+                    found = faults(weight, it, state, run, (M,))
+                yield f"{weight}, M={M}: {plans.in_words(plan)}", found
 
 
 def watched(case: str) -> int:

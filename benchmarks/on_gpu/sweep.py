@@ -21,7 +21,7 @@ from plan_rows import CHOICES, COLUMNS
 from on_gpu import plans, verdicts
 from on_gpu.causes import Stand, stand_here
 from on_gpu.decode import MODEL, TOKENS, VALUES
-from on_gpu.parts import OUT_OF_TIME, seconds_here
+from on_gpu.parts import begins_anew, deadline, exit_code
 from on_gpu.rows import RESULTS
 from slab_kernels.backends.cuda.cost import Plan
 from slab_kernels.backends.cuda.plan import choose, residencies
@@ -105,13 +105,12 @@ def read(path: Path) -> list[dict[str, str]]:
         return [row for row in reader if row["loop"] in LOOPS]
 
 
-def write(path: Path, stand: Stand, seconds: float) -> tuple[list[dict[str, str]], bool]:
-    """Writes the file, row by row, until the time is over.
+def write(path: Path, stand: Stand, end: float) -> tuple[list[dict[str, str]], bool]:
+    """Writes the file, row by row, until `end`, a time.monotonic().
 
     Returns all its rows, and whether nothing is left to be timed.
     """
-    end = time.monotonic() + seconds
-    rows = read(path) or read(RESULTS / path.name)
+    rows = [] if begins_anew() else read(path) or read(RESULTS / path.name)
     with path.open("w", newline="") as file, torch.inference_mode():
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -126,9 +125,11 @@ def write(path: Path, stand: Stand, seconds: float) -> tuple[list[dict[str, str]
 
 
 def main(file: str) -> int:
-    rows, whole = write(Path(file), stand_here(0.0), seconds_here())
-    verdicts.plans(rows, whole).say()
-    return 0 if whole else OUT_OF_TIME
+    end = deadline()
+    rows, whole = write(Path(file), stand_here(0.0), end)
+    verdict = verdicts.plans(rows, whole)
+    verdict.say()
+    return exit_code(whole, verdict.good)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slab_kernels.bench.correctness import GATE_ROWS
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import oracle, random_packed
 
@@ -30,7 +31,6 @@ SIZES = (
     (4096, (96, 32), 0),
 )
 LLAMA = ((6144, 4096), (4096, 14336))
-GATE_ROWS = 256  # of a large weight, the last ones
 
 
 class Weight(NamedTuple):

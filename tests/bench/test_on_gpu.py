@@ -26,7 +26,7 @@ def part(name: str, code: str, limit: float = 30.0, least: float = 0.0) -> Part:
     return Part(name, name, [sys.executable, "-c", code], limit, least)
 
 
-def run(tmp_path: Path, *some: Part, seconds: float = 60.0, again=lambda part: False):
+def run(tmp_path: Path, *some: Part, seconds: float = 60.0, again=False):
     """The exit code, what each part's line says, and all that was said."""
     said: list[str] = []
     summary = runner.Summary(tmp_path / "on-gpu.txt", "a GPU, commit abc1234")
@@ -83,8 +83,16 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path):
     assert [entries[name].state for name in ("good", "bad", "later")] == [DONE, FAILED, DONE]
     assert code == 1, "an earlier failure is still one"
     assert "== good: done by an earlier call: right" in said
-    code, entries, _ = run(tmp_path, part("bad", GOOD), again=lambda part: True)
+    code, entries, _ = run(tmp_path, part("bad", GOOD), again=True)
     assert code == 0 and entries["bad"].state == DONE
+
+
+def test_a_part_is_told_its_limit_and_whether_it_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
+    tells = "from on_gpu.parts import *; print('verdict:', seconds_here(), begins_anew())"
+    for again in (False, True):
+        _, entries, _ = run(tmp_path, part("one", tells, limit=20.0), again=again)
+        assert entries["one"].verdict == f"10.0 {again}"
 
 
 def test_what_is_not_begun_for_lack_of_time_is_no_failure(tmp_path):
@@ -158,6 +166,10 @@ def test_rows_go_on_behind_those_of_the_same_commit_and_device(tmp_path):
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["case"] for row in found["rows"]] == ["b", "a"] and found["device"] == "a GPU"
     assert not Rows(tmp_path / "rows.json", HEAD | {"commit": "def5678"}).rows
+    again.forget("a")
+    assert [row["case"] for row in again.rows] == ["b"] and again.more
+    again.forget()
+    assert not again.rows and not again.more
     (tmp_path / "rows.json").write_text("{")
     assert not Rows(tmp_path / "rows.json", HEAD).rows
 

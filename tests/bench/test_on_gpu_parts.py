@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 
 import plan_rows
 import pytest
@@ -78,7 +79,7 @@ def stand(monkeypatch):
 
 def test_the_pieces_of_a_launch_are_timed_apart(tmp_path, stand, monkeypatch):
     rows = Rows(tmp_path / "causes.json", HEAD)
-    causes.measure(stand, rows)
+    assert causes.measure(stand, rows, inf)
     points = [row["point"] for row in rows.rows]
     assert {point: points.count(point) for point in points} == {
         "overlap": 4,
@@ -96,9 +97,10 @@ def test_the_pieces_of_a_launch_are_timed_apart(tmp_path, stand, monkeypatch):
     assert verdicts.causes(rows.rows).good
     monkeypatch.setattr(causes, "POINTS", [None])
     with pytest.raises(AttributeError):  # What was not measured is begun.
-        causes.measure(stand, Rows(tmp_path / "causes.json", HEAD))
+        causes.measure(stand, Rows(tmp_path / "causes.json", HEAD), inf)
     monkeypatch.setattr(causes, "POINTS", (causes.start, causes.loop))
-    causes.measure(stand._replace(clock=None), Rows(tmp_path / "causes.json", HEAD))
+    assert causes.measure(stand._replace(clock=None), Rows(tmp_path / "causes.json", HEAD), inf)
+    assert not causes.measure(stand, Rows(tmp_path / "none.json", HEAD), -inf)
 
 
 def test_a_chain_is_launched_with_and_without_overlap():
@@ -116,9 +118,9 @@ def test_the_sweep_writes_what_fit_plans_reads_and_goes_on(tmp_path, stand, monk
     monkeypatch.setattr(sweep, "layers", lambda name: ((128, 2048),))
     monkeypatch.setattr(sweep, "VALUES", ("int4", "fp16"))
     file = tmp_path / "plans-a-gpu.csv"
-    rows, whole = sweep.write(file, stand, 0.0)
+    rows, whole = sweep.write(file, stand, -inf)
     assert len(rows) == 1 and not whole
-    rows, whole = sweep.write(file, stand, 60.0)
+    rows, whole = sweep.write(file, stand, inf)
     assert whole and len(rows) == 2 * 3 * sweep.MOST
     written = list(csv.DictReader(file.open()))
     assert [row["measured_us"] for row in written] == ["1.0"] * len(rows)
@@ -132,7 +134,7 @@ def test_the_decode_table_is_measured_in_units(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "BACKENDS", ("reference", "cuda"))
     monkeypatch.setattr(decode, "VALUES", ("int4",))
     rows = Rows(tmp_path / "linear.json", HEAD)
-    decode.measure(rows, NoClock(), "cpu", gpu_named("H200"))
+    assert decode.measure(rows, NoClock(), "cpu", gpu_named("H200"), inf)
     assert {row["case"] for row in rows.rows} == {"64x128 int4 reference", "64x128 others"}
     assert list(rows.more["failed"]) == ["64x128 int4 cuda"], "no CUDA device here"
     found = [row for row in rows.rows if row["backend"] == "reference" and row["cache"] == "cold"]
@@ -140,7 +142,7 @@ def test_the_decode_table_is_measured_in_units(tmp_path, monkeypatch):
     assert decode.predicted(found[0], gpu_named("H200")) > 0
     before = list(rows.rows)
     again = Rows(tmp_path / "linear.json", HEAD)
-    decode.measure(again, None, "cpu", gpu_named("H200"))
+    assert decode.measure(again, None, "cpu", gpu_named("H200"), inf)
     assert again.rows == before and list(again.more["failed"]) == ["64x128 int4 cuda"]
 
 
