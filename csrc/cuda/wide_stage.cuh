@@ -168,7 +168,7 @@ struct WideCopies {
         (uint64_t(uint32_t(pair * params.num_k_blocks + place.first_k_block)) * block_bytes +
          (16 * lane + kReach)));
     in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
-    policy = weight_policy(params.token_tiles == 1);
+    policy = read_once_policy();
     const int inputs = params.in_features - place.first_k_block * kBlockInputs;
     k_blocks = place.k_blocks, whole_blocks = min(k_blocks, inputs >> 7);
     left = inputs - 8 * (lane / 8);
