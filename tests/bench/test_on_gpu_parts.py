@@ -231,6 +231,8 @@ def test_the_program_of_each_part_says_a_verdict(tmp_path, monkeypatch, capsys, 
     [
         (weights.Weight("fp16", "int4", 128, 1, 1, 260, (70,)), "narrow"),
         (weights.Weight("bf16", "fp16", None, 2, 1, 388, (20, 24)), "narrow"),
+        (weights.Weight("fp16", "int8", 64, 1, 1, 260, (40,), 4), "wide"),
+        (weights.Weight("bf16", "int4", 128, 3, 1, 388, (33,)), "wide"),
     ],
     ids=str,
 )
