@@ -15,11 +15,10 @@ struct DecodePlace {
   int first_k_block, k_blocks;  // of this share
 };
 
-// The grid is (token tile, row tile, split): up to 16 tokens are one band of token tiles. Computed
-// before the main loop and once more after it: what only the end needs would otherwise stay in
-// registers through the loop. What is not used costs nothing.
-__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) {
-  const int token_tile = keep(blockIdx.x), row_tile = keep(blockIdx.y);
+// The grid is (token tile, row tile, split): up to 16 tokens are one band of token tiles. What is
+// not used costs nothing.
+__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params, int token_tile,
+                                                    int row_tile, int split) {
   DecodePlace place;
   // Behind the last part, part_tile is the number of all tiles.
   place.part = 0;
@@ -33,10 +32,15 @@ __device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) 
   place.end_row = params.part_row[place.part + 1];
   place.first_token = token_tile * params.tile_tokens;
   place.tokens = min(params.tile_tokens, params.tokens - place.first_token);
-  place.split = keep(blockIdx.z);
+  place.split = split;
   place.first_k_block = place.split * params.k_share + min(place.split, params.k_more);
   place.k_blocks = params.k_share + (place.split < params.k_more ? 1 : 0);
   return place;
+}
+// Computed before the main loop and once more after it: what only the end needs would otherwise
+// stay in registers through the loop.
+__device__ __forceinline__ DecodePlace decode_place(const LinearParams& params) {
+  return decode_place(params, keep(blockIdx.x), keep(blockIdx.y), keep(blockIdx.z));
 }
 
 }  // namespace slab

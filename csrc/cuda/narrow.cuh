@@ -218,8 +218,8 @@ __device__ __forceinline__ void place_columns(const ColumnPlan<Traits>& plan) {
       }
       plan.load_v(v, piece + plan.threads);
     }
-    const bool whole = plan.inputs >= 8 * piece + 8;
-    if (piece < plan.pieces && 8 * piece < plan.inputs && !whole) ragged = piece;
+    if (piece < plan.pieces && 8 * piece < plan.inputs && plan.inputs < 8 * piece + 8)
+      ragged = piece;
   }
   if (ragged >= 0) plan.fill_ragged(ragged);
 }

@@ -25,17 +25,27 @@ __device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* fro
       "l"(from), "l"(policy), "r"(int(yes)), "n"(kTo), "n"(kFrom)
       : "memory");
 }
-__device__ __forceinline__ void copy16_if(bool yes, uint32_t to, const void* from) {
+template <int kTo = 0, int kFrom = kTo>
+__device__ __forceinline__ void copy16_if(uint32_t yes, uint32_t to, const void* from) {
   asm volatile(
-      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0], [%1], "
-      "16;\n}" ::"r"(to),
-      "l"(from), "r"(int(yes))
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %2, 0;\n@yes cp.async.cg.shared.global [%0 + %3], [%1 "
+      "+ %4], 16;\n}" ::"r"(to),
+      "l"(from), "r"(yes), "n"(kTo), "n"(kFrom)
       : "memory");
 }
 // Reads the first `bytes` of 16 and writes zeros for the rest.
 __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
+}
+template <int kTo, int kFrom = kTo>
+__device__ __forceinline__ void copy16_zero_filled_if(uint32_t yes, uint32_t to, const void* from,
+                                                      int bytes) {
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %3, 0;\n@yes cp.async.cg.shared.global [%0 + %4], [%1 "
+      "+ %5], 16, %2;\n}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(yes), "n"(kTo), "n"(kFrom)
+      : "memory");
 }
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

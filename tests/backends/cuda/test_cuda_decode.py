@@ -81,9 +81,6 @@ def tile_of(warp_rows: int, warp_inputs: int):
     )
 
 
-TILES = [(tile_of(1, 16), 1), (tile_of(2, 4), 2), (tile_of(4, 1), 3), (tile_of(2, 8), 1)]
-
-
 def tile_name(value) -> str:
     if isinstance(value, plan.Tile):
         return f"{value.warp_rows}x{value.warp_inputs}"
@@ -113,16 +110,18 @@ def fitting(rank: int, N: int, K: int) -> int:
     "planes": (1, 2, 3),
     "rank, M": COLUMNS,
     "N, K": SHAPES,
-    "tile, splits": TILES,
+    "warp_rows, warp_inputs, splits": ((1, 16, 1), (2, 4, 2), (4, 1, 3), (2, 8, 1)),
     "stages": (2, 3, 4),
     "adapter_rank": (0, 20),
     "biased": (False, True),
 })  # fmt: skip
 def test_small_integers_are_exact(
-    forced, dtype, values, group_size, planes, rank, M, N, K, tile, splits, stages, adapter_rank,
-    biased,
+    forced, dtype, values, group_size, planes, rank, M, N, K, warp_rows, warp_inputs, splits,
+    stages, adapter_rank, biased,
 ):  # fmt: skip
     """Every kernel, at ragged edges of rows and inputs, with K groups that have no K-block."""
+    if K > 2000 and dtype == torch.bfloat16:
+        adapter_rank = 0  # z, of so many products, is no bf16 number any more
     rank, adapter_rank = fitting(rank, N, K), fitting(adapter_rank, N, K)
     packed_layout = PackedLayout(
         N, K, values, group_size, rank, adapter_rank, planes=planes if rank else 1
@@ -130,7 +129,7 @@ def test_small_integers_are_exact(
     _, state, x, bias, exact, _ = problem(packed_layout, dtype, True)
     if splits > state.stream.shape[1]:
         splits = 1
-    forced(tile, splits, stages)
+    forced(tile_of(warp_rows, warp_inputs), splits, stages)
     launched = Launched()
     y = run(x[:M], state, bias if biased else None, GPU, launched=launched)
     want = exact[:M] if biased else exact[:M] - bias.double()

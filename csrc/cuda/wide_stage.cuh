@@ -1,0 +1,184 @@
+// A stage of a K group's ring in wide.cuh, and what a warp copies into it.
+//
+// A stage holds one K-block. In bytes, with T the tokens of a CTA (params.tile_tokens) and R ranks:
+//
+//   0            x: T rows of 128 inputs, 256 bytes each
+//   256 T        v: a row for each rank
+//   256 (T + R)  weights: the blocks of warp_rows row pairs
+//
+// and at the end so much that its size is a multiple of 128, and at least 2048 bytes for each of
+// the warp's token tiles, because whole tiles are read. (What stands where a token does not exist
+// gets into its column of the products alone, which is not stored.) So a stage takes
+//
+//   max(2048 token tiles, 128 ceil((256 (T + R) + warp_rows x bytes of a block) / 128)) bytes.
+//
+// A row is 16 pieces of 16 bytes. Piece c of row r is stored at c ^ (r % 8), so that the eight rows
+// of an ldmatrix lie in different banks.
+#pragma once
+
+#include "decode_place.cuh"
+#include "wide_traits.cuh"
+
+namespace slab {
+
+// Where a row has a piece, from the first row. Both may be one of a lane's.
+__device__ __forceinline__ uint32_t staged_at(int row, int piece) {
+  return row * kTokenRow + ((piece ^ (row & 7)) << 4);
+}
+
+template <class Traits>
+struct WideStage {
+  static constexpr uint32_t kLeast = 8 * kTokenRow * Traits::kTokenTiles;
+
+  uint32_t v_at, weights_at, block_bytes;  // v_at and weights_at count from the start of a stage
+  uint32_t bytes;
+
+  __device__ __forceinline__ explicit WideStage(const LinearParams& params) {
+    block_bytes = Traits::block_bytes(params.group_steps);
+    v_at = params.tile_tokens * kTokenRow;
+    weights_at = v_at + (Traits::kSigns ? params.rank * kTokenRow : 0);
+    bytes = max(kLeast, (weights_at + params.warp_rows * block_bytes + 127) & ~127u);
+  }
+};
+
+// The pieces of kTiles x 8 rows that a warp copies. A copy takes four pieces of eight rows, in the
+// lanes that read them by ldmatrix, so the 16 pieces of a tile's rows take four copies at fixed
+// distances. Up to four warps share the copies of a tile.
+template <int kTiles>
+struct RowCopies {
+  const uint8_t* from;  // this lane's first piece, of K-block 0
+  uint32_t next_tile;   // bytes from a row to the eighth after it
+  uint32_t exist;       // bit 4 n + j: this lane takes part in copy j of tile n
+
+  // Of rows `row_bytes` apart, `rows` of which exist.
+  __device__ __forceinline__ RowCopies(const uint8_t* first, uint32_t row_bytes, int rows,
+                                       int member, int members) {
+    const int row = threadIdx.x % 8;
+    from = keep(first + uint64_t(uint32_t(row)) * row_bytes + threadIdx.x / 8 * 16);
+    next_tile = 8 * row_bytes;
+    const uint32_t own = members == 1   ? 0xFu
+                         : members == 2 ? 0x3u << (2 * member)
+                         : member < 4   ? 0x1u << member
+                                        : 0;
+    exist = 0;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      if (row + 8 * n < rows) exist |= own << (4 * n);
+  }
+
+  __device__ __forceinline__ void tiles(const uint8_t* (&at)[kTiles], uint32_t k) const {
+    at[0] = from + uint64_t(k) * kTokenRow;
+#pragma unroll
+    for (int n = 1; n < kTiles; ++n) at[n] = at[n - 1] + next_tile;
+  }
+  // K-block k, to where the lane reads even and odd steps by ldmatrix.
+  __device__ __forceinline__ void fetch(uint32_t even, uint32_t odd, uint32_t k) const {
+    const uint8_t* at[kTiles];
+    tiles(at, k);
+    copy<0>(at, even, odd);
+  }
+  // `left` inputs exist from this lane's first piece on; zeros stand behind them.
+  __device__ __forceinline__ void fetch_ragged(uint32_t even, uint32_t odd, uint32_t k,
+                                               int left) const {
+    const uint8_t* at[kTiles];
+    tiles(at, k);
+    copy_ragged<0>(at, even, odd, left);
+  }
+
+ private:
+  template <int kNumber>
+  __device__ __forceinline__ void copy(const uint8_t* const (&at)[kTiles], uint32_t even,
+                                       uint32_t odd) const {
+    constexpr int j = kNumber % 4, n = kNumber / 4;
+    copy16_if<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist & 1u << kNumber, j % 2 ? odd : even,
+                                                         at[n]);
+    if constexpr (kNumber + 1 < 4 * kTiles) copy<kNumber + 1>(at, even, odd);
+  }
+  template <int kNumber>
+  __device__ __forceinline__ void copy_ragged(const uint8_t* const (&at)[kTiles], uint32_t even,
+                                              uint32_t odd, int left) const {
+    constexpr int j = kNumber % 4, n = kNumber / 4;
+    copy16_zero_filled<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(
+        exist & 1u << kNumber, j % 2 ? odd : even, at[n], 2 * max(0, min(left - 32 * j, 8)));
+    if constexpr (kNumber + 1 < 4 * kTiles) copy_ragged<kNumber + 1>(at, even, odd, left);
+  }
+};
+
+// What a warp copies of each K-block.
+template <class Traits>
+struct WideCopies {
+  // Copies of weights that every lane takes part in, and behind them one for some lanes.
+  static constexpr int kWhole = Traits::kLeastBytes / 512;
+  static constexpr bool kTail = Traits::kMostBytes > 512 * kWhole;
+  static_assert(Traits::kMostBytes <= 512 * (kWhole + 1));
+
+  const uint8_t* weights;  // this lane's first 16 bytes of the share's first K-block
+  uint32_t block_bytes;
+  bool in_tail;
+  uint64_t policy;
+  RowCopies<Traits::kTokenTiles> x;
+  int k_blocks, whole_blocks;  // of the share, and those of them that K does not end in
+  int left;          // inputs from this lane's first piece of the share's first K-block on
+  const uint8_t* v;
+  bool has_v;
+
+  __device__ __forceinline__ WideCopies(const LinearParams& params, const DecodePlace& place,
+                                        const WideStage<Traits>& stage, int member)
+      : x(params.x + 2 * (place.first_token * params.token_stride +
+                          int64_t(place.first_k_block) * kBlockInputs),
+          2 * uint32_t(params.token_stride), place.tokens, member, params.warp_rows) {
+    const int lane = threadIdx.x;
+    // Past the end of the part the last rows are read again; their sums are not stored.
+    const int pair = min(place.first_pair + member, place.end_pair - 1);
+    block_bytes = stage.block_bytes;
+    weights = keep(
+        params.stream +
+        uint64_t(uint32_t(pair * params.num_k_blocks + place.first_k_block)) * block_bytes +
+        16 * lane);
+    in_tail = lane < (int(block_bytes) - 512 * kWhole) / 16;
+    policy = weight_policy(params.token_tiles == 1);
+    const int inputs = params.in_features - place.first_k_block * kBlockInputs;
+    k_blocks = place.k_blocks;
+    whole_blocks = min(k_blocks, inputs >> 7);
+    left = inputs - 8 * (lane / 8);
+    v = keep(
+        params.v +
+        uint64_t(uint32_t(place.part * params.num_k_blocks + place.first_k_block)) * kTokenRow +
+        16 * lane);
+    has_v = member == 0 && lane < 16;
+  }
+
+  template <int kNumber>
+  __device__ __forceinline__ void fetch_whole(uint32_t to, const uint8_t* from) const {
+    copy16_if<512 * kNumber>(true, to, from, policy);
+    if constexpr (kNumber + 1 < kWhole) fetch_whole<kNumber + 1>(to, from);
+  }
+  // Weights and v of K-block k. to: the lane's 16 bytes of its block in the stage.
+  __device__ __forceinline__ void fetch_weights(uint32_t to, uint32_t k) const {
+    const uint8_t* const from = weights + uint64_t(k) * block_bytes;
+    fetch_whole<0>(to, from);
+    if constexpr (kTail) copy16_if<512 * kWhole>(in_tail, to, from, policy);
+    // The row of v stands in front of the first warp's block.
+    if constexpr (Traits::kSigns)
+      copy16_if<-kTokenRow, 0>(has_v, to, v + uint64_t(k) * kTokenRow);
+  }
+  // x of K-block k, to where the lane reads even and odd steps.
+  __device__ __forceinline__ void fetch_activations(uint32_t even, uint32_t odd, int k) const {
+    if (k < whole_blocks)
+      x.fetch(even, odd, k);
+    else
+      x.fetch_ragged(even, odd, k, left - k * kBlockInputs);
+  }
+  // All of K-block k, if there is one.
+  __device__ __forceinline__ void fetch(uint32_t to, uint32_t even, uint32_t odd, int k) const {
+    if (k < whole_blocks) {
+      fetch_weights(to, k);
+      x.fetch(even, odd, k);
+    } else if (k < k_blocks) {
+      fetch_weights(to, k);
+      x.fetch_ragged(even, odd, k, left - k * kBlockInputs);
+    }
+  }
+};
+
+}  // namespace slab
