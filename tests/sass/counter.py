@@ -178,7 +178,8 @@ class Kernel:
         group (FFMA) the last
         only: a group is 128 inputs, shorter ones are an option.
         """
-        tokens = int(self.name.rsplit("_t", 1)[1])
+        found = re.search(r"_t(\d+)", self.name)
+        tokens = int(found[1]) if found else 0  # The narrow loop copies no tokens.
         times = dict.fromkeys(self.main.blocks, 1.0)
         for loop in self.inner:
             if not loop.blocks <= self.edge:

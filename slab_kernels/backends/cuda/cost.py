@@ -58,11 +58,12 @@ DECODE_SAVES_US = 0.7
 # the main loops of the sm_90a cubin by `python tests/sass/counter.py`; tests/sass/test_sass.py
 # holds them within 10 %.
 NARROW_ISSUE = {  # by sign planes, 0 for a rank of 0; as many for every number of tokens and ranks
-    0: {W16: 75, INT8: 145, INT4: 148},
-    1: {W16: 137, INT8: 207, INT4: 210},
-    2: {W16: 160, INT8: 235, INT4: 240},
-    3: {W16: 190, INT8: 265, INT4: 270},
+    0: {W16: 48, INT8: 119, INT4: 122},
+    1: {W16: 145, INT8: 211, INT4: 215},
+    2: {W16: 158, INT8: 292, INT4: 296},
+    3: {W16: 212, INT8: 342, INT4: 346},
 }
+GROUPS_ISSUE = 66  # more where a scale covers 32 or 64 inputs; two and three planes count it above
 WIDE_ISSUE = {  # 16 tokens, at most one rank
     0: {W16: 120, INT8: 200, INT4: 203, DENSE: 200},
     1: {W16: 215, INT8: 297, INT4: 300},
@@ -76,12 +77,12 @@ ANY_ISSUE = {
     3: {W16: (205, 60), INT8: (275, 60), INT4: (280, 60)},
 }
 # The loop for many tokens: (fixed, per 8 tokens).
-ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
+ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
-    2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},
-    3: {W16: (303, 54), INT8: (377, 61), INT4: (379, 62)},
+    2: {W16: (239, 53), INT8: (323, 61), INT4: (326, 61)},
+    3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
 }
-TALL_ISSUE = {W16: (345, 71)}  # for 64 rows x 128 inputs
+TALL_ISSUE = {W16: (330, 71)}  # for 64 rows x 128 inputs
 
 
 def bytes_per_us(gpu: Gpu) -> float:
@@ -248,13 +249,13 @@ class Plan:
         """SASS instructions that a warp issues per K block."""
         values, rank = self.sizes.values, self.sizes.rank
         planes = self.sizes.planes if rank else 0
-        if self.tile.loop == NARROW:
-            return NARROW_ISSUE[planes][values]
-        if self.tile.loop != MANY and rank <= 1:
-            return WIDE_ISSUE[planes][values]
-        if self.tile.loop != MANY:
+        if self.tile.loop == WIDE and rank > 1:
             fixed, per_tile = ANY_ISSUE[planes][values]
             return fixed + per_tile * self.column_tiles[1]
+        if self.tile.loop != MANY:
+            counts = NARROW_ISSUE if self.tile.loop == NARROW else WIDE_ISSUE
+            groups = planes <= 1 and values in (INT8, INT4) and self.sizes.group_steps < STEPS
+            return counts[planes][values] + (GROUPS_ISSUE if groups else 0)
         if self.tile.tall:
             table = TALL_ISSUE
         else:

@@ -75,7 +75,12 @@ def regime(M: int) -> tuple[int, int]:
 
 
 def plans(sizes: CudaSizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
-    """Every plan for M tokens with so many K groups per CTA and so many CTAs that share K."""
+    """Every plan for M tokens with so many K groups per CTA and so many CTAs that share K.
+
+    CTAs that share K have a K block for each of their groups at least.
+    """
+    if splits > 1 and sizes.k_blocks < splits * warp_inputs:
+        return []
     return [
         plan
         for tile, tokens in _tiles(sizes, M)
@@ -192,8 +197,6 @@ def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu, by_rows: bool) -> tu
     totals: list[tuple[float, int, int]] = []
     for warp_inputs in sorted({tile.warp_inputs for tile in tiles}, reverse=True):
         for splits in SPLITS:
-            if splits > 1 and sizes.k_blocks < splits * warp_inputs:
-                continue
             found = [plans(sizes, M, gpu, warp_inputs, splits) for M in weighed]
             if all(found):
                 total = sum(min(plan.microseconds for plan in some) for some in found)
