@@ -5,8 +5,8 @@
 These are predictions from bytes, tensor and issue rates: nothing is measured, and no GPU is needed.
 One table per GPU is printed, with the least and the greatest ratio over the models' fused shapes.
 With --out benchmarks/results/prediction.json every row is kept. There `overlapped_us` is
-`predicted_us` less a launch, for devices with dependent launches (9.0 and newer): what is assumed of
-a linear behind another linear, whose weights it asks for before that one ends.
+`predicted_us` less a launch, for devices with dependent launches (9.0 and newer): what is assumed
+of a linear behind another linear, whose weights it asks for before that one ends.
 """
 
 from __future__ import annotations

@@ -98,9 +98,14 @@ struct WeightCopies {
 struct RowPieces {
   uint4 row[4];
 
-  __device__ __forceinline__ void load(const uint8_t* from, int64_t row_bytes, int rows) {
+  // Zeros where a row of those that are wanted does not exist.
+  __device__ __forceinline__ void load(const uint8_t* from, int64_t row_bytes, int rows,
+                                       int wanted) {
+    row[0] = make_uint4(0, 0, 0, 0);
+    if (rows > 0) row[0] = load_global(from);
+    if (wanted == 1) return;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 1; j < 4; ++j) {
       row[j] = make_uint4(0, 0, 0, 0);
       if (j < rows) row[j] = load_global(from + j * row_bytes);
     }
@@ -113,116 +118,108 @@ __device__ __forceinline__ uint4 multiply(const uint4& a, const uint4& b) {
                     T::multiply(a.w, b.w));
 }
 
-// Where x and v are, and where their columns go.
+// Puts x and v_r x of the CTA's share of K into shared memory, zeros beyond K. A thread takes the
+// same 16 bytes of every n-th K-block, its piece.
 template <class Traits>
-struct ColumnPlan {
+struct ColumnPieces {
   using T = typename Traits::Activation;
   static constexpr int kMost = 8;  // columns
 
-  const uint8_t *x, *v;  // of the share's first input
+  const uint8_t *x, *v;  // of the first token and rank
   int64_t x_row, v_row;  // bytes from row to row
+  uint32_t to;           // of the first column
+  int k_block;           // of the share
+  int left;              // inputs from this piece on; may be none
   int tile_tokens, tokens, rank;
-  int inputs;           // of the share and of those after it
-  int pieces, threads;  // of the share; of the CTA
-  uint32_t to, k_block_bytes;
+  RowPieces x_rows, v_rows;
 
-  __device__ __forceinline__ ColumnPlan(const LinearParams& params, const DecodePlace& place,
-                                        uint32_t to)
-      : to(to) {
-    const int first_input = place.first_k_block * kBlockInputs;
-    x_row = 2 * params.token_stride, v_row = int64_t(params.num_k_blocks) * kTokenRow;
+  __device__ __forceinline__ ColumnPieces(const LinearParams& params, const DecodePlace& place,
+                                          uint32_t columns_at) {
+    const int thread = threadIdx.x + 32 * (threadIdx.y + blockDim.y * threadIdx.z);
     tile_tokens = params.tile_tokens, tokens = place.tokens;
     rank = Traits::kSigns ? params.rank : 0;
+    k_block = thread / 16;
+    to = columns_at + k_block * k_block_bytes() + thread % 16 * 16;
+    const int first_input = place.first_k_block * kBlockInputs + 8 * thread;
+    left = params.in_features - first_input;
+    x_row = 2 * params.token_stride, v_row = params.num_k_blocks * kTokenRow;
     x = params.x + place.first_token * x_row + 2 * int64_t(first_input);
-    v = params.v + place.part * rank * v_row + 2 * int64_t(first_input);
-    inputs = params.in_features - first_input;
-    pieces = place.k_blocks * (kTokenRow / 16);
-    threads = 32 * blockDim.y * blockDim.z;
-    k_block_bytes = tile_tokens * (1 + rank) * kColumnRow;
+    v = params.v + uint64_t(uint32_t(place.part * rank * params.num_k_blocks)) * kTokenRow +
+        2 * int64_t(first_input);
   }
 
-  // Where a column has piece `piece`.
-  __device__ __forceinline__ uint32_t place_of(int piece, int column) const {
-    return to + (piece >> 4) * k_block_bytes + (piece & 15) * 16 + column * kColumnRow;
+  __device__ __forceinline__ uint32_t k_block_bytes() const {
+    return tile_tokens * (1 + rank) * kColumnRow;
   }
-  __device__ __forceinline__ void load_v(RowPieces& rows, int piece) const {
-    rows.load(v + 16 * int64_t(piece), v_row, piece < pieces ? rank : 0);
+  // Waits for the predecessor, which may have written x, before it reads x.
+  __device__ __forceinline__ void place(int k_blocks) {
+    const int step = 2 * blockDim.y * blockDim.z;  // K-blocks that the CTA's threads take at once
+    const uint32_t to_step = step * k_block_bytes();
+    if constexpr (Traits::kSigns) load_v(k_block < k_blocks);
+    wait_for_predecessor();
+#pragma unroll 1
+    for (int done = 0; done < k_blocks; done += step) {
+      const bool exists = k_block < k_blocks;
+#pragma unroll 1
+      for (int first = 0; first < tile_tokens; first += 4) {
+        x_rows.load(x + first * x_row, x_row, exists && left >= 8 ? tokens - first : 0,
+                    tile_tokens - first);
+        if (exists) store_x(first);
+      }
+      if constexpr (Traits::kSigns)
+        if (exists) store_products();
+      if (exists && 0 < left && left < 8) fill_ragged();
+      x += step * kTokenRow, v += step * kTokenRow, to += to_step;
+      k_block += step, left -= step * kBlockInputs;
+      if constexpr (Traits::kSigns) load_v(k_block < k_blocks);
+    }
   }
-  // Tokens [first, first + 4). Of a piece with fewer than eight inputs none is read: fill_ragged().
-  __device__ __forceinline__ void load_x(RowPieces& rows, int piece, int first) const {
-    rows.load(x + 16 * int64_t(piece) + first * x_row, x_row,
-              piece < pieces && 8 * piece + 8 <= inputs ? tokens - first : 0);
+
+ private:
+  __device__ __forceinline__ void load_v(bool exists) {
+    v_rows.load(v, v_row, exists ? rank : 0, rank);
   }
-  __device__ __forceinline__ void store_x(const RowPieces& rows, int piece, int first) const {
+  __device__ __forceinline__ void store_x(int first) const {
+    const uint32_t at = to + first * kColumnRow;
+    store_shared(at, x_rows.row[0]);
+    if (tile_tokens == 1) return;
 #pragma unroll
-    for (int t = 0; t < 4; ++t)
-      if (first + t < tile_tokens) store_shared(place_of(piece, first + t), rows.row[t]);
+    for (int t = 1; t < 4; ++t)
+      if (first + t < tile_tokens) store_shared(at + t * kColumnRow, x_rows.row[t]);
   }
-  // v_r x for the first four ranks. With a rank no CTA has more than four tokens.
-  __device__ __forceinline__ void store_products(const RowPieces& x_rows, const RowPieces& v_rows,
-                                                 int piece) const {
+  // With a rank no CTA has more than four tokens, and with more than four ranks only one.
+  __device__ __forceinline__ void store_products() const {
+    const uint32_t rank_step = tile_tokens * kColumnRow;
+    store_shared(to + rank_step, multiply<T>(x_rows.row[0], v_rows.row[0]));
+    if (tile_tokens * rank == 1) return;
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
       for (int r = 0; r < 4; ++r)
-        if ((t + 1) * (r + 2) <= kMost && t < tile_tokens && r < rank)
-          store_shared(place_of(piece, tile_tokens * (1 + r) + t),
+        if (t + r > 0 && (t + 1) * (r + 2) <= kMost && t < tile_tokens && r < rank)
+          store_shared(to + (1 + r) * rank_step + t * kColumnRow,
                        multiply<T>(x_rows.row[t], v_rows.row[r]));
-  }
-  // v_r x for the ranks above four, which only one token has.
-  __device__ __forceinline__ void store_more_products(const RowPieces& x_rows, int piece) const {
 #pragma unroll 1
     for (int r = 4; r < rank; ++r)
-      store_shared(place_of(piece, 1 + r),
-                   multiply<T>(x_rows.row[0], load_global(v + r * v_row + 16 * int64_t(piece))));
+      store_shared(to + (1 + r) * rank_step,
+                   multiply<T>(x_rows.row[0], load_global(v + r * v_row)));
   }
   // The piece that K ends in, input by input. Zeros stand there.
-  __device__ __forceinline__ void fill_ragged(int piece) const {
+  __device__ __forceinline__ void fill_ragged() const {
 #pragma unroll 1
     for (int t = 0; t < tokens; ++t)
 #pragma unroll 1
-      for (int input = 8 * piece; input < inputs; ++input) {
-        const uint32_t at = 2 * (input & 7);
-        const uint16_t value = reinterpret_cast<const uint16_t*>(x + t * x_row)[input];
-        store_shared16(place_of(piece, t) + at, value);
+      for (int i = 0; i < left; ++i) {
+        const uint32_t at = to + t * kColumnRow + 2 * i;
+        const uint16_t value = reinterpret_cast<const uint16_t*>(x + t * x_row)[i];
+        store_shared16(at, value);
 #pragma unroll 1
         for (int r = 0; r < rank; ++r)
-          store_shared16(
-              place_of(piece, tile_tokens * (1 + r) + t) + at,
-              T::multiply(value, reinterpret_cast<const uint16_t*>(v + r * v_row)[input]));
+          store_shared16(at + tile_tokens * (1 + r) * kColumnRow,
+                         T::multiply(value, reinterpret_cast<const uint16_t*>(v + r * v_row)[i]));
       }
   }
 };
-
-// Puts x and v_r x of the CTA's share of K into shared memory, zeros beyond K. Waits for the
-// predecessor, which may have written x, before it reads x.
-template <class Traits>
-__device__ __forceinline__ void place_columns(const ColumnPlan<Traits>& plan) {
-  RowPieces x, v;
-  const int thread = threadIdx.x + 32 * (threadIdx.y + blockDim.y * threadIdx.z);
-  int ragged = -1;
-  if constexpr (Traits::kSigns) plan.load_v(v, thread);
-  wait_for_predecessor();
-#pragma unroll 1
-  for (int done = 0; done < plan.pieces; done += plan.threads) {
-    const int piece = done + thread;
-#pragma unroll 1
-    for (int first = 0; first < plan.tile_tokens; first += 4) {
-      plan.load_x(x, piece, first);
-      if (piece < plan.pieces) plan.store_x(x, piece, first);
-    }
-    if constexpr (Traits::kSigns) {
-      if (piece < plan.pieces) {
-        plan.store_products(x, v, piece);
-        plan.store_more_products(x, piece);
-      }
-      plan.load_v(v, piece + plan.threads);
-    }
-    if (piece < plan.pieces && 8 * piece < plan.inputs && plan.inputs < 8 * piece + 8)
-      ragged = piece;
-  }
-  if (ragged >= 0) plan.fill_ragged(ragged);
-}
 
 // The loop of a warp over its K-blocks.
 template <class Traits>
@@ -315,7 +312,7 @@ __device__ __forceinline__ void narrow(const LinearParams& params) {
   const int columns = params.tile_tokens * (1 + rank);
   const uint32_t columns_at =
       rings_at + params.warp_inputs * params.warp_rows * params.stages * warp.weights.block_bytes;
-  place_columns<Traits>(ColumnPlan<Traits>(params, place, columns_at));
+  ColumnPieces<Traits>(params, place, columns_at).place(place.k_blocks);
   __syncthreads();
 
   // The same in all lanes, which the compiler can see only so.

@@ -15,6 +15,8 @@ import pytest
 from sass import counter as sass
 from sass.findings import Findings
 from slab_kernels.backends.cuda import compile as recipe
+from slab_kernels.backends.cuda import cost
+from slab_kernels.backends.cuda.layout import INT4, INT8, W16
 
 ACTIVATIONS, VALUES = ("fp16", "bf16"), ("w16", "int8", "int4")
 PLANES = {"none": 0, "one": 1, "two": 2, "three": 3}
@@ -166,4 +168,18 @@ def test_weights_are_asked_for_before_anything_else(machine_code, architecture):
             wrong[f"{len(before)} instructions before the first copy"].append(name)
         if any(i.base in ("LDG", "BAR") or i.pipe == "xu" for i in before):
             wrong["a load, a barrier or a division before the first copy"].append(name)
+    wrong.check()
+
+
+def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
+    """Of the fp16 kernels on sm_90a, within 10 %."""
+    wrong = Findings()
+    values_of = {"w16": W16, "int8": INT8, "int4": INT4}
+    for name, kernel in narrow(machine_code("sm_90a")[1]).items():
+        values, planes, *groups = kind_of(name).split("_")
+        modelled = cost.NARROW_ISSUE[PLANES[planes]][values_of[values]]
+        modelled += cost.GROUPS_ISSUE if groups else 0
+        counted = len(loops(kernel)[0])
+        if "fp16" in name and abs(modelled / counted - 1) > 0.1:
+            wrong[f"cost.NARROW_ISSUE says {modelled}, the machine code {counted}"].append(name)
     wrong.check()
