@@ -4,6 +4,7 @@
 #include "dense.cuh"
 #include "linear.cuh"
 #include "narrow.cuh"
+#include "wide.cuh"
 
 namespace slab {
 
@@ -28,7 +29,7 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
 // Each row defines two kernels, <family>_fp16_<name> and <family>_bf16_<name>:
 //
 //   linear   the fused linear of one sign plane: three value types, rank one or any
-//   adapter  z = x Q of an adapter, launched before it (partial sums in fp32)
+//   adapter  z = x Q of an adapter, launched before it (partial sums in fp32); t16 is a wide kernel
 //   tall     the fused linear with 64 rows a warp, where registers allow it: half as many reads and
 //            products of activations
 //   planes   the fused linear of two or three sign planes of rank one, or any of any rank
@@ -65,9 +66,12 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(planes,  int4_three_t32, kI4,     kRankOne,  3,          1, 4)    \
   KERNEL(planes,  int4_any_t32,   kI4,     kRankAny,  kPlanesAny, 1, 4)
 
-// The kernels for up to 16 tokens, narrow_fp16_<name> and narrow_bf16_<name>. A CTA has at most 512
-// threads. none, one, two, three: sign planes, of any rank where there are some. groups: scale
-// groups of 32 or 64 inputs; kernels of several planes take all of them.
+// The kernels for up to 16 tokens, <family>_fp16_<name> and <family>_bf16_<name>. A CTA has at most
+// 512 threads. none, one, two, three: sign planes. groups: scale groups of 32 or 64 inputs; kernels
+// of several planes take all of them.
+//
+//   narrow  few tokens, of any rank if there is one
+//   wide    t16: up to 16 tokens of rank one or none; any_t8: up to 8 tokens of any rank
 //
 //      family  name             values  planes  steps of a scale group
 #define SLAB_DECODE_KERNELS(KERNEL)                                     \
@@ -87,6 +91,35 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(narrow, int4_one_groups,  kI4,    1,      kGroupStepsAny)      \
   KERNEL(narrow, int4_two,         kI4,    2,      kGroupStepsAny)      \
   KERNEL(narrow, int4_three,       kI4,    3,      kGroupStepsAny)
+
+//      family   name                  values  planes  steps of a scale group, any rank
+#define SLAB_WIDE_KERNELS(KERNEL) \
+  KERNEL(wide,    w16_none_t16,         kW16,   0,      kSteps,         false) \
+  KERNEL(wide,    w16_one_t16,          kW16,   1,      kSteps,         false) \
+  KERNEL(wide,    w16_two_t16,          kW16,   2,      kSteps,         false) \
+  KERNEL(wide,    w16_three_t16,        kW16,   3,      kSteps,         false) \
+  KERNEL(wide,    int8_none_t16,        kI8,    0,      kSteps,         false) \
+  KERNEL(wide,    int8_one_t16,         kI8,    1,      kSteps,         false) \
+  KERNEL(wide,    int8_none_t16_groups, kI8,    0,      kGroupStepsAny, false) \
+  KERNEL(wide,    int8_one_t16_groups,  kI8,    1,      kGroupStepsAny, false) \
+  KERNEL(wide,    int8_two_t16,         kI8,    2,      kGroupStepsAny, false) \
+  KERNEL(wide,    int8_three_t16,       kI8,    3,      kGroupStepsAny, false) \
+  KERNEL(wide,    int4_none_t16,        kI4,    0,      kSteps,         false) \
+  KERNEL(wide,    int4_one_t16,         kI4,    1,      kSteps,         false) \
+  KERNEL(wide,    int4_none_t16_groups, kI4,    0,      kGroupStepsAny, false) \
+  KERNEL(wide,    int4_one_t16_groups,  kI4,    1,      kGroupStepsAny, false) \
+  KERNEL(wide,    int4_two_t16,         kI4,    2,      kGroupStepsAny, false) \
+  KERNEL(wide,    int4_three_t16,       kI4,    3,      kGroupStepsAny, false) \
+  KERNEL(wide,    w16_one_any_t8,       kW16,   1,      kSteps,         true) \
+  KERNEL(wide,    w16_two_any_t8,       kW16,   2,      kSteps,         true) \
+  KERNEL(wide,    w16_three_any_t8,     kW16,   3,      kSteps,         true) \
+  KERNEL(wide,    int8_one_any_t8,      kI8,    1,      kGroupStepsAny, true) \
+  KERNEL(wide,    int8_two_any_t8,      kI8,    2,      kGroupStepsAny, true) \
+  KERNEL(wide,    int8_three_any_t8,    kI8,    3,      kGroupStepsAny, true) \
+  KERNEL(wide,    int4_one_any_t8,      kI4,    1,      kGroupStepsAny, true) \
+  KERNEL(wide,    int4_two_any_t8,      kI4,    2,      kGroupStepsAny, true) \
+  KERNEL(wide,    int4_three_any_t8,    kI4,    3,      kGroupStepsAny, true) \
+  KERNEL(adapter, t16,                  kDense, 0,      kSteps,         false)
 
 // dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank
 // one and one plane.
@@ -123,11 +156,19 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   SLAB_DECODE(family##_fp16_##name, family, Fp16, __VA_ARGS__) \
   SLAB_DECODE(family##_bf16_##name, family, Bf16, __VA_ARGS__)
 
+#define SLAB_WIDE(kernel, T, values, planes, group_steps, any_rank) \
+  SLAB_KERNEL_OF(512, kernel, 1, (wide<WideTraits<T, values, planes, group_steps, any_rank>>(params)))
+
+#define SLAB_WIDE_PAIR(family, name, ...)            \
+  SLAB_WIDE(family##_fp16_##name, Fp16, __VA_ARGS__) \
+  SLAB_WIDE(family##_bf16_##name, Bf16, __VA_ARGS__)
+
 #define SLAB_DENSE_PAIR(name, values, any, ctas)                             \
   SLAB_KERNEL(dense_fp16_##name, ctas, (rebuild<Fp16, values, any>(params))) \
   SLAB_KERNEL(dense_bf16_##name, ctas, (rebuild<Bf16, values, any>(params)))
 
 SLAB_DECODE_KERNELS(SLAB_DECODE_PAIR)
+SLAB_WIDE_KERNELS(SLAB_WIDE_PAIR)
 SLAB_LINEAR_KERNELS(SLAB_LINEAR_PAIR)
 SLAB_DENSE_KERNELS(SLAB_DENSE_PAIR)
 SLAB_KERNEL(reduce_fp16, 4, reduce<Fp16>(params))

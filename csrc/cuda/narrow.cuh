@@ -24,20 +24,16 @@
 //
 //   u        128 warp_rows rank
 //   rings    warps x stages x bytes of a block
-//   columns  K-blocks of the largest share x T (1 + R) x 272: [K-block][column][128 inputs], each
-//            row 16 bytes longer than it need be, so that eight of them lie in different banks
+//   columns  K-blocks of the largest share x T (1 + R) x 272 (narrow_columns.cuh)
 //
-// The sums of the end (decode_end.cuh) take the place of rings and columns. Column t is x of token
-// t, column T + r T + t is v_r x of token t, T being params.tile_tokens and not the tokens that
-// exist.
+// The sums of the end (decode_end.cuh) take the place of rings and columns.
 #pragma once
 
 #include "decode_end.cuh"
 #include "decode_operands.cuh"
+#include "narrow_columns.cuh"
 
 namespace slab {
-
-constexpr int kColumnRow = kTokenRow + 16;
 
 // What a warp copies of each K-block, 16 bytes a lane at a time.
 template <class Traits>
@@ -62,7 +58,7 @@ struct WeightCopies {
     block_bytes = Traits::block_bytes(params.group_steps);
     const uint32_t block = pair * params.num_k_blocks + place.first_k_block;
     const uint8_t* const first =
-        params.stream + (uint64_t(block) * uint32_t(block_bytes) + (16 * lane + kReach));
+        params.stream + (uint64_t(block) * uint32_t(block_bytes) + uint32_t(16 * lane + kReach));
     from = keep(first);
     end = place.k_blocks;
     tail_end = 16 * lane < block_bytes - 512 * kWhole ? end : 0;
@@ -71,7 +67,7 @@ struct WeightCopies {
   // Asks for K-block k of the share; if there is none, for nothing.
   __device__ __forceinline__ void fetch(int k, uint32_t to) const {
     const uint8_t* const block = from + uint64_t(uint32_t(k)) * uint32_t(block_bytes);
-    const uint8_t* far = block;
+    const uint8_t* far = block;  // + 2 kReach; what no instruction's offset reaches counts from it
     if constexpr (Traits::kMostBytes > 2 * kReach) far = keep(block + 2 * kReach);
     fetch_whole<0>(k < end, to, block, far);
     if constexpr (kTail) copy<kWhole>(k < tail_end, to, block, far);
@@ -94,141 +90,14 @@ struct WeightCopies {
   }
 };
 
-// 16 bytes each of up to four rows of x or v.
-struct RowPieces {
-  uint4 row[4];
-
-  // Zeros where a row of those that are wanted does not exist.
-  __device__ __forceinline__ void load(const uint8_t* from, int64_t row_bytes, int rows,
-                                       int wanted) {
-    row[0] = make_uint4(0, 0, 0, 0);
-    if (rows > 0) row[0] = load_global(from);
-    if (wanted == 1) return;
-#pragma unroll
-    for (int j = 1; j < 4; ++j) {
-      row[j] = make_uint4(0, 0, 0, 0);
-      if (j < rows) row[j] = load_global(from + j * row_bytes);
-    }
-  }
-};
-
-template <class T>
-__device__ __forceinline__ uint4 multiply(const uint4& a, const uint4& b) {
-  return make_uint4(T::multiply(a.x, b.x), T::multiply(a.y, b.y), T::multiply(a.z, b.z),
-                    T::multiply(a.w, b.w));
-}
-
-// Puts x and v_r x of the CTA's share of K into shared memory, zeros beyond K. A thread takes the
-// same 16 bytes of every n-th K-block, its piece.
-template <class Traits>
-struct ColumnPieces {
-  using T = typename Traits::Activation;
-  static constexpr int kMost = 8;  // columns
-
-  const uint8_t *x, *v;  // of the first token and rank
-  int64_t x_row, v_row;  // bytes from row to row
-  uint32_t to;           // of the first column
-  int k_block;           // of the share
-  int left;              // inputs from this piece on; may be none
-  int tile_tokens, tokens, rank;
-  RowPieces x_rows, v_rows;
-
-  __device__ __forceinline__ ColumnPieces(const LinearParams& params, const DecodePlace& place,
-                                          uint32_t columns_at) {
-    const int thread = threadIdx.x + 32 * (threadIdx.y + blockDim.y * threadIdx.z);
-    tile_tokens = params.tile_tokens, tokens = place.tokens;
-    rank = Traits::kSigns ? params.rank : 0;
-    k_block = thread / 16;
-    to = columns_at + k_block * k_block_bytes() + thread % 16 * 16;
-    const int first_input = place.first_k_block * kBlockInputs + 8 * thread;
-    left = params.in_features - first_input;
-    x_row = 2 * params.token_stride, v_row = params.num_k_blocks * kTokenRow;
-    x = params.x + place.first_token * x_row + 2 * int64_t(first_input);
-    v = params.v + uint64_t(uint32_t(place.part * rank * params.num_k_blocks)) * kTokenRow +
-        2 * int64_t(first_input);
-  }
-
-  __device__ __forceinline__ uint32_t k_block_bytes() const {
-    return tile_tokens * (1 + rank) * kColumnRow;
-  }
-  // Waits for the predecessor, which may have written x, before it reads x.
-  __device__ __forceinline__ void place(int k_blocks) {
-    const int step = 2 * blockDim.y * blockDim.z;  // K-blocks that the CTA's threads take at once
-    const uint32_t to_step = step * k_block_bytes();
-    if constexpr (Traits::kSigns) load_v(k_block < k_blocks);
-    wait_for_predecessor();
-#pragma unroll 1
-    for (int done = 0; done < k_blocks; done += step) {
-      const bool exists = k_block < k_blocks;
-#pragma unroll 1
-      for (int first = 0; first < tile_tokens; first += 4) {
-        x_rows.load(x + first * x_row, x_row, exists && left >= 8 ? tokens - first : 0,
-                    tile_tokens - first);
-        if (exists) store_x(first);
-      }
-      if constexpr (Traits::kSigns)
-        if (exists) store_products();
-      if (exists && 0 < left && left < 8) fill_ragged();
-      x += step * kTokenRow, v += step * kTokenRow, to += to_step;
-      k_block += step, left -= step * kBlockInputs;
-      if constexpr (Traits::kSigns) load_v(k_block < k_blocks);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load_v(bool exists) {
-    v_rows.load(v, v_row, exists ? rank : 0, rank);
-  }
-  __device__ __forceinline__ void store_x(int first) const {
-    const uint32_t at = to + first * kColumnRow;
-    store_shared(at, x_rows.row[0]);
-    if (tile_tokens == 1) return;
-#pragma unroll
-    for (int t = 1; t < 4; ++t)
-      if (first + t < tile_tokens) store_shared(at + t * kColumnRow, x_rows.row[t]);
-  }
-  // With a rank no CTA has more than four tokens, and with more than four ranks only one.
-  __device__ __forceinline__ void store_products() const {
-    const uint32_t rank_step = tile_tokens * kColumnRow;
-    store_shared(to + rank_step, multiply<T>(x_rows.row[0], v_rows.row[0]));
-    if (tile_tokens * rank == 1) return;
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        if (t + r > 0 && (t + 1) * (r + 2) <= kMost && t < tile_tokens && r < rank)
-          store_shared(to + (1 + r) * rank_step + t * kColumnRow,
-                       multiply<T>(x_rows.row[t], v_rows.row[r]));
-#pragma unroll 1
-    for (int r = 4; r < rank; ++r)
-      store_shared(to + (1 + r) * rank_step,
-                   multiply<T>(x_rows.row[0], load_global(v + r * v_row)));
-  }
-  // The piece that K ends in, input by input. Zeros stand there.
-  __device__ __forceinline__ void fill_ragged() const {
-#pragma unroll 1
-    for (int t = 0; t < tokens; ++t)
-#pragma unroll 1
-      for (int i = 0; i < left; ++i) {
-        const uint32_t at = to + t * kColumnRow + 2 * i;
-        const uint16_t value = reinterpret_cast<const uint16_t*>(x + t * x_row)[i];
-        store_shared16(at, value);
-#pragma unroll 1
-        for (int r = 0; r < rank; ++r)
-          store_shared16(at + tile_tokens * (1 + r) * kColumnRow,
-                         T::multiply(value, reinterpret_cast<const uint16_t*>(v + r * v_row)[i]));
-      }
-  }
-};
-
 // The loop of a warp over its K-blocks.
 template <class Traits>
 struct NarrowWarp {
   using T = typename Traits::Activation;
 
   WeightCopies<Traits> weights;
-  int next;                   // the K-block of the share to ask for
-  uint32_t ring, ring_bytes;  // this lane's first 16 bytes of the first stage
+  int next;       // the K-block of the share to ask for
+  uint32_t ring;  // this lane's first 16 bytes of the first stage
   KeptSums<Traits, 1> kept;
   float signs[2][1][4];
 
@@ -312,7 +181,7 @@ __device__ __forceinline__ void narrow(const LinearParams& params) {
   const int columns = params.tile_tokens * (1 + rank);
   const uint32_t columns_at =
       rings_at + params.warp_inputs * params.warp_rows * params.stages * warp.weights.block_bytes;
-  ColumnPieces<Traits>(params, place, columns_at).place(place.k_blocks);
+  ColumnPieces<Traits>(params, place, columns_at).store(place.k_blocks);
   __syncthreads();
 
   // The same in all lanes, which the compiler can see only so.

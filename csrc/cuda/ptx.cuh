@@ -55,7 +55,7 @@ template <int kGroups>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
-// Also for copies that no group holds yet.
+// For all copies of this thread, those of no group yet included.
 __device__ __forceinline__ void copies_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

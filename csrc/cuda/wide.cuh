@@ -4,190 +4,172 @@
 //   let_successor_start()
 //   ask for weights and v of the first stages
 //   wait_for_predecessor(); ask for x of the first stages
-//   for k in k_blocks[group :: warp_inputs]:          // the warps of a K group together
-//     wait for the oldest stage                       // and for each other
+//   for k in k_blocks[group :: warp_inputs]:            // the warps of a K group together
+//     wait for the oldest stage                         // and for each other
 //     for step in 0 .. 3:
-//       b = 32 inputs of every token                  // ldmatrix
+//       b = 32 inputs of every token                    // ldmatrix
 //       kept += mma.sp(values, metadata, b)
-//       for each 8 columns (rank, token) of the sign term:
+//       for each tile of 8 columns of the sign term:    // wide_signs.cuh
 //         signs += mma.sp(+-1, pruned metadata, b * v)
-//     wait for each other                             // the stage may be overwritten
+//     wait for each other                               // the stage may be overwritten
 //     ask for K-block k + stages * warp_inputs
 //   the end: decode_end.cuh
 //
-// A K group is warp_rows warps of 32 rows each, which share the activations of the group's ring.
+// A K group is warp_rows warps of 32 rows each, which share x and v in the group's ring.
 //
-// Shared memory, in this order, in bytes (wide_stage.cuh lays out a stage):
+// Shared memory, in this order, in bytes:
 //
 //   u      128 warp_rows rank
-//   rings  warp_inputs x stages x stage_bytes()
+//   rings  warp_inputs x stages x bytes of a stage (wide_stage.cuh)
 //
 // The sums of the end (decode_end.cuh) take the place of the rings.
 #pragma once
 
 #include "decode_end.cuh"
 #include "decode_operands.cuh"
+#include "wide_signs.cuh"
 #include "wide_stage.cuh"
 
 namespace slab {
 
-// The sign term: its sums, and where its columns are made from.
+// For 2, 3 or 4 stages, all of which are asked for.
+__device__ __forceinline__ void copies_wait_for_oldest(int stages) {
+  if (stages == 2)
+    copies_wait<1>();
+  else if (stages == 3)
+    copies_wait<2>();
+  else
+    copies_wait<3>();
+}
+
+// The K-blocks of a K group, from the first one on that is not asked for yet.
 template <class Traits>
-struct WideSigns {
-  using T = typename Traits::Activation;
-  static constexpr int kTiles = Traits::kSignTiles;
+struct WideLoop {
+  static constexpr int kTiles = Traits::kTokenTiles;
 
-  float sum[2][kTiles][4];
-  uint32_t v_at;  // for ldmatrix: lane l names a row of matrix l / 8, which are all the same
+  const LinearParams& params;
+  const WideCopies<Traits>& copies;
+  BlockOperands<Traits> block;
+  KeptSums<Traits, kTiles> kept;
+  WideSigns<Traits> signs;
+  uint32_t weights_at;        // of this lane, in the first stage
+  uint32_t even_at, odd_at;   // x for ldmatrix, in even and odd steps, in the first stage
+  uint32_t stage_bytes, ring_bytes;
+  int group;
 
-  __device__ __forceinline__ WideSigns(const LinearParams& params, const DecodePlace& place,
-                                       const WideStage<Traits>& stage, uint32_t ring) {
-    v_at = ring + stage.v_at + threadIdx.x / 8 * 16;
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[tile][n][i] = 0.0f;
-  }
-
+  // With a ring at `slot` bytes from its first stage.
   template <int kStep>
-  __device__ __forceinline__ void add(const BlockOperands<Traits>& block, const uint32_t (&b)[Traits::kTokenTiles][4], uint32_t slot) {
-    uint32_t v[4], vx[kTiles][4];
-    load_matrices(v, v_at + slot + 64 * kStep);
+  __device__ __forceinline__ void step(uint32_t slot) {
+    uint32_t b[kTiles][4];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
+      load_matrices(b[n], slot + (kStep % 2 ? odd_at : even_at) +
+                              (128 * (kStep / 2) + 8 * kTokenRow * n));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) vx[n][i] = T::multiply(b[n][i], v[i]);
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      uint32_t a[4];
-      block.template load_signs<kStep>(a, tile);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-        T::template mma_sparse<kStep % 2>(sum[tile][n], a, vx[n], block.pruned[tile][kStep / 2]);
+    for (int tile = 0; tile < 2; ++tile) kept.template multiply<kStep>(block, tile, b);
+    if constexpr (Traits::kSigns) signs.template add<kStep>(block, b, slot);
+    kept.template end_step<kStep>(block, params.group_steps);
+  }
+
+  // kStages: of the ring of a group of one warp. If it is 0, the group has several warps, which
+  // wait for each other at a barrier.
+  template <int kStages>
+  __device__ __forceinline__ void multiply_k_blocks(int next, int end) {
+    uint32_t slot = 0;
+#pragma unroll 1
+    for (; next < end; next += params.warp_inputs) {
+      if constexpr (kStages == 0) {
+        copies_wait_for_oldest(params.stages);
+        barrier(1 + group, 32 * params.warp_rows);
+      } else {
+        copies_wait<kStages - 1>();
+        __syncwarp();
+      }
+      block.open(slot + weights_at);
+      step<0>(slot), step<1>(slot), step<2>(slot), step<3>(slot);
+      if constexpr (kStages == 0)
+        barrier(1 + group, 32 * params.warp_rows);
+      else
+        __syncwarp();
+      copies.fetch(slot + weights_at, {slot + even_at, slot + odd_at}, next);
+      copies_commit();
+      slot = slot + stage_bytes == ring_bytes ? 0 : slot + stage_bytes;
     }
   }
-  __device__ __forceinline__ void store(float* own, const LinearParams& params) const {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      store_columns(own, params, sum, n, params.tile_tokens + 8 * n, 0, params.tile_tokens - 8 * n);
-  }
 };
-
-// How the warps of a K group wait for each other and for copies: 0 if there are several warps, else
-// the stages of its ring. A barrier of one warp would take one of the CTA's 16 barriers for nothing.
-__device__ __forceinline__ int waiting_mode(const LinearParams& params) {
-  return keep(params.warp_rows > 1 ? 0 : params.stages);
-}
-
-// Waits until the oldest stage is here, copied by every warp of the group.
-__device__ __forceinline__ void wait_for_stage(const LinearParams& params, int mode, int group) {
-  if (mode == 3) {
-    copies_wait<2>();
-  } else if (mode == 2) {
-    copies_wait<1>();
-  } else if (mode == 4) {
-    copies_wait<3>();
-  } else {
-    copies_wait_for_oldest(params.stages);
-    barrier(1 + group, 32 * params.warp_rows);
-  }
-  __syncwarp();
-}
-
-// No warp of the group reads its oldest stage any more.
-__device__ __forceinline__ void leave_stage(const LinearParams& params, int mode, int group) {
-  __syncwarp();
-  if (mode == 0) {
-    // This waits for nothing: there are no more copies on their way. It keeps ptxas from executing
-    // the barrier's five instructions under a predicate where there is one warp.
-    copies_wait<kMostStages - 1>();
-    barrier(1 + group, 32 * params.warp_rows);
-  }
-}
 
 template <class Traits>
 __device__ __forceinline__ void wide(const LinearParams& params) {
   using T = typename Traits::Activation;
   constexpr int kTiles = Traits::kTokenTiles;
-  extern __shared__ __align__(256) uint8_t shared[];
+  extern __shared__ __align__(128) uint8_t shared[];
   let_successor_start();
   const int lane = threadIdx.x;
   // The same in all lanes, which the compiler can see only so: then what moves with the ring is one
-  // uniform register, and addresses need no additions.
+  // uniform register, and addresses need no additions. (The loops that fill the ring count stages
+  // for the same reason: ptxas then finds that `slot` is uniform.)
   const int group = __shfl_sync(~0u, int(threadIdx.z), 0);
   const int member = __shfl_sync(~0u, int(threadIdx.y), 0);
   const int rank = Traits::kSigns ? params.rank : 0;
-  const DecodePlace place = decode_place(params);
+  const DecodePlace place = decode_place(params, blockIdx.x, blockIdx.y, blockIdx.z);
   const WideStage<Traits> stage(params);
   const uint32_t u_at = shared_address(shared);
   const uint32_t rings_at = u_at + params.warp_rows * rank * (4 * kBlockRows);
   const uint32_t ring_bytes = params.stages * stage.bytes;
   const uint32_t ring = rings_at + group * ring_bytes;
   const WideCopies<Traits> copies(params, place, stage, member);
-  BlockAddress weights_at(ring + stage.weights_at + member * stage.block_bytes, lane);
-  weights_at.narrow = keep(weights_at.narrow), weights_at.scales = keep(weights_at.scales);
-  // x for ldmatrix, in even and in odd steps: lane l names row l % 8 of matrix l / 8.
+  const uint32_t weights_at =
+      keep(ring + stage.weights_at + member * stage.block_bytes + 16 * lane);
+  // Lane l names row l % 8 of matrix l / 8.
   const uint32_t even_at = keep(ring + staged_at(lane % 8, lane / 8)), odd_at = keep(even_at ^ 64);
 
   int next = group;
   uint32_t slot = 0;
 #pragma unroll 1
   for (int i = 0; i < params.stages; ++i, slot += stage.bytes, next += params.warp_inputs)
-    if (next < place.k_blocks) copies.fetch_weights(slot + weights_at.wide, next);
+    if (next < place.k_blocks) copies.fetch_weights(slot + weights_at, {slot + even_at, slot + odd_at}, next);
   if constexpr (Traits::kSigns) fetch_factors(params, place, u_at);
   wait_for_predecessor();
   next = group, slot = 0;
 #pragma unroll 1
   for (int i = 0; i < params.stages; ++i, slot += stage.bytes, next += params.warp_inputs) {
-    if (next < place.k_blocks)
-      copies.fetch_activations(slot + even_at, slot + odd_at, next);
+    if (next < place.k_blocks) copies.fetch_x({slot + even_at, slot + odd_at}, next);
     copies_commit();
   }
 
-  BlockOperands<Traits> block(params.tokens);
-  KeptSums<Traits, kTiles> kept;
-  kept.clear();
-  WideSigns<Traits> signs(params, place, stage, ring);
-  const int mode = waiting_mode(params);
+  WideLoop<Traits> loop = {params,
+                           copies,
+                           BlockOperands<Traits>(params.tokens, lane),
+                           {},
+                           WideSigns<Traits>(params, place, ring + stage.v_at),
+                           weights_at,
+                           even_at,
+                           odd_at,
+                           stage.bytes,
+                           ring_bytes,
+                           group};
+  loop.kept.clear();
   const int end = place.k_blocks + params.stages * params.warp_inputs;
-  slot = 0;
-#pragma unroll 1
-  for (; next < end; next += params.warp_inputs) {
-    wait_for_stage(params, mode, group);
-    block.open(BlockAddress(weights_at, slot));
-    const auto step = [&](auto number) {
-      constexpr int kStep = decltype(number)::value;
-      uint32_t b[kTiles][4];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-        load_matrices(b[n], slot + (kStep % 2 ? odd_at : even_at) + 128 * (kStep / 2) +
-                                8 * kTokenRow * n);
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) kept.template multiply<kStep>(block, tile, b);
-      if constexpr (Traits::kSigns) signs.template add<kStep>(block, b, slot);
-      kept.template end_step<kStep>(block, params.group_steps);
-    };
-    step(Number<0>()), step(Number<1>()), step(Number<2>()), step(Number<3>());
-    leave_stage(params, mode, group);
-    copies.fetch(slot + weights_at.wide, slot + even_at, slot + odd_at, next);
-    copies_commit();
-    slot = slot + stage.bytes == ring_bytes ? 0 : slot + stage.bytes;
-  }
+  if (params.warp_rows > 1)
+    loop.template multiply_k_blocks<0>(next, end);
+  else if (params.stages == 2)
+    loop.template multiply_k_blocks<2>(next, end);
+  else if (params.stages == 3)
+    loop.template multiply_k_blocks<3>(next, end);
+  else
+    loop.template multiply_k_blocks<4>(next, end);
   prefetch_next(params);
 
   if (Traits::kSparse && params.adapter_steps && place.split == 0)
-    add_adapter<T>(kept.sum, params, place);
+    add_adapter<T>(loop.kept.sum, params, place);
   copies_wait_all();
   __syncthreads();  // No warp reads its ring any more.
   float* const sums = reinterpret_cast<float*>(shared + (rings_at - u_at));
-  const int columns = params.tile_tokens * (1 + rank);
-  float* const own = own_sums(sums, params, columns);
+  float* const own = own_sums(sums, params, params.tile_tokens * (1 + rank));
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
-    store_columns(own, params, kept.sum, n, 8 * n, 0, params.tile_tokens - 8 * n);
-  if constexpr (Traits::kSigns) signs.store(own, params);
+    store_columns(own, params, loop.kept.sum, n, 8 * n, 0, params.tile_tokens - 8 * n);
+  if constexpr (Traits::kSigns) loop.signs.store(own, params);
   __syncthreads();
   write_result<T>(params, sums, reinterpret_cast<const uint32_t*>(shared));
 }

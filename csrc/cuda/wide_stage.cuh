@@ -66,41 +66,67 @@ struct RowCopies {
       if (row + 8 * n < rows) exist |= own << (4 * n);
   }
 
-  __device__ __forceinline__ void tiles(const uint8_t* (&at)[kTiles], uint32_t k) const {
+  // K-block k. to[0] and to[1]: where the lane reads even and odd steps by ldmatrix.
+  __device__ __forceinline__ void fetch(const uint32_t (&to)[2], uint32_t k) const {
+    const uint8_t* at[kTiles];
+    find_tiles(at, k);
+    copy<0>(at, to);
+  }
+  // The same where `left` inputs exist from this lane's first piece on; zeros stand behind them.
+  __device__ __forceinline__ void fetch_ragged(const uint32_t (&to)[2], uint32_t k,
+                                               int left) const {
+    const uint8_t* at[kTiles];
+    find_tiles(at, k);
+    copy_ragged<0>(at, to, left);
+  }
+
+ private:
+  __device__ __forceinline__ void find_tiles(const uint8_t* (&at)[kTiles], uint32_t k) const {
     at[0] = from + uint64_t(k) * kTokenRow;
 #pragma unroll
     for (int n = 1; n < kTiles; ++n) at[n] = at[n - 1] + next_tile;
   }
-  // K-block k, to where the lane reads even and odd steps by ldmatrix.
-  __device__ __forceinline__ void fetch(uint32_t even, uint32_t odd, uint32_t k) const {
-    const uint8_t* at[kTiles];
-    tiles(at, k);
-    copy<0>(at, even, odd);
+  template <int kNumber>
+  __device__ __forceinline__ void copy(const uint8_t* const (&at)[kTiles],
+                                       const uint32_t (&to)[2]) const {
+    constexpr int j = kNumber % 4, n = kNumber / 4;
+    copy16_if<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist & 1u << kNumber, to[j % 2], at[n]);
+    if constexpr (kNumber + 1 < 4 * kTiles) copy<kNumber + 1>(at, to);
   }
-  // `left` inputs exist from this lane's first piece on; zeros stand behind them.
-  __device__ __forceinline__ void fetch_ragged(uint32_t even, uint32_t odd, uint32_t k,
-                                               int left) const {
-    const uint8_t* at[kTiles];
-    tiles(at, k);
-    copy_ragged<0>(at, even, odd, left);
+  template <int kNumber>
+  __device__ __forceinline__ void copy_ragged(const uint8_t* const (&at)[kTiles],
+                                              const uint32_t (&to)[2], int left) const {
+    constexpr int j = kNumber % 4, n = kNumber / 4;
+    copy16_zero_filled_if<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(
+        exist & 1u << kNumber, to[j % 2], at[n], 2 * max(0, min(left - 32 * j, 8)));
+    if constexpr (kNumber + 1 < 4 * kTiles) copy_ragged<kNumber + 1>(at, to, left);
   }
+};
 
- private:
-  template <int kNumber>
-  __device__ __forceinline__ void copy(const uint8_t* const (&at)[kTiles], uint32_t even,
-                                       uint32_t odd) const {
-    constexpr int j = kNumber % 4, n = kNumber / 4;
-    copy16_if<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist & 1u << kNumber, j % 2 ? odd : even,
-                                                         at[n]);
-    if constexpr (kNumber + 1 < 4 * kTiles) copy<kNumber + 1>(at, even, odd);
+// v of the sign term, a row for each rank. The rows stand behind those of x.
+template <class Traits, bool kAnyRank = Traits::kAnyRank>
+struct FactorCopies {  // one row, copied by half a warp
+  const uint8_t* from;
+  bool yes;
+  __device__ __forceinline__ FactorCopies(const LinearParams& params, const uint8_t* first,
+                                          int member)
+      : from(keep(first + 16 * threadIdx.x)), yes(member == 0 && threadIdx.x < 16) {}
+  // to_weights: the lane's 16 bytes of the first block of weights, which follow.
+  __device__ __forceinline__ void fetch(uint32_t to_weights, const uint32_t (&)[2],
+                                        uint32_t k) const {
+    copy16_if<-kTokenRow, 0>(yes, to_weights, from + uint64_t(k) * kTokenRow);
   }
-  template <int kNumber>
-  __device__ __forceinline__ void copy_ragged(const uint8_t* const (&at)[kTiles], uint32_t even,
-                                              uint32_t odd, int left) const {
-    constexpr int j = kNumber % 4, n = kNumber / 4;
-    copy16_zero_filled<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(
-        exist & 1u << kNumber, j % 2 ? odd : even, at[n], 2 * max(0, min(left - 32 * j, 8)));
-    if constexpr (kNumber + 1 < 4 * kTiles) copy_ragged<kNumber + 1>(at, even, odd, left);
+};
+template <class Traits>
+struct FactorCopies<Traits, true> {
+  RowCopies<2> rows;
+  uint32_t behind_x;  // bytes from the first row of x
+  __device__ __forceinline__ FactorCopies(const LinearParams& params, const uint8_t* first,
+                                          int member)
+      : rows(first, params.num_k_blocks * kTokenRow, params.rank, member, params.warp_rows),
+        behind_x(params.tile_tokens * kTokenRow) {}
+  __device__ __forceinline__ void fetch(uint32_t, const uint32_t (&to_x)[2], uint32_t k) const {
+    rows.fetch({to_x[0] + behind_x, to_x[1] + behind_x}, k);
   }
 };
 
@@ -111,73 +137,86 @@ struct WideCopies {
   static constexpr int kWhole = Traits::kLeastBytes / 512;
   static constexpr bool kTail = Traits::kMostBytes > 512 * kWhole;
   static_assert(Traits::kMostBytes <= 512 * (kWhole + 1));
+  // LDGSTS adds -2048 to 2047 to an address, so that one serves 4096 bytes.
+  static constexpr int kReach = 2048;
 
-  const uint8_t* weights;  // this lane's first 16 bytes of the share's first K-block
+  const uint8_t* weights;  // this lane's first 16 bytes of the share's first K-block, + kReach
   uint32_t block_bytes;
   bool in_tail;
   uint64_t policy;
   RowCopies<Traits::kTokenTiles> x;
   int k_blocks, whole_blocks;  // of the share, and those of them that K does not end in
-  int left;          // inputs from this lane's first piece of the share's first K-block on
-  const uint8_t* v;
-  bool has_v;
+  int left;  // inputs from this lane's first piece of the share's first K-block on
+  FactorCopies<Traits> v;
 
   __device__ __forceinline__ WideCopies(const LinearParams& params, const DecodePlace& place,
                                         const WideStage<Traits>& stage, int member)
       : x(params.x + 2 * (place.first_token * params.token_stride +
                           int64_t(place.first_k_block) * kBlockInputs),
-          2 * uint32_t(params.token_stride), place.tokens, member, params.warp_rows) {
+          2 * uint32_t(params.token_stride), place.tokens, member, params.warp_rows),
+        v(params,
+          params.v + uint64_t(uint32_t(place.part * params.rank * params.num_k_blocks +
+                                       place.first_k_block)) *
+                         kTokenRow,
+          member) {
     const int lane = threadIdx.x;
     // Past the end of the part the last rows are read again; their sums are not stored.
     const int pair = min(place.first_pair + member, place.end_pair - 1);
     block_bytes = stage.block_bytes;
     weights = keep(
         params.stream +
-        uint64_t(uint32_t(pair * params.num_k_blocks + place.first_k_block)) * block_bytes +
-        16 * lane);
-    in_tail = lane < (int(block_bytes) - 512 * kWhole) / 16;
-    policy = weight_policy(params.token_tiles == 1);
+        (uint64_t(uint32_t(pair * params.num_k_blocks + place.first_k_block)) * block_bytes +
+         (16 * lane + kReach)));
+    in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
+    policy = read_once_policy();
     const int inputs = params.in_features - place.first_k_block * kBlockInputs;
-    k_blocks = place.k_blocks;
-    whole_blocks = min(k_blocks, inputs >> 7);
+    k_blocks = place.k_blocks, whole_blocks = min(k_blocks, inputs >> 7);
     left = inputs - 8 * (lane / 8);
-    v = keep(
-        params.v +
-        uint64_t(uint32_t(place.part * params.num_k_blocks + place.first_k_block)) * kTokenRow +
-        16 * lane);
-    has_v = member == 0 && lane < 16;
   }
 
-  template <int kNumber>
-  __device__ __forceinline__ void fetch_whole(uint32_t to, const uint8_t* from) const {
-    copy16_if<512 * kNumber>(true, to, from, policy);
-    if constexpr (kNumber + 1 < kWhole) fetch_whole<kNumber + 1>(to, from);
-  }
-  // Weights and v of K-block k. to: the lane's 16 bytes of its block in the stage.
-  __device__ __forceinline__ void fetch_weights(uint32_t to, uint32_t k) const {
+  // Weights and v of K-block k. to: where the lane has its 16 bytes of its block of weights, to_x[0]
+  // and to_x[1]: where it reads even and odd steps of x by ldmatrix, all of the stage.
+  __device__ __forceinline__ void fetch_weights(uint32_t to, const uint32_t (&to_x)[2],
+                                                uint32_t k) const {
     const uint8_t* const from = weights + uint64_t(k) * block_bytes;
-    fetch_whole<0>(to, from);
-    if constexpr (kTail) copy16_if<512 * kWhole>(in_tail, to, from, policy);
-    // The row of v stands in front of the first warp's block.
-    if constexpr (Traits::kSigns)
-      copy16_if<-kTokenRow, 0>(has_v, to, v + uint64_t(k) * kTokenRow);
+    const uint8_t* far = from;
+    if constexpr (Traits::kMostBytes > 2 * kReach) far = keep(from + 2 * kReach);
+    copy_whole<0>(to, from, far);
+    if constexpr (kTail) copy<kWhole>(in_tail, to, from, far);
+    if constexpr (Traits::kSigns) v.fetch(to, to_x, k);
   }
-  // x of K-block k, to where the lane reads even and odd steps.
-  __device__ __forceinline__ void fetch_activations(uint32_t even, uint32_t odd, int k) const {
+  __device__ __forceinline__ void fetch_x(const uint32_t (&to_x)[2], int k) const {
     if (k < whole_blocks)
-      x.fetch(even, odd, k);
+      x.fetch(to_x, k);
     else
-      x.fetch_ragged(even, odd, k, left - k * kBlockInputs);
+      x.fetch_ragged(to_x, k, left - k * kBlockInputs);
   }
   // All of K-block k, if there is one.
-  __device__ __forceinline__ void fetch(uint32_t to, uint32_t even, uint32_t odd, int k) const {
+  __device__ __forceinline__ void fetch(uint32_t to, const uint32_t (&to_x)[2], int k) const {
     if (k < whole_blocks) {
-      fetch_weights(to, k);
-      x.fetch(even, odd, k);
+      fetch_weights(to, to_x, k);
+      x.fetch(to_x, k);
     } else if (k < k_blocks) {
-      fetch_weights(to, k);
-      x.fetch_ragged(even, odd, k, left - k * kBlockInputs);
+      fetch_weights(to, to_x, k);
+      x.fetch_ragged(to_x, k, left - k * kBlockInputs);
     }
+  }
+
+ private:
+  template <int kNumber>
+  __device__ __forceinline__ void copy_whole(uint32_t to, const uint8_t* from,
+                                             const uint8_t* far) const {
+    copy<kNumber>(true, to, from, far);
+    if constexpr (kNumber + 1 < kWhole) copy_whole<kNumber + 1>(to, from, far);
+  }
+  template <int kNumber>
+  __device__ __forceinline__ void copy(bool yes, uint32_t to, const uint8_t* from,
+                                       const uint8_t* far) const {
+    constexpr int kAt = 512 * kNumber;
+    if constexpr (kAt < 2 * kReach)
+      copy16_if<kAt, kAt - kReach>(yes, to, from, policy);
+    else if constexpr (kAt < 4 * kReach)
+      copy16_if<kAt, kAt - 3 * kReach>(yes, to, far, policy);
   }
 };
 

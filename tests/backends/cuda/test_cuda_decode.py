@@ -266,3 +266,12 @@ def test_each_line_of_the_next_weight_is_prefetched_once(forced):
     assert torch.equal(y, exact[:1].half())
     lines = following.stream.nbytes // 128
     assert launched.stats[0]["prefetch"] == -(-lines // 32)  # full warps but the last
+
+
+def test_u_of_many_ranks_arrives_with_warps_that_have_no_k_block(forced):
+    """u is copied by two warps here, of which only the first waits for copies in its loop."""
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(40, 100, "int8", 128, 7), torch.float16, True
+    )
+    forced(tile_of(1, 16))
+    assert torch.equal(run(x[:1], state, bias, GPU), exact[:1].half())
