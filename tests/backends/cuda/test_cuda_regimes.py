@@ -26,7 +26,6 @@ from slab_kernels.backends.cuda.tiles import (
     WIDE,
     WIDE_TILES,
     CudaSizes,
-    sizes_of,
 )
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import oracle, random_packed
@@ -62,15 +61,15 @@ def forced(monkeypatch):
     launching.launches.cache_clear()
 
 
-def planned(sizes, M, loop, tokens, warp_rows, warp_inputs, splits, stages) -> plan.Plan:
+def planned(sizes, M, loop, tokens, warp_rows, warp_inputs, splits, stages) -> plan.Plan | None:
+    """The plan, with fewer stages if no more fit; None if not even two do."""
     tile = next(
         tile
         for tile in TILES[loop]
         if (tile.warp_rows, tile.warp_inputs) == (warp_rows, warp_inputs)
     )
     found = plan.evaluate(sizes, M, GPU, tile, tokens, splits)
-    assert found is not None, (sizes, loop, tokens, tile)
-    return replace(found, stages=min(stages, found.stages))
+    return found and replace(found, stages=min(stages, found.stages))
 
 
 def most_tokens(loop: str, rank: int) -> int:
@@ -188,18 +187,38 @@ def test_kernels_of_any_rank_have_the_bits_of_those_of_rank_one(
 
 SIZES = ((33, 130), (70, 260), (16, 128), (100, 1300), (1, 3), (300, 388), (257, 1030))
 ADAPTERS = (0, 4, 64, 100)
-TILES_IN_TURN = [
+IN_TURN = [
     (loop, tile.warp_rows, tile.warp_inputs, *term)
     for loop in (NARROW, WIDE)
     for term in TERMS
     if most_tokens(loop, term[1])
     for tile in TILES[loop]
 ]
+
+
+def exact_case(turn: int, loop: str, warp_rows: int, warp_inputs: int, planes: int, rank: int):
+    """The case with what else is due at this turn; None if that does not fit a CTA."""
+    (N, K), (values, group_size) = SIZES[turn % 7], VALUES[turn // 2 % 6]
+    rank, planes = min(rank, N, K), planes if rank else 1
+    splits = min((1, 1, 2, 4)[turn // 3 % 4], -(-K // layout.BLOCK_INPUTS))
+    kind, steps = layout.STREAM_VALUES[values], (group_size or layout.BLOCK_INPUTS) // 32
+    sizes, tokens = CudaSizes(K, (N,), kind, steps, rank, 0, planes), most_tokens(loop, rank)
+    if planned(sizes, DECODE, loop, tokens, warp_rows, warp_inputs, splits, 4) is None:
+        return None
+    stages, dtype, more = turn % 5 % 3 + 2, DTYPES[turn // 5 % 2], turn % 3 - 1
+    adapter_rank = min(ADAPTERS[turn % 4], N, K)
+    if dtype == torch.bfloat16 and K > 500:  # z = x Q would be above 256, where bf16 rounds.
+        adapter_rank = 0
+    return (
+        loop, warp_rows, warp_inputs, planes, rank, N, K, values, group_size, adapter_rank, stages,
+        splits, dtype, more,
+    )  # fmt: skip
+
+
 EXACT = [
-    (*case, *SIZES[turn % 7], *VALUES[turn // 2 % 6], ADAPTERS[turn % 4], turn % 5 % 3 + 2,
-     (1, 1, 2, 4)[turn // 3 % 4], DTYPES[turn // 5 % 2], turn % 3 - 1)
-    for turn, case in enumerate(TILES_IN_TURN)
-]  # fmt: skip
+    next(filter(None, (exact_case(turn + 5 * more, *case) for more in range(20))))
+    for turn, case in enumerate(IN_TURN)
+]
 
 
 @grid_of(
@@ -213,13 +232,10 @@ def test_small_integers_are_exact_in_every_tile(
 ):  # fmt: skip
     """Ragged everywhere: rows past a tile, tokens past a tile, K blocks of few inputs, K groups and
     splits without a K block."""
-    rank, adapter_rank = min(rank, N, K), min(adapter_rank, N, K)
-    planes = planes if rank else 1
     packed_layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, planes=planes)
     state, x, bias, exact = problem(packed_layout, dtype)
     tokens = most_tokens(loop, rank)
     M = min(max(tokens + more, 1), DECODE)
-    splits = min(splits, sizes_of(state).k_blocks)
     forced(loop, tokens, warp_rows, warp_inputs, splits, stages, z_splits=splits)
     launched = Launched()
     y = run(x[:M], state, bias, GPU, launched=launched)
