@@ -40,7 +40,7 @@ BUDGET = {
     "int4_two": (300, 330),
     "w16_three": (220, 220),
     "int8_three": (350, 400),
-    "int4_three": (350, 370),
+    "int4_three": (350, 380),
     "int8_none_groups": (190, 240),
     "int4_none_groups": (190, 210),
     "int8_one_groups": (285, 335),
