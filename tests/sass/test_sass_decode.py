@@ -37,15 +37,19 @@ BUDGET = {
     "int4_one": (220, 235),
     "w16_two": (165, 165),
     "int8_two": (300, 345),
-    "int4_two": (300, 320),
+    "int4_two": (300, 330),
     "w16_three": (220, 220),
     "int8_three": (350, 400),
-    "int4_three": (350, 370),
+    "int4_three": (350, 380),
     "int8_none_groups": (190, 240),
     "int4_none_groups": (190, 210),
     "int8_one_groups": (285, 335),
     "int4_one_groups": (285, 305),
 }
+
+
+# On 12.0 ptxas joins the third plane's bit to the first two by two LOP3 a register instead of one.
+THIRD_PLANE_OF_SM_120A = 32
 
 
 def kind_of(name: str) -> str:
@@ -82,6 +86,8 @@ def test_a_block_costs_no_more_than_its_budget(machine_code, architecture):
     wrong = Findings()
     for name, kernel in narrow(machine_code(architecture)[1]).items():
         most = BUDGET[kind_of(name)]["bf16" in name]
+        if architecture == "sm_120a" and planes_of(name) == 3:
+            most += THIRD_PLANE_OF_SM_120A
         counts = [len(loop) for loop in loops(kernel)]
         if len(counts) != len(STAGES):
             wrong[f"{len(counts)} loops instead of one for each of {STAGES} stages"].append(name)
