@@ -12,46 +12,21 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .kernels import _rows as rows_of
-from .sparse_operands import (
-    complement,
-    from_int4,
-    from_int8,
-    levels_of,
-    multiply_dense,
-    multiply_pairs,
-    multiply_sparse,
-    signs_of,
+from .sparse_block import (
+    Kind,
+    Magic,
+    Words,
+    kept_operand,
+    load_block,
+    load_half,
+    load_words,
+    sign_operand,
+    where_exists,
 )
-
-
-class Kind(NamedTuple):
-    """What the kernel is compiled for."""
-
-    values: str  # w16, int8, int4, or dense for the adapter's Q
-    value_bytes: int  # of a block
-    block_bytes: int
-    planes: int  # sign planes, 0 without signs
-    rank: int  # of the sign term
-    group_steps: int  # steps of 32 inputs that a scale covers
-    adapter_steps: int  # steps of 16 that the adapter's rank takes
-    parts: int  # fused weights
-    dtype: tl.dtype  # of the activations
-    tokens: int  # of a program: 1, 2, 4, 8 or 16
-    sign_tiles: int  # n8 tiles of ranks and tokens
-    warps: int  # of a program
-    splits: int  # programs that share K
-    z_splits: int  # shares of K in z
-
-
-class Words(NamedTuple):
-    """What a thread holds of a block before it is multiplied, as tuples of words [32 warps]."""
-
-    metadata: Any  # tile 0 word 0, tile 0 word 1, tile 1 word 0, tile 1 word 1
-    signs: Any  # one plane: of tiles 0 and 1; more: 4 words as metadata, and of a third plane 2
-    codes: Any  # of tile 0, then of tile 1: int4 a word for each step, int8 2, w16 4, dense 8
-    scales: Any  # int8, int4: for each scale group rows g, g + 8 of tile 0 and of tile 1
+from .sparse_operands import complement, multiply_dense, multiply_pairs, multiply_sparse
 
 
 class Place(NamedTuple):
@@ -60,75 +35,6 @@ class Place(NamedTuple):
     block: Any
     x: Any  # a tuple, one for each n8 tile of tokens
     v: Any  # a tuple, one for each v that the thread needs
-
-
-class Magic(NamedTuple):
-    """Constants that the compiler cannot know. LOP3 takes one immediate; the other operand must be
-    a register."""
-
-    codes: Any  # 1024, or in bf16 128, twice
-    one: Any  # 1 twice
-
-
-@triton.jit
-def _load(p, COUNT: tl.constexpr):
-    """2 or 4 words of each thread by one load, as a tuple."""
-    w = tl.load(p[:, None] + tl.arange(0, COUNT)[None, :])
-    if COUNT == 2:
-        words = tl.split(w)
-    else:
-        even, odd = tl.split(tl.reshape(w, (w.shape[0], 2, 2)))
-        w0, w2 = tl.split(even)
-        w1, w3 = tl.split(odd)
-        words = (w0, w1, w2, w3)
-    return words
-
-
-@triton.jit
-def _codes(block, lane, KIND: tl.constexpr):
-    """The kept values of a block, as stored."""
-    LOADS: tl.constexpr = KIND.value_bytes // 512
-    codes = ()
-    for i in tl.static_range(LOADS):
-        codes += _load(block + 128 * i + lane * 4, 4)
-    return codes
-
-
-@triton.jit
-def _words(block, lane, KIND: tl.constexpr):
-    """What is loaded a round ahead: all of a block but int8 codes and 16-bit values."""
-    VALUE_WORDS: tl.constexpr = KIND.value_bytes // 4
-    metadata, signs, codes, scales = (), (), (), ()
-    at = block + VALUE_WORDS
-    if KIND.values == "int4":
-        codes = _codes(block, lane, KIND)
-    if KIND.values != "dense":
-        metadata = _load(at + lane * 4, 4)
-        at += 128
-    if KIND.planes == 1:
-        signs = _load(at + lane * 2, 2)
-        at += 64
-    if KIND.planes > 1:
-        signs = _load(at + lane * 4, 4)
-        at += 128
-    if KIND.planes == 3:
-        signs += _load(at + lane * 2, 2)
-        at += 64
-    if KIND.values == "int8" or KIND.values == "int4":
-        GROUPS: tl.constexpr = 4 // KIND.group_steps
-        for group in tl.static_range(GROUPS):
-            scales += _load(at + 16 * group + (lane >> 2) * 2, 2)
-    return Words(metadata, signs, codes, scales)
-
-
-@triton.jit
-def _where(exists, words, other):
-    """Every word of a tuple, or `other` where nothing exists."""
-    COUNT: tl.constexpr = len(words)
-    chosen = ()
-    for i in tl.static_range(COUNT):
-        chosen += (tl.where(exists, words[i], other),)
-    return chosen
 
 
 @triton.jit
@@ -145,34 +51,6 @@ def _inputs(p, STEP: tl.constexpr, left):
 
 
 @triton.jit
-def _values(codes, magic, TILE: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr):
-    """The A fragment of the kept values of a row tile and a step."""
-    if KIND.values == "int4":
-        a = from_int4(codes[4 * TILE + STEP], magic.codes, magic.one, KIND.dtype)
-    elif KIND.values == "int8":
-        AT: tl.constexpr = 8 * TILE + 2 * STEP
-        a = from_int8(codes[AT], codes[AT + 1], magic.codes, KIND.dtype)
-    else:
-        FIRST: tl.constexpr = 16 * TILE + 4 * STEP
-        a = (codes[FIRST], codes[FIRST + 1], codes[FIRST + 2], codes[FIRST + 3])
-    return a
-
-
-@triton.jit
-def _signs(signs, magic, TILE: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr):
-    """The A fragment of the signs, or of the levels of several planes."""
-    if KIND.planes == 1:
-        a = signs_of(signs[TILE], magic.one, STEP)
-    else:
-        word = signs[2 * TILE + STEP // 2]
-        third = word
-        if KIND.planes == 3:
-            third = signs[4 + TILE]
-        a = levels_of(word, third, magic.codes, KIND.planes, STEP, KIND.dtype)
-    return a
-
-
-@triton.jit
 def _products(a, b, c, metadata, SELECTOR: tl.constexpr, FIRST: tl.constexpr, T: tl.constexpr):
     """The quads c[FIRST], c[FIRST + 1], ... plus a times each of the fragments b."""
     COUNT: tl.constexpr = len(b)
@@ -183,17 +61,17 @@ def _products(a, b, c, metadata, SELECTOR: tl.constexpr, FIRST: tl.constexpr, T:
 
 
 @triton.jit
-def _dense_products(codes, x, c, TILE: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr):
+def _dense_products(half, x, c, TILE: tl.constexpr, STEP: tl.constexpr, T: tl.constexpr):
     """The same for dense values: both halves of a step."""
     COUNT: tl.constexpr = len(x)
-    AT: tl.constexpr = 32 * TILE + 8 * STEP
+    AT: tl.constexpr = 16 * TILE + 8 * (STEP % 2)
     new = ()
     for n in tl.static_range(COUNT):
         b = x[n]
-        near = (codes[AT], codes[AT + 1], codes[AT + 2], codes[AT + 3])
-        far = (codes[AT + 4], codes[AT + 5], codes[AT + 6], codes[AT + 7])
-        half = multiply_dense(near, b[0], b[1], c[TILE * COUNT + n], T)
-        new += (multiply_dense(far, b[2], b[3], half, T),)
+        near = (half[AT], half[AT + 1], half[AT + 2], half[AT + 3])
+        far = (half[AT + 4], half[AT + 5], half[AT + 6], half[AT + 7])
+        sums = multiply_dense(near, b[0], b[1], c[TILE * COUNT + n], T)
+        new += (multiply_dense(far, b[2], b[3], sums, T),)
     return new
 
 
@@ -215,8 +93,8 @@ def _scaled(kept, sums, scales, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
-    """The sums with one K block more in each warp.
+def _round(kept, signs, words, place, lane, magic, exists, left, KIND: tl.constexpr):
+    """The sums with one K block more in each warp, or only where one exists.
 
     kept holds quads [2 row tiles][n8 tiles of tokens], signs [2 row tiles][n8 tiles of ranks and
     tokens]. The sums of a scale group begin at zero.
@@ -233,7 +111,10 @@ def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
     if KIND.planes > 0:
         for i in tl.static_range(4):
             pruned += (complement(words.metadata[i]),)
+    half = ()
     for step in tl.static_range(4):
+        if KIND.values != "int4" and step % 2 == 0:
+            half = load_half(place.block, lane, exists, step // 2, KIND)
         x, z = (), ()
         for n in tl.static_range(X_TILES):
             x += (_inputs(place.x[n], step, left),)
@@ -246,24 +127,24 @@ def _round(kept, signs, words, codes, place, left, magic, KIND: tl.constexpr):
                     multiply_pairs(b[2], v[2], T), multiply_pairs(b[3], v[3], T),
                 ),)  # fmt: skip
         if KIND.values == "dense":
-            near = _dense_products(codes, x, kept, 0, step, T)
-            kept = near + _dense_products(codes, x, kept, 1, step, T)
+            near = _dense_products(half, x, kept, 0, step, T)
+            kept = near + _dense_products(half, x, kept, 1, step, T)
         else:
             if INTEGER and step % GROUP_STEPS == 0:
                 sums = ()
                 for i in tl.static_range(2 * X_TILES):
                     sums += ((zero, zero, zero, zero),)
             metadata = words.metadata
-            a = _values(codes, magic, 0, step, KIND)
+            a = kept_operand(words, half, magic, 0, step, KIND)
             near = _products(a, x, sums, metadata[step // 2], step % 2, 0, T)
-            a = _values(codes, magic, 1, step, KIND)
+            a = kept_operand(words, half, magic, 1, step, KIND)
             sums = near + _products(a, x, sums, metadata[2 + step // 2], step % 2, X_TILES, T)
             if INTEGER and step % GROUP_STEPS == GROUP_STEPS - 1:
                 kept = _scaled(kept, sums, words.scales, step // GROUP_STEPS)
         if KIND.planes > 0:
-            a = _signs(words.signs, magic, 0, step, KIND)
+            a = sign_operand(words.signs, magic, 0, step, KIND)
             near = _products(a, z, signs, pruned[step // 2], step % 2, 0, T)
-            a = _signs(words.signs, magic, 1, step, KIND)
+            a = sign_operand(words.signs, magic, 1, step, KIND)
             signs = near + _products(a, z, signs, pruned[2 + step // 2], step % 2, SIGN_TILES, T)
     if not INTEGER and KIND.values != "dense":
         kept = sums
@@ -288,7 +169,7 @@ def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: 
         new = ()
         for r in tl.static_range(2):
             at = p_ptr + ((2 * pair + r) * STEPS + step) * 128 + lane * 4
-            a = _where(exists, _load(at, 4), 0)
+            a = where_exists(exists, load_words(at, 4), 0)
             for n in tl.static_range(X_TILES):
                 b = ()
                 for half in tl.static_range(2):
@@ -324,7 +205,8 @@ def _columns(total, WHICH: tl.constexpr, COUNT: tl.constexpr):
         chosen = total
     else:
         here = (tl.arange(0, GROUPS) == WHICH)[None, :, None]
-        chosen = tl.sum(tl.where(here, tl.reshape(total, (32, GROUPS, COUNT)), 0.0), axis=1)
+        bits = tl.reshape(total, (32, GROUPS, COUNT)).to(tl.int32, bitcast=True)
+        chosen = tl.sum(tl.where(here, bits, 0), axis=1).to(tl.float32, bitcast=True)
     return chosen
 
 
@@ -348,7 +230,7 @@ def decode_kernel(
 ):  # fmt: skip
     """y [M, N] in the activations' type; fp32 sums [splits, M, N] where K is split or dense.
 
-    The grid is (row pairs, token tiles, splits). A split takes `share` of the K blocks.
+    The grid is (token tiles, row pairs, splits). A split takes `share` of the K blocks.
     x [M, words] of two numbers each, x_stride words apart. stream, v, p are a CudaState's tensors
     as words; u is its U; z [z_splits, M, parts, 16 adapter_steps] fp32.
     """
@@ -362,6 +244,8 @@ def decode_kernel(
     V_COUNT: tl.constexpr = SIGN_TILES // X_TILES
     BLOCK: tl.constexpr = KIND.block_bytes // 4
     PARTS: tl.constexpr = KIND.parts
+    if KIND.overlap:
+        gdc_launch_dependents()
     thread = tl.arange(0, 32 * W)
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
@@ -396,15 +280,14 @@ def decode_kernel(
     # All warps have a whole block in these rounds. The next block's words are asked for before this
     # one's are used.
     rounds = (tl.minimum(last, words // 64) - first) // W
-    held = _words(place.block, lane, KIND)
+    held = load_block(place.block, lane, KIND)
+    if KIND.overlap:
+        gdc_wait()  # Weights do not depend on the kernel before; x, z and y's memory do.
     for _ in tl.range(0, rounds, 1, num_stages=1):
         k += W
         block = place.block + tl.where(k < last, W * BLOCK, 0)
-        ahead = _words(block, lane, KIND)
-        codes = held.codes
-        if KIND.values != "int4":
-            codes = _codes(place.block, lane, KIND)
-        kept, signs = _round(kept, signs, held, codes, place, None, magic, KIND)
+        ahead = load_block(block, lane, KIND)
+        kept, signs = _round(kept, signs, held, place, lane, magic, None, None, KIND)
         x, v = (), ()
         for n in tl.static_range(X_TILES):
             x += (place.x[n] + 64 * W,)
@@ -416,13 +299,9 @@ def decode_kernel(
         # The last round: some warps have no block, or one with inputs beyond K.
         exists = k < last
         left = tl.where(exists, words - k * 64 - t, 0)
-        metadata = _where(exists, held.metadata, 0x44444444)
-        end = Words(metadata, held.signs, held.codes, _where(exists, held.scales, 0))
-        if KIND.values == "int4":
-            values = held.codes
-        else:
-            values = _where(exists, _codes(place.block, lane, KIND), 0)
-        kept, signs = _round(kept, signs, end, values, place, left, magic, KIND)
+        metadata = where_exists(exists, held.metadata, 0x44444444)
+        end = Words(metadata, held.signs, held.codes, where_exists(exists, held.scales, 0))
+        kept, signs = _round(kept, signs, end, place, lane, magic, exists, left, KIND)
     if KIND.adapter_steps > 0:
         kept = _adapted(
             kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, split == 0, KIND

@@ -58,6 +58,19 @@ def multiply_dense(a, b0, b1, c, T: tl.constexpr):
 
 
 @triton.jit
+def prefetch(p):
+    """Asks for the line in L2 that each thread's pointer is in (PTX ISA, "prefetch")."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // nothing in $0",
+        "=r,l",
+        [p.to(tl.int64)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def complement(metadata):
     """The metadata of the pruned positions, for eight groups."""
     t = ((metadata >> 3) ^ (metadata >> 1)) & 0x11111111
@@ -182,7 +195,9 @@ def _shifted_down(w, BITS: tl.constexpr):
 
 
 @triton.jit
-def _level(word, third, magic, PLANES: tl.constexpr, STEP: tl.constexpr, I: tl.constexpr, T: tl.constexpr):
+def _level(
+    word, third, magic, PLANES: tl.constexpr, STEP: tl.constexpr, I: tl.constexpr, T: tl.constexpr
+):
     """Register I of `levels_of`: 3/2 (two planes) or 7/4 (three) less the index.
 
     The index is put into the mantissa of 1024, or in bf16 of 128; the third plane's bit goes right
