@@ -31,7 +31,9 @@ from slab_kernels.backends.triton import (
     stream,
 )
 from slab_kernels.backends.triton.launch import TritonState
-from slab_kernels.backends.triton.rows import TritonDevice
+from slab_kernels.backends.triton.rows import TileConfig, TritonDevice
+from slab_kernels.bench import correctness, tune_weight
+from slab_kernels.bench import tune as tuning
 from slab_kernels.errors import ArgumentTypeError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import ROUNDOFF, oracle, random_packed
@@ -256,7 +258,7 @@ def test_a_device_that_fails_its_first_use_takes_the_plain_kernels(nvidia, monke
         states = [BACKEND.prepare(packed, dtype) for dtype in (*HALF, *HALF)]
     assert all(type(state) is TritonState for state in states)
     assert len(asked) == len(told) == 1
-    said = "could not be tried: RuntimeError: no such instruction" if error else "differ from"
+    said = "could not be tried (RuntimeError: no such instruction)" if error else "differ from"
     assert said in str(told[0].message) and "\n" not in str(told[0].message)
     assert not BACKEND.takes(cuda.BACKEND.prepare(packed, torch.float16), torch.float16)
     with warnings.catch_warnings():
@@ -380,3 +382,23 @@ def test_describe(nvidia, monkeypatch):
     assert configs.choose(stream.sizes_of(
         layout.prepare((random_packed(PackedLayout(40, 136)),), torch.float16)), 129, 16, H100
     ).rebuild  # fmt: skip
+
+
+@pytest.mark.parametrize("config, M, kernel", [
+    (TileConfig(), 3, "decode_kernel"), (TileConfig(), 40, "decode_kernel"),
+    (TileConfig(rebuild=True), 40, "rebuild_kernel"),
+])  # fmt: skip
+def test_a_stream_is_tuned_by_what_runs(emulated, monkeypatch, config, M, kernel):
+    """Also: the memory that a run takes is poisoned, and for decoding 16 tokens are checked."""
+    plain = correctness.tolerance  # on CPU tensors it expects fp32 sums of exact products
+    monkeypatch.setattr(
+        correctness, "tolerance", lambda *args, tensor_cores: plain(*args, tensor_cores=True)
+    )
+    shape = PackedLayout(40, 136, "int4", 32, 1, 4)
+    above, up_to = (0, 16) if M <= 16 else (32, 64)
+    problem = tuning.Problem(shape, torch.float16, (M,), above, up_to)
+    weight = tune_weight.Weight(problem, H100, "cpu", lambda size: 2)
+    assert weight.streamed and weight.sizes == stream.sizes_of(weight.state)
+    weight.check(config, M)
+    assert {name for name, it in emulated.items() if it.launched} == {kernel}
+    assert len(weight.calls(config, M)) == 2
