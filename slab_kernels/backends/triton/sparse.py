@@ -1,7 +1,9 @@
-"""Decoding by sparse tensor cores: one linear of up to 16 tokens from the stream that the CUDA
-kernels read (backends/cuda/layout.py), by the kernel of sparse_kernel.py.
+"""Decoding by sparse tensor cores: one linear of few tokens from the stream that the CUDA kernels
+read (backends/cuda/layout.py), by the kernel of sparse_kernel.py.
 
-Nothing is kept between calls: z, partial sums and y come from torch's allocator with the call.
+Nothing is kept between calls: z, partial sums and y come from torch's allocator with the call. From
+compute capability 9.0 on a kernel starts before the one before it ends, and reads weights
+meanwhile: whoever writes a state's tensors must wait until they are written.
 """
 
 from __future__ import annotations
@@ -13,13 +15,24 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...format import ceil_div
-from ..cuda.layout import BLOCK_INPUTS, BLOCK_ROWS, DENSE, INT4, INT8, VALUE_BYTES, W16, CudaState
+from ...format.bits import LEGAL_NIBBLES
+from ..cuda.layout import (
+    BLOCK_INPUTS,
+    BLOCK_ROWS,
+    DENSE,
+    INT4,
+    INT8,
+    VALUE_BYTES,
+    W16,
+    CudaState,
+    dense,
+)
 from .launch import SUM_BLOCK, starts
 
 if TYPE_CHECKING:
-    from .sparse_kernel import Kind
+    from .sparse_block import Kind
 
-MOST_TOKENS = 16
+TOKENS, WARPS = (1, 2, 4, 8, 16), (8, 16)  # that a program may have
 VALUES = {W16: "w16", INT8: "int8", INT4: "int4", DENSE: "dense"}
 MOST_SIGN_TILES = 4  # n8 tiles of sign products in a program: 8 fp32 numbers a lane each
 MOST_SPLITS = 8
@@ -43,7 +56,8 @@ def configuration(state: CudaState, M: int, multiprocessors: int) -> Configurati
     """The configuration for M <= 16 tokens of a weight on a device of so many multiprocessors."""
     pairs, k_blocks, _ = state.stream.shape
     tokens = tile_tokens(M, 0 if state.V is None else state.V.shape[1])
-    warps = 16 if pairs < 2 * multiprocessors and k_blocks >= 16 else 8
+    # 16 warps fill a multiprocessor that has one program; of more, two of 8 warps overlap.
+    warps = 16 if pairs <= multiprocessors and k_blocks >= 16 else 8
     splits = _splits(pairs, k_blocks // (2 * warps), multiprocessors)
     z_splits = 1
     if state.Q is not None:
@@ -135,19 +149,20 @@ def _launch(
     V, U, P = factors
     M, width = words.shape
     pairs, k_blocks, _ = stream.shape
+    options = {"launch_pdl": True} if kind.overlap else {}
     # Token tiles are side by side, so that their programs read a weight from memory once.
     grid = (ceil_div(M, kind.tokens), pairs, kind.splits)
     sparse_kernel.decode_kernel[grid](
         words, stream.view(torch.uint32), None if V is None else V.view(torch.uint32), U,
         None if P is None else P.view(torch.uint32), z, bias, out, biased, M, sum(rows), width,
         k_blocks, ceil_div(k_blocks, kind.splits), words.stride(0), *starts(rows), KIND=kind,
-        num_warps=kind.warps, num_stages=1,
+        num_warps=kind.warps, num_stages=1, **options,
     )  # fmt: skip
 
 
 def kind(state: CudaState, configuration: Configuration) -> Kind:
     """What the kernel of a linear is compiled for."""
-    from .sparse_kernel import Kind
+    from .sparse_block import Kind
 
     rank = 0 if state.V is None else state.V.shape[1]
     return Kind(
@@ -165,12 +180,13 @@ def kind(state: CudaState, configuration: Configuration) -> Kind:
         warps=configuration.warps,
         splits=configuration.splits,
         z_splits=configuration.z_splits,
+        overlap=overlaps(state.stream.device),
     )
 
 
 def z_kind(state: CudaState, M: int, splits: int) -> Kind:
     """What the kernel of the adapter's z = x Q is compiled for."""
-    from .sparse_kernel import Kind
+    from .sparse_block import Kind
 
     return Kind(
         values=VALUES[DENSE],
@@ -187,10 +203,55 @@ def z_kind(state: CudaState, M: int, splits: int) -> Kind:
         warps=Z_WARPS,
         splits=splits,
         z_splits=1,
+        overlap=overlaps(state.stream.device),
     )
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on the device may start before the one before them has ended."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return tl.float16 if dtype == torch.float16 else tl.bfloat16
+
+
+def self_check(device: torch.device) -> bool:
+    """Whether the kernel computes on the device what it should: 32 rows of random patterns, bit for
+    bit.
+
+    Which thread holds an element of a Triton tensor is habit and no promise; so this is asked once.
+    """
+    generator = torch.Generator().manual_seed(17)
+    k_blocks, K = Z_WARPS + 1, BLOCK_INPUTS * Z_WARPS + 72
+    legal = torch.tensor(sorted(LEGAL_NIBBLES), dtype=torch.uint8)
+    nibbles = legal[torch.randint(0, len(legal), (2, k_blocks, 512), generator=generator)]
+    codes, signs = (
+        torch.randint(0, 256, (k_blocks, size), generator=generator, dtype=torch.uint8)
+        for size in (VALUE_BYTES[INT4], 256)
+    )
+    # Codes are 4 q in rows g and 64 q in rows g + 8.
+    scales = torch.tensor([1 / 4, 1 / 64], dtype=torch.bfloat16).repeat(k_blocks, 16)
+    blocks = [codes, nibbles[0] | nibbles[1] << 4, signs, scales.view(torch.uint8)]
+    U = torch.randint(1, 4, (BLOCK_ROWS, 1), generator=generator).half().view(torch.int16)
+    V = torch.randint(-2, 3, (1, 1, BLOCK_INPUTS * k_blocks), generator=generator).half()
+    state = CudaState(
+        stream=torch.cat(blocks, 1)[None].to(device),
+        V=V.to(device),
+        U=(U.int() | U.int() << 16).to(device),
+        P=None,
+        Q=None,
+        in_features=K,
+        rows=(BLOCK_ROWS,),
+        values=INT4,
+        group_steps=4,
+        planes=1,
+        dtype=torch.float16,
+    )
+    x = torch.randint(-2, 3, (5, K), generator=generator).half().to(device)
+    y = decode(x, state, None, Configuration(tokens=8, warps=Z_WARPS, splits=1, z_splits=1))
+    return torch.equal(y, (x.double() @ dense(state).double().T).half())

@@ -1,6 +1,9 @@
 """A block of the prepared stream (csrc/cuda/params.h) in the registers of a warp, and the operands
 that its words become, for sparse_kernel.py."""
 
+# Tuples grow in loops that Triton unrolls, which mypy cannot follow.
+# mypy: disable-error-code="assignment, var-annotated, misc"
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

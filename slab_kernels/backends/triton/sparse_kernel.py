@@ -1,10 +1,13 @@
-"""One linear of up to 16 tokens by `mma.sp`: y[M, N] = x[M, K] W.T, with W = S + (U V^T) * B + P Q^T
-from the prepared stream (csrc/cuda/params.h).
+"""One linear of few tokens by `mma.sp`: y[M,N] = x[M,K] W.T with W = S + (U V^T) * B + P Q^T, from
+the prepared stream (csrc/cuda/params.h).
 
 A program has 32 rows, and its warps are K groups, which take the K blocks in turn. The kept values
 multiply x on the stored metadata, the signs multiply v x on its complement. Columns of the tensor
 core's n8 tile are tokens for the kept values; for the signs they are pairs of rank and token.
 """
+
+# Tuples grow in loops that Triton unrolls, which mypy cannot follow.
+# mypy: disable-error-code="assignment, var-annotated, misc"
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .kernels import _rows as rows_of
 from .sparse_block import (
-    Kind,
     Magic,
     Words,
     kept_operand,
@@ -132,7 +134,7 @@ def _round(kept, signs, words, place, lane, magic, exists, left, KIND: tl.conste
         else:
             if INTEGER and step % GROUP_STEPS == 0:
                 sums = ()
-                for i in tl.static_range(2 * X_TILES):
+                for _i in tl.static_range(2 * X_TILES):
                     sums += ((zero, zero, zero, zero),)
             metadata = words.metadata
             a = kept_operand(words, half, magic, 0, step, KIND)
@@ -269,9 +271,9 @@ def decode_kernel(
     )
     zero = tl.zeros((32 * W,), tl.float32)
     kept, signs = (), ()
-    for i in tl.static_range(2 * X_TILES):
+    for _i in tl.static_range(2 * X_TILES):
         kept += ((zero, zero, zero, zero),)
-    for i in tl.static_range(2 * SIGN_TILES):
+    for _i in tl.static_range(2 * SIGN_TILES):
         signs += ((zero, zero, zero, zero),)
     # A warp without a block reads one that exists.
     at = pair.to(tl.int64) * k_blocks + tl.minimum(k, last - 1)

@@ -190,22 +190,36 @@ def signs_of(word, one, STEP: tl.constexpr):
 
 
 @triton.jit
+def _and_or(a, MASK: tl.constexpr, c):
+    """a & MASK | c. (Of several in a row LLVM makes three instructions for two.)"""
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [a, MASK, c], tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _shifted_down(w, BITS: tl.constexpr):
     return w >> BITS if BITS >= 0 else w << -BITS
 
 
 @triton.jit
 def _level(
-    word, third, magic, PLANES: tl.constexpr, STEP: tl.constexpr, I: tl.constexpr, T: tl.constexpr
+    word,
+    third,
+    magic,
+    PLANES: tl.constexpr,
+    STEP: tl.constexpr,
+    REGISTER: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """Register I of `levels_of`: 3/2 (two planes) or 7/4 (three) less the index.
+    """One register of `levels_of`: 3/2 (two planes) or 7/4 (three) less the index.
 
     The index is put into the mantissa of 1024, or in bf16 of 128; the third plane's bit goes right
     below it, where it counts half a unit.
     """
-    COLUMN: tl.constexpr = I // 2
+    COLUMN: tl.constexpr = REGISTER // 2
     INDEX_AT: tl.constexpr = 4 if T == tl.float16 else 2
-    AT: tl.constexpr = INDEX_AT + 2 * (I % 2)
+    AT: tl.constexpr = INDEX_AT + 2 * (REGISTER % 2)
     SCALE: tl.constexpr = 0x00010001 * (AT << (10 if T == tl.float16 else 7))
     TOP: tl.constexpr = (0x00030003 << (AT - 1)) if PLANES == 2 else (0x00070007 << (AT - 2))
     ONE: tl.constexpr = 0x3C003C00 if T == tl.float16 else 0x3F803F80
@@ -213,9 +227,10 @@ def _level(
     FACTOR: tl.constexpr = (ONE - SCALE) | 0x80008000
     ADDED: tl.constexpr = MAGIC - SCALE + TOP
     index = _shifted_down(word, 8 * (STEP % 2) + 4 * COLUMN - INDEX_AT)
-    number = index & (0x00030003 << AT) | magic
+    number = _and_or(index, 0x00030003 << AT, magic)
     if PLANES == 3:
-        number |= _shifted_down(third, 4 * STEP + COLUMN + 1 - INDEX_AT) & (0x00010001 << (AT - 1))
+        half = _shifted_down(third, 4 * STEP + COLUMN + 1 - INDEX_AT)
+        number = _and_or(half, 0x00010001 << (AT - 1), number)
     FP16: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
     BF16: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
     return tl.inline_asm_elementwise(

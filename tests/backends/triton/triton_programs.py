@@ -213,7 +213,9 @@ class Emulated:
     def __getitem__(self, grid):
         return functools.partial(self._launch, grid)
 
-    def _launch(self, grid, *args, num_warps: int = 4, num_stages: int = 3, **kwargs):
+    def _launch(
+        self, grid, *args, num_warps: int = 4, num_stages: int = 3, launch_pdl=False, **kwargs
+    ):
         named = dict(zip(self.fn.arg_names, args, strict=False)) | kwargs
         constexprs = {p.name for p in self.fn.params if p.is_constexpr}
         open_ = {p.name for p in self.fn.params if p.do_not_specialize}
