@@ -14,7 +14,6 @@ kernels run on CPU tensors, slowly, in Triton's interpreter: for debugging, not 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -213,7 +212,7 @@ def _linear(x: Tensor, *arguments) -> Tensor:
     device, sizes = device_of(x.device.index), launch.sizes_of(state)
     M = x.numel() // sizes.K
     config = choose(sizes, M, bits_of(x.dtype), device)
-    with _current(x.device):
+    with launch.current(x.device):
         if not config.rebuild:
             shares = splits(sizes, M, config, device)
             return launch.linear(x, state, bias, config, shares, z_splits(sizes))
@@ -231,17 +230,11 @@ def _linear_stream(x: Tensor, *arguments) -> Tensor:
     M = x.numel() // sizes.K
     device = device_of(x.device.index)
     config = choose(sizes, M, bits_of(x.dtype), device)
-    with _current(x.device):
+    with launch.current(x.device):
         if not config.rebuild and stream.decodes(M, sizes.rank):
             return stream.decoded(x, state, bias, device.multiprocessors)
         with torch.autocast(x.device.type, enabled=False):
             return stream.rebuilt(x, state, bias)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes the device torch's current one, on which Triton launches."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def check(x: Tensor, state: TritonState, bias: Tensor | None) -> None:
@@ -274,7 +267,7 @@ def _dense(*arguments) -> Tensor:
     """The op that rebuilds the weight. arguments: TENSORS, SIZES, dtype."""
     *stored, dtype = arguments
     state = TritonState(*stored)
-    with _current(state.values.device):
+    with launch.current(state.values.device):
         return launch.dense(state, dtype)
 
 
@@ -287,7 +280,8 @@ def _dense_fake(*arguments) -> Tensor:
 def _dense_stream(*arguments) -> Tensor:
     """The same from a stream, in the state's dtype. arguments: STREAM_TENSORS, STREAM_SIZES."""
     state = CudaState(*arguments)
-    with _current(state.stream.device), torch.autocast(state.stream.device.type, enabled=False):
+    device = state.stream.device
+    with launch.current(device), torch.autocast(device.type, enabled=False):
         return stream.dense(state)
 
 

@@ -6,6 +6,7 @@ streams and CUDA graphs may overlap as they like.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -279,6 +280,12 @@ def _stored(state: TritonState) -> tuple[Tensor | None, ...]:
 def speaks_ptx(device: torch.device) -> bool:
     """Whether kernels may hold PTX: on NVIDIA GPUs, not on others, not in Triton's interpreter."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes the device torch's current one, on which Triton launches."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def _precision() -> str:

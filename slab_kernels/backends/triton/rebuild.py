@@ -45,7 +45,8 @@ def _entry(low, high):
     return (high.to(tl.uint64) << 32 | low.to(tl.uint64),)
 
 
-@triton.jit
+# Nothing gains by being known: one compiled kernel serves all sizes of a kind of weight.
+@triton.jit(do_not_specialize=["rows", "K", "row_groups"])
 def rebuild_kernel(
     stream_ptr, u_ptr, v_ptr, w_ptr, rows, K, row_groups,
     VALUES: tl.constexpr, GROUP_STEPS: tl.constexpr, RANK: tl.constexpr, PLANES: tl.constexpr,

@@ -14,19 +14,11 @@ import torch
 from torch import Tensor
 
 from ...format import ceil_div
-from ..cuda.layout import (
-    ACTIVATIONS,
-    BLOCK_ROWS,
-    INT4,
-    INT8,
-    W16,
-    CudaState,
-    adapters,
-)
+from ..cuda.layout import ACTIVATIONS, BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
 from . import launch, sparse
 from .rows import DECODE, TritonSizes
 
-OLDEST = (8, 0)  # the first compute capability with mma.sp
+DIFFERS = "gives results that differ from the reference"
 COMPILED_TOKENS = (1, 2, 16)  # counts that have a kernel of their own
 # Tiles of tokens that decode the weight each for themselves rather than rebuild it once.
 MOST_TOKEN_TILES = 8
@@ -46,12 +38,20 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in ACTIVATIONS or not launch.speaks_ptx(device):
         return False
     with _CHECKING:
-        found = _TRUSTED.get(device.index)
-        if found is None:
-            if device.index is not None and torch.cuda.is_current_stream_capturing():
-                return False  # A check would become part of the graph; the next use makes it.
-            found = _TRUSTED[device.index] = _first_use(device)
-    return found
+        if device.index in _TRUSTED:
+            return _TRUSTED[device.index]
+        if device.index is not None and torch.cuda.is_current_stream_capturing():
+            return False  # A check would become part of the graph; the next use makes it.
+        defect = _defect(device)
+        _TRUSTED[device.index] = defect is None
+    if defect is not None:
+        warnings.warn(
+            f"Triton's kernel for sparse tensor cores {defect} on {device}; the slower kernels of "
+            "the triton backend run instead. Please report it with torch's and Triton's versions",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return defect is None
 
 
 def expected(device: torch.device, dtype: torch.dtype) -> bool:
@@ -59,24 +59,13 @@ def expected(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in ACTIVATIONS and launch.speaks_ptx(device) and _TRUSTED.get(device.index, True)
 
 
-def _first_use(device: torch.device) -> bool:
-    """Whether sparse tensor cores give what they should on the device; warns if not."""
-    if device.index is not None and torch.cuda.get_device_capability(device) < OLDEST:
-        return False
-    defect = "differ from the reference"
+def _defect(device: torch.device) -> str | None:
+    """What a first use of sparse tensor cores on the device shows to be wrong, if anything."""
     try:
-        if sparse.self_check(device):
-            return True
-    except Exception as error:  # whatever a version of Triton raises for a kernel it cannot compile
-        defect = f"could not be tried: {type(error).__name__}: {' '.join(str(error).split())}"
-    warnings.warn(
-        f"on {device} the results of Triton's kernel for sparse tensor cores {defect}; slower "
-        "kernels of the triton backend run instead, with the same results as ever. Please report "
-        "it with the versions of torch and triton",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False
+        with launch.current(device):
+            return None if sparse.self_check(device) else DIFFERS
+    except Exception as error:  # whatever a version of Triton raises for what it cannot compile
+        return f"could not be tried ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def sizes_of(state: CudaState) -> TritonSizes:
