@@ -349,7 +349,7 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
 def rows_only(text: str, only: tuple[str, ...]) -> str:
     """linear.cu with these rows alone of its tables of kernels.
 
-    A row is named by what it begins with: "linear_w16_one_t8" of KERNEL(linear, w16_one_t8, ...),
+    A row is named by what it begins with: "linear_w16_one_t32" of KERNEL(linear, w16_one_t32, ...),
     "w16_any_kW16" of KERNEL(w16_any, kW16, ...). Each row but the last ends in a backslash.
     """
     rows = re.compile(r"^ *KERNEL\((\w+), *(\w+),.*\n", re.MULTILINE)
