@@ -4,7 +4,9 @@
 
 These are predictions from bytes, tensor and issue rates: nothing is measured, and no GPU is needed.
 One table per GPU is printed, with the least and the greatest ratio over the models' fused shapes.
-With --out benchmarks/results/prediction.json every row is kept.
+With --out benchmarks/results/prediction.json every row is kept. There `overlapped_us` is
+`predicted_us` less a launch, for devices with dependent launches (9.0 and newer): what is assumed
+of a linear behind another linear, whose weights it asks for before that one ends.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 
 from bench_linear import commit
 
-from slab_kernels.backends.cuda.cost import Rebuild, dense_microseconds
+from slab_kernels.backends.cuda.cost import LAUNCH_US, Plan, Rebuild, dense_microseconds
 from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import choose
@@ -22,7 +24,8 @@ from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
-TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 4096)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
+DEPENDENT_SINCE = (9, 0)  # the first compute capability with programmatic dependent launch
 # Name -> values, rank of the sign term, rank of the adapter.
 KINDS = {
     "fp16 / bf16": (W16, 1, 0),
@@ -48,6 +51,9 @@ def rows(gpu_name: str, models: list[str]) -> list[dict]:
                     "kind": kind,
                     "predicted_us": plan.microseconds,
                 }
+                if isinstance(plan, Plan):
+                    overlap = LAUNCH_US if gpu.capability >= DEPENDENT_SINCE else 0.0
+                    row |= {"overlapped_us": plan.microseconds - overlap, "loop": plan.tile.loop}
                 route = "rebuilt" if isinstance(plan, Rebuild) else "fused"
                 found.append(
                     row | {"dense_us": dense, "ratio": dense / plan.microseconds, "route": route}

@@ -213,7 +213,8 @@ INCLUDES = {
     "cuda/decode_place.cuh": "params.h ptx.cuh",
     "cuda/decode_operands.cuh": "params.h ptx.cuh",
     "cuda/decode_end.cuh": "bias.cuh decode_place.cuh",
-    "cuda/narrow.cuh": "decode_end.cuh decode_operands.cuh",
+    "cuda/narrow_columns.cuh": "decode_place.cuh",
+    "cuda/narrow.cuh": "decode_end.cuh decode_operands.cuh narrow_columns.cuh",
     "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh",
 }
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))

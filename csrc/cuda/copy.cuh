@@ -28,7 +28,7 @@ __device__ __forceinline__ void Warp<Traits>::fetch_weights(int k_block) const {
       copy16_if(copy.token_row == 0, write_stage + copy.v_to, v_from);
     fetch_head<0>(to, from);
   }
-  if (Traits::kRank == kRankAny)
+  if (Traits::kSparse && Traits::kRank == kRankAny)
     for (int r = copy.token_row; r < rank; r += copy.token_step)
       copy16_if(true, write_stage + copy.v_to + r * kTokenRow,
                 v_from + r * params.num_k_blocks * kTokenRow);

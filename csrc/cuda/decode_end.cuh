@@ -26,7 +26,7 @@
 
 namespace slab {
 
-// Starts to copy u of the CTA's rows to shared memory; the thread's next commit takes the copies.
+// Starts to copy u of the CTA's rows to shared memory; copies_wait_all() waits for it.
 __device__ __forceinline__ void fetch_factors(const LinearParams& params, const DecodePlace& place,
                                               uint32_t to) {
   const int pairs = min(params.warp_rows, place.end_pair - place.first_pair);

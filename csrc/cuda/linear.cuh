@@ -67,10 +67,8 @@ namespace slab {
 // also finished with the stage that they multiplied last, so it may be overwritten.
 __device__ __forceinline__ void wait_for_stage(int stages, const WarpRole& role) {
   copies_wait(stages);
-  if (role.members > 1)
-    barrier(1 + role.group, 32 * role.members);
-  else
-    __syncwarp();
+  __syncwarp();
+  if (role.members > 1) barrier(1 + role.group, 32 * role.members);
 }
 
 // All K-blocks of this group.
@@ -103,7 +101,7 @@ __device__ __forceinline__ void Warp<Traits>::multiply_k_blocks() {
     write_stage = ring.after(write_stage);
     multiply_stage(u);
   }
-  if constexpr (Traits::kLevelOperand) sums.join_chains(u);
+  if constexpr (Traits::kLevelOperand) sums.join_levels(u);
 }
 
 template <class Traits>

@@ -24,20 +24,16 @@
 //
 //   u        128 warp_rows rank
 //   rings    warps x stages x bytes of a block
-//   columns  K-blocks of the largest share x T (1 + R) x 272: [K-block][column][128 inputs], each
-//            row 16 bytes longer than it need be, so that eight of them lie in different banks
+//   columns  K-blocks of the largest share x T (1 + R) x 272 (narrow_columns.cuh)
 //
-// The sums of the end (decode_end.cuh) take the place of rings and columns. Column t is x of token
-// t, column T + r T + t is v_r x of token t, T being params.tile_tokens and not the tokens that
-// exist.
+// The sums of the end (decode_end.cuh) take the place of rings and columns.
 #pragma once
 
 #include "decode_end.cuh"
 #include "decode_operands.cuh"
+#include "narrow_columns.cuh"
 
 namespace slab {
-
-constexpr int kColumnRow = kTokenRow + 16;
 
 // What a warp copies of each K-block, 16 bytes a lane at a time.
 template <class Traits>
@@ -62,7 +58,7 @@ struct WeightCopies {
     block_bytes = Traits::block_bytes(params.group_steps);
     const uint32_t block = pair * params.num_k_blocks + place.first_k_block;
     const uint8_t* const first =
-        params.stream + (uint64_t(block) * uint32_t(block_bytes) + (16 * lane + kReach));
+        params.stream + (uint64_t(block) * uint32_t(block_bytes) + uint32_t(16 * lane + kReach));
     from = keep(first);
     end = place.k_blocks;
     tail_end = 16 * lane < block_bytes - 512 * kWhole ? end : 0;
@@ -71,7 +67,7 @@ struct WeightCopies {
   // Asks for K-block k of the share; if there is none, for nothing.
   __device__ __forceinline__ void fetch(int k, uint32_t to) const {
     const uint8_t* const block = from + uint64_t(uint32_t(k)) * uint32_t(block_bytes);
-    const uint8_t* far = block;
+    const uint8_t* far = block;  // + 2 kReach; what no instruction's offset reaches counts from it
     if constexpr (Traits::kMostBytes > 2 * kReach) far = keep(block + 2 * kReach);
     fetch_whole<0>(k < end, to, block, far);
     if constexpr (kTail) copy<kWhole>(k < tail_end, to, block, far);
@@ -94,144 +90,14 @@ struct WeightCopies {
   }
 };
 
-// 16 bytes each of up to four rows of x or v.
-struct RowPieces {
-  uint4 row[4];
-
-  __device__ __forceinline__ void load(const uint8_t* from, int64_t row_bytes, int rows) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      row[j] = make_uint4(0, 0, 0, 0);
-      if (j < rows) row[j] = load_global(from + j * row_bytes);
-    }
-  }
-};
-
-template <class T>
-__device__ __forceinline__ uint4 multiply(const uint4& a, const uint4& b) {
-  return make_uint4(T::multiply(a.x, b.x), T::multiply(a.y, b.y), T::multiply(a.z, b.z),
-                    T::multiply(a.w, b.w));
-}
-
-// Where x and v are, and where their columns go.
-template <class Traits>
-struct ColumnPlan {
-  using T = typename Traits::Activation;
-  static constexpr int kMost = 8;  // columns
-
-  const uint8_t *x, *v;  // of the share's first input
-  int64_t x_row, v_row;  // bytes from row to row
-  int tile_tokens, tokens, rank;
-  int inputs;           // of the share and of those after it
-  int pieces, threads;  // of the share; of the CTA
-  uint32_t to, k_block_bytes;
-
-  __device__ __forceinline__ ColumnPlan(const LinearParams& params, const DecodePlace& place,
-                                        uint32_t to)
-      : to(to) {
-    const int first_input = place.first_k_block * kBlockInputs;
-    x_row = 2 * params.token_stride, v_row = int64_t(params.num_k_blocks) * kTokenRow;
-    tile_tokens = params.tile_tokens, tokens = place.tokens;
-    rank = Traits::kSigns ? params.rank : 0;
-    x = params.x + place.first_token * x_row + 2 * int64_t(first_input);
-    v = params.v + place.part * rank * v_row + 2 * int64_t(first_input);
-    inputs = params.in_features - first_input;
-    pieces = place.k_blocks * (kTokenRow / 16);
-    threads = 32 * blockDim.y * blockDim.z;
-    k_block_bytes = tile_tokens * (1 + rank) * kColumnRow;
-  }
-
-  // Where a column has piece `piece`.
-  __device__ __forceinline__ uint32_t place_of(int piece, int column) const {
-    return to + (piece >> 4) * k_block_bytes + (piece & 15) * 16 + column * kColumnRow;
-  }
-  __device__ __forceinline__ void load_v(RowPieces& rows, int piece) const {
-    rows.load(v + 16 * int64_t(piece), v_row, piece < pieces ? rank : 0);
-  }
-  // Tokens [first, first + 4). Of a piece with fewer than eight inputs none is read: fill_ragged().
-  __device__ __forceinline__ void load_x(RowPieces& rows, int piece, int first) const {
-    rows.load(x + 16 * int64_t(piece) + first * x_row, x_row,
-              piece < pieces && 8 * piece + 8 <= inputs ? tokens - first : 0);
-  }
-  __device__ __forceinline__ void store_x(const RowPieces& rows, int piece, int first) const {
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-      if (first + t < tile_tokens) store_shared(place_of(piece, first + t), rows.row[t]);
-  }
-  // v_r x for the first four ranks. With a rank no CTA has more than four tokens.
-  __device__ __forceinline__ void store_products(const RowPieces& x_rows, const RowPieces& v_rows,
-                                                 int piece) const {
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        if ((t + 1) * (r + 2) <= kMost && t < tile_tokens && r < rank)
-          store_shared(place_of(piece, tile_tokens * (1 + r) + t),
-                       multiply<T>(x_rows.row[t], v_rows.row[r]));
-  }
-  // v_r x for the ranks above four, which only one token has.
-  __device__ __forceinline__ void store_more_products(const RowPieces& x_rows, int piece) const {
-#pragma unroll 1
-    for (int r = 4; r < rank; ++r)
-      store_shared(place_of(piece, 1 + r),
-                   multiply<T>(x_rows.row[0], load_global(v + r * v_row + 16 * int64_t(piece))));
-  }
-  // The piece that K ends in, input by input. Zeros stand there.
-  __device__ __forceinline__ void fill_ragged(int piece) const {
-#pragma unroll 1
-    for (int t = 0; t < tokens; ++t)
-#pragma unroll 1
-      for (int input = 8 * piece; input < inputs; ++input) {
-        const uint32_t at = 2 * (input & 7);
-        const uint16_t value = reinterpret_cast<const uint16_t*>(x + t * x_row)[input];
-        store_shared16(place_of(piece, t) + at, value);
-#pragma unroll 1
-        for (int r = 0; r < rank; ++r)
-          store_shared16(
-              place_of(piece, tile_tokens * (1 + r) + t) + at,
-              T::multiply(value, reinterpret_cast<const uint16_t*>(v + r * v_row)[input]));
-      }
-  }
-};
-
-// Puts x and v_r x of the CTA's share of K into shared memory, zeros beyond K. Waits for the
-// predecessor, which may have written x, before it reads x.
-template <class Traits>
-__device__ __forceinline__ void place_columns(const ColumnPlan<Traits>& plan) {
-  RowPieces x, v;
-  const int thread = threadIdx.x + 32 * (threadIdx.y + blockDim.y * threadIdx.z);
-  int ragged = -1;
-  if constexpr (Traits::kSigns) plan.load_v(v, thread);
-  wait_for_predecessor();
-#pragma unroll 1
-  for (int done = 0; done < plan.pieces; done += plan.threads) {
-    const int piece = done + thread;
-#pragma unroll 1
-    for (int first = 0; first < plan.tile_tokens; first += 4) {
-      plan.load_x(x, piece, first);
-      if (piece < plan.pieces) plan.store_x(x, piece, first);
-    }
-    if constexpr (Traits::kSigns) {
-      if (piece < plan.pieces) {
-        plan.store_products(x, v, piece);
-        plan.store_more_products(x, piece);
-      }
-      plan.load_v(v, piece + plan.threads);
-    }
-    if (piece < plan.pieces && 8 * piece < plan.inputs && plan.inputs < 8 * piece + 8)
-      ragged = piece;
-  }
-  if (ragged >= 0) plan.fill_ragged(ragged);
-}
-
 // The loop of a warp over its K-blocks.
 template <class Traits>
 struct NarrowWarp {
   using T = typename Traits::Activation;
 
   WeightCopies<Traits> weights;
-  int next;                   // the K-block of the share to ask for
-  uint32_t ring, ring_bytes;  // this lane's first 16 bytes of the first stage
+  int next;       // the K-block of the share to ask for
+  uint32_t ring;  // this lane's first 16 bytes of the first stage
   KeptSums<Traits, 1> kept;
   float signs[2][1][4];
 
@@ -315,7 +181,7 @@ __device__ __forceinline__ void narrow(const LinearParams& params) {
   const int columns = params.tile_tokens * (1 + rank);
   const uint32_t columns_at =
       rings_at + params.warp_inputs * params.warp_rows * params.stages * warp.weights.block_bytes;
-  place_columns<Traits>(ColumnPlan<Traits>(params, place, columns_at));
+  ColumnPieces<Traits>(params, place, columns_at).store(place.k_blocks);
   __syncthreads();
 
   // The same in all lanes, which the compiler can see only so.

@@ -49,13 +49,15 @@ struct WarpRole {
   int row_warp, token_warp;  // which rows and which tokens of the CTA's tile
 };
 
-// The block is (lane, member, group). warp_rows is a power of two.
+// The block is (lane, member, group). warp_rows is a power of two. Only a shuffle tells the compiler
+// that member and group are the same for all lanes of a warp, which then need not be brought
+// together again after a branch.
 __device__ __forceinline__ WarpRole role_of(const LinearParams& params) {
   WarpRole role;
   role.lane = keep(threadIdx.x);
   role.members = params.warp_rows * params.warp_tokens;
-  role.member = keep(threadIdx.y);
-  role.group = keep(threadIdx.z);
+  role.member = __shfl_sync(~0u, int(threadIdx.y), 0);
+  role.group = __shfl_sync(~0u, int(threadIdx.z), 0);
   role.row_warp = role.member & (params.warp_rows - 1);
   role.token_warp = role.member >> (31 - __clz(params.warp_rows));
   return role;

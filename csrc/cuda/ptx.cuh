@@ -65,8 +65,9 @@ template <int kGroups>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
+// For all copies of this thread, those of no group yet included.
 __device__ __forceinline__ void copies_wait_all() {
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 // Waits until at most stages - 2 groups of this thread's copies are still on their way, for 2, 3 or
 // 4 stages. It takes three instructions and no branch.

@@ -14,7 +14,8 @@ namespace slab {
 // copying: of the row pairs of weights, member i takes i, i + members, ...; of the activation
 // rows, two at a time because half a warp copies one, 2 i, 2 i + 1, 2 (i + members), ...
 //
-// Sources are those of the group's first K-block. Targets count from the start of a stage.
+// Sources are those of the group's first K-block. Targets count from the start of a stage. Those of
+// weights are byte kCopyFrom of a block.
 template <class Traits>
 struct CopyPlan {
   const uint8_t* weights_from[Traits::kPairs];  // at most so many blocks
@@ -43,10 +44,10 @@ struct ReadPlan {
 // The fp32 sums of a warp: [row tile][token tile][c0 .. c3 of the fragment].
 template <class Traits>
 struct Accumulators {
-  static constexpr bool kTwoChains = Traits::kLevelOperand;
+  static constexpr bool kLevels = Traits::kLevelOperand;
 
   float sum[Traits::kRowTiles][Traits::kTokenTiles][4];
-  float signs[Traits::kRowTiles][kTwoChains ? Traits::kTokenTiles : 1][4];  // only with levels
+  float signs[Traits::kRowTiles][kLevels ? Traits::kTokenTiles : 1][4];  // only with levels
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -54,11 +55,11 @@ struct Accumulators {
 #pragma unroll
       for (int n = 0; n < Traits::kTokenTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[m][n][i] = signs[m][kTwoChains ? n : 0][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) sum[m][n][i] = signs[m][kLevels ? n : 0][i] = 0.0f;
   }
 
-  // Adds the levels' chain times u to the sums; u[m][h] is of row tile m's rows g (h = 0) and g + 8.
-  __device__ __forceinline__ void join_chains(const uint32_t (&u)[Traits::kRowTiles][2]) {
+  // Adds u times the levels' sums; u[m][h] is of row tile m's rows g (h = 0) and g + 8.
+  __device__ __forceinline__ void join_levels(const uint32_t (&u)[Traits::kRowTiles][2]) {
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m)
 #pragma unroll

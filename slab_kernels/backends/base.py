@@ -142,6 +142,12 @@ class Backend:
         outputs = [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)]
         return torch.cat(outputs, -1)
 
+    def prefetch_next(self, state: Any, following: Any, most_bytes: int) -> None:
+        """From now on `linear` of `state` may bring the first `most_bytes` of `following` near.
+
+        Both are what `prepare` returned. This one does nothing.
+        """
+
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
         """How it would run the problem (on a GPU of that name), for `explain`; empty without a
         choice."""

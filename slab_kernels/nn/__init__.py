@@ -1,6 +1,8 @@
-"""`SlabLinear` and `FusedSlabLinear`, drop-in replacements of `nn.Linear`, and `replace_linear`."""
+"""`SlabLinear` and `FusedSlabLinear`, drop-in replacements of `nn.Linear`, `replace_linear`, and
+`prefetch_in_order`."""
 
 from .linear import FusedSlabLinear, SlabLinear
+from .prefetch import prefetch_in_order
 from .replacement import replace_linear
 
-__all__ = ["FusedSlabLinear", "SlabLinear", "replace_linear"]
+__all__ = ["FusedSlabLinear", "SlabLinear", "prefetch_in_order", "replace_linear"]

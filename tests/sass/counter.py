@@ -178,7 +178,8 @@ class Kernel:
         group (FFMA) the last
         only: a group is 128 inputs, shorter ones are an option.
         """
-        tokens = int(self.name.rsplit("_t", 1)[1])
+        found = re.search(r"_t(\d+)", self.name)
+        tokens = int(found[1]) if found else 0  # The narrow loop copies no tokens.
         times = dict.fromkeys(self.main.blocks, 1.0)
         for loop in self.inner:
             if not loop.blocks <= self.edge:
@@ -348,7 +349,7 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
 def rows_only(text: str, only: tuple[str, ...]) -> str:
     """linear.cu with these rows alone of its tables of kernels.
 
-    A row is named by what it begins with: "linear_w16_one_t8" of KERNEL(linear, w16_one_t8, ...),
+    A row is named by what it begins with: "linear_w16_one_t32" of KERNEL(linear, w16_one_t32, ...),
     "w16_any_kW16" of KERNEL(w16_any, kW16, ...). Each row but the last ends in a backslash.
     """
     rows = re.compile(r"^ *KERNEL\((\w+), *(\w+),.*\n", re.MULTILINE)

@@ -30,7 +30,14 @@ WEIGHTS = (
 )  # of a K-block; a warp instruction does 32 lanes' work, so 128 of them are one a weight
 LANE_WEIGHTS = WEIGHTS // 32
 SHOWN = ("sm_80", "sm_89", "sm_90a")
-SHOWN_TILES = (8, 16, 64)
+# The kernel of one rank by the number of tokens up to which it serves.
+KERNELS = {
+    4: "narrow_fp16_{}_one",
+    16: "wide_fp16_{}_one_t16",
+    32: "linear_fp16_{}_one_t32",
+    64: "linear_fp16_{}_one_t64",
+}
+SHOWN_TOKENS = (4, 16, 64)
 SCHEDULERS = 4  # a multiprocessor; each issues one warp instruction a clock
 
 # Clocks for which a warp instruction holds its pipe in one scheduler, from "Throughput of Native
@@ -67,7 +74,7 @@ def architecture_of(gpu: Gpu) -> str:
 
 def block_bytes(values: int) -> int:
     """Of 32 rows x 128 inputs in the stream: rank 1, one scale for 128 inputs."""
-    return 2 * CudaSizes(128, (32,), values, 4, 1, 0).block_bytes
+    return CudaSizes(128, (32,), values, 4, 1, 0).block_bytes
 
 
 def bits(values: int) -> float:
@@ -146,10 +153,9 @@ def counts_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for values in VALUES:
-        for tokens in SHOWN_TILES:
-            found = [
-                machine_code[a][f"linear_fp16_{values}_one_t{tokens}"].by_pipe() for a in SHOWN
-            ]
+        for tokens in SHOWN_TOKENS:
+            name = KERNELS[tokens].format(values)
+            found = [machine_code[a][name].by_pipe() for a in SHOWN]
             cells = [[pipes[c] for pipes in found] for c in columns] + [
                 [sum(pipes.values()) for pipes in found]
             ]
@@ -169,7 +175,7 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
         "Instructions a weight that a GPU can issue while its memory streams the weights at full "
         "bandwidth"
         " (all / of them ALU), and"
-        " the share that the kernel of 8 tokens takes of its nearest limit besides bytes.",
+        " the share that the kernel of up to 4 tokens takes of its nearest limit besides bytes.",
         "",
         "| GPU | "
         + " | ".join(f"{name}, {bits(values):g} bits" for name, values in VALUES.items())
@@ -179,9 +185,8 @@ def budget_table(machine_code: dict[str, dict[str, sass.Kernel]]) -> list[str]:
     for gpu in GPUS:
         cells = []
         for name, values in VALUES.items():
-            found = limit(
-                machine_code[architecture_of(gpu)][f"linear_fp16_{name}_one_t8"], gpu, values
-            )
+            kernel = KERNELS[4].format(name)
+            found = limit(machine_code[architecture_of(gpu)][kernel], gpu, values)
             nearest = max(found.used, key=found.used.__getitem__)
             share = found.used[nearest] / found.clocks
             issued = found.clocks / LANE_WEIGHTS
@@ -207,17 +212,14 @@ def record(machine_code: dict[str, dict[str, sass.Kernel]]) -> dict[str, object]
         }
         for architecture, kernels in machine_code.items()
         for name, kernel in sorted(kernels.items())
-        if "_one_t" in name or name.startswith("adapter")
+        if ("_one" in name and "_groups" not in name) or name.startswith("adapter")
     ]
     budgets = []
     for gpu in GPUS:
         for name, values in VALUES.items():
-            for tokens in REGISTERS:
-                found = limit(
-                    machine_code[architecture_of(gpu)][f"linear_fp16_{name}_one_t{tokens}"],
-                    gpu,
-                    values,
-                )
+            for tokens, kernel in KERNELS.items():
+                code = machine_code[architecture_of(gpu)][kernel.format(name)]
+                found = limit(code, gpu, values)
                 budgets.append(
                     {
                         "gpu": gpu.name,

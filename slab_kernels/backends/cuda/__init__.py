@@ -1,10 +1,11 @@
 """The fused CUDA kernels of csrc/cuda, for A100 (sm_80) and newer: `slab_kernels::linear_cuda`.
 
 They are loaded on first use. `prepare` orders the canonical packed tensors as the tensor cores'
-lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by a cost model (cost.py)
-of the GPU (gpus.py), launch.py queues one kernel (two with an adapter, one more where K is split
-over CTAs), and driver.py talks to the driver. images.py finds the machine code, which compile.py
-builds ahead of time and nvrtc.py at run time.
+lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by measured rows
+(measured.py) or a cost model (cost.py) of the GPU (gpus.py), launch.py queues one kernel (two with
+an adapter, one more where K is split over CTAs), and driver.py talks to the driver. prefetch.py
+knows which weight comes next, if somebody said so. images.py finds the machine code, which
+compile.py builds ahead of time and nvrtc.py at run time.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
 token's result depends on no other token. Above 64 that holds for every kernel here; where the plan
@@ -31,7 +32,7 @@ from ...format import PackedWeight, ceil_div
 from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_call, wants_gradient
-from . import driver, layout
+from . import driver, layout, prefetch
 from .cost import dense_microseconds
 from .gpus import gpu_like, gpu_named
 from .launch import CudaDevice, kernel_names, linear
@@ -100,6 +101,11 @@ class CudaBackend(OneLaunchBackend):
         if wants_gradient(x, bias):
             return torch.ops.slab_kernels.linear_cuda(x, *arguments)
         return torch.ops.slab_kernels.linear_cuda_frozen(x, *arguments)
+
+    def prefetch_next(self, state: object, following: object, most_bytes: int) -> None:
+        """The kernel for `state` prefetches the first bytes of `following` into L2."""
+        if isinstance(state, CudaState) and isinstance(following, CudaState):
+            prefetch.link(state, following, most_bytes)
 
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
         """The plan for this problem beside a dense linear's predicted time, or why there is none.

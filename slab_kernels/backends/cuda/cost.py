@@ -22,6 +22,7 @@ from .tiles import (
     MANY,
     NARROW,
     TOKEN_ROW_BYTES,
+    WIDE,
     CudaSizes,
     Tile,
     columns_bytes,
@@ -48,39 +49,43 @@ FILL_US = 1.73  # per wave of CTAs: from first byte to first product, its reduct
 REDUCE_US = 1.55  # of the kernel that adds K-splits
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 # The loops for up to 16 tokens are newer than those measurements, and nothing is known of them but
-# their machine code. FILL_US was fitted to kernels that divided five times and stalled 711 cycles
-# before their first copy, where now are no division and 61 cycles, and that divided again at their
-# end. It is an assumption that this saves so much of every launch.
+# their machine code. FILL_US was fitted to kernels with 368 instructions before their first copy,
+# five divisions among them, where now are at most 85 and no division, and that divided again at
+# their end. It is an assumption that this saves so much of every launch.
 DECODE_SAVES_US = 0.7
+# The fit counted instructions that did not run: of 357 in the loop for eight tokens 320 with one
+# token. The newer loops run all that is counted, so each is taken to last so much longer.
+DECODE_ISSUE = 1.12
 
 # SASS instructions that a warp issues for 32 rows x 128 inputs (4096 weights). They are counted in
 # the main loops of the sm_90a cubin by `python tests/sass/counter.py`; tests/sass/test_sass.py
 # holds them within 10 %.
 NARROW_ISSUE = {  # by sign planes, 0 for a rank of 0; as many for every number of tokens and ranks
-    0: {W16: 75, INT8: 145, INT4: 148},
-    1: {W16: 137, INT8: 207, INT4: 210},
-    2: {W16: 160, INT8: 235, INT4: 240},
-    3: {W16: 190, INT8: 265, INT4: 270},
+    0: {W16: 48, INT8: 119, INT4: 122},
+    1: {W16: 145, INT8: 211, INT4: 215},
+    2: {W16: 158, INT8: 292, INT4: 296},
+    3: {W16: 212, INT8: 342, INT4: 346},
 }
 WIDE_ISSUE = {  # 16 tokens, at most one rank
-    0: {W16: 120, INT8: 200, INT4: 203, DENSE: 200},
-    1: {W16: 215, INT8: 297, INT4: 300},
-    2: {W16: 240, INT8: 325, INT4: 330},
-    3: {W16: 270, INT8: 355, INT4: 360},
+    0: {W16: 172, INT8: 245, INT4: 247, DENSE: 209},
+    1: {W16: 320, INT8: 390, INT4: 393},
+    2: {W16: 330, INT8: 513, INT4: 515},
+    3: {W16: 384, INT8: 563, INT4: 565},
 }
-# 8 tokens and any rank: (fixed, for each product of 8 sign columns), by sign planes.
-ANY_ISSUE = {
-    1: {W16: (150, 60), INT8: (220, 60), INT4: (223, 60)},
-    2: {W16: (175, 60), INT8: (245, 60), INT4: (250, 60)},
-    3: {W16: (205, 60), INT8: (275, 60), INT4: (280, 60)},
+# More where a scale covers 32 or 64 inputs. Kernels of two and three planes count it above.
+GROUPS_ISSUE = {NARROW: 66, WIDE: 106}
+ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign columns), by sign planes
+    1: {W16: (223, 50), INT8: (370, 50), INT4: (370, 50)},
+    2: {W16: (233, 50), INT8: (389, 50), INT4: (387, 50)},
+    3: {W16: (287, 50), INT8: (436, 50), INT4: (438, 50)},
 }
 # The loop for many tokens: (fixed, per 8 tokens).
-ISSUE = {W16: (223, 56), INT8: (275, 78), INT4: (279, 78), DENSE: (165, 133)}
+ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
-    2: {W16: (247, 53), INT8: (327, 61), INT4: (330, 61)},
-    3: {W16: (303, 54), INT8: (377, 61), INT4: (379, 62)},
+    2: {W16: (239, 53), INT8: (323, 61), INT4: (326, 61)},
+    3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
 }
-TALL_ISSUE = {W16: (345, 71)}  # for 64 rows x 128 inputs
+TALL_ISSUE = {W16: (330, 71)}  # for 64 rows x 128 inputs
 
 
 def bytes_per_us(gpu: Gpu) -> float:
@@ -139,7 +144,7 @@ class Plan:
 
     @functools.cached_property
     def stage_bytes(self) -> int:
-        return stage_bytes(self.sizes, self.tile, self.tokens, self.M)
+        return stage_bytes(self.sizes, self.tile, self.tokens)
 
     @functools.cached_property
     def shared_bytes(self) -> int:
@@ -181,9 +186,14 @@ class Plan:
     @property
     def column_tiles(self) -> tuple[int, int]:
         """How many products of 8 columns a warp makes of the kept values, and of the signs."""
+        rank, tokens = self.sizes.rank, self.tokens
         if self.tile.loop == NARROW:
-            return 1, min(1, self.sizes.rank)
-        return ceil_div(self.tokens, COLUMNS), ceil_div(self.tokens * self.sizes.rank, COLUMNS)
+            return 1, min(1, rank)
+        if self.tile.loop == WIDE and rank <= 1:
+            tokens = self.sizes.wide_tokens  # Those that do not exist are multiplied, too.
+        elif self.tile.loop == WIDE:
+            return 1, ceil_div(tokens * rank, COLUMNS)
+        return tokens // COLUMNS, tokens * rank // COLUMNS
 
     @property
     def cta_weight_bytes(self) -> int:
@@ -240,13 +250,14 @@ class Plan:
         """SASS instructions that a warp issues per K block."""
         values, rank = self.sizes.values, self.sizes.rank
         planes = self.sizes.planes if rank else 0
-        if self.tile.loop == NARROW:
-            return NARROW_ISSUE[planes][values]
-        if self.tile.loop != MANY and rank <= 1:
-            return WIDE_ISSUE[planes][values]
-        if self.tile.loop != MANY:
+        if self.tile.loop == WIDE and rank > 1:
             fixed, per_tile = ANY_ISSUE[planes][values]
-            return fixed + per_tile * self.column_tiles[1]
+            return DECODE_ISSUE * (fixed + per_tile * self.column_tiles[1])
+        if self.tile.loop != MANY:
+            counts = NARROW_ISSUE if self.tile.loop == NARROW else WIDE_ISSUE
+            groups = planes <= 1 and values in (INT8, INT4) and self.sizes.group_steps < STEPS
+            more = GROUPS_ISSUE[self.tile.loop] if groups else 0
+            return DECODE_ISSUE * (counts[planes][values] + more)
         if self.tile.tall:
             table = TALL_ISSUE
         else:

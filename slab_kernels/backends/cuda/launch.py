@@ -8,7 +8,7 @@ like y, so streams and CUDA graphs may overlap as they like.
 Every linear, the first of a call too, is launched as a dependent kernel where the device has that:
 it may start before the kernel in front of it ends, whoever queued that one. Until it has waited for
 that kernel it reads nothing but the prepared weight (layout.prepare), and it writes nothing at all.
-`dense_*` kernels do not wait, so they are launched in the ordinary way.
+The kernels that rebuild a weight and that add partial sums do likewise.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches
 def _name(sizes: CudaSizes, act: str, loop: str, tokens: int, tall: bool = False) -> str:
     """The linear's kernel. act: of the activations. tokens: of a warp. tall: 64 rows per warp."""
     if sizes.values == DENSE:
-        return f"adapter_{act}_t{tokens}"
+        return f"adapter_{act}_t{sizes.wide_tokens if loop == WIDE else tokens}"
     kind = f"{act}_{VALUE_NAMES[sizes.values]}"
     if loop != MANY:
         kind += f"_{PLANE_NAMES[sizes.planes if sizes.rank else 0]}"
@@ -162,7 +162,7 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
         args.warp_rows, args.warp_tokens = tile.warp_rows, tile.warp_tokens
         args.warp_inputs, args.stages, args.splits = tile.warp_inputs, plan.stages, plan.splits
         args.row_tiles, args.token_tiles = plan.row_tiles, plan.token_tiles
-        args.tile_tokens = min(plan.cta_tokens, M)
+        args.tile_tokens = plan.cta_tokens
         args.k_share, args.k_more = divmod(sizes.k_blocks, plan.splits)
         tiles = sizes.row_tiles(tile.rows)
     args.parts = len(sizes.rows)
@@ -270,7 +270,7 @@ def rebuilt(
                     args.v = state.V[part].data_ptr()
                 along_k = ceil_div(k_blocks, WARPS)  # CTAs
                 grid = along_k, min(row_pairs, ceil_div(launch.plan.max_ctas, along_k)), 1
-                device.queue(launch.name, grid, (THREADS, 1, 1), 0, args, False)
+                device.queue(launch.name, grid, (THREADS, 1, 1), 0, args, True)
                 piece, result = W[:count], y[:, done : done + count]
                 if factors:
                     P, Q = factors[part]

@@ -141,8 +141,8 @@ def _row_from(entry: object) -> MeasuredRow:
             raise ConfigError(
                 f"{name}={reprlib.repr(entry[name])} must be one of {', '.join(known)}"
             )
-    if not row.measured_us > 0:
-        raise ConfigError(f"measured_us={row.measured_us} must be above 0")
+    if not 0 < row.measured_us < MOST_US:  # NaN is not, either.
+        raise ConfigError(f"measured_us={row.measured_us} must be above 0 and below {MOST_US:g}")
     if row.tokens <= row.above or any(row.above < end < row.tokens for end in (DECODE, FEW)):
         raise ConfigError(
             f"above={row.above} and tokens={row.tokens} must lie within one regime: up to {DECODE} "

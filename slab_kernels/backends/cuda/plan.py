@@ -29,6 +29,7 @@ from .tiles import (
     SPLIT_TILES,
     TALL_TILES,
     WHOLE_TILES,
+    WIDE,
     WIDE_TILES,
     CudaSizes,
     Tile,
@@ -76,41 +77,37 @@ def regime(M: int) -> tuple[int, int]:
 def plans(sizes: CudaSizes, M: int, gpu: Gpu, warp_inputs: int, splits: int) -> list[Plan]:
     """Every plan for M tokens with so many K groups per CTA and so many CTAs that share K.
 
-    The narrow loop needs fewest instructions: where it fits, no other is looked at.
+    CTAs that share K have a K block for each of their groups at least.
     """
-    for tiles in _tiles(sizes, M):
-        found = [
-            plan
-            for tile, tokens in tiles
-            if tile.warp_inputs == warp_inputs
-            for plan in residencies(sizes, M, gpu, tile, tokens, splits)
-        ]
-        if found:
-            return found
-    return []
+    if splits > 1 and sizes.k_blocks < splits * warp_inputs:
+        return []
+    return [
+        plan
+        for tile, tokens in _tiles(sizes, M)
+        if tile.warp_inputs == warp_inputs
+        for plan in residencies(sizes, M, gpu, tile, tokens, splits)
+    ]
 
 
-def _tiles(sizes: CudaSizes, M: int) -> Iterator[list[tuple[Tile, int]]]:
-    """Tiles and tokens of a warp that suit M tokens, the preferred loop's first.
+def _tiles(sizes: CudaSizes, M: int) -> Iterator[tuple[Tile, int]]:
+    """Tiles and tokens of a warp that suit M tokens.
 
     In the loop for many, up to 64 tokens take the smallest tile that holds them all; with several
     sign planes, which have no tile of 64, two tiles of 32. More take warps of 32 or 64.
     """
     if M <= DECODE:
         if M <= sizes.most_narrow_tokens:
-            yield [(tile, M) for tile in NARROW_TILES]
-        yield [(tile, sizes.wide_tokens) for tile in WIDE_TILES]
+            yield from ((tile, M) for tile in NARROW_TILES)
+        yield from ((tile, sizes.wide_tokens) for tile in WIDE_TILES)
         return
     widths = sizes.warp_tokens()
     smallest = min(tokens for tokens in widths if tokens >= min(M, max(widths)))
     flat = SPLIT_TILES if M <= FEW else WHOLE_TILES
     pairs = [(tile, tokens) for tile in flat for tokens in widths]
     pairs += [(tile, tokens) for tile in TALL_TILES for tokens in sizes.warp_tokens(tall=True)]
-    yield [
-        (tile, tokens)
-        for tile, tokens in pairs
-        if (tokens * tile.warp_tokens == smallest if M <= FEW else tokens >= 32)
-    ]
+    for tile, tokens in pairs:
+        if tokens * tile.warp_tokens == smallest if M <= FEW else tokens >= 32:
+            yield tile, tokens
 
 
 def evaluate(
@@ -126,14 +123,16 @@ def residencies(
 ) -> list[Plan]:
     """The plans with this tile for one, two and four CTAs per multiprocessor, as far as they fit.
 
-    Each has as many stages as there is room for. One CTA alone needs two, several need three.
+    Each has as many stages as there is room for. One CTA alone needs two, several need three. A CTA
+    of the wide loop makes room for no more tokens than there are.
     """
+    tokens = min(tokens, M) if tile.loop == WIDE else tokens
     if tile.loop == MANY:
         registers = sizes.registers(tile.tall)[tokens] * tile.threads
     else:
         registers = DECODE_REGISTERS * tile.threads
     factors, held = factors_bytes(sizes, tile), columns_bytes(sizes, tile, tokens, splits)
-    stage = rings(tile) * stage_bytes(sizes, tile, tokens, M)
+    stage = rings(tile) * stage_bytes(sizes, tile, tokens)
     found = []
     for resident in (1, 2, 4):
         shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024) - factors
@@ -198,8 +197,6 @@ def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu, by_rows: bool) -> tu
     totals: list[tuple[float, int, int]] = []
     for warp_inputs in sorted({tile.warp_inputs for tile in tiles}, reverse=True):
         for splits in SPLITS:
-            if splits > 1 and sizes.k_blocks < splits * warp_inputs:
-                continue
             found = [plans(sizes, M, gpu, warp_inputs, splits) for M in weighed]
             if all(found):
                 total = sum(min(plan.microseconds for plan in some) for some in found)

@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 from .layout import CudaState
 
-MOST_BYTES = 8 << 20  # of a successor; the L2 of an A100 holds 40 MB, of an H100 50
-
 
 class Successor(NamedTuple):
     """What is read next: `next` and `next_bytes` of params.h."""
@@ -28,7 +26,7 @@ NONE = Successor(0, 0)
 _successors: dict[int, Successor] = {}  # by the address of a weight's stream
 
 
-def link(state: CudaState, following: CudaState, most_bytes: int = MOST_BYTES) -> None:
+def link(state: CudaState, following: CudaState, most_bytes: int) -> None:
     """From now on `state`'s linear prefetches the first `most_bytes` of `following`'s stream.
 
     A weight has one successor, the one that was linked last; most_bytes = 0 takes it away.

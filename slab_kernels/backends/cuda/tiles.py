@@ -93,7 +93,8 @@ class CudaSizes(NamedTuple):
 
     @property
     def wide_tokens(self) -> int:
-        """The tokens of a CTA in the wide loop: all of decoding, if the rank is at most 1."""
+        """The tokens of a CTA in the wide loop at most: all of decoding, if the rank is at most
+        1."""
         return DECODE if self.rank <= 1 else min(COLUMNS, MOST_SIGN_COLUMNS // self.rank)
 
     def warp_tokens(self, tall: bool = False) -> tuple[int, ...]:
@@ -219,23 +220,21 @@ TALL_TILES = (  # 64 rows per warp: half the reads of activations
 # fmt: on
 
 
-def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int, M: int) -> int:
+def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
     """Bytes of shared memory for one K block of a ring.
 
     tokens: of a warp. A ring of the narrow loop is a warp's and holds nothing but weights; the
-    others are a K group's and hold activations and V, too. The wide loop stages no more tokens than
-    there are (csrc/cuda/wide_stage.cuh).
+    others are a K group's and hold activations and V, too. The wide loop reads rows of tokens that
+    do not exist, so they lie within the stage (csrc/cuda/wide_stage.cuh).
     """
     if tile.loop == NARROW:
         return sizes.block_bytes
-    staged = tile.warp_tokens * tokens
-    weights = tile.row_pairs * sizes.block_bytes
+    activations = (tile.warp_tokens * tokens + sizes.rank) * TOKEN_ROW_BYTES
+    unit = 128 if tile.loop == WIDE else 256
+    stage = ceil_div(activations + tile.row_pairs * sizes.block_bytes, unit) * unit
     if tile.loop == WIDE:
-        all_rows = COLUMNS * (2 if sizes.rank <= 1 else 1)  # are read, whether they exist or not
-        activations = (min(staged, M) + sizes.rank) * TOKEN_ROW_BYTES
-        return max(all_rows * TOKEN_ROW_BYTES, ceil_div(activations + weights, 128) * 128)
-    activations = (staged + sizes.rank) * TOKEN_ROW_BYTES
-    return ceil_div(activations + weights, 256) * 256
+        stage = max(stage, TOKEN_ROW_BYTES * (DECODE if sizes.rank <= 1 else COLUMNS))
+    return stage
 
 
 def rings(tile: Tile) -> int:

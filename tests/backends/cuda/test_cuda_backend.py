@@ -94,7 +94,7 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
                 dtype,
             )
             assert (
-                state.stream.shape[:2] == (-(-N // 16), -(-K // 128))
+                state.stream.shape[:2] == (-(-N // 32), -(-K // 128))
                 and state.stream.shape[2] % 16 == 0
             )
             assert all(t.is_contiguous() for t in state[:5] if t is not None)
@@ -115,7 +115,7 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
 @pytest.mark.parametrize("values, group_size", [("fp16", None), ("int8", 64), ("int4", None)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
-    """Rows of each part start at a multiple of 16; magnitudes of V and Q differ by powers of two
+    """Rows of each part start at a multiple of 32; magnitudes of V and Q differ by powers of two
     between the parts."""
     rows, K, parts = (33, 5, 48, 16), 260, []
     for i, n in enumerate(rows):
@@ -124,7 +124,7 @@ def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
     state = layout.prepare(parts, dtype)
     assert (
         state.rows == rows
-        and state.stream.shape[0] == 3 + 1 + 3 + 1
+        and state.stream.shape[0] == 2 + 1 + 2 + 1
         and state.V.shape == (4, 2, 384)
     )
     factors = layout.adapters(state)
@@ -343,7 +343,7 @@ def test_kernels_are_loaded_with_the_weight(monkeypatch):
     assert registered and loaded == [
         (name, 3) for name in kernel_names(sizes(state), torch.bfloat16)
     ]
-    assert ("adapter_bf16_t8", 3) in loaded and ("linear_bf16_int8_any_t64", 3) in loaded
+    assert ("adapter_bf16_t16", 3) in loaded and ("linear_bf16_int8_any_t64", 3) in loaded
 
 
 def test_importing_opens_no_library_and_reads_no_file():

@@ -92,12 +92,15 @@ LIBRARY = nvrtc.Nvrtc(None, "", "13.0", frozenset({80, 86, 89, 90, 100, 120, 121
 # ---- NVRTC
 
 ONE_OF_EACH_KIND = (
-    "linear_w16_one_t8",
-    "linear_int8_any_t16",
+    "narrow_w16_three",
+    "narrow_int4_one",
+    "wide_int8_one_t16",
+    "wide_w16_one_any_t8",
+    "linear_int8_any_t64",
     "linear_int4_one_t32",
-    "adapter_t8",
+    "adapter_t32",
     "tall_w16_none_t64",
-    "planes_int4_three_t8",
+    "planes_int4_three_t32",
     "planes_w16_any_t32",
 )
 

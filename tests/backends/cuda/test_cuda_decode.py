@@ -17,7 +17,7 @@ from emulation import Launched, run
 from pairwise import grid, grid_of
 
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda import layout, plan
+from slab_kernels.backends.cuda import layout, plan, prefetch
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.layout import DENSE
 from slab_kernels.backends.cuda.tiles import NARROW_TILES
@@ -187,13 +187,14 @@ def test_every_pattern_and_sign_at_every_lane(dtype, values):
 
 
 @pytest.mark.parametrize("rank, M, planes", [(0, 4, 1), (1, 3, 1), (3, 2, 3), (6, 1, 2)])
-def test_fused_projections_are_one_launch(rank, M, planes):
+def test_fused_projections_are_one_launch(forced, rank, M, planes):
     """q, k and v of unequal sizes, each with its own V, none a multiple of 32 rows."""
     rows, K = (100, 24, 37), 272
     parts = [
         random_packed(PackedLayout(n, K, "int8", 128, rank, planes=planes), seed=n, integers=True)
         for n in rows
     ]
+    forced(tile_of(2, 4))
     state, x = layout.prepare(parts, torch.float16), torch.randint(-3, 4, (M, K)).half()
     bias, launched = torch.randint(-5, 6, (sum(rows),)).half(), Launched()
     y = run(x, state, bias, GPU, launched=launched)
@@ -234,3 +235,44 @@ def test_strided_activations(K):
     wide = torch.full((3, 8 * (K // 8) + 24), float("nan"), dtype=torch.float16)
     wide[:, :K] = x[:3]
     assert torch.equal(run(wide[:, :K], state, bias, GPU), exact[:3].half())
+
+
+@pytest.mark.parametrize("values, rank", [("fp16", 1), ("int8", 0), ("int4", 3)])
+def test_a_dependent_launch_reads_weights_alone_before_its_predecessor_ends(forced, values, rank):
+    """compute_90 text: the harness refuses any other access before griddepcontrol.wait."""
+    group_size = None if values == "fp16" else 128
+    packed_layout = PackedLayout(70, 1030, values, group_size, rank)
+    _, state, x, bias, exact, _ = problem(packed_layout, torch.float16, True)
+    forced(tile_of(2, 8), 2)
+    launched = Launched()
+    y = run(x[:2], state, bias, GPU, "compute_90", launched)
+    assert torch.equal(y, exact[:2].half())
+    stats = launched.stats[0]
+    assert launched.dependent[0] and stats["griddepcontrol.wait"]
+    assert stats["griddepcontrol.launch_dependents"] == stats["griddepcontrol.wait"]
+
+
+def test_each_line_of_the_next_weight_is_prefetched_once(forced):
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(149, 140, "int4", 128, 1), torch.float16, True
+    )
+    following = problem(PackedLayout(70, 1030, "fp16", None, 1), torch.float16, True)[1]
+    forced(tile_of(1, 4))
+    launched = Launched()
+    prefetch.link(state, following, 1 << 20)
+    try:
+        y = run(x[:1], state, bias, GPU, launched=launched)
+    finally:
+        prefetch.link(state, following, 0)
+    assert torch.equal(y, exact[:1].half())
+    lines = following.stream.nbytes // 128
+    assert launched.stats[0]["prefetch"] == -(-lines // 32)  # full warps but the last
+
+
+def test_u_of_many_ranks_arrives_with_warps_that_have_no_k_block(forced):
+    """u is copied by two warps here, of which only the first waits for copies in its loop."""
+    _, state, x, bias, exact, _ = problem(
+        PackedLayout(40, 100, "int8", 128, 7), torch.float16, True
+    )
+    forced(tile_of(1, 16))
+    assert torch.equal(run(x[:1], state, bias, GPU), exact[:1].half())

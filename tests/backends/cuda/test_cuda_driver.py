@@ -239,13 +239,13 @@ def test_no_kernel_of_an_older_image_is_a_dependent_one(fake, ptx):
 
 
 @needs_compiler
-def test_kernels_that_rebuild_a_weight_are_not_dependent(fake, monkeypatch):
-    """They write their result without waiting, and cuBLAS stands between them."""
+def test_kernels_that_rebuild_a_weight_are_dependent(fake, monkeypatch):
+    """They wait before they write over rows that cuBLAS may still read."""
     monkeypatch.setattr(launching, "choose", plan.rebuild)
     launching.launches.cache_clear()
     run_linear(queued_on(0), 3)
     launching.launches.cache_clear()
-    assert fake.launches() == [("dense_fp16_int4", ORDINARY)]
+    assert fake.launches() == [("dense_fp16_int4", PROGRAMMATIC)]
 
 
 @needs_compiler
