@@ -102,14 +102,32 @@ def triton_instructions() -> str:
     )
 
 
+def sparse_rows() -> list[Row]:
+    """The main loops of Triton's kernel for sparse tensor cores."""
+    return read("triton-instructions.json")["sparse"]
+
+
+def triton_sparse() -> str:
+    """Warp instructions per weight in the main loop of that kernel, by architecture."""
+    rows = sparse_rows()
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    columns = ("values", "activations", "planes", "tokens")
+    body = []
+    for case in dict.fromkeys(tuple(row[c] for c in columns) for row in rows):
+        here = matching(rows, **dict(zip(columns, case, strict=True)))
+        counts = {row["architecture"]: rounded(row["per_weight"], 2) for row in here}
+        body.append((*map(str, case), *(counts[a] for a in architectures)))
+    return markdown(("S", "activations", "planes", "tokens", *architectures), body)
+
+
 SCHEDULERS = 4  # of one multiprocessor; each issues one warp instruction per clock
 
 
 def triton_bounds() -> str:
-    """The greatest speed-up that bytes and the issue rate allow at 16 tokens or fewer."""
+    """The greatest speed-up that bytes and the issue rate allow at 8 tokens or fewer."""
     from slab_kernels.backends.cuda.gpus import GPUS
 
-    decoding = matching(triton_rows(), block_n=64, block_m=16, block_k=128, planes=1)
+    decoding = matching(sparse_rows(), activations="fp16", planes=1, tokens=8)
     kinds = {row["values"]: row["bits_per_weight"] for row in budget_rows()}
     body = []
     for values, stored in (
@@ -167,6 +185,7 @@ KERNEL_TABLES: dict[str, Callable[[], str]] = {
     "instruction-budget": instruction_budget,
     "issue-rates": issue_rates,
     "triton-instructions": triton_instructions,
+    "triton-sparse": triton_sparse,
     "triton-bounds": triton_bounds,
     "group-error": group_error,
     "bits-by-type": bits_by_type,

@@ -45,7 +45,8 @@ def emulated(monkeypatch):
     new_empty = torch.Tensor.new_empty
 
     def poisoned(*args, **kwargs):
-        return new_empty(*args, **kwargs).fill_(float("nan"))
+        made = new_empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     return found

@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parents[2]
 # pytest puts these folders on the path itself; a plain `python` does not.
 sys.path[:0] = [str(TESTS), str(TESTS / "backends" / "cuda")]
 
+import sparse_code  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from sass import counter as sass  # noqa: E402
@@ -156,8 +157,8 @@ def instructions_a_weight(case: Case) -> float:
 
 
 def record() -> dict[str, object]:
-    """What the documents show: instructions per weight of every case of rank 1, and their
-    origin."""
+    """What the documents show: instructions per weight of every case of rank 1, of the kernel for
+    sparse tensor cores too, and their origin."""
     names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
     rows = []
     for case in (*cases(), *planes_cases()):
@@ -176,7 +177,8 @@ def record() -> dict[str, object]:
                 }
             )
     command = "python tests/backends/triton/triton_code.py"
-    return {"command": command, "triton": triton.__version__, "rows": rows}
+    sparse = sparse_code.records()
+    return {"command": command, "triton": triton.__version__, "rows": rows, "sparse": sparse}
 
 
 def main() -> None:
