@@ -8,6 +8,7 @@ meanwhile: whoever writes a state's tensors must wait until they are written.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -253,5 +254,8 @@ def self_check(device: torch.device) -> bool:
         dtype=torch.float16,
     )
     x = torch.randint(-2, 3, (5, K), generator=generator).half().to(device)
-    y = decode(x, state, None, Configuration(tokens=8, warps=Z_WARPS, splits=1, z_splits=1))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # The kernel may read weights before copies have ended.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        y = decode(x, state, None, Configuration(tokens=8, warps=Z_WARPS, splits=1, z_splits=1))
     return torch.equal(y, (x.double() @ dense(state).double().T).half())
