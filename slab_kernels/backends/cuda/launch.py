@@ -162,7 +162,7 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
         args.warp_rows, args.warp_tokens = tile.warp_rows, tile.warp_tokens
         args.warp_inputs, args.stages, args.splits = tile.warp_inputs, plan.stages, plan.splits
         args.row_tiles, args.token_tiles = plan.row_tiles, plan.token_tiles
-        args.tile_tokens = min(plan.cta_tokens, M)
+        args.tile_tokens = plan.cta_tokens
         args.k_share, args.k_more = divmod(sizes.k_blocks, plan.splits)
         tiles = sizes.row_tiles(tile.rows)
     args.parts = len(sizes.rows)

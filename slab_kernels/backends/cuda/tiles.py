@@ -224,13 +224,17 @@ def stage_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
     """Bytes of shared memory for one K block of a ring.
 
     tokens: of a warp. A ring of the narrow loop is a warp's and holds nothing but weights; the
-    others are a K group's and hold activations and V, too.
+    others are a K group's and hold activations and V, too. The wide loop reads rows of tokens that
+    do not exist, so they lie within the stage (csrc/cuda/wide_stage.cuh).
     """
     if tile.loop == NARROW:
         return sizes.block_bytes
     activations = (tile.warp_tokens * tokens + sizes.rank) * TOKEN_ROW_BYTES
     unit = 128 if tile.loop == WIDE else 256
-    return ceil_div(activations + tile.row_pairs * sizes.block_bytes, unit) * unit
+    stage = ceil_div(activations + tile.row_pairs * sizes.block_bytes, unit) * unit
+    if tile.loop == WIDE:
+        stage = max(stage, TOKEN_ROW_BYTES * (DECODE if sizes.rank <= 1 else COLUMNS))
+    return stage
 
 
 def rings(tile: Tile) -> int:

@@ -84,6 +84,15 @@ def constants() -> dict[str, int]:
 
 
 FORMULAS = (
+    # narrow.cuh, narrow_columns.cuh, wide_stage.cuh, decode_end.cuh
+    "constexpr int kColumnRow = kTokenRow + 16;",
+    "return tile_tokens * (1 + rank) * kColumnRow;",
+    "kLeast = 8 * kTokenRow * Traits::kTokenTiles;",
+    "weights_at = v_at + (Traits::kSigns ? params.rank * kTokenRow : 0);",
+    "bytes = max(kLeast, (weights_at + params.warp_rows * block_bytes + 127) & ~127u);",
+    "return params.warp_rows * kBlockRows + 4;",
+    "group_floats = params.tile_tokens * (1 + params.rank) * pitch;",
+    # the loop for many tokens
     "kTokenRow = 2 * kBlockInputs",
     "v_rows_at = staged * kTokenRow",
     "weights_at = layout.v_rows_at + rank * kTokenRow",
@@ -132,6 +141,8 @@ def shared_bytes_of(
     stage = (staged + sizes.rank) * 2 * c["kBlockInputs"] + rows // 32 * block
     unit = 128 if tile.loop == WIDE else 256
     stage = (stage + unit - 1) // unit * unit
+    if tile.loop == WIDE:  # wide_stage.cuh: tokens that do not exist are read, too
+        stage = max(stage, (16 if sizes.rank <= 1 else 8) * 2 * c["kBlockInputs"])
     ring, sums = tile.warp_inputs * stages * stage, tile.warp_inputs * staged * pitch * 4
     if tile.loop == WIDE:
         return stage, 4 * rows * sizes.rank + max(ring, sums * (1 + sizes.rank))
