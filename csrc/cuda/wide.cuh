@@ -149,6 +149,9 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
                            ring_bytes,
                            group};
   loop.kept.clear();
+  BlockOperands<Traits>& block = loop.block;
+  block.sign_magic = pin(block.sign_magic), block.value_magic = pin(block.value_magic);
+  block.narrow_at = pin(block.narrow_at), block.scales_at = pin(block.scales_at);
   const int end = place.k_blocks + params.stages * params.warp_inputs;
   if (params.warp_rows > 1)
     loop.template multiply_k_blocks<0>(next, end);

@@ -90,7 +90,7 @@ struct RowCopies {
   __device__ __forceinline__ void copy(const uint8_t* const (&at)[kTiles],
                                        const uint32_t (&to)[2]) const {
     constexpr int j = kNumber % 4, n = kNumber / 4;
-    copy16_if<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist & 1u << kNumber, to[j % 2], at[n]);
+    copy16_if_bit<kNumber, 8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist, to[j % 2], at[n]);
     if constexpr (kNumber + 1 < 4 * kTiles) copy<kNumber + 1>(at, to);
   }
   template <int kNumber>
@@ -170,7 +170,7 @@ struct WideCopies {
     in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
     policy = read_once_policy();
     const int inputs = params.in_features - place.first_k_block * kBlockInputs;
-    k_blocks = place.k_blocks, whole_blocks = min(k_blocks, inputs >> 7);
+    k_blocks = place.k_blocks, whole_blocks = pin(min(k_blocks, inputs >> 7));
     left = inputs - 8 * (lane / 8);
   }
 
