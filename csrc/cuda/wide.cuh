@@ -121,7 +121,8 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
   const uint32_t weights_at =
       keep(ring + stage.weights_at + member * stage.block_bytes + 16 * lane);
   // Lane l names row l % 8 of matrix l / 8.
-  const uint32_t even_at = keep(ring + staged_at(lane % 8, lane / 8)), odd_at = keep(even_at ^ 64);
+  const uint32_t even_at = keep(ring + staged_at(lane % 8, lane / 8));
+  const uint32_t odd_at = Traits::kAnyRank ? even_at ^ 64 : keep(even_at ^ 64);
 
   int next = group;
   uint32_t slot = 0;
@@ -149,9 +150,11 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
                            ring_bytes,
                            group};
   loop.kept.clear();
-  BlockOperands<Traits>& block = loop.block;
-  block.sign_magic = pin(block.sign_magic), block.value_magic = pin(block.value_magic);
-  block.narrow_at = pin(block.narrow_at), block.scales_at = pin(block.scales_at);
+  if constexpr (!Traits::kAnyRank) {  // which has no registers to spare
+    BlockOperands<Traits>& block = loop.block;
+    block.sign_magic = pin(block.sign_magic), block.value_magic = pin(block.value_magic);
+    block.narrow_at = pin(block.narrow_at), block.scales_at = pin(block.scales_at);
+  }
   const int end = place.k_blocks + params.stages * params.warp_inputs;
   if (params.warp_rows > 1)
     loop.template multiply_k_blocks<0>(next, end);
@@ -163,8 +166,10 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
     loop.template multiply_k_blocks<4>(next, end);
   prefetch_next(params);
 
-  if (Traits::kSparse && params.adapter_steps && place.split == 0)
-    add_adapter<T>(loop.kept.sum, params, place);
+  if (Traits::kSparse && params.adapter_steps) {
+    const DecodePlace same = decode_place(params);  // which needs no registers in the loop
+    if (same.split == 0) add_adapter<T>(loop.kept.sum, params, same);
+  }
   copies_wait_all();
   __syncthreads();  // No warp reads its ring any more.
   float* const sums = reinterpret_cast<float*>(shared + (rings_at - u_at));

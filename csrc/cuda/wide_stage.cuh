@@ -72,12 +72,12 @@ struct RowCopies {
     find_tiles(at, k);
     copy<0>(at, to);
   }
-  // The same where `left` inputs exist from this lane's first piece on; zeros stand behind them.
+  // The same of a K-block with fewer inputs than 128; zeros stand behind them.
   __device__ __forceinline__ void fetch_ragged(const uint32_t (&to)[2], uint32_t k,
-                                               int left) const {
+                                               int inputs) const {
     const uint8_t* at[kTiles];
     find_tiles(at, k);
-    copy_ragged<0>(at, to, left);
+    copy_ragged<0>(at, to, inputs - 8 * int(threadIdx.x / 8));
   }
 
  private:
@@ -93,6 +93,7 @@ struct RowCopies {
     copy16_if_bit<kNumber, 8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist, to[j % 2], at[n]);
     if constexpr (kNumber + 1 < 4 * kTiles) copy<kNumber + 1>(at, to);
   }
+  // left: inputs from this lane's first piece on.
   template <int kNumber>
   __device__ __forceinline__ void copy_ragged(const uint8_t* const (&at)[kTiles],
                                               const uint32_t (&to)[2], int left) const {
@@ -145,8 +146,8 @@ struct WideCopies {
   bool in_tail;
   uint64_t policy;
   RowCopies<Traits::kTokenTiles> x;
-  int k_blocks, whole_blocks;  // of the share, and those of them that K does not end in
-  int left;  // inputs from this lane's first piece of the share's first K-block on
+  int inputs;        // of the share
+  int whole_blocks;  // of the share: K does not end in them
   FactorCopies<Traits> v;
 
   __device__ __forceinline__ WideCopies(const LinearParams& params, const DecodePlace& place,
@@ -169,9 +170,10 @@ struct WideCopies {
          (16 * lane + kReach)));
     in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
     policy = read_once_policy();
-    const int inputs = params.in_features - place.first_k_block * kBlockInputs;
-    k_blocks = place.k_blocks, whole_blocks = pin(min(k_blocks, inputs >> 7));
-    left = inputs - 8 * (lane / 8);
+    const int first_input = place.first_k_block * kBlockInputs;
+    inputs = min(params.in_features - first_input, place.k_blocks * kBlockInputs);
+    // With any rank there is no register to spare.
+    whole_blocks = Traits::kAnyRank ? inputs >> 7 : pin(inputs >> 7);
   }
 
   // Weights and v of K-block k. to: where the lane has its 16 bytes of its block of weights, to_x[0]
@@ -189,16 +191,16 @@ struct WideCopies {
     if (k < whole_blocks)
       x.fetch(to_x, k);
     else
-      x.fetch_ragged(to_x, k, left - k * kBlockInputs);
+      x.fetch_ragged(to_x, k, inputs - k * kBlockInputs);
   }
   // All of K-block k, if there is one.
   __device__ __forceinline__ void fetch(uint32_t to, const uint32_t (&to_x)[2], int k) const {
     if (k < whole_blocks) {
       fetch_weights(to, to_x, k);
       x.fetch(to_x, k);
-    } else if (k < k_blocks) {
+    } else if (k * kBlockInputs < inputs) {
       fetch_weights(to, to_x, k);
-      x.fetch_ragged(to_x, k, left - k * kBlockInputs);
+      x.fetch_ragged(to_x, k, inputs - k * kBlockInputs);
     }
   }
 
