@@ -42,8 +42,11 @@ class Fault(NamedTuple):
 
 
 CUDA = ("tests/backends/cuda/test_cuda_kernels.py",)
-REGIMES = ("tests/backends/cuda/test_cuda_regimes.py",)
-HOPPER = (f"{REGIMES[0]}::test_on_hopper_every_kernel_waits_for_the_one_ahead",)
+REGIMES = "tests/backends/cuda/test_cuda_regimes.py"
+TILES = (f"{REGIMES}::test_small_integers_are_exact_in_every_tile",)
+PLACES = (f"{REGIMES}::test_every_pattern_sign_and_code_at_every_place",)
+BESIDE = (f"{REGIMES}::test_what_stands_beside_x_reaches_no_result",)
+HOPPER = (f"{REGIMES}::test_on_hopper_every_kernel_waits_for_the_one_ahead",)
 PLANS = ("tests/backends/cuda/test_cuda_plan.py",)
 CPU = ("tests/backends/cpu/test_cpu_backend.py",)
 TRITON = ("tests/backends/triton/test_triton_kernels.py",)
@@ -56,21 +59,21 @@ FAULTS = (
     Fault(
         "the metadata of the wrong lanes",
         "csrc/cuda/*", "T::template mma_sparse<kStep % 2>(group[tile][n], a, b[n], metadata)",
-        "T::template mma_sparse<0>(group[tile][n], a, b[n], metadata)", REGIMES,
+        "T::template mma_sparse<0>(group[tile][n], a, b[n], metadata)", PLACES,
     ),
     Fault(
         "the metadata of the pair's other tile",
         "csrc/cuda/*", "= block.metadata[tile][kStep / 2]", "= block.metadata[1 - tile][kStep / 2]",
-        REGIMES,
+        PLACES,
     ),
     Fault(
         "the values of the pair's other tile",
         "csrc/cuda/*", "values = at + tile * Traits::kTileBytes",
-        "values = at + (1 - tile) * Traits::kTileBytes", REGIMES,
+        "values = at + (1 - tile) * Traits::kTileBytes", PLACES,
     ),
     Fault(
         "the scale of the tile's other row",
-        "csrc/cuda/*", "fmaf(i < 2 ? near : far, group", "fmaf(i < 2 ? far : near, group", REGIMES,
+        "csrc/cuda/*", "fmaf(i < 2 ? near : far, group", "fmaf(i < 2 ? far : near, group", PLACES,
     ),
     Fault(
         "a missing barrier",
@@ -79,12 +82,12 @@ FAULTS = (
     Fault(
         "a warp whose lanes do not wait for each other's copies",
         "csrc/cuda/*", "copies_wait<kStages - 1>();\n      __syncwarp();",
-        "copies_wait<kStages - 1>();", REGIMES,
+        "copies_wait<kStages - 1>();", TILES,
     ),
     Fault(
         "a stage overwritten while other lanes may read it",
         "csrc/cuda/*", "__syncwarp();\n      weights.fetch(next, slot);",
-        "weights.fetch(next, slot);", REGIMES,
+        "weights.fetch(next, slot);", TILES,
     ),
     Fault(
         "one stage of the ring read too early",
@@ -92,7 +95,8 @@ FAULTS = (
     ),
     Fault(
         "activations read before the kernel ahead has written them",
-        "csrc/cuda/narrow.cuh", "  wait_for_predecessor();\n", "", HOPPER,
+        "csrc/cuda/*", "    wait_for_predecessor();\n#pragma unroll 1\n    for (int done",
+        "#pragma unroll 1\n    for (int done", HOPPER,
     ),
     Fault(
         "a linear that the kernel ahead does not know of",
@@ -106,13 +110,16 @@ FAULTS = (
     ),
     Fault(
         "what stands behind the last input read with it",
-        "csrc/cuda/*", "8 * piece + 8 <= inputs ? tokens - first : 0",
-        "8 * piece < inputs ? tokens - first : 0", REGIMES,
+        "csrc/cuda/*", "exists && left >= 8 ? tokens", "exists && left > 0 ? tokens", BESIDE,
+    ),
+    Fault(
+        "an input too many at the tail of K, where x travels in the ring",
+        "csrc/cuda/*", "min(left - 32 * j, 8)", "min(left + 1 - 32 * j, 8)", BESIDE,
     ),
     Fault(
         "a K block too many for every longer split",
         "csrc/cuda/*", "(place.split < params.k_more ? 1 : 0)",
-        "(place.split <= params.k_more ? 1 : 0)", REGIMES,
+        "(place.split <= params.k_more ? 1 : 0)", TILES,
     ),
     Fault(
         "the scale of the group before",
@@ -122,21 +129,21 @@ FAULTS = (
     Fault(
         "two columns of sign planes in the wrong order",
         "csrc/cuda/*", "4 * kColumn - T::kIndexAt>(signs[tile][kStep / 2])",
-        "4 * (1 - kColumn) - T::kIndexAt>(signs[tile][kStep / 2])", REGIMES,
+        "4 * (1 - kColumn) - T::kIndexAt>(signs[tile][kStep / 2])", PLACES,
     ),
     Fault(
         "the products with v of another token and rank",
-        "csrc/cuda/*", "store_shared(place_of(piece, tile_tokens * (1 + r) + t),",
-        "store_shared(place_of(piece, tile_tokens + t * rank + r),", REGIMES,
+        "csrc/cuda/*", "store_shared(to + (1 + r) * rank_step + t * kColumnRow,",
+        "store_shared(to + (1 + t) * rank_step + r * kColumnRow,", TILES,
     ),
     Fault(
         "the ranks of u in the wrong order",
         "csrc/cuda/*", "u[row * params.rank + r]", "u[row * params.rank + params.rank - 1 - r]",
-        REGIMES,
+        TILES,
     ),
     Fault(
         "int4 values off by one in bf16",
-        "csrc/cuda/*", "0xC320C320u", "0xC321C321u", REGIMES,
+        "csrc/cuda/*", "0xC320C320u", "0xC321C321u", PLACES,
     ),
     Fault(
         "activations of the second half read from another row",
