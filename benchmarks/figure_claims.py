@@ -114,13 +114,6 @@ def serving() -> tuple[float, ...]:
     return (*(found[name] for name in names), found["growth_mb"])
 
 
-def tall_int4() -> float:
-    """Instructions per weight of the kernel with 64 rows per warp, eight tokens, on sm_90a."""
-    rows = read("instruction-budget.json")["kernels"]
-    row = the_row(rows, architecture="sm_90a", kernel="tall_fp16_int4_one_t8")
-    return row["per_weight"] / 2  # The file counts every kernel as if a warp had 32 rows.
-
-
 def parameters() -> float:
     """Million parameters of the model in benchmarks/model, from the shapes in its file."""
     path = RESULTS.parent / "model" / "model.safetensors"
@@ -251,10 +244,5 @@ CLAIMS: list[Claim] = [
             xeon("fp16", "bf16", 1)["speedup_vs_dense"],
             xeon("int4", "bf16", 1)["speedup_vs_dense"],
         ),
-    ),
-    Claim(
-        "docs/cuda-kernels.md",
-        "takes over, with {:.2f} instructions per weight.",
-        lambda: (tall_int4(),),
     ),
 ]

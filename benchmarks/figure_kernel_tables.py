@@ -11,6 +11,12 @@ from collections.abc import Callable, Sequence
 from figure_tables import Row, markdown, matching, read, rounded, the_row
 
 SHOWN_ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
+# By the number of tokens up to which it serves.
+SHOWN_KERNELS = {
+    4: "narrow_fp16_{}_one",
+    16: "wide_fp16_{}_one_t16",
+    64: "linear_fp16_{}_one_t64",
+}
 BLOCK_WEIGHTS = 128  # weights of one lane in a block of 32 rows × 128 inputs
 
 
@@ -25,10 +31,9 @@ def instruction_budget() -> str:
     rows = read("instruction-budget.json")["kernels"]
     body = []
     for values in ("w16", "int8", "int4"):
-        for tokens in (8, 16, 64):
-            name = f"linear_fp16_{values}_one_t{tokens}"
+        for tokens, kernel in SHOWN_KERNELS.items():
             counts = [
-                the_row(rows, architecture=a, kernel=name)["per_k_block"]
+                the_row(rows, architecture=a, kernel=kernel.format(values))["per_k_block"]
                 for a in SHOWN_ARCHITECTURES
             ]
             cells = [
@@ -41,8 +46,8 @@ def instruction_budget() -> str:
 
 
 def budget_rows() -> list[Row]:
-    """What decoding eight tokens takes of each resource, by GPU and value type."""
-    return matching(read("instruction-budget.json")["budgets"], tokens=8)
+    """What decoding up to four tokens takes of each resource, by GPU and value type."""
+    return matching(read("instruction-budget.json")["budgets"], tokens=4)
 
 
 def issue_rates() -> str:
