@@ -117,19 +117,27 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
   const uint32_t rings_at = u_at + params.warp_rows * rank * (4 * kBlockRows);
   const uint32_t ring_bytes = params.stages * stage.bytes;
   const uint32_t ring = rings_at + group * ring_bytes;
-  const WideCopies<Traits> copies(params, place, stage, member);
   const uint32_t weights_at =
       keep(ring + stage.weights_at + member * stage.block_bytes + 16 * lane);
-  // Lane l names row l % 8 of matrix l / 8.
-  const uint32_t even_at = keep(ring + staged_at(lane % 8, lane / 8));
-  const uint32_t odd_at = Traits::kAnyRank ? even_at ^ 64 : keep(even_at ^ 64);
-
+  const WideWeights<Traits> weights(params, place, member);
   int next = group;
   uint32_t slot = 0;
 #pragma unroll 1
   for (int i = 0; i < params.stages; ++i, slot += stage.bytes, next += params.warp_inputs)
-    if (next < place.k_blocks) copies.fetch_weights(slot + weights_at, {slot + even_at, slot + odd_at}, next);
-  if constexpr (Traits::kSigns) fetch_factors(params, place, u_at);
+    if (next < place.k_blocks) weights.fetch(slot + weights_at, next);
+
+  // Lane l names row l % 8 of matrix l / 8.
+  const uint32_t even_at = keep(ring + staged_at(lane % 8, lane / 8));
+  const uint32_t odd_at = Traits::kAnyRank ? even_at ^ 64 : keep(even_at ^ 64);
+  const WideCopies<Traits> copies(weights, params, place, member);
+  if constexpr (Traits::kSigns) {
+    fetch_factors(params, place, u_at);
+    next = group, slot = 0;
+#pragma unroll 1
+    for (int i = 0; i < params.stages; ++i, slot += stage.bytes, next += params.warp_inputs)
+      if (next < place.k_blocks)
+        copies.fetch_v(slot + weights_at, {slot + even_at, slot + odd_at}, next);
+  }
   wait_for_predecessor();
   next = group, slot = 0;
 #pragma unroll 1

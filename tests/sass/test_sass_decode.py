@@ -177,23 +177,17 @@ def test_weights_are_asked_for_before_anything_else(machine_code, architecture):
     wrong.check()
 
 
-@pytest.mark.parametrize("loop", ("narrow", "wide"))
-def test_the_cost_model_issues_what_the_machine_code_does(machine_code, loop):
-    """Of the fp16 kernels on sm_90a, within 10 %; of any rank with four products of signs."""
+def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
+    """Of the fp16 kernels on sm_90a, within 10 %."""
     wrong = Findings()
     values_of = {"w16": W16, "int8": INT8, "int4": INT4}
-    tables = {"narrow": cost.NARROW_ISSUE, "wide": cost.WIDE_ISSUE}
-    for name, kernel in machine_code("sm_90a")[1].items():
-        if not name.startswith(f"{loop}_fp16"):
-            continue
-        values, planes, *kind = kind_of(name).split("_")
-        if "any" in kind:
-            fixed, per_tile = cost.ANY_ISSUE[PLANES[planes]][values_of[values]]
-            modelled = fixed + 4 * per_tile
-        else:
-            modelled = tables[loop][PLANES[planes]][values_of[values]]
-            modelled += cost.GROUPS_ISSUE[loop] if "groups" in kind else 0
-        counted = min(map(len, loops(kernel)))
-        if abs(modelled / counted - 1) > 0.1:
-            wrong[f"the cost model says {modelled}, the machine code {counted}"].append(name)
+    for name, kernel in narrow(machine_code("sm_90a")[1]).items():
+        values, planes, *groups = kind_of(name).split("_")
+        modelled = cost.NARROW_ISSUE[PLANES[planes]][values_of[values]]
+        # These have ways for scale groups of 32 and 64 inputs, which are counted, too.
+        told = groups or (PLANES[planes] > 1 and values != "w16")
+        modelled += cost.GROUPS_ISSUE if told else 0
+        counted = len(loops(kernel)[0])
+        if "fp16" in name and abs(modelled / counted - 1) > 0.1:
+            wrong[f"cost.NARROW_ISSUE says {modelled}, the machine code {counted}"].append(name)
     wrong.check()

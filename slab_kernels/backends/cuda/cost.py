@@ -63,22 +63,22 @@ DECODE_ISSUE = 1.12
 NARROW_ISSUE = {  # by sign planes, 0 for a rank of 0; as many for every number of tokens and ranks
     0: {W16: 48, INT8: 119, INT4: 122},
     1: {W16: 145, INT8: 211, INT4: 215},
-    2: {W16: 158, INT8: 292, INT4: 296},
-    3: {W16: 212, INT8: 342, INT4: 346},
+    2: {W16: 158, INT8: 239, INT4: 243},
+    3: {W16: 212, INT8: 289, INT4: 293},
 }
 WIDE_ISSUE = {  # 16 tokens, at most one rank
-    0: {W16: 172, INT8: 245, INT4: 247, DENSE: 209},
-    1: {W16: 320, INT8: 390, INT4: 393},
-    2: {W16: 330, INT8: 513, INT4: 515},
-    3: {W16: 384, INT8: 563, INT4: 565},
+    0: {W16: 77, INT8: 154, INT4: 158, DENSE: 107},
+    1: {W16: 220, INT8: 296, INT4: 300},
+    2: {W16: 233, INT8: 325, INT4: 329},
+    3: {W16: 285, INT8: 375, INT4: 379},
 }
-# More where a scale covers 32 or 64 inputs. Kernels of two and three planes count it above.
-GROUPS_ISSUE = {NARROW: 66, WIDE: 106}
 ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign columns), by sign planes
-    1: {W16: (223, 50), INT8: (370, 50), INT4: (370, 50)},
-    2: {W16: (233, 50), INT8: (389, 50), INT4: (387, 50)},
-    3: {W16: (287, 50), INT8: (436, 50), INT4: (438, 50)},
+    1: {W16: (132, 50), INT8: (215, 50), INT4: (225, 50)},
+    2: {W16: (145, 50), INT8: (237, 50), INT4: (238, 50)},
+    3: {W16: (197, 50), INT8: (294, 50), INT4: (288, 50)},
 }
+# More where a scale covers 32 or 64 inputs, for each 8 columns of kept values.
+GROUPS_ISSUE = 60
 # The loop for many tokens: (fixed, per 8 tokens).
 ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
@@ -250,20 +250,24 @@ class Plan:
         """SASS instructions that a warp issues per K block."""
         values, rank = self.sizes.values, self.sizes.rank
         planes = self.sizes.planes if rank else 0
-        if self.tile.loop == WIDE and rank > 1:
-            fixed, per_tile = ANY_ISSUE[planes][values]
-            return DECODE_ISSUE * (fixed + per_tile * self.column_tiles[1])
         if self.tile.loop != MANY:
-            counts = NARROW_ISSUE if self.tile.loop == NARROW else WIDE_ISSUE
-            groups = planes <= 1 and values in (INT8, INT4) and self.sizes.group_steps < STEPS
-            more = GROUPS_ISSUE[self.tile.loop] if groups else 0
-            return DECODE_ISSUE * (counts[planes][values] + more)
+            return DECODE_ISSUE * self._decode_instructions(planes)
         if self.tile.tall:
             table = TALL_ISSUE
         else:
             table = PLANES_ISSUE[planes] if planes > 1 else ISSUE
         fixed, per_token_tile = table[values]
         return fixed + per_token_tile * (self.tokens // COLUMNS) * (1 + rank) / 2
+
+    def _decode_instructions(self, planes: int) -> float:
+        kept, signs = self.column_tiles
+        values, grouped = self.sizes.values, self.sizes.group_steps < STEPS
+        more = GROUPS_ISSUE * kept if grouped and values in (INT8, INT4) else 0
+        if self.tile.loop == WIDE and self.sizes.rank > 1:
+            fixed, per_tile = ANY_ISSUE[planes][values]
+            return fixed + per_tile * signs + more
+        table = NARROW_ISSUE if self.tile.loop == NARROW else WIDE_ISSUE
+        return table[planes][values] + more
 
     @functools.cached_property
     def bounds(self) -> dict[str, float]:
