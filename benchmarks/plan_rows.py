@@ -192,4 +192,5 @@ def write_rows(files: list[Path], gpu: Gpu, out: Path) -> None:
     fresh.write_text(text, encoding="utf-8")
     measured.rows(fresh)  # It is checked before it takes the old one's place.
     fresh.replace(out)
+    measured.rows.cache_clear()
     print(f"wrote {out}: {len(found)} rows of {gpu.name}, {len(kept)} of others")

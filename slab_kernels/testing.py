@@ -34,40 +34,49 @@ ROUNDOFF = {
 }
 
 
-def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -> PackedWeight:
-    """A packed weight with random metadata, values, signs and factors; fast enough for 11008 x
-    4096.
+def random_packed(
+    layout: PackedLayout,
+    seed: int = 0,
+    integers: bool = False,
+    device: torch.device | str = "cpu",
+) -> PackedWeight:
+    """A packed weight with random metadata, values, signs and factors; on a CPU it takes a second
+    for 4096 x 4096. Kinds of devices have numbers of their own.
 
     With `integers`, every stored number is a small integer, so that any correct kernel is exact to
     the bit whatever its order of summation.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     N, K, Kp = layout.out_features, layout.in_features, layout.padded_in_features
 
     def normal(shape: tuple[int, ...], spread: float) -> Tensor:
         if integers:
-            return torch.randint(-3, 4, shape, generator=generator).float()
-        return torch.randn(shape, generator=generator) * spread
+            return torch.randint(-3, 4, shape, generator=generator, device=device).float()
+        return torch.randn(shape, generator=generator, device=device) * spread
 
     nibbles = _random_nibbles(layout, generator)
     i0, i1 = (nibbles & 3).long(), (nibbles >> 2).long()
-    group = 4 * torch.arange(Kp // 4)[:, None]
+    group = 4 * torch.arange(Kp // 4, device=device)[:, None]
     kept_real = (torch.stack((i0, i1), -1) + group < K).flatten(1)
     pruned_real = (torch.stack(bits.pruned_positions(i0, i1), -1) + group < K).flatten(1)
     parts = {"metadata": nibbles[:, 0::2] | nibbles[:, 1::2] << 4}
     table = layout.tensors()
     if layout.values in INTEGER_RANGES:
         low, high = INTEGER_RANGES[layout.values]
-        q = torch.randint(low, high + 1, (N, Kp // 2), generator=generator, dtype=torch.int8)
+        shape = N, Kp // 2
+        q = torch.randint(
+            low, high + 1, shape, generator=generator, dtype=torch.int8, device=device
+        )
         parts["values"] = bits.pack_values(q * kept_real, layout.values)
-        scales = torch.rand(table["scales"][1], generator=generator) * 0.02 / high + 0.01 / high
+        uniform = torch.rand(table["scales"][1], generator=generator, device=device)
+        scales = uniform * 0.02 / high + 0.01 / high
         parts["scales"] = (torch.ones_like(scales) if integers else scales).to(torch.bfloat16)
     else:
         values = normal((N, Kp // 2), 0.02)
         parts["values"] = torch.where(kept_real, values, 0.0).to(table["values"][0])
     if layout.rank:
         shape = N, Kp // 16 * layout.planes
-        signs = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        signs = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device=device)
         level = bits.unpack_planes(signs, layout.planes)
         level = torch.where(pruned_real, level, 2**layout.planes - 1)
         parts["signs"] = bits.pack_planes(level, layout.planes)
@@ -83,15 +92,22 @@ def random_packed(layout: PackedLayout, seed: int = 0, integers: bool = False) -
 
 
 def _random_nibbles(layout: PackedLayout, generator: torch.Generator) -> Tensor:
-    """[N, Kp/4] uint8: the metadata of every group, that of padding included."""
+    """[N, Kp/4] uint8 on the generator's device: the metadata of every group, that of padding
+    included."""
     N, K, Kp = layout.out_features, layout.in_features, layout.padded_in_features
-    legal = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8)
-    nibbles = legal[torch.randint(0, 6, (N, Kp // 4), generator=generator, dtype=torch.int32)]
+    device = generator.device
+    legal = torch.tensor(bits.LEGAL_NIBBLES, dtype=torch.uint8, device=device)
+    shape = N, Kp // 4
+    nibbles = legal[
+        torch.randint(0, 6, shape, generator=generator, dtype=torch.int32, device=device)
+    ]
     first = K // 4  # from this group on, fewer than four inputs are real
     nibbles[:, first + (K % 4 == 3) :] = bits.LEGAL_NIBBLES[0]
     if K % 4 == 3:
         among_three = legal[[0, 1, 3]]  # the pairs among positions 0, 1, 2
-        nibbles[:, first] = among_three[torch.randint(0, 3, (N,), generator=generator)]
+        nibbles[:, first] = among_three[
+            torch.randint(0, 3, (N,), generator=generator, device=device)
+        ]
     return nibbles
 
 

@@ -33,6 +33,16 @@ __device__ __forceinline__ void copy16_if(uint32_t yes, uint32_t to, const void*
       "l"(from), "r"(yes), "n"(kTo), "n"(kFrom)
       : "memory");
 }
+// If a bit of `bits` is set. (It is asked for here because a predicate may be gone long before the
+// copy, and would then be kept in a register for each bit.)
+template <int kBit, int kTo, int kFrom>
+__device__ __forceinline__ void copy16_if_bit(uint32_t bits, uint32_t to, const void* from) {
+  asm volatile(
+      "{\n.reg .pred yes;\n.reg .b32 bit;\nand.b32 bit, %2, %5;\nsetp.ne.b32 yes, bit, 0;\n@yes "
+      "cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16;\n}" ::"r"(to),
+      "l"(from), "r"(bits), "n"(kTo), "n"(kFrom), "n"(1 << kBit)
+      : "memory");
+}
 // Reads the first `bytes` of 16 and writes zeros for the rest.
 __device__ __forceinline__ void copy16_zero_filled(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
@@ -160,6 +170,10 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
 __device__ __forceinline__ const uint8_t* keep(const uint8_t* p) {
   asm volatile("mov.b64 %0, %0;" : "+l"(p));
   return p;
+}
+// Keeps ptxas, too, from deriving the value again: it stays in a register. All lanes call this.
+__device__ __forceinline__ uint32_t pin(uint32_t value) {
+  return __shfl_sync(~0u, value, threadIdx.x);
 }
 // Zero, which the compiler cannot know: the sign bit of a number that is never negative. A constant
 // that it was ORed with has to live in a register.

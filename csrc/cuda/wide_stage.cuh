@@ -72,12 +72,12 @@ struct RowCopies {
     find_tiles(at, k);
     copy<0>(at, to);
   }
-  // The same where `left` inputs exist from this lane's first piece on; zeros stand behind them.
+  // The same of a K-block with fewer inputs than 128; zeros stand behind them.
   __device__ __forceinline__ void fetch_ragged(const uint32_t (&to)[2], uint32_t k,
-                                               int left) const {
+                                               int inputs) const {
     const uint8_t* at[kTiles];
     find_tiles(at, k);
-    copy_ragged<0>(at, to, left);
+    copy_ragged<0>(at, to, inputs - 8 * int(threadIdx.x / 8));
   }
 
  private:
@@ -90,9 +90,10 @@ struct RowCopies {
   __device__ __forceinline__ void copy(const uint8_t* const (&at)[kTiles],
                                        const uint32_t (&to)[2]) const {
     constexpr int j = kNumber % 4, n = kNumber / 4;
-    copy16_if<8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist & 1u << kNumber, to[j % 2], at[n]);
+    copy16_if_bit<kNumber, 8 * kTokenRow * n + 128 * (j / 2), 64 * j>(exist, to[j % 2], at[n]);
     if constexpr (kNumber + 1 < 4 * kTiles) copy<kNumber + 1>(at, to);
   }
+  // left: inputs from this lane's first piece on.
   template <int kNumber>
   __device__ __forceinline__ void copy_ragged(const uint8_t* const (&at)[kTiles],
                                               const uint32_t (&to)[2], int left) const {
@@ -130,28 +131,75 @@ struct FactorCopies<Traits, true> {
   }
 };
 
-// What a warp copies of each K-block.
+// A warp's blocks of weights.
 template <class Traits>
-struct WideCopies {
-  // Copies of weights that every lane takes part in, and behind them one for some lanes.
+struct WideWeights {
+  // Copies that every lane takes part in, and behind them one for some lanes.
   static constexpr int kWhole = Traits::kLeastBytes / 512;
   static constexpr bool kTail = Traits::kMostBytes > 512 * kWhole;
   static_assert(Traits::kMostBytes <= 512 * (kWhole + 1));
   // LDGSTS adds -2048 to 2047 to an address, so that one serves 4096 bytes.
   static constexpr int kReach = 2048;
 
-  const uint8_t* weights;  // this lane's first 16 bytes of the share's first K-block, + kReach
+  const uint8_t* from;  // this lane's first 16 bytes of the share's first K-block, + kReach
   uint32_t block_bytes;
   bool in_tail;
   uint64_t policy;
-  RowCopies<Traits::kTokenTiles> x;
-  int k_blocks, whole_blocks;  // of the share, and those of them that K does not end in
-  int left;  // inputs from this lane's first piece of the share's first K-block on
-  FactorCopies<Traits> v;
 
-  __device__ __forceinline__ WideCopies(const LinearParams& params, const DecodePlace& place,
-                                        const WideStage<Traits>& stage, int member)
-      : x(params.x + 2 * (place.first_token * params.token_stride +
+  __device__ __forceinline__ WideWeights(const LinearParams& params, const DecodePlace& place,
+                                         int member) {
+    const int lane = threadIdx.x;
+    // Past the end of the part the last rows are read again; their sums are not stored.
+    const int pair = min(place.first_pair + member, place.end_pair - 1);
+    const uint32_t block = pair * params.num_k_blocks + place.first_k_block;
+    block_bytes = Traits::block_bytes(params.group_steps);
+    from = keep(params.stream + (uint64_t(block) * block_bytes + (16 * lane + kReach)));
+    in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
+    policy = read_once_policy();
+  }
+
+  // K-block k. to: where the lane has its first 16 bytes in the stage.
+  __device__ __forceinline__ void fetch(uint32_t to, uint32_t k) const {
+    const uint8_t* const near = from + uint64_t(k) * block_bytes;
+    const uint8_t* far = near;
+    if constexpr (Traits::kMostBytes > 2 * kReach) far = keep(near + 2 * kReach);
+    copy_whole<0>(to, near, far);
+    if constexpr (kTail) copy<kWhole>(in_tail, to, near, far);
+  }
+
+ private:
+  template <int kNumber>
+  __device__ __forceinline__ void copy_whole(uint32_t to, const uint8_t* near,
+                                             const uint8_t* far) const {
+    copy<kNumber>(true, to, near, far);
+    if constexpr (kNumber + 1 < kWhole) copy_whole<kNumber + 1>(to, near, far);
+  }
+  template <int kNumber>
+  __device__ __forceinline__ void copy(bool yes, uint32_t to, const uint8_t* near,
+                                       const uint8_t* far) const {
+    constexpr int kAt = 512 * kNumber;
+    if constexpr (kAt < 2 * kReach)
+      copy16_if<kAt, kAt - kReach>(yes, to, near, policy);
+    else
+      copy16_if<kAt, kAt - 3 * kReach>(yes, to, far, policy);
+  }
+};
+
+// What a warp copies of each K-block. to: where the lane has its 16 bytes of its block of weights,
+// to_x[0] and to_x[1]: where it reads even and odd steps of x by ldmatrix, all of the stage.
+template <class Traits>
+struct WideCopies {
+  WideWeights<Traits> weights;
+  RowCopies<Traits::kTokenTiles> x;
+  FactorCopies<Traits> v;
+  int inputs;        // of the share
+  int whole_blocks;  // of the share: K does not end in them
+
+  __device__ __forceinline__ WideCopies(const WideWeights<Traits>& weights,
+                                        const LinearParams& params, const DecodePlace& place,
+                                        int member)
+      : weights(weights),
+        x(params.x + 2 * (place.first_token * params.token_stride +
                           int64_t(place.first_k_block) * kBlockInputs),
           2 * uint32_t(params.token_stride), place.tokens, member, params.warp_rows),
         v(params,
@@ -159,64 +207,32 @@ struct WideCopies {
                                        place.first_k_block)) *
                          kTokenRow,
           member) {
-    const int lane = threadIdx.x;
-    // Past the end of the part the last rows are read again; their sums are not stored.
-    const int pair = min(place.first_pair + member, place.end_pair - 1);
-    block_bytes = stage.block_bytes;
-    weights = keep(
-        params.stream +
-        (uint64_t(uint32_t(pair * params.num_k_blocks + place.first_k_block)) * block_bytes +
-         (16 * lane + kReach)));
-    in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
-    policy = read_once_policy();
-    const int inputs = params.in_features - place.first_k_block * kBlockInputs;
-    k_blocks = place.k_blocks, whole_blocks = min(k_blocks, inputs >> 7);
-    left = inputs - 8 * (lane / 8);
+    const int first_input = place.first_k_block * kBlockInputs;
+    inputs = min(params.in_features - first_input, place.k_blocks * kBlockInputs);
+    // With any rank there is no register to spare.
+    whole_blocks = Traits::kAnyRank ? inputs >> 7 : pin(inputs >> 7);
   }
 
-  // Weights and v of K-block k. to: where the lane has its 16 bytes of its block of weights, to_x[0]
-  // and to_x[1]: where it reads even and odd steps of x by ldmatrix, all of the stage.
-  __device__ __forceinline__ void fetch_weights(uint32_t to, const uint32_t (&to_x)[2],
-                                                uint32_t k) const {
-    const uint8_t* const from = weights + uint64_t(k) * block_bytes;
-    const uint8_t* far = from;
-    if constexpr (Traits::kMostBytes > 2 * kReach) far = keep(from + 2 * kReach);
-    copy_whole<0>(to, from, far);
-    if constexpr (kTail) copy<kWhole>(in_tail, to, from, far);
+  __device__ __forceinline__ void fetch_v(uint32_t to, const uint32_t (&to_x)[2],
+                                          uint32_t k) const {
     if constexpr (Traits::kSigns) v.fetch(to, to_x, k);
   }
   __device__ __forceinline__ void fetch_x(const uint32_t (&to_x)[2], int k) const {
     if (k < whole_blocks)
       x.fetch(to_x, k);
     else
-      x.fetch_ragged(to_x, k, left - k * kBlockInputs);
+      x.fetch_ragged(to_x, k, inputs - k * kBlockInputs);
   }
-  // All of K-block k, if there is one.
+  // All of K-block k, if there is one. (Each way has its own copies of everything: so there is one
+  // run of them, and no other branch.)
   __device__ __forceinline__ void fetch(uint32_t to, const uint32_t (&to_x)[2], int k) const {
     if (k < whole_blocks) {
-      fetch_weights(to, to_x, k);
+      weights.fetch(to, k), fetch_v(to, to_x, k);
       x.fetch(to_x, k);
-    } else if (k < k_blocks) {
-      fetch_weights(to, to_x, k);
-      x.fetch_ragged(to_x, k, left - k * kBlockInputs);
+    } else if (k * kBlockInputs < inputs) {
+      weights.fetch(to, k), fetch_v(to, to_x, k);
+      x.fetch_ragged(to_x, k, inputs - k * kBlockInputs);
     }
-  }
-
- private:
-  template <int kNumber>
-  __device__ __forceinline__ void copy_whole(uint32_t to, const uint8_t* from,
-                                             const uint8_t* far) const {
-    copy<kNumber>(true, to, from, far);
-    if constexpr (kNumber + 1 < kWhole) copy_whole<kNumber + 1>(to, from, far);
-  }
-  template <int kNumber>
-  __device__ __forceinline__ void copy(bool yes, uint32_t to, const uint8_t* from,
-                                       const uint8_t* far) const {
-    constexpr int kAt = 512 * kNumber;
-    if constexpr (kAt < 2 * kReach)
-      copy16_if<kAt, kAt - kReach>(yes, to, from, policy);
-    else if constexpr (kAt < 4 * kReach)
-      copy16_if<kAt, kAt - 3 * kReach>(yes, to, far, policy);
   }
 };
 

@@ -124,6 +124,14 @@ class Backend:
         """The tensors and sizes that `linear` wants, for activations of `dtype`; made once."""
         raise NotImplementedError
 
+    def adopt(self, state: Any, dtype: torch.dtype) -> Any:
+        """What another backend prepared for activations of `dtype`, if `linear` (or `linear_fused`)
+        takes it as it is; else None.
+
+        A layer that changes its backend then holds one copy of its weight, not two.
+        """
+        return None
+
     def linear(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         raise NotImplementedError

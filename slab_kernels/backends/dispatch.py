@@ -100,8 +100,12 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
     raise BackendError(f"no backend runs {problem.describe()}: {against}")
 
 
-def prepare_fused(parts: Sequence[PackedWeight], dtype: torch.dtype) -> tuple[Backend, Any]:
+def prepare_fused(
+    parts: Sequence[PackedWeight], dtype: torch.dtype, before: Sequence[Any] = ()
+) -> tuple[Backend, Any]:
     """A backend that runs every part for activations of `dtype`, and its state for `linear_fused`.
+
+    before: states of these parts for the same activations. One that the backend takes is used.
 
     Raises: BackendError if a forced backend cannot run one of them.
     """
@@ -110,4 +114,6 @@ def prepare_fused(parts: Sequence[PackedWeight], dtype: torch.dtype) -> tuple[Ba
     chosen = max(map(select, problems), key=lambda backend: names.index(backend.name))
     # Inside inference_mode no inference tensors may be left behind: autograd could not save them.
     with torch.inference_mode(False), torch.no_grad():
-        return chosen, chosen.prepare_fused(parts, dtype)
+        adopted = (chosen.adopt(state, dtype) for state in before)
+        state = next((state for state in adopted if state is not None), None)
+        return chosen, chosen.prepare_fused(parts, dtype) if state is None else state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ..errors import ArgumentTypeError, ShapeError
 from ..format import PackedWeight
 from .base import Backend, differences
 
+if TYPE_CHECKING:
+    from .cuda.layout import CudaState
+
 BIAS_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -19,11 +22,33 @@ class OneLaunchBackend(Backend):
     """A backend whose launch takes up to four weights of equal layout; others run one by one."""
 
     one_dtype = True
-    state_type: type  # what `prepare_parts` returns
+    state_types: tuple[type, ...]  # what `prepare_parts` returns
 
     def prepare_parts(self, parts: Sequence[PackedWeight], dtype: torch.dtype) -> Any:
         """The state of weights that share a launch, for activations of `dtype`."""
         raise NotImplementedError
+
+    def takes(self, state: Any, dtype: torch.dtype) -> bool:
+        """Whether `linear` runs such a state of another backend for activations of `dtype`."""
+        raise NotImplementedError
+
+    def make_ready(self, state: Any) -> None:
+        """Loads or compiles what calls with the state need, so that the first one may be captured
+        into a CUDA graph."""
+        raise NotImplementedError
+
+    def adopt(self, state: Any, dtype: torch.dtype) -> Any:
+        """The other backend's state, ready to be run; of weights that run one by one, all states.
+
+        See `Backend.adopt`.
+        """
+        if type(state) is tuple and all(type(part) is tuple and len(part) == 2 for part in state):
+            parts = tuple((self.adopt(part, dtype), rows) for part, rows in state)
+            return None if any(part is None for part, _ in parts) else parts
+        if not self.takes(state, dtype):
+            return None
+        self.make_ready(state)
+        return state
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Any:
         """The state of one weight, for activations of `dtype` (default: float16)."""
@@ -37,7 +62,7 @@ class OneLaunchBackend(Backend):
 
     def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of the parts' N], by one launch where `prepare_fused` could."""
-        one = isinstance(state, self.state_type)
+        one = isinstance(state, self.state_types)
         return self.linear(x, state, bias) if one else super().linear_fused(x, state, bias)
 
 
@@ -73,3 +98,20 @@ def check_call(
         raise ArgumentTypeError(f"bias is {bias.dtype}, it must be float32, float16 or bfloat16")
     if bias.device != x.device:
         raise ArgumentTypeError(f"bias is on {bias.device}, x on {x.device}")
+
+
+def other_dtype(x: Tensor, dtype: torch.dtype) -> ArgumentTypeError:
+    """The error of a call with x of another dtype than the state's."""
+    return ArgumentTypeError(
+        f"x is {x.dtype}, but this weight was prepared for {dtype} activations"
+    )
+
+
+def check_stream(x: Tensor, state: CudaState, bias: Tensor | None) -> None:
+    """Checks a call with a stream, since kernels see only pointers.
+
+    Raises: ShapeError or ArgumentTypeError.
+    """
+    if x.dtype != state.dtype:
+        raise other_dtype(x, state.dtype)
+    check_call(x, state.stream, bias, state.in_features, sum(state.rows))

@@ -259,7 +259,7 @@ def _contestants(
     """Dense first, then ours, then peers; the reasons of absent peers are put into `absent`."""
     yield _dense(case, facts)
     for layout in layouts:
-        packed = random_packed(layout).to(case.device)
+        packed = random_packed(layout, device=case.device)
         for backend in _backends(case, layout):
             yield _ours(case, backend, packed, facts)
     for peer in PEERS if case.peers else ():

@@ -1,5 +1,9 @@
 """Times configurations of the Triton kernels on this GPU and keeps those that beat the defaults.
 
+Where the backend prepares a weight as a stream (backends/triton/stream.py), the kernel that decodes
+from it has no tiles to choose; what is tuned is whether so many tokens rebuild the weight. Tiles
+are tuned for fp32 activations, and on GPUs that take no streams.
+
 A candidate is compared with the reference before it is timed. It replaces the default only if it is
 faster by more than the noise, in a second measurement of just the two. Rows go to the user's file
 for this device after every problem, merged with what is there and in one step, so that an
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import LinearProblem
-from ..backends.triton import BACKEND, bits_of, configs, device_of, launch
+from ..backends.triton import BACKEND, State, bits_of, configs, device_of, launch, stream
 from ..backends.triton.launch import TritonState
 from ..backends.triton.rows import DECODE, Row, TileConfig, TritonDevice
 from ..errors import ArgumentError, BackendError, BenchError
@@ -41,6 +45,8 @@ class Timer(Protocol):
 class Tunable(Protocol):
     """What tuning needs of a weight: `Weight`, or what does the same."""
 
+    streamed: bool  # whether it is prepared as a stream
+
     def check(self, config: TileConfig, m: int) -> None: ...
 
     def calls(self, config: TileConfig, m: int) -> list[Call]: ...
@@ -59,12 +65,17 @@ class Result:
     best: TileConfig  # the default itself where nothing was faster by more than the noise
     times: list[Timed]
     timed: int  # candidates
+    streamed: bool = False  # as of Tunable
     skipped: dict[str, str] = field(default_factory=dict)  # candidate -> why it was not timed
 
     @property
     def tuned(self) -> bool:
         """Whether the default was beaten."""
         return self.best is not self.default
+
+    def described(self, config: TileConfig) -> str:
+        """How such a weight runs by a configuration, in words."""
+        return _described(config, self.problem, self.streamed)
 
     @property
     def row(self) -> Row:
@@ -91,7 +102,7 @@ class Result:
             "up_to": problem.up_to,
             "tuned": self.tuned,
             "config": config,
-            "default": self.default.describe(),
+            "default": self.described(self.default),
             "median_us": [t.median * 1e6 for t in self.times],
             "iqr_us": [t.iqr * 1e6 for t in self.times],
             "default_median_us": [t.median * 1e6 for t in self.default_times],
@@ -114,14 +125,19 @@ class Weight:
     ):
         self.device, self.dtype = device, problem.dtype
         self.packed = random_packed(problem.layout).to(where)
-        self.state = launch.prepare((self.packed,), problem.dtype)
-        self.sizes = launch.sizes_of(self.state)
+        self.state: State = BACKEND.prepare(self.packed, problem.dtype)
+        self.streamed = not isinstance(self.state, TritonState)
+        self.sizes = problem.sizes
         more = copies(size_of(self.state)) - 1
         self.copies = [self.state, *(copied(self.state) for _ in range(more))]
         self.inputs: dict[int, Tensor] = {}
 
-    def run(self, config: TileConfig, x: Tensor, state: TritonState) -> Tensor:
+    def run(self, config: TileConfig, x: Tensor, state: State) -> Tensor:
         """x [m, K] -> [m, N] as `config` says."""
+        if not isinstance(state, TritonState):
+            if config.rebuild:
+                return stream.rebuilt(x, state, None)
+            return stream.decoded(x, state, None, self.device.multiprocessors)
         if config.rebuild:
             return torch.nn.functional.linear(x, launch.dense(state, x.dtype))
         shares = configs.splits(self.sizes, x.shape[0], config, self.device)
@@ -131,7 +147,7 @@ class Weight:
         """The same m x K activations every time."""
         if m not in self.inputs:
             x = torch.randn(m, self.sizes.K, generator=torch.Generator().manual_seed(m))
-            self.inputs[m] = x.to(self.state.values.device, self.dtype)
+            self.inputs[m] = x.to(self.packed.values.device, self.dtype)
         return self.inputs[m]
 
     def check(self, config: TileConfig, m: int) -> None:
@@ -151,13 +167,15 @@ class Weight:
 
         torch gives out the same blocks again, which may hold the last right result.
         """
-        N, K, where = self.sizes.N, self.sizes.K, self.state.values.device
-        shares = 1 if config.rebuild else configs.splits(self.sizes, m, config, self.device)
+        N, K, where = self.sizes.N, self.sizes.K, self.packed.values.device
+        single = config.rebuild or self.streamed
+        shares = 1 if single else configs.splits(self.sizes, m, config, self.device)
         blocks = [torch.full((m, N), math.nan, dtype=self.dtype, device=where)]
         if shares > 1:
             blocks.append(torch.full((shares, m, N), math.nan, device=where))
         if config.rebuild:
-            blocks.append(torch.full((N, K), math.nan, dtype=self.dtype, device=where))
+            rows = min(N, stream.REBUILT_ROWS) if self.streamed else N
+            blocks.append(torch.full((rows, K), math.nan, dtype=self.dtype, device=where))
         del blocks  # They go all at once, or they would be one block.
 
     def calls(self, config: TileConfig, m: int) -> list[Call]:
@@ -173,7 +191,7 @@ class _Configured:
     config: TileConfig
     name: str = "triton"
 
-    def linear(self, x: Tensor, state: TritonState) -> Tensor:
+    def linear(self, x: Tensor, state: State) -> Tensor:
         return self.weight.run(self.config, x, state)
 
 
@@ -287,9 +305,13 @@ def tune(
     """
     M, bits = problem.tokens[-1], bits_of(problem.dtype)
     default = configs.choose(problem.sizes, M, bits, device, own=False)
-    others = candidates(problem.sizes, M, bits, device)
-    if own:
-        others = [replace(own, reason=""), *others]
+    if weight.streamed:
+        both = M > DECODE and stream.decodes(M, problem.layout.rank)
+        others = [TileConfig(rebuild=not default.rebuild)] if both else []
+    else:
+        others = candidates(problem.sizes, M, bits, device)
+        if own:
+            others = [replace(own, reason=""), *others]
     same = replace(default, reason="")
     skipped: dict[str, str] = {}
     times = {default: _timed(problem, weight, clock, default)}
@@ -300,9 +322,9 @@ def tune(
             reason = _reason(error)
             if reason is None:
                 raise
-            shares = configs.splits(problem.sizes, M, config, device)
+            shares = 1 if weight.streamed else configs.splits(problem.sizes, M, config, device)
             split = f", K in {shares}" if shares > 1 else ""
-            skipped[config.describe() + split] = reason
+            skipped[_described(config, problem, weight.streamed) + split] = reason
     best = min(times, key=lambda config: _ratio(times[config], times[default]))
     if best is not default:
         # The least of many is partly luck, so these two are timed once more.
@@ -310,7 +332,9 @@ def tune(
             times[config] = [clock.time(weight.calls(config, m)) for m in problem.tokens]
         if not faster(times[best], times[default]):
             best = default
-    return Result(problem, default, times[default], best, times[best], len(times), skipped)
+    return Result(
+        problem, default, times[default], best, times[best], len(times), weight.streamed, skipped
+    )
 
 
 def _timed(problem: Problem, weight: Tunable, clock: Timer, config: TileConfig) -> list[Timed]:
@@ -357,9 +381,18 @@ def _reason(error: Exception) -> str | None:
 
 def _verdict(result: Result) -> str:
     if not result.tuned:
+        if result.timed == 1:
+            return "the default stays, there is nothing to choose"
         candidates = f"nothing of {result.timed} candidates is faster by more than the noise"
         return f"the default stays, {candidates}"
-    return f"{_change(result)} by {result.best.describe()}"
+    return f"{_change(result)} by {result.described(result.best)}"
+
+
+def _described(config: TileConfig, problem: Problem, streamed: bool) -> str:
+    """How a problem runs by a configuration, in words."""
+    if streamed and not config.rebuild:
+        return stream.describe(problem.tokens[-1], problem.layout.rank)
+    return config.describe()
 
 
 def _change(result: Result) -> str:
@@ -379,6 +412,8 @@ def table(results: Iterable[Result]) -> list[tuple[str, ...]]:
             " ".join(f"{t.median * 1e6:.1f}" for t in times)
             for times in (result.default_times, result.times)
         )
-        change = (_change(result), result.best.describe()) if result.tuned else ("–", "the default")
+        change = ("–", "the default")
+        if result.tuned:
+            change = (_change(result), result.described(result.best))
         found.append((str(result.problem), before, best, *change))
     return found

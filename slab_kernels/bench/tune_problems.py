@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.triton import bits_of, configs, launch
-from ..backends.triton.rows import Row, TileConfig, TritonDevice, TritonSizes
+from ..backends.triton.rows import SIXTEEN_BITS, Row, TileConfig, TritonDevice, TritonSizes
 from ..format import PackedLayout, ceil_div
 
 # These tiles lie around the defaults in every direction. Each is block_n, block_k, warps, stages.
@@ -25,7 +25,6 @@ MANY_TOKENS = (
 )  # fmt: skip
 FILLS = (0, 1, 2, 4)  # programs per multiprocessor; those that split K alike are timed once
 SPLIT_UP_TO = 256  # tokens: more of them fill any GPU without splitting K
-SIXTEEN_BITS = ("fp16", "bf16")  # Stored values become the activations' type: a row serves both.
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Problem:
     def row(self, config: TileConfig) -> Row:
         """`config` as a row for this problem."""
         bits, values = bits_of(self.dtype), self.sizes.values
+        # Stored values become the activations' type, so that one row serves both types.
         served = SIXTEEN_BITS if bits == 16 and values in SIXTEEN_BITS else (values,)
         return Row(
             config,

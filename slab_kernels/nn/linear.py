@@ -15,7 +15,7 @@ from ..backends import dispatch
 from ..backends.base import Backend, LinearProblem
 from ..errors import ArgumentTypeError, BackendError, ShapeError, UnsupportedError
 from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
-from .prepared import Prepared, Snapshot, keep
+from .prepared import Prepared, Snapshot, keep, usable_by
 
 Function = TypeVar("Function", bound=Callable)
 _any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
@@ -113,35 +113,39 @@ class SlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run it.
         """
-        backend, kept = self._select(dtype), self._linears.get(dtype, ())
-        self._linears[dtype] = tuple(p for p in kept if p.backend is backend)
-        self._prepared(dtype)
+        linears, backend = self._linears, self._select(dtype)
+        self._prepared(dtype, backend)
+        linears[dtype] = tuple(p for p in linears.get(dtype, ()) if p.backend is backend)
         return self
 
     def _select(self, dtype: torch.dtype) -> Backend:
         device = self._home or self.values.device
         return dispatch.select(LinearProblem.of(self.layout, 1, dtype, device.type))
 
-    def _prepared(self, dtype: torch.dtype) -> Prepared:
-        """What `_linears` keeps for that dtype and the tensors that are here, made if need be."""
+    def _prepared(self, dtype: torch.dtype, wanted: Backend | None = None) -> Prepared:
+        """What `_linears` keeps for that dtype and the tensors that are here, made if need be.
+
+        wanted: the backend that it has to be of; default: any.
+        """
         # Whoever changes the weight meanwhile puts another dict there; this one goes, with what is
         # made now.
         linears = self._linears
         buffers = self._buffers.copy()
         source = Snapshot.of(buffers.values())
         for prepared in linears.get(dtype, ()):
-            if prepared.source.is_still(source.tensors):
+            if prepared.source.is_still(source.tensors) and wanted in (None, prepared.backend):
                 return prepared
-        backend, packed = self._select(dtype), _packed(self.layout, buffers)
+        backend, packed = wanted or self._select(dtype), _packed(self.layout, buffers)
         others = itertools.chain(*linears.copy().values())  # another thread may be adding one
-        same = (p for p in others if p.backend is backend and p.source.is_still(source.tensors))
-        made = [] if backend.one_dtype else [p.state for p in same]
-        if not made:
-            # A first call inside inference_mode must not leave inference tensors behind, since
-            # autograd could not save them.
-            with torch.inference_mode(False), torch.no_grad():
-                made.append(backend.prepare(packed.to(self._home or packed.values.device), dtype))
-        return keep(linears, dtype, Prepared(backend, made[0], source))
+        same = [p for p in others if p.source.is_still(source.tensors)]
+        # A first call inside inference_mode must not leave inference tensors behind, since autograd
+        # could not save them.
+        with torch.inference_mode(False), torch.no_grad():
+            usable = (usable_by(backend, dtype, p) for p in same)
+            state = next((state for state in usable if state is not None), None)
+            if state is None:
+                state = backend.prepare(packed.to(self._home or packed.values.device), dtype)
+        return keep(linears, dtype, Prepared(backend, state, source))
 
     @_constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
@@ -294,8 +298,8 @@ class FusedSlabLinear(nn.Module):
 
         Raises: BackendError if a forced backend cannot run one of them.
         """
-        self._linears.pop(dtype, None)
-        self._prepared(dtype)
+        linears = self._linears
+        linears[dtype] = (self._prepared(dtype),)
         return self
 
     @_constant_in_traces
@@ -317,7 +321,10 @@ class FusedSlabLinear(nn.Module):
         for part, held in zip(self._parts(), buffers, strict=True):
             weight = _packed(part.layout, held)
             packed.append(weight.to(part._home or weight.values.device))
-        return keep(linears, dtype, Prepared(*dispatch.prepare_fused(packed, dtype), source))
+        kept = linears.get(dtype, ())
+        before = [p.state for p in kept if p.source.is_still(source.tensors)]
+        made = dispatch.prepare_fused(packed, dtype, before)
+        return keep(linears, dtype, Prepared(*made, source))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() == 0 or x.shape[-1] != self.in_features:

@@ -59,6 +59,13 @@ class Prepared(NamedTuple):
     source: Snapshot
 
 
+def usable_by(backend: Backend, dtype: torch.dtype, made: Prepared) -> Any:
+    """The state in `made` if `backend` runs activations of `dtype` with it as it is, else None."""
+    if made.backend is not backend:
+        return backend.adopt(made.state, dtype)
+    return None if backend.one_dtype else made.state
+
+
 def keep(
     kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared
 ) -> Prepared:

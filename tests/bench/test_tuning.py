@@ -43,8 +43,9 @@ class FakeWeight:
     """Takes `seconds(config, m)`, gives wrong results for `wrong` and raises `errors[config]`;
     notes what was asked."""
 
-    def __init__(self, seconds=lambda config, m: SLOW, wrong=(), errors=()):
+    def __init__(self, seconds=lambda config, m: SLOW, wrong=(), errors=(), streamed=False):
         self.seconds, self.wrong, self.errors, self.log = seconds, wrong, dict(errors), []
+        self.streamed = streamed
 
     def check(self, config: TileConfig, m: int) -> None:
         self.log.append(("check", config, m))
@@ -157,9 +158,8 @@ def test_everything_is_checked_before_it_is_timed_and_decoding_at_16_tokens_too(
 def test_problems_group_token_counts_by_regime(folder):
     found = problems([LAYOUT], [512, 1, 16, 16, 64, 10**6], torch.bfloat16, A100)
     assert (found[0].tokens, found[0].above, found[0].up_to) == ((1, 16), 0, 16)
-    assert [p.tokens for p in found] == [(1, 16), (64,), (512,), (10**6,)] and found[
-        -1
-    ].up_to is None
+    assert [p.tokens for p in found] == [(1, 16), (64,), (512, 10**6)]
+    assert found[-1].up_to is None
     assert all(p.above < m and (p.up_to is None or m <= p.up_to) for p in found for m in p.tokens)
     with pytest.raises(BackendError, match="rank=99 of the sign term is above"):
         problems([replace(LAYOUT, rank=99)], [1], torch.bfloat16, A100)
@@ -278,6 +278,25 @@ def test_the_users_present_row_is_a_candidate(folder):
     assert result.best == replace(own, reason="") and read(file(folder))[
         0
     ].config.reason.startswith("tuned ")
+
+
+def test_of_a_stream_only_rebuilding_is_tuned(folder):
+    """It has no tiles: decoding has one way, more tokens have two."""
+    result = tune(DECODING, weight := FakeWeight(streamed=True), FakeClock(), A100)
+    assert not result.tuned and set(weight.timed()) == {result.default}
+    assert "sparse tensor cores" in result.to_dict()["default"]
+    for m, above, up_to in ((40, 32, 64), (100, 64, 128)):
+        problem = replace(PREFILL, tokens=(m,), above=above, up_to=up_to)
+        rebuilds = configs.choose(problem.sizes, m, 16, A100).rebuild
+        assert rebuilds is (m > 64)
+        weight = FakeWeight(
+            lambda config, m, slow=rebuilds: SLOW if config.rebuild is slow else FAST,
+            streamed=True,
+        )
+        (result,) = run([problem], A100, FakeClock(), lambda p, w=weight: w, folder)
+        assert result.tuned and result.best.rebuild is not rebuilds
+        assert configs.choose(problem.sizes, m, 16, A100).rebuild is not rebuilds
+        assert result.timed == 2 and "sparse tensor cores" in result.described(TileConfig())
 
 
 # What is written
@@ -483,7 +502,7 @@ def gpu(folder, monkeypatch):
     monkeypatch.setattr(tuning, "gpu", lambda where, seconds: (A100, FakeClock(), make))
 
 
-SMALL = ("tune", "--shape", "4096x4096", "--m", "1", "--m", "512", "--values", "int4")
+SMALL = ("tune", "--shape", "4096x4096", "--m", "1", "--m", "64", "--values", "int4")
 
 
 def test_the_command_prints_one_object_and_writes_the_rows(gpu, folder, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import re
 import shlex
 import tomllib
@@ -65,8 +66,9 @@ def options_in(source: Path) -> set[str]:
 
 @functools.cache
 def script_options() -> set[str]:
-    """The options of every script in benchmarks/ and of every program in tests/."""
-    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*/__main__.py")]
+    """The options of every script in benchmarks/ and of every program there and in tests/."""
+    programs = (ROOT.glob(f"{folder}/*/__main__.py") for folder in ("benchmarks", "tests"))
+    scripts = itertools.chain(ROOT.glob("benchmarks/*.py"), *programs)
     return set().union(*map(options_in, scripts))
 
 

@@ -42,6 +42,9 @@ class Fault(NamedTuple):
 
 
 CUDA = ("tests/backends/cuda/test_cuda_kernels.py",)
+REGIMES = ("tests/backends/cuda/test_cuda_regimes.py",)
+HOPPER = (f"{REGIMES[0]}::test_on_hopper_every_kernel_waits_for_the_one_ahead",)
+PLANS = ("tests/backends/cuda/test_cuda_plan.py",)
 CPU = ("tests/backends/cpu/test_cpu_backend.py",)
 TRITON = ("tests/backends/triton/test_triton_kernels.py",)
 INTERPRETED = ("tests/backends/triton/test_triton_interpreter.py",)
@@ -52,37 +55,102 @@ FAULTS = (
     # CUDA kernels
     Fault(
         "the metadata of the wrong lanes",
-        "csrc/cuda/*", "mma_sparse<kStep % 2>(", "mma_sparse<0>(", CUDA,
+        "csrc/cuda/*", "T::template mma_sparse<kStep % 2>(group[tile][n], a, b[n], metadata)",
+        "T::template mma_sparse<0>(group[tile][n], a, b[n], metadata)", REGIMES,
+    ),
+    Fault(
+        "the metadata of the pair's other tile",
+        "csrc/cuda/*", "= block.metadata[tile][kStep / 2]", "= block.metadata[1 - tile][kStep / 2]",
+        REGIMES,
+    ),
+    Fault(
+        "the values of the pair's other tile",
+        "csrc/cuda/*", "values = at + tile * Traits::kTileBytes",
+        "values = at + (1 - tile) * Traits::kTileBytes", REGIMES,
+    ),
+    Fault(
+        "the scale of the tile's other row",
+        "csrc/cuda/*", "fmaf(i < 2 ? near : far, group", "fmaf(i < 2 ? far : near, group", REGIMES,
     ),
     Fault(
         "a missing barrier",
         "csrc/cuda/*", '"bar.sync %0, %1;"', '"// %0 %1"', CUDA,
     ),
     Fault(
+        "a warp whose lanes do not wait for each other's copies",
+        "csrc/cuda/*", "copies_wait<kStages - 1>();\n      __syncwarp();",
+        "copies_wait<kStages - 1>();", REGIMES,
+    ),
+    Fault(
+        "a stage overwritten while other lanes may read it",
+        "csrc/cuda/*", "__syncwarp();\n      weights.fetch(next, slot);",
+        "weights.fetch(next, slot);", REGIMES,
+    ),
+    Fault(
         "one stage of the ring read too early",
         "csrc/cuda/*", "@two cp.async.wait_group 0;", "@two cp.async.wait_group 1;", CUDA,
     ),
     Fault(
+        "activations read before the kernel ahead has written them",
+        "csrc/cuda/narrow.cuh", "  wait_for_predecessor();\n", "", HOPPER,
+    ),
+    Fault(
+        "a linear that the kernel ahead does not know of",
+        "slab_kernels/backends/cuda/*.py", "plan.grid, plan.block, plan.shared_bytes, args, True)",
+        "plan.grid, plan.block, plan.shared_bytes, args, False)", HOPPER,
+    ),
+    Fault(
         "an input too many at the tail of K",
-        "csrc/cuda/*", "2 * max(0, min(left, 8))", "2 * max(0, min(left + 1, 8))", CUDA,
+        "csrc/cuda/*", "min(left - int(copy.token_piece) * 8, 8)",
+        "min(left + 1 - int(copy.token_piece) * 8, 8)", CUDA,
+    ),
+    Fault(
+        "what stands behind the last input read with it",
+        "csrc/cuda/*", "8 * piece + 8 <= inputs ? tokens - first : 0",
+        "8 * piece < inputs ? tokens - first : 0", REGIMES,
+    ),
+    Fault(
+        "a K block too many for every longer split",
+        "csrc/cuda/*", "(place.split < params.k_more ? 1 : 0)",
+        "(place.split <= params.k_more ? 1 : 0)", REGIMES,
     ),
     Fault(
         "the scale of the group before",
-        "csrc/cuda/*", ".group_steps >> 1)", ".group_steps >> 2)", CUDA,
+        "csrc/cuda/*", "kStep >> (params.group_steps >> 1)", "kStep >> (params.group_steps >> 2)",
+        CUDA,
     ),
     Fault(
         "two columns of sign planes in the wrong order",
-        "csrc/cuda/*", "4 * kColumn - T::kIndexAt>(signs[kStep / 2])",
-        "4 * (1 - kColumn) - T::kIndexAt>(signs[kStep / 2])", CUDA,
+        "csrc/cuda/*", "4 * kColumn - T::kIndexAt>(signs[tile][kStep / 2])",
+        "4 * (1 - kColumn) - T::kIndexAt>(signs[tile][kStep / 2])", REGIMES,
+    ),
+    Fault(
+        "the products with v of another token and rank",
+        "csrc/cuda/*", "store_shared(place_of(piece, tile_tokens * (1 + r) + t),",
+        "store_shared(place_of(piece, tile_tokens + t * rank + r),", REGIMES,
+    ),
+    Fault(
+        "the ranks of u in the wrong order",
+        "csrc/cuda/*", "u[row * params.rank + r]", "u[row * params.rank + params.rank - 1 - r]",
+        REGIMES,
     ),
     Fault(
         "int4 values off by one in bf16",
-        "csrc/cuda/*", "0xC308C308u", "0xC309C309u", CUDA,
+        "csrc/cuda/*", "0xC320C320u", "0xC321C321u", REGIMES,
     ),
     Fault(
         "activations of the second half read from another row",
-        "csrc/cuda/*", "(row ^ (kStep % 2 << 6)) + (kStep / 2 << 7)",
-        "(row ^ (kStep % 2 << 6)) + (kStep / 2 << 8)", CUDA,
+        "csrc/cuda/*", "(block.tokens ^ (kStep % 2 << 6)) + (kStep / 2 << 7)",
+        "(block.tokens ^ (kStep % 2 << 6)) + (kStep / 2 << 8)", CUDA,
+    ),
+    Fault(
+        "a plan measured on another device",
+        "slab_kernels/backends/cuda/*.py", "and row.multiprocessors == gpu.multiprocessors\n",
+        "\n", PLANS,
+    ),
+    Fault(
+        "a plan measured on another model",
+        "slab_kernels/backends/cuda/*.py", "and is_model(gpu, row.gpu)\n", "\n", PLANS,
     ),
     # CPU kernels
     Fault(

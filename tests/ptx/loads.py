@@ -163,6 +163,7 @@ def prefetch(i):
     def run(m, act):
         lanes, where = lanes_of(m, act), at(m)[slice(None) if act is None else act]
         m.memory.check(where, 1, lanes)
+        m.stats["prefetches"] += lanes.size
         if i.parts[2] == "L1" and m.dependence is not None:
             m.dependence.read(m, where, 1, lanes, False)
 

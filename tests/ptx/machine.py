@@ -245,7 +245,7 @@ def launch(
     instruction if they store the same bytes; without it they may not. `dependent`: the launch may
     overlap the kernel ahead of it, under the rules of dependent.py. Traffic:
     global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their ratio is the
-    bank conflicts)."""
+    bank conflicts); prefetches of all threads."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
     raw = np.frombuffer(bytes(params), np.uint8)
     if raw.size != kernel.parameter_bytes:

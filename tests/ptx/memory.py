@@ -180,7 +180,8 @@ def count_shared(stats, at, width, lanes):
             return
     phase = lanes // group
     words = (at[:, None] // 4 + np.arange(max(width // 4, 1))).reshape(-1)
-    key = np.unique(np.repeat(phase, max(width // 4, 1)) << 40 | words)
+    key = np.sort(np.repeat(phase, max(width // 4, 1)) << 40 | words)
+    key = key[np.concatenate(([True], key[1:] != key[:-1]))]
     phase = key >> 40
     per_bank = np.bincount((phase - phase[0]) * 32 + (key & 31)).astype(np.int64)
     per_bank.resize(-(-per_bank.size // 32) * 32, refcheck=False)

@@ -37,15 +37,19 @@ BUDGET = {
     "int4_one": (220, 235),
     "w16_two": (165, 165),
     "int8_two": (300, 345),
-    "int4_two": (300, 320),
+    "int4_two": (300, 330),
     "w16_three": (220, 220),
     "int8_three": (350, 400),
-    "int4_three": (350, 370),
+    "int4_three": (350, 380),
     "int8_none_groups": (190, 240),
     "int4_none_groups": (190, 210),
     "int8_one_groups": (285, 335),
     "int4_one_groups": (285, 305),
 }
+
+
+# On 12.0 ptxas joins the third plane's bit to the first two by two LOP3 a register instead of one.
+THIRD_PLANE_OF_SM_120A = 32
 
 
 def kind_of(name: str) -> str:
@@ -82,6 +86,8 @@ def test_a_block_costs_no_more_than_its_budget(machine_code, architecture):
     wrong = Findings()
     for name, kernel in narrow(machine_code(architecture)[1]).items():
         most = BUDGET[kind_of(name)]["bf16" in name]
+        if architecture == "sm_120a" and planes_of(name) == 3:
+            most += THIRD_PLANE_OF_SM_120A
         counts = [len(loop) for loop in loops(kernel)]
         if len(counts) != len(STAGES):
             wrong[f"{len(counts)} loops instead of one for each of {STAGES} stages"].append(name)
@@ -171,15 +177,23 @@ def test_weights_are_asked_for_before_anything_else(machine_code, architecture):
     wrong.check()
 
 
-def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
-    """Of the fp16 kernels on sm_90a, within 10 %."""
+@pytest.mark.parametrize("loop", ("narrow", "wide"))
+def test_the_cost_model_issues_what_the_machine_code_does(machine_code, loop):
+    """Of the fp16 kernels on sm_90a, within 10 %; of any rank with four products of signs."""
     wrong = Findings()
     values_of = {"w16": W16, "int8": INT8, "int4": INT4}
-    for name, kernel in narrow(machine_code("sm_90a")[1]).items():
-        values, planes, *groups = kind_of(name).split("_")
-        modelled = cost.NARROW_ISSUE[PLANES[planes]][values_of[values]]
-        modelled += cost.GROUPS_ISSUE if groups else 0
-        counted = len(loops(kernel)[0])
-        if "fp16" in name and abs(modelled / counted - 1) > 0.1:
-            wrong[f"cost.NARROW_ISSUE says {modelled}, the machine code {counted}"].append(name)
+    tables = {"narrow": cost.NARROW_ISSUE, "wide": cost.WIDE_ISSUE}
+    for name, kernel in machine_code("sm_90a")[1].items():
+        if not name.startswith(f"{loop}_fp16"):
+            continue
+        values, planes, *kind = kind_of(name).split("_")
+        if "any" in kind:
+            fixed, per_tile = cost.ANY_ISSUE[PLANES[planes]][values_of[values]]
+            modelled = fixed + 4 * per_tile
+        else:
+            modelled = tables[loop][PLANES[planes]][values_of[values]]
+            modelled += cost.GROUPS_ISSUE[loop] if "groups" in kind else 0
+        counted = min(map(len, loops(kernel)))
+        if abs(modelled / counted - 1) > 0.1:
+            wrong[f"the cost model says {modelled}, the machine code {counted}"].append(name)
     wrong.check()

@@ -23,15 +23,15 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentTypeError
 from ...format import PackedWeight, ceil_div
 from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
-from ..one_launch import OneLaunchBackend, check_call, wants_gradient
+from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout, prefetch
 from .cost import dense_microseconds
 from .gpus import gpu_like, gpu_named
@@ -55,7 +55,7 @@ class CudaBackend(OneLaunchBackend):
     """The fused CUDA kernels as a backend."""
 
     name = "cuda"
-    state_type = CudaState
+    state_types = (CudaState,)
 
     def refusals(
         self, problem: LinearProblem, capability: tuple[int, int] | None = None
@@ -84,11 +84,19 @@ class CudaBackend(OneLaunchBackend):
         """The stream of the parts; on a GPU its kernels are loaded too, so that the first call may
         be captured into a graph."""
         state = layout.prepare(parts, dtype)
+        self.make_ready(state)
+        return state
+
+    def takes(self, state: Any, dtype: torch.dtype) -> bool:
+        """Whether it is a stream for these activations, as the Triton backend prepares it too."""
+        return isinstance(state, CudaState) and state.dtype == dtype
+
+    def make_ready(self, state: CudaState) -> None:
+        """Defines the op and loads the state's kernels, if it is on a GPU."""
         if state.stream.is_cuda:
             register()
             for name in kernel_names(sizes_of(state), state.dtype):
                 driver.load(name, state.stream.device.index)
-        return state
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the state's.
@@ -96,7 +104,7 @@ class CudaBackend(OneLaunchBackend):
         Raises: ArgumentTypeError for another dtype or a wrong device, ShapeError for a wrong shape.
         """
         if x.dtype != state.dtype:
-            raise _other_dtype(x, state.dtype)
+            raise other_dtype(x, state.dtype)
         arguments = (*state[:BIAS], bias, *state[BIAS:])
         if wants_gradient(x, bias):
             return torch.ops.slab_kernels.linear_cuda(x, *arguments)
@@ -159,24 +167,11 @@ def device_of(index: int) -> CudaDevice:
     return CudaDevice(gpu, queue)
 
 
-def _other_dtype(x: Tensor, dtype: torch.dtype) -> ArgumentTypeError:
-    return ArgumentTypeError(
-        f"x is {x.dtype}, but this weight was prepared for {dtype} activations"
-    )
-
-
 def _linear(x: Tensor, *arguments) -> Tensor:
     """The op on CUDA tensors. arguments: those of ARGUMENTS after x."""
     state, bias = CudaState(*arguments[:BIAS], *arguments[BIAS + 1 :]), arguments[BIAS]
-    check(x, state, bias)
+    check_stream(x, state, bias)
     return linear(x, state, bias, device_of(x.device.index))
-
-
-def check(x: Tensor, state: CudaState, bias: Tensor | None) -> None:
-    """Raises ShapeError or ArgumentTypeError in a sentence: kernels see only pointers."""
-    if x.dtype != state.dtype:
-        raise _other_dtype(x, state.dtype)
-    check_call(x, state.stream, bias, state.in_features, sum(state.rows))
 
 
 def _linear_fake(x: Tensor, *arguments) -> Tensor:

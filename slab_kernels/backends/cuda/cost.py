@@ -66,18 +66,18 @@ NARROW_ISSUE = {  # by sign planes, 0 for a rank of 0; as many for every number 
     2: {W16: 158, INT8: 292, INT4: 296},
     3: {W16: 212, INT8: 342, INT4: 346},
 }
-GROUPS_ISSUE = 66  # more where a scale covers 32 or 64 inputs; two and three planes count it above
 WIDE_ISSUE = {  # 16 tokens, at most one rank
-    0: {W16: 120, INT8: 200, INT4: 203, DENSE: 200},
-    1: {W16: 215, INT8: 297, INT4: 300},
-    2: {W16: 240, INT8: 325, INT4: 330},
-    3: {W16: 270, INT8: 355, INT4: 360},
+    0: {W16: 172, INT8: 245, INT4: 247, DENSE: 209},
+    1: {W16: 320, INT8: 390, INT4: 393},
+    2: {W16: 330, INT8: 513, INT4: 515},
+    3: {W16: 384, INT8: 563, INT4: 565},
 }
-# 8 tokens and any rank: (fixed, for each product of 8 sign columns), by sign planes.
-ANY_ISSUE = {
-    1: {W16: (150, 60), INT8: (220, 60), INT4: (223, 60)},
-    2: {W16: (175, 60), INT8: (245, 60), INT4: (250, 60)},
-    3: {W16: (205, 60), INT8: (275, 60), INT4: (280, 60)},
+# More where a scale covers 32 or 64 inputs. Kernels of two and three planes count it above.
+GROUPS_ISSUE = {NARROW: 66, WIDE: 106}
+ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign columns), by sign planes
+    1: {W16: (223, 50), INT8: (370, 50), INT4: (370, 50)},
+    2: {W16: (233, 50), INT8: (389, 50), INT4: (387, 50)},
+    3: {W16: (287, 50), INT8: (436, 50), INT4: (438, 50)},
 }
 # The loop for many tokens: (fixed, per 8 tokens).
 ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
@@ -189,12 +189,10 @@ class Plan:
         rank, tokens = self.sizes.rank, self.tokens
         if self.tile.loop == NARROW:
             return 1, min(1, rank)
-        if self.tile.loop == WIDE:
-            most = (
-                self.sizes.wide_tokens
-            )  # Columns of tokens that do not exist are multiplied, too.
-            tokens, signs = (most, most * rank) if rank <= 1 else (COLUMNS, tokens * rank)
-            return tokens // COLUMNS, ceil_div(signs, COLUMNS)
+        if self.tile.loop == WIDE and rank <= 1:
+            tokens = self.sizes.wide_tokens  # Those that do not exist are multiplied, too.
+        elif self.tile.loop == WIDE:
+            return 1, ceil_div(tokens * rank, COLUMNS)
         return tokens // COLUMNS, tokens * rank // COLUMNS
 
     @property
@@ -258,7 +256,8 @@ class Plan:
         if self.tile.loop != MANY:
             counts = NARROW_ISSUE if self.tile.loop == NARROW else WIDE_ISSUE
             groups = planes <= 1 and values in (INT8, INT4) and self.sizes.group_steps < STEPS
-            return DECODE_ISSUE * (counts[planes][values] + (GROUPS_ISSUE if groups else 0))
+            more = GROUPS_ISSUE[self.tile.loop] if groups else 0
+            return DECODE_ISSUE * (counts[planes][values] + more)
         if self.tile.tall:
             table = TALL_ISSUE
         else:

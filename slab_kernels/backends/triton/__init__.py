@@ -1,11 +1,15 @@
-"""The Triton kernels: `slab_kernels::linear_triton`, on every GPU that Triton serves.
+"""The Triton kernels, on every GPU that Triton serves. They are loaded on first use and need no
+compiler.
 
-They are loaded on first use and need no compiler. They read the canonical packed tensors as they
-are (launch.py), with tiles from a table (configs.py; rows.py and row_files.py hold the rows).
+On NVIDIA GPUs 16-bit activations are multiplied from the stream that the CUDA backend prepares too
+(stream.py): a layer prepared for one of the two backends serves the other. All else, and a GPU on
+which the first use of that way comes out wrong, takes the plain kernels, which read the canonical
+packed tensors as they are (launch.py) with tiles from a table (configs.py; rows.py and row_files.py
+hold the rows). The table also says from how many tokens on either rebuilds the weight.
 
 Sums are accumulated in fp32 and are deterministic, and for up to 16 tokens a token's result depends
-on no other token. With TRITON_INTERPRET=1 in the environment before Triton is imported they run on
-CPU tensors, slowly, in Triton's interpreter: for debugging, not in bf16.
+on no other token. With TRITON_INTERPRET=1 in the environment before Triton is imported the plain
+kernels run on CPU tensors, slowly, in Triton's interpreter: for debugging, not in bf16.
 """
 
 from __future__ import annotations
@@ -16,19 +20,22 @@ import importlib.util
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentTypeError
+from ...errors import ArgumentTypeError, RangeError
 from ...format import PackedWeight, ceil_div
 from ...ops import EVERYWHERE, Definition, fake_result, register_linear_op
 from ..base import LinearProblem
-from ..one_launch import OneLaunchBackend, check_call, wants_gradient
-from . import launch
+from ..cuda import layout
+from ..cuda.layout import CudaState
+from ..one_launch import OneLaunchBackend, check_call, check_stream, wants_gradient
+from . import launch, stream
 from .configs import choose, splits, z_splits
 from .launch import TritonState
-from .rows import TritonDevice, TritonSizes
+from .rows import REBUILD, TileConfig, TritonDevice, TritonSizes
 
 NAMESPACE = "slab_kernels"
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,6 +47,12 @@ TENSORS = (
 )
 SIZES = "int in_features, int[] rows, str value_type, int group_size"
 BIAS = 8  # the place of the bias among the arguments after x: behind the state's tensors
+STREAM_TENSORS = "Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q"
+STREAM_SIZES = (
+    "int in_features, int[] rows, int value_type, int group_steps, int planes, ScalarType dtype"
+)
+STREAM_BIAS = 5
+State = TritonState | CudaState
 _REGISTERING = threading.Lock()
 
 
@@ -53,7 +66,7 @@ class TritonBackend(OneLaunchBackend):
     """The Triton kernels as a backend."""
 
     name = "triton"
-    state_type = TritonState
+    state_types = (TritonState, CudaState)
 
     def refusals(
         self, problem: LinearProblem, capability: tuple[int, int] | None = None
@@ -91,9 +104,13 @@ class TritonBackend(OneLaunchBackend):
             return f"torch {torch.__version__} sees no CUDA device"
         return None
 
-    def prepare_parts(self, parts: Sequence[PackedWeight], dtype: torch.dtype) -> TritonState:
-        """The state of the parts; on a GPU decoding is compiled too, so that the first call may be
-        captured into a graph."""
+    def prepare_parts(self, parts: Sequence[PackedWeight], dtype: torch.dtype) -> State:
+        """The stream of the parts, or their canonical tensors where no stream can serve; on a GPU
+        decoding is compiled too, so that the first call may be captured into a graph."""
+        streamed = _stream_of(parts, dtype)
+        if streamed is not None:
+            self.make_ready(streamed)
+            return streamed
         state = launch.prepare(parts, dtype)
         register()
         if state.values.is_cuda:
@@ -101,15 +118,33 @@ class TritonBackend(OneLaunchBackend):
             self.linear(x, state)
         return state
 
-    def linear(self, x: Tensor, state: TritonState, bias: Tensor | None = None) -> Tensor:
+    def takes(self, state: Any, dtype: torch.dtype) -> bool:
+        """Whether it is a stream for these activations, on a device that reads streams."""
+        return (
+            isinstance(state, CudaState)
+            and state.dtype == dtype
+            and stream.usable(state.stream.device, dtype)
+        )
+
+    def make_ready(self, state: CudaState) -> None:
+        """Defines the ops, and on a GPU compiles what decodes from a stream."""
+        register()
+        if state.stream.is_cuda:
+            for M in stream.COMPILED_TOKENS:
+                x = state.stream.new_zeros(M, state.in_features, dtype=state.dtype)
+                self.linear(x, state)
+
+    def linear(self, x: Tensor, state: State, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the one prepared for.
 
         Raises: ArgumentTypeError for another dtype or a wrong device, ShapeError for a wrong shape.
         """
-        arguments = (*state[:BIAS], bias, *state[BIAS:])
-        if wants_gradient(x, bias):
-            return torch.ops.slab_kernels.linear_triton(x, *arguments)
-        return torch.ops.slab_kernels.linear_triton_frozen(x, *arguments)
+        ops, gradient = torch.ops.slab_kernels, wants_gradient(x, bias)
+        if isinstance(state, CudaState):
+            op = ops.linear_triton_stream if gradient else ops.linear_triton_stream_frozen
+            return op(x, *state[:STREAM_BIAS], bias, *state[STREAM_BIAS:])
+        op = ops.linear_triton if gradient else ops.linear_triton_frozen
+        return op(x, *state[:BIAS], bias, *state[BIAS:])
 
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
         """The configuration for this problem on the current device.
@@ -128,6 +163,12 @@ class TritonBackend(OneLaunchBackend):
         )
         device = device_of(torch.cuda.current_device())
         config = choose(sizes, problem.M, bits_of(problem.dtype), device)
+        here = torch.device("cuda", torch.cuda.current_device())
+        if stream.expected(here, problem.dtype):
+            if not config.rebuild and stream.decodes(problem.M, problem.rank):
+                return f"{device.name}: {stream.describe(problem.M, problem.rank)}"
+            if not config.rebuild:
+                config = TileConfig(rebuild=True, reason=REBUILD)
         shares = splits(sizes, problem.M, config, device)
         split = f", K split over {shares} programs" if shares > 1 else ""
         return f"{device.name}: {config.describe()}{split}"
@@ -152,8 +193,21 @@ def device_of(index: int | None) -> TritonDevice:
     )
 
 
+def _stream_of(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState | None:
+    """The parts as a stream, or None where the device takes none.
+
+    Nor are numbers a stream that only the plain kernels hold, as some of a rank above 1.
+    """
+    if not stream.usable(parts[0].values.device, dtype):
+        return None
+    try:
+        return layout.prepare(parts, dtype)
+    except RangeError:
+        return None
+
+
 def _linear(x: Tensor, *arguments) -> Tensor:
-    """The op. arguments: TENSORS, the bias, SIZES."""
+    """The op on canonical tensors. arguments: TENSORS, the bias, SIZES."""
     state, bias = TritonState(*arguments[:BIAS], *arguments[BIAS + 1 :]), arguments[BIAS]
     check(x, state, bias)
     device, sizes = device_of(x.device.index), launch.sizes_of(state)
@@ -166,6 +220,22 @@ def _linear(x: Tensor, *arguments) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # The result has x's type even then.
             W = launch.dense(state, x.dtype)
             return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
+
+
+def _linear_stream(x: Tensor, *arguments) -> Tensor:
+    """The op on a stream. arguments: STREAM_TENSORS, the bias, STREAM_SIZES."""
+    state = CudaState(*arguments[:STREAM_BIAS], *arguments[STREAM_BIAS + 1 :])
+    bias = arguments[STREAM_BIAS]
+    check_stream(x, state, bias)
+    sizes = stream.sizes_of(state)
+    M = x.numel() // sizes.K
+    device = device_of(x.device.index)
+    config = choose(sizes, M, bits_of(x.dtype), device)
+    with _current(x.device):
+        if not config.rebuild and stream.decodes(M, sizes.rank):
+            return stream.decoded(x, state, bias, device.multiprocessors)
+        with torch.autocast(x.device.type, enabled=False):
+            return stream.rebuilt(x, state, bias)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
@@ -195,6 +265,11 @@ def _linear_fake(x: Tensor, *arguments) -> Tensor:
     return fake_result(x, in_features, sum(rows))
 
 
+def _linear_stream_fake(x: Tensor, *arguments) -> Tensor:
+    in_features, rows = arguments[STREAM_BIAS + 1 : STREAM_BIAS + 3]
+    return fake_result(x, in_features, sum(rows))
+
+
 def _dense(*arguments) -> Tensor:
     """The op that rebuilds the weight. arguments: TENSORS, SIZES, dtype."""
     *stored, dtype = arguments
@@ -209,14 +284,30 @@ def _dense_fake(*arguments) -> Tensor:
     return state.values.new_empty(sum(state.rows), state.in_features, dtype=dtype)
 
 
+def _dense_stream(*arguments) -> Tensor:
+    """The same from a stream, in the state's dtype. arguments: STREAM_TENSORS, STREAM_SIZES."""
+    state = CudaState(*arguments)
+    with _current(state.stream.device), torch.autocast(state.stream.device.type, enabled=False):
+        return stream.dense(state)
+
+
+def _dense_stream_fake(*arguments) -> Tensor:
+    return stream.empty_dense(CudaState(*arguments))
+
+
 def _input_gradient(grad: Tensor, *state) -> Tensor:
     """The gradient of x in grad's dtype. state: a TritonState's."""
     # torch.compile can trace an op, but not the launch in it.
     return grad @ torch.ops.slab_kernels.dense_triton(*state, grad.dtype)
 
 
+def _input_gradient_stream(grad: Tensor, *state) -> Tensor:
+    """The gradient of x in grad's dtype. state: a CudaState's."""
+    return grad @ torch.ops.slab_kernels.dense_triton_stream(*state)
+
+
 def register() -> None:
-    """Define `linear_triton` once; idempotent, and safe from several threads."""
+    """Define the ops once; idempotent, and safe from several threads."""
     with _REGISTERING:
         _register_once()
 
@@ -225,12 +316,32 @@ def register() -> None:
 def _register_once() -> tuple[torch.library.Library, ...]:
     """The libraries, which keep their ops alive."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    library.define(f"dense_triton({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor")
-    library.impl("dense_triton", _dense, EVERYWHERE)
-    torch.library.register_fake(f"{NAMESPACE}::dense_triton", _dense_fake, lib=library)
-    linear = Definition(f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor", _linear)
-    return library, register_linear_op(
-        "linear_triton", 1 + BIAS, _linear_fake, _input_gradient, linear
+    for name, arguments, run, fake in (
+        ("dense_triton", f"{TENSORS}, {SIZES}, ScalarType dtype", _dense, _dense_fake),
+        (
+            "dense_triton_stream",
+            f"{STREAM_TENSORS}, {STREAM_SIZES}",
+            _dense_stream,
+            _dense_stream_fake,
+        ),
+    ):
+        library.define(f"{name}({arguments}) -> Tensor")
+        library.impl(name, run, EVERYWHERE)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    plain = Definition(f"(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor", _linear)
+    streamed = Definition(
+        f"(Tensor x, {STREAM_TENSORS}, Tensor? bias, {STREAM_SIZES}) -> Tensor", _linear_stream
+    )
+    return (
+        library,
+        register_linear_op("linear_triton", 1 + BIAS, _linear_fake, _input_gradient, plain),
+        register_linear_op(
+            "linear_triton_stream",
+            1 + STREAM_BIAS,
+            _linear_stream_fake,
+            _input_gradient_stream,
+            streamed,
+        ),
     )
 
 

@@ -24,8 +24,8 @@ Positions = Sequence[int]
 
 
 def _index(nibble: int) -> int:
-    """A legal nibble as a number below 8, as `_indices` computes it: i1's low bit, then the xor of
-    i1's and i0's high bits, then the xor of i0's bits."""
+    """A legal nibble as a number below 8, as `nibble_indices` computes it: i1's low bit, then the
+    xor of i1's and i0's high bits, then the xor of i0's bits."""
     return nibble & 4 | (nibble >> 2 ^ nibble) & 2 | (nibble ^ nibble >> 1) & 1
 
 
@@ -79,7 +79,7 @@ def _level_lane(planes: int) -> tuple[int, int]:
 
 
 def _constants(*tables: tuple[int, int]) -> tl.constexpr:
-    """Tables for `_look_up`, two words each."""
+    """Tables for `look_up`, two words each."""
     return tl.constexpr(tuple(word for table in tables for word in table))
 
 
@@ -96,7 +96,7 @@ def _pair(low, high):
 
 
 @triton.jit
-def _prmt(a, b, selector):
+def prmt(a, b, selector):
     """Four bytes of a and b (PTX ISA, "prmt")."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.uint32, is_pure=True, pack=1
@@ -104,7 +104,7 @@ def _prmt(a, b, selector):
 
 
 @triton.jit
-def _convert(low, high, T: tl.constexpr):
+def convert(low, high, T: tl.constexpr):
     """Two fp32 numbers, rounded to nearest even, as a pair."""
     FP16: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
     BF16: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
@@ -113,7 +113,7 @@ def _convert(low, high, T: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, T: tl.constexpr):
+def product(a, b, T: tl.constexpr):
     """Products of pairs, rounded to nearest even.
 
     bf16 products as such exist from sm_90 on; a b + (-0) is the same number.
@@ -158,29 +158,29 @@ def _integers(word, scale, BITS: tl.constexpr, T: tl.constexpr):
     fp32.
     """
     if T == tl.bfloat16 and BITS == 8:
-        pair = _convert(integer(word, 8) * scale, integer(word >> 8, 8) * scale, T)
+        pair = convert(integer(word, 8) * scale, integer(word >> 8, 8) * scale, T)
     else:
         CODE: tl.constexpr = (
             INT8_TO_FP16 if BITS == 8 else (INT4_TO_FP16 if T == tl.float16 else INT4_TO_BF16)
         )
         shifted = scale * (256.0 if T == tl.float16 else 1.0)
         pair = tl.inline_asm_elementwise(
-            CODE, "=r,r,r", [word, _convert(shifted, shifted, T)], tl.uint32, is_pure=True, pack=1
+            CODE, "=r,r,r", [word, convert(shifted, shifted, T)], tl.uint32, is_pure=True, pack=1
         )
     return pair
 
 
 @triton.jit
-def _look_up(TABLES: tl.constexpr, which: tl.constexpr, index):
+def look_up(TABLES: tl.constexpr, which: tl.constexpr, index):
     """Four bytes: `prmt` looks up in eight with four nibbles at once."""
-    return _prmt(TABLES[2 * which], TABLES[2 * which + 1], index)
+    return prmt(TABLES[2 * which], TABLES[2 * which + 1], index)
 
 
 @triton.jit
-def _indices(metadata):
-    """`_index` of a unit's nibbles."""
-    high = (metadata >> 2 ^ metadata) & 0x2222
-    return metadata & 0x4444 | high | (metadata ^ metadata >> 1) & 0x1111
+def nibble_indices(metadata):
+    """`_index` of every nibble."""
+    high = (metadata >> 2 ^ metadata) & 0x22222222
+    return metadata & 0x44444444 | high | (metadata ^ metadata >> 1) & 0x11111111
 
 
 @triton.jit
@@ -195,17 +195,17 @@ def _fill(kept, other01, other23, metadata, IS_GATHERED: tl.constexpr):
 
     The others are pairs of the positions' own numbers, or if gathered the pair of pruned numbers.
     """
-    index = _indices(metadata)
+    index = nibble_indices(metadata)
     if IS_GATHERED:
-        s0 = _look_up(GATHERED, 0, index)
-        s1 = _look_up(GATHERED, 1, index)
-        s2 = _look_up(GATHERED, 2, index)
+        s0 = look_up(GATHERED, 0, index)
+        s1 = look_up(GATHERED, 1, index)
+        s2 = look_up(GATHERED, 2, index)
         s3 = s0 ^ s1 ^ s2  # The four hold each of LANES once, and those cancel.
     else:
-        s0, s1 = _look_up(OWN, 0, index), _look_up(OWN, 1, index)
-        s2, s3 = _look_up(OWN, 2, index), _look_up(OWN, 3, index)
-    w01 = _prmt(kept, other01, _prmt(s0, s1, _group_byte()))
-    w23 = _prmt(kept, other23, _prmt(s2, s3, _group_byte()))
+        s0, s1 = look_up(OWN, 0, index), look_up(OWN, 1, index)
+        s2, s3 = look_up(OWN, 2, index), look_up(OWN, 3, index)
+    w01 = prmt(kept, other01, prmt(s0, s1, _group_byte()))
+    w23 = prmt(kept, other23, prmt(s2, s3, _group_byte()))
     return w01, w23
 
 
@@ -245,28 +245,28 @@ def _leveled(units, row_levels, magnitudes, FORMAT: tl.constexpr):
     m = magnitudes
     signs = _spread(units.signs, PLANES)
     nibble = 2 * (tl.arange(0, 4) & 1) + (tl.arange(0, 4) >> 1)[None, None, :]
-    first, second = _look_up(LEVEL, PLANES - 2, signs), _look_up(LEVEL, PLANES - 2, signs >> 16)
-    which = _prmt(first, second, (0x40 + 0x11 * nibble).to(tl.uint32))
+    first, second = look_up(LEVEL, PLANES - 2, signs), look_up(LEVEL, PLANES - 2, signs >> 16)
+    which = prmt(first, second, (0x40 + 0x11 * nibble).to(tl.uint32))
     if FORMAT.rank == 1:
-        index = _indices(units.metadata)
-        lanes = _prmt(_look_up(PRUNED, 0, index), _look_up(PRUNED, 1, index), _group_byte())
-        v = _prmt(_convert(m.p0, m.p1, T), _convert(m.p2, m.p3, T), lanes)
-        level = _prmt(row_levels.high, row_levels.higher, which)
+        index = nibble_indices(units.metadata)
+        lanes = prmt(look_up(PRUNED, 0, index), look_up(PRUNED, 1, index), _group_byte())
+        v = prmt(convert(m.p0, m.p1, T), convert(m.p2, m.p3, T), lanes)
+        level = prmt(row_levels.high, row_levels.higher, which)
         if T == tl.float16:
-            pair = _sum(level, v, _product(_prmt(row_levels.low, row_levels.lower, which), v, T))
+            pair = _sum(level, v, product(prmt(row_levels.low, row_levels.lower, which), v, T))
         else:
-            pair = _product(level, v, T)
+            pair = product(level, v, T)
     else:
         # The operands hold LEVELS as bf16 numbers.
         if PLANES == 2:
-            level = _prmt(0x3F804040, 0xBF80C040, which)
+            level = prmt(0x3F804040, 0xBF80C040, which)
         else:
-            level = _prmt(0x40A040E0, 0x3F804040, which)
+            level = prmt(0x40A040E0, 0x3F804040, which)
         shift = nibble_shift()
         i0, i1 = units.metadata >> shift & 3, units.metadata >> shift & 12
         first = tl.where(i0 != 0, m.p0, tl.where(bit(units.metadata, shift + 3), m.p1, m.p2))
         second = tl.where(i1 != 12, m.p3, tl.where(bit(units.metadata, shift + 1), m.p1, m.p2))
-        pair = _convert(wide(level) * first, wide(level >> 16) * second, T)
+        pair = convert(wide(level) * first, wide(level >> 16) * second, T)
     if PLANES == 3:
         pair = pair ^ (signs << (15 - 4 * nibble).to(tl.uint32) & 0x80008000)
     return pair
@@ -292,11 +292,11 @@ def words(units, row_levels, magnitudes, FORMAT: tl.constexpr):
         shift = nibble_shift()
         n01 = _pair(n.p0, n.p1) << 15 - shift & 0x80008000
         n23 = _pair(n.p2, n.p3) << 15 - shift & 0x80008000
-        other01 = _convert(magnitudes.p0, magnitudes.p1, T)
-        other23 = _convert(magnitudes.p2, magnitudes.p3, T)
+        other01 = convert(magnitudes.p0, magnitudes.p1, T)
+        other23 = convert(magnitudes.p2, magnitudes.p3, T)
         if FORMAT.rank == 1:
-            other01 = _product(row_levels.high ^ n01, other01, T)
-            other23 = _product(row_levels.high ^ n23, other23, T)
+            other01 = product(row_levels.high ^ n01, other01, T)
+            other23 = product(row_levels.high ^ n23, other23, T)
         else:
             other01, other23 = other01 ^ n01, other23 ^ n23
     else:
@@ -311,9 +311,9 @@ def _halves(a, b, T: tl.constexpr):
 
     The sum of exact products with both pairs comes rounded once.
     """
-    pair = _convert(a, b, T)
+    pair = convert(a, b, T)
     rest_a, rest_b = a - low_half(pair, T).to(tl.float32), b - high_half(pair, T).to(tl.float32)
-    return pair, _convert(rest_a, rest_b, T)
+    return pair, convert(rest_a, rest_b, T)
 
 
 @triton.jit
@@ -327,7 +327,7 @@ def row_levels(u_ptr, rows, FORMAT: tl.constexpr):
     if FORMAT.packed and FORMAT.rank == 1:
         u = tl.load(u_ptr + rows)[:, None, None]
         if FORMAT.planes == 1:
-            high = _convert(u, u, T)
+            high = convert(u, u, T)
         elif FORMAT.planes == 2:
             high, low = _halves(3 * u, u, T)
             higher, lower = high ^ 0x80008000, low ^ 0x80008000

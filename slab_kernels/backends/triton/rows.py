@@ -19,7 +19,8 @@ ALLOWED = {"block_m": BLOCKS, "block_n": BLOCKS, "block_k": BLOCKS[1:], "warps":
 # Numbers of a tile in the 255 registers of one thread: with more, compiling takes minutes.
 MOST_PER_THREAD = 256
 INTEGERS = ("int8", "int4")
-VALUES = ("fp16", "bf16", *INTEGERS)
+SIXTEEN_BITS = ("fp16", "bf16")
+VALUES = (*SIXTEEN_BITS, *INTEGERS)
 
 
 class TritonSizes(NamedTuple):
@@ -55,6 +56,9 @@ class TritonDevice(NamedTuple):
 @dataclass(frozen=True)
 class TileConfig:
     """One way to run: the tiles of `linear_kernel`, or a weight rebuilt for torch's matmul.
+
+    Of a weight that is prepared as a stream only `rebuild` counts: without it sparse tensor cores
+    multiply, which have no tiles to choose (stream.py).
 
     Raises: ConfigError for numbers that the kernels cannot run with.
     """
@@ -141,6 +145,7 @@ class Row:
         )
 
 
+REBUILD = "2 bytes a weight written and read cost less than decoding it for every tile of tokens"
 # The tiles were chosen from the machine code (`python tests/backends/triton/triton_code.py`): by
 # instructions per weight in the main loop, registers and shared memory. Nothing here was timed;
 # `slab-kernels tune` does that.
@@ -159,20 +164,13 @@ DEFAULTS = (
     Row(TileConfig(64, 64, 64, 4, 3, 2,
                    reason="half the inputs a step: U V^T of a higher rank takes registers"),
         tokens=64, bits=16, shared=49152),
-    Row(TileConfig(64, 64, 128, 4, 3, reason="small tiles: more programs, for few tokens"),
-        tokens=256, bits=16, rank=1, shared=86016),
+    Row(TileConfig(64, 64, 128, 4, 3,
+                   reason="twice the tiles of 64 tokens cost no more than rebuilding the weight"),
+        tokens=128, bits=16, values=SIXTEEN_BITS, rank=1, shared=86016),
     Row(TileConfig(64, 64, 64, 4, 3,
                    reason="the same with half the inputs a step, for a higher rank's registers"),
-        tokens=256, bits=16, shared=49152),
-    Row(TileConfig(128, 128, 64, 8, 3,
-                   reason="fewer tokens would have every tile rebuilt more often"),
-        tokens=512, bits=16, rank=1, shared=79872),
-    Row(TileConfig(128, 128, 64, 8, 3,
-                   reason="products outweigh rebuilding the tile, and no register is spilled"),
-        tokens=1023, bits=16, values=("fp16", "bf16"), rank=1, shared=79872),
-    Row(TileConfig(rebuild=True,
-                   reason="2 bytes a weight written and read cost less than rebuilding every tile"),
-        bits=16, above=DECODE),
+        tokens=128, bits=16, values=SIXTEEN_BITS, shared=49152),
+    Row(TileConfig(rebuild=True, reason=REBUILD), bits=16, above=DECODE),
     Row(TileConfig(16, 64, 64, 4, 3, 2,
                    reason="three TF32 products: the widest tile without a register spilled"),
         tokens=16, bits=32, shared=65536),

@@ -239,22 +239,22 @@ def test_activations_and_biases_are_checked_in_words():
     for x in (half(2, 199), half(), half(200, 1)):
         words = f"x has shape {list(x.shape)}, but this weight takes in_features=200 last"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            cuda.check(x, state, None)
+            cuda.check_stream(x, state, None)
     for bias in (half(23), half(1, 24), half(48)[::2]):
         words = f"bias has shape {list(bias.shape)}, expected [24], contiguous"
         with pytest.raises(ShapeError, match=re.escape(words)):
-            cuda.check(half(2, 200), state, bias)
+            cuda.check_stream(half(2, 200), state, bias)
     for wrong in (torch.float64, torch.int32):
         with pytest.raises(
             TypeError, match=f"bias is {wrong}, it must be float32, float16 or bfloat16"
         ):
-            cuda.check(half(2, 200), state, torch.ones(24, dtype=wrong))
+            cuda.check_stream(half(2, 200), state, torch.ones(24, dtype=wrong))
     with pytest.raises(TypeError, match="bias is on meta, x on cpu"):
-        cuda.check(half(2, 200), state, torch.ones(24, device="meta"))
+        cuda.check_stream(half(2, 200), state, torch.ones(24, device="meta"))
     for x, good in itertools.product(
         (half(200), half(2, 3, 200)), (None, half(24), half(24).float(), half(24).bfloat16())
     ):
-        cuda.check(x, state, good)
+        cuda.check_stream(x, state, good)
 
 
 def test_x_on_another_device_is_refused():

@@ -187,13 +187,14 @@ def test_every_pattern_and_sign_at_every_lane(dtype, values):
 
 
 @pytest.mark.parametrize("rank, M, planes", [(0, 4, 1), (1, 3, 1), (3, 2, 3), (6, 1, 2)])
-def test_fused_projections_are_one_launch(rank, M, planes):
+def test_fused_projections_are_one_launch(forced, rank, M, planes):
     """q, k and v of unequal sizes, each with its own V, none a multiple of 32 rows."""
     rows, K = (100, 24, 37), 272
     parts = [
         random_packed(PackedLayout(n, K, "int8", 128, rank, planes=planes), seed=n, integers=True)
         for n in rows
     ]
+    forced(tile_of(2, 4))
     state, x = layout.prepare(parts, torch.float16), torch.randint(-3, 4, (M, K)).half()
     bias, launched = torch.randint(-5, 6, (sum(rows),)).half(), Launched()
     y = run(x, state, bias, GPU, launched=launched)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_kernels import DTYPES, FORCED, TOKENS, bound, same_bits, sizes
+from test_cuda_kernels import DTYPES, TOKENS, bound, same_bits, sizes
 
 from slab_kernels.backends import cuda, dispatch
 from slab_kernels.backends.cuda import driver, images, nvrtc, plan, tiles
@@ -187,28 +187,31 @@ def test_the_problem_grid_against_fp64(dtype, values, rank, poisoned):
     check_against_fp64(native, DEVICE, dtype, values, rank, (0, 16, 64, 100), shapes, TOKENS)
 
 
+def every_tile(it: tiles.CudaSizes):
+    """Every tile, the tokens of its warps, the CTAs that share K and a ragged number of tokens."""
+    for splits in (1, 3):
+        for M in (1, 3, 7, 16):
+            if M <= it.most_narrow_tokens:
+                yield from ((tile, M, splits, M) for tile in plan.NARROW_TILES)
+            yield from ((tile, it.wide_tokens, splits, M) for tile in plan.WIDE_TILES)
+        for tile, tokens in itertools.product(plan.SPLIT_TILES, it.warp_tokens()):
+            yield tile, tokens, splits, tokens * tile.warp_tokens + 3
+    for table, tall in ((plan.WHOLE_TILES, False), (plan.TALL_TILES, True)):
+        for tile, tokens in itertools.product(table, it.warp_tokens(tall)):
+            yield tile, tokens, 1, tokens * tile.warp_tokens + 3
+
+
 @pytest.mark.parametrize(
     "values, rank",
     [(("fp16", None), 0), (("fp16", None), 1), (("int8", 64), 1), (("int4", 128), 1)],
 )
 def test_every_tile_of_the_tables(forced, values, rank):
     it, gpu = layer(PackedLayout(149, 396, *values, rank), torch.float16, True), here()
-    tall = [
-        (tile, tokens, 1)
-        for tile in plan.TALL_TILES
-        for tokens in tiles.TALL.get((it.state.values, rank), ())
-    ]
-    for tile, tokens, splits in (*FORCED, *tall):
-        M = tokens * tile.warp_tokens + 3 if tokens >= 32 else tokens - 3
-        if plan.evaluate(
-            sizes(it.state), M, gpu, tile, tokens, splits
-        ):  # else it does not fit this device's shared memory
+    for tile, tokens, splits, M in every_tile(sizes(it.state)):
+        if plan.evaluate(sizes(it.state), M, gpu, tile, tokens, splits):  # else it does not fit
             forced(tile, tokens, splits)
-            assert torch.equal(native(it.x[:M], it.state, it.bias), it.exact[:M].half()), (
-                tile,
-                tokens,
-                splits,
-            )
+            y = native(it.x[:M], it.state, it.bias)
+            assert torch.equal(y, it.exact[:M].half()), (tile, tokens, splits, M)
 
 
 def check_strided(linear, device, M, K) -> None:
@@ -293,12 +296,14 @@ def test_a_token_does_not_depend_on_the_others(dtype, layout):
     )
 
 
-@pytest.mark.parametrize("M", [1, 12, 60])
-def test_launches_that_overlap_wait_for_each_other(forced, M):
+@pytest.mark.parametrize("M, loop", [(1, "narrow"), (12, "wide"), (60, "many")])
+def test_launches_that_overlap_wait_for_each_other(forced, M, loop):
     """Adapter, linear and the sum of K-splits, back to back: a kernel that read too early would see
     the call before."""
-    forced(plan.SPLIT_TILES[5], next(tokens for tokens in tiles.REGISTERS if tokens >= M), 4)
     it = layer(PackedLayout(300, 4104, "fp16", None, 1, 4), torch.float16, True)
+    tokens = {"narrow": M, "wide": sizes(it.state).wide_tokens, "many": 64}[loop]
+    table = {"narrow": plan.NARROW_TILES, "wide": plan.WIDE_TILES, "many": plan.SPLIT_TILES}[loop]
+    forced(next(tile for tile in table if (tile.warp_rows, tile.warp_inputs) == (4, 1)), tokens, 4)
     first, second = launches(it.state, M)
     assert first is not None and second.plan.splits == 4
     starts = [17 * i % (it.x.shape[0] - M) for i in range(200)]
@@ -307,6 +312,26 @@ def test_launches_that_overlap_wait_for_each_other(forced, M):
         torch.equal(y, it.exact[start : start + M].half())
         for start, y in zip(starts, results, strict=True)
     )
+
+
+@pytest.mark.parametrize("M", [1, 4, 16, 40])
+@both_types
+def test_a_chain_of_linears(dtype, M):
+    """Each reads what the one before it wrote, and writes where an earlier one may still read: the
+    allocator gives memory back at once. With a pause after each the bits are the same."""
+    it = layer(PackedLayout(1024, 1024, "int4", 128, 2), dtype, False)
+
+    def last(pause: bool) -> torch.Tensor:
+        y = it.x[:M]
+        for _ in range(6):  # Numbers shrink from one to the next; six leave some.
+            y = native(y, it.state)
+            if pause:
+                torch.cuda.synchronize()
+        return y
+
+    want = last(pause=True)
+    assert bool(want.isfinite().all()) and bool((want != 0).any())
+    assert all(same_bits(last(pause=False), want) for _ in range(100))
 
 
 @pytest.mark.parametrize("M", [1, 12, 40, 200])
@@ -511,13 +536,19 @@ def test_nvrtc_gives_the_same_bits_as_nvcc(monkeypatch, tmp_path, forgetful):
 
 SCRIPT = """
 import sys
-from test_cuda_gpu import DTYPES, DEVICE, check_exact, launching, native, plan, tiles
+from test_cuda_gpu import DTYPES, DEVICE, check_exact, launching, native, plan
 
 def choose(sizes, M, gpu):  # K over groups and CTAs; above 64 tokens fused; above 100 rebuilt
     if M > 100 and sizes.values != plan.DENSE:
         return plan.rebuild(sizes, M, gpu)
-    table, splits = (plan.SPLIT_TILES, 2) if M <= 64 else (plan.WHOLE_TILES, 1)
-    tokens = next(tokens for tokens in tiles.REGISTERS if tokens >= min(M, 64))
+    if M <= sizes.most_narrow_tokens:
+        table, tokens = plan.NARROW_TILES, M
+    elif M <= 16:
+        table, tokens = plan.WIDE_TILES, sizes.wide_tokens
+    else:
+        table = plan.SPLIT_TILES if M <= 64 else plan.WHOLE_TILES
+        tokens = next(tokens for tokens in sizes.warp_tokens() if tokens >= min(M, 64))
+    splits = 2 if M <= 64 else 1
     found = (plan.evaluate(sizes, M, gpu, tile, tokens, splits) for tile in table)
     return next(filter(None, found))
 
@@ -558,7 +589,11 @@ def test_compute_sanitizer(tool):
         *tokens.split(),
     ]
     # Without torch's cache every tensor is an allocation of its own, with ends that memcheck knows.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(
         command,
         capture_output=True,

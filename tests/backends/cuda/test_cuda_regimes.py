@@ -16,7 +16,7 @@ from emulation import Launched, run
 from pairwise import grid, grid_of
 
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda import layout, plan
+from slab_kernels.backends.cuda import layout, plan, prefetch
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.tiles import (
     DECODE,
@@ -43,11 +43,14 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.fixture
 def forced(monkeypatch):
-    """Every linear of up to 16 tokens takes a certain loop with so many tokens, row warps, K groups
-    and splits a CTA; its adapter takes the wide loop with its own number of splits."""
+    """Every linear takes a certain loop of up to 16 tokens with so many tokens, row warps, K groups
+    and splits a CTA, or its weight is rebuilt ("dense"); its adapter takes the wide loop with its
+    own number of splits."""
 
     def force(loop, tokens, warp_rows, warp_inputs, splits=1, stages=4, z_splits=1):
         def chosen(sizes: CudaSizes, M: int, gpu):
+            if loop == "dense":
+                return plan.rebuild(sizes, M, gpu)
             if sizes.values == layout.DENSE:
                 return planned(sizes, M, WIDE, DECODE, 1, 4, z_splits, 2)
             return planned(sizes, M, loop, tokens, warp_rows, warp_inputs, splits, stages)
@@ -335,6 +338,7 @@ HOPPER = [
     ("int8", 32, 1, 0, 20, WIDE, 16, 1), ("int4", 128, 1, 1, 20, WIDE, 9, 2),
     ("fp16", None, 1, 2, 0, WIDE, 3, 1), ("int8", 128, 1, 1, 20, MANY, 20, 1),
     ("fp16", None, 1, 1, 0, MANY, 40, 2), ("int4", 128, 2, 1, 0, MANY, 20, 1),
+    ("int8", 128, 1, 1, 0, "dense", 80, 1), ("int4", 64, 3, 2, 0, "dense", 80, 1),
 ]  # fmt: skip
 
 
@@ -359,3 +363,22 @@ def test_on_hopper_every_kernel_waits_for_the_one_ahead(
     for name, stats in zip(launched.kernels, launched.stats, strict=True):
         assert stats["griddepcontrol.wait"], name
         assert stats["griddepcontrol.launch_dependents"] or name.startswith("reduce"), name
+
+
+@pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
+@pytest.mark.parametrize("loop, M", [(NARROW, 1), (WIDE, 9)])
+def test_the_next_weight_is_prefetched_line_by_line(forced, loop, M, architecture):
+    """Each line of 128 bytes once, whatever the CTAs; and the result is the same."""
+    state, x, bias, exact = problem(PackedLayout(70, 648, "int4", 128, 1), torch.float16)
+    following = problem(PackedLayout(300, 388, "int8", 128, 1), torch.float16)[0]
+    forced(loop, min(M, most_tokens(loop, 1)) if loop == NARROW else 16, 1, 4)
+    for most in (1 << 20, 5000):
+        prefetch.link(state, following, most)
+        launched = Launched()
+        y = run(x[:M], state, bias, GPU, architecture, launched)
+        assert torch.equal(y, exact[:M].half())
+        lines = -(-min(following.stream.nbytes, most // 16 * 16) // 128)
+        assert launched.stats[0]["prefetches"] == lines
+    prefetch.link(state, following, 0)
+    run(x[:M], state, bias, GPU, architecture, launched)
+    assert launched.stats[1]["prefetches"] == 0

@@ -18,13 +18,14 @@ pytest.importorskip("triton")
 import triton_checks as checks
 from triton_checks import BACKEND, DTYPES, bound, same_bits
 
+from slab_kernels import SlabLinear
 from slab_kernels.backends import dispatch
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.triton import launch
+from slab_kernels.backends.triton import launch, stream
 from slab_kernels.backends.triton.configs import choose
 from slab_kernels.backends.triton.rows import DEFAULTS, TileConfig
 from slab_kernels.format import PackedLayout
-from slab_kernels.testing import ROUNDOFF, SHAPES, TOKENS
+from slab_kernels.testing import ROUNDOFF, SHAPES, TOKENS, VALUE_LAYOUTS
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -42,7 +43,7 @@ def layer(
 
 def chosen(it: checks.Layer, M: int) -> TileConfig:
     return choose(
-        launch.sizes_of(it.state),
+        launch.sizes_of(it.plain),
         M,
         backend.bits_of(it.x.dtype),
         backend.device_of(torch.cuda.current_device()),
@@ -62,6 +63,22 @@ def test_the_problem_grid(dtype, shape, poisoned):
         for M in TOKENS:
             if chosen(it, M) == config:
                 checks.check_case(case._replace(M=M), DEVICE, config)
+
+
+@pytest.mark.parametrize("planes, rank", [(1, 0), (1, 1), (1, 2), (1, 7), (2, 1), (3, 2)])
+@pytest.mark.parametrize("values", VALUE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_stream(dtype, values, planes, rank, poisoned):
+    """Decoded up to 16 tokens and a little beyond, then rebuilt: every kernel of the stream."""
+    it = layer(PackedLayout(70, 388, *values, rank, 4, planes=planes), dtype, True)
+    assert it.state is not it.plain, "the first use of the device came out wrong"
+    for M in (1, 3, 8, 16, 40):
+        y = BACKEND.linear(it.x[:M], it.state, it.bias)
+        assert torch.equal(y, (it.exact[:M] + it.bias.double()).to(dtype)), M
+    exact = it.exact[:200] + it.bias.double()  # cuBLAS may round a sum before the bias.
+    magnitude = it.magnitude[:200] + it.bias.double().abs()
+    off = (BACKEND.linear(it.x[:200], it.state, it.bias).double() - exact).abs()
+    assert bool((off <= checks.stream_bound(magnitude, exact, dtype, 388)).all())
 
 
 @pytest.mark.parametrize("K", [40, 129, 388])
@@ -117,7 +134,7 @@ def test_every_default(dtype, row):
         values = (row.values or ("fp16",))[0]
         it = layer(PackedLayout(149, 396, values, None, rank), dtype, True)
         assert torch.equal(
-            launch.linear(it.x[:M], it.state, None, row.config, 1, 1), it.exact[:M].to(dtype)
+            launch.linear(it.x[:M], it.plain, None, row.config, 1, 1), it.exact[:M].to(dtype)
         )
 
 
@@ -178,8 +195,8 @@ def test_two_streams_at_once(layout):
         xs, results = [torch.zeros_like(it.x[:M]) for _ in streams], [[], []]
         want = [BACKEND.linear(it.x[i : i + M], it.state, it.bias) for i in range(2)]
         torch.cuda.synchronize()
-        for call, (i, stream) in itertools.product(range(100), enumerate(streams)):
-            with torch.cuda.stream(stream):
+        for call, (i, own) in itertools.product(range(100), enumerate(streams)):
+            with torch.cuda.stream(own):
                 if call == 0:
                     torch.cuda._sleep(
                         50_000_000
@@ -216,6 +233,37 @@ def test_as_the_cuda_backend(layout, dtype, M):
     )  # the other rounds v and v * x besides
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_layer_that_changes_its_backend_holds_one_copy(monkeypatch, dtype):
+    """The CUDA kernels and Triton's read the same stream, whoever prepared it."""
+    if missing := dispatch.backend("cuda").missing("cuda"):
+        pytest.skip(missing)
+    assert stream.usable(torch.device("cuda", torch.cuda.current_device()), dtype)
+    it = layer(EVERYTHING, dtype, True)
+    for names in (("cuda", "triton"), ("triton", "cuda")):
+        made = SlabLinear.from_packed(it.packed)
+        found = set()
+        for name in names:
+            monkeypatch.setenv(dispatch.ENVIRONMENT, name)
+            made.prepare(dtype)
+            found.add(made._linears[dtype][0].state.stream.data_ptr())
+            for M in (1, 16, 40, 257):
+                assert made.backend == name
+                assert torch.equal(made(it.x[:M]), it.exact[:M].to(dtype))
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("values", [("fp16", None), ("int8", 128), ("int4", 32), ("int3", None)])
+@pytest.mark.parametrize(
+    "rank, planes, adapter_rank", [(0, 1, 0), (1, 1, 16), (2, 3, 0), (5, 2, 5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_stream_rebuilt(dtype, values, rank, planes, adapter_rank, poisoned):
+    shape = PackedLayout(149, 396, *values, rank, adapter_rank, planes=planes)
+    it = layer(shape, dtype, True)
+    assert torch.equal(stream.dense(it.state).double(), it.packed.dense().double())
+
+
 SCRIPT = """
 import torch
 import triton_checks as checks
@@ -249,7 +297,11 @@ def test_compute_sanitizer(tool):
         SCRIPT,
     ]
     # Without torch's cache every tensor is an allocation of its own, with ends that memcheck knows.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(
         command,
         capture_output=True,

@@ -18,8 +18,9 @@ from pairwise import pairwise
 
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.triton import launch
+from slab_kernels.backends.triton import launch, stream
 from slab_kernels.backends.triton.configs import choose
+from slab_kernels.backends.triton.launch import TritonState
 from slab_kernels.backends.triton.rows import TileConfig
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import (
@@ -37,7 +38,8 @@ BACKEND = backend.BACKEND
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RANKS = (0, 1, 2, 4, 8)
 SPLITS = (1, 2, 4, 8)
-Layer = namedtuple("Layer", "packed state x bias exact magnitude")
+# state is what the backend prepares, plain the canonical tensors for the kernels of launch.py.
+Layer = namedtuple("Layer", "packed state plain x bias exact magnitude")
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,7 +57,9 @@ def layer(layout: PackedLayout, dtype: torch.dtype, integers: bool, device: str)
         x.to(device, dtype),
         torch.randint(-9, 10, (layout.out_features,), generator=generator).float().to(device),
     )
-    return Layer(packed, BACKEND.prepare(packed, dtype), x, bias, *oracle(x, packed))
+    state = BACKEND.prepare(packed, dtype)
+    plain = state if isinstance(state, TritonState) else launch.prepare((packed,), dtype)
+    return Layer(packed, state, plain, x, bias, *oracle(x, packed))
 
 
 def bound(magnitude, exact, dtype, K):
@@ -69,6 +73,16 @@ def bound(magnitude, exact, dtype, K):
     if dtype == torch.float32 and magnitude.is_cuda:
         besides = 2.0**-20
     return error_bound(magnitude, exact, dtype, K) + magnitude * besides
+
+
+def stream_bound(magnitude, exact, dtype, K):
+    """The same for a stream, whose kernel rounds u, v and v x besides, but not W."""
+    return bound(magnitude, exact, dtype, K) + magnitude * 4 * ROUNDOFF[dtype]
+
+
+def dense_of(state, dtype):
+    """The whole weight by the kernel for such a state."""
+    return launch.dense(state, dtype) if isinstance(state, TritonState) else stream.dense(state)
 
 
 def same_bits(a, b):
@@ -169,7 +183,8 @@ def interpreted_steps(sizes: tuple[int, int, int], tile: tuple[int, int, int]) -
 
 
 def check_case(case: Case, device: str, config: TileConfig | None = None) -> None:
-    """Small integers bit for bit, then random numbers each within its own bound."""
+    """Small integers bit for bit, then random numbers each within its own bound: by the plain
+    kernels, and by what the backend takes where that is another."""
     (N, K), M, dtype = case.shape, case.M, case.dtype
     planes = (
         min(case.planes, 2) if (dtype, case.rank) == (torch.bfloat16, 8) else case.planes
@@ -188,16 +203,19 @@ def check_case(case: Case, device: str, config: TileConfig | None = None) -> Non
         )
         exact = exact if bias is None else exact + bias.double()
         chosen = config or choose(
-            launch.sizes_of(it.state), M, backend.bits_of(dtype), backend.device_of(x.device.index)
+            launch.sizes_of(it.plain), M, backend.bits_of(dtype), backend.device_of(x.device.index)
         )
-        y = launch.linear(x, it.state, bias, chosen, case.splits, case.z_splits)
-        assert (y.shape, y.dtype) == ((M, N), dtype)
+        results = [(launch.linear(x, it.plain, bias, chosen, case.splits, case.z_splits), bound)]
+        if it.state is not it.plain:
+            results.append((BACKEND.linear(x, it.state, bias), stream_bound))
         magnitude = it.magnitude[:M] + (0 if bias is None else bias.double().abs())
-        assert (
-            torch.equal(y, exact.to(dtype))
-            if integers
-            else bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, K)).all())
-        )
+        for y, most in results:
+            assert (y.shape, y.dtype) == ((M, N), dtype)
+            if integers:
+                assert torch.equal(y, exact.to(dtype))
+            else:
+                off = (y.double() - exact).abs()
+                assert bool((off <= most(magnitude, exact, dtype, K)).all())
 
 
 # ---- bodies: each takes the device
@@ -245,7 +263,7 @@ def check_shares_of_K(device, layout, dtype, config: TileConfig, M=5) -> None:
     most = bound(it.magnitude[:M] + it.bias.double().abs(), exact, dtype, K)
     for splits in SPLITS:
         y, again = (
-            launch.linear(it.x[:M], it.state, it.bias, config, splits, z) for z in (splits, splits)
+            launch.linear(it.x[:M], it.plain, it.bias, config, splits, z) for z in (splits, splits)
         )
         assert bool(((y.double() - exact).abs() <= most).all()), splits
         assert same_bits(y, again), splits
@@ -285,8 +303,8 @@ def check_fused(
                 Q=None if part.Q is None else part.Q * 2**i,
             ).to(device)
         )
-    state = BACKEND.prepare_fused(parts, dtype)
-    assert state.rows == list(rows)
+    state = launch.prepare(parts, dtype) if config else BACKEND.prepare_fused(parts, dtype)
+    assert list(state.rows) == list(rows)
     for M in tokens:
         x = torch.randint(-1, 2, (M, K), generator=torch.Generator().manual_seed(M)).to(
             device, dtype
@@ -299,7 +317,7 @@ def check_fused(
         )
         assert torch.equal(y, exact.to(dtype)), M
     W = torch.cat([part.dense() for part in parts])
-    assert adapter_rank or torch.equal(launch.dense(state, dtype), W.to(dtype))
+    assert adapter_rank or torch.equal(dense_of(state, dtype), W.to(dtype))
 
 
 def check_dense(device, dtype, values, rank, adapter_rank, N, K, planes=1) -> None:
@@ -308,7 +326,7 @@ def check_dense(device, dtype, values, rank, adapter_rank, N, K, planes=1) -> No
         it = layer(
             PackedLayout(N, K, *values, rank, adapter_rank, planes=planes), dtype, integers, device
         )
-        W, want = launch.dense(it.state, dtype), it.packed.dense()
+        W, want = launch.dense(it.plain, dtype), it.packed.dense()
         if not adapter_rank and (integers or rank == 0 or (rank == 1 and dtype == torch.float32)):
             assert torch.equal(W, want.to(dtype))
         else:
@@ -331,14 +349,14 @@ def check_kept_is_what_the_mask_says(device, dtype) -> None:
     packed = packed.to(device)
     kept = bits.unpack_mask(packed.metadata)
     state, x = BACKEND.prepare(packed, dtype), torch.eye(64, dtype=dtype, device=device)
-    W, y = launch.dense(state, dtype), BACKEND.linear(x, state).T
+    W, y = dense_of(state, dtype), BACKEND.linear(x, state).T
     for found in (W, y):
         assert bool((found[kept] == 0).all()) and bool((found[~kept].view(16, -1)[3] == 0).all())
         assert bool((found[~kept].view(16, -1)[torch.arange(16) != 3] != 0).all())
     negative = torch.signbit(W)[kept].view(16, -1)
     assert bool(negative[:, ::2].all()) and not bool(negative[:, 1::2].any())
     packed.U.zero_()
-    assert not bool(launch.dense(BACKEND.prepare(packed, dtype), dtype).any())
+    assert not bool(dense_of(BACKEND.prepare(packed, dtype), dtype).any())
 
 
 def check_nan_and_infinity_propagate(device, dtype, bad, M) -> None:
@@ -384,12 +402,16 @@ def check_gradients(device, dtype) -> None:
 
 def check_opcheck(device, M, dtype=torch.float16) -> None:
     it = layer(PackedLayout(40, 140, "int8", 128, 2, 4), dtype, False, device)
-    x, rest = it.x[:M], (*it.state[:8], it.bias.to(dtype), *it.state[8:])
-    torch.library.opcheck(torch.ops.slab_kernels.linear_triton_frozen.default, (x, *rest))
-    torch.library.opcheck(
-        torch.ops.slab_kernels.linear_triton.default, (x.clone().requires_grad_(), *rest)
-    )
-    torch.library.opcheck(torch.ops.slab_kernels.dense_triton.default, (*it.state, dtype))
+    ops, check, x = torch.ops.slab_kernels, torch.library.opcheck, it.x[:M]
+    rest = (*it.plain[:8], it.bias.to(dtype), *it.plain[8:])
+    check(ops.linear_triton_frozen.default, (x, *rest))
+    check(ops.linear_triton.default, (x.clone().requires_grad_(), *rest))
+    check(ops.dense_triton.default, (*it.plain, dtype))
+    if it.state is not it.plain:
+        rest = (*it.state[:5], it.bias.to(dtype), *it.state[5:])
+        check(ops.linear_triton_stream_frozen.default, (x, *rest))
+        check(ops.linear_triton_stream.default, (x.clone().requires_grad_(), *rest))
+        check(ops.dense_triton_stream.default, tuple(it.state))
 
 
 def check_compile(device, compiler: str, tokens=(1, 3, 17)) -> None:
@@ -415,7 +437,7 @@ def check_modules(device) -> None:
     launch, gradients."""
     layouts = [PackedLayout(n, 140, "fp16", None, 1, 4) for n in (40, 8, 17)]
     mixed = [*layouts[:2], PackedLayout(17, 140, "int4", 32, 1, 4)]
-    for chosen, state_type in ((layouts, launch.TritonState), (mixed, tuple)):
+    for chosen, is_one in ((layouts, True), (mixed, False)):
         packed = [
             random_packed(it, seed=it.out_features, integers=True).to(device) for it in chosen
         ]
@@ -437,7 +459,7 @@ def check_modules(device) -> None:
                     torch.equal(y, want) and torch.equal(part(x), want) and part.backend == "triton"
                 )
             served_by, state, _ = fused._linears[dtype][0]
-            assert served_by.name == "triton" and type(state) is state_type
+            assert served_by.name == "triton" and isinstance(state, BACKEND.state_types) is is_one
     parts[0].bias.requires_grad_()
     x = torch.ones(3, 140, dtype=torch.float16, device=device, requires_grad=True)
     parts[0](x).float().sum().backward()

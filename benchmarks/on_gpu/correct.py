@@ -1,0 +1,230 @@
+"""Whether kernels for up to 16 tokens give the right results, by the reference in fp64.
+
+    python -m on_gpu.correct cuda|triton FILE
+
+Small integers must come out bit for bit, random numbers within the bound that follows from the
+types, and a token's result must have the same bits whatever the number of tokens. The CUDA backend
+runs every tile of every loop, the Triton backend what it chooses. Every wrong case is named.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from on_gpu import machine, plans, verdicts
+from on_gpu.parts import AGAIN, MARGIN, SECONDS, begins_anew, deadline, exit_code
+from on_gpu.rows import RESULTS, Row, Rows
+from on_gpu.weights import DTYPES, TOKENS, Problem, Weight, large, problem, small
+from slab_kernels.backends import cuda, dispatch
+from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
+from slab_kernels.backends.cuda.layout import CudaState
+from slab_kernels.backends.cuda.tiles import sizes_of
+from slab_kernels.bench.correctness import tolerance
+
+Linear = Callable[[Tensor, object, Tensor | None], Tensor]
+FEW_TOKENS = re.compile(r"narrow_|wide_|adapter_\w+_t16")  # kernels for up to 16 tokens
+# A kernel of Triton takes seconds to compile: several processes do it, for every seventh weight.
+PROCESSES = 12
+TRITON_EVERY = 7
+
+
+def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
+    """What is wrong with y, the result of M tokens, or None."""
+    exact, magnitude = it.exact[:M], it.magnitude[:M]
+    if tuple(y.shape) != (M, sum(weight.rows)) or y.dtype != it.x.dtype:
+        return f"the result is {list(y.shape)} {y.dtype}"
+    if not bool(y.isfinite().all()):
+        return f"{int((~y.isfinite()).sum())} of {y.numel()} entries are not finite"
+    y = y[:, -exact.shape[1] :]
+    off = (y.double() - exact).abs()
+    if weight.integers:
+        bad = y != exact.to(y.dtype)
+    else:
+        bad = off > tolerance(magnitude, exact, y.dtype, weight.K, tensor_cores=True)
+    if not bool(bad.any()):
+        return None
+    token, row = (int(at) for at in bad.nonzero()[0])
+    return (
+        f"{int(bad.sum())} of {y.numel()} entries, the first at token {token}, row {row}: "
+        f"{float(y[token, row])} instead of {float(exact[token, row])}"
+    )
+
+
+class Broken(Exception):
+    """The device answers nothing more to this process, as after an illegal access."""
+
+
+def faults(
+    weight: Weight, it: Problem, state: object, linear: Linear, tokens: Iterable[int]
+) -> list[str]:
+    """What is wrong at which token counts, when a weight is run in one way.
+
+    Raises: Broken, with the last fault, if nothing more can be run.
+    """
+    found: list[str] = []
+    before: Tensor | None = None
+    for M in tokens:
+        try:
+            y = linear(it.x[:M], state, it.bias)
+            if y.is_cuda:
+                torch.cuda.synchronize()
+        except Exception as error:
+            found.append(f"M={M}: {type(error).__name__}: {' '.join(str(error).split())}")
+            if it.x.is_cuda and _broken():
+                raise Broken("; ".join(found)) from error
+            continue
+        if fault := wrong(weight, it, M, y):
+            found.append(f"M={M}: {fault}")
+        elif before is not None and not _same_bits(y[: before.shape[0]], before):
+            found.append(f"M={M}: a token's result depends on how many there are")
+        else:
+            before = y
+    return found
+
+
+def _broken() -> bool:
+    """Whether the device answers nothing more to this process, as after an illegal access."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def poison() -> None:
+    """Outputs begin as NaN from now on, so that an entry that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def cuda_outcome(weight: Weight, device: CudaDevice, where: str) -> Row:
+    """The plan that is chosen and every tile of a weight, each at all token counts that it serves.
+
+    where: of the tensors, "cuda", or "cpu" for a device that is emulated.
+    """
+    poison()
+    it = problem(weight, where)
+    state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
+    sizes = sizes_of(state)
+    seen: list[str] = []
+    linear = plans.linear_on(plans.recorded(device, seen))
+    ways: dict[str, dict[int, plans.Plan]] = {}
+    for M in TOKENS:
+        for plan in plans.every(sizes, M, device.gpu):
+            tile = f"{plan.tile.loop} {plan.tile.warp_rows}x{plan.tile.warp_inputs} warps"
+            ways.setdefault(f"{tile}, {plan.splits} splits", {})[M] = plan
+    row: Row = {"case": f"cuda {weight}", "ways": 1 + len(ways), "wrong": []}
+    try:
+        row["wrong"] += [f"chosen, {fault}" for fault in faults(weight, it, state, linear, TOKENS)]
+        for way, served in ways.items():
+
+            def run(x: Tensor, state: object, bias: Tensor | None, served=served) -> Tensor:
+                with plans.forced(served[x.shape[0]]):
+                    return linear(x, state, bias)
+
+            row["wrong"] += [f"{way}, {each}" for each in faults(weight, it, state, run, served)]
+    except Broken as error:
+        row |= {"wrong": [*row["wrong"], str(error)], "broken": True}
+    names = kernel_names(sizes, state.dtype)
+    may_use = [name for name in names if FEW_TOKENS.match(name)]
+    return row | {"kernels": sorted(set(seen)), "may_use": may_use}
+
+
+def triton_outcome(weight: Weight, where: str) -> Row:
+    """A weight on the Triton backend, and what it warned of: that it fell back, for instance."""
+    poison()
+    it, backend = problem(weight, where), dispatch.backend("triton")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        state = backend.prepare_fused(list(it.parts), DTYPES[weight.dtype])
+        try:
+            found = faults(weight, it, state, backend.linear_fused, TOKENS)
+        except Broken as error:
+            found = [str(error)]
+    warned = {" ".join(str(each.message).split()) for each in said if "triton" in str(each.message)}
+    if not isinstance(state, CudaState):
+        warned.add("the plain kernels ran, not those of the stream")
+    return {"case": f"triton {weight}", "ways": 1, "wrong": found, "warned": sorted(warned)}
+
+
+def triton_weights() -> list[Weight]:
+    """Fewer weights than the CUDA kernels get, with every value type and rank among them."""
+    chosen = [weight for weight in small() if weight.values != "int3"]
+    return [*chosen[::TRITON_EVERY], *large()[::2]]
+
+
+def run_cuda(rows: Rows, end: float) -> bool:
+    """Whether all weights were run until `end`, a time.monotonic()."""
+    where, device = machine.here()
+    for weight in [*small(), *large()]:
+        if rows.has(f"cuda {weight}"):
+            continue
+        if time.monotonic() > end:
+            return False
+        print(f"cuda {weight}")
+        row = cuda_outcome(weight, device, where)
+        rows.add(row)
+        if "broken" in row:
+            # What stands in the file is left out by the fresh process.
+            print(f"{row['case']} left the device unusable; a fresh process goes on", flush=True)
+            os.environ |= {AGAIN: "", SECONDS: str(end - time.monotonic() + MARGIN)}
+            os.execv(sys.executable, [sys.executable, "-m", "on_gpu.correct", *sys.argv[1:]])
+    return True
+
+
+def run_triton(rows: Rows, end: float) -> bool:
+    """Whether all weights were run until `end`, a time.monotonic()."""
+    where, _ = machine.here()
+    todo = [weight for weight in triton_weights() if not rows.has(f"triton {weight}")]
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(PROCESSES, context)
+    jobs = {pool.submit(triton_outcome, weight, where): weight for weight in todo}
+    try:
+        for job in as_completed(jobs, min(end - time.monotonic(), threading.TIMEOUT_MAX)):
+            print(f"triton {jobs[job]}")
+            if error := job.exception():  # It could not be prepared, or its process died.
+                said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                rows.add({"case": f"triton {jobs[job]}", "ways": 1, "wrong": [said]})
+            else:
+                rows.add(job.result())
+    except TimeoutError:
+        return False
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return True
+
+
+def main(backend: str, file: str) -> int:
+    end, rows, whole = deadline(), Rows(Path(file), machine.head(), (RESULTS,)), False
+    if begins_anew():
+        rows.forget(f"{backend} ")
+    try:
+        whole = (run_cuda if backend == "cuda" else run_triton)(rows, end)
+    finally:
+        rows.save()
+        mine = [row for row in rows.rows if row["case"].startswith(f"{backend} ")]
+        verdict = verdicts.correctness(mine)
+        verdict.say()
+    return exit_code(whole, verdict.good)
+
+
+if __name__ == "__main__":
+    # Without Python's own end, which would wait for what still compiles.
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)
