@@ -73,7 +73,7 @@ $(OTHER): | $(INSTALLED)
 	@$(PYTHON) -m pip install --disable-pip-version-check -qq --no-compile --no-deps --target $@ triton==$(TRITON) 'numpy<2.4' || { rm -rf $@; exit 1; }
 test-triton: $(OTHER)
 	@PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_interpreter.py
-	@PYTHONPATH=$(OTHER) $(PYTEST) --every $(EVERY) tests/backends/triton/test_triton_kernels.py tests/backends/triton/test_triton_code.py tests/ptx/test_ptx_triton.py
+	@PYTHONPATH=$(OTHER) $(PYTEST) --every $(EVERY) $(addprefix tests/backends/triton/test_,triton_kernels.py triton_code.py triton_stream.py triton_sparse.py sparse_code.py) tests/ptx/test_ptx_triton.py
 
 # The integration under another transformers, kept beside the environment: 5.0.0 is the oldest that
 # the library takes.

@@ -111,13 +111,19 @@ def triton_sparse() -> str:
     """Warp instructions per weight in the main loop of that kernel, by architecture."""
     rows = sparse_rows()
     architectures = list(dict.fromkeys(row["architecture"] for row in rows))
-    columns = ("values", "activations", "planes", "tokens")
+    columns = ("planes", "tokens", "activations", "values")
     body = []
-    for case in dict.fromkeys(tuple(row[c] for c in columns) for row in rows):
+    for case in sorted({tuple(row[c] for c in columns) for row in rows}, key=shown_order):
         here = matching(rows, **dict(zip(columns, case, strict=True)))
         counts = {row["architecture"]: rounded(row["per_weight"], 2) for row in here}
-        body.append((*map(str, case), *(counts[a] for a in architectures)))
-    return markdown(("S", "activations", "planes", "tokens", *architectures), body)
+        body.append((*map(str, case[::-1]), *(counts.get(a, "–") for a in architectures)))
+    return markdown(("S", "activations", "tokens", "planes", *architectures), body)
+
+
+def shown_order(case: tuple[int, int, str, str]) -> tuple[bool, int, int, bool, int]:
+    """One plane first, then by planes, tokens, activations and the bits of the values."""
+    planes, tokens, activations, values = case
+    return planes != 1, planes, tokens, activations == "bf16", -int(values.lstrip("fpint"))
 
 
 SCHEDULERS = 4  # of one multiprocessor; each issues one warp instruction per clock
