@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .pairs import GATHERED, PRUNED, convert, look_up, nibble_indices, prmt, product
-from .units import high_half, low_half
+from .units import above_zero, high_half, low_half
 
 
 @triton.jit
@@ -25,12 +25,6 @@ def _widened(pair, T: tl.constexpr):
 def _turned(word, BITS: tl.constexpr):
     """A word rotated right by fewer than 32 bits."""
     return word >> BITS | word << (32 - BITS)
-
-
-@triton.jit
-def _code(code, HALF: tl.constexpr):
-    """A code that is HALF too large, as fp32, by the magic number 2^23."""
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
 
 
 @triton.jit
@@ -111,13 +105,12 @@ def rebuild_kernel(
                 elif VALUES == "int8":
                     at = block + VALUE_WORDS * r + 128 * upper + 4 * lane + 2 * odd + c
                     codes = tl.load(at) >> 8 * h
-                    low, high = _code(codes & 0xFF, 128), _code(codes >> 16 & 0xFF, 128)
+                    low, high = above_zero(codes & 0xFF, 128), above_zero(codes >> 16 & 0xFF, 128)
                     kept = convert(low * scale, high * scale, T)
                 else:
-                    codes = _turned(
-                        tl.load(block + VALUE_WORDS * r + 4 * lane + step), 2 + 4 * (2 * c + h)
-                    )
-                    low, high = _code(codes & 15, 8), _code(codes >> 16 & 15, 8)
+                    word = tl.load(block + VALUE_WORDS * r + 4 * lane + step)
+                    codes = _turned(word, 2 + 4 * (2 * c + h))
+                    low, high = above_zero(codes & 15, 8), above_zero(codes >> 16 & 15, 8)
                     kept = convert(low * scale, high * scale, T)
                 k = k_block * 32 + 8 * step + 4 * c + t  # the group of four inputs
                 other = tl.zeros((128,), tl.uint32)

@@ -135,11 +135,16 @@ def negative(metadata, signs):
 
 
 @triton.jit
-def integer(code, BITS: tl.constexpr):
-    """A two's complement code at the foot of a word as fp32.
+def above_zero(code, HALF: tl.constexpr):
+    """A code that is HALF too large, and so not negative, as fp32.
 
     It uses the magic number 2^23, since conversions run at a quarter of the rate.
     """
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+
+
+@triton.jit
+def integer(code, BITS: tl.constexpr):
+    """A two's complement code at the foot of a word as fp32."""
     HALF: tl.constexpr = 1 << (BITS - 1)
-    biased = code & (2 * HALF - 1) ^ HALF | 0x4B000000
-    return biased.to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+    return above_zero(code & (2 * HALF - 1) ^ HALF, HALF)

@@ -164,7 +164,7 @@ def test_fp32_activations(emulated, values, group, planes, rank, adapter):
     )
 
 
-@pytest.mark.parametrize("M", [17, 40, 100, 257, 600])
+@pytest.mark.parametrize("M", [17, 40, 100])
 @pytest.mark.parametrize(
     "dtype, values, rank",
     [(torch.float16, "fp16", 1), (torch.bfloat16, "int4", 1), (torch.bfloat16, "bf16", 2)],
