@@ -45,7 +45,7 @@ def test_registers_spills_and_instructions(case: SparseCase):
     tiles = case.rank * case.tokens // 8
     if kernel.local or kernel.stack > (SPILLED if tiles == 4 else 0):
         found.append(f"spills {kernel.stack} bytes, {kernel.local} bytes of local memory")
-    few = case.warps == 16 or case.tokens == 8 and tiles < 4  # registers
+    few = case.warps == 16 or (case.tokens == 8 and tiles < 4)  # registers
     most = 65536 // (32 * 16) if few else 255
     if kernel.registers > most or kernel.shared_bytes > 48 * 1024:
         found.append(f"{kernel.registers} registers, {kernel.shared_bytes} bytes of shared memory")
