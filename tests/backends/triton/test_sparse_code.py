@@ -26,7 +26,7 @@ MOST = {
 BF16 = {"fp16": 0.0, "int8": 0.45, "int4": 0.15}  # instructions more
 PLANES = {0: -0.6, 1: 0.0, 2: 0.2, 3: 0.75}
 MOST_TILES = 3.9  # with four tiles of sign products
-SPILLED = 24  # bytes of a thread that 16 warps with four tiles of sign products may spill
+SPILLED = 40  # bytes of a thread that four tiles of sign products may spill
 
 
 def settings(case: SparseCase):
@@ -43,9 +43,10 @@ def test_registers_spills_and_instructions(case: SparseCase):
     kernel, main = sparse_code.compiled(case), sparse_code.main_loop(case)
     found = []
     tiles = case.rank * case.tokens // 8
-    if kernel.local or kernel.stack > (SPILLED if tiles == 4 and case.warps == 16 else 0):
+    if kernel.local or kernel.stack > (SPILLED if tiles == 4 else 0):
         found.append(f"spills {kernel.stack} bytes, {kernel.local} bytes of local memory")
-    most = 65536 // (32 * 16) if tiles < 4 or case.warps == 16 else 255
+    few = case.warps == 16 or (case.tokens == 8 and tiles < 4)  # registers
+    most = 65536 // (32 * 16) if few else 255
     if kernel.registers > most or kernel.shared_bytes > 48 * 1024:
         found.append(f"{kernel.registers} registers, {kernel.shared_bytes} bytes of shared memory")
     x_tiles = 1 + (case.tokens == 16)
