@@ -225,7 +225,11 @@ INCLUDES = {
     "cuda/decode_end.cuh": "bias.cuh decode_place.cuh",
     "cuda/narrow_columns.cuh": "decode_place.cuh",
     "cuda/narrow.cuh": "decode_end.cuh decode_operands.cuh narrow_columns.cuh",
-    "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh",
+    "cuda/wide_traits.cuh": "decode_operands.cuh",
+    "cuda/wide_stage.cuh": "decode_place.cuh wide_traits.cuh",
+    "cuda/wide_signs.cuh": "decode_end.cuh decode_operands.cuh wide_stage.cuh",
+    "cuda/wide.cuh": "decode_end.cuh decode_operands.cuh wide_signs.cuh wide_stage.cuh",
+    "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh wide.cuh",
 }
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

@@ -157,7 +157,8 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   SLAB_DECODE(family##_bf16_##name, family, Bf16, __VA_ARGS__)
 
 #define SLAB_WIDE(kernel, T, values, planes, group_steps, any_rank) \
-  SLAB_KERNEL_OF(512, kernel, 1, (wide<WideTraits<T, values, planes, group_steps, any_rank>>(params)))
+  SLAB_KERNEL_OF(512, kernel, 1,                                    \
+                 (wide<WideTraits<T, values, planes, group_steps, any_rank>>(params)))
 
 #define SLAB_WIDE_PAIR(family, name, ...)            \
   SLAB_WIDE(family##_fp16_##name, Fp16, __VA_ARGS__) \

@@ -52,8 +52,8 @@ struct WideLoop {
   BlockOperands<Traits> block;
   KeptSums<Traits, kTiles> kept;
   WideSigns<Traits> signs;
-  uint32_t weights_at;        // of this lane, in the first stage
-  uint32_t even_at, odd_at;   // x for ldmatrix, in even and odd steps, in the first stage
+  uint32_t weights_at;       // of this lane, in the first stage
+  uint32_t even_at, odd_at;  // x for ldmatrix, in even and odd steps, in the first stage
   uint32_t stage_bytes, ring_bytes;
   int group;
 
@@ -63,8 +63,8 @@ struct WideLoop {
     uint32_t b[kTiles][4];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
-      load_matrices(b[n], slot + (kStep % 2 ? odd_at : even_at) +
-                              (128 * (kStep / 2) + 8 * kTokenRow * n));
+      load_matrices(
+          b[n], slot + (kStep % 2 ? odd_at : even_at) + (128 * (kStep / 2) + 8 * kTokenRow * n));
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) kept.template multiply<kStep>(block, tile, b);
     if constexpr (Traits::kSigns) signs.template add<kStep>(block, b, slot);

@@ -92,8 +92,8 @@ struct WideSigns<Traits, true> {
   }
 
   template <int kStep>
-  __device__ __forceinline__ void add(const BlockOperands<Traits>& block,
-                                      const uint32_t (&)[1][4], uint32_t slot) {
+  __device__ __forceinline__ void add(const BlockOperands<Traits>& block, const uint32_t (&)[1][4],
+                                      uint32_t slot) {
     uint32_t a[2][4];
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) block.template load_signs<kStep>(a[tile], tile);

@@ -120,7 +120,7 @@ def test_small_integers_are_exact(
     stages, adapter_rank, biased,
 ):  # fmt: skip
     """Every kernel, at ragged edges of rows and inputs, with K groups that have no K-block."""
-    if K > 2000 and dtype == torch.bfloat16:
+    if K > 500 and dtype == torch.bfloat16:
         adapter_rank = 0  # z, of so many products, is no bf16 number any more
     rank, adapter_rank = fitting(rank, N, K), fitting(adapter_rank, N, K)
     packed_layout = PackedLayout(
