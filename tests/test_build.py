@@ -72,7 +72,9 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_why(tmp_path):
     assert built is not None, done.stdout + done.stderr
     assert built.name.endswith("py3-none-any.whl")
     assert "CXX=no-such-compiler is not an executable" in done.stdout + done.stderr
-    assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
+    names = zipfile.ZipFile(built).namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert "slab_kernels/backends/cuda/measured.json" in names
 
 
 def test_native_demanded_but_impossible_fails(recipe, monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ def test_each_layer_is_linked_to_the_next(monkeypatch):
     backend = Listening()
     monkeypatch.setattr(dispatch, "select", lambda problem, name=None: backend)
     monkeypatch.setattr(
-        dispatch, "prepare_fused", lambda parts, dtype: (backend, backend.prepare_fused(parts))
+        dispatch, "prepare_fused", lambda parts, *_: (backend, backend.prepare_fused(parts))
     )
     layers = [layer(), FusedSlabLinear([layer(), layer(4)]), layer()]
     prefetch_in_order(layers, torch.float32, 4096)
