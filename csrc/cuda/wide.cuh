@@ -105,9 +105,9 @@ __device__ __forceinline__ void wide(const LinearParams& params) {
   extern __shared__ __align__(128) uint8_t shared[];
   let_successor_start();
   const int lane = threadIdx.x;
-  // The same in all lanes, which the compiler can see only so: then what moves with the ring is one
-  // uniform register, and addresses need no additions. (The loops that fill the ring count stages
-  // for the same reason: ptxas then finds that `slot` is uniform.)
+  // The same in all lanes, which the compiler can see only so: then what moves with the ring may be
+  // one uniform register, which loads add to an address for nothing. (The loops that fill the ring
+  // count stages for the same reason: otherwise ptxas does not find that `slot` is uniform.)
   const int group = __shfl_sync(~0u, int(threadIdx.z), 0);
   const int member = __shfl_sync(~0u, int(threadIdx.y), 0);
   const int rank = Traits::kSigns ? params.rank : 0;

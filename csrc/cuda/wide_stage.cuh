@@ -50,7 +50,7 @@ struct RowCopies {
   uint32_t next_tile;   // bytes from a row to the eighth after it
   uint32_t exist;       // bit 4 n + j: this lane takes part in copy j of tile n
 
-  // Of rows `row_bytes` apart, `rows` of which exist.
+  // Of rows `row_bytes` apart (eight of them below 4 GB), `rows` of which exist.
   __device__ __forceinline__ RowCopies(const uint8_t* first, uint32_t row_bytes, int rows,
                                        int member, int members) {
     const int row = threadIdx.x % 8;

@@ -6,7 +6,8 @@
 namespace slab {
 
 // The other parameters are those of DecodeTraits. kAnyRank_: any rank, for up to 8 tokens; else
-// rank one, or none, for up to 16.
+// rank one, or none, for up to 16. Every instance takes at most 128 registers a thread, so that a
+// CTA may have 16 warps, or two CTAs 8 warps each.
 template <class Activation_, int kValues_, int kPlanes_, int kGroupSteps_, bool kAnyRank_ = false>
 struct WideTraits : DecodeTraits<Activation_, kValues_, kPlanes_, kGroupSteps_> {
   static constexpr bool kAnyRank = kAnyRank_;

@@ -23,8 +23,9 @@ from slab_kernels.backends.cuda.tiles import DECODE_REGISTERS
 ACTIVATIONS = ("fp16", "bf16")
 PLANES = {"none": 0, "one": 1, "two": 2, "three": 3}
 LOOPS = 4  # 2, 3 and 4 stages of one warp; several warps
-FIRST_COPY = 110  # instructions before the first one that asks for weights
+FIRST_COPY = 125  # instructions before the first one that asks for weights
 FOR_SEVERAL_WARPS = 25  # more instructions of the loop with barriers
+MORE_ON_SM_120A = 10  # whose ptxas keeps less in uniform registers
 EVERY = pytest.mark.parametrize("architecture", recipe.ARCHITECTURES)
 
 # Instructions a block of fp16 kernels and of bf16 kernels, whose integers are harder to make; t16:
@@ -125,6 +126,7 @@ def test_a_block_costs_no_more_than_its_budget(machine_code, architecture):
         for way in ways:
             barriers = any(i.base == "BAR" for i in way)
             allowed = most["bf16" in name] + FOR_SEVERAL_WARPS * barriers
+            allowed += MORE_ON_SM_120A * (architecture == "sm_120a")
             if len(way) > allowed:
                 wrong[f"{len(way)} instructions a block instead of {allowed}"].append(name)
     wrong.check()

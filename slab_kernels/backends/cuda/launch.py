@@ -211,9 +211,13 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x [M, K], or a copy if kernels could not copy its rows 16 bytes at a time."""
+    """x [M, K], or a copy if kernels could not copy its rows 16 bytes at a time.
+
+    The wide loop counts the bytes of eight rows with 32 bits.
+    """
     M, K = x.shape
-    rows = x.stride(1) == 1 and (M == 1 or (x.stride(0) >= K and x.stride(0) % 8 == 0))
+    apart = x.stride(0)
+    rows = x.stride(1) == 1 and (M == 1 or (K <= apart < 2**28 and apart % 8 == 0))
     if rows and x.data_ptr() % 16 == 0:
         return x
     return x.new_empty(M, ceil_div(K, 8) * 8)[:, :K].copy_(x)
