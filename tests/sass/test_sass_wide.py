@@ -18,6 +18,8 @@ import pytest
 from sass import counter as sass
 from sass.findings import Findings
 from slab_kernels.backends.cuda import compile as recipe
+from slab_kernels.backends.cuda import cost
+from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
 from slab_kernels.backends.cuda.tiles import DECODE_REGISTERS
 
 ACTIVATIONS = ("fp16", "bf16")
@@ -209,4 +211,25 @@ def test_weights_are_asked_for_before_anything_else(machine_code, architecture):
             wrong[f"{len(before)} instructions before the first copy"].append(name)
         if any(i.base in ("LDG", "BAR") or i.pipe == "xu" for i in before):
             wrong["a load, a barrier or a division before the first copy"].append(name)
+    wrong.check()
+
+
+def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
+    """Of the fp16 kernels on sm_90a, within 10 %, with scale groups of 128 inputs; of any rank with
+    four tiles of columns."""
+    wrong = Findings()
+    values_of = {"w16": W16, "int8": INT8, "int4": INT4}
+    for name, kernel in decode(machine_code("sm_90a")[1]).items():
+        if "fp16" not in name:
+            continue
+        planes = planes_of(name)
+        values = DENSE if name.startswith("adapter") else values_of[name.split("_")[2]]
+        if "_any_" in name:
+            fixed, per_tile = cost.ANY_ISSUE[planes][values]
+            modelled = fixed + 4 * per_tile
+        else:
+            modelled = cost.WIDE_ISSUE[planes][values]
+        counted = min(len(way_around(kernel, loop)) for loop in loops(kernel))
+        if abs(modelled / counted - 1) > 0.1:
+            wrong[f"the cost model says {modelled}, the machine code {counted}"].append(name)
     wrong.check()
