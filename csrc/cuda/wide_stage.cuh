@@ -155,7 +155,7 @@ struct WideWeights {
     block_bytes = Traits::block_bytes(params.group_steps);
     from = keep(params.stream + (uint64_t(block) * block_bytes + (16 * lane + kReach)));
     in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
-    policy = read_once_policy();
+    policy = weight_policy(params.token_tiles == 1);
   }
 
   // K-block k. to: where the lane has its first 16 bytes in the stage.

@@ -12,9 +12,9 @@ token's result depends on no other token. Above 64 that holds for every kernel h
 rebuilds the weight instead, it is cuBLAS that decides.
 
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be. v * x is
-rounded to the activations' type, u * v is not rounded at all. Only where a rank above 1 meets
-several sign planes, u times the level (1/2 or 3/2; 1/4 to 7/4) is rounded to the activations' type
-too.
+rounded to the activations' type, u * v is not rounded at all. From 17 tokens on, where a rank above
+1 meets several sign planes, u times the level (1/2 or 3/2; 1/4 to 7/4) is rounded to the
+activations' type too.
 """
 
 from __future__ import annotations

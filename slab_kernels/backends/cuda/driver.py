@@ -23,6 +23,9 @@ from . import images
 LIBRARY = "libcuda.so.1"
 _PLAIN_SHARED = 48 * 1024  # dynamic shared memory that every kernel may use without asking
 _DEPENDENT_SINCE = 90  # compute_90 is the first with programmatic dependent launch.
+# CUDA graphs have edges for it from 12.3 on. A linear may be captured at any time, so an older
+# driver's launches do not overlap.
+_OVERLAPS_SINCE = 12030
 
 # The numbers below are those of cuda.h.
 _NOT_FOUND = 500
@@ -329,12 +332,21 @@ def _function(name: str, device: int, context: int) -> _Function:
             if code == _NOT_FOUND:
                 continue
             _check(code, f"kernel {name} was not found in the module {unit}")
-            attributes = ctypes.addressof(_attribute) if _waits(handle) else 0
+            overlaps = _waits(handle) and _version() >= _OVERLAPS_SINCE
+            attributes = ctypes.addressof(_attribute) if overlaps else 0
             return _loaded.setdefault(
                 (name, device, context), _Function(handle, attributes, _PLAIN_SHARED)
             )
         known = ", ".join(images.kernel_units()) or "no sources"
         raise CudaError(f"there is no kernel {name} in csrc/cuda ({known})")
+
+
+@functools.cache
+def _version() -> int:
+    """The newest CUDA that the driver knows, such as 13000 for 13.0."""
+    version = ctypes.c_int()
+    _check(_cuda().cuDriverGetVersion(ctypes.byref(version)), "the driver has no version")
+    return version.value
 
 
 def _waits(function: ctypes.c_void_p) -> bool:

@@ -18,12 +18,18 @@ from typing import NamedTuple, get_type_hints
 from ...errors import ConfigError
 from .gpus import Gpu, is_model
 from .layout import INT4, INT8, W16
-from .tiles import DECODE, FEW, LOOPS, CudaSizes
+from .tiles import DECODE, FEW, LEAST_STAGES, LOOPS, MOST_STAGES, CudaSizes
 
 FILE = Path(__file__).with_name("measured.json")
 FORMAT = 1
 VALUES = {"w16": W16, "int8": INT8, "int4": INT4}
 MOST_US = 1e9
+# Kernels are compiled for these numbers of stages, and take any other for the last of them.
+LIMITS = {
+    "rank": (0, (1 << 31) - 1),
+    "above": (0, (1 << 31) - 1),
+    "stages": (LEAST_STAGES, MOST_STAGES),
+}
 _WAY_OUT = "correct it, or write it anew with benchmarks/fit_plans.py rows"
 
 
@@ -132,9 +138,9 @@ def _row_from(entry: object) -> MeasuredRow:
         # A bool is an int to Python. A time of whole microseconds may be written as an integer.
         if type(value) is not kind and (kind is not float or type(value) is not int):
             raise ConfigError(f"{name}={reprlib.repr(value)} must be of type {kind.__name__}")
-        least = 0 if name in ("rank", "above") else 1
-        if kind is int and not least <= value < 1 << 31:
-            raise ConfigError(f"{name}={value} must be an integer from {least} to {(1 << 31) - 1}")
+        least, most = LIMITS.get(name, (1, (1 << 31) - 1))
+        if kind is int and not least <= value <= most:
+            raise ConfigError(f"{name}={value} must be an integer from {least} to {most}")
     row = MeasuredRow(**entry)
     for name, known in (("values", VALUES), ("loop", LOOPS)):
         if entry[name] not in known:

@@ -23,6 +23,7 @@ from .tiles import (
     DECODE,
     DECODE_REGISTERS,
     FEW,
+    LEAST_STAGES,
     MANY,
     MOST_STAGES,
     NARROW_TILES,
@@ -138,7 +139,7 @@ def residencies(
         shared = min(gpu.shared_limit, gpu.shared_total // resident - 1024) - factors
         stages = min(MOST_STAGES, (shared - held) // stage)
         fits = registers * resident <= REGISTER_FILE and sums_bytes(sizes, tile, tokens) <= shared
-        if fits and stages >= (2 if resident == 1 else 3):
+        if fits and stages >= (LEAST_STAGES if resident == 1 else 3):
             found.append(Plan(sizes, M, gpu, tile, tokens, splits, stages, resident))
     return found
 

@@ -33,7 +33,7 @@ from .layout import (
 NARROW, WIDE, MANY = LOOPS = ("narrow", "wide", "many")
 DECODE, FEW = 16, 64  # tokens up to which each regime reaches: narrow and wide, many, many
 MOST_RANK = 16  # Every stage of the wide loop holds this many rows of V beside the activations.
-MOST_STAGES = 4
+LEAST_STAGES, MOST_STAGES = 2, 4
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS  # of one token's activations, or of a row of V, per K block
 COLUMNS = 8  # of one tensor-core product: tokens, or a token's products with a row of V
 COLUMN_BYTES = TOKEN_ROW_BYTES + 16  # a column's row of the narrow loop: no bank conflicts

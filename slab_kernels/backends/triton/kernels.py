@@ -2,9 +2,9 @@
 
 tile.py rebuilds a tile of W in registers. Here are the kernels around it: `linear_kernel` (one body
 for decode and prefill, with other tiles), `dense_kernel` (writes W), `adapter_kernel` (z = x Q) and
-`sum_kernel`. Triton cannot emit `mma.sp`, so the pruned entries are filled in and the product is an
-ordinary `tl.dot`. The weight is its first operand: out_features are the rows, and few tokens cost
-few columns. There are no atomics, and every sum has one fixed order.
+`sum_kernel`. `tl.dot` has no sparse product, so the pruned entries are filled in and the product is
+an ordinary `tl.dot`. The weight is its first operand: out_features are the rows, and few tokens
+cost few columns. There are no atomics, and every sum has one fixed order.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ struct {
 char names[64][64]; /* of kernels in the order in which they were asked for */
 int known;
 int loads, raises, allowed, launch_code, refuse_loads, refuse_code, parameter_size, ptx_version;
+int version; /* of the newest CUDA that this driver knows */
 static const uintptr_t kHandles = 0x300000000000;
 static __thread uintptr_t stack[8];
 static __thread int depth; /* contexts of this thread; handle = 0x1000 + device */
@@ -37,9 +38,10 @@ void clear(void) {
   memset(names, 0, sizeof names);
   known = 0;
   loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0,
-  ptx_version = 90;
+  ptx_version = 90, version = 13000;
   depth = 0;
 }
+int cuDriverGetVersion(int* out) { return *out = version, 0; }
 int cuCtxGetCurrent(uintptr_t* out) { return *out = depth ? stack[depth - 1] : 0, 0; }
 int cuCtxSetCurrent(uintptr_t context) {
   if (!depth) depth = 1;

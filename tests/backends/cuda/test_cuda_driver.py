@@ -89,7 +89,13 @@ def fresh(monkeypatch):
         monkeypatch.setattr(driver, name, {})
     monkeypatch.setattr(driver, "_thread", None)
     monkeypatch.setattr(driver, "_usable", set())
-    cached = (driver._cuda, driver._properties, driver._ordinal, driver._primary)
+    cached = (
+        driver._cuda,
+        driver._properties,
+        driver._ordinal,
+        driver._primary,
+        driver._version,
+    )
     for function in cached:
         function.cache_clear()
     yield
@@ -175,12 +181,19 @@ def test_loading_ahead_launches_nothing(fake):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("ptx", "asked", "seen"), [(90, True, (1, 6, 1)), (90, False, (0, 0, 0)), (80, True, (0, 0, 0))]
+    ("ptx", "version", "asked", "seen"),
+    [
+        (90, 13000, True, (1, 6, 1)),
+        (90, 12030, True, (1, 6, 1)),
+        (90, 12020, True, (0, 0, 0)),
+        (90, 13000, False, (0, 0, 0)),
+        (80, 13000, True, (0, 0, 0)),
+    ],
 )
-def test_dependent_launch_of_kernels_that_wait(fake, ptx, asked, seen):
+def test_dependent_launch_of_kernels_that_wait(fake, ptx, version, asked, seen):
     """The image decides, not the device: a PTX of compute_80 on a newer device has no
-    griddepcontrol.wait in it."""
-    fake.ptx_version = ptx
+    griddepcontrol.wait in it. And the driver, which must keep the attribute in graphs."""
+    fake.ptx_version, fake.version = ptx, version
     launch(device=0, dependent=asked)
     assert (fake.last.count, fake.last.attribute, fake.last.value) == seen
 

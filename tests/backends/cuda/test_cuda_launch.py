@@ -139,6 +139,15 @@ def test_the_end_of_an_older_link_leaves_a_newer_one():
     assert prefetch.successor_of(one.stream.data_ptr()).address == new.stream.data_ptr()
 
 
+def test_a_weight_on_another_device_is_not_linked():
+    """And takes an older link away: its address means nothing here."""
+    state, following = prepared(), prepared()
+    prefetch.link(state, following, 1 << 20)
+    elsewhere = following._replace(stream=following.stream.to("meta"))
+    prefetch.link(state, elsewhere, 1 << 20)
+    assert prefetch.successor_of(state.stream.data_ptr()) == prefetch.NONE
+
+
 def test_states_that_are_no_stream_are_not_linked():
     BACKEND.prefetch_next((prepared(), 40), prepared(), 1 << 20)
     BACKEND.prefetch_next(prepared(), (prepared(), 40), 1 << 20)

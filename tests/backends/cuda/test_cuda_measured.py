@@ -210,6 +210,9 @@ def test_a_damaged_file_is_one_sentence(file, tmp_path, text, says):
         ({"n": True}, "n=True must be of type int"),
         ({"splits": 0}, "splits=0 must be an integer from 1 to 2147483647"),
         ({"k": 1 << 40}, "k=1099511627776 must be an integer"),
+        # Kernels would take a ring of one or five stages for one of four.
+        ({"stages": 1}, "stages=1 must be an integer from 2 to 4"),
+        ({"stages": 5}, "stages=5 must be an integer from 2 to 4"),
         ({"values": "fp16"}, "values='fp16' must be one of w16, int8, int4"),
         ({"loop": "fast"}, "loop='fast' must be one of narrow, wide, many"),
         ({"measured_us": -1.0}, "measured_us=-1.0 must be above 0"),
