@@ -72,8 +72,9 @@ def parts(out: Path, stem: str) -> list[Part]:
 
     correct, sanitizer = file("correct"), file("sanitizer")
     return [
-        # NVRTC compiles all kernels in one call, and keeps nothing if that is stopped; nvcc takes
-        # about a minute of one core. Each call may be on a fresh machine, which has no cache.
+        # NVRTC compiles all kernels in one call, and keeps nothing if that is stopped; nvcc took
+        # five minutes of a core for five architectures and PTX. Each call may be on a fresh
+        # machine, which has no cache.
         Part(KERNELS, "machine code of every kernel", program("kernels"), 300, 30, every_call=True),
         Part(
             "cuda",
