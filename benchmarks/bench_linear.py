@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,17 +162,6 @@ def in_words(row: linear.Row) -> str:
     )
 
 
-def commit() -> str:
-    """The commit that was measured, with -dirty where the tree differs from it."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
 def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
     """The name of the files: linear-<device>-<what was chosen>-<commit>."""
     named = {found["device"]: found["name"] for found in information["devices"]}
@@ -182,7 +170,7 @@ def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
         args.adapter_rank != 0
     )
     text = "-".join([named[where], *args.chosen, *ranks])
-    return "linear-" + re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + f"-{commit()}"
+    return "linear-" + re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + f"-{machine.commit()}"
 
 
 def write(path: Path, content: bytes) -> None:
@@ -207,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writer.writerows(rows)
     record = {
         "device": machine.one_line(),
-        "commit": commit(),
+        "commit": machine.commit(),
         "arguments": list(sys.argv[1:] if arguments is None else arguments),
         "rows": rows,
         "absent": absent,

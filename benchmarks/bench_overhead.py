@@ -14,7 +14,6 @@ import json
 import timeit
 
 import torch
-from bench_linear import commit
 
 from slab_kernels import SlabLinear
 from slab_kernels.bench import machine
@@ -74,7 +73,9 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.out:
         args.out.write_text(
-            json.dumps({"device": machine.one_line(), "commit": commit(), "rows": rows}, indent=1)
+            json.dumps(
+                {"device": machine.one_line(), "commit": machine.commit(), "rows": rows}, indent=1
+            )
             + "\n"
         )
 

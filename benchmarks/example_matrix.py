@@ -14,9 +14,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from bench_linear import commit
 
 import slab_kernels
+from slab_kernels.bench import machine
 from slab_kernels.paths import expanded
 
 ROOT = Path(__file__).resolve().parent
@@ -50,7 +50,7 @@ def main() -> None:
         "--out", type=expanded, default=ROOT / "results" / "example-matrix.json", help="the file"
     )
     out = parser.parse_args().out
-    record = {"weight": WEIGHT, "commit": commit(), **matrices()}
+    record = {"weight": WEIGHT, "commit": machine.commit(), **matrices()}
     out.write_text(json.dumps(record).replace("]], ", "]],\n ") + "\n", encoding="utf-8")
     print(out)
 

@@ -16,9 +16,9 @@ import json
 from pathlib import Path
 
 import torch
-from bench_linear import commit
 from torch import Tensor
 
+from slab_kernels.bench import machine
 from slab_kernels.format.layout import INTEGER_RANGES
 from slab_kernels.paths import expanded
 
@@ -105,7 +105,7 @@ def main() -> None:
         "--out", type=expanded, default=RESULTS / "group-error.json", help="the file to write"
     )
     out = parser.parse_args().out
-    found = {"commit": commit(), "freedom": FREEDOM, "rows": rows()}
+    found = {"commit": machine.commit(), "freedom": FREEDOM, "rows": rows()}
     out.write_text(json.dumps(found).replace("}, {", "},\n {") + "\n", encoding="utf-8")
     print(out)
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from bench_linear import commit
-
 from slab_kernels.backends.cuda.cost import LAUNCH_US, Plan, Rebuild, dense_microseconds
 from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import choose
 from slab_kernels.backends.cuda.tiles import CudaSizes
+from slab_kernels.bench import machine
 from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
@@ -93,7 +92,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error).partition("; or give")[0])
     record = {
-        "commit": commit(),
+        "commit": machine.commit(),
         "models": arguments.models,
         "what": "predictions of the cost model, not measurements",
         "rows": [],

@@ -1,10 +1,11 @@
 """Checks and times the kernels on this machine's GPU, in parts, in order of worth.
 
 Each part is a process with a time limit. Its rows and a line of verdict are on disk before the next
-one begins, and one that fails or hangs does not stop the others. A second call goes on where the
-first was stopped: it leaves out what was finished on the same device and commit. Nothing is
-downloaded; CUDA kernels that were not built ahead of time are compiled by NVRTC. Where there is no
-git, the variable ON_GPU_COMMIT may name the commit.
+one begins, and one that fails or hangs does not stop the others; only where `kernels` is not done,
+those that run CUDA kernels are not begun. A second call goes on where the first was stopped: it
+leaves out what was finished on the same device and commit, but for `kernels`, since its machine may
+have no cache of them. Nothing is downloaded; CUDA kernels that were not built ahead of time are
+compiled by NVRTC. Where there is no git, the variable ON_GPU_COMMIT may name the commit.
 
 Exit code: 0 if every part is done, 1 if one failed or ran out of time, 2 if there is nothing to run
 on, 3 if nothing failed but the time was too short for some parts.
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from on_gpu import machine, runner
-from on_gpu.parts import parts
+from on_gpu.parts import Part, parts
 from on_gpu.rows import RESULTS
 
 PROBE_SECONDS = 90
@@ -36,7 +37,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(names)}"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"with those that it needs; default: all of {', '.join(names)}",
     )
     parser.add_argument("--again", action="store_true", help="all of it, from its beginning")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="for all parts together")
@@ -67,6 +71,12 @@ def probe() -> dict[str, object]:
         return {"reason": f"{' '.join(command[1:])} ended with code {done.returncode}: {said}"}
 
 
+def choice(every: Sequence[Part], names: Sequence[str]) -> list[Part]:
+    """The parts of those names and those that they need, in order; without names all."""
+    needed = {part.needs for part in every if part.name in names}
+    return [part for part in every if not names or part.name in names or part.name in needed]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     found = probe()
@@ -75,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     stem = machine.stem(found)
-    chosen = [part for part in parts(args.out, stem) if part.name in args.parts or not args.parts]
+    chosen = choice(parts(args.out, stem), args.parts)
     title = machine.title(found)
     summary = runner.Summary(args.out / f"on-gpu-{stem}.txt", title, (RESULTS,))
     print(title)

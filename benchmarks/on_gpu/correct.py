@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -35,9 +35,10 @@ from slab_kernels.bench.correctness import tolerance
 
 Linear = Callable[[Tensor, object, Tensor | None], Tensor]
 FEW_TOKENS = re.compile(r"narrow_|wide_|adapter_\w+_t16")  # kernels for up to 16 tokens
-# A kernel of Triton takes seconds to compile: several processes do it, for every seventh weight.
+# A kernel of Triton takes seconds to compile: several processes do it, for every eighth weight. No
+# common divisor with the numbers of SIZES and of SIGNS: otherwise the same few would be met again.
 PROCESSES = 12
-TRITON_EVERY = 7
+TRITON_EVERY = 8
 
 
 def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
@@ -153,19 +154,20 @@ def triton_outcome(weight: Weight, where: str) -> Row:
         warnings.simplefilter("always")
         state = backend.prepare_fused(list(it.parts), DTYPES[weight.dtype])
         try:
-            found = faults(weight, it, state, backend.linear_fused, TOKENS)
+            found, broken = faults(weight, it, state, backend.linear_fused, TOKENS), False
         except Broken as error:
-            found = [str(error)]
+            found, broken = [str(error)], True
     warned = {" ".join(str(each.message).split()) for each in said if "triton" in str(each.message)}
     if not isinstance(state, CudaState):
         warned.add("the plain kernels ran, not those of the stream")
-    return {"case": f"triton {weight}", "ways": 1, "wrong": found, "warned": sorted(warned)}
+    row = {"case": f"triton {weight}", "ways": 1, "wrong": found, "warned": sorted(warned)}
+    return row | ({"broken": True} if broken else {})
 
 
 def triton_weights() -> list[Weight]:
-    """Fewer weights than the CUDA kernels get, with every value type and rank among them."""
+    """Fewer weights than the CUDA kernels get: all large ones, which take longest, first."""
     chosen = [weight for weight in small() if weight.values != "int3"]
-    return [*chosen[::TRITON_EVERY], *large()[::2]]
+    return [*large(), *chosen[::TRITON_EVERY]]
 
 
 def run_cuda(rows: Rows, end: float) -> bool:
@@ -187,25 +189,49 @@ def run_cuda(rows: Rows, end: float) -> bool:
     return True
 
 
+class Worker:
+    """A process for one weight after another; a fresh one where the last left it unusable."""
+
+    def __init__(self) -> None:
+        self.process: ProcessPoolExecutor | None = None
+
+    def outcome(self, weight: Weight, where: str) -> Row:
+        """`triton_outcome`, or what is wrong if it ends without one: the weight could not be
+        prepared, or the process died."""
+        if self.process is None:
+            self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            row = self.process.submit(triton_outcome, weight, where).result()
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            row = {"case": f"triton {weight}", "ways": 1, "wrong": [said], "broken": True}
+        if "broken" in row:
+            self.process.shutdown(wait=False)
+            self.process = None
+        return row
+
+
 def run_triton(rows: Rows, end: float) -> bool:
     """Whether all weights were run until `end`, a time.monotonic()."""
     where, _ = machine.here()
     todo = [weight for weight in triton_weights() if not rows.has(f"triton {weight}")]
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(PROCESSES, context)
-    jobs = {pool.submit(triton_outcome, weight, where): weight for weight in todo}
+    threads, mine = ThreadPoolExecutor(PROCESSES), threading.local()
+
+    def outcome(weight: Weight) -> Row:
+        if not hasattr(mine, "worker"):
+            mine.worker = Worker()
+        return mine.worker.outcome(weight, where)
+
+    jobs = [threads.submit(outcome, weight) for weight in todo]
     try:
         for job in as_completed(jobs, min(end - time.monotonic(), threading.TIMEOUT_MAX)):
-            print(f"triton {jobs[job]}")
-            if error := job.exception():  # It could not be prepared, or its process died.
-                said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                rows.add({"case": f"triton {jobs[job]}", "ways": 1, "wrong": [said]})
-            else:
-                rows.add(job.result())
+            row = job.result()
+            print(row["case"])
+            rows.add(row)
     except TimeoutError:
         return False
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
     return True
 
 

@@ -123,7 +123,7 @@ def main(file: str) -> int:
     try:
         whole = measure(rows, clock_of(device, SECONDS), device, found.gpu, end)
     finally:
-        verdict = verdicts.decode(rows.rows, rows.more["failed"])
+        verdict = verdicts.decode(rows.rows, rows.more.get("failed", {}))
         rows.save(verdicts=[*verdict.text.split("; "), *verdict.details])
         verdict.say()
     # A missed goal is a finding; what could not be measured is a failure.

@@ -3,7 +3,7 @@
     python -m on_gpu.machine
 
 prints them as JSON, with the reason why there is nothing to measure, if there is one: a process of
-its own, since a broken driver may hang whoever asks.
+its own, since a broken driver may hang whoever asks. Torch, numpy and Triton are enough for it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def here() -> tuple[str, CudaDevice]:
 def revision() -> str:
     """The commit, by git or the variable ON_GPU_COMMIT; where neither knows it or the tree differs
     from it, also a sum of the sources."""
-    from bench_linear import commit
+    from slab_kernels.bench import machine
 
-    known = os.environ.get("ON_GPU_COMMIT") or commit()
+    known = os.environ.get("ON_GPU_COMMIT") or machine.commit()
     if known != "unknown" and not known.endswith("-dirty"):
         return known
     digest = hashlib.sha256()

@@ -13,6 +13,7 @@ SECONDS = "ON_GPU_SECONDS"  # the variable that tells a part its limit
 AGAIN = "ON_GPU_AGAIN"  # the variable by which a part forgets what an earlier call found
 MARGIN = 10.0  # seconds before it at which a part that can end itself does
 OUT_OF_TIME = 3  # exit code of a part that ended by itself before it was through
+KERNELS = "kernels"  # the part that those with CUDA kernels need
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Part:
     command: Sequence[str]
     limit: float  # seconds
     least: float  # It is not begun with fewer seconds left.
+    needs: str = ""  # the part without which it is not begun: it must be done in the same call
+    every_call: bool = False  # It is run even if an earlier call finished it.
 
 
 def seconds_here() -> float:
@@ -69,13 +72,17 @@ def parts(out: Path, stem: str) -> list[Part]:
 
     correct, sanitizer = file("correct"), file("sanitizer")
     return [
-        Part("kernels", "machine code of every kernel", program("kernels"), 180, 30),
+        # NVRTC compiles all kernels in one call, and keeps nothing if that is stopped; nvcc took
+        # five minutes of a core for five architectures and PTX. Each call may be on a fresh
+        # machine, which has no cache.
+        Part(KERNELS, "machine code of every kernel", program("kernels"), 300, 30, every_call=True),
         Part(
             "cuda",
             "every CUDA kernel for up to 16 tokens is right",
             program("correct", "cuda", correct),
             60,
             20,
+            KERNELS,
         ),
         Part(
             "triton",
@@ -90,6 +97,7 @@ def parts(out: Path, stem: str) -> list[Part]:
             program("causes", file("causes")),
             60,
             30,
+            KERNELS,
         ),
         Part(
             "decode",
@@ -97,6 +105,7 @@ def parts(out: Path, stem: str) -> list[Part]:
             program("decode", file("linear")),
             150,
             40,
+            KERNELS,
         ),
         Part(
             "sweep",
@@ -104,8 +113,9 @@ def parts(out: Path, stem: str) -> list[Part]:
             program("sweep", file("plans", "csv")),
             100,
             40,
+            KERNELS,
         ),
-        Part("tests", "pytest -m gpu", program("pytests", file("tests")), 120, 40),
+        Part("tests", "pytest -m gpu", program("pytests", file("tests")), 120, 40, KERNELS),
         *(
             Part(
                 f"{tool}-{case}",
@@ -113,6 +123,7 @@ def parts(out: Path, stem: str) -> list[Part]:
                 program("sanitized", tool, case, sanitizer),
                 60,
                 30,
+                KERNELS,
             )
             for case, what in (
                 ("rings", "rings that are used many times"),

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from on_gpu.parts import AGAIN, OUT_OF_TIME, SECONDS, Part
 
 DONE, FAILED, STOPPED = "done", "failed", "out of time"
+NOT_BEGUN = "not begun"  # has no line
 FINISHED = (DONE, FAILED)  # A second call goes on behind these.
 VERDICT = "verdict: "
 GRACE = 5.0  # seconds from the request to end to the kill, and from there to giving up
@@ -81,34 +82,41 @@ def run_all(
     again: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Runs the parts that no earlier call finished.
+    """Runs the parts that no earlier call finished, and those that every call needs.
 
     seconds: for all of them together. again: all parts are run, and begin anew.
+
+    A part is not begun if time is short, or if the part that it needs is not done before it.
 
     Returns 0 if all parts are done, 1 if one failed or ran out of time, 3 if only time for some was
     lacking.
     """
-    end, states = time.monotonic() + seconds, []
+    end = time.monotonic() + seconds
+    states: dict[str, str] = {}  # of this call's parts
     for part in parts:
-        if summary.finished(part.name) and not again:
+        if summary.finished(part.name) and not (again or part.every_call):
             entry = summary.entries[part.name]
             say(f"== {part.name}: {entry.state} by an earlier call: {entry.verdict}")
-            states.append(entry.state)
+            states[part.name] = entry.state
+            continue
+        if part.needs and states.get(part.needs) != DONE:
+            say(f"== {part.name}: not begun, it needs the part {part.needs}, which is not done")
+            states[part.name] = NOT_BEGUN
             continue
         left = end - time.monotonic()
         if left < part.least:
             say(f"== {part.name}: not begun, {left:.0f} s are left and it takes {part.least:.0f}")
-            states.append("not begun")
+            states[part.name] = NOT_BEGUN
             continue
         limit = min(part.limit, left)
         say(f"== {part.name}: {part.what} (at most {limit:.0f} s)")
         entry = run(part, limit, say, again)
         summary.add(entry)
-        states.append(entry.state)
+        states[part.name] = entry.state
         say(f"== {part.name}: {entry.state} after {entry.seconds:.0f} s: {entry.verdict}")
-    if FAILED in states or STOPPED in states:
+    if FAILED in states.values() or STOPPED in states.values():
         return 1
-    return 3 if "not begun" in states else 0
+    return 3 if NOT_BEGUN in states.values() else 0
 
 
 def run(part: Part, limit: float, say: Callable[[str], None], again: bool = False) -> Entry:

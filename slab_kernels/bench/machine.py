@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[2]  # unless the package is installed elsewhere
 
 PACKAGES = (
     "torch",
@@ -56,6 +60,22 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def commit() -> str:
+    """The commit of the checkout that this package is in, with -dirty where files differ from it.
+
+    "unknown" where the package is in none, or git cannot tell.
+    """
+    if not (CHECKOUT / ".git").exists():  # Another project's may be further up.
+        return "unknown"
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def processor() -> str:

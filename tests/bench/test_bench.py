@@ -18,7 +18,7 @@ import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.bench import clocks, correctness, linear, peers, roofline
+from slab_kernels.bench import clocks, correctness, linear, machine, peers, roofline
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import BackendError, BenchError, ValueTypeError
@@ -553,6 +553,20 @@ def test_script_writes_table_record_and_picture(ceilings, tmp_path, capsys):
     assert tuple(table[0]) == bench_linear.COLUMNS and table[1]["adapter_rank"] == "4"
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
     assert len(measurements.read([files[".json"]]).bench) == 4
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    said: list[list[str]] = []
+
+    def run(command, **_):
+        said.append(command)
+        return types.SimpleNamespace(stdout="abc1234-dirty\n")
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(machine, "CHECKOUT", tmp_path)
+    assert machine.commit() == "unknown" and not said, "git would name a repository further up"
+    (tmp_path / ".git").touch()  # as in a worktree
+    assert machine.commit() == "abc1234-dirty" and said
 
 
 def test_script_leaves_nothing_half_written(tmp_path, monkeypatch):

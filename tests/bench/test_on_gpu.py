@@ -5,6 +5,7 @@ made up here. test_on_gpu_parts.py has the parts themselves.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD = {"device": "a GPU", "commit": "abc1234", "versions": {}}
 
 
-def part(name: str, code: str, limit: float = 30.0, least: float = 0.0) -> Part:
-    return Part(name, name, [sys.executable, "-c", code], limit, least)
+def part(name: str, code: str, limit: float = 30.0, least: float = 0.0, **more) -> Part:
+    return Part(name, name, [sys.executable, "-c", code], limit, least, **more)
 
 
 def run(tmp_path: Path, *some: Part, seconds: float = 60.0, again=False):
@@ -87,6 +88,36 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(tmp_path):
     assert code == 0 and entries["bad"].state == DONE
 
 
+@pytest.mark.parametrize(
+    "first, code",
+    [(part("one", BAD), 1), (part("one", GOOD, least=1e6), 3), (part("one", GOOD), 0)],
+    ids=["failed", "not begun", "done"],
+)
+def test_a_part_is_not_begun_without_the_one_that_it_needs(tmp_path, first, code):
+    some = (first, part("two", GOOD, needs="one"), part("three", GOOD))
+    found, entries, said = run(tmp_path, *some)
+    assert found == code and entries["three"].state == DONE
+    assert ("two" in entries) == (code == 0)
+    assert ("== two: not begun, it needs the part one, which is not done" in said) == (code != 0)
+
+
+def test_a_part_of_every_call_is_run_again_and_decides_about_those_that_need_it(tmp_path):
+    run(tmp_path, part("one", GOOD, every_call=True))
+    some = part("one", BAD, every_call=True), part("two", GOOD, needs="one")
+    code, entries, _ = run(tmp_path, *some)
+    assert code == 1 and entries["one"].state == FAILED and "two" not in entries
+
+
+def test_a_part_that_is_named_brings_the_one_that_it_needs(tmp_path):
+    every = parts.parts(tmp_path, "")
+    for names, chosen in (
+        (["decode"], ["kernels", "decode"]),
+        (["triton"], ["triton"]),
+        ([], [each.name for each in every]),
+    ):
+        assert [each.name for each in script.choice(every, names)] == chosen
+
+
 def test_a_part_is_told_its_limit_and_whether_it_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
     tells = "from on_gpu.parts import *; print('verdict:', seconds_here(), begins_anew())"
@@ -120,6 +151,8 @@ def test_the_parts_are_in_order_of_worth_and_fit_a_call(tmp_path):
     assert names[:7] == ["kernels", "cuda", "triton", "causes", "decode", "sweep", "tests"]
     assert names[7:] == ["memcheck-rings", "racecheck-rings", "memcheck-small", "racecheck-small"]
     assert all(each.least < each.limit for each in some)
+    assert {each.name for each in some if each.needs != "kernels"} == {"kernels", "triton"}
+    assert [each.name for each in some if each.every_call] == ["kernels"]
     files = {argument for each in some for argument in each.command if "a-gpu-abc1234" in argument}
     assert len(files) < 8, "with the summary no more than a lent machine gives back"
 
@@ -135,6 +168,19 @@ def test_without_a_gpu_it_refuses_in_one_sentence():
     )
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.count("\n") == 1 and "finds no CUDA device" in done.stderr
+
+
+def test_the_probe_needs_neither_typer_nor_rich():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('typer', 'rich', 'transformers'));"
+        "from on_gpu import machine; machine.reason(); print(machine.head()['commit'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_one_call_runs_the_parts_into_the_folder_that_is_named(tmp_path, monkeypatch, capsys):

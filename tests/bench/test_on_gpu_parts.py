@@ -8,8 +8,10 @@ import csv
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import plan_rows
 import pytest
@@ -33,7 +35,10 @@ from on_gpu.rows import Rows
 
 from slab_kernels.backends.cuda.gpus import gpu_named
 from slab_kernels.backends.cuda.launch import CudaDevice
+from slab_kernels.backends.triton import sparse
 from slab_kernels.bench.clocks import Timed
+from slab_kernels.errors import BenchError
+from slab_kernels.format import ceil_div
 from slab_kernels.report import measurements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +152,16 @@ def test_the_decode_table_is_measured_in_units(tmp_path, monkeypatch):
     again = Rows(tmp_path / "linear.json", HEAD)
     assert decode.measure(again, None, "cpu", gpu_named("H200"), inf)
     assert again.rows == before and list(again.more["failed"]) == ["64x128 int4 cuda"]
+
+
+def test_a_clock_that_fails_is_told_as_it_is(tmp_path, monkeypatch, capsys, machine_of_nothing):
+    def clock_of(*_):
+        raise BenchError("no clock")
+
+    monkeypatch.setattr(decode, "clock_of", clock_of)
+    with pytest.raises(BenchError, match="no clock"):
+        decode.main(str(tmp_path / "linear.json"))
+    assert "not measured" in capsys.readouterr().out
 
 
 def test_wrong_results_of_a_device_are_found():
@@ -295,7 +310,75 @@ def test_the_weights_meet_every_kernel_for_few_tokens():
     few = {name for name in named if correct.FEW_TOKENS.match(name)}
     assert len(few) > 60
     assert few == {name for name in kernels.names(weights.small()) if name in few}
-    assert len(correct.triton_weights()) < 60
+
+
+@pytest.mark.parametrize("dtype", weights.DTYPES)
+def test_the_triton_kernels_main_loop_runs_in_every_way(dtype):
+    """The loop is entered where a split has more K blocks than a program has warps."""
+    chosen = [weight for weight in correct.triton_weights() if weight.dtype == dtype]
+    kinds = {(values, group) for values, group in weights.VALUES if values != "int3"}
+    assert {(weight.values, weight.group_size) for weight in chosen} == kinds
+    looped = []
+    for weight in chosen:
+        pairs, k_blocks = sum(ceil_div(rows, 32) for rows in weight.rows), ceil_div(weight.K, 128)
+        shape = SimpleNamespace(stream=torch.empty(pairs, k_blocks, 0), V=None, Q=None)
+        found = sparse.configuration(shape, 1, gpu_named("H200").multiprocessors)
+        if ceil_div(k_blocks, found.splits) > found.warps:
+            looped.append((weight, found.warps))
+    assert {warps for _, warps in looped} == {8, 16}
+    assert {weight.planes for weight, _ in looped if weight.rank} == {1, 2, 3}
+    assert max(weight.rank for weight, _ in looped) > 1
+    assert {weight.values for weight, _ in looped} == {"fp16", "int8", "int4"}
+    sizes = {(weight.K, weight.rows) for weight in chosen}
+    assert len(sizes) == len(weights.SIZES) + 1, "each small size, and one of the large"
+    assert len(correct.triton_weights()) < 30
+
+
+def test_a_process_that_broke_is_followed_by_a_fresh_one(tmp_path, monkeypatch):
+    made = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, *_):
+            super().__init__(1)
+            made.append(self)
+
+    def outcome(weight, where):
+        if weight == "dies":
+            raise BrokenProcessPool("killed")
+        row = {"case": f"triton {weight}", "ways": 1, "wrong": [], "pool": len(made)}
+        return row | ({"broken": True} if weight == "breaks" else {})
+
+    monkeypatch.setattr(machine, "here", lambda: ("cpu", None))
+    monkeypatch.setattr(correct, "PROCESSES", 1)
+    monkeypatch.setattr(correct, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(correct, "triton_outcome", outcome)
+    todo = ["right", "breaks", "next", "dies", "last"]
+    monkeypatch.setattr(correct, "triton_weights", lambda: todo)
+    rows = Rows(tmp_path / "correct.json", HEAD)
+    assert correct.run_triton(rows, inf)
+    assert {row["case"]: row.get("pool") for row in rows.rows} == {
+        "triton right": 1,
+        "triton breaks": 1,
+        "triton next": 2,
+        "triton dies": None,
+        "triton last": 3,
+    }
+    assert [row["wrong"] for row in rows.rows if row["case"] == "triton dies"] == [
+        ["BrokenProcessPool: killed"]
+    ]
+
+
+def test_a_broken_device_ends_a_weight_on_triton(monkeypatch):
+    weight = weights.Weight("fp16", "int4", 32, 2, 1, 128, (16, 40), 16)
+    backend = SimpleNamespace(prepare_fused=lambda *_: None, linear_fused=None)
+
+    def faults(*_):
+        raise correct.Broken("M=1: an illegal memory access")
+
+    monkeypatch.setattr(correct.dispatch, "backend", lambda name: backend)
+    monkeypatch.setattr(correct, "faults", faults)
+    row = correct.triton_outcome(weight, "cpu")
+    assert row["broken"] and row["wrong"] == ["M=1: an illegal memory access"]
 
 
 def test_what_pytest_prints_becomes_rows(tmp_path):
