@@ -42,7 +42,8 @@ class OneLaunchBackend(Backend):
 
         See `Backend.adopt`.
         """
-        if type(state) is tuple and all(type(part) is tuple and len(part) == 2 for part in state):
+        parted = type(state) is tuple and bool(state)
+        if parted and all(type(part) is tuple and len(part) == 2 for part in state):
             parts = tuple((self.adopt(part, dtype), rows) for part, rows in state)
             return None if any(part is None for part, _ in parts) else parts
         if not self.takes(state, dtype):

@@ -333,6 +333,11 @@ def test_fused_layers_hold_one_copy_too(chosen, second):
     assert found[0] == found[1] and len(found[0]) == (1 if second == "int4" else 2)
 
 
+def test_a_tuple_of_no_states_is_not_taken_over(nvidia):
+    for one in (BACKEND, cuda.BACKEND):
+        assert one.adopt((), torch.float16) is None
+
+
 # The op
 
 
