@@ -114,12 +114,20 @@ def _words(x: Tensor) -> Tensor:
     """x [M, K] as uint32 words of two numbers, [M, K / 2]; copied only if it must be."""
     if x.shape[1] % 2:
         x = pad(x, (0, 1))
-    elif x.stride(1) != 1 or x.storage_offset() % 2 or (x.shape[0] > 1 and x.stride(0) % 2):
+    elif x.stride(1) != 1 or _starts_odd(x) or (x.shape[0] > 1 and x.stride(0) % 2):
         x = x.contiguous()
-        x = x.clone() if x.storage_offset() % 2 else x
+        x = x.clone() if _starts_odd(x) else x
     if x.shape[0] == 1:
         x = x.as_strided(x.shape, (x.shape[1], 1))  # The stride of a single row may be odd.
     return x.view(torch.uint32)
+
+
+def _starts_odd(x: Tensor) -> bool:
+    """Whether x, of 16-bit numbers, begins in the middle of a word, of its storage or in memory.
+
+    The two differ where the storage itself begins there, as one from DLPack may.
+    """
+    return x.storage_offset() % 2 != 0 or x.data_ptr() % 4 != 0
 
 
 def _z(words: Tensor, state: CudaState, configuration: Configuration) -> Tensor:
