@@ -226,19 +226,24 @@ def test_random_numbers_stay_within_the_error_bound(emulated, dtype, values):
     assert bool(((y.double() - expected).abs() <= magnitude * 3 * ROUNDOFF[dtype]).all())
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_check_of_a_first_use(monkeypatch, overlap):
-    """It finds a program right, and finds two lanes exchanged."""
+@pytest.mark.parametrize("overlap, wrong", [(False, layout.INT4), (True, layout.W16)])
+def test_the_check_of_a_first_use(monkeypatch, overlap, wrong):
+    """It finds both programs right, and finds two lanes of one exchanged."""
     device = torch.device("cpu")
     emulator = Emulated(sparse_kernel.decode_kernel, ("y_ptr",), 90 if overlap else 80)
     monkeypatch.setattr(sparse, "overlaps", lambda device: overlap)
     monkeypatch.setattr(sparse_kernel, "decode_kernel", emulator)
     assert sparse.self_check(device)
+    assert [(kernel.warps, grid) for kernel, grid, _ in emulator.launched] == [
+        (8, (1, 1, 1)), (16, (1, 1, 1))
+    ]  # fmt: skip
     dense = sparse.dense
 
     def exchanged(state):
-        signs = state.stream[..., 1536:1792].view(torch.int64)
-        signs[..., [5, 6]] = signs[..., [6, 5]]
+        first = layout.VALUE_BYTES[wrong] + layout.METADATA_BYTES
+        signs = state.stream[..., first : first + layout.SIGN_BYTES].view(torch.int64)
+        if state.values == wrong:
+            signs[..., [5, 6]] = signs[..., [6, 5]]
         return dense(state)
 
     monkeypatch.setattr(sparse, "dense", exchanged)
