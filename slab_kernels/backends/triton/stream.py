@@ -60,10 +60,16 @@ def expected(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _defect(device: torch.device) -> str | None:
-    """What a first use of sparse tensor cores on the device shows to be wrong, if anything."""
+    """What a first use of sparse tensor cores on the device shows to be wrong, if anything.
+
+    Raises: torch.OutOfMemoryError and OSError, which say nothing of the kernel: the next use tries
+        again.
+    """
     try:
         with launch.current(device):
             return None if sparse.self_check(device) else DIFFERS
+    except (torch.OutOfMemoryError, OSError):
+        raise
     except Exception as error:  # whatever a version of Triton raises for what it cannot compile
         return f"could not be tried ({type(error).__name__}: {' '.join(str(error).split())})"
 

@@ -267,6 +267,22 @@ def test_a_device_that_fails_its_first_use_takes_the_plain_kernels(nvidia, monke
         BACKEND.prepare(packed, torch.float16)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError("no room for a file")])
+def test_a_first_use_that_the_machine_prevents_is_tried_again(nvidia, monkeypatch, error):
+    checks = iter([error, None])
+
+    def check(device):
+        if found := next(checks):
+            raise found
+        return True
+
+    monkeypatch.setattr(sparse, "self_check", check)
+    packed = random_packed(PackedLayout(40, 136))
+    with pytest.raises(type(error), match=str(error)):
+        BACKEND.prepare(packed, torch.float16)
+    assert type(BACKEND.prepare(packed, torch.float16)) is CudaState
+
+
 def test_activations_are_checked_in_words(nvidia):
     state = BACKEND.prepare(random_packed(PackedLayout(40, 136)), torch.float16)
     with pytest.raises(
