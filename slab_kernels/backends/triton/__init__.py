@@ -118,10 +118,12 @@ class TritonBackend(OneLaunchBackend):
         return state
 
     def takes(self, state: Any, dtype: torch.dtype) -> bool:
-        """Whether it is a stream for these activations, on a device that reads streams."""
+        """Whether it is a stream for these activations that fits a grid, on a device that reads
+        streams."""
         return (
             isinstance(state, CudaState)
             and state.dtype == dtype
+            and stream.fits(state.rows)
             and stream.usable(state.stream.device, dtype)
         )
 
@@ -163,7 +165,7 @@ class TritonBackend(OneLaunchBackend):
         device = device_of(torch.cuda.current_device())
         config = choose(sizes, problem.M, bits_of(problem.dtype), device)
         here = torch.device("cuda", torch.cuda.current_device())
-        if stream.expected(here, problem.dtype):
+        if stream.fits((problem.N,)) and stream.expected(here, problem.dtype):
             if not config.rebuild and stream.decodes(problem.M, problem.rank):
                 return f"{device.name}: {stream.describe(problem.M, problem.rank)}"
             if not config.rebuild:
@@ -195,9 +197,11 @@ def device_of(index: int | None) -> TritonDevice:
 def _stream_of(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState | None:
     """The parts as a stream, or None where the device takes none.
 
-    Nor are numbers a stream that only the plain kernels hold, as some of a rank above 1.
+    Nor are numbers a stream that only the plain kernels hold, as some of a rank above 1, or more
+    rows than its kernels' grids.
     """
-    if not stream.usable(parts[0].values.device, dtype):
+    rows = [part.out_features for part in parts]
+    if not stream.fits(rows) or not stream.usable(parts[0].values.device, dtype):
         return None
     try:
         return layout.prepare(parts, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ DIFFERS = "gives results that differ from the reference"
 COMPILED_TOKENS = (1, 2, 16)  # counts that have a kernel of their own
 # Tiles of tokens that decode the weight each for themselves rather than rebuild it once.
 MOST_TOKEN_TILES = 8
+MOST_PAIRS = 65535  # row pairs: CTAs along y of a grid (CUDA programming guide)
 REBUILT_ROWS = 8192  # rows of a rebuilt weight in memory at a time
 REBUILD_VALUES = {W16: "w16", INT8: "int8", INT4: "int4"}  # as rebuild.py calls them
 _CHECKING = threading.Lock()
@@ -52,6 +54,11 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
             stacklevel=2,
         )
     return defect is None
+
+
+def fits(rows: Sequence[int]) -> bool:
+    """Whether a grid has room for the row pairs of parts with so many rows."""
+    return sum(ceil_div(count, BLOCK_ROWS) for count in rows) <= MOST_PAIRS
 
 
 def expected(device: torch.device, dtype: torch.dtype) -> bool:

@@ -242,6 +242,16 @@ def test_what_takes_the_plain_kernels(nvidia, monkeypatch):
     assert type(BACKEND.prepare(packed, torch.float16)) is TritonState
 
 
+def test_more_row_pairs_than_a_grid_has_take_the_plain_kernels(nvidia, monkeypatch):
+    assert stream.fits((32 * 65535,)) and not stream.fits((32 * 65535 + 1,))
+    monkeypatch.setattr(stream, "MOST_PAIRS", 3)
+    for rows, state in (((96,), CudaState), ((97,), TritonState), ((33, 33), TritonState)):
+        parts = [random_packed(PackedLayout(n, 136)) for n in rows]
+        assert type(BACKEND.prepare_fused(parts, torch.float16)) is state
+        theirs = cuda.BACKEND.prepare_fused(parts, torch.float16)
+        assert BACKEND.takes(theirs, torch.float16) is (state is CudaState)
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("no\nsuch instruction")])
 def test_a_device_that_fails_its_first_use_takes_the_plain_kernels(nvidia, monkeypatch, error):
     """It is asked once, and one sentence says so."""
