@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...format import ceil_div
 from ..cuda.layout import ACTIVATIONS, BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
+from ..one_launch import refuse_capture
 from . import launch, sparse
 from .rows import DECODE, TritonSizes
 
@@ -36,14 +37,15 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     The first use of a device compares a block of random patterns with the reference, since only
     habit says which lane holds which element of a Triton tensor. If it differs, the process warns
     once, and the plain kernels run on the canonical tensors.
+
+    Raises: BackendError if a CUDA graph is captured at that time.
     """
     if dtype not in ACTIVATIONS or not launch.speaks_ptx(device):
         return False
     with _CHECKING:
         if device.index in _TRUSTED:
             return _TRUSTED[device.index]
-        if device.index is not None and torch.cuda.is_current_stream_capturing():
-            return False  # A check would become part of the graph; the next use makes it.
+        refuse_capture(device)  # The check would become part of the graph.
         defect = _defect(device)
         _TRUSTED[device.index] = defect is None
     if defect is not None:

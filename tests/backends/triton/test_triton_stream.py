@@ -4,6 +4,7 @@ one copy in memory for both backends. No GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from triton_programs import Emulated
 
 from slab_kernels import FusedSlabLinear, SlabLinear
-from slab_kernels.backends import cuda, dispatch
+from slab_kernels.backends import cuda, dispatch, one_launch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.cuda import layout
 from slab_kernels.backends.cuda.layout import CudaState
@@ -34,7 +35,7 @@ from slab_kernels.backends.triton.launch import TritonState
 from slab_kernels.backends.triton.rows import TileConfig, TritonDevice
 from slab_kernels.bench import correctness, tune_weight
 from slab_kernels.bench import tune as tuning
-from slab_kernels.errors import ArgumentTypeError, RangeError, ShapeError
+from slab_kernels.errors import ArgumentTypeError, BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import ROUNDOFF, oracle, random_packed
 
@@ -275,6 +276,35 @@ def test_a_device_that_fails_its_first_use_takes_the_plain_kernels(nvidia, monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BACKEND.prepare(packed, torch.float16)
+
+
+def test_nothing_is_prepared_while_a_graph_is_captured(nvidia, monkeypatch):
+    """The capture of the layer's device counts; afterwards the first use is made as ever."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    monkeypatch.setattr(launch, "current", on)
+    capturing, other = torch.device("cuda", 1), torch.device("cuda", 2)
+    said = "a layer on cuda:1 cannot be prepared while a CUDA graph is captured; call prepare"
+    for refused in (
+        lambda: stream.usable(capturing, torch.float16),
+        lambda: one_launch.refuse_capture(capturing),
+    ):
+        with pytest.raises(BackendError, match=said):
+            refused()
+    assert stream.usable(other, torch.float16) and stream._TRUSTED == {2: True}
+    asked = []
+    monkeypatch.setattr(one_launch, "refuse_capture", asked.append)
+    for made in (BACKEND, cuda.BACKEND):
+        made.prepare(random_packed(PackedLayout(40, 136)), torch.float16)
+    assert asked == [torch.device("cpu")] * 2
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError("no room for a file")])
