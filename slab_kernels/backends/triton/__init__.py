@@ -113,8 +113,7 @@ class TritonBackend(OneLaunchBackend):
         state = launch.prepare(parts, dtype)
         register()
         if state.values.is_cuda:
-            x = torch.zeros(1, state.in_features, dtype=dtype, device=state.values.device)
-            self.linear(x, state)
+            self._compile(state, state.values.new_zeros(1, state.in_features, dtype=dtype))
         return state
 
     def takes(self, state: Any, dtype: torch.dtype) -> bool:
@@ -132,8 +131,15 @@ class TritonBackend(OneLaunchBackend):
         register()
         if state.stream.is_cuda:
             for M in stream.COMPILED_TOKENS:
-                x = state.stream.new_zeros(M, state.in_features, dtype=state.dtype)
-                self.linear(x, state)
+                self._compile(
+                    state, state.stream.new_zeros(M, state.in_features, dtype=state.dtype)
+                )
+
+    def _compile(self, state: State, x: Tensor) -> None:
+        """Runs what a call with x runs, for which it is compiled: with no bias or one of x's type,
+        which are the same kernel, and with one of fp32, as an fp32 layer has under autocast."""
+        self.linear(x, state)
+        self.linear(x, state, x.new_zeros(sum(state.rows), dtype=torch.float32))
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the one prepared for.

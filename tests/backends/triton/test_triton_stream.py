@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,6 +388,24 @@ def test_fused_layers_hold_one_copy_too(chosen, second):
         parts = made.state if type(made.state) is tuple else ((made.state, 64),)
         found.append([part.stream.data_ptr() for part, _ in parts])
     assert found[0] == found[1] and len(found[0]) == (1 if second == "int4" else 2)
+
+
+def test_what_is_compiled_ahead_of_a_capture(nvidia, monkeypatch):
+    """Every count with a kernel of its own, and a bias of fp32 as under autocast."""
+    called = []
+    monkeypatch.setattr(
+        BACKEND,
+        "linear",
+        lambda x, state, bias=None: called.append((x.shape, x.dtype, bias is not None and bias)),
+    )
+    state = BACKEND.prepare(random_packed(PackedLayout(40, 136)), torch.float16)
+    on_gpu = SimpleNamespace(is_cuda=True, new_zeros=torch.zeros)
+    assert not called
+    BACKEND.make_ready(SimpleNamespace(**{**state._asdict(), "stream": on_gpu}))
+    assert [shape for shape, *_ in called] == [(M, 136) for M in (1, 2, 16) for _ in range(2)]
+    assert {dtype for _, dtype, _ in called} == {torch.float16}
+    for without, (_, _, bias) in zip(called[::2], called[1::2], strict=True):
+        assert without[2] is False and (bias.shape, bias.dtype) == ((40,), torch.float32)
 
 
 def test_a_tuple_of_no_states_is_not_taken_over(nvidia):
