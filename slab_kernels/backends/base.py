@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,13 @@ def capability_here(device: str) -> tuple[int, int] | None:
     if device != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability()
+
+
+def wait_until_written(tensors: Iterable[Tensor]) -> None:
+    """Waits, for those of the tensors on GPUs, until all that was queued on the current streams to
+    write them has been done."""
+    for device in {t.device for t in tensors if t.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Backend:

@@ -101,11 +101,12 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
 
 
 def prepare_fused(
-    parts: Sequence[PackedWeight], dtype: torch.dtype, before: Sequence[Any] = ()
+    parts: Sequence[PackedWeight], dtype: torch.dtype, before: Sequence[tuple[Backend, Any]] = ()
 ) -> tuple[Backend, Any]:
     """A backend that runs every part for activations of `dtype`, and its state for `linear_fused`.
 
-    before: states of these parts for the same activations. One that the backend takes is used.
+    before: states of these parts for the same activations, and whose they are. One that is the
+        backend's own is used, or one that it adopts.
 
     Raises: BackendError if a forced backend cannot run one of them.
     """
@@ -114,6 +115,8 @@ def prepare_fused(
     chosen = max(map(select, problems), key=lambda backend: names.index(backend.name))
     # Inside inference_mode no inference tensors may be left behind: autograd could not save them.
     with torch.inference_mode(False), torch.no_grad():
-        adopted = (chosen.adopt(state, dtype) for state in before)
+        adopted = (
+            state if owner is chosen else chosen.adopt(state, dtype) for owner, state in before
+        )
         state = next((state for state in adopted if state is not None), None)
         return chosen, chosen.prepare_fused(parts, dtype) if state is None else state

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentTypeError, ShapeError
+from ..errors import ArgumentTypeError, BackendError, ShapeError
 from ..format import PackedWeight
 from .base import Backend, differences
 
@@ -42,7 +42,8 @@ class OneLaunchBackend(Backend):
 
         See `Backend.adopt`.
         """
-        if type(state) is tuple and all(type(part) is tuple and len(part) == 2 for part in state):
+        parted = type(state) is tuple and bool(state)
+        if parted and all(type(part) is tuple and len(part) == 2 for part in state):
             parts = tuple((self.adopt(part, dtype), rows) for part, rows in state)
             return None if any(part is None for part, _ in parts) else parts
         if not self.takes(state, dtype):
@@ -55,7 +56,12 @@ class OneLaunchBackend(Backend):
         return self.prepare_fused((packed,), dtype)
 
     def prepare_fused(self, parts: Sequence[PackedWeight], dtype: torch.dtype | None = None) -> Any:
-        """One state for weights of equal layout; for others a tuple of states, as in `Backend`."""
+        """One state for weights of equal layout; for others a tuple of states, as in `Backend`.
+
+        Raises: BackendError while a CUDA graph is captured.
+        """
+        for device in {part.values.device for part in parts}:
+            refuse_capture(device)
         if len(parts) > 1 and differences(parts):
             return super().prepare_fused(parts, dtype)
         return self.prepare_parts(parts, dtype or torch.float16)
@@ -64,6 +70,22 @@ class OneLaunchBackend(Backend):
         """x [..., K] -> [..., sum of the parts' N], by one launch where `prepare_fused` could."""
         one = isinstance(state, self.state_types)
         return self.linear(x, state, bias) if one else super().linear_fused(x, state, bias)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises: BackendError while the device's current stream is captured into a CUDA graph.
+
+    Preparing waits for the device and loads kernels, which no capture allows.
+    """
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        captured = torch.cuda.is_current_stream_capturing()
+    if captured:
+        raise BackendError(
+            f"a layer on {device} cannot be prepared while a CUDA graph is captured; call "
+            "prepare(dtype) or the layer itself before the capture"
+        )
 
 
 def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:

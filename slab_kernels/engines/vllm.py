@@ -39,6 +39,7 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from ..backends import dispatch
+from ..backends.base import wait_until_written
 from ..errors import ArchitectureError, CheckpointError, ShapeError, UnsupportedError
 from ..format import PackedLayout, Slice
 from ..models.folder import Checkpoint
@@ -299,6 +300,9 @@ class SlabLinearMethod(LinearMethodBase):
                 layer.register_parameter(name, kept)
                 replace_parameter(layer, name, leaf, prefer_copy=True)
                 leaves[i] = getattr(layer, name)
+        # Kernels may read a prepared weight before they wait for what is queued ahead of them, so
+        # the copies must have ended. They begin only after the kernels queued before them.
+        wait_until_written(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         layer.slab_state = tree_unflatten(leaves, structure)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -157,9 +157,10 @@ class SlabLinear(nn.Module):
     def offload(self) -> SlabLinear:
         """Keep the canonical tensors in CPU memory from now on.
 
-        A prepared layer works from its own copy of them, so on a GPU this halves what it takes.
-        Saving still works, and so does another dtype, for whose preparing they are copied back.
-        Moving the module brings them along again.
+        Where the backend works from a copy, as it does with a stream on a GPU, this halves what the
+        layer takes there. The plain Triton kernels read the canonical tensors themselves, so with
+        them nothing is freed. Saving still works, and so does another dtype, for whose preparing
+        they are copied back. Moving the module brings them along again.
 
         Raises: BackendError before `prepare`.
         """
@@ -322,7 +323,7 @@ class FusedSlabLinear(nn.Module):
             weight = _packed(part.layout, held)
             packed.append(weight.to(part._home or weight.values.device))
         kept = linears.get(dtype, ())
-        before = [p.state for p in kept if p.source.is_still(source.tensors)]
+        before = [(p.backend, p.state) for p in kept if p.source.is_still(source.tensors)]
         made = dispatch.prepare_fused(packed, dtype, before)
         return keep(linears, dtype, Prepared(*made, source))
 

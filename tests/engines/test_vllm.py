@@ -443,7 +443,11 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
 
     _probe(layer, load)
     assert not hasattr(layer, "weight")
-    kept = None
+    kept, awaited = None, []
+    monkeypatch.setattr(
+        "slab_kernels.engines.vllm.wait_until_written",
+        lambda tensors: awaited.append([t.data_ptr() for t in tensors]),
+    )
     for seed in (1, 2):
         packed = random_packed(layout, seed=seed)
         load((f"mixer.q_a_proj.{name}", tensor) for name, tensor in packed.tensors().items())
@@ -456,6 +460,7 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
             t.data_ptr() for t in tree_leaves(layer.slab_state) if isinstance(t, torch.Tensor)
         ]
         assert kept in (None, prepared) and layer.slab_prepared_0.data_ptr() == prepared[0]
+        assert awaited.pop() == prepared and not awaited  # kernels read them without waiting
         kept = prepared
         del layer.slab_prepared_0  # as a reload of vLLM does
 

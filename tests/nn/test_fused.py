@@ -62,6 +62,18 @@ def test_a_state_dict_round_trip_and_a_copy_prepare_anew():
     assert copy.deepcopy(fused)._linears == {}
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_is_prepared_is_kept_while_the_weights_stay(monkeypatch, backend):
+    monkeypatch.setenv("SLAB_KERNELS_BACKEND", backend)
+    fused = FusedSlabLinear(parts()).prepare()
+    (first,) = fused._linears[torch.float32]
+    (second,) = fused.prepare()._linears[torch.float32]
+    assert second.state is first.state
+    fused.parts[1].values.zero_()
+    (third,) = fused.prepare()._linears[torch.float32]
+    assert third.state is not first.state
+
+
 @pytest.mark.slow
 def test_compile_before_and_after_the_first_call():
     x = torch.ones(2, K)

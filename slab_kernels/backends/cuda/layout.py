@@ -37,7 +37,7 @@ from ...format import (
     rounding_error,
 )
 from .. import factors
-from ..base import differences
+from ..base import differences, wait_until_written
 
 TILE_ROWS, BLOCK_ROWS, BLOCK_INPUTS = 16, 32, 128
 W16, INT8, INT4, DENSE = range(4)  # These are StreamValues of csrc/cuda/params.h.
@@ -113,8 +113,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
 
 def finish(state: CudaState) -> None:
     """Waits, on a GPU, until all that was queued to write the prepared tensors has been done."""
-    if state.stream.is_cuda:
-        torch.cuda.current_stream(state.stream.device).synchronize()
+    wait_until_written((state.stream,))
 
 
 # From the stream back to dense tensors.

@@ -41,6 +41,7 @@ from .tiles import (
     sums_bytes,
 )
 
+MOST_ROW_TILES = 65535  # CTAs along y of a grid (CUDA programming guide, compute capabilities)
 SPLITS = (1, 2, 4, 8)  # CTAs that may share K
 REGIMES = (0, DECODE, FEW, 1 << 62)  # A regime is above one of these and up to the next.
 REGISTER_FILE = 65536  # registers of a multiprocessor
@@ -55,8 +56,8 @@ def choose(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> Plan | R
 
     by_rows: False leaves the choice to the model alone.
 
-    Raises: ArgumentError if no plan fits into the device's shared memory, ConfigError if the file
-    of measured rows is damaged.
+    Raises: ArgumentError if no plan fits the device's shared memory and grids, ConfigError if the
+    file of measured rows is damaged.
     """
     if M > FEW and M >= _rebuilt_from(sizes, gpu):
         return rebuild(sizes, M, gpu)
@@ -124,9 +125,12 @@ def residencies(
 ) -> list[Plan]:
     """The plans with this tile for one, two and four CTAs per multiprocessor, as far as they fit.
 
-    Each has as many stages as there is room for. One CTA alone needs two, several need three. A CTA
-    of the wide loop makes room for no more tokens than there are.
+    There is none if the row tiles are too many for a grid. Each plan has as many stages as there is
+    room for. One CTA alone needs two, several need three. A CTA of the wide loop makes room for no
+    more tokens than there are.
     """
+    if sum(sizes.row_tiles(tile.rows)) > MOST_ROW_TILES:
+        return []
     tokens = min(tokens, M) if tile.loop == WIDE else tokens
     if tile.loop == MANY:
         registers = sizes.registers(tile.tall)[tokens] * tile.threads
@@ -161,7 +165,10 @@ def named(row: MeasuredRow, found: list[Plan]) -> Plan | None:
 
 
 def _too_large(sizes: CudaSizes, gpu: Gpu) -> ArgumentError:
-    return ArgumentError(f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory")
+    return ArgumentError(
+        f"no tile of {sizes} fits {gpu.shared_limit} bytes of shared memory and a grid of "
+        f"{MOST_ROW_TILES} row tiles; use the triton backend"
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,7 +192,7 @@ def _split(sizes: CudaSizes, of: tuple[int, int], gpu: Gpu, by_rows: bool) -> tu
     Measured rows of the regime have one way. Without them it is the one with the least time by the
     model, summed over some token counts.
 
-    Raises: ArgumentError if no plan fits into the device's shared memory.
+    Raises: ArgumentError if no plan fits the device's shared memory and grids.
     """
     if of[0] >= FEW:
         return 1, 1

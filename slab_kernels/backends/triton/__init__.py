@@ -113,15 +113,16 @@ class TritonBackend(OneLaunchBackend):
         state = launch.prepare(parts, dtype)
         register()
         if state.values.is_cuda:
-            x = torch.zeros(1, state.in_features, dtype=dtype, device=state.values.device)
-            self.linear(x, state)
+            self._compile(state, state.values.new_zeros(1, state.in_features, dtype=dtype))
         return state
 
     def takes(self, state: Any, dtype: torch.dtype) -> bool:
-        """Whether it is a stream for these activations, on a device that reads streams."""
+        """Whether it is a stream for these activations that fits a grid, on a device that reads
+        streams."""
         return (
             isinstance(state, CudaState)
             and state.dtype == dtype
+            and stream.fits(state.rows)
             and stream.usable(state.stream.device, dtype)
         )
 
@@ -130,8 +131,15 @@ class TritonBackend(OneLaunchBackend):
         register()
         if state.stream.is_cuda:
             for M in stream.COMPILED_TOKENS:
-                x = state.stream.new_zeros(M, state.in_features, dtype=state.dtype)
-                self.linear(x, state)
+                self._compile(
+                    state, state.stream.new_zeros(M, state.in_features, dtype=state.dtype)
+                )
+
+    def _compile(self, state: State, x: Tensor) -> None:
+        """Runs what a call with x runs, for which it is compiled: with no bias or one of x's type,
+        which are the same kernel, and with one of fp32, as an fp32 layer has under autocast."""
+        self.linear(x, state)
+        self.linear(x, state, x.new_zeros(sum(state.rows), dtype=torch.float32))
 
     def linear(self, x: Tensor, state: State, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the one prepared for.
@@ -163,7 +171,7 @@ class TritonBackend(OneLaunchBackend):
         device = device_of(torch.cuda.current_device())
         config = choose(sizes, problem.M, bits_of(problem.dtype), device)
         here = torch.device("cuda", torch.cuda.current_device())
-        if stream.expected(here, problem.dtype):
+        if stream.fits((problem.N,)) and stream.expected(here, problem.dtype):
             if not config.rebuild and stream.decodes(problem.M, problem.rank):
                 return f"{device.name}: {stream.describe(problem.M, problem.rank)}"
             if not config.rebuild:
@@ -195,9 +203,11 @@ def device_of(index: int | None) -> TritonDevice:
 def _stream_of(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState | None:
     """The parts as a stream, or None where the device takes none.
 
-    Nor are numbers a stream that only the plain kernels hold, as some of a rank above 1.
+    Nor are numbers a stream that only the plain kernels hold, as some of a rank above 1, or more
+    rows than its kernels' grids.
     """
-    if not stream.usable(parts[0].values.device, dtype):
+    rows = [part.out_features for part in parts]
+    if not stream.fits(rows) or not stream.usable(parts[0].values.device, dtype):
         return None
     try:
         return layout.prepare(parts, dtype)

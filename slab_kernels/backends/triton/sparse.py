@@ -114,12 +114,20 @@ def _words(x: Tensor) -> Tensor:
     """x [M, K] as uint32 words of two numbers, [M, K / 2]; copied only if it must be."""
     if x.shape[1] % 2:
         x = pad(x, (0, 1))
-    elif x.stride(1) != 1 or x.storage_offset() % 2 or (x.shape[0] > 1 and x.stride(0) % 2):
+    elif x.stride(1) != 1 or _starts_odd(x) or (x.shape[0] > 1 and x.stride(0) % 2):
         x = x.contiguous()
-        x = x.clone() if x.storage_offset() % 2 else x
+        x = x.clone() if _starts_odd(x) else x
     if x.shape[0] == 1:
         x = x.as_strided(x.shape, (x.shape[1], 1))  # The stride of a single row may be odd.
     return x.view(torch.uint32)
+
+
+def _starts_odd(x: Tensor) -> bool:
+    """Whether x, of 16-bit numbers, begins in the middle of a word, of its storage or in memory.
+
+    The two differ where the storage itself begins there, as one from DLPack may.
+    """
+    return x.storage_offset() % 2 != 0 or x.data_ptr() % 4 != 0
 
 
 def _z(words: Tensor, state: CudaState, configuration: Configuration) -> Tensor:
@@ -223,39 +231,58 @@ def _triton_type(dtype: torch.dtype) -> Any:
 
 def self_check(device: torch.device) -> bool:
     """Whether the kernel computes on the device what it should: 32 rows of random patterns, bit for
-    bit.
+    bit, of integers and of 16-bit values, by either number of warps and for one n8 tile of tokens
+    and two.
 
     Which thread holds an element of a Triton tensor is habit and no promise; so this is asked once.
     """
-    generator = torch.Generator().manual_seed(17)
-    k_blocks, K = Z_WARPS + 1, BLOCK_INPUTS * Z_WARPS + 72
-    legal = torch.tensor(sorted(LEGAL_NIBBLES), dtype=torch.uint8)
-    nibbles = legal[torch.randint(0, len(legal), (2, k_blocks, 512), generator=generator)]
-    codes, signs = (
-        torch.randint(0, 256, (k_blocks, size), generator=generator, dtype=torch.uint8)
-        for size in (VALUE_BYTES[INT4], 256)
+    return all(
+        _comes_out_right(device, values, dtype, warps, tokens)
+        for values, dtype, warps, tokens in (
+            (INT4, torch.float16, 8, 8),
+            (W16, torch.bfloat16, 16, 16),
+        )
     )
-    # Codes are 4 q in rows g and 64 q in rows g + 8.
-    scales = torch.tensor([1 / 4, 1 / 64], dtype=torch.bfloat16).repeat(k_blocks, 16)
-    blocks = [codes, nibbles[0] | nibbles[1] << 4, signs, scales.view(torch.uint8)]
-    U = torch.randint(1, 4, (BLOCK_ROWS, 1), generator=generator).half().view(torch.int16)
-    V = torch.randint(-2, 3, (1, 1, BLOCK_INPUTS * k_blocks), generator=generator).half()
+
+
+def _comes_out_right(
+    device: torch.device, values: int, dtype: torch.dtype, warps: int, tokens: int
+) -> bool:
+    """`self_check` for one program, with small integers."""
+    generator = torch.Generator().manual_seed(17)
+    k_blocks, K = warps + 1, BLOCK_INPUTS * warps + 72
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    legal = torch.tensor(sorted(LEGAL_NIBBLES), dtype=torch.uint8)
+    nibbles = legal[whole(0, len(legal), 2, k_blocks, 512)]
+    metadata, signs = nibbles[0] | nibbles[1] << 4, whole(0, 256, k_blocks, 256).byte()
+    if values == INT4:
+        codes = whole(0, 256, k_blocks, VALUE_BYTES[INT4]).byte()
+        # Codes are 4 q in rows g and 64 q in rows g + 8.
+        scales = torch.tensor([1 / 4, 1 / 64], dtype=torch.bfloat16).repeat(k_blocks, 16)
+        blocks = [codes, metadata, signs, scales.view(torch.uint8)]
+    else:
+        kept = whole(-2, 3, k_blocks, VALUE_BYTES[W16] // 2).to(dtype)
+        blocks = [kept.view(torch.uint8), metadata, signs]
+    U = whole(1, 4, BLOCK_ROWS, 1).to(dtype).view(torch.int16)
     state = CudaState(
         stream=torch.cat(blocks, 1)[None].to(device),
-        V=V.to(device),
+        V=whole(-2, 3, 1, 1, BLOCK_INPUTS * k_blocks).to(device, dtype),
         U=(U.int() | U.int() << 16).to(device),
         P=None,
         Q=None,
         in_features=K,
         rows=(BLOCK_ROWS,),
-        values=INT4,
+        values=values,
         group_steps=4,
         planes=1,
-        dtype=torch.float16,
+        dtype=dtype,
     )
-    x = torch.randint(-2, 3, (5, K), generator=generator).half().to(device)
+    x = whole(-2, 3, tokens - 3, K).to(device, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # The kernel may read weights before copies have ended.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        y = decode(x, state, None, Configuration(tokens=8, warps=Z_WARPS, splits=1, z_splits=1))
-    return torch.equal(y, (x.double() @ dense(state).double().T).half())
+        y = decode(x, state, None, Configuration(tokens, warps, splits=1, z_splits=1))
+    return torch.equal(y, (x.double() @ dense(state).double().T).to(dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ...format import ceil_div
 from ..cuda.layout import ACTIVATIONS, BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
+from ..one_launch import refuse_capture
 from . import launch, sparse
 from .rows import DECODE, TritonSizes
 
@@ -22,6 +24,7 @@ DIFFERS = "gives results that differ from the reference"
 COMPILED_TOKENS = (1, 2, 16)  # counts that have a kernel of their own
 # Tiles of tokens that decode the weight each for themselves rather than rebuild it once.
 MOST_TOKEN_TILES = 8
+MOST_PAIRS = 65535  # row pairs: CTAs along y of a grid (CUDA programming guide)
 REBUILT_ROWS = 8192  # rows of a rebuilt weight in memory at a time
 REBUILD_VALUES = {W16: "w16", INT8: "int8", INT4: "int4"}  # as rebuild.py calls them
 _CHECKING = threading.Lock()
@@ -34,14 +37,15 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     The first use of a device compares a block of random patterns with the reference, since only
     habit says which lane holds which element of a Triton tensor. If it differs, the process warns
     once, and the plain kernels run on the canonical tensors.
+
+    Raises: BackendError if a CUDA graph is captured at that time.
     """
     if dtype not in ACTIVATIONS or not launch.speaks_ptx(device):
         return False
     with _CHECKING:
         if device.index in _TRUSTED:
             return _TRUSTED[device.index]
-        if device.index is not None and torch.cuda.is_current_stream_capturing():
-            return False  # A check would become part of the graph; the next use makes it.
+        refuse_capture(device)  # The check would become part of the graph.
         defect = _defect(device)
         _TRUSTED[device.index] = defect is None
     if defect is not None:
@@ -54,16 +58,27 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return defect is None
 
 
+def fits(rows: Sequence[int]) -> bool:
+    """Whether a grid has room for the row pairs of parts with so many rows."""
+    return sum(ceil_div(count, BLOCK_ROWS) for count in rows) <= MOST_PAIRS
+
+
 def expected(device: torch.device, dtype: torch.dtype) -> bool:
     """`usable` without a check: what the device will do unless it has failed one."""
     return dtype in ACTIVATIONS and launch.speaks_ptx(device) and _TRUSTED.get(device.index, True)
 
 
 def _defect(device: torch.device) -> str | None:
-    """What a first use of sparse tensor cores on the device shows to be wrong, if anything."""
+    """What a first use of sparse tensor cores on the device shows to be wrong, if anything.
+
+    Raises: torch.OutOfMemoryError and OSError, which say nothing of the kernel: the next use tries
+        again.
+    """
     try:
         with launch.current(device):
             return None if sparse.self_check(device) else DIFFERS
+    except (torch.OutOfMemoryError, OSError):
+        raise
     except Exception as error:  # whatever a version of Triton raises for what it cannot compile
         return f"could not be tried ({type(error).__name__}: {' '.join(str(error).split())})"
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slab_kernels.backends.base import wait_until_written
 from slab_kernels.backends.cuda import BACKEND, launch, layout, plan, prefetch
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.launch import CudaDevice, LinearParams, linear
@@ -165,8 +166,12 @@ def test_a_prepared_weight_is_finished_when_prepare_returns(monkeypatch):
         return SimpleNamespace(synchronize=lambda: done.append(device))
 
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
-    layout.finish(SimpleNamespace(stream=SimpleNamespace(is_cuda=True, device="cuda:3")))
+    there, here = SimpleNamespace(is_cuda=True, device="cuda:3"), torch.zeros(1)
+    layout.finish(SimpleNamespace(stream=there))
     assert done == ["cuda:3"]
+    wait_until_written([there, here, there])  # as after a reload, once for a device
+    wait_until_written([here])
+    assert done == ["cuda:3", "cuda:3"]
     asked = []
     monkeypatch.setattr(layout, "finish", asked.append)
     state = prepared()

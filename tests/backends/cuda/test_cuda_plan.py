@@ -277,6 +277,20 @@ def test_sizes_that_no_model_has(gpu):
             assert max(map(len, ways)) <= 1, (sizes, ways)
 
 
+@pytest.mark.parametrize("gpu", (A100, H200), ids=("A100", "H200"))
+@pytest.mark.parametrize("rank, planes", [(0, 1), (1, 1), (16, 2)])
+def test_row_tiles_stay_within_a_grid(gpu, rank, planes):
+    """A grid has at most 65535 CTAs along y: so many rows take tiles of more rows."""
+    for rows, (values, steps), M in itertools.product(
+        ((32 * 65535 + 1,), (3 << 20, 1 << 21), (128 * 65535,)), VALUES, (1, 4, 16, 33)
+    ):
+        sizes = CudaSizes(128, rows, values, steps, rank, 0, planes)
+        check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
+        assert chosen.grid[1] <= 65535, (sizes, M, gpu.name)
+    with pytest.raises(ValueError, match="and a grid of 65535 row tiles; use the triton backend"):
+        choose(CudaSizes(128, (1 << 24,), INT4, 4, 1, 0), 1, gpu)
+
+
 def test_the_tables_hold_what_the_kernels_can():
     """Powers of two (the kernels shift and mask by them), eight or sixteen warps; tall warps where
     linear.cu has their kernels."""

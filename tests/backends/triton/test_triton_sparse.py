@@ -188,6 +188,23 @@ def test_any_strides_and_alignment_of_x(emulated, K):
         exact(sparse.decode(single, state, None, configuration), x[:1], (packed,))
 
 
+def test_a_storage_may_begin_in_the_middle_of_a_word(emulated):
+    """As one from DLPack may, whose storage offset is 0, or 1 where the address is a word's."""
+    K = 1150
+    packed = random_packed(PackedLayout(32, K, "int8", None, 1), integers=True)
+    state = layout.prepare((packed,), torch.float16)
+    x = whole((3, K), torch.float16)
+    room = torch.zeros(3 * K + 8, dtype=torch.float16).view(torch.uint8)
+    storage = torch.from_numpy(room.numpy()[2:]).view(torch.float16)
+    for start in (0, 1):
+        view = storage.as_strided((3, K), (K, 1), start)
+        view.copy_(x)
+        assert (view.data_ptr() % 4, view.storage_offset()) == (2 - 2 * start, start)
+        y = sparse.decode(view, state, None, sparse.configuration(state, 3, 132))
+        exact(y, x, (packed,))
+        assert sparse._words(view).data_ptr() % 4 == 0
+
+
 def test_values_beyond_a_warps_blocks_do_not_reach_it(emulated):
     """A warp without a block reads another's, whose infinity must not become NaN by a zero."""
     packed = random_packed(PackedLayout(32, 1030, "fp16", None, 0))
@@ -209,19 +226,24 @@ def test_random_numbers_stay_within_the_error_bound(emulated, dtype, values):
     assert bool(((y.double() - expected).abs() <= magnitude * 3 * ROUNDOFF[dtype]).all())
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_check_of_a_first_use(monkeypatch, overlap):
-    """It finds a program right, and finds two lanes exchanged."""
+@pytest.mark.parametrize("overlap, wrong", [(False, layout.INT4), (True, layout.W16)])
+def test_the_check_of_a_first_use(monkeypatch, overlap, wrong):
+    """It finds both programs right, and finds two lanes of one exchanged."""
     device = torch.device("cpu")
     emulator = Emulated(sparse_kernel.decode_kernel, ("y_ptr",), 90 if overlap else 80)
     monkeypatch.setattr(sparse, "overlaps", lambda device: overlap)
     monkeypatch.setattr(sparse_kernel, "decode_kernel", emulator)
     assert sparse.self_check(device)
+    assert [(kernel.warps, grid) for kernel, grid, _ in emulator.launched] == [
+        (8, (1, 1, 1)), (16, (1, 1, 1))
+    ]  # fmt: skip
     dense = sparse.dense
 
     def exchanged(state):
-        signs = state.stream[..., 1536:1792].view(torch.int64)
-        signs[..., [5, 6]] = signs[..., [6, 5]]
+        first = layout.VALUE_BYTES[wrong] + layout.METADATA_BYTES
+        signs = state.stream[..., first : first + layout.SIGN_BYTES].view(torch.int64)
+        if state.values == wrong:
+            signs[..., [5, 6]] = signs[..., [6, 5]]
         return dense(state)
 
     monkeypatch.setattr(sparse, "dense", exchanged)

@@ -4,8 +4,10 @@ one copy in memory for both backends. No GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ pytest.importorskip("triton")
 from triton_programs import Emulated
 
 from slab_kernels import FusedSlabLinear, SlabLinear
-from slab_kernels.backends import cuda, dispatch
+from slab_kernels.backends import cuda, dispatch, one_launch
 from slab_kernels.backends import triton as backend
 from slab_kernels.backends.cuda import layout
 from slab_kernels.backends.cuda.layout import CudaState
@@ -34,7 +36,7 @@ from slab_kernels.backends.triton.launch import TritonState
 from slab_kernels.backends.triton.rows import TileConfig, TritonDevice
 from slab_kernels.bench import correctness, tune_weight
 from slab_kernels.bench import tune as tuning
-from slab_kernels.errors import ArgumentTypeError, RangeError, ShapeError
+from slab_kernels.errors import ArgumentTypeError, BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout, bits
 from slab_kernels.testing import ROUNDOFF, oracle, random_packed
 
@@ -242,6 +244,16 @@ def test_what_takes_the_plain_kernels(nvidia, monkeypatch):
     assert type(BACKEND.prepare(packed, torch.float16)) is TritonState
 
 
+def test_more_row_pairs_than_a_grid_has_take_the_plain_kernels(nvidia, monkeypatch):
+    assert stream.fits((32 * 65535,)) and not stream.fits((32 * 65535 + 1,))
+    monkeypatch.setattr(stream, "MOST_PAIRS", 3)
+    for rows, state in (((96,), CudaState), ((97,), TritonState), ((33, 33), TritonState)):
+        parts = [random_packed(PackedLayout(n, 136)) for n in rows]
+        assert type(BACKEND.prepare_fused(parts, torch.float16)) is state
+        theirs = cuda.BACKEND.prepare_fused(parts, torch.float16)
+        assert BACKEND.takes(theirs, torch.float16) is (state is CudaState)
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("no\nsuch instruction")])
 def test_a_device_that_fails_its_first_use_takes_the_plain_kernels(nvidia, monkeypatch, error):
     """It is asked once, and one sentence says so."""
@@ -265,6 +277,51 @@ def test_a_device_that_fails_its_first_use_takes_the_plain_kernels(nvidia, monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BACKEND.prepare(packed, torch.float16)
+
+
+def test_nothing_is_prepared_while_a_graph_is_captured(nvidia, monkeypatch):
+    """The capture of the layer's device counts; afterwards the first use is made as ever."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    monkeypatch.setattr(launch, "current", on)
+    capturing, other = torch.device("cuda", 1), torch.device("cuda", 2)
+    said = "a layer on cuda:1 cannot be prepared while a CUDA graph is captured; call prepare"
+    for refused in (
+        lambda: stream.usable(capturing, torch.float16),
+        lambda: one_launch.refuse_capture(capturing),
+    ):
+        with pytest.raises(BackendError, match=said):
+            refused()
+    assert stream.usable(other, torch.float16) and stream._TRUSTED == {2: True}
+    asked = []
+    monkeypatch.setattr(one_launch, "refuse_capture", asked.append)
+    for made in (BACKEND, cuda.BACKEND):
+        made.prepare(random_packed(PackedLayout(40, 136)), torch.float16)
+    assert asked == [torch.device("cpu")] * 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError("no room for a file")])
+def test_a_first_use_that_the_machine_prevents_is_tried_again(nvidia, monkeypatch, error):
+    checks = iter([error, None])
+
+    def check(device):
+        if found := next(checks):
+            raise found
+        return True
+
+    monkeypatch.setattr(sparse, "self_check", check)
+    packed = random_packed(PackedLayout(40, 136))
+    with pytest.raises(type(error), match=str(error)):
+        BACKEND.prepare(packed, torch.float16)
+    assert type(BACKEND.prepare(packed, torch.float16)) is CudaState
 
 
 def test_activations_are_checked_in_words(nvidia):
@@ -331,6 +388,29 @@ def test_fused_layers_hold_one_copy_too(chosen, second):
         parts = made.state if type(made.state) is tuple else ((made.state, 64),)
         found.append([part.stream.data_ptr() for part, _ in parts])
     assert found[0] == found[1] and len(found[0]) == (1 if second == "int4" else 2)
+
+
+def test_what_is_compiled_ahead_of_a_capture(nvidia, monkeypatch):
+    """Every count with a kernel of its own, and a bias of fp32 as under autocast."""
+    called = []
+    monkeypatch.setattr(
+        BACKEND,
+        "linear",
+        lambda x, state, bias=None: called.append((x.shape, x.dtype, bias is not None and bias)),
+    )
+    state = BACKEND.prepare(random_packed(PackedLayout(40, 136)), torch.float16)
+    on_gpu = SimpleNamespace(is_cuda=True, new_zeros=torch.zeros)
+    assert not called
+    BACKEND.make_ready(SimpleNamespace(**{**state._asdict(), "stream": on_gpu}))
+    assert [shape for shape, *_ in called] == [(M, 136) for M in (1, 2, 16) for _ in range(2)]
+    assert {dtype for _, dtype, _ in called} == {torch.float16}
+    for without, (_, _, bias) in zip(called[::2], called[1::2], strict=True):
+        assert without[2] is False and (bias.shape, bias.dtype) == ((40,), torch.float32)
+
+
+def test_a_tuple_of_no_states_is_not_taken_over(nvidia):
+    for one in (BACKEND, cuda.BACKEND):
+        assert one.adopt((), torch.float16) is None
 
 
 # The op
