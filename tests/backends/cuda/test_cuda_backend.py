@@ -339,7 +339,8 @@ def test_kernels_are_loaded_with_the_weight(monkeypatch):
     monkeypatch.setattr(layout, "prepare", lambda parts, dtype: state)
     monkeypatch.setattr(driver, "load", lambda name, device: loaded.append((name, device)))
     monkeypatch.setattr(cuda, "register", lambda: registered.append(True))
-    assert BACKEND.prepare(None, torch.bfloat16) is state
+    packed = random_packed(PackedLayout(24, 200, "int8", 64, rank=2))
+    assert BACKEND.prepare(packed, torch.bfloat16) is state
     assert registered and loaded == [
         (name, 3) for name in kernel_names(sizes(state), torch.bfloat16)
     ]
