@@ -184,7 +184,8 @@ FAULTS = (
     ),
     Fault(
         "int4 codes off by one",
-        "slab_kernels/backends/triton/*.py", "bitcast=True) - (8388608.0", "bitcast=True) - (8388609.0",
+        "slab_kernels/backends/triton/*.py",
+        "bitcast=True) - (8388608.0", "bitcast=True) - (8388609.0",
         INTERPRETED, IN_INTERPRETER,
     ),
     Fault(
