@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "tests"
-MOST = 400  # results of a kind; those used longest ago go first
+MOST = 1000  # results of a kind; those used longest ago go first
 
 
 def kept(
@@ -58,9 +58,17 @@ def _read(path: Path) -> bytes | None:
     return data
 
 
+def _used(path: Path) -> float:
+    """When it was last asked for; 0 if another process has removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _forget_the_oldest(place: Path) -> None:
     """Removes what is over MOST, with its lock."""
     results = [path for path in place.iterdir() if not path.suffix]
-    for path in sorted(results, key=lambda path: -path.stat().st_mtime)[MOST:]:
+    for path in sorted(results, key=_used, reverse=True)[MOST:]:
         path.unlink(missing_ok=True)
         path.with_suffix(".lock").unlink(missing_ok=True)

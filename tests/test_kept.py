@@ -65,6 +65,15 @@ def test_the_results_used_longest_ago_are_forgotten(ask, tmp_path, monkeypatch):
     assert ask("e") == (b"text", False)
 
 
+def test_what_another_process_forgets_meanwhile_is_no_error(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "MOST", 1)
+    ask("a")
+    gone = tmp_path / "kind" / "gone"
+    gone.symlink_to(tmp_path / "nowhere")  # is listed, but cannot be looked at
+    assert ask("b") == (b"text", True)
+    assert not gone.is_symlink()
+
+
 def test_processes_that_ask_together_wait_for_one(tmp_path):
     command = [sys.executable, "-c", ASK, str(HERE), str(tmp_path)]
     processes = [subprocess.Popen(command) for _ in range(3)]
