@@ -78,6 +78,7 @@ def test_gradients_of_input_and_bias():
 def test_compile_fullgraph_dynamic_and_export():
     module = SlabLinear.from_packed(random_packed(LAYOUT), torch.randn(24))
     eager = [module(torch.ones(m, 48)) for m in (1, 3, 17)]
+    torch._dynamo.reset()  # Other tests of this process compile the same code.
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     for y, m in zip(eager, (1, 3, 17), strict=True):
         assert torch.allclose(compiled(torch.ones(m, 48)), y, atol=1e-5)
@@ -88,6 +89,7 @@ def test_compile_fullgraph_dynamic_and_export():
 
 def test_compiling_before_the_first_call_is_right():
     module = SlabLinear.from_packed(random_packed(LAYOUT))
+    torch._dynamo.reset()  # Other tests of this process compile the same code.
     y = torch.compile(module, fullgraph=True, dynamic=True)(torch.ones(2, 48))
     assert torch.allclose(y, module(torch.ones(2, 48)), atol=1e-5)
 
