@@ -43,12 +43,14 @@ from slab_kernels.testing import random_packed
 GROUP = {"int4": 128, "int8": 128, "fp16": None}  # value type -> inputs that a scale covers
 VALUES = tuple(GROUP)
 TINY = (32, 128)  # one block of the stream
-K_BLOCKS = (8, 16, 32, 48)  # Weights of the loop's line: all fit the L2 cache of an H100.
+# A line is fitted through the times of weights of so many K blocks, which fit an H100's L2 cache.
+K_BLOCKS = (8, 16, 32, 48)
 WARP_SHAPES = ((4096, 4096), (6144, 4096))
 WARPS = (4, 8, 16)
 CHAIN_SHAPE = (4096, 4096)
 MOST_PREFETCHED = 8 << 20  # bytes of the next weight
-FROM_MEMORY = ("memory", "bytes in flight")  # bounds that a weight in cache does not meet
+# Bounds of the cost model that do not hold for a weight that is in the cache.
+FROM_MEMORY = ("memory", "bytes in flight")
 
 
 class Stand(NamedTuple):
@@ -167,7 +169,8 @@ def warps(stand: Stand, values: str) -> Iterator[Row]:
 def overlap(stand: Stand, values: str) -> Iterator[Row]:
     """A chain over copies of a square weight: each linear reads what the one before it wrote.
 
-    The model knows no overlap: what it takes for the start of a launch is expected to be hidden.
+    The cost model knows no overlap. Its prediction less the time that it takes for the start of a
+    launch is what is expected where launches overlap.
     """
     state = stand.weight(*CHAIN_SHAPE, values)
     first, sizes, copies = stand.tokens(1, CHAIN_SHAPE[1]), sizes_of(state), stand.copies(state)

@@ -182,7 +182,7 @@ def run_cuda(rows: Rows, end: float) -> bool:
         row = cuda_outcome(weight, device, where)
         rows.add(row)
         if "broken" in row:
-            # What stands in the file is left out by the fresh process.
+            # The fresh process leaves out the cases whose rows are in the file already.
             print(f"{row['case']} left the device unusable; a fresh process goes on", flush=True)
             os.environ |= {AGAIN: "", SECONDS: str(end - time.monotonic() + MARGIN)}
             os.execv(sys.executable, [sys.executable, "-m", "on_gpu.correct", *sys.argv[1:]])

@@ -13,7 +13,7 @@ import itertools
 import pytest
 
 from sass import counter as sass
-from sass.findings import Findings
+from sass.findings import Findings, excesses
 from slab_kernels.backends.cuda import compile as recipe
 from slab_kernels.backends.cuda import cost
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
@@ -118,15 +118,8 @@ def test_a_mask_and_its_constant_are_one_instruction(machine_code, architecture)
 def test_nothing_is_called_or_spilled_and_registers_suffice(machine_code, architecture):
     wrong = Findings()
     for name, kernel in narrow(machine_code(architecture)[1]).items():
-        usage = kernel.usage
-        if usage.registers > MOST_REGISTERS:
-            wrong[f"{usage.registers} registers instead of {MOST_REGISTERS}"].append(name)
-        if usage.stack or usage.local or {i.base for i in kernel.instructions} & {"LDL", "STL"}:
-            wrong[f"spills: {usage.stack} bytes of stack"].append(name)
-        # ptxas leaves some long loops by CALL.REL.NOINC to the next label, on sm_80 to 89: a jump.
-        calls = [i for i in kernel.instructions if i.base in ("CALL", "RET")]
-        if any("`(.L_x_" not in i.operands for i in calls):
-            wrong["a call of a subroutine: a division, or lanes that may diverge"].append(name)
+        for what in excesses(kernel, MOST_REGISTERS):
+            wrong[what].append(name)
     wrong.check()
 
 
