@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .kernels import _rows as rows_of
+from .pairs import product
 from .sparse_block import (
     Magic,
     Words,
@@ -28,7 +29,7 @@ from .sparse_block import (
     sign_operand,
     where_exists,
 )
-from .sparse_operands import complement, multiply_dense, multiply_pairs, multiply_sparse
+from .sparse_operands import complement, multiply_dense, multiply_sparse
 
 
 class Place(NamedTuple):
@@ -125,8 +126,8 @@ def _round(kept, signs, words, place, lane, magic, exists, left, KIND: tl.conste
             for n in tl.static_range(X_TILES):
                 b = x[n]
                 z += ((
-                    multiply_pairs(b[0], v[0], T), multiply_pairs(b[1], v[1], T),
-                    multiply_pairs(b[2], v[2], T), multiply_pairs(b[3], v[3], T),
+                    product(b[0], v[0], T), product(b[1], v[1], T),
+                    product(b[2], v[2], T), product(b[3], v[3], T),
                 ),)  # fmt: skip
         if KIND.values == "dense":
             near = _dense_products(half, x, kept, 0, step, T)

@@ -78,19 +78,6 @@ def complement(metadata):
 
 
 @triton.jit
-def multiply_pairs(a, b, T: tl.constexpr):
-    """Products of two 16-bit numbers, rounded to nearest even.
-
-    bf16 products as such exist from sm_90 on; a b + (-0) is the same number.
-    """
-    FP16: tl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
-    BF16: tl.constexpr = "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
-    return tl.inline_asm_elementwise(
-        FP16 if T == tl.float16 else BF16, "=r,r,r", [a, b], tl.uint32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _plus(a, CONSTANT: tl.constexpr):
     """a + a constant, two fp16 numbers."""
     return tl.inline_asm_elementwise(
