@@ -1,9 +1,9 @@
 // What a CUDA kernel is called with, and the prepared stream that it reads. Plain C;
 // backends/cuda/launch.py mirrors the struct.
 //
-// The CUDA stream is made by backends/cuda/layout.py and never saved. A block is a pair of row tiles,
-// 2 x 16 output rows x 128 inputs, in the order in which lanes want it: lane = 4 g + t holds rows g
-// and g + 8 of both tiles. The blocks of a row pair follow each other along K. A block is, one part
+// The CUDA stream is made by backends/cuda/layout.py and never saved. A block is a pair of row
+// tiles, 2 x 16 output rows x 128 inputs, in the order in which lanes want it: lane = 4 g + t holds
+// rows g and g + 8 of both tiles. The blocks of a row pair follow each other along K. A block is, one part
 // after the other (a_i is register i of an A fragment, see ptx.cuh):
 //
 //   values    of tile 0, then of tile 1:
@@ -23,8 +23,8 @@
 //             above, are the index of its level, 3/2 - index. Those of a_i's halves, i = 2 c + h,
 //             stand 8 (step % 2) + 2 i above bits 0 and 16. The third plane: 32 lanes x 2 tiles x 1
 //             word: its bits stand 4 step + c + 2 h above bits 0 and 16
-//   scales    int8, int4: 128 / group x 8 g x 2 tiles x {row g, row g + 8} x bf16. Those of int4 are
-//             divided by what the codes are too large by (from_int4 in ptx.cuh)
+//   scales    int8, int4: 128 / group x 8 g x 2 tiles x {row g, row g + 8} x bf16. Those of int4
+//             are divided by what the codes are too large by (from_int4 in ptx.cuh)
 //
 // w16 with signs takes 4864 bytes, 9.5 bits per weight. Every block is a multiple of 16 bytes.
 #pragma once

@@ -155,8 +155,8 @@ struct WideWeights {
     block_bytes = Traits::block_bytes(params.group_steps);
     from = keep(params.stream + (uint64_t(block) * block_bytes + (16 * lane + kReach)));
     in_tail = 16 * lane < int(block_bytes) - 512 * kWhole;
-    // Token tiles, where there are several, run side by side and find a weight in L2 all the same. (A
-    // policy that is chosen at run time costs up to 17 instructions a block on sm_80.)
+    // Token tiles, where there are several, run side by side and find a weight in L2 all the same.
+    // (A policy that is chosen at run time costs up to 17 instructions a block on sm_80.)
     policy = read_once_policy();
   }
 
