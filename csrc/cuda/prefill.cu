@@ -1,6 +1,7 @@
 // Every kernel for many tokens on Hopper, one row each: compiled for sm_90a alone. Device code only,
 // without CUDA or standard headers: nvcc and NVRTC compile the same text.
 #include "prefill_kernel.cuh"
+#include "prefill_reduce.cuh"
 
 namespace slab {
 
@@ -37,6 +38,14 @@ namespace slab {
   SLAB_PREFILL(prefill_##kind##_bf16_##name, pair, Bf16, what, values, any, tokens, groups, pair, \
                ctas)
 
+#define SLAB_PREFILL_REDUCE(kernel, T)                                      \
+  extern "C" __global__ void __launch_bounds__(128, 8)                      \
+      kernel(const __grid_constant__ PrefillParams params) {                \
+    prefill_reduce<T>(params);                                              \
+  }
+
 SLAB_PREFILL_KERNELS(SLAB_PREFILL_PAIR)
+SLAB_PREFILL_REDUCE(prefill_reduce_fp16, Fp16)
+SLAB_PREFILL_REDUCE(prefill_reduce_bf16, Bf16)
 
 }  // namespace slab

@@ -11,18 +11,38 @@
 
 namespace slab {
 
-// 16 rows x 16 tokens of a warp, which lie in `staging` token by token, in pieces of 8 rows.
-// first_row: of the warp.
-template <class Traits>
-__device__ __forceinline__ void store_staged(const PrefillParams& params, uint32_t staging,
+// The bias of rows g and g + 8 of a warp's 16, of which `first_row` is the first.
+__device__ __forceinline__ void load_bias(float (&bias)[2], const PrefillParams& params,
+                                          int first_row, int end_row, int lane) {
+  const int row = first_row + lane / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    bias[h] = row + 8 * h < end_row ? bias_of(params, row + 8 * h) : 0.0f;
+}
+
+// y of a warp's 16 rows and 16 tokens, from the sums c of two eights of tokens (wgmma.cuh). They are
+// turned in `staging`, token by token, and stored in pieces of 8 rows.
+template <class T>
+__device__ __forceinline__ void store_tokens(const PrefillParams& params, uint32_t staging,
+                                             const float (&c)[8], const float (&bias)[2],
                                              int first_row, int end_row, int first_token,
                                              int lane) {
+  uint32_t r[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int from = i / 2 * 4 + i % 2 * 2;
+    r[i] = T::pack(c[from] + bias[i % 2], c[from + 1] + bias[i % 2]);
+  }
+  __syncwarp();  // The tokens before have been read.
+  // Lane l names token l % 8 of eight number l / 16, and of the first or second eight rows.
+  store_matrices_transposed(
+      staging + (lane / 16 * 8 + lane % 8) * kStagingPitch + lane / 8 % 2 * 16, r);
+  __syncwarp();
   const int token = first_token + lane / 2, row = first_row + lane % 2 * 8;
-  const uint32_t at = staging + lane / 2 * Traits::kStagingPitch + lane % 2 * 16;
   if (token >= params.tokens || row >= end_row) return;
+  const uint32_t at = staging + lane / 2 * kStagingPitch + lane % 2 * 16;
   uint8_t* const to = params.y + 2 * (int64_t(token) * params.out_features + row);
   if (row + 8 <= end_row && (params.out_features | row) % 8 == 0) {
-    uint32_t r[4];
     load_shared(r, at);
     *reinterpret_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
   } else {
@@ -36,31 +56,19 @@ template <class Traits>
 __device__ __forceinline__ void store_tile(const PrefillParams& params, const PrefillPlace& place,
                                            const float (&sums)[Traits::kTokens / 2],
                                            uint32_t shared_base, int warp, int lane) {
-  using T = typename Traits::Activation;
-  const uint32_t staging = shared_base + Traits::kStagingAt + warp * Traits::kStagingBytes;
-  const int first_row = place.first_row + kTileRows * warp, row = first_row + lane / 4;
+  const uint32_t staging = shared_base + Traits::kStagingAt + warp * kStagingBytes;
+  const int first_row = place.first_row + kTileRows * warp;
   float bias[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    bias[h] = row + 8 * h < place.end_row ? bias_of(params, row + 8 * h) : 0.0f;
-  // Lane l names token l % 8 of the first or second eight (l / 16) and of the first or second eight
-  // rows (l / 8 % 2).
-  const uint32_t own =
-      staging + (lane / 16 * 8 + lane % 8) * Traits::kStagingPitch + lane / 8 % 2 * 16;
+  load_bias(bias, params, first_row, place.end_row, lane);
 #pragma unroll
   for (int j = 0; j < Traits::kTokens / 8; j += 2) {
     const int token = place.first_token + 8 * j;
     if (token >= params.tokens) break;
-    uint32_t r[4];
+    float c[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = 4 * (j + i / 2) + i % 2 * 2;
-      r[i] = T::pack(sums[c] + bias[i % 2], sums[c + 1] + bias[i % 2]);
-    }
-    store_matrices_transposed(own, r);
-    __syncwarp();
-    store_staged<Traits>(params, staging, first_row, place.end_row, token, lane);
-    __syncwarp();
+    for (int i = 0; i < 8; ++i) c[i] = sums[4 * j + i];
+    store_tokens<typename Traits::Activation>(params, staging, c, bias, first_row, place.end_row,
+                                              token, lane);
   }
 }
 

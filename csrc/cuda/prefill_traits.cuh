@@ -15,6 +15,10 @@ namespace slab {
 //                    plane, or any
 enum PrefillKind : int { kPrefillOne, kPrefillBoth, kPrefillRebuild };
 
+// Where a warp turns 16 tokens x 16 rows before they are stored: 48 bytes a token, so that eight
+// tokens meet all banks.
+constexpr int kStagingPitch = 48, kStagingBytes = 16 * kStagingPitch;
+
 // A CTA has kGroups_ warpgroups that multiply, 64 rows each, and one that fetches; kPair_ CTAs are a
 // cluster, kResident_ of them share a multiprocessor.
 template <class Activation_, int kKind_, int kValues_, bool kAny_, int kTokens_, int kGroups_,
@@ -49,9 +53,7 @@ struct PrefillTraits {
   // v * x is there.
   static constexpr int kFullWeightsAt = 128, kEmptyWeightsAt = 192, kFullTokensAt = 256,
                        kEmptyTokensAt = 320, kFullProductsAt = 384;
-  // Where a warp turns 16 tokens x 16 rows before they are stored: 48 bytes a token, so that eight
-  // tokens meet all banks.
-  static constexpr int kStagingAt = 512, kStagingPitch = 48, kStagingBytes = 16 * kStagingPitch;
+  static constexpr int kStagingAt = 512;
   static constexpr int kHeadBytes =
       (kStagingAt + kConsumerWarps * kStagingBytes + 1023) / 1024 * 1024;
   static constexpr int kBoxBytes = 2 * kStageInputs * kTokens;
