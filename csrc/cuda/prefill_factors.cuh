@@ -75,15 +75,16 @@ struct PrefillRows {
   }
 };
 
-// The kept values of a step of 32 inputs: register i of an A fragment, with their scales.
+// The kept values of a step of 32 inputs, with their scales.
 template <class Traits>
 struct PrefillKept {
   using T = typename Traits::Activation;
-
-  // Integer values: one load serves several steps, half as many where registers are few.
-  static constexpr int kWords = Traits::kHolds ? 4 : 2;
-  static constexpr int kStepWords = Traits::kValues == kI8 ? 2 : 1;
+  // What one load takes. It serves several steps of integers, half as many where registers are few.
+  static constexpr int kWords = Traits::kHolds || !Traits::kScaled ? 4 : 2;
+  static constexpr int kStepWords = Traits::kValues == kW16 ? 4 : Traits::kValues == kI8 ? 2 : 1;
   static constexpr int kLoadSteps = kWords / kStepWords;
+  static constexpr int kPieceSteps = 4 / kStepWords;  // of a lane's 16 bytes
+
   uint32_t words[kWords];
   // In a register that the compiler cannot see through: a LOP3 takes one immediate operand only.
   uint32_t magic;
@@ -94,25 +95,27 @@ struct PrefillKept {
 
   // at: of the lane's first 16 bytes.
   template <int kStep>
-  __device__ __forceinline__ void load(uint32_t (&a)[4], uint32_t at,
-                                       const PrefillRows<Traits>& rows) {
+  __device__ __forceinline__ void load(uint32_t at) {
+    if (kStep % kLoadSteps == 0)
+      load_shared(words, at + 512 * (kStep / kPieceSteps) + 4 * kStepWords * (kStep % kPieceSteps));
+  }
+
+  // Of a k16: registers 2 kColumn and 2 kColumn + 1 of an A fragment.
+  template <int kStep, int kColumn>
+  __device__ __forceinline__ void convert(uint32_t (&a)[2], const PrefillRows<Traits>& rows) const {
+    constexpr int kWord = kStep % kLoadSteps * kStepWords;
     if constexpr (Traits::kValues == kW16) {
-      load_shared(a, at + 512 * kStep);
+      a[0] = words[2 * kColumn], a[1] = words[2 * kColumn + 1];
+    } else if constexpr (Traits::kValues == kI8) {
+      T::from_int8(a[0], a[1], words[kWord + kColumn], magic);
     } else {
-      // A lane's 16 bytes are two steps of int8, or four of int4.
-      constexpr int kPerPiece = 4 / kStepWords, kPiece = kStep / kPerPiece, kIn = kStep % kPerPiece;
-      if (kStep % kLoadSteps == 0) load_shared(words, at + 512 * kPiece + 4 * kStepWords * kIn);
-      constexpr int kWord = kStep % kLoadSteps * kStepWords;
-      if constexpr (Traits::kValues == kI8) {
-        T::from_int8(a[0], a[1], words[kWord], magic);
-        T::from_int8(a[2], a[3], words[kWord + 1], magic);
-      } else {
-        T::from_int4(a, words[kWord], magic);
-      }
+      uint32_t all[4];
+      T::from_int4(all, words[kWord], magic);
+      a[0] = all[2 * kColumn], a[1] = all[2 * kColumn + 1];
     }
     if constexpr (Traits::kScaled) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = T::multiply(a[i], twice(rows.scale, i % 2));
+      for (int h = 0; h < 2; ++h) a[h] = T::multiply(a[h], twice(rows.scale, h));
     }
   }
 };

@@ -60,7 +60,6 @@ struct RebuildOperands {
   static constexpr bool kHoldsMetadata = Traits::kConsumerRegisters > 200;
 
   uint32_t a[4 / kIssues][4];  // of one k16 each
-  uint32_t kept[4];
   uint32_t held[2][2];  // metadata of steps 2 and 3
   uint32_t signs;
   uint32_t values_at, metadata_at, signs_at, scales_at, v_at;
@@ -133,7 +132,7 @@ struct RebuildOperands {
   __device__ __forceinline__ void make() {
     if constexpr (kIssue == 0) {
       rows.template load_scales<kGroupSteps, kStep>(scales_at, scale_shift);
-      values.template load<kStep>(kept, values_at, rows);
+      values.template load<kStep>(values_at);
     }
     if constexpr (kIssues == 2) {
       make_k16<kStep, kIssue>();
@@ -146,7 +145,8 @@ struct RebuildOperands {
   template <int kStep, int kColumn>
   __device__ __forceinline__ void make_k16() {
     uint32_t(&to)[4] = a[slot(kStep, kColumn)];
-    uint32_t factor[2], both = entries<kStep, kColumn>();
+    uint32_t kept[2], factor[2], both = entries<kStep, kColumn>();
+    values.template convert<kStep, kColumn>(kept, rows);
     load_shared(factor, v_at + 64 * kStep + 32 * kColumn);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -156,8 +156,8 @@ struct RebuildOperands {
       const uint32_t magnitude = T::multiply(
           choose_bytes(factor[0], factor[1], select[0] >> 16), twice(rows.u, h));
       const uint32_t pruned = and_xor(signs << (4 * kStep + i), 0x80008000u, magnitude);
-      const uint32_t own = choose_bytes(kept[i], pruned, select[0]);
-      const uint32_t got = exchange(choose_bytes(kept[i], pruned, select[1]));
+      const uint32_t own = choose_bytes(kept[h], pruned, select[0]);
+      const uint32_t got = exchange(choose_bytes(kept[h], pruned, select[1]));
       to[h] = is_even_lane() ? own : got, to[h + 2] = is_even_lane() ? got : own;
     }
   }
