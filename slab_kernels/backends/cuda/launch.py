@@ -28,7 +28,7 @@ from .gpus import Gpu
 from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState, adapters
 from .plan import choose
 from .prefetch import successor_of
-from .tiles import MANY, NARROW, WIDE, CudaSizes, sizes_of
+from .tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes, sizes_of
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
@@ -37,7 +37,19 @@ BIAS_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # bias_typ
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
 STEPS = 4  # of 32 inputs in a K block
-_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial", "next")
+_POINTERS = (
+    "x",
+    "stream",
+    "v",
+    "u",
+    "powers",
+    "adapter_p",
+    "adapter_z",
+    "bias",
+    "y",
+    "partial",
+    "next",
+)
 _WIDE_NUMBERS = ("token_stride", "next_bytes")
 _NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "rank", "planes",
             "group_steps", "adapter_steps", "z_splits", "bias_type", "warp_rows", "warp_tokens",
@@ -112,6 +124,9 @@ def _name(sizes: CudaSizes, act: str, loop: str, tokens: int, tall: bool = False
     if sizes.values == DENSE:
         return f"adapter_{act}_t{sizes.wide_tokens if loop == WIDE else tokens}"
     kind = f"{act}_{VALUE_NAMES[sizes.values]}"
+    if loop == REBUILD:
+        several = sizes.rank > 1 or sizes.planes > 1
+        return f"rebuild_{kind}_{'any' if several else 'one'}_t{tokens}"
     if loop != MANY:
         kind += f"_{PLANE_NAMES[sizes.planes if sizes.rank else 0]}"
         if loop == WIDE and sizes.rank > 1:
