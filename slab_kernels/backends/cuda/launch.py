@@ -25,10 +25,11 @@ from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
 from .gpus import Gpu
-from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState, adapters
+from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState
 from .plan import choose
 from .prefetch import successor_of
 from .tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes, sizes_of
+from .unpack import adapters
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
@@ -37,19 +38,8 @@ BIAS_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # bias_typ
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
 STEPS = 4  # of 32 inputs in a K block
-_POINTERS = (
-    "x",
-    "stream",
-    "v",
-    "u",
-    "powers",
-    "adapter_p",
-    "adapter_z",
-    "bias",
-    "y",
-    "partial",
-    "next",
-)
+_POINTERS = ("x", "stream", "v", "u", "powers", "adapter_p", "adapter_z", "bias", "y", "partial",
+             "next")  # fmt: skip
 _WIDE_NUMBERS = ("token_stride", "next_bytes")
 _NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "rank", "planes",
             "group_steps", "adapter_steps", "z_splits", "bias_type", "warp_rows", "warp_tokens",
@@ -212,6 +202,8 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     args.next, args.next_bytes = successor_of(args.stream)
     if state.U is not None and state.V is not None:
         args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
+    if state.powers is not None:
+        args.powers = state.powers.data_ptr()
     if bias is not None:
         args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
     splits = chosen.plan.splits
