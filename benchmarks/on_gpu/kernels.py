@@ -45,7 +45,7 @@ def main() -> int:
     start, wanted = time.monotonic(), names([*small(), *large()])
     built = [
         path.name
-        for unit in images.kernel_units()
+        for unit in images.kernel_units(driver.capability(index))
         for path in images.ahead_of_time(unit, driver.capability(index))[:1]
     ]
     for name in wanted:

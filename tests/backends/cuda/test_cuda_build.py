@@ -316,7 +316,7 @@ def test_images_of_other_sources_are_not_used(ahead, monkeypatch):
 
 def test_without_sources_and_images(ahead, monkeypatch):
     monkeypatch.setattr(images, "kernel_sources", dict)
-    assert images.kernel_units() == ["small"] and images.missing((9, 0)) is None, (
+    assert images.kernel_units((9, 0)) == ["small"] and images.missing((9, 0)) is None, (
         "the record names them"
     )
     (ahead / recipe.RECORD).write_text("{")

@@ -90,7 +90,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(driver, "_thread", None)
     monkeypatch.setattr(driver, "_usable", set())
     cached = (
-        driver._cuda,
+        driver.library,
         driver._properties,
         driver._ordinal,
         driver._primary,
@@ -116,7 +116,7 @@ def fake(library, fresh, monkeypatch):
     unit."""
     monkeypatch.setattr(driver, "LIBRARY", str(library))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(images, "kernel_units", lambda: ["linear"])
+    monkeypatch.setattr(images, "kernel_units", lambda _: ["linear"])
     monkeypatch.setattr(
         images,
         "images",
@@ -175,7 +175,7 @@ def test_modules_and_functions_are_loaded_once(fake):
 def test_loading_ahead_launches_nothing(fake):
     driver.load("linear_w16", 1)
     assert fake.loads == 1 and fake.last.launches == 0
-    with pytest.raises(driver.CudaError, match="there is no kernel absent_one in csrc/cuda"):
+    with pytest.raises(driver.CudaError, match="there is no kernel absent_one for capability 9.0 in csrc/cuda"):
         driver.load("absent_one", 1)
 
 
@@ -369,7 +369,7 @@ def test_reasons_in_order(fake, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with monkeypatch.context() as patch:
         patch.setattr(driver, "LIBRARY", "libcuda-of-nobody.so.1")
-        driver._cuda.cache_clear()
+        driver.library.cache_clear()
         reason = (
             "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the "
             "driver"
