@@ -36,9 +36,9 @@ from slab_kernels.backends.cuda import compile as recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = "linear"
-SHARING = (
-    2  # warps that copy a group's activations: tiles.py's most frequent tile has 64 rows, two warps
-)
+# Warps that copy a group's activations: the most frequent tile of tiles.py has 64 rows, two warps.
+# Where W is rebuilt it has 128 rows, four.
+SHARING, REBUILD_SHARING = 2, 4
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by
 # name. IMAD is the shift, move and add that ptxas puts where the ALU is full; uniform instructions
@@ -158,13 +158,16 @@ class Kernel:
         the tile.
 
         A loop that copies x has several copies a trip, of two token rows each; one with a single
-        copy takes v, a rank each trip. Raises: ValueError for a loop of an unknown kind.
+        copy takes v, a rank each trip, and so does one that rebuilds W. Raises: ValueError for a loop of an unknown kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
-        if self.has(loop.blocks, "HMMA") or len(copies) == 1:  # a rank; its row of v
+        rebuilds = self.name.startswith("rebuild_")
+        a_rank = self.has(loop.blocks, "HMMA") or (rebuilds and not copies)
+        if a_rank or len(copies) == 1:  # or its row of v
             return 1
         if copies:
-            return -(-tokens // (2 * len(copies) * SHARING))
+            sharing = REBUILD_SHARING if rebuilds else SHARING
+            return -(-tokens // (2 * len(copies) * sharing))
         raise ValueError(
             f"{self.name}: what is the loop at {self.blocks[loop.header][0].address:#x}?"
         )
@@ -175,8 +178,8 @@ class Kernel:
 
         Blocks of the main loop count once, whichever way a branch goes, but for three kinds: inner
         loops by their trips, the copy at an edge never, and of several places that add a scale
-        group (FFMA) the last
-        only: a group is 128 inputs, shorter ones are an option.
+        group (FFMA) the last only, of those that convert scales where W is rebuilt (F2FP) the
+        first: a group is 128 inputs, shorter ones are an option.
         """
         found = re.search(r"_t(\d+)", self.name)
         tokens = int(found[1]) if found else 0  # The narrow loop copies no tokens.
@@ -185,8 +188,10 @@ class Kernel:
             if not loop.blocks <= self.edge:
                 times |= dict.fromkeys(loop.blocks, self.trips(loop, tokens))
         times |= dict.fromkeys(self.edge, 0.0)
-        scaling = sorted(b for b in times if self.has([b], "FFMA"))
-        return times | {b: 0.0 for b in scaling[:-1] if not self.has([b], "HMMA")}
+        scaling = sorted(b for b in times if self.has([b], "FFMA"))[:-1]
+        if self.name.startswith("rebuild_"):
+            scaling = sorted(b for b in times if self.has([b], "F2FP"))[1:]
+        return times | {b: 0.0 for b in scaling if not self.has([b], "HMMA")}
 
     def executed(self) -> collections.Counter[str]:
         """Opcode with its modifiers -> warp instructions a K-block; the never executed ones as

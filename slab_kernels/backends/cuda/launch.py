@@ -31,14 +31,15 @@ from .plan import choose
 from .prefill import CAPABILITY, Prefill
 from .prefill_launch import PrefillLaunch, multiply, prefill_launch, prefill_names, set_parts
 from .prefetch import successor_of
-from .tiles import MANY, NARROW, WIDE, CudaSizes, sizes_of
+from .tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes, sizes_of
 from .unpack import adapters
 
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
 STEPS = 4  # of 32 inputs in a K block
-_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial", "next")
+_POINTERS = ("x", "stream", "v", "u", "powers", "adapter_p", "adapter_z", "bias", "y", "partial",
+             "next")  # fmt: skip
 _WIDE_NUMBERS = ("token_stride", "next_bytes")
 _NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "rank", "planes",
             "group_steps", "adapter_steps", "z_splits", "bias_type", "warp_rows", "warp_tokens",
@@ -107,6 +108,9 @@ def _name(sizes: CudaSizes, act: str, loop: str, tokens: int, tall: bool = False
     if sizes.values == DENSE:
         return f"adapter_{act}_t{sizes.wide_tokens if loop == WIDE else tokens}"
     kind = f"{act}_{VALUE_NAMES[sizes.values]}"
+    if loop == REBUILD:
+        several = sizes.rank > 1 or sizes.planes > 1
+        return f"rebuild_{kind}_{'any' if several else 'one'}_t{tokens}"
     if loop != MANY:
         kind += f"_{PLANE_NAMES[sizes.planes if sizes.rank else 0]}"
         if loop == WIDE and sizes.rank > 1:

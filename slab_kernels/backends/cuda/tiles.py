@@ -1,13 +1,14 @@
 """A linear's sizes as its CUDA kernels see them, and the tiles that a CTA may have.
 
 The warps of a CTA share its tile along rows and tokens; those that remain are groups, each of which
-takes every n-th K block and whose sums are added at the end. There are three main loops:
+takes every n-th K block and whose sums are added at the end. There are four main loops:
 
 narrow  up to 16 tokens, as long as tokens x (1 + rank) are at most the 8 columns of one product: x
         and v * x of the CTA's share of K stand in shared memory before the loop, and each warp has
         a ring of weights of its own
 wide    up to 16 tokens otherwise: x travels in the ring with the weights
 many    17 tokens and more
+rebuild 17 tokens and more with signs: W is rebuilt in registers for one dense product
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from .layout import (
     CudaState,
 )
 
-NARROW, WIDE, MANY = LOOPS = ("narrow", "wide", "many")
+NARROW, WIDE, MANY, REBUILD = LOOPS = ("narrow", "wide", "many", "rebuild")
 DECODE, FEW = 16, 64  # tokens up to which each regime reaches: narrow and wide, many, many
 MOST_RANK = 16  # Every stage of the wide loop holds this many rows of V beside the activations.
 LEAST_STAGES, MOST_STAGES = 2, 4
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS  # of one token's activations, or of a row of V, per K block
+SELECTOR_BYTES = 128  # of the table that the loop which rebuilds keeps
 COLUMNS = 8  # of one tensor-core product: tokens, or a token's products with a row of V
 COLUMN_BYTES = TOKEN_ROW_BYTES + 16  # a column's row of the narrow loop: no bank conflicts
 # Of a CTA of the wide loop where the rank is above 1: a column for each token and rank.
@@ -243,7 +245,10 @@ def rings(tile: Tile) -> int:
 
 
 def factors_bytes(sizes: CudaSizes, tile: Tile) -> int:
-    """Bytes of u of a CTA's rows, which narrow and wide keep beside everything else."""
+    """Bytes of u of a CTA's rows, which narrow and wide keep beside everything else. Where W is
+    rebuilt, the rows' powers and a table of selectors are with it (csrc/cuda/rebuild.cuh)."""
+    if tile.loop == REBUILD:
+        return SELECTOR_BYTES + 4 * tile.rows * (1 + sizes.rank)
     return 0 if tile.loop == MANY else 4 * tile.rows * sizes.rank
 
 
@@ -259,5 +264,6 @@ def sums_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
 
     Narrow and wide keep the sums of each rank's signs apart.
     """
-    columns = tokens * tile.warp_tokens * (1 if tile.loop == MANY else 1 + sizes.rank)
+    apart = 1 if tile.loop in (MANY, REBUILD) else 1 + sizes.rank
+    columns = tokens * tile.warp_tokens * apart
     return tile.warp_inputs * columns * (tile.rows + 4) * 4
