@@ -128,6 +128,9 @@ struct PrefillConsumer {
     wait_for_predecessor();  // before anything is written, and a bias read
     PrefillWalk walk(params, cluster);
     while (walk.next(params)) {
+      // Not all lanes may have stored something of the tile before.
+      __syncwarp();
+      barrier(1 + warp / 4, 128);
       const PrefillPlace place(params, walk.tile, rank_in_pair);
       operands.begin(params, place, warp, lane);
       clear();
