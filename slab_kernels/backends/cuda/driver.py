@@ -339,9 +339,7 @@ def _function(name: str, device: int, context: int) -> _Function:
                 (name, device, context), _Function(handle, attributes, _PLAIN_SHARED)
             )
         number, known = ".".join(map(str, capability(device))), ", ".join(units) or "no sources"
-        raise CudaError(
-            f"there is no kernel {name} for capability {number} in csrc/cuda ({known})"
-        )
+        raise CudaError(f"there is no kernel {name} for capability {number} in csrc/cuda ({known})")
 
 
 @functools.cache

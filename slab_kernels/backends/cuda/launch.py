@@ -28,9 +28,9 @@ from .device import BIAS_CODES, DTYPE_NAMES, VALUE_NAMES, CudaDevice
 from .gpus import Gpu
 from .layout import BLOCK_ROWS, DENSE, W16, CudaState
 from .plan import choose
+from .prefetch import successor_of
 from .prefill import CAPABILITY, Prefill
 from .prefill_launch import PrefillLaunch, multiply, prefill_launch, prefill_names, set_parts
-from .prefetch import successor_of
 from .tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes, sizes_of
 from .unpack import adapters
 
