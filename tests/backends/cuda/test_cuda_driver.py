@@ -4,6 +4,7 @@ loaded, allowed and said."""
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import threading
@@ -178,6 +179,31 @@ def test_loading_ahead_launches_nothing(fake):
     words = "there is no kernel absent_one for capability 9.0 in csrc/cuda"
     with pytest.raises(driver.CudaError, match=words):
         driver.load("absent_one", 1)
+
+
+@needs_compiler
+def test_a_unit_that_is_for_another_device_is_not_looked_into(fake, monkeypatch):
+    """It has no image there, which is no fault."""
+    asked = []
+
+    def images_of(unit, capability, _):
+        asked.append((unit, capability))
+        return iter([Image(unit, b"image")])
+
+    monkeypatch.setattr(images, "images", images_of)
+    monkeypatch.setattr(
+        images, "kernel_units", lambda capability: ["linear", "prefill"][: capability[0] - 7]
+    )
+    for device, units, known in ((0, ["linear", "prefill"], "linear, prefill"),
+                                 (2, ["linear"], "linear")):  # fmt: skip
+        asked.clear()
+        capability = driver.capability(device)
+        number = "{}.{}".format(*capability)
+        words = f"no kernel absent_one for capability {number} in csrc/cuda ({known})"
+        with pytest.raises(driver.CudaError, match=re.escape(words)):
+            driver.load("absent_one", device)
+        driver.load("linear_w16", device)
+        assert asked == [(unit, capability) for unit in units]
 
 
 @needs_compiler
