@@ -61,6 +61,7 @@ class MBarriers:
         # one column of the clocks for each place, also when it is initialised again
         number = self.numbers[cta].setdefault(at, len(self.numbers[cta]))
         b = self.known[cta, at] = MBarrier(cta, at, count, lane, number)
+        b.cluster_phase = m.clusters.phase[cta // m.clusters.size]
         if m.races is not None:
             m.races.access(flat, 8, np.array([lane]), True)
             m.races.close(flat, 8)
@@ -86,7 +87,8 @@ class MBarriers:
         if m.ended(b.cta):
             raise PtxError(f"the {b} is in a CTA that has exited", int(lane))
         if b.epoch is not None and lane // 32 != b.lane // 32:
-            if not m.races.has_seen(lane // 32, b.lane // 32, b.epoch):
+            met = b.fenced and m.clusters.phase[b.cta // m.clusters.size] > b.cluster_phase
+            if not met and not m.races.has_seen(lane // 32, b.lane // 32, b.epoch):
                 text = f"the {b} may not be initialised yet: no barrier since mbarrier.init"
                 raise PtxError(text, int(lane))
         return b
@@ -107,15 +109,21 @@ class MBarriers:
             if bytes_ is not None:
                 self.expect(b, int(bytes_[some].sum()), own[0])
             if m.races is not None and releases:
-                b.open = np.maximum(b.open, m.races.release(own))
+                m.races.settle(own)
                 if b.cta != m.cta[own[0]]:
                     self._outlive(m, b, int(own[0]))
-            left = 0 if counts is None else int(counts[some].sum())
-            while left:
-                if b.pending == 0:
+            number = np.ones(own.size, np.int64) if counts is None else counts[some]
+            # one by one if the phase ends among them: it has not the releases of the others
+            steps = [slice(None)] if number.sum() <= b.pending else range(own.size)
+            for step in steps:
+                if m.races is not None and releases:
+                    warps = np.unique(own[step] // 32)
+                    b.open = np.maximum(b.open, m.races.clock[warps].max(0))
+                if counts is None:
+                    continue
+                if b.pending == 0 or np.max(number[step]) > b.pending:
                     raise PtxError(f"more arrivals at the {b} than it counts", int(own[0]))
-                now = min(left, b.pending)
-                b.pending, left = b.pending - now, left - now
+                b.pending -= int(np.sum(number[step]))
                 over |= self.complete(m, b)
         return over
 
