@@ -33,11 +33,10 @@ from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout, prefetch
-from .cost import dense_microseconds
+from .explain import explained
 from .gpus import gpu_like, gpu_named
 from .launch import CudaDevice, kernel_names, linear
 from .layout import ACTIVATIONS, STREAM_VALUES, CudaState
-from .plan import choose
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
@@ -135,12 +134,7 @@ class CudaBackend(OneLaunchBackend):
             adapter_steps=ceil_div(problem.adapter_rank, 16),
             planes=problem.planes,
         )
-        M = max(problem.M, 1)
-        dense = dense_microseconds(problem.N, problem.K, M, found)
-        return (
-            f"{found.name}: {choose(sizes, M, found).describe()}; "
-            f"a dense fp16 linear by the same model: {dense:.1f} us"
-        )
+        return explained(sizes, max(problem.M, 1), found)
 
 
 @functools.cache
