@@ -27,7 +27,7 @@ from . import prefill
 from .cost import BAND, Plan, Rebuild, dense_microseconds, rebuild
 from .gpus import Gpu
 from .layout import DENSE
-from .measured import MeasuredRow, PrefillRow, rows_for
+from .measured import MeasuredRow, PrefillRow, Row, rows_for
 from .prefill import Prefill
 from .tiles import (
     DECODE,
@@ -66,6 +66,7 @@ REGISTER_FILE = 65536  # registers of a multiprocessor
 # Rebuilding is weighed at these numbers of tokens, 65 to 62036, each a tenth above the one before.
 REBUILT_FROM = [round((FEW + 1) * 1.1**n) for n in range(73)]
 NEVER = 1 << 62  # tokens
+Split = tuple[int, int]  # K groups and CTAs that share K, or Prefill.split
 DECODING = "narrow or wide"  # the family of both loops
 
 
@@ -249,20 +250,27 @@ def residencies(
     return found
 
 
-def named(row: MeasuredRow, found: list[Plan]) -> Plan | None:
+def named(row: Row, found: Sequence[Plan | Prefill]) -> Plan | Prefill | None:
     """The plan that a row names, with no more stages than fit, or None if it is not among these."""
     for plan in found:
-        tile = plan.tile
-        same = (
-            row.loop == tile.loop
-            and (row.warp_rows, row.warp_tokens) == (tile.warp_rows, tile.warp_tokens)
-            and (row.split, row.row_tiles) == ((tile.warp_inputs, plan.splits), tile.row_tiles)
-            and (row.warp_width == plan.tokens or tile.loop in (NARROW, WIDE))
-            and row.resident == plan.resident
-        )
-        if same:
+        if isinstance(plan, Prefill):
+            if (row.loop, row.split) == (plan.loop, plan.split):
+                assert isinstance(row, PrefillRow)
+                return replace(plan, measured=row)
+        elif isinstance(row, MeasuredRow) and _is_named(row, plan):
             return replace(plan, stages=min(row.stages, plan.stages), measured=row)
     return None
+
+
+def _is_named(row: MeasuredRow, plan: Plan) -> bool:
+    tile = plan.tile
+    return (
+        row.loop == tile.loop
+        and (row.warp_rows, row.warp_tokens) == (tile.warp_rows, tile.warp_tokens)
+        and (row.split, row.row_tiles) == ((tile.warp_inputs, plan.splits), tile.row_tiles)
+        and (row.warp_width == plan.tokens or tile.loop in (NARROW, WIDE))
+        and row.resident == plan.resident
+    )
 
 
 def own(family: str, sizes: CudaSizes, M: int, gpu: Gpu) -> Plan | Prefill | None:
@@ -296,14 +304,10 @@ def _rebuilt_from(sizes: CudaSizes, gpu: Gpu, by_rows: bool) -> float:
     return threshold
 
 
-Split = tuple[int, int]  # of a loop: K groups and CTAs that share K; else tokens and share of a row
-Row = MeasuredRow | PrefillRow
-
-
-def _plans_of(
+def plans_of(
     family: str, sizes: CudaSizes, M: int, gpu: Gpu, split: Split | None
 ) -> list[Plan] | list[Prefill]:
-    """The plans of a family with a way of splitting K; None: with all that M tokens allow."""
+    """The plans of a family with a way of splitting K; None: all ways, for more than 64 tokens."""
     if not family.startswith("prefill"):
         loop = MANY if family == DECODING else family
         if split is None:
@@ -316,11 +320,8 @@ def _plans_of(
     ]
 
 
-def _named(row: Row, found: list) -> Plan | Prefill | None:
-    return prefill.named(row, found) if isinstance(row, PrefillRow) else named(row, found)
-
-
-def _family_of(row: Row) -> str:
+def family_of(row: Row) -> str:
+    """The family of kernels that a row speaks for."""
     return DECODING if row.loop in (NARROW, WIDE) else row.loop
 
 
@@ -331,14 +332,14 @@ def _best(
 
     A row was timed with its greatest number of tokens. For fewer its time shrinks as the model's.
     """
-    found = _plans_of(family, sizes, M, gpu, split)
+    found = plans_of(family, sizes, M, gpu, split)
     if not found:
         return None
     first = _adapter_us(sizes, M, gpu)
     for row in rows:
-        covers = _family_of(row) == family and row.above < M <= row.tokens
-        if covers and (plan := _named(row, found)):
-            timed = _named(row, _plans_of(family, sizes, row.tokens, gpu, split)) or plan
+        covers = family_of(row) == family and row.above < M <= row.tokens
+        if covers and (plan := named(row, found)):
+            timed = named(row, plans_of(family, sizes, row.tokens, gpu, split)) or plan
             took = row.measured_us * plan.microseconds / timed.microseconds
             return Weighed(family, plan, took + first, first)
     fastest = _fastest(found)
@@ -382,14 +383,14 @@ def _split(
     """
     counts = WEIGHED[of[1]]
     for row in rows_for(sizes, gpu, *of) if by_rows else []:
-        if _family_of(row) != family:
+        if family_of(row) != family:
             continue
-        fit = all(_plans_of(family, sizes, M, gpu, row.split) for M in counts)
-        if fit and _named(row, _plans_of(family, sizes, row.tokens, gpu, row.split)):
+        fit = all(plans_of(family, sizes, M, gpu, row.split) for M in counts)
+        if fit and named(row, plans_of(family, sizes, row.tokens, gpu, row.split)):
             return row.split
     totals: list[tuple[float, Split]] = []
     for split in _splits(family, sizes, of, gpu):
-        found = [_plans_of(family, sizes, M, gpu, split) for M in counts]
+        found = [plans_of(family, sizes, M, gpu, split) for M in counts]
         if all(found):
             total = sum(_fastest(some).microseconds for some in found)
             totals.append((total, split))

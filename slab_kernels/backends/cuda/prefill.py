@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...format import ceil_div
@@ -371,11 +371,3 @@ def dealt(sizes: CudaSizes, M: int, gpu: Gpu, kind: str, tokens: int) -> Iterato
             whole_tiles,
             *fitting,
         )
-
-
-def named(row: PrefillRow, found: list[Prefill]) -> Prefill | None:
-    """The plan that a row names, or None if it is not among these."""
-    for plan in found:
-        if (row.loop, row.split) == (plan.loop, plan.split):
-            return replace(plan, measured=row)
-    return None
