@@ -30,10 +30,12 @@ struct SparseOperands {
                                             const PrefillShared<Traits>& shared, int warp,
                                             int lane) {
     const int tile = warp % kBlockTiles, pair_at = warp / kBlockTiles * shared.block_bytes;
-    values_at = pair_at + tile * Traits::kTileBytes + 16 * lane;
-    metadata_at = pair_at + Traits::kMetadataAt + 16 * lane + 8 * tile;
-    signs_at = pair_at + Traits::kSignsAt + 8 * lane + 4 * tile;
-    scales_at = pair_at + Traits::kSignsAt + (kSigns ? kSignBytes : 0) + lane / 4 * 8 + 4 * tile;
+    // Kept, or the compiler would derive them again in every K-block.
+    values_at = keep(pair_at + tile * Traits::kTileBytes + 16 * lane);
+    metadata_at = keep(pair_at + Traits::kMetadataAt + 16 * lane + 8 * tile);
+    signs_at = keep(pair_at + Traits::kSignsAt + 8 * lane + 4 * tile);
+    scales_at = keep(pair_at + Traits::kSignsAt + (kSigns ? kSignBytes : 0) + lane / 4 * 8 +
+                     4 * tile);
     scale_shift = params.group_steps >> 1;
   }
 
@@ -71,9 +73,9 @@ struct SparseOperands {
     if constexpr (kSigns) asm volatile("" : "+r"(pruned[kStep / 2])::"memory");
   }
 
-  // b: of the stage's first 16 inputs.
+  // b: the descriptor of the stage's tokens.
   template <int kStep>
-  __device__ __forceinline__ void multiply(float (&sums)[Traits::kTokens / 2], uint64_t b) {
+  __device__ __forceinline__ void multiply(float (&sums)[Traits::kTokens / 2], uint32_t b) {
     b += kStep % 2 * 4;
     Products<Traits::kTokens>::template sparse<kStep % 2>(T(), sums, kept[kStep % kBuffers], b,
                                                           metadata[kStep / 2]);
