@@ -12,9 +12,13 @@
 
 namespace slab {
 
-template <class Traits>
+template <class Traits, int kKind = Traits::kKind>
 struct PrefillOperands {
   using Type = SparseOperands<Traits>;
+};
+template <class Traits>
+struct PrefillOperands<Traits, kPrefillRebuild> {
+  using Type = RebuildOperands<Traits>;
 };
 
 template <class Traits>

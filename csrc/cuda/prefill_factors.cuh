@@ -62,6 +62,12 @@ struct PrefillKept {
   using T = typename Traits::Activation;
 
   uint32_t words[4];  // integer values: one load serves several steps
+  // In a register that the compiler cannot see through: a LOP3 takes one immediate operand only.
+  uint32_t magic;
+
+  explicit __device__ __forceinline__ PrefillKept(int never_negative)
+      : magic((Traits::kValues == kI8 ? T::kByteMagic : T::kNibbleMagic) +
+              opaque_zero(never_negative)) {}
 
   // at: of the lane's first 16 bytes.
   template <int kStep>
@@ -71,11 +77,11 @@ struct PrefillKept {
       load_shared(a, at + 512 * kStep);
     } else if constexpr (Traits::kValues == kI8) {
       if (kStep % 2 == 0) load_shared(words, at + 256 * kStep);
-      T::from_int8(a[0], a[1], words[kStep % 2 * 2], T::kByteMagic);
-      T::from_int8(a[2], a[3], words[kStep % 2 * 2 + 1], T::kByteMagic);
+      T::from_int8(a[0], a[1], words[kStep % 2 * 2], magic);
+      T::from_int8(a[2], a[3], words[kStep % 2 * 2 + 1], magic);
     } else {
       if (kStep == 0) load_shared(words, at);
-      T::from_int4(a, words[kStep], T::kNibbleMagic);
+      T::from_int4(a, words[kStep], magic);
     }
     if constexpr (Traits::kScaled) {
 #pragma unroll

@@ -28,7 +28,8 @@ struct SparseOperands {
   // Addresses are counted from a stage's first byte.
   __device__ __forceinline__ SparseOperands(const PrefillParams& params,
                                             const PrefillShared<Traits>& shared, int warp,
-                                            int lane) {
+                                            int lane)
+      : values(params.tokens) {
     const int tile = warp % kBlockTiles, pair_at = warp / kBlockTiles * shared.block_bytes;
     // Kept, or the compiler would derive them again in every K-block.
     values_at = keep(pair_at + tile * Traits::kTileBytes + 16 * lane);

@@ -128,6 +128,11 @@ class Plan:
     measured: MeasuredRow | None = None
 
     @property
+    def split(self) -> tuple[int, int]:
+        """The K groups of a CTA and the CTAs that share K."""
+        return self.tile.warp_inputs, self.splits
+
+    @property
     def cta_tokens(self) -> int:
         return self.tokens * self.tile.warp_tokens
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ...errors import ArgumentError
 from . import prefill
-from .cost import BAND, Plan, Rebuild, dense_microseconds, rebuild
+from .cost import BAND, REDUCE_US, Plan, Rebuild, dense_microseconds, rebuild
 from .gpus import Gpu
 from .layout import DENSE
 from .measured import MeasuredRow, PrefillRow, Row, rows_for
@@ -178,8 +178,13 @@ def plans(
 
 def split_plans(sizes: CudaSizes, M: int, gpu: Gpu, loop: str) -> Iterator[Plan]:
     """Every plan for M tokens, M above 64, with one K group per CTA: K whole, or shared by CTAs
-    where tiles are few."""
-    most = MOST_WAVES * gpu.multiprocessors
+    where tiles are few.
+
+    K is whole for an adapter's z, but where prefill.py's kernels follow, which want its parts added
+    first: others would read them once for each of their CTAs.
+    """
+    shared = sizes.values != DENSE or gpu.capability == prefill.CAPABILITY
+    most = MOST_WAVES * gpu.multiprocessors if shared else 0
     for plan in plans(sizes, M, gpu, 1, 1, loop):
         yield plan
         if plan.token_tiles <= BAND:
@@ -335,7 +340,7 @@ def _best(
     found = plans_of(family, sizes, M, gpu, split)
     if not found:
         return None
-    first = _adapter_us(sizes, M, gpu)
+    first = _adapter_us(family, sizes, M, gpu)
     for row in rows:
         covers = family_of(row) == family and row.above < M <= row.tokens
         if covers and (plan := named(row, found)):
@@ -350,11 +355,18 @@ def _fastest(found: Sequence[Plan | Prefill]) -> Plan | Prefill:
     return min(found, key=lambda plan: plan.microseconds)
 
 
-def _adapter_us(sizes: CudaSizes, M: int, gpu: Gpu) -> float:
-    """What z = x Q takes, which comes first where there is an adapter."""
+def _adapter_us(family: str, sizes: CudaSizes, M: int, gpu: Gpu) -> float:
+    """What z = x Q takes, which comes first where there is an adapter.
+
+    Where K is split for it, the linear adds z's parts itself; the kernels of prefill.py want them
+    added before.
+    """
     if not sizes.adapter_steps:
         return 0.0
-    return weighed(sizes.adapter(), M, gpu)[0].microseconds
+    found = weighed(sizes.adapter(), M, gpu)[0]
+    assert isinstance(found.plan, Plan)
+    added = found.plan.splits > 1 and not family.startswith("prefill")
+    return found.microseconds - (REDUCE_US if added else 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
