@@ -80,7 +80,7 @@ ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign column
 # More where a scale covers 32 or 64 inputs, for each 8 columns of kept values.
 GROUPS_ISSUE = 60
 # The loop for many tokens: (fixed, per 8 tokens).
-ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
+ISSUE = {W16: (193, 60), INT8: (270, 68), INT4: (243, 76), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
     2: {W16: (239, 53), INT8: (323, 61), INT4: (326, 61)},
     3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
