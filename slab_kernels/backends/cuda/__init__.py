@@ -33,9 +33,10 @@ from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout, prefetch, unpack
-from .cost import dense_microseconds
+from .device import CudaDevice
+from .explain import explained
 from .gpus import gpu_like, gpu_named
-from .launch import CudaDevice, kernel_names, linear
+from .launch import kernel_names, linear
 from .layout import (
     ACTIVATIONS,
     SIZE_ARGUMENTS,
@@ -44,7 +45,6 @@ from .layout import (
     TENSORS,
     CudaState,
 )
-from .plan import choose
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
@@ -98,8 +98,9 @@ class CudaBackend(OneLaunchBackend):
         """Defines the op and loads the state's kernels, if it is on a GPU."""
         if state.stream.is_cuda:
             register()
-            for name in kernel_names(sizes_of(state), state.dtype):
-                driver.load(name, state.stream.device.index)
+            index = state.stream.device.index
+            for name in kernel_names(sizes_of(state), state.dtype, device_of(index).gpu):
+                driver.load(name, index)
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the state's.
@@ -138,12 +139,7 @@ class CudaBackend(OneLaunchBackend):
             adapter_steps=ceil_div(problem.adapter_rank, 16),
             planes=problem.planes,
         )
-        M = max(problem.M, 1)
-        dense = dense_microseconds(problem.N, problem.K, M, found)
-        return (
-            f"{found.name}: {choose(sizes, M, found).describe()}; "
-            f"a dense fp16 linear by the same model: {dense:.1f} us"
-        )
+        return explained(sizes, max(problem.M, 1), found)
 
 
 @functools.cache
