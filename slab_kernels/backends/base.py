@@ -157,6 +157,31 @@ class Backend:
         outputs = [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)]
         return torch.cat(outputs, -1)
 
+    # The dense copy, an option (dense_copy.py): most backends keep none.
+
+    def dense_device(self, state: Any) -> torch.device | None:
+        """Where a dense copy can be kept beside what `prepare` returned; None: nowhere."""
+        return None
+
+    def dense_bytes(self, state: Any) -> int:
+        """The bytes of the dense copy in a state; 0 without one."""
+        return 0
+
+    def dense_from(self, problem: LinearProblem, gpu: str | None = None) -> int | None:
+        """The tokens from which on a copy would be used; None if none can be kept.
+
+        The problem's own M does not matter. gpu: as in `describe`.
+        """
+        return None
+
+    def with_dense(self, state: Any, parts: Sequence[PackedWeight]) -> Any:
+        """The state with a dense copy of `parts`, the weights that it was prepared from."""
+        raise NotImplementedError
+
+    def without_dense(self, state: Any) -> Any:
+        """The state without its dense copy."""
+        return state
+
     def prefetch_next(self, state: Any, following: Any, most_bytes: int) -> None:
         """From now on `linear` of `state` may bring the first `most_bytes` of `following` near.
 

@@ -1,7 +1,8 @@
 """`SlabLinear` and `FusedSlabLinear`, drop-in replacements of `nn.Linear`, `replace_linear`, and
 `prefetch_in_order`."""
 
-from .linear import FusedSlabLinear, SlabLinear
+from .fused import FusedSlabLinear
+from .linear import SlabLinear
 from .prefetch import prefetch_in_order
 from .replacement import replace_linear
 
