@@ -32,22 +32,25 @@ from ...format import PackedWeight, ceil_div
 from ...ops import Definition, fake_result, register_linear_op
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
-from . import driver, layout, prefetch
+from . import driver, layout, prefetch, unpack
 from .cost import dense_microseconds
 from .gpus import gpu_like, gpu_named
 from .launch import CudaDevice, kernel_names, linear
-from .layout import ACTIVATIONS, STREAM_VALUES, CudaState
+from .layout import (
+    ACTIVATIONS,
+    SIZE_ARGUMENTS,
+    STREAM_VALUES,
+    TENSOR_ARGUMENTS,
+    TENSORS,
+    CudaState,
+)
 from .plan import choose
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
 OLDEST = (8, 0)  # the first compute capability with mma.sp and cp.async
-ARGUMENTS = (
-    "(Tensor x, Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? bias, "
-    "int in_features, int[] rows, int value_type, int group_steps, int planes, ScalarType dtype)"
-    " -> Tensor"
-)
-BIAS = 5  # the place of the bias among the arguments after x: behind the state's tensors
+ARGUMENTS = f"(Tensor x, {TENSOR_ARGUMENTS}, Tensor? bias, {SIZE_ARGUMENTS}) -> Tensor"
+BIAS = TENSORS  # the place of the bias among the arguments after x: behind the state's tensors
 _REGISTERING = threading.Lock()
 
 
@@ -183,8 +186,8 @@ def _input_gradient(grad: Tensor, *arguments) -> Tensor:
     """The gradient of x in fp32. arguments: a CudaState's."""
     state = CudaState(*arguments)
     wide = grad.float()
-    grad_x = wide @ layout.dense(state)
-    if factors := layout.adapters(state):
+    grad_x = wide @ unpack.dense(state)
+    if factors := unpack.adapters(state):
         for part, (P, Q) in zip(wide.split(list(state.rows), -1), factors, strict=True):
             grad_x = grad_x + (part @ P.float()) @ Q.float()
     return grad_x

@@ -316,10 +316,7 @@ class Plan:
         if self.splits > 1:
             split = f", K split over {self.splits} CTAs"
         if self.measured is not None:
-            by = (
-                f"chosen because it took {self.measured.measured_us:.1f} us with "
-                f"{self.measured.tokens} tokens on an {self.measured.gpu} ({self.measured.file})"
-            )
+            by = self.measured.describe()
         return (
             f"{tile.loop} loop, {tile.rows} rows x {self.cta_tokens} tokens a CTA, "
             f"{tile.warp_inputs} K groups, {tile.threads} threads, {self.stages} stages, "

@@ -14,7 +14,7 @@ class Gpu:
 
     mma_rate is that of `mma.sync`; gemm_rate is what cuBLAS reaches on large matrices, by `wgmma`
     where the device has it. Both count dense fp16 multiply-adds per clock of one multiprocessor,
-    with fp32 accumulation.
+    with fp32 accumulation. l2_rate is what each multiprocessor gets while all of them read L2.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Gpu:
     mma_rate: int
     gemm_rate: int
     l2_port: int = 64  # bytes per clock from L2 into one multiprocessor
+    l2_rate: int = 16  # of them
     shared_limit: int = 101376  # bytes of shared memory that a CTA may have
 
     @property
@@ -34,13 +35,13 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100", (8, 0), 108, 1555, 1.41, 1024, 900, shared_limit=166912),
+    Gpu("A100", (8, 0), 108, 1555, 1.41, 1024, 900, l2_rate=26, shared_limit=166912),
     Gpu("RTX 3090", (8, 6), 82, 936, 1.70, 256, 235),
     Gpu("RTX 4090", (8, 9), 128, 1008, 2.52, 256, 235),
     # On an H100 mma.sp reached 550 in our loops, by two warps per scheduler. mma.sync of dense
     # operands is said to reach 1330, wgmma 2048.
-    Gpu("H100", (9, 0), 132, 3350, 1.76, 650, 1650, shared_limit=232448),
-    Gpu("H200", (9, 0), 132, 4800, 1.76, 650, 1650, shared_limit=232448),
+    Gpu("H100", (9, 0), 132, 3350, 1.76, 650, 1650, l2_rate=24, shared_limit=232448),
+    Gpu("H200", (9, 0), 132, 4800, 1.76, 650, 1650, l2_rate=24, shared_limit=232448),
     Gpu("RTX 5090", (12, 0), 170, 1792, 2.41, 256, 235),
 )
 

@@ -25,10 +25,11 @@ from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
 from .gpus import Gpu
-from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState, adapters
+from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState
 from .plan import choose
 from .prefetch import successor_of
 from .tiles import MANY, NARROW, WIDE, CudaSizes, sizes_of
+from .unpack import adapters
 
 VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank

@@ -1,5 +1,5 @@
-"""Canonical packed tensors -> the lane-ordered stream of csrc/cuda/params.h, and back. It is plain
-torch and runs on any device.
+"""Canonical packed tensors -> the lane-ordered stream of csrc/cuda/params.h; unpack.py is the way
+back. It is plain torch and runs on any device.
 
 A block is a pair of row tiles, 2 x 16 output rows x 128 inputs, in one contiguous piece, because a
 warp multiplies both tiles and then copies with few instructions. Lane 4 g + t of a warp holds rows
@@ -38,6 +38,7 @@ from ...format import (
 )
 from .. import factors
 from ..base import differences, wait_until_written
+from .powers import row_powers
 
 TILE_ROWS, BLOCK_ROWS, BLOCK_INPUTS = 16, 32, 128
 W16, INT8, INT4, DENSE = range(4)  # These are StreamValues of csrc/cuda/params.h.
@@ -49,6 +50,16 @@ PADDING_METADATA = 0x44  # two groups that keep their positions 0 and 1
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
+# The schema of an op's arguments that make a CudaState: its TENSORS tensors, then its sizes.
+TENSOR_ARGUMENTS = (
+    "Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? powers, Tensor? dense"
+)
+SIZE_ARGUMENTS = (
+    "int in_features, int[] rows, int value_type, int group_steps, int planes, ScalarType dtype"
+)
+TENSORS = 7
+
+
 class CudaState(NamedTuple):
     """The arguments of `slab_kernels::linear_cuda` after x: tensors, bias excepted, then sizes."""
 
@@ -57,6 +68,8 @@ class CudaState(NamedTuple):
     U: Tensor | None  # [32 row pairs, R] int32, each holding the 16-bit number twice
     P: Tensor | None  # [2 row pairs, R' / 16, 32 lanes, 16 bytes] uint8
     Q: Tensor | None  # [pairs of parts R', K blocks, 8192 bytes] uint8: Q^T as a dense stream
+    powers: Tensor | None  # [32 row pairs] fp32: of each row, see powers.py; None: 1 everywhere
+    dense: Tensor | None  # [sum of rows, K] in the activations' type: the weight with its adapter
     in_features: int
     rows: tuple[int, ...]  # out_features of each part
     values: int  # W16, INT8 or INT4
@@ -86,7 +99,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     layouts = [part.layout for part in parts]
     first = layouts[0]
     stream = torch.cat([_stream(part, dtype) for part in parts])
-    U = V = P = Q = None
+    U = V = P = Q = powers = None
     if first.rank:
         signs = [_sign_factors(part, dtype) for part in parts]
         U, V = torch.cat([u for u, _ in signs]), torch.stack([v for _, v in signs])
@@ -94,12 +107,16 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         adapter = [_adapter(part, dtype) for part in parts]
         P, Q = torch.cat([p for p, _ in adapter]), _even(torch.cat([q for _, q in adapter]))
         Q = _paired(Q, 2).flatten(2)
+    if dtype == torch.float16 and STREAM_VALUES[first.values] in (INT8, INT4):
+        powers = torch.cat([_powers(part) for part in parts])
     state = CudaState(
         stream,
         V,
         U,
         P,
         Q,
+        powers,
+        dense=None,
         in_features=first.in_features,
         rows=tuple(layout.out_features for layout in layouts),
         values=STREAM_VALUES[first.values],
@@ -116,121 +133,7 @@ def finish(state: CudaState) -> None:
     wait_until_written((state.stream,))
 
 
-# From the stream back to dense tensors.
-
-
-def dense(state: CudaState) -> Tensor:
-    """The weight that a stream stands for, without the adapter: [sum of rows, K] fp32.
-
-    It is the inverse of `prepare`, up to that function's rounding.
-    """
-    metadata_at = VALUE_BYTES[state.values]
-    signs_at = metadata_at + METADATA_BYTES
-    scales_at = signs_at + (state.planes * SIGN_BYTES if state.U is not None else 0)
-    kept = _dense_values(state.stream[..., :metadata_at], state)
-    if state.values in (INT8, INT4):
-        scales = _dense_scales(state.stream[..., scales_at:], state)
-        kept = kept * scales.repeat_interleave(64 // scales.shape[-1], -1)
-    metadata = _dense_metadata(state.stream[..., metadata_at:signs_at])
-    first, second = bits.kept_positions(metadata)
-    W = bits.scatter_positions(kept.reshape(metadata.shape[0], -1), first, second)
-    if state.U is not None:
-        levels = _dense_levels(state.stream[..., signs_at:scales_at], state.planes)
-        B = bits.scatter_positions(levels, *bits.pruned_positions(first, second))
-        W = W + _magnitudes(state) * B
-    parts = zip(W.split(_padded(state.rows)), state.rows, strict=True)
-    return torch.cat([part[:count, : state.in_features] for part, count in parts])
-
-
-def adapters(state: CudaState) -> list[tuple[Tensor, Tensor]]:
-    """P [N, R'] and Q^T [R', K] of every part, R' padded to 16, in the activations' type.
-
-    The list is empty for a weight without an adapter.
-    """
-    if state.P is None or state.Q is None:
-        return []
-    steps, k_blocks = state.P.shape[1], state.Q.shape[1]
-    left = state.P.contiguous().view(state.dtype).view(-1, steps, 8, 4, 2, 2, 2)
-    left = left.permute(0, 5, 2, 1, 4, 3, 6).reshape(-1, steps * 16)
-    right = _parted(state.Q, ()).view(state.dtype).view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
-    right = right.permute(0, 6, 3, 1, 2, 5, 4, 7).flatten(3).flatten(0, 2)
-    right = right[: len(state.rows) * steps * 16].view(len(state.rows), steps * 16, -1)
-    parts = zip(left.split(_padded(state.rows)), right, state.rows, strict=True)
-    return [(P[:count], Q[:, : state.in_features]) for P, Q, count in parts]
-
-
-def _parted(stored: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The inverse of `_paired`: a field of blocks [pairs, k, bytes] -> [tiles, k, *axes, bytes].
-
-    axes: those that stand before the two tiles of a pair.
-    """
-    pairs, k_blocks, _ = stored.shape
-    field = stored.reshape(pairs, k_blocks, *axes, 2, -1)
-    return field.movedim(2 + len(axes), 1).flatten(0, 1).contiguous()
-
-
-def _dense_values(stored: Tensor, state: CudaState) -> Tensor:
-    """The kept values without their scales: [row tiles, 16, K blocks, 64] fp32."""
-    stored = _parted(stored, ())
-    tiles, k_blocks, _ = stored.shape
-    shape = (tiles, k_blocks)
-    if state.values == W16:
-        kept = stored.view(state.dtype).view(*shape, 4, 8, 4, 2, 2, 2).float()
-        kept = kept.permute(0, 6, 3, 1, 2, 5, 4, 7)  # from the axes step g t c h half
-    elif state.values == INT8:
-        kept = stored.view(*shape, 2, 8, 4, 2, 2, 2, 2).float() - 128
-        kept = kept.permute(0, 8, 3, 1, 2, 5, 6, 4, 7)  # from the axes j g t parity c half h
-    else:
-        words = stored.view(torch.int32).to(torch.int64).view(*shape, 8, 4, 4, 1, 1, 1)
-        words = (words & _WORD) * (1 + (1 << 32))  # twice: a nibble may wrap around
-        nibbles = words >> _nibble_places(stored.device) & 15
-        kept = (nibbles.float() - 8).permute(0, 7, 2, 1, 4, 6, 3, 5)  # from g t step half c h
-    return kept.reshape(tiles, 16, k_blocks, 64)
-
-
-def _dense_metadata(stored: Tensor) -> Tensor:
-    """The metadata as the packed format has it: [rows, 16 bytes per K block]."""
-    stored = _parted(stored, (8, 2, 2))
-    axes = stored.unflatten(-1, (2, 2, 2))  # g selector even h2 h byte
-    tiles, k_blocks = stored.shape[:2]
-    return axes.permute(0, 6, 2, 1, 5, 3, 4, 7).reshape(tiles * 16, k_blocks * 16)
-
-
-def _dense_scales(stored: Tensor, state: CudaState) -> Tensor:
-    """The scales: [row tiles, 16, K blocks, scales per row and K block] fp32."""
-    stored = _parted(stored, (stored.shape[-1] // (8 * 8), 8))  # group g
-    tiles, k_blocks = stored.shape[:2]
-    scales = stored.view(torch.bfloat16).float()
-    if state.values == INT4:
-        scales = scales * _code_units(state.dtype, scales.device)
-    return scales.permute(0, 4, 3, 1, 2).reshape(tiles, 16, k_blocks, -1)
-
-
-def _dense_levels(stored: Tensor, planes: int) -> Tensor:
-    """The level of every pruned entry, the sum of its signs' worths: [rows, 64 K blocks] fp32."""
-    tiles, k_blocks = 2 * stored.shape[0], stored.shape[1]
-    levels = torch.zeros((), device=stored.device)
-    for number, plane in enumerate(_sign_places(planes, stored.device)):
-        words = _parted(stored[..., plane.first : plane.first + plane.length], (8, 4))
-        words = words.view(torch.int32 if plane.length == SIGN_BYTES else torch.int64)
-        words = words.view(tiles, k_blocks, 8, 4, 1, 1, 1, 1)
-        negative = words >> plane.bit & 1  # the axes are tiles k g t half step c h
-        levels = levels + (1 - 2 * negative) / 2.0**number
-    return levels.permute(0, 7, 2, 1, 5, 6, 3, 4).reshape(tiles * 16, k_blocks * 64)
-
-
-def _magnitudes(state: CudaState) -> Tensor:
-    """U V^T of every part below one another: [32 row pairs, K padded to 128] fp32."""
-    assert state.U is not None and state.V is not None
-    U = state.U.contiguous().view(torch.int16)[:, ::2].contiguous().view(state.dtype).float()
-    parts = zip(U.split(_padded(state.rows)), state.V, strict=True)
-    return torch.cat([u @ v.float() for u, v in parts])
-
-
-# From packed tensors to the stream.
-
-
-class _SignPlane(NamedTuple):
+class SignPlane(NamedTuple):
     """Where a block holds the signs of one plane."""
 
     first: int  # its first byte after the metadata
@@ -238,15 +141,15 @@ class _SignPlane(NamedTuple):
     bit: Tensor  # [half, step, c, h] int64: the bit of a lane's word for each of its pruned entries
 
 
-def _sign_places(planes: int, device: torch.device) -> list[_SignPlane]:
+def sign_places(planes: int, device: torch.device) -> list[SignPlane]:
     """The places of each plane's signs, the plane of the largest worth first."""
     axes = (torch.arange(n, device=device) for n in (2, 4, 2, 2))
     half, step, c, h = (a.view([-1 if i == j else 1 for j in range(4)]) for i, a in enumerate(axes))
     if planes == 1:
-        return [_SignPlane(0, SIGN_BYTES, 15 + 16 * half - 4 * step - 2 * c - h)]
+        return [SignPlane(0, SIGN_BYTES, 15 + 16 * half - 4 * step - 2 * c - h)]
     index = 32 * (step // 2) + 16 * half + 8 * (step % 2) + 4 * c + 2 * h
-    first, second = (_SignPlane(0, 2 * SIGN_BYTES, index + above) for above in (1, 0))
-    third = _SignPlane(2 * SIGN_BYTES, SIGN_BYTES, 16 * half + 4 * step + c + 2 * h)
+    first, second = (SignPlane(0, 2 * SIGN_BYTES, index + above) for above in (1, 0))
+    third = SignPlane(2 * SIGN_BYTES, SIGN_BYTES, 16 * half + 4 * step + c + 2 * h)
     return [first, second, third][:planes]
 
 
@@ -256,22 +159,22 @@ def _sign_places(planes: int, device: torch.device) -> list[_SignPlane]:
 # rows g + 8. In bf16, which has seven bits, a rotation by 4 i brings every one to bits 2 to 5. The
 # stream's scales are divided by these powers of two. (A scale below 2^-120 may lose bits by that.
 # Its products are less than 1e-34.)
-_WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF
 
 
-def _nibble_places(device: torch.device) -> Tensor:
+def nibble_places(device: torch.device) -> Tensor:
     """[half, c, h] int64: the lowest bit of a nibble."""
     half, c, h = (torch.arange(2, device=device).view(shape) for shape in ((2, 1, 1), (2, 1), 2))
     return (2 + 4 * (2 * c + h) + 16 * half) % 32
 
 
-def _code_units(dtype: torch.dtype, device: torch.device) -> Tensor:
+def code_units(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[h] fp32: by how much the kernels' int4 codes of rows g and g + 8 are too large."""
     units = (4.0, 64.0) if dtype == torch.float16 else (4.0, 4.0)
     return torch.tensor(units, device=device)
 
 
-def _padded(rows: Sequence[int]) -> list[int]:
+def padded_rows(rows: Sequence[int]) -> list[int]:
     """The rows that each part takes in the stream."""
     return [ceil_div(count, BLOCK_ROWS) * BLOCK_ROWS for count in rows]
 
@@ -330,7 +233,7 @@ def _signs(signs: Tensor, packed: PackedWeight) -> list[Tensor]:
     negative = bits.unpack_signs(signs.mT).to(torch.int64)
     negative = negative.view(tiles, 2, 8, planes, k_blocks, 4, 2, 4, 2)
     negative = negative.permute(3, 0, 4, 2, 7, 8, 5, 6, 1)  # plane tiles k g t half step c h
-    places = _sign_places(planes, signs.device)
+    places = sign_places(planes, signs.device)
     words = [
         (bit << plane.bit).sum((-4, -3, -2, -1))
         for bit, plane in zip(negative, places, strict=True)
@@ -353,7 +256,7 @@ def _scales(scales: Tensor, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     scales = _fill(scales, tiles * TILE_ROWS, k_blocks * per_block)
     scales = scales.view(tiles, 2, 8, k_blocks, per_block).permute(0, 3, 4, 2, 1)  # tiles k s g h
     if STREAM_VALUES[packed.layout.values] == INT4:
-        scales = (scales.float() / _code_units(dtype, scales.device)).to(torch.bfloat16)
+        scales = (scales.float() / code_units(dtype, scales.device)).to(torch.bfloat16)
     return scales
 
 
@@ -375,8 +278,8 @@ def _values(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     q = q.view(tiles, 2, 8, k_blocks, 4, 2, 4, 2)  # tiles h g k | step c t half
     if STREAM_VALUES[values] == INT4:
         q = (q + 8).to(torch.int64).permute(0, 3, 2, 6, 4, 7, 5, 1)  # tiles k g t step half c h
-        words = (q << _nibble_places(q.device)).sum((-3, -2, -1))
-        return _low_words(words & _WORD | words >> 32)  # The last nibble wraps around.
+        words = (q << nibble_places(q.device)).sum((-3, -2, -1))
+        return _low_words(words & WORD | words >> 32)  # The last nibble wraps around.
     if STREAM_VALUES[values] == INT8:
         q = (q.to(torch.int16) + 128).to(torch.uint8).view(tiles, 2, 8, k_blocks, 2, 2, 2, 4, 2)
         return q.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # tiles k j g t parity c half h
@@ -407,6 +310,19 @@ def _sign_factors(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Ten
     word = word.to(torch.int32) & 0xFFFF
     V = pad(V, (0, 0, 0, k_blocks * BLOCK_INPUTS - V.shape[0]))
     return word | word << 16, V.T.contiguous()
+
+
+def _powers(packed: PackedWeight) -> Tensor:
+    """The powers of a weight's rows, for fp16 activations: [32 row pairs] fp32."""
+    (tiles, _), scales = _tiles(packed), packed.scales
+    assert scales is not None, "int8 and int4 values have scales"
+    scales = _scales(scales, packed, torch.float16).permute(0, 4, 3, 1, 2)  # tiles h g k s
+    U = V = None
+    if packed.layout.rank:
+        U, V = factors.sign(packed, torch.float16)
+        U, V = _fill(U, tiles * TILE_ROWS, U.shape[1]), V.T
+    largest = 2 - plane_unit(packed.layout.planes)
+    return row_powers(scales.reshape(tiles * TILE_ROWS, -1), U, V, largest)
 
 
 def _adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

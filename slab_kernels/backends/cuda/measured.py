@@ -68,6 +68,13 @@ class MeasuredRow(NamedTuple):
         """The K groups of a CTA and the CTAs that share K."""
         return self.warp_inputs, self.splits
 
+    def describe(self) -> str:
+        """Why its plan was chosen, in words."""
+        return (
+            f"chosen because it took {self.measured_us:.1f} us with {self.tokens} tokens on an "
+            f"{self.gpu} ({self.file})"
+        )
+
 
 def rows_for(sizes: CudaSizes, gpu: Gpu, above: int, tokens: int) -> list[MeasuredRow]:
     """The rows of a weight on a device for `above` < M <= `tokens`, those of a regime.

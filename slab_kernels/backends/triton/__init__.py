@@ -46,11 +46,8 @@ TENSORS = (
 )
 SIZES = "int in_features, int[] rows, str value_type, int group_size"
 BIAS = 8  # the place of the bias among the arguments after x: behind the state's tensors
-STREAM_TENSORS = "Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q"
-STREAM_SIZES = (
-    "int in_features, int[] rows, int value_type, int group_steps, int planes, ScalarType dtype"
-)
-STREAM_BIAS = 5
+STREAM_TENSORS, STREAM_SIZES = layout.TENSOR_ARGUMENTS, layout.SIZE_ARGUMENTS
+STREAM_BIAS = layout.TENSORS
 State = TritonState | CudaState
 _REGISTERING = threading.Lock()
 

@@ -26,8 +26,8 @@ from ..cuda.layout import (
     VALUE_BYTES,
     W16,
     CudaState,
-    dense,
 )
+from ..cuda.unpack import dense
 from .launch import SUM_BLOCK, starts
 
 if TYPE_CHECKING:
@@ -273,6 +273,8 @@ def _comes_out_right(
         U=(U.int() | U.int() << 16).to(device),
         P=None,
         Q=None,
+        powers=None,
+        dense=None,
         in_features=K,
         rows=(BLOCK_ROWS,),
         values=values,

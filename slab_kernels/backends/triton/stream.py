@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...format import ceil_div
-from ..cuda.layout import ACTIVATIONS, BLOCK_ROWS, INT4, INT8, W16, CudaState, adapters
+from ..cuda.layout import ACTIVATIONS, BLOCK_ROWS, INT4, INT8, W16, CudaState
+from ..cuda.unpack import adapters
 from ..one_launch import refuse_capture
 from . import launch, sparse
 from .rows import DECODE, TritonSizes

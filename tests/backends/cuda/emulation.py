@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slab_kernels.backends.cuda.gpus import GPUS, Gpu
 from slab_kernels.backends.cuda.launch import CudaDevice, linear
-from slab_kernels.backends.cuda.layout import CudaState
+from slab_kernels.backends.cuda.layout import TENSORS, CudaState
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def run(
         def queue(name, grid, block, shared_bytes, params, dependent):
             assert shared_bytes <= gpu.shared_limit
             mapped = Memory()
-            inputs = [t for t in (x, *state[:5], bias, *memory.copies) if t is not None]
+            inputs = [t for t in (x, *state[:TENSORS], bias, *memory.copies) if t is not None]
             seen = {}
             for t in memory.fresh:
                 seen[t.data_ptr()] = (span(t), True)
@@ -112,7 +112,7 @@ def run(
                 old = seen.get(t.data_ptr())
                 if old is None or (not old[1] and old[0].size < span(t).size):
                     seen[t.data_ptr()] = (span(t), False)
-            prepared = {t.data_ptr() for t in state[:5] if t is not None}
+            prepared = {t.data_ptr() for t in state[:TENSORS] if t is not None}
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable, early=address in prepared)
             if params.next:  # the next linear's weight, which is prefetched

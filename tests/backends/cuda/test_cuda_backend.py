@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from slab_kernels import reference
 from slab_kernels.backends import cuda, dispatch
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.backends.cuda import driver, layout, plan, tiles
+from slab_kernels.backends.cuda import BIAS, driver, layout, plan, tiles, unpack
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
@@ -85,7 +85,7 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
             packed_layout = PackedLayout(N, K, values, group_size, rank, adapter_rank)
             packed = random_packed(packed_layout, seed=K, integers=integers)
             state = layout.prepare((packed,), dtype)
-            assert state[5:] == (
+            assert state[BIAS:] == (
                 K,
                 (N,),
                 layout.STREAM_VALUES[values],
@@ -97,10 +97,10 @@ def test_a_stream_holds_the_weight(dtype, values, group_size):
                 state.stream.shape[:2] == (-(-N // 32), -(-K // 128))
                 and state.stream.shape[2] % 16 == 0
             )
-            assert all(t.is_contiguous() for t in state[:5] if t is not None)
-            W = layout.dense(state)
+            assert all(t.is_contiguous() for t in state[:BIAS] if t is not None)
+            W = unpack.dense(state)
             if adapter_rank:
-                ((left, right),) = layout.adapters(state)
+                ((left, right),) = unpack.adapters(state)
                 W = W + left.float() @ right.float()
             off = (W - packed.dense()).abs().max()
             most = float(oracle(torch.eye(K), packed)[1].max())
@@ -127,8 +127,8 @@ def test_fused_parts_keep_their_own_factors(dtype, values, group_size):
         and state.stream.shape[0] == 2 + 1 + 2 + 1
         and state.V.shape == (4, 2, 384)
     )
-    factors = layout.adapters(state)
-    W = layout.dense(state) + torch.cat([left.float() @ right.float() for left, right in factors])
+    factors = unpack.adapters(state)
+    W = unpack.dense(state) + torch.cat([left.float() @ right.float() for left, right in factors])
     assert torch.equal(W, torch.cat([part.dense() for part in parts]))
     most = state.V.float().abs().amax(-1)
     assert bool(((most >= 0.5) & (most < 1)).all()), "v * x never exceeds x"
@@ -260,7 +260,7 @@ def test_activations_and_biases_are_checked_in_words():
 def test_x_on_another_device_is_refused():
     state = BACKEND.prepare(random_packed(SMALL))
     with pytest.raises(TypeError, match="x is on meta"):
-        cuda._linear(half(2, 200).to("meta"), *state[:5], None, *state[5:])
+        cuda._linear(half(2, 200).to("meta"), *state[:BIAS], None, *state[BIAS:])
 
 
 def test_reasons():
@@ -334,7 +334,19 @@ def test_kernels_are_loaded_with_the_weight(monkeypatch):
         SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=3)),
     )
     state = CudaState(
-        stream, None, None, half(1, 2, 32, 8), None, 200, (24,), layout.INT8, 2, 1, torch.bfloat16
+        stream,
+        V=None,
+        U=None,
+        P=half(1, 2, 32, 8),
+        Q=None,
+        powers=None,
+        dense=None,
+        in_features=200,
+        rows=(24,),
+        values=layout.INT8,
+        group_steps=2,
+        planes=1,
+        dtype=torch.bfloat16,
     )
     monkeypatch.setattr(layout, "prepare", lambda parts, dtype: state)
     monkeypatch.setattr(driver, "load", lambda name, device: loaded.append((name, device)))
@@ -386,7 +398,7 @@ def test_cpu_tensors_are_refused():
     state = BACKEND.prepare(random_packed(SMALL))
     for name in OPS:
         with pytest.raises(NotImplementedError, match=rf"slab_kernels::{name}' .*'CPU'"):
-            getattr(torch.ops.slab_kernels, name)(half(1, 200), *state[:5], None, *state[5:])
+            getattr(torch.ops.slab_kernels, name)(half(1, 200), *state[:BIAS], None, *state[BIAS:])
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -394,7 +406,8 @@ def test_fake_kernels(name):
     cuda.register()
     op = getattr(torch.ops.slab_kernels, name)
     mode = FakeTensorMode()
-    fake = [mode.from_tensor(t) for t in BACKEND.prepare(random_packed(SMALL))[:5]]
+    state = BACKEND.prepare(random_packed(SMALL))
+    fake = [None if t is None else mode.from_tensor(t) for t in state[:BIAS]]
     for shape in ((200,), (0, 200), (7, 200), (2, 3, 200)):
         for dtype in DTYPES:
             with mode:
@@ -465,7 +478,7 @@ def test_gradients_through_the_op(emulated):
 @pytest.mark.slow
 def test_opcheck(emulated):
     state = BACKEND.prepare(random_packed(PackedLayout(24, 140, "int8", 64, 1, 3)))
-    rest = (*state[:5], half(24), *state[5:])
+    rest = (*state[:BIAS], half(24), *state[BIAS:])
     frozen, quick = (
         torch.ops.slab_kernels.linear_cuda_frozen.default,
         ("test_schema", "test_faketensor"),

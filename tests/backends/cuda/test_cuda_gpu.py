@@ -25,7 +25,7 @@ from test_cuda_kernels import DTYPES, TOKENS, bound, same_bits, sizes
 from slab_kernels.backends import cuda, dispatch
 from slab_kernels.backends.cuda import driver, images, nvrtc, plan, tiles
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda.layout import CudaState
+from slab_kernels.backends.cuda.layout import TENSORS, CudaState
 from slab_kernels.format import PackedLayout
 from slab_kernels.nn import SlabLinear
 from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, oracle, random_packed
@@ -445,7 +445,7 @@ def test_an_offloaded_layer_works_from_its_stream_alone():
 @pytest.mark.parametrize("M", [1, 30, 100])
 def test_opcheck(M):
     it = layer(PackedLayout(70, 260, "int8", 64, 2, 4), torch.float16, False)
-    x, rest = it.x[:M], (*it.state[:5], it.bias.half(), *it.state[5:])
+    x, rest = it.x[:M], (*it.state[:TENSORS], it.bias.half(), *it.state[TENSORS:])
     torch.library.opcheck(torch.ops.slab_kernels.linear_cuda_frozen.default, (x, *rest))
     torch.library.opcheck(
         torch.ops.slab_kernels.linear_cuda.default, (x.clone().requires_grad_(), *rest)

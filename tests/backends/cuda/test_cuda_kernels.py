@@ -19,7 +19,7 @@ from pairwise import grid, grid_of
 from ptx import PtxError
 
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda import layout, plan, sizes_of, tiles
+from slab_kernels.backends.cuda import layout, plan, sizes_of, tiles, unpack
 from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.layout import W16
 from slab_kernels.backends.cuda.tiles import (
@@ -320,7 +320,7 @@ def test_every_tile_of_the_tables_with_planes(forced, tile):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
-    """By `dense_*_any`: one rounding on every entry. And what gradients take, `layout.dense`, is
+    """By `dense_*_any`: one rounding on every entry. And what gradients take, `unpack.dense`, is
     the same weight."""
     forced(lambda s: plan.rebuild(s, 65, A100))
     for (N, K), planes, rank in itertools.product(((5, 7), (33, 172)), (2, 3), (1, 3)):
@@ -339,7 +339,7 @@ def test_the_rebuilt_weight_with_planes(forced, dtype, values, group_size):
             f"dense_{launching.DTYPE_NAMES[dtype]}_{launching.VALUE_NAMES[state.values]}_any"
         ]
         assert torch.equal(y[:K].T, packed.dense().to(dtype)), (N, K, planes, rank)
-        plain = layout.dense(state)
+        plain = unpack.dense(state)
         assert torch.equal(plain.to(dtype), packed.dense().to(dtype)), (N, K, planes, rank)
 
 

@@ -14,7 +14,7 @@ from cycled import INPUTS, ROWS, cycled
 from test_cuda_kernels import DTYPES
 
 from slab_kernels.backends import factors
-from slab_kernels.backends.cuda import layout
+from slab_kernels.backends.cuda import layout, unpack
 from slab_kernels.format import INTEGER_RANGES, PackedLayout, PackedWeight, bits, plane_unit
 from slab_kernels.testing import random_packed
 
@@ -156,7 +156,7 @@ def test_padding_is_zero_with_legal_patterns(values, dtype):
     packed: PackedWeight = random_packed(PackedLayout(35, 140, values, 32 if scaled else None, 1))
     state = layout.prepare((packed,), dtype)
     assert state.stream.shape[:2] == (2, 2) and state.U.shape == (64, 1)
-    whole = layout.dense(state._replace(in_features=256, rows=(64,)))
+    whole = unpack.dense(state._replace(in_features=256, rows=(64,)))
     assert bool((whole[35:] == 0).all() and (whole[:, 140:] == 0).all())
     stored = state.stream.numpy()[:, :, 2 * VALUE_BYTES[state.values] :][:, :, :512]
     assert set(np.unique((stored & 15, stored >> 4))) <= set(bits.LEGAL_NIBBLES)

@@ -21,7 +21,7 @@ from triton_programs import Emulated
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import cuda, dispatch, one_launch
 from slab_kernels.backends import triton as backend
-from slab_kernels.backends.cuda import layout
+from slab_kernels.backends.cuda import layout, unpack
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.triton import (
     configs,
@@ -116,13 +116,13 @@ def test_the_weight_rebuilt_is_the_weight(
         if integers:
             assert torch.equal(W.double(), packed.dense().double())
             continue
-        want = layout.dense(state)
+        want = unpack.dense(state)
         if rank <= 1 and not adapter:
             assert torch.equal(W, want.to(dtype))
             continue
         size = oracle(torch.eye(K, dtype=torch.float64), packed)[1].T
         if adapter:
-            ((P, Q),) = layout.adapters(state)
+            ((P, Q),) = unpack.adapters(state)
             want = want + P.float() @ Q.float()
         most = size * 2 * ROUNDOFF[dtype] + size * 2.0**-20 + 2.0**-23
         assert bool(((W.double() - want.double()).abs() <= most).all())

@@ -18,6 +18,7 @@ from pairwise import pairwise
 
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.backends import triton as backend
+from slab_kernels.backends.cuda.layout import TENSORS
 from slab_kernels.backends.triton import launch, stream
 from slab_kernels.backends.triton.configs import choose
 from slab_kernels.backends.triton.launch import TritonState
@@ -408,7 +409,7 @@ def check_opcheck(device, M, dtype=torch.float16) -> None:
     check(ops.linear_triton.default, (x.clone().requires_grad_(), *rest))
     check(ops.dense_triton.default, (*it.plain, dtype))
     if it.state is not it.plain:
-        rest = (*it.state[:5], it.bias.to(dtype), *it.state[5:])
+        rest = (*it.state[:TENSORS], it.bias.to(dtype), *it.state[TENSORS:])
         check(ops.linear_triton_stream_frozen.default, (x, *rest))
         check(ops.linear_triton_stream.default, (x.clone().requires_grad_(), *rest))
         check(ops.dense_triton_stream.default, tuple(it.state))

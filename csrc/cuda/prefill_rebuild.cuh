@@ -1,0 +1,2 @@
+#pragma once
+#include "prefill_sparse.cuh"
