@@ -33,15 +33,20 @@ def prepare_opened(model: nn.Module, dtype: torch.dtype, prefill: str | None) ->
 
     There the first call may be captured into a CUDA graph, which preparing cannot be. On a CPU the
     first call prepares: nothing is captured, and who opens a model to read or to save it would wait
-    for nothing. A dense copy that is wanted by name is refused at once, not by the first call.
+    for nothing. Only prefill="dense" is tried there too, so that this refuses it and not that call.
     """
     layers = layers_of(model)
-    if dense_copy.named(prefill) != "dense":
+    if prefill is not None:
+        for layer in layers:
+            layer._prefill = prefill
+    if prefill != "dense":
         layers = [layer for layer in layers if _place(layer).type == "cuda"]
-        if prefill is not None:
-            for layer in layers_of(model):
-                layer._prefill = prefill
     _prepare(layers, dtype, prefill)
+
+
+def check_prefill(prefill: str | None) -> None:
+    """Refuses a word before long work. Raises: ArgumentError."""
+    dense_copy.named(prefill)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...errors import ArgumentError
-from .cost import Plan, Rebuild, rebuild
+from .cost import Plan, Rebuild, dense_microseconds, rebuild
 from .gpus import Gpu
 from .layout import DENSE
 from .measured import MeasuredRow, rows_for
@@ -44,6 +44,7 @@ from .tiles import (
 MOST_ROW_TILES = 65535  # CTAs along y of a grid (CUDA programming guide, compute capabilities)
 SPLITS = (1, 2, 4, 8)  # CTAs that may share K
 REGIMES = (0, DECODE, FEW, 1 << 62)  # A regime is above one of these and up to the next.
+NEVER = 1 << 62  # more tokens than there can be
 REGISTER_FILE = 65536  # registers of a multiprocessor
 # Rebuilding is weighed at these numbers of tokens, 65 to 62036, each a tenth above the one before.
 REBUILT_FROM = [round((FEW + 1) * 1.1**n) for n in range(73)]
@@ -69,6 +70,18 @@ def choose(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> Plan | R
         if row.above < M <= row.tokens and (plan := named(row, found)):
             return plan
     return min(found, key=lambda plan: plan.microseconds)
+
+
+@functools.lru_cache(maxsize=1024)
+def dense_from(sizes: CudaSizes, gpu: Gpu) -> int:
+    """The tokens from which on a 16-bit copy of the weight is faster with cuBLAS than its stream,
+    by the model; NEVER if there are none."""
+    threshold = NEVER
+    for M in reversed(REBUILT_FROM):
+        if choose(sizes, M, gpu).microseconds <= dense_microseconds(sizes.N, sizes.K, M, gpu):
+            break
+        threshold = M
+    return threshold
 
 
 def regime(M: int) -> tuple[int, int]:
