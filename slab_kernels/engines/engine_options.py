@@ -1,4 +1,4 @@
-"""Options of this library that an engine hands on with settings of its own. Plain Python, no engine.
+"""Options of this library that an engine hands on with settings of its own; no engine is needed.
 
 vLLM has a dict for whatever its plugins want: `--additional-config '{"slab_kernels": {"prefill":
 "dense"}}'`, or `LLM(..., additional_config={"slab_kernels": {"prefill": "dense"}})`.

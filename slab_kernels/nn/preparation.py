@@ -49,6 +49,12 @@ def check_prefill(prefill: str | None) -> None:
     dense_copy.named(prefill)
 
 
+def dense_copy_bytes(model: nn.Module) -> int:
+    """The bytes of all dense copies that the model's packed layers keep."""
+    every = (made for layer in layers_of(model) for made in layer._linears.copy().values())
+    return sum(map(copied_bytes, every))
+
+
 def layers_of(model: nn.Module) -> list[Layer]:
     """Every packed layer, each once; the parts of a fused one are one layer."""
     modules = list(model.modules())
