@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,21 @@ def capability_here(device: str) -> tuple[int, int] | None:
     if device != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability()
+
+
+@contextlib.contextmanager
+def preparing(device: torch.device) -> Iterator[None]:
+    """Around `prepare`: the caller's inference mode, gradients and autocast do not apply inside.
+
+    A first call inside inference_mode must not leave inference tensors behind, since autograd could
+    not save them, and autocast would change the types of what is prepared.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def wait_until_written(tensors: Iterable[Tensor]) -> None:

@@ -132,13 +132,12 @@ def made(parts: Sequence[PackedWeight], dtype: torch.dtype, device: torch.device
     rows = sum(part.out_features for part in parts)
     copy = torch.empty(rows, parts[0].in_features, dtype=dtype, device=device)
     done = 0
-    with torch.autocast(device.type, enabled=False):
-        for part in parts:
-            for start in range(0, part.out_features, BAND_ROWS):
-                count = min(BAND_ROWS, part.out_features - start)
-                band = part.narrow_out(start, count).to(device).dense()
-                copy[done : done + count] = cast(band, dtype, "the weight")
-                done += count
+    for part in parts:
+        for start in range(0, part.out_features, BAND_ROWS):
+            count = min(BAND_ROWS, part.out_features - start)
+            band = part.narrow_out(start, count).to(device).dense()
+            copy[done : done + count] = cast(band, dtype, "the weight")
+            done += count
     wait_until_written((copy,))
     _kept[id(copy)] = copy.device, copy.nbytes
     weakref.finalize(copy, _kept.pop, id(copy), None).atexit = False

@@ -18,7 +18,7 @@ from .. import plugins
 from ..errors import BackendError
 from ..format import PackedWeight
 from . import dense_copy
-from .base import Backend, LinearProblem
+from .base import Backend, LinearProblem, preparing
 
 # The built-in backends, on each device the fastest first; the reference runs everything.
 ORDER = ("cuda", "cpu", "triton", "reference")
@@ -120,8 +120,7 @@ def prepare_fused(
     problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in parts]
     names = order()
     chosen = max(map(select, problems), key=lambda backend: names.index(backend.name))
-    # Inside inference_mode no inference tensors may be left behind: autograd could not save them.
-    with torch.inference_mode(False), torch.no_grad():
+    with preparing(parts[0].values.device):
         adopted = (
             state if owner is chosen else chosen.adopt(state, dtype) for owner, state in before
         )

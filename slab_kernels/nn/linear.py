@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from .. import ops
 from ..backends import dense_copy, dispatch
-from ..backends.base import Backend, LinearProblem
+from ..backends.base import Backend, LinearProblem, preparing
 from ..errors import BackendError, ShapeError
 from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
 from .call import (
@@ -158,9 +158,7 @@ class SlabLinear(nn.Module):
             return found
         told = told or dense_copy.named(self._prefill)
         backend, packed = wanted or self._select(dtype), packed_from(self.layout, buffers)
-        # A first call inside inference_mode must not leave inference tensors behind, since autograd
-        # could not save them.
-        with torch.inference_mode(False), torch.no_grad():
+        with preparing(self._home or packed.values.device):
             state = found.state if found else self._state(backend, packed, dtype, source)
             state = dense_copy.applied(backend, state, (packed,), dtype, told, room)
         if found is not None and state is found.state:
