@@ -31,7 +31,7 @@ PREFILLS = ("packed", "dense", "auto")
 ENVIRONMENT = "SLAB_KERNELS_PREFILL"  # the word where no argument says one
 AUTO_SHARE = 0.5  # of the free memory, for all copies on a device together
 BITS = 16  # of a weight in a copy
-NEVER = 1 << 62  # "from so many tokens on" where a copy is never faster
+NEVER = 1 << 62  # tokens: from so many on, where a copy is never faster
 BAND_ROWS = 1024  # rows that are made at a time, since the way there takes several fp32 weights
 _kept: dict[int, tuple[torch.device, int]] = {}  # id of a copy -> where it is, and its bytes
 

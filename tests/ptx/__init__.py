@@ -2,10 +2,23 @@
 a GPU would hide.
 """
 
-from . import dependent, floats, integers, loads, matrix, moves, warps  # noqa: F401
+from . import (  # noqa: F401
+    dependent,
+    floats,
+    integers,
+    loads,
+    matrix,
+    mbarriers,
+    moves,
+    proxies,
+    warpgroups,
+    warps,
+    wgmma,
+)
 from .decode import PtxError
 from .machine import launch
 from .memory import Memory
 from .parse import Module
+from .tensor_maps import tensor_map
 
-__all__ = ["Memory", "Module", "PtxError", "launch"]
+__all__ = ["Memory", "Module", "PtxError", "launch", "tensor_map"]

@@ -43,6 +43,13 @@ class Address(NamedTuple):
     offset: int
 
 
+class TileOperand(NamedTuple):
+    """[map, {column, row}]"""
+
+    map: Address
+    coordinates: tuple
+
+
 class Pair(NamedTuple):
     """d|p"""
 

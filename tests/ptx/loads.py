@@ -1,15 +1,17 @@
 """Loads, stores and asynchronous copies (PTX ISA 9.7.9.8 "ld" to 9.7.9.25 "cp.async").
 
 Cache operators, eviction hints and memory orders are accepted and ignored: all lanes of one
-instruction act at once, and CTAs of one chunk advance together. Atomics, bulk copies into shared
-memory and mbarriers do not exist here."""
+instruction act at once, and CTAs of one chunk advance together. Atomics do not exist here; bulk
+copies are in bulk_copies.py."""
 
 import numpy as np
 
+from .bulk_copies import bulk_copy
+from .clusters import PEER
 from .decode import DTYPE, UNSIGNED, PtxError, address, destination, lanes_of, opcode, source
 from .memory import RAW, count_global, count_shared
 
-_SPACES = {"global": 0, "const": 0, "shared": 1, "local": 2, "param": 3}
+_SPACES = {"global": 0, "const": 0, "shared": 1, "shared::cluster": 1, "local": 2, "param": 3}
 _OFFSET = np.int64((1 << 60) - 1)
 
 
@@ -34,7 +36,10 @@ def _by_space(m, at, lanes, space):
 
 def shared_at(m, at, width, lanes, write, whole=False, data=None):
     """Flat offsets of checked shared accesses; counts wavefronts and looks for races."""
-    flat = m.shared.locate(m.cta[lanes], at, width, lanes)
+    ctas = m.cta[lanes]
+    if m.clusters.size > 1 and (at >> PEER).any():
+        ctas, at = m.clusters.locate(m, lanes, at)
+    flat = m.shared.locate(ctas, at, width, lanes)
     count_shared(m.stats, flat, width, lanes)
     if m.races is not None:
         m.races.access(flat, width, lanes, write, whole, data)
@@ -147,7 +152,7 @@ def store(i):
     return run
 
 
-@opcode("prefetchu", "discard", "applypriority", "fence", "membar")
+@opcode("prefetchu", "discard", "applypriority", "membar")
 def nothing(i):
     return lambda m, act: None
 
@@ -245,7 +250,9 @@ class Copies:
 def copy(i):
     if i.parts[1:6] == ["async", "bulk", "prefetch", "L2", "global"]:
         return bulk_prefetch(i)
-    if i.parts[1] != "async" or "bulk" in i.parts or "mbarrier" in i.parts or "tensor" in i.parts:
+    if i.parts[1:3] == ["async", "bulk"]:
+        return bulk_copy(i)
+    if i.parts[1] != "async" or "mbarrier" in i.parts:
         raise PtxError(f"{'.'.join(i.parts[:4])} is not implemented")
     if "commit_group" in i.parts:
 

@@ -9,13 +9,19 @@ from collections import Counter
 
 import numpy as np
 
+from .async_races import AsyncRaces
+from .bulk_copies import BulkCopies
+from .clusters import CLUSTER_WAIT, Clusters
 from .decode import PtxError, opcode
 from .dependent import Dependence
 from .loads import Copies
 from .matrix import Fragments
+from .mbarriers import MBARRIER, MBarriers
 from .memory import Flat, Memory
 from .races import Races
+from .warpgroups import REGISTERS, WARPGROUP, Warpgroups
 from .warps import Barriers
+from .wgmma import Products
 
 _PARKED, _EXITED = 1 << 30, (1 << 30) + 1
 # per chunk: large enough to hide numpy's call cost, small enough for a register set to stay in the
@@ -60,6 +66,7 @@ class Machine:
         check_races,
         equal_writes,
         dependent,
+        late_products,
         stats,
     ):
         self.kernel, self.block, self.memory, self.stats = kernel, block, memory, stats
@@ -77,9 +84,15 @@ class Machine:
         widths = [i.width for i in kernel.code if i.width]
         self.races = None
         if check_races and shared_bytes and widths:
-            self.races = Races(self.ctas, self.warps, self.shared.stride, min(widths), equal_writes)
+            cells = self.ctas, self.warps, self.shared.stride, min(widths), equal_writes
+            if kernel.asynchronous:
+                self.races = AsyncRaces(*cells, int(np.prod(kernel.cluster)))
+            else:
+                self.races = Races(*cells)
         self.copies, self.fragments = Copies(self.n), Fragments()
-        self.barriers = Barriers(self)
+        self.barriers, self.mbarriers = Barriers(self), MBarriers(self)
+        self.clusters, self.warpgroups = Clusters(self, kernel.cluster), Warpgroups(self)
+        self.bulk_copies, self.products = BulkCopies(), Products(self, late_products)
         self.dependence = Dependence(self) if dependent else None
         self.pcs = np.where(self.present, 0, _EXITED)
         self.parked = np.full(self.n, -1, np.int64)
@@ -100,7 +113,14 @@ class Machine:
         d = "xyz".find(axis) if axis else 0
         x, y, _ = self.block
         one = np.uint64(1)
+        cluster = self.kernel.cluster
         value = {
+            "cluster_ctarank": lambda: self.clusters.rank,
+            "cluster_nctarank": lambda: self.clusters.size,
+            "cluster_ctaid": lambda: np.array(self.ids)[self.cta, d] % cluster[d],
+            "cluster_nctaid": lambda: cluster[d],
+            "clusterid": lambda: np.array(self.ids)[self.cta, d] // cluster[d],
+            "nclusterid": lambda: grid[d] // cluster[d],
             "tid": lambda: (thread % x, thread // x % y, thread // (x * y))[d],
             "ntid": lambda: self.block[d],
             "ctaid": lambda: np.array(self.ids)[self.cta, d],
@@ -119,13 +139,25 @@ class Machine:
         width = np.uint64 if name == "clock64" else np.uint32
         return np.broadcast_to(np.asarray(value).astype(width), self.n).copy()
 
-    def park(self, lanes, place):
-        """Stop these lanes at a barrier; they go on after the present instruction."""
-        self.parked[lanes], self.pcs[lanes], self.resume[lanes] = place, _PARKED, self.pc + 1
+    def park(self, lanes, place, again=False):
+        """Stop these lanes at a barrier; they go on after the present instruction, or execute it
+        `again`.
+        """
+        resume = self.pc if again else self.pc + 1
+        self.parked[lanes], self.pcs[lanes], self.resume[lanes] = place, _PARKED, resume
 
     def free(self, lanes):
         self.parked[lanes] = -1
         self.pcs[lanes] = self.resume[lanes]
+
+    def exited(self):
+        """Mask of the lanes that have no instruction left."""
+        return self.pcs == _EXITED
+
+    def ended(self, cta):
+        """Whether all threads of a CTA have exited."""
+        per_cta = 32 * self.warps
+        return bool((self.pcs[cta * per_cta : (cta + 1) * per_cta] == _EXITED).all())
 
     def run(self):
         """Execute to the end; returns executed warp instructions by position."""
@@ -141,7 +173,14 @@ class Machine:
                     pcs[:] = pc
                 pc = int(pcs.min())
                 if pc >= _PARKED:
-                    return counts if pc == _EXITED else self._deadlock()
+                    if self.bulk_copies.land(self):
+                        group, limit, pc = _NOBODY, 0, 0
+                        continue
+                    if pc != _EXITED:
+                        self._deadlock()
+                    self.products.ended()
+                    self.clusters.ended(self)
+                    return counts
                 mask = pcs == pc
                 group, limit = (None, _EXITED) if mask.all() else (mask, int(pcs[~mask].min()))
                 warps = self._warps(group)
@@ -193,6 +232,8 @@ class Machine:
             self.pcs[lanes] = i.targets[0]
         elif i.kind == "exit":
             self.pcs[lanes] = _EXITED
+            if self.clusters.busy:
+                self.clusters.complete(self)
         elif i.kind == "brx":
             index = self.R[i.operands[0].slot][lanes]
             if (index >= len(i.targets)).any():
@@ -207,12 +248,22 @@ class Machine:
 
     def _deadlock(self):
         lane = int(np.argmax(self.parked >= 0))
-        self.pc = int(self.resume[lane]) - 1
         place = int(self.parked[lane])
-        what = "bar.warp.sync" if place == 16 else f"barrier {place}"
-        waiting = int((self.parked[self.cta == self.cta[lane]] >= 0).sum())
-        text = f"deadlock: {what} waits for threads that exited or wait elsewhere"
-        raise PtxError(f"{text} ({waiting} of {self.threads} threads of the CTA wait)", lane)
+        self.pc = int(self.resume[lane]) - (place <= 16)
+        mine = np.flatnonzero((self.parked >= 0) & (self.cta == self.cta[lane]))
+        whom = {
+            16: "bar.warp.sync",
+            CLUSTER_WAIT: "barrier.cluster",
+            WARPGROUP: "an instruction of a warpgroup",
+        }.get(place, f"barrier {place}")
+        text = f"{whom} waits for threads that exited or wait elsewhere"
+        if place == REGISTERS:
+            text = "setmaxnreg waits for registers that no other warpgroup gives back"
+        if place == MBARRIER:
+            asked = [self.mbarriers.asked[k] for k in mine if self.parked[k] == MBARRIER]
+            text = "; ".join(b.missing() for b in dict.fromkeys(asked))
+        text = f"deadlock: {text} ({mine.size} of {self.threads} threads of the CTA wait)"
+        raise PtxError(text, lane)
 
     def where(self, lane):
         """CTA and thread of a lane, for messages."""
@@ -223,6 +274,23 @@ class Machine:
 
 
 _NOBODY = np.zeros(0, np.intp)
+
+
+def _in_clusters(grid, cluster):
+    """The CTAs of a grid, those of a cluster next to each other by rank; x changes fastest."""
+
+    def points(shape):
+        x, y, z = (range(n) for n in shape)
+        return [(i, j, k) for k in z for j in y for i in x]
+
+    if cluster == (1, 1, 1):
+        return points(grid)
+    inside = points(cluster)
+    return [
+        tuple(c * k + r for c, k, r in zip(at, cluster, rank, strict=True))
+        for at in points([n // c for n, c in zip(grid, cluster, strict=True)])
+        for rank in inside
+    ]
 
 
 def launch(
@@ -236,6 +304,7 @@ def launch(
     chunk=None,
     equal_writes=False,
     dependent=False,
+    late_products=True,
 ):
     """Run a grid; returns a Counter of executed warp instructions by opcode class and of memory
     traffic.
@@ -243,7 +312,8 @@ def launch(
     `params` is the raw parameter buffer, `shared_bytes` the dynamic shared memory, `chunk` how many
     CTAs run at once. `equal_writes` lets several warps store to one place of shared memory in one
     instruction if they store the same bytes; without it they may not. `dependent`: the launch may
-    overlap the kernel ahead of it, under the rules of dependent.py. Traffic:
+    overlap the kernel ahead of it, under the rules of dependent.py. `late_products`: a wgmma
+    computes when it is waited for, and not when it is issued (wgmma.py). Traffic:
     global_{read,write}_{bytes,sectors}; shared_wavefronts against shared_ideal (their ratio is the
     bank conflicts); prefetches of all threads."""
     grid, block = ((*d, 1, 1)[:3] for d in (grid, block))
@@ -263,15 +333,19 @@ def launch(
         raise PtxError(
             f"{kernel.name}: {shared} bytes of shared memory; no GPU has more than 227 KiB"
         )
+    if any(n % c for n, c in zip(grid, kernel.cluster, strict=True)):
+        raise PtxError(f"{kernel.name}: grid {grid} of clusters of {kernel.cluster}")
     chunk = chunk or max(1, min(_LANES // threads, _SHARED // max(shared, 1)))
+    together = int(np.prod(kernel.cluster))
+    chunk = -(-chunk // together) * together
     space = (memory or Memory()).with_data(kernel.module.data.values())
-    ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    ctas = _in_clusters(grid, kernel.cluster)
     stats, waited = Counter(), not dependent
     for start in range(0, len(ctas), chunk):
         some = ctas[start : start + chunk]
         m = Machine(
             kernel, grid, block, some, raw, space, shared, check_races, equal_writes, dependent,
-            stats,
+            late_products, stats,
         )  # fmt: skip
         try:
             with np.errstate(all="ignore"):

@@ -1,4 +1,5 @@
-"""Warp-level matrix instructions (PTX ISA 9.7.14.5 "mma", "ldmatrix"; 9.7.14.6 "mma.sp").
+"""Warp-level matrix instructions (PTX ISA 9.7.14.5 "mma", "ldmatrix", "stmatrix"; 9.7.14.6
+"mma.sp").
 
 Fragments are index tables from the ISA's figures (g = lane / 4, t = lane % 4), so that one gather
 turns the registers of all warps into matrices and one batched matmul multiplies them.
@@ -7,11 +8,12 @@ aligns and truncates the addends instead, so exact tests use small integers. Int
 exact in f32 (64 * 2^14 = 2^20) and the accumulator wraps, or clamps with .satfinite. Of a tf32
 operand the upper 19 bits count."""
 
+import re
 from functools import lru_cache
 
 import numpy as np
 
-from .decode import PtxError, address, array, destination, opcode, whole_warps
+from .decode import PtxError, address, array, destination, lanes_of, opcode, whole_warps
 from .loads import shared_at
 
 _LANE = np.arange(32)
@@ -267,5 +269,36 @@ def ldmatrix(i):
                 full[act] = value
                 value = full
             put(m, act, value)
+
+    return run
+
+
+@opcode("stmatrix")
+def stmatrix(i):
+    """Stores 1, 2 or 4 8x8 matrices of b16, the inverse of ldmatrix (ISA 9.7.14.5.16)."""
+    shape = re.fullmatch(
+        r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", ".".join(i.parts)
+    )
+    if not shape:
+        raise PtxError(f"{'.'.join(i.parts)} is not implemented")
+    count, transposed = int(shape[1]), bool(shape[2])
+    registers = i.operands[1] if isinstance(i.operands[1], list) else [i.operands[1]]
+    if len(registers) != count:
+        raise PtxError(f"stmatrix.x{count} stores {count} registers")
+    i.width = 16
+    gets, at = [array(o, "b32") for o in registers], address(i.operands[0])
+
+    def run(m, act):
+        whole_warps(m, act, "stmatrix")
+        lanes = lanes_of(m, act)
+        # (warps, matrices, 8 rows, 8 columns) of b16
+        words = np.stack([g(m)[lanes].reshape(-1, 32) for g in gets], 1)
+        data = words.view(np.uint16).reshape(-1, count, 8, 8)
+        if transposed:
+            data = data.swapaxes(2, 3)
+        data = np.ascontiguousarray(data).reshape(-1, 8).view(np.complex128)[:, 0]
+        rows = lanes.reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        flat = shared_at(m, at(m)[rows], 16, rows, True, whole=True, data=data)
+        m.shared.write(flat, 16, data)
 
     return run

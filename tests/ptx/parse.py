@@ -11,7 +11,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from .decode import DECODERS, DTYPE, Address, Imm, Pair, PtxError, Reg, Symbol
+from .decode import DECODERS, DTYPE, Address, Imm, Pair, PtxError, Reg, Symbol, TileOperand
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
 _STATEMENT = re.compile(
@@ -21,6 +21,9 @@ _STATEMENT = re.compile(
 _BRACE, _OPENING = re.compile(r"[{}]"), re.compile(r"[{;]")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _TARGET = re.compile(r"^\s*\.target\s+sm_(\d+)", re.M)
+_DIRECTIVE = re.compile(
+    r"\.(maxntid|reqntid|minnctapersm|maxnreg|reqnctapercluster)\s+(\d+(?:\s*,\s*\d+)*)"
+)
 _GUARD = re.compile(r"@(!?)([\w$%]+)\s+(.*)", re.S)
 _VARIABLE = re.compile(
     r"\.(?P<space>shared|local|global|const|param)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
@@ -39,6 +42,12 @@ SPECIAL |= {
     "%dynamic_smem_size",
     "%total_smem_size",
 }
+SPECIAL |= {
+    f"%{name}.{d}"
+    for name in ("clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid")
+    for d in "xyz"
+}
+SPECIAL |= {"%cluster_ctarank", "%cluster_nctarank"}
 SPECIAL |= {f"%lanemask_{c}" for c in ("eq", "lt", "le", "gt", "ge")}
 
 
@@ -194,7 +203,11 @@ class Kernel:
     def __init__(self, module, name, head, body, offset):
         self.module, self.name = module, name
         self.code, self.widths, self.special = [], [], {}
-        head = head[: head.rindex(")")] if ")" in head else ""
+        head, _, directives = head.rpartition(")")
+        self.directives = {
+            name: [int(n) for n in numbers.split(",")]
+            for name, numbers in _DIRECTIVE.findall(directives)
+        }
         self.parameters, self.parameter_bytes = _layout(
             [_variable(m) for m in _VARIABLE.finditer(head)]
         )
@@ -203,6 +216,26 @@ class Kernel:
         self._scan(body, offset)
         for instruction in self.code:
             self._decode(instruction)
+
+    @property
+    def cluster(self):
+        """CTAs of a cluster in x, y, z (ISA 11.4.1 ".reqnctapercluster")."""
+        return tuple((*self.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3])
+
+    @property
+    def asynchronous(self):
+        """Whether threads meet, or memory is used, otherwise than by barriers of a CTA."""
+        names = {i.parts[0] for i in self.code} & {"mbarrier", "wgmma", "fence", "mapa"}
+        return bool(names) or any(i.op == "barrier.cluster" for i in self.code)
+
+    def registers(self, threads):
+        """Registers of a thread at the launch, as ptxas allocates them for .maxntid threads and
+        .minnctapersm CTAs of a multiprocessor's 65536; None if the directives do not say it.
+        """
+        ctas, most = self.directives.get("minnctapersm"), self.directives.get("maxntid")
+        if not ctas or not most or int(np.prod(most)) != threads:
+            return None
+        return min(65536 // (ctas[0] * threads) // 8 * 8, 255 // 8 * 8)
 
     def _place(self, body):
         """Shared memory: the kernel's own and the module's variables that it names; extern (size 0)
@@ -301,6 +334,10 @@ class Kernel:
             return None
         if token[0] == "{":
             return [self._operand(t, scope) for t in token.strip("{} ").split(",")]
+        if token[0] == "[" and "{" in token:  # [map, {column, row}]
+            base, rest = token[1:-1].split(",", 1)
+            coordinates = tuple(self._operand(t, scope) for t in rest.strip(" {}").split(","))
+            return TileOperand(self._operand(f"[{base.strip()}]", scope), coordinates)
         if token[0] == "[":
             base, sign, offset = re.fullmatch(
                 r"\[\s*([\w$%.]+)\s*(?:([+-])\s*([+-]?\w+)\s*)?\]", token
@@ -374,6 +411,10 @@ def _class(parts):
         return f"{base}." + next((p for p in parts if p in WINDOW_NAMES), "generic")
     if base == "mma":
         return "mma.sp" if parts[1].startswith("sp") else "mma.sync"
+    if base in ("wgmma", "mbarrier", "setmaxnreg"):
+        return ".".join(parts[: 3 if parts[2] in ("sp", "expect_tx") else 2])
+    if base == "cp" and "bulk" in parts and "prefetch" not in parts:
+        return "cp.async.bulk.tensor" if "tensor" in parts else "cp.async.bulk"
     if base == "cp":
         return ".".join(p for p in parts[:3] if p not in ("ca", "cg"))
     if base in ("bar", "barrier", "griddepcontrol", "createpolicy", "shfl", "vote"):

@@ -22,9 +22,9 @@ import numpy as np
 
 from .decode import PtxError
 
-WARP = 62  # a read by the warp as a whole (ldmatrix): no single lane
+WARP = 62  # an access by the warp as a whole (ldmatrix, stmatrix): no single lane
 SEVERAL = 63  # read by several lanes since the last barrier
-_EPOCH = np.int32(6)  # an access is tagged epoch << 6 | lane
+EPOCH = np.int32(6)  # an access is tagged epoch << 6 | lane
 
 
 def _differing(at, data):
@@ -38,17 +38,25 @@ def _differing(at, data):
 
 
 class Races:
-    def __init__(self, ctas, warps, stride, cell, equal_writes):
-        self.warps, self.cell, self.equal_writes = warps, cell, equal_writes
+    """`columns` of the clocks, `readers` of them of agents that read; a cluster's CTAs share
+    theirs (async_races.py). By itself, one for each warp of a CTA.
+    """
+
+    def __init__(
+        self, ctas, warps, stride, cell, equal_writes, cluster=1, readers=None, columns=None
+    ):
+        self.per_cta, self.cluster, self.warps = warps, cluster, cluster * warps
+        self.readers, self.columns = readers or warps, columns or warps
+        self.cell, self.equal_writes = cell, equal_writes
         cells = ctas * -(-stride // cell)
         # Zero pages are not touched before the first access, so the size costs nothing by itself.
         self.written = np.zeros(cells, np.int32)
-        self.writer = np.zeros(cells, np.uint8)
-        self.read_ = np.zeros((cells, warps), np.int32)
-        self.in_flight = np.zeros(cells, bool)
+        self.writer = np.zeros(cells, np.uint16)
+        self.read_ = np.zeros((cells, self.readers), np.int32)
+        self.in_flight = np.zeros(cells, np.uint8)
         # epoch 0 is "never": every clock has seen past it
-        self.clock = np.ones((ctas * warps, warps), np.int32)
-        self._own = np.arange(ctas * warps), np.tile(np.arange(warps), ctas)
+        self.clock = np.ones((ctas * warps, self.columns), np.int32)
+        self._own = np.arange(ctas * warps), np.arange(ctas * warps) % self.warps
         self.clock[self._own] = 2
 
     def advance(self, warps):
@@ -58,8 +66,12 @@ class Races:
     def barrier_all(self):
         """Every warp of every CTA meets at one barrier."""
         self.clock[self._own] += 1
-        joined = self.clock.reshape(-1, self.warps, self.warps).max(1)
-        self.clock = np.repeat(joined, self.warps, 0)
+        joined = self.clock.reshape(-1, self.per_cta, self.columns).max(1)
+        self.clock = np.repeat(joined, self.per_cta, 0)
+
+    def seen(self, warp):
+        """Epochs of all readers that these warps have seen the end of."""
+        return self.clock[warp]
 
     def _cells(self, at, width, lanes, whole):
         n = max(width // self.cell, 1)
@@ -82,25 +94,27 @@ class Races:
         closed = self.in_flight[cells]
         if closed.any():
             kind = "write to" if write else "read of"
-            self._fail(
-                f"{kind} bytes of a cp.async that has not been waited for", cells, closed, lanes
-            )
+            closed = closed > 0
+            what = "a cp.async that has not been waited for"
+            if self.in_flight[cells].max() > 1:
+                closed, what = self.in_flight[cells] > 1, "an mbarrier"
+            self._fail(f"{kind} bytes of {what}", cells, closed, lanes)
         tag = self.written[cells]
         writer = self.writer[cells].astype(np.intp)
-        unseen = self.clock[warp, writer] <= tag >> _EPOCH
+        unseen = self.clock[warp, writer] <= tag >> EPOCH
         if unseen.any():
             unseen &= (writer != local) | ((tag & 63) != lane)
             if unseen.any():
                 self._explain(
                     "write" if write else "read", "write", cells, unseen, lanes, writer, tag
                 )
-        mine = self.clock[warp, local] << _EPOCH | lane
+        mine = self.clock[warp, local] << EPOCH | lane
         if write:
             reads = self.read_[cells]
-            unseen = self.clock[warp] <= reads >> _EPOCH
+            unseen = self.seen(warp) <= reads >> EPOCH
             if unseen.any():
                 own = reads == mine[:, None]  # the same lane read it in the same epoch
-                unseen &= ~(own & (np.arange(self.warps) == local[:, None]))
+                unseen &= ~(own & (np.arange(self.readers) == local[:, None]))
                 if unseen.any():
                     k, other = np.argwhere(unseen)[0]
                     self._explain("write", "read", cells, k, lanes, other, reads[k, other])
@@ -116,7 +130,7 @@ class Races:
     def _note(self, cells, local, mine):
         """Record accesses that a later write must not overtake."""
         before = self.read_[cells, local]
-        several = ((before >> _EPOCH) == (mine >> _EPOCH)) & (before != mine)
+        several = ((before >> EPOCH) == (mine >> EPOCH)) & (before != mine)
         mine = np.where(several, mine | SEVERAL, mine)
         self.read_[cells, local] = mine
         lost = self.read_[cells, local] != mine  # several lanes of this very instruction
@@ -137,12 +151,12 @@ class Races:
     def issue(self, at, width, lanes):
         """A cp.async into these bytes: a write now, closed until arrive()."""
         self.access(at, width, lanes, True)
-        self.in_flight[self._cells(at, width, lanes, False)[0]] = True
+        self.in_flight[self._cells(at, width, lanes, False)[0]] = 1
 
     def arrive(self, at, width, lanes):
         cells, lane, warp, local, _ = self._cells(at, width, lanes, False)
-        self.in_flight[cells] = False
-        self.written[cells] = self.clock[warp, local] << _EPOCH | lane
+        self.in_flight[cells] = 0
+        self.written[cells] = self.clock[warp, local] << EPOCH | lane
         self.writer[cells] = local
 
     def _explain(self, kind, other, cells, bad, lanes, warp, tag):
@@ -151,18 +165,21 @@ class Races:
         tag = int(tag if np.ndim(tag) == 0 else tag[k])
         mine = int(lanes[k]) // 32 % self.warps
         if warp == mine:
-            who = {WARP: "the warp's ldmatrix", SEVERAL: "other lanes"}.get(
+            who = {WARP: "the warp's ldmatrix or stmatrix", SEVERAL: "other lanes"}.get(
                 tag & 63, f"lane {tag & 63}"
             )
             who += " of the same warp, with no bar.sync or bar.warp.sync between"
         else:
-            who = f"warp {warp}, with no barrier between that both take part in"
+            who = f"{self._who(warp)}, with no barrier between that both take part in"
         self._fail(
-            f"{kind} by warp {mine} after a {other} by {who}",
+            f"{kind} by {self._who(mine)} after a {other} by {who}",
             cells,
             np.arange(len(cells)) == k,
             lanes,
         )
+
+    def _who(self, column):
+        return f"warp {column}"
 
     def _fail(self, text, cells, bad, lanes):
         k = int(np.flatnonzero(bad)[0])

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from .clusters import cluster_barrier
 from .decode import Imm, Pair, PtxError, array, destination, lanes_of, opcode, source
 
 _WARP_SYNC = 16  # parking place of bar.warp.sync, after the 16 barriers of a CTA
@@ -21,7 +22,7 @@ class Barriers:
         shape = m.ctas * 16
         self.arrived = np.zeros(shape, np.int64)
         self.expected = np.zeros(shape, np.int64)
-        self.clock = np.zeros((shape, m.warps), np.int32)
+        self.clock = np.zeros((shape, m.races.columns if m.races else 0), np.int32)
         # A ragged last warp counts as 32 threads, as the hardware counts warps.
         self.weight = np.ones(m.n, np.int64)
         absent = 32 * m.warps - m.threads
@@ -90,6 +91,8 @@ def barrier(i):
     """
     if i.parts[1] == "warp":
         return _warp_sync(i)
+    if i.parts[1] == "cluster":
+        return cluster_barrier(i)
     if i.parts[1] not in ("sync", "arrive"):
         raise PtxError(f"{'.'.join(i.parts)} is not implemented")
     wait = i.parts[1] == "sync"

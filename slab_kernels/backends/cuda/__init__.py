@@ -34,7 +34,7 @@ from .. import dense_copy
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout, prefetch, unpack
-from .cost import dense_microseconds
+from .explain import explained
 from .gpus import Gpu, gpu_like, gpu_named
 from .launch import CudaDevice, kernel_names, linear
 from .layout import (
@@ -45,7 +45,7 @@ from .layout import (
     TENSORS,
     CudaState,
 )
-from .plan import choose, dense_from
+from .plan import dense_from
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
@@ -136,12 +136,7 @@ class CudaBackend(OneLaunchBackend):
         # The problem may be on another device now: the question is what a GPU would do with it.
         if reasons := self.refusals(replace(problem, device="cuda")):
             return f"the cuda backend does not run this: {'; '.join(reasons)}"
-        found, sizes, M = _gpu(gpu), _sizes(problem), max(problem.M, 1)
-        dense = dense_microseconds(problem.N, problem.K, M, found)
-        return (
-            f"{found.name}: {choose(sizes, M, found).describe()}; "
-            f"a dense fp16 linear by the same model: {dense:.1f} us"
-        )
+        return explained(_sizes(problem), max(problem.M, 1), _gpu(gpu))
 
 
 def _gpu(name: str | None) -> Gpu:
