@@ -16,8 +16,8 @@ from torch import Tensor
 from slab_kernels.backends import cuda
 from slab_kernels.backends import triton as triton_backend
 from slab_kernels.backends.cuda import unpack
+from slab_kernels.backends.cuda.device import CudaDevice
 from slab_kernels.backends.cuda.gpus import GPUS
-from slab_kernels.backends.cuda.launch import CudaDevice
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.triton import launch, sparse, stream
 from slab_kernels.backends.triton.rows import TritonDevice
@@ -52,7 +52,7 @@ def cuda_here(monkeypatch) -> Iterator[Packed]:
         "not_supported_reasons",
         lambda self, problem: real(self, replace(problem, device="cpu"))[:-1],
     )
-    monkeypatch.setattr(cuda, "device_of", lambda _: CudaDevice(GPUS[0], None))
+    monkeypatch.setattr(cuda, "device_of", lambda _: CudaDevice(GPUS[0], None, None))
     monkeypatch.setattr(cuda, "linear", packed)
     monkeypatch.setattr(cuda, "dense_from", lambda sizes, gpu: DENSE_FROM)
     cuda.register()

@@ -27,36 +27,32 @@ struct PrefillConsumer {
   const int warp, lane;
   float sums[Traits::kTokens / 2];  // c of wgmma.cuh
   Operands operands;
-  RingStage weights{0}, tokens{0};
-  int last_tokens;  // the stage whose products may still be on their way, or -1
+  PrefillRing weights, tokens;
+  uint32_t last_tokens;  // the barrier of the stage whose products may be on their way, or 0
 
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params,
                                              const PrefillShared<Traits>& shared, int warp,
                                              int lane)
       : params(params), shared(shared), warp(warp), lane(lane),
-        operands(params, shared, warp, lane) {}
+        operands(params, shared, warp, lane),
+        weights(shared.weight_ring(0)), tokens(shared.descriptor_ring(0)) {}
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < Traits::kTokens / 2; ++i) sums[i] = 0.0f;
   }
 
-  __device__ __forceinline__ uint32_t tokens_at() const {
-    return shared.tokens + tokens.number * Traits::kTokenBytes;
-  }
   __device__ __forceinline__ void wait_for_tokens() const {
-    const uint32_t full = shared.base + Traits::kFullTokensAt + 8 * tokens.number;
-    mbarrier_wait(full, tokens.parity);
+    mbarrier_wait(tokens.full, tokens.parity);
     if constexpr (Traits::kKind == kPrefillBoth)
-      mbarrier_wait(full + Traits::kFullProductsAt - Traits::kFullTokensAt, tokens.parity);
+      mbarrier_wait(tokens.full + Traits::kProducts, tokens.parity);
   }
-  // To both CTAs of a pair, each of which fetched half.
-  __device__ __forceinline__ void give_tokens_back(int stage) const {
-    const uint32_t empty = shared.base + Traits::kEmptyTokensAt + 8 * stage;
+  // To both CTAs of a pair, each of which fetched half. full: the stage's barrier.
+  __device__ __forceinline__ void give_tokens_back(uint32_t full) const {
     if constexpr (Traits::kPair == 1) {
-      if (lane == 0) mbarrier_arrive(empty);
+      if (lane == 0) mbarrier_arrive(full + Traits::kEmpty);
     } else {
-      if (lane < Traits::kPair) mbarrier_arrive_in_cluster(in_cta(empty, lane));
+      if (lane < Traits::kPair) mbarrier_arrive_in_cluster(in_cta(full + Traits::kEmpty, lane));
     }
   }
 
@@ -64,35 +60,34 @@ struct PrefillConsumer {
   __device__ __forceinline__ void step() {
     if constexpr (Operands::kMadeEarly) operands.template make<kStep>();
     products_wait<1>();  // Those of two steps ago are over.
-    if (kStep % 2 == 1 && (kStep > 1 || last_tokens >= 0)) give_tokens_back(last_tokens);
+    if (kStep % 2 == 1 && (kStep > 1 || last_tokens)) give_tokens_back(last_tokens);
     if constexpr (!Operands::kMadeEarly) operands.template make<kStep>();
     operands.template pin<kStep>();
     if (kStep % 2 == 0) wait_for_tokens();
     if (kStep == kSteps - 1) {
       __syncwarp();
-      if (lane == 0)
-        mbarrier_arrive(shared.base + Traits::kEmptyWeightsAt + 8 * weights.number);
+      if (lane == 0) mbarrier_arrive(weights.full + Traits::kEmpty);
     }
     products_fence();
-    operands.template multiply<kStep>(sums, tokens_descriptor(tokens_at()));
+    operands.template multiply<kStep>(sums, tokens.at);
     products_commit();
     if (kStep % 2 == 1) {
-      last_tokens = tokens.number;
-      tokens.advance(params.token_stages);
+      last_tokens = tokens.full;
+      shared.next_descriptor(tokens, params.token_stages);
     }
   }
 
   __device__ __forceinline__ void multiply_k_blocks(int count) {
-    last_tokens = -1;
+    last_tokens = 0;
 #pragma unroll 1
     for (int left = count; left > 0; --left) {
-      mbarrier_wait(shared.base + Traits::kFullWeightsAt + 8 * weights.number, weights.parity);
-      operands.open(shared.weights + weights.number * shared.weight_bytes);
+      mbarrier_wait(weights.full, weights.parity);
+      operands.open(weights.at);
       step<0>();
       step<1>();
       step<2>();
       step<3>();
-      weights.advance(params.weight_stages);
+      shared.next_weights(weights, params.weight_stages);
     }
     products_wait<0>();
     give_tokens_back(last_tokens);
@@ -107,7 +102,7 @@ struct PrefillConsumer {
 #pragma unroll 1
     for (int left = params.adapter_steps; left > 0; left -= kStageInputs / 16) {
       wait_for_tokens();
-      uint64_t b = tokens_descriptor(tokens_at());
+      uint32_t b = tokens.at;
 #pragma unroll 1
       for (int i = min(left, kStageInputs / 16); i > 0; --i, b += 2, from += 512) {
         const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
@@ -119,8 +114,8 @@ struct PrefillConsumer {
         products_commit();
         products_wait<0>();
       }
-      give_tokens_back(tokens.number);
-      tokens.advance(params.token_stages);
+      give_tokens_back(tokens.full);
+      shared.next_descriptor(tokens, params.token_stages);
     }
   }
 
@@ -128,6 +123,9 @@ struct PrefillConsumer {
     wait_for_predecessor();  // before anything is written, and a bias read
     PrefillWalk walk(params, cluster);
     while (walk.next(params)) {
+      // Not all lanes may have stored something of the tile before.
+      __syncwarp();
+      barrier(1 + warp / 4, 128);
       const PrefillPlace place(params, walk.tile, rank_in_pair);
       operands.begin(params, place, warp, lane);
       clear();

@@ -17,12 +17,13 @@ template <class Traits>
 __device__ __forceinline__ void begin_barriers(uint32_t base) {
 #pragma unroll 1
   for (int i = 0; i < kPrefillStages; ++i) {
-    mbarrier_init(base + Traits::kFullWeightsAt + 8 * i, 1);
-    mbarrier_init(base + Traits::kEmptyWeightsAt + 8 * i, Traits::kConsumerWarps);
-    mbarrier_init(base + Traits::kFullTokensAt + 8 * i, 1);
-    mbarrier_init(base + Traits::kEmptyTokensAt + 8 * i, Traits::kPair * Traits::kConsumerWarps);
-    if constexpr (Traits::kKind == kPrefillBoth)
-      mbarrier_init(base + Traits::kFullProductsAt + 8 * i, 64);
+    const uint32_t weights = base + Traits::kFullWeightsAt + 8 * i;
+    const uint32_t tokens = base + Traits::kFullTokensAt + 8 * i;
+    mbarrier_init(weights, 1);
+    mbarrier_init(weights + Traits::kEmpty, Traits::kConsumerWarps);
+    mbarrier_init(tokens, 1);
+    mbarrier_init(tokens + Traits::kEmpty, Traits::kPair * Traits::kConsumerWarps);
+    if constexpr (Traits::kKind == kPrefillBoth) mbarrier_init(tokens + Traits::kProducts, 64);
   }
   mbarriers_are_ready();
   publish_to_async_proxy();

@@ -19,7 +19,7 @@ __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
   const int ranks = !kReadsV ? 0 : Traits::kAny ? params.rank : 1;
   const uint32_t bytes = Traits::kPairs * shared.block_bytes + ranks * kTokenRow;
   const int64_t pair_bytes = int64_t(params.num_k_blocks) * shared.block_bytes;
-  RingStage stage(1);  // the first round waits for nobody
+  PrefillRing ring = shared.weight_ring(1);  // the first round waits for nobody
   PrefillWalk walk(params, cluster);
   while (walk.next(params)) {
     const PrefillPlace place(params, walk.tile, rank_in_pair);
@@ -30,14 +30,13 @@ __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
                                    walk.first_k_block) * kTokenRow;
 #pragma unroll 1
     for (int left = walk.k_blocks; left > 0; --left) {
-      const uint32_t full = shared.base + Traits::kFullWeightsAt + 8 * stage.number;
-      mbarrier_wait(full + Traits::kEmptyWeightsAt - Traits::kFullWeightsAt, stage.parity);
-      mbarrier_arrive_expecting(full, bytes);
-      uint32_t to = shared.weights + stage.number * shared.weight_bytes;
+      mbarrier_wait(ring.full + Traits::kEmpty, ring.parity);
+      mbarrier_arrive_expecting(ring.full, bytes);
+      uint32_t to = ring.at;
       const uint8_t* from = first;
 #pragma unroll 1
       for (int pair = 0; pair < Traits::kPairs; ++pair) {
-        copy_bulk(to, from, shared.block_bytes, full);
+        copy_bulk(to, from, shared.block_bytes, ring.full);
         to += shared.block_bytes;
         if (pair < last) from += pair_bytes;
       }
@@ -45,13 +44,13 @@ __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
         const uint8_t* v_from = v;
 #pragma unroll 1
         for (int r = 0; r < ranks; ++r) {
-          copy_bulk(to, v_from, kTokenRow, full);
+          copy_bulk(to, v_from, kTokenRow, ring.full);
           to += kTokenRow, v_from += int64_t(params.num_k_blocks) * kTokenRow;
         }
         v += kTokenRow;
       }
       first += shared.block_bytes;
-      stage.advance(params.weight_stages);
+      shared.next_weights(ring, params.weight_stages);
     }
   }
 }
@@ -62,7 +61,7 @@ __device__ __forceinline__ void fetch_tokens(const PrefillParams& params,
                                              const PrefillShared<Traits>& shared, int cluster,
                                              int rank_in_pair) {
   wait_for_predecessor();
-  RingStage stage(1);
+  PrefillRing ring = shared.token_ring(1);
   PrefillWalk walk(params, cluster);
   while (walk.next(params)) {
     const PrefillPlace place(params, walk.tile, rank_in_pair);
@@ -70,33 +69,29 @@ __device__ __forceinline__ void fetch_tokens(const PrefillParams& params,
     int column = walk.first_k_block * kBlockInputs;
 #pragma unroll 1
     for (int left = 2 * walk.k_blocks; left > 0; --left) {
-      const uint32_t full = shared.base + Traits::kFullTokensAt + 8 * stage.number;
-      const uint32_t to = shared.tokens + stage.number * Traits::kTokenBytes;
-      mbarrier_wait(full + Traits::kEmptyTokensAt - Traits::kFullTokensAt, stage.parity);
-      mbarrier_arrive_expecting(full, Traits::kBoxBytes);
+      mbarrier_wait(ring.full + Traits::kEmpty, ring.parity);
+      mbarrier_arrive_expecting(ring.full, Traits::kBoxBytes);
       if constexpr (Traits::kPair == 1)
-        copy_box(to, &params.x_map, column, place.first_token, full);
+        copy_box(ring.at, &params.x_map, column, place.first_token, ring.full);
       else  // The other CTA fetches the other tokens for both.
-        copy_box_to_pair(to + rank_in_pair * (Traits::kBoxBytes / 2), &params.x_map, column,
-                         place.first_token + rank_in_pair * kBoxTokens, full);
+        copy_box_to_pair(ring.at + rank_in_pair * (Traits::kBoxBytes / 2), &params.x_map, column,
+                         place.first_token + rank_in_pair * kBoxTokens, ring.full);
       column += kStageInputs;
-      stage.advance(params.token_stages);
+      shared.next_tokens(ring, params.token_stages);
     }
     if (!walk.is_last(params)) continue;
     column = place.part * 16 * params.adapter_steps;
 #pragma unroll 1
     for (int left = params.adapter_steps; left > 0; left -= kStageInputs / 16) {
-      const uint32_t full = shared.base + Traits::kFullTokensAt + 8 * stage.number;
-      const uint32_t to = shared.tokens + stage.number * Traits::kTokenBytes;
-      mbarrier_wait(full + Traits::kEmptyTokensAt - Traits::kFullTokensAt, stage.parity);
-      mbarrier_arrive_expecting(full, Traits::kBoxBytes);
+      mbarrier_wait(ring.full + Traits::kEmpty, ring.parity);
+      mbarrier_arrive_expecting(ring.full, Traits::kBoxBytes);
       // Each CTA of a pair by itself: their rows may be of different parts.
 #pragma unroll
       for (int i = 0; i < Traits::kPair; ++i)
-        copy_box(to + i * (Traits::kBoxBytes / 2), &params.z_map, column,
-                 place.first_token + i * kBoxTokens, full);
+        copy_box(ring.at + i * (Traits::kBoxBytes / 2), &params.z_map, column,
+                 place.first_token + i * kBoxTokens, ring.full);
       column += kStageInputs;
-      stage.advance(params.token_stages);
+      shared.next_tokens(ring, params.token_stages);
     }
   }
 }
@@ -111,7 +106,7 @@ __device__ __forceinline__ void multiply_tokens(const PrefillParams& params,
   constexpr int kHeld = 4;  // times that, in registers
   const int piece = thread % kPieces, token = thread / kPieces;
   const uint32_t own = 128 * token + 16 * (piece ^ token % 8);  // the swizzle
-  RingStage stage(0);
+  PrefillRing ring = shared.token_ring(0);
   PrefillWalk walk(params, cluster);
   while (walk.next(params)) {
     const PrefillPlace place(params, walk.tile, 0);
@@ -124,9 +119,9 @@ __device__ __forceinline__ void multiply_tokens(const PrefillParams& params,
 #pragma unroll 1
     for (left += (adapter_steps + 3) / 4; left > 0; --left) {
       const bool of_x = left > (adapter_steps + 3) / 4;
-      mbarrier_wait(shared.base + Traits::kFullTokensAt + 8 * stage.number, stage.parity);
+      mbarrier_wait(ring.full, ring.parity);
       if (of_x) {
-        const uint32_t at = shared.tokens + stage.number * Traits::kTokenBytes + own;
+        const uint32_t at = ring.at + own;
 #pragma unroll
         for (int i = 0; i < Traits::kTokens / kTogether; i += kHeld) {
           uint32_t x[kHeld][4];
@@ -143,8 +138,8 @@ __device__ __forceinline__ void multiply_tokens(const PrefillParams& params,
         if (left > (adapter_steps + 3) / 4 + 1) v = __ldg(reinterpret_cast<const uint4*>(from));
         publish_to_async_proxy();
       }
-      mbarrier_arrive(shared.base + Traits::kFullProductsAt + 8 * stage.number);
-      stage.advance(params.token_stages);
+      mbarrier_arrive(ring.full + Traits::kProducts);
+      shared.next_tokens(ring, params.token_stages);
     }
   }
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "prefill.h"
-#include "ptx.cuh"
+#include "wgmma.cuh"
 
 namespace slab {
 
@@ -51,8 +51,8 @@ struct PrefillTraits {
   static constexpr int kTableAt = 0;  // 16 x 8 bytes
   // Barriers of the stages, 8 bytes each: weights and tokens are there or may be overwritten, and
   // v * x is there.
-  static constexpr int kFullWeightsAt = 128, kEmptyWeightsAt = 192, kFullTokensAt = 256,
-                       kEmptyTokensAt = 320, kFullProductsAt = 384;
+  static constexpr int kFullWeightsAt = 128, kFullTokensAt = 256;
+  static constexpr int kEmpty = 64, kProducts = 128;  // from the barrier of a full stage on
   static constexpr int kStagingAt = 512;
   static constexpr int kHeadBytes =
       (kStagingAt + kConsumerWarps * kStagingBytes + 1023) / 1024 * 1024;
@@ -71,6 +71,20 @@ struct PrefillTraits {
   }
 };
 
+// A ring's next stage: where it is, the barrier that says that it is full, and the parity of the
+// phase of that barrier which is waited for.
+struct PrefillRing {
+  uint32_t at, full, parity;
+  int number = 0;
+
+  // To the next of the stages at `begin`, whose barriers begin at `barriers`.
+  __device__ __forceinline__ void advance(uint32_t begin, uint32_t distance, uint32_t barriers,
+                                          int stages) {
+    at += distance, full += 8, ++number;
+    if (number == stages) at = begin, full = barriers, number = 0, parity ^= 1;
+  }
+};
+
 // Addresses of a CTA's shared memory.
 template <class Traits>
 struct PrefillShared {
@@ -83,16 +97,27 @@ struct PrefillShared {
         weights(tokens + params.token_stages * Traits::kTokenBytes),
         block_bytes(Traits::block_bytes(params)),
         weight_bytes(Traits::weight_bytes(params)) {}
-};
 
-// Which stage of a ring is next, and the parity of the phase that ends when it is ready.
-struct RingStage {
-  int number = 0;
-  uint32_t parity;
-
-  explicit __device__ __forceinline__ RingStage(uint32_t first_parity) : parity(first_parity) {}
-  __device__ __forceinline__ void advance(int stages) {
-    if (++number == stages) number = 0, parity ^= 1;
+  // Of weights, and of tokens; `tokens` is counted in addresses where they are written, and as
+  // wgmma's descriptors have it where they are multiplied.
+  __device__ __forceinline__ PrefillRing weight_ring(uint32_t parity) const {
+    return {weights, base + Traits::kFullWeightsAt, parity};
+  }
+  __device__ __forceinline__ void next_weights(PrefillRing& ring, int stages) const {
+    ring.advance(weights, weight_bytes, base + Traits::kFullWeightsAt, stages);
+  }
+  __device__ __forceinline__ PrefillRing token_ring(uint32_t parity) const {
+    return {tokens, base + Traits::kFullTokensAt, parity};
+  }
+  __device__ __forceinline__ void next_tokens(PrefillRing& ring, int stages) const {
+    ring.advance(tokens, Traits::kTokenBytes, base + Traits::kFullTokensAt, stages);
+  }
+  __device__ __forceinline__ PrefillRing descriptor_ring(uint32_t parity) const {
+    return {tokens_descriptor(tokens), base + Traits::kFullTokensAt, parity};
+  }
+  __device__ __forceinline__ void next_descriptor(PrefillRing& ring, int stages) const {
+    ring.advance(tokens_descriptor(tokens), Traits::kTokenBytes / 16,
+                 base + Traits::kFullTokensAt, stages);
   }
 };
 

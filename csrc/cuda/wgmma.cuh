@@ -14,11 +14,13 @@
 
 namespace slab {
 
-// The descriptor of B whose tokens have 128 bytes, 64 inputs, each, with the 128-byte swizzle: the
-// first byte / 16, 1024 / 16 from one eight of tokens to the next, and the swizzle's number. Add 2
-// for the next 16 inputs of the 64.
-__device__ __forceinline__ uint64_t tokens_descriptor(uint32_t at) {
-  return uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16 | uint64_t(at >> 4);
+// The descriptor of B whose tokens have 128 bytes, 64 inputs, each, with the 128-byte swizzle. Its
+// low half: the address / 16 of the first token's first input, to which 2 is added for every 16
+// inputs further on. Its high half: 1024 / 16 from one eight of tokens to the next, and the swizzle's
+// number.
+__device__ __forceinline__ uint32_t tokens_descriptor(uint32_t at) { return at >> 4 | 1u << 16; }
+__device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
+  return uint64_t(0x40000040u) << 32 | low;
 }
 
 // Operands "%t0, %t1, ... %t9, ".
@@ -52,21 +54,22 @@ __device__ __forceinline__ uint64_t tokens_descriptor(uint32_t at) {
 // The sums are added to (1), nothing is negated (1, 1), B's inputs lie side by side (0).
 #define SLAB_PRODUCT(T, TYPE, N)                                                                 \
   static __device__ __forceinline__ void dense(T, float (&c)[N / 2], const uint32_t (&a)[4],     \
-                                               uint64_t b) {                                     \
+                                               uint32_t b) {                                     \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
                  " " SLAB_SUMS_##N SLAB_AB_##N ", 1, 1, 1, 0;"                                   \
                  : SLAB_C_##N                                                                    \
-                 : SLAB_A, "l"(b));                                                              \
+                 : SLAB_A, "l"(whole_descriptor(b)));                                                              \
   }                                                                                              \
   template <int kSelector>                                                                       \
   static __device__ __forceinline__ void sparse(T, float (&c)[N / 2], const uint32_t (&a)[4],    \
-                                                uint64_t b, uint32_t metadata) {                 \
+                                                uint32_t b, uint32_t metadata) {                 \
     asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." TYPE "." TYPE              \
                  " " SLAB_SUMS_##N SLAB_AB_##N SLAB_METADATA_##N ", 1, 1, 1, 0;"                 \
                  : SLAB_C_##N                                                                    \
-                 : SLAB_A, "l"(b), "r"(metadata), "n"(kSelector));                               \
+                 : SLAB_A, "l"(whole_descriptor(b)), "r"(metadata), "n"(kSelector));                               \
   }
 
+// b is tokens_descriptor()'s.
 // dense(T(), c, a, b) and sparse<selector>(T(), c, a, b, metadata), T being Fp16 or Bf16: issued,
 // not waited for.
 template <int kTokens>

@@ -34,9 +34,10 @@ from .. import dense_copy
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout, prefetch, unpack
+from .device import CudaDevice
 from .explain import explained
 from .gpus import Gpu, gpu_like, gpu_named
-from .launch import CudaDevice, kernel_names, linear
+from .launch import kernel_names, linear
 from .layout import (
     ACTIVATIONS,
     SIZE_ARGUMENTS,
@@ -99,8 +100,9 @@ class CudaBackend(OneLaunchBackend):
         """Defines the op and loads the state's kernels, if it is on a GPU."""
         if state.stream.is_cuda:
             register()
-            for name in kernel_names(sizes_of(state), state.dtype):
-                driver.load(name, state.stream.device.index)
+            index = state.stream.device.index
+            for name in kernel_names(sizes_of(state), state.dtype, device_of(index).gpu):
+                driver.load(name, index)
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the state's.

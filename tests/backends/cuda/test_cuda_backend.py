@@ -364,7 +364,7 @@ def test_importing_opens_no_library_and_reads_no_file():
         "MODULE", "slab_kernels.backends.cuda as cuda"
     )
     cold = (
-        "(cuda.driver._cuda, cuda.driver._properties, images.kernel_sources, nvrtc._find, "
+        "(cuda.driver.library, cuda.driver._properties, images.kernel_sources, nvrtc._find, "
         "cuda.device_of, cuda._register_once)"
     )
     code += (

@@ -493,7 +493,7 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
             CudaSizes(512, (72,), values, group_steps, rank, steps, planes),
             (torch.float16, torch.bfloat16)[rank % 2],
         )
-        ahead = kernel_names(sizes, dtype)
+        ahead = kernel_names(sizes, dtype, gpu)
         assert len(set(ahead)) == len(ahead)
         named |= set(ahead)
         for M in (*range(1, 130), *range(130, 4097, 97), 1 << 20):
