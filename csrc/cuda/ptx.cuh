@@ -119,6 +119,11 @@ __device__ __forceinline__ uint32_t load_shared32(uint32_t at) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(at));
   return r;
 }
+__device__ __forceinline__ uint32_t load_shared16(uint32_t at) {
+  uint16_t r;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(r) : "r"(at));
+  return r;
+}
 __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])

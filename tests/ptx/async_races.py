@@ -4,13 +4,14 @@ Consistency Model", 8.4 "Proxies").
 The clocks of all warps of a cluster have one column for each of its
 
   warps        epochs advanced by whatever the warp releases;
-  warpgroups   as readers of B: the groups of wgmma that wgmma.wait_group has waited for;
-  warps        again: what this warp has seen of the other's stores, and a proxy fence lay between;
+  warps        as readers of B: the groups of wgmma that each has waited for;
+  warps        once more: what was seen of their stores and a proxy fence lay between;
   mbarriers    phases that are over: the bytes of a bulk copy belong to the phase they complete.
 
-An arrival of some lanes of a warp releases what the others of the warp did before the last
-bar.warp.sync, and what these did: an epoch in which others have touched shared memory stays open. A
-wait by some lanes counts for their whole warp."""
+A wgmma's reads of B are noted for its warpgroup, and over for those who know that all four warps
+have waited. An arrival of some lanes of a warp releases what the others of the warp did before the
+last bar.warp.sync, and what these did: an epoch in which others have touched shared memory stays
+open. A wait by some lanes counts for their whole warp."""
 
 import numpy as np
 
@@ -25,8 +26,8 @@ class AsyncRaces(Races):
     def __init__(self, ctas, warps, stride, cell, equal_writes, cluster):
         self.groups = -(-warps // 4)
         readers = cluster * (warps + self.groups)
-        self.fenced = readers
-        self.mbarriers = readers + cluster * warps
+        self.fenced = cluster * (warps + 4 * self.groups)
+        self.mbarriers = self.fenced + cluster * warps
         columns = self.mbarriers + cluster * _MBARRIERS
         super().__init__(ctas, warps, stride, cell, equal_writes, cluster, readers, columns)
         self.touched = np.zeros(ctas * warps * 32, np.int32)  # epoch of a lane's last access
@@ -36,14 +37,14 @@ class AsyncRaces(Races):
     def epoch(self, warp):
         return int(self.clock[warp, warp % self.warps])
 
-    def has_seen(self, warp, other, epoch):
-        return bool(self.clock[warp, other % self.warps] > epoch)
+    def has_seen(self, warps, other, epoch):
+        return self.clock[warps, other % self.warps] > epoch
 
     def last(self, warp):
         """(column, epoch) of what this warp has done so far."""
         return warp % self.warps, self.epoch(warp)
 
-    def _settle(self, lanes):
+    def settle(self, lanes):
         """End the epochs of the lanes' warps in which no other lane has touched shared memory."""
         warps = np.unique(lanes // 32)
         others = np.ones((warps.size, 32), bool)
@@ -54,15 +55,15 @@ class AsyncRaces(Races):
         return warps
 
     def release(self, lanes):
-        """The clock that an arrival of these lanes passes on."""
-        return self.clock[self._settle(lanes)].max(0)
+        """The clock that these lanes pass on."""
+        return self.clock[self.settle(lanes)].max(0)
 
     def acquire(self, warps, clock):
         self.clock[warps] = np.maximum(self.clock[warps], clock)
 
     def fence(self, lanes):
         """fence.proxy.async by these lanes."""
-        warps = self._settle(lanes)
+        warps = self.settle(lanes)
         fenced = slice(self.fenced, self.fenced + self.warps)
         seen = self.clock[warps, : self.warps]
         self.clock[warps, fenced] = np.maximum(self.clock[warps, fenced], seen)
@@ -70,6 +71,10 @@ class AsyncRaces(Races):
     def access(self, at, width, lanes, write, whole=False, data=None):
         super().access(at, width, lanes, write, whole, data)
         self.touched[lanes] = self.clock[lanes // 32, lanes // 32 % self.warps]
+
+    def seen(self, warp):
+        parts = self.clock[:, self.warps : self.fenced].reshape(len(self.clock), -1, 4)
+        return np.concatenate((self.clock[:, : self.warps], parts.min(2)), 1)[warp]
 
     # ---- mbarriers ----
 
@@ -89,11 +94,12 @@ class AsyncRaces(Races):
 
     def issue_bulk(self, at, width, lanes):
         """A bulk copy into these bytes: a write now, closed until land()."""
-        cells, _, warp, _, lanes_ = self._cells(at, width, lanes, False)
+        cells, _, warp, local, lanes_ = self._cells(at, width, lanes, False)
         tag, writer = self.written[cells] >> EPOCH, self.writer[cells].astype(np.intp)
-        stored = (writer < self.warps) & (tag > 0)
+        stored = (writer < self.warps) & (tag > 0) & (self.in_flight[cells] == 0)
         column = np.where(stored, self.fenced + writer, 0)
-        bad = stored & (self.clock[warp, column] <= tag) & (self.clock[warp, writer] > tag)
+        known = (self.clock[warp, writer] > tag) | (writer == local)
+        bad = stored & known & (self.clock[warp, column] <= tag)
         if bad.any():
             self._fail(
                 "a bulk copy over stores with no fence.proxy.async between", cells, bad, lanes_
@@ -110,15 +116,13 @@ class AsyncRaces(Races):
 
     # ---- wgmma ----
 
-    def _unit(self, first):
-        """Column of the warpgroup whose first warp this is, as a reader of B."""
-        cta = first // self.per_cta
-        group = first % self.per_cta // 4
-        return self.warps + cta % self.cluster * self.groups + group
+    def _group(self, first):
+        """Number within the cluster of the warpgroup whose first warp this is."""
+        return first // self.per_cta % self.cluster * self.groups + first % self.per_cta // 4
 
     def read_products(self, places, first, epochs):
-        """Warpgroups with these first warps begin to read 16-byte pieces, a row of `places` each, in
-        their epochs: all four warps must have seen what was written there.
+        """Warpgroups with these first warps begin to read 16-byte pieces, `places`, in their
+        epochs: all four warps must have seen what was written there.
         """
         count = max(16 // self.cell, 1)
         cells = places.reshape(len(first), -1, 1) // self.cell + np.arange(count)
@@ -141,13 +145,13 @@ class AsyncRaces(Races):
             text += " between" if known else " by all four warps"
             self._fail(text, cells.reshape(-1), unseen.reshape(-1), lanes)
         mine = (epochs << EPOCH | WARP).astype(np.int32)
-        self.read_[cells, self._unit(first)[:, None]] = mine[:, None]
+        self.read_[cells, self.warps + self._group(first)[:, None]] = mine[:, None]
 
     def waited(self, first, done):
         """These warpgroups have waited for their first `done` groups of wgmma."""
-        unit = self._unit(first)
         for k in range(4):
-            self.clock[first + k, unit] = np.maximum(self.clock[first + k, unit], done + 1)
+            at = first + k, self.warps + 4 * self._group(first) + k
+            self.clock[at] = np.maximum(self.clock[at], done + 1)
 
     # ---- messages ----
 
@@ -155,9 +159,9 @@ class AsyncRaces(Races):
         if column >= self.mbarriers:
             return "a bulk copy"
         if column >= self.warps:
-            unit = column - self.warps
-            return f"a wgmma of warpgroup {unit % self.groups}" + self._rank(unit // self.groups)
-        return super()._who(column) + self._rank(column // self.per_cta)
+            group = column - self.warps
+            return f"a wgmma of warpgroup {group % self.groups}" + self._rank(group // self.groups)
+        return super()._who(column % self.per_cta) + self._rank(column // self.per_cta)
 
     def _rank(self, rank):
         return f" of CTA {rank} of the cluster" if self.cluster > 1 else ""

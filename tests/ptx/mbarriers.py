@@ -61,6 +61,7 @@ class MBarriers:
         # one column of the clocks for each place, also when it is initialised again
         number = self.numbers[cta].setdefault(at, len(self.numbers[cta]))
         b = self.known[cta, at] = MBarrier(cta, at, count, lane, number)
+        b.cluster_phase = m.clusters.phase[cta // m.clusters.size]
         if m.races is not None:
             m.races.access(flat, 8, np.array([lane]), True)
             m.races.close(flat, 8)
@@ -72,23 +73,27 @@ class MBarriers:
 
     def end(self, m, lane, at):
         """mbarrier.inval."""
-        b = self.find(m, lane, int(m.cta[lane]), at)
+        b = self.find(m, np.array([lane]), m.cta[lane], at)
         del self.known[b.cta, at]
         if m.races is not None:
             flat = m.shared.locate(np.array([b.cta]), np.array([at]), 8, np.array([lane]))
             m.races.open_up(flat, 8)
 
-    def find(self, m, lane, cta, at):
-        """The mbarrier there, which this lane must know to be initialised."""
+    def find(self, m, lanes, cta, at):
+        """The mbarrier there, which these lanes must know to be initialised."""
         b = self.known.get((int(cta), int(at)))
         if b is None:
-            raise PtxError(f"the mbarrier at {int(at):#x} is not initialised", int(lane))
+            text = f"the mbarrier at {int(at):#x} is not initialised"
+            raise PtxError(text, int(lanes[0]))
         if m.ended(b.cta):
-            raise PtxError(f"the {b} is in a CTA that has exited", int(lane))
-        if b.epoch is not None and lane // 32 != b.lane // 32:
-            if not m.races.has_seen(lane // 32, b.lane // 32, b.epoch):
+            raise PtxError(f"the {b} is in a CTA that has exited", int(lanes[0]))
+        met = b.fenced and m.clusters.phase[b.cta // m.clusters.size] > b.cluster_phase
+        if m.races is not None and not met:
+            seen = m.races.has_seen(lanes // 32, b.lane // 32, b.epoch)
+            seen |= lanes // 32 == b.lane // 32
+            if not seen.all():
                 text = f"the {b} may not be initialised yet: no barrier since mbarrier.init"
-                raise PtxError(text, int(lane))
+                raise PtxError(text, int(lanes[np.argmin(seen)]))
         return b
 
     def fence(self, lanes):
@@ -103,19 +108,25 @@ class MBarriers:
         ends = np.flatnonzero((np.diff(ctas) != 0) | (np.diff(at) != 0)) + 1
         for some in np.split(np.arange(lanes.size), ends):
             own = lanes[some]
-            b = self.find(m, own[0], ctas[some[0]], at[some[0]])
+            b = self.find(m, own, ctas[some[0]], at[some[0]])
             if bytes_ is not None:
                 self.expect(b, int(bytes_[some].sum()), own[0])
             if m.races is not None and releases:
-                b.open = np.maximum(b.open, m.races.release(own))
+                m.races.settle(own)
                 if b.cta != m.cta[own[0]]:
                     self._outlive(m, b, int(own[0]))
-            left = 0 if counts is None else int(counts[some].sum())
-            while left:
-                if b.pending == 0:
+            number = np.ones(own.size, np.int64) if counts is None else counts[some]
+            # one by one if the phase ends among them: it has not the releases of the others
+            steps = [slice(None)] if number.sum() <= b.pending else range(own.size)
+            for step in steps:
+                if m.races is not None and releases:
+                    warps = np.unique(own[step] // 32)
+                    b.open = np.maximum(b.open, m.races.clock[warps].max(0))
+                if counts is None:
+                    continue
+                if b.pending == 0 or np.max(number[step]) > b.pending:
                     raise PtxError(f"more arrivals at the {b} than it counts", int(own[0]))
-                now = min(left, b.pending)
-                b.pending, left = b.pending - now, left - now
+                b.pending -= int(np.sum(number[step]))
                 over |= self.complete(m, b)
         return over
 
@@ -157,7 +168,7 @@ class MBarriers:
         passed = np.ones(lanes.size, bool)
         for some in np.split(np.arange(lanes.size), np.flatnonzero(changes) + 1):
             own = lanes[some]
-            b = self.find(m, own[0], ctas[some[0]], at[some[0]])
+            b = self.find(m, own, ctas[some[0]], at[some[0]])
             passed[some] = over(b, own)
             gone = own[passed[some]]
             if gone.size and m.races is not None and acquires:
@@ -228,7 +239,7 @@ def _arrive(i):
         if operands[0] is not None:
             token = np.zeros(m.n, np.uint64)
             for lane, cta, a in zip(lanes.tolist(), ctas, where, strict=True):
-                token[lane] = m.mbarriers.find(m, lane, cta, a).phase
+                token[lane] = m.mbarriers.find(m, np.array([lane]), cta, a).phase
             state(m, act, token)
         counts = np.ones(lanes.size, np.int64) if expects or numbers is None else numbers
         return m.mbarriers.arrive(

@@ -12,22 +12,33 @@ REGISTERS = (
 )
 
 
-def program(body, parameters="", shared=""):
+def program(body, parameters="", shared="", directives=""):
     head = (
-        f".version 8.0\n.target sm_90\n.address_size 64\n{shared}\n.visible .entry k({parameters})"
+        f".version 8.0\n.target sm_90\n.address_size 64\n{shared}\n"
+        f".visible .entry k({parameters}) {directives}"
     )
     return f"{head}\n{{\n{REGISTERS}\n{body}\nret;\n}}"
 
 
 def run(
-    body, *arrays, block=32, grid=1, shared="", shared_bytes=0, read_only=(), early=(), **options
+    body,
+    *arrays,
+    block=32,
+    grid=1,
+    shared="",
+    shared_bytes=0,
+    read_only=(),
+    early=(),
+    directives="",
+    **options,
 ):
     """Run a kernel whose parameters p0, p1, ... are the arrays' addresses, loaded into %d10, %d11,
     ...; `read_only` and `early` name arrays by their numbers.
     """
     parameters = ", ".join(f".param .u64 p{k}" for k in range(len(arrays)))
     head = "\n".join(f"ld.param.u64 %d{10 + k}, [p{k}];" for k in range(len(arrays)))
-    module = Module(program("mov.u32 %r30, %tid.x;\n" + head + "\n" + body, parameters, shared))
+    body = "mov.u32 %r30, %tid.x;\n" + head + "\n" + body
+    module = Module(program(body, parameters, shared, directives))
     memory = Memory()
     for k, a in enumerate(arrays):
         data = a.reshape(-1).view(np.uint8)

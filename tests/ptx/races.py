@@ -69,6 +69,10 @@ class Races:
         joined = self.clock.reshape(-1, self.per_cta, self.columns).max(1)
         self.clock = np.repeat(joined, self.per_cta, 0)
 
+    def seen(self, warp):
+        """Epochs of all readers that these warps have seen the end of."""
+        return self.clock[warp]
+
     def _cells(self, at, width, lanes, whole):
         n = max(width // self.cell, 1)
         cells, lane, warp = (
@@ -107,7 +111,7 @@ class Races:
         mine = self.clock[warp, local] << EPOCH | lane
         if write:
             reads = self.read_[cells]
-            unseen = self.clock[:, : self.readers][warp] <= reads >> EPOCH
+            unseen = self.seen(warp) <= reads >> EPOCH
             if unseen.any():
                 own = reads == mine[:, None]  # the same lane read it in the same epoch
                 unseen &= ~(own & (np.arange(self.readers) == local[:, None]))

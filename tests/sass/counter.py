@@ -311,13 +311,13 @@ def tool(name: str) -> str:
     return found[0]
 
 
-def built(architecture: str) -> Path | None:
-    """The image that a build left, if it is of these sources, this nvcc and these options.
+def built(architecture: str, unit: str = UNIT) -> Path | None:
+    """A unit's image that a build left, if it is of these sources, this nvcc and these options.
 
     Raises: recipe.Impossible without nvcc.
     """
     record, version = recipe.record(recipe.IMAGES), recipe.run([recipe.find_nvcc(), "--version"])
-    path = recipe.IMAGES / recipe.image_name(UNIT, architecture)
+    path = recipe.IMAGES / recipe.image_name(unit, architecture)
     same = (record.get("sources"), record.get("compiler")) == (
         recipe.digest(recipe.read_sources(ROOT / "csrc")),
         recipe.digest({}, version, *recipe.NVCC_OPTIONS),
@@ -325,26 +325,26 @@ def built(architecture: str) -> Path | None:
     return path if same and path.is_file() else None
 
 
-def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
-    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for next time.
+def image(architecture: str, only: tuple[str, ...] = (), unit: str = UNIT) -> bytes:
+    """A unit compiled for it: the image of an up-to-date build, or nvcc's, kept for next time.
 
     PTX for an architecture that begins with `compute_`, else a cubin. `only`: the rows that
     `rows_only` leaves, which makes the compiler faster by as much.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
-    nvcc, name = recipe.find_nvcc(), recipe.image_name(UNIT, architecture)
-    if not only and (path := built(architecture)):
+    nvcc, name = recipe.find_nvcc(), recipe.image_name(unit, architecture)
+    if not only and (path := built(architecture, unit)):
         return path.read_bytes()
     sources, version = recipe.read_sources(ROOT / "csrc"), recipe.run([nvcc, "--version"])
     if only:
-        sources[f"cuda/{UNIT}.cu"] = rows_only(sources[f"cuda/{UNIT}.cu"], only)
+        sources[f"cuda/{unit}.cu"] = rows_only(sources[f"cuda/{unit}.cu"], only)
 
     def compiled() -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             for path, text in sources.items():
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_text(text, encoding="utf-8")
-            source, output = Path(folder, f"cuda/{UNIT}.cu"), Path(folder, name)
+            source, output = Path(folder, f"cuda/{unit}.cu"), Path(folder, name)
             recipe.run(recipe.nvcc_command(nvcc, source, architecture, output))
             return output.read_bytes()
 
@@ -353,7 +353,7 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
 
 
 def rows_only(text: str, only: tuple[str, ...]) -> str:
-    """linear.cu with these rows alone of its tables of kernels.
+    """linear.cu or prefill.cu with these rows alone of its tables of kernels.
 
     A row is named by what it begins with: "linear_w16_one_t32" of KERNEL(linear, w16_one_t32, ...),
     "w16_any_kW16" of KERNEL(w16_any, kW16, ...). Each row but the last ends in a backslash.
