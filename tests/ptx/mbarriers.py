@@ -73,24 +73,27 @@ class MBarriers:
 
     def end(self, m, lane, at):
         """mbarrier.inval."""
-        b = self.find(m, lane, int(m.cta[lane]), at)
+        b = self.find(m, np.array([lane]), m.cta[lane], at)
         del self.known[b.cta, at]
         if m.races is not None:
             flat = m.shared.locate(np.array([b.cta]), np.array([at]), 8, np.array([lane]))
             m.races.open_up(flat, 8)
 
-    def find(self, m, lane, cta, at):
-        """The mbarrier there, which this lane must know to be initialised."""
+    def find(self, m, lanes, cta, at):
+        """The mbarrier there, which these lanes must know to be initialised."""
         b = self.known.get((int(cta), int(at)))
         if b is None:
-            raise PtxError(f"the mbarrier at {int(at):#x} is not initialised", int(lane))
+            text = f"the mbarrier at {int(at):#x} is not initialised"
+            raise PtxError(text, int(lanes[0]))
         if m.ended(b.cta):
-            raise PtxError(f"the {b} is in a CTA that has exited", int(lane))
-        if b.epoch is not None and lane // 32 != b.lane // 32:
-            met = b.fenced and m.clusters.phase[b.cta // m.clusters.size] > b.cluster_phase
-            if not met and not m.races.has_seen(lane // 32, b.lane // 32, b.epoch):
+            raise PtxError(f"the {b} is in a CTA that has exited", int(lanes[0]))
+        met = b.fenced and m.clusters.phase[b.cta // m.clusters.size] > b.cluster_phase
+        if m.races is not None and not met:
+            seen = m.races.has_seen(lanes // 32, b.lane // 32, b.epoch)
+            seen |= lanes // 32 == b.lane // 32
+            if not seen.all():
                 text = f"the {b} may not be initialised yet: no barrier since mbarrier.init"
-                raise PtxError(text, int(lane))
+                raise PtxError(text, int(lanes[np.argmin(seen)]))
         return b
 
     def fence(self, lanes):
@@ -105,7 +108,7 @@ class MBarriers:
         ends = np.flatnonzero((np.diff(ctas) != 0) | (np.diff(at) != 0)) + 1
         for some in np.split(np.arange(lanes.size), ends):
             own = lanes[some]
-            b = self.find(m, own[0], ctas[some[0]], at[some[0]])
+            b = self.find(m, own, ctas[some[0]], at[some[0]])
             if bytes_ is not None:
                 self.expect(b, int(bytes_[some].sum()), own[0])
             if m.races is not None and releases:
@@ -165,7 +168,7 @@ class MBarriers:
         passed = np.ones(lanes.size, bool)
         for some in np.split(np.arange(lanes.size), np.flatnonzero(changes) + 1):
             own = lanes[some]
-            b = self.find(m, own[0], ctas[some[0]], at[some[0]])
+            b = self.find(m, own, ctas[some[0]], at[some[0]])
             passed[some] = over(b, own)
             gone = own[passed[some]]
             if gone.size and m.races is not None and acquires:
@@ -236,7 +239,7 @@ def _arrive(i):
         if operands[0] is not None:
             token = np.zeros(m.n, np.uint64)
             for lane, cta, a in zip(lanes.tolist(), ctas, where, strict=True):
-                token[lane] = m.mbarriers.find(m, lane, cta, a).phase
+                token[lane] = m.mbarriers.find(m, np.array([lane]), cta, a).phase
             state(m, act, token)
         counts = np.ones(lanes.size, np.int64) if expects or numbers is None else numbers
         return m.mbarriers.arrive(

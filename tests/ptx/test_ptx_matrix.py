@@ -76,7 +76,7 @@ def layout(shape, stride):
                 else int(np.prod(np.hstack([np.ravel(x) for x in s])))
             )
             total += index(i % n, s, d)
-            i //= n
+            i = i // n
         return total
 
     return lambda t, v: index(t, shape[0], stride[0]) + index(v, shape[1], stride[1])

@@ -84,7 +84,7 @@ ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign column
 # More where a scale covers 32 or 64 inputs, for each 8 columns of kept values.
 GROUPS_ISSUE = 60
 # The loop for many tokens: (fixed, per 8 tokens).
-ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
+ISSUE = {W16: (193, 60), INT8: (270, 68), INT4: (243, 76), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
     2: {W16: (239, 53), INT8: (323, 61), INT4: (326, 61)},
     3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
@@ -401,10 +401,19 @@ def rebuild(sizes: CudaSizes, M: int, gpu: Gpu) -> Rebuild:
     """What rebuilding takes for M tokens."""
     pieces = sum(sizes.row_tiles(REBUILT_ROWS))
     rebuilding = (sizes.stream_bytes + 2 * sizes.N * sizes.K) / bytes_per_us(gpu)
-    adapter = 2 * LAUNCH_US * pieces if sizes.adapter_steps else 0.0
+    adapter = _rebuilt_adapter_us(sizes, M, gpu, pieces) if sizes.adapter_steps else 0.0
     started = (LAUNCH_US + FILL_US) * pieces
     product = dense_microseconds(sizes.N, sizes.K, M, gpu)
     return Rebuild(4 * gpu.multiprocessors, rebuilding + started + adapter + product)
+
+
+def _rebuilt_adapter_us(sizes: CudaSizes, M: int, gpu: Gpu, pieces: int) -> float:
+    """What the adapter of a rebuilt weight takes: z = x Q and z P^T, to which each piece's product
+    is added, or from K tokens on P Q added to each piece."""
+    if M >= sizes.K:
+        return 2 * LAUNCH_US * pieces + 4 * sizes.N * sizes.K / bytes_per_us(gpu)
+    z = 2 * (M + sizes.adapter().N) * sizes.K / bytes_per_us(gpu)
+    return z + FILL_US + LAUNCH_US * (1 + len(sizes.rows)) + 4 * M * sizes.N / bytes_per_us(gpu)
 
 
 def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:

@@ -39,6 +39,7 @@ DECODE, FEW = 16, 64  # tokens up to which regimes reach: narrow and wide, the o
 MOST_RANK = 16  # Every stage of the wide loop holds this many rows of V beside the activations.
 LEAST_STAGES, MOST_STAGES = 2, 4
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS  # of one token's activations, or of a row of V, per K block
+SELECTOR_BYTES = 128  # of the table that the loop which rebuilds keeps
 COLUMNS = 8  # of one tensor-core product: tokens, or a token's products with a row of V
 COLUMN_BYTES = TOKEN_ROW_BYTES + 16  # a column's row of the narrow loop: no bank conflicts
 # Of a CTA of the wide loop where the rank is above 1: a column for each token and rank.
@@ -269,10 +270,11 @@ def rings(tile: Tile) -> int:
 
 
 def factors_bytes(sizes: CudaSizes, tile: Tile) -> int:
-    """Bytes that stay beside everything else: u of a CTA's rows in narrow and wide, the table of
-    selectors where the weight is rebuilt."""
+    """Bytes of u of a CTA's rows, which narrow and wide keep beside everything else. Where the
+    weight is rebuilt, the rows' powers and a table of selectors are with it
+    (csrc/cuda/rebuild.cuh)."""
     if tile.loop == REBUILD:
-        return TABLE_BYTES
+        return SELECTOR_BYTES + 4 * tile.rows * (1 + sizes.rank)
     return 0 if tile.loop == MANY else 4 * tile.rows * sizes.rank
 
 
