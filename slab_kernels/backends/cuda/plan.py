@@ -344,7 +344,7 @@ def _best(
         covers = family_of(row) == family and row.above < M <= row.tokens
         if covers and (plan := named(row, found)):
             timed = named(row, plans_of(family, sizes, row.tokens, gpu, split)) or plan
-            took = row.measured_us * plan.microseconds / timed.microseconds
+            took = row.measured_us * (plan.microseconds / timed.microseconds)
             return Weighed(family, plan, took + first, first)
     fastest = _fastest(found)
     return Weighed(family, fastest, fastest.microseconds + first, first)
