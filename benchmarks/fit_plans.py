@@ -6,8 +6,9 @@
 
 `time` times every plan worth it, for several shapes, value types and token counts. `rows` writes
 the plans that were faster than the model's choice into backends/cuda/measured.json, which the
-backend asks before the model. `fit` prints the constants of backends/cuda/cost.py, the model's
-error, and what its choices cost.
+backend asks before the model. `fit` prints the constants of backends/cuda/cost.py and, if there are
+times of kernels that they are about, of backends/cuda/unknowns.py, the model's error, and what its
+choices cost.
 
 A row of a file is one plan: what decides it, predicted and measured microseconds. "regret" is the
 time of the plan that the model takes over that of the best one timed; it is what matters, since the
@@ -22,26 +23,29 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from plan_rows import CHOICES, COLUMNS, Timing, fused, write_rows
+from plan_rows import CHOICES, COLUMNS, AnyTiming, PrefillTiming, fused, write_rows
 from torch import Tensor
 
 from slab_kernels.backends import dispatch
-from slab_kernels.backends.cuda import cost, device_of, launch, measured, plan
+from slab_kernels.backends.cuda import cost, device_of, launch, measured, plan, prefill, unknowns
 from slab_kernels.backends.cuda.gpus import Gpu, gpu_named
 from slab_kernels.backends.cuda.launch import CudaDevice
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.backends.cuda.tiles import (
     DECODE,
     NARROW_TILES,
+    REBUILD,
     SPLIT_TILES,
     TALL_TILES,
     WIDE_TILES,
@@ -58,8 +62,16 @@ from slab_kernels.testing import random_packed
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096))
 VALUES = (("int4", 128), ("fp16", None), ("int8", 128))
 FEW_TOKENS, MANY_TOKENS = (1, 4, 16, 32, 64), (128, 256, 512, 2048)
+PREFILL = "prefill"  # the kernels of prefill.py
 FITTED = ("ISSUE_CYCLES", "WAIT_CYCLES", "BANDWIDTH_REACHED", "LAUNCH_US", "FILL_US", "REDUCE_US",
           "DECODE_SAVES_US")  # fmt: skip
+# Constants of unknowns.py, between which values they may be, and whether times of the kernels in
+# prefill.py alone tell of them, or those of the loop that rebuilds the weight too.
+UNKNOWN = {
+    "COPY_WRITES": (0.01, 1.0, True),
+    "TABLE_WAVEFRONTS": (1.0, 2.0, False),
+    "CONSUMER_WAIT": (0.01, 20.0, True),
+}
 
 
 def candidates(sizes: CudaSizes, M: int, gpu: Gpu) -> list[cost.Plan]:
@@ -78,6 +90,32 @@ def candidates(sizes: CudaSizes, M: int, gpu: Gpu) -> list[cost.Plan]:
         if splits == 1 or sizes.k_blocks >= splits * tile.warp_inputs:
             found += plan.residencies(sizes, M, gpu, tile, tokens, splits)
     return sorted(found, key=lambda each: each.microseconds)[:20]
+
+
+def newer(sizes: CudaSizes, M: int, gpu: Gpu) -> list[cost.Plan | prefill.Prefill]:
+    """Plans of the loop that rebuilds the weight, those that the model likes first, and every one
+    of the Hopper kernels; both for more than 16 tokens."""
+    if M <= DECODE:
+        return []
+    splits = range(1, plan.MOST_SPLITS + 1)
+    found = [
+        each
+        for groups, many in itertools.product((1, 2, 4, 8), splits)
+        if REBUILD in plan.families(sizes, gpu, plan.regime(M))
+        for each in plan.plans(sizes, M, gpu, groups, many, REBUILD)
+    ]
+    found.sort(key=lambda each: each.microseconds)
+    return [*found[:6], *prefill.plans(sizes, M, gpu)]
+
+
+def how(chosen: cost.Plan | prefill.Prefill) -> tuple:
+    """The columns CHOICES of a plan."""
+    if isinstance(chosen, prefill.Prefill):
+        choices = (chosen.tokens, chosen.share, chosen.weight_stages, chosen.resident)
+        return ("",) * (len(CHOICES) - len(choices)) + choices
+    tile = chosen.tile
+    along = (tile.warp_rows, tile.warp_tokens, tile.warp_inputs, tile.row_tiles)
+    return (*along, chosen.tokens, chosen.splits, chosen.stages, chosen.resident)
 
 
 class Stand(NamedTuple):
@@ -103,20 +141,24 @@ class Stand(NamedTuple):
         for M in (*FEW_TOKENS, *MANY_TOKENS):
             x = random(M, K)
             few = M in FEW_TOKENS
-            chosen = candidates(sizes, M, gpu) if few else plan.plans(sizes, M, gpu, 1, 1)[:6]
+            chosen: list[cost.Plan | prefill.Prefill] = []
+            if sizes.rank:  # A file has no rank: the loops are timed with 1.
+                chosen += candidates(sizes, M, gpu) if few else plan.plans(sizes, M, gpu, 1, 1)[:6]
+            chosen += newer(sizes, M, gpu)
             for each in chosen:
-                tile = each.tile
-                how = (tile.warp_rows, tile.warp_tokens, tile.warp_inputs, tile.row_tiles)
-                how += (each.tokens, each.splits, each.stages, each.resident)
                 times = self.measure(each, states, x)
-                yield N, K, values, M, "fused", *how, *times, tile.loop
-            if not few:
+                loop = each.tile.loop if isinstance(each, cost.Plan) else each.loop
+                yield N, K, values, M, "fused", *how(each), *times, loop
+            if not few and sizes.rank:
                 again = cost.rebuild(sizes, M, gpu)
                 times = self.measure(again, states, x)
                 yield N, K, values, M, "rebuilt", *[""] * len(CHOICES), *times, ""
 
     def measure(
-        self, chosen: cost.Plan | cost.Rebuild, states: list[CudaState], x: Tensor
+        self,
+        chosen: cost.Plan | prefill.Prefill | cost.Rebuild,
+        states: list[CudaState],
+        x: Tensor,
     ) -> tuple:
         """The columns TIMES of one plan."""
         choose = launch.choose
@@ -128,7 +170,7 @@ class Stand(NamedTuple):
             )
         finally:
             launch.choose = choose
-        bound = chosen.bound if isinstance(chosen, cost.Plan) else ""
+        bound = "" if isinstance(chosen, cost.Rebuild) else chosen.bound
         return chosen.microseconds, bound, took.median * 1e6, took.iqr * 1e6
 
 
@@ -150,8 +192,8 @@ def timed(out: Path, seconds: float) -> None:
         writer.writerow(COLUMNS)
         for N, K in SHAPES:
             writer.writerows(stand.dense(N, K))
-        for (N, K), (values, group_size) in itertools.product(SHAPES, VALUES):
-            packed = random_packed(PackedLayout(N, K, values, group_size, 1)).to("cuda")
+        for (N, K), (values, group_size), rank in itertools.product(SHAPES, VALUES, (1, 0)):
+            packed = random_packed(PackedLayout(N, K, values, group_size, rank)).to("cuda")
             state = backend.prepare(packed, torch.float16)
             more = stand.clock.copies(size_of(state)) - 1
             for row in stand.plans([state, *(copied(state) for _ in range(more))], values):
@@ -159,19 +201,34 @@ def timed(out: Path, seconds: float) -> None:
                 file.flush()
                 if time.monotonic() > end:
                     return
-            print(N, K, values, file=sys.stderr)
+            print(N, K, values, rank, file=sys.stderr)
 
 
 class Model:
     """The cost model against measured plans, with constants that may be changed."""
 
-    def __init__(self, timings: list[Timing], gpu: Gpu):
-        self.timings, self.gpu = timings, gpu
-        self.took = torch.tensor([timing.took for timing in timings], dtype=torch.float64)
+    def __init__(self, timings: list[AnyTiming], gpu: Gpu):
+        # A plan that this GPU does not have is none of the model's.
+        self.timings = [timing for timing in timings if timing.plan(gpu) is not None]
+        self.gpu = gpu
+        self.took = torch.tensor([timing.took for timing in self.timings], dtype=torch.float64)
+
+    def constants(self) -> list[tuple[ModuleType, str, float, float]]:
+        """The constants that these times tell of, by module and name, and between which values they
+        may be."""
+        kinds = {
+            PREFILL if isinstance(timing, PrefillTiming) else timing.tile.loop
+            for timing in self.timings
+        }
+        found = [(cost, name, 0.0, math.inf) for name in FITTED if kinds - {PREFILL, REBUILD}]
+        for name, (least, most, of_prefill) in UNKNOWN.items():
+            if PREFILL in kinds or (REBUILD in kinds and not of_prefill):
+                found.append((unknowns, name, least, most))
+        return found
 
     def predicted(self) -> Tensor:
-        times = [timing.plan(self.gpu).microseconds for timing in self.timings]
-        return torch.tensor(times, dtype=torch.float64)
+        plans = (timing.plan(self.gpu) for timing in self.timings)
+        return torch.tensor([each.microseconds for each in plans if each], dtype=torch.float64)
 
     def error(self) -> float:
         """The root mean square of the logarithms of predicted over measured, cut at 0.3."""
@@ -179,20 +236,22 @@ class Model:
         return logarithms.square().mean().sqrt().item()
 
     def fit(self) -> float:
-        """Coordinate descent over FITTED, seven constants on a thousand rows; the error that is
+        """Coordinate descent over the constants, ten at most on a thousand rows; the error that is
         left."""
-        least, step = self.error(), 0.2
+        least_error, step = self.error(), 0.2
         while step > 0.01:
             better = False
-            for name, factor in itertools.product(FITTED, (1 + step, 1 / (1 + step))):
-                before = getattr(cost, name)
-                setattr(cost, name, before * factor)
-                if (found := self.error()) < least - 1e-6:
-                    least, better = found, True
+            for (module, name, least, most), factor in itertools.product(
+                self.constants(), (1 + step, 1 / (1 + step))
+            ):
+                before = getattr(module, name)
+                setattr(module, name, min(most, max(least, before * factor)))
+                if (found := self.error()) < least_error - 1e-6:
+                    least_error, better = found, True
                 else:
-                    setattr(cost, name, before)
+                    setattr(module, name, before)
             step = step if better else step / 2
-        return least
+        return least_error
 
 
 def fit(files: list[Path], gpu: Gpu) -> None:
@@ -203,8 +262,10 @@ def fit(files: list[Path], gpu: Gpu) -> None:
     timings = [timing for file in files for timing in fused(file)]
     model = Model(timings, gpu)
     least = model.fit()
+    timings = model.timings
     print(f"{len(timings)} rows, error {least:.3f} (root mean square of logarithms, cut at 0.3)")
-    print(", ".join(f"{name} = {getattr(cost, name):.3g}" for name in FITTED))
+    constants = model.constants()
+    print(", ".join(f"{name} = {getattr(module, name):.3g}" for module, name, *_ in constants))
     predicted, took = model.predicted(), model.took
     problems = defaultdict(list)  # problem -> its timings
     for i, timing in enumerate(timings):

@@ -13,8 +13,18 @@ from typing import NamedTuple
 
 from slab_kernels.backends.cuda import cost, measured, plan
 from slab_kernels.backends.cuda.gpus import Gpu
-from slab_kernels.backends.cuda.measured import MeasuredRow
-from slab_kernels.backends.cuda.tiles import DECODE, FEW, LOOPS, MANY, CudaSizes, Tile
+from slab_kernels.backends.cuda.measured import PREFILL_LOOPS, MeasuredRow, PrefillRow, Row
+from slab_kernels.backends.cuda.prefill import Prefill
+from slab_kernels.backends.cuda.tiles import (
+    DECODE,
+    FEW,
+    LOOPS,
+    MANY,
+    REBUILD,
+    REBUILD_REGISTERS,
+    CudaSizes,
+    Tile,
+)
 
 KINDS = {"fp16": "w16", "int8": "int8", "int4": "int4"}  # of measured.VALUES
 CHOICES = ("warp_rows", "warp_tokens", "warp_inputs", "blocks", "tokens", "splits", "stages",
@@ -26,7 +36,7 @@ WORTH = 0.99  # of the model's time: a row that saves less is left out
 
 
 class Timing(NamedTuple):
-    """A fused plan that was timed."""
+    """A plan of a loop that was timed."""
 
     sizes: CudaSizes
     M: int
@@ -38,7 +48,11 @@ class Timing(NamedTuple):
     took: float  # microseconds
     file: str
 
-    def plan(self, gpu: Gpu) -> cost.Plan:
+    @property
+    def family(self) -> str:
+        return self.tile.loop if self.M > DECODE else plan.DECODING
+
+    def plan(self, gpu: Gpu) -> cost.Plan | None:
         return cost.Plan(
             self.sizes, self.M, gpu, self.tile, self.tokens, self.splits, self.stages, self.resident
         )
@@ -77,8 +91,50 @@ class Timing(NamedTuple):
         )
 
 
-def fused(file: Path) -> list[Timing]:
-    """A file's fused plans of kernels that there are.
+class PrefillTiming(NamedTuple):
+    """A plan of a Hopper kernel for many tokens that was timed.
+
+    A file has its `tokens` and `share` in the columns tokens and splits. Kernels of kept pairs
+    alone were timed with a weight without a sign term, the others with rank 1.
+    """
+
+    sizes: CudaSizes
+    M: int
+    loop: str
+    tokens: int  # of a CTA
+    share: int
+    took: float  # microseconds
+    file: str
+
+    @property
+    def family(self) -> str:
+        return self.loop
+
+    def plan(self, gpu: Gpu) -> Prefill | None:
+        """The plan on that GPU, None if it has none."""
+        alike = plan.plans_of(self.loop, self.sizes, self.M, gpu, self.split)
+        return next((each for each in alike if isinstance(each, Prefill)), None)
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """As Prefill.split."""
+        return self.tokens, self.share
+
+    def row(self, gpu: Gpu, above: int) -> PrefillRow:
+        """The row for more than `above` tokens, up to those of the timing."""
+        sizes = self.sizes
+        (values,) = (name for name, code in measured.VALUES.items() if code == sizes.values)
+        problem = (gpu.name, gpu.multiprocessors, sizes.N, sizes.K, values)
+        signs = (sizes.group_steps, sizes.rank, sizes.planes)
+        how = (self.loop, self.tokens, self.share)
+        return PrefillRow(*problem, *signs, above, self.M, *how, self.took, self.file)
+
+
+AnyTiming = Timing | PrefillTiming
+
+
+def fused(file: Path) -> list[AnyTiming]:
+    """A file's plans of kernels that there are.
 
     Raises: ValueError if it is not a file of `time` or has none.
     """
@@ -98,60 +154,66 @@ def fused(file: Path) -> list[Timing]:
     return found
 
 
-def _timing(row: dict[str, str], file: str) -> Timing:
-    n = {name: int(row[name]) for name in ("n", "k", "m", *CHOICES)}
-    loop = row.get("loop", MANY)
-    tile = Tile(n["warp_rows"], n["warp_tokens"], n["warp_inputs"], "", n["blocks"], loop)
-    sizes = CudaSizes(n["k"], (n["n"],), measured.VALUES[KINDS[row["values"]]], 4, 1, 0)
-    took = float(row["measured_us"])
-    how = (n["tokens"], n["splits"], n["stages"], n["resident"])
-    return Timing(sizes, n["m"], tile, *how, took, file)
+def _timing(row: dict[str, str], file: str) -> AnyTiming:
+    values, loop = measured.VALUES[KINDS[row["values"]]], row.get("loop", MANY)
+    n, k, M, took = int(row["n"]), int(row["k"]), int(row["m"]), float(row["measured_us"])
+    if loop in PREFILL_LOOPS:
+        sizes = CudaSizes(k, (n,), values, 4, 0 if loop == "prefill_one" else 1, 0)
+        tokens, share = int(row["tokens"]), int(row["splits"])
+        return PrefillTiming(sizes, M, loop, tokens, share, took, file)
+    how = {name: int(row[name]) for name in CHOICES}
+    tile = Tile(*(how[name] for name in CHOICES[:3]), "", how["blocks"], loop)
+    sizes = CudaSizes(k, (n,), values, 4, 1, 0)
+    return Timing(sizes, M, tile, *(how[name] for name in CHOICES[4:]), took, file)
 
 
-def _exists(timing: Timing) -> bool:
+def _exists(timing: AnyTiming) -> bool:
+    if isinstance(timing, PrefillTiming):
+        return timing.M > DECODE
     tile = timing.tile
+    if tile.loop == REBUILD:
+        return timing.M > DECODE and timing.tokens in REBUILD_REGISTERS
     if tile.loop == MANY:
         return timing.M > DECODE and timing.tokens in timing.sizes.warp_tokens(tile.tall)
     return tile.loop in LOOPS
 
 
-def rows(timings: list[Timing], gpu: Gpu) -> list[MeasuredRow]:
-    """The plans that were faster than the model's, with one way of splitting K in a regime.
+def rows(timings: list[AnyTiming], gpu: Gpu) -> list[Row]:
+    """The plans that were faster than the model's of their family of kernels, with one way of
+    splitting K in a regime.
 
     A problem's regime is judged by the timings of one file, the last that has any of it: others may
-    be of other kernels. It gets rows if the model's own plan was timed for all of its token counts.
+    be of other kernels. A family gets rows if the model's own plan of it was timed for all of its
+    token counts.
     """
-    groups: dict[tuple, dict[str, list[Timing]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple, dict[str, list[AnyTiming]]] = defaultdict(lambda: defaultdict(list))
     for timing in timings:
-        # Above FEW tokens K is not split: each number of tokens stands for itself.
+        # Above FEW tokens each number of tokens stands for itself.
         above, upto = plan.regime(timing.M)
-        key = timing.sizes, above, upto if upto <= FEW else timing.M
+        key = timing.family, timing.sizes, above, upto if upto <= FEW else timing.M
         groups[key][timing.file].append(timing)
-    found = []
-    for (sizes, above, _), by_file in groups.items():
+    found: list[Row] = []
+    for (family, sizes, above, _), by_file in groups.items():
         _, group = by_file.popitem()
-        by_tokens: dict[int, list[Timing]] = defaultdict(list)
+        by_tokens: dict[int, list[AnyTiming]] = defaultdict(list)
         for timing in group:
-            if plan.named(timing.row(gpu, 0), _alternatives(timing, gpu)):
+            alike = plan.plans_of(family, sizes, timing.M, gpu, timing.split)
+            if plan.named(timing.row(gpu, 0), alike):
                 by_tokens[timing.M].append(timing)
         fastest = _fastest_split(by_tokens)
-        own = [_own(sizes, M, gpu, there) for M, there in by_tokens.items()]
+        own = [_own(family, sizes, M, gpu, there) for M, there in by_tokens.items()]
         least = sum(timing.took for timing in fastest)
         if not fastest or None in own or least > WORTH * sum(filter(None, own)):
             continue
-        counts = sorted({timing.M for timing in timings if timing.sizes == sizes})
+        same = (timing for timing in timings if (timing.family, timing.sizes) == (family, sizes))
+        counts = sorted({timing.M for timing in same})
         for timing in fastest:
             before = max((M for M in counts if M < timing.M), default=0)
             found.append(timing.row(gpu, max(above, before)))
     return found
 
 
-def _alternatives(timing: Timing, gpu: Gpu) -> list[cost.Plan]:
-    """The plans among which one with the timing's way of splitting K is chosen."""
-    return plan.plans(timing.sizes, timing.M, gpu, *timing.split)
-
-
-def _fastest_split(by_tokens: dict[int, list[Timing]]) -> list[Timing]:
+def _fastest_split(by_tokens: dict[int, list[AnyTiming]]) -> list[AnyTiming]:
     """The fastest timing for each number of tokens, by that way of splitting K whose times have the
     least sum, among those that were timed for all of them."""
     ways = [{timing.split for timing in there} for there in by_tokens.values()]
@@ -165,15 +227,18 @@ def _fastest_split(by_tokens: dict[int, list[Timing]]) -> list[Timing]:
     return min(totals)[2] if totals else []
 
 
-def _own(sizes: CudaSizes, M: int, gpu: Gpu, timings: list[Timing]) -> float | None:
-    """What the model's own plan took; None if it was not timed, or is to rebuild the weight."""
-    chosen = plan.choose(sizes, M, gpu, by_rows=False)
-    if not isinstance(chosen, cost.Plan):
+def _own(family: str, sizes: CudaSizes, M: int, gpu: Gpu, timings: list[AnyTiming]) -> float | None:
+    """What the model's own plan of a family took; None if it was not timed, or if the weight is
+    rebuilt dense for so many tokens."""
+    if isinstance(plan.choose(sizes, M, gpu, by_rows=False), cost.Rebuild):
+        return None
+    if (chosen := plan.own(family, sizes, M, gpu)) is None:
         return None
     took = [
         timing.took
         for timing in timings
-        if plan.named(timing.row(gpu, 0), [chosen]) and timing.stages == chosen.stages
+        if plan.named(timing.row(gpu, 0), [chosen])
+        and (isinstance(timing, PrefillTiming) or timing.stages == chosen.stages)
     ]
     return min(took, default=None)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; _HOMES says the same to
     from .models.load import load
     from .models.packed import check
     from .models.save import save
-    from .nn import FusedSlabLinear, SlabLinear, replace_linear
+    from .nn import FusedSlabLinear, SlabLinear, prepare, replace_linear
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "decompress",
     "load",
     "pack",
+    "prepare",
     "replace_linear",
     "save",
     "unpack",
@@ -59,6 +60,7 @@ _HOMES = {
     "unpack": "format",
     "SlabLinear": "nn",
     "FusedSlabLinear": "nn",
+    "prepare": "nn",
     "replace_linear": "nn",
     "InputStats": "methods.inputs",
     "SlabConfig": "engines.transformers",

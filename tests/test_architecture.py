@@ -212,7 +212,8 @@ INCLUDES = {
     "cuda/params.h": "format.h",
     "cuda/ptx.cuh": "format.h",
     "cuda/dense.cuh": "params.h ptx.cuh",
-    "cuda/traits.cuh": "params.h ptx.cuh",
+    "cuda/rebuilt.cuh": "params.h ptx.cuh",
+    "cuda/traits.cuh": "params.h ptx.cuh rebuilt.cuh",
     "cuda/place.cuh": "traits.cuh",
     "cuda/warp.cuh": "place.cuh",
     "cuda/plan.cuh": "warp.cuh",
@@ -221,6 +222,7 @@ INCLUDES = {
     "cuda/bias.cuh": "params.h ptx.cuh",
     "cuda/epilogue.cuh": "bias.cuh warp.cuh",
     "cuda/linear.cuh": "plan.cuh copy.cuh mainloop.cuh epilogue.cuh",
+    "cuda/rebuild.cuh": "linear.cuh",
     "cuda/decode_place.cuh": "params.h ptx.cuh",
     "cuda/decode_operands.cuh": "params.h ptx.cuh",
     "cuda/decode_end.cuh": "bias.cuh decode_place.cuh",
@@ -230,7 +232,7 @@ INCLUDES = {
     "cuda/wide_stage.cuh": "decode_place.cuh wide_traits.cuh",
     "cuda/wide_signs.cuh": "decode_end.cuh decode_operands.cuh wide_stage.cuh",
     "cuda/wide.cuh": "decode_end.cuh decode_operands.cuh wide_signs.cuh wide_stage.cuh",
-    "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh wide.cuh",
+    "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh rebuild.cuh wide.cuh",
 }
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

@@ -13,15 +13,16 @@ import torch
 
 from on_gpu.verdicts import Verdict
 from on_gpu.weights import DTYPES, Weight, large, small
-from slab_kernels.backends.cuda import driver, images
+from slab_kernels.backends.cuda import device_of, driver, images
+from slab_kernels.backends.cuda.gpus import Gpu
 from slab_kernels.backends.cuda.launch import kernel_names
 from slab_kernels.backends.cuda.layout import STREAM_VALUES
 from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.format import ceil_div
 
 
-def names(weights: Iterable[Weight]) -> list[str]:
-    """The kernels that these weights may use, for any number of tokens."""
+def names(weights: Iterable[Weight], gpu: Gpu) -> list[str]:
+    """The kernels that these weights may use on a GPU, for any number of tokens."""
     found: dict[str, None] = {}
     for weight in weights:
         sizes = CudaSizes(
@@ -33,7 +34,7 @@ def names(weights: Iterable[Weight]) -> list[str]:
             adapter_steps=ceil_div(weight.adapter_rank, 16),
             planes=weight.planes,
         )
-        found |= dict.fromkeys(kernel_names(sizes, DTYPES[weight.dtype]))
+        found |= dict.fromkeys(kernel_names(sizes, DTYPES[weight.dtype], gpu))
     return list(found)
 
 
@@ -42,10 +43,10 @@ def main() -> int:
     if reason := driver.missing(index):
         Verdict(reason, False).say()
         return 1
-    start, wanted = time.monotonic(), names([*small(), *large()])
+    start, wanted = time.monotonic(), names([*small(), *large()], device_of(index).gpu)
     built = [
         path.name
-        for unit in images.kernel_units()
+        for unit in images.kernel_units(driver.capability(index))
         for path in images.ahead_of_time(unit, driver.capability(index))[:1]
     ]
     for name in wanted:

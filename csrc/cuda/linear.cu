@@ -4,6 +4,7 @@
 #include "dense.cuh"
 #include "linear.cuh"
 #include "narrow.cuh"
+#include "rebuild.cuh"
 #include "wide.cuh"
 
 namespace slab {
@@ -121,6 +122,23 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   KERNEL(wide,    int4_three_any_t8,    kI4,    3,      kGroupStepsAny, true) \
   KERNEL(adapter, t16,                  kDense, 0,      kSteps,         false)
 
+// The fused linear that rebuilds W in registers: rank one and one plane, or `any` rank and planes.
+//
+//      family   name           values  any    token tiles of a warp
+#define SLAB_REBUILD_KERNELS(KERNEL)             \
+  KERNEL(rebuild, w16_one_t64,   kW16,   false, 8)  \
+  KERNEL(rebuild, w16_any_t64,   kW16,   true,  8)  \
+  KERNEL(rebuild, int8_one_t64,  kI8,    false, 8)  \
+  KERNEL(rebuild, int8_any_t64,  kI8,    true,  8)  \
+  KERNEL(rebuild, int4_one_t64,  kI4,    false, 8)  \
+  KERNEL(rebuild, int4_any_t64,  kI4,    true,  8)  \
+  KERNEL(rebuild, w16_one_t128,  kW16,   false, 16) \
+  KERNEL(rebuild, w16_any_t128,  kW16,   true,  16) \
+  KERNEL(rebuild, int8_one_t128, kI8,    false, 16) \
+  KERNEL(rebuild, int8_any_t128, kI8,    true,  16) \
+  KERNEL(rebuild, int4_one_t128, kI4,    false, 16) \
+  KERNEL(rebuild, int4_any_t128, kI4,    true,  16)
+
 // dense rebuilds the weight, for cuBLAS. `any` takes any rank and planes, the others at most rank
 // one and one plane.
 //
@@ -164,6 +182,13 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
   SLAB_WIDE(family##_fp16_##name, Fp16, __VA_ARGS__) \
   SLAB_WIDE(family##_bf16_##name, Bf16, __VA_ARGS__)
 
+#define SLAB_REBUILD(kernel, T, values, any, token_tiles) \
+  SLAB_KERNEL(kernel, 1, (rebuild_linear<RebuildTraits<T, values, any, token_tiles>>(params)))
+
+#define SLAB_REBUILD_PAIR(family, name, ...)            \
+  SLAB_REBUILD(family##_fp16_##name, Fp16, __VA_ARGS__) \
+  SLAB_REBUILD(family##_bf16_##name, Bf16, __VA_ARGS__)
+
 #define SLAB_DENSE_PAIR(name, values, any, ctas)                             \
   SLAB_KERNEL(dense_fp16_##name, ctas, (rebuild<Fp16, values, any>(params))) \
   SLAB_KERNEL(dense_bf16_##name, ctas, (rebuild<Bf16, values, any>(params)))
@@ -171,6 +196,7 @@ __device__ __forceinline__ void reduce(const LinearParams& params) {
 SLAB_DECODE_KERNELS(SLAB_DECODE_PAIR)
 SLAB_WIDE_KERNELS(SLAB_WIDE_PAIR)
 SLAB_LINEAR_KERNELS(SLAB_LINEAR_PAIR)
+SLAB_REBUILD_KERNELS(SLAB_REBUILD_PAIR)
 SLAB_DENSE_KERNELS(SLAB_DENSE_PAIR)
 SLAB_KERNEL(reduce_fp16, 4, reduce<Fp16>(params))
 SLAB_KERNEL(reduce_bf16, 4, reduce<Bf16>(params))

@@ -77,7 +77,7 @@ __device__ __forceinline__ void Warp<Traits>::multiply_k_blocks() {
   const int end = first_k_block_of(params, place.split + 1) - first_k_block(),
             stride = params.warp_inputs;
   Factors u = {};
-  if constexpr (Traits::kRank == kRankOne) load_u(u, 0);
+  if constexpr (Traits::kRank == kRankOne && !Traits::kRebuilds) load_u(u, 0);
   // While a K-block is multiplied, the copies of the stages - 1 after it are on their way.
   const int ahead = (params.stages - 1) * stride;
   // K-blocks are counted from the group's first. Weights are asked for while the kernel before this
@@ -85,6 +85,10 @@ __device__ __forceinline__ void Warp<Traits>::multiply_k_blocks() {
   for (int k_block = 0; k_block < ahead; k_block += stride, write_stage += ring.stage_bytes)
     if (k_block < end) fetch_weights(k_block);
   write_stage = ring.begin;
+  if constexpr (Traits::kRebuilds) {
+    fill_tables();
+    __syncthreads();
+  }
   wait_for_predecessor();
   int next = 0;
   for (; next < ahead; next += stride, write_stage += ring.stage_bytes) {
@@ -99,7 +103,10 @@ __device__ __forceinline__ void Warp<Traits>::multiply_k_blocks() {
     }
     copies_commit();
     write_stage = ring.after(write_stage);
-    multiply_stage(u);
+    if constexpr (Traits::kRebuilds)
+      rebuild_stage();
+    else
+      multiply_stage(u);
   }
   if constexpr (Traits::kLevelOperand) sums.join_levels(u);
 }

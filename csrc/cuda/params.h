@@ -65,6 +65,8 @@ struct LinearParams {
   const uint8_t* stream;     // [row pairs][num_k_blocks] blocks
   const uint8_t* v;          // [parts][rank][128 num_k_blocks], activations' type
   const uint32_t* u;         // [32 row pairs][rank], twice the same 16-bit number
+  const float* powers;       // [32 row pairs], powers of two; null where all are 1. Kernels that
+                             // rebuild W multiply scales and u by it, and divide the sums
   const uint8_t* adapter_p;  // [row tiles][adapter_steps][32 lanes][16 bytes]: a0 a1 a2 a3 of
                              // m16n8k16
   const float* adapter_z;    // [z_splits][tokens][parts][16 adapter_steps]: sums of x Q

@@ -6,20 +6,23 @@
 namespace slab {
 
 template <class Traits>
-__device__ __forceinline__ Warp<Traits>::Warp(const LinearParams& params, uint32_t shared)
-    : params(params), place(place_of<Traits::kPairs>(params)), role(role_of(params)) {
+__device__ __forceinline__ Warp<Traits>::Warp(const LinearParams& params, uint32_t shared,
+                                              int table_bytes)
+    : params(params),
+      place(place_of<Traits::kPairs>(params)),
+      role(role_of(params)),
+      tables(shared) {
   rank = Traits::kRank != kRankAny ? Traits::kRank : Traits::kSparse ? params.rank : 0;
   planes = Traits::kPlanes != kPlanesAny ? Traits::kPlanes : params.planes;
   const int staged = params.tile_tokens;
-  const int first_token = place.token_tile * staged;
-  tokens = min(staged, params.tokens - first_token);
+  tokens = min(staged, params.tokens - place.token_tile * staged);
   const StageLayout layout = plan_stage(staged);
-  ring.begin = shared + role.group * params.stages * ring.stage_bytes;
+  ring.begin = shared + table_bytes + role.group * params.stages * ring.stage_bytes;
   ring.end = Traits::kept(ring.begin + params.stages * ring.stage_bytes);
   read_stage = write_stage = Traits::kept(ring.begin);
   const int first = first_k_block();
   plan_weights(layout, first);
-  plan_activations(layout, first, first_token);
+  plan_activations(layout, first, staged);
   plan_reads(layout);
   sums.clear();
 }
@@ -61,15 +64,22 @@ __device__ __forceinline__ void Warp<Traits>::plan_weights(const StageLayout& la
   }
 }
 
-// A row of activations is 16 pieces of 16 bytes. Piece c of token row r is stored at c ^ (r % 8),
-// so that the eight rows of an ldmatrix lie in different banks.
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::plan_activations(const StageLayout& layout,
-                                                               int first_k_block, int first_token) {
-  const int lane = role.lane;
+                                                               int first_k_block, int staged) {
+  const int lane = role.lane, first_token = place.token_tile * staged;
   copy.token_row = lane / 16 + 2 * role.member;
   copy.token_step = 2 * role.members;
-  copy.tokens_from = keep(params.x + 2 * ((first_token + copy.token_row) * params.token_stride +
+  int first_row = copy.token_row;
+  if constexpr (Traits::kRebuilds) {  // A member's rows follow each other.
+    // This is staged / members, because warp_rows is a power of two.
+    const int share = Traits::kWarpTokens >> (31 - __clz(params.warp_rows));
+    first_row = role.member * share + lane / 16;
+    copy.own_rows = min(share, tokens - role.member * share);
+    copy.tokens_to =
+        Traits::kept(first_row * kTokenRow + (lane % 16 * 16 ^ Traits::swizzle(first_row)));
+  }
+  copy.tokens_from = keep(params.x + 2 * ((first_token + first_row) * params.token_stride +
                                           int64_t(first_k_block) * kBlockInputs + lane % 16 * 8));
   copy.inputs = params.in_features - first_k_block * kBlockInputs;
   copy.token_piece = Traits::kept(lane % 16);
@@ -82,6 +92,7 @@ __device__ __forceinline__ void Warp<Traits>::plan_activations(const StageLayout
 template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::plan_reads(const StageLayout& layout) {
   const int lane = role.lane;
+  if constexpr (Traits::kRebuilds) return plan_rebuilding(layout);
   read.v_at = Traits::kept(layout.v_rows_at + lane / 8 * 16);
   // Lane l reads 8 bytes of signs at 8 l, of the only plane or of the third one. blocks_at already
   // holds 16 l, so subtract 8 l. (Of the first two of several planes it reads 16 bytes at 16 l.)
@@ -92,7 +103,7 @@ __device__ __forceinline__ void Warp<Traits>::plan_reads(const StageLayout& layo
   read.signs_at = Traits::kept(signs_at);
   read.scales_at = Traits::kept(scales_at);
   const int row = role.token_warp * Traits::kWarpTokens + lane % 8;
-  read.tokens_at = Traits::kept(row * kTokenRow + ((lane / 8 ^ (row & 7)) << 4));
+  read.tokens_at = Traits::kept(row * kTokenRow + (lane / 8 * 16 ^ Traits::swizzle(row)));
   // A LOP3 takes one immediate operand. With the magic number in a register, which the opaque zero
   // forces, mask and magic number are applied by one instruction.
   const uint32_t zero = Traits::kKeepsOffsets ? opaque_zero(params.tokens) : 0u;

@@ -119,15 +119,29 @@ __device__ __forceinline__ uint32_t load_shared32(uint32_t at) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(at));
   return r;
 }
+__device__ __forceinline__ uint32_t load_shared16(uint32_t at) {
+  uint16_t r;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(r) : "r"(at));
+  return r;
+}
 __device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(r[0]), "r"(r[1]) : "memory");
+}
+__device__ __forceinline__ void store_shared32(uint32_t at, uint32_t r) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(r) : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t at, const uint4& r) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(r.x), "r"(r.y), "r"(r.z),
                "r"(r.w)
                : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(r[0]), "r"(r[1]) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t at, uint32_t r) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(uint16_t(r)) : "memory");
@@ -174,6 +188,12 @@ __device__ __forceinline__ const uint8_t* keep(const uint8_t* p) {
 // Keeps ptxas, too, from deriving the value again: it stays in a register. All lanes call this.
 __device__ __forceinline__ uint32_t pin(uint32_t value) {
   return __shfl_sync(~0u, value, threadIdx.x);
+}
+// p + count x bytes, by one multiply-add into the register pair that a copy takes.
+__device__ __forceinline__ const uint8_t* advance(const uint8_t* p, uint32_t count,
+                                                  uint32_t bytes) {
+  asm("mad.wide.u32 %0, %1, %2, %0;" : "+l"(p) : "r"(count), "r"(bytes));
+  return p;
 }
 // Zero, which the compiler cannot know: the sign bit of a number that is never negative. A constant
 // that it was ORed with has to live in a register.

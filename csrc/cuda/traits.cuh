@@ -4,6 +4,7 @@
 
 #include "params.h"
 #include "ptx.cuh"
+#include "rebuilt.cuh"
 
 namespace slab {
 
@@ -37,15 +38,16 @@ struct LinearTraits {
 
   // ---- how registers are spent ----
 
-  // Token tiles that go through a K-block together. Scales need a second set of sums, which would
-  // spill if it held 64 tokens at once.
-  static constexpr int kPassTiles = kScaled && kTokenTiles == 8 ? 4 : kTokenTiles;
   // Activation fragments that are held at once: 16 registers at most.
-  static constexpr int kHeldFragments = kPassTiles < 4 ? kPassTiles : 4;
+  static constexpr int kHeldFragments = kTokenTiles < 4 ? kTokenTiles : 4;
   // Whether offsets that no K-block changes are kept in registers instead of being derived again.
   // Tiles of 64 tokens and the loop over ranks have no register to spare, and their products hide
   // the few additions.
   static constexpr bool kKeepsOffsets = kTokenTiles < 8 && kRank == kRankOne;
+
+  // Rows of activations are 16 pieces of 16 bytes. Piece c of token row r is stored at byte
+  // 16 c ^ swizzle(r), so that the eight rows of an ldmatrix lie in different banks.
+  static __device__ __forceinline__ uint32_t swizzle(int row) { return (row & 7) << 4; }
 
   static __device__ __forceinline__ uint32_t kept(uint32_t value) {
     return kKeepsOffsets ? keep(value) : value;
@@ -56,14 +58,39 @@ struct LinearTraits {
   static constexpr int kValueBytes = stream_value_bytes(kValues);  // of a row tile
   static constexpr int kMetadataAt = kBlockTiles * kValueBytes;
   static constexpr int kSignsAt = kMetadataAt + stream_metadata_bytes(kValues);
-  // All lanes copy the head of a block, 16 bytes each, and some of them the tail (copy.cuh).
+  // All lanes copy the head of a block, 16 bytes each, and some of them the tail (copy.cuh), once
+  // or twice.
   static constexpr int kHeadBytes = kSignsAt + (kPlanes == 1 ? 0 : 2 * kSignBytes);
   static_assert(kHeadBytes % 512 == 0);
+  static constexpr bool kLongTail = false;
   // Addresses of copies are those of this byte of a block, because an instruction adds less than
   // 2048 to the source, or subtracts as much.
   static constexpr int kCopyFrom = 2048;
   // Words of sign bits that a lane reads for a row tile.
   static constexpr int kSignWords = kThirdPlane ? 3 : kPlanes;
+
+  static constexpr bool kRebuilds = false;  // W in registers, for one dense product
+};
+
+// A linear that rebuilds W in registers. kAny_: of any rank, and of one, two or three planes.
+template <class Activation_, int kValues_, bool kAny_, int kTokenTiles_>
+struct RebuildTraits : LinearTraits<Activation_, kValues_, kAny_ ? kRankAny : kRankOne,
+                                    kAny_ ? kPlanesAny : 1, 1, kTokenTiles_> {
+  using Base = LinearTraits<Activation_, kValues_, kAny_ ? kRankAny : kRankOne,
+                            kAny_ ? kPlanesAny : 1, 1, kTokenTiles_>;
+  static constexpr bool kRebuilds = true, kAny = kAny_;
+  static constexpr bool kPowers = Base::kScaled && RowPowers<Activation_>::kNeeded;
+
+  static constexpr bool kKeepsOffsets = true;
+  static __device__ __forceinline__ uint32_t kept(uint32_t value) { return keep(value); }
+
+  // A lane reads 8 bytes of four token rows, each half a warp 32 bytes of them: rows r and r + 1 lie
+  // in different banks.
+  static __device__ __forceinline__ uint32_t swizzle(int row) { return (row & 3) << 5; }
+
+  // The number of planes is not known, so that all of them are the tail: 1024 bytes at most.
+  static constexpr int kHeadBytes = Base::kSignsAt;
+  static constexpr bool kLongTail = kAny;
 };
 
 }  // namespace slab

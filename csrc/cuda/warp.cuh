@@ -25,8 +25,12 @@ struct CopyPlan {
   uint32_t token_piece;  // which 16 bytes of a row of activations
   uint32_t v_to;
   int tail_pieces;            // of 16 bytes, behind the head of a block; at most 32
-  int token_row, token_step;  // rows token_row, token_row + token_step, ...
-  int inputs;                 // from the group's first K-block on
+  int token_row, token_step;  // rows token_row, token_row + token_step, ... of v and activations
+  // Where W is rebuilt, of activations: rows first_row, first_row + 2, ..., own_rows / 2 of them for
+  // the first half warp, as many or one less for the second.
+  uint32_t tokens_to;
+  int own_rows;
+  int inputs;  // from the group's first K-block on
   bool has_block[Traits::kPairs];
   uint64_t l2_policy;  // decides for how long L2 keeps weights
 };
@@ -39,6 +43,9 @@ struct ReadPlan {
   uint32_t v_at;                       // for ldmatrix: lane l names a row of matrix l / 8
   uint32_t tokens_at;                  // likewise; the other token tiles follow at a fixed distance
   uint32_t value_magic, level_magic;   // constants of the conversions, in registers
+  // Only of kernels that rebuild W. An address: see plan_rebuilding.
+  uint32_t metadata_at, powers_at;
+  uint32_t selector_shift;
 };
 
 // The fp32 sums of a warp: [row tile][token tile][c0 .. c3 of the fragment].
@@ -80,7 +87,19 @@ struct HeldBlock {
   uint32_t metadata[Traits::kRowTiles][2];
   uint32_t complement[Traits::kRowTiles][2];  // metadata of the pruned positions
   uint32_t signs[Traits::kRowTiles][Traits::kSignWords];
-  float group_sum[Traits::kRowTiles][Traits::kScaled ? Traits::kPassTiles : 1][4];  // of one scale
+  float group_sum[Traits::kRowTiles][Traits::kScaled ? Traits::kTokenTiles : 1][4];  // of one scale
+};
+
+// The same where W is rebuilt.
+template <class Traits>
+struct RebuiltBlock {
+  uint32_t at;         // address of the block, for lane l 16 l bytes further on
+  uint32_t v, tokens;  // addresses of this lane's first inputs
+  uint32_t words[kBlockTiles][4];
+  uint32_t metadata[4][4];  // [2 (step % 2) + c][2 tile + step / 2]
+  TileSigns signs[kBlockTiles];
+  uint32_t scales[kBlockTiles];  // of rows g (low half) and g + 8
+  uint32_t u[4];                 // [2 tile + h], each twice, of the only rank
 };
 
 // The methods are listed by the file that defines them.
@@ -103,13 +122,14 @@ struct Warp {
   uint32_t read_stage, write_stage;  // which is multiplied next, and where the next K-block goes
   CopyPlan<Traits> copy;
   ReadPlan<Traits> read;
+  uint32_t tables;  // where W is rebuilt: an address, see rebuild.cuh
   Accumulators<Traits> sums;
 
-  // plan.cuh: what no K-block changes is computed once.
-  __device__ Warp(const LinearParams& params, uint32_t shared);
+  // plan.cuh: what no K-block changes is computed once. The rings stand `tables` bytes behind shared.
+  __device__ Warp(const LinearParams& params, uint32_t shared, int table_bytes = 0);
   __device__ StageLayout plan_stage(int staged);
   __device__ void plan_weights(const StageLayout& layout, int first_k_block);
-  __device__ void plan_activations(const StageLayout& layout, int first_k_block, int first_token);
+  __device__ void plan_activations(const StageLayout& layout, int first_k_block, int staged);
   __device__ void plan_reads(const StageLayout& layout);
 
   // linear.cuh: all K-blocks of this group.
@@ -124,6 +144,9 @@ struct Warp {
   __device__ void fetch_head(uint32_t to, const uint8_t* from) const;
   __device__ void fetch_activations(int k_block) const;
   __device__ void fetch_whole_activations(const uint8_t* from) const;
+  __device__ void fetch_own_rows(const uint8_t* from) const;
+  template <int kRow>
+  __device__ void fetch_rows(uint32_t to, const uint8_t* from, int left) const;
   __device__ void fetch_activations_at_edge(const uint8_t* from, int left) const;
 
   // mainloop.cuh: one K-block,
@@ -131,16 +154,15 @@ struct Warp {
   __device__ void multiply_stage(const Factors& u);
   __device__ void open(Block& block) const;
   __device__ void load_signs(Block& block, int pair) const;
-  // and one step of it, for the token tiles [pass, pass + kPassTiles) or from `first` on.
+  // and one step of it, or of that the held fragments of token tiles from `first` on.
   template <int kStep>
-  __device__ void step(Block& block, const Factors& u, int pass);
+  __device__ void step(Block& block, const Factors& u);
   template <int kStep>
   __device__ void load_values(Fragment& a, Fragment& words, uint32_t values_at) const;
   template <int kStep>
   __device__ void load_activations(Activations& b, const Block& block, int first) const;
   template <int kStep>
-  __device__ void add_values(Block& block, const Weights& a, const Activations& b, int first,
-                             int pass);
+  __device__ void add_values(Block& block, const Weights& a, const Activations& b, int first);
   template <int kStep>
   __device__ void add_sign_term(const Block& block, const Activations& b, int first,
                                 const Factors& u, const Fragment& v);
@@ -153,9 +175,34 @@ struct Warp {
   template <int kStep, int kColumn, int kHalf>
   __device__ uint32_t levels(const SignWords& signs) const;
   template <int kStep>
-  __device__ void apply_scales(Block& block, int pass);
+  __device__ void apply_scales(Block& block);
   template <int kStep>
   __device__ void add_dense(const Block& block, const Activations& b, int first);
+
+  // rebuild.cuh: the same, where W is rebuilt.
+  using Rebuilt = RebuiltBlock<Traits>;
+  using Selectors = uint32_t[Traits::kRowTiles][4][2];  // of each register's group
+  __device__ void plan_rebuilding(const StageLayout& layout);
+  __device__ void fill_tables() const;
+  __device__ uint32_t u_at() const;
+  __device__ void rebuild_stage();
+  __device__ void open(Rebuilt& block) const;
+  __device__ void load_signs(Rebuilt& block) const;
+  template <int kStep>
+  __device__ void rebuild_step(Rebuilt& block);
+  template <int kStep>
+  __device__ void load_scales(Rebuilt& block) const;
+  template <int kStep, int kColumn>
+  __device__ void load_selectors(Selectors& two, const Rebuilt& block) const;
+  template <int kStep, int kColumn>
+  __device__ void load_pruned(Weights& pruned, const Rebuilt& block, const Selectors& two) const;
+  __device__ void add_ranks(Weights& pruned, uint32_t v, const Selectors& two) const;
+  template <int kStep>
+  __device__ void apply_levels(Weights& pruned, const Rebuilt& block) const;
+  template <int kStep, int kColumn>
+  __device__ void add_rebuilt(const Rebuilt& block, const Weights& kept, const Weights& pruned,
+                              const Selectors& two);
+  __device__ void divide_by_powers();
 
   // epilogue.cuh: after the last K-block.
   __device__ void add_adapter();

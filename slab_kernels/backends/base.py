@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,21 @@ def capability_here(device: str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability()
 
 
+@contextlib.contextmanager
+def preparing(device: torch.device) -> Iterator[None]:
+    """Around `prepare`: the caller's inference mode, gradients and autocast do not apply inside.
+
+    A first call inside inference_mode must not leave inference tensors behind, since autograd could
+    not save them, and autocast would change the types of what is prepared.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
+
+
 def wait_until_written(tensors: Iterable[Tensor]) -> None:
     """Waits, for those of the tensors on GPUs, until all that was queued on the current streams to
     write them has been done."""
@@ -156,6 +172,31 @@ class Backend:
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         outputs = [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)]
         return torch.cat(outputs, -1)
+
+    # The dense copy, an option (dense_copy.py): most backends keep none.
+
+    def dense_device(self, state: Any) -> torch.device | None:
+        """Where a dense copy can be kept beside what `prepare` returned; None: nowhere."""
+        return None
+
+    def dense_bytes(self, state: Any) -> int:
+        """The bytes of the dense copy in a state; 0 without one."""
+        return 0
+
+    def dense_from(self, problem: LinearProblem, gpu: str | None = None) -> int | None:
+        """The tokens from which on a copy would be used; None if none can be kept.
+
+        The problem's own M does not matter. gpu: as in `describe`.
+        """
+        return None
+
+    def with_dense(self, state: Any, parts: Sequence[PackedWeight]) -> Any:
+        """The state with a dense copy of `parts`, the weights that it was prepared from."""
+        raise NotImplementedError
+
+    def without_dense(self, state: Any) -> Any:
+        """The state without its dense copy."""
+        return state
 
     def prefetch_next(self, state: Any, following: Any, most_bytes: int) -> None:
         """From now on `linear` of `state` may bring the first `most_bytes` of `following` near.

@@ -17,7 +17,8 @@ import torch
 from .. import plugins
 from ..errors import BackendError
 from ..format import PackedWeight
-from .base import Backend, LinearProblem
+from . import dense_copy
+from .base import Backend, LinearProblem, preparing
 
 # The built-in backends, on each device the fastest first; the reference runs everything.
 ORDER = ("cuda", "cpu", "triton", "reference")
@@ -101,22 +102,29 @@ def select(problem: LinearProblem, name: str | None = None) -> Backend:
 
 
 def prepare_fused(
-    parts: Sequence[PackedWeight], dtype: torch.dtype, before: Sequence[tuple[Backend, Any]] = ()
+    parts: Sequence[PackedWeight],
+    dtype: torch.dtype,
+    before: Sequence[tuple[Backend, Any]] = (),
+    prefill: str = "packed",
+    room: bool | None = None,
 ) -> tuple[Backend, Any]:
     """A backend that runs every part for activations of `dtype`, and its state for `linear_fused`.
 
     before: states of these parts for the same activations, and whose they are. One that is the
         backend's own is used, or one that it adopts.
+    prefill: one of dense_copy.PREFILLS. room: as `dense_copy.applied` takes it.
 
-    Raises: BackendError if a forced backend cannot run one of them.
+    Raises: BackendError if a forced backend cannot run one of them, or keeps no dense copy that is
+        wanted; RangeError for numbers that a backend cannot hold.
     """
     problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in parts]
     names = order()
     chosen = max(map(select, problems), key=lambda backend: names.index(backend.name))
-    # Inside inference_mode no inference tensors may be left behind: autograd could not save them.
-    with torch.inference_mode(False), torch.no_grad():
+    with preparing(parts[0].values.device):
         adopted = (
             state if owner is chosen else chosen.adopt(state, dtype) for owner, state in before
         )
         state = next((state for state in adopted if state is not None), None)
-        return chosen, chosen.prepare_fused(parts, dtype) if state is None else state
+        if state is None:
+            state = chosen.prepare_fused(parts, dtype)
+        return chosen, dense_copy.applied(chosen, state, parts, dtype, prefill, room)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentTypeError, BackendError, ShapeError
 from ..format import PackedWeight
+from . import dense_copy
 from .base import Backend, differences
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ class OneLaunchBackend(Backend):
 
         See `Backend.adopt`.
         """
-        parted = type(state) is tuple and bool(state)
-        if parted and all(type(part) is tuple and len(part) == 2 for part in state):
+        if parted(state):
             parts = tuple((self.adopt(part, dtype), rows) for part, rows in state)
             return None if any(part is None for part, _ in parts) else parts
         if not self.takes(state, dtype):
@@ -66,10 +66,47 @@ class OneLaunchBackend(Backend):
             return super().prepare_fused(parts, dtype)
         return self.prepare_parts(parts, dtype or torch.float16)
 
+    # A stream has room for a dense copy; canonical tensors, which the plain Triton kernels read,
+    # have not. Of weights that run one by one each has its own.
+
+    def dense_device(self, state: Any) -> torch.device | None:
+        if parted(state):
+            found = {self.dense_device(part) for part, _ in state}
+            return found.pop() if len(found) == 1 else None
+        return state.stream.device if hasattr(state, "dense") else None
+
+    def dense_bytes(self, state: Any) -> int:
+        if parted(state):
+            return sum(self.dense_bytes(part) for part, _ in state)
+        copy = getattr(state, "dense", None)
+        return 0 if copy is None else copy.nbytes
+
+    def with_dense(self, state: Any, parts: Sequence[PackedWeight]) -> Any:
+        """See `Backend`. Raises: BackendError while a CUDA graph is captured, RangeError."""
+        if parted(state):
+            pairs = zip(state, parts, strict=True)
+            return tuple((self.with_dense(one, (part,)), rows) for (one, rows), part in pairs)
+        device = state.stream.device
+        refuse_capture(device)
+        return state._replace(dense=dense_copy.made(parts, state.dtype, device))
+
+    def without_dense(self, state: Any) -> Any:
+        if not self.dense_bytes(state):
+            return state
+        if parted(state):
+            return tuple((self.without_dense(part), rows) for part, rows in state)
+        return state._replace(dense=None)
+
     def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of the parts' N], by one launch where `prepare_fused` could."""
         one = isinstance(state, self.state_types)
         return self.linear(x, state, bias) if one else super().linear_fused(x, state, bias)
+
+
+def parted(state: Any) -> bool:
+    """Whether these are the states of weights that run one by one, as `Backend` pairs them."""
+    pairs = type(state) is tuple and bool(state)
+    return pairs and all(type(part) is tuple and len(part) == 2 for part in state)
 
 
 def refuse_capture(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
+from ..backends import dense_copy, dispatch
 from ..backends.base import Backend, LinearProblem
 from ..errors import ArgumentError
 from ..format import INTEGER_RANGES, PackedLayout, PackedWeight
@@ -50,6 +50,7 @@ class Case:
     min_seconds: float = 0.5  # that each row is timed at least
     adapter_rank: int = 0  # of P Q^T; 0 = none
     peers: bool = False  # whether other libraries' kernels are timed too
+    prefill: str | None = None  # whether ours have a dense copy, as `SlabLinear.prepare` takes it
 
     @property
     def kind(self) -> torch.dtype:
@@ -104,6 +105,7 @@ class Case:
             "rank": 0,
             "adapter_rank": 0,
             "group_size": None,
+            "prefill": "",
         }
 
 
@@ -120,11 +122,16 @@ class Contestant:
     """One way to run the linear."""
 
     columns: Row  # those that name it
-    size: int  # bytes of the weight
+    size: int  # bytes of the weight, with its dense copy if it has one
     calls: Callable[[Tensor, int], list[Call]]  # of an input, on so many copies of the weight
     check: Callable[[Tensor], None] = lambda x: None  # raises if its result is wrong
     unable: Callable[[int], bool] = lambda m: False  # leaves out a token count
+    read: Callable[[int], int] | None = None  # bytes of it that a token count reads; None: all
     foreign: bool = False  # of another library: what it raises becomes a reason, not an error
+
+    def bytes_read(self, m: int) -> int:
+        """Bytes of the weight that a call with m tokens reads."""
+        return self.size if self.read is None else self.read(m)
 
 
 def measure(case: Case, clock: Clock | None = None, progress: Progress | None = None) -> Measured:
@@ -132,9 +139,10 @@ def measure(case: Case, clock: Clock | None = None, progress: Progress | None = 
     type, then peers; on a GPU each of them twice, from memory ("cold") and from cache ("warm").
 
     A row has these columns: backend, m, n, k, values, dtype, rank, adapter_rank, group_size,
-    device, threads, cache ("cold" or "warm"), timing ("wall", "graph" or "eager"), median_us,
-    iqr_us, calls (samples), speedup_vs_dense, weight_bytes, bits_per_weight, copies, rotated_bytes,
-    and those of `Ceilings.shares`.
+    prefill ("packed", or "dense" with a dense copy), device, threads, cache ("cold" or "warm"),
+    timing ("wall", "graph" or "eager"), median_us, iqr_us, calls (samples), speedup_vs_dense,
+    weight_bytes and bits_per_weight (with the copy), copies, rotated_bytes, and those of
+    `Ceilings.shares`.
 
     clock: default that of the case's device.
     progress: called before each contestant's turn at an input, with the number of turns so far,
@@ -154,7 +162,7 @@ def measure(case: Case, clock: Clock | None = None, progress: Progress | None = 
         stand = _Stand(case, clock, Ceilings.measure(case.device, case.kind, clock))
         inputs = case.inputs()
         for contestant in _contestants(case, layouts, facts, absent):
-            copies = clock.copies(contestant.size)
+            copies = clock.copies(min(map(contestant.bytes_read, case.tokens)))
             for x in inputs:
                 done += 1
                 if progress is not None:
@@ -214,21 +222,22 @@ class _Stand:
         True -> over all copies in turn, False -> over one copy, where the clock can tell them
         apart. Copies that stay in cache would be no news beside one copy.
         """
-        calls = contestant.calls(x, copies)
+        calls, m = contestant.calls(x, copies), x.shape[0]
         rounds: dict[bool, _Round] = {}
-        if not self.clock.has_warm or self.clock.is_cold(copies * contestant.size):
+        if not self.clock.has_warm or self.clock.is_cold(copies * contestant.bytes_read(m)):
             rounds[True] = _Round(calls, copies)
         if self.clock.has_warm:
             rounds[False] = _Round(calls[:1] * max(copies, FEWEST_COPIES), 1)
         return {
-            rotated: contestant.columns | self._columns(some, contestant.size, x.shape[0], rotated)
+            rotated: contestant.columns | self._columns(some, contestant, m, rotated)
             for rotated, some in rounds.items()
         }
 
-    def _columns(self, some: _Round, size: int, m: int, rotated: bool) -> Row:
-        """The columns that timing adds to a row. size: bytes of the weight."""
+    def _columns(self, some: _Round, contestant: Contestant, m: int, rotated: bool) -> Row:
+        """The columns that timing adds to a row."""
         timed, n, k = self.clock.time(some.calls), self.case.n, self.case.k
-        cold = rotated and self.clock.is_cold(some.copies * size)
+        size, read = contestant.size, contestant.bytes_read(m)
+        cold = rotated and self.clock.is_cold(some.copies * read)
         return {
             "m": m,
             "cache": "cold" if cold else "warm",
@@ -239,8 +248,8 @@ class _Stand:
             "weight_bytes": size,
             "bits_per_weight": 8 * size / (n * k),
             "copies": some.copies,
-            "rotated_bytes": size * some.copies,
-            **self.ceilings.shares(timed.median, size, m, n, k),
+            "rotated_bytes": read * some.copies,
+            **self.ceilings.shares(timed.median, read, m, n, k),
         }
 
 
@@ -286,12 +295,18 @@ def _dense(case: Case, facts: Row) -> Contestant:
 
 def _ours(case: Case, backend: Backend, packed: PackedWeight, facts: Row) -> Contestant:
     layout = packed.layout
-    state = backend.prepare(packed, case.kind)
+    told = dense_copy.named(case.prefill)
+    state = dense_copy.applied(
+        backend, backend.prepare(packed, case.kind), (packed,), case.kind, told
+    )
+    copy, size = backend.dense_bytes(state), size_of(state)
+    first = backend.dense_from(case.problem(layout, 1)) if copy else None
     copies = _Copies(state, lambda: copied(state))
     own = {name: getattr(layout, name) for name in ("values", "rank", "adapter_rank", "group_size")}
     return Contestant(
-        columns={"backend": backend.name, **facts, **own},
-        size=size_of(state),
+        columns={"backend": backend.name, **facts, **own, "prefill": "dense" if copy else "packed"},
+        size=size,
+        read=lambda m: copy if first is not None and m >= first else size - copy,
         calls=lambda x, count: [partial(backend.linear, x, copy) for copy in copies.first(count)],
         check=lambda x: gate(backend, x, state, packed),
         unable=lambda m: bool(backend.not_supported_reasons(case.problem(layout, m))),

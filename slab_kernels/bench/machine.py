@@ -26,6 +26,9 @@ PACKAGES = (
 # Environment variable -> what it does.
 VARIABLES = {
     "SLAB_KERNELS_BACKEND": "force a backend; raises with every reason if it cannot run",
+    "SLAB_KERNELS_PREFILL": (
+        "dense copies of packed weights for many tokens: packed (none), dense or auto"
+    ),
     "SLAB_KERNELS_CPU_ISA": "force the CPU kernels' instruction set: scalar, avx2 or avx512",
     "SLAB_KERNELS_NATIVE": (
         "at installation: 0 never builds the native library, 1 fails if it cannot be built"
@@ -165,6 +168,26 @@ def backends() -> dict[str, dict[str, list[str]]]:
     return table
 
 
+def dense_copies() -> dict[str, Any]:
+    """What an option for many tokens costs here: {"prefill", "bits_per_weight", "auto_bytes"}.
+
+    prefill: the word of the environment, or what is wrong with it. auto_bytes: device -> what all
+    copies may take there now if that word is "auto".
+    """
+    import torch
+
+    from ..backends import dense_copy
+    from ..errors import ArgumentError
+
+    try:
+        word = dense_copy.named(None)
+    except ArgumentError as error:
+        word = str(error)
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    room = {str(gpu): int(dense_copy.AUTO_SHARE * dense_copy.free(gpu)) for gpu in gpus}
+    return {"prefill": word, "bits_per_weight": dense_copy.BITS, "auto_bytes": room}
+
+
 def cuda_kernels() -> str:
     """Which CUDA kernels this installation was compiled with."""
     from ..backends.cuda.compile import IMAGES
@@ -183,6 +206,7 @@ def information() -> dict[str, Any]:
         "devices": devices(),
         "backends": backends(),
         "cuda_kernels": cuda_kernels(),
+        "dense_copies": dense_copies(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
 

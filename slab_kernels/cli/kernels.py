@@ -23,6 +23,7 @@ def bench(
     adapter_rank: options.AdapterRank = 0,
     group_size: options.GroupSize = 128,
     backend: options.BenchBackends = None,
+    prefill: options.Prefill = None,
     peers: options.Peers = False,
     seconds: options.RowSeconds = 0.5,
     device: options.Device = "auto",
@@ -58,6 +59,7 @@ def bench(
                 min_seconds=seconds,
                 adapter_rank=adapter_rank,
                 peers=peers,
+                prefill=prefill,
             )
 
             def note(done: int, total: int, before: int = number) -> None:
@@ -152,7 +154,7 @@ def explain(
     json: options.Json = False,
 ) -> Outcome:
     """Which backend runs a problem and how, and why each other one does not."""
-    from ..backends import dispatch
+    from ..backends import dense_copy, dispatch
     from ..backends.base import LinearProblem
     from ..device import resolve_device
     from ..format import INTEGER_RANGES, PackedLayout
@@ -165,6 +167,13 @@ def explain(
     gpu_plan = dispatch.backend("cuda").describe(problem, gpu) if gpu is not None else ""
     able = dispatch.select(problem, backend)
     chosen, plan = able.name, able.describe(problem)
+    copying = dispatch.backend("cuda") if gpu is not None else able
+    copy = {
+        "backend": copying.name,
+        "bytes": dense_copy.size_of([layout]),
+        "bits_per_weight": dense_copy.BITS,
+        "from_tokens": copying.dense_from(problem, gpu),
+    }
     data = {
         "problem": {
             "m": m,
@@ -180,6 +189,7 @@ def explain(
         "chosen": chosen,
         "plan": plan,
         "gpu_plan": gpu_plan,
+        "dense_copy": copy,
         "backends": [
             {"backend": name, "chosen": name == chosen, "reasons": why}
             for name, why in reasons.items()
@@ -194,7 +204,18 @@ def explain(
         for name, why in reasons.items():
             status = "; ".join(why) or "can run it, stands later in the order"
             print(f"  {name:<10} {'chosen' if name == chosen else status}")
-        for text in filter(None, (plan, gpu_plan)):
+        for text in filter(None, (plan, gpu_plan, _of_copy(copy, n * k))):
             print(text)
 
     return Outcome(data, show)
+
+
+def _of_copy(copy: dict[str, Any], weights: int) -> str:
+    """What prefill="dense" would do, in words."""
+    from ..backends.dense_copy import NEVER, described
+
+    first, name = copy["from_tokens"], copy["backend"]
+    if first is None:
+        return f"prefill='dense': the {name} backend keeps no dense copy of this here"
+    used = f"used from {first} tokens on" if first < NEVER else "used for no number of tokens"
+    return f"prefill='dense': {described(copy['bytes'], weights)} more; {used} ({name})"

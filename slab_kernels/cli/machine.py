@@ -31,6 +31,7 @@ def info(
         ]
         backends.append(("CUDA kernels", data["cuda_kernels"]))
         console.print_pairs(backends, "backends, in order of preference")
+        console.print_pairs(_copies(data["dense_copies"]), "dense copies for many tokens")
         variables = [
             (name, f"{data['variables'][name] or 'not set'} ({meaning})")
             for name, meaning in machine.VARIABLES.items()
@@ -38,6 +39,16 @@ def info(
         console.print_pairs(variables, "environment")
 
     return Outcome(data, show)
+
+
+def _copies(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What dense copies cost here, and how much "auto" would let them take."""
+    bits = f"{facts['prefill']}; a copy takes {facts['bits_per_weight']} bits per weight"
+    room = facts["auto_bytes"].items()
+    return [
+        ("prefill", bits),
+        *((gpu, f"auto lets all copies take {size / 1e6:.0f} MB now") for gpu, size in room),
+    ]
 
 
 def _device(facts: dict[str, Any]) -> tuple[str, str]:

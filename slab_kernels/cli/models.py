@@ -24,7 +24,13 @@ class _Opened(NamedTuple):
 
 
 def _open(
-    folder: str, device: str, dtype: str | None, backend: str | None, trust: bool, no_verify: bool
+    folder: str,
+    device: str,
+    dtype: str | None,
+    backend: str | None,
+    prefill: str | None,
+    trust: bool,
+    no_verify: bool,
 ) -> _Opened:
     """A packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
@@ -34,6 +40,7 @@ def _open(
     from ..models.folder import hub_folder
     from ..models.load import load
     from ..models.source import open_source
+    from ..nn.preparation import dense_copy_bytes
     from ..text.source import open_tokenizer
 
     _force(backend)
@@ -45,7 +52,7 @@ def _open(
     path = hub_folder(folder)
     seen = inspect(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind, trust_remote_code=trust)
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
     else:
         model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {
@@ -54,6 +61,7 @@ def _open(
         "stored": seen["stored"],
         "bits_per_weight": seen["bits_per_weight"],
         "bytes": seen["bytes"],
+        "dense_copy_bytes": dense_copy_bytes(model),
         "device": str(where),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -86,6 +94,7 @@ def evaluate(
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     backend: options.Backend = None,
+    prefill: options.Prefill = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -98,7 +107,7 @@ def evaluate(
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
     with Progress("eval", "windows") as progress:
-        opened = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
+        opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)
         content = texts.read_text(text, tokenizer=opened.tokenizer)
@@ -150,6 +159,7 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     backend: options.Backend = None,
+    prefill: options.Prefill = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -158,7 +168,7 @@ def generate(
     from ..evaluate.generation import chat_prompt, continuation
 
     with Progress("generate", "steps"):
-        opened = _open(folder, device, dtype, backend, trust_remote_code, no_verify)
+        opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
         given = chat_prompt(opened.tokenizer, prompt) if chat else prompt
         new, seconds = continuation(
             opened.model, opened.tokenizer, given, tokens, temperature, seed

@@ -42,6 +42,13 @@ Dtype = Annotated[
         help="Of the activations: fp32, bf16 or fp16; default: the checkpoint's, fp32 on a CPU."
     ),
 ]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        help="Dense copies of packed weights for many tokens, 16 bits per weight of GPU memory: "
+        "packed (none), dense or auto; default $SLAB_KERNELS_PREFILL or packed."
+    ),
+]
 Text = Annotated[
     str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")
 ]

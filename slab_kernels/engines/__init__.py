@@ -4,6 +4,7 @@ nothing for it.
 transformers    the quantizer by which from_pretrained and save_pretrained treat packed folders
 vllm            the quantization plugin; vLLM finds `register_with_vllm` through an entry point
 sharding        which slice of each packed tensor a tensor-parallel rank keeps
+engine_options  what an engine hands on with settings of its own
 probe           what an engine's loader does to a weight, found out with stand-ins
 
 transformers has no plugin entry point: a quantizer has to be registered in a running process, after

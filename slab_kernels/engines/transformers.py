@@ -36,12 +36,14 @@ from ..models.packed_config import DESCRIBED, QUANT_METHOD, parse_layouts, quant
 from ..models.shards import CHECKSUMS, checksum, tensor_bytes
 from ..models.skeleton import computes
 from ..models.ties import holds, untie
+from ..nn.preparation import check_prefill, prepare_opened
 from ..terminal import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ADJUST = "_adjust_missing_and_unexpected_keys"  # where transformers learns what it could not load
+LOADING = "LOADING_ATTRIBUTES_CONFIG_TYPES"  # of transformers 5.2x; 5.0 takes none of ours
 # So many blocks are built in a second; names of packed modules say little of how many there are.
 MANY_BLOCKS = 512
 _REGISTERING = threading.Lock()
@@ -57,6 +59,10 @@ class SlabConfig(QuantizationConfigMixin):
     adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is 2:4). Read
     back from config.json it lists the packed modules.
 
+    prefill: whether dense copies serve many tokens, as `slab_kernels.load` takes it. It is nothing
+        of the folder's and is not stored. `from_pretrained(packed, quantization_config=
+        SlabConfig(prefill="dense"))` takes it from here, and nothing else.
+
     Raises: ArgumentError, MethodError or a FormatError on settings that contradict each other,
         CheckpointError or VersionError on a stored config that this library cannot read.
     """
@@ -68,9 +74,11 @@ class SlabConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        prefill: str | None = None,
         **settings: Any,
     ):
-        self.quant_method = QUANT_METHOD
+        check_prefill(prefill)
+        self.quant_method, self.prefill = QUANT_METHOD, prefill
         self.format_version = format_version
         self.modules, self.settings = modules, settings
         if modules is None:
@@ -105,6 +113,10 @@ class SlabConfig(QuantizationConfigMixin):
                 f"slab_kernels.compress(model, out, pattern={layer.pattern!r}) writes other "
                 "patterns as a dense checkpoint"
             )
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained` of a packed folder takes from the config that it is given."""
+        return {} if self.prefill is None else {"prefill": self.prefill}
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in config.json under quantization_config."""
@@ -203,6 +215,7 @@ class SlabQuantizer(HfQuantizer):
             check_finite(name, tensor, name in buffers)
         if not holds(model):
             untie(model)
+        prepare_opened(model, model.dtype, self.quantization_config.prefill)
         return model
 
     def _compress(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -210,11 +223,13 @@ class SlabQuantizer(HfQuantizer):
 
         where, dtype = model.device, model.dtype
         del model.config.quantization_config  # marks a compressed model, which `compress` refuses
-        defaults = {"device": where, "progress": False}
+        defaults, prefill = {"device": where, "progress": False}, self.quantization_config.prefill
         compress(model, None, **defaults | self.quantization_config.settings)
-        self.quantization_config = SlabConfig(**model.config.quantization_config)
+        self.quantization_config = SlabConfig(**model.config.quantization_config, prefill=prefill)
         model.config.quantization_config, self.pre_quantized = self.quantization_config, True
-        return model.to(device=where, dtype=dtype).eval()
+        model.to(device=where, dtype=dtype).eval()
+        prepare_opened(model, dtype, prefill)
+        return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         # transformers gives config.dtype, which is a string once the model has been saved.
@@ -294,6 +309,10 @@ def register() -> None:
             auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
             auto.register_quantizer(QUANT_METHOD)(SlabQuantizer)
             auto.register_quantization_config(QUANT_METHOD)(SlabConfig)
+        # From a config of these classes `from_pretrained` takes loading attributes.
+        taking = getattr(auto, LOADING, None)
+        if isinstance(taking, tuple) and SlabConfig not in taking:
+            setattr(auto, LOADING, (*taking, SlabConfig))
 
 
 def compare(folder: Path | str, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -38,13 +38,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
-from ..backends import dispatch
+from ..backends import dense_copy, dispatch
 from ..backends.base import wait_until_written
 from ..errors import ArchitectureError, CheckpointError, ShapeError, UnsupportedError
 from ..format import PackedLayout, Slice
 from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
+from .engine_options import prefill_word
 from .probe import ADVICE, DENSE, Probe
 from .sharding import LayerParts, column_parallel, row_parallel
 
@@ -82,12 +83,16 @@ class SlabVllmConfig(QuantizationConfig):
     """quantization_config of a packed folder.
 
     layouts: of every packed module, by vLLM's name for it. stored: vLLM's name -> the checkpoint's.
+    copies: the bytes of dense copies of all layers that this rank has made. room: whether there is
+    memory for them, where "auto" asks; None before the first layer is prepared.
     """
 
     def __init__(self, layouts: dict[str, PackedLayout]):
         super().__init__()
         self.layouts = layouts
         self.stored = {name: name for name in layouts}
+        self.copies = 0
+        self.room: bool | None = None
 
     def __repr__(self) -> str:
         return f"SlabVllmConfig({len(self.layouts)} packed modules)"
@@ -169,7 +174,7 @@ class SlabLinearMethod(LinearMethodBase):
     """One linear layer of vLLM from one or several packed weights."""
 
     def __init__(self, config: SlabVllmConfig, names: list[str]):
-        self.names = names
+        self.config, self.names = config, names
         self.layouts = [config.layouts[name] for name in names]
         self.stored = [config.stored[name] for name in names]
         self.probe: Probe | None = None  # there while stand-ins come
@@ -194,6 +199,7 @@ class SlabLinearMethod(LinearMethodBase):
                     f"{name} has in_features={layout.in_features}, vLLM's layer {input_size}"
                 )
         slices = self._slices(layer, output_partition_sizes, output_size)
+        self.config.copies += dense_copy.size_of([piece.layout for piece in slices])
         device = torch.empty(0).device  # vLLM builds models under its target device
         names = self.names if len(self.names) == len(slices) else self.names * len(slices)
         layer.slab_parts = LayerParts(names, slices, lambda tensor: tensor.to(device))
@@ -209,6 +215,7 @@ class SlabLinearMethod(LinearMethodBase):
         set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, **loaders})
         config = get_current_vllm_config_or_none()
         layer.slab_dummy = config is not None and config.load_config.load_format == "dummy"
+        layer.slab_prefill = prefill_word(getattr(config, "additional_config", None))
         layer.slab_probed = False
         # vLLM asks for it to know where an adapter (LoRA) belongs.
         layer.qweight = torch.empty(0, device=device)
@@ -287,7 +294,12 @@ class SlabLinearMethod(LinearMethodBase):
                 f"{self.names[0]}: vLLM does not load it by its model's load_weights; "
                 "packed layers need load_format='auto'"
             )
-        layer.slab_backend, state = dispatch.prepare_fused(parts.packed(), layer.slab_dtype)
+        told, config = layer.slab_prefill, self.config
+        if told == "auto" and config.room is None:  # once, so that a reload makes the same tensors
+            config.room = dense_copy.fits(config.copies, layer.qweight.device)
+        layer.slab_backend, state = dispatch.prepare_fused(
+            parts.packed(), layer.slab_dtype, prefill=told, room=config.room
+        )
         parts.tensors = [{} for _ in parts.tensors]
         leaves, structure = tree_flatten(state)
         before, same = tree_flatten(getattr(layer, "slab_state", None))

@@ -9,6 +9,7 @@ import torch
 
 from ..device import resolve_device, usual_torch
 from ..format import PackedLayout, weight_dtype
+from ..nn.preparation import check_prefill, prepare_opened
 from .folder import Checkpoint, hub_folder
 from .model_config import read_generation_config
 from .packed import (
@@ -34,10 +35,13 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    prefill: str | None = None,
 ) -> PreTrainedModel:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
 
-    The model holds its own copy of the weights: the files may change or go afterwards.
+    The model holds its own copy of the weights: the files may change or go afterwards. On a GPU its
+    packed layers are prepared for activations of its dtype, so that the first call may be captured
+    into a CUDA graph; on a CPU the first call prepares them.
 
     Args:
         path: a folder written by `compress` or `save`, or its name on the Hugging Face hub.
@@ -45,11 +49,16 @@ def load(
         dtype: of activations and of everything not packed; default: as stored.
         verify: compare every tensor with its checksum, where the folder has them.
         trust_remote_code: run the Python code in the folder, of which some models are made.
+        prefill: "packed", "dense" or "auto": whether dense copies of the packed weights serve many
+            tokens, for 16 bits per weight of GPU memory (`slab_kernels.prepare`). Default:
+            SLAB_KERNELS_PREFILL, else "packed".
 
     Raises: CheckpointError, VersionError, ArchitectureError, DtypeError; nothing is used before it
         is checked. A packed weight that breaks the format is a FormatError and a CheckpointError at
-        once.
+        once. ArgumentError for another word; BackendError for prefill="dense" where no copy can be
+        kept; RangeError for a layer that does not fit activations of `dtype`.
     """
+    check_prefill(prefill)
     device, dtype = resolve_device(device), None if dtype is None else weight_dtype(dtype)
     checkpoint = Checkpoint(hub_folder(path), verify=verify)
     layouts = read_layouts(checkpoint)
@@ -62,6 +71,7 @@ def load(
         model.generation_config = stored or model.generation_config
     model.config._name_or_path = str(checkpoint.folder)
     _attach_quantizer(model)
+    prepare_opened(model, model.dtype, prefill)
     return model.eval()
 
 

@@ -1,33 +1,29 @@
-"""`SlabLinear`, the drop-in replacement of `nn.Linear`; `FusedSlabLinear` for q/k/v and gate/up."""
+"""`SlabLinear`, the drop-in replacement of `nn.Linear`."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import ops
-from ..backends import dispatch
-from ..backends.base import Backend, LinearProblem
-from ..errors import ArgumentTypeError, BackendError, ShapeError, UnsupportedError
+from ..backends import dense_copy, dispatch
+from ..backends.base import Backend, LinearProblem, preparing
+from ..errors import BackendError, ShapeError
 from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
-from .prepared import Prepared, Snapshot, keep, usable_by
-
-Function = TypeVar("Function", bound=Callable)
-_any_autocast = torch._C._is_any_autocast_enabled  # torch's own modules ask it, too
-
-
-def _constant_in_traces(function: Function) -> Function:
-    """What torch.compiler.assume_constant_result does, without importing all of torch._dynamo.
-
-    That import takes seconds, and everybody who opens a model imports this module.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch looks for it
-    return function
+from .call import (
+    EXPORTED,
+    LENT,
+    any_autocast,
+    autocast,
+    constant_in_traces,
+    refuse_tangents,
+    say_once,
+)
+from .prepared import Prepared, Snapshot, copies, keep, packed_from, usable_by
 
 
 class SlabLinear(nn.Module):
@@ -48,6 +44,7 @@ class SlabLinear(nn.Module):
     metadata: Tensor
     bias: nn.Parameter | None
     _home: torch.device | None  # where the layer works, once its canonical tensors are offloaded
+    _prefill: str | None = None  # what `prepare` was told; None: the environment's word
 
     def __init__(
         self,
@@ -87,7 +84,7 @@ class SlabLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The packed weight that this module holds (not copied)."""
-        return _packed(self.layout, self._buffers)
+        return packed_from(self.layout, self._buffers)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense nn.Linear with the same function.
@@ -106,48 +103,81 @@ class SlabLinear(nn.Module):
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
 
-    def prepare(self, dtype: torch.dtype = torch.float32) -> SlabLinear:
+    def prepare(self, dtype: torch.dtype = torch.float32, prefill: str | None = None) -> SlabLinear:
         """Choose the backend for activations of `dtype` on this device and make its layout now.
 
         Dtypes of one backend share a layout where it can serve them all.
 
-        Raises: BackendError if a forced backend cannot run it.
+        prefill: whether a dense copy of the weight, 16 bits per weight more, serves as many tokens
+            as it is faster for: "packed" never, "dense" always, "auto" where it leaves half of the
+            free GPU memory free (backends/dense_copy.py). It also holds for whatever the layer
+            prepares later by itself. Default: what it was told last, else SLAB_KERNELS_PREFILL,
+            else "packed".
+
+        Raises: BackendError if a forced backend cannot run it, or keeps no dense copy that is
+            wanted; RangeError for a weight that does not fit `dtype` then; ArgumentError for
+            another word.
         """
+        told = dense_copy.named(self._prefill if prefill is None else prefill)
+        return self._prepare(dtype, prefill, told)
+
+    def _prepare(
+        self, dtype: torch.dtype, prefill: str | None, told: str, room: bool | None = None
+    ) -> SlabLinear:
+        """`prepare` with the word that holds; room: as `dense_copy.applied` takes it."""
         linears, backend = self._linears, self._select(dtype)
-        self._prepared(dtype, backend)
+        self._prepared(dtype, backend, told, room)
         linears[dtype] = tuple(p for p in linears.get(dtype, ()) if p.backend is backend)
+        self._prefill = prefill or self._prefill
         return self
 
     def _select(self, dtype: torch.dtype) -> Backend:
         device = self._home or self.values.device
         return dispatch.select(LinearProblem.of(self.layout, 1, dtype, device.type))
 
-    def _prepared(self, dtype: torch.dtype, wanted: Backend | None = None) -> Prepared:
+    def _prepared(
+        self,
+        dtype: torch.dtype,
+        wanted: Backend | None = None,
+        told: str | None = None,
+        room: bool | None = None,
+    ) -> Prepared:
         """What `_linears` keeps for that dtype and the tensors that are here, made if need be.
 
-        wanted: the backend that it has to be of; default: any.
+        wanted: the backend that it has to be of; default: any. told: whether it has to have a dense
+        copy; default: what is kept may stay as it is, what is made is as the layer was told.
         """
         # Whoever changes the weight meanwhile puts another dict there; this one goes, with what is
         # made now.
         linears = self._linears
         buffers = self._buffers.copy()
         source = Snapshot.of(buffers.values())
-        for prepared in linears.get(dtype, ()):
-            if prepared.source.is_still(source.tensors) and wanted in (None, prepared.backend):
-                return prepared
-        backend, packed = wanted or self._select(dtype), _packed(self.layout, buffers)
-        others = itertools.chain(*linears.copy().values())  # another thread may be adding one
-        same = [p for p in others if p.source.is_still(source.tensors)]
-        # A first call inside inference_mode must not leave inference tensors behind, since autograd
-        # could not save them.
-        with torch.inference_mode(False), torch.no_grad():
-            usable = (usable_by(backend, dtype, p) for p in same)
-            state = next((state for state in usable if state is not None), None)
-            if state is None:
-                state = backend.prepare(packed.to(self._home or packed.values.device), dtype)
+        here = (p for p in linears.get(dtype, ()) if p.source.is_still(source.tensors))
+        found = next((p for p in here if wanted in (None, p.backend)), None)
+        if found is not None and told is None:
+            return found
+        told = told or dense_copy.named(self._prefill)
+        backend, packed = wanted or self._select(dtype), packed_from(self.layout, buffers)
+        with preparing(self._home or packed.values.device):
+            state = found.state if found else self._state(backend, packed, dtype, source)
+            state = dense_copy.applied(backend, state, (packed,), dtype, told, room)
+        if found is not None and state is found.state:
+            return found
         return keep(linears, dtype, Prepared(backend, state, source))
 
-    @_constant_in_traces
+    def _state(
+        self, backend: Backend, packed: PackedWeight, dtype: torch.dtype, source: Snapshot
+    ) -> Any:
+        """What another dtype or backend prepared of the same tensors, or else something new."""
+        others = itertools.chain(*self._linears.copy().values())  # another thread may be adding one
+        same = (p for p in others if p.source.is_still(source.tensors))
+        usable = (usable_by(backend, dtype, p) for p in same)
+        state = next((state for state in usable if state is not None), None)
+        if state is None:
+            state = backend.prepare(packed.to(self._home or packed.values.device), dtype)
+        return state
+
+    @constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
         """Prepares for torch.compile before the first call: done while it traces, but not
         traced."""
@@ -188,9 +218,9 @@ class SlabLinear(nn.Module):
             takes = f"this layer takes in_features={self.in_features} last"
             raise ShapeError(f"x has shape {list(shape)}, but {takes}")
         if forward_ad._current_level >= 0:
-            _refuse_tangents(x, self.bias)
-        if _any_autocast():
-            x = _autocast(x)
+            refuse_tangents(x, self.bias)
+        if any_autocast():
+            x = autocast(x)
         if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
             self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
@@ -199,6 +229,7 @@ class SlabLinear(nn.Module):
                 return prepared.backend.linear(x, prepared.state, self.bias)
         if traced:
             if not (kept and torch.compiler.is_exporting()):  # exporting puts fakes in their place
+                say_once(EXPORTED if torch.compiler.is_exporting() else LENT)
                 tensors = (self._buffers[name] for name in ops.TENSOR_ARGUMENTS)
                 return torch.ops.slab_kernels.linear(x, *tensors, self.bias, self.in_features)
             prepared = kept[0]
@@ -261,131 +292,6 @@ class SlabLinear(nn.Module):
         parts += [
             f"bias={self.bias is not None}",
             f"{layout.bits_per_weight():.2f} bits per weight",
+            *copies(self._linears, layout.out_features * layout.in_features),
         ]
         return ", ".join(parts)
-
-
-class FusedSlabLinear(nn.Module):
-    """Several SlabLinear that read the same x (q, k, v; gate, up), by one launch where a backend
-    can.
-
-    x [..., K] -> one [..., N] per part. The parts stay modules of their own, `parts.0`, `parts.1`,
-    ..., with their biases, U, V, P and Q; only what a backend prepares is shared. Frozen, and
-    differentiable in x and the biases, like the parts.
-    """
-
-    def __init__(self, parts: SlabLinear | Iterable[SlabLinear]):
-        """Raises: ArgumentTypeError for anything but SlabLinear, ShapeError without a part or if
-        they differ in in_features."""
-        super().__init__()
-        parts = [parts] if isinstance(parts, SlabLinear) else list(parts)
-        if strange := {type(part).__name__ for part in parts if not isinstance(part, SlabLinear)}:
-            raise ArgumentTypeError(
-                f"FusedSlabLinear takes SlabLinear modules, not {', '.join(sorted(strange))}"
-            )
-        if not parts:
-            raise ShapeError("FusedSlabLinear takes at least one SlabLinear, not an empty list")
-        self.parts = nn.ModuleList(parts)
-        if len(sizes := {part.in_features for part in parts}) > 1:
-            raise ShapeError(
-                f"fused parts must read the same x, but these take in_features={sorted(sizes)}"
-            )
-        self.in_features = parts[0].in_features
-        self.sizes = [part.out_features for part in parts]
-        self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
-
-    def prepare(self, dtype: torch.dtype = torch.float32) -> FusedSlabLinear:
-        """Choose a backend that runs every part, and make the parts' common layout now.
-
-        Raises: BackendError if a forced backend cannot run one of them.
-        """
-        linears = self._linears
-        linears[dtype] = (self._prepared(dtype),)
-        return self
-
-    @_constant_in_traces
-    def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
-        kept = self._linears.get(dtype, ())
-        return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
-
-    def _parts(self) -> Iterable[SlabLinear]:
-        parts: Any = self._modules["parts"]  # self.parts would take half a microsecond
-        return parts
-
-    def _tensors(self) -> Iterator[Tensor | None]:
-        return itertools.chain.from_iterable([part._buffers.values() for part in self._parts()])
-
-    def _prepared(self, dtype: torch.dtype) -> Prepared:
-        linears, buffers = self._linears, [part._buffers.copy() for part in self._parts()]
-        source = Snapshot.of(itertools.chain.from_iterable(held.values() for held in buffers))
-        packed = []
-        for part, held in zip(self._parts(), buffers, strict=True):
-            weight = _packed(part.layout, held)
-            packed.append(weight.to(part._home or weight.values.device))
-        kept = linears.get(dtype, ())
-        before = [(p.backend, p.state) for p in kept if p.source.is_still(source.tensors)]
-        made = dispatch.prepare_fused(packed, dtype, before)
-        return keep(linears, dtype, Prepared(*made, source))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            takes = f"these layers take in_features={self.in_features} last"
-            raise ShapeError(f"x has shape {list(x.shape)}, but {takes}")
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(x, *(part.bias for part in self._parts()))
-        if _any_autocast():
-            x = _autocast(x)
-        if (traced := torch.compiler.is_compiling()) and torch.compiler.is_dynamo_compiling():
-            self._prepare_in_trace(x.dtype)
-        kept = self._linears.get(x.dtype, ())
-        prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
-        if prepared is None and traced:
-            if not (kept and torch.compiler.is_exporting()):  # see SlabLinear.forward
-                return tuple(part(x) for part in self._parts())
-            prepared = kept[0]
-        backend, state, _ = prepared or self._prepared(x.dtype)
-        bias = _joined_bias(self._parts())
-        return backend.linear_fused(x, state, bias).split(self.sizes, -1)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._linears = {}
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_linears": {}}
-
-
-def _packed(layout: PackedLayout, buffers: Mapping[str, Tensor | None]) -> PackedWeight:
-    present = {name: t for name in TENSOR_NAMES if (t := buffers[name]) is not None}
-    return PackedWeight(layout, **present)
-
-
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raises: UnsupportedError if one carries a forward-mode derivative, which would be lost."""
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise UnsupportedError(
-            "packed layers have no forward-mode derivatives (jvp); use backward(), or to_linear() "
-            "for a dense layer"
-        )
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as autocast hands it to nn.Linear: in autocast's type, unless x is fp64 or no float."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if not on or x.dtype == torch.float64 or not x.is_floating_point():
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
-def _joined_bias(parts: Iterable[SlabLinear]) -> Tensor | None:
-    """The parts' biases one after the other, zeros for a part without, or None if no part has one.
-
-    It is made in every call, since a bias may have been written into and each gets its gradient.
-    """
-    biases = [part.bias for part in parts]
-    given = next((bias for bias in biases if bias is not None), None)
-    if given is None:
-        return None
-    each = zip(parts, biases, strict=True)
-    return torch.cat([given.new_zeros(p.out_features) if b is None else b for p, b in each])

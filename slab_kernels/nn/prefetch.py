@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .linear import FusedSlabLinear, SlabLinear
+from .fused import FusedSlabLinear
+from .linear import SlabLinear
 
 MOST_BYTES = 8 << 20  # the L2 cache of an A100 holds 40 MB, of an H100 50
 

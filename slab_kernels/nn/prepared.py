@@ -7,14 +7,17 @@ take their place for one call (`torch.func.functional_call`), or somebody writes
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends import dense_copy
 from ..backends.base import Backend
+from ..format import TENSOR_NAMES, PackedLayout, PackedWeight
 
 _version = operator.attrgetter("_version")
 
@@ -59,11 +62,28 @@ class Prepared(NamedTuple):
     source: Snapshot
 
 
+def packed_from(layout: PackedLayout, buffers: Mapping[str, Tensor | None]) -> PackedWeight:
+    """The packed weight of a module's buffers (not copied)."""
+    present = {name: t for name in TENSOR_NAMES if (t := buffers[name]) is not None}
+    return PackedWeight(layout, **present)
+
+
 def usable_by(backend: Backend, dtype: torch.dtype, made: Prepared) -> Any:
     """The state in `made` if `backend` runs activations of `dtype` with it as it is, else None."""
     if made.backend is not backend:
         return backend.adopt(made.state, dtype)
     return None if backend.one_dtype else made.state
+
+
+def copied_bytes(kept: Iterable[Prepared]) -> int:
+    """The bytes of the dense copies in what is kept."""
+    return sum(made.backend.dense_bytes(made.state) for made in kept)
+
+
+def copies(linears: dict[torch.dtype, tuple[Prepared, ...]], weights: int) -> list[str]:
+    """What is to be said of the dense copies of a layer of so many weights; nothing without one."""
+    size = copied_bytes(itertools.chain(*linears.copy().values()))
+    return [dense_copy.described(size, weights)] if size else []
 
 
 def keep(

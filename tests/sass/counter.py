@@ -36,9 +36,9 @@ from slab_kernels.backends.cuda import compile as recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = "linear"
-SHARING = (
-    2  # warps that copy a group's activations: tiles.py's most frequent tile has 64 rows, two warps
-)
+# Warps that copy a group's activations: the most frequent tile of tiles.py has 64 rows, two warps.
+# Where W is rebuilt it has 128 rows, four.
+SHARING, REBUILD_SHARING = 2, 4
 
 # Opcode (up to its first dot) -> what executes it. An opcode that is not here fails the count by
 # name. IMAD is the shift, move and add that ptxas puts where the ALU is full; uniform instructions
@@ -158,13 +158,17 @@ class Kernel:
         the tile.
 
         A loop that copies x has several copies a trip, of two token rows each; one with a single
-        copy takes v, a rank each trip. Raises: ValueError for a loop of an unknown kind.
+        copy takes v, a rank each trip, and so does one that rebuilds W.
+        Raises: ValueError for a loop of an unknown kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
-        if self.has(loop.blocks, "HMMA") or len(copies) == 1:  # a rank; its row of v
+        rebuilds = self.name.startswith("rebuild_")
+        a_rank = self.has(loop.blocks, "HMMA") or (rebuilds and not copies)
+        if a_rank or len(copies) == 1:  # or its row of v
             return 1
         if copies:
-            return -(-tokens // (2 * len(copies) * SHARING))
+            sharing = REBUILD_SHARING if rebuilds else SHARING
+            return -(-tokens // (2 * len(copies) * sharing))
         raise ValueError(
             f"{self.name}: what is the loop at {self.blocks[loop.header][0].address:#x}?"
         )
@@ -175,8 +179,8 @@ class Kernel:
 
         Blocks of the main loop count once, whichever way a branch goes, but for three kinds: inner
         loops by their trips, the copy at an edge never, and of several places that add a scale
-        group (FFMA) the last
-        only: a group is 128 inputs, shorter ones are an option.
+        group (FFMA) the last only, of those that convert scales where W is rebuilt (F2FP) the
+        first: a group is 128 inputs, shorter ones are an option.
         """
         found = re.search(r"_t(\d+)", self.name)
         tokens = int(found[1]) if found else 0  # The narrow loop copies no tokens.
@@ -185,8 +189,10 @@ class Kernel:
             if not loop.blocks <= self.edge:
                 times |= dict.fromkeys(loop.blocks, self.trips(loop, tokens))
         times |= dict.fromkeys(self.edge, 0.0)
-        scaling = sorted(b for b in times if self.has([b], "FFMA"))
-        return times | {b: 0.0 for b in scaling[:-1] if not self.has([b], "HMMA")}
+        scaling = sorted(b for b in times if self.has([b], "FFMA"))[:-1]
+        if self.name.startswith("rebuild_"):
+            scaling = sorted(b for b in times if self.has([b], "F2FP"))[1:]
+        return times | {b: 0.0 for b in scaling if not self.has([b], "HMMA")}
 
     def executed(self) -> collections.Counter[str]:
         """Opcode with its modifiers -> warp instructions a K-block; the never executed ones as
@@ -305,13 +311,13 @@ def tool(name: str) -> str:
     return found[0]
 
 
-def built(architecture: str) -> Path | None:
-    """The image that a build left, if it is of these sources, this nvcc and these options.
+def built(architecture: str, unit: str = UNIT) -> Path | None:
+    """A unit's image that a build left, if it is of these sources, this nvcc and these options.
 
     Raises: recipe.Impossible without nvcc.
     """
     record, version = recipe.record(recipe.IMAGES), recipe.run([recipe.find_nvcc(), "--version"])
-    path = recipe.IMAGES / recipe.image_name(UNIT, architecture)
+    path = recipe.IMAGES / recipe.image_name(unit, architecture)
     same = (record.get("sources"), record.get("compiler")) == (
         recipe.digest(recipe.read_sources(ROOT / "csrc")),
         recipe.digest({}, version, *recipe.NVCC_OPTIONS),
@@ -319,26 +325,26 @@ def built(architecture: str) -> Path | None:
     return path if same and path.is_file() else None
 
 
-def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
-    """The kernels compiled for it: the image of an up-to-date build, or nvcc's, kept for next time.
+def image(architecture: str, only: tuple[str, ...] = (), unit: str = UNIT) -> bytes:
+    """A unit compiled for it: the image of an up-to-date build, or nvcc's, kept for next time.
 
     PTX for an architecture that begins with `compute_`, else a cubin. `only`: the rows that
     `rows_only` leaves, which makes the compiler faster by as much.
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
-    nvcc, name = recipe.find_nvcc(), recipe.image_name(UNIT, architecture)
-    if not only and (path := built(architecture)):
+    nvcc, name = recipe.find_nvcc(), recipe.image_name(unit, architecture)
+    if not only and (path := built(architecture, unit)):
         return path.read_bytes()
     sources, version = recipe.read_sources(ROOT / "csrc"), recipe.run([nvcc, "--version"])
     if only:
-        sources[f"cuda/{UNIT}.cu"] = rows_only(sources[f"cuda/{UNIT}.cu"], only)
+        sources[f"cuda/{unit}.cu"] = rows_only(sources[f"cuda/{unit}.cu"], only)
 
     def compiled() -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             for path, text in sources.items():
                 Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_text(text, encoding="utf-8")
-            source, output = Path(folder, f"cuda/{UNIT}.cu"), Path(folder, name)
+            source, output = Path(folder, f"cuda/{unit}.cu"), Path(folder, name)
             recipe.run(recipe.nvcc_command(nvcc, source, architecture, output))
             return output.read_bytes()
 
@@ -347,7 +353,7 @@ def image(architecture: str, only: tuple[str, ...] = ()) -> bytes:
 
 
 def rows_only(text: str, only: tuple[str, ...]) -> str:
-    """linear.cu with these rows alone of its tables of kernels.
+    """linear.cu or prefill.cu with these rows alone of its tables of kernels.
 
     A row is named by what it begins with: "linear_w16_one_t32" of KERNEL(linear, w16_one_t32, ...),
     "w16_any_kW16" of KERNEL(w16_any, kW16, ...). Each row but the last ends in a backslash.

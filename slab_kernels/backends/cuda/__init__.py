@@ -30,12 +30,14 @@ from torch import Tensor
 
 from ...format import PackedWeight, ceil_div
 from ...ops import Definition, fake_result, register_linear_op
+from .. import dense_copy
 from ..base import LinearProblem
 from ..one_launch import OneLaunchBackend, check_stream, other_dtype, wants_gradient
 from . import driver, layout, prefetch, unpack
-from .cost import dense_microseconds
-from .gpus import gpu_like, gpu_named
-from .launch import CudaDevice, kernel_names, linear
+from .device import CudaDevice
+from .explain import explained
+from .gpus import Gpu, gpu_like, gpu_named
+from .launch import kernel_names, linear
 from .layout import (
     ACTIVATIONS,
     SIZE_ARGUMENTS,
@@ -44,7 +46,7 @@ from .layout import (
     TENSORS,
     CudaState,
 )
-from .plan import choose
+from .plan import dense_from
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
@@ -98,8 +100,9 @@ class CudaBackend(OneLaunchBackend):
         """Defines the op and loads the state's kernels, if it is on a GPU."""
         if state.stream.is_cuda:
             register()
-            for name in kernel_names(sizes_of(state), state.dtype):
-                driver.load(name, state.stream.device.index)
+            index = state.stream.device.index
+            for name in kernel_names(sizes_of(state), state.dtype, device_of(index).gpu):
+                driver.load(name, index)
 
     def linear(self, x: Tensor, state: CudaState, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., sum of rows] in x's dtype, which is the state's.
@@ -112,6 +115,13 @@ class CudaBackend(OneLaunchBackend):
         if wants_gradient(x, bias):
             return torch.ops.slab_kernels.linear_cuda(x, *arguments)
         return torch.ops.slab_kernels.linear_cuda_frozen(x, *arguments)
+
+    def dense_from(self, problem: LinearProblem, gpu: str | None = None) -> int | None:
+        """See `Backend`. Without a name and without a GPU here there is no answer."""
+        on_gpu = replace(problem, device="cuda")
+        if self.refusals(on_gpu) or (gpu is None and self.not_supported_reasons(problem)):
+            return None
+        return dense_from(_sizes(problem), _gpu(gpu))
 
     def prefetch_next(self, state: object, following: object, most_bytes: int) -> None:
         """The kernel for `state` prefetches the first bytes of `following` into L2."""
@@ -128,22 +138,25 @@ class CudaBackend(OneLaunchBackend):
         # The problem may be on another device now: the question is what a GPU would do with it.
         if reasons := self.refusals(replace(problem, device="cuda")):
             return f"the cuda backend does not run this: {'; '.join(reasons)}"
-        found = gpu_named(gpu) if gpu is not None else device_of(torch.cuda.current_device()).gpu
-        sizes = CudaSizes(
-            K=problem.K,
-            rows=(problem.N,),
-            values=STREAM_VALUES[problem.values],
-            group_steps=(problem.group_size or 128) // 32,
-            rank=problem.rank,
-            adapter_steps=ceil_div(problem.adapter_rank, 16),
-            planes=problem.planes,
-        )
-        M = max(problem.M, 1)
-        dense = dense_microseconds(problem.N, problem.K, M, found)
-        return (
-            f"{found.name}: {choose(sizes, M, found).describe()}; "
-            f"a dense fp16 linear by the same model: {dense:.1f} us"
-        )
+        return explained(_sizes(problem), max(problem.M, 1), _gpu(gpu))
+
+
+def _gpu(name: str | None) -> Gpu:
+    """The GPU of that name, or the current one. Raises: ArgumentError for an unknown name."""
+    return gpu_named(name) if name is not None else device_of(torch.cuda.current_device()).gpu
+
+
+def _sizes(problem: LinearProblem) -> CudaSizes:
+    """What a plan is made for."""
+    return CudaSizes(
+        K=problem.K,
+        rows=(problem.N,),
+        values=STREAM_VALUES[problem.values],
+        group_steps=(problem.group_size or 128) // 32,
+        rank=problem.rank,
+        adapter_steps=ceil_div(problem.adapter_rank, 16),
+        planes=problem.planes,
+    )
 
 
 @functools.cache
@@ -174,7 +187,11 @@ def _linear(x: Tensor, *arguments) -> Tensor:
     """The op on CUDA tensors. arguments: those of ARGUMENTS after x."""
     state, bias = CudaState(*arguments[:BIAS], *arguments[BIAS + 1 :]), arguments[BIAS]
     check_stream(x, state, bias)
-    return linear(x, state, bias, device_of(x.device.index))
+    device = device_of(x.device.index)
+    if state.dense is not None:
+        if x.numel() >= state.in_features * dense_from(sizes_of(state), device.gpu):
+            return dense_copy.product(x, state.dense, bias)
+    return linear(x, state, bias, device)
 
 
 def _linear_fake(x: Tensor, *arguments) -> Tensor:
@@ -183,8 +200,10 @@ def _linear_fake(x: Tensor, *arguments) -> Tensor:
 
 
 def _input_gradient(grad: Tensor, *arguments) -> Tensor:
-    """The gradient of x in fp32. arguments: a CudaState's."""
+    """The gradient of x, in fp32 or by the dense copy. arguments: a CudaState's."""
     state = CudaState(*arguments)
+    if state.dense is not None:
+        return grad @ state.dense
     wide = grad.float()
     grad_x = wide @ unpack.dense(state)
     if factors := unpack.adapters(state):

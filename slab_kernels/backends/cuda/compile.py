@@ -41,6 +41,9 @@ RUNS = {
     (9, 0): ("sm_90a",),
     (12, 0): ("sm_120a",),
 }
+# Units for these architectures alone: no other has their instructions, so there is no PTX of them
+# either, and their kernels are asked for on no other device.
+ONLY_FOR = {"prefill": ("sm_90a",)}
 # The options of nvcc and NVRTC alike. Their defaults agree on fma contraction, division and
 # denormals.
 OPTIONS = ("-std=c++17",)
@@ -72,8 +75,22 @@ def read_sources(folder: Path) -> dict[str, str]:
 
 
 def units(sources: dict[str, str]) -> list[str]:
-    """The names of the compiled files without their ending; each gives one image per target."""
+    """The names of the compiled files without their ending; each gives an image for each of its
+    targets."""
     return sorted(Path(name).stem for name in sources if name.endswith(".cu"))
+
+
+def is_for(unit: str, architecture: str) -> bool:
+    """Whether a unit is compiled for an architecture."""
+    return unit not in ONLY_FOR or architecture in ONLY_FOR[unit]
+
+
+def runs_on(unit: str, capability: tuple[int, int]) -> list[str]:
+    """The architectures whose images of a unit run on a capability, best first.
+
+    There are none if no kernel of the unit is meant for it.
+    """
+    return [a for a in (*RUNS.get(capability, ()), FALLBACK) if is_for(unit, a)]
 
 
 def digest(sources: dict[str, str], *more: str) -> str:
@@ -179,7 +196,12 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
     if not known:
         raise Impossible(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}")
     remarks = [f"{nvcc} is too old for {', '.join(unknown)}"] if unknown else []
-    pairs = [(unit, architecture) for unit in units(sources) for architecture in known]
+    pairs = [
+        (unit, architecture)
+        for unit in units(sources)
+        for architecture in known
+        if is_for(unit, architecture)
+    ]
     names = sorted(image_name(*pair) for pair in pairs)
     # The running package can compare the sources alone. The compiler only decides whether to
     # compile again.

@@ -19,8 +19,10 @@ from .layout import BLOCK_INPUTS, DENSE, INT4, INT8, W16
 from .measured import MeasuredRow
 from .tiles import (
     COLUMNS,
+    FEW,
     MANY,
     NARROW,
+    REBUILD,
     TOKEN_ROW_BYTES,
     WIDE,
     CudaSizes,
@@ -31,6 +33,7 @@ from .tiles import (
     stage_bytes,
     sums_bytes,
 )
+from .unknowns import BEST, Unknowns, assumed, joined
 
 BAND = 8  # token tiles side by side in a grid; kBand of csrc/cuda/params.h
 SHARED_PORT = 128  # bytes per clock of one multiprocessor's shared memory
@@ -47,6 +50,7 @@ OVERLAP = 6  # the p of the p-norm that joins the bounds: nearly their maximum
 LAUNCH_US = 1.09  # of a kernel in a graph
 FILL_US = 1.73  # per wave of CTAs: from first byte to first product, its reduction and store
 REDUCE_US = 1.55  # of the kernel that adds K-splits
+SUMS_IN_L2 = 32 << 20  # bytes of partial sums that are taken to be still there when they are added
 LATENCY_US = 0.8  # of memory under load: bytes in flight = bandwidth x latency
 # The loops for up to 16 tokens are newer than those measurements, and nothing is known of them but
 # their machine code. FILL_US was fitted to kernels with 368 instructions before their first copy,
@@ -80,12 +84,18 @@ ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign column
 # More where a scale covers 32 or 64 inputs, for each 8 columns of kept values.
 GROUPS_ISSUE = 60
 # The loop for many tokens: (fixed, per 8 tokens).
-ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
+ISSUE = {W16: (193, 60), INT8: (270, 68), INT4: (243, 76), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
     2: {W16: (239, 53), INT8: (323, 61), INT4: (326, 61)},
     3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
 }
 TALL_ISSUE = {W16: (330, 71)}  # for 64 rows x 128 inputs
+# The loop that rebuilds the weight, of rank 1 and one plane: (fixed, per 8 tokens); more for each
+# rank above the first, and for two or three planes.
+REBUILD_ISSUE = {W16: (466, 26.5), INT8: (640, 26.5), INT4: (606, 26.5)}
+REBUILD_RANK_ISSUE, REBUILD_PLANES_ISSUE = 80, 64
+LOOK_UPS = 32  # of a warp in the table of selectors, for each K block
+ROW_OF_V_BYTES = STEPS * 2 * SHARED_PORT  # that such a warp reads of shared memory: two wavefronts
 
 
 def bytes_per_us(gpu: Gpu) -> float:
@@ -116,6 +126,11 @@ class Plan:
     stages: int  # K blocks in a ring
     resident: int  # CTAs that a multiprocessor holds at once
     measured: MeasuredRow | None = None
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """The K groups of a CTA and the CTAs that share K."""
+        return self.tile.warp_inputs, self.splits
 
     @property
     def cta_tokens(self) -> int:
@@ -179,7 +194,7 @@ class Plan:
     @property
     def warp_k_blocks(self) -> float:
         """K blocks of the warp that has most."""
-        if self.tile.loop == MANY:
+        if self.tile.loop in (MANY, REBUILD):
             return self.cta_k_blocks / self.tile.warp_inputs
         return ceil_div(ceil_div(self.sizes.k_blocks, self.splits), self.tile.warp_inputs)
 
@@ -187,6 +202,8 @@ class Plan:
     def column_tiles(self) -> tuple[int, int]:
         """How many products of 8 columns a warp makes of the kept values, and of the signs."""
         rank, tokens = self.sizes.rank, self.tokens
+        if self.tile.loop == REBUILD:
+            return tokens // COLUMNS, 0
         if self.tile.loop == NARROW:
             return 1, min(1, rank)
         if self.tile.loop == WIDE and rank <= 1:
@@ -214,16 +231,19 @@ class Plan:
     def l2_us(self) -> float:
         activations = (min(self.M, self.cta_tokens) + self.sizes.rank) * TOKEN_ROW_BYTES
         cta_bytes = self.cta_k_blocks * (self.cta_weight_bytes + activations)
-        rate = self.gpu.l2_port * clocks_per_us(self.gpu)
-        return self.ctas_per_multiprocessor * cta_bytes / rate
+        port = self.gpu.l2_rate if self.tile.loop == REBUILD else self.gpu.l2_port
+        return self.ctas_per_multiprocessor * cta_bytes / (port * clocks_per_us(self.gpu))
 
-    def shared_memory_us(self) -> float:
+    def shared_memory_us(self, unknowns: Unknowns) -> float:
         """Every stage is written once, and read by each warp that needs it."""
         weight = self.tile.row_tiles * self.sizes.block_bytes // 2
         if self.tile.loop == NARROW:
             read = COLUMNS * TOKEN_ROW_BYTES + weight
         else:
             V = self.sizes.rank * STEPS * V_FRAGMENT_BYTES
+            if self.tile.loop == REBUILD:
+                table = LOOK_UPS * unknowns.table_wavefronts * SHARED_PORT
+                V = self.sizes.rank * ROW_OF_V_BYTES + round(table)
             read = self.tokens * TOKEN_ROW_BYTES + weight + V
         warps = self.tile.warp_rows * self.tile.warp_tokens
         written = rings(self.tile) // self.tile.warp_inputs * self.stage_bytes
@@ -234,10 +254,11 @@ class Plan:
     def tensor_cores_us(self) -> float:
         """A 2:4 product takes half of a dense one, and so does one of signs."""
         kept, signs = self.column_tiles
-        halves = COLUMNS * ((2 if self.sizes.values == DENSE else 1) * kept + signs)
-        dense = self.tile.rows * self.tile.warp_tokens * self.cta_k_blocks * BLOCK_INPUTS
+        dense = self.sizes.values == DENSE or self.tile.loop == REBUILD
+        halves = COLUMNS * ((2 if dense else 1) * kept + signs)
+        rows = self.tile.rows * self.tile.warp_tokens * self.cta_k_blocks * BLOCK_INPUTS
         rate = self.gpu.mma_rate * clocks_per_us(self.gpu) * RATE_REACHED
-        return self.ctas_per_multiprocessor * (dense * halves / 2) / rate
+        return self.ctas_per_multiprocessor * (rows * halves / 2) / rate
 
     def issue_us(self) -> float:
         """The instructions that the warps of a scheduler issue, and what a lone warp waits."""
@@ -250,6 +271,10 @@ class Plan:
         """SASS instructions that a warp issues per K block."""
         values, rank = self.sizes.values, self.sizes.rank
         planes = self.sizes.planes if rank else 0
+        if self.tile.loop == REBUILD:
+            fixed, per_token_tile = REBUILD_ISSUE[values]
+            fixed += REBUILD_RANK_ISSUE * (rank - 1) + REBUILD_PLANES_ISSUE * (planes > 1)
+            return fixed + per_token_tile * (self.tokens // COLUMNS)
         if self.tile.loop != MANY:
             return DECODE_ISSUE * self._decode_instructions(planes)
         if self.tile.tall:
@@ -272,11 +297,14 @@ class Plan:
     @functools.cached_property
     def bounds(self) -> dict[str, float]:
         """Every bound by its name, in microseconds."""
+        return self._bounds(assumed(OVERLAP))
+
+    def _bounds(self, unknowns: Unknowns) -> dict[str, float]:
         return {
             "memory": self.memory_us(),
             "bytes in flight": self.bytes_in_flight_us(),
             "L2": self.l2_us(),
-            "shared memory": self.shared_memory_us(),
+            "shared memory": self.shared_memory_us(unknowns),
             "tensor cores": self.tensor_cores_us(),
             "issue": self.issue_us(),
         }
@@ -297,18 +325,31 @@ class Plan:
     def fixed_us(self) -> float:
         """The launch, the waves' starts and ends, and the kernel that adds K-splits."""
         started = LAUNCH_US + (FILL_US + self.columns_us()) * self.waves
-        if self.tile.loop != MANY:
+        if self.tile.loop not in (MANY, REBUILD):
             started -= DECODE_SAVES_US
         if self.splits == 1:
             return started
         partial_sums = 2 * self.splits * self.M * self.sizes.N * 4  # bytes written and read, fp32
-        return started + REDUCE_US + partial_sums / bytes_per_us(self.gpu)
+        rate = bytes_per_us(self.gpu)
+        newer = self.M > FEW or self.tile.loop == REBUILD  # than the fit to an H100
+        if newer and partial_sums <= 2 * SUMS_IN_L2:
+            rate = self.gpu.multiprocessors * self.gpu.l2_rate * clocks_per_us(self.gpu)
+        return started + REDUCE_US + partial_sums / rate
 
     @functools.cached_property
     def microseconds(self) -> float:
         """The predicted time of the launch: the p-norm of the bounds, and the fixed costs."""
-        joined = sum(us**OVERLAP for us in self.bounds.values()) ** (1 / OVERLAP)
-        return joined + self.fixed_us()
+        return joined(self.bounds, OVERLAP) + self.fixed_us()
+
+    @property
+    def range_us(self) -> tuple[float, float]:
+        """The predicted time at both ends: of the loop that rebuilds the weight, which nobody has
+        timed, with all that is not known for the best and for the worst; otherwise twice the
+        same."""
+        if self.tile.loop != REBUILD:
+            return self.microseconds, self.microseconds
+        best = joined(self._bounds(BEST), BEST.overlap) + self.fixed_us()
+        return min(best, self.microseconds), self.microseconds
 
     def describe(self) -> str:
         """The choices, their reason, the prediction and who chose, in words."""
@@ -321,8 +362,14 @@ class Plan:
             f"{tile.loop} loop, {tile.rows} rows x {self.cta_tokens} tokens a CTA, "
             f"{tile.warp_inputs} K groups, {tile.threads} threads, {self.stages} stages, "
             f"{self.shared_bytes} bytes shared, {self.resident} CTAs a multiprocessor{split} "
-            f"({tile.reason}); predicted {self.microseconds:.1f} us, bound by {self.bound}; {by}"
+            f"({tile.reason}); predicted {in_words(self.range_us)}, bound by {self.bound}; {by}"
         )
+
+
+def in_words(range_us: tuple[float, float]) -> str:
+    """Both ends of a prediction, or the one that there is."""
+    low, high = (f"{us:.1f}" for us in range_us)
+    return f"{high} us" if low == high else f"{low} to {high} us"
 
 
 # At so many tokens cuBLAS on a rebuilt weight is faster. The rows at a time bound the memory that
@@ -337,6 +384,11 @@ class Rebuild:
     max_ctas: int  # of a launch that rebuilds rows
     microseconds: float  # predicted
 
+    @property
+    def range_us(self) -> tuple[float, float]:
+        """Both ends of the prediction, which are the same."""
+        return self.microseconds, self.microseconds
+
     def describe(self) -> str:
         """The way and the prediction in words."""
         return (
@@ -349,10 +401,19 @@ def rebuild(sizes: CudaSizes, M: int, gpu: Gpu) -> Rebuild:
     """What rebuilding takes for M tokens."""
     pieces = sum(sizes.row_tiles(REBUILT_ROWS))
     rebuilding = (sizes.stream_bytes + 2 * sizes.N * sizes.K) / bytes_per_us(gpu)
-    adapter = 2 * LAUNCH_US * pieces if sizes.adapter_steps else 0.0
+    adapter = _rebuilt_adapter_us(sizes, M, gpu, pieces) if sizes.adapter_steps else 0.0
     started = (LAUNCH_US + FILL_US) * pieces
     product = dense_microseconds(sizes.N, sizes.K, M, gpu)
     return Rebuild(4 * gpu.multiprocessors, rebuilding + started + adapter + product)
+
+
+def _rebuilt_adapter_us(sizes: CudaSizes, M: int, gpu: Gpu, pieces: int) -> float:
+    """What the adapter of a rebuilt weight takes: z = x Q and z P^T, to which each piece's product
+    is added, or from K tokens on P Q added to each piece."""
+    if M >= sizes.K:
+        return 2 * LAUNCH_US * pieces + 4 * sizes.N * sizes.K / bytes_per_us(gpu)
+    z = 2 * (M + sizes.adapter().N) * sizes.K / bytes_per_us(gpu)
+    return z + FILL_US + LAUNCH_US * (1 + len(sizes.rows)) + 4 * M * sizes.N / bytes_per_us(gpu)
 
 
 def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:

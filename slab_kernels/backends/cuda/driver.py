@@ -64,7 +64,7 @@ class _Slot:
     )
 
     def __init__(self) -> None:
-        cuda = _cuda()
+        cuda = library()
         self.get_context, self.launch = cuda.cuCtxGetCurrent, cuda.cuLaunchKernelEx
         self.buffer = ctypes.create_string_buffer(_CONFIG.size)
         start = ctypes.addressof(self.buffer)
@@ -91,7 +91,7 @@ _attribute = ctypes.create_string_buffer(struct.pack("@I4xi", _SERIALIZATION, 1)
 
 
 @functools.cache
-def _cuda() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """libcuda, as a CDLL, which lets go of the GIL: a launch waits while the queue is full.
 
     Raises: CudaError if there is none.
@@ -135,7 +135,7 @@ def missing(device: int | None = None) -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     try:
-        _cuda()
+        library()
     except CudaError as error:
         return str(error)
     if not torch.cuda.is_available():
@@ -227,20 +227,20 @@ def _current(device: int) -> Iterator[int]:
     A thread that had no context keeps the primary one. A context of another device is current
     again afterwards.
     """
-    cuda, context, ordinal = _cuda(), ctypes.c_void_p(), ctypes.c_int()
+    cuda, context, ordinal = library(), ctypes.c_void_p(), ctypes.c_int()
     refused = f"the context of device {device} was not made current"
     cuda.cuCtxGetCurrent(ctypes.byref(context))
     if context.value is None:
         primary = _primary(device)
-        _check(cuda.cuCtxSetCurrent(ctypes.c_void_p(primary)), refused)
+        check(cuda.cuCtxSetCurrent(ctypes.c_void_p(primary)), refused)
         yield primary
         return
-    _check(cuda.cuCtxGetDevice(ctypes.byref(ordinal)), "the current context has no device")
+    check(cuda.cuCtxGetDevice(ctypes.byref(ordinal)), "the current context has no device")
     if ordinal.value == _ordinal(device):
         yield context.value
         return
     primary = _primary(device)
-    _check(cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(primary)), refused)
+    check(cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(primary)), refused)
     try:
         yield primary
     finally:
@@ -250,7 +250,7 @@ def _current(device: int) -> Iterator[int]:
 @functools.cache
 def _ordinal(device: int) -> int:
     found = ctypes.c_int()
-    _check(_cuda().cuDeviceGet(ctypes.byref(found), device), f"device {device} is not there")
+    check(library().cuDeviceGet(ctypes.byref(found), device), f"device {device} is not there")
     return found.value
 
 
@@ -263,7 +263,7 @@ def _primary(device: int) -> int:
     context = ctypes.c_void_p()
     _properties(device)  # This makes torch start CUDA if nobody has.
     what = f"device {device} has no context"
-    _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), _ordinal(device)), what)
+    check(library().cuDevicePrimaryCtxRetain(ctypes.byref(context), _ordinal(device)), what)
     if context.value is None:
         raise CudaError(what)
     return context.value
@@ -285,7 +285,7 @@ def _admit(name: str, device: int, context: int, shared_bytes: int, size: int) -
 
 def _check_params(name: str, function: _Function, size: int) -> None:
     """Raises: CudaError if the kernel's argument has another size, where the driver can tell."""
-    cuda = _cuda()
+    cuda = library()
     if not hasattr(cuda, "cuFuncGetParamInfo"):  # Drivers have it from CUDA 12.4 on.
         return
     first, offset, taken = ctypes.c_size_t(0), ctypes.c_size_t(), ctypes.c_size_t()
@@ -301,9 +301,9 @@ def _allow_shared(name: str, function: _Function, device: int, shared_bytes: int
 
     Raises: CudaError if that is less than shared_bytes.
     """
-    cuda, static = _cuda(), ctypes.c_int()
+    cuda, static = library(), ctypes.c_int()
     code = cuda.cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function.handle)
-    _check(code, f"kernel {name}: attributes")
+    check(code, f"kernel {name}: attributes")
     most = shared_limit(device) - static.value
     if shared_bytes > most:
         raise CudaError(
@@ -312,7 +312,7 @@ def _allow_shared(name: str, function: _Function, device: int, shared_bytes: int
         )
     code = cuda.cuFuncSetAttribute(function.handle, _MAX_DYNAMIC_SHARED, most)
     refused = f"kernel {name} was not allowed {most} bytes of shared memory on device {device}"
-    _check(code, refused)
+    check(code, refused)
     return most
 
 
@@ -324,28 +324,29 @@ def _function(name: str, device: int, context: int) -> _Function:
     with _lock:
         if found := _loaded.get((name, device, context)):
             return found
-        cuda, handle = _cuda(), ctypes.c_void_p()
-        for unit in images.kernel_units():
+        cuda, handle = library(), ctypes.c_void_p()
+        units = images.kernel_units(capability(device))
+        for unit in units:
             code = cuda.cuModuleGetFunction(
                 ctypes.byref(handle), _module(unit, device, context), name.encode()
             )
             if code == _NOT_FOUND:
                 continue
-            _check(code, f"kernel {name} was not found in the module {unit}")
+            check(code, f"kernel {name} was not found in the module {unit}")
             overlaps = _waits(handle) and _version() >= _OVERLAPS_SINCE
             attributes = ctypes.addressof(_attribute) if overlaps else 0
             return _loaded.setdefault(
                 (name, device, context), _Function(handle, attributes, _PLAIN_SHARED)
             )
-        known = ", ".join(images.kernel_units()) or "no sources"
-        raise CudaError(f"there is no kernel {name} in csrc/cuda ({known})")
+        number, known = ".".join(map(str, capability(device))), ", ".join(units) or "no sources"
+        raise CudaError(f"there is no kernel {name} for capability {number} in csrc/cuda ({known})")
 
 
 @functools.cache
 def _version() -> int:
     """The newest CUDA that the driver knows, such as 13000 for 13.0."""
     version = ctypes.c_int()
-    _check(_cuda().cuDriverGetVersion(ctypes.byref(version)), "the driver has no version")
+    check(library().cuDriverGetVersion(ctypes.byref(version)), "the driver has no version")
     return version.value
 
 
@@ -355,8 +356,8 @@ def _waits(function: ctypes.c_void_p) -> bool:
     A PTX of compute_80 has none, on whatever device it runs.
     """
     version = ctypes.c_int()
-    _check(
-        _cuda().cuFuncGetAttribute(ctypes.byref(version), _PTX_VERSION, function),
+    check(
+        library().cuFuncGetAttribute(ctypes.byref(version), _PTX_VERSION, function),
         "a kernel has no PTX version",
     )
     return version.value >= _DEPENDENT_SINCE
@@ -371,7 +372,7 @@ def _module(unit: str, device: int, context: int) -> ctypes.c_void_p:
         return found
     module, refused = ctypes.c_void_p(), []
     for image in images.images(unit, capability(device), _toolkit()):
-        code = _cuda().cuModuleLoadData(ctypes.byref(module), image.data)
+        code = library().cuModuleLoadData(ctypes.byref(module), image.data)
         if not code:
             return _modules.setdefault((unit, device, context), module)
         refused.append(f"{image.origin}: {_says(code)}")
@@ -392,7 +393,7 @@ def _toolkit() -> str | None:
 def _says(code: int) -> str:
     """An error's name and text, such as "CUDA_ERROR_INVALID_VALUE (invalid argument)"."""
     texts = []
-    for ask in (_cuda().cuGetErrorName, _cuda().cuGetErrorString):
+    for ask in (library().cuGetErrorName, library().cuGetErrorString):
         text = ctypes.c_char_p()
         ask(code, ctypes.byref(text))
         texts.append((text.value or b"unknown").decode())
@@ -405,6 +406,6 @@ def _error(code: int, what: str) -> CudaError:
     return CudaError(f"{what}: {_says(code)}{hint}")
 
 
-def _check(code: int, what: str) -> None:
+def check(code: int, what: str) -> None:
     if code:
         raise _error(code, what)

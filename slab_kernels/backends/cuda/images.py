@@ -23,11 +23,12 @@ from .compile import (
     FALLBACK,
     IMAGES,
     OPTIONS,
-    RUNS,
     digest,
     image_name,
+    is_for,
     read_sources,
     record,
+    runs_on,
     source_folder,
     units,
 )
@@ -49,13 +50,16 @@ def kernel_sources() -> dict[str, str]:
     return read_sources(folder) if folder else {}
 
 
-def kernel_units() -> list[str]:
-    """The images that a device needs together: one for each csrc/cuda/*.cu."""
+def kernel_units(capability: tuple[int, int]) -> list[str]:
+    """The units that a device has kernels of: every csrc/cuda/*.cu, but for those that are for
+    other architectures alone."""
     if sources := kernel_sources():
-        return units(sources)
-    listed = record(IMAGES).get("images")
-    built = listed if isinstance(listed, list) else []
-    return sorted({str(name).split(".")[0] for name in built})
+        every = units(sources)
+    else:
+        listed = record(IMAGES).get("images")
+        built = listed if isinstance(listed, list) else []
+        every = sorted({str(name).split(".")[0] for name in built})
+    return [unit for unit in every if runs_on(unit, capability)]
 
 
 def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
@@ -66,9 +70,7 @@ def ahead_of_time(unit: str, capability: tuple[int, int]) -> list[Path]:
     built, sources = record(IMAGES), kernel_sources()
     if not built or (sources and built.get("sources") != digest(sources)):
         return []
-    names = [
-        image_name(unit, architecture) for architecture in (*RUNS.get(capability, ()), FALLBACK)
-    ]
+    names = [image_name(unit, architecture) for architecture in runs_on(unit, capability)]
     return [IMAGES / name for name in names if (IMAGES / name).is_file()]
 
 
@@ -83,6 +85,8 @@ def images(unit: str, capability: tuple[int, int], major: str | None = None) -> 
         yield Image(path.name, _terminated(path.read_bytes(), path.suffix == ".ptx"))
     if (nvrtc := rtc.find(major)) and kernel_sources():
         architecture = rtc.target(nvrtc, capability)
+        if not is_for(unit, architecture):
+            return
         data = compiled(kernel_sources(), unit, architecture, nvrtc)
         yield Image(
             f"{unit} by NVRTC {nvrtc.version} for {architecture}",
@@ -95,19 +99,28 @@ def missing(capability: tuple[int, int], major: str | None = None) -> str | None
 
     Nothing is compiled.
     """
-    needed = kernel_units()
+    needed = kernel_units(capability)
     if not needed:
         return "the CUDA kernels' sources are not installed (csrc/cuda); install slab-kernels again"
-    if all(ahead_of_time(unit, capability) for unit in needed):
+    needed = [unit for unit in needed if not ahead_of_time(unit, capability)]
+    if not needed:
         return None
     if not kernel_sources():
         number = ".".join(map(str, capability))
         return f"no cubin for capability {number} is installed; install slab-kernels again"
-    if rtc.find(major) is None:
+    nvrtc = rtc.find(major)
+    if nvrtc is None:
         suffix = f"-cu{major}" if major and int(major) < 13 else ""
         return (
             "no CUDA kernels were built at installation and libnvrtc is not found; pip install "
             f"nvidia-cuda-nvrtc{suffix}, or install again where nvcc is on PATH"
+        )
+    architecture = rtc.target(nvrtc, capability)
+    if unknown := [unit for unit in needed if not is_for(unit, architecture)]:
+        wanted = " or ".join(runs_on(unknown[0], capability))
+        return (
+            f"no CUDA kernels of {unknown[0]} were built at installation, and NVRTC "
+            f"{nvrtc.version} does not compile for {wanted}; install a newer nvidia-cuda-nvrtc"
         )
     return None
 
@@ -126,7 +139,7 @@ def compiled(sources: dict[str, str], unit: str, architecture: str, nvrtc: rtc.N
     kept = folder / f"{unit}.{architecture}.{key}{suffix}" if folder else None
     if kept and (data := _read(kept)):
         return data
-    _tell(f"compiling the CUDA kernels for {architecture}, once (a minute or two)")
+    _tell(f"compiling the CUDA kernels of {unit} for {architecture}, once (a few minutes)")
     data = rtc.compile_unit(sources, unit, architecture, nvrtc)
     if kept:
         _write(kept, data)

@@ -8,14 +8,14 @@ like y, so streams and CUDA graphs may overlap as they like.
 Every linear, the first of a call too, is launched as a dependent kernel where the device has that:
 it may start before the kernel in front of it ends, whoever queued that one. Until it has waited for
 that kernel it reads nothing but the prepared weight (layout.prepare), and it writes nothing at all.
-The kernels that rebuild a weight and that add partial sums do likewise.
+The kernels that rebuild a weight and that add partial sums do likewise. prefill_launch.py has the
+Hopper kernels for many tokens.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,21 +24,22 @@ from torch import Tensor
 from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
+from .device import BIAS_CODES, DTYPE_NAMES, VALUE_NAMES, CudaDevice
 from .gpus import Gpu
-from .layout import BLOCK_ROWS, DENSE, INT4, INT8, W16, CudaState
+from .layout import BLOCK_ROWS, DENSE, W16, CudaState, padded_rows
 from .plan import choose
 from .prefetch import successor_of
-from .tiles import MANY, NARROW, WIDE, CudaSizes, sizes_of
+from .prefill import CAPABILITY, Prefill
+from .prefill_launch import PrefillLaunch, multiply, prefill_launch, prefill_names, set_parts
+from .tiles import MANY, NARROW, REBUILD, REBUILD_REGISTERS, WIDE, CudaSizes, sizes_of
 from .unpack import adapters
 
-VALUE_NAMES = {W16: "w16", INT8: "int8", INT4: "int4"}
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
-DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-BIAS_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # bias_type of params.h
 THREADS = 256  # of a CTA that adds partial sums or rebuilds a weight
 WARPS = THREADS // 32
 STEPS = 4  # of 32 inputs in a K block
-_POINTERS = ("x", "stream", "v", "u", "adapter_p", "adapter_z", "bias", "y", "partial", "next")
+_POINTERS = ("x", "stream", "v", "u", "powers", "adapter_p", "adapter_z", "bias", "y", "partial",
+             "next")  # fmt: skip
 _WIDE_NUMBERS = ("token_stride", "next_bytes")
 _NUMBERS = ("tokens", "in_features", "out_features", "num_k_blocks", "rank", "planes",
             "group_steps", "adapter_steps", "z_splits", "bias_type", "warp_rows", "warp_tokens",
@@ -56,14 +57,6 @@ class LinearParams(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _NUMBERS),
         *((name, ctypes.c_int32 * (MAX_PARTS + 1)) for name in _BY_PART),
     )
-
-
-class CudaDevice(NamedTuple):
-    """Where kernels go: the facts that plans need, and a way to queue one."""
-
-    gpu: Gpu
-    # It takes name, grid, block, shared bytes, params, and whether the kernel is dependent.
-    queue: Callable[..., None]
 
 
 class FusedLaunch(NamedTuple):
@@ -86,24 +79,27 @@ class Launches(NamedTuple):
     """The launches of one linear; the one that adds partial sums needs no plan."""
 
     adapter: FusedLaunch | None
-    linear: FusedLaunch | RebuildLaunch
+    linear: FusedLaunch | RebuildLaunch | PrefillLaunch
 
 
 @functools.lru_cache(maxsize=4096)
 def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches:
-    """What runs M tokens. A rebuilt weight includes its adapter, so that z is not needed."""
+    """What runs M tokens. A rebuilt weight includes its adapter from K tokens on: then it is
+    cheaper to add P Q to the weight [N, K] than z P^T to the result [M, N]."""
     act = DTYPE_NAMES[dtype]
     chosen = choose(sizes, M, gpu)
-    if isinstance(chosen, Rebuild):
-        template = _template(sizes, M, chosen, z_splits=0)
-        return Launches(None, RebuildLaunch(_dense_name(sizes, act), chosen, template))
     adapter, z_splits = None, 1
-    if sizes.adapter_steps:
+    if sizes.adapter_steps and not (isinstance(chosen, Rebuild) and M >= sizes.K):
         inner = sizes.adapter()
         plan = choose(inner, M, gpu)
         assert isinstance(plan, Plan)  # An adapter's sizes are never rebuilt.
         name = _name(inner, act, plan.tile.loop, plan.tokens)
         adapter, z_splits = FusedLaunch(name, plan, _template(inner, M, plan, 1)), plan.splits
+    if isinstance(chosen, Rebuild):
+        template = _template(sizes, M, chosen, z_splits=0)
+        return Launches(adapter, RebuildLaunch(_dense_name(sizes, act), chosen, template))
+    if isinstance(chosen, Prefill):
+        return Launches(adapter, prefill_launch(chosen, dtype))
     name = _name(sizes, act, chosen.tile.loop, chosen.tokens, chosen.tile.tall)
     return Launches(adapter, FusedLaunch(name, chosen, _template(sizes, M, chosen, z_splits)))
 
@@ -113,6 +109,9 @@ def _name(sizes: CudaSizes, act: str, loop: str, tokens: int, tall: bool = False
     if sizes.values == DENSE:
         return f"adapter_{act}_t{sizes.wide_tokens if loop == WIDE else tokens}"
     kind = f"{act}_{VALUE_NAMES[sizes.values]}"
+    if loop == REBUILD:
+        several = sizes.rank > 1 or sizes.planes > 1
+        return f"rebuild_{kind}_{'any' if several else 'one'}_t{tokens}"
     if loop != MANY:
         kind += f"_{PLANE_NAMES[sizes.planes if sizes.rank else 0]}"
         if loop == WIDE and sizes.rank > 1:
@@ -134,8 +133,8 @@ def _dense_name(sizes: CudaSizes, act: str) -> str:
     return f"dense_{act}_{VALUE_NAMES[sizes.values]}{'_any' if any_rank else ''}"
 
 
-def kernel_names(sizes: CudaSizes, dtype: torch.dtype) -> list[str]:
-    """Every kernel that this weight may ever use, whatever the number of tokens."""
+def kernel_names(sizes: CudaSizes, dtype: torch.dtype, gpu: Gpu) -> list[str]:
+    """Every kernel that this weight may ever use on a device, whatever the number of tokens."""
     act, found = DTYPE_NAMES[dtype], []
     for each in (sizes, sizes.adapter()) if sizes.adapter_steps else (sizes,):
         if each.most_narrow_tokens:
@@ -146,6 +145,10 @@ def kernel_names(sizes: CudaSizes, dtype: torch.dtype) -> list[str]:
             for tall in (False, True)
             for tokens in each.warp_tokens(tall)
         ]
+    if gpu.capability == CAPABILITY:
+        found += prefill_names(sizes, dtype)
+    elif sizes.rank:
+        found += [_name(sizes, act, REBUILD, tokens) for tokens in REBUILD_REGISTERS]
     return [*found, f"reduce_{act}", _dense_name(sizes, act)]
 
 
@@ -167,11 +170,7 @@ def _template(sizes: CudaSizes, M: int, plan: Plan | Rebuild, z_splits: int) -> 
         args.k_share, args.k_more = divmod(sizes.k_blocks, plan.splits)
         tiles = sizes.row_tiles(tile.rows)
     args.parts = len(sizes.rows)
-    missing = MAX_PARTS - len(sizes.rows)  # parts without rows follow
-    for part, rows in enumerate([*sizes.rows, *[0] * missing]):
-        args.part_tile[part + 1] = args.part_tile[part] + [*tiles, *[0] * missing][part]
-        args.part_pair[part + 1] = args.part_pair[part] + ceil_div(rows, BLOCK_ROWS)
-        args.part_row[part + 1] = args.part_row[part] + rows
+    set_parts(args, sizes.rows, tiles)
     return bytes(args)
 
 
@@ -185,29 +184,28 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     x = x.reshape(M, sizes.K)
     adapter, chosen = launches(sizes, M, x.dtype, device.gpu)
     if isinstance(chosen, RebuildLaunch):
-        return rebuilt(x, state, bias, chosen, device).view(shape)
+        return rebuilt(x, state, bias, adapter, chosen, device).view(shape)
     x = _aligned(x)
     y = x.new_empty(shape)
+    if isinstance(chosen, PrefillLaunch):
+        rounded = None if adapter is None else _rounded_z(x, state, adapter, device)
+        multiply(x, rounded, y, state, bias, chosen, device)
+        return y
     args = LinearParams.from_buffer_copy(chosen.template)
     _set_activations(args, x)
     if adapter is not None:
         assert state.P is not None
         z = _queue_adapter(x, state, adapter, device)
         args.adapter_p, args.adapter_z = state.P.data_ptr(), z.data_ptr()
-    args.stream, args.y = state.stream.data_ptr(), y.data_ptr()
+    args.stream = state.stream.data_ptr()
     args.next, args.next_bytes = successor_of(args.stream)
     if state.U is not None and state.V is not None:
         args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
+    if state.powers is not None:
+        args.powers = state.powers.data_ptr()
     if bias is not None:
         args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
-    splits = chosen.plan.splits
-    if splits > 1:
-        partial = x.new_empty(splits, M, N, dtype=torch.float32)
-        args.partial = partial.data_ptr()
-    _queue(chosen, args, device)
-    if splits > 1:
-        grid = (ceil_div(N, THREADS), M, 1)
-        device.queue(f"reduce_{DTYPE_NAMES[x.dtype]}", grid, (THREADS, 1, 1), 0, args, True)
+    _queue_whole(chosen, args, y, device)
     return y
 
 
@@ -234,6 +232,31 @@ def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice) -> None:
     device.queue(launch.name, plan.grid, plan.block, plan.shared_bytes, args, True)
 
 
+def _queue_whole(launch: FusedLaunch, args: LinearParams, y: Tensor, device: CudaDevice) -> None:
+    """The kernel that writes y [..., N], and the one that adds its partial sums if K is split."""
+    splits, (M, N) = launch.plan.splits, (launch.plan.M, launch.plan.sizes.N)
+    args.y = y.data_ptr()
+    if splits == 1:
+        _queue(launch, args, device)
+        return
+    partial = y.new_empty(splits, M, N, dtype=torch.float32)
+    args.partial = partial.data_ptr()
+    _queue(launch, args, device)
+    grid = (ceil_div(N, THREADS), M, 1)
+    device.queue(f"reduce_{DTYPE_NAMES[y.dtype]}", grid, (THREADS, 1, 1), 0, args, True)
+
+
+def _rounded_z(x: Tensor, state: CudaState, launch: FusedLaunch, device: CudaDevice) -> Tensor:
+    """z = x Q of x [M, K] with aligned rows: [M, parts * R' padded to 16] in x's dtype."""
+    assert state.Q is not None
+    z = x.new_empty(x.shape[0], launch.plan.sizes.N)
+    args = LinearParams.from_buffer_copy(launch.template)
+    _set_activations(args, x)
+    args.stream = state.Q.data_ptr()
+    _queue_whole(launch, args, z, device)
+    return z
+
+
 def _queue_adapter(x: Tensor, state: CudaState, launch: FusedLaunch, device: CudaDevice) -> Tensor:
     """z = x Q, one sum for each K-split: [splits, M, parts * R' padded to 16] fp32."""
     assert state.Q is not None
@@ -247,23 +270,34 @@ def _queue_adapter(x: Tensor, state: CudaState, launch: FusedLaunch, device: Cud
 
 
 def rebuilt(
-    x: Tensor, state: CudaState, bias: Tensor | None, launch: RebuildLaunch, device: CudaDevice
+    x: Tensor,
+    state: CudaState,
+    bias: Tensor | None,
+    adapter: FusedLaunch | None,
+    launch: RebuildLaunch,
+    device: CudaDevice,
 ) -> Tensor:
     """x [M, K] -> [M, sum of rows] by cuBLAS, REBUILT_ROWS rows of a part at a time.
 
-    The rows are rebuilt by a `dense_*` kernel and their adapter is added; the next rows take the
-    same memory.
+    The rows are rebuilt by a `dense_*` kernel; the next rows take the same memory. With `adapter`,
+    which computes z = x Q, the result begins as z P^T + bias and each product is added to it; else
+    P Q is added to the rows.
     """
     y = x.new_empty(x.shape[0], sum(state.rows))
     K, k_blocks = state.in_features, state.stream.shape[1]
     pitch = ceil_div(K, 8) * 8  # as dense_pitch of csrc/cuda/dense.cuh
     W = x.new_empty(min(REBUILT_ROWS, max(state.rows)), pitch)[:, :K]
-    factors = adapters(state)
     bias = None if bias is None else bias.to(x.dtype)
     args = LinearParams.from_buffer_copy(launch.template)
     args.y = W.data_ptr()
-    done = 0  # columns of y
+    factors: list[tuple[Tensor, Tensor]] = []
     with torch.autocast(x.device.type, enabled=False):  # The result has x's type even in autocast.
+        if adapter is not None:
+            x = _aligned(x)
+            _begin_with_adapter(y, _rounded_z(x, state, adapter, device), state, bias)
+        else:
+            factors = adapters(state)
+        done = 0  # columns of y
         for part, rows in enumerate(state.rows):
             for start in range(0, rows, REBUILT_ROWS):
                 count = min(REBUILT_ROWS, rows - start)
@@ -280,9 +314,30 @@ def rebuilt(
                 if factors:
                     P, Q = factors[part]
                     piece.addmm_(P[start : start + count], Q)
-                if bias is None:
-                    torch.mm(x, piece.T, out=result)
+                if adapter is not None:
+                    result.addmm_(x, piece.T)
                 else:
-                    torch.addmm(bias[done : done + count], x, piece.T, out=result)
+                    own_bias = None if bias is None else bias[done : done + count]
+                    _multiply(x, piece, own_bias, result)
                 done += count
     return y
+
+
+def _begin_with_adapter(y: Tensor, z: Tensor, state: CudaState, bias: Tensor | None) -> None:
+    """y = z P^T + bias, part by part."""
+    assert state.P_rows is not None
+    padded = state.P_rows.split(padded_rows(state.rows))
+    parts = zip(z.split(state.P_rows.shape[1], 1), padded, state.rows, strict=True)
+    done = 0
+    for own_z, P, rows in parts:
+        own_bias = None if bias is None else bias[done : done + rows]
+        _multiply(own_z, P[:rows], own_bias, y[:, done : done + rows])
+        done += rows
+
+
+def _multiply(x: Tensor, W: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = x W^T + bias, by cuBLAS."""
+    if bias is None:
+        torch.mm(x, W.T, out=y)
+    else:
+        torch.addmm(bias, x, W.T, out=y)

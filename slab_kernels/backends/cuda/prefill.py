@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...format import ceil_div
 from . import prefill_cost
+from .cost import OVERLAP, in_words
 from .gpus import Gpu
 from .layout import BLOCK_ROWS, DENSE
-from .measured import MeasuredRow
+from .measured import PrefillRow
 from .tiles import FEW, CudaSizes
+from .unknowns import BEST, assumed
 
 CAPABILITY = (9, 0)  # exactly: wgmma is of no other
 ONE, BOTH, REBUILD = KINDS = ("one", "both", "rebuild")
@@ -139,12 +141,31 @@ class Prefill:
     whole_tiles: int
     weight_stages: int  # K blocks
     token_stages: int  # half K blocks
-    measured: MeasuredRow | None = field(default=None)
+    measured: PrefillRow | None = None
 
     @property
     def rows(self) -> int:
         """Rows of a CTA."""
         return 64 * self.groups
+
+    @property
+    def loop(self) -> str:
+        """The family of kernels, as measured rows name it."""
+        return f"prefill_{self.kind}"
+
+    @property
+    def share(self) -> int:
+        """How many clusters share a tile: 1 where all are whole, 0 where they differ because the
+        tiles of the last round are dealt to all clusters."""
+        if not self.tail_tiles:
+            return 1
+        each, more = divmod(self.clusters, self.tail_tiles)
+        return 0 if self.whole_tiles or more else each
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """What decides in which order a token's products are added, but for the sizes."""
+        return self.tokens, self.share
 
     @property
     def any_rank(self) -> bool:
@@ -227,7 +248,7 @@ class Prefill:
     @functools.cached_property
     def bounds(self) -> dict[str, float]:
         """Every bound by its name, in microseconds, at the pessimistic end."""
-        return prefill_cost.bounds(self, prefill_cost.assumed())
+        return prefill_cost.bounds(self, assumed(OVERLAP))
 
     @property
     def bound(self) -> str:
@@ -238,13 +259,13 @@ class Prefill:
     def microseconds(self) -> float:
         """The predicted time of the launch and of the one that adds parts: the pessimistic end of
         `range_us`, by which plans are chosen."""
-        return prefill_cost.microseconds(self, prefill_cost.assumed())
+        return prefill_cost.microseconds(self, assumed(OVERLAP))
 
     @functools.cached_property
     def range_us(self) -> tuple[float, float]:
         """The predicted time at both ends: all that is not known for the best, and for the
         worst."""
-        best = prefill_cost.microseconds(self, prefill_cost.BEST)
+        best = prefill_cost.microseconds(self, BEST)
         return min(best, self.microseconds), self.microseconds
 
     def describe(self) -> str:
@@ -254,14 +275,13 @@ class Prefill:
             by = self.measured.describe()
         if self.pair == 2:
             pair = " in pairs that share x"
-        low, high = self.range_us
         reason = FRAMES[self.kind, self.any_rank, self.tokens].reason
         return (
             f"prefill kernel for sm_90a, {_WORDS[self.kind]}, {self.rows} rows x {self.tokens} "
             f"tokens a CTA{pair}, {self.groups} consumer warpgroups, {self.weight_stages} weight "
             f"and {self.token_stages} token stages, {self.shared_bytes} bytes shared, "
             f"{self.resident} CTAs a multiprocessor, {self._dealt()} ({reason}); predicted "
-            f"{low:.1f} to {high:.1f} us, bound by {self.bound}; {by}"
+            f"{in_words(self.range_us)}, bound by {self.bound}; {by}"
         )
 
     def _dealt(self) -> str:
@@ -333,10 +353,10 @@ def dealt(sizes: CudaSizes, M: int, gpu: Gpu, kind: str, tokens: int) -> Iterato
     room = min(gpu.shared_limit, gpu.shared_total // frame.resident - 1024)
     weight_bytes = weight_stage_bytes(sizes, rows)
     fitting = stages(room - head_bytes(frame.groups), weight_bytes, token_stage_bytes(kind, tokens))
-    if fitting is None:
+    most = gpu.multiprocessors * frame.resident // frame.pair
+    if fitting is None or not most:
         return
     tiles = ceil_div(sum(sizes.row_tiles(rows)), frame.pair) * ceil_div(M, tokens)
-    most = max(1, gpu.multiprocessors * frame.resident // frame.pair)
     for clusters, whole_tiles in dealings(tiles, sizes.k_blocks, most):
         yield Prefill(
             sizes,

@@ -1,28 +1,22 @@
 """The cost model of the Hopper kernels for many tokens: what a plan of prefill.py takes.
 
 No such kernel has been timed yet. What each resource has to do is counted: the work of the
-multiprocessor with the most K blocks. Three things that decide the rest are not known, so a
-prediction has two ends. `assumed` is the pessimistic one, by which plans are chosen: a kernel that
-was never timed has to win clearly before it takes the place of one that was. `BEST` is the other.
-`benchmarks/fit_plans.py fit` fits the constants of `assumed` to times, once there are some.
+multiprocessor with the most K blocks. The rest is what unknowns.py names.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ...format import ceil_div
 from . import cost
 from .layout import BLOCK_INPUTS, INT4, INT8, W16
 from .tiles import TOKEN_ROW_BYTES
+from .unknowns import Unknowns, joined
 
 if TYPE_CHECKING:
     from .prefill import Prefill
 
-# The three unknowns, at their pessimistic ends until they are fitted on a GPU:
-COPY_WRITES = 1.0  # the share of the bytes of bulk copies that take the shared-memory port: 0 to 1
-TABLE_WAVEFRONTS = 2.0  # of a look-up in the selector table, an LDS.64 within 128 bytes: 1 or 2
-CONSUMER_WAIT = 2.13  # clocks beside cost.ISSUE_CYCLES until a consumer warp may issue again
 PORT_REACHED = 0.95  # of the shared-memory port
 END_INSTRUCTIONS = 40  # that a consumer warp issues to store 16 tokens of a tile
 
@@ -37,25 +31,6 @@ RANK_WARP = (40, 16, 8)  # more for each rank above the first
 PLANES_WARP = (32, 16, 0)  # more for two or three sign planes
 LOOK_UPS = 16  # in the selector table, where the weight is rebuilt
 K16 = 8  # dense products of 16 inputs in a K block
-
-
-class Unknowns(NamedTuple):
-    """What decides a prediction and is not known."""
-
-    copy_writes: float
-    table_wavefronts: float
-    consumer_wait: float
-    overlap: float  # the p of the p-norm that joins the bounds
-
-
-# Copies write for free, a look-up is one wavefront, a warp issues again at once, and resources do
-# not hold each other up.
-BEST = Unknowns(0.0, 1.0, 0.0, 60.0)
-
-
-def assumed() -> Unknowns:
-    """The constants by which plans are chosen."""
-    return Unknowns(COPY_WRITES, TABLE_WAVEFRONTS, CONSUMER_WAIT, cost.OVERLAP)
 
 
 def warp_work(plan: Prefill, unknowns: Unknowns) -> tuple[float, float, float]:
@@ -141,10 +116,7 @@ def reduce_us(plan: Prefill) -> float:
 
 def microseconds(plan: Prefill, unknowns: Unknowns) -> float:
     """The predicted time: the p-norm of the bounds, and the fixed costs."""
-    met = bounds(plan, unknowns).values()
-    most = max(met)
-    joined = most * sum((us / most) ** unknowns.overlap for us in met) ** (1 / unknowns.overlap)
-    return joined + fixed_us(plan, unknowns)
+    return joined(bounds(plan, unknowns), unknowns.overlap) + fixed_us(plan, unknowns)
 
 
 def _issue_clocks(plan: Prefill, unknowns: Unknowns) -> float:

@@ -1,13 +1,17 @@
 """A linear's sizes as its CUDA kernels see them, and the tiles that a CTA may have.
 
 The warps of a CTA share its tile along rows and tokens; those that remain are groups, each of which
-takes every n-th K block and whose sums are added at the end. There are three main loops:
+takes every n-th K block and whose sums are added at the end. There are four main loops:
 
 narrow  up to 16 tokens, as long as tokens x (1 + rank) are at most the 8 columns of one product: x
         and v * x of the CTA's share of K stand in shared memory before the loop, and each warp has
         a ring of weights of its own
 wide    up to 16 tokens otherwise: x travels in the ring with the weights
-many    17 tokens and more
+many    17 tokens and more: kept pairs and signs are two products, both by sparse `mma.sync`
+rebuild 17 tokens and more, where there are signs: the weight is rebuilt in registers for one dense
+        product
+
+Hopper has kernels of its own for 17 tokens and more (prefill.py).
 """
 
 from __future__ import annotations
@@ -30,11 +34,12 @@ from .layout import (
     CudaState,
 )
 
-NARROW, WIDE, MANY = LOOPS = ("narrow", "wide", "many")
-DECODE, FEW = 16, 64  # tokens up to which each regime reaches: narrow and wide, many, many
+NARROW, WIDE, MANY, REBUILD = LOOPS = ("narrow", "wide", "many", "rebuild")
+DECODE, FEW = 16, 64  # tokens up to which regimes reach: narrow and wide, the others, the others
 MOST_RANK = 16  # Every stage of the wide loop holds this many rows of V beside the activations.
 LEAST_STAGES, MOST_STAGES = 2, 4
 TOKEN_ROW_BYTES = 2 * BLOCK_INPUTS  # of one token's activations, or of a row of V, per K block
+SELECTOR_BYTES = 128  # of the table that the loop which rebuilds keeps
 COLUMNS = 8  # of one tensor-core product: tokens, or a token's products with a row of V
 COLUMN_BYTES = TOKEN_ROW_BYTES + 16  # a column's row of the narrow loop: no bank conflicts
 # Of a CTA of the wide loop where the rank is above 1: a column for each token and rank.
@@ -46,6 +51,9 @@ REGISTERS = {32: 192, 64: 255}
 TALL_REGISTERS = {32: 208, 64: 255}  # 64 rows per warp
 # Kernels with several sign planes keep the sums of the planes apart, so 64 tokens do not fit.
 PLANES_REGISTERS = {32: 248}
+# The loop that rebuilds the weight holds the sums of all tokens of a warp, and nothing twice.
+REBUILD_REGISTERS = {64: 255, 128: 255}
+TABLE_BYTES = 128  # of its table of selectors, in shared memory
 # By value type and rank, the tokens of a warp for which a kernel with 64 rows per warp exists.
 TALL = {(W16, 1): (32,), (W16, 0): (64,)}
 
@@ -103,11 +111,15 @@ class CudaSizes(NamedTuple):
             return () if tall else tuple(PLANES_REGISTERS)
         return TALL.get((self.values, self.rank), ()) if tall else tuple(REGISTERS)
 
-    def registers(self, tall: bool) -> dict[int, int]:
-        """The registers of a thread by the tokens of a warp, in the loop for many."""
-        if tall:
-            return TALL_REGISTERS
-        return PLANES_REGISTERS if self.planes > 1 else REGISTERS
+    def registers(self, tile: Tile, tokens: int) -> int:
+        """The registers of a thread. tokens: of a warp."""
+        if tile.loop == REBUILD:
+            return REBUILD_REGISTERS[tokens]
+        if tile.loop != MANY:
+            return DECODE_REGISTERS
+        if tile.tall:
+            return TALL_REGISTERS[tokens]
+        return (PLANES_REGISTERS if self.planes > 1 else REGISTERS)[tokens]
 
     def adapter(self) -> CudaSizes:
         """The sizes of z = x Q, the linear that comes first where there is an adapter."""
@@ -132,8 +144,8 @@ class Tile:
     """The warps of a CTA along rows, tokens and K (its groups).
 
     In the loop for many tokens they are at most eight, and a warp holds 32 or 64 rows and 32 or 64
-    tokens. In narrow and wide they are at most sixteen, and each holds 32 rows and all tokens of
-    the CTA.
+    tokens; where the weight is rebuilt, too, but 32 rows and 64 or 128 tokens. In narrow and wide
+    they are at most sixteen, and each holds 32 rows and all tokens of the CTA.
     """
 
     warp_rows: int
@@ -217,6 +229,21 @@ TALL_TILES = (  # 64 rows per warp: half the reads of activations
     Tile(4, 2, 1, "256 rows x 2 t tokens: for many output features", 4),
     Tile(4, 1, 1, "256 rows x t tokens: where shared memory is small", 4),
 )
+REBUILD_SPLIT_TILES = (  # 17 to 64 tokens, with warps of 64
+    Tile(1, 1, 8, "32 rows: most CTAs, for few output features", 2, REBUILD),
+    Tile(2, 1, 4, "64 rows: activations are read half as often", 2, REBUILD),
+    Tile(4, 1, 2, "128 rows: a quarter of the activation reads", 2, REBUILD),
+    Tile(1, 1, 4, "32 rows, four warps: two CTAs a multiprocessor", 2, REBUILD),
+    Tile(2, 1, 2, "64 rows, four warps: the same with half the activation reads", 2, REBUILD),
+    Tile(4, 1, 1, "128 rows, four warps: a quarter of the activation reads", 2, REBUILD),
+)
+REBUILD_WHOLE_TILES = (  # above 64 tokens; t is 64 or 128
+    Tile(4, 2, 1, "128 rows x 2 t tokens: most products per byte of shared memory", 2, REBUILD),
+    Tile(8, 1, 1, "256 rows x t tokens: half the activation reads", 2, REBUILD),
+    Tile(4, 1, 1, "128 rows x t tokens, four warps: two CTAs a multiprocessor", 2, REBUILD),
+    Tile(2, 2, 1, "64 rows x 2 t tokens, four warps: for few output features", 2, REBUILD),
+    Tile(2, 1, 1, "64 rows x t tokens, two warps: most CTAs", 2, REBUILD),
+)
 # fmt: on
 
 
@@ -243,7 +270,11 @@ def rings(tile: Tile) -> int:
 
 
 def factors_bytes(sizes: CudaSizes, tile: Tile) -> int:
-    """Bytes of u of a CTA's rows, which narrow and wide keep beside everything else."""
+    """Bytes of u of a CTA's rows, which narrow and wide keep beside everything else. Where the
+    weight is rebuilt, the rows' powers and a table of selectors are with it
+    (csrc/cuda/rebuild.cuh)."""
+    if tile.loop == REBUILD:
+        return SELECTOR_BYTES + 4 * tile.rows * (1 + sizes.rank)
     return 0 if tile.loop == MANY else 4 * tile.rows * sizes.rank
 
 
@@ -259,5 +290,6 @@ def sums_bytes(sizes: CudaSizes, tile: Tile, tokens: int) -> int:
 
     Narrow and wide keep the sums of each rank's signs apart.
     """
-    columns = tokens * tile.warp_tokens * (1 if tile.loop == MANY else 1 + sizes.rank)
+    apart = 1 if tile.loop in (MANY, REBUILD) else 1 + sizes.rank
+    columns = tokens * tile.warp_tokens * apart
     return tile.warp_inputs * columns * (tile.rows + 4) * 4

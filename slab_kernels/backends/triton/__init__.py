@@ -27,6 +27,7 @@ from torch import Tensor
 from ...errors import ArgumentTypeError, RangeError
 from ...format import PackedWeight, ceil_div
 from ...ops import EVERYWHERE, Definition, fake_result, register_linear_op
+from .. import dense_copy
 from ..base import LinearProblem
 from ..cuda import layout
 from ..cuda.layout import CudaState
@@ -34,7 +35,7 @@ from ..one_launch import OneLaunchBackend, check_call, check_stream, wants_gradi
 from . import launch, stream
 from .configs import choose, splits, z_splits
 from .launch import TritonState
-from .rows import REBUILD, TileConfig, TritonDevice, TritonSizes
+from .rows import DECODE, REBUILD, TileConfig, TritonDevice, TritonSizes
 
 NAMESPACE = "slab_kernels"
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,6 +49,11 @@ SIZES = "int in_features, int[] rows, str value_type, int group_size"
 BIAS = 8  # the place of the bias among the arguments after x: behind the state's tensors
 STREAM_TENSORS, STREAM_SIZES = layout.TENSOR_ARGUMENTS, layout.SIZE_ARGUMENTS
 STREAM_BIAS = layout.TENSORS
+# Tokens from which on a dense copy is used. Nothing predicts what a stream takes here, and up to 16
+# tokens no result may depend on how many they are. On an H100 the plain kernels were at best as
+# fast as dense with 32 tokens, and far behind with 64 and 128 (the rows of triton in
+# benchmarks/results/linear-nvidia-h100-80gb-hbm3-llama-3-8b-b421ae1.csv).
+DENSE_FROM = DECODE + 1
 State = TritonState | CudaState
 _REGISTERING = threading.Lock()
 
@@ -150,6 +156,15 @@ class TritonBackend(OneLaunchBackend):
         op = ops.linear_triton if gradient else ops.linear_triton_frozen
         return op(x, *state[:BIAS], bias, *state[BIAS:])
 
+    def dense_from(self, problem: LinearProblem, gpu: str | None = None) -> int | None:
+        """See `Backend`: the same for every weight that is a stream."""
+        if gpu is not None or self.not_supported_reasons(problem):
+            return None
+        if problem.device != "cuda" or not stream.fits((problem.N,)):
+            return None
+        here = torch.device("cuda", torch.cuda.current_device())
+        return DENSE_FROM if stream.expected(here, problem.dtype) else None
+
     def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
         """The configuration for this problem on the current device.
 
@@ -235,6 +250,8 @@ def _linear_stream(x: Tensor, *arguments) -> Tensor:
     check_stream(x, state, bias)
     sizes = stream.sizes_of(state)
     M = x.numel() // sizes.K
+    if state.dense is not None and M >= DENSE_FROM:
+        return dense_copy.product(x, state.dense, bias)
     device = device_of(x.device.index)
     config = choose(sizes, M, bits_of(x.dtype), device)
     with launch.current(x.device):
@@ -304,6 +321,8 @@ def _input_gradient(grad: Tensor, *state) -> Tensor:
 
 def _input_gradient_stream(grad: Tensor, *state) -> Tensor:
     """The gradient of x in grad's dtype. state: a CudaState's."""
+    if (copy := CudaState(*state).dense) is not None:
+        return grad @ copy
     return grad @ torch.ops.slab_kernels.dense_triton_stream(*state)
 
 

@@ -15,13 +15,15 @@ import functools
 
 import numpy as np
 import torch
-from ptx import Memory, Module, launch
+from ptx import Memory, Module, launch, tensor_map
 from ptx.parse import Kernel
 from sass import counter as sass
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slab_kernels.backends.cuda import tensor_map as tensor_maps
+from slab_kernels.backends.cuda.device import CudaDevice
 from slab_kernels.backends.cuda.gpus import GPUS, Gpu
-from slab_kernels.backends.cuda.launch import CudaDevice, linear
+from slab_kernels.backends.cuda.launch import linear
 from slab_kernels.backends.cuda.layout import TENSORS, CudaState
 
 
@@ -33,10 +35,16 @@ def ptx() -> Module:
 
 @functools.cache
 def kernel_of(name: str, architecture: str = "compute_80") -> Kernel:
-    """One kernel. If no build has compiled all of them, it is compiled alone, in a second."""
+    """One kernel. If no build has compiled all of them, it is compiled alone, in a second.
+
+    Those of prefill.cu are for compute_90a whatever the architecture.
+    """
+    row = name.replace("_fp16", "", 1).replace("_bf16", "", 1)
+    if row.startswith("prefill_"):
+        rows = (row.removeprefix("prefill_"),)
+        return _module(sass.image("compute_90a", rows, unit="prefill"))[name]
     if architecture == "compute_80" and sass.built(architecture):
         return ptx()[name]
-    row = name.replace("_fp16", "", 1).replace("_bf16", "", 1)
     values = {"w16": "kW16", "int8": "kI8", "int4": "kI4"}
     if row.startswith("dense_"):
         row = row.removeprefix("dense_")
@@ -80,6 +88,11 @@ class _Allocations(TorchDispatchMode):
         return out
 
 
+def encode(address, columns, rows, row_bytes, box_rows, dtype) -> bytes:
+    """The interpreter's own tensor map, in place of the driver's (backends/cuda/tensor_map.py)."""
+    return tensor_map(address, columns, rows, row_bytes, tensor_maps.COLUMNS, box_rows)
+
+
 class Launched:
     """What was launched, in order: kernel names, their statistics, whether each may start before
     the one before it ends."""
@@ -97,8 +110,12 @@ def run(
     gpu: Gpu = GPUS[0],
     architecture: str = "compute_80",
     launched: Launched | None = None,
+    late_products: bool = True,
 ) -> torch.Tensor:
-    """`launch.linear` of CPU tensors on the emulated device."""
+    """`launch.linear` of CPU tensors on the emulated device.
+
+    late_products: asynchronous products are computed when they are waited for, not at once.
+    """
     with _Allocations() as memory:
 
         def queue(name, grid, block, shared_bytes, params, dependent):
@@ -115,7 +132,7 @@ def run(
             prepared = {t.data_ptr() for t in state[:TENSORS] if t is not None}
             for address, (array, writable) in seen.items():
                 mapped.map(address, array, writable=writable, early=address in prepared)
-            if params.next:  # the next linear's weight, which is prefetched
+            if getattr(params, "next", 0):  # the next linear's weight, which is prefetched
                 mapped.map(params.next, _bytes(params.next, params.next_bytes), False, early=True)
             kernel = kernel_of(name, architecture)
             stats = launch(
@@ -126,10 +143,11 @@ def run(
                 mapped,
                 shared_bytes=shared_bytes,
                 dependent=dependent and kernel.module.target >= 90,
+                late_products=late_products,
             )
             if launched is not None:
                 launched.kernels.append(name)
                 launched.stats.append(stats)
                 launched.dependent.append(dependent)
 
-        return linear(x, state, bias, CudaDevice(gpu, queue))
+        return linear(x, state, bias, CudaDevice(gpu, queue, encode))

@@ -24,9 +24,14 @@ struct {
   unsigned count;
   int attribute, value; /* of the first attribute, 0 without any */
 } launched[64];
+struct {
+  uint64_t address, dims[2], stride;
+  unsigned rank, box[2], steps[2];
+  int type, interleave, swizzle, promotion, fill, aligned, calls;
+} map; /* the last tensor map that was encoded */
 char names[64][64]; /* of kernels in the order in which they were asked for */
 int known;
-int loads, raises, allowed, launch_code, refuse_loads, refuse_code, parameter_size, ptx_version;
+int loads, raises, allowed, launch_code, map_code, refuse_loads, refuse_code, parameter_size, ptx_version;
 int version; /* of the newest CUDA that this driver knows */
 static const uintptr_t kHandles = 0x300000000000;
 static __thread uintptr_t stack[8];
@@ -36,8 +41,9 @@ void clear(void) {
   memset(&last, 0, sizeof last);
   memset(launched, 0, sizeof launched);
   memset(names, 0, sizeof names);
+  memset(&map, 0, sizeof map);
   known = 0;
-  loads = raises = allowed = launch_code = refuse_loads = refuse_code = parameter_size = 0,
+  loads = raises = allowed = launch_code = map_code = refuse_loads = refuse_code = parameter_size = 0,
   ptx_version = 90, version = 13000;
   depth = 0;
 }
@@ -81,6 +87,19 @@ int cuGetErrorName(int code, const char** out) {
 }
 int cuGetErrorString(int code, const char** out) {
   return *out = code == 701 ? "too many resources requested" : "something else", 0;
+}
+int cuTensorMapEncodeTiled(unsigned char* out, int type, unsigned rank, void* address,
+                           const uint64_t* dims, const uint64_t* strides, const unsigned* box,
+                           const unsigned* steps, int interleave, int swizzle, int promotion,
+                           int fill) {
+  map.calls++;
+  if (map_code) return map_code;
+  map.type = type, map.rank = rank, map.address = (uint64_t)address, map.stride = strides[0];
+  for (int i = 0; i < 2; ++i) map.dims[i] = dims[i], map.box[i] = box[i], map.steps[i] = steps[i];
+  map.interleave = interleave, map.swizzle = swizzle, map.promotion = promotion, map.fill = fill;
+  map.aligned = (uintptr_t)out % 64 == 0;
+  for (int i = 0; i < 128; ++i) out[i] = (unsigned char)(i + map.calls);
+  return 0;
 }
 int cuLaunchKernelEx(const Config* config, uintptr_t function, void** params, void** extra) {
   if (extra) return 1;

@@ -341,6 +341,7 @@ def test_kernels_are_loaded_with_the_weight(monkeypatch):
         Q=None,
         powers=None,
         dense=None,
+        P_rows=None,
         in_features=200,
         rows=(24,),
         values=layout.INT8,
@@ -364,7 +365,7 @@ def test_importing_opens_no_library_and_reads_no_file():
         "MODULE", "slab_kernels.backends.cuda as cuda"
     )
     cold = (
-        "(cuda.driver._cuda, cuda.driver._properties, images.kernel_sources, nvrtc._find, "
+        "(cuda.driver.library, cuda.driver._properties, images.kernel_sources, nvrtc._find, "
         "cuda.device_of, cuda._register_once)"
     )
     code += (

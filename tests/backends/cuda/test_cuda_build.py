@@ -102,6 +102,13 @@ ONE_OF_EACH_KIND = (
     "tall_w16_none_t64",
     "planes_int4_three_t32",
     "planes_w16_any_t32",
+    "rebuild_int4_one_t64",
+)
+ONE_OF_EACH_PREFILL = (
+    "one_w16_t256",
+    "both_int4_t64",
+    "rebuild_int8_one_t128",
+    "rebuild_w16_any_t64",
 )
 
 
@@ -127,8 +134,10 @@ def test_nvrtc_compiles_the_real_source(request):
     sources = dict(images.kernel_sources())
     if not request.config.getoption("full"):
         sources["cuda/linear.cu"] = rows_only(sources["cuda/linear.cu"], ONE_OF_EACH_KIND)
+        sources["cuda/prefill.cu"] = rows_only(sources["cuda/prefill.cu"], ONE_OF_EACH_PREFILL)
     for unit in recipe.units(sources):
-        assert b".visible .entry" in nvrtc.compile_unit(sources, unit, recipe.FALLBACK)
+        target = recipe.FALLBACK if recipe.is_for(unit, recipe.FALLBACK) else "compute_90a"
+        assert b".visible .entry" in nvrtc.compile_unit(sources, unit, target)
 
 
 @needs_nvrtc
@@ -316,11 +325,43 @@ def test_images_of_other_sources_are_not_used(ahead, monkeypatch):
 
 def test_without_sources_and_images(ahead, monkeypatch):
     monkeypatch.setattr(images, "kernel_sources", dict)
-    assert images.kernel_units() == ["small"] and images.missing((9, 0)) is None, (
+    assert images.kernel_units((9, 0)) == ["small"] and images.missing((9, 0)) is None, (
         "the record names them"
     )
     (ahead / recipe.RECORD).write_text("{")
     assert "sources are not installed" in images.missing((9, 0))
+
+
+def test_a_unit_for_one_architecture(ahead, cache, counted, monkeypatch):
+    """Its images are of that one alone, by nvcc and by NVRTC, and no other device misses it."""
+    monkeypatch.setattr(recipe, "ONLY_FOR", {"small": ("sm_90a",)})
+
+    def found(capability):
+        return [each.data.rstrip(b"\0").decode() for each in images.images("small", capability)]
+
+    assert images.kernel_units((9, 0)) == ["small"] and found((9, 0)) == ["sm_90a"]
+    for other in ((8, 0), (8, 6), (10, 0), (12, 0)):
+        assert images.kernel_units(other) == [] and found(other) == []
+    (ahead / recipe.image_name("small", "sm_90a")).unlink()
+    assert "pip install nvidia-cuda-nvrtc" in images.missing((9, 0), "13")
+    monkeypatch.setattr(nvrtc, "find", lambda major=None: LIBRARY)
+    assert images.missing((9, 0)) is None and len(found((9, 0))) == 1
+    assert not found((8, 0)) and counted == [("small", "sm_90a")]
+    old = LIBRARY._replace(version="11.7", architectures=frozenset({80, 86}))
+    monkeypatch.setattr(nvrtc, "find", lambda major=None: old)
+    assert found((9, 0)) == []
+    words = "no CUDA kernels of small were built at installation, and NVRTC 11.7 does not compile "
+    assert images.missing((9, 0)) == words + "for sm_90a; install a newer nvidia-cuda-nvrtc"
+
+
+def test_only_the_images_that_a_unit_is_for_are_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "ONLY_FOR", {"other": ("sm_90a",)})
+    nvcc = stub_of_nvcc(tmp_path, "compute_80 compute_86 compute_89 compute_90 compute_120")
+    sources = SMALL | {"cuda/other.cu": SMALL["cuda/small.cu"]}
+    recipe.build(tmp_path / "out", write(tmp_path / "csrc", sources), nvcc)
+    built = recipe.record(tmp_path / "out")["images"]
+    assert [name for name in built if "other" in name] == ["other.sm_90a.cubin"]
+    assert len(built) == 1 + len(TARGETS)
 
 
 @needs_nvcc
@@ -344,15 +385,21 @@ def test_nvcc_builds_once_and_again_when_a_source_changes(tmp_path):
     assert not recipe.record(out), "half-built images are not taken for new ones"
 
 
-def test_an_old_nvcc_drops_architectures_with_a_remark(tmp_path):
-    nvcc = tmp_path / "nvcc"
+def stub_of_nvcc(folder: Path, architectures: str) -> str:
+    """A program that lists these architectures and writes a file instead of compiling."""
+    nvcc = folder / "nvcc"
     nvcc.write_text(
-        '#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "compute_80\\ncompute_90\\n" && exit\n[ '
-        '"$1" = --version ] && exit\n'
+        f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo {architectures} && exit\n'
+        '[ "$1" = --version ] && exit\n'
         'while [ "$2" ]; do shift; done\necho made >"$1"\n'
     )
     nvcc.chmod(0o755)
-    (remark,) = recipe.build(tmp_path / "out", write(tmp_path / "csrc", SMALL), str(nvcc))
+    return str(nvcc)
+
+
+def test_an_old_nvcc_drops_architectures_with_a_remark(tmp_path):
+    nvcc = stub_of_nvcc(tmp_path, "compute_80 compute_90")
+    (remark,) = recipe.build(tmp_path / "out", write(tmp_path / "csrc", SMALL), nvcc)
     assert remark == f"{nvcc} is too old for sm_86, sm_89, sm_120a"
     assert recipe.record(tmp_path / "out")["images"] == [
         "small.compute_80.ptx",

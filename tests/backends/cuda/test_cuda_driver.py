@@ -4,6 +4,7 @@ loaded, allowed and said."""
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import threading
@@ -90,7 +91,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(driver, "_thread", None)
     monkeypatch.setattr(driver, "_usable", set())
     cached = (
-        driver._cuda,
+        driver.library,
         driver._properties,
         driver._ordinal,
         driver._primary,
@@ -116,7 +117,7 @@ def fake(library, fresh, monkeypatch):
     unit."""
     monkeypatch.setattr(driver, "LIBRARY", str(library))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(images, "kernel_units", lambda: ["linear"])
+    monkeypatch.setattr(images, "kernel_units", lambda _: ["linear"])
     monkeypatch.setattr(
         images,
         "images",
@@ -175,8 +176,34 @@ def test_modules_and_functions_are_loaded_once(fake):
 def test_loading_ahead_launches_nothing(fake):
     driver.load("linear_w16", 1)
     assert fake.loads == 1 and fake.last.launches == 0
-    with pytest.raises(driver.CudaError, match="there is no kernel absent_one in csrc/cuda"):
+    words = "there is no kernel absent_one for capability 9.0 in csrc/cuda"
+    with pytest.raises(driver.CudaError, match=words):
         driver.load("absent_one", 1)
+
+
+@needs_compiler
+def test_a_unit_that_is_for_another_device_is_not_looked_into(fake, monkeypatch):
+    """It has no image there, which is no fault."""
+    asked = []
+
+    def images_of(unit, capability, _):
+        asked.append((unit, capability))
+        return iter([Image(unit, b"image")])
+
+    monkeypatch.setattr(images, "images", images_of)
+    monkeypatch.setattr(
+        images, "kernel_units", lambda capability: ["linear", "prefill"][: capability[0] - 7]
+    )
+    for device, units, known in ((0, ["linear", "prefill"], "linear, prefill"),
+                                 (2, ["linear"], "linear")):  # fmt: skip
+        asked.clear()
+        capability = driver.capability(device)
+        number = "{}.{}".format(*capability)
+        words = f"no kernel absent_one for capability {number} in csrc/cuda ({known})"
+        with pytest.raises(driver.CudaError, match=re.escape(words)):
+            driver.load("absent_one", device)
+        driver.load("linear_w16", device)
+        assert asked == [(unit, capability) for unit in units]
 
 
 @needs_compiler
@@ -369,7 +396,7 @@ def test_reasons_in_order(fake, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with monkeypatch.context() as patch:
         patch.setattr(driver, "LIBRARY", "libcuda-of-nobody.so.1")
-        driver._cuda.cache_clear()
+        driver.library.cache_clear()
         reason = (
             "the library libcuda-of-nobody.so.1 of the NVIDIA driver is not found; install the "
             "driver"

@@ -1,0 +1,95 @@
+"""`prepare`: every packed layer of a model prepared now, and dense copies weighed all together."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..backends import dense_copy
+from .fused import FusedSlabLinear
+from .linear import SlabLinear
+from .prepared import copied_bytes
+
+Layer = SlabLinear | FusedSlabLinear
+
+
+def prepare(
+    model: nn.Module, dtype: torch.dtype = torch.float32, prefill: str | None = None
+) -> nn.Module:
+    """Prepare every packed layer of a model for activations of `dtype`; returns the model.
+
+    prefill: as `SlabLinear.prepare` takes it, but "auto" decides for all layers of a device at
+        once: their dense copies, 16 bits per weight, are made if all of them together take no more
+        than half of the GPU memory that is free now, else none is.
+
+    Raises: as `SlabLinear.prepare`.
+    """
+    _prepare(layers_of(model), dtype, prefill)
+    return model
+
+
+def prepare_opened(model: nn.Module, dtype: torch.dtype, prefill: str | None) -> None:
+    """`prepare` of a model that was just opened, where it lies on GPUs.
+
+    There the first call may be captured into a CUDA graph, which preparing cannot be. On a CPU the
+    first call prepares: nothing is captured, and who opens a model to read or to save it would wait
+    for nothing. Only prefill="dense" is tried there too, so that this refuses it and not that call.
+    """
+    layers = layers_of(model)
+    if prefill is not None:
+        for layer in layers:
+            layer._prefill = prefill
+    if prefill != "dense":
+        layers = [layer for layer in layers if _place(layer).type == "cuda"]
+    _prepare(layers, dtype, prefill)
+
+
+def check_prefill(prefill: str | None) -> None:
+    """Refuses a word before long work. Raises: ArgumentError."""
+    dense_copy.named(prefill)
+
+
+def dense_copy_bytes(model: nn.Module) -> int:
+    """The bytes of all dense copies that the model's packed layers keep."""
+    every = (made for layer in layers_of(model) for made in layer._linears.copy().values())
+    return sum(map(copied_bytes, every))
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Every packed layer, each once; the parts of a fused one are one layer."""
+    modules = list(model.modules())
+    fused = [module for module in modules if isinstance(module, FusedSlabLinear)]
+    inside = {id(part) for layer in fused for part in layer.parts}
+    alone = [m for m in modules if isinstance(m, SlabLinear) and id(m) not in inside]
+    return [*fused, *alone]
+
+
+def _prepare(layers: list[Layer], dtype: torch.dtype, prefill: str | None) -> None:
+    told, room = dense_copy.named(prefill), {}
+    if told == "auto":
+        places = {_place(layer) for layer in layers}
+        room = {place: _has_room(place, layers, dtype) for place in places}
+    for layer in layers:
+        if told != "auto":
+            layer.prepare(dtype, prefill)
+            continue
+        # A layer that is prepared again later must not find room where the model found none.
+        word = "auto" if room[_place(layer)] else "packed"
+        layer._prepare(dtype, word, word, room=True)
+
+
+def _has_room(place: torch.device, layers: list[Layer], dtype: torch.dtype) -> bool:
+    here = [layer for layer in layers if _place(layer) == place]
+    without = [layer for layer in here if not copied_bytes(layer._linears.get(dtype, ()))]
+    size = dense_copy.size_of([part.layout for layer in without for part in _parts(layer)])
+    return dense_copy.fits(size, place)
+
+
+def _parts(layer: Layer) -> list[SlabLinear]:
+    return [layer] if isinstance(layer, SlabLinear) else list(layer._parts())
+
+
+def _place(layer: Layer) -> torch.device:
+    """Where the layer works."""
+    part = _parts(layer)[0]
+    return part._home or part.values.device
