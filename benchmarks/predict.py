@@ -60,7 +60,7 @@ def predicted(sizes: CudaSizes, M: int, gpu: Gpu) -> dict:
     row: dict[str, object] = {"route": "rebuilt"}
     took = best = plan.microseconds
     if not isinstance(plan, Rebuild):
-        chosen = weighed(sizes, M, gpu)[0]
+        chosen = next(weighed(sizes, M, gpu))
         took = best = chosen.microseconds
         if plan.measured is None:
             best -= plan.microseconds - plan.range_us[0]

@@ -377,13 +377,13 @@ def test_few_ctas_get_sixteen_warps():
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_more_tokens_never_cost_less_within_a_regime(gpu):
     """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more
-    stages may do better. Above 64 tokens for a third: there is one threshold from which on
+    stages may do better. Above 64 tokens for two fifths: there is one threshold from which on
     the weight is rebuilt, and before it whole waves of CTAs."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
             times = [choose(sizes, M, gpu, by_rows=False).microseconds for M in tokens]
-            allowed = 0.95 if tokens[-1] <= 64 else 0.66
+            allowed = 0.95 if tokens[-1] <= 64 else 0.6
             assert all(b >= allowed * a for a, b in itertools.pairwise(times)), (sizes, times)
 
 
@@ -403,10 +403,10 @@ def test_decoding_is_predicted_to_beat_dense_weights(gpu):
 def test_rebuilding_pays_only_for_very_many_tokens():
     sizes = CudaSizes(4096, (11008,), W16, 4, 1, 0)
     kinds = [type(choose(sizes, M, H200)) for M in (1, 64, 65, 256, 4096, 1 << 16)]
-    assert kinds[:2] == [Plan, Plan] and kinds[-1] is Rebuild
-    assert choose(sizes, 1 << 16, replace(H200, gemm_rate=1e-9)).splits == 1, (
-        "a device without a fast cuBLAS never does"
-    )
+    assert kinds[:3] == [Plan, Prefill, Prefill] and kinds[-1] is Rebuild
+    for gpu in (H200, A100):
+        slow = replace(gpu, gemm_rate=1e-9)
+        assert not isinstance(choose(sizes, 1 << 16, slow), Rebuild), "no fast cuBLAS"
 
 
 # ---- devices

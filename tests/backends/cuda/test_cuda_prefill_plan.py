@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 from prefill_checks import FRAMES, check_items, check_prefill, items
 
-from slab_kernels.backends.cuda import cost, plan, prefill, prefill_cost, unknowns
+from slab_kernels.backends.base import LinearProblem
+from slab_kernels.backends.cuda import BACKEND, cost, plan, prefill, prefill_cost, unknowns
 from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
 from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import NEVER, Rebuild, choose, dense_from
@@ -199,7 +202,7 @@ def test_ranks_planes_and_adapters_cost():
         for other in (sizes, sizes._replace(rank=8), sizes._replace(rank=8, planes=2))
     ]
     assert times[0] < times[1] < times[2]
-    plain, more = (plan.weighed(sizes._replace(adapter_steps=n), 128, H100)[0] for n in (0, 8))
+    plain, more = (next(plan.weighed(sizes._replace(adapter_steps=n), 128, H100)) for n in (0, 8))
     assert plain.adapter_us == 0 < more.adapter_us < more.microseconds - plain.microseconds
 
 
@@ -238,3 +241,56 @@ def test_rebuilding_for_cublas_is_weighed_against_the_prefill_kernels():
     sizes = CudaSizes(4096, (4096,), W16, 4, 1, 0)
     assert isinstance(choose(sizes, 512, H100), Prefill)
     assert isinstance(choose(sizes, 1 << 16, H100), Rebuild)
+
+
+# ---- words
+
+
+def said(gpu: str, M: int, values: str = "int4", rank: int = 1, adapter_rank: int = 0) -> str:
+    group = None if values == "fp16" else 128
+    problem = LinearProblem(M, 4096, 4096, values, group, rank, adapter_rank, torch.float16, "cuda")
+    return BACKEND.describe(problem, gpu)
+
+
+def test_explain_says_which_kernel_and_why():
+    number, us = r"\d+", r"\d+\.\d us"
+    text = said("H200", 256)
+    assert re.fullmatch(
+        rf"H200: prefill kernel for sm_90a, the weight rebuilt in registers for wgmma, 128 rows x "
+        rf"256 tokens a CTA in pairs that share x, 2 consumer warpgroups, {number} weight and "
+        rf"{number} token stages, {number} bytes shared, 1 CTAs a multiprocessor, {number} pairs "
+        rf"take the K blocks of 16 tiles evenly \(two CTAs share each read of x\); predicted "
+        rf"\d+\.\d to {us}, bound by [a-zL2 ]+; chosen by the cost model; a dense fp16 linear by "
+        rf"the same model: {us}; preferred to (the [a-z ]+ \({us}\), )+the weight rebuilt dense "
+        rf"\({us}\)"
+        rf"; a dense copy would be faster for {number} tokens and more",
+        text,
+    ), text
+
+
+def test_explain_compares_within_the_regime():
+    text = said("H100", 40)
+    assert "128 rows x 64 tokens a CTA, 2 consumer warpgroups" in text
+    assert "the many loop (" in text and ", for all of 17 to 64 tokens; a dense copy" in text
+    assert "rebuilt dense" not in text, "for cuBLAS only above 64 tokens"
+    alone = said("A100", 40, rank=0)
+    assert "preferred" not in alone, "there is no other family"
+    assert said("H100", 16).endswith(" us"), "what is decoding is said as before"
+
+
+def test_explain_names_the_adapter_and_who_is_slower():
+    with_z = said("H100", 4096, rank=0, adapter_rank=64)
+    assert "kept pairs by sparse wgmma" in with_z
+    assert re.search(r"; z = x Q before it: \d+\.\d us; preferred to the many loop", with_z)
+    assert with_z.endswith("a dense copy would be faster for no number of tokens")
+    rebuilt = said("A100", 4096)
+    assert re.search(
+        r"the weight rebuilt dense, .*; preferred to the rebuild loop \(\d+\.\d us\), the many "
+        r"loop \(\d+\.\d us\); a dense copy would be faster for \d+ tokens and more",
+        rebuilt,
+    )
+
+
+def test_a_range_is_said_where_there_is_one():
+    assert re.search(r"predicted \d+\.\d to \d+\.\d us, bound by", said("A100", 128))
+    assert re.search(r"predicted \d+\.\d us, bound by", said("A100", 128, rank=0))
