@@ -47,7 +47,7 @@ from .layout import (
     TENSORS,
     CudaState,
 )
-from .plan import dense_from
+from .plan import dense_from, takes_dense
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
@@ -124,6 +124,11 @@ class CudaBackend(OneLaunchBackend):
             return None
         return dense_from(_sizes(problem), _gpu(gpu))
 
+    def takes_dense(self, problem: LinearProblem, gpu: str | None = None) -> bool:
+        if self.dense_from(problem, gpu) is None:
+            return False
+        return takes_dense(_sizes(problem), problem.M, _gpu(gpu))
+
     def prefetch_next(self, state: object, following: object, most_bytes: int) -> None:
         """The kernel for `state` prefetches the first bytes of `following` into L2."""
         if isinstance(state, CudaState) and isinstance(following, CudaState):
@@ -190,7 +195,8 @@ def _linear(x: Tensor, *arguments) -> Tensor:
     check_stream(x, state, bias)
     device = device_of(x.device.index)
     if state.dense is not None:
-        if x.numel() >= state.in_features * dense_from(sizes_of(state), device.gpu):
+        M = x.numel() // state.in_features
+        if takes_dense(sizes_of(state), M, device.gpu):
             return dense_copy.product(x, state.dense, bias)
     return linear(x, state, bias, device)
 
