@@ -22,7 +22,16 @@ namespace slab {
   KERNEL(one,  int4_t256, kPrefillOne,  kI4,  false, 256, 2, 2, 1) \
   KERNEL(both, w16_t64,   kPrefillBoth, kW16, false,  64, 2, 1, 2) \
   KERNEL(both, int8_t64,  kPrefillBoth, kI8,  false,  64, 2, 1, 2) \
-  KERNEL(both, int4_t64,  kPrefillBoth, kI4,  false,  64, 2, 1, 2)
+  KERNEL(both, int4_t64,  kPrefillBoth, kI4,  false,  64, 2, 1, 2) \
+  KERNEL(rebuild, w16_one_t64,   kPrefillRebuild, kW16, false,  64, 2, 1, 2) \
+  KERNEL(rebuild, w16_one_t128,  kPrefillRebuild, kW16, false, 128, 4, 1, 1) \
+  KERNEL(rebuild, w16_one_t256,  kPrefillRebuild, kW16, false, 256, 2, 2, 1) \
+  KERNEL(rebuild, int8_one_t64,  kPrefillRebuild, kI8,  false,  64, 2, 1, 2) \
+  KERNEL(rebuild, int8_one_t128, kPrefillRebuild, kI8,  false, 128, 4, 1, 1) \
+  KERNEL(rebuild, int8_one_t256, kPrefillRebuild, kI8,  false, 256, 2, 2, 1) \
+  KERNEL(rebuild, int4_one_t64,  kPrefillRebuild, kI4,  false,  64, 2, 1, 2) \
+  KERNEL(rebuild, int4_one_t128, kPrefillRebuild, kI4,  false, 128, 4, 1, 1) \
+  KERNEL(rebuild, int4_one_t256, kPrefillRebuild, kI4,  false, 256, 2, 2, 1)
 // clang-format on
 
 #define SLAB_PREFILL(kernel, pair, ...)                                           \

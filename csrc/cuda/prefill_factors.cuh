@@ -7,6 +7,20 @@
 
 namespace slab {
 
+// The low or the high half in both halves. Where a product takes it, that costs no instruction.
+__device__ __forceinline__ uint32_t twice(uint32_t pair, int half) {
+  uint32_t r;
+  if (half)
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}"
+        : "=r"(r)
+        : "r"(pair));
+  else
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}"
+        : "=r"(r)
+        : "r"(pair));
+  return r;
+}
+
 // Rows g and g + 8 of a warp's 16.
 template <class Traits>
 struct PrefillRows {
@@ -15,8 +29,9 @@ struct PrefillRows {
   // by a power of two, and its sums are divided by it. bf16 does, and its scales are bf16 as well.
   static constexpr bool kPowers = Traits::kScaled && T::kMantissaBits == 10;
 
-  float power[kPowers ? 2 : 1];
-  uint32_t u[2], scale[2];  // twice the same 16-bit number
+  // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the stream's
+  // scales are.
+  uint32_t u, scale, power;
   int64_t row;
 
   // Rank one's u is kept; of any rank, `row` finds them.
@@ -24,34 +39,38 @@ struct PrefillRows {
                                         int warp, int lane) {
     const int pair = min(place.first_pair + warp / kBlockTiles, place.end_pair - 1);
     row = pair * kBlockRows + warp % kBlockTiles * kTileRows + lane / 4;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if constexpr (kPowers) power[h] = params.powers ? __ldg(params.powers + row + 8 * h) : 1.0f;
-      if constexpr (Traits::kSigns && !Traits::kAny) {
-        u[h] = __ldg(params.u + row + 8 * h);
-        if constexpr (kPowers) {
-          const float scaled = T::widen(uint16_t(u[h])) * power[h];
-          u[h] = T::pack(scaled, scaled);
-        }
-      }
+    float near_power = 1.0f, far_power = 1.0f;
+    if constexpr (kPowers) {
+      if (params.powers)
+        near_power = __ldg(params.powers + row), far_power = __ldg(params.powers + row + 8);
+      power = choose_bytes(__float_as_uint(near_power), __float_as_uint(far_power), 0x7632);
+    }
+    if constexpr (Traits::kSigns && !Traits::kAny) {
+      const uint32_t near = __ldg(params.u + row), far = __ldg(params.u + row + 8);
+      u = choose_bytes(near, far, 0x5410);
+      if constexpr (kPowers)
+        u = T::pack(T::widen(uint16_t(near)) * near_power, T::widen(uint16_t(far)) * far_power);
     }
   }
 
   // The inverse of a row's power: its exponent is the opposite.
   __device__ __forceinline__ float inverse(int h) const {
-    if constexpr (kPowers) return __uint_as_float(0x7F000000u - __float_as_uint(power[h]));
-    return 1.0f;
+    const uint32_t bits = h ? power & 0xFFFF0000u : power << 16;
+    return __uint_as_float(0x7F000000u - bits);
   }
 
-  // From the stream's word of a scale group. There is no branch about it: one that depends on
-  // params.group_steps would make ptxas wait for every product.
-  __device__ __forceinline__ void set_scales(uint32_t word) {
+  // Those of a step, where they change, from the stream's word of the scale group. Within a loop
+  // there is no branch about it, which would make ptxas wait for every product. `at`: the block's
+  // first scale of row g.
+  template <int kGroupSteps, int kStep>
+  __device__ __forceinline__ void load_scales(uint32_t at, int scale_shift) {
+    if constexpr (!Traits::kScaled || (kGroupSteps == kSteps && kStep > 0)) return;
+    // kStep / group_steps, which is 1, 2 or 4
+    const uint32_t word = load_shared32(at + (kStep >> scale_shift) * kScaleBytes);
+    scale = word;  // bf16 as it is
     if constexpr (kPowers) {
-      const float near = __uint_as_float(word << 16) * power[0],
-                  far = __uint_as_float(word & 0xFFFF0000u) * power[1];
-      scale[0] = T::pack(near, near), scale[1] = T::pack(far, far);
-    } else {
-      scale[0] = choose_bytes(word, 0, 0x1010), scale[1] = choose_bytes(word, 0, 0x3232);
+      const uint32_t scaled = Bf16::multiply(word, power);  // exactly
+      scale = T::pack(__uint_as_float(scaled << 16), __uint_as_float(scaled & 0xFFFF0000u));
     }
   }
 };
@@ -61,7 +80,17 @@ template <class Traits>
 struct PrefillKept {
   using T = typename Traits::Activation;
 
-  uint32_t words[4];  // integer values: one load serves several steps
+  // Integer values: one load serves several steps, half as many where registers are few.
+  static constexpr int kWords = Traits::kHolds ? 4 : 2;
+  static constexpr int kStepWords = Traits::kValues == kI8 ? 2 : 1;
+  static constexpr int kLoadSteps = kWords / kStepWords;
+  uint32_t words[kWords];
+  // In a register that the compiler cannot see through: a LOP3 takes one immediate operand only.
+  uint32_t magic;
+
+  explicit __device__ __forceinline__ PrefillKept(int never_negative)
+      : magic(Traits::held((Traits::kValues == kI8 ? T::kByteMagic : T::kNibbleMagic) +
+                           opaque_zero(never_negative))) {}
 
   // at: of the lane's first 16 bytes.
   template <int kStep>
@@ -69,17 +98,21 @@ struct PrefillKept {
                                        const PrefillRows<Traits>& rows) {
     if constexpr (Traits::kValues == kW16) {
       load_shared(a, at + 512 * kStep);
-    } else if constexpr (Traits::kValues == kI8) {
-      if (kStep % 2 == 0) load_shared(words, at + 256 * kStep);
-      T::from_int8(a[0], a[1], words[kStep % 2 * 2], T::kByteMagic);
-      T::from_int8(a[2], a[3], words[kStep % 2 * 2 + 1], T::kByteMagic);
     } else {
-      if (kStep == 0) load_shared(words, at);
-      T::from_int4(a, words[kStep], T::kNibbleMagic);
+      // A lane's 16 bytes are two steps of int8, or four of int4.
+      constexpr int kPerPiece = 4 / kStepWords, kPiece = kStep / kPerPiece, kIn = kStep % kPerPiece;
+      if (kStep % kLoadSteps == 0) load_shared(words, at + 512 * kPiece + 4 * kStepWords * kIn);
+      constexpr int kWord = kStep % kLoadSteps * kStepWords;
+      if constexpr (Traits::kValues == kI8) {
+        T::from_int8(a[0], a[1], words[kWord], magic);
+        T::from_int8(a[2], a[3], words[kWord + 1], magic);
+      } else {
+        T::from_int4(a, words[kWord], magic);
+      }
     }
     if constexpr (Traits::kScaled) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = T::multiply(a[i], rows.scale[i % 2]);
+      for (int i = 0; i < 4; ++i) a[i] = T::multiply(a[i], twice(rows.scale, i % 2));
     }
   }
 };

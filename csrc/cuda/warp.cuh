@@ -98,8 +98,8 @@ struct RebuiltBlock {
   uint32_t words[kBlockTiles][4];
   uint32_t metadata[4][4];  // [2 (step % 2) + c][2 tile + step / 2]
   TileSigns signs[kBlockTiles];
-  uint32_t scales[kBlockTiles][2];  // of rows g and g + 8, each twice
-  uint32_t u[4];                    // [2 tile + h], likewise, of the only rank
+  uint32_t scales[kBlockTiles];  // of rows g (low half) and g + 8
+  uint32_t u[4];                 // [2 tile + h], each twice, of the only rank
 };
 
 // The methods are listed by the file that defines them.

@@ -247,10 +247,12 @@ class Machine:
         return self.n // 32 if act is None else int(act.reshape(-1, 32).any(1).sum())
 
     def _deadlock(self):
-        lane = int(np.argmax(self.parked >= 0))
+        # the others mostly wait for those who wait at one of these
+        first = [self.parked == place for place in (MBARRIER, REGISTERS, WARPGROUP)]
+        lane = int(np.argmax(next((p for p in first if p.any()), self.parked >= 0)))
         place = int(self.parked[lane])
         self.pc = int(self.resume[lane]) - (place <= 16)
-        mine = np.flatnonzero((self.parked >= 0) & (self.cta == self.cta[lane]))
+        waiting = int((self.parked[self.cta == self.cta[lane]] >= 0).sum())
         whom = {
             16: "bar.warp.sync",
             CLUSTER_WAIT: "barrier.cluster",
@@ -260,9 +262,8 @@ class Machine:
         if place == REGISTERS:
             text = "setmaxnreg waits for registers that no other warpgroup gives back"
         if place == MBARRIER:
-            asked = [self.mbarriers.asked[k] for k in mine if self.parked[k] == MBARRIER]
-            text = "; ".join(b.missing() for b in dict.fromkeys(asked))
-        text = f"deadlock: {text} ({mine.size} of {self.threads} threads of the CTA wait)"
+            text = self.mbarriers.missing(self, lane)
+        text = f"deadlock: {text} ({waiting} of {self.threads} threads of the CTA wait)"
         raise PtxError(text, lane)
 
     def where(self, lane):

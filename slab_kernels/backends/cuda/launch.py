@@ -31,7 +31,7 @@ from .plan import choose
 from .prefetch import successor_of
 from .prefill import CAPABILITY, Prefill
 from .prefill_launch import PrefillLaunch, multiply, prefill_launch, prefill_names, set_parts
-from .tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes, sizes_of
+from .tiles import MANY, NARROW, REBUILD, REBUILD_REGISTERS, WIDE, CudaSizes, sizes_of
 from .unpack import adapters
 
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
@@ -147,6 +147,8 @@ def kernel_names(sizes: CudaSizes, dtype: torch.dtype, gpu: Gpu) -> list[str]:
         ]
     if gpu.capability == CAPABILITY:
         found += prefill_names(sizes, dtype)
+    elif sizes.rank:
+        found += [_name(sizes, act, REBUILD, tokens) for tokens in REBUILD_REGISTERS]
     return [*found, f"reduce_{act}", _dense_name(sizes, act)]
 
 

@@ -26,6 +26,8 @@ from slab_kernels.backends.cuda.tiles import (
     DECODE,
     NARROW_TILES,
     PLANES_REGISTERS,
+    REBUILD_REGISTERS,
+    REBUILD_WHOLE_TILES,
     REGISTERS,
     SPLIT_TILES,
     TALL,
@@ -242,6 +244,9 @@ def test_every_kernel_of_the_library_is_executed(forced):
             exact_with(chosen(SPLIT_TILES[-1], tokens, tokens), tokens, *how)
         for planes, rank in ((1, 1), (2, 2)):
             exact_with(lambda s: plan.rebuild(s, 80, A100), 80, dtype, values, planes, rank)
+            for tokens in REBUILD_REGISTERS:
+                how = dtype, values, planes, rank
+                exact_with(chosen(REBUILD_WHOLE_TILES[-1], tokens, 20), 20, *how)
     for dtype, (values, rank, tokens) in itertools.product(DTYPES, TALL_CASES):
         how = dtype, names[values], 1, rank
         exact_with(chosen(TALL_TILES[-1], tokens, tokens), tokens, *how)
