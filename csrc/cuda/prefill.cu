@@ -33,7 +33,13 @@ namespace slab {
   KERNEL(rebuild, int4_one_t64,  kPrefillRebuild, kI4,  false,  64, 2, 1, 2, kGroupStepsBoth) \
   KERNEL(rebuild, int4_one_t128, kPrefillRebuild, kI4,  false, 128, 4, 1, 1, kSteps) \
   KERNEL(rebuild, int4_one_t128_groups, kPrefillRebuild, kI4,  false, 128, 4, 1, 1, kGroupStepsAny) \
-  KERNEL(rebuild, int4_one_t256, kPrefillRebuild, kI4,  false, 256, 2, 2, 1, kGroupStepsBoth)
+  KERNEL(rebuild, int4_one_t256, kPrefillRebuild, kI4,  false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(rebuild, w16_any_t64,   kPrefillRebuild, kW16, true,   64, 2, 1, 2, kSteps) \
+  KERNEL(rebuild, w16_any_t128,  kPrefillRebuild, kW16, true,  128, 2, 1, 1, kSteps) \
+  KERNEL(rebuild, int8_any_t64,   kPrefillRebuild, kI8, true,   64, 2, 1, 2, kGroupStepsAny) \
+  KERNEL(rebuild, int8_any_t128,  kPrefillRebuild, kI8, true,  128, 2, 1, 1, kGroupStepsAny) \
+  KERNEL(rebuild, int4_any_t64,   kPrefillRebuild, kI4, true,   64, 2, 1, 2, kGroupStepsAny) \
+  KERNEL(rebuild, int4_any_t128,  kPrefillRebuild, kI4, true,  128, 2, 1, 1, kGroupStepsAny)
 // clang-format on
 
 #define SLAB_PREFILL(kernel, pair, ...)                                           \
