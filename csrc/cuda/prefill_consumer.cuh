@@ -31,14 +31,16 @@ struct PrefillConsumer {
   float sums[Traits::kTokens / 2];  // c of wgmma.cuh
   Operands operands;
   PrefillRing weights, tokens;  // `at`: operands keep it, and the descriptor
-  uint32_t last_tokens;  // the barrier of the stage whose products may be on their way, or 0
+  uint32_t last_tokens;         // the barrier of the stage whose products may be on their way, or 0
 
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params,
                                              const PrefillShared<Traits>& shared, int warp,
                                              int lane)
-      : params(params), shared(shared),
+      : params(params),
+        shared(shared),
         operands(params, shared, warp, lane),
-        weights(shared.weight_ring(0)), tokens(shared.token_ring(0)) {
+        weights(shared.weight_ring(0)),
+        tokens(shared.token_ring(0)) {
     tokens.at = tokens_descriptor(tokens.at);
   }
   __device__ __forceinline__ void next_tokens() {
@@ -150,7 +152,11 @@ struct PrefillConsumer {
       clear();
       const int k_blocks = walk.k_blocks(params, cluster);
       put_away(walk);
-      if (!Traits::kScaled || params.group_steps == kSteps)
+      if constexpr (!Traits::kScaled)
+        multiply_k_blocks<kSteps>(k_blocks);
+      else if constexpr (Traits::kGroupSteps != kGroupStepsBoth)
+        multiply_k_blocks<Traits::kGroupSteps>(k_blocks);
+      else if (params.group_steps == kSteps)
         multiply_k_blocks<kSteps>(k_blocks);
       else
         multiply_k_blocks<kGroupStepsAny>(k_blocks);
@@ -159,18 +165,18 @@ struct PrefillConsumer {
     }
   }
 
-  // The walk, in the lane's own part of the warp's staging memory: it needs no registers while the
-  // tile is multiplied.
-  __device__ __forceinline__ uint32_t lane_staging() const {
+  // The walk, in the warp's staging memory, which nothing else uses while a tile is multiplied: it
+  // needs no registers then.
+  __device__ __forceinline__ uint32_t own_staging() const {
     const uint32_t thread = thread_index();
     return shared.base + Traits::kStagingAt + thread / 32 * kStagingBytes + thread % 32 * 8;
   }
   __device__ __forceinline__ void put_away(const PrefillWalk& walk) const {
-    store_shared(lane_staging(), {uint32_t(walk.tile), uint32_t(walk.unit)});
+    store_shared(own_staging(), {uint32_t(walk.tile), uint32_t(walk.unit)});
   }
   __device__ __forceinline__ void take_back(PrefillWalk& walk) const {
     uint32_t r[2];
-    load_shared(r, lane_staging());
+    load_shared(r, own_staging());
     walk.tile = r[0], walk.unit = r[1];
   }
 
@@ -184,7 +190,8 @@ struct PrefillConsumer {
 #pragma unroll
       for (int i = 0; i < Traits::kTokens / 2; ++i) sums[i] *= operands.rows.inverse(i / 2 % 2);
     }
-    if (params.adapter_steps && first + count == params.num_k_blocks) add_adapter(place, thread / 32, thread % 32);
+    if (params.adapter_steps && first + count == params.num_k_blocks)
+      add_adapter(place, thread / 32, thread % 32);
     if (!place.exists) return;
     if (count == params.num_k_blocks)
       store_tile<Traits>(params, place, sums, shared.base, thread / 32, thread % 32);

@@ -28,16 +28,14 @@ struct SparseOperands {
 
   // Addresses are those of the next stage.
   __device__ __forceinline__ SparseOperands(const PrefillParams& params,
-                                            const PrefillShared<Traits>& shared, int warp,
-                                            int lane)
+                                            const PrefillShared<Traits>& shared, int warp, int lane)
       : lane(lane), values(params.tokens) {
     const int tile = warp % kBlockTiles;
     const uint32_t pair_at = shared.weights + warp / kBlockTiles * shared.block_bytes;
     values_at = pair_at + tile * Traits::kTileBytes + 16 * lane;
     metadata_at = pair_at + Traits::kMetadataAt + 16 * lane + 8 * tile;
     signs_at = pair_at + Traits::kSignsAt + 8 * lane + 4 * tile;
-    scales_at = pair_at + Traits::kSignsAt + (kSigns ? kSignBytes : 0) + lane / 4 * 8 +
-                     4 * tile;
+    scales_at = pair_at + Traits::kSignsAt + (kSigns ? kSignBytes : 0) + lane / 4 * 8 + 4 * tile;
     scale_shift = params.group_steps >> 1;
   }
 
@@ -61,11 +59,17 @@ struct SparseOperands {
     if (kStep % 2 == 0) metadata[kStep / 2] = load_shared32(metadata_at + 2 * kStep);
     if (kSigns && kStep == 0) signs = load_shared32(signs_at);
     if (kSigns && kStep % 2 == 0) pruned[kStep / 2] = complement_nibbles(metadata[kStep / 2]);
-    values.template load<kStep>(kept[kStep % kBuffers], values_at, rows);
+    values.template load<kStep>(values_at);
+    uint32_t a[2];
+    values.template convert<kStep, 0>(a, rows);
+    kept[kStep % kBuffers][0] = a[0], kept[kStep % kBuffers][1] = a[1];
+    values.template convert<kStep, 1>(a, rows);
+    kept[kStep % kBuffers][2] = a[0], kept[kStep % kBuffers][3] = a[1];
     if constexpr (kSigns) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        sign[kStep % kBuffers][i] = and_xor(signs << (4 * kStep + i), 0x80008000u, twice(rows.u, i % 2));
+        sign[kStep % kBuffers][i] =
+            and_xor(signs << (4 * kStep + i), 0x80008000u, twice(rows.u, i % 2));
     }
   }
 
