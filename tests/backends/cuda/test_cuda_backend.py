@@ -27,7 +27,7 @@ from test_import_cost import PROBE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slab_kernels import reference
-from slab_kernels.backends import cuda, dispatch
+from slab_kernels.backends import base, cuda, dispatch
 from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.cuda import BIAS, driver, layout, plan, tiles, unpack
 from slab_kernels.backends.cuda import launch as launching
@@ -305,7 +305,7 @@ def test_a_forced_backend_says_why_not(monkeypatch):
 def test_a_second_dtype_prepares_anew_where_states_serve_one(monkeypatch, one_dtype, prepared):
     seen = []
 
-    class Backend:
+    class Backend(base.Backend):
         name = "fake"
 
         def prepare(self, packed, dtype=None):
