@@ -17,6 +17,7 @@ SHOWN_KERNELS = {
     16: "wide_fp16_{}_one_t16",
     64: "linear_fp16_{}_one_t64",
 }
+DECODE = 16  # tokens of decoding at most
 BLOCK_WEIGHTS = 128  # weights of one lane in a block of 32 rows × 128 inputs
 
 
@@ -69,20 +70,27 @@ def issue_rates() -> str:
     return markdown(("GPU", *(f"{name}, {bits:g} bits" for name, bits in kinds.items())), body)
 
 
-def predicted(gpu: str) -> str:
-    """Predicted speed-up over dense fp16, least and greatest over the shapes; * is rebuilt."""
+def predicted(gpu: str, many: bool) -> str:
+    """Predicted speed-up over dense fp16, least and greatest over the shapes; * is rebuilt.
+
+    many: for more than 16 tokens, at both ends of a prediction that is a range.
+    """
     rows = matching(read("prediction.json")["rows"], gpu=gpu)
-    tokens = sorted({row["m"] for row in rows})
+    tokens = sorted({row["m"] for row in rows if (row["m"] > DECODE) == many})
     body = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        cells = []
-        for m in tokens:
-            here = matching(rows, kind=kind, m=m)
-            low, high = min(row["ratio"] for row in here), max(row["ratio"] for row in here)
-            star = "*" if any(row["route"] == "rebuilt" for row in here) else ""
-            cells.append(f"{low:.2f}–{high:.2f}{star}")
-        body.append((kind, *cells))
+        body.append((kind, *(predicted_cell(matching(rows, kind=kind, m=m)) for m in tokens)))
     return markdown(("S", *(f"M = {m}" for m in tokens)), body)
+
+
+def predicted_cell(here: Sequence[Row]) -> str:
+    """The least and the greatest ratio, where they are ranges at both of their ends."""
+    ends = []
+    for ratio in ("ratio", "best_ratio"):
+        found = [row[ratio] for row in here]
+        ends.append(f"{min(found):.2f}–{max(found):.2f}")
+    star = "*" if any(row["route"] == "rebuilt" for row in here) else ""
+    return " to ".join(dict.fromkeys(ends)) + star
 
 
 def triton_rows() -> list[Row]:
@@ -201,7 +209,10 @@ KERNEL_TABLES: dict[str, Callable[[], str]] = {
     "group-error": group_error,
     "bits-by-type": bits_by_type,
     **{
-        f"predicted-{gpu.lower().replace(' ', '-')}": functools.partial(predicted, gpu)
+        f"predicted{'-many' if many else ''}-{gpu.lower().replace(' ', '-')}": functools.partial(
+            predicted, gpu, many
+        )
         for gpu in PREDICTED_GPUS
+        for many in (False, True)
     },
 }

@@ -4,9 +4,14 @@
 
 These are predictions from bytes, tensor and issue rates: nothing is measured, and no GPU is needed.
 One table per GPU is printed, with the least and the greatest ratio over the models' fused shapes.
-With --out benchmarks/results/prediction.json every row is kept. There `overlapped_us` is
-`predicted_us` less a launch, for devices with dependent launches (9.0 and newer): what is assumed
-of a linear behind another linear, whose weights it asks for before that one ends.
+With --out benchmarks/results/prediction.json every row is kept.
+
+`predicted_us` is the time by which the plan was chosen, with z = x Q where there is an adapter.
+For kernels that were never timed it is the pessimistic end of a range, and `best_us` is the other
+end; for the others both are equal. `ratio` and `best_ratio` are a dense linear's time over them.
+`overlapped_us` is `predicted_us` less its launches, for devices with dependent launches (9.0 and
+newer): what is assumed of a linear behind another linear, whose weights it asks for before that one
+ends.
 """
 
 from __future__ import annotations
@@ -14,16 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 
-from slab_kernels.backends.cuda.cost import LAUNCH_US, Plan, Rebuild, dense_microseconds
-from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
+from slab_kernels.backends.cuda.cost import LAUNCH_US, Rebuild, dense_microseconds
+from slab_kernels.backends.cuda.gpus import GPUS, Gpu, gpu_named
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
-from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.plan import choose, weighed
+from slab_kernels.backends.cuda.prefill import Prefill
 from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.bench import machine
 from slab_kernels.bench.layer_shapes import layers
 from slab_kernels.paths import expanded
 
-TOKENS = (1, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
+TOKENS = (1, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEPENDENT_SINCE = (9, 0)  # the first compute capability with programmatic dependent launch
 # Name -> values, rank of the sign term, rank of the adapter.
 KINDS = {
@@ -31,6 +37,8 @@ KINDS = {
     "int8": (INT8, 1, 0),
     "int4": (INT4, 1, 0),
     "S + P Qᵀ, rank 64, fp16": (W16, 0, 64),
+    "S + P Qᵀ, rank 64, int8": (INT8, 0, 64),
+    "S + P Qᵀ, rank 64, int4": (INT4, 0, 64),
 }
 
 
@@ -41,23 +49,38 @@ def rows(gpu_name: str, models: list[str]) -> list[dict]:
         for kind, (values, rank, adapter_rank) in KINDS.items():
             sizes = CudaSizes(K, (N,), values, 4, rank, adapter_rank // 16)
             for M in TOKENS:
-                plan, dense = choose(sizes, M, gpu), dense_microseconds(N, K, M, gpu)
-                row = {
-                    "gpu": gpu.name,
-                    "n": N,
-                    "k": K,
-                    "m": M,
-                    "kind": kind,
-                    "predicted_us": plan.microseconds,
-                }
-                if isinstance(plan, Plan):
-                    overlap = LAUNCH_US if gpu.capability >= DEPENDENT_SINCE else 0.0
-                    row |= {"overlapped_us": plan.microseconds - overlap, "loop": plan.tile.loop}
-                route = "rebuilt" if isinstance(plan, Rebuild) else "fused"
-                found.append(
-                    row | {"dense_us": dense, "ratio": dense / plan.microseconds, "route": route}
-                )
+                place = {"gpu": gpu.name, "n": N, "k": K, "m": M, "kind": kind}
+                found.append(place | predicted(sizes, M, gpu))
     return found
+
+
+def predicted(sizes: CudaSizes, M: int, gpu: Gpu) -> dict:
+    """What is predicted of one linear."""
+    plan, dense = choose(sizes, M, gpu), dense_microseconds(sizes.N, sizes.K, M, gpu)
+    row: dict[str, object] = {"route": "rebuilt"}
+    took = best = plan.microseconds
+    if not isinstance(plan, Rebuild):
+        chosen = next(weighed(sizes, M, gpu))
+        took = best = chosen.microseconds
+        if plan.measured is None:
+            best -= plan.microseconds - plan.range_us[0]
+        launches = 2 if chosen.adapter_us else 1
+        overlap = launches * LAUNCH_US if gpu.capability >= DEPENDENT_SINCE else 0.0
+        loop = plan.loop if isinstance(plan, Prefill) else plan.tile.loop
+        row = {"route": "fused", "loop": loop, "overlapped_us": round(took - overlap, 3)}
+    times = {"predicted_us": took, "best_us": best, "dense_us": dense}
+    ratios = {"ratio": dense / took, "best_ratio": dense / best}
+    return row | {name: round(number, 3) for name, number in (times | ratios).items()}
+
+
+def cell(here: list[dict]) -> str:
+    """The least and the greatest ratio of rows; where they are ranges, at both ends of them."""
+    ends = [
+        f"{min(row[ratio] for row in here):.2f}–{max(row[ratio] for row in here):.2f}"
+        for ratio in ("ratio", "best_ratio")
+    ]
+    star = "*" if any(row["route"] == "rebuilt" for row in here) else ""
+    return " to ".join(dict.fromkeys(ends)) + star
 
 
 def table(found: list[dict]) -> str:
@@ -67,12 +90,9 @@ def table(found: list[dict]) -> str:
         "|---" * (len(TOKENS) + 1) + "|",
     ]
     for kind in KINDS:
-        cells = []
-        for M in TOKENS:
-            here = [row for row in found if row["kind"] == kind and row["m"] == M]
-            low, high = min(row["ratio"] for row in here), max(row["ratio"] for row in here)
-            star = "*" if any(row["route"] == "rebuilt" for row in here) else ""
-            cells.append(f"{low:.2f}–{high:.2f}{star}")
+        cells = [
+            cell([row for row in found if row["kind"] == kind and row["m"] == M]) for M in TOKENS
+        ]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -101,7 +121,8 @@ def main() -> None:
         found = rows(name, arguments.models)
         record["rows"] += found
         print(f"\n{name}\n\n{table(found)}")
-    print("\n* the weight is rebuilt dense and multiplied by cuBLAS")
+    print("\nx to y: by the pessimistic and by the optimistic end of the prediction")
+    print("* the weight is rebuilt dense and multiplied by cuBLAS")
     if arguments.out is None:
         return
     fresh = arguments.out.with_suffix(".tmp")

@@ -88,6 +88,15 @@ __device__ __forceinline__ void cluster_barrier() {
                    : "memory");
 }
 
+// ---- threads ----
+
+// threadIdx.x, read anew: the compiler would keep what it knows in a register.
+__device__ __forceinline__ int thread_index() {
+  int r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+  return r;
+}
+
 // ---- warpgroups: four warps from a multiple of four on ----
 
 // setmaxnreg (PTX 9.7.19.5): registers of each thread from here on.

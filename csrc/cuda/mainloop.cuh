@@ -40,13 +40,10 @@ template <class Traits>
 __device__ __forceinline__ void Warp<Traits>::multiply_stage(const Factors& u) {
   Block block;
   open(block);
-#pragma unroll
-  for (int pass = 0; pass < Traits::kTokenTiles; pass += Traits::kPassTiles) {
-    step<0>(block, u, pass);
-    step<1>(block, u, pass);
-    step<2>(block, u, pass);
-    step<3>(block, u, pass);
-  }
+  step<0>(block, u);
+  step<1>(block, u);
+  step<2>(block, u);
+  step<3>(block, u);
   read_stage = ring.after(read_stage);
 }
 
@@ -68,7 +65,7 @@ __device__ __forceinline__ void Warp<Traits>::open(Block& block) const {
 #pragma unroll
   for (int m = 0; m < Traits::kRowTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < (Traits::kScaled ? Traits::kPassTiles : 1); ++n)
+    for (int n = 0; n < (Traits::kScaled ? Traits::kTokenTiles : 1); ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) block.group_sum[m][n][i] = 0.0f;
 }
@@ -91,10 +88,10 @@ __device__ __forceinline__ void Warp<Traits>::load_signs(Block& block, int pair)
   }
 }
 
-// One step of 32 inputs, for the token tiles [pass, pass + kPassTiles).
+// One step of 32 inputs.
 template <class Traits>
 template <int kStep>
-__device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& u, int pass) {
+__device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& u) {
   Weights a;
   Fragment v;
   if constexpr (Traits::kSparse) {
@@ -106,11 +103,11 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
     if constexpr (Traits::kRank == kRankOne) load_matrices(v, read_stage + read.v_at + 64 * kStep);
   }
 #pragma unroll
-  for (int first = pass; first < pass + Traits::kPassTiles; first += Traits::kHeldFragments) {
+  for (int first = 0; first < Traits::kTokenTiles; first += Traits::kHeldFragments) {
     Activations b;
     load_activations<kStep>(b, block, first);
     if constexpr (Traits::kSparse) {
-      add_values<kStep>(block, a, b, first, pass);
+      add_values<kStep>(block, a, b, first);
       add_sign_term<kStep>(block, b, first, u, v);
     } else {
       add_dense<kStep>(block, b, first);
@@ -120,7 +117,7 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
     // Where a scale group ends. The last step always is, which the compiler sees by the first
     // condition.
     if (kStep == kSteps - 1 || ((kStep + 1) & (params.group_steps - 1)) == 0)
-      apply_scales<kStep>(block, pass);
+      apply_scales<kStep>(block);
   }
 }
 
@@ -157,14 +154,13 @@ __device__ __forceinline__ void Warp<Traits>::load_activations(Activations& b, c
 template <class Traits>
 template <int kStep>
 __device__ __forceinline__ void Warp<Traits>::add_values(Block& block, const Weights& a,
-                                                         const Activations& b, int first,
-                                                         int pass) {
+                                                         const Activations& b, int first) {
 #pragma unroll
   for (int n = 0; n < Traits::kHeldFragments; ++n)
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m) {
       if constexpr (Traits::kScaled)
-        multiply<T, kStep>(block.group_sum[m][first - pass + n], a[m], b[n], block.metadata[m]);
+        multiply<T, kStep>(block.group_sum[m][first + n], a[m], b[n], block.metadata[m]);
       else
         multiply<T, kStep>(sums.sum[m][first + n], a[m], b[n], block.metadata[m]);
     }
@@ -252,7 +248,7 @@ __device__ __forceinline__ uint32_t Warp<Traits>::levels(const SignWords& signs)
 // Adds the sums of a scale group, times the scale, and clears them.
 template <class Traits>
 template <int kStep>
-__device__ __forceinline__ void Warp<Traits>::apply_scales(Block& block, int pass) {
+__device__ __forceinline__ void Warp<Traits>::apply_scales(Block& block) {
   // This is kStep / group_steps, because group_steps is 1, 2 or 4.
   const int group = kStep >> (params.group_steps >> 1);
   const uint32_t group_at = read.scales_at + group * kScaleBytes;
@@ -264,10 +260,10 @@ __device__ __forceinline__ void Warp<Traits>::apply_scales(Block& block, int pas
     const uint32_t both = scales[m / kBlockTiles][m % kBlockTiles];
     const float near = __uint_as_float(both << 16), far = __uint_as_float(both & 0xFFFF0000u);
 #pragma unroll
-    for (int n = 0; n < Traits::kPassTiles; ++n)
+    for (int n = 0; n < Traits::kTokenTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float& sum = sums.sum[m][pass + n][i];
+        float& sum = sums.sum[m][n][i];
         sum = fmaf(i < 2 ? near : far, block.group_sum[m][n][i], sum);
         block.group_sum[m][n][i] = 0.0f;
       }

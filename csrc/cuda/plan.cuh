@@ -70,12 +70,15 @@ __device__ __forceinline__ void Warp<Traits>::plan_activations(const StageLayout
   const int lane = role.lane, first_token = place.token_tile * staged;
   copy.token_row = lane / 16 + 2 * role.member;
   copy.token_step = 2 * role.members;
-  // Where W is rebuilt, a member's rows follow each other: their places differ by constants.
-  const int share = staged / role.members;
-  const int first_row = Traits::kRebuilds ? role.member * share + lane / 16 : copy.token_row;
-  copy.own_rows = min(share, tokens - role.member * share);
-  copy.tokens_to =
-      Traits::kept(first_row * kTokenRow + (lane % 16 * 16 ^ Traits::swizzle(first_row)));
+  int first_row = copy.token_row;
+  if constexpr (Traits::kRebuilds) {  // A member's rows follow each other.
+    // This is staged / members, because warp_rows is a power of two.
+    const int share = Traits::kWarpTokens >> (31 - __clz(params.warp_rows));
+    first_row = role.member * share + lane / 16;
+    copy.own_rows = min(share, tokens - role.member * share);
+    copy.tokens_to =
+        Traits::kept(first_row * kTokenRow + (lane % 16 * 16 ^ Traits::swizzle(first_row)));
+  }
   copy.tokens_from = keep(params.x + 2 * ((first_token + first_row) * params.token_stride +
                                           int64_t(first_k_block) * kBlockInputs + lane % 16 * 8));
   copy.inputs = params.in_features - first_k_block * kBlockInputs;

@@ -16,36 +16,30 @@ __device__ __forceinline__ int first_tail_unit(const PrefillParams& params, int 
   return cluster * params.tail_share + min(cluster, params.tail_more);
 }
 
-// The items of a cluster, one after the other.
+// The items of a cluster, one after the other. Little is kept, because it is alive while tiles are
+// multiplied.
 struct PrefillWalk {
-  int tile, first_k_block, k_blocks;  // of the present item
-  int unit, end_unit;                 // of the K-blocks that are left
+  int tile, unit;  // of the present item; unit: its first K-block, if it is dealt by K-blocks
 
   __device__ __forceinline__ PrefillWalk(const PrefillParams& params, int cluster)
-      : tile(cluster - params.clusters),
-        unit(first_tail_unit(params, cluster)),
-        end_unit(first_tail_unit(params, cluster + 1)) {}
+      : tile(cluster - params.clusters), unit(first_tail_unit(params, cluster)) {}
 
   // Goes to the next item, if there is one.
-  __device__ __forceinline__ bool next(const PrefillParams& params) {
+  __device__ __forceinline__ bool next(const PrefillParams& params, int cluster) {
+    if (tile >= params.whole_tiles) unit += k_blocks(params, cluster);
     tile += params.clusters;
-    first_k_block = 0, k_blocks = params.num_k_blocks;
     if (tile < params.whole_tiles) return true;
-    if (unit == end_unit) return false;
-    const int number = unsigned(unit) / unsigned(params.num_k_blocks);
-    tile = params.whole_tiles + number;
-    first_k_block = unit - number * params.num_k_blocks;
-    k_blocks = min(params.num_k_blocks - first_k_block, end_unit - unit);
-    unit += k_blocks;
-    return true;
+    tile = params.whole_tiles + unsigned(unit) / unsigned(params.num_k_blocks);
+    return unit < first_tail_unit(params, cluster + 1);
   }
-  // Whether no other cluster multiplies the same tile.
-  __device__ __forceinline__ bool is_whole(const PrefillParams& params) const {
-    return k_blocks == params.num_k_blocks;
+  __device__ __forceinline__ int first_k_block(const PrefillParams& params) const {
+    const int number = tile - params.whole_tiles;
+    return number < 0 ? 0 : unit - number * params.num_k_blocks;
   }
-  // Whether the tile's last K-block is in it: such an item also has the adapter's product.
-  __device__ __forceinline__ bool is_last(const PrefillParams& params) const {
-    return first_k_block + k_blocks == params.num_k_blocks;
+  __device__ __forceinline__ int k_blocks(const PrefillParams& params, int cluster) const {
+    if (tile < params.whole_tiles) return params.num_k_blocks;
+    return min(params.num_k_blocks - first_k_block(params),
+               first_tail_unit(params, cluster + 1) - unit);
   }
 };
 

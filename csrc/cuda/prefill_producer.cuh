@@ -21,15 +21,16 @@ __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
   const int64_t pair_bytes = int64_t(params.num_k_blocks) * shared.block_bytes;
   PrefillRing ring = shared.weight_ring(1);  // the first round waits for nobody
   PrefillWalk walk(params, cluster);
-  while (walk.next(params)) {
+  while (walk.next(params, cluster)) {
     const PrefillPlace place(params, walk.tile, rank_in_pair);
+    const int first_k_block = walk.first_k_block(params);
     const uint8_t* first = params.stream + place.first_pair * pair_bytes +
-                           int64_t(walk.first_k_block) * shared.block_bytes;
+                           int64_t(first_k_block) * shared.block_bytes;
     const int last = place.end_pair - 1 - place.first_pair;
     const uint8_t* v = params.v + (int64_t(place.part) * ranks * params.num_k_blocks +
-                                   walk.first_k_block) * kTokenRow;
+                                   first_k_block) * kTokenRow;
 #pragma unroll 1
-    for (int left = walk.k_blocks; left > 0; --left) {
+    for (int left = walk.k_blocks(params, cluster); left > 0; --left) {
       mbarrier_wait(ring.full + Traits::kEmpty, ring.parity);
       mbarrier_arrive_expecting(ring.full, bytes);
       uint32_t to = ring.at;
@@ -50,7 +51,7 @@ __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
         v += kTokenRow;
       }
       first += shared.block_bytes;
-      shared.next_weights(ring, params.weight_stages);
+      ring.advance(shared.weight_bytes, params.weight_stages);
     }
   }
 }
@@ -63,12 +64,14 @@ __device__ __forceinline__ void fetch_tokens(const PrefillParams& params,
   wait_for_predecessor();
   PrefillRing ring = shared.token_ring(1);
   PrefillWalk walk(params, cluster);
-  while (walk.next(params)) {
+  while (walk.next(params, cluster)) {
     const PrefillPlace place(params, walk.tile, rank_in_pair);
     constexpr int kBoxTokens = Traits::kTokens / Traits::kPair;
-    int column = walk.first_k_block * kBlockInputs;
+    const int first_k_block = walk.first_k_block(params);
+    const int k_blocks = walk.k_blocks(params, cluster);
+    int column = first_k_block * kBlockInputs;
 #pragma unroll 1
-    for (int left = 2 * walk.k_blocks; left > 0; --left) {
+    for (int left = 2 * k_blocks; left > 0; --left) {
       mbarrier_wait(ring.full + Traits::kEmpty, ring.parity);
       mbarrier_arrive_expecting(ring.full, Traits::kBoxBytes);
       if constexpr (Traits::kPair == 1)
@@ -77,9 +80,9 @@ __device__ __forceinline__ void fetch_tokens(const PrefillParams& params,
         copy_box_to_pair(ring.at + rank_in_pair * (Traits::kBoxBytes / 2), &params.x_map, column,
                          place.first_token + rank_in_pair * kBoxTokens, ring.full);
       column += kStageInputs;
-      shared.next_tokens(ring, params.token_stages);
+      ring.advance(Traits::kTokenBytes, params.token_stages);
     }
-    if (!walk.is_last(params)) continue;
+    if (first_k_block + k_blocks < params.num_k_blocks) continue;
     column = place.part * 16 * params.adapter_steps;
 #pragma unroll 1
     for (int left = params.adapter_steps; left > 0; left -= kStageInputs / 16) {
@@ -91,7 +94,7 @@ __device__ __forceinline__ void fetch_tokens(const PrefillParams& params,
         copy_box(ring.at + i * (Traits::kBoxBytes / 2), &params.z_map, column,
                  place.first_token + i * kBoxTokens, ring.full);
       column += kStageInputs;
-      shared.next_tokens(ring, params.token_stages);
+      ring.advance(Traits::kTokenBytes, params.token_stages);
     }
   }
 }
@@ -108,17 +111,20 @@ __device__ __forceinline__ void multiply_tokens(const PrefillParams& params,
   const uint32_t own = 128 * token + 16 * (piece ^ token % 8);  // the swizzle
   PrefillRing ring = shared.token_ring(0);
   PrefillWalk walk(params, cluster);
-  while (walk.next(params)) {
+  while (walk.next(params, cluster)) {
     const PrefillPlace place(params, walk.tile, 0);
+    const int first_k_block = walk.first_k_block(params);
+    const int k_blocks = walk.k_blocks(params, cluster);
     const uint8_t* from = params.v +
-                          (int64_t(place.part) * params.num_k_blocks + walk.first_k_block) *
-                              kTokenRow + 16 * piece;
+                          (int64_t(place.part) * params.num_k_blocks + first_k_block) * kTokenRow +
+                          16 * piece;
     uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
-    int left = 2 * walk.k_blocks;
-    const int adapter_steps = walk.is_last(params) ? params.adapter_steps : 0;
+    // Stages of z come last; nothing is multiplied in these.
+    const bool last = first_k_block + k_blocks == params.num_k_blocks;
+    const int more = last ? (params.adapter_steps + 3) / 4 : 0;
 #pragma unroll 1
-    for (left += (adapter_steps + 3) / 4; left > 0; --left) {
-      const bool of_x = left > (adapter_steps + 3) / 4;
+    for (int left = 2 * k_blocks + more; left > 0; --left) {
+      const bool of_x = left > more;
       mbarrier_wait(ring.full, ring.parity);
       if (of_x) {
         const uint32_t at = ring.at + own;
@@ -135,11 +141,11 @@ __device__ __forceinline__ void multiply_tokens(const PrefillParams& params,
           }
         }
         from += 2 * kStageInputs;
-        if (left > (adapter_steps + 3) / 4 + 1) v = __ldg(reinterpret_cast<const uint4*>(from));
+        if (left > more + 1) v = __ldg(reinterpret_cast<const uint4*>(from));
         publish_to_async_proxy();
       }
       mbarrier_arrive(ring.full + Traits::kProducts);
-      shared.next_tokens(ring, params.token_stages);
+      ring.advance(Traits::kTokenBytes, params.token_stages);
     }
   }
 }

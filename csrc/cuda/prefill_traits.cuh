@@ -3,7 +3,7 @@
 #pragma once
 
 #include "prefill.h"
-#include "wgmma.cuh"
+#include "ptx.cuh"
 
 namespace slab {
 
@@ -15,6 +15,10 @@ namespace slab {
 //                    plane, or any
 enum PrefillKind : int { kPrefillOne, kPrefillBoth, kPrefillRebuild };
 
+// Steps that a scale covers, besides kSteps: known at run time only; or that as well, with a loop for
+// kSteps and one for the others.
+constexpr int kGroupStepsAny = 0, kGroupStepsBoth = -1;
+
 // Where a warp turns 16 tokens x 16 rows before they are stored: 48 bytes a token, so that eight
 // tokens meet all banks.
 constexpr int kStagingPitch = 48, kStagingBytes = 16 * kStagingPitch;
@@ -22,11 +26,11 @@ constexpr int kStagingPitch = 48, kStagingBytes = 16 * kStagingPitch;
 // A CTA has kGroups_ warpgroups that multiply, 64 rows each, and one that fetches; kPair_ CTAs are a
 // cluster, kResident_ of them share a multiprocessor.
 template <class Activation_, int kKind_, int kValues_, bool kAny_, int kTokens_, int kGroups_,
-          int kPair_, int kResident_>
+          int kPair_, int kResident_, int kGroupSteps_ = kGroupStepsBoth>
 struct PrefillTraits {
   using Activation = Activation_;
   static constexpr int kKind = kKind_, kValues = kValues_, kTokens = kTokens_, kGroups = kGroups_;
-  static constexpr int kPair = kPair_, kResident = kResident_;
+  static constexpr int kPair = kPair_, kResident = kResident_, kGroupSteps = kGroupSteps_;
   static constexpr bool kAny = kAny_;  // any rank and planes
   static constexpr bool kScaled = kValues != kW16, kSigns = kKind != kPrefillOne;
 
@@ -39,6 +43,11 @@ struct PrefillTraits {
   // the CTA was started with: 65536 / kResident / kThreads each, rounded down to a multiple of 8.
   static constexpr int kConsumerRegisters = kResident == 2 ? 96 : kGroups == 4 ? 112 : 232;
   static constexpr int kProducerRegisters = kGroups == 4 ? 24 : 40;
+  // Whether what no K-block changes is held in registers, instead of being derived again.
+  static constexpr bool kHolds = kConsumerRegisters > 200;
+  static __device__ __forceinline__ uint32_t held(uint32_t value) {
+    return kHolds ? pin(value) : value;
+  }
 
   // ---- a block of the stream ----
 
@@ -50,7 +59,7 @@ struct PrefillTraits {
 
   static constexpr int kTableAt = 0;  // 16 x 8 bytes
   // Barriers of the stages, 8 bytes each: weights and tokens are there or may be overwritten, and
-  // v * x is there.
+  // v * x is there. (The ring's first ones are at multiples of kBarriersAligned.)
   static constexpr int kFullWeightsAt = 128, kFullTokensAt = 256;
   static constexpr int kEmpty = 64, kProducts = 128;  // from the barrier of a full stage on
   static constexpr int kStagingAt = 512;
@@ -72,16 +81,20 @@ struct PrefillTraits {
 };
 
 // A ring's next stage: where it is, the barrier that says that it is full, and the parity of the
-// phase of that barrier which is waited for.
+// phase of that barrier which is waited for. The barriers of a ring begin at a multiple of
+// kBarriersAligned.
+constexpr uint32_t kBarriersAligned = 128;
+
 struct PrefillRing {
   uint32_t at, full, parity;
-  int number = 0;
 
-  // To the next of the stages at `begin`, whose barriers begin at `barriers`.
-  __device__ __forceinline__ void advance(uint32_t begin, uint32_t distance, uint32_t barriers,
-                                          int stages) {
-    at += distance, full += 8, ++number;
-    if (number == stages) at = begin, full = barriers, number = 0, parity ^= 1;
+  // To the next stage, by what is returned.
+  __device__ __forceinline__ uint32_t advance(uint32_t distance, int stages) {
+    full += 8;
+    if (full % kBarriersAligned == uint32_t(8 * stages))
+      full &= ~(kBarriersAligned - 1), parity ^= 1, distance *= 1 - stages;
+    at += distance;
+    return distance;
   }
 };
 
@@ -98,26 +111,11 @@ struct PrefillShared {
         block_bytes(Traits::block_bytes(params)),
         weight_bytes(Traits::weight_bytes(params)) {}
 
-  // Of weights, and of tokens; `tokens` is counted in addresses where they are written, and as
-  // wgmma's descriptors have it where they are multiplied.
   __device__ __forceinline__ PrefillRing weight_ring(uint32_t parity) const {
     return {weights, base + Traits::kFullWeightsAt, parity};
   }
-  __device__ __forceinline__ void next_weights(PrefillRing& ring, int stages) const {
-    ring.advance(weights, weight_bytes, base + Traits::kFullWeightsAt, stages);
-  }
   __device__ __forceinline__ PrefillRing token_ring(uint32_t parity) const {
     return {tokens, base + Traits::kFullTokensAt, parity};
-  }
-  __device__ __forceinline__ void next_tokens(PrefillRing& ring, int stages) const {
-    ring.advance(tokens, Traits::kTokenBytes, base + Traits::kFullTokensAt, stages);
-  }
-  __device__ __forceinline__ PrefillRing descriptor_ring(uint32_t parity) const {
-    return {tokens_descriptor(tokens), base + Traits::kFullTokensAt, parity};
-  }
-  __device__ __forceinline__ void next_descriptor(PrefillRing& ring, int stages) const {
-    ring.advance(tokens_descriptor(tokens), Traits::kTokenBytes / 16,
-                 base + Traits::kFullTokensAt, stages);
   }
 };
 

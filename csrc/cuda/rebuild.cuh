@@ -125,7 +125,8 @@ __device__ __forceinline__ void Warp<Traits>::rebuild_step(Rebuilt& block) {
 #pragma unroll
     for (int m = 0; m < kBlockTiles; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) kept[m][i] = T::multiply(kept[m][i], block.scales[m][i % 2]);
+      for (int i = 0; i < 4; ++i)
+        kept[m][i] = T::multiply(kept[m][i], twice(block.scales[m], i % 2));
   }
   Selectors two;
   Weights pruned;
@@ -156,10 +157,9 @@ __device__ __forceinline__ void Warp<Traits>::load_scales(Rebuilt& block) const 
   uint32_t words[4] = {};
   if constexpr (Traits::kPowers) load_shared(words, read.powers_at);
 #pragma unroll
-  for (int m = 0; m < kBlockTiles; ++m) {
-    const float powers[2] = {__uint_as_float(words[2 * m]), __uint_as_float(words[2 * m + 1])};
-    scale_pairs<T>(block.scales[m], both[m], powers);
-  }
+  for (int m = 0; m < kBlockTiles; ++m)
+    block.scales[m] =
+        scale_pair<T>(both[m], __uint_as_float(words[2 * m]), __uint_as_float(words[2 * m + 1]));
 }
 
 // The selectors of a k16's four groups.

@@ -38,11 +38,8 @@ struct LinearTraits {
 
   // ---- how registers are spent ----
 
-  // Token tiles that go through a K-block together. Scales need a second set of sums, which would
-  // spill if it held 64 tokens at once.
-  static constexpr int kPassTiles = kScaled && kTokenTiles == 8 ? 4 : kTokenTiles;
   // Activation fragments that are held at once: 16 registers at most.
-  static constexpr int kHeldFragments = kPassTiles < 4 ? kPassTiles : 4;
+  static constexpr int kHeldFragments = kTokenTiles < 4 ? kTokenTiles : 4;
   // Whether offsets that no K-block changes are kept in registers instead of being derived again.
   // Tiles of 64 tokens and the loop over ranks have no register to spare, and their products hide
   // the few additions.

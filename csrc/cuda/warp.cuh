@@ -87,7 +87,7 @@ struct HeldBlock {
   uint32_t metadata[Traits::kRowTiles][2];
   uint32_t complement[Traits::kRowTiles][2];  // metadata of the pruned positions
   uint32_t signs[Traits::kRowTiles][Traits::kSignWords];
-  float group_sum[Traits::kRowTiles][Traits::kScaled ? Traits::kPassTiles : 1][4];  // of one scale
+  float group_sum[Traits::kRowTiles][Traits::kScaled ? Traits::kTokenTiles : 1][4];  // of one scale
 };
 
 // The same where W is rebuilt.
@@ -98,8 +98,8 @@ struct RebuiltBlock {
   uint32_t words[kBlockTiles][4];
   uint32_t metadata[4][4];  // [2 (step % 2) + c][2 tile + step / 2]
   TileSigns signs[kBlockTiles];
-  uint32_t scales[kBlockTiles][2];  // of rows g and g + 8, each twice
-  uint32_t u[4];                    // [2 tile + h], likewise, of the only rank
+  uint32_t scales[kBlockTiles];  // of rows g (low half) and g + 8
+  uint32_t u[4];                 // [2 tile + h], each twice, of the only rank
 };
 
 // The methods are listed by the file that defines them.
@@ -154,16 +154,15 @@ struct Warp {
   __device__ void multiply_stage(const Factors& u);
   __device__ void open(Block& block) const;
   __device__ void load_signs(Block& block, int pair) const;
-  // and one step of it, for the token tiles [pass, pass + kPassTiles) or from `first` on.
+  // and one step of it, or of that the held fragments of token tiles from `first` on.
   template <int kStep>
-  __device__ void step(Block& block, const Factors& u, int pass);
+  __device__ void step(Block& block, const Factors& u);
   template <int kStep>
   __device__ void load_values(Fragment& a, Fragment& words, uint32_t values_at) const;
   template <int kStep>
   __device__ void load_activations(Activations& b, const Block& block, int first) const;
   template <int kStep>
-  __device__ void add_values(Block& block, const Weights& a, const Activations& b, int first,
-                             int pass);
+  __device__ void add_values(Block& block, const Weights& a, const Activations& b, int first);
   template <int kStep>
   __device__ void add_sign_term(const Block& block, const Activations& b, int first,
                                 const Factors& u, const Fragment& v);
@@ -176,7 +175,7 @@ struct Warp {
   template <int kStep, int kColumn, int kHalf>
   __device__ uint32_t levels(const SignWords& signs) const;
   template <int kStep>
-  __device__ void apply_scales(Block& block, int pass);
+  __device__ void apply_scales(Block& block);
   template <int kStep>
   __device__ void add_dense(const Block& block, const Activations& b, int first);
 

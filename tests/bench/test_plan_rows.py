@@ -9,10 +9,10 @@ import fit_plans
 import plan_rows
 import pytest
 
-from slab_kernels.backends.cuda import measured, plan
+from slab_kernels.backends.cuda import measured, plan, prefill, unknowns
 from slab_kernels.backends.cuda.gpus import gpu_named
 from slab_kernels.backends.cuda.layout import INT4
-from slab_kernels.backends.cuda.tiles import MANY, NARROW, WIDE, CudaSizes
+from slab_kernels.backends.cuda.tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 H100 = gpu_named("H100")
@@ -108,6 +108,101 @@ def test_the_last_file_that_has_a_regime_decides(written):
     assert not plan_rows.rows(timings, H100)
     timings = [*plan_rows.fused(second), *plan_rows.fused(first)]
     assert {row.file for row in plan_rows.rows(timings, H100)} == {"first.csv"}
+
+
+# ---- the kernels for many tokens
+
+
+def timed_prefill(sizes: CudaSizes, M: int, took, gpu=H100) -> list[dict]:
+    """Rows of a file of every plan of prefill.py. took: microseconds by plan."""
+    found = []
+    for each in prefill.plans(sizes, M, gpu):
+        line = (sizes.N, sizes.K, "int4", M, "fused", *fit_plans.how(each))
+        line += (1.0, "memory", took(each), 0.1, each.loop)
+        found.append(dict(zip(plan_rows.COLUMNS, line, strict=True)))
+    return found
+
+
+def test_rows_of_prefill_kernels_are_made_of_their_own_times(written, tmp_path, capsys):
+    """Of each kind the fastest way that was timed for all of a regime, if it beats the model's own;
+    the file says which, and the backend takes it."""
+
+    def took(each):
+        return 3.0 if (each.kind, each.share) == ("both", 8) else 4.0 + each.weight_stages / 8
+
+    lines = [line for M in (32, 64, 128) for line in timed_prefill(SIZES, M, took)]
+    found = plan_rows.rows(plan_rows.fused(written("new.csv", lines)), H100)
+    few = [row for row in found if row.tokens <= 64]
+    assert [(row.loop, row.split, row.above, row.tokens) for row in few] == [
+        ("prefill_both", (64, 8), 16, 32), ("prefill_both", (64, 8), 32, 64)
+    ]  # fmt: skip
+    plan_rows.write_rows([tmp_path / "new.csv"], H100, out := tmp_path / "rows.json")
+    assert set(measured.rows(out)) == set(found)
+
+
+def test_a_file_without_signs_speaks_of_the_kernel_for_kept_pairs(written):
+    alone = SIZES._replace(rank=0)
+    lines = timed_prefill(alone, 64, lambda _: 5.0)
+    (timing, *_) = plan_rows.fused(written("new.csv", lines))
+    assert (timing.loop, timing.sizes.rank, timing.plan(H100).kind) == ("prefill_one", 0, "one")
+    assert timing.plan(gpu_named("A100")) is None
+
+
+def test_times_of_a_loop_are_not_compared_with_another(written):
+    """The loop for many gets its row although a prefill kernel took less."""
+    many = [line for M in (32, 64) for line in timed(M, lambda e: 9.0 - (e.splits == 2))]
+    lines = many + [line for M in (32, 64) for line in timed_prefill(SIZES, M, lambda _: 1.0)]
+    found = plan_rows.rows(plan_rows.fused(written("new.csv", lines)), H100)
+    assert plan.own(MANY, SIZES, 64, H100).splits == 1
+    assert {(row.loop, row.splits) for row in found} == {(MANY, 2)}
+
+
+# ---- the constants
+
+
+def a_gpu_with(monkeypatch, **constants) -> None:
+    for name, value in constants.items():
+        monkeypatch.setattr(unknowns, name, value)
+
+
+@pytest.mark.parametrize(
+    "true",
+    [
+        {"COPY_WRITES": 0.3, "TABLE_WAVEFRONTS": 1.0, "CONSUMER_WAIT": 0.8},
+        {"COPY_WRITES": 1.0, "TABLE_WAVEFRONTS": 1.6, "CONSUMER_WAIT": 3.0},
+    ],
+)
+def test_the_unknowns_are_fitted_to_times_of_prefill_kernels(written, monkeypatch, true):
+    """Times that the model itself makes with other constants: they are found again."""
+    shapes = [SIZES, SIZES._replace(rows=(28672,)), SIZES._replace(K=14336)]
+    before = {name: getattr(unknowns, name) for name in fit_plans.UNKNOWN}
+    with monkeypatch.context() as patch:
+        a_gpu_with(patch, **true)
+        lines = [
+            line
+            for sizes in shapes
+            for M in (64, 128, 1024)
+            for line in timed_prefill(sizes, M, lambda each: each.microseconds)
+        ]
+    a_gpu_with(monkeypatch, **before)  # Whatever the fit sets is put back.
+    model = fit_plans.Model(plan_rows.fused(written("new.csv", lines)), H100)
+    assert [name for _, name, *_ in model.constants()] == list(fit_plans.UNKNOWN)
+    wrong = model.error()
+    assert model.fit() < wrong / 4
+    for name, value in true.items():
+        assert getattr(unknowns, name) == pytest.approx(value, rel=0.25), name
+
+
+def test_only_what_was_timed_is_fitted():
+    """The file of the loop for many tells nothing of the unknowns; that of the loop that rebuilds
+    the weight tells of the table alone."""
+    older = fit_plans.Model(plan_rows.fused(RESULTS / "plans-h100.csv"), H100)
+    assert [name for _, name, *_ in older.constants()] == list(fit_plans.FITTED)
+    a100 = gpu_named("A100")
+    rebuilt = plan.own(REBUILD, SIZES, 64, a100)
+    how = (64, rebuilt.tile, 64, rebuilt.splits, rebuilt.stages, rebuilt.resident, 9.0, "x.csv")
+    newer = fit_plans.Model([plan_rows.Timing(SIZES, *how)], a100)
+    assert [name for _, name, *_ in newer.constants()] == ["TABLE_WAVEFRONTS"]
 
 
 def test_rows_of_other_gpus_stay(written, tmp_path, capsys):

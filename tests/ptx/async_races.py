@@ -9,9 +9,9 @@ The clocks of all warps of a cluster have one column for each of its
   mbarriers    phases that are over: the bytes of a bulk copy belong to the phase they complete.
 
 A wgmma's reads of B are noted for its warpgroup, and over for those who know that all four warps
-have waited. An arrival of some lanes of a warp releases what the others of the warp did before the last
-bar.warp.sync, and what these did: an epoch in which others have touched shared memory stays open. A
-wait by some lanes counts for their whole warp."""
+have waited. An arrival of some lanes of a warp releases what the others of the warp did before the
+last bar.warp.sync, and what these did: an epoch in which others have touched shared memory stays
+open. A wait by some lanes counts for their whole warp."""
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class AsyncRaces(Races):
     def epoch(self, warp):
         return int(self.clock[warp, warp % self.warps])
 
-    def has_seen(self, warp, other, epoch):
-        return bool(self.clock[warp, other % self.warps] > epoch)
+    def has_seen(self, warps, other, epoch):
+        return self.clock[warps, other % self.warps] > epoch
 
     def last(self, warp):
         """(column, epoch) of what this warp has done so far."""
@@ -94,11 +94,12 @@ class AsyncRaces(Races):
 
     def issue_bulk(self, at, width, lanes):
         """A bulk copy into these bytes: a write now, closed until land()."""
-        cells, _, warp, _, lanes_ = self._cells(at, width, lanes, False)
+        cells, _, warp, local, lanes_ = self._cells(at, width, lanes, False)
         tag, writer = self.written[cells] >> EPOCH, self.writer[cells].astype(np.intp)
-        stored = (writer < self.warps) & (tag > 0)
+        stored = (writer < self.warps) & (tag > 0) & (self.in_flight[cells] == 0)
         column = np.where(stored, self.fenced + writer, 0)
-        bad = stored & (self.clock[warp, column] <= tag) & (self.clock[warp, writer] > tag)
+        known = (self.clock[warp, writer] > tag) | (writer == local)
+        bad = stored & known & (self.clock[warp, column] <= tag)
         if bad.any():
             self._fail(
                 "a bulk copy over stores with no fence.proxy.async between", cells, bad, lanes_
@@ -134,7 +135,7 @@ class AsyncRaces(Races):
         clock = self.clock[first[:, None] + np.arange(4)].min(1)
         tag, writer = self.written[cells] >> EPOCH, self.writer[cells].astype(np.intp)
         needed = np.where(writer < self.warps, self.fenced + writer, writer)
-        unseen = np.take_along_axis(clock, needed, 1) <= tag
+        unseen = (np.take_along_axis(clock, needed, 1) <= tag) | (tag == 0)
         if unseen.any():
             k = int(np.argmax(unseen.reshape(-1)))
             known = np.take_along_axis(clock, writer, 1).reshape(-1)[k] > tag.reshape(-1)[k]
@@ -142,6 +143,8 @@ class AsyncRaces(Races):
             text = f"a wgmma reads what {who} wrote, with no "
             text += "fence.proxy.async" if known else "wait for it"
             text += " between" if known else " by all four warps"
+            if not tag.reshape(-1)[k]:
+                text = "a wgmma reads bytes that nobody has written"
             self._fail(text, cells.reshape(-1), unseen.reshape(-1), lanes)
         mine = (epochs << EPOCH | WARP).astype(np.int32)
         self.read_[cells, self.warps + self._group(first)[:, None]] = mine[:, None]

@@ -31,7 +31,7 @@ class BulkCopies:
         """A copy of 16-byte pieces `data` to the offsets `places` of a CTA."""
         lanes = np.full(places.size, lane)
         flat = m.shared.locate(np.full(places.size, cta), places, 16, lanes)
-        barrier = m.mbarriers.find(m, lane, cta, barrier_at)
+        barrier = m.mbarriers.find(m, lanes[:1], cta, barrier_at)
         if not barrier.fenced:
             text = "fence.mbarrier_init or fence.proxy.async since its initialisation"
             raise PtxError(f"a bulk copy with the {barrier}, with no {text}", lane)

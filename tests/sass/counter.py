@@ -158,7 +158,8 @@ class Kernel:
         the tile.
 
         A loop that copies x has several copies a trip, of two token rows each; one with a single
-        copy takes v, a rank each trip, and so does one that rebuilds W. Raises: ValueError for a loop of an unknown kind.
+        copy takes v, a rank each trip, and so does one that rebuilds W.
+        Raises: ValueError for a loop of an unknown kind.
         """
         copies = [i for i in self.of(loop.blocks) if i.base == "LDGSTS"]
         rebuilds = self.name.startswith("rebuild_")

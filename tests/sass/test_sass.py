@@ -1,5 +1,6 @@
 """The gate on machine code: each kernel of csrc/cuda, on every architecture, has the instructions
-that were meant and no others. Those for up to 16 tokens are held by test_sass_decode.py.
+that were meant and no others. Those for up to 16 tokens are held by test_sass_decode.py, those that
+rebuild W by test_sass_rebuild.py.
 
 Nothing is skipped: without nvcc or a disassembler these tests fail, in one sentence. Compiling
 takes about 15 seconds an architecture, once for each version of the sources.
@@ -31,6 +32,7 @@ SIMPLE_REGISTERS, ANY_REGISTERS = (
     128,
 )  # reduce and dense: four CTAs of 256 threads; dense of any rank: two
 ROW_TILES, STEPS = 2, 4  # of a warp, of a K-block
+KEPT_PAIRS = 32  # registers of kept values that a lane has of a K-block
 WITHIN = 0.10  # of cost.ISSUE
 PLANES_WITHIN = 0.02  # of cost.PLANES_ISSUE: two tiles, a line through both
 PLANES_NAMES = {2: "two", 3: "three"}
@@ -44,11 +46,11 @@ def tokens_of(name: str) -> int:
 
 
 def many(kernels: dict[str, sass.Kernel]) -> dict[str, sass.Kernel]:
-    """Without the kernels for up to 16 tokens."""
+    """Without the kernels for up to 16 tokens, and those that rebuild W."""
     return {
         name: kernel
         for name, kernel in kernels.items()
-        if not name.startswith(("narrow_", "wide_")) and not name.endswith("_t16")
+        if not name.startswith(("narrow_", "wide_", "rebuild_")) and not name.endswith("_t16")
     }
 
 
@@ -161,6 +163,28 @@ def test_the_main_loop_copies_past_the_registers_and_converts_nothing(machine_co
             ].append(name)
         if conversions := sorted({i.opcode for i in main if i.pipe == "xu"}):
             wrong[f"conversions or divisions in the main loop: {conversions}"].append(name)
+    wrong.check()
+
+
+@EVERY
+def test_a_code_is_converted_once_whatever_the_number_of_tokens(machine_code, architecture):
+    """In fp16 the last instruction of a conversion is an HADD2, of which there are no others."""
+    kernels, wrong = machine_code(architecture)[1], Findings()
+    for values, ranks, tokens in itertools.product(("int8", "int4"), ("one", "any"), REGISTERS):
+        kernel = kernels[f"linear_fp16_{values}_{ranks}_t{tokens}"]
+        found = sum(i.base == "HADD2" for i in kernel.of(kernel.main.blocks))
+        if found != KEPT_PAIRS:
+            wrong[f"{found} conversions of {KEPT_PAIRS} pairs"].append(kernel.name)
+    wrong.check()
+
+
+@EVERY
+def test_no_selector_of_bytes_is_masked(machine_code, architecture):
+    """`__byte_perm` masks a selector that only run time knows; an inline PRMT does not."""
+    wrong = Findings()
+    for kernel in machine_code(architecture)[1].values():
+        if any("0x7777" in i.operands for i in kernel.instructions):
+            wrong["a mask of a PRMT's selector"].append(kernel.name)
     wrong.check()
 
 

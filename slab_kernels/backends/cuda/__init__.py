@@ -1,15 +1,16 @@
 """The fused CUDA kernels of csrc/cuda, for A100 (sm_80) and newer: `slab_kernels::linear_cuda`.
 
 They are loaded on first use. `prepare` orders the canonical packed tensors as the tensor cores'
-lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by measured rows
-(measured.py) or a cost model (cost.py) of the GPU (gpus.py), launch.py queues one kernel (two with
-an adapter, one more where K is split over CTAs), and driver.py talks to the driver. prefetch.py
-knows which weight comes next, if somebody said so. images.py finds the machine code, which
-compile.py builds ahead of time and nvrtc.py at run time.
+lanes want them (layout.py). For a call plan.py chooses a family of kernels and a tile (tiles.py,
+prefill.py) by measured rows (measured.py) or a cost model (cost.py, prefill_cost.py) of the GPU
+(gpus.py), explain.py says why, launch.py queues one kernel (two with an adapter, one more where K
+is split over CTAs), and driver.py talks to the driver. prefetch.py knows which weight comes next,
+if somebody said so. images.py finds the machine code, which compile.py builds ahead of time and
+nvrtc.py at run time.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
-token's result depends on no other token. Above 64 that holds for every kernel here; where the plan
-rebuilds the weight instead, it is cuBLAS that decides.
+token's result depends on no other token. Above 64 the order in which its products are added depends
+on the number of tokens; where the plan rebuilds the weight instead, it is cuBLAS that decides.
 
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be. v * x is
 rounded to the activations' type, u * v is not rounded at all. From 17 tokens on, where a rank above

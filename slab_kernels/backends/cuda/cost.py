@@ -84,16 +84,17 @@ ANY_ISSUE = {  # 8 tokens of any rank: (fixed, for each product of 8 sign column
 # More where a scale covers 32 or 64 inputs, for each 8 columns of kept values.
 GROUPS_ISSUE = 60
 # The loop for many tokens: (fixed, per 8 tokens).
-ISSUE = {W16: (193, 60), INT8: (233, 79), INT4: (159, 98), DENSE: (103, 96)}
+ISSUE = {W16: (193, 60), INT8: (270, 68), INT4: (243, 76), DENSE: (103, 96)}
 PLANES_ISSUE = {  # by sign planes, of rank 1
     2: {W16: (239, 53), INT8: (323, 61), INT4: (326, 61)},
     3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
 }
 TALL_ISSUE = {W16: (330, 71)}  # for 64 rows x 128 inputs
-# The loop that rebuilds the weight, of rank 1 and one plane: (fixed, per 8 tokens); more for each
-# rank above the first, and for two or three planes.
-REBUILD_ISSUE = {W16: (466, 26.5), INT8: (640, 26.5), INT4: (606, 26.5)}
-REBUILD_RANK_ISSUE, REBUILD_PLANES_ISSUE = 80, 64
+# The loop that rebuilds the weight, counted for sm_80: (fixed, per 8 tokens). Those of any rank and
+# number of planes with the first rank, and with all that planes of one number or another need.
+REBUILD_ISSUE = {W16: (427, 28.9), INT8: (552, 28.5), INT4: (555, 28.6)}
+REBUILD_ANY_ISSUE = {W16: (793, 30.1), INT8: (926, 29.8), INT4: (920, 30.5)}
+REBUILD_RANK_ISSUE = 80  # more for each rank above the first
 LOOK_UPS = 32  # of a warp in the table of selectors, for each K block
 ROW_OF_V_BYTES = STEPS * 2 * SHARED_PORT  # that such a warp reads of shared memory: two wavefronts
 
@@ -126,6 +127,11 @@ class Plan:
     stages: int  # K blocks in a ring
     resident: int  # CTAs that a multiprocessor holds at once
     measured: MeasuredRow | None = None
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """The K groups of a CTA and the CTAs that share K."""
+        return self.tile.warp_inputs, self.splits
 
     @property
     def cta_tokens(self) -> int:
@@ -267,8 +273,9 @@ class Plan:
         values, rank = self.sizes.values, self.sizes.rank
         planes = self.sizes.planes if rank else 0
         if self.tile.loop == REBUILD:
-            fixed, per_token_tile = REBUILD_ISSUE[values]
-            fixed += REBUILD_RANK_ISSUE * (rank - 1) + REBUILD_PLANES_ISSUE * (planes > 1)
+            any_rank = rank > 1 or planes > 1
+            fixed, per_token_tile = (REBUILD_ANY_ISSUE if any_rank else REBUILD_ISSUE)[values]
+            fixed += REBUILD_RANK_ISSUE * (rank - 1)
             return fixed + per_token_tile * (self.tokens // COLUMNS)
         if self.tile.loop != MANY:
             return DECODE_ISSUE * self._decode_instructions(planes)
@@ -396,10 +403,19 @@ def rebuild(sizes: CudaSizes, M: int, gpu: Gpu) -> Rebuild:
     """What rebuilding takes for M tokens."""
     pieces = sum(sizes.row_tiles(REBUILT_ROWS))
     rebuilding = (sizes.stream_bytes + 2 * sizes.N * sizes.K) / bytes_per_us(gpu)
-    adapter = 2 * LAUNCH_US * pieces if sizes.adapter_steps else 0.0
+    adapter = _rebuilt_adapter_us(sizes, M, gpu, pieces) if sizes.adapter_steps else 0.0
     started = (LAUNCH_US + FILL_US) * pieces
     product = dense_microseconds(sizes.N, sizes.K, M, gpu)
     return Rebuild(4 * gpu.multiprocessors, rebuilding + started + adapter + product)
+
+
+def _rebuilt_adapter_us(sizes: CudaSizes, M: int, gpu: Gpu, pieces: int) -> float:
+    """What the adapter of a rebuilt weight takes: z = x Q and z P^T, to which each piece's product
+    is added, or from K tokens on P Q added to each piece."""
+    if M >= sizes.K:
+        return 2 * LAUNCH_US * pieces + 4 * sizes.N * sizes.K / bytes_per_us(gpu)
+    z = 2 * (M + sizes.adapter().N) * sizes.K / bytes_per_us(gpu)
+    return z + FILL_US + LAUNCH_US * (1 + len(sizes.rows)) + 4 * M * sizes.N / bytes_per_us(gpu)
 
 
 def dense_microseconds(N: int, K: int, M: int, gpu: Gpu) -> float:

@@ -27,7 +27,7 @@ def explained(sizes: CudaSizes, M: int, gpu: Gpu) -> str:
     text = f"{gpu.name}: {chosen.describe()}; a dense fp16 linear by the same model: {dense:.1f} us"
     if M <= DECODE:
         return text
-    found = weighed(sizes, M, gpu)
+    found = list(weighed(sizes, M, gpu))
     others = [f"{FAMILIES[each.family]} ({each.microseconds:.1f} us)" for each in found]
     if not isinstance(chosen, Rebuild):
         if found[0].adapter_us:

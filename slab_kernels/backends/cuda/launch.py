@@ -26,12 +26,12 @@ from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
 from .device import BIAS_CODES, DTYPE_NAMES, VALUE_NAMES, CudaDevice
 from .gpus import Gpu
-from .layout import BLOCK_ROWS, DENSE, W16, CudaState
+from .layout import BLOCK_ROWS, DENSE, W16, CudaState, padded_rows
 from .plan import choose
 from .prefetch import successor_of
 from .prefill import CAPABILITY, Prefill
 from .prefill_launch import PrefillLaunch, multiply, prefill_launch, prefill_names, set_parts
-from .tiles import MANY, NARROW, REBUILD, WIDE, CudaSizes, sizes_of
+from .tiles import MANY, NARROW, REBUILD, REBUILD_REGISTERS, WIDE, CudaSizes, sizes_of
 from .unpack import adapters
 
 PLANE_NAMES = {0: "none", 1: "one", 2: "two", 3: "three"}  # sign planes; none without a rank
@@ -84,19 +84,20 @@ class Launches(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches:
-    """What runs M tokens. A rebuilt weight includes its adapter, so that z is not needed."""
+    """What runs M tokens. A rebuilt weight includes its adapter from K tokens on: then it is
+    cheaper to add P Q to the weight [N, K] than z P^T to the result [M, N]."""
     act = DTYPE_NAMES[dtype]
     chosen = choose(sizes, M, gpu)
-    if isinstance(chosen, Rebuild):
-        template = _template(sizes, M, chosen, z_splits=0)
-        return Launches(None, RebuildLaunch(_dense_name(sizes, act), chosen, template))
     adapter, z_splits = None, 1
-    if sizes.adapter_steps:
+    if sizes.adapter_steps and not (isinstance(chosen, Rebuild) and M >= sizes.K):
         inner = sizes.adapter()
         plan = choose(inner, M, gpu)
         assert isinstance(plan, Plan)  # An adapter's sizes are never rebuilt.
         name = _name(inner, act, plan.tile.loop, plan.tokens)
         adapter, z_splits = FusedLaunch(name, plan, _template(inner, M, plan, 1)), plan.splits
+    if isinstance(chosen, Rebuild):
+        template = _template(sizes, M, chosen, z_splits=0)
+        return Launches(adapter, RebuildLaunch(_dense_name(sizes, act), chosen, template))
     if isinstance(chosen, Prefill):
         return Launches(adapter, prefill_launch(chosen, dtype))
     name = _name(sizes, act, chosen.tile.loop, chosen.tokens, chosen.tile.tall)
@@ -146,6 +147,8 @@ def kernel_names(sizes: CudaSizes, dtype: torch.dtype, gpu: Gpu) -> list[str]:
         ]
     if gpu.capability == CAPABILITY:
         found += prefill_names(sizes, dtype)
+    elif sizes.rank:
+        found += [_name(sizes, act, REBUILD, tokens) for tokens in REBUILD_REGISTERS]
     return [*found, f"reduce_{act}", _dense_name(sizes, act)]
 
 
@@ -181,7 +184,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
     x = x.reshape(M, sizes.K)
     adapter, chosen = launches(sizes, M, x.dtype, device.gpu)
     if isinstance(chosen, RebuildLaunch):
-        return rebuilt(x, state, bias, chosen, device).view(shape)
+        return rebuilt(x, state, bias, adapter, chosen, device).view(shape)
     x = _aligned(x)
     y = x.new_empty(shape)
     if isinstance(chosen, PrefillLaunch):
@@ -194,7 +197,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
         assert state.P is not None
         z = _queue_adapter(x, state, adapter, device)
         args.adapter_p, args.adapter_z = state.P.data_ptr(), z.data_ptr()
-    args.stream, args.y = state.stream.data_ptr(), y.data_ptr()
+    args.stream = state.stream.data_ptr()
     args.next, args.next_bytes = successor_of(args.stream)
     if state.U is not None and state.V is not None:
         args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
@@ -202,13 +205,7 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
         args.powers = state.powers.data_ptr()
     if bias is not None:
         args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
-    splits = chosen.plan.splits
-    if splits > 1:
-        partial = x.new_empty(splits, M, N, dtype=torch.float32)
-        args.partial = partial.data_ptr()
-    _queue(chosen, args, device)
-    if splits > 1:
-        _queue_reduce(x, args, device)
+    _queue_whole(chosen, args, y, device)
     return y
 
 
@@ -235,25 +232,28 @@ def _queue(launch: FusedLaunch, args: LinearParams, device: CudaDevice) -> None:
     device.queue(launch.name, plan.grid, plan.block, plan.shared_bytes, args, True)
 
 
-def _queue_reduce(x: Tensor, args: LinearParams, device: CudaDevice) -> None:
-    """What adds the K-splits of y."""
-    grid = (ceil_div(args.out_features, THREADS), args.tokens, 1)
-    device.queue(f"reduce_{DTYPE_NAMES[x.dtype]}", grid, (THREADS, 1, 1), 0, args, True)
+def _queue_whole(launch: FusedLaunch, args: LinearParams, y: Tensor, device: CudaDevice) -> None:
+    """The kernel that writes y [..., N], and the one that adds its partial sums if K is split."""
+    splits, (M, N) = launch.plan.splits, (launch.plan.M, launch.plan.sizes.N)
+    args.y = y.data_ptr()
+    if splits == 1:
+        _queue(launch, args, device)
+        return
+    partial = y.new_empty(splits, M, N, dtype=torch.float32)
+    args.partial = partial.data_ptr()
+    _queue(launch, args, device)
+    grid = (ceil_div(N, THREADS), M, 1)
+    device.queue(f"reduce_{DTYPE_NAMES[y.dtype]}", grid, (THREADS, 1, 1), 0, args, True)
 
 
 def _rounded_z(x: Tensor, state: CudaState, launch: FusedLaunch, device: CudaDevice) -> Tensor:
-    """z = x Q in x's dtype, its K-splits added: [M, parts * R' padded to 16]."""
+    """z = x Q of x [M, K] with aligned rows: [M, parts * R' padded to 16] in x's dtype."""
     assert state.Q is not None
-    splits, M, ranks = launch.plan.splits, x.shape[0], launch.plan.sizes.N
-    z, args = x.new_empty(M, ranks), LinearParams.from_buffer_copy(launch.template)
+    z = x.new_empty(x.shape[0], launch.plan.sizes.N)
+    args = LinearParams.from_buffer_copy(launch.template)
     _set_activations(args, x)
-    args.stream, args.y = state.Q.data_ptr(), z.data_ptr()
-    if splits > 1:
-        partial = x.new_empty(splits, M, ranks, dtype=torch.float32)
-        args.partial = partial.data_ptr()
-    _queue(launch, args, device)
-    if splits > 1:
-        _queue_reduce(x, args, device)
+    args.stream = state.Q.data_ptr()
+    _queue_whole(launch, args, z, device)
     return z
 
 
@@ -270,23 +270,34 @@ def _queue_adapter(x: Tensor, state: CudaState, launch: FusedLaunch, device: Cud
 
 
 def rebuilt(
-    x: Tensor, state: CudaState, bias: Tensor | None, launch: RebuildLaunch, device: CudaDevice
+    x: Tensor,
+    state: CudaState,
+    bias: Tensor | None,
+    adapter: FusedLaunch | None,
+    launch: RebuildLaunch,
+    device: CudaDevice,
 ) -> Tensor:
     """x [M, K] -> [M, sum of rows] by cuBLAS, REBUILT_ROWS rows of a part at a time.
 
-    The rows are rebuilt by a `dense_*` kernel and their adapter is added; the next rows take the
-    same memory.
+    The rows are rebuilt by a `dense_*` kernel; the next rows take the same memory. With `adapter`,
+    which computes z = x Q, the result begins as z P^T + bias and each product is added to it; else
+    P Q is added to the rows.
     """
     y = x.new_empty(x.shape[0], sum(state.rows))
     K, k_blocks = state.in_features, state.stream.shape[1]
     pitch = ceil_div(K, 8) * 8  # as dense_pitch of csrc/cuda/dense.cuh
     W = x.new_empty(min(REBUILT_ROWS, max(state.rows)), pitch)[:, :K]
-    factors = adapters(state)
     bias = None if bias is None else bias.to(x.dtype)
     args = LinearParams.from_buffer_copy(launch.template)
     args.y = W.data_ptr()
-    done = 0  # columns of y
+    factors: list[tuple[Tensor, Tensor]] = []
     with torch.autocast(x.device.type, enabled=False):  # The result has x's type even in autocast.
+        if adapter is not None:
+            x = _aligned(x)
+            _begin_with_adapter(y, _rounded_z(x, state, adapter, device), state, bias)
+        else:
+            factors = adapters(state)
+        done = 0  # columns of y
         for part, rows in enumerate(state.rows):
             for start in range(0, rows, REBUILT_ROWS):
                 count = min(REBUILT_ROWS, rows - start)
@@ -303,9 +314,30 @@ def rebuilt(
                 if factors:
                     P, Q = factors[part]
                     piece.addmm_(P[start : start + count], Q)
-                if bias is None:
-                    torch.mm(x, piece.T, out=result)
+                if adapter is not None:
+                    result.addmm_(x, piece.T)
                 else:
-                    torch.addmm(bias[done : done + count], x, piece.T, out=result)
+                    own_bias = None if bias is None else bias[done : done + count]
+                    _multiply(x, piece, own_bias, result)
                 done += count
     return y
+
+
+def _begin_with_adapter(y: Tensor, z: Tensor, state: CudaState, bias: Tensor | None) -> None:
+    """y = z P^T + bias, part by part."""
+    assert state.P_rows is not None
+    padded = state.P_rows.split(padded_rows(state.rows))
+    parts = zip(z.split(state.P_rows.shape[1], 1), padded, state.rows, strict=True)
+    done = 0
+    for own_z, P, rows in parts:
+        own_bias = None if bias is None else bias[done : done + rows]
+        _multiply(own_z, P[:rows], own_bias, y[:, done : done + rows])
+        done += rows
+
+
+def _multiply(x: Tensor, W: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = x W^T + bias, by cuBLAS."""
+    if bias is None:
+        torch.mm(x, W.T, out=y)
+    else:
+        torch.addmm(bias, x, W.T, out=y)

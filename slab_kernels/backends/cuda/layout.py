@@ -52,12 +52,13 @@ ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 # The schema of an op's arguments that make a CudaState: its TENSORS tensors, then its sizes.
 TENSOR_ARGUMENTS = (
-    "Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? powers, Tensor? dense"
+    "Tensor stream, Tensor? V, Tensor? U, Tensor? P, Tensor? Q, Tensor? powers, Tensor? dense, "
+    "Tensor? P_rows"
 )
 SIZE_ARGUMENTS = (
     "int in_features, int[] rows, int value_type, int group_steps, int planes, ScalarType dtype"
 )
-TENSORS = 7
+TENSORS = 8
 
 
 class CudaState(NamedTuple):
@@ -70,6 +71,7 @@ class CudaState(NamedTuple):
     Q: Tensor | None  # [pairs of parts R', K blocks, 8192 bytes] uint8: Q^T as a dense stream
     powers: Tensor | None  # [32 row pairs] fp32: of each row, see powers.py; None: 1 everywhere
     dense: Tensor | None  # [sum of rows, K] in the activations' type: the weight with its adapter
+    P_rows: Tensor | None  # [32 row pairs, R' padded to 16] in the activations' type: P for cuBLAS
     in_features: int
     rows: tuple[int, ...]  # out_features of each part
     values: int  # W16, INT8 or INT4
@@ -99,14 +101,14 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
     layouts = [part.layout for part in parts]
     first = layouts[0]
     stream = torch.cat([_stream(part, dtype) for part in parts])
-    U = V = P = Q = powers = None
+    U = V = P = Q = P_rows = powers = None
     if first.rank:
         signs = [_sign_factors(part, dtype) for part in parts]
         U, V = torch.cat([u for u, _ in signs]), torch.stack([v for _, v in signs])
     if first.adapter_rank:
         adapter = [_adapter(part, dtype) for part in parts]
-        P, Q = torch.cat([p for p, _ in adapter]), _even(torch.cat([q for _, q in adapter]))
-        Q = _paired(Q, 2).flatten(2)
+        P_rows, Q = torch.cat([p for p, _ in adapter]), _even(torch.cat([q for _, q in adapter]))
+        P, Q = _adapter_fragments(P_rows), _paired(Q, 2).flatten(2)
     if dtype == torch.float16 and STREAM_VALUES[first.values] in (INT8, INT4):
         powers = torch.cat([_powers(part) for part in parts])
     state = CudaState(
@@ -117,6 +119,7 @@ def prepare(parts: Sequence[PackedWeight], dtype: torch.dtype) -> CudaState:
         Q,
         powers,
         dense=None,
+        P_rows=P_rows,
         in_features=first.in_features,
         rows=tuple(layout.out_features for layout in layouts),
         values=STREAM_VALUES[first.values],
@@ -326,12 +329,18 @@ def _powers(packed: PackedWeight) -> Tensor:
 
 
 def _adapter(packed: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """P as dense fragments [tiles, R' / 16, 32, 16] uint8, and Q transposed as dense tiles
+    """P with padded rows and columns [rows, R'], and Q transposed as dense tiles
     [R' / 16, K blocks, 4096] uint8."""
     tiles, k_blocks = _tiles(packed)
     P, Q = factors.adapter(packed, dtype)
     steps = ceil_div(P.shape[1], 16)
-    P = _fill(P, tiles * TILE_ROWS, steps * 16).view(tiles, 2, 8, 1, steps, 2, 4, 2)
+    P = _fill(P, tiles * TILE_ROWS, steps * 16)
     Q = _fill(Q.T, steps * 16, k_blocks * BLOCK_INPUTS).view(steps, 2, 8, k_blocks, 8, 2, 4, 2)
-    P, Q = _bytes(_fragments(P), tiles, steps), _bytes(_fragments(Q), steps, k_blocks)
-    return P.reshape(tiles, steps, 32, 16), Q
+    return P, _bytes(_fragments(Q), steps, k_blocks)
+
+
+def _adapter_fragments(P: Tensor) -> Tensor:
+    """P [rows, R'] as dense fragments [tiles, R' / 16, 32, 16] uint8."""
+    tiles, steps = P.shape[0] // TILE_ROWS, P.shape[1] // 16
+    fragments = _fragments(P.view(tiles, 2, 8, 1, steps, 2, 4, 2))
+    return _bytes(fragments, tiles, steps).reshape(tiles, steps, 32, 16)

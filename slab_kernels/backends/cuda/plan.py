@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from ...errors import ArgumentError
 from . import prefill
-from .cost import BAND, LAUNCH_US, Plan, Rebuild, dense_microseconds, rebuild
+from .cost import BAND, LAUNCH_US, REDUCE_US, Plan, Rebuild, dense_microseconds, rebuild
 from .gpus import Gpu
 from .layout import DENSE
 from .measured import MeasuredRow, PrefillRow, Row, rows_for
@@ -92,13 +92,13 @@ def choose(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> Plan | P
     """
     if M > FEW and M >= _rebuilt_from(sizes, gpu, by_rows):
         return rebuild(sizes, M, gpu)
-    found = weighed(sizes, M, gpu, by_rows)
-    if not found:
+    found = next(weighed(sizes, M, gpu, by_rows), None)
+    if found is None:
         raise _too_large(sizes, gpu)
-    return found[0].plan
+    return found.plan
 
 
-def weighed(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> list[Weighed]:
+def weighed(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> Iterator[Weighed]:
     """The best plan of each family for M tokens, first the one that is chosen among them.
 
     Up to 64 tokens their order is the same for all M of a regime.
@@ -107,12 +107,11 @@ def weighed(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> list[We
     rows = rows_for(sizes, gpu, *of) if by_rows else []
     if of[1] > FEW:
         each = [_best(family, sizes, M, gpu, None, rows) for family in families(sizes, gpu, of)]
-        return sorted(filter(None, each), key=lambda found: found.microseconds)
-    ordered = [
-        _best(family, sizes, M, gpu, split, rows)
-        for family, split in _ways(sizes, of, gpu, by_rows)
-    ]
-    return [found for found in ordered if found]
+        yield from sorted(filter(None, each), key=lambda found: found.microseconds)
+        return
+    for family, split in _ways(sizes, of, gpu, by_rows):
+        if found := _best(family, sizes, M, gpu, split, rows):
+            yield found
 
 
 def families(sizes: CudaSizes, gpu: Gpu, of: tuple[int, int]) -> list[str]:
@@ -130,8 +129,8 @@ def microseconds(sizes: CudaSizes, M: int, gpu: Gpu) -> float:
     """What a call of M tokens takes with the plan that is chosen; infinity if none fits."""
     if M > FEW and M >= _rebuilt_from(sizes, gpu, True):
         return rebuild(sizes, M, gpu).microseconds
-    found = weighed(sizes, M, gpu)
-    return found[0].microseconds if found else math.inf
+    found = next(weighed(sizes, M, gpu), None)
+    return found.microseconds if found else math.inf
 
 
 def takes_dense(sizes: CudaSizes, M: int, gpu: Gpu) -> bool:
@@ -193,8 +192,13 @@ def plans(
 
 def split_plans(sizes: CudaSizes, M: int, gpu: Gpu, loop: str) -> Iterator[Plan]:
     """Every plan for M tokens, M above 64, with one K group per CTA: K whole, or shared by CTAs
-    where tiles are few."""
-    most = MOST_WAVES * gpu.multiprocessors
+    where tiles are few.
+
+    K is whole for an adapter's z, but where prefill.py's kernels follow, which want its parts added
+    first: others would read them once for each of their CTAs.
+    """
+    shared = sizes.values != DENSE or gpu.capability == prefill.CAPABILITY
+    most = MOST_WAVES * gpu.multiprocessors if shared else 0
     for plan in plans(sizes, M, gpu, 1, 1, loop):
         yield plan
         if plan.token_tiles <= BAND:
@@ -312,8 +316,8 @@ def _rebuilt_from(sizes: CudaSizes, gpu: Gpu, by_rows: bool) -> float:
     if sizes.values == DENSE:
         return threshold
     for M in reversed(REBUILT_FROM):
-        fused = weighed(sizes, M, gpu, by_rows)
-        if fused and rebuild(sizes, M, gpu).microseconds >= fused[0].microseconds:
+        fused = next(weighed(sizes, M, gpu, by_rows), None)
+        if fused and rebuild(sizes, M, gpu).microseconds >= fused.microseconds:
             break
         threshold = M
     return threshold
@@ -350,12 +354,12 @@ def _best(
     found = plans_of(family, sizes, M, gpu, split)
     if not found:
         return None
-    first = _adapter_us(sizes, M, gpu)
+    first = _adapter_us(family, sizes.adapter(), M, gpu) if sizes.adapter_steps else 0.0
     for row in rows:
         covers = family_of(row) == family and row.above < M <= row.tokens
         if covers and (plan := named(row, found)):
             timed = named(row, plans_of(family, sizes, row.tokens, gpu, split)) or plan
-            took = row.measured_us * plan.microseconds / timed.microseconds
+            took = row.measured_us * (plan.microseconds / timed.microseconds)
             return Weighed(family, plan, took + first, first)
     fastest = _fastest(found)
     return Weighed(family, fastest, fastest.microseconds + first, first)
@@ -365,11 +369,17 @@ def _fastest(found: Sequence[Plan | Prefill]) -> Plan | Prefill:
     return min(found, key=lambda plan: plan.microseconds)
 
 
-def _adapter_us(sizes: CudaSizes, M: int, gpu: Gpu) -> float:
-    """What z = x Q takes, which comes first where there is an adapter."""
-    if not sizes.adapter_steps:
-        return 0.0
-    return weighed(sizes.adapter(), M, gpu)[0].microseconds
+@functools.lru_cache(maxsize=4096)
+def _adapter_us(family: str, adapter: CudaSizes, M: int, gpu: Gpu) -> float:
+    """What z = x Q takes, which comes first where there is an adapter.
+
+    Where K is split for it, the linear adds z's parts itself; the kernels of prefill.py want them
+    added before.
+    """
+    plan = choose(adapter, M, gpu)
+    assert isinstance(plan, Plan)
+    added = plan.splits > 1 and not family.startswith("prefill")
+    return plan.microseconds - (REDUCE_US if added else 0.0)
 
 
 @functools.lru_cache(maxsize=1024)

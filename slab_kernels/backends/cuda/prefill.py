@@ -353,10 +353,10 @@ def dealt(sizes: CudaSizes, M: int, gpu: Gpu, kind: str, tokens: int) -> Iterato
     room = min(gpu.shared_limit, gpu.shared_total // frame.resident - 1024)
     weight_bytes = weight_stage_bytes(sizes, rows)
     fitting = stages(room - head_bytes(frame.groups), weight_bytes, token_stage_bytes(kind, tokens))
-    if fitting is None:
+    most = gpu.multiprocessors * frame.resident // frame.pair
+    if fitting is None or not most:
         return
     tiles = ceil_div(sum(sizes.row_tiles(rows)), frame.pair) * ceil_div(M, tokens)
-    most = max(1, gpu.multiprocessors * frame.resident // frame.pair)
     for clusters, whole_tiles in dealings(tiles, sizes.k_blocks, most):
         yield Prefill(
             sizes,

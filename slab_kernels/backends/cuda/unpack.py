@@ -52,15 +52,13 @@ def adapters(state: CudaState) -> list[tuple[Tensor, Tensor]]:
 
     The list is empty for a weight without an adapter.
     """
-    if state.P is None or state.Q is None:
+    if state.P_rows is None or state.Q is None:
         return []
-    steps, k_blocks = state.P.shape[1], state.Q.shape[1]
-    left = state.P.contiguous().view(state.dtype).view(-1, steps, 8, 4, 2, 2, 2)
-    left = left.permute(0, 5, 2, 1, 4, 3, 6).reshape(-1, steps * 16)
+    padded_rank, k_blocks = state.P_rows.shape[1], state.Q.shape[1]
     right = _parted(state.Q, ()).view(state.dtype).view(-1, k_blocks, 8, 8, 4, 2, 2, 2)
     right = right.permute(0, 6, 3, 1, 2, 5, 4, 7).flatten(3).flatten(0, 2)
-    right = right[: len(state.rows) * steps * 16].view(len(state.rows), steps * 16, -1)
-    parts = zip(left.split(padded_rows(state.rows)), right, state.rows, strict=True)
+    right = right[: len(state.rows) * padded_rank].view(len(state.rows), padded_rank, -1)
+    parts = zip(state.P_rows.split(padded_rows(state.rows)), right, state.rows, strict=True)
     return [(P[:count], Q[:, : state.in_features]) for P, Q, count in parts]
 
 

@@ -275,6 +275,7 @@ def _comes_out_right(
         Q=None,
         powers=None,
         dense=None,
+        P_rows=None,
         in_features=K,
         rows=(BLOCK_ROWS,),
         values=values,

@@ -341,6 +341,7 @@ def test_kernels_are_loaded_with_the_weight(monkeypatch):
         Q=None,
         powers=None,
         dense=None,
+        P_rows=None,
         in_features=200,
         rows=(24,),
         values=layout.INT8,

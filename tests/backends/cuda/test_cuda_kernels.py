@@ -26,6 +26,8 @@ from slab_kernels.backends.cuda.tiles import (
     DECODE,
     NARROW_TILES,
     PLANES_REGISTERS,
+    REBUILD_REGISTERS,
+    REBUILD_WHOLE_TILES,
     REGISTERS,
     SPLIT_TILES,
     TALL,
@@ -242,6 +244,9 @@ def test_every_kernel_of_the_library_is_executed(forced):
             exact_with(chosen(SPLIT_TILES[-1], tokens, tokens), tokens, *how)
         for planes, rank in ((1, 1), (2, 2)):
             exact_with(lambda s: plan.rebuild(s, 80, A100), 80, dtype, values, planes, rank)
+            for tokens in REBUILD_REGISTERS:
+                how = dtype, values, planes, rank
+                exact_with(chosen(REBUILD_WHOLE_TILES[-1], tokens, 20), 20, *how)
     for dtype, (values, rank, tokens) in itertools.product(DTYPES, TALL_CASES):
         how = dtype, names[values], 1, rank
         exact_with(chosen(TALL_TILES[-1], tokens, tokens), tokens, *how)
@@ -521,6 +526,66 @@ def test_the_rebuilt_weight(forced, dtype, values, group_size):
         assert launched.kernels[0].startswith("dense") and torch.equal(
             y[:K].T, packed.dense().to(dtype)
         )
+
+
+@grid(**{
+    "dtype": DTYPES,
+    "values, group_size": (("fp16", None), ("int8", 64), ("int4", 32)),
+    "rank, planes": ((0, 1), (1, 1), (3, 1), (1, 2)),
+    "rows": ((70,), (33, 22, 48), (20, 40)),
+    "K": (136, 260),
+    "adapter_rank": (4, 20),
+    "M": (66, 135, 136, 300),
+    "biased": (True, False),
+    "integers": (True, False),
+})  # fmt: skip
+def test_the_rebuilt_weight_with_an_adapter(
+    forced,
+    monkeypatch,
+    dtype,
+    values,
+    group_size,
+    rank,
+    planes,
+    rows,
+    K,
+    adapter_rank,
+    M,
+    biased,
+    integers,
+):
+    """Below K tokens the result begins as z P^T, with z by the adapter's kernel; from K on the
+    weight takes P Q, and there is no z. A part may need several calls of the kernel that rebuilds.
+    """
+    monkeypatch.setattr(launching, "REBUILT_ROWS", 32)
+    parts = [
+        random_packed(
+            PackedLayout(n, K, values, group_size, rank, adapter_rank, planes=planes),
+            seed=n,
+            integers=integers,
+        )
+        for n in rows
+    ]
+    state, launched = layout.prepare(parts, dtype), Launched()
+    generator = torch.Generator().manual_seed(M)
+    x = torch.randn(M, K, generator=generator).to(dtype)
+    bias = torch.randn(sum(rows), generator=generator).to(dtype) if biased else None
+    if integers:  # so small that fp16 holds z, z P^T and their sum with the bias
+        x = torch.randint(-1, 2, (M, K), generator=generator).to(dtype) * (torch.arange(K) % 8 == 3)
+        bias = bias.round() if biased else None
+    forced(lambda s: (plan.rebuild if s.values != layout.DENSE else plan.choose)(s, M, A100))
+    y = run(x, state, bias, A100, launched=launched)
+    names = [name.split("_")[0] for name in launched.kernels]
+    assert names == ["adapter"] * (M < K) + ["dense"] * sum(-(-n // 32) for n in rows)
+    done = 0
+    for packed, n in zip(parts, rows, strict=True):
+        own = y[:, done : done + n]
+        exact, magnitude = oracle(x, packed, None if bias is None else bias[done : done + n])
+        if integers and dtype == torch.float16:
+            assert torch.equal(own, exact.to(dtype))
+        allowed = bound(magnitude, exact, dtype, K)
+        assert bool(((own.double() - exact).abs() <= allowed).all())
+        done += n
 
 
 def test_the_parameters_are_those_of_the_kernels():

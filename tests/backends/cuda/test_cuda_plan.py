@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prefill_checks import check_prefill
 
 from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.cuda import BACKEND, cost, gpus, plan
@@ -24,12 +25,17 @@ from slab_kernels.backends.cuda.gpus import GPUS
 from slab_kernels.backends.cuda.launch import kernel_names, launches
 from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.prefill import Prefill
 from slab_kernels.backends.cuda.tiles import (
     DECODE_REGISTERS,
     MANY,
     NARROW,
     NARROW_TILES,
     PLANES_REGISTERS,
+    REBUILD,
+    REBUILD_REGISTERS,
+    REBUILD_SPLIT_TILES,
+    REBUILD_WHOLE_TILES,
     REGISTERS,
     SPLIT_TILES,
     TALL,
@@ -58,6 +64,14 @@ A100, H200 = GPUS[0], GPUS[4]
 
 def regime(M: int) -> int:
     return 0 if M <= 16 else 1 if M <= 64 else 2
+
+
+def split(chosen: Plan | Prefill | Rebuild, M: int) -> tuple | None:
+    """What decides in which order the products of a token's result are added, up to 64 tokens."""
+    if M > 64 or isinstance(chosen, Rebuild):
+        return None
+    loop = "decode" if M <= 16 else chosen.loop if isinstance(chosen, Prefill) else chosen.tile.loop
+    return loop, *chosen.split
 
 
 # ---- every plan
@@ -146,13 +160,16 @@ def shared_bytes_of(
     ring, sums = tile.warp_inputs * stages * stage, tile.warp_inputs * staged * pitch * 4
     if tile.loop == WIDE:
         return stage, 4 * rows * sizes.rank + max(ring, sums * (1 + sizes.rank))
-    return stage, max(ring, sums)
+    return stage, (128 if tile.loop == REBUILD else 0) + max(ring, sums)
 
 
 _constants = functools.cache(constants)
 
 
-def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> None:
+def check(chosen: Plan | Prefill | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> None:
+    if isinstance(chosen, Prefill):
+        check_prefill(chosen, sizes, M, gpu)
+        return
     where = (sizes, M, gpu.name, chosen)
     if isinstance(chosen, Rebuild):
         assert M > 64 and sizes.values != DENSE and chosen.max_ctas == 4 * gpu.multiprocessors, (
@@ -174,7 +191,8 @@ def check(chosen: Plan | Rebuild, sizes: CudaSizes, M: int, gpu: plan.Gpu) -> No
     else:
         check_many(chosen, where)
         family = PLANES_REGISTERS if sizes.planes > 1 else REGISTERS
-        registers = (TALL_REGISTERS if tile.tall else family)[chosen.tokens]
+        registers = (TALL_REGISTERS if tile.tall else family).get(chosen.tokens)
+        registers = REBUILD_REGISTERS[chosen.tokens] if tile.loop == REBUILD else registers
         assert threads <= 256 and registers * threads * chosen.resident <= 65536, where
     # tiles cover rows and tokens and none is empty
     rows, wide = 16 * tile.row_tiles * tile.warp_rows, chosen.tokens * tile.warp_tokens
@@ -207,8 +225,16 @@ def check_decoding(chosen: Plan, where: tuple) -> None:
 
 def check_many(chosen: Plan, where: tuple) -> None:
     sizes, tile, M = chosen.sizes, chosen.tile, chosen.M
+    assert M <= 64 or tile.warp_inputs == 1, where
+    if M > 64 and chosen.splits > 1:  # in one band, and the memory of their sums is bounded
+        assert chosen.token_tiles <= 8 and chosen.ctas <= 4 * chosen.gpu.multiprocessors, where
+        assert sizes.values != DENSE or chosen.gpu.capability == (9, 0), where
+    if tile.loop == REBUILD:
+        assert sizes.rank and chosen.gpu.capability != (9, 0) and tile.row_tiles == 2, where
+        assert chosen.tokens in ((64,) if M <= 64 else (64, 128)), where
+        assert M > 64 or chosen.token_tiles == 1, where
+        return
     assert tile.loop == MANY, where
-    assert M <= 64 or (chosen.splits == 1 and tile.warp_inputs == 1), where
     # one tile takes all tokens up to 64; with several planes, whose warps hold no 64, two of 32
     assert M > 64 or chosen.token_tiles == (2 if sizes.planes > 1 and M > 32 else 1), where
     # 64 rows a warp: not every kernel is compiled for them
@@ -234,8 +260,7 @@ def test_every_layer_of_the_known_models(gpu, rank, planes):
         for M in TOKENS:
             chosen = choose(sizes, M, gpu)
             check(chosen, sizes, M, gpu)
-            if isinstance(chosen, Plan):
-                ways[regime(M)].add((chosen.tile.warp_inputs, chosen.splits))
+            ways[regime(M)].add(split(chosen, M))
         assert max(map(len, ways)) <= 1, (sizes, gpu.name, ways)
 
 
@@ -250,7 +275,7 @@ def test_every_adapter(gpu):
         for M in TOKENS:
             chosen = choose(sizes, M, gpu)
             check(chosen, sizes, M, gpu)
-            ways[regime(M)].add((chosen.tile.warp_inputs, chosen.splits))
+            ways[regime(M)].add(split(chosen, M))
         assert [len(way) for way in ways] == [1, 1, 1], (sizes, gpu.name, ways)
 
 
@@ -272,8 +297,7 @@ def test_sizes_that_no_model_has(gpu):
             ways = [set(), set(), set()]
             for M in (*range(1, 66), 4095):
                 check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
-                if isinstance(chosen, Plan):
-                    ways[regime(M)].add((chosen.tile.warp_inputs, chosen.splits))
+                ways[regime(M)].add(split(chosen, M))
             assert max(map(len, ways)) <= 1, (sizes, ways)
 
 
@@ -294,10 +318,11 @@ def test_row_tiles_stay_within_a_grid(gpu, rank, planes):
 def test_the_tables_hold_what_the_kernels_can():
     """Powers of two (the kernels shift and mask by them), eight or sixteen warps; tall warps where
     linear.cu has their kernels."""
-    for tile in (*SPLIT_TILES, *WHOLE_TILES, *TALL_TILES, *NARROW_TILES, *WIDE_TILES):
+    few = (*SPLIT_TILES, *WHOLE_TILES, *TALL_TILES, *REBUILD_SPLIT_TILES, *REBUILD_WHOLE_TILES)
+    for tile in (*few, *NARROW_TILES, *WIDE_TILES):
         numbers = (tile.warp_rows, tile.warp_tokens, tile.warp_inputs)
         assert all(n & (n - 1) == 0 for n in numbers) and tile.reason
-        assert tile.threads <= (256 if tile.loop == MANY else 512)
+        assert tile.threads <= (256 if tile in few else 512)
     text = (CUDA / "linear.cu").read_text()
     tall = re.findall(r"KERNEL\(tall, +(\w+)_(none|one)_t(\d+),", text)
     ranks = {"none": 0, "one": 1}
@@ -352,13 +377,13 @@ def test_few_ctas_get_sixteen_warps():
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_more_tokens_never_cost_less_within_a_regime(gpu):
     """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more
-    stages may do better. Above 64 tokens for a third: there is one threshold from which on
+    stages may do better. Above 64 tokens for two fifths: there is one threshold from which on
     the weight is rebuilt, and before it whole waves of CTAs."""
     for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
         sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
         for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
             times = [choose(sizes, M, gpu, by_rows=False).microseconds for M in tokens]
-            allowed = 0.95 if tokens[-1] <= 64 else 0.66
+            allowed = 0.95 if tokens[-1] <= 64 else 0.6
             assert all(b >= allowed * a for a, b in itertools.pairwise(times)), (sizes, times)
 
 
@@ -378,10 +403,10 @@ def test_decoding_is_predicted_to_beat_dense_weights(gpu):
 def test_rebuilding_pays_only_for_very_many_tokens():
     sizes = CudaSizes(4096, (11008,), W16, 4, 1, 0)
     kinds = [type(choose(sizes, M, H200)) for M in (1, 64, 65, 256, 4096, 1 << 16)]
-    assert kinds[:2] == [Plan, Plan] and kinds[-1] is Rebuild
-    assert choose(sizes, 1 << 16, replace(H200, gemm_rate=1e-9)).splits == 1, (
-        "a device without a fast cuBLAS never does"
-    )
+    assert kinds[:3] == [Plan, Prefill, Prefill] and kinds[-1] is Rebuild
+    for gpu in (H200, A100):
+        slow = replace(gpu, gemm_rate=1e-9)
+        assert not isinstance(choose(sizes, 1 << 16, slow), Rebuild), "no fast cuBLAS"
 
 
 # ---- devices
@@ -499,7 +524,8 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
         for M in (*range(1, 130), *range(130, 4097, 97), 1 << 20):
             first, second = launches(sizes, M, dtype, gpu)
             assert second.name in ahead and (first is None or first.name in ahead), (sizes, M)
-            assert (first is None) == (steps == 0 or isinstance(second.plan, Rebuild))
+            in_weight = isinstance(second.plan, Rebuild) and M >= sizes.K
+            assert (first is None) == (steps == 0 or in_weight)
     assert {f"reduce_{act}" for act in ("fp16", "bf16")} <= named
 
 

@@ -1,0 +1,217 @@
+"""The Hopper kernels for many tokens, executed without a GPU: launch.linear with forced plans on an
+emulated H100, against fp64.
+
+Small integers come out bit-exact whatever the order of summation. Memory that kernels write is
+poisoned, memory beside it is not there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from emulation import Launched, run
+from pairwise import grid
+from prefill_cases import (
+    DEALINGS,
+    DTYPES,
+    FAMILIES,
+    H100,
+    LEAST,
+    TOKENS,
+    Family,
+    activations,
+    bias_of,
+    exact_of,
+    forced,
+    multiplied,
+    same_bits,
+    state_of,
+)
+from sass import counter as sass
+from test_cuda_kernels import bound
+
+from slab_kernels.backends.cuda import layout, plan, sizes_of
+from slab_kernels.backends.cuda.prefill import Prefill
+from slab_kernels.format import PackedLayout
+from slab_kernels.testing import VALUE_LAYOUTS, oracle, random_packed
+
+# Rows: one ragged tile; two, of a pair the second ragged; three of 128, so that a pair is odd.
+# Inputs: two blocks and a ragged third, which is no multiple of 8; less than one; two.
+SHAPES = ((40, 390, 4), (150, 76, 20), (277, 256, 0))
+BIASES = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+@grid(
+    family=FAMILIES,
+    dtype=DTYPES,
+    **{"values, group_size": VALUE_LAYOUTS, "N, K, adapter_rank": SHAPES},
+    M=TOKENS,
+    dealing=DEALINGS,
+    stages=(LEAST, (2, 5), None),
+    bias_type=BIASES,
+    late=(True, False),
+)
+def test_small_integers_are_exact(
+    family, dtype, values, group_size, N, K, adapter_rank, M, dealing, stages, bias_type, late
+):
+    """The whole of a call: what comes first for an adapter, the product, and shares of tiles added
+    to it."""
+    shape = PackedLayout(N, K, values, group_size, family.rank, adapter_rank, planes=family.planes)
+    state, x = state_of(shape, dtype, True), activations(K, M, dtype, True)
+    bias = None if bias_type is None else bias_of(N).to(bias_type)
+    launched = Launched()
+    with forced(family, dealing, stages):
+        y = multiplied(x, state, bias, launched, late)
+    exact, _ = exact_of(shape, M, dtype, True)
+    exact = exact if bias is None else exact + bias.double()
+    assert torch.equal(y, exact.to(dtype))
+    assert launched.kernels[0].startswith("adapter_") == bool(adapter_rank)
+    named = [name for name in launched.kernels if name.startswith(f"prefill_{family.kind}_")]
+    assert len(named) == 1 and named[0].endswith(f"_t{family.tokens}")
+    assert any(name.startswith("prefill_reduce") for name in launched.kernels) == (
+        dealing != "whole"
+    )
+    assert all(launched.dependent)
+
+
+@grid(
+    family=FAMILIES,
+    dtype=DTYPES,
+    **{"values, group_size": VALUE_LAYOUTS},
+    M=(33, 129),
+    dealing=("whole", "tail"),
+)
+def test_against_fp64(family, dtype, values, group_size, M, dealing):
+    """Real numbers, of every size of scale that a row's power of two has to bear."""
+    shape = PackedLayout(70, 260, values, group_size, family.rank, 5, planes=family.planes)
+    state, x = state_of(shape, dtype, False), activations(260, M, dtype, False)
+    exact, magnitude = exact_of(shape, M, dtype, False)
+    with forced(family, dealing):
+        y = multiplied(x, state)
+    assert bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, 260)).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("dealing", DEALINGS)
+def test_fused_projections_are_one_launch(family, dealing):
+    """q, k and v of unequal sizes, each with its own V and Q, none a multiple of a tile."""
+    rows, K, M = (150, 24, 300), 272, 70
+    parts = [
+        random_packed(
+            PackedLayout(n, K, "int4", 32, family.rank, 20, planes=family.planes), n, integers=True
+        )
+        for n in rows
+    ]
+    state, x = layout.prepare(parts, torch.float16), activations(K, M, torch.float16, True)
+    bias, launched = bias_of(sum(rows)).half(), Launched()
+    with forced(family, dealing):
+        y = multiplied(x, state, bias, launched)
+    exact = torch.cat([oracle(x, part)[0] for part in parts], -1) + bias.double()
+    assert torch.equal(y, exact.half())
+    products = [name for name in launched.kernels if name.startswith(f"prefill_{family.kind}")]
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
+    """Nor do results of more tokens change what others have beside them."""
+    shape = PackedLayout(40, 390, "int4", 64, family.rank, 4, planes=family.planes)
+    state = state_of(shape, torch.float16, False)
+    x = activations(390, 64, torch.float16, False).clone()
+    with forced(family, "tail"):
+        y = multiplied(x, state)
+        assert same_bits(multiplied(x[:17], state), y[:17])
+        x[1, 77], x[40, 3] = bad, -bad
+        spoilt = multiplied(x, state)
+    others = (torch.arange(64) != 1) & (torch.arange(64) != 40)
+    assert same_bits(spoilt[others], y[others])
+    assert not bool(spoilt[~others].isfinite().any())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_the_same_bytes_twice(family):
+    """Products at once and products when they are waited for, least and most stages."""
+    shape = PackedLayout(150, 390, "int8", 128, family.rank, 4, planes=family.planes)
+    state = state_of(shape, torch.bfloat16, False)
+    x = activations(390, 70, torch.bfloat16, False)
+    results = []
+    for stages, late in itertools.product((LEAST, None), (True, False)):
+        with forced(family, "both", stages):
+            results.append(multiplied(x, state, late=late))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_strided_and_unaligned_activations(family):
+    K, M = 132, 70
+    shape = PackedLayout(40, K, "fp16", None, family.rank, 4, planes=family.planes)
+    state = state_of(shape, torch.float16, True)
+    x, want = activations(K, M, torch.float16, True), exact_of(shape, M, torch.float16, True)[0]
+    wide = torch.full((M, K + 12), float("nan"), dtype=torch.float16)
+    with forced(family, "tail"):
+        for offset in (0, 1, 8):
+            view = wide[:, offset : offset + K]
+            view.copy_(x)
+            assert torch.equal(multiplied(view, state), want.half()), offset
+            view.fill_(float("nan"))
+        assert torch.equal(multiplied(x.T.contiguous().T, state), want.half())
+        assert multiplied(x.view(7, 10, K), state).shape == (7, 10, 40)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-7, 3.0, 1e4])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_scales_outside_of_fp16(family, values, scale):
+    """Rows of very large and very small scales, and of none at all, beside one another."""
+    packed = random_packed(
+        PackedLayout(40, 140, values, 64, family.rank, planes=family.planes), seed=5
+    )
+    assert packed.scales is not None
+    sizes = torch.tensor([1.0, scale, 0.0, 1 / scale]).repeat(10)[:, None]
+    packed.scales.copy_(packed.scales.float() * sizes)
+    state, x = layout.prepare((packed,), torch.float16), activations(140, 20, torch.float16, False)
+    exact, magnitude = oracle(x, packed)
+    with forced(family, "whole"):
+        y = multiplied(x, state)
+    wrong = (y.double() - exact).abs() > bound(magnitude, exact, torch.float16, 140) + 2.0**-25
+    fits = exact.abs() < 65000
+    assert bool(fits.any()) and not bool((wrong & fits).any())
+    assert not bool(y[~fits].isnan().any())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("M", [40, 300])
+def test_plans_as_they_are_chosen(rank, M):
+    """Nothing is forced: the plan for an H100 with few multiprocessors, which chooses a kernel for
+    many tokens, and its own dealing and stages."""
+    gpu = replace(H100, multiprocessors=3)
+    shape = PackedLayout(277, 520, "int4", 128, rank, 4)
+    state, x = state_of(shape, torch.float16, True), activations(520, M, torch.float16, True)
+    chosen = plan.choose(sizes_of(state), M, gpu)
+    if not isinstance(chosen, Prefill):
+        pytest.skip(f"the plan is {chosen.describe()}")
+    y = run(x, state, bias_of(277), gpu, "compute_90")
+    assert torch.equal(y, (exact_of(shape, M, torch.float16, True)[0] + bias_of(277)).half())
+
+
+def test_every_kernel_of_the_unit_is_executed():
+    """By name: nothing ships that these tests cannot reach."""
+    text = (sass.ROOT / "csrc/cuda/prefill.cu").read_text(encoding="utf-8")
+    rows = re.findall(r"KERNEL\((\w+), *(\w+),", text)
+    tested = {
+        (family.kind, f"{values}{_several(family)}_t{family.tokens}")
+        for family in FAMILIES
+        for values in ("w16", "int8", "int4")
+    }
+    assert set(rows) == tested
+
+
+def _several(family: Family) -> str:
+    if family.kind != "rebuild":
+        return ""
+    return "_any" if family.rank > 1 or family.planes > 1 else "_one"
