@@ -42,23 +42,22 @@ namespace slab {
   KERNEL(rebuild, int4_any_t128,  kPrefillRebuild, kI4, true,  128, 2, 1, 1, kGroupStepsAny)
 // clang-format on
 
-#define SLAB_PREFILL(kernel, pair, ...)                                           \
-  extern "C" __global__ void __cluster_dims__(pair)                               \
-      __launch_bounds__(PrefillTraits<__VA_ARGS__>::kThreads,                     \
-                        PrefillTraits<__VA_ARGS__>::kResident)                    \
-          kernel(const __grid_constant__ PrefillParams params) {                  \
-    prefill<PrefillTraits<__VA_ARGS__>>(params);                                  \
+#define SLAB_PREFILL(kernel, pair, ...)                                            \
+  extern "C" __global__ void __cluster_dims__(pair) __launch_bounds__(             \
+      PrefillTraits<__VA_ARGS__>::kThreads, PrefillTraits<__VA_ARGS__>::kResident) \
+      kernel(const __grid_constant__ PrefillParams params) {                       \
+    prefill<PrefillTraits<__VA_ARGS__>>(params);                                   \
   }
-#define SLAB_PREFILL_PAIR(kind, name, what, values, any, tokens, groups, pair, ctas, steps)               \
+#define SLAB_PREFILL_PAIR(kind, name, what, values, any, tokens, groups, pair, ctas, steps)       \
   SLAB_PREFILL(prefill_##kind##_fp16_##name, pair, Fp16, what, values, any, tokens, groups, pair, \
-               ctas, steps)                                                                               \
+               ctas, steps)                                                                       \
   SLAB_PREFILL(prefill_##kind##_bf16_##name, pair, Bf16, what, values, any, tokens, groups, pair, \
                ctas, steps)
 
-#define SLAB_PREFILL_REDUCE(kernel, T)                                      \
-  extern "C" __global__ void __launch_bounds__(128, 8)                      \
-      kernel(const __grid_constant__ PrefillParams params) {                \
-    prefill_reduce<T>(params);                                              \
+#define SLAB_PREFILL_REDUCE(kernel, T)                       \
+  extern "C" __global__ void __launch_bounds__(128, 8)       \
+      kernel(const __grid_constant__ PrefillParams params) { \
+    prefill_reduce<T>(params);                               \
   }
 
 SLAB_PREFILL_KERNELS(SLAB_PREFILL_PAIR)

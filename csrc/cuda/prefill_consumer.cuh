@@ -31,14 +31,16 @@ struct PrefillConsumer {
   float sums[Traits::kTokens / 2];  // c of wgmma.cuh
   Operands operands;
   PrefillRing weights, tokens;  // `at`: operands keep it, and the descriptor
-  uint32_t last_tokens;  // the barrier of the stage whose products may be on their way, or 0
+  uint32_t last_tokens;         // the barrier of the stage whose products may be on their way, or 0
 
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params,
                                              const PrefillShared<Traits>& shared, int warp,
                                              int lane)
-      : params(params), shared(shared),
+      : params(params),
+        shared(shared),
         operands(params, shared, warp, lane),
-        weights(shared.weight_ring(0)), tokens(shared.token_ring(0)) {
+        weights(shared.weight_ring(0)),
+        tokens(shared.token_ring(0)) {
     tokens.at = tokens_descriptor(tokens.at);
   }
   __device__ __forceinline__ void next_tokens() {
@@ -188,7 +190,8 @@ struct PrefillConsumer {
 #pragma unroll
       for (int i = 0; i < Traits::kTokens / 2; ++i) sums[i] *= operands.rows.inverse(i / 2 % 2);
     }
-    if (params.adapter_steps && first + count == params.num_k_blocks) add_adapter(place, thread / 32, thread % 32);
+    if (params.adapter_steps && first + count == params.num_k_blocks)
+      add_adapter(place, thread / 32, thread % 32);
     if (!place.exists) return;
     if (count == params.num_k_blocks)
       store_tile<Traits>(params, place, sums, shared.base, thread / 32, thread % 32);
