@@ -9,29 +9,37 @@ namespace slab {
 // tokens of a CTA.
 //
 // clang-format off
-//      kind   name      what it computes  values   any  tokens, warpgroups, pair, CTAs per SM
+//      kind   name      what it computes  values   any  tokens, warpgroups, pair, CTAs per SM, steps of a scale group
 #define SLAB_PREFILL_KERNELS(KERNEL) \
-  KERNEL(one,  w16_t64,   kPrefillOne,  kW16, false,  64, 2, 1, 2) \
-  KERNEL(one,  w16_t128,  kPrefillOne,  kW16, false, 128, 2, 1, 1) \
-  KERNEL(one,  w16_t256,  kPrefillOne,  kW16, false, 256, 2, 2, 1) \
-  KERNEL(one,  int8_t64,  kPrefillOne,  kI8,  false,  64, 2, 1, 2) \
-  KERNEL(one,  int8_t128, kPrefillOne,  kI8,  false, 128, 2, 1, 1) \
-  KERNEL(one,  int8_t256, kPrefillOne,  kI8,  false, 256, 2, 2, 1) \
-  KERNEL(one,  int4_t64,  kPrefillOne,  kI4,  false,  64, 2, 1, 2) \
-  KERNEL(one,  int4_t128, kPrefillOne,  kI4,  false, 128, 2, 1, 1) \
-  KERNEL(one,  int4_t256, kPrefillOne,  kI4,  false, 256, 2, 2, 1) \
-  KERNEL(both, w16_t64,   kPrefillBoth, kW16, false,  64, 2, 1, 2) \
-  KERNEL(both, int8_t64,  kPrefillBoth, kI8,  false,  64, 2, 1, 2) \
-  KERNEL(both, int4_t64,  kPrefillBoth, kI4,  false,  64, 2, 1, 2) \
-  KERNEL(rebuild, w16_one_t64,   kPrefillRebuild, kW16, false,  64, 2, 1, 2) \
-  KERNEL(rebuild, w16_one_t128,  kPrefillRebuild, kW16, false, 128, 4, 1, 1) \
-  KERNEL(rebuild, w16_one_t256,  kPrefillRebuild, kW16, false, 256, 2, 2, 1) \
-  KERNEL(rebuild, int8_one_t64,  kPrefillRebuild, kI8,  false,  64, 2, 1, 2) \
-  KERNEL(rebuild, int8_one_t128, kPrefillRebuild, kI8,  false, 128, 4, 1, 1) \
-  KERNEL(rebuild, int8_one_t256, kPrefillRebuild, kI8,  false, 256, 2, 2, 1) \
-  KERNEL(rebuild, int4_one_t64,  kPrefillRebuild, kI4,  false,  64, 2, 1, 2) \
-  KERNEL(rebuild, int4_one_t128, kPrefillRebuild, kI4,  false, 128, 4, 1, 1) \
-  KERNEL(rebuild, int4_one_t256, kPrefillRebuild, kI4,  false, 256, 2, 2, 1)
+  KERNEL(one,  w16_t64,   kPrefillOne,  kW16, false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(one,  w16_t128,  kPrefillOne,  kW16, false, 128, 2, 1, 1, kGroupStepsBoth) \
+  KERNEL(one,  w16_t256,  kPrefillOne,  kW16, false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(one,  int8_t64,  kPrefillOne,  kI8,  false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(one,  int8_t128, kPrefillOne,  kI8,  false, 128, 2, 1, 1, kGroupStepsBoth) \
+  KERNEL(one,  int8_t256, kPrefillOne,  kI8,  false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(one,  int4_t64,  kPrefillOne,  kI4,  false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(one,  int4_t128, kPrefillOne,  kI4,  false, 128, 2, 1, 1, kGroupStepsBoth) \
+  KERNEL(one,  int4_t256, kPrefillOne,  kI4,  false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(both, w16_t64,   kPrefillBoth, kW16, false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(both, int8_t64,  kPrefillBoth, kI8,  false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(both, int4_t64,  kPrefillBoth, kI4,  false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(rebuild, w16_one_t64,   kPrefillRebuild, kW16, false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(rebuild, w16_one_t128,  kPrefillRebuild, kW16, false, 128, 4, 1, 1, kSteps) \
+  KERNEL(rebuild, w16_one_t256,  kPrefillRebuild, kW16, false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(rebuild, int8_one_t64,  kPrefillRebuild, kI8,  false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(rebuild, int8_one_t128, kPrefillRebuild, kI8,  false, 128, 4, 1, 1, kSteps) \
+  KERNEL(rebuild, int8_one_t128_groups, kPrefillRebuild, kI8,  false, 128, 4, 1, 1, kGroupStepsAny) \
+  KERNEL(rebuild, int8_one_t256, kPrefillRebuild, kI8,  false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(rebuild, int4_one_t64,  kPrefillRebuild, kI4,  false,  64, 2, 1, 2, kGroupStepsBoth) \
+  KERNEL(rebuild, int4_one_t128, kPrefillRebuild, kI4,  false, 128, 4, 1, 1, kSteps) \
+  KERNEL(rebuild, int4_one_t128_groups, kPrefillRebuild, kI4,  false, 128, 4, 1, 1, kGroupStepsAny) \
+  KERNEL(rebuild, int4_one_t256, kPrefillRebuild, kI4,  false, 256, 2, 2, 1, kGroupStepsBoth) \
+  KERNEL(rebuild, w16_any_t64,   kPrefillRebuild, kW16, true,   64, 2, 1, 2, kSteps) \
+  KERNEL(rebuild, w16_any_t128,  kPrefillRebuild, kW16, true,  128, 2, 1, 1, kSteps) \
+  KERNEL(rebuild, int8_any_t64,   kPrefillRebuild, kI8, true,   64, 2, 1, 2, kGroupStepsAny) \
+  KERNEL(rebuild, int8_any_t128,  kPrefillRebuild, kI8, true,  128, 2, 1, 1, kGroupStepsAny) \
+  KERNEL(rebuild, int4_any_t64,   kPrefillRebuild, kI4, true,   64, 2, 1, 2, kGroupStepsAny) \
+  KERNEL(rebuild, int4_any_t128,  kPrefillRebuild, kI4, true,  128, 2, 1, 1, kGroupStepsAny)
 // clang-format on
 
 #define SLAB_PREFILL(kernel, pair, ...)                                           \
@@ -41,11 +49,11 @@ namespace slab {
           kernel(const __grid_constant__ PrefillParams params) {                  \
     prefill<PrefillTraits<__VA_ARGS__>>(params);                                  \
   }
-#define SLAB_PREFILL_PAIR(kind, name, what, values, any, tokens, groups, pair, ctas)               \
+#define SLAB_PREFILL_PAIR(kind, name, what, values, any, tokens, groups, pair, ctas, steps)               \
   SLAB_PREFILL(prefill_##kind##_fp16_##name, pair, Fp16, what, values, any, tokens, groups, pair, \
-               ctas)                                                                               \
+               ctas, steps)                                                                               \
   SLAB_PREFILL(prefill_##kind##_bf16_##name, pair, Bf16, what, values, any, tokens, groups, pair, \
-               ctas)
+               ctas, steps)
 
 #define SLAB_PREFILL_REDUCE(kernel, T)                                      \
   extern "C" __global__ void __launch_bounds__(128, 8)                      \

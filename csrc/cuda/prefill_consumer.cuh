@@ -150,7 +150,11 @@ struct PrefillConsumer {
       clear();
       const int k_blocks = walk.k_blocks(params, cluster);
       put_away(walk);
-      if (!Traits::kScaled || params.group_steps == kSteps)
+      if constexpr (!Traits::kScaled)
+        multiply_k_blocks<kSteps>(k_blocks);
+      else if constexpr (Traits::kGroupSteps != kGroupStepsBoth)
+        multiply_k_blocks<Traits::kGroupSteps>(k_blocks);
+      else if (params.group_steps == kSteps)
         multiply_k_blocks<kSteps>(k_blocks);
       else
         multiply_k_blocks<kGroupStepsAny>(k_blocks);
@@ -159,18 +163,18 @@ struct PrefillConsumer {
     }
   }
 
-  // The walk, in the lane's own part of the warp's staging memory: it needs no registers while the
-  // tile is multiplied.
-  __device__ __forceinline__ uint32_t lane_staging() const {
+  // The walk, in the warp's staging memory, which nothing else uses while a tile is multiplied: it
+  // needs no registers then.
+  __device__ __forceinline__ uint32_t own_staging() const {
     const uint32_t thread = thread_index();
     return shared.base + Traits::kStagingAt + thread / 32 * kStagingBytes + thread % 32 * 8;
   }
   __device__ __forceinline__ void put_away(const PrefillWalk& walk) const {
-    store_shared(lane_staging(), {uint32_t(walk.tile), uint32_t(walk.unit)});
+    store_shared(own_staging(), {uint32_t(walk.tile), uint32_t(walk.unit)});
   }
   __device__ __forceinline__ void take_back(PrefillWalk& walk) const {
     uint32_t r[2];
-    load_shared(r, lane_staging());
+    load_shared(r, own_staging());
     walk.tile = r[0], walk.unit = r[1];
   }
 

@@ -4,22 +4,9 @@
 
 #include "prefill_place.cuh"
 #include "prefill_traits.cuh"
+#include "rebuilt.cuh"
 
 namespace slab {
-
-// The low or the high half in both halves. Where a product takes it, that costs no instruction.
-__device__ __forceinline__ uint32_t twice(uint32_t pair, int half) {
-  uint32_t r;
-  if (half)
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}"
-        : "=r"(r)
-        : "r"(pair));
-  else
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}"
-        : "=r"(r)
-        : "r"(pair));
-  return r;
-}
 
 // Rows g and g + 8 of a warp's 16.
 template <class Traits>
@@ -32,25 +19,27 @@ struct PrefillRows {
   // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the stream's
   // scales are.
   uint32_t u, scale, power;
-  int64_t row;
+  int row;  // row g
 
-  // Rank one's u is kept; of any rank, `row` finds them.
+  // Rank one's u is kept; of any rank, `row` finds it.
   __device__ __forceinline__ void begin(const PrefillParams& params, const PrefillPlace& place,
                                         int warp, int lane) {
     const int pair = min(place.first_pair + warp / kBlockTiles, place.end_pair - 1);
     row = pair * kBlockRows + warp % kBlockTiles * kTileRows + lane / 4;
-    float near_power = 1.0f, far_power = 1.0f;
     if constexpr (kPowers) {
-      if (params.powers)
-        near_power = __ldg(params.powers + row), far_power = __ldg(params.powers + row + 8);
-      power = choose_bytes(__float_as_uint(near_power), __float_as_uint(far_power), 0x7632);
+      float near = 1.0f, far = 1.0f;
+      if (params.powers) near = __ldg(params.powers + row), far = __ldg(params.powers + row + 8);
+      power = choose_bytes(__float_as_uint(near), __float_as_uint(far), 0x7632);
     }
-    if constexpr (Traits::kSigns && !Traits::kAny) {
-      const uint32_t near = __ldg(params.u + row), far = __ldg(params.u + row + 8);
-      u = choose_bytes(near, far, 0x5410);
-      if constexpr (kPowers)
-        u = T::pack(T::widen(uint16_t(near)) * near_power, T::widen(uint16_t(far)) * far_power);
-    }
+    if constexpr (Traits::kSigns && !Traits::kAny)
+      u = powered_pair(__ldg(params.u + row), __ldg(params.u + row + 8));
+  }
+
+  // u of both rows, words of the same number twice, as `u` has them.
+  __device__ __forceinline__ uint32_t powered_pair(uint32_t near, uint32_t far) const {
+    if constexpr (!kPowers) return choose_bytes(near, far, 0x5410);
+    return T::pack(T::widen(uint16_t(near)) * __uint_as_float(power << 16),
+                   T::widen(uint16_t(far)) * __uint_as_float(power & 0xFFFF0000u));
   }
 
   // The inverse of a row's power: its exponent is the opposite.
@@ -75,15 +64,16 @@ struct PrefillRows {
   }
 };
 
-// The kept values of a step of 32 inputs: register i of an A fragment, with their scales.
+// The kept values of a step of 32 inputs, with their scales.
 template <class Traits>
 struct PrefillKept {
   using T = typename Traits::Activation;
-
-  // Integer values: one load serves several steps, half as many where registers are few.
-  static constexpr int kWords = Traits::kHolds ? 4 : 2;
-  static constexpr int kStepWords = Traits::kValues == kI8 ? 2 : 1;
+  // What one load takes. It serves several steps of integers, half as many where registers are few.
+  static constexpr int kWords = Traits::kHolds || !Traits::kScaled ? 4 : 2;
+  static constexpr int kStepWords = Traits::kValues == kW16 ? 4 : Traits::kValues == kI8 ? 2 : 1;
   static constexpr int kLoadSteps = kWords / kStepWords;
+  static constexpr int kPieceSteps = 4 / kStepWords;  // of a lane's 16 bytes
+
   uint32_t words[kWords];
   // In a register that the compiler cannot see through: a LOP3 takes one immediate operand only.
   uint32_t magic;
@@ -94,25 +84,27 @@ struct PrefillKept {
 
   // at: of the lane's first 16 bytes.
   template <int kStep>
-  __device__ __forceinline__ void load(uint32_t (&a)[4], uint32_t at,
-                                       const PrefillRows<Traits>& rows) {
+  __device__ __forceinline__ void load(uint32_t at) {
+    if (kStep % kLoadSteps == 0)
+      load_shared(words, at + 512 * (kStep / kPieceSteps) + 4 * kStepWords * (kStep % kPieceSteps));
+  }
+
+  // Of a k16: registers 2 kColumn and 2 kColumn + 1 of an A fragment.
+  template <int kStep, int kColumn>
+  __device__ __forceinline__ void convert(uint32_t (&a)[2], const PrefillRows<Traits>& rows) const {
+    constexpr int kWord = kStep % kLoadSteps * kStepWords;
     if constexpr (Traits::kValues == kW16) {
-      load_shared(a, at + 512 * kStep);
+      a[0] = words[2 * kColumn], a[1] = words[2 * kColumn + 1];
+    } else if constexpr (Traits::kValues == kI8) {
+      T::from_int8(a[0], a[1], words[kWord + kColumn], magic);
     } else {
-      // A lane's 16 bytes are two steps of int8, or four of int4.
-      constexpr int kPerPiece = 4 / kStepWords, kPiece = kStep / kPerPiece, kIn = kStep % kPerPiece;
-      if (kStep % kLoadSteps == 0) load_shared(words, at + 512 * kPiece + 4 * kStepWords * kIn);
-      constexpr int kWord = kStep % kLoadSteps * kStepWords;
-      if constexpr (Traits::kValues == kI8) {
-        T::from_int8(a[0], a[1], words[kWord], magic);
-        T::from_int8(a[2], a[3], words[kWord + 1], magic);
-      } else {
-        T::from_int4(a, words[kWord], magic);
-      }
+      uint32_t all[4];
+      T::from_int4(all, words[kWord], magic);
+      a[0] = all[2 * kColumn], a[1] = all[2 * kColumn + 1];
     }
     if constexpr (Traits::kScaled) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = T::multiply(a[i], twice(rows.scale, i % 2));
+      for (int h = 0; h < 2; ++h) a[h] = T::multiply(a[h], twice(rows.scale, h));
     }
   }
 };

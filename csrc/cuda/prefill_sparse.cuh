@@ -61,7 +61,12 @@ struct SparseOperands {
     if (kStep % 2 == 0) metadata[kStep / 2] = load_shared32(metadata_at + 2 * kStep);
     if (kSigns && kStep == 0) signs = load_shared32(signs_at);
     if (kSigns && kStep % 2 == 0) pruned[kStep / 2] = complement_nibbles(metadata[kStep / 2]);
-    values.template load<kStep>(kept[kStep % kBuffers], values_at, rows);
+    values.template load<kStep>(values_at);
+    uint32_t a[2];
+    values.template convert<kStep, 0>(a, rows);
+    kept[kStep % kBuffers][0] = a[0], kept[kStep % kBuffers][1] = a[1];
+    values.template convert<kStep, 1>(a, rows);
+    kept[kStep % kBuffers][2] = a[0], kept[kStep % kBuffers][3] = a[1];
     if constexpr (kSigns) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)

@@ -140,9 +140,6 @@ __device__ __forceinline__ void store_shared(uint32_t at, const uint4& r) {
                "r"(r.w)
                : "memory");
 }
-__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&r)[2]) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(r[0]), "r"(r[1]) : "memory");
-}
 __device__ __forceinline__ void store_shared16(uint32_t at, uint32_t r) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(uint16_t(r)) : "memory");
 }
