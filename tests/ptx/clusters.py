@@ -1,5 +1,5 @@
 """Clusters of CTAs (PTX ISA 2.2.2 "Cluster of Cooperative Thread Arrays", 5.1.7 "shared::cluster",
-9.7.9.23 "mapa", 9.7.13.4 "barrier.cluster").
+9.7.9 "mapa", 9.7.13.3 "barrier.cluster").
 
 The size of a cluster is a directive of the kernel (.reqnctapercluster); the CTAs of one always run
 in one chunk, side by side. An address of shared::cluster carries the rank of its CTA, plus one, in
@@ -16,8 +16,8 @@ CLUSTER_WAIT = 18  # parking place
 class Clusters:
     """Ranks, the barrier of every cluster, and what other CTAs still do to a CTA."""
 
-    def __init__(self, m, dims):
-        self.dims, self.size = dims, int(np.prod(dims))
+    def __init__(self, m, size):
+        self.size = size
         self.rank = m.cta % self.size
         self.threads = m.n // m.ctas * self.size  # lanes of a cluster
         clusters = m.ctas // self.size

@@ -22,18 +22,19 @@ _PHASES = 32  # bits of a phase's number
 
 
 class MBarrier:
-    """One mbarrier: `phase` counts those that are over."""
+    """One mbarrier: `phase` counts those that are over. For the race detector: the epoch of its
+    initialisation, its column of the clocks and the epoch there of its first phase, and the clocks
+    that were released into this phase and into those that are over.
+    """
 
-    def __init__(self, identity, cta, at, count, lane, number):
-        self.identity = identity
-        self.cta, self.at, self.count, self.pending = cta, at, count, count
+    def __init__(self, identity, cta, at, count, lane, cluster_phase):
+        self.identity, self.cta, self.at = identity, cta, at
+        self.count = self.pending = count
         self.phase = self.bytes = 0
-        self.lane, self.number = lane, number  # who initialised it; which of its CTA's
-        self.epoch = None  # of the initialisation
-        self.open = self.done = (
-            None  # clocks released into this phase, and into those that are over
-        )
-        self.fenced = False  # the initialisation is visible to copies
+        self.lane, self.cluster_phase = lane, cluster_phase  # of the initialisation
+        self.fenced = False  # copies know of it
+        self.epoch = self.column = self.first = 0
+        self.open = self.done = None
 
     def __str__(self):
         return f"mbarrier at {self.at:#x}"
@@ -47,10 +48,9 @@ class MBarriers:
     """All mbarriers of a chunk, by CTA and offset."""
 
     def __init__(self, m):
-        self.known = {}
-        self.asked = np.full(m.n, -1)  # the phase and mbarrier that a lane last found not over
-        self.all = []
-        self.numbers = [{} for _ in range(m.ctas)]  # by offset
+        self.known, self.all = {}, []
+        self.asked = np.full(m.n, -1)  # the mbarrier and phase that a lane last found not over
+        self.numbers = [{} for _ in range(m.ctas)]  # of a CTA's mbarriers, by offset
 
     def start(self, m, lane, at, count):
         """mbarrier.init by one lane."""
@@ -60,19 +60,18 @@ class MBarriers:
             raise PtxError(f"the mbarrier at {at:#x} is initialised already", lane)
         if not 0 < count <= _MOST_BYTES:
             raise PtxError(f"an mbarrier of {count} arrivals", lane)
-        # one column of the clocks for each place, also when it is initialised again
-        number = self.numbers[cta].setdefault(at, len(self.numbers[cta]))
-        b = self.known[cta, at] = MBarrier(len(self.all), cta, at, count, lane, number)
+        phase = m.clusters.phase[cta // m.clusters.size]
+        b = self.known[cta, at] = MBarrier(len(self.all), cta, at, count, lane, phase)
         self.all.append(b)
-        b.cluster_phase = m.clusters.phase[cta // m.clusters.size]
         if m.races is not None:
             m.races.access(flat, 8, np.array([lane]), True)
             m.races.close(flat, 8)
+            # one column for each place, also when it is initialised again
+            number = self.numbers[cta].setdefault(at, len(self.numbers[cta]))
             b.column = m.races.barrier_column(cta, number, lane)
+            b.first = int(m.races.clock[:, b.column].max())
             b.epoch = m.races.epoch(lane // 32)
             b.open, b.done = (np.zeros(m.races.columns, np.int32) for _ in range(2))
-            # phases of an earlier mbarrier at this place
-            b.first = int(m.races.clock[:, b.column].max())
 
     def end(self, m, lane, at):
         """mbarrier.inval."""
@@ -125,11 +124,10 @@ class MBarriers:
                 if m.races is not None and releases:
                     warps = np.unique(own[step] // 32)
                     b.open = np.maximum(b.open, m.races.clock[warps].max(0))
-                if counts is None:
-                    continue
-                if b.pending == 0 or np.max(number[step]) > b.pending:
+                if counts is not None and np.max(number[step]) > b.pending:
                     raise PtxError(f"more arrivals at the {b} than it counts", int(own[0]))
-                b.pending -= int(np.sum(number[step]))
+                if counts is not None:
+                    b.pending -= int(np.sum(number[step]))
                 over |= self.complete(m, b)
         return over
 

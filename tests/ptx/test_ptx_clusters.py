@@ -34,7 +34,7 @@ def test_special_registers():
         for x in range(6):
             row = [x % 3 + 3 * y, 6, x // 3, 0, 2, 1, x % 3, y, 2]
             assert out[6 * y + x].tolist() == row
-    with pytest.raises(PtxError, match="of clusters of"):
+    with pytest.raises(PtxError, match="in clusters of"):
         execute("", grid=(5,))
 
 
