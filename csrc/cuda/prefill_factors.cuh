@@ -4,22 +4,9 @@
 
 #include "prefill_place.cuh"
 #include "prefill_traits.cuh"
+#include "rebuilt.cuh"
 
 namespace slab {
-
-// The low or the high half in both halves. Where a product takes it, that costs no instruction.
-__device__ __forceinline__ uint32_t twice(uint32_t pair, int half) {
-  uint32_t r;
-  if (half)
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}"
-        : "=r"(r)
-        : "r"(pair));
-  else
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}"
-        : "=r"(r)
-        : "r"(pair));
-  return r;
-}
 
 // Rows g and g + 8 of a warp's 16.
 template <class Traits>
@@ -32,25 +19,27 @@ struct PrefillRows {
   // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the stream's
   // scales are.
   uint32_t u, scale, power;
-  int64_t row;
+  int row;  // row g
 
-  // Rank one's u is kept; of any rank, `row` finds them.
+  // Rank one's u is kept; of any rank, `row` finds it.
   __device__ __forceinline__ void begin(const PrefillParams& params, const PrefillPlace& place,
                                         int warp, int lane) {
     const int pair = min(place.first_pair + warp / kBlockTiles, place.end_pair - 1);
     row = pair * kBlockRows + warp % kBlockTiles * kTileRows + lane / 4;
-    float near_power = 1.0f, far_power = 1.0f;
     if constexpr (kPowers) {
-      if (params.powers)
-        near_power = __ldg(params.powers + row), far_power = __ldg(params.powers + row + 8);
-      power = choose_bytes(__float_as_uint(near_power), __float_as_uint(far_power), 0x7632);
+      float near = 1.0f, far = 1.0f;
+      if (params.powers) near = __ldg(params.powers + row), far = __ldg(params.powers + row + 8);
+      power = choose_bytes(__float_as_uint(near), __float_as_uint(far), 0x7632);
     }
-    if constexpr (Traits::kSigns && !Traits::kAny) {
-      const uint32_t near = __ldg(params.u + row), far = __ldg(params.u + row + 8);
-      u = choose_bytes(near, far, 0x5410);
-      if constexpr (kPowers)
-        u = T::pack(T::widen(uint16_t(near)) * near_power, T::widen(uint16_t(far)) * far_power);
-    }
+    if constexpr (Traits::kSigns && !Traits::kAny)
+      u = powered_pair(__ldg(params.u + row), __ldg(params.u + row + 8));
+  }
+
+  // u of both rows, words of the same number twice, as `u` has them.
+  __device__ __forceinline__ uint32_t powered_pair(uint32_t near, uint32_t far) const {
+    if constexpr (!kPowers) return choose_bytes(near, far, 0x5410);
+    return T::pack(T::widen(uint16_t(near)) * __uint_as_float(power << 16),
+                   T::widen(uint16_t(far)) * __uint_as_float(power & 0xFFFF0000u));
   }
 
   // The inverse of a row's power: its exponent is the opposite.
@@ -62,9 +51,9 @@ struct PrefillRows {
   // Those of a step, where they change, from the stream's word of the scale group. Within a loop
   // there is no branch about it, which would make ptxas wait for every product. `at`: the block's
   // first scale of row g.
-  template <int kGroupSteps, int kStep>
+  template <int kStep>
   __device__ __forceinline__ void load_scales(uint32_t at, int scale_shift) {
-    if constexpr (!Traits::kScaled || (kGroupSteps == kSteps && kStep > 0)) return;
+    if constexpr (!Traits::kScaled || (Traits::kGroupSteps == kSteps && kStep > 0)) return;
     // kStep / group_steps, which is 1, 2 or 4
     const uint32_t word = load_shared32(at + (kStep >> scale_shift) * kScaleBytes);
     scale = word;  // bf16 as it is

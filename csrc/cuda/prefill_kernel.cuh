@@ -38,9 +38,8 @@ __device__ __forceinline__ void prefill(const PrefillParams& params) {
   const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
   const int cluster = blockIdx.x / Traits::kPair, rank_in_pair = blockIdx.x % Traits::kPair;
   if (threadIdx.x == 0) begin_barriers<Traits>(shared.base);
-  if constexpr (Traits::kKind == kPrefillRebuild)
-    fill_table(shared.base + Traits::kTableAt, threadIdx.x);
-  if constexpr (Traits::kKind == kPrefillRebuild) fill_table(shared.base, threadIdx.x);
+  if (Traits::kKind == kPrefillRebuild && threadIdx.x < 16)
+    fill_selectors(shared.base + Traits::kTableAt, threadIdx.x);
   if constexpr (Traits::kPair == 1)
     __syncthreads();
   else
