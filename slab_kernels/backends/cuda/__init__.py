@@ -4,9 +4,10 @@ They are loaded on first use. `prepare` orders the canonical packed tensors as t
 lanes want them (layout.py). For a call plan.py chooses a family of kernels and a tile (tiles.py,
 prefill.py) by measured rows (measured.py) or a cost model (cost.py, prefill_cost.py) of the GPU
 (gpus.py), explain.py says why, launch.py queues one kernel (two with an adapter, one more where K
-is split over CTAs), and driver.py talks to the driver. prefetch.py knows which weight comes next,
-if somebody said so. images.py finds the machine code, which compile.py builds ahead of time and
-nvrtc.py at run time.
+is split over CTAs), prefill_launch.py those of prefill.py with their tensor maps (tensor_map.py),
+and driver.py talks to the driver. prefetch.py knows which weight comes next, if somebody said so.
+images.py finds the machine code, which compile.py builds ahead of time and nvrtc.py at run time.
+unpack.py is the way back from the stream.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
 token's result depends on no other token. Above 64 the order in which its products are added depends
@@ -15,7 +16,8 @@ on the number of tokens; where the plan rebuilds the weight instead, it is cuBLA
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be. v * x is
 rounded to the activations' type, u * v is not rounded at all. From 17 tokens on, where a rank above
 1 meets several sign planes, u times the level (1/2 or 3/2; 1/4 to 7/4) is rounded to the
-activations' type too.
+activations' type too. Kernels that rebuild the weight in registers round its entries to that type,
+as a dense weight's are, with rows brought into the range of fp16 by a power of two (powers.py).
 """
 
 from __future__ import annotations

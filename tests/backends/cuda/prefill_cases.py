@@ -47,6 +47,9 @@ FAMILIES = [
     Family("rebuild", 64, 1, 1),
     Family("rebuild", 128, 1, 1),
     Family("rebuild", 256, 1, 1),
+    Family("rebuild", 64, 2, 1),
+    Family("rebuild", 64, 1, 3),
+    Family("rebuild", 128, 3, 2),
 ]
 
 
