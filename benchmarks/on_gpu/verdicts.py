@@ -203,7 +203,8 @@ def plans(rows: Sequence[Row], whole: bool) -> Verdict:
     """
     problems: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        problem = row["n"], row["k"], row["values"], row["m"]
+        unsigned = row.get("loop") == "prefill_one"  # the kernel of weights without a sign term
+        problem = row["n"], row["k"], row["values"], row["m"], unsigned
         problems[problem].append((float(row["predicted_us"]), float(row["measured_us"])))
     left = "" if whole else ", and time ran out before all were"
     if not problems:
