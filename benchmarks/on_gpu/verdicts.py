@@ -18,7 +18,7 @@ LARGE_GOAL, SMALL_GOAL = 0.9, 0.8  # of the byte limit, for int4 and int8 at up 
 GOAL_TOKENS = 4
 TRITON_GOAL = 1.15  # times the CUDA kernel's time
 OURS = ("cuda", "triton")
-PEERS = ("torch-2:4", "marlin", "gemlite", "humming")
+PEERS = ("torch-2:4", "marlin", "machete", "gemlite", "humming")
 STARTED = "started"  # of a test that has no outcome yet
 MOST_NAMED = 3  # cases that a line names
 
