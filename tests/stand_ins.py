@@ -54,7 +54,7 @@ def cuda_here(monkeypatch) -> Iterator[Packed]:
     )
     monkeypatch.setattr(cuda, "device_of", lambda _: CudaDevice(GPUS[0], None, None))
     monkeypatch.setattr(cuda, "linear", packed)
-    monkeypatch.setattr(cuda, "dense_from", lambda sizes, gpu: DENSE_FROM)
+    monkeypatch.setattr(cuda, "takes_dense", lambda sizes, M, gpu: M >= DENSE_FROM)
     cuda.register()
     with torch.library._scoped_library(cuda.NAMESPACE, "IMPL") as library:
         for name in ("linear_cuda", "linear_cuda_frozen"):

@@ -45,7 +45,7 @@ ROOMS: dict[str, str] = {
     # what a person sees
     "report": "errors paths",
     "cli": "backends bench compression device engines errors evaluate format methods models"
-    " paths report terminal text",
+    " nn paths report terminal text",
     "__main__": "cli",
 }
 VERSION = "__init__"  # every room may ask the package for its version

@@ -322,3 +322,26 @@ def _overlap(rows: Sequence[Row]) -> list[str]:
         }
         said.append("{}x{} {} {}: ".format(*linear) + ", ".join(found.values()))
     return said
+
+
+def hardware(rows: Sequence[Row]) -> Verdict:
+    """Rows of on_gpu.hardware: the kernels for many tokens rely on every one."""
+    wrong = [row for row in rows if row["wrong"]]
+    said = f"{len(rows) - len(wrong)} of {len(rows)} are as the interpreter has them"
+    if wrong:
+        said += f"; not {_named([row['case'] for row in wrong])}"
+    details = [f"WRONG {row['case']}: {fault}" for row in wrong for fault in row["wrong"]]
+    return Verdict(said, bool(rows) and not wrong, details)
+
+
+def unknowns(rows: Sequence[Row], constants: Mapping[str, float]) -> Verdict:
+    """Rows of on_gpu.unknowns. constants: what they say of each; there is no goal."""
+    said = [f"{name} {value:.2f}" for name, value in constants.items()]
+    for row in rows:
+        if row["point"] == "port":
+            said.append(f"{row['case']} {max(row['read_clocks'], row['copy_clocks'])} clocks")
+        elif row["point"] == "look-ups":
+            said.append(f"{row['case']} {row['clocks']:.2f} clocks")
+        else:
+            said.append(f"{row['case']} {row['clocks']:.2f} clocks an instruction")
+    return Verdict("; ".join(said) or "nothing was measured", len(constants) == 3)

@@ -184,11 +184,16 @@ class Backend:
         return 0
 
     def dense_from(self, problem: LinearProblem, gpu: str | None = None) -> int | None:
-        """The tokens from which on a copy would be used; None if none can be kept.
+        """The fewest tokens for which a copy would be used; None if none can be kept.
 
         The problem's own M does not matter. gpu: as in `describe`.
         """
         return None
+
+    def takes_dense(self, problem: LinearProblem, gpu: str | None = None) -> bool:
+        """Whether a copy would be used for the problem's M tokens."""
+        first = self.dense_from(problem, gpu)
+        return first is not None and problem.M >= first
 
     def with_dense(self, state: Any, parts: Sequence[PackedWeight]) -> Any:
         """The state with a dense copy of `parts`, the weights that it was prepared from."""

@@ -300,13 +300,16 @@ def _ours(case: Case, backend: Backend, packed: PackedWeight, facts: Row) -> Con
         backend, backend.prepare(packed, case.kind), (packed,), case.kind, told
     )
     copy, size = backend.dense_bytes(state), size_of(state)
-    first = backend.dense_from(case.problem(layout, 1)) if copy else None
     copies = _Copies(state, lambda: copied(state))
+
+    def dense(m: int) -> bool:
+        return bool(copy) and backend.takes_dense(case.problem(layout, m))
+
     own = {name: getattr(layout, name) for name in ("values", "rank", "adapter_rank", "group_size")}
     return Contestant(
         columns={"backend": backend.name, **facts, **own, "prefill": "dense" if copy else "packed"},
         size=size,
-        read=lambda m: copy if first is not None and m >= first else size - copy,
+        read=lambda m: copy if dense(m) else size - copy,
         calls=lambda x, count: [partial(backend.linear, x, copy) for copy in copies.first(count)],
         check=lambda x: gate(backend, x, state, packed),
         unable=lambda m: bool(backend.not_supported_reasons(case.problem(layout, m))),

@@ -173,6 +173,7 @@ def explain(
         "bytes": dense_copy.size_of([layout]),
         "bits_per_weight": dense_copy.BITS,
         "from_tokens": copying.dense_from(problem, gpu),
+        "used": copying.takes_dense(problem, gpu),
     }
     data = {
         "problem": {
@@ -204,18 +205,22 @@ def explain(
         for name, why in reasons.items():
             status = "; ".join(why) or "can run it, stands later in the order"
             print(f"  {name:<10} {'chosen' if name == chosen else status}")
-        for text in filter(None, (plan, gpu_plan, _of_copy(copy, n * k))):
+        for text in filter(None, (plan, gpu_plan, _of_copy(copy, n * k, m))):
             print(text)
 
     return Outcome(data, show)
 
 
-def _of_copy(copy: dict[str, Any], weights: int) -> str:
-    """What prefill="dense" would do, in words."""
+def _of_copy(copy: dict[str, Any], weights: int, m: int) -> str:
+    """What prefill="dense" would do with m tokens, in words."""
     from ..backends.dense_copy import NEVER, described
 
     first, name = copy["from_tokens"], copy["backend"]
     if first is None:
         return f"prefill='dense': the {name} backend keeps no dense copy of this here"
-    used = f"used from {first} tokens on" if first < NEVER else "used for no number of tokens"
-    return f"prefill='dense': {described(copy['bytes'], weights)} more; {used} ({name})"
+    used = f"{'used' if copy['used'] else 'not used'} for {m} tokens"
+    if first >= NEVER:
+        used = "used for no number of tokens"
+    elif not copy["used"] and m < first:
+        used += f", at the earliest from {first} on"
+    return f"prefill='dense': {described(copy['bytes'], weights)} more, {used} ({name})"

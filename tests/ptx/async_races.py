@@ -135,7 +135,7 @@ class AsyncRaces(Races):
         clock = self.clock[first[:, None] + np.arange(4)].min(1)
         tag, writer = self.written[cells] >> EPOCH, self.writer[cells].astype(np.intp)
         needed = np.where(writer < self.warps, self.fenced + writer, writer)
-        unseen = np.take_along_axis(clock, needed, 1) <= tag
+        unseen = (np.take_along_axis(clock, needed, 1) <= tag) | (tag == 0)
         if unseen.any():
             k = int(np.argmax(unseen.reshape(-1)))
             known = np.take_along_axis(clock, writer, 1).reshape(-1)[k] > tag.reshape(-1)[k]
@@ -143,6 +143,8 @@ class AsyncRaces(Races):
             text = f"a wgmma reads what {who} wrote, with no "
             text += "fence.proxy.async" if known else "wait for it"
             text += " between" if known else " by all four warps"
+            if not tag.reshape(-1)[k]:
+                text = "a wgmma reads bytes that nobody has written"
             self._fail(text, cells.reshape(-1), unseen.reshape(-1), lanes)
         mine = (epochs << EPOCH | WARP).astype(np.int32)
         self.read_[cells, self.warps + self._group(first)[:, None]] = mine[:, None]

@@ -16,8 +16,8 @@ CLUSTER_WAIT = 18  # parking place
 class Clusters:
     """Ranks, the barrier of every cluster, and what other CTAs still do to a CTA."""
 
-    def __init__(self, m, dims):
-        self.dims, self.size = dims, int(np.prod(dims))
+    def __init__(self, m, size):
+        self.size = size
         self.rank = m.cta % self.size
         self.threads = m.n // m.ctas * self.size  # lanes of a cluster
         clusters = m.ctas // self.size

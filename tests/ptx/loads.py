@@ -160,7 +160,11 @@ def nothing(i):
 @opcode("prefetch")
 def prefetch(i):
     """prefetch.global.{L1, L2}{::evict_*} [a] (ISA 9.7.9.16): nothing changes, but the address has
-    to be mapped, and L1 must not take what a kernel ahead may still write."""
+    to be mapped, and L1 must not take what a kernel ahead may still write. Of prefetch.tensormap
+    nothing is checked.
+    """
+    if "tensormap" in i.parts:
+        return lambda m, act: None
     if i.parts[1] != "global":
         raise PtxError(f"{'.'.join(i.parts)} is not implemented")
     at = address(i.operands[0])

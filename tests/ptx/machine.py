@@ -86,12 +86,15 @@ class Machine:
         if check_races and shared_bytes and widths:
             cells = self.ctas, self.warps, self.shared.stride, min(widths), equal_writes
             if kernel.asynchronous:
-                self.races = AsyncRaces(*cells, int(np.prod(kernel.cluster)))
+                self.races = AsyncRaces(*cells, kernel.directives.cluster_size)
             else:
                 self.races = Races(*cells)
         self.copies, self.fragments = Copies(self.n), Fragments()
         self.barriers, self.mbarriers = Barriers(self), MBarriers(self)
-        self.clusters, self.warpgroups = Clusters(self, kernel.cluster), Warpgroups(self)
+        self.clusters, self.warpgroups = (
+            Clusters(self, kernel.directives.cluster_size),
+            Warpgroups(self),
+        )
         self.bulk_copies, self.products = BulkCopies(), Products(self, late_products)
         self.dependence = Dependence(self) if dependent else None
         self.pcs = np.where(self.present, 0, _EXITED)
@@ -113,7 +116,7 @@ class Machine:
         d = "xyz".find(axis) if axis else 0
         x, y, _ = self.block
         one = np.uint64(1)
-        cluster = self.kernel.cluster
+        cluster = self.kernel.directives.cluster
         value = {
             "cluster_ctarank": lambda: self.clusters.rank,
             "cluster_nctarank": lambda: self.clusters.size,
@@ -247,10 +250,12 @@ class Machine:
         return self.n // 32 if act is None else int(act.reshape(-1, 32).any(1).sum())
 
     def _deadlock(self):
-        lane = int(np.argmax(self.parked >= 0))
+        # the others mostly wait for those who wait at one of these
+        first = [self.parked == place for place in (MBARRIER, REGISTERS, WARPGROUP)]
+        lane = int(np.argmax(next((p for p in first if p.any()), self.parked >= 0)))
         place = int(self.parked[lane])
         self.pc = int(self.resume[lane]) - (place <= 16)
-        mine = np.flatnonzero((self.parked >= 0) & (self.cta == self.cta[lane]))
+        waiting = int((self.parked[self.cta == self.cta[lane]] >= 0).sum())
         whom = {
             16: "bar.warp.sync",
             CLUSTER_WAIT: "barrier.cluster",
@@ -260,9 +265,8 @@ class Machine:
         if place == REGISTERS:
             text = "setmaxnreg waits for registers that no other warpgroup gives back"
         if place == MBARRIER:
-            asked = [self.mbarriers.asked[k] for k in mine if self.parked[k] == MBARRIER]
-            text = "; ".join(b.missing() for b in dict.fromkeys(asked))
-        text = f"deadlock: {text} ({mine.size} of {self.threads} threads of the CTA wait)"
+            text = self.mbarriers.missing(self, lane)
+        text = f"deadlock: {text} ({waiting} of {self.threads} threads of the CTA wait)"
         raise PtxError(text, lane)
 
     def where(self, lane):
@@ -328,18 +332,17 @@ def launch(
     threads = -(-block[0] * block[1] * block[2] // 32) * 32
     if not 0 < block[0] * block[1] * block[2] <= 1024 or min(*grid, *block) < 1:
         raise PtxError(f"{kernel.name}: grid {grid} of blocks {block}")
+    kernel.directives.check(grid, block)
     shared = kernel.dynamic_start + shared_bytes
     if shared > 227 * 1024:
         raise PtxError(
             f"{kernel.name}: {shared} bytes of shared memory; no GPU has more than 227 KiB"
         )
-    if any(n % c for n, c in zip(grid, kernel.cluster, strict=True)):
-        raise PtxError(f"{kernel.name}: grid {grid} of clusters of {kernel.cluster}")
     chunk = chunk or max(1, min(_LANES // threads, _SHARED // max(shared, 1)))
-    together = int(np.prod(kernel.cluster))
+    together = kernel.directives.cluster_size
     chunk = -(-chunk // together) * together
     space = (memory or Memory()).with_data(kernel.module.data.values())
-    ctas = _in_clusters(grid, kernel.cluster)
+    ctas = _in_clusters(grid, kernel.directives.cluster)
     stats, waited = Counter(), not dependent
     for start in range(0, len(ctas), chunk):
         some = ctas[start : start + chunk]

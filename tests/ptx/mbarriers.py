@@ -3,8 +3,9 @@
 An mbarrier counts the arrivals that its present phase still lacks and, signed, the bytes of copies:
 expect_tx adds what is to come, a copy that lands takes away what came, also ahead of expect_tx. The
 phase is over when both are zero. try_wait.parity p succeeds if and only if the phase of parity p is
-over, which is so at first for p = 1; here a try_wait that fails parks its lanes, and they ask again
-when a phase of that mbarrier has ended.
+over, which is so at first for p = 1. A try_wait whose phase is not over is false the first time
+that a lane asks, so that a program that does not ask again goes on too early; the second time the
+lane is parked, and asks once more when the phase has ended.
 
 For the race detector an arrival releases what the arriving lanes' warp has done (races.Races.
 release), and a completed wait acquires what the phases so far have released. The bytes of a copy
@@ -17,38 +18,39 @@ from .decode import Imm, PtxError, address, array, destination, lanes_of, opcode
 
 MBARRIER = 17  # parking place of try_wait
 _MOST_BYTES = (1 << 20) - 1
+_PHASES = 32  # bits of a phase's number
 
 
 class MBarrier:
-    """One mbarrier: `phase` counts those that are over."""
+    """One mbarrier: `phase` counts those that are over. For the race detector: the epoch of its
+    initialisation, its column of the clocks and the epoch there of its first phase, and the clocks
+    that were released into this phase and into those that are over.
+    """
 
-    def __init__(self, cta, at, count, lane, number):
-        self.cta, self.at, self.count, self.pending = cta, at, count, count
+    def __init__(self, identity, cta, at, count, lane, cluster_phase):
+        self.identity, self.cta, self.at = identity, cta, at
+        self.count = self.pending = count
         self.phase = self.bytes = 0
-        self.lane, self.number = lane, number  # who initialised it; which of its CTA's
-        self.epoch = None  # of the initialisation
-        self.open = self.done = (
-            None  # clocks released into this phase, and into those that are over
-        )
-        self.fenced = False  # the initialisation is visible to copies
+        self.lane, self.cluster_phase = lane, cluster_phase  # of the initialisation
+        self.fenced = False  # copies know of it
+        self.epoch = self.column = self.first = 0
+        self.open = self.done = None
 
     def __str__(self):
         return f"mbarrier at {self.at:#x}"
 
-    def missing(self):
-        return (
-            f"phase {self.phase} of the {self} lacks {self.pending} of {self.count} arrivals "
-            f"and {self.bytes} bytes"
-        )
+    def missing(self, whose):
+        lacks = f"{self.pending} of {self.count} arrivals and {self.bytes} bytes"
+        return f"phase {self.phase} of the {self}{whose} lacks {lacks}"
 
 
 class MBarriers:
     """All mbarriers of a chunk, by CTA and offset."""
 
     def __init__(self, m):
-        self.known = {}
-        self.asked = [None] * m.n  # for which one a lane is parked
-        self.numbers = [{} for _ in range(m.ctas)]  # by offset
+        self.known, self.all = {}, []
+        self.asked = np.full(m.n, -1)  # the mbarrier and phase that a lane last found not over
+        self.numbers = [{} for _ in range(m.ctas)]  # of a CTA's mbarriers, by offset
 
     def start(self, m, lane, at, count):
         """mbarrier.init by one lane."""
@@ -58,18 +60,18 @@ class MBarriers:
             raise PtxError(f"the mbarrier at {at:#x} is initialised already", lane)
         if not 0 < count <= _MOST_BYTES:
             raise PtxError(f"an mbarrier of {count} arrivals", lane)
-        # one column of the clocks for each place, also when it is initialised again
-        number = self.numbers[cta].setdefault(at, len(self.numbers[cta]))
-        b = self.known[cta, at] = MBarrier(cta, at, count, lane, number)
-        b.cluster_phase = m.clusters.phase[cta // m.clusters.size]
+        phase = m.clusters.phase[cta // m.clusters.size]
+        b = self.known[cta, at] = MBarrier(len(self.all), cta, at, count, lane, phase)
+        self.all.append(b)
         if m.races is not None:
             m.races.access(flat, 8, np.array([lane]), True)
             m.races.close(flat, 8)
+            # one column for each place, also when it is initialised again
+            number = self.numbers[cta].setdefault(at, len(self.numbers[cta]))
             b.column = m.races.barrier_column(cta, number, lane)
+            b.first = int(m.races.clock[:, b.column].max())
             b.epoch = m.races.epoch(lane // 32)
             b.open, b.done = (np.zeros(m.races.columns, np.int32) for _ in range(2))
-            # phases of an earlier mbarrier at this place
-            b.first = int(m.races.clock[:, b.column].max())
 
     def end(self, m, lane, at):
         """mbarrier.inval."""
@@ -122,11 +124,10 @@ class MBarriers:
                 if m.races is not None and releases:
                     warps = np.unique(own[step] // 32)
                     b.open = np.maximum(b.open, m.races.clock[warps].max(0))
-                if counts is None:
-                    continue
-                if b.pending == 0 or np.max(number[step]) > b.pending:
+                if counts is not None and np.max(number[step]) > b.pending:
                     raise PtxError(f"more arrivals at the {b} than it counts", int(own[0]))
-                b.pending -= int(np.sum(number[step]))
+                if counts is not None:
+                    b.pending -= int(np.sum(number[step]))
                 over |= self.complete(m, b)
         return over
 
@@ -156,13 +157,20 @@ class MBarriers:
             b.done = np.maximum(b.done, b.open)
             b.done[b.column] = b.first + b.phase
             b.open = np.zeros_like(b.open)
-        parked = np.flatnonzero(m.parked == MBARRIER)
-        woken = [lane for lane in parked.tolist() if self.asked[lane] is b]
-        m.free(np.array(woken, np.intp))
+        m.free(np.flatnonzero((m.parked == MBARRIER) & (self.asked >> _PHASES == b.identity)))
         return True
 
+    def missing(self, m, lane):
+        """What the parked threads of a lane's cluster wait for, in words."""
+        mine = (m.parked == MBARRIER) & (
+            m.lanes // m.clusters.threads == lane // m.clusters.threads
+        )
+        asked = [self.all[k] for k in dict.fromkeys((self.asked[mine] >> _PHASES).tolist())]
+        several = m.clusters.size > 1
+        return "; ".join(b.missing(f" of CTA {m.ids[b.cta]}" if several else "") for b in asked)
+
     def wait(self, m, lanes, at, over, acquires):
-        """Lanes that find their phase over go on, the others are parked; returns which go on."""
+        """Which lanes find their phase over; those that ask again in vain are parked."""
         ctas = m.cta[lanes]
         changes = (np.diff(ctas) != 0) | (np.diff(at) != 0)
         passed = np.ones(lanes.size, bool)
@@ -175,9 +183,10 @@ class MBarriers:
                 m.races.acquire(np.unique(gone // 32), b.done)
             if gone.size < own.size:
                 stay = own[~passed[some]]
-                for lane in stay.tolist():
-                    self.asked[lane] = b
-                m.park(stay, MBARRIER, again=True)
+                now = b.identity << _PHASES | b.phase
+                again = self.asked[stay] == now
+                self.asked[stay] = now
+                m.park(stay[again], MBARRIER, again=True)
         return passed
 
 
@@ -277,7 +286,7 @@ def _wait(i):
             return False
         done = np.zeros(m.n, bool)
         done[lanes[passed]] = True
-        put(m, done, np.ones(m.n, bool))
+        put(m, act, done)
         return True
 
     return run

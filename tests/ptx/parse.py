@@ -12,6 +12,7 @@ from bisect import bisect_right
 import numpy as np
 
 from .decode import DECODERS, DTYPE, Address, Imm, Pair, PtxError, Reg, Symbol, TileOperand
+from .directives import Directives
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
 _STATEMENT = re.compile(
@@ -21,9 +22,6 @@ _STATEMENT = re.compile(
 _BRACE, _OPENING = re.compile(r"[{}]"), re.compile(r"[{;]")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _TARGET = re.compile(r"^\s*\.target\s+sm_(\d+)", re.M)
-_DIRECTIVE = re.compile(
-    r"\.(maxntid|reqntid|minnctapersm|maxnreg|reqnctapercluster)\s+(\d+(?:\s*,\s*\d+)*)"
-)
 _GUARD = re.compile(r"@(!?)([\w$%]+)\s+(.*)", re.S)
 _VARIABLE = re.compile(
     r"\.(?P<space>shared|local|global|const|param)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
@@ -204,10 +202,7 @@ class Kernel:
         self.module, self.name = module, name
         self.code, self.widths, self.special = [], [], {}
         head, _, directives = head.rpartition(")")
-        self.directives = {
-            name: [int(n) for n in numbers.split(",")]
-            for name, numbers in _DIRECTIVE.findall(directives)
-        }
+        self.directives = Directives(directives)
         self.parameters, self.parameter_bytes = _layout(
             [_variable(m) for m in _VARIABLE.finditer(head)]
         )
@@ -216,11 +211,6 @@ class Kernel:
         self._scan(body, offset)
         for instruction in self.code:
             self._decode(instruction)
-
-    @property
-    def cluster(self):
-        """CTAs of a cluster in x, y, z (ISA 11.4.1 ".reqnctapercluster")."""
-        return tuple((*self.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3])
 
     @property
     def asynchronous(self):

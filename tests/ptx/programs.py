@@ -44,7 +44,8 @@ def run(
         data = a.reshape(-1).view(np.uint8)
         memory.map(a.ctypes.data, data, writable=k not in read_only, early=k in early)
     buffer = struct.pack(f"<{len(arrays)}Q", *(a.ctypes.data for a in arrays))
-    return launch(module["k"], (grid,), (block,), buffer, memory, shared_bytes, **options)
+    grid = grid if isinstance(grid, tuple) else (grid,)
+    return launch(module["k"], grid, (block,), buffer, memory, shared_bytes, **options)
 
 
 def evaluate(code, *inputs, out=np.uint32):

@@ -121,8 +121,9 @@ class Races:
             self.written[cells] = mine
             self.writer[cells] = local
             lost = (self.written[cells] != mine) | (self.writer[cells] != local)
-            if lost.any():
+            if lost.any() or whole:
                 self._together(at, data, cells, lanes)
+            if lost.any():
                 self._note(cells[lost], local[lost], mine[lost])
             return
         self._note(cells, local, mine)

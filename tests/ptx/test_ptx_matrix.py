@@ -62,6 +62,59 @@ def test_ldmatrix(trans):
             assert out[k, lane] == int(matrix[g, 2 * t]) | int(matrix[g, 2 * t + 1]) << 16
 
 
+@pytest.mark.parametrize("trans", ["", ".trans"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix(count, trans):
+    """The inverse of ldmatrix: lane j of the j-th eight lanes gives a row's address."""
+    words = np.random.default_rng(count).integers(0, 1 << 32, (32, 4), np.uint32)
+    out = np.zeros(256, np.uint16)
+    registers = ", ".join(f"%r{k + 1}" for k in range(count))
+    run(
+        f"""
+        mad.wide.u32 %d1, %r30, 16, %d11; ld.global.v4.u32 {{%r1, %r2, %r3, %r4}}, [%d1];
+        mov.u32 %r5, buf; mad.lo.u32 %r6, %r30, 16, %r5;
+        stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r6], {{{registers}}};
+        bar.warp.sync 0xffffffff;
+        ld.shared.v4.u32 {{%r1, %r2, %r3, %r4}}, [%r6];
+        mad.wide.u32 %d2, %r30, 16, %d10; st.global.v4.u32 [%d2], {{%r1, %r2, %r3, %r4}};""",
+        out,
+        words,
+        shared=".shared .align 16 .b8 buf[512];",
+    )
+    for k in range(4):
+        matrix = np.full((8, 8), 0xFFFF, np.uint16)
+        for lane in range(32 if k < count else 0):
+            g, t = divmod(lane, 4)
+            matrix[g, 2 * t : 2 * t + 2] = words[lane, k] & 0xFFFF, words[lane, k] >> 16
+        matrix = matrix.T if trans else matrix
+        assert np.array_equal(out.reshape(4, 8, 8)[k], matrix)
+
+
+STORE = """
+    mov.u32 %r5, buf; mad.lo.u32 %r6, %r30, 16, %r5;
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r6], {%r1, %r2, %r3, %r4};
+    bar.warp.sync 0xffffffff;
+    ld.shared.u32 %r1, [%r6];
+"""
+
+
+def test_faults_of_stmatrix():
+    shared = ".shared .align 16 .b8 buf[512];"
+    run(STORE, shared=shared)
+    for old, new, message in (
+        ("bar.warp.sync 0xffffffff;", "", "after a write by the warp's ldmatrix or stmatrix"),
+        ("%r30, 16", "%r30, 8", "misaligned 16-byte shared access"),
+        ("[%r6], {", "[%r6+16], {", "beyond the 512 bytes"),
+        ("    stmatrix", "setp.eq.u32 %p1, %r30, 3;\n@!%p1 stmatrix", "by a partial warp"),
+        ("[%r6], {", "[%r5], {", "different bytes to one place"),
+        (".x4", ".x2", "stmatrix.x2 stores 2 registers"),
+        ("m8n8", "m16n8", "is not implemented"),
+    ):
+        text = STORE if message != "different bytes to one place" else STORE.replace("%r2", "%r30")
+        with pytest.raises(PtxError, match=message):
+            run(text.replace(old, new, 1), shared=shared)
+
+
 def layout(shape, stride):
     """A CuTe (thread, value) layout as a function to a column-major flat index."""
 

@@ -24,7 +24,7 @@ class Warpgroups:
         self.everybody = np.arange(first.size)
         self.covers = self.lanes.size == m.n
         # registers of a thread at the launch, by warpgroup, if the kernel's directives say it
-        self.allocated = m.kernel.registers(m.threads)
+        self.allocated = m.kernel.directives.registers(m.threads)
         self.registers = np.full(first.size, self.allocated or 0)
         self.pool = np.zeros(m.ctas, np.int64)  # free ones, in threads' worth of a warpgroup
 

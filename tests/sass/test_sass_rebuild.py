@@ -11,10 +11,13 @@ from sass import counter as sass
 from sass.findings import Findings, excesses
 from sass.instruction_budget import LANE_WEIGHTS
 from slab_kernels.backends.cuda import compile as recipe
+from slab_kernels.backends.cuda import cost
+from slab_kernels.backends.cuda.launch import VALUE_NAMES
 
 ACTIVATIONS, VALUES = ("fp16", "bf16"), ("w16", "int8", "int4")
 TOKENS = (64, 128)  # of a warp
 MOST_REGISTERS = 255  # of a thread; a CTA has at most 256
+WITHIN = 0.10  # of the cost model's tables
 ROW_TILES, K16 = 2, 8  # of a warp, of a K-block
 GROUPS = 32  # of four inputs that a lane rebuilds in a K-block
 EVERY = pytest.mark.parametrize("architecture", recipe.ARCHITECTURES)
@@ -123,4 +126,19 @@ def test_the_budget_of_instructions(machine_code, architecture):
         taken = (counts.total() - counts["NOP"]) / LANE_WEIGHTS
         if taken > (most := BUDGET[values][activation][at]):
             wrong[f"{taken:.2f} instructions a weight, not {most}"].append(name)
+    wrong.check()
+
+
+def test_the_cost_model_issues_what_the_machine_code_does(machine_code):
+    """Of sm_80, whose devices have no other kernels of this kind; any rank counted with one."""
+    wrong, kernels = Findings(), machine_code("sm_80")[1]
+    codes = {name: code for code, name in VALUE_NAMES.items()}
+    tables = {"one": cost.REBUILD_ISSUE, "any": cost.REBUILD_ANY_ISSUE}
+    for (rank, table), values, tokens in itertools.product(tables.items(), VALUES, TOKENS):
+        name = f"rebuild_fp16_{values}_{rank}_t{tokens}"
+        counted = sum(kernels[name].by_pipe().values())
+        fixed, per_tile = table[codes[values]]
+        modelled = fixed + per_tile * tokens / 8
+        if abs(modelled / counted - 1) > WITHIN:
+            wrong[f"cost.py says {modelled:.0f}, the machine code {counted:.0f}"].append(name)
     wrong.check()

@@ -1,20 +1,23 @@
 """The fused CUDA kernels of csrc/cuda, for A100 (sm_80) and newer: `slab_kernels::linear_cuda`.
 
 They are loaded on first use. `prepare` orders the canonical packed tensors as the tensor cores'
-lanes want them (layout.py). For a call plan.py chooses a tile (tiles.py) by measured rows
-(measured.py) or a cost model (cost.py) of the GPU (gpus.py), launch.py queues one kernel (two with
-an adapter, one more where K is split over CTAs), and driver.py talks to the driver. prefetch.py
-knows which weight comes next, if somebody said so. images.py finds the machine code, which
-compile.py builds ahead of time and nvrtc.py at run time.
+lanes want them (layout.py). For a call plan.py chooses a family of kernels and a tile (tiles.py,
+prefill.py) by measured rows (measured.py) or a cost model (cost.py, prefill_cost.py) of the GPU
+(gpus.py), explain.py says why, launch.py queues one kernel (two with an adapter, one more where K
+is split over CTAs), prefill_launch.py those of prefill.py with their tensor maps (tensor_map.py),
+and driver.py talks to the driver. prefetch.py knows which weight comes next, if somebody said so.
+images.py finds the machine code, which compile.py builds ahead of time and nvrtc.py at run time.
+unpack.py is the way back from the stream.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
-token's result depends on no other token. Above 64 that holds for every kernel here; where the plan
-rebuilds the weight instead, it is cuBLAS that decides.
+token's result depends on no other token. Above 64 the order in which its products are added depends
+on the number of tokens; where the plan rebuilds the weight instead, it is cuBLAS that decides.
 
 With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be. v * x is
 rounded to the activations' type, u * v is not rounded at all. From 17 tokens on, where a rank above
 1 meets several sign planes, u times the level (1/2 or 3/2; 1/4 to 7/4) is rounded to the
-activations' type too.
+activations' type too. Kernels that rebuild the weight in registers round its entries to that type,
+as a dense weight's are, with rows brought into the range of fp16 by a power of two (powers.py).
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from .layout import (
     TENSORS,
     CudaState,
 )
-from .plan import dense_from
+from .plan import dense_from, takes_dense
 from .tiles import MOST_RANK, CudaSizes, sizes_of
 
 NAMESPACE = "slab_kernels"
@@ -123,6 +126,11 @@ class CudaBackend(OneLaunchBackend):
             return None
         return dense_from(_sizes(problem), _gpu(gpu))
 
+    def takes_dense(self, problem: LinearProblem, gpu: str | None = None) -> bool:
+        if self.dense_from(problem, gpu) is None:
+            return False
+        return takes_dense(_sizes(problem), problem.M, _gpu(gpu))
+
     def prefetch_next(self, state: object, following: object, most_bytes: int) -> None:
         """The kernel for `state` prefetches the first bytes of `following` into L2."""
         if isinstance(state, CudaState) and isinstance(following, CudaState):
@@ -189,7 +197,8 @@ def _linear(x: Tensor, *arguments) -> Tensor:
     check_stream(x, state, bias)
     device = device_of(x.device.index)
     if state.dense is not None:
-        if x.numel() >= state.in_features * dense_from(sizes_of(state), device.gpu):
+        M = x.numel() // state.in_features
+        if takes_dense(sizes_of(state), M, device.gpu):
             return dense_copy.product(x, state.dense, bias)
     return linear(x, state, bias, device)
 

@@ -90,10 +90,11 @@ PLANES_ISSUE = {  # by sign planes, of rank 1
     3: {W16: (286, 54), INT8: (370, 61), INT4: (370, 62)},
 }
 TALL_ISSUE = {W16: (330, 71)}  # for 64 rows x 128 inputs
-# The loop that rebuilds the weight, of rank 1 and one plane: (fixed, per 8 tokens); more for each
-# rank above the first, and for two or three planes.
-REBUILD_ISSUE = {W16: (466, 26.5), INT8: (640, 26.5), INT4: (606, 26.5)}
-REBUILD_RANK_ISSUE, REBUILD_PLANES_ISSUE = 80, 64
+# The loop that rebuilds the weight, counted for sm_80: (fixed, per 8 tokens). Those of any rank and
+# number of planes with the first rank, and with all that planes of one number or another need.
+REBUILD_ISSUE = {W16: (427, 28.9), INT8: (552, 28.5), INT4: (555, 28.6)}
+REBUILD_ANY_ISSUE = {W16: (793, 30.1), INT8: (926, 29.8), INT4: (920, 30.5)}
+REBUILD_RANK_ISSUE = 80  # more for each rank above the first
 LOOK_UPS = 32  # of a warp in the table of selectors, for each K block
 ROW_OF_V_BYTES = STEPS * 2 * SHARED_PORT  # that such a warp reads of shared memory: two wavefronts
 
@@ -272,8 +273,9 @@ class Plan:
         values, rank = self.sizes.values, self.sizes.rank
         planes = self.sizes.planes if rank else 0
         if self.tile.loop == REBUILD:
-            fixed, per_token_tile = REBUILD_ISSUE[values]
-            fixed += REBUILD_RANK_ISSUE * (rank - 1) + REBUILD_PLANES_ISSUE * (planes > 1)
+            any_rank = rank > 1 or planes > 1
+            fixed, per_token_tile = (REBUILD_ANY_ISSUE if any_rank else REBUILD_ISSUE)[values]
+            fixed += REBUILD_RANK_ISSUE * (rank - 1)
             return fixed + per_token_tile * (self.tokens // COLUMNS)
         if self.tile.loop != MANY:
             return DECODE_ISSUE * self._decode_instructions(planes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .cost import Rebuild, dense_microseconds, rebuild
 from .gpus import Gpu
-from .plan import NEVER, choose, dense_from, weighed
+from .plan import choose, takes_dense, weighed
 from .tiles import DECODE, FEW, MANY, REBUILD, CudaSizes
 
 FAMILIES = {
@@ -18,7 +18,7 @@ FAMILIES = {
 
 def explained(sizes: CudaSizes, M: int, gpu: Gpu) -> str:
     """The plan for M tokens and the time of a dense linear by the same model; above 16 tokens what
-    the kernels that were not chosen would take, and what a dense copy is worth.
+    the kernels that were not chosen would take, and whether a dense copy would be used.
 
     Raises: ArgumentError if no plan fits the device, ConfigError if the file of measured rows is
     damaged.
@@ -39,6 +39,5 @@ def explained(sizes: CudaSizes, M: int, gpu: Gpu) -> str:
     if others:
         scope = "" if M > FEW else f", for all of {DECODE + 1} to {FEW} tokens"
         text += f"; preferred to {', '.join(others)}{scope}"
-    since = dense_from(sizes, gpu)
-    tokens = "no number of tokens" if since == NEVER else f"{since} tokens and more"
-    return f"{text}; a dense copy would be faster for {tokens}"
+    copy = "a dense copy" if takes_dense(sizes, M, gpu) else "no dense copy"
+    return f"{text}; {copy} would be faster"

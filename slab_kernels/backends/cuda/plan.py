@@ -15,6 +15,7 @@ on the weight may be rebuilt for cuBLAS, which rounds otherwise.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 from ...errors import ArgumentError
 from . import prefill
-from .cost import BAND, REDUCE_US, Plan, Rebuild, dense_microseconds, rebuild
+from .cost import BAND, LAUNCH_US, REDUCE_US, Plan, Rebuild, dense_microseconds, rebuild
 from .gpus import Gpu
 from .layout import DENSE
 from .measured import MeasuredRow, PrefillRow, Row, rows_for
@@ -132,24 +133,38 @@ def microseconds(sizes: CudaSizes, M: int, gpu: Gpu) -> float:
     return found.microseconds if found else math.inf
 
 
-@functools.lru_cache(maxsize=1024)
-def dense_from(sizes: CudaSizes, gpu: Gpu) -> int:
-    """The tokens from which on a 16-bit copy of the weight is faster with cuBLAS than its stream,
-    by the model; NEVER if there are none.
+def takes_dense(sizes: CudaSizes, M: int, gpu: Gpu) -> bool:
+    """Whether M tokens are multiplied by a 16-bit copy of the weight, if there is one.
 
-    It is 17 or above 64: up to 64 tokens one family serves a regime. The bias is no time of
-    cuBLAS's.
+    Never up to 16 tokens. Up to 64 there is one answer, since one family serves that regime: the
+    copy does as soon as the stream would be slower than it by more than a launch somewhere. Above,
+    whatever is faster by the model, in steps of a tenth. The sparse kernels of a weight without
+    signs may win again where tokens are many, so there is no one limit.
     """
+    if M <= DECODE:
+        return False
+    if M <= FEW:
+        return _slower_than_dense(sizes, FEW, gpu)
+    return _slower_than_dense(sizes, REBUILT_FROM[bisect.bisect(REBUILT_FROM, M) - 1], gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slower_than_dense(sizes: CudaSizes, M: int, gpu: Gpu) -> bool:
+    """Whether the stream's plan is: of all M of a regime for M = FEW."""
 
     def gained(M: int) -> float:
         return microseconds(sizes, M, gpu) - dense_microseconds(sizes.N, sizes.K, M, gpu)
 
-    threshold = NEVER
-    for M in reversed(REBUILT_FROM):
-        if gained(M) <= 0:
-            return threshold
-        threshold = M
-    return DECODE + 1 if sum(gained(M) for M in WEIGHED[FEW]) > 0 else threshold
+    if M == FEW:
+        return max(gained(tokens) for tokens in WEIGHED[FEW]) > LAUNCH_US
+    return gained(M) > 0
+
+
+@functools.lru_cache(maxsize=1024)
+def dense_from(sizes: CudaSizes, gpu: Gpu) -> int:
+    """The fewest tokens of which `takes_dense` is true; NEVER if there are none."""
+    counts = (DECODE + 1, *REBUILT_FROM)
+    return next((M for M in counts if takes_dense(sizes, M, gpu)), NEVER)
 
 
 def regime(M: int) -> tuple[int, int]:

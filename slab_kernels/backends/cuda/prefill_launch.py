@@ -17,7 +17,7 @@ from torch import Tensor
 from ...format import ceil_div
 from ..base import MAX_PARTS
 from .device import BIAS_CODES, DTYPE_NAMES, VALUE_NAMES, CudaDevice
-from .layout import BLOCK_ROWS, TILE_ROWS, CudaState
+from .layout import BLOCK_ROWS, TILE_ROWS, W16, CudaState
 from .prefill import REBUILD, Prefill, frames, is_any_rank
 from .tensor_map import ALIGNMENT, BYTES
 from .tiles import CudaSizes
@@ -70,9 +70,13 @@ def prefill_names(sizes: CudaSizes, dtype: torch.dtype) -> list[str]:
 def _name(sizes: CudaSizes, dtype: torch.dtype, kind: str, tokens: int) -> str:
     """The kernel. tokens: of a CTA."""
     name = f"prefill_{kind}_{DTYPE_NAMES[dtype]}_{VALUE_NAMES[sizes.values]}"
-    if kind == REBUILD:
-        name += "_any" if is_any_rank(sizes, kind) else "_one"
-    return f"{name}_t{tokens}"
+    if kind != REBUILD:
+        return f"{name}_t{tokens}"
+    if is_any_rank(sizes, kind):
+        return f"{name}_any_t{tokens}"
+    # Four warpgroups have too few registers for scales of every group size.
+    grouped = tokens == 128 and sizes.values != W16 and sizes.group_steps < 4
+    return f"{name}_one_t{tokens}{'_groups' if grouped else ''}"
 
 
 def _template(plan: Prefill) -> bytes:

@@ -44,6 +44,12 @@ FAMILIES = [
     Family("one", 128, 0, 1),
     Family("one", 256, 0, 1),
     Family("both", 64, 1, 1),
+    Family("rebuild", 64, 1, 1),
+    Family("rebuild", 128, 1, 1),
+    Family("rebuild", 256, 1, 1),
+    Family("rebuild", 64, 2, 1),
+    Family("rebuild", 64, 1, 3),
+    Family("rebuild", 128, 3, 2),
 ]
 
 

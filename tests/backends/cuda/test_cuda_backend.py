@@ -22,16 +22,18 @@ import pytest
 import test_cuda_gpu as gpu
 import torch
 from emulation import run
+from prefill_cases import H100
 from test_cuda_kernels import A100, DTYPES, sizes
 from test_import_cost import PROBE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slab_kernels import reference
 from slab_kernels.backends import cuda, dispatch
-from slab_kernels.backends.base import LinearProblem
+from slab_kernels.backends.base import Backend, LinearProblem
 from slab_kernels.backends.cuda import BIAS, driver, layout, plan, tiles, unpack
 from slab_kernels.backends.cuda import launch as launching
-from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
+from slab_kernels.backends.cuda.device import CudaDevice
+from slab_kernels.backends.cuda.launch import kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
 from slab_kernels.errors import BackendError, RangeError, ShapeError
 from slab_kernels.format import PackedLayout
@@ -305,7 +307,7 @@ def test_a_forced_backend_says_why_not(monkeypatch):
 def test_a_second_dtype_prepares_anew_where_states_serve_one(monkeypatch, one_dtype, prepared):
     seen = []
 
-    class Backend:
+    class Fake(Backend):
         name = "fake"
 
         def prepare(self, packed, dtype=None):
@@ -317,7 +319,7 @@ def test_a_second_dtype_prepares_anew_where_states_serve_one(monkeypatch, one_dt
             assert not one_dtype or x.dtype == state[0]
             return reference.linear(x, state[1], bias)
 
-    Backend.one_dtype, backend = one_dtype, Backend()
+    Fake.one_dtype, backend = one_dtype, Fake()
     monkeypatch.setattr(dispatch, "select", lambda problem, name=None: backend)
     module = SlabLinear.from_packed(random_packed(SMALL))
     for dtype in (*DTYPES, *DTYPES):
@@ -326,7 +328,8 @@ def test_a_second_dtype_prepares_anew_where_states_serve_one(monkeypatch, one_dt
     assert tuple(seen) == prepared
 
 
-def test_kernels_are_loaded_with_the_weight(monkeypatch):
+@pytest.mark.parametrize("gpu", [A100, H100], ids=lambda gpu: gpu.name)
+def test_kernels_are_loaded_with_the_weight(monkeypatch, gpu):
     """On the weight's device, all of them: the first call may stand in a graph capture."""
     loaded, registered, stream = (
         [],
@@ -352,12 +355,14 @@ def test_kernels_are_loaded_with_the_weight(monkeypatch):
     monkeypatch.setattr(layout, "prepare", lambda parts, dtype: state)
     monkeypatch.setattr(driver, "load", lambda name, device: loaded.append((name, device)))
     monkeypatch.setattr(cuda, "register", lambda: registered.append(True))
+    monkeypatch.setattr(cuda, "device_of", {3: CudaDevice(gpu, lambda *_: None)}.get)
     packed = random_packed(PackedLayout(24, 200, "int8", 64, rank=2))
     assert BACKEND.prepare(packed, torch.bfloat16) is state
     assert registered and loaded == [
-        (name, 3) for name in kernel_names(sizes(state), torch.bfloat16)
+        (name, 3) for name in kernel_names(sizes(state), torch.bfloat16, gpu)
     ]
     assert ("adapter_bf16_t16", 3) in loaded and ("linear_bf16_int8_any_t64", 3) in loaded
+    assert any(name.startswith("prefill") for name, _ in loaded) == (gpu is H100)
 
 
 def test_importing_opens_no_library_and_reads_no_file():

@@ -8,13 +8,14 @@ poisoned, memory beside it is not there.
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 from emulation import Launched, run
-from pairwise import grid
+from pairwise import grid, grid_of
 from prefill_cases import (
     DEALINGS,
     DTYPES,
@@ -22,9 +23,9 @@ from prefill_cases import (
     H100,
     LEAST,
     TOKENS,
-    Family,
     activations,
     bias_of,
+    dealt,
     exact_of,
     forced,
     multiplied,
@@ -34,29 +35,38 @@ from prefill_cases import (
 from sass import counter as sass
 from test_cuda_kernels import bound
 
-from slab_kernels.backends.cuda import layout, plan, sizes_of
+from slab_kernels.backends.cuda import layout, plan, sizes_of, unpack
 from slab_kernels.backends.cuda.prefill import Prefill
+from slab_kernels.backends.cuda.prefill_launch import prefill_launch
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import VALUE_LAYOUTS, oracle, random_packed
 
 # Rows: one ragged tile; two, of a pair the second ragged; three of 128, so that a pair is odd.
 # Inputs: two blocks and a ragged third, which is no multiple of 8; less than one; two.
 SHAPES = ((40, 390, 4), (150, 76, 20), (277, 256, 0))
+# Every kernel deals its tiles in one of the ways.
+FUSED = list(zip(FAMILIES, itertools.cycle(DEALINGS), strict=False))
+# Groups of every size.
+VALUES = (*VALUE_LAYOUTS, ("int8", 64))
 BIASES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
-@grid(
-    family=FAMILIES,
-    dtype=DTYPES,
-    **{"values, group_size": VALUE_LAYOUTS, "N, K, adapter_rank": SHAPES},
-    M=TOKENS,
-    dealing=DEALINGS,
-    stages=(LEAST, (2, 5), None),
-    bias_type=BIASES,
-    late=(True, False),
+def every_case() -> list[tuple]:
+    """Every kernel, value type, shape and number of tokens; the rest of each case is drawn."""
+    draw = random.Random(0).choice
+    rest = list(itertools.product(DTYPES, DEALINGS, (LEAST, (2, 5), None), BIASES, (True, False)))
+    return [
+        (family, *values, *shape, M, *draw(rest))
+        for family, values, shape, M in itertools.product(FAMILIES, VALUES, SHAPES, TOKENS)
+    ]
+
+
+@grid_of(
+    "family, values, group_size, N, K, adapter_rank, M, dtype, dealing, stages, bias_type, late",
+    every_case(),
 )
 def test_small_integers_are_exact(
-    family, dtype, values, group_size, N, K, adapter_rank, M, dealing, stages, bias_type, late
+    family, values, group_size, N, K, adapter_rank, M, dtype, dealing, stages, bias_type, late
 ):
     """The whole of a call: what comes first for an adapter, the product, and shares of tiles added
     to it."""
@@ -66,12 +76,18 @@ def test_small_integers_are_exact(
     launched = Launched()
     with forced(family, dealing, stages):
         y = multiplied(x, state, bias, launched, late)
-    exact, _ = exact_of(shape, M, dtype, True)
+    exact, magnitude = exact_of(shape, M, dtype, True)
     exact = exact if bias is None else exact + bias.double()
-    assert torch.equal(y, exact.to(dtype))
+    W = unpack.dense(state)
+    if family.kind == "rebuild" and not torch.equal(W.to(dtype).float(), W):
+        # The rebuilt weight is rounded, if an integer beside levels has more bits than bf16.
+        assert (dtype, values) == (torch.bfloat16, "int8") and family.planes > 1
+        assert bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, K)).all())
+    else:
+        assert torch.equal(y, exact.to(dtype))
     assert launched.kernels[0].startswith("adapter_") == bool(adapter_rank)
     named = [name for name in launched.kernels if name.startswith(f"prefill_{family.kind}_")]
-    assert len(named) == 1 and named[0].endswith(f"_t{family.tokens}")
+    assert len(named) == 1 and f"_t{family.tokens}" in named[0]
     assert any(name.startswith("prefill_reduce") for name in launched.kernels) == (
         dealing != "whole"
     )
@@ -81,7 +97,7 @@ def test_small_integers_are_exact(
 @grid(
     family=FAMILIES,
     dtype=DTYPES,
-    **{"values, group_size": VALUE_LAYOUTS},
+    **{"values, group_size": VALUES},
     M=(33, 129),
     dealing=("whole", "tail"),
 )
@@ -95,11 +111,10 @@ def test_against_fp64(family, dtype, values, group_size, M, dealing):
     assert bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, 260)).all())
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-@pytest.mark.parametrize("dealing", DEALINGS)
+@pytest.mark.parametrize("family, dealing", FUSED)
 def test_fused_projections_are_one_launch(family, dealing):
     """q, k and v of unequal sizes, each with its own V and Q, none a multiple of a tile."""
-    rows, K, M = (150, 24, 300), 272, 70
+    rows, K, M = (150, 24, 37), 140, 70
     parts = [
         random_packed(
             PackedLayout(n, K, "int4", 32, family.rank, 20, planes=family.planes), n, integers=True
@@ -117,8 +132,7 @@ def test_fused_projections_are_one_launch(family, dealing):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
+def test_up_to_64_tokens_a_result_depends_on_no_other_token(family):
     """Nor do results of more tokens change what others have beside them."""
     shape = PackedLayout(40, 390, "int4", 64, family.rank, 4, planes=family.planes)
     state = state_of(shape, torch.float16, False)
@@ -126,7 +140,7 @@ def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
     with forced(family, "tail"):
         y = multiplied(x, state)
         assert same_bits(multiplied(x[:17], state), y[:17])
-        x[1, 77], x[40, 3] = bad, -bad
+        x[1, 77], x[40, 3] = float("nan"), float("-inf")
         spoilt = multiplied(x, state)
     others = (torch.arange(64) != 1) & (torch.arange(64) != 40)
     assert same_bits(spoilt[others], y[others])
@@ -136,17 +150,16 @@ def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_the_same_bytes_twice(family):
     """Products at once and products when they are waited for, least and most stages."""
-    shape = PackedLayout(150, 390, "int8", 128, family.rank, 4, planes=family.planes)
+    shape = PackedLayout(40, 390, "int8", 128, family.rank, planes=family.planes)
     state = state_of(shape, torch.bfloat16, False)
-    x = activations(390, 70, torch.bfloat16, False)
-    results = []
-    for stages, late in itertools.product((LEAST, None), (True, False)):
+    x, results = activations(390, 70, torch.bfloat16, False), []
+    for stages, late in ((LEAST, True), (None, False)):
         with forced(family, "both", stages):
             results.append(multiplied(x, state, late=late))
-    assert all(same_bits(results[0], other) for other in results[1:])
+    assert same_bits(*results)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES[::5], ids=str)
 def test_strided_and_unaligned_activations(family):
     K, M = 132, 70
     shape = PackedLayout(40, K, "fp16", None, family.rank, 4, planes=family.planes)
@@ -163,9 +176,7 @@ def test_strided_and_unaligned_activations(family):
         assert multiplied(x.view(7, 10, K), state).shape == (7, 10, 40)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-7, 3.0, 1e4])
-@pytest.mark.parametrize("values", ["int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@grid(family=FAMILIES, values=("int8", "int4"), scale=(1e-38, 1e-7, 3.0, 1e4))
 def test_scales_outside_of_fp16(family, values, scale):
     """Rows of very large and very small scales, and of none at all, beside one another."""
     packed = random_packed(
@@ -185,7 +196,7 @@ def test_scales_outside_of_fp16(family, values, scale):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("M", [40, 300])
+@pytest.mark.parametrize("M", [20, 50])
 def test_plans_as_they_are_chosen(rank, M):
     """Nothing is forced: the plan for an H100 with few multiprocessors, which chooses a kernel for
     many tokens, and its own dealing and stages."""
@@ -193,8 +204,7 @@ def test_plans_as_they_are_chosen(rank, M):
     shape = PackedLayout(277, 520, "int4", 128, rank, 4)
     state, x = state_of(shape, torch.float16, True), activations(520, M, torch.float16, True)
     chosen = plan.choose(sizes_of(state), M, gpu)
-    if not isinstance(chosen, Prefill):
-        pytest.skip(f"the plan is {chosen.describe()}")
+    assert isinstance(chosen, Prefill), chosen.describe()
     y = run(x, state, bias_of(277), gpu, "compute_90")
     assert torch.equal(y, (exact_of(shape, M, torch.float16, True)[0] + bias_of(277)).half())
 
@@ -203,15 +213,11 @@ def test_every_kernel_of_the_unit_is_executed():
     """By name: nothing ships that these tests cannot reach."""
     text = (sass.ROOT / "csrc/cuda/prefill.cu").read_text(encoding="utf-8")
     rows = re.findall(r"KERNEL\((\w+), *(\w+),", text)
-    tested = {
-        (family.kind, f"{values}{_several(family)}_t{family.tokens}")
-        for family in FAMILIES
-        for values in ("w16", "int8", "int4")
-    }
-    assert set(rows) == tested
-
-
-def _several(family: Family) -> str:
-    if family.kind != "rebuild":
-        return ""
-    return "_any" if family.rank > 1 or family.planes > 1 else "_one"
+    shipped = {f"prefill_{kind}_fp16_{name}" for kind, name in rows}
+    tested = set()
+    for family, (values, group_size) in itertools.product(FAMILIES, VALUES):
+        shape = PackedLayout(16, 64, values, group_size, family.rank, planes=family.planes)
+        sizes = sizes_of(state_of(shape, torch.float16, True))
+        plan_of = dealt(sizes, 17, family, "whole", None)
+        tested.add(prefill_launch(plan_of, torch.float16).name)
+    assert tested == shipped
