@@ -44,7 +44,7 @@ struct PrefillTraits {
   static constexpr int kConsumerRegisters = kResident == 2 ? 96 : kGroups == 4 ? 112 : 232;
   static constexpr int kProducerRegisters = kGroups == 4 ? 24 : 40;
   // Whether what no K-block changes is held in registers, instead of being derived again.
-  static constexpr bool kHolds = kConsumerRegisters > 200;
+  static constexpr bool kHolds = kConsumerRegisters > 200 || (kResident == 2 && !kAny);
   static __device__ __forceinline__ uint32_t held(uint32_t value) {
     return kHolds ? pin(value) : value;
   }
