@@ -1,9 +1,9 @@
 // The warpgroups that multiply: 64 rows each for all tokens of the tile.
 //
-// In each step of 32 inputs a warpgroup makes its operands in registers and issues the products with
-// activations in shared memory; at most those of the step before it are still on their way. What
-// they have read is given back to the thread that fetches: activations when the products are over
-// that read them, weights when the last step's operands are made.
+// In each step of 32 inputs a warpgroup makes its operands in registers and issues the products
+// with activations in shared memory; at most those of the step before it are still on their way.
+// What they have read is given back to the thread that fetches: activations when the products are
+// over that read them, weights when the last step's operands are made.
 #pragma once
 
 #include "prefill_end.cuh"
@@ -30,7 +30,7 @@ struct PrefillConsumer {
   const PrefillShared<Traits>& shared;
   float sums[Traits::kTokens / 2];  // c of wgmma.cuh
   Operands operands;
-  PrefillRing weights, tokens;  // `at`: operands keep it, and the descriptor
+  PrefillRing weights, tokens;  // tokens.at is a descriptor
   uint32_t last_tokens;         // the barrier of the stage whose products may be on their way, or 0
 
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params,
@@ -111,7 +111,8 @@ struct PrefillConsumer {
     give_tokens_back(last_tokens);
   }
 
-  // sums += P z^T, without the row's power. Behind the part's last row pair, that one is read again.
+  // sums += P z^T, without the row's power. Behind the part's last row pair, that one is read
+  // again.
   __device__ __forceinline__ void add_adapter(const PrefillPlace& place, int warp, int lane) {
     const int pair = min(place.first_pair + warp / kBlockTiles, place.end_pair - 1);
     const uint8_t* from =

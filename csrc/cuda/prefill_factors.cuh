@@ -16,8 +16,8 @@ struct PrefillRows {
   // by a power of two, and its sums are divided by it. bf16 does, and its scales are bf16 as well.
   static constexpr bool kPowers = Traits::kScaled && T::kMantissaBits == 10;
 
-  // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the stream's
-  // scales are.
+  // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the
+  // stream's scales are.
   uint32_t u, scale, power;
   int row;  // row g
 

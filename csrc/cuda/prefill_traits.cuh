@@ -22,9 +22,9 @@ constexpr int kGroupStepsAny = 0;
 // tokens meet all banks.
 constexpr int kStagingPitch = 48, kStagingBytes = 16 * kStagingPitch;
 
-// A CTA has kGroups_ warpgroups that multiply, 64 rows each, and one that fetches; kPair_ CTAs are a
-// cluster, kResident_ of them share a multiprocessor. kGroupSteps_: steps that a scale covers, kSteps
-// or kGroupStepsAny; without scales kSteps.
+// A CTA has kGroups_ warpgroups that multiply, 64 rows each, and one that fetches; kPair_ CTAs are
+// a cluster, kResident_ of them share a multiprocessor. kGroupSteps_: steps that a scale covers,
+// kSteps or kGroupStepsAny; without scales kSteps.
 template <class Activation_, int kKind_, int kValues_, bool kAny_, int kTokens_, int kGroups_,
           int kPair_, int kResident_, int kGroupSteps_>
 struct PrefillTraits {
@@ -44,7 +44,7 @@ struct PrefillTraits {
   static constexpr int kConsumerRegisters = kResident == 2 ? 96 : kGroups == 4 ? 112 : 232;
   static constexpr int kProducerRegisters = kGroups == 4 ? 24 : 40;
   // Whether what no K-block changes is held in registers, instead of being derived again.
-  static constexpr bool kHolds = kConsumerRegisters > 200;
+  static constexpr bool kHolds = kConsumerRegisters > 200 || (kResident == 2 && !kAny);
   static __device__ __forceinline__ uint32_t held(uint32_t value) {
     return kHolds ? pin(value) : value;
   }
