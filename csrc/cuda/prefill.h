@@ -31,23 +31,23 @@ struct PrefillParams {
   uint8_t* y;                // [tokens][out_features] in the activations' type
   float* partial;            // slots of tiles that several clusters share (prefill_end.cuh)
   int tokens, out_features, num_k_blocks;
-  int rank, planes;   // of the sign term; planes: 1, 2 or 3
-  int group_steps;    // steps of 32 inputs that a scale covers: 1, 2 or 4
-  int adapter_steps;  // steps of 16 that the adapter's rank takes
-  int bias_type;      // 0: no bias, 1: fp32, 2: fp16, 3: bf16
-  int tile_tokens, tile_rows;    // of a CTA
-  int cluster_ctas;              // 1, or 2: a pair of CTAs along rows shares x
-  int row_tiles, token_tiles;    // row tiles of a CTA over all parts
-  int whole_tiles;               // tiles dealt whole: cluster i takes i, i + clusters, ...
-  int tail_share, tail_more;     // K-blocks of the other tiles that a cluster takes; the first
-                                 // tail_more clusters take one more
-  int clusters;                  // gridDim.x / cluster_ctas
+  int rank, planes;                 // of the sign term; planes: 1, 2 or 3
+  int group_steps;                  // steps of 32 inputs that a scale covers: 1, 2 or 4
+  int adapter_steps;                // steps of 16 that the adapter's rank takes
+  int bias_type;                    // 0: no bias, 1: fp32, 2: fp16, 3: bf16
+  int tile_tokens, tile_rows;       // of a CTA
+  int cluster_ctas;                 // 1, or 2: a pair of CTAs along rows shares x
+  int row_tiles, token_tiles;       // row tiles of a CTA over all parts
+  int whole_tiles;                  // tiles dealt whole: cluster i takes i, i + clusters, ...
+  int tail_share, tail_more;        // K-blocks of the other tiles that a cluster takes; the first
+                                    // tail_more clusters take one more
+  int clusters;                     // gridDim.x / cluster_ctas
   int weight_stages, token_stages;  // of the two rings: 2 to 8
   int parts;                        // fused projections
-  int part_tile[kMaxParts + 1];  // first row tile of each part; behind the last, always, their
-                                 // number
-  int part_pair[kMaxParts + 1];  // first row pair
-  int part_row[kMaxParts + 1];   // first output feature
+  int part_tile[kMaxParts + 1];     // first row tile of each part; behind the last, always, their
+                                    // number
+  int part_pair[kMaxParts + 1];     // first row pair
+  int part_row[kMaxParts + 1];      // first output feature
 };
 
 constexpr int kPrefillStages = 8;  // the most that a ring has

@@ -31,14 +31,16 @@ struct PrefillConsumer {
   float sums[Traits::kTokens / 2];  // c of wgmma.cuh
   Operands operands;
   PrefillRing weights, tokens;  // `at`: operands keep it, and the descriptor
-  uint32_t last_tokens;  // the barrier of the stage whose products may be on their way, or 0
+  uint32_t last_tokens;         // the barrier of the stage whose products may be on their way, or 0
 
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params,
                                              const PrefillShared<Traits>& shared, int warp,
                                              int lane)
-      : params(params), shared(shared),
+      : params(params),
+        shared(shared),
         operands(params, shared, warp, lane),
-        weights(shared.weight_ring(0)), tokens(shared.token_ring(0)) {
+        weights(shared.weight_ring(0)),
+        tokens(shared.token_ring(0)) {
     tokens.at = tokens_descriptor(tokens.at);
   }
   __device__ __forceinline__ void next_tokens() {
@@ -66,12 +68,12 @@ struct PrefillConsumer {
   }
 
   // One group of products of a step.
-  template <int kGroupSteps, int kStep, int kIssue>
+  template <int kStep, int kIssue>
   __device__ __forceinline__ void issue() {
-    if constexpr (Operands::kMadeEarly) operands.template make<kGroupSteps, kStep, kIssue>();
+    if constexpr (Operands::kMadeEarly) operands.template make<kStep, kIssue>();
     products_wait<1>();  // Those two groups before are over.
     if (kStep % 2 == 1 && kIssue == 0 && (kStep > 1 || last_tokens)) give_tokens_back(last_tokens);
-    if constexpr (!Operands::kMadeEarly) operands.template make<kGroupSteps, kStep, kIssue>();
+    if constexpr (!Operands::kMadeEarly) operands.template make<kStep, kIssue>();
     operands.template pin<kStep, kIssue>();
     if (kStep % 2 == 0 && kIssue == 0) wait_for_tokens();
     if (kStep == kSteps - 1 && kIssue == Operands::kIssues - 1) {
@@ -83,28 +85,26 @@ struct PrefillConsumer {
     products_commit();
   }
 
-  template <int kGroupSteps, int kStep>
+  template <int kStep>
   __device__ __forceinline__ void step() {
-    issue<kGroupSteps, kStep, 0>();
-    if constexpr (Operands::kIssues == 2) issue<kGroupSteps, kStep, 1>();
+    issue<kStep, 0>();
+    if constexpr (Operands::kIssues == 2) issue<kStep, 1>();
     if (kStep % 2 == 1) {
       last_tokens = tokens.full;
       next_tokens();
     }
   }
 
-  // kGroupSteps: params.group_steps if that is kSteps.
-  template <int kGroupSteps>
   __device__ __forceinline__ void multiply_k_blocks(int count) {
     last_tokens = 0;
 #pragma unroll 1
     for (int left = count; left > 0; --left) {
       mbarrier_wait(weights.full, weights.parity);
       operands.open();
-      step<kGroupSteps, 0>();
-      step<kGroupSteps, 1>();
-      step<kGroupSteps, 2>();
-      step<kGroupSteps, 3>();
+      step<0>();
+      step<1>();
+      step<2>();
+      step<3>();
       operands.move(weights.advance(shared.weight_bytes, params.weight_stages));
     }
     products_wait<0>();
@@ -150,14 +150,7 @@ struct PrefillConsumer {
       clear();
       const int k_blocks = walk.k_blocks(params, cluster);
       put_away(walk);
-      if constexpr (!Traits::kScaled)
-        multiply_k_blocks<kSteps>(k_blocks);
-      else if constexpr (Traits::kGroupSteps != kGroupStepsBoth)
-        multiply_k_blocks<Traits::kGroupSteps>(k_blocks);
-      else if (params.group_steps == kSteps)
-        multiply_k_blocks<kSteps>(k_blocks);
-      else
-        multiply_k_blocks<kGroupStepsAny>(k_blocks);
+      multiply_k_blocks(k_blocks);
       take_back(walk);
       end(walk, cluster, rank_in_pair);
     }
@@ -188,7 +181,8 @@ struct PrefillConsumer {
 #pragma unroll
       for (int i = 0; i < Traits::kTokens / 2; ++i) sums[i] *= operands.rows.inverse(i / 2 % 2);
     }
-    if (params.adapter_steps && first + count == params.num_k_blocks) add_adapter(place, thread / 32, thread % 32);
+    if (params.adapter_steps && first + count == params.num_k_blocks)
+      add_adapter(place, thread / 32, thread % 32);
     if (!place.exists) return;
     if (count == params.num_k_blocks)
       store_tile<Traits>(params, place, sums, shared.base, thread / 32, thread % 32);

@@ -16,8 +16,7 @@ __device__ __forceinline__ void load_bias(float (&bias)[2], const PrefillParams&
                                           int first_row, int end_row, int lane) {
   const int row = first_row + lane / 4;
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
-    bias[h] = row + 8 * h < end_row ? bias_of(params, row + 8 * h) : 0.0f;
+  for (int h = 0; h < 2; ++h) bias[h] = row + 8 * h < end_row ? bias_of(params, row + 8 * h) : 0.0f;
 }
 
 // y of a warp's 16 rows and 16 tokens, from the sums c of two eights of tokens (wgmma.cuh). They are

@@ -52,8 +52,8 @@ struct PrefillPlace {
   bool exists;  // not behind the last row tile, as the second CTA of the last pair may be
 
   __device__ __forceinline__ PrefillPlace(const PrefillParams& params, int tile, int rank) {
-    const unsigned groups = unsigned(params.row_tiles + params.cluster_ctas - 1) /
-                            unsigned(params.cluster_ctas);
+    const unsigned groups =
+        unsigned(params.row_tiles + params.cluster_ctas - 1) / unsigned(params.cluster_ctas);
     const unsigned band = unsigned(tile) / (kBand * groups), rest = tile - band * kBand * groups;
     const unsigned width = min(kBand, params.token_tiles - kBand * int(band)), row = rest / width;
     first_token = int(kBand * band + (rest - row * width)) * params.tile_tokens;

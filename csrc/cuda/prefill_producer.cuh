@@ -24,11 +24,11 @@ __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
   while (walk.next(params, cluster)) {
     const PrefillPlace place(params, walk.tile, rank_in_pair);
     const int first_k_block = walk.first_k_block(params);
-    const uint8_t* first = params.stream + place.first_pair * pair_bytes +
-                           int64_t(first_k_block) * shared.block_bytes;
+    const uint8_t* first =
+        params.stream + place.first_pair * pair_bytes + int64_t(first_k_block) * shared.block_bytes;
     const int last = place.end_pair - 1 - place.first_pair;
-    const uint8_t* v = params.v + (int64_t(place.part) * ranks * params.num_k_blocks +
-                                   first_k_block) * kTokenRow;
+    const uint8_t* v =
+        params.v + (int64_t(place.part) * ranks * params.num_k_blocks + first_k_block) * kTokenRow;
 #pragma unroll 1
     for (int left = walk.k_blocks(params, cluster); left > 0; --left) {
       mbarrier_wait(ring.full + Traits::kEmpty, ring.parity);

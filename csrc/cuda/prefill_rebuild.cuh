@@ -20,12 +20,12 @@ struct RebuildOperands {
   using T = typename Traits::Activation;
   static constexpr bool kMadeEarly = false;
   // Products are issued k16 by k16 where registers are few: A then takes 8 of them and not 16.
-  static constexpr int kIssues = Traits::kHolds || (Traits::kGroups == 2 && !Traits::kScaled) ? 1 : 2;  // of a step
+  static constexpr int kIssues = Traits::kGroups == 4 ? 2 : 1;  // of a step
   // One load of metadata serves two steps where registers allow it.
   static constexpr bool kHoldsMetadata = Traits::kConsumerRegisters > 200;
 
   uint32_t a[4 / kIssues][4];  // of one k16 each
-  uint32_t held[2][2];  // metadata of steps 2 and 3
+  uint32_t held[2][2];         // metadata of steps 2 and 3
   TileSigns signs;
   uint32_t values_at, metadata_at, signs_at, scales_at, v_at;
   uint32_t several_at;  // words of two or three planes, from signs_at on
@@ -104,10 +104,10 @@ struct RebuildOperands {
   }
 
   // A of the k16 of an issue.
-  template <int kGroupSteps, int kStep, int kIssue>
+  template <int kStep, int kIssue>
   __device__ __forceinline__ void make() {
     if constexpr (kIssue == 0) {
-      rows.template load_scales<kGroupSteps, kStep>(scales_at, scale_shift);
+      rows.template load_scales<kStep>(scales_at, scale_shift);
       values.template load<kStep>(values_at);
     }
     if constexpr (kIssues == 2) {
@@ -120,7 +120,7 @@ struct RebuildOperands {
 
   template <int kStep, int kColumn>
   __device__ __forceinline__ void make_k16() {
-    uint32_t(&to)[4] = a[slot(kStep, kColumn)];
+    uint32_t (&to)[4] = a[slot(kStep, kColumn)];
     uint32_t kept[2], pruned[2], select[2][2];
     const uint32_t word = nibbles<kStep, kColumn>();
     load_shared(select[0], selectors_at<0>(table, word, lane_and_shift));
@@ -146,8 +146,7 @@ struct RebuildOperands {
     load_shared(v, v_at + 64 * kStep + 32 * kColumn);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      pruned[h] =
-          T::multiply(choose_bytes(v[0], v[1], select[h][0] >> 16), twice(rows.u, h));
+      pruned[h] = T::multiply(choose_bytes(v[0], v[1], select[h][0] >> 16), twice(rows.u, h));
     pruned[0] = flip<kStep, 2 * kColumn>(pruned[0], signs.own);
     pruned[1] = flip<kStep, 2 * kColumn + 1>(pruned[1], signs.own);
   }
@@ -187,8 +186,7 @@ struct RebuildOperands {
     for (int c = 0; c < 2; ++c)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (kIssues == 1 || c == kIssue)
-          asm volatile("" : "+r"(a[slot(kStep, c)][i])::"memory");
+        if (kIssues == 1 || c == kIssue) asm volatile("" : "+r"(a[slot(kStep, c)][i])::"memory");
   }
 
   // b: the descriptor of the stage's tokens.

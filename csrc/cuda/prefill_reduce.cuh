@@ -41,9 +41,8 @@ __device__ __forceinline__ void prefill_reduce(const PrefillParams& params) {
 #pragma unroll 1
   for (int unit = first; unit < end; unit = first_tail_unit(params, ++cluster)) {
     const int slot = prefill_slot(params, cluster, unit - first, rank);
-    const uint8_t* const from =
-        reinterpret_cast<const uint8_t*>(params.partial) +
-        (slot * slot_vectors + eight * threads + 32 * row_warp + lane) * 16;
+    const uint8_t* const from = reinterpret_cast<const uint8_t*>(params.partial) +
+                                (slot * slot_vectors + eight * threads + 32 * row_warp + lane) * 16;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       // Not through the read-only cache: they were written while this kernel ran.

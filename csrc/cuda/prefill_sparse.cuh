@@ -28,16 +28,14 @@ struct SparseOperands {
 
   // Addresses are those of the next stage.
   __device__ __forceinline__ SparseOperands(const PrefillParams& params,
-                                            const PrefillShared<Traits>& shared, int warp,
-                                            int lane)
+                                            const PrefillShared<Traits>& shared, int warp, int lane)
       : lane(lane), values(params.tokens) {
     const int tile = warp % kBlockTiles;
     const uint32_t pair_at = shared.weights + warp / kBlockTiles * shared.block_bytes;
     values_at = pair_at + tile * Traits::kTileBytes + 16 * lane;
     metadata_at = pair_at + Traits::kMetadataAt + 16 * lane + 8 * tile;
     signs_at = pair_at + Traits::kSignsAt + 8 * lane + 4 * tile;
-    scales_at = pair_at + Traits::kSignsAt + (kSigns ? kSignBytes : 0) + lane / 4 * 8 +
-                     4 * tile;
+    scales_at = pair_at + Traits::kSignsAt + (kSigns ? kSignBytes : 0) + lane / 4 * 8 + 4 * tile;
     scale_shift = params.group_steps >> 1;
   }
 
@@ -55,9 +53,9 @@ struct SparseOperands {
     if constexpr (Traits::kScaled) scales_at += distance;
   }
 
-  template <int kGroupSteps, int kStep, int kIssue>
+  template <int kStep, int kIssue>
   __device__ __forceinline__ void make() {
-    rows.template load_scales<kGroupSteps, kStep>(scales_at, scale_shift);
+    rows.template load_scales<kStep>(scales_at, scale_shift);
     if (kStep % 2 == 0) metadata[kStep / 2] = load_shared32(metadata_at + 2 * kStep);
     if (kSigns && kStep == 0) signs = load_shared32(signs_at);
     if (kSigns && kStep % 2 == 0) pruned[kStep / 2] = complement_nibbles(metadata[kStep / 2]);
@@ -70,7 +68,8 @@ struct SparseOperands {
     if constexpr (kSigns) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        sign[kStep % kBuffers][i] = and_xor(signs << (4 * kStep + i), 0x80008000u, twice(rows.u, i % 2));
+        sign[kStep % kBuffers][i] =
+            and_xor(signs << (4 * kStep + i), 0x80008000u, twice(rows.u, i % 2));
     }
   }
 

@@ -24,8 +24,9 @@ __device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
 }
 
 // Operands "%t0, %t1, ... %t9, ".
-#define SLAB_TEN(t) \
-  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define SLAB_TEN(t)                                                                                \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
+  "9, "
 // The sums of 64, 128 and 256 tokens: 32, 64 and 128 operands.
 #define SLAB_THIRTY SLAB_TEN() SLAB_TEN(1) SLAB_TEN(2)
 #define SLAB_SUMS_64 "{" SLAB_THIRTY "%30, %31}, "
@@ -42,9 +43,9 @@ __device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
 #define SLAB_METADATA_128 ", %69, %70"
 #define SLAB_METADATA_256 ", %133, %134"
 
-#define SLAB_C8(i)                                                                 \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
-      "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define SLAB_C8(i)                                                                            \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
+      "+f"(c[i + 6]), "+f"(c[i + 7])
 #define SLAB_C32(i) SLAB_C8(i), SLAB_C8(i + 8), SLAB_C8(i + 16), SLAB_C8(i + 24)
 #define SLAB_C_64 SLAB_C32(0)
 #define SLAB_C_128 SLAB_C32(0), SLAB_C32(32)
@@ -52,21 +53,21 @@ __device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
 #define SLAB_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
 // The sums are added to (1), nothing is negated (1, 1), B's inputs lie side by side (0).
-#define SLAB_PRODUCT(T, TYPE, N)                                                                 \
-  static __device__ __forceinline__ void dense(T, float (&c)[N / 2], const uint32_t (&a)[4],     \
-                                               uint32_t b) {                                     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
-                 " " SLAB_SUMS_##N SLAB_AB_##N ", 1, 1, 1, 0;"                                   \
-                 : SLAB_C_##N                                                                    \
-                 : SLAB_A, "l"(whole_descriptor(b)));                                                              \
-  }                                                                                              \
-  template <int kSelector>                                                                       \
-  static __device__ __forceinline__ void sparse(T, float (&c)[N / 2], const uint32_t (&a)[4],    \
-                                                uint32_t b, uint32_t metadata) {                 \
-    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." TYPE "." TYPE              \
-                 " " SLAB_SUMS_##N SLAB_AB_##N SLAB_METADATA_##N ", 1, 1, 1, 0;"                 \
-                 : SLAB_C_##N                                                                    \
-                 : SLAB_A, "l"(whole_descriptor(b)), "r"(metadata), "n"(kSelector));                               \
+#define SLAB_PRODUCT(T, TYPE, N)                                                              \
+  static __device__ __forceinline__ void dense(T, float (&c)[N / 2], const uint32_t (&a)[4],  \
+                                               uint32_t b) {                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE              \
+                 " " SLAB_SUMS_##N SLAB_AB_##N ", 1, 1, 1, 0;"                                \
+                 : SLAB_C_##N                                                                 \
+                 : SLAB_A, "l"(whole_descriptor(b)));                                         \
+  }                                                                                           \
+  template <int kSelector>                                                                    \
+  static __device__ __forceinline__ void sparse(T, float (&c)[N / 2], const uint32_t (&a)[4], \
+                                                uint32_t b, uint32_t metadata) {              \
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." TYPE "." TYPE           \
+                 " " SLAB_SUMS_##N SLAB_AB_##N SLAB_METADATA_##N ", 1, 1, 1, 0;"              \
+                 : SLAB_C_##N                                                                 \
+                 : SLAB_A, "l"(whole_descriptor(b)), "r"(metadata), "n"(kSelector));          \
   }
 
 // b is tokens_descriptor()'s.
