@@ -233,6 +233,20 @@ INCLUDES = {
     "cuda/wide_signs.cuh": "decode_end.cuh decode_operands.cuh wide_stage.cuh",
     "cuda/wide.cuh": "decode_end.cuh decode_operands.cuh wide_signs.cuh wide_stage.cuh",
     "cuda/linear.cu": "bias.cuh linear.cuh dense.cuh narrow.cuh rebuild.cuh wide.cuh",
+    "cuda/prefill.h": "params.h",
+    "cuda/hopper.cuh": "prefill.h ptx.cuh",
+    "cuda/wgmma.cuh": "ptx.cuh",
+    "cuda/prefill_place.cuh": "prefill.h ptx.cuh",
+    "cuda/prefill_traits.cuh": "prefill.h ptx.cuh",
+    "cuda/prefill_factors.cuh": "prefill_place.cuh prefill_traits.cuh rebuilt.cuh",
+    "cuda/prefill_sparse.cuh": "hopper.cuh prefill_factors.cuh wgmma.cuh",
+    "cuda/prefill_rebuild.cuh": "hopper.cuh prefill_factors.cuh wgmma.cuh",
+    "cuda/prefill_end.cuh": "bias.cuh hopper.cuh prefill_place.cuh prefill_traits.cuh",
+    "cuda/prefill_consumer.cuh": "prefill_end.cuh prefill_rebuild.cuh prefill_sparse.cuh",
+    "cuda/prefill_producer.cuh": "hopper.cuh prefill_place.cuh prefill_traits.cuh",
+    "cuda/prefill_kernel.cuh": "prefill_consumer.cuh prefill_producer.cuh",
+    "cuda/prefill_reduce.cuh": "prefill_end.cuh",
+    "cuda/prefill.cu": "prefill_kernel.cuh prefill_reduce.cuh",
 }
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

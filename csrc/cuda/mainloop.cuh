@@ -97,9 +97,10 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
   if constexpr (Traits::kSparse) {
 #pragma unroll
     for (int m = 0; m < Traits::kRowTiles; ++m)
-      load_values<kStep>(
+      load_kept<T, Traits::kValues, kStep>(
           a[m], block.words[m],
-          block.pairs[m / kBlockTiles] + m % kBlockTiles * uint32_t(Traits::kValueBytes));
+          block.pairs[m / kBlockTiles] + m % kBlockTiles * uint32_t(Traits::kValueBytes),
+          read.value_magic);
     if constexpr (Traits::kRank == kRankOne) load_matrices(v, read_stage + read.v_at + 64 * kStep);
   }
 #pragma unroll
@@ -118,23 +119,6 @@ __device__ __forceinline__ void Warp<Traits>::step(Block& block, const Factors& 
     // condition.
     if (kStep == kSteps - 1 || ((kStep + 1) & (params.group_steps - 1)) == 0)
       apply_scales<kStep>(block);
-  }
-}
-
-// The A fragment of a step.
-template <class Traits>
-template <int kStep>
-__device__ __forceinline__ void Warp<Traits>::load_values(Fragment& a, Fragment& words,
-                                                          uint32_t values_at) const {
-  if constexpr (Traits::kValues == kW16) {
-    load_shared(a, values_at + 512 * kStep);
-  } else if constexpr (Traits::kValues == kI8) {
-    if (kStep % 2 == 0) load_shared(words, values_at + 256 * kStep);
-    T::from_int8(a[0], a[1], words[kStep % 2 * 2], read.value_magic);
-    T::from_int8(a[2], a[3], words[kStep % 2 * 2 + 1], read.value_magic);
-  } else {
-    if (kStep == 0) load_shared(words, values_at);
-    T::from_int4(a, words[kStep], read.value_magic);
   }
 }
 
@@ -227,22 +211,13 @@ __device__ __forceinline__ void Warp<Traits>::load_sign_operand(Fragment& a, con
   }
 }
 
-// The levels of register i = 2 kColumn + kHalf, exactly: 3/2 (two planes) or 7/4 (three) less the
-// index, which is put into the mantissa at bit kAt. The third plane's bit goes right below it,
-// where it counts half a unit.
+// The levels of register i = 2 kColumn + kHalf.
 template <class Traits>
 template <int kStep, int kColumn, int kHalf>
 __device__ __forceinline__ uint32_t Warp<Traits>::levels(const SignWords& signs) const {
-  constexpr int kAt = T::kIndexAt + 2 * kHalf, kScale = 0x00010001 * (kAt << T::kMantissaBits);
-  constexpr uint32_t kTwo = 0x00030003u << (kAt - 1), kThree = 0x00070007u << (kAt - 2);
-  const uint32_t index = shift_down<8 * (kStep % 2) + 4 * kColumn - T::kIndexAt>(signs[kStep / 2]);
-  uint32_t word = and_or(index, 0x00030003u << kAt, read.level_magic);
-  if constexpr (Traits::kThirdPlane) {
-    const uint32_t third = shift_down<4 * kStep + kColumn + 1 - T::kIndexAt>(signs[2]);
-    word = and_or(third, 0x00010001u << (kAt - 1), word);
-  }
-  return T::fma(word, (T::kOne - kScale) | 0x80008000u,
-                T::kNibbleMagic - kScale + (planes == 2 ? kTwo : kThree));
+  const uint32_t two[2] = {signs[0], signs[1]};
+  return level_pair<T, kStep, kColumn, kHalf, Traits::kThirdPlane>(
+      two, Traits::kThirdPlane ? signs[Traits::kSignWords - 1] : 0, read.level_magic, planes);
 }
 
 // Adds the sums of a scale group, times the scale, and clears them.

@@ -158,8 +158,6 @@ struct Warp {
   template <int kStep>
   __device__ void step(Block& block, const Factors& u);
   template <int kStep>
-  __device__ void load_values(Fragment& a, Fragment& words, uint32_t values_at) const;
-  template <int kStep>
   __device__ void load_activations(Activations& b, const Block& block, int first) const;
   template <int kStep>
   __device__ void add_values(Block& block, const Weights& a, const Activations& b, int first);

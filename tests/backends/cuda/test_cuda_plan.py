@@ -111,7 +111,10 @@ FORMULAS = (
     "v_rows_at = staged * kTokenRow",
     "weights_at = layout.v_rows_at + rank * kTokenRow",
     "stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256",
-    "begin = shared + role.group * params.stages * ring.stage_bytes",
+    "begin = shared + table_bytes + role.group * params.stages * ring.stage_bytes",
+    "return kSelectorBytes + params.warp_rows * (1 + params.rank) * kPairWords;",
+    "kSelectorBytes = 128;",
+    "kPairWords = 4 * kBlockRows;",
     "pitch = rows + 4",
     "(role.group * all_tokens + role.token_warp * Traits::kWarpTokens) * pitch +",
     "split * params.k_share + min(split, params.k_more)",
@@ -160,7 +163,8 @@ def shared_bytes_of(
     ring, sums = tile.warp_inputs * stages * stage, tile.warp_inputs * staged * pitch * 4
     if tile.loop == WIDE:
         return stage, 4 * rows * sizes.rank + max(ring, sums * (1 + sizes.rank))
-    return stage, (128 if tile.loop == REBUILD else 0) + max(ring, sums)
+    tables = 128 + 4 * rows * (1 + sizes.rank) if tile.loop == REBUILD else 0
+    return stage, tables + max(ring, sums)
 
 
 _constants = functools.cache(constants)
