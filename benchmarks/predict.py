@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from figure_kernel_tables import predicted_cell
+
 from slab_kernels.backends.cuda.cost import LAUNCH_US, Rebuild, dense_microseconds
 from slab_kernels.backends.cuda.gpus import GPUS, Gpu, gpu_named
 from slab_kernels.backends.cuda.layout import INT4, INT8, W16
@@ -73,16 +75,6 @@ def predicted(sizes: CudaSizes, M: int, gpu: Gpu) -> dict:
     return row | {name: round(number, 3) for name, number in (times | ratios).items()}
 
 
-def cell(here: list[dict]) -> str:
-    """The least and the greatest ratio of rows; where they are ranges, at both ends of them."""
-    ends = [
-        f"{min(row[ratio] for row in here):.2f}–{max(row[ratio] for row in here):.2f}"
-        for ratio in ("ratio", "best_ratio")
-    ]
-    star = "*" if any(row["route"] == "rebuilt" for row in here) else ""
-    return " to ".join(dict.fromkeys(ends)) + star
-
-
 def table(found: list[dict]) -> str:
     """The ratios by kind and token count, in Markdown."""
     lines = [
@@ -91,7 +83,8 @@ def table(found: list[dict]) -> str:
     ]
     for kind in KINDS:
         cells = [
-            cell([row for row in found if row["kind"] == kind and row["m"] == M]) for M in TOKENS
+            predicted_cell([row for row in found if row["kind"] == kind and row["m"] == M])
+            for M in TOKENS
         ]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -53,7 +53,6 @@ TALL_REGISTERS = {32: 208, 64: 255}  # 64 rows per warp
 PLANES_REGISTERS = {32: 248}
 # The loop that rebuilds the weight holds the sums of all tokens of a warp, and nothing twice.
 REBUILD_REGISTERS = {64: 255, 128: 255}
-TABLE_BYTES = 128  # of its table of selectors, in shared memory
 # By value type and rank, the tokens of a warp for which a kernel with 64 rows per warp exists.
 TALL = {(W16, 1): (32,), (W16, 0): (64,)}
 

@@ -112,12 +112,12 @@ FORMULAS = (
     "weights_at = layout.v_rows_at + rank * kTokenRow",
     "stage_bytes = (layout.weights_at + weight_bytes + 255) / 256 * 256",
     "begin = shared + table_bytes + role.group * params.stages * ring.stage_bytes",
-    "return kSelectorBytes + params.warp_rows * (1 + params.rank) * kPairWords;",
-    "kSelectorBytes = 128;",
-    "kPairWords = 4 * kBlockRows;",
     "pitch = rows + 4",
     "(role.group * all_tokens + role.token_warp * Traits::kWarpTokens) * pitch +",
     "split * params.k_share + min(split, params.k_more)",
+    # the one that rebuilds the weight
+    "constexpr int kPairWords = 4 * kBlockRows;",
+    "return kSelectorBytes + params.warp_rows * (1 + params.rank) * kPairWords;",
 )
 
 
@@ -163,7 +163,7 @@ def shared_bytes_of(
     ring, sums = tile.warp_inputs * stages * stage, tile.warp_inputs * staged * pitch * 4
     if tile.loop == WIDE:
         return stage, 4 * rows * sizes.rank + max(ring, sums * (1 + sizes.rank))
-    tables = 128 + 4 * rows * (1 + sizes.rank) if tile.loop == REBUILD else 0
+    tables = c["kSelectorBytes"] + 4 * rows * (1 + sizes.rank) if tile.loop == REBUILD else 0
     return stage, tables + max(ring, sums)
 
 
@@ -286,7 +286,7 @@ def test_every_adapter(gpu):
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
 def test_sizes_that_no_model_has(gpu):
     """One input, one row, K of one block, parts that are no multiple of anything, far more rows
-    than a tile, every M up to 64."""
+    than a tile, every M up to 17 and some more."""
     for rows, K in itertools.product(
         ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)
     ):
@@ -299,7 +299,7 @@ def test_sizes_that_no_model_has(gpu):
         ):
             sizes = CudaSizes(K, rows, values, 2, rank, 2, planes)
             ways = [set(), set(), set()]
-            for M in (*range(1, 66), 4095):
+            for M in (*range(1, 18), *range(20, 65, 11), 64, 65, 4095):
                 check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
                 ways[regime(M)].add(split(chosen, M))
             assert max(map(len, ways)) <= 1, (sizes, ways)
