@@ -60,8 +60,8 @@ class Stand(NamedTuple):
     clock: Clock
     where: str  # of tensors: "cuda:0"
 
-    def weight(self, N: int, K: int, values: str) -> CudaState:
-        layout = PackedLayout(N, K, values, GROUP[values], rank=1)
+    def weight(self, N: int, K: int, values: str, rank: int = 1) -> CudaState:
+        layout = PackedLayout(N, K, values, GROUP[values], rank)
         packed = random_packed(layout, device=self.where)
         return cuda.layout.prepare((packed,), torch.float16)
 

@@ -1,10 +1,13 @@
-"""Whether kernels for up to 16 tokens give the right results, by the reference in fp64.
+"""Whether the kernels give the right results, by the reference in fp64.
 
-    python -m on_gpu.correct cuda|triton FILE
+    python -m on_gpu.correct cuda|many|triton FILE
 
-Small integers must come out bit for bit, random numbers within the bound that follows from the
-types, and a token's result must have the same bits whatever the number of tokens. The CUDA backend
-runs every tile of every loop, the Triton backend what it chooses. Every wrong case is named.
+cuda is the CUDA backend's kernels for up to 16 tokens, many those for 17 and more. Small integers
+must come out bit for bit, but where a kernel rebuilds a weight that the activations' type cannot
+hold; random numbers within the bound that follows from the types. Up to 64 tokens a token's result
+must have the same bits whatever the number of tokens, and of more the same in every call. The CUDA
+backend runs every tile of every loop, the Triton backend what it chooses. Every wrong case is
+named.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +30,45 @@ from torch import Tensor
 from on_gpu import machine, plans, verdicts
 from on_gpu.parts import AGAIN, MARGIN, SECONDS, begins_anew, deadline, exit_code
 from on_gpu.rows import RESULTS, Row, Rows
-from on_gpu.weights import DTYPES, TOKENS, Problem, Weight, large, problem, small
+from on_gpu.weights import (
+    DTYPES,
+    MANY_TOKENS,
+    TOKENS,
+    Problem,
+    Weight,
+    large,
+    many,
+    problem,
+    small,
+)
 from slab_kernels.backends import cuda, dispatch
-from slab_kernels.backends.cuda.launch import CudaDevice, kernel_names
+from slab_kernels.backends.cuda import prefill
+from slab_kernels.backends.cuda.cost import Plan, Rebuild, rebuild
+from slab_kernels.backends.cuda.device import CudaDevice
+from slab_kernels.backends.cuda.gpus import Gpu
+from slab_kernels.backends.cuda.launch import kernel_names
 from slab_kernels.backends.cuda.layout import CudaState
-from slab_kernels.backends.cuda.tiles import sizes_of
+from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.tiles import FEW, REBUILD, CudaSizes, sizes_of
 from slab_kernels.bench.correctness import tolerance
 
 Linear = Callable[[Tensor, object, Tensor | None], Tensor]
 FEW_TOKENS = re.compile(r"narrow_|wide_|adapter_\w+_t16")  # kernels for up to 16 tokens
+# Those for more, but for what only adds sums up.
+MORE_TOKENS = re.compile(
+    r"(linear|tall|planes|rebuild|dense)_|prefill_(?!reduce)|adapter_\w+_t(32|64)"
+)
 # A kernel of Triton takes seconds to compile: several processes do it, for every eighth weight. No
 # common divisor with the numbers of SIZES and of SIGNS: otherwise the same few would be met again.
 PROCESSES = 12
 TRITON_EVERY = 8
 
 
-def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
-    """What is wrong with y, the result of M tokens, or None."""
+def wrong(weight: Weight, it: Problem, M: int, y: Tensor, exact_sums: bool = True) -> str | None:
+    """What is wrong with y, the result of M tokens, or None.
+
+    exact_sums: whether integers come out bit for bit.
+    """
     exact, magnitude = it.exact[:M], it.magnitude[:M]
     if tuple(y.shape) != (M, sum(weight.rows)) or y.dtype != it.x.dtype:
         return f"the result is {list(y.shape)} {y.dtype}"
@@ -50,7 +76,7 @@ def wrong(weight: Weight, it: Problem, M: int, y: Tensor) -> str | None:
         return f"{int((~y.isfinite()).sum())} of {y.numel()} entries are not finite"
     y = y[:, -exact.shape[1] :]
     off = (y.double() - exact).abs()
-    if weight.integers:
+    if weight.integers and exact_sums:
         bad = y != exact.to(y.dtype)
     else:
         bad = off > tolerance(magnitude, exact, y.dtype, weight.K, tensor_cores=True)
@@ -68,9 +94,16 @@ class Broken(Exception):
 
 
 def faults(
-    weight: Weight, it: Problem, state: object, linear: Linear, tokens: Iterable[int]
+    weight: Weight,
+    it: Problem,
+    state: object,
+    linear: Linear,
+    tokens: Iterable[int],
+    exact_sums: Callable[[int], bool] = lambda M: True,
 ) -> list[str]:
     """What is wrong at which token counts, when a weight is run in one way.
+
+    exact_sums: as of `wrong`, for each token count.
 
     Raises: Broken, with the last fault, if nothing more can be run.
     """
@@ -79,6 +112,7 @@ def faults(
     for M in tokens:
         try:
             y = linear(it.x[:M], state, it.bias)
+            again = linear(it.x[:M], state, it.bias) if M > FEW else y
             if y.is_cuda:
                 torch.cuda.synchronize()
         except Exception as error:
@@ -86,8 +120,12 @@ def faults(
             if it.x.is_cuda and _broken():
                 raise Broken("; ".join(found)) from error
             continue
-        if fault := wrong(weight, it, M, y):
+        if fault := wrong(weight, it, M, y, exact_sums(M)):
             found.append(f"M={M}: {fault}")
+        elif not _same_bits(y, again):
+            found.append(f"M={M}: a second call has another result")
+        elif M > FEW:
+            continue
         elif before is not None and not _same_bits(y[: before.shape[0]], before):
             found.append(f"M={M}: a token's result depends on how many there are")
         else:
@@ -113,37 +151,70 @@ def poison() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def cuda_outcome(weight: Weight, device: CudaDevice, where: str) -> Row:
+def cuda_outcome(weight: Weight, device: CudaDevice, where: str, which: str = "cuda") -> Row:
     """The plan that is chosen and every tile of a weight, each at all token counts that it serves.
 
-    where: of the tensors, "cuda", or "cpu" for a device that is emulated.
+    where: of the tensors, "cuda", or "cpu" for a device that is emulated. which: a key of SPANS.
     """
     poison()
-    it = problem(weight, where)
+    span = SPANS[which]
+    tokens = span.tokens()
+    it = problem(weight, where, max(tokens))
     state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
     sizes = sizes_of(state)
     seen: list[str] = []
     linear = plans.linear_on(plans.recorded(device, seen))
-    ways: dict[str, dict[int, plans.Plan]] = {}
-    for M in TOKENS:
-        for plan in plans.every(sizes, M, device.gpu):
-            tile = f"{plan.tile.loop} {plan.tile.warp_rows}x{plan.tile.warp_inputs} warps"
-            ways.setdefault(f"{tile}, {plan.splits} splits", {})[M] = plan
-    row: Row = {"case": f"cuda {weight}", "ways": 1 + len(ways), "wrong": []}
+    ways: dict[str, dict[int, plans.AnyPlan | Rebuild]] = {}
+    for M in tokens:
+        for plan in span.every(sizes, M, device.gpu):
+            ways.setdefault(plans.way(plan), {})[M] = plan
+        if M > FEW:
+            ways.setdefault("the weight rebuilt for cuBLAS", {})[M] = rebuild(sizes, M, device.gpu)
+    row: Row = {"case": f"{which} {weight}", "ways": 1 + len(ways), "wrong": []}
+
+    def exactly(plan: plans.AnyPlan | Rebuild) -> bool:
+        return not isinstance(plan, Rebuild) and not (it.rounded and rebuilds(plan))
+
     try:
-        row["wrong"] += [f"chosen, {fault}" for fault in faults(weight, it, state, linear, TOKENS)]
+        of_chosen = {M: exactly(choose(sizes, M, device.gpu)) for M in tokens}
+        found = faults(weight, it, state, linear, tokens, of_chosen.__getitem__)
+        row["wrong"] += [f"chosen, {fault}" for fault in found]
         for way, served in ways.items():
 
             def run(x: Tensor, state: object, bias: Tensor | None, served=served) -> Tensor:
                 with plans.forced(served[x.shape[0]]):
                     return linear(x, state, bias)
 
-            row["wrong"] += [f"{way}, {each}" for each in faults(weight, it, state, run, served)]
+            of_way = {M: exactly(plan) for M, plan in served.items()}
+            found = faults(weight, it, state, run, served, of_way.__getitem__)
+            row["wrong"] += [f"{way}, {each}" for each in found]
     except Broken as error:
         row |= {"wrong": [*row["wrong"], str(error)], "broken": True}
-    names = kernel_names(sizes, state.dtype)
-    may_use = [name for name in names if FEW_TOKENS.match(name)]
+    names = kernel_names(sizes, state.dtype, device.gpu)
+    may_use = [name for name in names if span.kernels.match(name)]
     return row | {"kernels": sorted(set(seen)), "may_use": may_use}
+
+
+def rebuilds(plan: plans.AnyPlan) -> bool:
+    """Whether the kernel multiplies by a weight that it has rounded to the activations' type."""
+    return plan.tile.loop == REBUILD if isinstance(plan, Plan) else plan.kind == prefill.REBUILD
+
+
+class Span(NamedTuple):
+    """Numbers of tokens, what is run for them, and the kernels that are for them."""
+
+    tokens: Callable[[], Sequence[int]]
+    every: Callable[[CudaSizes, int, Gpu], Sequence[plans.AnyPlan]]
+    weights: Callable[[], Iterable[Weight]]
+    kernels: re.Pattern[str]
+
+
+SPANS = {  # What tests put in place of these functions is found when they are called.
+    "cuda": Span(
+        lambda: TOKENS, lambda *of: plans.every(*of), lambda: [*small(), *large()], FEW_TOKENS
+    ),
+    "many": Span(lambda: MANY_TOKENS, lambda *of: plans.many(*of), lambda: many(), MORE_TOKENS),
+}
 
 
 def triton_outcome(weight: Weight, where: str) -> Row:
@@ -170,16 +241,16 @@ def triton_weights() -> list[Weight]:
     return [*large(), *chosen[::TRITON_EVERY]]
 
 
-def run_cuda(rows: Rows, end: float) -> bool:
-    """Whether all weights were run until `end`, a time.monotonic()."""
+def run_cuda(which: str, rows: Rows, end: float) -> bool:
+    """Whether all weights were run until `end`, a time.monotonic(). which: a key of SPANS."""
     where, device = machine.here()
-    for weight in [*small(), *large()]:
-        if rows.has(f"cuda {weight}"):
+    for weight in SPANS[which].weights():
+        if rows.has(f"{which} {weight}"):
             continue
         if time.monotonic() > end:
             return False
-        print(f"cuda {weight}")
-        row = cuda_outcome(weight, device, where)
+        print(f"{which} {weight}")
+        row = cuda_outcome(weight, device, where, which)
         rows.add(row)
         if "broken" in row:
             # The fresh process leaves out the cases whose rows are in the file already.
@@ -240,7 +311,7 @@ def main(backend: str, file: str) -> int:
     if begins_anew():
         rows.forget(f"{backend} ")
     try:
-        whole = (run_cuda if backend == "cuda" else run_triton)(rows, end)
+        whole = run_triton(rows, end) if backend == "triton" else run_cuda(backend, rows, end)
     finally:
         rows.save()
         mine = [row for row in rows.rows if row["case"].startswith(f"{backend} ")]

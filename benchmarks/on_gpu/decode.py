@@ -14,14 +14,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from on_gpu import machine, verdicts
 from on_gpu.parts import begins_anew, deadline, exit_code
 from on_gpu.rows import RESULTS, Row, Rows
+from slab_kernels.backends.cuda.cost import dense_microseconds
 from slab_kernels.backends.cuda.gpus import Gpu
 from slab_kernels.backends.cuda.layout import STREAM_VALUES
-from slab_kernels.backends.cuda.plan import choose
+from slab_kernels.backends.cuda.plan import choose, dense_from
 from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.bench import linear, peers
 from slab_kernels.bench import machine as whole_machine
@@ -71,12 +72,23 @@ def units() -> list[Unit]:
     return [*ours, *(Unit(n, k, "", "others") for n, k in layers(MODEL))]
 
 
-def rows_of(unit: Unit, clock: Clock, device: str, gpu: Gpu) -> list[Row]:
+class AnyUnit(Protocol):
+    """`Unit`, or that of another part."""
+
+    @property
+    def case(self) -> str: ...
+
+    def linear(self, tokens: Sequence[int], device: str) -> linear.Case: ...
+
+
+def rows_of(
+    unit: AnyUnit, clock: Clock, device: str, gpu: Gpu, tokens: Sequence[int] = TOKENS
+) -> list[Row]:
     """The rows of a unit.
 
     Raises: what `linear.measure` raises, such as BenchError for wrong results.
     """
-    found = linear.measure(unit.linear(TOKENS, device), clock)
+    found = linear.measure(unit.linear(tokens, device), clock)
     for name, reason in found.absent.items():
         print(f"{unit.case} without {name}: {reason}")
     rows = [{"case": unit.case, "model": MODEL, **row} for row in found.rows]
@@ -90,23 +102,35 @@ def predicted(row: Row, gpu: Gpu) -> float:
     """The cost model's microseconds for the cell of a row."""
     values, steps = STREAM_VALUES[row["values"]], (row["group_size"] or 128) // 32
     sizes = CudaSizes(row["k"], (row["n"],), values, steps, row["rank"], 0)
+    if row.get("prefill") == "dense" and row["m"] >= dense_from(sizes, gpu):
+        return dense_microseconds(row["n"], row["k"], row["m"], gpu)
     return choose(sizes, row["m"], gpu).microseconds
 
 
-def measure(rows: Rows, clock: Clock, device: str, gpu: Gpu, end: float) -> bool:
+def measure(
+    rows: Rows,
+    clock: Clock,
+    device: str,
+    gpu: Gpu,
+    end: float,
+    some: Sequence[AnyUnit] | None = None,
+    tokens: Sequence[int] = TOKENS,
+) -> bool:
     """All units that the file neither has nor names as failed.
+
+    some: default `units`.
 
     Returns whether all were measured until `end`, a time.monotonic().
     """
     failed = rows.more.setdefault("failed", {})
-    for unit in units():
+    for unit in units() if some is None else some:
         if rows.has(unit.case) or unit.case in failed:
             continue
         if time.monotonic() > end:
             return False
         print(unit.case)
         try:
-            rows.add(*rows_of(unit, clock, device, gpu))
+            rows.add(*rows_of(unit, clock, device, gpu, tokens))
         except Exception as error:
             failed[unit.case] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             rows.save()

@@ -70,12 +70,52 @@ def parts(out: Path, stem: str) -> list[Part]:
     def file(kind: str, ending: str = "json") -> Path:
         return out / f"{kind}-{stem}.{ending}"
 
-    correct, sanitizer = file("correct"), file("sanitizer")
+    # Some share a file: with the summary a lent machine gives no more than eight back.
+    correct, hardware, plans = file("correct"), file("hardware"), file("plans", "csv")
     return [
+        # Both are kernels of their own, which NVRTC compiles in seconds.
+        Part(
+            "hardware",
+            "wgmma, tensor maps and multicast do what the interpreter says",
+            program("hardware", hardware),
+            40,
+            15,
+        ),
+        Part(
+            "unknowns",
+            "the shared-memory port, look-ups and issue, each by itself",
+            program("unknowns", hardware),
+            30,
+            15,
+        ),
         # NVRTC compiles all kernels in one call, and keeps nothing if that is stopped; nvcc took
         # five minutes of a core for five architectures and PTX. Each call may be on a fresh
         # machine, which has no cache.
         Part(KERNELS, "machine code of every kernel", program("kernels"), 300, 30, every_call=True),
+        Part(
+            "right",
+            "every CUDA kernel for 17 tokens and more is right",
+            program("correct", "many", correct),
+            90,
+            30,
+            KERNELS,
+        ),
+        Part(
+            "many",
+            "four shapes at 17 to 4096 tokens beside dense and other libraries",
+            program("many", file("many")),
+            150,
+            40,
+            KERNELS,
+        ),
+        Part(
+            "sweep-many",
+            "plans for 32 tokens and more of those shapes, for benchmarks/fit_plans.py",
+            program("sweep", "many", plans),
+            80,
+            40,
+            KERNELS,
+        ),
         Part(
             "cuda",
             "every CUDA kernel for up to 16 tokens is right",
@@ -110,7 +150,7 @@ def parts(out: Path, stem: str) -> list[Part]:
         Part(
             "sweep",
             "every tile of those shapes, for benchmarks/fit_plans.py",
-            program("sweep", file("plans", "csv")),
+            program("sweep", "few", plans),
             100,
             40,
             KERNELS,
@@ -120,7 +160,7 @@ def parts(out: Path, stem: str) -> list[Part]:
             Part(
                 f"{tool}-{case}",
                 f"compute-sanitizer --tool {tool} on {what}",
-                program("sanitized", tool, case, sanitizer),
+                program("sanitized", tool, case, correct),
                 60,
                 30,
                 KERNELS,
@@ -128,7 +168,8 @@ def parts(out: Path, stem: str) -> list[Part]:
             for case, what in (
                 ("rings", "rings that are used many times"),
                 ("small", "K = 204, int4, rank 0, bf16"),
+                ("many", "the kernels for 17 tokens and more"),
             )
-            for tool in ("memcheck", "racecheck")
+            for tool in ("memcheck", "racecheck", "synccheck")[: 3 if case == "many" else 2]
         ),
     ]

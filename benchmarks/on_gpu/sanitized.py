@@ -1,10 +1,11 @@
 """Runs a few launches under compute-sanitizer.
 
-    python -m on_gpu.sanitized memcheck|racecheck CASE FILE
+    python -m on_gpu.sanitized memcheck|racecheck|synccheck CASE FILE
     python -m on_gpu.sanitized run CASE             (what the sanitizer watches)
 
 rings    K of 33 blocks: every ring of every tile is filled and read several times over
 small    K = 204, int4 without a sign term, bf16: what racecheck once complained about
+many     the kernels for 17 tokens and more: every kind, several tiles of tokens, K to share
 
 Everything but the launches happens on the CPU, since the sanitizer slows every kernel down.
 """
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from on_gpu import machine, plans, verdicts
-from on_gpu.correct import faults
+from on_gpu.correct import faults, rebuilds
 from on_gpu.rows import RESULTS, Row, Rows
 from on_gpu.weights import DTYPES, Problem, Weight, problem
 from slab_kernels.backends import cuda
@@ -38,8 +39,13 @@ CASES = {
         Weight("fp16", "int8", 64, 1, 2, 4224, (70,)),
     ),
     "small": (Weight("bf16", "int4", 32, 0, 1, 204, (149,)),),
+    "many": (
+        Weight("fp16", "int4", 128, 1, 1, 1100, (300,), 20),
+        Weight("bf16", "fp16", None, 0, 1, 1100, (140, 30)),
+        Weight("fp16", "int8", 64, 3, 2, 516, (70,)),
+    ),
 }
-TOKENS = (1, 4, 12)
+TOKENS = {"rings": (1, 4, 12), "small": (1, 4, 12), "many": (33, 129)}
 RIGHT = "every result is right"
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) .*")
 KEPT_LINES = 60  # of what the sanitizer says
@@ -55,8 +61,9 @@ def launches(case: str, device: CudaDevice, where: str) -> Iterator[tuple[str, l
 
     where: of the tensors, "cuda".
     """
+    tokens, every = TOKENS[case], plans.many if case == "many" else plans.every
     for weight in CASES[case]:
-        it = problem(weight, "cpu")
+        it = problem(weight, "cpu", max(tokens))
         state = cuda.layout.prepare(it.parts, DTYPES[weight.dtype])
         state = type(state)(*(t.to(where) if torch.is_tensor(t) else t for t in state))
         it, linear = moved(it, where), plans.linear_on(device)
@@ -64,10 +71,11 @@ def launches(case: str, device: CudaDevice, where: str) -> Iterator[tuple[str, l
         def run(x: Tensor, state: object, bias: Tensor | None, linear=linear) -> Tensor:
             return linear(x, state, bias).cpu()
 
-        for M in TOKENS:
-            for plan in plans.every(sizes_of(state), M, device.gpu):
+        for M in tokens:
+            for plan in every(sizes_of(state), M, device.gpu):
+                exact = not it.rounded or not rebuilds(plan)
                 with plans.forced(plan):
-                    found = faults(weight, it, state, run, (M,))
+                    found = faults(weight, it, state, run, (M,), lambda _, exact=exact: exact)
                 yield f"{weight}, M={M}: {plans.in_words(plan)}", found
 
 

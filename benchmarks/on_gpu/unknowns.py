@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from on_gpu import hardware, machine, verdicts
+from on_gpu import hardware, machine, verdicts_many
 from on_gpu.hardware import Stand
 from on_gpu.rows import RESULTS, Row, Rows
 from on_gpu.unit import CAPABILITY, HardwareParams
+from on_gpu.verdicts import Verdict
 from slab_kernels.backends.cuda import driver
 from slab_kernels.backends.cuda.cost import ISSUE_CYCLES
 from slab_kernels.format.bits import LEGAL_NIBBLES
@@ -142,16 +143,17 @@ def constants(rows: list[Row]) -> dict[str, float]:
 
 def main(file: str) -> int:
     if driver.capability(torch.cuda.current_device()) != CAPABILITY:
-        verdicts.Verdict("no Hopper GPU, nothing was measured", True).say()
+        Verdict("no Hopper GPU, nothing was measured", True).say()
         return 0
     rows, stand = Rows(Path(file), machine.head(), (RESULTS,)), hardware.stand_here()
     try:
         for point in POINTS:
             rows.add(*point(stand))
     finally:
-        found = constants(rows.rows)
+        own = [row for row in rows.rows if "point" in row]
+        found = constants(own)
         rows.save(constants=found)
-        verdict = verdicts.unknowns(rows.rows, found)
+        verdict = verdicts_many.unknowns(own, found)
         verdict.say()
     return 0 if verdict.good else 1
 

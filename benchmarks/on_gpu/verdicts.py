@@ -18,7 +18,7 @@ LARGE_GOAL, SMALL_GOAL = 0.9, 0.8  # of the byte limit, for int4 and int8 at up 
 GOAL_TOKENS = 4
 TRITON_GOAL = 1.15  # times the CUDA kernel's time
 OURS = ("cuda", "triton")
-PEERS = ("torch-2:4", "marlin", "gemlite", "humming")
+PEERS = ("torch-2:4", "marlin", "machete", "gemlite", "humming")
 STARTED = "started"  # of a test that has no outcome yet
 MOST_NAMED = 3  # cases that a line names
 
@@ -44,7 +44,7 @@ def joined(verdicts: Sequence[Verdict]) -> Verdict:
     )
 
 
-def _named(cases: Sequence[str]) -> str:
+def named(cases: Sequence[str]) -> str:
     """The first few cases, and how many more there are."""
     more = f" and {len(cases) - MOST_NAMED} more" if len(cases) > MOST_NAMED else ""
     return ", ".join(cases[:MOST_NAMED]) + more
@@ -64,11 +64,11 @@ def correctness(rows: Sequence[Row]) -> Verdict:
     if ran:
         said.append(f"{len(ran)} kernels ran")
     if wrong:
-        said.append(f"wrong: {_named([row['case'] for row in wrong])}")
+        said.append(f"wrong: {named([row['case'] for row in wrong])}")
     if warned:
-        said.append(f"warned: {_named([row['case'] for row in warned])}")
+        said.append(f"warned: {named([row['case'] for row in warned])}")
     if missed:
-        said.append(f"never ran: {_named(missed)}")
+        said.append(f"never ran: {named(missed)}")
     return Verdict("; ".join(said), bool(rows) and not (wrong or warned or missed), details)
 
 
@@ -81,11 +81,11 @@ def cell(row: Row) -> str:
     return f"{row['n']}x{row['k']} {row['values']} M={row['m']}"
 
 
-def _cold(rows: Iterable[Row], *backends: str) -> list[Row]:
+def cold(rows: Iterable[Row], *backends: str) -> list[Row]:
     return [row for row in rows if row.get("cache") == "cold" and row["backend"] in backends]
 
 
-def _goal(
+def goal_met(
     name: str, rows: Sequence[Row], figure: Callable[[Row], float], reached: Callable[[Row], bool]
 ) -> Verdict:
     """name: what is asked of every row; figure: what a row is told by. The lowest is named."""
@@ -98,7 +98,7 @@ def _goal(
         least = min(rows, key=figure)
         text = f"{name}: reached by {len(rows)}, the least {figure(least):.2f} at {cell(least)}"
         return Verdict(text, True)
-    text = f"{name}: missed by {len(missed)} of {len(rows)}: {_named(told)}"
+    text = f"{name}: missed by {len(missed)} of {len(rows)}: {named(told)}"
     return Verdict(text, False, details)
 
 
@@ -108,35 +108,36 @@ def byte_limit(rows: Sequence[Row]) -> Verdict:
     for large, goal, which in ((True, LARGE_GOAL, "large"), (False, SMALL_GOAL, "small")):
         some = [
             row
-            for row in _cold(rows, "cuda")
+            for row in cold(rows, "cuda")
             if row["values"] in ("int4", "int8")
             and row["m"] <= GOAL_TOKENS
             and ((row["n"], row["k"]) in LARGE) == large
         ]
         name = f"at least {goal} of the byte limit on {which} shapes"
         found.append(
-            _goal(name, some, limit_share, lambda row, goal=goal: limit_share(row) >= goal)
+            goal_met(name, some, limit_share, lambda row, goal=goal: limit_share(row) >= goal)
         )
     return joined(found)
 
 
 def triton_beside_cuda(rows: Sequence[Row]) -> Verdict:
     """Triton's time against that of the CUDA kernel in the same cell."""
-    cuda = {cell(row): row["median_us"] for row in _cold(rows, "cuda")}
-    some = [row for row in _cold(rows, "triton") if cell(row) in cuda]
+    cuda = {cell(row): row["median_us"] for row in cold(rows, "cuda")}
+    some = [row for row in cold(rows, "triton") if cell(row) in cuda]
 
     def speed(row: Row) -> float:
         return cuda[cell(row)] / row["median_us"]
 
     name = f"Triton within {TRITON_GOAL - 1:.0%} of CUDA (CUDA's time over Triton's)"
-    return _goal(name, some, speed, lambda row: speed(row) >= 1 / TRITON_GOAL)
+    return goal_met(name, some, speed, lambda row: speed(row) >= 1 / TRITON_GOAL)
 
 
 def never_slower_than_dense(rows: Sequence[Row]) -> Verdict:
     def speed(row: Row) -> float:
         return row["speedup_vs_dense"]
 
-    return _goal("never slower than dense", _cold(rows, *OURS), speed, lambda row: speed(row) >= 1)
+    some = cold(rows, *OURS)
+    return goal_met("never slower than dense", some, speed, lambda row: speed(row) >= 1)
 
 
 def beside_peers(rows: Sequence[Row]) -> Verdict:
@@ -144,12 +145,12 @@ def beside_peers(rows: Sequence[Row]) -> Verdict:
     said = []
     for peer in PEERS:
         ratios = []
-        for row in _cold(rows, peer):
+        for row in cold(rows, peer):
             values = "fp16" if row["values"] == "2:4" else row["values"]
             same = (row["n"], row["k"], row["m"])
             ours = [
                 each["median_us"]
-                for each in _cold(rows, *OURS)
+                for each in cold(rows, *OURS)
                 if (each["n"], each["k"], each["m"]) == same and each["values"] == values
             ]
             if ours:
@@ -177,16 +178,22 @@ def decode(rows: Sequence[Row], failed: Mapping[str, str]) -> Verdict:
 
     failed: what could not be measured, and why.
     """
-    predicted = [
-        {"measured_us": row["median_us"], "predicted_us": row["predicted_us"]}
-        for row in _cold(rows, "cuda")
-    ]
     found = [byte_limit(rows), triton_beside_cuda(rows), never_slower_than_dense(rows)]
-    found += [beside_peers(rows), prediction(predicted)]
-    if failed:
-        details = [f"NOT MEASURED {case}: {why}" for case, why in failed.items()]
-        found.insert(0, Verdict(f"not measured: {_named(list(failed))}", False, details))
-    return joined(found)
+    found += [beside_peers(rows), prediction(predicted(cold(rows, "cuda")))]
+    return joined(failures(failed) + found)
+
+
+def predicted(rows: Iterable[Row]) -> list[Row]:
+    """What `prediction` reads, of rows of our kernels."""
+    return [{"measured_us": row["median_us"], "predicted_us": row["predicted_us"]} for row in rows]
+
+
+def failures(failed: Mapping[str, str]) -> list[Verdict]:
+    """The verdict on what could not be measured, if there is any."""
+    if not failed:
+        return []
+    details = [f"NOT MEASURED {case}: {why}" for case, why in failed.items()]
+    return [Verdict(f"not measured: {named(list(failed))}", False, details)]
 
 
 def plans(rows: Sequence[Row], whole: bool) -> Verdict:
@@ -196,7 +203,8 @@ def plans(rows: Sequence[Row], whole: bool) -> Verdict:
     """
     problems: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        problem = row["n"], row["k"], row["values"], row["m"]
+        unsigned = row.get("loop") == "prefill_one"  # the kernel of weights without a sign term
+        problem = row["n"], row["k"], row["values"], row["m"], unsigned
         problems[problem].append((float(row["predicted_us"]), float(row["measured_us"])))
     left = "" if whole else ", and time ran out before all were"
     if not problems:
@@ -227,7 +235,7 @@ def tests(rows: Sequence[Row], selected: int | None, before: int = 0) -> Verdict
     if missing := 0 if selected is None else selected + before - len(rows):
         said += f", {missing} not run"
     if bad:
-        said += f": {_named([row['case'].split('::')[-1] for row in bad])}"
+        said += f": {named([row['case'].split('::')[-1] for row in bad])}"
     details = [f"{row['outcome'].upper()} {row['case']} {row.get('reason', '')}" for row in bad]
     return Verdict(said or "no test was run", bool(rows) and not (bad or missing), details)
 
@@ -322,26 +330,3 @@ def _overlap(rows: Sequence[Row]) -> list[str]:
         }
         said.append("{}x{} {} {}: ".format(*linear) + ", ".join(found.values()))
     return said
-
-
-def hardware(rows: Sequence[Row]) -> Verdict:
-    """Rows of on_gpu.hardware: the kernels for many tokens rely on every one."""
-    wrong = [row for row in rows if row["wrong"]]
-    said = f"{len(rows) - len(wrong)} of {len(rows)} are as the interpreter has them"
-    if wrong:
-        said += f"; not {_named([row['case'] for row in wrong])}"
-    details = [f"WRONG {row['case']}: {fault}" for row in wrong for fault in row["wrong"]]
-    return Verdict(said, bool(rows) and not wrong, details)
-
-
-def unknowns(rows: Sequence[Row], constants: Mapping[str, float]) -> Verdict:
-    """Rows of on_gpu.unknowns. constants: what they say of each; there is no goal."""
-    said = [f"{name} {value:.2f}" for name, value in constants.items()]
-    for row in rows:
-        if row["point"] == "port":
-            said.append(f"{row['case']} {max(row['read_clocks'], row['copy_clocks'])} clocks")
-        elif row["point"] == "look-ups":
-            said.append(f"{row['case']} {row['clocks']:.2f} clocks")
-        else:
-            said.append(f"{row['case']} {row['clocks']:.2f} clocks an instruction")
-    return Verdict("; ".join(said) or "nothing was measured", len(constants) == 3)

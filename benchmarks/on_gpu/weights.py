@@ -14,9 +14,11 @@ from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.testing import oracle, random_packed
 
 TOKENS = (1, 3, 4, 5, 8, 16)
+MANY_TOKENS = (17, 33, 64, 65, 127, 128, 129, 256, 257, 1000)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 VALUES = (("fp16", None), ("int8", 128), ("int8", 64), ("int8", 32), ("int8", None),
           ("int4", 128), ("int4", 64), ("int4", 32), ("int3", 32))  # fmt: skip
+MANY_VALUES = (("fp16", None), ("int8", 64), ("int8", None), ("int4", 128), ("int4", 32))
 # rank, planes
 SIGNS = ((0, 1), (1, 1), (2, 1), (7, 1), (16, 1), (1, 2), (3, 2), (1, 3), (7, 3))
 # K, out_features of the parts, adapter's rank. Activations up to 2 and factors up to 3 give z that
@@ -81,6 +83,11 @@ def small() -> list[Weight]:
     return found
 
 
+def many() -> list[Weight]:
+    """The large ones, and the small ones but for some groups of scales."""
+    return [*(each for each in small() if (each.values, each.group_size) in MANY_VALUES), *large()]
+
+
 def large() -> list[Weight]:
     """Random numbers in the shapes of a model."""
     kinds = (("fp16", None), ("int8", 128), ("int4", 128))
@@ -92,9 +99,10 @@ def large() -> list[Weight]:
 
 
 class Problem(NamedTuple):
-    """A weight, activations [16, K], a bias [N], and what they give [16, N] in fp64.
+    """A weight, activations [tokens, K], a bias [N], and what they give [tokens, N] in fp64.
 
-    The last three hold GATE_ROWS rows of a large weight.
+    The last three hold GATE_ROWS rows of a large weight. The weight is `rounded` if the
+    activations' type does not hold all of it: kernels that rebuild it are not exact then.
     """
 
     parts: Sequence[PackedWeight]
@@ -102,16 +110,17 @@ class Problem(NamedTuple):
     bias: Tensor
     exact: Tensor
     magnitude: Tensor  # that rounding errors scale with
+    rounded: bool
 
 
-def problem(weight: Weight, device: str) -> Problem:
-    """The same numbers every time."""
+def problem(weight: Weight, device: str, tokens: int = max(TOKENS)) -> Problem:
+    """The same numbers every time, and the same for the first tokens of more."""
     dtype, generator = DTYPES[weight.dtype], torch.Generator().manual_seed(weight.rank)
     packed = [
         random_packed(layout, seed, weight.integers, device)
         for seed, layout in enumerate(weight.layouts())
     ]
-    shape, N = (max(TOKENS), weight.K), sum(weight.rows)
+    shape, N = (tokens, weight.K), sum(weight.rows)
     if weight.integers:
         x = torch.randint(-2, 3, shape, generator=generator)
         bias = torch.randint(-9, 10, (N,), generator=generator).float()
@@ -127,4 +136,5 @@ def problem(weight: Weight, device: str) -> Problem:
         torch.cat(some, -1) for some in zip(*(oracle(x, part) for part in checked), strict=True)
     )
     tail = bias[-rows:].double()
-    return Problem(packed, x, bias, exact + tail, magnitude + tail.abs())
+    rounded = any(not torch.equal(W.to(dtype).to(W.dtype), W) for W in (p.dense() for p in checked))
+    return Problem(packed, x, bias, exact + tail, magnitude + tail.abs(), rounded)

@@ -148,10 +148,17 @@ def test_a_torn_line_of_the_summary_is_no_entry(tmp_path):
 def test_the_parts_are_in_order_of_worth_and_fit_a_call(tmp_path):
     some = parts.parts(tmp_path, "a-gpu-abc1234")
     names = [each.name for each in some]
-    assert names[:7] == ["kernels", "cuda", "triton", "causes", "decode", "sweep", "tests"]
-    assert names[7:] == ["memcheck-rings", "racecheck-rings", "memcheck-small", "racecheck-small"]
+    many = ["hardware", "unknowns", "kernels", "right", "many", "sweep-many"]
+    few = ["cuda", "triton", "causes", "decode", "sweep", "tests"]
+    assert names[:12] == many + few
+    tools = [f"{tool}-{case}" for case in ("rings", "small") for tool in ("memcheck", "racecheck")]
+    assert names[12:] == [*tools, "memcheck-many", "racecheck-many", "synccheck-many"]
+    # A machine that has no cache compiles within a part of its limit, and then the checks of many
+    # tokens fit the same call.
+    assert sum(each.limit for each in some[:2]) + sum(each.least for each in some[2:6]) < 300
     assert all(each.least < each.limit for each in some)
-    assert {each.name for each in some if each.needs != "kernels"} == {"kernels", "triton"}
+    alone = {"kernels", "triton", "hardware", "unknowns"}
+    assert {each.name for each in some if each.needs != "kernels"} == alone
     assert [each.name for each in some if each.every_call] == ["kernels"]
     files = {argument for each in some for argument in each.command if "a-gpu-abc1234" in argument}
     assert len(files) < 8, "with the summary no more than a lent machine gives back"

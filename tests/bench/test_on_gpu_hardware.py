@@ -1,5 +1,5 @@
 """What benchmarks/on_gpu asks hardware alone, without any: the PTX of its own kernels interpreted,
-their machine code counted, and the verdicts.
+their machine code counted, and the verdicts_many.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import pytest
 import torch
 from emulated_unit import stand
-from on_gpu import hardware, unit, unknowns, verdicts
+from on_gpu import hardware, unit, unknowns, verdicts_many
 from sass import counter as sass
 
 CASES = ("dense_product_fp16", "dense_product_bf16", "sparse_product_fp16", "sparse_product_bf16",
@@ -85,12 +85,12 @@ def test_the_verdict_on_clocks():
         {"case": "2 warps a scheduler", "point": "issue", "clocks": 3.0},
     ]
     some = {"COPY_WRITES": 0.5, "TABLE_WAVEFRONTS": 1.9}
-    verdict = verdicts.unknowns(rows, some | {"CONSUMER_WAIT": 0.1})
+    verdict = verdicts_many.unknowns(rows, some | {"CONSUMER_WAIT": 0.1})
     assert verdict.good and verdict.text == (
         "COPY_WRITES 0.50; TABLE_WAVEFRONTS 1.90; CONSUMER_WAIT 0.10; reads alone 9 clocks; "
         "LDS.32 1.00 clocks; 2 warps a scheduler 3.00 clocks an instruction"
     )
-    assert not verdicts.unknowns(rows, some).good
+    assert not verdicts_many.unknowns(rows, some).good
 
 
 def test_the_machine_code_is_what_the_clocks_are_divided_by():
@@ -110,7 +110,7 @@ def test_the_machine_code_is_what_the_clocks_are_divided_by():
 
 def test_what_hardware_refutes_is_named():
     rows = [{"case": "a", "wrong": []}, {"case": "b", "wrong": ["1 of 9 entries"]}]
-    verdict = verdicts.hardware(rows)
+    verdict = verdicts_many.hardware(rows)
     assert not verdict.good and verdict.text == "1 of 2 are as the interpreter has them; not b"
     assert list(verdict.details) == ["WRONG b: 1 of 9 entries"]
-    assert verdicts.hardware(rows[:1]).good and not verdicts.hardware([]).good
+    assert verdicts_many.hardware(rows[:1]).good and not verdicts_many.hardware([]).good

@@ -5,6 +5,7 @@ compute nothing, and for a few tiles on the emulated one.
 from __future__ import annotations
 
 import csv
+import ctypes
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +21,25 @@ from on_gpu import (
     causes,
     correct,
     decode,
+    hardware,
     kernels,
     machine,
+    many,
     parts,
     plans,
     pytests,
     runner,
     sanitized,
     sweep,
+    unknowns,
     verdicts,
+    verdicts_many,
     weights,
 )
 from on_gpu.rows import Rows
 
+from slab_kernels.backends.cuda.device import CudaDevice
 from slab_kernels.backends.cuda.gpus import gpu_named
-from slab_kernels.backends.cuda.launch import CudaDevice
 from slab_kernels.backends.triton import sparse
 from slab_kernels.bench.clocks import Timed
 from slab_kernels.errors import BenchError
@@ -50,7 +55,7 @@ class NoDevice:
 
     def __init__(self):
         self.launched: list[tuple[str, bool]] = []
-        self.device = CudaDevice(gpu_named("H200"), self.queue)
+        self.device = CudaDevice(gpu_named("H200"), self.queue, lambda *_: bytes(128))
 
     def queue(self, name, grid, block, shared_bytes, params, dependent) -> None:
         self.launched.append((name, dependent))
@@ -190,9 +195,16 @@ def machine_of_nothing(monkeypatch, stand):
     found = NoDevice()
     monkeypatch.setattr(machine, "here", lambda: ("cpu", found.device))
     monkeypatch.setattr(machine, "head", lambda: HEAD)
-    for program in (causes, decode):
+    for program in (causes, decode, many):
         monkeypatch.setattr(program, "clock_of", lambda *_: NoClock())
     return found
+
+
+def launched_in_no_time(name, ctas, threads, shared, params) -> None:
+    """Computes nothing; every warp's clock says that it took a hundred."""
+    if params.clocks:
+        spans = (ctypes.c_int32 * (threads // 16)).from_address(params.clocks)
+        spans[:] = [0, 100] * (threads // 32)
 
 
 def test_the_program_of_each_part_says_a_verdict(tmp_path, monkeypatch, capsys, machine_of_nothing):
@@ -207,6 +219,15 @@ def test_the_program_of_each_part_says_a_verdict(tmp_path, monkeypatch, capsys, 
     answers = {"missing": None, "capability": (9, 0), "load": None}
     for name, answer in answers.items():
         monkeypatch.setattr(kernels.driver, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(kernels, "device_of", lambda index: machine_of_nothing.device)
+    nothing = hardware.Stand("cpu", launched_in_no_time, lambda *_: bytes(128))
+    monkeypatch.setattr(hardware, "stand_here", lambda: nothing)
+    monkeypatch.setattr(correct, "many", lambda: some)
+    monkeypatch.setattr(correct, "MANY_TOKENS", (17, 70))
+    monkeypatch.setattr(many, "TOKENS", (17, 64))
+    monkeypatch.setattr(many, "units", lambda: [decode.Unit(32, 128, "int4", "reference")])
+    few_of_many = sweep.Sweep((32, 128), (1, 0), sweep.many_candidates)
+    monkeypatch.setitem(sweep.SWEEPS, "many", few_of_many)
     monkeypatch.setattr(decode, "units", lambda: [decode.Unit(32, 128, "int4", "reference")])
     monkeypatch.setattr(sweep, "layers", lambda name: ((128, 2048),))
     monkeypatch.setattr(sweep, "VALUES", ("int4",))
@@ -214,13 +235,19 @@ def test_the_program_of_each_part_says_a_verdict(tmp_path, monkeypatch, capsys, 
     file = str(tmp_path / "rows.json")
     listed = [sys.executable, "-c", "print('tests/a.py::b PASSED [100%]')"]
     monkeypatch.setattr(pytests, "command", lambda: listed)
+    once, plans_file = str(tmp_path / "hardware.json"), str(tmp_path / "plans.csv")
     programs = {
+        "hardware": (hardware.main, (once,)),
+        "unknowns": (unknowns.main, (once,)),
         "kernels": (kernels.main, ()),
+        "right": (correct.main, ("many", file)),
+        "many": (many.main, (str(tmp_path / "many.json"),)),
+        "sweep-many": (sweep.main, ("many", plans_file)),
         "cuda": (correct.main, ("cuda", file)),
         "triton": (correct.main, ("triton", file)),
         "causes": (causes.main, (str(tmp_path / "causes.json"),)),
         "decode": (decode.main, (str(tmp_path / "linear.json"),)),
-        "sweep": (sweep.main, (str(tmp_path / "plans.csv"),)),
+        "sweep": (sweep.main, ("few", plans_file)),
         "tests": (pytests.main, (str(tmp_path / "tests.json"),)),
     }
     assert list(programs) == [each.name for each in parts.parts(tmp_path, "")][: len(programs)]
@@ -232,10 +259,19 @@ def test_the_program_of_each_part_says_a_verdict(tmp_path, monkeypatch, capsys, 
             for line in capsys.readouterr().out.splitlines()
             if line.startswith(runner.VERDICT)
         )
-    wrong = {"cuda", "triton"}  # for nothing is computed, and Triton has no device
+    # For nothing is computed, and Triton has no device.
+    wrong = {"hardware", "right", "cuda", "triton"}
     assert codes == {name: int(name in wrong) for name in programs}
     assert said["kernels"].split(" kernels are loaded, from ")[0].isdigit()
     assert said["cuda"].startswith("0 of 1 weights are right")
+    assert said["right"].startswith("0 of 1 weights are right")
+    assert said["hardware"].startswith("0 of 6 are as the interpreter has them")
+    assert said["unknowns"].startswith("COPY_WRITES 0.00; TABLE_WAVEFRONTS 1.00; CONSUMER_WAIT ")
+    assert " of 4 cells were timed; " in said["sweep-many"]
+    timed = list(csv.DictReader((tmp_path / "plans.csv").open()))
+    loops = {row["loop"] for row in timed if int(row["m"]) > 16}
+    assert loops == {"many", "rebuild", "prefill_one", "prefill_both", "prefill_rebuild"}
+    assert len(plan_rows.fused(tmp_path / "plans.csv")) == len(timed)
     assert said["sweep"].startswith(f"{3 * sweep.MOST} plans of 3 cells were timed; ")
     assert said["tests"] == "1 passed"
     assert sanitized.main("run", "small") == 1 and "not finite" in capsys.readouterr().out
@@ -303,13 +339,113 @@ def test_one_wrong_entry_is_found_and_a_token_that_depends_on_others():
     assert faults["depends"][0] == "M=8: a token's result depends on how many there are"
 
 
-def test_the_weights_meet_every_kernel_for_few_tokens():
-    source = (ROOT / "csrc" / "cuda" / "linear.cu").read_text()
-    rows = re.findall(r"KERNEL\((\w+),\s*(\w+),\s*k", source)
-    named = {f"{family}_{act}_{name}" for family, name in rows for act in ("fp16", "bf16")}
+def test_the_weights_meet_every_kernel():
+    """Those for few tokens, and those for more: the loop that rebuilds and Hopper's kernels are of
+    different devices."""
+    named = set()
+    for unit, prefix in (("linear", ""), ("prefill", "prefill_")):
+        source = (ROOT / "csrc" / "cuda" / f"{unit}.cu").read_text()
+        for family, name in re.findall(r"KERNEL\((\w+),\s*(\w+),\s*k", source):
+            named |= {f"{prefix}{family}_{act}_{name}" for act in ("fp16", "bf16")}
     few = {name for name in named if correct.FEW_TOKENS.match(name)}
     assert len(few) > 60
-    assert few == {name for name in kernels.names(weights.small()) if name in few}
+    for some, pattern in (
+        (weights.small(), correct.FEW_TOKENS), (weights.many(), correct.MORE_TOKENS),
+    ):  # fmt: skip
+        found = {
+            name
+            for gpu in map(gpu_named, ("H200", "A100"))
+            for name in kernels.names(some, gpu)
+            if pattern.match(name)
+        }
+        assert {name for name in named if pattern.match(name)} <= found
+
+
+WAYS = (
+    (weights.Weight("fp16", "int4", 128, 1, 1, 260, (70,), 4), "prefill_both"),
+    (weights.Weight("bf16", "fp16", None, 0, 1, 388, (40, 24)), "prefill_one"),
+    (weights.Weight("fp16", "int8", 64, 1, 1, 260, (40,)), "rebuild"),
+    (weights.Weight("bf16", "int4", 32, 3, 2, 260, (33,)), "many"),
+)
+
+
+@pytest.mark.parametrize("weight, loop", WAYS, ids=[loop for _, loop in WAYS])
+def test_plans_for_many_tokens_are_run_in_every_way(monkeypatch, weight, loop):
+    """On a device that computes nothing every result is wrong, each way is named, and its kernels
+    are launched."""
+    monkeypatch.setattr(correct, "MANY_TOKENS", (17, 66))
+    row = correct.cuda_outcome(weight, NoDevice().device, "cpu", "many")
+    ways = {fault.split(", M=")[0] for fault in row["wrong"]}
+    assert len(ways) == row["ways"] and "the weight rebuilt for cuBLAS" in ways
+    assert any(way.startswith(loop) for way in ways)
+    assert any(name.startswith(loop if loop != "many" else "planes") for name in row["kernels"])
+
+
+@pytest.mark.parametrize("weight, loop", WAYS, ids=[loop for _, loop in WAYS])
+def test_results_for_many_tokens_of_the_emulated_device_are_right(monkeypatch, weight, loop):
+    """What is chosen, and a plan of each family, for one tile of tokens and for two."""
+    emulation = pytest.importorskip("emulation")
+    device = NoDevice().device
+
+    def linear_on(device):
+        def linear(x, state, bias=None):
+            launched = emulation.Launched()
+            y = emulation.run(x, state, bias, device.gpu, "compute_90a", launched)
+            for name in launched.kernels:
+                device.queue(name, None, None, 0, None, True)
+            return y
+
+        return linear
+
+    every = plans.many
+
+    def one_of_each(*some):
+        found = {}
+        for plan in every(*some):
+            found.setdefault(plans.way(plan).split(" ")[0], plan)
+        return [plan for family, plan in found.items() if family == loop]
+
+    monkeypatch.setattr(plans, "many", one_of_each)
+    monkeypatch.setattr(plans, "linear_on", linear_on)
+    monkeypatch.setattr(correct, "MANY_TOKENS", (17, 66))
+    row = correct.cuda_outcome(weight, device, "cpu", "many")
+    assert not row["wrong"] and row["ways"] >= 2
+
+
+def test_a_second_call_must_have_the_same_bits():
+    weight = weights.Weight("fp16", "fp16", None, 1, 1, 128, (16,))
+    it, calls = weights.problem(weight, "cpu", 70), []
+
+    def linear(x, state, bias):
+        y = it.exact[: x.shape[0]].half()
+        calls.append(None)
+        y[0, 0] += len(calls) % 2 * (x.shape[0] == 70)
+        return y
+
+    inexact = weight._replace(integers=False)
+    it = it._replace(magnitude=it.magnitude * 1e6)
+    assert correct.faults(inexact, it, None, linear, (17, 70)) == [
+        "M=70: a second call has another result"
+    ]
+
+
+def test_goals_for_many_tokens():
+    def row(m, speed, values="int4", rank=1, prefill="packed", **more):
+        found = {"n": 4096, "k": 4096, "m": m, "values": values, "cache": "cold", "rank": rank}
+        found |= {"backend": "cuda", "prefill": prefill, "speedup_vs_dense": speed}
+        return found | {"median_us": 10.0, "predicted_us": 9.0} | more
+
+    rows = [
+        row(64, 1.2, "fp16"), row(64, 1.5), row(128, 1.1), row(1024, 0.95),
+        row(2048, 0.995, prefill="dense"), row(1024, 1.2, "int8", 0), row(2048, 1.3, rank=0),
+    ]  # fmt: skip
+    assert verdicts_many.many(rows, {}).good
+    missed = verdicts_many.many([*rows, row(256, 0.8)], {})
+    assert not missed.good and "missed by 1 of 2: 4096x4096 int4 M=256 cuda 0.80" in missed.text
+    assert "not measured" in verdicts_many.many(rows[:2], {}).text
+    assert "NOT MEASURED a: b" in verdicts_many.many(rows, {"a": "b"}).details
+    peer = row(64, 1.0, backend="marlin") | {"median_us": 20.0}
+    assert "2.00 to 2.00 times marlin's speed" in verdicts_many.many([*rows, peer], {}).text
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)

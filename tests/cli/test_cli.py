@@ -210,8 +210,37 @@ def test_explain_names_the_chosen_and_every_reason(answer):
     assert chosen["backend"] == found["chosen"] and not chosen["reasons"]
 
 
+def test_explain_names_the_memory_of_a_dense_copy(answer, capsys):
+    shape = ("explain", "--shape", "4096x4096", "--device", "cpu", "--values", "int4")
+    code, found = answer(*shape)
+    assert code == 0 and found["dense_copy"]["from_tokens"] is None
+    assert found["dense_copy"]["bytes"] == 2 * 4096 * 4096
+    code, found = answer(*shape, "--gpu", "H100", "--m", "4096")
+    assert found["dense_copy"]["backend"] == "cuda" and found["dense_copy"]["used"]
+    for m, words in ((1, "not used for 1 tokens, at the earliest from "), (4096, "used for 4096")):
+        assert cli.run([*shape, "--gpu", "H100", "--m", str(m)]) == 0
+        said = capsys.readouterr().out
+        assert f"dense copy of 33.55 MB, 16.00 bits per weight more, {words}" in said
+    assert cli.run([*shape]) == 0
+    assert "the cpu backend keeps no dense copy of this here" in capsys.readouterr().out
+
+
+def test_a_word_for_dense_copies_that_cannot_be_is_refused(model, text, tmp_path, answer, refused):
+    answer(*small(model, tmp_path / "out", text))
+    options = ("--text", text, "--max-tokens", "200", "--device", "cpu")
+    code, found = answer("eval", tmp_path / "out", *options, "--prefill", "auto")
+    assert code == 0 and found["dense_copy_bytes"] == 0
+    code, message = refused("eval", tmp_path / "out", *options, "--prefill", "dense")
+    assert code == 4 and "use prefill='packed', or 'auto'" in message
+    code, message = refused("generate", tmp_path / "out", "--prefill", "fast")
+    assert code == 2 and "use one of packed, dense, auto" in message
+    code, message = refused("bench", "--shape", "64x32", "--device", "cpu", "--prefill", "dense")
+    assert code == 4 and "backend keeps none of 64x32" in message
+
+
 def test_info_says_why_not(answer):
     code, found = answer("info")
+    assert found["dense_copies"] == {"prefill": "packed", "bits_per_weight": 16, "auto_bytes": {}}
     assert code == 0 and found["versions"]["torch"] and found["backends"]["reference"]["cpu"] == []
     assert found["devices"][0]["device"] == "cpu" and "SLAB_KERNELS_BACKEND" in found["variables"]
 

@@ -13,9 +13,15 @@ from torch import nn
 
 import slab_kernels
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import CheckpointError, FormatError, VersionError
+from slab_kernels.errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    FormatError,
+    VersionError,
+)
 from slab_kernels.evaluate.perplexity import perplexity
-from slab_kernels.nn import SlabLinear
+from slab_kernels.nn import SlabLinear, preparation
 
 transformers = pytest.importorskip("transformers")
 AutoModel = transformers.AutoModelForCausalLM
@@ -270,3 +276,32 @@ def test_offloading_is_refused(folders, tmp_path):
         AutoModel.from_pretrained(
             folders[1], device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path
         )
+
+
+def test_the_word_for_dense_copies_reaches_the_layers(folders, monkeypatch):
+    """By `load`, by a config beside a packed folder, and by one that compresses; never stored."""
+    dense, packed = folders
+    layers = lambda model: [m for m in model.modules() if isinstance(m, SlabLinear)]  # noqa: E731
+    assert all(layer._prefill is None for layer in layers(slab_kernels.load(packed)))
+    for model in (
+        slab_kernels.load(packed, prefill="auto"),
+        AutoModel.from_pretrained(
+            packed, quantization_config=slab_kernels.SlabConfig(prefill="auto")
+        ),
+        AutoModel.from_pretrained(
+            dense,
+            quantization_config=slab_kernels.SlabConfig(prefill="auto", **SETTINGS),
+        ),
+    ):
+        assert {layer._prefill for layer in layers(model)} == {"auto"}
+        assert {layer.backend for layer in layers(model)} == {None}  # on a CPU the first call does
+        assert "prefill" not in dict(model.config.quantization_config)
+    with pytest.raises(BackendError, match="the cpu backend keeps none of"):
+        slab_kernels.load(packed, prefill="dense")
+    with pytest.raises(ArgumentError, match="prefill='fast' is unknown"):
+        slab_kernels.load(packed, prefill="fast")
+    with pytest.raises(ArgumentError, match="prefill='fast' is unknown"):
+        slab_kernels.SlabConfig(prefill="fast")
+    monkeypatch.setattr(preparation, "_place", lambda layer: torch.device("cuda", 0))
+    for open_folder in (slab_kernels.load, AutoModel.from_pretrained):
+        assert {layer.backend for layer in layers(open_folder(packed))} == {"cpu"}
