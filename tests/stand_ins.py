@@ -53,6 +53,7 @@ def cuda_here(monkeypatch) -> Iterator[Packed]:
         lambda self, problem: real(self, replace(problem, device="cpu"))[:-1],
     )
     monkeypatch.setattr(cuda, "device_of", lambda _: CudaDevice(GPUS[0], None, None))
+    monkeypatch.setattr(cuda, "_gpu", lambda name: GPUS[0])
     monkeypatch.setattr(cuda, "linear", packed)
     monkeypatch.setattr(cuda, "takes_dense", lambda sizes, M, gpu: M >= DENSE_FROM)
     cuda.register()

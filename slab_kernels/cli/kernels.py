@@ -218,7 +218,7 @@ def _of_copy(copy: dict[str, Any], weights: int, m: int) -> str:
     first, name = copy["from_tokens"], copy["backend"]
     if first is None:
         return f"prefill='dense': the {name} backend keeps no dense copy of this here"
-    used = f"{'used' if copy['used'] else 'not used'} for {m} tokens"
+    used = f"{'used' if copy['used'] else 'not used'} for {m} token{'s' * (m > 1)}"
     if first >= NEVER:
         used = "used for no number of tokens"
     elif not copy["used"] and m < first:

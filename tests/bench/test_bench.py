@@ -11,10 +11,12 @@ import csv
 import importlib.util
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import cuda_here
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
@@ -663,3 +665,22 @@ def test_pictures_show_weights_from_memory():
     (drawn,) = pictures(Report(bench=tuple(many)))
     fig = drawn.draw(style.LIGHT)
     assert [text.get_text() for text in fig.legends[0].texts] == ["dense", "cuda, "]
+
+
+def test_rows_with_a_dense_copy_name_its_memory_and_what_is_read(monkeypatch):
+    monkeypatch.setattr(linear, "gate", lambda *given: None)  # allows a CPU no rounded weight
+    with cuda_here(monkeypatch):
+        case = linear.Case(
+            40, 96, tokens=(1, 64), dtype="fp16", backends=["cuda"], min_seconds=0.01
+        )
+        plain = linear.measure(case).rows
+        rows = linear.measure(replace(case, prefill="dense")).rows
+    before, few, many = (
+        next(row for row in found if row["backend"] == "cuda" and row["m"] == m)
+        for found, m in ((plain, 1), (rows, 1), (rows, 64))
+    )
+    copy = 2 * 40 * 96
+    assert (before["prefill"], few["prefill"], many["prefill"]) == ("packed", "dense", "dense")
+    assert few["weight_bytes"] == many["weight_bytes"] == before["weight_bytes"] + copy
+    assert few["rotated_bytes"] == few["copies"] * before["weight_bytes"]
+    assert many["rotated_bytes"] == many["copies"] * copy

@@ -217,7 +217,7 @@ def test_explain_names_the_memory_of_a_dense_copy(answer, capsys):
     assert found["dense_copy"]["bytes"] == 2 * 4096 * 4096
     code, found = answer(*shape, "--gpu", "H100", "--m", "4096")
     assert found["dense_copy"]["backend"] == "cuda" and found["dense_copy"]["used"]
-    for m, words in ((1, "not used for 1 tokens, at the earliest from "), (4096, "used for 4096")):
+    for m, words in ((1, "not used for 1 token, at the earliest from "), (4096, "used for 4096")):
         assert cli.run([*shape, "--gpu", "H100", "--m", str(m)]) == 0
         said = capsys.readouterr().out
         assert f"dense copy of 33.55 MB, 16.00 bits per weight more, {words}" in said

@@ -267,6 +267,16 @@ FAULTS = (
         "return same and (traced or sum(map(_version, self.counting)) == self.writes)",
         "return traced or sum(map(_version, self.counting)) == self.writes", ("tests/nn",),
     ),
+    Fault(
+        "few tokens by the dense copy too",
+        "slab_kernels/backends/cuda/*.py", "if takes_dense(sizes_of(state), M, device.gpu):",
+        "if M >= 0:", ("tests/nn/test_dense_copy.py",),
+    ),
+    Fault(
+        "copies that auto weighs one by one",
+        "slab_kernels/backends/*.py", "kept + size <= AUTO_SHARE * (free(device) + kept)",
+        "size <= AUTO_SHARE * free(device)", ("tests/nn",),
+    ),
     # Methods
     Fault(
         "the sweep pushes its error the wrong way",
