@@ -1,5 +1,6 @@
-// Every kernel of the CUDA backend, one row each. Device code only, without CUDA or standard
-// headers: nvcc and NVRTC compile the same text.
+// Every kernel of the CUDA backend that is compiled for all architectures, one row each; prefill.cu
+// has those for Hopper alone. Device code only, without CUDA or standard headers: nvcc and NVRTC
+// compile the same text.
 #include "bias.cuh"
 #include "dense.cuh"
 #include "linear.cuh"

@@ -1,5 +1,6 @@
 // y[M, N] = x S^T + sum_r ((x * v_r) B^T) * u_r + (x Q) P^T + bias in one pass over the packed
-// bits, for 17 tokens and more.
+// bits, for 17 tokens and more. rebuild.cuh has another main loop for the same frame, and prefill.cu
+// Hopper's own kernels; the plan chooses among them.
 //
 // As a pseudo-kernel, for one CTA (its tile: `rows` of the weight, `tokens` of x, `k_blocks` of K):
 //

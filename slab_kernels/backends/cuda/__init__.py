@@ -11,13 +11,16 @@ unpack.py is the way back from the stream.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
 token's result depends on no other token. Above 64 the order in which its products are added depends
-on the number of tokens; where the plan rebuilds the weight instead, it is cuBLAS that decides.
+on the number of tokens, and in the Hopper kernels on the token's place among them, but never on
+what the others are. Where cuBLAS multiplies a weight that was rebuilt dense, or a dense copy, it
+decides that order.
 
-With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be. v * x is
-rounded to the activations' type, u * v is not rounded at all. From 17 tokens on, where a rank above
-1 meets several sign planes, u times the level (1/2 or 3/2; 1/4 to 7/4) is rounded to the
-activations' type too. Kernels that rebuild the weight in registers round its entries to that type,
-as a dense weight's are, with rows brought into the range of fp16 by a power of two (powers.py).
+With bf16 activations fp16 values are rounded to bf16, as a dense bf16 weight would be. What is
+rounded to the activations' type besides: in kernels that multiply signs by v * x, that product and,
+from 17 tokens on, where a rank above 1 meets several sign planes, u times the level (1/2 or 3/2;
+1/4 to 7/4). In kernels that rebuild the weight, its entries instead: u * v, the sum of those after
+each rank, and its product with the level. In these and in all Hopper kernels for many tokens also
+an integer's code times its scale (powers.py).
 """
 
 from __future__ import annotations
