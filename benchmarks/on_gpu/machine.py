@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 # What decides results: a change of it is another commit to the runner, whether git knows or not.
-SOURCES = ("csrc/**/*", "slab_kernels/**/*.py", "slab_kernels/**/*.json", "benchmarks/on_gpu/*.py")
+SOURCES = (
+    "csrc/**/*",
+    "slab_kernels/**/*.py",
+    "slab_kernels/**/*.json",
+    "benchmarks/on_gpu/*.py",
+    "benchmarks/on_gpu/*.cu",
+)
 
 
 def reason() -> str | None:

@@ -18,7 +18,7 @@ LARGE_GOAL, SMALL_GOAL = 0.9, 0.8  # of the byte limit, for int4 and int8 at up 
 GOAL_TOKENS = 4
 TRITON_GOAL = 1.15  # times the CUDA kernel's time
 OURS = ("cuda", "triton")
-PEERS = ("torch-2:4", "marlin", "gemlite", "humming")
+PEERS = ("torch-2:4", "marlin", "machete", "gemlite", "humming")
 STARTED = "started"  # of a test that has no outcome yet
 MOST_NAMED = 3  # cases that a line names
 
@@ -203,7 +203,8 @@ def plans(rows: Sequence[Row], whole: bool) -> Verdict:
     """
     problems: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        problem = row["n"], row["k"], row["values"], row["m"]
+        unsigned = row.get("loop") == "prefill_one"  # the kernel of weights without a sign term
+        problem = row["n"], row["k"], row["values"], row["m"], unsigned
         problems[problem].append((float(row["predicted_us"]), float(row["measured_us"])))
     left = "" if whole else ", and time ran out before all were"
     if not problems:

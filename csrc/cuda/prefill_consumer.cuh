@@ -1,9 +1,9 @@
 // The warpgroups that multiply: 64 rows each for all tokens of the tile.
 //
-// In each step of 32 inputs a warpgroup makes its operands in registers and issues the products with
-// activations in shared memory; at most those of the step before it are still on their way. What
-// they have read is given back to the thread that fetches: activations when the products are over
-// that read them, weights when the last step's operands are made.
+// In each step of 32 inputs a warpgroup makes its operands in registers and issues the products
+// with activations in shared memory; at most those of the step before it are still on their way.
+// What they have read is given back to the thread that fetches: activations when the products are
+// over that read them, weights when the last step's operands are made.
 #pragma once
 
 #include "prefill_end.cuh"
@@ -30,7 +30,7 @@ struct PrefillConsumer {
   const PrefillShared<Traits>& shared;
   float sums[Traits::kTokens / 2];  // c of wgmma.cuh
   Operands operands;
-  PrefillRing weights, tokens;  // `at`: operands keep it, and the descriptor
+  PrefillRing weights, tokens;  // tokens.at is a descriptor
   uint32_t last_tokens;         // the barrier of the stage whose products may be on their way, or 0
 
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params,
@@ -68,12 +68,12 @@ struct PrefillConsumer {
   }
 
   // One group of products of a step.
-  template <int kGroupSteps, int kStep, int kIssue>
+  template <int kStep, int kIssue>
   __device__ __forceinline__ void issue() {
-    if constexpr (Operands::kMadeEarly) operands.template make<kGroupSteps, kStep, kIssue>();
+    if constexpr (Operands::kMadeEarly) operands.template make<kStep, kIssue>();
     products_wait<1>();  // Those two groups before are over.
     if (kStep % 2 == 1 && kIssue == 0 && (kStep > 1 || last_tokens)) give_tokens_back(last_tokens);
-    if constexpr (!Operands::kMadeEarly) operands.template make<kGroupSteps, kStep, kIssue>();
+    if constexpr (!Operands::kMadeEarly) operands.template make<kStep, kIssue>();
     operands.template pin<kStep, kIssue>();
     if (kStep % 2 == 0 && kIssue == 0) wait_for_tokens();
     if (kStep == kSteps - 1 && kIssue == Operands::kIssues - 1) {
@@ -85,35 +85,34 @@ struct PrefillConsumer {
     products_commit();
   }
 
-  template <int kGroupSteps, int kStep>
+  template <int kStep>
   __device__ __forceinline__ void step() {
-    issue<kGroupSteps, kStep, 0>();
-    if constexpr (Operands::kIssues == 2) issue<kGroupSteps, kStep, 1>();
+    issue<kStep, 0>();
+    if constexpr (Operands::kIssues == 2) issue<kStep, 1>();
     if (kStep % 2 == 1) {
       last_tokens = tokens.full;
       next_tokens();
     }
   }
 
-  // kGroupSteps: params.group_steps if that is kSteps.
-  template <int kGroupSteps>
   __device__ __forceinline__ void multiply_k_blocks(int count) {
     last_tokens = 0;
 #pragma unroll 1
     for (int left = count; left > 0; --left) {
       mbarrier_wait(weights.full, weights.parity);
       operands.open();
-      step<kGroupSteps, 0>();
-      step<kGroupSteps, 1>();
-      step<kGroupSteps, 2>();
-      step<kGroupSteps, 3>();
+      step<0>();
+      step<1>();
+      step<2>();
+      step<3>();
       operands.move(weights.advance(shared.weight_bytes, params.weight_stages));
     }
     products_wait<0>();
     give_tokens_back(last_tokens);
   }
 
-  // sums += P z^T, without the row's power. Behind the part's last row pair, that one is read again.
+  // sums += P z^T, without the row's power. Behind the part's last row pair, that one is read
+  // again.
   __device__ __forceinline__ void add_adapter(const PrefillPlace& place, int warp, int lane) {
     const int pair = min(place.first_pair + warp / kBlockTiles, place.end_pair - 1);
     const uint8_t* from =
@@ -152,14 +151,7 @@ struct PrefillConsumer {
       clear();
       const int k_blocks = walk.k_blocks(params, cluster);
       put_away(walk);
-      if constexpr (!Traits::kScaled)
-        multiply_k_blocks<kSteps>(k_blocks);
-      else if constexpr (Traits::kGroupSteps != kGroupStepsBoth)
-        multiply_k_blocks<Traits::kGroupSteps>(k_blocks);
-      else if (params.group_steps == kSteps)
-        multiply_k_blocks<kSteps>(k_blocks);
-      else
-        multiply_k_blocks<kGroupStepsAny>(k_blocks);
+      multiply_k_blocks(k_blocks);
       take_back(walk);
       end(walk, cluster, rank_in_pair);
     }

@@ -1,7 +1,7 @@
 // What follows a tile's products: bias and the store of y, or of a share of the sums.
 //
-// A share goes to a slot of `partial` as the threads hold it, [tokens / 8][threads that multiply][4]
-// floats, so that neighbours store side by side. prefill_reduce.cuh adds the shares.
+// A share goes to a slot of `partial` as the threads hold it, [tokens / 8][threads that multiply]
+// [4] floats, so that neighbours store side by side. prefill_reduce.cuh adds the shares.
 #pragma once
 
 #include "bias.cuh"
@@ -19,8 +19,8 @@ __device__ __forceinline__ void load_bias(float (&bias)[2], const PrefillParams&
   for (int h = 0; h < 2; ++h) bias[h] = row + 8 * h < end_row ? bias_of(params, row + 8 * h) : 0.0f;
 }
 
-// y of a warp's 16 rows and 16 tokens, from the sums c of two eights of tokens (wgmma.cuh). They are
-// turned in `staging`, token by token, and stored in pieces of 8 rows.
+// y of a warp's 16 rows and 16 tokens, from the sums c of two eights of tokens (wgmma.cuh). They
+// are turned in `staging`, token by token, and stored in pieces of 8 rows.
 template <class T>
 __device__ __forceinline__ void store_tokens(const PrefillParams& params, uint32_t staging,
                                              const float (&c)[8], const float (&bias)[2],

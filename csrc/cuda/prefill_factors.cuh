@@ -16,8 +16,8 @@ struct PrefillRows {
   // by a power of two, and its sums are divided by it. bf16 does, and its scales are bf16 as well.
   static constexpr bool kPowers = Traits::kScaled && T::kMantissaBits == 10;
 
-  // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the stream's
-  // scales are.
+  // 16 bits each: row g in the low half, row g + 8 in the high one. Powers are bf16, as the
+  // stream's scales are.
   uint32_t u, scale, power;
   int row;  // row g
 
@@ -51,9 +51,9 @@ struct PrefillRows {
   // Those of a step, where they change, from the stream's word of the scale group. Within a loop
   // there is no branch about it, which would make ptxas wait for every product. `at`: the block's
   // first scale of row g.
-  template <int kGroupSteps, int kStep>
+  template <int kStep>
   __device__ __forceinline__ void load_scales(uint32_t at, int scale_shift) {
-    if constexpr (!Traits::kScaled || (kGroupSteps == kSteps && kStep > 0)) return;
+    if constexpr (!Traits::kScaled || (Traits::kGroupSteps == kSteps && kStep > 0)) return;
     // kStep / group_steps, which is 1, 2 or 4
     const uint32_t word = load_shared32(at + (kStep >> scale_shift) * kScaleBytes);
     scale = word;  // bf16 as it is

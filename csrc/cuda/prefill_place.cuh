@@ -2,8 +2,9 @@
 // same items, so nothing is handed over.
 //
 // Token tiles are numbered in bands of kBand, in which they go before row tiles: they share weights
-// while these are in L2. Tiles below `whole_tiles` are dealt whole, in turn. Of the others, K-blocks
-// are dealt evenly: a cluster takes one run of them, which may begin and end inside of a tile.
+// while these are in L2. Tiles below `whole_tiles` are dealt whole, in turn. Of the others,
+// K-blocks are dealt evenly: a cluster takes one run of them, which may begin and end inside of a
+// tile.
 #pragma once
 
 #include "prefill.h"

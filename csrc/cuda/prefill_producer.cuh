@@ -1,6 +1,6 @@
-// The warpgroup that fetches: one thread asks for weights, one for activations, and for kPrefillBoth
-// two warps multiply these by v. Weights are asked for while the kernel before this one may still
-// write the activations.
+// The warpgroup that fetches: one thread asks for weights, one for activations, and for
+// kPrefillBoth two warps multiply these by v. Weights are asked for while the kernel before this
+// one may still write the activations.
 #pragma once
 
 #include "hopper.cuh"
@@ -9,8 +9,8 @@
 
 namespace slab {
 
-// Blocks of the tile's row pairs, then v of every rank. Behind the part's last row pair, that one is
-// read again.
+// Blocks of the tile's row pairs, then v of every rank. Behind the part's last row pair, that one
+// is read again.
 template <class Traits>
 __device__ __forceinline__ void fetch_weights(const PrefillParams& params,
                                               const PrefillShared<Traits>& shared, int cluster,

@@ -20,8 +20,7 @@ struct RebuildOperands {
   using T = typename Traits::Activation;
   static constexpr bool kMadeEarly = false;
   // Products are issued k16 by k16 where registers are few: A then takes 8 of them and not 16.
-  static constexpr int kIssues =
-      Traits::kHolds || (Traits::kGroups == 2 && !Traits::kScaled) ? 1 : 2;  // of a step
+  static constexpr int kIssues = Traits::kGroups == 4 ? 2 : 1;  // of a step
   // One load of metadata serves two steps where registers allow it.
   static constexpr bool kHoldsMetadata = Traits::kConsumerRegisters > 200;
 
@@ -105,10 +104,10 @@ struct RebuildOperands {
   }
 
   // A of the k16 of an issue.
-  template <int kGroupSteps, int kStep, int kIssue>
+  template <int kStep, int kIssue>
   __device__ __forceinline__ void make() {
     if constexpr (kIssue == 0) {
-      rows.template load_scales<kGroupSteps, kStep>(scales_at, scale_shift);
+      rows.template load_scales<kStep>(scales_at, scale_shift);
       values.template load<kStep>(values_at);
     }
     if constexpr (kIssues == 2) {

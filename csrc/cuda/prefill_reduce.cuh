@@ -1,7 +1,7 @@
 // Adds the shares of tiles that several clusters multiplied, in the order of K, and stores y.
 //
-// The grid is (tiles dealt by K-blocks x CTAs of a cluster x warps of a CTA, 64 tokens each). A warp
-// takes 16 tokens of 16 rows; who multiplied them follows from the sizes alone.
+// The grid is (tiles dealt by K-blocks x CTAs of a cluster x warps of a CTA, 64 tokens each). A
+// warp takes 16 tokens of 16 rows; who multiplied them follows from the sizes alone.
 #pragma once
 
 #include "prefill_end.cuh"

@@ -53,9 +53,9 @@ struct SparseOperands {
     if constexpr (Traits::kScaled) scales_at += distance;
   }
 
-  template <int kGroupSteps, int kStep, int kIssue>
+  template <int kStep, int kIssue>
   __device__ __forceinline__ void make() {
-    rows.template load_scales<kGroupSteps, kStep>(scales_at, scale_shift);
+    rows.template load_scales<kStep>(scales_at, scale_shift);
     if (kStep % 2 == 0) metadata[kStep / 2] = load_shared32(metadata_at + 2 * kStep);
     if (kSigns && kStep == 0) signs = load_shared32(signs_at);
     if (kSigns && kStep % 2 == 0) pruned[kStep / 2] = complement_nibbles(metadata[kStep / 2]);

@@ -15,18 +15,18 @@ namespace slab {
 //                    plane, or any
 enum PrefillKind : int { kPrefillOne, kPrefillBoth, kPrefillRebuild };
 
-// Steps that a scale covers, besides kSteps: known at run time only; or that as well, with a loop for
-// kSteps and one for the others.
-constexpr int kGroupStepsAny = 0, kGroupStepsBoth = -1;
+// Scale groups of 32, 64 or 128 inputs, known at run time only.
+constexpr int kGroupStepsAny = 0;
 
 // Where a warp turns 16 tokens x 16 rows before they are stored: 48 bytes a token, so that eight
 // tokens meet all banks.
 constexpr int kStagingPitch = 48, kStagingBytes = 16 * kStagingPitch;
 
-// A CTA has kGroups_ warpgroups that multiply, 64 rows each, and one that fetches; kPair_ CTAs are a
-// cluster, kResident_ of them share a multiprocessor.
+// A CTA has kGroups_ warpgroups that multiply, 64 rows each, and one that fetches; kPair_ CTAs are
+// a cluster, kResident_ of them share a multiprocessor. kGroupSteps_: steps that a scale covers,
+// kSteps or kGroupStepsAny; without scales kSteps.
 template <class Activation_, int kKind_, int kValues_, bool kAny_, int kTokens_, int kGroups_,
-          int kPair_, int kResident_, int kGroupSteps_ = kGroupStepsBoth>
+          int kPair_, int kResident_, int kGroupSteps_>
 struct PrefillTraits {
   using Activation = Activation_;
   static constexpr int kKind = kKind_, kValues = kValues_, kTokens = kTokens_, kGroups = kGroups_;
@@ -44,7 +44,7 @@ struct PrefillTraits {
   static constexpr int kConsumerRegisters = kResident == 2 ? 96 : kGroups == 4 ? 112 : 232;
   static constexpr int kProducerRegisters = kGroups == 4 ? 24 : 40;
   // Whether what no K-block changes is held in registers, instead of being derived again.
-  static constexpr bool kHolds = kConsumerRegisters > 200;
+  static constexpr bool kHolds = kConsumerRegisters > 200 || (kResident == 2 && !kAny);
   static __device__ __forceinline__ uint32_t held(uint32_t value) {
     return kHolds ? pin(value) : value;
   }

@@ -16,8 +16,8 @@ namespace slab {
 
 // The descriptor of B whose tokens have 128 bytes, 64 inputs, each, with the 128-byte swizzle. Its
 // low half: the address / 16 of the first token's first input, to which 2 is added for every 16
-// inputs further on. Its high half: 1024 / 16 from one eight of tokens to the next, and the swizzle's
-// number.
+// inputs further on. Its high half: 1024 / 16 from one eight of tokens to the next, and the
+// swizzle's number.
 __device__ __forceinline__ uint32_t tokens_descriptor(uint32_t at) { return at >> 4 | 1u << 16; }
 __device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
   return uint64_t(0x40000040u) << 32 | low;

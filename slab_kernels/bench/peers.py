@@ -5,8 +5,8 @@ own dequantised weight before it is timed. One that is absent, refuses a shape o
 out with a reason, never an error, since it is not ours.
 
 This file is written against the public interfaces of torch 2.13, gemlite 0.6.0, humming-kernels
-0.1.19 and of vLLM as of 0.6 to 2026. vLLM's Marlin functions lost and gained arguments; they are
-called by the names that the installed one has.
+0.1.19 and of vLLM as of 0.6 to 2026. vLLM's Marlin and Machete functions lost and gained arguments;
+they are called by the names that the installed one has.
 """
 
 from __future__ import annotations
@@ -154,13 +154,11 @@ def _marlin(W: Tensor) -> Prepared:
 
     (N, K), where = W.shape, W.device
     codes, scales, dense = quantized(W)
-    eights = codes.T.reshape(K // 8, 8, N).long()
-    words = (eights << 4 * torch.arange(8, device=where)[None, :, None]).sum(1)
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    words = _gptq_words(codes)
     none = torch.empty(0, dtype=torch.int, device=where)  # no zero points, no reordering of inputs
     weight = _called(
         ops.gptq_marlin_repack,
-        b_q_weight=words.contiguous(),
+        b_q_weight=words,
         perm=none,
         size_k=K,
         size_n=N,
@@ -191,6 +189,45 @@ def _marlin(W: Tensor) -> Prepared:
     return Prepared(linear, weight.nbytes + scale.nbytes, dense)
 
 
+def _machete(W: Tensor) -> Prepared:
+    """Machete, Hopper's mixed-input kernel, as vLLM ships it, from the same packing."""
+    from vllm import _custom_ops as ops
+    from vllm.scalar_type import scalar_types
+
+    codes, scales, dense = quantized(W)
+    kind = scalar_types.uint4b8
+    # It takes words [K / 8, N] that follow each other down a column.
+    weight = _called(
+        ops.machete_prepack_B,
+        b_q_weight=_gptq_words(codes).T.contiguous().T,
+        a_type=W.dtype,
+        b_type=kind,
+        group_scales_type=W.dtype,
+    )
+    scale = scales.T.contiguous()
+
+    def linear(x: Tensor) -> Tensor:
+        return _called(
+            ops.machete_mm,
+            a=x,
+            b_q=weight,
+            b_type=kind,
+            b_group_scales=scale,
+            b_group_zeros=None,
+            b_group_size=GROUP,
+        )
+
+    return Prepared(linear, weight.nbytes + scale.nbytes, dense)
+
+
+def _gptq_words(codes: Tensor) -> Tensor:
+    """Codes [N, K] as GPTQ packs them: [K / 8, N] int32."""
+    N, K = codes.shape
+    eights = codes.T.reshape(K // 8, 8, N).long()
+    words = (eights << 4 * torch.arange(8, device=codes.device)[None, :, None]).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+
+
 def _called(function: Callable[..., Any], **arguments: Any) -> Any:
     """The function called with those of the arguments that this version of it names."""
     known = inspect.signature(function).parameters
@@ -200,6 +237,7 @@ def _called(function: Callable[..., Any], **arguments: Any) -> Any:
 PEERS = (
     Peer("torch-2:4", None, "2:4", None, (8, 0), (32, 64), _semi_structured),
     Peer("marlin", "vllm", "int4", GROUP, (8, 0), (64, GROUP), _marlin),
+    Peer("machete", "vllm", "int4", GROUP, (9, 0), (128, GROUP), _machete),
     Peer("gemlite", "gemlite", "int4", GROUP, (8, 0), (32, GROUP), _gemlite),
     Peer("humming", "humming", "int4", GROUP, (8, 0), (64, GROUP), _humming),
 )

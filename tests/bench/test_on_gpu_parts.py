@@ -381,6 +381,37 @@ def test_plans_for_many_tokens_are_run_in_every_way(monkeypatch, weight, loop):
     assert any(name.startswith(loop if loop != "many" else "planes") for name in row["kernels"])
 
 
+@pytest.mark.parametrize("weight, loop", WAYS, ids=[loop for _, loop in WAYS])
+def test_results_for_many_tokens_of_the_emulated_device_are_right(monkeypatch, weight, loop):
+    """What is chosen, and a plan of each family, for one tile of tokens and for two."""
+    emulation = pytest.importorskip("emulation")
+    device = NoDevice().device
+
+    def linear_on(device):
+        def linear(x, state, bias=None):
+            launched = emulation.Launched()
+            y = emulation.run(x, state, bias, device.gpu, "compute_90a", launched)
+            for name in launched.kernels:
+                device.queue(name, None, None, 0, None, True)
+            return y
+
+        return linear
+
+    every = plans.many
+
+    def one_of_each(*some):
+        found = {}
+        for plan in every(*some):
+            found.setdefault(plans.way(plan).split(" ")[0], plan)
+        return [plan for family, plan in found.items() if family == loop]
+
+    monkeypatch.setattr(plans, "many", one_of_each)
+    monkeypatch.setattr(plans, "linear_on", linear_on)
+    monkeypatch.setattr(correct, "MANY_TOKENS", (17, 66))
+    row = correct.cuda_outcome(weight, device, "cpu", "many")
+    assert not row["wrong"] and row["ways"] >= 2
+
+
 def test_a_second_call_must_have_the_same_bits():
     weight = weights.Weight("fp16", "fp16", None, 1, 1, 128, (16,))
     it, calls = weights.problem(weight, "cpu", 70), []

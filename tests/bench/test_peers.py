@@ -206,6 +206,23 @@ def test_marlin(monkeypatch, old):
     peers.agree(torch.randn(3, 256), by_name("marlin").prepare(torch.randn(64, 256)))
 
 
+def test_machete(monkeypatch):
+    def prepack(b_q_weight, a_type, b_type, group_scales_type):
+        assert b_q_weight.stride(0) == 1 and a_type == group_scales_type == torch.float32
+        words = b_q_weight.long()
+        return (words[:, None] >> 4 * torch.arange(8)[None, :, None] & 15).flatten(0, 1)
+
+    def multiply(a, b_q, b_type, out_type=None, b_group_scales=None, b_group_zeros=None,
+                 b_group_size=None):  # fmt: skip
+        assert b_type == "uint4b8" and b_group_zeros is None
+        return a @ ((b_q - 8) * b_group_scales.repeat_interleave(b_group_size, 0))
+
+    ops = types.SimpleNamespace(machete_prepack_B=prepack, machete_mm=multiply)
+    module(monkeypatch, "vllm", _custom_ops=ops)
+    module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8="uint4b8"))
+    peers.agree(torch.randn(3, 256), by_name("machete").prepare(torch.randn(128, 256)))
+
+
 def test_a_wrong_result_and_nan_are_told_apart_from_rounding():
     W = torch.randn(64, 256)
     for factor, right in ((1.001, True), (1.05, False), (float("nan"), False)):

@@ -1,4 +1,4 @@
-"""Bulk asynchronous copies into shared memory (PTX ISA 9.7.9.25.4 "cp.async.bulk", 9.7.9.25.5
+"""Bulk asynchronous copies into shared memory (PTX ISA 9.7.9.25.4 "cp.async.bulk", 9.7.9.27
 "cp.async.bulk.tensor").
 
 The destination is poisoned when a copy is issued, and its bytes land as late as they may: when

@@ -1,5 +1,5 @@
 """Clusters of CTAs (PTX ISA 2.2.2 "Cluster of Cooperative Thread Arrays", 5.1.7 "shared::cluster",
-9.7.9.23 "mapa", 9.7.13.4 "barrier.cluster").
+9.7.9 "mapa", 9.7.13.3 "barrier.cluster").
 
 The size of a cluster is a directive of the kernel (.reqnctapercluster); the CTAs of one always run
 in one chunk, side by side. An address of shared::cluster carries the rank of its CTA, plus one, in

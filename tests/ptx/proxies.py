@@ -1,4 +1,4 @@
-"""Fences (PTX ISA 9.7.13.6 "fence", 8.4 "Proxies").
+"""Fences (PTX ISA 9.7.13.4 "fence", 8.4 "Proxies").
 
 wgmma and bulk copies reach shared memory through the async proxy. What a thread has stored there in
 the ordinary way is visible to them only if a fence.proxy.async lies on the way from the store: by

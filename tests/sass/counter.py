@@ -22,6 +22,7 @@ import functools
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,7 +45,7 @@ SHARING, REBUILD_SHARING = 2, 4
 # name. IMAD is the shift, move and add that ptxas puts where the ALU is full; uniform instructions
 # take an issue slot of their warp too.
 PIPES = {
-    "tensor": "HMMA IMMA QMMA",
+    "tensor": "HMMA IMMA QMMA HGMMA",
     "alu": "LOP3 PLOP3 IADD3 IADD VIADD SHF PRMT ISETP SEL LEA MOV IABS IMNMX VIMNMX VIADDMNMX "
     "VIMNMX3 SGXT BMSK CS2R FSEL FSETP FMNMX P2R R2P VOTE ICMP LOP",
     "fma": "IMAD FFMA FMUL FADD HFMA2 HADD2 HMUL2",
@@ -339,17 +340,43 @@ def image(architecture: str, only: tuple[str, ...] = (), unit: str = UNIT) -> by
     if only:
         sources[f"cuda/{unit}.cu"] = rows_only(sources[f"cuda/{unit}.cu"], only)
 
-    def compiled() -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            for path, text in sources.items():
-                Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
-                Path(folder, path).write_text(text, encoding="utf-8")
-            source, output = Path(folder, f"cuda/{unit}.cu"), Path(folder, name)
-            recipe.run(recipe.nvcc_command(nvcc, source, architecture, output))
-            return output.read_bytes()
-
     key = (recipe.digest(sources, version, *recipe.NVCC_OPTIONS), name)
-    return kept("image", key, compiled)
+    return kept("image", key, lambda: _compile(sources, unit, architecture)[0])
+
+
+def messages(architecture: str, unit: str = UNIT) -> str:
+    """What the compiler says of a unit, of which it warns; kept, and the image with it.
+
+    Raises: recipe.Impossible without nvcc, or with what it printed.
+    """
+    sources = recipe.read_sources(ROOT / "csrc")
+    version = recipe.run([recipe.find_nvcc(), "--version"])
+    digest, name = (
+        recipe.digest(sources, version, *recipe.NVCC_OPTIONS),
+        recipe.image_name(unit, architecture),
+    )
+
+    def said() -> bytes:
+        made, text = _compile(sources, unit, architecture)
+        kept("image", (digest, name), lambda: made)
+        return text.encode()
+
+    return kept("messages", (digest, name), said).decode()
+
+
+def _compile(sources: dict[str, str], unit: str, architecture: str) -> tuple[bytes, str]:
+    """The image of a unit, and what the compiler printed."""
+    nvcc = recipe.find_nvcc()
+    with tempfile.TemporaryDirectory() as folder:
+        for path, text in sources.items():
+            Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, path).write_text(text, encoding="utf-8")
+        output = Path(folder, recipe.image_name(unit, architecture))
+        command = recipe.nvcc_command(nvcc, Path(folder, f"cuda/{unit}.cu"), architecture, output)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise recipe.Impossible(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        return output.read_bytes(), done.stdout + done.stderr
 
 
 def rows_only(text: str, only: tuple[str, ...]) -> str:

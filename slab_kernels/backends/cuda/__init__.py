@@ -4,9 +4,10 @@ They are loaded on first use. `prepare` orders the canonical packed tensors as t
 lanes want them (layout.py). For a call plan.py chooses a family of kernels and a tile (tiles.py,
 prefill.py) by measured rows (measured.py) or a cost model (cost.py, prefill_cost.py) of the GPU
 (gpus.py), explain.py says why, launch.py queues one kernel (two with an adapter, one more where K
-is split over CTAs), and driver.py talks to the driver. prefetch.py knows which weight comes next,
-if somebody said so. images.py finds the machine code, which compile.py builds ahead of time and
-nvrtc.py at run time.
+is split over CTAs), prefill_launch.py those of prefill.py with their tensor maps (tensor_map.py),
+and driver.py talks to the driver. prefetch.py knows which weight comes next, if somebody said so.
+images.py finds the machine code, which compile.py builds ahead of time and nvrtc.py at run time.
+unpack.py is the way back from the stream.
 
 Sums are accumulated in fp32 and are deterministic. Within a regime (up to 16 tokens, up to 64) a
 token's result depends on no other token. Above 64 the order in which its products are added depends

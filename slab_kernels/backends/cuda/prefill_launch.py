@@ -70,13 +70,12 @@ def prefill_names(sizes: CudaSizes, dtype: torch.dtype) -> list[str]:
 def _name(sizes: CudaSizes, dtype: torch.dtype, kind: str, tokens: int) -> str:
     """The kernel. tokens: of a CTA."""
     name = f"prefill_{kind}_{DTYPE_NAMES[dtype]}_{VALUE_NAMES[sizes.values]}"
-    if kind != REBUILD:
-        return f"{name}_t{tokens}"
     if is_any_rank(sizes, kind):
         return f"{name}_any_t{tokens}"
-    # Four warpgroups have too few registers for scales of every group size.
-    grouped = tokens == 128 and sizes.values != W16 and sizes.group_steps < 4
-    return f"{name}_one_t{tokens}{'_groups' if grouped else ''}"
+    rank = "_one" if kind == REBUILD else ""
+    # Scales that change within a K block have kernels of their own.
+    grouped = sizes.values != W16 and sizes.group_steps < 4
+    return f"{name}{rank}_t{tokens}{'_groups' if grouped else ''}"
 
 
 def _template(plan: Prefill) -> bytes:

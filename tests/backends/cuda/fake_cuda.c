@@ -28,10 +28,11 @@ struct {
   uint64_t address, dims[2], stride;
   unsigned rank, box[2], steps[2];
   int type, interleave, swizzle, promotion, fill, aligned, calls;
-} map; /* the last tensor map that was encoded */
+} map;              /* the last tensor map that was encoded */
 char names[64][64]; /* of kernels in the order in which they were asked for */
 int known;
-int loads, raises, allowed, launch_code, map_code, refuse_loads, refuse_code, parameter_size, ptx_version;
+int loads, raises, allowed, launch_code, map_code, refuse_loads, refuse_code, parameter_size,
+    ptx_version;
 int version; /* of the newest CUDA that this driver knows */
 static const uintptr_t kHandles = 0x300000000000;
 static __thread uintptr_t stack[8];
@@ -43,7 +44,8 @@ void clear(void) {
   memset(names, 0, sizeof names);
   memset(&map, 0, sizeof map);
   known = 0;
-  loads = raises = allowed = launch_code = map_code = refuse_loads = refuse_code = parameter_size = 0,
+  loads = raises = allowed = launch_code = map_code = refuse_loads = refuse_code = parameter_size =
+      0,
   ptx_version = 90, version = 13000;
   depth = 0;
 }

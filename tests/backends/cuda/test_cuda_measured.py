@@ -54,7 +54,14 @@ def file(tmp_path, monkeypatch):
 
 def forget() -> None:
     measured.rows.cache_clear()
-    for cached in (plan.choose, plan.dense_from, plan._rebuilt_from, plan._ways, plan._split):
+    for cached in (
+        plan.choose,
+        plan.dense_from,
+        plan._slower_than_dense,
+        plan._rebuilt_from,
+        plan._ways,
+        plan._split,
+    ):
         cached.cache_clear()
 
 

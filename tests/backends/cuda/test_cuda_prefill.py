@@ -8,13 +8,14 @@ poisoned, memory beside it is not there.
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 from emulation import Launched, run
-from pairwise import grid
+from pairwise import grid, grid_of
 from prefill_cases import (
     DEALINGS,
     DTYPES,
@@ -41,8 +42,9 @@ from slab_kernels.format import PackedLayout
 from slab_kernels.testing import VALUE_LAYOUTS, oracle, random_packed
 
 # Rows: one ragged tile; two, of a pair the second ragged; three of 128, so that a pair is odd.
-# Inputs: two blocks and a ragged third, which is no multiple of 8; less than one; two.
-SHAPES = ((40, 390, 4), (150, 76, 20), (277, 256, 0))
+# Inputs: two blocks and a ragged third, which is no multiple of 8; one and a ragged second; half of
+# one.
+SHAPES = ((40, 262, 4), (150, 136, 20), (277, 64, 0))
 # Every kernel deals its tiles in one of the ways.
 FUSED = list(zip(FAMILIES, itertools.cycle(DEALINGS), strict=False))
 # Groups of every size.
@@ -50,18 +52,22 @@ VALUES = (*VALUE_LAYOUTS, ("int8", 64))
 BIASES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
-@grid(
-    family=FAMILIES,
-    dtype=DTYPES,
-    **{"values, group_size": VALUES, "N, K, adapter_rank": SHAPES},
-    M=TOKENS,
-    dealing=DEALINGS,
-    stages=(LEAST, (2, 5), None),
-    bias_type=BIASES,
-    late=(True, False),
+def every_case() -> list[tuple]:
+    """Every kernel, value type, shape and number of tokens; the rest of each case is drawn."""
+    draw = random.Random(0).choice
+    rest = list(itertools.product(DTYPES, DEALINGS, (LEAST, (2, 5), None), BIASES, (True, False)))
+    return [
+        (family, *values, *shape, M, *draw(rest))
+        for family, values, shape, M in itertools.product(FAMILIES, VALUES, SHAPES, TOKENS)
+    ]
+
+
+@grid_of(
+    "family, values, group_size, N, K, adapter_rank, M, dtype, dealing, stages, bias_type, late",
+    every_case(),
 )
 def test_small_integers_are_exact(
-    family, dtype, values, group_size, N, K, adapter_rank, M, dealing, stages, bias_type, late
+    family, values, group_size, N, K, adapter_rank, M, dtype, dealing, stages, bias_type, late
 ):
     """The whole of a call: what comes first for an adapter, the product, and shares of tiles added
     to it."""
@@ -93,17 +99,17 @@ def test_small_integers_are_exact(
     family=FAMILIES,
     dtype=DTYPES,
     **{"values, group_size": VALUES},
-    M=(33, 129),
+    M=(33, 70),
     dealing=("whole", "tail"),
 )
 def test_against_fp64(family, dtype, values, group_size, M, dealing):
     """Real numbers, of every size of scale that a row's power of two has to bear."""
-    shape = PackedLayout(70, 260, values, group_size, family.rank, 5, planes=family.planes)
-    state, x = state_of(shape, dtype, False), activations(260, M, dtype, False)
+    shape = PackedLayout(70, 140, values, group_size, family.rank, 5, planes=family.planes)
+    state, x = state_of(shape, dtype, False), activations(140, M, dtype, False)
     exact, magnitude = exact_of(shape, M, dtype, False)
     with forced(family, dealing):
         y = multiplied(x, state)
-    assert bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, 260)).all())
+    assert bool(((y.double() - exact).abs() <= bound(magnitude, exact, dtype, 140)).all())
 
 
 @pytest.mark.parametrize("family, dealing", FUSED)
@@ -127,8 +133,7 @@ def test_fused_projections_are_one_launch(family, dealing):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
+def test_up_to_64_tokens_a_result_depends_on_no_other_token(family):
     """Nor do results of more tokens change what others have beside them."""
     shape = PackedLayout(40, 390, "int4", 64, family.rank, 4, planes=family.planes)
     state = state_of(shape, torch.float16, False)
@@ -136,7 +141,7 @@ def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
     with forced(family, "tail"):
         y = multiplied(x, state)
         assert same_bits(multiplied(x[:17], state), y[:17])
-        x[1, 77], x[40, 3] = bad, -bad
+        x[1, 77], x[40, 3] = float("nan"), float("-inf")
         spoilt = multiplied(x, state)
     others = (torch.arange(64) != 1) & (torch.arange(64) != 40)
     assert same_bits(spoilt[others], y[others])
@@ -146,17 +151,16 @@ def test_up_to_64_tokens_a_result_depends_on_no_other_token(family, bad):
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_the_same_bytes_twice(family):
     """Products at once and products when they are waited for, least and most stages."""
-    shape = PackedLayout(150, 390, "int8", 128, family.rank, 4, planes=family.planes)
+    shape = PackedLayout(40, 390, "int8", 128, family.rank, planes=family.planes)
     state = state_of(shape, torch.bfloat16, False)
-    x = activations(390, 70, torch.bfloat16, False)
-    results = []
-    for stages, late in itertools.product((LEAST, None), (True, False)):
+    x, results = activations(390, 70, torch.bfloat16, False), []
+    for stages, late in ((LEAST, True), (None, False)):
         with forced(family, "both", stages):
             results.append(multiplied(x, state, late=late))
-    assert all(same_bits(results[0], other) for other in results[1:])
+    assert same_bits(*results)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES[::5], ids=str)
 def test_strided_and_unaligned_activations(family):
     K, M = 132, 70
     shape = PackedLayout(40, K, "fp16", None, family.rank, 4, planes=family.planes)
