@@ -32,7 +32,7 @@ from .unknowns import BEST, assumed
 
 CAPABILITY = (9, 0)  # exactly: wgmma is of no other
 ONE, BOTH, REBUILD = KINDS = ("one", "both", "rebuild")
-BAND = 8  # token tiles side by side; kBand of csrc/cuda/prefill.h
+BAND = 8  # token tiles side by side; kBand of csrc/cuda/params.h
 LEAST_STAGES, MOST_STAGES = 2, 8  # of each ring
 STAGE_INPUTS = 64  # of a stage of x: the 128 bytes of its swizzle
 ALIGNMENT = 1024  # of the swizzled stages; the base is rounded up to it at run time
