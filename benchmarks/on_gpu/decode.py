@@ -22,7 +22,7 @@ from on_gpu.rows import RESULTS, Row, Rows
 from slab_kernels.backends.cuda.cost import dense_microseconds
 from slab_kernels.backends.cuda.gpus import Gpu
 from slab_kernels.backends.cuda.layout import STREAM_VALUES
-from slab_kernels.backends.cuda.plan import choose, dense_from
+from slab_kernels.backends.cuda.plan import choose, takes_dense
 from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.bench import linear, peers
 from slab_kernels.bench import machine as whole_machine
@@ -102,7 +102,7 @@ def predicted(row: Row, gpu: Gpu) -> float:
     """The cost model's microseconds for the cell of a row."""
     values, steps = STREAM_VALUES[row["values"]], (row["group_size"] or 128) // 32
     sizes = CudaSizes(row["k"], (row["n"],), values, steps, row["rank"], 0)
-    if row.get("prefill") == "dense" and row["m"] >= dense_from(sizes, gpu):
+    if row.get("prefill") == "dense" and takes_dense(sizes, row["m"], gpu):
         return dense_microseconds(row["n"], row["k"], row["m"], gpu)
     return choose(sizes, row["m"], gpu).microseconds
 

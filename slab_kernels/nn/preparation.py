@@ -18,9 +18,10 @@ def prepare(
 ) -> nn.Module:
     """Prepare every packed layer of a model for activations of `dtype`; returns the model.
 
-    prefill: as `SlabLinear.prepare` takes it, but "auto" decides for all layers of a device at
-        once: their dense copies, 16 bits per weight, are made if all of them together take no more
-        than half of the GPU memory that is free now, else none is.
+    prefill: as `SlabLinear.prepare` takes it; without it each layer keeps to what it was told last.
+        "auto" decides for all layers of a device that it holds for at once: their dense copies, 16
+        bits per weight, are made if all of them together take no more than half of the GPU memory
+        that is free now, else none is.
 
     Raises: as `SlabLinear.prepare`.
     """
@@ -65,13 +66,14 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 
 def _prepare(layers: list[Layer], dtype: torch.dtype, prefill: str | None) -> None:
-    told, room = dense_copy.named(prefill), {}
-    if told == "auto":
-        places = {_place(layer) for layer in layers}
-        room = {place: _has_room(place, layers, dtype) for place in places}
-    for layer in layers:
-        if told != "auto":
-            layer.prepare(dtype, prefill)
+    check_prefill(prefill)
+    words = [dense_copy.named(layer._prefill if prefill is None else prefill) for layer in layers]
+    told = list(zip(layers, words, strict=True))
+    weighed = [layer for layer, word in told if word == "auto"]
+    room = {place: _has_room(place, weighed, dtype) for place in map(_place, weighed)}
+    for layer, word in told:
+        if word != "auto":
+            layer._prepare(dtype, prefill, word)
             continue
         # A layer that is prepared again later must not find room where the model found none.
         word = "auto" if room[_place(layer)] else "packed"

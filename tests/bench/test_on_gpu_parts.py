@@ -38,8 +38,12 @@ from on_gpu import (
 )
 from on_gpu.rows import Rows
 
+from slab_kernels.backends.cuda.cost import dense_microseconds
 from slab_kernels.backends.cuda.device import CudaDevice
 from slab_kernels.backends.cuda.gpus import gpu_named
+from slab_kernels.backends.cuda.layout import INT4
+from slab_kernels.backends.cuda.plan import takes_dense
+from slab_kernels.backends.cuda.tiles import CudaSizes
 from slab_kernels.backends.triton import sparse
 from slab_kernels.bench.clocks import Timed
 from slab_kernels.errors import BenchError
@@ -140,6 +144,19 @@ def test_the_sweep_writes_what_fit_plans_reads_and_goes_on(tmp_path, stand, monk
     assert tuple(written[0]) == plan_rows.COLUMNS
     assert len({sweep._key(row) for row in written}) == len(rows), "no plan is timed twice"
     assert len(plan_rows.fused(file)) == len(rows)
+
+
+def test_a_copy_is_predicted_where_it_is_used():
+    """Not from the first such number of tokens on: sparse kernels may win again."""
+    gpu, sizes = gpu_named("H100"), CudaSizes(4096, (14336,), INT4, 4, 0, 0)
+    used = {m: takes_dense(sizes, m, gpu) for m in (64, 300, 500)}
+    assert used == {64: False, 300: True, 500: False}
+    row = {"k": 4096, "n": 14336, "values": "int4", "group_size": None, "rank": 0}
+    for m, copied in used.items():
+        kept = decode.predicted({**row, "m": m, "prefill": "dense"}, gpu)
+        packed = decode.predicted({**row, "m": m}, gpu)
+        dense = dense_microseconds(14336, 4096, m, gpu)
+        assert kept == (dense if copied else packed) != (packed if copied else dense)
 
 
 def test_the_decode_table_is_measured_in_units(tmp_path, monkeypatch):

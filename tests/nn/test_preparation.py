@@ -80,6 +80,18 @@ def test_one_word_for_all_or_each_as_it_was_told(memory, monkeypatch):
         slab_kernels.prepare(model, prefill="none")
 
 
+def test_what_a_layer_was_told_holds_before_the_environment(memory, monkeypatch):
+    """And layers that were told "auto" are weighed together without the word, too."""
+    monkeypatch.setenv(dense_copy.ENVIRONMENT, "auto")
+    model, memory["free"] = model_of(), 100 * SIZE
+    model["b"].prepare(torch.float16, prefill="packed")
+    assert copies(slab_kernels.prepare(model, torch.float16)) == [True, True, False]
+    monkeypatch.delenv(dense_copy.ENVIRONMENT)
+    model, memory["free"] = model_of(), 8 * SIZE - 1
+    preparation.prepare_opened(model, torch.float16, "auto")
+    assert copies(slab_kernels.prepare(model, torch.float16)) == [False] * 3
+
+
 def test_an_opened_model_is_prepared_on_a_gpu_and_by_its_first_call_on_a_cpu(memory, monkeypatch):
     model, memory["free"] = model_of(), 100 * SIZE
     for word in (None, "packed", "auto"):

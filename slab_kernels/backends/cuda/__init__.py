@@ -124,15 +124,18 @@ class CudaBackend(OneLaunchBackend):
 
     def dense_from(self, problem: LinearProblem, gpu: str | None = None) -> int | None:
         """See `Backend`. Without a name and without a GPU here there is no answer."""
-        on_gpu = replace(problem, device="cuda")
-        if self.refusals(on_gpu) or (gpu is None and self.not_supported_reasons(problem)):
-            return None
-        return dense_from(_sizes(problem), _gpu(gpu))
+        return dense_from(_sizes(problem), _gpu(gpu)) if self._may_copy(problem, gpu) else None
 
     def takes_dense(self, problem: LinearProblem, gpu: str | None = None) -> bool:
-        if self.dense_from(problem, gpu) is None:
+        may = self._may_copy(problem, gpu)
+        return may and takes_dense(_sizes(problem), problem.M, _gpu(gpu))
+
+    def _may_copy(self, problem: LinearProblem, gpu: str | None) -> bool:
+        """Whether a copy can be kept on the GPU of that name, or on the current one."""
+        on_gpu = replace(problem, device="cuda")
+        if self.refusals(on_gpu):
             return False
-        return takes_dense(_sizes(problem), problem.M, _gpu(gpu))
+        return gpu is not None or not self.not_supported_reasons(problem)
 
     def prefetch_next(self, state: object, following: object, most_bytes: int) -> None:
         """The kernel for `state` prefetches the first bytes of `following` into L2."""

@@ -194,11 +194,12 @@ def split_plans(sizes: CudaSizes, M: int, gpu: Gpu, loop: str) -> Iterator[Plan]
     """Every plan for M tokens, M above 64, with one K group per CTA: K whole, or shared by CTAs
     where tiles are few.
 
-    K is whole for an adapter's z, but where prefill.py's kernels follow, which want its parts added
-    first: others would read them once for each of their CTAs.
+    An adapter's z is shared until every multiprocessor has a CTA and no further, since all CTAs of
+    the linear read each part of it; but where prefill.py's kernels follow, which want its parts
+    added first.
     """
-    shared = sizes.values != DENSE or gpu.capability == prefill.CAPABILITY
-    most = MOST_WAVES * gpu.multiprocessors if shared else 0
+    read_often = sizes.values == DENSE and gpu.capability != prefill.CAPABILITY
+    most = (1 if read_often else MOST_WAVES) * gpu.multiprocessors
     for plan in plans(sizes, M, gpu, 1, 1, loop):
         yield plan
         if plan.token_tiles <= BAND:

@@ -127,6 +127,8 @@ class Prefill:
     predicted time.
 
     measured: the row of measured.json by which it was chosen, None where the cost model chose.
+
+    What a call needs of it is computed once.
     """
 
     sizes: CudaSizes
@@ -186,7 +188,7 @@ class Prefill:
         """Tiles of a cluster: token tiles times pairs of row tiles, or row tiles."""
         return ceil_div(self.row_tiles, self.pair) * self.token_tiles
 
-    @property
+    @functools.cached_property
     def tail_tiles(self) -> int:
         """Tiles that are dealt by K blocks."""
         return self.tiles - self.whole_tiles
@@ -213,11 +215,11 @@ class Prefill:
         whole = ceil_div(self.whole_tiles, self.clusters) * self.sizes.k_blocks
         return whole + self.tail_share + (self.tail_more > 0)
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int, int]:
         return self.clusters * self.pair, 1, 1
 
-    @property
+    @functools.cached_property
     def block(self) -> tuple[int, int, int]:
         """Threads: the consumers' warpgroups, and the producer's behind them."""
         return 128 * (self.groups + 1), 1, 1
@@ -232,14 +234,14 @@ class Prefill:
         """Bytes of a K block in the ring of weights."""
         return weight_stage_bytes(self.sizes, self.rows)
 
-    @property
+    @functools.cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA."""
         rings = self.token_stages * token_stage_bytes(self.kind, self.tokens)
         rings += self.weight_stages * self.weight_stage_bytes
         return head_bytes(self.groups) + rings
 
-    @property
+    @functools.cached_property
     def partial_floats(self) -> int:
         """fp32 numbers of the slots for sums of parts of tiles: two a cluster, if any."""
         slots = 2 * self.clusters * self.pair if self.tail_tiles else 0

@@ -9,6 +9,7 @@ so a captured graph has its own.
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ class PrefillParams(_Fields):
     """`PrefillParams` of csrc/cuda/prefill.h, field by field, as long as its alignment makes it."""
 
     _fields_ = (("padding", ctypes.c_uint8 * (-ctypes.sizeof(_Fields) % ALIGNMENT)),)
+
+
+# Maps are packed into the parameters, since ctypes would copy their bytes one by one.
+_MAP = struct.Struct(f"{BYTES}s")
+_X_MAP, _Z_MAP = PrefillParams.x_map.offset, PrefillParams.z_map.offset
 
 
 class PrefillLaunch(NamedTuple):
@@ -121,10 +127,10 @@ def multiply(
     an adapter.
     """
     plan, args = launch.plan, PrefillParams.from_buffer_copy(launch.template)
-    args.x_map[:] = _map(x, plan, device)
+    _MAP.pack_into(args, _X_MAP, _map(x, plan, device))
     if z is not None:
         assert state.P is not None
-        args.z_map[:] = _map(z, plan, device)
+        _MAP.pack_into(args, _Z_MAP, _map(z, plan, device))
         args.adapter_p = state.P.data_ptr()
     args.stream, args.y = state.stream.data_ptr(), y.data_ptr()
     if state.U is not None and state.V is not None:

@@ -21,7 +21,7 @@ from slab_kernels.backends.base import LinearProblem
 from slab_kernels.backends.cuda import BACKEND, cost, gpus, plan
 from slab_kernels.backends.cuda import launch as launching
 from slab_kernels.backends.cuda.cost import Plan, Rebuild
-from slab_kernels.backends.cuda.gpus import GPUS
+from slab_kernels.backends.cuda.gpus import GPUS, gpu_named
 from slab_kernels.backends.cuda.launch import kernel_names, launches
 from slab_kernels.backends.cuda.layout import DENSE, INT4, INT8, W16
 from slab_kernels.backends.cuda.plan import choose
@@ -281,6 +281,17 @@ def test_every_adapter(gpu):
             check(chosen, sizes, M, gpu)
             ways[regime(M)].add(split(chosen, M))
         assert [len(way) for way in ways] == [1, 1, 1], (sizes, gpu.name, ways)
+
+
+@pytest.mark.parametrize("name, most", [("A100", 1), ("RTX 4090", 1), ("H100", plan.MOST_WAVES)])
+def test_an_adapter_of_few_tiles_shares_its_inputs(name, most):
+    """Above 64 tokens, too, or a few CTAs would read all of x. Where each part is read by every CTA
+    of the linear there are no more than multiprocessors."""
+    gpu = gpu_named(name)
+    for K, steps, M in itertools.product((4096, 14336), (1, 4), (65, 128, 256, 1024, 4096)):
+        chosen = choose(CudaSizes(K, (4096,), INT4, 4, 1, steps).adapter(), M, gpu)
+        assert chosen.splits == 1 or chosen.ctas <= most * gpu.multiprocessors
+        assert M > 256 or chosen.splits > 4, (K, steps, M)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from prefill_cases import FAMILIES, H100, Family, activations, dealt, forced
 
-from slab_kernels.backends.cuda import layout, sizes_of
+from slab_kernels.backends.cuda import layout, prefill, sizes_of
 from slab_kernels.backends.cuda.device import CudaDevice
 from slab_kernels.backends.cuda.launch import LinearParams, linear
 from slab_kernels.backends.cuda.prefill_launch import PrefillParams
@@ -101,3 +101,17 @@ def test_calls_share_nothing_that_a_kernel_writes():
     assert bytes(products[0].x_map) != bytes(products[1].x_map)
     after = PrefillParams.tokens.offset
     assert bytes(products[0])[after:] == bytes(products[1])[after:]
+
+
+def test_a_plan_is_worked_out_once(monkeypatch):
+    """The second call with so many tokens asks nothing of the plan's arithmetic."""
+    family, remembered = Family("one", 64, 0, 1), Remembered()
+    state, x = prepared(family, 0), activations(390, 40, torch.float16, False)
+    with forced(family, "tail"):
+        linear(x, state, None, remembered.device)
+        for name in ("ceil_div", "head_bytes", "token_stage_bytes", "weight_stage_bytes"):
+            monkeypatch.delattr(prefill, name)
+        linear(x, state, None, remembered.device)
+    half = len(remembered.queued) // 2
+    for first, second in zip(remembered.queued[:half], remembered.queued[half:], strict=True):
+        assert first[:4] == second[:4]

@@ -231,6 +231,15 @@ def test_a_dense_copy_is_taken_where_it_is_faster():
         assert not any(takes_dense(sizes, M, gpu) for M in plan.REBUILT_FROM if M < since)
 
 
+def test_the_backend_asks_for_no_more_tokens_than_there_are(monkeypatch):
+    """`dense_from` weighs every step: some ten times what a call has time for."""
+    monkeypatch.delattr("slab_kernels.backends.cuda.dense_from")
+    problem = LinearProblem(512, 14336, 4096, "int4", 32, 1, dtype=torch.float16)
+    assert BACKEND.takes_dense(problem, "A100")
+    assert not BACKEND.takes_dense(replace(problem, M=16), "A100")
+    assert not BACKEND.takes_dense(replace(problem, rank=17), "A100")
+
+
 def test_dense_from_falls_as_cublas_gets_faster():
     sizes, found = CudaSizes(4096, (4096,), INT4, 4, 1, 0), []
     for rate in (1, 400, 1200, 1650, 4096):
