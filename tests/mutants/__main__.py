@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .faults import FAULTS, ROOT, Fault
+from .fault import ROOT, Fault
+from .faults import FAULTS
 
 LEFT_OUT = (".git", ".venv*", ".cache", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
 # Compiles _C.so into the copy: setup.py without its call of setuptools.

@@ -2,44 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Fault(NamedTuple):
-    """A text of one source file and what stands there instead while the tests run.
-
-    `files` is a pattern below the repository, so that a text may move between the files of a
-    folder; it must stand in them exactly once. `tests` are pytest's arguments.
-    """
-
-    name: str
-    files: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
-
-    def place(self, root: Path = ROOT) -> tuple[Path, int, int]:
-        """The file, and where the text begins and ends in it.
-
-        Raises: LookupError if it does not stand there exactly once.
-        """
-        found = []
-        for path in sorted(root.glob(self.files)):
-            text = path.read_text(encoding="utf-8")
-            at = text.find(self.old)
-            while at >= 0:
-                found.append((path, at, at + len(self.old)))
-                at = text.find(self.old, at + 1)
-        if len(found) != 1:
-            raise LookupError(
-                f"{self.name}: {self.old!r} stands {len(found)} times in {self.files}"
-            )
-        return found[0]
-
+from .fault import Fault
+from .many_tokens import MANY_TOKENS
 
 CUDA = ("tests/backends/cuda/test_cuda_kernels.py",)
 REGIMES = "tests/backends/cuda/test_cuda_regimes.py"
@@ -100,7 +64,8 @@ FAULTS = (
     ),
     Fault(
         "a linear that the kernel ahead does not know of",
-        "slab_kernels/backends/cuda/*.py", "plan.grid, plan.block, plan.shared_bytes, args, True)",
+        "slab_kernels/backends/cuda/launch.py",
+        "plan.grid, plan.block, plan.shared_bytes, args, True)",
         "plan.grid, plan.block, plan.shared_bytes, args, False)", HOPPER,
     ),
     Fault(
@@ -123,8 +88,8 @@ FAULTS = (
     ),
     Fault(
         "the scale of the group before",
-        "csrc/cuda/*", "kStep >> (params.group_steps >> 1)", "kStep >> (params.group_steps >> 2)",
-        CUDA,
+        "csrc/cuda/mainloop.cuh", "kStep >> (params.group_steps >> 1)",
+        "kStep >> (params.group_steps >> 2)", CUDA,
     ),
     Fault(
         "two columns of sign planes in the wrong order",
@@ -159,6 +124,7 @@ FAULTS = (
         "a plan measured on another model",
         "slab_kernels/backends/cuda/*.py", "and is_model(gpu, row.gpu)\n", "\n", PLANS,
     ),
+    *MANY_TOKENS,
     # CPU kernels
     Fault(
         "the two signs of a group in the wrong order",

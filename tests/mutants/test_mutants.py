@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from mutants.faults import FAULTS, ROOT, Fault
+from mutants.fault import ROOT, Fault
+from mutants.faults import FAULTS
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
