@@ -194,12 +194,12 @@ def split_plans(sizes: CudaSizes, M: int, gpu: Gpu, loop: str) -> Iterator[Plan]
     """Every plan for M tokens, M above 64, with one K group per CTA: K whole, or shared by CTAs
     where tiles are few.
 
-    An adapter's z is shared until every multiprocessor has a CTA and no further, since all CTAs of
-    the linear read each part of it; but where prefill.py's kernels follow, which want its parts
-    added first.
+    An adapter's z is shared until half of the multiprocessors have a CTA and no further, since all
+    CTAs of the linear read each part of it; but where prefill.py's kernels follow, which want its
+    parts added first.
     """
     read_often = sizes.values == DENSE and gpu.capability != prefill.CAPABILITY
-    most = (1 if read_often else MOST_WAVES) * gpu.multiprocessors
+    most = gpu.multiprocessors // 2 if read_often else MOST_WAVES * gpu.multiprocessors
     for plan in plans(sizes, M, gpu, 1, 1, loop):
         yield plan
         if plan.token_tiles <= BAND:

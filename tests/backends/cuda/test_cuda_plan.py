@@ -231,8 +231,8 @@ def check_many(chosen: Plan, where: tuple) -> None:
     sizes, tile, M = chosen.sizes, chosen.tile, chosen.M
     assert M <= 64 or tile.warp_inputs == 1, where
     if M > 64 and chosen.splits > 1:  # in one band, and the memory of their sums is bounded
-        assert chosen.token_tiles <= 8 and chosen.ctas <= 4 * chosen.gpu.multiprocessors, where
-        assert sizes.values != DENSE or chosen.gpu.capability == (9, 0), where
+        waves = 0.5 if sizes.values == DENSE and chosen.gpu.capability != (9, 0) else 4
+        assert chosen.token_tiles <= 8 and chosen.ctas <= waves * chosen.gpu.multiprocessors, where
     if tile.loop == REBUILD:
         assert sizes.rank and chosen.gpu.capability != (9, 0) and tile.row_tiles == 2, where
         assert chosen.tokens in ((64,) if M <= 64 else (64, 128)), where
@@ -283,10 +283,12 @@ def test_every_adapter(gpu):
         assert [len(way) for way in ways] == [1, 1, 1], (sizes, gpu.name, ways)
 
 
-@pytest.mark.parametrize("name, most", [("A100", 1), ("RTX 4090", 1), ("H100", plan.MOST_WAVES)])
+@pytest.mark.parametrize(
+    "name, most", [("A100", 0.5), ("RTX 4090", 0.5), ("H100", plan.MOST_WAVES)]
+)
 def test_an_adapter_of_few_tiles_shares_its_inputs(name, most):
     """Above 64 tokens, too, or a few CTAs would read all of x. Where each part is read by every CTA
-    of the linear there are no more than multiprocessors."""
+    of the linear there are no more than half as many as multiprocessors."""
     gpu = gpu_named(name)
     for K, steps, M in itertools.product((4096, 14336), (1, 4), (65, 128, 256, 1024, 4096)):
         chosen = choose(CudaSizes(K, (4096,), INT4, 4, 1, steps).adapter(), M, gpu)
