@@ -53,7 +53,7 @@ PIPES = {
     "shared": "LDS LDSM STS LDGSTS SHFL",
     "global": "LDG STG LDC ATOM LD ST LDL STL",
     "control": "BRA BRX BRXU BSSY BSYNC BREAK BAR WARPSYNC DEPBAR LDGDEPBAR NOP EXIT CALL RET "
-    "YIELD S2R CCTL ERRBAR MEMBAR ACQBULK PREEXIT BMOV ELECT NANOSLEEP",
+    "YIELD S2R CCTL ERRBAR MEMBAR ACQBULK PREEXIT BMOV ELECT NANOSLEEP SYNCS WARPGROUP",
     "uniform": "S2UR R2UR VOTEU LDCU",  # and whatever begins with U
 }
 PIPE = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}

@@ -16,6 +16,8 @@ import pytest
 from sass import counter as sass
 from sass.findings import Findings
 from slab_kernels.backends.cuda import compile as recipe
+from slab_kernels.backends.cuda import prefill_cost
+from slab_kernels.backends.cuda.launch import VALUE_NAMES
 
 UNIT, ARCHITECTURE = "prefill", "sm_90a"
 ACTIVATIONS = ("fp16", "bf16")
@@ -40,6 +42,7 @@ BUDGET = {
     ("rebuild", "int4"): (6.4, 6.4),
 }
 MORE_WITH_GROUPS = 0.45
+WITHIN = 0.10  # of the instructions in prefill_cost.py, and half as much again of the ALU's
 
 
 @functools.cache
@@ -163,6 +166,26 @@ def test_the_main_loop_stays_within_its_budget():
         counted = len(main_loop(kernel)) / WEIGHTS
         if counted > most:
             wrong[f"{counted:.2f} instructions a weight instead of {most:.2f}"].append(name)
+    wrong.check()
+
+
+def test_the_cost_model_issues_what_the_machine_code_does():
+    """Instructions of a consumer warp and those of its ALU, of fp16 kernels."""
+    wrong = Findings()
+    codes = {name: code for code, name in VALUE_NAMES.items()}
+    for name, kernel in products().items():
+        _, kind, activation, values, *rest = name.split("_")
+        if activation == "bf16":
+            continue
+        table = prefill_cost.ANY_WARP if "any" in rest else prefill_cost.WARP[kind]
+        issued, alu, _ = table[codes[values]]
+        issued += prefill_cost.GROUPS_WARP * ("groups" in rest)
+        loop = main_loop(kernel)
+        if abs(issued / len(loop) - 1) > WITHIN:
+            wrong[f"prefill_cost.py says {issued}, the machine code {len(loop)}"].append(name)
+        executed = sum(i.pipe == "alu" for i in loop)
+        if "groups" not in rest and abs(alu / executed - 1) > 1.5 * WITHIN:
+            wrong[f"prefill_cost.py says {alu} of the ALU, not {executed}"].append(name)
     wrong.check()
 
 
