@@ -21,8 +21,13 @@ PAIR = fused("one_t256_rank0_planes1-both")
 SCALES = (f"{PREFILL}::test_scales_outside_of_fp16",)
 LAUNCHED = ("tests/backends/cuda/test_cuda_prefill_launch.py",)
 POWERS = ("tests/backends/cuda/test_cuda_powers.py",)
-LANES = (f"{REBUILD}::test_every_pattern_and_sign_at_every_lane",)
-FUSED = (f"{REBUILD}::test_fused_projections_are_one_launch",)
+LANES, CODES, RANKS = (
+    (f"{REBUILD}::test_every_pattern_and_sign_at_every_lane[{kernel}-dtype0]",)
+    for kernel in ("1-fp16", "1-int8", "2-fp16")
+)
+TOGETHER, PLANES = (
+    (f"{REBUILD}::test_fused_projections_are_one_launch[{signs}]",) for signs in ("1-1", "3-3")
+)
 
 MANY_TOKENS = (
     # Products and rings of Hopper's kernels
@@ -165,6 +170,10 @@ MANY_TOKENS = (
         "int64_t(first_k_block) * kTokenRow +", BOTH,
     ),
     Fault(
+        "v * x of a piece of x that the swizzle has moved",
+        "csrc/cuda/*", "16 * (piece ^ token % 8)", "16 * piece", BOTH,
+    ),
+    Fault(
         "the metadata of the other step",
         "csrc/cuda/*", "sparse<kStep % 2>(T(), sums, kept",
         "sparse<(kStep + 1) % 2>(T(), sums, kept", ONE,
@@ -237,6 +246,10 @@ MANY_TOKENS = (
         "  const int token = first_token", ONE,
     ),
     Fault(
+        "shares of both CTAs of a pair in one slot",
+        "csrc/cuda/*", ": 1)) * params.cluster_ctas + rank;", ": 1)) * params.cluster_ctas;", PAIR,
+    ),
+    Fault(
         "both shares of a cluster in one slot",
         "csrc/cuda/*", "(2 * cluster + (first_k_block > 0 ? 0 : 1))", "(2 * cluster)", SHARED,
     ),
@@ -301,8 +314,7 @@ MANY_TOKENS = (
     Fault(
         "the scale of the group before, where W is rebuilt",
         "csrc/cuda/rebuild.cuh", "kStep >> (params.group_steps >> 1)",
-        "kStep >> (params.group_steps >> 2)",
-        (f"{REBUILD}::test_small_integers_are_exact",),
+        "kStep >> (params.group_steps >> 2)", CODES,
     ),
     Fault(
         "u of the tile's other row",
@@ -312,20 +324,19 @@ MANY_TOKENS = (
     Fault(
         "u of the tile's other row, of any rank",
         "csrc/cuda/*", "two[m][i][0] >> 16, u_r[2 * m + i % 2]", "two[m][i][0] >> 16, u_r[2 * m]",
-        LANES,
+        RANKS,
     ),
     Fault(
         "sums divided by the power of the tile's other row, by mma.sync",
         "csrc/cuda/*", "inverse_power(__uint_as_float(words[2 * m + i / 2]))",
-        "inverse_power(__uint_as_float(words[2 * m + i % 2]))", FUSED,
+        "inverse_power(__uint_as_float(words[2 * m + i % 2]))", TOGETHER,
     ),
     Fault(
         "tables read before all threads have filled them",
-        "csrc/cuda/*", "    fill_tables();\n    __syncthreads();", "    fill_tables();", FUSED,
+        "csrc/cuda/*", "    fill_tables();\n    __syncthreads();", "    fill_tables();", TOGETHER,
     ),
     Fault(
         "the middle level of three planes that two have",
-        "csrc/cuda/*", "planes == 2 ? kTwo : kThree", "planes == 3 ? kTwo : kThree",
-        (f"{REBUILD}::test_small_integers_are_exact",),
+        "csrc/cuda/*", "planes == 2 ? kTwo : kThree", "planes == 3 ? kTwo : kThree", PLANES,
     ),
 )  # fmt: skip

@@ -105,7 +105,7 @@ def test_small_integers_are_exact(
 def test_against_fp64(
     forced, dtype, values, group_size, rank, planes, M, tile, tokens, adapter_rank
 ):
-    N, K = 70, 390
+    N, K = 70, 262
     packed_layout = PackedLayout(N, K, values, group_size, rank, adapter_rank, planes=planes)
     _, state, x, bias, exact, magnitude = problem(packed_layout, dtype, False)
     forced(tile, tokens)
@@ -193,7 +193,7 @@ def test_fused_projections_are_one_launch(forced, rank, planes):
 def test_a_token_does_not_depend_on_the_others(forced, values, rank):
     """Bit for bit, whatever its row and its CTA, with 64 or 128 tokens a warp."""
     group_size = None if values == "fp16" else 128
-    packed_layout = PackedLayout(70, 520, values, group_size, rank)
+    packed_layout = PackedLayout(70, 262, values, group_size, rank)
     _, state, x, bias, _, _ = problem(packed_layout, torch.bfloat16, False)
     forced((2, 1, 1), 64)
     largest = run(x[:130], state, bias, GPU)
@@ -231,7 +231,7 @@ def test_strided_activations(forced, K, tile):
 def test_a_dependent_launch_reads_weights_alone_before_its_predecessor_ends(forced, values, rank):
     """compute_90 text: the harness refuses any other access before griddepcontrol.wait."""
     group_size = None if values == "fp16" else 128
-    packed_layout = PackedLayout(70, 1030, values, group_size, rank)
+    packed_layout = PackedLayout(70, 518, values, group_size, rank)
     _, state, x, bias, exact, _ = problem(packed_layout, torch.float16, True)
     forced((2, 1, 2), 64, 2)
     launched = Launched()
@@ -247,7 +247,7 @@ def test_a_dependent_launch_reads_weights_alone_before_its_predecessor_ends(forc
 def test_shared_memory_banks(forced, values, rank, planes, tile, tokens):
     """Exact counts from the real addresses: no access meets a bank twice but some of the end."""
     group_size = None if values == "fp16" else 128
-    packed_layout = PackedLayout(128, 1024, values, group_size, rank, planes=planes)
+    packed_layout = PackedLayout(128, 512, values, group_size, rank, planes=planes)
     _, state, x, bias, _, _ = problem(packed_layout, torch.float16, False)
     forced(tile, tokens)
     launched = Launched()
