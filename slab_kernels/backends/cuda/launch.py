@@ -82,7 +82,7 @@ class Launches(NamedTuple):
     linear: FusedLaunch | RebuildLaunch | PrefillLaunch
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def launches(sizes: CudaSizes, M: int, dtype: torch.dtype, gpu: Gpu) -> Launches:
     """What runs M tokens. A rebuilt weight includes its adapter from K tokens on: then it is
     cheaper to add P Q to the weight [N, K] than z P^T to the result [M, N]."""

@@ -80,7 +80,7 @@ class Weighed(NamedTuple):
     adapter_us: float = 0.0  # of them: the adapter's z = x Q, which comes first
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def choose(sizes: CudaSizes, M: int, gpu: Gpu, by_rows: bool = True) -> Plan | Prefill | Rebuild:
     """The plan that takes the least time by measured rows and the model, within what the regime of
     M allows.
@@ -148,7 +148,7 @@ def takes_dense(sizes: CudaSizes, M: int, gpu: Gpu) -> bool:
     return _slower_than_dense(sizes, REBUILT_FROM[bisect.bisect(REBUILT_FROM, M) - 1], gpu)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def _slower_than_dense(sizes: CudaSizes, M: int, gpu: Gpu) -> bool:
     """Whether the stream's plan is: of all M of a regime for M = FEW."""
 
@@ -370,7 +370,7 @@ def _fastest(found: Sequence[Plan | Prefill]) -> Plan | Prefill:
     return min(found, key=lambda plan: plan.microseconds)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def _adapter_us(family: str, adapter: CudaSizes, M: int, gpu: Gpu) -> float:
     """What z = x Q takes, which comes first where there is an adapter.
 
