@@ -89,10 +89,15 @@ def label(value: Any) -> str:
 
 
 def grid_of(
-    names: str, cases: Sequence[Sequence[Any]], ids: Callable[[Any], str] = label
+    names: str,
+    cases: Sequence[Sequence[Any]],
+    ids: Callable[[Any], str] = label,
+    few: Sequence[Sequence[Any]] | None = None,
 ) -> pytest.MarkDecorator:
-    """Parametrises a test by a `subset` of these cases; by all of them under `pytest --full`."""
-    return pytest.mark.grid(names, cases, ids)
+    """Parametrises a test by `few` of these cases, if not given by a `subset`; by all of them under
+    `pytest --full`.
+    """
+    return pytest.mark.grid(names, cases, ids, few)
 
 
 def parametrise(metafunc: pytest.Metafunc, full: bool) -> None:
@@ -101,9 +106,9 @@ def parametrise(metafunc: pytest.Metafunc, full: bool) -> None:
     """
     for mark in metafunc.definition.iter_markers("grid"):
         ids = label
-        if len(mark.args) == 3:
-            joined, cases, ids = mark.args
-            rows = list(cases) if full else subset(cases)
+        if len(mark.args) == 4:
+            joined, cases, ids, few = mark.args
+            rows = list(cases) if full else subset(cases) if few is None else list(few)
         else:
             (choices,) = mark.args
             joined = ", ".join(choices)
