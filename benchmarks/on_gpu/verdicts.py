@@ -184,7 +184,7 @@ def decode(rows: Sequence[Row], failed: Mapping[str, str]) -> Verdict:
 
 
 def predicted(rows: Iterable[Row]) -> list[Row]:
-    """What `prediction` reads, of rows of our kernels."""
+    """Times of our kernels, measured and predicted, as `prediction` wants them."""
     return [{"measured_us": row["median_us"], "predicted_us": row["predicted_us"]} for row in rows]
 
 

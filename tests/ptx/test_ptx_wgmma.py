@@ -68,7 +68,8 @@ def names(prefix, count):
 
 
 def instruction(n, ty="f16", sparse=False, scale="1", signs="1, 1", selector=0, step=0):
-    """One wgmma: sums %c, A %a{4 step} on, descriptor %d9."""
+    """The text of one wgmma: its sums are %c0, %c1, ..., its A is the four registers from
+    %a{4 step} on, and %d9 holds the descriptor of B."""
     head = f"wgmma.mma_async{'.sp' if sparse else ''}.sync.aligned.m64n{n}k{32 if sparse else 16}"
     a = ", ".join(f"%a{4 * step + k}" for k in range(4))
     tail = f", %e0, {selector}" if sparse else ""

@@ -24,13 +24,20 @@ from torch import Tensor
 from ...format import ceil_div
 from ..base import MAX_PARTS
 from .cost import REBUILT_ROWS, Plan, Rebuild
-from .device import BIAS_CODES, DTYPE_NAMES, VALUE_NAMES, CudaDevice
+from .device import DTYPE_NAMES, VALUE_NAMES, CudaDevice
 from .gpus import Gpu
 from .layout import BLOCK_ROWS, DENSE, W16, CudaState, padded_rows
 from .plan import choose
 from .prefetch import successor_of
 from .prefill import CAPABILITY, Prefill
-from .prefill_launch import PrefillLaunch, multiply, prefill_launch, prefill_names, set_parts
+from .prefill_launch import (
+    PrefillLaunch,
+    multiply,
+    prefill_launch,
+    prefill_names,
+    set_parts,
+    set_weight,
+)
 from .tiles import MANY, NARROW, REBUILD, REBUILD_REGISTERS, WIDE, CudaSizes, sizes_of
 from .unpack import adapters
 
@@ -197,14 +204,8 @@ def linear(x: Tensor, state: CudaState, bias: Tensor | None, device: CudaDevice)
         assert state.P is not None
         z = _queue_adapter(x, state, adapter, device)
         args.adapter_p, args.adapter_z = state.P.data_ptr(), z.data_ptr()
-    args.stream = state.stream.data_ptr()
+    set_weight(args, state, bias)
     args.next, args.next_bytes = successor_of(args.stream)
-    if state.U is not None and state.V is not None:
-        args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
-    if state.powers is not None:
-        args.powers = state.powers.data_ptr()
-    if bias is not None:
-        args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
     _queue_whole(chosen, args, y, device)
     return y
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,20 @@ def set_parts(args: ctypes.Structure, rows: tuple[int, ...], tiles: list[int]) -
         args.part_row[part + 1] = args.part_row[part] + count
 
 
+def set_weight(args: Any, state: CudaState, bias: Tensor | None) -> None:
+    """The pointers to a prepared weight, but for its adapter, and to the bias.
+
+    args: LinearParams or PrefillParams, where those of parts that the weight lacks are null.
+    """
+    args.stream = state.stream.data_ptr()
+    if state.U is not None and state.V is not None:
+        args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
+    if state.powers is not None:
+        args.powers = state.powers.data_ptr()
+    if bias is not None:
+        args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
+
+
 def multiply(
     x: Tensor,
     z: Tensor | None,
@@ -132,13 +146,8 @@ def multiply(
         assert state.P is not None
         _MAP.pack_into(args, _Z_MAP, _map(z, plan, device))
         args.adapter_p = state.P.data_ptr()
-    args.stream, args.y = state.stream.data_ptr(), y.data_ptr()
-    if state.U is not None and state.V is not None:
-        args.u, args.v = state.U.data_ptr(), state.V.data_ptr()
-    if state.powers is not None:
-        args.powers = state.powers.data_ptr()
-    if bias is not None:
-        args.bias, args.bias_type = bias.data_ptr(), BIAS_CODES[bias.dtype]
+    args.y = y.data_ptr()
+    set_weight(args, state, bias)
     if plan.partial_floats:
         partial = x.new_empty(plan.partial_floats, dtype=torch.float32)
         args.partial = partial.data_ptr()
