@@ -30,6 +30,8 @@ class InputStats:
     drift [N,K], optional: mean over tokens of (y_dense - W x) x^T, where y_dense is what the layer
         put out in the dense model and x is what reaches it in the compressed one. It lets a method
         correct errors made before this layer.
+    held_back [K,K], optional: the Gram matrix of windows of the calibration text that are in no
+        other statistic, by which a method may judge what it made of them.
     dtype: of the accumulators. Products of one update are fp32 unless this is float64.
     """
 
@@ -39,6 +41,7 @@ class InputStats:
     gram: Tensor | None = None
     mean_square: Tensor | None = None
     drift: Tensor | None = None
+    held_back: Tensor | None = None
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -72,7 +75,9 @@ class InputStats:
             raise CalibrationError(
                 f"the Gram matrix has {bad} NaN or infinite entries of {gram.numel()}"
             )
-        return cls(gram.shape[0], "gram", tokens, gram, gram.diagonal().clone(), drift, gram.dtype)
+        return cls(
+            gram.shape[0], "gram", tokens, gram, gram.diagonal().clone(), drift, dtype=gram.dtype
+        )
 
     @property
     def matrix(self) -> Tensor:
@@ -150,8 +155,13 @@ class InputStats:
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        gram, mean_square, drift = moved(self.gram), moved(self.mean_square), moved(self.drift)
-        return replace(self, gram=gram, mean_square=mean_square, drift=drift)
+        return replace(
+            self,
+            gram=moved(self.gram),
+            mean_square=moved(self.mean_square),
+            drift=moved(self.drift),
+            held_back=moved(self.held_back),
+        )
 
     def _mix(self, mean: Tensor | None, new: Tensor | None, fraction: float) -> Tensor | None:
         """The mean of all tokens, where `new` is that of the `fraction` of them that came last."""
