@@ -6,6 +6,7 @@ what is read from outside.
 """
 
 from .layout import (
+    AUTO,
     FORMAT_VERSION,
     GROUP_SIZES,
     INTEGER_RANGES,
@@ -15,6 +16,7 @@ from .layout import (
     VALUE_TYPES,
     PackedLayout,
     ceil_div,
+    fitting_group_size,
     plane_unit,
 )
 from .packing import pack, pack_adapter
@@ -31,6 +33,7 @@ from .slicing import Slice
 from .weight import Decomposition, PackedWeight, read_factors, unpack
 
 __all__ = [
+    "AUTO",
     "FORMAT_VERSION",
     "GROUP_SIZES",
     "INTEGER_RANGES",
@@ -46,6 +49,7 @@ __all__ = [
     "Slice",
     "cast",
     "ceil_div",
+    "fitting_group_size",
     "pack",
     "pack_adapter",
     "plane_unit",
