@@ -195,6 +195,7 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
     """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on
     disk."""
     from ..evaluate.inspect import inspect
+    from ..format import Padding
 
     data = inspect(folder)
 
@@ -206,6 +207,8 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
                 f"{data['bits_per_weight']:.3f} bits per weight on disk; "
                 f"all tensors {data['bytes'] / 1e6:.2f} MB"
             )
+        for padding in data["padding"]:
+            print(f"padded inputs: {Padding(**padding)}")
 
     return Outcome(data, show)
 

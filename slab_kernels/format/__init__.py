@@ -1,8 +1,8 @@
 """The waist of the library: methods end in a `Decomposition`, kernels start from a `PackedWeight`.
 
 `layout` has sizes and types, `bits` the bytes, `weight` the two records, `packing` the way from one
-to the other, `rounding` what stored types lose, `slicing` parts of a weight, `check` the test of
-what is read from outside.
+to the other, `rounding` what stored types lose, `padding` what padded inputs cost, `slicing` parts
+of a weight, `check` the test of what is read from outside.
 """
 
 from .layout import (
@@ -20,6 +20,7 @@ from .layout import (
     plane_unit,
 )
 from .packing import pack, pack_adapter
+from .padding import Padding, paddings
 from .rounding import (
     MOST_LOST,
     WEIGHT_DTYPES,
@@ -46,12 +47,14 @@ __all__ = [
     "Decomposition",
     "PackedLayout",
     "PackedWeight",
+    "Padding",
     "Slice",
     "cast",
     "ceil_div",
     "fitting_group_size",
     "pack",
     "pack_adapter",
+    "paddings",
     "plane_unit",
     "read_factors",
     "round_adapter",

@@ -50,7 +50,7 @@ class LayerSettings(CommonSettings):
     def __post_init__(self):
         chosen = check_options(self.method, self.options)
         given = 0 if self.adapter_rank is None else self.adapter_rank
-        size = GROUP_SIZE.accept("group_size", self.group_size)
+        size = GROUP_SIZE.accept("group_size", self.group_size, ShapeError)
         object.__setattr__(self, "group_size", size)
         fixed = None if isinstance(size, str) else size
         config = chosen.config(**self._common(given, fixed), **self.options)
