@@ -131,8 +131,10 @@ def matched_entries(rows: list[Entry], epochs: int) -> list[Entry]:
         row
         for row in rows
         if "bits" in row.settings
-        or (row.settings.get("values"), row.settings.get("planes")) in MATCHED
-        and "adapter_rank" not in row.settings
+        or (
+            (row.settings.get("values"), row.settings.get("planes")) in MATCHED
+            and "adapter_rank" not in row.settings
+        )
     ]
     chosen += [row for row in rows if row.label in labels]
     return [

@@ -52,7 +52,7 @@ def dense(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def packed(dense, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
-    compress(dense, out, calibration=TOKENS, progress=False)
+    compress(dense, out, preset="exact", calibration=TOKENS, progress=False)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What a decomposition carries is what it is packed as; anything else is a conversion, or refused."""
+"""A decomposition is packed as what it carries; anything else is a conversion, or refused."""
 
 from __future__ import annotations
 
