@@ -200,7 +200,8 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
     data = inspect(folder)
 
     def show() -> None:
-        show_layers(data["layers"], f"{folder}: {data['stored']}")
+        preset = f", preset {data['preset']}" if data["preset"] else ""
+        show_layers(data["layers"], f"{folder}: {data['stored']}{preset}")
         if data["weights"]:
             print(
                 f"{data['weights'] / 1e6:.2f} million weights in {len(data['layers'])} linears, "

@@ -69,6 +69,8 @@ class RunRecord:
 
     With the same settings on the same machine everything but seconds and memory is the same.
 
+    settings: what was asked for, with the preset that it amounts to ("preset", None for none); a
+        group size may be "auto" there, and of a layer is the number that was used.
     stored: "packed" or "dense".
     hidden_state_bytes: what the hidden states of the texts took beside one block.
     ignored_tensors: names in the checkpoint that the model does not have.

@@ -115,6 +115,7 @@ def _layer(
         "pattern": record.pattern if record else _text(described, "pattern"),
         "rank": record.rank if record else rank,
         "values": record.values if record else values,
+        "planes": layout.planes if layout else None,
         "group_size": layout.group_size if layout else None,
         "padded_in_features": layout.padded_in_features if layout else None,
         "adapter_rank": layout.adapter_rank if layout else 0,

@@ -111,7 +111,8 @@ def test_the_record_the_card_and_inspect_name_it(tmp_path, capsys):
     assert "| Preset | small: " in card and "| Group size | 32 inputs per scale |" in card
     assert inspect(tmp_path / "out")["preset"] == "small"
     assert cli.run(["inspect", str(tmp_path / "out")]) == 0
-    assert "padded" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "padded" not in shown and "packed, preset small, " in shown and "planes 1" in shown
     slab_kernels.load(tmp_path / "out")
 
 
