@@ -113,7 +113,7 @@ def own_entries(group_size: int, adapter_rank: int) -> list[Entry]:
         name = f"slab {values}" + (f", {planes} planes" if planes > 1 else "")
         rows.append(Entry(name, "slab", {**ours, "values": values, "planes": planes}))
     for values in ("fp16", "int4"):
-        both = {**ours, "values": values, "adapter_rank": adapter_rank}
+        both = {**ours, "values": values, "planes": 1, "adapter_rank": adapter_rank}
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
     by_row = {**ours, "values": "int3", "planes": 2, "group_size": None}
@@ -130,8 +130,11 @@ def matched_entries(rows: list[Entry], epochs: int) -> list[Entry]:
     chosen = [
         row
         for row in rows
-        if (row.settings.get("values"), row.settings.get("planes")) in MATCHED
-        or "bits" in row.settings
+        if "bits" in row.settings
+        or (
+            (row.settings.get("values"), row.settings.get("planes")) in MATCHED
+            and "adapter_rank" not in row.settings
+        )
     ]
     chosen += [row for row in rows if row.label in labels]
     return [

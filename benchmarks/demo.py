@@ -218,6 +218,9 @@ def compress(args: argparse.Namespace, method: str, folder: Path, name: str):
                 pattern="2:4",
                 rank=args.rank,
                 values=args.values,
+                planes=1,  # as the methods beside ours have them
+                embeddings="dense",
+                head=False,
                 calibration=args.calibration,
                 heldout=args.text,
                 samples=args.samples,

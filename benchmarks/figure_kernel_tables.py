@@ -198,6 +198,28 @@ def bits_by_type() -> str:
     return markdown(("values", "one plane", "two planes", "three planes"), body)
 
 
+def presets() -> str:
+    """The settings of every preset of `compress`, and its bits for a large layer."""
+    from slab_kernels.compression.presets import DEFAULT, PRESETS
+
+    rows = []
+    for name, preset in PRESETS.items():
+        group_size = 128 if preset.values.startswith("int") else None
+        rows.append(
+            (
+                f"`{name}`" + (", the default" if name == DEFAULT else ""),
+                preset.meaning,
+                preset.values,
+                str(preset.planes),
+                preset.embeddings,
+                "packed" if preset.head else "dense",
+                f"{stored_bits(preset.values, group_size, preset.planes):g}",
+            )
+        )
+    head = ("preset", "goal", "values", "planes", "embeddings", "head", "bits per weight")
+    return markdown(head, rows)
+
+
 PREDICTED_GPUS = ("A100", "RTX 3090", "RTX 4090", "H100", "H200", "RTX 5090")
 
 KERNEL_TABLES: dict[str, Callable[[], str]] = {
@@ -208,6 +230,7 @@ KERNEL_TABLES: dict[str, Callable[[], str]] = {
     "triton-bounds": triton_bounds,
     "group-error": group_error,
     "bits-by-type": bits_by_type,
+    "presets": presets,
     **{
         f"predicted{'-many' if many else ''}-{gpu.lower().replace(' ', '-')}": functools.partial(
             predicted, gpu, many

@@ -63,10 +63,10 @@ def method(label: str, model: str = "shipped") -> Row:
 
 
 GOALS = (
-    ("accuracy first", "--planes 2", "slab fp16, 2 planes"),
-    ("plain fp16 values, the default", "--values fp16", "slab fp16"),
-    ("speed while decoding", "--values int4", "slab int4"),
-    ("accuracy for few bits", "--values int4 --planes 2", "slab int4, 2 planes"),
+    ("accuracy first", "--values fp16 --planes 2", "slab fp16, 2 planes"),
+    ("plain fp16 values", "--preset exact", "slab fp16"),
+    ("speed while decoding", "--preset small", "slab int4"),
+    ("accuracy for few bits, the default", "--preset balanced", "slab int4, 2 planes"),
     (
         "a given size, with time to spare",
         "--bits 3.6 --match 10",

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     record = slab_kernels.compress(
-        args.model, args.out, values="int4", samples=args.samples, window=args.window
+        args.model, args.out, preset="balanced", samples=args.samples, window=args.window
     )
     print(f"{args.out}: {record.bits_per_weight:.2f} bits per weight of the compressed linears")
 

@@ -27,6 +27,7 @@ class Rule:
     kind: int, float, bool or str.
     low, high: the range of a number, both ends allowed unless `above` leaves `low` out.
     choices: the texts allowed, if not all are.
+    words: texts that are values beside the numbers.
     optional: whether None is a value.
     error: what `enforce` raises for this setting, if not the class that it was given.
     """
@@ -37,6 +38,7 @@ class Rule:
     high: float | None = None
     above: bool = False
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     optional: bool = False
     error: type[ValueError] | None = None
 
@@ -51,6 +53,8 @@ class Rule:
         """
         if value is None and self.optional:
             return None
+        if isinstance(value, str) and value in self.words:
+            return str(value)
         if self.choices:
             if not isinstance(value, str) or value not in self.choices:
                 known = ", ".join(self.choices)
@@ -93,7 +97,8 @@ class Rule:
             words += f" {first} {_figure(self.low)} {second} {_figure(self.high)}"
         elif self.low is not None:
             words += f" above {self.low:g}" if self.above else f" of at least {self.low:g}"
-        return words + (" or None" if self.optional else "")
+        rest = [repr(word) for word in self.words] + ["None"] * self.optional
+        return " or ".join([words, *rest])
 
 
 def _figure(number: float) -> str:

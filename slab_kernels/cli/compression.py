@@ -11,7 +11,7 @@ from ..paths import expanded
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .options import method_options, torch_dtype
+from .options import method_options, stored_group, torch_dtype
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 def compress(
     model: options.Model,
     out: options.Out,
+    preset: options.Preset = None,
     method: options.Method = "slab",
     pattern: options.Pattern = "2:4",
     rank: options.SignRank = 1,
-    planes: options.Planes = 1,
-    values: options.StoredValues = "fp16",
-    group_size: options.StoredGroup = 128,
+    planes: options.Planes = None,
+    values: options.StoredValues = None,
+    group_size: options.StoredGroup = "auto",
     adapter_rank: options.StoredAdapter = None,
     adapter_values: options.AdapterValues = "int8",
+    embeddings: options.Embeddings = None,
+    head: options.Head = None,
     match: options.Match = 0,
     bits: options.Bits = None,
     calibration: options.Text = "stdlib",
@@ -56,14 +59,17 @@ def compress(
         done = compress(
             model,
             out,
+            preset=preset,
             method=method,
             pattern=pattern,
             rank=rank,
             values=values,
-            group_size=group_size or None,
+            group_size=stored_group(group_size),
             planes=planes,
             adapter_rank=adapter_rank,
             adapter_values=adapter_values,
+            embeddings=embeddings,
+            head=head,
             matching=match,
             bits=bits,
             calibration=calibration,

@@ -223,14 +223,22 @@ def _mute(stream) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+# What advice calls a thing in Python, and on the command line.
+WORDS = {
+    "resume=True": "--resume",
+    "trust_remote_code=True": "--trust-remote-code",
+    "group_size=None (one scale per row)": "--group-size 0 (one scale per row)",
+    "None (one scale per row)": "0 (one scale per row)",
+}
+
+
 def as_options(message: str) -> str:
     """Advice in Python's words, said in the command line's: resume=True becomes --resume, and
     skip='*.x' becomes --skip '*.x'."""
-    message = message.replace("resume=True", "--resume").replace(
-        "trust_remote_code=True", "--trust-remote-code"
-    )
+    for python, option in WORDS.items():
+        message = message.replace(python, option)
     return re.sub(
-        r"\b(skip|device|calibration|window|values|group_size)=(?=['\"])",
+        r"\b(skip|device|calibration|window|values|group_size|preset|embeddings)=(?=['\"])",
         lambda m: f"--{m[1].replace('_', '-')} ",
         message,
     )

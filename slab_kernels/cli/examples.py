@@ -5,7 +5,7 @@ from __future__ import annotations
 EXAMPLES = {
     "compress": (
         "slab-kernels compress meta-llama/Llama-3.2-1B llama-slab",
-        "slab-kernels compress ./model ./out --values int4 --adapter-rank 16",
+        "slab-kernels compress ./model ./out --preset small --adapter-rank 16",
         "slab-kernels compress ./model ./out --bits 4.5 --calibration my.txt",
     ),
     "eval": (

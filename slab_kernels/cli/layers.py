@@ -7,7 +7,7 @@ from typing import Any
 
 from . import console
 
-SETTINGS = ("method", "pattern", "rank", "values", "group_size")
+SETTINGS = ("method", "pattern", "rank", "values", "planes", "group_size")
 ERRORS = {"error": "error", "heldout_error": "held-out error"}  # field -> heading
 
 

@@ -195,17 +195,21 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
     """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on
     disk."""
     from ..evaluate.inspect import inspect
+    from ..format import Padding
 
     data = inspect(folder)
 
     def show() -> None:
-        show_layers(data["layers"], f"{folder}: {data['stored']}")
+        preset = f", preset {data['preset']}" if data["preset"] else ""
+        show_layers(data["layers"], f"{folder}: {data['stored']}{preset}")
         if data["weights"]:
             print(
                 f"{data['weights'] / 1e6:.2f} million weights in {len(data['layers'])} linears, "
                 f"{data['bits_per_weight']:.3f} bits per weight on disk; "
                 f"all tensors {data['bytes'] / 1e6:.2f} MB"
             )
+        for padding in data["padding"]:
+            print(f"padded inputs: {Padding(**padding)}")
 
     return Outcome(data, show)
 

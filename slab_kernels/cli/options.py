@@ -72,6 +72,13 @@ Model = Annotated[
         metavar="MODEL", help="A model folder or the name of one on the Hugging Face hub."
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A goal instead of its settings: small (int4, one plane), balanced (int4, two planes; "
+        "what nobody has to say) or exact (fp16, one plane)."
+    ),
+]
 Method = Annotated[
     str,
     typer.Option(
@@ -86,16 +93,38 @@ SignRank = Annotated[
     int, typer.Option(help="Rank of the magnitudes of the sign term (slab methods).")
 ]
 Planes = Annotated[
-    int,
-    typer.Option(help="Signs of a pruned entry, 1 to 3, each half a bit per weight (slab)."),
+    int | None,
+    typer.Option(
+        help="Signs of a pruned entry, 1 to 3, each half a bit per weight (slab); default: the "
+        "preset's, 1 for other methods."
+    ),
 ]
 StoredValues = Annotated[
-    str, typer.Option(help="How kept values are stored: fp16, bf16, int8, int4 or int3.")
+    str | None,
+    typer.Option(
+        help="How kept values are stored: fp16, bf16, int8, int4 or int3; default: the preset's, "
+        "fp16 for other methods."
+    ),
 ]
 StoredGroup = Annotated[
-    int,
+    str,
     typer.Option(
-        help="Inputs that one scale of an integer type covers: 32, 64, 128; 0 = one scale per row."
+        help="Inputs that one scale of an integer type covers: 32, 64, 128; 0 = one scale per row; "
+        "auto = the largest that divides a layer's inputs."
+    ),
+]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        help="How token embeddings are stored: dense or int8; default: the preset's, dense for "
+        "other methods."
+    ),
+]
+Head = Annotated[
+    bool | None,
+    typer.Option(
+        "--head/--no-head",
+        help="Pack the output head too; default: the preset's, no for other methods.",
     ),
 ]
 StoredAdapter = Annotated[
@@ -331,6 +360,11 @@ def parse_shape(text: str) -> tuple[int, int]:
             f"--shape {text} must be out_features x in_features, for example 11008x4096"
         )
     return int(parts[0]), int(parts[1])
+
+
+def stored_group(text: str) -> int | str | None:
+    """What `compress` calls the group size of "auto", "64" or "0", which is one scale per row."""
+    return (int(text) or None) if text.isdecimal() else text
 
 
 def method_options(options: list[str]) -> dict[str, Any]:

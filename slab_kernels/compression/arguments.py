@@ -8,10 +8,12 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..methods import LayerSettings
+from ..settings import enforce, setting
 from ..text.source import Sampling
 from .budget import check_bits
 from .matching import Matching
 from .plan import Plan
+from .presets import preset_of, resolve
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,21 @@ class Arguments:
 
     bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
     skip: fnmatch patterns of module names that stay dense.
+
+    Raises on construction: ArgumentError.
     """
 
     plan: Plan
     bits: float | None
     sampling: Sampling
     skip: tuple[str, ...]
+    embeddings: str = setting(
+        "dense", "how the token embeddings are stored", choices=("dense", "int8")
+    )
+    head: bool = setting(False, "whether the output head is packed too")
+
+    def __post_init__(self) -> None:
+        enforce(self)
 
     @classmethod
     def of(
@@ -37,24 +48,44 @@ class Arguments:
         window: int = 2048,
         seed: int = 0,
         skip: Any = (),
+        preset: str | None = None,
+        values: str | None = None,
+        planes: int | None = None,
+        embeddings: str | None = None,
+        head: bool | None = None,
         **layer: Any,
     ) -> Arguments:
         """The arguments that the keywords of `compress` stand for.
 
-        layer: the keywords of `LayerSettings.from_keywords`.
+        values, planes, embeddings, head: None for what the preset says.
+        layer: the other keywords of `LayerSettings.from_keywords`.
 
         Raises: MethodError, FormatError, CalibrationError, BudgetError or ArgumentError, in one
             sentence.
         """
-        settings = LayerSettings.from_keywords(**layer)
+        given = {"values": values, "planes": planes, "embeddings": embeddings, "head": head}
+        chosen = resolve(preset, given, bits, layer)
+        outside = {name: chosen.pop(name) for name in ("embeddings", "head")}
+        settings = LayerSettings.from_keywords(**layer, **chosen)
         plan = Plan(settings, Matching.of(matching))
         budget = None if bits is None else check_bits(bits, settings)
-        return cls(plan, budget, Sampling(samples, window, seed), _patterns(skip))
+        sampling = Sampling(samples, window, seed)
+        return cls(plan, budget, sampling, _patterns(skip), **outside)
+
+    @property
+    def preset(self) -> str | None:
+        """The name of the preset that the settings amount to; None if they are no preset's."""
+        return preset_of(self._settings(), self.bits)
+
+    def _settings(self) -> dict[str, Any]:
+        outside = {"embeddings": self.embeddings, "head": self.head}
+        return self.plan.usual.to_dict() | outside
 
     def to_dict(self) -> dict[str, Any]:
         """What records and progress files call the settings of the plan."""
         matching, options = self.plan.matching, self.plan.usual.options
-        return self.plan.usual.to_dict() | {
+        return self._settings() | {
+            "preset": self.preset,
             "matching": None if matching is None else asdict(matching),
             "bits": self.bits,
             "options": {name: repr(value) for name, value in sorted(options.items())},

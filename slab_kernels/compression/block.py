@@ -204,6 +204,7 @@ class BlockWork:
             seconds=inputs.seconds + time.perf_counter() - began,
             group=group.names,
             planes=decomposition.planes,
+            group_size=decomposition.group_size,
             adapter_rank=0 if decomposition.P is None else decomposition.P.shape[1],
             peak_bytes=peak.bytes,
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..format import paddings
 from ..models.blocks import outside_filled
 from ..models.streams import catch_stream
 from .block import BlockWork, Streams, set_weight
@@ -49,6 +50,7 @@ class BlockwiseRun:
             raises.
         """
         self._warn_of_little_text()
+        self._warn_of_padding()
         self.finished = self.sink.finished()
         self._check_finished()
         done, total = len(self.finished), len(self.job.blocks)
@@ -178,6 +180,19 @@ class BlockwiseRun:
                 f"warning: {tokens} calibration tokens are fewer than the {inputs} inputs of "
                 f"{widest}; method {settings.method!r} fits that sample and little else: "
                 "use several times as many"
+            )
+            self._report("warning", message=message)
+
+    def _warn_of_padding(self) -> None:
+        plan = self.job.plan
+        if not plan.usual.packed:
+            return
+        shapes = self.job.shapes.items()
+        padded = paddings(plan.layer(name).layout(shape) for name, shape in shapes)
+        if padded:
+            message = (
+                f"warning: inputs are padded, {'; '.join(map(str, padded))}; one scale per row "
+                "(--group-size 0) needs none where K is a multiple of 16"
             )
             self._report("warning", message=message)
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ..format import INTEGER_RANGES
 from ..models.shards import write_atomically
 from ..models.source import FolderSource, ModuleSource, Source
 from ..terminal import visible
 from .job import Job
+from .presets import PRESETS
 from .record import RunRecord
 
 CARD = "README.md"
@@ -169,13 +171,13 @@ def _method_rows(job: Job, record: RunRecord) -> dict[str, str]:
     """Rows of the card's table: how the model was compressed."""
     usual, settings = job.plan.usual, record.settings
     rows = {"Method": _cell(usual.method), "Pattern": _cell(usual.pattern)}
+    if settings["preset"] is not None:
+        preset = settings["preset"]
+        rows["Preset"] = f"{preset}: {PRESETS[preset].meaning}"
     if settings["bits"] is not None:
         rows["Budget"] = f"{settings['bits']:g} stored bits per weight, spent layer by layer"
-    group = usual.stored_group_size
     rows["Kept values"] = _values(record)
-    rows["Group size"] = f"{group} inputs per scale" if group else "none"
-    if usual.values != "fp16" and group is None:
-        rows["Group size"] = "one scale per row, where values are integers"
+    rows["Group size"] = _group_sizes(record)
     rows["Rank of the magnitudes"] = _spread(layer.rank for layer in record.layers)
     rows["Sign planes"] = _spread(layer.planes for layer in record.layers)
     adapters = _spread(layer.adapter_rank for layer in record.layers)
@@ -218,6 +220,16 @@ def _origin_rows(record: RunRecord) -> dict[str, str]:
 
 def _values(record: RunRecord) -> str:
     return ", ".join(sorted({layer.values for layer in record.layers}))
+
+
+def _group_sizes(record: RunRecord) -> str:
+    """How many inputs share a scale, of all layers whose values are integers."""
+    integers = [layer for layer in record.layers if layer.values in INTEGER_RANGES]
+    sizes = {layer.group_size for layer in integers}
+    by_row = ["one scale per row"] if None in sizes else []
+    inputs = [str(size) for size in sorted(size for size in sizes if size)]
+    groups = [f"{' or '.join(inputs)} inputs per scale"] if inputs else []
+    return ", ".join([*groups, *by_row]) or "none"
 
 
 def _spread(numbers: Any) -> str:

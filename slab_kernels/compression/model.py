@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..device import usual_torch
+from ..format import AUTO
 from .arguments import Arguments
 from .calibration import Calibration, Text
 from .matching import Matching
@@ -21,14 +22,17 @@ def compress(
     model_or_path: nn.Module | str | Path,
     out: Path | str | None = None,
     *,
+    preset: str | None = None,
     method: str = "slab",
     pattern: str = "2:4",
     rank: int = 1,
-    values: str = "fp16",
-    group_size: int | None = 128,
-    planes: int = 1,
+    values: str | None = None,
+    group_size: int | str | None = AUTO,
+    planes: int | None = None,
     adapter_rank: int | None = None,
     adapter_values: str = "int8",
+    embeddings: str | None = None,
+    head: bool | None = None,
     matching: Matching | int | bool | None = None,
     bits: float | None = None,
     calibration: Text = "stdlib",
@@ -58,9 +62,15 @@ def compress(
             Face hub.
         out: the folder to write, with a model card. With None the result is a model in memory: a
             module given is changed in place and returned, its record as `model.slab_record`.
+        preset: a goal by name, "small", "balanced" or "exact" (`compression.presets.PRESETS`): it
+            stands for `values`, `planes`, `embeddings` and `head`, of method "slab". Without a
+            name, each of the four that is None is what "balanced" says. Another method or pattern,
+            or `bits`, takes no preset; what is None is then fp16, one plane, and dense.
         method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values: see
             `slab_kernels.decompose`. Patterns other than 2:4 cannot be packed and are written as a
             dense checkpoint.
+        embeddings: how the token embeddings are stored, "dense" or "int8".
+        head: whether the output head is packed too.
         matching: transformer matching after each block: a `Matching`, just its epochs, or True;
             0, False or None for none.
         bits: stored bits per weight over the whole model, spent layer by layer on value types,
@@ -90,6 +100,7 @@ def compress(
         ArchitectureError, TeamError or a FormatError, in one sentence.
     """
     given = Arguments.of(
+        preset=preset,
         method=method,
         pattern=pattern,
         rank=rank,
@@ -98,6 +109,8 @@ def compress(
         planes=planes,
         adapter_rank=adapter_rank,
         adapter_values=adapter_values,
+        embeddings=embeddings,
+        head=head,
         matching=matching,
         bits=bits,
         samples=samples,

@@ -64,8 +64,7 @@ def decompose_as_stored(
     weight: Tensor, stats: InputStats, settings: LayerSettings
 ) -> Decomposition:
     """weight [N,K] fp32 -> the numbers that will be stored. Raises: as `methods.decompose`."""
-    stored = replace(settings, group_size=settings.stored_group_size)
-    return as_stored(decompose_layer(weight, stats, stored), settings)
+    return as_stored(decompose_layer(weight, stats, settings), settings)
 
 
 def as_stored(decomposition: Decomposition, settings: LayerSettings) -> Decomposition:
@@ -86,9 +85,10 @@ def store(
 
 
 def _packed(decomposition: Decomposition, settings: LayerSettings) -> PackedWeight:
+    shape = (decomposition.out_features, decomposition.in_features)
     return pack(
         decomposition,
         settings.values,
-        settings.stored_group_size,
+        settings.for_shape(shape).stored_group_size,
         adapter_values=settings.stored_adapter,
     )

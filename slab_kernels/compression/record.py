@@ -25,6 +25,7 @@ class LayerRecord:
     heldout_error: the same on the held-out text; None where there is none.
     bits_per_weight: 8 times the bytes of its tensors on disk (its bias not counted) per weight.
     group: the layers that read the same input and were compressed together.
+    group_size: inputs that share a scale; None for one scale per row, or values without scales.
     peak_bytes: the most memory while it was decomposed: the GPU's, on a CPU the process's.
     """
 
@@ -41,6 +42,7 @@ class LayerRecord:
     seconds: float
     group: tuple[str, ...] = ()
     planes: int = 1
+    group_size: int | None = None
     adapter_rank: int = 0
     peak_bytes: int = 0
 
@@ -67,6 +69,8 @@ class RunRecord:
 
     With the same settings on the same machine everything but seconds and memory is the same.
 
+    settings: what was asked for, with the preset that it amounts to ("preset", None for none); a
+        group size may be "auto" there, and of a layer is the number that was used.
     stored: "packed" or "dense".
     hidden_state_bytes: what the hidden states of the texts took beside one block.
     ignored_tensors: names in the checkpoint that the model does not have.

@@ -84,7 +84,7 @@ def run(
         if folder is not None:
             finished = team.from_leader(lambda: state.blocks if state else [])
             sink = FolderSink(folder, job, state, list(finished))
-        _tell_start(job, tokens, folder, report)
+        _tell_start(job, given, tokens, folder, report)
         blocks = BlockwiseRun(job, tokens, sink, report, team).run()
         record = _record(job, tokens, settings, blocks, text, time.perf_counter() - began)
         result: RunRecord | nn.Module = record
@@ -157,12 +157,15 @@ def _search(
     return team.from_leader(find)
 
 
-def _tell_start(job: Job, tokens: Tokens, folder: Path | None, report: Reporter) -> None:
+def _tell_start(
+    job: Job, given: Arguments, tokens: Tokens, folder: Path | None, report: Reporter
+) -> None:
     count, (_, window) = tokens.calibration.numel(), tokens.calibration.shape
     blocks = len(job.blocks)
+    preset = f"preset {given.preset}, " if given.preset else ""
     message = (
-        f"compressing {job.source.name}: {blocks} blocks, {count} calibration tokens in windows "
-        f"of {window}"
+        f"compressing {job.source.name}: {preset}{blocks} blocks, {count} calibration tokens in "
+        f"windows of {window}"
     )
     report(ProgressEvent("start", blocks=blocks, message=message))
     for left_out in job.source.left_out(folder):

@@ -122,14 +122,11 @@ class FolderSink:
                     # those are as the source gives them.
                     block.other[name] = f.get_tensor(name)
         for module, linear in linears.items():
-            settings = self.job.plan.layer(module)
+            shape = (linear.out_features, linear.in_features)
+            settings = self.job.plan.layer(module).for_shape(shape)
             if settings.packed:
                 block.stored[module] = PackedWeight.from_tensors(
-                    parts[module],
-                    linear.out_features,
-                    linear.in_features,
-                    settings.values,
-                    settings.stored_group_size,
+                    parts[module], *shape, settings.values, settings.stored_group_size
                 )
             else:
                 block.stored[module] = parts[module]["weight"]
@@ -188,7 +185,9 @@ class FolderSink:
         """Module name -> layout of its packed weight, from the headers of the shards."""
         return {
             layer.name: layout_on_disk(
-                tables[layer.block], layer, self.job.plan.layer(layer.name).stored_group_size
+                tables[layer.block],
+                layer,
+                self.job.plan.layer(layer.name).for_shape(layer.shape).stored_group_size,
             )
             for layer in layers
         }

@@ -28,6 +28,7 @@ class TrainableLinear(nn.Module):
         d = decomposition.folded()
         self.shape = (d.S.shape[0], d.S.shape[1])
         self.planes, self.values, self.group_size = d.planes, d.values, d.group_size
+        self.adapter_values = d.adapter_values
         self.register_buffer("mask", d.mask)
         kept = d.S.float()[d.mask]
         self.kept: nn.Parameter | None = None
@@ -88,6 +89,7 @@ class TrainableLinear(nn.Module):
             self.values,
             self.group_size,
             self.planes,
+            self.adapter_values,
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..compression.record import LayerRecord, read_record
 from ..errors import CheckpointError
-from ..format.layout import PackedLayout
+from ..format import PackedLayout, paddings
 from ..models.folder import Checkpoint
 from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
@@ -22,12 +23,13 @@ PARTS = {"U": "factors", "V": "factors", "P": "adapters", "Q": "adapters", "weig
 def inspect(folder: Path | str) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
-    Returns: {"folder", "model", "stored", "format_version", "method", "weights",
-        "bits_per_weight", "mean_error", "bytes", "layers"}; what is not known is None.
+    Returns: {"folder", "model", "stored", "format_version", "method", "preset", "weights",
+        "bits_per_weight", "mean_error", "bytes", "padding", "layers"}; what is not known is None.
         bits_per_weight of a layer counts every stored tensor of it except its bias,
         factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
         values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
-        of the folder is over all its layers together; bytes are those of all tensors.
+        of the folder is over all its layers together; bytes are those of all tensors. `padding`
+        holds the fields of a `format.Padding` for the layers whose inputs are padded.
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
     """
@@ -60,10 +62,12 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "stored": "packed" if layouts else pruned,
         "format_version": described.get("format_version"),
         "method": _text(record.settings if record else described, "method"),
+        "preset": _text(record.settings, "preset") if record else None,
         "weights": weights,
         "bits_per_weight": bits / weights if weights else None,
         "mean_error": sum(errors) / len(errors) if errors else None,
         "bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
+        "padding": [asdict(padding) for padding in paddings(layouts.values())],
         "layers": layers,
     }
 
@@ -111,7 +115,9 @@ def _layer(
         "pattern": record.pattern if record else _text(described, "pattern"),
         "rank": record.rank if record else rank,
         "values": record.values if record else values,
+        "planes": layout.planes if layout else None,
         "group_size": layout.group_size if layout else None,
+        "padded_in_features": layout.padded_in_features if layout else None,
         "adapter_rank": layout.adapter_rank if layout else 0,
         "bits_per_weight": 8 * sum(counted.values()) / weights,
         "factor_bits_per_weight": 8 * factors / weights,

@@ -1,11 +1,12 @@
 """The waist of the library: methods end in a `Decomposition`, kernels start from a `PackedWeight`.
 
 `layout` has sizes and types, `bits` the bytes, `weight` the two records, `packing` the way from one
-to the other, `rounding` what stored types lose, `slicing` parts of a weight, `check` the test of
-what is read from outside.
+to the other, `rounding` what stored types lose, `padding` what padded inputs cost, `slicing` parts
+of a weight, `check` the test of what is read from outside.
 """
 
 from .layout import (
+    AUTO,
     FORMAT_VERSION,
     GROUP_SIZES,
     INTEGER_RANGES,
@@ -15,9 +16,11 @@ from .layout import (
     VALUE_TYPES,
     PackedLayout,
     ceil_div,
+    fitting_group_size,
     plane_unit,
 )
 from .packing import pack, pack_adapter
+from .padding import Padding, paddings
 from .rounding import (
     MOST_LOST,
     WEIGHT_DTYPES,
@@ -31,6 +34,7 @@ from .slicing import Slice
 from .weight import Decomposition, PackedWeight, read_factors, unpack
 
 __all__ = [
+    "AUTO",
     "FORMAT_VERSION",
     "GROUP_SIZES",
     "INTEGER_RANGES",
@@ -43,11 +47,14 @@ __all__ = [
     "Decomposition",
     "PackedLayout",
     "PackedWeight",
+    "Padding",
     "Slice",
     "cast",
     "ceil_div",
+    "fitting_group_size",
     "pack",
     "pack_adapter",
+    "paddings",
     "plane_unit",
     "read_factors",
     "round_adapter",

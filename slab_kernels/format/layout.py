@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from reprlib import repr as short
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import ShapeError, ValueTypeError
 
 FORMAT_VERSION = 2
 GROUP_SIZES = (32, 64, 128)
+AUTO = "auto"  # the group size that fits the weight: see `fitting_group_size`
 VALUE_TYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -35,6 +36,16 @@ MAX_FEATURES = 1 << 24
 def ceil_div(a: int, b: int) -> int:
     """`a / b`, rounded up."""
     return -(-a // b)
+
+
+def fitting_group_size(in_features: int, multiple: int = 1) -> int | None:
+    """The group size that suits K inputs: the largest of 128, 64 and 32 that divides K.
+
+    Where none of them does, it is the one that pads K least, the larger of equals.
+    multiple: what the size has to be a multiple of. None where no size is.
+    """
+    sizes = [size for size in GROUP_SIZES if size % multiple == 0]
+    return min(sizes, key=lambda size: (-in_features % size, -size), default=None)
 
 
 def plane_unit(planes: int) -> float:
@@ -143,12 +154,23 @@ class PackedLayout:
 
         factors: whether U and V count; P and Q always do.
         """
-        size = sum(
+        return self._bits(factors) / (self.out_features * self.in_features)
+
+    def padding_bits_per_weight(self) -> float:
+        """What of `bits_per_weight` is there only because K is padded to Kp."""
+        unit = self.slice_multiple
+        one, two = (replace(self, in_features=n * unit)._bits() for n in (1, 2))
+        of_an_input = (two - one) / unit
+        extra = of_an_input * (self.padded_in_features - self.in_features)
+        return extra / (self.out_features * self.in_features)
+
+    def _bits(self, factors: bool = True) -> int:
+        """The bits of all tensors; see `bits_per_weight`."""
+        return 8 * sum(
             dtype.itemsize * math.prod(shape)
             for name, (dtype, shape) in self.tensors().items()
             if factors or name not in ("U", "V")
         )
-        return 8 * size / (self.out_features * self.in_features)
 
     def to_dict(self) -> dict:
         """The plain JSON form that `config.json` holds for every module."""

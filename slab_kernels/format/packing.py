@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reprlib import repr as short
 from types import EllipsisType
 
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from ..errors import PatternError, RangeError, ShapeError, ValueTypeError
 from . import bits
-from .layout import FACTOR_TYPES, INTEGER_RANGES, VALUE_TYPES, PackedLayout, ceil_div
+from .layout import (
+    AUTO,
+    FACTOR_TYPES,
+    INTEGER_RANGES,
+    VALUE_TYPES,
+    PackedLayout,
+    ceil_div,
+    fitting_group_size,
+)
 from .rounding import MOST_LOST, fitting_dtype, round_adapter, round_factors, rounding_error
 from .weight import Decomposition, PackedWeight
 
@@ -17,29 +26,36 @@ from .weight import Decomposition, PackedWeight
 def pack(
     decomposition: Decomposition,
     values: str | None = None,
-    group_size: int | EllipsisType | None = ...,
+    group_size: int | str | EllipsisType | None = ...,
     factor_dtype: torch.dtype | None = None,
-    adapter_values: str | None = None,
+    adapter_values: str | EllipsisType | None = ...,
 ) -> PackedWeight:
-    """Fold a decomposition and pack it.
+    """Fold a decomposition and pack it, as it says itself unless an argument asks for another form.
 
     The stored weight equals the decomposition to one rounding of S' to `values` and of U, V, P, Q
-    to `factor_dtype`. A decomposition on an integer grid (its `values`, `scales` and `group_size`)
-    is packed on that grid; one without gets absolute-maximum scales. Groups with fewer than two
-    kept entries are filled from the lowest free position.
+    to their types; numbers that lie on those types already stay as they are. Groups with fewer than
+    two kept entries are filled from the lowest free position. The planes are the decomposition's.
+
+    An argument that differs from the decomposition is a conversion, which rounds once:
+    fp16, bf16 -> the other one; fp16, bf16 -> an integer, with scales of absolute maxima, which
+    costs more than `decompose(..., values=...)`, where the rest of the layer makes up for the
+    rounding; an integer -> fp16 or bf16, of which fp16 keeps 11 and bf16 8 significant bits;
+    P and Q from int8 to the factors' type and back. One integer grid to another would round twice
+    and is refused.
 
     Args:
-        values: "fp16", "bf16", "int8", "int4" or "int3"; default the type of the decomposition's
-            own grid, else "fp16".
-        group_size: inputs that share a scale, 32, 64, 128 or None (one scale per row); default that
-            of the decomposition's own grid, else 128. Ignored for fp16 and bf16.
-        factor_dtype: of U and V, and of P and Q without `adapter_values`; default fp16 where it
-            holds them, else fp32.
-        adapter_values: "int8" to store P and Q as int8 with one exponent per row, None for
-            `factor_dtype`.
+        values: "fp16", "bf16", "int8", "int4" or "int3"; default the decomposition's, else "fp16".
+        group_size: inputs that share a scale: 32, 64, 128, None (one scale per row) or "auto", the
+            largest that divides K, else the one that pads it least. Default the decomposition's
+            where it names an integer type, else "auto". Ignored for fp16 and bf16.
+        factor_dtype: of U and V, and of P and Q that are not int8; default fp16 where it holds
+            them, else fp32.
+        adapter_values: "int8" to store P and Q as int8 with one exponent per row; None or "fp16"
+            for the type of the factors; default the decomposition's.
 
     Raises: PatternError for anything but 2:4, RangeError for numbers that do not fit,
-        ValueTypeError for integers of another grid than the decomposition's own, ShapeError.
+        ValueTypeError for an unknown type, or integers of another grid than the decomposition's
+        own, ShapeError.
     """
     d = decomposition
     layout = _layout(d, values, group_size, factor_dtype, adapter_values)
@@ -71,12 +87,16 @@ def pack(
 def _layout(
     d: Decomposition,
     values: str | None,
-    group_size: int | EllipsisType | None,
+    group_size: int | str | EllipsisType | None,
     factor_dtype: torch.dtype | None,
-    adapter_values: str | None,
+    adapter_values: str | EllipsisType | None,
 ) -> PackedLayout:
     """The layout to pack d in, from the arguments of `pack`."""
     value_type, size = _grid(d, values, group_size)
+    if isinstance(adapter_values, EllipsisType):
+        adapter_values = d.adapter_values
+    elif adapter_values == "fp16":
+        adapter_values = None
     if factor_dtype is None:
         pairs = [(d.U, d.V)] if adapter_values else [(d.U, d.V), (d.P, d.Q)]
         factor_dtype = fitting_dtype(*((a, b) for a, b in pairs if a is not None and b is not None))
@@ -99,21 +119,27 @@ def _layout(
 
 
 def _grid(
-    d: Decomposition, values: str | None, group_size: int | EllipsisType | None
+    d: Decomposition, values: str | None, group_size: int | str | EllipsisType | None
 ) -> tuple[str, int | None]:
-    """The value type and group size to pack d with, those asked for or those of its own grid.
+    """The value type and group size to pack d with, those asked for or its own.
 
     Raises: ValueTypeError or ShapeError if they contradict each other.
     """
-    own = d.values is not None or d.scales is not None
     values = values or d.values or "fp16"
     if isinstance(group_size, EllipsisType):
-        group_size = d.group_size if own else 128
-    if own:
-        _check_own_grid(d)
+        group_size = d.group_size if d.values in INTEGER_RANGES else AUTO
+    if d.scales is not None:
+        _check_own_grid(d, d.scales)
     if values not in INTEGER_RANGES:
         return values, None
-    if own and (values, group_size) != (d.values, d.group_size):
+    if group_size == AUTO:
+        group_size = fitting_group_size(d.in_features)
+    if isinstance(group_size, str):
+        raise ValueTypeError(
+            f"group_size={short(group_size)} must be 32, 64, 128, None (one scale per row) or "
+            f"{AUTO!r}"
+        )
+    if d.scales is not None and (values, group_size) != (d.values, d.group_size):
         raise ValueTypeError(
             f"the decomposition lies on a grid of values={d.values!r} with "
             f"group_size={d.group_size}, which values={values!r} with group_size={group_size} "
@@ -122,14 +148,13 @@ def _grid(
     return values, group_size
 
 
-def _check_own_grid(d: Decomposition) -> None:
-    if d.values not in INTEGER_RANGES or d.scales is None:
-        has = "no scales" if d.scales is None else "scales"
-        raise ValueTypeError(f"a decomposition with values={d.values!r} and {has} is on no grid")
+def _check_own_grid(d: Decomposition, scales: Tensor) -> None:
+    if d.values not in INTEGER_RANGES:
+        raise ValueTypeError(f"a decomposition with values={d.values!r} and scales is on no grid")
     shape = (d.out_features, ceil_div(d.in_features, d.group_size) if d.group_size else 1)
-    if tuple(d.scales.shape) != shape:
+    if tuple(scales.shape) != shape:
         raise ShapeError(
-            f"scales has shape {tuple(d.scales.shape)}, expected {shape} for values={d.values!r} "
+            f"scales has shape {tuple(scales.shape)}, expected {shape} for values={d.values!r} "
             f"with group_size={d.group_size}"
         )
 

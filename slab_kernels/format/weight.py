@@ -31,9 +31,12 @@ class Decomposition:
         `planes` signs and is odd, within +-(2^planes - 1), so +1 or -1 for one plane; it is 0 on
         kept positions of an already folded decomposition.
     P [N,R'], Q [K,R']: the adapter, both or neither.
-    values, scales, group_size: "int8", "int4" or "int3" and the step sizes [N, ceil(K /
-        group_size)] (or [N,1] where group_size is None), if the folded kept values lie on an
-        integer grid.
+    values: the type that the kept values were found for, and that `pack` stores them in: "fp16",
+        "bf16", "int8", "int4" or "int3"; None if nothing says so.
+    scales, group_size: the step sizes [N, ceil(K / group_size)] (or [N,1] where group_size is
+        None), if the folded kept values lie on the grid of an integer type already. Integers
+        without scales get them when they are packed, one for each group_size inputs.
+    adapter_values: "int8" where P and Q were rounded to it, None for the type of U and V.
 
     Raises on construction: MissingTensorError if a part of a term is absent.
     """
@@ -49,6 +52,7 @@ class Decomposition:
     values: str | None = None
     group_size: int | None = None
     planes: int = 1
+    adapter_values: str | None = None
 
     def __post_init__(self) -> None:
         for term in ("UVB", "PQ"):
@@ -243,7 +247,8 @@ def read_factors(U, P) -> FactorFields:
 def unpack(packed: PackedWeight) -> Decomposition:
     """Exactly what is stored, as a folded Decomposition in fp32.
 
-    `pack(unpack(p), ...)` gives p back bit for bit.
+    It carries the types and the group size, so that `pack(unpack(p))` gives p back bit for bit,
+    unless p has factors of another type than fp16, which `factor_dtype` names.
     """
     layout, K = packed.layout, packed.in_features
     i0, i1 = bits.kept_positions(packed.metadata)
@@ -252,7 +257,8 @@ def unpack(packed: PackedWeight) -> Decomposition:
         per_group = kept.shape[1] // packed.scales.shape[1]
         kept = (kept.unflatten(1, (-1, per_group)) * packed.scales.float()[..., None]).flatten(1)
     S = bits.scatter_positions(kept, i0, i1)[:, :K]
-    found = Decomposition(S, bits.unpack_mask(packed.metadata)[:, :K])
+    mask = bits.unpack_mask(packed.metadata)[:, :K]
+    found = Decomposition(S, mask, values=layout.values, group_size=layout.group_size)
     if packed.signs is not None:
         level = bits.unpack_planes(packed.signs, layout.planes)
         B = bits.scatter_positions(level, *bits.pruned_positions(i0, i1))[:, :K]
@@ -260,8 +266,7 @@ def unpack(packed: PackedWeight) -> Decomposition:
         found = replace(found, U=U.float(), V=V[:K].float(), B=B, planes=layout.planes)
     if packed.P is not None:
         P, Q = packed.adapter()
-        found = replace(found, P=P.float(), Q=Q[:K].float())
+        found = replace(found, P=P.float(), Q=Q[:K].float(), adapter_values=layout.adapter_values)
     if packed.scales is not None:
-        scales, size = packed.scales.float(), layout.group_size
-        found = replace(found, scales=scales, values=layout.values, group_size=size)
+        found = replace(found, scales=packed.scales.float())
     return found

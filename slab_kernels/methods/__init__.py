@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, DtypeError, RangeError, ShapeError
-from ..format import WEIGHT_DTYPES, Decomposition
+from ..format import AUTO, WEIGHT_DTYPES, Decomposition
 from .config import Config
 from .inputs import InputStats
 from .settings import LayerSettings
@@ -51,7 +51,7 @@ def decompose(
     pattern: str = "2:4",
     rank: int = 1,
     values: str = "fp16",
-    group_size: int | None = 128,
+    group_size: int | str | None = AUTO,
     planes: int = 1,
     adapter_rank: int | None = None,
     adapter_values: str = "int8",
@@ -68,6 +68,7 @@ def decompose(
         values: type of the kept values; "int8", "int4" and "int3" give a Decomposition on their
             integer grid.
         group_size: inputs per scale, 32, 64, 128 or None for one scale per row; only for integers.
+            "auto" is the largest of them that divides K, else the one that pads it least.
         planes: signs of a pruned entry, 1 to 3, each worth half the one before.
         adapter_rank: of P Q^T; None is the method's own (`Method.adapter`), 0 is none. Methods
             without one take None or 0.
@@ -75,7 +76,8 @@ def decompose(
             two) or "fp16".
         options: what only this method has (`Method.options`).
 
-    Returns: fp32 tensors on the weight's device.
+    Returns: fp32 tensors on the weight's device. The decomposition carries `values`, the group
+        size, `planes` and `adapter_values`, and `pack` stores it so.
 
     Raises: MethodError, PatternError, ShapeError, RangeError, ValueTypeError, DtypeError or
         CalibrationError (all ValueErrors), before anything is computed.
@@ -110,7 +112,7 @@ def decompose_layer(
     W = weight.detach().float()
     shift = _shift(W)
     if not shift:
-        return chosen.function(W, stats, config)
+        return _with_types(chosen.function(W, stats, config), config)
     if isinstance(stats, InputStats) and stats.drift is not None:
         stats = replace(stats, drift=torch.ldexp(stats.drift, torch.tensor(-shift)))
     found = chosen.function(torch.ldexp(W, torch.tensor(-shift)), stats, config)
@@ -119,7 +121,22 @@ def decompose_layer(
         return None if t is None else torch.ldexp(t, torch.tensor(shift))
 
     S = torch.ldexp(found.S, torch.tensor(shift))
-    return replace(found, S=S, scales=back(found.scales), U=back(found.U), P=back(found.P))
+    found = replace(found, S=S, scales=back(found.scales), U=back(found.U), P=back(found.P))
+    return _with_types(found, config)
+
+
+def _with_types(found: Decomposition, config: Config) -> Decomposition:
+    """What a method found, with the types that it is to be stored in, which none has to note.
+
+    Kept values that a method has put on a grid are said to lie there by the method itself. A method
+    of another package may leave integers to packing.
+    """
+    adapter = config.stored_adapter if found.P is not None else None
+    found = replace(found, adapter_values=adapter)
+    if found.scales is not None:
+        return found
+    group_size = config.grid.group_size if config.grid else None
+    return replace(found, values=config.values, group_size=group_size)
 
 
 def _shift(W: Tensor) -> int:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import MethodError, ShapeError
-from ..format import GROUP_SIZES, INTEGER_RANGES, MAX_PLANES, PackedLayout
+from ..format import (
+    AUTO,
+    GROUP_SIZES,
+    INTEGER_RANGES,
+    MAX_PLANES,
+    PackedLayout,
+    fitting_group_size,
+)
+from ..settings import rules
 from .config import COMMON, CommonSettings, Config
 from .table import METHODS, Method, check_options, find_method
 
 PACKABLE = ("2:4",)  # patterns that the packed format stores
+GROUP_SIZE = {entry.name: rule for entry, rule in rules(CommonSettings)}["group_size"]
 
 
 @dataclass(frozen=True)
@@ -41,18 +50,58 @@ class LayerSettings(CommonSettings):
     def __post_init__(self):
         chosen = check_options(self.method, self.options)
         given = 0 if self.adapter_rank is None else self.adapter_rank
-        config = chosen.config(**self._common(given), **self.options)
+        size = GROUP_SIZE.accept("group_size", self.group_size, ShapeError)
+        object.__setattr__(self, "group_size", size)
+        fixed = None if isinstance(size, str) else size
+        config = chosen.config(**self._common(given, fixed), **self.options)
         _check_together(chosen, config, self.adapter_rank)
+        if isinstance(size, str):
+            self._fitting_group_size(GROUP_SIZES[-1])
         plain: dict[str, Any] = {name: getattr(config, name) for name in COMMON}
+        del plain["group_size"]
         if self.adapter_rank is None:
             del plain["adapter_rank"]
         plain["options"] = {name: getattr(config, name) for name in self.options}
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    def _common(self, adapter_rank: int) -> dict[str, Any]:
-        """The settings that all methods share, with the adapter's rank."""
-        return {name: getattr(self, name) for name in COMMON} | {"adapter_rank": adapter_rank}
+    def _common(self, adapter_rank: int, group_size: int | None) -> dict[str, Any]:
+        """The settings that all methods share, with the adapter's rank and the group size."""
+        common = {name: getattr(self, name) for name in COMMON}
+        return common | {"adapter_rank": adapter_rank, "group_size": group_size}
+
+    def for_shape(self, shape: tuple[int, int]) -> LayerSettings:
+        """The settings with the group size that a weight of `shape` (N, K) gets for "auto"."""
+        if self.group_size != AUTO:
+            return self
+        return replace(self, group_size=self._fitting_group_size(shape[1]))
+
+    def _fitting_group_size(self, in_features: int) -> int | None:
+        """What "auto" is for K inputs; None for values without scales.
+
+        Raises: ShapeError where no size suits the pattern.
+        """
+        if self.values not in INTEGER_RANGES:
+            return None
+        group = self.parsed.group if self.parsed.structured else 1
+        if (size := fitting_group_size(in_features, group)) is None:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise ShapeError(
+                f"group_size={AUTO!r}: none of {sizes} is a multiple of {group} for pattern "
+                f"{self.pattern!r}; give group_size=None (one scale per row)"
+            )
+        return size
+
+    @property
+    def stored_group_size(self) -> int | None:
+        """The group size where the kept values are integers; other types have no scales.
+
+        Settings with "auto" have none before `for_shape`.
+        """
+        if self.values not in INTEGER_RANGES:
+            return None
+        assert not isinstance(self.group_size, str), "for_shape gives the number"
+        return self.group_size
 
     @property
     def chosen(self) -> Method:
@@ -80,7 +129,7 @@ class LayerSettings(CommonSettings):
         Raises: ShapeError for a pattern that does not divide K, or a rank above min(N, K).
         """
         N, K = shape
-        pattern = self.parsed
+        settings, pattern = self.for_shape(shape), self.parsed
         if pattern.structured and K % pattern.group:
             raise ShapeError(
                 f"in_features={K} must be a multiple of {pattern.group} for pattern "
@@ -88,7 +137,8 @@ class LayerSettings(CommonSettings):
                 "as '50%'"
             )
         chosen = self.chosen
-        common = self._common(chosen.adapter_rank(shape, self.adapter_rank))
+        rank = chosen.adapter_rank(shape, self.adapter_rank)
+        common = self._common(rank, settings.stored_group_size)
         common["rank"] = self.rank if chosen.signs else 0
         for name in ("rank", "adapter_rank"):
             if common[name] > min(N, K):
@@ -106,7 +156,7 @@ class LayerSettings(CommonSettings):
         return PackedLayout(
             *shape,
             self.values,
-            self.stored_group_size,
+            config.group_size,
             config.rank,
             config.adapter_rank,
             planes=self.planes,
@@ -114,9 +164,11 @@ class LayerSettings(CommonSettings):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What records call the settings, without `options`."""
+        """What records call the settings, without `options`; fp16 and bf16 have no group size."""
         plain = {name: getattr(self, name) for name in ("method", *COMMON)}
-        return plain | {"group_size": self.stored_group_size}
+        if self.values not in INTEGER_RANGES:
+            plain["group_size"] = None
+        return plain
 
 
 def _check_together(method: Method, config: Config, adapter_rank: int | None) -> None:
@@ -141,7 +193,10 @@ def _check_together(method: Method, config: Config, adapter_rank: int | None) ->
         return
     if config.group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
-        raise ShapeError(f"group_size={config.group_size} must be one of {sizes} or None")
+        raise ShapeError(
+            f"group_size={config.group_size} must be one of {sizes}, {AUTO!r} or None (one scale "
+            "per row)"
+        )
     if config.parsed.structured and config.group_size % config.parsed.group:
         raise ShapeError(
             f"group_size={config.group_size} must be a multiple of {config.parsed.group} for "

@@ -43,7 +43,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def packed(model, text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "slab"
-    assert cli.run(small(model, out, text)) == 0
+    assert cli.run(small(model, out, text, "--preset", "exact")) == 0
     return out
 
 

@@ -87,12 +87,12 @@ def test_the_folder(dense, packed):
     assert described.pop("modules")["model.layers.1.mlp.down_proj"] == {
         "out_features": 32,
         "in_features": 48,
-        "values": "fp16",
-        "group_size": None,
+        "values": "int4",
+        "group_size": 64,
         "rank": 1,
         "adapter_rank": 0,
         "factors": "fp16",
-        "planes": 1,
+        "planes": 2,
         "adapter_values": None,
         "signs": True,
     }
@@ -102,8 +102,8 @@ def test_the_folder(dense, packed):
         "method": "slab",
         "pattern": "2:4",
         "rank": 1,
-        "values": "fp16",
-        "group_size": None,
+        "values": "int4",
+        "group_size": "auto",
     }
 
 
@@ -442,7 +442,8 @@ def test_load_with_another_activation_dtype(packed):
     loaded = load(packed, dtype=torch.bfloat16)
     assert (
         logits(loaded).dtype == torch.bfloat16
-        and loaded.model.layers[0].mlp.up_proj.values.dtype == torch.float16
+        and loaded.model.layers[0].mlp.up_proj.values.dtype == torch.uint8
+        and loaded.model.layers[0].mlp.up_proj.U.dtype == torch.float16
     )
     assert torch.allclose(logits(loaded).float(), logits(load(packed)), atol=0.3)
 

@@ -28,8 +28,7 @@ transformers = pytest.importorskip("transformers")
 AutoModel = transformers.AutoModelForCausalLM
 
 SETTINGS = {
-    "values": "int4",
-    "group_size": 32,
+    "preset": "small",
     "adapter_rank": 2,
     "calibration": tiny_models.tokens(),
 }
