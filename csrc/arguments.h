@@ -40,7 +40,8 @@ inline std::string shape(const Tensor& t) {
   return text + "]";
 }
 
-inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* name, const Tensor& t,
+                        std::initializer_list<int64_t> expected) {
   bool same = t.dim() == int64_t(expected.size());
   std::string text;
   int64_t i = 0;

@@ -9,15 +9,15 @@
 
 namespace slab {
 
-constexpr int kMember = 4;      // columns of a group
-constexpr int kChoices = 6;     // ways to prune two of them
+constexpr int kMember = 4;         // columns of a group
+constexpr int kChoices = 6;        // ways to prune two of them
 constexpr int kMostColumns = 128;  // of a block
 
 // What both solvers know of the columns [start, end) of all rows.
 struct CpuColumns {
-  int64_t in_features;  // K: the distance between two rows of every [N][K]
-  int64_t start, end;   // end - start is at most kMostColumns
-  int planes;           // signs of a pruned entry; 0: it becomes zero
+  int64_t in_features;                  // K: the distance between two rows of every [N][K]
+  int64_t start, end;                   // end - start is at most kMostColumns
+  int planes;                           // signs of a pruned entry; 0: it becomes zero
   int64_t scale_columns, scale_inputs;  // scales of a row, inputs of a scale; 0 without a grid
   float lowest, highest;                // integers of the grid
   const float* magnitude;               // [N][K]; null with planes = 0
@@ -27,9 +27,9 @@ struct CpuColumns {
 // What a pass of coordinate descent knows of a choice of two pruned columns p and two kept ones k,
 // where H is the group's block of the Gram matrix and C its inverse.
 struct CpuDescentChoice {
-  float pruned[3];    // the inverse of C_pp: its diagonal, and twice the other entry
-  float answer[2][2];  // -H_kk^-1 H_kp: how kept errors answer to pruned ones
-  float shift;        // -H_k2k1 / H_k2k2: how the second kept error answers to the first one
+  float pruned[3];      // the inverse of C_pp: its diagonal, and twice the other entry
+  float answer[2][2];   // -H_kk^-1 H_kp: how kept errors answer to pruned ones
+  float shift;          // -H_k2k1 / H_k2k2: how the second kept error answers to the first one
   float first, second;  // the loss per squared miss of the first kept one, the second one adapting,
                         // and of the second one
 };
@@ -51,14 +51,15 @@ struct CpuDescent {
 };
 
 struct CpuSweepGroup {
-  float inverse[kMember][kMember];   // of the group's block of the inverse Gram matrix of what is left
+  float inverse[kMember]
+               [kMember];     // of the group's block of the inverse Gram matrix of what is left
   float pruned[kChoices][3];  // of its part among the pruned columns, as in CpuDescentChoice
 };
 
 struct CpuSweep {
   CpuColumns columns;
-  const float* factor;  // [K][K]: U, upper triangular
-  const float* weight;  // [K]: of squared errors when step sizes are searched
+  const float* factor;     // [K][K]: U, upper triangular
+  const float* weight;     // [K]: of squared errors when step sizes are searched
   const float* fractions;  // [fraction_count] of the largest value that are tried as step sizes
   int64_t fraction_count;  // 0: the scales are given
   const uint8_t* likely;   // [N][K] 0 or 1: the entries that step sizes are searched on

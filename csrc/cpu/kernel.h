@@ -26,9 +26,16 @@ namespace {
 
 template <class V>
 constexpr CpuKernels kernel_table() {
-  return CpuKernels{V::kName,          Stream<V>::widen, Stream<V>::multiply, Tile<V>::adapter_in,
-                    Lookup<V>::lookup, Tile<V>::tile,    Tile<V>::dequantize, V::kLookupTokens,
-                    Descent<V>::descend, Sweep<V>::sweep};
+  return CpuKernels{V::kName,
+                    Stream<V>::widen,
+                    Stream<V>::multiply,
+                    Tile<V>::adapter_in,
+                    Lookup<V>::lookup,
+                    Tile<V>::tile,
+                    Tile<V>::dequantize,
+                    V::kLookupTokens,
+                    Descent<V>::descend,
+                    Sweep<V>::sweep};
 }
 
 }  // namespace

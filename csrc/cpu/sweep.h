@@ -147,8 +147,7 @@ struct Sweep {
     const auto* const groups = reinterpret_cast<const CpuSweepGroup*>(c.groups);
     for (int64_t a = 0; a < width; a += kMember) {
       if (kGrid && (a == 0 || (c.start + a) % c.scale_inputs == 0)) {
-        float* const scales =
-            s.scales + row * c.scale_columns + (c.start + a) / c.scale_inputs;
+        float* const scales = s.scales + row * c.scale_columns + (c.start + a) / c.scale_inputs;
         if (s.fraction_count) {
           const int64_t last = a + c.scale_inputs < width ? a + c.scale_inputs : width;
           V::store(step, search(s, weights, kept, a, last));

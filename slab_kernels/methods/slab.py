@@ -61,9 +61,10 @@ LAST_TOLERANCE = 1e-3  # the fall that ends the last one
 class SlabConfig(Config):
     """The settings of `slab`.
 
-    A solve ends before its `iterations` where the preconditioned gradient has fallen to a tenth; the
-    last one, of kept values without a grid, takes twice as many. A `drift` of a quarter costs the layer itself little and brought most of the gain in perplexity on
-    the models tried; more overfits.
+    A solve ends before its `iterations` where the preconditioned gradient has fallen to a tenth;
+    the last one, of kept values without a grid, may take twice as many. A `drift` of a quarter
+    costs the layer itself little and brought most of the gain in perplexity on the models tried;
+    more overfits.
     """
 
     damping: float = setting(

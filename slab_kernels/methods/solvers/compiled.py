@@ -57,9 +57,7 @@ def among(blocks: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _form(inverse: Tensor) -> Tensor:
     """[...,3] of a symmetric [...,2,2]: its diagonal, and twice the other entry."""
-    return torch.stack(
-        [inverse[..., 0, 0], inverse[..., 1, 1], 2 * inverse[..., 0, 1]], -1
-    )
+    return torch.stack([inverse[..., 0, 0], inverse[..., 1, 1], 2 * inverse[..., 0, 1]], -1)
 
 
 @once_per_gram

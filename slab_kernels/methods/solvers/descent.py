@@ -21,7 +21,6 @@ from .quantize import Grid, expand_scales, round_to_grid
 from .states import enumerable, group_states
 from .sweep import BLOCK
 
-
 PASSES = 2  # of the compiled steps over the groups of a block, before the others hear of it
 
 
@@ -144,7 +143,17 @@ def _descend_compiled(
         for start in range(0, K, width):
             end = min(K, start + width)
             change = torch.ops.slab_kernels.descend_cpu(
-                *block_of_rows, sizes, steps, gram, groups, start, end, planes, size, low, high,
+                *block_of_rows,
+                sizes,
+                steps,
+                gram,
+                groups,
+                start,
+                end,
+                planes,
+                size,
+                low,
+                high,
                 PASSES,
             )
             if everywhere and start:

@@ -159,8 +159,20 @@ def _sweep_compiled(
         for start in range(0, K, width):
             end = min(K, start + width)
             pushed = torch.ops.slab_kernels.sweep_cpu(
-                *parts, steps, likely, sizes, U, groups, fractions, weight, start, end, planes,
-                size, low, high,
+                *parts,
+                steps,
+                likely,
+                sizes,
+                U,
+                groups,
+                fractions,
+                weight,
+                start,
+                end,
+                planes,
+                size,
+                low,
+                high,
             )
             if end < K:
                 remaining[rows, end:].addmm_(pushed, U[start:end, end:], alpha=-1)

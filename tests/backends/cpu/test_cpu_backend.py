@@ -14,8 +14,7 @@ import sys
 import pytest
 import torch
 
-from slab_kernels import SlabLinear, reference
-from slab_kernels import native
+from slab_kernels import SlabLinear, native, reference
 from slab_kernels.backends import cpu, dispatch
 from slab_kernels.backends.base import LinearProblem
 from slab_kernels.bench import machine
