@@ -1,45 +1,26 @@
-// The torch side of the CPU backend, and the only file that includes torch. It uses LibTorch's
+// The torch side of the CPU backend. It uses LibTorch's
 // stable ABI (2.11 and later), so one binary serves every later torch. It checks every argument,
 // widens the activations to fp32, and hands ranges of row blocks to torch's own thread pool.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "launch.h"
+#include "arguments.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace slab;
 
 // A chunk of work below this many weights x tokens is not worth a second thread (about 10 us of one
 // core).
 constexpr int64_t kThreadWork = 1 << 17;
-
-// Like STD_TORCH_CHECK, but without file and line, because the sentence is for whoever called from
-// Python.
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error("slab_kernels: " + text.str());
-}
-#define CHECK_ARGUMENT(condition, ...)     \
-  do {                                     \
-    if (!(condition)) refuse(__VA_ARGS__); \
-  } while (false)
 
 // ---- instruction set ----
 
@@ -58,7 +39,9 @@ const CpuKernels* named(const std::string& name, const char* origin) {
 
 std::atomic<const CpuKernels*> chosen{nullptr};
 
-const CpuKernels& kernels() {
+}  // namespace
+
+const CpuKernels& slab::kernels() {
   const CpuKernels* k = chosen.load(std::memory_order_relaxed);
   if (!k) {
     const char* forced = std::getenv("SLAB_KERNELS_CPU_ISA");
@@ -68,6 +51,8 @@ const CpuKernels& kernels() {
   return *k;
 }
 
+namespace {
+
 std::string cpu_isa() { return kernels().name; }
 std::string cpu_runnable() { return runnable(); }
 std::string cpu_use_isa(std::string name) {
@@ -76,29 +61,6 @@ std::string cpu_use_isa(std::string name) {
 }
 
 // ---- arguments ----
-
-std::string shape(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
-  bool same = t.dim() == int64_t(expected.size());
-  std::string text;
-  int64_t i = 0;
-  for (int64_t size : expected) {
-    same = same && t.size(i) == size;
-    text += (i++ ? ", " : "") + std::to_string(size);
-  }
-  CHECK_ARGUMENT(same, name, " has shape ", shape(t), ", expected [", text, "]");
-  CHECK_ARGUMENT(t.is_cpu(), name, " is not on the CPU");
-  CHECK_ARGUMENT(t.is_contiguous(), name, " is not contiguous");
-}
-
-void check_dtype(const char* name, const Tensor& t, ScalarType expected, const char* text) {
-  CHECK_ARGUMENT(t.scalar_type() == expected, name, " has another dtype than ", text);
-}
 
 int float_type(const char* name, ScalarType type) {
   if (type == ScalarType::Float) return kFloat32;
@@ -207,19 +169,6 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   }
   return w;
 }
-
-// fp32 memory, aligned to 64 bytes, which is freed at the end of the call.
-struct Scratch {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data;
-  explicit Scratch(int64_t n)
-      : data(static_cast<float*>(std::aligned_alloc(64, size_t(round_up(n * 4 + 4, 64))))) {
-    CHECK_ARGUMENT(data, "out of memory for ", n, " floats");
-  }
-  float* get() const { return data.get(); }
-};
 
 // ---- ops ----
 

@@ -28,6 +28,7 @@
 #include <cstdint>
 
 #include "format.h"
+#include "solver.h"
 
 namespace slab {
 
@@ -97,6 +98,9 @@ struct CpuKernels {
   // W[N][K] in out_type for row blocks [begin, end), without the adapter
   void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
   int lookup_tokens;  // below this many tokens lookup is the faster of the two
+  // Rows [begin, end) of a block of columns; `memory` holds kMostColumns^2 numbers of its own.
+  void (*descend)(const CpuDescent& d, float* memory, int64_t begin, int64_t end);
+  void (*sweep)(const CpuSweep& s, float* memory, int64_t begin, int64_t end);
 };
 
 const CpuKernels* cpu_kernels_scalar();

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from slab_kernels.backends import cpu
+from slab_kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,12 +128,12 @@ def test_cmake_compiles_with_the_same_flags(recipe, tmp_path):
         assert [flag for flag in command if flag in flags][-len(flags) :] == flags
 
 
-@pytest.mark.skipif(cpu.missing_library() is not None, reason="no native library")
+@pytest.mark.skipif(native.missing_library() is not None, reason="no native library")
 def test_library_needs_neither_python_nor_a_second_openmp():
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
     dynamic = subprocess.run(
-        ["readelf", "-d", cpu.LIBRARY], capture_output=True, text=True, check=True
+        ["readelf", "-d", native.LIBRARY], capture_output=True, text=True, check=True
     ).stdout
     needed = [line.split("[")[1].split("]")[0] for line in dynamic.splitlines() if "NEEDED" in line]
     assert "libtorch_cpu.so" in needed

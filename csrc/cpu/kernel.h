@@ -16,7 +16,9 @@
 // a row of y depends on its own token only, and on which of the two products is used.
 #pragma once
 
+#include "descent.h"
 #include "lookup.h"
+#include "sweep.h"
 #include "tile.h"
 
 namespace slab {
@@ -24,8 +26,16 @@ namespace {
 
 template <class V>
 constexpr CpuKernels kernel_table() {
-  return CpuKernels{V::kName,          Stream<V>::widen, Stream<V>::multiply, Tile<V>::adapter_in,
-                    Lookup<V>::lookup, Tile<V>::tile,    Tile<V>::dequantize, V::kLookupTokens};
+  return CpuKernels{V::kName,
+                    Stream<V>::widen,
+                    Stream<V>::multiply,
+                    Tile<V>::adapter_in,
+                    Lookup<V>::lookup,
+                    Tile<V>::tile,
+                    Tile<V>::dequantize,
+                    V::kLookupTokens,
+                    Descent<V>::descend,
+                    Sweep<V>::sweep};
 }
 
 }  // namespace

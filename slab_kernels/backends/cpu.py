@@ -19,27 +19,23 @@ rows that prune it.
 from __future__ import annotations
 
 import functools
-import os
 import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import BackendError
+from .. import native
 from ..format import PackedWeight, bits
 from ..ops import fake_result, register_linear_op
 from . import factors
 from .base import Backend, LinearProblem
 
-LIBRARY = Path(__file__).parent.parent / "_C.so"
-ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set
 # A value type has the number of csrc/format.h's ValueType in the stream; int3 becomes int4 there.
 VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
-_LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
+_REGISTERING = threading.Lock()  # functools.cache alone lets two threads in at once
 ROWS, INPUTS = 16, 128  # rows and inputs of a block of the prepared stream
 
 
@@ -74,7 +70,10 @@ class CpuBackend(Backend):
         return reasons
 
     def missing(self, device: str) -> str | None:
-        return missing_library()
+        reason = native.missing_library()
+        if reason is None:
+            load_library()
+        return reason
 
     def prepare(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> CpuState:
         load_library()
@@ -133,58 +132,20 @@ def widened(values: Tensor) -> Tensor:
     return torch.cat([bits.pack_int4(bits.unpack_int3(rows)) for rows in values.split(512)])
 
 
-def missing_library() -> str | None:
-    """Why the native library cannot be used here and what to do about it, or None.
-
-    Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here: a forced choice is
-        never passed over.
-    """
-    if not LIBRARY.exists():
-        return (
-            f"the native library {LIBRARY.name} was not built; install a C++17 compiler (g++ or "
-            "clang++) and run pip install --no-build-isolation -e . where torch is installed"
-        )
-    try:
-        load_library()
-    except BackendError:
-        raise
-    except (OSError, RuntimeError) as error:
-        return f"the native library {LIBRARY.name} does not load: {error}"
-    return None
-
-
-def runnable() -> list[str]:
-    """Instruction sets that this build can run on this machine, the best first."""
-    load_library()
-    return _runnable()
-
-
-def _runnable() -> list[str]:
-    """What `runnable` returns; the library has to be loaded already."""
-    return torch.ops.slab_kernels.cpu_runnable().split(", ")
-
-
 def load_library() -> None:
     """Load the library and register fake kernels and autograd, once, whichever thread comes first.
 
-    Raises: OSError or RuntimeError if the library is missing or does not load, BackendError if
-        SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot run here.
+    Raises: as `native.load_library`.
     """
-    with _LOADING:
-        _load_once()
-    forced = os.environ.get(ENVIRONMENT)
-    if forced and forced not in _runnable():
-        raise BackendError(
-            f"{ENVIRONMENT}={forced} is not an instruction set that this build runs on this "
-            f"machine; choose one of {', '.join(_runnable())}, or unset it"
-        )
+    native.load_library()
+    with _REGISTERING:
+        _register_once()
 
 
 @functools.cache
-def _load_once() -> torch.library.Library:
+def _register_once() -> torch.library.Library:
     """The library that keeps the registrations alive; the ops themselves are those of the C++
     one."""
-    torch.ops.load_library(str(LIBRARY))
     torch.library.register_fake("slab_kernels::dequantize_cpu", _dequantize_fake)
     return register_linear_op("linear_cpu", 2, _linear_fake, _input_gradient)
 

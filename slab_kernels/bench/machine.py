@@ -101,15 +101,15 @@ def cpu_kernels() -> str | None:
     """
     import torch
 
-    from ..backends import cpu
+    from .. import native
     from ..errors import BackendError
 
     try:
-        if cpu.missing_library():
+        if native.missing_library():
             return None
     except BackendError as error:
         return str(error)
-    return f"{torch.ops.slab_kernels.cpu_isa()} of {', '.join(cpu.runnable())}"
+    return f"{torch.ops.slab_kernels.cpu_isa()} of {', '.join(native.runnable())}"
 
 
 def devices() -> list[dict[str, Any]]:

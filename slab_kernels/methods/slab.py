@@ -9,9 +9,10 @@ order:
    its right have adapted.
 2. A sweep in the manner of SparseGPT fixes each group's positions and levels by their exact common
    cost. Without a sign term 3BASiL's ADMM takes the place of 1 and 2.
-3. Rounds follow, no step of which raises the loss: kept values with V, then with U, by conjugate
-   gradients; coordinate descent over positions and levels of every group; the adapter as the best
-   low-rank part of what is left. They end when a round gains less than `tolerance`.
+3. Coordinate descent over positions, levels and kept values of every group follows, then rounds, no
+   step of which raises the loss: kept values with U by conjugate gradients, descent, kept values
+   with V, descent; the adapter as the best low-rank part of what is left. They end when a round
+   gains less than `tolerance`.
 4. The factors are rounded as they will be stored, and the kept values are solved for once more.
 
 Integer values are rounded inside the sweep; in the rounds their step sizes are refitted and the
@@ -34,7 +35,7 @@ from .inputs import InputStats
 from .solvers.descent import descend
 from .solvers.levels import nearest
 from .solvers.lowrank import signed_factors, signs
-from .solvers.metric import Metric, metric
+from .solvers.metric import Metric, metric, once_per_gram
 from .solvers.quantize import Grid, expand_scales, quantize, round_to_grid, store_scale
 from .solvers.refit import (
     AdapterOutput,
@@ -44,22 +45,26 @@ from .solvers.refit import (
     Part,
     StepSizes,
     conjugate_gradients,
-    gram_loss,
+    row_dot,
 )
 from .solvers.sweep import Curvature, curvature, sweep
 from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
 REFIT_FLOOR = 1e-5  # the fraction of the mean diagonal that the refit adds to each diagonal entry
-TOLERANCE = 1e-3  # the fall of the preconditioned gradient that ends a solve
+FACTORS: tuple[Literal["U", "V"], ...] = ("U", "V")  # in the order in which a round refits them
+LAST_SOLVE = 2  # times as many steps as the others, since nothing moves after it
+TOLERANCE = 0.1  # the fall of the preconditioned gradient that ends a solve of a round
+LAST_TOLERANCE = 1e-3  # the fall that ends the last one
 
 
 @dataclass(frozen=True)
 class SlabConfig(Config):
     """The settings of `slab`.
 
-    A solve ends before its `iterations` where the preconditioned gradient has fallen by 1e-3. A
-    `drift` of a quarter costs the layer itself little and brought most of the gain in perplexity on
-    the models tried; more overfits.
+    A solve ends before its `iterations` where the preconditioned gradient has fallen to a tenth;
+    the last one, of kept values without a grid, may take twice as many. A `drift` of a quarter
+    costs the layer itself little and brought most of the gain in perplexity on the models tried;
+    more overfits.
     """
 
     damping: float = setting(
@@ -70,7 +75,7 @@ class SlabConfig(Config):
     alternations: int = setting(3, "of sweep and adapter before the rounds", 1, 10_000)
     rounds: int = setting(3, "rounds of refit and descent at most", 0, 10_000)
     tolerance: float = setting(5e-3, "relative fall of the root loss that a round must bring", 0, 1)
-    iterations: int = setting(10, "conjugate gradient steps of a solve at most", 0, 10_000)
+    iterations: int = setting(5, "conjugate gradient steps of a solve at most", 0, 10_000)
     drift: float = setting(
         0.25, "share of the error made before this layer that it is to undo", 0, 1
     )
@@ -92,13 +97,10 @@ def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition
     W = weight
     if stats.drift is not None and config.drift:
         W = drift_target(weight, curve.gram, stats.drift, config.drift, config.drift_damping)
-    diagonal = curve.gram.diagonal()
-    # The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones:
-    # without it, columns spread over 9 decades ended in values beyond fp16. Ordinary layers do not
-    # notice it.
-    gram = curve.gram + torch.diag(config.refit_damping * diagonal + REFIT_FLOOR * diagonal.mean())
-    solver = _Solver(W, gram, stats, config)
+    solver = _Solver(W, refit_gram(curve.gram, config.refit_damping), stats, config)
     solver.begin(curve)
+    if config.rounds:
+        solver.descend()
     loss = float("inf")
     for _ in range(config.rounds):
         before, loss = loss, solver.round()
@@ -107,11 +109,29 @@ def slab(weight: Tensor, stats: InputStats, config: SlabConfig) -> Decomposition
     return solver.finish()
 
 
-def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: float) -> Tensor:
-    """[N,K] W + share * drift (H + damping)^-1: the weight that would undo `share` of the drift."""
+@once_per_gram
+def refit_gram(gram: Tensor, damping: float) -> Tensor:
+    """[K,K] the Gram matrix of the refit: a share `damping` of each diagonal entry, and a floor.
+
+    The floor keeps inputs of tiny energy from taking huge kept values to correct loud ones: without
+    it, columns spread over 9 decades ended in values beyond fp16. Ordinary layers do not notice it.
+    """
+    diagonal = gram.diagonal()
+    return gram + torch.diag(damping * diagonal + REFIT_FLOOR * diagonal.mean())
+
+
+@once_per_gram
+def drift_factor(gram: Tensor, damping: float) -> Tensor:
+    """[K,K] fp64: the Cholesky factor of H with a share `damping` of its mean diagonal added."""
     damped = gram.to(torch.float64, copy=True)
     damped.diagonal().add_(damping * damped.diagonal().mean())
-    return W + share * torch.linalg.solve(damped, drift.double(), left=False).to(W)
+    return torch.linalg.cholesky(damped)
+
+
+def drift_target(W: Tensor, gram: Tensor, drift: Tensor, share: float, damping: float) -> Tensor:
+    """[N,K] W + share * drift (H + damping)^-1: the weight that would undo `share` of the drift."""
+    solved = torch.cholesky_solve(drift.double().T, drift_factor(gram, damping))
+    return W + share * solved.T.to(W)
 
 
 class _Factors(NamedTuple):
@@ -139,6 +159,8 @@ class _Solver:
     W [N,K]: the weight to approximate. gram [K,K]: H, damped for the refit.
     approximation [N,K]: S and the sign term together. mask [N,K] bool: kept positions.
     factors: of the sign term, or None. scales [N,groups]: step sizes of integer values, or None.
+    gradient [N,K]: E H of the error E that is left, or None where it has to be computed. Refit and
+        descent keep it current, which saves three products of N x K x K a round.
     """
 
     approximation: Tensor
@@ -149,6 +171,7 @@ class _Solver:
         self.factors: _Factors | None = None
         self.scales: Tensor | None = None
         self.adapter: _Adapter | None = None
+        self.gradient: Tensor | None = None
 
     @cached_property
     def space(self) -> Metric:
@@ -200,34 +223,46 @@ class _Solver:
         rest = (self.W - self.approximation) * d
         basis, iterations = (None, 4) if self.adapter is None else (self.adapter.basis, 2)
         P, Q, basis = self.space.truncate(rest, self.config.adapter_rank, basis, iterations)
-        self.adapter = _Adapter(P, Q / d[:, None], basis)
+        self.adapter, self.gradient = _Adapter(P, Q / d[:, None], basis), None
 
     def round(self) -> float:
         """One round of refit and descent; returns the loss."""
         if self.factors is None:
             self._refit()
+            self.descend()
         else:
-            self._refit("V")
-            self._refit("U")
-        self._descend()
+            for factor in FACTORS:
+                self._refit(factor)
+                self.descend()
         self._fit_adapter()
-        return float(gram_loss(self.target - self.approximation, self.gram))
+        return self._loss()
+
+    def _current_gradient(self) -> Tensor:
+        """E H [N,K]."""
+        if self.gradient is None:
+            self.gradient = (self.target - self.approximation) @ self.gram
+        return self.gradient
+
+    def _loss(self) -> float:
+        """tr(E H E^T)."""
+        error = self.target - self.approximation
+        return float(row_dot(error, self._current_gradient()).double().sum())
 
     def _levels(self, product: Tensor) -> Tensor:
         """[N,K] levels of B: times U V^T they approximate W where it is pruned; 0 on kept ones."""
         level = nearest(self.approximation, product.abs(), self.config.planes)
-        return (level * signs(product)).masked_fill(self.mask, 0.0)
+        return torch.where(self.mask, 0.0, level.mul_(signs(product)))
 
     def _kept_part(self) -> tuple[Part, Tensor]:
         """The unknowns that stand for kept values, and where they are now."""
-        kept = self.approximation.masked_fill(~self.mask, 0.0)
+        kept = torch.where(self.mask, self.approximation, 0.0)
         grid, diagonal = self.config.grid, self.gram.diagonal()
         if grid is None or self.scales is None:
             return KeptValues(self.mask, diagonal), kept
         q = (kept / expand_scales(self.scales, kept.shape[1], grid.group_size)).round()
         return StepSizes(q, grid.group_size, diagonal), self.scales
 
-    def _refit(self, factor: Literal["U", "V"] | None = None) -> None:
+    def _refit(self, factor: Literal["U", "V"] | None = None, last: bool = False) -> None:
         """Least squares over the kept values, one factor of the sign term (or none) and P."""
         kept, start = self._kept_part()
         parts, unknowns = [kept], [start]
@@ -246,8 +281,16 @@ class _Solver:
         if self.adapter is not None:
             parts.append(AdapterOutput(self.adapter.Q, self.gram))
             unknowns.append(self.adapter.P)
+        if self.gradient is None:
+            self.gradient = residual @ self.gram
         found = conjugate_gradients(
-            residual, self.gram, parts, unknowns, self.config.iterations, TOLERANCE
+            residual,
+            self.gram,
+            parts,
+            unknowns,
+            self.config.iterations * (LAST_SOLVE if last else 1),
+            LAST_TOLERANCE if last else TOLERANCE,
+            gradient=self.gradient,
         )
         self.approximation = kept.expand(found[0])
         if self.config.grid is not None:
@@ -259,8 +302,8 @@ class _Solver:
         if self.adapter is not None:
             self.adapter = self.adapter._replace(P=found[-1])
 
-    def _descend(self) -> None:
-        """Coordinate descent over what is discrete."""
+    def descend(self, keep_gradient: bool = True) -> None:
+        """Coordinate descent over what is discrete. The gradient is not wanted after the last."""
         magnitude, planes = torch.zeros_like(self.W), 0
         if self.factors is not None:
             magnitude, planes = self.factors.product.abs(), self.config.planes
@@ -274,6 +317,7 @@ class _Solver:
             scales=self.scales,
             grid=self.config.grid,
             planes=planes,
+            gradient=self._current_gradient() if keep_gradient else None,
         )
 
     def finish(self) -> Decomposition:
@@ -287,8 +331,9 @@ class _Solver:
             self.factors = _Factors(U, V)
             pruned = self.factors.product * B
             self.approximation = torch.where(self.mask, self.approximation, pruned)
+        self.gradient = None
         if grid is None:
-            self._refit()
+            self._refit(last=True)
             self._round_adapter()  # P moved with the kept values
         else:
             self._settle_on(grid)
@@ -316,7 +361,7 @@ class _Solver:
         self.scales = store_scale(self.scales)
         steps = expand_scales(self.scales, self.W.shape[1], grid.group_size)
         self._round_kept(steps, grid)
-        self._descend()
+        self.descend(keep_gradient=False)
         self._round_kept(steps, grid)
 
     def _round_kept(self, steps: Tensor, grid: Grid) -> None:

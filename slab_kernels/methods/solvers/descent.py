@@ -13,11 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...format import INTEGER_RANGES
+from . import compiled
 from .levels import nearest, neighbours
 from .masks import Pattern
 from .quantize import Grid, expand_scales, round_to_grid
 from .states import enumerable, group_states
 from .sweep import BLOCK
+
+PASSES = 2  # of the compiled steps over the groups of a block, before the others hear of it
 
 
 def descend(
@@ -31,13 +35,14 @@ def descend(
     scales: Tensor | None = None,
     grid: Grid | None = None,
     planes: int = 1,
+    gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One pass over all of W: the new approximation [N,K] and kept mask [N,K].
 
     W, approximation, magnitude [N,K], mask [N,K] bool, gram [K,K]. Pruned entries are a level of
     `planes` signs times magnitude >= 0, or zero for planes=0. With a `grid`, kept values lie on it
     with step sizes `scales` [N,groups]. Positions move where the states of a group can be
-    enumerated.
+    enumerated. gradient [N,K]: E H, which saves computing it and is kept current.
     """
     if enumerable(pattern, planes):
         return descend_groups(
@@ -50,10 +55,13 @@ def descend(
             scales=scales,
             grid=grid,
             planes=planes,
+            gradient=gradient,
         )
     levels = descend_levels(
         W, approximation, mask, magnitude, gram, scales=scales, grid=grid, planes=planes
     )
+    if gradient is not None:
+        torch.mm(W - levels, gram, out=gradient)
     return levels, mask
 
 
@@ -68,6 +76,7 @@ def descend_groups(
     scales: Tensor | None = None,
     grid: Grid | None = None,
     planes: int = 1,
+    gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One pass over the groups of an enumerable n:m pattern; arguments and results as of `descend`.
 
@@ -77,12 +86,18 @@ def descend_groups(
     than its own.
     """
     m, N = pattern.group, len(W)
+    width = max(m, BLOCK // m * m)
+    if compiled.usable(W.device, pattern, planes, width):
+        return _descend_compiled(
+            W, approximation, mask, magnitude, gram, scales, grid, planes, gradient, width
+        )
+    whole_gradient = gradient
     solver = _GroupSolver(gram, pattern, grid, planes)
     target, size = W.T.contiguous(), magnitude.T.contiguous()
     steps = _step_of_every_entry(scales, grid, W)
     E = (W - approximation).T.contiguous()
     kept = mask.T.clone(memory_format=torch.contiguous_format)
-    for block, gradient in _blocks(E, gram, max(m, BLOCK // m * m)):
+    for block, gradient in _blocks(E, gram, width):
         for a in range(block.start, block.stop, m):
             group = slice(a, a + m)
             H, e, first = solver.blocks[a // m], E[group], a - block.start
@@ -96,7 +111,56 @@ def descend_groups(
             kept[group] = torch.where(better, solver.states.mask.T[:, state], kept[group])
             E[group] += change
             gradient.addmm_(gram[block, group], change)
+    if whole_gradient is not None:
+        torch.mm(E.T, gram, out=whole_gradient)
     return W - E.T, kept.T.contiguous()
+
+
+def _descend_compiled(
+    W: Tensor,
+    approximation: Tensor,
+    mask: Tensor,
+    magnitude: Tensor,
+    gram: Tensor,
+    scales: Tensor | None,
+    grid: Grid | None,
+    planes: int,
+    gradient: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """`descend_groups` for 2:4 by the compiled steps, `PASSES` of them within a block."""
+    (N, K), groups = W.shape, compiled.descent_groups(gram)
+    W, gram = W.contiguous(), gram.contiguous()
+    E = (W - approximation).contiguous()
+    kept, everywhere = mask.clone(memory_format=torch.contiguous_format), gradient is not None
+    G = E @ gram if gradient is None else gradient
+    low, high = INTEGER_RANGES[grid.values] if grid else (0, 0)
+    size = (grid.group_size or K) if grid else 0
+    for rows in compiled.row_ranges(N, K):
+        block_of_rows = (E[rows], G[rows], kept[rows], W[rows])
+        sizes = magnitude[rows].contiguous() if planes else None
+        steps = scales[rows].contiguous() if scales is not None and grid else None
+        for start in range(0, K, width):
+            end = min(K, start + width)
+            change = torch.ops.slab_kernels.descend_cpu(
+                *block_of_rows,
+                sizes,
+                steps,
+                gram,
+                groups,
+                start,
+                end,
+                planes,
+                size,
+                low,
+                high,
+                PASSES,
+            )
+            if everywhere and start:
+                G[rows, :start].addmm_(change, gram[start:end, :start])
+            if end < K:
+                G[rows, end:].addmm_(change, gram[start:end, end:])
+    return W - E, kept
 
 
 def _blocks(E: Tensor, gram: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:

@@ -54,8 +54,8 @@ def truncated_svd(
     return U, V if metric is not None else V[:, :rank].contiguous()
 
 
-def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
-    """U [N,R] of least sum weight * (A - U V^T)^2 for A, weight [N,K] and V [K,R].
+def fit_rows(weighted: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
+    """U [N,R] of least sum weight * (A - U V^T)^2 for weighted = A * weight, weight [N,K], V [K,R].
 
     A proximal term of 1e-6 of the mean curvature towards `previous` [N,R] keeps rows solvable that
     have fewer counted entries than R, and keeps the step monotone.
@@ -63,11 +63,11 @@ def fit_rows(A: Tensor, weight: Tensor, V: Tensor, previous: Tensor) -> Tensor:
     R = V.shape[1]
     products = (V[:, :, None] * V[:, None, :]).flatten(1)
     normal = (weight @ products).unflatten(1, (R, R))
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(A.dtype).tiny * 1e8
-    right = (A * weight) @ V + ridge[:, None] * previous
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(V.dtype).tiny * 1e8
+    right = weighted @ V + ridge[:, None] * previous
     if R == 1:
         return right / (normal[:, 0] + ridge[:, None])
-    normal = normal + ridge[:, None, None] * torch.eye(R, dtype=A.dtype, device=A.device)
+    normal = normal + ridge[:, None, None] * torch.eye(R, dtype=V.dtype, device=V.device)
     return torch.linalg.solve(normal, right)
 
 
@@ -78,9 +78,10 @@ def masked_als(
 
     No step increases the sum.
     """
+    weighted = A * weight
     for _ in range(iterations):
-        U = fit_rows(A, weight, V, U)
-        V = fit_rows(A.T, weight.T, U, V)
+        U = fit_rows(weighted, weight, V, U)
+        V = fit_rows(weighted.T, weight.T, U, V)
     return U, V
 
 

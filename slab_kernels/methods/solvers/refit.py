@@ -170,48 +170,63 @@ def conjugate_gradients(
     start: Sequence[Tensor],
     iterations: int,
     tolerance: float = 0.0,
+    *,
+    gradient: Tensor | None = None,
 ) -> list[Tensor]:
     """Minimise tr(E H E^T) over the unknowns of `parts`, jointly; `residual` [N,K] is E at `start`.
 
     Returns the unknowns at the end: after `iterations`, or when the preconditioned gradient has
     fallen by `tolerance`. The loss never increases: a row (or everything, where a part couples the
     rows) whose search direction has no curvature left stays where it is.
+    gradient [N,K]: E H at `start`, which saves computing it; it becomes that of the result.
     """
     x = [t.clone() for t in start]
     rows = all(part.by_row for part in parts)
-    EH = residual @ gram
-    gradient = [part.collect(EH) for part in parts]
-    del EH  # [N,K], not needed in the loop
-    z = [part.precondition(r) for part, r in zip(parts, gradient, strict=True)]
+    EH = residual @ gram if gradient is None else gradient
+    left = [part.collect(EH) for part in parts]
+    z = [part.precondition(r) for part, r in zip(parts, left, strict=True)]
     direction = [t.clone() for t in z]
-    rz = first = _dot(gradient, z, rows)
+    rz = first = _dot(left, z, rows)
+    made, DH = torch.empty_like(EH), torch.empty_like(EH)
     for _ in range(iterations):
-        DH = _expand(parts, direction) @ gram
+        torch.mm(_expand(parts, direction, made), gram, out=DH)
         applied = [part.collect(DH) for part in parts]
         curvature = _dot(direction, applied, rows)
         alpha = torch.where(curvature > 0, rz / curvature.clamp_min(TINY), 0.0)
         for t, d in zip(x, direction, strict=True):
             t.addcmul_(alpha, d)
-        for r, a in zip(gradient, applied, strict=True):
+        for r, a in zip(left, applied, strict=True):
             r.addcmul_(alpha, a, value=-1)
-        z = [part.precondition(r) for part, r in zip(parts, gradient, strict=True)]
-        next_rz = _dot(gradient, z, rows)
+        if gradient is not None:
+            gradient.addcmul_(alpha, DH, value=-1)
+        z = [part.precondition(r) for part, r in zip(parts, left, strict=True)]
+        next_rz = _dot(left, z, rows)
         if tolerance and bool(next_rz.sum() <= tolerance**2 * first.sum()):
             break
         beta = torch.where(rz > 0, next_rz / rz.clamp_min(TINY), 0.0)
-        direction = [torch.addcmul(t, beta, d) for t, d in zip(z, direction, strict=True)]
+        direction = [d.mul_(beta).add_(t) for t, d in zip(z, direction, strict=True)]
         rz = next_rz
     return x
 
 
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: the inner products of the rows of a and b [N,k], the same whatever the threads."""
+    return torch.einsum("ij,ij->i", a, b)
+
+
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor], rows: bool) -> Tensor:
     """The inner product of two sets of unknowns: [N,1] row by row, or one number."""
-    pairs = zip(a, b, strict=True)
-    if not rows:
-        return reduce(torch.add, (torch.vdot(s.flatten(), t.flatten()) for s, t in pairs))
-    return reduce(torch.add, (torch.einsum("ij,ij->i", s, t) for s, t in pairs))[:, None]
+    dots = [row_dot(s, t) for s, t in zip(a, b, strict=True)]
+    if rows:
+        return reduce(torch.add, dots)[:, None]
+    return reduce(torch.add, (dot.sum() for dot in dots))
 
 
-def _expand(parts: Sequence[Part], x: Sequence[Tensor]) -> Tensor:
+def _expand(parts: Sequence[Part], x: Sequence[Tensor], out: Tensor) -> Tensor:
     """[N,K]: what the unknowns of all parts make up together."""
-    return reduce(torch.add, (part.expand(t) for part, t in zip(parts, x, strict=True)))
+    if len(parts) == 1:
+        return parts[0].expand(x[0])
+    torch.add(parts[0].expand(x[0]), parts[1].expand(x[1]), out=out)
+    for part, t in zip(parts[2:], x[2:], strict=True):
+        out.add_(part.expand(t))
+    return out

@@ -18,10 +18,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...format import INTEGER_RANGES
+from . import compiled
 from .levels import nearest, neighbours
 from .masks import Pattern, top_of_groups, top_of_rows
 from .metric import damped_cholesky, once_per_gram
-from .quantize import Grid, group_scale, round_to_grid
+from .quantize import SEARCH, Grid, group_scale, round_to_grid
 from .states import enumerable, group_states
 
 BLOCK = 128  # columns between two updates of everything to the right (SparseGPT, section 3.3)
@@ -50,7 +52,7 @@ def curvature(gram: Tensor, damping: float = 0.01, relative_damping: float = 0.0
     """Damp and factorise a mean Gram matrix [K,K] in fp64: see `damped_cholesky`."""
     damped = damped_cholesky(gram, damping, relative_damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(damped.lower), upper=True)
-    return Curvature(damped.alive, upper.float())
+    return Curvature(damped.alive, upper.float().contiguous())
 
 
 class Swept(NamedTuple):
@@ -94,6 +96,10 @@ def sweep(
     group = pattern.group or 1
     unit = grid.group_size if grid and grid.group_size else group
     width = max(unit, BLOCK // unit * unit)
+    searched = mask is not None or grid is None or grid.group_size is None
+    if joint and searched and compiled.usable(W.device, pattern, levels.planes, width):
+        scales = torch.stack(kept_values.scales, 1) if kept_values.scales else None
+        return _sweep_compiled(W, curve, magnitude, mask, grid, levels.planes, scales, width)
     chosen_at_once = group if pattern.structured else width
     # A column of W is contiguous here, which halves the time of the inner loop.
     remaining = W.T.clone(memory_format=torch.contiguous_format)
@@ -118,6 +124,59 @@ def sweep(
         remaining[end:].addmm_(U[start:end, end:].T, error, alpha=-1)
     scales = torch.stack(kept_values.scales, 1) if grid else None
     return Swept(fixed.T.contiguous(), kept.T.contiguous(), scales)
+
+
+def _sweep_compiled(
+    W: Tensor,
+    curve: Curvature,
+    magnitude: Tensor | None,
+    mask: Tensor | None,
+    grid: Grid | None,
+    planes: int,
+    scales: Tensor | None,
+    width: int,
+) -> Swept:
+    """`sweep` to 2:4 with joint costs by the compiled steps.
+
+    scales [N,1]: where one scale per row was searched already.
+    """
+    (N, K), U = W.shape, curve.factor.contiguous()
+    groups, weight = compiled.sweep_groups(U), curve.conditional_scale**2
+    remaining = W.clone(memory_format=torch.contiguous_format)
+    fixed = torch.empty_like(remaining)
+    kept = torch.empty(N, K, dtype=torch.bool, device=W.device)
+    low, high = INTEGER_RANGES[grid.values] if grid else (0, 0)
+    size = (grid.group_size or K) if grid else 0
+    fractions = None
+    if grid and scales is None:
+        fractions = torch.tensor(SEARCH, dtype=torch.float32, device=W.device)
+        scales = W.new_empty(N, -(-K // size))
+    for rows in compiled.row_ranges(N, K):
+        parts = (remaining[rows], fixed[rows], kept[rows])
+        steps = None if scales is None else scales[rows]
+        likely = mask[rows].contiguous() if fractions is not None and mask is not None else None
+        sizes = None if magnitude is None else magnitude[rows].contiguous()
+        for start in range(0, K, width):
+            end = min(K, start + width)
+            pushed = torch.ops.slab_kernels.sweep_cpu(
+                *parts,
+                steps,
+                likely,
+                sizes,
+                U,
+                groups,
+                fractions,
+                weight,
+                start,
+                end,
+                planes,
+                size,
+                low,
+                high,
+            )
+            if end < K:
+                remaining[rows, end:].addmm_(pushed, U[start:end, end:], alpha=-1)
+    return Swept(fixed, kept, scales)
 
 
 class _PrunedLevels:

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from slab_kernels import SlabLinear, reference
+from slab_kernels import SlabLinear, native, reference
 from slab_kernels.backends import cpu, dispatch
 from slab_kernels.backends.base import LinearProblem
 from slab_kernels.bench import machine
@@ -30,11 +30,11 @@ from slab_kernels.testing import (
     random_packed,
 )
 
-if cpu.missing_library():
-    pytest.skip(f"no native library: {cpu.missing_library()}", allow_module_level=True)
+if native.missing_library():
+    pytest.skip(f"no native library: {native.missing_library()}", allow_module_level=True)
 
 OPS = torch.ops.slab_kernels
-ISAS = cpu.runnable()
+ISAS = native.runnable()
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 65)
 TERMS = [(rank, 1) for rank in (*RANKS, 3)] + [(1, 2), (1, 3), (2, 2), (3, 3)]  # rank, planes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -310,7 +310,7 @@ def test_reasons():
 
 
 def test_missing_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_C.so")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_C.so")
     reasons = cpu.BACKEND.not_supported_reasons(LinearProblem.of(LAYOUT, 1, torch.float32, "cpu"))
     assert len(reasons) == 1 and "was not built" in reasons[0] and "compiler" in reasons[0]
 
@@ -359,7 +359,7 @@ def test_moving_powers_of_two_rounds_nothing(isa, monkeypatch, rank):
 
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar "])
 def test_a_misspelt_instruction_set_is_an_error_and_no_reason(monkeypatch, name):
-    monkeypatch.setenv(cpu.ENVIRONMENT, name)
+    monkeypatch.setenv(native.ENVIRONMENT, name)
     sentence = f"SLAB_KERNELS_CPU_ISA={name} is not an instruction set.*one of {', '.join(ISAS)}"
     with pytest.raises(BackendError, match=sentence):
         dispatch.select(LinearProblem.of(LAYOUT, 1, torch.float32, "cpu"))
@@ -376,8 +376,8 @@ def test_info_shows_a_misspelt_backend(monkeypatch):
 
 def run_with_isa(name):
     code = (
-        "from slab_kernels.backends import cpu;"
-        "print(cpu.runnable(), cpu.torch.ops.slab_kernels.cpu_isa())"
+        "from slab_kernels import native;"
+        "print(native.runnable(), native.torch.ops.slab_kernels.cpu_isa())"
     )
     environment = {**os.environ, "SLAB_KERNELS_CPU_ISA": name}
     return subprocess.run(

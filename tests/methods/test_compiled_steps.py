@@ -1,0 +1,139 @@
+"""The compiled steps of sweep and descent against the torch code that defines them, for every
+instruction set that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairwise import grid
+
+from slab_kernels import native
+from slab_kernels.methods import decompose
+from slab_kernels.methods.inputs import InputStats
+from slab_kernels.methods.solvers import compiled, descent
+from slab_kernels.methods.solvers.masks import Pattern, select
+from slab_kernels.methods.solvers.quantize import Grid, expand_scales, round_to_grid
+from slab_kernels.methods.solvers.refit import gram_loss
+from slab_kernels.methods.solvers.sweep import curvature, sweep
+
+if native.missing_library():
+    pytest.skip(f"no native library: {native.missing_library()}", allow_module_level=True)
+
+P24 = Pattern(2, 4)
+GRIDS = [None, Grid("int8", 32), Grid("int4", 64), Grid("int3", None)]
+SHAPES = [(1, 4), (7, 96), (33, 260), (70, 132)]
+
+
+@pytest.fixture
+def use_isa():
+    """Chooses an instruction set for the rest of the test."""
+    before = torch.ops.slab_kernels.cpu_isa()
+    yield torch.ops.slab_kernels.cpu_use_isa
+    torch.ops.slab_kernels.cpu_use_isa(before)
+
+
+def layer(N, K):
+    """W, its Gram matrix, magnitudes, and a mask of the largest weights."""
+    g = torch.Generator().manual_seed(N * K)
+    x = torch.randn(2 * K + 50, K, generator=g) @ torch.randn(K, K, generator=g).div(K**0.5).add(
+        0.1
+    )
+    W = torch.randn(N, K, generator=g)
+    return W, x.T @ x / len(x), 0.3 + 0.6 * torch.rand(N, K, generator=g), select(W.abs(), P24)
+
+
+def both(monkeypatch, run):
+    """What `run` returns with the torch code and with the compiled steps, one pass each."""
+    monkeypatch.setattr(descent, "PASSES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "usable", lambda *_: False)
+        want = run()
+    return want, run()
+
+
+@grid(**{"N, K": SHAPES, "planes": [0, 1, 2, 3], "values": GRIDS, "isa": native.runnable()})
+def test_sweep_and_descent_are_those_of_torch(monkeypatch, use_isa, N, K, planes, values, isa):
+    use_isa(isa)
+    W, H, magnitude, mask = layer(N, K)
+
+    def run():
+        swept = sweep(
+            W, curvature(H), P24, magnitude if planes else None, mask, values, planes=planes or 1
+        )
+        gradient = (W - swept.approximation) @ H
+        moved = descent.descend(
+            W, swept.approximation, swept.mask, magnitude, H, P24,
+            scales=swept.scales, grid=values, planes=planes, gradient=gradient,
+        )  # fmt: skip
+        return swept, moved, gradient
+
+    (want, want_moved, _), (got, got_moved, gradient) = both(monkeypatch, run)
+    # A tie, or a sum that rounds otherwise, may send a group another way; hardly any may go.
+    assert (got.mask == want.mask).float().mean() > 0.98
+    assert (got_moved[1] == want_moved[1]).float().mean() > 0.97
+    losses = [float(gram_loss(W - t, H)) for t in (got.approximation, got_moved[0])]
+    wanted = [float(gram_loss(W - t, H)) for t in (want.approximation, want_moved[0])]
+    assert losses == pytest.approx(wanted, rel=0.02) and losses[1] <= losses[0] * (1 + 1e-5)
+    same = (got.mask == want.mask).view(N, -1).all(1)
+    assert torch.allclose(got.approximation[same], want.approximation[same], rtol=1e-3, atol=1e-3)
+    now, kept = got_moved
+    size = gradient.abs().max() + W.abs().max()
+    torch.testing.assert_close(gradient, (W - now) @ H, rtol=0, atol=float(1e-5 * size))
+    assert (kept.view(N, -1, 4).sum(-1) == 2).all()
+    if values is not None:
+        steps = expand_scales(got.scales, K, values.group_size)
+        rounded = round_to_grid(now, steps, values.values)
+        torch.testing.assert_close(now[kept], rounded[kept], rtol=1e-4, atol=1e-4)
+        assert torch.equal(got.scales, got.scales.to(torch.bfloat16).float())
+    if not planes:
+        assert now[~kept].abs().max() < 1e-4
+
+
+def test_more_passes_within_a_block_only_help(monkeypatch):
+    W, H, magnitude, mask = layer(33, 260)
+    start = torch.where(mask, W, magnitude)
+    losses = [float(gram_loss(W - start, H))]
+    for passes in (1, 2, 3):
+        monkeypatch.setattr(descent, "PASSES", passes)
+        moved, _ = descent.descend(W, start, mask, magnitude, H, P24)
+        losses.append(float(gram_loss(W - moved, H)))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_bits_depend_on_no_thread_count():
+    W, H, _, _ = layer(300, 260)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            stats = InputStats.from_gram(H.clone(), 1000)
+            found.append(decompose(W, stats, values="int4", group_size=32, planes=2))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(found[0].S, other.S) and torch.equal(found[0].U, other.U)
+        assert torch.equal(found[0].V, other.V) and torch.equal(found[0].B, other.B)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"start": 2}, "are not a block of groups"),
+        ({"end": 300}, "are not a block of groups"),
+        ({"planes": 4}, "planes=4 must be 1 to 3"),
+        ({"planes": 0}, "planes=0 must be 1 to 3"),
+        ({"kept": torch.zeros(8, 8)}, "kept has another dtype than bool"),
+        ({"gram": torch.zeros(8, 4)}, r"gram has shape \[8, 4\], expected \[8, 8\]"),
+        ({"scales": torch.ones(8, 2), "scale_inputs": 3}, "scale_inputs=3 must be a multiple"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    square = torch.eye(8)
+    arguments = {
+        "error": square.clone(), "gradient": square.clone(), "kept": square.bool(),
+        "target": square, "magnitude": square, "scales": None, "gram": square,
+        "groups": compiled.descent_groups(square), "start": 0, "end": 8, "planes": 1,
+        "scale_inputs": 0, "lowest": -8, "highest": 7, "passes": 1,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.slab_kernels.descend_cpu(**{**arguments, **change})
