@@ -10,7 +10,7 @@ EXAMPLES = {
     ),
     "eval": (
         "slab-kernels eval ./out --text wiki.txt --window 2048",
-        "slab-kernels eval ./out --json > eval.json",
+        "slab-kernels eval ./out --against ./model --json > eval.json",
         "slab-kernels eval ./out --tasks arc_easy,piqa --limit 200",
     ),
     "generate": (

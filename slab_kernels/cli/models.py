@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -14,6 +14,9 @@ from .layers import show_layers
 from .options import torch_dtype
 from .progress import Progress
 
+if TYPE_CHECKING:
+    from ..models.totals import Totals
+
 
 class _Opened(NamedTuple):
     """A model, its tokenizer, and what its folder is known to be."""
@@ -21,6 +24,7 @@ class _Opened(NamedTuple):
     model: Any
     tokenizer: Any
     facts: dict[str, Any]
+    totals: Totals
 
 
 def _open(
@@ -40,6 +44,7 @@ def _open(
     from ..models.folder import hub_folder
     from ..models.load import load
     from ..models.source import open_source
+    from ..models.totals import read_totals
     from ..nn.preparation import dense_copy_bytes
     from ..text.source import open_tokenizer
 
@@ -50,7 +55,7 @@ def _open(
     if dtype is not None:
         kind = torch_dtype(dtype)
     path = hub_folder(folder)
-    seen = inspect(path)
+    seen, totals = inspect(path), read_totals(path)
     if seen["stored"] == "packed":
         model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
     else:
@@ -60,12 +65,12 @@ def _open(
         "method": seen["method"] or "dense",
         "stored": seen["stored"],
         "bits_per_weight": seen["bits_per_weight"],
-        "bytes": seen["bytes"],
+        **totals.to_dict(),
         "dense_copy_bytes": dense_copy_bytes(model),
         "device": str(where),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return _Opened(model, open_tokenizer(path, trust), facts)
+    return _Opened(model, open_tokenizer(path, trust), facts, totals)
 
 
 def _skip_checksums(wanted: bool) -> None:
@@ -88,6 +93,7 @@ def evaluate(
     text: options.Text = "stdlib:heldout",
     window: options.EvalWindow = None,
     max_tokens: options.MaxTokens = 0,
+    against: options.Against = None,
     tasks: options.Tasks = None,
     task_files: options.TaskFiles = None,
     limit: options.Limit = None,
@@ -99,14 +105,20 @@ def evaluate(
     no_verify: options.NoVerify = False,
     json: options.Json = False,
 ) -> Outcome:
-    """Perplexity per token of a compressed or dense model on a text, or its scores in tasks of
-    lm-eval."""
+    """Perplexity per token of a compressed or dense model on a text, its distance from the dense
+    model's predictions, or its scores in tasks of lm-eval."""
+    from ..evaluate.against import compare
     from ..evaluate.perplexity import perplexity
+    from ..models.source import open_source
     from ..text import source as texts
 
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
-    with Progress("eval", "windows") as progress:
+    if tasks is not None and against is not None:
+        raise typer.BadParameter("--against compares on a text, and --tasks takes none; give one")
+    with Progress("eval", "windows" if against is None else "steps") as progress:
+        # What cannot be the dense model is refused before anything is opened.
+        dense = None if against is None else open_source(against, trust_remote_code)
         opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)
@@ -115,18 +127,36 @@ def evaluate(
             content = content[: max_tokens * texts.CHARACTERS_PER_TOKEN]
             tokens = texts.tokenize(opened.tokenizer, content)[:max_tokens]
             content = opened.tokenizer.decode(tokens)
-        measured = perplexity(opened.model, opened.tokenizer, content, window, progress=progress)
+        given = (opened.tokenizer, content, window, progress)
+        if dense is None:
+            measured = perplexity(opened.model, *given)
+        else:
+            measured = {"against": against} | compare(opened.model, dense, *given)
     data = opened.facts | {"text": text} | measured
 
     def show() -> None:
-        bits = data["bits_per_weight"]
-        stored = "" if bits is None else f", {bits:.3f} stored bits per weight"
         print(
             f"{folder}: perplexity {data['perplexity']:.4f} per token on {text} "
-            f"({data['tokens']} tokens in {data['windows']} windows of {data['window']}){stored}"
+            f"({data['tokens']} tokens in {data['windows']} windows of {data['window']})"
         )
+        if dense is not None:
+            print(_distance(data))
+        bits = data["bits_per_weight"]
+        print(f"{'' if bits is None else f'{bits:.3f} stored bits per weight; '}{opened.totals}")
 
     return Outcome(data, show)
+
+
+def _distance(data: dict[str, Any]) -> str:
+    """What `compare` found, as lines for people."""
+    ratio, error = data["perplexity_ratio"], data["perplexity_ratio_stderr"]
+    spread = "" if error is None else f" ± {error:.4f} (standard error)"
+    return (
+        f"against {data['against']}, perplexity {data['dense_perplexity']:.4f}: "
+        f"ratio {ratio:.4f}{spread}\n"
+        f"KL(dense || this) {data['kl']:.5f} nats per token, 99th percentile {data['kl_p99']:.4f}; "
+        f"same most probable token {100 * data['top1']:.2f} %"
+    )
 
 
 def _tasks(opened: _Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
@@ -193,19 +223,21 @@ def generate(
 
 def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
     """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on
-    disk."""
+    disk; what the whole folder stores."""
     from ..evaluate.inspect import inspect
+    from ..models.totals import read_totals
+    from ..paths import expanded
 
-    data = inspect(folder)
+    data, totals = inspect(folder), read_totals(expanded(folder))
 
     def show() -> None:
         show_layers(data["layers"], f"{folder}: {data['stored']}")
         if data["weights"]:
             print(
                 f"{data['weights'] / 1e6:.2f} million weights in {len(data['layers'])} linears, "
-                f"{data['bits_per_weight']:.3f} bits per weight on disk; "
-                f"all tensors {data['bytes'] / 1e6:.2f} MB"
+                f"{data['bits_per_weight']:.3f} bits per weight on disk"
             )
+        print(totals)
 
     return Outcome(data, show)
 

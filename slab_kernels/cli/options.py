@@ -169,6 +169,15 @@ EvalWindow = Annotated[
 MaxTokens = Annotated[
     int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.", min=0)
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DENSE",
+        help="Also compare every prediction with that of the dense model, folder or hub name: KL, "
+        "most probable token, perplexity ratio. If it does not fit into free memory, one of its "
+        "blocks is read at a time.",
+    ),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(
