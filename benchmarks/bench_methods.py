@@ -199,7 +199,8 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
     from transformers import AutoModelForCausalLM
 
     import slab_kernels
-    from slab_kernels.evaluate.perplexity import perplexity
+    from slab_kernels.evaluate.against import compare
+    from slab_kernels.models.totals import read_totals
 
     settings = dict(entry.settings)
     if entry.bits:
@@ -225,26 +226,38 @@ def run(entry: Entry, args: argparse.Namespace, tokenizer, content: str) -> dict
             model = opened.eval().to(args.device)
         else:
             model = slab_kernels.load(scratch / "out", device=args.device, dtype=args.dtype)
-        measured = perplexity(model, tokenizer, content, args.window)
+        measured = compare(model, args.source, tokenizer, content, args.window)
+        totals = read_totals(scratch / "out")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if args.device == "cuda":
         torch.cuda.empty_cache()
-    bits = record.bits_per_weight
+    bits, size = record.bits_per_weight, totals.bytes
     if entry.bits:
         scales = sum(16 * N * math.ceil(K / group_size) for N, K in shapes(record))
         bits = entry.bits + scales / record.weights
+        # They are written as dense weights; what counts is what they would take as integers.
+        size += round((bits - record.bits_per_weight) * record.weights / 8)
     return {
         "label": entry.label,
         "family": entry.family,
         "settings": entry.settings,
         "bits_per_weight": bits,
-        "perplexity": measured["perplexity"],
+        **{name: measured[name] for name in MEASURED},
+        "bytes": size,
+        "parameters": totals.parameters,
+        "bits_per_parameter": 8 * size / totals.parameters,
         # Errors were measured before matching, and mean nothing after it.
         "layer_error": None if record.matching else record.mean_heldout_error,
         "seconds": record.seconds,
         "peak_bytes": max(layer.peak_bytes for layer in record.layers),
     }
+
+
+# What a row has of `evaluate.against.compare`.
+MEASURED = (
+    "perplexity", "kl", "kl_p99", "top1", "perplexity_ratio", "perplexity_ratio_stderr",
+)  # fmt: skip
 
 
 def shapes(record) -> list[tuple[int, int]]:
@@ -389,7 +402,12 @@ def show(found: dict) -> None:
         (
             row["label"],
             f"{row['bits_per_weight']:.3f}",
+            f"{row['bytes'] / 1e6:.2f}" if "bytes" in row else "–",
+            f"{row['bits_per_parameter']:.3f}" if "bits_per_parameter" in row else "–",
             f"{row['perplexity']:.3f}",
+            f"{row['kl']:.5f}" if "kl" in row else "–",
+            f"{row['kl_p99']:.4f}" if "kl_p99" in row else "–",
+            f"{row['top1']:.2%}" if "top1" in row else "–",
             f"{row['layer_error']:.4f}" if row["layer_error"] else "–",
             f"{row['seconds']:.0f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
@@ -397,7 +415,19 @@ def show(found: dict) -> None:
         for row in sorted(found["rows"], key=lambda row: row["bits_per_weight"])
     ]
     print_table(
-        ("entry", "bits/weight", "perplexity", "held-out layer error", "seconds", "peak GB"),
+        (
+            "entry",
+            "bits/weight",
+            "MB",
+            "bits/parameter",
+            "perplexity",
+            "KL",
+            "KL 99 %",
+            "same top token",
+            "held-out layer error",
+            "seconds",
+            "peak GB",
+        ),
         body,
         f"{found['model']}, dense {found['dense']:.3f}",
     )

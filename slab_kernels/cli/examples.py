@@ -16,6 +16,7 @@ EXAMPLES = {
     "generate": (
         'slab-kernels generate ./out --prompt "def fibonacci(n):" --tokens 99',
         'slab-kernels generate ./out --chat --prompt "Why is the sky blue?"',
+        "slab-kernels generate ./out --against ./model --json > beside.json",
     ),
     "bench": (
         "slab-kernels bench --shape 11008x4096 --m 1 --m 16 --values int4",

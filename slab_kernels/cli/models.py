@@ -1,91 +1,17 @@
-"""The commands that open a model folder: eval, generate, inspect, check."""
+"""The commands that look at a model folder: eval, inspect, check."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import typer
 
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .options import torch_dtype
+from .opening import Opened, open_model
 from .progress import Progress
-
-if TYPE_CHECKING:
-    from ..models.totals import Totals
-
-
-class _Opened(NamedTuple):
-    """A model, its tokenizer, and what its folder is known to be."""
-
-    model: Any
-    tokenizer: Any
-    facts: dict[str, Any]
-    totals: Totals
-
-
-def _open(
-    folder: str,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
-    prefill: str | None,
-    trust: bool,
-    no_verify: bool,
-) -> _Opened:
-    """A packed or dense folder; a CPU computes in fp32 unless told otherwise."""
-    import torch
-
-    from ..device import resolve_device
-    from ..evaluate.inspect import inspect
-    from ..models.folder import hub_folder
-    from ..models.load import load
-    from ..models.source import open_source
-    from ..models.totals import read_totals
-    from ..nn.preparation import dense_copy_bytes
-    from ..text.source import open_tokenizer
-
-    _force(backend)
-    _skip_checksums(no_verify)
-    where = resolve_device(device)
-    kind = torch.float32 if where.type == "cpu" else None
-    if dtype is not None:
-        kind = torch_dtype(dtype)
-    path = hub_folder(folder)
-    seen, totals = inspect(path), read_totals(path)
-    if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
-    else:
-        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
-    facts = {
-        "folder": folder,
-        "method": seen["method"] or "dense",
-        "stored": seen["stored"],
-        "bits_per_weight": seen["bits_per_weight"],
-        **totals.to_dict(),
-        "dense_copy_bytes": dense_copy_bytes(model),
-        "device": str(where),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    return _Opened(model, open_tokenizer(path, trust), facts, totals)
-
-
-def _skip_checksums(wanted: bool) -> None:
-    from ..models.folder import VERIFY
-
-    if wanted:
-        os.environ[VERIFY] = "0"
-
-
-def _force(backend: str | None) -> None:
-    from ..backends import dispatch
-
-    if backend:
-        dispatch.backend(backend)  # an unknown name fails here, before a model is loaded
-        os.environ[dispatch.ENVIRONMENT] = backend
 
 
 def evaluate(
@@ -119,7 +45,7 @@ def evaluate(
     with Progress("eval", "windows" if against is None else "steps") as progress:
         # What cannot be the dense model is refused before anything is opened.
         dense = None if against is None else open_source(against, trust_remote_code)
-        opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
+        opened = open_model(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)
         content = texts.read_text(text, tokenizer=opened.tokenizer)
@@ -159,7 +85,7 @@ def _distance(data: dict[str, Any]) -> str:
     )
 
 
-def _tasks(opened: _Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
+def _tasks(opened: Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
     """The scores of a model in the tasks that `tasks` names, separated by commas."""
     from ..evaluate.lm_eval import run_tasks
 
@@ -177,48 +103,6 @@ def _tasks(opened: _Opened, tasks: str, task_files: Path | None, limit: int | No
         console.print_table(("task", "metric", "value"), rows, opened.facts["folder"])
 
     return Outcome(opened.facts | {"tasks": found}, show)
-
-
-def generate(
-    folder: options.Folder,
-    prompt: options.Prompt = "def main():\n    ",
-    chat: options.Chat = False,
-    tokens: options.NewTokens = 64,
-    temperature: options.Temperature = 0.0,
-    seed: options.DrawSeed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = None,
-    backend: options.Backend = None,
-    prefill: options.Prefill = None,
-    trust_remote_code: options.Trust = False,
-    no_verify: options.NoVerify = False,
-    json: options.Json = False,
-) -> Outcome:
-    """Continue a prompt from packed weights, or answer it as a chat model."""
-    from ..evaluate.generation import chat_prompt, continuation
-
-    with Progress("generate", "steps"):
-        opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
-        given = chat_prompt(opened.tokenizer, prompt) if chat else prompt
-        new, seconds = continuation(
-            opened.model, opened.tokenizer, given, tokens, temperature, seed
-        )
-    text = opened.tokenizer.decode(new, skip_special_tokens=True)
-    data = opened.facts | {
-        "prompt": prompt,
-        "chat": chat,
-        "text": text,
-        "tokens": len(new),
-        "tokens_per_second": len(new) / seconds,
-    }
-
-    def show() -> None:
-        print(text if chat else prompt + text)
-        console.say(
-            f"[{len(new)} tokens, {len(new) / seconds:.1f} tokens per second, first call included]"
-        )
-
-    return Outcome(data, show)
 
 
 def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:

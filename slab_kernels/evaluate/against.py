@@ -68,11 +68,11 @@ def compare(
         through the text block by block.
     """
     check(model)
-    source = dense
+    source: Any = dense
     if not isinstance(dense, nn.Module | FolderSource):
         source = open_source(dense)
-    named = source if isinstance(source, nn.Module) else source.model
-    _check_vocabulary(model, named)
+    named: Any = source if isinstance(source, nn.Module) else source.model
+    check_vocabulary(model, named)
     pieces, window = text_windows(_fewer_positions(model, named), tokenizer, text, window)
     if isinstance(source, FolderSource):
         _check_tokens(source, tokenizer, text, window, pieces)
@@ -102,7 +102,8 @@ def _vocabulary(model: PreTrainedModel) -> int | None:
     return getattr(text_config(model), "vocab_size", None)
 
 
-def _check_vocabulary(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+def check_vocabulary(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Raises: ArgumentError for models of different vocabularies."""
     ours, theirs = _vocabulary(model), _vocabulary(dense)
     if ours != theirs:
         raise ArgumentError(

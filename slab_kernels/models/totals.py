@@ -76,7 +76,8 @@ class Totals:
         """Such as "78.90 MB in all, 4.69 bits per parameter (packed linears 50.20 MB, ...)"."""
         bits = self.bits_per_parameter
         each = "" if bits is None else f", {bits:.3f} bits per parameter"
-        return f"{self.megabytes:.2f} MB in all{each} ({', '.join(self.parts())})"
+        parts = f" ({', '.join(self.parts())})" if self.bytes else ""
+        return f"{self.megabytes:.2f} MB in all{each}{parts}"
 
 
 def read_totals(folder: Path | str) -> Totals:

@@ -34,6 +34,10 @@ def folder(tmp_path, name: str = "llama", **changes):
     return dense, slab_kernels.load(out)
 
 
+def noting(steps: list):
+    return lambda *step: steps.append(step)
+
+
 def oracle(model, dense, tokenizer, text: str, window: int) -> dict:
     """The definition: whole logits of one window at a time in fp64, windows cut here."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -82,9 +86,7 @@ def test_the_numbers_are_those_of_whole_logits_in_fp64(name, tmp_path, monkeypat
     assert right["kl"] > 1e-4 and right["windows"] > 20
     for given, streamed in ((whole, None), (dense, False), (str(dense), True)):
         steps: list[tuple[int, int]] = []
-        found = compare(
-            model, given, tokenizer, TEXT, 24, lambda *s: steps.append(s), streamed=streamed
-        )
+        found = compare(model, given, tokenizer, TEXT, 24, noting(steps), streamed=streamed)
         assert found.keys() == right.keys()
         for key, value in right.items():
             assert found[key] == pytest.approx(value, rel=5e-5, abs=2e-8), (key, streamed)
