@@ -114,7 +114,8 @@ class _Gathered:
         if isinstance(data.get("model"), str) and (names_model or self.model is None):
             self.model = data["model"]
         if isinstance(data.get("prompt"), str) and names_model:
-            self.prompt = data["prompt"]
+            # The answer of a chat begins a line of its own.
+            self.prompt = data["prompt"] + ("\n\n" if data.get("chat") is True else "")
         noted = data["notes"] if isinstance(data.get("notes"), list) else []
         noted = [*noted, data.get("device"), data.get("machine")]
         self.notes += [note for note in noted if isinstance(note, str)]
