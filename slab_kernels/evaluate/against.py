@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COPIES = 8  # of the logits of a slice that are in memory at a time: two models', and work on them
-FIT = 0.6  # of the free memory that a dense model may take as a whole
+FIT = 0.5  # of the free memory that a dense model may take as a whole
 
 
 @torch.no_grad()
