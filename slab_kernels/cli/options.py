@@ -174,8 +174,8 @@ Against = Annotated[
     typer.Option(
         metavar="DENSE",
         help="Also compare every prediction with that of the dense model, folder or hub name: KL, "
-        "most probable token, perplexity ratio. If it does not fit into free memory, one of its "
-        "blocks is read at a time.",
+        "most probable token, perplexity ratio. If it would take more than half of the free "
+        "memory, one of its blocks is read at a time.",
     ),
 ]
 Tasks = Annotated[
