@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArchitectureError
 from .blocks import batch_size, find_blocks, load_block, outside_filled
 from .streams import Stop, Stream, catch_stream, given_hidden, handed_on
 
@@ -57,8 +58,17 @@ class WholeModel:
 
 @dataclass
 class _InMemory:
+    """returned: what each block returned when the model ran, without its hidden state."""
+
     model: PreTrainedModel
     tokens: Tensor
+    returned: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            self.blocks = find_blocks(self.model)[1]
+        except ArchitectureError:  # then the whole model runs for every slice
+            self.blocks = nn.ModuleList()
 
     @torch.no_grad()
     def states(self, batch: int) -> Tensor:
@@ -67,16 +77,19 @@ class _InMemory:
         head = self.model.get_output_embeddings()
         if head is None:
             return self.model(input_ids=ids, use_cache=False).logits
-        return _input_of(head, lambda: self.model(input_ids=ids, use_cache=False))
+        with _noted(nn.ModuleList() if self.returned else self.blocks, self.returned):
+            return _input_of(head, lambda: self.model(input_ids=ids, use_cache=False))
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
-        """See `Reader`. The model runs on one token, and its head on the given states instead."""
+        """See `Reader`. The model gets one token, which passes no block; its head the states."""
         head = self.model.get_output_embeddings()
         if head is None:
             return states.float()
         one = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        with _instead(head, states):
+        once = len(self.returned) == len(self.blocks)  # each was called
+        passed = self.blocks if once else nn.ModuleList()
+        with _instead(head, states), _passed_over(passed, self.returned):
             return self.model(input_ids=one, use_cache=False).logits[0].float()
 
 
@@ -165,28 +178,65 @@ class _Behind:
     def _run(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The logits of the model whose last block hands on `hidden`, whatever it is given."""
         embedding = self.model.get_input_embeddings()
-        width, last = embedding.weight.shape[1], len(self.blocks) - 1
+        width = embedding.weight.shape[1]
 
         def embed(ids: Tensor, *_: Any, **__: Any) -> Tensor:
             return hidden.new_zeros(*ids.shape, width)
 
-        def pass_on(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                given = hidden if index == last else given_hidden(args, kwargs)
-                return handed_on(self.stream.returned[index], given)
-
-            return forward
-
-        replaced = {block: pass_on(index) for index, block in enumerate(self.blocks)}
-        if embedding.weight.is_meta:
-            replaced[embedding] = embed
-        try:
-            for module, forward in replaced.items():
-                module.__dict__["forward"] = forward
+        replaced = {embedding: embed} if embedding.weight.is_meta else {}
+        with _forwards(replaced), _passed_over(self.blocks, self.stream.returned, hidden):
             return self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            for module in replaced:
-                module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _passed_over(
+    blocks: nn.ModuleList, returned: list[Any], hidden: Tensor | None = None
+) -> Iterator[None]:
+    """Inside, no block computes: each hands on the hidden state that it is given.
+
+    returned: what each was seen to return, whose form this takes. hidden: what the last one hands
+    on instead, where that is given.
+    """
+
+    def hand_on(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            last = hidden is not None and index == len(blocks) - 1
+            return handed_on(returned[index], hidden if last else given_hidden(args, kwargs))
+
+        return forward
+
+    with _forwards({block: hand_on(index) for index, block in enumerate(blocks)}):
+        yield
+
+
+@contextmanager
+def _forwards(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these modules have other forwards, on the instances: models look at their classes."""
+    own = {module: module.__dict__.get("forward") for module in replaced}
+    try:
+        for module, forward in replaced.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, before in own.items():
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+
+
+@contextmanager
+def _noted(blocks: nn.ModuleList, returned: list[Any]) -> Iterator[None]:
+    """Inside, what these blocks return is added to `returned`, without the hidden state."""
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        returned.append(handed_on(output, None))
+
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _input_of(head: nn.Module, run: Callable[[], Any]) -> Tensor:

@@ -93,7 +93,7 @@ def _hidden_output(output: Any) -> Tensor:
     return output
 
 
-def handed_on(output: Any, hidden: Tensor) -> Any:
+def handed_on(output: Any, hidden: Tensor | None) -> Any:
     """`hidden` in the form of what a block returns, with all else that it returned."""
     return _like(output, [hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
 
