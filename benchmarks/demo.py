@@ -144,6 +144,7 @@ def dense_row(args: argparse.Namespace) -> tuple[Dense, dict[str, Any]]:
     from slab_kernels.evaluate.inspect import inspect
     from slab_kernels.models.folder import hub_folder
     from slab_kernels.models.source import open_source
+    from slab_kernels.models.totals import read_totals
     from slab_kernels.text import source as texts
 
     device = resolve_device(args.device)
@@ -160,7 +161,7 @@ def dense_row(args: argparse.Namespace) -> tuple[Dense, dict[str, Any]]:
     row = {
         "method": "dense",
         "bits_per_weight": seen["bits_per_weight"],
-        "bytes": seen["bytes"],
+        **read_totals(folder).to_dict(),
         **measure(args, model, tokenizer, text, "dense: measuring"),
     }
     return Dense(Path(folder), tokenizer, text, device, dtype), row
@@ -171,22 +172,27 @@ def method_row(args: argparse.Namespace, method: str, dense: Dense, step: str) -
     import slab_kernels
     from slab_kernels.evaluate.crop import weight_crop
     from slab_kernels.evaluate.inspect import inspect
+    from slab_kernels.models.totals import read_totals
 
     folder = args.out / method
     record = compress(args, method, folder, f"{step} {method}: compressing")
     model = slab_kernels.load(folder, device=dense.device, dtype=dense.dtype)
     name = f"{step} {method}: measuring"
-    measured = measure(args, model, dense.tokenizer, dense.text, name)
+    measured = measure(args, model, dense.tokenizer, dense.text, name, dense.folder)
     errors = {layer.name: layer.heldout_error for layer in record.layers}
     seen = inspect(folder)
-    say(f"{step} {method}: {record.seconds:.0f} s, perplexity {measured['perplexity']:.3f}")
+    totals = read_totals(folder)
+    say(
+        f"{step} {method}: {record.seconds:.0f} s, perplexity {measured['perplexity']:.3f}, "
+        f"KL {measured['kl']:.4f} nats per token, {totals}"
+    )
     return {
         "method": method,
         "pattern": "2:4",
         "rank": record.layers[0].rank,
         "values": args.values,
         "bits_per_weight": record.bits_per_weight,
-        "bytes": seen["bytes"],
+        **totals.to_dict(),
         "layer_error": sum(errors.values()) / len(errors),
         "errors": errors,
         "heldout": True,
@@ -242,13 +248,22 @@ def compress(args: argparse.Namespace, method: str, folder: Path, name: str):
         return run(resume=False)
 
 
-def measure(args: argparse.Namespace, model, tokenizer, text: str, name: str) -> dict[str, Any]:
-    """Perplexity, speed and a continuation of one model."""
+def measure(
+    args: argparse.Namespace, model, tokenizer, text: str, name: str, dense: Path | None = None
+) -> dict[str, Any]:
+    """Perplexity, speed and a continuation of one model, and how far it is from the dense one.
+
+    dense: the folder of the dense model; None where the model is that itself.
+    """
+    from slab_kernels.evaluate.against import compare
     from slab_kernels.evaluate.generation import continuation, tokens_per_second
     from slab_kernels.evaluate.perplexity import perplexity
 
     with Progress(name, "windows") as progress:
-        measured = perplexity(model, tokenizer, text, args.window, progress=progress)
+        if dense is None:
+            measured = perplexity(model, tokenizer, text, args.window, progress=progress)
+        else:
+            measured = compare(model, dense, tokenizer, text, args.window, progress=progress)
         speeds = [
             tokens_per_second(model, tokenizer, args.prompt, args.new_tokens)
             for _ in range(1 if args.smoke else 3)
@@ -292,7 +307,7 @@ def tell(story: Story, page: Path) -> None:
     args, found = story.args, measurements.read([story.file])
     settings = f"2:4, rank {args.rank}, {args.values} values"
     print()
-    print_table(tables.COLUMNS, tables.table(found), f"{story.name}, {settings}")
+    print_table(tables.columns(found), tables.table(found), f"{story.name}, {settings}")
     for row in story.timings:
         print(
             f"  one {row['n']}×{row['k']} linear, m={row['m']}: {row['backend']} "

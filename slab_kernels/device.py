@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,29 @@ def local_device(device: str) -> str:
     if rank is None or device not in ("auto", "cuda"):
         return device
     return f"cuda:{rank}" if torch.cuda.is_available() else device
+
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not say.
+
+    Of a CPU's memory it is what Linux holds available, or less where a control group has a limit
+    (proc(5), MemAvailable; the kernel's documentation of cgroup v2, memory.max).
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found: int | None = None
+    with suppress(OSError, ValueError, IndexError):
+        lines = MEMINFO.read_text().splitlines()
+        available = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+        found = int(available[0]) << 10
+        limit, used = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+        found = min(found, int(limit) - int(used) + cached)  # "max" stands for no limit
+    return found
 
 
 @contextmanager

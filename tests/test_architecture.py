@@ -41,7 +41,7 @@ ROOMS: dict[str, str] = {
     "text": "errors paths settings terminal",
     "models": "device errors format nn paths terminal text",
     "compression": "device errors format methods models nn paths settings terminal text",
-    "evaluate": "compression errors format models paths settings terminal text",
+    "evaluate": "compression device errors format models paths settings terminal text",
     "engines": "backends compression errors format models nn terminal",
     # what a person sees
     "report": "errors paths",

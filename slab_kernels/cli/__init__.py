@@ -7,7 +7,8 @@
     progress        a bar, or a line every half minute
     threads         how torch's threads wait for one another
     layers          the table of a model's layers
+    opening         a model folder, opened with its tokenizer
 
 One file for each group of commands: compression (compress, train, decompress), models (eval,
-generate, inspect, check), kernels (bench, tune, explain), machine (info), report.
+inspect, check), generation (generate), kernels (bench, tune, explain), machine (info), report.
 """

@@ -50,6 +50,7 @@ def compress(
     from ..compression.events import Lines
     from ..compression.model import compress
     from ..methods import check_options
+    from ..models.totals import read_totals
 
     out, settings = expanded(out), method_options(option or [])
     check_options(method, settings)  # before they could be taken for other arguments of `compress`
@@ -84,14 +85,19 @@ def compress(
             trust_remote_code=trust_remote_code,
             **settings,
         )
-    data = cast("RunRecord", done).to_dict() | {"folder": str(out)}
+    totals = read_totals(out)
+    data = cast("RunRecord", done).to_dict() | totals.to_dict() | {"folder": str(out)}
 
     def show() -> None:
         show_layers(data["layers"], str(out))
+        heldout = [e for layer in data["layers"] if (e := layer.get("heldout_error")) is not None]
+        name, error = "mean error", data["mean_error"]
+        if heldout:
+            name, error = "mean held-out error", sum(heldout) / len(heldout)
+        print(totals)
         print(
-            f"{data['bits_per_weight']:.3f} stored bits per weight, mean error "
-            f"{data['mean_error']:.4f}, {data['seconds']:.0f} s; "
-            f"next: slab-kernels eval {shlex.quote(str(out))}"
+            f"{data['bits_per_weight']:.3f} stored bits per weight, {name} {error:.4f}, "
+            f"{data['seconds']:.0f} s; next: slab-kernels eval {shlex.quote(str(out))}"
         )
 
     return Outcome(data, show)

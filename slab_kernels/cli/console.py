@@ -291,6 +291,23 @@ def print_table(
     print(page.getvalue(), end="")
 
 
+def print_beside(names: Sequence[str], texts: Sequence[str]) -> None:
+    """Texts in columns beside each other, each under its name."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for name in names:
+        table.add_column(Text(visible(name)), ratio=1, overflow="fold")
+    table.add_row(*(Text(visible(text, keep=TEXT)) for text in texts))
+    page = io.StringIO()
+    on_screen = sys.__stdout__ is not None and sys.__stdout__.isatty()
+    Console(file=page, width=None if on_screen else 120).print(table)
+    print(page.getvalue(), end="")
+
+
 def print_pairs(pairs: Iterable[tuple[str, str]], title: str | None = None) -> None:
     """Names and values, one pair a line."""
     if title:

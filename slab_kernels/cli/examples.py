@@ -10,12 +10,13 @@ EXAMPLES = {
     ),
     "eval": (
         "slab-kernels eval ./out --text wiki.txt --window 2048",
-        "slab-kernels eval ./out --json > eval.json",
+        "slab-kernels eval ./out --against ./model --json > eval.json",
         "slab-kernels eval ./out --tasks arc_easy,piqa --limit 200",
     ),
     "generate": (
         'slab-kernels generate ./out --prompt "def fibonacci(n):" --tokens 99',
         'slab-kernels generate ./out --chat --prompt "Why is the sky blue?"',
+        "slab-kernels generate ./out --against ./model --json > beside.json",
     ),
     "bench": (
         "slab-kernels bench --shape 11008x4096 --m 1 --m 16 --values int4",

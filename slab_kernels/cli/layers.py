@@ -20,6 +20,8 @@ def show_layers(layers: Sequence[dict[str, Any]], title: str) -> None:
         if layers and name not in differing and layers[0].get(name) is not None
     ]
     errors = [n for n in ERRORS if any(layer.get(n) is not None for layer in layers)]
+    if layers and all(layer.get("heldout_error") is not None for layer in layers):
+        errors = ["heldout_error"]  # the others flatter: a layer was fitted to that text
     head = ("layer", "shape", *differing, "bits/weight", *(ERRORS[name] for name in errors))
     rows = [
         (

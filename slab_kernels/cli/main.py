@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from . import compression, console, kernels, machine, models, report
+from . import compression, console, generation, kernels, machine, models, report
 from .examples import epilog
 from .threads import wait_passively
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., console.Outcome]] = {
     "compress": compression.compress,
     "eval": models.evaluate,
-    "generate": models.generate,
+    "generate": generation.generate,
     "bench": kernels.bench,
     "tune": kernels.tune,
     "info": machine.info,
@@ -48,7 +48,12 @@ COMMANDS: dict[str, Callable[..., console.Outcome]] = {
     "report": report.report,
 }
 TIMED = ("bench", "tune")  # commands that time kernels as other programs run them
-MEASURING = ("compress", "eval", "bench")  # commands whose JSON says when and how it was made
+MEASURING = (
+    "compress",
+    "eval",
+    "generate",
+    "bench",
+)  # commands whose JSON says when and how it was made
 
 
 def main() -> None:

@@ -1,86 +1,17 @@
-"""The commands that open a model folder: eval, generate, inspect, check."""
+"""The commands that look at a model folder: eval, inspect, check."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import typer
 
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .options import torch_dtype
+from .opening import Opened, open_model
 from .progress import Progress
-
-
-class _Opened(NamedTuple):
-    """A model, its tokenizer, and what its folder is known to be."""
-
-    model: Any
-    tokenizer: Any
-    facts: dict[str, Any]
-
-
-def _open(
-    folder: str,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
-    prefill: str | None,
-    trust: bool,
-    no_verify: bool,
-) -> _Opened:
-    """A packed or dense folder; a CPU computes in fp32 unless told otherwise."""
-    import torch
-
-    from ..device import resolve_device
-    from ..evaluate.inspect import inspect
-    from ..models.folder import hub_folder
-    from ..models.load import load
-    from ..models.source import open_source
-    from ..nn.preparation import dense_copy_bytes
-    from ..text.source import open_tokenizer
-
-    _force(backend)
-    _skip_checksums(no_verify)
-    where = resolve_device(device)
-    kind = torch.float32 if where.type == "cpu" else None
-    if dtype is not None:
-        kind = torch_dtype(dtype)
-    path = hub_folder(folder)
-    seen = inspect(path)
-    if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
-    else:
-        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
-    facts = {
-        "folder": folder,
-        "method": seen["method"] or "dense",
-        "stored": seen["stored"],
-        "bits_per_weight": seen["bits_per_weight"],
-        "bytes": seen["bytes"],
-        "dense_copy_bytes": dense_copy_bytes(model),
-        "device": str(where),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    return _Opened(model, open_tokenizer(path, trust), facts)
-
-
-def _skip_checksums(wanted: bool) -> None:
-    from ..models.folder import VERIFY
-
-    if wanted:
-        os.environ[VERIFY] = "0"
-
-
-def _force(backend: str | None) -> None:
-    from ..backends import dispatch
-
-    if backend:
-        dispatch.backend(backend)  # an unknown name fails here, before a model is loaded
-        os.environ[dispatch.ENVIRONMENT] = backend
 
 
 def evaluate(
@@ -88,6 +19,7 @@ def evaluate(
     text: options.Text = "stdlib:heldout",
     window: options.EvalWindow = None,
     max_tokens: options.MaxTokens = 0,
+    against: options.Against = None,
     tasks: options.Tasks = None,
     task_files: options.TaskFiles = None,
     limit: options.Limit = None,
@@ -99,15 +31,21 @@ def evaluate(
     no_verify: options.NoVerify = False,
     json: options.Json = False,
 ) -> Outcome:
-    """Perplexity per token of a compressed or dense model on a text, or its scores in tasks of
-    lm-eval."""
+    """Perplexity per token of a compressed or dense model on a text, its distance from the dense
+    model's predictions, or its scores in tasks of lm-eval."""
+    from ..evaluate.against import compare
     from ..evaluate.perplexity import perplexity
+    from ..models.source import open_source
     from ..text import source as texts
 
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
-    with Progress("eval", "windows") as progress:
-        opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
+    if tasks is not None and against is not None:
+        raise typer.BadParameter("--against compares on a text, and --tasks takes none; give one")
+    with Progress("eval", "windows" if against is None else "steps") as progress:
+        # What cannot be the dense model is refused before anything is opened.
+        dense = None if against is None else open_source(against, trust_remote_code)
+        opened = open_model(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)
         content = texts.read_text(text, tokenizer=opened.tokenizer)
@@ -115,21 +53,39 @@ def evaluate(
             content = content[: max_tokens * texts.CHARACTERS_PER_TOKEN]
             tokens = texts.tokenize(opened.tokenizer, content)[:max_tokens]
             content = opened.tokenizer.decode(tokens)
-        measured = perplexity(opened.model, opened.tokenizer, content, window, progress=progress)
+        given = (opened.tokenizer, content, window, progress)
+        if dense is None:
+            measured = perplexity(opened.model, *given)
+        else:
+            measured = {"against": against} | compare(opened.model, dense, *given)
     data = opened.facts | {"text": text} | measured
 
     def show() -> None:
-        bits = data["bits_per_weight"]
-        stored = "" if bits is None else f", {bits:.3f} stored bits per weight"
         print(
             f"{folder}: perplexity {data['perplexity']:.4f} per token on {text} "
-            f"({data['tokens']} tokens in {data['windows']} windows of {data['window']}){stored}"
+            f"({data['tokens']} tokens in {data['windows']} windows of {data['window']})"
         )
+        if dense is not None:
+            print(_distance(data))
+        bits = data["bits_per_weight"]
+        print(f"{'' if bits is None else f'{bits:.3f} stored bits per weight; '}{opened.totals}")
 
     return Outcome(data, show)
 
 
-def _tasks(opened: _Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
+def _distance(data: dict[str, Any]) -> str:
+    """What `compare` found, as lines for people."""
+    ratio, error = data["perplexity_ratio"], data["perplexity_ratio_stderr"]
+    spread = "" if error is None else f" ± {error:.4f} (standard error)"
+    return (
+        f"against {data['against']}, perplexity {data['dense_perplexity']:.4f}: "
+        f"ratio {ratio:.4f}{spread}\n"
+        f"KL(dense || this) {data['kl']:.5f} nats per token, 99th percentile {data['kl_p99']:.4f}; "
+        f"same most probable token {100 * data['top1']:.2f} %"
+    )
+
+
+def _tasks(opened: Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
     """The scores of a model in the tasks that `tasks` names, separated by commas."""
     from ..evaluate.lm_eval import run_tasks
 
@@ -149,55 +105,15 @@ def _tasks(opened: _Opened, tasks: str, task_files: Path | None, limit: int | No
     return Outcome(opened.facts | {"tasks": found}, show)
 
 
-def generate(
-    folder: options.Folder,
-    prompt: options.Prompt = "def main():\n    ",
-    chat: options.Chat = False,
-    tokens: options.NewTokens = 64,
-    temperature: options.Temperature = 0.0,
-    seed: options.DrawSeed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = None,
-    backend: options.Backend = None,
-    prefill: options.Prefill = None,
-    trust_remote_code: options.Trust = False,
-    no_verify: options.NoVerify = False,
-    json: options.Json = False,
-) -> Outcome:
-    """Continue a prompt from packed weights, or answer it as a chat model."""
-    from ..evaluate.generation import chat_prompt, continuation
-
-    with Progress("generate", "steps"):
-        opened = _open(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
-        given = chat_prompt(opened.tokenizer, prompt) if chat else prompt
-        new, seconds = continuation(
-            opened.model, opened.tokenizer, given, tokens, temperature, seed
-        )
-    text = opened.tokenizer.decode(new, skip_special_tokens=True)
-    data = opened.facts | {
-        "prompt": prompt,
-        "chat": chat,
-        "text": text,
-        "tokens": len(new),
-        "tokens_per_second": len(new) / seconds,
-    }
-
-    def show() -> None:
-        print(text if chat else prompt + text)
-        console.say(
-            f"[{len(new)} tokens, {len(new) / seconds:.1f} tokens per second, first call included]"
-        )
-
-    return Outcome(data, show)
-
-
 def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
     """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on
-    disk."""
+    disk; what the whole folder stores."""
     from ..evaluate.inspect import inspect
     from ..format import Padding
+    from ..models.totals import read_totals
+    from ..paths import expanded
 
-    data = inspect(folder)
+    data, totals = inspect(folder), read_totals(expanded(folder))
 
     def show() -> None:
         preset = f", preset {data['preset']}" if data["preset"] else ""
@@ -205,11 +121,11 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
         if data["weights"]:
             print(
                 f"{data['weights'] / 1e6:.2f} million weights in {len(data['layers'])} linears, "
-                f"{data['bits_per_weight']:.3f} bits per weight on disk; "
-                f"all tensors {data['bytes'] / 1e6:.2f} MB"
+                f"{data['bits_per_weight']:.3f} bits per weight on disk"
             )
         for padding in data["padding"]:
             print(f"padded inputs: {Padding(**padding)}")
+        print(totals)
 
     return Outcome(data, show)
 

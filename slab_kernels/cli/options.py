@@ -198,6 +198,15 @@ EvalWindow = Annotated[
 MaxTokens = Annotated[
     int, typer.Option(help="Evaluate only the first so many tokens; 0 = all.", min=0)
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DENSE",
+        help="Also compare every prediction with that of the dense model, folder or hub name: KL, "
+        "most probable token, perplexity ratio. If it would take more than half of the free "
+        "memory, one of its blocks is read at a time.",
+    ),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(
@@ -214,6 +223,21 @@ Chat = Annotated[
     ),
 ]
 NewTokens = Annotated[int, typer.Option(help="New tokens.", min=1)]
+Beside = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="DENSE",
+        help="Let the dense model, folder or hub name, write beside it, and time both: tokens per "
+        "second, and where the time of a decode step goes.",
+    ),
+]
+Together = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", help="For --against: also time so many texts at once; default 8.", min=1
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(help="0 = always the most probable token.", min=0.0, callback=finite)
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SlabError
 from ..paths import expanded
@@ -46,7 +46,7 @@ def report(
 
     def show() -> None:
         if found.results:
-            console.print_table(tables.COLUMNS, tables.table(found), found.model)
+            console.print_table(tables.columns(found), tables.table(found), found.model)
         for table in found.tables:
             console.print_table(table.columns, table.rows[:MOST_ROWS], table.title)
             if len(table.rows) > MOST_ROWS:
@@ -63,7 +63,16 @@ def _with_weights(found: Report, dense: Path | None) -> Report:
     and beside the dense model a corner of one weight."""
     if any(_is_run_folder(r.folder) for r in found.results):
         found = replace(found, results=tuple(map(_with_folder, found.results)))
-    return found if dense is None else _with_dense(found, dense)
+    if dense is not None:
+        return _with_dense(found, dense)
+    measured = found.dense.folder if found.dense is not None and found.compressed else None
+    if measured is None or not (Path(measured) / "config.json").is_file():
+        return found
+    try:
+        return _with_dense(found, Path(measured))
+    except SlabError as error:  # nobody has asked for this folder
+        console.say(f"warning: {measured} is not shown in full: {error}")
+        return found
 
 
 def _is_run_folder(folder: str | None) -> bool:
@@ -83,7 +92,15 @@ def _with_folder(result: Result) -> Result:
         console.say(f"warning: {result.folder} is not shown in full: {error}")
         return result
     parts = {layer["name"]: layer["parts"] for layer in seen["layers"]}
-    return replace(result, bytes=result.bytes or seen["bytes"], parts=parts)
+    return replace(result, parts=parts, **_sizes(result, seen))
+
+
+def _sizes(result: Result, seen: dict[str, Any]) -> dict[str, Any]:
+    """What `inspect` has seen of a whole folder, unless the result knows its size already."""
+    from ..report.measurements import SIZES
+
+    names = (*SIZES, "dense_bytes")
+    return {} if result.bytes is not None and result.dense_bytes else {n: seen[n] for n in names}
 
 
 def _with_dense(found: Report, folder: Path) -> Report:
@@ -94,11 +111,8 @@ def _with_dense(found: Report, folder: Path) -> Report:
 
     seen = inspect(folder)
     known = found.dense or Result(DENSE, label=DENSE)
-    dense = replace(
-        known,
-        bytes=known.bytes or seen["bytes"],
-        bits_per_weight=known.bits_per_weight or seen["bits_per_weight"],
-    )
+    bits = known.bits_per_weight or seen["bits_per_weight"]
+    dense = replace(known, bits_per_weight=bits, **_sizes(known, seen))
     main, compressed = found.main, found.compressed
     if main is not None and main.folder is not None and _is_run_folder(main.folder):
         if inspect(main.folder)["stored"] == "packed":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..format import INTEGER_RANGES
 from ..models.shards import write_atomically
 from ..models.source import FolderSource, ModuleSource, Source
+from ..models.totals import Totals
 from ..terminal import visible
 from .job import Job
 from .presets import PRESETS
@@ -59,9 +60,9 @@ def write_side_files(out: Path, source: Source, tokenizer: Any) -> Base:
     return Base(_base_name(source), card, _licence(out, card))
 
 
-def write_card(out: Path, base: Base, job: Job, record: RunRecord, size: int) -> None:
-    """Write the card. size: bytes of all tensors in `out`."""
-    text = front_matter(base, record) + body(base, job, record, size)
+def write_card(out: Path, base: Base, job: Job, record: RunRecord, totals: Totals) -> None:
+    """Write the card. totals: of what `out` stores."""
+    text = front_matter(base, record) + body(base, job, record, totals)
     write_atomically(out / CARD, [text.encode()])
 
 
@@ -80,21 +81,15 @@ def front_matter(base: Base, record: RunRecord) -> str:
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def body(base: Base, job: Job, record: RunRecord, size: int) -> str:
+def body(base: Base, job: Job, record: RunRecord, totals: Totals) -> str:
     """The card below its front matter, in Markdown."""
     name = _cell(base.name)
-    before = sum(
-        math.prod(shape) * dtype.itemsize
-        for dtype, shape in (job.source.spec(name) for name in job.source.names)
+    rows = (
+        _method_rows(job, record)
+        | _size_rows(job, record, totals)
+        | _quality_rows(record)
+        | _origin_rows(record)
     )
-    inside = sum(math.prod(layer.shape) * layer.bits_per_weight / 8 for layer in record.layers)
-    sizes = {
-        "Size": f"{_mb(size)}, before {_mb(before)}",
-        "Of that in compressed layers": f"{_mb(inside)} in {len(record.layers)} linears",
-        "Of that left dense": f"{_mb(size - inside)}: embeddings, norms, output head"
-        + "".join(f", `{_cell(pattern)}`" for pattern in record.settings["skip"]),
-    }
-    rows = _method_rows(job, record) | sizes | _quality_rows(record) | _origin_rows(record)
     table = "\n".join(f"| {left} | {right} |" for left, right in rows.items())
     stored = "2:4 sparse values plus low-rank signs, from which it runs without being unpacked"
     if record.stored != "packed":
@@ -187,6 +182,29 @@ def _method_rows(job: Job, record: RunRecord) -> dict[str, str]:
         rows["Options of the method"] = _cell(", ".join(options))
     rows["Stored bits per weight"] = f"{record.bits_per_weight:.3f}, of the compressed layers"
     return rows
+
+
+def _size_rows(job: Job, record: RunRecord, totals: Totals) -> dict[str, str]:
+    """Rows of the card's table: what the whole folder stores."""
+    before = sum(
+        math.prod(shape) * dtype.itemsize
+        for dtype, shape in (job.source.spec(name) for name in job.source.names)
+    )
+    inside = sum(math.prod(layer.shape) * layer.bits_per_weight / 8 for layer in record.layers)
+    left = dict(totals.dense)
+    if record.stored != "packed":  # the pruned linears are stored as dense ones are
+        left["linears"] = left.get("linears", 0) - round(inside)
+    parts = [f"{part} {_mb(size)}" for part, size in left.items() if size > 0]
+    parts += [f"`{_cell(pattern)}`" for pattern in record.settings["skip"]]
+    head = f", the output head with {_mb(totals.head_bytes)} among them"
+    bits = totals.bits_per_parameter
+    return {
+        "Size": f"{_mb(totals.bytes)}, before {_mb(before)}",
+        "Bits per parameter": "none" if bits is None else f"{bits:.3f}, of the whole folder",
+        "Of that in compressed layers": f"{_mb(inside)} in {len(record.layers)} linears"
+        + (head if totals.head_bytes else ""),
+        "Of that left dense": f"{_mb(totals.bytes - inside)}: {', '.join(parts) or 'nothing'}",
+    }
 
 
 def _quality_rows(record: RunRecord) -> dict[str, str]:

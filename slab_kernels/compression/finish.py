@@ -15,6 +15,7 @@ from ..models.folder import PROGRESS_NAME, RECORD_NAME, write_index
 from ..models.output import check_same_settings, file_sha256, is_whole
 from ..models.packed_config import quantization_config
 from ..models.shards import read_json, write_json
+from ..models.totals import folder_totals
 from ..nn.replacement import replace_linear
 from .card import write_card, write_side_files
 from .record import RunRecord
@@ -40,13 +41,13 @@ def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
     shards = {block["file"]: block["sha256"] for block in progress.blocks}
     last = sink.shard(sink.blocks)
     record = replace(record, shards={**shards, last.name: file_sha256(last)})
-    size = sum(entry.nbytes for table in tables for entry in table.values())
-    write_card(out, base, job, record, size)
-    write_json(out / RECORD_NAME, record.to_dict())
-    config = dict(job.source.config)
+    config, layouts = dict(job.source.config), {}
     if job.plan.usual.packed:
         layouts = sink.layouts(tables, record.layers)
         config["quantization_config"] = quantization_config(layouts, record.settings)
+    entries = {name: entry for table in tables for name, entry in table.items()}
+    write_card(out, base, job, record, folder_totals(entries, layouts, config))
+    write_json(out / RECORD_NAME, record.to_dict())
     write_json(out / "config.json", config)
     return record
 

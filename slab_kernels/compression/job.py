@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..models.blocks import block_linears, filled_copy, find_blocks
+from ..models.blocks import block_linears, find_blocks, load_block
 from ..models.model_config import compute_dtype
 from ..models.source import Source
 from ..models.ties import tied_names
@@ -77,7 +77,4 @@ class Job:
 
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its dense weights, on the device."""
-        prefix = self.prefix(index)
-        names = [n for n in (*self.source.names, *self.tied) if n.startswith(prefix)]
-        tensors = {n.removeprefix(prefix): self.source.get(self.tied.get(n, n)) for n in names}
-        return filled_copy(self.blocks[index], tensors, self.device, self.dtype)
+        return load_block(self.source, self.path, self.blocks, index, self.device, self.dtype)

@@ -68,7 +68,7 @@ def continuation(
     Raises: CalibrationError for a prompt that is empty, too long, or has tokens that the model does
         not know; CheckpointError for a model that does not run.
     """
-    inputs, tokens = _prompt(model, tokenizer, prompt, tokens)
+    inputs, tokens = prompt_inputs(model, tokenizer, prompt, tokens)
     torch.manual_seed(Sampling(seed=seed).seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -85,10 +85,10 @@ def _check_text(prompt: object) -> None:
         raise CalibrationError(f"the prompt {prompt!r} is no text in UTF-8")
 
 
-def _prompt(
+def prompt_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | Tensor, tokens: int
 ) -> tuple[dict[str, Tensor], int]:
-    """The prompt as `generate` takes it, and how many of `tokens` fit behind it.
+    """The prompt [1, tokens] as `generate` takes it, and how many of `tokens` fit behind it.
 
     Raises: CalibrationError.
     """
@@ -131,7 +131,7 @@ def tokens_per_second(
     """
     if new_tokens < 2:
         raise ArgumentError(f"new_tokens={new_tokens} must be at least 2 to time decoding")
-    inputs, new_tokens = _prompt(model, tokenizer, prompt, new_tokens)
+    inputs, new_tokens = prompt_inputs(model, tokenizer, prompt, new_tokens)
     device = inputs["input_ids"].device
 
     def seconds(count: int) -> float:

@@ -13,6 +13,7 @@ from ..format import PackedLayout, paddings
 from ..models.folder import Checkpoint
 from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
+from ..models.totals import folder_totals
 from ..paths import expanded
 
 FACTORS = ("U", "V", "P", "Q")
@@ -24,12 +25,14 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
     Returns: {"folder", "model", "stored", "format_version", "method", "preset", "weights",
-        "bits_per_weight", "mean_error", "bytes", "padding", "layers"}; what is not known is None.
+        "bits_per_weight", "mean_error", "heldout_error", "padding", "layers", and what
+        `Totals.to_dict` has of all tensors: "bytes", "parameters", "bits_per_parameter",
+        "dense_bytes" by part}; what is not known is None.
         bits_per_weight of a layer counts every stored tensor of it except its bias,
         factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
         values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
-        of the folder is over all its layers together; bytes are those of all tensors. `padding`
-        holds the fields of a `format.Padding` for the layers whose inputs are padded.
+        of the folder is over all its layers together. `padding` holds the fields of a
+        `format.Padding` for the layers whose inputs are padded.
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
     """
@@ -66,8 +69,9 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "weights": weights,
         "bits_per_weight": bits / weights if weights else None,
         "mean_error": sum(errors) / len(errors) if errors else None,
-        "bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
         "padding": [asdict(padding) for padding in paddings(layouts.values())],
+        "heldout_error": record.mean_heldout_error if record else None,
+        **folder_totals(checkpoint.entries, layouts, checkpoint.config).to_dict(),
         "layers": layers,
     }
 

@@ -48,12 +48,8 @@ def perplexity(
         CheckpointError for a packed model that transformers opened with random weights, or one
         that does not run.
     """
-    limit = max_positions(check(model))
-    window = Sampling(window=min(WINDOW, limit or WINDOW) if window is None else window).window
-    if limit is not None and window > limit:
-        raise CalibrationError(f"window={window} is longer than the model's {limit} positions")
-    pieces = _pieces(tokenizer, text, window)
-    check_fits(torch.cat(pieces), model, "evaluation", tokenizer)
+    check(model)
+    pieces, window = text_windows(model, tokenizer, text, window)
     embedding = model.get_input_embeddings().weight
     at_once = max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * embedding.shape[0])))
     total, tokens, done = 0.0, 0, 0
@@ -78,7 +74,23 @@ def perplexity(
     }
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Tensor]:
+def text_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int | None
+) -> tuple[list[Tensor], int]:
+    """What `perplexity` measures of a text: its windows, all of one length, and that setting.
+
+    Raises: CalibrationError.
+    """
+    limit = max_positions(model)
+    window = Sampling(window=min(WINDOW, limit or WINDOW) if window is None else window).window
+    if limit is not None and window > limit:
+        raise CalibrationError(f"window={window} is longer than the model's {limit} positions")
+    pieces = pieces_of(tokenizer, text, window)
+    check_fits(torch.cat(pieces), model, "evaluation", tokenizer)
+    return pieces, window
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Tensor]:
     """The windows to measure: whole ones, or the tail if there is no whole one.
 
     Raises: CalibrationError if no token can be predicted.

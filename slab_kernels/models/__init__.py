@@ -7,6 +7,7 @@ A folder on disk:
     model_config    what config.json and generation_config.json say
     folder          a checkpoint folder, by path or from the hub, read tensor by tensor
     packed_config   the entry of config.json that describes packed modules
+    totals          what a whole folder stores, part by part
     output          a folder under writing: its lock, and the state that a killed run leaves
 
 Opening one:
@@ -22,4 +23,7 @@ Compressing one, with `compression` on top:
     blocks          its decoder blocks, the linears in them, and their weights
     streams         the calibration text on its way through the blocks
     groups          what the linears of a block read, and which of them read the same
+
+Comparing two, with `evaluate` on top:
+    endings         a text led up to the output head, of a model in memory or block by block
 """

@@ -233,6 +233,21 @@ def filled_copy(
     return filled.eval().requires_grad_(False)
 
 
+def load_block(
+    source: Source,
+    path: str,
+    blocks: nn.ModuleList,
+    index: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Block `index` of `blocks`, which `path` names, with the weights of `source`."""
+    prefix, tied = f"{path}.{index}.", tied_names(source.model)
+    names = [name for name in (*source.names, *tied) if name.startswith(prefix)]
+    tensors = {name.removeprefix(prefix): source.get(tied.get(name, name)) for name in names}
+    return filled_copy(blocks[index], tensors, device, dtype)
+
+
 def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Put the computed buffers of these modules on `device`."""
     for owner in modules:
@@ -241,21 +256,31 @@ def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
                 owner._buffers[name] = buffer.to(device)
 
 
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 @contextmanager
 def outside_filled(
-    source: Source, path: str, device: torch.device, dtype: torch.dtype
+    source: Source, path: str, device: torch.device, dtype: torch.dtype, behind: bool = False
 ) -> Iterator[PreTrainedModel]:
     """The skeleton with real weights everywhere outside the blocks; back on meta afterwards.
 
-    The output head, which no block needs, stays on meta unless it is tied to the embedding.
+    Of the two largest matrices there only one is needed at a time. The output head stays on meta,
+    since no block needs it, unless it is tied to the embedding. With `behind` the embedding stays
+    on meta instead, unless it is tied: then the model is ready for what comes behind the blocks.
 
     path: name of the blocks. dtype: of floating-point tensors.
     """
     model, tied = source.model, tied_names(source.model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = [f"{name}." for name, module in model.named_modules() if module is head]
-    left_empty = (f"{path}.", *heads)
-    names = [name for name in source.names if not name.startswith(left_empty)]
+    unused = model.get_input_embeddings() if behind else _head(model)
+    empty = tuple(f"{name}." for name, module in model.named_modules() if module is unused)
+    names = [
+        name
+        for name in source.names
+        if not name.startswith(f"{path}.")
+        and (name in tied.values() or not name.startswith(empty or "."))
+    ]
     for name in names:
         t = source.get(name)
         t = t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype)

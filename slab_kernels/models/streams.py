@@ -37,13 +37,15 @@ class Stream:
     """The hidden states of one text on their way through the blocks.
 
     hidden: [samples, window, hidden_size] for each batch, at the input of the next block. calls:
-    for each block and batch what else the block is called with; equal tensors are kept once. Bytes
-    held: samples * window * hidden_size * itemsize.
+    for each block and batch what else the block is called with; equal tensors are kept once.
+    returned: what each block was seen to return, whatever hidden state was in it. Bytes held:
+    samples * window * hidden_size * itemsize.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
     device: torch.device
+    returned: list[Any] = field(default_factory=list)
 
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """The output hidden state of block `index` for one batch, which works on copies."""
@@ -60,7 +62,7 @@ class Stream:
 
     def twin(self) -> Stream:
         """The same text at the same point, to be fed through other weights."""
-        return Stream(list(self.hidden), self.calls, self.device)
+        return Stream(list(self.hidden), self.calls, self.device, self.returned)
 
 
 _HIDDEN = object()  # stands for the hidden state in a noted call
@@ -89,6 +91,16 @@ def _hidden_output(output: Any) -> Tensor:
             f"a decoder block returned {type(output).__name__} instead of a hidden state"
         )
     return output
+
+
+def handed_on(output: Any, hidden: Tensor | None) -> Any:
+    """`hidden` in the form of what a block returns, with all else that it returned."""
+    return _like(output, [hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
+
+
+def given_hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that a block is called with. Raises: ArchitectureError."""
+    return _take(args, kwargs)[0]
 
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -256,13 +268,13 @@ class _Recorder:
             self._check_handover(index, hidden, call)
         self.stream.calls[index].append(_map(call, self.noted))
         output = self._output(index, args, kwargs)
+        if index == len(self.stream.returned):
+            self.stream.returned.append(output)
         if index == len(self.blocks) - 1:
             raise Stop
-        if isinstance(output, tuple | list):
-            self.handed_over = _Handover(hidden, tuple(output[1:]))
-            return _like(output, [hidden, *output[1:]])
-        self.handed_over = _Handover(hidden)
-        return hidden
+        rest = tuple(output[1:]) if isinstance(output, tuple | list) else ()
+        self.handed_over = _Handover(hidden, rest)
+        return handed_on(output, hidden)
 
     def _begin(self, hidden: Tensor) -> None:
         """Keep the input of the first block."""

@@ -36,7 +36,8 @@ def headline(report: Report) -> list[str]:
     main = report.main
     if main is not None:
         sentences = [_of_model(main, report.dense, alone=len(report.compressed) == 1)]
-        sentences += [line for line in (_speed(main, report.dense), _closed_gap(report)) if line]
+        more = (_distance(main), _speed(main, report.dense), _closed_gap(report))
+        sentences += [line for line in more if line]
         return sentences + (_of_timings(report) if report.bench else [])
     if report.bench:
         return _of_timings(report)
@@ -47,13 +48,14 @@ def headline(report: Report) -> list[str]:
 
 
 def key_numbers(report: Report) -> list[KeyNumber]:
-    """Size, bits, perplexity and speed of the main model, as far as they were measured."""
+    """Size, bits, perplexity, distance and speed of the main model, as far as they are known."""
     main, dense = report.main, report.dense
     if main is None or report.is_benchmark:
         return []
     found = []
     for name, attribute, form in (
         ("Size, embeddings included", "bytes", _megabytes),
+        ("Bits per parameter, whole folder", "bits_per_parameter", "{:.2f}".format),
         ("Stored bits per weight", "bits_per_weight", "{:.2f}".format),
         ("Held-out perplexity", "perplexity", "{:.2f}".format),
         ("Tokens per second", "tokens_per_second", "{:.0f}".format),
@@ -63,16 +65,30 @@ def key_numbers(report: Report) -> list[KeyNumber]:
         if value is not None:
             beside = "dense: not measured" if before is None else f"dense: {form(before)}"
             found.append(KeyNumber(name, form(value), beside))
+    return found + _distances(main)
+
+
+def _distances(main: Result) -> list[KeyNumber]:
+    """How far the predictions are from the dense model's, where that was measured."""
+    found = []
+    if main.kl is not None:
+        tail = "" if main.kl_p99 is None else f"99th percentile: {main.kl_p99:.3g}"
+        found.append(KeyNumber("KL to dense, nats per token", f"{main.kl:.3g}", tail))
+    if main.top1 is not None:
+        found.append(KeyNumber("Same most probable token", f"{main.top1:.1%}", "as the dense"))
     return found
 
 
 def _of_model(main: Result, dense: Result | None, alone: bool) -> str:
     """Size and loss of one model against the dense one."""
     subject = "This model" if alone else f"Compressed with {main.label}, this model"
-    if dense is None or main.perplexity is None or dense.perplexity is None:
-        loss = "its loss of perplexity against the dense model was not measured"
-    else:
+    if main.perplexity is not None and main.perplexity_ratio:
+        before = main.perplexity / main.perplexity_ratio
+        loss = _loss(main.perplexity, before, main.perplexity_ratio_stderr)
+    elif dense is not None and main.perplexity is not None and dense.perplexity is not None:
         loss = _loss(main.perplexity, dense.perplexity)
+    else:
+        loss = "its loss of perplexity against the dense model was not measured"
     return f"{subject} {_size(main, dense)}, and {loss}."
 
 
@@ -98,15 +114,32 @@ def _smaller(ratio: float) -> str:
     return f"is {ratio:.1f}× smaller" if ratio > 1 else f"is {1 / ratio:.1f}× larger"
 
 
-def _loss(perplexity: float, dense: float) -> str:
+def _loss(perplexity: float, dense: float, error: float | None = None) -> str:
+    """error: the standard error of the ratio of the two, where it is known."""
     ratio = perplexity / dense if dense else float("inf")
     change = f"({dense:.2f} → {perplexity:.2f})"
     if abs(ratio - 1) < NOTHING:
         return f"keeps its perplexity {change}"
+    if error is not None and abs(ratio - 1) < error:
+        return f"keeps its perplexity within the standard error of {100 * error:.2g} % {change}"
     if ratio >= MANY_TIMES:
         return f"its perplexity is {ratio:,.1f}× as high {change}"
-    percent = f"{abs(ratio - 1) * 100:.2g} %"
+    spread = "" if error is None else f" ± {100 * error:.1g}"
+    percent = f"{abs(ratio - 1) * 100:.2g}{spread} %"
     return f"{'loses' if ratio > 1 else 'gains'} {percent} of perplexity {change}"
+
+
+def _distance(main: Result) -> str | None:
+    """How far the predictions are from the dense model's; None where that was not measured."""
+    if main.kl is None:
+        return None
+    tail = "" if main.kl_p99 is None else f", {main.kl_p99:.3g} at the 99th percentile"
+    same = ""
+    if main.top1 is not None:
+        same = f"; the most probable token is the same for {main.top1:.1%} of them"
+    return (
+        f"Its predictions lie {main.kl:.3g} nats (KL) from the dense model's per token{tail}{same}."
+    )
 
 
 def _speed(main: Result, dense: Result | None) -> str | None:

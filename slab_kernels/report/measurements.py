@@ -35,9 +35,17 @@ BENCH_ROW = {
 }  # fmt: skip
 MODEL_ROW = {
     "pattern": str, "rank": int, "values": str, "bits_per_weight": float, "perplexity": float,
-    "layer_error": float, "tokens_per_second": float, "folder": str, "bytes": int,
-    "continuation": str,
+    "layer_error": float, "tokens_per_second": float, "folder": str, "continuation": str,
 }  # fmt: skip
+SIZES = {
+    "bytes": int, "parameters": int, "bits_per_parameter": float, "packed_bytes": int,
+    "packed_head_bytes": int,
+}  # fmt: skip
+DISTANCES = {
+    "kl": float, "kl_p99": float, "top1": float, "perplexity_ratio": float,
+    "perplexity_ratio_stderr": float,
+}  # fmt: skip
+STEP = {"batch": int, "seconds_per_step": float, "tokens_per_second": float}
 LARGEST = 1e300  # of a number: what is beyond overflows in a sum, and NaN is not below it
 NUMBERS = {int: "an integer", float: "a number", str: "a text"}
 
@@ -90,6 +98,8 @@ class _Gathered:
             self.bench += _bench_rows(rows, file)
         elif "perplexity" in data:
             _merge(self.results, _from_row(data, str(file)))
+            if "dense_perplexity" in data:
+                _merge(self.results, _dense_beside(data, str(file)))
         elif isinstance(data.get("tasks"), dict):
             self.tables.append(of_tasks(data, file))
         elif any(name in data for name in ORIGIN):
@@ -104,7 +114,8 @@ class _Gathered:
         if isinstance(data.get("model"), str) and (names_model or self.model is None):
             self.model = data["model"]
         if isinstance(data.get("prompt"), str) and names_model:
-            self.prompt = data["prompt"]
+            # The answer of a chat begins a line of its own.
+            self.prompt = data["prompt"] + ("\n\n" if data.get("chat") is True else "")
         noted = data["notes"] if isinstance(data.get("notes"), list) else []
         noted = [*noted, data.get("device"), data.get("machine")]
         self.notes += [note for note in noted if isinstance(note, str)]
@@ -245,7 +256,7 @@ def _from_record(data: dict[str, Any], file: Path) -> Result:
     folder = _typed(data, {"folder": str}, str(file), needed=False).get("folder", file.parent)
     return Result(
         **({"method": "dense"} | _typed(settings, kinds, str(file), needed=False)),
-        **_typed(data, {"bytes": int}, str(file), needed=False),
+        **_sizes(data, str(file)),
         bits_per_weight=bits / weights if weights else None,
         layer_error=sum(errors.values()) / len(errors) if errors else None,
         errors=errors,
@@ -256,7 +267,8 @@ def _from_record(data: dict[str, Any], file: Path) -> Result:
 
 
 def _from_row(row: dict[str, Any], where: str) -> Result:
-    known = {"method": "dense"} | _typed(row, MODEL_ROW | {"method": str}, where, needed=False)
+    kinds = MODEL_ROW | DISTANCES | {"method": str}
+    known = {"method": "dense"} | _typed(row, kinds, where, needed=False) | _sizes(row, where)
     if "folder" in known:
         known["folder"] = str(Path(known["folder"]).resolve())
     errors = row.get("errors") or {}
@@ -269,7 +281,38 @@ def _from_row(row: dict[str, Any], where: str) -> Result:
         heldout=row.get("heldout") is True,
         parts=_parts(row.get("parts") or {}, where),
         crop=_crop(row.get("crop"), where),
+        decoding=_decoding(row.get("decoding") or [], where),
     )
+
+
+def _dense_beside(data: dict[str, Any], where: str) -> Result:
+    """The dense model of `eval --against`."""
+    kinds = {"dense_perplexity": float, "against": str}
+    found = _typed(data, kinds, where, needed=False)
+    folder = str(Path(found["against"]).resolve()) if "against" in found else None
+    return Result("dense", perplexity=found.get("dense_perplexity"), folder=folder)
+
+
+def _sizes(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a whole folder stores, checked."""
+    parts = row.get("dense_bytes") or {}
+    if not isinstance(parts, dict):
+        raise ReportError(f"{where} has dense_bytes={short(parts)}, expected an object of numbers")
+    parts = _typed(parts, dict.fromkeys(parts, int), f"dense_bytes of {where}", needed=True)
+    return _typed(row, SIZES, where, needed=False) | {"dense_bytes": parts}
+
+
+def _decoding(steps: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Measurements of `evaluate.decoding`, checked."""
+    if not isinstance(steps, list | tuple) or not all(
+        isinstance(step, dict) and isinstance(step.get("split"), dict) for step in steps
+    ):
+        raise ReportError(f"{where} has decoding={short(steps)}, expected objects with a split")
+    for number, step in enumerate(steps, 1):
+        of = f"decoding {number} of {where}"
+        _typed(step, STEP, of, needed=True)
+        _typed(step["split"], dict.fromkeys(step["split"], float), of, needed=True)
+    return tuple(steps)
 
 
 def _parts(parts: Any, where: str) -> dict[str, dict[str, float]]:
@@ -307,6 +350,7 @@ def _crop(crop: Any, where: str) -> dict[str, Any] | None:
 def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path) -> list[Result]:
     """Results of benchmarks/bench_methods.py: rows with labels, and the dense perplexity."""
     kinds = {name: MODEL_ROW[name] for name in ("bits_per_weight", "perplexity", "layer_error")}
+    kinds |= DISTANCES
     dense = _typed(data, {"dense": float}, str(file), needed=False)
     found = [Result("dense", perplexity=dense["dense"])] if dense else []
     for number, row in enumerate(rows, 1):
@@ -315,7 +359,8 @@ def _labelled_rows(rows: list[dict[str, Any]], data: dict[str, Any], file: Path)
         settings = row["settings"] if isinstance(row.get("settings"), dict) else {}
         method = settings.get("method")
         measured = _typed(row, kinds, where, needed=False)
-        found.append(Result(method if isinstance(method, str) else label, **measured, label=label))
+        name = method if isinstance(method, str) else label
+        found.append(Result(name, **measured, **_sizes(row, where), label=label, heldout=True))
     return found
 
 
@@ -327,7 +372,7 @@ def _merge(found: dict[str, Result], new: Result) -> None:
         kept = {
             name: getattr(old, name)
             for name in Result.__dataclass_fields__
-            if getattr(new, name) in (None, {}, "")
+            if getattr(new, name) in (None, {}, "", ())
         }
         if old.heldout and not new.heldout:
             # Held-out errors are the honest ones: calibration errors never replace them.

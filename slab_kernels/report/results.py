@@ -29,10 +29,32 @@ class Result:
     # layer -> part (values, metadata, signs, scales, factors, adapters) -> bits per weight
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     crop: dict[str, Any] | None = None  # a corner of one weight and of its parts
+    parameters: int | None = None  # numbers of the dense model, a tied matrix once
+    bits_per_parameter: float | None = None  # of all tensors on disk
+    packed_bytes: int | None = None  # of the packed linears, a packed output head included
+    packed_head_bytes: int | None = None
+    dense_bytes: dict[str, int] = field(default_factory=dict)  # part -> bytes of what is not packed
+    kl: float | None = None  # mean of KL(dense || this) in nats per token
+    kl_p99: float | None = None  # its 99th percentile
+    top1: float | None = None  # share of tokens whose most probable successor is the dense model's
+    perplexity_ratio: float | None = None  # to the dense model's on the same text
+    perplexity_ratio_stderr: float | None = None
+    # For each number of texts at once what `evaluate.decoding` measured.
+    decoding: tuple[dict[str, Any], ...] = ()
 
     @property
     def is_dense(self) -> bool:
         return self.method == DENSE
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Part -> bytes of all that is on disk, where they are known."""
+        head = self.packed_head_bytes or 0
+        packed = {"packed linears": (self.packed_bytes or 0) - head, "packed head": head}
+        dense = {
+            f"dense {n}" if n in ("linears", "head") else n: b for n, b in self.dense_bytes.items()
+        }
+        return {name: size for name, size in (packed | dense).items() if size > 0}
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from .results import Report
+    from .results import Report, Result
 
-COLUMNS = (
-    "method",
-    "stored bits per weight",
-    "size in MB",
-    "mean layer output error",
-    "held-out perplexity",
-    "tokens per second",
-)
 BENCH_COLUMNS = (
     "linear",
     "backend",
@@ -32,17 +24,47 @@ WEIGHTS_FROM = {"cold": "memory", "warm": "cache"}
 OURS_BACKENDS = ("cuda", "triton", "cpu", "reference")  # the others are other libraries'
 
 
+class Column(NamedTuple):
+    """A column of the table of results."""
+
+    name: str
+    value: Callable[[Result], float | None]
+    form: str
+    always: bool = False  # also where nothing of it was measured
+
+
+def _columns(report: Report) -> list[Column]:
+    """The columns that have something to say."""
+    measured = [r.heldout for r in report.results if r.layer_error is not None]
+    error = "mean layer output error"
+    if measured and all(measured):
+        error += ", held out"
+    every = [
+        Column("stored bits per weight", lambda r: r.bits_per_weight, ".3f", True),
+        Column("size in MB", lambda r: None if r.bytes is None else r.bytes / 1e6, ",.2f", True),
+        Column("bits per parameter, whole folder", lambda r: r.bits_per_parameter, ".3f"),
+        Column(error, lambda r: r.layer_error, ".4f", True),
+        Column("held-out perplexity", lambda r: r.perplexity, ".3f", True),
+        Column("perplexity ratio", lambda r: r.perplexity_ratio, ".4f"),
+        Column("its standard error", lambda r: r.perplexity_ratio_stderr, ".4f"),
+        Column("KL to dense, nats", lambda r: r.kl, ".5f"),
+        Column("KL, 99th percentile", lambda r: r.kl_p99, ".4f"),
+        Column("same top token", lambda r: r.top1, ".2%"),
+        Column("tokens per second", lambda r: r.tokens_per_second, ".1f", True),
+    ]
+    return [c for c in every if c.always or any(c.value(r) is not None for r in report.results)]
+
+
+def columns(report: Report) -> tuple[str, ...]:
+    """The headings of `table`."""
+    return ("method", *(column.name for column in _columns(report)))
+
+
 def table(report: Report) -> list[tuple[str, ...]]:
-    """The results as rows of text under COLUMNS; a dash where nothing was measured."""
+    """The results as rows of text under `columns`; a dash where nothing was measured."""
+    shown = _columns(report)
     return [
-        (
-            r.label,
-            _number(r.bits_per_weight, ".3f"),
-            _number(None if r.bytes is None else r.bytes / 1e6, ",.2f"),
-            _number(r.layer_error, ".4f"),
-            _number(r.perplexity, ".3f"),
-            _number(r.tokens_per_second, ".1f"),
-        )
+        (r.label, *(_number(column.value(r), column.form) for column in shown))
         for r in report.results
     ]
 

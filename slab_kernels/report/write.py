@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..paths import expanded
-from . import figures, page, speed
+from . import figures, page, speed, stacks
 from .headline import headline, key_numbers, title
 from .style import DARK, LIGHT, png
-from .tables import BENCH_COLUMNS, COLUMNS, bench_table, cold, table
+from .tables import BENCH_COLUMNS, bench_table, cold, columns, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +83,17 @@ def _of_speed(report: Report) -> list[Picture]:
                 partial(speed.roofline, timed),
             )
         )
+    decoded = [r for r in (report.dense, report.main) if r is not None and r.decoding]
+    if decoded:
+        found.append(
+            Picture(
+                "decode-step",
+                "Where the time of a decode step goes",
+                "One step gives one token to each text that is generated at once. Every module is "
+                "timed without those inside; what belongs to no module is Python and transformers.",
+                lambda theme: stacks.decode_steps(decoded, theme),
+            )
+        )
     if any(r.tokens_per_second for r in report.compressed):
         found.append(
             Picture(
@@ -130,6 +141,17 @@ def _of_quality(report: Report) -> list[Picture]:
 def _of_storage(report: Report) -> list[Picture]:
     found = []
     main = report.main
+    whole = [r for r in (report.dense, main) if r is not None and r.stored]
+    if main is not None and main.stored:
+        found.append(
+            Picture(
+                "folder-parts",
+                "What the whole folder stores",
+                "Megabytes of all tensors on disk by part, what is left dense beside what is "
+                "packed.",
+                lambda theme: stacks.folders(whole, theme),
+            )
+        )
     if main is not None and main.parts:
         found.append(
             Picture(
@@ -212,7 +234,7 @@ def _tables(report: Report) -> list[page.Table]:
         kinds = [
             ("ours" if r is report.main else "dense" if r.is_dense else "") for r in report.results
         ]
-        tables.append(page.Table("Results", COLUMNS, table(report), kinds))
+        tables.append(page.Table("Results", columns(report), table(report), kinds))
     if report.bench:
         kinds = ["dense" if r["backend"] == "dense" else "" for r in report.bench]
         rows = bench_table(report.bench)

@@ -147,6 +147,69 @@ def test_eval_states_window_and_tokens(packed, model, text, answer):
         )
 
 
+def test_eval_compares_with_the_dense_model(packed, model, text, answer, refused, capsys, tmp_path):
+    arguments = ("--text", text, "--window", "32", "--max-tokens", "300")
+    code, found = answer("eval", packed, *arguments, "--against", model)
+    assert code == 0 and found["against"] == str(model) and 0 < found["top1"] <= 1
+    assert found["kl_p99"] > found["kl"] > 0 and found["perplexity_ratio_stderr"] > 0
+    ratio = found["perplexity"] / found["dense_perplexity"]
+    assert found["perplexity_ratio"] == pytest.approx(ratio)
+    code, itself = answer("eval", model, *arguments, "--against", model)
+    assert code == 0 and itself["kl"] == pytest.approx(0, abs=1e-9) and itself["top1"] == 1
+    assert cli.run(["eval", str(packed), *map(str, arguments), "--against", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "KL(dense || this)" in out and "bits per parameter (packed linears" in out
+    assert "embeddings" in out and "norms" in out and " ± " in out
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    code, shown = answer(
+        "report", packed, tmp_path / "eval.json", "--no-plots", "--out", tmp_path / "r"
+    )
+    assert code == 0 and "KL" in shown["headline"] and "smaller (" in shown["headline"]
+    code, message = refused("eval", packed, "--against", packed)
+    assert code == 3 and "compressed already" in message
+    code, message = refused("eval", packed, "--against", tmp_path)
+    assert code == 3 and "no config.json" in message
+    code, message = refused("eval", packed, "--against", model, "--tasks", "x")
+    assert code == 2 and "--against" in message
+
+
+def test_generate_beside_the_dense_model(packed, model, answer, refused, capsys, tmp_path):
+    ask = ("--prompt", "hello", "--tokens", "5", "--batch", "2", "--against")
+    code, found = answer("generate", packed, *ask, model)
+    dense, ours = found["results"]
+    assert code == 0 and dense["method"] == "dense" and ours["method"] == "slab"
+    assert [step["batch"] for step in ours["decoding"]] == [1, 2]
+    assert found["text"] == ours["continuation"] and found["run"]["seconds"] > 0
+    plain = answer("generate", model, "--prompt", "hello", "--tokens", "5")[1]
+    assert dense["continuation"] == plain["text"] and dense["bytes"] == plain["bytes"]
+    for row in (dense, ours):
+        assert row["dense_bytes"] and row["bits_per_parameter"] > 0
+        for step in row["decoding"]:
+            assert sum(step["split"].values()) == pytest.approx(1)
+            assert all(-0.05 < share < 1 for share in step["split"].values())
+    assert cli.run(["generate", str(packed), *ask, str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "part of a decode step" in out and "texts at once" in out and "hello" in out
+    (tmp_path / "beside.json").write_text(json.dumps(found))
+    code, shown = answer("report", tmp_path / "beside.json", "--out", tmp_path / "r", "--no-plots")
+    assert code == 0 and len(shown["results"]) == 2
+    for more, said in (
+        (("--temperature", "1"), "leave --temperature out"),
+        (("--tokens", "2"), "3 new tokens"),
+    ):
+        code, message = refused("generate", packed, "--against", model, *more)
+        assert code == 2 and said in message
+    code, message = refused("generate", packed, "--batch", "2")
+    assert code == 2 and "--batch is for --against" in message
+
+
+def test_models_of_other_vocabularies_are_not_compared(packed, text, refused, tmp_path):
+    tiny_models.write(tmp_path / "other", vocab_size=128)
+    for command in (("eval", packed, "--text", text), ("generate", packed)):
+        code, message = refused(*command, "--against", tmp_path / "other")
+        assert code == 2 and "a vocabulary of 128 tokens, and this one has 96" in message
+
+
 def test_generate_continues_the_prompt(packed, model, answer):
     for folder in (packed, model):
         code, found = answer("generate", folder, "--prompt", "hello", "--tokens", "4")
@@ -296,6 +359,7 @@ def test_tables_for_people(packed, capsys):
     assert cli.run(["inspect", str(packed)]) == 0
     out = capsys.readouterr().out
     assert "model.layers.1.mlp.down_proj" in out and "bits per weight on disk" in out
+    assert "MB in all, " in out and "bits per parameter (packed linears " in out
 
 
 # Bad input: each a sentence that says what to do

@@ -55,12 +55,15 @@ def test_examples_are_lines_of_their_own_under_help():
 def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
     """A folder with a space and a quote in its name."""
     from slab_kernels.compression import model
+    from slab_kernels.models import totals
 
     class Record:
         def to_dict(self):
             return {"layers": [], "bits_per_weight": 9.5, "mean_error": 0.1, "seconds": 2.0}
 
     monkeypatch.setattr(model, "compress", lambda *given, **named: Record())
+    whole = totals.Totals(9, 8, 9, 8, {})
+    monkeypatch.setattr(totals, "read_totals", lambda folder: whole)
     out = tmp_path / "my 'best' model"
     assert cli.run(["compress", "model", str(out)]) == 0
     hint = capsys.readouterr().out.partition("next: ")[2].strip()

@@ -11,6 +11,7 @@ import yaml
 
 from slab_kernels.compression.model import compress
 from slab_kernels.models.load import load
+from slab_kernels.models.totals import read_totals
 
 TOKENS = tiny_models.tokens()
 QUICK = dict(method="magnitude", calibration=TOKENS, progress=False)
@@ -73,6 +74,10 @@ def test_the_numbers_are_those_of_the_record(dense, tmp_path):
 
     before = sum(p.numel() * p.element_size() for p in tiny_models.model().parameters()) / 1e6
     assert found["Size"] == f"{size(tmp_path / 'out'):.2f} MB, before {before:.2f} MB"
+    totals = read_totals(tmp_path / "out")
+    assert found["Bits per parameter"].startswith(f"{totals.bits_per_parameter:.3f},")
+    for part, amount in totals.dense.items():
+        assert f"{part} {amount / 1e6:.2f} MB" in found["Of that left dense"]
     for way in ("slab_kernels.load(", "from_pretrained(", "vllm serve FOLDER", "slab-kernels eval"):
         assert way in text
     assert "came without a card" in text and "names no licence" in text

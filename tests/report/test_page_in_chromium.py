@@ -99,6 +99,24 @@ def story(folder: Path) -> Path:
         "parts": {name: {"values": 8.0, "metadata": 1.0, "signs": 0.5} for name in layers},
         "crop": crop,
         "continuation": f"{long}\n    indented\n" + "word " * 100,
+        "kl": 0.03,
+        "kl_p99": 0.4,
+        "top1": 0.92,
+        "perplexity_ratio": 1.2,
+        "perplexity_ratio_stderr": 0.01,
+        "parameters": 2_000_000,
+        "bits_per_parameter": 4.0,
+        "packed_bytes": 700_000,
+        "dense_bytes": {"embeddings": 290_000, "norms": 10_000},
+        "decoding": [
+            {
+                "batch": batch,
+                "seconds_per_step": 0.01,
+                "tokens_per_second": batch / 0.01,
+                "split": {"linears": 0.6, "head": 0.2, "overhead": 0.2},
+            }
+            for batch in (1, 8)
+        ],
     }
     dense = {"method": "dense", "perplexity": 5.0, "bytes": 4_100_000, "bits_per_weight": 16.0}
     others = [model | {"method": name} for name in ("wanda", "slab-paper")]

@@ -14,8 +14,8 @@ from matplotlib.text import Text
 
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import ReportError
-from slab_kernels.report import figures, page, speed, style
-from slab_kernels.report.headline import headline, title
+from slab_kernels.report import figures, page, speed, stacks, style, tables
+from slab_kernels.report.headline import headline, key_numbers, title
 from slab_kernels.report.measurements import read
 from slab_kernels.report.results import Report, Result
 from slab_kernels.report.write import pictures, rows, write
@@ -102,6 +102,128 @@ def test_heldout_errors_win_over_calibration_errors(tmp_path):
     (tmp_path / "slab_run.json").write_text(json.dumps(record("slab", 0.05, heldout=0.08)))
     (only,) = read([tmp_path]).results
     assert only.heldout and only.layer_error == pytest.approx(0.08)
+
+
+def test_the_table_says_of_what_its_errors_are(tmp_path):
+    (tmp_path / "slab_run.json").write_text(json.dumps(record("slab", 0.05, heldout=0.08)))
+    found = read([tmp_path])
+    assert "mean layer output error, held out" in tables.columns(found)
+    assert "0.0800" in tables.table(found)[0]
+    (tmp_path / "slab_run.json").write_text(json.dumps(record("slab", 0.05)))
+    assert "mean layer output error" in tables.columns(read([tmp_path]))
+
+
+AGAINST = {
+    "folder": "/models/slab",
+    "against": "/models/dense",
+    "method": "slab",
+    "perplexity": 5.1,
+    "dense_perplexity": 5.0,
+    "kl": 0.03534,
+    "kl_p99": 0.4123,
+    "top1": 0.9213,
+    "perplexity_ratio": 1.02,
+    "perplexity_ratio_stderr": 0.0031,
+    "bytes": 1_000_000,
+    "parameters": 2_000_000,
+    "bits_per_parameter": 4.0,
+    "packed_bytes": 700_000,
+    "packed_head_bytes": 100_000,
+    "dense_bytes": {"embeddings": 290_000, "norms": 10_000},
+}
+
+
+def test_a_comparison_with_the_dense_model_is_told_everywhere(tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps(AGAINST))
+    found = read([tmp_path / "eval.json"])
+    dense, slab = found.results
+    assert dense.perplexity == 5.0 and dense.is_dense and dense.folder.endswith("dense")
+    assert slab.kl == 0.03534 and slab.stored == {
+        "packed linears": 600_000,
+        "packed head": 100_000,
+        "embeddings": 290_000,
+        "norms": 10_000,
+    }
+    first, second = headline(found)
+    assert "loses 2 ± 0.3 % of perplexity (5.00 → 5.10)" in first
+    assert second == (
+        "Its predictions lie 0.0353 nats (KL) from the dense model's per token, 0.412 at the 99th "
+        "percentile; the most probable token is the same for 92.1% of them."
+    )
+    numbers = {number.name: number.value for number in key_numbers(found)}
+    assert numbers["KL to dense, nats per token"] == "0.0353"
+    assert numbers["Same most probable token"] == "92.1%"
+    assert numbers["Bits per parameter, whole folder"] == "4.00"
+    names, row = tables.columns(found), tables.table(found)[1]
+    shown = dict(zip(names, row, strict=True))
+    assert shown["perplexity ratio"] == "1.0200" and shown["its standard error"] == "0.0031"
+    assert shown["KL to dense, nats"] == "0.03534" and shown["KL, 99th percentile"] == "0.4123"
+    assert shown["same top token"] == "92.13%"
+    assert {p.stem for p in pictures(found)} == {"folder-parts"}
+    html = write(found, tmp_path / "out")[-1].read_text()
+    assert "0.0353 nats (KL)" in html and "What the whole folder stores" in html
+
+
+def test_a_loss_within_its_standard_error_is_none():
+    known = {"perplexity": 5.01, "perplexity_ratio": 1.002, "perplexity_ratio_stderr": 0.003}
+    model = Result("slab", label="slab", bits_per_weight=4.0, **known)
+    assert (
+        "keeps its perplexity within the standard error of 0.3 % (5.00 → 5.01)"
+        in (headline(Report((model,)))[0])
+    )
+
+
+def step(batch: int, seconds: float) -> dict:
+    split = {"linears": 0.5, "head": 0.2, "attention": 0.1, "modules": 0.05, "overhead": 0.15}
+    return {
+        "batch": batch,
+        "seconds_per_step": seconds,
+        "tokens_per_second": batch / seconds,
+        "split": split,
+    }
+
+
+def test_two_models_that_write_stand_side_by_side(tmp_path):
+    rows_ = [
+        {"method": m, "folder": f"/models/{m}", "continuation": f" as {m} writes",
+         "tokens_per_second": 1 / s, "decoding": [step(1, s), step(8, 2 * s)]}
+        for m, s in (("dense", 0.02), ("slab", 0.01))
+    ]  # fmt: skip
+    content = {"prompt": "Once", "text": "", "results": rows_}
+    (tmp_path / "beside.json").write_text(json.dumps(content))
+    found = read([tmp_path / "beside.json"])
+    assert found.prompt == "Once"
+    assert {p.stem for p in pictures(found)} == {"decode-step", "speed-model"}
+    (ax,) = stacks.decode_steps(found.results, style.LIGHT).axes
+    ends = sorted({round(bar.get_x() + bar.get_width(), 6) for bar in ax.patches})
+    assert ends[-1] == 40 and {10.0, 20.0} <= set(ends) and len(ax.patches) == 5 * 4
+    assert [t.get_text() for t in ax.get_yticklabels()] == [
+        "dense, 1 text",
+        "slab, 1 text",
+        "dense, 8 texts",
+        "slab, 8 texts",
+    ]
+    html = write(found, tmp_path / "out")[-1].read_text()
+    assert html.index("as dense writes") < html.index("as slab writes")
+    assert "2.00× as fast" in html
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl": "much"}, "kl='much'"),
+        ({"dense_bytes": 3}, "dense_bytes=3"),
+        ({"dense_bytes": {"norms": "9"}}, "norms='9'"),
+        ({"decoding": 3}, "decoding=3"),
+        ({"decoding": [{"split": {}}]}, "batch=None"),
+        ({"decoding": [step(1, 0.1) | {"split": {"head": None}}]}, "head=None"),
+        ({"dense_perplexity": "x"}, "dense_perplexity='x'"),
+    ],
+)
+def test_damaged_comparisons_are_named(changes, message, tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps(AGAINST | changes))
+    with pytest.raises(ReportError, match=message):
+        read([tmp_path / "eval.json"])
 
 
 DENSE = Result("dense", bits_per_weight=16.0, perplexity=5.0, label="dense", bytes=4_100_000)

@@ -1,0 +1,81 @@
+"""A model folder as the commands open it: the model, its tokenizer, and what it stores."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .options import torch_dtype
+
+if TYPE_CHECKING:
+    from ..models.totals import Totals
+
+
+class Opened(NamedTuple):
+    """A model, its tokenizer, and what its folder is known to be."""
+
+    model: Any
+    tokenizer: Any
+    facts: dict[str, Any]
+    totals: Totals
+
+
+def open_model(
+    folder: str,
+    device: str,
+    dtype: str | None,
+    backend: str | None,
+    prefill: str | None,
+    trust: bool,
+    no_verify: bool,
+) -> Opened:
+    """A packed or dense folder; a CPU computes in fp32 unless told otherwise."""
+    import torch
+
+    from ..device import resolve_device
+    from ..evaluate.inspect import inspect
+    from ..models.folder import hub_folder
+    from ..models.load import load
+    from ..models.source import open_source
+    from ..models.totals import read_totals
+    from ..nn.preparation import dense_copy_bytes
+    from ..text.source import open_tokenizer
+
+    _force(backend)
+    skip_checksums(no_verify)
+    where = resolve_device(device)
+    kind = torch.float32 if where.type == "cpu" else None
+    if dtype is not None:
+        kind = torch_dtype(dtype)
+    path = hub_folder(folder)
+    seen, totals = inspect(path), read_totals(path)
+    if seen["stored"] == "packed":
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
+    else:
+        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
+    facts = {
+        "folder": folder,
+        "method": seen["method"] or "dense",
+        "stored": seen["stored"],
+        "bits_per_weight": seen["bits_per_weight"],
+        **totals.to_dict(),
+        "dense_copy_bytes": dense_copy_bytes(model),
+        "device": str(where),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return Opened(model, open_tokenizer(path, trust), facts, totals)
+
+
+def skip_checksums(wanted: bool) -> None:
+    from ..models.folder import VERIFY
+
+    if wanted:
+        os.environ[VERIFY] = "0"
+
+
+def _force(backend: str | None) -> None:
+    from ..backends import dispatch
+
+    if backend:
+        dispatch.backend(backend)  # an unknown name fails here, before a model is loaded
+        os.environ[dispatch.ENVIRONMENT] = backend
