@@ -81,10 +81,13 @@ def compress(
     data = cast("RunRecord", done).to_dict() | {"folder": str(out)}
 
     def show() -> None:
+        from ..compression.record import named_error
+
         show_layers(data["layers"], str(out))
         print(
-            f"{data['bits_per_weight']:.3f} stored bits per weight, mean error "
-            f"{data['mean_error']:.4f}, {data['seconds']:.0f} s; "
+            f"{data['bits_per_weight']:.3f} stored bits per weight, "
+            f"{named_error(data['mean_error'], data['mean_heldout_error'])}, "
+            f"{data['seconds']:.0f} s; "
             f"next: slab-kernels eval {shlex.quote(str(out))}"
         )
 

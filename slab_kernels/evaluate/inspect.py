@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
     Returns: {"folder", "model", "stored", "format_version", "method", "weights",
-        "bits_per_weight", "mean_error", "bytes", "layers"}; what is not known is None.
+        "bits_per_weight", "mean_error", "mean_heldout_error", "bytes", "layers"}; what is not known
+        is None.
         bits_per_weight of a layer counts every stored tensor of it except its bias,
         factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
         values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
@@ -52,7 +54,6 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     ]
     weights = sum(math.prod(layer["shape"]) for layer in layers)
     bits = sum(math.prod(layer["shape"]) * layer["bits_per_weight"] for layer in layers)
-    errors = [layer["error"] for layer in layers if layer["error"] is not None]
     pruned = "pruned, dense" if recorded else "dense"
     return {
         "folder": str(folder),
@@ -62,10 +63,17 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "method": _text(record.settings if record else described, "method"),
         "weights": weights,
         "bits_per_weight": bits / weights if weights else None,
-        "mean_error": sum(errors) / len(errors) if errors else None,
+        "mean_error": _mean(layer["error"] for layer in layers),
+        "mean_heldout_error": _mean(layer["heldout_error"] for layer in layers),
         "bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
         "layers": layers,
     }
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    """The mean of those that are known."""
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _text(settings: dict[str, Any], key: str) -> str | None:
