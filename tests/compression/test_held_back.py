@@ -17,6 +17,7 @@ from slab_kernels.compression.model import compress
 from slab_kernels.errors import CheckpointError
 from slab_kernels.methods.inputs import InputStats
 from slab_kernels.models.blocks import find_blocks
+from slab_kernels.models.streams import rounded_products
 
 QUICK = dict(method="magnitude", progress=False)
 
@@ -77,7 +78,10 @@ def test_methods_get_both_gram_matrices_and_neither_has_windows_of_the_other(mon
 
 @pytest.mark.parametrize("products", [None, torch.bfloat16])
 def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, products):
-    """The last layer of the last block in the finished prefix, and its drift, against fp64."""
+    """The last layer of the last block in the finished prefix, and its drift, against fp64 sums.
+
+    With rounded products the plain forward rounds them too.
+    """
     monkeypatch.setattr("slab_kernels.compression.job.native_products", lambda device: products)
     tokens, seen = tiny_models.tokens(16, 16), _seen(monkeypatch)
     result = compress(
@@ -85,8 +89,9 @@ def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, pr
     )
     name = "model.layers.1.mlp.down_proj"
     fitted, held_back = Tokens(tokens, None).fitted, Tokens(tokens, None).held_back
-    x, other = (_inputs(m, fitted, name) for m in (result, tiny_models.model()))
-    judging = _inputs(result, held_back, name)
+    with rounded_products(torch.device("cpu"), products):
+        x, other = (_inputs(m, fitted, name) for m in (result, tiny_models.model()))
+        judging = _inputs(result, held_back, name)
     weight = tiny_models.model().get_submodule(name).weight.detach().double()
     drift = weight @ (other - x).T @ x / len(x)
     for found, want in (
@@ -95,7 +100,7 @@ def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, pr
         (seen[-1].drift, drift),
     ):
         error = float((found - want).norm() / want.norm())
-        assert error < (1e-5 if products is None else 0.03), error
+        assert error < (1e-5 if products is None else 5e-3), error
 
 
 def test_a_single_window_is_fitted_to_and_nothing_judges(monkeypatch):
