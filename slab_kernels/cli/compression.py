@@ -89,15 +89,15 @@ def compress(
     data = cast("RunRecord", done).to_dict() | totals.to_dict() | {"folder": str(out)}
 
     def show() -> None:
+        from ..compression.record import named_error
+
         show_layers(data["layers"], str(out))
-        heldout = [e for layer in data["layers"] if (e := layer.get("heldout_error")) is not None]
-        name, error = "mean error", data["mean_error"]
-        if heldout:
-            name, error = "mean held-out error", sum(heldout) / len(heldout)
         print(totals)
         print(
-            f"{data['bits_per_weight']:.3f} stored bits per weight, {name} {error:.4f}, "
-            f"{data['seconds']:.0f} s; next: slab-kernels eval {shlex.quote(str(out))}"
+            f"{data['bits_per_weight']:.3f} stored bits per weight, "
+            f"{named_error(data['mean_error'], data['mean_heldout_error'])}, "
+            f"{data['seconds']:.0f} s; "
+            f"next: slab-kernels eval {shlex.quote(str(out))}"
         )
 
     return Outcome(data, show)

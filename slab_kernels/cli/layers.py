@@ -8,7 +8,7 @@ from typing import Any
 from . import console
 
 SETTINGS = ("method", "pattern", "rank", "values", "planes", "group_size")
-ERRORS = {"error": "error", "heldout_error": "held-out error"}  # field -> heading
+ERRORS = {"error": "calibration error", "heldout_error": "held-out error"}  # field -> heading
 
 
 def show_layers(layers: Sequence[dict[str, Any]], title: str) -> None:

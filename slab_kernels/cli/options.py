@@ -149,10 +149,10 @@ Bits = Annotated[
         "layer."
     ),
 ]
-Heldout = Annotated[
-    str | None, typer.Option(help="Also measure every layer's error on this other text.")
+Heldout = Annotated[str | None, typer.Option(help="Measure held-out errors on this other text.")]
+Samples = Annotated[
+    int, typer.Option(help="Windows of calibration text, one in eight held back to judge by.")
 ]
-Samples = Annotated[int, typer.Option(help="Windows of calibration text.")]
 Window = Annotated[int, typer.Option(help="Tokens in a window.")]
 ResumeInOut = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")

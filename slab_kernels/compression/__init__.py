@@ -8,7 +8,8 @@ One run, from the call to the finished folder:
     job             the model, and which of its linears are to become what
     run             all of these put together
     blockwise       block after block
-    block           one block: statistics, decompositions, records
+    block           one block: decompositions, records
+    statistics      the texts on their way through the blocks, and what linears read of them
     sinks           where finished blocks go: memory, or shards of a folder
     finish, card    what comes after the last block: the index, config.json, the model card
     record          slab_run.json

@@ -6,81 +6,29 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..format import Decomposition, PackedWeight, cast
-from ..methods.inputs import InputStats
-from ..models.groups import Group, find_groups, layer_inputs
+from ..models.groups import Group
 from ..models.streams import Stream
 from .job import Job
-from .matching import Goal, Matched, match_block
+from .matching import Goal, Matched, Target, match_block
 from .memory import peak_memory
 from .plan import as_stored, decompose_as_stored, store
 from .record import LayerRecord
 from .sinks import FinishedBlock, dense_weight
+from .statistics import GroupInputs, Streams
 from .team import Team
 
 
-@dataclass
-class Streams:
-    """The texts of a run on their way through the blocks.
-
-    calibration, heldout: hidden states of the compressed prefix; heldout is None without that text.
-    dense: the calibration text in the dense model; None where nobody asks for it.
-    """
-
-    calibration: Stream
-    heldout: Stream | None
-    dense: Stream | None
-
-    @torch.no_grad()
-    def advance(self, index: int, block: nn.Module, dense_block: nn.Module | None) -> None:
-        """Lead every text through block `index`, the dense one through its dense twin."""
-        self.calibration.advance(index, block)
-        if self.heldout is not None:
-            self.heldout.advance(index, block)
-        if self.dense is not None and dense_block is not None:
-            self.dense.advance(index, dense_block)
-
-
-class Reader(NamedTuple):
-    """A linear in its block, and the text that comes there."""
-
-    stream: Stream
-    block: nn.Module
-    linear: nn.Linear
-
-    def inputs(self, index: int, group: Group, batch: int) -> Tensor:
-        """What the linear reads in one batch, [tokens, in_features]."""
-        return layer_inputs(self.stream, index, self.block, self.linear, group, batch)
-
-
-class GroupInputs(NamedTuple):
-    """What is known of the input x of a group of linears.
-
-    moved: the mean over tokens of (x_dense - x) x^T, [K,K] fp32; None where the two are equal or
-        not known. A layer W puts out W x_dense in the dense model, so the mean of its drift
-        (y_dense - W x) x^T is W @ moved.
-    seconds: the time that the statistics took, per linear of the group.
-    """
-
-    stats: InputStats
-    heldout: InputStats | None
-    moved: Tensor | None
-    seconds: float
-
-
-def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:
+def relative_error(weight: Tensor, stored: Tensor, gram: Tensor) -> float:
     """||X (W - W')^T|| / ||X W^T|| from the Gram matrix of X; 0 where W puts out zeros throughout.
 
-    weight, stored: W and W', [N,K] fp32.
+    weight, stored: W and W', [N,K] fp32. gram: [K,K] fp32.
     """
-    gram = stats.gram
-    assert gram is not None
     # Tiny weights would have no squares in fp32.
     exponent = torch.frexp(weight.abs().max()).exponent.clamp(-120, 120)
 
@@ -90,33 +38,6 @@ def relative_error(weight: Tensor, stored: Tensor, stats: InputStats) -> float:
 
     whole = energy(weight)
     return (energy(weight - stored) / whole) ** 0.5 if whole > 0 else 0.0
-
-
-def moments(index: int, group: Group, reader: Reader) -> InputStats:
-    """Statistics of the inputs of one text."""
-    stats = InputStats(reader.linear.in_features)
-    for batch in range(len(reader.stream.hidden)):
-        stats.update(reader.inputs(index, group, batch))
-    return stats
-
-
-def _moments_and_shift(
-    index: int, group: Group, reader: Reader, dense: Reader
-) -> tuple[InputStats, Tensor | None]:
-    """`GroupInputs.stats` and `.moved`, with the same linear of the dense model as `dense`."""
-    K = reader.linear.in_features
-    stats = InputStats(K)
-    moved: Tensor | None = torch.zeros(K, K, device=reader.stream.device)
-    for batch in range(len(reader.stream.hidden)):
-        x = reader.inputs(index, group, batch)
-        stats.update(x)
-        if moved is not None:
-            other = dense.inputs(index, group, batch)
-            # An expert may get other tokens in the dense model; the two cannot be compared then.
-            moved = moved + (other - x).float().T @ x.float() if other.shape == x.shape else None
-    if moved is None or not bool(moved.any()):
-        return stats, None
-    return stats, moved / stats.tokens
 
 
 @dataclass
@@ -148,33 +69,19 @@ class BlockWork:
                 )
         if not self.linears:
             return finished
-        for group in find_groups(self.streams.calibration, self.index, self.block, self.linears):
-            inputs = self._inputs(group)
+        prefix = self.job.prefix(self.index)
+        groups, passes = self.streams.enter(
+            self.index, self.block, self.dense_block, self.linears, prefix
+        )
+        for group in groups:
+            inputs = passes.inputs(group)
             layer = functools.partial(self._layer, inputs=inputs, group=group)
             results = self.team.share(group.names, layer)
             for name, (decomposition, layer) in results.items():
                 self._keep(finished, name, decomposition, layer)
                 tell(finished.layers[-1], len(finished.layers))
+            passes.finish(group.names)
         return finished
-
-    def _inputs(self, group: Group) -> GroupInputs:
-        """Run the texts up to a group of linears, and gather what their method and records need."""
-        began = time.perf_counter()
-        index, streams, linear = self.index, self.streams, self.linears[group.names[0]]
-        reader = Reader(streams.calibration, self.block, linear)
-        moved = heldout = None
-        if streams.dense is None or self.dense_block is None:
-            stats = moments(index, group, reader)
-        else:
-            name = group.names[0].removeprefix(self.job.prefix(index))
-            twin = self.dense_block.get_submodule(name)
-            assert isinstance(twin, nn.Linear)
-            dense = Reader(streams.dense, self.dense_block, twin)
-            stats, moved = _moments_and_shift(index, group, reader, dense)
-        if streams.heldout is not None:
-            heldout = moments(index, group, Reader(streams.heldout, self.block, linear))
-        seconds = (time.perf_counter() - began) / len(group.names)
-        return GroupInputs(stats, heldout, moved, seconds)
 
     def _layer(
         self, name: str, inputs: GroupInputs, group: Group
@@ -189,7 +96,7 @@ class BlockWork:
                 decomposition = decompose_as_stored(weight, stats, settings)
             except ValueError as error:
                 raise type(error)(f"{name}: {error}") from error
-        dense, heldout = decomposition.dense(), inputs.heldout
+        dense, judging = decomposition.dense(), inputs.judging
         layer = LayerRecord(
             name=name,
             block=self.index,
@@ -199,8 +106,8 @@ class BlockWork:
             rank=0 if decomposition.U is None else decomposition.U.shape[1],
             values=settings.values,
             bits_per_weight=0.0,
-            error=relative_error(weight, dense, inputs.stats),
-            heldout_error=None if heldout is None else relative_error(weight, dense, heldout),
+            error=relative_error(weight, dense, inputs.stats.matrix),
+            heldout_error=None if judging is None else relative_error(weight, dense, judging),
             seconds=inputs.seconds + time.perf_counter() - began,
             group=group.names,
             planes=decomposition.planes,
@@ -229,6 +136,7 @@ class BlockWork:
         """Transformer matching of the whole block, by one process for all; changes `finished`."""
         prefix, source = self.job.prefix(self.index), self.job.source
         matched: Matched = self.team.from_leader(lambda: self._train(say))
+        self.streams.forget()
         finished.match = matched.record
         for name, vector in matched.vectors.items():
             full = prefix + name
@@ -244,24 +152,34 @@ class BlockWork:
         The twin reads hidden states of the compressed prefix or, with target="dense", of the dense
         model.
         """
-        plan, stream, dense_block = self.job.plan, self.streams.calibration, self.dense_block
-        assert plan.matching is not None and dense_block is not None
-        reads = self.streams.dense if plan.matching.target == "dense" else stream
-        assert reads is not None
-        with torch.no_grad():
-            targets = [
-                reads.run(self.index, dense_block, batch).to(reads.hidden[batch].device)
-                for batch in range(len(stream.hidden))
-            ]
+        plan, streams = self.job.plan, self.streams
+        assert plan.matching is not None
+        from_dense = plan.matching.target == "dense"
+        taught = self._target(streams.calibration, streams.dense if from_dense else None)
+        judged = None
+        if streams.held_back is not None:
+            reads = streams.dense_held_back if from_dense else None
+            judged = self._target(streams.held_back, reads)
         prefix = self.job.prefix(self.index)
         return match_block(
-            Goal(self.index, stream, targets),
+            Goal(self.index, taught, judged or taught),
             self.block,
             {name.removeprefix(prefix): d for name, d in self.decompositions.items()},
             plan.matching,
             lambda name, d: as_stored(d, plan.layer(prefix + name)),
             say,
         )
+
+    @torch.no_grad()
+    def _target(self, stream: Stream, dense: Stream | None) -> Target:
+        """What the twin makes of a text at the block's input; of `dense` in its place if given."""
+        dense_block, reads = self.dense_block, (dense or stream).exact()
+        assert dense_block is not None
+        outputs = [
+            reads.run(self.index, dense_block, batch).to(reads.hidden[batch].device)
+            for batch in range(len(reads.hidden))
+        ]
+        return Target(stream.exact(), outputs)
 
 
 def set_weight(linear: nn.Linear, weight: Tensor) -> None:

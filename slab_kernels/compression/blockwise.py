@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..format import paddings
 from ..models.blocks import outside_filled
-from ..models.streams import catch_stream
-from .block import BlockWork, Streams, set_weight
+from ..models.streams import Stream, catch_stream
+from .block import BlockWork, set_weight
 from .calibration import Tokens
 from .events import ProgressEvent
 from .job import Job
 from .record import LayerRecord
 from .sinks import FinishedBlock, Sink, dense_weight
+from .statistics import Streams
 from .team import Team
 
 # Hidden states stay on a GPU while they take less than this share of its free memory.
@@ -137,8 +138,11 @@ class BlockwiseRun:
         if job.plan.usual.packed:
             replaced = {name: m for block in job.linears for name, m in block.items()}
         with outside_filled(job.source, job.path, job.device, job.dtype) as model:
-            streams = [
-                catch_stream(
+
+            def caught(text: Tensor | None) -> Stream | None:
+                if text is None:
+                    return None
+                return catch_stream(
                     model,
                     job.blocks,
                     text,
@@ -146,11 +150,20 @@ class BlockwiseRun:
                     job.device,
                     keep_on=self._home(text),
                     packed=replaced,
+                    products=job.products,
                 )
-                for text in self.tokens.texts()
-            ]
-        calibration, heldout = streams[0], streams[1] if len(streams) > 1 else None
-        return Streams(calibration, heldout, calibration.twin() if job.plan.dense_stream else None)
+
+            tokens = self.tokens
+            calibration = caught(tokens.fitted)
+            held_back, heldout = caught(tokens.held_back), caught(tokens.heldout)
+        assert calibration is not None
+        return Streams(
+            calibration,
+            held_back,
+            heldout,
+            calibration.twin() if job.plan.dense_stream else None,
+            held_back.twin() if held_back is not None and job.plan.dense_target else None,
+        )
 
     def _home(self, text: Tensor) -> torch.device:
         """Where the hidden states of a text are kept."""
@@ -174,7 +187,7 @@ class BlockwiseRun:
     def _warn_of_little_text(self) -> None:
         shapes, settings = self.job.shapes, self.job.plan.usual
         widest = max(shapes, key=lambda name: shapes[name][1])
-        tokens, inputs = self.tokens.calibration.numel(), shapes[widest][1]
+        tokens, inputs = self.tokens.fitted.numel(), shapes[widest][1]
         if settings.needs_gram and tokens < inputs:
             message = (
                 f"warning: {tokens} calibration tokens are fewer than the {inputs} inputs of "

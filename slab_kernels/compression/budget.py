@@ -29,10 +29,11 @@ from ..methods import LayerSettings
 from ..methods.inputs import InputStats
 from ..models.blocks import batch_size, find_blocks
 from ..models.groups import find_groups
+from ..models.passes import Passes, Room
 from ..models.streams import catch_stream
 from ..settings import Rule
-from .block import Reader, moments
 from .plan import decompose_as_stored
+from .statistics import moments
 
 PROBES = 8  # windows on which the divergence is measured
 # The rows go from coarse to fine. Below two planes a bit is better spent on the pruned positions
@@ -193,8 +194,9 @@ class Measurement:
             for name, module in block.named_modules():
                 if prefix + name in rows and isinstance(module, nn.Linear):
                     linears[prefix + name] = module
+            passes = Passes(stream, index, block, linears, Room(0))
             for group in find_groups(stream, index, block, linears) if linears else ():
-                stats = moments(index, group, Reader(stream, block, linears[group.names[0]]))
+                stats = moments(passes, group)
                 for name in group.names:
                     yield name, self._layer(linears[name], rows[name], stats)
             with torch.no_grad():

@@ -1,4 +1,7 @@
-"""The texts of a run: the one that layers are fitted to, and the one on which they are judged."""
+"""The texts of a run: the one that layers are fitted to, and the ones on which they are judged.
+
+An eighth of the calibration text's windows is held back: no weight is fitted to it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -23,6 +27,7 @@ from ..text.source import (
 from ..text.token_ids import check_fits, text_config, token_ids
 
 Text = str | Path | Tensor | list | dict  # a text or token ids, as `compress` takes them
+HELD_BACK = 8  # Of so many windows of the calibration text one judges, and is never fitted to.
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,31 @@ class Tokens:
     calibration: Tensor
     heldout: Tensor | None
 
-    def texts(self) -> list[Tensor]:
-        return [self.calibration] if self.heldout is None else [self.calibration, self.heldout]
+    @property
+    def fitted(self) -> Tensor:
+        """The windows of the calibration text that layers are fitted to."""
+        return self.calibration[~self._judging()]
+
+    @property
+    def held_back(self) -> Tensor | None:
+        """The windows of the calibration text that judge; None where it has a single window.
+
+        They are every eighth, and the last one of fewer than eight.
+        """
+        judging = self._judging()
+        return self.calibration[judging] if bool(judging.any()) else None
+
+    @property
+    def windows_held_back(self) -> int:
+        return int(self._judging().sum())
+
+    def _judging(self) -> Tensor:
+        """[samples] bool: the windows that are held back."""
+        samples = len(self.calibration)
+        judging = torch.arange(samples) % HELD_BACK == HELD_BACK - 1
+        if 1 < samples < HELD_BACK:
+            judging[-1] = True
+        return judging
 
     def digests(self) -> dict[str, str | None]:
         """The hashes by which a run that goes on knows its texts again."""

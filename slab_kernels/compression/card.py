@@ -210,10 +210,11 @@ def _size_rows(job: Job, record: RunRecord, totals: Totals) -> dict[str, str]:
 def _quality_rows(record: RunRecord) -> dict[str, str]:
     """Errors are ||X (W - W')ᵀ|| / ||X Wᵀ||."""
     when = " before matching" if record.matching else ""
-    rows = {f"Mean relative error of a layer's output{when}": f"{record.mean_error:.4f}"}
+    name, rows = f"Mean relative error of a layer's output{when}", {}
     heldout = record.mean_heldout_error
     if heldout is not None:
-        rows[f"The same on held-out text{when}"] = f"{heldout:.4f}"
+        rows[f"{name}, on held-out text"] = f"{heldout:.4f}"
+    rows[f"{name}, on the calibration text"] = f"{record.mean_error:.4f}"
     if record.matching:
         before, after = (fmean(getattr(m, k) for m in record.matching) for k in ("before", "after"))
         rows["Transformer matching"] = (
@@ -232,6 +233,10 @@ def _origin_rows(record: RunRecord) -> dict[str, str]:
     }
     if names["heldout"]:
         rows["Held-out text"] = names["heldout"]
+    elif record.held_back:
+        rows["Held-out text"] = (
+            f"{record.held_back} of these windows, which no weight was fitted to"
+        )
     versions = (f"{name} {version}" for name, version in record.versions.items())
     return rows | {"Made with": f"{', '.join(versions)}, on a {settings['device']} device"}
 

@@ -38,11 +38,11 @@ class ProgressEvent:
     def __str__(self) -> str:
         if self.layer is None:
             return self.message
-        held = ""
+        errors = f"calibration error {self.layer.error:.4f}"
         if self.layer.heldout_error is not None:
-            held = f" held-out {self.layer.heldout_error:.4f}"
+            errors = f"held-out error {self.layer.heldout_error:.4f}, {errors}"
         return (
-            f"{self.count} {self.layer.name} error {self.layer.error:.4f}{held} "
+            f"{self.count} {self.layer.name} {errors} "
             f"{self.layer.bits_per_weight:.3f} bits per weight {self.layer.seconds:.1f} s; "
             f"{self.times}"
         )

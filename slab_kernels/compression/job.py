@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..device import native_products
 from ..models.blocks import block_linears, find_blocks, load_block
 from ..models.model_config import compute_dtype
 from ..models.source import Source
@@ -57,6 +58,11 @@ class Job:
     def dtype(self) -> torch.dtype:
         """The type in which blocks compute."""
         return compute_dtype(self.source.config, self.device)
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """The type to which blocks round the operands of their products; None for `dtype`."""
+        return native_products(self.device)
 
     @property
     def layers(self) -> int:

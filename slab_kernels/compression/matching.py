@@ -29,7 +29,6 @@ from ..settings import enforce, setting
 from .record import MatchRecord
 from .trainable import TrainableLinear
 
-HELD_BACK = 8  # Every eighth batch is never trained on; it decides which epoch was the best.
 TARGETS = ("dense", "prefix")
 
 
@@ -74,40 +73,41 @@ class Matching:
         )
 
 
+class Target(NamedTuple):
+    """What a block shall make of one text.
+
+    stream: the hidden states at the block's input, which the compressed prefix gives.
+    outputs: per batch [samples, window, hidden].
+    """
+
+    stream: Stream
+    outputs: list[Tensor]
+
+    def error(self, index: int, block: nn.Module, batch: int) -> Tensor:
+        """Output of block `index` minus target, fp32, of one batch."""
+        output = self.stream.run(index, block, batch)
+        return (output - self.outputs[batch].to(self.stream.device)).float()
+
+
 @dataclass(frozen=True)
 class Goal:
     """What block `index` shall put out.
 
-    stream: the hidden states at the block's input, which the compressed prefix gives.
-    targets: per batch [samples, window, hidden].
+    taught: on the windows that it is trained on. judged: on those by which the best epoch is
+    chosen, which are held back; `taught` again where no windows are held back.
     """
 
     index: int
-    stream: Stream
-    targets: list[Tensor]
-
-    @property
-    def held(self) -> list[int]:
-        """The batches that are held back: every eighth, or the last."""
-        count = len(self.targets)
-        return [b for b in range(count) if b % HELD_BACK == HELD_BACK - 1] or [count - 1]
-
-    @property
-    def used(self) -> list[int]:
-        """The batches to train on: the others, or those held back where there are no others."""
-        held = self.held
-        return [b for b in range(len(self.targets)) if b not in held] or held
-
-    def error(self, block: nn.Module, batch: int) -> Tensor:
-        """Output minus target, fp32, of one batch."""
-        output = self.stream.run(self.index, block, batch)
-        return (output - self.targets[batch].to(self.stream.device)).float()
+    taught: Target
+    judged: Target
 
     @torch.no_grad()
     def distance(self, block: nn.Module) -> float:
-        """||y - target|| / ||target - input|| over the batches that are held back."""
-        error = sum(float(self.error(block, b).square().sum()) for b in self.held)
-        moves = (self.targets[b] - self.stream.hidden[b] for b in self.held)
+        """||y - target|| / ||target - input|| over the windows that judge."""
+        stream, outputs = self.judged
+        errors = (self.judged.error(self.index, block, b) for b in range(len(outputs)))
+        error = sum(float(e.square().sum()) for e in errors)
+        moves = (output - hidden for output, hidden in zip(outputs, stream.hidden, strict=True))
         whole = sum(float(move.float().square().sum()) for move in moves)
         return math.sqrt(error / whole) if whole else 0.0
 
@@ -203,8 +203,8 @@ def match_block(
         stored: (module, decomposition) -> what is left of it once it is packed and unpacked.
         tell: is called with a line after every epoch.
 
-    Returns: what was learnt. The distance on the batches that are held back never rises: where no
-        epoch lowers it, the decompositions are those given and no vector is there.
+    Returns: what was learnt. The distance on the windows that judge never rises: where no epoch
+        lowers it, the decompositions are those given and no vector is there.
     """
     began = time.perf_counter()
     with trainable(block, decompositions) as trained:
@@ -235,16 +235,16 @@ def _train(
     """
     best = Best(before, 0, _copies(parameters))
     optimizer = torch.optim.Adam([_group(p, settings.rate) for p in parameters])
-    used = goal.used
-    steps = settings.epochs * len(used)
+    batches = len(goal.taught.outputs)
+    steps = settings.epochs * batches
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.6 + 0.4 * math.cos(math.pi * min(step, steps) / steps)
     )
     order = torch.Generator().manual_seed(goal.index)
     for epoch in range(1, settings.epochs + 1):
-        for position in torch.randperm(len(used), generator=order).tolist():
+        for batch in torch.randperm(batches, generator=order).tolist():
             with torch.enable_grad():
-                loss = goal.error(block, used[position]).square().mean()
+                loss = goal.taught.error(goal.index, block, batch).square().mean()
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

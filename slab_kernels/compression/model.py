@@ -53,7 +53,9 @@ def compress(
     One block is in memory at a time, beside everything outside the blocks and the hidden states of
     the calibration text: samples * window * hidden_size numbers, of 4 bytes on a CPU
     (`RunRecord.hidden_state_bytes`). Methods with a setting `drift` that is not 0 (slab) hold both
-    twice: the block as it was and as it becomes, and what the dense model makes of the text.
+    twice: the block as it was and as it becomes, and what the dense model makes of the text. Beside
+    each block, at most 1 GiB on a CPU and a tenth of a GPU's free memory hold what would have to be
+    computed again otherwise.
     Layers that receive the same tensor (q/k/v, gate/up) share their statistics. Statistics come
     from the compressed prefix: earlier blocks, and earlier groups of the same block.
 
@@ -76,14 +78,17 @@ def compress(
         bits: stored bits per weight over the whole model, spent layer by layer on value types,
             planes and ranks where the measured loss says they help most (see `budget`). The dense
             model is held in memory during the search.
-        calibration, heldout: a text (see `read_text`) or token ids [samples, window]. On `heldout`
-            each layer's error is measured too, with at most a quarter of `samples`.
+        calibration, heldout: a text (see `read_text`) or token ids [samples, window]. Every eighth
+            window of `calibration` is held back: no weight is fitted to it, and each layer's
+            held-out error is measured there. With a text `heldout` it is measured on that, with at
+            most a quarter of `samples`.
         samples, window: windows of calibration text, and their length in tokens, which is cut to
             the model's positions.
         skip: fnmatch patterns of module or parameter names to leave dense, such as "*.down_proj".
         tokenizer: one of transformers, or its folder. A model in memory needs it if it does not
             know its folder, unless token ids are given.
-        device: where blocks run. "auto" is a GPU if there is one; a CPU computes in fp32.
+        device: where blocks run. "auto" is a GPU if there is one; a CPU computes in fp32,
+            but for operands of matrix products, which are bf16 where it has instructions for that.
         resume: go on with an interrupted run in `out`. With the same settings it ends with the same
             bytes as without the interruption; what is finished and every tensor of the model are
             compared with what they were.

@@ -42,8 +42,12 @@ class Plan:
     @property
     def dense_stream(self) -> bool:
         """Whether the dense model's hidden states are wanted beside the compressed prefix's."""
-        wants_target = self.matching is not None and self.matching.target == "dense"
-        return self.usual.drift or wants_target
+        return self.usual.drift or self.dense_target
+
+    @property
+    def dense_target(self) -> bool:
+        """Whether matching learns what the dense model puts out."""
+        return self.matching is not None and self.matching.target == "dense"
 
     def check_shapes(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Refuse a plan that some layer cannot have.

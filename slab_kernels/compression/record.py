@@ -22,7 +22,8 @@ class LayerRecord:
 
     error: ||X (W - W')^T|| / ||X W^T|| in the Frobenius norm. X are its calibration inputs in the
         model whose earlier layers are compressed, W' is the weight as stored.
-    heldout_error: the same on the held-out text; None where there is none.
+    heldout_error: the same on the held-out text, or without one on the calibration windows that
+        were held back; None where there are none of either.
     bits_per_weight: 8 times the bytes of its tensors on disk (its bias not counted) per weight.
     group: the layers that read the same input and were compressed together.
     group_size: inputs that share a scale; None for one scale per row, or values without scales.
@@ -52,7 +53,7 @@ class MatchRecord:
     """What transformer matching did to one block.
 
     before, after: the distance ||y - target|| / ||target - input|| of the block's output y on the
-        batches that were held back.
+        windows that were held back.
     epochs: those after which the best was reached; 0 where training did not help and was dropped.
     """
 
@@ -72,6 +73,7 @@ class RunRecord:
     settings: what was asked for, with the preset that it amounts to ("preset", None for none); a
         group size may be "auto" there, and of a layer is the number that was used.
     stored: "packed" or "dense".
+    tokens: of the calibration text. held_back: how many of its windows no weight was fitted to.
     hidden_state_bytes: what the hidden states of the texts took beside one block.
     ignored_tensors: names in the checkpoint that the model does not have.
     shards: file name -> SHA-256 of what the run wrote there.
@@ -88,6 +90,7 @@ class RunRecord:
     matching: list[MatchRecord] = field(default_factory=list)
     ignored_tensors: list[str] = field(default_factory=list)
     shards: dict = field(default_factory=dict)
+    held_back: int = 0
 
     @property
     def weights(self) -> int:
@@ -102,19 +105,25 @@ class RunRecord:
 
     @property
     def mean_error(self) -> float:
-        """The mean over all layers, each counted once."""
+        """The mean over all layers on the calibration text, each counted once."""
         return sum(layer.error for layer in self.layers) / len(self.layers)
 
     @property
     def mean_heldout_error(self) -> float | None:
-        """The mean over all layers, None where there was no held-out text."""
+        """The mean over all layers on text that none was fitted to; None where there was none."""
         errors = [e for layer in self.layers if (e := layer.heldout_error) is not None]
         return sum(errors) / len(errors) if errors else None
+
+    @property
+    def named_error(self) -> str:
+        """The mean error that judges the run, by its name and as a number."""
+        return named_error(self.mean_error, self.mean_heldout_error)
 
     def to_dict(self) -> dict:
         return asdict(self) | {
             "bits_per_weight": self.bits_per_weight,
             "mean_error": self.mean_error,
+            "mean_heldout_error": self.mean_heldout_error,
         }
 
     @classmethod
@@ -130,6 +139,13 @@ class RunRecord:
             name: [make(entry) for entry in content.get(name, [])] for name, make in parts.items()
         }
         return _checked(cls, content | made)
+
+
+def named_error(calibration: float, heldout: float | None) -> str:
+    """A mean error by its name and as a number: the held-out one wherever it is known."""
+    if heldout is None:
+        return f"mean calibration error {calibration:.4f}"
+    return f"mean held-out error {heldout:.4f}"
 
 
 DAMAGED = "it is damaged or of another program: copy it again, or delete it"

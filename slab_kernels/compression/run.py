@@ -105,6 +105,8 @@ def _settings(job: Job, given: Arguments, tokens: Tokens, writes: bool) -> dict[
         "samples": samples,
         "window": window,
         "seed": given.sampling.seed,
+        "held_back": tokens.windows_held_back,
+        "products": str(job.products or job.dtype).removeprefix("torch."),
         "skip": list(given.skip),
         "device": job.device.type,
         **tokens.digests(),
@@ -149,7 +151,7 @@ def _search(
         report(ProgressEvent("budget", message=message))
 
     def find() -> dict[str, dict]:
-        found = BudgetSearch(open_model, job.shapes, job.plan.usual, tokens.calibration, tell)
+        found = BudgetSearch(open_model, job.shapes, job.plan.usual, tokens.fitted, tell)
         if state is not None:
             found.known, found.note = state.search, state.note_search
         return found.best(bits)
@@ -160,12 +162,12 @@ def _search(
 def _tell_start(
     job: Job, given: Arguments, tokens: Tokens, folder: Path | None, report: Reporter
 ) -> None:
-    count, (_, window) = tokens.calibration.numel(), tokens.calibration.shape
-    blocks = len(job.blocks)
+    count, (windows, window) = tokens.calibration.numel(), tokens.calibration.shape
+    blocks, judging = len(job.blocks), tokens.windows_held_back
     preset = f"preset {given.preset}, " if given.preset else ""
     message = (
         f"compressing {job.source.name}: {preset}{blocks} blocks, {count} calibration tokens in "
-        f"windows of {window}"
+        f"{windows} windows of {window}, {judging or 'none'} of them held back to judge by"
     )
     report(ProgressEvent("start", blocks=blocks, message=message))
     for left_out in job.source.left_out(folder):
@@ -174,7 +176,7 @@ def _tell_start(
 
 def _tell_end(job: Job, record: RunRecord, report: Reporter) -> None:
     message = (
-        f"done: {record.bits_per_weight:.3f} bits per weight, mean error {record.mean_error:.4f}, "
+        f"done: {record.bits_per_weight:.3f} bits per weight, {record.named_error}, "
         f"{record.seconds:.0f} s"
     )
     blocks, layers = len(job.blocks), len(record.layers)
@@ -192,7 +194,10 @@ def _record(
     """The record of the run, as slab_run.json will hold it."""
     import transformers
 
-    streams = tokens.texts() + ([tokens.calibration] if job.plan.dense_stream else [])
+    texts = [tokens.calibration, tokens.heldout]
+    texts += [tokens.fitted] if job.plan.dense_stream else []
+    texts += [tokens.held_back] if job.plan.dense_target else []
+    numbers = sum(text.numel() for text in texts if text is not None)
     width = getattr(text_config(job.source.model), "hidden_size", 0) or 0
     return RunRecord(
         model=job.source.name,
@@ -200,7 +205,7 @@ def _record(
         stored="packed" if job.plan.usual.packed else "dense",
         layers=[layer for block in blocks for layer in block.layers],
         tokens=tokens.calibration.numel(),
-        hidden_state_bytes=sum(t.numel() for t in streams) * width * job.dtype.itemsize,
+        hidden_state_bytes=numbers * width * job.dtype.itemsize,
         seconds=seconds,
         versions={
             "slab_kernels": __version__,
@@ -209,4 +214,5 @@ def _record(
         },
         matching=[block.match for block in blocks if block.match is not None],
         ignored_tensors=job.source.ignored,
+        held_back=tokens.windows_held_back,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
     Returns: {"folder", "model", "stored", "format_version", "method", "preset", "weights",
-        "bits_per_weight", "mean_error", "heldout_error", "padding", "layers", and what
+        "bits_per_weight", "mean_error", "mean_heldout_error", "padding", "layers", and what
         `Totals.to_dict` has of all tensors: "bytes", "parameters", "bits_per_parameter",
         "dense_bytes" by part}; what is not known is None.
         bits_per_weight of a layer counts every stored tensor of it except its bias,
@@ -57,7 +58,6 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     ]
     weights = sum(math.prod(layer["shape"]) for layer in layers)
     bits = sum(math.prod(layer["shape"]) * layer["bits_per_weight"] for layer in layers)
-    errors = [layer["error"] for layer in layers if layer["error"] is not None]
     pruned = "pruned, dense" if recorded else "dense"
     return {
         "folder": str(folder),
@@ -68,12 +68,18 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "preset": _text(record.settings, "preset") if record else None,
         "weights": weights,
         "bits_per_weight": bits / weights if weights else None,
-        "mean_error": sum(errors) / len(errors) if errors else None,
+        "mean_error": _mean(layer["error"] for layer in layers),
+        "mean_heldout_error": _mean(layer["heldout_error"] for layer in layers),
         "padding": [asdict(padding) for padding in paddings(layouts.values())],
-        "heldout_error": record.mean_heldout_error if record else None,
         **folder_totals(checkpoint.entries, layouts, checkpoint.config).to_dict(),
         "layers": layers,
     }
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    """The mean of those that are known."""
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _text(settings: dict[str, Any], key: str) -> str | None:

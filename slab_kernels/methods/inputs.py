@@ -18,6 +18,8 @@ from torch import Tensor
 from ..errors import CalibrationError
 
 NEEDS = ("none", "diagonal", "gram")
+# A Gram matrix is computed in so many strips, where each has enough rows to keep a CPU or GPU busy.
+STRIPS, LEAST_STRIP = 4, 96
 
 
 @dataclass
@@ -135,7 +137,7 @@ class InputStats:
             drift = drift.reshape(count, -1).to(x.dtype)
             self._check(drift, drift.sum(), "drift")
             new_drift = (drift / count).T @ x
-        gram = (x / count).T @ x if self.needs == "gram" else None
+        gram = _gram(x / count, x) if self.needs == "gram" else None
         if self.tokens and (drift is None) != (self.drift is None):
             raise CalibrationError("drift must be given with every update or with none")
         if self.needs != "none":
@@ -183,3 +185,21 @@ class InputStats:
         raise CalibrationError(
             f"{what} as large as {values.abs().max():.3g} overflow when squared; use dtype=float64"
         )
+
+
+def _gram(scaled: Tensor, x: Tensor) -> Tensor:
+    """[K,K] scaled^T x, where `scaled` [T,K] is a multiple of x and the product so symmetric.
+
+    It is computed in strips of rows from the diagonal on, which is five eighths of the work.
+    """
+    K = x.shape[1]
+    strip = -(-K // STRIPS)
+    if strip < LEAST_STRIP:
+        return scaled.T @ x
+    gram = x.new_empty(K, K)
+    for first in range(0, K, strip):
+        last = min(first + strip, K)
+        rows = scaled[:, first:last].T @ x[:, first:]
+        gram[first:last, first:] = rows
+        gram[last:, first:last] = rows[:, last - first :].T
+    return gram

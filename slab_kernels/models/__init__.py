@@ -23,6 +23,7 @@ Compressing one, with `compression` on top:
     blocks          its decoder blocks, the linears in them, and their weights
     streams         the calibration text on its way through the blocks
     groups          what the linears of a block read, and which of them read the same
+    passes          a block run for its groups, without computing anything twice
 
 Comparing two, with `evaluate` on top:
     endings         a text led up to the output head, of a model in memory or block by block

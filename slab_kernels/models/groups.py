@@ -182,7 +182,46 @@ def layer_inputs(
     name = group.names[0]
     with torch.no_grad(), _hooks({name: linear}, see), suppress(Stop):
         stream.run(index, block, batch)
-    x = torch.cat(inputs) if inputs else torch.empty(0, linear.in_features, device=stream.device)
+    return _joined(name, linear, inputs, stream.device)
+
+
+def all_inputs(
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    groups: list[Group],
+    batch: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What `layer_inputs` gives for the first linear of every group, and the block's output.
+
+    The block runs once.
+
+    linears: full name -> linear of the block.
+
+    Raises: CalibrationError if inputs are not finite.
+    """
+    calls = {group.names[0]: group.calls for group in groups}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in calls}
+
+    def see(name: str, x: Tensor) -> None:
+        if len(inputs[name]) < calls[name]:
+            inputs[name].append(x.detach().flatten(0, -2).clone())
+
+    with torch.no_grad(), _hooks({name: linears[name] for name in calls}, see):
+        output = stream.run(index, block, batch)
+    joined = {
+        name: _joined(name, linears[name], parts, stream.device) for name, parts in inputs.items()
+    }
+    return joined, output
+
+
+def _joined(name: str, linear: nn.Linear, inputs: list[Tensor], device: torch.device) -> Tensor:
+    """The inputs of a linear's calls as one [tokens, in_features]. Raises: CalibrationError."""
+    if len(inputs) == 1:
+        x = inputs[0]
+    else:
+        x = torch.cat(inputs) if inputs else torch.empty(0, linear.in_features, device=device)
     if not bool(x.isfinite().all()):
         raise CalibrationError(
             f"the inputs of {name} hold NaN or infinite numbers on the calibration text; check the "

@@ -10,8 +10,8 @@ itself reads its weight. A block may write into what it is given: it gets copies
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,11 @@ from .blocks import batch_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def kind_of(block: nn.Module) -> tuple:
+    """Equal for blocks that are made alike: of one class, with modules of the same names."""
+    return type(block), tuple(name for name, _ in block.named_modules())
 
 
 class Stop(Exception):
@@ -37,23 +42,26 @@ class Stream:
     """The hidden states of one text on their way through the blocks.
 
     hidden: [samples, window, hidden_size] for each batch, at the input of the next block. calls:
-    for each block and batch what else the block is called with; equal tensors are kept once.
-    returned: what each block was seen to return, whatever hidden state was in it. Bytes held:
-    samples * window * hidden_size * itemsize.
+    for each block and batch what else the block is called with; equal tensors are kept once. Bytes
+    held: samples * window * hidden_size * itemsize. returned: what each block was seen to return,
+    whatever hidden state was in it. products: the type to which blocks round the operands of their
+    matrix products; None for the one that they compute in.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
     device: torch.device
     returned: list[Any] = field(default_factory=list)
+    products: torch.dtype | None = None
 
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """The output hidden state of block `index` for one batch, which works on copies."""
         hidden = self.hidden[batch].to(self.device, copy=True)
-        args, kwargs = _map(
-            self.calls[index][batch], lambda leaf: hidden if leaf is _HIDDEN else _copied(leaf)
+        args, kwargs = map_leaves(
+            self.calls[index][batch], lambda leaf: hidden if leaf is _HIDDEN else copied(leaf)
         )
-        return _hidden_output(block(*args, **kwargs))
+        with rounded_products(self.device, self.products):
+            return _hidden_output(block(*args, **kwargs)).to(hidden.dtype)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Run block `index` on every batch and keep its outputs in place of its inputs."""
@@ -62,13 +70,24 @@ class Stream:
 
     def twin(self) -> Stream:
         """The same text at the same point, to be fed through other weights."""
-        return Stream(list(self.hidden), self.calls, self.device, self.returned)
+        return replace(self, hidden=list(self.hidden))
+
+    def exact(self) -> Stream:
+        """The same hidden states, fed through blocks that round no operands."""
+        return replace(self, products=None)
+
+
+def rounded_products(
+    device: torch.device, dtype: torch.dtype | None
+) -> AbstractContextManager[Any]:
+    """Inside, matrix products round their operands to `dtype`; sums and all else stay fp32."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 _HIDDEN = object()  # stands for the hidden state in a noted call
 
 
-def _copied(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
@@ -103,12 +122,12 @@ def given_hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return _take(args, kwargs)[0]
 
 
-def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The same nest of tuples, lists and dicts with every leaf changed."""
     if isinstance(tree, dict):
-        return {key: _map(value, change) for key, value in tree.items()}
+        return {key: map_leaves(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return _like(tree, [_map(value, change) for value in tree])
+        return _like(tree, [map_leaves(value, change) for value in tree])
     return change(tree)
 
 
@@ -148,6 +167,7 @@ def catch_stream(
     *,
     keep_on: torch.device | None = None,
     packed: Mapping[str, nn.Linear] | None = None,
+    products: torch.dtype | None = None,
 ) -> Stream:
     """Run the model's forward up to the last block and note what each block is called with.
 
@@ -158,6 +178,7 @@ def catch_stream(
             of block, to see whether it returns a tensor or a tuple.
         keep_on: where the hidden states are kept; default `device`.
         packed: full name -> linear of `blocks` that a layer without `weight` will replace.
+        products: see `Stream`; None is taken where a block does not run so.
 
     Raises: ArchitectureError if the model's forward fails, if more than the hidden state travels
         from block to block, or if the model's code reads the weight of a linear of `packed`;
@@ -167,7 +188,7 @@ def catch_stream(
     read: list[str] = []  # names inside a block of linears whose weight the model's code reads
     while True:
         unread = {name: linear for name, linear in packed.items() if _inside(name) not in read}
-        stream = Stream([], [[] for _ in blocks], device)
+        stream = Stream([], [[] for _ in blocks], device, products)
         recorder = _Recorder(blocks, materialise, stream, keep_on or device)
         try:
             with _without_weight(unread):
@@ -266,7 +287,7 @@ class _Recorder:
             self._begin(hidden)
         else:
             self._check_handover(index, hidden, call)
-        self.stream.calls[index].append(_map(call, self.noted))
+        self.stream.calls[index].append(map_leaves(call, self.noted))
         output = self._output(index, args, kwargs)
         if index == len(self.stream.returned):
             self.stream.returned.append(output)
@@ -300,16 +321,27 @@ class _Recorder:
                     f"block {index} takes more than the hidden state from block {index - 1}"
                 )
 
-        _map(call, refuse)
+        map_leaves(call, refuse)
 
     def _output(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a block of this kind returns; the first of each kind is run to see it."""
-        block = self.blocks[index]
-        kind = (type(block), tuple(name for name, _ in block.named_modules()))
+        kind = kind_of(self.blocks[index])
         if kind not in self.outputs:
-            copied_args, copied_kwargs = _map((args, kwargs), _copied)
-            self.outputs[kind] = self.materialise(index)(*copied_args, **copied_kwargs)
+            self.outputs[kind] = self._first_output(index, args, kwargs)
         return self.outputs[kind]
+
+    def _first_output(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the block returns; the stream's `products` become None where they make it fail."""
+        stream, block = self.stream, self.materialise(index)
+        for products in dict.fromkeys((stream.products, None)):
+            own_args, own_kwargs = map_leaves((args, kwargs), copied)
+            try:
+                with rounded_products(stream.device, products):
+                    return block(*own_args, **own_kwargs)
+            except Exception as error:
+                if products is None or not is_model_failure(error):
+                    raise
+                stream.products = None  # Code of a model may take its tensors to be of one type.
 
 
 def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> None:

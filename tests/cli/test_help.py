@@ -59,7 +59,8 @@ def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
 
     class Record:
         def to_dict(self):
-            return {"layers": [], "bits_per_weight": 9.5, "mean_error": 0.1, "seconds": 2.0}
+            errors = {"mean_error": 0.1, "mean_heldout_error": 0.12}
+            return {"layers": [], "bits_per_weight": 9.5, "seconds": 2.0} | errors
 
     monkeypatch.setattr(model, "compress", lambda *given, **named: Record())
     whole = totals.Totals(9, 8, 9, 8, {})

@@ -63,8 +63,9 @@ def test_the_numbers_are_those_of_the_record(dense, tmp_path):
     assert found["Adapter P Qᵀ"] == "rank 4, int8"
     assert found["Options of the method"] == "rounds=1"
     assert found["Stored bits per weight"].startswith(f"{record.bits_per_weight:.3f},")
-    assert found["Mean relative error of a layer's output"] == f"{record.mean_error:.4f}"
-    assert found["The same on held-out text"] == f"{record.mean_heldout_error:.4f}"
+    error = "Mean relative error of a layer's output"
+    assert found[f"{error}, on held-out text"] == f"{record.mean_heldout_error:.4f}"
+    assert found[f"{error}, on the calibration text"] == f"{record.mean_error:.4f}"
     assert found["Calibration"] == "text.txt, 4 windows of 16 tokens, seed 0"
     assert "`*.q_proj`" in found["Of that left dense"] and str(tmp_path) not in text
 
@@ -146,9 +147,9 @@ def test_a_dense_result_and_matching_are_said(dense, tmp_path):
     assert front["library_name"] == "transformers" and "slab_kernels.load" not in text
     record = compress(dense, tmp_path / "matched", **QUICK | {"matching": 2})
     found = rows(read_card(tmp_path / "matched")[1])
-    assert found["Mean relative error of a layer's output before matching"] == (
-        f"{record.mean_error:.4f}"
-    )
+    error = "Mean relative error of a layer's output before matching"
+    assert found[f"{error}, on held-out text"] == f"{record.mean_heldout_error:.4f}"
+    assert found["Held-out text"] == "1 of these windows, which no weight was fitted to"
     assert found["Transformer matching"].startswith("2 epochs; mean distance")
 
 

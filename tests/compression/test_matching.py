@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from slab_kernels.compression.budget import LADDER, Choice, spend
-from slab_kernels.compression.matching import Goal, Matching, match_block
+from slab_kernels.compression.matching import Goal, Matching, Target, match_block
 from slab_kernels.compression.model import compress
 from slab_kernels.compression.trainable import TrainableLinear
 from slab_kernels.compression.training import Training, train
@@ -90,8 +90,12 @@ def test_matching_brings_a_block_nearer_and_never_further(values):
     block, twin = Block(), Block()
     twin.load_state_dict(block.state_dict())
     hidden = [torch.randn(4, 16, 32) for _ in range(8)]
-    stream = Stream(hidden, [[((_HIDDEN,), {})] * 8], torch.device("cpu"))
-    targets = [twin(h).detach() for h in hidden]
+    calls, targets = [[((_HIDDEN,), {})] * 8], [twin(h).detach() for h in hidden]
+
+    def part(first: int, last: int, outputs: list[torch.Tensor]) -> Target:
+        stream = Stream(hidden[first:last], calls, torch.device("cpu"))
+        return Target(stream, outputs[first:last])
+
     parts = {}
     for name in ("up", "down"):
         d = unpack(
@@ -109,7 +113,7 @@ def test_matching_brings_a_block_nearer_and_never_further(values):
         parts[name] = d
         getattr(block, name).weight.data = d.dense()
     stored = lambda name, d: unpack(pack(d, values, 32))  # noqa: E731
-    goal = Goal(0, stream, targets)
+    goal = Goal(0, part(0, 7, targets), part(7, 8, targets))
     untrained = {name: t.clone() for name, t in block.state_dict().items()}
     result, other, record = match_block(goal, block, parts, Matching(3, 1e-2), stored)
     assert all(torch.equal(t, untrained[name]) for name, t in block.state_dict().items())
@@ -119,7 +123,7 @@ def test_matching_brings_a_block_nearer_and_never_further(values):
         assert (
             torch.equal(d.mask, parts[name].mask) and (d.mask.sum(1) == d.mask.shape[1] // 2).all()
         )
-    goal = Goal(0, stream, list(hidden))
+    goal = Goal(0, part(0, 7, hidden), part(7, 8, hidden))
     result, other, record = match_block(
         goal, _restored(block, parts), parts, Matching(1, 0.9), stored
     )

@@ -146,15 +146,21 @@ def test_the_record_counts_the_bytes_on_disk(dense, tmp_path, values, group_size
 
 
 def test_errors_are_those_of_the_compressed_prefix(dense, tmp_path):
-    """The records take them from Gram matrices; here the finished model runs on the same tokens."""
-    record = compress(dense, tmp_path / "o", heldout=tiny_models.tokens(seed=7), **QUICK)
-    original, finished = AutoModelForCausalLM.from_pretrained(dense).eval(), load(tmp_path / "o")
-    for field, tokens in (("error", TOKENS), ("heldout_error", tiny_models.tokens(seed=7))):
-        measured = layer_errors(original, finished, tokens)
-        assert list(measured) == [layer.name for layer in record.layers]
-        for layer in record.layers:
-            assert measured[layer.name] == pytest.approx(getattr(layer, field), rel=2e-3)
-    assert record.mean_error == pytest.approx(sum(layer.error for layer in record.layers) / 14)
+    """The records take them from Gram matrices; here the finished model runs on the same tokens.
+
+    Of six calibration windows the last is held back; without a held-out text it is what judges.
+    """
+    original, other = AutoModelForCausalLM.from_pretrained(dense).eval(), tiny_models.tokens(seed=7)
+    for heldout, judging in ((None, TOKENS[5:]), (other, other)):
+        out = tmp_path / str(heldout is None)
+        record = compress(dense, out, heldout=heldout, **QUICK)
+        assert record.held_back == record.settings["held_back"] == 1
+        for field, tokens in (("error", TOKENS[:5]), ("heldout_error", judging)):
+            measured = layer_errors(original, load(out), tokens)
+            assert list(measured) == [layer.name for layer in record.layers]
+            for layer in record.layers:
+                assert measured[layer.name] == pytest.approx(getattr(layer, field), rel=2e-3)
+        assert record.mean_error == pytest.approx(sum(layer.error for layer in record.layers) / 14)
 
 
 def test_text_calibration_end_to_end(dense, tmp_path):
@@ -186,7 +192,8 @@ def test_drift_is_seen_by_methods_that_ask_for_it(dense, tmp_path):
     without = compress(
         dense, tmp_path / "b", calibration=TOKENS, progress=False, drift=0.0, rounds=1
     )
-    assert with_drift.hidden_state_bytes == 2 * without.hidden_state_bytes
+    # The window of six that is held back is not led through the dense model.
+    assert 6 * with_drift.hidden_state_bytes == 11 * without.hidden_state_bytes
     first = [[layer.error for layer in r.layers[:3]] for r in (with_drift, without)]
     assert first[0] == first[1] and with_drift.layers[-1].error != without.layers[-1].error
 
@@ -220,7 +227,7 @@ def test_what_cannot_be_packed_is_stored_dense(dense, tmp_path, pattern):
         match=r"was not written by slab_kernels .it holds a dense model.; compress it first",
     ):
         load(tmp_path / "o")
-    measured = layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS)
+    measured = layer_errors(AutoModelForCausalLM.from_pretrained(dense), opened, TOKENS[:5])
     assert measured[record.layers[-1].name] == pytest.approx(record.layers[-1].error, rel=2e-3)
 
 
@@ -230,15 +237,17 @@ def test_events_tell_every_layer(dense, tmp_path):
     assert [e.kind for e in events] == ["start", *(["layer"] * 7 + ["block"]) * 2, "done"]
     layers = [e for e in events if e.kind == "layer"]
     assert [e.done for e in layers] == list(range(1, 15)) and {e.layers for e in layers} == {14}
-    assert "model.layers.0.self_attn.q_proj error 0." in str(
-        layers[0]
-    ) and "bits per weight" in str(layers[0])
+    line = str(layers[0])
+    assert "model.layers.0.self_attn.q_proj held-out error 0." in line
+    assert ", calibration error 0." in line and "bits per weight" in line
+    assert "mean held-out error 0." in str(events[-1])
+    assert "windows of 16, 1 of them held back to judge by" in str(events[0])
 
 
 def test_the_bar_writes_to_stderr(dense, tmp_path, capsys):
     compress(dense, tmp_path / "o", **QUICK | {"progress": True})
     out, err = capsys.readouterr()
-    assert not out and "model.layers.1.mlp.down_proj error" in err and "[14/14]" in err
+    assert not out and "model.layers.1.mlp.down_proj held-out error" in err and "[14/14]" in err
 
 
 # kill and resume
