@@ -8,9 +8,10 @@ from typing import Any
 
 from ..compression.record import LayerRecord, read_record
 from ..errors import CheckpointError
-from ..format.layout import PackedLayout
+from ..format import TABLE_NAMES, PackedLayout
 from ..models.folder import Checkpoint
 from ..models.packed_config import QUANT_METHOD, read_layouts
+from ..models.packed import read_tables
 from ..models.shards import TensorEntry
 from ..paths import expanded
 
@@ -23,7 +24,8 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
     Returns: {"folder", "model", "stored", "format_version", "method", "weights",
-        "bits_per_weight", "mean_error", "bytes", "layers"}; what is not known is None.
+        "bits_per_weight", "mean_error", "bytes", "layers", "embeddings"}; what is not known is
+        None. embeddings: those of int8 rows, each with its shape, bytes and the head that is tied.
         bits_per_weight of a layer counts every stored tensor of it except its bias,
         factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
         values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
@@ -65,7 +67,20 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "mean_error": sum(errors) / len(errors) if errors else None,
         "bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
         "layers": layers,
+        "embeddings": _embeddings(checkpoint) if ours else [],
     }
+
+
+def _embeddings(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The embeddings of int8 rows. Raises: CheckpointError."""
+    found = []
+    for name, table in read_tables(checkpoint).items():
+        parts = [checkpoint.entries.get(f"{name}.{part}") for part in TABLE_NAMES]
+        if parts[0] is None or parts[1] is None:
+            raise CheckpointError(f"the folder holds nothing of the embedding {name!r}")
+        size, shape = parts[0].nbytes + parts[1].nbytes, list(parts[0].shape)
+        found.append({"name": name, **table.to_dict(), "shape": shape, "bytes": size})
+    return found
 
 
 def _text(settings: dict[str, Any], key: str) -> str | None:
