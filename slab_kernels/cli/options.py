@@ -132,6 +132,16 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(help="Leave these modules dense, '*.down_proj'; may be repeated."),
 ]
+Embeddings = Annotated[
+    str,
+    typer.Option(
+        help="The input embedding: dense, or int8 rows with one scale each, which a tied output "
+        "head then shares."
+    ),
+]
+Head = Annotated[
+    bool, typer.Option("--head/--no-head", help="Pack the output head like the other linears.")
+]
 MethodOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -12,6 +12,7 @@ from ..text.source import Sampling
 from .budget import check_bits
 from .matching import Matching
 from .plan import Plan
+from .vocabulary import Wanted
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,26 @@ class Arguments:
 
     bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
     skip: fnmatch patterns of module names that stay dense.
+    embeddings, head: what becomes of the input embedding and of the output head (see `compress`).
+    optional: those of "embeddings" and "head" that stay dense in a model that cannot have them,
+        with a warning.
     """
 
     plan: Plan
     bits: float | None
     sampling: Sampling
     skip: tuple[str, ...]
+    embeddings: str = "dense"
+    head: bool = False
+    optional: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.wanted.check_pattern(self.plan)
+
+    @property
+    def wanted(self) -> Wanted:
+        """Raises: ArgumentError for what cannot be wanted."""
+        return Wanted(self.embeddings, self.head, self.optional)
 
     @classmethod
     def of(
@@ -37,6 +52,9 @@ class Arguments:
         window: int = 2048,
         seed: int = 0,
         skip: Any = (),
+        embeddings: str = "dense",
+        head: bool = False,
+        optional: tuple[str, ...] = (),
         **layer: Any,
     ) -> Arguments:
         """The arguments that the keywords of `compress` stand for.
@@ -49,7 +67,8 @@ class Arguments:
         settings = LayerSettings.from_keywords(**layer)
         plan = Plan(settings, Matching.of(matching))
         budget = None if bits is None else check_bits(bits, settings)
-        return cls(plan, budget, Sampling(samples, window, seed), _patterns(skip))
+        sampling = Sampling(samples, window, seed)
+        return cls(plan, budget, sampling, _patterns(skip), embeddings, head, optional)
 
     def to_dict(self) -> dict[str, Any]:
         """What records and progress files call the settings of the plan."""
@@ -57,6 +76,8 @@ class Arguments:
         return self.plan.usual.to_dict() | {
             "matching": None if matching is None else asdict(matching),
             "bits": self.bits,
+            "embeddings": self.embeddings,
+            "head": self.head,
             "options": {name: repr(value) for name, value in sorted(options.items())},
         }
 

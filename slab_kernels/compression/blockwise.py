@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.blocks import outside_filled
-from ..models.streams import catch_stream
+from ..models.streams import Stream, catch_stream
 from .block import BlockWork, Streams, set_weight
 from .calibration import Tokens
 from .events import ProgressEvent
+from .head import HeadWork
 from .job import Job
+from .outside import check_readers, look_up_as_stored
 from .record import LayerRecord
 from .sinks import FinishedBlock, Sink, dense_weight
 from .team import Team
@@ -52,7 +54,7 @@ class BlockwiseRun:
         self.finished = self.sink.finished()
         self._check_finished()
         done, total = len(self.finished), len(self.job.blocks)
-        if done < total:
+        if done < self.job.steps:
             self.streams = self._open_streams()
             if done:
                 self._report("resumed", done, f"resuming after block {done} of {total}")
@@ -60,6 +62,8 @@ class BlockwiseRun:
                 self.restore(index)
             for index in range(done, total):
                 self.compress(index)
+            if self.job.head is not None:
+                self.compress_head()
         return self.finished
 
     @property
@@ -99,9 +103,19 @@ class BlockwiseRun:
         self._put(index, block, kept)
         self.advance(index, block, dense_block)
 
+    def compress_head(self) -> None:
+        """Compress and store the output head, on what the last block put out."""
+        job, index = self.job, len(self.job.blocks)
+        with outside_filled(job.source, job.path, job.device, job.dtype) as model:
+            look_up_as_stored(model, job)
+            kept = HeadWork(job, model, self.tokens.texts(), self.streams, self.team).compress()
+        kept.layers = self.sink.store(index, kept)
+        self._report("layer", index, layer=kept.layers[0], done=self.layers_done + 1)
+        self.finished.append(FinishedBlock({}, kept.layers))
+
     def advance(self, index: int, block: nn.Module, dense_block: nn.Module | None) -> None:
         """Let the texts pass block `index`, unless nothing comes after it."""
-        if index + 1 < len(self.job.blocks):
+        if index + 1 < self.job.steps:
             self.streams.advance(index, block, dense_block)
 
     def _linears(self, index: int, block: nn.Module) -> dict[str, nn.Linear]:
@@ -134,21 +148,29 @@ class BlockwiseRun:
         replaced: dict[str, nn.Linear] = {}
         if job.plan.usual.packed:
             replaced = {name: m for block in job.linears for name, m in block.items()}
+
+        def catch(text: Tensor) -> Stream:
+            return catch_stream(
+                model,
+                job.blocks,
+                text,
+                self.load_block,
+                job.device,
+                keep_on=self._home(text),
+                packed=replaced,
+            )
+
         with outside_filled(job.source, job.path, job.device, job.dtype) as model:
-            streams = [
-                catch_stream(
-                    model,
-                    job.blocks,
-                    text,
-                    self.load_block,
-                    job.device,
-                    keep_on=self._home(text),
-                    packed=replaced,
-                )
-                for text in self.tokens.texts()
-            ]
+            dense: Stream | None = None
+            if job.plan.dense_stream and job.tables:  # its embedding is not the one that is stored
+                dense = catch(self.tokens.calibration)
+            look_up_as_stored(model, job)
+            streams = [catch(text) for text in self.tokens.texts()]
+            check_readers(model, job, streams[0], self.tokens.calibration)
         calibration, heldout = streams[0], streams[1] if len(streams) > 1 else None
-        return Streams(calibration, heldout, calibration.twin() if job.plan.dense_stream else None)
+        if job.plan.dense_stream and dense is None:
+            dense = calibration.twin()
+        return Streams(calibration, heldout, dense)
 
     def _home(self, text: Tensor) -> torch.device:
         """Where the hidden states of a text are kept."""

@@ -36,6 +36,8 @@ def compress(
     samples: int = 128,
     window: int = 2048,
     skip: tuple[str, ...] | list[str] | str | None = (),
+    embeddings: str = "dense",
+    head: bool = False,
     tokenizer: Any = None,
     device: str | torch.device = "auto",
     resume: bool = False,
@@ -44,7 +46,9 @@ def compress(
     trust_remote_code: bool = False,
     **method_options: Any,
 ) -> RunRecord | nn.Module:
-    """Compress every nn.Linear in the decoder blocks; embeddings, norms and output head stay dense.
+    """Compress every nn.Linear in the decoder blocks, and embedding and output head where asked.
+
+    Norms stay dense, and so do an embedding and a head for which nothing else is said.
 
     One block is in memory at a time, beside everything outside the blocks and the hidden states of
     the calibration text: samples * window * hidden_size numbers, of 4 bytes on a CPU
@@ -71,6 +75,12 @@ def compress(
         samples, window: windows of calibration text, and their length in tokens, which is cut to
             the model's positions.
         skip: fnmatch patterns of module or parameter names to leave dense, such as "*.down_proj".
+        embeddings: "dense", or "int8": the input embedding as int8 codes with one scale a row,
+            dequantised at look-up. An output head that is the same tensor, and is not packed, then
+            computes from the same rows, and nothing is stored twice.
+        head: whether the output head is packed, with the settings of the other linears and fitted
+            to the last hidden states behind the final norm. Matching and `bits` leave it alone.
+            A head that was the embedding is stored beside it then.
         tokenizer: one of transformers, or its folder. A model in memory needs it if it does not
             know its folder, unless token ids are given.
         device: where blocks run. "auto" is a GPU if there is one; a CPU computes in fp32.
@@ -104,6 +114,8 @@ def compress(
         window=window,
         seed=seed,
         skip=skip,
+        embeddings=embeddings,
+        head=head,
         **method_options,
     )
     text = Calibration(calibration, heldout, given.sampling)

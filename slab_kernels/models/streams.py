@@ -38,12 +38,14 @@ class Stream:
 
     hidden: [samples, window, hidden_size] for each batch, at the input of the next block. calls:
     for each block and batch what else the block is called with; equal tensors are kept once. Bytes
-    held: samples * window * hidden_size * itemsize.
+    held: samples * window * hidden_size * itemsize. outputs: what each block returns, in place of the
+    hidden state anything.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
     device: torch.device
+    outputs: list[Any] = field(default_factory=list)
 
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """The output hidden state of block `index` for one batch, which works on copies."""
@@ -60,7 +62,12 @@ class Stream:
 
     def twin(self) -> Stream:
         """The same text at the same point, to be fed through other weights."""
-        return Stream(list(self.hidden), self.calls, self.device)
+        return Stream(list(self.hidden), self.calls, self.device, self.outputs)
+
+    def follow(self, arguments: list[tuple]) -> None:
+        """Let one more module come behind the last block, called with the hidden state and these
+        positional arguments of each batch."""
+        self.calls.append([((_HIDDEN, *rest), {}) for rest in arguments])
 
 
 _HIDDEN = object()  # stands for the hidden state in a noted call
@@ -81,6 +88,11 @@ def _take(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     )
 
 
+def with_hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that a block is called with. Raises: ArchitectureError."""
+    return _take(args, kwargs)[0]
+
+
 def _hidden_output(output: Any) -> Tensor:
     """The hidden state among what a block returns. Raises: ArchitectureError."""
     output = output[0] if isinstance(output, tuple | list) else output
@@ -96,11 +108,11 @@ def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: _map(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return _like(tree, [_map(value, change) for value in tree])
+        return like(tree, [_map(value, change) for value in tree])
     return change(tree)
 
 
-def _like(tree: tuple | list, values: list) -> Any:
+def like(tree: tuple | list, values: list) -> Any:
     """`values` in a tuple, named tuple or list of the kind of `tree`."""
     return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
@@ -163,6 +175,7 @@ def catch_stream(
             break
         except _WeightRead as error:
             read.append(_inside(error.linear))
+    stream.outputs = recorder.forms
     if read:
         advice = ", ".join(f"skip='*.{name}'" for name in read)
         what = f"{advice} {'leaves it' if len(read) == 1 else 'leave them'} dense"
@@ -243,6 +256,7 @@ class _Recorder:
     noted: _Noted = field(default_factory=_Noted)
     outputs: dict[tuple, Any] = field(default_factory=dict)
     handed_over: _Handover | None = None
+    forms: list[Any] = field(default_factory=list)
 
     def on_call(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the model's code gets from block `index`: its own input, in the form of an output.
@@ -256,11 +270,14 @@ class _Recorder:
             self._check_handover(index, hidden, call)
         self.stream.calls[index].append(_map(call, self.noted))
         output = self._output(index, args, kwargs)
+        if index == len(self.forms):
+            plain = not isinstance(output, tuple | list)
+            self.forms.append(None if plain else like(output, [None, *output[1:]]))
         if index == len(self.blocks) - 1:
             raise Stop
         if isinstance(output, tuple | list):
             self.handed_over = _Handover(hidden, tuple(output[1:]))
-            return _like(output, [hidden, *output[1:]])
+            return like(output, [hidden, *output[1:]])
         self.handed_over = _Handover(hidden)
         return hidden
 
@@ -317,7 +334,7 @@ def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> N
         with torch.no_grad(), _replaced_forwards(recorder):
             for batch in tokens.split(batch_size(tokens.shape[1])):
                 try:
-                    with _one_sentence(model):
+                    with one_sentence(model):
                         model(input_ids=batch.to(stream.device), use_cache=False)
                 except Stop:
                     continue
@@ -333,7 +350,7 @@ def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> N
 
 
 @contextmanager
-def _one_sentence(model: PreTrainedModel) -> Iterator[None]:
+def one_sentence(model: PreTrainedModel) -> Iterator[None]:
     """Around a model's own forward, whose failures are of any type and mostly of many lines.
 
     Raises: ArchitectureError that names the model's class; what is not the model's matter
