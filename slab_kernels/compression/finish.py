@@ -87,7 +87,8 @@ def _put_tables(model: nn.Module, job: Job) -> None:
         assert isinstance(embedding, nn.Embedding)
         weight = embedding.weight
         table = Int8Table(*(part.to(weight.device) for part in job.table(name)))
-        rows = Int8Embedding.from_table(table, embedding.padding_idx, weight.dtype)
+        sizes = embedding.padding_idx, weight.dtype, entry.multiplier
+        rows = Int8Embedding.from_table(table, *sizes)
         put_table(model, name, entry, rows)
     if job.unties:
         untie(model)  # type: ignore[arg-type]  # a model of transformers

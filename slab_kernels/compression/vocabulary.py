@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ..errors import ArchitectureError, ArgumentError, FormatError
 from ..models.tables import TableEntry
-from ..models.vocabulary import find_embedding, find_head, head_tied_to
+from ..models.vocabulary import find_embedding, find_head, head_tied_to, multiplier_of
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -89,7 +91,9 @@ def choose(
                     raise
                 notes.append(f"the embedding stays dense: {error}")
                 return {}, head, tuple(notes)
-        tables[embedding] = TableEntry(None if tied == head else tied)
+        module = model.get_submodule(embedding)
+        assert isinstance(module, nn.Embedding)
+        tables[embedding] = TableEntry(None if tied == head else tied, multiplier_of(module))
     return tables, head, tuple(notes)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INT8 = "int8"
+MOST_MULTIPLIER = 1e6  # models multiply with the root of the width
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class TableEntry:
     """An embedding of int8 rows.
 
     tied: the module of the output head that computes from the same rows, None if it has its own.
+    multiplier: of the rows once they are looked up; None in most models.
     """
 
     tied: str | None = None
+    multiplier: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"values": INT8, "tied": self.tied}
+        more = {} if self.multiplier is None else {"multiplier": self.multiplier}
+        return {"values": INT8, "tied": self.tied, **more}
 
 
 Tables = Mapping[str, TableEntry]  # by the name of the embedding
@@ -76,13 +80,23 @@ def parse_tables(entry: Mapping[str, Any], where: str) -> dict[str, TableEntry]:
                 f"{where}: the embedding {short} has tied={reprlib.repr(tied)}, expected the name "
                 "of a module or null"
             )
+        multiplier = one.get("multiplier")
+        if multiplier is not None and not _is_factor(multiplier):
+            raise CheckpointError(
+                f"{where}: the embedding {short} has multiplier={reprlib.repr(multiplier)}, "
+                "expected a finite number other than 0"
+            )
         twice = {name, tied} & packed or {tied} & set(named)
         if twice or tied in [other.tied for other in tables.values() if other.tied]:
             raise CheckpointError(
                 f"{where}: quantization_config describes {reprlib.repr(tied or name)} twice"
             )
-        tables[name] = TableEntry(tied)
+        tables[name] = TableEntry(tied, None if multiplier is None else float(multiplier))
     return tables
+
+
+def _is_factor(number: Any) -> bool:
+    return type(number) in (int, float) and 0 < abs(number) <= MOST_MULTIPLIER
 
 
 def swap_tables(model: PreTrainedModel, tables: Tables) -> None:
@@ -94,9 +108,12 @@ def swap_tables(model: PreTrainedModel, tables: Tables) -> None:
     kind = type(model).__name__
     for name, entry in tables.items():
         embedding = modules.get(name)
-        if type(embedding) is not nn.Embedding:
+        fits = type(embedding) is nn.Embedding
+        if entry.multiplier is not None:
+            fits = isinstance(embedding, nn.Embedding) and not fits
+        if not isinstance(embedding, nn.Embedding) or not fits:
             raise CheckpointError(
-                f"config.json lists the embedding {name[:200]!r}, which {kind} has not as "
+                f"config.json lists the embedding {name[:200]!r}, which {kind} has not as such an "
                 "nn.Embedding; packed folders open as the whole model, by AutoModelForCausalLM or "
                 "slab_kernels.load"
             )
@@ -115,7 +132,7 @@ def swap_tables(model: PreTrainedModel, tables: Tables) -> None:
         embedding = modules[name]
         assert isinstance(embedding, nn.Embedding)
         sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        table = Int8Embedding(*sizes, device="meta", dtype=embedding.weight.dtype)
+        table = Int8Embedding(*sizes, "meta", embedding.weight.dtype, entry.multiplier)
         put_table(model, name, entry, table)
 
 
@@ -139,7 +156,10 @@ def tables_of(model: nn.Module) -> dict[str, TableEntry]:
     """What config.json has to say of the embeddings of int8 rows in a model."""
     modules = dict(model.named_modules(remove_duplicate=False))
     heads = {m.embedding: name for name, m in modules.items() if isinstance(m, Int8Head)}
-    return {name: TableEntry(heads.get(module)) for name, module in table_modules(model).items()}
+    return {
+        name: TableEntry(heads.get(module), module.multiplier)
+        for name, module in table_modules(model).items()
+    }
 
 
 def table_names(model: nn.Module) -> set[str]:

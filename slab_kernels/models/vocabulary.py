@@ -6,10 +6,12 @@ Both are found by what transformers' own functions return. What stands in their 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError
@@ -34,12 +36,14 @@ def find_embedding(model: PreTrainedModel) -> str:
             "leave it with embeddings='dense'"
         )
     name = _only_name(model, module, "embeddings='dense'")
-    if type(module).forward is not nn.Embedding.forward or "forward" in vars(module):
+    own = type(module).forward is not nn.Embedding.forward or "forward" in vars(module)
+    if own and multiplier_of(module) is None:
         raise ArchitectureError(
-            f"{name} is a {type(module).__name__}, which does more than look up a row, and int8 "
-            "rows replace a plain nn.Embedding only; leave it with embeddings='dense'"
+            f"{name} is a {type(module).__name__}, which does more than look up a row and multiply "
+            "it with a number; leave it with embeddings='dense'"
         )
-    if type(module) is not nn.Embedding or module.max_norm is not None or _more(module):
+    more = type(module) is not nn.Embedding or _more(module)
+    if module.max_norm is not None or (more and not own):
         raise ArchitectureError(
             f"{name} is a {type(module).__name__} with more than a weight (max_norm or a "
             "parametrization); leave it with embeddings='dense'"
@@ -48,6 +52,29 @@ def find_embedding(model: PreTrainedModel) -> str:
     allowed = {f"{n}.weight" for n, m in model.named_modules() if m is head}
     _refuse_shared(model, f"{name}.weight", allowed, "embeddings='dense'")
     return name
+
+
+def multiplier_of(module: nn.Embedding) -> float | None:
+    """With what an embedding of a class of its own multiplies its rows; None if it does not.
+
+    Such classes of transformers keep the number as `embed_scale`. Whether that is all they do is
+    tried on a few rows.
+    """
+    number = getattr(module, "embed_scale", None)
+    if type(module) is nn.Embedding or number is None or getattr(number, "is_meta", False):
+        return None
+    try:
+        multiplier = float(number)
+        probe = copy.deepcopy(module).float()
+        probe.padding_idx = None
+        rows = torch.arange(1.0, 4 * module.embedding_dim + 1).sin().view(4, -1)
+        probe.weight = nn.Parameter(rows, requires_grad=False)
+        found = probe(torch.tensor([[2, 0, 3, 1]]))
+    except Exception:  # a class that is built otherwise
+        return None
+    right = rows[[2, 0, 3, 1]][None] * multiplier
+    same = found.shape == right.shape and torch.allclose(found, right, rtol=1e-6, atol=0)
+    return multiplier if same and multiplier not in (0.0, 1.0) else None
 
 
 def find_head(model: PreTrainedModel) -> str:
@@ -131,19 +158,19 @@ def _refusing(kind: type[nn.Module], what: str) -> type[nn.Module]:
     """A class like `kind` whose `weight` only its own forward finds."""
 
     def get(module: nn.Module, name: str) -> Any:
-        if name == "weight":
+        if name == "weight" and not inside:
             raise _Read(f"the model's own code reads the weight of {what}")
         return kind.__getattr__(module, name)
 
-    return type(kind.__name__, (kind,), {"__getattr__": get, "forward": _forward})
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        inside.append(True)
+        try:
+            return kind.forward(module, *args, **kwargs)
+        finally:
+            inside.pop()
 
-
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    if isinstance(module, nn.Linear):
-        return nn.functional.linear(x, weight, module.bias)
-    return nn.functional.embedding(x, weight)
+    inside: list[bool] = []
+    return type(kind.__name__, (kind,), {"__getattr__": get, "forward": forward})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError, WeightlessError
-from ..format import Int8Table, check_table, int8_table, table_tensors
+from ..format import Int8Table, cast, check_table, int8_table, table_tensors
 from .call import autocast
 from .int8_linear import int8_linear, register
 from .prepared import Snapshot
@@ -37,7 +37,8 @@ class Int8Embedding(_Weightless):
     returns. It is frozen.
 
     dtype: of the rows that are returned; default: torch's. padding_idx: as nn.Embedding has it; the
-        row is what the table holds.
+        row is what the table holds. multiplier: what rows are multiplied with once they are of
+        `dtype`, as some models do (Gemma's scaled embeddings); a head on the same table is not.
     """
 
     codes: Tensor
@@ -50,11 +51,12 @@ class Int8Embedding(_Weightless):
         padding_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        multiplier: float | None = None,
     ):
         """A table of zeros."""
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx
+        self.padding_idx, self.multiplier = padding_idx, multiplier
         self.dtype = dtype or torch.get_default_dtype()
         for name, (kind, shape) in table_tensors(num_embeddings, embedding_dim).items():
             filled = torch.full(shape, int(name == "scales"), dtype=kind, device=device)
@@ -62,10 +64,14 @@ class Int8Embedding(_Weightless):
 
     @classmethod
     def from_table(
-        cls, table: Int8Table, padding_idx: int | None = None, dtype: torch.dtype | None = None
+        cls,
+        table: Int8Table,
+        padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+        multiplier: float | None = None,
     ) -> Int8Embedding:
         """A module around an existing table (not copied)."""
-        module = cls(*table.codes.shape, padding_idx, device="meta", dtype=dtype)
+        module = cls(*table.codes.shape, padding_idx, "meta", dtype, multiplier)
         module._buffers["codes"], module._buffers["scales"] = table
         return module
 
@@ -82,14 +88,18 @@ class Int8Embedding(_Weightless):
 
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The dense nn.Embedding with the same rows, frozen."""
-        weight = self.table().dense().to(dtype or self.dtype)
-        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=self.padding_idx)
+        weight = cast(self.table().dense(), dtype or self.dtype, "the embedding")
+        sizes = self.num_embeddings, self.embedding_dim, self.padding_idx
+        if self.multiplier is None:
+            return nn.Embedding(*sizes, _weight=weight, _freeze=True)
+        return ScaledEmbedding(self.multiplier, *sizes, _weight=weight, _freeze=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         codes = nn.functional.embedding(ids, self.codes)
         scales = self.scales[ids].unsqueeze(-1)
         kind = torch.promote_types(torch.float32, self.dtype)
-        return (codes.to(kind) * scales.to(kind)).to(self.dtype)
+        rows = (codes.to(kind) * scales.to(kind)).to(self.dtype)
+        return rows if self.multiplier is None else scaled(rows, self.multiplier)
 
     def _apply(self, fn, recurse: bool = True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
@@ -114,10 +124,27 @@ class Int8Embedding(_Weightless):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        padding += "" if self.multiplier is None else f", multiplier={self.multiplier:g}"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}, "
             f"{8 + 16 / self.embedding_dim:.2f} bits per weight"
         )
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An nn.Embedding whose rows are multiplied with a number after they are looked up."""
+
+    def __init__(self, multiplier: float, *sizes: Any, **settings: Any):
+        super().__init__(*sizes, **settings)
+        self.multiplier = multiplier
+
+    def forward(self, input: Tensor) -> Tensor:
+        return scaled(super().forward(input), self.multiplier)
+
+
+def scaled(rows: Tensor, multiplier: float) -> Tensor:
+    """rows * multiplier, both of the rows' dtype, as models compute it."""
+    return rows * torch.tensor(multiplier, dtype=rows.dtype, device=rows.device)
 
 
 class Int8Head(_Weightless):
@@ -162,7 +189,7 @@ class Int8Head(_Weightless):
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
         )
-        weight = self.embedding.table().dense().to(dtype)
+        weight = cast(self.embedding.table().dense(), dtype, "the weight")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)

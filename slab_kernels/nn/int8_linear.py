@@ -14,7 +14,9 @@ NAME = "int8_linear"
 _REGISTERING = threading.Lock()
 # Codes that are widened at once on a CPU: as fp32 they stay in its second or third level cache.
 CODES_AT_ONCE = 1 << 20
-# Up to so many bf16 tokens torch's own kernel for int8 weights is the faster one on a CPU.
+# Up to so many bf16 tokens products in fp32 cost less than those in bf16, on a CPU.
+# (torch._weight_int8pack_mm of torch 2.13 reads beyond tables whose width is no multiple of 16, and
+# takes more than twice as long as a dense fp32 head for fp32 and fp16 activations.)
 FEW_TOKENS = 4
 
 
@@ -30,10 +32,9 @@ def _run(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tenso
     """The codes are widened piece by piece, so that they are read as int8 and no copy is kept."""
     rows, (V, D) = x.reshape(-1, x.shape[-1]), codes.shape
     on_cpu = x.device.type == "cpu"
-    if on_cpu and x.dtype == torch.bfloat16 and 0 < rows.shape[0] <= FEW_TOKENS:
-        y = torch._weight_int8pack_mm(rows.contiguous(), codes, scales)
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], V)
-    kind = torch.float32 if x.dtype == torch.float16 else x.dtype  # sums of codes overflow fp16
+    few = on_cpu and rows.shape[0] <= FEW_TOKENS
+    wide = x.dtype == torch.float16 or (few and x.dtype == torch.bfloat16)
+    kind = torch.float32 if wide else x.dtype  # sums of codes overflow fp16
     rows, y = rows.to(kind), x.new_empty(rows.shape[0], V)
     at_once = max(1, CODES_AT_ONCE // max(1, D)) if on_cpu else V
     for first in range(0, V, at_once):
