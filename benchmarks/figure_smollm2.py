@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from figure_pictures import (
-    BLUE, FAMILIES, GREY, INK, ORANGE, Picture, as_svg, figure, plain_numbers,
+    BLUE,
+    FAMILIES,
+    GREY,
+    INK,
+    ORANGE,
+    Picture,
+    as_svg,
+    figure,
+    plain_numbers,
 )  # fmt: skip
 from figure_tables import METHOD_NAMES, Row, markdown, read, rounded
 

@@ -50,6 +50,10 @@ class UnsupportedError(SlabError, NotImplementedError):
     exit_code = CANNOT_RUN
 
 
+class WeightlessError(SlabError, AttributeError):
+    """The weight of a layer is asked for that keeps it in another form."""
+
+
 # The packed format.
 
 

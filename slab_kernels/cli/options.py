@@ -116,15 +116,16 @@ StoredGroup = Annotated[
 Embeddings = Annotated[
     str | None,
     typer.Option(
-        help="How token embeddings are stored: dense or int8; default: the preset's, dense for "
-        "other methods."
+        help="The input embedding: dense, or int8 rows with one scale each, which a tied output "
+        "head then shares; default: the preset's, dense for other methods."
     ),
 ]
 Head = Annotated[
     bool | None,
     typer.Option(
         "--head/--no-head",
-        help="Pack the output head too; default: the preset's, no for other methods.",
+        help="Pack the output head like the other linears; default: the preset's, no for other "
+        "methods.",
     ),
 ]
 StoredAdapter = Annotated[

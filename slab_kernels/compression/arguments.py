@@ -14,6 +14,7 @@ from .budget import check_bits
 from .matching import Matching
 from .plan import Plan
 from .presets import preset_of, resolve
+from .vocabulary import EMBEDDINGS, Wanted
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Arguments:
 
     bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
     skip: fnmatch patterns of module names that stay dense.
+    embeddings, head: what becomes of the input embedding and of the output head (see `compress`).
+    optional: those of "embeddings" and "head" that stay dense in a model that cannot have them,
+        with a warning, because a preset says them and nobody else.
 
     Raises on construction: ArgumentError.
     """
@@ -30,13 +34,17 @@ class Arguments:
     bits: float | None
     sampling: Sampling
     skip: tuple[str, ...]
-    embeddings: str = setting(
-        "dense", "how the token embeddings are stored", choices=("dense", "int8")
-    )
+    embeddings: str = setting("dense", "how the token embeddings are stored", choices=EMBEDDINGS)
     head: bool = setting(False, "whether the output head is packed too")
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         enforce(self)
+        self.wanted.check_pattern(self.plan)
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.embeddings, self.head, self.optional)
 
     @classmethod
     def of(
@@ -70,7 +78,8 @@ class Arguments:
         plan = Plan(settings, Matching.of(matching))
         budget = None if bits is None else check_bits(bits, settings)
         sampling = Sampling(samples, window, seed)
-        return cls(plan, budget, sampling, _patterns(skip), **outside)
+        optional = tuple(name for name in outside if given[name] is None)
+        return cls(plan, budget, sampling, _patterns(skip), **outside, optional=optional)
 
     @property
     def preset(self) -> str | None:

@@ -15,7 +15,9 @@ from ..models.streams import Stream, catch_stream
 from .block import BlockWork, set_weight
 from .calibration import Tokens
 from .events import ProgressEvent
+from .head import HeadWork
 from .job import Job
+from .outside import check_readers, look_up_as_stored
 from .record import LayerRecord
 from .sinks import FinishedBlock, Sink, dense_weight
 from .statistics import Streams
@@ -55,7 +57,7 @@ class BlockwiseRun:
         self.finished = self.sink.finished()
         self._check_finished()
         done, total = len(self.finished), len(self.job.blocks)
-        if done < total:
+        if done < self.job.steps:
             self.streams = self._open_streams()
             if done:
                 self._report("resumed", done, f"resuming after block {done} of {total}")
@@ -63,6 +65,8 @@ class BlockwiseRun:
                 self.restore(index)
             for index in range(done, total):
                 self.compress(index)
+            if self.job.head is not None:
+                self.compress_head()
         return self.finished
 
     @property
@@ -102,9 +106,19 @@ class BlockwiseRun:
         self._put(index, block, kept)
         self.advance(index, block, dense_block)
 
+    def compress_head(self) -> None:
+        """Compress and store the output head, on what the last block put out."""
+        job, index = self.job, len(self.job.blocks)
+        with outside_filled(job.source, job.path, job.device, job.dtype) as model:
+            look_up_as_stored(model, job)
+            kept = HeadWork(job, model, self.tokens, self.streams, self.team).compress()
+        kept.layers = self.sink.store(index, kept)
+        self._report("layer", index, layer=kept.layers[0], done=self.layers_done + 1)
+        self.finished.append(FinishedBlock({}, kept.layers))
+
     def advance(self, index: int, block: nn.Module, dense_block: nn.Module | None) -> None:
         """Let the texts pass block `index`, unless nothing comes after it."""
-        if index + 1 < len(self.job.blocks):
+        if index + 1 < self.job.steps:
             self.streams.advance(index, block, dense_block)
 
     def _linears(self, index: int, block: nn.Module) -> dict[str, nn.Linear]:
@@ -153,17 +167,21 @@ class BlockwiseRun:
                     products=job.products,
                 )
 
-            tokens = self.tokens
+            tokens, plan = self.tokens, job.plan
+            dense = dense_held_back = None
+            if job.tables:  # the dense model's embedding is not the one that is stored
+                dense = caught(tokens.fitted if plan.dense_stream else None)
+                dense_held_back = caught(tokens.held_back if plan.dense_target else None)
+            look_up_as_stored(model, job)
             calibration = caught(tokens.fitted)
             held_back, heldout = caught(tokens.held_back), caught(tokens.heldout)
-        assert calibration is not None
-        return Streams(
-            calibration,
-            held_back,
-            heldout,
-            calibration.twin() if job.plan.dense_stream else None,
-            held_back.twin() if held_back is not None and job.plan.dense_target else None,
-        )
+            assert calibration is not None
+            check_readers(model, job, calibration, tokens.fitted)
+        if plan.dense_stream and dense is None:
+            dense = calibration.twin()
+        if plan.dense_target and dense_held_back is None and held_back is not None:
+            dense_held_back = held_back.twin()
+        return Streams(calibration, held_back, heldout, dense, dense_held_back)
 
     def _home(self, text: Tensor) -> torch.device:
         """Where the hidden states of a text are kept."""

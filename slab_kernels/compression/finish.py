@@ -10,14 +10,18 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..format import PackedWeight
+from ..format import Int8Table, PackedWeight
 from ..models.folder import PROGRESS_NAME, RECORD_NAME, write_index
 from ..models.output import check_same_settings, file_sha256, is_whole
 from ..models.packed_config import quantization_config
 from ..models.shards import read_json, write_json
+from ..models.tables import put_table
+from ..models.ties import untie, untie_config
 from ..models.totals import folder_totals
+from ..nn import Int8Embedding
 from ..nn.replacement import replace_linear
 from .card import write_card, write_side_files
+from .job import Job
 from .record import RunRecord
 from .sinks import FolderSink, MemorySink
 
@@ -44,7 +48,9 @@ def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
     config, layouts = dict(job.source.config), {}
     if job.plan.usual.packed:
         layouts = sink.layouts(tables, record.layers)
-        config["quantization_config"] = quantization_config(layouts, record.settings)
+        config["quantization_config"] = quantization_config(layouts, record.settings, job.tables)
+        if job.unties:
+            untie_config(config)
     entries = {name: entry for table in tables for name, entry in table.items()}
     write_card(out, base, job, record, folder_totals(entries, layouts, config))
     write_json(out / RECORD_NAME, record.to_dict())
@@ -52,7 +58,7 @@ def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
     return record
 
 
-def into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
+def into(model: nn.Module, sink: MemorySink, job: Job, record: RunRecord) -> nn.Module:
     """Put what was compressed into the module that was given."""
     packed: dict[str, PackedWeight] = {}
     parameters = dict(sink.other)
@@ -65,13 +71,28 @@ def into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
         for name, value in parameters.items():
             model.get_parameter(name).copy_(value)
     replace_linear(model, packed)
+    _put_tables(model, job)
     if packed:
         layouts = {name: weight.layout for name, weight in packed.items()}
         config: Any = model.config
-        config.quantization_config = quantization_config(layouts, record.settings)
+        config.quantization_config = quantization_config(layouts, record.settings, job.tables)
     attributes: Any = model
     attributes.slab_record = record
     return model
+
+
+def _put_tables(model: nn.Module, job: Job) -> None:
+    """Put embeddings of int8 rows into the model, and say that nothing in it is tied any more."""
+    for name, entry in job.tables.items():
+        embedding = model.get_submodule(name)
+        assert isinstance(embedding, nn.Embedding)
+        weight = embedding.weight
+        table = Int8Table(*(part.to(weight.device) for part in job.table(name)))
+        sizes = embedding.padding_idx, weight.dtype, entry.multiplier
+        rows = Int8Embedding.from_table(table, *sizes)
+        put_table(model, name, entry, rows)
+    if job.unties:
+        untie(model)  # type: ignore[arg-type]  # a model of transformers
 
 
 def complete(out: Path, settings: dict) -> RunRecord | None:

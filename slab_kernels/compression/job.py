@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from ..device import native_products
+from ..errors import FormatError
+from ..format import Int8Table, int8_table
 from ..models.blocks import block_linears, find_blocks, load_block
 from ..models.model_config import compute_dtype
 from ..models.source import Source
+from ..models.tables import TableEntry
 from ..models.ties import tied_names
 from .plan import Plan
+from .vocabulary import Wanted, choose
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Job:
     path: the name of the list of blocks, such as "model.layers".
     linears: per block, full module name -> the linear to compress, on meta.
     tied: names of parameters that are another parameter -> that one's name.
+    tables: the embeddings that become int8 rows, by name. head: the output head that is packed, or
+    None. notes: what of this the model cannot have, in sentences.
     """
 
     source: Source
@@ -31,9 +37,19 @@ class Job:
     blocks: nn.ModuleList
     linears: list[dict[str, nn.Linear]]
     tied: dict[str, str]
+    tables: dict[str, TableEntry] = field(default_factory=dict)
+    head: str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, source: Source, plan: Plan, skip: tuple[str, ...], device: torch.device) -> Job:
+    def of(
+        cls,
+        source: Source,
+        plan: Plan,
+        skip: tuple[str, ...],
+        device: torch.device,
+        wanted: Wanted = Wanted(),
+    ) -> Job:
         """The job of compressing every linear of `source` but those that `skip` names.
 
         Raises: ArchitectureError for a model without blocks, a FormatError for a layer that cannot
@@ -44,9 +60,9 @@ class Job:
         # A layer that no 2:4 fits is left dense, as the model's matter; a pattern that the user
         # chose must fit every layer.
         group = plan.usual.parsed.group if plan.usual.packed else 1
-        job = cls(
-            source, plan, device, path, blocks, block_linears(path, blocks, group, skip, tied), tied
-        )
+        linears = block_linears(path, blocks, group, skip, tied)
+        tables, head, notes = choose(source.model, plan, wanted)
+        job = cls(source, plan, device, path, blocks, linears, tied, tables, head, notes)
         plan.check_shapes(job.shapes)
         return job
 
@@ -66,7 +82,26 @@ class Job:
 
     @property
     def layers(self) -> int:
-        return sum(map(len, self.linears))
+        return sum(map(len, self.linears)) + (self.head is not None)
+
+    @property
+    def steps(self) -> int:
+        """The blocks, and the head behind them where it is packed."""
+        return len(self.blocks) + (self.head is not None)
+
+    @property
+    def unties(self) -> bool:
+        """Whether embedding and head, one tensor before, are none afterwards."""
+        names = {f"{name}.weight" for name in (*self.tables, self.head) if name is not None}
+        return bool(names & {*self.tied, *self.tied.values()})
+
+    def table(self, name: str) -> Int8Table:
+        """The int8 rows of the embedding `name`. Raises: RangeError naming it."""
+        weight = self.source.get(f"{name}.weight")
+        try:
+            return int8_table(weight)
+        except FormatError as error:
+            raise type(error)(f"{name}: {error}") from error
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -48,7 +48,9 @@ def compress(
     trust_remote_code: bool = False,
     **method_options: Any,
 ) -> RunRecord | nn.Module:
-    """Compress every nn.Linear in the decoder blocks; embeddings, norms and output head stay dense.
+    """Compress every nn.Linear in the decoder blocks, and embedding and output head where asked.
+
+    Norms stay dense, and so do an embedding and a head for which nothing else is said.
 
     One block is in memory at a time, beside everything outside the blocks and the hidden states of
     the calibration text: samples * window * hidden_size numbers, of 4 bytes on a CPU
@@ -71,8 +73,12 @@ def compress(
         method, pattern, rank, values, group_size, planes, adapter_rank, adapter_values: see
             `slab_kernels.decompose`. Patterns other than 2:4 cannot be packed and are written as a
             dense checkpoint.
-        embeddings: how the token embeddings are stored, "dense" or "int8".
-        head: whether the output head is packed too.
+        embeddings: "dense", or "int8": the input embedding as int8 codes with one scale a row,
+            dequantised at look-up. An output head that is the same tensor, and is not packed, then
+            computes from the same rows, and nothing is stored twice.
+        head: whether the output head is packed, with the settings of the other linears and fitted
+            to the last hidden states behind the final norm. Matching and `bits` leave it alone.
+            A head that was the embedding is stored beside it then.
         matching: transformer matching after each block: a `Matching`, just its epochs, or True;
             0, False or None for none.
         bits: stored bits per weight over the whole model, spent layer by layer on value types,

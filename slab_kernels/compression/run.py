@@ -14,9 +14,9 @@ from torch import nn
 
 from .. import __version__
 from ..device import local_device, resolve_device
-from ..format import FORMAT_VERSION
 from ..models.model_config import compute_dtype
 from ..models.output import OutputFolder
+from ..models.packed_config import PACKED_VERSION, TABLES_VERSION
 from ..models.source import FolderSource, ModuleSource, Source, open_source
 from ..paths import expanded
 from ..text.token_ids import text_config
@@ -66,7 +66,7 @@ def run(
             if folder is None and isinstance(source, FolderSource):
                 module = source.open_dense()
                 source = open_source(module, options.trust_remote_code)
-        job = Job.of(source, given.plan, given.skip, device)
+        job = Job.of(source, given.plan, given.skip, device, given.wanted)
         tokens = text.tokens(source, tokenizer)
         settings = _settings(job, given, tokens, writes=folder is not None)
         if folder is not None and options.resume and (record := complete(folder, settings)):
@@ -90,7 +90,7 @@ def run(
         result: RunRecord | nn.Module = record
         if isinstance(sink, MemorySink):
             assert module is not None
-            result = into(module, sink, record)
+            result = into(module, sink, job, record)
         elif team.leads:
             result = finish(sink, record, tokenizer)
         _tell_end(job, record, report)
@@ -111,7 +111,7 @@ def _settings(job: Job, given: Arguments, tokens: Tokens, writes: bool) -> dict[
         "device": job.device.type,
         **tokens.digests(),
         "model_sha256": job.source.fingerprint() if writes else None,
-        "format_version": FORMAT_VERSION,
+        "format_version": TABLES_VERSION if job.tables else PACKED_VERSION,
         "library": __version__,
     }
 
@@ -170,7 +170,7 @@ def _tell_start(
         f"{windows} windows of {window}, {judging or 'none'} of them held back to judge by"
     )
     report(ProgressEvent("start", blocks=blocks, message=message))
-    for left_out in job.source.left_out(folder):
+    for left_out in (*job.notes, *job.source.left_out(folder)):
         report(ProgressEvent("warning", blocks=blocks, message=f"warning: {left_out}"))
 
 

@@ -96,7 +96,7 @@ class FolderSink:
         Raises: CheckpointError if they do not fit the model.
         """
         blocks = []
-        for index, block in enumerate(self.done[: self.blocks]):
+        for index, block in enumerate(self.done[: self.job.steps]):
             layers = [layer_from_dict(layer) for layer in block["layers"]]
             elsewhere = any(layer.block != index for layer in layers)
             if elsewhere or block["file"] != self.shard(index).name:
@@ -139,8 +139,9 @@ class FolderSink:
         for module, weight in block.stored.items():
             parts = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight}
             tensors |= {f"{module}.{name}": t for name, t in parts.items()}
-        tensors |= block.other
-        replaced = tensors.keys() | {f"{module}.weight" for module in block.stored}
+        tensors |= block.other | self._tables(index)
+        modules = (*block.stored, *(self.job.tables if index == self.blocks else ()))
+        replaced = tensors.keys() | {f"{module}.weight" for module in modules}
         kept = [name for name in self._inside(index) if name not in replaced]
         table = self._write(index, kept, tensors)
         layers = [
@@ -154,11 +155,27 @@ class FolderSink:
         return layers
 
     def store_rest(self) -> None:
-        """The shard of everything outside the blocks, in its original precision."""
-        names = [n for n in self.job.source.names if not n.startswith(f"{self.job.path}.")]
-        self._write(self.blocks, names, {})
+        """The shard of everything outside the blocks, where it was not stored with the head.
+
+        What is no table keeps its original precision.
+        """
+        if len(self.done) <= self.blocks and self.job.head is None:
+            replaced = {f"{module}.weight" for module in self.job.tables}
+            kept = [name for name in self._inside(self.blocks) if name not in replaced]
+            self._write(self.blocks, kept, self._tables(self.blocks))
+
+    def _tables(self, index: int) -> dict[str, Tensor]:
+        """The tensors of embeddings of int8 rows in shard `index`."""
+        return {
+            f"{name}.{part}": tensor
+            for name in (self.job.tables if index == self.blocks else ())
+            for part, tensor in self.job.table(name)._asdict().items()
+        }
 
     def _inside(self, index: int) -> list[str]:
+        """The source's tensors in block `index`, or outside the blocks for index == blocks."""
+        if index == self.blocks:
+            return [n for n in self.job.source.names if not n.startswith(f"{self.job.path}.")]
         prefix = self.job.prefix(index)
         return [name for name in self.job.source.names if name.startswith(prefix)]
 

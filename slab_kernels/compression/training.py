@@ -32,7 +32,7 @@ from ..text.source import (
     read_text,
     sample_windows,
 )
-from ..text.token_ids import check_fits, text_config, token_ids
+from ..text.token_ids import check_fits, ids_device, text_config, token_ids
 from .calibration import Text
 from .training_state import TrainingState, digest, state_file
 
@@ -241,7 +241,7 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:
     """Mean negative log-likelihood of every next token of windows [batch, window], nats."""
-    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    tokens = tokens.to(ids_device(model))
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 

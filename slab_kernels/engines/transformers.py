@@ -32,10 +32,17 @@ from ..models.packed import (
     read_packed,
     swap_in,
 )
-from ..models.packed_config import DESCRIBED, QUANT_METHOD, parse_layouts, quantization_config
+from ..models.packed_config import (
+    DESCRIBED,
+    QUANT_METHOD,
+    TABLES_KEY,
+    parse_layouts,
+    quantization_config,
+)
 from ..models.shards import CHECKSUMS, checksum, tensor_bytes
 from ..models.skeleton import computes
-from ..models.ties import holds, untie
+from ..models.tables import parse_tables, read_table, set_row_types, table_modules, undo_tables
+from ..models.ties import holds, retie, untie
 from ..nn.preparation import check_prefill, prepare_opened
 from ..terminal import first_line
 
@@ -75,20 +82,28 @@ class SlabConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         prefill: str | None = None,
+        embeddings: str | dict[str, dict[str, Any]] | None = None,
         **settings: Any,
     ):
         check_prefill(prefill)
         self.quant_method, self.prefill = QUANT_METHOD, prefill
         self.format_version = format_version
         self.modules, self.settings = modules, settings
+        self.embeddings: dict[str, dict[str, Any]] | None = None
         if modules is None:
+            if embeddings is not None:
+                self.settings[TABLES_KEY] = embeddings
             self._check_settings()
             return
-        stored = {"format_version": format_version, "modules": modules}
+        stored = {"format_version": format_version, "modules": modules, TABLES_KEY: embeddings}
         layouts = parse_layouts(stored, "this model")
+        tables = parse_tables(stored, "this model")
         plain = {key: value for key, value in settings.items() if isinstance(value, str | int)}
-        entry = quantization_config(layouts, plain)
+        entry = quantization_config(layouts, plain, tables)
         self.modules, self.settings = entry["modules"], {key: entry[key] for key in DESCRIBED}
+        self.embeddings = entry.get(TABLES_KEY)
+        if self.embeddings:  # in memory it may have been raised from that of packed linears alone
+            self.format_version = entry["format_version"]
 
     @classmethod
     def from_dict(
@@ -98,6 +113,8 @@ class SlabConfig(QuantizationConfigMixin):
         modules = config_dict.get("modules")
         described: dict[str, Any] = {key: config_dict.get(key) for key in DESCRIBED}
         described["format_version"] = config_dict.get("format_version")
+        if modules is not None:
+            described[TABLES_KEY] = config_dict.get(TABLES_KEY)
         config = cls({} if modules is None else modules, **described)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -124,6 +141,8 @@ class SlabConfig(QuantizationConfigMixin):
         entry |= {key: self.settings[key] for key in DESCRIBED if key in self.settings}
         if self.modules is not None:
             entry["modules"] = {name: dict(module) for name, module in self.modules.items()}
+        if self.embeddings:
+            entry[TABLES_KEY] = {name: dict(table) for name, table in self.embeddings.items()}
         return entry
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -181,7 +200,8 @@ class SlabQuantizer(HfQuantizer):
             raise CheckpointError(
                 "a packed model opens from its folder only, not from a state_dict; save it first"
             )
-        swap_in(model, parse_layouts(self.quantization_config.to_dict(), type(model).__name__))
+        entry, kind = self.quantization_config.to_dict(), type(model).__name__
+        swap_in(model, parse_layouts(entry, kind), parse_tables(entry, kind))
         checkpoint = Checkpoint(_folder(model, checkpoint_files), checkpoint_files)
         read_generation_config(checkpoint.folder)  # transformers reads it later, unchecked
         check_tensors_fit(checkpoint, model)
@@ -210,6 +230,9 @@ class SlabQuantizer(HfQuantizer):
         for name, module in packed_modules(model).items():
             read_packed(model.get_buffer, name, module.layout)
             module.requires_grad_(False)  # the loader turns it back on for a bias
+        for name, embedding in table_modules(model).items():
+            read_table(model.get_buffer, name, embedding)
+        set_row_types(model, model.dtype)
         buffers = {name for name, _ in model.named_buffers()}
         for name, tensor in model.state_dict().items():
             check_finite(name, tensor, name in buffers)
@@ -236,6 +259,8 @@ class SlabQuantizer(HfQuantizer):
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
+        if undo_tables(model, dtype):
+            retie(model)
         return model
 
     def get_state_dict_and_metadata(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError, CalibrationError
 from ..terminal import first_line
 from ..text.source import Sampling
-from ..text.token_ids import check_fits, max_positions
+from ..text.token_ids import check_fits, ids_device, max_positions
 from .running import running
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def prompt_inputs(
             "shorten it"
         )
     check_fits(inputs["input_ids"], model, "prompt's", tokenizer)
-    device = model.get_input_embeddings().weight.device
+    device = ids_device(model)
     fitting = tokens if limit is None else min(tokens, limit - length)
     return {name: t.to(device) for name, t in inputs.items()}, fitting
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..compression.record import LayerRecord, read_record
 from ..errors import CheckpointError
-from ..format import PackedLayout, paddings
+from ..format import TABLE_NAMES, PackedLayout, paddings
 from ..models.folder import Checkpoint
+from ..models.packed import read_tables
 from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
 from ..models.totals import folder_totals
@@ -26,9 +27,10 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
 
     Returns: {"folder", "model", "stored", "format_version", "method", "preset", "weights",
-        "bits_per_weight", "mean_error", "mean_heldout_error", "padding", "layers", and what
-        `Totals.to_dict` has of all tensors: "bytes", "parameters", "bits_per_parameter",
-        "dense_bytes" by part}; what is not known is None.
+        "bits_per_weight", "mean_error", "mean_heldout_error", "padding", "layers", "embeddings",
+        and what `Totals.to_dict` has of all tensors: "bytes", "parameters", "bits_per_parameter",
+        "dense_bytes" by part}; what is not known is None. embeddings: those of int8 rows, each with
+        its shape, bytes and the head that is tied.
         bits_per_weight of a layer counts every stored tensor of it except its bias,
         factor_bits_per_weight the part of U, V, P and Q, and `parts` holds the bits per weight of
         values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
@@ -73,6 +75,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "padding": [asdict(padding) for padding in paddings(layouts.values())],
         **folder_totals(checkpoint.entries, layouts, checkpoint.config).to_dict(),
         "layers": layers,
+        "embeddings": _embeddings(checkpoint) if ours else [],
     }
 
 
@@ -80,6 +83,18 @@ def _mean(errors: Iterable[float | None]) -> float | None:
     """The mean of those that are known."""
     known = [error for error in errors if error is not None]
     return sum(known) / len(known) if known else None
+
+
+def _embeddings(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The embeddings of int8 rows. Raises: CheckpointError."""
+    found = []
+    for name, table in read_tables(checkpoint).items():
+        parts = [checkpoint.entries.get(f"{name}.{part}") for part in TABLE_NAMES]
+        if parts[0] is None or parts[1] is None:
+            raise CheckpointError(f"the folder holds nothing of the embedding {name!r}")
+        size, shape = parts[0].nbytes + parts[1].nbytes, list(parts[0].shape)
+        found.append({"name": name, **table.to_dict(), "shape": shape, "bytes": size})
+    return found
 
 
 def _text(settings: dict[str, Any], key: str) -> str | None:

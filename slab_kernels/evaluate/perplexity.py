@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 from ..models.blocks import batch_size
 from ..models.packed import check
 from ..text.source import Sampling, tokenize, windows
-from ..text.token_ids import check_fits, max_positions
+from ..text.token_ids import check_fits, ids_device, max_positions, vocabulary_rows
 from .running import running
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def perplexity(
     """
     check(model)
     pieces, window = text_windows(model, tokenizer, text, window)
-    embedding = model.get_input_embeddings().weight
-    at_once = max(1, min(batch_size(window), LOGITS_AT_ONCE // (window * embedding.shape[0])))
+    logits_of_window = window * vocabulary_rows(model)
+    at_once = max(1, min(batch_size(window), LOGITS_AT_ONCE // logits_of_window))
     total, tokens, done = 0.0, 0, 0
     for batch in _batches(pieces, at_once):
-        batch = batch.to(embedding.device)
+        batch = batch.to(ids_device(model))
         with running(model):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         loss = nn.functional.cross_entropy(

@@ -2,7 +2,7 @@
 
 `layout` has sizes and types, `bits` the bytes, `weight` the two records, `packing` the way from one
 to the other, `rounding` what stored types lose, `padding` what padded inputs cost, `slicing` parts
-of a weight, `check` the test of what is read from outside.
+of a weight, `check` the test of what is read from outside, `table` an embedding as int8 rows.
 """
 
 from .layout import (
@@ -31,6 +31,7 @@ from .rounding import (
     weight_dtype,
 )
 from .slicing import Slice
+from .table import TABLE_NAMES, Int8Table, check_table, int8_table, table_tensors
 from .weight import Decomposition, PackedWeight, read_factors, unpack
 
 __all__ = [
@@ -40,18 +41,22 @@ __all__ = [
     "INTEGER_RANGES",
     "MAX_PLANES",
     "MOST_LOST",
+    "TABLE_NAMES",
     "TENSOR_NAMES",
     "VALUE_ENTRIES",
     "VALUE_TYPES",
     "WEIGHT_DTYPES",
     "Decomposition",
+    "Int8Table",
     "PackedLayout",
     "PackedWeight",
     "Padding",
     "Slice",
     "cast",
     "ceil_div",
+    "check_table",
     "fitting_group_size",
+    "int8_table",
     "pack",
     "pack_adapter",
     "paddings",
@@ -60,6 +65,7 @@ __all__ = [
     "round_adapter",
     "round_factors",
     "rounding_error",
+    "table_tensors",
     "unpack",
     "weight_dtype",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ShapeError, ValueTypeError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # the newest that is read; models.packed_config says which is written
 GROUP_SIZES = (32, 64, 128)
 AUTO = "auto"  # the group size that fits the weight: see `fitting_group_size`
 VALUE_TYPES = {

@@ -34,6 +34,8 @@ class InputStats:
         correct errors made before this layer.
     held_back [K,K], optional: the Gram matrix of windows of the calibration text that are in no
         other statistic, by which a method may judge what it made of them.
+    input_factor [K,R], optional: the V of a sign term that other rows of the same weight have, which
+        `slab` then keeps.
     dtype: of the accumulators. Products of one update are fp32 unless this is float64.
     """
 
@@ -44,6 +46,7 @@ class InputStats:
     mean_square: Tensor | None = None
     drift: Tensor | None = None
     held_back: Tensor | None = None
+    input_factor: Tensor | None = None
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -163,6 +166,7 @@ class InputStats:
             mean_square=moved(self.mean_square),
             drift=moved(self.drift),
             held_back=moved(self.held_back),
+            input_factor=moved(self.input_factor),
         )
 
     def _mix(self, mean: Tensor | None, new: Tensor | None, fraction: float) -> Tensor | None:

@@ -190,8 +190,9 @@ class _Solver:
             return self._begin_without_signs()
         for _ in range(config.alternations if config.adapter_rank else 1):
             target = self.target
+            scale, given = curve.conditional_scale, self.stats.input_factor
             U, V, mask = signed_factors(
-                target, curve.conditional_scale, config.parsed, config.rank, planes=config.planes
+                target, scale, config.parsed, config.rank, planes=config.planes, given=given
             )
             magnitude = (U @ V.T).abs()
             self.factors = _Factors(U, V)
@@ -232,8 +233,9 @@ class _Solver:
             self.descend()
         else:
             for factor in FACTORS:
-                self._refit(factor)
-                self.descend()
+                if factor == "U" or self.stats.input_factor is None:
+                    self._refit(factor)
+                    self.descend()
         self._fit_adapter()
         return self._loss()
 
@@ -327,7 +329,7 @@ class _Solver:
         self._round_adapter()
         if self.factors is not None:
             B = self._levels(self.factors.product)
-            U, V = round_factors(*self.factors)
+            U, V = self._rounded_factors(*self.factors)
             self.factors = _Factors(U, V)
             pruned = self.factors.product * B
             self.approximation = torch.where(self.mask, self.approximation, pruned)
@@ -348,6 +350,14 @@ class _Solver:
         return Decomposition(
             kept, self.mask, U, V, B, P, Q, self.scales, values, group_size, self.config.planes
         )
+
+    def _rounded_factors(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V as they will be stored; a V that was given is stored already."""
+        if self.stats.input_factor is None:
+            return round_factors(U, V)
+        half = torch.float16
+        exact = torch.equal(V.to(half).float(), V)
+        return (U.to(half).float() if exact else U), V
 
     def _round_adapter(self) -> None:
         """P and Q as they will be stored."""

@@ -5,23 +5,32 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..device import usual_torch
-from ..format import PackedLayout, cast, weight_dtype
+from ..format import TABLE_NAMES, PackedLayout, cast, weight_dtype
+from ..nn import Int8Embedding
 from ..paths import expanded
 from .folder import Checkpoint, hub_folder, write_index
 from .model_config import WEIGHTS_KEY, config_dtype
 from .output import OutputFolder
-from .packed import ModelCheckpoint, check_tensors_fit, packed_skeleton, read_packed
+from .packed import (
+    ModelCheckpoint,
+    check_tensors_fit,
+    packed_skeleton,
+    read_packed,
+    read_tables,
+)
 from .packed_config import read_layouts, reading
 from .shards import TensorEntry, write_json, write_shard
 from .side_files import copy_side_files
 from .stored_names import Form, Forms
+from .tables import read_table, table_modules, table_names
+from .ties import retie_config
 
 CARD, PACKED_CARD = "README.md", "README.packed.md"
 
@@ -54,10 +63,11 @@ def decompress(
     dtype = None if dtype is None else weight_dtype(dtype)
     packed, out = Checkpoint(hub_folder(path), verify=verify), expanded(out)
     layouts = read_layouts(packed)
-    dtype = dtype or config_dtype(packed.config) or _usual_dtype(packed, layouts)
     skeleton = packed_skeleton(packed, layouts, trust_remote_code)
+    owners = _owners(layouts) | dict.fromkeys(table_names(skeleton), "")
+    dtype = dtype or config_dtype(packed.config) or _usual_dtype(packed, owners)
     checkpoint = check_tensors_fit(packed, skeleton)
-    shards = _dense_shards(checkpoint, layouts, dtype)
+    shards = _dense_shards(checkpoint, layouts, table_modules(skeleton), dtype)
     total = sum(map(len, shards.values()))
     steps = itertools.count(1)
 
@@ -72,6 +82,8 @@ def decompress(
         config = dict(checkpoint.config)
         for key in ("quantization_config", WEIGHTS_KEY):
             config.pop(key, None)
+        if any(entry.tied for entry in read_tables(packed).values()):
+            retie_config(config)
         for key in {"dtype", *config} & {"dtype", "torch_dtype"}:
             config[key] = str(dtype).removeprefix("torch.")
         write_json(out / "config.json", config)
@@ -104,9 +116,8 @@ def _write(file: Path, forms: Forms, step: Callable[[], None]) -> dict[str, Tens
     return write_shard(file, {name: form.spec for name, form in forms.items()}, get)
 
 
-def _usual_dtype(checkpoint: Checkpoint, layouts: dict[str, PackedLayout]) -> torch.dtype:
+def _usual_dtype(checkpoint: Checkpoint, packed: Container[str]) -> torch.dtype:
     """The dtype of most floating-point numbers that are not packed."""
-    packed = _owners(layouts)
     count: Counter[torch.dtype] = Counter()
     for name, entry in checkpoint.entries.items():
         if name not in packed and entry.dtype.is_floating_point:
@@ -120,7 +131,10 @@ def _owners(layouts: dict[str, PackedLayout]) -> dict[str, str]:
 
 
 def _dense_shards(
-    checkpoint: ModelCheckpoint, layouts: dict[str, PackedLayout], dtype: torch.dtype
+    checkpoint: ModelCheckpoint,
+    layouts: dict[str, PackedLayout],
+    tables: Mapping[str, Int8Embedding],
+    dtype: torch.dtype,
 ) -> dict[str, Forms]:
     """Shard file -> the dense tensors to write in it, those of the packed file of that name.
 
@@ -137,10 +151,24 @@ def _dense_shards(
 
         return Form(dtype, (layout.out_features, layout.in_features), make)
 
+    def embedding(module: str) -> Form:
+        table = tables[module]
+
+        def make() -> Tensor:
+            dense = read_table(checkpoint.get, module, table).dense()
+            with reading(str(checkpoint.folder)):
+                return cast(dense, dtype, f"{module}.weight")
+
+        return Form(dtype, (table.num_embeddings, table.embedding_dim), make)
+
     owners = _owners(layouts)
     shards: dict[str, Forms] = {entry.file: {} for entry in checkpoint.entries.values()}
     for name, entry in checkpoint.entries.items():
-        if name not in owners:
+        module, _, part = name.rpartition(".")
+        if module in tables and part in TABLE_NAMES:
+            if part == "codes":
+                shards[entry.file][f"{module}.weight"] = embedding(module)
+        elif name not in owners:
             shards[entry.file] |= checkpoint.stored_forms([name])
         elif name.endswith(".metadata"):  # one in every packed weight
             shards[entry.file][f"{owners[name]}.weight"] = weight(owners[name])

@@ -22,6 +22,7 @@ from .packed import (
 )
 from .packed_config import QUANT_METHOD, read_layouts
 from .skeleton import place
+from .tables import read_table, set_row_types, table_modules
 from .ties import all_names, tied_names
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def load(
     layouts = read_layouts(checkpoint)
     model = packed_skeleton(checkpoint, layouts, trust_remote_code)
     _fill(model, check_tensors_fit(checkpoint, model), layouts, device, dtype)
+    set_row_types(model, dtype or model.dtype)
     if dtype is not None:
         model.config.dtype = dtype
     if hasattr(model, "generation_config"):
@@ -90,6 +92,9 @@ def _fill(
         module = model.get_submodule(name)
         for part, tensor in read_packed(checkpoint.get, name, layout).tensors().items():
             module._buffers[part] = tensor.to(device)
+    for name, embedding in table_modules(model).items():
+        for part, tensor in read_table(checkpoint.get, name, embedding)._asdict().items():
+            embedding._buffers[part] = tensor.to(device)
     tied = tied_names(model)
     for name in checkpoint.entries.keys() - packed_names(model):
         t = checkpoint.get(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +19,17 @@ from ..format import PackedLayout, PackedWeight
 from ..nn import SlabLinear
 from .folder import Checkpoint
 from .model_config import check_counts
-from .packed_config import QUANT_METHOD, reading
+from .packed_config import QUANT_METHOD, TABLES_KEY, quantization_entry, reading
 from .skeleton import folder_skeleton
 from .stored_names import Forms, StoredNames
+from .tables import (
+    TableEntry,
+    Tables,
+    parse_tables,
+    swap_tables,
+    table_modules,
+    table_names,
+)
 from .ties import settle, tied_names, untie
 
 if TYPE_CHECKING:
@@ -30,18 +39,30 @@ if TYPE_CHECKING:
 def packed_skeleton(
     checkpoint: Checkpoint, layouts: Mapping[str, PackedLayout], trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model on meta with a SlabLinear for every entry of `layouts`.
+    """The model on meta with a SlabLinear for every entry of `layouts`, and the folder's tables.
 
     Raises: CheckpointError where they do not fit the model, and as `folder_skeleton`.
     """
     check_counts(checkpoint.config, checkpoint.entries, checkpoint.folder)
     model = folder_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
-    swap_in(model, layouts)
+    swap_in(model, layouts, read_tables(checkpoint))
     return model
 
 
-def swap_in(model: PreTrainedModel, layouts: Mapping[str, PackedLayout]) -> None:
-    """Put an empty SlabLinear on meta in place of every nn.Linear that `layouts` names.
+def read_tables(checkpoint: Checkpoint) -> dict[str, TableEntry]:
+    """The embeddings of int8 rows of a packed folder. Raises: CheckpointError."""
+    return parse_tables(quantization_entry(checkpoint), str(checkpoint.folder))
+
+
+def swap_in(
+    model: PreTrainedModel,
+    layouts: Mapping[str, PackedLayout],
+    tables: Tables = MappingProxyType({}),
+) -> None:
+    """Put empty modules on meta in place of what is packed.
+
+    They are a SlabLinear for every nn.Linear that `layouts` names, and an Int8Embedding for every
+    nn.Embedding that `tables` names.
 
     Raises: CheckpointError where they do not fit the model.
     """
@@ -62,8 +83,9 @@ def swap_in(model: PreTrainedModel, layouts: Mapping[str, PackedLayout]) -> None
             )
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
         model.set_submodule(name, SlabLinear(layout, has_bias, device="meta", dtype=dtype))
+    swap_tables(model, tables)
     tied = tied_names(model)
-    if any(f"{name}.weight" in (*tied, *tied.values()) for name in layouts):
+    if any(f"{name}.weight" in (*tied, *tied.values()) for name in (*layouts, *tables)):
         untie(model)  # a packed weight is no other tensor
 
 
@@ -149,7 +171,7 @@ def packed_names(model: nn.Module) -> set[str]:
         f"{name}.{part}"
         for name, module in packed_modules(model).items()
         for part in module.layout.tensors()
-    }
+    } | table_names(model)
 
 
 def check(model: nn.Module) -> nn.Module:
@@ -163,7 +185,9 @@ def check(model: nn.Module) -> nn.Module:
     if entry.get("quant_method") != QUANT_METHOD:
         return model
     packed = packed_modules(model)
+    tables = table_modules(model)
     lost = [name for name in entry.get("modules") or {} if name not in packed]
+    lost += [name for name in entry.get(TABLES_KEY) or {} if name not in tables]
     if not lost:
         return model
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

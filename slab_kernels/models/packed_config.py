@@ -6,6 +6,7 @@ import functools
 import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, FormatError, VersionError
@@ -13,6 +14,10 @@ from ..format import FORMAT_VERSION, PackedLayout
 from .folder import Checkpoint
 
 QUANT_METHOD = "slab_kernels"
+TABLES_KEY = "embeddings"  # of quantization_config, where embeddings are int8 rows
+# A folder has the lowest version that holds what is in it, so that older libraries read it; one
+# that does not know a version refuses it, where it would open the embeddings with random numbers.
+PACKED_VERSION, TABLES_VERSION = 2, 3
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that are kept there
 
 
@@ -42,28 +47,31 @@ def reading(what: str) -> Iterator[None]:
 
 
 def quantization_config(
-    layouts: Mapping[str, PackedLayout], settings: Mapping[str, Any]
+    layouts: Mapping[str, PackedLayout],
+    settings: Mapping[str, Any],
+    tables: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The entry of config.json from which every module can be built.
 
     settings: of the run; those of DESCRIBED are kept, None where one is not there.
+    tables: name -> entry (`models.tables`) of every embedding of int8 rows.
     """
+    described = {name: table.to_dict() for name, table in tables.items()}
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": TABLES_VERSION if tables else PACKED_VERSION,
         **{key: settings.get(key) for key in DESCRIBED},
         "modules": {
             name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
         },
+        **({TABLES_KEY: described} if tables else {}),
     }
 
 
-def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
-    """Module name -> layout, from config.json, with the sizes that its tensors have in the folder.
+def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entry of a folder's config.json.
 
-    Raises: CheckpointError if the folder was not written by this library or its sizes contradict
-        its files, VersionError if a newer library wrote it, for an impossible layout a FormatError
-        that is a CheckpointError too.
+    Raises: CheckpointError if the folder was not written by this library.
     """
     entry = checkpoint.config.get("quantization_config")
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
@@ -73,7 +81,17 @@ def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
             f"{checkpoint.folder} was not written by slab_kernels (it holds {found}); "
             "compress it first, or open it with transformers"
         )
-    layouts = parse_layouts(entry, str(checkpoint.folder))
+    return entry
+
+
+def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:
+    """Module name -> layout, from config.json, with the sizes that its tensors have in the folder.
+
+    Raises: CheckpointError if the folder was not written by this library or its sizes contradict
+        its files, VersionError if a newer library wrote it, for an impossible layout a FormatError
+        that is a CheckpointError too.
+    """
+    layouts = parse_layouts(quantization_entry(checkpoint), str(checkpoint.folder))
     for name, layout in layouts.items():
         for part, (dtype, shape) in layout.tensors().items():
             stored = checkpoint.entries.get(f"{name}.{part}")

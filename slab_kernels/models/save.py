@@ -24,6 +24,7 @@ from .packed_config import quantization_config
 from .shards import TensorEntry, shard_name, write_json, write_shard
 from .skeleton import config_skeleton
 from .stored_names import stored_forms
+from .tables import Tables, tables_of
 from .ties import holds, tied_names
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def save(model: nn.Module, path: Path | str, tokenizer: Any = None) -> None:
     state, tied = model.state_dict(), tied_names(model) if holds(model) else {}
     if empty := [name for name, t in state.items() if t.is_meta]:
         raise CheckpointError(f"{empty[0]!r} is on meta and has no values; load the model first")
-    _check_described(model, {name: module.layout for name, module in modules.items()}, state, tied)
+    layouts = {name: module.layout for name, module in modules.items()}
+    _check_described(model, layouts, tables_of(model), state, tied)
     out = expanded(path)
     with OutputFolder(out, {}, resume=None):
         _write_shards(model, {n: t for n, t in state.items() if n not in tied}, out)
@@ -82,6 +84,7 @@ def _check_packed(model: nn.Module, modules: Mapping[str, SlabLinear]) -> None:
 def _check_described(
     model: PreTrainedModel,
     layouts: Mapping[str, PackedLayout],
+    tables: Tables,
     state: Mapping[str, Tensor],
     tied: Mapping[str, str],
 ) -> None:
@@ -100,7 +103,7 @@ def _check_described(
             f"{strange[0]!r} is packed, and {type(described).__name__} of the config has no such "
             "nn.Linear; put the parts of a FusedSlabLinear back where they were, and save then"
         )
-    swap_in(described, layouts)
+    swap_in(described, layouts, tables)
     names, expected = state.keys() - tied.keys(), described.state_dict()
     wanted = expected.keys() - (tied_names(described).keys() if tied else set())
     for what, differing in (
@@ -156,5 +159,5 @@ def _write_rest(
     before = dict(getattr(model.config, "quantization_config", None) or {})
     layouts = {name: module.layout for name, module in modules.items()}
     config = config_dict(model)
-    config["quantization_config"] = quantization_config(layouts, before)
+    config["quantization_config"] = quantization_config(layouts, before, tables_of(model))
     write_json(out / "config.json", config)

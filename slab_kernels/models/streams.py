@@ -76,6 +76,11 @@ class Stream:
         """The same hidden states, fed through blocks that round no operands."""
         return replace(self, products=None)
 
+    def follow(self, arguments: list[tuple]) -> None:
+        """Let one more module come behind the last block, called with the hidden state and these
+        positional arguments of each batch."""
+        self.calls.append([((_HIDDEN, *rest), {}) for rest in arguments])
+
 
 def rounded_products(
     device: torch.device, dtype: torch.dtype | None
@@ -361,7 +366,7 @@ def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> N
         with torch.no_grad(), _replaced_forwards(recorder):
             for batch in tokens.split(batch_size(tokens.shape[1])):
                 try:
-                    with _one_sentence(model):
+                    with one_sentence(model):
                         model(input_ids=batch.to(stream.device), use_cache=False)
                 except Stop:
                     continue
@@ -377,7 +382,7 @@ def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> N
 
 
 @contextmanager
-def _one_sentence(model: PreTrainedModel) -> Iterator[None]:
+def one_sentence(model: PreTrainedModel) -> Iterator[None]:
     """Around a model's own forward, whose failures are of any type and mostly of many lines.
 
     Raises: ArchitectureError that names the model's class; what is not the model's matter

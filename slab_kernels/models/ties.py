@@ -61,6 +61,21 @@ def untie_config(config: dict[str, Any]) -> None:
             part["tie_word_embeddings"] = False
 
 
+def retie(model: PreTrainedModel) -> None:
+    """Undo `untie` for a model whose output head holds the tensor of its embedding again."""
+    for part in (model.config, *vars(model.config).values()):
+        if hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = True
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def retie_config(config: dict[str, Any]) -> None:
+    """Undo `untie_config` for a model whose output head is its embedding."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = True
+
+
 def settle(model: PreTrainedModel, stored: StoredNames, read: Callable[[str], Tensor]) -> bool:
     """Give `stored` one tensor for all tied names, or untie `model` if it holds two that differ.
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..backends import dense_copy
+from .embedding import Int8Head
 from .fused import FusedSlabLinear
 from .linear import SlabLinear
 from .prepared import copied_bytes
@@ -26,6 +27,7 @@ def prepare(
     Raises: as `SlabLinear.prepare`.
     """
     _prepare(layers_of(model), dtype, prefill)
+    _prepare_heads(model, dtype)
     return model
 
 
@@ -43,6 +45,14 @@ def prepare_opened(model: nn.Module, dtype: torch.dtype, prefill: str | None) ->
     if prefill != "dense":
         layers = [layer for layer in layers if _place(layer).type == "cuda"]
     _prepare(layers, dtype, prefill)
+    _prepare_heads(model, dtype)
+
+
+def _prepare_heads(model: nn.Module, dtype: torch.dtype) -> None:
+    """The dense copies by which heads of int8 rows compute on a GPU."""
+    for module in model.modules():
+        if isinstance(module, Int8Head):
+            module.prepare(dtype)
 
 
 def check_prefill(prefill: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral
@@ -67,7 +68,7 @@ def check_fits(
             f"the {name} token ids have windows of {ids.shape[-1]}, longer than the model's "
             f"{limit} positions; cut them, or give text"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_rows(model)
     if ids.numel() and int(ids.max()) >= rows:
         folder = getattr(tokenizer, "name_or_path", None)
         if folder and str(folder) == str(getattr(model.config, "_name_or_path", None)):
@@ -79,6 +80,19 @@ def check_fits(
             f"the {name} tokens go up to {int(ids.max())}, but the model's vocabulary has {rows}; "
             "give the model's own tokenizer"
         )
+
+
+def vocabulary_rows(model: Any) -> int:
+    """The rows of a model's input embedding, dense or int8."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    return embedding.weight.shape[0] if rows is None else rows
+
+
+def ids_device(model: Any) -> torch.device:
+    """Where a model takes token ids: the place of its input embedding, dense or int8."""
+    embedding = model.get_input_embeddings()
+    return next(itertools.chain(embedding.parameters(), embedding.buffers())).device
 
 
 def _holds_ids(source: Any) -> bool:

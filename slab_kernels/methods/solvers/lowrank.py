@@ -86,7 +86,13 @@ def masked_als(
 
 
 def signed_factors(
-    W: Tensor, scale: Tensor, pattern: Pattern, rank: int, rounds: int = 8, planes: int = 1
+    W: Tensor,
+    scale: Tensor,
+    pattern: Pattern,
+    rank: int,
+    rounds: int = 8,
+    planes: int = 1,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """U [N,R], V [K,R] and kept mask [N,K] for the least loss in a diagonal metric.
 
@@ -95,6 +101,7 @@ def signed_factors(
     levels and factors, each step exact, never increases it. This replaces the paper's EM-like loop
     (arXiv 2604.04493), which converges slowly to the same optimum.
     scale: [K] > 0, the error metric, such as the root mean square of each input.
+    given: V [K,R], which then stays.
     """
     A = W.abs() * scale
     mask = select(A, pattern)
@@ -102,16 +109,25 @@ def signed_factors(
     V = ((A * pruned).sum(0) / pruned.sum(0).clamp_min(1))[:, None]
     V = V.clamp_min(1e-6 * A.mean().clamp_min(1e-30))
     U = torch.ones_like(A[:, :1])
+    if given is not None:
+        V = given * scale[:, None]
+        U = fit_rows(A, pruned, V, torch.zeros_like(A[:, :1]).expand(-1, V.shape[1]))
 
     def descend(U: Tensor, V: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(rounds):
             L = U @ V.T
             c = nearest(A, L.abs(), planes)
-            U, V = masked_als(A * signs(L) / c, (~mask) * c * c, U, V)
+            wanted, counted = A * signs(L) / c, (~mask) * c * c
+            if given is None:
+                U, V = masked_als(wanted, counted, U, V)
+            else:
+                U = fit_rows(wanted, counted, V, U)
             mask = select((A - c * (U @ V.T).abs()).abs(), pattern)
         return U, V, mask
 
     U, V, mask = descend(U, V, mask)
+    if given is not None:
+        return U, given, mask
     if rank > 1:
         # The SVD is of |W| with kept entries imputed by the rank-1 fit, so it contains that fit.
         L = U @ V.T
