@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +82,7 @@ def compare(
     else:
         teacher = WholeModel(check(source))
     tokens = torch.stack(pieces)
-    scores = _Scores()
+    scores = _Scores(tokens[:, 1:].numel())
     steps = _Steps(tokens, teacher, progress)
     for portion in tokens.split(teacher.portion(tokens.shape[1]) or len(tokens)):
         ours = WholeModel(model).reading(portion, lambda: None)
@@ -177,17 +177,21 @@ class _Steps:
             self.tell(self.done, self.total)
 
 
-@dataclass
 class _Scores:
-    """What was measured of every token so far, each list in fp64 by batches.
+    """What is measured of every token, in the order of the text.
 
-    ours, theirs: negative log-likelihoods in nats. same: whether the most probable token is.
+    Room for all tokens is made at the start. Small results that are kept one by one would be put
+    into the gaps that freed logits leave in the heap, and the next logits would not fit there: the
+    process would grow with every slice.
+
+    kl: in nats, fp64. ours, theirs: negative log-likelihoods in nats, fp64. same: whether the most
+    probable token is.
     """
 
-    kl: list[Tensor] = field(default_factory=list)
-    ours: list[Tensor] = field(default_factory=list)
-    theirs: list[Tensor] = field(default_factory=list)
-    same: list[Tensor] = field(default_factory=list)
+    def __init__(self, tokens: int):
+        self.kl, self.ours, self.theirs = torch.zeros(3, tokens, dtype=torch.float64)
+        self.same = torch.zeros(tokens, dtype=torch.bool)
+        self.done = 0
 
     def add(
         self, student: Reader, teacher: Reader, number: int, batch: Tensor, model: PreTrainedModel
@@ -211,17 +215,19 @@ class _Scores:
                 f"the dense model gives {p.shape[1]} logits for a token and this one {q.shape[1]}; "
                 "give the dense model that it was compressed from"
             )
-        self.same.append((p.argmax(1) == q.argmax(1)).cpu())
+        here = slice(self.done, self.done + len(targets))
+        self.done += len(targets)
+        self.same[here] = p.argmax(1) == q.argmax(1)
         p, q = torch.log_softmax(p, 1), torch.log_softmax(q, 1)
         for found, logs in ((self.theirs, p), (self.ours, q)):
-            found.append(-logs.gather(1, targets[:, None])[:, 0].double().cpu())
+            found[here] = -logs.gather(1, targets[:, None])[:, 0]
         # A token that has no probability at all in p adds nothing, whatever q says of it.
         terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
-        self.kl.append(terms.sum(1, dtype=torch.float64).cpu())
+        self.kl[here] = terms.sum(1, dtype=torch.float64)
 
     def summary(self, windows: int) -> dict[str, Any]:
         """The numbers over all tokens; every window has equally many."""
-        kl, ours, theirs = torch.cat(self.kl), torch.cat(self.ours), torch.cat(self.theirs)
+        kl, ours, theirs = self.kl, self.ours, self.theirs
         differences = (ours - theirs).reshape(windows, -1).mean(1)
         ratio, error = _exp(float(differences.mean())), None
         if windows > 1:
@@ -229,7 +235,7 @@ class _Scores:
         return {
             "kl": float(kl.mean()),
             "kl_p99": _quantile(kl, 0.99),
-            "top1": float(torch.cat(self.same).double().mean()),
+            "top1": float(self.same.double().mean()),
             "perplexity": _exp(float(ours.mean())),
             "dense_perplexity": _exp(float(theirs.mean())),
             "perplexity_ratio": ratio,

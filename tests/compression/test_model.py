@@ -21,7 +21,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import slab_kernels
-from slab_kernels.compression import job
 from slab_kernels.compression.events import ProgressEvent
 from slab_kernels.compression.model import compress
 from slab_kernels.compression.record import RunRecord
@@ -32,6 +31,7 @@ from slab_kernels.errors import (
     FormatError,
     VersionError,
 )
+from slab_kernels.models import blocks
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.folder import PROGRESS_NAME
 from slab_kernels.models.load import load
@@ -202,14 +202,14 @@ def test_drift_is_seen_by_methods_that_ask_for_it(dense, tmp_path):
 def test_one_block_in_memory_at_a_time(tmp_path, monkeypatch, settings, most):
     """Two with a method that looks at the drift: the block as it was and as it becomes."""
     tiny_models.write(tmp_path / "d", num_hidden_layers=4)
-    alive, counts, real = weakref.WeakSet(), [], job.filled_copy
+    alive, counts, real = weakref.WeakSet(), [], blocks.filled_copy
 
     def counted(*args):
         counts.append(len(alive) + 1)
         alive.add(block := real(*args))
         return block
 
-    monkeypatch.setattr(job, "filled_copy", counted)
+    monkeypatch.setattr(blocks, "filled_copy", counted)
     compress(tmp_path / "d", tmp_path / "o", calibration=TOKENS, progress=False, **settings)
     assert len(counts) >= 4 * most and max(counts) <= most
 
