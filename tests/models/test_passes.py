@@ -44,14 +44,14 @@ class Whispers(modeling_llama.LlamaDecoderLayer):
 
 
 class Experts(nn.Module):
-    """A batch may pass by `rare`, which runs before `often`; `twice` runs once before, once after.
+    """The first batch passes by `rare`, which comes last therefore, and runs before `often`.
 
-    So groups are not in the order in which a batch runs through them.
+    What `often` puts out on the way to `last` is so not what it puts out in the end.
     """
 
     def __init__(self):
         super().__init__()
-        for name in ("rare", "often", "twice"):
+        for name in ("rare", "often", "last", "twice"):
             setattr(self, name, nn.Linear(4, 4))
 
     def forward(self, x):
@@ -59,7 +59,7 @@ class Experts(nn.Module):
         few = x[..., :1] > 1
         if bool(few.any()):
             x = x + self.rare(x) * few
-        return self.twice(x + self.often(x))
+        return self.twice(x + self.last(self.often(x)))
 
 
 def llama(block: type | None = None) -> tuple[Stream, nn.Module, dict[str, nn.Linear]]:
