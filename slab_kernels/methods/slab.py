@@ -52,19 +52,16 @@ from .threebasil import SCHEDULES, ThreeBasilConfig, admm
 
 REFIT_FLOOR = 1e-5  # the fraction of the mean diagonal that the refit adds to each diagonal entry
 FACTORS: tuple[Literal["U", "V"], ...] = ("U", "V")  # in the order in which a round refits them
-LAST_SOLVE = 2  # times as many steps as the others, since nothing moves after it
-TOLERANCE = 0.1  # the fall of the preconditioned gradient that ends a solve of a round
-LAST_TOLERANCE = 1e-3  # the fall that ends the last one
+TOLERANCE = 0.1  # the fall of the preconditioned gradient that ends a solve
 
 
 @dataclass(frozen=True)
 class SlabConfig(Config):
     """The settings of `slab`.
 
-    A solve ends before its `iterations` where the preconditioned gradient has fallen to a tenth;
-    the last one, of kept values without a grid, may take twice as many. A `drift` of a quarter
-    costs the layer itself little and brought most of the gain in perplexity on the models tried;
-    more overfits.
+    A solve ends before its `iterations` where the preconditioned gradient has fallen to a tenth. A
+    `drift` of a quarter costs the layer itself little and brought most of the gain in perplexity on
+    the models tried; more overfits.
     """
 
     damping: float = setting(
@@ -264,7 +261,7 @@ class _Solver:
         q = (kept / expand_scales(self.scales, kept.shape[1], grid.group_size)).round()
         return StepSizes(q, grid.group_size, diagonal), self.scales
 
-    def _refit(self, factor: Literal["U", "V"] | None = None, last: bool = False) -> None:
+    def _refit(self, factor: Literal["U", "V"] | None = None) -> None:
         """Least squares over the kept values, one factor of the sign term (or none) and P."""
         kept, start = self._kept_part()
         parts, unknowns = [kept], [start]
@@ -290,8 +287,8 @@ class _Solver:
             self.gram,
             parts,
             unknowns,
-            self.config.iterations * (LAST_SOLVE if last else 1),
-            LAST_TOLERANCE if last else TOLERANCE,
+            self.config.iterations,
+            TOLERANCE,
             gradient=self.gradient,
         )
         self.approximation = kept.expand(found[0])
@@ -335,7 +332,7 @@ class _Solver:
             self.approximation = torch.where(self.mask, self.approximation, pruned)
         self.gradient = None
         if grid is None:
-            self._refit(last=True)
+            self._refit()
             self._round_adapter()  # P moved with the kept values
         else:
             self._settle_on(grid)
