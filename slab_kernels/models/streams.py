@@ -193,7 +193,7 @@ def catch_stream(
     read: list[str] = []  # names inside a block of linears whose weight the model's code reads
     while True:
         unread = {name: linear for name, linear in packed.items() if _inside(name) not in read}
-        stream = Stream([], [[] for _ in blocks], device, products)
+        stream = Stream([], [[] for _ in blocks], device, products=products)
         recorder = _Recorder(blocks, materialise, stream, keep_on or device)
         try:
             with _without_weight(unread):
