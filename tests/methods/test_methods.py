@@ -155,6 +155,34 @@ def test_rounds_only_improve(layer):
     assert e[0] > e[1] > e[2] and e[3] <= e[2] * 1.0005
 
 
+def test_kept_values_solve_the_damped_normal_equations(layer):
+    """The ridge is the share of the diagonal that was asked for, and pulls towards the weight."""
+    W, stats, _ = layer
+    G = stats.gram.double()
+    for share in (0.0, 0.3):
+        d = decompose(W, stats, refit_damping=share, iterations=200)
+        damped = G + torch.diag(share * G.diagonal() + 1e-5 * G.diagonal().mean())
+        E = W.double() - d.dense().double()
+        slope = ((E @ damped) / G.diagonal())[d.mask].norm() / E[~d.mask].norm()
+        assert slope < 2e-3, (share, slope)
+        undamped = ((E @ G) / G.diagonal())[d.mask].norm() / E[~d.mask].norm()
+        assert (undamped > 0.02) == (share > 0)
+
+
+@pytest.mark.parametrize("values, planes", [("fp16", 1), ("int4", 2)])
+def test_damping_keeps_a_layer_from_learning_a_short_text_by_heart(values, planes):
+    """On four tokens per input: less error on other text, and less of it hidden in the text."""
+    W, stats, _ = correlated_layer(64, 128, tokens=512)
+    _, heldout, _ = correlated_layer(64, 128)  # the same weight, other inputs
+    weak = {"refit_damping": 0.001, "relative_damping": 0.01}
+    found = {}
+    for name, options in (("usual", {}), ("weak", weak)):
+        dense = decompose(W, stats, values=values, planes=planes, group_size=64, **options).dense()
+        found[name] = error(W, dense, heldout), error(W, dense, stats)
+    ratio = {name: other / own for name, (other, own) in found.items()}
+    assert found["usual"][0] < 0.985 * found["weak"][0] and ratio["usual"] < 0.98 * ratio["weak"]
+
+
 def test_independent_inputs_leave_nothing_to_push_but_slab_still_wins(layer):
     W, stats, _ = layer
     alone = InputStats.from_gram(torch.diag(stats.diagonal))
