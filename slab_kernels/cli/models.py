@@ -206,6 +206,12 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
                 f"{data['bits_per_weight']:.3f} bits per weight on disk; "
                 f"all tensors {data['bytes'] / 1e6:.2f} MB"
             )
+        for table in data["embeddings"]:
+            shared = f", shared with {table['tied']}" if table["tied"] else ""
+            print(
+                f"{table['name']} {'×'.join(map(str, table['shape']))} in int8 rows{shared}: "
+                f"{table['bytes'] / 1e6:.2f} MB"
+            )
 
     return Outcome(data, show)
 

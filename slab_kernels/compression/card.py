@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ..format import table_tensors
 from ..models.shards import write_atomically
 from ..models.source import FolderSource, ModuleSource, Source
 from ..terminal import visible
@@ -89,7 +90,8 @@ def body(base: Base, job: Job, record: RunRecord, size: int) -> str:
     sizes = {
         "Size": f"{_mb(size)}, before {_mb(before)}",
         "Of that in compressed layers": f"{_mb(inside)} in {len(record.layers)} linears",
-        "Of that left dense": f"{_mb(size - inside)}: embeddings, norms, output head"
+        **_embedding_rows(job),
+        "Of that left dense": f"{_mb(size - inside - _table_bytes(job))}: {_left_dense(job)}"
         + "".join(f", `{_cell(pattern)}`" for pattern in record.settings["skip"]),
     }
     rows = _method_rows(job, record) | sizes | _quality_rows(record) | _origin_rows(record)
@@ -98,6 +100,7 @@ def body(base: Base, job: Job, record: RunRecord, size: int) -> str:
     if record.stored != "packed":
         pattern = _cell(record.settings["pattern"])
         stored = f"a dense weight, pruned by the pattern {pattern}"
+    and_head = "" if job.head is None else " and its output head"
     original = "The base model came without a card."
     if base.card:
         original = f"The card of the base model is [{base.card}]({base.card})."
@@ -106,7 +109,7 @@ def body(base: Base, job: Job, record: RunRecord, size: int) -> str:
         licence = f"The licence is that of the base model, {_cell(base.licence['license'])}."
     return f"""# {name}, compressed with slab_kernels
 
-This is {name}, with the linear layers of its decoder blocks stored as {stored}.
+This is {name}, with the linear layers of its decoder blocks{and_head} stored as {stored}.
 
 | | |
 |---|---|
@@ -122,6 +125,30 @@ them.
 
 {original} {licence}
 """
+
+
+def _table_bytes(job: Job) -> int:
+    """What the embeddings of int8 rows take."""
+    shapes = (job.source.spec(f"{name}.weight")[1] for name in job.tables)
+    tables = (table_tensors(*shape).values() for shape in shapes)
+    return sum(math.prod(shape) * dtype.itemsize for table in tables for dtype, shape in table)
+
+
+def _embedding_rows(job: Job) -> dict[str, str]:
+    """A row of the card's table for embeddings of int8 rows."""
+    if not job.tables:
+        return {}
+    shared = any(entry.tied for entry in job.tables.values())
+    with_head = ", which the output head shares" if shared else ""
+    what = f"{_mb(_table_bytes(job))} in int8 rows with one scale each{with_head}"
+    return {"Of that in embeddings": what}
+
+
+def _left_dense(job: Job) -> str:
+    """What stays dense whatever `skip` says."""
+    kept = [] if job.tables else ["embeddings"]
+    head_kept = job.head is None and not any(entry.tied for entry in job.tables.values())
+    return ", ".join([*kept, "norms", *(["output head"] if head_kept else [])])
 
 
 def _opening(record: RunRecord) -> str:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError, FormatError
 from ..format import Decomposition, PackedLayout, PackedWeight, pack
@@ -33,6 +33,9 @@ from .plan import decompose_as_stored
 from .record import LayerRecord
 from .sinks import FinishedBlock
 from .team import Team
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS_AT_ONCE = 1 << 26  # of a head; a copy in fp32 takes 256 MiB
 SHARES_V = "slab"  # the method that solves rows for a V that is given
@@ -58,7 +61,7 @@ class HeadWork:
     """
 
     job: Job
-    model: nn.Module
+    model: PreTrainedModel
     texts: list[Tensor]
     streams: Streams
     team: Team
@@ -76,10 +79,7 @@ class HeadWork:
             )
         self._lead_on()
         outputs = self.streams.calibration.outputs
-        tail, twin = (
-            Tail(self.model, job.blocks, outputs, name, weight)  # type: ignore[arg-type]
-            for _ in range(2)
-        )
+        tail, twin = (Tail(self.model, job.blocks, outputs, name, weight) for _ in range(2))
         index, linears = len(job.blocks), {name: tail.head}
         dense = None if self.streams.dense is None else twin
         work = BlockWork(job, index, tail, dense, linears, self.streams, self.team)
@@ -92,9 +92,8 @@ class HeadWork:
         packed, record = self.team.share((name,), layer)[name]
         return FinishedBlock({name: packed}, [record])
 
-
     def _lead_on(self) -> None:
-        """Let a tail come behind the last block of every stream; two may note their calls as one."""
+        """Let a tail come behind the last block of every stream; some share their calls."""
         streams, texts = self.streams, self.texts
         pairs = [(streams.calibration, texts[0]), (streams.dense, texts[0])]
         pairs += [(streams.heldout, ids) for ids in texts[1:]]

@@ -15,7 +15,7 @@ from ..models.source import Source
 from ..models.tables import TableEntry
 from ..models.ties import tied_names
 from .plan import Plan
-from .vocabulary import Wanted, choose
+from .vocabulary import AS_IT_IS, Wanted, choose
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Job:
         plan: Plan,
         skip: tuple[str, ...],
         device: torch.device,
-        wanted: Wanted = Wanted(),
+        wanted: Wanted = AS_IT_IS,
     ) -> Job:
         """The job of compressing every linear of `source` but those that `skip` names.
 

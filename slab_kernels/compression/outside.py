@@ -1,16 +1,15 @@
-"""The model outside its blocks, as it will be: int8 rows looked up, and weights that nobody finds."""
+"""The model outside its blocks as it will be: int8 rows looked up, weights that nobody finds."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from ..errors import ArchitectureError
 from ..models.skeleton import place
 from ..models.streams import Stream
 from ..models.tail import Tail
-from ..models.ties import tied_names
 from ..models.vocabulary import find_head, hidden_weights
 from .job import Job
 
@@ -55,9 +54,8 @@ def check_readers(model: PreTrainedModel, job: Job, stream: Stream, ids: Tensor)
 
 
 def _any_head(model: PreTrainedModel) -> str | None:
-    from ..errors import ArchitectureError
-
+    """The name of a plain output head, which stays as it is."""
     try:
         return find_head(model)
-    except ArchitectureError:  # one that stays as it is, whatever it is
+    except ArchitectureError:
         return None

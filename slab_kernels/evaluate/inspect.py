@@ -10,8 +10,8 @@ from ..compression.record import LayerRecord, read_record
 from ..errors import CheckpointError
 from ..format import TABLE_NAMES, PackedLayout
 from ..models.folder import Checkpoint
-from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.packed import read_tables
+from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
 from ..paths import expanded
 

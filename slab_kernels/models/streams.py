@@ -38,8 +38,8 @@ class Stream:
 
     hidden: [samples, window, hidden_size] for each batch, at the input of the next block. calls:
     for each block and batch what else the block is called with; equal tensors are kept once. Bytes
-    held: samples * window * hidden_size * itemsize. outputs: what each block returns, in place of the
-    hidden state anything.
+    held: samples * window * hidden_size * itemsize. outputs: what each block returns, with None in
+    place of the hidden state.
     """
 
     hidden: list[Tensor]

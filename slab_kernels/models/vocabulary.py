@@ -132,9 +132,7 @@ def _more(module: nn.Module) -> bool:
     return bool(module._parameters.keys() - {"weight"} or module._buffers or module._modules)
 
 
-def _refuse_shared(
-    model: PreTrainedModel, weight: str, allowed: set[str], way_out: str
-) -> None:
+def _refuse_shared(model: PreTrainedModel, weight: str, allowed: set[str], way_out: str) -> None:
     """Refuse a weight that is another one too, and a model in which other weights are shared.
 
     Replacing it makes the model say that nothing is tied, so nothing else may be.

@@ -151,9 +151,7 @@ def shared(tmp_path_factory):
     """A tied model whose table serves its head too."""
     top = tmp_path_factory.mktemp("shared")
     tiny_models.write(top / "dense", num_hidden_layers=1)
-    slab_kernels.compress(
-        top / "dense", top / "packed", progress=False, embeddings="int8", **QUICK
-    )
+    slab_kernels.compress(top / "dense", top / "packed", progress=False, embeddings="int8", **QUICK)
     return top / "packed"
 
 
@@ -169,9 +167,7 @@ HOSTILE = {
     "a head of another size": {
         "model.embed_tokens": {"values": "int8", "tied": "model.layers.0.mlp.up_proj"}
     },
-    "tied to itself": {
-        "model.embed_tokens": {"values": "int8", "tied": "model.embed_tokens"}
-    },
+    "tied to itself": {"model.embed_tokens": {"values": "int8", "tied": "model.embed_tokens"}},
     "a long name": {"x" * 100_000: {"values": "int8", "tied": None}},
     "nothing": {},
     "null": None,

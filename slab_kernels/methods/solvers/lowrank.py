@@ -111,6 +111,7 @@ def signed_factors(
     if given is not None:
         V = given * scale[:, None]
         U = fit_rows(A, pruned, V, torch.zeros_like(A[:, :1]).expand(-1, V.shape[1]))
+
     def descend(U: Tensor, V: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(rounds):
             L = U @ V.T
