@@ -16,7 +16,7 @@ from .calibration import Tokens
 from .events import ProgressEvent
 from .head import HeadWork
 from .job import Job
-from .outside import check_readers, look_up_as_stored
+from .outside import look_up_as_stored
 from .record import LayerRecord
 from .sinks import FinishedBlock, Sink, dense_weight
 from .team import Team
@@ -166,7 +166,6 @@ class BlockwiseRun:
                 dense = catch(self.tokens.calibration)
             look_up_as_stored(model, job)
             streams = [catch(text) for text in self.tokens.texts()]
-            check_readers(model, job, streams[0], self.tokens.calibration)
         calibration, heldout = streams[0], streams[1] if len(streams) > 1 else None
         if job.plan.dense_stream and dense is None:
             dense = calibration.twin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class Job:
     linears: per block, full module name -> the linear to compress, on meta.
     tied: names of parameters that are another parameter -> that one's name.
     tables: the embeddings that become int8 rows, by name. head: the output head that is packed, or
-    None. notes: what of this the model cannot have, in sentences.
+    None. notes: what of this the model cannot have, in sentences. wanted: what was asked for.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Job:
     tables: dict[str, TableEntry] = field(default_factory=dict)
     head: str | None = None
     notes: tuple[str, ...] = ()
+    wanted: Wanted = AS_IT_IS
 
     @classmethod
     def of(
@@ -60,10 +62,25 @@ class Job:
         # chose must fit every layer.
         group = plan.usual.parsed.group if plan.usual.packed else 1
         linears = block_linears(path, blocks, group, skip, tied)
-        tables, head, notes = choose(source.model, plan, wanted)
-        job = cls(source, plan, device, path, blocks, linears, tied, tables, head, notes)
+        chosen = choose(source.model, plan, wanted)
+        job = cls(source, plan, device, path, blocks, linears, tied, *chosen, wanted)
         plan.check_shapes(job.shapes)
         return job
+
+    def without(self, dense: tuple[str, ...], reason: str) -> Job:
+        """The same job with "embeddings" or "head", whichever `dense` names, left dense."""
+        changes: dict[str, Any] = {}
+        if "embeddings" in dense and self.tables:
+            changes["tables"] = {}
+        if "head" in dense and self.head is not None:
+            changes["head"] = None
+        notes = tuple(f"{name} left dense: {reason}" for name in changes)
+        if "head" in changes and self.tables and "tables" not in changes:
+            # The table serves a tied head that is not packed.
+            changes["tables"] = choose(
+                self.source.model, self.plan, replace(self.wanted, head=False)
+            )[0]
+        return replace(self, **changes, notes=(*self.notes, *notes))
 
     def with_layers(self, layers: dict[str, dict]) -> Job:
         """The same job with settings of their own for some layers."""

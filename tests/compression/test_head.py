@@ -207,6 +207,11 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked):
     with pytest.raises(ArchitectureError, match="own code reads the weight of"):
         slab_kernels.compress(model, **QUICK | {"progress": events.append}, **asked)
     assert not any(event.kind == "layer" for event in events)
+    slab_kernels.compress(
+        model, **QUICK | {"progress": events.append}, **asked, optional=("embeddings", "head")
+    )
+    assert any("left dense" in event.message for event in events if event.kind == "warning")
+    assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
 
 
 def test_the_command_line_has_both(tmp_path):
