@@ -74,7 +74,8 @@ class Job:
             changes["tables"] = {}
         if "head" in dense and self.head is not None:
             changes["head"] = None
-        notes = tuple(f"{name} left dense: {reason}" for name in changes)
+        words = {"tables": "the embedding", "head": "the output head"}
+        notes = tuple(f"{words[name]} stays dense: {reason}" for name in changes)
         if "head" in changes and self.tables and "tables" not in changes:
             # The table serves a tied head that is not packed.
             changes["tables"] = choose(

@@ -44,7 +44,9 @@ def readable(job: Job, ids: Tensor) -> Job:
         try:
             _check_readers(model, job, stream, some)
         except ArchitectureError as error:
-            left = job.without(job.wanted.optional, str(error))
+            named = getattr(error, "module", None)  # what it is about, where that is known
+            parts = {None: ("embeddings", "head"), job.head: ("head",)}.get(named, ("embeddings",))
+            left = job.without(tuple(set(parts) & set(job.wanted.optional)), str(error))
             if (left.tables, left.head) == (job.tables, job.head):
                 raise
             return readable(left, ids)

@@ -210,7 +210,7 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked):
     slab_kernels.compress(
         model, **QUICK | {"progress": events.append}, **asked, optional=("embeddings", "head")
     )
-    assert any("left dense" in event.message for event in events if event.kind == "warning")
+    assert any("stays dense" in event.message for event in events if event.kind == "warning")
     assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
 
 
