@@ -9,6 +9,8 @@ One run, from the call to the finished folder:
     run             all of these put together
     blockwise       block after block
     block           one block: statistics, decompositions, records
+    head            the output head, after the last block
+    vocabulary      what becomes of embedding and head; outside: the model outside its blocks
     sinks           where finished blocks go: memory, or shards of a folder
     finish, card    what comes after the last block: the index, config.json, the model card
     record          slab_run.json
