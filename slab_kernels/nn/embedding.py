@@ -78,7 +78,7 @@ class Int8Embedding(_Weightless):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
-        """The table of least squared error for an embedding. Raises: RangeError."""
+        """The int8 rows of a dense embedding. Raises: RangeError."""
         weight = embedding.weight
         return cls.from_table(int8_table(weight), embedding.padding_idx, weight.dtype)
 
