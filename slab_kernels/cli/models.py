@@ -125,6 +125,12 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
             )
         for padding in data["padding"]:
             print(f"padded inputs: {Padding(**padding)}")
+        for table in data["embeddings"]:
+            shared = f", shared with {table['tied']}" if table["tied"] else ""
+            print(
+                f"{table['name']} {'×'.join(map(str, table['shape']))} in int8 rows{shared}: "
+                f"{table['bytes'] / 1e6:.2f} MB"
+            )
         print(totals)
 
     return Outcome(data, show)

@@ -10,6 +10,8 @@ One run, from the call to the finished folder:
     blockwise       block after block
     block           one block: decompositions, records
     statistics      the texts on their way through the blocks, and what linears read of them
+    head            the output head, after the last block
+    vocabulary      what becomes of embedding and head; outside: the model outside its blocks
     sinks           where finished blocks go: memory, or shards of a folder
     finish, card    what comes after the last block: the index, config.json, the model card
     record          slab_run.json

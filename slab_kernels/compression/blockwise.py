@@ -17,7 +17,7 @@ from .calibration import Tokens
 from .events import ProgressEvent
 from .head import HeadWork
 from .job import Job
-from .outside import check_readers, look_up_as_stored
+from .outside import look_up_as_stored
 from .record import LayerRecord
 from .sinks import FinishedBlock, Sink, dense_weight
 from .statistics import Streams
@@ -176,7 +176,6 @@ class BlockwiseRun:
             calibration = caught(tokens.fitted)
             held_back, heldout = caught(tokens.held_back), caught(tokens.heldout)
             assert calibration is not None
-            check_readers(model, job, calibration, tokens.fitted)
         if plan.dense_stream and dense is None:
             dense = calibration.twin()
         if plan.dense_target and dense_held_back is None and held_back is not None:

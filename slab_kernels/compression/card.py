@@ -87,6 +87,7 @@ def body(base: Base, job: Job, record: RunRecord, totals: Totals) -> str:
     rows = (
         _method_rows(job, record)
         | _size_rows(job, record, totals)
+        | _embedding_rows(job)
         | _quality_rows(record)
         | _origin_rows(record)
     )
@@ -95,6 +96,7 @@ def body(base: Base, job: Job, record: RunRecord, totals: Totals) -> str:
     if record.stored != "packed":
         pattern = _cell(record.settings["pattern"])
         stored = f"a dense weight, pruned by the pattern {pattern}"
+    and_head = "" if job.head is None else " and its output head"
     original = "The base model came without a card."
     if base.card:
         original = f"The card of the base model is [{base.card}]({base.card})."
@@ -103,7 +105,7 @@ def body(base: Base, job: Job, record: RunRecord, totals: Totals) -> str:
         licence = f"The licence is that of the base model, {_cell(base.licence['license'])}."
     return f"""# {name}, compressed with slab_kernels
 
-This is {name}, with the linear layers of its decoder blocks stored as {stored}.
+This is {name}, with the linear layers of its decoder blocks{and_head} stored as {stored}.
 
 | | |
 |---|---|
@@ -119,6 +121,15 @@ them.
 
 {original} {licence}
 """
+
+
+def _embedding_rows(job: Job) -> dict[str, str]:
+    """A row of the card's table for embeddings of int8 rows."""
+    if not job.tables:
+        return {}
+    shared = any(entry.tied for entry in job.tables.values())
+    with_head = ", which the output head shares" if shared else ""
+    return {"Embeddings": f"int8 rows with one scale each{with_head}"}
 
 
 def _opening(record: RunRecord) -> str:

@@ -92,7 +92,7 @@ def _put_tables(model: nn.Module, job: Job) -> None:
         rows = Int8Embedding.from_table(table, *sizes)
         put_table(model, name, entry, rows)
     if job.unties:
-        untie(model)  # type: ignore[arg-type]  # a model of transformers
+        untie(model)
 
 
 def complete(out: Path, settings: dict) -> RunRecord | None:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError, FormatError
 from ..format import Decomposition, PackedLayout, PackedWeight, pack
@@ -32,6 +32,9 @@ from .record import LayerRecord
 from .sinks import FinishedBlock
 from .statistics import GroupInputs, Streams
 from .team import Team
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS_AT_ONCE = 1 << 26  # of a head; a copy in fp32 takes 256 MiB
 SHARES_V = "slab"  # the method that solves rows for a V that is given
@@ -57,7 +60,7 @@ class HeadWork:
     """
 
     job: Job
-    model: nn.Module
+    model: PreTrainedModel
     tokens: Tokens
     streams: Streams
     team: Team
@@ -75,10 +78,7 @@ class HeadWork:
             )
         self._lead_on()
         returned = self.streams.calibration.returned
-        tail, twin = (
-            Tail(self.model, job.blocks, returned, name, weight)  # type: ignore[arg-type]
-            for _ in range(2)
-        )
+        tail, twin = (Tail(self.model, job.blocks, returned, name, weight) for _ in range(2))
         index = len(job.blocks)
         (group,), passes = self.streams.enter(index, tail, twin, {name: tail.head}, "")
         inputs = passes.inputs(group)
@@ -90,7 +90,7 @@ class HeadWork:
         return FinishedBlock({name: packed}, [record])
 
     def _lead_on(self) -> None:
-        """Let a tail come behind the last block of every stream; two may note their calls as one."""
+        """Let a tail come behind the last block of every stream; some share their calls."""
         streams, tokens = self.streams, self.tokens
         pairs = [
             (streams.calibration, tokens.fitted),

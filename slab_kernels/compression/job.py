@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ..models.source import Source
 from ..models.tables import TableEntry
 from ..models.ties import tied_names
 from .plan import Plan
-from .vocabulary import Wanted, choose
+from .vocabulary import AS_IT_IS, Wanted, choose
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Job:
     linears: per block, full module name -> the linear to compress, on meta.
     tied: names of parameters that are another parameter -> that one's name.
     tables: the embeddings that become int8 rows, by name. head: the output head that is packed, or
-    None. notes: what of this the model cannot have, in sentences.
+    None. notes: what of this the model cannot have, in sentences. wanted: what was asked for.
     """
 
     source: Source
@@ -40,6 +41,7 @@ class Job:
     tables: dict[str, TableEntry] = field(default_factory=dict)
     head: str | None = None
     notes: tuple[str, ...] = ()
+    wanted: Wanted = AS_IT_IS
 
     @classmethod
     def of(
@@ -48,7 +50,7 @@ class Job:
         plan: Plan,
         skip: tuple[str, ...],
         device: torch.device,
-        wanted: Wanted = Wanted(),
+        wanted: Wanted = AS_IT_IS,
     ) -> Job:
         """The job of compressing every linear of `source` but those that `skip` names.
 
@@ -61,10 +63,26 @@ class Job:
         # chose must fit every layer.
         group = plan.usual.parsed.group if plan.usual.packed else 1
         linears = block_linears(path, blocks, group, skip, tied)
-        tables, head, notes = choose(source.model, plan, wanted)
-        job = cls(source, plan, device, path, blocks, linears, tied, tables, head, notes)
+        chosen = choose(source.model, plan, wanted)
+        job = cls(source, plan, device, path, blocks, linears, tied, *chosen, wanted)
         plan.check_shapes(job.shapes)
         return job
+
+    def without(self, dense: tuple[str, ...], reason: str) -> Job:
+        """The same job with "embeddings" or "head", whichever `dense` names, left dense."""
+        changes: dict[str, Any] = {}
+        if "embeddings" in dense and self.tables:
+            changes["tables"] = {}
+        if "head" in dense and self.head is not None:
+            changes["head"] = None
+        words = {"tables": "the embedding", "head": "the output head"}
+        notes = tuple(f"{words[name]} stays dense: {reason}" for name in changes)
+        if "head" in changes and self.tables and "tables" not in changes:
+            # The table serves a tied head that is not packed.
+            changes["tables"] = choose(
+                self.source.model, self.plan, replace(self.wanted, head=False)
+            )[0]
+        return replace(self, **changes, notes=(*self.notes, *notes))
 
     def with_layers(self, layers: dict[str, dict]) -> Job:
         """The same job with settings of their own for some layers."""

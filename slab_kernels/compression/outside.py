@@ -1,4 +1,4 @@
-"""The model outside its blocks, as it will be: int8 rows looked up, and weights that nobody finds."""
+"""The model outside its blocks as it will be: int8 rows looked up, weights that nobody finds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..errors import ArchitectureError
+from ..models.blocks import outside_filled
 from ..models.skeleton import place
-from ..models.streams import Stream
+from ..models.streams import Stream, catch_stream
 from ..models.tail import Tail
 from ..models.vocabulary import find_head, hidden_weights
 from .job import Job
@@ -15,6 +17,7 @@ from .job import Job
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKENS = 8  # on which a model's code is tried
 DENSE_EMBEDDING, DENSE_HEAD = "embeddings='dense'", "head=False (--no-head)"
 
 
@@ -25,13 +28,33 @@ def look_up_as_stored(model: PreTrainedModel, job: Job) -> None:
         place(model, f"{name}.weight", dense.to(device=job.device, dtype=job.dtype))
 
 
-def check_readers(model: PreTrainedModel, job: Job, stream: Stream, ids: Tensor) -> None:
-    """Refuse a model whose code reads the weight of an embedding or head that will have none.
+def readable(job: Job, ids: Tensor) -> Job:
+    """The job, if the model's code reads no weight of an embedding or head that will have none.
 
-    Its forward runs once on a few tokens, with the blocks replaced and those weights hidden.
+    Its forward runs once on a few of the token ids [samples, window], with the blocks replaced and
+    those weights hidden. What nobody named stays dense where they are read.
 
-    Raises: ArchitectureError that names the module.
+    Raises: ArchitectureError that names the module, and as `catch_stream`.
     """
+    if not job.tables and job.head is None:
+        return job
+    some = ids[:1, :TOKENS]
+    with outside_filled(job.source, job.path, job.device, job.dtype) as model:
+        stream = catch_stream(model, job.blocks, some, job.load_block, job.device)
+        try:
+            _check_readers(model, job, stream, some)
+        except ArchitectureError as error:
+            named = getattr(error, "module", None)  # what it is about, where that is known
+            parts = {None: ("embeddings", "head"), job.head: ("head",)}.get(named, ("embeddings",))
+            left = job.without(tuple(set(parts) & set(job.wanted.optional)), str(error))
+            if (left.tables, left.head) == (job.tables, job.head):
+                raise
+            return readable(left, ids)
+    return job
+
+
+def _check_readers(model: PreTrainedModel, job: Job, stream: Stream, ids: Tensor) -> None:
+    """Raises: ArchitectureError that names the module whose weight is read."""
     ways_out = dict.fromkeys(job.tables, DENSE_EMBEDDING)
     if job.head is not None:
         ways_out[job.head] = DENSE_HEAD
@@ -46,16 +69,14 @@ def check_readers(model: PreTrainedModel, job: Job, stream: Stream, ids: Tensor)
             return
     else:
         head = job.head or next(entry.tied for entry in job.tables.values() if entry.tied)
-    some = ids[:1, :8]
-    hidden = stream.hidden[0][:1, : some.shape[1]].to(job.device)
+    hidden = stream.hidden[0].to(job.device)
     with hidden_weights(model, ways_out):
-        Tail(model, job.blocks, stream.returned, head).run_to_the_end(hidden, some)
+        Tail(model, job.blocks, stream.returned, head).run_to_the_end(hidden, ids)
 
 
 def _any_head(model: PreTrainedModel) -> str | None:
-    from ..errors import ArchitectureError
-
+    """The name of a plain output head, which stays as it is."""
     try:
         return find_head(model)
-    except ArchitectureError:  # one that stays as it is, whatever it is
+    except ArchitectureError:
         return None

@@ -27,6 +27,7 @@ from .calibration import Calibration, Tokens, usable_tokenizer
 from .events import ProgressEvent, Reporter
 from .finish import complete, finish, into
 from .job import Job
+from .outside import readable
 from .record import RunRecord
 from .sinks import FinishedBlock, FolderSink, MemorySink
 from .team import Team
@@ -68,6 +69,7 @@ def run(
                 source = open_source(module, options.trust_remote_code)
         job = Job.of(source, given.plan, given.skip, device, given.wanted)
         tokens = text.tokens(source, tokenizer)
+        job = readable(job, tokens.calibration)
         settings = _settings(job, given, tokens, writes=folder is not None)
         if folder is not None and options.resume and (record := complete(folder, settings)):
             return record

@@ -45,14 +45,16 @@ class Wanted:
     def check_pattern(self, plan: Plan) -> None:
         """Refuse a pattern that no packed folder has. Raises: ArgumentError."""
         asked = {"head=True": self.head, "embeddings='int8'": self.embeddings == "int8"}
-        named = [
-            what for what, on in asked.items() if on and what.split("=")[0] not in self.optional
-        ]
+        asked = {what: on for what, on in asked.items() if what.split("=")[0] not in self.optional}
+        named = [what for what, on in asked.items() if on]
         if named and not plan.usual.packed:
             raise ArgumentError(
                 f"{named[0]} needs the packed format, which stores the pattern 2:4 alone and not "
                 f"{plan.usual.pattern!r}; leave it out, or take 2:4"
             )
+
+
+AS_IT_IS = Wanted()
 
 
 def choose(
@@ -101,5 +103,6 @@ def choose(
 
 def _check_head(model: PreTrainedModel, head: str, plan: Plan) -> None:
     """Refuse a head that cannot have the settings. Raises: a FormatError that names it."""
-    weight = model.get_submodule(head).weight
-    plan.check_shapes({head: (int(weight.shape[0]), int(weight.shape[1]))})  # type: ignore[arg-type, index]
+    module = model.get_submodule(head)
+    assert isinstance(module, nn.Linear)
+    plan.check_shapes({head: (module.out_features, module.in_features)})

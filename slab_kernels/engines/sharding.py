@@ -7,6 +7,7 @@ a packed weight of its own, see `format.Slice`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,34 @@ def row_parallel(layout: PackedLayout, rank: int, world: int) -> Slice:
             f"tensor_parallel_size may be {fitting}"
         )
     return Slice(layout, 0, layout.out_features, rank * (K // world), K // world)
+
+
+def vocabulary_rows(shard: Any) -> tuple[int, int]:
+    """The first row of a rank's range of the vocabulary and how many there are, without padding.
+
+    shard: vLLM's `shard_indices`. Raises: ShapeError for rows that were added behind the model's.
+    """
+    if shard.added_vocab_end_index > shard.added_vocab_start_index:
+        raise ShapeError(
+            f"{shard.added_vocab_end_index - shard.added_vocab_start_index} rows were added to the "
+            "vocabulary (LoRA), which packed heads and int8 embeddings have not"
+        )
+    first = shard.org_vocab_start_index
+    return first, shard.org_vocab_end_index - first
+
+
+def vocabulary_parallel(layout: PackedLayout, shard: Any) -> Slice:
+    """The slice of one rank of an output head, whose rows are split by the vocabulary.
+
+    Raises: ShapeError, also for a rank that has no row.
+    """
+    first, count = vocabulary_rows(shard)
+    if not 0 <= first < first + count <= layout.out_features:
+        raise ShapeError(
+            f"a rank takes rows {first} to {first + count} of a head with out_features="
+            f"{layout.out_features}; use fewer ranks"
+        )
+    return Slice(layout, first, count, 0, layout.in_features)
 
 
 def _check_rank(rank: int, world: int, replicas: int = 1) -> None:

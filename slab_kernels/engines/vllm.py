@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
@@ -45,9 +50,11 @@ from ..format import PackedLayout, Slice
 from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
+from ..models.tables import TableEntry, parse_tables
 from .engine_options import prefill_word
 from .probe import ADVICE, DENSE, Probe
-from .sharding import LayerParts, column_parallel, row_parallel
+from .sharding import LayerParts, column_parallel, row_parallel, vocabulary_parallel
+from .vllm_vocabulary import SharedHeadMethod, TableMethod
 
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
 FUSED = {  # what a fused layer holds, where the model itself does not list it
@@ -85,12 +92,17 @@ class SlabVllmConfig(QuantizationConfig):
     layouts: of every packed module, by vLLM's name for it. stored: vLLM's name -> the checkpoint's.
     copies: the bytes of dense copies of all layers that this rank has made. room: whether there is
     memory for them, where "auto" asks; None before the first layer is prepared.
+    tables: the embeddings of int8 rows, by vLLM's names. embeddings: their layers, once built.
     """
 
-    def __init__(self, layouts: dict[str, PackedLayout]):
+    def __init__(
+        self, layouts: dict[str, PackedLayout], tables: dict[str, TableEntry] | None = None
+    ):
         super().__init__()
         self.layouts = layouts
         self.stored = {name: name for name in layouts}
+        self.tables = dict(tables or {})
+        self.embeddings: dict[str, nn.Module] = {}
         self.copies = 0
         self.room: bool | None = None
 
@@ -114,7 +126,8 @@ class SlabVllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SlabVllmConfig:
         with _one_sentence():
-            return cls(parse_layouts(config, "this model"))
+            where = "this model"
+            return cls(parse_layouts(config, where), parse_tables(config, where))
 
     def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
         """Compare every tensor of a local folder with the model of its config.json.
@@ -134,22 +147,30 @@ class SlabVllmConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
         self.stored = hf_to_vllm_mapper.apply_dict(self.stored)
+        tables = hf_to_vllm_mapper.apply_dict(self.tables)
+        for name, entry in tables.items():
+            if entry.tied is not None:
+                (tied,) = hf_to_vllm_mapper.apply_dict({entry.tied: None})
+                tables[name] = replace(entry, tied=tied)
+        self.tables = tables
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of the layer that vLLM calls `prefix`.
 
-        Raises: UnsupportedError for a packed layer that is no linear (experts, embeddings), or that
-            vLLM fuses with dense ones.
+        Raises: UnsupportedError for a packed layer that vLLM runs as something else (experts), or
+            that it fuses with dense ones.
         """
         _probe_before_loading()
         if not isinstance(layer, LinearBase):
+            if method := self._of_vocabulary(layer, prefix):
+                return method
             inside = [
                 name for name in self.layouts if name == prefix or name.startswith(f"{prefix}.")
             ]
             if inside:
                 raise UnsupportedError(
                     f"{inside[0]} is packed, and vLLM runs it in {prefix} as "
-                    f"{type(layer).__name__}: packed experts and embeddings are not supported "
+                    f"{type(layer).__name__}: packed experts are not supported "
                     "there; decompress the folder to a dense one, or compress again with skip"
                 )
             return None
@@ -168,6 +189,17 @@ class SlabVllmConfig(QuantizationConfig):
                 f"{dense} is not; compress all of them or none (skip)"
             )
         return SlabLinearMethod(self, names)
+
+    def _of_vocabulary(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of an embedding of int8 rows, or of a head that is packed or shared."""
+        if prefix in self.tables:
+            return TableMethod(prefix, self.embeddings)
+        if not isinstance(layer, ParallelLMHead):
+            return None
+        shared = next((name for name, entry in self.tables.items() if entry.tied == prefix), None)
+        if shared is not None:
+            return SharedHeadMethod(shared, self.embeddings)
+        return SlabHeadMethod(self, [prefix]) if prefix in self.layouts else None
 
 
 class SlabLinearMethod(LinearMethodBase):
@@ -319,6 +351,24 @@ class SlabLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.slab_backend.linear_fused(x, layer.slab_state, bias)
+
+
+class SlabHeadMethod(SlabLinearMethod):
+    """A ParallelLMHead from a packed weight; each rank has the rows of its range of tokens."""
+
+    def _slices(self, layer: Any, rows: list[int], output_size: int) -> list[Slice]:
+        if self.layouts[0].out_features != layer.org_vocab_size:
+            raise ShapeError(
+                f"{self.names[0]} has out_features={self.layouts[0].out_features}, vLLM's "
+                f"vocabulary {layer.org_vocab_size}"
+            )
+        return [vocabulary_parallel(self.layouts[0], layer.shard_indices)]
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of this rank's rows; rows that only pad the vocabulary have 0."""
+        y = super().apply(layer, x)
+        y = nn.functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
+        return y if bias is None else y + bias
 
 
 def _probe_before_loading() -> None:

@@ -1,8 +1,10 @@
 """A matrix as int8 codes with one scale a row: how an embedding is stored.
 
+The scale of a row gives its largest entry the code 127. One of least squared error, tried on a real
+model (SmolLM2-135M), lowered the squared error by less than a hundredth and clipped large entries,
+which a head reads together with the large hidden states: KL rose by a tenth, so it is not taken.
 Scales are bf16, two bytes a row: codes are chosen for the scale as it is stored, so its rounding
-costs nothing, and unlike fp16 it holds rows of any size. fp32 would take twice the bytes and lowers
-the error by less than a hundredth. Of several scales each row takes the one of least squared error.
+costs next to nothing, and unlike fp16 it holds rows of any size.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ from ..errors import DtypeError, RangeError, ShapeError
 
 MOST_CODE = 127
 TABLE_NAMES = ("codes", "scales")
-# Scales that are tried, in shares of the one under which the largest entry of the row has code 127.
-SHARES = (1.0, 1.006, 0.994, 0.988, 0.975, 0.95, 0.9, 0.8)
-NUMBERS_AT_ONCE = 1 << 22  # of the matrix while scales are tried, so that no large copy is made
+NUMBERS_AT_ONCE = 1 << 22  # of the matrix, so that no large copy is made
 
 
 class Int8Table(NamedTuple):
@@ -39,7 +39,7 @@ def table_tensors(rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple
 
 @torch.no_grad()
 def int8_table(weight: Tensor) -> Int8Table:
-    """The table of least squared error for a matrix [V,D] of any floating type.
+    """The table that is nearest to a matrix [V,D] of any floating type, row by row.
 
     A row of zeros has codes of zero and the scale 1.
 
@@ -57,31 +57,9 @@ def _of_rows(weight: Tensor) -> Int8Table:
     if bad := int((~largest.isfinite()).sum()):
         raise RangeError(f"{bad} rows of the matrix hold NaN or infinite numbers")
     empty = largest == 0
-    largest = largest.masked_fill(empty, 1.0)
-    unit = weight / largest[:, None]  # squares of tiny weights would vanish
-    codes = torch.zeros_like(weight, dtype=torch.int8)
-    scales = torch.ones_like(largest)
-    least = torch.full_like(largest, torch.inf)
-
-    def attempt(wanted: Tensor) -> None:
-        """Let those rows have the scale `wanted`, as it is stored, that gain by it."""
-        stored = _stored(wanted)
-        share = (stored / largest)[:, None]
-        found = (unit / share).round_().clamp_(-MOST_CODE, MOST_CODE)
-        error = (unit - found * share).square_().sum(1)
-        better = error < least
-        codes[better] = found[better].to(torch.int8)
-        scales[better] = stored[better]
-        least[better] = error[better]
-
-    for share in SHARES:
-        attempt(largest * (share / MOST_CODE))
-    # The scale of least squares for the codes that were found.
-    numbers = codes.float()
-    fitted = (unit * numbers).sum(1) / numbers.square().sum(1).clamp_min(1.0)
-    attempt(torch.where(fitted > 0, fitted * largest, scales))
-    scales[empty] = 1.0
-    return Int8Table(codes, scales.to(torch.bfloat16))
+    scales = _stored(largest / MOST_CODE).masked_fill(empty, 1.0)
+    codes = (weight / scales[:, None]).round_().clamp_(-MOST_CODE, MOST_CODE)
+    return Int8Table(codes.to(torch.int8), scales.to(torch.bfloat16))
 
 
 def _stored(scales: Tensor) -> Tensor:

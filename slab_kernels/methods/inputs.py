@@ -34,8 +34,8 @@ class InputStats:
         correct errors made before this layer.
     held_back [K,K], optional: the Gram matrix of windows of the calibration text that are in no
         other statistic, by which a method may judge what it made of them.
-    input_factor [K,R], optional: the V of a sign term that other rows of the same weight have, which
-        `slab` then keeps.
+    input_factor [K,R], optional: the V of a sign term that other rows of the same weight have,
+        which `slab` then keeps.
     dtype: of the accumulators. Products of one update are fp32 unless this is float64.
     """
 

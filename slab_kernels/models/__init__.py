@@ -6,6 +6,7 @@ A folder on disk:
     ties            tensors that are one under two names
     model_config    what config.json and generation_config.json say
     folder          a checkpoint folder, by path or from the hub, read tensor by tensor
+    tables          embeddings of int8 rows: their entry of config.json, their modules
     packed_config   the entry of config.json that describes packed modules
     totals          what a whole folder stores, part by part
     output          a folder under writing: its lock, and the state that a killed run leaves
@@ -22,6 +23,8 @@ Compressing one, with `compression` on top:
     source          the dense model, from a folder or in memory
     blocks          its decoder blocks, the linears in them, and their weights
     streams         the calibration text on its way through the blocks
+    tail            what comes between the last block and the output head, called like a block
+    vocabulary      the input embedding and the output head, and who reads their weights
     groups          what the linears of a block read, and which of them read the same
     passes          a block run for its groups, without computing anything twice
 

@@ -1,7 +1,7 @@
-"""Embeddings of int8 rows in a packed folder: their entry of config.json, and the modules for them.
+"""Embeddings of int8 rows in a packed folder: their entry of config.json, and their modules.
 
-`quantization_config["embeddings"]` names each such module, how its values are stored, and the output
-head that computes from the same rows, or null.
+`quantization_config["embeddings"]` names each such module, how its values are stored, and the
+output head that computes from the same rows, or null.
 """
 
 from __future__ import annotations
@@ -198,8 +198,11 @@ def undo_tables(model: PreTrainedModel, dtype: torch.dtype) -> bool:
         if entry.tied is not None:
             head = model.get_submodule(entry.tied)
             assert isinstance(head, Int8Head)
-            linear = nn.Linear(*dense.weight.shape[::-1], bias=False, device="meta", dtype=dtype)
-            linear.weight, linear.bias = dense.weight, head.bias
+            V, D = dense.weight.shape
+            linear = nn.Linear(D, V, head.bias is not None, device="meta", dtype=dtype)
+            linear.weight = dense.weight
+            if head.bias is not None:
+                linear.bias = head.bias
             model.set_submodule(entry.tied, linear)
             shared = True
         model.set_submodule(name, dense)

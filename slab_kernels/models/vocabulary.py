@@ -148,16 +148,23 @@ def _refuse_shared(model: PreTrainedModel, weight: str, allowed: set[str], way_o
             )
 
 
-class _Read(ArchitectureError, AttributeError):
-    """The model's code asked for a weight that it will not find later."""
+class WeightRead(ArchitectureError, AttributeError):
+    """The model's code asked for a weight that it will not find later, that of `module`."""
+
+    module: str
 
 
-def _refusing(kind: type[nn.Module], what: str) -> type[nn.Module]:
+def _refusing(kind: type[nn.Module], module_name: str, way_out: str) -> type[nn.Module]:
     """A class like `kind` whose `weight` only its own forward finds."""
 
     def get(module: nn.Module, name: str) -> Any:
         if name == "weight" and not inside:
-            raise _Read(f"the model's own code reads the weight of {what}")
+            error = WeightRead(
+                f"the model's own code reads the weight of {module_name}, which it then has not; "
+                f"leave it with {way_out}"
+            )
+            error.module = module_name
+            raise error
         return kind.__getattr__(module, name)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -183,8 +190,7 @@ def hidden_weights(model: nn.Module, ways_out: dict[str, str]) -> Iterator[None]
     before = {name: type(module) for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            what = f"{name}, which it then has not; leave it with {ways_out[name]}"
-            module.__class__ = _refusing(before[name], what)
+            module.__class__ = _refusing(before[name], name, ways_out[name])
         yield
     finally:
         for name, module in modules.items():

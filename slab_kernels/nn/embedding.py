@@ -14,8 +14,8 @@ from .int8_linear import int8_linear, register
 from .prepared import Snapshot
 
 NO_WEIGHT = (
-    "this layer holds int8 codes and scales and no weight, so it cannot be resized, trained or tied "
-    "again; take model.dequantize(), or the folder that `slab-kernels decompress` writes"
+    "this layer holds int8 codes and scales and no weight, so it cannot be resized, trained or "
+    "tied again; take model.dequantize(), or the folder that `slab-kernels decompress` writes"
 )
 
 
@@ -71,13 +71,14 @@ class Int8Embedding(_Weightless):
         multiplier: float | None = None,
     ) -> Int8Embedding:
         """A module around an existing table (not copied)."""
-        module = cls(*table.codes.shape, padding_idx, "meta", dtype, multiplier)
+        V, D = table.codes.shape
+        module = cls(V, D, padding_idx, "meta", dtype, multiplier)
         module._buffers["codes"], module._buffers["scales"] = table
         return module
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
-        """The table of least squared error for an embedding. Raises: RangeError."""
+        """The int8 rows of a dense embedding. Raises: RangeError."""
         weight = embedding.weight
         return cls.from_table(int8_table(weight), embedding.padding_idx, weight.dtype)
 
@@ -104,7 +105,7 @@ class Int8Embedding(_Weightless):
     def _apply(self, fn, recurse: bool = True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         for name in ("codes", "scales"):
-            tensor = self._buffers[name]
+            tensor: Tensor = getattr(self, name)
             # The function may cast floats, so it sees an empty tensor of another type.
             probe = fn(tensor.new_empty(0, dtype=torch.uint8))
             if probe.device != tensor.device:

@@ -1,4 +1,4 @@
-"""The output head: what it is fitted to, in pieces and whole, interrupted, and where it cannot be."""
+"""The output head: what it is fitted to, in pieces and whole, interrupted, and refused."""
 
 from __future__ import annotations
 
@@ -207,6 +207,11 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked):
     with pytest.raises(ArchitectureError, match="own code reads the weight of"):
         slab_kernels.compress(model, **QUICK | {"progress": events.append}, **asked)
     assert not any(event.kind == "layer" for event in events)
+    slab_kernels.compress(
+        model, **QUICK | {"progress": events.append}, **asked, optional=("embeddings", "head")
+    )
+    assert any("stays dense" in event.message for event in events if event.kind == "warning")
+    assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
 
 
 def test_the_command_line_has_both(tmp_path):
@@ -214,10 +219,9 @@ def test_the_command_line_has_both(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(tiny_models.text())
     asked = ["--embeddings", "int8", "--head", "--values", "int4", "--group-size", "32"]
-    small = ["--samples", "4", "--window", "16", "--calibration", str(text), "--option", "rounds=1"]
-    assert (
-        cli.run(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), *asked, *small]) == 0
-    )
+    small = ["--samples", "4", "--window", "16", "--calibration", str(text)]
+    folders = [str(tmp_path / "dense"), str(tmp_path / "out")]
+    assert cli.run(["compress", *folders, *asked, *small, "--option", "rounds=1"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["embeddings"] and not config["tie_word_embeddings"]
     card = (tmp_path / "out" / "README.md").read_text()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from slab_kernels import reference
 from slab_kernels.backends import dispatch
-from slab_kernels.engines.sharding import LayerParts, column_parallel, row_parallel
+from slab_kernels.engines.sharding import (
+    LayerParts,
+    column_parallel,
+    row_parallel,
+    vocabulary_parallel,
+)
 from slab_kernels.errors import CheckpointError, MetadataError, PaddingError, ShapeError
 from slab_kernels.format import PackedLayout, PackedWeight, Slice
 from slab_kernels.testing import random_packed
@@ -198,3 +205,31 @@ def test_a_layer_without_a_checkpoint_is_zero(name):
     shards = LayerParts(["q", "k"], column_parallel([form(16, 64, name)] * 2, [8, 8], 1, 2))
     shards.fill()
     assert not any(part.dense().any() for part in shards.packed())
+
+
+def shard(first: int, last: int, added: int = 0) -> SimpleNamespace:
+    """What vLLM knows of a rank's range of the vocabulary."""
+    return SimpleNamespace(
+        org_vocab_start_index=first,
+        org_vocab_end_index=last,
+        added_vocab_start_index=0,
+        added_vocab_end_index=added,
+    )
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_head_splits_by_the_vocabulary(name):
+    """50 tokens on two ranks, padded to 64: the second has 18 of its 32 rows."""
+    whole = random_packed(form(50, 96, name), seed=1)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(9))
+    slices = [vocabulary_parallel(whole.layout, shard(a, b)) for a, b in ((0, 32), (32, 50))]
+    found = [outputs(assemble([piece], [whole]), x) for piece in slices]
+    right = reference.linear(x.double(), whole)
+    torch.testing.assert_close(torch.cat(found, -1).double(), right, atol=1e-3, rtol=1e-3)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused():
+    layout = form(50, 96, "fp16")
+    for wrong in (shard(50, 50), shard(32, 64), shard(0, 32, added=8)):
+        with pytest.raises(ShapeError):
+            vocabulary_parallel(layout, wrong)
