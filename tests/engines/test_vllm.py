@@ -180,6 +180,20 @@ def test_the_tokens_are_those_of_transformers(folder, mode):
     assert_ours(*serve(folder, **mode), folder)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "asked", [{"embeddings": "int8"}, {"head": True}, {"embeddings": "int8", "head": True}], ids=str
+)
+def test_int8_rows_and_packed_heads(tmp_path, asked, ranks):
+    """96 tokens are padded to 128, so that the second of two ranks has 32 rows of its 64."""
+    tiny_models.write(tmp_path / "dense", "llama", **SIZES)
+    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    slab_kernels.compress(
+        tmp_path / "dense", tmp_path / "packed", progress=False, **settings, **asked
+    )
+    assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=ranks), tmp_path / "packed")
+
+
 FORMS = [
     {"values": "int4", "planes": 2, "rank": 1},
     {"values": "fp16", "rank": 2},
@@ -371,7 +385,7 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     from slab_kernels.engines import register_with_vllm
-    from slab_kernels.engines.vllm import SlabLinearMethod, SlabVllmConfig
+    from slab_kernels.engines.vllm import SlabHeadMethod, SlabLinearMethod, SlabVllmConfig
     from slab_kernels.models.folder import Checkpoint
 
     register_with_vllm()
@@ -400,8 +414,7 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
         NotImplementedError, match=r"experts\.0\.up_proj is packed.*RoutedExperts.*decompress"
     ):
         config.get_quant_method(a_layer(RoutedExperts), "model.layers.0.moe.experts")
-    with pytest.raises(NotImplementedError, match=r"lm_head is packed.*ParallelLMHead"):
-        config.get_quant_method(a_layer(ParallelLMHead), "lm_head")
+    assert isinstance(config.get_quant_method(a_layer(ParallelLMHead), "lm_head"), SlabHeadMethod)
     del config.layouts[f"{where}.k_proj"]
     with pytest.raises(
         NotImplementedError,
