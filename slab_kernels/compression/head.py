@@ -84,7 +84,8 @@ class HeadWork:
         inputs = passes.inputs(group)
 
         def layer(name: str) -> tuple[PackedWeight, LayerRecord]:
-            return _layer(name, index, weight, inputs, job.plan.layer(name))
+            N, K = weight.shape
+            return _layer(name, index, weight, inputs, job.plan.layer(name).for_shape((N, K)))
 
         packed, record = self.team.share((name,), layer)[name]
         return FinishedBlock({name: packed}, [record])

@@ -39,7 +39,7 @@ class Preset:
 
 
 # What the presets that save bytes do outside the blocks.
-SMALL_EMBEDDINGS, SMALL_HEAD = "dense", False
+SMALL_EMBEDDINGS, SMALL_HEAD = "int8", False
 PRESETS: dict[str, Preset] = {
     "small": Preset(
         "int4", 1, SMALL_EMBEDDINGS, SMALL_HEAD, "fewest bytes, and fastest while it writes"

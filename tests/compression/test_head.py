@@ -12,10 +12,11 @@ from torch import nn
 import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.compression import head as head_of
+from slab_kernels.compression import job as job_of
 from slab_kernels.compression.arguments import Arguments
-from slab_kernels.compression.block import GroupInputs
 from slab_kernels.compression.job import Job
 from slab_kernels.compression.plan import Plan
+from slab_kernels.compression.statistics import GroupInputs
 from slab_kernels.compression.vocabulary import Wanted
 from slab_kernels.errors import ArchitectureError, ArgumentError, ShapeError
 from slab_kernels.methods import LayerSettings
@@ -23,6 +24,7 @@ from slab_kernels.methods.inputs import InputStats
 from slab_kernels.models.source import open_source
 
 IDS = tiny_models.tokens()
+FITTED = torch.arange(len(IDS)) % 8 != 7 if len(IDS) > 7 else torch.arange(len(IDS)) < len(IDS) - 1
 QUICK = {"values": "int4", "group_size": 32, "rounds": 1, "calibration": IDS, "progress": False}
 
 
@@ -39,21 +41,29 @@ def test_the_head_is_fitted_to_what_it_reads_behind_the_compressed_blocks(name, 
 
     def see(weight, inputs, settings):
         seen["gram"], seen["heldout"] = inputs.stats.gram, inputs.heldout.gram
+        seen["held_back"] = inputs.stats.held_back
         return solve(weight, inputs, settings)
 
     monkeypatch.setattr(head_of, "solve", see)
+    monkeypatch.setattr(job_of, "native_products", lambda device: None)  # all products in fp32
     model = tiny_models.model(name)
     slab_kernels.compress(model, head=True, embeddings="int8", heldout=IDS[:2], **QUICK)
     inputs = []
     model.get_output_embeddings().register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
-    for text, found in ((IDS, seen["gram"]), (IDS[:2], seen["heldout"])):
+    fitted, held_back = IDS[FITTED], IDS[~FITTED]
+    for text, found in (
+        (fitted, seen["gram"]),
+        (held_back, seen["held_back"]),
+        (IDS[:2], seen["heldout"]),
+    ):
         inputs.clear()
         with torch.no_grad():
             model(input_ids=text, use_cache=False)
         torch.testing.assert_close(found.double(), gram(inputs[0]), atol=1e-4, rtol=1e-4)
 
 
-def test_the_record_has_the_head_s_true_error(tmp_path):
+def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_of, "native_products", lambda device: None)  # all products in fp32
     tiny_models.write(tmp_path / "dense", tie_word_embeddings=True)
     record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", head=True, **QUICK)
     layer = record.layers[-1]
@@ -62,9 +72,11 @@ def test_the_record_has_the_head_s_true_error(tmp_path):
     inputs = []
     model.lm_head.register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
     with torch.no_grad():
-        found = model(input_ids=IDS, use_cache=False).logits
-    right = inputs[0] @ model.model.embed_tokens.weight.T
-    assert float((found - right).norm() / right.norm()) == pytest.approx(layer.error, rel=1e-3)
+        for text, error in ((IDS[FITTED], layer.error), (IDS[~FITTED], layer.heldout_error)):
+            inputs.clear()
+            found = model(input_ids=text, use_cache=False).logits
+            right = inputs[0] @ model.model.embed_tokens.weight.T
+            assert float((found - right).norm() / right.norm()) == pytest.approx(error, rel=1e-3)
 
 
 class Killed(BaseException):

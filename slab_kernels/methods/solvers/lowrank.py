@@ -111,7 +111,7 @@ def signed_factors(
     U = torch.ones_like(A[:, :1])
     if given is not None:
         V = given * scale[:, None]
-        U = fit_rows(A, pruned, V, torch.zeros_like(A[:, :1]).expand(-1, V.shape[1]))
+        U = fit_rows(A * pruned, pruned, V, torch.zeros_like(A[:, :1]).expand(-1, V.shape[1]))
 
     def descend(U: Tensor, V: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(rounds):
@@ -121,7 +121,7 @@ def signed_factors(
             if given is None:
                 U, V = masked_als(wanted, counted, U, V)
             else:
-                U = fit_rows(wanted, counted, V, U)
+                U = fit_rows(wanted * counted, counted, V, U)
             mask = select((A - c * (U @ V.T).abs()).abs(), pattern)
         return U, V, mask
 
