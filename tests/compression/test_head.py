@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.compression import head as head_of
 from slab_kernels.compression import job as job_of
+from slab_kernels.compression import presets
 from slab_kernels.compression.arguments import Arguments
 from slab_kernels.compression.job import Job
 from slab_kernels.compression.plan import Plan
@@ -203,7 +205,7 @@ def test_a_head_that_cannot_have_the_settings_is_named():
 
 
 @pytest.mark.parametrize("asked", [{"embeddings": "int8"}, {"head": True}], ids=str)
-def test_code_that_reads_the_weight_is_found_before_any_work(asked):
+def test_code_that_reads_the_weight_is_found_before_any_work(asked, monkeypatch):
     model = tiny_models.model(tie_word_embeddings=False)
     forward = type(model).forward
 
@@ -219,9 +221,9 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked):
     with pytest.raises(ArchitectureError, match="own code reads the weight of"):
         slab_kernels.compress(model, **QUICK | {"progress": events.append}, **asked)
     assert not any(event.kind == "layer" for event in events)
-    slab_kernels.compress(
-        model, **QUICK | {"progress": events.append}, **asked, optional=("embeddings", "head")
-    )
+    by_preset = dataclasses.replace(presets.PRESETS[presets.DEFAULT], **asked)
+    monkeypatch.setitem(presets.PRESETS, presets.DEFAULT, by_preset)
+    slab_kernels.compress(model, **QUICK | {"progress": events.append})
     assert any("stays dense" in event.message for event in events if event.kind == "warning")
     assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
 
