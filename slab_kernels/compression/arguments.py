@@ -20,12 +20,14 @@ class Arguments:
 
     bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
     skip: fnmatch patterns of module names that stay dense.
+    permute: whether channels are put into orders that suit the groups of the pattern.
     """
 
     plan: Plan
     bits: float | None
     sampling: Sampling
     skip: tuple[str, ...]
+    permute: bool = False
 
     @classmethod
     def of(
@@ -37,6 +39,7 @@ class Arguments:
         window: int = 2048,
         seed: int = 0,
         skip: Any = (),
+        permute: bool = False,
         **layer: Any,
     ) -> Arguments:
         """The arguments that the keywords of `compress` stand for.
@@ -49,7 +52,8 @@ class Arguments:
         settings = LayerSettings.from_keywords(**layer)
         plan = Plan(settings, Matching.of(matching))
         budget = None if bits is None else check_bits(bits, settings)
-        return cls(plan, budget, Sampling(samples, window, seed), _patterns(skip))
+        sampling = Sampling(samples, window, seed)
+        return cls(plan, budget, sampling, _patterns(skip), _permutes(permute, settings))
 
     def to_dict(self) -> dict[str, Any]:
         """What records and progress files call the settings of the plan."""
@@ -57,8 +61,19 @@ class Arguments:
         return self.plan.usual.to_dict() | {
             "matching": None if matching is None else asdict(matching),
             "bits": self.bits,
+            "permute": self.permute,
             "options": {name: repr(value) for name, value in sorted(options.items())},
         }
+
+
+def _permutes(permute: Any, settings: LayerSettings) -> bool:
+    """Whether orders are sought: they can only help where a pattern has groups.
+
+    Raises: ArgumentError for what is neither True nor False.
+    """
+    if not isinstance(permute, bool):
+        raise ArgumentError(f"permute={reprlib.repr(permute)} must be True or False")
+    return permute and settings.parsed.structured
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ..models.folder import PROGRESS_NAME, RECORD_NAME, write_index
 from ..models.output import check_same_settings, file_sha256, is_whole
 from ..models.packed_config import quantization_config
 from ..models.shards import read_json, write_json
+from ..models.source import Source
 from ..nn.replacement import replace_linear
 from .card import write_card, write_side_files
 from .record import RunRecord
@@ -51,10 +52,14 @@ def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
     return record
 
 
-def into(model: nn.Module, sink: MemorySink, record: RunRecord) -> nn.Module:
-    """Put what was compressed into the module that was given."""
+def into(model: nn.Module, sink: MemorySink, record: RunRecord, source: Source) -> nn.Module:
+    """Put what was compressed into the module that was given.
+
+    source: the model as it was compressed, whose channels may be in other orders than the module's.
+    """
     packed: dict[str, PackedWeight] = {}
-    parameters = dict(sink.other)
+    replaced = {f"{name}.weight" for name in sink.stored}
+    parameters = {name: source.get(name) for name in source.moves.keys() - replaced} | sink.other
     for name, stored in sink.stored.items():
         if isinstance(stored, PackedWeight):
             packed[name] = stored
