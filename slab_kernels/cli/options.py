@@ -162,6 +162,13 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(help="Leave these modules dense, '*.down_proj'; may be repeated."),
 ]
+Permute = Annotated[
+    bool,
+    typer.Option(
+        "--permute/--no-permute",
+        help="Put channels into orders that suit the pattern; the model's function stays.",
+    ),
+]
 MethodOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -24,6 +24,7 @@ class Arguments:
     bits: the budget of a search, in stored bits per weight over the whole model; None: no search.
     skip: fnmatch patterns of module names that stay dense.
     embeddings, head: what becomes of the input embedding and of the output head (see `compress`).
+    permute: whether channels are put into orders that suit the groups of the pattern.
     optional: those of "embeddings" and "head" that stay dense in a model that cannot have them,
         with a warning, because a preset says them and nobody else.
 
@@ -37,6 +38,7 @@ class Arguments:
     embeddings: str = setting("dense", "how the token embeddings are stored", choices=EMBEDDINGS)
     head: bool = setting(False, "whether the output head is packed too")
     optional: tuple[str, ...] = ()
+    permute: bool = False
 
     def __post_init__(self) -> None:
         enforce(self)
@@ -61,6 +63,7 @@ class Arguments:
         planes: int | None = None,
         embeddings: str | None = None,
         head: bool | None = None,
+        permute: bool = False,
         **layer: Any,
     ) -> Arguments:
         """The arguments that the keywords of `compress` stand for.
@@ -79,7 +82,10 @@ class Arguments:
         budget = None if bits is None else check_bits(bits, settings)
         sampling = Sampling(samples, window, seed)
         optional = tuple(name for name in outside if given[name] is None)
-        return cls(plan, budget, sampling, _patterns(skip), **outside, optional=optional)
+        orders = _permutes(permute, settings)
+        return cls(
+            plan, budget, sampling, _patterns(skip), **outside, optional=optional, permute=orders
+        )
 
     @property
     def preset(self) -> str | None:
@@ -97,8 +103,19 @@ class Arguments:
             "preset": self.preset,
             "matching": None if matching is None else asdict(matching),
             "bits": self.bits,
+            "permute": self.permute,
             "options": {name: repr(value) for name, value in sorted(options.items())},
         }
+
+
+def _permutes(permute: Any, settings: LayerSettings) -> bool:
+    """Whether orders are sought: they can only help where a pattern has groups.
+
+    Raises: ArgumentError for what is neither True nor False.
+    """
+    if not isinstance(permute, bool):
+        raise ArgumentError(f"permute={reprlib.repr(permute)} must be True or False")
+    return permute and settings.parsed.structured
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:

@@ -188,6 +188,8 @@ def _method_rows(job: Job, record: RunRecord) -> dict[str, str]:
     rows["Sign planes"] = _spread(layer.planes for layer in record.layers)
     adapters = _spread(layer.adapter_rank for layer in record.layers)
     rows["Adapter P Qᵀ"] = "none" if adapters == "0" else f"rank {adapters}, {usual.adapter_values}"
+    if settings.get("permute"):
+        rows["Order of channels"] = "chosen for the pattern; the dense model computes the same"
     if usual.options:
         options = (f"{name}={value}" for name, value in sorted(usual.options.items()))
         rows["Options of the method"] = _cell(", ".join(options))

@@ -61,7 +61,10 @@ def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
 def into(model: nn.Module, sink: MemorySink, job: Job, record: RunRecord) -> nn.Module:
     """Put what was compressed into the module that was given."""
     packed: dict[str, PackedWeight] = {}
-    parameters = dict(sink.other)
+    source = job.source  # whose channels may be in other orders than the module's
+    tables = {name: job.table(name) for name in job.tables}  # before the module changes
+    replaced = {f"{name}.weight" for name in (*sink.stored, *tables)}
+    parameters = {name: source.get(name) for name in source.moves.keys() - replaced} | sink.other
     for name, stored in sink.stored.items():
         if isinstance(stored, PackedWeight):
             packed[name] = stored
@@ -71,7 +74,7 @@ def into(model: nn.Module, sink: MemorySink, job: Job, record: RunRecord) -> nn.
         for name, value in parameters.items():
             model.get_parameter(name).copy_(value)
     replace_linear(model, packed)
-    _put_tables(model, job)
+    _put_tables(model, job, tables)
     if packed:
         layouts = {name: weight.layout for name, weight in packed.items()}
         config: Any = model.config
@@ -81,13 +84,13 @@ def into(model: nn.Module, sink: MemorySink, job: Job, record: RunRecord) -> nn.
     return model
 
 
-def _put_tables(model: nn.Module, job: Job) -> None:
+def _put_tables(model: nn.Module, job: Job, tables: dict[str, Int8Table]) -> None:
     """Put embeddings of int8 rows into the model, and say that nothing in it is tied any more."""
     for name, entry in job.tables.items():
         embedding = model.get_submodule(name)
         assert isinstance(embedding, nn.Embedding)
         weight = embedding.weight
-        table = Int8Table(*(part.to(weight.device) for part in job.table(name)))
+        table = Int8Table(*(part.to(weight.device) for part in tables[name]))
         sizes = embedding.padding_idx, weight.dtype, entry.multiplier
         rows = Int8Embedding.from_table(table, *sizes)
         put_table(model, name, entry, rows)

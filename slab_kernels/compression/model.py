@@ -40,6 +40,7 @@ def compress(
     samples: int = 128,
     window: int = 2048,
     skip: tuple[str, ...] | list[str] | str | None = (),
+    permute: bool = False,
     tokenizer: Any = None,
     device: str | torch.device = "auto",
     resume: bool = False,
@@ -91,6 +92,8 @@ def compress(
         samples, window: windows of calibration text, and their length in tokens, which is cut to
             the model's positions.
         skip: fnmatch patterns of module or parameter names to leave dense, such as "*.down_proj".
+        permute: put the channels of the model into orders that suit the groups of the pattern;
+            what it computes stays the same (see `compression.orders`).
         tokenizer: one of transformers, or its folder. A model in memory needs it if it does not
             know its folder, unless token ids are given.
         device: where blocks run. "auto" is a GPU if there is one; a CPU computes in fp32,
@@ -128,6 +131,7 @@ def compress(
         window=window,
         seed=seed,
         skip=skip,
+        permute=permute,
         **method_options,
     )
     text = Calibration(calibration, heldout, given.sampling)

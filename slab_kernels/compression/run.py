@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .calibration import Calibration, Tokens, usable_tokenizer
 from .events import ProgressEvent, Reporter
 from .finish import complete, finish, into
 from .job import Job
+from .orders import find_orders
 from .outside import readable
 from .record import RunRecord
 from .sinks import FinishedBlock, FolderSink, MemorySink
@@ -80,6 +81,8 @@ def run(
             if team.leads:
                 state = stack.enter_context(OutputFolder(folder, settings, options.resume))
             _know_inputs(source, state, team)
+        if given.permute:
+            job = _in_new_orders(job, tokens, team, report)
         if given.bits is not None:
             job = job.with_layers(_search(job, given.bits, tokens, team, state, report))
         sink: MemorySink | FolderSink = MemorySink()
@@ -129,6 +132,16 @@ def _know_inputs(source: Source, state: OutputFolder | None, team: Team) -> None
         return before
 
     source.expect(team.from_leader(hashes))
+
+
+def _in_new_orders(job: Job, tokens: Tokens, team: Team, report: Reporter) -> Job:
+    """The same job on the model with its channels in new orders, found by one process for all."""
+
+    def say(sentence: str) -> None:
+        report(ProgressEvent("warning", blocks=len(job.blocks), message=f"warning: {sentence}"))
+
+    found = team.from_leader(lambda: find_orders(job, tokens.fitted, say))
+    return replace(job, source=job.source.in_orders(found))
 
 
 def _search(

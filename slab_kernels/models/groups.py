@@ -160,6 +160,23 @@ def _inputs(
     return inputs
 
 
+def inputs_by_name(
+    stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear], batch: int
+) -> dict[str, Tensor]:
+    """What each linear that gets any tokens reads while block `index` runs one batch.
+
+    [tokens, in_features]; linears that read one tensor get one tensor.
+    """
+    read: dict[tuple[int, ...], Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, seen in _inputs(stream, index, block, linears, batch).items():
+        key = tuple(id(one) for one in seen)
+        if key not in read:
+            read[key] = torch.cat([one.value.flatten(0, -2) for one in seen])
+        found[name] = read[key]
+    return found
+
+
 def layer_inputs(
     stream: Stream, index: int, block: nn.Module, linear: nn.Linear, group: Group, batch: int
 ) -> Tensor:

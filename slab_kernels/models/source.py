@@ -10,19 +10,22 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError, CalibrationError, CheckpointError
 from ..text.source import open_tokenizer
+from .channels import Moves, reordered
 from .folder import Checkpoint, hub_folder
 from .model_config import WEIGHTS_KEY, check_counts, config_dict
 from .shards import Spec, tensor_bytes, write_json
 from .side_files import copy_side_files, side_files
 from .skeleton import blanked, folder_skeleton
-from .stored_names import Forms, StoredNames, stored_forms
+from .stored_names import Form, Forms, StoredNames, stored_forms
 from .ties import holds, settle, tied_names, untie, untie_config
 
 if TYPE_CHECKING:
@@ -37,7 +40,22 @@ HOOKS = (
 )
 
 
-class FolderSource:
+class _Reordering:
+    """What both kinds of source do with channels in new orders: `get` gives them so."""
+
+    moves: Moves = MappingProxyType({})
+
+    def in_orders(self, moves: Moves) -> Self:
+        """The same source with channels in the orders of `moves`."""
+        source = copy.copy(self)
+        source.moves = moves
+        return source
+
+    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+        return reordered(tensor, self.moves[name]) if name in self.moves else tensor
+
+
+class FolderSource(_Reordering):
     """A checkpoint folder, whose tensors are read from disk one by one.
 
     model: its skeleton; the weights are on meta. config: the content of its config.json, without
@@ -114,7 +132,7 @@ class FolderSource:
 
         Raises: CheckpointError if it is no longer what it was when the run began (`expect`).
         """
-        return self.stored.get(name, self._read)
+        return self._moved(name, self.stored.get(name, self._read))
 
     def _read(self, stored: str) -> Tensor:
         tensor = self.checkpoint.get(stored)
@@ -128,8 +146,9 @@ class FolderSource:
         return tensor
 
     def stored_forms(self, names: list[str]) -> Forms:
-        """What to write for tensors that stay as they are."""
-        return self.stored.forms(names, self._read)
+        """What to write for tensors that stay as they are, but for the order of their channels."""
+        same = [name for name in names if name not in self.moves]
+        return self.stored.forms(same, self._read) | _moved_forms(self, names)
 
     def fingerprint(self) -> str:
         """SHA-256, hexadecimal, by which a run that goes on knows the model again."""
@@ -181,7 +200,7 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-class ModuleSource:
+class ModuleSource(_Reordering):
     """A dense model in memory, with the same members as `FolderSource`; it is not changed.
 
     Hooks of the module are left out, those by which accelerate moves inputs between devices too:
@@ -218,17 +237,21 @@ class ModuleSource:
         return sorted(n for n in self.dense.state_dict() if n not in tied)
 
     def spec(self, name: str) -> Spec:
-        t = self.get(name)
+        t = self._own(name)
         return t.dtype, tuple(t.shape)
 
-    def get(self, name: str) -> Tensor:
+    def _own(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        t = getattr(self.dense.get_submodule(path), leaf).detach()
+        return getattr(self.dense.get_submodule(path), leaf).detach()
+
+    def get(self, name: str) -> Tensor:
+        t = self._own(name)
         # Nothing may write into a tensor that was made under inference_mode.
-        return t.clone() if t.is_inference() else t
+        return self._moved(name, t.clone() if t.is_inference() else t)
 
     def stored_forms(self, names: list[str]) -> Forms:
-        return stored_forms(self.dense, {name: self.get(name) for name in names})
+        same = {name: self.get(name) for name in names if name not in self.moves}
+        return stored_forms(self.dense, same) | _moved_forms(self, names)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -262,6 +285,16 @@ class ModuleSource:
         generation = getattr(self.dense, "generation_config", None)
         if generation is not None:
             write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
+
+
+def _moved_forms(source: Source, names: list[str]) -> Forms:
+    """What to write for those of `names` that are reordered: they get the model's names."""
+    forms: Forms = {}
+    for name in names:
+        if name in source.moves:
+            dtype, shape = source.spec(name)
+            forms[name] = Form(dtype, shape, partial(source.get, name))
+    return forms
 
 
 Source = FolderSource | ModuleSource  # a dense model to be compressed

@@ -221,7 +221,8 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked, monkeypatch)
     with pytest.raises(ArchitectureError, match="own code reads the weight of"):
         slab_kernels.compress(model, **QUICK | {"progress": events.append}, **asked)
     assert not any(event.kind == "layer" for event in events)
-    by_preset = dataclasses.replace(presets.PRESETS[presets.DEFAULT], **asked)
+    plain = {"embeddings": "dense", "head": False}
+    by_preset = dataclasses.replace(presets.PRESETS[presets.DEFAULT], **plain | asked)
     monkeypatch.setitem(presets.PRESETS, presets.DEFAULT, by_preset)
     slab_kernels.compress(model, **QUICK | {"progress": events.append})
     assert any("stays dense" in event.message for event in events if event.kind == "warning")

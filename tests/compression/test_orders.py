@@ -1,0 +1,127 @@
+"""Channels in new orders: the model's function stays, and groups of four get cheaper."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+
+import slab_kernels
+from slab_kernels.compression.job import Job
+from slab_kernels.compression.orders import find_orders
+from slab_kernels.compression.plan import Plan
+from slab_kernels.errors import ArgumentError
+from slab_kernels.methods import LayerSettings
+from slab_kernels.models.source import open_source
+
+INT4 = {"values": "int4", "planes": 2, "group_size": 32}
+CPU = torch.device("cpu")
+
+
+def orders(model, **settings):
+    """The moves for a dense model, and the sentences about what keeps its order."""
+    job = Job.of(open_source(model), Plan(LayerSettings(**settings)), (), CPU)
+    said: list[str] = []
+    return find_orders(job, tiny_models.tokens(), said.append), said
+
+
+def moved(model, moves):
+    """The same module with its parameters moved."""
+    source = open_source(model).in_orders(moves)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.get(name))
+    return model
+
+
+MODELS = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("gemma2", {}),
+    ("granite", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), MODELS, ids=lambda value: str(value)[:40])
+def test_the_dense_model_computes_the_same(name, changes):
+    model, ids = tiny_models.model(name, **changes), tiny_models.tokens()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        moves, said = orders(model, **INT4)
+        assert not said
+        # Embedding, norms, and of every block the seven linears.
+        assert {"model.embed_tokens.weight", "model.norm.weight"} <= moves.keys()
+        assert sum(name.endswith("_proj.weight") for name in moves) == 14
+        after = moved(model, moves)(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+UNKNOWN = [("phi3", "no module with the linears"), ("opt", "no module"), ("gpt_neox", "no module")]
+
+
+@pytest.mark.parametrize(("name", "why"), UNKNOWN)
+def test_what_is_not_known_keeps_its_order_and_that_is_said(name, why):
+    moves, said = orders(tiny_models.model(name), **INT4)
+    assert not moves
+    assert said and all("keep their order" in sentence for sentence in said)
+    assert any(why in sentence for sentence in said)
+
+
+def test_a_block_that_computes_otherwise_keeps_the_order_that_matters_to_it():
+    """Names alone are not believed: here a block weighs its hidden channels by their places."""
+    model = tiny_models.model("llama")
+
+    class Weighed(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.linspace(0, 2, x.shape[-1])
+
+    for block in model.model.layers:
+        block.mlp.act_fn = Weighed()
+    moves, said = orders(model, **INT4)
+    assert len(said) == 1 and "hidden channels of MLPs keep their order" in said[0]
+    assert sum(name.endswith("o_proj.weight") for name in moves) == 2
+    assert "model.embed_tokens.weight" in moves
+
+
+def test_a_folder_opens_everywhere_and_costs_as_many_bits(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ids = tiny_models.tokens()
+    tiny_models.write(tmp_path / "dense")
+    settings = {"calibration": ids, "progress": False, "method": "slab", "values": "fp16"}
+    plain = slab_kernels.compress(tmp_path / "dense", tmp_path / "plain", **settings)
+    record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", permute=True, **settings)
+    assert record.bits_per_weight == plain.bits_per_weight
+    assert record.settings["permute"] is True
+    with torch.no_grad():
+        loaded = slab_kernels.load(tmp_path / "out", device="cpu")(input_ids=ids).logits
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(input_ids=ids).logits
+    torch.testing.assert_close(opened, loaded)
+    # In another order than its readers expect, every channel would be noise.
+    assert (loaded - dense).norm() < 0.7 * dense.norm()
+    again = slab_kernels.compress(
+        tmp_path / "dense", tmp_path / "out", permute=True, resume=True, **settings
+    )
+    assert again == record
+
+
+def test_a_model_in_memory_becomes_what_a_folder_does(tmp_path):
+    ids = tiny_models.tokens()
+    changes = {"attention_bias": True, "tie_word_embeddings": False}
+    tiny_models.write(tmp_path / "dense", **changes)
+    settings = {"calibration": ids, "progress": False, "permute": True, "device": "cpu"}
+    slab_kernels.compress(tmp_path / "dense", tmp_path / "out", **settings)
+    model = slab_kernels.compress(tmp_path / "dense", **settings)
+    with torch.no_grad():
+        from_folder = slab_kernels.load(tmp_path / "out", device="cpu")(input_ids=ids).logits
+        in_memory = model(input_ids=ids).logits
+    torch.testing.assert_close(in_memory, from_folder)
+
+
+@pytest.mark.parametrize("permute", [1, "yes", None])
+def test_permute_is_yes_or_no(permute, tmp_path):
+    with pytest.raises(ArgumentError, match="permute=.* must be True or False"):
+        slab_kernels.compress(tiny_models.model(), permute=permute, calibration="stdlib")
