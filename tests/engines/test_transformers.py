@@ -22,6 +22,7 @@ from slab_kernels.errors import (
     VersionError,
 )
 from slab_kernels.evaluate.perplexity import perplexity
+from slab_kernels.models.packed import packed_names
 from slab_kernels.nn import SlabLinear, preparation
 
 transformers = pytest.importorskip("transformers")
@@ -69,12 +70,7 @@ def test_a_cast_leaves_packed_tensors_alone(folders):
         slab_kernels.load(folders[1]).state_dict(),
         AutoModel.from_pretrained(folders[1], dtype=torch.bfloat16),
     )
-    packed = {
-        f"{name}.{part}"
-        for name, m in cast.named_modules()
-        if isinstance(m, SlabLinear)
-        for part in m.layout.tensors()
-    }
+    packed = packed_names(cast)
     for name, tensor in cast.state_dict().items():
         if name in packed:
             assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype
@@ -171,7 +167,7 @@ def test_random_weights_are_refused(folders, opened_without_us, tmp_path):
         type(opened_without_us.model.layers[0].mlp.up_proj) is nn.Linear
     )  # the silent load that all this is about
     with pytest.raises(
-        CheckpointError, match=r"q_proj and 13 more should be packed and is Linear.*random numbers"
+        CheckpointError, match=r"q_proj and 14 more should be packed and is Linear.*random numbers"
     ):
         slab_kernels.check(opened_without_us)
     with pytest.raises(CheckpointError, match="random numbers"):
