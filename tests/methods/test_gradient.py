@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairwise import grid
 
-from slab_kernels.errors import RangeError
+from slab_kernels.errors import CalibrationError, RangeError
 from slab_kernels.methods import decompose
 from slab_kernels.methods import slab as slab_file
 from slab_kernels.methods.inputs import InputStats
@@ -88,3 +88,14 @@ def test_rows_too_large_for_a_given_v_are_refused_in_a_sentence():
     W[3] *= 1e6
     with pytest.raises(RangeError, match="does not fit fp16 beside the V that other rows"):
         decompose(W, replace(stats, input_factor=V))
+
+
+@pytest.mark.parametrize("shape", [(64,), (60, 1), (64, 2)])
+def test_a_given_v_of_another_shape_is_refused(shape):
+    W, stats = layer(16, 64)
+    stats = replace(stats, input_factor=torch.ones(shape))
+    with pytest.raises(
+        CalibrationError, match=r"input_factor has shape .*, expected .* 64 x rank=1"
+    ):
+        decompose(W, stats)
+    decompose(W, stats, rank=0)  # has no V
