@@ -106,7 +106,7 @@ def decompose_layer(
     """
     N, K = _check_weight(weight)
     chosen, config = settings.chosen, settings.config((N, K))
-    _check_stats(weight, stats, chosen)
+    _check_stats(weight, stats, chosen, config.rank)
     if isinstance(stats, InputStats):
         stats = stats.to(weight.device)
     W = weight.detach().float()
@@ -168,7 +168,7 @@ def _check_weight(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _check_stats(weight: Tensor, stats: InputStats | None, method: Method) -> None:
+def _check_stats(weight: Tensor, stats: InputStats | None, method: Method, rank: int) -> None:
     """Raises: CalibrationError for statistics that the method cannot use with this weight."""
     N, K = weight.shape
     if method.statistics == "none":
@@ -190,4 +190,9 @@ def _check_stats(weight: Tensor, stats: InputStats | None, method: Method) -> No
     if stats.drift is not None and stats.drift.shape != weight.shape:
         raise CalibrationError(
             f"drift has shape {tuple(stats.drift.shape)}, expected that of the weight, {N} x {K}"
+        )
+    given = stats.input_factor
+    if given is not None and rank and given.shape != (K, rank):
+        raise CalibrationError(
+            f"input_factor has shape {tuple(given.shape)}, expected that of V, {K} x rank={rank}"
         )

@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import RangeError
 from ..format import Decomposition, plane_unit, round_adapter, round_factors
 from ..settings import setting
 from .config import Config
@@ -307,6 +308,8 @@ class _Solver:
 
     def descend(self, keep_gradient: bool = True) -> None:
         """Coordinate descent over what is discrete. The gradient is not wanted after the last."""
+        if not keep_gradient:
+            self.gradient = None
         magnitude, planes = torch.zeros_like(self.W), 0
         if self.factors is not None:
             magnitude, planes = self.factors.product.abs(), self.config.planes
@@ -353,18 +356,29 @@ class _Solver:
         )
 
     def _rounded_factors(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        """U and V as they will be stored; a V that was given is stored already."""
+        """U and V as they will be stored; a V that was given is stored already.
+
+        Raises: RangeError for a U beyond the type of that V.
+        """
         if self.stats.input_factor is None:
             return round_factors(U, V)
         half = torch.float16
-        exact = torch.equal(V.to(half).float(), V)
-        return (U.to(half).float() if exact else U), V
+        if not torch.equal(V.to(half).float(), V):
+            return U, V
+        rounded = U.to(half).float()
+        if not bool(rounded.isfinite().all()):
+            raise RangeError(
+                f"the factor U of these rows, up to {float(U.abs().max()):.3g}, does not fit fp16 "
+                "beside the V that other rows of the weight have; rows so much larger than those "
+                "cannot share it"
+            )
+        return rounded, V
 
     def _round_adapter(self) -> None:
         """P and Q as they will be stored."""
         if self.adapter is not None:
             P, Q = round_adapter(self.adapter.P, self.adapter.Q, self.config.stored_adapter)
-            self.adapter = self.adapter._replace(P=P, Q=Q)
+            self.adapter, self.gradient = self.adapter._replace(P=P, Q=Q), None
 
     def _settle_on(self, grid: Grid) -> None:
         """Kept values on the grid of the step sizes as stored, before and after a last descent."""
@@ -378,3 +392,4 @@ class _Solver:
     def _round_kept(self, steps: Tensor, grid: Grid) -> None:
         rounded = round_to_grid(self.approximation, steps, grid.values)
         self.approximation = torch.where(self.mask, rounded, self.approximation)
+        self.gradient = None

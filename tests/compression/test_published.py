@@ -210,6 +210,21 @@ def test_one_matrix_is_factorised_once_for_all_who_read_it():
     assert work(a) is work(a)
 
 
+def test_a_matrix_that_comes_between_takes_no_result_from_another():
+    @once_per_gram
+    def work(gram, scale):
+        return len(gram)
+
+    class Meanwhile:  # is equal to all, and another thread has its turn when that is asked
+        def __eq__(self, other):
+            work(torch.eye(5), 1)
+            return True
+
+    a = torch.eye(3)
+    assert work(a, Meanwhile()) == 3
+    assert work(a, Meanwhile()) == 3
+
+
 @pytest.mark.slow
 def test_admm_splits_warn_when_stopped_early_and_restart_from_too_large_a_penalty(layer):
     W, stats, _ = layer

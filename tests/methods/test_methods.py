@@ -469,8 +469,8 @@ def test_weights_of_any_size_are_decomposed_alike(method, power):
         found = decompose(W * 2.0**power, stats, method=method, values=values)
         torch.testing.assert_close(found.dense() / 2.0**power, want.dense(), rtol=1e-3, atol=1e-3)
         stored = want.dense() * 2.0**power
-        error = relative_error(W * 2.0**power, stored, stats)
-        usual = relative_error(W, want.dense(), stats)
+        error = relative_error(W * 2.0**power, stored, stats.matrix)
+        usual = relative_error(W, want.dense(), stats.matrix)
         assert error == pytest.approx(usual, rel=1e-5)
 
 

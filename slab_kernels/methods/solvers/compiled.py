@@ -27,12 +27,16 @@ PRUNED = torch.tensor(PAIRS, device="cpu")
 KEPT = torch.tensor([[i for i in range(4) if i not in pair] for pair in PAIRS], device="cpu")
 
 
-def usable(device: torch.device, pattern: Pattern, planes: int, width: int) -> bool:
-    """Whether the compiled steps can run a problem here.
+def usable(W: Tensor, pattern: Pattern, planes: int, width: int) -> bool:
+    """Whether the compiled steps can run a problem of a weight W [N,K] here.
+
+    A library that was built before it had them is passed over like a missing one.
 
     Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here.
     """
-    if device.type != "cpu" or pattern != PATTERN or planes > MOST_PLANES or width > MOST_COLUMNS:
+    if W.device.type != "cpu" or W.dtype != torch.float32:
+        return False
+    if pattern != PATTERN or planes > MOST_PLANES or width > MOST_COLUMNS:
         return False
     return native.missing_library() is None and hasattr(torch.ops.slab_kernels, "descend_cpu")
 

@@ -87,7 +87,7 @@ def descend_groups(
     """
     m, N = pattern.group, len(W)
     width = max(m, BLOCK // m * m)
-    if compiled.usable(W.device, pattern, planes, width):
+    if compiled.usable(W, pattern, planes, width):
         return _descend_compiled(
             W, approximation, mask, magnitude, gram, scales, grid, planes, gradient, width
         )

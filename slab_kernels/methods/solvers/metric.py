@@ -37,19 +37,29 @@ def once_per_gram(
 ) -> Callable[Concatenate[Tensor, P], Result]:
     """Remember the result for the Gram matrix seen last, since q, k and v of a block ask in turn.
 
-    The result goes when another matrix comes, or when the matrix itself is freed.
+    The result goes when another matrix comes, or when the matrix itself is freed. Threads may call
+    at once: each gets the result of its own matrix.
     """
-    last: list = []  # a weak reference to the matrix; its version and the arguments; the result
+    # One entry at most: a weak reference to the matrix, its version and the arguments, the result.
+    last: list[tuple] = []
+
+    def remembered(gram: Tensor, key: tuple) -> tuple[Result] | None:
+        # Its names end with it, so that no old result stays in memory while a new one is made.
+        for matrix, known, result in last[:]:
+            if matrix() is gram and known == key:
+                return (result,)
+        return None
 
     @wraps(function)
     def cached(gram: Tensor, *arguments: P.args, **named: P.kwargs) -> Result:
         version = 0 if gram.is_inference() else gram._version
         key = (version, arguments, named)
-        if not last or last[0]() is not gram or last[1] != key:
-            last.clear()
-            result = function(gram, *arguments, **named)
-            last[:] = [weakref.ref(gram, lambda _: last.clear()), key, result]
-        return last[2]
+        if found := remembered(gram, key):
+            return found[0]
+        last.clear()
+        result = function(gram, *arguments, **named)
+        last[:] = [(weakref.ref(gram, lambda _: last.clear()), key, result)]
+        return result
 
     return cached
 

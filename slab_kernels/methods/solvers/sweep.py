@@ -97,7 +97,7 @@ def sweep(
     unit = grid.group_size if grid and grid.group_size else group
     width = max(unit, BLOCK // unit * unit)
     searched = mask is not None or grid is None or grid.group_size is None
-    if joint and searched and compiled.usable(W.device, pattern, levels.planes, width):
+    if joint and searched and compiled.usable(W, pattern, levels.planes, width):
         scales = torch.stack(kept_values.scales, 1) if kept_values.scales else None
         return _sweep_compiled(W, curve, magnitude, mask, grid, levels.planes, scales, width)
     chosen_at_once = group if pattern.structured else width
