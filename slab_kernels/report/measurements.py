@@ -25,8 +25,8 @@ from .results import Report, Result, Source, Table
 
 RUN_RECORD = "slab_run.json"
 KINDS = (
-    "a run record, JSON of eval or bench, results of the demo, or results that name their device, "
-    "machine, command or commit"
+    "a run record, JSON of eval, generate, inspect or bench, results of the demo, or results that "
+    "name their device, machine, command or commit"
 )
 ORIGIN = ("device", "machine", "command", "commit")  # of which the files of benchmarks/results tell
 BENCH_ROW = {
