@@ -63,8 +63,9 @@ Model = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="A goal instead of its settings: small (int4, one plane), balanced (int4, two planes; "
-        "what nobody has to say) or exact (fp16, one plane)."
+        help="A goal instead of its settings: small (int4, one plane) or balanced (int4, two "
+        "planes; the default), both with int8 embeddings, or exact (fp16, one plane, dense "
+        "embeddings)."
     ),
 ]
 Method = Annotated[
