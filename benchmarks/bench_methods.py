@@ -85,10 +85,9 @@ def stored(entry: Entry, record: Any, out: Path) -> dict[str, Any]:
     """
     import dense_integers
 
-    from slab_kernels.models.folder import Checkpoint
-    from slab_kernels.models.totals import folder_totals
+    from slab_kernels.models.totals import read_totals
 
-    totals = folder_totals(Checkpoint(out))
+    totals = read_totals(out)
     if not entry.integer:
         return {
             "bits_per_weight": record.bits_per_weight,
@@ -151,8 +150,7 @@ def begun(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What an earlier run with these settings has found, else a new table with the dense model."""
     from slab_kernels.bench import machine
     from slab_kernels.evaluate.perplexity import perplexity
-    from slab_kernels.models.folder import Checkpoint
-    from slab_kernels.models.totals import folder_totals
+    from slab_kernels.models.totals import read_totals
 
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {name: Path(getattr(args, name)).name for name in ("calibration", "text")}
@@ -161,7 +159,7 @@ def begun(file: Path, args: argparse.Namespace) -> dict[str, Any]:
         return found
     tokenizer, content = held_out(args)
     measured = perplexity(opened(args.source, args), tokenizer, content, args.window)
-    totals = folder_totals(Checkpoint(args.source))
+    totals = read_totals(args.source)
     return {
         "model": "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name,
         "settings": settings,
