@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from slab_kernels.bench import linear, machine, peers
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import console
-from slab_kernels.cli.options import DTYPES, parse_shape
+from slab_kernels.cli.meanings import DTYPES, parse_shape
 from slab_kernels.device import resolve_device
 from slab_kernels.errors import PlotsUnavailable
 from slab_kernels.paths import expanded

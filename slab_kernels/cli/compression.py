@@ -11,7 +11,7 @@ from ..paths import expanded
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .options import method_options, stored_group, torch_dtype
+from .meanings import method_options, stored_group, torch_dtype
 from .progress import Progress
 
 if TYPE_CHECKING:

@@ -229,19 +229,26 @@ WORDS = {
     "trust_remote_code=True": "--trust-remote-code",
     "group_size=None (one scale per row)": "--group-size 0 (one scale per row)",
     "None (one scale per row)": "0 (one scale per row)",
+    "head=True": "--head",
+    "head=False": "--no-head",
+    "permute=True": "--permute",
 }
+TEXTS = "skip device calibration window values group_size preset embeddings method pattern".split()
+NUMBERS = "rank planes adapter_rank group_size bits samples window".split()
 
 
 def as_options(message: str) -> str:
-    """Advice in Python's words, said in the command line's: resume=True becomes --resume, and
-    skip='*.x' becomes --skip '*.x'."""
+    """Advice in Python's words, said in the command line's: resume=True becomes --resume,
+    skip='*.x' becomes --skip '*.x', and planes=2 becomes --planes 2."""
     for python, option in WORDS.items():
-        message = message.replace(python, option)
-    return re.sub(
-        r"\b(skip|device|calibration|window|values|group_size|preset|embeddings)=(?=['\"])",
-        lambda m: f"--{m[1].replace('_', '-')} ",
-        message,
-    )
+        message = re.sub(rf"(?<![\w.]){re.escape(python)}", option, message)
+    for names, value in ((TEXTS, "['\"]"), (NUMBERS, r"-?\d")):
+        message = re.sub(
+            rf"(?<![\w.])({'|'.join(names)})=(?={value})",
+            lambda m: f"--{m[1].replace('_', '-')} ",
+            message,
+        )
+    return message
 
 
 def one_line(message: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..paths import expanded
 from . import console, options
 from .console import Outcome
-from .options import parse_shape, torch_dtype
+from .meanings import parse_shape, torch_dtype
 from .progress import Progress
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .options import torch_dtype
+from .meanings import torch_dtype
 
 if TYPE_CHECKING:
     from ..models.totals import Totals

@@ -1,25 +1,13 @@
-"""The options and arguments of the commands, and what their text means."""
+"""The options and arguments of the commands."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def finite(value: float | None) -> float | None:
-    """The value itself. typer alone would accept NaN, which lies in every range."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
-    return value
-
+from .meanings import finite
 
 # Of every command, or of many.
 
@@ -75,8 +63,9 @@ Model = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="A goal instead of its settings: small (int4, one plane), balanced (int4, two planes; "
-        "what nobody has to say) or exact (fp16, one plane)."
+        help="A goal instead of its settings: small (int4, one plane) or balanced (int4, two "
+        "planes; the default), both with int8 embeddings, or exact (fp16, one plane, dense "
+        "embeddings)."
     ),
 ]
 Method = Annotated[
@@ -364,61 +353,3 @@ Dense = Annotated[
 Plots = Annotated[
     bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")
 ]
-
-
-# What the text of an option means.
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a short name: "bf16" is torch.bfloat16.
-
-    Raises: typer.BadParameter for a name that is none of DTYPES.
-    """
-    import torch
-
-    if name not in DTYPES:
-        raise typer.BadParameter(f"dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}")
-    return getattr(torch, DTYPES[name])
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """out_features and in_features of "11008x4096".
-
-    Raises: typer.BadParameter for text of another form.
-    """
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(
-            f"--shape {text} must be out_features x in_features, for example 11008x4096"
-        )
-    return int(parts[0]), int(parts[1])
-
-
-def stored_group(text: str) -> int | str | None:
-    """What `compress` calls the group size of "auto", "64" or "0", which is one scale per row."""
-    return (int(text) or None) if text.isdecimal() else text
-
-
-def method_options(options: list[str]) -> dict[str, Any]:
-    """The settings of a method from "name=value" each: numbers and booleans as such, else text.
-
-    Raises: typer.BadParameter for an entry of another form.
-    """
-    parsed: dict[str, Any] = {}
-    for entry in options:
-        name, separator, value = entry.partition("=")
-        if not separator or not name.isidentifier():
-            raise typer.BadParameter(
-                f"--option {entry} must be name=value, for example --option rounds=3"
-            )
-        parsed[name] = _plain_value(value)
-    return parsed
-
-
-def _plain_value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)

@@ -109,13 +109,19 @@ class Arguments:
 
 
 def _permutes(permute: Any, settings: LayerSettings) -> bool:
-    """Whether orders are sought: they can only help where a pattern has groups.
+    """Whether orders are sought.
 
-    Raises: ArgumentError for what is neither True nor False.
+    Raises: ArgumentError for what is neither True nor False, and for a pattern without groups,
+        which no order can help.
     """
     if not isinstance(permute, bool):
         raise ArgumentError(f"permute={reprlib.repr(permute)} must be True or False")
-    return permute and settings.parsed.structured
+    if permute and not settings.parsed.structured:
+        raise ArgumentError(
+            f"permute=True chooses which weights share a group, and pattern={settings.pattern!r} "
+            "has no groups; leave one out"
+        )
+    return permute
 
 
 def _patterns(skip: Any) -> tuple[str, ...]:

@@ -3,6 +3,9 @@ nothing for it.
 
 transformers    the quantizer by which from_pretrained and save_pretrained treat packed folders
 vllm            the quantization plugin; vLLM finds `register_with_vllm` through an entry point
+vllm_linear     linears of vLLM, and packed heads, from packed weights
+vllm_vocabulary embeddings of int8 rows in vLLM, and the heads that share them
+vllm_probe      stand-ins sent through the loader of a model of vLLM
 sharding        which slice of each packed tensor a tensor-parallel rank keeps
 engine_options  what an engine hands on with settings of its own
 probe           what an engine's loader does to a weight, found out with stand-ins

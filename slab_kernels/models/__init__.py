@@ -23,6 +23,7 @@ Compressing one, with `compression` on top:
     source          the dense model, from a folder or in memory
     blocks          its decoder blocks, the linears in them, and their weights
     streams         the calibration text on its way through the blocks
+    weight_reads    code of a model that reads the weight of a linear
     tail            what comes between the last block and the output head, called like a block
     vocabulary      the input embedding and the output head, and who reads their weights
     groups          what the linears of a block read, and which of them read the same

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import ArchitectureError, CalibrationError, SlabError
 from ..terminal import first_line
 from .blocks import batch_size
+from .weight_reads import WeightRead, without_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,10 +197,10 @@ def catch_stream(
         stream = Stream([], [[] for _ in blocks], device, products=products)
         recorder = _Recorder(blocks, materialise, stream, keep_on or device)
         try:
-            with _without_weight(unread):
+            with without_weight(unread):
                 _run_model(model, tokens, recorder)
             break
-        except _WeightRead as error:
+        except WeightRead as error:
             read.append(_inside(error.linear))
     if read:
         advice = ", ".join(f"skip='*.{name}'" for name in read)
@@ -218,44 +219,6 @@ def _inside(name: str) -> str:
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[first + 1 :])
-
-
-class _WeightRead(AttributeError):
-    """The model's code asked for the weight of this linear."""
-
-    def __init__(self, linear: str):
-        super().__init__(f"{linear} has no attribute 'weight'")
-        self.linear = linear
-
-
-class _WithoutWeight(nn.Linear):
-    """A linear as the model's code finds a packed one: it computes, and has no `weight`."""
-
-    full_name: str
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise _WeightRead(self.full_name)
-        return super().__getattr__(name)
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return nn.functional.linear(input, weight, self.bias)
-
-
-@contextmanager
-def _without_weight(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Inside, these linears and copies made of them hide their weight."""
-    try:
-        for name, linear in linears.items():
-            linear.__class__ = _WithoutWeight
-            linear.__dict__["full_name"] = name
-        yield
-    finally:
-        for linear in linears.values():
-            linear.__class__ = nn.Linear
-            linear.__dict__.pop("full_name", None)
 
 
 @dataclass
@@ -352,7 +315,7 @@ class _Recorder:
 def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> None:
     """Run the model's forward on all batches, with `recorder` in place of the blocks.
 
-    Raises: as `catch_stream`, and _WeightRead.
+    Raises: as `catch_stream`, and WeightRead.
     """
 
     def refuse_head(*_: Any) -> None:
@@ -390,7 +353,7 @@ def one_sentence(model: PreTrainedModel) -> Iterator[None]:
     """
     try:
         yield
-    except (Stop, _WeightRead):
+    except (Stop, WeightRead):
         raise
     except Exception as error:
         if not is_model_failure(error):

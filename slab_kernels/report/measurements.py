@@ -25,8 +25,8 @@ from .results import Report, Result, Source, Table
 
 RUN_RECORD = "slab_run.json"
 KINDS = (
-    "a run record, JSON of eval or bench, results of the demo, or results that name their device, "
-    "machine, command or commit"
+    "a run record, JSON of eval, generate, inspect or bench, results of the demo, or results that "
+    "name their device, machine, command or commit"
 )
 ORIGIN = ("device", "machine", "command", "commit")  # of which the files of benchmarks/results tell
 BENCH_ROW = {
@@ -389,8 +389,9 @@ def _labelled(results: list[Result]) -> list[Result]:
         same = [r for r in results if r.method == result.method]
         parts = [result.method]
         for name, prefix in (("pattern", ""), ("values", ""), ("rank", "rank ")):
-            if len({getattr(r, name) for r in same}) > 1:
-                parts.append(f"{prefix}{getattr(result, name)}")
+            value = getattr(result, name)  # None where the JSON of eval stands alone
+            if value is not None and len({getattr(r, name) for r in same}) > 1:
+                parts.append(f"{prefix}{value}")
         label = result.label or " ".join(parts)
         while label in seen:
             label += f" ({Path(result.folder).name})" if result.folder and "(" not in label else "'"

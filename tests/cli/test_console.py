@@ -14,6 +14,7 @@ import pytest
 
 from slab_kernels import terminal
 from slab_kernels.cli import console
+from slab_kernels.cli import main as cli
 
 SLAB = [sys.executable, "-m", "slab_kernels"]
 ROW = {
@@ -216,3 +217,31 @@ def test_a_failure_while_showing_prints_no_half_of_a_result(capsys):
 
     assert console.run(lambda: console.Outcome({}, show), as_json=False) == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "python, option",
+    [
+        (
+            "preset='small' means head=False, and head=True contradicts it",
+            "--preset 'small' means --no-head, and --head contradicts it",
+        ),
+        ("method='slab', pattern='2:4'", "--method 'slab', --pattern '2:4'"),
+        ("planes=1, rank=0, bits=4.2", "--planes 1, --rank 0, --bits 4.2"),
+        ("samples=-3 must be an integer", "--samples -3 must be an integer"),
+        ("Layout(group_size=None), overhead=True", "Layout(group_size=None), overhead=True"),
+        ("refit_damping=-1, embed.rank=3", "refit_damping=-1, embed.rank=3"),
+    ],
+)
+def test_advice_in_pythons_words_names_the_options(python, option):
+    assert console.as_options(python) == option
+
+
+@pytest.mark.parametrize("size", ["48", "big", "-1"])
+def test_a_group_size_that_is_none_is_refused_with_those_that_are(size, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["compress", str(tmp_path), str(out), f"--group-size={size}"]
+    assert cli.run(command) == 2
+    said = capsys.readouterr().err
+    assert size in said and "32, 64, 128" in said and "auto" in said and "None" not in said
+    assert not out.exists()

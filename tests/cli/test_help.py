@@ -38,7 +38,7 @@ def test_an_example_is_valid(name, line):
     assert set([given] if isinstance(given, str) else given) <= known
     for shape in values.get("shape") or []:
         if isinstance(values["shape"], list):
-            from slab_kernels.cli.options import parse_shape
+            from slab_kernels.cli.meanings import parse_shape
 
             parse_shape(shape)
 

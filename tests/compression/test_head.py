@@ -66,10 +66,11 @@ def test_the_head_is_fitted_to_what_it_reads_behind_the_compressed_blocks(name, 
 
 def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
     monkeypatch.setattr(job_of, "native_products", lambda device: None)  # all products in fp32
-    tiny_models.write(tmp_path / "dense", tie_word_embeddings=True)
+    dense = tiny_models.write(tmp_path / "dense", tie_word_embeddings=True)
     record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", head=True, **QUICK)
     layer = record.layers[-1]
     assert (layer.name, layer.block, layer.shape) == ("lm_head", 2, (96, 32))
+    assert layer.group_size == 32
     model = slab_kernels.load(tmp_path / "out")
     inputs = []
     model.lm_head.register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
@@ -77,7 +78,7 @@ def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
         for text, error in ((IDS[FITTED], layer.error), (IDS[~FITTED], layer.heldout_error)):
             inputs.clear()
             found = model(input_ids=text, use_cache=False).logits
-            right = inputs[0] @ model.model.embed_tokens.weight.T
+            right = inputs[0] @ dense.lm_head.weight.T
             assert float((found - right).norm() / right.norm()) == pytest.approx(error, rel=1e-3)
 
 

@@ -125,3 +125,10 @@ def test_a_model_in_memory_becomes_what_a_folder_does(tmp_path):
 def test_permute_is_yes_or_no(permute, tmp_path):
     with pytest.raises(ArgumentError, match="permute=.* must be True or False"):
         slab_kernels.compress(tiny_models.model(), permute=permute, calibration="stdlib")
+
+
+def test_a_pattern_without_groups_has_no_orders():
+    with pytest.raises(ArgumentError, match="share a group, and pattern='50%' has no groups"):
+        slab_kernels.compress(
+            tiny_models.model(), permute=True, pattern="50%", method="wanda", calibration="stdlib"
+        )

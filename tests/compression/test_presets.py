@@ -75,7 +75,7 @@ def test_what_takes_no_preset_begins_plain(other, monkeypatch):
         ),
         ({"preset": "small", "planes": 2}, "preset='small' means planes=1, and planes=2"),
         ({"preset": "exact", "embeddings": "int8"}, "means embeddings='dense'"),
-        ({"preset": "exact", "head": True}, "means head=False, and head=True contradicts it"),
+        ({"preset": "exact", "head": True}, "means --no-head, and --head contradicts it"),
         ({"preset": "small", "method": "oats"}, "means method='slab', and method='oats'"),
         ({"preset": "small", "pattern": "50%"}, "means pattern='2:4', and pattern='50%'"),
         ({"preset": "small", "bits": 3.6}, "bits=3.6 chooses values and planes layer by layer"),
@@ -153,9 +153,9 @@ def test_the_command_line_takes_and_refuses_them(tmp_path, capsys):
     for more, text in (
         (["--preset", "small", "--values", "int8"], "--preset 'small' means --values 'int4'"),
         (["--preset", "small", "--bits", "4"], "leave one out"),
-        (["--preset", "exact", "--head"], "head=True contradicts it"),
+        (["--preset", "exact", "--head"], "means --no-head, and --head contradicts it"),
         (["--group-size", "48"], "must be one of 32, 64, 128, 'auto' or 0 (one scale per row)"),
-        (["--group-size", "wide"], "--group-size 'wide' must be"),
+        (["--group-size", "wide"], "--group-size wide must be 32, 64, 128"),
         (["--embeddings", "int4"], "choose one of dense, int8"),
     ):
         assert cli.run([*command, *more]) == 2

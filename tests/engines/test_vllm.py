@@ -385,7 +385,8 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     from slab_kernels.engines import register_with_vllm
-    from slab_kernels.engines.vllm import SlabHeadMethod, SlabLinearMethod, SlabVllmConfig
+    from slab_kernels.engines.vllm import SlabVllmConfig
+    from slab_kernels.engines.vllm_linear import SlabHeadMethod, SlabLinearMethod
     from slab_kernels.models.folder import Checkpoint
 
     register_with_vllm()
@@ -428,7 +429,8 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
     from torch.utils._pytree import tree_leaves
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from slab_kernels.engines.vllm import SlabVllmConfig, _probe
+    from slab_kernels.engines.vllm import SlabVllmConfig
+    from slab_kernels.engines.vllm_probe import probe_model
 
     monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 1)
     monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 2)
@@ -454,11 +456,11 @@ def test_a_replicated_layer_is_whole_on_every_rank_and_keeps_its_storage(monkeyp
             parameter = layer.get_parameter(name.removeprefix("mixer.q_a_proj."))
             parameter.weight_loader(parameter, tensor)
 
-    _probe(layer, load)
+    probe_model(layer, load)
     assert not hasattr(layer, "weight")
     kept, awaited = None, []
     monkeypatch.setattr(
-        "slab_kernels.engines.vllm.wait_until_written",
+        "slab_kernels.engines.vllm_linear.wait_until_written",
         lambda tensors: awaited.append([t.data_ptr() for t in tensors]),
     )
     for seed in (1, 2):
@@ -484,7 +486,8 @@ def test_a_weight_with_a_loader_of_its_own_is_looked_at_too(monkeypatch, turn):
     import vllm.model_executor.layers.linear as layers
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from slab_kernels.engines.vllm import SlabVllmConfig, _probe
+    from slab_kernels.engines.vllm import SlabVllmConfig
+    from slab_kernels.engines.vllm_probe import probe_model
 
     monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 1)
@@ -502,7 +505,7 @@ def test_a_weight_with_a_loader_of_its_own_is_looked_at_too(monkeypatch, turn):
 
     if turn:
         with pytest.raises(ArchitectureError, match=r"splits or reorders in_proj\.weight"):
-            _probe(layer, load)
+            probe_model(layer, load)
     else:
-        _probe(layer, load)
+        probe_model(layer, load)
         assert layer.slab_probed

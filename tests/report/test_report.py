@@ -312,6 +312,13 @@ def test_same_method_twice_gets_two_labels(tmp_path):
     ]
 
 
+def test_a_label_says_nothing_of_settings_that_are_unknown(tmp_path):
+    """The JSON of eval alone names neither pattern nor rank."""
+    rows = [{"method": "slab", "values": "int4", "rank": 1}, {"method": "slab", "perplexity": 5.0}]
+    (tmp_path / "results.json").write_text(json.dumps({"results": rows}))
+    assert [r.label for r in read([tmp_path]).results] == ["slab int4 rank 1", "slab"]
+
+
 def test_rows_read_back_as_written(runs, tmp_path):
     found = read([runs])
     (tmp_path / "again.json").write_text(json.dumps({"results": rows(found)}))
