@@ -67,7 +67,8 @@ def test_the_head_is_fitted_to_what_it_reads_behind_the_compressed_blocks(name, 
 def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
     monkeypatch.setattr(job_of, "native_products", lambda device: None)  # all products in fp32
     tiny_models.write(tmp_path / "dense", tie_word_embeddings=True)
-    record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", head=True, **QUICK)
+    asked = QUICK | {"head": True, "embeddings": "dense"}
+    record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", **asked)
     layer = record.layers[-1]
     assert (layer.name, layer.block, layer.shape) == ("lm_head", 2, (96, 32))
     model = slab_kernels.load(tmp_path / "out")
