@@ -43,6 +43,22 @@ class Whispers(modeling_llama.LlamaDecoderLayer):
         return hidden_states + self.mlp(attended) * self.left
 
 
+class WritesAndReturnsNothing(modeling_llama.LlamaDecoderLayer):
+    """Its mlp adds to the tensor that it is given."""
+
+    def forward(self, hidden_states, **kwargs):
+        attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states += attended
+        self.mlp.__class__ = AddsTo
+        self.mlp(hidden_states)
+        return hidden_states
+
+
+class AddsTo(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        x += super().forward(x)
+
+
 class Experts(nn.Module):
     """The first batch passes by `rare`, which comes last therefore, and runs before `often`.
 
@@ -133,6 +149,17 @@ def test_a_block_whose_modules_whisper_is_not_replayed(block, may):
     stream, layer, linears = llama(block)
     with torch.no_grad():
         assert may_replay(stream, 1, layer, linears) == may
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_a_module_that_returns_nothing_runs_every_time(room):
+    stream, layer, linears = llama(WritesAndReturnsNothing)
+    with torch.no_grad():
+        assert may_replay(stream, 1, layer, linears)
+        text = Passes(stream.twin(), 1, layer, linears, Room(room))
+        text.finish(tuple(linears))
+        want = stream.run(1, layer, 0)
+        assert torch.equal(text.output(0), want) and torch.equal(text.output(0), want)
 
 
 @pytest.mark.parametrize("room", [1 << 30, 20_000, 0])
