@@ -139,6 +139,7 @@ def _layer(
         seconds=inputs.seconds + time.perf_counter() - began,
         group=(name,),
         planes=layout.planes,
+        group_size=layout.group_size,
         adapter_rank=layout.adapter_rank,
         peak_bytes=peak.bytes,
     )

@@ -71,6 +71,7 @@ def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
     record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", **asked)
     layer = record.layers[-1]
     assert (layer.name, layer.block, layer.shape) == ("lm_head", 2, (96, 32))
+    assert layer.group_size == 32
     model = slab_kernels.load(tmp_path / "out")
     inputs = []
     model.lm_head.register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
