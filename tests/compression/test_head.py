@@ -24,6 +24,7 @@ from slab_kernels.errors import ArchitectureError, ArgumentError, ShapeError
 from slab_kernels.methods import LayerSettings
 from slab_kernels.methods.inputs import InputStats
 from slab_kernels.models.source import open_source
+from slab_kernels.models.totals import read_totals
 
 IDS = tiny_models.tokens()
 FITTED = torch.arange(len(IDS)) % 8 != 7 if len(IDS) > 7 else torch.arange(len(IDS)) < len(IDS) - 1
@@ -72,7 +73,13 @@ def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
     layer = record.layers[-1]
     assert (layer.name, layer.block, layer.shape) == ("lm_head", 2, (96, 32))
     assert layer.group_size == 32
+    dense = sum(p.numel() for p in tiny_models.model(tie_word_embeddings=True).parameters())
+    assert read_totals(tmp_path / "out").parameters == dense, "a tied matrix counts once"
     model = slab_kernels.load(tmp_path / "out")
+    slab_kernels.save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "by transformers")
+    for copy in ("saved", "by transformers"):
+        assert read_totals(tmp_path / copy) == read_totals(tmp_path / "out")
     inputs = []
     model.lm_head.register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
     with torch.no_grad():
