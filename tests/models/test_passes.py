@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from slab_kernels.compression.statistics import Streams
 from slab_kernels.models.groups import find_groups, layer_inputs
 from slab_kernels.models.passes import DensePasses, Passes, Room, may_replay
 from slab_kernels.models.streams import _HIDDEN, Stream, catch_stream
@@ -160,6 +161,15 @@ def test_a_module_that_returns_nothing_runs_every_time(room):
         text.finish(tuple(linears))
         want = stream.run(1, layer, 0)
         assert torch.equal(text.output(0), want) and torch.equal(text.output(0), want)
+
+
+def test_a_block_of_which_linears_were_skipped_says_nothing_of_others():
+    stream, layer, linears = llama(Whispers)
+    streams = Streams(stream, None, None, None, None)
+    mlp = {name: linear for name, linear in linears.items() if name.startswith("mlp")}
+    for found, replayed in ((mlp, True), (linears, False)):
+        _, inside = streams.enter(1, layer, None, found, "")
+        assert (inside.calibration.room.bytes > 0) == replayed
 
 
 @pytest.mark.parametrize("room", [1 << 30, 20_000, 0])
