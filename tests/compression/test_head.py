@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -17,6 +18,7 @@ from slab_kernels.compression import job as job_of
 from slab_kernels.compression import presets
 from slab_kernels.compression.arguments import Arguments
 from slab_kernels.compression.job import Job
+from slab_kernels.compression.outside import readable
 from slab_kernels.compression.plan import Plan
 from slab_kernels.compression.statistics import GroupInputs
 from slab_kernels.compression.vocabulary import Wanted
@@ -78,8 +80,8 @@ def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
     model = slab_kernels.load(tmp_path / "out")
     slab_kernels.save(model, tmp_path / "saved")
     model.save_pretrained(tmp_path / "by transformers")
-    for copy in ("saved", "by transformers"):
-        assert read_totals(tmp_path / copy) == read_totals(tmp_path / "out")
+    for again in ("saved", "by transformers"):
+        assert read_totals(tmp_path / again) == read_totals(tmp_path / "out")
     inputs = []
     model.lm_head.register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
     with torch.no_grad():
@@ -236,6 +238,24 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked, monkeypatch)
     slab_kernels.compress(model, **QUICK | {"progress": events.append})
     assert any("stays dense" in event.message for event in events if event.kind == "warning")
     assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
+
+
+def test_code_that_reads_an_embedding_is_found_before_a_head_that_is_no_plain_linear():
+    model = tiny_models.model(tie_word_embeddings=False)
+    foreign_head(model)
+    norm = model.model.norm
+
+    class Reading(type(norm)):
+        def forward(self, hidden):
+            return super().forward(hidden) + model.model.embed_tokens.weight.mean()
+
+    slab_kernels.compress(copy.deepcopy(model), **QUICK, embeddings="int8", head=False)
+    source = open_source(model)
+    source.model.model.norm.__class__ = Reading
+    model = source.model  # whose weights are hidden while the code is tried
+    wanted = Wanted(embeddings="int8")
+    with torch.no_grad(), pytest.raises(ArchitectureError, match="own code reads the weight of"):
+        readable(Job.of(source, Plan(), (), torch.device("cpu"), wanted), IDS)
 
 
 def test_the_command_line_has_both(tmp_path):
