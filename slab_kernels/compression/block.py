@@ -135,8 +135,8 @@ class BlockWork:
     def match(self, finished: FinishedBlock, say: Callable[[str], None]) -> None:
         """Transformer matching of the whole block, by one process for all; changes `finished`."""
         prefix, source = self.job.prefix(self.index), self.job.source
+        self.streams.forget()  # what training changes, and while it needs the memory
         matched: Matched = self.team.from_leader(lambda: self._train(say))
-        self.streams.forget()
         finished.match = matched.record
         for name, vector in matched.vectors.items():
             full = prefix + name

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..format import Int8Table, PackedWeight
+from ..format import Int8Table, PackedLayout, PackedWeight
 from ..models.folder import PROGRESS_NAME, RECORD_NAME, write_index
 from ..models.output import check_same_settings, file_sha256, is_whole
-from ..models.packed_config import quantization_config
+from ..models.packed_config import UNTIED_KEY, quantization_config
 from ..models.shards import read_json, write_json
 from ..models.tables import put_table
 from ..models.ties import untie, untie_config
@@ -45,10 +45,11 @@ def finish(sink: FolderSink, record: RunRecord, tokenizer: Any) -> RunRecord:
     shards = {block["file"]: block["sha256"] for block in progress.blocks}
     last = sink.shard(sink.blocks)
     record = replace(record, shards={**shards, last.name: file_sha256(last)})
-    config, layouts = dict(job.source.config), {}
+    config: dict[str, Any] = dict(job.source.config)
+    layouts: dict[str, PackedLayout] = {}
     if job.plan.usual.packed:
         layouts = sink.layouts(tables, record.layers)
-        config["quantization_config"] = quantization_config(layouts, record.settings, job.tables)
+        config["quantization_config"] = _entry(layouts, job, record)
         if job.unties:
             untie_config(config)
     entries = {name: entry for table in tables for name, entry in table.items()}
@@ -78,10 +79,16 @@ def into(model: nn.Module, sink: MemorySink, job: Job, record: RunRecord) -> nn.
     if packed:
         layouts = {name: weight.layout for name, weight in packed.items()}
         config: Any = model.config
-        config.quantization_config = quantization_config(layouts, record.settings, job.tables)
+        config.quantization_config = _entry(layouts, job, record)
     attributes: Any = model
     attributes.slab_record = record
     return model
+
+
+def _entry(layouts: dict[str, PackedLayout], job: Job, record: RunRecord) -> dict[str, Any]:
+    """The entry of config.json, which also says whether a packed head was the embedding."""
+    untied = {UNTIED_KEY: job.unties and job.head is not None}
+    return quantization_config(layouts, record.settings | untied, job.tables)
 
 
 def _put_tables(model: nn.Module, job: Job, tables: dict[str, Int8Table]) -> None:

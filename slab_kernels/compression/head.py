@@ -1,6 +1,6 @@
 """The output head packed like any linear: its inputs, its rows in pieces, one V for all of them.
 
-The head reads what the final norm makes of the last block's hidden states; `models.tail` leads the
+The head reads what the final norm makes of the last block's hidden states; a `Tail` leads the
 texts there, so that the head is one more block with a single linear, and its statistics come from
 where every other layer's come from.
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from ..errors import CheckpointError, FormatError
 from ..format import Decomposition, PackedLayout, PackedWeight, pack
 from ..methods import LayerSettings
-from ..models.tail import Tail, lead_on
+from ..models.blocks import batch_size
+from ..models.endings import Ending, Tail
 from .calibration import Tokens
 from .job import Job
 from .memory import peak_memory
@@ -77,8 +78,8 @@ class HeadWork:
                 "the model's checkpoint is damaged"
             )
         self._lead_on()
-        returned = self.streams.calibration.returned
-        tail, twin = (Tail(self.model, job.blocks, returned, name, weight) for _ in range(2))
+        ending = Ending(self.model, job.blocks, self.streams.calibration.returned)
+        tail, twin = (Tail(ending, name, weight) for _ in range(2))
         index = len(job.blocks)
         (group,), passes = self.streams.enter(index, tail, twin, {name: tail.head}, "")
         inputs = passes.inputs(group)
@@ -104,7 +105,7 @@ class HeadWork:
             if stream is None or ids is None:
                 continue
             if not any(stream.calls is calls for calls in led):
-                lead_on(stream, ids)
+                stream.follow([(batch,) for batch in ids.split(batch_size(ids.shape[1]))])
                 led.append(stream.calls)
 
 

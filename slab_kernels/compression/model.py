@@ -57,8 +57,8 @@ def compress(
     the calibration text: samples * window * hidden_size numbers, of 4 bytes on a CPU
     (`RunRecord.hidden_state_bytes`). Methods with a setting `drift` that is not 0 (slab) hold both
     twice: the block as it was and as it becomes, and what the dense model makes of the text. Beside
-    each block, at most 1 GiB on a CPU and a tenth of a GPU's free memory hold what would have to be
-    computed again otherwise.
+    each block in memory, at most 1 GiB on a CPU and a tenth of a GPU's free memory hold what would
+    have to be computed again otherwise.
     Layers that receive the same tensor (q/k/v, gate/up) share their statistics. Statistics come
     from the compressed prefix: earlier blocks, and earlier groups of the same block.
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..errors import ArchitectureError
 from ..models.blocks import outside_filled
+from ..models.endings import Ending
 from ..models.skeleton import place
 from ..models.streams import Stream, catch_stream
-from ..models.tail import Tail
-from ..models.vocabulary import find_head, hidden_weights
+from ..models.vocabulary import hidden_weights
 from .job import Job
 
 if TYPE_CHECKING:
@@ -63,20 +63,6 @@ def _check_readers(model: PreTrainedModel, job: Job, stream: Stream, ids: Tensor
             ways_out[entry.tied] = ways_out[name]
     if not ways_out:
         return
-    if job.head is None and not any(entry.tied for entry in job.tables.values()):
-        head = _any_head(model)
-        if head is None:
-            return
-    else:
-        head = job.head or next(entry.tied for entry in job.tables.values() if entry.tied)
     hidden = stream.hidden[0].to(job.device)
     with hidden_weights(model, ways_out):
-        Tail(model, job.blocks, stream.returned, head).run_to_the_end(hidden, ids)
-
-
-def _any_head(model: PreTrainedModel) -> str | None:
-    """The name of a plain output head, which stays as it is."""
-    try:
-        return find_head(model)
-    except ArchitectureError:
-        return None
+        Ending(model, job.blocks, stream.returned).try_out(ids.to(job.device), hidden)

@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import __version__
 from ..device import local_device, resolve_device
+from ..models.channels import Moves, digest
 from ..models.model_config import compute_dtype
 from ..models.output import OutputFolder
 from ..models.packed_config import PACKED_VERSION, TABLES_VERSION
@@ -82,7 +83,7 @@ def run(
                 state = stack.enter_context(OutputFolder(folder, settings, options.resume))
             _know_inputs(source, state, team)
         if given.permute:
-            job = _in_new_orders(job, tokens, team, report)
+            job = _in_new_orders(job, tokens, team, state, report)
         if given.bits is not None:
             job = job.with_layers(_search(job, given.bits, tokens, team, state, report))
         sink: MemorySink | FolderSink = MemorySink()
@@ -134,13 +135,24 @@ def _know_inputs(source: Source, state: OutputFolder | None, team: Team) -> None
     source.expect(team.from_leader(hashes))
 
 
-def _in_new_orders(job: Job, tokens: Tokens, team: Team, report: Reporter) -> Job:
-    """The same job on the model with its channels in new orders, found by one process for all."""
+def _in_new_orders(
+    job: Job, tokens: Tokens, team: Team, state: OutputFolder | None, report: Reporter
+) -> Job:
+    """The same job on the model with its channels in new orders, found by one process for all.
+
+    Blocks that are finished must have the same, or the model would be noise: `state` knows theirs.
+    """
 
     def say(sentence: str) -> None:
         report(ProgressEvent("warning", blocks=len(job.blocks), message=f"warning: {sentence}"))
 
-    found = team.from_leader(lambda: find_orders(job, tokens.fitted, say))
+    def find() -> Moves:
+        found = find_orders(job, tokens.fitted, say)
+        if state is not None:
+            state.note_orders(digest(found))
+        return found
+
+    found = team.from_leader(find)
     return replace(job, source=job.source.in_orders(found))
 
 

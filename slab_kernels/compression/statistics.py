@@ -131,7 +131,8 @@ class Streams:
     dense: Stream | None
     dense_held_back: Stream | None
     _inside: BlockPasses | None = None  # of the block at whose input the streams are
-    _replay: dict[tuple, bool] = field(default_factory=dict)  # kind of block -> `may_replay`
+    # kind of block and its linears -> `may_replay`
+    _replay: dict[tuple, bool] = field(default_factory=dict)
 
     @torch.no_grad()
     def enter(
@@ -150,7 +151,8 @@ class Streams:
         """
         device = self.calibration.device
         groups = find_groups(self.calibration, index, block, linears)
-        kind = kind_of(block)
+        # Which modules take part in replay depends on the linears, of which some may be skipped.
+        kind = kind_of(block), tuple(name.removeprefix(prefix) for name in linears)
         if kind not in self._replay:
             self._replay[kind] = may_replay(self.calibration, index, block, linears)
         room = Room.on(device) if self._replay[kind] else Room(0)

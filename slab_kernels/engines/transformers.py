@@ -36,6 +36,7 @@ from ..models.packed_config import (
     DESCRIBED,
     QUANT_METHOD,
     TABLES_KEY,
+    UNTIED_KEY,
     parse_layouts,
     quantization_config,
 )
@@ -100,7 +101,8 @@ class SlabConfig(QuantizationConfigMixin):
         tables = parse_tables(stored, "this model")
         plain = {key: value for key, value in settings.items() if isinstance(value, str | int)}
         entry = quantization_config(layouts, plain, tables)
-        self.modules, self.settings = entry["modules"], {key: entry[key] for key in DESCRIBED}
+        self.modules = entry["modules"]
+        self.settings = {key: entry[key] for key in (*DESCRIBED, UNTIED_KEY) if key in entry}
         self.embeddings = entry.get(TABLES_KEY)
         if self.embeddings:  # in memory it may have been raised from that of packed linears alone
             self.format_version = entry["format_version"]
@@ -111,7 +113,7 @@ class SlabConfig(QuantizationConfigMixin):
     ) -> SlabConfig | tuple[SlabConfig, dict[str, Any]]:
         """What config.json holds, without keys that are not known. Raises: as the class does."""
         modules = config_dict.get("modules")
-        described: dict[str, Any] = {key: config_dict.get(key) for key in DESCRIBED}
+        described: dict[str, Any] = {key: config_dict.get(key) for key in (*DESCRIBED, UNTIED_KEY)}
         described["format_version"] = config_dict.get("format_version")
         if modules is not None:
             described[TABLES_KEY] = config_dict.get(TABLES_KEY)
@@ -138,7 +140,8 @@ class SlabConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What stands in config.json under quantization_config."""
         entry = {"quant_method": self.quant_method, "format_version": self.format_version}
-        entry |= {key: self.settings[key] for key in DESCRIBED if key in self.settings}
+        keys = [key for key in (*DESCRIBED, UNTIED_KEY) if key in self.settings]
+        entry |= {key: self.settings[key] for key in keys}
         if self.modules is not None:
             entry["modules"] = {name: dict(module) for name, module in self.modules.items()}
         if self.embeddings:

@@ -24,11 +24,10 @@ Compressing one, with `compression` on top:
     blocks          its decoder blocks, the linears in them, and their weights
     streams         the calibration text on its way through the blocks
     weight_reads    code of a model that reads the weight of a linear
-    tail            what comes between the last block and the output head, called like a block
     vocabulary      the input embedding and the output head, and who reads their weights
     groups          what the linears of a block read, and which of them read the same
     passes          a block run for its groups, without computing anything twice
 
-Comparing two, with `evaluate` on top:
-    endings         a text led up to the output head, of a model in memory or block by block
+Comparing two, with `evaluate` on top, and compressing an output head:
+    endings         what lies behind the blocks, and a text led there, of a model in memory or not
 """

@@ -10,6 +10,7 @@ from names, but tried: see `same_function`.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -72,6 +73,15 @@ def by_parameter(listed: list[Move]) -> Moves:
     for move in listed:
         found.setdefault(move.part.parameter, []).append(move)
     return found
+
+
+def digest(moved: Moves) -> str:
+    """SHA-256, hexadecimal, of the orders of all parameters."""
+    found = hashlib.sha256()
+    for name in sorted(moved):
+        for part, order in moved[name]:
+            found.update(repr((*part, order.tolist())).encode())
+    return found.hexdigest()
 
 
 def reordered(tensor: Tensor, listed: list[Move]) -> Tensor:

@@ -69,6 +69,7 @@ class OutputFolder:
         blocks: {"file", "sha256", "layers", "match"} of every finished block, always a prefix
             0 .. n-1 of the model's.
         inputs: the hashes of the model's tensors when the run began, by name.
+        orders: the hash of the orders of the model's channels, empty where none were sought yet.
         search: what a search has measured before the first block, by module.
 
     Raises: CheckpointError if another run is at work in the folder, it holds something else, was
@@ -79,6 +80,7 @@ class OutputFolder:
         self.out, self.settings = out, settings
         self.blocks: list[dict[str, Any]] = []
         self.inputs: dict[str, str] = {}
+        self.orders = ""
         self.search: dict[str, list[float]] = {}
         self.resumable = resume is not None
         if out.exists() and not out.is_dir():
@@ -125,6 +127,7 @@ class OutputFolder:
             raise CheckpointError(f"{self.out / PROGRESS_NAME} is damaged; use an empty folder")
         check_same_settings(self.out, state["settings"], self.settings)
         self.inputs, self.search = state["inputs"], state["search"]
+        self.orders = str(state.get("orders", ""))
         for block in state["blocks"]:
             if not is_whole(self.out / block["file"], block["sha256"]):
                 break  # this block and those after it are done again
@@ -146,6 +149,20 @@ class OutputFolder:
         self.inputs = inputs
         self._write()
 
+    def note_orders(self, orders: str) -> None:
+        """Note the hash of the orders of the model's channels, which all blocks have in common.
+
+        Raises: CheckpointError for other orders than those that finished blocks have.
+        """
+        if self.blocks and orders != self.orders:
+            raise CheckpointError(
+                f"cannot resume {self.out}: the orders of channels that permute=True finds now are "
+                "not those of its finished blocks, since another number of threads or another "
+                "machine rounds otherwise; go on where the run began, or use an empty folder"
+            )
+        self.orders = orders
+        self._write()
+
     def note_search(self, name: str, found: list[float]) -> None:
         """Note what a search has measured of the module `name`."""
         self.search[name] = found
@@ -157,6 +174,7 @@ class OutputFolder:
         parts = {
             "settings": self.settings,
             "inputs": self.inputs,
+            "orders": self.orders,
             "search": self.search,
             "blocks": self.blocks,
         }

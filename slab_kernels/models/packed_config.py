@@ -19,6 +19,7 @@ TABLES_KEY = "embeddings"  # of quantization_config, where embeddings are int8 r
 # that does not know a version refuses it, where it would open the embeddings with random numbers.
 PACKED_VERSION, TABLES_VERSION = 2, 3
 DESCRIBED = ("method", "pattern", "rank", "values", "group_size")  # settings that are kept there
+UNTIED_KEY = "untied"  # there and true where a packed head was one matrix with the embedding
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The entry of config.json from which every module can be built.
 
-    settings: of the run; those of DESCRIBED are kept, None where one is not there.
+    settings: of the run; those of DESCRIBED are kept, None where one is not there, and UNTIED_KEY.
     tables: name -> entry (`models.tables`) of every embedding of int8 rows.
     """
     described = {name: table.to_dict() for name, table in tables.items()}
@@ -65,6 +66,7 @@ def quantization_config(
             name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
         },
         **({TABLES_KEY: described} if tables else {}),
+        **({UNTIED_KEY: True} if settings.get(UNTIED_KEY) is True else {}),
     }
 
 

@@ -41,8 +41,11 @@ class Room:
         return cls(ROOM)
 
     def take(self, size: int) -> bool:
-        """Whether `size` bytes were left; they are taken then."""
-        if size > self.bytes:
+        """Whether `size` bytes, at least one, were left; they are taken then.
+
+        What holds no numbers is not worth keeping: a module may return nothing, and write instead.
+        """
+        if not 0 < size <= self.bytes:
             return False
         self.bytes -= size
         return True

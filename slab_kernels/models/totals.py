@@ -13,7 +13,7 @@ from typing import Any
 
 from ..format.layout import PackedLayout
 from .folder import Checkpoint
-from .packed_config import QUANT_METHOD, read_layouts
+from .packed_config import QUANT_METHOD, UNTIED_KEY, read_layouts
 from .shards import TensorEntry
 
 PARTS = ("linears", "embeddings", "head", "norms", "other")  # in the order in which they are named
@@ -192,5 +192,7 @@ def _int8_tables(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
     """Whether embedding and head are one matrix of the dense model."""
-    shared = (e.get("tied") for e in _int8_tables(config).values() if isinstance(e, dict))
-    return _of_text(config, "tie_word_embeddings") is True or any(shared)
+    shared = any(e.get("tied") for e in _int8_tables(config).values() if isinstance(e, dict))
+    entry = config.get("quantization_config")
+    untied = isinstance(entry, dict) and entry.get(UNTIED_KEY) is True
+    return shared or untied or _of_text(config, "tie_word_embeddings") is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -17,6 +18,7 @@ from slab_kernels.compression import job as job_of
 from slab_kernels.compression import presets
 from slab_kernels.compression.arguments import Arguments
 from slab_kernels.compression.job import Job
+from slab_kernels.compression.outside import readable
 from slab_kernels.compression.plan import Plan
 from slab_kernels.compression.statistics import GroupInputs
 from slab_kernels.compression.vocabulary import Wanted
@@ -24,6 +26,7 @@ from slab_kernels.errors import ArchitectureError, ArgumentError, ShapeError
 from slab_kernels.methods import LayerSettings
 from slab_kernels.methods.inputs import InputStats
 from slab_kernels.models.source import open_source
+from slab_kernels.models.totals import read_totals
 
 IDS = tiny_models.tokens()
 FITTED = torch.arange(len(IDS)) % 8 != 7 if len(IDS) > 7 else torch.arange(len(IDS)) < len(IDS) - 1
@@ -66,19 +69,26 @@ def test_the_head_is_fitted_to_what_it_reads_behind_the_compressed_blocks(name, 
 
 def test_the_record_has_the_head_s_true_error(tmp_path, monkeypatch):
     monkeypatch.setattr(job_of, "native_products", lambda device: None)  # all products in fp32
-    dense = tiny_models.write(tmp_path / "dense", tie_word_embeddings=True)
-    record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", head=True, **QUICK)
+    tiny_models.write(tmp_path / "dense", tie_word_embeddings=True)
+    asked = QUICK | {"head": True, "embeddings": "dense"}
+    record = slab_kernels.compress(tmp_path / "dense", tmp_path / "out", **asked)
     layer = record.layers[-1]
     assert (layer.name, layer.block, layer.shape) == ("lm_head", 2, (96, 32))
     assert layer.group_size == 32
+    dense = sum(p.numel() for p in tiny_models.model(tie_word_embeddings=True).parameters())
+    assert read_totals(tmp_path / "out").parameters == dense, "a tied matrix counts once"
     model = slab_kernels.load(tmp_path / "out")
+    slab_kernels.save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "by transformers")
+    for again in ("saved", "by transformers"):
+        assert read_totals(tmp_path / again) == read_totals(tmp_path / "out")
     inputs = []
     model.lm_head.register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
     with torch.no_grad():
         for text, error in ((IDS[FITTED], layer.error), (IDS[~FITTED], layer.heldout_error)):
             inputs.clear()
             found = model(input_ids=text, use_cache=False).logits
-            right = inputs[0] @ dense.lm_head.weight.T
+            right = inputs[0] @ model.model.embed_tokens.weight.T
             assert float((found - right).norm() / right.norm()) == pytest.approx(error, rel=1e-3)
 
 
@@ -228,6 +238,24 @@ def test_code_that_reads_the_weight_is_found_before_any_work(asked, monkeypatch)
     slab_kernels.compress(model, **QUICK | {"progress": events.append})
     assert any("stays dense" in event.message for event in events if event.kind == "warning")
     assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
+
+
+def test_code_that_reads_an_embedding_is_found_before_a_head_that_is_no_plain_linear():
+    model = tiny_models.model(tie_word_embeddings=False)
+    foreign_head(model)
+    norm = model.model.norm
+
+    class Reading(type(norm)):
+        def forward(self, hidden):
+            return super().forward(hidden) + model.model.embed_tokens.weight.mean()
+
+    slab_kernels.compress(copy.deepcopy(model), **QUICK, embeddings="int8", head=False)
+    source = open_source(model)
+    source.model.model.norm.__class__ = Reading
+    model = source.model  # whose weights are hidden while the code is tried
+    wanted = Wanted(embeddings="int8")
+    with torch.no_grad(), pytest.raises(ArchitectureError, match="own code reads the weight of"):
+        readable(Job.of(source, Plan(), (), torch.device("cpu"), wanted), IDS)
 
 
 def test_the_command_line_has_both(tmp_path):

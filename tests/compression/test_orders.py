@@ -10,7 +10,7 @@ import slab_kernels
 from slab_kernels.compression.job import Job
 from slab_kernels.compression.orders import find_orders
 from slab_kernels.compression.plan import Plan
-from slab_kernels.errors import ArgumentError
+from slab_kernels.errors import ArgumentError, CheckpointError
 from slab_kernels.methods import LayerSettings
 from slab_kernels.models.source import open_source
 
@@ -119,6 +119,28 @@ def test_a_model_in_memory_becomes_what_a_folder_does(tmp_path):
         from_folder = slab_kernels.load(tmp_path / "out", device="cpu")(input_ids=ids).logits
         in_memory = model(input_ids=ids).logits
     torch.testing.assert_close(in_memory, from_folder)
+
+
+def test_a_run_goes_on_with_the_orders_of_its_finished_blocks_alone(tmp_path, monkeypatch):
+    """Another number of threads may round so that other orders are found."""
+    tiny_models.write(tmp_path / "dense")
+    settings = {"calibration": tiny_models.tokens(), "method": "magnitude", "permute": True}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event):
+        if event.kind == "block":
+            raise Killed
+
+    with pytest.raises(Killed):
+        slab_kernels.compress(tmp_path / "dense", tmp_path / "out", progress=kill, **settings)
+    again = settings | {"progress": False, "resume": True}
+    with monkeypatch.context() as patch:
+        patch.setattr("slab_kernels.compression.orders.ROUNDS", 0)
+        with pytest.raises(CheckpointError, match="cannot resume .* orders of channels"):
+            slab_kernels.compress(tmp_path / "dense", tmp_path / "out", **again)
+    slab_kernels.compress(tmp_path / "dense", tmp_path / "out", **again)
 
 
 @pytest.mark.parametrize("permute", [1, "yes", None])

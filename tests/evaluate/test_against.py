@@ -13,7 +13,12 @@ import tiny_models
 import torch
 
 import slab_kernels
-from slab_kernels.errors import ArgumentError, CalibrationError, CheckpointError
+from slab_kernels.errors import (
+    ArchitectureError,
+    ArgumentError,
+    CalibrationError,
+    CheckpointError,
+)
 from slab_kernels.evaluate import against
 from slab_kernels.evaluate.against import compare
 from slab_kernels.evaluate.perplexity import perplexity
@@ -141,7 +146,7 @@ def test_block_by_block_no_whole_model_is_in_memory(tmp_path, monkeypatch):
     logits = endings._Behind.logits
 
     def watched(self, states):
-        named = self.model.named_parameters()
+        named = self.ending.model.named_parameters()
         outside.append({name for name, p in named if not p.is_meta})
         found = logits(self, states)
         read.append(tuple(found.shape))
@@ -202,3 +207,12 @@ def test_another_model_is_refused_in_a_sentence(tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ArgumentError, match="makes other tokens of this text, from token"):
         compare(model, dense, tokenizer, "xyz a b")
+
+
+def test_a_model_that_does_not_call_its_head_is_refused_in_a_sentence():
+    model = tiny_models.model()
+    model.get_output_embeddings = lambda: torch.nn.Linear(32, 96)
+    ids = tiny_models.tokens()
+    with endings.WholeModel(model).reading(ids, lambda: None) as reader:
+        with pytest.raises(ArchitectureError, match="does not call its output head, a Linear"):
+            reader.states(0)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from slab_kernels.compression.statistics import Streams
 from slab_kernels.models.groups import find_groups, layer_inputs
 from slab_kernels.models.passes import DensePasses, Passes, Room, may_replay
 from slab_kernels.models.streams import _HIDDEN, Stream, catch_stream
@@ -41,6 +42,22 @@ class Whispers(modeling_llama.LlamaDecoderLayer):
             inner.register_forward_hook(leave)
         attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(attended) * self.left
+
+
+class WritesAndReturnsNothing(modeling_llama.LlamaDecoderLayer):
+    """Its mlp adds to the tensor that it is given."""
+
+    def forward(self, hidden_states, **kwargs):
+        attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states += attended
+        self.mlp.__class__ = AddsTo
+        self.mlp(hidden_states)
+        return hidden_states
+
+
+class AddsTo(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        x += super().forward(x)
 
 
 class Experts(nn.Module):
@@ -133,6 +150,26 @@ def test_a_block_whose_modules_whisper_is_not_replayed(block, may):
     stream, layer, linears = llama(block)
     with torch.no_grad():
         assert may_replay(stream, 1, layer, linears) == may
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_a_module_that_returns_nothing_runs_every_time(room):
+    stream, layer, linears = llama(WritesAndReturnsNothing)
+    with torch.no_grad():
+        assert may_replay(stream, 1, layer, linears)
+        text = Passes(stream.twin(), 1, layer, linears, Room(room))
+        text.finish(tuple(linears))
+        want = stream.run(1, layer, 0)
+        assert torch.equal(text.output(0), want) and torch.equal(text.output(0), want)
+
+
+def test_a_block_of_which_linears_were_skipped_says_nothing_of_others():
+    stream, layer, linears = llama(Whispers)
+    streams = Streams(stream, None, None, None, None)
+    mlp = {name: linear for name, linear in linears.items() if name.startswith("mlp")}
+    for found, replayed in ((mlp, True), (linears, False)):
+        _, inside = streams.enter(1, layer, None, found, "")
+        assert (inside.calibration.room.bytes > 0) == replayed
 
 
 @pytest.mark.parametrize("room", [1 << 30, 20_000, 0])
