@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def other_value(value, tree, rng: random.Random):
         return near[type(value)]()
     if choice < 0.45:
         return json.loads(json.dumps(at(tree, some_place(tree, rng))))
-    return rng.choice(ODD_VALUES)
+    return copy.deepcopy(rng.choice(ODD_VALUES))
 
 
 def shown(value) -> str:
@@ -108,7 +109,7 @@ def change_tree(tree, rng: random.Random) -> str:
                 "\x1b[2J",
             )
         )
-        owner[name] = rng.choice(ODD_VALUES)
+        owner[name] = copy.deepcopy(rng.choice(ODD_VALUES))
         return f"{name!r} = {shown(owner[name])} added beside {where}"
     nested: object = 1
     for _ in range(depth := rng.choice((50, 400, 900))):
@@ -165,7 +166,12 @@ def same_key_twice(text: str, rng: random.Random) -> str:
     tree = json.loads(text)
     key = rng.choice(list(tree))
     return (
-        "{" + json.dumps(key) + ": " + json.dumps(rng.choice(ODD_VALUES)) + ", " + text.lstrip()[1:]
+        "{"
+        + json.dumps(key)
+        + ": "
+        + json.dumps(copy.deepcopy(rng.choice(ODD_VALUES)))
+        + ", "
+        + text.lstrip()[1:]
     )
 
 
