@@ -192,6 +192,11 @@ def judge_dense(path: Path, out: Path, stored: dict[str, list[Tensor]]) -> None:
                 f"other weights: decompressed what is no packed weight: {name}: {error}"
             ) from error
         want[f"{name}.weight"] = packed.dense()
+    for name in config["quantization_config"].get("embeddings") or {}:
+        codes, scales = (want.pop(f"{bare(name)}.{part}", None) for part in ("codes", "scales"))
+        if codes is None or scales is None:
+            raise Fault(f"other weights: decompressed an embedding {name} that is not there")
+        want[f"{bare(name)}.weight"] = codes.float() * scales.float()[:, None]
     for name in want.keys() - dense.keys():  # a head that equals the embedding need not be there
         if any(torch.equal(want[name], tensor) for tensor in dense.values()):
             del want[name]
