@@ -4,8 +4,8 @@
     python benchmarks/figures.py --write    write tables, numbers and pictures anew
 
 A table stands between `<!-- begin table: NAME -->` and `<!-- end -->` (figure_tables.py,
-figure_kernel_tables.py, command_tables.py), a number inside a sentence belongs to a claim
-(figure_claims.py), and a picture in docs/figures/ carries the hash of its rows
+figure_smollm2.py, figure_kernel_tables.py, command_tables.py), a number inside a sentence belongs
+to a claim (figure_claims.py), and a picture in docs/figures/ carries the hash of its rows
 (figure_pictures.py). `--check` needs no matplotlib.
 """
 
@@ -21,11 +21,17 @@ from command_tables import COMMAND_TABLES
 from figure_claims import CLAIMS, Claim
 from figure_kernel_tables import KERNEL_TABLES
 from figure_pictures import PICTURES
+from figure_smollm2 import SMOLLM2_TABLES
 from figure_tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
-ALL_TABLES: dict[str, Callable[[], str]] = {**TABLES, **KERNEL_TABLES, **COMMAND_TABLES}
+ALL_TABLES: dict[str, Callable[[], str]] = {
+    **TABLES,
+    **SMOLLM2_TABLES,
+    **KERNEL_TABLES,
+    **COMMAND_TABLES,
+}
 REGION = re.compile(
     r"(?P<begin><!-- begin table: (?P<name>[^\n]*?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
