@@ -75,7 +75,7 @@ def test_what_takes_no_preset_begins_plain(other, monkeypatch):
         ),
         ({"preset": "small", "planes": 2}, "preset='small' means planes=1, and planes=2"),
         ({"preset": "exact", "embeddings": "int8"}, "means embeddings='dense'"),
-        ({"preset": "exact", "head": True}, "means --no-head, and --head contradicts it"),
+        ({"preset": "exact", "head": True}, "means head=False, and head=True contradicts it"),
         ({"preset": "small", "method": "oats"}, "means method='slab', and method='oats'"),
         ({"preset": "small", "pattern": "50%"}, "means pattern='2:4', and pattern='50%'"),
         ({"preset": "small", "bits": 3.6}, "bits=3.6 chooses values and planes layer by layer"),

@@ -222,8 +222,8 @@ def model(tmp_path_factory) -> Path:
             "model.layers.0.self_attn.q_proj: in_features=32 must be a multiple of 5",
         ),
         (("--pattern", "1:64"), "q_proj"),
-        (("--rank", "33"), "q_proj: rank=33"),
-        (("--adapter-rank", "33", "--method", "oats"), "adapter_rank=33"),
+        (("--rank", "33"), "q_proj: --rank 33"),
+        (("--adapter-rank", "33", "--method", "oats"), "--adapter-rank 33"),
     ],
 )
 def test_the_command_line_refuses_before_any_text_is_read(

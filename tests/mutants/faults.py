@@ -256,7 +256,8 @@ FAULTS = (
     ),
     Fault(
         "perplexity of the token that is given",
-        "slab_kernels/evaluate/*.py", "batch[:, 1:].flatten()", "batch[:, :-1].flatten()",
+        "slab_kernels/evaluate/*.py", "logits.flatten(0, 1), batch[:, 1:].flatten()",
+        "logits.flatten(0, 1), batch[:, :-1].flatten()",
         ("tests/text", "tests/compression"),
     ),
 )  # fmt: skip
