@@ -83,7 +83,10 @@ def alike_in_scales(cost: Tensor, seed: int) -> Tensor:
 
 
 def dealt(cost: Tensor, seed: int) -> Tensor:
-    """Every group gets one channel of each quarter by cost: the first step of RIA."""
+    """Rank channels by cost and give every group of four one from each quarter of the ranking.
+
+    RIA's search for channel orders (ICLR 2024) begins so.
+    """
     quarters = costly_first(cost, seed).unflatten(0, (PATTERN.group, -1)).clone()
     quarters[1::2] = quarters[1::2].flip(1)
     return quarters.T.flatten()

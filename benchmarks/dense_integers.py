@@ -30,7 +30,7 @@ def register(bits: int, group_size: int) -> None:
         return Decomposition(S, mask, scales=scales, values=values, group_size=group_size)
 
     def rtn(weight: Tensor, stats: InputStats | None, config: Config) -> Decomposition:
-        """The nearest points of symmetric grids, steps of least squared error."""
+        """Round every weight to a symmetric grid, whose step has the least squared error."""
         mask = weight.new_ones(weight.shape).bool()
         S, scales = quantize(weight, mask, values, group_size)
         return dense(S, mask, scales)

@@ -92,7 +92,7 @@ def published_entries() -> list[Entry]:
 
 
 def own_entries(adapter_rank: int) -> list[Entry]:
-    """The library's own method: what presets choose, then single settings."""
+    """Rows of the library's own method: first what each preset chooses, then single settings."""
     rows = [Entry(f"preset {name}", "preset", {"preset": name}) for name in PRESETS]
     for values, planes in OWN:
         name = f"slab {values}" + (f", {planes} planes" if planes > 1 else "")

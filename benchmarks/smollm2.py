@@ -28,7 +28,7 @@ CONTROL = 3  # the type of a token that stands for no text (llama.cpp, llama_tok
 
 
 class NoPackageError(RuntimeError):
-    """The package cannot be had, or is not the one whose figures are known."""
+    """The package cannot be fetched, or its hash is not that of the version which was measured."""
 
 
 class OccupiedError(RuntimeError):

@@ -2,8 +2,8 @@
 //
 // With H the group's block, C = H^-1 and o the errors that would be best without any constraint,
 // the loss of errors e is (e - o)^T H (e - o). Where only the pruned errors are given and the kept
-// ones follow, it is x^T C_pp^-1 x with x = e_p - o_p; a kept error that misses its optimum by m adds
-// `first` or `second` times m^2.
+// ones follow, it is x^T C_pp^-1 x with x = e_p - o_p; a kept error that misses its optimum by m
+// adds `first` or `second` times m^2.
 #pragma once
 
 #include "states.h"
@@ -73,8 +73,8 @@ struct Descent {
     try_state<kGrid>(c, pruned, kept, g, grid, low[p], low[q], kAt, best);
   }
 
-  // Moves one group of a vector of rows to its best state. error, gradient, target and magnitude are
-  // the group's [4][kLanes].
+  // Moves one group of a vector of rows to its best state. error, gradient, target and magnitude
+  // are the group's [4][kLanes].
   template <bool kGrid, bool kSigns>
   static SLAB_INLINE Best improve(const CpuDescentGroup& known, const float* error,
                                   const float* gradient, const float* target,

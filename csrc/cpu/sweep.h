@@ -105,8 +105,8 @@ struct Sweep {
     return rounded > V::zero() ? rounded : S::splat(1.0f);
   }
 
-  // The step size of the columns [a, last) of the block with the least weighted error on those that
-  // are likely to be kept.
+  // Searches the step size of the columns [a, last) of the block: the one that rounds the entries
+  // which are likely to be kept with the least weighted error.
   static SLAB_INLINE F search(const CpuSweep& s, const float* weights, const float* likely,
                               int64_t a, int64_t last) {
     F largest = V::zero();

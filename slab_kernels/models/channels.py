@@ -165,7 +165,10 @@ def _child(block: nn.Module, names: tuple[str, ...], prefix: str) -> str:
 
 
 def _norms(block: nn.Module, prefix: str, beside: tuple[str, ...], size: int) -> Iterator[Part]:
-    """The vectors of a block outside the modules `beside`. Raises: ArchitectureError."""
+    """Find the vectors of a block that belong to no module in `beside`, such as its norms.
+
+    Raises: ArchitectureError.
+    """
     for name, parameter in block.named_parameters():
         if name.split(".")[0] not in beside:
             yield _vector(prefix + name, parameter, size)

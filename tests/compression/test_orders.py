@@ -51,7 +51,7 @@ def test_the_dense_model_computes_the_same(name, changes):
         before = model(input_ids=ids).logits
         moves, said = orders(model, **INT4)
         assert not said
-        # Embedding, norms, and of every block the seven linears.
+        # An order touches the embedding, the norms, and the seven linears of every block.
         assert {"model.embed_tokens.weight", "model.norm.weight"} <= moves.keys()
         assert sum(name.endswith("_proj.weight") for name in moves) == 14
         after = moved(model, moves)(input_ids=ids).logits
