@@ -1,0 +1,152 @@
+"""What a user of SmolLM2-135M-Instruct waits for: compressing it, and each token it then writes.
+
+    make smollm2
+    python benchmarks/smollm2_runs.py .cache/smollm2 --calibration my.txt
+
+Three parts, each in processes of its own with --threads threads, and each stored once it is done:
+
+compress    wall and CPU seconds of `compress --preset balanced` with 128 windows of 512 tokens.
+chat        `generate --chat` of that folder beside the dense model: both answers, tokens per second
+            of one and of eight texts at once, and where the time of a step goes.
+layer       seconds of `decompose` with int4 values and two planes for one layer of random weights,
+            whose 4096 inputs are correlated.
+
+The compressed model stays in --folder, beside MODEL by default. What --out and --folder already
+have is not made again, unless --again asks for it; `--only chat` does one part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from slab_kernels.bench import machine
+from slab_kernels.paths import expanded
+
+OUT = Path(__file__).resolve().parent / "results" / "smollm2-runs.json"
+PARTS = ("compress", "chat", "layer")
+PRESET, SAMPLES, WINDOW = "balanced", 128, 512
+PROMPT, TOKENS, BATCH = "What is the capital of France? Name three of its sights.", 64, 8
+SIZE, INPUTS, SHARED = 4096, 8192, 512  # of the layer: N and K, input vectors, their common causes
+
+
+def run(words: list[str]) -> dict[str, Any]:
+    """The JSON that a Python process prints, with its wall and CPU seconds and peak memory."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(f"smollm2_runs: {' '.join(words[:4])} failed: {done.stdout.decode().strip()}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return json.loads(done.stdout) | {
+        "wall_seconds": time.perf_counter() - began,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_bytes": after.ru_maxrss * 1024,
+    }
+
+
+def compress(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole command, from its start to its end."""
+    shutil.rmtree(args.folder, ignore_errors=True)
+    command = ["-m", "slab_kernels", "compress", args.model, str(args.folder), "--preset", PRESET]
+    command += ["--calibration", args.calibration, "--samples", str(SAMPLES)]
+    found = run([*command, "--window", str(WINDOW), "--device", "cpu", "--json"])
+    names = (
+        "bits_per_weight", "bytes", "mean_error", "mean_heldout_error", "wall_seconds",
+        "cpu_seconds", "peak_bytes",
+    )  # fmt: skip
+    settings = {"preset": PRESET, "samples": SAMPLES, "window": WINDOW}
+    settings["calibration"] = Path(args.calibration).name
+    return settings | {name: found[name] for name in names}
+
+
+def chat(args: argparse.Namespace) -> dict[str, Any]:
+    """Both models' answers and speeds, in fp32."""
+    command = ["-m", "slab_kernels", "generate", str(args.folder), "--against", args.model]
+    command += ["--chat", "--prompt", PROMPT, "--tokens", str(TOKENS), "--batch", str(BATCH)]
+    found = run([*command, "--device", "cpu", "--json"])
+    names = ("stored", "bits_per_weight", "bytes", "dtype", "continuation", "decoding")
+    rows = [{name: row[name] for name in names} for row in found["results"]]
+    return {"prompt": PROMPT, "tokens": TOKENS, "results": rows}
+
+
+def layer(args: argparse.Namespace) -> dict[str, Any]:
+    """One large layer, timed without the start of Python."""
+    return run([__file__, args.model, "--solve"])
+
+
+def solve() -> dict[str, Any]:
+    """Decompose the layer in this process, and print how long that took."""
+    import torch
+
+    import slab_kernels
+
+    torch.manual_seed(0)
+    x = torch.randn(INPUTS, SHARED) @ torch.randn(SHARED, SIZE) / SHARED**0.5
+    x += 0.3 * torch.randn(INPUTS, SIZE)
+    stats = slab_kernels.InputStats.from_gram(x.T @ x / INPUTS, INPUTS)
+    weight = torch.randn(SIZE, SIZE) / SIZE**0.5
+    began, cpu = time.perf_counter(), time.process_time()
+    parts = slab_kernels.decompose(weight, stats, values="int4", planes=2)
+    seconds, spent = time.perf_counter() - began, time.process_time() - cpu
+    lost = (parts.dense() - weight) @ x[:512].T
+    error = float(lost.norm() / (weight @ x[:512].T).norm())
+    sizes = {"out_features": SIZE, "in_features": SIZE, "values": "int4", "planes": 2}
+    return sizes | {"seconds": seconds, "solver_cpu_seconds": spent, "error": error}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of the dense model")
+    parser.add_argument("--calibration", default="stdlib", help="text that compression reads")
+    parser.add_argument("--folder", type=expanded, help="of the compressed model")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", choices=PARTS, help="this part, and no other")
+    parser.add_argument("--again", action="store_true", help="measure what is there anew")
+    parser.add_argument("--out", type=expanded, default=OUT)
+    parser.add_argument("--solve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.folder = args.folder or Path(f"{args.model.rstrip('/')}-{PRESET}")
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is loaded, here and below
+    return args
+
+
+def wanted(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """The parts to measure; the model is compressed where no folder of it is left."""
+    parts = [args.only] if args.only else list(PARTS)
+    left = [part for part in parts if args.again or part not in found]
+    if "chat" in left and "compress" not in left and not args.folder.is_dir():
+        left.insert(0, "compress")
+    return left
+
+
+def main() -> int:
+    args = arguments()
+    if args.solve:
+        print(json.dumps(solve()))
+        return 0
+    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    for part in wanted(args, found):
+        print(f"smollm2_runs: {part}", file=sys.stderr, flush=True)
+        measured = {"compress": compress, "chat": chat, "layer": layer}[part](args)
+        here = {
+            "machine": machine.one_line(), "threads": args.threads, "commit": machine.commit(),
+        }  # fmt: skip
+        found |= {"model": "SmolLM2-135M-Instruct", part: here | measured}
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        args.out.write_text(text, encoding="utf-8")
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
