@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,8 +171,6 @@ def speedup_rows(name: str, backend: str) -> list[Row]:
 
 def speed(rows: list[Row], title: str) -> str:
     """Speed-up against tokens: a line through the geometric mean, a band over the shapes."""
-    import math
-
     drawn, (ax,) = figure(7.6, 3.6)
     tokens = sorted({row["m"] for row in rows})
     top = 1.05 * max(row["speedup_vs_dense"] for row in rows)
@@ -273,6 +272,67 @@ def methods(found: dict[str, Any]) -> str:
     return as_svg(drawn)
 
 
+# What stands for each family in the picture of SmolLM2: name, colour, marker, line.
+KL_FAMILIES = {
+    "rtn": ("dense, round to nearest", "0.6", "o", "--"),
+    "gptq": ("dense, GPTQ", "0.15", "s", "-"),
+    "gptq, matched": ("dense, GPTQ, matched", "0.15", "*", ""),
+    "2:4, published": ("other 2:4 methods, as published", ORANGE, "x", ""),
+    "2:4, polished": ("other 2:4 methods, with our refit", GREEN, "+", ""),
+    "2:4, matched": ("3BASiL with our refit, matched", GREEN, "*", ""),
+    "slab": ("slab", BLUE, "D", ""),
+    "slab, searched": ("slab --bits", BLUE, "v", ""),
+    "slab, matched": ("slab, matched", PURPLE, "*", ""),
+    "preset": ("slab --preset", BLUE, "P", ""),
+}
+
+
+def kl_rows() -> dict[str, Any]:
+    """Label, family, bits and KL of every row of SmolLM2."""
+    columns = ("label", "family", "bits_per_weight", "kl")
+    found = read("methods-smollm2.json")
+    return {"model": found["model"], "rows": [{c: r[c] for c in columns} for r in found["rows"]]}
+
+
+def divergences(found: dict[str, Any]) -> str:
+    """KL to the dense model against stored bits; presets are named beside their markers."""
+    drawn, axes = figure(9.6, 5.0, columns=2, width_ratios=(3, 2), sharey=True)
+    for ax, (low, high) in zip(axes, ((2.9, 5.9), (8.8, 10.9)), strict=True):
+        for family, (name, ink, marker, line) in KL_FAMILIES.items():
+            rows = matching(found["rows"], family=family)
+            here = [row for row in rows if low <= row["bits_per_weight"] < high]
+            here.sort(key=lambda row: row["bits_per_weight"])
+            if not rows:
+                continue
+            large = family == "preset" or marker == "*"
+            ax.plot(
+                [row["bits_per_weight"] for row in here], [row["kl"] for row in here],
+                linestyle=line or "none", color=ink, marker=marker, label=name, linewidth=1.2,
+                markersize=9 if large else 6,
+            )  # fmt: skip
+            for row in here:
+                if family != "preset" or "," in row["label"]:
+                    continue
+                ax.annotate(
+                    row["label"].removeprefix("preset "), (row["bits_per_weight"], row["kl"]),
+                    xytext=(7, 5), textcoords="offset points", color=BLUE, fontsize=9,
+                )  # fmt: skip
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10))
+        divergence = [row["kl"] for row in found["rows"]]
+        ax.set_ylim(0.8 * min(divergence), 1.25 * max(divergence))
+        ax.set_xlim(low, high)
+        ax.set_xticks([bits / 2 for bits in range(math.ceil(2 * low), math.ceil(2 * high))])
+        ax.set_xlabel("stored bits per weight", color=GREY, fontsize=9.5)
+    axes[0].set_ylabel("KL(dense ‖ compressed), log scale", color=GREY, fontsize=9.5)
+    lines, names = axes[0].get_legend_handles_labels()
+    drawn.legend(
+        lines, names, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False,
+        labelcolor=INK,
+    )  # fmt: skip
+    return as_svg(drawn)
+
+
 PICTURES: dict[str, Picture] = {
     "decomposition.svg": Picture(example_matrices, decomposition),
     "speed-h100.svg": Picture(
@@ -288,6 +348,7 @@ PICTURES: dict[str, Picture] = {
         lambda rows: speed(rows, "The fused linears of Llama-3-8B on an AMD EPYC, bf16"),
     ),
     "perplexity-demo.svg": Picture(demo_rows, demo),
+    "methods-smollm2.svg": Picture(kl_rows, divergences),
     "methods-shipped.svg": Picture(lambda: method_rows("shipped"), methods),
     "methods-stories260k.svg": Picture(lambda: method_rows("stories260k"), methods),
 }  # file under docs/figures/ -> what is drawn

@@ -25,6 +25,11 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def read_if_there(name: str) -> Any:
+    """`read`, or None where nobody has measured it yet."""
+    return read(name) if (RESULTS / name).exists() else None
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """One Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -60,28 +65,6 @@ def spread(numbers: Iterable[float], digits: int = 2) -> str:
 def method(label: str, model: str = "shipped") -> Row:
     """One row of methods-<model>.json, by its label."""
     return the_row(read(f"methods-{model}.json")["rows"], label=label)
-
-
-GOALS = (
-    ("accuracy first", "--values fp16 --planes 2", "slab fp16, 2 planes"),
-    ("plain fp16 values", "--preset exact", "slab fp16"),
-    ("speed while decoding", "--preset small", "slab int4"),
-    ("accuracy for few bits, the default", "--preset balanced", "slab int4, 2 planes"),
-    (
-        "a given size, with time to spare",
-        "--bits 3.6 --match 10",
-        "slab, searched for 3.6 bits, matched",
-    ),
-)
-
-
-def settings_for_goals() -> str:
-    """Five settings of `slab` with what they cost on the shipped model."""
-    rows = [
-        (goal, f"`{flags}`", rounded(found["bits_per_weight"], 2), f"{found['perplexity']:.2f}")
-        for goal, flags, found in ((goal, flags, method(label)) for goal, flags, label in GOALS)
-    ]
-    return markdown(("goal", "flags of `compress`", "bits per weight", "perplexity"), rows)
 
 
 def demo_shipped() -> str:
@@ -260,7 +243,6 @@ def call_overhead() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "settings-for-goals": settings_for_goals,
     "demo-shipped": demo_shipped,
     "methods-shipped": functools.partial(method_rows, METHOD_NAMES, "shipped"),
     "methods-stories260k": functools.partial(method_rows, METHOD_NAMES, "stories260k"),

@@ -4,8 +4,10 @@
     python benchmarks/figures.py --write    write tables, numbers and pictures anew
 
 A table stands between `<!-- begin table: NAME -->` and `<!-- end -->` (figure_tables.py,
-figure_smollm2.py, figure_kernel_tables.py, command_tables.py), a number inside a sentence belongs
-to a claim (figure_claims.py), and a picture in docs/figures/ carries the hash of its rows
+figure_smollm2.py, figure_runs.py, figure_kernel_tables.py, command_tables.py). So do sentences that
+follow from rows of which some may be missing, between `<!-- begin text: NAME -->` and the same end
+(figure_findings.py, figure_runs.py). A number inside any other sentence belongs to a claim
+(figure_claims.py), and a picture in docs/figures/ carries the hash of its rows
 (figure_pictures.py). `--check` needs no matplotlib.
 """
 
@@ -19,21 +21,26 @@ from pathlib import Path
 
 from command_tables import COMMAND_TABLES
 from figure_claims import CLAIMS, Claim
+from figure_findings import FINDING_TEXTS
 from figure_kernel_tables import KERNEL_TABLES
 from figure_pictures import PICTURES
+from figure_runs import RUN_REGIONS
 from figure_smollm2 import SMOLLM2_TABLES
 from figure_tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
-ALL_TABLES: dict[str, Callable[[], str]] = {
+REGIONS: dict[str, Callable[[], str]] = {
     **TABLES,
     **SMOLLM2_TABLES,
+    **FINDING_TEXTS,
+    **RUN_REGIONS,
     **KERNEL_TABLES,
     **COMMAND_TABLES,
 }
 REGION = re.compile(
-    r"(?P<begin><!-- begin table: (?P<name>[^\n]*?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
+    r"(?P<begin><!-- begin (?:table|text): (?P<name>[^\n]*?) -->\n)"
+    r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -43,10 +50,10 @@ def documents(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def with_tables(text: str) -> str:
-    """The text with every table between its markers made anew. Raises: KeyError for its name."""
+def with_regions(text: str) -> str:
+    """The text with all that stands between markers made anew. Raises: KeyError for its name."""
     # The empty lines make it a table for Python-Markdown too, which builds the site.
-    return REGION.sub(lambda m: f"{m['begin']}\n{ALL_TABLES[m['name']]()}\n{m['end']}", text)
+    return REGION.sub(lambda m: f"{m['begin']}\n{REGIONS[m['name']]()}\n{m['end']}", text)
 
 
 def with_claims(text: str, claims: list[Claim]) -> str:
@@ -58,7 +65,7 @@ def with_claims(text: str, claims: list[Claim]) -> str:
 
 def renewed(text: str, name: str) -> str:
     """A document's text as its sources have it. `name` is its path from the repository's root."""
-    return with_claims(with_tables(text), [claim for claim in CLAIMS if claim.document == name])
+    return with_claims(with_regions(text), [claim for claim in CLAIMS if claim.document == name])
 
 
 def differences(old: str, new: str, name: str) -> Iterator[str]:

@@ -1,0 +1,377 @@
+"""What the rows of SmolLM2-135M-Instruct say, as paragraphs, from whichever rows there are.
+
+Numbers, and words like "below" and "above", follow from methods-smollm2.json. A paragraph without
+its rows is left out, and the last one names what has not been measured. What orders of channels do
+(channel-orders.json) is one more text.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+from figure_smollm2 import FILE, MATCHED, PERMUTED, by_label, name_of
+from figure_tables import Row, markdown, matching, read, read_if_there, rounded
+from method_entries import entries
+
+COLUMNS = 100
+# Ours beside the GPTQ row that has about as many bits.
+RIVALS = {
+    "slab, searched for 3.6 bits": "gptq int3, groups of 32",
+    "slab int4": "gptq int3, groups of 32",
+    "slab int4, 2 planes": "gptq int4, groups of 64",
+    "slab, searched for 4.6 bits": "gptq int4, groups of 32",
+    "slab int4, 3 planes": "gptq int4, groups of 32",
+}
+SAME_LINEARS = {
+    "slab int4": "preset small",
+    "slab int4, 2 planes": "preset balanced",
+    "slab fp16": "preset exact",
+}
+# A bit more of an integer halves its step and quarters the squared error, and so at best the KL.
+PER_BIT = 4.0
+# The worse one stands first, as the methods' own papers have them.
+PUBLISHED = (
+    ("magnitude", "wanda"),
+    ("wanda", "sparsegpt"),
+    ("sparsegpt", "alps as published"),
+    ("sparsegpt", "slab-paper"),
+    ("oats as published", "hassle-free as published"),
+    ("sslc as published", "hassle-free as published"),
+    ("hassle-free as published", "threebasil as published"),
+)
+METHODS = ("alps", "eora", "oats", "sslc", "hassle-free", "threebasil", "slim fp16", "slim int4")
+
+
+def wrapped(text: str) -> str:
+    """The paragraph in lines that fit."""
+    lines = textwrap.wrap(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def spread(numbers: Iterable[float], form: str = "{:.2f}") -> str:
+    """ "1.00", or "1.00 to 1.05"."""
+    found = list(numbers)
+    low, high = form.format(min(found)), form.format(max(found))
+    return low if low == high else f"{low} to {high}"
+
+
+def kl(row: Row) -> str:
+    return f"{row['kl']:.3f}"
+
+
+def bits(row: Row) -> str:
+    return rounded(row["bits_per_weight"], 2)
+
+
+def measured(label: str) -> Row | None:
+    """The row, or that of the preset whose linears are the same; only its embedding is int8."""
+    found = by_label()
+    return found.get(label) or found.get(SAME_LINEARS.get(label, ""))
+
+
+def pairs() -> list[tuple[Row, Row]]:
+    """Ours and GPTQ of about as many bits, both without matching or both with it."""
+    found = [
+        (own, other)
+        for end in ("", MATCHED)
+        for label, rival in RIVALS.items()
+        if (own := measured(label + end)) and (other := measured(rival + end))
+    ]
+    return found
+
+
+def at_as_many_bits(own: Row, other: Row) -> float:
+    """KL of ours over that of the other, were the difference in bits spent on the other."""
+    more = own["bits_per_weight"] - other["bits_per_weight"]
+    return own["kl"] / (other["kl"] * PER_BIT**-more)
+
+
+def equal_bits_table() -> str:
+    rows = [
+        (
+            name_of(own["label"]), bits(own), kl(own), name_of(other["label"]), bits(other),
+            kl(other), f"{own['kl'] / other['kl']:.2f}", f"{at_as_many_bits(own, other):.2f}",
+        )
+        for own, other in pairs()
+    ]  # fmt: skip
+    head = ("ours", "bits", "KL", "beside", "bits", "KL", "KL ÷ KL", "at as many bits")
+    return markdown(head, rows)
+
+
+def equal_bits() -> str:
+    """Ours and GPTQ at about as many bits."""
+    found = pairs()
+    if not found:
+        return ""
+    ahead = [pair for pair in found if at_as_many_bits(*pair) < 1]
+    behind = [pair for pair in found if pair not in ahead]
+    text = "**At as many bits.** "
+    if not behind:
+        text += "The KL of ours is below that of GPTQ in every pair"
+    elif not ahead:
+        text += "GPTQ has the lower KL in every pair"
+    else:
+        text += (
+            f"The KL of ours is below that of GPTQ in {len(ahead)} of {len(found)} pairs; GPTQ is "
+            f"ahead of {listed([name_of(own['label']) for own, _ in behind])}"
+        )
+    if ahead:
+        gains = [100 * (1 - at_as_many_bits(*pair)) for pair in ahead]
+        text += f". Where it is below, it is lower by {spread(gains, '{:.0f}')} %"
+    text += (
+        ". Bits never agree to the last digit, so the last column compares at the bits of ours: it "
+        "lets every bit that GPTQ is short of divide its KL by four, as halving the step of an "
+        "integer at best does."
+    )
+    return f"{wrapped(text)}\n{equal_bits_table()}"
+
+
+def change(before: Row, after: Row) -> str:
+    return f"from {kl(before)} to {kl(after)}"
+
+
+def planes() -> str:
+    """What a second and a third sign plane are worth."""
+    second, third = [], []
+    for values in ("int3", "int4", "fp16"):
+        one, two, three = (
+            measured(f"slab {values}{end}") for end in ("", ", 2 planes", ", 3 planes")
+        )
+        if one and two:
+            second.append(f"{change(one, two)} with {values} values")
+        if two and three:
+            third.append(f"{change(two, three)} with {values} values")
+    if not second:
+        return ""
+    text = f"**Planes.** A second sign plane costs half a bit and takes the KL {listed(second)}."
+    if third:
+        text += f" A third one costs as much and takes it {listed(third)}."
+    one, two = measured("slab int4"), measured("slab int3, 2 planes")
+    if one and two:
+        loses = "less" if two["kl"] < one["kl"] else "more"
+        text += (
+            f" Int3 values with two planes take {bits(two)} bits and lose {loses} than int4 values "
+            f"with one, which take {bits(one)}: the KL is {kl(two)} against {kl(one)}."
+        )
+    return wrapped(text)
+
+
+def sixteen_bits() -> str:
+    """What kept values of 16 bits buy."""
+    full, short = measured("slab fp16"), measured("slab int4")
+    if not full or not short:
+        return ""
+    text = (
+        f"**Values of 16 bits.** From int4 to fp16 kept values the linears grow from {bits(short)} "
+        f"to {bits(full)} bits per weight, and the KL goes {change(short, full)}"
+    )
+    if middle := measured("slab int8"):
+        text += f"; int8 values of {bits(middle)} bits give {kl(middle)}"
+    text += "."
+    if plane := measured("slab int4, 2 planes"):
+        does = "does more" if plane["kl"] < full["kl"] else "does less"
+        text += (
+            f" Half a bit spent on a second plane {does}: int4 values with two planes are at "
+            f"{kl(plane)} with {bits(plane)} bits."
+        )
+    return wrapped(text)
+
+
+def papers_format() -> str:
+    """Ours and the paper's solver at the same format."""
+    own, paper, dense = measured("slab fp16"), measured("slab-paper"), read(FILE)["dense"]
+    if not own or not paper:
+        return ""
+    gap = (paper["perplexity"] - own["perplexity"]) / (paper["perplexity"] - dense)
+    return wrapped(
+        f"**The paper's own format.** With fp16 values and one plane, {bits(own)} bits, `slab` has "
+        f"a perplexity of {own['perplexity']:.2f} and a KL of {kl(own)}, where SLaB as published "
+        f"has {paper['perplexity']:.2f} and {kl(paper)}: `slab` closes {100 * gap:.0f} % of the "
+        "gap to the dense model in perplexity, and "
+        f"{100 * (1 - own['kl'] / paper['kl']):.0f} % in KL."
+    )
+
+
+def adapters() -> str:
+    """What P Q^T is worth instead of signs, and beside them."""
+    sentences = []
+    for where, end in (("Instead of", "S + P Q^T only"), ("Beside", "with P Q^T")):
+        parts = [
+            f"from {kl(plain)} with {bits(plain)} bits to {kl(row)} with {bits(row)} for {values}"
+            for values in ("int4", "fp16")
+            if (plain := measured(f"slab {values}")) and (row := measured(f"slab {values}, {end}"))
+        ]
+        if parts:
+            sentences.append(f"{where} the signs P Qᵀ takes the KL {listed(parts)} values.")
+    return wrapped(f"**Adapters.** {' '.join(sentences)}") if sentences else ""
+
+
+def published_order() -> str:
+    """Whether the published methods come out in the order of their papers."""
+    found = by_label()
+    there = [(worse, better) for worse, better in PUBLISHED if worse in found and better in found]
+    if not there:
+        return ""
+    labels = dict.fromkeys(label for pair in there for label in pair)
+    ranked = sorted((found[label] for label in labels), key=lambda row: -row["kl"])
+    names = [f"{short_name(row['label'])} ({kl(row)})" for row in ranked]
+    turned = [
+        f"{short_name(better)} is worse than {short_name(worse)}"
+        for worse, better in there
+        if found[worse]["kl"] < found[better]["kl"]
+    ]
+    text = f"**Methods as published.** From the greatest KL to the least: {', '.join(names)}. "
+    if turned:
+        text += (
+            f"Of the {len(there)} comparisons that their papers draw, {len(turned)} come out the "
+            f"other way here: {listed(turned)}."
+        )
+    else:
+        text += f"All {len(there)} comparisons that their papers draw come out so."
+    refit = [
+        (found[f"{name} as published"], found[f"{name} polished"])
+        for name in METHODS
+        if f"{name} as published" in found and f"{name} polished" in found
+    ]
+    if refit:
+        less = [f"{short_name(a['label'])} {change(a, b)}" for a, b in refit]
+        text += f" Our refit (*polished*) takes the KL of {listed(less)}."
+    return wrapped(text)
+
+
+def short_name(label: str) -> str:
+    return name_of(label).replace(" on sparsegpt", "")
+
+
+def transformer_matching() -> str:
+    """What training each block towards the dense one adds."""
+    both = [
+        (before, row)
+        for label, row in by_label().items()
+        if label.endswith(MATCHED) and (before := measured(label.removesuffix(MATCHED)))
+    ]
+    if not both:
+        return ""
+    both.sort(key=lambda pair: pair[1]["bits_per_weight"])
+    epochs = [after["settings"]["matching"] for _, after in both]
+    better = sum(after["kl"] < before["kl"] for before, after in both)
+    text = (
+        f"**Matching.** {spread(epochs, '{:d}')} epochs of transformer matching lower the KL in "
+        f"{better} of {len(both)} rows."
+    )
+    body = [
+        (
+            name_of(before["label"]), bits(before), kl(before), kl(after),
+            f"{100 * (after['kl'] / before['kl'] - 1):+.0f} %",
+            f"{before['cpu_seconds']:.0f}", f"{after['cpu_seconds']:.0f}",
+        )
+        for before, after in both
+    ]  # fmt: skip
+    head = ("row", "bits", "KL", "matched", "change", "CPU s", "matched, CPU s")
+    return f"{wrapped(text)}\n{markdown(head, body)}"
+
+
+def heldout() -> str:
+    """How much of what was fitted holds on other windows."""
+    families = {
+        "ours": ("preset", "slab", "slab, searched"),
+        "GPTQ": ("gptq",),
+        "round to nearest": ("rtn",),
+        "the other 2:4 methods as published": ("2:4, published",),
+    }
+    parts = []
+    for name, wanted in families.items():
+        ratios = [
+            row["heldout_error"] / row["calibration_error"]
+            for row in by_label().values()
+            if row["family"] in wanted and row["heldout_error"]
+        ]
+        if ratios:
+            parts.append(f"{spread(ratios)} for {name}")
+    if not parts:
+        return ""
+    return wrapped(
+        "**Held-out error.** The mean layer's error on windows that nothing was fitted to, divided "
+        f"by that on the windows that were fitted, is {listed(parts)}."
+    )
+
+
+FINDINGS = (
+    equal_bits, planes, sixteen_bits, adapters, papers_format, published_order,
+    transformer_matching, heldout,
+)  # fmt: skip
+
+
+def missing() -> str:
+    """The last paragraph: the rows of `bench_methods.py` that are not there."""
+    left = [
+        name_of(entry.label)
+        for entry in entries(adapter_rank=1, epochs=1)
+        if not measured(entry.label)
+    ]
+    return wrapped(f"Not measured on this model yet: {'; '.join(left)}.") if left else ""
+
+
+def findings() -> str:
+    """All paragraphs that have their rows."""
+    parts = [paragraph() for paragraph in (*FINDINGS, missing)]
+    return "\n".join(part for part in parts if part)
+
+
+# ---- orders of channels ----
+
+ORDERS = "channel-orders.json"
+
+
+def by_blocks() -> str:
+    """What the first blocks, or all of them, gave in several orders."""
+    rows = (read_if_there(ORDERS) or {"rows": []})["rows"]
+    blocks = max((row["blocks"] for row in rows if row["order"] == "assigned"), default=0)
+    parts = []
+    for form in dict.fromkeys(row["format"] for row in rows):
+        here = [r for r in matching(rows, format=form, blocks=blocks) if len(r["channels"]) == 3]
+        before, after = (matching(here, order=order) for order in ("as trained", "assigned"))
+        if before and after:
+            text = f"from {before[0]['kl']:.4f} to {after[0]['kl']:.4f} with {name_of(form)}"
+            others = [row["kl"] for row in matching(here, order="random")]
+            if others:
+                text += f" (random orders: {spread(others, '{:.4f}')})"
+            parts.append(text)
+    if not parts:
+        return ""
+    return (
+        f"On {'the first ' if blocks < 30 else 'all '}{blocks} blocks of SmolLM2 it takes the KL "
+        f"{listed(parts)}. "
+    )
+
+
+def channel_orders() -> str:
+    """Whether `--permute` pays, as far as it has been measured."""
+    found = by_label()
+    text = by_blocks()
+    whole = [
+        f"{change(found[plain], row)} with {name_of(plain)}"
+        for label, row in found.items()
+        if label.endswith(PERMUTED) and (plain := label.removesuffix(PERMUTED)) in found
+    ]
+    if whole:
+        text += f"In the rows of [the whole model](results.md) it takes the KL {listed(whole)}. "
+        text += "It is off by default; "
+    else:
+        text += "It is off by default, since its gain in the whole model has not been measured; "
+    return wrapped(
+        f"{text}`benchmarks/channel_orders.py` compares it with the order as trained and with "
+        "random ones."
+    )
+
+
+FINDING_TEXTS: dict[str, Callable[[], str]] = {
+    "smollm2-findings": findings,
+    "channel-orders": channel_orders,
+}
