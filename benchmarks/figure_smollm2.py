@@ -18,17 +18,18 @@ KEY_ROWS = {
     "slab-paper": "SLaB as published, 2:4",
     "sparsegpt": "SparseGPT, 2:4",
 }
-# Goal -> flags of `compress` and label, of which the first that was measured counts.
+# Goal -> flags of `compress` and label, of which the first that was measured counts. {} are the
+# epochs of matching that the row had.
 GOALS = {
     "fewest bytes; fastest while decoding": [("--preset small", "preset small")],
     "near the dense model for few bits, the default": [("--preset balanced", "preset balanced")],
     "the same, with time to spare": [
-        ("--match 10 --embeddings dense", "slab int4, 2 planes, matched"),
+        ("--match {} --embeddings dense", "slab int4, 2 planes, matched"),
     ],
     "kept values of 16 bits": [("--preset exact", "preset exact")],
     **{
         f"linears of {bits} bits": [
-            (f"{flags} --match 10", f"slab, searched for {bits} bits, matched"),
+            (f"{flags} --match {{}}", f"slab, searched for {bits} bits, matched"),
             (flags, f"slab, searched for {bits} bits"),
         ]
         for bits in (3.6, 4.6)
@@ -94,6 +95,7 @@ def settings_for_goals() -> str:
     for goal, choices in GOALS.items():
         flags, row = next(((f, found[label]) for f, label in choices if label in found), ("", None))
         if row:
+            flags = flags.format(row["settings"].get("matching"))
             rows.append((goal, f"`{flags}`", *costs(row)))
     head = ("goal", "flags of `compress`", "bits per weight", "MB", "KL", "perplexity")
     return markdown(head, rows)

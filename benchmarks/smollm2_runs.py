@@ -11,8 +11,9 @@ chat        `generate --chat` of that folder beside the dense model: both answer
 layer       seconds of `decompose` with int4 values and two planes for one layer of random weights,
             whose 4096 inputs are correlated.
 
-The compressed model stays in --folder, beside MODEL by default. What --out and --folder already
-have is not made again, unless --again asks for it; `--only chat` does one part.
+The compressed model stays in --folder, beside MODEL by default; one that is there is replaced when
+compressing is timed. What --out already has is not measured again, unless --again asks for it, and
+`--only chat` does one part.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ OUT = Path(__file__).resolve().parent / "results" / "smollm2-runs.json"
 PARTS = ("compress", "chat", "layer")
 PRESET, SAMPLES, WINDOW = "balanced", 128, 512
 PROMPT, TOKENS, BATCH = "What is the capital of France? Name three of its sights.", 64, 8
+RECORD = "slab_run.json"  # what `compress` leaves in a folder that it has finished
 SIZE, INPUTS, SHARED = 4096, 8192, 512  # of the layer: N and K, input vectors, their common causes
 
 
@@ -54,7 +56,10 @@ def run(words: list[str]) -> dict[str, Any]:
 
 def compress(args: argparse.Namespace) -> dict[str, Any]:
     """The whole command, from its start to its end."""
-    shutil.rmtree(args.folder, ignore_errors=True)
+    if args.folder.exists():
+        if not (args.folder / RECORD).is_file():
+            sys.exit(f"smollm2_runs: {args.folder} is there and no compressed model; move it away")
+        shutil.rmtree(args.folder)
     command = ["-m", "slab_kernels", "compress", args.model, str(args.folder), "--preset", PRESET]
     command += ["--calibration", args.calibration, "--samples", str(SAMPLES)]
     found = run([*command, "--window", str(WINDOW), "--device", "cpu", "--json"])

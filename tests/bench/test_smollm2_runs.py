@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import figure_runs
 import figure_tables
@@ -39,6 +40,7 @@ def calls(monkeypatch, tmp_path):
         asked.append(next(w for w in ("compress", "generate", "--solve") if w in words))
         if asked[-1] == "compress":
             (tmp_path / "dense-balanced").mkdir()
+            (tmp_path / "dense-balanced" / "slab_run.json").touch()
         sizes = {"out_features": 4096, "in_features": 4096, "values": "int4", "planes": 2}
         return SPENT | sizes | {
             "bits_per_weight": 4.26, "bytes": 85e6, "mean_error": 0.06, "mean_heldout_error": 0.07,
@@ -79,9 +81,17 @@ def test_what_is_there_is_not_made_again(runs, calls, tmp_path):
     assert len(calls) == 3
     runs("--only", "chat", "--again")
     assert calls[3:] == ["generate"]
-    (tmp_path / "dense-balanced").rmdir()  # the folder is lost, so the chat needs it anew
+    shutil.rmtree(tmp_path / "dense-balanced")  # lost, so the chat needs it anew
     runs("--only", "chat", "--again")
     assert calls[4:] == ["compress", "generate"]
+
+
+def test_a_folder_with_something_else_is_left_alone(runs, calls, tmp_path):
+    (tmp_path / "dense-balanced").mkdir()
+    (tmp_path / "dense-balanced" / "mine.txt").touch()
+    with pytest.raises(SystemExit, match="no compressed model"):
+        runs("--only", "compress")
+    assert (tmp_path / "dense-balanced" / "mine.txt").exists() and not calls
 
 
 def test_a_failed_process_ends_the_script(capfd):

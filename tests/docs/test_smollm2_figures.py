@@ -101,6 +101,15 @@ def test_the_readme_is_short_with_every_row(results):
     assert len(figures.renewed(text, "README.md").splitlines()) <= README_LINES
 
 
+def test_flags_are_those_of_the_row(results):
+    """Of a size both the searched row and its matched one may be there; the better one counts."""
+    fill(results, lambda label: "searched" in label)
+    assert "| `--bits 3.6 --group-size 0 --match 10` |" in figures.REGIONS["settings-for-goals"]()
+    fill(results, lambda label: label == "slab, searched for 3.6 bits")
+    text = figures.REGIONS["settings-for-goals"]()
+    assert "| `--bits 3.6 --group-size 0` |" in text and "match" not in text
+
+
 def test_rows_that_are_not_there_are_named(results):
     fill(results, lambda label: label not in ("wanda", "rtn int3, groups of 64"))
     last = figure_findings.missing()
