@@ -107,14 +107,17 @@ def steps() -> str:
 
 
 def answers() -> str:
-    """What both models answer to the same question."""
-    found = part("chat")
+    """What both models write to the same questions."""
+    found = part("answers")
     if not found:
         return ""
-    dense, own = found["results"]
-    spoken = [("Question", found["prompt"]), ("Dense", dense["continuation"])]
-    spoken.append(("`--preset balanced`", own["continuation"]))
-    return "\n>\n".join(quoted(f"*{who}:* {text}") for who, text in spoken) + "\n"
+    parts = []
+    for row in found["rows"]:
+        parts.append(quoted(f"**{row['question']}**"))
+        for name in ("dense", "balanced"):
+            written = row[name]
+            parts.append(quoted(f"*{name}:* {written['text']}{' …' if written['cut'] else ''}"))
+    return "\n>\n".join(parts) + "\n"
 
 
 def quoted(text: str) -> str:

@@ -3,11 +3,12 @@
     make smollm2
     python benchmarks/smollm2_runs.py .cache/smollm2 --calibration my.txt
 
-Three parts, each in processes of its own with --threads threads, and each stored once it is done:
+Four parts, each in processes of its own with --threads threads, and each stored once it is done:
 
 compress    wall and CPU seconds of `compress --preset balanced` with 128 windows of 512 tokens.
-chat        `generate --chat` of that folder beside the dense model: both answers, tokens per second
-            of one and of eight texts at once, and where the time of a step goes.
+chat        `generate --chat` of that folder beside the dense model: tokens per second of one and of
+            eight texts at once, and where the time of a step goes.
+answers     what both write to a few questions, greedily. No time is taken.
 layer       seconds of `decompose` with int4 values and two planes for one layer of random weights,
             whose 4096 inputs are correlated.
 
@@ -33,9 +34,15 @@ from slab_kernels.bench import machine
 from slab_kernels.paths import expanded
 
 OUT = Path(__file__).resolve().parent / "results" / "smollm2-runs.json"
-PARTS = ("compress", "chat", "layer")
+NAME = "SmolLM2-135M-Instruct"
 PRESET, SAMPLES, WINDOW = "balanced", 128, 512
-PROMPT, TOKENS, BATCH = "What is the capital of France? Name three of its sights.", 64, 8
+TOKENS, BATCH = 64, 8
+QUESTIONS = (
+    "What is the capital of France? Name three of its sights.",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Write a short poem about the sea.",
+)
 RECORD = "slab_run.json"  # what `compress` leaves in a folder that it has finished
 SIZE, INPUTS, SHARED = 4096, 8192, 512  # of the layer: N and K, input vectors, their common causes
 
@@ -73,13 +80,26 @@ def compress(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> dict[str, Any]:
-    """Both models' answers and speeds, in fp32."""
+    """How fast both models answer the first question, in fp32."""
     command = ["-m", "slab_kernels", "generate", str(args.folder), "--against", args.model]
-    command += ["--chat", "--prompt", PROMPT, "--tokens", str(TOKENS), "--batch", str(BATCH)]
+    command += ["--chat", "--prompt", QUESTIONS[0], "--tokens", str(TOKENS), "--batch", str(BATCH)]
     found = run([*command, "--device", "cpu", "--json"])
-    names = ("stored", "bits_per_weight", "bytes", "dtype", "continuation", "decoding")
+    names = ("stored", "bits_per_weight", "bytes", "dtype", "decoding")
     rows = [{name: row[name] for name in names} for row in found["results"]]
-    return {"prompt": PROMPT, "tokens": TOKENS, "results": rows}
+    return {"prompt": QUESTIONS[0], "tokens": TOKENS, "results": rows}
+
+
+def answers(args: argparse.Namespace) -> dict[str, Any]:
+    """What both models write to every question, and whether it was cut off."""
+    rows = []
+    for question in QUESTIONS:
+        row = {"question": question}
+        for name, folder in (("dense", args.model), (PRESET, str(args.folder))):
+            command = ["-m", "slab_kernels", "generate", folder, "--chat", "--prompt", question]
+            found = run([*command, "--tokens", str(TOKENS), "--device", "cpu", "--json"])
+            row[name] = {"text": found["text"], "cut": found["tokens"] == TOKENS}
+        rows.append(row)
+    return {"tokens": TOKENS, "rows": rows}
 
 
 def layer(args: argparse.Namespace) -> dict[str, Any]:
@@ -107,6 +127,9 @@ def solve() -> dict[str, Any]:
     return sizes | {"seconds": seconds, "solver_cpu_seconds": spent, "error": error}
 
 
+MEASURES = {"compress": compress, "chat": chat, "answers": answers, "layer": layer}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -115,7 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default="stdlib", help="text that compression reads")
     parser.add_argument("--folder", type=expanded, help="of the compressed model")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", choices=PARTS, help="this part, and no other")
+    parser.add_argument("--only", choices=MEASURES, help="this part, and no other")
     parser.add_argument("--again", action="store_true", help="measure what is there anew")
     parser.add_argument("--out", type=expanded, default=OUT)
     parser.add_argument("--solve", action="store_true", help=argparse.SUPPRESS)
@@ -125,11 +148,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def stored(file: Path) -> dict[str, Any]:
+    """What earlier runs have measured."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def wanted(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     """The parts to measure; the model is compressed where no folder of it is left."""
-    parts = [args.only] if args.only else list(PARTS)
+    parts = [args.only] if args.only else list(MEASURES)
     left = [part for part in parts if args.again or part not in found]
-    if "chat" in left and "compress" not in left and not args.folder.is_dir():
+    opened = "chat" in left or "answers" in left
+    if opened and "compress" not in left and not args.folder.is_dir():
         left.insert(0, "compress")
     return left
 
@@ -139,14 +168,13 @@ def main() -> int:
     if args.solve:
         print(json.dumps(solve()))
         return 0
-    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    for part in wanted(args, found):
+    for part in wanted(args, stored(args.out)):
         print(f"smollm2_runs: {part}", file=sys.stderr, flush=True)
-        measured = {"compress": compress, "chat": chat, "layer": layer}[part](args)
+        measured = MEASURES[part](args)
         here = {
             "machine": machine.one_line(), "threads": args.threads, "commit": machine.commit(),
         }  # fmt: skip
-        found |= {"model": "SmolLM2-135M-Instruct", part: here | measured}
+        found = {"model": NAME, **stored(args.out), part: here | measured}
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         args.out.write_text(text, encoding="utf-8")
     print(args.out)
