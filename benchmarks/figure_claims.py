@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from figure_runs import RUNS
 from figure_tables import H100, RESULTS, cold_rows, matching, method, read, the_row
 
 FIELD = re.compile(r"\{(:[^{}]*)?\}")
@@ -119,6 +120,12 @@ def smollm2(name: str, column: str) -> float:
     return method(labels[name], "smollm2")[column]
 
 
+def one_text(stored: str) -> float:
+    """Tokens per second of SmolLM2, dense or packed, that writes one text on a CPU."""
+    found = the_row(read(RUNS)["chat"]["results"], stored=stored)
+    return the_row(found["decoding"], batch=1)["tokens_per_second"]
+
+
 def serving() -> tuple[float, ...]:
     found = read("serving-vllm-cpu.json")
     names = ("requests", "clients", "seconds", "tokens_per_second", "wrong_count", "failed_count")
@@ -147,6 +154,11 @@ CLAIMS: list[Claim] = [
             dense_smollm2("bytes") / 1e6,
             smollm2("balanced", "bits_per_weight"),
         ),
+    ),
+    Claim(
+        "README.md",
+        "It writes {:.1f} tokens/s on {:d} threads of a CPU, the dense model {:.1f} (",
+        lambda: (one_text("packed"), read(RUNS)["chat"]["threads"], one_text("dense")),
     ),
     Claim(
         "README.md",

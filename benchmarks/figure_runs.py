@@ -111,13 +111,17 @@ def answers() -> str:
     found = part("answers")
     if not found:
         return ""
+    text = (
+        f"Greedy answers of at most {found['tokens']} tokens; … stands where one was cut off. No "
+        "question was left out."
+    )
     parts = []
     for row in found["rows"]:
         parts.append(quoted(f"**{row['question']}**"))
         for name in ("dense", "balanced"):
             written = row[name]
             parts.append(quoted(f"*{name}:* {written['text']}{' …' if written['cut'] else ''}"))
-    return "\n>\n".join(parts) + "\n"
+    return wrapped(text) + "\n" + "\n>\n".join(parts) + "\n"
 
 
 def quoted(text: str) -> str:

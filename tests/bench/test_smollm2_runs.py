@@ -121,6 +121,6 @@ def test_texts_and_tables_of_the_runs(runs):
     shares = [f"{rounded(ms, 1)} ms, 20 %" for ms in (10, 8, 20, 16)]
     assert f"| output head | {' | '.join(shares)} |" in texts["smollm2-steps"]
     assert "| all | 50.0 ms | 40.0 ms | 100.0 ms | 80.0 ms |" in texts["smollm2-steps"]
-    quoted = texts["smollm2-answers"].splitlines()
+    quoted = texts["smollm2-answers"].partition("\n\n")[2].splitlines()
     assert all(line.startswith(">") and len(line) <= 100 for line in quoted)
     assert "Paris &lt;b>" in texts["smollm2-answers"] and "…" in quoted[-1]
