@@ -77,13 +77,12 @@ def measured(label: str) -> Row | None:
 
 def pairs() -> list[tuple[Row, Row]]:
     """Ours and GPTQ of about as many bits, both without matching or both with it."""
-    found = [
+    return [
         (own, other)
         for end in ("", MATCHED)
         for label, rival in RIVALS.items()
         if (own := measured(label + end)) and (other := measured(rival + end))
     ]
-    return found
 
 
 def at_as_many_bits(own: Row, other: Row) -> float:
@@ -117,9 +116,13 @@ def equal_bits() -> str:
     elif not ahead:
         text += "GPTQ has the lower KL in every pair"
     else:
+        lost = [
+            f"{bits(own)} bits{' with matching' if 'matching' in own['settings'] else ''}"
+            for own, _ in behind
+        ]
         text += (
             f"The KL of ours is below that of GPTQ in {len(ahead)} of {len(found)} pairs; GPTQ is "
-            f"ahead of {listed([name_of(own['label']) for own, _ in behind])}"
+            f"ahead at {listed(lost)}"
         )
     if ahead:
         gains = [100 * (1 - at_as_many_bits(*pair)) for pair in ahead]

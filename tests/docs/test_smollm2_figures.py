@@ -9,7 +9,6 @@ import zlib
 
 import figure_findings
 import figure_pictures
-import figure_runs
 import figure_smollm2
 import figure_tables
 import figures
@@ -45,8 +44,7 @@ def results(tmp_path, monkeypatch):
     """A folder in the place of the results; `fill` puts rows of SmolLM2 there."""
     folder = tmp_path / "results"
     shutil.copytree(figure_tables.RESULTS, folder)
-    for name in (figure_runs.RUNS, figure_findings.ORDERS):
-        (folder / name).unlink(missing_ok=True)
+    (folder / figure_findings.ORDERS).unlink(missing_ok=True)
     monkeypatch.setattr(figure_tables, "RESULTS", folder)
     figure_tables.read.cache_clear()
     yield folder
@@ -130,6 +128,19 @@ def test_who_is_ahead_follows_from_the_rows(results, ours, sentence):
     pair = ("preset balanced", "gptq int4, groups of 64")
     fill(results, lambda label: label in pair, preset_balanced={"kl": ours})
     assert sentence in " ".join(figure_findings.equal_bits().split())
+
+
+def test_where_it_loses_is_said(results):
+    won, lost = (
+        ("preset balanced", "gptq int4, groups of 64"),
+        ("preset small", "gptq int3, groups of 32"),
+    )
+    fill(
+        results, lambda label: label in won + lost,
+        **{"preset balanced": {"kl": 0.1}, "preset small": {"kl": 0.9}},
+    )  # fmt: skip
+    text = " ".join(figure_findings.equal_bits().split())
+    assert "in 1 of 2 pairs; GPTQ is ahead at 3.76 bits." in text
 
 
 def test_bits_that_the_other_lacks_count_for_it(results):
