@@ -101,6 +101,10 @@ def own_entries(adapter_rank: int) -> list[Entry]:
         both = {"values": values, "planes": 1, "adapter_rank": adapter_rank, **DENSE}
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
+    for name in ("balanced", "exact"):
+        rows.append(
+            Entry(f"preset {name}, permuted", "preset", {"preset": name, "permute": True})
+        )
     for bits in BUDGETS:
         searched = {"bits": bits, "group_size": None, **DENSE}
         rows.append(Entry(f"slab, searched for {bits} bits", "slab, searched", searched))
