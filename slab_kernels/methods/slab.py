@@ -79,7 +79,7 @@ class SlabConfig(Config):
     tolerance: float = setting(5e-3, "relative fall of the root loss that a round must bring", 0, 1)
     iterations: int = setting(5, "conjugate gradient steps of a solve at most", 0, 10_000)
     drift: float = setting(
-        0.25, "share of the error made before this layer that it is to undo", 0, 1
+        0.75, "share of the error made before this layer that it is to undo", 0, 1
     )
     drift_damping: float = setting(
         0.1,
