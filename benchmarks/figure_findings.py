@@ -2,7 +2,7 @@
 
 Numbers, and words like "below" and "above", follow from methods-smollm2.json. A paragraph without
 its rows is left out, and the last one names what has not been measured. What orders of channels do
-(channel-orders.json) is one more text.
+is one more text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from figure_smollm2 import FILE, MATCHED, PERMUTED, by_label, name_of
-from figure_tables import Row, markdown, matching, read, read_if_there, rounded
+from figure_tables import Row, markdown, read, rounded
 from method_entries import entries
 
 COLUMNS = 100
@@ -329,48 +329,22 @@ def findings() -> str:
 
 # ---- orders of channels ----
 
-ORDERS = "channel-orders.json"
-
-
-def by_blocks() -> str:
-    """What the first blocks, or all of them, gave in several orders."""
-    rows = (read_if_there(ORDERS) or {"rows": []})["rows"]
-    blocks = max((row["blocks"] for row in rows if row["order"] == "assigned"), default=0)
-    parts = []
-    for form in dict.fromkeys(row["format"] for row in rows):
-        here = [r for r in matching(rows, format=form, blocks=blocks) if len(r["channels"]) == 3]
-        before, after = (matching(here, order=order) for order in ("as trained", "assigned"))
-        if before and after:
-            text = f"from {before[0]['kl']:.4f} to {after[0]['kl']:.4f} with {name_of(form)}"
-            others = [row["kl"] for row in matching(here, order="random")]
-            if others:
-                text += f" (random orders: {spread(others, '{:.4f}')})"
-            parts.append(text)
-    if not parts:
-        return ""
-    return (
-        f"On {'the first ' if blocks < 30 else 'all '}{blocks} blocks of SmolLM2 it takes the KL "
-        f"{listed(parts)}. "
-    )
-
 
 def channel_orders() -> str:
     """Whether `--permute` pays, as far as it has been measured."""
     found = by_label()
-    text = by_blocks()
     whole = [
-        f"{change(found[plain], row)} with {name_of(plain)}"
+        f"{change(found[plain], row)} with {name_of(plain)}, for "
+        f"{row['cpu_seconds'] / found[plain]['cpu_seconds']:.1f} times the CPU time"
         for label, row in found.items()
         if label.endswith(PERMUTED) and (plain := label.removesuffix(PERMUTED)) in found
     ]
-    if whole:
-        text += f"In the rows of [the whole model](results.md) it takes the KL {listed(whole)}. "
-        text += "It is off by default; "
-    else:
-        text += "It is off by default, since its gain in the whole model has not been measured; "
+    if not whole:
+        return wrapped("It is off by default, since its gain has not been measured yet.")
     return wrapped(
-        f"{text}`benchmarks/channel_orders.py` compares it with the order as trained and with "
-        "random ones."
+        f"On [SmolLM2](results.md) it takes the KL {listed(whole)}. It is off by default, because "
+        "LoRA adapters, and whatever else was made for the channels as they were trained, do not "
+        "fit the new order."
     )
 
 

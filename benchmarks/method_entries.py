@@ -102,9 +102,7 @@ def own_entries(adapter_rank: int) -> list[Entry]:
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
     for name in ("balanced", "exact"):
-        rows.append(
-            Entry(f"preset {name}, permuted", "preset", {"preset": name, "permute": True})
-        )
+        rows.append(Entry(f"preset {name}, permuted", "preset", {"preset": name, "permute": True}))
     for bits in BUDGETS:
         searched = {"bits": bits, "group_size": None, **DENSE}
         rows.append(Entry(f"slab, searched for {bits} bits", "slab, searched", searched))

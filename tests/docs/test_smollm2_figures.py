@@ -189,18 +189,3 @@ def test_the_picture_takes_any_rows(results):
         fill(results, wanted)
         picture = figure_pictures.PICTURES["methods-smollm2.svg"]
         assert "‖" in picture.svg() and picture.fingerprint() in picture.svg()
-
-
-def test_orders_of_channels(results):
-    """With rows: of the most blocks that were measured, random orders as a range."""
-    fill(results, SOME["none"])
-    assert "has not been measured" in " ".join(figure_findings.channel_orders().split())
-    base = {"format": "slab fp16", "blocks": 2, "channels": ["residual", "mlp", "value"]}
-    orders = [("as trained", 0.5), ("assigned", 0.4), ("random", 0.6), ("random", 0.7)]
-    rows = [base | {"order": order, "kl": kl} for order, kl in orders]
-    rows.append(base | {"order": "assigned", "kl": 0.1, "channels": ["mlp"]})
-    rows.append(base | {"order": "as trained", "kl": 0.9, "blocks": 30})
-    (results / figure_findings.ORDERS).write_text(json.dumps({"rows": rows}), encoding="utf-8")
-    text = " ".join(figure_findings.channel_orders().split())
-    assert "the first 2 blocks" in text and "from 0.5000 to 0.4000" in text
-    assert "0.6000 to 0.7000" in text and "0.1000" not in text
