@@ -135,6 +135,23 @@ def test_rows_in_pieces_make_one_weight_that_is_hardly_worse(method, monkeypatch
         assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
+def test_pieces_share_a_v_that_suits_rows_throughout_the_vocabulary(monkeypatch):
+    """Frequent tokens, which come first, have other columns large than rare ones."""
+    torch.manual_seed(0)
+    large = torch.arange(64) % 4 < 2
+    sizes = torch.stack([torch.where(large, 4.0, 0.5), torch.where(large, 0.5, 4.0)])
+    weight = torch.randn(160, 64) * sizes[(torch.arange(160) >= 48).long()]
+    inputs = GroupInputs(InputStats.from_inputs(torch.randn(400, 64)), None, None, 0.0)
+    settings = LayerSettings(values="int4", group_size=32)
+    errors = []
+    for at_once in (160 * 64, 48 * 64):
+        monkeypatch.setattr(head_of, "WEIGHTS_AT_ONCE", at_once)
+        solved = head_of.solve(weight, inputs, settings)
+        E = (weight - solved.packed.dense()).double()
+        errors.append(float(E.norm() / weight.double().norm()))
+    assert errors[1] <= errors[0] * 1.1, errors
+
+
 def test_several_planes_and_ranks_in_pieces(monkeypatch):
     torch.manual_seed(0)
     weight, x = torch.randn(100, 48), torch.randn(300, 48)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slab_kernels import methods
-from slab_kernels.compression import plan
+from slab_kernels.compression import matching, plan
 from slab_kernels.compression.calibration import Tokens
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import CheckpointError
@@ -103,6 +103,27 @@ def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, pr
         assert error < (1e-5 if products is None else 5e-3), error
 
 
+def test_statistics_behind_a_matched_block_are_of_what_matching_left(monkeypatch):
+    """Against fp64 sums over plain forwards of the finished model, whose first block is final."""
+    monkeypatch.setattr("slab_kernels.compression.job.native_products", lambda device: None)
+    tokens, seen = tiny_models.tokens(16, 16), _seen(monkeypatch)
+    settings = matching.Matching(epochs=2)
+    result = compress(
+        tiny_models.model(), **QUICK | {"method": "sparsegpt"}, calibration=tokens,
+        matching=settings,
+    )  # fmt: skip
+    assert result.slab_record.matching[0].after < result.slab_record.matching[0].before
+    first = len(seen) // 2  # of the second block
+    texts = Tokens(tokens, None)
+    for found, text in (
+        (seen[first].gram, texts.fitted),
+        (seen[first].held_back, texts.held_back),
+    ):
+        x = _inputs(result, text, "model.layers.1.self_attn.q_proj")
+        want = x.T @ x / len(x)
+        assert float((found - want).norm() / want.norm()) < 1e-5
+
+
 def test_a_single_window_is_fitted_to_and_nothing_judges(monkeypatch):
     seen, tokens = _seen(monkeypatch), tiny_models.tokens(1, 64)
     record = compress(
@@ -116,8 +137,6 @@ def test_a_single_window_is_fitted_to_and_nothing_judges(monkeypatch):
 @pytest.mark.parametrize("target", ["prefix", "dense"])
 def test_matching_never_trains_on_windows_that_judge(monkeypatch, target):
     """Nor is it judged by others."""
-    from slab_kernels.compression import matching
-
     tokens, trained = tiny_models.tokens(16, 16), []
     real = matching._train
 
