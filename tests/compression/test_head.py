@@ -138,18 +138,18 @@ def test_rows_in_pieces_make_one_weight_that_is_hardly_worse(method, monkeypatch
 def test_pieces_share_a_v_that_suits_rows_throughout_the_vocabulary(monkeypatch):
     """Frequent tokens, which come first, have other columns large than rare ones."""
     torch.manual_seed(0)
-    large = torch.arange(64) % 4 < 2
-    sizes = torch.stack([torch.where(large, 4.0, 0.5), torch.where(large, 0.5, 4.0)])
-    weight = torch.randn(160, 64) * sizes[(torch.arange(160) >= 48).long()]
+    of_frequent, of_rare = (torch.logspace(-0.5, 0.5, 64)[torch.randperm(64)] for _ in range(2))
+    frequent = torch.arange(160)[:, None] < 48
+    weight = (0.5 + torch.rand(160, 64)) * torch.randn(160, 64).sign()
+    weight = weight * torch.where(frequent, of_frequent, of_rare)
     inputs = GroupInputs(InputStats.from_inputs(torch.randn(400, 64)), None, None, 0.0)
     settings = LayerSettings(values="int4", group_size=32)
     errors = []
     for at_once in (160 * 64, 48 * 64):
         monkeypatch.setattr(head_of, "WEIGHTS_AT_ONCE", at_once)
         solved = head_of.solve(weight, inputs, settings)
-        E = (weight - solved.packed.dense()).double()
-        errors.append(float(E.norm() / weight.double().norm()))
-    assert errors[1] <= errors[0] * 1.1, errors
+        errors.append(float((weight - solved.packed.dense()).norm() / weight.norm()))
+    assert errors[1] <= errors[0] * 1.2, errors
 
 
 def test_several_planes_and_ranks_in_pieces(monkeypatch):
