@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import tiny_models
+import torch
 
 from slab_kernels.compression import events
 from slab_kernels.compression.events import Lines, ProgressEvent, Reporter
@@ -61,9 +62,14 @@ def test_a_quiet_log_gets_a_sign_of_life(monkeypatch):
 @pytest.mark.parametrize("progress", [False, None])
 def test_what_did_not_go_as_asked_is_said_where_no_progress_is_shown(progress):
     """The default preset's int8 rows, in a model that cannot have them."""
-    model = tiny_models.model()
-    model.all_tied_weights_keys = {"model.norm.weight": "model.embed_tokens.weight"}
-    with pytest.warns(RuntimeWarning, match="^the embedding stays dense: .* are one tensor"):
+
+    class Tripled(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 3
+
+    model = tiny_models.model(tie_word_embeddings=False)
+    model.model.embed_tokens.__class__ = Tripled
+    with pytest.warns(RuntimeWarning, match="^the embedding stays dense: .* is a Tripled"):
         compress(model, calibration=tiny_models.tokens(), progress=progress, rounds=0)
 
 

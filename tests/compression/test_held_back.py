@@ -104,22 +104,27 @@ def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, pr
 
 
 def test_statistics_behind_a_matched_block_are_of_what_matching_left(monkeypatch):
-    """Against fp64 sums over plain forwards of the finished model, whose first block is final."""
+    """What the second block's first layers read, against fp64 sums over plain forwards.
+
+    The first block is final by then; of the second the norm is as it was, and is matched later.
+    """
     monkeypatch.setattr("slab_kernels.compression.job.native_products", lambda device: None)
     tokens, seen = tiny_models.tokens(16, 16), _seen(monkeypatch)
-    settings = matching.Matching(epochs=2)
-    result = compress(
-        tiny_models.model(), **QUICK | {"method": "sparsegpt"}, calibration=tokens,
-        matching=settings,
-    )  # fmt: skip
-    assert result.slab_record.matching[0].after < result.slab_record.matching[0].before
-    first = len(seen) // 2  # of the second block
-    texts = Tokens(tokens, None)
-    for found, text in (
-        (seen[first].gram, texts.fitted),
-        (seen[first].held_back, texts.held_back),
-    ):
-        x = _inputs(result, text, "model.layers.1.self_attn.q_proj")
+    settings = QUICK | {"method": "sparsegpt", "matching": matching.Matching(epochs=2)}
+    result = compress(tiny_models.model(), **settings, calibration=tokens)
+    match = result.slab_record.matching[0]
+    assert match.after < match.before
+    norm, hidden = tiny_models.model().model.layers[1].input_layernorm, []
+    result.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    texts, stats = Tokens(tokens, None), seen[len(seen) // 2]
+    for found, text in ((stats.gram, texts.fitted), (stats.held_back, texts.held_back)):
+        hidden.clear()
+        with torch.no_grad():
+            result(input_ids=text, use_cache=False)
+            x = norm(hidden[0]).flatten(0, -2).double()
         want = x.T @ x / len(x)
         assert float((found - want).norm() / want.norm()) < 1e-5
 
