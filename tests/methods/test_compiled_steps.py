@@ -3,6 +3,8 @@ instruction set that runs here."""
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from pairwise import grid
@@ -132,6 +134,36 @@ def test_what_is_returned_has_the_loss_of_fp64(planes, values):
         exact[kept] = round_to_grid(now, steps, values.values)[kept]
     assert (exact - now).abs().max() < 0.01
     torch.testing.assert_close(loss(exact), loss(now), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("isa", native.runnable())
+def test_a_group_at_the_best_of_all_its_states_stays_there(use_isa, isa):
+    """Kept values are rounded one after the other, which is not always the best rounding.
+
+    The best is found here by trying every pair of kept positions with every pair of integers.
+    """
+    use_isa(isa)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 4, generator=g) + 3 * torch.randn(200, 1, generator=g)
+    W, H = torch.randn(64, 4, generator=g), x.T @ x / len(x)
+    scales = W.abs().amax(1, keepdim=True) / 3
+    integers = torch.arange(-4.0, 4)
+    tried = torch.zeros(6, 8, 8, 4)
+    for choice, (i, k) in enumerate(combinations(range(4), 2)):
+        tried[choice, ..., i], tried[choice, ..., k] = integers[:, None], integers
+    tried = tried.view(-1, 4)
+    E = (W[:, None] - tried * scales[:, None]).double()
+    loss, best = ((E @ H.double()) * E).sum(-1).min(1)
+    kept = torch.zeros(6, 4, dtype=torch.bool)
+    for choice, pair in enumerate(combinations(range(4), 2)):
+        kept[choice, list(pair)] = True
+    start, mask = tried[best] * scales, kept[best // 64]
+    now, _ = descent.descend(
+        W, start, mask, torch.zeros_like(W), H, P24, scales=scales, grid=Grid("int3", None),
+        planes=0,
+    )  # fmt: skip
+    after = (W - now).double()
+    assert (((after @ H.double()) * after).sum(1) <= loss * (1 + 1e-4)).all()
 
 
 def test_numbers_that_are_not_finite_stay_in_their_row():
