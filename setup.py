@@ -11,6 +11,8 @@ then found through SLAB_KERNELS_TORCH=/path/to/site-packages/torch, or the build
     SLAB_KERNELS_CUDA=auto|0|1     auto: compile for every GPU if there is an nvcc (default);
                                    0: never; 1: fail if it is impossible
 
+`python setup.py build_ext --inplace` builds the library of a checkout anew and nothing else.
+
 The cubins need nothing of CUDA but nvcc, at build time, and they are data: a wheel with them and
 without the library suits any platform.
 """
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Distribution, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 try:
@@ -221,6 +224,23 @@ class BuildPython(build_py):
         return [*super().get_outputs(include_bytecode), *native, *cuda]
 
 
+class BuildLibrary(build_ext):
+    """Builds the native library alone, with --inplace in the source tree.
+
+    It was asked for by name, so it fails where the library cannot be built.
+    """
+
+    def run(self):
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "slab_kernels"
+        try:
+            if choice("SLAB_KERNELS_NATIVE") == "0":
+                raise Impossible("SLAB_KERNELS_NATIVE=0")
+            compile_native(package / LIBRARY, Path(self.build_temp) / "slab_kernels")
+        except Impossible as reason:
+            raise SystemExit(f"slab_kernels: {LIBRARY} cannot be built: {reason}") from None
+        print(f"slab_kernels: built {package / LIBRARY}")
+
+
 class Wheel(bdist_wheel):
     """Tags a wheel with the library py3-none-<platform>, because it uses nothing of CPython."""
 
@@ -239,4 +259,7 @@ class SlabDistribution(Distribution):
     native = False
 
 
-setup(distclass=SlabDistribution, cmdclass={"build_py": BuildPython, "bdist_wheel": Wheel})
+setup(
+    distclass=SlabDistribution,
+    cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
+)

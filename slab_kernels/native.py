@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,11 +19,29 @@ from .errors import BackendError
 
 LIBRARY = Path(__file__).parent / "_C.so"
 ENVIRONMENT = "SLAB_KERNELS_CPU_ISA"  # forces an instruction set
+# The functions that Python calls, and the names of their arguments.
+FUNCTIONS = {
+    "cpu_isa": "",
+    "cpu_runnable": "",
+    "prepare_cpu": "values metadata signs scales U V P Q out_features in_features value_type "
+    "group_size planes",
+    "linear_cpu": "x prepared bias out_features in_features",
+    "linear_cpu_frozen": "x prepared bias out_features in_features",
+    "dequantize_cpu": "prepared out_features in_features",
+    "descend_cpu": "error gradient kept target magnitude scales gram groups start end planes "
+    "scale_inputs lowest highest passes",
+    "sweep_cpu": "remaining fixed kept scales likely magnitude factor groups fractions weight "
+    "start end planes scale_inputs lowest highest",
+}
 _LOADING = threading.Lock()  # functools.cache alone lets two threads in at once
+_WARNED: set[str] = set()  # what was said of a library that is there and cannot be used
 
 
 def missing_library() -> str | None:
     """Why the native library cannot be used here and what to do about it, or None.
+
+    Of a library that is there and cannot be used a RuntimeWarning says so too, once in a process:
+    whoever built one does not expect the reference to run.
 
     Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here: a forced choice is
         never passed over.
@@ -37,7 +56,12 @@ def missing_library() -> str | None:
     except BackendError:
         raise
     except (OSError, RuntimeError) as error:
-        return f"the native library {LIBRARY.name} does not load: {error}"
+        reason = f"the native library {LIBRARY.name} cannot be used: {error}"
+        if reason not in _WARNED:
+            _WARNED.add(reason)
+            message = f"{reason}; torch code runs in its place, which is much slower"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return reason
     return None
 
 
@@ -55,17 +79,40 @@ def _runnable() -> list[str]:
 def load_library() -> None:
     """Load the library, once, whichever thread comes first.
 
-    Raises: OSError or RuntimeError if the library is missing or does not load, BackendError if
-        SLAB_KERNELS_CPU_ISA names an instruction set that is unknown or cannot run here.
+    Raises: OSError or RuntimeError if the library is missing, does not load, or was built from
+        other sources than this package has, BackendError if SLAB_KERNELS_CPU_ISA names an
+        instruction set that is unknown or cannot run here.
     """
     with _LOADING:
         _load_once()
+    if difference := _difference():
+        raise RuntimeError(f"it was built from other sources, {difference}; {_rebuilding()}")
     forced = os.environ.get(ENVIRONMENT)
     if forced and forced not in _runnable():
         raise BackendError(
             f"{ENVIRONMENT}={forced} is not an instruction set that this build runs on this "
             f"machine; choose one of {', '.join(_runnable())}, or unset it"
         )
+
+
+def _difference() -> str | None:
+    """What the loaded library has otherwise than FUNCTIONS, or None."""
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(torch.ops.slab_kernels, name, None)
+        if function is None:
+            return f"which have no {name}"
+        found = " ".join(argument.name for argument in function.default._schema.arguments)
+        if found != arguments:
+            return f"whose {name} takes ({found}) and not ({arguments})"
+    return None
+
+
+def _rebuilding() -> str:
+    """How the library is built anew, where this package is."""
+    root = LIBRARY.parents[1]
+    if (root / "setup.py").is_file():
+        return f"build it anew by python setup.py build_ext --inplace in {root}"
+    return "install the package anew by pip install --force-reinstall --no-build-isolation"
 
 
 @functools.cache

@@ -32,14 +32,20 @@ def recipe(monkeypatch):
     return module
 
 
-def wheel(tmp_path, **environment):
-    """Builds a wheel of a copy of the sources; returns the process and the wheel's path."""
-    source, out = tmp_path / "source", tmp_path / "out"
+def copy_of_the_sources(tmp_path):
+    """The folder of a checkout in which nothing is built."""
+    source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.tmp", "cubins")
     for name in ("slab_kernels", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+def wheel(tmp_path, **environment):
+    """Builds a wheel of a copy of the sources; returns the process and the wheel's path."""
+    source, out = copy_of_the_sources(tmp_path), tmp_path / "out"
     command = [
         sys.executable,
         "-m",
@@ -95,6 +101,36 @@ def test_failing_compiler_is_quoted(recipe, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CXX", "false")
     assert not recipe.build_native(tmp_path / "package", tmp_path / "objects")
     assert "false -std=c++17" in capsys.readouterr().err
+
+
+FAKE_COMPILER = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+echo made > "$2"
+"""
+
+
+def test_build_ext_in_place_builds_the_library_in_the_checkout_or_says_why_not(tmp_path):
+    source, compiler = copy_of_the_sources(tmp_path), tmp_path / "c++"
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    library = source / "slab_kernels" / "_C.so"
+
+    def build(**environment):
+        given = {**os.environ, **environment}
+        return subprocess.run(command, cwd=source, env=given, capture_output=True, text=True)
+
+    for environment, text in (
+        ({"CXX": "no-such-compiler"}, "CXX=no-such-compiler is not an executable"),
+        ({"SLAB_KERNELS_NATIVE": "0"}, "SLAB_KERNELS_NATIVE=0"),
+    ):
+        done = build(**environment)
+        assert done.returncode == 1 and not library.exists()
+        assert f"_C.so cannot be built: {text}" in done.stderr
+    done = build(CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    assert library.read_text() == "made\n" and f"built {library}" in done.stdout
+    assert not (source / "slab_kernels" / "cubins").exists()
 
 
 def test_every_source_is_listed(recipe):

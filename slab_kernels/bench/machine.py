@@ -8,7 +8,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..backends.base import LinearProblem
+    from ..errors import SlabError
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # unless the package is installed elsewhere
 
@@ -146,17 +150,11 @@ def backends() -> dict[str, dict[str, list[str]]]:
 
     No reasons mean that it works.
     """
-    import torch
-
     from ..backends import dispatch
-    from ..backends.base import LinearProblem
     from ..errors import BackendError
 
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     table: dict[str, dict[str, list[str]]] = {name: {} for name in dispatch.order()}
-    for kind in kinds:
-        # Every backend takes bf16.
-        problem = LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind)
+    for kind, problem in _decodes().items():
         try:
             found = dispatch.explain(problem)
             if forced := os.environ.get(dispatch.ENVIRONMENT):
@@ -166,6 +164,45 @@ def backends() -> dict[str, dict[str, list[str]]]:
         for name, reasons in found.items():
             table[name][kind] = reasons
     return table
+
+
+def _decodes() -> dict[str, LinearProblem]:
+    """Kind of device that is here -> a plain 4096x4096 decode there; every backend takes bf16."""
+    import torch
+
+    from ..backends.base import LinearProblem
+
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {kind: LinearProblem(1, 4096, 4096, dtype=torch.bfloat16, device=kind) for kind in kinds}
+
+
+def wrong_variables() -> list[SlabError]:
+    """Why no model runs here: environment variables that force what there is not, as errors.
+
+    A backend that is forced has to run on one kind of device that is here.
+    """
+    from .. import native
+    from ..backends import dense_copy, dispatch
+    from ..errors import SlabError
+
+    def forced_backend() -> None:
+        refusals = []
+        for problem in _decodes().values():
+            try:
+                dispatch.select(problem)
+                return
+            except SlabError as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    found: list[SlabError] = []
+    for ask in (forced_backend, native.missing_library, lambda: dense_copy.named(None)):
+        try:
+            ask()
+        except SlabError as error:
+            if str(error) not in map(str, found):
+                found.append(error)
+    return found
 
 
 def dense_copies() -> dict[str, Any]:

@@ -54,10 +54,14 @@ NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found: `data` for --json, `show` prints the same for people."""
+    """What a command found: `data` for --json, `show` prints the same for people.
+
+    code: the exit code.
+    """
 
     data: dict[str, Any]
     show: Callable[[], None]
+    code: int = DONE
 
 
 def exit_code(error: BaseException) -> int:
@@ -116,10 +120,10 @@ def _carry_out(command: Callable[[], Outcome | int | None], as_json: bool) -> tu
         if not isinstance(outcome, Outcome):  # --help, or a bare exit
             return int(outcome or 0), ""
         if as_json:
-            return DONE, json.dumps(finite(outcome.data), allow_nan=False) + "\n"
+            return outcome.code, json.dumps(finite(outcome.data), allow_nan=False) + "\n"
         with contextlib.redirect_stdout(io.StringIO()) as page:
             outcome.show()
-        return DONE, visible(page.getvalue(), keep=TEXT)
+        return outcome.code, visible(page.getvalue(), keep=TEXT)
     except KeyboardInterrupt:
         return _interrupted("", as_json)
     except Interrupted as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,7 +10,7 @@ import typer
 from ..errors import ArgumentError
 from . import console, options
 from .console import Outcome
-from .opening import Opened, open_model
+from .opening import Opened, Opening, open_model
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -44,24 +42,15 @@ def generate(
     with the speed of both."""
     from ..evaluate.generation import continuation
 
-    opening = functools.partial(
-        open_model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        prefill=prefill,
-        trust=trust_remote_code,
-        no_verify=no_verify,
-    )
+    how = Opening(device, dtype, backend, prefill, trust_remote_code, no_verify)
     if against is not None:
         if temperature:
             raise typer.BadParameter("--against compares greedy texts; leave --temperature out")
-        beside = _Beside(prompt, chat, tokens, batch or BATCH, opening)
-        return beside.compare(folder, against, trust_remote_code)
+        return _Beside(prompt, chat, tokens, batch or BATCH, how).compare(folder, against)
     if batch is not None:
         raise typer.BadParameter("--batch is for --against, which is not given")
     with Progress("generate", "steps"):
-        opened = opening(folder)
+        opened = open_model(folder, how)
         given = _given(opened, prompt, chat)
         new, seconds = continuation(
             opened.model, opened.tokenizer, given, tokens, temperature, seed
@@ -92,36 +81,32 @@ def _given(opened: Opened, prompt: str, chat: bool) -> str | Tensor:
 
 
 class _Beside:
-    """Two models that answer the same prompt, one after the other, so that only one is in memory.
+    """Two models that answer the same prompt one after the other: one at a time is in memory."""
 
-    opening: folder -> `open_model` of it.
-    """
-
-    def __init__(
-        self, prompt: str, chat: bool, tokens: int, batch: int, opening: Callable[[str], Opened]
-    ):
+    def __init__(self, prompt: str, chat: bool, tokens: int, batch: int, how: Opening):
         if tokens < 3:
             raise typer.BadParameter(
                 f"--tokens {tokens}: --against times decoding, which needs 3 new tokens at least"
             )
-        self.prompt, self.chat, self.tokens, self.opening = prompt, chat, tokens, opening
+        self.prompt, self.chat, self.tokens, self.how = prompt, chat, tokens, how
         self.batches = sorted({1, batch})
         self.runs = 2 * (1 + len(self.batches))
 
-    def compare(self, folder: str, against: str, trust: bool) -> Outcome:
+    def compare(self, folder: str, against: str) -> Outcome:
         """Let the compressed model write and be timed, then the dense one."""
         from ..models.source import open_source
 
         with Progress("generate", "runs") as progress:
-            source = open_source(against, trust)  # what is no dense model is refused here
-            opened = self.opening(folder)
+            # What is no dense model is refused here.
+            source = open_source(against, self.how.trust_remote_code)
+            opened = open_model(folder, self.how)
             self._check_same(opened, source)
             totals = [opened.totals]
             ours = self._row(opened, progress, 0)
             facts = opened.facts
             del opened
             gc.collect()
-            other = self.opening(against)
+            other = open_model(against, self.how)
             totals.insert(0, other.totals)
             dense = self._row(other, progress, self.runs // 2)
         data = facts | {

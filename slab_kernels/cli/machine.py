@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import DONE
 from . import console, options
 from .console import Outcome
 
@@ -18,7 +19,11 @@ def info(
         return _methods()
     if support:
         return _support()
-    data = machine.information()
+    # Where a variable forces what there is not, the exit code is that of a command with a model.
+    wrong = machine.wrong_variables()
+    data = machine.information() | {"problems": list(map(str, wrong))}
+    for error in wrong:
+        console.say(f"slab-kernels: no model runs here: {error}")
 
     def show() -> None:
         versions = [(name, found or "not installed") for name, found in data["versions"].items()]
@@ -38,7 +43,7 @@ def info(
         ]
         console.print_pairs(variables, "environment")
 
-    return Outcome(data, show)
+    return Outcome(data, show, wrong[0].exit_code if wrong else DONE)
 
 
 def _copies(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import typer
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .opening import Opened, open_model
+from .opening import Opened, Opening, open_model
 from .progress import Progress
 
 
@@ -45,7 +45,8 @@ def evaluate(
     with Progress("eval", "windows" if against is None else "steps") as progress:
         # What cannot be the dense model is refused before anything is opened.
         dense = None if against is None else open_source(against, trust_remote_code)
-        opened = open_model(folder, device, dtype, backend, prefill, trust_remote_code, no_verify)
+        how = Opening(device, dtype, backend, prefill, trust_remote_code, no_verify)
+        opened = open_model(folder, how)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)
         content = texts.read_text(text, tokenizer=opened.tokenizer)

@@ -20,15 +20,18 @@ class Opened(NamedTuple):
     totals: Totals
 
 
-def open_model(
-    folder: str,
-    device: str,
-    dtype: str | None,
-    backend: str | None,
-    prefill: str | None,
-    trust: bool,
-    no_verify: bool,
-) -> Opened:
+class Opening(NamedTuple):
+    """How a command opens a folder: its options of the same names (`cli.options`)."""
+
+    device: str
+    dtype: str | None
+    backend: str | None
+    prefill: str | None
+    trust_remote_code: bool
+    no_verify: bool
+
+
+def open_model(folder: str, how: Opening) -> Opened:
     """A packed or dense folder; a CPU computes in fp32 unless told otherwise."""
     import torch
 
@@ -41,16 +44,16 @@ def open_model(
     from ..nn.preparation import dense_copy_bytes
     from ..text.source import open_tokenizer
 
-    _force(backend)
-    skip_checksums(no_verify)
-    where = resolve_device(device)
+    _force(how.backend)
+    skip_checksums(how.no_verify)
+    where, trust = resolve_device(how.device), how.trust_remote_code
     kind = torch.float32 if where.type == "cpu" else None
-    if dtype is not None:
-        kind = torch_dtype(dtype)
+    if how.dtype is not None:
+        kind = torch_dtype(how.dtype)
     path = hub_folder(folder)
     seen, totals = inspect(path), read_totals(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=how.prefill)
     else:
         model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {

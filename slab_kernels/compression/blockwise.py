@@ -222,7 +222,7 @@ class BlockwiseRun:
         if padded:
             message = (
                 f"warning: inputs are padded, {'; '.join(map(str, padded))}; one scale per row "
-                "(--group-size 0) needs none where K is a multiple of 16"
+                "(group_size=None, --group-size 0) needs none where K is a multiple of 16"
             )
             self._report("warning", message=message)
 

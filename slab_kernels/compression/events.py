@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,9 +62,9 @@ class ProgressEvent:
 class Reporter:
     """Hands events on to a listener, with the time that has passed and an estimate of the rest."""
 
-    def __init__(self, progress: Any):
-        """progress: as `compress` takes it."""
-        self._listen = listener(progress)
+    def __init__(self, progress: Any, leads: bool = True):
+        """progress: as `compress` takes it. leads: whether this process speaks for its team."""
+        self._listen = listener(progress) if leads else _ignore
         if isinstance(self._listen, Lines):
             self._listen.start()
         self._began = time.perf_counter()
@@ -90,12 +91,23 @@ def listener(progress: Any) -> Callable[[ProgressEvent], None]:
 
     progress: a function, which is called itself; True for a bar on stderr, or lines where stderr
         is no terminal; None for a bar on a terminal and nothing elsewhere; False for nothing.
+        Where nothing is shown, warnings are Python's.
     """
     if callable(progress):
         return progress
     if sys.stderr.isatty() and progress is not False:
         return Bar()
-    return Lines() if progress else lambda event: None
+    return Lines() if progress else _only_warn
+
+
+def _ignore(event: ProgressEvent) -> None:
+    pass
+
+
+def _only_warn(event: ProgressEvent) -> None:
+    """What did not go as it was asked for is said even where no progress is wanted."""
+    if event.kind == "warning":
+        warnings.warn(event.message.removeprefix("warning: "), RuntimeWarning, stacklevel=2)
 
 
 def _say(line: str) -> None:

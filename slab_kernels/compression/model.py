@@ -103,7 +103,8 @@ def compress(
             compared with what they were.
         seed: which windows of text are drawn.
         progress: a function called with every ProgressEvent; True for a bar on stderr, or lines
-            where that is no terminal; None for a bar on a terminal only; False for nothing.
+            where that is no terminal; None for a bar on a terminal only; False for nothing. Where
+            nothing is shown, what did not go as asked is a RuntimeWarning.
         trust_remote_code: run the Python code in the model's folder, of which some models are made.
             Without it they are refused before anything runs.
         method_options: what only this method has; see `Method.options`.

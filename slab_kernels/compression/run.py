@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import __version__
 from ..device import local_device, resolve_device
-from ..models.channels import Moves, digest
+from ..models.channels import Moves, digest, put_in_orders
 from ..models.model_config import compute_dtype
 from ..models.output import OutputFolder
 from ..models.packed_config import PACKED_VERSION, TABLES_VERSION
@@ -75,7 +75,7 @@ def run(
         settings = _settings(job, given, tokens, writes=folder is not None)
         if folder is not None and options.resume and (record := complete(folder, settings)):
             return record
-        report = Reporter(options.progress if team.leads else False)
+        report = Reporter(options.progress, team.leads)
         stack.callback(report.close)
         state: OutputFolder | None = None
         if folder is not None:
@@ -171,6 +171,7 @@ def _search(
         else:
             assert isinstance(source, FolderSource)
             model = source.open_dense()
+        put_in_orders(model, source.moves)
         dtype = compute_dtype(source.config, job.device)
         return model.to(device=job.device, dtype=dtype).eval()
 

@@ -93,6 +93,13 @@ def reordered(tensor: Tensor, listed: list[Move]) -> Tensor:
     return tensor
 
 
+def put_in_orders(model: nn.Module, moved: Moves) -> None:
+    """Bring the parameters of a dense model in memory into their new orders, in place."""
+    for name, listed in moved.items():
+        parameter = model.get_parameter(name)
+        parameter.data = reordered(parameter.data, listed)
+
+
 def free_in_block(block: nn.Module, prefix: str) -> dict[str, list[Channels]]:
     """What they are -> channels: the MLP's hidden ones and those of each value head of a block.
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import tiny_models
+from tokenizers.processors import TemplateProcessing
 
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import ArgumentError
@@ -18,8 +19,13 @@ TEMPLATE = (
 
 
 def test_a_question_stands_in_the_template_and_the_start_token_once():
+    """Also with a tokenizer that begins every plain text with a start token, as Llama's does."""
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("Why?")["input_ids"][0] == tokenizer.bos_token_id
     ids = chat_prompt(tokenizer, "Why?")[0]
     assert ids.tolist().count(tokenizer.bos_token_id) == 1
     written = "<s>[user] Why?\n[assistant] "

@@ -308,6 +308,31 @@ def test_info_says_why_not(answer):
     assert found["devices"][0]["device"] == "cpu" and "SLAB_KERNELS_BACKEND" in found["variables"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "words"),
+    [
+        ("SLAB_KERNELS_PREFILL", "fast", 2, "use one of packed, dense, auto"),
+        ("SLAB_KERNELS_BACKEND", "nonsense", 4, "backend 'nonsense' is unknown"),
+        ("SLAB_KERNELS_BACKEND", "cuda", 4, "backend 'cuda' cannot run"),
+    ],
+)
+def test_info_shows_everything_and_fails_where_a_variable_stops_every_model(
+    variable, value, code, words, answer, monkeypatch, capsys
+):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("it runs here")
+    monkeypatch.setenv(variable, value)
+    found_code, found = answer("info")
+    assert found_code == code and found["variables"][variable] == value and found["versions"]
+    (problem,) = found["problems"]
+    assert words in problem
+    assert cli.run(["info"]) == code
+    shown = capsys.readouterr()
+    assert f"{variable} " in shown.out and f"no model runs here: {problem}" in shown.err
+    monkeypatch.delenv(variable)
+    assert answer("info")[1]["problems"] == []
+
+
 def test_bench_rows_have_dense_beside_ours(answer):
     code, found = answer(
         "bench",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 
+import pytest
 import tiny_models
+import torch
 
 from slab_kernels.compression import events
 from slab_kernels.compression.events import Lines, ProgressEvent, Reporter
@@ -54,6 +57,35 @@ def test_a_quiet_log_gets_a_sign_of_life(monkeypatch):
     count = len(said)
     time.sleep(0.2)
     assert len(said) <= count + 1
+
+
+@pytest.mark.parametrize("progress", [False, None])
+def test_what_did_not_go_as_asked_is_said_where_no_progress_is_shown(progress):
+    """The default preset's int8 rows, in a model that cannot have them."""
+
+    class Tripled(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 3
+
+    model = tiny_models.model(tie_word_embeddings=False)
+    model.model.embed_tokens.__class__ = Tripled
+    with pytest.warns(RuntimeWarning, match="^the embedding stays dense: .* is a Tripled"):
+        compress(model, calibration=tiny_models.tokens(), progress=progress, rounds=0)
+
+
+def test_what_is_shown_is_not_said_twice_and_only_one_process_of_a_team_speaks(capsys):
+    warned = ProgressEvent("warning", message="warning: the head stays dense")
+    seen: list[ProgressEvent] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for report in (Reporter(seen.append), Reporter(True), Reporter(False, leads=False)):
+            report(warned)
+            report.close()
+    assert [str(event) for event in seen] == ["warning: the head stays dense"]
+    assert capsys.readouterr().err.count("the head stays dense") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Reporter(False)(ProgressEvent("layer", message="a layer"))
 
 
 def test_a_clock_shows_hours_minutes_and_seconds():

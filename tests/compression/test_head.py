@@ -135,6 +135,23 @@ def test_rows_in_pieces_make_one_weight_that_is_hardly_worse(method, monkeypatch
         assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
+def test_pieces_share_a_v_that_suits_rows_throughout_the_vocabulary(monkeypatch):
+    """Frequent tokens, which come first, have other columns large than rare ones."""
+    torch.manual_seed(0)
+    of_frequent, of_rare = (torch.logspace(-0.5, 0.5, 64)[torch.randperm(64)] for _ in range(2))
+    frequent = torch.arange(160)[:, None] < 48
+    weight = (0.5 + torch.rand(160, 64)) * torch.randn(160, 64).sign()
+    weight = weight * torch.where(frequent, of_frequent, of_rare)
+    inputs = GroupInputs(InputStats.from_inputs(torch.randn(400, 64)), None, None, 0.0)
+    settings = LayerSettings(values="int4", group_size=32)
+    errors = []
+    for at_once in (160 * 64, 48 * 64):
+        monkeypatch.setattr(head_of, "WEIGHTS_AT_ONCE", at_once)
+        solved = head_of.solve(weight, inputs, settings)
+        errors.append(float((weight - solved.packed.dense()).norm() / weight.norm()))
+    assert errors[1] <= errors[0] * 1.2, errors
+
+
 def test_several_planes_and_ranks_in_pieces(monkeypatch):
     torch.manual_seed(0)
     weight, x = torch.randn(100, 48), torch.randn(300, 48)

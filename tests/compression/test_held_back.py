@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slab_kernels import methods
-from slab_kernels.compression import plan
+from slab_kernels.compression import matching, plan
 from slab_kernels.compression.calibration import Tokens
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import CheckpointError
@@ -103,6 +103,32 @@ def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, pr
         assert error < (1e-5 if products is None else 5e-3), error
 
 
+def test_statistics_behind_a_matched_block_are_of_what_matching_left(monkeypatch):
+    """What the second block's first layers read, against fp64 sums over plain forwards.
+
+    The first block is final by then; of the second the norm is as it was, and is matched later.
+    """
+    monkeypatch.setattr("slab_kernels.compression.job.native_products", lambda device: None)
+    tokens, seen = tiny_models.tokens(16, 16), _seen(monkeypatch)
+    settings = QUICK | {"method": "sparsegpt", "matching": matching.Matching(epochs=2)}
+    result = compress(tiny_models.model(), **settings, calibration=tokens)
+    match = result.slab_record.matching[0]
+    assert match.after < match.before
+    norm, hidden = tiny_models.model().model.layers[1].input_layernorm, []
+    result.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    texts, stats = Tokens(tokens, None), seen[len(seen) // 2]
+    for found, text in ((stats.gram, texts.fitted), (stats.held_back, texts.held_back)):
+        hidden.clear()
+        with torch.no_grad():
+            result(input_ids=text, use_cache=False)
+            x = norm(hidden[0]).flatten(0, -2).double()
+        want = x.T @ x / len(x)
+        assert float((found - want).norm() / want.norm()) < 1e-5
+
+
 def test_a_single_window_is_fitted_to_and_nothing_judges(monkeypatch):
     seen, tokens = _seen(monkeypatch), tiny_models.tokens(1, 64)
     record = compress(
@@ -116,8 +142,6 @@ def test_a_single_window_is_fitted_to_and_nothing_judges(monkeypatch):
 @pytest.mark.parametrize("target", ["prefix", "dense"])
 def test_matching_never_trains_on_windows_that_judge(monkeypatch, target):
     """Nor is it judged by others."""
-    from slab_kernels.compression import matching
-
     tokens, trained = tiny_models.tokens(16, 16), []
     real = matching._train
 

@@ -7,11 +7,14 @@ import tiny_models
 import torch
 
 import slab_kernels
+from slab_kernels.compression import run
 from slab_kernels.compression.job import Job
 from slab_kernels.compression.orders import find_orders
 from slab_kernels.compression.plan import Plan
 from slab_kernels.errors import ArgumentError, CheckpointError
 from slab_kernels.methods import LayerSettings
+from slab_kernels.methods.solvers.orders import pruning_cost
+from slab_kernels.models.packed import packed_modules
 from slab_kernels.models.source import open_source
 
 INT4 = {"values": "int4", "planes": 2, "group_size": 32}
@@ -56,6 +59,47 @@ def test_the_dense_model_computes_the_same(name, changes):
         assert sum(name.endswith("_proj.weight") for name in moves) == 14
         after = moved(model, moves)(input_ids=ids).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_every_set_of_channels_is_ordered_by_what_its_own_readers_lose():
+    """Costs of the same weights from plain forwards: two query heads read each value head."""
+    model, ids = tiny_models.model("llama"), tiny_models.tokens()
+    settings = LayerSettings(**INT4)
+    job = Job.of(open_source(model), Plan(settings), (), CPU)
+    asked = {}
+
+    def choose(channels, cost):
+        asked[channels.name] = cost
+        return torch.arange(channels.size)
+
+    find_orders(job, ids, lambda sentence: None, choose)
+    inputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, a, n=name: inputs.update({n: a[0]}))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+
+    def shares(name):
+        """[N,K]: what pruning a weight of this linear costs, as a share of its output."""
+        W, x = model.get_submodule(name).weight.detach(), inputs[name].detach().flatten(0, -2)
+        gram = x.T @ x
+        return pruning_cost(W, gram, settings.config(tuple(W.shape))) / (x @ W.T).square().sum()
+
+    for index in range(2):
+        block = f"model.layers.{index}"
+        o, down = shares(f"{block}.self_attn.o_proj"), shares(f"{block}.mlp.down_proj")
+        torch.testing.assert_close(asked[f"{block}.mlp"], down, rtol=1e-3, atol=1e-6)
+        for head in range(2):
+            first = 16 * head
+            right = torch.cat([o[:, first : first + 8], o[:, first + 8 : first + 16]])
+            found = asked[f"{block}.self_attn, value head {head}"]
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-6)
+    readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj",
+               "mlp.up_proj")  # fmt: skip
+    every = [shares(f"model.layers.{i}.{name}") for i in range(2) for name in readers]
+    found, right = asked["the residual stream"].sum(0), torch.cat(every).sum(0)
+    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-6)
 
 
 UNKNOWN = [("phi3", "no module with the linears"), ("opt", "no module"), ("gpt_neox", "no module")]
@@ -119,6 +163,36 @@ def test_a_model_in_memory_becomes_what_a_folder_does(tmp_path):
         from_folder = slab_kernels.load(tmp_path / "out", device="cpu")(input_ids=ids).logits
         in_memory = model(input_ids=ids).logits
     torch.testing.assert_close(in_memory, from_folder)
+
+
+@pytest.mark.parametrize("road", ["folder", "in memory"])
+def test_a_budget_is_measured_in_the_orders_in_which_it_is_spent(road, tmp_path, monkeypatch):
+    ids, measured = tiny_models.tokens(), []
+    dense = tiny_models.write(tmp_path / "dense")
+    search = run.BudgetSearch
+
+    def watched(open_model, *rest):
+        measured.append(open_model())
+        return search(open_model, *rest)
+
+    monkeypatch.setattr(run, "BudgetSearch", watched)
+    given = dense if road == "in memory" else tmp_path / "dense"
+    weights = {name: p.detach().clone() for name, p in dense.named_parameters()}
+    slab_kernels.compress(
+        given, tmp_path / "out", bits=5.5, permute=True, calibration=ids, progress=False, rounds=0
+    )
+    (model,), stored = measured, slab_kernels.load(tmp_path / "out")
+    assert all(torch.equal(p, weights[name]) for name, p in dense.named_parameters())
+    with torch.no_grad():
+        logits = [m(input_ids=ids).logits for m in (model, dense)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        assert torch.equal(model.get_parameter(name), stored.get_parameter(name))
+        assert not torch.equal(model.get_parameter(name), weights[name])
+    for name, packed in packed_modules(stored).items():
+        weight = model.get_parameter(f"{name}.weight").detach()
+        apart = float((packed.packed().dense() - weight).norm() / weight.norm())
+        assert apart < 0.6, "rows or inputs in another order would be as far as 1.4"
 
 
 def test_a_run_goes_on_with_the_orders_of_its_finished_blocks_alone(tmp_path, monkeypatch):

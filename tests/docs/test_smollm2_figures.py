@@ -44,7 +44,6 @@ def results(tmp_path, monkeypatch):
     """A folder in the place of the results; `fill` puts rows of SmolLM2 there."""
     folder = tmp_path / "results"
     shutil.copytree(figure_tables.RESULTS, folder)
-    (folder / figure_findings.ORDERS).unlink(missing_ok=True)
     monkeypatch.setattr(figure_tables, "RESULTS", folder)
     figure_tables.read.cache_clear()
     yield folder

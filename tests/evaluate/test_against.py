@@ -114,6 +114,13 @@ def test_a_text_shorter_than_a_window_is_one_window(tmp_path):
     assert found["perplexity_ratio_stderr"] is None and found["tokens"] == 12
 
 
+@pytest.mark.parametrize("positions", [(32, 64), (64, 32)], ids=str)
+def test_windows_are_those_of_the_model_with_fewer_positions(tmp_path, positions):
+    model, dense = (tiny_models.model(max_position_embeddings=most) for most in positions)
+    found = compare(model, dense, tiny_models.tokenizer(), TEXT)
+    assert found["window"] == 32 and found["windows"] > 1
+
+
 def test_a_model_does_not_differ_from_itself(tmp_path):
     tiny_models.write(tmp_path / "dense")
     tokenizer = open_tokenizer(tmp_path / "dense")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .fault import Fault
 from .many_tokens import MANY_TOKENS
+from .solver import SOLVER
+from .whole_model import WHOLE_MODEL
 
 CUDA = ("tests/backends/cuda/test_cuda_kernels.py",)
 REGIMES = "tests/backends/cuda/test_cuda_regimes.py"
@@ -260,4 +262,6 @@ FAULTS = (
         "logits.flatten(0, 1), batch[:, :-1].flatten()",
         ("tests/text", "tests/compression"),
     ),
+    *SOLVER,
+    *WHOLE_MODEL,
 )  # fmt: skip

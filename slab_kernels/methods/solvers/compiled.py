@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ...format import INTEGER_RANGES
 from .masks import Pattern
 from .metric import once_per_gram
+from .quantize import Grid
 
 PATTERN = Pattern(2, 4)
 MOST_COLUMNS = 128  # of a block, kMostColumns of csrc/solver.h
@@ -30,15 +32,13 @@ KEPT = torch.tensor([[i for i in range(4) if i not in pair] for pair in PAIRS], 
 def usable(W: Tensor, pattern: Pattern, planes: int, width: int) -> bool:
     """Whether the compiled steps can run a problem of a weight W [N,K] here.
 
-    A library that was built before it had them is passed over like a missing one.
-
     Raises: BackendError if SLAB_KERNELS_CPU_ISA names what cannot run here.
     """
     if W.device.type != "cpu" or W.dtype != torch.float32:
         return False
     if pattern != PATTERN or planes > MOST_PLANES or width > MOST_COLUMNS:
         return False
-    return native.missing_library() is None and hasattr(torch.ops.slab_kernels, "descend_cpu")
+    return native.missing_library() is None
 
 
 def row_ranges(N: int, K: int) -> Iterator[slice]:
@@ -46,6 +46,20 @@ def row_ranges(N: int, K: int) -> Iterator[slice]:
     rows = max(64, CACHE // K // 16 * 16)
     for start in range(0, N, rows):
         yield slice(start, min(N, start + rows))
+
+
+def column_ranges(K: int, width: int) -> Iterator[tuple[int, int]]:
+    """The first column and the end of every block that the steps take at once."""
+    for start in range(0, K, width):
+        yield start, min(K, start + width)
+
+
+def grid_numbers(grid: Grid | None, K: int) -> tuple[int, int, int]:
+    """Inputs that share a scale, lowest and highest integer; zeros without a grid."""
+    if grid is None:
+        return 0, 0, 0
+    low, high = INTEGER_RANGES[grid.values]
+    return grid.group_size or K, low, high
 
 
 def own_blocks(matrix: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...format import INTEGER_RANGES
 from . import compiled
 from .levels import nearest, neighbours
 from .masks import Pattern
@@ -134,27 +133,15 @@ def _descend_compiled(
     E = (W - approximation).contiguous()
     kept, everywhere = mask.clone(memory_format=torch.contiguous_format), gradient is not None
     G = E @ gram if gradient is None else gradient
-    low, high = INTEGER_RANGES[grid.values] if grid else (0, 0)
-    size = (grid.group_size or K) if grid else 0
+    numbers = compiled.grid_numbers(grid, K)
     for rows in compiled.row_ranges(N, K):
         block_of_rows = (E[rows], G[rows], kept[rows], W[rows])
         sizes = magnitude[rows].contiguous() if planes else None
         steps = scales[rows].contiguous() if scales is not None and grid else None
-        for start in range(0, K, width):
-            end = min(K, start + width)
+        matrices = (*block_of_rows, sizes, steps, gram, groups)
+        for start, end in compiled.column_ranges(K, width):
             change = torch.ops.slab_kernels.descend_cpu(
-                *block_of_rows,
-                sizes,
-                steps,
-                gram,
-                groups,
-                start,
-                end,
-                planes,
-                size,
-                low,
-                high,
-                PASSES,
+                *matrices, start, end, planes, *numbers, PASSES
             )
             if everywhere and start:
                 G[rows, :start].addmm_(change, gram[start:end, :start])

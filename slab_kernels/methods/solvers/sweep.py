@@ -18,7 +18,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...format import INTEGER_RANGES
 from . import compiled
 from .levels import nearest, neighbours
 from .masks import Pattern, top_of_groups, top_of_rows
@@ -145,35 +144,18 @@ def _sweep_compiled(
     remaining = W.clone(memory_format=torch.contiguous_format)
     fixed = torch.empty_like(remaining)
     kept = torch.empty(N, K, dtype=torch.bool, device=W.device)
-    low, high = INTEGER_RANGES[grid.values] if grid else (0, 0)
-    size = (grid.group_size or K) if grid else 0
-    fractions = None
+    numbers, fractions = compiled.grid_numbers(grid, K), None
     if grid and scales is None:
         fractions = torch.tensor(SEARCH, dtype=torch.float32, device=W.device)
-        scales = W.new_empty(N, -(-K // size))
+        scales = W.new_empty(N, -(-K // numbers[0]))
     for rows in compiled.row_ranges(N, K):
         parts = (remaining[rows], fixed[rows], kept[rows])
         steps = None if scales is None else scales[rows]
         likely = mask[rows].contiguous() if fractions is not None and mask is not None else None
         sizes = None if magnitude is None else magnitude[rows].contiguous()
-        for start in range(0, K, width):
-            end = min(K, start + width)
-            pushed = torch.ops.slab_kernels.sweep_cpu(
-                *parts,
-                steps,
-                likely,
-                sizes,
-                U,
-                groups,
-                fractions,
-                weight,
-                start,
-                end,
-                planes,
-                size,
-                low,
-                high,
-            )
+        matrices = (*parts, steps, likely, sizes, U, groups, fractions, weight)
+        for start, end in compiled.column_ranges(K, width):
+            pushed = torch.ops.slab_kernels.sweep_cpu(*matrices, start, end, planes, *numbers)
             if end < K:
                 remaining[rows, end:].addmm_(pushed, U[start:end, end:], alpha=-1)
     return Swept(fixed, kept, scales)
