@@ -95,15 +95,13 @@ class Probe:
 
     def refuse(self, layer: str) -> ArchitectureError:
         """The error for a layer that the engine has not, or does not load."""
-        what, without = "linear layer", f"skip='*.{layer.rpartition('.')[2]}'"
+        what, takes = "linear layer", "packed weights"
+        without = f"skip='*.{layer.rpartition('.')[2]}'"
         if isinstance(self.layouts[layer], TableLayout):
-            return ArchitectureError(
-                f"{self.engine} has no embedding {layer} that takes int8 rows; compress again with "
-                f"embeddings='dense', or {ADVICE}"
-            )
-        if layer in self.heads:
+            what, takes, without = "embedding", "int8 rows", "embeddings='dense'"
+        elif layer in self.heads:
             what, without = "output head", "head=False"
         return ArchitectureError(
-            f"{self.engine} has no {what} {layer} that takes packed weights; "
+            f"{self.engine} has no {what} {layer} that takes {takes}; "
             f"compress again with {without}, or {ADVICE}"
         )

@@ -167,7 +167,7 @@ def randomly_packed(folder, architecture: str, forms: list[dict], seed: int = 0,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama compressed to int4 with adapters, tied embeddings."""
+    """A Llama compressed to int4 with adapters, and with the default's int8 rows, tied."""
     top = tmp_path_factory.mktemp("llama")
     tiny_models.write(top / "dense", "llama", **SIZES)
     settings = {
@@ -207,19 +207,24 @@ def whole(request, tmp_path):
 
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-INT8, HEAD = {"embeddings": "int8"}, {"head": True}
+DENSE, INT8 = {"embeddings": "dense"}, {"embeddings": "int8"}
+HEAD, BOTH = DENSE | {"head": True}, INT8 | {"head": True}
 WHOLE = [
     ("llama", TIED, INT8),
     ("llama", TIED, HEAD),
-    ("llama", TIED, INT8 | HEAD),
+    ("llama", TIED, BOTH),
     ("llama", UNTIED, INT8),
-    ("llama", UNTIED, INT8 | HEAD),
+    ("llama", UNTIED, BOTH),
+    ("llama", TIED, DENSE),
 ]
 
 
 def name_of(case: tuple) -> str:
     architecture, changes, asked = case
-    return "-".join([architecture, "tied" if changes == TIED else "untied", *asked])
+    head = ["head"] if "head" in asked else []
+    return "-".join(
+        [architecture, "tied" if changes == TIED else "untied", asked["embeddings"], *head]
+    )
 
 
 def assert_dense(answers: list, folder, top) -> None:
@@ -245,7 +250,7 @@ def test_int8_rows_and_packed_heads(whole, ranks, tmp_path):
         ("gemma", TIED, INT8),  # vLLM does not tell the quantization of its embedding
         ("cohere", TIED, INT8),  # nor has a head beside it
         ("opt", TIED, INT8),
-        ("gptj", UNTIED, INT8 | HEAD),  # a head with a bias
+        ("gptj", UNTIED, BOTH),  # a head with a bias
     ],
     ids=name_of,
     indirect=True,
@@ -262,7 +267,7 @@ def test_int8_rows_in_other_modes(whole, mode):
     assert_ours(*serve(whole, **mode), whole)
 
 
-@pytest.mark.parametrize("asked", [INT8, INT8 | HEAD], ids="-".join)
+@pytest.mark.parametrize("asked", [INT8, BOTH], ids=["shared", "head"])
 def test_int8_rows_and_packed_heads_loaded_anew(tmp_path, asked):
     """Also on a rank whose last rows only pad."""
     folders = []
@@ -352,7 +357,7 @@ def test_mixtures_with_dense_experts_packed_and_decompressed(name, tmp_path, mon
         assert_ours(*serve(folder), packed)
 
 
-@pytest.mark.parametrize("whole", [*WHOLE[:1], WHOLE[-1]], ids=name_of, indirect=True)
+@pytest.mark.parametrize("whole", [WHOLE[0], WHOLE[4]], ids=name_of, indirect=True)
 def test_an_adapter_on_packed_layers(whole, tmp_path):
     slab_kernels.decompress(whole, tmp_path / "again")
     from transformers import AutoModelForCausalLM

@@ -118,7 +118,8 @@ def asked(dense: Path) -> dict:
 
 def pack(dense: Path, out: Path, skip: list[str], whole: dict) -> list[str]:
     """Compress to int4 and leave dense what cannot be packed; returns the patterns of that."""
-    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens(), **whole}
+    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    settings |= {"embeddings": "dense", **whole}
     while True:
         try:
             slab_kernels.compress(dense, out, skip=skip, progress=False, **settings)
