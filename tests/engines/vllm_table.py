@@ -1,9 +1,7 @@
 """Every decoder that transformers builds and vLLM has, compressed and served: a Markdown table.
 
-    .venv-vllm/bin/python tests/engines/vllm_table.py [--whole] [TYPE ...]
+    .venv-vllm/bin/python tests/engines/vllm_table.py [TYPE ...]
 
-With --whole the embedding is stored in int8 rows, and a head of its own is packed; without it both
-stay dense.
 It takes about 20 seconds per type on a CPU.
 
 Each step runs in a process of its own, forked from one that has imported everything.
@@ -74,7 +72,6 @@ CORRECTIONS = {
 }
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
 LARGEST = 12e6  # weights
-WHOLE = "--whole"
 
 
 def types() -> list[str]:
@@ -107,19 +104,10 @@ def build(name: str, folder: Path) -> None:
     tiny_models.tokenizer().save_pretrained(folder)
 
 
-def asked(dense: Path) -> dict:
-    """What --whole asks of `compress`: int8 rows, and for a head of its own that it be packed."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return {"embeddings": "int8", "head": head.weight is not embedding.weight}
-
-
-def pack(dense: Path, out: Path, skip: list[str], whole: dict) -> list[str]:
+def pack(dense: Path, out: Path, skip: list[str]) -> list[str]:
     """Compress to int4 and leave dense what cannot be packed; returns the patterns of that."""
     settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
-    settings |= {"embeddings": "dense", **whole}
+    settings["embeddings"] = "dense"
     while True:
         try:
             slab_kernels.compress(dense, out, skip=skip, progress=False, **settings)
@@ -192,22 +180,20 @@ def forked(function: Callable, *arguments):
     return answer["value"]
 
 
-def outcome(name: str, top: Path, whole: bool) -> str:
-    """One table cell; of `whole` what was asked stands before it."""
+def outcome(name: str, top: Path) -> str:
+    """One table cell."""
     try:
         forked(build, name, top / "dense")
-        more = forked(asked, top / "dense") if whole else {}
     except Refused as error:
         return f"not built here: {error.args[0]}"
-    kind = {True: "packed head: ", False: "shared head: "}.get(more.get("head"), "")
-    return kind + served(top, [], more)
+    return served(top, [])
 
 
-def served(top: Path, skip: list[str], whole: dict) -> str:
+def served(top: Path, skip: list[str]) -> str:
     """The cell of a folder that is compressed with `skip`, and with what the messages add to it."""
     dense, packed, again = top / "dense", top / "packed", top / "again"
     try:
-        left = forked(pack, dense, packed, skip, whole)
+        left = forked(pack, dense, packed, skip)
         want = forked(lambda: by_transformers(slab_kernels.load(packed)))
     except Refused as error:
         return f"not compressed: {error.args[0]}"
@@ -221,7 +207,7 @@ def served(top: Path, skip: list[str], whole: dict) -> str:
         got, reason = None, error
         if skip_too := advised(error, left):
             shutil.rmtree(packed)
-            return served(top, skip_too, whole)
+            return served(top, skip_too)
     try:
         forked(slab_kernels.decompress, packed, again)
         plain = forked(by_vllm, again)
@@ -240,10 +226,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     print("| model type | outcome |\n|---|---|")
-    whole = WHOLE in sys.argv
-    for name in [name for name in sys.argv[1:] if name != WHOLE] or types():
+    for name in sys.argv[1:] or types():
         with tempfile.TemporaryDirectory() as top:
-            cell = outcome(name, Path(top), whole).replace(top + "/", "").replace("|", "\\|")
+            cell = outcome(name, Path(top)).replace(top + "/", "").replace("|", "\\|")
         print(f"| {name} | {cell} |", flush=True)
 
 
