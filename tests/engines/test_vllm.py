@@ -384,6 +384,27 @@ def test_weights_of_a_dummy_load_are_zero(folder):
     assert len(answers) == len(PROMPTS)
 
 
+def test_weights_after_a_dummy_load_are_refused(monkeypatch):
+    """vLLM itself refuses to reload from the folder then, but takes weights from a program."""
+    import vllm.model_executor.layers.linear as layers
+    from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+
+    from slab_kernels.engines.vllm import SlabVllmConfig
+    from slab_kernels.engines.vllm_probe import probe_model
+
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = SlabVllmConfig({"o_proj": slab_kernels.PackedLayout(48, 64, "int4", rank=1)})
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
+        layer = layers.ReplicatedLinear(
+            64, 48, bias=False, quant_config=config, params_dtype=torch.float32, prefix="o_proj"
+        )
+    layer.quant_method.process_weights_after_loading(layer)
+    assert not layer.quant_method.apply(layer, torch.randn(3, 64)).any()
+    with pytest.raises(ArchitectureError, match=r"load_format='dummy' takes no weights later"):
+        probe_model(layer, lambda weights: None)
+
+
 def edit_tensor(name, change, folder) -> None:
     """Replace a tensor by `change` of it, and its shard by one without checksums; None drops it."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
