@@ -109,7 +109,7 @@ test-vllm: $(INSTALLED)
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile '$(VLLM)' 'setuptools>=77' pytest accelerate && \
 	$(VLLM_VENV)/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec && \
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-build-isolation -e .; }
-	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/engines/test_vllm.py
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/engines/test_vllm.py tests/engines/test_vllm_vocabulary.py
 
 # The site, in site/, from README.md and docs/. What builds it is kept beside the environment. A
 # warning is an error, and so is a figure that is not what benchmarks/results/ says.

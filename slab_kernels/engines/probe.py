@@ -9,24 +9,44 @@ all must arrive as they were sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import ArchitectureError
-from ..format import PackedLayout
+from ..format import PackedLayout, table_tensors
 
 DENSE = "weight"
 ADVICE = "serve the dense folder that `slab-kernels decompress` writes"
 
 
+@dataclass(frozen=True)
+class TableLayout:
+    """An embedding of int8 rows, as far as the probe asks."""
+
+    out_features: int
+    in_features: int
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return table_tensors(self.out_features, self.in_features)
+
+
 class Probe:
     """The stand-ins of some packed layers, and which of them have arrived."""
 
-    def __init__(self, layouts: Mapping[str, PackedLayout], engine: str):
-        """layouts: by names in the checkpoint; engine: its name and the model's, for messages."""
-        self.layouts, self.engine = dict(layouts), engine
+    def __init__(
+        self,
+        layouts: Mapping[str, PackedLayout | TableLayout],
+        engine: str,
+        heads: Container[str] = (),
+    ):
+        """layouts: by names in the checkpoint; engine: its name and the model's, for messages.
+
+        heads: which of the layers are output heads.
+        """
+        self.layouts, self.engine, self.heads = dict(layouts), engine, heads
         self.layer = ""  # the one that was sent last
         self._tensor, self._sent = "", torch.empty(0)
         self._arrived: dict[str, set[str]] = {name: set() for name in self.layouts}
@@ -34,13 +54,14 @@ class Probe:
     def stand_ins(self) -> Iterator[tuple[str, Tensor]]:
         """Name and stand-in of every tensor, as an engine takes them from a checkpoint.
 
-        A stand-in is as large as the tensor and takes no memory. It comes twice: with the numbers
-        of its rows, then with those of its columns.
+        A stand-in is as large as the tensor and takes no memory. A matrix comes twice: with the
+        numbers of its rows, then with those of its columns.
         """
         for layer, layout in self.layouts.items():
             dense = (torch.int32, (layout.out_features, layout.in_features))
             for name, (dtype, shape) in {DENSE: dense, **layout.tensors()}.items():
-                for axis, view in ((0, (-1, 1)), (1, (1, -1))):
+                for axis in range(len(shape)):
+                    view = [-1 if i == axis else 1 for i in range(len(shape))]
                     numbers = torch.arange(shape[axis])
                     if name != DENSE:
                         numbers %= 127  # what every type holds exactly
@@ -74,7 +95,13 @@ class Probe:
 
     def refuse(self, layer: str) -> ArchitectureError:
         """The error for a layer that the engine has not, or does not load."""
+        what, takes = "linear layer", "packed weights"
+        without = f"skip='*.{layer.rpartition('.')[2]}'"
+        if isinstance(self.layouts[layer], TableLayout):
+            what, takes, without = "embedding", "int8 rows", "embeddings='dense'"
+        elif layer in self.heads:
+            what, without = "output head", "head=False"
         return ArchitectureError(
-            f"{self.engine} has no linear layer {layer} that takes packed weights; "
-            f"compress again with skip='*.{layer.rpartition('.')[2]}', or {ADVICE}"
+            f"{self.engine} has no {what} {layer} that takes {takes}; "
+            f"compress again with {without}, or {ADVICE}"
         )

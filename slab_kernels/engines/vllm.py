@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from ..errors import CheckpointError, UnsupportedError
 from ..format import PackedLayout
@@ -31,9 +31,9 @@ from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
 from ..models.tables import TableEntry, parse_tables
-from .vllm_linear import SlabHeadMethod, SlabLinearMethod
+from .probe import DENSE
+from .vllm_linear import SlabLinearMethod
 from .vllm_probe import probe_before_loading
-from .vllm_vocabulary import SharedHeadMethod, TableMethod
 
 FUSED = {  # what a fused layer holds, where the model itself does not list it
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -70,7 +70,7 @@ class SlabVllmConfig(QuantizationConfig):
     layouts: of every packed module, by vLLM's name for it. stored: vLLM's name -> the checkpoint's.
     copies: the bytes of dense copies of all layers that this rank has made. room: whether there is
     memory for them, where "auto" asks; None before the first layer is prepared.
-    tables: the embeddings of int8 rows, by vLLM's names. embeddings: their layers, once built.
+    tables: the embeddings of int8 rows, by vLLM's names.
     """
 
     def __init__(
@@ -78,9 +78,8 @@ class SlabVllmConfig(QuantizationConfig):
     ):
         super().__init__()
         self.layouts = layouts
-        self.stored = {name: name for name in layouts}
         self.tables = dict(tables or {})
-        self.embeddings: dict[str, nn.Module] = {}
+        self.stored = {name: name for name in (*layouts, *self.tables)}
         self.copies = 0
         self.room: bool | None = None
 
@@ -123,14 +122,17 @@ class SlabVllmConfig(QuantizationConfig):
                 checkpoint.verify()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self.layouts = hf_to_vllm_mapper.apply_dict(self.layouts)
-        self.stored = hf_to_vllm_mapper.apply_dict(self.stored)
-        tables = hf_to_vllm_mapper.apply_dict(self.tables)
-        for name, entry in tables.items():
-            if entry.tied is not None:
-                (tied,) = hf_to_vllm_mapper.apply_dict({entry.tied: None})
-                tables[name] = replace(entry, tied=tied)
-        self.tables = tables
+        def renamed(name: str) -> str:
+            # The rules are for tensors: "lm_head." or ".embed_tokens.weight".
+            (found,) = hf_to_vllm_mapper.apply_list([f"{name}.{DENSE}"]) or [name]
+            return found.removesuffix(f".{DENSE}")
+
+        self.layouts = {renamed(name): layout for name, layout in self.layouts.items()}
+        self.stored = {renamed(name): stored for name, stored in self.stored.items()}
+        self.tables = {
+            renamed(name): replace(entry, tied=entry.tied and renamed(entry.tied))
+            for name, entry in self.tables.items()
+        }
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of the layer that vLLM calls `prefix`.
@@ -139,9 +141,9 @@ class SlabVllmConfig(QuantizationConfig):
             that it fuses with dense ones.
         """
         probe_before_loading()
+        if isinstance(layer, VocabParallelEmbedding):
+            return None  # swap_vocabulary gives it its method once the model is built
         if not isinstance(layer, LinearBase):
-            if method := self._of_vocabulary(layer, prefix):
-                return method
             inside = [
                 name for name in self.layouts if name == prefix or name.startswith(f"{prefix}.")
             ]
@@ -167,14 +169,3 @@ class SlabVllmConfig(QuantizationConfig):
                 f"{dense} is not; compress all of them or none (skip)"
             )
         return SlabLinearMethod(self, names)
-
-    def _of_vocabulary(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of an embedding of int8 rows, or of a head that is packed or shared."""
-        if prefix in self.tables:
-            return TableMethod(prefix, self.embeddings)
-        if not isinstance(layer, ParallelLMHead):
-            return None
-        shared = next((name for name, entry in self.tables.items() if entry.tied == prefix), None)
-        if shared is not None:
-            return SharedHeadMethod(shared, self.embeddings)
-        return SlabHeadMethod(self, [prefix]) if prefix in self.layouts else None

@@ -36,6 +36,24 @@ if TYPE_CHECKING:
 PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a qkv_proj; others have numbers
 
 
+def stand_in_weight(
+    layer: Any, shape: tuple[int, ...], dtype: torch.dtype, loader: Callable[..., None]
+) -> None:
+    """Give a layer the `weight` that it has until the probe.
+
+    A model may ask it for its type or give it another loader. It is no parameter, so no reload
+    waits for it.
+    """
+    layer.weight = torch.empty(shape, dtype=dtype, device="meta")
+    loaders = {"weight_loader": loader, "slab_loader": loader}
+    set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, **loaders})
+
+
+def weight_without_rows(layer: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Give an embedding or a head the `weight` that LoRA asks for its type and device."""
+    layer.weight = torch.empty(0, layer.embedding_dim, dtype=dtype, device=device)
+
+
 class SlabLinearMethod(LinearMethodBase):
     """One linear layer of vLLM from one or several packed weights."""
 
@@ -72,13 +90,8 @@ class SlabLinearMethod(LinearMethodBase):
         for name in layer.slab_parts.tensor_names:
             self._add_parameter(layer, name, device)
         layer.slab_dtype = params_dtype
-        # Until the probe a model may ask the dense weight for its type or give it another loader.
-        # It is no parameter, so no reload waits for it.
         shape = (sum(output_partition_sizes), input_size_per_partition)
-        layer.weight = torch.empty(shape, dtype=params_dtype, device="meta")
-        loader = self._loader(layer.slab_parts, DENSE)
-        loaders = {"weight_loader": loader, "slab_loader": loader}
-        set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0, **loaders})
+        stand_in_weight(layer, shape, params_dtype, self._loader(layer.slab_parts, DENSE))
         config = get_current_vllm_config_or_none()
         layer.slab_dummy = config is not None and config.load_config.load_format == "dummy"
         layer.slab_prefill = prefill_word(getattr(config, "additional_config", None))
@@ -198,8 +211,12 @@ class SlabHeadMethod(SlabLinearMethod):
             )
         return [vocabulary_parallel(self.layouts[0], layer.shard_indices)]
 
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        weight_without_rows(layer, layer.slab_dtype, layer.qweight.device)
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of this rank's rows; rows that only pad the vocabulary have 0."""
+        """Logits of this rank's rows; those of padding are 0 but for the bias."""
         y = super().apply(layer, x)
         y = nn.functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
         return y if bias is None else y + bias

@@ -18,12 +18,16 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..errors import ArchitectureError
 from ..models.packed_config import QUANT_METHOD
-from .probe import DENSE, Probe
-from .vllm_linear import SlabLinearMethod
+from .probe import DENSE, Probe, TableLayout
+from .vllm_linear import SlabHeadMethod, SlabLinearMethod
+from .vllm_vocabulary import SharedHeadMethod, TableMethod, swap_vocabulary
 
 
 def probe_before_loading() -> None:
-    """Let the model that vLLM is building probe its loader before its weights come first."""
+    """Let the model that vLLM is building probe its loader before its weights come first.
+
+    Its embedding and head get their methods at the same time (`swap_vocabulary`).
+    """
     building = get_current_vllm_config_or_none()
     if building is None or building.model_config is None:
         return
@@ -56,11 +60,25 @@ def probe_model(
     config: Any = next((c for c in configs if c and c.get_name() == QUANT_METHOD), None)
     if config is None:
         return
-    names = {stored: name for name, stored in config.stored.items()}
-    layouts = {stored: config.layouts[name] for stored, name in names.items()}
-    probe = Probe(layouts, f"vLLM's {type(model).__name__}")
+    if any(getattr(module, "slab_dummy", False) for module in model.modules()):
+        raise ArchitectureError(
+            "a packed model that started with load_format='dummy' takes no weights later; start it "
+            "with load_format='auto'"
+        )
+    swap_vocabulary(model, config)
     methods = [(module, getattr(module, "quant_method", None)) for module in model.modules()]
-    layers: list[Any] = [m for m, method in methods if isinstance(method, SlabLinearMethod)]
+    ours = (SlabLinearMethod, TableMethod, SharedHeadMethod)
+    layers: list[Any] = [module for module, method in methods if isinstance(method, ours)]
+    names = {config.stored[name]: name for name in config.layouts}
+    layouts: dict[str, Any] = {stored: config.layouts[name] for stored, name in names.items()}
+    heads = set()
+    for layer in layers:
+        method = layer.quant_method
+        if isinstance(method, TableMethod):
+            layouts[method.stored] = TableLayout(layer.org_vocab_size, layer.embedding_dim)
+        elif isinstance(method, SlabHeadMethod):
+            heads.update(method.stored)
+    probe = Probe(layouts, f"vLLM's {type(model).__name__}", heads)
     for layer in layers:
         weight = layer.weight
         del layer.weight
@@ -81,7 +99,7 @@ def probe_model(
         layer.quant_method.probe = None
         layer.slab_probed = True
     for stored in probe.missing():
-        if not is_pp_missing_parameter(f"{names[stored]}.", model):
+        if stored not in names or not is_pp_missing_parameter(f"{names[stored]}.", model):
             raise probe.refuse(stored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slab_kernels.engines.probe import Probe
+from slab_kernels.engines.probe import Probe, TableLayout
 from slab_kernels.errors import ArchitectureError
 from slab_kernels.format import PackedLayout
 
@@ -15,6 +15,7 @@ LAYOUTS = {
     ),
     "h.0.q": PackedLayout(48, 96, "fp16", rank=2),
     "h.0.k": PackedLayout(48, 96, "bf16", rank=0),
+    "wte": TableLayout(48, 96),
 }
 
 
@@ -25,7 +26,7 @@ def heads_apart(tensor: torch.Tensor) -> torch.Tensor:
 
 def send(change=lambda name, tensor: tensor, rename=lambda layer: layer, leave_out=()) -> Probe:
     """The probe after its stand-ins went through a loader that changes, renames or leaves out."""
-    probe = Probe(LAYOUTS, "this engine")
+    probe = Probe(LAYOUTS, "this engine", heads=("h.0.k",))
     for name, tensor in probe.stand_ins():
         layer, _, part = name.rpartition(".")
         wanted = (torch.int32, (48, 96)) if part == "weight" else LAYOUTS[layer].tensors()[part]
@@ -52,10 +53,14 @@ def test_a_loader_that_passes_tensors_on(change):
         (lambda n, t: t.flip(1) if n.endswith("k.weight") else t, "k.weight"),
         (lambda n, t: t[:16] if n.endswith("qkv.scales") else t, "qkv.scales"),
         (lambda n, t: t.t() if n.endswith("q.U") else t, "q.U"),
+        (lambda n, t: t.flip(0) if n.endswith("wte.weight") else t, "wte.weight"),
+        (lambda n, t: t * 2 if n.endswith("wte.codes") else t, "wte.codes"),
+        (lambda n, t: t.flip(0) if n.endswith("wte.scales") else t, "wte.scales"),
     ],
 )
 def test_a_loader_that_changes_the_order_or_splits_is_refused(change, tensor):
-    message = rf"^this engine splits or reorders h\.0\.{tensor} while it loads.*decompress"
+    layer = "" if "wte" in tensor else r"h\.0\."
+    message = rf"^this engine splits or reorders {layer}{tensor} while it loads.*decompress"
     with pytest.raises(ArchitectureError, match=message):
         send(change)
 
@@ -66,8 +71,15 @@ def test_a_loader_that_takes_one_layer_for_another_is_refused():
         send(rename=lambda layer: other.get(layer, layer))
 
 
-def test_what_a_loader_leaves_out_is_named():
-    probe = send(leave_out=["h.0.q"])
-    assert probe.missing() == ["h.0.q"]
-    refused = str(probe.refuse("h.0.q"))
-    assert "no linear layer h.0.q that takes packed weights" in refused and "skip='*.q'" in refused
+@pytest.mark.parametrize(
+    ("layer", "what", "advice"),
+    [
+        ("h.0.q", "no linear layer h.0.q that takes packed weights", "skip='*.q'"),
+        ("h.0.k", "no output head h.0.k that takes packed weights", "head=False"),
+        ("wte", "no embedding wte that takes int8 rows", "embeddings='dense'"),
+    ],
+)
+def test_what_a_loader_leaves_out_is_named(layer, what, advice):
+    probe = send(leave_out=[layer])
+    assert probe.missing() == [layer]
+    assert what in str(probe.refuse(layer)) and advice in str(probe.refuse(layer))

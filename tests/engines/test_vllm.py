@@ -37,6 +37,15 @@ SIZES = {  # heads of a size that vLLM's attention has, and slices of whole grou
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 256, "max_position_embeddings": 128,
 }  # fmt: skip
+SIZES_OF = {
+    "gemma": SIZES | {"head_dim": 32},
+    "gptj": {"n_embd": 128, "rotary_dim": 32},
+    "bloom": {"hidden_size": 192, "n_head": 2},
+    "opt": {
+        "hidden_size": 128, "num_attention_heads": 4, "word_embed_proj_dim": 128, "ffn_dim": 256,
+        "max_position_embeddings": 128,
+    },
+}  # fmt: skip
 PROMPTS = [tiny_models.tokens(1, length, seed=length)[0].tolist() for length in (3, 8, 17)]
 SERVE = """
 import json, shutil, sys
@@ -158,7 +167,7 @@ def randomly_packed(folder, architecture: str, forms: list[dict], seed: int = 0,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama compressed to int4 with adapters, tied embeddings."""
+    """A Llama compressed to int4 with adapters, and with the default's int8 rows, tied."""
     top = tmp_path_factory.mktemp("llama")
     tiny_models.write(top / "dense", "llama", **SIZES)
     settings = {
@@ -180,18 +189,99 @@ def test_the_tokens_are_those_of_transformers(folder, mode):
     assert_ours(*serve(folder, **mode), folder)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(
-    "asked", [{"embeddings": "int8"}, {"head": True}, {"embeddings": "int8", "head": True}], ids=str
-)
-def test_int8_rows_and_packed_heads(tmp_path, asked, ranks):
-    """96 tokens are padded to 128, so that the second of two ranks has 32 rows of its 64."""
-    tiny_models.write(tmp_path / "dense", "llama", **SIZES)
+@pytest.fixture
+def whole(request, tmp_path):
+    """A model compressed to int4 with its embedding and its head as the test asks for them.
+
+    Of the 96 tokens, padded to 128, the second of two ranks has 32 rows of its 64.
+    """
+    architecture, changes, asked = request.param
+    tiny_models.write(
+        tmp_path / "dense", architecture, **SIZES_OF.get(architecture, SIZES), **changes
+    )
     settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
     slab_kernels.compress(
         tmp_path / "dense", tmp_path / "packed", progress=False, **settings, **asked
     )
-    assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=ranks), tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+DENSE, INT8 = {"embeddings": "dense"}, {"embeddings": "int8"}
+HEAD, BOTH = DENSE | {"head": True}, INT8 | {"head": True}
+WHOLE = [
+    ("llama", TIED, INT8),
+    ("llama", TIED, HEAD),
+    ("llama", TIED, BOTH),
+    ("llama", UNTIED, INT8),
+    ("llama", UNTIED, BOTH),
+    ("llama", TIED, DENSE),
+]
+
+
+def name_of(case: tuple) -> str:
+    architecture, changes, asked = case
+    head = ["head"] if "head" in asked else []
+    return "-".join(
+        [architecture, "tied" if changes == TIED else "untied", asked["embeddings"], *head]
+    )
+
+
+def assert_dense(answers: list, folder, top) -> None:
+    """The answers are those of transformers on the dense folder that `decompress` writes."""
+    from transformers import AutoModelForCausalLM
+
+    slab_kernels.decompress(folder, top / "again")
+    assert_same(answers, AutoModelForCausalLM.from_pretrained(top / "again", dtype=DTYPE))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("whole", WHOLE, ids=name_of, indirect=True)
+def test_int8_rows_and_packed_heads(whole, ranks, tmp_path):
+    (answers,) = serve(whole, tensor_parallel_size=ranks)
+    assert_ours(answers, whole)
+    if not ON_GPU:
+        assert_dense(answers, whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        ("gemma", TIED, INT8),  # vLLM does not tell the quantization of its embedding
+        ("cohere", TIED, INT8),  # nor has a head beside it
+        ("opt", TIED, INT8),
+        ("gptj", UNTIED, BOTH),  # a head with a bias
+    ],
+    ids=name_of,
+    indirect=True,
+)
+def test_int8_rows_and_packed_heads_of_other_models(whole):
+    assert_ours(*serve(whole), whole)
+
+
+@pytest.mark.parametrize("whole", WHOLE[:1], ids=name_of, indirect=True)
+@pytest.mark.parametrize(
+    "mode", [{"enforce_eager": False}, {"pipeline_parallel_size": 2}], ids=["compiled", "pipeline"]
+)
+def test_int8_rows_in_other_modes(whole, mode):
+    assert_ours(*serve(whole, **mode), whole)
+
+
+@pytest.mark.parametrize("asked", [INT8, BOTH], ids=["shared", "head"])
+def test_int8_rows_and_packed_heads_loaded_anew(tmp_path, asked):
+    """Also on a rank whose last rows only pad."""
+    folders = []
+    for seed in (1, 2):
+        top = tmp_path / str(seed)
+        tiny_models.write(top / "dense", "llama", seed=seed, **SIZES)
+        settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+        slab_kernels.compress(top / "dense", top / "packed", progress=False, **settings, **asked)
+        folders.append(top / "packed")
+    first, second = folders
+    live = shutil.copytree(first, tmp_path / "live")
+    answers = serve(live, reloads=[second, first])
+    for answer, folder in zip(answers, (first, second, first), strict=True):
+        assert_ours(answer, folder)
 
 
 FORMS = [
@@ -223,17 +313,10 @@ def test_weights_that_are_fused_on_disk(tmp_path):
     assert_ours(*serve(tmp_path / "packed", tensor_parallel_size=2), tmp_path / "packed")
 
 
-SIZES_OF = {
-    "stablelm": SIZES,
-    "gptj": {"n_embd": 128, "rotary_dim": 32},
-    "bloom": {"hidden_size": 192, "n_head": 2},
-}
-
-
 @pytest.fixture
 def compressed(request, tmp_path):
     """A model of the architecture that the test asks for, compressed to int4."""
-    tiny_models.write(tmp_path / "dense", request.param, **SIZES_OF[request.param])
+    tiny_models.write(tmp_path / "dense", request.param, **SIZES_OF.get(request.param, SIZES))
     settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
     slab_kernels.compress(tmp_path / "dense", tmp_path / "packed", progress=False, **settings)
     return tmp_path / "packed"
@@ -274,11 +357,12 @@ def test_mixtures_with_dense_experts_packed_and_decompressed(name, tmp_path, mon
         assert_ours(*serve(folder), packed)
 
 
-def test_an_adapter_on_packed_layers(folder, tmp_path):
-    slab_kernels.decompress(folder, tmp_path / "dense")
+@pytest.mark.parametrize("whole", [WHOLE[0], WHOLE[4]], ids=name_of, indirect=True)
+def test_an_adapter_on_packed_layers(whole, tmp_path):
+    slab_kernels.decompress(whole, tmp_path / "again")
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=getattr(torch, DTYPE))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=getattr(torch, DTYPE))
     targets, state = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], {}
     for name, linear in model.named_modules():
         if name.rpartition(".")[2] in targets:
@@ -292,12 +376,33 @@ def test_an_adapter_on_packed_layers(folder, tmp_path):
     save_file(state, adapter / "adapter_model.safetensors")
     described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets}
     (adapter / "adapter_config.json").write_text(json.dumps(described))
-    assert_same(*serve(folder, adapter=adapter, enable_lora=True, max_lora_rank=8), model)
+    assert_same(*serve(whole, adapter=adapter, enable_lora=True, max_lora_rank=8), model)
 
 
 def test_weights_of_a_dummy_load_are_zero(folder):
     (answers,) = serve(folder, load_format="dummy")
     assert len(answers) == len(PROMPTS)
+
+
+def test_weights_after_a_dummy_load_are_refused(monkeypatch):
+    """vLLM itself refuses to reload from the folder then, but takes weights from a program."""
+    import vllm.model_executor.layers.linear as layers
+    from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+
+    from slab_kernels.engines.vllm import SlabVllmConfig
+    from slab_kernels.engines.vllm_probe import probe_model
+
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = SlabVllmConfig({"o_proj": slab_kernels.PackedLayout(48, 64, "int4", rank=1)})
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
+        layer = layers.ReplicatedLinear(
+            64, 48, bias=False, quant_config=config, params_dtype=torch.float32, prefix="o_proj"
+        )
+    layer.quant_method.process_weights_after_loading(layer)
+    assert not layer.quant_method.apply(layer, torch.randn(3, 64)).any()
+    with pytest.raises(ArchitectureError, match=r"load_format='dummy' takes no weights later"):
+        probe_model(layer, lambda weights: None)
 
 
 def edit_tensor(name, change, folder) -> None:
@@ -386,7 +491,7 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
 
     from slab_kernels.engines import register_with_vllm
     from slab_kernels.engines.vllm import SlabVllmConfig
-    from slab_kernels.engines.vllm_linear import SlabHeadMethod, SlabLinearMethod
+    from slab_kernels.engines.vllm_linear import SlabLinearMethod
     from slab_kernels.models.folder import Checkpoint
 
     register_with_vllm()
@@ -415,7 +520,7 @@ def test_what_cannot_be_packed_is_refused_in_words(folder):
         NotImplementedError, match=r"experts\.0\.up_proj is packed.*RoutedExperts.*decompress"
     ):
         config.get_quant_method(a_layer(RoutedExperts), "model.layers.0.moe.experts")
-    assert isinstance(config.get_quant_method(a_layer(ParallelLMHead), "lm_head"), SlabHeadMethod)
+    assert config.get_quant_method(a_layer(ParallelLMHead), "lm_head") is None  # it comes later
     del config.layouts[f"{where}.k_proj"]
     with pytest.raises(
         NotImplementedError,

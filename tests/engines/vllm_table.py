@@ -107,6 +107,7 @@ def build(name: str, folder: Path) -> None:
 def pack(dense: Path, out: Path, skip: list[str]) -> list[str]:
     """Compress to int4 and leave dense what cannot be packed; returns the patterns of that."""
     settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    settings["embeddings"] = "dense"
     while True:
         try:
             slab_kernels.compress(dense, out, skip=skip, progress=False, **settings)
