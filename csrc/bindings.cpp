@@ -158,6 +158,7 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   w.group_size = h.group_size ? h.group_size : kInputs;
   w.planes = h.planes;
   w.adapter_half = h.adapter_half != 0;
+  w.prefetch = cpu_prefetch();
   w.stream = base + at.stream;
   if (h.rank) {
     w.u = reinterpret_cast<const float*>(base + at.u);
@@ -224,6 +225,7 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   const Sections at(h);
   Tensor prepared = torch::stable::new_empty(metadata, {at.end});
   auto* const out = static_cast<uint8_t*>(prepared.mutable_data_ptr());
+  prefer_huge_pages(out, at.end);
   std::memset(out, 0, size_t(at.stream));
   std::memcpy(out, &h, sizeof(Header));
   const auto copy = [&](const char* name, const Factor& t, std::initializer_list<int64_t> expected,
@@ -387,6 +389,7 @@ Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features
   const CpuKernels& run = kernels();
   Tensor dense = torch::stable::new_empty(prepared, {out_features, in_features}, ScalarType::Float);
   auto* const out = static_cast<float*>(dense.mutable_data_ptr());
+  prefer_huge_pages(out, dense.numel() * 4);
   torch::stable::parallel_for(0, w.row_blocks, 1 + kThreadWork / (kRows * in_features),
                               [&](int64_t begin, int64_t end) {
                                 run.dequantize(w, out, kFloat32, begin, end);

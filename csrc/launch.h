@@ -65,6 +65,7 @@ struct CpuWeight {
   int64_t adapter_padded;             // R' rounded up to 32
   int values, group_size;
   int planes;         // 0 with rank 0
+  int prefetch;       // bytes that lookup asks for ahead of where it reads, 0 for none
   bool adapter_half;  // P and Q panels are fp16, else fp32
   const uint8_t* stream;
   const float* u;     // [row_blocks][R][16]
@@ -110,6 +111,8 @@ const CpuKernels* cpu_kernels_avx512();  // null when built without
 // The instruction sets that this build holds and this machine runs, best first; null after the last
 // of them, which are at most 3.
 const CpuKernels* cpu_kernels(int index);
+// Bytes that lookup asks for ahead of where it reads, on this machine.
+int cpu_prefetch();
 
 // The canonical packed tensors of one weight, as the format specification lays them out.
 struct CpuPacked {

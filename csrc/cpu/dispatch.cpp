@@ -21,4 +21,15 @@ const CpuKernels* cpu_kernels(int index) {
   return index < count ? found[index] : nullptr;
 }
 
+int cpu_prefetch() {
+#if defined(__x86_64__)
+  // Two blocks of fp16: 2048, 4096 and 8192 were equally good on Intel Xeons. On AMD's Zen 4 every
+  // distance makes decoding slower, by up to 1.9 times.
+  static const int ahead = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 4096 : 0;
+  return ahead;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace slab
