@@ -5,14 +5,17 @@
 namespace slab {
 
 const CpuKernels* cpu_kernels(int index) {
-  const CpuKernels* found[4] = {nullptr, nullptr, nullptr, nullptr};
+  const CpuKernels* found[5] = {};
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (cpu_kernels_avx512() && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (cpu_kernels_avx512_bf16() && __builtin_cpu_supports("avx512bf16"))
+      found[count++] = cpu_kernels_avx512_bf16();
     found[count++] = cpu_kernels_avx512();
+  }
   if (cpu_kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     found[count++] = cpu_kernels_avx2();

@@ -23,6 +23,7 @@ from slab_kernels.format import PackedLayout, PackedWeight, bits
 from slab_kernels.testing import (
     ADAPTER_RANKS,
     RANKS,
+    ROUNDOFF,
     SHAPES,
     VALUE_LAYOUTS,
     error_bound,
@@ -88,7 +89,10 @@ def test_against_fp64(isa, values, group_size, rank, planes, poisoned):
             assert {y.dtype for y in results} == {dtype}
             rows = torch.cat([torch.arange(M) for M in tokens])
             error = (torch.cat(results).double() - exact[rows]).abs()
-            assert bool((error <= error_bound(magnitude, exact, dtype, K)[rows]).all()), (
+            allowed = error_bound(magnitude, exact, dtype, K)
+            if isa == "avx512_bf16" and dtype == torch.bfloat16:  # test_cpu_bf16.py is tighter
+                allowed = allowed + magnitude * ROUNDOFF[dtype]
+            assert bool((error <= allowed[rows]).all()), (
                 N,
                 K,
                 adapter_rank,
