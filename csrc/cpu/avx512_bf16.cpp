@@ -16,7 +16,7 @@ struct Bf16Panel {
   using F = V::F;
   using I = V::I;
   static constexpr int kCellInputs = 2;
-  static constexpr int kPanelBlocks = 8;  // 64 KB: with one, sums would travel too often
+  static constexpr int kPanelBlocks = 4;  // 32 KB: with one, sums would travel too often
   static SLAB_INLINE F multiply(F weight, F x, F sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
   }

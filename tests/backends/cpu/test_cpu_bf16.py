@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -60,11 +61,8 @@ def test_only_the_weight_is_rounded(values, group_size, rank, planes, poisoned):
 def test_adapters_and_bias_are_not_rounded(adapter_rank, poisoned):
     """With small integers in the weight, which bf16 holds, only y is rounded."""
     N, K = 170, 260
-    packed = random_packed(PackedLayout(N, K, "int8", 64, 1), integers=True)
-    layout = PackedLayout(N, K, "int8", 64, 1, adapter_rank)
-    full = random_packed(layout, integers=True)
-    parts = packed.tensors() | {"P": full.P * 0.37, "Q": full.Q}
-    packed = PackedWeight.from_tensors(parts, N, K)
+    packed = random_packed(PackedLayout(N, K, "int8", 64, 1, adapter_rank), integers=True)
+    packed = dataclasses.replace(packed, P=(packed.P.float() * 0.37).to(packed.P.dtype))
     bias = torch.randn(N)
     x = torch.randint(-4, 5, (30, K)).to(BF16)
     exact, magnitude = oracle(x, packed, bias)
