@@ -158,6 +158,7 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   w.group_size = h.group_size ? h.group_size : kInputs;
   w.planes = h.planes;
   w.adapter_half = h.adapter_half != 0;
+  w.prefetch = cpu_prefetch();
   w.stream = base + at.stream;
   if (h.rank) {
     w.u = reinterpret_cast<const float*>(base + at.u);
@@ -224,6 +225,7 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   const Sections at(h);
   Tensor prepared = torch::stable::new_empty(metadata, {at.end});
   auto* const out = static_cast<uint8_t*>(prepared.mutable_data_ptr());
+  prefer_huge_pages(out, at.end);
   std::memset(out, 0, size_t(at.stream));
   std::memcpy(out, &h, sizeof(Header));
   const auto copy = [&](const char* name, const Factor& t, std::initializer_list<int64_t> expected,
@@ -272,21 +274,54 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
   return scratch;
 }
 
+// The tokens of x in blocks of cells (launch.h).
+void arrange(const CpuKernels& run, const void* x, int type, const CpuTokens& t, int64_t features,
+             int64_t cells, bool pairs, float* out) {
+  const auto* const from = static_cast<const uint8_t*>(x);
+  const int64_t row_bytes = features * (type == kFloat32 ? 4 : 2);
+  const TokenBlocks blocks(t.count, t.block_tokens);
+  torch::stable::parallel_for(
+      0, blocks.count, 1 + kThreadWork / (t.block_tokens * cells), [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          const int64_t first = blocks.begin(b), tokens = blocks.begin(b + 1) - first;
+          run.arrange(from + first * row_bytes, type, features, tokens, cells, pairs,
+                      out + first * cells);
+        }
+      });
+}
+
+enum class Product { kLookup, kTile, kTileBf16 };
+
+Product choose_product(const CpuKernels& run, const CpuWeight& w, int64_t tokens, int type) {
+  const bool bf16 = type == kBfloat16 && run.tile_bf16;
+  const int64_t lookup_tokens = bf16 ? run.lookup_tokens_bf16 : run.lookup_tokens;
+  if (tokens < lookup_tokens && (w.rank <= 2 || w.rank == 4)) return Product::kLookup;
+  return bf16 ? Product::kTileBf16 : Product::kTile;
+}
+
 // Calls the kernels once, for at most kTileTokens tokens.
 void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const void* x, int x_type,
-                bool lookup) {
+                Product product) {
   const int64_t padded = w.k_blocks * kInputs;
-  const bool copy = !(x_type == kFloat32 && w.in_features == padded);
-  const Scratch rows(copy ? t.count * padded : 0), scaled(lookup ? t.count * w.rank * padded : 0);
-  const Scratch z(t.count * w.adapter_padded);
-  t.x = widened(run, x, x_type, t.count, w.in_features, padded, rows.get());
+  const bool lookup = product == Product::kLookup, bf16 = product == Product::kTileBf16;
+  const bool rows = !bf16 || w.adapter_rank;
+  const Scratch wide(rows ? t.count * padded : 0), pairs(bf16 ? t.count * padded / 2 : 0);
+  const Scratch scaled(lookup ? t.count * w.rank * padded : 0), z(t.count * w.adapter_padded);
+  t.block_tokens = lookup ? 1 : run.block_tokens;
+  t.pairs = pairs.get();
   t.xv = scaled.get();
   t.z = z.get();
-  if (lookup)
+  if (lookup) {
+    t.x = widened(run, x, x_type, t.count, w.in_features, padded, wide.get());
     for (int64_t i = 0; i < t.count; ++i)
       for (int64_t r = 0; r < w.rank; ++r)
         run.multiply(t.x + i * padded, w.v + r * padded, scaled.get() + (i * w.rank + r) * padded,
                      padded);
+  } else {
+    t.x = wide.get();
+    if (rows) arrange(run, x, x_type, t, w.in_features, padded, false, wide.get());
+    if (bf16) arrange(run, x, x_type, t, w.in_features, padded / 2, true, pairs.get());
+  }
   if (w.adapter_rank)
     torch::stable::parallel_for(
         0, w.adapter_padded / (2 * kRows), 1 + kThreadWork / (2 * kRows * padded * t.count),
@@ -294,12 +329,12 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
   // A thread takes whole groups of four row blocks, because lookup shares its tables among four.
   constexpr int64_t unit = 4;
   const int64_t units = (w.row_blocks + unit - 1) / unit;
-  torch::stable::parallel_for(0, units, 1 + kThreadWork / (unit * kRows * padded * t.count),
-                              [&](int64_t begin, int64_t end) {
-                                const int64_t last =
-                                    end * unit < w.row_blocks ? end * unit : w.row_blocks;
-                                (lookup ? run.lookup : run.tile)(w, t, begin * unit, last);
-                              });
+  torch::stable::parallel_for(
+      0, units, 1 + kThreadWork / (unit * kRows * padded * t.count),
+      [&](int64_t begin, int64_t end) {
+        const int64_t last = end * unit < w.row_blocks ? end * unit : w.row_blocks;
+        (lookup ? run.lookup : bf16 ? run.tile_bf16 : run.tile)(w, t, begin * unit, last);
+      });
 }
 
 // A contiguous tensor of x's shape with another last size. It is made through the shim, which takes
@@ -342,44 +377,20 @@ Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
     w.bias = wide_bias.get();
   }
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  const bool lookup = tokens < run.lookup_tokens && (w.rank <= 2 || w.rank == 4);
+  const Product product = choose_product(run, w, tokens, type);
   const int64_t bytes = type == kFloat32 ? 4 : 2;
-  for (int64_t first = 0; first < tokens; first += kTileTokens) {
+  const TokenBlocks calls(tokens, kTileTokens);
+  for (int64_t i = 0; i < calls.count; ++i) {
+    const int64_t first = calls.begin(i);
     CpuTokens t{};
-    t.count = tokens - first < kTileTokens ? tokens - first : kTileTokens;
+    t.count = calls.begin(i + 1) - first;
     t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * out_features * bytes;
     t.y_type = type;
     run_tokens(run, w, t,
                static_cast<const uint8_t*>(x.const_data_ptr()) + first * in_features * bytes, type,
-               lookup);
+               product);
   }
   return y;
-}
-
-// W += P Q^T for the rows of row blocks [begin, end). These are plain loops, because only gradients
-// come here.
-void add_adapter(const CpuKernels& run, const CpuWeight& w, float* dense, int64_t begin,
-                 int64_t end) {
-  const int64_t padded = w.k_blocks * kInputs, bytes = w.adapter_half ? 2 : 4;
-  const int type = w.adapter_half ? kFloat16 : kFloat32;
-  const Scratch panel(padded * kRows), left(w.adapter_padded * kRows);
-  for (int64_t block = begin; block < end; ++block) {
-    for (int64_t i = w.adapter_rank * kRows; i < w.adapter_padded * kRows; ++i)
-      left.get()[i] = 0.0f;
-    const auto* const p = static_cast<const uint8_t*>(w.p) + block * w.adapter_rank * kRows * bytes;
-    run.widen(p, type, left.get(), w.adapter_rank * kRows);
-    for (int64_t r = 0; r < w.adapter_padded; r += kRows) {
-      run.widen(static_cast<const uint8_t*>(w.q) + r * padded * bytes, type, panel.get(),
-                padded * kRows);
-      for (int64_t n = block * kRows; n < (block + 1) * kRows && n < w.out_features; ++n)
-        for (int64_t k = 0; k < w.in_features; ++k) {
-          float sum = 0.0f;
-          for (int64_t j = 0; j < kRows; ++j)
-            sum += left.get()[(r + j) * kRows + n % kRows] * panel.get()[k * kRows + j];
-          dense[n * w.in_features + k] += sum;
-        }
-    }
-  }
 }
 
 Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features) {
@@ -387,10 +398,10 @@ Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features
   const CpuKernels& run = kernels();
   Tensor dense = torch::stable::new_empty(prepared, {out_features, in_features}, ScalarType::Float);
   auto* const out = static_cast<float*>(dense.mutable_data_ptr());
+  prefer_huge_pages(out, dense.numel() * 4);
   torch::stable::parallel_for(0, w.row_blocks, 1 + kThreadWork / (kRows * in_features),
                               [&](int64_t begin, int64_t end) {
                                 run.dequantize(w, out, kFloat32, begin, end);
-                                if (w.adapter_rank) add_adapter(run, w, out, begin, end);
                               });
   return dense;
 }

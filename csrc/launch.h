@@ -35,8 +35,8 @@ namespace slab {
 constexpr int kRows = 16;      // output rows of a block
 constexpr int kInputs = 128;   // inputs of a block
 constexpr int kMaxPlanes = 3;  // signs of a pruned entry
-// The most tokens that a call of `tile` takes. Their fp32 sums, 24 KB, live on its stack.
-constexpr int kTileTokens = 192;
+// The most tokens that a call of `tile` takes. Their fp32 sums, 64 KB, live on its stack.
+constexpr int kTileTokens = 512;
 
 enum FloatType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
@@ -65,6 +65,7 @@ struct CpuWeight {
   int64_t adapter_padded;             // R' rounded up to 32
   int values, group_size;
   int planes;         // 0 with rank 0
+  int prefetch;       // bytes that lookup asks for ahead of where it reads, 0 for none
   bool adapter_half;  // P and Q panels are fp16, else fp32
   const uint8_t* stream;
   const float* u;     // [row_blocks][R][16]
@@ -74,13 +75,25 @@ struct CpuWeight {
   const float* bias;  // [row_blocks * 16] or null
 };
 
+// M tokens in blocks of nearly equal size, none larger than `most`.
+struct TokenBlocks {
+  int64_t tokens, count;
+  constexpr TokenBlocks(int64_t tokens, int64_t most)
+      : tokens(tokens), count((tokens + most - 1) / most) {}
+  constexpr int64_t begin(int64_t block) const { return tokens * block / count; }
+};
+
+// x, pairs and z are in TokenBlocks of block_tokens: block after block, [cells][tokens of the
+// block], so in a block of one token a row is as it was. A cell takes 4 bytes.
 struct CpuTokens {
-  int64_t count;    // M
-  const float* x;   // [M][k_blocks * 128]
-  const float* xv;  // [M][R][k_blocks * 128]: x * v, read by lookup only
-  float* z;         // [M][adapter_padded] or null: x Q, written by adapter_in, read by the others
-  void* y;          // [M][N]
-  int y_type;       // FloatType
+  int64_t count;         // M
+  int64_t block_tokens;  // 1 for lookup
+  const float* x;        // k_blocks * 128 inputs a token; null if pairs is read instead
+  const float* pairs;    // k_blocks * 64 pairs of bf16 inputs a token, read by tile_bf16 only
+  const float* xv;       // [M][R][k_blocks * 128]: x * v, read by lookup only
+  float* z;    // adapter_padded numbers a token or null: x Q, written by adapter_in
+  void* y;     // [M][N]
+  int y_type;  // FloatType
 };
 
 // One table per instruction set; ranges are half-open and disjoint ranges may run at the same time.
@@ -89,15 +102,24 @@ struct CpuKernels {
   // Turns n numbers of a type into float32.
   void (*widen)(const void* in, int type, float* out, int64_t n);
   void (*multiply)(const float* a, const float* b, float* out, int64_t n);
+  // Puts the rows of one block of tokens into cells, those of `features` inputs and zeros after
+  // them: fp32 inputs, or pairs of bf16 ones.
+  void (*arrange)(const void* rows, int type, int64_t features, int64_t tokens, int64_t cells,
+                  bool pairs, float* out);
   // z = x Q for columns [32 * begin, 32 * end)
   void (*adapter_in)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
   // y for row blocks [begin, end) by table lookup: any number of tokens, rank 0, 1, 2 or 4
   void (*lookup)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
   // y for row blocks [begin, end) by rebuilding fp32 tiles: at most kTileTokens tokens, any rank
   void (*tile)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
-  // W[N][K] in out_type for row blocks [begin, end), without the adapter
+  // The same by rebuilding pairs of bf16, which rounds the weight to bf16; null where the
+  // instruction set has no product of bf16
+  void (*tile_bf16)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
+  // W[N][K] in out_type for row blocks [begin, end), with the adapter
   void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
-  int lookup_tokens;  // below this many tokens lookup is the faster of the two
+  int lookup_tokens;       // below this many tokens lookup is faster than tile
+  int lookup_tokens_bf16;  // and than tile_bf16
+  int block_tokens;        // of the blocks that the tiles take
   // Rows [begin, end) of a block of columns; `memory` holds kMostColumns^2 numbers of its own.
   void (*descend)(const CpuDescent& d, float* memory, int64_t begin, int64_t end);
   void (*sweep)(const CpuSweep& s, float* memory, int64_t begin, int64_t end);
@@ -105,11 +127,14 @@ struct CpuKernels {
 
 const CpuKernels* cpu_kernels_scalar();
 const CpuKernels* cpu_kernels_avx2();    // null when built without
-const CpuKernels* cpu_kernels_avx512();  // null when built without
+const CpuKernels* cpu_kernels_avx512();       // null when built without
+const CpuKernels* cpu_kernels_avx512_bf16();  // null when built without
 
 // The instruction sets that this build holds and this machine runs, best first; null after the last
-// of them, which are at most 3.
+// of them, which are at most 4.
 const CpuKernels* cpu_kernels(int index);
+// Bytes that lookup asks for ahead of where it reads, on this machine.
+int cpu_prefetch();
 
 // The canonical packed tensors of one weight, as the format specification lays them out.
 struct CpuPacked {

@@ -24,6 +24,24 @@ struct Avx2 {
   static SLAB_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static SLAB_INLINE F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static SLAB_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // Transposes 8 x 8 numbers, whose rows are so far apart.
+  static SLAB_INLINE void turn(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    F pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      const F a = load(from + i * stride), b = load(from + (i + 1) * stride);
+      pairs[i] = _mm256_unpacklo_ps(a, b);
+      pairs[i + 1] = _mm256_unpackhi_ps(a, b);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+        fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xEE);
+      }
+    for (int i = 0; i < 4; ++i) {
+      store(to + i * to_stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+      store(to + (i + 4) * to_stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+    }
+  }
   static SLAB_INLINE I load_words(const uint8_t* p) {
     return (I)_mm256_loadu_si256((const __m256i*)p);
   }

@@ -5,20 +5,34 @@
 namespace slab {
 
 const CpuKernels* cpu_kernels(int index) {
-  const CpuKernels* found[4] = {nullptr, nullptr, nullptr, nullptr};
+  const CpuKernels* found[5] = {};
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (cpu_kernels_avx512() && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (cpu_kernels_avx512_bf16() && __builtin_cpu_supports("avx512bf16"))
+      found[count++] = cpu_kernels_avx512_bf16();
     found[count++] = cpu_kernels_avx512();
+  }
   if (cpu_kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     found[count++] = cpu_kernels_avx2();
 #endif
   found[count++] = cpu_kernels_scalar();
   return index < count ? found[index] : nullptr;
+}
+
+int cpu_prefetch() {
+#if defined(__x86_64__)
+  // Two blocks of fp16: 2048, 4096 and 8192 were equally good on Intel Xeons. On AMD's Zen 4 every
+  // distance makes decoding slower, by up to 1.9 times.
+  static const int ahead = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 4096 : 0;
+  return ahead;
+#else
+  return 0;
+#endif
 }
 
 }  // namespace slab

@@ -1,5 +1,5 @@
 // The products of the CPU backend are written once over a vector type V (a lane is an output row)
-// and compiled once per instruction set: scalar.cpp, avx2.cpp and avx512.cpp define V, and
+// and compiled once per instruction set: scalar.cpp, avx2.cpp and avx512.h define V, and
 // kernel_table is what they export. V's constants are:
 //
 //   kLookupBlocks   row blocks that share tables in `lookup` with one token
@@ -10,16 +10,18 @@
 //                   AVX-512 the words would otherwise travel to the stack and back (int4, rank 1:
 //                   1.24 times as long); where registers are few, the shifts cost more.
 //   kLookupTokens   `lookup` is used below so many tokens
-//   kTokens         tokens that `tile` multiplies at once
+//   kTokens         tokens that `tile` multiplies at once, at most
 //
 // Sums are fp32, in ascending input order within a lane, the same for every token count and range:
 // a row of y depends on its own token only, and on which of the two products is used.
 #pragma once
 
+#include "dequantize.h"
 #include "descent.h"
 #include "lookup.h"
 #include "sweep.h"
 #include "tile.h"
+#include "tokens.h"
 
 namespace slab {
 namespace {
@@ -29,11 +31,15 @@ constexpr CpuKernels kernel_table() {
   return CpuKernels{V::kName,
                     Stream<V>::widen,
                     Stream<V>::multiply,
+                    Tokens<V>::arrange,
                     Tile<V>::adapter_in,
                     Lookup<V>::lookup,
                     Tile<V>::tile,
-                    Tile<V>::dequantize,
+                    nullptr,
+                    Dequantize<V>::dequantize,
                     V::kLookupTokens,
+                    0,
+                    V::kTokens,
                     Descent<V>::descend,
                     Sweep<V>::sweep};
 }

@@ -16,10 +16,6 @@
 namespace slab {
 namespace {
 
-// Prefetch distance along a row block, bytes: two blocks of fp16. 2048, 4096 and 8192 are equally
-// good within noise.
-constexpr int kPrefetchAhead = 4096;
-
 static SLAB_INLINE void prefetch(const uint8_t* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
 }
@@ -61,7 +57,7 @@ struct LookupBlocks {
       const uint8_t* const first = w.stream + row_block * row_bytes;
       for (int s = 0; s < kStrips; ++s) {
         const uint8_t* const block = first + s / kBlockStrips * row_bytes + k_block * w.block_size;
-        if (s % kBlockStrips == 0) prefetch(block + kPrefetchAhead, w.block_size);
+        if (s % kBlockStrips == 0 && w.prefetch) prefetch(block + w.prefetch, w.block_size);
         at[s] = Stream<V>::block_at(block, s % kBlockStrips, kValues, kPlanes);
         words[s].start(at[s]);
         if constexpr (kScaled)

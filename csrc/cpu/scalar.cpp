@@ -23,6 +23,11 @@ struct Scalar {
   static SLAB_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
   static SLAB_INLINE F broadcast(const float* p) { return *p - F{}; }
   static SLAB_INLINE F fma(F a, F b, F c) { return a * b + c; }
+  // Transposes 8 x 8 numbers, whose rows are so far apart.
+  static SLAB_INLINE void turn(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) to[j * to_stride + i] = from[i * stride + j];
+  }
   static SLAB_INLINE I load_words(const uint8_t* p) {
     I v;
     std::memcpy(&v, p, sizeof(v));

@@ -104,10 +104,18 @@ struct Stream {
   // This is not inline, because it would be a fifth of the code of every instance of the products.
   static __attribute__((noinline)) void store_rows(const CpuWeight& w, const CpuTokens& t,
                                                    int64_t token, int64_t rb, const float* rows) {
-    const int64_t left = w.out_features - rb * kRows, n = left < kRows ? left : kRows;
-    narrow(rows, t.y_type,
-           static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4),
-           n);
+    const int64_t left = w.out_features - rb * kRows;
+    uint8_t* const out =
+        static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4);
+    if (left < kRows || t.y_type == kFloat16)
+      return narrow(rows, t.y_type, out, left < kRows ? left : kRows);
+    for (int h = 0; h < kRows; h += kLanes) {
+      const F some = V::load(rows + h);
+      if (t.y_type == kFloat32)
+        V::store(reinterpret_cast<float*>(out) + h, some);
+      else
+        V::store_bf16(reinterpret_cast<uint16_t*>(out) + h, some);
+    }
   }
   static void widen(const void* in, int type, float* out, int64_t n) {
     const uint8_t* const from = static_cast<const uint8_t*>(in);

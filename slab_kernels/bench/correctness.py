@@ -34,8 +34,8 @@ def gate(backend: Linear, x: Tensor, state: Any, packed: PackedWeight) -> None:
     rows = min(GATE_ROWS, packed.out_features)
     part = packed.narrow_out(packed.out_features - rows, rows)
     exact, size = oracle(x, part)
-    on_tensor_cores = x.device.type == "cuda"
-    allowed = tolerance(size, exact, x.dtype, packed.in_features, tensor_cores=on_tensor_cores)
+    rounds = x.device.type == "cuda" or x.dtype == torch.bfloat16
+    allowed = tolerance(size, exact, x.dtype, packed.in_features, rounds=rounds)
     off = bool(((y[:, -rows:].double() - exact).abs() > allowed).any())
     if off or not bool(y.isfinite().all()):
         raise BenchError(
@@ -44,14 +44,13 @@ def gate(backend: Linear, x: Tensor, state: Any, packed: PackedWeight) -> None:
         )
 
 
-def tolerance(
-    size: Tensor, exact: Tensor, dtype: torch.dtype, K: int, tensor_cores: bool
-) -> Tensor:
+def tolerance(size: Tensor, exact: Tensor, dtype: torch.dtype, K: int, rounds: bool) -> Tensor:
     """The largest difference allowed from `exact` [M, N], whose terms' sizes sum to `size`.
 
-    Sums are accumulated in fp32. On tensor cores values, v and v x are also rounded to the
-    activations' type. Of K such roundings, each at most ROUNDOFF and of either sign, 8 / sqrt(K) of
-    their sum is six standard deviations and more; with few inputs it is their sum.
+    Sums are accumulated in fp32. With `rounds`, numbers are rounded to the activations' type before
+    they are multiplied: on tensor cores values, v and v x, on a CPU that multiplies bf16 the
+    entries of the weight. Of K such roundings, each at most ROUNDOFF and of either sign, 8 /
+    sqrt(K) of their sum is six standard deviations and more; with few inputs it is their sum.
     """
-    rounded = size * ROUNDOFF[dtype] * min(2.0, 8 / K**0.5) if tensor_cores else 0.0
+    rounded = size * ROUNDOFF[dtype] * min(2.0, 8 / K**0.5) if rounds else 0.0
     return error_bound(size, exact, dtype, K) + rounded

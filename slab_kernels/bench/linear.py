@@ -300,7 +300,12 @@ def _ours(case: Case, backend: Backend, packed: PackedWeight, facts: Row) -> Con
         backend, backend.prepare(packed, case.kind), (packed,), case.kind, told
     )
     copy, size = backend.dense_bytes(state), size_of(state)
-    copies = _Copies(state, lambda: copied(state))
+
+    def again() -> Any:
+        # On a CPU a copy is prepared anew: `prepare` asks for huge pages, which a clone lacks.
+        return backend.prepare(packed, case.kind) if backend.name == "cpu" else copied(state)
+
+    copies = _Copies(state, again)
 
     def dense(m: int) -> bool:
         return bool(copy) and backend.takes_dense(case.problem(layout, m))

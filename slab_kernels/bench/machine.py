@@ -33,7 +33,9 @@ VARIABLES = {
     "SLAB_KERNELS_PREFILL": (
         "dense copies of packed weights for many tokens: packed (none), dense or auto"
     ),
-    "SLAB_KERNELS_CPU_ISA": "force the CPU kernels' instruction set: scalar, avx2 or avx512",
+    "SLAB_KERNELS_CPU_ISA": (
+        "force the CPU kernels' instruction set: scalar, avx2, avx512 or avx512_bf16"
+    ),
     "SLAB_KERNELS_NATIVE": (
         "at installation: 0 never builds the native library, 1 fails if it cannot be built"
     ),

@@ -226,7 +226,7 @@ def test_tolerance_for_tensor_cores(dtype, K):
     d = unpack(packed)
     exact = reference.linear(x.double(), packed)
     _, size = oracle(x, packed)
-    bound = correctness.tolerance(size, exact, dtype, K, tensor_cores=True)
+    bound = correctness.tolerance(size, exact, dtype, K, rounds=True)
     vx = (
         (x.float() * d.V[:, 0].to(dtype).float()).to(dtype).float()
     )  # as csrc/cuda does: v and v·x rounded

@@ -23,6 +23,7 @@ from slab_kernels.format import PackedLayout, PackedWeight, bits
 from slab_kernels.testing import (
     ADAPTER_RANKS,
     RANKS,
+    ROUNDOFF,
     SHAPES,
     VALUE_LAYOUTS,
     error_bound,
@@ -88,7 +89,10 @@ def test_against_fp64(isa, values, group_size, rank, planes, poisoned):
             assert {y.dtype for y in results} == {dtype}
             rows = torch.cat([torch.arange(M) for M in tokens])
             error = (torch.cat(results).double() - exact[rows]).abs()
-            assert bool((error <= error_bound(magnitude, exact, dtype, K)[rows]).all()), (
+            allowed = error_bound(magnitude, exact, dtype, K)
+            if isa == "avx512_bf16" and dtype == torch.bfloat16:  # test_cpu_bf16.py is tighter
+                allowed = allowed + magnitude * ROUNDOFF[dtype]
+            assert bool((error <= allowed[rows]).all()), (
                 N,
                 K,
                 adapter_rank,
@@ -197,8 +201,13 @@ def test_output_rounds_to_nearest_even(isa, dtype):
     x = torch.zeros(20000, 4, dtype=dtype)
     x[:, 0], x[:, 1] = pattern[:, 0].to(dtype), pattern.roll(1, 0)[:, 0].to(dtype)
     x = torch.where(x.isfinite(), x, 0)
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:  # which takes subnormal numbers as zero
+        x = torch.where(x.abs() < 2.0**-126, 0, x)
     exact = (x[:, 0].float() + x[:, 1].float()).to(dtype)
-    assert torch.equal(linear(x, one)[:, 0], exact)
+    y = linear(x, one)[:, 0]
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:
+        exact = torch.where(exact.abs() < 2.0**-126, 0, exact)
+    assert torch.equal(y, exact)
 
 
 def test_strided_and_batched_activations(isa):

@@ -472,9 +472,7 @@ def test_describe(nvidia, monkeypatch):
 def test_a_stream_is_tuned_by_what_runs(emulated, monkeypatch, config, M, kernel):
     """Also: the memory that a run takes is poisoned, and for decoding 16 tokens are checked."""
     plain = correctness.tolerance  # on CPU tensors it expects fp32 sums of exact products
-    monkeypatch.setattr(
-        correctness, "tolerance", lambda *args, tensor_cores: plain(*args, tensor_cores=True)
-    )
+    monkeypatch.setattr(correctness, "tolerance", lambda *args, rounds: plain(*args, rounds=True))
     shape = PackedLayout(40, 136, "int4", 32, 1, 4)
     above, up_to = (0, 16) if M <= 16 else (32, 64)
     problem = tuning.Problem(shape, torch.float16, (M,), above, up_to)
