@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "int8_linear.h"
 
 namespace {
 
@@ -272,6 +273,15 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
   return scratch;
 }
 
+// z = x Q, for the kernels to add P z.
+void run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t) {
+  if (w.adapter_rank)
+    torch::stable::parallel_for(
+        0, w.adapter_padded / (2 * kRows),
+        1 + kThreadWork / (2 * kRows * w.k_blocks * kInputs * t.count),
+        [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
+}
+
 // Calls the kernels once, for at most kTileTokens tokens.
 void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const void* x, int x_type,
                 bool lookup) {
@@ -287,10 +297,7 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
       for (int64_t r = 0; r < w.rank; ++r)
         run.multiply(t.x + i * padded, w.v + r * padded, scaled.get() + (i * w.rank + r) * padded,
                      padded);
-  if (w.adapter_rank)
-    torch::stable::parallel_for(
-        0, w.adapter_padded / (2 * kRows), 1 + kThreadWork / (2 * kRows * padded * t.count),
-        [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
+  run_adapter(run, w, t);
   // A thread takes whole groups of four row blocks, because lookup shares its tables among four.
   constexpr int64_t unit = 4;
   const int64_t units = (w.row_blocks + unit - 1) / unit;
@@ -321,39 +328,131 @@ Tensor empty_output(const Tensor& x, int64_t out_features) {
   return Tensor(y);
 }
 
+// What a call with x [..., K] has, once its arguments are checked.
+struct Call {
+  Tensor x;   // contiguous
+  int type;   // FloatType of x and y
+  int64_t tokens, bytes;  // M, bytes of a number of x and y
+
+  Call(Tensor given, int64_t in_features) : x(std::move(given)) {
+    CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
+    CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
+    type = float_type("x", x.scalar_type());
+    CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1),
+                   " features, the weight ", in_features);
+    tokens = x.numel() / in_features;
+    bytes = type == kFloat32 ? 4 : 2;
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  }
+  const uint8_t* row(int64_t token) const {
+    return static_cast<const uint8_t*>(x.const_data_ptr()) +
+           token * x.size(x.dim() - 1) * bytes;
+  }
+};
+
+// The parts' bias as fp32, each padded to whole row blocks, given to their weights.
+Scratch wide_bias(const CpuKernels& run, const Factor& bias, std::vector<CpuWeight>& parts) {
+  int64_t rows = 0, padded = 0;
+  for (const CpuWeight& w : parts) rows += w.out_features, padded += w.row_blocks * kRows;
+  Scratch wide(bias ? padded : 0);
+  if (!bias) return wide;
+  check_shape("bias", *bias, {rows});
+  const int type = float_type("bias", bias->scalar_type());
+  const auto* from = static_cast<const uint8_t*>(bias->const_data_ptr());
+  float* to = wide.get();
+  for (CpuWeight& w : parts) {
+    run.widen(from, type, to, w.out_features);
+    for (int64_t n = w.out_features; n < w.row_blocks * kRows; ++n) to[n] = 0.0f;
+    w.bias = to;
+    from += w.out_features * (type == kFloat32 ? 4 : 2);
+    to += w.row_blocks * kRows;
+  }
+  return wide;
+}
+
+bool has_lookup(const CpuWeight& w) { return w.rank <= 2 || w.rank == 4; }
+
 Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
                   int64_t in_features) {
-  CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
-  CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
-  const int type = float_type("x", x.scalar_type());
-  CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1),
-                 " features, the weight ", in_features);
-  CpuWeight w = weight_of(prepared, out_features, in_features);
+  const Call call(x, in_features);
+  std::vector<CpuWeight> parts{weight_of(prepared, out_features, in_features)};
   const CpuKernels& run = kernels();
-  Tensor y = empty_output(x, out_features);
-  const int64_t tokens = x.numel() / in_features;
-  if (tokens == 0) return y;
-  const Scratch wide_bias(bias ? w.row_blocks * kRows : 0);
-  if (bias) {
-    check_shape("bias", *bias, {out_features});
-    for (int64_t n = out_features; n < w.row_blocks * kRows; ++n) wide_bias.get()[n] = 0.0f;
-    run.widen(bias->const_data_ptr(), float_type("bias", bias->scalar_type()), wide_bias.get(),
-              out_features);
-    w.bias = wide_bias.get();
-  }
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  const bool lookup = tokens < run.lookup_tokens && (w.rank <= 2 || w.rank == 4);
-  const int64_t bytes = type == kFloat32 ? 4 : 2;
-  for (int64_t first = 0; first < tokens; first += kTileTokens) {
+  Tensor y = empty_output(call.x, out_features);
+  if (call.tokens == 0) return y;
+  const Scratch wide = wide_bias(run, bias, parts);
+  const CpuWeight& w = parts[0];
+  const bool lookup = call.tokens < run.lookup_tokens && has_lookup(w);
+  for (int64_t first = 0; first < call.tokens; first += kTileTokens) {
     CpuTokens t{};
-    t.count = tokens - first < kTileTokens ? tokens - first : kTileTokens;
-    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * out_features * bytes;
-    t.y_type = type;
-    run_tokens(run, w, t,
-               static_cast<const uint8_t*>(x.const_data_ptr()) + first * in_features * bytes, type,
-               lookup);
+    t.count = call.tokens - first < kTileTokens ? call.tokens - first : kTileTokens;
+    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * out_features * call.bytes;
+    t.y_stride = out_features;
+    t.y_type = call.type;
+    run_tokens(run, w, t, call.row(first), call.type, lookup);
   }
   return y;
+}
+
+// y of several weights that read the same x, side by side, with int8 activations. A token with NaN
+// or infinity is computed by the exact kernels, so that they reach y as they do there.
+Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Factor& bias) {
+  const CpuKernels& run = kernels();
+  int64_t rows = 0, rank = 0, adapter = 0;
+  for (const CpuWeight& w : parts) {
+    CHECK_ARGUMENT(is_integer(w.values),
+                   "int8 activations need int8 or int4 values, this weight's are 16-bit numbers");
+    rows += w.out_features;
+    rank = w.rank > rank ? w.rank : rank;
+    adapter = w.adapter_padded > adapter ? w.adapter_padded : adapter;
+  }
+  Tensor y = empty_output(call.x, rows);
+  if (call.tokens == 0) return y;
+  const Scratch wide = wide_bias(run, bias, parts);
+  const int64_t features = parts[0].in_features, padded = parts[0].k_blocks * kInputs;
+  const bool few = call.tokens <= int8_kernels(run).few_tokens || rank > kManyRank;
+  const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
+  const int64_t most = call.tokens < at_once ? call.tokens : at_once;
+  const bool copy = !(call.type == kFloat32 && features == padded);
+  const Scratch copied(copy ? most * padded : 0), z(most * adapter);
+  for (int64_t first = 0; first < call.tokens; first += at_once) {
+    CpuTokens t{};
+    t.count = call.tokens - first < at_once ? call.tokens - first : at_once;
+    t.x = widened(run, call.row(first), call.type, t.count, features, padded, copied.get());
+    t.z = z.get();
+    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * rows * call.bytes;
+    t.y_stride = rows;
+    t.y_type = call.type;
+    Int8Linear linear(run, parts[0], t, few, rank);
+    for (const CpuWeight& w : parts) {
+      run_adapter(run, w, t);
+      linear.multiply(w, t);
+      for (int64_t i = 0; i < t.count; ++i)
+        if (!linear.finite(w, i)) {
+          CpuTokens one = t;
+          one.count = 1;
+          one.y = static_cast<uint8_t*>(t.y) + i * rows * call.bytes;
+          run_tokens(run, w, one, call.row(first + i), call.type, has_lookup(w));
+        }
+      t.y = static_cast<uint8_t*>(t.y) + w.out_features * call.bytes;
+    }
+  }
+  return y;
+}
+
+Tensor linear_cpu_int8(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
+                       int64_t in_features) {
+  std::vector<CpuWeight> parts{weight_of(prepared, out_features, in_features)};
+  return linear_int8(Call(x, in_features), parts, bias);
+}
+
+Tensor linear_cpu_int8_parts(Tensor x, std::vector<Tensor> prepared, Factor bias,
+                             std::vector<int64_t> out_features, int64_t in_features) {
+  CHECK_ARGUMENT(!prepared.empty() && prepared.size() == out_features.size(), "prepared has ",
+                 prepared.size(), " weights, out_features ", out_features.size(), " sizes");
+  std::vector<CpuWeight> parts;
+  for (size_t i = 0; i < prepared.size(); ++i)
+    parts.push_back(weight_of(prepared[i], out_features[i], in_features));
+  return linear_int8(Call(x, in_features), parts, bias);
 }
 
 // W += P Q^T for the rows of row blocks [begin, end). These are plain loops, because only gradients
@@ -414,6 +513,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   // need none.
   m.def("linear_cpu(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
+  m.def("linear_cpu_int8(" LINEAR_ARGUMENTS ") -> Tensor");
+  m.def("linear_cpu_int8_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
+  m.def(
+      "linear_cpu_int8_parts(Tensor x, Tensor[] prepared, Tensor? bias, int[] out_features, "
+      "int in_features) -> Tensor");
   m.def("dequantize_cpu(Tensor prepared, int out_features, int in_features) -> Tensor");
 }
 
@@ -427,5 +531,8 @@ STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CPU, m) {
   m.impl("prepare_cpu", TORCH_BOX(&prepare_cpu));
   m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
   m.impl("linear_cpu_frozen", TORCH_BOX(&linear_cpu));
+  m.impl("linear_cpu_int8", TORCH_BOX(&linear_cpu_int8));
+  m.impl("linear_cpu_int8_frozen", TORCH_BOX(&linear_cpu_int8));
+  m.impl("linear_cpu_int8_parts", TORCH_BOX(&linear_cpu_int8_parts));
   m.impl("dequantize_cpu", TORCH_BOX(&dequantize_cpu));
 }

@@ -79,7 +79,8 @@ struct CpuTokens {
   const float* x;   // [M][k_blocks * 128]
   const float* xv;  // [M][R][k_blocks * 128]: x * v, read by lookup only
   float* z;         // [M][adapter_padded] or null: x Q, written by adapter_in, read by the others
-  void* y;          // [M][N]
+  void* y;          // [M][N], rows y_stride numbers apart
+  int64_t y_stride;
   int y_type;       // FloatType
 };
 
@@ -95,6 +96,10 @@ struct CpuKernels {
   void (*lookup)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
   // y for row blocks [begin, end) by rebuilding fp32 tiles: at most kTileTokens tokens, any rank
   void (*tile)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
+  // Stores the rows of y of a row block, whose sums [count][16], `stride` apart, another product
+  // made: adds adapter and bias to those of tokens [token, token + count).
+  void (*finish)(const CpuWeight& w, const CpuTokens& t, int64_t row_block, int64_t token,
+                 int64_t count, const float* sums, int64_t stride);
   // W[N][K] in out_type for row blocks [begin, end), without the adapter
   void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
   int lookup_tokens;  // below this many tokens lookup is the faster of the two

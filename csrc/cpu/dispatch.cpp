@@ -1,6 +1,6 @@
 // Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID, and checks that the
 // operating system saves the registers.
-#include "../launch.h"
+#include "../int8.h"
 
 namespace slab {
 
@@ -19,6 +19,20 @@ const CpuKernels* cpu_kernels(int index) {
 #endif
   found[count++] = cpu_kernels_scalar();
   return index < count ? found[index] : nullptr;
+}
+
+const Int8Kernels& int8_kernels(const CpuKernels& chosen) {
+#if defined(__x86_64__)
+  const bool avx512 = &chosen == cpu_kernels_avx512();
+  if (avx512 && int8_kernels_vnni() && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bitalg") &&
+      __builtin_cpu_supports("avx512vpopcntdq"))
+    return *int8_kernels_vnni();
+  if ((avx512 || &chosen == cpu_kernels_avx2()) && int8_kernels_avx2())
+    return *int8_kernels_avx2();
+#endif
+  (void)chosen;
+  return *int8_kernels_scalar();
 }
 
 }  // namespace slab

@@ -32,6 +32,7 @@ constexpr CpuKernels kernel_table() {
                     Tile<V>::adapter_in,
                     Lookup<V>::lookup,
                     Tile<V>::tile,
+                    Stream<V>::finish,
                     Tile<V>::dequantize,
                     V::kLookupTokens,
                     Descent<V>::descend,
