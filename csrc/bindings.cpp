@@ -23,6 +23,8 @@ using namespace slab;
 // core).
 constexpr int64_t kThreadWork = 1 << 17;
 
+constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
+
 // ---- instruction set ----
 
 std::string runnable() {
@@ -61,6 +63,15 @@ std::string cpu_use_isa(std::string name) {
   return name;
 }
 
+// How many tokens the product for few is taken for with int8 activations, and the kernels' name.
+int64_t few_tokens(int64_t rank, int64_t planes) {
+  (void)planes;
+  return rank > kManyRank ? kMost : int8_kernels(kernels()).few_tokens;
+}
+std::tuple<int64_t, std::string> cpu_int8(int64_t rank, int64_t planes) {
+  return {few_tokens(rank, planes), int8_kernels(kernels()).name};
+}
+
 // ---- arguments ----
 
 int float_type(const char* name, ScalarType type) {
@@ -69,8 +80,6 @@ int float_type(const char* name, ScalarType type) {
   if (type == ScalarType::BFloat16) return kBfloat16;
   refuse(name, " must be float32, float16 or bfloat16");
 }
-
-constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
 
 void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size,
                  int64_t planes, bool sign_term) {
@@ -409,7 +418,7 @@ Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Factor
   if (call.tokens == 0) return y;
   const Scratch wide = wide_bias(run, bias, parts);
   const int64_t features = parts[0].in_features, padded = parts[0].k_blocks * kInputs;
-  const bool few = call.tokens <= int8_kernels(run).few_tokens || rank > kManyRank;
+  const bool few = call.tokens <= few_tokens(rank, parts[0].planes);
   const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
   const int64_t most = call.tokens < at_once ? call.tokens : at_once;
   const bool copy = !(call.type == kFloat32 && features == padded);
@@ -503,6 +512,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_runnable() -> str");
   m.def("cpu_use_isa(str name) -> str");
+  m.def("cpu_int8(int rank, int planes) -> (int, str)");
   m.def(
       "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, "
       "Tensor? V, Tensor? P, "
@@ -525,6 +535,7 @@ STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_runnable", TORCH_BOX(&cpu_runnable));
   m.impl("cpu_use_isa", TORCH_BOX(&cpu_use_isa));
+  m.impl("cpu_int8", TORCH_BOX(&cpu_int8));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CPU, m) {

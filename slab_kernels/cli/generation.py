@@ -36,6 +36,7 @@ def generate(
     dtype: options.Dtype = None,
     backend: options.Backend = None,
     prefill: options.Prefill = None,
+    activations: options.Activations = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -50,6 +51,7 @@ def generate(
         dtype=dtype,
         backend=backend,
         prefill=prefill,
+        activations=activations,
         trust=trust_remote_code,
         no_verify=no_verify,
     )

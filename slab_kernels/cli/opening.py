@@ -26,6 +26,7 @@ def open_model(
     dtype: str | None,
     backend: str | None,
     prefill: str | None,
+    activations: str | None,
     trust: bool,
     no_verify: bool,
 ) -> Opened:
@@ -50,7 +51,8 @@ def open_model(
     path = hub_folder(folder)
     seen, totals = inspect(path), read_totals(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=prefill)
+        words = {"prefill": prefill, "activations": activations}
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust, **words)
     else:
         model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {
