@@ -40,7 +40,8 @@ struct Int8Tokens {
   int64_t count, terms;
   int8_t* x;        // [terms][k_blocks][count][128]
   float* step;      // [terms][k_blocks][count]: x is nearly an integer times this
-  int32_t* sum;     // [terms][k_blocks][count][4]: the sums of 32 integers each
+  // [terms][k_blocks][count][8]: -128 times the sums of 32 integers (4), of 64 (2) and of 128 (1).
+  int32_t* excess;
   uint8_t* tables;  // [terms][k_blocks][count][1024] or null: see int8_tables.h
   uint8_t* finite;  // [terms][count]: 0 where the term of a token has NaN or infinity
   // Read by `many`.
@@ -49,6 +50,11 @@ struct Int8Tokens {
   int16_t* v;
   float* v_most;    // [R][k_blocks]: that magnitude
 };
+
+// The place in `excess` of the inputs of groups [first, first + groups) of a block.
+constexpr int excess_at(int first, int groups) {
+  return groups == 8 ? first / 8 : groups == 16 ? 4 + first / 16 : 6;
+}
 
 // What a product does with its sums.
 struct Int8End {

@@ -14,6 +14,7 @@ namespace {
 struct Avx2 {
   static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1;
   static constexpr uint32_t kFlip = 0;
+  static constexpr bool kQuads = false;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
   typedef int32_t S __attribute__((vector_size(32)));
@@ -54,6 +55,7 @@ struct Avx2 {
                                             0x08080808, 0x0C0C0C0C);
     return (I)_mm256_shuffle_epi8((__m256i)bytes, _mm256_or_si256((__m256i)order, lanes));
   }
+  static SLAB_INLINE I splat(const int32_t* p) { return I{} + uint32_t(*p); }
   static SLAB_INLINE H pair(const int16_t* p) {
     int32_t word;
     std::memcpy(&word, p, 4);

@@ -57,6 +57,7 @@ struct Panel {
   }
 
   static void read_units(const CpuWeight& w, int64_t rb, int64_t kb, Factors& f) {
+#pragma GCC unroll 16
     for (int h = 0; h < kStrips; ++h) {
       const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
       const Block b = Stream<V>::block_at(at, h, kValues, kPlanes);
@@ -70,6 +71,7 @@ struct Panel {
     f.second = false;
     if constexpr (kPlanes > 0) {
       const float* const u = w.u + rb * w.rank * kRows;
+#pragma GCC unroll 16
       for (int h = 0; h < kStrips; ++h) {
         F most = V::zero();
         for (int64_t r = 0; r < w.rank; ++r)
@@ -141,13 +143,14 @@ struct Panel {
   }
 
   template <Entries kEntries>
-  static void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
-                    const H (*a)[4][kStrips], uint8_t* panel) {
+  static void build_groups(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
+                           const H (*a)[4][kStrips], uint8_t* panel) {
     const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
     const int groups = w.group_size / kGroup;  // that share a scale
+#pragma GCC unroll 16
     for (int h = 0; h < kStrips; ++h) {
       const Block b = Stream<V>::block_at(at, h, kValues, kPlanes);
-      Words words;
+      Words words{};
       words.start(b);
       I nibbles = I{};
       for (int g = 0; g < kGroups; ++g) {
@@ -169,6 +172,15 @@ struct Panel {
     }
   }
 
+  template <Entries kEntries>
+  static void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
+                    const H (*a)[4][kStrips], uint8_t* panel) {
+    if constexpr (V::kQuads)
+      V::template build<kValues, kPlanes, kEntries>(w, t, rb, kb, a, panel);
+    else
+      build_groups<kEntries>(w, t, rb, kb, a, panel);
+  }
+
   // sums[i][16 b + row] += x W^T of groups [first, first + groups) of kBlocks panels and kTokens
   // tokens from `token` on, times their steps and scale[b].
   template <int kTokens, int kBlocks>
@@ -178,28 +190,37 @@ struct Panel {
     I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i) {
-      int32_t total = 0;
-      if (V::kFlip)
-        for (int part = first / 8; part < (first + groups) / 8; ++part)
-          total += t.sum[4 * (token + i) + part];
+      const I start = V::kFlip ? V::splat(t.excess + 8 * (token + i) + excess_at(first, groups)) : I{};
+#pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
-        for (int h = 0; h < kStrips; ++h) acc[i][b][h] = I{} + uint32_t(-128 * total);
+#pragma GCC unroll 16
+        for (int h = 0; h < kStrips; ++h) acc[i][b][h] = start;
     }
-    const int8_t* const x = t.x + token * kInputs;
-    for (int g = first; g < first + groups; ++g) {
+    const int8_t* x = t.x + token * kInputs + kGroup * first;
+    const uint8_t* at = panels + 64 * first;
+    const uint8_t* const last = at + 64 * groups;
+    do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
       I weight[kBlocks][kStrips];
+#pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
         for (int h = 0; h < kStrips; ++h)
-          weight[b][h] = V::load_words(panels + b * kPanelBytes + 64 * g + 4 * kLanes * h);
+          weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
           for (int h = 0; h < kStrips; ++h)
-            acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs + kGroup * g);
-    }
+            acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
+      x += kGroup;
+      at += 64;
+    } while (at < last);
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
         for (int h = 0; h < kStrips; ++h) {
           float* const y = sums + i * stride + kRows * b + kLanes * h;
           const F by = scale[b][h] * V::broadcast(t.step + token + i);
@@ -251,6 +272,7 @@ struct Panel {
           build<Entries::levels>(w, t, rb, kb, nullptr, panel);
           for (int64_t r = 0; r < w.rank; ++r) {
             F scale[1][kStrips];
+#pragma GCC unroll 16
             for (int h = 0; h < kStrips; ++h)
               scale[0][h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
                             splat(level_unit(kPlanes));
@@ -272,22 +294,27 @@ struct Panel {
     const int groups = w.group_size / kGroup;
     std::memset(sums, 0, size_t(t.count) * kStride * 4);
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
+#pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b) {
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
       }
       for (int s = 0; s * groups < kGroups; ++s) {
         F scale[kBlocks][kStrips];
+#pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
           for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[s][h];
         multiply_all<kBlocks>(panels, s * groups, groups, t, kb, scale, sums, kStride);
       }
+#pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
           multiply_all<1>(other, 0, kGroups, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
         }
     }
+#pragma GCC unroll 16
     for (int b = 0; b < kBlocks; ++b)
       end.finish(w, *end.tokens, rb + b, 0, t.count, sums + b * kRows, kStride);
   }

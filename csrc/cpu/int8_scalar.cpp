@@ -8,6 +8,7 @@ namespace {
 struct Scalar {
   static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1;
   static constexpr uint32_t kFlip = 0;
+  static constexpr bool kQuads = false;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));
   typedef int32_t S __attribute__((vector_size(32)));
@@ -63,6 +64,7 @@ struct Scalar {
     }
     return v;
   }
+  static SLAB_INLINE I splat(const int32_t* p) { return I{} + uint32_t(*p); }
   static SLAB_INLINE H pair(const int16_t* p) {
     uint32_t word;
     std::memcpy(&word, p, 4);

@@ -46,7 +46,7 @@ struct Factors {
 };
 
 // One block of 128 numbers. Returns whether all are finite; if not, it becomes zeros.
-inline bool quantise_block(const float* x, int8_t* q, float* step, int32_t* sum) {
+inline bool quantise_block(const float* x, int8_t* q, float* step, int32_t* excess) {
   const uint32_t bits = largest_bits(x, kInputs);
   const bool finite = bits < kInfinite;
   const float most = finite ? float_of(bits) : 0.0f;
@@ -54,7 +54,7 @@ inline bool quantise_block(const float* x, int8_t* q, float* step, int32_t* sum)
   *step = most / 127.0f;
   if (!finite) {
     std::memset(q, 0, kInputs);
-    std::memset(sum, 0, 16);
+    std::memset(excess, 0, 32);
     return false;
   }
   for (int part = 0; part < 4; ++part) {
@@ -64,8 +64,12 @@ inline bool quantise_block(const float* x, int8_t* q, float* step, int32_t* sum)
       q[i] = int8_t(n);
       total += n;
     }
-    sum[part] = total;
+    excess[part] = -128 * total;
   }
+  excess[4] = excess[0] + excess[1];
+  excess[5] = excess[2] + excess[3];
+  excess[6] = excess[4] + excess[5];
+  excess[7] = 0;
   return true;
 }
 
@@ -81,7 +85,7 @@ inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, in
       for (int i = 0; i < kInputs; ++i) scaled[i] = from[i] * v[i];
       from = scaled;
     }
-    finite = quantise_block(from, t.x + at * kInputs, t.step + at, t.sum + 4 * at) && finite;
+    finite = quantise_block(from, t.x + at * kInputs, t.step + at, t.excess + 8 * at) && finite;
   }
   t.finite[term * t.count + token] = finite;
 }

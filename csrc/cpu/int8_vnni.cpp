@@ -5,9 +5,8 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
 #include <immintrin.h>
 
-#include "int8_panel.h"
+#include "int8_quad_panel.h"
 #include "int8_tables.h"
-#include "int8_tokens.h"
 
 namespace slab {
 namespace {
@@ -15,6 +14,7 @@ namespace {
 struct Vnni {
   static constexpr int kLanes = 16, kPanelTokens = 12, kPanelBlocks = 2;
   static constexpr uint32_t kFlip = 0x80808080u;
+  static constexpr bool kQuads = true;
   using F = __m512;
   typedef uint32_t I __attribute__((vector_size(64)));
   typedef int32_t S __attribute__((vector_size(64)));
@@ -26,10 +26,6 @@ struct Vnni {
   static SLAB_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static SLAB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm512_loadu_si512(p); }
-  static SLAB_INLINE void store_words(uint8_t* p, I v) { _mm512_storeu_si512(p, (__m512i)v); }
-  static SLAB_INLINE I load_bytes(const uint8_t* p) {
-    return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  }
   template <ValueType kValues>
   static SLAB_INLINE F load_values(const uint8_t* p) {
     static_assert(kValues == kBf16);
@@ -40,25 +36,11 @@ struct Vnni {
   static SLAB_INLINE I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
   static SLAB_INLINE F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 
-  static SLAB_INLINE I lookup(const uint32_t* table, I code) {
-    return (I)_mm512_permutexvar_epi32((__m512i)code, _mm512_load_si512(table));
-  }
-  static SLAB_INLINE I place(I bytes, I order) {
-    const __m512i lanes =
-        _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
-    return (I)_mm512_shuffle_epi8((__m512i)bytes, _mm512_or_si512((__m512i)order, lanes));
-  }
-  static SLAB_INLINE H pair(const int16_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return (H)_mm512_set1_epi32(word);
-  }
-  static SLAB_INLINE H mulhrs(H a, H b) { return (H)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
-  static SLAB_INLINE I sign(I m, I l) {
-    const __m512i size = _mm512_maskz_mov_epi8(_mm512_test_epi8_mask((__m512i)l, (__m512i)l),
-                                               (__m512i)m);
-    return (I)_mm512_mask_sub_epi8(size, _mm512_movepi8_mask((__m512i)l), _mm512_setzero_si512(),
-                                   size);
+  static SLAB_INLINE I splat(const int32_t* p) { return (I)_mm512_set1_epi32(*p); }
+  template <ValueType kValues, int kPlanes, Entries kEntries>
+  static SLAB_INLINE void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
+                                const H (*a)[4][1], uint8_t* panel) {
+    build_quads<kValues, kPlanes, kEntries>(w, t, rb, kb, a, panel);
   }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
@@ -69,8 +51,8 @@ struct Vnni {
 
 const Int8Kernels kernels = {"avx512_vnni",
                              true,
-                             quantise_with_tables,
-                             quantise_v,
+                             quantise_for_quads,
+                             quantise_v_for_quads,
                              table_values,
                              panel_values<Vnni, true>,
                              16};
