@@ -296,6 +296,9 @@ struct Panel {
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b) {
+        // The products between two blocks are too long for the hardware to see a stream.
+        const uint8_t* const next = w.stream + ((rb + b) * w.k_blocks + kb + 1) * w.block_size;
+        for (int64_t i = 0; i < w.block_size; i += 64) __builtin_prefetch(next + i, 0, 3);
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
       }

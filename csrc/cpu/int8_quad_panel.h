@@ -45,17 +45,20 @@ constexpr Bytes roles() {
 }
 constexpr Bytes kRoles = roles();
 
-template <ValueType kValues, int kPlanes, Entries kEntries, class H>
+// kRank: 1, or 0 for any.
+template <ValueType kValues, int kPlanes, Entries kEntries, int kRank, class H>
 void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
                  const H (*a)[4][1], uint8_t* panel) {
   const __m512i zero = _mm512_setzero_si512(), flip = _mm512_set1_epi8(-128);
   const __m512i half_up = _mm512_set1_epi16(int16_t(0x8000 + kFraction / 2));
-  const int64_t stride = w.k_blocks * kInputs;
+  const int64_t stride = w.k_blocks * kInputs, rank = kRank ? kRank : w.rank;
+  const int16_t* const v_block = t.v + kb * kInputs;
+  const int group_size = w.group_size;
   QuadRow<kValues, kPlanes> row;
   row.open(w.stream + (rb * w.k_blocks + kb) * w.block_size);
   for (int word = 0; word < 4; ++word) {
     row.load_word(word);
-    const int scale = 32 * word / w.group_size;
+    const int scale = 32 * word / group_size;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int quad = 2 * word + half;
@@ -85,9 +88,9 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
                                             : is(k == 1 ? kPruned1 : kPruned2);
         __m512i out = flip;
         if constexpr (kPlanes > 0) {
-          const int16_t* const v = t.v + kb * kInputs + 16 * quad + 4 * k;
+          const int16_t* const v = v_block + 16 * quad + 4 * k;
           __m512i even = zero, odd = zero;
-          for (int64_t r = 0; r < w.rank; ++r) {
+          for (int64_t r = 0; r < rank; ++r) {
             int32_t pair[2];
             std::memcpy(pair, v + r * stride, 8);
             const __m512i u = (__m512i)a[r][scale][0];

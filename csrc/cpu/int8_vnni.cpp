@@ -40,7 +40,10 @@ struct Vnni {
   template <ValueType kValues, int kPlanes, Entries kEntries>
   static SLAB_INLINE void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
                                 const H (*a)[4][1], uint8_t* panel) {
-    build_quads<kValues, kPlanes, kEntries>(w, t, rb, kb, a, panel);
+    if (w.rank == 1)
+      build_quads<kValues, kPlanes, kEntries, 1>(w, t, rb, kb, a, panel);
+    else
+      build_quads<kValues, kPlanes, kEntries, 0>(w, t, rb, kb, a, panel);
   }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
