@@ -63,13 +63,25 @@ std::string cpu_use_isa(std::string name) {
   return name;
 }
 
-// How many tokens the product for few is taken for with int8 activations, and the kernels' name.
-int64_t few_tokens(int64_t rank, int64_t planes) {
-  (void)planes;
-  return rank > kManyRank ? kMost : int8_kernels(kernels()).few_tokens;
+// ---- which product with int8 activations ----
+
+enum class Way { exact, few, many };
+constexpr const char* kWays[] = {"exact", "few", "many"};
+std::atomic<int64_t> forced_few{-1};  // up to so many tokens `few`, then `many`; below 0: the fastest
+
+Way way(const Int8Kernels& k, int64_t rank, int64_t tokens) {
+  const int64_t forced = forced_few.load(std::memory_order_relaxed);
+  if (forced >= 0) return tokens <= forced || rank > kManyRank ? Way::few : Way::many;
+  if (tokens <= k.exact_tokens || rank > kManyRank) return Way::exact;
+  return tokens <= k.few_tokens ? Way::few : Way::many;
 }
-std::tuple<int64_t, std::string> cpu_int8(int64_t rank, int64_t planes) {
-  return {few_tokens(rank, planes), int8_kernels(kernels()).name};
+std::tuple<std::string, std::string> cpu_int8(int64_t rank, int64_t tokens) {
+  const Int8Kernels& k = int8_kernels(kernels());
+  return {kWays[int(way(k, rank, tokens))], k.name};
+}
+int64_t cpu_use_few(int64_t tokens) {
+  forced_few.store(tokens, std::memory_order_relaxed);
+  return tokens;
 }
 
 // ---- arguments ----
@@ -381,6 +393,24 @@ Scratch wide_bias(const CpuKernels& run, const Factor& bias, std::vector<CpuWeig
 
 bool has_lookup(const CpuWeight& w) { return w.rank <= 2 || w.rank == 4; }
 
+// y of the parts, rows apart, by the exact products.
+void run_parts(const CpuKernels& run, const std::vector<CpuWeight>& parts, const Call& call,
+               Tensor& y, int64_t rows) {
+  auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
+  for (const CpuWeight& w : parts) {
+    const bool lookup = call.tokens < run.lookup_tokens && has_lookup(w);
+    for (int64_t first = 0; first < call.tokens; first += kTileTokens) {
+      CpuTokens t{};
+      t.count = call.tokens - first < kTileTokens ? call.tokens - first : kTileTokens;
+      t.y = out + first * rows * call.bytes;
+      t.y_stride = rows;
+      t.y_type = call.type;
+      run_tokens(run, w, t, call.row(first), call.type, lookup);
+    }
+    out += w.out_features * call.bytes;
+  }
+}
+
 Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
                   int64_t in_features) {
   const Call call(x, in_features);
@@ -389,16 +419,7 @@ Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
   Tensor y = empty_output(call.x, out_features);
   if (call.tokens == 0) return y;
   const Scratch wide = wide_bias(run, bias, parts);
-  const CpuWeight& w = parts[0];
-  const bool lookup = call.tokens < run.lookup_tokens && has_lookup(w);
-  for (int64_t first = 0; first < call.tokens; first += kTileTokens) {
-    CpuTokens t{};
-    t.count = call.tokens - first < kTileTokens ? call.tokens - first : kTileTokens;
-    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * out_features * call.bytes;
-    t.y_stride = out_features;
-    t.y_type = call.type;
-    run_tokens(run, w, t, call.row(first), call.type, lookup);
-  }
+  run_parts(run, parts, call, y, out_features);
   return y;
 }
 
@@ -418,7 +439,12 @@ Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Factor
   if (call.tokens == 0) return y;
   const Scratch wide = wide_bias(run, bias, parts);
   const int64_t features = parts[0].in_features, padded = parts[0].k_blocks * kInputs;
-  const bool few = call.tokens <= few_tokens(rank, parts[0].planes);
+  const Way chosen = way(int8_kernels(run), rank, call.tokens);
+  if (chosen == Way::exact) {
+    run_parts(run, parts, call, y, rows);
+    return y;
+  }
+  const bool few = chosen == Way::few;
   const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
   const int64_t most = call.tokens < at_once ? call.tokens : at_once;
   const bool copy = !(call.type == kFloat32 && features == padded);
@@ -512,7 +538,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_runnable() -> str");
   m.def("cpu_use_isa(str name) -> str");
-  m.def("cpu_int8(int rank, int planes) -> (int, str)");
+  // exact, few or many: the product that runs, and the kernels' name.
+  m.def("cpu_int8(int rank, int tokens) -> (str, str)");
+  m.def("cpu_use_few(int tokens) -> int");  // for tests and measurements; -1: as it was
   m.def(
       "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, "
       "Tensor? V, Tensor? P, "
@@ -536,6 +564,7 @@ STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_runnable", TORCH_BOX(&cpu_runnable));
   m.impl("cpu_use_isa", TORCH_BOX(&cpu_use_isa));
   m.impl("cpu_int8", TORCH_BOX(&cpu_int8));
+  m.impl("cpu_use_few", TORCH_BOX(&cpu_use_few));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CPU, m) {

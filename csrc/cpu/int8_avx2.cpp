@@ -78,7 +78,8 @@ const Int8Kernels kernels = {"avx2",
                              quantise_v,
                              panel_values<Avx2, false>,
                              panel_values<Avx2, true>,
-                             8};
+                             2,
+                             2};
 
 }  // namespace
 

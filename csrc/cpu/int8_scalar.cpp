@@ -87,13 +87,16 @@ struct Scalar {
   }
 };
 
+constexpr int kNever = 1 << 30;
+
 const Int8Kernels kernels = {"scalar",
                              false,
                              quantise,
                              quantise_v,
                              panel_values<Scalar, false>,
                              panel_values<Scalar, true>,
-                             8};
+                             kNever,
+                             kNever};
 
 }  // namespace
 

@@ -58,7 +58,8 @@ const Int8Kernels kernels = {"avx512_vnni",
                              quantise_v_for_quads,
                              table_values,
                              panel_values<Vnni, true>,
-                             16};
+                             0,
+                             8};
 
 }  // namespace
 

@@ -143,11 +143,12 @@ class CpuBackend(Backend):
                 "product with int8 activations; int8, int4 and int3 have"
             )
         native.load_library()
-        few, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.planes)
-        runs = "few" if problem.M <= few else "many"
+        way, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
+        if way == "exact":
+            return f"activations=int8: exact runs for M={problem.M}, which is faster with {name}"
         return (
-            f"activations=int8: the product for {runs} tokens ({name}), the one for few up to "
-            f"M={few}; x is rounded, by at most 1/254 of its largest magnitude in 128 inputs"
+            f"activations=int8: the product for {way} tokens ({name}); x is rounded, by at most "
+            "1/254 of its largest magnitude in 128 inputs"
         )
 
 

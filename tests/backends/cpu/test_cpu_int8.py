@@ -3,13 +3,14 @@ fp64 with the stated bound; NaN and infinity, shared x, words and their messages
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 
 import pytest
 import torch
-from int8_emulation import Weight, few, many, weight_of
+from int8_emulation import few, many, weight_of
 
 from slab_kernels import FusedSlabLinear, SlabLinear, native, reference
 from slab_kernels.backends import activations as accuracy
@@ -31,6 +32,7 @@ VALUES = (
 )  # fmt: skip
 TERMS = ((0, 1), (1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (3, 3), (18, 1))  # rank, planes
 SHAPES = ((1, 3), (17, 172), (40, 516), (70, 260))
+MOST_RANK = 16  # of the product for many tokens
 TOKENS = (1, 2, 3, 4, 5, 7, 12, 13, 16, 17, 31, 40, 70)
 ROUNDED = 2.0**-20  # fp32 sums of blocks, of the terms' magnitudes
 
@@ -55,24 +57,37 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
-def few_tokens(packed: PackedWeight) -> int:
-    return OPS.cpu_int8(packed.layout.rank, packed.layout.planes)[0]
+@contextlib.contextmanager
+def product(way: str):
+    """`few` or `many` for whatever number of tokens."""
+    OPS.cpu_use_few({"few": 1 << 30, "many": 0}[way])
+    yield
+    OPS.cpu_use_few(-1)
+
+
+@pytest.fixture(params=["few", "many"])
+def way(request):
+    with product(request.param):
+        yield request.param
+
+
+def emulated(way, x, packed):
+    w = weight_of(packed)
+    return few(x, w) if way == "few" else many(x, w, packed.layout.values)
 
 
 @functools.cache
-def problem(layout: PackedLayout) -> tuple[PackedWeight, torch.Tensor, Weight]:
+def problem(layout: PackedLayout) -> tuple[PackedWeight, torch.Tensor]:
     packed = random_packed(layout, seed=layout.out_features + layout.rank)
     generator = torch.Generator().manual_seed(layout.in_features)
-    return packed, torch.randn(max(TOKENS), layout.in_features, generator=generator), weight_of(
-        packed
-    )
+    return packed, torch.randn(max(TOKENS), layout.in_features, generator=generator)
 
 
 @functools.cache
-def expected(layout: PackedLayout):
-    """Both products of all tokens, and the exact one."""
-    packed, x, w = problem(layout)
-    return few(x, w), many(x, w, layout.values), oracle(x, packed)[0]
+def expected(layout: PackedLayout, way: str):
+    """A product of all tokens, and the exact one."""
+    packed, x = problem(layout)
+    return emulated(way, x, packed), oracle(x, packed)[0]
 
 
 def check(y, found, exact, dtype=torch.float32):
@@ -85,37 +100,35 @@ def check(y, found, exact, dtype=torch.float32):
 @pytest.mark.parametrize("rank, planes", TERMS)
 @pytest.mark.parametrize("values, group_size", VALUES)
 def test_against_integers_and_fp64(isa, values, group_size, rank, planes, poisoned):
-    for N, K in SHAPES:
-        if rank > min(N, K):
+    for (N, K), way in itertools.product(SHAPES, ("few", "many")):
+        if rank > min(N, K) or (rank > MOST_RANK and way == "many"):
             continue
         layout = PackedLayout(N, K, values, group_size, rank, planes=planes)
-        packed, x, _ = problem(layout)
-        by_few, by_many, exact = expected(layout)
-        state, most = int8(packed), few_tokens(packed)
-        for M in TOKENS:
-            found = by_few if M <= most else by_many
-            y = cpu.BACKEND.linear(x[:M], state)
-            check(y, type(found)(*(t[:M] for t in found)), exact[:M])
+        packed, x = problem(layout)
+        found, exact = expected(layout, way)
+        state = int8(packed)
+        with product(way):
+            for M in TOKENS:
+                y = cpu.BACKEND.linear(x[:M], state)
+                check(y, type(found)(*(t[:M] for t in found)), exact[:M])
 
 
 @pytest.mark.parametrize("M", range(1, 71))
-def test_every_number_of_tokens(isa, M):
+def test_every_number_of_tokens(isa, way, M):
     layout = PackedLayout(70, 260, "int4", 128, rank=1)
-    packed, x, _ = problem(layout)
-    by_few, by_many, exact = expected(layout)
-    found = by_few if M <= few_tokens(packed) else by_many
+    packed, x = problem(layout)
+    found, exact = expected(layout, way)
     check(linear(x[:M], packed), type(found)(*(t[:M] for t in found)), exact[:M])
 
 
 @pytest.mark.parametrize("M", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter, stored", [(5, None), (40, "int8")])
-def test_types_adapters_and_bias(isa, M, dtype, adapter, stored):
+def test_types_adapters_and_bias(isa, way, M, dtype, adapter, stored):
     layout = PackedLayout(50, 300, "int4", 64, 1, adapter, planes=2, adapter_values=stored)
     packed, bias = random_packed(layout), torch.randn(50)
     x = torch.randn(M, 300).to(dtype)
-    w = weight_of(packed)
-    found = few(x, w) if M <= few_tokens(packed) else many(x, w, "int4")
+    found = emulated(way, x, packed)
     found = found._replace(y=found.y + bias.double(), size=found.size + bias.double().abs())
     y = linear(x, packed, bias)
     assert y.dtype == dtype
@@ -125,7 +138,7 @@ def test_types_adapters_and_bias(isa, M, dtype, adapter, stored):
 @pytest.mark.parametrize("values", ["int4", "int8"])
 @pytest.mark.parametrize("rank, planes", [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("M", [2, 40])
-def test_a_sign_term_beyond_the_panel(isa, values, rank, planes, M):
+def test_a_sign_term_beyond_the_panel(isa, way, values, rank, planes, M):
     """Some rows have a sign term far larger than any kept value, some scales are 0 or tiny."""
     packed = random_packed(PackedLayout(70, 300, values, 32, rank, planes=planes), seed=5)
     U, V, scales = packed.U.clone(), packed.V.clone(), packed.scales.clone()
@@ -134,14 +147,13 @@ def test_a_sign_term_beyond_the_panel(isa, values, rank, planes, M):
     scales[7], scales[11, 2], scales[12], scales[13] = 0, 0, 1e-38, -scales[13]
     U[9], scales[9] = 0, 0
     packed = dataclasses.replace(packed, U=U, V=V, scales=scales)
-    w, x = weight_of(packed), torch.randn(M, 300)
-    found = few(x, w) if M <= few_tokens(packed) else many(x, w, values)
-    check(linear(x, packed), found, oracle(x, packed)[0])
+    x = torch.randn(M, 300)
+    check(linear(x, packed), emulated(way, x, packed), oracle(x, packed)[0])
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e30])
 @pytest.mark.parametrize("M", [1, 40])
-def test_small_and_large_numbers(isa, size, M):
+def test_small_and_large_numbers(isa, way, size, M):
     packed = random_packed(PackedLayout(20, 260, "int4", 128, rank=1))
     x = torch.randn(M, 260)
     x[:, :128] *= size
@@ -150,7 +162,7 @@ def test_small_and_large_numbers(isa, size, M):
     assert bool(((y - exact).abs() <= 0.02 * magnitude).all())
 
 
-def test_zeros_are_zero(isa):
+def test_zeros_are_zero(isa, way):
     packed = random_packed(PackedLayout(20, 260, "int8", None, rank=2))
     for M in (1, 40):
         assert not bool(linear(torch.zeros(M, 260), packed).any())
@@ -159,35 +171,35 @@ def test_zeros_are_zero(isa):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("M", [1, 3, 20, 40])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_nan_and_infinity_reach_y_as_in_the_exact_product(isa, M, bad, rank):
+def test_nan_and_infinity_reach_y_as_in_the_exact_product(isa, way, M, bad, rank):
     packed = random_packed(PackedLayout(40, 260, "int4", 32, rank, adapter_rank=3))
     x, bias = torch.randn(M, 260), torch.randn(40)
     clean = linear(x, packed, bias)
     x[M // 2, 77] = bad
-    y = linear(x, packed, bias)
-    exact = cpu.BACKEND.linear(x[M // 2 : M // 2 + 1], cpu.BACKEND.prepare(packed), bias)
-    assert not bool(y[M // 2].isfinite().any())
-    assert same_bits(y[M // 2 : M // 2 + 1].nan_to_num(7, 8, 9), exact.nan_to_num(7, 8, 9)) or (
-        torch.equal(y[M // 2].isnan(), reference.linear(x, packed, bias)[M // 2].isnan())
-    )
+    y, row = linear(x, packed, bias), slice(M // 2, M // 2 + 1)
+    exact = cpu.BACKEND.linear(x[row], cpu.BACKEND.prepare(packed), bias)
+    assert not bool(y[row].isfinite().any())
+    assert same_bits(y[row].nan_to_num(7, 8, 9), exact.nan_to_num(7, 8, 9))
     others = [i for i in range(M) if i != M // 2]
     assert same_bits(y[others], clean[others])
 
 
 def test_products_with_v_that_overflow_are_computed_exactly(isa):
+    OPS.cpu_use_few(4)
     packed = random_packed(PackedLayout(20, 260, "int4", 32, rank=1))
     packed = dataclasses.replace(packed, V=packed.V * 1e4)
     x = torch.full((2, 260), 1e37)
     x[1] = 1.0
     y = linear(x, packed)
+    OPS.cpu_use_few(-1)
     exact = cpu.BACKEND.linear(x[:1], cpu.BACKEND.prepare(packed))
     assert same_bits(y[:1].nan_to_num(), exact.nan_to_num()) and bool(y[1].isfinite().all())
 
 
-def test_same_bits_for_any_thread_count_and_batch(isa):
+def test_same_bits_for_any_thread_count_and_batch(isa, way):
     packed = random_packed(PackedLayout(1000, 512, "int8", 64, rank=1, adapter_rank=40))
-    state, most = int8(packed), few_tokens(packed)
-    x, threads = torch.randn(300, 512), torch.get_num_threads()
+    state = int8(packed)
+    x, threads = torch.randn(280, 512), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one, all_of = cpu.BACKEND.linear(x[:1], state), cpu.BACKEND.linear(x, state)
@@ -195,28 +207,44 @@ def test_same_bits_for_any_thread_count_and_batch(isa):
             torch.set_num_threads(count)
             assert same_bits(cpu.BACKEND.linear(x, state), all_of)
             assert same_bits(cpu.BACKEND.linear(x[:1], state), one)
-        for M in range(2, most + 1):
-            assert same_bits(cpu.BACKEND.linear(x[:M], state)[:1], one)
-        for M in (most + 1, 70, 193, 257):
+        assert same_bits(one, all_of[:1])
+        for M in (2, 3, 5, 13, 70, 193, 257):
             assert same_bits(cpu.BACKEND.linear(x[:M], state), all_of[:M])
     finally:
         torch.set_num_threads(threads)
 
 
-def test_instruction_sets_have_the_same_integers():
+def test_instruction_sets_have_the_same_integers(way):
     packed, x = random_packed(PackedLayout(64, 512, "int4", 64, rank=2)), torch.randn(40, 512)
     before, results = OPS.cpu_isa(), []
     for name in ISAS:
         OPS.cpu_use_isa(name)
-        results.append((linear(x[:3], packed), linear(x, packed)))
+        results.append(linear(x, packed))
     OPS.cpu_use_isa(before)
-    for found, first in zip(itertools.chain(*results), itertools.cycle(results[0]), strict=False):
-        assert torch.allclose(found, first, rtol=1e-5, atol=1e-6)
+    assert all(torch.allclose(y, results[0], rtol=1e-5, atol=1e-6) for y in results)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 9, 40])
+@pytest.mark.parametrize("rank", [1, MOST_RANK + 2])
+def test_which_product_runs(isa, M, rank):
+    packed, x = random_packed(PackedLayout(40, 260, "int4", 32, rank)), torch.randn(M, 260)
+    y, (chosen, name) = linear(x, packed), OPS.cpu_int8(rank, M)
+    assert name.startswith(isa) or (isa, name) == ("avx512", "avx2")
+    if chosen == "exact":
+        assert same_bits(y, cpu.BACKEND.linear(x, cpu.BACKEND.prepare(packed)))
+    else:
+        with product(chosen):
+            assert same_bits(y, linear(x, packed))
+    said = cpu.BACKEND.describe(
+        LinearProblem(M, 40, 260, "int4", 32, rank, activations="int8")
+    )
+    assert ("exact runs" in said) == (chosen == "exact")
+    assert rank == 1 or chosen == "exact", "higher ranks are exact"
 
 
 @pytest.mark.parametrize("M", [1, 5, 40])
 @pytest.mark.parametrize("ranks", [(1, 1, 1), (0, 2, 1)])
-def test_fused_parts_are_what_they_are_alone(isa, M, ranks):
+def test_fused_parts_are_what_they_are_alone(isa, way, M, ranks):
     kept = [
         random_packed(PackedLayout(n, 260, "int4", 64, rank), seed=n)
         for n, rank in zip((48, 17, 33), ranks, strict=True)
@@ -235,7 +263,7 @@ def test_fused_parts_are_what_they_are_alone(isa, M, ranks):
     assert torch.allclose(grad[0], dense, rtol=1e-3, atol=1e-3)
 
 
-def test_opcheck_and_vmap():
+def test_opcheck_and_vmap(way):
     packed = random_packed(PackedLayout(40, 200, "int8", 128, 2, 5))
     prepared, N, K = int8(packed)
     x, bias = torch.randn(3, 200), torch.randn(40)
@@ -257,7 +285,7 @@ def test_gradients_are_those_of_the_exact_product():
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_compile():
+def test_compile(way):
     layer = SlabLinear.from_packed(random_packed(PackedLayout(40, 200, "int4", 32, rank=1)))
     layer.prepare(activations="int8")
     torch._dynamo.reset()
@@ -270,7 +298,7 @@ def test_compile():
 # The word, and what a layer does with it.
 
 
-def test_the_word_of_a_layer(monkeypatch):
+def test_the_word_of_a_layer(monkeypatch, way):
     layer = SlabLinear.from_packed(random_packed(PackedLayout(40, 200, "int4", 32, rank=1)))
     x = torch.randn(3, 200)
     exact = layer(x)
@@ -306,9 +334,9 @@ def test_what_explain_says(monkeypatch):
     problem = LinearProblem(1, 64, 256, values="int4", group_size=32)
     assert "activations=exact" in cpu.BACKEND.describe(problem)
     monkeypatch.setenv(accuracy.ENVIRONMENT, "int8")
-    assert "the product for few tokens" in cpu.BACKEND.describe(problem)
-    problem = dataclasses.replace(problem, M=4000)
-    assert "the product for many tokens" in cpu.BACKEND.describe(problem)
+    for name in ("few", "many"):
+        with product(name):
+            assert f"the product for {name} tokens" in cpu.BACKEND.describe(problem)
 
 
 @pytest.mark.parametrize("word", ["int4", "", 8])
