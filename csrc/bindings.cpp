@@ -12,8 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
-#include "int8_linear.h"
+#include "linear.h"
 
 namespace {
 
@@ -22,8 +21,6 @@ using namespace slab;
 // A chunk of work below this many weights x tokens is not worth a second thread (about 10 us of one
 // core).
 constexpr int64_t kThreadWork = 1 << 17;
-
-constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
 
 // ---- instruction set ----
 
@@ -63,35 +60,20 @@ std::string cpu_use_isa(std::string name) {
   return name;
 }
 
-// ---- which product with int8 activations ----
-
-enum class Way { exact, few, many };
-constexpr const char* kWays[] = {"exact", "few", "many"};
-std::atomic<int64_t> forced_few{-1};  // up to so many tokens `few`, then `many`; below 0: the fastest
-
-Way way(const Int8Kernels& k, int64_t rank, int64_t tokens) {
-  const int64_t forced = forced_few.load(std::memory_order_relaxed);
-  if (forced >= 0) return tokens <= forced || rank > kManyRank ? Way::few : Way::many;
-  if (tokens <= k.exact_tokens || rank > kManyRank) return Way::exact;
-  return tokens <= k.few_tokens ? Way::few : Way::many;
-}
-std::tuple<std::string, std::string> cpu_int8(int64_t rank, int64_t tokens) {
-  const Int8Kernels& k = int8_kernels(kernels());
-  return {kWays[int(way(k, rank, tokens))], k.name};
-}
-int64_t cpu_use_few(int64_t tokens) {
-  forced_few.store(tokens, std::memory_order_relaxed);
-  return tokens;
-}
-
 // ---- arguments ----
 
-int float_type(const char* name, ScalarType type) {
+}  // namespace
+
+int slab::float_type(const char* name, ScalarType type) {
   if (type == ScalarType::Float) return kFloat32;
   if (type == ScalarType::Half) return kFloat16;
   if (type == ScalarType::BFloat16) return kBfloat16;
   refuse(name, " must be float32, float16 or bfloat16");
 }
+
+namespace {
+
+constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
 
 void check_sizes(int64_t out_features, int64_t in_features, int64_t values, int64_t group_size,
                  int64_t planes, bool sign_term) {
@@ -146,7 +128,9 @@ struct Sections {
   }
 };
 
-CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features) {
+}  // namespace
+
+CpuWeight slab::weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features) {
   CHECK_ARGUMENT(
       prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),
       "prepared must be a contiguous uint8 tensor on the CPU, as prepare_cpu made it");
@@ -191,6 +175,8 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   }
   return w;
 }
+
+namespace {
 
 // ---- ops ----
 
@@ -279,8 +265,9 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   return prepared;
 }
 
-// The tokens [0, count) of x as fp32 rows, padded to whole blocks; x itself if it already is that.
-const float* widened(const CpuKernels& run, const void* x, int type, int64_t count,
+}  // namespace
+
+const float* slab::widened(const CpuKernels& run, const void* x, int type, int64_t count,
                      int64_t features, int64_t padded, float* scratch) {
   if (type == kFloat32 && features == padded) return static_cast<const float*>(x);
   const auto* const from = static_cast<const uint8_t*>(x);
@@ -294,14 +281,15 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
   return scratch;
 }
 
-// z = x Q, for the kernels to add P z.
-void run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t) {
+void slab::run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t) {
   if (w.adapter_rank)
     torch::stable::parallel_for(
         0, w.adapter_padded / (2 * kRows),
         1 + kThreadWork / (2 * kRows * w.k_blocks * kInputs * t.count),
         [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
 }
+
+namespace {
 
 // Calls the kernels once, for at most kTileTokens tokens.
 void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const void* x, int x_type,
@@ -330,9 +318,25 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
                               });
 }
 
-// A contiguous tensor of x's shape with another last size. It is made through the shim, which takes
-// 1.6 us less than the dispatcher's new_empty.
-Tensor empty_output(const Tensor& x, int64_t out_features) {
+}  // namespace
+
+void slab::run_exact(const CpuKernels& run, const CpuWeight& w, const void* x, int type,
+                     int64_t tokens, void* y, int64_t y_stride) {
+  const bool lookup = tokens < run.lookup_tokens && (w.rank <= 2 || w.rank == 4);
+  const int64_t bytes = type == kFloat32 ? 4 : 2;
+  for (int64_t first = 0; first < tokens; first += kTileTokens) {
+    CpuTokens t{};
+    t.count = tokens - first < kTileTokens ? tokens - first : kTileTokens;
+    t.y = static_cast<uint8_t*>(y) + first * y_stride * bytes;
+    t.y_stride = y_stride;
+    t.y_type = type;
+    run_tokens(run, w, t, static_cast<const uint8_t*>(x) + first * w.in_features * bytes, type,
+               lookup);
+  }
+}
+
+// It is made through the shim, which takes 1.6 us less than the dispatcher's new_empty.
+Tensor slab::empty_output(const Tensor& x, int64_t out_features) {
   const int64_t dims = x.dim();
   std::vector<int64_t> sizes(2 * size_t(dims));
   int64_t* const strides = sizes.data() + dims;
@@ -349,145 +353,31 @@ Tensor empty_output(const Tensor& x, int64_t out_features) {
   return Tensor(y);
 }
 
-// What a call with x [..., K] has, once its arguments are checked.
-struct Call {
-  Tensor x;   // contiguous
-  int type;   // FloatType of x and y
-  int64_t tokens, bytes;  // M, bytes of a number of x and y
-
-  Call(Tensor given, int64_t in_features) : x(std::move(given)) {
-    CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
-    CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
-    type = float_type("x", x.scalar_type());
-    CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1),
-                   " features, the weight ", in_features);
-    tokens = x.numel() / in_features;
-    bytes = type == kFloat32 ? 4 : 2;
-    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  }
-  const uint8_t* row(int64_t token) const {
-    return static_cast<const uint8_t*>(x.const_data_ptr()) +
-           token * x.size(x.dim() - 1) * bytes;
-  }
-};
-
-// The parts' bias as fp32, each padded to whole row blocks, given to their weights.
-Scratch wide_bias(const CpuKernels& run, const Factor& bias, std::vector<CpuWeight>& parts) {
-  int64_t rows = 0, padded = 0;
-  for (const CpuWeight& w : parts) rows += w.out_features, padded += w.row_blocks * kRows;
-  Scratch wide(bias ? padded : 0);
-  if (!bias) return wide;
-  check_shape("bias", *bias, {rows});
-  const int type = float_type("bias", bias->scalar_type());
-  const auto* from = static_cast<const uint8_t*>(bias->const_data_ptr());
-  float* to = wide.get();
-  for (CpuWeight& w : parts) {
-    run.widen(from, type, to, w.out_features);
-    for (int64_t n = w.out_features; n < w.row_blocks * kRows; ++n) to[n] = 0.0f;
-    w.bias = to;
-    from += w.out_features * (type == kFloat32 ? 4 : 2);
-    to += w.row_blocks * kRows;
-  }
-  return wide;
-}
-
-bool has_lookup(const CpuWeight& w) { return w.rank <= 2 || w.rank == 4; }
-
-// y of the parts, rows apart, by the exact products.
-void run_parts(const CpuKernels& run, const std::vector<CpuWeight>& parts, const Call& call,
-               Tensor& y, int64_t rows) {
-  auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
-  for (const CpuWeight& w : parts) {
-    const bool lookup = call.tokens < run.lookup_tokens && has_lookup(w);
-    for (int64_t first = 0; first < call.tokens; first += kTileTokens) {
-      CpuTokens t{};
-      t.count = call.tokens - first < kTileTokens ? call.tokens - first : kTileTokens;
-      t.y = out + first * rows * call.bytes;
-      t.y_stride = rows;
-      t.y_type = call.type;
-      run_tokens(run, w, t, call.row(first), call.type, lookup);
-    }
-    out += w.out_features * call.bytes;
-  }
-}
+namespace {
 
 Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
                   int64_t in_features) {
-  const Call call(x, in_features);
-  std::vector<CpuWeight> parts{weight_of(prepared, out_features, in_features)};
+  CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
+  CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
+  const int type = float_type("x", x.scalar_type());
+  CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1),
+                 " features, the weight ", in_features);
+  CpuWeight w = weight_of(prepared, out_features, in_features);
   const CpuKernels& run = kernels();
-  Tensor y = empty_output(call.x, out_features);
-  if (call.tokens == 0) return y;
-  const Scratch wide = wide_bias(run, bias, parts);
-  run_parts(run, parts, call, y, out_features);
+  Tensor y = empty_output(x, out_features);
+  const int64_t tokens = x.numel() / in_features;
+  if (tokens == 0) return y;
+  const Scratch wide_bias(bias ? w.row_blocks * kRows : 0);
+  if (bias) {
+    check_shape("bias", *bias, {out_features});
+    for (int64_t n = out_features; n < w.row_blocks * kRows; ++n) wide_bias.get()[n] = 0.0f;
+    run.widen(bias->const_data_ptr(), float_type("bias", bias->scalar_type()), wide_bias.get(),
+              out_features);
+    w.bias = wide_bias.get();
+  }
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  run_exact(run, w, x.const_data_ptr(), type, tokens, y.mutable_data_ptr(), out_features);
   return y;
-}
-
-// y of several weights that read the same x, side by side, with int8 activations. A token with NaN
-// or infinity is computed by the exact kernels, so that they reach y as they do there.
-Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Factor& bias) {
-  const CpuKernels& run = kernels();
-  int64_t rows = 0, rank = 0, adapter = 0;
-  for (const CpuWeight& w : parts) {
-    CHECK_ARGUMENT(is_integer(w.values),
-                   "int8 activations need int8 or int4 values, this weight's are 16-bit numbers");
-    rows += w.out_features;
-    rank = w.rank > rank ? w.rank : rank;
-    adapter = w.adapter_padded > adapter ? w.adapter_padded : adapter;
-  }
-  Tensor y = empty_output(call.x, rows);
-  if (call.tokens == 0) return y;
-  const Scratch wide = wide_bias(run, bias, parts);
-  const int64_t features = parts[0].in_features, padded = parts[0].k_blocks * kInputs;
-  const Way chosen = way(int8_kernels(run), rank, call.tokens);
-  if (chosen == Way::exact) {
-    run_parts(run, parts, call, y, rows);
-    return y;
-  }
-  const bool few = chosen == Way::few;
-  const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
-  const int64_t most = call.tokens < at_once ? call.tokens : at_once;
-  const bool copy = !(call.type == kFloat32 && features == padded);
-  const Scratch copied(copy ? most * padded : 0), z(most * adapter);
-  for (int64_t first = 0; first < call.tokens; first += at_once) {
-    CpuTokens t{};
-    t.count = call.tokens - first < at_once ? call.tokens - first : at_once;
-    t.x = widened(run, call.row(first), call.type, t.count, features, padded, copied.get());
-    t.z = z.get();
-    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * rows * call.bytes;
-    t.y_stride = rows;
-    t.y_type = call.type;
-    Int8Linear linear(run, parts[0], t, few, rank);
-    for (const CpuWeight& w : parts) {
-      run_adapter(run, w, t);
-      linear.multiply(w, t);
-      for (int64_t i = 0; i < t.count; ++i)
-        if (!linear.finite(w, i)) {
-          CpuTokens one = t;
-          one.count = 1;
-          one.y = static_cast<uint8_t*>(t.y) + i * rows * call.bytes;
-          run_tokens(run, w, one, call.row(first + i), call.type, has_lookup(w));
-        }
-      t.y = static_cast<uint8_t*>(t.y) + w.out_features * call.bytes;
-    }
-  }
-  return y;
-}
-
-Tensor linear_cpu_int8(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
-                       int64_t in_features) {
-  std::vector<CpuWeight> parts{weight_of(prepared, out_features, in_features)};
-  return linear_int8(Call(x, in_features), parts, bias);
-}
-
-Tensor linear_cpu_int8_parts(Tensor x, std::vector<Tensor> prepared, Factor bias,
-                             std::vector<int64_t> out_features, int64_t in_features) {
-  CHECK_ARGUMENT(!prepared.empty() && prepared.size() == out_features.size(), "prepared has ",
-                 prepared.size(), " weights, out_features ", out_features.size(), " sizes");
-  std::vector<CpuWeight> parts;
-  for (size_t i = 0; i < prepared.size(); ++i)
-    parts.push_back(weight_of(prepared[i], out_features[i], in_features));
-  return linear_int8(Call(x, in_features), parts, bias);
 }
 
 // W += P Q^T for the rows of row blocks [begin, end). These are plain loops, because only gradients
@@ -538,9 +428,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_runnable() -> str");
   m.def("cpu_use_isa(str name) -> str");
-  // exact, few or many: the product that runs, and the kernels' name.
-  m.def("cpu_int8(int rank, int tokens) -> (str, str)");
-  m.def("cpu_use_few(int tokens) -> int");  // for tests and measurements; -1: as it was
   m.def(
       "prepare_cpu(Tensor values, Tensor metadata, Tensor? signs, Tensor? scales, Tensor? U, "
       "Tensor? V, Tensor? P, "
@@ -551,11 +438,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
   // need none.
   m.def("linear_cpu(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
-  m.def("linear_cpu_int8(" LINEAR_ARGUMENTS ") -> Tensor");
-  m.def("linear_cpu_int8_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
-  m.def(
-      "linear_cpu_int8_parts(Tensor x, Tensor[] prepared, Tensor? bias, int[] out_features, "
-      "int in_features) -> Tensor");
   m.def("dequantize_cpu(Tensor prepared, int out_features, int in_features) -> Tensor");
 }
 
@@ -563,16 +445,11 @@ STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_runnable", TORCH_BOX(&cpu_runnable));
   m.impl("cpu_use_isa", TORCH_BOX(&cpu_use_isa));
-  m.impl("cpu_int8", TORCH_BOX(&cpu_int8));
-  m.impl("cpu_use_few", TORCH_BOX(&cpu_use_few));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CPU, m) {
   m.impl("prepare_cpu", TORCH_BOX(&prepare_cpu));
   m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
   m.impl("linear_cpu_frozen", TORCH_BOX(&linear_cpu));
-  m.impl("linear_cpu_int8", TORCH_BOX(&linear_cpu_int8));
-  m.impl("linear_cpu_int8_frozen", TORCH_BOX(&linear_cpu_int8));
-  m.impl("linear_cpu_int8_parts", TORCH_BOX(&linear_cpu_int8_parts));
   m.impl("dequantize_cpu", TORCH_BOX(&dequantize_cpu));
 }

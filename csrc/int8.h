@@ -9,9 +9,9 @@
 //         in int32 without an error. Nothing but x and x v_r is rounded.
 //   many  Kept values and the sign term become one int8 weight, a panel of 16 rows x 128 inputs
 //         that all tokens share. A kept value is exact, 16 q of int4 or q of int8, in units of
-//         scale / 16 or scale. A pruned one is u v times its sign or level in the same unit, rounded
-//         to an integer. Where it could exceed 126 units for a row and block, the row's sign term
-//         goes into a second panel with a unit of its own, so nothing saturates.
+//         scale / 16 or scale. A pruned one is u v times its sign or level in the same unit,
+//         rounded to an integer. Where it could exceed 126 units for a row and block, the row's
+//         sign term goes into a second panel with a unit of its own, so nothing saturates.
 //
 // Sums are int32 within a scale and a block, and fp32 over them, in ascending input order: a row of
 // y depends on its own token only, and on which of the two products is used.
@@ -30,16 +30,14 @@ constexpr int kFraction = 256;
 
 // The largest integer of a level, and the factor of u v that it stands for times that integer.
 constexpr int most_level(int planes) { return planes > 1 ? (1 << planes) - 1 : 1; }
-constexpr float level_unit(int planes) {
-  return planes == 3 ? 0.25f : planes == 2 ? 0.5f : 1.0f;
-}
+constexpr float level_unit(int planes) { return planes == 3 ? 0.25f : planes == 2 ? 0.5f : 1.0f; }
 
 // The quantised tokens of one call. Term 0 is x, term 1 + r is x v_r, which `few` alone reads;
 // terms are `terms` in number. Index [term][block][token] is (term k_blocks + block) count + token.
 struct Int8Tokens {
   int64_t count, terms;
-  int8_t* x;        // [terms][k_blocks][count][128]
-  float* step;      // [terms][k_blocks][count]: x is nearly an integer times this
+  int8_t* x;    // [terms][k_blocks][count][128]
+  float* step;  // [terms][k_blocks][count]: x is nearly an integer times this
   // [terms][k_blocks][count][8]: -128 times the sums of 32 integers (4), of 64 (2) and of 128 (1).
   int32_t* excess;
   uint8_t* tables;  // [terms][k_blocks][count][1024] or null: see int8_tables.h
@@ -48,7 +46,7 @@ struct Int8Tokens {
   // [R][k_blocks][128]: V over its largest magnitude in the block, times 32767; the inputs of a
   // group in the order 0 2 1 3.
   int16_t* v;
-  float* v_most;    // [R][k_blocks]: that magnitude
+  float* v_most;  // [R][k_blocks]: that magnitude
 };
 
 // The place in `excess` of the inputs of groups [first, first + groups) of a block.

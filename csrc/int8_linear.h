@@ -16,7 +16,10 @@ class Int8Linear {
   // tokens: at most kManyAtOnce, or kFewAtOnce if `few`. rank: the largest of the parts.
   Int8Linear(const CpuKernels& run, const CpuWeight& first, const CpuTokens& tokens, bool few,
              int64_t rank)
-      : run_(run), kernels_(int8_kernels(run)), few_(few), terms_(few ? 1 + rank : 1),
+      : run_(run),
+        kernels_(int8_kernels(run)),
+        few_(few),
+        terms_(few ? 1 + rank : 1),
         blocks_(terms_ * first.k_blocks * tokens.count),
         tables_(few && kernels_.reads_tables),
         memory_(blocks_ * (kInputs / 4 + 9 + (tables_ ? 256 : 0)) + terms_ * tokens.count +
@@ -53,8 +56,7 @@ class Int8Linear {
     const int64_t units = (w.row_blocks + kUnit - 1) / kUnit;
     const int64_t work = kUnit * kRows * w.k_blocks * kInputs * tokens.count;
     torch::stable::parallel_for(0, units, 1 + kWork / work, [&](int64_t begin, int64_t last) {
-      product(w, t_, end, begin * kUnit,
-              last * kUnit < w.row_blocks ? last * kUnit : w.row_blocks);
+      product(w, t_, end, begin * kUnit, last * kUnit < w.row_blocks ? last * kUnit : w.row_blocks);
     });
   }
   // Whether token i, and x v_r of it for the part multiplied last, held only numbers.
@@ -66,8 +68,8 @@ class Int8Linear {
   }
 
  private:
-  static constexpr int64_t kUnit = 4;         // row blocks that a thread takes whole
-  static constexpr int64_t kWork = 1 << 18;   // weights x tokens that are worth a second thread
+  static constexpr int64_t kUnit = 4;           // row blocks that a thread takes whole
+  static constexpr int64_t kWork = 1 << 18;     // weights x tokens that are worth a second thread
   static constexpr int64_t kNumbers = 1 << 15;  // numbers to quantise that are
 
   void quantise(const CpuWeight& w, const float* x, int64_t first, int64_t last) {

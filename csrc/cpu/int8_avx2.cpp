@@ -67,19 +67,14 @@ struct Avx2 {
     int32_t four;
     std::memcpy(&four, x, 4);
     const __m256i signs = (__m256i)weight, size = _mm256_abs_epi8(signs);
-    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), signs));
+    const __m256i pairs =
+        _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), signs));
     return acc + (I)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 };
 
-const Int8Kernels kernels = {"avx2",
-                             false,
-                             quantise,
-                             quantise_v,
-                             panel_values<Avx2, false>,
-                             panel_values<Avx2, true>,
-                             2,
-                             2};
+const Int8Kernels kernels = {
+    "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>, 2, 2};
 
 }  // namespace
 

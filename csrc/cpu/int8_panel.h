@@ -41,15 +41,13 @@ struct Panel {
   // The units of a block's panels, and u over them: what `merged` and `pruned` entries are made of.
   struct Factors {
     H merged[kManyRank][4][kStrips], pruned[kManyRank][4][kStrips];
-    F unit[4][kStrips];       // of the merged panel, for each scale
-    F pruned_unit[kStrips];   // of the second panel
-    bool second;              // whether there is one
+    F unit[4][kStrips];      // of the merged panel, for each scale
+    F pruned_unit[kStrips];  // of the second panel
+    bool second;             // whether there is one
   };
 
   static SLAB_INLINE F splat(float x) { return V::broadcast(&x); }
-  static SLAB_INLINE F where(S mask, F yes, F no) {
-    return (F)((mask & (S)yes) | (~mask & (S)no));
-  }
+  static SLAB_INLINE F where(S mask, F yes, F no) { return (F)((mask & (S)yes) | (~mask & (S)no)); }
   static SLAB_INLINE F size(F x) { return (F)((I)x & 0x7FFFFFFFu); }
   static SLAB_INLINE H pairs(F x) {
     const I n = V::to_int(x);
@@ -62,8 +60,7 @@ struct Panel {
       const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
       const Block b = Stream<V>::block_at(at, h, kValues, kPlanes);
       for (int s = 0; s < kInputs / w.group_size; ++s)
-        f.unit[s][h] =
-            V::template load_values<kBf16>(b.scales + 2 * kRows * s) * splat(kValueUnit);
+        f.unit[s][h] = V::template load_values<kBf16>(b.scales + 2 * kRows * s) * splat(kValueUnit);
     }
   }
   static void factors(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb, Factors& f) {
@@ -75,8 +72,8 @@ struct Panel {
       for (int h = 0; h < kStrips; ++h) {
         F most = V::zero();
         for (int64_t r = 0; r < w.rank; ++r)
-          most = most + size(V::load(u + r * kRows + h * kLanes)) *
-                            splat(t.v_most[r * w.k_blocks + kb]);
+          most = most +
+                 size(V::load(u + r * kRows + h * kLanes)) * splat(t.v_most[r * w.k_blocks + kb]);
         most = most * splat(level_unit(kPlanes) * float(most_level(kPlanes)));
         const F other = most * splat(1.0f / float(kMostUnits));
         f.pruned_unit[h] = other;
@@ -86,8 +83,8 @@ struct Panel {
           const S none = most == V::zero();
           f.second = f.second || !V::all(fits | none);
           for (int64_t r = 0; r < w.rank; ++r) {
-            const F product = V::load(u + r * kRows + h * kLanes) *
-                              splat(t.v_most[r * w.k_blocks + kb]);
+            const F product =
+                V::load(u + r * kRows + h * kLanes) * splat(t.v_most[r * w.k_blocks + kb]);
             const F each = splat(level_unit(kPlanes) * float(kFraction));
             const F one = where(fits, product / f.unit[s][h], V::zero());
             const F two = where(fits | none, V::zero(), product / other);
@@ -185,12 +182,13 @@ struct Panel {
   // tokens from `token` on, times their steps and scale[b].
   template <int kTokens, int kBlocks>
   static SLAB_INLINE void multiply(const uint8_t* panels, int first, int groups,
-                                   const Int8Tokens& t, int64_t token,
-                                   const F (*scale)[kStrips], float* sums, int64_t stride) {
+                                   const Int8Tokens& t, int64_t token, const F (*scale)[kStrips],
+                                   float* sums, int64_t stride) {
     I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i) {
-      const I start = V::kFlip ? V::splat(t.excess + 8 * (token + i) + excess_at(first, groups)) : I{};
+      const I start =
+          V::kFlip ? V::splat(t.excess + 8 * (token + i) + excess_at(first, groups)) : I{};
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16

@@ -1,6 +1,6 @@
-// Panels of int8 weights (int8_panel.h) with AVX-512 VBMI, a quad at a time. Their order of inputs is
-// another one: four vectors of a quad, vector k with input k of each of its four groups. x and V are
-// turned likewise.
+// Panels of int8 weights (int8_panel.h) with AVX-512 VBMI, a quad at a time. Their order of inputs
+// is another one: four vectors of a quad, vector k with input k of each of its four groups. x and V
+// are turned likewise.
 #pragma once
 
 #include "int8_panel.h"
@@ -12,8 +12,8 @@ namespace {
 
 // Brings the 16 inputs of a quad, [4 groups][4 inputs], into the order [4 inputs][4 groups].
 inline void order_for_panels(int8_t* x) {
-  const __m512i order = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   for (int half = 0; half < 2; ++half)
     _mm512_storeu_si512(x + 64 * half,
                         _mm512_shuffle_epi8(_mm512_loadu_si512(x + 64 * half), order));
@@ -33,12 +33,25 @@ void quantise_v_for_quads(const CpuWeight& w, const Int8Tokens& t) {
 }
 
 // What a code says of each of the four inputs, a bit each.
-enum : int { kFirst0 = 1, kFirst1 = 2, kFirst2 = 4, kSecond1 = 8, kSecond2 = 16, kSecond3 = 32,
-             kPruned1 = 64, kPruned2 = 128 };  // the latter two: it is the first pruned one
+enum : int {
+  kFirst0 = 1,
+  kFirst1 = 2,
+  kFirst2 = 4,
+  kSecond1 = 8,
+  kSecond2 = 16,
+  kSecond3 = 32,
+  kPruned1 = 64,
+  kPruned2 = 128
+};  // the latter two: it is the first pruned one
 constexpr Bytes roles() {
-  const int role[8] = {kFirst0 | kSecond1 | kPruned2, kFirst0 | kSecond2 | kPruned1,
-                       kFirst0 | kSecond3 | kPruned1, kFirst1 | kSecond2,
-                       kFirst1 | kSecond3, kFirst2 | kSecond3, 0, 0};
+  const int role[8] = {kFirst0 | kSecond1 | kPruned2,
+                       kFirst0 | kSecond2 | kPruned1,
+                       kFirst0 | kSecond3 | kPruned1,
+                       kFirst1 | kSecond2,
+                       kFirst1 | kSecond3,
+                       kFirst2 | kSecond3,
+                       0,
+                       0};
   Bytes b{};
   for (int i = 0; i < 64; ++i) b.at[i] = uint8_t(role[i & 7]);
   return b;
@@ -64,10 +77,9 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
       const int quad = 2 * word + half;
       const __m512i codes = row.codes_of(half, 0);
       const __m512i role = _mm512_shuffle_epi8(load_bytes(kRoles), codes);
-      const auto is = [&](int bit)
-                          __attribute__((always_inline)) {
-                            return _mm512_test_epi8_mask(role, _mm512_set1_epi8(char(bit)));
-                          };
+      const auto is = [&](int bit) __attribute__((always_inline)) {
+        return _mm512_test_epi8_mask(role, _mm512_set1_epi8(char(bit)));
+      };
       __m512i kept[2] = {flip, flip}, level[2];
       if constexpr (kEntries == Entries::merged) {
         row.kept_values(quad, kept);
@@ -112,10 +124,16 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
         }
         if (kEntries == Entries::merged || kPlanes > 0) {
           if (k < 3)
-            out = _mm512_mask_mov_epi8(out, is(k == 0 ? kFirst0 : k == 1 ? kFirst1 : kFirst2),
+            out = _mm512_mask_mov_epi8(out,
+                                       is(k == 0   ? kFirst0
+                                          : k == 1 ? kFirst1
+                                                   : kFirst2),
                                        kept[0]);
           if (k > 0)
-            out = _mm512_mask_mov_epi8(out, is(k == 1 ? kSecond1 : k == 2 ? kSecond2 : kSecond3),
+            out = _mm512_mask_mov_epi8(out,
+                                       is(k == 1   ? kSecond1
+                                          : k == 2 ? kSecond2
+                                                   : kSecond3),
                                        kept[1]);
         }
         _mm512_store_si512(panel + 64 * (4 * quad + k), out);

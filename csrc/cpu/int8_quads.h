@@ -1,5 +1,5 @@
-// Quads of the stream, with AVX-512 VBMI and BITALG: a quad is four groups, 16 inputs. Byte j of lane
-// n belongs to group j of row n.
+// Quads of the stream, with AVX-512 VBMI and BITALG: a quad is four groups, 16 inputs. Byte j of
+// lane n belongs to group j of row n.
 #pragma once
 
 #include <immintrin.h>
@@ -48,8 +48,8 @@ constexpr Bytes level_table(int planes, int second) {
   Bytes b{};
   const int bits = planes - 1;
   for (int i = 0; i < 64; ++i)
-    b.at[i] = uint8_t(most_level(planes) -
-                      2 * ((i % 16 >> (second ? bits : 0)) & ((1 << bits) - 1)));
+    b.at[i] =
+        uint8_t(most_level(planes) - 2 * ((i % 16 >> (second ? bits : 0)) & ((1 << bits) - 1)));
   return b;
 }
 

@@ -1,102 +1,182 @@
-// int8 activations in plain C++ with the compiler's vector extension, for any architecture.
-#include "int8_panel.h"
+// int8 activations in plain C++, for any architecture. A panel is [16 rows][128 inputs] here, so
+// that a product is one along memory, which compilers turn into whatever the machine has for it.
+// Everything is rounded as int8_panel.h does.
 #include "int8_tokens.h"
 
 namespace slab {
 namespace {
 
-struct Scalar {
-  static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1;
-  static constexpr uint32_t kFlip = 0;
-  static constexpr bool kQuads = false;
-  typedef float F __attribute__((vector_size(32)));
-  typedef uint32_t I __attribute__((vector_size(32)));
-  typedef int32_t S __attribute__((vector_size(32)));
-  typedef int16_t H __attribute__((vector_size(32)));
+constexpr int kGroups = kInputs / kGroup;
+constexpr int kFirst[kPatterns] = {0, 0, 0, 1, 1, 2}, kSecond[kPatterns] = {1, 2, 3, 2, 3, 3};
 
-  static SLAB_INLINE F zero() { return F{}; }
-  static SLAB_INLINE F load(const float* p) {
-    F v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-  }
-  static SLAB_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
-  static SLAB_INLINE F broadcast(const float* p) { return *p - F{}; }
-  static SLAB_INLINE F fma(F a, F b, F c) { return a * b + c; }
-  static SLAB_INLINE I load_words(const uint8_t* p) {
-    I v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-  }
-  static SLAB_INLINE void store_words(uint8_t* p, I v) { std::memcpy(p, &v, sizeof(v)); }
-  static SLAB_INLINE I load_bytes(const uint8_t* p) {
-    I v;
-    for (int n = 0; n < kLanes; ++n) v[n] = p[n];
-    return v;
-  }
-  template <ValueType kValues>
-  static SLAB_INLINE F load_values(const uint8_t* p) {
-    static_assert(kValues == kBf16);
-    uint16_t h[kLanes];
-    std::memcpy(h, p, sizeof(h));
-    I v;
-    for (int n = 0; n < kLanes; ++n) v[n] = uint32_t(h[n]) << 16;
-    return (F)v;
-  }
-  static SLAB_INLINE bool all(S mask) {
-    int32_t every = -1;
-    for (int n = 0; n < kLanes; ++n) every &= mask[n];
-    return every != 0;
-  }
-  static SLAB_INLINE I to_int(F x) { return (I)(x + 12582912.0f) - 0x4B400000u; }
-  static SLAB_INLINE F to_float(I x) { return __builtin_convertvector((S)x, F); }
+enum class Entries { kept, levels, merged, pruned };
 
-  static SLAB_INLINE I lookup(const uint32_t* table, I code) {
-    I v;
-    for (int n = 0; n < kLanes; ++n) v[n] = table[code[n] & 7u];
-    return v;
-  }
-  static SLAB_INLINE I place(I bytes, I order) {
-    I v{};
-    for (int k = 0; k < 32; k += 8) {
-      const I from = order >> k & 0xFFu;
-      v |= ((bytes >> (from & 1u) * 8u & 0xFFu) & (I)(from < 2u)) << k;
-    }
-    return v;
-  }
-  static SLAB_INLINE I splat(const int32_t* p) { return I{} + uint32_t(*p); }
-  static SLAB_INLINE H pair(const int16_t* p) {
+// The nearest integer, halves to even, as a vector instruction has it.
+int16_t rounded(float x) { return int16_t(nearest(x)); }
+
+float bf16(const uint8_t* at) {
+  uint16_t half;
+  std::memcpy(&half, at, 2);
+  return float_of(uint32_t(half) << 16);
+}
+
+// One row of one block of the stream.
+struct Row {
+  const CpuWeight& w;
+  const uint8_t* block;
+  int lane;
+
+  uint32_t word(const uint8_t* at, int i) const {
     uint32_t word;
-    std::memcpy(&word, p, 4);
-    return (H)(I{} + word);
+    std::memcpy(&word, at + 64 * i + 4 * lane, 4);
+    return word;
   }
-  static SLAB_INLINE H mulhrs(H a, H b) {
-    const S low = ((S)((I)a << 16) >> 16) * ((S)((I)b << 16) >> 16);
-    const S high = ((S)a >> 16) * ((S)b >> 16);
-    return (H)(((I)((low + 0x4000) >> 15) & 0xFFFFu) | (I)((high + 0x4000) >> 15) << 16);
+  const uint8_t* levels() const { return block + sign_bytes(w.planes); }
+  const uint8_t* codes() const { return levels() + level_bytes(w.planes); }
+  const uint8_t* values() const { return codes() + code_bytes(); }
+  float scale(int s) const {
+    return bf16(values() + value_bytes(w.values) + 2 * (kRows * s + lane));
   }
-  static SLAB_INLINE I sign(I m, I l) {
-    typedef int8_t B __attribute__((vector_size(32)));
-    const B negative = (B)l < 0, some = (B)l != 0;
-    return (I)((((B)m ^ negative) - negative) & some);
+  // int4 values are times 16.
+  int value(int g, int second) const {
+    if (w.values == kInt8) return int8_t(values()[32 * g + 16 * second + lane]);
+    return int8_t(word(values(), g / 4) >> (8 * (g % 4) + 4 * second) << 4);
   }
-  static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
-    S sum = (S)acc;
-    for (int k = 0; k < 4; ++k) sum += ((S)(weight << (24 - 8 * k)) >> 24) * int32_t(x[k]);
-    return (I)sum;
+  int level(int g, int second, bool negative) const {
+    if (w.planes == 1) return negative ? -1 : 1;
+    const int bits = w.planes - 1, groups = 16 / bits;  // of a word
+    const uint32_t field = word(levels(), g / groups) >> (2 * bits * (g % groups) + bits * second);
+    const int size = most_level(w.planes) - 2 * int(field & ((1u << bits) - 1u));
+    return negative ? -size : size;
   }
 };
 
+// What the pruned entries of a row are made of: u over the unit of a panel, for each rank.
+struct Factors {
+  int16_t merged[kManyRank][4], pruned[kManyRank][4];
+  float unit[4], pruned_unit;
+  bool second;
+};
+
+void read_units(const Row& row, Factors& f) {
+  for (int s = 0; s < kInputs / row.w.group_size; ++s)
+    f.unit[s] = row.scale(s) * (row.w.values == kInt4 ? 0.0625f : 1.0f);
+}
+void read_factors(const Row& row, const Int8Tokens& t, int64_t rb, int64_t kb, Factors& f) {
+  const CpuWeight& w = row.w;
+  read_units(row, f);
+  f.second = false;
+  f.pruned_unit = 0.0f;
+  if (!w.planes) return;
+  const float* const u = w.u + rb * w.rank * kRows + row.lane;
+  const auto size = [](float x) { return x < 0.0f ? -x : x; };
+  float most = 0.0f;
+  for (int64_t r = 0; r < w.rank; ++r) most += size(u[r * kRows]) * t.v_most[r * w.k_blocks + kb];
+  most *= level_unit(w.planes) * float(most_level(w.planes));
+  const float other = most * (1.0f / float(kMostUnits));
+  f.pruned_unit = other;
+  for (int s = 0; s < kInputs / w.group_size; ++s) {
+    const float unit = size(f.unit[s]);
+    const bool none = most == 0.0f;
+    const bool fits = unit > 0x1p-100f && most <= unit * float(kMostUnits);
+    f.second = f.second || !(fits || none);
+    for (int64_t r = 0; r < w.rank; ++r) {
+      const float product = u[r * kRows] * t.v_most[r * w.k_blocks + kb];
+      const float each = level_unit(w.planes) * float(kFraction);
+      f.merged[r][s] = fits ? rounded(product / f.unit[s] * each) : int16_t(0);
+      f.pruned[r][s] = fits || none ? int16_t(0) : rounded(product / other * each);
+    }
+  }
+}
+
+// The 128 entries of a row's panel. a: `merged` or `pruned` of its factors.
+void build(const Row& row, const Int8Tokens& t, int64_t kb, Entries entries, const int16_t (*a)[4],
+           int8_t* out) {
+  const CpuWeight& w = row.w;
+  const bool kept = entries == Entries::kept || entries == Entries::merged;
+  const uint32_t signs = w.planes ? row.word(row.block, 0) : 0;
+  uint32_t code_word = 0;
+  for (int g = 0; g < kGroups; ++g, code_word >>= 4) {
+    if (g % 8 == 0) code_word = row.word(row.codes(), g / 8);
+    const int id = int(code_word & 7u);
+    int8_t* const to = out + kGroup * g;
+    std::memset(to, 0, kGroup);
+    if (kept) {
+      to[kFirst[id]] = int8_t(row.value(g, 0));
+      to[kSecond[id]] = int8_t(row.value(g, 1));
+    }
+    if (!w.planes || entries == Entries::kept) continue;
+    const bool two_negative = signs << g >> 31, r = code_word >> 3 & 1u;
+    const bool one_negative = w.planes == 1 ? r != two_negative : r;
+    for (int p = 0; p < 2; ++p) {
+      const int at = p ? kSecond[kPatterns - 1 - id] : kFirst[kPatterns - 1 - id];
+      const int level = row.level(g, p, p ? two_negative : one_negative);
+      if (entries == Entries::levels) {
+        to[at] = int8_t(level);
+        continue;
+      }
+      const int16_t* const v = t.v + kb * kInputs + kGroup * g;
+      const int place = at % 2 * 2 + at / 2;
+      int total = 0;
+      for (int64_t rank = 0; rank < w.rank; ++rank)
+        total += (a[rank][kGroup * g / w.group_size] * v[rank * w.k_blocks * kInputs + place] +
+                  0x4000) >>
+                 15;
+      constexpr int half = kFraction / 2;
+      to[at] = int8_t(w.planes == 1 ? level * ((total + half) >> 8) : (level * total + half) >> 8);
+    }
+  }
+}
+
+// sums += scale times step times the product of `count` inputs from `first` on, for all tokens.
+void multiply(const int8_t* panel, int first, int count, const Int8Tokens& t, int64_t block,
+              float scale, float* sums) {
+  for (int64_t i = 0; i < t.count; ++i) {
+    const int8_t* const x = t.x + (block * t.count + i) * kInputs + first;
+    int32_t total = 0;
+    for (int k = 0; k < count; ++k) total += int16_t(panel[first + k]) * int16_t(x[k]);
+    sums[i * kRows] += float(total) * (scale * t.step[block * t.count + i]);
+  }
+}
+
+// Both products; sums [tokens][16] are those of one row block.
+template <bool kMany>
+void product(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t begin,
+             int64_t last) {
+  int8_t panel[kInputs];
+  float sums[kManyAtOnce * kRows];
+  Factors f;
+  for (int64_t rb = begin; rb < last; ++rb) {
+    std::memset(sums, 0, size_t(t.count) * kRows * 4);
+    for (int64_t kb = 0; kb < w.k_blocks; ++kb)
+      for (int lane = 0; lane < kRows; ++lane) {
+        const Row row{w, w.stream + (rb * w.k_blocks + kb) * w.block_size, lane};
+        float* const to = sums + lane;
+        if (kMany)
+          read_factors(row, t, rb, kb, f);
+        else
+          read_units(row, f);
+        build(row, t, kb, kMany ? Entries::merged : Entries::kept, f.merged, panel);
+        for (int s = 0; s < kInputs / w.group_size; ++s)
+          multiply(panel, s * w.group_size, w.group_size, t, kb, f.unit[s], to);
+        if (kMany && f.second) {
+          build(row, t, kb, Entries::pruned, f.pruned, panel);
+          multiply(panel, 0, kInputs, t, kb, f.pruned_unit, to);
+        }
+        if (kMany || !w.planes) continue;
+        build(row, t, kb, Entries::levels, nullptr, panel);
+        for (int64_t r = 0; r < w.rank; ++r)
+          multiply(panel, 0, kInputs, t, (1 + r) * w.k_blocks + kb,
+                   w.u[(rb * w.rank + r) * kRows + lane] * level_unit(w.planes), to);
+      }
+    end.finish(w, *end.tokens, rb, 0, t.count, sums, kRows);
+  }
+}
+
 constexpr int kNever = 1 << 30;
 
-const Int8Kernels kernels = {"scalar",
-                             false,
-                             quantise,
-                             quantise_v,
-                             panel_values<Scalar, false>,
-                             panel_values<Scalar, true>,
-                             kNever,
-                             kNever};
+const Int8Kernels kernels = {"scalar",       false,         quantise, quantise_v,
+                             product<false>, product<true>, kNever,   kNever};
 
 }  // namespace
 

@@ -89,8 +89,7 @@ struct TableBlocks {
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-        y[i][b] = _mm512_loadu_ps(sums + (i * kBlocks + b) * kRows);
+      for (int b = 0; b < kBlocks; ++b) y[i][b] = _mm512_loadu_ps(sums + (i * kBlocks + b) * kRows);
     const int scale_words = w.group_size / 32;
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       const int64_t at = kb * t.count + token, other = ((1 + rank) * w.k_blocks) * t.count + at;
@@ -140,8 +139,8 @@ struct TableBlocks {
                 const __m512i x = _mm512_loadu_si512(x_tables + table);
 #pragma GCC unroll 16
                 for (int b = 0; b < kBlocks; ++b)
-                  kept[i][b] = _mm512_dpbusd_epi32(
-                      kept[i][b], _mm512_permutexvar_epi8(index[b], x), by[b].kept[p]);
+                  kept[i][b] = _mm512_dpbusd_epi32(kept[i][b], _mm512_permutexvar_epi8(index[b], x),
+                                                   by[b].kept[p]);
               }
               if constexpr (kPlanes > 0) {
                 const __m512i xv = _mm512_loadu_si512(v_tables + table);
@@ -172,8 +171,8 @@ struct TableBlocks {
         for (int b = 0; b < kBlocks; ++b) {
           if constexpr (kPlanes == 1) {  // 256 for a sum of two, less 512 where it is negative
             const __m512i negative = _mm512_popcnt_epi32(row[b].signs);
-            pruned_excess[b] = _mm512_sub_epi32(_mm512_set1_epi32(256 * kGroups),
-                                                _mm512_slli_epi32(negative, 9));
+            pruned_excess[b] =
+                _mm512_sub_epi32(_mm512_set1_epi32(256 * kGroups), _mm512_slli_epi32(negative, 9));
           }
           const float* const u = w.u + ((rb + b) * w.rank + rank) * kRows;
           const __m512 scale =
@@ -186,8 +185,7 @@ struct TableBlocks {
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-        _mm512_storeu_ps(sums + (i * kBlocks + b) * kRows, y[i][b]);
+      for (int b = 0; b < kBlocks; ++b) _mm512_storeu_ps(sums + (i * kBlocks + b) * kRows, y[i][b]);
   }
 };
 

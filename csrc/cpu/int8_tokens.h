@@ -37,9 +37,9 @@ inline int32_t nearest(float x) { return int32_t(bits_of(x + 12582912.0f) - 0x4B
 
 // What brings numbers up to `most` to integers up to `limit`, in two factors: the first keeps the
 // quotient finite where `most` is tiny, and is a power of two.
-struct Factors {
+struct Quotient {
   float lift, factor;
-  Factors(float most, float limit) {
+  Quotient(float most, float limit) {
     lift = most < 0x1p-60f ? 0x1p100f : 1.0f;
     factor = most > 0.0f ? limit / (most * lift) : 0.0f;
   }
@@ -50,7 +50,7 @@ inline bool quantise_block(const float* x, int8_t* q, float* step, int32_t* exce
   const uint32_t bits = largest_bits(x, kInputs);
   const bool finite = bits < kInfinite;
   const float most = finite ? float_of(bits) : 0.0f;
-  const Factors by(most, 127.0f);
+  const Quotient by(most, 127.0f);
   *step = most / 127.0f;
   if (!finite) {
     std::memset(q, 0, kInputs);
@@ -94,7 +94,7 @@ inline void quantise_v(const CpuWeight& w, const Int8Tokens& t) {
   for (int64_t at = 0; at < w.rank * w.k_blocks; ++at) {
     const float* const v = w.v + at * kInputs;
     const float most = float_of(largest_bits(v, kInputs));
-    const Factors by(most, 32767.0f);
+    const Quotient by(most, 32767.0f);
     t.v_most[at] = most;
     for (int i = 0; i < kInputs; ++i) {
       const int place = (i & ~3) + (i % 4 % 2 * 2) + i % 4 / 2;  // of 0 1 2 3: 0 2 1 3
