@@ -83,7 +83,8 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., Kp] fp32 -> integers of that shape and steps [..., Kp / 128]."""
     blocks = x.unflatten(-1, (-1, BLOCK))
     most = blocks.abs().amax(-1, keepdim=True)
-    return to_integers(blocks, most, 127.0).flatten(-2), (most / torch.full_like(most, 127.0))[..., 0]
+    step = most / torch.full_like(most, 127.0)
+    return to_integers(blocks, most, 127.0).flatten(-2), step[..., 0]
 
 
 def spread(step: Tensor) -> Tensor:
@@ -153,6 +154,4 @@ def many(x: Tensor, w: Weight, values: str) -> Result:
 
 
 def _with_adapter(x: Tensor, w: Weight, y: Tensor, size: Tensor, bound: Tensor) -> Result:
-    return Result(
-        y + x.double() @ w.adapter.T, size + x.double().abs() @ w.adapter.abs().T, bound
-    )
+    return Result(y + x.double() @ w.adapter.T, size + x.double().abs() @ w.adapter.abs().T, bound)

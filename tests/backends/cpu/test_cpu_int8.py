@@ -235,9 +235,7 @@ def test_which_product_runs(isa, M, rank):
     else:
         with product(chosen):
             assert same_bits(y, linear(x, packed))
-    said = cpu.BACKEND.describe(
-        LinearProblem(M, 40, 260, "int4", 32, rank, activations="int8")
-    )
+    said = cpu.BACKEND.describe(LinearProblem(M, 40, 260, "int4", 32, rank, activations="int8"))
     assert ("exact runs" in said) == (chosen == "exact")
     assert rank == 1 or chosen == "exact", "higher ranks are exact"
 
@@ -282,7 +280,9 @@ def test_gradients_are_those_of_the_exact_product():
     grad = torch.randn(3, 2, 40)
     ours = torch.autograd.grad(linear(x, packed, bias), (x, bias), grad)
     theirs = torch.autograd.grad(reference.linear(x, packed, bias), (x, bias), grad)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def test_compile(way):
