@@ -51,7 +51,7 @@ def open_model(
     path = hub_folder(folder)
     seen, totals = inspect(path), read_totals(path)
     if seen["stored"] == "packed":
-        words = {"prefill": prefill, "activations": activations}
+        words: dict[str, Any] = {"prefill": prefill, "activations": activations}
         model = load(path, device=where, dtype=kind, trust_remote_code=trust, **words)
     else:
         model = open_source(path, trust).open_dense().to(device=where, dtype=kind)

@@ -247,7 +247,7 @@ class SlabQuantizer(HfQuantizer):
         prepare_opened(model, model.dtype, **self._words())
         return model
 
-    def _words(self) -> dict[str, str | None]:
+    def _words(self) -> dict[str, Any]:
         """How the layers are prepared, as `prepare_opened` takes it."""
         config = self.quantization_config
         return {"prefill": config.prefill, "activations": config.activations}
