@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "linear.h"
 
 namespace {
 
@@ -62,12 +62,16 @@ std::string cpu_use_isa(std::string name) {
 
 // ---- arguments ----
 
-int float_type(const char* name, ScalarType type) {
+}  // namespace
+
+int slab::float_type(const char* name, ScalarType type) {
   if (type == ScalarType::Float) return kFloat32;
   if (type == ScalarType::Half) return kFloat16;
   if (type == ScalarType::BFloat16) return kBfloat16;
   refuse(name, " must be float32, float16 or bfloat16");
 }
+
+namespace {
 
 constexpr int64_t kMost = int64_t(1) << 24;  // of features and ranks: no product of sizes overflows
 
@@ -124,7 +128,9 @@ struct Sections {
   }
 };
 
-CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features) {
+}  // namespace
+
+CpuWeight slab::weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features) {
   CHECK_ARGUMENT(
       prepared.is_cpu() && prepared.scalar_type() == ScalarType::Byte && prepared.is_contiguous(),
       "prepared must be a contiguous uint8 tensor on the CPU, as prepare_cpu made it");
@@ -170,6 +176,8 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
   }
   return w;
 }
+
+namespace {
 
 // ---- ops ----
 
@@ -259,9 +267,10 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
   return prepared;
 }
 
-// The tokens [0, count) of x as fp32 rows, padded to whole blocks; x itself if it already is that.
-const float* widened(const CpuKernels& run, const void* x, int type, int64_t count,
-                     int64_t features, int64_t padded, float* scratch) {
+}  // namespace
+
+const float* slab::widened(const CpuKernels& run, const void* x, int type, int64_t count,
+                           int64_t features, int64_t padded, float* scratch) {
   if (type == kFloat32 && features == padded) return static_cast<const float*>(x);
   const auto* const from = static_cast<const uint8_t*>(x);
   const int64_t bytes = type == kFloat32 ? 4 : 2;
@@ -273,6 +282,16 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
   });
   return scratch;
 }
+
+void slab::run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t) {
+  if (w.adapter_rank)
+    torch::stable::parallel_for(
+        0, w.adapter_padded / (2 * kRows),
+        1 + kThreadWork / (2 * kRows * w.k_blocks * kInputs * t.count),
+        [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
+}
+
+namespace {
 
 // The tokens of x in blocks of cells (launch.h).
 void arrange(const CpuKernels& run, const void* x, int type, const CpuTokens& t, int64_t features,
@@ -322,10 +341,7 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
     if (rows) arrange(run, x, x_type, t, w.in_features, padded, false, wide.get());
     if (bf16) arrange(run, x, x_type, t, w.in_features, padded / 2, true, pairs.get());
   }
-  if (w.adapter_rank)
-    torch::stable::parallel_for(
-        0, w.adapter_padded / (2 * kRows), 1 + kThreadWork / (2 * kRows * padded * t.count),
-        [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
+  run_adapter(run, w, t);
   // A thread takes whole groups of four row blocks, because lookup shares its tables among four.
   constexpr int64_t unit = 4;
   const int64_t units = (w.row_blocks + unit - 1) / unit;
@@ -337,9 +353,27 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
       });
 }
 
-// A contiguous tensor of x's shape with another last size. It is made through the shim, which takes
-// 1.6 us less than the dispatcher's new_empty.
-Tensor empty_output(const Tensor& x, int64_t out_features) {
+}  // namespace
+
+void slab::run_exact(const CpuKernels& run, const CpuWeight& w, const void* x, int type,
+                     int64_t tokens, void* y, int64_t y_stride) {
+  const Product product = choose_product(run, w, tokens, type);
+  const int64_t bytes = type == kFloat32 ? 4 : 2;
+  const TokenBlocks calls(tokens, kTileTokens);
+  for (int64_t i = 0; i < calls.count; ++i) {
+    const int64_t first = calls.begin(i);
+    CpuTokens t{};
+    t.count = calls.begin(i + 1) - first;
+    t.y = static_cast<uint8_t*>(y) + first * y_stride * bytes;
+    t.y_stride = y_stride;
+    t.y_type = type;
+    run_tokens(run, w, t, static_cast<const uint8_t*>(x) + first * w.in_features * bytes, type,
+               product);
+  }
+}
+
+// It is made through the shim, which takes 1.6 us less than the dispatcher's new_empty.
+Tensor slab::empty_output(const Tensor& x, int64_t out_features) {
   const int64_t dims = x.dim();
   std::vector<int64_t> sizes(2 * size_t(dims));
   int64_t* const strides = sizes.data() + dims;
@@ -355,6 +389,8 @@ Tensor empty_output(const Tensor& x, int64_t out_features) {
                                                          aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }
+
+namespace {
 
 Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
                   int64_t in_features) {
@@ -377,19 +413,7 @@ Tensor linear_cpu(Tensor x, Tensor prepared, Factor bias, int64_t out_features,
     w.bias = wide_bias.get();
   }
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  const Product product = choose_product(run, w, tokens, type);
-  const int64_t bytes = type == kFloat32 ? 4 : 2;
-  const TokenBlocks calls(tokens, kTileTokens);
-  for (int64_t i = 0; i < calls.count; ++i) {
-    const int64_t first = calls.begin(i);
-    CpuTokens t{};
-    t.count = calls.begin(i + 1) - first;
-    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * out_features * bytes;
-    t.y_type = type;
-    run_tokens(run, w, t,
-               static_cast<const uint8_t*>(x.const_data_ptr()) + first * in_features * bytes, type,
-               product);
-  }
+  run_exact(run, w, x.const_data_ptr(), type, tokens, y.mutable_data_ptr(), out_features);
   return y;
 }
 
@@ -399,10 +423,9 @@ Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features
   Tensor dense = torch::stable::new_empty(prepared, {out_features, in_features}, ScalarType::Float);
   auto* const out = static_cast<float*>(dense.mutable_data_ptr());
   prefer_huge_pages(out, dense.numel() * 4);
-  torch::stable::parallel_for(0, w.row_blocks, 1 + kThreadWork / (kRows * in_features),
-                              [&](int64_t begin, int64_t end) {
-                                run.dequantize(w, out, kFloat32, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, w.row_blocks, 1 + kThreadWork / (kRows * in_features),
+      [&](int64_t begin, int64_t end) { run.dequantize(w, out, kFloat32, begin, end); });
   return dense;
 }
 

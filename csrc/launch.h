@@ -91,8 +91,9 @@ struct CpuTokens {
   const float* x;        // k_blocks * 128 inputs a token; null if pairs is read instead
   const float* pairs;    // k_blocks * 64 pairs of bf16 inputs a token, read by tile_bf16 only
   const float* xv;       // [M][R][k_blocks * 128]: x * v, read by lookup only
-  float* z;    // adapter_padded numbers a token or null: x Q, written by adapter_in
-  void* y;     // [M][N]
+  float* z;              // adapter_padded numbers a token or null: x Q, written by adapter_in
+  void* y;               // [M][N], rows y_stride numbers apart
+  int64_t y_stride;
   int y_type;  // FloatType
 };
 
@@ -115,6 +116,10 @@ struct CpuKernels {
   // The same by rebuilding pairs of bf16, which rounds the weight to bf16; null where the
   // instruction set has no product of bf16
   void (*tile_bf16)(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end);
+  // Stores the rows of y of a row block, whose sums [count][16], `stride` apart, another product
+  // made: adds adapter and bias to those of tokens [token, token + count).
+  void (*finish)(const CpuWeight& w, const CpuTokens& t, int64_t row_block, int64_t token,
+                 int64_t count, const float* sums, int64_t stride);
   // W[N][K] in out_type for row blocks [begin, end), with the adapter
   void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
   int lookup_tokens;       // below this many tokens lookup is faster than tile
@@ -126,7 +131,7 @@ struct CpuKernels {
 };
 
 const CpuKernels* cpu_kernels_scalar();
-const CpuKernels* cpu_kernels_avx2();    // null when built without
+const CpuKernels* cpu_kernels_avx2();         // null when built without
 const CpuKernels* cpu_kernels_avx512();       // null when built without
 const CpuKernels* cpu_kernels_avx512_bf16();  // null when built without
 

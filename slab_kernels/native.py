@@ -28,6 +28,10 @@ FUNCTIONS = {
     "linear_cpu": "x prepared bias out_features in_features",
     "linear_cpu_frozen": "x prepared bias out_features in_features",
     "dequantize_cpu": "prepared out_features in_features",
+    "cpu_int8": "rank tokens",
+    "linear_cpu_int8": "x prepared bias out_features in_features",
+    "linear_cpu_int8_frozen": "x prepared bias out_features in_features",
+    "linear_cpu_int8_parts": "x prepared bias out_features in_features",
     "descend_cpu": "error gradient kept target magnitude scales gram groups start end planes "
     "scale_inputs lowest highest passes",
     "sweep_cpu": "remaining fixed kept scales likely magnitude factor groups fractions weight "

@@ -166,7 +166,7 @@ def register_linear_op(
             library.define(op + definition.arguments)
             library.impl(op, definition.run, definition.key)
         torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=library)
-        _register_vmap(op, library)
+        register_vmap(op, library)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[1:bias])
@@ -188,7 +188,7 @@ def register_linear_op(
     return library
 
 
-def _register_vmap(name: str, library: torch.library.Library) -> None:
+def register_vmap(name: str, library: torch.library.Library) -> None:
     """`torch.vmap` over x alone, as one call with more tokens.
 
     Under vmap the op raises UnsupportedError if anything else is batched: there is one weight and

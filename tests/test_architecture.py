@@ -201,8 +201,12 @@ INCLUDES = {
     "format.h": "",
     "solver.h": "",
     "launch.h": "format.h solver.h",
+    "int8.h": "launch.h",
     "arguments.h": "launch.h",
-    "bindings.cpp": "arguments.h",
+    "linear.h": "arguments.h",
+    "int8_linear.h": "arguments.h int8.h",
+    "bindings.cpp": "linear.h",
+    "int8_bindings.cpp": "int8_linear.h linear.h",
     "solver_bindings.cpp": "arguments.h",
     "cpu/stream.h": "launch.h",
     "cpu/lookup.h": "stream.h",
@@ -220,7 +224,15 @@ INCLUDES = {
     "cpu/avx512.cpp": "launch.h avx512.h kernel.h",
     "cpu/avx512_bf16.cpp": "launch.h avx512.h tile.h",
     "cpu/prepare.cpp": "launch.h",
-    "cpu/dispatch.cpp": "launch.h",
+    "cpu/dispatch.cpp": "int8.h",
+    "cpu/int8_tokens.h": "int8.h",
+    "cpu/int8_panel.h": "int8.h stream.h",
+    "cpu/int8_quads.h": "int8.h stream.h",
+    "cpu/int8_quad_panel.h": "int8_panel.h int8_quads.h int8_tokens.h",
+    "cpu/int8_tables.h": "int8_quad_panel.h int8_tokens.h",
+    "cpu/int8_scalar.cpp": "int8_tokens.h",
+    "cpu/int8_avx2.cpp": "int8.h int8_panel.h int8_tokens.h",
+    "cpu/int8_vnni.cpp": "int8.h int8_quad_panel.h int8_tables.h",
     "cuda/params.h": "format.h",
     "cuda/ptx.cuh": "format.h",
     "cuda/dense.cuh": "params.h ptx.cuh",
@@ -260,7 +272,10 @@ INCLUDES = {
     "cuda/prefill_reduce.cuh": "prefill_end.cuh",
     "cuda/prefill.cu": "prefill_kernel.cuh prefill_reduce.cuh",
 }
-TORCH = ("arguments.h", "bindings.cpp", "solver_bindings.cpp")  # the files that include torch
+# The files that include torch.
+TORCH = (
+    "arguments.h", "int8_linear.h", "bindings.cpp", "int8_bindings.cpp", "solver_bindings.cpp"
+)  # fmt: skip
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
 

@@ -95,8 +95,8 @@ struct Bf16Panel {
     const float* u[2] = {nullptr, nullptr};
     F scale[2] = {V::zero(), V::zero()};
     for (int h = 0; h < 2; ++h) {
-      block[h] = Stream<V>::block_at(
-          w.stream + (row_block[h] * w.k_blocks + kb) * w.block_size, 0, kValues, kPlanes);
+      block[h] = Stream<V>::block_at(w.stream + (row_block[h] * w.k_blocks + kb) * w.block_size, 0,
+                                     kValues, kPlanes);
       words[h].start(block[h]);
       if (kRank) u[h] = w.u + row_block[h] * w.rank * kRows;
     }
@@ -104,8 +104,8 @@ struct Bf16Panel {
       for (int h = 0; h < 2; ++h) {
         words[h].load_eight(block[h], word);
         if (is_integer(kValues) && 32 * word % w.group_size == 0)
-          scale[h] = V::load_values<kBf16>(block[h].scales +
-                                           2 * kRows * (32 * word / w.group_size));
+          scale[h] =
+              V::load_values<kBf16>(block[h].scales + 2 * kRows * (32 * word / w.group_size));
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {

@@ -1,6 +1,8 @@
 // Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID, and checks that the
 // operating system saves the registers.
-#include "../launch.h"
+#include <cstring>
+
+#include "../int8.h"
 
 namespace slab {
 
@@ -33,6 +35,19 @@ int cpu_prefetch() {
 #else
   return 0;
 #endif
+}
+
+const Int8Kernels& int8_kernels(const CpuKernels& chosen) {
+#if defined(__x86_64__)
+  const bool avx512 = std::strncmp(chosen.name, "avx512", 6) == 0;
+  if (avx512 && int8_kernels_vnni() && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bitalg") &&
+      __builtin_cpu_supports("avx512vpopcntdq"))
+    return *int8_kernels_vnni();
+  if ((avx512 || &chosen == cpu_kernels_avx2()) && int8_kernels_avx2()) return *int8_kernels_avx2();
+#endif
+  (void)chosen;
+  return *int8_kernels_scalar();
 }
 
 }  // namespace slab

@@ -36,6 +36,7 @@ constexpr CpuKernels kernel_table() {
                     Lookup<V>::lookup,
                     Tile<V>::tile,
                     nullptr,
+                    Stream<V>::finish,
                     Dequantize<V>::dequantize,
                     V::kLookupTokens,
                     0,

@@ -106,7 +106,7 @@ struct Stream {
                                                    int64_t token, int64_t rb, const float* rows) {
     const int64_t left = w.out_features - rb * kRows;
     uint8_t* const out =
-        static_cast<uint8_t*>(t.y) + (token * w.out_features + rb * kRows) * (t.y_type ? 2 : 4);
+        static_cast<uint8_t*>(t.y) + (token * t.y_stride + rb * kRows) * (t.y_type ? 2 : 4);
     if (left < kRows || t.y_type == kFloat16)
       return narrow(rows, t.y_type, out, left < kRows ? left : kRows);
     for (int h = 0; h < kRows; h += kLanes) {
@@ -115,6 +115,24 @@ struct Stream {
         V::store(reinterpret_cast<float*>(out) + h, some);
       else
         V::store_bf16(reinterpret_cast<uint16_t*>(out) + h, some);
+    }
+  }
+  // Adds adapter and bias to the sums of `count` tokens from `token` on, which are `stride` numbers
+  // apart, and stores the rows of y.
+  static void finish(const CpuWeight& w, const CpuTokens& t, int64_t rb, int64_t token,
+                     int64_t count, const float* sums, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i) {
+      float rows[kRows];
+      for (int h = 0; h < kRows; h += kLanes) {
+        F y = V::load(sums + i * stride + h);
+        const float* const z = t.z + (token + i) * w.adapter_padded;
+        for (int64_t j = 0; j < w.adapter_rank; ++j)
+          y = V::fma(panel(w.p, w.adapter_half, (rb * w.adapter_rank + j) * kRows + h),
+                     V::broadcast(z + j), y);
+        if (w.bias) y = y + V::load(w.bias + rb * kRows + h);
+        V::store(rows + h, y);
+      }
+      store_rows(w, t, token + i, rb, rows);
     }
   }
   static void widen(const void* in, int type, float* out, int64_t n) {

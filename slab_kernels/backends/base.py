@@ -31,6 +31,7 @@ class LinearProblem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     planes: int = 1
+    activations: str | None = None  # the accuracy mode (activations.py); None: the environment's
 
     def describe(self) -> str:
         """The problem in words, for messages."""
@@ -172,6 +173,20 @@ class Backend:
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         outputs = [self.linear(x, part, b) for (part, _), b in zip(state, biases, strict=True)]
         return torch.cat(outputs, -1)
+
+    # The accuracy mode of activations, an option (activations.py): most backends have one alone.
+
+    def with_activations(self, state: Any, parts: Sequence[PackedWeight], told: str) -> Any:
+        """The state whose `linear` takes x as the word says; the same state where that is all it
+        can.
+
+        parts: the weights that the state was prepared from. told: "exact" or "int8".
+        """
+        return state
+
+    def activations(self, state: Any) -> str:
+        """The word of a state."""
+        return "exact"
 
     # The dense copy, an option (dense_copy.py): most backends keep none.
 

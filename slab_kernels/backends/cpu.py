@@ -10,6 +10,9 @@ order of summation differs. bf16 activations on a CPU that multiplies bf16 pairs
 every entry of the rebuilt weight is rounded to bf16, as in a dense model of that dtype.
 SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512|avx512_bf16 forces an instruction set.
 
+With int8 activations (activations.py) integer values are multiplied by x as 8-bit integers, from
+the same prepared tensor (csrc/int8.h). A token that holds NaN or infinity is computed exactly.
+
 Where the reference is finite, so are these kernels for |x| up to 2^80: above it, sums that a scale
 or a small factor is yet to multiply may overflow.
 
@@ -22,15 +25,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import native
-from ..format import PackedWeight, bits
-from ..ops import fake_result, register_linear_op
+from ..format import INTEGER_RANGES, PackedWeight, bits
+from ..ops import fake_result, register_linear_op, register_vmap
+from . import activations as accuracy
 from . import factors
 from .base import Backend, LinearProblem
 
@@ -50,6 +55,10 @@ class CpuState(NamedTuple):
     prepared: Tensor
     out_features: int
     in_features: int
+
+
+class CpuInt8State(CpuState):
+    """The same prepared tensor, for calls with int8 activations."""
 
 
 class CpuBackend(Backend):
@@ -97,11 +106,59 @@ class CpuBackend(Backend):
 
     def linear(self, x: Tensor, state: CpuState, bias: Tensor | None = None) -> Tensor:
         prepared, N, K = state
-        if torch.is_grad_enabled() and (
-            x.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        if isinstance(state, CpuInt8State):
+            if _wants_gradient(x, bias):
+                return torch.ops.slab_kernels.linear_cpu_int8.default(x, prepared, bias, N, K)
+            return torch.ops.slab_kernels.linear_cpu_int8_frozen.default(x, prepared, bias, N, K)
+        if _wants_gradient(x, bias):
             return torch.ops.slab_kernels.linear_cpu.default(x, prepared, bias, N, K)
         return torch.ops.slab_kernels.linear_cpu_frozen.default(x, prepared, bias, N, K)
+
+    def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
+        """See `Backend`. With int8 activations one call, for whose parts x is quantised once."""
+        states = [part for part, _ in state]
+        if not all(isinstance(part, CpuInt8State) for part in states) or _wants_gradient(x, bias):
+            return super().linear_fused(x, state, bias)
+        tensors, sizes, K = [p.prepared for p in states], [N for _, N in state], states[0][2]
+        return torch.ops.slab_kernels.linear_cpu_int8_parts.default(x, tensors, bias, sizes, K)
+
+    def with_activations(self, state: Any, parts: Sequence[PackedWeight], told: str) -> Any:
+        if type(state) is tuple:
+            pairs = zip(state, parts, strict=True)
+            new = tuple((self.with_activations(s, (p,), told), N) for (s, N), p in pairs)
+            return state if all(a[0] is b[0] for a, b in zip(new, state, strict=True)) else new
+        int8 = told == "int8" and parts[0].layout.values in INTEGER_RANGES
+        kind = CpuInt8State if int8 else CpuState
+        return state if type(state) is kind else kind(*state)
+
+    def activations(self, state: Any) -> str:
+        states = [part for part, _ in state] if type(state) is tuple else [state]
+        return "int8" if any(isinstance(part, CpuInt8State) for part in states) else "exact"
+
+    def describe(self, problem: LinearProblem, gpu: str | None = None) -> str:
+        """How x enters the product, by the word of the problem or else of the environment."""
+        if accuracy.named(problem.activations) == "exact":
+            return "activations=exact: x as it is given, sums in fp32"
+        if problem.values not in INTEGER_RANGES:
+            return (
+                f"activations=int8: exact runs instead, since {problem.values} values have no "
+                "product with int8 activations; int8, int4 and int3 have"
+            )
+        native.load_library()
+        way, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
+        if way == "exact":
+            return f"activations=int8: exact runs for M={problem.M}, which is faster with {name}"
+        return (
+            f"activations=int8: the product for {way} tokens ({name}); x is rounded, by at most "
+            "1/254 of its largest magnitude in 128 inputs"
+        )
+
+
+def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has to see the call."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def _row_blocks(t: Tensor) -> Tensor:
@@ -145,15 +202,24 @@ def load_library() -> None:
 
 
 @functools.cache
-def _register_once() -> torch.library.Library:
-    """The library that keeps the registrations alive; the ops themselves are those of the C++
+def _register_once() -> tuple[torch.library.Library, ...]:
+    """The libraries that keep the registrations alive; the ops themselves are those of the C++
     one."""
     torch.library.register_fake("slab_kernels::dequantize_cpu", _dequantize_fake)
-    return register_linear_op("linear_cpu", 2, _linear_fake, _input_gradient)
+    torch.library.register_fake("slab_kernels::linear_cpu_int8_parts", _parts_fake)
+    exact = register_linear_op("linear_cpu", 2, _linear_fake, _input_gradient)
+    # The gradient of int8 activations is that of the exact product: rounding has none.
+    int8 = register_linear_op("linear_cpu_int8", 2, _linear_fake, _input_gradient)
+    register_vmap("linear_cpu_int8_parts", int8)
+    return exact, int8
 
 
 def _linear_fake(x, prepared, bias, out_features, in_features):
     return fake_result(x, in_features, out_features)
+
+
+def _parts_fake(x, prepared, bias, out_features, in_features):
+    return fake_result(x, in_features, sum(out_features))
 
 
 def _dequantize_fake(prepared, out_features, in_features):

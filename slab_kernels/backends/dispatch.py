@@ -17,6 +17,7 @@ import torch
 from .. import plugins
 from ..errors import BackendError
 from ..format import PackedWeight
+from . import activations as accuracy
 from . import dense_copy
 from .base import Backend, LinearProblem, preparing
 
@@ -107,16 +108,20 @@ def prepare_fused(
     before: Sequence[tuple[Backend, Any]] = (),
     prefill: str = "packed",
     room: bool | None = None,
+    activations: str | None = None,
 ) -> tuple[Backend, Any]:
     """A backend that runs every part for activations of `dtype`, and its state for `linear_fused`.
 
     before: states of these parts for the same activations, and whose they are. One that is the
         backend's own is used, or one that it adopts.
     prefill: one of dense_copy.PREFILLS. room: as `dense_copy.applied` takes it.
+    activations: as `activations.named` takes it.
 
     Raises: BackendError if a forced backend cannot run one of them, or keeps no dense copy that is
-        wanted; RangeError for numbers that a backend cannot hold.
+        wanted; RangeError for numbers that a backend cannot hold; ArgumentError for an unknown
+        word.
     """
+    told = accuracy.named(activations)
     problems = [LinearProblem.of(part.layout, 1, dtype, part.values.device.type) for part in parts]
     names = order()
     chosen = max(map(select, problems), key=lambda backend: names.index(backend.name))
@@ -127,4 +132,5 @@ def prepare_fused(
         state = next((state for state in adopted if state is not None), None)
         if state is None:
             state = chosen.prepare_fused(parts, dtype)
-        return chosen, dense_copy.applied(chosen, state, parts, dtype, prefill, room)
+        state = dense_copy.applied(chosen, state, parts, dtype, prefill, room)
+        return chosen, accuracy.applied(chosen, state, parts, told)

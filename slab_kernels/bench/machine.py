@@ -36,6 +36,9 @@ VARIABLES = {
     "SLAB_KERNELS_CPU_ISA": (
         "force the CPU kernels' instruction set: scalar, avx2, avx512 or avx512_bf16"
     ),
+    "SLAB_KERNELS_CPU_ACTIVATIONS": (
+        "how x enters products on a CPU: exact, or int8 for integer values"
+    ),
     "SLAB_KERNELS_NATIVE": (
         "at installation: 0 never builds the native library, 1 fails if it cannot be built"
     ),
@@ -227,6 +230,17 @@ def dense_copies() -> dict[str, Any]:
     return {"prefill": word, "bits_per_weight": dense_copy.BITS, "auto_bytes": room}
 
 
+def activations() -> str:
+    """The accuracy mode of a CPU by the environment, or what is wrong with the word there."""
+    from ..backends import activations as accuracy
+    from ..errors import ArgumentError
+
+    try:
+        return accuracy.named(None)
+    except ArgumentError as error:
+        return str(error)
+
+
 def cuda_kernels() -> str:
     """Which CUDA kernels this installation was compiled with."""
     from ..backends.cuda.compile import IMAGES
@@ -246,6 +260,7 @@ def information() -> dict[str, Any]:
         "backends": backends(),
         "cuda_kernels": cuda_kernels(),
         "dense_copies": dense_copies(),
+        "cpu_activations": activations(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
 

@@ -34,6 +34,7 @@ def generate(
     dtype: options.Dtype = None,
     backend: options.Backend = None,
     prefill: options.Prefill = None,
+    activations: options.Activations = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -42,7 +43,7 @@ def generate(
     with the speed of both."""
     from ..evaluate.generation import continuation
 
-    how = Opening(device, dtype, backend, prefill, trust_remote_code, no_verify)
+    how = Opening(device, dtype, backend, prefill, activations, trust_remote_code, no_verify)
     if against is not None:
         if temperature:
             raise typer.BadParameter("--against compares greedy texts; leave --temperature out")

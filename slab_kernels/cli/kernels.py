@@ -150,10 +150,14 @@ def explain(
     adapter_rank: options.AdapterRank = 0,
     device: options.Device = "auto",
     backend: options.Backend = None,
+    activations: options.Activations = None,
     gpu: options.PlannedGpu = None,
     json: options.Json = False,
 ) -> Outcome:
     """Which backend runs a problem and how, and why each other one does not."""
+    from dataclasses import replace
+
+    from ..backends import activations as accuracy
     from ..backends import dense_copy, dispatch
     from ..backends.base import LinearProblem
     from ..device import resolve_device
@@ -163,6 +167,7 @@ def explain(
     group = (group_size or None) if values in INTEGER_RANGES else None
     layout = PackedLayout(n, k, values, group, rank, adapter_rank)
     problem = LinearProblem.of(layout, m, kind, resolve_device(device).type)
+    problem = replace(problem, activations=accuracy.named(activations))
     reasons = dispatch.explain(problem)
     gpu_plan = dispatch.backend("cuda").describe(problem, gpu) if gpu is not None else ""
     able = dispatch.select(problem, backend)
@@ -186,6 +191,7 @@ def explain(
             "adapter_rank": adapter_rank,
             "dtype": dtype,
             "device": problem.device,
+            "activations": problem.activations,
         },
         "chosen": chosen,
         "plan": plan,

@@ -37,6 +37,7 @@ def info(
         backends.append(("CUDA kernels", data["cuda_kernels"]))
         console.print_pairs(backends, "backends, in order of preference")
         console.print_pairs(_copies(data["dense_copies"]), "dense copies for many tokens")
+        console.print_pairs([("activations", data["cpu_activations"])], "products on a CPU")
         variables = [
             (name, f"{data['variables'][name] or 'not set'} ({meaning})")
             for name, meaning in machine.VARIABLES.items()

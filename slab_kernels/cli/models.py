@@ -27,6 +27,7 @@ def evaluate(
     dtype: options.Dtype = None,
     backend: options.Backend = None,
     prefill: options.Prefill = None,
+    activations: options.Activations = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -45,7 +46,7 @@ def evaluate(
     with Progress("eval", "windows" if against is None else "steps") as progress:
         # What cannot be the dense model is refused before anything is opened.
         dense = None if against is None else open_source(against, trust_remote_code)
-        how = Opening(device, dtype, backend, prefill, trust_remote_code, no_verify)
+        how = Opening(device, dtype, backend, prefill, activations, trust_remote_code, no_verify)
         opened = open_model(folder, how)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)

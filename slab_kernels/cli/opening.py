@@ -27,6 +27,7 @@ class Opening(NamedTuple):
     dtype: str | None
     backend: str | None
     prefill: str | None
+    activations: str | None
     trust_remote_code: bool
     no_verify: bool
 
@@ -53,7 +54,8 @@ def open_model(folder: str, how: Opening) -> Opened:
     path = hub_folder(folder)
     seen, totals = inspect(path), read_totals(path)
     if seen["stored"] == "packed":
-        model = load(path, device=where, dtype=kind, trust_remote_code=trust, prefill=how.prefill)
+        words: dict[str, Any] = {"prefill": how.prefill, "activations": how.activations}
+        model = load(path, device=where, dtype=kind, trust_remote_code=trust, **words)
     else:
         model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
     facts = {

@@ -37,6 +37,13 @@ Prefill = Annotated[
         "packed (none), dense or auto; default $SLAB_KERNELS_PREFILL or packed."
     ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="How x enters the products of packed linears on a CPU: exact, or int8, which is "
+        "faster for integer values and rounds x; default $SLAB_KERNELS_CPU_ACTIVATIONS or exact."
+    ),
+]
 Text = Annotated[
     str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")
 ]

@@ -44,7 +44,7 @@ from ..models.shards import CHECKSUMS, checksum, tensor_bytes
 from ..models.skeleton import computes
 from ..models.tables import parse_tables, read_table, set_row_types, table_modules, undo_tables
 from ..models.ties import holds, retie, untie
-from ..nn.preparation import check_prefill, prepare_opened
+from ..nn.preparation import check_words, prepare_opened
 from ..terminal import first_line
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class SlabConfig(QuantizationConfigMixin):
 
     prefill: whether dense copies serve many tokens, as `slab_kernels.load` takes it. It is nothing
         of the folder's and is not stored. `from_pretrained(packed, quantization_config=
-        SlabConfig(prefill="dense"))` takes it from here, and nothing else.
+        SlabConfig(prefill="dense"))` takes it from here, and `activations`, and nothing else.
+    activations: how x enters products on a CPU, as `slab_kernels.load` takes it; as little stored.
 
     Raises: ArgumentError, MethodError or a FormatError on settings that contradict each other,
         CheckpointError or VersionError on a stored config that this library cannot read.
@@ -84,10 +85,11 @@ class SlabConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         prefill: str | None = None,
         embeddings: str | dict[str, dict[str, Any]] | None = None,
+        activations: str | None = None,
         **settings: Any,
     ):
-        check_prefill(prefill)
-        self.quant_method, self.prefill = QUANT_METHOD, prefill
+        check_words(prefill, activations)
+        self.quant_method, self.prefill, self.activations = QUANT_METHOD, prefill, activations
         self.format_version = format_version
         self.modules, self.settings = modules, settings
         self.embeddings: dict[str, dict[str, Any]] | None = None
@@ -135,7 +137,8 @@ class SlabConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained` of a packed folder takes from the config that it is given."""
-        return {} if self.prefill is None else {"prefill": self.prefill}
+        words = {"prefill": self.prefill, "activations": self.activations}
+        return {name: word for name, word in words.items() if word is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in config.json under quantization_config."""
@@ -241,20 +244,25 @@ class SlabQuantizer(HfQuantizer):
             check_finite(name, tensor, name in buffers)
         if not holds(model):
             untie(model)
-        prepare_opened(model, model.dtype, self.quantization_config.prefill)
+        prepare_opened(model, model.dtype, **self._words())
         return model
+
+    def _words(self) -> dict[str, Any]:
+        """How the layers are prepared, as `prepare_opened` takes it."""
+        config = self.quantization_config
+        return {"prefill": config.prefill, "activations": config.activations}
 
     def _compress(self, model: PreTrainedModel) -> PreTrainedModel:
         from ..compression.model import compress
 
         where, dtype = model.device, model.dtype
         del model.config.quantization_config  # marks a compressed model, which `compress` refuses
-        defaults, prefill = {"device": where, "progress": False}, self.quantization_config.prefill
+        defaults, words = {"device": where, "progress": False}, self._words()
         compress(model, None, **defaults | self.quantization_config.settings)
-        self.quantization_config = SlabConfig(**model.config.quantization_config, prefill=prefill)
+        self.quantization_config = SlabConfig(**model.config.quantization_config, **words)
         model.config.quantization_config, self.pre_quantized = self.quantization_config, True
         model.to(device=where, dtype=dtype).eval()
-        prepare_opened(model, dtype, prefill)
+        prepare_opened(model, dtype, **words)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 
 from ..device import resolve_device, usual_torch
 from ..format import PackedLayout, weight_dtype
-from ..nn.preparation import check_prefill, prepare_opened
+from ..nn.preparation import check_words, prepare_opened
 from .folder import Checkpoint, hub_folder
 from .model_config import read_generation_config
 from .packed import (
@@ -37,6 +37,7 @@ def load(
     verify: bool = True,
     trust_remote_code: bool = False,
     prefill: str | None = None,
+    activations: str | None = None,
 ) -> PreTrainedModel:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
 
@@ -53,13 +54,15 @@ def load(
         prefill: "packed", "dense" or "auto": whether dense copies of the packed weights serve many
             tokens, for 16 bits per weight of GPU memory (`slab_kernels.prepare`). Default:
             SLAB_KERNELS_PREFILL, else "packed".
+        activations: "exact" or "int8": how x enters the products of packed layers on a CPU
+            (`SlabLinear.prepare`). Default: SLAB_KERNELS_CPU_ACTIVATIONS, else "exact".
 
     Raises: CheckpointError, VersionError, ArchitectureError, DtypeError; nothing is used before it
         is checked. A packed weight that breaks the format is a FormatError and a CheckpointError at
         once. ArgumentError for another word; BackendError for prefill="dense" where no copy can be
         kept; RangeError for a layer that does not fit activations of `dtype`.
     """
-    check_prefill(prefill)
+    check_words(prefill, activations)
     device, dtype = resolve_device(device), None if dtype is None else weight_dtype(dtype)
     checkpoint = Checkpoint(hub_folder(path), verify=verify)
     layouts = read_layouts(checkpoint)
@@ -73,7 +76,7 @@ def load(
         model.generation_config = stored or model.generation_config
     model.config._name_or_path = str(checkpoint.folder)
     _attach_quantizer(model)
-    prepare_opened(model, model.dtype, prefill)
+    prepare_opened(model, model.dtype, prefill, activations)
     return model.eval()
 
 

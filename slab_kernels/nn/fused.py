@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..backends import activations as accuracy_mode
 from ..backends import dense_copy, dispatch
 from ..errors import ArgumentTypeError, ShapeError
 from .call import any_autocast, autocast, constant_in_traces, refuse_tangents
 from .linear import SlabLinear
-from .prepared import Prepared, Snapshot, copies, keep, packed_from
+from .prepared import Prepared, Snapshot, accuracy, copies, keep, packed_from
 
 
 class FusedSlabLinear(nn.Module):
@@ -28,6 +29,7 @@ class FusedSlabLinear(nn.Module):
     """
 
     _prefill: str | None = None  # what `prepare` was told; None: the environment's word
+    _activations: str | None = None  # likewise
 
     def __init__(self, parts: SlabLinear | Iterable[SlabLinear]):
         """Raises: ArgumentTypeError for anything but SlabLinear, ShapeError without a part or if
@@ -50,29 +52,41 @@ class FusedSlabLinear(nn.Module):
         self._linears: dict[torch.dtype, tuple[Prepared, ...]] = {}
         words = {part._prefill for part in parts}
         self._prefill = words.pop() if len(words) == 1 else None
+        modes = {part._activations for part in parts}
+        self._activations = modes.pop() if len(modes) == 1 else None
         for part in parts:
             part._linears = {}
 
     def prepare(
-        self, dtype: torch.dtype = torch.float32, prefill: str | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        prefill: str | None = None,
+        activations: str | None = None,
     ) -> FusedSlabLinear:
         """Choose a backend that runs every part, and make the parts' common layout now.
 
         prefill: as `SlabLinear.prepare` takes it; one copy holds the rows of all parts. Default:
             what it was told last, or its parts were if they agree, else as there.
+        activations: as there, with the same default; with int8 the parts share the integers of x.
 
         Raises: as `SlabLinear.prepare`.
         """
         told = dense_copy.named(self._prefill if prefill is None else prefill)
-        return self._prepare(dtype, prefill, told)
+        return self._prepare(dtype, prefill, told, activations=activations)
 
     def _prepare(
-        self, dtype: torch.dtype, prefill: str | None, told: str, room: bool | None = None
+        self,
+        dtype: torch.dtype,
+        prefill: str | None,
+        told: str,
+        room: bool | None = None,
+        activations: str | None = None,
     ) -> FusedSlabLinear:
         """`prepare` with the word that holds; room: as `dense_copy.applied` takes it."""
         linears = self._linears
-        linears[dtype] = (self._prepared(dtype, told, room),)
+        linears[dtype] = (self._prepared(dtype, told, room, activations),)
         self._prefill = prefill or self._prefill
+        self._activations = activations or self._activations
         return self
 
     @constant_in_traces
@@ -88,7 +102,11 @@ class FusedSlabLinear(nn.Module):
         return itertools.chain.from_iterable([part._buffers.values() for part in self._parts()])
 
     def _prepared(
-        self, dtype: torch.dtype, told: str | None = None, room: bool | None = None
+        self,
+        dtype: torch.dtype,
+        told: str | None = None,
+        room: bool | None = None,
+        activations: str | None = None,
     ) -> Prepared:
         linears, buffers = self._linears, [part._buffers.copy() for part in self._parts()]
         source = Snapshot.of(itertools.chain.from_iterable(held.values() for held in buffers))
@@ -99,7 +117,8 @@ class FusedSlabLinear(nn.Module):
         kept = linears.get(dtype, ())
         before = [(p.backend, p.state) for p in kept if p.source.is_still(source.tensors)]
         told = told or dense_copy.named(self._prefill)
-        made = dispatch.prepare_fused(packed, dtype, before, told, room)
+        mode = accuracy_mode.named(self._activations if activations is None else activations)
+        made = dispatch.prepare_fused(packed, dtype, before, told, room, mode)
         return keep(linears, dtype, Prepared(*made, source))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +142,8 @@ class FusedSlabLinear(nn.Module):
         return backend.linear_fused(x, state, bias).split(self.sizes, -1)
 
     def extra_repr(self) -> str:
-        return ", ".join(copies(self._linears, self.in_features * sum(self.sizes)))
+        said = copies(self._linears, self.in_features * sum(self.sizes))
+        return ", ".join([*accuracy(self._linears), *said])
 
     def _apply(self, fn, recurse: bool = True):
         self._linears = {}

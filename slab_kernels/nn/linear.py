@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import ops
+from ..backends import activations as accuracy_mode
 from ..backends import dense_copy, dispatch
 from ..backends.base import Backend, LinearProblem, preparing
 from ..errors import BackendError, ShapeError
@@ -23,7 +24,7 @@ from .call import (
     refuse_tangents,
     say_once,
 )
-from .prepared import Prepared, Snapshot, copies, keep, packed_from, usable_by
+from .prepared import Prepared, Snapshot, accuracy, copies, keep, packed_from, usable_by
 
 
 class SlabLinear(nn.Module):
@@ -45,6 +46,7 @@ class SlabLinear(nn.Module):
     bias: nn.Parameter | None
     _home: torch.device | None  # where the layer works, once its canonical tensors are offloaded
     _prefill: str | None = None  # what `prepare` was told; None: the environment's word
+    _activations: str | None = None  # likewise
 
     def __init__(
         self,
@@ -103,7 +105,12 @@ class SlabLinear(nn.Module):
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear
 
-    def prepare(self, dtype: torch.dtype = torch.float32, prefill: str | None = None) -> SlabLinear:
+    def prepare(
+        self,
+        dtype: torch.dtype = torch.float32,
+        prefill: str | None = None,
+        activations: str | None = None,
+    ) -> SlabLinear:
         """Choose the backend for activations of `dtype` on this device and make its layout now.
 
         Dtypes of one backend share a layout where it can serve them all.
@@ -113,22 +120,32 @@ class SlabLinear(nn.Module):
             free GPU memory free (backends/dense_copy.py). It also holds for whatever the layer
             prepares later by itself. Default: what it was told last, else SLAB_KERNELS_PREFILL,
             else "packed".
+        activations: on a CPU, whether x enters the product as it is, "exact", or as 8-bit
+            integers, "int8", which is faster for int8, int4 and int3 values and rounds x; 16-bit
+            values stay exact (backends/activations.py). It holds on as `prefill` does. Default:
+            what it was told last, else SLAB_KERNELS_CPU_ACTIVATIONS, else "exact".
 
         Raises: BackendError if a forced backend cannot run it, or keeps no dense copy that is
             wanted; RangeError for a weight that does not fit `dtype` then; ArgumentError for
             another word.
         """
         told = dense_copy.named(self._prefill if prefill is None else prefill)
-        return self._prepare(dtype, prefill, told)
+        return self._prepare(dtype, prefill, told, activations=activations)
 
     def _prepare(
-        self, dtype: torch.dtype, prefill: str | None, told: str, room: bool | None = None
+        self,
+        dtype: torch.dtype,
+        prefill: str | None,
+        told: str,
+        room: bool | None = None,
+        activations: str | None = None,
     ) -> SlabLinear:
         """`prepare` with the word that holds; room: as `dense_copy.applied` takes it."""
         linears, backend = self._linears, self._select(dtype)
-        self._prepared(dtype, backend, told, room)
+        self._prepared(dtype, backend, told, room, activations)
         linears[dtype] = tuple(p for p in linears.get(dtype, ()) if p.backend is backend)
         self._prefill = prefill or self._prefill
+        self._activations = activations or self._activations
         return self
 
     def _select(self, dtype: torch.dtype) -> Backend:
@@ -141,11 +158,13 @@ class SlabLinear(nn.Module):
         wanted: Backend | None = None,
         told: str | None = None,
         room: bool | None = None,
+        activations: str | None = None,
     ) -> Prepared:
         """What `_linears` keeps for that dtype and the tensors that are here, made if need be.
 
         wanted: the backend that it has to be of; default: any. told: whether it has to have a dense
         copy; default: what is kept may stay as it is, what is made is as the layer was told.
+        activations: another word than the one that the layer was told last.
         """
         # Whoever changes the weight meanwhile puts another dict there; this one goes, with what is
         # made now.
@@ -157,10 +176,12 @@ class SlabLinear(nn.Module):
         if found is not None and told is None:
             return found
         told = told or dense_copy.named(self._prefill)
+        mode = accuracy_mode.named(self._activations if activations is None else activations)
         backend, packed = wanted or self._select(dtype), packed_from(self.layout, buffers)
         with preparing(self._home or packed.values.device):
             state = found.state if found else self._state(backend, packed, dtype, source)
             state = dense_copy.applied(backend, state, (packed,), dtype, told, room)
+            state = accuracy_mode.applied(backend, state, (packed,), mode)
         if found is not None and state is found.state:
             return found
         return keep(linears, dtype, Prepared(backend, state, source))
@@ -292,6 +313,7 @@ class SlabLinear(nn.Module):
         parts += [
             f"bias={self.bias is not None}",
             f"{layout.bits_per_weight():.2f} bits per weight",
+            *accuracy(self._linears),
             *copies(self._linears, layout.out_features * layout.in_features),
         ]
         return ", ".join(parts)

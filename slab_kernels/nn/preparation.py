@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..backends import activations as accuracy_mode
 from ..backends import dense_copy
 from .embedding import Int8Head
 from .fused import FusedSlabLinear
@@ -15,7 +16,10 @@ Layer = SlabLinear | FusedSlabLinear
 
 
 def prepare(
-    model: nn.Module, dtype: torch.dtype = torch.float32, prefill: str | None = None
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    prefill: str | None = None,
+    activations: str | None = None,
 ) -> nn.Module:
     """Prepare every packed layer of a model for activations of `dtype`; returns the model.
 
@@ -23,15 +27,18 @@ def prepare(
         "auto" decides for all layers of a device that it holds for at once: their dense copies, 16
         bits per weight, are made if all of them together take no more than half of the GPU memory
         that is free now, else none is.
+    activations: as `SlabLinear.prepare` takes it, with the same default.
 
     Raises: as `SlabLinear.prepare`.
     """
-    _prepare(layers_of(model), dtype, prefill)
+    _prepare(layers_of(model), dtype, prefill, activations)
     _prepare_heads(model, dtype)
     return model
 
 
-def prepare_opened(model: nn.Module, dtype: torch.dtype, prefill: str | None) -> None:
+def prepare_opened(
+    model: nn.Module, dtype: torch.dtype, prefill: str | None, activations: str | None = None
+) -> None:
     """`prepare` of a model that was just opened, where it lies on GPUs.
 
     There the first call may be captured into a CUDA graph, which preparing cannot be. On a CPU the
@@ -42,9 +49,12 @@ def prepare_opened(model: nn.Module, dtype: torch.dtype, prefill: str | None) ->
     if prefill is not None:
         for layer in layers:
             layer._prefill = prefill
+    if activations is not None:
+        for layer in layers:
+            layer._activations = activations
     if prefill != "dense":
         layers = [layer for layer in layers if _place(layer).type == "cuda"]
-    _prepare(layers, dtype, prefill)
+    _prepare(layers, dtype, prefill, activations)
     _prepare_heads(model, dtype)
 
 
@@ -55,9 +65,10 @@ def _prepare_heads(model: nn.Module, dtype: torch.dtype) -> None:
             module.prepare(dtype)
 
 
-def check_prefill(prefill: str | None) -> None:
+def check_words(prefill: str | None, activations: str | None) -> None:
     """Refuses a word before long work. Raises: ArgumentError."""
     dense_copy.named(prefill)
+    accuracy_mode.named(activations)
 
 
 def dense_copy_bytes(model: nn.Module) -> int:
@@ -75,19 +86,21 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return [*fused, *alone]
 
 
-def _prepare(layers: list[Layer], dtype: torch.dtype, prefill: str | None) -> None:
-    check_prefill(prefill)
+def _prepare(
+    layers: list[Layer], dtype: torch.dtype, prefill: str | None, activations: str | None
+) -> None:
+    check_words(prefill, activations)
     words = [dense_copy.named(layer._prefill if prefill is None else prefill) for layer in layers]
     told = list(zip(layers, words, strict=True))
     weighed = [layer for layer, word in told if word == "auto"]
     room = {place: _has_room(place, weighed, dtype) for place in map(_place, weighed)}
     for layer, word in told:
         if word != "auto":
-            layer._prepare(dtype, prefill, word)
+            layer._prepare(dtype, prefill, word, activations=activations)
             continue
         # A layer that is prepared again later must not find room where the model found none.
         word = "auto" if room[_place(layer)] else "packed"
-        layer._prepare(dtype, word, word, room=True)
+        layer._prepare(dtype, word, word, room=True, activations=activations)
 
 
 def _has_room(place: torch.device, layers: list[Layer], dtype: torch.dtype) -> bool:

@@ -86,6 +86,13 @@ def copies(linears: dict[torch.dtype, tuple[Prepared, ...]], weights: int) -> li
     return [dense_copy.described(size, weights)] if size else []
 
 
+def accuracy(linears: dict[torch.dtype, tuple[Prepared, ...]]) -> list[str]:
+    """What is to be said of the activations of a layer; nothing where they are exact."""
+    every = itertools.chain(*linears.copy().values())
+    words = {made.backend.activations(made.state) for made in every} - {"exact"}
+    return [f"activations={word}" for word in sorted(words)]
+
+
 def keep(
     kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared
 ) -> Prepared:

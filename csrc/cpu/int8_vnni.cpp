@@ -1,0 +1,73 @@
+// int8 activations with AVX-512 VNNI, VBMI and BITALG: one zmm is a row block. vpdpbusd takes one
+// operand without a sign: the weight plus 128 in a panel, x plus 128 in a table.
+#include "../int8.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
+#include <immintrin.h>
+
+#include "int8_quad_panel.h"
+#include "int8_tables.h"
+
+namespace slab {
+namespace {
+
+struct Vnni {
+  static constexpr int kLanes = 16, kPanelTokens = 12, kPanelBlocks = 2;
+  static constexpr uint32_t kFlip = 0x80808080u;
+  static constexpr bool kQuads = true;
+  using F = __m512;
+  typedef uint32_t I __attribute__((vector_size(64)));
+  typedef int32_t S __attribute__((vector_size(64)));
+  typedef int16_t H __attribute__((vector_size(64)));
+
+  static SLAB_INLINE F zero() { return _mm512_setzero_ps(); }
+  static SLAB_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static SLAB_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static SLAB_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static SLAB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm512_loadu_si512(p); }
+  template <ValueType kValues>
+  static SLAB_INLINE F load_values(const uint8_t* p) {
+    static_assert(kValues == kBf16);
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+  }
+  static SLAB_INLINE bool all(S mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF; }
+  static SLAB_INLINE I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
+  static SLAB_INLINE F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
+
+  static SLAB_INLINE I splat(const int32_t* p) { return (I)_mm512_set1_epi32(*p); }
+  template <ValueType kValues, int kPlanes, Entries kEntries>
+  static SLAB_INLINE void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
+                                const H (*a)[4][1], uint8_t* panel) {
+    if (w.rank == 1)
+      build_quads<kValues, kPlanes, kEntries, 1>(w, t, rb, kb, a, panel);
+    else
+      build_quads<kValues, kPlanes, kEntries, 0>(w, t, rb, kb, a, panel);
+  }
+  static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, _mm512_set1_epi32(four));
+  }
+};
+
+const Int8Kernels kernels = {"avx512_vnni",
+                             true,
+                             quantise_for_quads,
+                             quantise_v_for_quads,
+                             table_values,
+                             panel_values<Vnni, true>,
+                             0,
+                             8};
+
+}  // namespace
+
+const Int8Kernels* int8_kernels_vnni() { return &kernels; }
+
+}  // namespace slab
+#else
+namespace slab {
+const Int8Kernels* int8_kernels_vnni() { return nullptr; }
+}  // namespace slab
+#endif

@@ -1,0 +1,91 @@
+// The products with int8 activations, for int8 and int4 values: what the bindings call, beside
+// launch.h. They read the same prepared stream as the exact products.
+//
+// A token is taken in blocks of 128 inputs. Each block of x has one scale, its largest magnitude
+// over 127, and becomes 128 integers from -127 to 127; so does each block of x v_r, for every rank
+// r. There are two products:
+//
+//   few   Kept values times x, and the signs or levels of pruned positions times x v_r, each summed
+//         in int32 without an error. Nothing but x and x v_r is rounded.
+//   many  Kept values and the sign term become one int8 weight, a panel of 16 rows x 128 inputs
+//         that all tokens share. A kept value is exact, 16 q of int4 or q of int8, in units of
+//         scale / 16 or scale. A pruned one is u v times its sign or level in the same unit,
+//         rounded to an integer. Where it could exceed 126 units for a row and block, the row's
+//         sign term goes into a second panel with a unit of its own, so nothing saturates.
+//
+// Sums are int32 within a scale and a block, and fp32 over them, in ascending input order: a row of
+// y depends on its own token only, and on which of the two products is used.
+#pragma once
+
+#include "launch.h"
+
+namespace slab {
+
+constexpr int kFewAtOnce = 16;    // tokens of one call of `few`
+constexpr int kManyAtOnce = 256;  // and of `many`, whose fp32 sums, 32 KB, live on its stack
+constexpr int kManyRank = 16;     // `many` takes weights up to this rank
+constexpr int kMostUnits = 126;   // of a pruned entry in a panel
+// A pruned entry is computed as an integer in units of 1/256 of a panel's unit.
+constexpr int kFraction = 256;
+
+// The largest integer of a level, and the factor of u v that it stands for times that integer.
+constexpr int most_level(int planes) { return planes > 1 ? (1 << planes) - 1 : 1; }
+constexpr float level_unit(int planes) { return planes == 3 ? 0.25f : planes == 2 ? 0.5f : 1.0f; }
+
+// The quantised tokens of one call. Term 0 is x, term 1 + r is x v_r, which `few` alone reads;
+// terms are `terms` in number. Index [term][block][token] is (term k_blocks + block) count + token.
+struct Int8Tokens {
+  int64_t count, terms;
+  int8_t* x;    // [terms][k_blocks][count][128]
+  float* step;  // [terms][k_blocks][count]: x is nearly an integer times this
+  // [terms][k_blocks][count][8]: -128 times the sums of 32 integers (4), of 64 (2) and of 128 (1).
+  int32_t* excess;
+  uint8_t* tables;  // [terms][k_blocks][count][1024] or null: see int8_tables.h
+  uint8_t* finite;  // [terms][count]: 0 where the term of a token has NaN or infinity
+  // Read by `many`.
+  // [R][k_blocks][128]: V over its largest magnitude in the block, times 32767; the inputs of a
+  // group in the order 0 2 1 3.
+  int16_t* v;
+  float* v_most;  // [R][k_blocks]: that magnitude
+};
+
+// The place in `excess` of the inputs of groups [first, first + groups) of a block.
+constexpr int excess_at(int first, int groups) {
+  return groups == 8 ? first / 8 : groups == 16 ? 4 + first / 16 : 6;
+}
+
+// What a product does with its sums.
+struct Int8End {
+  const CpuTokens* tokens;
+  // As in CpuKernels.
+  void (*finish)(const CpuWeight& w, const CpuTokens& t, int64_t row_block, int64_t token,
+                 int64_t count, const float* sums, int64_t stride);
+};
+
+using Int8Product = void (*)(const CpuWeight& w, const Int8Tokens& t, const Int8End& end,
+                             int64_t first, int64_t last);
+
+// One table per instruction set; ranges of row blocks begin at even numbers.
+struct Int8Kernels {
+  const char* name;
+  bool reads_tables;  // whether `few` does
+  // Quantises term `term` of a token, whose x is a row of k_blocks * 128 numbers.
+  void (*quantise)(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
+                   int64_t token);
+  // Writes t.v and t.v_most.
+  void (*quantise_v)(const CpuWeight& w, const Int8Tokens& t);
+  Int8Product few, many;
+  // Up to so many tokens the exact product is faster than either, and from there up to so many
+  // `few` is. Measured on an AMD EPYC (Zen 4), one thread, 2048x2048, ranks 0 to 4, int4 and int8.
+  int exact_tokens, few_tokens;
+};
+
+const Int8Kernels* int8_kernels_scalar();
+const Int8Kernels* int8_kernels_avx2();  // null when built without
+const Int8Kernels* int8_kernels_vnni();  // null when built without
+
+// The kernels that go with an instruction set that was chosen. AVX-512 without VNNI and VBMI gets
+// those of AVX2.
+const Int8Kernels& int8_kernels(const CpuKernels& chosen);
+
+}  // namespace slab

@@ -1,0 +1,179 @@
+// The torch side of the products with int8 activations.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "int8_linear.h"
+#include "linear.h"
+
+namespace {
+
+using namespace slab;
+
+using Bias = std::optional<Tensor>;
+
+// ---- which product runs ----
+
+enum class Way { exact, few, many };
+constexpr const char* kWays[] = {"exact", "few", "many"};
+std::atomic<int64_t> forced_few{-1};  // for tests: up to so many tokens `few`
+
+Way way(const Int8Kernels& k, int64_t rank, int64_t tokens) {
+  const int64_t forced = forced_few.load(std::memory_order_relaxed);
+  if (forced >= 0) return tokens <= forced || rank > kManyRank ? Way::few : Way::many;
+  if (tokens <= k.exact_tokens || rank > kManyRank) return Way::exact;
+  return tokens <= k.few_tokens ? Way::few : Way::many;
+}
+std::tuple<std::string, std::string> cpu_int8(int64_t rank, int64_t tokens) {
+  const Int8Kernels& k = int8_kernels(kernels());
+  return {kWays[int(way(k, rank, tokens))], k.name};
+}
+int64_t cpu_use_few(int64_t tokens) {
+  forced_few.store(tokens, std::memory_order_relaxed);
+  return tokens;
+}
+
+// ---- a call ----
+
+// What a call with x [..., K] has, once its arguments are checked.
+struct Call {
+  Tensor x;               // contiguous
+  int type;               // FloatType of x and y
+  int64_t tokens, bytes;  // M, bytes of a number of x and y
+
+  Call(Tensor given, int64_t in_features) : x(std::move(given)) {
+    CHECK_ARGUMENT(x.dim() >= 1, "x must have at least one dimension");
+    CHECK_ARGUMENT(x.is_cpu(), "x is not on the CPU");
+    type = float_type("x", x.scalar_type());
+    CHECK_ARGUMENT(x.size(x.dim() - 1) == in_features, "x has ", x.size(x.dim() - 1),
+                   " features, the weight ", in_features);
+    tokens = x.numel() / in_features;
+    bytes = type == kFloat32 ? 4 : 2;
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  }
+  const uint8_t* row(int64_t token) const {
+    return static_cast<const uint8_t*>(x.const_data_ptr()) + token * x.size(x.dim() - 1) * bytes;
+  }
+};
+
+// The parts' bias as fp32, each padded to whole row blocks, given to their weights.
+Scratch wide_bias(const CpuKernels& run, const Bias& bias, std::vector<CpuWeight>& parts) {
+  int64_t rows = 0, padded = 0;
+  for (const CpuWeight& w : parts) rows += w.out_features, padded += w.row_blocks * kRows;
+  Scratch wide(bias ? padded : 0);
+  if (!bias) return wide;
+  check_shape("bias", *bias, {rows});
+  const int type = float_type("bias", bias->scalar_type());
+  const auto* from = static_cast<const uint8_t*>(bias->const_data_ptr());
+  float* to = wide.get();
+  for (CpuWeight& w : parts) {
+    run.widen(from, type, to, w.out_features);
+    for (int64_t n = w.out_features; n < w.row_blocks * kRows; ++n) to[n] = 0.0f;
+    w.bias = to;
+    from += w.out_features * (type == kFloat32 ? 4 : 2);
+    to += w.row_blocks * kRows;
+  }
+  return wide;
+}
+
+// y of several weights that read the same x, side by side, with int8 activations. A token with NaN
+// or infinity is computed by the exact kernels, so that they reach y as they do there.
+Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Bias& bias) {
+  const CpuKernels& run = kernels();
+  int64_t rows = 0, rank = 0, adapter = 0;
+  for (const CpuWeight& w : parts) {
+    CHECK_ARGUMENT(is_integer(w.values),
+                   "int8 activations need int8 or int4 values, this weight's are 16-bit numbers");
+    rows += w.out_features;
+    rank = w.rank > rank ? w.rank : rank;
+    adapter = w.adapter_padded > adapter ? w.adapter_padded : adapter;
+  }
+  Tensor y = empty_output(call.x, rows);
+  if (call.tokens == 0) return y;
+  const Scratch wide = wide_bias(run, bias, parts);
+  const int64_t features = parts[0].in_features, padded = parts[0].k_blocks * kInputs;
+  const Way chosen = way(int8_kernels(run), rank, call.tokens);
+  if (chosen == Way::exact) {
+    auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
+    for (const CpuWeight& w : parts) {
+      run_exact(run, w, call.row(0), call.type, call.tokens, out, rows);
+      out += w.out_features * call.bytes;
+    }
+    return y;
+  }
+  const bool few = chosen == Way::few;
+  const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
+  const int64_t most = call.tokens < at_once ? call.tokens : at_once;
+  const bool copy = !(call.type == kFloat32 && features == padded);
+  const Scratch copied(copy ? most * padded : 0), z(most * adapter);
+  for (int64_t first = 0; first < call.tokens; first += at_once) {
+    CpuTokens t{};
+    t.count = call.tokens - first < at_once ? call.tokens - first : at_once;
+    t.block_tokens = 1;
+    t.x = widened(run, call.row(first), call.type, t.count, features, padded, copied.get());
+    t.z = z.get();
+    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * rows * call.bytes;
+    t.y_stride = rows;
+    t.y_type = call.type;
+    Int8Linear linear(run, parts[0], t, few, rank);
+    for (const CpuWeight& w : parts) {
+      run_adapter(run, w, t);
+      linear.multiply(w, t);
+      for (int64_t i = 0; i < t.count; ++i)
+        if (!linear.finite(w, i)) {
+          auto* const to = static_cast<uint8_t*>(t.y) + i * rows * call.bytes;
+          run_exact(run, w, call.row(first + i), call.type, 1, to, rows);
+        }
+      t.y = static_cast<uint8_t*>(t.y) + w.out_features * call.bytes;
+    }
+  }
+  return y;
+}
+
+Tensor linear_cpu_int8(Tensor x, Tensor prepared, Bias bias, int64_t out_features,
+                       int64_t in_features) {
+  std::vector<CpuWeight> parts{weight_of(prepared, out_features, in_features)};
+  return linear_int8(Call(x, in_features), parts, bias);
+}
+
+Tensor linear_cpu_int8_parts(Tensor x, std::vector<Tensor> prepared, Bias bias,
+                             std::vector<int64_t> out_features, int64_t in_features) {
+  CHECK_ARGUMENT(!prepared.empty() && prepared.size() == out_features.size(), "prepared has ",
+                 prepared.size(), " weights, out_features ", out_features.size(), " sizes");
+  std::vector<CpuWeight> parts;
+  for (size_t i = 0; i < prepared.size(); ++i)
+    parts.push_back(weight_of(prepared[i], out_features[i], in_features));
+  return linear_int8(Call(x, in_features), parts, bias);
+}
+
+}  // namespace
+
+#define LINEAR_ARGUMENTS \
+  "Tensor x, Tensor prepared, Tensor? bias, int out_features, int in_features"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
+  // exact, few or many: the product that runs, and the kernels' name.
+  m.def("cpu_int8(int rank, int tokens) -> (str, str)");
+  m.def("cpu_use_few(int tokens) -> int");  // for tests and measurements; -1: as it was
+  m.def("linear_cpu_int8(" LINEAR_ARGUMENTS ") -> Tensor");
+  m.def("linear_cpu_int8_frozen(" LINEAR_ARGUMENTS ") -> Tensor");
+  m.def(
+      "linear_cpu_int8_parts(Tensor x, Tensor[] prepared, Tensor? bias, int[] out_features, "
+      "int in_features) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_int8", TORCH_BOX(&cpu_int8));
+  m.impl("cpu_use_few", TORCH_BOX(&cpu_use_few));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(slab_kernels, CPU, m) {
+  m.impl("linear_cpu_int8", TORCH_BOX(&linear_cpu_int8));
+  m.impl("linear_cpu_int8_frozen", TORCH_BOX(&linear_cpu_int8));
+  m.impl("linear_cpu_int8_parts", TORCH_BOX(&linear_cpu_int8_parts));
+}

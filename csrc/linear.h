@@ -1,0 +1,27 @@
+// What the bindings of the products share: bindings.cpp defines it.
+#pragma once
+
+#include "arguments.h"
+
+namespace slab {
+
+int float_type(const char* name, ScalarType type);
+
+// The weight in a prepared tensor, whose header and size are checked.
+CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_features);
+
+// The tokens [0, count) of x as fp32 rows, padded to whole blocks; x itself if it already is that.
+const float* widened(const CpuKernels& run, const void* x, int type, int64_t count,
+                     int64_t features, int64_t padded, float* scratch);
+
+// z = x Q, for the kernels to add P z.
+void run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t);
+
+// y of any number of tokens by the exact products; rows of y are y_stride numbers apart.
+void run_exact(const CpuKernels& run, const CpuWeight& w, const void* x, int type, int64_t tokens,
+               void* y, int64_t y_stride);
+
+// A contiguous tensor of x's shape with another last size.
+Tensor empty_output(const Tensor& x, int64_t out_features);
+
+}  // namespace slab

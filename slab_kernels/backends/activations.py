@@ -1,0 +1,45 @@
+"""How x enters a product on a CPU: a stated accuracy mode.
+
+exact   x as it is given, in sums of fp32; the default
+int8    x in blocks of 128 inputs, each as 8-bit integers times one scale, for int8, int4 and int3
+        values; weights with 16-bit values stay exact
+
+The mode is of what a layer prepared, and changes no stored weight. docs/cpu.md states how far the
+results of int8 may be from exact ones.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Sequence
+
+from ..errors import ArgumentError
+from ..format import PackedWeight
+from .base import Backend
+
+MODES = ("exact", "int8")
+ENVIRONMENT = "SLAB_KERNELS_CPU_ACTIVATIONS"  # the word where no argument says one
+
+
+def named(activations: str | None) -> str:
+    """The word that holds: the argument, else the environment's, else "exact".
+
+    Raises: ArgumentError for any other than MODES.
+    """
+    told = activations if activations is not None else os.environ.get(ENVIRONMENT) or MODES[0]
+    if not isinstance(told, str) or told not in MODES:
+        origin = f" ({ENVIRONMENT} names it)" if activations is None else ""
+        known = ", ".join(MODES)
+        raise ArgumentError(
+            f"activations={reprlib.repr(told)}{origin} is unknown; use one of {known}"
+        )
+    return told
+
+
+def applied(backend: Backend, state: object, parts: Sequence[PackedWeight], told: str) -> object:
+    """The state for activations as the word `told` wants them, as far as the backend has that.
+
+    parts: the weights that `state` was prepared from.
+    """
+    return backend.with_activations(state, parts, told)

@@ -1,0 +1,157 @@
+"""The products with int8 activations (csrc/int8.h) once more, from the packed tensors alone.
+
+Integers are computed as integers, everything that the kernels round to fp32 before it becomes an
+integer is fp32 here too, and the sums are fp64: the kernels differ from this by their fp32 sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from slab_kernels.backends import factors
+from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
+
+BLOCK = 128
+FINEST = 2.0**-100  # the smallest unit of a merged panel
+
+
+class Result(NamedTuple):
+    """y [M, N] fp64; size [M, N], the sum of the terms' magnitudes, with which fp32 errors grow;
+    bound [M, N], how far y may be from the exact product."""
+
+    y: Tensor
+    size: Tensor
+    bound: Tensor
+
+
+class Weight(NamedTuple):
+    """The parts of a weight, inputs padded to whole blocks.
+
+    q: [N, Kp] integers. scale: [N, Kp] fp32, of every entry. level: [N, Kp] integers, 0 at kept
+    entries. unit: what a level of 1 is of u v. U: [N, R], V: [Kp, R], fp32 as the kernels have
+    them. adapter: [N, Kp] fp64.
+    """
+
+    q: Tensor
+    scale: Tensor
+    level: Tensor
+    unit: float
+    U: Tensor
+    V: Tensor
+    adapter: Tensor
+
+
+def weight_of(packed: PackedWeight) -> Weight:
+    """The parts of a packed weight of integers."""
+    layout, K = packed.layout, packed.in_features
+    i0, i1 = bits.kept_positions(packed.metadata)
+    values = bits.unpack_values(packed.values, layout.values)
+    q = bits.scatter_positions(values, i0, i1)
+    Kp = q.shape[1]
+    scale = packed.scales.float().repeat_interleave(Kp // packed.scales.shape[1], 1)
+    parts = unpack(packed)
+    N = packed.out_features
+    level, U, V = torch.zeros(N, K), torch.zeros(N, 1), torch.zeros(K, 1)
+    if layout.rank:
+        level = parts.B[:, :K].float()
+        U, V = factors.beside_results(*packed.sign_factors())
+        V = V[:K]
+    adapter = torch.zeros(N, K, dtype=torch.float64)
+    if layout.adapter_rank:
+        adapter = parts.P.double() @ parts.Q.double()[:K].T
+    extra = -K % BLOCK
+    columns = lambda t: pad(t[:, :K], (0, extra))  # noqa: E731
+    return Weight(
+        columns(q).int(), columns(scale), columns(level).int(), plane_unit(layout.planes),
+        U, pad(V, (0, 0, 0, extra)), columns(adapter),
+    )  # fmt: skip
+
+
+def to_integers(x: Tensor, most: Tensor, limit: float) -> Tensor:
+    """The nearest integers of x over `most`, times `limit`, in fp32 as the kernels have it."""
+    lift = torch.where(most < 2.0**-60, 2.0**100, 1.0)
+    # torch divides a number by a tensor in two roundings, a tensor by a tensor in one.
+    factor = torch.where(most > 0, torch.full_like(most, limit) / (most * lift), 0)
+    return (x * lift * factor).round().int()
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., Kp] fp32 -> integers of that shape and steps [..., Kp / 128]."""
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    most = blocks.abs().amax(-1, keepdim=True)
+    step = most / torch.full_like(most, 127.0)
+    return to_integers(blocks, most, 127.0).flatten(-2), step[..., 0]
+
+
+def spread(step: Tensor) -> Tensor:
+    """Steps of blocks at every input, fp64."""
+    return step.double().repeat_interleave(BLOCK, -1)
+
+
+def few(x: Tensor, w: Weight) -> Result:
+    """Kept values times x and levels times x v, each with integers of its own."""
+    x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
+    n, step = quantised(x)
+    S = w.q.double() * w.scale.double()
+    y = (n.double() * spread(step)) @ S.T
+    size = (n.double() * spread(step)).abs() @ S.abs().T
+    bound = (spread(step) / 2) @ S.abs().T
+    for u, v in zip(w.U.double().T, w.V.T, strict=True):
+        n, step = quantised(x * v)
+        F = w.level.double() * w.unit * u[:, None]
+        y = y + (n.double() * spread(step)) @ F.T
+        size = size + (n.double() * spread(step)).abs() @ F.abs().T
+        bound = bound + (spread(step) / 2) @ F.abs().T
+    return _with_adapter(x, w, y, size, bound)
+
+
+def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
+    """The weight of the panels, [N, Kp] fp64, and how far each entry may be from the exact one."""
+    unit = w.scale / (1 if values == "int8" else 16)
+    kept = w.q.double() * w.scale.double()
+    if not bool(w.level.any()):
+        return kept, torch.zeros_like(kept)
+    most_level = int(w.level.abs().amax())
+    most_level = {1: 1, 2: 3, 3: 7}[{1.0: 1, 0.5: 2, 0.25: 3}[w.unit]]
+    V = w.V.T.unflatten(1, (-1, BLOCK))  # R, blocks, 128
+    most_v = V.abs().amax(-1)
+    v = to_integers(V, most_v[..., None], 32767.0).flatten(1)  # R, Kp
+    at_inputs = most_v.repeat_interleave(BLOCK, 1)  # R, Kp
+    most = torch.zeros_like(w.scale)
+    for r in range(w.U.shape[1]):
+        most = most + w.U[:, r, None].abs() * at_inputs[r]
+    most = most * (w.unit * most_level)
+    other = most * torch.tensor(1.0 / 126.0)
+    fits = (unit.abs() > FINEST) & (most <= unit.abs() * 126.0)
+    used = torch.where(fits, unit, other)
+    total = torch.zeros_like(w.level)
+    for r in range(w.U.shape[1]):
+        product = w.U[:, r, None] * at_inputs[r]
+        ratio = torch.where(most == 0, 0, product / used) * (w.unit * 256.0)
+        total = total + ((ratio.round().int() * v[r] + (1 << 14)) >> 15)
+    if most_level == 1:
+        integer = w.level * ((total + 128) >> 8)
+    else:
+        integer = (w.level * total + 128) >> 8
+    pruned = integer.double() * used.double()
+    rounding = 0.5 + w.U.shape[1] * most_level * 1.6 / 256 + 1e-4
+    return kept + pruned, torch.where(w.level != 0, rounding * used.double(), 0)
+
+
+def many(x: Tensor, w: Weight, values: str) -> Result:
+    """One int8 weight, or two where a row and block has two units."""
+    x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
+    n, step = quantised(x)
+    W, error = panels(w, values)
+    y = (n.double() * spread(step)) @ W.T
+    size = (n.double() * spread(step)).abs() @ W.abs().T
+    bound = (spread(step) / 2) @ W.abs().T + x.double().abs() @ error.T
+    return _with_adapter(x, w, y, size, bound)
+
+
+def _with_adapter(x: Tensor, w: Weight, y: Tensor, size: Tensor, bound: Tensor) -> Result:
+    return Result(y + x.double() @ w.adapter.T, size + x.double().abs() @ w.adapter.abs().T, bound)
