@@ -70,8 +70,8 @@ inline void prefer_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(kHugePage);
   const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (at + page - 1) / page * page,
-                  end = (at + uintptr_t(bytes)) / page * page;
+  const uintptr_t begin = (at + page - 1) / page * page;
+  const uintptr_t end = (at + uintptr_t(bytes)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)memory, (void)bytes;

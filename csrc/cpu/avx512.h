@@ -1,5 +1,5 @@
-// The vector type of AVX-512 (F, BW, DQ, VL): 16 lanes, so one zmm is a row block. Each of a group's
-// three tables is one zmm.
+// The vector type of AVX-512 (F, BW, DQ, VL): 16 lanes, so one zmm is a row block. Each of a
+// group's three tables is one zmm.
 #pragma once
 
 #include <immintrin.h>

@@ -1,10 +1,10 @@
-// More tokens: a panel of the weight, 32 rows wide, is rebuilt in the first-level cache and
-// multiplied with every token before the next panel. The adapter goes through the same product: Q is
-// the weight of z = x Q, P are further inputs of y.
+// More tokens: a panel of the weight, 32 rows wide, is rebuilt in the first caches and multiplied
+// with every token before the next panel. The adapter goes through the same product: Q is the
+// weight of z = x Q, P are further inputs of y.
 //
 // x comes in blocks of a few tokens, in each of which the tokens' cells of one input stand side by
-// side (launch.h): a product then reads it in one piece. With one row after the other, all rows of a
-// weight whose inputs are a multiple of 1024 would fall into the same sets of the cache.
+// side (launch.h): a product then reads it in one piece. With one row after the other, all rows of
+// a weight whose inputs are a multiple of 1024 would fall into the same sets of the cache.
 #pragma once
 
 #include "rebuild.h"
