@@ -109,18 +109,20 @@ Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Bias& 
   const bool few = chosen == Way::few;
   const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
   const int64_t most = call.tokens < at_once ? call.tokens : at_once;
-  const bool copy = !(call.type == kFloat32 && features == padded);
+  const bool rows_of_x = few || adapter;  // as fp32, beside the integers
+  const bool copy = rows_of_x && !(call.type == kFloat32 && features == padded);
   const Scratch copied(copy ? most * padded : 0), z(most * adapter);
   for (int64_t first = 0; first < call.tokens; first += at_once) {
     CpuTokens t{};
     t.count = call.tokens - first < at_once ? call.tokens - first : at_once;
     t.block_tokens = 1;
-    t.x = widened(run, call.row(first), call.type, t.count, features, padded, copied.get());
+    if (rows_of_x)
+      t.x = widened(run, call.row(first), call.type, t.count, features, padded, copied.get());
     t.z = z.get();
     t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * rows * call.bytes;
     t.y_stride = rows;
     t.y_type = call.type;
-    Int8Linear linear(run, parts[0], t, few, rank);
+    Int8Linear linear(run, parts[0], t, call.row(first), call.type, few, rank);
     for (const CpuWeight& w : parts) {
       run_adapter(run, w, t);
       linear.multiply(w, t);

@@ -13,9 +13,10 @@ namespace slab {
 // x v_r, with which each has its own, is quantised for each.
 class Int8Linear {
  public:
-  // tokens: at most kManyAtOnce, or kFewAtOnce if `few`. rank: the largest of the parts.
-  Int8Linear(const CpuKernels& run, const CpuWeight& first, const CpuTokens& tokens, bool few,
-             int64_t rank)
+  // tokens: at most kManyAtOnce, or kFewAtOnce if `few`; their x may be missing if not. raw: x as
+  // it was given, of `type`. rank: the largest of the parts.
+  Int8Linear(const CpuKernels& run, const CpuWeight& first, const CpuTokens& tokens,
+             const uint8_t* raw, int type, bool few, int64_t rank)
       : run_(run),
         kernels_(int8_kernels(run)),
         few_(few),
@@ -41,7 +42,10 @@ class Int8Linear {
       t_.v_most = take(rank * first.k_blocks);
     }
     t_.finite = reinterpret_cast<uint8_t*>(take((terms_ * tokens.count + 3) / 4));
-    quantise(first, tokens.x, 0, 1);
+    if (tokens.x)
+      quantise(first, tokens.x, 0, 1);
+    else
+      widen_and_quantise(first, raw, type);
   }
 
   // y of one part, whose tokens are the same but for z and y. Tokens with NaN or infinity get
@@ -78,6 +82,20 @@ class Int8Linear {
         0, each * t_.count, 1 + kNumbers / padded, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i)
             kernels_.quantise(w, t_, x + i / each * padded, first + i % each, i / each);
+        });
+  }
+
+  // A row at a time, which stays in cache.
+  void widen_and_quantise(const CpuWeight& w, const uint8_t* raw, int type) {
+    const int64_t padded = w.k_blocks * kInputs, bytes = type == kFloat32 ? 4 : 2;
+    torch::stable::parallel_for(
+        0, t_.count, 1 + kNumbers / padded, [&](int64_t begin, int64_t end) {
+          const Scratch row(padded);
+          for (int64_t k = w.in_features; k < padded; ++k) row.get()[k] = 0.0f;
+          for (int64_t i = begin; i < end; ++i) {
+            run_.widen(raw + i * w.in_features * bytes, type, row.get(), w.in_features);
+            kernels_.quantise(w, t_, row.get(), 0, i);
+          }
         });
   }
 

@@ -141,14 +141,18 @@ struct Stream {
       std::memcpy(out, from, size_t(n) * 4);
       return;
     }
-    for (int64_t i = 0; i < n; i += kLanes) {
+    const auto wide = [&](const uint8_t* at) __attribute__((always_inline)) {
+      return type == kFloat16 ? V::template load_values<kFp16>(at)
+                              : V::template load_values<kBf16>(at);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) V::store(out + i, wide(from + 2 * i));
+    if (i < n) {
       uint8_t raw[2 * kLanes] = {0};
-      float wide[kLanes];
-      const int64_t left = n - i < kLanes ? n - i : kLanes;
-      std::memcpy(raw, from + 2 * i, size_t(left) * 2);
-      V::store(wide, type == kFloat16 ? V::template load_values<kFp16>(raw)
-                                      : V::template load_values<kBf16>(raw));
-      std::memcpy(out + i, wide, size_t(left) * 4);
+      float last[kLanes];
+      std::memcpy(raw, from + 2 * i, size_t(n - i) * 2);
+      V::store(last, wide(raw));
+      std::memcpy(out + i, last, size_t(n - i) * 4);
     }
   }
   static void multiply(const float* a, const float* b, float* out, int64_t n) {
