@@ -188,7 +188,7 @@ def swap_vocabulary(model: nn.Module, config: SlabVllmConfig) -> None:
             continue
         table = modules.get(name)
         plain = isinstance(table, VocabParallelEmbedding) and not isinstance(table, ParallelLMHead)
-        if not plain or not _is_dense(table):
+        if table is None or not plain or not _is_dense(table):
             raise ArchitectureError(
                 f"{engine} has no embedding {name} that takes int8 rows; compress again with "
                 f"embeddings='dense', or {ADVICE}"
