@@ -195,9 +195,8 @@ def papers_format() -> str:
     return wrapped(
         f"**The paper's own format.** With fp16 values and one plane, {bits(own)} bits, `slab` has "
         f"a perplexity of {own['perplexity']:.2f} and a KL of {kl(own)}, where SLaB as published "
-        f"has {paper['perplexity']:.2f} and {kl(paper)}: `slab` closes {100 * gap:.0f} % of the "
-        "gap to the dense model in perplexity, and "
-        f"{100 * (1 - own['kl'] / paper['kl']):.0f} % in KL."
+        f"has {paper['perplexity']:.2f} and {kl(paper)}: in perplexity that is {100 * gap:.0f} "
+        f"% of the way to the dense model, in KL {100 * (1 - own['kl'] / paper['kl']):.0f} %."
     )
 
 

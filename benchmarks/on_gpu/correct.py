@@ -79,7 +79,7 @@ def wrong(weight: Weight, it: Problem, M: int, y: Tensor, exact_sums: bool = Tru
     if weight.integers and exact_sums:
         bad = y != exact.to(y.dtype)
     else:
-        bad = off > tolerance(magnitude, exact, y.dtype, weight.K, tensor_cores=True)
+        bad = off > tolerance(magnitude, exact, y.dtype, weight.K, rounds=True)
     if not bool(bad.any()):
         return None
     token, row = (int(at) for at in bad.nonzero()[0])

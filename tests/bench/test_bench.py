@@ -234,7 +234,7 @@ def test_tolerance_for_tensor_cores(dtype, K):
     assert bool(((y.double() - exact).abs() <= bound).all())
     swapped = reference.linear(x[:, [1, 0, *range(2, K)]].double(), packed)
     assert bool(((swapped - exact).abs() > bound).any())
-    assert bool((bound > correctness.tolerance(size, exact, dtype, K, tensor_cores=False)).all())
+    assert bool((bound > correctness.tolerance(size, exact, dtype, K, rounds=False)).all())
     assert bound.median() < 0.05 * exact.std(), (
         "a few per cent of the result, for 64 inputs and for 4096"
     )
