@@ -179,7 +179,7 @@ def test_shares_of_the_gap_to_the_papers_solver(results):
     paper = figure_smollm2.by_label()["slab-paper"]["perplexity"]
     share = round(100 * (paper - 35.0) / (paper - dense))
     text = " ".join(figure_findings.papers_format().split())
-    assert f"closes {share} % of the gap to the dense model in perplexity, and 75 % in KL" in text
+    assert f"in perplexity that is {share} % of the way to the dense model, in KL 75 %" in text
 
 
 def test_the_picture_takes_any_rows(results):
