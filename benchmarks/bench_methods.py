@@ -153,19 +153,26 @@ def commit() -> str | None:
 def begun(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What an earlier run with these settings has found, else a new table with the dense model."""
     from slab_kernels.bench import machine
+    from slab_kernels.errors import ArgumentError
     from slab_kernels.evaluate.perplexity import perplexity
     from slab_kernels.models.totals import read_totals
 
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {name: Path(getattr(args, name)).name for name in ("calibration", "text")}
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if found and found.get("settings") == settings:
+    name = "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name
+    if file.exists():
+        found = json.loads(file.read_text())
+        if (found["model"], found["settings"]) != (name, settings):
+            raise ArgumentError(
+                f"{file} holds rows of {found['model']} with {found['settings']}, and this run is "
+                f"about {name} with {settings}; give another --out"
+            )
         return found
     tokenizer, content = held_out(args)
     measured = perplexity(opened(args.source, args), tokenizer, content, args.window)
     totals = read_totals(args.source)
     return {
-        "model": "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name,
+        "model": name,
         "settings": settings,
         "machine": machine.one_line(),
         "threads": args.threads,

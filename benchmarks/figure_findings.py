@@ -1,8 +1,8 @@
 """What the rows of SmolLM2-135M-Instruct say, as paragraphs, from whichever rows there are.
 
 Numbers, and words like "below" and "above", follow from methods-smollm2.json. A paragraph without
-its rows is left out, and the last one names what has not been measured. What orders of channels do
-is one more text.
+its rows is left out, and the last one names what has not been measured. `channel_orders` writes
+the sentence of docs/methods.md about `--permute`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ RIVALS = {
     "slab int4, 2 planes": "gptq int4, groups of 64",
     "slab, searched for 4.6 bits": "gptq int4, groups of 32",
     "slab int4, 3 planes": "gptq int4, groups of 32",
+    "slab int3, 2 planes": "gptq int3, groups of 32",
 }
 SAME_LINEARS = {
     "slab int4": "preset small",
@@ -70,7 +71,7 @@ def bits(row: Row) -> str:
 
 
 def measured(label: str) -> Row | None:
-    """The row, or that of the preset whose linears are the same; only its embedding is int8."""
+    """The row, or that of the preset whose linears are the same; its embedding may be int8."""
     found = by_label()
     return found.get(label) or found.get(SAME_LINEARS.get(label, ""))
 
@@ -112,7 +113,8 @@ def equal_bits() -> str:
     behind = [pair for pair in found if pair not in ahead]
     text = "**At as many bits.** "
     if not behind:
-        text += "The KL of ours is below that of GPTQ in every pair"
+        every = f"all {len(found)} pairs" if len(found) > 1 else "the one pair here"
+        text += f"The KL of ours is below that of GPTQ in {every}"
     elif not ahead:
         text += "GPTQ has the lower KL in every pair"
     else:
@@ -126,11 +128,11 @@ def equal_bits() -> str:
         )
     if ahead:
         gains = [100 * (1 - at_as_many_bits(*pair)) for pair in ahead]
-        text += f". Where it is below, it is lower by {spread(gains, '{:.0f}')} %"
+        text += f". There it is lower by {spread(gains, '{:.0f}')} %"
     text += (
-        ". Bits never agree to the last digit, so the last column compares at the bits of ours: it "
-        "lets every bit that GPTQ is short of divide its KL by four, as halving the step of an "
-        "integer at best does."
+        ". The bits of a pair differ a little, and the last column corrects for that in favour of "
+        "GPTQ: each bit that GPTQ has less counts as if it divided GPTQ's KL by four, which is the "
+        "most that halving the step of an integer can do."
     )
     return f"{wrapped(text)}\n{equal_bits_table()}"
 
@@ -167,7 +169,14 @@ def planes() -> str:
 
 def sixteen_bits() -> str:
     """What kept values of 16 bits buy."""
-    full, short = measured("slab fp16"), measured("slab int4")
+    full, short, plane = (measured(f"slab {name}") for name in ("fp16", "int4", "int4, 2 planes"))
+    if full and plane and not short:
+        nearer = "nearer to" if full["kl"] < plane["kl"] else "farther from"
+        return wrapped(
+            f"**Values of 16 bits.** With fp16 values and one plane, {bits(full)} bits, the model "
+            f"is {nearer} the dense one than with int4 values and two planes, {bits(plane)} bits: "
+            f"the KL is {kl(full)} against {kl(plane)}."
+        )
     if not full or not short:
         return ""
     text = (
@@ -235,7 +244,10 @@ def published_order() -> str:
             f"other way here: {listed(turned)}."
         )
     else:
-        text += f"All {len(there)} comparisons that their papers draw come out so."
+        text += (
+            "Every comparison that their papers draw comes out the same way here "
+            f"({len(there)} of {len(there)})."
+        )
     refit = [
         (found[f"{name} as published"], found[f"{name} polished"])
         for name in METHODS
@@ -339,7 +351,9 @@ def channel_orders() -> str:
         if label.endswith(PERMUTED) and (plain := label.removesuffix(PERMUTED)) in found
     ]
     if not whole:
-        return wrapped("It is off by default, since its gain has not been measured yet.")
+        return wrapped(
+            "It is off by default, since its gain with the present defaults has not been measured."
+        )
     return wrapped(
         f"On [SmolLM2](results.md) it takes the KL {listed(whole)}. It is off by default, because "
         "LoRA adapters, and whatever else was made for the channels as they were trained, do not "

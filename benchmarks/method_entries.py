@@ -47,9 +47,10 @@ MATCHED_FAMILY = {
 
 
 def entries(adapter_rank: int, epochs: int) -> list[Entry]:
-    """All rows, the quick ones first.
+    """All rows in the order in which they are measured; matched ones, which take longest, last.
 
-    adapter_rank: of ours with P Q^T. epochs: of transformer matching.
+    adapter_rank: rank of P Q^T in the rows of `slab` that have it.
+    epochs: of transformer matching, in the matched rows.
     """
     rows = dense_entries() + own_entries(adapter_rank) + published_entries()
     return rows + matched_entries(rows, epochs)

@@ -8,7 +8,7 @@ Four parts, each in processes of its own with --threads threads, and each stored
 compress    wall and CPU seconds of `compress --preset balanced` with 128 windows of 512 tokens.
 chat        `generate --chat` of that folder beside the dense model: tokens per second of one and of
             eight texts at once, and where the time of a step goes.
-answers     what both write to a few questions, greedily. No time is taken.
+answers     what both write to a few questions, greedily. Nothing is timed.
 layer       seconds of `decompose` with int4 values and two planes for one layer of random weights,
             whose 4096 inputs are correlated.
 

@@ -1,4 +1,4 @@
-"""Named goals of `compress`: few bytes on one side, nearness to the dense model on the other.
+"""Named goals of `compress`: fewest bytes, nearness to the dense model, or unrounded kept values.
 
 A preset is nothing but four settings of method `slab` at 2:4. Whoever names none gets those of
 `DEFAULT`, each unless another value is asked for.
