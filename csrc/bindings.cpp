@@ -315,7 +315,7 @@ Product choose_product(const CpuKernels& run, const CpuWeight& w, int64_t tokens
   const bool bf16 = type == kBfloat16 && run.tile_bf16;
   const int64_t lookup_tokens = bf16 ? run.lookup_tokens_bf16 : run.lookup_tokens;
   if (tokens < lookup_tokens && (w.rank <= 2 || w.rank == 4)) return Product::kLookup;
-  return bf16 ? Product::kTileBf16 : Product::kTile;
+  return bf16 && tokens >= lookup_tokens ? Product::kTileBf16 : Product::kTile;
 }
 
 // Calls the kernels once, for at most kTileTokens tokens.

@@ -187,7 +187,7 @@ def wrong_variables() -> list[SlabError]:
     A backend that is forced has to run on one kind of device that is here.
     """
     from .. import native
-    from ..backends import dense_copy, dispatch
+    from ..backends import activations, dense_copy, dispatch
     from ..errors import SlabError
 
     def forced_backend() -> None:
@@ -201,7 +201,8 @@ def wrong_variables() -> list[SlabError]:
         raise refusals[0]
 
     found: list[SlabError] = []
-    for ask in (forced_backend, native.missing_library, lambda: dense_copy.named(None)):
+    words = (lambda: dense_copy.named(None), lambda: activations.named(None))
+    for ask in (forced_backend, native.missing_library, *words):
         try:
             ask()
         except SlabError as error:

@@ -15,7 +15,7 @@ from ..backends import dense_copy, dispatch
 from ..errors import ArgumentTypeError, ShapeError
 from .call import any_autocast, autocast, constant_in_traces, refuse_tangents
 from .linear import SlabLinear
-from .prepared import Prepared, Snapshot, accuracy, copies, keep, packed_from
+from .prepared import Prepared, Snapshot, accuracy, copies, keep, keep_only, packed_from
 
 
 class FusedSlabLinear(nn.Module):
@@ -85,6 +85,8 @@ class FusedSlabLinear(nn.Module):
         """`prepare` with the word that holds; room: as `dense_copy.applied` takes it."""
         linears = self._linears
         linears[dtype] = (self._prepared(dtype, told, room, activations),)
+        if activations not in (None, self._activations):
+            keep_only(linears, dtype)  # the others were prepared for another mode
         self._prefill = prefill or self._prefill
         self._activations = activations or self._activations
         return self

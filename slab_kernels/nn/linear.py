@@ -24,7 +24,7 @@ from .call import (
     refuse_tangents,
     say_once,
 )
-from .prepared import Prepared, Snapshot, accuracy, copies, keep, packed_from, usable_by
+from .prepared import Prepared, Snapshot, accuracy, copies, keep, keep_only, packed_from, usable_by
 
 
 class SlabLinear(nn.Module):
@@ -143,6 +143,8 @@ class SlabLinear(nn.Module):
         """`prepare` with the word that holds; room: as `dense_copy.applied` takes it."""
         linears, backend = self._linears, self._select(dtype)
         self._prepared(dtype, backend, told, room, activations)
+        if activations not in (None, self._activations):
+            keep_only(linears, dtype)  # the others were prepared for another mode
         linears[dtype] = tuple(p for p in linears.get(dtype, ()) if p.backend is backend)
         self._prefill = prefill or self._prefill
         self._activations = activations or self._activations

@@ -93,6 +93,13 @@ def accuracy(linears: dict[torch.dtype, tuple[Prepared, ...]]) -> list[str]:
     return [f"activations={word}" for word in sorted(words)]
 
 
+def keep_only(linears: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype) -> None:
+    """Forget what was prepared for other dtypes, which their next calls prepare anew."""
+    for other in linears.copy():
+        if other != dtype:
+            linears.pop(other, None)
+
+
 def keep(
     kept: dict[torch.dtype, tuple[Prepared, ...]], dtype: torch.dtype, made: Prepared
 ) -> Prepared:

@@ -312,6 +312,7 @@ def test_info_says_why_not(answer):
     ("variable", "value", "code", "words"),
     [
         ("SLAB_KERNELS_PREFILL", "fast", 2, "use one of packed, dense, auto"),
+        ("SLAB_KERNELS_CPU_ACTIVATIONS", "fast", 2, "use one of exact, int8"),
         ("SLAB_KERNELS_BACKEND", "nonsense", 4, "backend 'nonsense' is unknown"),
         ("SLAB_KERNELS_BACKEND", "cuda", 4, "backend 'cuda' cannot run"),
     ],
