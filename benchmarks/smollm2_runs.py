@@ -174,7 +174,8 @@ def main() -> int:
         here = {
             "machine": machine.one_line(), "threads": args.threads, "commit": machine.commit(),
         }  # fmt: skip
-        found = {"model": NAME, **stored(args.out), part: here | measured}
+        command = "python benchmarks/smollm2_runs.py"  # a report asks how a file was made
+        found = {"model": NAME, "command": command, **stored(args.out), part: here | measured}
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         args.out.write_text(text, encoding="utf-8")
     print(args.out)
