@@ -162,6 +162,8 @@ def begun(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     name = "the shipped Llama" if args.model == str(SHIPPED) else Path(args.model).name
     if file.exists():
         found = json.loads(file.read_text())
+        if not isinstance(found, dict) or not {"model", "settings", "rows"} <= found.keys():
+            raise ArgumentError(f"{file} is no table of this script; give another --out")
         if (found["model"], found["settings"]) != (name, settings):
             raise ArgumentError(
                 f"{file} holds rows of {found['model']} with {found['settings']}, and this run is "

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Sequence
 
 from ..errors import ArgumentError
-from ..format import PackedWeight
-from .base import Backend
 
 MODES = ("exact", "int8")
 ENVIRONMENT = "SLAB_KERNELS_CPU_ACTIVATIONS"  # the word where no argument says one
@@ -35,11 +32,3 @@ def named(activations: str | None) -> str:
             f"activations={reprlib.repr(told)}{origin} is unknown; use one of {known}"
         )
     return told
-
-
-def applied(backend: Backend, state: object, parts: Sequence[PackedWeight], told: str) -> object:
-    """The state for activations as the word `told` wants them, as far as the backend has that.
-
-    parts: the weights that `state` was prepared from.
-    """
-    return backend.with_activations(state, parts, told)

@@ -133,4 +133,4 @@ def prepare_fused(
         if state is None:
             state = chosen.prepare_fused(parts, dtype)
         state = dense_copy.applied(chosen, state, parts, dtype, prefill, room)
-        return chosen, accuracy.applied(chosen, state, parts, told)
+        return chosen, chosen.with_activations(state, parts, told)

@@ -183,7 +183,7 @@ class SlabLinear(nn.Module):
         with preparing(self._home or packed.values.device):
             state = found.state if found else self._state(backend, packed, dtype, source)
             state = dense_copy.applied(backend, state, (packed,), dtype, told, room)
-            state = accuracy_mode.applied(backend, state, (packed,), mode)
+            state = backend.with_activations(state, (packed,), mode)
         if found is not None and state is found.state:
             return found
         return keep(linears, dtype, Prepared(backend, state, source))

@@ -248,7 +248,7 @@ def test_int8_rows_and_packed_heads(whole, ranks, tmp_path):
     "whole",
     [
         ("gemma", TIED, INT8),  # vLLM does not tell the quantization of its embedding
-        ("cohere", TIED, INT8),  # nor has a head beside it
+        ("cohere", TIED, INT8),  # its model in vLLM has no module for the head
         ("opt", TIED, INT8),
         ("gptj", UNTIED, BOTH),  # a head with a bias
     ],
