@@ -30,7 +30,7 @@ from method_entries import Entry, entries
 from slab_kernels.paths import expanded
 
 SHIPPED = Path(__file__).resolve().parent / "model"
-SETTINGS = ("samples", "window", "eval_tokens", "epochs")  # of a results file
+SETTINGS = ("samples", "window", "eval_tokens")  # of a results file; epochs are in its rows
 
 
 def compressed(entry: Entry, args: argparse.Namespace, out: Path) -> Any:
