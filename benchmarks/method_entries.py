@@ -31,6 +31,7 @@ OWN = (
 )  # fmt: skip
 PRESETS = ("small", "balanced", "exact")
 BUDGETS = (3.6, 4.6)  # stored bits per weight of the searches
+PERMUTED = ("preset balanced", "slab fp16")  # measured again in other orders of channels
 # Entries that are measured again with transformer matching, which takes minutes each.
 MATCHED = (
     "slab fp16", "slab int3, 2 planes", "slab int4, 2 planes", "slab int4, 3 planes",
@@ -102,8 +103,10 @@ def own_entries(adapter_rank: int) -> list[Entry]:
         both = {"values": values, "planes": 1, "adapter_rank": adapter_rank, **DENSE}
         rows.append(Entry(f"slab {values}, S + P Q^T only", "slab", {**both, "rank": 0}))
         rows.append(Entry(f"slab {values}, with P Q^T", "slab", both))
-    for name in ("balanced", "exact"):
-        rows.append(Entry(f"preset {name}, permuted", "preset", {"preset": name, "permute": True}))
+    permuted = {row.label: row for row in rows if row.label in PERMUTED}
+    for label, row in permuted.items():
+        settings = {**row.settings, "permute": True}
+        rows.append(replace(row, label=f"{label}, permuted", settings=settings))
     for bits in BUDGETS:
         searched = {"bits": bits, "group_size": None, **DENSE}
         rows.append(Entry(f"slab, searched for {bits} bits", "slab, searched", searched))
