@@ -27,7 +27,7 @@ RIVALS = {
 SAME_LINEARS = {
     "slab int4": "preset small",
     "slab int4, 2 planes": "preset balanced",
-    "slab fp16": "preset exact",
+    "slab fp16, 2 planes": "preset exact",
 }
 # A bit more of an integer halves its step and quarters the squared error, and so at best the KL.
 PER_BIT = 4.0

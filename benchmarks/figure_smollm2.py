@@ -11,6 +11,7 @@ GPTQ_4, GPTQ_3 = "gptq int4, groups of 64", "gptq int3, groups of 32"
 # Label in the file -> name in the README's first table, of what is there.
 KEY_ROWS = {
     "preset balanced": "**`--preset balanced`, the default**",
+    "preset exact": "**`--preset exact`**",
     GPTQ_4: "GPTQ, 4 bits, groups of 64",
     "rtn int4, groups of 64": "round to nearest, 4 bits, groups of 64",
     "preset small": "**`--preset small`**",
@@ -26,7 +27,7 @@ GOALS = {
     "the same, with time to spare": [
         ("--match {} --embeddings dense", "slab int4, 2 planes, matched"),
     ],
-    "kept values of 16 bits": [("--preset exact", "preset exact")],
+    "nearest the dense model": [("--preset exact", "preset exact")],
     **{
         f"linears of {bits} bits": [
             (f"{flags} --match {{}}", f"slab, searched for {bits} bits, matched"),

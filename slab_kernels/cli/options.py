@@ -71,7 +71,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="A goal instead of its settings: small (int4, one plane) or balanced (int4, two "
-        "planes; the default), both with int8 embeddings, or exact (fp16, one plane, dense "
+        "planes; the default), both with int8 embeddings, or exact (fp16, two planes, dense "
         "embeddings)."
     ),
 ]

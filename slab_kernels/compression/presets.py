@@ -1,4 +1,4 @@
-"""Named goals of `compress`: fewest bytes, nearness to the dense model, or unrounded kept values.
+"""Named goals of `compress`: fewest bytes, few bits near the dense model, or nearest to it.
 
 A preset is nothing but four settings of method `slab` at 2:4. Whoever names none gets those of
 `DEFAULT`, each unless another value is asked for.
@@ -47,7 +47,7 @@ PRESETS: dict[str, Preset] = {
     "balanced": Preset(
         "int4", 2, SMALL_EMBEDDINGS, SMALL_HEAD, "nearer the dense model for half a bit more"
     ),
-    "exact": Preset("fp16", 1, "dense", False, "kept values in 16 bits, not rounded to integers"),
+    "exact": Preset("fp16", 2, "dense", False, "nearest the dense model, kept values in 16 bits"),
 }
 DEFAULT = "balanced"
 PLAIN = Preset()  # where no preset applies: another method or pattern, or a budget of bits

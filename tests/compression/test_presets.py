@@ -26,7 +26,7 @@ def settings(**given) -> tuple:
 
 @pytest.mark.parametrize(
     ("name", "values", "planes"),
-    [("small", "int4", 1), ("balanced", "int4", 2), ("exact", "fp16", 1)],
+    [("small", "int4", 1), ("balanced", "int4", 2), ("exact", "fp16", 2)],
 )
 def test_a_preset_is_its_four_settings(name, values, planes):
     preset = presets.PRESETS[name]
