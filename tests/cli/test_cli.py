@@ -237,7 +237,7 @@ def test_inspect_counts_the_bytes_on_disk(packed, answer):
         assert layer["bits_per_weight"] == pytest.approx(
             8 * size / (layer["shape"][0] * layer["shape"][1])
         )
-        assert layer["bits_per_weight"] - layer["factor_bits_per_weight"] == pytest.approx(9.5)
+        assert layer["bits_per_weight"] - layer["factor_bits_per_weight"] == pytest.approx(10)
 
 
 def test_inspect_of_a_dense_folder(model, answer):
