@@ -5,11 +5,11 @@
                                       [--activations exact int8]
 
 Shapes are those that engines run: q, k and v fused, gate and up fused. The script writes
-OUT/linear-<device>-<commit>.csv, .json and (with matplotlib) .png, all at the end and each whole;
-progress goes to stderr. Every row names threads, what was timed and how near it is to the limits
-measured in the same run. The JSON also names device, versions and commit, and `slab-kernels report`
-reads it. If time is limited on a GPU, give one model per call, since nothing is written before the
-end.
+OUT/linear-<device>-<what was chosen>-<commit>.csv, .json and (with matplotlib) .png, all at the end
+and each whole; progress goes to stderr. Every row names threads, what was timed and how near it is
+to the limits measured in the same run. The JSON also names device, versions and commit, and
+`slab-kernels report` reads it. If time is limited on a GPU, give one model per call, since nothing
+is written before the end. On a CPU OMP_NUM_THREADS says how many threads everybody gets.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from slab_kernels.backends.activations import MODES
 from slab_kernels.bench import linear, machine, peers
@@ -75,6 +77,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def plain_name(text: str) -> str:
+    if not text or text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; --out says the folder")
+    return text
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,6 +119,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, help="least time a row is measured")
     parser.add_argument("--out", type=expanded, default=ROOT / "results")
+    parser.add_argument(
+        "--name", type=plain_name, help="of the files, without ending; default: as said above"
+    )
     args = parser.parse_args(arguments)
     args.device = resolve_device(args.device)
     if args.device.type not in DEFAULTS:
@@ -174,13 +185,16 @@ def in_words(row: Row) -> str:
 
 
 def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
-    """The name of the files: linear-<device>-<what was chosen>-<commit>."""
+    """The name of the files: --name, or linear-<device>-<what was chosen>-<commit>."""
+    if args.name:
+        return args.name
     named = {found["device"]: found["name"] for found in information["devices"]}
     where = "cpu" if args.device.type == "cpu" else f"cuda:{args.device.index or 0}"
     ranks = [f"r{args.rank}"] * (args.rank != 1) + [f"a{args.adapter_rank}"] * (
         args.adapter_rank != 0
     )
-    text = "-".join([named[where], *args.chosen, *ranks])
+    threads = [f"t{torch.get_num_threads()}"] * (where == "cpu")
+    text = "-".join([named[where], *args.chosen, *ranks, *threads])
     return "linear-" + re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + f"-{machine.commit()}"
 
 

@@ -41,12 +41,17 @@ class Kind(NamedTuple):
 KINDS = {"q4_0": Kind(2, 32, 32), "q4_K": Kind(12, 256, 32), "q8_0": Kind(8, 32, 32)}
 
 
+LogLine = ctypes.CFUNCTYPE(None, ctypes.c_int, Text, Pointer)
+SILENCE = LogLine(lambda level, text, data: None)
+
+
 class _Init(ctypes.Structure):
     _fields_ = (("size", Size), ("memory", Pointer), ("no_alloc", ctypes.c_bool))
 
 
 # name -> what it returns, what it takes
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_log_set": (None, (LogLine, Pointer)),
     "ggml_init": (Pointer, (_Init,)),
     "ggml_free": (None, (Pointer,)),
     "ggml_tensor_overhead": (Size, ()),
@@ -103,6 +108,7 @@ def _library() -> ctypes.CDLL:
     for name, (returned, taken) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = returned, taken
+    library.ggml_log_set(SILENCE, None)  # It says a line for every weight that it reorders.
     return library
 
 

@@ -601,7 +601,9 @@ def test_script_writes_table_record_and_picture(ceilings, tmp_path, capsys):
     assert set(files) == {".csv", ".json", ".png"} and sorted(shown.out.split()) == sorted(
         map(str, files.values())
     )
-    assert "64x32-r0-a4-" in files[".csv"].name and "without" in shown.err
+    assert (
+        f"64x32-r0-a4-t{torch.get_num_threads()}-" in files[".csv"].name and "without" in shown.err
+    )
     record = json.loads(files[".json"].read_text())
     assert (
         record["commit"]
@@ -617,6 +619,14 @@ def test_script_writes_table_record_and_picture(ceilings, tmp_path, capsys):
     assert tuple(table[0]) == bench_linear.COLUMNS and table[1]["adapter_rank"] == "4"
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
     assert len(measurements.read([files[".json"]]).bench) == len(timed)
+
+
+def test_script_takes_a_name_and_several_modes(ceilings, tmp_path, capsys):
+    command = [*SMALL, "--name", "mine", "--activations", "exact", "int8", "--no-peers"]
+    assert bench_linear.main([*command, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.csv", "mine.json", "mine.png"}
+    rows = json.loads((tmp_path / "mine.json").read_text())["rows"]
+    assert [row["activations"] for row in rows] == ["exact"] * 4, "the reference has one mode"
 
 
 def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
@@ -653,6 +663,8 @@ def test_script_leaves_nothing_half_written(tmp_path, monkeypatch):
         ["--m", "0"],
         ["--models", "gpt-5"],
         ["--dtype", "fp8"],
+        ["--activations", "half"],
+        ["--name", "results/mine"],
     ],
 )
 def test_script_refuses_bad_arguments(wrong, capsys):
