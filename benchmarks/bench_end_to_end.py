@@ -30,13 +30,13 @@ from torch import Tensor
 
 from slab_kernels.backends.activations import MODES
 from slab_kernels.bench import machine, peers
+from slab_kernels.bench.random_weight import random_weight
 from slab_kernels.cli import console
 from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.models.skeleton import config_skeleton, place
 from slab_kernels.models.ties import untie
 from slab_kernels.nn import prepare, replace_linear
 from slab_kernels.paths import expanded
-from slab_kernels.testing import random_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,7 +129,7 @@ def layout(n: int, k: int) -> PackedLayout:
 def tall(n: int, k: int) -> PackedWeight:
     """A random packed weight whose rows repeat: making n of them takes long, and much memory."""
     rows = next(size for size in range(min(n, SLICE), 0, -1) if n % size == 0)
-    part = random_packed(layout(rows, k))
+    part = random_weight(layout(rows, k))
     tensors = {
         name: t.clone() if name == "V" else t.repeat(n // rows, 1)
         for name, t in part.tensors().items()
@@ -145,7 +145,7 @@ def packed_model(shapes: Shapes, head: str) -> PreTrainedModel:
         untie(model)
         weights["lm_head"] = tall(shapes.vocabulary, shapes.hidden)
     for name, (n, k) in shapes.linears().items():
-        made = random_packed(layout(n, k))
+        made = random_weight(layout(n, k))
         for block in range(shapes.layers):
             own = {part: t.clone() for part, t in made.tensors().items()}
             weights[f"model.layers.{block}.{name}"] = PackedWeight(made.layout, **own)

@@ -3,6 +3,7 @@
 linear          `slab-kernels bench`: the rows of one linear
 case            one linear and what to time on it
 contestants     who is timed on it
+random_weight   the weight that ours hold
 clocks          how long a call takes, on a CPU and on a GPU
 correctness     the gate that a result passes before it is timed
 roofline        what this machine reaches at most, measured in the same run

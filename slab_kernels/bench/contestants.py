@@ -17,12 +17,12 @@ from torch import Tensor
 from ..backends import dense_copy, dispatch
 from ..backends.base import Backend
 from ..format import PackedLayout, PackedWeight
-from ..testing import random_packed
 from . import peers
 from .case import Case, Row, name_of
 from .clocks import Call, copied, size_of
 from .correctness import gate
 from .peer import Peer, agree
+from .random_weight import random_weight
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def contestants(
     """Dense first, then ours, then peers; the reasons of absent peers are put into `absent`."""
     yield _dense(case, facts)
     for layout in layouts:
-        packed = random_packed(layout, device=case.device)
+        packed = random_weight(layout, device=case.device)
         for backend in _backends(case, layout):
             yield from _ours(case, backend, packed, facts)
     for peer in peers.on(case.device) if case.peers else ():

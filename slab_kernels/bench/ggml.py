@@ -186,16 +186,16 @@ class _Cpu:
 def prepare(W: Tensor, kind: Kind) -> Prepared:
     """W [N, K] in a format of ggml. Raises: PeerError if ggml refuses something."""
     ggml, cpu, (N, K) = _library(), _Cpu(), W.shape
-    dense = W.float().contiguous()
+    numbers = W.float().contiguous()
     blocks = torch.empty(N * ggml.ggml_row_size(kind.number, K), dtype=torch.uint8)
-    ggml.ggml_quantize_chunk(kind.number, dense.data_ptr(), blocks.data_ptr(), 0, N, K, None)
+    ggml.ggml_quantize_chunk(kind.number, numbers.data_ptr(), blocks.data_ptr(), 0, N, K, None)
 
     def another() -> Bind:
         memory, weight = _placed(cpu, kind, blocks, N, K)
         return functools.partial(_bind, cpu, memory, weight, N)
 
-    read = lambda y: cpu.got(y[0], y[1], N)  # noqa: E731
-    return Prepared(another(), blocks.nbytes, _dequantized(cpu, kind, blocks, N, K), read, another)
+    dense = _dequantized(cpu, kind, blocks, N, K)
+    return Prepared(another(), blocks.nbytes, dense, _Product.y, another)
 
 
 def _placed(cpu: _Cpu, kind: Kind, blocks: Tensor, N: int, K: int) -> tuple[_Memory, int]:
@@ -220,21 +220,25 @@ def _bind(cpu: _Cpu, memory: _Memory, weight: int, N: int, x: Tensor) -> Call:
     around.fill(cpu.plain)
     cpu.put(given, x.contiguous())
 
-    return _Product(cpu, (memory, around), graph, (result, M))
+    return _Product(cpu, (memory, around), graph, result, (M, N))
 
 
 @dataclass(frozen=True)
 class _Product:
-    """The call that is timed, with the memory that it needs."""
+    """The call that is timed. It returns itself, since y lasts no longer than its memory."""
 
     cpu: _Cpu
     held: tuple[_Memory, _Memory]
     graph: int
-    result: tuple[int, int]  # the tensor y, and its rows
+    tensor: int  # y
+    shape: tuple[int, int]
 
-    def __call__(self) -> tuple[int, int]:
+    def __call__(self) -> _Product:
         self.cpu.compute(self.graph)
-        return self.result
+        return self
+
+    def y(self) -> Tensor:
+        return self.cpu.got(self.tensor, *self.shape)
 
 
 def _dequantized(cpu: _Cpu, kind: Kind, blocks: Tensor, N: int, K: int) -> Tensor:

@@ -33,6 +33,7 @@ from slab_kernels.bench import (
     roofline,
 )
 from slab_kernels.bench.layer_shapes import MODELS, layers
+from slab_kernels.bench.random_weight import random_weight
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import ArgumentError, BackendError, BenchError, ValueTypeError
 from slab_kernels.format import PackedLayout, unpack
@@ -756,3 +757,18 @@ def test_rows_with_a_dense_copy_name_its_memory_and_what_is_read(monkeypatch):
     assert few["weight_bytes"] == many["weight_bytes"] == before["weight_bytes"] + copy
     assert few["rotated_bytes"] == few["copies"] * before["weight_bytes"]
     assert many["rotated_bytes"] == many["copies"] * copy
+
+
+@pytest.mark.parametrize("values", ["int4", "fp16"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_weight_that_is_timed_has_a_sign_term_like_a_real_one(values, rank):
+    layout = PackedLayout(96, 250, values, 128 if values == "int4" else None, rank)
+    packed = random_weight(layout)
+    parts = unpack(packed)
+    kept = parts.S[parts.S != 0].float().square().mean().sqrt()
+    pruned = (parts.U.float() @ parts.V.float().T).abs()
+    assert (pruned.mean() / kept).item() == pytest.approx(0.31, rel=0.1)
+    assert pruned.max() < 2 * pruned.mean() and bool((packed.V[250:] == 0).all())
+    again = random_weight(layout)
+    assert all(torch.equal(t, again.tensors()[name]) for name, t in packed.tensors().items())
+    assert random_weight(PackedLayout(8, 8, "fp16", None, 0)).U is None
