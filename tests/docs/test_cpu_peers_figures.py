@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
+import bench_linear
 import figure_cpu_peers as figure
 import figure_tables
 import pytest
@@ -122,3 +125,15 @@ def test_tokens_a_second_of_whole_models(measured):
     assert lines[2] == "| transformers, bf16 | 4.0 / 8.0 | 32.0 / 64.0 | 4.0 / 8.0 |"
     assert lines[4].startswith("| ours, int4, packed head, int8 activations | 20.0 / 40.0 |")
     assert lines[5].startswith("| llama.cpp, Q4_0 | **25.6** / **51.3** |")
+
+
+def test_the_script_writes_the_files_that_the_tables_read():
+    text = (Path(bench_linear.__file__).parent / "on_cpu.sh").read_text(encoding="utf-8")
+    words = " ".join(text.replace("\\\n", " ").split())
+    options = re.search(r"bench_linear.py (--device .*?) --out", words)[1].split()
+    args = bench_linear.parse(options)
+    assert tuple(args.shapes) == figure.SHAPES and tuple(args.activations) == ("exact", "int8")
+    assert args.peers and args.dtype == ["bf16"]
+    runs = re.findall(r"^linear (\d) (\S+)$", text, re.MULTILINE)
+    assert {int(threads): f"{name}.json" for threads, name in runs} == figure.LINEARS
+    assert f'--out "$new/{figure.WHOLE}"' in text
