@@ -2,13 +2,14 @@
 
     python benchmarks/bench_linear.py [--models llama-2-7b ...] [--m 1 4 16 64]
                                       [--values fp16 int4] [--dtype bf16]
+                                      [--activations exact int8]
 
 Shapes are those that engines run: q, k and v fused, gate and up fused. The script writes
-OUT/linear-<device>-<commit>.csv, .json and (with matplotlib) .png, all at the end and each whole;
-progress goes to stderr. Every row names threads, what was timed and how near it is to the limits
-measured in the same run. The JSON also names device, versions and commit, and `slab-kernels report`
-reads it. If time is limited on a GPU, give one model per call, since nothing is written before the
-end.
+OUT/linear-<device>-<what was chosen>-<commit>.csv, .json and (with matplotlib) .png, all at the end
+and each whole; progress goes to stderr. Every row names threads, what was timed and how near it is
+to the limits measured in the same run. The JSON also names device, versions and commit, and
+`slab-kernels report` reads it. If time is limited on a GPU, give one model per call, since nothing
+is written before the end. On a CPU OMP_NUM_THREADS says how many threads everybody gets.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from slab_kernels.backends.activations import MODES
 from slab_kernels.bench import linear, machine, peers
+from slab_kernels.bench.case import Case, Row
 from slab_kernels.bench.layer_shapes import MODELS, layers
 from slab_kernels.cli import console
 from slab_kernels.cli.meanings import DTYPES, parse_shape
@@ -35,11 +40,11 @@ from slab_kernels.report import speed, style
 from slab_kernels.report.tables import cold
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ("model", "n", "k", "m", "backend", "values", "dtype", "rank", "adapter_rank",
-           "group_size", "threads", "cache", "timing", "median_us", "iqr_us", "calls",
-           "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops", "matrix_share",
-           "roofline", "bound", "bits_per_weight", "weight_bytes", "copies", "rotated_bytes",
-           "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
+COLUMNS = ("model", "n", "k", "m", "backend", "values", "activations", "dtype", "x_dtype",
+           "rank", "adapter_rank", "group_size", "threads", "cache", "timing", "median_us",
+           "iqr_us", "calls", "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops",
+           "matrix_share", "roofline", "bound", "bits_per_weight", "weight_bytes", "copies",
+           "rotated_bytes", "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
 CPU_TOKENS = (1, 4, 16, 64)
 GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 
@@ -72,6 +77,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def plain_name(text: str) -> str:
+    if not text or text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; --out says the folder")
+    return text
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,12 +106,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backends", nargs="+", help="default: all that can run it, without the reference"
     )
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        choices=MODES,
+        default=[None],
+        help="how x enters our products on a CPU; default: the environment's word, else exact",
+    )
     flag = argparse.BooleanOptionalAction
     parser.add_argument(
         "--peers", action=flag, default=True, help="other libraries' kernels, where installed"
     )
     parser.add_argument("--seconds", type=float, help="least time a row is measured")
     parser.add_argument("--out", type=expanded, default=ROOT / "results")
+    parser.add_argument(
+        "--name", type=plain_name, help="of the files, without ending; default: as said above"
+    )
     args = parser.parse_args(arguments)
     args.device = resolve_device(args.device)
     if args.device.type not in DEFAULTS:
@@ -123,13 +144,13 @@ def shapes(args: argparse.Namespace) -> dict[tuple[int, int], str]:
     return {pair: " ".join(names) for pair, names in owners.items()}
 
 
-def measure(args: argparse.Namespace) -> tuple[list[linear.Row], dict[str, str]]:
+def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     """All rows, and why peers are absent."""
-    rows: list[linear.Row] = []
+    rows: list[Row] = []
     absent: dict[str, str] = {}
     for (n, k), model in shapes(args).items():
         for dtype in args.dtype:
-            case = linear.Case(
+            case = Case(
                 n,
                 k,
                 tokens=tuple(args.m),
@@ -141,6 +162,7 @@ def measure(args: argparse.Namespace) -> tuple[list[linear.Row], dict[str, str]]
                 min_seconds=args.seconds,
                 adapter_rank=args.adapter_rank,
                 peers=args.peers,
+                activations=tuple(args.activations),
             )
             found = linear.measure(case)
             for row in found.rows:
@@ -153,23 +175,26 @@ def measure(args: argparse.Namespace) -> tuple[list[linear.Row], dict[str, str]]
     return rows, absent
 
 
-def in_words(row: linear.Row) -> str:
+def in_words(row: Row) -> str:
     return (
         f"{row['n']:6}x{row['k']:<6} m={row['m']:<4} {row['backend']:10} {row['values']:5} "
-        f"{row['dtype']} {row['cache']}{row['median_us']:10.1f} us "
+        f"{row['activations']:5} {row['dtype']} {row['cache']}{row['median_us']:10.1f} us "
         f"{row['speedup_vs_dense']:6.2f}x {row['gbytes_per_s']:7.1f} GB/s "
         f"{row['roofline']:5.0%} of {row['bound']}"
     )
 
 
 def stem(args: argparse.Namespace, information: dict[str, Any]) -> str:
-    """The name of the files: linear-<device>-<what was chosen>-<commit>."""
+    """The name of the files: --name, or linear-<device>-<what was chosen>-<commit>."""
+    if args.name:
+        return args.name
     named = {found["device"]: found["name"] for found in information["devices"]}
     where = "cpu" if args.device.type == "cpu" else f"cuda:{args.device.index or 0}"
     ranks = [f"r{args.rank}"] * (args.rank != 1) + [f"a{args.adapter_rank}"] * (
         args.adapter_rank != 0
     )
-    text = "-".join([named[where], *args.chosen, *ranks])
+    threads = [f"t{torch.get_num_threads()}"] * (where == "cpu")
+    text = "-".join([named[where], *args.chosen, *ranks, *threads])
     return "linear-" + re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") + f"-{machine.commit()}"
 
 

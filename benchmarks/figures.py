@@ -4,11 +4,11 @@
     python benchmarks/figures.py --write    write tables, numbers and pictures anew
 
 A table stands between `<!-- begin table: NAME -->` and `<!-- end -->` (figure_tables.py,
-figure_smollm2.py, figure_runs.py, figure_kernel_tables.py, command_tables.py). So do sentences that
-follow from rows of which some may be missing, between `<!-- begin text: NAME -->` and the same end
-(figure_findings.py, figure_runs.py). A number inside any other sentence belongs to a claim
-(figure_claims.py), and a picture in docs/figures/ carries the hash of its rows
-(figure_pictures.py). `--check` needs no matplotlib.
+figure_smollm2.py, figure_runs.py, figure_kernel_tables.py, figure_cpu_peers.py,
+command_tables.py). So do sentences that follow from rows of which some may be missing, between
+`<!-- begin text: NAME -->` and the same end (figure_findings.py, figure_runs.py). A number inside
+any other sentence belongs to a claim (figure_claims.py), and a picture in docs/figures/ carries the
+hash of its rows (figure_pictures.py). `--check` needs no matplotlib.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from command_tables import COMMAND_TABLES
 from figure_claims import CLAIMS, Claim
+from figure_cpu_peers import CPU_PEER_TABLES
 from figure_findings import FINDING_TEXTS
 from figure_kernel_tables import KERNEL_TABLES
 from figure_pictures import PICTURES
@@ -37,6 +38,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     **RUN_REGIONS,
     **KERNEL_TABLES,
     **COMMAND_TABLES,
+    **CPU_PEER_TABLES,
 }
 REGION = re.compile(
     r"(?P<begin><!-- begin (?:table|text): (?P<name>[^\n]*?) -->\n)"

@@ -1,73 +1,29 @@
-"""Other libraries' kernels for the same linear, to be timed beside ours.
-
-Each peer gets a weight of its own nearest format and of the same shape, and has to agree with its
-own dequantised weight before it is timed. One that is absent, refuses a shape or disagrees is left
-out with a reason, never an error, since it is not ours.
-
-This file is written against the public interfaces of torch 2.13, gemlite 0.6.0, humming-kernels
-0.1.19 and of vLLM as of 0.6 to 2026. vLLM's Marlin and Machete functions lost and gained arguments;
-they are called by the names that the installed one has.
-"""
+"""All kernels of other libraries that can be timed beside ours, and which versions are here."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..errors import PeerError
+from .peer import Peer
+from .peers_cpu import CPU_PEERS
+from .peers_cuda import CUDA_PEERS
 
-GROUP = 128  # inputs that a scale of the int4 peers covers
-# The largest relative error in the Frobenius norm. Rounding to bf16 makes 0.002, sums in fp16 make
-# up to 0.01, a wrong layout makes 1.
-WORST_ERROR = 0.02
-DISTRIBUTIONS = ("vllm", "gemlite", "humming-kernels")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A weight in a peer's format."""
-
-    linear: Callable[[Tensor], Tensor]  # x [M, K] -> y [M, N]
-    weight_bytes: int
-    dense: Tensor  # [N, K], the dense weight that it stands for
+PEERS: tuple[Peer, ...] = (*CUDA_PEERS, *CPU_PEERS)
+DISTRIBUTIONS = (
+    "vllm",
+    "gemlite",
+    "humming-kernels",
+    "onnxruntime",
+    "openvino",
+    "llama-cpp-python",
+)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A kernel of another library, and what it takes."""
-
-    name: str
-    package: str | None  # what has to be importable
-    values: str
-    group_size: int | None
-    capability: tuple[int, int]  # of the device, at least
-    multiples: tuple[int, int]  # N and K have to be multiples of these
-    # It takes a dense weight [N, K] in the activations' dtype, and makes a new one each time.
-    prepare: Callable[[Tensor], Prepared]
-
-    def reason(self, n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> str | None:
-        """Why it cannot be timed on that problem, or None."""
-        where = torch.device(device)
-        if where.type != "cuda":
-            return f"it runs on CUDA devices, not on {where.type}"
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"the package {self.package!r} is not installed"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"it takes fp16 and bf16 activations, not {str(dtype).removeprefix('torch.')}"
-        if (found := torch.cuda.get_device_capability(where)) < self.capability:
-            needed, has = ("{}.{}".format(*pair) for pair in (self.capability, found))
-            return f"it needs compute capability {needed}, this device has {has}"
-        if n % self.multiples[0] or k % self.multiples[1]:
-            N, K = self.multiples
-            return f"it takes N in multiples of {N} and K of {K}, not {n}x{k}"
-        return None
+def on(device: torch.device | str) -> tuple[Peer, ...]:
+    """The peers for devices of that type."""
+    return tuple(peer for peer in PEERS if peer.device == torch.device(device).type)
 
 
 def versions() -> dict[str, str]:
@@ -79,165 +35,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def agree(x: Tensor, prepared: Prepared) -> None:
-    """Compares a peer's result with that of its own dequantised weight.
-
-    Raises: PeerError.
-    """
-    exact = x.float() @ prepared.dense.float().T
-    error = ((prepared.linear(x).float() - exact).norm() / exact.norm()).item()
-    if not error <= WORST_ERROR:  # NaN fails too.
-        raise PeerError(f"it disagrees with its own dequantised weight by {error:.3g}, relative")
-
-
-def quantized(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W [N, K] as int4 by the largest of each group.
-
-    Returns codes 0 to 15 [N, K] uint8, scales [N, K/GROUP] in W's dtype, and the dense weight
-    (code - 8) · scale [N, K] that they stand for.
-    """
-    groups = W.float().unflatten(1, (-1, GROUP))
-    scales = (groups.abs().amax(-1) / 7).to(W.dtype)
-    codes = (groups / scales.float()[..., None]).round().clamp(-8, 7)
-    dense = (codes * scales.float()[..., None]).flatten(1)
-    return (codes + 8).to(torch.uint8).flatten(1), scales, dense
-
-
-def _semi_structured(W: Tensor) -> Prepared:
-    """torch's own 2:4 linear (cuSPARSELt); the larger two of four are kept."""
-    groups = W.unflatten(1, (-1, 4))
-    kept = torch.zeros_like(groups).scatter(-1, groups.abs().topk(2, -1).indices, 1)
-    dense = (groups * kept).flatten(1).contiguous()
-    sparse = torch.sparse.to_sparse_semi_structured(dense)
-    size = sum(part.nbytes for part in (sparse.packed, sparse.meta) if part is not None)
-    return Prepared(lambda x: torch.nn.functional.linear(x, sparse), size, dense)
-
-
-def _gemlite(W: Tensor) -> Prepared:
-    """gemlite's Triton kernels, in HQQ's convention (W_q - zeros) * scales."""
-    from gemlite.helper import A16W4_HQQ_INT
-
-    codes, scales, dense = quantized(W)
-    per_group = scales.reshape(-1, 1)
-    zeros = torch.full_like(per_group, 8)
-    layer = A16W4_HQQ_INT(device=str(W.device), dtype=W.dtype).from_weights(codes, per_group, zeros)
-    return Prepared(layer, layer.W_q.nbytes + layer.scales.nbytes + layer.zeros.nbytes, dense)
-
-
-def _humming(W: Tensor) -> Prepared:
-    """Humming's JIT-compiled kernels, quantised by Humming itself."""
-    from humming.layer import HummingLayer
-    from humming.schema import HummingWeightSchema
-
-    schema = HummingWeightSchema(b_dtype="uint4", weight_scale_group_size=GROUP)
-    tensors = HummingWeightSchema.quant_tensor(W, schema, W.dtype)
-    dense = schema.dequant_tensors(tensors)
-    N, K = W.shape
-    layer = HummingLayer(shape_n=N, shape_k=K, weight_config=schema, torch_dtype=W.dtype).to(
-        W.device
-    )
-    layer.load_from_tensors(tensors)
-    layer.transform()
-    return Prepared(layer, sum(parameter.nbytes for parameter in layer.parameters()), dense)
-
-
-def _marlin(W: Tensor) -> Prepared:
-    """Marlin as vLLM ships it, from GPTQ's packing.
-
-    That packs eight codes of one output column in an int32, the lowest first.
-    """
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.quantization.utils import marlin_utils
-    from vllm.scalar_type import scalar_types
-
-    (N, K), where = W.shape, W.device
-    codes, scales, dense = quantized(W)
-    words = _gptq_words(codes)
-    none = torch.empty(0, dtype=torch.int, device=where)  # no zero points, no reordering of inputs
-    weight = _called(
-        ops.gptq_marlin_repack,
-        b_q_weight=words,
-        perm=none,
-        size_k=K,
-        size_n=N,
-        num_bits=4,
-    )
-    scale = marlin_utils.marlin_permute_scales(
-        scales.T.contiguous(), size_k=K, size_n=N, group_size=GROUP
-    )
-    workspace = marlin_utils.marlin_make_workspace_new(where)
-
-    def linear(x: Tensor) -> Tensor:
-        return _called(
-            marlin_utils.apply_gptq_marlin_linear,
-            input=x,
-            weight=weight,
-            weight_scale=scale,
-            weight_zp=none,
-            g_idx=none,
-            g_idx_sort_indices=none,
-            workspace=workspace,
-            wtype=scalar_types.uint4b8,
-            output_size_per_partition=N,
-            input_size_per_partition=K,
-            is_k_full=True,
-            bias=None,
-        )
-
-    return Prepared(linear, weight.nbytes + scale.nbytes, dense)
-
-
-def _machete(W: Tensor) -> Prepared:
-    """Machete, Hopper's mixed-input kernel, as vLLM ships it, from the same packing."""
-    from vllm import _custom_ops as ops
-    from vllm.scalar_type import scalar_types
-
-    codes, scales, dense = quantized(W)
-    kind = scalar_types.uint4b8
-    # It takes words [K / 8, N] that follow each other down a column.
-    weight = _called(
-        ops.machete_prepack_B,
-        b_q_weight=_gptq_words(codes).T.contiguous().T,
-        a_type=W.dtype,
-        b_type=kind,
-        group_scales_type=W.dtype,
-    )
-    scale = scales.T.contiguous()
-
-    def linear(x: Tensor) -> Tensor:
-        return _called(
-            ops.machete_mm,
-            a=x,
-            b_q=weight,
-            b_type=kind,
-            b_group_scales=scale,
-            b_group_zeros=None,
-            b_group_size=GROUP,
-        )
-
-    return Prepared(linear, weight.nbytes + scale.nbytes, dense)
-
-
-def _gptq_words(codes: Tensor) -> Tensor:
-    """Codes [N, K] as GPTQ packs them: [K / 8, N] int32."""
-    N, K = codes.shape
-    eights = codes.T.reshape(K // 8, 8, N).long()
-    words = (eights << 4 * torch.arange(8, device=codes.device)[None, :, None]).sum(1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
-
-
-def _called(function: Callable[..., Any], **arguments: Any) -> Any:
-    """The function called with those of the arguments that this version of it names."""
-    known = inspect.signature(function).parameters
-    return function(**{name: value for name, value in arguments.items() if name in known})
-
-
-PEERS = (
-    Peer("torch-2:4", None, "2:4", None, (8, 0), (32, 64), _semi_structured),
-    Peer("marlin", "vllm", "int4", GROUP, (8, 0), (64, GROUP), _marlin),
-    Peer("machete", "vllm", "int4", GROUP, (9, 0), (128, GROUP), _machete),
-    Peer("gemlite", "gemlite", "int4", GROUP, (8, 0), (32, GROUP), _gemlite),
-    Peer("humming", "humming", "int4", GROUP, (8, 0), (64, GROUP), _humming),
-)

@@ -24,6 +24,7 @@ def bench(
     group_size: options.GroupSize = 128,
     backend: options.BenchBackends = None,
     prefill: options.Prefill = None,
+    activations: options.BenchActivations = None,
     peers: options.Peers = False,
     seconds: options.RowSeconds = 0.5,
     device: options.Device = "auto",
@@ -32,6 +33,7 @@ def bench(
     """Time linears on this machine: torch's dense one beside ours, same run, same threads, checked
     first."""
     from ..bench import linear, machine
+    from ..bench.case import Case
     from ..bench.layer_shapes import layers as known
     from ..device import resolve_device
     from ..report import tables
@@ -46,7 +48,7 @@ def bench(
     with Progress("bench", "timings") as progress:
         for number, (n, k) in enumerate(shapes):
             progress.say(f"{n}×{k}")
-            case = linear.Case(
+            case = Case(
                 n,
                 k,
                 tokens=tuple(m or [1]),
@@ -60,6 +62,7 @@ def bench(
                 adapter_rank=adapter_rank,
                 peers=peers,
                 prefill=prefill,
+                activations=tuple(activations or [None]),
             )
 
             def note(done: int, total: int, before: int = number) -> None:

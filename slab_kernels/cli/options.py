@@ -306,6 +306,13 @@ BenchBackends = Annotated[
     list[str] | None,
     typer.Option(help="Time these; default: every one that runs it, without the reference."),
 ]
+BenchActivations = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="How x enters our products on a CPU: exact or int8; may be repeated. Default "
+        "$SLAB_KERNELS_CPU_ACTIVATIONS or exact."
+    ),
+]
 Peers = Annotated[
     bool,
     typer.Option("--peers/--no-peers", help="Also other libraries' kernels, where installed."),

@@ -118,9 +118,10 @@ def layer_speed(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:
 
 
 def _contestant(row: dict[str, Any]) -> str:
-    """The backend and the format of a row."""
+    """The backend, the format and the accuracy mode of a row."""
     adapter = f" + adapter {row['adapter_rank']}" if row.get("adapter_rank") else ""
-    return f"{row['backend']}, {row['values']}{adapter}"
+    rounded = ", int8 activations" if row.get("activations") == "int8" else ""
+    return f"{row['backend']}, {row['values']}{adapter}{rounded}"
 
 
 def speed_by_tokens(rows: Sequence[dict[str, Any]], theme: Theme) -> Figure:

@@ -84,7 +84,7 @@ def bench_table(bench: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             r["backend"],
             (r["values"] or "–")
             + (f" + adapter {r['adapter_rank']}" if r.get("adapter_rank") else ""),
-            r["dtype"],
+            r["dtype"] + (" as int8" if r.get("activations") == "int8" else ""),
             WEIGHTS_FROM.get(r.get("cache", ""), "–"),
             _three_digits(r["median_us"]),
             f"{r['speedup_vs_dense']:.2f}×",
@@ -102,7 +102,7 @@ def _three_digits(value: float) -> str:
 
 def cold(bench: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without those from cache that were also timed from memory: what a picture shows."""
-    names = ("n", "k", "m", "dtype", "backend", "values", "rank", "adapter_rank")
+    names = ("n", "k", "m", "dtype", "backend", "values", "rank", "adapter_rank", "activations")
 
     def problem(row: dict[str, Any]) -> tuple:
         return tuple(row.get(name) for name in names)

@@ -19,13 +19,25 @@ import torch
 from stand_ins import cuda_here
 
 from slab_kernels import reference
+from slab_kernels.backends import activations as accuracy
 from slab_kernels.backends import dispatch
-from slab_kernels.bench import clocks, correctness, linear, machine, peers, roofline
+from slab_kernels.bench import case as one
+from slab_kernels.bench import (
+    clocks,
+    contestants,
+    correctness,
+    linear,
+    machine,
+    peer,
+    peers,
+    roofline,
+)
 from slab_kernels.bench.layer_shapes import MODELS, layers
+from slab_kernels.bench.random_weight import random_weight
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import BackendError, BenchError, ValueTypeError
+from slab_kernels.errors import ArgumentError, BackendError, BenchError, ValueTypeError
 from slab_kernels.format import PackedLayout, unpack
-from slab_kernels.report import measurements, style, tables
+from slab_kernels.report import measurements, speed, style, tables
 from slab_kernels.report.results import Report
 from slab_kernels.report.write import pictures
 from slab_kernels.testing import oracle, random_packed
@@ -66,12 +78,12 @@ def ceilings(monkeypatch):
 
 
 def measured(clock, *arguments, **settings) -> linear.Measured:
-    return linear.measure(linear.Case(*arguments, **settings), clock)
+    return linear.measure(one.Case(*arguments, **settings), clock)
 
 
-def layer_rows(*arguments, **settings) -> list[linear.Row]:
+def layer_rows(*arguments, **settings) -> list[one.Row]:
     """The rows of a case, by the device's own clock."""
-    return linear.measure(linear.Case(*arguments, **settings)).rows
+    return linear.measure(one.Case(*arguments, **settings)).rows
 
 
 # Rows
@@ -211,7 +223,7 @@ def test_a_wrong_kernel_is_not_timed(wrong, ceilings, tmp_path, capsys):
 def test_the_gate_lets_right_kernels_pass(values, ranks):
     packed = random_packed(PackedLayout(300, 70, values, 32 if values != "fp16" else None, *ranks))
     backend = dispatch.backend("reference")
-    for dtype in linear.DTYPES.values():
+    for dtype in one.DTYPES.values():
         correctness.gate(
             backend, torch.randn(5, 70).to(dtype), backend.prepare(packed, dtype), packed
         )
@@ -256,8 +268,8 @@ def test_backends_that_cannot_run_it(ceilings, monkeypatch):
     monkeypatch.setattr(dispatch, "ORDER", ("cpu", "reference"))
     only_one = lambda problem: [] if problem.M == 1 else ["one token only"]  # noqa: E731
     monkeypatch.setattr(backend, "not_supported_reasons", only_one)
-    monkeypatch.setattr(backend, "prepare", dispatch.backend("reference").prepare)
-    monkeypatch.setattr(backend, "linear", dispatch.backend("reference").linear)
+    for name in ("prepare", "linear", "with_activations", "activations"):
+        monkeypatch.setattr(backend, name, getattr(dispatch.backend("reference"), name))
     rows = measured(FakeClock(), 64, 32, (1, 2)).rows
     assert {(r["backend"], r["m"]) for r in rows} == {("dense", 1), ("dense", 2), ("cpu", 1)}
     with pytest.raises(BackendError, match="one token only"):
@@ -421,8 +433,15 @@ def test_sizes_and_copies_of_whatever_a_backend_prepares():
 
 
 def test_peers_are_timed_or_left_out_with_a_reason(ceilings, monkeypatch):
+    given = []
+
     def prepare(factor):
-        return lambda W: peers.Prepared(lambda x: factor * x @ W.T, 100, W)
+        def linear(x):
+            given.append(x.dtype)
+            return factor * x @ W.T
+
+        W = torch.randn(64, 32)
+        return lambda dense: peer.Prepared(peer.directly(linear), 100, W)
 
     def broken(W):
         raise RuntimeError("no kernel\nfor you")
@@ -433,17 +452,22 @@ def test_peers_are_timed_or_left_out_with_a_reason(ceilings, monkeypatch):
         "broken": broken,
         "nan": prepare(float("nan")),
     }
+    common = {"device": "cpu", "dtypes": (), "fed": torch.float32, "activations": "int8"}
     fakes = [
-        peers.Peer(name, None, "int4", 128, (0, 0), (1, 1), function)
+        peer.Peer(name, (), "int4", 128, (1, 1), function, **common)
         for name, function in made.items()
     ]
-    fakes.append(peers.Peer("elsewhere", None, "int4", 128, (0, 0), (1, 1), broken))
-    monkeypatch.setattr(linear, "PEERS", fakes)
-    only_here = lambda self, *_: "not here" if self.name == "elsewhere" else None  # noqa: E731
-    monkeypatch.setattr(peers.Peer, "reason", only_here)
-    found = measured(FakeClock(cache=0), 64, 32, backends=("reference",), peers=True)
+    lacking = {**common, "missing": lambda: "not here"}
+    fakes.append(peer.Peer("elsewhere", (), "int4", 128, (1, 1), broken, **lacking))
+    fakes.append(peer.Peer("of a GPU", (), "int4", 128, (1, 1), broken))
+    monkeypatch.setattr(peers, "PEERS", fakes)
+    settings = {"backends": ("reference",), "peers": True, "dtype": "bf16"}
+    found = measured(FakeClock(cache=0), 64, 32, **settings)
     assert {r["backend"] for r in found.rows} == {"dense", "reference", "right"}
     right = next(r for r in found.rows if r["backend"] == "right")
+    assert (right["dtype"], right["x_dtype"], right["activations"]) == ("bf16", "fp32", "int8")
+    assert set(given) == {torch.float32}, "x is converted before the call that is timed"
+    assert "of a GPU" not in found.absent
     assert right["bits_per_weight"] == pytest.approx(800 / (64 * 32)) and right["group_size"] == 128
     assert (
         found.absent["broken"] == "RuntimeError: no kernel for you"
@@ -451,6 +475,47 @@ def test_peers_are_timed_or_left_out_with_a_reason(ceilings, monkeypatch):
     )
     assert "disagrees" in found.absent["wrong"] and "disagrees" in found.absent["nan"]
     assert measured(FakeClock(), 64, 32, backends=("reference",)).absent == {}
+
+
+def test_each_accuracy_mode_has_a_row_of_its_own(ceilings):
+    settings = {"values": ("fp16", "int4"), "backends": ("cpu",), "dtype": "bf16"}
+    found = measured(FakeClock(), 64, 256, activations=("exact", "int8", "exact"), **settings)
+    ours = [(r["values"], r["activations"]) for r in found.rows if r["backend"] == "cpu"]
+    once = [("fp16", "exact"), ("int4", "exact"), ("int4", "int8")]
+    assert ours == once * 2, "cold and warm; 16-bit values have one product for both words"
+    rounded = next(r for r in found.rows if r["activations"] == "int8")
+    assert style.png(speed.speed_by_tokens(found.rows, style.LIGHT))
+    assert tables.bench_table([rounded])[0][3] == "bf16 as int8"
+    plain = {**rounded, "activations": "exact", "cache": "warm"}
+    assert tables.cold([{**rounded, "cache": "cold"}, plain])[-1] is plain
+
+
+def test_the_environment_says_the_mode_and_unknown_words_are_refused(ceilings, monkeypatch):
+    monkeypatch.setenv(accuracy.ENVIRONMENT, "int8")
+    assert one.Case(8, 8).modes == ["int8"]
+    assert one.Case(8, 8, activations=("exact", None)).modes == ["exact", "int8"]
+    with pytest.raises(ArgumentError, match="'half' is unknown; use one of exact, int8"):
+        measured(FakeClock(), 64, 256, activations=("half",))
+
+
+def test_the_gate_holds_int8_activations_to_a_bound_of_their_own():
+    backend, packed = dispatch.backend("cpu"), random_packed(PackedLayout(64, 256, "int4", 128))
+    state = backend.with_activations(backend.prepare(packed, torch.float32), (packed,), "int8")
+    x = torch.randn(5, 256)
+    correctness.gate(backend, x, state, packed, "int8")
+    with pytest.raises(BenchError):
+        correctness.gate(backend, x, state, packed)
+
+    class Wrong:
+        name = "wrong"
+
+        def linear(self, x, state):
+            y = backend.linear(x, state)
+            y[-1, -1] += 0.5 * y.square().mean().sqrt()
+            return y
+
+    with pytest.raises(BenchError, match="wrong"):
+        correctness.gate(Wrong(), x, state, packed, "int8")
 
 
 # Layer tables
@@ -537,24 +602,32 @@ def test_script_writes_table_record_and_picture(ceilings, tmp_path, capsys):
     assert set(files) == {".csv", ".json", ".png"} and sorted(shown.out.split()) == sorted(
         map(str, files.values())
     )
-    assert "64x32-r0-a4-" in files[".csv"].name and "without marlin" in shown.err
+    assert (
+        f"64x32-r0-a4-t{torch.get_num_threads()}-" in files[".csv"].name and "without" in shown.err
+    )
     record = json.loads(files[".json"].read_text())
     assert (
         record["commit"]
-        and record["peers"] == {}
+        and record["peers"] == peers.versions()
         and record["machine"]["versions"]["torch"]
-        and record["absent"]["gemlite"]
+        and record["absent"]["onnxruntime-128"]
     )
     with files[".csv"].open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert (
-        [row["backend"] for row in table]
-        == [row["backend"] for row in record["rows"]]
-        == ["dense", "reference"] * 2
-    )
+    timed = [row["backend"] for row in table]
+    assert timed == [row["backend"] for row in record["rows"]]
+    assert [name for name in timed if "torch" not in name] == ["dense", "reference"] * 2
     assert tuple(table[0]) == bench_linear.COLUMNS and table[1]["adapter_rank"] == "4"
     assert files[".png"].read_bytes().startswith(b"\x89PNG")
-    assert len(measurements.read([files[".json"]]).bench) == 4
+    assert len(measurements.read([files[".json"]]).bench) == len(timed)
+
+
+def test_script_takes_a_name_and_several_modes(ceilings, tmp_path, capsys):
+    command = [*SMALL, "--name", "mine", "--activations", "exact", "int8", "--no-peers"]
+    assert bench_linear.main([*command, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.csv", "mine.json", "mine.png"}
+    rows = json.loads((tmp_path / "mine.json").read_text())["rows"]
+    assert [row["activations"] for row in rows] == ["exact"] * 4, "the reference has one mode"
 
 
 def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
@@ -591,6 +664,8 @@ def test_script_leaves_nothing_half_written(tmp_path, monkeypatch):
         ["--m", "0"],
         ["--models", "gpt-5"],
         ["--dtype", "fp8"],
+        ["--activations", "half"],
+        ["--name", "results/mine"],
     ],
 )
 def test_script_refuses_bad_arguments(wrong, capsys):
@@ -626,8 +701,8 @@ def test_command_line(capsys):
     ]
     assert cli.run([*command, "--rank", "0", "--adapter-rank", "3", "--peers", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"][1]["adapter_rank"] == 3 and set(found["absent"]) == {
-        peer.name for peer in peers.PEERS
+    assert found["rows"][1]["adapter_rank"] == 3 and set(found["absent"]) <= {
+        of_a_cpu.name for of_a_cpu in peers.on("cpu")
     }
     assert cli.run([*command, "--adapter-rank", "3"]) == 0
     out = capsys.readouterr().out
@@ -668,11 +743,9 @@ def test_pictures_show_weights_from_memory():
 
 
 def test_rows_with_a_dense_copy_name_its_memory_and_what_is_read(monkeypatch):
-    monkeypatch.setattr(linear, "gate", lambda *given: None)  # allows a CPU no rounded weight
+    monkeypatch.setattr(contestants, "gate", lambda *given: None)  # allows a CPU no rounded weight
     with cuda_here(monkeypatch):
-        case = linear.Case(
-            40, 96, tokens=(1, 64), dtype="fp16", backends=["cuda"], min_seconds=0.01
-        )
+        case = one.Case(40, 96, tokens=(1, 64), dtype="fp16", backends=["cuda"], min_seconds=0.01)
         plain = linear.measure(case).rows
         rows = linear.measure(replace(case, prefill="dense")).rows
     before, few, many = (
@@ -684,3 +757,18 @@ def test_rows_with_a_dense_copy_name_its_memory_and_what_is_read(monkeypatch):
     assert few["weight_bytes"] == many["weight_bytes"] == before["weight_bytes"] + copy
     assert few["rotated_bytes"] == few["copies"] * before["weight_bytes"]
     assert many["rotated_bytes"] == many["copies"] * copy
+
+
+@pytest.mark.parametrize("values", ["int4", "fp16"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_weight_that_is_timed_has_a_sign_term_like_a_real_one(values, rank):
+    layout = PackedLayout(96, 250, values, 128 if values == "int4" else None, rank)
+    packed = random_weight(layout)
+    parts = unpack(packed)
+    kept = parts.S[parts.S != 0].float().square().mean().sqrt()
+    pruned = (parts.U.float() @ parts.V.float().T).abs()
+    assert (pruned.mean() / kept).item() == pytest.approx(0.31, rel=0.1)
+    assert pruned.max() < 2 * pruned.mean() and bool((packed.V[250:] == 0).all())
+    again = random_weight(layout)
+    assert all(torch.equal(t, again.tensors()[name]) for name, t in packed.tensors().items())
+    assert random_weight(PackedLayout(8, 8, "fp16", None, 0)).U is None

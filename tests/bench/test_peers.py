@@ -1,6 +1,8 @@
-"""Other libraries' kernels: who can run what, and that each gets its weight in its own packing.
+"""Other libraries' kernels on a GPU: who can run what, and that each gets its weight in its own
+packing.
 
 None of them is installed here: fake modules decode what they are given and multiply by it.
+test_peers_cpu.py has those on a CPU.
 """
 
 from __future__ import annotations
@@ -12,16 +14,20 @@ import types
 import pytest
 import torch
 
+from slab_kernels.bench import peer as one
 from slab_kernels.bench import peers
+from slab_kernels.errors import PeerError
 
 
-def by_name(name: str) -> peers.Peer:
+def by_name(name: str) -> one.Peer:
     return next(peer for peer in peers.PEERS if peer.name == name)
 
 
 def test_peers_say_why_not(monkeypatch):
     half = torch.float16
-    assert all("CUDA" in peer.reason(128, 128, half, "cpu") for peer in peers.PEERS)
+    assert all("CUDA" in peer.reason(128, 128, half, "cpu") for peer in peers.CUDA_PEERS)
+    assert all("CPUs" in peer.reason(128, 128, half, "cuda") for peer in peers.CPU_PEERS)
+    assert peers.on("cuda:1") == peers.CUDA_PEERS and peers.on("cpu") == peers.CPU_PEERS
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gemlite" else True
@@ -36,7 +42,7 @@ def test_peers_say_why_not(monkeypatch):
 
 def test_int4_of_the_peers():
     W = torch.randn(6, 256)
-    codes, scales, dense = peers.quantized(W)
+    codes, scales, dense = one.quantized(W)
     assert codes.dtype == torch.uint8 and int(codes.max()) <= 15 and scales.shape == (6, 2)
     assert torch.equal(dense, (codes.float() - 8) * scales.repeat_interleave(128, 1))
     assert bool(((dense - W).abs() <= scales.repeat_interleave(128, 1) * 0.501).all())
@@ -61,7 +67,7 @@ def test_torch_semi_structured(monkeypatch):
         kept[kept != 0], W.unflatten(1, (-1, 4))[kept != 0]
     )
     assert found.weight_bytes == 32 * 32 * 4 + 8
-    peers.agree(torch.randn(3, 64), found)
+    one.agree(torch.randn(3, 64), found)
 
 
 def module(monkeypatch, name: str, **content) -> None:
@@ -86,7 +92,7 @@ def test_gemlite(monkeypatch):
 
     module(monkeypatch, "gemlite")
     module(monkeypatch, "gemlite.helper", A16W4_HQQ_INT=A16W4)
-    peers.agree(torch.randn(3, 256), by_name("gemlite").prepare(torch.randn(32, 256)))
+    one.agree(torch.randn(3, 256), by_name("gemlite").prepare(torch.randn(32, 256)))
 
 
 def test_humming(monkeypatch):
@@ -96,7 +102,7 @@ def test_humming(monkeypatch):
 
         @staticmethod
         def quant_tensor(W, schema, dtype):
-            codes, scales, _ = peers.quantized(W)
+            codes, scales, _ = one.quantized(W)
             return {"weight": codes, "weight_scale": scales}
 
         def dequant_tensors(self, tensors):
@@ -126,7 +132,7 @@ def test_humming(monkeypatch):
     module(monkeypatch, "humming.schema", HummingWeightSchema=Schema)
     found = by_name("humming").prepare(torch.randn(64, 256))
     assert found.weight_bytes == 64 * 256 * 4
-    peers.agree(torch.randn(3, 256), found)
+    one.agree(torch.randn(3, 256), found)
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["with g_idx", "without"])
@@ -203,7 +209,7 @@ def test_marlin(monkeypatch, old):
     )
     module(monkeypatch, "vllm.model_executor.layers.quantization.utils", marlin_utils=utils)
     module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8="uint4b8"))
-    peers.agree(torch.randn(3, 256), by_name("marlin").prepare(torch.randn(64, 256)))
+    one.agree(torch.randn(3, 256), by_name("marlin").prepare(torch.randn(64, 256)))
 
 
 def test_machete(monkeypatch):
@@ -220,15 +226,24 @@ def test_machete(monkeypatch):
     ops = types.SimpleNamespace(machete_prepack_B=prepack, machete_mm=multiply)
     module(monkeypatch, "vllm", _custom_ops=ops)
     module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8="uint4b8"))
-    peers.agree(torch.randn(3, 256), by_name("machete").prepare(torch.randn(128, 256)))
+    one.agree(torch.randn(3, 256), by_name("machete").prepare(torch.randn(128, 256)))
 
 
 def test_a_wrong_result_and_nan_are_told_apart_from_rounding():
     W = torch.randn(64, 256)
     for factor, right in ((1.001, True), (1.05, False), (float("nan"), False)):
-        prepared = peers.Prepared(lambda x, factor=factor: factor * x @ W.T, 0, W)
+        linear = one.directly(lambda x, factor=factor: factor * x @ W.T)
+        prepared = one.Prepared(linear, 0, W)
         if right:
-            peers.agree(torch.randn(3, 256), prepared)
+            one.agree(torch.randn(3, 256), prepared)
         else:
-            with pytest.raises(peers.PeerError, match="disagrees"):
-                peers.agree(torch.randn(3, 256), prepared)
+            with pytest.raises(PeerError, match="disagrees"):
+                one.agree(torch.randn(3, 256), prepared)
+
+
+def test_rounded_activations_may_be_off_by_more():
+    W = torch.randn(64, 256)
+    prepared = one.Prepared(one.directly(lambda x: 1.025 * x @ W.T), 0, W)
+    one.agree(torch.randn(3, 256), prepared, "int8")
+    with pytest.raises(PeerError, match=r"by 0\.025, relative; at most 0\.02 is allowed"):
+        one.agree(torch.randn(3, 256), prepared)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Times the CPU kernels beside other libraries, for figure_cpu_peers.py: one linear with one thread
+# and with two, then a whole model. About 12 minutes on two cores of an AMD EPYC (Zen 4), in which
+# nothing else should run.
+#     benchmarks/on_cpu.sh [FOLDER]      where the files go; default: benchmarks/results
+# PYTHON names the interpreter that has torch; default: the environment's, else python3. The other
+# libraries are those of the extra `peers`; who is absent is named with the reason.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+folder="${1:-benchmarks/results}"
+# All files come at the end: a changed file of results would make the commit in the next a dirty one.
+new="$(mktemp -d)"
+trap 'rm -rf "$new"' EXIT
+linear() {
+  OMP_NUM_THREADS=$1 "$PYTHON" benchmarks/bench_linear.py --device cpu \
+    --shapes 11008x4096 4096x4096 --m 1 4 16 64 256 --values fp16 int8 int4 --dtype bf16 \
+    --activations exact int8 --seconds 0.3 --out "$new" --name "$2"
+}
+linear 1 cpu-peers-1-thread
+linear 2 cpu-peers-2-threads
+OMP_NUM_THREADS=2 "$PYTHON" benchmarks/bench_end_to_end.py --threads 1 2 \
+  --out "$new/end-to-end-cpu.json"
+mkdir -p "$folder"
+cp "$new"/*.csv "$new"/*.json "$folder"
