@@ -7,6 +7,7 @@
 #   make test-quick    one case of every test
 #   make test-all      every combination, 2,000 damaged folders, every architecture
 #   make test-mutants  plants faults, which the tests must find
+#   make test-sanitizers   the compiled library under AddressSanitizer and UBSan
 #   make test-triton, test-transformers    another version of them
 #   make test-vllm, test-lm-eval           with what .venv has not
 #   make lint          make docs (the site)          make bench
@@ -24,7 +25,7 @@ DEMO ?=
 BENCH ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo smollm2 test test-quick test-all test-mutants test-triton test-transformers \
+.PHONY: environment demo smollm2 test test-quick test-all test-mutants test-sanitizers test-triton test-transformers \
     test-vllm test-lm-eval lint docs bench clean distclean
 
 # Packages are installed without byte code. Python keeps it here, also where the packages' own
@@ -63,12 +64,18 @@ test-quick: $(INSTALLED)
 test-mutants: $(INSTALLED)
 	@$(PYTHON) -m tests.mutants
 
-# What takes an hour or more: every combination of the grids, damaged folders (CASES of them from
-# START on), and every architecture on every road.
+# _C.so built with AddressSanitizer and UBSan in a copy of this tree, and the tests that run it: a
+# fifth of them.
+test-sanitizers: $(INSTALLED)
+	@$(PYTHON) -m tests.sanitizers
+
+# What takes an hour or more: every combination of the grids, the sanitizers, damaged folders (CASES
+# of them from START on), and every architecture on every road.
 CASES ?= 2000
 START ?= 0
 test-all: lint
 	@env -u TRITON_INTERPRET $(PYTEST) --full tests
+	@$(PYTHON) -m tests.sanitizers
 	@$(PYTHON) -m tests.fuzz --cases $(CASES) --start $(START) --workers 2
 	@$(PYTHON) -m tests.matrix
 

@@ -1,5 +1,5 @@
-// The checks of arguments and the memory that both files of bindings share. It includes torch, by
-// its stable ABI alone.
+// The checks of arguments and the memory that all files with torch share. It includes torch, by its
+// stable ABI alone.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,9 +1,14 @@
-// What the bindings of the products share: bindings.cpp defines it.
+// What the bindings of the products share: bindings.cpp defines types and outputs, weight_of is in
+// prepared_bindings.cpp, the products are in exact_linear.cpp.
 #pragma once
 
 #include "arguments.h"
 
 namespace slab {
+
+// A chunk of work below this many weights x tokens is not worth a second thread (about 10 us of one
+// core).
+constexpr int64_t kThreadWork = 1 << 17;
 
 int float_type(const char* name, ScalarType type);
 

@@ -49,7 +49,7 @@ ROWS, INPUTS = 16, 128  # rows and inputs of a block of the prepared stream
 class CpuState(NamedTuple):
     """What `linear_cpu` wants.
 
-    prepared: [bytes] uint8, header, stream and factors as csrc/bindings.cpp lays them out.
+    prepared: [bytes] uint8, header, stream and factors as csrc/prepared_bindings.cpp lays them out.
     """
 
     prepared: Tensor

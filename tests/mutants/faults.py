@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cpu_exact import CPU_EXACT
 from .fault import Fault
 from .many_tokens import MANY_TOKENS
 from .solver import SOLVER
@@ -262,6 +263,7 @@ FAULTS = (
         "logits.flatten(0, 1), batch[:, :-1].flatten()",
         ("tests/text", "tests/compression"),
     ),
+    *CPU_EXACT,
     *SOLVER,
     *WHOLE_MODEL,
 )  # fmt: skip

@@ -142,6 +142,14 @@ def test_dequantize(isa, values, group_size, poisoned):
         assert torch.allclose(dense, packed.dense(), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("adapter_rank", [5, 16, 40])
+def test_dequantize_adds_the_adapter(isa, adapter_rank, poisoned):
+    packed = random_packed(PackedLayout(50, 200, "int4", 32, 1, adapter_rank))
+    exact, magnitude = oracle(torch.eye(200), packed)
+    error = (OPS.dequantize_cpu(*cpu.BACKEND.prepare(packed)).double().T - exact).abs()
+    assert bool((error <= error_bound(magnitude, exact, torch.float32, adapter_rank)).all())
+
+
 def test_kept_is_what_the_mask_says(isa):
     """Stored zeros and minus zeros are kept entries, not pruned ones, whatever U V^T holds
     there."""
