@@ -13,7 +13,7 @@
 namespace slab {
 namespace {
 
-constexpr int kPanelBytes = kRows * kInputs;
+constexpr int kPanelBytes = kRows * kInputs, kPieceBytes = kRows * kPiece;
 
 // Words by the number of a pattern: where each of the four bytes of a group comes from, byte 0 or 1
 // of a pair, or nowhere. Two tables of eight, since some instruction sets read four bits.
@@ -163,7 +163,7 @@ struct Panel {
             out = out | pruned(a, g / groups, h, t.v + kb * kInputs + kGroup * g,
                                w.k_blocks * kInputs, w.rank, level);
         }
-        V::store_words(panel + 64 * g + 4 * kLanes * h, out ^ V::kFlip);
+        V::store_words(panel + 64 * g + 4 * kLanes * h, out);
         words.drop(1);
       }
     }
@@ -178,25 +178,38 @@ struct Panel {
       build_groups<kEntries>(w, t, rb, kb, a, panel);
   }
 
-  // sums[i][16 b + row] += x W^T of groups [first, first + groups) of kBlocks panels and kTokens
-  // tokens from `token` on, times their steps and scale[b].
+  // The sums of the weights of a piece of kBlocks panels, which the shifts of x meet.
+  template <int kBlocks>
+  static SLAB_INLINE void add_up(const uint8_t* panels, int piece, I (*totals)[kStrips]) {
+    static constexpr int8_t ones[kGroup] = {1, 1, 1, 1};
+#pragma GCC unroll 16
+    for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+      for (int h = 0; h < kStrips; ++h) {
+        const uint8_t* const at = panels + b * kPanelBytes + piece * kPieceBytes + 4 * kLanes * h;
+        I sum = I{};
+        for (int g = 0; g < kPiece / kGroup; ++g)
+          sum = V::dot(sum, V::load_words(at + 64 * g), ones);
+        totals[b][h] = sum;
+      }
+  }
+  // sums[i][16 b + row] += x W^T of a piece of kBlocks panels, for kTokens tokens from `token` on
+  // of a block and term, times scale[b]. totals: what `add_up` made.
   template <int kTokens, int kBlocks>
-  static SLAB_INLINE void multiply(const uint8_t* panels, int first, int groups,
-                                   const Int8Tokens& t, int64_t token, const F (*scale)[kStrips],
-                                   float* sums, int64_t stride) {
+  static SLAB_INLINE void multiply(const uint8_t* panels, int piece, const Int8Tokens& t,
+                                   int64_t token, const F (*scale)[kStrips],
+                                   const I (*totals)[kStrips], float* sums, int64_t stride) {
     I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i) {
-      const I start =
-          V::kFlip ? V::splat(t.excess + 8 * (token + i) + excess_at(first, groups)) : I{};
+    for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h) acc[i][b][h] = start;
-    }
-    const int8_t* x = t.x + token * kInputs + kGroup * first;
-    const uint8_t* at = panels + 64 * first;
-    const uint8_t* const last = at + 64 * groups;
+        for (int h = 0; h < kStrips; ++h)
+          acc[i][b][h] = V::shifted(totals[b][h], t.shift + (token + i) * kPieces + piece);
+    const int8_t* x = t.x + token * kInputs + piece * kPiece;
+    const uint8_t* at = panels + piece * kPieceBytes;
+    const uint8_t* const last = at + kPieceBytes;
     do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
       I weight[kBlocks][kStrips];
 #pragma GCC unroll 16
@@ -215,40 +228,46 @@ struct Panel {
       at += 64;
     } while (at < last);
 #pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i)
+    for (int i = 0; i < kTokens; ++i) {
+      const F step = V::broadcast(t.step + (token + i) * kPieces + piece);
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
         for (int h = 0; h < kStrips; ++h) {
           float* const y = sums + i * stride + kRows * b + kLanes * h;
-          const F by = scale[b][h] * V::broadcast(t.step + token + i);
-          V::store(y, V::fma(V::to_float(acc[i][b][h]), by, V::load(y)));
+          // The integers times the step are numbers of x's size. A scale times a step, which may
+          // overflow where the sum of integers is 0, is never formed.
+          const F sum = V::to_float(acc[i][b][h]) * step;
+          V::store(y, V::fma(scale[b][h], sum, V::load(y)));
         }
+    }
   }
   template <int kTokens, int kBlocks>
-  static void multiply_rest(const uint8_t* panels, int first, int groups, const Int8Tokens& t,
-                            int64_t token, int64_t left, const F (*scale)[kStrips], float* sums,
-                            int64_t stride) {
+  static void multiply_rest(const uint8_t* panels, int piece, const Int8Tokens& t, int64_t token,
+                            int64_t left, const F (*scale)[kStrips], const I (*totals)[kStrips],
+                            float* sums, int64_t stride) {
     if constexpr (kTokens > 0) {
       if (left == kTokens)
-        multiply<kTokens, kBlocks>(panels, first, groups, t, token, scale, sums, stride);
+        multiply<kTokens, kBlocks>(panels, piece, t, token, scale, totals, sums, stride);
       else
-        multiply_rest<kTokens - 1, kBlocks>(panels, first, groups, t, token, left, scale, sums,
+        multiply_rest<kTokens - 1, kBlocks>(panels, piece, t, token, left, scale, totals, sums,
                                             stride);
     }
   }
-  // Of all tokens, in a block of inputs of a term.
+  // Of all tokens, in a piece of a block of inputs of a term.
   template <int kBlocks>
-  static void multiply_all(const uint8_t* panels, int first, int groups, const Int8Tokens& t,
+  static void multiply_all(const uint8_t* panels, int piece, const Int8Tokens& t,
                            int64_t term_block, const F (*scale)[kStrips], float* sums,
                            int64_t stride) {
     constexpr int kAtOnce = V::kPanelTokens;
     const int64_t from = term_block * t.count;
+    I totals[kBlocks][kStrips];
+    add_up<kBlocks>(panels, piece, totals);
     int64_t i = 0;
     for (; i + kAtOnce <= t.count; i += kAtOnce)
-      multiply<kAtOnce, kBlocks>(panels, first, groups, t, from + i, scale, sums + i * stride,
+      multiply<kAtOnce, kBlocks>(panels, piece, t, from + i, scale, totals, sums + i * stride,
                                  stride);
-    multiply_rest<kAtOnce - 1, kBlocks>(panels, first, groups, t, from + i, t.count - i, scale,
+    multiply_rest<kAtOnce - 1, kBlocks>(panels, piece, t, from + i, t.count - i, scale, totals,
                                         sums + i * stride, stride);
   }
 
@@ -258,14 +277,13 @@ struct Panel {
     alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kFewAtOnce * kRows];
     Factors f;
-    const int groups = w.group_size / kGroup;
     for (int64_t rb = first; rb < last; ++rb) {
       std::memset(sums, 0, size_t(t.count) * kRows * 4);
       for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
         read_units(w, rb, kb, f);
         build<Entries::kept>(w, t, rb, kb, nullptr, panel);
-        for (int s = 0; s * groups < kGroups; ++s)
-          multiply_all<1>(panel, s * groups, groups, t, kb, &f.unit[s], sums, kRows);
+        for (int p = 0; p < kPieces; ++p)
+          multiply_all<1>(panel, p, t, kb, &f.unit[p * kPiece / w.group_size], sums, kRows);
         if constexpr (kPlanes > 0) {
           build<Entries::levels>(w, t, rb, kb, nullptr, panel);
           for (int64_t r = 0; r < w.rank; ++r) {
@@ -274,7 +292,8 @@ struct Panel {
             for (int h = 0; h < kStrips; ++h)
               scale[0][h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
                             splat(level_unit(kPlanes));
-            multiply_all<1>(panel, 0, kGroups, t, (1 + r) * w.k_blocks + kb, scale, sums, kRows);
+            for (int p = 0; p < kPieces; ++p)
+              multiply_all<1>(panel, p, t, (1 + r) * w.k_blocks + kb, scale, sums, kRows);
           }
         }
       }
@@ -289,7 +308,6 @@ struct Panel {
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
     alignas(64) float sums[kManyAtOnce * kStride];
     Factors f[kBlocks];
-    const int groups = w.group_size / kGroup;
     std::memset(sums, 0, size_t(t.count) * kStride * 4);
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
 #pragma GCC unroll 16
@@ -300,19 +318,20 @@ struct Panel {
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
       }
-      for (int s = 0; s * groups < kGroups; ++s) {
+      for (int p = 0; p < kPieces; ++p) {
         F scale[kBlocks][kStrips];
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[s][h];
-        multiply_all<kBlocks>(panels, s * groups, groups, t, kb, scale, sums, kStride);
+          for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[p * kPiece / w.group_size][h];
+        multiply_all<kBlocks>(panels, p, t, kb, scale, sums, kStride);
       }
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
-          multiply_all<1>(other, 0, kGroups, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
+          for (int p = 0; p < kPieces; ++p)
+            multiply_all<1>(other, p, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
         }
     }
 #pragma GCC unroll 16

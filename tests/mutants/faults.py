@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .fault import Fault
+from .int8_activations import INT8_ACTIVATIONS
 from .many_tokens import MANY_TOKENS
 from .solver import SOLVER
 from .whole_model import WHOLE_MODEL
@@ -263,5 +264,6 @@ FAULTS = (
         ("tests/text", "tests/compression"),
     ),
     *SOLVER,
+    *INT8_ACTIVATIONS,
     *WHOLE_MODEL,
 )  # fmt: skip

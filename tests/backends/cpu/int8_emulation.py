@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from slab_kernels.backends import factors
 from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 
-BLOCK = 128
+BLOCK, PIECE = 128, 32  # inputs of a block of the stream, and of those that share a step of x
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
 
@@ -71,37 +71,53 @@ def weight_of(packed: PackedWeight) -> Weight:
     )  # fmt: skip
 
 
-def to_integers(x: Tensor, most: Tensor, limit: float) -> Tensor:
-    """The nearest integers of x over `most`, times `limit`, in fp32 as the kernels have it."""
-    lift = torch.where(most < 2.0**-60, 2.0**100, 1.0)
-    # torch divides a number by a tensor in two roundings, a tensor by a tensor in one.
-    factor = torch.where(most > 0, torch.full_like(most, limit) / (most * lift), 0)
-    return (x * lift * factor).round().int()
+def lift_of(most: Tensor) -> Tensor:
+    """What keeps quotients by tiny numbers finite."""
+    return torch.where(most < 2.0**-60, 2.0**100, 1.0)
 
 
-def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., Kp] fp32 -> integers of that shape and steps [..., Kp / 128]."""
-    blocks = x.unflatten(-1, (-1, BLOCK))
-    most = blocks.abs().amax(-1, keepdim=True)
-    step = most / torch.full_like(most, 127.0)
-    return to_integers(blocks, most, 127.0).flatten(-2), step[..., 0]
+def over(limit: float, most: Tensor) -> Tensor:
+    """limit / most, 0 where that is 0. torch divides a number by a tensor in two roundings, a
+    tensor by a tensor in one."""
+    return torch.where(most > 0, torch.full_like(most, limit) / most, 0)
+
+
+def quantised(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """[..., Kp] fp32 -> integers of that shape, whose shift is on them, and steps [..., Kp / 32].
+
+    A piece's integers lie within 254 steps, about 0 if `symmetric`.
+    """
+    pieces = x.unflatten(-1, (-1, PIECE))
+    most = pieces.abs().amax(-1, keepdim=True)
+    lift = lift_of(most)
+    low, high = (t * lift for t in (pieces.amin(-1, True).clamp(max=0), pieces.amax(-1, True)))
+    high = high.clamp(min=0)
+    if symmetric:
+        low, high = -most * lift, most * lift
+    half, limit = high * 0.5 - low * 0.5, 127.0 if symmetric else 126.5
+    factor = over(limit, half)
+    step = half / torch.full_like(half, limit) / lift
+    centre = ((high * 0.5 + low * 0.5) * factor).round()
+    n = (pieces * lift * factor).round()
+    assert bool(((n - centre).abs() <= 127).all()), "what is stored has 8 bits"
+    return n.int().flatten(-2), step[..., 0]
 
 
 def spread(step: Tensor) -> Tensor:
-    """Steps of blocks at every input, fp64."""
-    return step.double().repeat_interleave(BLOCK, -1)
+    """Steps of pieces at every input, fp64."""
+    return step.double().repeat_interleave(PIECE, -1)
 
 
 def few(x: Tensor, w: Weight) -> Result:
     """Kept values times x and levels times x v, each with integers of its own."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x)
+    n, step = quantised(x, symmetric=False)
     S = w.q.double() * w.scale.double()
     y = (n.double() * spread(step)) @ S.T
     size = (n.double() * spread(step)).abs() @ S.abs().T
     bound = (spread(step) / 2) @ S.abs().T
     for u, v in zip(w.U.double().T, w.V.T, strict=True):
-        n, step = quantised(x * v)
+        n, step = quantised(x * v, symmetric=True)
         F = w.level.double() * w.unit * u[:, None]
         y = y + (n.double() * spread(step)) @ F.T
         size = size + (n.double() * spread(step)).abs() @ F.abs().T
@@ -119,7 +135,8 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
     most_level = {1: 1, 2: 3, 3: 7}[{1.0: 1, 0.5: 2, 0.25: 3}[w.unit]]
     V = w.V.T.unflatten(1, (-1, BLOCK))  # R, blocks, 128
     most_v = V.abs().amax(-1)
-    v = to_integers(V, most_v[..., None], 32767.0).flatten(1)  # R, Kp
+    lift = lift_of(most_v[..., None])
+    v = (V * lift * over(32767.0, most_v[..., None] * lift)).round().int().flatten(1)  # R, Kp
     at_inputs = most_v.repeat_interleave(BLOCK, 1)  # R, Kp
     most = torch.zeros_like(w.scale)
     for r in range(w.U.shape[1]):
@@ -145,7 +162,7 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
 def many(x: Tensor, w: Weight, values: str) -> Result:
     """One int8 weight, or two where a row and block has two units."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x)
+    n, step = quantised(x, symmetric=False)
     W, error = panels(w, values)
     y = (n.double() * spread(step)) @ W.T
     size = (n.double() * spread(step)).abs() @ W.abs().T
