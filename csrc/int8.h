@@ -6,7 +6,8 @@
 // between the smallest and the largest input of the piece, with 0 among them. Where one input is
 // far larger than the others, as language models have many, that halves the step which integers
 // symmetric about 0 would need. The pieces of x v_r, for every rank r, are symmetric: their shift
-// is 0. There are two products:
+// is 0. With one plane any two integers of a group also add up to at most 127 in magnitude, since
+// `few` looks up such sums. There are two products:
 //
 //   few   Kept values times x, and the signs or levels of pruned positions times x v_r, each summed
 //         in int32 without an error. Nothing but x and x v_r is rounded.

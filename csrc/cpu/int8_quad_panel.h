@@ -29,7 +29,8 @@ void quantise_v_for_quads(const CpuWeight& w, const Int8Tokens& t) {
     std::memcpy(quad, t.v + at, 32);
     for (int k = 0; k < 4; ++k)
       for (int j = 0; j < 4; ++j) {
-        const int from = k % 2 * 2 + k / 2, group = j % 2 * 2 + j / 2;  // of 0 1 2 3: 0 2 1 3
+        const int from = k % 2 * 2 + k / 2,
+                  group = j % 2 * 2 + j / 2;  // of 0 1 2 3: 0 2 1 3
         t.v[at + 4 * k + j] = quad[4 * group + from];
       }
   }

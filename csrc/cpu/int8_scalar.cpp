@@ -79,7 +79,8 @@ void read_factors(const Row& row, const Int8Tokens& t, int64_t rb, int64_t kb, F
     const float unit = size(f.unit[s]);
     const bool none = most == 0.0f;
     const bool fits = unit > 0x1p-100f && most <= unit * float(kMostUnits);
-    f.second = f.second || !(fits || none);
+    const bool padding = kb * kInputs + s * w.group_size >= w.in_features;
+    f.second = f.second || !(padding || fits || none);
     for (int64_t r = 0; r < w.rank; ++r) {
       const float product = u[r * kRows] * t.v_most[r * w.k_blocks + kb];
       const float each = level_unit(w.planes) * float(kFraction);

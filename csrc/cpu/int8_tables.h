@@ -39,7 +39,8 @@ constexpr Bytes kKeptSecond = table_order(1, 2, 3, 2, 3, 3);
 constexpr Bytes kPrunedFirst = table_order(2, 1, 1, 0, 0, 0);
 constexpr Bytes kPrunedSecond = table_order(3, 3, 2, 3, 2, 1);
 
-inline void write_tables(const int8_t* x, bool pruned, uint8_t* out) {
+// pairs: one table of 64 bytes a quad, whose entries are the sums of both positions.
+inline void write_tables(const int8_t* x, bool pruned, bool pairs, uint8_t* out) {
   const __m512i first = load_bytes(pruned ? kPrunedFirst : kKeptFirst),
                 second = load_bytes(pruned ? kPrunedSecond : kKeptSecond);
   const __mmask64 negated = pruned ? 0xFF00FF00FF00FF00ull : 0;
@@ -49,6 +50,11 @@ inline void write_tables(const int8_t* x, bool pruned, uint8_t* out) {
     const __m512i one = _mm512_shuffle_epi8(quad, first);
     const __m512i two = _mm512_shuffle_epi8(quad, second);
     const __m512i some = _mm512_mask_sub_epi8(one, negated, _mm512_setzero_si512(), one);
+    if (pairs) {
+      const __m512i sum = _mm512_add_epi8(some, two);
+      _mm512_storeu_si512(out + 64 * q, _mm512_xor_si512(sum, flip));
+      continue;
+    }
     _mm512_storeu_si512(out + 128 * q, _mm512_xor_si512(some, flip));
     _mm512_storeu_si512(out + 128 * q + 64, _mm512_xor_si512(two, flip));
   }
@@ -61,7 +67,8 @@ void quantise_for_quads(const CpuWeight& w, const Int8Tokens& t, const float* x,
   for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
     const int64_t at = (term * w.k_blocks + kb) * t.count + token;
     if (t.tables)
-      write_tables(t.x + at * kInputs, term > 0, t.tables + at * kTableBytes);
+      write_tables(t.x + at * kInputs, term > 0, term > 0 && w.planes == 1,
+                   t.tables + at * kTableBytes);
     else
       order_for_panels(t.x + at * kInputs);
     for (int p = 0; p < kPieces; ++p) {
@@ -81,11 +88,9 @@ struct TableBlocks {
     const __m256i half = _mm256_loadu_si256((const __m256i*)at);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  // y plus scale times the products of a piece, whose integers have the given sum. No scale is
-  // multiplied by a step: that may overflow where the sum is 0.
-  static SLAB_INLINE __m512 add(__m512 y, __m512i sum, __m512 scale, float step) {
-    const __m512 of_x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(step));
-    return _mm512_fmadd_ps(scale, of_x, y);
+  // y plus a step times the integers that a piece adds up to.
+  static SLAB_INLINE __m512 add(__m512 y, __m512i sum, float step) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(step), y);
   }
   // The sum with a shift, which meets the sum of what the integers were multiplied by.
   static SLAB_INLINE __m512i shifted(__m512i sum, __m512i weights, int32_t shift) {
@@ -96,16 +101,16 @@ struct TableBlocks {
   static void multiply(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t token,
                        int64_t rank, float* sums) {
     const __m512i zero = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-    __m512 y[kTokens][kBlocks], u[kBlocks];
+    // In units of the scale and of u. These are sums of x's size: a scale times a step, which may
+    // overflow where the integers add up to 0, is never formed.
+    __m512 kept_of_x[kTokens][kBlocks], pruned_of_x[kTokens][kBlocks], y[kTokens][kBlocks];
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b) y[i][b] = _mm512_loadu_ps(sums + (i * kBlocks + b) * kRows);
-    if constexpr (kPlanes > 0)
-#pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-        u[b] = _mm512_mul_ps(_mm512_loadu_ps(w.u + ((rb + b) * w.rank + rank) * kRows),
-                             _mm512_set1_ps(level_unit(kPlanes)));
+      for (int b = 0; b < kBlocks; ++b) {
+        y[i][b] = _mm512_loadu_ps(sums + (i * kBlocks + b) * kRows);
+        kept_of_x[i][b] = pruned_of_x[i][b] = _mm512_setzero_ps();
+      }
     const int scale_words = w.group_size / kPiece;
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       const int64_t at = kb * t.count + token, other = ((1 + rank) * w.k_blocks) * t.count + at;
@@ -118,7 +123,7 @@ struct TableBlocks {
         const uint8_t* const block = w.stream + ((rb + b) * w.k_blocks + kb) * w.block_size;
         fetch(block + kAhead, w.block_size);
         row[b].open(block);
-        if constexpr (kPlanes == 1) positive[b] = row[b].positive_fours();
+        if constexpr (kPlanes == 1) positive[b] = row[b].positive_twos();
       }
       for (int word = 0; word < kPieces; ++word) {
         __m512i kept[kTokens][kBlocks], pruned[kTokens][kBlocks];
@@ -128,10 +133,10 @@ struct TableBlocks {
           row[b].load_word(word);
           kept_weights[b] = pruned_weights[b] = zero;
           __m512i start = zero;
-          // With one plane both positions of a group are multiplied by the same sign, and the shift
-          // is -128: it makes 2048 of a word without positive signs, and 512 less for each of them.
+          // With one plane all that is multiplied is a sign, and the shift is -128: it makes 1024
+          // of a word without positive signs, and 256 less for each of them.
           if constexpr (kPlanes == 1)
-            start = _mm512_dpbusd_epi32(_mm512_set1_epi32(2048), positive[b],
+            start = _mm512_dpbusd_epi32(_mm512_set1_epi32(1024), positive[b],
                                         _mm512_set1_epi32(int(0x80000000u >> (8 * word))));
 #pragma GCC unroll 16
           for (int i = 0; i < kTokens; ++i) kept[i][b] = zero, pruned[i][b] = start;
@@ -168,8 +173,9 @@ struct TableBlocks {
                   kept[i][b] = _mm512_dpbusd_epi32(kept[i][b], _mm512_permutexvar_epi8(index[b], x),
                                                    by[b].kept[p]);
               }
-              if constexpr (kPlanes > 0) {
-                const __m512i xv = _mm512_loadu_si512(v_tables + table);
+              if (kPlanes > 1 || (kPlanes == 1 && p == 0)) {
+                const __m512i xv = _mm512_loadu_si512(
+                    v_tables + (kPlanes == 1 ? i * kTableBytes + 64 * quad : table));
 #pragma GCC unroll 16
                 for (int b = 0; b < kBlocks; ++b)
                   pruned[i][b] = _mm512_dpbusd_epi32(
@@ -179,28 +185,46 @@ struct TableBlocks {
         }
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b) {
-          if constexpr (kKept) {
-            const __m512 scale =
-                _mm512_mul_ps(bf16(row[b].scales + 2 * kRows * (word / scale_words)),
-                              _mm512_set1_ps(kValues == kInt4 ? 0.0625f : 1.0f));
+          if constexpr (kKept)
 #pragma GCC unroll 16
             for (int i = 0; i < kTokens; ++i) {
               const int64_t piece = (at + i) * kPieces + word;
               const __m512i sum = shifted(kept[i][b], kept_weights[b], t.shift[piece]);
-              y[i][b] = add(y[i][b], sum, scale, t.step[piece]);
+              kept_of_x[i][b] = add(kept_of_x[i][b], sum, t.step[piece]);
             }
-          }
           if constexpr (kPlanes > 0)
 #pragma GCC unroll 16
             for (int i = 0; i < kTokens; ++i) {
               const int64_t piece = (other + i) * kPieces + word;
               __m512i sum = pruned[i][b];
               if constexpr (kPlanes > 1) sum = shifted(sum, pruned_weights[b], t.shift[piece]);
-              y[i][b] = add(y[i][b], sum, u[b], t.step[piece]);
+              pruned_of_x[i][b] = add(pruned_of_x[i][b], sum, t.step[piece]);
             }
         }
+        if constexpr (kKept)
+          if (((word + 1) & (scale_words - 1)) == 0)  // a power of two
+#pragma GCC unroll 16
+            for (int b = 0; b < kBlocks; ++b) {
+              const __m512 unit = _mm512_set1_ps(kValues == kInt4 ? 0.0625f : 1.0f);
+              const uint8_t* const scales = row[b].scales + 2 * kRows * (word / scale_words);
+              const __m512 scale = _mm512_mul_ps(bf16(scales), unit);
+#pragma GCC unroll 16
+              for (int i = 0; i < kTokens; ++i) {
+                y[i][b] = _mm512_fmadd_ps(scale, kept_of_x[i][b], y[i][b]);
+                kept_of_x[i][b] = _mm512_setzero_ps();
+              }
+            }
       }
     }
+    if constexpr (kPlanes > 0)
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b) {
+        const float* const u = w.u + ((rb + b) * w.rank + rank) * kRows;
+        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(u), _mm512_set1_ps(level_unit(kPlanes)));
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i)
+          y[i][b] = _mm512_fmadd_ps(scale, pruned_of_x[i][b], y[i][b]);
+      }
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16

@@ -41,10 +41,27 @@ inline float lift_of(float most) { return most < 0x1p-60f ? 0x1p100f : 1.0f; }
 // A shift as `Int8Tokens` has it.
 constexpr int32_t shift_word(int32_t shift) { return shift & 0xFFFF; }
 
-// One piece of 32 numbers. `symmetric`: integers about 0, so a shift of 0. Returns whether all are
-// finite; if not, it becomes zeros.
-inline bool quantise_piece(const float* x, bool symmetric, int8_t* q, float* step, int32_t* shift) {
-  const uint32_t bits = largest_bits(x, kPiece);
+// The largest sum of two magnitudes of a group.
+inline float largest_pair(const float* x) {
+  float most = 0.0f;
+  const auto size = [](float a) { return float_of(bits_of(a) & 0x7FFFFFFFu); };
+  const auto larger = [](float a, float b) { return a > b ? a : b; };
+  for (int i = 0; i < kPiece; i += kGroup) {
+    const float a = size(x[i]), b = size(x[i + 1]), c = size(x[i + 2]), d = size(x[i + 3]);
+    most = larger(most, larger(larger(a, b) + larger(c, d), larger(a + b, c + d)));
+  }
+  return most;
+}
+
+// What the integers of a piece cover: all between its smallest and its largest number, and 0; as
+// much on either side of 0; or so much that the sum of two integers of a group stays within 127.
+enum class Cover { range, symmetric, pairs };
+
+// One piece of 32 numbers. Returns whether all are finite, and the sums of `pairs` too; if not, it
+// becomes zeros.
+inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, int32_t* shift) {
+  uint32_t bits = largest_bits(x, kPiece);
+  if (cover == Cover::pairs && bits < kInfinite) bits = bits_of(largest_pair(x));
   if (bits >= kInfinite) {
     std::memset(q, 0, kPiece);
     *step = 0.0f;
@@ -52,7 +69,8 @@ inline bool quantise_piece(const float* x, bool symmetric, int8_t* q, float* ste
     return false;
   }
   const float most = float_of(bits), lift = lift_of(most);
-  float low = symmetric ? -most : 0.0f, high = symmetric ? most : 0.0f;
+  const bool range = cover == Cover::range;
+  float low = range ? 0.0f : -most, high = range ? 0.0f : most;
   for (int i = 0; i < kPiece; ++i) {
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
@@ -61,7 +79,7 @@ inline bool quantise_piece(const float* x, bool symmetric, int8_t* q, float* ste
   // integer of 253 steps between them, rounding ends at 127 on either side.
   const float half = high * lift * 0.5f - low * lift * 0.5f;
   const float middle = high * lift * 0.5f + low * lift * 0.5f;
-  const float limit = symmetric ? 127.0f : 126.5f;
+  const float limit = range ? 126.5f : cover == Cover::symmetric ? 127.0f : 126.0f;
   const float factor = half > 0.0f ? limit / half : 0.0f;
   const int32_t centre = nearest(middle * factor);
   *step = half / limit / lift;
@@ -72,6 +90,7 @@ inline bool quantise_piece(const float* x, bool symmetric, int8_t* q, float* ste
 
 inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
                      int64_t token) {
+  const Cover cover = !term ? Cover::range : w.planes == 1 ? Cover::pairs : Cover::symmetric;
   bool finite = true;
   for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
     const int64_t at = (term * w.k_blocks + kb) * t.count + token;
@@ -84,7 +103,7 @@ inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, in
     }
     for (int p = 0; p < kPieces; ++p) {
       const int64_t piece = at * kPieces + p;
-      finite = quantise_piece(from + p * kPiece, term > 0, t.x + piece * kPiece, t.step + piece,
+      finite = quantise_piece(from + p * kPiece, cover, t.x + piece * kPiece, t.step + piece,
                               t.shift + piece) &&
                finite;
     }

@@ -47,6 +47,10 @@ INT8_ACTIVATIONS = (
         INTEGERS,
     ),
     Fault(
+        "sums of two integers that leave 8 bits",
+        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;", INTEGERS,
+    ),
+    Fault(
         "inputs behind the last one that are not 0",
         "csrc/int8_linear.h", "k < padded; ++k) row.get()[k] = 0.0f;",
         "k < padded; ++k) row.get()[k] = 9.0f;", INTEGERS,

@@ -82,24 +82,34 @@ def over(limit: float, most: Tensor) -> Tensor:
     return torch.where(most > 0, torch.full_like(most, limit) / most, 0)
 
 
-def quantised(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def quantised(x: Tensor, cover: str) -> tuple[Tensor, Tensor]:
     """[..., Kp] fp32 -> integers of that shape, whose shift is on them, and steps [..., Kp / 32].
 
-    A piece's integers lie within 254 steps, about 0 if `symmetric`.
+    cover: what the 255 integers of a piece lie over: its "range", with 0 in it; as much on either
+        side of 0, "symmetric"; or so much that two of a group add up to 127 at most, "pairs".
     """
     pieces = x.unflatten(-1, (-1, PIECE))
     most = pieces.abs().amax(-1, keepdim=True)
+    if cover == "pairs":
+        a, b, c, d = pieces.abs().unflatten(-1, (-1, 4)).unbind(-1)
+        crossed = torch.maximum(a, b) + torch.maximum(c, d)
+        pairs = torch.maximum(crossed, torch.maximum(a + b, c + d))
+        most = pairs.amax(-1, keepdim=True)
     lift = lift_of(most)
-    low, high = (t * lift for t in (pieces.amin(-1, True).clamp(max=0), pieces.amax(-1, True)))
-    high = high.clamp(min=0)
-    if symmetric:
-        low, high = -most * lift, most * lift
-    half, limit = high * 0.5 - low * 0.5, 127.0 if symmetric else 126.5
+    low, high = -most * lift, most * lift
+    if cover == "range":
+        low = pieces.amin(-1, True).clamp(max=0) * lift
+        high = pieces.amax(-1, True).clamp(min=0) * lift
+    limit = {"range": 126.5, "symmetric": 127.0, "pairs": 126.0}[cover]
+    half = high * 0.5 - low * 0.5
     factor = over(limit, half)
     step = half / torch.full_like(half, limit) / lift
     centre = ((high * 0.5 + low * 0.5) * factor).round()
     n = (pieces * lift * factor).round()
     assert bool(((n - centre).abs() <= 127).all()), "what is stored has 8 bits"
+    if cover == "pairs":
+        two = n.abs().unflatten(-1, (-1, 4)).topk(2, -1).values.sum(-1)
+        assert bool((two <= 127).all()), "what a table holds has 8 bits"
     return n.int().flatten(-2), step[..., 0]
 
 
@@ -111,13 +121,13 @@ def spread(step: Tensor) -> Tensor:
 def few(x: Tensor, w: Weight) -> Result:
     """Kept values times x and levels times x v, each with integers of its own."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x, symmetric=False)
+    n, step = quantised(x, "range")
     S = w.q.double() * w.scale.double()
     y = (n.double() * spread(step)) @ S.T
     size = (n.double() * spread(step)).abs() @ S.abs().T
     bound = (spread(step) / 2) @ S.abs().T
     for u, v in zip(w.U.double().T, w.V.T, strict=True):
-        n, step = quantised(x * v, symmetric=True)
+        n, step = quantised(x * v, "pairs" if w.unit == 1.0 else "symmetric")
         F = w.level.double() * w.unit * u[:, None]
         y = y + (n.double() * spread(step)) @ F.T
         size = size + (n.double() * spread(step)).abs() @ F.abs().T
@@ -156,13 +166,13 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
         integer = (w.level * total + 128) >> 8
     pruned = integer.double() * used.double()
     rounding = 0.5 + w.U.shape[1] * most_level * 1.6 / 256 + 1e-4
-    return kept + pruned, torch.where(w.level != 0, rounding * used.double(), 0)
+    return kept + pruned, torch.where(w.level != 0, rounding * used.double().abs(), 0)
 
 
 def many(x: Tensor, w: Weight, values: str) -> Result:
     """One int8 weight, or two where a row and block has two units."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x, symmetric=False)
+    n, step = quantised(x, "range")
     W, error = panels(w, values)
     y = (n.double() * spread(step)) @ W.T
     size = (n.double() * spread(step)).abs() @ W.abs().T

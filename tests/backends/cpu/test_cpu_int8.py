@@ -170,7 +170,7 @@ def test_a_scale_times_x_beyond_fp32(isa, way, values, planes, M):
     packed = random_packed(PackedLayout(40, 260, values, 32, rank=1, planes=planes))
     scales, kept = packed.scales.clone(), packed.values.clone()
     scales[3], kept[3] = 2.0**60, 0
-    second = kept.shape[1] // (packed.scales.shape[1] * 32 // 128)  # of the first 128 inputs
+    second = kept.shape[1] * 128 // (32 * scales.shape[1])  # where those of the second block begin
     scales[5], kept[5, second:] = -(2.0**60), 0
     packed = dataclasses.replace(packed, scales=scales, values=kept)
     x = torch.randn(M, 260, generator=torch.Generator().manual_seed(M))
