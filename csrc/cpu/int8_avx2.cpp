@@ -75,8 +75,11 @@ struct Avx2 {
   }
 };
 
+// With two planes `many` takes as long as the exact product at 64 tokens and 5 % longer at 16; with
+// one plane it is a tenth faster at both (2048x2048, int4, one thread, an AMD EPYC (Zen 4)).
 const Int8Kernels kernels = {
-    "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>, 2, 2};
+    "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>,
+    16,     16};
 
 }  // namespace
 
