@@ -1,9 +1,13 @@
 // The products with int8 activations, for int8 and int4 values: what the bindings call, beside
 // launch.h. They read the same prepared stream as the exact products.
 //
-// A token is taken in blocks of 128 inputs. Each block of x has one scale, its largest magnitude
-// over 127, and becomes 128 integers from -127 to 127; so does each block of x v_r, for every rank
-// r. There are two products:
+// A token is taken in pieces of 32 inputs. A piece of x has a step and a shift: x is nearly the
+// step times (an integer from -127 to 127 plus the shift). These 255 numbers cover what lies
+// between the smallest and the largest input of the piece, with 0 among them. Where one input is
+// far larger than the others, as language models have many, that halves the step which integers
+// symmetric about 0 would need. The pieces of x v_r, for every rank r, are symmetric: their shift
+// is 0. With one plane any two integers of a group also add up to at most 127 in magnitude, since
+// `few` looks up such sums. There are two products:
 //
 //   few   Kept values times x, and the signs or levels of pruned positions times x v_r, each summed
 //         in int32 without an error. Nothing but x and x v_r is rounded.
@@ -13,14 +17,17 @@
 //         rounded to an integer. Where it could exceed 126 units for a row and block, the row's
 //         sign term goes into a second panel with a unit of its own, so nothing saturates.
 //
-// Sums are int32 within a scale and a block, and fp32 over them, in ascending input order: a row of
-// y depends on its own token only, and on which of the two products is used.
+// Sums are int32 within a piece, and fp32 over pieces, in ascending input order: a row of y depends
+// on its own token only, and on which of the two products is used. The shift meets the sum of a
+// row's weights in the piece, which has 16 bits.
 #pragma once
 
 #include "launch.h"
 
 namespace slab {
 
+constexpr int kPiece = 32;  // inputs that share a step and a shift; no scale covers fewer
+constexpr int kPieces = kInputs / kPiece;
 constexpr int kFewAtOnce = 16;    // tokens of one call of `few`
 constexpr int kManyAtOnce = 256;  // and of `many`, whose fp32 sums, 32 KB, live on its stack
 constexpr int kManyRank = 16;     // `many` takes weights up to this rank
@@ -36,10 +43,11 @@ constexpr float level_unit(int planes) { return planes == 3 ? 0.25f : planes == 
 // terms are `terms` in number. Index [term][block][token] is (term k_blocks + block) count + token.
 struct Int8Tokens {
   int64_t count, terms;
-  int8_t* x;    // [terms][k_blocks][count][128]
-  float* step;  // [terms][k_blocks][count]: x is nearly an integer times this
-  // [terms][k_blocks][count][8]: -128 times the sums of 32 integers (4), of 64 (2) and of 128 (1).
-  int32_t* excess;
+  int8_t* x;  // [terms][k_blocks][count][128]
+  // [terms][k_blocks][count][4]: x is nearly step (its integer + shift). Where kernels read the
+  // integers plus 128, `shift` is less by that. It has 16 bits, with zeros above.
+  float* step;
+  int32_t* shift;
   uint8_t* tables;  // [terms][k_blocks][count][1024] or null: see int8_tables.h
   uint8_t* finite;  // [terms][count]: 0 where the term of a token has NaN or infinity
   // Read by `many`.
@@ -48,11 +56,6 @@ struct Int8Tokens {
   int16_t* v;
   float* v_most;  // [R][k_blocks]: that magnitude
 };
-
-// The place in `excess` of the inputs of groups [first, first + groups) of a block.
-constexpr int excess_at(int first, int groups) {
-  return groups == 8 ? first / 8 : groups == 16 ? 4 + first / 16 : 6;
-}
 
 // What a product does with its sums.
 struct Int8End {

@@ -23,8 +23,9 @@ class Int8Linear {
         terms_(few ? 1 + rank : 1),
         blocks_(terms_ * first.k_blocks * tokens.count),
         tables_(few && kernels_.reads_tables),
-        memory_(blocks_ * (kInputs / 4 + 9 + (tables_ ? 256 : 0)) + terms_ * tokens.count +
-                (few ? 0 : rank * first.k_blocks * (kInputs / 2 + 1)) + 64) {
+        memory_(blocks_ * (kInputs / 4 + 2 * kPieces + (tables_ ? 256 : 0)) +
+                terms_ * tokens.count + (few ? 0 : rank * first.k_blocks * (kInputs / 2 + 1)) +
+                64) {
     float* next = memory_.get();
     const auto take = [&](int64_t n) {
       float* const here = next;
@@ -35,8 +36,8 @@ class Int8Linear {
     t_.terms = terms_;
     if (tables_) t_.tables = reinterpret_cast<uint8_t*>(take(blocks_ * 256));
     t_.x = reinterpret_cast<int8_t*>(take(blocks_ * kInputs / 4));
-    t_.excess = reinterpret_cast<int32_t*>(take(blocks_ * 8));
-    t_.step = take(blocks_);
+    t_.step = take(blocks_ * kPieces);
+    t_.shift = reinterpret_cast<int32_t*>(take(blocks_ * kPieces));
     if (!few) {
       t_.v = reinterpret_cast<int16_t*>(take(rank * first.k_blocks * kInputs / 2));
       t_.v_most = take(rank * first.k_blocks);

@@ -13,7 +13,6 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1;
-  static constexpr uint32_t kFlip = 0;
   static constexpr bool kQuads = false;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -55,7 +54,6 @@ struct Avx2 {
                                             0x08080808, 0x0C0C0C0C);
     return (I)_mm256_shuffle_epi8((__m256i)bytes, _mm256_or_si256((__m256i)order, lanes));
   }
-  static SLAB_INLINE I splat(const int32_t* p) { return I{} + uint32_t(*p); }
   static SLAB_INLINE H pair(const int16_t* p) {
     int32_t word;
     std::memcpy(&word, p, 4);
@@ -63,6 +61,10 @@ struct Avx2 {
   }
   static SLAB_INLINE H mulhrs(H a, H b) { return (H)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
   static SLAB_INLINE I sign(I m, I l) { return (I)_mm256_sign_epi8((__m256i)m, (__m256i)l); }
+  // A sum of 16 bits times a shift.
+  static SLAB_INLINE I shifted(I sum, const int32_t* shift) {
+    return (I)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi32(*shift));
+  }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
@@ -73,8 +75,11 @@ struct Avx2 {
   }
 };
 
+// With two planes `many` takes as long as the exact product at 64 tokens and 5 % longer at 16; with
+// one plane it is a tenth faster at both (2048x2048, int4, one thread, an AMD EPYC (Zen 4)).
 const Int8Kernels kernels = {
-    "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>, 2, 2};
+    "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>,
+    16,     16};
 
 }  // namespace
 

@@ -13,7 +13,7 @@
 namespace slab {
 namespace {
 
-constexpr int kPanelBytes = kRows * kInputs;
+constexpr int kPanelBytes = kRows * kInputs, kPieceBytes = kRows * kPiece;
 
 // Words by the number of a pattern: where each of the four bytes of a group comes from, byte 0 or 1
 // of a pair, or nowhere. Two tables of eight, since some instruction sets read four bits.
@@ -81,7 +81,8 @@ struct Panel {
           const F unit = size(f.unit[s][h]);
           const S fits = (unit > splat(0x1p-100f)) & (most <= unit * splat(float(kMostUnits)));
           const S none = most == V::zero();
-          f.second = f.second || !V::all(fits | none);
+          const bool padding = kb * kInputs + s * w.group_size >= w.in_features;
+          f.second = f.second || !(padding || V::all(fits | none));
           for (int64_t r = 0; r < w.rank; ++r) {
             const F product =
                 V::load(u + r * kRows + h * kLanes) * splat(t.v_most[r * w.k_blocks + kb]);
@@ -163,7 +164,7 @@ struct Panel {
             out = out | pruned(a, g / groups, h, t.v + kb * kInputs + kGroup * g,
                                w.k_blocks * kInputs, w.rank, level);
         }
-        V::store_words(panel + 64 * g + 4 * kLanes * h, out ^ V::kFlip);
+        V::store_words(panel + 64 * g + 4 * kLanes * h, out);
         words.drop(1);
       }
     }
@@ -178,42 +179,82 @@ struct Panel {
       build_groups<kEntries>(w, t, rb, kb, a, panel);
   }
 
-  // sums[i][16 b + row] += x W^T of groups [first, first + groups) of kBlocks panels and kTokens
-  // tokens from `token` on, times their steps and scale[b].
-  template <int kTokens, int kBlocks>
-  static SLAB_INLINE void multiply(const uint8_t* panels, int first, int groups,
-                                   const Int8Tokens& t, int64_t token, const F (*scale)[kStrips],
-                                   float* sums, int64_t stride) {
-    I acc[kTokens][kBlocks][kStrips];
+  // The sums of the weights in each piece of kBlocks panels, which the shifts of x meet.
+  template <int kBlocks>
+  struct Totals {
+    I of[kPieces][kBlocks][kStrips];
+
+    explicit SLAB_INLINE Totals(const uint8_t* panels) {
+      static constexpr int8_t ones[kGroup] = {1, 1, 1, 1};
+      for (int p = 0; p < kPieces; ++p)
 #pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i) {
-      const I start =
-          V::kFlip ? V::splat(t.excess + 8 * (token + i) + excess_at(first, groups)) : I{};
+        for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h) acc[i][b][h] = start;
+          for (int h = 0; h < kStrips; ++h) {
+            const uint8_t* const at = panels + b * kPanelBytes + p * kPieceBytes + 4 * kLanes * h;
+            I sum = I{};
+            for (int g = 0; g < kPiece / kGroup; ++g)
+              sum = V::dot(sum, V::load_words(at + 64 * g), ones);
+            of[p][b][h] = sum;
+          }
     }
-    const int8_t* x = t.x + token * kInputs + kGroup * first;
-    const uint8_t* at = panels + 64 * first;
-    const uint8_t* const last = at + 64 * groups;
-    do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
-      I weight[kBlocks][kStrips];
+  };
+
+  // sums[i][16 b + row] += scale[b] x W^T of pieces [first, first + pieces) of kBlocks panels, for
+  // kTokens tokens from `token` on of a block and term.
+  template <int kTokens, int kBlocks>
+  static SLAB_INLINE void multiply(const uint8_t* panels, const Totals<kBlocks>& totals, int first,
+                                   int pieces, const Int8Tokens& t, int64_t token,
+                                   const F (*scale)[kStrips], float* sums, int64_t stride) {
+    F of_x[kTokens][kBlocks][kStrips];  // in units of the scale
+#pragma GCC unroll 16
+    for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h)
-          weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
+        for (int h = 0; h < kStrips; ++h) of_x[i][b][h] = V::zero();
+    int p = first;
+    do {
+      const int64_t piece = token * kPieces + p;
+      I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
           for (int h = 0; h < kStrips; ++h)
-            acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
-      x += kGroup;
-      at += 64;
-    } while (at < last);
+            acc[i][b][h] = V::shifted(totals.of[p][b][h], t.shift + piece + i * kPieces);
+      const int8_t* x = t.x + piece * kPiece;
+      const uint8_t* at = panels + p * kPieceBytes;
+      const uint8_t* const last = at + kPieceBytes;
+      do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
+        I weight[kBlocks][kStrips];
+#pragma GCC unroll 16
+        for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+          for (int h = 0; h < kStrips; ++h)
+            weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 16
+          for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+            for (int h = 0; h < kStrips; ++h)
+              acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
+        x += kGroup;
+        at += 64;
+      } while (at < last);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 16
+        for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+          for (int h = 0; h < kStrips; ++h)
+            of_x[i][b][h] = V::fma(V::to_float(acc[i][b][h]),
+                                   V::broadcast(t.step + piece + i * kPieces), of_x[i][b][h]);
+    } while (++p < first + pieces);
+    // The sums are of x's size. A scale times a step, which may overflow where the integers add up
+    // to 0, is never formed.
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
@@ -221,35 +262,34 @@ struct Panel {
 #pragma GCC unroll 16
         for (int h = 0; h < kStrips; ++h) {
           float* const y = sums + i * stride + kRows * b + kLanes * h;
-          const F by = scale[b][h] * V::broadcast(t.step + token + i);
-          V::store(y, V::fma(V::to_float(acc[i][b][h]), by, V::load(y)));
+          V::store(y, V::fma(scale[b][h], of_x[i][b][h], V::load(y)));
         }
   }
   template <int kTokens, int kBlocks>
-  static void multiply_rest(const uint8_t* panels, int first, int groups, const Int8Tokens& t,
-                            int64_t token, int64_t left, const F (*scale)[kStrips], float* sums,
-                            int64_t stride) {
+  static void multiply_rest(const uint8_t* panels, const Totals<kBlocks>& totals, int first,
+                            int pieces, const Int8Tokens& t, int64_t token, int64_t left,
+                            const F (*scale)[kStrips], float* sums, int64_t stride) {
     if constexpr (kTokens > 0) {
       if (left == kTokens)
-        multiply<kTokens, kBlocks>(panels, first, groups, t, token, scale, sums, stride);
+        multiply<kTokens, kBlocks>(panels, totals, first, pieces, t, token, scale, sums, stride);
       else
-        multiply_rest<kTokens - 1, kBlocks>(panels, first, groups, t, token, left, scale, sums,
-                                            stride);
+        multiply_rest<kTokens - 1, kBlocks>(panels, totals, first, pieces, t, token, left, scale,
+                                            sums, stride);
     }
   }
-  // Of all tokens, in a block of inputs of a term.
+  // Of all tokens, in some pieces of a block of inputs of a term that share a scale.
   template <int kBlocks>
-  static void multiply_all(const uint8_t* panels, int first, int groups, const Int8Tokens& t,
-                           int64_t term_block, const F (*scale)[kStrips], float* sums,
-                           int64_t stride) {
+  static void multiply_all(const uint8_t* panels, const Totals<kBlocks>& totals, int first,
+                           int pieces, const Int8Tokens& t, int64_t term_block,
+                           const F (*scale)[kStrips], float* sums, int64_t stride) {
     constexpr int kAtOnce = V::kPanelTokens;
     const int64_t from = term_block * t.count;
     int64_t i = 0;
     for (; i + kAtOnce <= t.count; i += kAtOnce)
-      multiply<kAtOnce, kBlocks>(panels, first, groups, t, from + i, scale, sums + i * stride,
-                                 stride);
-    multiply_rest<kAtOnce - 1, kBlocks>(panels, first, groups, t, from + i, t.count - i, scale,
-                                        sums + i * stride, stride);
+      multiply<kAtOnce, kBlocks>(panels, totals, first, pieces, t, from + i, scale,
+                                 sums + i * stride, stride);
+    multiply_rest<kAtOnce - 1, kBlocks>(panels, totals, first, pieces, t, from + i, t.count - i,
+                                        scale, sums + i * stride, stride);
   }
 
   // Few tokens: one panel of kept values and one of levels, each multiplied by x or x v_r.
@@ -258,23 +298,26 @@ struct Panel {
     alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kFewAtOnce * kRows];
     Factors f;
-    const int groups = w.group_size / kGroup;
+    const int pieces = w.group_size / kPiece;
     for (int64_t rb = first; rb < last; ++rb) {
       std::memset(sums, 0, size_t(t.count) * kRows * 4);
       for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
         read_units(w, rb, kb, f);
         build<Entries::kept>(w, t, rb, kb, nullptr, panel);
-        for (int s = 0; s * groups < kGroups; ++s)
-          multiply_all<1>(panel, s * groups, groups, t, kb, &f.unit[s], sums, kRows);
+        const Totals<1> kept(panel);
+        for (int p = 0; p < kPieces; p += pieces)
+          multiply_all<1>(panel, kept, p, pieces, t, kb, &f.unit[p / pieces], sums, kRows);
         if constexpr (kPlanes > 0) {
           build<Entries::levels>(w, t, rb, kb, nullptr, panel);
+          const Totals<1> levels(panel);
           for (int64_t r = 0; r < w.rank; ++r) {
             F scale[1][kStrips];
 #pragma GCC unroll 16
             for (int h = 0; h < kStrips; ++h)
               scale[0][h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
                             splat(level_unit(kPlanes));
-            multiply_all<1>(panel, 0, kGroups, t, (1 + r) * w.k_blocks + kb, scale, sums, kRows);
+            const int64_t term_block = (1 + r) * w.k_blocks + kb;
+            multiply_all<1>(panel, levels, 0, kPieces, t, term_block, scale, sums, kRows);
           }
         }
       }
@@ -289,7 +332,7 @@ struct Panel {
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
     alignas(64) float sums[kManyAtOnce * kStride];
     Factors f[kBlocks];
-    const int groups = w.group_size / kGroup;
+    const int pieces = w.group_size / kPiece;
     std::memset(sums, 0, size_t(t.count) * kStride * 4);
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
 #pragma GCC unroll 16
@@ -300,19 +343,22 @@ struct Panel {
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
       }
-      for (int s = 0; s * groups < kGroups; ++s) {
+      const Totals<kBlocks> merged(panels);
+      for (int p = 0; p < kPieces; p += pieces) {
         F scale[kBlocks][kStrips];
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[s][h];
-        multiply_all<kBlocks>(panels, s * groups, groups, t, kb, scale, sums, kStride);
+          for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[p / pieces][h];
+        multiply_all<kBlocks>(panels, merged, p, pieces, t, kb, scale, sums, kStride);
       }
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
-          multiply_all<1>(other, 0, kGroups, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
+          const Totals<1> pruned(other);
+          multiply_all<1>(other, pruned, 0, kPieces, t, kb, &f[b].pruned_unit, sums + b * kRows,
+                          kStride);
         }
     }
 #pragma GCC unroll 16

@@ -10,13 +10,16 @@
 namespace slab {
 namespace {
 
-// Brings the 16 inputs of a quad, [4 groups][4 inputs], into the order [4 inputs][4 groups].
+// Brings the 16 inputs of a quad, [4 groups][4 inputs], into the order [4 inputs][4 groups], with
+// 128 on each.
 inline void order_for_panels(int8_t* x) {
   const __m512i order =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  for (int half = 0; half < 2; ++half)
-    _mm512_storeu_si512(x + 64 * half,
-                        _mm512_shuffle_epi8(_mm512_loadu_si512(x + 64 * half), order));
+  const __m512i flip = _mm512_set1_epi8(-128);
+  for (int half = 0; half < 2; ++half) {
+    const __m512i turned = _mm512_shuffle_epi8(_mm512_loadu_si512(x + 64 * half), order);
+    _mm512_storeu_si512(x + 64 * half, _mm512_xor_si512(turned, flip));
+  }
 }
 // V of a quad in the order [4 inputs][groups 0 2 1 3]: the groups of even bytes and of odd ones.
 void quantise_v_for_quads(const CpuWeight& w, const Int8Tokens& t) {
@@ -26,7 +29,8 @@ void quantise_v_for_quads(const CpuWeight& w, const Int8Tokens& t) {
     std::memcpy(quad, t.v + at, 32);
     for (int k = 0; k < 4; ++k)
       for (int j = 0; j < 4; ++j) {
-        const int from = k % 2 * 2 + k / 2, group = j % 2 * 2 + j / 2;  // of 0 1 2 3: 0 2 1 3
+        const int from = k % 2 * 2 + k / 2,
+                  group = j % 2 * 2 + j / 2;  // of 0 1 2 3: 0 2 1 3
         t.v[at + 4 * k + j] = quad[4 * group + from];
       }
   }
@@ -62,8 +66,8 @@ constexpr Bytes kRoles = roles();
 template <ValueType kValues, int kPlanes, Entries kEntries, int kRank, class H>
 void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
                  const H (*a)[4][1], uint8_t* panel) {
-  const __m512i zero = _mm512_setzero_si512(), flip = _mm512_set1_epi8(-128);
-  const __m512i half_up = _mm512_set1_epi16(int16_t(0x8000 + kFraction / 2));
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i half_up = _mm512_set1_epi16(kFraction / 2);
   const int64_t stride = w.k_blocks * kInputs, rank = kRank ? kRank : w.rank;
   const int16_t* const v_block = t.v + kb * kInputs;
   const int group_size = w.group_size;
@@ -80,12 +84,8 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
       const auto is = [&](int bit) __attribute__((always_inline)) {
         return _mm512_test_epi8_mask(role, _mm512_set1_epi8(char(bit)));
       };
-      __m512i kept[2] = {flip, flip}, level[2];
-      if constexpr (kEntries == Entries::merged) {
-        row.kept_values(quad, kept);
-        kept[0] = _mm512_xor_si512(kept[0], flip);
-        kept[1] = _mm512_xor_si512(kept[1], flip);
-      }
+      __m512i kept[2] = {zero, zero}, level[2];
+      if constexpr (kEntries == Entries::merged) row.kept_values(quad, kept);
       __mmask64 second = 0, differs = 0;
       if constexpr (kPlanes == 1) second = row.negative(quad);
       if constexpr (kPlanes > 0) differs = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(8));
@@ -98,7 +98,7 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
         const __mmask64 is_first = k == 0   ? ~__mmask64(0)
                                    : k == 3 ? 0
                                             : is(k == 1 ? kPruned1 : kPruned2);
-        __m512i out = flip;
+        __m512i out = zero;
         if constexpr (kPlanes > 0) {
           const int16_t* const v = v_block + 16 * quad + 4 * k;
           __m512i even = zero, odd = zero;
@@ -117,7 +117,7 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
           const __m512i low = _mm512_srli_epi16(_mm512_add_epi16(even, half_up), 8);
           const __m512i high = _mm512_add_epi16(odd, half_up);
           out = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0xFF), low, high, 0xCA);
-          if constexpr (kPlanes == 1) {  // with 128 on it: -(n + 128) is 128 - n
+          if constexpr (kPlanes == 1) {
             const __mmask64 negative = second ^ (differs & is_first);
             out = _mm512_mask_sub_epi8(out, negative, zero, out);
           }

@@ -82,6 +82,11 @@ struct QuadRow {
   SLAB_INLINE __mmask64 negative(int quad) const {  // the sign of the second pruned position
     return _mm512_bitshuffle_epi64_mask(signs, load_bytes(kSignBits.quad[quad]));
   }
+  // Byte 3 - word: twice the number of a word's eight groups with a positive sign.
+  SLAB_INLINE __m512i positive_twos() const {
+    const __m512i positive = _mm512_xor_si512(signs, _mm512_set1_epi32(-1));
+    return _mm512_slli_epi32(_mm512_popcnt_epi8(positive), 1);
+  }
   SLAB_INLINE void kept_values(int quad, __m512i* out) const {
     if constexpr (kValues == kInt4) {  // times 16
       const __m512i word = _mm512_loadu_si512(values + 64 * quad), high = _mm512_set1_epi8(-16);

@@ -79,7 +79,8 @@ void read_factors(const Row& row, const Int8Tokens& t, int64_t rb, int64_t kb, F
     const float unit = size(f.unit[s]);
     const bool none = most == 0.0f;
     const bool fits = unit > 0x1p-100f && most <= unit * float(kMostUnits);
-    f.second = f.second || !(fits || none);
+    const bool padding = kb * kInputs + s * w.group_size >= w.in_features;
+    f.second = f.second || !(padding || fits || none);
     for (int64_t r = 0; r < w.rank; ++r) {
       const float product = u[r * kRows] * t.v_most[r * w.k_blocks + kb];
       const float each = level_unit(w.planes) * float(kFraction);
@@ -128,14 +129,19 @@ void build(const Row& row, const Int8Tokens& t, int64_t kb, Entries entries, con
   }
 }
 
-// sums += scale times step times the product of `count` inputs from `first` on, for all tokens.
-void multiply(const int8_t* panel, int first, int count, const Int8Tokens& t, int64_t block,
-              float scale, float* sums) {
+// sums += scale times the product of a piece of the inputs, for all tokens.
+void multiply(const int8_t* panel, int piece, const Int8Tokens& t, int64_t block, float scale,
+              float* sums) {
+  const int8_t* const row = panel + piece * kPiece;
+  int32_t weights = 0;  // their sum
+  for (int k = 0; k < kPiece; ++k) weights += row[k];
   for (int64_t i = 0; i < t.count; ++i) {
-    const int8_t* const x = t.x + (block * t.count + i) * kInputs + first;
-    int32_t total = 0;
-    for (int k = 0; k < count; ++k) total += int16_t(panel[first + k]) * int16_t(x[k]);
-    sums[i * kRows] += float(total) * (scale * t.step[block * t.count + i]);
+    const int64_t at = (block * t.count + i) * kPieces + piece;
+    const int8_t* const x = t.x + at * kPiece;
+    int32_t total = weights * int16_t(t.shift[at]);
+    for (int k = 0; k < kPiece; ++k) total += int16_t(row[k]) * int16_t(x[k]);
+    // In this order a scale times a step, which may overflow where the total is 0, is never formed.
+    sums[i * kRows] += float(total) * t.step[at] * scale;
   }
 }
 
@@ -157,17 +163,18 @@ void product(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_
         else
           read_units(row, f);
         build(row, t, kb, kMany ? Entries::merged : Entries::kept, f.merged, panel);
-        for (int s = 0; s < kInputs / w.group_size; ++s)
-          multiply(panel, s * w.group_size, w.group_size, t, kb, f.unit[s], to);
+        for (int p = 0; p < kPieces; ++p)
+          multiply(panel, p, t, kb, f.unit[p * kPiece / w.group_size], to);
         if (kMany && f.second) {
           build(row, t, kb, Entries::pruned, f.pruned, panel);
-          multiply(panel, 0, kInputs, t, kb, f.pruned_unit, to);
+          for (int p = 0; p < kPieces; ++p) multiply(panel, p, t, kb, f.pruned_unit, to);
         }
         if (kMany || !w.planes) continue;
         build(row, t, kb, Entries::levels, nullptr, panel);
         for (int64_t r = 0; r < w.rank; ++r)
-          multiply(panel, 0, kInputs, t, (1 + r) * w.k_blocks + kb,
-                   w.u[(rb * w.rank + r) * kRows + lane] * level_unit(w.planes), to);
+          for (int p = 0; p < kPieces; ++p)
+            multiply(panel, p, t, (1 + r) * w.k_blocks + kb,
+                     w.u[(rb * w.rank + r) * kRows + lane] * level_unit(w.planes), to);
       }
     end.finish(w, *end.tokens, rb, 0, t.count, sums, kRows);
   }

@@ -5,7 +5,8 @@
 // the second, in x plus 128. For x these are the kept positions, for x v_r the pruned ones, the
 // first of them negated where the code says so.
 //
-// The 128 of the tables is taken off again by the sum of the multipliers, which all tokens share.
+// The shift of a piece, less the 128 of the tables, meets the sum of the multipliers, which all
+// tokens share.
 #pragma once
 
 #include "int8_quad_panel.h"
@@ -38,7 +39,8 @@ constexpr Bytes kKeptSecond = table_order(1, 2, 3, 2, 3, 3);
 constexpr Bytes kPrunedFirst = table_order(2, 1, 1, 0, 0, 0);
 constexpr Bytes kPrunedSecond = table_order(3, 3, 2, 3, 2, 1);
 
-inline void write_tables(const int8_t* x, bool pruned, uint8_t* out) {
+// pairs: one table of 64 bytes a quad, whose entries are the sums of both positions.
+inline void write_tables(const int8_t* x, bool pruned, bool pairs, uint8_t* out) {
   const __m512i first = load_bytes(pruned ? kPrunedFirst : kKeptFirst),
                 second = load_bytes(pruned ? kPrunedSecond : kKeptSecond);
   const __mmask64 negated = pruned ? 0xFF00FF00FF00FF00ull : 0;
@@ -48,6 +50,11 @@ inline void write_tables(const int8_t* x, bool pruned, uint8_t* out) {
     const __m512i one = _mm512_shuffle_epi8(quad, first);
     const __m512i two = _mm512_shuffle_epi8(quad, second);
     const __m512i some = _mm512_mask_sub_epi8(one, negated, _mm512_setzero_si512(), one);
+    if (pairs) {
+      const __m512i sum = _mm512_add_epi8(some, two);
+      _mm512_storeu_si512(out + 64 * q, _mm512_xor_si512(sum, flip));
+      continue;
+    }
     _mm512_storeu_si512(out + 128 * q, _mm512_xor_si512(some, flip));
     _mm512_storeu_si512(out + 128 * q + 64, _mm512_xor_si512(two, flip));
   }
@@ -60,9 +67,14 @@ void quantise_for_quads(const CpuWeight& w, const Int8Tokens& t, const float* x,
   for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
     const int64_t at = (term * w.k_blocks + kb) * t.count + token;
     if (t.tables)
-      write_tables(t.x + at * kInputs, term > 0, t.tables + at * kTableBytes);
+      write_tables(t.x + at * kInputs, term > 0, term > 0 && w.planes == 1,
+                   t.tables + at * kTableBytes);
     else
       order_for_panels(t.x + at * kInputs);
+    for (int p = 0; p < kPieces; ++p) {
+      int32_t& shift = t.shift[at * kPieces + p];
+      shift = shift_word(shift - 128);
+    }
   }
 }
 
@@ -76,40 +88,59 @@ struct TableBlocks {
     const __m256i half = _mm256_loadu_si256((const __m256i*)at);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  static SLAB_INLINE __m512 add(__m512 y, __m512i sum, __m512i excess, __m512 scale, float step) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, excess)),
-                           _mm512_mul_ps(scale, _mm512_set1_ps(step)), y);
+  // y plus a step times the integers that a piece adds up to.
+  static SLAB_INLINE __m512 add(__m512 y, __m512i sum, float step) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(step), y);
+  }
+  // The sum with a shift, which meets the sum of what the integers were multiplied by.
+  static SLAB_INLINE __m512i shifted(__m512i sum, __m512i weights, int32_t shift) {
+    return _mm512_dpwssd_epi32(sum, weights, _mm512_set1_epi32(shift));
   }
 
   // sums[i][16 b + row] += the products of tokens [token, token + kTokens).
   static void multiply(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t token,
                        int64_t rank, float* sums) {
-    const __m512i excess = _mm512_set1_epi8(-128);  // 128, as a byte without a sign
-    __m512 y[kTokens][kBlocks];
+    const __m512i zero = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+    // In units of the scale and of u. These are sums of x's size: a scale times a step, which may
+    // overflow where the integers add up to 0, is never formed.
+    __m512 kept_of_x[kTokens][kBlocks], pruned_of_x[kTokens][kBlocks], y[kTokens][kBlocks];
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b) y[i][b] = _mm512_loadu_ps(sums + (i * kBlocks + b) * kRows);
-    const int scale_words = w.group_size / 32;
+      for (int b = 0; b < kBlocks; ++b) {
+        y[i][b] = _mm512_loadu_ps(sums + (i * kBlocks + b) * kRows);
+        kept_of_x[i][b] = pruned_of_x[i][b] = _mm512_setzero_ps();
+      }
+    const int scale_words = w.group_size / kPiece;
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       const int64_t at = kb * t.count + token, other = ((1 + rank) * w.k_blocks) * t.count + at;
       const uint8_t* const x_tables = t.tables + at * kTableBytes;
       const uint8_t* const v_tables = t.tables + other * kTableBytes;
       QuadRow<kValues, kPlanes> row[kBlocks];
-      __m512i kept[kTokens][kBlocks], pruned[kTokens][kBlocks];
-      __m512i kept_excess[kBlocks], pruned_excess[kBlocks];
+      __m512i positive[kBlocks];
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b) {
         const uint8_t* const block = w.stream + ((rb + b) * w.k_blocks + kb) * w.block_size;
         fetch(block + kAhead, w.block_size);
         row[b].open(block);
-        kept_excess[b] = pruned_excess[b] = _mm512_setzero_si512();
-#pragma GCC unroll 16
-        for (int i = 0; i < kTokens; ++i) kept[i][b] = pruned[i][b] = _mm512_setzero_si512();
+        if constexpr (kPlanes == 1) positive[b] = row[b].positive_twos();
       }
-      for (int word = 0; word < 4; ++word) {
+      for (int word = 0; word < kPieces; ++word) {
+        __m512i kept[kTokens][kBlocks], pruned[kTokens][kBlocks];
+        __m512i kept_weights[kBlocks], pruned_weights[kBlocks];
 #pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b) row[b].load_word(word);
+        for (int b = 0; b < kBlocks; ++b) {
+          row[b].load_word(word);
+          kept_weights[b] = pruned_weights[b] = zero;
+          __m512i start = zero;
+          // With one plane all that is multiplied is a sign, and the shift is -128: it makes 1024
+          // of a word without positive signs, and 256 less for each of them.
+          if constexpr (kPlanes == 1)
+            start = _mm512_dpbusd_epi32(_mm512_set1_epi32(1024), positive[b],
+                                        _mm512_set1_epi32(int(0x80000000u >> (8 * word))));
+#pragma GCC unroll 16
+          for (int i = 0; i < kTokens; ++i) kept[i][b] = zero, pruned[i][b] = start;
+        }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const int quad = 2 * word + half;
@@ -122,13 +153,13 @@ struct TableBlocks {
               row[b].kept_values(quad, by[b].kept);
 #pragma GCC unroll 16
               for (int p = 0; p < 2; ++p)
-                kept_excess[b] = _mm512_dpbusd_epi32(kept_excess[b], excess, by[b].kept[p]);
+                kept_weights[b] = _mm512_dpbusd_epi32(kept_weights[b], ones, by[b].kept[p]);
             }
             if constexpr (kPlanes > 0) row[b].levels_of(quad, by[b].pruned);
             if constexpr (kPlanes > 1)
 #pragma GCC unroll 16
               for (int p = 0; p < 2; ++p)
-                pruned_excess[b] = _mm512_dpbusd_epi32(pruned_excess[b], excess, by[b].pruned[p]);
+                pruned_weights[b] = _mm512_dpbusd_epi32(pruned_weights[b], ones, by[b].pruned[p]);
           }
 #pragma GCC unroll 8
           for (int i = 0; i < kTokens; ++i)
@@ -142,8 +173,9 @@ struct TableBlocks {
                   kept[i][b] = _mm512_dpbusd_epi32(kept[i][b], _mm512_permutexvar_epi8(index[b], x),
                                                    by[b].kept[p]);
               }
-              if constexpr (kPlanes > 0) {
-                const __m512i xv = _mm512_loadu_si512(v_tables + table);
+              if (kPlanes > 1 || (kPlanes == 1 && p == 0)) {
+                const __m512i xv = _mm512_loadu_si512(
+                    v_tables + (kPlanes == 1 ? i * kTableBytes + 64 * quad : table));
 #pragma GCC unroll 16
                 for (int b = 0; b < kBlocks; ++b)
                   pruned[i][b] = _mm512_dpbusd_epi32(
@@ -151,8 +183,26 @@ struct TableBlocks {
               }
             }
         }
+#pragma GCC unroll 16
+        for (int b = 0; b < kBlocks; ++b) {
+          if constexpr (kKept)
+#pragma GCC unroll 16
+            for (int i = 0; i < kTokens; ++i) {
+              const int64_t piece = (at + i) * kPieces + word;
+              const __m512i sum = shifted(kept[i][b], kept_weights[b], t.shift[piece]);
+              kept_of_x[i][b] = add(kept_of_x[i][b], sum, t.step[piece]);
+            }
+          if constexpr (kPlanes > 0)
+#pragma GCC unroll 16
+            for (int i = 0; i < kTokens; ++i) {
+              const int64_t piece = (other + i) * kPieces + word;
+              __m512i sum = pruned[i][b];
+              if constexpr (kPlanes > 1) sum = shifted(sum, pruned_weights[b], t.shift[piece]);
+              pruned_of_x[i][b] = add(pruned_of_x[i][b], sum, t.step[piece]);
+            }
+        }
         if constexpr (kKept)
-          if ((word + 1) % scale_words == 0)
+          if (((word + 1) & (scale_words - 1)) == 0)  // a power of two
 #pragma GCC unroll 16
             for (int b = 0; b < kBlocks; ++b) {
               const __m512 unit = _mm512_set1_ps(kValues == kInt4 ? 0.0625f : 1.0f);
@@ -160,28 +210,21 @@ struct TableBlocks {
               const __m512 scale = _mm512_mul_ps(bf16(scales), unit);
 #pragma GCC unroll 16
               for (int i = 0; i < kTokens; ++i) {
-                y[i][b] = add(y[i][b], kept[i][b], kept_excess[b], scale, t.step[at + i]);
-                kept[i][b] = _mm512_setzero_si512();
+                y[i][b] = _mm512_fmadd_ps(scale, kept_of_x[i][b], y[i][b]);
+                kept_of_x[i][b] = _mm512_setzero_ps();
               }
-              kept_excess[b] = _mm512_setzero_si512();
             }
       }
-      if constexpr (kPlanes > 0)
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b) {
-          if constexpr (kPlanes == 1) {  // 256 for a sum of two, less 512 where it is negative
-            const __m512i negative = _mm512_popcnt_epi32(row[b].signs);
-            pruned_excess[b] =
-                _mm512_sub_epi32(_mm512_set1_epi32(256 * kGroups), _mm512_slli_epi32(negative, 9));
-          }
-          const float* const u = w.u + ((rb + b) * w.rank + rank) * kRows;
-          const __m512 scale =
-              _mm512_mul_ps(_mm512_loadu_ps(u), _mm512_set1_ps(level_unit(kPlanes)));
-#pragma GCC unroll 16
-          for (int i = 0; i < kTokens; ++i)
-            y[i][b] = add(y[i][b], pruned[i][b], pruned_excess[b], scale, t.step[other + i]);
-        }
     }
+    if constexpr (kPlanes > 0)
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b) {
+        const float* const u = w.u + ((rb + b) * w.rank + rank) * kRows;
+        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(u), _mm512_set1_ps(level_unit(kPlanes)));
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i)
+          y[i][b] = _mm512_fmadd_ps(scale, pruned_of_x[i][b], y[i][b]);
+      }
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16

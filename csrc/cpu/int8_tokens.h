@@ -35,46 +35,62 @@ inline uint32_t largest_bits(const float* x, int n) {
 // The nearest integer, halves to even, of a number below 2^22.
 inline int32_t nearest(float x) { return int32_t(bits_of(x + 12582912.0f) - 0x4B400000u); }
 
-// What brings numbers up to `most` to integers up to `limit`, in two factors: the first keeps the
-// quotient finite where `most` is tiny, and is a power of two.
-struct Quotient {
-  float lift, factor;
-  Quotient(float most, float limit) {
-    lift = most < 0x1p-60f ? 0x1p100f : 1.0f;
-    factor = most > 0.0f ? limit / (most * lift) : 0.0f;
-  }
-};
+// A power of two that keeps quotients finite where `most`, the largest magnitude, is tiny.
+inline float lift_of(float most) { return most < 0x1p-60f ? 0x1p100f : 1.0f; }
 
-// One block of 128 numbers. Returns whether all are finite; if not, it becomes zeros.
-inline bool quantise_block(const float* x, int8_t* q, float* step, int32_t* excess) {
-  const uint32_t bits = largest_bits(x, kInputs);
-  const bool finite = bits < kInfinite;
-  const float most = finite ? float_of(bits) : 0.0f;
-  const Quotient by(most, 127.0f);
-  *step = most / 127.0f;
-  if (!finite) {
-    std::memset(q, 0, kInputs);
-    std::memset(excess, 0, 32);
+// A shift as `Int8Tokens` has it.
+constexpr int32_t shift_word(int32_t shift) { return shift & 0xFFFF; }
+
+// The largest sum of two magnitudes of a group.
+inline float largest_pair(const float* x) {
+  float most = 0.0f;
+  const auto size = [](float a) { return float_of(bits_of(a) & 0x7FFFFFFFu); };
+  const auto larger = [](float a, float b) { return a > b ? a : b; };
+  for (int i = 0; i < kPiece; i += kGroup) {
+    const float a = size(x[i]), b = size(x[i + 1]), c = size(x[i + 2]), d = size(x[i + 3]);
+    most = larger(most, larger(larger(a, b) + larger(c, d), larger(a + b, c + d)));
+  }
+  return most;
+}
+
+// What the integers of a piece cover: all between its smallest and its largest number, and 0; as
+// much on either side of 0; or so much that the sum of two integers of a group stays within 127.
+enum class Cover { range, symmetric, pairs };
+
+// One piece of 32 numbers. Returns whether all are finite, and the sums of `pairs` too; if not, it
+// becomes zeros.
+inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, int32_t* shift) {
+  uint32_t bits = largest_bits(x, kPiece);
+  if (cover == Cover::pairs && bits < kInfinite) bits = bits_of(largest_pair(x));
+  if (bits >= kInfinite) {
+    std::memset(q, 0, kPiece);
+    *step = 0.0f;
+    *shift = 0;
     return false;
   }
-  for (int part = 0; part < 4; ++part) {
-    int32_t total = 0;
-    for (int i = 32 * part; i < 32 * (part + 1); ++i) {
-      const int32_t n = nearest(x[i] * by.lift * by.factor);
-      q[i] = int8_t(n);
-      total += n;
-    }
-    excess[part] = -128 * total;
+  const float most = float_of(bits), lift = lift_of(most);
+  const bool range = cover == Cover::range;
+  float low = range ? 0.0f : -most, high = range ? 0.0f : most;
+  for (int i = 0; i < kPiece; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
   }
-  excess[4] = excess[0] + excess[1];
-  excess[5] = excess[2] + excess[3];
-  excess[6] = excess[4] + excess[5];
-  excess[7] = 0;
+  // The difference of two numbers may be too large for fp32, that of their halves is not. With an
+  // integer of 253 steps between them, rounding ends at 127 on either side.
+  const float half = high * lift * 0.5f - low * lift * 0.5f;
+  const float middle = high * lift * 0.5f + low * lift * 0.5f;
+  const float limit = range ? 126.5f : cover == Cover::symmetric ? 127.0f : 126.0f;
+  const float factor = half > 0.0f ? limit / half : 0.0f;
+  const int32_t centre = nearest(middle * factor);
+  *step = half / limit / lift;
+  *shift = shift_word(centre);
+  for (int i = 0; i < kPiece; ++i) q[i] = int8_t(nearest(x[i] * lift * factor) - centre);
   return true;
 }
 
 inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
                      int64_t token) {
+  const Cover cover = !term ? Cover::range : w.planes == 1 ? Cover::pairs : Cover::symmetric;
   bool finite = true;
   for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
     const int64_t at = (term * w.k_blocks + kb) * t.count + token;
@@ -85,7 +101,12 @@ inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, in
       for (int i = 0; i < kInputs; ++i) scaled[i] = from[i] * v[i];
       from = scaled;
     }
-    finite = quantise_block(from, t.x + at * kInputs, t.step + at, t.excess + 8 * at) && finite;
+    for (int p = 0; p < kPieces; ++p) {
+      const int64_t piece = at * kPieces + p;
+      finite = quantise_piece(from + p * kPiece, cover, t.x + piece * kPiece, t.step + piece,
+                              t.shift + piece) &&
+               finite;
+    }
   }
   t.finite[term * t.count + token] = finite;
 }
@@ -94,11 +115,11 @@ inline void quantise_v(const CpuWeight& w, const Int8Tokens& t) {
   for (int64_t at = 0; at < w.rank * w.k_blocks; ++at) {
     const float* const v = w.v + at * kInputs;
     const float most = float_of(largest_bits(v, kInputs));
-    const Quotient by(most, 32767.0f);
+    const float lift = lift_of(most), factor = most > 0.0f ? 32767.0f / (most * lift) : 0.0f;
     t.v_most[at] = most;
     for (int i = 0; i < kInputs; ++i) {
       const int place = (i & ~3) + (i % 4 % 2 * 2) + i % 4 / 2;  // of 0 1 2 3: 0 2 1 3
-      t.v[at * kInputs + place] = int16_t(nearest(v[i] * by.lift * by.factor));
+      t.v[at * kInputs + place] = int16_t(nearest(v[i] * lift * factor));
     }
   }
 }

@@ -1,42 +1,27 @@
 // int8 activations with AVX-512 VNNI, VBMI and BITALG: one zmm is a row block. vpdpbusd takes one
-// operand without a sign: the weight plus 128 in a panel, x plus 128 in a table.
+// operand without a sign: the integers of x plus 128, which their shifts take off again.
 #include "../int8.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
 #include <immintrin.h>
 
+#include "avx512.h"
 #include "int8_quad_panel.h"
 #include "int8_tables.h"
 
 namespace slab {
 namespace {
 
-struct Vnni {
-  static constexpr int kLanes = 16, kPanelTokens = 12, kPanelBlocks = 2;
-  static constexpr uint32_t kFlip = 0x80808080u;
+struct Vnni : Avx512 {
+  static constexpr int kPanelTokens = 6, kPanelBlocks = 2;
   static constexpr bool kQuads = true;
-  using F = __m512;
-  typedef uint32_t I __attribute__((vector_size(64)));
   typedef int32_t S __attribute__((vector_size(64)));
   typedef int16_t H __attribute__((vector_size(64)));
 
-  static SLAB_INLINE F zero() { return _mm512_setzero_ps(); }
-  static SLAB_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-  static SLAB_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static SLAB_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static SLAB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static SLAB_INLINE I load_words(const uint8_t* p) { return (I)_mm512_loadu_si512(p); }
-  template <ValueType kValues>
-  static SLAB_INLINE F load_values(const uint8_t* p) {
-    static_assert(kValues == kBf16);
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-  }
   static SLAB_INLINE bool all(S mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF; }
   static SLAB_INLINE I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
   static SLAB_INLINE F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 
-  static SLAB_INLINE I splat(const int32_t* p) { return (I)_mm512_set1_epi32(*p); }
   template <ValueType kValues, int kPlanes, Entries kEntries>
   static SLAB_INLINE void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
                                 const H (*a)[4][1], uint8_t* panel) {
@@ -45,10 +30,14 @@ struct Vnni {
     else
       build_quads<kValues, kPlanes, kEntries, 0>(w, t, rb, kb, a, panel);
   }
+  // A sum of 16 bits times a shift.
+  static SLAB_INLINE I shifted(I sum, const int32_t* shift) {
+    return (I)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi32(*shift));
+  }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
-    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, _mm512_set1_epi32(four));
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(four), (__m512i)weight);
   }
 };
 

@@ -68,6 +68,7 @@ class FusedSlabLinear(nn.Module):
         prefill: as `SlabLinear.prepare` takes it; one copy holds the rows of all parts. Default:
             what it was told last, or its parts were if they agree, else as there.
         activations: as there, with the same default; with int8 the parts share the integers of x.
+            It holds for calls of a part alone, too.
 
         Raises: as `SlabLinear.prepare`.
         """
@@ -88,7 +89,11 @@ class FusedSlabLinear(nn.Module):
         if activations not in (None, self._activations):
             keep_only(linears, dtype)  # the others were prepared for another mode
         self._prefill = prefill or self._prefill
-        self._activations = activations or self._activations
+        if activations:
+            self._activations = activations
+            for part in self._parts():  # so that a part called alone runs in this mode, too
+                if part._activations != activations:
+                    part._activations, part._linears = activations, {}
         return self
 
     @constant_in_traces

@@ -50,8 +50,9 @@ def prepare_opened(
         for layer in layers:
             layer._prefill = prefill
     if activations is not None:
-        for layer in layers:
-            layer._activations = activations
+        for module in model.modules():  # the parts of fused layers too, which may be called alone
+            if isinstance(module, FusedSlabLinear | SlabLinear):
+                module._activations = activations
     if prefill != "dense":
         layers = [layer for layer in layers if _place(layer).type == "cuda"]
     _prepare(layers, dtype, prefill, activations)

@@ -37,7 +37,7 @@ def environment(copy: Path) -> dict[str, str]:
 
 
 def is_native(fault: Fault) -> bool:
-    return fault.files.startswith("csrc/cpu")
+    return fault.files.startswith(("csrc/cpu", "csrc/int8"))
 
 
 def build(copy: Path) -> None:

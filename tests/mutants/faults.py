@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .cpu_exact import CPU_EXACT
 from .fault import Fault
+from .int8_activations import INT8_ACTIVATIONS
 from .many_tokens import MANY_TOKENS
 from .solver import SOLVER
 from .whole_model import WHOLE_MODEL
@@ -265,5 +266,6 @@ FAULTS = (
     ),
     *CPU_EXACT,
     *SOLVER,
+    *INT8_ACTIVATIONS,
     *WHOLE_MODEL,
 )  # fmt: skip

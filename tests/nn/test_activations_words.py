@@ -7,6 +7,7 @@ import torch
 
 from slab_kernels import FusedSlabLinear, SlabLinear
 from slab_kernels.format import PackedLayout
+from slab_kernels.nn import preparation
 from slab_kernels.testing import random_packed
 
 
@@ -33,3 +34,27 @@ def test_a_new_word_holds_for_every_dtype(fused, words):
     assert torch.equal(first(one(x)), wanted[0])
     one.prepare(activations=words[1])
     assert torch.equal(first(one(x)), wanted[1])
+
+
+def test_a_part_of_a_fused_layer_called_alone_runs_in_its_mode():
+    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    exact = layer(True)
+    alone = exact.prepare(activations="exact").parts[1](x)
+    rounded = layer(False).prepare(activations="int8")  # the first part's weight, by itself
+    if torch.equal(rounded(x), layer(False).prepare(activations="exact")(x)):
+        pytest.skip("no kernels with int8 activations run here")
+    fused = layer(True)
+    fused.parts[1](x)  # a part that was prepared by itself, before the word
+    fused.prepare(activations="int8")
+    together = fused(x)
+    assert torch.equal(fused.parts[0](x), rounded(x))
+    for part, y in zip(fused.parts, together, strict=True):
+        assert torch.equal(part(x), y)
+    fused.prepare(activations="exact")
+    assert torch.equal(fused.parts[1](x), alone)
+
+
+def test_parts_of_a_model_opened_in_a_mode_have_it_too():
+    model = torch.nn.Sequential(layer(True))
+    preparation.prepare_opened(model, torch.float32, None, "int8")
+    assert {part._activations for part in model[0].parts} == {"int8"}

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from slab_kernels.backends import factors
 from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 
-BLOCK = 128
+BLOCK, PIECE = 128, 32  # inputs of a block of the stream, and of those that share a step of x
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
 
@@ -71,37 +71,63 @@ def weight_of(packed: PackedWeight) -> Weight:
     )  # fmt: skip
 
 
-def to_integers(x: Tensor, most: Tensor, limit: float) -> Tensor:
-    """The nearest integers of x over `most`, times `limit`, in fp32 as the kernels have it."""
-    lift = torch.where(most < 2.0**-60, 2.0**100, 1.0)
-    # torch divides a number by a tensor in two roundings, a tensor by a tensor in one.
-    factor = torch.where(most > 0, torch.full_like(most, limit) / (most * lift), 0)
-    return (x * lift * factor).round().int()
+def lift_of(most: Tensor) -> Tensor:
+    """What keeps quotients by tiny numbers finite."""
+    return torch.where(most < 2.0**-60, 2.0**100, 1.0)
 
 
-def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., Kp] fp32 -> integers of that shape and steps [..., Kp / 128]."""
-    blocks = x.unflatten(-1, (-1, BLOCK))
-    most = blocks.abs().amax(-1, keepdim=True)
-    step = most / torch.full_like(most, 127.0)
-    return to_integers(blocks, most, 127.0).flatten(-2), step[..., 0]
+def over(limit: float, most: Tensor) -> Tensor:
+    """limit / most, 0 where that is 0. torch divides a number by a tensor in two roundings, a
+    tensor by a tensor in one."""
+    return torch.where(most > 0, torch.full_like(most, limit) / most, 0)
+
+
+def quantised(x: Tensor, cover: str) -> tuple[Tensor, Tensor]:
+    """[..., Kp] fp32 -> integers of that shape, whose shift is on them, and steps [..., Kp / 32].
+
+    cover: what the 255 integers of a piece lie over: its "range", with 0 in it; as much on either
+        side of 0, "symmetric"; or so much that two of a group add up to 127 at most, "pairs".
+    """
+    pieces = x.unflatten(-1, (-1, PIECE))
+    most = pieces.abs().amax(-1, keepdim=True)
+    if cover == "pairs":
+        a, b, c, d = pieces.abs().unflatten(-1, (-1, 4)).unbind(-1)
+        crossed = torch.maximum(a, b) + torch.maximum(c, d)
+        pairs = torch.maximum(crossed, torch.maximum(a + b, c + d))
+        most = pairs.amax(-1, keepdim=True)
+    lift = lift_of(most)
+    low, high = -most * lift, most * lift
+    if cover == "range":
+        low = pieces.amin(-1, True).clamp(max=0) * lift
+        high = pieces.amax(-1, True).clamp(min=0) * lift
+    limit = {"range": 126.5, "symmetric": 127.0, "pairs": 126.0}[cover]
+    half = high * 0.5 - low * 0.5
+    factor = over(limit, half)
+    step = half / torch.full_like(half, limit) / lift
+    centre = ((high * 0.5 + low * 0.5) * factor).round()
+    n = (pieces * lift * factor).round()
+    assert bool(((n - centre).abs() <= 127).all()), "what is stored has 8 bits"
+    if cover == "pairs":
+        two = n.abs().unflatten(-1, (-1, 4)).topk(2, -1).values.sum(-1)
+        assert bool((two <= 127).all()), "what a table holds has 8 bits"
+    return n.int().flatten(-2), step[..., 0]
 
 
 def spread(step: Tensor) -> Tensor:
-    """Steps of blocks at every input, fp64."""
-    return step.double().repeat_interleave(BLOCK, -1)
+    """Steps of pieces at every input, fp64."""
+    return step.double().repeat_interleave(PIECE, -1)
 
 
 def few(x: Tensor, w: Weight) -> Result:
     """Kept values times x and levels times x v, each with integers of its own."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x)
+    n, step = quantised(x, "range")
     S = w.q.double() * w.scale.double()
     y = (n.double() * spread(step)) @ S.T
     size = (n.double() * spread(step)).abs() @ S.abs().T
     bound = (spread(step) / 2) @ S.abs().T
     for u, v in zip(w.U.double().T, w.V.T, strict=True):
-        n, step = quantised(x * v)
+        n, step = quantised(x * v, "pairs" if w.unit == 1.0 else "symmetric")
         F = w.level.double() * w.unit * u[:, None]
         y = y + (n.double() * spread(step)) @ F.T
         size = size + (n.double() * spread(step)).abs() @ F.abs().T
@@ -119,7 +145,8 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
     most_level = {1: 1, 2: 3, 3: 7}[{1.0: 1, 0.5: 2, 0.25: 3}[w.unit]]
     V = w.V.T.unflatten(1, (-1, BLOCK))  # R, blocks, 128
     most_v = V.abs().amax(-1)
-    v = to_integers(V, most_v[..., None], 32767.0).flatten(1)  # R, Kp
+    lift = lift_of(most_v[..., None])
+    v = (V * lift * over(32767.0, most_v[..., None] * lift)).round().int().flatten(1)  # R, Kp
     at_inputs = most_v.repeat_interleave(BLOCK, 1)  # R, Kp
     most = torch.zeros_like(w.scale)
     for r in range(w.U.shape[1]):
@@ -139,13 +166,13 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
         integer = (w.level * total + 128) >> 8
     pruned = integer.double() * used.double()
     rounding = 0.5 + w.U.shape[1] * most_level * 1.6 / 256 + 1e-4
-    return kept + pruned, torch.where(w.level != 0, rounding * used.double(), 0)
+    return kept + pruned, torch.where(w.level != 0, rounding * used.double().abs(), 0)
 
 
 def many(x: Tensor, w: Weight, values: str) -> Result:
     """One int8 weight, or two where a row and block has two units."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x)
+    n, step = quantised(x, "range")
     W, error = panels(w, values)
     y = (n.double() * spread(step)) @ W.T
     size = (n.double() * spread(step)).abs() @ W.abs().T

@@ -162,6 +162,24 @@ def test_small_and_large_numbers(isa, way, size, M):
     assert bool(((y - exact).abs() <= 0.02 * magnitude).all())
 
 
+@pytest.mark.parametrize("values", ["int4", "int8"])
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("M", [1, 40])
+def test_a_scale_times_x_beyond_fp32(isa, way, values, planes, M):
+    """Finite where the exact product is: no kept value of the row meets the largest inputs."""
+    packed = random_packed(PackedLayout(40, 260, values, 32, rank=1, planes=planes))
+    scales, kept = packed.scales.clone(), packed.values.clone()
+    scales[3], kept[3] = 2.0**60, 0
+    second = kept.shape[1] * 128 // (32 * scales.shape[1])  # where those of the second block begin
+    scales[5], kept[5, second:] = -(2.0**60), 0
+    packed = dataclasses.replace(packed, scales=scales, values=kept)
+    x = torch.randn(M, 260, generator=torch.Generator().manual_seed(M))
+    x[:, 128:256] *= 2.0**75
+    y, exact = linear(x, packed), oracle(x, packed)[0]
+    assert bool(exact.abs().amax() < 2.0**127) and bool(y.isfinite().all())
+    check(y, emulated(way, x, packed), exact)
+
+
 def test_zeros_are_zero(isa, way):
     packed = random_packed(PackedLayout(20, 260, "int8", None, rank=2))
     for M in (1, 40):

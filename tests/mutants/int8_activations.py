@@ -1,0 +1,64 @@
+"""The faults in the CPU's products with int8 activations (csrc/int8*, csrc/cpu/int8_*).
+
+Most of them leave results plausible: a little less accurate, or wrong for some tokens only.
+"""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+INT8 = "tests/backends/cpu/test_cpu_int8.py"
+INTEGERS = (f"{INT8}::test_against_integers_and_fp64",)
+BEYOND = (f"{INT8}::test_a_sign_term_beyond_the_panel",)
+
+INT8_ACTIVATIONS = (
+    Fault(
+        "the step of a block's first piece for all of them",
+        "csrc/cpu/int8_scalar.cpp", "float(total) * t.step[at] * scale",
+        "float(total) * t.step[at - piece] * scale", INTEGERS,
+    ),
+    Fault(
+        "a shift that is left out",
+        "csrc/cpu/int8_scalar.cpp", "int32_t total = weights * int16_t(t.shift[at]);",
+        "int32_t total = 0;", INTEGERS,
+    ),
+    Fault(
+        "a scale times a step before the integers",
+        "csrc/cpu/int8_scalar.cpp", "float(total) * t.step[at] * scale",
+        "float(total) * (t.step[at] * scale)", (f"{INT8}::test_a_scale_times_x_beyond_fp32",),
+    ),
+    Fault(
+        "x v multiplied by the steps of x",
+        "csrc/cpu/int8_scalar.cpp", "multiply(panel, p, t, (1 + r) * w.k_blocks + kb,",
+        "multiply(panel, p, t, kb,", INTEGERS,
+    ),
+    Fault(
+        "pruned entries that saturate",
+        "csrc/cpu/int8_scalar.cpp", "unit > 0x1p-100f && most <= unit * float(kMostUnits)",
+        "unit > 0x1p-100f", BEYOND,
+    ),
+    Fault(
+        "a second panel that is not multiplied",
+        "csrc/cpu/int8_scalar.cpp", "if (kMany && f.second)", "if (kMany && false)", BEYOND,
+    ),
+    Fault(
+        "128 more on every integer of a table",
+        "csrc/cpu/int8_tables.h", "shift = shift_word(shift - 128);", "shift = shift_word(shift);",
+        INTEGERS,
+    ),
+    Fault(
+        "sums of two integers that leave 8 bits",
+        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;", INTEGERS,
+    ),
+    Fault(
+        "inputs behind the last one that are not 0",
+        "csrc/int8_linear.h", "k < padded; ++k) row.get()[k] = 0.0f;",
+        "k < padded; ++k) row.get()[k] = 9.0f;", INTEGERS,
+    ),
+    Fault(
+        "a token with NaN that stays with the integers",
+        "csrc/int8_bindings.cpp", "if (!linear.finite(w, i)) {",
+        "if (!linear.finite(w, i) && rank > 16) {",
+        (f"{INT8}::test_nan_and_infinity_reach_y_as_in_the_exact_product",),
+    ),
+)  # fmt: skip
