@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import activations as accuracy
 from ..backends import dense_copy, dispatch
 from ..backends.base import Backend, LinearProblem
 from ..errors import ArgumentError
@@ -295,15 +296,17 @@ def _dense(case: Case, facts: Row) -> Contestant:
 
 def _ours(case: Case, backend: Backend, packed: PackedWeight, facts: Row) -> Contestant:
     layout = packed.layout
-    told = dense_copy.named(case.prefill)
-    state = dense_copy.applied(
-        backend, backend.prepare(packed, case.kind), (packed,), case.kind, told
-    )
+    told, mode = dense_copy.named(case.prefill), accuracy.named(None)
+
+    def prepared() -> Any:
+        return backend.with_activations(backend.prepare(packed, case.kind), (packed,), mode)
+
+    state = dense_copy.applied(backend, prepared(), (packed,), case.kind, told)
     copy, size = backend.dense_bytes(state), size_of(state)
 
     def again() -> Any:
         # On a CPU a copy is prepared anew: `prepare` asks for huge pages, which a clone lacks.
-        return backend.prepare(packed, case.kind) if backend.name == "cpu" else copied(state)
+        return prepared() if backend.name == "cpu" else copied(state)
 
     copies = _Copies(state, again)
 
