@@ -5,9 +5,16 @@ Tests marked `gpu` run where there is a CUDA device and are reported as skipped 
 
 from __future__ import annotations
 
+import os
+
 import pairwise
 import pytest
 import torch
+
+# Tests compare layers with fp64 results and with each other. On a CPU products with int8
+# activations are the default; tests/backends/cpu/test_cpu_int8.py holds them to a bound of their
+# own.
+os.environ.setdefault("SLAB_KERNELS_CPU_ACTIVATIONS", "exact")
 
 # These take longest, so they begin first: then no worker is left with one of them at the end.
 LONGEST = (

@@ -1,8 +1,8 @@
 """How x enters a product on a CPU: a stated accuracy mode.
 
-exact   x as it is given, in sums of fp32; the default
+exact   x as it is given, in sums of fp32
 int8    x in pieces of 32 inputs, each as 8-bit integers with a step of their own, for int8, int4
-        and int3 values; weights with 16-bit values stay exact
+        and int3 values; weights with 16-bit values stay exact; the default
 
 The mode is of what a layer prepared, and changes no stored weight. docs/cpu.md states how far the
 results of int8 may be from exact ones.
@@ -16,15 +16,16 @@ import reprlib
 from ..errors import ArgumentError
 
 MODES = ("exact", "int8")
+DEFAULT = "int8"
 ENVIRONMENT = "SLAB_KERNELS_CPU_ACTIVATIONS"  # the word where no argument says one
 
 
 def named(activations: str | None) -> str:
-    """The word that holds: the argument, else the environment's, else "exact".
+    """The word that holds: the argument, else the environment's, else DEFAULT.
 
     Raises: ArgumentError for any other than MODES.
     """
-    told = activations if activations is not None else os.environ.get(ENVIRONMENT) or MODES[0]
+    told = activations if activations is not None else os.environ.get(ENVIRONMENT) or DEFAULT
     if not isinstance(told, str) or told not in MODES:
         origin = f" ({ENVIRONMENT} names it)" if activations is None else ""
         known = ", ".join(MODES)

@@ -37,7 +37,7 @@ VARIABLES = {
         "force the CPU kernels' instruction set: scalar, avx2, avx512 or avx512_bf16"
     ),
     "SLAB_KERNELS_CPU_ACTIVATIONS": (
-        "how x enters products on a CPU: exact, or int8 for integer values"
+        "how x enters products with integer values on a CPU: int8 (default) or exact"
     ),
     "SLAB_KERNELS_NATIVE": (
         "at installation: 0 never builds the native library, 1 fails if it cannot be built"

@@ -40,8 +40,8 @@ Prefill = Annotated[
 Activations = Annotated[
     str | None,
     typer.Option(
-        help="How x enters the products of packed linears on a CPU: exact, or int8, which is "
-        "faster for integer values and rounds x; default $SLAB_KERNELS_CPU_ACTIVATIONS or exact."
+        help="How x enters the products of packed linears on a CPU: int8, which is faster for "
+        "integer values and rounds x, or exact; default $SLAB_KERNELS_CPU_ACTIVATIONS or int8."
     ),
 ]
 Text = Annotated[

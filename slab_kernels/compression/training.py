@@ -80,6 +80,7 @@ class AdaptedLinear(nn.Module):
         layout = replace(packed.layout, adapter_rank=0, adapter_values=None)
         bare = replace(packed, layout=layout, P=None, Q=None)
         self.base = SlabLinear.from_packed(bare, linear.bias)
+        self.base._activations = "exact"  # gradients are those of the exact product
         self.P, self.Q = nn.Parameter(P.float()), nn.Parameter(Q.float())
         self.whole = packed
 

@@ -54,8 +54,8 @@ def load(
         prefill: "packed", "dense" or "auto": whether dense copies of the packed weights serve many
             tokens, for 16 bits per weight of GPU memory (`slab_kernels.prepare`). Default:
             SLAB_KERNELS_PREFILL, else "packed".
-        activations: "exact" or "int8": how x enters the products of packed layers on a CPU
-            (`SlabLinear.prepare`). Default: SLAB_KERNELS_CPU_ACTIVATIONS, else "exact".
+        activations: "int8" or "exact": how x enters the products of packed layers on a CPU
+            (`SlabLinear.prepare`). Default: SLAB_KERNELS_CPU_ACTIVATIONS, else "int8".
 
     Raises: CheckpointError, VersionError, ArchitectureError, DtypeError; nothing is used before it
         is checked. A packed weight that breaks the format is a FormatError and a CheckpointError at

@@ -120,10 +120,10 @@ class SlabLinear(nn.Module):
             free GPU memory free (backends/dense_copy.py). It also holds for whatever the layer
             prepares later by itself. Default: what it was told last, else SLAB_KERNELS_PREFILL,
             else "packed".
-        activations: on a CPU, whether x enters the product as it is, "exact", or as 8-bit
-            integers, "int8", which is faster for int8, int4 and int3 values and rounds x; 16-bit
-            values stay exact (backends/activations.py). It holds on as `prefill` does. Default:
-            what it was told last, else SLAB_KERNELS_CPU_ACTIVATIONS, else "exact".
+        activations: on a CPU, whether x enters the product as 8-bit integers, "int8", which is
+            faster for int8, int4 and int3 values and rounds x, or as it is, "exact"; 16-bit values
+            stay exact (backends/activations.py). It holds on as `prefill` does. Default:
+            what it was told last, else SLAB_KERNELS_CPU_ACTIVATIONS, else "int8".
 
         Raises: BackendError if a forced backend cannot run it, or keeps no dense copy that is
             wanted; RangeError for a weight that does not fit `dtype` then; ArgumentError for

@@ -335,6 +335,17 @@ def test_the_word_of_a_layer(monkeypatch, way):
     assert torch.equal(fresh(x), rounded)
 
 
+def test_the_default_is_int8(monkeypatch, way):
+    monkeypatch.delenv(accuracy.ENVIRONMENT, raising=False)
+    packed, x = random_packed(PackedLayout(40, 200, "int4", 32, rank=1)), torch.randn(3, 200)
+    layer = SlabLinear.from_packed(packed)
+    assert torch.equal(layer(x), linear(x, packed)) and "activations=int8" in repr(layer)
+    assert accuracy.named(None) == "int8" and "activations=int8" in cpu.BACKEND.describe(
+        LinearProblem(1, 64, 256, values="int4", group_size=32)
+    )
+    assert not torch.equal(layer.prepare(activations="exact")(x), linear(x, packed))
+
+
 @pytest.mark.parametrize("values", ["fp16", "bf16"])
 def test_16_bit_values_stay_exact(values):
     packed = random_packed(PackedLayout(40, 200, values, rank=1))
@@ -351,6 +362,7 @@ def test_16_bit_values_stay_exact(values):
 
 def test_what_explain_says(monkeypatch):
     problem = LinearProblem(1, 64, 256, values="int4", group_size=32)
+    monkeypatch.setenv(accuracy.ENVIRONMENT, "exact")
     assert "activations=exact" in cpu.BACKEND.describe(problem)
     monkeypatch.setenv(accuracy.ENVIRONMENT, "int8")
     for name in ("few", "many"):
