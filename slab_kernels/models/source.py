@@ -378,4 +378,6 @@ def open_source(
         )
     source = FolderSource(folder, hub.trust_remote_code)
     source.origin = hub.origin(model_or_path, folder)
+    if source.origin:  # the folder of a snapshot is called by its commit
+        source.name = str(model_or_path).rpartition("/")[2]
     return source

@@ -112,6 +112,8 @@ class RowReader:
         if field not in row:
             raise CalibrationError(f"{where} has no field {field!r}; it has {_names(row)}")
         value = row[field]
+        if str(getattr(value, "dtype", "")) == "object":  # NumPy's array of a chat's messages
+            value = value.tolist()
         if isinstance(value, str):
             return Part(TEXTS, value, field)
         if is_chat(value):

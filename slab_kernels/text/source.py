@@ -208,6 +208,7 @@ def read_windows(
 
 def _held(source: Any, reader: RowReader) -> Iterator[Part]:
     """The parts of what is in memory. Raises: CalibrationError."""
+    _refuse_tables(source, reader.name)
     first = source[0] if isinstance(source, list | tuple) and source else source
     if holds_ids(source) and not (reader.field is not None and isinstance(first, Mapping)):
         yield reader.ids(source, "")
@@ -219,6 +220,21 @@ def _held(source: Any, reader: RowReader) -> Iterator[Part]:
         kind = "list" if isinstance(source, list | tuple) else type(source).__name__
         for number, entry in enumerate(_entries(source), 1):
             yield from _entry(entry, f"entry {number} of the given {kind}", reader)
+
+
+def _refuse_tables(source: Any, name: str) -> None:
+    """Raises: CalibrationError for what holds rows and does not give them, with how it does."""
+    if hasattr(source, "columns") and hasattr(source, "to_dict"):
+        raise CalibrationError(
+            f"{name}= is a {type(source).__name__}; give its rows, as in {name}="
+            "frame.to_dict('records')"
+        )
+    splits = isinstance(source, Mapping) and bool(source)
+    if splits and all(hasattr(split, "column_names") for split in source.values()):
+        raise CalibrationError(
+            f"{name}= holds the splits {', '.join(map(str, source))}; give one of them, as in "
+            f"{name}=data[{next(iter(source))!r}]"
+        )
 
 
 def _entries(source: Any) -> Iterator[Any]:

@@ -83,6 +83,7 @@ def test_a_revision_and_a_subfolder_are_found(cache):
         "wide",
     )
     source = open_source(NAME, HubArguments("v2"))
+    assert source.name == "small"
     assert "lm_head.weight" in source.names and "lm_head.weight" not in open_source(NAME).names
     assert source.origin == {
         "name": NAME,

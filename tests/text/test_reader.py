@@ -305,6 +305,30 @@ def test_a_parquet_file_needs_pyarrow(tmp_path, monkeypatch):
         read_text(tmp_path / "a.parquet")
 
 
+class _Frame:
+    """What pandas and polars have in common."""
+
+    columns = ("text",)
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def to_dict(self, orient):
+        return [{"text": "a row"}]
+
+
+def test_tables_that_do_not_give_rows_are_refused_with_what_gives_them():
+    with pytest.raises(CalibrationError, match=r"is a _Frame; give its rows, as in .*'records'"):
+        read_text(_Frame())
+    split = types.SimpleNamespace(column_names=["text"])
+    with pytest.raises(CalibrationError, match=r"splits train, test; give one .*=data\['train'\]"):
+        read_text({"train": split, "test": split})
+
+
 def test_numpy_takes_part():
+    talk = numpy.array(CHAT, dtype=object)
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = "{{ messages[1].content }}"
+    assert read_text([{"talk": talk}], field="talk", tokenizer=tokenizer) == "Hello"
     ids = numpy.random.default_rng(0).integers(3, 90, (3, 8), dtype="uint8")
     assert torch.equal(torch.stack(windows_of(ids)[0].rows), torch.from_numpy(ids).long())
