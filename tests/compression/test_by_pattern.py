@@ -17,6 +17,13 @@ from slab_kernels.errors import ArgumentError, BudgetError, FormatError, MethodE
 QUICK = dict(calibration=tiny_models.tokens(3, 16), progress=False, rounds=0)
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_models.write(folder)
+    return folder
+
+
 def layers(record) -> dict[str, tuple]:
     return {n.name: (n.values, n.planes, n.rank, n.adapter_rank) for n in record.layers}
 
@@ -65,15 +72,14 @@ def test_layers_are_stored_as_their_pattern_says(tmp_path):
     assert layers(again) == layers(record)
 
 
-def test_the_command_line_and_transformers_take_them(tmp_path, capsys):
+def test_the_command_line_and_transformers_take_them(dense, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    tiny_models.write(tmp_path / "m")
     (tmp_path / "t.txt").write_text(tiny_models.text(90))
     read = ["--calibration", str(tmp_path / "t.txt"), "--samples", "2", "--window", "16"]
     command = [
         "compress",
-        str(tmp_path / "m"),
+        str(dense),
         str(tmp_path / "out"),
         *read,
         "--option",
@@ -90,7 +96,7 @@ def test_the_command_line_and_transformers_take_them(tmp_path, capsys):
     config = slab_kernels.SlabConfig(
         values="int4", settings_by_pattern={"down": {"values": "int8"}}, **QUICK
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
     found = {n: m.layout.values for n, m in model.named_modules() if hasattr(m, "layout")}
     assert {v for n, v in found.items() if "down" in n} == {"int8"} and "int4" in found.values()
 
@@ -113,10 +119,9 @@ def test_the_command_line_and_transformers_take_them(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_said_before_anything_is_written(given, error, message, tmp_path):
-    tiny_models.write(tmp_path / "m")
+def test_what_cannot_be_is_said_before_anything_is_written(given, error, message, dense, tmp_path):
     with pytest.raises(error, match=message):
-        compress(tmp_path / "m", tmp_path / "out", **QUICK, settings_by_pattern=given)
+        compress(dense, tmp_path / "out", **QUICK, settings_by_pattern=given)
     assert not (tmp_path / "out").exists()
 
 
@@ -133,9 +138,8 @@ def test_what_cannot_be_is_said_before_anything_is_written(given, error, message
         ("absent:values=int8", "--set: 'absent' matches none of the 14 layers"),
     ],
 )
-def test_the_command_line_says_what_is_wrong_with_an_entry(entry, message, tmp_path, capsys):
-    tiny_models.write(tmp_path / "m")
-    assert cli.run(["compress", str(tmp_path / "m"), str(tmp_path / "out"), "--set", entry]) == 2
+def test_the_command_line_says_what_is_wrong_with_an_entry(entry, message, dense, tmp_path, capsys):
+    assert cli.run(["compress", str(dense), str(tmp_path / "out"), "--set", entry]) == 2
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
