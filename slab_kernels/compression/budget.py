@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import BudgetError
 from ..methods import LayerSettings
 from ..methods.inputs import InputStats
-from ..models.blocks import TOKENS_PER_BATCH, find_blocks
+from ..models.blocks import batches, find_blocks
 from ..models.groups import find_groups
 from ..models.passes import Passes, Room
 from ..models.streams import catch_stream
@@ -295,7 +295,7 @@ def _hull(options: list[Choice]) -> list[Choice]:
 def _log_probabilities(model: nn.Module, tokens: Windows) -> Iterator[Tensor]:
     """[samples, window, vocabulary] fp32 for each batch of windows."""
     device = next(model.parameters()).device
-    for batch in tokens.batches(TOKENS_PER_BATCH):
+    for batch in batches(tokens):
         yield model(input_ids=batch.to(device), use_cache=False).logits.float().log_softmax(-1)
 
 

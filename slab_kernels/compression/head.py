@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, FormatError
 from ..format import Decomposition, PackedLayout, PackedWeight, pack
 from ..methods import LayerSettings
-from ..models.blocks import TOKENS_PER_BATCH
+from ..models.blocks import batches
 from ..models.endings import Ending, Tail
 from .calibration import Tokens
 from .job import Job
@@ -105,7 +105,7 @@ class HeadWork:
             if stream is None or windows is None:
                 continue
             if not any(stream.calls is calls for calls in led):
-                stream.follow([(batch,) for batch in windows.batches(TOKENS_PER_BATCH)])
+                stream.follow([(batch,) for batch in batches(windows)])
                 led.append(stream.calls)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ArchitectureError, CalibrationError, SlabError
 from ..terminal import first_line
 from ..text.windows import Windows
-from .blocks import TOKENS_PER_BATCH
+from .blocks import batches
 from .weight_reads import WeightRead, without_weight
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _run_model(model: PreTrainedModel, tokens: Windows, recorder: _Recorder) -> 
     hook = None if head is None else head.register_forward_pre_hook(refuse_head)
     try:
         with torch.no_grad(), _replaced_forwards(recorder):
-            for batch in tokens.batches(TOKENS_PER_BATCH):
+            for batch in batches(tokens):
                 try:
                     with one_sentence(model):
                         model(input_ids=batch.to(stream.device), use_cache=False)
