@@ -145,11 +145,12 @@ def held_out(args: argparse.Namespace) -> tuple[Any, str]:
     """The tokenizer, and the first `eval_tokens` of the text to measure on."""
     from transformers import AutoTokenizer
 
-    from slab_kernels.text import source
+    from slab_kernels.text import source, windows
+    from slab_kernels.text.tokenizer import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(args.source)
-    content = source.read_text(args.text, args.eval_tokens * source.CHARACTERS_PER_TOKEN)
-    return tokenizer, tokenizer.decode(source.tokenize(tokenizer, content)[: args.eval_tokens])
+    content = source.read_text(args.text, args.eval_tokens * windows.CHARACTERS_PER_TOKEN)
+    return tokenizer, tokenizer.decode(tokenize(tokenizer, content)[: args.eval_tokens])
 
 
 def commit() -> str | None:

@@ -31,7 +31,8 @@ from transformers import AutoTokenizer
 import slab_kernels
 from slab_kernels.bench import machine
 from slab_kernels.paths import expanded
-from slab_kernels.text import source as text
+from slab_kernels.text.source import read_text
+from slab_kernels.text.tokenizer import tokenize
 
 PROMPTS, PORT, START_SECONDS, ANSWER_SECONDS = 32, 8765, 300, 120
 
@@ -204,7 +205,7 @@ def main() -> int:
     parser.add_argument("--out", type=expanded, help="JSON to write")
     args, arguments = parser.parse_known_args()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    ids = text.tokenize(tokenizer, text.read_text("stdlib:heldout", 40_000))
+    ids = tokenize(tokenizer, read_text("stdlib:heldout", 40_000))
     prompts = [list(ids[200 * i : 200 * i + 5 + 3 * (i % 20)]) for i in range(PROMPTS)]
     prompts = [[int(token) for token in prompt] for prompt in prompts]
     answers = right_answers(args.folder, prompts, args.length, getattr(torch, args.dtype))

@@ -146,6 +146,8 @@ def dense_row(args: argparse.Namespace) -> tuple[Dense, dict[str, Any]]:
     from slab_kernels.models.source import open_source
     from slab_kernels.models.totals import read_totals
     from slab_kernels.text import source as texts
+    from slab_kernels.text import windows
+    from slab_kernels.text.tokenizer import tokenize
 
     device = resolve_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else None  # half precision is slower on a CPU
@@ -155,8 +157,8 @@ def dense_row(args: argparse.Namespace) -> tuple[Dense, dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").to(device).eval()
     positions = getattr(model.config, "max_position_embeddings", None) or args.window
     args.window = min(args.window, positions)
-    text = texts.read_text(args.text, args.eval_tokens * texts.CHARACTERS_PER_TOKEN)
-    text = tokenizer.decode(texts.tokenize(tokenizer, text)[: args.eval_tokens])
+    text = texts.read_text(args.text, args.eval_tokens * windows.CHARACTERS_PER_TOKEN)
+    text = tokenizer.decode(tokenize(tokenizer, text)[: args.eval_tokens])
     seen = inspect(folder)
     row = {
         "method": "dense",

@@ -11,7 +11,7 @@ from ..paths import expanded
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .meanings import method_options, stored_group, torch_dtype
+from .meanings import method_options, settings_by_pattern, stored_group, torch_dtype
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def compress(
     match: options.Match = 0,
     bits: options.Bits = None,
     calibration: options.Text = "stdlib",
+    field: options.Field = None,
     heldout: options.Heldout = None,
     samples: options.Samples = 128,
     window: options.Window = 2048,
@@ -43,7 +44,11 @@ def compress(
     resume: options.ResumeInOut = False,
     skip: options.Skip = None,
     permute: options.Permute = False,
+    set_: options.SetByPattern = None,
     option: options.MethodOption = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
 ) -> Outcome:
@@ -76,14 +81,19 @@ def compress(
             bits=bits,
             calibration=calibration,
             heldout=heldout,
+            field=field,
             samples=samples,
             window=window,
             skip=skip,
             permute=permute,
+            settings_by_pattern=settings_by_pattern(set_ or []),
             device=device,
             seed=seed,
             resume=resume,
             progress=True if sys.stderr.isatty() else Lines(console.say),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
             trust_remote_code=trust_remote_code,
             **settings,
         )
@@ -116,6 +126,7 @@ def train(
     folder: options.Packed,
     out: options.Out,
     text: options.Text = "stdlib",
+    field: options.Field = None,
     steps: options.Steps = 200,
     batch: options.Batch = 8,
     window: options.Window = 512,
@@ -125,6 +136,9 @@ def train(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     resume: options.Resume = False,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
 ) -> Outcome:
@@ -148,6 +162,10 @@ def train(
             resume=resume,
             say=progress.say,
             progress=progress,
+            field=field,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
             trust_remote_code=trust_remote_code,
         )
 
@@ -165,6 +183,9 @@ def decompress(
     folder: options.Packed,
     out: options.Out,
     dtype: options.DenseDtype = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -179,6 +200,9 @@ def decompress(
             out,
             dtype=torch_dtype(dtype) if dtype else None,
             verify=not no_verify,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -236,8 +236,12 @@ WORDS = {
     "head=True": "--head",
     "head=False": "--no-head",
     "permute=True": "--permute",
+    "settings_by_pattern": "--set",
 }
-TEXTS = "skip device calibration window values group_size preset embeddings method pattern".split()
+TEXTS = (
+    "skip device calibration field revision subfolder window values group_size preset embeddings "
+    "method pattern"
+).split()
 NUMBERS = "rank planes adapter_rank group_size bits samples window".split()
 
 

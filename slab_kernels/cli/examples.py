@@ -7,6 +7,9 @@ EXAMPLES = {
         "slab-kernels compress meta-llama/Llama-3.2-1B llama-slab",
         "slab-kernels compress ./model ./out --preset small --adapter-rank 16",
         "slab-kernels compress ./model ./out --bits 4.5 --calibration my.txt",
+        "slab-kernels compress ./model ./out --calibration my.jsonl --field chat",
+        "slab-kernels compress ./model ./out --set 'down_proj:values=int8,planes=1'",
+        "slab-kernels compress someone/model ./out --revision v2 --subfolder fp16",
     ),
     "eval": (
         "slab-kernels eval ./out --text wiki.txt --window 2048",

@@ -10,12 +10,13 @@ import typer
 from ..errors import ArgumentError
 from . import console, options
 from .console import Outcome
-from .opening import Opened, Opening, open_model
+from .opening import Opened, Opening, of_against, open_model
 from .progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..models.hub import HubArguments
     from ..models.source import FolderSource
 
 BATCH = 8  # texts that are generated together, where nothing else is said
@@ -27,6 +28,8 @@ def generate(
     chat: options.Chat = False,
     tokens: options.NewTokens = 64,
     against: options.Beside = None,
+    against_revision: options.AgainstRevision = None,
+    against_subfolder: options.AgainstSubfolder = None,
     batch: options.Together = None,
     temperature: options.Temperature = 0.0,
     seed: options.DrawSeed = 0,
@@ -35,6 +38,9 @@ def generate(
     backend: options.Backend = None,
     prefill: options.Prefill = None,
     activations: options.Activations = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -42,12 +48,15 @@ def generate(
     """Continue a prompt from packed weights, or answer it as a chat model; beside the dense model,
     with the speed of both."""
     from ..evaluate.generation import continuation
+    from ..models.hub import HubArguments
 
-    how = Opening(device, dtype, backend, prefill, activations, trust_remote_code, no_verify)
+    hub = HubArguments(revision, subfolder, token, trust_remote_code)
+    beside = of_against(hub, against, against_revision, against_subfolder)
+    how = Opening(device, dtype, backend, prefill, activations, hub, no_verify)
     if against is not None:
         if temperature:
             raise typer.BadParameter("--against compares greedy texts; leave --temperature out")
-        return _Beside(prompt, chat, tokens, batch or BATCH, how).compare(folder, against)
+        return _Beside(prompt, chat, tokens, batch or BATCH, how, beside).compare(folder, against)
     if batch is not None:
         raise typer.BadParameter("--batch is for --against, which is not given")
     with Progress("generate", "steps"):
@@ -84,12 +93,15 @@ def _given(opened: Opened, prompt: str, chat: bool) -> str | Tensor:
 class _Beside:
     """Two models that answer the same prompt one after the other: one at a time is in memory."""
 
-    def __init__(self, prompt: str, chat: bool, tokens: int, batch: int, how: Opening):
+    def __init__(
+        self, prompt: str, chat: bool, tokens: int, batch: int, how: Opening, hub: HubArguments
+    ):
         if tokens < 3:
             raise typer.BadParameter(
                 f"--tokens {tokens}: --against times decoding, which needs 3 new tokens at least"
             )
         self.prompt, self.chat, self.tokens, self.how = prompt, chat, tokens, how
+        self.beside = how._replace(hub=hub)
         self.batches = sorted({1, batch})
         self.runs = 2 * (1 + len(self.batches))
 
@@ -99,7 +111,7 @@ class _Beside:
 
         with Progress("generate", "runs") as progress:
             # What is no dense model is refused here.
-            source = open_source(against, self.how.trust_remote_code)
+            source = open_source(against, self.beside.hub)
             opened = open_model(folder, self.how)
             self._check_same(opened, source)
             totals = [opened.totals]
@@ -107,7 +119,7 @@ class _Beside:
             facts = opened.facts
             del opened
             gc.collect()
-            other = open_model(against, self.how)
+            other = open_model(against, self.beside)
             totals.insert(0, other.totals)
             dense = self._row(other, progress, self.runs // 2)
         data = facts | {

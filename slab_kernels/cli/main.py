@@ -54,6 +54,7 @@ MEASURING = (
     "generate",
     "bench",
 )  # commands whose JSON says when and how it was made
+TOKEN = "--token"  # the option whose value nobody is shown
 
 
 def main() -> None:
@@ -81,9 +82,18 @@ def _run(arguments: list[str], began: float) -> dict[str, Any]:
     """When and by which command something was measured, and how long it took."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
-        "command": shlex.join(["slab-kernels", *arguments]),
+        "command": shlex.join(["slab-kernels", *without_token(arguments)]),
         "seconds": time.monotonic() - began,
     }
+
+
+def without_token(arguments: list[str]) -> list[str]:
+    """A command line as it may be shown: with three stars for the value of --token."""
+    shown = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        hidden = "***" if before == TOKEN else word
+        shown.append(f"{TOKEN}=***" if word.startswith(f"{TOKEN}=") else hidden)
+    return shown
 
 
 def _show_version(wanted: bool) -> None:

@@ -75,6 +75,29 @@ def method_options(options: list[str]) -> dict[str, Any]:
     return parsed
 
 
+def settings_by_pattern(entries: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """What `compress` calls so, from "pattern:name=value,name=value" each.
+
+    What follows the last colon are settings.
+
+    Raises: typer.BadParameter for an entry of another form.
+    """
+    found = []
+    for entry in entries:
+        pattern, _, listed = entry.rpartition(":")
+        parts = [part.partition("=") for part in listed.split(",")]
+        if not pattern or not all(name.isidentifier() and value for name, _, value in parts):
+            raise typer.BadParameter(
+                f"--set {entry} must be PATTERN:NAME=VALUE, for example --set "
+                "'mlp.down_proj:values=int8,planes=1'"
+            )
+        settings = {name: _plain_value(value) for name, _, value in parts}
+        if settings.get("group_size") == 0:  # one scale per row, as --group-size has it
+            settings["group_size"] = None
+        found.append((pattern, settings))
+    return found
+
+
 def _plain_value(text: str) -> Any:
     for kind in (int, float):
         try:

@@ -10,16 +10,19 @@ import typer
 from . import console, options
 from .console import Outcome
 from .layers import show_layers
-from .opening import Opened, Opening, open_model
+from .opening import Opened, Opening, of_against, open_model
 from .progress import Progress
 
 
 def evaluate(
     folder: options.Folder,
     text: options.Text = "stdlib:heldout",
+    field: options.Field = None,
     window: options.EvalWindow = None,
     max_tokens: options.MaxTokens = 0,
     against: options.Against = None,
+    against_revision: options.AgainstRevision = None,
+    against_subfolder: options.AgainstSubfolder = None,
     tasks: options.Tasks = None,
     task_files: options.TaskFiles = None,
     limit: options.Limit = None,
@@ -28,6 +31,9 @@ def evaluate(
     backend: options.Backend = None,
     prefill: options.Prefill = None,
     activations: options.Activations = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
     trust_remote_code: options.Trust = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
@@ -36,24 +42,29 @@ def evaluate(
     model's predictions, or its scores in tasks of lm-eval."""
     from ..evaluate.against import compare
     from ..evaluate.perplexity import perplexity
+    from ..models.hub import HubArguments
     from ..models.source import open_source
-    from ..text import source as texts
+    from ..text.source import read_text
+    from ..text.tokenizer import tokenize
+    from ..text.windows import CHARACTERS_PER_TOKEN
 
     if tasks is None and (task_files is not None or limit is not None):
         raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
     if tasks is not None and against is not None:
         raise typer.BadParameter("--against compares on a text, and --tasks takes none; give one")
+    hub = HubArguments(revision, subfolder, token, trust_remote_code)
+    beside = of_against(hub, against, against_revision, against_subfolder)
     with Progress("eval", "windows" if against is None else "steps") as progress:
         # What cannot be the dense model is refused before anything is opened.
-        dense = None if against is None else open_source(against, trust_remote_code)
-        how = Opening(device, dtype, backend, prefill, activations, trust_remote_code, no_verify)
+        dense = None if against is None else open_source(against, beside)
+        how = Opening(device, dtype, backend, prefill, activations, hub, no_verify)
         opened = open_model(folder, how)
         if tasks is not None:
             return _tasks(opened, tasks, task_files, limit)
-        content = texts.read_text(text, tokenizer=opened.tokenizer)
+        content = read_text(text, tokenizer=opened.tokenizer, field=field)
         if max_tokens > 0:
-            content = content[: max_tokens * texts.CHARACTERS_PER_TOKEN]
-            tokens = texts.tokenize(opened.tokenizer, content)[:max_tokens]
+            content = content[: max_tokens * CHARACTERS_PER_TOKEN]
+            tokens = tokenize(opened.tokenizer, content)[:max_tokens]
             content = opened.tokenizer.decode(tokens)
         given = (opened.tokenizer, content, window, progress)
         if dense is None:
@@ -107,15 +118,23 @@ def _tasks(opened: Opened, tasks: str, task_files: Path | None, limit: int | Non
     return Outcome(opened.facts | {"tasks": found}, show)
 
 
-def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
+def inspect(
+    folder: options.Folder,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
+    json: options.Json = False,
+) -> Outcome:
     """Every layer: shape, method, pattern, rank, error, and bits per weight from the bytes on
     disk; what the whole folder stores."""
     from ..evaluate.inspect import inspect
     from ..format import Padding
+    from ..models.folder import hub_folder
+    from ..models.hub import HubArguments
     from ..models.totals import read_totals
-    from ..paths import expanded
 
-    data, totals = inspect(folder), read_totals(expanded(folder))
+    path = hub_folder(folder, HubArguments(revision, subfolder, token))
+    data, totals = inspect(path) | {"folder": folder}, read_totals(path)
 
     def show() -> None:
         preset = f", preset {data['preset']}" if data["preset"] else ""
@@ -139,13 +158,18 @@ def inspect(folder: options.Folder, json: options.Json = False) -> Outcome:
 
 
 def check(
-    folder: options.Packed, trust_remote_code: options.Trust = False, json: options.Json = False
+    folder: options.Packed,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    token: options.Token = None,
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
 ) -> Outcome:
     """Whether the transformers installed here opens a packed folder with the weights in it, and not
     with random ones."""
     from ..engines.transformers import compare
 
-    data = compare(folder, trust_remote_code)
+    data = compare(folder, trust_remote_code, revision, subfolder, token)
 
     def show() -> None:
         print(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
 
 from .meanings import torch_dtype
 
 if TYPE_CHECKING:
+    from ..models.hub import HubArguments
     from ..models.totals import Totals
 
 
@@ -21,14 +25,17 @@ class Opened(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """How a command opens a folder: its options of the same names (`cli.options`)."""
+    """How a command opens a folder: its options of the same names (`cli.options`).
+
+    hub: those that say where the model is found.
+    """
 
     device: str
     dtype: str | None
     backend: str | None
     prefill: str | None
     activations: str | None
-    trust_remote_code: bool
+    hub: HubArguments
     no_verify: bool
 
 
@@ -43,21 +50,21 @@ def open_model(folder: str, how: Opening) -> Opened:
     from ..models.source import open_source
     from ..models.totals import read_totals
     from ..nn.preparation import dense_copy_bytes
-    from ..text.source import open_tokenizer
+    from ..text.tokenizer import open_tokenizer
 
     _force(how.backend)
     skip_checksums(how.no_verify)
-    where, trust = resolve_device(how.device), how.trust_remote_code
+    where, trust = resolve_device(how.device), how.hub.trust_remote_code
     kind = torch.float32 if where.type == "cpu" else None
     if how.dtype is not None:
         kind = torch_dtype(how.dtype)
-    path = hub_folder(folder)
+    path = hub_folder(folder, how.hub)
     seen, totals = inspect(path), read_totals(path)
     if seen["stored"] == "packed":
         words: dict[str, Any] = {"prefill": how.prefill, "activations": how.activations}
         model = load(path, device=where, dtype=kind, trust_remote_code=trust, **words)
     else:
-        model = open_source(path, trust).open_dense().to(device=where, dtype=kind)
+        model = open_source(path, how.hub.found()).open_dense().to(device=where, dtype=kind)
     facts = {
         "folder": folder,
         "method": seen["method"] or "dense",
@@ -69,6 +76,17 @@ def open_model(folder: str, how: Opening) -> Opened:
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return Opened(model, open_tokenizer(path, trust), facts, totals)
+
+
+def of_against(
+    hub: HubArguments, against: str | None, revision: str | None, subfolder: str | None
+) -> HubArguments:
+    """How the model of --against is found: with the token of the first, and places of its own."""
+    if against is None and (revision, subfolder) != (None, None):
+        raise typer.BadParameter(
+            "--against-revision and --against-subfolder are for --against, which is not given"
+        )
+    return replace(hub, revision=revision, subfolder=subfolder)
 
 
 def skip_checksums(wanted: bool) -> None:

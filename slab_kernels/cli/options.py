@@ -45,7 +45,18 @@ Activations = Annotated[
     ),
 ]
 Text = Annotated[
-    str, typer.Option(help="A text file, a folder of them, a datasets name, or stdlib.")
+    str,
+    typer.Option(
+        help="A text file, rows (.jsonl, .parquet), a folder of such files, a datasets name, or "
+        "stdlib."
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the rows of a .jsonl or .parquet file or a dataset, the one to read: a text, a "
+        "chat or token ids; default: text, messages, or prompt and completion."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Trust = Annotated[
@@ -53,6 +64,23 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run the Python code in the model's folder; nothing asks for it later.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Of a model on the hub: a branch, a tag or a commit; default: main."),
+]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(
+        help="Where config.json lies in the model's repository or folder; default: the top."
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the hub, for private models; default: $HF_TOKEN or the login of `hf auth login`, "
+        "neither of which others see in a list of processes."
     ),
 ]
 NoVerify = Annotated[
@@ -165,6 +193,16 @@ Permute = Annotated[
         help="Put channels into orders that suit the pattern; the model's function stays.",
     ),
 ]
+SetByPattern = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATTERN:NAME=VALUE,...",
+        help="Settings of their own for layers whose names a regular expression is found in, "
+        "'mlp.down_proj:values=int8,planes=1'; of values, planes, rank, group_size, adapter_rank "
+        "and adapter_values; may be repeated, and later ones win.",
+    ),
+]
 MethodOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -210,6 +248,12 @@ Against = Annotated[
         "most probable token, perplexity ratio. If it would take more than half of the free "
         "memory, one of its blocks is read at a time.",
     ),
+]
+AgainstRevision = Annotated[
+    str | None, typer.Option(help="The --revision of the model of --against.")
+]
+AgainstSubfolder = Annotated[
+    str | None, typer.Option(help="The --subfolder of the model of --against.")
 ]
 Tasks = Annotated[
     str | None,

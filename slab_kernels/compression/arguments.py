@@ -9,8 +9,9 @@ from typing import Any
 from ..errors import ArgumentError
 from ..methods import LayerSettings
 from ..settings import enforce, setting
-from ..text.source import Sampling
+from ..text.windows import Sampling
 from .budget import check_bits
+from .by_pattern import ByPattern
 from .matching import Matching
 from .plan import Plan
 from .presets import preset_of, resolve
@@ -64,6 +65,7 @@ class Arguments:
         embeddings: str | None = None,
         head: bool | None = None,
         permute: bool = False,
+        settings_by_pattern: Any = None,
         **layer: Any,
     ) -> Arguments:
         """The arguments that the keywords of `compress` stand for.
@@ -78,8 +80,9 @@ class Arguments:
         chosen = resolve(preset, given, bits, layer)
         outside = {name: chosen.pop(name) for name in ("embeddings", "head")}
         settings = LayerSettings.from_keywords(**layer, **chosen)
-        plan = Plan(settings, Matching.of(matching))
         budget = None if bits is None else check_bits(bits, settings)
+        by_pattern = ByPattern.of(settings_by_pattern, budget)
+        plan = Plan(settings, Matching.of(matching), by_pattern=by_pattern)
         sampling = Sampling(samples, window, seed)
         optional = tuple(name for name in outside if given[name] is None)
         orders = _permutes(permute, settings)
@@ -89,7 +92,12 @@ class Arguments:
 
     @property
     def preset(self) -> str | None:
-        """The name of the preset that the settings amount to; None if they are no preset's."""
+        """The name of the preset that the settings amount to; None if they are no preset's.
+
+        A preset says one thing of all layers.
+        """
+        if self.plan.by_pattern.entries:
+            return None
         return preset_of(self._settings(), self.bits)
 
     def _settings(self) -> dict[str, Any]:
@@ -103,6 +111,7 @@ class Arguments:
             "preset": self.preset,
             "matching": None if matching is None else asdict(matching),
             "bits": self.bits,
+            "settings_by_pattern": self.plan.by_pattern.to_list(),
             "permute": self.permute,
             "options": {name: repr(value) for name, value in sorted(options.items())},
         }

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError
 from ..format import paddings
 from ..models.blocks import outside_filled
 from ..models.streams import Stream, catch_stream
+from ..text.windows import Windows
 from .block import BlockWork, set_weight
 from .calibration import Tokens
 from .events import ProgressEvent
@@ -153,7 +154,7 @@ class BlockwiseRun:
             replaced = {name: m for block in job.linears for name, m in block.items()}
         with outside_filled(job.source, job.path, job.device, job.dtype) as model:
 
-            def caught(text: Tensor | None) -> Stream | None:
+            def caught(text: Windows | None) -> Stream | None:
                 if text is None:
                     return None
                 return catch_stream(
@@ -182,14 +183,14 @@ class BlockwiseRun:
             dense_held_back = held_back.twin()
         return Streams(calibration, held_back, heldout, dense, dense_held_back)
 
-    def _home(self, text: Tensor) -> torch.device:
+    def _home(self, text: Windows) -> torch.device:
         """Where the hidden states of a text are kept."""
         device = self.job.device
         if device.type != "cuda":
             return device
         width = int(self.job.source.config.get("hidden_size") or USUAL_HIDDEN_SIZE)
         room = KEEP_ON_DEVICE * torch.cuda.mem_get_info(device)[0]
-        return device if text.numel() * width * 4 < room else torch.device("cpu")
+        return device if text.tokens * width * 4 < room else torch.device("cpu")
 
     def _check_finished(self) -> None:
         """Raises: CheckpointError for finished blocks that are not this model's."""
@@ -204,7 +205,7 @@ class BlockwiseRun:
     def _warn_of_little_text(self) -> None:
         shapes, settings = self.job.shapes, self.job.plan.usual
         widest = max(shapes, key=lambda name: shapes[name][1])
-        tokens, inputs = self.tokens.fitted.numel(), shapes[widest][1]
+        tokens, inputs = self.tokens.fitted.tokens, shapes[widest][1]
         if settings.needs_gram and tokens < inputs:
             message = (
                 f"warning: {tokens} calibration tokens are fewer than the {inputs} inputs of "

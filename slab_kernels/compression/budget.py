@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from ..errors import BudgetError
 from ..methods import LayerSettings
 from ..methods.inputs import InputStats
-from ..models.blocks import batch_size, find_blocks
+from ..models.blocks import batches, find_blocks
 from ..models.groups import find_groups
 from ..models.passes import Passes, Room
 from ..models.streams import catch_stream
 from ..settings import Rule
+from ..text.windows import Windows
 from .plan import decompose_as_stored
 from .statistics import moments
 
@@ -101,7 +102,7 @@ class BudgetSearch:
     open_model: gives the dense model in memory; not called where `known` holds every layer.
     shapes: module name -> (N, K) of the linears to compress.
     usual: method, pattern and group size, which all layers share.
-    tokens: [samples, window] int64, calibration text.
+    tokens: windows of the calibration text.
     say: is called with a line per layer that was measured.
     known: module name -> the expected loss of each of its rows, from an interrupted search.
     note: is called with the same for each layer that is measured now.
@@ -110,7 +111,7 @@ class BudgetSearch:
     open_model: Callable[[], nn.Module]
     shapes: dict[str, tuple[int, int]]
     usual: LayerSettings
-    tokens: Tensor
+    tokens: Windows
     say: Callable[[str], None]
     known: dict[str, list[float]] = field(default_factory=dict)
     note: Callable[[str, list[float]], None] | None = None
@@ -176,11 +177,12 @@ def _check_reach(bits: float, rows: dict[str, list[Row]], weights: int) -> None:
 class Measurement:
     """Steps 1 and 2, on a dense model in memory, which is as before afterwards."""
 
-    def __init__(self, model: nn.Module, usual: LayerSettings, tokens: Tensor):
+    def __init__(self, model: nn.Module, usual: LayerSettings, tokens: Windows):
         self.model, self.usual, self.tokens = model, usual, tokens
         self.device = next(model.parameters()).device
-        self.probes = tokens[: max(1, min(PROBES, len(tokens)))].to(self.device)
-        self.dense = _log_probabilities(model, self.probes)
+        self.probes = Windows(tokens.rows[:PROBES])
+        # In host memory, and of half the size.
+        self.dense = [part.half().cpu() for part in _log_probabilities(model, self.probes)]
 
     def run(self, rows: dict[str, list[Row]]) -> Iterator[tuple[str, list[float]]]:
         """Layer after layer of `rows`: its name, and the expected loss of each of its rows."""
@@ -290,22 +292,18 @@ def _hull(options: list[Choice]) -> list[Choice]:
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
-    """[samples, window, vocabulary] fp16 in host memory."""
-    parts = [
-        model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1).half().cpu()
-        for batch in tokens.split(batch_size(tokens.shape[1]))
-    ]
-    return torch.cat(parts)
+def _log_probabilities(model: nn.Module, tokens: Windows) -> Iterator[Tensor]:
+    """[samples, window, vocabulary] fp32 for each batch of windows."""
+    device = next(model.parameters()).device
+    for batch in batches(tokens):
+        yield model(input_ids=batch.to(device), use_cache=False).logits.float().log_softmax(-1)
 
 
 @torch.no_grad()
-def _divergence(model: nn.Module, tokens: Tensor, dense: Tensor) -> float:
+def _divergence(model: nn.Module, tokens: Windows, dense: list[Tensor]) -> float:
     """Mean over tokens of KL(dense || model) in nats; `dense` as `_log_probabilities` gives it."""
-    total, start = 0.0, 0
-    for batch in tokens.split(batch_size(tokens.shape[1])):
-        now = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-        before = dense[start : start + len(batch)].to(now.device).float()
+    total = 0.0
+    for now, kept in zip(_log_probabilities(model, tokens), dense, strict=True):
+        before = kept.to(now.device).float()
         total += float((before.exp() * (before - now)).sum(dtype=torch.float64))
-        start += len(batch)
-    return max(total / tokens.numel(), 0.0)
+    return max(total / tokens.tokens, 0.0)

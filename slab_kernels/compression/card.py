@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..format import INTEGER_RANGES
 from ..models.shards import write_atomically
+from ..models.side_files import snapshot
 from ..models.source import FolderSource, ModuleSource, Source
 from ..models.totals import Totals
 from ..terminal import visible
@@ -187,7 +188,12 @@ def _method_rows(job: Job, record: RunRecord) -> dict[str, str]:
     rows["Rank of the magnitudes"] = _spread(layer.rank for layer in record.layers)
     rows["Sign planes"] = _spread(layer.planes for layer in record.layers)
     adapters = _spread(layer.adapter_rank for layer in record.layers)
-    rows["Adapter P Qᵀ"] = "none" if adapters == "0" else f"rank {adapters}, {usual.adapter_values}"
+    kinds = {job.plan.layer(layer.name).adapter_values for layer in record.layers}
+    adapter = f"rank {adapters}, {' or '.join(sorted(kinds))}"
+    rows["Adapter P Qᵀ"] = "none" if adapters == "0" else adapter
+    for pattern, own in job.plan.by_pattern.entries:
+        listed = ", ".join(f"{name}={value}" for name, value in own.items())
+        rows[f"Layers {_cell(pattern)}"] = _cell(listed)
     if settings.get("permute"):
         rows["Order of channels"] = "chosen for the pattern; the dense model computes the same"
     if usual.options:
@@ -300,10 +306,9 @@ def _base_cards() -> Iterator[str]:
 def _base_name(source: Source) -> str:
     """The model's name on the hub where its path or config tells it, else its own."""
     if isinstance(source, FolderSource):
-        path = source.checkpoint.folder.resolve()
-        cache = path.parent.parent.name
-        if path.parent.name == "snapshots" and cache.startswith("models--"):
-            return cache.removeprefix("models--").replace("--", "/", 1)
+        cached = snapshot(source.checkpoint.folder.resolve())
+        if cached is not None and cached.parent.parent.name.startswith("models--"):
+            return cached.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     elif isinstance(source, ModuleSource):
         path = Path(source.tokenizer_path)
         if path.name and not path.exists() and not path.is_absolute():

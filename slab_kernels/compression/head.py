@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, FormatError
 from ..format import Decomposition, PackedLayout, PackedWeight, pack
 from ..methods import LayerSettings
-from ..models.blocks import batch_size
+from ..models.blocks import batches
 from ..models.endings import Ending, Tail
 from .calibration import Tokens
 from .job import Job
@@ -101,11 +101,11 @@ class HeadWork:
             (streams.heldout, tokens.heldout),
         ]
         led: list[list] = []
-        for stream, ids in pairs:
-            if stream is None or ids is None:
+        for stream, windows in pairs:
+            if stream is None or windows is None:
                 continue
             if not any(stream.calls is calls for calls in led):
-                stream.follow([(batch,) for batch in ids.split(batch_size(ids.shape[1]))])
+                stream.follow([(batch,) for batch in batches(windows)])
                 led.append(stream.calls)
 
 

@@ -54,8 +54,9 @@ class Job:
     ) -> Job:
         """The job of compressing every linear of `source` but those that `skip` names.
 
-        Raises: ArchitectureError for a model without blocks, a FormatError for a layer that cannot
-            have its settings.
+        Raises: ArgumentError for a pattern of the plan that matches no layer, ArchitectureError for
+            a model without blocks, a FormatError or MethodError for a layer that cannot have its
+            settings.
         """
         path, blocks = find_blocks(source.model)
         tied = tied_names(source.model)
@@ -66,6 +67,7 @@ class Job:
         chosen = choose(source.model, plan, wanted)
         job = cls(source, plan, device, path, blocks, linears, tied, *chosen, wanted)
         plan.check_shapes(job.shapes)
+        plan.by_pattern.check_matches(job.names)
         return job
 
     def without(self, dense: tuple[str, ...], reason: str) -> Job:
@@ -120,6 +122,11 @@ class Job:
             return int8_table(weight)
         except FormatError as error:
             raise type(error)(f"{name}: {error}") from error
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that are compressed: linears of the blocks, and the head if it is packed."""
+        return [*self.shapes, *([] if self.head is None else [self.head])]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

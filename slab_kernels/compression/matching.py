@@ -236,6 +236,9 @@ def _train(
     best = Best(before, 0, _copies(parameters))
     optimizer = torch.optim.Adam([_group(p, settings.rate) for p in parameters])
     batches = len(goal.taught.outputs)
+    # Every token weighs the same, also where windows and so batches differ in length.
+    usual = sum(output.numel() for output in goal.taught.outputs) / batches
+    shares = [output.numel() / usual for output in goal.taught.outputs]
     steps = settings.epochs * batches
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.6 + 0.4 * math.cos(math.pi * min(step, steps) / steps)
@@ -245,7 +248,7 @@ def _train(
         for batch in torch.randperm(batches, generator=order).tolist():
             with torch.enable_grad():
                 loss = goal.taught.error(goal.index, block, batch).square().mean()
-                loss.backward()
+                (loss * shares[batch]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()

@@ -10,8 +10,10 @@ from torch import nn
 
 from ..device import usual_torch
 from ..format import AUTO
+from ..models.hub import HubArguments
+from ..text.source import Text
 from .arguments import Arguments
-from .calibration import Calibration, Text
+from .calibration import Calibration
 from .matching import Matching
 from .record import RunRecord
 from .run import Options, run
@@ -37,16 +39,21 @@ def compress(
     bits: float | None = None,
     calibration: Text = "stdlib",
     heldout: Text | None = None,
+    field: str | None = None,
     samples: int = 128,
     window: int = 2048,
     skip: tuple[str, ...] | list[str] | str | None = (),
     permute: bool = False,
+    settings_by_pattern: Any = None,
     tokenizer: Any = None,
     device: str | torch.device = "auto",
     resume: bool = False,
     seed: int = 0,
     progress: Any = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
     **method_options: Any,
 ) -> RunRecord | nn.Module:
     """Compress every nn.Linear in the decoder blocks, and embedding and output head where asked.
@@ -85,13 +92,20 @@ def compress(
         bits: stored bits per weight over the whole model, spent layer by layer on value types,
             planes and ranks where the measured loss says they help most (see `budget`). The dense
             model is held in memory during the search.
-        calibration, heldout: a text (see `read_text`) or token ids [samples, window]. Every eighth
-            window of `calibration` is held back: no weight is fitted to it, and each layer's
-            held-out error is measured there. With a text `heldout` it is measured on that, with at
-            most a quarter of `samples`.
+        calibration, heldout: a text, chats, rows, token ids or batches with masks, by the name of a
+            file or in memory; see `text.source.read`. Every eighth window of `calibration` is held
+            back: no weight is fitted to it, and each layer's held-out error is measured there. With
+            a text `heldout` it is measured on that, with at most a quarter of `samples`.
+        field: of the rows of these texts (.jsonl, .parquet, a dataset), the one to read: a string,
+            a chat or token ids. None: "text", "messages", or "prompt" and "completion".
         samples, window: windows of calibration text, and their length in tokens, which is cut to
             the model's positions.
         skip: fnmatch patterns of module or parameter names to leave dense, such as "*.down_proj".
+        settings_by_pattern: settings of their own for some layers: a regular expression, which is
+            searched in a layer's full name -> some of values, planes, rank, group_size,
+            adapter_rank and adapter_values, as in {"mlp.down_proj": {"values": "int8"}}, or pairs
+            of the two. Where several match, later ones win. With `bits`, which chooses them, it is
+            refused.
         permute: put the channels of the model into orders that suit the groups of the pattern;
             what it computes stays the same (see `compression.orders`).
         tokenizer: one of transformers, or its folder. A model in memory needs it if it does not
@@ -107,6 +121,9 @@ def compress(
             nothing is shown, what did not go as asked is a RuntimeWarning.
         trust_remote_code: run the Python code in the model's folder, of which some models are made.
             Without it they are refused before anything runs.
+        revision, subfolder, token: of a model on the hub: a branch, tag or commit; the folder in
+            its repository (or in a folder here); what opens private ones
+            (`models.hub.HubArguments`).
         method_options: what only this method has; see `Method.options`.
 
     Returns: the RunRecord that also lies in slab_run.json; with out=None the model.
@@ -133,8 +150,10 @@ def compress(
         seed=seed,
         skip=skip,
         permute=permute,
+        settings_by_pattern=settings_by_pattern,
         **method_options,
     )
-    text = Calibration(calibration, heldout, given.sampling)
-    options = Options(device, resume, progress, tokenizer, trust_remote_code)
+    text = Calibration(calibration, heldout, given.sampling, field)
+    hub = HubArguments(revision, subfolder, token, trust_remote_code)
+    options = Options(device, resume, progress, tokenizer, hub)
     return run(model_or_path, out, given, text, options)

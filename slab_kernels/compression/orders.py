@@ -32,6 +32,7 @@ from ..models.channels import (
 )
 from ..models.groups import inputs_by_name
 from ..models.streams import Stream, catch_stream
+from ..text.windows import Windows
 from .job import Job
 
 if TYPE_CHECKING:
@@ -48,15 +49,16 @@ Choice = Callable[[Channels, Tensor], Tensor]
 
 
 def find_orders(
-    job: Job, tokens: Tensor, say: Callable[[str], None], choose: Choice | None = None
+    job: Job, text: Tensor | Windows, say: Callable[[str], None], choose: Choice | None = None
 ) -> Moves:
     """What brings every parameter of the model into the new orders of its channels.
 
-    tokens: the calibration text, [samples, window]. say: is told in a sentence which channels keep
-    their order, since the model is not known to allow another. choose: gives the orders; default
-    `assign_groups`.
+    text: for calibration; ids [samples, window], or windows of several lengths. say: is told in a
+    sentence which channels keep their order, since the model is not known to allow another. choose:
+    gives the orders; default `assign_groups`.
     """
-    windows = tokens[: max(1, TOKENS // tokens.shape[1])]
+    windows = Windows.of(text)
+    windows = Windows(windows.rows[: max(1, TOKENS // windows.longest)])
     with outside_filled(job.source, job.path, job.device, job.dtype) as model:
         stream = catch_stream(model, job.blocks, windows, job.load_block, job.device)
         search = _Search(job, stream, model, choose or _assigned(job))

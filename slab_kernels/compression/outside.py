@@ -12,6 +12,7 @@ from ..models.endings import Ending
 from ..models.skeleton import place
 from ..models.streams import Stream, catch_stream
 from ..models.vocabulary import hidden_weights
+from ..text.windows import Windows
 from .job import Job
 
 if TYPE_CHECKING:
@@ -28,17 +29,17 @@ def look_up_as_stored(model: PreTrainedModel, job: Job) -> None:
         place(model, f"{name}.weight", dense.to(device=job.device, dtype=job.dtype))
 
 
-def readable(job: Job, ids: Tensor) -> Job:
+def readable(job: Job, windows: Windows) -> Job:
     """The job, if the model's code reads no weight of an embedding or head that will have none.
 
-    Its forward runs once on a few of the token ids [samples, window], with the blocks replaced and
+    Its forward runs once on a few tokens of the first window, with the blocks replaced and
     those weights hidden. What nobody named stays dense where they are read.
 
     Raises: ArchitectureError that names the module, and as `catch_stream`.
     """
     if not job.tables and job.head is None:
         return job
-    some = ids[:1, :TOKENS]
+    some = windows.rows[0][None, :TOKENS]
     with outside_filled(job.source, job.path, job.device, job.dtype) as model:
         stream = catch_stream(model, job.blocks, some, job.load_block, job.device)
         try:
@@ -49,7 +50,7 @@ def readable(job: Job, ids: Tensor) -> Job:
             left = job.without(tuple(set(parts) & set(job.wanted.optional)), str(error))
             if (left.tables, left.head) == (job.tables, job.head):
                 raise
-            return readable(left, ids)
+            return readable(left, windows)
     return job
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, MethodError
 from ..format import Decomposition, PackedWeight, cast, pack, unpack
 from ..methods import LayerSettings, decompose_layer
 from ..methods.inputs import InputStats
+from .by_pattern import ByPattern
 from .matching import Matching
 
 
@@ -22,6 +23,7 @@ class Plan:
     usual: the settings of a layer that has none of its own.
     matching: transformer matching after the method.
     layers: module name -> the settings in which that layer differs from `usual`.
+    by_pattern: the same by patterns of module names.
 
     Raises on construction: MethodError or a FormatError, for settings of a single layer.
     """
@@ -29,6 +31,7 @@ class Plan:
     usual: LayerSettings = field(default_factory=LayerSettings)
     matching: Matching | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_pattern: ByPattern = field(default_factory=ByPattern)
 
     def __post_init__(self) -> None:
         for name in self.layers:
@@ -36,8 +39,12 @@ class Plan:
 
     def layer(self, name: str) -> LayerSettings:
         """The settings of one layer."""
-        own = self.layers.get(name)
+        own = self.own(name)
         return replace(self.usual, **own) if own else self.usual
+
+    def own(self, name: str) -> dict[str, Any]:
+        """The settings in which one layer differs from `usual`."""
+        return self.by_pattern.own(name) | self.layers.get(name, {})
 
     @property
     def dense_stream(self) -> bool:
@@ -52,15 +59,15 @@ class Plan:
     def check_shapes(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Refuse a plan that some layer cannot have.
 
-        shapes: module name -> (N, K). Raises: a FormatError that names the layer.
+        shapes: module name -> (N, K). Raises: a FormatError or MethodError that names the layer.
         """
         for name, shape in shapes.items():
-            settings = self.layer(name)
             try:
+                settings = self.layer(name)
                 settings.config(shape)
                 if settings.packed:
                     settings.layout(shape)
-            except FormatError as error:
+            except (FormatError, MethodError) as error:
                 raise type(error)(f"{name}: {error}") from error
 
 

@@ -73,7 +73,10 @@ class RunRecord:
     settings: what was asked for, with the preset that it amounts to ("preset", None for none); a
         group size may be "auto" there, and of a layer is the number that was used.
     stored: "packed" or "dense".
+    origin: of a model of the hub {"name", "revision", "subfolder", "commit"}; else empty.
     tokens: of the calibration text. held_back: how many of its windows no weight was fitted to.
+    texts: what was read, as "calibration" and as "heldout" (None without one): {"kind", "file",
+        "field", "rows", "windows", "tokens", "sha256" of the token ids}.
     hidden_state_bytes: what the hidden states of the texts took beside one block.
     ignored_tensors: names in the checkpoint that the model does not have.
     shards: file name -> SHA-256 of what the run wrote there.
@@ -91,6 +94,8 @@ class RunRecord:
     ignored_tensors: list[str] = field(default_factory=list)
     shards: dict = field(default_factory=dict)
     held_back: int = 0
+    texts: dict = field(default_factory=dict)
+    origin: dict = field(default_factory=dict)
 
     @property
     def weights(self) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 from .. import __version__
 from ..device import local_device, resolve_device
 from ..models.channels import Moves, digest, put_in_orders
+from ..models.hub import HubArguments
 from ..models.model_config import compute_dtype
 from ..models.output import OutputFolder
 from ..models.packed_config import PACKED_VERSION, TABLES_VERSION
@@ -43,7 +44,7 @@ class Options:
     resume: bool
     progress: Any
     tokenizer: Any
-    trust_remote_code: bool
+    hub: HubArguments
 
 
 def run(
@@ -59,16 +60,17 @@ def run(
     device = resolve_device(local_device(str(options.device)))
     with ExitStack() as stack:
         team = stack.enter_context(Team(device))
-        tokenizer = usable_tokenizer(options.tokenizer, options.trust_remote_code)
+        tokenizer = usable_tokenizer(options.tokenizer, options.hub)
         module: nn.Module | None = None
         if isinstance(model_or_path, nn.Module):
             module = model_or_path
-            source = open_source(module, options.trust_remote_code)
+            source = open_source(module, options.hub)
         else:
-            source = open_source(model_or_path, options.trust_remote_code)
+            source = open_source(model_or_path, options.hub)
             if folder is None and isinstance(source, FolderSource):
-                module = source.open_dense()
-                source = open_source(module, options.trust_remote_code)
+                module, origin = source.open_dense(), source.origin
+                source = open_source(module, options.hub)
+                source.origin = origin
         job = Job.of(source, given.plan, given.skip, device, given.wanted)
         tokens = text.tokens(source, tokenizer)
         job = readable(job, tokens.calibration)
@@ -92,7 +94,7 @@ def run(
             sink = FolderSink(folder, job, state, list(finished))
         _tell_start(job, given, tokens, folder, report)
         blocks = BlockwiseRun(job, tokens, sink, report, team).run()
-        record = _record(job, tokens, settings, blocks, text, time.perf_counter() - began)
+        record = _record(job, tokens, settings, blocks, time.perf_counter() - began)
         result: RunRecord | nn.Module = record
         if isinstance(sink, MemorySink):
             assert module is not None
@@ -105,11 +107,10 @@ def run(
 
 def _settings(job: Job, given: Arguments, tokens: Tokens, writes: bool) -> dict[str, Any]:
     """What decides about the result, as records and progress files hold it."""
-    samples, window = tokens.calibration.shape
     return {
         **given.to_dict(),
-        "samples": samples,
-        "window": window,
+        "samples": len(tokens.calibration),
+        "window": tokens.calibration.longest,
         "seed": given.sampling.seed,
         "held_back": tokens.windows_held_back,
         "products": str(job.products or job.dtype).removeprefix("torch."),
@@ -190,12 +191,14 @@ def _search(
 def _tell_start(
     job: Job, given: Arguments, tokens: Tokens, folder: Path | None, report: Reporter
 ) -> None:
-    count, (windows, window) = tokens.calibration.numel(), tokens.calibration.shape
+    text = tokens.calibration
+    spread = "" if text.shortest == text.longest else f"{text.shortest} to "
     blocks, judging = len(job.blocks), tokens.windows_held_back
     preset = f"preset {given.preset}, " if given.preset else ""
     message = (
-        f"compressing {job.source.name}: {preset}{blocks} blocks, {count} calibration tokens in "
-        f"{windows} windows of {window}, {judging or 'none'} of them held back to judge by"
+        f"compressing {job.source.name}: {preset}{blocks} blocks, {text.tokens} calibration tokens "
+        f"in {len(text)} windows of {spread}{text.longest}, {judging or 'none'} of them held back "
+        "to judge by"
     )
     report(ProgressEvent("start", blocks=blocks, message=message))
     for left_out in (*job.notes, *job.source.left_out(folder)):
@@ -216,7 +219,6 @@ def _record(
     tokens: Tokens,
     settings: dict[str, Any],
     blocks: list[FinishedBlock],
-    text: Calibration,
     seconds: float,
 ) -> RunRecord:
     """The record of the run, as slab_run.json will hold it."""
@@ -225,14 +227,17 @@ def _record(
     texts = [tokens.calibration, tokens.heldout]
     texts += [tokens.fitted] if job.plan.dense_stream else []
     texts += [tokens.held_back] if job.plan.dense_target else []
-    numbers = sum(text.numel() for text in texts if text is not None)
+    numbers = sum(text.tokens for text in texts if text is not None)
     width = getattr(text_config(job.source.model), "hidden_size", 0) or 0
+    layers = {name: own for name in job.names if (own := job.plan.own(name))}
     return RunRecord(
         model=job.source.name,
-        settings=settings | {"layers": job.plan.layers} | text.names(),
+        origin=dict(job.source.origin),
+        settings=settings | {"layers": layers} | tokens.names(),
         stored="packed" if job.plan.usual.packed else "dense",
         layers=[layer for block in blocks for layer in block.layers],
-        tokens=tokens.calibration.numel(),
+        tokens=tokens.calibration.tokens,
+        texts=tokens.read,
         hidden_state_bytes=numbers * width * job.dtype.itemsize,
         seconds=seconds,
         versions={

@@ -20,20 +20,16 @@ from ..device import usual_torch
 from ..errors import ArgumentError, CalibrationError, CheckpointError
 from ..format import PackedWeight, pack_adapter
 from ..models.folder import hub_folder
+from ..models.hub import HubArguments
 from ..models.load import load
 from ..models.save import save
 from ..nn import SlabLinear
 from ..paths import expanded
 from ..settings import SEED, WINDOW, enforce, setting
-from ..text.source import (
-    CHARACTERS_PER_TOKEN,
-    READ_AHEAD,
-    open_tokenizer,
-    read_text,
-    sample_windows,
-)
-from ..text.token_ids import check_fits, ids_device, text_config, token_ids
-from .calibration import Text
+from ..text.source import Text, read_windows
+from ..text.token_ids import ids_device
+from ..text.tokenizer import open_tokenizer
+from ..text.windows import Sampling, Windows
 from .training_state import TrainingState, digest, state_file
 
 HELD_BACK = 16  # Every sixteenth window is never trained on; it judges.
@@ -110,18 +106,25 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
     progress: Callable[[int, int], None] | None = None,
+    field: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> dict[str, Any]:
     """Train the adapters of a packed folder on a text and write the result to the folder `out`.
 
     Args:
         path: the packed folder, or its name on the Hugging Face hub.
-        text: see `read_text`, or token ids [samples, window].
+        text: as `compress` takes its calibration. field: of its rows, the one to read.
         resume: go on from the state that an interrupted run left beside `out`; the result is that
             of a run without a break.
         say: is called with a line whenever the state is noted.
         progress: is called after every step with the steps done and those in all.
         trust_remote_code: run the Python code in the folder, of which some models are made.
+        revision, subfolder, token: of a model on the hub: a branch, tag or commit; the folder in
+            its repository (or in a folder here); what opens private ones
+            (`models.hub.HubArguments`).
 
     Returns: {"before", "after": mean negative log-likelihood per token on the windows that are held
         back, nats; "steps"; "parameters": how many were trained}.
@@ -137,12 +140,13 @@ def train(
             f"{file} is left of an interrupted run; pass resume=True to go on with it, or delete it"
         )
     dtype = torch.float32 if str(device) == "cpu" else None
+    path = hub_folder(path, HubArguments(revision, subfolder, token, trust_remote_code))
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = open_tokenizer(hub_folder(path), trust_remote_code)
-    tokens = _windows(model, tokenizer, text, settings)
+    tokenizer = open_tokenizer(path, trust_remote_code)
+    tokens = _windows(model, tokenizer, text, settings, field)
     begun = asdict(settings) | {
         "model_sha256": digest(model.state_dict()),
-        "text_sha256": digest({"tokens": tokens}),
+        "text_sha256": tokens.digest(),
     }
     modules = _adapt(model, settings)
     lesson = Lesson(model, modules, tokens, settings)
@@ -175,7 +179,7 @@ class Lesson:
         self,
         model: nn.Module,
         modules: dict[str, AdaptedLinear],
-        tokens: Tensor,
+        tokens: Windows,
         settings: Training,
     ):
         self.model, self.tokens, self.settings = model, tokens, settings
@@ -196,7 +200,7 @@ class Lesson:
         generator = torch.Generator().manual_seed(settings.seed + 7919 * number)
         draw = torch.randint(len(self.used), (settings.batch,), generator=generator)
         with torch.enable_grad():
-            loss = _loss(self.model, self.tokens[self.used[draw]])
+            loss = _loss(self.model, self.tokens.chosen(self.used[draw].tolist()))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, MOST_NORM)
         self.optimizer.step()
@@ -206,9 +210,8 @@ class Lesson:
     @torch.no_grad()
     def likelihood(self) -> float:
         """Mean negative log-likelihood per token on the windows that are held back, nats."""
-        held = self.tokens[self.held]
-        parts = held.split(self.settings.batch)
-        return sum(float(_loss(self.model, part)) * len(part) for part in parts) / len(held)
+        held = self.tokens.chosen(self.held)
+        return float(_loss(self.model, held, self.settings.batch * held.longest))
 
 
 def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
@@ -240,28 +243,35 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
     return modules
 
 
-def _loss(model: Any, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every next token of windows [batch, window], nats."""
-    tokens = tokens.to(ids_device(model))
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+def _loss(model: Any, windows: Windows, at_once: int | None = None) -> Tensor:
+    """Mean negative log-likelihood of every next token of some windows, nats, [].
+
+    at_once: tokens that the model reads together; default all of the windows of one length.
+    """
+    device, parts = ids_device(model), []
+    for batch in windows.batches(at_once or windows.tokens):
+        tokens = batch.to(device)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        targets = tokens[:, 1:].flatten()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+        parts.append(losses)
+    return torch.stack(parts).sum() / (windows.tokens - len(windows))
 
 
-def _windows(model: nn.Module, tokenizer: Any, text: Text, settings: Training) -> Tensor:
-    """Token ids [samples, window] of the text. Raises: CalibrationError."""
-    ids = token_ids(text, "training")
-    if ids is not None:
-        check_fits(ids, model, "training")
-        return ids
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    window = min(settings.window, limit or settings.window)
-    characters = READ_AHEAD * settings.samples * window * CHARACTERS_PER_TOKEN
-    content = read_text(text, characters, tokenizer)  # type: ignore[arg-type]  # no ids
-    tokens = sample_windows(tokenizer, content, settings.samples, window, settings.seed, "training")
-    if len(tokens) < 2:
+def _windows(
+    model: Any, tokenizer: Any, text: Text, settings: Training, field: str | None
+) -> Windows:
+    """Windows of the text that training can use. Raises: CalibrationError."""
+    sampling = Sampling(settings.samples, settings.window, settings.seed)
+    windows, _ = read_windows(text, model, lambda: tokenizer, sampling, field, "training")
+    if len(windows) < 2:
         raise CalibrationError(
-            f"the training text fills {len(tokens)} windows of {window}; at least 2 are needed, "
-            "one to judge by"
+            f"the training text fills {len(windows)} windows of {windows.longest}; at least 2 are "
+            "needed, one to judge by"
         )
-    check_fits(tokens, model, "training", tokenizer)
-    return tokens
+    if windows.shortest < 2:
+        raise CalibrationError(
+            "the training text has a window of a single token, which predicts nothing; leave such "
+            "windows out"
+        )
+    return windows

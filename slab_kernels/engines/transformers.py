@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ArgumentError, CheckpointError
 from ..format import FORMAT_VERSION
 from ..models.folder import Checkpoint, hub_folder
+from ..models.hub import HubArguments
 from ..models.load import load
 from ..models.model_config import check_counts, read_generation_config
 from ..models.packed import (
@@ -56,7 +57,7 @@ LOADING = "LOADING_ATTRIBUTES_CONFIG_TYPES"  # of transformers 5.2x; 5.0 takes n
 MANY_BLOCKS = 512
 _REGISTERING = threading.Lock()
 # These keywords of `compress` say how it runs, and are checked only when it does.
-OF_THE_RUN = ("calibration", "heldout", "tokenizer", "device", "progress")
+OF_THE_RUN = ("calibration", "heldout", "field", "tokenizer", "device", "progress")
 
 
 class SlabConfig(QuantizationConfigMixin):
@@ -64,8 +65,8 @@ class SlabConfig(QuantizationConfigMixin):
 
     `from_pretrained(dense, quantization_config=SlabConfig(values="int4"))` compresses what it
     loads; the keywords are those of `slab_kernels.compress` (method, rank, values, planes,
-    adapter_rank, bits, matching, calibration, samples, window, skip, ...; the pattern is 2:4). Read
-    back from config.json it lists the packed modules.
+    adapter_rank, bits, matching, settings_by_pattern, calibration, samples, window, skip, ...; the
+    pattern is 2:4). Read back from config.json it lists the packed modules.
 
     prefill: whether dense copies serve many tokens, as `slab_kernels.load` takes it. It is nothing
         of the folder's and is not stored. `from_pretrained(packed, quantization_config=
@@ -351,10 +352,17 @@ def register() -> None:
             setattr(auto, LOADING, (*taking, SlabConfig))
 
 
-def compare(folder: Path | str, trust_remote_code: bool = False) -> dict[str, Any]:
+def compare(
+    folder: Path | str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
     """Open a packed folder by `slab_kernels.load` and by `from_pretrained`, and compare the models.
 
-    trust_remote_code: run the Python code in the folder, of which some models are made.
+    trust_remote_code: run the Python code in the folder, of which some models are made. revision,
+    subfolder, token: of a model on the hub, see `load`.
 
     Returns: {"folder", "transformers" (version), "tensors" (compared)}.
     Raises: CheckpointError if a tensor differs or a layer came as random numbers, and whatever
@@ -362,7 +370,7 @@ def compare(folder: Path | str, trust_remote_code: bool = False) -> dict[str, An
     """
     from transformers import AutoModelForCausalLM, __version__
 
-    path = hub_folder(folder)
+    path = hub_folder(folder, HubArguments(revision, subfolder, token, trust_remote_code))
     ours = load(path, trust_remote_code=trust_remote_code)
     try:
         theirs = AutoModelForCausalLM.from_pretrained(

@@ -15,6 +15,7 @@ from ..device import free_memory
 from ..errors import ArgumentError, CheckpointError
 from ..models.blocks import batch_size
 from ..models.endings import BlockwiseModel, Reader, WholeModel
+from ..models.hub import HubArguments
 from ..models.packed import check
 from ..models.source import FolderSource, open_source
 from ..text.token_ids import text_config
@@ -37,6 +38,10 @@ def compare(
     window: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     streamed: bool | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> dict[str, Any]:
     """The distance of a model's predictions from the dense model's, in one pass over a text.
 
@@ -57,6 +62,8 @@ def compare(
         progress: called with the steps done and of all, which are windows measured, and blocks
             that windows have passed.
         streamed: read the dense model block by block or as a whole, whatever memory there is.
+        trust_remote_code, revision, subfolder, token: of a dense model that is named, as
+            `slab_kernels.compress` takes them.
 
     Returns: {"kl": mean in nats, "kl_p99": 99th percentile, interpolated, "top1": share of tokens
         whose most probable successor is the same in both, "perplexity", "dense_perplexity",
@@ -70,7 +77,8 @@ def compare(
     check(model)
     source: Any = dense
     if not isinstance(dense, nn.Module | FolderSource):
-        source = open_source(dense)
+        hub = HubArguments(revision, subfolder, token, trust_remote_code)
+        source = open_source(dense, hub)
     named: Any = source if isinstance(source, nn.Module) else source.model
     check_vocabulary(model, named)
     pieces, window = text_windows(_fewer_positions(model, named), tokenizer, text, window)

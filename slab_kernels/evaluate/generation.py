@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, CalibrationError
 from ..terminal import first_line
-from ..text.source import Sampling
 from ..text.token_ids import check_fits, ids_device, max_positions
+from ..text.windows import Sampling
 from .running import running
 
 if TYPE_CHECKING:

@@ -11,20 +11,28 @@ from typing import Any
 from ..compression.record import LayerRecord, read_record
 from ..errors import CheckpointError
 from ..format import TABLE_NAMES, PackedLayout, paddings
-from ..models.folder import Checkpoint
+from ..models.folder import Checkpoint, hub_folder
+from ..models.hub import HubArguments
 from ..models.packed import read_tables
 from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
 from ..models.totals import folder_totals
-from ..paths import expanded
 
 FACTORS = ("U", "V", "P", "Q")
 # Tensor -> the part of a layer that it is counted to, where that has another name.
 PARTS = {"U": "factors", "V": "factors", "P": "adapters", "Q": "adapters", "weight": "values"}
 
 
-def inspect(folder: Path | str) -> dict[str, Any]:
+def inspect(
+    folder: Path | str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
     """A packed, pruned-but-dense or dense folder: its settings, sizes and errors, and its layers'.
+
+    folder: by its path, or the name of a model on the hub, with the revision, subfolder and token
+    by which it is found there.
 
     Returns: {"folder", "model", "stored", "format_version", "method", "preset", "weights",
         "bits_per_weight", "mean_error", "mean_heldout_error", "padding", "layers", "embeddings",
@@ -39,7 +47,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
     """
-    folder = expanded(folder)
+    folder = hub_folder(folder, HubArguments(revision, subfolder, token))
     checkpoint = Checkpoint(folder)
     record = read_record(folder)
     recorded = {layer.name: layer for layer in record.layers} if record else {}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..models.blocks import batch_size
 from ..models.packed import check
-from ..text.source import Sampling, tokenize, windows
 from ..text.token_ids import check_fits, ids_device, max_positions, vocabulary_rows
+from ..text.tokenizer import tokenize
+from ..text.windows import Sampling, windows
 from .running import running
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError
+from ..text.windows import Windows
 from .skeleton import place
 from .ties import all_names, tied_names
 
@@ -208,6 +209,11 @@ def _is_skipped(full: str, skip: tuple[str, ...]) -> bool:
 def batch_size(window: int) -> int:
     """Windows of so many tokens that run together."""
     return max(1, TOKENS_PER_BATCH // window)
+
+
+def batches(windows: Windows) -> list[Tensor]:
+    """Ids [windows, length] that run together, see `Windows.batches`."""
+    return windows.batches(TOKENS_PER_BATCH)
 
 
 def filled_copy(

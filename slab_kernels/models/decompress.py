@@ -16,6 +16,7 @@ from ..format import TABLE_NAMES, PackedLayout, cast, weight_dtype
 from ..nn import Int8Embedding
 from ..paths import expanded
 from .folder import Checkpoint, hub_folder, write_index
+from .hub import HubArguments
 from .model_config import WEIGHTS_KEY, config_dtype
 from .output import OutputFolder
 from .packed import (
@@ -43,6 +44,9 @@ def decompress(
     verify: bool = True,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> list[str]:
     """Write the dense checkpoint that a packed folder stands for, shard by shard.
 
@@ -53,6 +57,9 @@ def decompress(
             other weights.
         verify: compare what is read with its checksums.
         trust_remote_code: run the Python code in the folder, of which some models are made.
+        revision, subfolder, token: of a model on the hub: a branch, tag or commit; the folder in
+            its repository (or in a folder here); what opens private ones
+            (`models.hub.HubArguments`).
         progress: called with the number of tensors written and of all, after each of them.
 
     Returns: files of the folder that were not carried along, each "name (reason)"; weights and
@@ -61,7 +68,8 @@ def decompress(
         if `dtype` is none of weights.
     """
     dtype = None if dtype is None else weight_dtype(dtype)
-    packed, out = Checkpoint(hub_folder(path), verify=verify), expanded(out)
+    hub = HubArguments(revision, subfolder, token, trust_remote_code)
+    packed, out = Checkpoint(hub_folder(path, hub), verify=verify), expanded(out)
     layouts = read_layouts(packed)
     dtype = dtype or config_dtype(packed.config)
     skeleton = packed_skeleton(packed, layouts, trust_remote_code)

@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..paths import expanded
-from ..terminal import first_line
+from .hub import ON_MAIN, HubArguments
 from .model_config import WEIGHTS_KEY
 from .shards import TensorEntry, checksum, read_header, read_json, tensor_bytes, write_json
-from .side_files import NOT_DOWNLOADED
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,27 +29,27 @@ RECORD_NAME = "slab_run.json"
 VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not compared
 
 
-def hub_folder(name: str | os.PathLike[str]) -> Path:
+def hub_folder(name: str | os.PathLike[str], hub: HubArguments = ON_MAIN) -> Path:
     """The folder `name`, or the local snapshot of the model of that name on the Hugging Face hub.
 
-    Raises: ArgumentError for what is no name or path, CheckpointError if nothing is found.
+    hub: which revision and subfolder, and by which token.
+
+    Raises: ArgumentError for what is no name or path, and for a revision of a folder here, which
+        has none; CheckpointError if nothing is found.
     """
     path, name = expanded(name), str(name)
     if path.is_dir():
-        return path
+        if hub.revision is not None:
+            raise ArgumentError(
+                f"revision={hub.revision!r} is for a model of the hub, and {name} is a folder "
+                "here; leave it out"
+            )
+        return hub.inside(path, name)
     if path.is_file():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, ignore_patterns=NOT_DOWNLOADED))
-    except Exception as error:  # the hub client raises many types: offline, unknown name, no rights
-        raise CheckpointError(
-            f"{name} is no folder here and cannot be fetched from the Hugging Face hub: "
-            f"{first_line(error)}"
-        ) from error
+    return hub.download(name)
 
 
 class _Chosen(NamedTuple):

@@ -11,6 +11,7 @@ from ..device import resolve_device, usual_torch
 from ..format import PackedLayout, weight_dtype
 from ..nn.preparation import check_words, prepare_opened
 from .folder import Checkpoint, hub_folder
+from .hub import HubArguments
 from .model_config import read_generation_config
 from .packed import (
     ModelCheckpoint,
@@ -38,6 +39,9 @@ def load(
     trust_remote_code: bool = False,
     prefill: str | None = None,
     activations: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> PreTrainedModel:
     """A transformers causal language model with SlabLinear modules, ready for `generate`.
 
@@ -51,6 +55,9 @@ def load(
         dtype: of activations and of everything not packed; default: as stored.
         verify: compare every tensor with its checksum, where the folder has them.
         trust_remote_code: run the Python code in the folder, of which some models are made.
+        revision, subfolder, token: of a model on the hub: a branch, tag or commit; the folder in
+            its repository (or in a folder here); what opens private ones
+            (`models.hub.HubArguments`).
         prefill: "packed", "dense" or "auto": whether dense copies of the packed weights serve many
             tokens, for 16 bits per weight of GPU memory (`slab_kernels.prepare`). Default:
             SLAB_KERNELS_PREFILL, else "packed".
@@ -64,7 +71,8 @@ def load(
     """
     check_words(prefill, activations)
     device, dtype = resolve_device(device), None if dtype is None else weight_dtype(dtype)
-    checkpoint = Checkpoint(hub_folder(path), verify=verify)
+    hub = HubArguments(revision, subfolder, token, trust_remote_code)
+    checkpoint = Checkpoint(hub_folder(path, hub), verify=verify)
     layouts = read_layouts(checkpoint)
     model = packed_skeleton(checkpoint, layouts, trust_remote_code)
     _fill(model, check_tensors_fit(checkpoint, model), layouts, device, dtype)

@@ -19,9 +19,10 @@ WEIGHT_FILES = (
     "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.tflite", "*.mlmodel", "*.partial",
 )  # fmt: skip
 WRITTEN_ANEW = ("config.json", "*.index.json", "slab_*.json")
+WEIGHTS_BELOW = "*/*.safetensors"  # of other models in one repository
 NOT_DOWNLOADED = [
     *(pattern for pattern in WEIGHT_FILES if pattern != "*.safetensors"),
-    "*/*.safetensors",
+    WEIGHTS_BELOW,
     ".*",
     "*/.*",
 ]
@@ -85,6 +86,12 @@ def _is_model(folder: Path) -> bool:
     return weights and "config.json" in names
 
 
+def snapshot(folder: Path) -> Path | None:
+    """The snapshot of the Hugging Face cache that a resolved folder is, or lies in."""
+    around = (place for place in (folder, *folder.parents) if place.parent.name == "snapshots")
+    return next(around, None)
+
+
 def _unfit(folder: Path, name: Path) -> str | None:
     """Why the file `name` of `folder` is not carried along; None if it is."""
     path = folder / name
@@ -95,8 +102,8 @@ def _unfit(folder: Path, name: Path) -> str | None:
     if not path.is_file():  # also a loop of links, at which Path.resolve fails before Python 3.13
         return "a link to no file"
     target, root = path.resolve(), folder.resolve()
-    blobs = root.parent.parent / "blobs"
-    if root.parent.name == "snapshots" and target.parent == blobs:
+    cached = snapshot(root)
+    if cached is not None and target.parent == cached.parent.parent / "blobs":
         return None
     if not target.is_relative_to(root):
         return "a link out of the folder"

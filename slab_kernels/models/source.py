@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError, CalibrationError, CheckpointError
-from ..text.source import open_tokenizer
+from ..text.tokenizer import open_tokenizer
 from .channels import Moves, reordered
 from .folder import Checkpoint, hub_folder
+from .hub import ON_MAIN, HubArguments
 from .model_config import WEIGHTS_KEY, check_counts, config_dict
 from .shards import Spec, tensor_bytes, write_json
 from .side_files import copy_side_files, side_files
@@ -59,13 +61,16 @@ class FolderSource(_Reordering):
     """A checkpoint folder, whose tensors are read from disk one by one.
 
     model: its skeleton; the weights are on meta. config: the content of its config.json, without
-    quantization_config. name: for messages and records. ignored: stored tensors that the model does
+    quantization_config. name: for messages and records. origin: where on the hub it was found, for
+    records (`HubArguments.origin`); empty for a folder. ignored: stored tensors that the model does
     not have. Checkpoint names are matched to the model's exactly, with or without the base model's
     prefix, or as transformers renames them.
 
     Raises: CheckpointError for a tensor that is missing, has another shape, or is not floating
         point where the model has a weight; for a folder that is compressed already.
     """
+
+    origin: Mapping[str, str | None] = MappingProxyType({})
 
     def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.checkpoint = Checkpoint(folder)
@@ -210,12 +215,14 @@ class ModuleSource(_Reordering):
         weights are not in memory.
     """
 
-    def __init__(self, model: nn.Module, trust_remote_code: bool = False):
+    origin: Mapping[str, str | None] = MappingProxyType({})
+
+    def __init__(self, model: nn.Module, hub: HubArguments = ON_MAIN):
         from accelerate.hooks import remove_hook_from_module
 
         _check_dense(model)
         self.dense: PreTrainedModel = model
-        self.trust_remote_code = trust_remote_code
+        self.hub = hub
         # What deepcopy takes instead of copying: parameters on meta, tables without hooks.
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False)
@@ -268,7 +275,15 @@ class ModuleSource(_Reordering):
                 "a model in memory needs tokenizer=..., or token ids [samples, window] as "
                 "calibration="
             )
-        return open_tokenizer(self.tokenizer_path, self.trust_remote_code)
+        trust = self.hub.trust_remote_code
+        if Path(self.tokenizer_path).exists():
+            return open_tokenizer(self.tokenizer_path, trust)
+        try:
+            return open_tokenizer(self.tokenizer_path, trust, **self.hub.places())
+        except CheckpointError as error:
+            if (message := self.hub.redacted(str(error))) == str(error):
+                raise
+            raise CheckpointError(message) from None
 
     def hashes(self) -> dict[str, str]:
         return {}  # `fingerprint` has seen every byte
@@ -335,31 +350,34 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 @overload
-def open_source(
-    model_or_path: str | os.PathLike[str], trust_remote_code: bool = False
-) -> FolderSource: ...
+def open_source(model_or_path: str | os.PathLike[str], hub: HubArguments = ...) -> FolderSource: ...
 @overload
 def open_source(
-    model_or_path: nn.Module | str | os.PathLike[str], trust_remote_code: bool = False
+    model_or_path: nn.Module | str | os.PathLike[str], hub: HubArguments = ...
 ) -> Source: ...
 def open_source(
-    model_or_path: nn.Module | str | os.PathLike[str], trust_remote_code: bool = False
+    model_or_path: nn.Module | str | os.PathLike[str], hub: HubArguments = ON_MAIN
 ) -> Source:
     """A source from a module, a folder, or the name of a model on the Hugging Face hub.
 
     A model of the hub is downloaded to its cache.
 
-    trust_remote_code: run the Python code in the folder, where its config names some.
+    hub: where it is found there, and whether Python code in its folder may run. Of a module it says
+    where its tokenizer is.
 
-    Raises: CheckpointError, ArchitectureError.
+    Raises: CheckpointError, ArchitectureError, ArgumentError.
     """
     if isinstance(model_or_path, nn.Module):
-        return ModuleSource(model_or_path, trust_remote_code)
-    folder = hub_folder(model_or_path)
+        return ModuleSource(model_or_path, hub)
+    folder = hub_folder(model_or_path, hub)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ArchitectureError(
             f"{folder} holds an adapter of PEFT ({ADAPTER_CONFIG}), which would be left out; load "
             "it with PEFT, merge it into its base model (model.merge_and_unload()), save that and "
             "compress the copy"
         )
-    return FolderSource(folder, trust_remote_code)
+    source = FolderSource(folder, hub.trust_remote_code)
+    source.origin = hub.origin(model_or_path, folder)
+    if source.origin:  # the folder of a snapshot is called by its commit
+        source.name = str(model_or_path).rpartition("/")[2]
+    return source

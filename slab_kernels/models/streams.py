@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureError, CalibrationError, SlabError
 from ..terminal import first_line
-from .blocks import batch_size
+from ..text.windows import Windows
+from .blocks import batches
 from .weight_reads import WeightRead, without_weight
 
 if TYPE_CHECKING:
@@ -42,11 +43,12 @@ Call = tuple[tuple, dict[str, Any]]  # positional arguments and keywords of a bl
 class Stream:
     """The hidden states of one text on their way through the blocks.
 
-    hidden: [samples, window, hidden_size] for each batch, at the input of the next block. calls:
-    for each block and batch what else the block is called with; equal tensors are kept once. Bytes
-    held: samples * window * hidden_size * itemsize. returned: what each block was seen to return,
-    whatever hidden state was in it. products: the type to which blocks round the operands of their
-    matrix products; None for the one that they compute in.
+    hidden: [samples, window, hidden_size] for each batch, at the input of the next block; windows
+    of one batch have one length, so that nothing in it is padding. calls: for each block and batch
+    what else the block is called with; equal tensors are kept once. Bytes held: tokens *
+    hidden_size * itemsize. returned: what each block was seen to return, whatever hidden state was
+    in it. products: the type to which blocks round the operands of their matrix products; None for
+    the one that they compute in.
     """
 
     hidden: list[Tensor]
@@ -167,7 +169,7 @@ class _Noted:
 def catch_stream(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
-    tokens: Tensor,
+    tokens: Tensor | Windows,
     materialise: Callable[[int], nn.Module],
     device: torch.device,
     *,
@@ -179,7 +181,7 @@ def catch_stream(
 
     Args:
         model: outside the blocks its weights are real and on `device`; the blocks may be on meta.
-        tokens: [samples, window] int64.
+        tokens: [samples, window] int64, or windows of several lengths.
         materialise: index -> that block with real weights on `device`. Called once for every kind
             of block, to see whether it returns a tensor or a tuple.
         keep_on: where the hidden states are kept; default `device`.
@@ -198,7 +200,7 @@ def catch_stream(
         recorder = _Recorder(blocks, materialise, stream, keep_on or device)
         try:
             with without_weight(unread):
-                _run_model(model, tokens, recorder)
+                _run_model(model, Windows.of(tokens), recorder)
             break
         except WeightRead as error:
             read.append(_inside(error.linear))
@@ -312,7 +314,7 @@ class _Recorder:
                 stream.products = None  # Code of a model may take its tensors to be of one type.
 
 
-def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> None:
+def _run_model(model: PreTrainedModel, tokens: Windows, recorder: _Recorder) -> None:
     """Run the model's forward on all batches, with `recorder` in place of the blocks.
 
     Raises: as `catch_stream`, and WeightRead.
@@ -327,7 +329,7 @@ def _run_model(model: PreTrainedModel, tokens: Tensor, recorder: _Recorder) -> N
     hook = None if head is None else head.register_forward_pre_hook(refuse_head)
     try:
         with torch.no_grad(), _replaced_forwards(recorder):
-            for batch in tokens.split(batch_size(tokens.shape[1])):
+            for batch in batches(tokens):
                 try:
                     with one_sentence(model):
                         model(input_ids=batch.to(stream.device), use_cache=False)

@@ -1,7 +1,10 @@
 """Calibration and evaluation text.
 
-source      text read from files, a dataset, the standard library or memory; windows of tokens
-rows        files of JSON rows: documents, chats, prompts with completions
+source      the reader: files, datasets, texts, chats, rows, token ids and batches from memory
+rows        a row as text or token ids
+row_files   files of rows: JSON and Parquet
+token_ids   token ids as people hold them, without their padding
+windows     windows of token ids, and how they are cut from a text
+tokenizer   a model folder's tokenizer
 stdlib      the sources of Python's standard library, split into two sides
-token_ids   token ids as people hold them
 """

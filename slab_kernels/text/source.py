@@ -1,110 +1,278 @@
-"""Text read from files, a dataset, the standard library or memory, and cut into token windows."""
+"""The reader of every text: what people have at hand comes in, and text or token ids come out.
+
+A file, a folder, a dataset or the standard library by name; texts, chats, rows, token ids, batches
+with masks or a dataset in memory. All of it becomes parts (`rows.Part`), and the parts become one
+text or windows of token ids, with a note of what was read.
+"""
 
 from __future__ import annotations
 
+import functools
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, CheckpointError
+from ..errors import CalibrationError, SlabError
 from ..paths import expanded
-from ..settings import SEED, WINDOW, enforce, setting
 from ..terminal import first_line
-from . import rows, stdlib
+from . import stdlib
+from .row_files import SUFFIXES as ROW_SUFFIXES
+from .row_files import readable, rows_of
+from .rows import TEXTS, Part, RowReader, is_chat
+from .token_ids import check_windows, holds_ids, text_config
+from .windows import CHARACTERS_PER_TOKEN, READ_AHEAD, Sampling, Windows, sample_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst", ".jsonl", ".ndjson")
+SUFFIXES = (".txt", ".text", ".md", ".raw", ".rst", ".jsonl", ".ndjson", ".parquet")
 LONGEST_NAME = 1000  # characters; what is longer is a text, not the name of one
-# Bounds how much of a large text is tokenised. English text has 3 to 5 characters per token.
-CHARACTERS_PER_TOKEN = 16
-# As many times the text that the samples need is read: they are drawn from more than its beginning.
-READ_AHEAD = 8
-TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-MAX_TOKENIZER_FILE = 1 << 28  # bytes; a vocabulary of a million tokens takes a tenth
+BETWEEN = "\n\n"  # two parts of a text
+# What can be read: a name, a path, token ids, or anything that gives texts, rows or batches.
+Text = str | Path | Tensor | Iterable
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How windows are drawn from a text. Raises on construction: CalibrationError."""
+class Read:
+    """What was read.
 
-    samples: int = setting(128, "windows of text", 1)
-    window: int = setting(2048, **WINDOW)
-    seed: int = setting(0, **SEED)
+    content: the text, its parts joined by an empty line, or windows of token ids.
+    kind: "texts", "chats", "prompts" or "token ids", or several of them joined by "and".
+    name: of the file, folder or dataset; None for what was in memory.
+    field: of the rows; None where there were none.
+    rows: how many documents, chats or windows of ids were read.
+    """
 
-    def __post_init__(self):
-        enforce(self, CalibrationError)
+    content: str | Windows
+    kind: str
+    name: str | None
+    field: str | None
+    rows: int
+
+    def facts(self, windows: Windows) -> dict[str, Any]:
+        """What a record says of a text of which these windows were taken."""
+        return {
+            "kind": self.kind,
+            "file": self.name,
+            "field": self.field,
+            "rows": self.rows,
+            "windows": len(windows),
+            "tokens": windows.tokens,
+            "sha256": windows.digest(),
+        }
 
 
-def read_text(
-    source: str | Path | list | dict,
+def read(
+    source: Text,
+    reader: RowReader,
     max_characters: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> str:
-    """The text that `source` names or holds.
+    samples: int | None = None,
+) -> Read:
+    """The text or the token ids that `source` names or holds.
 
     Args:
         source: one of
             "stdlib", "stdlib:heldout": sources of Python's standard library;
-            a UTF-8 text file, or a file of rows (.jsonl, .ndjson or .json, see `rows`);
-            a folder: all .txt .text .md .raw .rst .jsonl .ndjson files below it, in path order;
+            a UTF-8 text file, or a file of rows (.jsonl, .ndjson, .json or .parquet, see `rows`);
+            a folder: all files below it with one of SUFFIXES, in path order;
             a dataset "name[:config][:split]", read with the optional package `datasets` (split
-            "train", column "text");
-            a list of texts themselves (strings), files (Path) or rows (dict);
-            a dict: one row.
-            Parts are joined by an empty line.
-        max_characters: stop reading there.
-        tokenizer: writes out the chats in rows by its template.
+            "train");
+            token ids: an integer tensor or array [samples, window], lists of rows of ids, or a
+            batch {"input_ids", "attention_mask"} whose padding is left out (see `token_ids`);
+            a row (dict), or a chat ([{"role", "content"}, ...]);
+            a list of texts themselves (strings), files (Path), rows, chats or batches, or whatever
+            else gives those one by one, as a `datasets.Dataset` and a DataLoader do.
+        reader: takes from rows the field that is asked for.
+        max_characters: of a text, stop reading there.
+        samples: of token ids that come row by row or batch by batch, from a file or an iterable,
+            stop reading at so many. A tensor, an array or a list is taken whole.
 
-    Raises: CalibrationError if nothing is found, a file is not UTF-8, a row has no text, or the
-        text is empty.
+    Raises: CalibrationError if nothing is found, a file is not UTF-8, a row lacks the field or has
+        no text, texts and token ids are mixed, or there is nothing in it; MissingPackageError where
+        a package is missing to read a file.
     """
-    if isinstance(source, str | Path):
-        text, name = _named_text(source, max_characters, tokenizer), str(source)
-    elif isinstance(source, Mapping | list | tuple):
-        parts = [source] if isinstance(source, Mapping) else source
-        texts = [_part(part, number, tokenizer) for number, part in enumerate(parts, 1)]
-        text, name = "\n\n".join(texts), "given"
-    else:
+    named = isinstance(source, str | Path)
+    whole = holds_ids(source) or isinstance(source, Mapping | list | tuple)
+    parts, length = [], 0
+    for part in _named(source, reader) if named else _held(source, reader):  # type: ignore[arg-type]
+        parts.append(part)
+        if isinstance(part.content, Windows) != isinstance(parts[0].content, Windows):
+            raise CalibrationError(
+                f"the {reader.name} text holds both texts and token ids; give one of the two"
+            )
+        if isinstance(part.content, Windows):
+            length += len(part.content)
+            enough = samples is not None and length >= samples and not whole
+        else:
+            length += len(part.content) + (len(BETWEEN) if length else 0)
+            enough = max_characters is not None and length >= max_characters
+        if enough:
+            break
+    what = str(source) if named else f"{reader.name}={reprlib.repr(source)}"
+    if not parts:
+        raise CalibrationError(f"{what} is empty; give at least one text, row or batch")
+    fields = dict.fromkeys(part.field for part in parts if part.field)
+    if reader.field is not None and reader.must and not fields:
         raise CalibrationError(
-            f"{reprlib.repr(source)} is neither text nor token ids: give a text file, a folder, a "
-            "list of texts or of rows, or integer ids [samples, window]"
+            f"field={reader.field!r} says which field of rows to read, and {what} has no rows; "
+            "leave it out"
         )
+    content = _joined(parts, what, max_characters, None if whole else samples)
+    return Read(
+        content,
+        " and ".join(dict.fromkeys(part.kind for part in parts)),
+        str(source) if named else None,
+        ", ".join(fields) or None,
+        len(content) if isinstance(content, Windows) else len(parts),
+    )
+
+
+def _joined(
+    parts: list[Part], what: str, max_characters: int | None, samples: int | None
+) -> str | Windows:
+    """Parts of one kind as one. Raises: CalibrationError for a text that is none."""
+    windows = [part.content for part in parts if isinstance(part.content, Windows)]
+    if windows:
+        return Windows(tuple(row for part in windows for row in part.rows)[:samples])
+    text = BETWEEN.join(str(part.content) for part in parts)
     if not text.strip():
         raise CalibrationError(
-            f"the text {name} is empty; give a text file with at least a few thousand words"
+            f"the text {what} is empty; give a text file with at least a few thousand words"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise CalibrationError(
-            f"the text {name} holds half a character (a lone surrogate) at {error.start}"
+            f"the text {what} holds half a character (a lone surrogate) at {error.start}"
         ) from error
     return text[:max_characters]
 
 
-def _part(part: Any, number: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The text of one entry of a list, the `number`-th from 1."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Path):
-        return _read_file(expanded(part), None, tokenizer)
-    return rows.row_text(part, tokenizer, f"entry {number} of the given list")
-
-
-def _named_text(
-    source: str | Path, max_characters: int | None, tokenizer: PreTrainedTokenizerBase | None
+def read_text(
+    source: Text,
+    max_characters: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    field: str | None = None,
 ) -> str:
-    """The text of a name: of the standard library's, a file, a folder or a dataset."""
+    """The text that `source` names or holds, see `read`.
+
+    tokenizer: writes out chats by its template. field: of rows, the one to read.
+
+    Raises: as `read`, and CalibrationError for token ids.
+    """
+    reader = RowReader(field, None if tokenizer is None else lambda: tokenizer)
+    found = read(source, reader, max_characters, samples=1)
+    if isinstance(found.content, Windows):
+        raise CalibrationError(
+            f"{reprlib.repr(source)} holds token ids, and a text is needed here; give the text "
+            "that they were made of"
+        )
+    return found.content
+
+
+def read_windows(
+    source: Text,
+    model: PreTrainedModel,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    sampling: Sampling,
+    field: str | None = None,
+    name: str = "calibration",
+    must: bool = True,
+) -> tuple[Windows, Read]:
+    """Windows of a text as a model can read them, and what was read.
+
+    Token ids are taken as they are. Of a text windows are drawn as `sampling` says, cut to the
+    model's positions. tokenizer: gives the one to use; it is called only where there is text.
+    field, name, must: see `RowReader`.
+
+    Raises: as `read`; CalibrationError or CheckpointError for ids that the model does not have.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    window = min(sampling.window, limit or sampling.window)
+    characters = READ_AHEAD * sampling.samples * window * CHARACTERS_PER_TOKEN
+    tokenizer = functools.cache(tokenizer)
+    found = read(source, RowReader(field, tokenizer, name, must), characters, sampling.samples)
+    if isinstance(found.content, Windows):
+        check_windows(found.content, model, name)
+        return found.content, found
+    used = tokenizer()
+    ids = sample_windows(used, found.content, sampling.samples, window, sampling.seed, name)
+    windows = Windows.of(ids)
+    check_windows(windows, model, name, used)
+    return windows, found
+
+
+def _held(source: Any, reader: RowReader) -> Iterator[Part]:
+    """The parts of what is in memory. Raises: CalibrationError."""
+    _refuse_tables(source, reader.name)
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    if holds_ids(source) and not (reader.field is not None and isinstance(first, Mapping)):
+        yield reader.ids(source, "")
+    elif isinstance(source, Mapping):
+        yield reader.part(source, "the given row")
+    elif is_chat(source):
+        yield reader.chat(source, "the given list")
+    else:
+        kind = "list" if isinstance(source, list | tuple) else type(source).__name__
+        for number, entry in enumerate(_entries(source), 1):
+            yield from _entry(entry, f"entry {number} of the given {kind}", reader)
+
+
+def _refuse_tables(source: Any, name: str) -> None:
+    """Raises: CalibrationError for what holds rows and does not give them, with how it does."""
+    if hasattr(source, "columns") and hasattr(source, "to_dict"):
+        raise CalibrationError(
+            f"{name}= is a {type(source).__name__}; give its rows, as in {name}="
+            "frame.to_dict('records')"
+        )
+    splits = isinstance(source, Mapping) and bool(source)
+    if splits and all(hasattr(split, "column_names") for split in source.values()):
+        raise CalibrationError(
+            f"{name}= holds the splits {', '.join(map(str, source))}; give one of them, as in "
+            f"{name}=data[{next(iter(source))!r}]"
+        )
+
+
+def _entries(source: Any) -> Iterator[Any]:
+    """What a list, an iterable or a sequence gives. Raises: CalibrationError for other things."""
+    ordered = not isinstance(source, bytes | bytearray | set | frozenset)
+    if ordered and hasattr(source, "__iter__"):
+        yield from source
+    elif ordered and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        # A dataset of torch need not end when it is asked for more than it has.
+        yield from (source[number] for number in range(len(source)))
+    else:
+        raise CalibrationError(
+            f"{reprlib.repr(source)} is neither text nor token ids: give a text file, a folder, a "
+            "list of texts, of chats or of rows, integer ids [samples, window], or batches with "
+            "input_ids and attention_mask"
+        )
+
+
+def _entry(entry: Any, where: str, reader: RowReader) -> Iterator[Part]:
+    """The parts of one entry of a list. Raises: CalibrationError."""
+    if isinstance(entry, str):
+        yield Part(TEXTS, entry)
+    elif isinstance(entry, Path):
+        yield from _file(expanded(entry), reader)
+    elif is_chat(entry):
+        yield reader.chat(entry, where)
+    elif holds_ids(entry) and not isinstance(entry, Mapping):
+        yield reader.ids([entry], where)
+    else:
+        yield reader.part(entry, where)
+
+
+def _named(source: str | Path, reader: RowReader) -> Iterator[Part]:
+    """The parts of a name: of the standard library's, a file, a folder or a dataset."""
     name = str(source)
     if name in ("stdlib", "stdlib:heldout"):
-        return _stdlib(heldout=name != "stdlib")
+        yield Part(TEXTS, _stdlib(heldout=name != "stdlib"))
+        return
     if "\n" in name or len(name) > LONGEST_NAME:
         raise CalibrationError(
             f"{reprlib.repr(name)} is no name of a file or a folder; to give a text itself, put it "
@@ -112,17 +280,19 @@ def _named_text(
         )
     path = expanded(name)
     if path.is_file():
-        return _read_file(path, max_characters, tokenizer)
-    if path.is_dir():
+        yield from _file(path, reader)
+    elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise CalibrationError(f"the folder {path} holds no text file ({' '.join(SUFFIXES)})")
-        return "\n\n".join(_read_file(p, max_characters, tokenizer) for p in files)
-    if name.startswith((".", "/", "~")) or path.suffix in (*SUFFIXES, ".json"):
+        for file in files:
+            yield from _file(file, reader)
+    elif name.startswith((".", "/", "~")) or path.suffix in (*SUFFIXES, ".json"):
         raise CalibrationError(
             f"the text {name} does not exist; give a text file, a folder of them, or 'stdlib'"
         )
-    return _dataset(name, max_characters)
+    else:
+        yield from _dataset(name, reader)
 
 
 def _stdlib(heldout: bool) -> str:
@@ -132,17 +302,18 @@ def _stdlib(heldout: bool) -> str:
         raise CalibrationError(str(error)) from error
 
 
-def _read_file(
-    path: Path, max_characters: int | None, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
-    if path.suffix in rows.SUFFIXES:
-        return rows.read_rows(path, tokenizer, max_characters)
-    with rows.readable(path):
-        return path.read_text(encoding="utf-8")
+def _file(path: Path, reader: RowReader) -> Iterator[Part]:
+    if path.suffix in ROW_SUFFIXES:
+        for where, row in rows_of(path, reader.fields):
+            yield reader.part(row, where)
+        return
+    with readable(path):
+        text = path.read_text(encoding="utf-8")
+    yield Part(TEXTS, text)
 
 
-def _dataset(name: str, max_characters: int | None) -> str:
-    """The column "text" of a dataset "name[:config][:split]". Raises: CalibrationError."""
+def _dataset(name: str, reader: RowReader) -> Iterator[Part]:
+    """The rows of a dataset "name[:config][:split]". Raises: CalibrationError."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -155,113 +326,10 @@ def _dataset(name: str, max_characters: int | None) -> str:
     config, _, split = rest.partition(":")
     try:
         found = load_dataset(path, config or None, split=split or "train", streaming=True)
-        texts: list[str] = []
-        length = 0
-        for row in found:
-            texts.append(row["text"])
-            length += len(texts[-1])
-            if max_characters is not None and length >= max_characters:
-                break
-    except KeyError as error:
-        raise CalibrationError(
-            f"dataset {name!r} has no column 'text'; save its text to a file and give that"
-        ) from error
+        for number, row in enumerate(found, 1):
+            yield reader.part(row, f"row {number} of dataset {name!r}")
+    except SlabError:
+        raise
     except Exception as error:  # of many types: no network, unknown name, missing config
         reason = first_line(error)
         raise CalibrationError(f"cannot read dataset {name!r}: {reason}") from error
-    return "\n\n".join(texts)
-
-
-def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
-
-    trust_remote_code: run Python code that the folder brings along; nobody is asked.
-
-    Raises: CheckpointError if there is none that works.
-    """
-    from transformers import AutoTokenizer
-
-    for file in Path(path).glob("*"):
-        read = file.suffix in TOKENIZER_FILES and file.is_file()
-        if read and file.stat().st_size > MAX_TOKENIZER_FILE:
-            raise CheckpointError(
-                f"{file} is larger than {MAX_TOKENIZER_FILE >> 20} MiB, which no tokenizer's file "
-                "is; copy or download it again"
-            )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
-            raise ValueError("it knows special tokens only")  # transformers made one up
-        # Some settings fail only when a text is encoded and decoded.
-        tokenizer.decode(tokenizer("a text", verbose=False)["input_ids"])
-        return tokenizer
-    except Exception as error:  # transformers raises many types for unusable files
-        if "trust_remote_code=True" in str(error) and not trust_remote_code:
-            reason = "it is a program in that folder, which runs only with trust_remote_code=True"
-        else:
-            reason = first_line(error)
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give "
-            "tokenizer="
-        ) from error
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids of `text` [tokens] int64, with no special tokens added.
-
-    Raises: CalibrationError for what is no text.
-    """
-    if not isinstance(text, str):
-        raise CalibrationError(
-            f"{reprlib.repr(text)} is no text; `text.source.read_text` reads a file, a folder or a "
-            "list of texts"
-        )
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def windows(tokens: Tensor, window: int, bos: int | None) -> list[Tensor]:
-    """`tokens` cut, without overlap, into windows of at most `window` ids.
-
-    Each starts with the id `bos`, where that is not None. The last may be shorter. Every token lies
-    in exactly one window.
-
-    Raises: CalibrationError for a window too short to hold a token.
-    """
-    step = window if bos is None else window - 1
-    if step < 1:
-        raise CalibrationError(f"window={window} is too short; use at least 2")
-    pieces = tokens.split(step)
-    if bos is None:
-        return list(pieces)
-    start = torch.tensor([bos], dtype=tokens.dtype)
-    return [torch.cat((start, piece)) for piece in pieces]
-
-
-def sample_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    samples: int,
-    window: int,
-    seed: int = 0,
-    name: str = "calibration",
-) -> Tensor:
-    """Whole windows [samples, window] int64 of `text`, drawn without replacement by `seed`.
-
-    There are fewer if the text has fewer. At most READ_AHEAD times the text that the samples need
-    is tokenised. name: of the text, for messages.
-
-    Raises: CalibrationError if the text does not fill one window, or for numbers that `Sampling`
-        refuses.
-    """
-    Sampling(samples, window, seed)
-    tokens = tokenize(tokenizer, text[: READ_AHEAD * samples * window * CHARACTERS_PER_TOKEN])
-    pieces = windows(tokens, window, tokenizer.bos_token_id) if len(tokens) else []
-    whole = [piece for piece in pieces if len(piece) == window]
-    if not whole:
-        raise CalibrationError(
-            f"the {name} text has {len(tokens)} tokens, fewer than one window of {window}; give a "
-            "longer text or a smaller window"
-        )
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([whole[i] for i in order[:samples].tolist()])

@@ -27,6 +27,7 @@ from slab_kernels.methods import LayerSettings
 from slab_kernels.methods.inputs import InputStats
 from slab_kernels.models.source import open_source
 from slab_kernels.models.totals import read_totals
+from slab_kernels.text.windows import Windows
 
 IDS = tiny_models.tokens()
 FITTED = torch.arange(len(IDS)) % 8 != 7 if len(IDS) > 7 else torch.arange(len(IDS)) < len(IDS) - 1
@@ -272,7 +273,7 @@ def test_code_that_reads_an_embedding_is_found_before_a_head_that_is_no_plain_li
     model = source.model  # whose weights are hidden while the code is tried
     wanted = Wanted(embeddings="int8")
     with torch.no_grad(), pytest.raises(ArchitectureError, match="own code reads the weight of"):
-        readable(Job.of(source, Plan(), (), torch.device("cpu"), wanted), IDS)
+        readable(Job.of(source, Plan(), (), torch.device("cpu"), wanted), Windows.of(IDS))
 
 
 def test_the_command_line_has_both(tmp_path):

@@ -18,6 +18,7 @@ from slab_kernels.errors import CheckpointError
 from slab_kernels.methods.inputs import InputStats
 from slab_kernels.models.blocks import find_blocks
 from slab_kernels.models.streams import rounded_products
+from slab_kernels.text.windows import Windows
 
 QUICK = dict(method="magnitude", progress=False)
 
@@ -28,12 +29,12 @@ QUICK = dict(method="magnitude", progress=False)
 )
 def test_an_eighth_of_the_windows_is_held_back(samples, judging):
     ids = torch.arange(samples)[:, None].expand(samples, 3)
-    tokens = Tokens(ids, None)
+    tokens = Tokens(Windows.of(ids), None)
     held_back = tokens.held_back
     assert (held_back is None) == (not judging) and tokens.windows_held_back == len(judging)
     if held_back is not None:
-        assert held_back[:, 0].tolist() == list(judging)
-    fitted = tokens.fitted[:, 0].tolist()
+        assert [int(row[0]) for row in held_back.rows] == list(judging)
+    fitted = [int(row[0]) for row in tokens.fitted.rows]
     assert fitted == [window for window in range(samples) if window not in judging]
 
 
@@ -88,7 +89,8 @@ def test_statistics_of_later_layers_are_those_of_a_plain_forward(monkeypatch, pr
         tiny_models.model(), calibration=tokens, progress=False, pattern="50%", rounds=1
     )
     name = "model.layers.1.mlp.down_proj"
-    fitted, held_back = Tokens(tokens, None).fitted, Tokens(tokens, None).held_back
+    windows = Tokens(Windows.of(tokens), None)
+    fitted, held_back = (torch.stack(part.rows) for part in (windows.fitted, windows.held_back))
     with rounded_products(torch.device("cpu"), products):
         x, other = (_inputs(m, fitted, name) for m in (result, tiny_models.model()))
         judging = _inputs(result, held_back, name)
@@ -119,11 +121,11 @@ def test_statistics_behind_a_matched_block_are_of_what_matching_left(monkeypatch
         lambda _, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,
     )
-    texts, stats = Tokens(tokens, None), seen[len(seen) // 2]
+    texts, stats = Tokens(Windows.of(tokens), None), seen[len(seen) // 2]
     for found, text in ((stats.gram, texts.fitted), (stats.held_back, texts.held_back)):
         hidden.clear()
         with torch.no_grad():
-            result(input_ids=text, use_cache=False)
+            result(input_ids=torch.stack(text.rows), use_cache=False)
             x = norm(hidden[0]).flatten(0, -2).double()
         want = x.T @ x / len(x)
         assert float((found - want).norm() / want.norm()) < 1e-5

@@ -230,8 +230,8 @@ def test_the_command_line_refuses_before_any_text_is_read(
     more, word, model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(
-        "slab_kernels.compression.calibration.read_text",
-        lambda *_: pytest.fail("the calibration text was read"),
+        "slab_kernels.compression.calibration.read_windows",
+        lambda *_, **__: pytest.fail("the calibration text was read"),
     )
     assert cli.run(command(model, tmp_path / "out", *more)) == 2
     shown = capsys.readouterr().err

@@ -24,7 +24,7 @@ from slab_kernels.evaluate.against import compare
 from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.models import blocks, endings
 from slab_kernels.models.source import open_source
-from slab_kernels.text.source import open_tokenizer
+from slab_kernels.text.tokenizer import open_tokenizer
 
 TEXT = tiny_models.text(120)
 

@@ -20,6 +20,9 @@ ORDERS = ("tests/compression/test_orders.py",)
 AGAINST = ("tests/evaluate/test_against.py",)
 CHAT = ("tests/cli/test_chat.py",)
 TOTALS = ("tests/models/test_totals.py",)
+PADDING = ("tests/text/test_reader.py", "tests/compression/test_padding.py")
+BY_PATTERN = ("tests/compression/test_by_pattern.py",)
+HUB = ("tests/models/test_hub.py",)
 SHARDING = ("tests/engines/test_sharding.py",)
 
 WHOLE_MODEL = (
@@ -105,6 +108,28 @@ WHOLE_MODEL = (
         "slab_kernels/compression/*.py",
         "self.streams.forget()  # what training changes", "# what training changes",
         (*HELD_BACK, "tests/compression/test_matching.py"),
+    ),
+    # Texts with padding, settings by pattern, models by name
+    Fault(
+        "padding that is read as text",
+        "slab_kernels/text/*.py", "kept.append(row[mask.bool()])", "kept.append(row)", PADDING,
+    ),
+    Fault(
+        "a field that is named and not read",
+        "slab_kernels/text/*.py", "return self._named(row, self.field, where)", "pass", PADDING,
+    ),
+    Fault(
+        "the earlier of two patterns wins",
+        "slab_kernels/compression/*.py", "found |= settings", "found = settings | found",
+        BY_PATTERN,
+    ),
+    Fault(
+        "a token in the JSON of a measurement",
+        "slab_kernels/cli/*.py", "*without_token(arguments)])", "*arguments])", HUB,
+    ),
+    Fault(
+        "the main branch in place of the revision",
+        "slab_kernels/models/*.py", 'given = {"revision": self.revision, ', "given = {", HUB,
     ),
     # The head
     Fault(

@@ -15,7 +15,7 @@ from slab_kernels.cli import main as cli
 from slab_kernels.errors import CalibrationError
 from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.text.source import read_text
-from slab_kernels.text.token_ids import token_ids
+from slab_kernels.text.token_ids import holds_ids, token_ids
 
 TOKENS = tiny_models.tokens()
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -54,6 +54,9 @@ def test_rows_are_read_by_their_fields(tmp_path, tokenizer):
     (tmp_path / "d.ndjson").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows[0]).encode() + b"\r\n")
     assert read_text(tmp_path / "d.ndjson") == "first"
     assert read_text([tmp_path / "d.ndjson", "second"]) == "first\n\nsecond"
+    chats = "<user>Hi<assistant>Hello\n\n<user>Hi"
+    assert read_text([CHAT, CHAT[:1]], tokenizer=tokenizer) == chats
+    assert read_text(CHAT, tokenizer=tokenizer) == "<user>Hi<assistant>Hello"
 
 
 def test_a_folder_holds_rows_too_and_reading_stops_in_time(tmp_path):
@@ -126,7 +129,7 @@ def test_a_chat_needs_a_template_that_can_write_it(tmp_path, tokenizer):
 )
 def test_ids_in_any_form_are_the_same_ids(ids):
     found = token_ids(ids)
-    assert found.dtype == torch.long and torch.equal(found, TOKENS)
+    assert torch.equal(torch.stack(found.rows), TOKENS) and found.rows[0].dtype == torch.long
 
 
 @pytest.mark.parametrize(
@@ -135,13 +138,26 @@ def test_ids_in_any_form_are_the_same_ids(ids):
         (TOKENS.float(), "integer tensor"),
         (TOKENS.bool(), "integer tensor"),
         (TOKENS[0], r"\[samples, window\], got .* \[16\]"),
-        (TOKENS[:0], "non-empty"),
+        (TOKENS[:0], "are empty"),
         (-TOKENS, "none may be negative"),
-        ([[1, 2], [3]], "1 to 2 tokens; cut them to one length"),
+        ([[1, 2], []], "row 2 of the held-out token ids is empty"),
+        ({"input_ids": []}, "are empty"),
+        ([[[[[1]]]]], "nested too deep"),
+        ([[1], 2], "side by side"),
+        ([[TOKENS, TOKENS]], "has 2 tensors without names"),
         (5, "integer tensor"),
         ([[1, "x"]], "cannot be read"),
         ([[1 << 70]], "cannot be read"),
-        ({"input_ids": TOKENS, "attention_mask": TOKENS > 9}, "as padding"),
+        ({"input_ids": TOKENS, "attention_mask": TOKENS * 0}, "marks everything as padding"),
+        ({"input_ids": TOKENS[:2], "attention_mask": [[0] * 16, [1] * 16]}, "marks all of row 1"),
+        ({"input_ids": TOKENS, "attention_mask": TOKENS}, "attention_mask .* it may hold 1 for"),
+        (
+            {"input_ids": TOKENS, "attention_mask": torch.ones(6, 15)},
+            "has 6 rows of 15, and input_ids has 6 rows of 16",
+        ),
+        ({"input_ids": TOKENS, "attention_mask": torch.ones(5, 16)}, "has 5 rows of 16, and"),
+        ({"input_ids": TOKENS, "attention_mask": torch.ones(6, 1, 16)}, "cannot be read"),
+        ({"input_ids": TOKENS, "attention_mask": TOKENS / 7}, "cannot be read"),
         ({"input_ids": TOKENS, "attention_mask": "x"}, "attention_mask .* cannot be read"),
         ([{"input_ids": [1]}, {"x": 1}], "no input_ids"),
     ],
@@ -153,10 +169,10 @@ def test_ids_that_mean_nothing_plain_are_named(ids, message):
 
 
 @pytest.mark.parametrize(
-    "source", [None, 3.5, b"x", iter(["x"]), {"x", "y"}], ids=lambda source: type(source).__name__
+    "source", [None, 3.5, b"x", {"x", "y"}], ids=lambda source: type(source).__name__
 )
 def test_what_is_neither_text_nor_ids_is_named(source):
-    assert token_ids(source) is None
+    assert not holds_ids(source)
     with pytest.raises(CalibrationError, match="neither text nor token ids"):
         read_text(source)
 
