@@ -12,7 +12,7 @@ from ..compression.record import LayerRecord, read_record
 from ..errors import CheckpointError
 from ..format import TABLE_NAMES, PackedLayout, paddings
 from ..models.folder import Checkpoint
-from ..models.packed import read_tables
+from ..models.packed import model_entries, read_tables
 from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
 from ..models.totals import folder_totals
@@ -48,7 +48,8 @@ def inspect(folder: Path | str) -> dict[str, Any]:
     described: dict[str, Any] = entry if ours and isinstance(entry, dict) else {}
     layouts = read_layouts(checkpoint) if ours else {}
     stored: dict[str, dict[str, TensorEntry]] = {}
-    for tensor, found in checkpoint.entries.items():
+    entries = model_entries(checkpoint, layouts)
+    for tensor, found in entries.items():
         name, _, leaf = tensor.rpartition(".")
         stored.setdefault(name, {})[leaf] = found
     matrices = [
@@ -73,7 +74,7 @@ def inspect(folder: Path | str) -> dict[str, Any]:
         "mean_error": _mean(layer["error"] for layer in layers),
         "mean_heldout_error": _mean(layer["heldout_error"] for layer in layers),
         "padding": [asdict(padding) for padding in paddings(layouts.values())],
-        **folder_totals(checkpoint.entries, layouts, checkpoint.config).to_dict(),
+        **folder_totals(entries, layouts, checkpoint.config).to_dict(),
         "layers": layers,
         "embeddings": _embeddings(checkpoint) if ours else [],
     }
@@ -123,8 +124,9 @@ def _layer(
     elif weight is not None:
         shape, counted = list(weight.shape), {"weight": weight.nbytes}
         values = str(weight.dtype).removeprefix("torch.")
-    elif record is not None:
-        shape, counted = list(record.shape), {}
+    elif record is not None:  # stored under other names, as dense experts of Mixtral are
+        shape = list(record.shape)
+        counted = {"weight": round(record.bits_per_weight * math.prod(shape) / 8)}
     else:
         raise CheckpointError(f"the folder holds nothing of the layer {name!r}")
     weights = max(1, math.prod(shape))

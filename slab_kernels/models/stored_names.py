@@ -233,17 +233,37 @@ def stored_forms(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Forms
         return revert_weight_conversion(model, {name: tensor})[stored]
 
     forms: Forms = {}
-    names, empty = _Names(model), {name: tensor.to("meta") for name, tensor in tensors.items()}
-    together = revert_weight_conversion(model, empty) if hasattr(model, "config") else empty
-    for name, tensor in tensors.items():
-        parts = {name: empty[name]}
-        if together.get(name) is not empty[name]:  # one call takes milliseconds in a large model
-            parts = revert_weight_conversion(model, parts)
-        if set(parts) != {name} and not _makes(model, parts, name, names):
-            parts = {name: tensor}
+    empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    for name, parts in stored_parts(model, empty).items():
         for stored, t in parts.items():
             forms[stored] = Form(t.dtype, tuple(t.shape), partial(make, name, stored))
     return forms
+
+
+def stored_parts(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """What transformers stores in place of each of `tensors`: by stored name, one or several.
+
+    A tensor that would be stored together with others stays as it is, under the model's name.
+    Tensors that `model` has no place for count as its own, with the shape that they have.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = _Names(model)
+    names.expected = {**tensors, **names.expected}
+    together = dict(tensors)
+    if hasattr(model, "config"):
+        together = revert_weight_conversion(model, together)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts = {name: tensor}
+        if together.get(name) is not tensor:  # one call takes milliseconds in a large model
+            parts = revert_weight_conversion(model, parts)
+        if set(parts) != {name} and not _makes(model, parts, name, names):
+            parts = {name: tensor}
+        found[name] = parts
+    return found
 
 
 def _makes(model: PreTrainedModel, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import slab_kernels
 from matrix.configs import VOCABULARY, tiny
 from slab_kernels.errors import ArchitectureError, CalibrationError
+from slab_kernels.models.experts import unstack_named
 from slab_kernels.nn import SlabLinear
 
 LARGEST = 4_000_000  # weights; a config that stays above it is not tiny
@@ -126,6 +127,7 @@ def travel(model_type: str, top: Path) -> Outcome:
         loaded = slab_kernels.load(top / "packed")
         layers = {name: m for name, m in loaded.named_modules() if isinstance(m, SlabLinear)}
         found.packed, ours = len(layers), logits(loaded)
+        unstack_named(model, layers)
         with torch.no_grad():
             for name, layer in layers.items():
                 model.get_submodule(name).weight.copy_(layer.packed().dense())
