@@ -178,7 +178,7 @@ def stored_slices(model: PreTrainedModel, slices: Slices) -> dict[str, Held]:
         numbers = torch.arange(len(names), dtype=torch.float32)
         probes[stack] = numbers.view(experts, len(names) // experts, 1)
     found: dict[str, Held] = {}
-    for stack, parts in stored_parts(model, probes).items():
+    for stack, parts in stored_parts(model, probes, slices).items():
         names = by_stack[stack]
         if all(part.shape == (1, 1) for part in parts.values()):
             found |= {stored: Held((names[int(t)],), False) for stored, t in parts.items()}

@@ -8,7 +8,7 @@ transformers converts them on loading. Here the same conversion is done tensor b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -241,17 +241,20 @@ def stored_forms(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Forms
 
 
 def stored_parts(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], made_of_them: Container[str] = ()
 ) -> dict[str, dict[str, Tensor]]:
     """What transformers stores in place of each of `tensors`: by stored name, one or several.
 
     A tensor that would be stored together with others stays as it is, under the model's name.
     Tensors that `model` has no place for count as its own, with the shape that they have.
+
+    made_of_them: tensors that `model` has in place of `tensors`.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     names = _Names(model)
-    names.expected = {**tensors, **names.expected}
+    own = {name: t for name, t in names.expected.items() if name not in made_of_them}
+    names.expected = {**tensors, **own}
     together = dict(tensors)
     if hasattr(model, "config"):
         together = revert_weight_conversion(model, together)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from slab_kernels.compression.routing import Feeding
 from slab_kernels.compression.statistics import Streams
 from slab_kernels.models.groups import find_groups, layer_inputs
 from slab_kernels.models.passes import DensePasses, Passes, Room, may_replay
@@ -168,7 +169,7 @@ def test_a_block_of_which_linears_were_skipped_says_nothing_of_others():
     streams = Streams(stream, None, None, None, None)
     mlp = {name: linear for name, linear in linears.items() if name.startswith("mlp")}
     for found, replayed in ((mlp, True), (linears, False)):
-        _, inside = streams.enter(1, layer, None, found, "")
+        _, inside = streams.enter(1, layer, None, found, "", Feeding())
         assert (inside.calibration.room.bytes > 0) == replayed
 
 
