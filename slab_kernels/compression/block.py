@@ -84,8 +84,8 @@ class BlockWork:
             self.dense_block,
             prefix,
         )
-        for record in feeding.records:
-            say(str(record))
+        for counts in feeding.records:
+            say(str(counts))
         waves, passes = streams.enter(
             self.index, self.block, self.dense_block, self.linears, prefix, feeding
         )
@@ -93,10 +93,12 @@ class BlockWork:
             inputs: dict[str, tuple[GroupInputs, Group]] = {}
             for group, found in zip(wave, passes.inputs(wave), strict=True):
                 inputs |= dict.fromkeys(group.names, (found, group))
-            results = self.team.share(list(inputs), functools.partial(self._layer, inputs))
-            for name, (decomposition, layer) in results.items():
-                self._keep(finished, name, decomposition, layer)
-                tell(finished.layers[-1], len(finished.layers))
+            layer = functools.partial(self._layer, inputs)
+            # One process alone tells of each layer as soon as it is done.
+            for names in [[name] for name in inputs] if self.team.size == 1 else [list(inputs)]:
+                for name, (decomposition, record) in self.team.share(names, layer).items():
+                    self._keep(finished, name, decomposition, record)
+                    tell(finished.layers[-1], len(finished.layers))
             passes.finish(tuple(inputs))
         finished.experts = feeding.records
         return finished

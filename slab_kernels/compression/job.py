@@ -62,7 +62,7 @@ class Job:
         # A layer that no 2:4 fits is left dense, as the model's matter; a pattern that the user
         # chose must fit every layer.
         group = plan.usual.parsed.group if plan.usual.packed else 1
-        source.unstack(packable_experts(path, blocks, group, skip))
+        source.unstack_named(packable_experts(path, blocks, group, skip))
         linears = block_linears(path, blocks, group, skip, tied)
         chosen = choose(source.model, plan, wanted)
         job = cls(source, plan, device, path, blocks, linears, tied, *chosen, wanted)

@@ -226,7 +226,11 @@ class Streams:
             feeding,
         )
         tokens = max(hidden.shape[:-1].numel() for hidden in self.calibration.hidden)
-        waves = in_waves(groups, linears, feeding.stages, tokens, Room.on(device).bytes)
+        texts = 1 + sum(
+            text is not None for text in (self.held_back, self.heldout, self._inside.dense)
+        )
+        space = Room.on(device).bytes // texts
+        waves = in_waves(groups, linears, feeding.stages, tokens, space)
         return waves, self._inside
 
     def forget(self) -> None:

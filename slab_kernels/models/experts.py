@@ -6,8 +6,9 @@ works on linears works on experts too. The weights of those linears are views of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # The stack that an expert's input is read by -> the linears whose rows it holds, in their order.
 STACKS = {"gate_up_proj": GATED, "up_proj": PLAIN}
+PIECE = 2, 3  # rows and columns by which a weight is tried out, see `stored_slices`
 
 
 class Slice(NamedTuple):
@@ -87,6 +89,20 @@ def unstack(model: nn.Module, path: str) -> None:
     model.set_submodule(path, Experts(stacked, experts))
 
 
+def restack(model: nn.Module, path: str) -> None:
+    """Undo `unstack` for experts whose linears are dense, with copies of their weights."""
+    experts = mixtures(model)[path]
+    slices = expert_slices(model, path)
+    stacked = experts.stacked
+    for stack in dict.fromkeys(part.stack for part in slices.values()):
+        names = tuple(name for name, part in slices.items() if part.stack == stack)
+        weights = {name: model.get_parameter(name) for name in names}
+        whole = Held(names, True).joined(weights, slices)
+        parameter = nn.Parameter(whole.detach(), requires_grad=False)
+        stacked.register_parameter(stack.removeprefix(f"{path}."), parameter)
+    model.set_submodule(path, stacked)
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=False, device="meta")
@@ -95,10 +111,11 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def unstack_named(model: nn.Module, names: Iterable[str]) -> None:
-    """Take apart the stacked experts of `model` that modules of these full names lie in."""
-    names = list(names)
+    """Take apart the stacked experts of `model` that modules of these names lie in, or are."""
+    split = [name.split(".") for name in names]
+    named = {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)}
     for path, module in list(model.named_modules()):
-        if is_stacked(module) and any(name.startswith(f"{path}.") for name in names):
+        if path in named and is_stacked(module):
             unstack(model, path)
 
 
@@ -121,21 +138,24 @@ def stages(block: nn.Module, prefix: str) -> dict[str, str]:
     return found
 
 
-def expert_slices(model: nn.Module) -> dict[str, Slice]:
-    """The weight of every expert's linear in `model`, dense or packed -> where it is in a stack."""
+def expert_slices(model: nn.Module, at: str | None = None) -> dict[str, Slice]:
+    """The weight of every expert's linear in `model`, dense or packed -> where it is in a stack.
+
+    at: the only `Experts` that are wanted; default: all.
+    """
     found: dict[str, Slice] = {}
     for path, experts in mixtures(model).items():
+        if at not in (None, path):
+            continue
         reading = next(name for name, parts in STACKS.items() if parts == experts.projections)
         for number in range(experts.num_experts):
             first = 0
-            for name in experts.projections:
-                rows = int(experts.get_submodule(f"{number}.{name}").out_features)  # type: ignore[arg-type]
-                found[f"{path}.{number}.{name}.weight"] = Slice(
-                    f"{path}.{reading}", number, first, rows
-                )
+            for name, linear in experts.expert(number).named_children():
+                rows: Any = linear.out_features
+                stack = f"{path}.{DOWN if name == DOWN else reading}"
+                start = 0 if name == DOWN else first
+                found[f"{path}.{number}.{name}.weight"] = Slice(stack, number, start, rows)
                 first += rows
-            rows = int(experts.get_submodule(f"{number}.{DOWN}").out_features)  # type: ignore[arg-type]
-            found[f"{path}.{number}.{DOWN}.weight"] = Slice(f"{path}.{DOWN}", number, 0, rows)
     return found
 
 
@@ -164,28 +184,42 @@ class Held(NamedTuple):
 def stored_slices(model: PreTrainedModel, slices: Slices) -> dict[str, Held]:
     """The dense tensors in which transformers stores the stacks of `slices`, by stored name.
 
+    They are one for each expert and projection, or the stack as it is, under a name that it may
+    have. A stack that transformers would store in another form keeps the model's name and form,
+    which it reads too.
+
     model: of the class and config to which they belong.
     """
     by_stack: dict[str, list[str]] = {}
     for name, part in slices.items():
         by_stack.setdefault(part.stack, []).append(name)
     probes: dict[str, Tensor] = {}
+    pieces: dict[str, list[Tensor]] = {}  # what stands for the weights of a stack
     for stack, names in by_stack.items():
         # The order of a stack: expert after expert, and the rows of each.
         names.sort(key=lambda name: (slices[name].expert, slices[name].first))
         experts = len({slices[name].expert for name in names})
-        # One number stands for each weight, and tells where it is after transformers' conversion.
-        numbers = torch.arange(len(names), dtype=torch.float32)
-        probes[stack] = numbers.view(experts, len(names) // experts, 1)
+        # Every number is another one, so that conversions show what they do with rows and columns.
+        numbers = torch.arange(len(names) * math.prod(PIECE), dtype=torch.float32)
+        pieces[stack] = list(numbers.view(-1, *PIECE))
+        probes[stack] = numbers.view(experts, -1, PIECE[1])
     found: dict[str, Held] = {}
     for stack, parts in stored_parts(model, probes, slices).items():
         names = by_stack[stack]
-        if all(part.shape == (1, 1) for part in parts.values()):
-            found |= {stored: Held((names[int(t)],), False) for stored, t in parts.items()}
-        else:
-            stored = next(iter(parts)) if len(parts) == 1 else stack
-            found[stored] = Held(tuple(names), True)
+        places = {stored: _place(part, pieces[stack]) for stored, part in parts.items()}
+        if all(place is not None for place in places.values()):
+            found |= {s: Held((names[at],), False) for s, at in places.items() if at is not None}
+            continue
+        (stored, part), *others = parts.items()
+        same = not others and torch.equal(part, probes[stack])
+        found[stored if same else stack] = Held(tuple(names), True)
     return found
+
+
+def _place(part: Tensor, pieces: list[Tensor]) -> int | None:
+    """Which of `pieces` a stored tensor is; None if it is none of them as it was."""
+    at = int(part.flatten()[0]) // math.prod(PIECE)
+    return at if torch.equal(part, pieces[at]) else None
 
 
 def routers(block: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from .channels import Moves, reordered
-from .experts import Slices, expert_slices, unstack
+from .experts import Slices, expert_slices, unstack_named
 from .shards import Spec
 
 
@@ -33,10 +33,9 @@ class Rearranged:
         source.moves = moves
         return source
 
-    def unstack(self, paths: Iterable[str]) -> None:
-        """Take apart the stacked experts at these places of the model."""
-        for path in paths:
-            unstack(self.model, path)
+    def unstack_named(self, names: Iterable[str]) -> None:
+        """Take apart the stacked experts that modules of these names lie in, or are."""
+        unstack_named(self.model, names)
         self.slices = expert_slices(self.model)
 
     @property

@@ -50,6 +50,11 @@ class Experts(nn.Module):
         self.train(stacked.training)
 
     @property
+    def stacked(self) -> nn.Module:
+        """transformers' module, without its stacked weights."""
+        return self._stacked[0]
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """The names of an expert's linears that read its input."""
         return tuple(name for name, _ in self.expert(0).named_children() if name != DOWN)
@@ -61,7 +66,7 @@ class Experts(nn.Module):
 
     def gated(self, read: list[Tensor]) -> Tensor:
         """What DOWN reads, from what the linears before it put out."""
-        stacked: Any = self._stacked[0]
+        stacked: Any = self.stacked
         if len(read) == 1:
             return stacked.act_fn(read[0])
         return stacked._apply_gate(torch.cat(read, -1))

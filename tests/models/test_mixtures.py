@@ -93,6 +93,10 @@ def test_every_road_computes_what_the_decompressed_twin_does(tmp_path, name):
         assert names(tmp_path / f"dense_{folder}") == names(tmp_path / "dense")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "by_transformers")
     assert torch.equal(logits(again), want)
+    again.dequantize()
+    again.save_pretrained(tmp_path / "dequantized")
+    assert names(tmp_path / "dequantized") == names(tmp_path / "dense")
+    assert torch.allclose(logits(again), want, atol=1e-5)
     assert torch.equal(logits(compress(dense, **SETTINGS)), want)
 
     twin, info = AutoModelForCausalLM.from_pretrained(
