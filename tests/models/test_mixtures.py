@@ -7,18 +7,21 @@ import json
 import pytest
 import tiny_models
 import torch
+from matrix.configs import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from slab_kernels.cli import main as cli
 from slab_kernels.compression.model import compress
 from slab_kernels.errors import ArchitectureError, CheckpointError
 from slab_kernels.evaluate.inspect import inspect
 from slab_kernels.models.decompress import decompress
+from slab_kernels.models.experts import expert_slices, is_stacked, stored_slices, unstack
 from slab_kernels.models.folder import Checkpoint
 from slab_kernels.models.load import load
 from slab_kernels.models.save import save
+from slab_kernels.models.skeleton import config_skeleton
 from slab_kernels.models.source import open_source
 from slab_kernels.models.stored_names import stored_forms
 from slab_kernels.models.totals import read_totals
@@ -258,3 +261,31 @@ def test_experts_of_unequal_shapes_are_refused_in_one_sentence(tmp_path):
     ) as raised:
         compress(tmp_path / "dense", tmp_path / "out", **SETTINGS)
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+FORMS = {  # type -> whether a tensor holds one weight, a stack under another name, or as it is
+    "mixtral": "model.layers.0.block_sparse_moe.experts.1.w3.weight",
+    "granitemoe": "model.layers.0.block_sparse_moe.input_linear.weight",
+    "inkling2_text": "model.layers.0.mlp.experts.gate_up_proj",  # rows interleaved on disk
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_on_disk_is_told_by_numbers_that_go_through_the_conversion(name):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    model = config_skeleton(tiny(name))
+    stack = next(n for n, m in model.named_modules() if is_stacked(m))
+    unstack(model, stack)
+    slices = expert_slices(model)
+    held = stored_slices(model, slices)
+    part = held[FORMS[name]]
+    assert part.whole == (name != "mixtral")
+    if not part.whole:
+        assert part.names == (f"{stack}.1.up_proj.weight",)
+    named = [n for each in held.values() for n in each.names]
+    assert sorted(named) == sorted(slices)
+    weights = {n: torch.full((2, 2), float(i)) for i, n in enumerate(part.names)}
+    small = {n: slices[n]._replace(first=2 * (slices[n].first > 0), rows=2) for n in part.names}
+    apart = part.apart(part.joined(weights, small), small)
+    assert all(torch.equal(apart[n], weights[n]) for n in part.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .experts import EXPERTS
 from .fault import Fault
 from .many_tokens import MANY_TOKENS
 from .solver import SOLVER
@@ -264,4 +265,5 @@ FAULTS = (
     ),
     *SOLVER,
     *WHOLE_MODEL,
+    *EXPERTS,
 )  # fmt: skip
