@@ -212,7 +212,7 @@ def _refuse_outside(outside: dict[str, str], more: bool) -> None:
     others = f" (and {len(outside) - 1} more alike)" if len(outside) > 1 else ""
     raise ArchitectureError(
         f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear is supported "
-        f"(no Conv1D, no stacked experts with biases or transposed weights), and {leaves}"
+        f"(no Conv1D, no transposed experts), and {leaves}"
     )
 
 

@@ -210,8 +210,8 @@ def stored_slices(model: PreTrainedModel, slices: Slices) -> dict[str, Held]:
         if all(place is not None for place in places.values()):
             found |= {s: Held((names[at],), False) for s, at in places.items() if at is not None}
             continue
-        (stored, part), *others = parts.items()
-        same = not others and torch.equal(part, probes[stack])
+        (stored, first), *others = parts.items()
+        same = not others and torch.equal(first, probes[stack])
         found[stored if same else stack] = Held(tuple(names), True)
     return found
 
