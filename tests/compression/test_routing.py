@@ -219,7 +219,11 @@ def test_matching_and_a_budget_reach_experts():
     logits = []
     for more in ({"matching": 1}, {"bits": 6.0}):
         model = compress(
-            mixture(), method="slab", calibration=long_tokens(120), progress=False, **more
+            mixture(num_local_experts=2),
+            method="slab",
+            calibration=long_tokens(60),
+            progress=False,
+            **more,
         )
         assert {len(block.mlp.experts.expert(0)._modules) for block in model.model.layers} == {3}
         with torch.no_grad():
