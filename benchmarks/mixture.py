@@ -50,6 +50,12 @@ def write_dense(folder: str, given: argparse.Namespace) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
+def most_resident() -> int:
+    """Bytes; `getrusage` would count what the parent of this process held (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
 def compress(dense: str, out: str, given: argparse.Namespace) -> dict[str, Any]:
     """What one compression takes; the figures are of this process."""
     import torch
@@ -59,7 +65,7 @@ def compress(dense: str, out: str, given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCABULARY, (given.samples, given.window), generator=generator)
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before, held = resource.getrusage(resource.RUSAGE_SELF), most_resident()
     began = time.perf_counter()
     record = slab_kernels.compress(
         dense,
@@ -80,15 +86,15 @@ def compress(dense: str, out: str, given: argparse.Namespace) -> dict[str, Any]:
         "machine": machine.one_line(),
         "seconds": seconds,
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak_bytes": after.ru_maxrss * 1024,
-        "before_bytes": before.ru_maxrss * 1024,
+        "peak_bytes": most_resident(),
+        "before_bytes": held,
         "block_bytes": {"bf16": 2 * block, "fp32": 4 * block},
         "hidden_state_bytes": record.hidden_state_bytes,
         "weights": record.weights,
         "layers": len(record.layers),
         "bits_per_weight": record.bits_per_weight,
         "error": record.named_error,
-        "experts": [vars(counts) for counts in record.experts],
+        "routing": [vars(counts) for counts in record.experts],
     }
 
 
