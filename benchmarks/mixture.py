@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,25 @@ def write_dense(folder: str, given: argparse.Namespace) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def most_resident() -> int:
-    """Bytes; `getrusage` would count what the parent of this process held (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+class Resident(threading.Thread):
+    """Reads every 20 ms what this process has resident; `most` is the largest, in bytes.
+
+    The peak that Linux keeps is of no use here: `compress` resets it before every layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.most = self.read()
+
+    @staticmethod
+    def read() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, self.read())
+            time.sleep(0.02)
 
 
 def compress(dense: str, out: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -65,7 +81,8 @@ def compress(dense: str, out: str, given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCABULARY, (given.samples, given.window), generator=generator)
-    before, held = resource.getrusage(resource.RUSAGE_SELF), most_resident()
+    before, memory = resource.getrusage(resource.RUSAGE_SELF), Resident()
+    memory.start()
     began = time.perf_counter()
     record = slab_kernels.compress(
         dense,
@@ -86,8 +103,8 @@ def compress(dense: str, out: str, given: argparse.Namespace) -> dict[str, Any]:
         "machine": machine.one_line(),
         "seconds": seconds,
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak_bytes": most_resident(),
-        "before_bytes": held,
+        "peak_bytes": memory.most,
+        "before_bytes": memory.first,
         "block_bytes": {"bf16": 2 * block, "fp32": 4 * block},
         "hidden_state_bytes": record.hidden_state_bytes,
         "weights": record.weights,
