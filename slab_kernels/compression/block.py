@@ -19,6 +19,7 @@ from .matching import Goal, Matched, Target, match_block
 from .memory import peak_memory
 from .plan import as_stored, decompose_as_stored, store
 from .record import LayerRecord
+from .routing import Feeding
 from .sinks import FinishedBlock, dense_weight
 from .statistics import GroupInputs, Streams
 from .team import Team
@@ -53,10 +54,15 @@ class BlockWork:
     team: Team
     decompositions: dict[str, Decomposition] = field(default_factory=dict)
 
-    def compress(self, tell: Callable[[LayerRecord, int], None]) -> FinishedBlock:
+    def compress(
+        self,
+        tell: Callable[[LayerRecord, int], None],
+        say: Callable[[str], None] = lambda message: None,
+    ) -> FinishedBlock:
         """Every linear, group after group of those that read the same input.
 
         tell: is called with the record of each layer, and how many of the block are finished.
+        say: is called with a line on the tokens of the block's experts, if it has any.
 
         Raises: CheckpointError for a weight with NaN, and what the method raises.
         """
@@ -69,25 +75,43 @@ class BlockWork:
                 )
         if not self.linears:
             return finished
-        prefix = self.job.prefix(self.index)
-        groups, passes = self.streams.enter(
-            self.index, self.block, self.dense_block, self.linears, prefix
+        prefix, streams = self.job.prefix(self.index), self.streams
+        feeding = Feeding.of(
+            self.job.plan.usual,
+            streams.calibration,
+            self.index,
+            self.block,
+            self.dense_block,
+            prefix,
         )
-        for group in groups:
-            inputs = passes.inputs(group)
-            layer = functools.partial(self._layer, inputs=inputs, group=group)
-            results = self.team.share(group.names, layer)
-            for name, (decomposition, layer) in results.items():
-                self._keep(finished, name, decomposition, layer)
-                tell(finished.layers[-1], len(finished.layers))
-            passes.finish(group.names)
+        for counts in feeding.records:
+            say(str(counts))
+        waves, passes = streams.enter(
+            self.index, self.block, self.dense_block, self.linears, prefix, feeding
+        )
+        for wave in waves:
+            inputs: dict[str, tuple[GroupInputs, Group]] = {}
+            for group, found in zip(wave, passes.inputs(wave), strict=True):
+                inputs |= dict.fromkeys(group.names, (found, group))
+            layer = functools.partial(self._layer, inputs)
+            # One process alone tells of each layer as soon as it is done.
+            for names in [[name] for name in inputs] if self.team.size == 1 else [list(inputs)]:
+                for name, (decomposition, record) in self.team.share(names, layer).items():
+                    self._keep(finished, name, decomposition, record)
+                    tell(finished.layers[-1], len(finished.layers))
+            passes.finish(tuple(inputs))
+        finished.experts = feeding.records
         return finished
 
     def _layer(
-        self, name: str, inputs: GroupInputs, group: Group
+        self, known: dict[str, tuple[GroupInputs, Group]], name: str
     ) -> tuple[Decomposition, LayerRecord]:
-        """One linear: the numbers that will be stored, and their record without its bits."""
+        """One linear: the numbers that will be stored, and their record without its bits.
+
+        known: of every linear what it reads, and its group.
+        """
         began, settings = time.perf_counter(), self.job.plan.layer(name)
+        inputs, group = known[name]
         weight, stats = self.linears[name].weight.float(), inputs.stats
         if inputs.moved is not None and settings.drift:
             stats = stats.with_drift(weight @ inputs.moved)

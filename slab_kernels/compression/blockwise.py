@@ -96,13 +96,13 @@ class BlockwiseRun:
             self._report("layer", index, layer=layer, done=done + position)
 
         work = BlockWork(self.job, index, block, dense_block, linears, self.streams, self.team)
-        kept = work.compress(tell)
+        kept = work.compress(tell, lambda text: self._report("experts", index, text))
         if plan.matching is not None and linears:
             work.match(
                 kept, lambda text: self._report("matching", index, text, done=done + len(linears))
             )
         kept.layers = self.sink.store(index, kept)
-        self.finished.append(FinishedBlock({}, kept.layers, {}, kept.match))
+        self.finished.append(kept.records())
         self._report("block", index)
         self._put(index, block, kept)
         self.advance(index, block, dense_block)
@@ -115,7 +115,7 @@ class BlockwiseRun:
             kept = HeadWork(job, model, self.tokens, self.streams, self.team).compress()
         kept.layers = self.sink.store(index, kept)
         self._report("layer", index, layer=kept.layers[0], done=self.layers_done + 1)
-        self.finished.append(FinishedBlock({}, kept.layers))
+        self.finished.append(kept.records())
 
     def advance(self, index: int, block: nn.Module, dense_block: nn.Module | None) -> None:
         """Let the texts pass block `index`, unless nothing comes after it."""

@@ -34,6 +34,7 @@ from ..models.streams import catch_stream
 from ..settings import Rule
 from ..text.windows import Windows
 from .plan import decompose_as_stored
+from .routing import Feeding
 from .statistics import moments
 
 PROBES = 8  # windows on which the divergence is measured
@@ -197,10 +198,12 @@ class Measurement:
                 if prefix + name in rows and isinstance(module, nn.Linear):
                     linears[prefix + name] = module
             passes = Passes(stream, index, block, linears, Room(0))
+            feeding = Feeding.of(self.usual, stream, index, block, None, prefix)
             for group in find_groups(stream, index, block, linears) if linears else ():
-                stats = moments(passes, group)
+                (stats,) = moments(passes, [group])
                 for name in group.names:
                     yield name, self._layer(linears[name], rows[name], stats)
+            feeding.end()
             with torch.no_grad():
                 stream.advance(index, block)
 

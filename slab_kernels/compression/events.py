@@ -20,7 +20,8 @@ QUIET = 30.0  # seconds after which lines are followed by one that the work goes
 class ProgressEvent:
     """One step of a run; `str(event)` is one line for people.
 
-    kind: "start", "warning", "resumed", "budget", "layer", "matching", "block" or "done".
+    kind: "start", "warning", "resumed", "budget", "experts", "layer", "matching", "block" or
+        "done".
     done, layers: layers that are finished, and all of them.
     elapsed: seconds since the run began.
     remaining: an estimate of the seconds still needed; None while nothing is known of it.

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..format import Int8Table, PackedLayout, PackedWeight
+from ..models.experts import unstack_named
 from ..models.folder import PROGRESS_NAME, RECORD_NAME, write_index
 from ..models.output import check_same_settings, file_sha256, is_whole
 from ..models.packed_config import UNTIED_KEY, quantization_config
@@ -73,7 +74,11 @@ def into(model: nn.Module, sink: MemorySink, job: Job, record: RunRecord) -> nn.
             parameters[f"{name}.weight"] = stored
     with torch.inference_mode():  # Only here may parameters be written to that were made under it.
         for name, value in parameters.items():
-            model.get_parameter(name).copy_(value)
+            if (part := source.slices.get(name)) is not None:
+                part.of(model.get_parameter(part.stack)).copy_(value)
+            else:
+                model.get_parameter(name).copy_(value)
+    unstack_named(model, packed)
     replace_linear(model, packed)
     _put_tables(model, job, tables)
     if packed:

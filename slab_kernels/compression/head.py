@@ -30,6 +30,7 @@ from .job import Job
 from .memory import peak_memory
 from .plan import decompose_as_stored
 from .record import LayerRecord
+from .routing import Feeding
 from .sinks import FinishedBlock
 from .statistics import GroupInputs, Streams
 from .team import Team
@@ -81,8 +82,9 @@ class HeadWork:
         ending = Ending(self.model, job.blocks, self.streams.calibration.returned)
         tail, twin = (Tail(ending, name, weight) for _ in range(2))
         index = len(job.blocks)
-        (group,), passes = self.streams.enter(index, tail, twin, {name: tail.head}, "")
-        inputs = passes.inputs(group)
+        linears = {name: tail.head}
+        (wave,), passes = self.streams.enter(index, tail, twin, linears, "", Feeding())
+        (inputs,) = passes.inputs(wave)
 
         def layer(name: str) -> tuple[PackedWeight, LayerRecord]:
             N, K = weight.shape

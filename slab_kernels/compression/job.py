@@ -11,7 +11,7 @@ from torch import nn
 from ..device import native_products
 from ..errors import FormatError
 from ..format import Int8Table, int8_table
-from ..models.blocks import block_linears, find_blocks, load_block
+from ..models.blocks import block_linears, find_blocks, load_block, packable_experts
 from ..models.model_config import compute_dtype
 from ..models.source import Source
 from ..models.tables import TableEntry
@@ -63,6 +63,7 @@ class Job:
         # A layer that no 2:4 fits is left dense, as the model's matter; a pattern that the user
         # chose must fit every layer.
         group = plan.usual.parsed.group if plan.usual.packed else 1
+        source.unstack_named(packable_experts(path, blocks, group, skip))
         linears = block_linears(path, blocks, group, skip, tied)
         chosen = choose(source.model, plan, wanted)
         job = cls(source, plan, device, path, blocks, linears, tied, *chosen, wanted)

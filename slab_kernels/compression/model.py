@@ -58,7 +58,10 @@ def compress(
 ) -> RunRecord | nn.Module:
     """Compress every nn.Linear in the decoder blocks, and embedding and output head where asked.
 
-    Norms stay dense, and so do an embedding and a head for which nothing else is said.
+    Experts that transformers stacks are taken apart into linears first. A token counts for the
+    experts that its router picks; an expert that gets too few is shown all of them
+    (`compression.routing`). Routers and norms stay dense, and so do an embedding and a head for
+    which nothing else is said.
 
     One block is in memory at a time, beside everything outside the blocks and the hidden states of
     the calibration text: samples * window * hidden_size numbers, of 4 bytes on a CPU
@@ -66,6 +69,7 @@ def compress(
     twice: the block as it was and as it becomes, and what the dense model makes of the text. Beside
     each block in memory, at most 1 GiB on a CPU and a tenth of a GPU's free memory hold what would
     have to be computed again otherwise.
+    Statistics of several experts are gathered at once, as far as they take no more than that again.
     Layers that receive the same tensor (q/k/v, gate/up) share their statistics. Statistics come
     from the compressed prefix: earlier blocks, and earlier groups of the same block.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -65,6 +65,43 @@ class MatchRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsRecord:
+    """How the experts of one block were calibrated.
+
+    module: their name in the model. tokens: of the windows that layers are fitted to, those that
+    the router sent to each expert before the block was compressed. of: all tokens of those windows.
+    needed: how many a method needs of an expert (`compression.routing`). fed: the experts that got
+    fewer, and were shown all tokens.
+    """
+
+    block: int
+    module: str
+    tokens: list[int]
+    of: int
+    needed: int
+    fed: list[int]
+
+    def with_fed(self, fed: list[int]) -> ExpertsRecord:
+        """The same with other experts that were shown all tokens."""
+        return replace(self, fed=fed)
+
+    def __str__(self) -> str:
+        """A line for people, with the counts of the experts."""
+        listed = ", ".join(map(str, self.tokens))
+        if len(self.tokens) > 16:
+            listed = f"{min(self.tokens)} to {max(self.tokens)} ({len(self.tokens)} experts)"
+        said = f"{self.module}: of {self.of} tokens each expert got {listed}"
+        if not self.fed:
+            return said
+        few = ", ".join(f"{n} ({self.tokens[n]})" for n in self.fed[:8])
+        more = f" and {len(self.fed) - 8} more" if len(self.fed) > 8 else ""
+        return (
+            f"{said}; fewer than the {self.needed} that are needed came to expert {few}{more}, "
+            f"fed all {self.of} instead"
+        )
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A finished run.
 
@@ -96,6 +133,7 @@ class RunRecord:
     held_back: int = 0
     texts: dict = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
+    experts: list[ExpertsRecord] = field(default_factory=list)
 
     @property
     def weights(self) -> int:
@@ -134,7 +172,11 @@ class RunRecord:
     @classmethod
     def from_dict(cls, content: dict) -> RunRecord:
         """Raises: CheckpointError if `content` is no run record."""
-        parts = {"layers": layer_from_dict, "matching": match_from_dict}
+        parts = {
+            "layers": layer_from_dict,
+            "matching": match_from_dict,
+            "experts": experts_from_dict,
+        }
         if not isinstance(content, dict) or not content.get("layers"):
             raise CheckpointError(f"{RECORD_NAME} lists no layers; {DAMAGED}")
         for name in parts.keys() & content.keys():
@@ -212,6 +254,11 @@ def read_record(folder: Path) -> RunRecord | None:
 def match_from_dict(content: dict | None) -> MatchRecord | None:
     """Raises: CheckpointError."""
     return None if content is None else _checked(MatchRecord, content)
+
+
+def experts_from_dict(content: dict) -> ExpertsRecord:
+    """Raises: CheckpointError."""
+    return _checked(ExpertsRecord, content)
 
 
 def layer_from_dict(content: dict) -> LayerRecord:

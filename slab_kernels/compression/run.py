@@ -15,6 +15,7 @@ from torch import nn
 from .. import __version__
 from ..device import local_device, resolve_device
 from ..models.channels import Moves, digest, put_in_orders
+from ..models.experts import unstack_named
 from ..models.hub import HubArguments
 from ..models.model_config import compute_dtype
 from ..models.output import OutputFolder
@@ -173,6 +174,7 @@ def _search(
             assert isinstance(source, FolderSource)
             model = source.open_dense()
         put_in_orders(model, source.moves)
+        unstack_named(model, job.shapes)
         dtype = compute_dtype(source.config, job.device)
         return model.to(device=job.device, dtype=dtype).eval()
 
@@ -246,6 +248,7 @@ def _record(
             "transformers": transformers.__version__,
         },
         matching=[block.match for block in blocks if block.match is not None],
+        experts=[record for block in blocks for record in block.experts],
         ignored_tensors=job.source.ignored,
         held_back=tokens.windows_held_back,
     )

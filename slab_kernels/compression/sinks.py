@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +12,18 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..format import PackedLayout, PackedWeight, read_factors
+from ..models.experts import Held, stored_slices
 from ..models.output import OutputFolder
 from ..models.shards import TensorEntry, read_header, shard_name, write_shard
 from .job import Job
-from .record import LayerRecord, MatchRecord, layer_from_dict, match_from_dict
+from .record import (
+    ExpertsRecord,
+    LayerRecord,
+    MatchRecord,
+    experts_from_dict,
+    layer_from_dict,
+    match_from_dict,
+)
 
 
 def dense_weight(stored: PackedWeight | Tensor) -> Tensor:
@@ -27,7 +36,7 @@ class FinishedBlock:
     """What becomes of one block.
 
     stored: full module name -> packed weight, or dense [N,K] in the type of the source.
-    layers, match: the records.
+    layers, match, experts: the records.
     other: full parameter name -> what matching made of it (norms, biases).
     """
 
@@ -35,6 +44,11 @@ class FinishedBlock:
     layers: list[LayerRecord]
     other: dict[str, Tensor] = field(default_factory=dict)
     match: MatchRecord | None = None
+    experts: list[ExpertsRecord] = field(default_factory=list)
+
+    def records(self) -> FinishedBlock:
+        """The same without its weights."""
+        return FinishedBlock({}, self.layers, {}, self.match, self.experts)
 
 
 class Sink(Protocol):
@@ -104,7 +118,9 @@ class FolderSink:
                     f"{self.out} holds other finished blocks than its model has; "
                     "use an empty folder"
                 )
-            blocks.append(FinishedBlock({}, layers, {}, match_from_dict(block["match"])))
+            experts = [experts_from_dict(each) for each in block.get("experts", ())]
+            match = match_from_dict(block["match"])
+            blocks.append(FinishedBlock({}, layers, {}, match, experts))
         return blocks
 
     def restore(self, index: int, linears: dict[str, nn.Linear]) -> FinishedBlock:
@@ -112,8 +128,13 @@ class FolderSink:
 
         parts: dict[str, dict[str, Tensor]] = {module: {} for module in linears}
         block, inside = FinishedBlock({}, []), set(self._inside(index))
+        slices, experts = self.job.source.slices, self._dense_experts(linears)
         with safe_open(self.shard(index), framework="pt") as f:
             for name in f.keys():
+                if name in experts:
+                    for weight, t in experts[name].apart(f.get_tensor(name), slices).items():
+                        parts[weight.removesuffix(".weight")]["weight"] = t
+                    continue
                 module, _, leaf = name.rpartition(".")
                 if module in parts and leaf != "bias":
                     parts[module][leaf] = f.get_tensor(name)
@@ -140,19 +161,37 @@ class FolderSink:
             parts = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight}
             tensors |= {f"{module}.{name}": t for name, t in parts.items()}
         tensors |= block.other | self._tables(index)
+        dense = self._dense_experts(block.stored)
+        held = {name: part.joined(tensors, self.job.source.slices) for name, part in dense.items()}
+        for part in dense.values():
+            for name in part.names:
+                del tensors[name]
+        tensors |= held
         modules = (*block.stored, *(self.job.tables if index == self.blocks else ()))
         replaced = tensors.keys() | {f"{module}.weight" for module in modules}
         kept = [name for name in self._inside(index) if name not in replaced]
         table = self._write(index, kept, tensors)
-        layers = [
-            replace(layer, bits_per_weight=bits_on_disk(table, layer)) for layer in block.layers
-        ]
+        layers = block.layers
+        if self.job.plan.usual.packed:  # dense weights take what their type does
+            layers = [
+                replace(layer, bits_per_weight=bits_on_disk(table, layer)) for layer in layers
+            ]
         self.progress.finish_block(
             self.shard(index).name,
             [layer.__dict__ for layer in layers],
             None if block.match is None else asdict(block.match),
+            [asdict(record) for record in block.experts],
         )
         return layers
+
+    def _dense_experts(self, modules: Iterable[str]) -> dict[str, Held]:
+        """The tensors in which experts among these modules are stored where nothing is packed."""
+        source = self.job.source
+        if self.job.plan.usual.packed:
+            return {}
+        names = {f"{module}.weight" for module in modules}
+        inside = {name: part for name, part in source.slices.items() if name in names}
+        return stored_slices(source.model, inside) if inside else {}
 
     def store_rest(self) -> None:
         """The shard of everything outside the blocks, where it was not stored with the head.

@@ -14,6 +14,7 @@ from ..methods.inputs import InputStats
 from ..models.groups import Group, find_groups
 from ..models.passes import DensePasses, Passes, Room, may_replay
 from ..models.streams import Stream, kind_of
+from .routing import Feeding, in_waves
 
 
 class GroupInputs(NamedTuple):
@@ -38,32 +39,36 @@ class GroupInputs(NamedTuple):
         return self.stats.held_back if self.heldout is None else self.heldout.gram
 
 
-def moments(passes: Passes, group: Group) -> InputStats:
-    """Statistics of the inputs of one text."""
-    stats = InputStats(passes.linears[group.names[0]].in_features)
+def moments(passes: Passes, groups: list[Group]) -> list[InputStats]:
+    """Statistics of the inputs of each group in one text."""
+    found = [InputStats(passes.linears[group.names[0]].in_features) for group in groups]
     for batch in passes.batches:
-        stats.update(passes.inputs(group, batch))
-    return stats
+        for stats, x in zip(found, passes.inputs(groups, batch), strict=True):
+            stats.update(x)
+    return found
 
 
 def _moments_and_shift(
-    passes: Passes, dense: DensePasses, group: Group
-) -> tuple[InputStats, Tensor | None]:
+    passes: Passes, dense: DensePasses, groups: list[Group]
+) -> list[tuple[InputStats, Tensor | None]]:
     """`GroupInputs.stats` and `.moved` of the text whose way through the dense block is `dense`."""
-    K = passes.linears[group.names[0]].in_features
-    stats = InputStats(K)
-    moved: Tensor | None = torch.zeros(K, K, device=passes.stream.device)
+    widths = [passes.linears[group.names[0]].in_features for group in groups]
+    found = [InputStats(K) for K in widths]
+    moved: list[Tensor | None] = [torch.zeros(K, K, device=passes.stream.device) for K in widths]
     for batch in passes.batches:
-        x = passes.inputs(group, batch)
-        stats.update(x)
-        other = dense.inputs(group, batch)
-        if moved is not None:
-            # An expert may get other tokens in the dense model; the two cannot be compared then.
-            same = other.shape == x.shape
-            moved = moved + _cross(other, x, passes.stream.products) if same else None
-    if moved is None or not bool(moved.any()):
-        return stats, None
-    return stats, moved / stats.tokens
+        read = zip(passes.inputs(groups, batch), dense.inputs(groups, batch), strict=True)
+        for number, (x, other) in enumerate(read):
+            found[number].update(x)
+            if (before := moved[number]) is not None:
+                # In a list of experts, one may get other tokens in the dense model; the two cannot
+                # be compared then.
+                same = other.shape == x.shape
+                cross = _cross(other, x, passes.stream.products) if same else None
+                moved[number] = None if cross is None else before + cross
+    return [
+        (stats, None if shift is None or not bool(shift.any()) else shift / stats.tokens)
+        for stats, shift in zip(found, moved, strict=True)
+    ]
 
 
 def _cross(other: Tensor, x: Tensor, products: torch.dtype | None) -> Tensor:
@@ -83,32 +88,74 @@ class BlockPasses:
     """The texts of a run inside one block.
 
     calibration, held_back, heldout: through the block that is compressed. dense: the calibration
-    text through the dense twin.
+    text through the dense twin. feeding: who of the block's experts sees all tokens.
     """
 
     calibration: Passes
     held_back: Passes | None
     heldout: Passes | None
     dense: DensePasses | None
+    feeding: Feeding
 
-    def inputs(self, group: Group) -> GroupInputs:
-        """Run the texts up to a group of linears, and gather what methods and records need."""
+    def inputs(self, groups: list[Group]) -> list[GroupInputs]:
+        """Run the texts up to the last of these groups, and gather what methods and records need.
+
+        An expert that turns out to have got no token at all is fed all of them.
+        """
+        found = self._gather(groups)
+        for number, group in enumerate(groups):
+            if not found[number].stats.tokens and self.feeding.feed(group.names):
+                (found[number],) = self._gather([group])
+        return found
+
+    def _gather(self, groups: list[Group]) -> list[GroupInputs]:
         began = time.perf_counter()
-        if self.dense is None:
-            stats, moved = moments(self.calibration, group), None
-        else:
-            stats, moved = _moments_and_shift(self.calibration, self.dense, group)
+        found = self._fitted(groups)
         if self.held_back is not None:
-            stats = replace(stats, held_back=moments(self.held_back, group).gram)
-        heldout = None if self.heldout is None else moments(self.heldout, group)
-        seconds = (time.perf_counter() - began) / len(group.names)
-        return GroupInputs(stats, heldout, moved, seconds)
+            judging = moments(self.held_back, groups)
+            found = [
+                (replace(stats, held_back=judge.gram), moved)
+                for (stats, moved), judge in zip(found, judging, strict=True)
+            ]
+        heldout: list[InputStats | None] = [None] * len(groups)
+        if self.heldout is not None:
+            heldout = [*moments(self.heldout, groups)]
+        seconds = (time.perf_counter() - began) / sum(len(group.names) for group in groups)
+        return [
+            GroupInputs(stats, text, moved, seconds)
+            for (stats, moved), text in zip(found, heldout, strict=True)
+        ]
+
+    def _fitted(self, groups: list[Group]) -> list[tuple[InputStats, Tensor | None]]:
+        """`GroupInputs.stats` and `.moved`; the latter where the dense text can be compared."""
+        compared = [] if self.dense is None else [g for g in groups if self._is_compared(g)]
+        others = [group for group in groups if group not in compared]
+        found: dict[Group, tuple[InputStats, Tensor | None]] = {}
+        if compared and self.dense is not None:
+            both = _moments_and_shift(self.calibration, self.dense, compared)
+            found |= zip(compared, both, strict=True)
+        if others:
+            alone = moments(self.calibration, others)
+            found |= {group: (stats, None) for group, stats in zip(others, alone, strict=True)}
+        return [found[group] for group in groups]
+
+    def _is_compared(self, group: Group) -> bool:
+        """Whether its linears read the same tokens in the dense model.
+
+        The router of the dense model sends an expert others.
+        """
+        return not self.feeding.routed.issuperset(group.names)
 
     def each(self, act: Callable[[Passes], None]) -> None:
         """Do something to every text's passes through the compressed block."""
         for passes in (self.calibration, self.held_back, self.heldout):
             if passes is not None:
                 act(passes)
+
+    def end_feeding(self) -> None:
+        """From now on every expert sees the tokens that its router sends it, and no others."""
+        called = self.feeding.end()
+        self.each(lambda passes: passes.forget_modules(called))
 
     def finish(self, names: tuple[str, ...]) -> None:
         """These linears have their final weights from now on."""
@@ -142,10 +189,12 @@ class Streams:
         dense_block: nn.Module | None,
         linears: dict[str, nn.Linear],
         prefix: str,
-    ) -> tuple[list[Group], BlockPasses]:
-        """The groups of a block's linears, and passes up to each of them.
+        feeding: Feeding,
+    ) -> tuple[list[list[Group]], BlockPasses]:
+        """The groups of a block's linears, in lists that one pass serves, and passes up to them.
 
-        linears: full name -> linear, of those that are compressed. prefix: of their names.
+        linears: full name -> linear, of those that are compressed. prefix: of their names. feeding:
+        of the block's experts.
 
         Raises: CalibrationError.
         """
@@ -167,18 +216,27 @@ class Streams:
                 twin = dense_block.get_submodule(name.removeprefix(prefix))
                 assert isinstance(twin, nn.Linear)
                 twins[name] = twin
-            dense = DensePasses(self.dense, index, dense_block, twins, groups, Room.on(device))
+            compared = [g for g in groups if not feeding.routed.issuperset(g.names)]
+            dense = DensePasses(self.dense, index, dense_block, twins, compared, Room.on(device))
         self._inside = BlockPasses(
             passes(self.calibration),
             None if self.held_back is None else passes(self.held_back),
             None if self.heldout is None else passes(self.heldout),
             dense,
+            feeding,
         )
-        return groups, self._inside
+        tokens = max(hidden.shape[:-1].numel() for hidden in self.calibration.hidden)
+        texts = 1 + sum(
+            text is not None for text in (self.held_back, self.heldout, self._inside.dense)
+        )
+        space = Room.on(device).bytes // texts
+        waves = in_waves(groups, linears, feeding.stages, tokens, space)
+        return waves, self._inside
 
     def forget(self) -> None:
-        """Keep no outputs of the block's modules, as its weights have changed after all."""
+        """Keep no outputs of the block's modules, as its weights will change after all."""
         if self._inside is not None:
+            self._inside.end_feeding()
             self._inside.each(Passes.forget)
 
     @torch.no_grad()
@@ -186,6 +244,7 @@ class Streams:
         """Lead every text through block `index`, the dense ones through its dense twin."""
         inside, self._inside = self._inside, None
         if inside is not None:
+            inside.end_feeding()
             inside.each(Passes.advance)
         else:
             for stream in (self.calibration, self.held_back, self.heldout):

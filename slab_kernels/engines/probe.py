@@ -9,17 +9,33 @@ all must arrive as they were sent.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ArchitectureError
+from ..errors import ArchitectureError, UnsupportedError
 from ..format import PackedLayout, table_tensors
 
 DENSE = "weight"
 ADVICE = "serve the dense folder that `slab-kernels decompress` writes"
+
+
+def refuse_experts(layouts: Iterable[str]) -> None:
+    """Refuse the experts of a mixture for an engine that runs all of them by kernels of its own.
+
+    layouts: the names of packed modules.
+
+    Raises: UnsupportedError.
+    """
+    found = next((name for name in layouts if re.search(r"\.experts\.\d+\.", name)), None)
+    if found is not None:
+        raise UnsupportedError(
+            f"{found} is packed, and vLLM runs the experts of a mixture by kernels of its own that "
+            f"read dense weights; {ADVICE}, or compress again with skip='*.experts'"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ArgumentError, CheckpointError
 from ..format import FORMAT_VERSION
+from ..models.experts import mixtures, restack
 from ..models.folder import Checkpoint, hub_folder
 from ..models.hub import HubArguments
 from ..models.load import load
@@ -271,6 +272,11 @@ class SlabQuantizer(HfQuantizer):
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
         for name, module in packed_modules(model).items():
             model.set_submodule(name, module.to_linear(dtype))
+        if stacks := mixtures(model):
+            for path in stacks:
+                restack(model, path)
+            # What transformers noted on opening knows no stacks; without it, it asks its tables.
+            vars(model).pop("_weight_conversions", None)
         if undo_tables(model, dtype):
             retie(model)
         return model

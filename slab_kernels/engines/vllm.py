@@ -31,7 +31,7 @@ from ..models.folder import Checkpoint
 from ..models.packed import check_tensors_fit, packed_skeleton
 from ..models.packed_config import QUANT_METHOD, parse_layouts, read_layouts
 from ..models.tables import TableEntry, parse_tables
-from .probe import DENSE
+from .probe import DENSE, refuse_experts
 from .vllm_linear import SlabLinearMethod
 from .vllm_probe import probe_before_loading
 
@@ -104,7 +104,9 @@ class SlabVllmConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> SlabVllmConfig:
         with _one_sentence():
             where = "this model"
-            return cls(parse_layouts(config, where), parse_tables(config, where))
+            layouts = parse_layouts(config, where)
+            refuse_experts(layouts)
+            return cls(layouts, parse_tables(config, where))
 
     def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
         """Compare every tensor of a local folder with the model of its config.json.

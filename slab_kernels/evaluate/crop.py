@@ -38,7 +38,9 @@ def weight_crop(folder: Path | str, dense: Path | str, size: int = 64) -> dict[s
     layouts = read_layouts(checkpoint)
     layer = list(layouts)[len(layouts) // 2]
     parts = unpack(read_packed(checkpoint.get, layer, layouts[layer]))
-    W = open_source(hub_folder(dense)).get(f"{layer}.weight").float()
+    source = open_source(hub_folder(dense))
+    source.unstack_named(layouts)
+    W = source.get(f"{layer}.weight").float()
     if W.shape != parts.S.shape:
         raise ArgumentError(
             f"{layer} is {list(W.shape)} in {dense} and {list(parts.S.shape)} in {folder}; "

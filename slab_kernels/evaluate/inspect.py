@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..format import TABLE_NAMES, PackedLayout, paddings
 from ..models.folder import Checkpoint, hub_folder
 from ..models.hub import HubArguments
-from ..models.packed import read_tables
+from ..models.packed import model_entries, read_tables
 from ..models.packed_config import QUANT_METHOD, read_layouts
 from ..models.shards import TensorEntry
 from ..models.totals import folder_totals
@@ -56,7 +56,8 @@ def inspect(
     described: dict[str, Any] = entry if ours and isinstance(entry, dict) else {}
     layouts = read_layouts(checkpoint) if ours else {}
     stored: dict[str, dict[str, TensorEntry]] = {}
-    for tensor, found in checkpoint.entries.items():
+    entries = model_entries(checkpoint, layouts)
+    for tensor, found in entries.items():
         name, _, leaf = tensor.rpartition(".")
         stored.setdefault(name, {})[leaf] = found
     matrices = [
@@ -81,7 +82,7 @@ def inspect(
         "mean_error": _mean(layer["error"] for layer in layers),
         "mean_heldout_error": _mean(layer["heldout_error"] for layer in layers),
         "padding": [asdict(padding) for padding in paddings(layouts.values())],
-        **folder_totals(checkpoint.entries, layouts, checkpoint.config).to_dict(),
+        **folder_totals(entries, layouts, checkpoint.config).to_dict(),
         "layers": layers,
         "embeddings": _embeddings(checkpoint) if ours else [],
     }
@@ -131,8 +132,9 @@ def _layer(
     elif weight is not None:
         shape, counted = list(weight.shape), {"weight": weight.nbytes}
         values = str(weight.dtype).removeprefix("torch.")
-    elif record is not None:
-        shape, counted = list(record.shape), {}
+    elif record is not None:  # stored under other names, as dense experts of Mixtral are
+        shape = list(record.shape)
+        counted = {"weight": round(record.bits_per_weight * math.prod(shape) / 8)}
     else:
         raise CheckpointError(f"the folder holds nothing of the layer {name!r}")
     weights = max(1, math.prod(shape))

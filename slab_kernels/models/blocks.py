@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureError
 from ..text.windows import Windows
+from .experts import STACKS, is_stacked, routers
 from .skeleton import place
 from .ties import all_names, tied_names
 
@@ -76,6 +77,50 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()  # where a compressed block keeps its weights
 
 
+def packable_experts(
+    path: str, blocks: nn.ModuleList, group: int, skip: tuple[str, ...] = ()
+) -> list[str]:
+    """The names of stacked experts in `blocks` whose matrices can be packed and are not skipped.
+
+    path, group, skip: as for `block_linears`.
+
+    Raises: ArchitectureError for a skip pattern that names only a part of a block's experts, and
+        for a width that `group` does not divide.
+    """
+    found: list[str] = []
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            full = f"{path}.{index}.{name}"
+            if not is_stacked(module) or _is_skipped(full, skip):
+                continue
+            stacks = dict(module.named_parameters(recurse=False))
+            if all(_is_skipped(f"{full}.{stack}", skip) for stack in stacks):
+                continue
+            for pattern in skip:
+                if any(_is_skipped(part, (pattern,)) for part in _parts_of(full, stacks)):
+                    raise ArchitectureError(
+                        f"skip={pattern!r} names a part of the experts {full}, which are packed "
+                        f"all or none; leave all of them dense with skip='*.{name}'"
+                    )
+            for stack, value in stacks.items():
+                if value.shape[2] % group:
+                    raise ArchitectureError(
+                        f"{full}.{stack} has in_features={value.shape[2]}, which groups of "
+                        f"{group} do not divide; leave it dense with skip='*.{name}'"
+                    )
+            found.append(full)
+    return found
+
+
+def _parts_of(full: str, stacks: Mapping[str, Tensor]) -> Iterator[str]:
+    """The names of the parameters of stacked experts, and of the linears that they become."""
+    for stack, value in stacks.items():
+        yield f"{full}.{stack}"
+        for number in range(len(value)):
+            for linear in STACKS.get(stack, (stack,)):
+                yield f"{full}.{number}.{linear}"
+
+
 def block_linears(
     path: str,
     blocks: nn.ModuleList,
@@ -91,22 +136,25 @@ def block_linears(
         skip: fnmatch patterns of full names of modules or parameters.
         tied: parameter that is another one under a second name -> that other name.
 
+    Routers of experts stay dense.
+
     Raises: ArchitectureError for weights that are not in plain nn.Linear modules (GPT-2's Conv1D,
-        stacked experts), for a linear that is another one too, for in_features that `group` does
-        not divide, for a skip pattern that matches nothing, and if nothing is left.
+        experts that are still stacked), for a linear that is another one too, for in_features that
+        `group` does not divide, for a skip pattern that matches nothing, and if nothing is left.
     """
     result: list[dict[str, nn.Linear]] = []
     used: set[str] = set()
     outside: dict[str, str] = {}  # skip pattern -> the first weight outside nn.Linear it leaves
     for index, block in enumerate(blocks):
         linears: dict[str, nn.Linear] = {}
+        dense = tuple(f"{path}.{index}.{name}" for name in routers(block))
         for name, module in block.named_modules(remove_duplicate=False):
             full = f"{path}.{index}.{name}" if name else f"{path}.{index}"
             own = [f"{full}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
             used |= {p for p in skip if any(fnmatchcase(n, p) for n in (full, *own))}
             if type(module).__name__ == "SlabLinear":
                 raise ArchitectureError(f"{full} is compressed already; start from the dense model")
-            if _is_skipped(full, skip):
+            if _is_skipped(full, (*skip, *dense)):
                 continue
             if type(module) is nn.Linear:
                 _check_divides(full, name, module, group)
@@ -165,7 +213,7 @@ def _refuse_outside(outside: dict[str, str], more: bool) -> None:
     others = f" (and {len(outside) - 1} more alike)" if len(outside) > 1 else ""
     raise ArchitectureError(
         f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear is supported "
-        f"(no Conv1D, no stacked experts), and {leaves}"
+        f"(no Conv1D, no transposed experts), and {leaves}"
     )
 
 
@@ -250,7 +298,9 @@ def load_block(
     """Block `index` of `blocks`, which `path` names, with the weights of `source`."""
     prefix, tied = f"{path}.{index}.", tied_names(source.model)
     names = [name for name in (*source.names, *tied) if name.startswith(prefix)]
-    tensors = {name.removeprefix(prefix): source.get(tied.get(name, name)) for name in names}
+    found = source.get_all(tied.get(name, name) for name in names)
+    tensors = {name.removeprefix(prefix): found[tied.get(name, name)] for name in names}
+    del found
     return filled_copy(blocks[index], tensors, device, dtype)
 
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..device import usual_torch
 from ..format import TABLE_NAMES, PackedLayout, cast, weight_dtype
 from ..nn import Int8Embedding
 from ..paths import expanded
+from .experts import Held, Slices, expert_slices, stored_slices
 from .folder import Checkpoint, hub_folder, write_index
 from .hub import HubArguments
 from .model_config import WEIGHTS_KEY, config_dtype
@@ -32,6 +34,9 @@ from .side_files import copy_side_files
 from .stored_names import Form, Forms
 from .tables import read_table, table_modules, table_names
 from .ties import retie_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD, PACKED_CARD = "README.md", "README.packed.md"
 
@@ -77,6 +82,7 @@ def decompress(
     dtype = dtype or _usual_dtype(packed, owners)
     checkpoint = check_tensors_fit(packed, skeleton)
     shards = _dense_shards(checkpoint, layouts, table_modules(skeleton), dtype)
+    _put_experts(shards, skeleton)
     total = sum(map(len, shards.values()))
     steps = itertools.count(1)
 
@@ -182,3 +188,28 @@ def _dense_shards(
         elif name.endswith(".metadata"):  # one in every packed weight
             shards[entry.file][f"{owners[name]}.weight"] = weight(owners[name])
     return dict(sorted(shards.items()))
+
+
+def _put_experts(shards: dict[str, Forms], skeleton: PreTrainedModel) -> None:
+    """Give the weights of experts' linears in `shards` the form in which transformers has them."""
+    slices = expert_slices(skeleton)
+    if not slices:
+        return
+    files = {name: file for file, forms in shards.items() for name in forms if name in slices}
+    for stored, held in stored_slices(skeleton, slices).items():
+        parts = {name: shards[files[name]].pop(name) for name in held.names}
+        shards[files[held.names[0]]][stored] = _joined(held, parts, slices)
+
+
+def _joined(held: Held, parts: Forms, slices: Slices) -> Form:
+    """What stores the weights `parts`, which are made when its turn comes."""
+    first = parts[held.names[0]]
+    if not held.whole:
+        return first
+
+    def make() -> Tensor:
+        return held.joined({name: part.make() for name, part in parts.items()}, slices)
+
+    experts = len({slices[name].expert for name in held.names})
+    rows = sum(part.shape[0] for part in parts.values()) // experts
+    return Form(first.dtype, (experts, rows, first.shape[1]), make)

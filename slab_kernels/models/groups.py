@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..nn.experts import Experts
+from .experts import mixtures
 from .streams import Stop, Stream
 
 
@@ -182,24 +184,47 @@ def layer_inputs(
 ) -> Tensor:
     """The inputs [tokens, in_features] of `linear` while block `index` runs one batch.
 
-    The block is stopped at the linear's last call.
-
     group: the one that it belongs to.
 
     Raises: CalibrationError if they are not finite; it names the first linear of the group.
     """
-    inputs: list[Tensor] = []
+    linears = {group.names[0]: linear}
+    return group_inputs(stream, index, block, linears, [group], batch)[0]
 
-    def see(_: str, x: Tensor) -> None:
-        x, last = x.detach().flatten(0, -2), len(inputs) + 1 == group.calls
-        inputs.append(x if last else x.clone())  # the block may write into it afterwards
-        if last:
+
+def group_inputs(
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    groups: list[Group],
+    batch: int,
+) -> list[Tensor]:
+    """What the linears of each group read while block `index` runs one batch.
+
+    [tokens, in_features] each. The block is stopped at their last call.
+
+    linears: full name -> linear of the block.
+
+    Raises: CalibrationError if they are not finite; it names the first linear of a group.
+    """
+    calls = {group.names[0]: group.calls for group in groups}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in calls}
+    missing = sum(calls.values())
+
+    def see(name: str, x: Tensor) -> None:
+        nonlocal missing
+        if len(inputs[name]) == calls[name]:
+            return
+        missing -= 1
+        x = x.detach().flatten(0, -2)
+        inputs[name].append(x.clone() if missing else x)  # the block may write into it afterwards
+        if not missing:
             raise Stop  # what follows in the block is not needed
 
-    name = group.names[0]
-    with torch.no_grad(), _hooks({name: linear}, see), suppress(Stop):
+    with torch.no_grad(), _hooks({name: linears[name] for name in calls}, see), suppress(Stop):
         stream.run(index, block, batch)
-    return _joined(name, linear, inputs, stream.device)
+    return [_joined(name, linears[name], found, stream.device) for name, found in inputs.items()]
 
 
 def all_inputs(
@@ -247,3 +272,45 @@ def _joined(name: str, linear: nn.Linear, inputs: list[Tensor], device: torch.de
             "fp32)"
         )
     return x
+
+
+def routed_tokens(stream: Stream, index: int, block: nn.Module) -> dict[str, list[int]]:
+    """How many tokens of the text each expert of block `index` gets from its router.
+
+    Returns: the name of the `Experts` in the block -> the tokens of each of its experts.
+    """
+    found = mixtures(block)
+    counts = {name: [0] * experts.num_experts for name, experts in found.items()}
+    for batch in range(len(stream.hidden)) if found else ():
+        seen: set[str] = set()
+
+        def see(name: str, chosen: Tensor, seen: set[str] = seen) -> None:
+            took = torch.bincount(chosen.flatten(), minlength=len(counts[name])).tolist()
+            counts[name] = [a + b for a, b in zip(counts[name], took, strict=True)]
+            seen.add(name)
+            if len(seen) == len(counts):
+                raise Stop  # what the experts compute is not needed
+
+        with torch.no_grad(), _chosen(found, see), suppress(Stop):
+            stream.run(index, block, batch)
+    return counts
+
+
+@contextmanager
+def _chosen(found: Mapping[str, Experts], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `see(name, top_k_index)` is called before each of these `Experts` runs."""
+
+    def bind(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: see(
+            name, args[1] if len(args) > 1 else kwargs["top_k_index"]
+        )
+
+    handles = [
+        experts.register_forward_pre_hook(bind(name), with_kwargs=True)
+        for name, experts in found.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -134,14 +134,18 @@ class OutputFolder:
             self.blocks.append(block)
 
     def finish_block(
-        self, file: str, layers: list[dict[str, Any]], match: dict[str, Any] | None = None
+        self,
+        file: str,
+        layers: list[dict[str, Any]],
+        match: dict[str, Any] | None = None,
+        experts: list[dict[str, Any]] | None = None,
     ) -> None:
         """Note that the next block is done and its shard written.
 
-        file: name of the shard. layers, match: the block's records, as plain JSON.
+        file: name of the shard. layers, match, experts: the block's records, as plain JSON.
         """
-        sha256 = file_sha256(self.out / file)
-        self.blocks.append({"file": file, "sha256": sha256, "layers": layers, "match": match})
+        done = {"file": file, "sha256": file_sha256(self.out / file), "layers": layers}
+        self.blocks.append({**done, "match": match, "experts": experts or []})
         self._write()
 
     def note_inputs(self, inputs: dict[str, str]) -> None:

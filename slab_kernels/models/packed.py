@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ShapeError
 from ..format import PackedLayout, PackedWeight
 from ..nn import SlabLinear
+from .experts import unstack_named
 from .folder import Checkpoint
 from .model_config import check_counts
 from .packed_config import QUANT_METHOD, TABLES_KEY, quantization_entry, reading
+from .shards import TensorEntry
 from .skeleton import folder_skeleton
 from .stored_names import Forms, StoredNames
 from .tables import (
@@ -61,11 +63,12 @@ def swap_in(
 ) -> None:
     """Put empty modules on meta in place of what is packed.
 
-    They are a SlabLinear for every nn.Linear that `layouts` names, and an Int8Embedding for every
-    nn.Embedding that `tables` names.
+    They are a SlabLinear for every nn.Linear that `layouts` names, among them those of stacked
+    experts, and an Int8Embedding for every nn.Embedding that `tables` names.
 
     Raises: CheckpointError where they do not fit the model.
     """
+    unstack_named(model, layouts)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     for name, layout in layouts.items():
         linear = modules.get(name)
@@ -157,6 +160,26 @@ def check_tensors_fit(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelCh
         if entry.dtype != want.dtype and (name in packed or len(kinds) > 1):
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}, expected {want.dtype}")
     return found
+
+
+def model_entries(
+    checkpoint: Checkpoint, layouts: Mapping[str, PackedLayout]
+) -> dict[str, TensorEntry]:
+    """The tensors of a packed folder, those of packed modules by the model's names.
+
+    `save_pretrained` of transformers may store them under others (for Mixtral, whose experts lie in
+    `block_sparse_moe` there). Only then the model is built, without its weights.
+
+    Raises: as `packed_skeleton`.
+    """
+    names = {f"{name}.{part}" for name, layout in layouts.items() for part in layout.tensors()}
+    missing, entries = names - checkpoint.entries.keys(), dict(checkpoint.entries)
+    if not missing:
+        return entries
+    origins = StoredNames(packed_skeleton(checkpoint, layouts), checkpoint.entries).origins
+    for name in missing & origins.keys():
+        entries[name] = entries.pop(origins[name].stored[0])
+    return entries
 
 
 def packed_modules(model: nn.Module) -> dict[str, SlabLinear]:

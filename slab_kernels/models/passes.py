@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import Group, all_inputs, layer_inputs
+from .groups import Group, all_inputs, group_inputs
 from .streams import Stream, copied, map_leaves
 
 # On a CPU, kept tensors of one block take at most so many bytes, on a GPU this share of what is
@@ -80,14 +80,13 @@ class Passes:
     def batches(self) -> range:
         return range(len(self.stream.hidden))
 
-    def inputs(self, group: Group, batch: int) -> Tensor:
-        """What the linears of `group` read in one batch, [tokens, in_features].
+    def inputs(self, groups: list[Group], batch: int) -> list[Tensor]:
+        """What the linears of each group read in one batch, [tokens, in_features].
 
         Raises: CalibrationError if it is not finite.
         """
-        linear = self.linears[group.names[0]]
         with self._replaying(batch):
-            return layer_inputs(self.stream, self.index, self.block, linear, group, batch)
+            return group_inputs(self.stream, self.index, self.block, self.linears, groups, batch)
 
     def finish(self, names: tuple[str, ...]) -> None:
         """Linears that have their final weights from now on."""
@@ -109,6 +108,11 @@ class Passes:
         """Keep nothing, as the block's weights have changed after all."""
         for batch in self.batches:
             self._forget(list(self._kept), batch)
+
+    def forget_modules(self, modules: list[nn.Module]) -> None:
+        """Keep nothing of what these modules put out, since they will be called otherwise."""
+        for batch in self.batches:
+            self._forget(modules, batch)
 
     def _forget(self, modules: list[nn.Module], batch: int) -> None:
         for module in modules:
@@ -215,16 +219,14 @@ class DensePasses:
             self._inputs.append(inputs)
             self._outputs.append(output)
 
-    def inputs(self, group: Group, batch: int) -> Tensor:
-        """What the linears of `group` read in one batch, [tokens, in_features]; asked for once.
+    def inputs(self, groups: list[Group], batch: int) -> list[Tensor]:
+        """What the linears of each group read in one batch, [tokens, in_features]; asked for once.
 
         Raises: CalibrationError if it is not finite.
         """
-        name = group.names[0]
         if batch < len(self._inputs):
-            return self._inputs[batch].pop(name)
-        linear = self.linears[name]
-        return layer_inputs(self.stream, self.index, self.block, linear, group, batch)
+            return [self._inputs[batch].pop(group.names[0]) for group in groups]
+        return group_inputs(self.stream, self.index, self.block, self.linears, groups, batch)
 
     def advance(self) -> None:
         """Put the block's outputs in place of its inputs in `stream`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,15 @@ from ..format import PackedLayout
 from ..nn import SlabLinear
 from ..paths import expanded
 from .blocks import find_blocks
+from .experts import unstack_named
 from .folder import write_index
 from .model_config import config_dict
 from .output import OutputFolder
-from .packed import check, packed_modules, swap_in
+from .packed import check, packed_modules, packed_names, swap_in
 from .packed_config import quantization_config
 from .shards import TensorEntry, shard_name, write_json, write_shard
 from .skeleton import config_skeleton
-from .stored_names import stored_forms
+from .stored_names import Form, stored_forms
 from .tables import Tables, tables_of
 from .ties import holds, tied_names
 
@@ -97,6 +99,7 @@ def _check_described(
     if type(model).__module__.startswith("transformers_modules."):
         return  # code of a folder's, which may not run here
     described = config_skeleton(copy.deepcopy(model.config))
+    unstack_named(described, layouts)
     linears = {name for name, module in described.named_modules() if type(module) is nn.Linear}
     if strange := sorted(layouts.keys() - linears):
         raise ArchitectureError(
@@ -143,7 +146,13 @@ def _write_shards(model: PreTrainedModel, tensors: Mapping[str, Tensor], out: Pa
 def _write_shard(
     model: PreTrainedModel, tensors: Mapping[str, Tensor], file: Path
 ) -> dict[str, TensorEntry]:
-    forms = stored_forms(model, tensors)
+    # Packed tensors keep the model's names, as `compress` writes them; the rest those of the
+    # checkpoint that the model came from.
+    packed = packed_names(model)
+    forms = stored_forms(model, {name: t for name, t in tensors.items() if name not in packed})
+    for name in tensors.keys() & packed:
+        t = tensors[name]
+        forms[name] = Form(t.dtype, tuple(t.shape), partial(tensors.__getitem__, name))
     specs = {name: form.spec for name, form in forms.items()}
     return write_shard(file, specs, lambda name: forms[name].make())
 

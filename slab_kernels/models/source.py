@@ -10,20 +10,20 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
 from ..errors import ArchitectureError, CalibrationError, CheckpointError
 from ..text.tokenizer import open_tokenizer
-from .channels import Moves, reordered
 from .folder import Checkpoint, hub_folder
 from .hub import ON_MAIN, HubArguments
 from .model_config import WEIGHTS_KEY, check_counts, config_dict
+from .rearranged import Rearranged
 from .shards import Spec, tensor_bytes, write_json
 from .side_files import copy_side_files, side_files
 from .skeleton import blanked, folder_skeleton
@@ -42,22 +42,7 @@ HOOKS = (
 )
 
 
-class _Reordering:
-    """What both kinds of source do with channels in new orders: `get` gives them so."""
-
-    moves: Moves = MappingProxyType({})
-
-    def in_orders(self, moves: Moves) -> Self:
-        """The same source with channels in the orders of `moves`."""
-        source = copy.copy(self)
-        source.moves = moves
-        return source
-
-    def _moved(self, name: str, tensor: Tensor) -> Tensor:
-        return reordered(tensor, self.moves[name]) if name in self.moves else tensor
-
-
-class FolderSource(_Reordering):
+class FolderSource(Rearranged):
     """A checkpoint folder, whose tensors are read from disk one by one.
 
     model: its skeleton; the weights are on meta. config: the content of its config.json, without
@@ -122,22 +107,15 @@ class FolderSource(_Reordering):
                     "can be compressed"
                 )
 
-    @property
-    def names(self) -> list[str]:
-        """The model's tensors, each by one name."""
-        return sorted(self.stored.origins)
+    def _own_names(self) -> Iterable[str]:
+        return self.stored.origins
 
-    def spec(self, name: str) -> Spec:
-        """Dtype and shape of a tensor of the model."""
+    def _own_spec(self, name: str) -> Spec:
         origin = self.stored.origins[name]
         return origin.dtype, origin.shape
 
-    def get(self, name: str) -> Tensor:
-        """A tensor by its name in the model; whoever gets it does not change it.
-
-        Raises: CheckpointError if it is no longer what it was when the run began (`expect`).
-        """
-        return self._moved(name, self.stored.get(name, self._read))
+    def _own(self, name: str) -> Tensor:
+        return self.stored.get(name, self._read)
 
     def _read(self, stored: str) -> Tensor:
         tensor = self.checkpoint.get(stored)
@@ -205,7 +183,7 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-class ModuleSource(_Reordering):
+class ModuleSource(Rearranged):
     """A dense model in memory, with the same members as `FolderSource`; it is not changed.
 
     Hooks of the module are left out, those by which accelerate moves inputs between devices too:
@@ -238,23 +216,22 @@ class ModuleSource(_Reordering):
         self.name = Path(self.tokenizer_path).name or type(model).__name__
         self.ignored: list[str] = []
 
-    @property
-    def names(self) -> list[str]:
+    def _own_names(self) -> Iterable[str]:
         tied = tied_names(self.model)
-        return sorted(n for n in self.dense.state_dict() if n not in tied)
+        return (name for name in self.dense.state_dict() if name not in tied)
 
-    def spec(self, name: str) -> Spec:
-        t = self._own(name)
-        return t.dtype, tuple(t.shape)
-
-    def _own(self, name: str) -> Tensor:
+    def _in_memory(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         return getattr(self.dense.get_submodule(path), leaf).detach()
 
-    def get(self, name: str) -> Tensor:
-        t = self._own(name)
+    def _own_spec(self, name: str) -> Spec:
+        t = self._in_memory(name)
+        return t.dtype, tuple(t.shape)
+
+    def _own(self, name: str) -> Tensor:
+        t = self._in_memory(name)
         # Nothing may write into a tensor that was made under inference_mode.
-        return self._moved(name, t.clone() if t.is_inference() else t)
+        return t.clone() if t.is_inference() else t
 
     def stored_forms(self, names: list[str]) -> Forms:
         same = {name: self.get(name) for name in names if name not in self.moves}
@@ -262,8 +239,8 @@ class ModuleSource(_Reordering):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in self.names:
-            t = self.get(name)
+        for name in sorted(self._own_names()):
+            t = self._own(name)
             digest.update(name.encode() + str(t.dtype).encode())
             digest.update(tensor_bytes(t))
         return digest.hexdigest()

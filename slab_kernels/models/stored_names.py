@@ -8,7 +8,7 @@ transformers converts them on loading. Here the same conversion is done tensor b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -233,17 +233,40 @@ def stored_forms(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Forms
         return revert_weight_conversion(model, {name: tensor})[stored]
 
     forms: Forms = {}
-    names, empty = _Names(model), {name: tensor.to("meta") for name, tensor in tensors.items()}
-    together = revert_weight_conversion(model, empty) if hasattr(model, "config") else empty
-    for name, tensor in tensors.items():
-        parts = {name: empty[name]}
-        if together.get(name) is not empty[name]:  # one call takes milliseconds in a large model
-            parts = revert_weight_conversion(model, parts)
-        if set(parts) != {name} and not _makes(model, parts, name, names):
-            parts = {name: tensor}
+    empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    for name, parts in stored_parts(model, empty).items():
         for stored, t in parts.items():
             forms[stored] = Form(t.dtype, tuple(t.shape), partial(make, name, stored))
     return forms
+
+
+def stored_parts(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], made_of_them: Container[str] = ()
+) -> dict[str, dict[str, Tensor]]:
+    """What transformers stores in place of each of `tensors`: by stored name, one or several.
+
+    A tensor that would be stored together with others stays as it is, under the model's name.
+    Tensors that `model` has no place for count as its own, with the shape that they have.
+
+    made_of_them: tensors that `model` has in place of `tensors`.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = _Names(model)
+    own = {name: t for name, t in names.expected.items() if name not in made_of_them}
+    names.expected = {**tensors, **own}
+    together = dict(tensors)
+    if hasattr(model, "config"):
+        together = revert_weight_conversion(model, together)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts = {name: tensor}
+        if together.get(name) is not tensor:  # one call takes milliseconds in a large model
+            parts = revert_weight_conversion(model, parts)
+        if set(parts) != {name} and not _makes(model, parts, name, names):
+            parts = {name: tensor}
+        found[name] = parts
+    return found
 
 
 def _makes(model: PreTrainedModel, parts: Mapping[str, Tensor], name: str, names: _Names) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..format.layout import PackedLayout
 from .folder import Checkpoint
+from .packed import model_entries
 from .packed_config import QUANT_METHOD, UNTIED_KEY, read_layouts
 from .shards import TensorEntry
 
@@ -93,7 +94,7 @@ def checkpoint_totals(checkpoint: Checkpoint) -> Totals:
     entry = checkpoint.config.get("quantization_config")
     ours = isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
     layouts = read_layouts(checkpoint) if ours else {}
-    return folder_totals(checkpoint.entries, layouts, checkpoint.config)
+    return folder_totals(model_entries(checkpoint, layouts), layouts, checkpoint.config)
 
 
 def folder_totals(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slab_kernels.engines.probe import Probe, TableLayout
-from slab_kernels.errors import ArchitectureError
+from slab_kernels.engines.probe import Probe, TableLayout, refuse_experts
+from slab_kernels.errors import ArchitectureError, UnsupportedError
 from slab_kernels.format import PackedLayout
 
 LAYOUTS = {
@@ -83,3 +83,13 @@ def test_what_a_loader_leaves_out_is_named(layer, what, advice):
     probe = send(leave_out=[layer])
     assert probe.missing() == [layer]
     assert what in str(probe.refuse(layer)) and advice in str(probe.refuse(layer))
+
+
+def test_packed_experts_are_refused_before_an_engine_starts():
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_experts.up_proj"]
+    refuse_experts(names)
+    with pytest.raises(
+        UnsupportedError,
+        match=r"^model\.layers\.3\.mlp\.experts\.12\.up_proj is packed.*decompress.*skip=",
+    ):
+        refuse_experts([*names, "model.layers.3.mlp.experts.12.up_proj"])

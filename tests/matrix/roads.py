@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import slab_kernels
 from matrix.configs import VOCABULARY, tiny
 from slab_kernels.errors import ArchitectureError, CalibrationError
+from slab_kernels.models.experts import STACKS, is_stacked, unstack_named
 from slab_kernels.nn import SlabLinear
 
 LARGEST = 4_000_000  # weights; a config that stays above it is not tiny
@@ -91,6 +92,14 @@ def same_tensors(first: nn.Module, second: nn.Module, which: str) -> None:
             raise Different(f"{which}: tensor {name} differs")
 
 
+def matrices(module: nn.Module) -> int:
+    """The linears that a module is, or holds as stacked experts."""
+    if is_stacked(module):
+        stacks = [name for name, _ in module.named_parameters(recurse=False)]
+        return len(module.down_proj) * sum(len(STACKS.get(name, [name])) for name in stacks)
+    return int(isinstance(module, nn.Linear))
+
+
 def compress(dense: Path, packed: Path) -> tuple[str, ...]:
     """Compress; where a refusal names a `skip`, do what it says. Returns what was skipped."""
     skip: list[str] = []
@@ -117,7 +126,7 @@ def travel(model_type: str, top: Path) -> Outcome:
     try:
         found.road = "save_pretrained of the dense model"
         model.save_pretrained(top / "dense")
-        found.linears = sum(isinstance(m, nn.Linear) for m in model.modules())
+        found.linears = sum(map(matrices, model.modules()))
         found.road = "compress"
         found.skip = compress(top / "dense", top / "packed")
         found.road = "from_pretrained of the dense folder"  # which may blank a padding row
@@ -126,6 +135,7 @@ def travel(model_type: str, top: Path) -> Outcome:
         loaded = slab_kernels.load(top / "packed")
         layers = {name: m for name, m in loaded.named_modules() if isinstance(m, SlabLinear)}
         found.packed, ours = len(layers), logits(loaded)
+        unstack_named(model, layers)
         with torch.no_grad():
             for name, layer in layers.items():
                 model.get_submodule(name).weight.copy_(layer.packed().dense())

@@ -1,4 +1,4 @@
-"""Mixtures of experts that stay dense: read from split names and written back in that form."""
+"""Mixtures of experts on every road, packed or dense: read from split names and written so."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import json
 import pytest
 import tiny_models
 import torch
+from matrix.configs import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from slab_kernels.cli import main as cli
 from slab_kernels.compression.model import compress
-from slab_kernels.errors import CheckpointError
+from slab_kernels.errors import ArchitectureError, CheckpointError
+from slab_kernels.evaluate.inspect import inspect
 from slab_kernels.models.decompress import decompress
+from slab_kernels.models.experts import expert_slices, is_stacked, stored_slices, unstack
+from slab_kernels.models.folder import Checkpoint
 from slab_kernels.models.load import load
 from slab_kernels.models.save import save
+from slab_kernels.models.skeleton import config_skeleton
 from slab_kernels.models.source import open_source
 from slab_kernels.models.stored_names import stored_forms
+from slab_kernels.models.totals import read_totals
 from slab_kernels.nn import SlabLinear
 
 EXPERTS = {
-    "mixtral": {"num_local_experts": 12},  # two digits: 10 comes after 9
+    "mixtral": {"num_local_experts": 11},  # two digits: 10 comes after 9
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, "decoder_sparse_step": 1},
     "olmoe": {"num_experts": 4},
 }
-SETTINGS = dict(
-    method="magnitude",
-    calibration=tiny_models.tokens(),
-    progress=False,
-    skip=("*.mlp.gate", "*.mlp.experts"),
-)
+SETTINGS = dict(method="magnitude", calibration=tiny_models.tokens(), progress=False)
+DENSE_EXPERTS = {**SETTINGS, "skip": "*.mlp.experts"}
 
 
 def write(folder, name: str):
@@ -65,13 +67,60 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_attention_is_packed_and_experts_stay(tmp_path, name):
+def test_every_road_computes_what_the_decompressed_twin_does(tmp_path, name):
     dense = write(tmp_path / "dense", name)
     record = compress(tmp_path / "dense", tmp_path / "packed", **SETTINGS)
+    packed = load(tmp_path / "packed")
+    linears = {n for n, m in packed.model.layers.named_modules() if isinstance(m, SlabLinear)}
+    assert {layer.name.removeprefix("model.layers.") for layer in record.layers} == linears
+    experts = EXPERTS[name].get("num_experts", 11)
+    for leaf in ("gate_proj", "up_proj", "down_proj"):
+        assert {f"1.mlp.experts.{n}.{leaf}" for n in range(experts)} <= linears
+    assert type(packed.model.layers[0].mlp.gate) is type(dense.model.layers[0].mlp.gate)
+    assert torch.equal(
+        packed.model.layers[1].mlp.gate.weight, dense.model.layers[1].mlp.gate.weight
+    )
+    want = logits(packed)
+
+    compress(dense, tmp_path / "from_memory", **SETTINGS)
+    save(packed, tmp_path / "saved")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(opened), want)
+    opened.save_pretrained(tmp_path / "by_transformers")
+    for folder in ("from_memory", "saved", "by_transformers"):
+        assert torch.equal(logits(load(tmp_path / folder)), want), folder
+        if folder != "by_transformers":  # which renames Mixtral's
+            assert names(tmp_path / folder) == names(tmp_path / "packed")
+        assert read_totals(tmp_path / folder) == read_totals(tmp_path / "packed")
+        decompress(tmp_path / folder, tmp_path / f"dense_{folder}")
+        assert names(tmp_path / f"dense_{folder}") == names(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "by_transformers")
+    assert torch.equal(logits(again), want)
+    again.dequantize()
+    again.save_pretrained(tmp_path / "dequantized")
+    assert names(tmp_path / "dequantized") == names(tmp_path / "dense")
+    assert torch.allclose(logits(again), want, atol=1e-5)
+    assert torch.equal(logits(compress(dense, **SETTINGS)), want)
+
+    twin, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense_saved", output_loading_info=True
+    )
+    assert not any(info.values()) and torch.allclose(logits(twin), want, atol=1e-5)
+    for number, layer in enumerate(packed.model.layers):
+        for e in range(experts):
+            rows = twin.model.layers[number].mlp.experts.gate_up_proj[e].chunk(2)
+            for leaf, weight in zip(("gate_proj", "up_proj"), rows, strict=True):
+                linear = layer.mlp.experts.expert(e).get_submodule(leaf)
+                assert torch.equal(linear.packed().dense(), weight)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_skipped_experts_stay_in_the_form_of_the_checkpoint(tmp_path, name):
+    dense = write(tmp_path / "dense", name)
+    record = compress(tmp_path / "dense", tmp_path / "packed", **DENSE_EXPERTS)
     assert (
         any(layer.name.endswith("q_proj") for layer in record.layers) and not record.ignored_tensors
     )
-    compress(dense, tmp_path / "from_memory", **SETTINGS)
     packed = load(tmp_path / "packed")
     assert isinstance(packed.model.layers[0].self_attn.q_proj, SlabLinear)
     assert torch.equal(
@@ -79,46 +128,105 @@ def test_attention_is_packed_and_experts_stay(tmp_path, name):
     )
     want = logits(packed)
     save(packed, tmp_path / "saved")
-    for folder in ("from_memory", "saved"):
-        assert torch.equal(logits(load(tmp_path / folder)), want)
-        assert names(tmp_path / folder) == names(tmp_path / "packed")
+    assert torch.equal(logits(load(tmp_path / "saved")), want)
+    assert names(tmp_path / "saved") == names(tmp_path / "packed")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), want)
-    assert torch.equal(logits(compress(dense, **SETTINGS)), want)
     decompress(tmp_path / "packed", tmp_path / "again")
     assert names(tmp_path / "again") == names(tmp_path / "dense")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not any(info.values()) and torch.allclose(logits(again), want, atol=1e-5)
 
 
-def test_the_advice_leads_to_a_packed_folder_and_eval_of_the_dense_one_runs(tmp_path, capsys):
+def test_a_folder_of_stacked_tensors_gives_the_same_shards(tmp_path):
+    model = write(tmp_path / "split", "mixtral")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names(tmp_path / "stacked")
+    for form in ("split", "stacked"):
+        compress(tmp_path / form, tmp_path / f"{form}_out", **SETTINGS)
+    assert torch.equal(logits(load(tmp_path / "split_out")), logits(load(tmp_path / "stacked_out")))
+    for file in (tmp_path / "split_out").glob("*.safetensors"):
+        one, two = load_file(file), load_file(tmp_path / "stacked_out" / file.name)
+        packed = {key for key in one if ".experts." in key}
+        assert packed or any("norm" in key for key in one)  # the last shard is outside the blocks
+        assert all(torch.equal(one[key], two[key]) for key in packed)
+
+
+def test_bits_and_bytes_count_every_expert_once(tmp_path):
+    write(tmp_path / "dense", "olmoe")
+    record = compress(tmp_path / "dense", tmp_path / "packed", values="int4", **SETTINGS)
+    totals, dense = read_totals(tmp_path / "packed"), read_totals(tmp_path / "dense")
+    entries = Checkpoint(tmp_path / "packed").entries
+    of_linears = [e.nbytes for n, e in entries.items() if "_proj." in n]
+    assert totals.packed_bytes == sum(of_linears)
+    per_block = 2 * 32 * 32 + 2 * 32 * 16 + 4 * 3 * 48 * 32  # q and o, k and v, four experts
+    assert totals.packed_weights == record.weights == 2 * per_block
+    assert totals.parameters == dense.parameters
+    assert record.bits_per_weight == pytest.approx(totals.bits_per_weight)
+    inspected = inspect(tmp_path / "packed")
+    assert inspected["weights"] == record.weights and len(inspected["layers"]) == len(record.layers)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_patterns_that_cannot_be_packed_give_a_dense_folder_for_transformers(tmp_path, name):
+    dense = write(tmp_path / "dense", name)
+    record = compress(tmp_path / "dense", tmp_path / "out", pattern="50%", **SETTINGS)
+    assert names(tmp_path / "out") == names(tmp_path / "dense")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for layer, was in zip(pruned.model.layers, dense.model.layers, strict=True):
+        for stack in ("gate_up_proj", "down_proj"):
+            now, before = getattr(layer.mlp.experts, stack), getattr(was.mlp.experts, stack)
+            kept = now != 0
+            assert float(kept.float().mean()) == 0.5 and torch.equal(now[kept], before[kept])
+    assert {layer.bits_per_weight for layer in record.layers} == {32.0}
+    assert inspect(tmp_path / "out")["bits_per_weight"] == 32.0
+    in_memory = compress(dense, pattern="50%", **SETTINGS)
+    assert torch.equal(logits(in_memory), logits(pruned))
+
+
+def test_parts_of_the_experts_of_a_block_are_not_skipped(tmp_path):
+    model = write(tmp_path / "dense", "qwen2_moe")
+    for pattern in ("*.down_proj", "*.experts.3", "*.experts.gate_up_proj", "*.experts.1.up_proj"):
+        with pytest.raises(
+            ArchitectureError, match=r"packed all or none; .*skip='\*\.mlp\.experts'"
+        ):
+            compress(model, **{**SETTINGS, "skip": pattern})
+    skip = ("*.experts.gate_up_proj", "*.experts.down_proj", "*.shared_expert.down_proj")
+    left = compress(model, **{**SETTINGS, "skip": skip}).slab_record.layers
+    assert {layer.name.rpartition(".")[2] for layer in left} >= {"q_proj", "gate_proj"}
+    assert not any(".experts." in layer.name for layer in left)
+
+
+def test_widths_that_groups_do_not_divide_are_named(tmp_path):
+    config = AutoConfig.for_model(
+        "mixtral",
+        **{**tiny_models._TOKENS, **tiny_models._GATED, "intermediate_size": 46},
+        num_local_experts=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        ArchitectureError, match=r"down_proj has in_features=46.*skip='\*\.mlp\.experts'"
+    ):
+        compress(model, **SETTINGS)
+
+
+def test_the_command_line_compresses_and_reads_a_mixture(tmp_path, capsys):
     write(tmp_path / "dense", "qwen3_moe")
-    arguments = [
-        "compress",
-        str(tmp_path / "dense"),
-        str(tmp_path / "out"),
-        "--samples",
-        "2",
-        "--window",
-        "16",
-    ]
-    assert cli.run(arguments) == 3
-    said = capsys.readouterr().err
-    advice = [
-        word.rstrip(",").strip("'")
-        for before, word in zip(said.split(), said.split()[1:], strict=False)
-        if before == "--skip"
-    ]
-    assert advice == ["*.mlp.gate", "*.mlp.experts"] or advice == ["*.mlp.experts", "*.mlp.gate"]
-    assert cli.run([*arguments, *(part for pattern in advice for part in ("--skip", pattern))]) == 0
+    out = str(tmp_path / "out")
+    text = ["--window", "16"]
+    given = ["--method", "wanda", "--samples", "2", *text]
+    assert cli.run(["compress", str(tmp_path / "dense"), out, *given]) == 0
+    said = capsys.readouterr()
+    assert "model.layers.0.mlp.experts: of " in said.err + said.out
     for folder in ("dense", "out"):
-        capsys.readouterr()
-        assert (
-            cli.run(
-                ["eval", str(tmp_path / folder), "--window", "16", "--max-tokens", "64", "--json"]
-            )
-            == 0
-        )
+        assert cli.run(["eval", str(tmp_path / folder), *text, "--max-tokens", "64", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+    assert cli.run(["inspect", out, "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert sum(".experts." in layer["name"] for layer in layers) == 2 * 4 * 3
+    assert (
+        cli.run(["check", out]) == 0
+        and cli.run(["generate", out, "--prompt", "a b", "--tokens", "3"]) == 0
+    )
 
 
 def test_names_of_a_large_model_are_made_from_one_look_at_it(tmp_path, monkeypatch):
@@ -140,3 +248,45 @@ def test_an_expert_that_is_not_there_is_named(tmp_path):
         r"'model\.layers\.1\.block",
     ):
         open_source(tmp_path / "dense")
+
+
+def test_experts_of_unequal_shapes_are_refused_in_one_sentence(tmp_path):
+    write(tmp_path / "dense", "mixtral")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.7.w1.weight"
+    tensors[name] = tensors[name][:40].clone()
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError,
+        match=r"cannot rebuild 'model\.layers\.1\.mlp\.experts\.gate_up_proj' .*equal size",
+    ) as raised:
+        compress(tmp_path / "dense", tmp_path / "out", **SETTINGS)
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+FORMS = {  # type -> whether a tensor holds one weight, a stack under another name, or as it is
+    "mixtral": "model.layers.0.block_sparse_moe.experts.1.w3.weight",
+    "granitemoe": "model.layers.0.block_sparse_moe.input_linear.weight",
+    "inkling2_text": "model.layers.0.mlp.experts.gate_up_proj",  # rows interleaved on disk
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_on_disk_is_told_by_numbers_that_go_through_the_conversion(name):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    model = config_skeleton(tiny(name))
+    stack = next(n for n, m in model.named_modules() if is_stacked(m))
+    unstack(model, stack)
+    slices = expert_slices(model)
+    held = stored_slices(model, slices)
+    part = held[FORMS[name]]
+    assert part.whole == (name != "mixtral")
+    if not part.whole:
+        assert part.names == (f"{stack}.1.up_proj.weight",)
+    named = [n for each in held.values() for n in each.names]
+    assert sorted(named) == sorted(slices)
+    weights = {n: torch.full((2, 2), float(i)) for i, n in enumerate(part.names)}
+    small = {n: slices[n]._replace(first=2 * (slices[n].first > 0), rows=2) for n in part.names}
+    apart = part.apart(part.joined(weights, small), small)
+    assert all(torch.equal(apart[n], weights[n]) for n in part.names)

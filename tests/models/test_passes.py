@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from slab_kernels.compression.routing import Feeding
 from slab_kernels.compression.statistics import Streams
 from slab_kernels.models.groups import find_groups, layer_inputs
 from slab_kernels.models.passes import DensePasses, Passes, Room, may_replay
@@ -114,7 +115,7 @@ def test_kept_outputs_change_no_number(made, room):
             for batch in text.batches:
                 linear = linears[group.names[0]]
                 want = layer_inputs(stream, 1, block, linear, group, batch)
-                assert torch.equal(text.inputs(group, batch), want)
+                assert torch.equal(text.inputs([group], batch)[0], want)
             for name in group.names:
                 linears[name].weight.data.mul_(0.9).add_(0.01)
             text.finish(group.names)
@@ -139,7 +140,7 @@ def test_with_room_every_linear_computes_once_for_each_batch(monkeypatch):
     with torch.no_grad():
         for group in groups:
             for batch in text.batches:
-                text.inputs(group, batch)
+                text.inputs([group], batch)
             text.finish(group.names)
         text.advance()
     assert len(text.batches) == 3 and counts == dict.fromkeys(linears, 3)
@@ -168,7 +169,7 @@ def test_a_block_of_which_linears_were_skipped_says_nothing_of_others():
     streams = Streams(stream, None, None, None, None)
     mlp = {name: linear for name, linear in linears.items() if name.startswith("mlp")}
     for found, replayed in ((mlp, True), (linears, False)):
-        _, inside = streams.enter(1, layer, None, found, "")
+        _, inside = streams.enter(1, layer, None, found, "", Feeding())
         assert (inside.calibration.room.bytes > 0) == replayed
 
 
@@ -185,7 +186,7 @@ def test_the_dense_block_runs_once_where_there_is_room(made, room):
                 linear = linears[group.names[0]]
                 want = layer_inputs(stream, 1, block, linear, group, batch)
                 runs.pop()
-                assert torch.equal(dense.inputs(group, batch), want)
+                assert torch.equal(dense.inputs([group], batch)[0], want)
         want = [stream.run(1, block, batch) for batch in range(len(stream.hidden))]
         del runs[-len(want) :]
         dense.advance()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cpu_exact import CPU_EXACT
+from .experts import EXPERTS
 from .fault import Fault
 from .int8_activations import INT8_ACTIVATIONS
 from .many_tokens import MANY_TOKENS
@@ -268,4 +269,5 @@ FAULTS = (
     *SOLVER,
     *INT8_ACTIVATIONS,
     *WHOLE_MODEL,
+    *EXPERTS,
 )  # fmt: skip

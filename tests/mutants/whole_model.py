@@ -89,8 +89,8 @@ WHOLE_MODEL = (
     ),
     Fault(
         "held-back windows that are the fitted ones",
-        "slab_kernels/compression/*.py", "held_back=moments(self.held_back, group).gram",
-        "held_back=moments(self.calibration, group).gram", HELD_BACK,
+        "slab_kernels/compression/*.py", "judging = moments(self.held_back, groups)",
+        "judging = moments(self.calibration, groups)", HELD_BACK,
     ),
     Fault(
         "held-out errors of the windows that a layer was fitted to",
