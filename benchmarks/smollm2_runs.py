@@ -3,12 +3,15 @@
     make smollm2
     python benchmarks/smollm2_runs.py .cache/smollm2 --calibration my.txt
 
-Four parts, each in processes of its own with --threads threads, and each stored once it is done:
+Five parts, each in processes of its own with --threads threads, and each stored once it is done:
 
 compress    wall and CPU seconds of `compress --preset balanced` with 128 windows of 512 tokens.
 chat        `generate --chat` of that folder beside the dense model: tokens per second of one and of
             eight texts at once, and where the time of a step goes.
 answers     what both write to a few questions, greedily. Nothing is timed.
+activations how far the compressed model is from the dense one with each accuracy mode of the CPU
+            kernels, reading --text: many tokens at once by `eval --against`, and eight texts token
+            by token, as in decoding.
 layer       seconds of `decompose` with int4 values and two planes for one layer of random weights,
             whose 4096 inputs are correlated.
 
@@ -30,6 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from slab_kernels.backends import activations as accuracy
 from slab_kernels.bench import machine
 from slab_kernels.paths import expanded
 
@@ -44,6 +48,7 @@ QUESTIONS = (
     "Write a short poem about the sea.",
 )
 RECORD = "slab_run.json"  # what `compress` leaves in a folder that it has finished
+READ, STEPS = 12_000, 320  # tokens that are read at once in all; of each text token by token
 SIZE, INPUTS, SHARED = 4096, 8192, 512  # of the layer: N and K, input vectors, their common causes
 
 
@@ -102,6 +107,53 @@ def answers(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": TOKENS, "rows": rows}
 
 
+def activations(args: argparse.Namespace) -> dict[str, Any]:
+    """KL(dense || compressed) with each accuracy mode, in nats."""
+    command = ["-m", "slab_kernels", "eval", str(args.folder), "--against", args.model, "--device"]
+    command += ["cpu", "--text", args.text, "--window", str(WINDOW), "--max-tokens", str(READ)]
+    many = {m: run([*command, "--json", "--activations", m]) for m in accuracy.MODES}
+    few = run([__file__, args.model, "--folder", str(args.folder), "--text", args.text, "--decode"])
+    return {
+        "text": Path(args.text).name,
+        "read_tokens": many["exact"]["tokens"],
+        "decoded_tokens": BATCH * STEPS,
+        "window": WINDOW,
+        "batch": BATCH,
+        "modes": [
+            {"activations": m, "kl": many[m]["kl"], "kl_decoding": few[m]} for m in accuracy.MODES
+        ],
+    }
+
+
+def decoding(args: argparse.Namespace) -> dict[str, float]:
+    """Mode -> mean KL(dense || compressed) of BATCH texts of STEPS tokens, read token by token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    import slab_kernels
+    from slab_kernels.text.source import read_text
+    from slab_kernels.text.tokenizer import tokenize
+    from slab_kernels.text.windows import CHARACTERS_PER_TOKEN
+
+    content = read_text(args.text, BATCH * STEPS * CHARACTERS_PER_TOKEN)
+    ids = tokenize(AutoTokenizer.from_pretrained(args.model), content)
+    ids = ids[: BATCH * STEPS].view(BATCH, STEPS)
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    found = {}
+    with torch.no_grad():
+        p = dense(ids, use_cache=False).logits.log_softmax(-1)
+        for mode in accuracy.MODES:
+            model = slab_kernels.load(args.folder, "cpu", torch.float32, activations=mode)
+            cache, total = DynamicCache(), 0.0
+            for step in range(STEPS):
+                token = ids[:, step : step + 1]
+                q = model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+                terms = p[:, step].exp() * (p[:, step] - q.log_softmax(-1))
+                total += float(terms.sum(dtype=torch.float64))
+            found[mode] = total / (BATCH * STEPS)
+    return found
+
+
 def layer(args: argparse.Namespace) -> dict[str, Any]:
     """One large layer, timed without the start of Python."""
     return run([__file__, args.model, "--solve"])
@@ -127,7 +179,13 @@ def solve() -> dict[str, Any]:
     return sizes | {"seconds": seconds, "solver_cpu_seconds": spent, "error": error}
 
 
-MEASURES = {"compress": compress, "chat": chat, "answers": answers, "layer": layer}
+MEASURES = {
+    "compress": compress,
+    "chat": chat,
+    "answers": answers,
+    "activations": activations,
+    "layer": layer,
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -136,12 +194,14 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", help="folder of the dense model")
     parser.add_argument("--calibration", default="stdlib", help="text that compression reads")
+    parser.add_argument("--text", default="stdlib:heldout", help="text that activations reads")
     parser.add_argument("--folder", type=expanded, help="of the compressed model")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", choices=MEASURES, help="this part, and no other")
     parser.add_argument("--again", action="store_true", help="measure what is there anew")
     parser.add_argument("--out", type=expanded, default=OUT)
     parser.add_argument("--solve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder = args.folder or Path(f"{args.model.rstrip('/')}-{PRESET}")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is loaded, here and below
@@ -157,7 +217,7 @@ def wanted(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     """The parts to measure; the model is compressed where no folder of it is left."""
     parts = [args.only] if args.only else list(MEASURES)
     left = [part for part in parts if args.again or part not in found]
-    opened = "chat" in left or "answers" in left
+    opened = {"chat", "answers", "activations"} & set(left)
     if opened and "compress" not in left and not args.folder.is_dir():
         left.insert(0, "compress")
     return left
@@ -167,6 +227,9 @@ def main() -> int:
     args = arguments()
     if args.solve:
         print(json.dumps(solve()))
+        return 0
+    if args.decode:
+        print(json.dumps(decoding(args)))
         return 0
     for part in wanted(args, stored(args.out)):
         print(f"smollm2_runs: {part}", file=sys.stderr, flush=True)

@@ -37,7 +37,8 @@ def calls(monkeypatch, tmp_path):
     asked = []
 
     def run(words):
-        asked.append(next(w for w in ("compress", "generate", "--solve") if w in words))
+        known = ("compress", "generate", "eval", "--solve", "--decode")
+        asked.append(next(word for word in known if word in words))
         if asked[-1] == "compress":
             (tmp_path / "dense-balanced").mkdir()
             (tmp_path / "dense-balanced" / "slab_run.json").touch()
@@ -46,6 +47,7 @@ def calls(monkeypatch, tmp_path):
             "bits_per_weight": 4.26, "bytes": 85e6, "mean_error": 0.06, "mean_heldout_error": 0.07,
             "results": [speed(0.05), speed(0.04)], "seconds": 44.4,
             "text": "Paris <b>, of course. " * 20, "tokens": smollm2_runs.TOKENS,
+            "kl": 0.102 if words[-1] == "int8" else 0.1, "exact": 0.2, "int8": 0.205,
         }  # fmt: skip
 
     monkeypatch.setattr(smollm2_runs, "run", run)
@@ -76,7 +78,8 @@ def test_what_is_there_is_not_made_again(runs, calls, tmp_path):
     assert calls == ["--solve"] and found["layer"]["seconds"] == 44.4 and "chat" not in found
     found = runs()
     answers = 2 * len(smollm2_runs.QUESTIONS)
-    assert calls == ["--solve", "compress", "generate", *["generate"] * answers]
+    rounded_x = ["eval", "eval", "--decode"]
+    assert calls == ["--solve", "compress", "generate", *["generate"] * answers, *rounded_x]
     assert found["compress"]["threads"] == 2 and found["compress"]["calibration"] == "stdlib"
     calls.clear()
     runs()
@@ -106,7 +109,8 @@ def test_a_failed_process_ends_the_script(capfd):
 def test_nothing_is_claimed_before_it_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(figure_tables, "RESULTS", tmp_path)
     texts = {name: region() for name, region in figure_runs.RUN_REGIONS.items()}
-    assert texts["smollm2-times"] == texts["smollm2-speeds"] == figure_runs.NOT_YET
+    for name in ("smollm2-times", "smollm2-speeds", "smollm2-activations"):
+        assert texts[name] == figure_runs.NOT_YET
     assert texts["smollm2-steps"] == texts["smollm2-answers"] == ""
 
 
@@ -121,6 +125,9 @@ def test_texts_and_tables_of_the_runs(runs):
     shares = [f"{rounded(ms, 1)} ms, 20 %" for ms in (10, 8, 20, 16)]
     assert f"| output head | {' | '.join(shares)} |" in texts["smollm2-steps"]
     assert "| all | 50.0 ms | 40.0 ms | 100.0 ms | 80.0 ms |" in texts["smollm2-steps"]
+    text = " ".join(texts["smollm2-activations"].split())
+    assert "from 0.1000 to 0.1020, by 2.0 %" in text and "64 tokens of WikiText" in text
+    assert "from 0.2000 to 0.2050, by 2.5 %" in text and "2,560 of them are read one by one" in text
     quoted = texts["smollm2-answers"].partition("\n\n")[2].splitlines()
     assert all(line.startswith(">") and len(line) <= 100 for line in quoted)
     assert "Paris &lt;b>" in texts["smollm2-answers"] and "…" in quoted[-1]
