@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from figure_tables import EPYC, H100, Row, cold_rows, matching, read
+from figure_tables import H100, Row, cold_rows, matching, read
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, PURPLE, INK, GREY = (
@@ -342,10 +342,6 @@ PICTURES: dict[str, Picture] = {
     "speed-h100-triton.svg": Picture(
         lambda: speedup_rows(H100, "triton"),
         lambda rows: speed(rows, "The same linears by the Triton kernels' default tiles"),
-    ),
-    "speed-epyc.svg": Picture(
-        lambda: speedup_rows(EPYC, "cpu"),
-        lambda rows: speed(rows, "The fused linears of Llama-3-8B on an AMD EPYC, bf16"),
     ),
     "perplexity-demo.svg": Picture(demo_rows, demo),
     "methods-smollm2.svg": Picture(kl_rows, divergences),

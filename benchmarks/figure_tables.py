@@ -14,7 +14,6 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 H100 = "linear-nvidia-h100-80gb-hbm3-llama-3-8b-b421ae1.json"
-EPYC = "linear-amd-epyc-llama-3-8b-8cac7b7.json"
 
 Row = dict[str, Any]
 
@@ -201,12 +200,6 @@ def h100_speedups() -> str:
     return speedups(H100, H100_LINES)
 
 
-def epyc_speedups() -> str:
-    """The CPU kernels on an AMD EPYC with AVX512-BF16."""
-    lines = {f"`cpu`, {v}": {"backend": "cpu", "values": v} for v in ("fp16", "int8", "int4")}
-    return speedups(EPYC, lines)
-
-
 def xeon_linear() -> str:
     """One linear of 11008×4096 on an Intel Xeon, by tokens and activations."""
     rows = read("linear-11008x4096-cpu.json")["rows"]
@@ -249,7 +242,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "dense-integers-shipped": functools.partial(method_rows, DENSE_NAMES, "shipped"),
     "dense-integers-stories260k": functools.partial(method_rows, DENSE_NAMES, "stories260k"),
     "h100-speedups": h100_speedups,
-    "epyc-speedups": epyc_speedups,
     "xeon-linear": xeon_linear,
     "call-overhead": call_overhead,
 }

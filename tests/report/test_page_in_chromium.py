@@ -134,7 +134,7 @@ def story(folder: Path) -> Path:
 
 PAGES = {
     "story": (story, True),
-    "timings": (lambda _: RESULTS / "linear-amd-epyc-llama-3-8b-8cac7b7.json", True),
+    "timings": (lambda _: RESULTS / "cpu-peers-1-thread.json", True),
     "wide-tables": (lambda _: RESULTS / "instruction-budget.json", False),
     "many-settings": (lambda _: RESULTS / "methods-shipped.json", False),
 }
