@@ -262,8 +262,8 @@ CLAIMS: list[Claim] = [
     Claim("docs/engines.md", SERVED, serving),
     Claim(
         "README.md",
-        "writes {:.1f} tokens/s on 2 threads of an AMD EPYC, eight texts at once {:.1f}; llama.cpp's "
-        "Q4_0 {:.1f} and {:.1f}, dense bf16 {:.1f} and {:.1f} (",
+        "writes {:.1f} tokens/s, eight texts at once {:.1f}; llama.cpp's Q4_0 {:.1f} and {:.1f}, "
+        "dense bf16 {:.1f} and {:.1f} (",
         end_to_end,
     ),
 ]

@@ -234,7 +234,7 @@ INCLUDES = {
     "cpu/int8_tables.h": "int8_quad_panel.h int8_tokens.h",
     "cpu/int8_scalar.cpp": "int8_tokens.h",
     "cpu/int8_avx2.cpp": "int8.h int8_panel.h int8_tokens.h",
-    "cpu/int8_vnni.cpp": "int8.h int8_quad_panel.h int8_tables.h",
+    "cpu/int8_vnni.cpp": "int8.h avx512.h int8_quad_panel.h int8_tables.h",
     "cuda/params.h": "format.h",
     "cuda/ptx.cuh": "format.h",
     "cuda/dense.cuh": "params.h ptx.cuh",
