@@ -33,7 +33,7 @@ def main(kind: str) -> None:
 
     layout = slab_kernels.PackedLayout(200, 300, "int4", 32, rank=2, adapter_rank=3)
     packed, x = random_packed(layout), torch.randn(5, 300)
-    layer = slab_kernels.SlabLinear.from_packed(packed)
+    layer = slab_kernels.SlabLinear.from_packed(packed).prepare(activations="exact")
     exact, magnitude = oracle(x, packed)
     assert bool(
         (

@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=MODES,
         default=[None],
-        help="how x enters our products on a CPU; default: the environment's word, else exact",
+        help="how x enters our products on a CPU; default: the environment's word, else int8",
     )
     flag = argparse.BooleanOptionalAction
     parser.add_argument(

@@ -150,7 +150,7 @@ class CpuBackend(Backend):
             return f"activations=int8: exact runs for M={problem.M}, which is faster with {name}"
         return (
             f"activations=int8: the product for {way} tokens ({name}); x is rounded, by at most "
-            "1/506 of what lies between the smallest and the largest of 32 inputs"
+            "1/506 of what the least of 32 inputs, the greatest and 0 span; more in docs/cpu.md"
         )
 
 

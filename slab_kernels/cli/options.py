@@ -354,7 +354,7 @@ BenchActivations = Annotated[
     list[str] | None,
     typer.Option(
         help="How x enters our products on a CPU: exact or int8; may be repeated. Default "
-        "$SLAB_KERNELS_CPU_ACTIVATIONS or exact."
+        "$SLAB_KERNELS_CPU_ACTIVATIONS or int8."
     ),
 ]
 Peers = Annotated[

@@ -73,6 +73,11 @@ class Feeding:
         feeding.routed = frozenset(name for name in feeding.stages if not feeding._is_fed(name))
         return feeding
 
+    def needed(self, names: Iterable[str]) -> int:
+        """The tokens that the experts of these linears must see; 0 for other linears."""
+        modules = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+        return max((r.needed for r in self.records if r.module in modules), default=0)
+
     def feed(self, names: Iterable[str]) -> bool:
         """Show all tokens to the experts of these linears too; False if they are no experts' or
         are shown them already."""

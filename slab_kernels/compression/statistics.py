@@ -100,11 +100,13 @@ class BlockPasses:
     def inputs(self, groups: list[Group]) -> list[GroupInputs]:
         """Run the texts up to the last of these groups, and gather what methods and records need.
 
-        An expert that turns out to have got no token at all is fed all of them.
+        An expert that turns out to have got fewer tokens than its method needs is fed all of them:
+        the router sees what the compressed layers before it make of the text.
         """
         found = self._gather(groups)
         for number, group in enumerate(groups):
-            if not found[number].stats.tokens and self.feeding.feed(group.names):
+            needed = self.feeding.needed(group.names)
+            if found[number].stats.tokens < needed and self.feeding.feed(group.names):
                 (found[number],) = self._gather([group])
         return found
 

@@ -141,7 +141,8 @@ def train(
         )
     dtype = torch.float32 if str(device) == "cpu" else None
     path = hub_folder(path, HubArguments(revision, subfolder, token, trust_remote_code))
-    model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    opened: dict = {"trust_remote_code": trust_remote_code, "activations": "exact"}
+    model = load(path, device=device, dtype=dtype, **opened)  # gradients are those of exact
     tokenizer = open_tokenizer(path, trust_remote_code)
     tokens = _windows(model, tokenizer, text, settings, field)
     begun = asdict(settings) | {

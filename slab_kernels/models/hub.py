@@ -45,13 +45,19 @@ class HubArguments:
                 f"token= is {'empty' if secret == '' else 'a ' + type(secret).__name__}; give the "
                 "text of a token, or leave it out"
             )
+        if isinstance(secret, str) and not (secret.isprintable() and " " not in secret):
+            raise ArgumentError("token= has spaces or control characters inside; give it as it is")
+        # A file that holds a token ends with a line break, which is not part of it.
+        object.__setattr__(self, "token", secret)
         if self.subfolder is not None:
             path = PurePosixPath(self.subfolder)
-            if path.is_absolute() or ".." in path.parts or "\\" in self.subfolder:
+            strange = any(character in self.subfolder for character in "\\*?[")
+            if path.is_absolute() or ".." in path.parts or strange:
                 raise ArgumentError(
                     f"subfolder={self.subfolder!r} must be a folder below the model's, such as "
                     "'fp16'"
                 )
+            object.__setattr__(self, "subfolder", str(path) if path.parts else None)
 
     def found(self) -> HubArguments:
         """The same for a folder that was found by these."""
@@ -75,10 +81,11 @@ class HubArguments:
         except Exception as error:  # of many types: offline, unknown name, no rights
             at = "" if self.revision is None else f" at revision {self.revision!r}"
             reason = self.redacted(first_line(error))
+            secret = isinstance(self.token, str)  # which the error that is told of may hold
             raise CheckpointError(
                 f"{name} is no folder here and cannot be fetched from the Hugging Face hub{at}: "
                 f"{reason}"
-            ) from (error if reason == first_line(error) else None)
+            ) from (None if secret else error)
         return self.inside(Path(found), name)
 
     def inside(self, folder: Path, name: str) -> Path:

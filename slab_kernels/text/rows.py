@@ -70,7 +70,7 @@ class RowReader:
         """The fields that are looked at."""
         usual = (IDS, *(name for kind in KINDS for name in kind))
         asked = usual if self.field is None else (self.field,)
-        return (*asked, MASK) if IDS in asked else asked
+        return (*asked, MASK)
 
     def part(self, row: Any, where: str) -> Part:
         """What a row holds. where: its place, for messages.
@@ -121,7 +121,7 @@ class RowReader:
         if field == IDS:
             return self.ids(row, where, field)
         if holds_ids(value):
-            return self.ids({IDS: value}, where, field)
+            return self.ids({IDS: value, MASK: row.get(MASK)}, where, field)
         raise CalibrationError(
             f"{where}: {field} must be a string, a list of {{role, content}} or token ids, not "
             f"{_kind(value)}"

@@ -142,7 +142,7 @@ def _rows(source: Any, name: str, deep: int = 0) -> list[Tensor]:
     if isinstance(source, list | tuple) and not (source and isinstance(source[0], Integral)):
         if deep == DEEPEST:
             raise _unreadable(source, name, "lists are nested too deep")
-        if deep and len(source) > 1 and all(getattr(part, "ndim", 0) == 2 for part in source):
+        if deep and len(source) > 1 and all(getattr(part, "ndim", 0) for part in source):
             raise CalibrationError(
                 f"a batch of the {name} token ids has {len(source)} tensors without names; give "
                 f"{{'{IDS}': ..., '{MASK}': ...}}"

@@ -233,6 +233,23 @@ def test_a_token_is_in_no_message(monkeypatch):
         open_source(model, hub).tokenizer()
 
 
+def test_a_token_as_a_file_holds_it():
+    assert HubArguments(token=f"{TOKEN}\n").token == TOKEN
+    for token in (f"{TOKEN} {TOKEN}", f"{TOKEN}\n{TOKEN}"):
+        with pytest.raises(ArgumentError, match="inside") as caught:
+            HubArguments(token=token)
+        assert TOKEN not in str(caught.value)
+
+
+def test_a_subfolder_is_one_however_it_is_written():
+    assert {HubArguments(subfolder=name).subfolder for name in ("fp16", "fp16/", "./fp16")} == {
+        "fp16"
+    }
+    assert HubArguments(subfolder=".").subfolder is None
+    with pytest.raises(ArgumentError, match="a folder below"):
+        HubArguments(subfolder="fp*")
+
+
 def test_what_a_subfolder_needs_is_downloaded_and_no_more(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 

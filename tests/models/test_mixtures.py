@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -275,6 +276,8 @@ FORMS = {  # type -> whether a tensor holds one weight, a stack under another na
 def test_the_form_on_disk_is_told_by_numbers_that_go_through_the_conversion(name):
     if name not in CONFIG_MAPPING:
         pytest.skip(f"transformers has no {name}")
+    if not dataclasses.is_dataclass(CONFIG_MAPPING[name]):
+        pytest.skip("this transformers does not list the settings of a configuration")
     model = config_skeleton(tiny(name))
     stack = next(n for n, m in model.named_modules() if is_stacked(m))
     unstack(model, stack)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import types
 
@@ -210,7 +211,7 @@ def test_a_field_may_hold_token_ids(tmp_path):
         (iter([tiny_models.tokens(), "x"]), None, "holds both texts and token ids"),
         (iter([{"input_ids": [[7, -1]]}]), None, "entry 1 of the given list_iterator: .*negative"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in every process
 )
 def test_what_cannot_be_read_is_said_in_a_sentence(source, field, message):
     with pytest.raises(CalibrationError, match=message):
@@ -332,3 +333,28 @@ def test_numpy_takes_part():
     assert read_text([{"talk": talk}], field="talk", tokenizer=tokenizer) == "Hello"
     ids = numpy.random.default_rng(0).integers(3, 90, (3, 8), dtype="uint8")
     assert torch.equal(torch.stack(windows_of(ids)[0].rows), torch.from_numpy(ids).long())
+
+
+@pytest.mark.parametrize("kind", ["pairs", "lists", "dataset"])
+def test_a_mask_without_its_name_is_no_row_of_ids(kind):
+    batch = padded(ragged(), "left")
+    pairs = list(zip(batch["input_ids"], batch["attention_mask"], strict=True))
+    source = {
+        "pairs": pairs,
+        "lists": [list(pair) for pair in pairs],
+        "dataset": torch.utils.data.TensorDataset(batch["input_ids"], batch["attention_mask"]),
+    }[kind]
+    with pytest.raises(CalibrationError, match="2 tensors without names; give"):
+        windows_of(source)
+
+
+def test_the_mask_beside_a_field_of_ids_holds(tmp_path):
+    batch = padded(ragged(5), "right")
+    rows = [
+        {"tokens": ids.tolist(), "attention_mask": mask.tolist()}
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for source in (rows, tmp_path / "a.jsonl"):
+        windows, _ = windows_of(source, field="tokens")
+        assert [row.tolist() for row in windows.rows] == [row.tolist() for row in ragged(5)]
