@@ -1,6 +1,6 @@
-// The torch side of the CPU backend's exact products, and the choice of the instruction set. Like all
-// files with torch it uses LibTorch's stable ABI (2.11 and later), so one binary serves every later
-// torch.
+// The torch side of the CPU backend's exact products, and the choice of the instruction set. Like
+// all files with torch it uses LibTorch's stable ABI (2.11 and later), so one binary serves every
+// later torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -114,8 +114,8 @@ Tensor dequantize_cpu(Tensor prepared, int64_t out_features, int64_t in_features
   Tensor dense = torch::stable::new_empty(prepared, {out_features, in_features}, ScalarType::Float);
   auto* const out = static_cast<float*>(dense.mutable_data_ptr());
   // Most of the time goes to the system, which fills fresh memory with zeros. In small pages that
-  // takes four times as long. Stores that bypass the caches gain nothing, since a page has just come
-  // into them with its zeros.
+  // takes four times as long. Stores that bypass the caches gain nothing, since a page has just
+  // come into them with its zeros.
   prefer_huge_pages(out, dense.numel() * 4);
   torch::stable::parallel_for(
       0, w.row_blocks, 1 + kThreadWork / (kRows * in_features),

@@ -14,17 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..nn.experts import Experts
 from .experts import mixtures
 from .streams import Stop, Stream
 
 
 @contextmanager
-def _hooks(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `see(name, input)` is called before each of `modules` runs."""
+def _hooks(
+    modules: Mapping[str, nn.Module],
+    see: Callable[[str, Tensor], None],
+    position: int = 0,
+    argument: str = "input",
+) -> Iterator[None]:
+    """Inside, `see(name, value)` is called before each of `modules` runs.
+
+    The value is that of the argument of this position and name.
+    """
 
     def bind(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"])
+        return lambda module, args, kwargs: see(
+            name, args[position] if len(args) > position else kwargs[argument]
+        )
 
     handles = [
         module.register_forward_pre_hook(bind(name), with_kwargs=True)
@@ -291,26 +300,6 @@ def routed_tokens(stream: Stream, index: int, block: nn.Module) -> dict[str, lis
             if len(seen) == len(counts):
                 raise Stop  # what the experts compute is not needed
 
-        with torch.no_grad(), _chosen(found, see), suppress(Stop):
+        with torch.no_grad(), _hooks(found, see, 1, "top_k_index"), suppress(Stop):
             stream.run(index, block, batch)
     return counts
-
-
-@contextmanager
-def _chosen(found: Mapping[str, Experts], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `see(name, top_k_index)` is called before each of these `Experts` runs."""
-
-    def bind(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: see(
-            name, args[1] if len(args) > 1 else kwargs["top_k_index"]
-        )
-
-    handles = [
-        experts.register_forward_pre_hook(bind(name), with_kwargs=True)
-        for name, experts in found.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
