@@ -89,6 +89,17 @@ def counted(monkeypatch):
 LIBRARY = nvrtc.Nvrtc(None, "", "13.0", frozenset({80, 86, 89, 90, 100, 120, 121}))
 
 
+def test_no_source_tells_assembled_architectures_apart():
+    """They are assembled from one PTX, in which __CUDA_ARCH__ is 800."""
+    conditions = [
+        line.strip()
+        for text in recipe.read_sources(ROOT / "csrc").values()
+        for line in text.splitlines()
+        if "__CUDA_ARCH__" in line
+    ]
+    assert conditions and set(conditions) == {"#if __CUDA_ARCH__ >= 900"}
+
+
 # ---- NVRTC
 
 ONE_OF_EACH_KIND = (
