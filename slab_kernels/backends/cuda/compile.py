@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,17 +136,19 @@ def nvcc_command(nvcc: str, source: Path, architecture: str, output: Path) -> li
 
 
 def run(command: list[str]) -> str:
-    """Run a command and return its stdout.
+    """Run a command and return its stdout. Raises: as `ran`."""
+    return ran(command).stdout
 
-    Raises: Impossible, with all that it printed, if it fails or cannot be started.
-    """
+
+def ran(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command. Raises: Impossible, with all that it printed, if it fails or cannot start."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         raise Impossible(f"{command[0]} cannot be started: {error}") from None
     if done.returncode:
         raise Impossible(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return done
 
 
 def known_architectures(nvcc: str) -> tuple[list[str], list[str]]:
@@ -172,28 +175,39 @@ def record(folder: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def compile_image(nvcc: str, source: Path, folder: Path, unit: str, architecture: str) -> None:
+def warnings_in(printed: str) -> list[str]:
+    """The lines in which the compiler warns: of the language, or of lost performance (C75xx)."""
+    return [line for line in printed.splitlines() if re.search(r"\bC75\d\d\b|[Ww]arning", line)]
+
+
+def compile_image(
+    nvcc: str, source: Path, folder: Path, unit: str, architecture: str
+) -> tuple[str, list[str]]:
     """Compile a source to the image of a unit for an architecture.
 
-    A process that reads the old image keeps it. Raises: Impossible if nvcc fails.
+    A process that reads the old image keeps it. Returns the image's name and the compiler's
+    warnings. Raises: Impossible if nvcc fails.
     """
     target = folder / image_name(unit, architecture)
     output = target.with_suffix(".tmp")
     try:
-        run(nvcc_command(nvcc, source, architecture, output))
+        done = ran(nvcc_command(nvcc, source, architecture, output))
         output.replace(target)
     finally:
         output.unlink(missing_ok=True)
+    return target.name, warnings_in(done.stdout + done.stderr)
 
 
-def compile_images(nvcc: str, csrc: Path, folder: Path, pairs: list[tuple[str, str]]) -> None:
+def compile_images(
+    nvcc: str, csrc: Path, folder: Path, pairs: list[tuple[str, str]]
+) -> dict[str, list[str]]:
     """Compile pairs of a unit and an architecture on all cores, PTX first and then the rest.
 
-    Raises: Impossible if nvcc fails.
+    Returns the compiler's warnings by the name of the image. Raises: Impossible if nvcc fails.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def start(unit: str, architecture: str, source: Path) -> Future[None]:
+        def start(unit: str, architecture: str, source: Path) -> Future[tuple[str, list[str]]]:
             return pool.submit(compile_image, nvcc, source, folder, unit, architecture)
 
         def text(unit: str) -> Path:
@@ -208,8 +222,7 @@ def compile_images(nvcc: str, csrc: Path, folder: Path, pairs: list[tuple[str, s
         for unit, architecture in assembled:
             fallbacks[unit].result()
             jobs.append(start(unit, architecture, folder / image_name(unit, FALLBACK)))
-        for job in jobs:
-            job.result()
+        return dict(sorted(job.result() for job in jobs))
 
 
 def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
@@ -241,16 +254,18 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
         "compiler": digest({}, run([nvcc, "--version"]), *NVCC_OPTIONS),
         "images": names,
     }
-    if record(folder) == wanted and all((folder / name).is_file() for name in names):
+    kept = record(folder)
+    same = all(kept.get(name) == value for name, value in wanted.items())
+    if same and all((folder / name).is_file() for name in names):
         return remarks
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    compile_images(nvcc, csrc, folder, pairs)
+    warnings = compile_images(nvcc, csrc, folder, pairs)
     if digest(read_sources(csrc)) != wanted["sources"]:
         raise Impossible(f"{csrc} was edited while nvcc read it; build again")
     remove_stale_images(folder, names)
     fresh = folder / f"{RECORD}.tmp"
-    fresh.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    fresh.write_text(json.dumps(wanted | {"warnings": warnings}, indent=1) + "\n", encoding="utf-8")
     fresh.replace(folder / RECORD)
     return remarks
 

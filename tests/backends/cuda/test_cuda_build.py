@@ -408,6 +408,19 @@ def stub_of_nvcc(folder: Path, architectures: str) -> str:
     return str(nvcc)
 
 
+def test_what_the_compiler_warns_of_is_kept_and_compiles_nothing_again(tmp_path):
+    nvcc = Path(stub_of_nvcc(tmp_path, "compute_80 compute_90"))
+    said = "ptxas info    : (C7510) Potential Performance Loss\n"
+    nvcc.write_text(nvcc.read_text() + f"printf '%s' '{said}Used 7 registers' >&2\n")
+    csrc, out = write(tmp_path / "csrc", SMALL), tmp_path / "out"
+    recipe.build(out, csrc, str(nvcc))
+    found = recipe.record(out)
+    assert found["warnings"] == {name: [said.strip()] for name in found["images"]}
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    recipe.build(out, csrc, str(nvcc))
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
 def test_an_old_nvcc_drops_architectures_with_a_remark(tmp_path):
     nvcc = stub_of_nvcc(tmp_path, "compute_80 compute_90")
     (remark,) = recipe.build(tmp_path / "out", write(tmp_path / "csrc", SMALL), nvcc)
