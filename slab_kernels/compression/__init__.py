@@ -21,6 +21,7 @@ One run, from the call to the finished folder:
 
 What a run may do beside the method:
     budget          settings chosen layer by layer under one count of bits (`bits=`)
+    sensitivity     what a layer's error costs the whole model, from one backward pass
     matching        a block trained towards the dense one (`matching=`)
     trainable       a decomposition as a module, which matching trains
 

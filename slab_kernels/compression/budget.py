@@ -2,13 +2,11 @@
 
 SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value type, sign planes
 and rank of every layer are chosen together:
-1. With the dense model's own inputs every layer is decomposed by each row of LADDER (by the sweep
-   alone, without refits: the order of the rows is what counts), which gives its relative output
-   error e.
-2. The layer's weight is replaced by its coarsest row, everything else stays dense, and the
-   divergence of the model's next-token distribution from the dense one is measured, D = KL in nats
-   per token. Near the dense model D grows with e^2, so each row is expected to cost
-   D (e / e_coarsest)^2, and the costs of layers to add up.
+1. With the dense model's own inputs every layer is decomposed by each row of LADDER, by the sweep
+   alone, without refits: the order of the rows is what counts.
+2. What the error of each row costs, in nats per token of divergence from the dense model's
+   predictions, is read off the gradients of one backward pass (`sensitivity`). The costs of layers
+   are expected to add up.
 3. The sum is minimised under the budget: layers climb their rows in order of loss saved per bit.
 """
 
@@ -27,17 +25,18 @@ from torch import Tensor, nn
 from ..errors import BudgetError
 from ..methods import LayerSettings
 from ..methods.inputs import InputStats
-from ..models.blocks import batches, find_blocks
+from ..models.blocks import find_blocks
 from ..models.groups import find_groups
 from ..models.passes import Passes, Room
-from ..models.streams import catch_stream
+from ..models.streams import Stream, catch_stream
 from ..settings import Rule
 from ..text.windows import Windows
 from .plan import decompose_as_stored
 from .routing import Feeding
+from .sensitivity import Sensitivity
 from .statistics import moments
 
-PROBES = 8  # windows on which the divergence is measured
+PROBES = 8  # windows on which gradients are taken
 # The rows go from coarse to fine. Below two planes a bit is better spent on the pruned positions
 # than on kept values. Ranks above 1 pay for themselves only on wide layers, where U and V are
 # cheap; the search finds out which.
@@ -181,57 +180,45 @@ class Measurement:
     def __init__(self, model: nn.Module, usual: LayerSettings, tokens: Windows):
         self.model, self.usual, self.tokens = model, usual, tokens
         self.device = next(model.parameters()).device
+        self.path, self.blocks = find_blocks(model)
         self.probes = Windows(tokens.rows[:PROBES])
-        # In host memory, and of half the size.
-        self.dense = [part.half().cpu() for part in _log_probabilities(model, self.probes)]
 
     def run(self, rows: dict[str, list[Row]]) -> Iterator[tuple[str, list[float]]]:
         """Layer after layer of `rows`: its name, and the expected loss of each of its rows."""
-        path, blocks = find_blocks(self.model)
-        stream = catch_stream(
-            self.model, blocks, self.tokens, lambda index: _bare(blocks[index]), self.device
-        )
-        for index, block in enumerate(blocks):
-            prefix = f"{path}.{index}."
+        stream, probing = self._stream(self.tokens), self._stream(self.probes)
+        sensitivity = Sensitivity(self.model, self.probes, probing)
+        for index, block in enumerate(self.blocks):
+            prefix = f"{self.path}.{index}."
             linears: dict[str, nn.Linear] = {}
             for name, module in block.named_modules():
                 if prefix + name in rows and isinstance(module, nn.Linear):
                     linears[prefix + name] = module
+            costs = sensitivity.of_block(index, block, linears) if linears else {}
             passes = Passes(stream, index, block, linears, Room(0))
             feeding = Feeding.of(self.usual, stream, index, block, None, prefix)
             for group in find_groups(stream, index, block, linears) if linears else ():
                 (stats,) = moments(passes, [group])
                 for name in group.names:
-                    yield name, self._layer(linears[name], rows[name], stats)
+                    W = linears[name].weight.detach().float()
+                    yield name, [costs[name].loss(W - self._quick(W, stats, r)) for r in rows[name]]
             feeding.end()
             with torch.no_grad():
                 stream.advance(index, block)
+                probing.advance(index, block)
 
-    def _layer(self, linear: nn.Linear, rows: list[Row], stats: InputStats) -> list[float]:
-        """The expected loss of each row of one layer."""
-        weight = linear.weight.detach()
-        W = weight.float()
-        assert stats.gram is not None
-        errors: list[float] = []
-        coarsest = W
-        for row in rows:
-            options = {**self.usual.options, "rounds": 0, "drift": 0.0}
-            quick = replace(self.usual, options=options, **row.settings)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                approximation = decompose_as_stored(W, stats, quick).dense()
-            E = W - approximation
-            energy = ((E @ stats.gram) * E).sum(dtype=torch.float64)
-            errors.append(float(energy.clamp_min(0)))
-            if errors[-1] == max(errors):
-                coarsest = approximation
-        try:
-            linear.weight = nn.Parameter(coarsest.to(weight.dtype), requires_grad=False)
-            loss = _divergence(self.model, self.probes, self.dense)
-        finally:
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-        whole = max(max(errors), 1e-30)
-        return [loss * error / whole for error in errors]
+    def _stream(self, tokens: Windows) -> Stream:
+        blocks = self.blocks
+        return catch_stream(
+            self.model, blocks, tokens, lambda index: _bare(blocks[index]), self.device
+        )
+
+    def _quick(self, W: Tensor, stats: InputStats, row: Row) -> Tensor:
+        """The weight [N,K] that a row leaves, without refits."""
+        options = {**self.usual.options, "rounds": 0, "drift": 0.0}
+        quick = replace(self.usual, options=options, **row.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return decompose_as_stored(W, stats, quick).dense()
 
 
 def _bare(block: nn.Module) -> nn.Module:
@@ -292,21 +279,3 @@ def _hull(options: list[Choice]) -> list[Choice]:
             hull.pop()
         hull.append(choice)
     return hull
-
-
-@torch.no_grad()
-def _log_probabilities(model: nn.Module, tokens: Windows) -> Iterator[Tensor]:
-    """[samples, window, vocabulary] fp32 for each batch of windows."""
-    device = next(model.parameters()).device
-    for batch in batches(tokens):
-        yield model(input_ids=batch.to(device), use_cache=False).logits.float().log_softmax(-1)
-
-
-@torch.no_grad()
-def _divergence(model: nn.Module, tokens: Windows, dense: list[Tensor]) -> float:
-    """Mean over tokens of KL(dense || model) in nats; `dense` as `_log_probabilities` gives it."""
-    total = 0.0
-    for now, kept in zip(_log_probabilities(model, tokens), dense, strict=True):
-        before = kept.to(now.device).float()
-        total += float((before.exp() * (before - now)).sum(dtype=torch.float64))
-    return max(total / tokens.tokens, 0.0)

@@ -21,7 +21,19 @@ PIECES = (
     "tests/compression/test_head.py::test_rows_in_pieces_make_one_weight_that_is_hardly_worse",
 )
 
+SENSITIVITY = ("tests/compression/test_sensitivity.py",)
+
 SOLVER = (
+    Fault(
+        "the whole of a squared change of the log-likelihood instead of half",
+        "slab_kernels/compression/sensitivity.py", "total / (2 * self.tokens)",
+        "total / self.tokens", SENSITIVITY,
+    ),
+    Fault(
+        "gradients at a block's input taken for those at its output",
+        "slab_kernels/compression/sensitivity.py", "enumerate(self.gradients[index])",
+        "enumerate(self.gradients[index - 1])", SENSITIVITY,
+    ),
     Fault(
         "a descent that leaves a group's state for a worse one",
         "csrc/cpu/descent.h", "best.loss = V::fma(pull, best.error[i] - g.free[i], best.loss);",

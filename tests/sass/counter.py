@@ -344,24 +344,26 @@ def image(architecture: str, only: tuple[str, ...] = (), unit: str = UNIT) -> by
     return kept("image", key, lambda: _compile(sources, unit, architecture)[0])
 
 
-def messages(architecture: str, unit: str = UNIT) -> str:
-    """What the compiler says of a unit, of which it warns; kept, and the image with it.
+def warnings(architecture: str, unit: str) -> list[str]:
+    """What the compiler warns of in a unit: kept by an up-to-date build, else it compiles.
 
     Raises: recipe.Impossible without nvcc, or with what it printed.
     """
+    name = recipe.image_name(unit, architecture)
+    if built(architecture, unit):
+        known = recipe.record(recipe.IMAGES).get("warnings")
+        if isinstance(known, dict) and name in known:
+            return known[name]
     sources = recipe.read_sources(ROOT / "csrc")
     version = recipe.run([recipe.find_nvcc(), "--version"])
-    digest, name = (
-        recipe.digest(sources, version, *recipe.NVCC_OPTIONS),
-        recipe.image_name(unit, architecture),
-    )
+    digest = recipe.digest(sources, version, *recipe.NVCC_OPTIONS)
 
     def said() -> bytes:
         made, text = _compile(sources, unit, architecture)
         kept("image", (digest, name), lambda: made)
         return text.encode()
 
-    return kept("messages", (digest, name), said).decode()
+    return recipe.warnings_in(kept("messages", (digest, name), said).decode())
 
 
 def _compile(sources: dict[str, str], unit: str, architecture: str) -> tuple[bytes, str]:

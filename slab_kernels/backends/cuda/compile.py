@@ -16,9 +16,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -31,6 +32,9 @@ RECORD = "built.json"
 # exactly that capability.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
 FALLBACK = "compute_80"  # PTX, which the driver compiles for every newer device
+# Assembled from the fallback's PTX, which takes a third of a compilation: no source tells these
+# apart (the only condition on an architecture is __CUDA_ARCH__ >= 900).
+ASSEMBLED = ("sm_80", "sm_86", "sm_89")
 # The cubins that run on a capability, best first. A capability that is absent takes the fallback: a
 # cubin serves later minor versions of its major one, but no Tegra (8.7), and no other one with an
 # "a".
@@ -126,22 +130,25 @@ def find_nvcc() -> str:
 
 
 def nvcc_command(nvcc: str, source: Path, architecture: str, output: Path) -> list[str]:
+    """source: a .cu file, or the PTX of one that nvcc only has to assemble."""
     kind = "-ptx" if architecture.startswith("compute") else "-cubin"
     return [nvcc, kind, f"-arch={architecture}", *NVCC_OPTIONS, str(source), "-o", str(output)]
 
 
 def run(command: list[str]) -> str:
-    """Run a command and return its stdout.
+    """Run a command and return its stdout. Raises: as `ran`."""
+    return ran(command).stdout
 
-    Raises: Impossible, with all that it printed, if it fails or cannot be started.
-    """
+
+def ran(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command. Raises: Impossible, with all that it printed, if it fails or cannot start."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         raise Impossible(f"{command[0]} cannot be started: {error}") from None
     if done.returncode:
         raise Impossible(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return done
 
 
 def known_architectures(nvcc: str) -> tuple[list[str], list[str]]:
@@ -168,17 +175,54 @@ def record(folder: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def compile_image(command: list[str], target: Path) -> None:
-    """Run a command whose last argument is its output, and move that to the target.
+def warnings_in(printed: str) -> list[str]:
+    """The lines in which the compiler warns: of the language, or of lost performance (C75xx)."""
+    return [line for line in printed.splitlines() if re.search(r"\bC75\d\d\b|[Ww]arning", line)]
 
-    A process that reads the old image keeps it. Raises: Impossible if the command fails.
+
+def compile_image(
+    nvcc: str, source: Path, folder: Path, unit: str, architecture: str
+) -> tuple[str, list[str]]:
+    """Compile a source to the image of a unit for an architecture.
+
+    A process that reads the old image keeps it. Returns the image's name and the compiler's
+    warnings. Raises: Impossible if nvcc fails.
     """
-    output = Path(command[-1])
+    target = folder / image_name(unit, architecture)
+    output = target.with_suffix(".tmp")
     try:
-        run(command)
+        done = ran(nvcc_command(nvcc, source, architecture, output))
         output.replace(target)
     finally:
         output.unlink(missing_ok=True)
+    return target.name, warnings_in(done.stdout + done.stderr)
+
+
+def compile_images(
+    nvcc: str, csrc: Path, folder: Path, pairs: list[tuple[str, str]]
+) -> dict[str, list[str]]:
+    """Compile pairs of a unit and an architecture on all cores, PTX first and then the rest.
+
+    Returns the compiler's warnings by the name of the image. Raises: Impossible if nvcc fails.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def start(unit: str, architecture: str, source: Path) -> Future[tuple[str, list[str]]]:
+            return pool.submit(compile_image, nvcc, source, folder, unit, architecture)
+
+        def text(unit: str) -> Path:
+            return csrc / f"cuda/{unit}.cu"
+
+        fallbacks = {unit: start(unit, a, text(unit)) for unit, a in pairs if a == FALLBACK}
+        jobs = list(fallbacks.values())
+        assembled = [(unit, a) for unit, a in pairs if a in ASSEMBLED and unit in fallbacks]
+        for unit, architecture in pairs:
+            if architecture != FALLBACK and (unit, architecture) not in assembled:
+                jobs.append(start(unit, architecture, text(unit)))
+        for unit, architecture in assembled:
+            fallbacks[unit].result()
+            jobs.append(start(unit, architecture, folder / image_name(unit, FALLBACK)))
+        return dict(sorted(job.result() for job in jobs))
 
 
 def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
@@ -210,23 +254,18 @@ def build(folder: Path, csrc: Path, nvcc: str | None = None) -> list[str]:
         "compiler": digest({}, run([nvcc, "--version"]), *NVCC_OPTIONS),
         "images": names,
     }
-    if record(folder) == wanted and all((folder / name).is_file() for name in names):
+    kept = record(folder)
+    same = all(kept.get(name) == value for name, value in wanted.items())
+    if same and all((folder / name).is_file() for name in names):
         return remarks
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    commands, targets = [], []
-    for unit, architecture in pairs:
-        target = folder / image_name(unit, architecture)
-        source, output = csrc / f"cuda/{unit}.cu", target.with_suffix(".tmp")
-        commands.append(nvcc_command(nvcc, source, architecture, output))
-        targets.append(target)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_image, commands, targets))
+    warnings = compile_images(nvcc, csrc, folder, pairs)
     if digest(read_sources(csrc)) != wanted["sources"]:
         raise Impossible(f"{csrc} was edited while nvcc read it; build again")
     remove_stale_images(folder, names)
     fresh = folder / f"{RECORD}.tmp"
-    fresh.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    fresh.write_text(json.dumps(wanted | {"warnings": warnings}, indent=1) + "\n", encoding="utf-8")
     fresh.replace(folder / RECORD)
     return remarks
 

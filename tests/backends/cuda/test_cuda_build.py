@@ -89,6 +89,17 @@ def counted(monkeypatch):
 LIBRARY = nvrtc.Nvrtc(None, "", "13.0", frozenset({80, 86, 89, 90, 100, 120, 121}))
 
 
+def test_no_source_tells_assembled_architectures_apart():
+    """They are assembled from one PTX, in which __CUDA_ARCH__ is 800."""
+    conditions = [
+        line.strip()
+        for text in recipe.read_sources(ROOT / "csrc").values()
+        for line in text.splitlines()
+        if "__CUDA_ARCH__" in line
+    ]
+    assert conditions and set(conditions) == {"#if __CUDA_ARCH__ >= 900"}
+
+
 # ---- NVRTC
 
 ONE_OF_EACH_KIND = (
@@ -395,6 +406,19 @@ def stub_of_nvcc(folder: Path, architectures: str) -> str:
     )
     nvcc.chmod(0o755)
     return str(nvcc)
+
+
+def test_what_the_compiler_warns_of_is_kept_and_compiles_nothing_again(tmp_path):
+    nvcc = Path(stub_of_nvcc(tmp_path, "compute_80 compute_90"))
+    said = "ptxas info    : (C7510) Potential Performance Loss\n"
+    nvcc.write_text(nvcc.read_text() + f"printf '%s' '{said}Used 7 registers' >&2\n")
+    csrc, out = write(tmp_path / "csrc", SMALL), tmp_path / "out"
+    recipe.build(out, csrc, str(nvcc))
+    found = recipe.record(out)
+    assert found["warnings"] == {name: [said.strip()] for name in found["images"]}
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    recipe.build(out, csrc, str(nvcc))
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_an_old_nvcc_drops_architectures_with_a_remark(tmp_path):
