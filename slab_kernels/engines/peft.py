@@ -100,7 +100,8 @@ class SlabLoraLinear(Linear):
             return
         layer = self.get_base_layer()
         layer.hold(self._before.to(layer.values.device))
-        self._before, self.merged_adapters = None, []
+        self._before = None
+        self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B A, [N,K]."""
@@ -165,8 +166,7 @@ def _check(tuner: Any, config: Any, asked: dict[str, Any], layers: dict[str, Pac
         name = name.removesuffix(".base_layer")  # another adapter is around it and has its name
         _refuse_saving(config, name, layer)
         if name in targets:
-            _refuse_settings(config, name, layer)
-            _refuse_rank(config, name, layer)
+            _refuse_layer(config, name, layer)
     _refuse_stacked(config, asked["model"])
 
 
@@ -175,7 +175,8 @@ def _include_all_linear(config: Any, model: nn.Module, layers: dict[str, Packed]
     if str(config.target_modules).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
     _maybe_include_all_linear_layers(config, model)  # puts the names of dense ones there
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     around = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     config.target_modules |= {
         name
@@ -211,14 +212,14 @@ def _refuse_saving(config: Any, name: str, layer: Packed) -> None:
             )
 
 
-def _refuse_settings(config: Any, name: str, layer: Packed) -> None:
-    """Raises: UnsupportedError."""
+def _refuse_layer(config: Any, name: str, layer: Packed) -> None:
+    """Raises: UnsupportedError, ArgumentError."""
     kind = type(layer).__name__
     if not isinstance(layer, SlabLinear):
         raise UnsupportedError(f"{name} is a {kind}, which takes no LoRA: {INSTEAD[type(layer)]}")
     if config.peft_type != PeftType.LORA:
         raise UnsupportedError(
-            f"{name} is a {kind}, which takes LoRA and no {config.peft_type}; use a LoraConfig"
+            f"{name} is a {kind}, which takes LoRA and no {config.peft_type.value}: use LoraConfig"
         )
     if config.init_lora_weights not in STARTS:
         raise UnsupportedError(
@@ -232,6 +233,7 @@ def _refuse_settings(config: Any, name: str, layer: Packed) -> None:
                 f"{setting}={getattr(config, setting)!r} does not go with {name}, a {kind}: "
                 f"{reason}; leave it out"
             )
+    _refuse_rank(config, name, layer)
 
 
 def _refuse_rank(config: Any, name: str, layer: SlabLinear) -> None:
