@@ -66,7 +66,7 @@ class SlabLoraLinear(Linear):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        return {(): None}  # plain LoRA; `_refuse_settings` says so in words
+        return {(): None}  # plain LoRA; `_refuse_layer` says so in words
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
