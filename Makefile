@@ -113,7 +113,7 @@ VLLM_VENV := $(VENV)-vllm
 test-vllm: $(INSTALLED)
 	@test -d $(VLLM_VENV) || { $(PYTHON) -m venv $(VLLM_VENV) && \
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile "$$(grep ^torch== constraints.txt)" && \
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile '$(VLLM)' 'setuptools>=77' pytest accelerate && \
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile '$(VLLM)' 'setuptools>=77' pytest accelerate "$$(grep ^peft== constraints.txt)" && \
 	$(VLLM_VENV)/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec && \
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -qq --no-build-isolation -e .; }
 	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q --durations=0 tests/engines/test_vllm.py tests/engines/test_vllm_vocabulary.py

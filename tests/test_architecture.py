@@ -104,7 +104,7 @@ def imported_rooms(name: str) -> set[str]:
     return {seen.partition(".")[0] for path in files for seen in imported_modules(path)} - {name}
 
 
-def test_importing_the_package_loads_only_the_hook_that_waits_for_transformers():
+def test_importing_the_package_loads_only_the_hook_that_waits_for_other_libraries():
     assert imported_modules(PACKAGE / "__init__.py") == {"engines"}
 
 

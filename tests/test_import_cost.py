@@ -19,6 +19,7 @@ HEAVY = (
     "safetensors",
     "accelerate",
     "datasets",
+    "peft",
     "rich",
 )
 PROBE = """

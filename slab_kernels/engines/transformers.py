@@ -305,8 +305,11 @@ class SlabQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """False: PEFT knows no SlabLinear; `slab-kernels train` trains the adapters P Q^T."""
-        return False
+        """True: LoRA around packed layers (engines/peft.py) is what transformers' Trainer trains.
+
+        It refuses a packed model without an adapter.
+        """
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -19,7 +19,7 @@ from .layout import (
     fitting_group_size,
     plane_unit,
 )
-from .packing import pack, pack_adapter
+from .packing import pack, pack_adapter, with_adapter
 from .padding import Padding, paddings
 from .rounding import (
     MOST_LOST,
@@ -68,4 +68,5 @@ __all__ = [
     "table_tensors",
     "unpack",
     "weight_dtype",
+    "with_adapter",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from reprlib import repr as short
 from types import EllipsisType
 
@@ -21,6 +22,8 @@ from .layout import (
 )
 from .rounding import MOST_LOST, fitting_dtype, round_adapter, round_factors, rounding_error
 from .weight import Decomposition, PackedWeight
+
+MOST_LOST_OF_ADDED = 2.0**-5  # the fraction of what is added to an int8 adapter that int8 may lose
 
 
 def pack(
@@ -170,6 +173,38 @@ def pack_adapter(P: Tensor, Q: Tensor, layout: PackedLayout) -> tuple[Tensor, Te
     if layout.adapter_values:
         return bits.pack_shared(P), bits.pack_shared(Q)
     return P.to(dtype).contiguous(), Q.to(dtype).contiguous()
+
+
+def with_adapter(packed: PackedWeight, P: Tensor, Q: Tensor) -> PackedWeight:
+    """The weight plus P Q^T, P [N,r] and Q [K,r] of a floating dtype: its adapter grows by rank r.
+
+    P and Q are stored as those that are there already, which are rounded once more, and as U and V
+    where there are none. An int8 adapter takes the type of U and V where int8 would lose more than
+    MOST_LOST_OF_ADDED of P Q^T, in the Frobenius norm. The other tensors are shared, not copied.
+
+    Raises: RangeError for numbers that are not finite or do not fit.
+    """
+    layout, device = packed.layout, packed.values.device
+    P, Q = P.detach().to(device).float(), Q.detach().to(device).float()
+    added = (P, Q)
+    if packed.P is not None:
+        old_P, old_Q = packed.adapter()
+        P = torch.cat([old_P.float(), P], 1)
+        Q = torch.cat([old_Q[: layout.in_features].float(), Q], 1)
+    grown = replace(layout, adapter_rank=P.shape[1])
+    if grown.adapter_values:
+        kept = round_adapter(P, Q, grown.adapter_values)
+        lost = torch.cat([kept[0], -P], 1), torch.cat([kept[1], Q], 1)
+        if not _product_norm(*lost) <= MOST_LOST_OF_ADDED * _product_norm(*added):
+            grown = replace(grown, adapter_values=None)
+    stored_P, stored_Q = pack_adapter(P, Q, grown)
+    return replace(packed, layout=grown, P=stored_P, Q=stored_Q)
+
+
+def _product_norm(P: Tensor, Q: Tensor) -> float:
+    """The Frobenius norm of P Q^T, without making it."""
+    P, Q = P.double(), Q.double()
+    return float(((P.T @ P) * (Q.T @ Q)).sum().clamp_min(0).sqrt())
 
 
 def _two_of_four(mask: Tensor) -> Tensor:

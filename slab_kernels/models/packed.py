@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..nn import SlabLinear
 from .experts import unstack_named
 from .folder import Checkpoint
 from .model_config import check_counts
-from .packed_config import QUANT_METHOD, TABLES_KEY, quantization_entry, reading
+from .packed_config import QUANT_METHOD, TABLES_KEY, module_entry, quantization_entry, reading
 from .shards import TensorEntry
 from .skeleton import folder_skeleton
 from .stored_names import Forms, StoredNames
@@ -186,6 +186,20 @@ def packed_modules(model: nn.Module) -> dict[str, SlabLinear]:
     """Name -> module of every packed layer."""
     modules = model.named_modules(remove_duplicate=False)  # a layer that blocks share has two names
     return {name: module for name, module in modules if isinstance(module, SlabLinear)}
+
+
+def note_layouts(model: nn.Module) -> None:
+    """Let the model's config say what its packed layers hold now, so that save_pretrained writes
+    it."""
+    owners = (getattr(model, "config", None), getattr(model, "hf_quantizer", None))
+    layers = packed_modules(model)
+    for owner in owners:
+        entry: Any = getattr(owner, "quantization_config", None)
+        stored = entry if isinstance(entry, dict) else vars(entry) if entry is not None else {}
+        if modules := stored.get("modules"):
+            now = {name: layer for name, layer in layers.items() if name in modules}
+            found = {name: module_entry(layer.layout) for name, layer in now.items()}
+            stored["modules"] = {**modules, **found}
 
 
 def packed_names(model: nn.Module) -> set[str]:

@@ -62,12 +62,15 @@ def quantization_config(
         "quant_method": QUANT_METHOD,
         "format_version": TABLES_VERSION if tables else PACKED_VERSION,
         **{key: settings.get(key) for key in DESCRIBED},
-        "modules": {
-            name: {**layout.to_dict(), "signs": layout.rank > 0} for name, layout in layouts.items()
-        },
+        "modules": {name: module_entry(layout) for name, layout in layouts.items()},
         **({TABLES_KEY: described} if tables else {}),
         **({UNTIED_KEY: True} if settings.get(UNTIED_KEY) is True else {}),
     }
+
+
+def module_entry(layout: PackedLayout) -> dict[str, Any]:
+    """What `modules` of a quantization_config says of one module."""
+    return {**layout.to_dict(), "signs": layout.rank > 0}
 
 
 def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def _check_described(
     if strange := sorted(layouts.keys() - linears):
         raise ArchitectureError(
             f"{strange[0]!r} is packed, and {type(described).__name__} of the config has no such "
-            "nn.Linear; put the parts of a FusedSlabLinear back where they were, and save then"
+            "nn.Linear; merge LoRA first (model = model.merge_and_unload()), put the parts of a "
+            "FusedSlabLinear back where they were, and save then"
         )
     swap_in(described, layouts, tables)
     names, expected = state.keys() - tied.keys(), described.state_dict()

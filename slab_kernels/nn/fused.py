@@ -26,6 +26,9 @@ class FusedSlabLinear(nn.Module):
     ..., with their biases, U, V, P and Q; only what a backend prepares is shared. Frozen, and
     differentiable in x and the biases, like the parts. What a part had prepared for itself is
     dropped, since memory would hold its weight twice; a call of the part alone prepares it anew.
+
+    While another module, such as an adapter, stands around a part, every part runs by itself; who
+    puts it there calls `forget`.
     """
 
     _prefill: str | None = None  # what `prepare` was told; None: the environment's word
@@ -84,6 +87,11 @@ class FusedSlabLinear(nn.Module):
         activations: str | None = None,
     ) -> FusedSlabLinear:
         """`prepare` with the word that holds; room: as `dense_copy.applied` takes it."""
+        if self.wrapped:
+            for part in self.modules():
+                if isinstance(part, SlabLinear):
+                    part._prepare(dtype, prefill, told, room, activations)
+            return self
         linears = self._linears
         linears[dtype] = (self._prepared(dtype, told, room, activations),)
         if activations not in (None, self._activations):
@@ -99,7 +107,17 @@ class FusedSlabLinear(nn.Module):
     @constant_in_traces
     def _prepare_in_trace(self, dtype: torch.dtype) -> bool:
         kept = self._linears.get(dtype, ())
-        return any(p.source.is_still(self._tensors()) for p in kept) or bool(self._prepared(dtype))
+        found = any(p.source.is_still(self._tensors()) for p in kept)
+        return found or self.wrapped or bool(self._prepared(dtype))
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether another module, such as an adapter, stands around a part."""
+        return any(not isinstance(part, SlabLinear) for part in self._parts())
+
+    def forget(self) -> None:
+        """Drop what is prepared; the next call looks at the parts again."""
+        self._linears = {}
 
     def _parts(self) -> Iterable[SlabLinear]:
         parts: Any = self._modules["parts"]  # self.parts would take half a microsecond
@@ -140,6 +158,8 @@ class FusedSlabLinear(nn.Module):
             self._prepare_in_trace(x.dtype)
         kept = self._linears.get(x.dtype, ())
         prepared = next((p for p in kept if p.source.is_still(self._tensors(), traced)), None)
+        if prepared is None and self.wrapped:
+            return tuple(part(x) for part in self._parts())
         if prepared is None and traced:
             if not (kept and torch.compiler.is_exporting()):  # see SlabLinear.forward
                 return tuple(part(x) for part in self._parts())

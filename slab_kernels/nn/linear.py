@@ -88,6 +88,30 @@ class SlabLinear(nn.Module):
         """The packed weight that this module holds (not copied)."""
         return packed_from(self.layout, self._buffers)
 
+    def hold(self, packed: PackedWeight) -> SlabLinear:
+        """Hold another packed weight of the same sizes from now on (not copied).
+
+        It lies where the canonical tensors do now. The next call prepares it.
+
+        Raises: ShapeError.
+        """
+        sizes, given = [(p.out_features, p.in_features) for p in (self.layout, packed.layout)]
+        if given != sizes:
+            raise ShapeError(
+                f"this layer is {sizes[0]}x{sizes[1]} (out_features x in_features), the packed "
+                f"weight {given[0]}x{given[1]}"
+            )
+        tensors, self.layout = packed.tensors(), packed.layout
+        self._buffers.update({name: tensors.get(name) for name in TENSOR_NAMES})
+        self._linears = {}
+        return self
+
+    @property
+    def qweight(self) -> Tensor:
+        """An empty tensor where the layer works: what wraps quantized layers (PEFT) asks for it."""
+        where = self._home or self.values.device
+        return torch.empty(0, dtype=torch.uint8, device=where)
+
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense nn.Linear with the same function.
 

@@ -79,9 +79,10 @@ def dense_copy_bytes(model: nn.Module) -> int:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """Every packed layer, each once; the parts of a fused one are one layer."""
+    """Every packed layer, each once; the parts of a fused one are one layer unless an adapter
+    stands around one of them."""
     modules = list(model.modules())
-    fused = [module for module in modules if isinstance(module, FusedSlabLinear)]
+    fused = [m for m in modules if isinstance(m, FusedSlabLinear) and not m.wrapped]
     inside = {id(part) for layer in fused for part in layer.parts}
     alone = [m for m in modules if isinstance(m, SlabLinear) and id(m) not in inside]
     return [*fused, *alone]

@@ -379,6 +379,31 @@ def test_an_adapter_on_packed_layers(whole, tmp_path):
     assert_same(*serve(whole, adapter=adapter, enable_lora=True, max_lora_rank=8), model)
 
 
+def test_an_adapter_of_peft_is_served_as_it_is_merged(tmp_path, monkeypatch):
+    """q, k, v and gate, up are one layer each in vLLM, and each part has matrices of its own."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    # x is rounded to int8 for P Q^T of a merged adapter, and not for one beside the weight.
+    monkeypatch.setenv("SLAB_KERNELS_CPU_ACTIVATIONS", "exact")
+    tiny_models.write(tmp_path / "dense", "llama", **SIZES)
+    packed, merged, adapter = (tmp_path / name for name in ("packed", "merged", "adapter"))
+    settings = {"values": "int4", "group_size": 32, "calibration": tiny_models.tokens()}
+    slab_kernels.compress(tmp_path / "dense", packed, progress=False, **settings)
+    base = slab_kernels.load(packed, device="auto", dtype=getattr(torch, DTYPE))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = peft.get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(adapter)
+    (beside,) = serve(packed, adapter=adapter, enable_lora=True, max_lora_rank=8)
+    assert_same(beside, model)
+    slab_kernels.save(model.merge_and_unload(), merged, tiny_models.tokenizer())
+    (inside,) = serve(merged)
+    assert [tokens for tokens, _ in inside] == [tokens for tokens, _ in beside]
+    (plain,) = serve(packed)
+    assert [tokens for tokens, _ in plain] != [tokens for tokens, _ in beside]
+
+
 def test_weights_of_a_dummy_load_are_zero(folder):
     (answers,) = serve(folder, load_format="dummy")
     assert len(answers) == len(PROMPTS)

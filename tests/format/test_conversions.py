@@ -100,3 +100,25 @@ def test_the_group_size_that_fits_and_what_its_padding_costs(in_features, size, 
         if name not in ("U", "P")  # which have a row for each output
     )
     assert math.isclose(layout.padding_bits_per_weight(), beyond / (24 * in_features), abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("small", [1, 1e-3], ids=["alike", "small beside what is there"])
+@pytest.mark.parametrize("stored", [None, "int8", "absent"])
+def test_an_adapter_that_is_added(plain, stored, small):
+    """int8 stays where it holds the sum well; elsewhere the type of the factors takes its place."""
+    d = dataclasses.replace(plain, adapter_values="int8" if stored == "int8" else None)
+    if stored == "absent":
+        d = dataclasses.replace(d, P=None, Q=None)
+    packed = fmt.pack(d)
+    g = torch.Generator().manual_seed(1)
+    P, Q = torch.randn(N, 2, generator=g) * small, torch.randn(K, 2, generator=g)
+    wider = fmt.with_adapter(packed, P, Q)
+    assert wider.layout.adapter_rank == (2 if stored == "absent" else 5)
+    int8 = stored == "int8" and small == 1
+    assert wider.layout.adapter_values == ("int8" if int8 else None)
+    added = P @ Q.T
+    lost = (wider.dense() - packed.dense() - added).norm() / added.norm()
+    assert lost < (2**-5 if int8 else 2**-9)
+    assert wider.values is packed.values and wider.metadata is packed.metadata
+    with pytest.raises(errors.RangeError, match="nan"):
+        fmt.with_adapter(packed, P * float("nan"), Q)

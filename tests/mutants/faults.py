@@ -6,6 +6,7 @@ from .cpu_exact import CPU_EXACT
 from .experts import EXPERTS
 from .fault import Fault
 from .int8_activations import INT8_ACTIVATIONS
+from .lora import LORA
 from .many_tokens import MANY_TOKENS
 from .solver import SOLVER
 from .whole_model import WHOLE_MODEL
@@ -270,4 +271,5 @@ FAULTS = (
     *INT8_ACTIVATIONS,
     *WHOLE_MODEL,
     *EXPERTS,
+    *LORA,
 )  # fmt: skip

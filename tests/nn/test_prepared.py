@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from slab_kernels import FusedSlabLinear, SlabLinear, ops
 from slab_kernels.backends import dispatch
+from slab_kernels.errors import ShapeError
 from slab_kernels.format import PackedLayout
 from slab_kernels.testing import random_packed
 
@@ -66,6 +67,19 @@ def test_what_is_written_into_a_tensor_is_seen(name):
     want = SlabLinear.from_packed(weight)
     assert torch.equal(layer(X), want(X)) and torch.equal(fused(X)[0], want(X))
     assert torch.equal(layer(X.bfloat16()), want(X.bfloat16()))
+
+
+def test_another_weight_in_place_of_the_first():
+    layer = SlabLinear.from_packed(random_packed(LAYOUT))
+    fused = FusedSlabLinear([SlabLinear.from_packed(random_packed(LAYOUT, seed=2)), layer])
+    layer(X), fused(X)
+    weight = random_packed(dataclasses.replace(LAYOUT, rank=0, adapter_rank=7), seed=1)
+    want = SlabLinear.from_packed(weight)(X)
+    assert torch.equal(layer.hold(weight)(X), want) and torch.equal(fused(X)[1], want)
+    assert layer.layout == weight.layout and "signs" not in layer.state_dict()
+    with pytest.raises(ShapeError, match="this layer is 24x96 .* weight 24x64"):
+        layer.hold(random_packed(dataclasses.replace(LAYOUT, in_features=64)))
+    assert torch.equal(layer(X), want)
 
 
 def test_loading_into_tensors_that_count_no_writing():
