@@ -257,6 +257,8 @@ def _origin_rows(record: RunRecord) -> dict[str, str]:
             f"{record.held_back} of these windows, which no weight was fitted to"
         )
     versions = (f"{name} {version}" for name, version in record.versions.items())
+    if record.dequantised:
+        rows["Base model's weights"] = f"{_cell(record.dequantised)}; dequantised, then compressed"
     return rows | {"Made with": f"{', '.join(versions)}, on a {settings['device']} device"}
 
 

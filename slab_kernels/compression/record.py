@@ -111,6 +111,8 @@ class RunRecord:
         group size may be "auto" there, and of a layer is the number that was used.
     stored: "packed" or "dense".
     origin: of a model of the hub {"name", "revision", "subfolder", "commit"}; else empty.
+    dequantised: the format in which the weights were stored before, such as "fp8, blocks of
+        128x128"; empty where they were dense.
     tokens: of the calibration text. held_back: how many of its windows no weight was fitted to.
     texts: what was read, as "calibration" and as "heldout" (None without one): {"kind", "file",
         "field", "rows", "windows", "tokens", "sha256" of the token ids}.
@@ -134,6 +136,7 @@ class RunRecord:
     texts: dict = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
     experts: list[ExpertsRecord] = field(default_factory=list)
+    dequantised: str = ""
 
     @property
     def weights(self) -> int:
