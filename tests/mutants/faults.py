@@ -7,6 +7,7 @@ from .experts import EXPERTS
 from .fault import Fault
 from .int8_activations import INT8_ACTIVATIONS
 from .many_tokens import MANY_TOKENS
+from .quantised import QUANTISED
 from .solver import SOLVER
 from .whole_model import WHOLE_MODEL
 
@@ -270,4 +271,5 @@ FAULTS = (
     *INT8_ACTIVATIONS,
     *WHOLE_MODEL,
     *EXPERTS,
+    *QUANTISED,
 )  # fmt: skip
