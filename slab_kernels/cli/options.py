@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .meanings import finite
+from .meanings import access_token, finite
 
 # Of every command, or of many.
 
@@ -55,7 +55,8 @@ Field = Annotated[
     str | None,
     typer.Option(
         help="Of the rows of a .jsonl or .parquet file or a dataset, the one to read: a text, a "
-        "chat or token ids; default: text, messages, or prompt and completion."
+        "chat or token ids; default: the first that is there of input_ids, text, messages, and "
+        "prompt with completion."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
@@ -80,7 +81,8 @@ Token = Annotated[
     str | None,
     typer.Option(
         help="Of the hub, for private models; default: $HF_TOKEN or the login of `hf auth login`, "
-        "neither of which others see in a list of processes."
+        "neither of which others see in a list of processes.",
+        callback=access_token,
     ),
 ]
 NoVerify = Annotated[

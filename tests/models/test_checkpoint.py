@@ -479,6 +479,25 @@ def test_other_settings_are_refused_by_name(tmp_path):
         OutputFolder(tmp_path / "out", {"rank": 2, "seed": 5, "method": "slab"}, resume=True)
 
 
+def test_other_settings_by_pattern_are_told_in_words(tmp_path):
+    def settings(*entries):
+        return {"settings_by_pattern": [list(entry) for entry in entries], "skip": []}
+
+    down = ("mlp.down_proj", {"values": "int8", "planes": 1})
+    OutputFolder(tmp_path / "a", settings(down), resume=False)
+    for now, told in (
+        ((), "none"),
+        ((down, ("q_proj", {"rank": 2})),
+         r"values=int8 and planes=1 for 'mlp\.down_proj', rank=2 for 'q_proj'"),
+    ):  # fmt: skip
+        message = rf"was values=int8 and planes=1 for 'mlp\.down_proj' and is now {told}; use the"
+        with pytest.raises(CheckpointError, match=f"settings_by_pattern {message}"):
+            OutputFolder(tmp_path / "a", settings(*now), resume=True)
+    OutputFolder(tmp_path / "b", {"skip": ["*.a"]}, resume=False)
+    with pytest.raises(CheckpointError, match=r"skip was \['\*\.a'\] and is now \[\]"):
+        OutputFolder(tmp_path / "b", {"skip": []}, resume=True)
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     OutputFolder(tmp_path / "out", {}, resume=False)
     with pytest.raises(CheckpointError, match=r"is not empty .*or pass resume=True"):
