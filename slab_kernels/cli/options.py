@@ -257,14 +257,6 @@ AgainstRevision = Annotated[
 AgainstSubfolder = Annotated[
     str | None, typer.Option(help="The --subfolder of the model of --against.")
 ]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas."
-    ),
-]
-TaskFiles = Annotated[Path | None, typer.Option(help="A folder with task files of your own.")]
-Limit = Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)]
 Prompt = Annotated[str, typer.Option(help="The text to continue.")]
 Chat = Annotated[
     bool,
