@@ -396,11 +396,15 @@ ReportPaths = Annotated[
 ]
 ReportOut = Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")]
 Dense = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="The model that the run folders were compressed from: adds its size, and heat maps of "
-        "a weight."
+        help="The model that the run folders were compressed from, folder or hub name: adds its "
+        "size, and heat maps of a weight."
     ),
+]
+DenseRevision = Annotated[str | None, typer.Option(help="The --revision of the model of --dense.")]
+DenseSubfolder = Annotated[
+    str | None, typer.Option(help="The --subfolder of the model of --dense.")
 ]
 Plots = Annotated[
     bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")

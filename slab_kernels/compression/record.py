@@ -25,7 +25,8 @@ class LayerRecord:
     heldout_error: the same on the held-out text, or without one on the calibration windows that
         were held back; None where there are none of either.
     bits_per_weight: 8 times the bytes of its tensors on disk (its bias not counted) per weight.
-    group: the layers that read the same input and were compressed together.
+    group: the layers that read the same input and were compressed together; of an expert's, those
+        of that expert.
     group_size: inputs that share a scale; None for one scale per row, or values without scales.
     peak_bytes: the most memory while it was decomposed: the GPU's, on a CPU the process's.
     """

@@ -265,8 +265,8 @@ class ModuleSource(Rearranged):
                 "calibration="
             )
         trust = self.hub.trust_remote_code
-        if Path(self.tokenizer_path).exists():
-            return open_tokenizer(self.tokenizer_path, trust)
+        if (folder := Path(self.tokenizer_path)).exists():
+            return open_tokenizer(self.hub.inside(folder, self.tokenizer_path), trust)
         try:
             return open_tokenizer(self.tokenizer_path, trust, **self.hub.places())
         except CheckpointError as error:
