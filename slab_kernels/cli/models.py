@@ -125,9 +125,10 @@ def _tasks(folder: str, how: Opening, tasks: str, given: dict[str, Any]) -> Outc
     if not names:
         raise typer.BadParameter("--tasks names no task; for example --tasks arc_easy,piqa")
     wanted = TaskRun(names, **given)
-    wanted.check(open_tokenizer(hub_folder(folder, how.hub), how.hub.trust_remote_code))
+    tokenizer = open_tokenizer(hub_folder(folder, how.hub), how.hub.trust_remote_code)
+    manager = wanted.check(tokenizer)
     opened = open_model(folder, how)
-    scores = run_tasks(opened.model, opened.tokenizer, wanted, folder)
+    scores = run_tasks(opened.model, tokenizer, wanted, folder, manager)
     rows = [
         (task, metric, f"{value:.4f}")
         for task, metrics in scores.tasks.items()

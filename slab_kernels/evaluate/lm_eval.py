@@ -118,16 +118,21 @@ class TaskRun:
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: TaskRun, name: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: TaskRun,
+    name: str = "",
+    manager: Any = None,
 ) -> Scores:
     """Run the tasks, as `lm_eval.simple_evaluate` does.
 
-    name: of the model, for the results file; default: where it was opened from.
+    name: of the model, for the results file; default: where it was opened from. manager: what
+    `given.check` has returned; by default it is asked.
 
     Raises: as `TaskRun.check`; CheckpointError for a packed model that transformers opened with
         random weights.
     """
-    manager = given.check(tokenizer)
+    manager = manager or given.check(tokenizer)
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
