@@ -233,6 +233,7 @@ WORDS = {
     "trust_remote_code=True": "--trust-remote-code",
     "group_size=None (one scale per row)": "--group-size 0 (one scale per row)",
     "None (one scale per row)": "0 (one scale per row)",
+    "apply_chat_template=True": "--apply-chat-template",
     "head=True": "--head",
     "head=False": "--no-head",
     "permute=True": "--permute",
@@ -240,9 +241,11 @@ WORDS = {
 }
 TEXTS = (
     "skip device calibration field revision subfolder window values group_size preset embeddings "
-    "method pattern"
+    "method pattern batch_size task_files output_path"
 ).split()
-NUMBERS = "rank planes adapter_rank group_size bits samples window".split()
+NUMBERS = (
+    "rank planes adapter_rank group_size bits samples window limit num_fewshot batch_size".split()
+)
 
 
 def as_options(message: str) -> str:

@@ -20,6 +20,19 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def access_token(value: str | None) -> str | None:
+    """The value itself. A number is none: who gives one means --tokens.
+
+    Raises: typer.BadParameter.
+    """
+    if value is not None and value.strip().isdecimal():
+        raise typer.BadParameter(
+            "--token takes what opens private models of the hub, and a number is no such token; "
+            f"for so many new tokens give --tokens {value.strip()}"
+        )
+    return value
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of a short name: "bf16" is torch.bfloat16.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from . import console, options
+from . import console, options, task_options
 from .console import Outcome
 from .layers import show_layers
-from .opening import Opened, Opening, of_against, open_model
+from .opening import Opening, of_against, open_model
 from .progress import Progress
 
 
@@ -23,9 +22,13 @@ def evaluate(
     against: options.Against = None,
     against_revision: options.AgainstRevision = None,
     against_subfolder: options.AgainstSubfolder = None,
-    tasks: options.Tasks = None,
-    task_files: options.TaskFiles = None,
-    limit: options.Limit = None,
+    tasks: task_options.Tasks = None,
+    task_files: task_options.TaskFiles = None,
+    limit: task_options.Limit = None,
+    num_fewshot: task_options.Fewshot = None,
+    apply_chat_template: task_options.ChatTemplate = False,
+    batch_size: task_options.BatchSize = None,
+    output_path: task_options.OutputPath = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     backend: options.Backend = None,
@@ -48,8 +51,18 @@ def evaluate(
     from ..text.tokenizer import tokenize
     from ..text.windows import CHARACTERS_PER_TOKEN
 
-    if tasks is None and (task_files is not None or limit is not None):
-        raise typer.BadParameter("--task-files and --limit are for --tasks, which is not given")
+    for_tasks = {
+        "task_files": task_files,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template or None,
+        "batch_size": batch_size,
+        "output_path": output_path,
+    }
+    given = {name: value for name, value in for_tasks.items() if value is not None}
+    if tasks is None and given:
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"for --tasks, which is not given: {named}")
     if tasks is not None and against is not None:
         raise typer.BadParameter("--against compares on a text, and --tasks takes none; give one")
     hub = HubArguments(revision, subfolder, token, trust_remote_code)
@@ -58,19 +71,19 @@ def evaluate(
         # What cannot be the dense model is refused before anything is opened.
         dense = None if against is None else open_source(against, beside)
         how = Opening(device, dtype, backend, prefill, activations, hub, no_verify)
-        opened = open_model(folder, how)
         if tasks is not None:
-            return _tasks(opened, tasks, task_files, limit)
+            return _tasks(folder, how, tasks, given)
+        opened = open_model(folder, how)
         content = read_text(text, tokenizer=opened.tokenizer, field=field)
         if max_tokens > 0:
             content = content[: max_tokens * CHARACTERS_PER_TOKEN]
             tokens = tokenize(opened.tokenizer, content)[:max_tokens]
             content = opened.tokenizer.decode(tokens)
-        given = (opened.tokenizer, content, window, progress)
+        read = (opened.tokenizer, content, window, progress)
         if dense is None:
-            measured = perplexity(opened.model, *given)
+            measured = perplexity(opened.model, *read)
         else:
-            measured = {"against": against} | compare(opened.model, dense, *given)
+            measured = {"against": against} | compare(opened.model, dense, *read)
     data = opened.facts | {"text": text} | measured
 
     def show() -> None:
@@ -98,24 +111,39 @@ def _distance(data: dict[str, Any]) -> str:
     )
 
 
-def _tasks(opened: Opened, tasks: str, task_files: Path | None, limit: int | None) -> Outcome:
-    """The scores of a model in the tasks that `tasks` names, separated by commas."""
-    from ..evaluate.lm_eval import run_tasks
+def _tasks(folder: str, how: Opening, tasks: str, given: dict[str, Any]) -> Outcome:
+    """The scores of a model in the tasks that `tasks` names, separated by commas.
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    given: the other settings of a `TaskRun`. What can be wrong with them is said before the model
+    is loaded.
+    """
+    from ..evaluate.lm_eval import TaskRun, run_tasks
+    from ..models.folder import hub_folder
+    from ..text.tokenizer import open_tokenizer
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names:
         raise typer.BadParameter("--tasks names no task; for example --tasks arc_easy,piqa")
-    found = run_tasks(opened.model, opened.tokenizer, names, task_files, limit)
+    wanted = TaskRun(names, **given)
+    tokenizer = open_tokenizer(hub_folder(folder, how.hub), how.hub.trust_remote_code)
+    manager = wanted.check(tokenizer)
+    opened = open_model(folder, how)
+    scores = run_tasks(opened.model, tokenizer, wanted, folder, manager)
     rows = [
         (task, metric, f"{value:.4f}")
-        for task, metrics in found.items()
+        for task, metrics in scores.tasks.items()
         for metric, value in metrics.items()
     ]
+    if wanted.output_path is not None and scores.file is None:
+        console.say(f"warning: lm-eval wrote no results file to {wanted.output_path}")
 
     def show() -> None:
         console.print_table(("task", "metric", "value"), rows, opened.facts["folder"])
+        if scores.file is not None:
+            print(f"results of lm-eval: {scores.file}")
 
-    return Outcome(opened.facts | {"tasks": found}, show)
+    file = None if scores.file is None else str(scores.file)
+    return Outcome(opened.facts | {"tasks": scores.tasks, "results_file": file}, show)
 
 
 def inspect(

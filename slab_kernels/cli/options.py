@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .meanings import finite
+from .meanings import access_token, finite
 
 # Of every command, or of many.
 
@@ -55,7 +55,8 @@ Field = Annotated[
     str | None,
     typer.Option(
         help="Of the rows of a .jsonl or .parquet file or a dataset, the one to read: a text, a "
-        "chat or token ids; default: text, messages, or prompt and completion."
+        "chat or token ids; default: the first that is there of input_ids, text, messages, and "
+        "prompt with completion."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
@@ -80,7 +81,8 @@ Token = Annotated[
     str | None,
     typer.Option(
         help="Of the hub, for private models; default: $HF_TOKEN or the login of `hf auth login`, "
-        "neither of which others see in a list of processes."
+        "neither of which others see in a list of processes.",
+        callback=access_token,
     ),
 ]
 NoVerify = Annotated[
@@ -255,14 +257,6 @@ AgainstRevision = Annotated[
 AgainstSubfolder = Annotated[
     str | None, typer.Option(help="The --subfolder of the model of --against.")
 ]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        help="Instead of a text: tasks of the lm-evaluation-harness, separated by commas."
-    ),
-]
-TaskFiles = Annotated[Path | None, typer.Option(help="A folder with task files of your own.")]
-Limit = Annotated[int | None, typer.Option(help="So many documents of each task.", min=1)]
 Prompt = Annotated[str, typer.Option(help="The text to continue.")]
 Chat = Annotated[
     bool,
@@ -402,11 +396,15 @@ ReportPaths = Annotated[
 ]
 ReportOut = Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")]
 Dense = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="The model that the run folders were compressed from: adds its size, and heat maps of "
-        "a weight."
+        help="The model that the run folders were compressed from, folder or hub name: adds its "
+        "size, and heat maps of a weight."
     ),
+]
+DenseRevision = Annotated[str | None, typer.Option(help="The --revision of the model of --dense.")]
+DenseSubfolder = Annotated[
+    str | None, typer.Option(help="The --subfolder of the model of --dense.")
 ]
 Plots = Annotated[
     bool, typer.Option("--plots/--no-plots", help="Without plots matplotlib is not needed.")

@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import SlabError
 from ..paths import expanded
 from . import console, options
@@ -13,6 +15,7 @@ from .console import Outcome
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from ..models.hub import HubArguments
     from ..report.results import Report, Result
 
 MOST_ROWS = 20  # of a plain table that are printed
@@ -22,19 +25,31 @@ def report(
     paths: options.ReportPaths,
     out: options.ReportOut = Path("report"),
     dense: options.Dense = None,
+    dense_revision: options.DenseRevision = None,
+    dense_subfolder: options.DenseSubfolder = None,
+    token: options.Token = None,
+    trust_remote_code: options.Trust = False,
     plots: options.Plots = True,
     json: options.Json = False,
 ) -> Outcome:
     """Tables and plots of runs: sizes, perplexity against bits per weight, error by layer, speed;
     PNG and one HTML page."""
+    from ..models.hub import HubArguments
     from ..report import tables
     from ..report.headline import headline
     from ..report.measurements import read
     from ..report.write import rows, write
 
-    out = expanded(out)
+    if dense is None and (dense_revision, dense_subfolder) != (None, None):
+        raise typer.BadParameter(
+            "--dense-revision and --dense-subfolder are for --dense, which is not given"
+        )
+    out, hub = (
+        expanded(out),
+        HubArguments(dense_revision, dense_subfolder, token, trust_remote_code),
+    )
     with Progress("report", "pictures") as progress:
-        found = _with_weights(read(paths), None if dense is None else expanded(dense))
+        found = _with_weights(read(paths), dense, hub)
         written = [str(path) for path in write(found, out, plots, progress)]
     data = {
         "headline": " ".join(headline(found)),
@@ -58,18 +73,20 @@ def report(
     return Outcome(data, show)
 
 
-def _with_weights(found: Report, dense: Path | None) -> Report:
+def _with_weights(found: Report, dense: str | None, hub: HubArguments) -> Report:
     """What the weights of run folders add where they are still there: sizes, stored bits by part,
     and beside the dense model a corner of one weight."""
+    from ..models.hub import ON_MAIN
+
     if any(_is_run_folder(r.folder) for r in found.results):
         found = replace(found, results=tuple(map(_with_folder, found.results)))
     if dense is not None:
-        return _with_dense(found, dense)
+        return _with_dense(found, dense, hub)
     measured = found.dense.folder if found.dense is not None and found.compressed else None
     if measured is None or not (Path(measured) / "config.json").is_file():
         return found
     try:
-        return _with_dense(found, Path(measured))
+        return _with_dense(found, measured, ON_MAIN)
     except SlabError as error:  # nobody has asked for this folder
         console.say(f"warning: {measured} is not shown in full: {error}")
         return found
@@ -103,12 +120,14 @@ def _sizes(result: Result, seen: dict[str, Any]) -> dict[str, Any]:
     return {} if result.bytes is not None and result.dense_bytes else {n: seen[n] for n in names}
 
 
-def _with_dense(found: Report, folder: Path) -> Report:
+def _with_dense(found: Report, name: str, hub: HubArguments) -> Report:
     """The size of the dense model, and a corner of a weight of the main compressed one."""
     from ..evaluate.crop import weight_crop
     from ..evaluate.inspect import inspect
+    from ..models.folder import hub_folder
     from ..report.results import DENSE, Result
 
+    folder = hub_folder(name, hub)
     seen = inspect(folder)
     known = found.dense or Result(DENSE, label=DENSE)
     bits = known.bits_per_weight or seen["bits_per_weight"]
@@ -116,6 +135,8 @@ def _with_dense(found: Report, folder: Path) -> Report:
     main, compressed = found.main, found.compressed
     if main is not None and main.folder is not None and _is_run_folder(main.folder):
         if inspect(main.folder)["stored"] == "packed":
-            shown = replace(main, crop=main.crop or weight_crop(main.folder, folder))
+            shown = replace(
+                main, crop=main.crop or weight_crop(main.folder, folder, hub=hub.found())
+            )
             compressed = [shown if r is main else r for r in compressed]
     return replace(found, results=(dense, *compressed))

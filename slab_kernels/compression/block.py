@@ -92,7 +92,9 @@ class BlockWork:
         for wave in waves:
             inputs: dict[str, tuple[GroupInputs, Group]] = {}
             for group, found in zip(wave, passes.inputs(wave), strict=True):
-                inputs |= dict.fromkeys(group.names, (found, group))
+                for name in group.names:
+                    beside = feeding.beside(group.names, name)
+                    inputs[name] = found, replace(group, names=beside)
             layer = functools.partial(self._layer, inputs)
             # One process alone tells of each layer as soon as it is done.
             for names in [[name] for name in inputs] if self.team.size == 1 else [list(inputs)]:

@@ -27,6 +27,7 @@ CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*")
 CARRIED = ("license", "license_name", "license_link")  # of the base model's front matter
 FRONT = 1 << 16  # bytes in which the front matter of a card must end
+VLLM = "vllm serve FOLDER --dtype bfloat16\n"
 LONGEST = 500  # characters of a value of the front matter
 
 
@@ -145,7 +146,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
 ```
 
 """
-    return """Install `slab_kernels` first, also for transformers and vLLM. From Python:
+    also = "transformers" if record.experts else "transformers and vLLM"
+    return f"""Install `slab_kernels` first, also for {also}. From Python:
 
 ```python
 import slab_kernels
@@ -162,16 +164,24 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
 ```
 
-With vLLM, which finds the plug-in by itself, and on the command line:
+{_for_vllm(record)}
 
 ```sh
-vllm serve FOLDER --dtype bfloat16
-slab-kernels generate FOLDER --prompt "Once upon a time"
+{"" if record.experts else VLLM}slab-kernels generate FOLDER --prompt "Once upon a time"
 slab-kernels eval FOLDER
 slab-kernels decompress FOLDER DENSE_FOLDER
 ```
 
 """
+
+
+def _for_vllm(record: RunRecord) -> str:
+    if not record.experts:
+        return "With vLLM, which finds the plug-in by itself, and on the command line:"
+    return (
+        "vLLM runs no packed experts and refuses this folder; it opens the dense one that "
+        "`decompress` writes. On the command line:"
+    )
 
 
 def _method_rows(job: Job, record: RunRecord) -> dict[str, str]:
@@ -246,10 +256,7 @@ def _quality_rows(record: RunRecord) -> dict[str, str]:
 def _origin_rows(record: RunRecord) -> dict[str, str]:
     settings = record.settings
     names = {name: _text_name(settings[name]) for name in ("calibration", "heldout")}
-    rows = {
-        "Calibration": f"{names['calibration']}, {settings['samples']} windows of "
-        f"{settings['window']} tokens, seed {settings['seed']}"
-    }
+    rows = {"Calibration": f"{names['calibration']}, {_windows(record)}"}
     if names["heldout"]:
         rows["Held-out text"] = names["heldout"]
     elif record.held_back:
@@ -257,7 +264,19 @@ def _origin_rows(record: RunRecord) -> dict[str, str]:
             f"{record.held_back} of these windows, which no weight was fitted to"
         )
     versions = (f"{name} {version}" for name, version in record.versions.items())
+    if record.dequantised:
+        rows["Base model's weights"] = f"{_cell(record.dequantised)}; dequantised, then compressed"
     return rows | {"Made with": f"{', '.join(versions)}, on a {settings['device']} device"}
+
+
+def _windows(record: RunRecord) -> str:
+    """How many windows of how many tokens; token ids are taken as they are, not drawn."""
+    settings, read = record.settings, record.texts.get("calibration") or {}
+    count, longest = settings["samples"], settings["window"]
+    said = f"{count} windows of {longest} tokens"
+    if record.tokens != count * longest:
+        said = f"{count} windows of at most {longest} tokens, {record.tokens} in all"
+    return said if read.get("kind") == "token ids" else f"{said}, seed {settings['seed']}"
 
 
 def _values(record: RunRecord) -> str:

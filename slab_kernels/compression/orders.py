@@ -116,13 +116,16 @@ class _Search:
             linear = block.get_submodule(name.removeprefix(prefix))
             assert isinstance(linear, nn.Linear)
             linears[name] = linear
-        costs = self._costs(index, block, linears)
-        self._pass_residual(index, block, costs)
+        inside: dict[str, list[Channels]] = {}
         try:
             inside = free_in_block(block, prefix)
         except ArchitectureError as error:
             self.left_out["channels inside blocks"] = str(error)
-            return
+        readers = {n for listed in inside.values() for c in listed for n, _ in c.readers}
+        if self.residual is not None:
+            readers |= self.readers
+        costs = self._costs(index, block, {n: m for n, m in linears.items() if n in readers})
+        self._pass_residual(index, block, costs)
         for kind, channels in inside.items():
             listed = [move for c in channels for move in self._order(c, costs)]
             if same_function(self.stream, index, block, prefix, by_parameter(listed)):
@@ -133,9 +136,12 @@ class _Search:
     def _costs(
         self, index: int, block: nn.Module, linears: dict[str, nn.Linear]
     ) -> dict[str, Tensor]:
-        """Linear -> [N,K] what pruning each of its weights costs, as shares of its output."""
+        """Linear -> [N,K] what pruning each of its weights costs, as shares of its output.
+
+        linears: those that read channels whose order is free; a Gram matrix of each is in memory.
+        """
         grams: dict[str, Tensor] = {}
-        for batch in range(len(self.stream.hidden)):
+        for batch in range(len(self.stream.hidden)) if linears else ():
             products: dict[int, Tensor] = {}  # of q, k and v, which read one tensor, there is one
             for name, x in inputs_by_name(self.stream, index, block, linears, batch).items():
                 if id(x) not in products:

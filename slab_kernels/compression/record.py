@@ -25,7 +25,8 @@ class LayerRecord:
     heldout_error: the same on the held-out text, or without one on the calibration windows that
         were held back; None where there are none of either.
     bits_per_weight: 8 times the bytes of its tensors on disk (its bias not counted) per weight.
-    group: the layers that read the same input and were compressed together.
+    group: the layers that read the same input and were compressed together; of an expert's, those
+        of that expert.
     group_size: inputs that share a scale; None for one scale per row, or values without scales.
     peak_bytes: the most memory while it was decomposed: the GPU's, on a CPU the process's.
     """
@@ -111,6 +112,8 @@ class RunRecord:
         group size may be "auto" there, and of a layer is the number that was used.
     stored: "packed" or "dense".
     origin: of a model of the hub {"name", "revision", "subfolder", "commit"}; else empty.
+    dequantised: the format in which the weights were stored before, such as "fp8, blocks of
+        128x128"; empty where they were dense.
     tokens: of the calibration text. held_back: how many of its windows no weight was fitted to.
     texts: what was read, as "calibration" and as "heldout" (None without one): {"kind", "file",
         "field", "rows", "windows", "tokens", "sha256" of the token ids}.
@@ -134,6 +137,7 @@ class RunRecord:
     texts: dict = field(default_factory=dict)
     origin: dict = field(default_factory=dict)
     experts: list[ExpertsRecord] = field(default_factory=list)
+    dequantised: str = ""
 
     @property
     def weights(self) -> int:

@@ -78,6 +78,17 @@ class Feeding:
         modules = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
         return max((r.needed for r in self.records if r.module in modules), default=0)
 
+    def beside(self, names: tuple[str, ...], name: str) -> tuple[str, ...]:
+        """Those of the linears `names` that a record names as the group of the linear `name`.
+
+        Of experts they are its own expert's: all that are shown all tokens read the same, and each
+        of them would name all others.
+        """
+        if name not in self.stages:
+            return names
+        own = name.rpartition(".")[0]
+        return tuple(other for other in names if other.rpartition(".")[0] == own)
+
     def feed(self, names: Iterable[str]) -> bool:
         """Show all tokens to the experts of these linears too; False if they are no experts' or
         are shown them already."""

@@ -69,9 +69,10 @@ def run(
         else:
             source = open_source(model_or_path, options.hub)
             if folder is None and isinstance(source, FolderSource):
-                module, origin = source.open_dense(), source.origin
+                folder_source, module = source, source.open_dense()
                 source = open_source(module, options.hub)
-                source.origin = origin
+                source.origin = folder_source.origin
+                source.dequantised = folder_source.dequantised
         job = Job.of(source, given.plan, given.skip, device, given.wanted)
         tokens = text.tokens(source, tokenizer)
         job = readable(job, tokens.calibration)
@@ -235,6 +236,7 @@ def _record(
     return RunRecord(
         model=job.source.name,
         origin=dict(job.source.origin),
+        dequantised=job.source.dequantised,
         settings=settings | {"layers": layers} | tokens.names(),
         stored="packed" if job.plan.usual.packed else "dense",
         layers=[layer for block in blocks for layer in block.layers],

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ from ..models.packed_config import (
     quantization_config,
 )
 from ..models.shards import CHECKSUMS, checksum, tensor_bytes
+from ..models.side_files import snapshot
 from ..models.skeleton import computes
 from ..models.tables import parse_tables, read_table, set_row_types, table_modules, undo_tables
 from ..models.ties import holds, retie, untie
@@ -58,7 +60,10 @@ LOADING = "LOADING_ATTRIBUTES_CONFIG_TYPES"  # of transformers 5.2x; 5.0 takes n
 MANY_BLOCKS = 512
 _REGISTERING = threading.Lock()
 # These keywords of `compress` say how it runs, and are checked only when it does.
-OF_THE_RUN = ("calibration", "heldout", "field", "tokenizer", "device", "progress")
+OF_THE_RUN = (
+    "calibration", "heldout", "field", "tokenizer", "device", "progress",
+    "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
 
 
 class SlabConfig(QuantizationConfigMixin):
@@ -164,6 +169,7 @@ class SlabQuantizer(HfQuantizer):
     model is compressed once its weights are there.
     """
 
+    _found: Mapping[str, Any] = MappingProxyType({})  # where the dense model was, see `_found_at`
     requires_calibration = False  # True would forbid compressing in from_pretrained
     quantization_config: SlabConfig
 
@@ -203,6 +209,7 @@ class SlabQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
+            self._found = _found_at(model, checkpoint_files or [])
             return
         if not checkpoint_files:
             raise CheckpointError(
@@ -259,7 +266,8 @@ class SlabQuantizer(HfQuantizer):
 
         where, dtype = model.device, model.dtype
         del model.config.quantization_config  # marks a compressed model, which `compress` refuses
-        defaults, words = {"device": where, "progress": False}, self._words()
+        # The tokenizer of a text for calibration is that of the revision that was opened.
+        defaults, words = {"device": where, "progress": False, **self._found}, self._words()
         compress(model, None, **defaults | self.quantization_config.settings)
         self.quantization_config = SlabConfig(**model.config.quantization_config, **words)
         model.config.quantization_config, self.pre_quantized = self.quantization_config, True
@@ -342,6 +350,19 @@ def _folder(model: PreTrainedModel, files: list[str]) -> Path:
     if named.is_dir() and os.path.relpath(here, named).split(os.sep)[0] == os.pardir:
         raise CheckpointError(f"the shard {str(files[0])!r} does not lie in {named}; copy it there")
     return here
+
+
+def _found_at(model: PreTrainedModel, files: list[str]) -> dict[str, Any]:
+    """Which commit of the hub, and which folder below the model's, its files were read from."""
+    if not files:
+        return {}
+    here, named = Path(files[0]).parent, Path(model.config._name_or_path)
+    top = snapshot(here)
+    found: dict[str, Any] = {} if top is None or named.is_dir() else {"revision": top.name}
+    top = named if named.is_dir() else top
+    if top is not None and here != top and here.is_relative_to(top):
+        found["subfolder"] = here.relative_to(top).as_posix()
+    return found
 
 
 def register() -> None:

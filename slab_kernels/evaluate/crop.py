@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..format import unpack
 from ..models.folder import Checkpoint, hub_folder
+from ..models.hub import ON_MAIN, HubArguments
 from ..models.packed import read_packed
 from ..models.packed_config import read_layouts
 from ..models.source import open_source
@@ -20,13 +21,16 @@ from ..models.source import open_source
 LEVELS = 127  # a number is stored as one of -LEVELS to LEVELS steps
 
 
-def weight_crop(folder: Path | str, dense: Path | str, size: int = 64) -> dict[str, Any]:
+def weight_crop(
+    folder: Path | str, dense: Path | str, size: int = 64, hub: HubArguments = ON_MAIN
+) -> dict[str, Any]:
     """The first `size` rows and columns of a weight W and of its parts, W ≈ S + (U Vᵀ) ⊙ B + P Qᵀ.
 
     The weight is that of the packed module in the middle of the model.
 
     Args:
-        folder: a packed folder. dense: the model that it was compressed from.
+        folder: a packed folder. dense: the model that it was compressed from. hub: how that is
+            found on the hub, and whether code in its folder may run.
 
     Returns: {"layer", "shape" of the crop, "step": the number that one level stands for, "parts":
         name -> int8 levels, row by row, in base64}. The parts are "weight", "sparse", "signs",
@@ -38,7 +42,7 @@ def weight_crop(folder: Path | str, dense: Path | str, size: int = 64) -> dict[s
     layouts = read_layouts(checkpoint)
     layer = list(layouts)[len(layouts) // 2]
     parts = unpack(read_packed(checkpoint.get, layer, layouts[layer]))
-    source = open_source(hub_folder(dense))
+    source = open_source(dense, hub)
     source.unstack_named(layouts)
     W = source.get(f"{layer}.weight").float()
     if W.shape != parts.S.shape:

@@ -15,6 +15,7 @@ from ..models.folder import Checkpoint, hub_folder
 from ..models.hub import HubArguments
 from ..models.packed import model_entries, read_tables
 from ..models.packed_config import QUANT_METHOD, read_layouts
+from ..models.quantised.checkpoint import Dequantised, open_checkpoint
 from ..models.shards import TensorEntry
 from ..models.totals import folder_totals
 
@@ -44,11 +45,12 @@ def inspect(
         values, metadata, signs, scales, factors (U and V) and adapters (P and Q). bits_per_weight
         of the folder is over all its layers together. `padding` holds the fields of a
         `format.Padding` for the layers whose inputs are padded.
-    Raises: CheckpointError for a folder that is no checkpoint, or whose shards, index, config.json
+    Raises: CheckpointError for a folder that is no checkpoint or that is stored in a format of
+        another library which is not read (`models.quantised`), or whose shards, index, config.json
         and record disagree; VersionError if a newer library packed it.
     """
     folder = hub_folder(folder, HubArguments(revision, subfolder, token))
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     record = read_record(folder)
     recorded = {layer.name: layer for layer in record.layers} if record else {}
     entry = checkpoint.config.get("quantization_config")
@@ -67,6 +69,10 @@ def inspect(
         _layer(name, stored.get(name, {}), layouts.get(name), recorded.get(name), described)
         for name in layouts or recorded or matrices
     ]
+    if isinstance(checkpoint, Dequantised):
+        for layer in layers:
+            if f"{layer['name']}.weight" in checkpoint.quantised:
+                layer["values"] = checkpoint.method
     weights = sum(math.prod(layer["shape"]) for layer in layers)
     bits = sum(math.prod(layer["shape"]) * layer["bits_per_weight"] for layer in layers)
     pruned = "pruned, dense" if recorded else "dense"

@@ -28,6 +28,11 @@ PROGRESS_NAME = "slab_progress.json"  # the state of an unfinished run, see outp
 RECORD_NAME = "slab_run.json"
 VERIFY = "SLAB_KERNELS_VERIFY"  # environment variable; 0 = checksums are not compared
 
+GGUF_ADVICE = (
+    "dequantise them once with AutoModelForCausalLM.from_pretrained(folder, gguf_file=...)"
+    ".save_pretrained(...), save the tokenizer there too, and take that folder"
+)
+
 
 def hub_folder(name: str | os.PathLike[str], hub: HubArguments = ON_MAIN) -> Path:
     """The folder `name`, or the local snapshot of the model of that name on the Hugging Face hub.
@@ -46,6 +51,10 @@ def hub_folder(name: str | os.PathLike[str], hub: HubArguments = ON_MAIN) -> Pat
             )
         return hub.inside(path, name)
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise CheckpointError(
+                f"{name} holds GGUF weights, which are not read here; {GGUF_ADVICE}"
+            )
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"the model folder {name} does not exist")
@@ -91,6 +100,8 @@ class Checkpoint:
             )
         if not (self.folder / "config.json").is_file():
             advice = ""
+            if any(self.folder.glob("*.gguf")):
+                advice = f" but GGUF weights, which are not read here; {GGUF_ADVICE}"
             if (self.folder / PROGRESS_NAME).is_file():
                 advice = "; its compression was interrupted: finish it with resume=True"
             raise CheckpointError(f"{self.folder} has no config.json{advice}")
@@ -180,6 +191,10 @@ class Checkpoint:
                 f"{self.folder} holds {len(files)} safetensors files but no {WEIGHTS_NAME} "
                 f"and no {INDEX_NAME}; rename {files[0]!r} if it is the whole model, or fetch the "
                 "index"
+            )
+        if any(self.folder.glob("*.gguf")):
+            return CheckpointError(
+                f"{self.folder} holds GGUF weights, which are not read here; {GGUF_ADVICE}"
             )
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
             return CheckpointError(

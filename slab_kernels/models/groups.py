@@ -5,7 +5,7 @@ A block may write into a tensor after a linear has read it, so the contents at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..nn.experts import DOWN
 from .experts import mixtures
 from .streams import Stop, Stream
 
@@ -78,10 +79,13 @@ def find_groups(
 ) -> list[Group]:
     """Linears grouped by the contents of their inputs (q/k/v, gate/up), in order of execution.
 
-    Inputs that are equal in one batch and are not one tensor are compared in every batch.
+    Inputs that are equal in one batch and are not one tensor are compared in every batch. What an
+    expert puts out is read by one linear alone, so that input is neither kept nor compared: of all
+    experts together it may be far more than the block's other numbers.
 
     Raises: CalibrationError naming a linear that no batch reaches.
     """
+    alone = _alone(block, linears)
     groups: list[list[str]] = []
     calls: dict[str, int] = {}
     doubtful: set[str] = set()  # grouped though their inputs are not one tensor
@@ -89,11 +93,12 @@ def find_groups(
         if len(calls) == len(linears):
             break
         new = {name: linears[name] for name in linears if name not in calls}
-        inputs = _inputs(stream, index, block, new, batch)
+        inputs = _inputs(stream, index, block, new, batch, alone)
         found: list[list[str]] = []
         for name, seen in inputs.items():
             calls[name] = len(seen)
-            group = next((g for g in found if _same(seen, inputs[g[0]])), None)
+            others = [] if name in alone else [g for g in found if g[0] not in alone]
+            group = next((g for g in others if _same(seen, inputs[g[0]])), None)
             if group is None:
                 found.append([name])
                 continue
@@ -107,6 +112,16 @@ def find_groups(
         inputs = _inputs(stream, index, block, {name: linears[name] for name in doubtful}, batch)
         groups = [part for group in groups for part in _split(group, inputs, doubtful)]
     return [Group(tuple(names), calls[names[0]]) for names in groups]
+
+
+def _alone(block: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
+    """Those of `linears` that read what only they read: the last one of each expert."""
+    last = {
+        experts.expert(number).get_submodule(DOWN)
+        for experts in mixtures(block).values()
+        for number in range(experts.num_experts)
+    }
+    return {name for name, linear in linears.items() if linear in last}
 
 
 def _never_ran(
@@ -148,17 +163,25 @@ def _split(group: list[str], inputs: dict[str, list[_Seen]], doubtful: set[str])
 
 
 def _inputs(
-    stream: Stream, index: int, block: nn.Module, linears: dict[str, nn.Linear], batch: int
+    stream: Stream,
+    index: int,
+    block: nn.Module,
+    linears: dict[str, nn.Linear],
+    batch: int,
+    counted: Container[str] = (),
 ) -> dict[str, list[_Seen]]:
     """What each linear that gets any tokens reads while block `index` runs one batch.
 
-    Equal tensors are kept once.
+    Equal tensors are kept once. counted: names of linears of which no numbers are kept.
     """
     inputs: dict[str, list[_Seen]] = {}
     alive: list[Tensor] = []  # so that no other tensor gets the place of one that was seen
 
     def see(name: str, x: Tensor) -> None:
         if not x.numel():
+            return
+        if name in counted:
+            inputs.setdefault(name, []).append(_Seen(x.new_empty(0), ()))
             return
         alive.append(x)
         where = (x.data_ptr(), x.shape, x.stride(), x._version)

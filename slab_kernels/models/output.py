@@ -274,16 +274,36 @@ def check_same_settings(out: Path, before: dict[str, Any], now: dict[str, Any]) 
     now = json.loads(json.dumps(now))
     different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if different:
-        what = "; ".join(
-            f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}"
-            for key in different
-        )
+        what = "; ".join(_changed(key, before.get(key), now.get(key)) for key in different)
         raise CheckpointError(
             f"cannot resume {out}: {what}; use the settings of the first run, or an empty folder"
         )
+
+
+def _changed(key: str, before: Any, now: Any) -> str:
+    tell = _by_pattern if any(map(_is_by_pattern, (before, now))) else _short
+    return f"{key} was {tell(before)} and is now {tell(now)}"
 
 
 def _short(value: Any) -> str:
     """A setting in few characters, with the end that tells two long ones apart."""
     text = repr(value)
     return text if len(text) <= 40 else text[:18] + "..." + text[-12:]
+
+
+def _is_by_pattern(value: Any) -> bool:
+    """Whether a setting is pairs of a pattern and the settings of the layers that it matches."""
+    pairs = value if isinstance(value, list) else []
+    return bool(pairs) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], dict) for pair in pairs
+    )
+
+
+def _by_pattern(value: Any) -> str:
+    """Such settings in words: values=int8 and planes=1 for 'down_proj'."""
+    if not _is_by_pattern(value):
+        return "none" if value in (None, []) else _short(value)
+    return ", ".join(
+        f"{' and '.join(f'{name}={setting}' for name, setting in settings.items())} for {pattern!r}"
+        for pattern, settings in value
+    )

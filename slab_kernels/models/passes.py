@@ -211,6 +211,8 @@ class DensePasses:
 
     def __post_init__(self) -> None:
         for batch in range(len(self.stream.hidden)):
+            if self._expected(batch) > self.room.bytes:
+                break
             inputs, output = all_inputs(
                 self.stream, self.index, self.block, self.linears, self.groups, batch
             )
@@ -218,6 +220,15 @@ class DensePasses:
                 break
             self._inputs.append(inputs)
             self._outputs.append(output)
+
+    def _expected(self, batch: int) -> int:
+        """Bytes that a batch is expected to take, where every linear reads all of its tokens.
+
+        Experts that are shown all tokens read so much that it may not fit into memory once.
+        """
+        hidden = self.stream.hidden[batch]
+        read = sum(self.linears[g.names[0]].in_features * g.calls for g in self.groups)
+        return hidden.nbytes + hidden.shape[:-1].numel() * read * hidden.element_size()
 
     def inputs(self, groups: list[Group], batch: int) -> list[Tensor]:
         """What the linears of each group read in one batch, [tokens, in_features]; asked for once.

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureError, CalibrationError, CheckpointError
 from ..text.tokenizer import open_tokenizer
-from .folder import Checkpoint, hub_folder
+from .folder import hub_folder
 from .hub import ON_MAIN, HubArguments
-from .model_config import WEIGHTS_KEY, check_counts, config_dict
+from .model_config import WEIGHTS_KEY, check_counts, config_dict, read_generation_config
+from .quantised.checkpoint import Dequantised, dense_checkpoint, forget_format
 from .rearranged import Rearranged
 from .shards import Spec, tensor_bytes, write_json
 from .side_files import copy_side_files, side_files
@@ -47,7 +48,8 @@ class FolderSource(Rearranged):
 
     model: its skeleton; the weights are on meta. config: the content of its config.json, without
     quantization_config. name: for messages and records. origin: where on the hub it was found, for
-    records (`HubArguments.origin`); empty for a folder. ignored: stored tensors that the model does
+    records (`HubArguments.origin`); empty for a folder. dequantised: the format in which its
+    weights are stored, in words; empty for dense ones. ignored: stored tensors that the model does
     not have. Checkpoint names are matched to the model's exactly, with or without the base model's
     prefix, or as transformers renames them.
 
@@ -56,20 +58,17 @@ class FolderSource(Rearranged):
     """
 
     origin: Mapping[str, str | None] = MappingProxyType({})
+    dequantised = ""
 
     def __init__(self, folder: Path, trust_remote_code: bool = False):
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = dense_checkpoint(folder)
         self.trust_remote_code = trust_remote_code
         self.config = {k: v for k, v in self.checkpoint.config.items() if k != WEIGHTS_KEY}
-        quantised = self.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise CheckpointError(
-                f"{folder} is compressed already (quant_method {method!r}); "
-                "start from the dense model"
-            )
         check_counts(self.config, self.checkpoint.entries, folder)
         self.model = folder_skeleton(Path(folder), trust_remote_code=trust_remote_code)
+        if isinstance(self.checkpoint, Dequantised):
+            self.dequantised = self.checkpoint.said
+            forget_format(self.model.config)
         self.tokenizer_path = str(folder)
         self.name = Path(folder).resolve().name
         self._expected: dict[str, str] = {}
@@ -142,10 +141,22 @@ class FolderSource(Rearranged):
         from transformers import AutoModelForCausalLM
 
         self.checkpoint.verify()
+        if isinstance(self.checkpoint, Dequantised):
+            return self._open_dequantised(self.checkpoint)
         trust = self.trust_remote_code
         return AutoModelForCausalLM.from_pretrained(
             self.checkpoint.folder, dtype="auto", trust_remote_code=trust
         ).eval()
+
+    def _open_dequantised(self, checkpoint: Dequantised) -> PreTrainedModel:
+        """The same where transformers would keep weights quantised, or has no kernels for them."""
+        tensors = {name: checkpoint.get(name) for name in checkpoint.entries}
+        kind: Any = type(self.model)
+        model = kind.from_pretrained(None, config=self.model.config, state_dict=tensors)
+        model.config._name_or_path = str(checkpoint.folder)
+        if (stored := read_generation_config(checkpoint.folder)) is not None:
+            model.generation_config = stored
+        return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises: CheckpointError if the folder holds none that can be used."""
@@ -194,6 +205,7 @@ class ModuleSource(Rearranged):
     """
 
     origin: Mapping[str, str | None] = MappingProxyType({})
+    dequantised = ""
 
     def __init__(self, model: nn.Module, hub: HubArguments = ON_MAIN):
         from accelerate.hooks import remove_hook_from_module
@@ -253,8 +265,8 @@ class ModuleSource(Rearranged):
                 "calibration="
             )
         trust = self.hub.trust_remote_code
-        if Path(self.tokenizer_path).exists():
-            return open_tokenizer(self.tokenizer_path, trust)
+        if (folder := Path(self.tokenizer_path)).exists():
+            return open_tokenizer(self.hub.inside(folder, self.tokenizer_path), trust)
         try:
             return open_tokenizer(self.tokenizer_path, trust, **self.hub.places())
         except CheckpointError as error:
@@ -302,7 +314,8 @@ def _check_dense(model: nn.Module) -> None:
         )
     if getattr(config, "quantization_config", None):
         raise ArchitectureError(
-            f"{kind} is quantised or compressed already; start from the dense model"
+            f"{kind} is quantised or compressed already; start from the dense model, or from the "
+            "folder of one that another library quantised, which is dequantised as it is read"
         )
     adapter = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
     if adapter is not None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..format.layout import PackedLayout
-from .folder import Checkpoint
 from .packed import model_entries
 from .packed_config import QUANT_METHOD, UNTIED_KEY, read_layouts
+from .quantised.checkpoint import open_checkpoint
 from .shards import TensorEntry
 
 PARTS = ("linears", "embeddings", "head", "norms", "other")  # in the order in which they are named
@@ -84,13 +84,11 @@ class Totals:
 def read_totals(folder: Path | str) -> Totals:
     """The totals of a model folder, packed or dense.
 
-    Raises: CheckpointError, VersionError as `Checkpoint` and `read_layouts`.
+    Weights in a format of another library count with the bytes that are stored of them.
+
+    Raises: CheckpointError, VersionError as `open_checkpoint` and `read_layouts`.
     """
-    return checkpoint_totals(Checkpoint(folder))
-
-
-def checkpoint_totals(checkpoint: Checkpoint) -> Totals:
-    """The totals of an opened folder. Raises: as `read_layouts`."""
+    checkpoint = open_checkpoint(Path(folder))
     entry = checkpoint.config.get("quantization_config")
     ours = isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
     layouts = read_layouts(checkpoint) if ours else {}

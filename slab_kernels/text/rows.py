@@ -1,6 +1,6 @@
 """A row as text or token ids: a document, a chat, a prompt with its completion, or ids.
 
-A row is an object with one of
+A row is an object, of which the first that is there is read of
     "input_ids"               token ids, without those that an "attention_mask" beside them leaves
                               out;
     "text"                    a string, taken as it is;
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TEXTS, CHATS, PROMPTS, TOKENS = "texts", "chats", "prompts", "token ids"  # kinds of parts
 KINDS = (("text",), ("messages",), ("prompt", "completion"))
-FIELDS = "text, messages, or prompt and completion"
+FIELDS = "input_ids, text, messages, or prompt and completion"
 SHOWN = 8  # fields of a row that a message names
 
 

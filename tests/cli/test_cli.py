@@ -432,6 +432,12 @@ def test_bad_shapes(shape, refused):
     assert code == 2 and "11008x4096" in message
 
 
+@pytest.mark.parametrize("given", [["--token", "64"], ["--token=64"]])
+def test_a_number_of_tokens_is_no_access_token(packed, refused, given):
+    code, message = refused("generate", packed, *given)
+    assert code == 2 and "for so many new tokens give --tokens 64" in message
+
+
 def test_usage_errors_are_json_too(refused):
     assert refused("nosuch")[0] == 2
     assert refused("compress")[0] == 2

@@ -170,3 +170,27 @@ def test_a_run_that_goes_on_after_the_card_was_written_keeps_the_base_models(
         assert (folder / "README.base.md").read_text() == BASE
     assert (out / "README.md").read_bytes() == (tmp_path / "whole" / "README.md").read_bytes()
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_token_ids_are_neither_drawn_nor_all_of_one_length(dense, tmp_path):
+    ids = [row[:length] for row, length in zip(TOKENS, (16, 9, 16, 4, 16, 16), strict=True)]
+    for name, calibration, said in (
+        ("even", TOKENS, "token ids, 6 windows of 16 tokens"),
+        ("ragged", ids, "token ids, 6 windows of at most 16 tokens, 77 in all"),
+    ):
+        compress(dense, tmp_path / name, **{**QUICK, "calibration": calibration})
+        assert rows(read_card(tmp_path / name)[1])["Calibration"] == said
+
+
+def test_the_card_of_a_mixture_does_not_send_anybody_to_vllm(dense, tmp_path, monkeypatch):
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(tiny_models.CONFIGS, "mixtral", tiny_models._GATED | changes)
+    tiny_models.write(tmp_path / "mixture", "mixtral")
+    compress(tmp_path / "mixture", tmp_path / "experts", **QUICK)
+    text = read_card(tmp_path / "experts")[1]
+    assert "vLLM runs no packed experts and refuses this folder" in text
+    assert "vllm serve" not in text and "\nslab-kernels generate FOLDER" in text
+    compress(tmp_path / "mixture", tmp_path / "skipped", **QUICK, skip="*.experts")
+    compress(dense, tmp_path / "plain", **QUICK)
+    for name in ("skipped", "plain"):
+        assert "\nvllm serve FOLDER" in read_card(tmp_path / name)[1]

@@ -7,6 +7,7 @@ import tiny_models
 import torch
 
 import slab_kernels
+from slab_kernels.compression import orders as search
 from slab_kernels.compression import run
 from slab_kernels.compression.job import Job
 from slab_kernels.compression.orders import find_orders
@@ -228,3 +229,15 @@ def test_a_pattern_without_groups_has_no_orders():
         slab_kernels.compress(
             tiny_models.model(), permute=True, pattern="50%", method="wanda", calibration="stdlib"
         )
+
+
+def test_no_gram_matrix_is_gathered_of_linears_whose_inputs_keep_their_order(monkeypatch):
+    """A mixture's channels keep their order, so nothing is read; of Llama all linears are."""
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(tiny_models.CONFIGS, "mixtral", tiny_models._GATED | changes)
+    read, real = [], search.inputs_by_name
+    monkeypatch.setattr(search, "inputs_by_name", lambda *a: read.append(len(a[3])) or real(*a))
+    for name, linears in (("mixtral", set()), ("llama", {7})):
+        read.clear()
+        said = orders(tiny_models.model(name), method="magnitude")[1]
+        assert set(read) == linears and bool(said) == (name == "mixtral")

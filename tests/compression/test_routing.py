@@ -18,6 +18,7 @@ from slab_kernels.compression.plan import Plan
 from slab_kernels.compression.routing import Feeding, in_waves, needed_tokens
 from slab_kernels.compression.statistics import Streams
 from slab_kernels.methods import LayerSettings
+from slab_kernels.models import groups, passes
 from slab_kernels.models.blocks import outside_filled
 from slab_kernels.models.experts import mixtures
 from slab_kernels.models.groups import Group, routed_tokens
@@ -82,14 +83,14 @@ class Inside:
         feeding = Feeding.of(settings, self.stream, 0, self.block, None, prefix)
         self.record = feeding.records[0]
         streams = Streams(self.stream, None, None, None, None)
-        waves, passes = streams.enter(0, self.block, None, self.linears, prefix, feeding)
+        waves, through = streams.enter(0, self.block, None, self.linears, prefix, feeding)
         self.waves = waves
         found = {}
         for wave in waves:
-            for group, inputs in zip(wave, passes.inputs(wave), strict=True):
+            for group, inputs in zip(wave, through.inputs(wave), strict=True):
                 for name in group.names:
                     found[name] = (inputs.stats.matrix, inputs.stats.tokens, group.names)
-            passes.finish(tuple(name for group in wave for name in group.names))
+            through.finish(tuple(name for group in wave for name in group.names))
         return found
 
     def read_by(self, number: int, everything: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,13 +139,13 @@ def test_what_is_read_at_once_comes_in_one_wave_as_far_as_there_is_room():
         {"gate_proj", "up_proj"},
         {"down_proj"},
     ]
-    groups = [Group((name,), 1) for name in ("a", "b", "c", "d")]
+    single = [Group((name,), 1) for name in ("a", "b", "c", "d")]
     linears = dict.fromkeys("abcd", nn.Linear(10, 1))
     stages = {"a": "one", "b": "one", "c": "one"}
     for room, sizes in ((4 * 10 * 15 * 3, [3, 1]), (4 * 10 * 15 * 2, [2, 1, 1]), (1, [1] * 4)):
-        waves = in_waves(groups, linears, stages, 5, room)
+        waves = in_waves(single, linears, stages, 5, room)
         assert [len(wave) for wave in waves] == sizes
-        assert [group for wave in waves for group in wave] == groups
+        assert [group for wave in waves for group in wave] == single
 
 
 @pytest.mark.parametrize(("method", "needed"), [("magnitude", 1), ("wanda", 128), ("slab", 48)])
@@ -160,17 +161,17 @@ def test_an_expert_whose_last_tokens_go_elsewhere_is_fed_late():
     feeding = Feeding.of(inside.job.plan.usual, inside.stream, 0, inside.block, None, prefix)
     assert feeding.records[0].fed == [2, 3]
     streams = Streams(inside.stream, None, None, None, None)
-    waves, passes = streams.enter(0, inside.block, None, inside.linears, prefix, feeding)
+    waves, through = streams.enter(0, inside.block, None, inside.linears, prefix, feeding)
     with torch.no_grad():
         inside.block.mlp.gate.weight.zero_()
     counts = routed_tokens(inside.stream, 0, inside.block)["mlp.experts"]
     idle = [n for n in (0, 1) if not counts[n]]
     assert idle  # of equal products one expert is the first
     for wave in waves:
-        for inputs in passes.inputs(wave):
+        for inputs in through.inputs(wave):
             assert inputs.stats.tokens > 0 and inputs.stats.gram is not None
     assert feeding.records[0].fed == sorted([*idle, 2, 3])
-    passes.end_feeding()
+    through.end_feeding()
     assert not mixtures(inside.block)["mlp.experts"].fed
 
 
@@ -190,6 +191,36 @@ def test_counts_are_recorded_and_shown(tmp_path):
     said = next(line for line in lines if line.startswith("model.layers.0.mlp.experts: "))
     assert ", ".join(map(str, first.tokens)) in said and "128" in said and "3 (0)" in said
     assert f"fed all {first.of}" in said
+    # All that are fed share a Gram matrix; a record names those of its own expert alone.
+    named = {layer.name: layer.group for layer in record.layers}
+    for number in range(EXPERTS):
+        expert = f"model.layers.0.mlp.experts.{number}"
+        both = (f"{expert}.gate_proj", f"{expert}.up_proj")
+        assert named[both[0]] == named[both[1]] == both
+    assert {len(named[f"model.layers.0.self_attn.{leaf}_proj"]) for leaf in "qkv"} == {3}
+
+
+def test_memory_for_what_fed_experts_read_is_bounded(monkeypatch):
+    inside = Inside(long_tokens(60), method="slab")
+    Feeding.of(inside.job.plan.usual, inside.stream, 0, inside.block, None, inside.job.prefix(0))
+    given = inside.stream, 0, inside.block, inside.linears
+    alone = groups._alone(inside.block, inside.linears)
+    assert alone == {name for name in inside.linears if name.endswith("down_proj")}
+    seen = groups._inputs(*given, 0, alone)
+    assert seen.keys() == inside.linears.keys()
+    assert {name for name, read in seen.items() if not read[0].value.numel()} == alone
+    found = groups.find_groups(*given)
+    assert all(group.names[0] not in alone or len(group.names) == 1 for group in found)
+
+    runs = []
+    real = passes.all_inputs
+    monkeypatch.setattr(passes, "all_inputs", lambda *a: runs.append(a) or real(*a))
+    for room, count in ((1, 0), (1 << 30, len(inside.stream.hidden))):
+        runs.clear()
+        dense = passes.DensePasses(*given, found, passes.Room(room))
+        assert len(runs) == count
+        (x,) = dense.inputs([found[0]], 0)
+        assert torch.equal(x, groups.group_inputs(*given, [found[0]], 0)[0])
 
 
 class Killed(BaseException):

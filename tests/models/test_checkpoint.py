@@ -123,7 +123,7 @@ def entry(dtype="F32", shape=(2,), start=0, end=8) -> dict:
         (raw({"a": 7}, b""), "tensor 'a' is described by 7"),
         (raw({"a": {"dtype": "F32", "shape": [2]}}, b""), "tensor 'a' is described by"),
         (raw({"a": entry(shape=(-2,))}, b"x" * 8), "tensor 'a' is described by"),
-        (raw({"a": entry(dtype="F8_E4M3", end=2)}, b"xx"), "has dtype 'F8_E4M3', expected one of"),
+        (raw({"a": entry(dtype="F6_E2M3", end=2)}, b"xx"), "has dtype 'F6_E2M3', expected one of"),
         (raw({"a": entry(shape=(3,))}, b"x" * 8), r"tensor 'a' of F32\[3\] takes 8 bytes"),
         (
             raw({"a": entry(), "b": entry(start=4, end=12)}, b"x" * 12),
@@ -290,8 +290,8 @@ def test_tensors_that_the_model_does_not_have_are_listed(tmp_path):
     ("config", "message"),
     [
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            r"compressed already \(quant_method 'gptq'\)",
+            {"quantization_config": {"quant_method": "slab_kernels"}},
+            r"compressed already \(quant_method 'slab_kernels'\)",
         ),
         ({"model_type": None}, "names no model_type"),
         ({"model_type": "no-such-model"}, "transformers cannot use"),
@@ -477,6 +477,25 @@ def test_other_settings_are_refused_by_name(tmp_path):
         match=r"cannot resume .*: rank was 1 and is now 2; seed was 0 and is now 5; use",
     ):
         OutputFolder(tmp_path / "out", {"rank": 2, "seed": 5, "method": "slab"}, resume=True)
+
+
+def test_other_settings_by_pattern_are_told_in_words(tmp_path):
+    def settings(*entries):
+        return {"settings_by_pattern": [list(entry) for entry in entries], "skip": []}
+
+    down = ("mlp.down_proj", {"values": "int8", "planes": 1})
+    OutputFolder(tmp_path / "a", settings(down), resume=False)
+    for now, told in (
+        ((), "none"),
+        ((down, ("q_proj", {"rank": 2})),
+         r"values=int8 and planes=1 for 'mlp\.down_proj', rank=2 for 'q_proj'"),
+    ):  # fmt: skip
+        message = rf"was values=int8 and planes=1 for 'mlp\.down_proj' and is now {told}; use the"
+        with pytest.raises(CheckpointError, match=f"settings_by_pattern {message}"):
+            OutputFolder(tmp_path / "a", settings(*now), resume=True)
+    OutputFolder(tmp_path / "b", {"skip": ["*.a"]}, resume=False)
+    with pytest.raises(CheckpointError, match=r"skip was \['\*\.a'\] and is now \[\]"):
+        OutputFolder(tmp_path / "b", {"skip": []}, resume=True)
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

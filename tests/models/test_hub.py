@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels.cli import main as cli
@@ -20,6 +21,7 @@ from slab_kernels.engines.transformers import compare
 from slab_kernels.errors import ArgumentError, CheckpointError
 from slab_kernels.evaluate.against import compare as distance
 from slab_kernels.evaluate.inspect import inspect
+from slab_kernels.models import source
 from slab_kernels.models.folder import hub_folder
 from slab_kernels.models.hub import HubArguments
 from slab_kernels.models.source import open_source
@@ -282,3 +284,41 @@ def test_the_environment_of_the_hub_is_enough_for_a_new_process(made):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == OTHER, done.stderr
+
+
+def test_from_pretrained_reads_a_text_with_the_tokenizer_of_its_revision(
+    cache, tmp_path, monkeypatch
+):
+    asked: list = []
+
+    def opened(path, trust, **where):
+        asked.append((str(path), trust, where))
+        return tiny_models.tokenizer()
+
+    monkeypatch.setattr(source, "open_tokenizer", opened)
+    (tmp_path / "text.txt").write_text(tiny_models.text(40))
+    text = {"method": "magnitude", "calibration": str(tmp_path / "text.txt")}
+    main = cache / f"models--someone--small/snapshots/{MAIN}"
+    for name, given, words, want in (
+        (NAME, {"revision": "v2"}, {}, (NAME, False, {"revision": OTHER})),
+        (NAME, {"subfolder": "wide"}, {"trust_remote_code": True, "token": TOKEN},
+         (NAME, True, {"revision": MAIN, "subfolder": "wide", "token": TOKEN})),
+        (str(main), {"subfolder": "wide"}, {}, (str(main / "wide"), False, {})),
+    ):  # fmt: skip
+        config = slab_kernels.SlabConfig(**text, **words, samples=2, window=16)
+        assert TOKEN not in repr(config)
+        where = {"cache_dir": str(cache), "local_files_only": True, **given}
+        AutoModelForCausalLM.from_pretrained(name, quantization_config=config, **where)
+        assert asked.pop() == want and not asked
+
+
+def test_report_finds_the_dense_model_on_the_hub(cache, tmp_path, capsys):
+    packed = cache / f"models--someone--packed/snapshots/{OTHER}/sub"
+    command = ["report", str(packed), "--no-plots", "--out", str(tmp_path), "--json"]
+    assert cli.run([*command, "--dense", NAME, "--dense-revision", "main", "--token", TOKEN]) == 0
+    shown = capsys.readouterr().out
+    assert any(row["label"] == "dense" for row in json.loads(shown)["results"])
+    assert TOKEN not in shown
+    assert cli.run([*command, "--dense", NAME, "--dense-subfolder", "narrow"]) == 3
+    assert "has no folder 'narrow'" in capsys.readouterr().out
+    assert cli.run([*command, "--dense-revision", "main"]) == 2

@@ -8,6 +8,7 @@ from .fault import Fault
 from .int8_activations import INT8_ACTIVATIONS
 from .lora import LORA
 from .many_tokens import MANY_TOKENS
+from .quantised import QUANTISED
 from .solver import SOLVER
 from .whole_model import WHOLE_MODEL
 
@@ -272,4 +273,5 @@ FAULTS = (
     *WHOLE_MODEL,
     *EXPERTS,
     *LORA,
+    *QUANTISED,
 )  # fmt: skip

@@ -71,7 +71,10 @@ def test_a_folder_holds_rows_too_and_reading_stops_in_time(tmp_path):
         ('{"text": "x"', "line 2 of .* is no JSON"),
         ("[1]", "line 2 of .* is a list, expected an object"),
         ('"x"', "is a string"),
-        ({"content": "x", "id": 1}, "none of the fields text, messages, .* it has content, id"),
+        (
+            {"content": "x", "id": 1},
+            "none of the fields input_ids, text, messages, .* it has content, id",
+        ),
         ({"text": None}, "text must be a string, not null"),
         ({"text": ["x"]}, "text must be a string, not a list"),
         ({"messages": "Hi"}, "messages must be a list of {role, content}, not a string"),
