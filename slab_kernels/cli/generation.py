@@ -66,7 +66,7 @@ def generate(
             opened.model, opened.tokenizer, given, tokens, temperature, seed
         )
     text = opened.tokenizer.decode(new, skip_special_tokens=True)
-    data = opened.facts | {
+    data = opened.facts_of_the_run() | {
         "prompt": prompt,
         "chat": chat,
         "text": text,
@@ -116,7 +116,7 @@ class _Beside:
             self._check_same(opened, source)
             totals = [opened.totals]
             ours = self._row(opened, progress, 0)
-            facts = opened.facts
+            facts = opened.facts_of_the_run()
             del opened
             gc.collect()
             other = open_model(against, self.beside)
@@ -168,7 +168,7 @@ class _Beside:
         for batch in self.batches:
             timed.append(decoding(opened.model, opened.tokenizer, given, self.tokens, batch))
             progress(done + 1 + len(timed), self.runs)
-        return opened.facts | {
+        return opened.facts_of_the_run() | {
             "continuation": opened.tokenizer.decode(new, skip_special_tokens=True),
             "new_tokens": len(new),
             "tokens_per_second": timed[0]["tokens_per_second"],

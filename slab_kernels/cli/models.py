@@ -84,7 +84,7 @@ def evaluate(
             measured = perplexity(opened.model, *read)
         else:
             measured = {"against": against} | compare(opened.model, dense, *read)
-    data = opened.facts | {"text": text} | measured
+    data = opened.facts_of_the_run() | {"text": text} | measured
 
     def show() -> None:
         print(
@@ -143,7 +143,7 @@ def _tasks(folder: str, how: Opening, tasks: str, given: dict[str, Any]) -> Outc
             print(f"results of lm-eval: {scores.file}")
 
     file = None if scores.file is None else str(scores.file)
-    return Outcome(opened.facts | {"tasks": scores.tasks, "results_file": file}, show)
+    return Outcome(opened.facts_of_the_run() | {"tasks": scores.tasks, "results_file": file}, show)
 
 
 def inspect(

@@ -23,6 +23,13 @@ class Opened(NamedTuple):
     facts: dict[str, Any]
     totals: Totals
 
+    def facts_of_the_run(self) -> dict[str, Any]:
+        """The same facts, and the accuracy mode in which packed layers ran (`activations`), which
+        a CPU decides at their first call; None where none ran."""
+        from ..nn.preparation import activations_of
+
+        return self.facts | {"activations": activations_of(self.model)}
+
 
 class Opening(NamedTuple):
     """How a command opens a folder: its options of the same names (`cli.options`).

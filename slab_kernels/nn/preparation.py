@@ -78,6 +78,16 @@ def dense_copy_bytes(model: nn.Module) -> int:
     return sum(map(copied_bytes, every))
 
 
+def activations_of(model: nn.Module) -> str | None:
+    """The accuracy mode in which the model's packed layers run on a CPU: "int8" if x is rounded in
+    one of them at least, else "exact"; None where none is prepared."""
+    every = (
+        made for layer in layers_of(model) for one in layer._linears.copy().values() for made in one
+    )
+    words = {made.backend.activations(made.state) for made in every}
+    return "int8" if "int8" in words else next(iter(words), None)
+
+
 def layers_of(model: nn.Module) -> list[Layer]:
     """Every packed layer, each once; the parts of a fused one are one layer unless an adapter
     stands around one of them."""

@@ -293,6 +293,7 @@ def test_a_word_for_dense_copies_that_cannot_be_is_refused(model, text, tmp_path
     options = ("--text", text, "--max-tokens", "200", "--device", "cpu")
     code, found = answer("eval", tmp_path / "out", *options, "--prefill", "auto")
     assert code == 0 and found["dense_copy_bytes"] == 0
+    assert found["activations"] == "exact", "as the environment of the tests says"
     code, message = refused("eval", tmp_path / "out", *options, "--prefill", "dense")
     assert code == 4 and "use prefill='packed', or 'auto'" in message
     code, message = refused("generate", tmp_path / "out", "--prefill", "fast")

@@ -58,3 +58,14 @@ def test_parts_of_a_model_opened_in_a_mode_have_it_too():
     model = torch.nn.Sequential(layer(True))
     preparation.prepare_opened(model, torch.float32, None, "int8")
     assert {part._activations for part in model[0].parts} == {"int8"}
+
+
+def test_the_mode_of_a_model_is_that_of_its_calls():
+    model = torch.nn.Sequential(layer(False))
+    assert preparation.activations_of(model) is None, "nothing has run yet"
+    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    exact = layer(False).prepare(activations="exact")(x)
+    for word in ("exact", "int8", "exact"):
+        preparation.prepare(model, activations=word)
+        same = torch.equal(model(x), exact)
+        assert preparation.activations_of(model) == ("exact" if same else "int8")
