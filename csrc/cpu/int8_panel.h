@@ -278,7 +278,7 @@ struct Panel {
     if (shared >= kManyPieces)
       many_spans<kManyPieces>(w, t, end, first, last);
     else if (shared == 2)
-      many_spans<kManyPieces < 2 ? 1 : 2>(w, t, end, first, last);
+      many_spans < kManyPieces<2 ? 1 : 2>(w, t, end, first, last);
     else
       many_spans<1>(w, t, end, first, last);
   }

@@ -46,7 +46,8 @@ struct PanelProduct {
   // registers.
   template <int kTokens>
   __attribute__((noinline)) void multiply(int first, int last, const Int8Tokens& t, int64_t token,
-                            const F (*scale)[kStrips], float* sums, int64_t stride) const {
+                                          const F (*scale)[kStrips], float* sums,
+                                          int64_t stride) const {
     F of_x[kTokens][kBlocks][kStrips];  // in units of the scale
 #pragma GCC unroll 16
     for (int i = 0; i < kTokens; ++i)
@@ -129,9 +130,9 @@ struct PanelProduct {
     for (int64_t i = 0; i < t.count; i += some) {
       // The last ones in equal parts: a single token waits for its own sums.
       const int64_t left = t.count - i;
-      some = left >= 2 * V::kPanelTokens  ? V::kPanelTokens
-             : left > V::kPanelTokens     ? (left + 1) / 2
-                                          : left;
+      some = left >= 2 * V::kPanelTokens ? V::kPanelTokens
+             : left > V::kPanelTokens    ? (left + 1) / 2
+                                         : left;
       multiply_some<V::kPanelTokens>(begin, last, t, from + i, some, scale, sums + i * stride,
                                      stride);
     }
