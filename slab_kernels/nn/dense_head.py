@@ -17,7 +17,8 @@ from torch import Tensor, nn
 def copy_slices(model: nn.Module) -> None:
     """Have the model's dense output head copy what it is called with where that is a slice on a
     CPU. Without a head, or with a packed one, nothing changes; a second call changes nothing."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
     if type(head) is nn.Linear and _copied not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_copied)
 

@@ -65,7 +65,8 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "sums of two integers that leave 8 bits",
-        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;", INTEGERS,
+        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x, n));", "bits = bits + 0;",
+        INTEGERS,
     ),
     Fault(
         "inputs behind the last one that are not 0",
@@ -74,8 +75,8 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "a token with NaN that stays with the integers",
-        "csrc/int8_bindings.cpp", "if (!linear.finite(w, i)) {",
-        "if (!linear.finite(w, i) && rank > 16) {",
+        "csrc/int8_bindings.cpp", "if (!linear.finite(part.w, i))",
+        "if (!linear.finite(part.w, i) && rank > 16)",
         (f"{INT8}::test_nan_and_infinity_reach_y_as_in_the_exact_product",),
     ),
 )  # fmt: skip
