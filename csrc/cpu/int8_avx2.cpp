@@ -76,7 +76,7 @@ struct Avx2 {
 };
 
 // The exact product always runs instead. On an AMD EPYC (Zen 3), which has no AVX-512, `many` takes
-// 1.4 to 1.6 times as long at 17, 64 and 192 tokens (4096x4096, int4, one plane, one thread). On a
+// about 1.6 times as long at 17, 64 and 192 tokens (4096x4096, int4, one plane, one thread). On a
 // Zen 4 with AVX2 forced it was a tenth faster with one plane, and no faster with two.
 constexpr int kNever = 1 << 30;
 const Int8Kernels kernels = {
