@@ -1,13 +1,13 @@
 // The products with int8 activations, for int8 and int4 values: what the bindings call, beside
 // launch.h. They read the same prepared stream as the exact products.
 //
-// A token is taken in pieces of 32 inputs. A piece of x has a step and a shift: x is nearly the
-// step times (an integer from -127 to 127 plus the shift). These 255 numbers cover what lies
-// between the smallest and the largest input of the piece, with 0 among them. Where one input is
-// far larger than the others, as language models have many, that halves the step which integers
-// symmetric about 0 would need. The pieces of x v_r, for every rank r, are symmetric: their shift
-// is 0. With one plane any two integers of a group also add up to at most 127 in magnitude, since
-// `few` looks up such sums. There are two products:
+// A token is taken in pieces of 32 inputs, or 64 in `many`. A piece of x has a step and a shift: x
+// is nearly the step times (an integer from -127 to 127 plus the shift). These 255 numbers cover
+// what lies between the smallest and the largest input of the piece, with 0 among them. Where one
+// input is far larger than the others, as language models have many, that halves the step which
+// integers symmetric about 0 would need. The pieces of x v_r, for every rank r, are symmetric:
+// their shift is 0. With one plane any two integers of a group also add up to at most 127 in
+// magnitude, since `few` looks up such sums. There are two products:
 //
 //   few   Kept values times x, and the signs or levels of pruned positions times x v_r, each summed
 //         in int32 without an error. Nothing but x and x v_r is rounded.
@@ -15,11 +15,14 @@
 //         that all tokens share. A kept value is exact, 16 q of int4 or q of int8, in units of
 //         scale / 16 or scale. A pruned one is u v times its sign or level in the same unit,
 //         rounded to an integer. Where it could exceed 126 units for a row and block, the row's
-//         sign term goes into a second panel with a unit of its own, so nothing saturates.
+//         sign term goes into a second panel with a unit of its own, so nothing saturates. So it
+//         does beside int8 values where it stays below 8 units: their unit is a whole scale, and
+//         one that a large value has made coarse would round the sign term away.
 //
-// Sums are int32 within a piece, and fp32 over pieces, in ascending input order: a row of y depends
-// on its own token only, and on which of the two products is used. The shift meets the sum of a
-// row's weights in the piece, which has 16 bits.
+// `many` gives two pieces of 32 one step and shift, since each that has its own costs a conversion
+// for every token and row. Sums are int32 within what shares a step and a scale, and fp32 over
+// these, in ascending input order: a row of y depends on its own token only, and on which of the
+// two products is used. The shift meets the sum of a row's weights there, which has 16 bits.
 #pragma once
 
 #include "launch.h"
@@ -28,10 +31,14 @@ namespace slab {
 
 constexpr int kPiece = 32;  // inputs that share a step and a shift; no scale covers fewer
 constexpr int kPieces = kInputs / kPiece;
+constexpr int kManyPieces = 2;    // pieces that share them in `many`
 constexpr int kFewAtOnce = 16;    // tokens of one call of `few`
 constexpr int kManyAtOnce = 256;  // and of `many`, whose fp32 sums, 32 KB, live on its stack
 constexpr int kManyRank = 16;     // `many` takes weights up to this rank
 constexpr int kMostUnits = 126;   // of a pruned entry in a panel
+// Where a row's largest pruned entry has fewer, it is not rounded in units of the values. An int4
+// value's unit is a sixteenth of the step that its value was rounded by.
+constexpr int least_units(int values) { return values == kInt8 ? 8 : 0; }
 // A pruned entry is computed as an integer in units of 1/256 of a panel's unit.
 constexpr int kFraction = 256;
 
@@ -43,7 +50,8 @@ constexpr float level_unit(int planes) { return planes == 3 ? 0.25f : planes == 
 // terms are `terms` in number. Index [term][block][token] is (term k_blocks + block) count + token.
 struct Int8Tokens {
   int64_t count, terms;
-  int8_t* x;  // [terms][k_blocks][count][128]
+  int shared;  // pieces in a row that have one step and shift: 1, or kManyPieces for `many`
+  int8_t* x;   // [terms][k_blocks][count][128]
   // [terms][k_blocks][count][4]: x is nearly step (its integer + shift). Where kernels read the
   // integers plus 128, `shift` is less by that. It has 16 bits, with zeros above.
   float* step;
@@ -79,7 +87,8 @@ struct Int8Kernels {
   void (*quantise_v)(const CpuWeight& w, const Int8Tokens& t);
   Int8Product few, many;
   // Up to so many tokens the exact product is faster than either, and from there up to so many
-  // `few` is. Measured on an AMD EPYC (Zen 4), one thread, 2048x2048, ranks 0 to 4, int4 and int8.
+  // `few` is. Measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and
+  // int8.
   int exact_tokens, few_tokens;
 };
 

@@ -81,32 +81,24 @@ Scratch wide_bias(const CpuKernels& run, const Bias& bias, std::vector<CpuWeight
   return wide;
 }
 
-// y of several weights that read the same x, side by side, with int8 activations. A token with NaN
-// or infinity is computed by the exact kernels, so that they reach y as they do there.
-Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Bias& bias) {
-  const CpuKernels& run = kernels();
-  int64_t rows = 0, rank = 0, adapter = 0;
-  for (const CpuWeight& w : parts) {
-    CHECK_ARGUMENT(is_integer(w.values),
-                   "int8 activations need int8 or int4 values, this weight's are 16-bit numbers");
-    rows += w.out_features;
-    rank = w.rank > rank ? w.rank : rank;
-    adapter = w.adapter_padded > adapter ? w.adapter_padded : adapter;
+// A weight, and where its columns of y begin.
+struct Part {
+  const CpuWeight& w;
+  int64_t column;
+};
+
+// The columns of parts that read the same x and have the same product. A token with NaN or infinity
+// is computed by the exact kernels, so that they reach y as they do there.
+void multiply_parts(const CpuKernels& run, const Call& call, const std::vector<Part>& parts,
+                    bool few, uint8_t* y, int64_t columns) {
+  if (parts.empty()) return;
+  int64_t rank = 0, adapter = 0;
+  for (const Part& part : parts) {
+    rank = part.w.rank > rank ? part.w.rank : rank;
+    adapter = part.w.adapter_padded > adapter ? part.w.adapter_padded : adapter;
   }
-  Tensor y = empty_output(call.x, rows);
-  if (call.tokens == 0) return y;
-  const Scratch wide = wide_bias(run, bias, parts);
-  const int64_t features = parts[0].in_features, padded = parts[0].k_blocks * kInputs;
-  const Way chosen = way(int8_kernels(run), rank, call.tokens);
-  if (chosen == Way::exact) {
-    auto* out = static_cast<uint8_t*>(y.mutable_data_ptr());
-    for (const CpuWeight& w : parts) {
-      run_exact(run, w, call.row(0), call.type, call.tokens, out, rows);
-      out += w.out_features * call.bytes;
-    }
-    return y;
-  }
-  const bool few = chosen == Way::few;
+  const CpuWeight& any = parts[0].w;
+  const int64_t features = any.in_features, padded = any.k_blocks * kInputs;
   const int64_t at_once = few ? kFewAtOnce : kManyAtOnce;
   const int64_t most = call.tokens < at_once ? call.tokens : at_once;
   const bool rows_of_x = few || adapter;  // as fp32, beside the integers
@@ -119,21 +111,48 @@ Tensor linear_int8(const Call& call, std::vector<CpuWeight>& parts, const Bias& 
     if (rows_of_x)
       t.x = widened(run, call.row(first), call.type, t.count, features, padded, copied.get());
     t.z = z.get();
-    t.y = static_cast<uint8_t*>(y.mutable_data_ptr()) + first * rows * call.bytes;
-    t.y_stride = rows;
+    t.y_stride = columns;
     t.y_type = call.type;
-    Int8Linear linear(run, parts[0], t, call.row(first), call.type, few, rank);
-    for (const CpuWeight& w : parts) {
-      run_adapter(run, w, t);
-      linear.multiply(w, t);
+    Int8Linear linear(run, any, t, call.row(first), call.type, few, rank);
+    for (const Part& part : parts) {
+      uint8_t* const to = y + (first * columns + part.column) * call.bytes;
+      t.y = to;
+      run_adapter(run, part.w, t);
+      linear.multiply(part.w, t);
       for (int64_t i = 0; i < t.count; ++i)
-        if (!linear.finite(w, i)) {
-          auto* const to = static_cast<uint8_t*>(t.y) + i * rows * call.bytes;
-          run_exact(run, w, call.row(first + i), call.type, 1, to, rows);
-        }
-      t.y = static_cast<uint8_t*>(t.y) + w.out_features * call.bytes;
+        if (!linear.finite(part.w, i))
+          run_exact(run, part.w, call.row(first + i), call.type, 1, to + i * columns * call.bytes,
+                    columns);
     }
   }
+}
+
+// y of several weights that read the same x, side by side, with int8 activations. Each has the
+// product that it would have alone, so a fused layer and its parts agree.
+Tensor linear_int8(const Call& call, std::vector<CpuWeight>& weights, const Bias& bias) {
+  const CpuKernels& run = kernels();
+  int64_t columns = 0;
+  for (const CpuWeight& w : weights) {
+    CHECK_ARGUMENT(is_integer(w.values),
+                   "int8 activations need int8 or int4 values, this weight's are 16-bit numbers");
+    columns += w.out_features;
+  }
+  Tensor y = empty_output(call.x, columns);
+  if (call.tokens == 0) return y;
+  const Scratch wide = wide_bias(run, bias, weights);
+  auto* const out = static_cast<uint8_t*>(y.mutable_data_ptr());
+  std::vector<Part> few, many;
+  int64_t column = 0;
+  for (const CpuWeight& w : weights) {
+    const Way chosen = way(int8_kernels(run), w.rank, call.tokens);
+    if (chosen == Way::exact)
+      run_exact(run, w, call.row(0), call.type, call.tokens, out + column * call.bytes, columns);
+    else
+      (chosen == Way::few ? few : many).push_back({w, column});
+    column += w.out_features;
+  }
+  multiply_parts(run, call, few, true, out, columns);
+  multiply_parts(run, call, many, false, out, columns);
   return y;
 }
 

@@ -75,11 +75,13 @@ struct Avx2 {
   }
 };
 
-// With two planes `many` takes as long as the exact product at 64 tokens and 5 % longer at 16; with
-// one plane it is a tenth faster at both (2048x2048, int4, one thread, an AMD EPYC (Zen 4)).
+// The exact product always runs instead. On an AMD EPYC (Zen 3), which has no AVX-512, `many` takes
+// about 1.6 times as long at 17, 64 and 192 tokens (4096x4096, int4, one plane, one thread). On a
+// Zen 4 with AVX2 forced it was a tenth faster with one plane, and no faster with two.
+constexpr int kNever = 1 << 30;
 const Int8Kernels kernels = {
     "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>,
-    16,     16};
+    kNever, kNever};
 
 }  // namespace
 

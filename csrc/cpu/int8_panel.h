@@ -7,13 +7,10 @@
 // mulhrs, (a b + 2^14) >> 15; sign(m, l), which is m, -m or 0 as l is positive, negative or 0.
 #pragma once
 
-#include "../int8.h"
-#include "stream.h"
+#include "int8_product.h"
 
 namespace slab {
 namespace {
-
-constexpr int kPanelBytes = kRows * kInputs, kPieceBytes = kRows * kPiece;
 
 // Words by the number of a pattern: where each of the four bytes of a group comes from, byte 0 or 1
 // of a pair, or nowhere. Two tables of eight, since some instruction sets read four bits.
@@ -43,6 +40,7 @@ struct Panel {
     H merged[kManyRank][4][kStrips], pruned[kManyRank][4][kStrips];
     F unit[4][kStrips];      // of the merged panel, for each scale
     F pruned_unit[kStrips];  // of the second panel
+    S apart[4][kStrips];     // which rows' pruned entries are there
     bool second;             // whether there is one
   };
 
@@ -75,26 +73,39 @@ struct Panel {
           most = most +
                  size(V::load(u + r * kRows + h * kLanes)) * splat(t.v_most[r * w.k_blocks + kb]);
         most = most * splat(level_unit(kPlanes) * float(most_level(kPlanes)));
-        const F other = most * splat(1.0f / float(kMostUnits));
-        f.pruned_unit[h] = other;
+        f.pruned_unit[h] = most * splat(1.0f / float(kMostUnits));
         for (int s = 0; s < kInputs / w.group_size; ++s) {
           const F unit = size(f.unit[s][h]);
-          const S fits = (unit > splat(0x1p-100f)) & (most <= unit * splat(float(kMostUnits)));
+          const S fits = (unit > splat(0x1p-100f)) & (most <= unit * splat(float(kMostUnits))) &
+                         (most >= unit * splat(float(least_units(kValues))));
           const S none = most == V::zero();
           const bool padding = kb * kInputs + s * w.group_size >= w.in_features;
+          f.apart[s][h] = ~(fits | none);
           f.second = f.second || !(padding || V::all(fits | none));
-          for (int64_t r = 0; r < w.rank; ++r) {
-            const F product =
-                V::load(u + r * kRows + h * kLanes) * splat(t.v_most[r * w.k_blocks + kb]);
-            const F each = splat(level_unit(kPlanes) * float(kFraction));
-            const F one = where(fits, product / f.unit[s][h], V::zero());
-            const F two = where(fits | none, V::zero(), product / other);
-            f.merged[r][s][h] = pairs(one * each);
-            f.pruned[r][s][h] = pairs(two * each);
-          }
+          for (int64_t r = 0; r < w.rank; ++r)
+            f.merged[r][s][h] =
+                pairs(where(fits, product(w, t, rb, kb, r, h) / f.unit[s][h], V::zero()) *
+                      splat(level_unit(kPlanes) * float(kFraction)));
         }
       }
     }
+  }
+  // `pruned`, where there is a second panel.
+  static void second_factors(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
+                             Factors& f) {
+#pragma GCC unroll 16
+    for (int h = 0; h < kStrips; ++h)
+      for (int s = 0; s < kInputs / w.group_size; ++s)
+        for (int64_t r = 0; r < w.rank; ++r)
+          f.pruned[r][s][h] = pairs(
+              where(f.apart[s][h], product(w, t, rb, kb, r, h) / f.pruned_unit[h], V::zero()) *
+              splat(level_unit(kPlanes) * float(kFraction)));
+  }
+  // u times the largest v of the block.
+  static SLAB_INLINE F product(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
+                               int64_t r, int h) {
+    return V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
+           splat(t.v_most[r * w.k_blocks + kb]);
   }
 
   // The kept values of a group: bytes 0 and 1 of a lane. int4 values are times 16.
@@ -179,119 +190,6 @@ struct Panel {
       build_groups<kEntries>(w, t, rb, kb, a, panel);
   }
 
-  // The sums of the weights in each piece of kBlocks panels, which the shifts of x meet.
-  template <int kBlocks>
-  struct Totals {
-    I of[kPieces][kBlocks][kStrips];
-
-    explicit SLAB_INLINE Totals(const uint8_t* panels) {
-      static constexpr int8_t ones[kGroup] = {1, 1, 1, 1};
-      for (int p = 0; p < kPieces; ++p)
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h) {
-            const uint8_t* const at = panels + b * kPanelBytes + p * kPieceBytes + 4 * kLanes * h;
-            I sum = I{};
-            for (int g = 0; g < kPiece / kGroup; ++g)
-              sum = V::dot(sum, V::load_words(at + 64 * g), ones);
-            of[p][b][h] = sum;
-          }
-    }
-  };
-
-  // sums[i][16 b + row] += scale[b] x W^T of pieces [first, first + pieces) of kBlocks panels, for
-  // kTokens tokens from `token` on of a block and term.
-  template <int kTokens, int kBlocks>
-  static SLAB_INLINE void multiply(const uint8_t* panels, const Totals<kBlocks>& totals, int first,
-                                   int pieces, const Int8Tokens& t, int64_t token,
-                                   const F (*scale)[kStrips], float* sums, int64_t stride) {
-    F of_x[kTokens][kBlocks][kStrips];  // in units of the scale
-#pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h) of_x[i][b][h] = V::zero();
-    int p = first;
-    do {
-      const int64_t piece = token * kPieces + p;
-      I acc[kTokens][kBlocks][kStrips];
-#pragma GCC unroll 16
-      for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h)
-            acc[i][b][h] = V::shifted(totals.of[p][b][h], t.shift + piece + i * kPieces);
-      const int8_t* x = t.x + piece * kPiece;
-      const uint8_t* at = panels + p * kPieceBytes;
-      const uint8_t* const last = at + kPieceBytes;
-      do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
-        I weight[kBlocks][kStrips];
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h)
-            weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
-#pragma GCC unroll 16
-        for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-          for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-            for (int h = 0; h < kStrips; ++h)
-              acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
-        x += kGroup;
-        at += 64;
-      } while (at < last);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h)
-            of_x[i][b][h] = V::fma(V::to_float(acc[i][b][h]),
-                                   V::broadcast(t.step + piece + i * kPieces), of_x[i][b][h]);
-    } while (++p < first + pieces);
-    // The sums are of x's size. A scale times a step, which may overflow where the integers add up
-    // to 0, is never formed.
-#pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h) {
-          float* const y = sums + i * stride + kRows * b + kLanes * h;
-          V::store(y, V::fma(scale[b][h], of_x[i][b][h], V::load(y)));
-        }
-  }
-  template <int kTokens, int kBlocks>
-  static void multiply_rest(const uint8_t* panels, const Totals<kBlocks>& totals, int first,
-                            int pieces, const Int8Tokens& t, int64_t token, int64_t left,
-                            const F (*scale)[kStrips], float* sums, int64_t stride) {
-    if constexpr (kTokens > 0) {
-      if (left == kTokens)
-        multiply<kTokens, kBlocks>(panels, totals, first, pieces, t, token, scale, sums, stride);
-      else
-        multiply_rest<kTokens - 1, kBlocks>(panels, totals, first, pieces, t, token, left, scale,
-                                            sums, stride);
-    }
-  }
-  // Of all tokens, in some pieces of a block of inputs of a term that share a scale.
-  template <int kBlocks>
-  static void multiply_all(const uint8_t* panels, const Totals<kBlocks>& totals, int first,
-                           int pieces, const Int8Tokens& t, int64_t term_block,
-                           const F (*scale)[kStrips], float* sums, int64_t stride) {
-    constexpr int kAtOnce = V::kPanelTokens;
-    const int64_t from = term_block * t.count;
-    int64_t i = 0;
-    for (; i + kAtOnce <= t.count; i += kAtOnce)
-      multiply<kAtOnce, kBlocks>(panels, totals, first, pieces, t, from + i, scale,
-                                 sums + i * stride, stride);
-    multiply_rest<kAtOnce - 1, kBlocks>(panels, totals, first, pieces, t, from + i, t.count - i,
-                                        scale, sums + i * stride, stride);
-  }
-
   // Few tokens: one panel of kept values and one of levels, each multiplied by x or x v_r.
   static void few(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
                   int64_t last) {
@@ -304,12 +202,12 @@ struct Panel {
       for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
         read_units(w, rb, kb, f);
         build<Entries::kept>(w, t, rb, kb, nullptr, panel);
-        const Totals<1> kept(panel);
+        const PanelProduct<V, 1, 1> kept(panel);
         for (int p = 0; p < kPieces; p += pieces)
-          multiply_all<1>(panel, kept, p, pieces, t, kb, &f.unit[p / pieces], sums, kRows);
+          kept.multiply_all(p, pieces, t, kb, &f.unit[p / pieces], sums, kRows);
         if constexpr (kPlanes > 0) {
           build<Entries::levels>(w, t, rb, kb, nullptr, panel);
-          const Totals<1> levels(panel);
+          const PanelProduct<V, 1, 1> levels(panel);
           for (int64_t r = 0; r < w.rank; ++r) {
             F scale[1][kStrips];
 #pragma GCC unroll 16
@@ -317,7 +215,7 @@ struct Panel {
               scale[0][h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
                             splat(level_unit(kPlanes));
             const int64_t term_block = (1 + r) * w.k_blocks + kb;
-            multiply_all<1>(panel, levels, 0, kPieces, t, term_block, scale, sums, kRows);
+            levels.multiply_all(0, kPieces, t, term_block, scale, sums, kRows);
           }
         }
       }
@@ -326,7 +224,8 @@ struct Panel {
   }
 
   // Many tokens: one panel, of kBlocks row blocks at once, and a second one where it is needed.
-  template <int kBlocks>
+  // kSpan: pieces that share a scale beside a step, at most kManyPieces.
+  template <int kBlocks, int kSpan>
   static void many_blocks(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t rb) {
     constexpr int kStride = kBlocks * kRows;
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
@@ -343,34 +242,45 @@ struct Panel {
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
       }
-      const Totals<kBlocks> merged(panels);
+      const PanelProduct<V, kBlocks, kSpan> merged(panels);
       for (int p = 0; p < kPieces; p += pieces) {
         F scale[kBlocks][kStrips];
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
           for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[p / pieces][h];
-        multiply_all<kBlocks>(panels, merged, p, pieces, t, kb, scale, sums, kStride);
+        merged.multiply_all(p, pieces, t, kb, scale, sums, kStride);
       }
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
+          second_factors(w, t, rb + b, kb, f[b]);
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
-          const Totals<1> pruned(other);
-          multiply_all<1>(other, pruned, 0, kPieces, t, kb, &f[b].pruned_unit, sums + b * kRows,
-                          kStride);
+          const PanelProduct<V, 1, kManyPieces> pruned(other);
+          pruned.multiply_all(0, kPieces, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
         }
     }
 #pragma GCC unroll 16
     for (int b = 0; b < kBlocks; ++b)
       end.finish(w, *end.tokens, rb + b, 0, t.count, sums + b * kRows, kStride);
   }
-  static void many(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                   int64_t last) {
+  template <int kSpan>
+  static void many_spans(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+                         int64_t last) {
     constexpr int kBlocks = V::kPanelBlocks;
     int64_t rb = first;
-    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks>(w, t, end, rb);
-    for (; rb < last; ++rb) many_blocks<1>(w, t, end, rb);
+    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks, kSpan>(w, t, end, rb);
+    for (; rb < last; ++rb) many_blocks<1, kSpan>(w, t, end, rb);
+  }
+  static void many(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+                   int64_t last) {
+    const int shared = w.group_size / kPiece;  // pieces of a scale
+    if (shared >= kManyPieces)
+      many_spans<kManyPieces>(w, t, end, first, last);
+    else if (shared == 2)
+      many_spans < kManyPieces<2 ? 1 : 2>(w, t, end, first, last);
+    else
+      many_spans<1>(w, t, end, first, last);
   }
 };
 

@@ -62,6 +62,13 @@ constexpr Bytes roles() {
 }
 constexpr Bytes kRoles = roles();
 
+// Two 16-bit numbers in every lane, brought there by the load itself.
+SLAB_INLINE __m512i two_words(const int16_t* v) {
+  int32_t pair;
+  std::memcpy(&pair, v, 4);
+  return _mm512_set1_epi32(pair);
+}
+
 // kRank: 1, or 0 for any.
 template <ValueType kValues, int kPlanes, Entries kEntries, int kRank, class H>
 void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
@@ -70,12 +77,12 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
   const __m512i half_up = _mm512_set1_epi16(kFraction / 2);
   const int64_t stride = w.k_blocks * kInputs, rank = kRank ? kRank : w.rank;
   const int16_t* const v_block = t.v + kb * kInputs;
-  const int group_size = w.group_size;
+  const int scale_words = w.group_size == 128 ? 2 : w.group_size == 64;  // log2 of a scale's words
   QuadRow<kValues, kPlanes> row;
   row.open(w.stream + (rb * w.k_blocks + kb) * w.block_size);
   for (int word = 0; word < 4; ++word) {
     row.load_word(word);
-    const int scale = 32 * word / group_size;
+    const int scale = word >> scale_words;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int quad = 2 * word + half;
@@ -103,18 +110,16 @@ void build_quads(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb
           const int16_t* const v = v_block + 16 * quad + 4 * k;
           __m512i even = zero, odd = zero;
           for (int64_t r = 0; r < rank; ++r) {
-            int32_t pair[2];
-            std::memcpy(pair, v + r * stride, 8);
             const __m512i u = (__m512i)a[r][scale][0];
-            even = _mm512_add_epi16(even, _mm512_mulhrs_epi16(u, _mm512_set1_epi32(pair[0])));
-            odd = _mm512_add_epi16(odd, _mm512_mulhrs_epi16(u, _mm512_set1_epi32(pair[1])));
+            even = _mm512_add_epi16(even, _mm512_mulhrs_epi16(u, two_words(v + r * stride)));
+            odd = _mm512_add_epi16(odd, _mm512_mulhrs_epi16(u, two_words(v + r * stride + 2)));
           }
           if constexpr (kPlanes > 1) {
             const __m512i by = _mm512_mask_blend_epi8(is_first, level[1], level[0]);
             even = _mm512_mullo_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(by, 8), 8));
             odd = _mm512_mullo_epi16(odd, _mm512_srai_epi16(by, 8));
           }
-          const __m512i low = _mm512_srli_epi16(_mm512_add_epi16(even, half_up), 8);
+          const __m512i low = _mm512_mulhrs_epi16(even, half_up);  // (even + 128) >> 8
           const __m512i high = _mm512_add_epi16(odd, half_up);
           out = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0xFF), low, high, 0xCA);
           if constexpr (kPlanes == 1) {

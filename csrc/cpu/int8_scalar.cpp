@@ -78,7 +78,8 @@ void read_factors(const Row& row, const Int8Tokens& t, int64_t rb, int64_t kb, F
   for (int s = 0; s < kInputs / w.group_size; ++s) {
     const float unit = size(f.unit[s]);
     const bool none = most == 0.0f;
-    const bool fits = unit > 0x1p-100f && most <= unit * float(kMostUnits);
+    const bool fits = unit > 0x1p-100f && most <= unit * float(kMostUnits) &&
+                      most >= unit * float(least_units(w.values));
     const bool padding = kb * kInputs + s * w.group_size >= w.in_features;
     f.second = f.second || !(padding || fits || none);
     for (int64_t r = 0; r < w.rank; ++r) {

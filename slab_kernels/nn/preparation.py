@@ -7,6 +7,7 @@ from torch import nn
 
 from ..backends import activations as accuracy_mode
 from ..backends import dense_copy
+from .dense_head import copy_slices
 from .embedding import Int8Head
 from .fused import FusedSlabLinear
 from .linear import SlabLinear
@@ -39,7 +40,7 @@ def prepare(
 def prepare_opened(
     model: nn.Module, dtype: torch.dtype, prefill: str | None, activations: str | None = None
 ) -> None:
-    """`prepare` of a model that was just opened, where it lies on GPUs.
+    """`prepare` of a model that was just opened, where it lies on GPUs; its dense head on a CPU.
 
     There the first call may be captured into a CUDA graph, which preparing cannot be. On a CPU the
     first call prepares: nothing is captured, and who opens a model to read or to save it would wait
@@ -57,6 +58,7 @@ def prepare_opened(
         layers = [layer for layer in layers if _place(layer).type == "cuda"]
     _prepare(layers, dtype, prefill, activations)
     _prepare_heads(model, dtype)
+    copy_slices(model)
 
 
 def _prepare_heads(model: nn.Module, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from stand_ins import cuda_here
 
 from slab_kernels import reference
 from slab_kernels.backends import activations as accuracy
-from slab_kernels.backends import dispatch
+from slab_kernels.backends import cpu, dispatch
 from slab_kernels.bench import case as one
 from slab_kernels.bench import (
     clocks,
@@ -498,7 +498,16 @@ def test_the_environment_says_the_mode_and_unknown_words_are_refused(ceilings, m
         measured(FakeClock(), 64, 256, activations=("half",))
 
 
-def test_the_gate_holds_int8_activations_to_a_bound_of_their_own():
+@pytest.fixture
+def few():
+    """The product for few tokens, which not every instruction set would choose."""
+    cpu.load_library()
+    torch.ops.slab_kernels.cpu_use_few(1 << 30)
+    yield
+    torch.ops.slab_kernels.cpu_use_few(-1)
+
+
+def test_the_gate_holds_int8_activations_to_a_bound_of_their_own(few):
     backend, packed = dispatch.backend("cpu"), random_packed(PackedLayout(64, 256, "int4", 128))
     state = backend.with_activations(backend.prepare(packed, torch.float32), (packed,), "int8")
     x = torch.randn(5, 256)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .fault import Fault
 
 INT8 = "tests/backends/cpu/test_cpu_int8.py"
+TERMS = "tests/backends/cpu/test_cpu_int8_terms.py"
 INTEGERS = (f"{INT8}::test_against_integers_and_fp64",)
 BEYOND = (f"{INT8}::test_a_sign_term_beyond_the_panel",)
 
@@ -34,8 +35,24 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "pruned entries that saturate",
-        "csrc/cpu/int8_scalar.cpp", "unit > 0x1p-100f && most <= unit * float(kMostUnits)",
-        "unit > 0x1p-100f", BEYOND,
+        "csrc/cpu/int8_scalar.cpp", "unit > 0x1p-100f && most <= unit * float(kMostUnits) &&",
+        "unit > 0x1p-100f &&", BEYOND,
+    ),
+    Fault(
+        "a small sign term in steps of int8 values",
+        "csrc/cpu/int8_scalar.cpp", "most >= unit * float(least_units(w.values))", "true",
+        (f"{TERMS}::test_a_small_sign_term_beside_int8_values",),
+    ),
+    Fault(
+        "pieces of many tokens that keep steps of their own",
+        "csrc/int8_linear.h", "t_.shared = few ? 1 : kManyPieces;", "t_.shared = 1;",
+        INTEGERS,
+    ),
+    Fault(
+        "one product for all parts of a fused layer",
+        "csrc/int8_bindings.cpp", "way(int8_kernels(run), w.rank, call.tokens)",
+        "way(int8_kernels(run), weights.back().rank, call.tokens)",
+        (f"{TERMS}::test_fused_parts_with_ranks_that_have_other_products",),
     ),
     Fault(
         "a second panel that is not multiplied",
@@ -48,7 +65,8 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "sums of two integers that leave 8 bits",
-        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;", INTEGERS,
+        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x, n));", "bits = bits + 0;",
+        INTEGERS,
     ),
     Fault(
         "inputs behind the last one that are not 0",
@@ -57,8 +75,8 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "a token with NaN that stays with the integers",
-        "csrc/int8_bindings.cpp", "if (!linear.finite(w, i)) {",
-        "if (!linear.finite(w, i) && rank > 16) {",
+        "csrc/int8_bindings.cpp", "if (!linear.finite(part.w, i))",
+        "if (!linear.finite(part.w, i) && rank > 16)",
         (f"{INT8}::test_nan_and_infinity_reach_y_as_in_the_exact_product",),
     ),
 )  # fmt: skip

@@ -60,12 +60,13 @@ def test_parts_of_a_model_opened_in_a_mode_have_it_too():
     assert {part._activations for part in model[0].parts} == {"int8"}
 
 
-def test_the_mode_of_a_model_is_that_of_its_calls():
-    model = torch.nn.Sequential(layer(False))
+def test_the_mode_of_a_model_is_that_of_its_layers():
+    model = torch.nn.Sequential(layer(False), layer(True))
     assert preparation.activations_of(model) is None, "nothing has run yet"
-    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    exact = layer(False).prepare(activations="exact")(x)
+    alone = layer(False).prepare(activations="int8")
     for word in ("exact", "int8", "exact"):
         preparation.prepare(model, activations=word)
-        same = torch.equal(model(x), exact)
-        assert preparation.activations_of(model) == ("exact" if same else "int8")
+        said = alone.extra_repr() if word == "int8" else "exact"
+        assert preparation.activations_of(model) == ("int8" if "int8" in said else "exact")
+    model[1].prepare(activations="int8")
+    assert preparation.activations_of(model) == preparation.activations_of(model[1])

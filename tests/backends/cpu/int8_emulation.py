@@ -15,7 +15,9 @@ from torch.nn.functional import pad
 from slab_kernels.backends import factors
 from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 
-BLOCK, PIECE = 128, 32  # inputs of a block of the stream, and of those that share a step of x
+BLOCK = 128  # inputs of a block of the stream
+FEW, MANY = 32, 64  # inputs that share a step of x, for few and for many tokens
+LEAST = {"int8": 8.0, "int4": 0.0, "int3": 0.0}  # units that a merged sign term must reach
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
 
@@ -82,13 +84,13 @@ def over(limit: float, most: Tensor) -> Tensor:
     return torch.where(most > 0, torch.full_like(most, limit) / most, 0)
 
 
-def quantised(x: Tensor, cover: str) -> tuple[Tensor, Tensor]:
-    """[..., Kp] fp32 -> integers of that shape, whose shift is on them, and steps [..., Kp / 32].
+def quantised(x: Tensor, cover: str, piece: int = FEW) -> tuple[Tensor, Tensor]:
+    """[..., Kp] fp32 -> integers and steps of that shape; a piece's shift is on its integers.
 
     cover: what the 255 integers of a piece lie over: its "range", with 0 in it; as much on either
         side of 0, "symmetric"; or so much that two of a group add up to 127 at most, "pairs".
     """
-    pieces = x.unflatten(-1, (-1, PIECE))
+    pieces = x.unflatten(-1, (-1, piece))
     most = pieces.abs().amax(-1, keepdim=True)
     if cover == "pairs":
         a, b, c, d = pieces.abs().unflatten(-1, (-1, 4)).unbind(-1)
@@ -110,12 +112,7 @@ def quantised(x: Tensor, cover: str) -> tuple[Tensor, Tensor]:
     if cover == "pairs":
         two = n.abs().unflatten(-1, (-1, 4)).topk(2, -1).values.sum(-1)
         assert bool((two <= 127).all()), "what a table holds has 8 bits"
-    return n.int().flatten(-2), step[..., 0]
-
-
-def spread(step: Tensor) -> Tensor:
-    """Steps of pieces at every input, fp64."""
-    return step.double().repeat_interleave(PIECE, -1)
+    return n.int().flatten(-2), step.double().expand_as(n).flatten(-2)
 
 
 def few(x: Tensor, w: Weight) -> Result:
@@ -123,15 +120,15 @@ def few(x: Tensor, w: Weight) -> Result:
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
     n, step = quantised(x, "range")
     S = w.q.double() * w.scale.double()
-    y = (n.double() * spread(step)) @ S.T
-    size = (n.double() * spread(step)).abs() @ S.abs().T
-    bound = (spread(step) / 2) @ S.abs().T
+    y = (n.double() * step) @ S.T
+    size = (n.double() * step).abs() @ S.abs().T
+    bound = (step / 2) @ S.abs().T
     for u, v in zip(w.U.double().T, w.V.T, strict=True):
         n, step = quantised(x * v, "pairs" if w.unit == 1.0 else "symmetric")
         F = w.level.double() * w.unit * u[:, None]
-        y = y + (n.double() * spread(step)) @ F.T
-        size = size + (n.double() * spread(step)).abs() @ F.abs().T
-        bound = bound + (spread(step) / 2) @ F.abs().T
+        y = y + (n.double() * step) @ F.T
+        size = size + (n.double() * step).abs() @ F.abs().T
+        bound = bound + (step / 2) @ F.abs().T
     return _with_adapter(x, w, y, size, bound)
 
 
@@ -154,6 +151,7 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
     most = most * (w.unit * most_level)
     other = most * torch.tensor(1.0 / 126.0)
     fits = (unit.abs() > FINEST) & (most <= unit.abs() * 126.0)
+    fits &= most >= unit.abs() * LEAST[values]
     used = torch.where(fits, unit, other)
     total = torch.zeros_like(w.level)
     for r in range(w.U.shape[1]):
@@ -172,11 +170,11 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
 def many(x: Tensor, w: Weight, values: str) -> Result:
     """One int8 weight, or two where a row and block has two units."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x, "range")
+    n, step = quantised(x, "range", MANY)
     W, error = panels(w, values)
-    y = (n.double() * spread(step)) @ W.T
-    size = (n.double() * spread(step)).abs() @ W.abs().T
-    bound = (spread(step) / 2) @ W.abs().T + x.double().abs() @ error.T
+    y = (n.double() * step) @ W.T
+    size = (n.double() * step).abs() @ W.abs().T
+    bound = (step / 2) @ W.abs().T + x.double().abs() @ error.T
     return _with_adapter(x, w, y, size, bound)
 
 
