@@ -65,6 +65,8 @@ def windows(entry: Entry, args: argparse.Namespace) -> int:
 
 def measure(entry: Entry, args: argparse.Namespace) -> dict[str, Any]:
     """One row: compress, compare with the dense model, and throw the result away."""
+    from slab_kernels.bench import machine
+
     began, cpu = time.perf_counter(), time.process_time()
     scratch = Path(tempfile.mkdtemp(prefix="bench-methods-", dir=args.scratch))
     try:
@@ -83,6 +85,7 @@ def measure(entry: Entry, args: argparse.Namespace) -> dict[str, Any]:
             **spent,
             "peak_bytes": peak,
             "commit": commit(),
+            "machine": machine.one_line(),
         }
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

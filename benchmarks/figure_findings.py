@@ -10,7 +10,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from figure_smollm2 import FILE, MATCHED, PERMUTED, by_label, name_of
+from figure_smollm2 import FILE, MATCHED, PERMUTED, by_label, cpu_seconds, name_of
 from figure_tables import Row, markdown, read, rounded
 from method_entries import entries
 
@@ -283,7 +283,7 @@ def transformer_matching() -> str:
         (
             name_of(before["label"]), bits(before), kl(before), kl(after),
             f"{100 * (after['kl'] / before['kl'] - 1):+.0f} %",
-            f"{before['cpu_seconds']:.0f}", f"{after['cpu_seconds']:.0f}",
+            cpu_seconds(before), cpu_seconds(after),
         )
         for before, after in both
     ]  # fmt: skip
@@ -344,20 +344,20 @@ def findings() -> str:
 def channel_orders() -> str:
     """Whether `--permute` pays, as far as it has been measured."""
     found = by_label()
-    whole = [
-        f"{change(found[plain], row)} with {name_of(plain)}, for "
-        f"{row['cpu_seconds'] / found[plain]['cpu_seconds']:.1f} times the CPU time"
+    both = [
+        (found[plain], row)
         for label, row in found.items()
         if label.endswith(PERMUTED) and (plain := label.removesuffix(PERMUTED)) in found
     ]
+    whole = [f"{change(plain, row)} with {name_of(plain['label'])}" for plain, row in both]
     if not whole:
         return wrapped(
             "It is off by default, since its gain with the present defaults has not been measured."
         )
     return wrapped(
         f"On [SmolLM2](results.md) it takes the KL {listed(whole)}. It is off by default, because "
-        "LoRA adapters, and whatever else was made for the channels as they were trained, do not "
-        "fit the new order."
+        "it takes longer, and because LoRA adapters, and whatever else was made for the channels "
+        "as they were trained, do not fit the new order."
     )
 
 

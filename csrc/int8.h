@@ -1,7 +1,7 @@
 // The products with int8 activations, for int8 and int4 values: what the bindings call, beside
 // launch.h. They read the same prepared stream as the exact products.
 //
-// A token is taken in pieces of 32 inputs, or 64 in `many`. A piece of x has a step and a shift: x
+// A token is taken in pieces of 32 inputs. A piece of x has a step and a shift: x
 // is nearly the step times (an integer from -127 to 127 plus the shift). These 255 numbers cover
 // what lies between the smallest and the largest input of the piece, with 0 among them. Where one
 // input is far larger than the others, as language models have many, that halves the step which
@@ -19,10 +19,9 @@
 //         does beside int8 values where it stays below 8 units: their unit is a whole scale, and
 //         one that a large value has made coarse would round the sign term away.
 //
-// `many` gives two pieces of 32 one step and shift, since each that has its own costs a conversion
-// for every token and row. Sums are int32 within what shares a step and a scale, and fp32 over
-// these, in ascending input order: a row of y depends on its own token only, and on which of the
-// two products is used. The shift meets the sum of a row's weights there, which has 16 bits.
+// Sums are int32 within a piece, and fp32 over pieces, in ascending input order: a row of y depends
+// on its own token only, and on which of the two products is used. The shift of a piece meets the
+// sum of a row's weights there, which has 16 bits.
 #pragma once
 
 #include "launch.h"
@@ -31,7 +30,6 @@ namespace slab {
 
 constexpr int kPiece = 32;  // inputs that share a step and a shift; no scale covers fewer
 constexpr int kPieces = kInputs / kPiece;
-constexpr int kManyPieces = 2;    // pieces that share them in `many`
 constexpr int kFewAtOnce = 16;    // tokens of one call of `few`
 constexpr int kManyAtOnce = 256;  // and of `many`, whose fp32 sums, 32 KB, live on its stack
 constexpr int kManyRank = 16;     // `many` takes weights up to this rank
@@ -50,8 +48,7 @@ constexpr float level_unit(int planes) { return planes == 3 ? 0.25f : planes == 
 // terms are `terms` in number. Index [term][block][token] is (term k_blocks + block) count + token.
 struct Int8Tokens {
   int64_t count, terms;
-  int shared;  // pieces in a row that have one step and shift: 1, or kManyPieces for `many`
-  int8_t* x;   // [terms][k_blocks][count][128]
+  int8_t* x;  // [terms][k_blocks][count][128]
   // [terms][k_blocks][count][4]: x is nearly step (its integer + shift). Where kernels read the
   // integers plus 128, `shift` is less by that. It has 16 bits, with zeros above.
   float* step;

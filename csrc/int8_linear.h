@@ -34,7 +34,6 @@ class Int8Linear {
     };
     t_.count = tokens.count;
     t_.terms = terms_;
-    t_.shared = few ? 1 : kManyPieces;
     if (tables_) t_.tables = reinterpret_cast<uint8_t*>(take(blocks_ * 256));
     t_.x = reinterpret_cast<int8_t*>(take(blocks_ * kInputs / 4));
     t_.step = take(blocks_ * kPieces);

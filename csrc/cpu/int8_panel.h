@@ -202,12 +202,12 @@ struct Panel {
       for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
         read_units(w, rb, kb, f);
         build<Entries::kept>(w, t, rb, kb, nullptr, panel);
-        const PanelProduct<V, 1, 1> kept(panel);
+        const PanelProduct<V, 1> kept(panel);
         for (int p = 0; p < kPieces; p += pieces)
           kept.multiply_all(p, pieces, t, kb, &f.unit[p / pieces], sums, kRows);
         if constexpr (kPlanes > 0) {
           build<Entries::levels>(w, t, rb, kb, nullptr, panel);
-          const PanelProduct<V, 1, 1> levels(panel);
+          const PanelProduct<V, 1> levels(panel);
           for (int64_t r = 0; r < w.rank; ++r) {
             F scale[1][kStrips];
 #pragma GCC unroll 16
@@ -224,8 +224,7 @@ struct Panel {
   }
 
   // Many tokens: one panel, of kBlocks row blocks at once, and a second one where it is needed.
-  // kSpan: pieces that share a scale beside a step, at most kManyPieces.
-  template <int kBlocks, int kSpan>
+  template <int kBlocks>
   static void many_blocks(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t rb) {
     constexpr int kStride = kBlocks * kRows;
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
@@ -242,7 +241,7 @@ struct Panel {
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
       }
-      const PanelProduct<V, kBlocks, kSpan> merged(panels);
+      const PanelProduct<V, kBlocks> merged(panels);
       for (int p = 0; p < kPieces; p += pieces) {
         F scale[kBlocks][kStrips];
 #pragma GCC unroll 16
@@ -256,7 +255,7 @@ struct Panel {
         if (f[b].second) {
           second_factors(w, t, rb + b, kb, f[b]);
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
-          const PanelProduct<V, 1, kManyPieces> pruned(other);
+          const PanelProduct<V, 1> pruned(other);
           pruned.multiply_all(0, kPieces, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
         }
     }
@@ -264,23 +263,12 @@ struct Panel {
     for (int b = 0; b < kBlocks; ++b)
       end.finish(w, *end.tokens, rb + b, 0, t.count, sums + b * kRows, kStride);
   }
-  template <int kSpan>
-  static void many_spans(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                         int64_t last) {
-    constexpr int kBlocks = V::kPanelBlocks;
-    int64_t rb = first;
-    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks, kSpan>(w, t, end, rb);
-    for (; rb < last; ++rb) many_blocks<1, kSpan>(w, t, end, rb);
-  }
   static void many(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
                    int64_t last) {
-    const int shared = w.group_size / kPiece;  // pieces of a scale
-    if (shared >= kManyPieces)
-      many_spans<kManyPieces>(w, t, end, first, last);
-    else if (shared == 2)
-      many_spans < kManyPieces<2 ? 1 : 2>(w, t, end, first, last);
-    else
-      many_spans<1>(w, t, end, first, last);
+    constexpr int kBlocks = V::kPanelBlocks;
+    int64_t rb = first;
+    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks>(w, t, end, rb);
+    for (; rb < last; ++rb) many_blocks<1>(w, t, end, rb);
   }
 };
 

@@ -13,35 +13,32 @@ namespace {
 
 constexpr int kPanelBytes = kRows * kInputs, kPieceBytes = kRows * kPiece;
 
-// kBlocks panels side by side; kSpan pieces, which share a step, a shift and a scale, are summed as
-// integers.
-template <class V, int kBlocks, int kSpan>
+// kBlocks panels side by side.
+template <class V, int kBlocks>
 struct PanelProduct {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
-  static constexpr int kSpans = kPieces / kSpan;  // of a block
 
   const uint8_t* panels;
-  I totals[kSpans][kBlocks][kStrips];  // of the weights in each span, which the shifts of x meet
+  I totals[kPieces][kBlocks][kStrips];  // of the weights in each piece, which the shifts of x meet
 
   explicit SLAB_INLINE PanelProduct(const uint8_t* from) : panels(from) {
     static constexpr int8_t ones[kGroup] = {1, 1, 1, 1};
-    for (int p = 0; p < kSpans; ++p)
+    for (int p = 0; p < kPieces; ++p)
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
         for (int h = 0; h < kStrips; ++h) {
-          const uint8_t* const at =
-              panels + b * kPanelBytes + p * kSpan * kPieceBytes + 4 * kLanes * h;
+          const uint8_t* const at = panels + b * kPanelBytes + p * kPieceBytes + 4 * kLanes * h;
           I sum = I{};
-          for (int g = 0; g < kSpan * kPiece / kGroup; ++g)
+          for (int g = 0; g < kPiece / kGroup; ++g)
             sum = V::dot(sum, V::load_words(at + 64 * g), ones);
           totals[p][b][h] = sum;
         }
   }
 
-  // sums[i][16 b + row] += scale[b] x W^T of spans [first, last), for kTokens tokens from `token`
+  // sums[i][16 b + row] += scale[b] x W^T of pieces [first, last), for kTokens tokens from `token`
   // on of a block and term. Never inlined: all values and planes share one, whose sums are in
   // registers.
   template <int kTokens>
@@ -57,7 +54,7 @@ struct PanelProduct {
         for (int h = 0; h < kStrips; ++h) of_x[i][b][h] = V::zero();
     int p = first;
     do {
-      const int64_t piece = token * kPieces + p * kSpan;
+      const int64_t piece = token * kPieces + p;
       I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
@@ -67,27 +64,24 @@ struct PanelProduct {
           for (int h = 0; h < kStrips; ++h)
             acc[i][b][h] = V::shifted(totals[p][b][h], t.shift + piece + i * kPieces);
       const int8_t* x = t.x + piece * kPiece;
-      const uint8_t* at = panels + p * kSpan * kPieceBytes;
-      const uint8_t* const end = at + kSpan * kPieceBytes;
-      do {
-        const uint8_t* const piece_end = at + kPieceBytes;
-        do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
-          I weight[kBlocks][kStrips];
+      const uint8_t* at = panels + p * kPieceBytes;
+      const uint8_t* const end = at + kPieceBytes;
+      do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
+        I weight[kBlocks][kStrips];
+#pragma GCC unroll 16
+        for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+          for (int h = 0; h < kStrips; ++h)
+            weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
           for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
             for (int h = 0; h < kStrips; ++h)
-              weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
-#pragma GCC unroll 16
-          for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-            for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-              for (int h = 0; h < kStrips; ++h)
-                acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
-          x += kGroup;
-          at += 64;
-        } while (at < piece_end);
+              acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
+        x += kGroup;
+        at += 64;
       } while (at < end);
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
@@ -124,7 +118,7 @@ struct PanelProduct {
   // share a scale.
   void multiply_all(int first, int pieces, const Int8Tokens& t, int64_t term_block,
                     const F (*scale)[kStrips], float* sums, int64_t stride) const {
-    const int begin = first / kSpan, last = (first + pieces) / kSpan;
+    const int last = first + pieces;
     const int64_t from = term_block * t.count;
     int64_t some = 0;
     for (int64_t i = 0; i < t.count; i += some) {
@@ -133,7 +127,7 @@ struct PanelProduct {
       some = left >= 2 * V::kPanelTokens ? V::kPanelTokens
              : left > V::kPanelTokens    ? (left + 1) / 2
                                          : left;
-      multiply_some<V::kPanelTokens>(begin, last, t, from + i, some, scale, sums + i * stride,
+      multiply_some<V::kPanelTokens>(first, last, t, from + i, some, scale, sums + i * stride,
                                      stride);
     }
   }

@@ -42,11 +42,11 @@ inline float lift_of(float most) { return most < 0x1p-60f ? 0x1p100f : 1.0f; }
 constexpr int32_t shift_word(int32_t shift) { return shift & 0xFFFF; }
 
 // The largest sum of two magnitudes of a group.
-inline float largest_pair(const float* x, int n) {
+inline float largest_pair(const float* x) {
   float most = 0.0f;
   const auto size = [](float a) { return float_of(bits_of(a) & 0x7FFFFFFFu); };
   const auto larger = [](float a, float b) { return a > b ? a : b; };
-  for (int i = 0; i < n; i += kGroup) {
+  for (int i = 0; i < kPiece; i += kGroup) {
     const float a = size(x[i]), b = size(x[i + 1]), c = size(x[i + 2]), d = size(x[i + 3]);
     most = larger(most, larger(larger(a, b) + larger(c, d), larger(a + b, c + d)));
   }
@@ -57,14 +57,13 @@ inline float largest_pair(const float* x, int n) {
 // much on either side of 0; or so much that the sum of two integers of a group stays within 127.
 enum class Cover { range, symmetric, pairs };
 
-// The n numbers of one piece, or of several that share a step. Returns whether all are finite, and
-// the sums of `pairs` too; if not, they become zeros.
-inline bool quantise_piece(const float* x, int n, Cover cover, int8_t* q, float* step,
-                           int32_t* shift) {
-  uint32_t bits = largest_bits(x, n);
-  if (cover == Cover::pairs && bits < kInfinite) bits = bits_of(largest_pair(x, n));
+// One piece of 32 numbers. Returns whether all are finite, and the sums of `pairs` too; if not, it
+// becomes zeros.
+inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, int32_t* shift) {
+  uint32_t bits = largest_bits(x, kPiece);
+  if (cover == Cover::pairs && bits < kInfinite) bits = bits_of(largest_pair(x));
   if (bits >= kInfinite) {
-    std::memset(q, 0, size_t(n));
+    std::memset(q, 0, kPiece);
     *step = 0.0f;
     *shift = 0;
     return false;
@@ -72,7 +71,7 @@ inline bool quantise_piece(const float* x, int n, Cover cover, int8_t* q, float*
   const float most = float_of(bits), lift = lift_of(most);
   const bool range = cover == Cover::range;
   float low = range ? 0.0f : -most, high = range ? 0.0f : most;
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < kPiece; ++i) {
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
   }
@@ -85,7 +84,7 @@ inline bool quantise_piece(const float* x, int n, Cover cover, int8_t* q, float*
   const int32_t centre = nearest(middle * factor);
   *step = half / limit / lift;
   *shift = shift_word(centre);
-  for (int i = 0; i < n; ++i) q[i] = int8_t(nearest(x[i] * lift * factor) - centre);
+  for (int i = 0; i < kPiece; ++i) q[i] = int8_t(nearest(x[i] * lift * factor) - centre);
   return true;
 }
 
@@ -102,13 +101,11 @@ inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, in
       for (int i = 0; i < kInputs; ++i) scaled[i] = from[i] * v[i];
       from = scaled;
     }
-    for (int p = 0; p < kPieces; p += t.shared) {
+    for (int p = 0; p < kPieces; ++p) {
       const int64_t piece = at * kPieces + p;
-      finite = quantise_piece(from + p * kPiece, t.shared * kPiece, cover, t.x + piece * kPiece,
-                              t.step + piece, t.shift + piece) &&
+      finite = quantise_piece(from + p * kPiece, cover, t.x + piece * kPiece, t.step + piece,
+                              t.shift + piece) &&
                finite;
-      for (int64_t same = piece + 1; same < piece + t.shared; ++same)
-        t.step[same] = t.step[piece], t.shift[same] = t.shift[piece];
     }
   }
   t.finite[term * t.count + token] = finite;

@@ -44,7 +44,6 @@ VALUE_CODES = {"fp16": 0, "bf16": 1, "int8": 2, "int4": 3, "int3": 3}
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _REGISTERING = threading.Lock()  # functools.cache alone lets two threads in at once
 ROWS, INPUTS = 16, 128  # rows and inputs of a block of the prepared stream
-INT8_PIECES = {"few": 32, "many": 64}  # inputs that share a step, as csrc/int8.h has them
 
 
 class CpuState(NamedTuple):
@@ -149,11 +148,9 @@ class CpuBackend(Backend):
         way, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
         if way == "exact":
             return f"activations=int8: exact runs for M={problem.M}, which is faster with {name}"
-        piece = INT8_PIECES[way]
         return (
             f"activations=int8: the product for {way} tokens ({name}); x is rounded, by at most "
-            f"1/506 of what the least of {piece} inputs, the greatest and 0 span; more in "
-            "docs/cpu.md"
+            "1/506 of what the least of 32 inputs, the greatest and 0 span; more in docs/cpu.md"
         )
 
 

@@ -44,11 +44,6 @@ INT8_ACTIVATIONS = (
         (f"{TERMS}::test_a_small_sign_term_beside_int8_values",),
     ),
     Fault(
-        "pieces of many tokens that keep steps of their own",
-        "csrc/int8_linear.h", "t_.shared = few ? 1 : kManyPieces;", "t_.shared = 1;",
-        INTEGERS,
-    ),
-    Fault(
         "one product for all parts of a fused layer",
         "csrc/int8_bindings.cpp", "way(int8_kernels(run), w.rank, call.tokens)",
         "way(int8_kernels(run), weights.back().rank, call.tokens)",

@@ -16,7 +16,7 @@ from slab_kernels.backends import factors
 from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 
 BLOCK = 128  # inputs of a block of the stream
-FEW, MANY = 32, 64  # inputs that share a step of x, for few and for many tokens
+PIECE = 32  # inputs that share a step of x
 LEAST = {"int8": 8.0, "int4": 0.0, "int3": 0.0}  # units that a merged sign term must reach
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
@@ -84,7 +84,7 @@ def over(limit: float, most: Tensor) -> Tensor:
     return torch.where(most > 0, torch.full_like(most, limit) / most, 0)
 
 
-def quantised(x: Tensor, cover: str, piece: int = FEW) -> tuple[Tensor, Tensor]:
+def quantised(x: Tensor, cover: str, piece: int = PIECE) -> tuple[Tensor, Tensor]:
     """[..., Kp] fp32 -> integers and steps of that shape; a piece's shift is on its integers.
 
     cover: what the 255 integers of a piece lie over: its "range", with 0 in it; as much on either
@@ -170,7 +170,7 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
 def many(x: Tensor, w: Weight, values: str) -> Result:
     """One int8 weight, or two where a row and block has two units."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x, "range", MANY)
+    n, step = quantised(x, "range")
     W, error = panels(w, values)
     y = (n.double() * step) @ W.T
     size = (n.double() * step).abs() @ W.abs().T
