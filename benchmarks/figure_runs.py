@@ -1,6 +1,7 @@
-"""How long SmolLM2-135M-Instruct takes, and what it writes, from smollm2-runs.json if it is there.
+"""What runs of whole models took, from results files that may not be there yet.
 
-`benchmarks/smollm2_runs.py` writes that file part by part, and each part has its region here.
+smollm2-runs.json is about SmolLM2-135M-Instruct: `benchmarks/smollm2_runs.py` writes it part by
+part, and each part has its region here. mixture-cpu.json is of `benchmarks/mixture.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from figure_findings import wrapped
 from figure_tables import Row, markdown, read_if_there, rounded
 
-RUNS = "smollm2-runs.json"
+RUNS, MIXTURE = "smollm2-runs.json", "mixture-cpu.json"
 NOT_YET = "This has not been measured yet.\n"
 
 
@@ -146,6 +147,22 @@ def activations() -> str:
     )
 
 
+def mixture() -> str:
+    """Time, memory and bits of compressing a random mixture of experts."""
+    found = read_if_there(MIXTURE)
+    if not found:
+        return NOT_YET
+    return wrapped(
+        f"`{found['command']}` compressed a random mixture of {found['experts']} experts in each "
+        f"of {found['blocks']} blocks, {found['weights'] / 1e6:.0f} million weights in all, with "
+        f"`{found['method']}` and {found['values']} values to {found['bits_per_weight']:.2f} bits "
+        f"per weight, in {found['seconds'] / 60:.1f} minutes on {machine(found)}. At most "
+        f"{rounded(found['peak_bytes'] / 1e9, 1)} GB were in memory, of which "
+        f"{rounded(found['before_bytes'] / 1e9, 1)} GB were there before it began; one block takes "
+        f"{rounded(found['block_bytes']['fp32'] / 1e9, 2)} GB in fp32."
+    )
+
+
 def quoted(text: str) -> str:
     """The text as one Markdown quotation, in lines that fit."""
     plain = " ".join(text.replace("<", "&lt;").split())
@@ -158,4 +175,5 @@ RUN_REGIONS: dict[str, Callable[[], str]] = {
     "smollm2-steps": steps,
     "smollm2-answers": answers,
     "smollm2-activations": activations,
+    "mixture": mixture,
 }

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArchitectureError
 from ..models.blocks import batches, find_blocks
 from ..models.streams import Stream, one_sentence
 from ..text.windows import Windows
@@ -67,7 +68,10 @@ class Sensitivity:
     def of_block(
         self, index: int, block: nn.Module, linears: dict[str, nn.Linear]
     ) -> dict[str, LayerSensitivity]:
-        """What the errors of some linears of block `index` cost, at whose input the stream is."""
+        """What the errors of some linears of block `index` cost, at whose input the stream is.
+
+        Raises: ArchitectureError for a linear that the model runs without gradients.
+        """
         stream = self.stream
         found = {name: LayerSensitivity(self.probes.tokens) for name in linears}
         for batch, gradient in enumerate(self.gradients[index]):
@@ -76,6 +80,15 @@ class Sensitivity:
                 output = stream.run(index, block, batch)
                 stream.hidden[batch].requires_grad_(False)
                 outputs = [y for _, _, y in calls]
+                for name, _, y in calls:
+                    if not y.requires_grad:  # as of what picks the tokens to attend to
+                        raise ArchitectureError(
+                            f"{name} runs without gradients in the code of the model, so a search "
+                            "of bits cannot tell what its errors cost; leave it dense with "
+                            f"skip='*.{name.rpartition('.')[2]}'"
+                        )
+                if not outputs:  # experts that no token reaches
+                    continue
                 gradients = torch.autograd.grad(
                     output, outputs, gradient.to(output), allow_unused=True
                 )

@@ -150,9 +150,13 @@ class FolderSource(Rearranged):
 
     def _open_dequantised(self, checkpoint: Dequantised) -> PreTrainedModel:
         """The same where transformers would keep weights quantised, or has no kernels for them."""
-        tensors = {name: checkpoint.get(name) for name in checkpoint.entries}
+        origins = self.stored.origins.values()
+        names = sorted({stored for origin in origins for stored in origin.stored})
+        tensors = {name: checkpoint.get(name) for name in names}
         kind: Any = type(self.model)
-        model = kind.from_pretrained(None, config=self.model.config, state_dict=tensors)
+        model = kind.from_pretrained(
+            None, config=self.model.config, state_dict=tensors, dtype=checkpoint.dtype
+        )
         model.config._name_or_path = str(checkpoint.folder)
         if (stored := read_generation_config(checkpoint.folder)) is not None:
             model.generation_config = stored

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slab_kernels.compression.sensitivity import LayerSensitivity, Sensitivity
+from slab_kernels.errors import ArchitectureError
 from slab_kernels.models.blocks import find_blocks
 from slab_kernels.models.streams import catch_stream
 from slab_kernels.text.windows import Windows
@@ -81,6 +82,25 @@ def test_the_model_is_as_before():
     for name, again in expected(model).items():
         error = torch.ones(model.get_submodule(name).weight.shape)
         assert again.loss(error) == first[name].loss(error), "the drawn tokens are the same"
+
+
+def test_a_linear_that_runs_without_gradients_is_refused():
+    model = tiny_models.model()
+    linear = model.model.layers[1].mlp.up_proj
+    linear.forward = torch.no_grad()(linear.forward)
+    with pytest.raises(
+        ArchitectureError, match=r"layers.1.mlp.up_proj runs without .*skip='\*.up_proj'"
+    ):
+        expected(model)
+
+
+def test_linears_that_no_token_reaches_are_no_fault():
+    model = tiny_models.model()
+    blocks, probes = find_blocks(model)[1], Windows.of(TOKENS)
+    dense = copy.deepcopy(blocks)
+    stream = catch_stream(model, blocks, probes, lambda i: dense[i], torch.device("cpu"))
+    found = Sensitivity(model, probes, stream).of_block(0, blocks[0], {"idle": nn.Linear(4, 4)})
+    assert found["idle"].loss(torch.ones(4, 4)) == 0
 
 
 def test_an_expert_that_no_token_reaches_costs_nothing():

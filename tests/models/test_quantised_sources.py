@@ -58,6 +58,11 @@ FORMATS = {
         partial(quantisers.fp8, scale_dtype=torch.float8_e8m0fnu), {**FP8, "scale_fmt": "ue8m0"},
         "fp8, blocks of 10x12",
     ),
+    "fp8 as AutoFP8 stores it": (
+        partial(quantisers.fp8, block=None, suffix="_scale"),
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        "fp8, one scale per weight",
+    ),
     "fp8 with one scale": (
         partial(quantisers.fp8, block=None), {**FP8, "weight_block_size": None},
         "fp8, one scale per weight",
@@ -262,6 +267,11 @@ def test_a_format_that_is_not_read_is_named(tmp_path, name):
 REFUSED = {
     "gptq marlin": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
     "gptq 3 bits": (GPTQ | {"bits": 3}, "bits=3, and one of 2, 4, 8 can be read"),
+    "gptq rotated": (GPTQ | {"rotation": "hadamard"}, "rotation='hadamard': inputs are rotated"),
+    "gptq by modules": (
+        GPTQ | {"dynamic": {"+:.*up": {"bits": 8}}},
+        "settings of their own",
+    ),
     "awq gemv": (AWQ | {"version": "gemv"}, "in the order 'gemv', and only 'gemm'"),
     "awq 8 bits": (AWQ | {"bits": 8}, "bits=8"),
     "fp4 experts": (FP8 | {"expert_dtype": "fp4"}, "experts in 'fp4'"),
@@ -271,6 +281,11 @@ REFUSED = {
         groups("float-quantized", 8, "channel")
         | {"sparsity_config": {"format": "sparse-24-bitmask"}},
         "'sparse-24-bitmask'",
+    ),
+    "rotated": (
+        groups("float-quantized", 8, "channel")
+        | {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
+        "transform_config",
     ),
     "no groups": (GPTQ | {"group_size": 0}, "group_size=0"),
     "no weights": (FP8, "stored as fp8, and the files hold none"),
@@ -298,6 +313,10 @@ DAMAGED = {
     ),
     "zero points that are missing": (
         quantisers.awq, AWQ, {f"{Q}.qzeros": None}, r"qzeros' that belongs to it is missing",
+    ),
+    "outputs of an activation that are scaled": (
+        quantisers.awq, AWQ, {"model.layers.0.mlp.act.scales": torch.ones(48)},
+        r"scales the outputs of an activation \(model.layers.0.mlp.act.scales\)",
     ),
     "codes of another size": (
         quantisers.gptq, GPTQ, {f"{Q}.qweight": torch.zeros(4, 24, dtype=torch.int32)},

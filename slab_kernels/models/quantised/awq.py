@@ -42,12 +42,26 @@ def find(config: Mapping[str, Any], checkpoint: Checkpoint) -> Found:
             f"the AWQ weights are stored in the order {reprlib.repr(order)}, and only 'gemm' can "
             "be read; save the model in that order with AutoAWQ"
         )
+    _refuse_scaled_activations(checkpoint)
     weights = {
         f"{name.removesuffix('qweight')}weight": _weight(config, checkpoint.entries, name)
         for name in checkpoint.entries
         if name.endswith(".qweight")
     }
     return Found(weights, set(), f"awq, {BITS} bits, {grouped(config)}")
+
+
+def _refuse_scaled_activations(checkpoint: Checkpoint) -> None:
+    """Raises: CheckpointError where outputs of an activation are divided by stored scales, which
+    AutoAWQ does in models without gates (Falcon, MPT, Starcoder2)."""
+    for name in checkpoint.entries:
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "scales" and f"{stem}.qweight" not in checkpoint.entries:
+            raise CheckpointError(
+                f"the AWQ folder scales the outputs of an activation ({name}), which is not read "
+                "here; open the model with transformers, call dequantize() on it, divide the "
+                "weight behind the activation by these scales, and save that copy"
+            )
 
 
 def _weight(config: Mapping[str, Any], entries: Entries, qweight: str) -> Weight:

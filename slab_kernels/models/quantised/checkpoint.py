@@ -37,7 +37,7 @@ class Dequantised(Checkpoint):
     without the entry of the format. entries: the dense tensors by the names that they would have;
     their bytes are those of the tensors in which they are stored. quantised: names of the weights
     that are made. A weight is computed in fp32 and rounded once, to the dtype that config.json
-    names, bf16 where it names none.
+    names, bf16 where it names none (`dtype`).
 
     Raises: CheckpointError for a folder whose tensors do not fit its format, or each other.
     """
@@ -56,11 +56,11 @@ class Dequantised(Checkpoint):
         named = config_dtype(self.config)
         if named is None and isinstance(inside, dict):
             named = config_dtype(inside)
-        self._dtype = named or torch.bfloat16
+        self.dtype = named or torch.bfloat16
         self._weights, self.said = found.weights, found.said
         used = {name for weight in found.weights.values() for name in weight.parts}
-        rest = stored.entries.keys() - used - found.unused
-        if both := sorted(rest & found.weights.keys()):
+        rest = [name for name in stored.entries if name not in used | found.unused]
+        if both := sorted(found.weights.keys() & rest):
             raise CheckpointError(f"{self.folder} holds {both[0]!r} both dense and quantised")
         self.entries = {name: stored.entries[name] for name in rest}
         self.entries |= {name: self._entry(weight) for name, weight in found.weights.items()}
@@ -72,7 +72,7 @@ class Dequantised(Checkpoint):
     def _entry(self, weight: Weight) -> TensorEntry:
         parts = [self._stored.entries[name] for name in weight.parts]
         nbytes = sum(part.nbytes for part in parts)
-        return TensorEntry(parts[0].file, self._dtype, weight.shape, nbytes, parts[0].start)
+        return TensorEntry(parts[0].file, self.dtype, weight.shape, nbytes, parts[0].start)
 
     def get(self, name: str) -> Tensor:
         """One dense tensor. Raises: CheckpointError as `Checkpoint.get`, or for numbers that no
@@ -82,7 +82,7 @@ class Dequantised(Checkpoint):
             return self._stored.get(name)
         dense = weight.make(*(self._stored.get(part) for part in weight.parts))
         assert tuple(dense.shape) == weight.shape, name
-        return dense.to(self._dtype).contiguous()
+        return dense.to(self.dtype).contiguous()
 
     def verify(self) -> None:
         """See `Checkpoint.verify`."""

@@ -2,7 +2,7 @@
 
 Beside a weight [N, K] of float8_e4m3fn stands `weight_scale_inv`, with one number for each block of
 `weight_block_size` (rows, columns), or a single one: W = weight * scale (DeepSeek-V3,
-inference/kernel.py, weight_dequant).
+inference/kernel.py, weight_dequant). AutoFP8 calls its single scale `weight_scale`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def find(config: Mapping[str, Any], checkpoint: Checkpoint) -> Found:
             "not read here; open it with transformers and dequantize=True in its "
             "FineGrainedFP8Config, save it, and compress that copy"
         )
-    block = config.get("weight_block_size", USUAL_BLOCK)
+    inverse = any(name.endswith("_scale_inv") for name in checkpoint.entries)
+    block = config.get("weight_block_size", USUAL_BLOCK if inverse else None)
     if block is not None:
         block = block_size("weight_block_size", block)
     entries = checkpoint.entries
@@ -62,7 +63,10 @@ def block_size(key: str, value: Any) -> tuple[int, int]:
 
 def _weight(entries: Entries, name: str, block: tuple[int, int] | None) -> Weight:
     shape = entries[name].shape
-    scale = part(entries, f"{name}_scale_inv", name)
+    scale = f"{name}_scale_inv"
+    if block is None and scale not in entries and f"{name}_scale" in entries:
+        scale = f"{name}_scale"
+    part(entries, scale, name)
     if len(shape) < 2:
         raise CheckpointError(f"tensor {name!r} has shape {list(shape)}, no matrix")
     if block is None:

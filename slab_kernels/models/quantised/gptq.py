@@ -37,6 +37,12 @@ from .stored import (
 BITS = (2, 4, 8)  # those that divide a word; 3 bits lie across words
 LESS_ONE = {"gptq": True, "gptq_v2": False}  # checkpoint_format -> how zero points are stored
 
+# Entries of quantization_config by which stored weights do not stand for themselves.
+ELSEWHERE = {
+    "rotation": "inputs are rotated when the model runs",
+    "dynamic": "modules have settings of their own",
+}
+
 
 def find(config: Mapping[str, Any], checkpoint: Checkpoint) -> Found:
     """The weights of a folder whose quantization_config is `config`. Raises: CheckpointError."""
@@ -47,6 +53,12 @@ def find(config: Mapping[str, Any], checkpoint: Checkpoint) -> Found:
             f"the GPTQ weights have checkpoint_format={reprlib.repr(kind)}, and only "
             f"{' and '.join(LESS_ONE)} can be read; save the model in one of these with GPTQModel"
         )
+    for key, what in ELSEWHERE.items():
+        if config.get(key):
+            raise CheckpointError(
+                f"the GPTQ folder has {key}={reprlib.repr(config[key])}: {what}, which is not read "
+                "here; open it with GPTQModel, dequantise and save it, and compress that copy"
+            )
     weights = {
         f"{name.removesuffix('qweight')}weight": _weight(
             config, checkpoint.entries, name, LESS_ONE[kind]

@@ -66,6 +66,8 @@ def schemes(config: Mapping[str, Any]) -> list[Scheme]:
     kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
     if kind not in (None, "dense"):
         raise _unreadable(kind)
+    if transforms := config.get("transform_config"):
+        raise _unreadable({"transform_config": transforms})
     listed = config.get("config_groups") or {}
     if not isinstance(listed, dict):
         raise _unreadable(listed)
