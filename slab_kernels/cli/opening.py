@@ -24,8 +24,8 @@ class Opened(NamedTuple):
     totals: Totals
 
     def facts_of_the_run(self) -> dict[str, Any]:
-        """The same facts, and the accuracy mode in which packed layers ran (`activations`), which
-        a CPU decides at their first call; None where none ran."""
+        """The same facts, and the accuracy mode of the packed layers that have run (`activations`,
+        see `nn.preparation.activations_of`)."""
         from ..nn.preparation import activations_of
 
         return self.facts | {"activations": activations_of(self.model)}

@@ -42,7 +42,12 @@ from ..nn.experts import Experts
 LoraModel = lora_model.LoraModel
 Packed = FusedSlabLinear | Int8Embedding | Int8Head | SlabLinear
 MARK = "slab_kernels_registered"
-STARTS = (True, False, "gaussian")  # of A and B, that do not ask for the weight (init_lora_weights)
+STARTS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+)  # of A and B, that do not ask for the weight (init_lora_weights)
 REFUSED = {  # settings of a LoraConfig, and the reason
     "lora_bias": "P Q^T holds no bias",
     "use_qalora": "P Q^T has one row for each input",
@@ -76,7 +81,7 @@ class SlabLoraLinear(Linear):
         packed = self.get_base_layer().packed()
         for name in adapters:
             B, A = self.lora_B[name].weight, self.lora_A[name].weight
-            packed = with_adapter(packed, self.scaling[name] * B, A.T)
+            packed = with_adapter(packed, self.scaling[name] * B.float(), A.T)
         return packed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -130,9 +135,10 @@ def _around(name: str, steps: Callable[[Any, dict[str, Any]], Iterator[None]]) -
         asked = dict(given.arguments)
         run = steps(asked.pop("self"), asked)
         next(run)
-        result = theirs(*args, **kwargs)
-        next(run, None)
-        return result
+        try:
+            return theirs(*args, **kwargs)
+        finally:
+            next(run, None)
 
     setattr(LoraModel, name, method)
 
@@ -150,12 +156,20 @@ def _injecting(tuner: Any, asked: dict[str, Any]) -> Iterator[None]:
             _check(tuner, config, asked, layers)
         except SlabError:
             config.target_modules = asked_for
+            if not _has(model, asked["adapter_name"]):  # else PEFT would take it for an adapter
+                tuner.peft_config.pop(asked["adapter_name"])
             raise
         config._register_custom_module({SlabLinear: SlabLoraLinear})
     yield
     for layer in layers.values():
         if isinstance(layer, FusedSlabLinear):
             layer.forget()
+
+
+def _has(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter of this name is around any layer."""
+    around = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return any(adapter in getattr(m, "lora_A", ()) for m in around)
 
 
 def _check(tuner: Any, config: Any, asked: dict[str, Any], layers: dict[str, Packed]) -> None:
@@ -204,11 +218,13 @@ def _refuse_saving(config: Any, name: str, layer: Packed) -> None:
             f"trainable_token_indices would train rows of {name}, which are frozen int8 codes; "
             "compress with embeddings='dense' to train them"
         )
+    steps = name.split(".")
+    around = [".".join(steps[:end]) for end in range(1, len(steps) + 1)]
     for wanted in config.modules_to_save or ():
-        if name == wanted or name.endswith(f".{wanted}"):
+        if any(module.endswith(wanted) for module in around):  # as PEFT looks for it
             raise UnsupportedError(
-                f"modules_to_save={wanted!r} is {name}, a frozen {type(layer).__name__}; put LoRA "
-                "around it (target_modules), or leave it dense when you compress"
+                f"modules_to_save={wanted!r} would train {name}, a frozen {type(layer).__name__}; "
+                "put LoRA around it (target_modules), or leave it dense when you compress"
             )
 
 
@@ -221,7 +237,8 @@ def _refuse_layer(config: Any, name: str, layer: Packed) -> None:
         raise UnsupportedError(
             f"{name} is a {kind}, which takes LoRA and no {config.peft_type.value}: use LoraConfig"
         )
-    if config.init_lora_weights not in STARTS:
+    start = config.init_lora_weights
+    if (start.lower() if isinstance(start, str) else start) not in STARTS:
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} reads or changes the dense weight, "
             f"which {name} has not; use True or 'gaussian'"
@@ -283,6 +300,9 @@ def _merging(tuner: Any, asked: dict[str, Any]) -> Iterator[None]:
     before = [base.layout for base in bases]
     yield
     note_layouts(tuner.model)  # of layers under their own names, once PEFT is off them
+    for module in modules.values():
+        if isinstance(module, FusedSlabLinear):
+            module.forget()
     now = [base.layout for base in bases]
     if now != before:
         logging.getLogger(__package__).info(

@@ -180,13 +180,17 @@ def with_adapter(packed: PackedWeight, P: Tensor, Q: Tensor) -> PackedWeight:
 
     P and Q are stored as those that are there already, which are rounded once more, and as U and V
     where there are none. An int8 adapter takes the type of U and V where int8 would lose more than
-    MOST_LOST_OF_ADDED of P Q^T, in the Frobenius norm. The other tensors are shared, not copied.
+    MOST_LOST_OF_ADDED of P Q^T, in the Frobenius norm. Columns of P or Q that are all zero add
+    nothing and are left out. The other tensors are shared, not copied.
 
     Raises: RangeError for numbers that are not finite or do not fit.
     """
     layout, device = packed.layout, packed.values.device
     P, Q = P.detach().to(device).float(), Q.detach().to(device).float()
-    added = (P, Q)
+    adds = (P != 0).any(0) & (Q != 0).any(0)
+    if not bool(adds.any()):
+        return packed
+    P, Q = added = P[:, adds], Q[:, adds]
     if packed.P is not None:
         old_P, old_Q = packed.adapter()
         P = torch.cat([old_P.float(), P], 1)

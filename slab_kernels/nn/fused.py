@@ -116,8 +116,11 @@ class FusedSlabLinear(nn.Module):
         return any(not isinstance(part, SlabLinear) for part in self._parts())
 
     def forget(self) -> None:
-        """Drop what is prepared; the next call looks at the parts again."""
+        """Drop what is prepared, for the parts too; the next call looks at them again."""
         self._linears = {}
+        for part in self._parts():
+            if isinstance(part, SlabLinear):
+                part._linears = {}
 
     def _parts(self) -> Iterable[SlabLinear]:
         parts: Any = self._modules["parts"]  # self.parts would take half a microsecond

@@ -81,8 +81,9 @@ def dense_copy_bytes(model: nn.Module) -> int:
 
 
 def activations_of(model: nn.Module) -> str | None:
-    """The accuracy mode in which the model's packed layers run on a CPU: "int8" if x is rounded in
-    one of them at least, else "exact"; None where none is prepared."""
+    """The accuracy mode of the model's packed layers on a CPU: "int8" if x may be rounded in one of
+    them at least, which depends on the CPU and the number of tokens (`slab-kernels explain`), else
+    "exact"; None where none is prepared."""
     every = (
         made for layer in layers_of(model) for one in layer._linears.copy().values() for made in one
     )

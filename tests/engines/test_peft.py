@@ -227,7 +227,9 @@ REFUSED = {
         {"target_modules": ["v_proj", "embed_tokens"]}, UnsupportedError,
         "embed_tokens is a Int8Embedding, .* embeddings='dense'",
     ),
-    "whole": ({"modules_to_save": ["lm_head"]}, UnsupportedError, "'lm_head' is lm_head, a frozen"),
+    "whole": ({"modules_to_save": ["lm_head"]}, UnsupportedError, "train lm_head, a frozen"),
+    "end": ({"modules_to_save": ["head"]}, UnsupportedError, "'head' would train lm_head"),
+    "around": ({"modules_to_save": ["mlp"]}, UnsupportedError, "'mlp' would train .*mlp.gate_proj"),
     "rows": ({"trainable_token_indices": [1]}, UnsupportedError, "rows of model.embed_tokens"),
 }  # fmt: skip
 
@@ -243,6 +245,47 @@ def test_refused_in_words_before_anything_is_replaced(folder, case):
         peft.get_peft_model(model, config)
     assert {name: type(m) for name, m in model.named_modules()} == kinds
     assert config.target_modules == asked_for and not hasattr(model, "peft_config")
+
+
+def test_a_refused_adapter_is_forgotten():
+    model = adapted(layers(LAYOUTS["fp16"]), r=18, target_modules=["0"])
+    adapted(model, 1, "second", r=18, target_modules=["0"])
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="rank 36"):
+            model.base_model.add_weighted_adapter(["default", "second"], [1, 1], "both", "cat")
+        assert set(model.peft_config) == {"default", "second"}
+
+
+@pytest.mark.parametrize("start", ["eva", "Gaussian"])
+def test_starts_that_do_not_read_the_weight(start):
+    model = layers(LAYOUTS["fp16"])
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
+    assert hasattr(peft.get_peft_model(model, config).base_model.model[0], "lora_A")
+
+
+def test_scaling_is_in_fp32_before_numbers_are_stored():
+    """s B alone would leave fp16's range, and s B A does not."""
+    model = layers(LAYOUTS["fp16"])
+    config = peft.LoraConfig(r=2, lora_alpha=512, target_modules=["0"])
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    part = model.base_model.model[0]
+    part.lora_A.half(), part.lora_B.half()
+    part.lora_A["default"].weight.data.fill_(2.0**-16)
+    part.lora_B["default"].weight.data.fill_(300.0)
+    dense = part.get_base_layer().packed().dense()
+    model.merge_adapter()
+    added = part.get_base_layer().packed().dense() - dense
+    torch.testing.assert_close(
+        added, torch.full_like(added, 256 * 300 * 2 * 2.0**-16), rtol=0.01, atol=0
+    )
+
+
+def test_what_adds_nothing_takes_no_bits():
+    layout = PackedLayout(24, 64, "int4", 32, rank=1, adapter_rank=2, adapter_values="int8")
+    packed, P, Q = random_packed(layout), torch.zeros(24, 3), torch.randn(64, 3)
+    assert slab_kernels.format.with_adapter(packed, P, Q) is packed
+    P[:, 1] = 1
+    assert slab_kernels.format.with_adapter(packed, P, Q).layout.adapter_rank == 3
 
 
 def test_other_adapters_of_peft_are_refused(folder):
@@ -270,7 +313,24 @@ def test_parts_of_a_fused_layer(wrapped):
     torch.testing.assert_close(list(exact(model)(x)), wanted)
     merged = model.merge_and_unload()
     assert not merged[1].wrapped
+    exact(merged)(x)
+    assert not any(part._linears for part in merged[1].parts), "weights are prepared once"
     torch.testing.assert_close(list(exact(merged)(x)), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_replacement_that_fails_leaves_no_stale_weights():
+    """PEFT replaces one part and then meets what it cannot adapt."""
+    made = [random_packed(PackedLayout(8, 32, rank=1), seed=i) for i in range(2)]
+    model = nn.Sequential(nn.LayerNorm(32), FusedSlabLinear(map(SlabLinear.from_packed, made)))
+    model.add_module("z", nn.Bilinear(2, 2, 2))
+    fused, x = exact(model)[1], torch.randn(3, 32)
+    fused(x)
+    with pytest.raises(ValueError, match="Bilinear"):
+        adapted(model, r=2, target_modules=["parts.1", "z"])
+    part = fused.parts[1]
+    if fused.wrapped:
+        part.lora_B["default"].weight.data.fill_(0.1)
+    assert torch.equal(fused(x)[1], part(x))
 
 
 def test_experts_that_peft_takes_for_stacked_ones_are_refused(tmp_path, monkeypatch):
