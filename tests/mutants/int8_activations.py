@@ -60,7 +60,7 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "sums of two integers that leave 8 bits",
-        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x, n));", "bits = bits + 0;",
+        "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;",
         INTEGERS,
     ),
     Fault(

@@ -10,8 +10,8 @@ ADDED = ("tests/format/test_conversions.py",)
 LORA = (
     Fault(
         "LoRA merged without its scaling",
-        "slab_kernels/engines/*.py", "with_adapter(packed, self.scaling[name] * B, A.T)",
-        "with_adapter(packed, B, A.T)", PEFT,
+        "slab_kernels/engines/*.py", "with_adapter(packed, self.scaling[name] * B.float(), A.T)",
+        "with_adapter(packed, B.float(), A.T)", PEFT,
     ),
     Fault(
         "the weight between two merges taken for that of before",
