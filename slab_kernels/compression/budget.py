@@ -33,7 +33,7 @@ from ..settings import Rule
 from ..text.windows import Windows
 from .plan import decompose_as_stored
 from .routing import Feeding
-from .sensitivity import Sensitivity
+from .sensitivity import LayerSensitivity, Sensitivity
 from .statistics import moments
 
 PROBES = 8  # windows on which gradients are taken
@@ -199,8 +199,7 @@ class Measurement:
             for group in find_groups(stream, index, block, linears) if linears else ():
                 (stats,) = moments(passes, [group])
                 for name in group.names:
-                    W = linears[name].weight.detach().float()
-                    yield name, [costs[name].loss(W - self._quick(W, stats, r)) for r in rows[name]]
+                    yield name, self._layer(linears[name], rows[name], stats, costs[name])
             feeding.end()
             with torch.no_grad():
                 stream.advance(index, block)
@@ -211,6 +210,13 @@ class Measurement:
         return catch_stream(
             self.model, blocks, tokens, lambda index: _bare(blocks[index]), self.device
         )
+
+    def _layer(
+        self, linear: nn.Linear, rows: list[Row], stats: InputStats, cost: LayerSensitivity
+    ) -> list[float]:
+        """The expected loss of each row of one layer."""
+        W = linear.weight.detach().float()
+        return [cost.loss(W - self._quick(W, stats, row)) for row in rows]
 
     def _quick(self, W: Tensor, stats: InputStats, row: Row) -> Tensor:
         """The weight [N,K] that a row leaves, without refits."""

@@ -103,13 +103,23 @@ def test_a_malformed_format_version(copy, tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [7, "gptq", [1], {"quant_method": ["slab_kernels"]}, {"quant_method": "gptq", "modules": [1]}],
+    ("value", "words"),
+    [
+        (7, "in the format 7, which is not read"),
+        ("gptq", "in the format 'gptq', which is not read"),
+        ([1], r"in the format \[1\], which is not read"),
+        (
+            {"quant_method": ["slab_kernels"]},
+            r"in the format \['slab_kernels'\], which is not read",
+        ),
+        ({"quant_method": "gptq", "modules": [1]}, "bits=None, and one of 2, 4, 8 can be read"),
+    ],
 )
-def test_another_quantization_is_inspected_as_dense_and_not_loaded(copy, tmp_path, value):
+def test_another_quantization_is_told_and_not_loaded(copy, value, words):
     (copy / RECORD_NAME).unlink()
     change(copy / "config.json", "quantization_config", value=value)
-    assert inspect(copy)["stored"] == "dense"
+    with pytest.raises(CheckpointError, match=words):
+        inspect(copy)
     with pytest.raises(CheckpointError, match="was not written by slab_kernels"):
         slab_kernels.load(copy)
 
