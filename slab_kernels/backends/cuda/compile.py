@@ -32,8 +32,8 @@ RECORD = "built.json"
 # exactly that capability.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120a")
 FALLBACK = "compute_80"  # PTX, which the driver compiles for every newer device
-# Assembled from the fallback's PTX, which takes a third of a compilation: no source tells these
-# apart (the only condition on an architecture is __CUDA_ARCH__ >= 900).
+# These are assembled from the fallback's PTX instead of being compiled from the source again. No
+# source tells them apart, since the only condition on an architecture is __CUDA_ARCH__ >= 900.
 ASSEMBLED = ("sm_80", "sm_86", "sm_89")
 # The cubins that run on a capability, best first. A capability that is absent takes the fallback: a
 # cubin serves later minor versions of its major one, but no Tegra (8.7), and no other one with an
