@@ -133,9 +133,8 @@ struct Tile {
   };
 
   // y for row blocks [begin, end). `product` multiplies the panels: add(panel, first, cells, sums)
-  // adds the product of cells [first, first + cells) of the inputs to its rows() rows of sums, which
-  // are kTileRows numbers wide and at most kTileTokens, and settle(sums) leaves those of token i in
-  // row i.
+  // adds the product of cells [first, first + cells) of the inputs to sums[rows()][kTileRows], of
+  // at most kTileTokens rows, and settle(sums) leaves those of token i in row i.
   template <class Panel, class Product>
   static void tile_with(const CpuWeight& w, const CpuTokens& t, Product& product, int64_t begin,
                         int64_t end) {

@@ -1,9 +1,9 @@
 // Runs csrc/cpu/avx512_amx.cpp, as the library compiles it, beside the kernels with emulated tiles.
 //
-// A CPU without tiles refuses their instructions by SIGILL. The handler here reads the bytes of such
-// an instruction as Intel's manual encodes it, does its work by EmulatedTiles and goes on behind
-// it; where a CPU has tiles, it executes them itself. Panels of the weight are made up, so that
-// nothing else of the library is needed.
+// A CPU without tiles refuses their instructions by SIGILL. The handler here reads the bytes of
+// such an instruction as Intel's manual encodes it, does its work by EmulatedTiles and goes on
+// behind it; where a CPU has tiles, it executes them itself. Panels of the weight are made up, so
+// that nothing else of the library is needed.
 //
 // Prints one JSON object: how many cases there were, in how many of them y differs, and how often
 // which instruction was emulated. The program dies where an instruction is none of these or would
