@@ -86,8 +86,8 @@ struct TokenBlocks {
 };
 
 // x and z are in TokenBlocks of block_tokens, pairs in those of pair_tokens: block after block,
-// [cells][tokens of the block], so in a block of one token a row is as it was. A cell takes 4 bytes.
-// Tiles (cpu/amx.h) take pairs as [cells / 16][tokens of the block][16].
+// [cells][tokens of the block], so in a block of one token a row is as it was. A cell takes 4
+// bytes. Tiles (cpu/amx.h) take pairs as [cells / 16][tokens of the block][16].
 struct CpuTokens {
   int64_t count;         // M
   int64_t block_tokens;  // 1 for lookup
