@@ -10,6 +10,7 @@
 namespace slab {
 namespace {
 
+// Rebuilds a Bf16Panel.
 struct RebuildPairs {
   using V = Avx512;
   using F = V::F;
