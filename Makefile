@@ -133,7 +133,7 @@ lint: $(INSTALLED)
 	else echo "lint: no ruff here"; fi
 	@if $(PYTHON) -m mypy --version >/dev/null 2>&1; then $(PYTHON) -m mypy --no-error-summary; else echo "lint: no mypy here"; fi
 	@format=$$(ls $(VENV)/bin/clang-format 2>/dev/null || command -v clang-format || true); \
-	if [ -n "$$format" ]; then find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$$format" --dry-run -Werror; \
+	if [ -n "$$format" ]; then find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$$format" --dry-run -Werror; \
 	else echo "lint: no clang-format here"; fi
 	@echo "lint: done"
 

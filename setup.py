@@ -19,13 +19,16 @@ without the library suits any platform.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,6 +93,16 @@ def find_compiler() -> list[str]:
     raise Impossible("no C++ compiler on PATH (c++, g++ or clang++)")
 
 
+@functools.cache
+def knows(compiler: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+    """Whether the compiler compiles an empty file with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder, "empty.cpp")
+        empty.touch()
+        command = [*compiler, *flags, "-c", str(empty), "-o", str(empty.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def compile_command(compiler: list[str], source: str, torch: Path) -> list[str]:
     """The command that compiles one file of csrc, without its output."""
     own = BUILD["sources"][source]
@@ -97,6 +110,9 @@ def compile_command(compiler: list[str], source: str, torch: Path) -> list[str]:
     command.append(f"-ffile-prefix-map={ROOT}/=")  # keeps the build's path out of the binary
     if X86:
         command += own.get("x86_flags", [])
+        newer = own.get("newer_x86_flags", [])
+        if newer and knows(tuple(compiler), tuple(newer)):
+            command += newer
     if own.get("uses_torch"):
         include = str(torch / "include")
         command += [f"-DTORCH_TARGET_VERSION={BUILD['torch_target']}", "-isystem", include]

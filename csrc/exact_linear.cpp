@@ -31,19 +31,18 @@ void slab::run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuToken
 namespace {
 
 // The tokens of x in blocks of cells (launch.h).
-void arrange(const CpuKernels& run, const void* x, int type, const CpuTokens& t, int64_t features,
-             int64_t cells, bool pairs, float* out) {
+void arrange(const CpuKernels& run, const void* x, int type, const TokenBlocks& blocks,
+             int64_t features, int64_t cells, bool pairs, float* out) {
   const auto* const from = static_cast<const uint8_t*>(x);
   const int64_t row_bytes = features * (type == kFloat32 ? 4 : 2);
-  const TokenBlocks blocks(t.count, t.block_tokens);
-  torch::stable::parallel_for(
-      0, blocks.count, 1 + kThreadWork / (t.block_tokens * cells), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          const int64_t first = blocks.begin(b), tokens = blocks.begin(b + 1) - first;
-          run.arrange(from + first * row_bytes, type, features, tokens, cells, pairs,
-                      out + first * cells);
-        }
-      });
+  const int64_t grain = 1 + kThreadWork / (blocks.largest() * cells);
+  torch::stable::parallel_for(0, blocks.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = blocks.begin(b), tokens = blocks.begin(b + 1) - first;
+      run.arrange(from + first * row_bytes, type, features, tokens, cells, pairs,
+                  out + first * cells);
+    }
+  });
 }
 
 enum class Product { kLookup, kTile, kTileBf16 };
@@ -64,6 +63,7 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
   const Scratch wide(rows ? t.count * padded : 0), pairs(bf16 ? t.count * padded / 2 : 0);
   const Scratch scaled(lookup ? t.count * w.rank * padded : 0), z(t.count * w.adapter_padded);
   t.block_tokens = lookup ? 1 : run.block_tokens;
+  t.pair_tokens = run.pair_tokens;
   t.pairs = pairs.get();
   t.xv = scaled.get();
   t.z = z.get();
@@ -75,8 +75,9 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
                      padded);
   } else {
     t.x = wide.get();
-    if (rows) arrange(run, x, x_type, t, w.in_features, padded, false, wide.get());
-    if (bf16) arrange(run, x, x_type, t, w.in_features, padded / 2, true, pairs.get());
+    const TokenBlocks blocks(t.count, t.block_tokens), of_pairs(t.count, t.pair_tokens);
+    if (rows) arrange(run, x, x_type, blocks, w.in_features, padded, false, wide.get());
+    if (bf16) arrange(run, x, x_type, of_pairs, w.in_features, padded / 2, true, pairs.get());
   }
   run_adapter(run, w, t);
   // A thread takes whole groups of four row blocks, because lookup shares its tables among four.

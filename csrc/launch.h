@@ -81,18 +81,22 @@ struct TokenBlocks {
   constexpr TokenBlocks(int64_t tokens, int64_t most)
       : tokens(tokens), count((tokens + most - 1) / most) {}
   constexpr int64_t begin(int64_t block) const { return tokens * block / count; }
+  // Of a block; the last one has so many.
+  constexpr int64_t largest() const { return (tokens + count - 1) / count; }
 };
 
-// x, pairs and z are in TokenBlocks of block_tokens: block after block, [cells][tokens of the
-// block], so in a block of one token a row is as it was. A cell takes 4 bytes.
+// x and z are in TokenBlocks of block_tokens, pairs in those of pair_tokens: block after block,
+// [cells][tokens of the block], so in a block of one token a row is as it was. A cell takes 4
+// bytes. Tiles (cpu/amx.h) take pairs as [cells / 16][tokens of the block][16].
 struct CpuTokens {
   int64_t count;         // M
   int64_t block_tokens;  // 1 for lookup
-  const float* x;        // k_blocks * 128 inputs a token; null if pairs is read instead
-  const float* pairs;    // k_blocks * 64 pairs of bf16 inputs a token, read by tile_bf16 only
-  const float* xv;       // [M][R][k_blocks * 128]: x * v, read by lookup only
-  float* z;              // adapter_padded numbers a token or null: x Q, written by adapter_in
-  void* y;               // [M][N], rows y_stride numbers apart
+  int64_t pair_tokens;
+  const float* x;      // k_blocks * 128 inputs a token; null if pairs is read instead
+  const float* pairs;  // k_blocks * 64 pairs of bf16 inputs a token, read by tile_bf16 only
+  const float* xv;     // [M][R][k_blocks * 128]: x * v, read by lookup only
+  float* z;            // adapter_padded numbers a token or null: x Q, written by adapter_in
+  void* y;             // [M][N], rows y_stride numbers apart
   int64_t y_stride;
   int y_type;  // FloatType
 };
@@ -124,7 +128,8 @@ struct CpuKernels {
   void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
   int lookup_tokens;       // below this many tokens lookup is faster than tile
   int lookup_tokens_bf16;  // and than tile_bf16
-  int block_tokens;        // of the blocks that the tiles take
+  int block_tokens;        // of the blocks that `tile` and the adapter take
+  int pair_tokens;         // and tile_bf16
   // Rows [begin, end) of a block of columns; `memory` holds kMostColumns^2 numbers of its own.
   void (*descend)(const CpuDescent& d, float* memory, int64_t begin, int64_t end);
   void (*sweep)(const CpuSweep& s, float* memory, int64_t begin, int64_t end);
@@ -134,10 +139,15 @@ const CpuKernels* cpu_kernels_scalar();
 const CpuKernels* cpu_kernels_avx2();         // null when built without
 const CpuKernels* cpu_kernels_avx512();       // null when built without
 const CpuKernels* cpu_kernels_avx512_bf16();  // null when built without
+const CpuKernels* cpu_kernels_avx512_amx();   // null when built without
+// For tests: avx512_amx with emulated tile registers (cpu/amx_emulated.h).
+const CpuKernels* cpu_kernels_avx512_amx_emulated();  // null when built without
 
 // The instruction sets that this build holds and this machine runs, best first; null after the last
-// of them, which are at most 4.
+// of them, which are at most 5. The emulated one is not among them.
 const CpuKernels* cpu_kernels(int index);
+// The emulated one, or null where this machine does not run it.
+const CpuKernels* cpu_emulated_kernels();
 // Bytes that lookup asks for ahead of where it reads, on this machine.
 int cpu_prefetch();
 

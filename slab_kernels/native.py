@@ -2,7 +2,7 @@
 
 It is loaded on first use, never at import, and registers operations in `torch.ops.slab_kernels`:
 those of the CPU backend and those of the solvers. SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512|
-avx512_bf16 forces the instruction set of both.
+avx512_bf16|avx512_amx forces the instruction set of both.
 """
 
 from __future__ import annotations

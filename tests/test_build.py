@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -136,6 +137,28 @@ def test_build_ext_in_place_builds_the_library_in_the_checkout_or_says_why_not(t
 def test_every_source_is_listed(recipe):
     sources = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp")}
     assert sources == set(recipe.BUILD["sources"])
+
+
+OLDER_COMPILER = """#!/bin/sh
+for flag; do case "$flag" in -mamx*) exit 1;; esac; done
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are of x86")
+def test_flags_that_an_older_compiler_does_not_know_are_left_out(recipe, tmp_path):
+    older = tmp_path / "c++"
+    older.write_text(OLDER_COMPILER)
+    older.chmod(0o755)
+    for source, own in recipe.BUILD["sources"].items():
+        newer = own.get("newer_x86_flags", [])
+        command = recipe.compile_command([str(older)], source, tmp_path)
+        assert not set(newer) & set(command) and set(own.get("x86_flags", [])) <= set(command)
+        if newer and shutil.which("g++"):
+            command = recipe.compile_command(["g++"], source, tmp_path)
+            if recipe.knows(("g++",), tuple(newer)):
+                assert set(newer) <= set(command)
+            command = [flag for flag in command if flag not in newer]
+            subprocess.run([*command, "-fsyntax-only"], check=True)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")

@@ -4,22 +4,16 @@
 
 #if defined(__AVX512BF16__)
 #include "avx512.h"
+#include "bf16_panel.h"
 #include "tile.h"
 
 namespace slab {
 namespace {
 
-// A panel of bf16: a cell is two inputs, the first one in its low half. Entries are those that the
-// fp32 panel holds, rounded to the nearest bf16.
-struct Bf16Panel {
+// Rebuilds a Bf16Panel.
+struct RebuildPairs {
   using V = Avx512;
   using F = V::F;
-  using I = V::I;
-  static constexpr int kCellInputs = 2;
-  static constexpr int kPanelBlocks = 4;  // 32 KB: with one, sums would travel too often
-  static SLAB_INLINE F multiply(F weight, F x, F sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
-  }
 
   // Two vectors as bf16, `first` in the low half.
   static SLAB_INLINE __m512i narrow(F first, F second) {
@@ -152,11 +146,22 @@ struct Bf16Panel {
   }
 };
 
+struct PairProducts : Bf16Panel {
+  static SLAB_INLINE __m512 multiply(__m512 weight, __m512 x, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
+  }
+};
+
 void tile(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
-  Tile<Avx512>::tile_of<Bf16Panel>(w, t, t.pairs, begin, end);
+  Tile<Avx512>::tile_of<PairProducts>(w, t, t.pairs, begin, end);
 }
 
 }  // namespace
+
+void Bf16Panel::rebuild(const CpuWeight& w, int64_t first, int64_t second, int64_t k_block,
+                        float* panel) {
+  RebuildPairs::rebuild(w, first, second, k_block, panel);
+}
 
 const CpuKernels* cpu_kernels_avx512_bf16() {
   static const CpuKernels kernels = [] {

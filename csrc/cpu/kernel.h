@@ -41,6 +41,7 @@ constexpr CpuKernels kernel_table() {
                     V::kLookupTokens,
                     0,
                     V::kTokens,
+                    V::kTokens,
                     Descent<V>::descend,
                     Sweep<V>::sweep};
 }

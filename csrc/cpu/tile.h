@@ -119,17 +119,32 @@ struct Tile {
     for (int64_t i = 0; i < blocks * w.block_size; i += 64) __builtin_prefetch(at + i, 0, 2);
   }
 
-  // y for row blocks [begin, end). x: the cells that Panel takes.
+  // A product of panels for `tile_with`: the cells of every token times those of a panel.
   template <class Panel>
-  static void tile_of(const CpuWeight& w, const CpuTokens& t, const float* x, int64_t begin,
-                      int64_t end) {
+  struct Cells {
+    const CpuTokens& t;
+    const float* x;
+    int64_t all;  // cells of a token
+    int64_t rows() const { return t.count; }
+    void add(const float* panel, int64_t first, int64_t cells, float* sums) {
+      multiply<Panel>(panel, first, cells, x, all, t, sums);
+    }
+    void settle(float*) {}
+  };
+
+  // y for row blocks [begin, end). `product` multiplies the panels: add(panel, first, cells, sums)
+  // adds the product of cells [first, first + cells) of the inputs to sums[rows()][kTileRows], of
+  // at most kTileTokens rows, and settle(sums) leaves those of token i in row i.
+  template <class Panel, class Product>
+  static void tile_with(const CpuWeight& w, const CpuTokens& t, Product& product, int64_t begin,
+                        int64_t end) {
     constexpr int64_t kBlockCells = kInputs / Panel::kCellInputs;
     alignas(64) float panel[Panel::kPanelBlocks * kBlockCells * kTileRows];
     alignas(64) float sums[kTileTokens * kTileRows];
     for (int64_t rb = begin; rb < end; rb += 2) {
       const int both = rb + 1 < end ? 2 : 1;  // with one, the panel holds it twice
       const int64_t second = rb + both - 1;
-      std::memset(sums, 0, size_t(t.count) * kTileRows * 4);
+      std::memset(sums, 0, size_t(product.rows()) * kTileRows * 4);
       for (int64_t kb = 0; kb < w.k_blocks; kb += Panel::kPanelBlocks) {
         const int64_t left = w.k_blocks - kb,
                       some = left < Panel::kPanelBlocks ? left : Panel::kPanelBlocks;
@@ -137,9 +152,9 @@ struct Tile {
           Panel::rebuild(w, rb, second, kb + i, panel + i * kBlockCells * kTileRows);
         prefetch(w, rb, kb + some, some);
         if (both == 2) prefetch(w, second, kb + some, some);
-        multiply<Panel>(panel, kb * kBlockCells, some * kBlockCells, x, w.k_blocks * kBlockCells, t,
-                        sums);
+        product.add(panel, kb * kBlockCells, some * kBlockCells, sums);
       }
+      product.settle(sums);
       for (int64_t j = 0; j < w.adapter_rank; j += kInputs) {
         const int64_t left = w.adapter_rank - j, length = left < kInputs ? left : kInputs;
         alignas(64) float tile[kInputs * kTileRows];
@@ -157,6 +172,13 @@ struct Tile {
           Stream<V>::store_rows(w, t, i, rb + half, out);
         }
     }
+  }
+  // x: the cells that Panel takes.
+  template <class Panel>
+  static void tile_of(const CpuWeight& w, const CpuTokens& t, const float* x, int64_t begin,
+                      int64_t end) {
+    Cells<Panel> product{t, x, w.k_blocks * kInputs / Panel::kCellInputs};
+    tile_with<Panel>(w, t, product, begin, end);
   }
   static void tile(const CpuWeight& w, const CpuTokens& t, int64_t begin, int64_t end) {
     tile_of<Fp32Panel<V>>(w, t, t.x, begin, end);

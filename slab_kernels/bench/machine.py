@@ -34,7 +34,7 @@ VARIABLES = {
         "dense copies of packed weights for many tokens: packed (none), dense or auto"
     ),
     "SLAB_KERNELS_CPU_ISA": (
-        "force the CPU kernels' instruction set: scalar, avx2, avx512 or avx512_bf16"
+        "force the CPU kernels' instruction set: scalar, avx2, avx512, avx512_bf16 or avx512_amx"
     ),
     "SLAB_KERNELS_CPU_ACTIVATIONS": (
         "how x enters products with integer values on a CPU: int8 (default) or exact"

@@ -1,4 +1,5 @@
-"""The faults in the exact CPU kernels: panels of bf16, x in blocks of tokens, the dense weight."""
+"""The faults in the exact CPU kernels: panels of bf16, tiles, x in blocks of tokens, the dense
+weight."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ from .fault import Fault
 
 EXACT = "tests/backends/cpu/test_cpu_backend.py"
 BF16 = "tests/backends/cpu/test_cpu_bf16.py"
+AMX = "tests/backends/cpu/test_cpu_amx.py"
 ROUNDED = (f"{BF16}::test_only_the_weight_is_rounded",)
 INTEGERS = (f"{EXACT}::test_small_integers_are_exact",)
 DENSE = (f"{EXACT}::test_dequantize",)
+EXECUTED = (f"{AMX}::test_its_instructions_compute_what_the_emulated_ones_do",)
 
 CPU_EXACT = (
     Fault(
@@ -20,6 +23,24 @@ CPU_EXACT = (
         "the blocks of a panel on top of each other",
         "csrc/cpu/tile.h", "kb + i, panel + i * kBlockCells * kTileRows)", "kb + i, panel)",
         ROUNDED,
+    ),
+    Fault(
+        "tiles of both row blocks with the weight of the first",
+        "csrc/cpu/amx.h", "panel + c * kTileRows + kRows", "panel + c * kTileRows", ROUNDED,
+    ),
+    Fault(
+        "the sums of a smaller block of tokens left behind a row of nobody",
+        "csrc/cpu/amx.h", "sums + blocks_.begin(b) * kTileRows, sums",
+        "sums + b * blocks_.largest() * kTileRows, sums",
+        (f"{BF16}::test_rows_depend_on_their_own_token_only",),
+    ),
+    Fault(
+        "the second block of tokens multiplied by the x of the first, in the CPU's registers alone",
+        "csrc/cpu/avx512_amx.cpp", "_tile_dpbf16ps(2, 5, 6)", "_tile_dpbf16ps(2, 4, 6)", EXECUTED,
+    ),
+    Fault(
+        "tile registers that are not released",
+        "csrc/cpu/avx512_amx.cpp", "{ _tile_release(); }", "{}", EXECUTED,
     ),
     Fault(
         "a panel multiplied by the first inputs of a block of tokens",

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from instruction_sets import PAIRS
 
 from slab_kernels import native
 from slab_kernels.backends import cpu
@@ -15,7 +16,7 @@ from slab_kernels.testing import SHAPES, VALUE_LAYOUTS, error_bound, oracle, ran
 
 if native.missing_library():
     pytest.skip(f"no native library: {native.missing_library()}", allow_module_level=True)
-if "avx512_bf16" not in native.runnable():
+if not PAIRS:
     pytest.skip("this CPU does not multiply bf16", allow_module_level=True)
 
 OPS = torch.ops.slab_kernels
@@ -24,11 +25,10 @@ TOKENS = (3, 4, 7, 12, 13, 25, 65)
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def isa():
+@pytest.fixture(autouse=True, params=PAIRS)
+def isa(request):
     before = OPS.cpu_isa()
-    OPS.cpu_use_isa("avx512_bf16")
-    yield
+    yield OPS.cpu_use_isa(request.param)
     OPS.cpu_use_isa(before)
 
 
