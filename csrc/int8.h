@@ -1,35 +1,45 @@
 // The products with int8 activations, for int8 and int4 values: what the bindings call, beside
 // launch.h. They read the same prepared stream as the exact products.
 //
-// A token is taken in pieces of 32 inputs. A piece of x has a step and a shift: x
-// is nearly the step times (an integer from -127 to 127 plus the shift). These 255 numbers cover
-// what lies between the smallest and the largest input of the piece, with 0 among them. Where one
-// input is far larger than the others, as language models have many, that halves the step which
-// integers symmetric about 0 would need. The pieces of x v_r, for every rank r, are symmetric:
-// their shift is 0. With one plane any two integers of a group also add up to at most 127 in
-// magnitude, since `few` looks up such sums. There are two products:
+// x becomes integers in pieces of its inputs, and there are two products:
 //
 //   few   Kept values times x, and the signs or levels of pruned positions times x v_r, each summed
-//         in int32 without an error. Nothing but x and x v_r is rounded.
+//         in int32 without an error. Nothing but x and x v_r is rounded. A piece has 32 inputs, a
+//         step and a shift: x is nearly the step times (an integer from -127 to 127 plus the
+//         shift). These 255 numbers cover what lies between the smallest and the largest input of
+//         the piece, with 0 among them. Where one input is far larger than the others, as language
+//         models have many, that halves the step which integers symmetric about 0 would need. The
+//         pieces of x v_r, for every rank r, are symmetric: their shift is 0. With one plane any
+//         two integers of a group also add up to at most 127 in magnitude, since `few` looks up
+//         such sums.
 //   many  Kept values and the sign term become one int8 weight, a panel of 16 rows x 128 inputs
 //         that all tokens share. A kept value is exact, 16 q of int4 or q of int8, in units of
 //         scale / 16 or scale. A pruned one is u v times its sign or level in the same unit,
 //         rounded to an integer. Where it could exceed 126 units for a row and block, the row's
 //         sign term goes into a second panel with a unit of its own, so nothing saturates. So it
 //         does beside int8 values where it stays below 8 units: their unit is a whole scale, and
-//         one that a large value has made coarse would round the sign term away.
+//         one that a large value has made coarse would round the sign term away. A piece has 64
+//         inputs. The largest of them is multiplied as it is, in fp32; the others become integers
+//         from -127 to 127 times a step, which is that of the second largest.
 //
-// Sums are int32 within a piece, and fp32 over pieces, in ascending input order: a row of y depends
-// on its own token only, and on which of the two products is used. The shift of a piece meets the
-// sum of a row's weights there, which has 16 bits.
+// Sums are int32 within a piece, or within the part of it that a scale covers, and fp32 over
+// pieces, in ascending input order: a row of y depends on its own token only, and on which of the
+// two products is used. The shift of a piece meets the sum of a row's weights there, which has 16
+// bits.
+//
+// Why `many` sets an input apart: single inputs of language models are far larger than all others,
+// and without them the step is that of the rest. A shift would do the same less well, and it would
+// have to meet the sum of the weights once more for each token and piece.
 #pragma once
 
 #include "launch.h"
 
 namespace slab {
 
-constexpr int kPiece = 32;  // inputs that share a step and a shift; no scale covers fewer
+constexpr int kPiece = 32;  // inputs of a piece for `few`; no scale covers fewer
 constexpr int kPieces = kInputs / kPiece;
+constexpr int kManyPiece = 64;  // and for `many`
+constexpr int kManyPieces = kInputs / kManyPiece;
 constexpr int kFewAtOnce = 16;    // tokens of one call of `few`
 constexpr int kManyAtOnce = 256;  // and of `many`, whose fp32 sums, 32 KB, live on its stack
 constexpr int kManyRank = 16;     // `many` takes weights up to this rank
@@ -44,17 +54,27 @@ constexpr int kFraction = 256;
 constexpr int most_level(int planes) { return planes > 1 ? (1 << planes) - 1 : 1; }
 constexpr float level_unit(int planes) { return planes == 3 ? 0.25f : planes == 2 ? 0.5f : 1.0f; }
 
+// A piece of a token for `many`.
+struct Int8Piece {
+  float step;     // of the integers
+  float largest;  // the input of largest magnitude, whose integer is 0
+  // Where the largest one's weights stand in a panel's part of the piece, as the kernels have it:
+  // the bytes before the words that hold them, and the shift that brings them to the words' top.
+  int32_t place, shift;
+};
+
 // The quantised tokens of one call. Term 0 is x, term 1 + r is x v_r, which `few` alone reads;
 // terms are `terms` in number. Index [term][block][token] is (term k_blocks + block) count + token.
 struct Int8Tokens {
   int64_t count, terms;
   int8_t* x;  // [terms][k_blocks][count][128]
-  // [terms][k_blocks][count][4]: x is nearly step (its integer + shift). Where kernels read the
-  // integers plus 128, `shift` is less by that. It has 16 bits, with zeros above.
+  // Read by `few`. [terms][k_blocks][count][4]: x is nearly step (its integer + shift). Where
+  // kernels read the integers plus 128, `shift` is less by that. It has 16 bits, with zeros above.
   float* step;
   int32_t* shift;
-  uint8_t* tables;  // [terms][k_blocks][count][1024] or null: see int8_tables.h
-  uint8_t* finite;  // [terms][count]: 0 where the term of a token has NaN or infinity
+  uint8_t* tables;    // [terms][k_blocks][count][1024] or null: see int8_tables.h
+  uint8_t* finite;    // [terms][count]: 0 where the term of a token has NaN or infinity
+  Int8Piece* pieces;  // [k_blocks][count][2], read by `many`; null for `few`
   // Read by `many`.
   // [R][k_blocks][128]: V over its largest magnitude in the block, times 32767; the inputs of a
   // group in the order 0 2 1 3.

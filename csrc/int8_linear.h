@@ -36,9 +36,11 @@ class Int8Linear {
     t_.terms = terms_;
     if (tables_) t_.tables = reinterpret_cast<uint8_t*>(take(blocks_ * 256));
     t_.x = reinterpret_cast<int8_t*>(take(blocks_ * kInputs / 4));
-    t_.step = take(blocks_ * kPieces);
-    t_.shift = reinterpret_cast<int32_t*>(take(blocks_ * kPieces));
-    if (!few) {
+    if (few) {
+      t_.step = take(blocks_ * kPieces);
+      t_.shift = reinterpret_cast<int32_t*>(take(blocks_ * kPieces));
+    } else {
+      t_.pieces = reinterpret_cast<Int8Piece*>(take(blocks_ * kManyPieces * kPieceFloats));
       t_.v = reinterpret_cast<int16_t*>(take(rank * first.k_blocks * kInputs / 2));
       t_.v_most = take(rank * first.k_blocks);
     }
@@ -73,7 +75,9 @@ class Int8Linear {
   }
 
  private:
-  static constexpr int64_t kUnit = 4;           // row blocks that a thread takes whole
+  static constexpr int64_t kPieceFloats = sizeof(Int8Piece) / sizeof(float);
+  static_assert(kManyPieces * kPieceFloats == 2 * kPieces);  // as much memory for many as for few
+  static constexpr int64_t kUnit = 4;                        // row blocks that a thread takes whole
   static constexpr int64_t kWork = 1 << 18;     // weights x tokens that are worth a second thread
   static constexpr int64_t kNumbers = 1 << 15;  // numbers to quantise that are
 

@@ -12,7 +12,7 @@ namespace slab {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1;
+  static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1, kOffset = 0;
   static constexpr bool kQuads = false;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -65,6 +65,10 @@ struct Avx2 {
   static SLAB_INLINE I shifted(I sum, const int32_t* shift) {
     return (I)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi32(*shift));
   }
+  static SLAB_INLINE I top_byte(I words, const int32_t* shift) {
+    const __m256i moved = _mm256_sllv_epi32((__m256i)words, _mm256_set1_epi32(*shift));
+    return (I)_mm256_srai_epi32(moved, 24);
+  }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
@@ -75,13 +79,27 @@ struct Avx2 {
   }
 };
 
+void quantise_for_groups(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
+                         int64_t token) {
+  if (!t.pieces) return quantise_few(w, t, x, term, token);
+  quantise_many(w, t, x, token, [](Int8Piece& piece, int at) {
+    piece.place = at / kGroup * 4 * kRows;
+    piece.shift = 24 - 8 * (at % kGroup);
+  });
+}
+
 // The exact product always runs instead. On an AMD EPYC (Zen 3), which has no AVX-512, `many` takes
 // about 1.6 times as long at 17, 64 and 192 tokens (4096x4096, int4, one plane, one thread). On a
 // Zen 4 with AVX2 forced it was a tenth faster with one plane, and no faster with two.
 constexpr int kNever = 1 << 30;
-const Int8Kernels kernels = {
-    "avx2", false, quantise, quantise_v, panel_values<Avx2, false>, panel_values<Avx2, true>,
-    kNever, kNever};
+const Int8Kernels kernels = {"avx2",
+                             false,
+                             quantise_for_groups,
+                             quantise_v,
+                             panel_values<Avx2, false>,
+                             panel_values<Avx2, true>,
+                             kNever,
+                             kNever};
 
 }  // namespace
 

@@ -33,6 +33,7 @@ struct Panel {
   using Words = typename Stream<V>::template Words<kPlanes>;
   using Block = typename Stream<V>::Block;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
+  using Few = PanelProduct<V, 1, kPiece, false>;
   static constexpr float kValueUnit = kValues == kInt4 ? 0.0625f : 1.0f;  // of a scale
 
   // The units of a block's panels, and u over them: what `merged` and `pruned` entries are made of.
@@ -45,6 +46,10 @@ struct Panel {
   };
 
   static SLAB_INLINE F splat(float x) { return V::broadcast(&x); }
+  static SLAB_INLINE void copy(const F (&from)[kStrips], F (&to)[kStrips]) {
+#pragma GCC unroll 16
+    for (int h = 0; h < kStrips; ++h) to[h] = from[h];
+  }
   static SLAB_INLINE F where(S mask, F yes, F no) { return (F)((mask & (S)yes) | (~mask & (S)no)); }
   static SLAB_INLINE F size(F x) { return (F)((I)x & 0x7FFFFFFFu); }
   static SLAB_INLINE H pairs(F x) {
@@ -196,26 +201,26 @@ struct Panel {
     alignas(64) uint8_t panel[kPanelBytes];
     alignas(64) float sums[kFewAtOnce * kRows];
     Factors f;
-    const int pieces = w.group_size / kPiece;
     for (int64_t rb = first; rb < last; ++rb) {
       std::memset(sums, 0, size_t(t.count) * kRows * 4);
       for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
         read_units(w, rb, kb, f);
         build<Entries::kept>(w, t, rb, kb, nullptr, panel);
-        const PanelProduct<V, 1> kept(panel);
-        for (int p = 0; p < kPieces; p += pieces)
-          kept.multiply_all(p, pieces, t, kb, &f.unit[p / pieces], sums, kRows);
+        const Few kept(panel);
+        typename Few::Scales scales;
+        for (int p = 0; p < kPieces; ++p) copy(f.unit[p * kPiece / w.group_size], scales[p][0]);
+        kept.multiply_all(t, kb, scales, sums, kRows);
         if constexpr (kPlanes > 0) {
           build<Entries::levels>(w, t, rb, kb, nullptr, panel);
-          const PanelProduct<V, 1> levels(panel);
+          const Few levels(panel);
           for (int64_t r = 0; r < w.rank; ++r) {
-            F scale[1][kStrips];
+            F factor[kStrips];
 #pragma GCC unroll 16
             for (int h = 0; h < kStrips; ++h)
-              scale[0][h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
-                            splat(level_unit(kPlanes));
-            const int64_t term_block = (1 + r) * w.k_blocks + kb;
-            levels.multiply_all(0, kPieces, t, term_block, scale, sums, kRows);
+              factor[h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
+                          splat(level_unit(kPlanes));
+            for (int p = 0; p < kPieces; ++p) copy(factor, scales[p][0]);
+            levels.multiply_all(t, (1 + r) * w.k_blocks + kb, scales, sums, kRows);
           }
         }
       }
@@ -224,15 +229,17 @@ struct Panel {
   }
 
   // Many tokens: one panel, of kBlocks row blocks at once, and a second one where it is needed.
-  template <int kBlocks>
+  template <int kBlocks, int kSpan>
   static void many_blocks(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t rb) {
     constexpr int kStride = kBlocks * kRows;
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
     alignas(64) float sums[kManyAtOnce * kStride];
     Factors f[kBlocks];
-    const int pieces = w.group_size / kPiece;
+    using Merged = PanelProduct<V, kBlocks, kSpan, true>;
+    using Pruned = PanelProduct<V, 1, kManyPiece, true>;
     std::memset(sums, 0, size_t(t.count) * kStride * 4);
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
+      typename Merged::Scales scales;
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b) {
         // The products between two blocks are too long for the hardware to see a stream.
@@ -240,35 +247,38 @@ struct Panel {
         for (int64_t i = 0; i < w.block_size; i += 64) __builtin_prefetch(next + i, 0, 3);
         factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
+        for (int p = 0; p < kInputs / kSpan; ++p)
+          copy(f[b].unit[p * kSpan / w.group_size], scales[p][b]);
       }
-      const PanelProduct<V, kBlocks> merged(panels);
-      for (int p = 0; p < kPieces; p += pieces) {
-        F scale[kBlocks][kStrips];
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h) scale[b][h] = f[b].unit[p / pieces][h];
-        merged.multiply_all(p, pieces, t, kb, scale, sums, kStride);
-      }
+      Merged(panels).multiply_all(t, kb, scales, sums, kStride);
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
           second_factors(w, t, rb + b, kb, f[b]);
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
-          const PanelProduct<V, 1> pruned(other);
-          pruned.multiply_all(0, kPieces, t, kb, &f[b].pruned_unit, sums + b * kRows, kStride);
+          typename Pruned::Scales same;
+          for (int p = 0; p < kManyPieces; ++p) copy(f[b].pruned_unit, same[p][0]);
+          Pruned(other).multiply_all(t, kb, same, sums + b * kRows, kStride);
         }
     }
 #pragma GCC unroll 16
     for (int b = 0; b < kBlocks; ++b)
       end.finish(w, *end.tokens, rb + b, 0, t.count, sums + b * kRows, kStride);
   }
-  static void many(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                   int64_t last) {
+  template <int kSpan>
+  static void many_spans(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+                         int64_t last) {
     constexpr int kBlocks = V::kPanelBlocks;
     int64_t rb = first;
-    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks>(w, t, end, rb);
-    for (; rb < last; ++rb) many_blocks<1>(w, t, end, rb);
+    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks, kSpan>(w, t, end, rb);
+    for (; rb < last; ++rb) many_blocks<1, kSpan>(w, t, end, rb);
+  }
+  static void many(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+                   int64_t last) {
+    if (w.group_size < kManyPiece)
+      many_spans<kPiece>(w, t, end, first, last);
+    else
+      many_spans<kManyPiece>(w, t, end, first, last);
   }
 };
 

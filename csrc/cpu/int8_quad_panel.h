@@ -21,6 +21,16 @@ inline void order_for_panels(int8_t* x) {
     _mm512_storeu_si512(x + 64 * half, _mm512_xor_si512(turned, flip));
   }
 }
+// x of `many`. Vector k of a quad has input k of each of its groups, in bytes.
+inline void quantise_for_quad_panels(const CpuWeight& w, const Int8Tokens& t, const float* x,
+                                     int64_t token) {
+  quantise_many(w, t, x, token, [](Int8Piece& piece, int at) {
+    piece.place = (at / 16 * 4 + at % 4) * 4 * kRows;
+    piece.shift = 24 - 8 * (at / 4 % 4);
+  });
+  for (int64_t kb = 0; kb < w.k_blocks; ++kb)
+    order_for_panels(t.x + (kb * t.count + token) * kInputs);
+}
 // V of a quad in the order [4 inputs][groups 0 2 1 3]: the groups of even bytes and of odd ones.
 void quantise_v_for_quads(const CpuWeight& w, const Int8Tokens& t) {
   quantise_v(w, t);

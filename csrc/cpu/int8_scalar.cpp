@@ -130,7 +130,7 @@ void build(const Row& row, const Int8Tokens& t, int64_t kb, Entries entries, con
   }
 }
 
-// sums += scale times the product of a piece of the inputs, for all tokens.
+// sums += scale times the product of a piece of the inputs, for all tokens of `few`.
 void multiply(const int8_t* panel, int piece, const Int8Tokens& t, int64_t block, float scale,
               float* sums) {
   const int8_t* const row = panel + piece * kPiece;
@@ -143,6 +143,22 @@ void multiply(const int8_t* panel, int piece, const Int8Tokens& t, int64_t block
     for (int k = 0; k < kPiece; ++k) total += int16_t(row[k]) * int16_t(x[k]);
     // In this order a scale times a step, which may overflow where the total is 0, is never formed.
     sums[i * kRows] += float(total) * t.step[at] * scale;
+  }
+}
+// The same for all tokens of `many`, of the inputs [first, first + inputs) of a piece.
+void multiply_many(const int8_t* panel, int first, int inputs, const Int8Tokens& t, int64_t block,
+                   float scale, float* sums) {
+  const int8_t* const row = panel + first;
+  for (int64_t i = 0; i < t.count; ++i) {
+    const int64_t token = block * t.count + i;
+    const int8_t* const x = t.x + token * kInputs + first;
+    const Int8Piece& piece = t.pieces[token * kManyPieces + first / kManyPiece];
+    int32_t total = 0;
+    for (int k = 0; k < inputs; ++k) total += int16_t(row[k]) * int16_t(x[k]);
+    float of_x = float(total) * piece.step;
+    const int at = piece.place - first % kManyPiece;
+    if (0 <= at && at < inputs) of_x += float(row[at]) * piece.largest;
+    sums[i * kRows] += of_x * scale;
   }
 }
 
@@ -164,11 +180,18 @@ void product(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_
         else
           read_units(row, f);
         build(row, t, kb, kMany ? Entries::merged : Entries::kept, f.merged, panel);
-        for (int p = 0; p < kPieces; ++p)
-          multiply(panel, p, t, kb, f.unit[p * kPiece / w.group_size], to);
+        if (kMany) {
+          const int span = w.group_size < kManyPiece ? int(w.group_size) : kManyPiece;
+          for (int k = 0; k < kInputs; k += span)
+            multiply_many(panel, k, span, t, kb, f.unit[k / w.group_size], to);
+        } else {
+          for (int p = 0; p < kPieces; ++p)
+            multiply(panel, p, t, kb, f.unit[p * kPiece / w.group_size], to);
+        }
         if (kMany && f.second) {
           build(row, t, kb, Entries::pruned, f.pruned, panel);
-          for (int p = 0; p < kPieces; ++p) multiply(panel, p, t, kb, f.pruned_unit, to);
+          for (int k = 0; k < kInputs; k += kManyPiece)
+            multiply_many(panel, k, kManyPiece, t, kb, f.pruned_unit, to);
         }
         if (kMany || !w.planes) continue;
         build(row, t, kb, Entries::levels, nullptr, panel);
@@ -179,6 +202,15 @@ void product(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_
       }
     end.finish(w, *end.tokens, rb, 0, t.count, sums, kRows);
   }
+}
+
+void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
+              int64_t token) {
+  if (!t.pieces) return quantise_few(w, t, x, term, token);
+  quantise_many(w, t, x, token, [](Int8Piece& piece, int at) {
+    piece.place = at;
+    piece.shift = 0;
+  });
 }
 
 constexpr int kNever = 1 << 30;

@@ -63,14 +63,12 @@ inline void write_tables(const int8_t* x, bool pruned, bool pairs, uint8_t* out)
 // Tables for `few`, or else x in the order of the panels of `many`.
 void quantise_for_quads(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
                         int64_t token) {
-  quantise(w, t, x, term, token);
+  if (t.pieces) return quantise_for_quad_panels(w, t, x, token);
+  quantise_few(w, t, x, term, token);
   for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
     const int64_t at = (term * w.k_blocks + kb) * t.count + token;
-    if (t.tables)
-      write_tables(t.x + at * kInputs, term > 0, term > 0 && w.planes == 1,
-                   t.tables + at * kTableBytes);
-    else
-      order_for_panels(t.x + at * kInputs);
+    write_tables(t.x + at * kInputs, term > 0, term > 0 && w.planes == 1,
+                 t.tables + at * kTableBytes);
     for (int p = 0; p < kPieces; ++p) {
       int32_t& shift = t.shift[at * kPieces + p];
       shift = shift_word(shift - 128);

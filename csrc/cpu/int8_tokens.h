@@ -57,7 +57,7 @@ inline float largest_pair(const float* x) {
 // much on either side of 0; or so much that the sum of two integers of a group stays within 127.
 enum class Cover { range, symmetric, pairs };
 
-// One piece of 32 numbers. Returns whether all are finite, and the sums of `pairs` too; if not, it
+// One piece of 32 numbers, for `few`. Returns whether all are finite, and the sums of `pairs` too; if not, it
 // becomes zeros.
 inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, int32_t* shift) {
   uint32_t bits = largest_bits(x, kPiece);
@@ -88,8 +88,53 @@ inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, 
   return true;
 }
 
-inline void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
-                     int64_t token) {
+// One piece of 64 numbers, for `many`. Returns the place of the largest one, or -1 if not all are
+// finite: then it becomes zeros.
+inline int quantise_around_largest(const float* x, int8_t* q, Int8Piece& piece) {
+  const uint32_t bits = largest_bits(x, kManyPiece);
+  if (bits >= kInfinite) {
+    std::memset(q, 0, kManyPiece);
+    piece = Int8Piece{};
+    return -1;
+  }
+  int at = kManyPiece;  // the first one of that magnitude
+  for (int i = 0; i < kManyPiece; ++i) {
+    const int here = (bits_of(x[i]) & 0x7FFFFFFFu) == bits ? i : kManyPiece;
+    at = here < at ? here : at;
+  }
+  uint32_t second = 0;
+  for (int i = 0; i < kManyPiece; ++i) {
+    const uint32_t size = i == at ? 0u : bits_of(x[i]) & 0x7FFFFFFFu;
+    second = size > second ? size : second;
+  }
+  const float lift = lift_of(float_of(second)), most = float_of(second) * lift;
+  const float factor = most > 0.0f ? 127.0f / most : 0.0f;
+  piece.step = most / 127.0f / lift;
+  piece.largest = x[at];
+  for (int i = 0; i < kManyPiece; ++i) q[i] = int8_t(nearest(x[i] * lift * factor));
+  q[at] = 0;
+  return at;
+}
+
+// place: sets the two fields of a piece that say where the weights of its input `at` are.
+template <class Place>
+void quantise_many(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t token,
+                   Place place) {
+  bool finite = true;
+  for (int64_t kb = 0; kb < w.k_blocks; ++kb)
+    for (int p = 0; p < kManyPieces; ++p) {
+      const int64_t to = kb * t.count + token;
+      Int8Piece& piece = t.pieces[to * kManyPieces + p];
+      const int at = quantise_around_largest(x + kb * kInputs + p * kManyPiece,
+                                             t.x + to * kInputs + p * kManyPiece, piece);
+      finite = finite && at >= 0;
+      place(piece, at < 0 ? 0 : at);
+    }
+  t.finite[token] = finite;
+}
+
+inline void quantise_few(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
+                         int64_t token) {
   const Cover cover = !term ? Cover::range : w.planes == 1 ? Cover::pairs : Cover::symmetric;
   bool finite = true;
   for (int64_t kb = 0; kb < w.k_blocks; ++kb) {

@@ -1,5 +1,5 @@
 // int8 activations with AVX-512 VNNI, VBMI and BITALG: one zmm is a row block. vpdpbusd takes one
-// operand without a sign: the integers of x plus 128, which their shifts take off again.
+// operand without a sign: the integers of x plus 128, which the sums of the weights take off again.
 #include "../int8.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
@@ -13,7 +13,7 @@ namespace slab {
 namespace {
 
 struct Vnni : Avx512 {
-  static constexpr int kPanelTokens = 6, kPanelBlocks = 2;
+  static constexpr int kPanelTokens = 6, kPanelBlocks = 2, kOffset = 128;
   static constexpr bool kQuads = true;
   typedef int32_t S __attribute__((vector_size(64)));
   typedef int16_t H __attribute__((vector_size(64)));
@@ -30,9 +30,9 @@ struct Vnni : Avx512 {
     else
       build_quads<kValues, kPlanes, kEntries, 0>(w, t, rb, kb, a, panel);
   }
-  // A sum of 16 bits times a shift.
-  static SLAB_INLINE I shifted(I sum, const int32_t* shift) {
-    return (I)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi32(*shift));
+  static SLAB_INLINE I top_byte(I words, const int32_t* shift) {
+    const __m512i moved = _mm512_sllv_epi32((__m512i)words, _mm512_set1_epi32(*shift));
+    return (I)_mm512_srai_epi32(moved, 24);
   }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
@@ -48,7 +48,7 @@ const Int8Kernels kernels = {"avx512_vnni",
                              table_values,
                              panel_values<Vnni, true>,
                              0,
-                             8};
+                             6};
 
 }  // namespace
 

@@ -149,9 +149,13 @@ class CpuBackend(Backend):
         way, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
         if way == "exact":
             return f"activations=int8: exact runs for M={problem.M}, which is faster with {name}"
+        rounded = {
+            "few": "1/506 of what the least of 32 inputs, the greatest and 0 span",
+            "many": "1/254 of the second largest of 64 inputs, the largest not at all",
+        }[way]
         return (
             f"activations=int8: the product for {way} tokens ({name}); x is rounded, by at most "
-            "1/506 of what the least of 32 inputs, the greatest and 0 span; more in docs/cpu.md"
+            f"{rounded}; more in docs/cpu.md"
         )
 
 

@@ -64,6 +64,20 @@ INT8_ACTIVATIONS = (
         INTEGERS,
     ),
     Fault(
+        "the largest input of a piece among the integers, too",
+        "csrc/cpu/int8_tokens.h", "q[at] = 0;", "q[at] = 1;", INTEGERS,
+    ),
+    Fault(
+        "the largest of all inputs as the step of the others",
+        "csrc/cpu/int8_tokens.h", "const uint32_t size = i == at ? 0u : bits_of",
+        "const uint32_t size = i > kManyPiece ? 0u : bits_of", INTEGERS,
+    ),
+    Fault(
+        "the largest input of a piece for both of the scales that it has",
+        "csrc/cpu/int8_product.h", "piece.place / kSpanBytes == p % 2", "piece.place >= 0",
+        INTEGERS,
+    ),
+    Fault(
         "inputs behind the last one that are not 0",
         "csrc/int8_linear.h", "k < padded; ++k) row.get()[k] = 0.0f;",
         "k < padded; ++k) row.get()[k] = 9.0f;", INTEGERS,

@@ -16,7 +16,8 @@ from slab_kernels.backends import factors
 from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 
 BLOCK = 128  # inputs of a block of the stream
-PIECE = 32  # inputs that share a step of x
+PIECE = 32  # inputs that share a step of x in the product for few tokens
+MANY_PIECE = 64  # and in the one for many
 LEAST = {"int8": 8.0, "int4": 0.0, "int3": 0.0}  # units that a merged sign term must reach
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
@@ -84,13 +85,13 @@ def over(limit: float, most: Tensor) -> Tensor:
     return torch.where(most > 0, torch.full_like(most, limit) / most, 0)
 
 
-def quantised(x: Tensor, cover: str, piece: int = PIECE) -> tuple[Tensor, Tensor]:
+def quantised(x: Tensor, cover: str) -> tuple[Tensor, Tensor]:
     """[..., Kp] fp32 -> integers and steps of that shape; a piece's shift is on its integers.
 
     cover: what the 255 integers of a piece lie over: its "range", with 0 in it; as much on either
         side of 0, "symmetric"; or so much that two of a group add up to 127 at most, "pairs".
     """
-    pieces = x.unflatten(-1, (-1, piece))
+    pieces = x.unflatten(-1, (-1, PIECE))
     most = pieces.abs().amax(-1, keepdim=True)
     if cover == "pairs":
         a, b, c, d = pieces.abs().unflatten(-1, (-1, 4)).unbind(-1)
@@ -113,6 +114,26 @@ def quantised(x: Tensor, cover: str, piece: int = PIECE) -> tuple[Tensor, Tensor
         two = n.abs().unflatten(-1, (-1, 4)).topk(2, -1).values.sum(-1)
         assert bool((two <= 127).all()), "what a table holds has 8 bits"
     return n.int().flatten(-2), step.double().expand_as(n).flatten(-2)
+
+
+def around_largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., Kp] fp32 -> what `many` multiplies of it, fp64, and how far that may be from x.
+
+    The first input of largest magnitude of each piece stays what it is.
+    """
+    pieces = x.unflatten(-1, (-1, MANY_PIECE))
+    size = pieces.abs()
+    largest = size == size.amax(-1, keepdim=True)
+    largest &= largest.int().cumsum(-1) == 1
+    most = size.masked_fill(largest, 0).amax(-1, keepdim=True)
+    lift = lift_of(most)
+    factor = over(127.0, most * lift)
+    step = (most * lift / torch.full_like(most, 127.0) / lift).double()
+    n = torch.where(largest, 0, pieces * lift * factor).round()
+    assert bool((n.abs() <= 127).all()), "what is stored has 8 bits"
+    multiplied = torch.where(largest, pieces.double(), n.double() * step)
+    error = torch.where(largest, 0, step / 2)
+    return multiplied.flatten(-2), error.flatten(-2)
 
 
 def few(x: Tensor, w: Weight) -> Result:
@@ -170,11 +191,11 @@ def panels(w: Weight, values: str) -> tuple[Tensor, Tensor]:
 def many(x: Tensor, w: Weight, values: str) -> Result:
     """One int8 weight, or two where a row and block has two units."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    n, step = quantised(x, "range")
+    multiplied, error_x = around_largest(x)
     W, error = panels(w, values)
-    y = (n.double() * step) @ W.T
-    size = (n.double() * step).abs() @ W.abs().T
-    bound = (step / 2) @ W.abs().T + x.double().abs() @ error.T
+    y = multiplied @ W.T
+    size = multiplied.abs() @ W.abs().T
+    bound = error_x @ W.abs().T + x.double().abs() @ error.T
     return _with_adapter(x, w, y, size, bound)
 
 
