@@ -132,16 +132,19 @@ class FolderSink:
         with safe_open(self.shard(index), framework="pt") as f:
             for name in f.keys():
                 if name in experts:
-                    for weight, t in experts[name].apart(f.get_tensor(name), slices).items():
-                        parts[weight.removesuffix(".weight")]["weight"] = t
-                    continue
-                module, _, leaf = name.rpartition(".")
-                if module in parts and leaf != "bias":
-                    parts[module][leaf] = f.get_tensor(name)
-                elif name in inside:
+                    found = experts[name].apart(f.get_tensor(name), slices)
+                elif name.rpartition(".")[0] in parts or name in inside:
+                    found = {name: f.get_tensor(name)}
+                else:
                     # A shard also holds tensors under names that only the source's checkpoint has;
                     # those are as the source gives them.
-                    block.other[name] = f.get_tensor(name)
+                    continue
+                for full, tensor in found.items():
+                    module, _, leaf = full.rpartition(".")
+                    if module in parts and leaf != "bias":
+                        parts[module][leaf] = tensor
+                    else:
+                        block.other[full] = tensor
         for module, linear in linears.items():
             shape = (linear.out_features, linear.in_features)
             settings = self.job.plan.layer(module).for_shape(shape)
@@ -161,15 +164,22 @@ class FolderSink:
             parts = weight.tensors() if isinstance(weight, PackedWeight) else {"weight": weight}
             tensors |= {f"{module}.{name}": t for name, t in parts.items()}
         tensors |= block.other | self._tables(index)
+        modules = (*block.stored, *(self.job.tables if index == self.blocks else ()))
+        weights, inside = {f"{module}.weight" for module in modules}, self._inside(index)
+        source = self.job.source
+        # Biases of experts that nobody trained are parts of a stack, as their weights were.
+        tensors |= source.get_all(
+            name
+            for name in inside
+            if name in source.slices and name not in weights and name not in tensors
+        )
+        kept = [name for name in inside if name not in weights and name not in tensors]
         dense = self._dense_experts(block.stored)
-        held = {name: part.joined(tensors, self.job.source.slices) for name, part in dense.items()}
+        held = {name: part.joined(tensors, source.slices) for name, part in dense.items()}
         for part in dense.values():
             for name in part.names:
                 del tensors[name]
         tensors |= held
-        modules = (*block.stored, *(self.job.tables if index == self.blocks else ()))
-        replaced = tensors.keys() | {f"{module}.weight" for module in modules}
-        kept = [name for name in self._inside(index) if name not in replaced]
         table = self._write(index, kept, tensors)
         layers = block.layers
         if self.job.plan.usual.packed:  # dense weights take what their type does
@@ -189,8 +199,8 @@ class FolderSink:
         source = self.job.source
         if self.job.plan.usual.packed:
             return {}
-        names = {f"{module}.weight" for module in modules}
-        inside = {name: part for name, part in source.slices.items() if name in names}
+        found = set(modules)
+        inside = {n: part for n, part in source.slices.items() if n.rpartition(".")[0] in found}
         return stored_slices(source.model, inside) if inside else {}
 
     def store_rest(self) -> None:

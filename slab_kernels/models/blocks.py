@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ArchitectureError
 from ..text.windows import Windows
-from .experts import STACKS, is_stacked, routers
+from .experts import STACKS, is_stacked, routers, stacked_weights
 from .skeleton import place
 from .ties import all_names, tied_names
 
@@ -93,11 +93,11 @@ def packable_experts(
             full = f"{path}.{index}.{name}"
             if not is_stacked(module) or _is_skipped(full, skip):
                 continue
-            stacks = dict(module.named_parameters(recurse=False))
+            stacks = stacked_weights(module)
             if all(_is_skipped(f"{full}.{stack}", skip) for stack in stacks):
                 continue
             for pattern in skip:
-                if any(_is_skipped(part, (pattern,)) for part in _parts_of(full, stacks)):
+                if any(_is_skipped(part, (pattern,)) for part in _parts_of(full, module)):
                     raise ArchitectureError(
                         f"skip={pattern!r} names a part of the experts {full}, which are packed "
                         f"all or none; leave all of them dense with skip='*.{name}'"
@@ -112,10 +112,11 @@ def packable_experts(
     return found
 
 
-def _parts_of(full: str, stacks: Mapping[str, Tensor]) -> Iterator[str]:
+def _parts_of(full: str, module: nn.Module) -> Iterator[str]:
     """The names of the parameters of stacked experts, and of the linears that they become."""
-    for stack, value in stacks.items():
-        yield f"{full}.{stack}"
+    for parameter, _ in module.named_parameters(recurse=False):
+        yield f"{full}.{parameter}"
+    for stack, value in stacked_weights(module).items():
         for number in range(len(value)):
             for linear in STACKS.get(stack, (stack,)):
                 yield f"{full}.{number}.{linear}"
@@ -212,8 +213,8 @@ def _refuse_outside(outside: dict[str, str], more: bool) -> None:
         leaves = "these blocks hold no nn.Linear beside it, so there is nothing to compress"
     others = f" (and {len(outside) - 1} more alike)" if len(outside) > 1 else ""
     raise ArchitectureError(
-        f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear is supported "
-        f"(no Conv1D, no transposed experts), and {leaves}"
+        f"{next(iter(outside.values()))} outside nn.Linear{others}; only nn.Linear, "
+        f"and experts of the usual form, are supported, and {leaves}"
     )
 
 
@@ -278,8 +279,10 @@ def filled_copy(
 
     def moved(t: Tensor) -> Tensor:
         # A copy even where nothing changes: matching trains it, and a model in memory must stay.
+        # Transposed stacks give views whose rows are not contiguous.
         kind = dtype if dtype and t.is_floating_point() else t.dtype
-        return t.to(device=device, dtype=kind, copy=True)
+        rows = torch.contiguous_format
+        return t.to(device=device, dtype=kind, copy=True, memory_format=rows)
 
     state = {name: moved(t) for name, t in tensors.items()}
     filled.load_state_dict(state, strict=False, assign=True)

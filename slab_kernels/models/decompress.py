@@ -81,8 +81,9 @@ def decompress(
     owners = _owners(layouts) | dict.fromkeys(table_names(skeleton), "")
     dtype = dtype or _usual_dtype(packed, owners)
     checkpoint = check_tensors_fit(packed, skeleton)
-    shards = _dense_shards(checkpoint, layouts, table_modules(skeleton), dtype)
-    _put_experts(shards, skeleton)
+    slices = expert_slices(skeleton)
+    shards = _dense_shards(checkpoint, layouts, table_modules(skeleton), dtype, slices)
+    _put_experts(shards, skeleton, slices)
     total = sum(map(len, shards.values()))
     steps = itertools.count(1)
 
@@ -150,10 +151,11 @@ def _dense_shards(
     layouts: dict[str, PackedLayout],
     tables: Mapping[str, Int8Embedding],
     dtype: torch.dtype,
+    slices: Slices,
 ) -> dict[str, Forms]:
     """Shard file -> the dense tensors to write in it, those of the packed file of that name.
 
-    dtype: of the weights that were packed.
+    dtype: of the weights that were packed. slices: what experts have has the model's names here.
     """
 
     def weight(module: str) -> Form:
@@ -184,15 +186,17 @@ def _dense_shards(
             if part == "codes":
                 shards[entry.file][f"{module}.weight"] = embedding(module)
         elif name not in owners:
-            shards[entry.file] |= checkpoint.stored_forms([name])
+            forms = checkpoint.stored_forms([name])
+            if name in slices:  # a bias, which a stack is made of, whatever it is called here
+                forms = dict.fromkeys([name], *forms.values())
+            shards[entry.file] |= forms
         elif name.endswith(".metadata"):  # one in every packed weight
             shards[entry.file][f"{owners[name]}.weight"] = weight(owners[name])
     return dict(sorted(shards.items()))
 
 
-def _put_experts(shards: dict[str, Forms], skeleton: PreTrainedModel) -> None:
-    """Give the weights of experts' linears in `shards` the form in which transformers has them."""
-    slices = expert_slices(skeleton)
+def _put_experts(shards: dict[str, Forms], skeleton: PreTrainedModel, slices: Slices) -> None:
+    """Give weights and biases of experts' linears in `shards` the form that transformers has."""
     if not slices:
         return
     files = {name: file for file, forms in shards.items() for name in forms if name in slices}
@@ -202,7 +206,7 @@ def _put_experts(shards: dict[str, Forms], skeleton: PreTrainedModel) -> None:
 
 
 def _joined(held: Held, parts: Forms, slices: Slices) -> Form:
-    """What stores the weights `parts`, which are made when its turn comes."""
+    """What stores the weights or biases `parts`, which are made when its turn comes."""
     first = parts[held.names[0]]
     if not held.whole:
         return first
@@ -210,6 +214,5 @@ def _joined(held: Held, parts: Forms, slices: Slices) -> Form:
     def make() -> Tensor:
         return held.joined({name: part.make() for name, part in parts.items()}, slices)
 
-    experts = len({slices[name].expert for name in held.names})
-    rows = sum(part.shape[0] for part in parts.values()) // experts
-    return Form(first.dtype, (experts, rows, first.shape[1]), make)
+    empty = {name: torch.empty(part.shape, device="meta") for name, part in parts.items()}
+    return Form(first.dtype, tuple(held.joined(empty, slices).shape), make)

@@ -21,72 +21,138 @@ if TYPE_CHECKING:
 
 # The stack that an expert's input is read by -> the linears whose rows it holds, in their order.
 STACKS = {"gate_up_proj": GATED, "up_proj": PLAIN}
+BIAS = "_bias"  # what the name of a stack of biases ends with, behind that of the weights
 PIECE = 2, 3  # rows and columns by which a weight is tried out, see `stored_slices`
 
 
 class Slice(NamedTuple):
-    """Where the weight of an expert's linear lies in a stack [experts, rows, columns].
+    """Where the weight or the bias of an expert's linear lies in a stack.
 
-    stack: the full name of the parameter. expert: which one. first, rows: of that one's rows.
+    A stack of weights is [experts, rows, columns], or [experts, columns, rows] if it is transposed;
+    one of biases is [experts, rows].
+
+    stack: the full name of the parameter. expert: which one. part, parts: which of so many equal
+    parts of its rows. interleaved: parts take turns row by row, and do not follow each other.
     """
 
     stack: str
     expert: int
-    first: int
-    rows: int
+    part: int = 0
+    parts: int = 1
+    interleaved: bool = False
+    transposed: bool = False
 
     def of(self, stack: Tensor) -> Tensor:
-        """The weight [rows, columns], a view."""
-        return stack[self.expert].narrow(0, self.first, self.rows)
+        """The weight [rows, columns] or the bias [rows], a view."""
+        own = stack[self.expert]
+        own = own.mT if self.transposed else own
+        return (
+            own[self.part :: self.parts] if self.interleaved else own.chunk(self.parts)[self.part]
+        )
+
+    def around(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of one expert in the stack, from that of the weight or bias."""
+        whole = (shape[0] * self.parts, *shape[1:])
+        return whole[::-1] if self.transposed else whole
 
 
-Slices = Mapping[str, Slice]  # by the full name of the linear's weight
+Slices = Mapping[str, Slice]  # by the full name of the linear's weight or bias
 
 
 def is_stacked(module: nn.Module) -> bool:
     """Whether a module holds stacked experts that can be taken apart.
 
-    They are those of transformers that read x W^T without a bias: gate and up rows one after the
-    other in `gate_up_proj` [E, 2I, H], or `up_proj` [E, I, H] alone, and `down_proj` [E, H, I].
+    They are those that transformers marks as such, in the order of x W^T or transposed, with biases
+    or without: `gate_up_proj` [E, 2I, H] with the rows of gate and up one after the other or in
+    turns, or `up_proj` [E, I, H] alone, and `down_proj` [E, H, I].
     """
-    plain = not getattr(module, "has_bias", True) and not getattr(module, "is_transposed", True)
-    if not plain or getattr(module, "has_post_expert_norm", False):
+    marked = hasattr(module, "has_bias") and hasattr(module, "is_transposed")
+    if not marked or getattr(module, "has_post_expert_norm", False) or module._buffers:
         return False
     own = dict(module.named_parameters(recurse=False))
     reading = next((name for name in STACKS if name in own), None)
-    if reading is None or own.keys() != {reading, DOWN} or module._buffers:
+    names = {reading, DOWN, *([f"{reading}{BIAS}", f"{DOWN}{BIAS}"] if module.has_bias else ())}
+    if reading is None or own.keys() != names or {own[n].dim() for n in (reading, DOWN)} != {3}:
         return False
-    into, out = own[reading], own[DOWN]
-    if into.dim() != 3 or out.dim() != 3:
+    weights = stacked_weights(module)
+    (E, rows, H), parts = weights[reading].shape, len(STACKS[reading])
+    shapes: dict[str, tuple[int, ...]] = {reading: (E, rows, H), DOWN: (E, H, rows // parts)}
+    if module.has_bias:
+        shapes |= {f"{reading}{BIAS}": (E, rows), f"{DOWN}{BIAS}": (E, H)}
+    found = {name: tuple(tensor.shape) for name, tensor in (own | weights).items()}
+    return found == shapes and rows % parts == 0 and _interleaved(module) is not None
+
+
+def stacked_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of stacked experts [experts, rows, columns], views, by the stacks' own names."""
+    return {
+        name: stack.detach().mT if module.is_transposed else stack.detach()
+        for name, stack in module.named_parameters(recurse=False)
+        if not name.endswith(BIAS)
+    }
+
+
+def _interleaved(module: nn.Module) -> bool | None:
+    """Whether the rows of gate and up of stacked experts take turns; None if nobody can tell.
+
+    transformers says it in `is_concatenated`. Where it does not (5.0) the gate itself is asked:
+    which of two outputs is lost when the second of four inputs is not a number.
+    """
+    own: Any = module
+    if "up_proj" in module._parameters:
         return False
-    (E, rows, H), parts = into.shape, len(STACKS[reading])
-    return out.shape[0] == E and out.shape[1] == H and rows == parts * out.shape[2]
+    if hasattr(module, "is_concatenated"):
+        return not module.is_concatenated
+    asked = torch.tensor([[1.0, math.nan, 1.0, 1.0]], device="cpu")  # models are opened on meta
+    lost = own._apply_gate(asked).isnan().flatten().tolist()
+    return {(True, False): True, (False, True): False}.get(tuple(lost))
+
+
+def _slices(
+    prefix: str, projections: tuple[str, ...], stacked: nn.Module, experts: int, interleaved: bool
+) -> dict[str, Slice]:
+    """Where the weights and biases of all linears lie, by their names. prefix: of all names."""
+    reading = next(name for name, parts in STACKS.items() if parts == projections)
+    found: dict[str, Slice] = {}
+    for number in range(experts):
+        for name in (*projections, DOWN):
+            place = Slice(f"{prefix}{DOWN}", number)
+            if name != DOWN:
+                part = projections.index(name), len(projections)
+                place = Slice(f"{prefix}{reading}", number, *part, interleaved)
+            weight = place._replace(transposed=bool(stacked.is_transposed))
+            found[f"{prefix}{number}.{name}.weight"] = weight
+            if stacked.has_bias:
+                bias = place._replace(stack=f"{place.stack}{BIAS}")
+                found[f"{prefix}{number}.{name}.bias"] = bias
+    return found
 
 
 def unstack(model: nn.Module, path: str) -> None:
     """Put `Experts` in place of the stacked experts that `model` has at `path`.
 
-    The new weights need no gradients, and are views of the stacks, which may be on meta.
+    The new weights need no gradients, and are views of the stacks, which may be on meta. The new
+    biases are copies, each of which can be saved by itself.
     """
     stacked = model.get_submodule(path)
-    stacks = dict(stacked.named_parameters(recurse=False))
+    stacks = {name: p.detach() for name, p in stacked.named_parameters(recurse=False)}
+    projections = next(STACKS[name] for name in STACKS if name in stacks)
+    interleaved, count = bool(_interleaved(stacked)), len(stacks[DOWN])
+    slices = _slices("", projections, stacked, count, interleaved)
     for name in stacks:
         delattr(stacked, name)
-    reading = next(name for name in stacks if name != DOWN)
 
-    def linears(number: int) -> dict[str, nn.Linear]:
-        weights = dict(
-            zip(
-                STACKS[reading],
-                stacks[reading][number].detach().chunk(len(STACKS[reading])),
-                strict=True,
-            )
-        )
-        weights[DOWN] = stacks[DOWN][number].detach()
-        return {name: _linear(weight) for name, weight in weights.items()}
+    def linear(name: str) -> nn.Linear:
+        weight = slices[f"{name}.weight"]
+        bias = slices.get(f"{name}.bias")
+        copied = None if bias is None else bias.of(stacks[bias.stack]).clone()
+        return _linear(weight.of(stacks[weight.stack]), copied)
 
-    experts = [linears(number) for number in range(len(stacks[DOWN]))]
-    model.set_submodule(path, Experts(stacked, experts))
+    experts = [
+        {name: linear(f"{number}.{name}") for name in (*projections, DOWN)}
+        for number in range(count)
+    ]
+    model.set_submodule(path, Experts(stacked, experts, interleaved))
 
 
 def restack(model: nn.Module, path: str) -> None:
@@ -103,10 +169,12 @@ def restack(model: nn.Module, path: str) -> None:
     model.set_submodule(path, stacked)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear = nn.Linear(columns, rows, bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
@@ -139,43 +207,38 @@ def stages(block: nn.Module, prefix: str) -> dict[str, str]:
 
 
 def expert_slices(model: nn.Module, at: str | None = None) -> dict[str, Slice]:
-    """The weight of every expert's linear in `model`, dense or packed -> where it is in a stack.
+    """The weight and bias of every expert's linear in `model` -> where it is in a stack.
 
-    at: the only `Experts` that are wanted; default: all.
+    The linears may be dense or packed. at: the only `Experts` that are wanted; default: all.
     """
     found: dict[str, Slice] = {}
     for path, experts in mixtures(model).items():
-        if at not in (None, path):
-            continue
-        reading = next(name for name, parts in STACKS.items() if parts == experts.projections)
-        for number in range(experts.num_experts):
-            first = 0
-            for name, linear in experts.expert(number).named_children():
-                rows: Any = linear.out_features
-                stack = f"{path}.{DOWN if name == DOWN else reading}"
-                start = 0 if name == DOWN else first
-                found[f"{path}.{number}.{name}.weight"] = Slice(stack, number, start, rows)
-                first += rows
+        if at in (None, path):
+            sizes = experts.num_experts, experts.interleaved
+            found |= _slices(f"{path}.", experts.projections, experts.stacked, *sizes)
     return found
 
 
 class Held(NamedTuple):
-    """Which weights of linears a tensor of a checkpoint holds: one, or those of a whole stack."""
+    """Which weights or biases of linears a tensor of a checkpoint holds: one, or a whole stack."""
 
     names: tuple[str, ...]
     whole: bool
 
     def joined(self, weights: Mapping[str, Tensor], slices: Slices) -> Tensor:
-        """The tensor, from the weights by their names."""
+        """The tensor, from the weights or biases by their names."""
+        first = weights[self.names[0]]
         if not self.whole:
-            return weights[self.names[0]]
-        experts: dict[int, list[Tensor]] = {}
-        for name in self.names:
-            experts.setdefault(slices[name].expert, []).append(weights[name])
-        return torch.stack([torch.cat(parts) for parts in experts.values()])
+            return first
+        experts = len({slices[name].expert for name in self.names})
+        stack = first.new_empty(experts, *slices[self.names[0]].around(first.shape))
+        with torch.no_grad():
+            for name in self.names:
+                slices[name].of(stack).copy_(weights[name])
+        return stack
 
     def apart(self, tensor: Tensor, slices: Slices) -> dict[str, Tensor]:
-        """The weights by their names, from the tensor."""
+        """The weights or biases by their names, from the tensor."""
         if not self.whole:
             return {self.names[0]: tensor}
         return {name: slices[name].of(tensor) for name in self.names}
@@ -196,13 +259,12 @@ def stored_slices(model: PreTrainedModel, slices: Slices) -> dict[str, Held]:
     probes: dict[str, Tensor] = {}
     pieces: dict[str, list[Tensor]] = {}  # what stands for the weights of a stack
     for stack, names in by_stack.items():
-        # The order of a stack: expert after expert, and the rows of each.
-        names.sort(key=lambda name: (slices[name].expert, slices[name].first))
-        experts = len({slices[name].expert for name in names})
+        shape = PIECE[:1] if names[0].endswith(".bias") else PIECE
         # Every number is another one, so that conversions show what they do with rows and columns.
-        numbers = torch.arange(len(names) * math.prod(PIECE), dtype=torch.float32)
-        pieces[stack] = list(numbers.view(-1, *PIECE))
-        probes[stack] = numbers.view(experts, -1, PIECE[1])
+        numbers = torch.arange(len(names) * math.prod(shape), dtype=torch.float32)
+        pieces[stack] = list(numbers.view(-1, *shape))
+        parts_of = dict(zip(names, pieces[stack], strict=True))
+        probes[stack] = Held(tuple(names), True).joined(parts_of, slices)
     found: dict[str, Held] = {}
     for stack, parts in stored_parts(model, probes, slices).items():
         names = by_stack[stack]
@@ -218,7 +280,7 @@ def stored_slices(model: PreTrainedModel, slices: Slices) -> dict[str, Held]:
 
 def _place(part: Tensor, pieces: list[Tensor]) -> int | None:
     """Which of `pieces` a stored tensor is; None if it is none of them as it was."""
-    at = int(part.flatten()[0]) // math.prod(PIECE)
+    at = int(part.flatten()[0]) // pieces[0].numel()
     return at if torch.equal(part, pieces[at]) else None
 
 

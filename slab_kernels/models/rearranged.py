@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from .channels import Moves, reordered
@@ -19,8 +20,8 @@ class Rearranged:
 
     The kinds themselves say what the model has: `_own_names`, `_own_spec` and `_own`.
 
-    moves: the new orders; `get` gives channels so. slices: the weights of experts' linears, which
-    then stand in `names` in place of the stacks that the model had.
+    moves: the new orders; `get` gives channels so. slices: the weights and biases of experts'
+    linears, which then stand in `names` in place of the stacks that the model had.
     """
 
     model: Any
@@ -59,7 +60,7 @@ class Rearranged:
         if part is None:
             return self._own_spec(name)
         dtype, shape = self._own_spec(part.stack)
-        return dtype, (part.rows, *shape[2:])
+        return dtype, tuple(part.of(torch.empty(shape, device="meta")).shape)
 
     def get(self, name: str) -> Tensor:
         """A tensor by its name in the model; whoever gets it does not change it.

@@ -33,11 +33,18 @@ class Experts(nn.Module):
         stays the same. Only nn.Linear can be shown them.
     """
 
-    def __init__(self, stacked: nn.Module, experts: list[dict[str, nn.Linear]]):
+    def __init__(
+        self,
+        stacked: nn.Module,
+        experts: list[dict[str, nn.Linear]],
+        interleaved: bool = False,
+    ):
         """stacked: transformers' module, whose activation and whatever else it holds beside the
-        stacked weights is kept. experts: the linears of each, in the order in which they run."""
+        stacked weights is kept. experts: the linears of each, in the order in which they run.
+        interleaved: its gate reads gate and up number by number, not one after the other."""
         super().__init__()
         self.num_experts = len(experts)
+        self.interleaved = interleaved
         self.fed: frozenset[int] = frozenset()
         self._stacked = (stacked,)  # within a tuple it is no part of this module
         for number, linears in enumerate(experts):
@@ -69,7 +76,8 @@ class Experts(nn.Module):
         stacked: Any = self.stacked
         if len(read) == 1:
             return stacked.act_fn(read[0])
-        return stacked._apply_gate(torch.cat(read, -1))
+        both = torch.stack(read, -1).flatten(-2) if self.interleaved else torch.cat(read, -1)
+        return stacked._apply_gate(both)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H]; top_k_index [tokens, k] int64, the experts of each token, and

@@ -29,20 +29,19 @@ CPU = torch.device("cpu")
 EXPERTS, NEVER = 4, 3
 
 
-def mixture(seed: int = 0, **changes) -> nn.Module:
+def mixture(seed: int = 0, kind: str = "mixtral", **changes) -> nn.Module:
     """Two blocks; no token of the first goes to the experts 2 and 3: of the products of a token
     with a, -a, 0 and 0 one of the first two is the largest."""
-    sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 1} | changes
-    config = AutoConfig.for_model(
-        "mixtral", **{**tiny_models._TOKENS, **tiny_models._GATED, **sizes}
-    )
+    sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 1, "head_dim": 8} | changes
+    config = AutoConfig.for_model(kind, **{**tiny_models._TOKENS, **tiny_models._GATED, **sizes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
-        router = model.model.layers[0].mlp.gate.weight
+        mlp = model.model.layers[0].mlp
+        router = (mlp.gate if kind == "mixtral" else mlp.router).weight
         router[1], router[2:] = -router[0], 0.0
     return model
 
@@ -228,9 +227,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "60%"])
-def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, pattern):
-    mixture().save_pretrained(tmp_path / "dense")
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, kind, pattern):
+    mixture(kind=kind).save_pretrained(tmp_path / "dense")
     settings = dict(method="wanda", calibration=long_tokens(400), pattern=pattern)
+    if kind == "gpt_oss" and pattern == "2:4":
+        settings |= dict(method="slab", matching=1)  # trains biases
     compress(tmp_path / "dense", tmp_path / "whole", progress=False, **settings)
     blocks = itertools.count()
 
@@ -246,18 +248,26 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, pattern):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_matching_and_a_budget_reach_experts():
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_matching_and_a_budget_reach_experts(tmp_path, kind):
     logits = []
     for more in ({"matching": 1}, {"bits": 6.0}):
-        model = compress(
-            mixture(num_local_experts=2),
-            method="slab",
-            calibration=long_tokens(60),
-            progress=False,
-            **more,
-        )
+        dense = mixture(kind=kind, num_local_experts=2)
+        biases = [p for name, p in dense.named_parameters() if name.endswith("proj_bias")]
+        assert len(biases) == (4 if kind == "gpt_oss" else 0)
+        before = [bias.detach().clone() for bias in biases]
+        dense.save_pretrained(tmp_path / f"{len(logits)}")
+        settings = dict(method="slab", calibration=long_tokens(60), progress=False, **more)
+        model = compress(dense, **settings)
         assert {len(block.mlp.experts.expert(0)._modules) for block in model.model.layers} == {3}
         with torch.no_grad():
             logits.append(model(input_ids=TOKENS).logits)
+        if "matching" in more:
+            if kind == "gpt_oss":  # biases are trained too, in blocks that training improves
+                assert not all(map(torch.equal, biases, before))
+            compress(tmp_path / "0", tmp_path / "packed", **settings)
+            with torch.no_grad():
+                stored = slab_kernels.load(tmp_path / "packed")(input_ids=TOKENS).logits
+            assert torch.equal(stored, logits[0])
     assert all(bool(found.isfinite().all()) for found in logits)
     assert slab_kernels.nn.SlabLinear in {type(m) for m in model.modules()}

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import slab_kernels
 from matrix.configs import VOCABULARY, tiny
 from slab_kernels.errors import ArchitectureError, CalibrationError
-from slab_kernels.models.experts import STACKS, is_stacked, unstack_named
+from slab_kernels.models.experts import STACKS, is_stacked, stacked_weights, unstack_named
 from slab_kernels.nn import SlabLinear
 
 LARGEST = 4_000_000  # weights; a config that stays above it is not tiny
@@ -95,8 +95,8 @@ def same_tensors(first: nn.Module, second: nn.Module, which: str) -> None:
 def matrices(module: nn.Module) -> int:
     """The linears that a module is, or holds as stacked experts."""
     if is_stacked(module):
-        stacks = [name for name, _ in module.named_parameters(recurse=False)]
-        return len(module.down_proj) * sum(len(STACKS.get(name, [name])) for name in stacks)
+        stacks = stacked_weights(module).items()
+        return sum(len(stack) * len(STACKS.get(name, [name])) for name, stack in stacks)
     return int(isinstance(module, nn.Linear))
 
 

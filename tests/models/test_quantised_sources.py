@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import ArchitectureError, CheckpointError
+from slab_kernels.errors import CheckpointError
 from slab_kernels.evaluate.inspect import inspect
 from slab_kernels.models.source import open_source
 
@@ -173,7 +173,8 @@ def write_twins_of_mixture(top) -> None:
         del tiny_models.CONFIGS["mixtral"]
 
 
-def test_mxfp4_experts_become_dense_ones(tmp_path):
+@pytest.mark.parametrize("skip", [(), ("*.mlp.experts", "*.mlp.router")])
+def test_mxfp4_experts_are_packed_or_left_dense(tmp_path, skip):
     config = tiny("gpt_oss")
     config.intermediate_size = 64
     torch.manual_seed(0)
@@ -192,14 +193,21 @@ def test_mxfp4_experts_become_dense_ones(tmp_path):
     configure(
         tmp_path / "quantised", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     )
-    with pytest.raises(ArchitectureError, match=r"transposed experts"):
-        slab_kernels.compress(tmp_path / "quantised", tmp_path / "refused", **SETTINGS)
-    skip = ("*.mlp.experts", "*.mlp.router")
     for folder in ("dense", "quantised"):
         slab_kernels.compress(tmp_path / folder, tmp_path / f"{folder}-out", **SETTINGS, skip=skip)
     assert shards(tmp_path / "quantised-out") == shards(tmp_path / "dense-out")
     record = json.loads((tmp_path / "quantised-out" / "slab_run.json").read_text())
     assert record["dequantised"] == "mxfp4, groups of 32"
+    packed = slab_kernels.load(tmp_path / "quantised-out")
+    experts = [name for name, m in packed.named_modules() if isinstance(m, slab_kernels.SlabLinear)]
+    assert sum(".experts." in name for name in experts) == (0 if skip else 2 * 4 * 3)
+    slab_kernels.decompress(tmp_path / "quantised-out", tmp_path / "out")
+    twin, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    ids = tiny_models.tokens()
+    with torch.no_grad():
+        want, found = (model.eval()(input_ids=ids).logits for model in (twin, packed))
+    assert torch.allclose(found, want, atol=1e-5)
 
 
 def test_every_road_reads_the_dequantised_model(tmp_path, capsys):

@@ -36,12 +36,27 @@ EXPERTS = (
     ),
     Fault(
         "weights of experts stored under each other's names",
-        "slab_kernels/models/*.py", "names.sort(key=lambda name: (slices[name].expert, slices",
-        "names.sort(key=lambda name: (-slices[name].expert, slices", ROADS,
+        "slab_kernels/models/*.py", "Held((names[at],), False)", "Held((names[-1 - at],), False)",
+        ROADS,
     ),
     Fault(
         "rows of up taken for rows of gate",
-        "slab_kernels/models/*.py", "start = 0 if name == DOWN else first", "start = 0", ROADS,
+        "slab_kernels/models/*.py", "part = projections.index(name), len(projections)",
+        "part = 0, len(projections)", ROADS,
+    ),
+    Fault(
+        "rows of gate and up that take turns, taken for halves",
+        "slab_kernels/models/*.py", "return not module.is_concatenated", "return False", MODULE,
+    ),
+    Fault(
+        "a gate that reads gate and up in turns, given halves",
+        "slab_kernels/nn/*.py", "if self.interleaved else torch.cat(read, -1)",
+        "if not read else torch.cat(read, -1)", MODULE,
+    ),
+    Fault(
+        "biases of experts that views of one stack keep from being saved",
+        "slab_kernels/models/*.py", "bias.of(stacks[bias.stack]).clone()",
+        "bias.of(stacks[bias.stack])", MODULE,
     ),
     Fault(
         "a router that is packed or refused",
