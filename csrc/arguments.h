@@ -1,16 +1,10 @@
-// The checks of arguments and the memory that all files with torch share. It includes torch, by its
-// stable ABI alone.
+// The checks of arguments that all files with torch share. It includes torch, by its stable ABI
+// alone.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <cstdlib>
-#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -61,38 +55,5 @@ inline void check_shape(const char* name, const Tensor& t,
 inline void check_dtype(const char* name, const Tensor& t, ScalarType expected, const char* text) {
   CHECK_ARGUMENT(t.scalar_type() == expected, name, " has another dtype than ", text);
 }
-
-constexpr int64_t kHugePage = 1 << 21;
-
-// Asks the system to use huge pages for fresh memory, in which reading a weight misses the address
-// cache less often. Nothing changes where it has none.
-inline void prefer_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(kHugePage);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (at + page - 1) / page * page;
-  const uintptr_t end = (at + uintptr_t(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
-// fp32 memory, aligned to 64 bytes, which is freed at the end of the call. From a megabyte on it is
-// in huge pages where there are any.
-struct Scratch {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data;
-  explicit Scratch(int64_t n) {
-    const int64_t bytes = n * 4 + 4, alignment = bytes < 1 << 20 ? 64 : kHugePage;
-    const int64_t whole = round_up(bytes, alignment);
-    data.reset(static_cast<float*>(std::aligned_alloc(size_t(alignment), size_t(whole))));
-    CHECK_ARGUMENT(data, "out of memory for ", n, " floats");
-    if (alignment == kHugePage) prefer_huge_pages(data.get(), whole);
-  }
-  float* get() const { return data.get(); }
-};
 
 }  // namespace slab

@@ -4,8 +4,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "arguments.h"
 #include "int8.h"
+#include "memory.h"
 
 namespace slab {
 

@@ -2,7 +2,7 @@
 // prepared_bindings.cpp, the products are in exact_linear.cpp.
 #pragma once
 
-#include "arguments.h"
+#include "memory.h"
 
 namespace slab {
 

@@ -167,9 +167,8 @@ Tensor prepare_cpu(Tensor values_tensor, Tensor metadata, Factor signs, Factor s
                  ", expected [row blocks, rank, 16]");
   if (p) h.adapter_half = p->scalar_type() == ScalarType::Half;
   const Sections at(h);
-  Tensor prepared = torch::stable::new_empty(metadata, {at.end});
+  Tensor prepared = fresh_bytes(metadata, at.end);
   auto* const out = static_cast<uint8_t*>(prepared.mutable_data_ptr());
-  prefer_huge_pages(out, at.end);
   std::memset(out, 0, size_t(at.stream));
   std::memcpy(out, &h, sizeof(Header));
   const auto copy = [&](const char* name, const Factor& t, std::initializer_list<int64_t> expected,

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "arguments.h"
+#include "memory.h"
 
 namespace {
 

@@ -203,13 +203,14 @@ INCLUDES = {
     "launch.h": "format.h solver.h",
     "int8.h": "launch.h",
     "arguments.h": "launch.h",
-    "linear.h": "arguments.h",
-    "int8_linear.h": "arguments.h int8.h",
+    "memory.h": "arguments.h",
+    "linear.h": "memory.h",
+    "int8_linear.h": "int8.h memory.h",
     "bindings.cpp": "linear.h",
     "prepared_bindings.cpp": "linear.h",
     "exact_linear.cpp": "linear.h",
     "int8_bindings.cpp": "int8_linear.h linear.h",
-    "solver_bindings.cpp": "arguments.h",
+    "solver_bindings.cpp": "memory.h",
     "cpu/stream.h": "launch.h",
     "cpu/lookup.h": "stream.h",
     "cpu/rebuild.h": "stream.h",
@@ -283,7 +284,7 @@ INCLUDES = {
 }
 # The files that include torch.
 TORCH = (
-    "arguments.h", "int8_linear.h", "exact_linear.cpp", "bindings.cpp", "prepared_bindings.cpp",
+    "arguments.h", "memory.h", "int8_linear.h", "exact_linear.cpp", "bindings.cpp", "prepared_bindings.cpp",
     "int8_bindings.cpp", "solver_bindings.cpp",
 )  # fmt: skip
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))

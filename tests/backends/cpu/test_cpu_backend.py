@@ -41,6 +41,7 @@ TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 65)
 TERMS = [(rank, 1) for rank in (*RANKS, 3)] + [(1, 2), (1, 3), (2, 2), (3, 3)]  # rank, planes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUT = PackedLayout(40, 200, "fp16", rank=2, adapter_rank=5)
+HUGE_PAGE = 1 << 21
 
 
 @pytest.fixture(params=ALL)
@@ -270,6 +271,23 @@ def test_opcheck(rank, adapter_rank):
         torch.library.opcheck(OPS.linear_cpu.default, (sample, prepared, bias, *sizes))
     torch.library.opcheck(OPS.linear_cpu_frozen.default, (x, prepared, None, *sizes))
     torch.library.opcheck(OPS.dequantize_cpu.default, (prepared, *sizes))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+def test_a_large_stream_has_memory_of_its_own_which_is_given_back():
+    """What malloc hands out may lie in small pages that were touched before."""
+    packed = random_packed(PackedLayout(1024, 4096, "int8", 128, rank=1))
+    size = cpu.BACKEND.prepare(packed).prepared.numel()
+    assert size > 2 * HUGE_PAGE
+
+    def resident():
+        with open("/proc/self/statm") as pages:
+            return int(pages.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before = resident()
+    for _ in range(20):
+        assert cpu.BACKEND.prepare(packed).prepared.data_ptr() % HUGE_PAGE == 0
+    assert resident() < before + 4 * size
 
 
 def test_the_output_is_new_memory_and_the_inputs_stay_as_they_are():
