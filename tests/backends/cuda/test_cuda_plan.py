@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import grid
 from prefill_checks import check_prefill
 
 from slab_kernels.backends.base import LinearProblem
@@ -248,24 +249,22 @@ def check_many(chosen: Plan, where: tuple) -> None:
     assert sizes.planes == 1 or tile.row_tiles == 2, where
 
 
-@pytest.mark.parametrize("rank, planes", SIGNS)
-@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
-def test_every_layer_of_the_known_models(gpu, rank, planes):
+@grid(**{
+    "name": GPU_NAMES,
+    "N, K": SHAPES,
+    "rank, planes": SIGNS,
+    "values, group_steps": VALUES,
+})  # fmt: skip
+def test_every_layer_of_the_known_models(name, N, K, rank, planes, values, group_steps):
     """Fits, covers, and within a regime splits K in one way: a token's result depends on no
-    other token.
-
-    Each GPU takes one value type with each form of the signs, the next GPU the next type: all
-    of them took minutes.
-    """
-    values, group_steps = VALUES[(GPUS.index(gpu) + rank + planes) % len(VALUES)]
-    for N, K in SHAPES:
-        sizes = CudaSizes(K, (N,), values, group_steps, rank, 0, planes)
-        ways = [set(), set(), set()]
-        for M in TOKENS:
-            chosen = choose(sizes, M, gpu)
-            check(chosen, sizes, M, gpu)
-            ways[regime(M)].add(split(chosen, M))
-        assert max(map(len, ways)) <= 1, (sizes, gpu.name, ways)
+    other token."""
+    gpu, sizes = gpu_named(name), CudaSizes(K, (N,), values, group_steps, rank, 0, planes)
+    ways = [set(), set(), set()]
+    for M in TOKENS:
+        chosen = choose(sizes, M, gpu)
+        check(chosen, sizes, M, gpu)
+        ways[regime(M)].add(split(chosen, M))
+    assert max(map(len, ways)) <= 1, (sizes, name, ways)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from pairwise import grid
+from pairwise import grid, grid_of, pairwise, subset
 
 pytest.importorskip("triton")
 
@@ -78,13 +78,28 @@ def test_the_grid_has_every_program():
     assert chosen <= programs
 
 
-@grid(**{
-    "dtype": HALF,
-    "values, group": VALUES,
-    "tokens": (8, 16),
-    "warps, K": ((8, 1), (8, 1100), (16, 172), (16, 2176)),
-    "bias_type": (None, torch.float32, torch.bfloat16),
-})  # fmt: skip
+# What a program is compiled for, which takes seconds; K and the bias are arguments of a launch. So
+# few programs meet all of these.
+PROGRAMS = {"dtype": HALF, "values, group": VALUES, "tokens": (8, 16), "warps": (8, 16)}
+LENGTHS = {8: (1, 1100), 16: (172, 2176)}  # K, by warps
+BIASES = (None, torch.float32, torch.bfloat16)
+
+
+def launches(programs):
+    """Any launch of these programs: dtype, values, group, tokens, warps, K and the bias's type."""
+    return [
+        (dtype, *values, tokens, warps, K, bias_type)
+        for dtype, values, tokens, warps in programs
+        for K in LENGTHS[warps]
+        for bias_type in BIASES
+    ]
+
+
+@grid_of(
+    "dtype, values, group, tokens, warps, K, bias_type",
+    launches(itertools.product(*PROGRAMS.values())),
+    few=subset(launches(pairwise(PROGRAMS)), lambda launch: (launch[0], launch[1:3], *launch[3:])),
+)
 def test_every_kind_of_values_is_exact_on_small_integers(
     emulated, dtype, values, group, tokens, warps, K, bias_type
 ):
@@ -98,12 +113,26 @@ def test_every_kind_of_values_is_exact_on_small_integers(
     exact(y, x, (packed,), bias)
 
 
-@grid(**{
-    "dtype": HALF,
-    "values": ("fp16", "int8", "int4"),
-    "rank, planes, tokens": TERMS,
-    "warps, K": ((8, 1100), (16, 2200)),
-})  # fmt: skip
+TERM_CASES = [
+    (dtype, values, *term, *warps_and_k)
+    for dtype in HALF
+    for values in ("fp16", "int8", "int4")
+    for term in TERMS
+    for warps_and_k in ((8, 1100), (16, 2200))
+]
+
+
+def parts_of(case) -> tuple[object, ...]:
+    """What makes the program of a term case: its terms by their planes and tiles of products."""
+    dtype, values, rank, planes, tokens, warps, _ = case
+    return dtype, values, planes if rank else 0, tokens, ceil_div(rank * tokens, 8), warps
+
+
+@grid_of(
+    "dtype, values, rank, planes, tokens, warps, K",
+    TERM_CASES,
+    few=subset(TERM_CASES, parts_of, each=lambda case: case[2:5]),
+)
 def test_every_kind_of_sign_term_is_exact_on_small_integers(
     emulated, dtype, values, rank, planes, tokens, warps, K
 ):
