@@ -72,6 +72,14 @@ def test_a_subset_holds_each_value_of_something_else():
     assert len(chosen) < len(subset([(b, c, a * b) for a, b, c in POSSIBLE]))
 
 
+def test_a_subset_may_hold_each_setting_alone():
+    chosen = subset(POSSIBLE, together=1)
+    assert len(chosen) == 4 and all(
+        {*some} == {*every}
+        for some, every in zip(zip(*chosen, strict=True), zip(*POSSIBLE, strict=True), strict=True)
+    )
+
+
 @grid_of("a, b, c", POSSIBLE)
 def test_a_grid_of_possible_cases(a, b, c):
     assert b <= a and c in "xyz"
