@@ -3,7 +3,7 @@
 #                                          default: the model in benchmarks/model
 #   make smollm2       a real language model: every method on SmolLM2-135M-Instruct, from a package;
 #                      hours. BENCH='--only preset' measures some rows only
-#   make test          linters, then every test
+#   make test          linters, then every test; make test-suite: the tests alone
 #   make test-quick    one case of every test
 #   make test-all      every combination, 2,000 damaged folders, every architecture
 #   make test-mutants  plants faults, which the tests must find
@@ -25,8 +25,8 @@ DEMO ?=
 BENCH ?=
 SOURCES := $(shell find csrc -type f 2>/dev/null) slab_kernels/backends/cuda/compile.py
 
-.PHONY: environment demo smollm2 test test-quick test-all test-mutants test-sanitizers test-triton test-transformers \
-    test-vllm test-lm-eval lint docs bench clean distclean
+.PHONY: environment demo smollm2 test test-suite test-quick test-all test-mutants test-sanitizers \
+    test-triton test-transformers test-vllm test-lm-eval lint docs bench clean distclean
 
 # Packages are installed without byte code. Python keeps it here, also where the packages' own
 # folders cannot be written; without it every process compiles all of torch anew.
@@ -48,11 +48,15 @@ smollm2: $(INSTALLED)
 	@$(PYTHON) benchmarks/bench_methods.py $(SMOLLM2) --out smollm2.json $(BENCH)
 
 # Two workers, one thread each: torch's own threads would only fight over the cores. A worker that
-# is done takes tests from the other. The Triton kernels' tests in Triton's interpreter are a
-# process of their own, which one of the tests starts: Triton reads TRITON_INTERPRET once, and
-# compiling wants it unset.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
+# is done takes tests from the other. WORKERS=0: all in pytest's own process. The Triton kernels'
+# tests in Triton's interpreter are a process of their own, which one of the tests starts: Triton
+# reads TRITON_INTERPRET once, and compiling wants it unset.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $$($(PYTHON) -c 'import xdist; print("-n $(WORKERS) --dist worksteal")' 2>/dev/null)
 test: lint
+	@$(MAKE) --no-print-directory test-suite
+
+test-suite: $(INSTALLED)
 	@env -u TRITON_INTERPRET $(PYTEST) tests
 
 # One case of every test that is not slow.

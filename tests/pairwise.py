@@ -53,16 +53,22 @@ def pairwise(choices: Mapping[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 
 def subset(
-    cases: Iterable[Any], settings: Callable[[Any], Sequence[Any]] = lambda case: case
+    cases: Iterable[Any],
+    settings: Callable[[Any], Sequence[Any]] = lambda case: case,
+    each: Callable[[Any], Any] = lambda case: None,
+    together: int = 2,
 ) -> list[Any]:
     """Some of these cases that together hold every pair of settings that any of them holds, in
-    their order.
+    their order; with together=1, every setting.
 
     For grids whose combinations are not all possible. `settings` says what a case consists of,
-    hashable and always as many.
+    hashable and always as many. `each` names something else of a case, hashable: every value of it
+    is in some case, whatever it meets there.
     """
     cases = list(cases)
-    pairs = [set(itertools.combinations(enumerate(settings(case)), 2)) for case in cases]
+    pairs = [
+        {each(case), *itertools.combinations(enumerate(settings(case)), together)} for case in cases
+    ]
     missing = set().union(*pairs)
     chosen = []
     while missing:

@@ -65,6 +65,21 @@ def test_a_subset_holds_every_pair_that_is_possible():
     assert pairs((c, b) for _, b, c in backwards) == pairs((c, b) for _, b, c in POSSIBLE)
 
 
+def test_a_subset_holds_each_value_of_something_else():
+    chosen = subset(POSSIBLE, lambda case: case[1:], each=lambda case: case[0] * case[1])
+    assert pairs(case[1:] for case in chosen) == pairs(case[1:] for case in POSSIBLE)
+    assert {a * b for a, b, _ in chosen} == {a * b for a, b, _ in POSSIBLE}
+    assert len(chosen) < len(subset([(b, c, a * b) for a, b, c in POSSIBLE]))
+
+
+def test_a_subset_may_hold_each_setting_alone():
+    chosen = subset(POSSIBLE, together=1)
+    assert len(chosen) == 4 and all(
+        {*some} == {*every}
+        for some, every in zip(zip(*chosen, strict=True), zip(*POSSIBLE, strict=True), strict=True)
+    )
+
+
 @grid_of("a, b, c", POSSIBLE)
 def test_a_grid_of_possible_cases(a, b, c):
     assert b <= a and c in "xyz"

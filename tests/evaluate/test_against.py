@@ -131,16 +131,6 @@ def test_a_model_does_not_differ_from_itself(tmp_path):
         assert found["perplexity_ratio"] == pytest.approx(1, abs=1e-9)
 
 
-@pytest.fixture
-def collects_fast():
-    """What is alive before the test is not looked at by the collector, which has little to do."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("collects_fast")
 def test_block_by_block_no_whole_model_is_in_memory(tmp_path, monkeypatch):
     """Three portions of the text, four blocks: at most two blocks are alive, and of the embedding
     and the head at most one."""

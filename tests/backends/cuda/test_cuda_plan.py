@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import grid
 from prefill_checks import check_prefill
 
 from slab_kernels.backends.base import LinearProblem
@@ -248,24 +249,22 @@ def check_many(chosen: Plan, where: tuple) -> None:
     assert sizes.planes == 1 or tile.row_tiles == 2, where
 
 
-@pytest.mark.parametrize("rank, planes", SIGNS)
-@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
-def test_every_layer_of_the_known_models(gpu, rank, planes):
+@grid(**{
+    "name": GPU_NAMES,
+    "N, K": SHAPES,
+    "rank, planes": SIGNS,
+    "values, group_steps": VALUES,
+})  # fmt: skip
+def test_every_layer_of_the_known_models(name, N, K, rank, planes, values, group_steps):
     """Fits, covers, and within a regime splits K in one way: a token's result depends on no
-    other token.
-
-    Each GPU takes one value type with each form of the signs, the next GPU the next type: all
-    of them took minutes.
-    """
-    values, group_steps = VALUES[(GPUS.index(gpu) + rank + planes) % len(VALUES)]
-    for N, K in SHAPES:
-        sizes = CudaSizes(K, (N,), values, group_steps, rank, 0, planes)
-        ways = [set(), set(), set()]
-        for M in TOKENS:
-            chosen = choose(sizes, M, gpu)
-            check(chosen, sizes, M, gpu)
-            ways[regime(M)].add(split(chosen, M))
-        assert max(map(len, ways)) <= 1, (sizes, gpu.name, ways)
+    other token."""
+    gpu, sizes = gpu_named(name), CudaSizes(K, (N,), values, group_steps, rank, 0, planes)
+    ways = [set(), set(), set()]
+    for M in TOKENS:
+        chosen = choose(sizes, M, gpu)
+        check(chosen, sizes, M, gpu)
+        ways[regime(M)].add(split(chosen, M))
+    assert max(map(len, ways)) <= 1, (sizes, name, ways)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
@@ -296,26 +295,23 @@ def test_an_adapter_of_few_tiles_shares_its_inputs(name, most):
         assert M > 256 or chosen.splits > 4, (K, steps, M)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
-def test_sizes_that_no_model_has(gpu):
+@grid(**{
+    "name": GPU_NAMES,
+    "rows": ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)),
+    "K": (1, 128, 129, 1160),
+    "values, rank, planes": (
+        (W16, 1, 1), (INT4, 0, 1), (INT8, 16, 1), (INT4, 1, 3), (W16, 16, 2),
+    ),
+})  # fmt: skip
+def test_sizes_that_no_model_has(name, rows, K, values, rank, planes):
     """One input, one row, K of one block, parts that are no multiple of anything, far more rows
     than a tile, every M up to 17 and some more."""
-    for rows, K in itertools.product(
-        ((1,), (33,), (100, 24, 37), (1 << 20,), (5, 4096, 5, 7)), (1, 128, 129, 1160)
-    ):
-        for values, rank, planes in (
-            (W16, 1, 1),
-            (INT4, 0, 1),
-            (INT8, 16, 1),
-            (INT4, 1, 3),
-            (W16, 16, 2),
-        ):
-            sizes = CudaSizes(K, rows, values, 2, rank, 2, planes)
-            ways = [set(), set(), set()]
-            for M in (*range(1, 18), *range(20, 65, 11), 64, 65, 4095):
-                check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
-                ways[regime(M)].add(split(chosen, M))
-            assert max(map(len, ways)) <= 1, (sizes, ways)
+    gpu, sizes = gpu_named(name), CudaSizes(K, rows, values, 2, rank, 2, planes)
+    ways = [set(), set(), set()]
+    for M in (*range(1, 18), *range(20, 65, 11), 64, 65, 4095):
+        check(chosen := choose(sizes, M, gpu), sizes, M, gpu)
+        ways[regime(M)].add(split(chosen, M))
+    assert max(map(len, ways)) <= 1, (sizes, ways)
 
 
 @pytest.mark.parametrize("gpu", (A100, H200), ids=("A100", "H200"))
@@ -391,17 +387,21 @@ def test_few_ctas_get_sixteen_warps():
 # ---- the predicted time
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
-def test_more_tokens_never_cost_less_within_a_regime(gpu):
+@grid(**{
+    "name": GPU_NAMES,
+    "N, K": DESIGN[::3],
+    "values, group_steps": VALUES,
+    "rank": (0, 1, 2),
+})  # fmt: skip
+def test_more_tokens_never_cost_less_within_a_regime(name, N, K, values, group_steps, rank):
     """But for a twentieth: two CTAs a multiprocessor are taken where they fit, and one with more
     stages may do better. Above 64 tokens for two fifths: there is one threshold from which on
     the weight is rebuilt, and before it whole waves of CTAs."""
-    for (N, K), (values, group_steps), rank in itertools.product(DESIGN[::3], VALUES, (0, 1, 2)):
-        sizes = CudaSizes(K, (N,), values, group_steps, rank, 0)
-        for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
-            times = [choose(sizes, M, gpu, by_rows=False).microseconds for M in tokens]
-            allowed = 0.95 if tokens[-1] <= 64 else 0.6
-            assert all(b >= allowed * a for a, b in itertools.pairwise(times)), (sizes, times)
+    gpu, sizes = gpu_named(name), CudaSizes(K, (N,), values, group_steps, rank, 0)
+    for tokens in (range(1, 17), range(17, 65), (*range(65, 600, 13), 1024, 2048, 4096)):
+        times = [choose(sizes, M, gpu, by_rows=False).microseconds for M in tokens]
+        allowed = 0.95 if tokens[-1] <= 64 else 0.6
+        assert all(b >= allowed * a for a, b in itertools.pairwise(times)), (sizes, times)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=GPU_NAMES)
@@ -527,9 +527,13 @@ def test_sizes_that_fit_nowhere_are_refused():
 
 
 @pytest.mark.parametrize("gpu", [A100, GPUS[2], H200], ids=lambda gpu: gpu.name)
-def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
+def test_every_kernel_that_may_be_launched_is_named_ahead(gpu, request):
     """`prepare` loads them, so that the first call may be captured into a graph."""
     named = set()
+    # Every number that decodes, both sides of each tile above, and several of rebuilt weights.
+    counts = (*range(1, 18), 32, 33, 64, 65, 96, 97, 128, 129, *range(130, 4097, 397), 1 << 20)
+    if request.config.getoption("full"):
+        counts = (*range(1, 130), *range(130, 4097, 97), 1 << 20)
     for (values, group_steps), (rank, planes), steps in itertools.product(VALUES, SIGNS, (0, 4)):
         sizes, dtype = (
             CudaSizes(512, (72,), values, group_steps, rank, steps, planes),
@@ -538,7 +542,7 @@ def test_every_kernel_that_may_be_launched_is_named_ahead(gpu):
         ahead = kernel_names(sizes, dtype, gpu)
         assert len(set(ahead)) == len(ahead)
         named |= set(ahead)
-        for M in (*range(1, 130), *range(130, 4097, 97), 1 << 20):
+        for M in counts:
             first, second = launches(sizes, M, dtype, gpu)
             assert second.name in ahead and (first is None or first.name in ahead), (sizes, M)
             in_weight = isinstance(second.plan, Rebuild) and M >= sizes.K

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from pairwise import grid
+from pairwise import grid, grid_of, subset
 
 pytest.importorskip("triton")
 
@@ -78,15 +78,35 @@ def test_the_grid_has_every_program():
     assert chosen <= programs
 
 
-@grid(**{
-    "dtype": HALF,
-    "values, group": VALUES,
-    "tokens": (8, 16),
-    "warps, K": ((8, 1), (8, 1100), (16, 172), (16, 2176)),
-    "bias_type": (None, torch.float32, torch.bfloat16),
-})  # fmt: skip
+# What a program is compiled for, which takes seconds; K is an argument of its launches. Any two
+# settings of a program meet. The bias comes after all sums, so it meets what they are kept in.
+PROGRAMS = [
+    (dtype, *values, tokens, warps, bias_type)
+    for dtype in HALF
+    for values in VALUES
+    for tokens in (8, 16)
+    for warps in (8, 16)
+    for bias_type in (None, torch.float32, torch.bfloat16)
+]
+FEW_PROGRAMS = subset(
+    PROGRAMS,
+    lambda program: (program[0], program[1:3], *program[3:5]),
+    each=lambda program: (program[0], program[3], program[5]),
+)
+LENGTHS = {8: (1, 1100), 16: (172, 2176)}  # K, by warps
+
+
+def launches(programs):
+    return [(*program, K) for program in programs for K in LENGTHS[program[4]]]
+
+
+@grid_of(
+    "dtype, values, group, tokens, warps, bias_type, K",
+    launches(PROGRAMS),
+    few=launches(FEW_PROGRAMS),
+)
 def test_every_kind_of_values_is_exact_on_small_integers(
-    emulated, dtype, values, group, tokens, warps, K, bias_type
+    emulated, dtype, values, group, tokens, warps, bias_type, K
 ):
     """Rounds of whole blocks, a last round with warps that have none, inputs beyond K, rows and
     tokens beside every tile."""
@@ -98,12 +118,26 @@ def test_every_kind_of_values_is_exact_on_small_integers(
     exact(y, x, (packed,), bias)
 
 
-@grid(**{
-    "dtype": HALF,
-    "values": ("fp16", "int8", "int4"),
-    "rank, planes, tokens": TERMS,
-    "warps, K": ((8, 1100), (16, 2200)),
-})  # fmt: skip
+TERM_CASES = [
+    (dtype, values, *term, *warps_and_k)
+    for dtype in HALF
+    for values in ("fp16", "int8", "int4")
+    for term in TERMS
+    for warps_and_k in ((8, 1100), (16, 2200))
+]
+
+
+def parts_of(case) -> tuple[object, ...]:
+    """What makes the program of a term case: its terms by their planes and tiles of products."""
+    dtype, values, rank, planes, tokens, warps, _ = case
+    return dtype, values, planes if rank else 0, tokens, ceil_div(rank * tokens, 8), warps
+
+
+@grid_of(
+    "dtype, values, rank, planes, tokens, warps, K",
+    TERM_CASES,
+    few=subset(TERM_CASES, parts_of, each=lambda case: case[2:5]),
+)
 def test_every_kind_of_sign_term_is_exact_on_small_integers(
     emulated, dtype, values, rank, planes, tokens, warps, K
 ):
