@@ -48,7 +48,7 @@ const Int8Kernels kernels = {"avx512_vnni",
                              table_values,
                              panel_values<Vnni, true>,
                              0,
-                             6};
+                             8};
 
 }  // namespace
 
