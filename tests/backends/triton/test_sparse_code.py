@@ -1,9 +1,7 @@
 """The gate on the machine code of the kernel for sparse tensor cores: instructions, registers,
 spills, and what a program does before the kernel in front of it has ended.
 
-Any two settings of a program meet in some case, where sm_80, 86 and 89 count as one architecture:
-their code differs by some per cent, and each of them meets every value type. `pytest --full`
-compiles all of them. A program takes seconds.
+Any two settings of a program meet in some case; `pytest --full` compiles all of them.
 """
 
 from __future__ import annotations
@@ -34,17 +32,12 @@ SPILLED_ON_120 = 16
 
 
 def settings(case: SparseCase):
-    generation = 80 if case.arch < 90 else case.arch
-    return generation, case.values, case.dtype, case.planes, case.tokens, case.warps, case.rank
-
-
-def few() -> list[SparseCase]:
-    return subset(EVERY, settings, each=lambda case: (case.arch, case.values))
+    return case.arch, case.values, case.dtype, case.planes, case.tokens, case.warps, case.rank
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = EVERY if metafunc.config.getoption("full") else few()
+        cases = EVERY if metafunc.config.getoption("full") else subset(EVERY, settings)
         metafunc.parametrize("case", cases, ids=str)
 
 
