@@ -103,9 +103,9 @@ struct Int8Kernels {
   // Writes t.v and t.v_most.
   void (*quantise_v)(const CpuWeight& w, const Int8Tokens& t);
   Int8Product few, many;
-  // Up to so many tokens the exact product is faster than either, and from there up to so many `few`
-  // runs, which rounds less than `many`. Measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread,
-  // ranks 0 to 4, int4 and int8.
+  // Up to so many tokens the exact product is faster than either, and from there up to so many
+  // `few` runs, which rounds less than `many`. Measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one
+  // thread, ranks 0 to 4, int4 and int8.
   int exact_tokens, few_tokens;
 };
 

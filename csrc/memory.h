@@ -1,5 +1,5 @@
-// Memory of the bindings, in huge pages where the system has them. Reading a weight there misses the
-// address cache less often.
+// Memory of the bindings, in huge pages where the system has them. Reading a weight in them misses
+// the address cache less often.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -60,15 +60,18 @@ inline Tensor fresh_bytes(const Tensor& like, int64_t bytes) {
     const int64_t whole = round_up(bytes, sysconf(_SC_PAGESIZE));
     const int protection = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS;
     void* const mapped = mmap(nullptr, size_t(whole + kHugePage), protection, kind, -1, 0);
-    CHECK_ARGUMENT(mapped != MAP_FAILED, "out of memory for ", bytes, " bytes");
-    uint8_t* const begin = static_cast<uint8_t*>(mapped);
-    const int64_t before = -reinterpret_cast<intptr_t>(mapped) & (kHugePage - 1);
-    if (before) munmap(begin, size_t(before));
-    if (before < kHugePage) munmap(begin + before + whole, size_t(kHugePage - before));
-    prefer_huge_pages(begin + before, bytes);
-    const auto unmap = [whole](void* memory) { munmap(memory, size_t(whole)); };
-    return torch::stable::from_blob(begin + before, {bytes}, {1}, like.device(), ScalarType::Byte,
-                                    unmap);
+    if (mapped != MAP_FAILED) {
+      uint8_t* const from = static_cast<uint8_t*>(mapped);
+      const int64_t before = -reinterpret_cast<intptr_t>(mapped) & (kHugePage - 1);
+      if (before) munmap(from, size_t(before));
+      munmap(from + before + whole, size_t(kHugePage - before));
+      // All of it, so that it stays one mapping, of which a process may have some 65,000. What is
+      // behind the last whole huge page lies in small ones.
+      madvise(from + before, size_t(whole), MADV_HUGEPAGE);
+      const auto unmap = [whole](void* memory) { munmap(memory, size_t(whole)); };
+      return torch::stable::from_blob(from + before, {bytes}, {1}, like.device(), ScalarType::Byte,
+                                      unmap);
+    }
   }
 #endif
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);

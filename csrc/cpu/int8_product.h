@@ -58,8 +58,8 @@ struct PanelProduct {
     return V::to_float(V::top_byte(weights, &piece.shift)) * V::broadcast(&largest);
   }
 
-  // sums[i][16 b + row] += scales[span][b] x W^T of each span, for kTokens tokens from `token` on of
-  // a block and term. Never inlined: all values and planes share one, whose sums are in registers.
+  // sums[i][16 b + row] += scales[span][b] x W^T of each span, for kTokens tokens from `token` on
+  // of a block and term. Never inlined: all values and planes share one, whose sums are in registers.
   template <int kTokens>
   __attribute__((noinline)) void multiply(const Int8Tokens& t, int64_t token, const Scales& scales,
                                           float* sums, int64_t stride) const {
@@ -107,7 +107,8 @@ struct PanelProduct {
         x += kGroup;
         at += 64;
       } while (at < end);
-      const Int8Piece* const own = t.pieces + token * kManyPieces + p * kSpan / kManyPiece;
+      const Int8Piece* own = nullptr;
+      if constexpr (kMany) own = t.pieces + token * kManyPieces + p * kSpan / kManyPiece;
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16

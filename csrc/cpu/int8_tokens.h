@@ -57,8 +57,8 @@ inline float largest_pair(const float* x) {
 // much on either side of 0; or so much that the sum of two integers of a group stays within 127.
 enum class Cover { range, symmetric, pairs };
 
-// One piece of 32 numbers, for `few`. Returns whether all are finite, and the sums of `pairs` too; if not, it
-// becomes zeros.
+// One piece of 32 numbers, for `few`. Returns whether all are finite, and the sums of `pairs` too;
+// if not, it becomes zeros.
 inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, int32_t* shift) {
   uint32_t bits = largest_bits(x, kPiece);
   if (cover == Cover::pairs && bits < kInfinite) bits = bits_of(largest_pair(x));
