@@ -59,7 +59,8 @@ struct PanelProduct {
   }
 
   // sums[i][16 b + row] += scales[span][b] x W^T of each span, for kTokens tokens from `token` on
-  // of a block and term. Never inlined: all values and planes share one, whose sums are in registers.
+  // of a block and term. Never inlined: all values and planes share one, whose sums are in
+  // registers.
   template <int kTokens>
   __attribute__((noinline)) void multiply(const Int8Tokens& t, int64_t token, const Scales& scales,
                                           float* sums, int64_t stride) const {
