@@ -19,8 +19,8 @@
 //         sign term goes into a second panel with a unit of its own, so nothing saturates. So it
 //         does beside int8 values where it stays below 8 units: their unit is a whole scale, and
 //         one that a large value has made coarse would round the sign term away. A piece has 64
-//         inputs. The largest of them is multiplied as it is, in fp32; the others become integers
-//         from -127 to 127 times a step, which is that of the second largest.
+//         inputs. The largest of them is multiplied as it is, in fp32. Each other one becomes a
+//         step times an integer from -127 to 127; the second largest decides the step.
 //
 // Sums are int32 within a piece, or within the part of it that a scale covers, and fp32 over
 // pieces, in ascending input order: a row of y depends on its own token only, and on which of the

@@ -81,7 +81,7 @@ struct TokenBlocks {
   constexpr TokenBlocks(int64_t tokens, int64_t most)
       : tokens(tokens), count((tokens + most - 1) / most) {}
   constexpr int64_t begin(int64_t block) const { return tokens * block / count; }
-  // Of a block; the last one has so many.
+  // Tokens of the largest blocks, of which the last one is one.
   constexpr int64_t largest() const { return (tokens + count - 1) / count; }
 };
 

@@ -6,7 +6,9 @@ Tests marked `gpu` run where there is a CUDA device and are reported as skipped 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
+from pathlib import Path
 
 import pairwise
 import pytest
@@ -105,6 +107,19 @@ def _one_of_each(items):
         if "slow" not in item.keywords:
             first.setdefault((item.path, item.originalname), item)
     return list(first.values())
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """setup.py as a module, its setup() call silenced."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    path = Path(__file__).resolve().parents[1] / "setup.py"
+    spec = importlib.util.spec_from_file_location("slab_kernels_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

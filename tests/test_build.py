@@ -4,7 +4,6 @@ its tag promises.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -16,21 +15,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import setuptools
 
 from slab_kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """setup.py as a module, its setup() call silenced."""
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("slab_kernels_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def copy_of_the_sources(tmp_path):
@@ -68,7 +56,7 @@ def wheel(tmp_path, **environment):
     return done, next(out.glob("*.whl"), None)
 
 
-def test_torch_is_neither_imported_nor_required_to_build(recipe):
+def test_torch_is_neither_imported_nor_required_to_build(setup_py):
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert not any(line.startswith(("import torch", "from torch")) for line in text.splitlines())
     assert 'requires = ["setuptools>=77"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -84,23 +72,23 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_why(tmp_path):
     assert "slab_kernels/backends/cuda/measured.json" in names
 
 
-def test_native_demanded_but_impossible_fails(recipe, monkeypatch, tmp_path):
+def test_native_demanded_but_impossible_fails(setup_py, monkeypatch, tmp_path):
     monkeypatch.setenv("SLAB_KERNELS_NATIVE", "1")
     monkeypatch.setenv("SLAB_KERNELS_TORCH", str(tmp_path))
     with pytest.raises(SystemExit, match="no stable-ABI headers"):
-        recipe.build_native(tmp_path, tmp_path)
+        setup_py.build_native(tmp_path, tmp_path)
 
 
-def test_native_switched_off(recipe, monkeypatch, tmp_path, capsys):
+def test_native_switched_off(setup_py, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLAB_KERNELS_NATIVE", "0")
-    assert not recipe.build_native(tmp_path, tmp_path)
+    assert not setup_py.build_native(tmp_path, tmp_path)
     assert "SLAB_KERNELS_NATIVE=0" in capsys.readouterr().err
 
 
-def test_failing_compiler_is_quoted(recipe, monkeypatch, tmp_path, capsys):
+def test_failing_compiler_is_quoted(setup_py, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("SLAB_KERNELS_NATIVE", raising=False)
     monkeypatch.setenv("CXX", "false")
-    assert not recipe.build_native(tmp_path / "package", tmp_path / "objects")
+    assert not setup_py.build_native(tmp_path / "package", tmp_path / "objects")
     assert "false -std=c++17" in capsys.readouterr().err
 
 
@@ -134,9 +122,9 @@ def test_build_ext_in_place_builds_the_library_in_the_checkout_or_says_why_not(t
     assert not (source / "slab_kernels" / "cubins").exists()
 
 
-def test_every_source_is_listed(recipe):
+def test_every_source_is_listed(setup_py):
     sources = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert sources == set(recipe.BUILD["sources"])
+    assert sources == set(setup_py.BUILD["sources"])
 
 
 OLDER_COMPILER = """#!/bin/sh
@@ -145,24 +133,24 @@ for flag; do case "$flag" in -mamx*) exit 1;; esac; done
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are of x86")
-def test_flags_that_an_older_compiler_does_not_know_are_left_out(recipe, tmp_path):
+def test_flags_that_an_older_compiler_does_not_know_are_left_out(setup_py, tmp_path):
     older = tmp_path / "c++"
     older.write_text(OLDER_COMPILER)
     older.chmod(0o755)
-    for source, own in recipe.BUILD["sources"].items():
+    for source, own in setup_py.BUILD["sources"].items():
         newer = own.get("newer_x86_flags", [])
-        command = recipe.compile_command([str(older)], source, tmp_path)
+        command = setup_py.compile_command([str(older)], source, tmp_path)
         assert not set(newer) & set(command) and set(own.get("x86_flags", [])) <= set(command)
         if newer and shutil.which("g++"):
-            command = recipe.compile_command(["g++"], source, tmp_path)
-            if recipe.knows(("g++",), tuple(newer)):
+            command = setup_py.compile_command(["g++"], source, tmp_path)
+            if setup_py.knows(("g++",), tuple(newer)):
                 assert set(newer) <= set(command)
             command = [flag for flag in command if flag not in newer]
             subprocess.run([*command, "-fsyntax-only"], check=True)
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
-def test_cmake_compiles_with_the_same_flags(recipe, tmp_path):
+def test_cmake_compiles_with_the_same_flags(setup_py, tmp_path):
     """Both read csrc/sources.json; CMake adds its own flags before."""
     command = [
         "cmake",
@@ -176,9 +164,9 @@ def test_cmake_compiles_with_the_same_flags(recipe, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     entries = json.loads((tmp_path / "compile_commands.json").read_text(encoding="utf-8"))
     theirs = {entry["file"]: shlex.split(entry["command"]) for entry in entries}
-    torch = recipe.find_torch()
-    for source in recipe.BUILD["sources"]:
-        _, *ours = recipe.compile_command(["c++"], source, torch)
+    torch = setup_py.find_torch()
+    for source in setup_py.BUILD["sources"]:
+        _, *ours = setup_py.compile_command(["c++"], source, torch)
         mapping = next(flag for flag in ours if flag.startswith("-ffile-prefix-map="))
         flags = [
             flag for flag in ours[:-2] if flag != mapping

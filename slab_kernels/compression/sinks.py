@@ -167,7 +167,8 @@ class FolderSink:
         modules = (*block.stored, *(self.job.tables if index == self.blocks else ()))
         weights, inside = {f"{module}.weight" for module in modules}, self._inside(index)
         source = self.job.source
-        # Biases of experts that nobody trained are parts of a stack, as their weights were.
+        # A stack of biases is cut into those of the experts, like the stack of their weights. Those
+        # that were not trained are read from the model.
         tensors |= source.get_all(
             name
             for name in inside

@@ -3,7 +3,6 @@ ones do, and how tdpbf16ps rounds. What they compute is tested by test_cpu_bf16.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import subprocess
@@ -11,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import setuptools
 import torch
 from instruction_sets import EMULATED, PAIRS, RUNNABLE
 
@@ -45,20 +43,16 @@ def isa(request):
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    """setup.py as a module, its setup() call silenced; skips where no compiler knows AMX."""
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("slab_kernels_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    flags = module.BUILD["sources"]["cpu/avx512_amx.cpp"]["newer_x86_flags"]
+def recipe(setup_py):
+    """setup.py as a module; skips where no compiler knows AMX."""
+    flags = setup_py.BUILD["sources"]["cpu/avx512_amx.cpp"]["newer_x86_flags"]
     try:
-        compiler = module.find_compiler()
-    except module.Impossible as reason:
+        compiler = setup_py.find_compiler()
+    except setup_py.Impossible as reason:
         pytest.skip(str(reason))
-    if not module.knows(tuple(compiler), tuple(flags)):
+    if not setup_py.knows(tuple(compiler), tuple(flags)):
         pytest.skip(f"{compiler[0]} does not know {' '.join(flags)}")
-    return module
+    return setup_py
 
 
 def cpu_features() -> set[str]:

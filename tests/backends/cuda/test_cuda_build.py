@@ -16,7 +16,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import setuptools
 from sass.counter import rows_only
 
 from slab_kernels.backends.cuda import compile as recipe
@@ -449,15 +448,6 @@ def test_images_of_this_checkout():
 
 
 # ---- setup.py
-
-
-@pytest.fixture
-def setup_py(monkeypatch):
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("slab_kernels_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_switched_off_or_without_nvcc_an_install_goes_on(setup_py, monkeypatch, tmp_path, capsys):
