@@ -61,6 +61,9 @@ struct Int8Piece {
   // Where the largest one's weights stand in a panel's part of the piece, as the kernels have it:
   // the bytes before the words that hold them, and the shift that brings them to the words' top.
   int32_t place, shift;
+  // What sums over either half of the piece begin with: less than 0 by the total of its integers
+  // times what the kernels add to every weight.
+  int32_t start[2];
 };
 
 // The quantised tokens of one call. Term 0 is x, term 1 + r is x v_r, which `few` alone reads;

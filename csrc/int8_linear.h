@@ -23,7 +23,7 @@ class Int8Linear {
         terms_(few ? 1 + rank : 1),
         blocks_(terms_ * first.k_blocks * tokens.count),
         tables_(few && kernels_.reads_tables),
-        memory_(blocks_ * (kInputs / 4 + 2 * kPieces + (tables_ ? 256 : 0)) +
+        memory_(blocks_ * (kInputs / 4 + kStepFloats + (tables_ ? 256 : 0)) +
                 terms_ * tokens.count + (few ? 0 : rank * first.k_blocks * (kInputs / 2 + 1)) +
                 64) {
     float* next = memory_.get();
@@ -76,8 +76,9 @@ class Int8Linear {
 
  private:
   static constexpr int64_t kPieceFloats = sizeof(Int8Piece) / sizeof(float);
-  static_assert(kManyPieces * kPieceFloats == 2 * kPieces);  // as much memory for many as for few
-  static constexpr int64_t kUnit = 4;                        // row blocks that a thread takes whole
+  static constexpr int64_t kStepFloats = kManyPieces * kPieceFloats;  // `few` takes less
+  static_assert(kStepFloats >= 2 * kPieces);
+  static constexpr int64_t kUnit = 4;           // row blocks that a thread takes whole
   static constexpr int64_t kWork = 1 << 18;     // weights x tokens that are worth a second thread
   static constexpr int64_t kNumbers = 1 << 15;  // numbers to quantise that are
 

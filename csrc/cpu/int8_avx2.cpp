@@ -12,7 +12,7 @@ namespace slab {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1, kOffset = 0;
+  static constexpr int kLanes = 8, kPanelTokens = 4, kPanelBlocks = 1, kWeightOffset = 0;
   static constexpr bool kQuads = false;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -82,7 +82,7 @@ struct Avx2 {
 void quantise_for_groups(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
                          int64_t token) {
   if (!t.pieces) return quantise_few(w, t, x, term, token);
-  quantise_many(w, t, x, token, [](Int8Piece& piece, int at) {
+  quantise_many(w, t, x, token, Avx2::kWeightOffset, [](Int8Piece& piece, int at) {
     piece.place = at / kGroup * 4 * kRows;
     piece.shift = 24 - 8 * (at % kGroup);
   });

@@ -33,7 +33,7 @@ struct Panel {
   using Words = typename Stream<V>::template Words<kPlanes>;
   using Block = typename Stream<V>::Block;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
-  using Few = PanelProduct<V, 1, kPiece, false>;
+  using Few = PanelProduct<V, 1, kPiece, kPiece, false>;
   static constexpr float kValueUnit = kValues == kInt4 ? 0.0625f : 1.0f;  // of a scale
 
   // The units of a block's panels, and u over them: what `merged` and `pruned` entries are made of.
@@ -229,26 +229,26 @@ struct Panel {
   }
 
   // Many tokens: one panel, of kBlocks row blocks at once, and a second one where it is needed.
-  template <int kBlocks, int kSpan>
+  template <int kBlocks, int kScaled>
   static void many_blocks(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t rb) {
-    constexpr int kStride = kBlocks * kRows;
+    constexpr int kStride = kBlocks * kRows, kSpan = kScaled < kManyPiece ? kScaled : kManyPiece;
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
     alignas(64) float sums[kManyAtOnce * kStride];
     Factors f[kBlocks];
-    using Merged = PanelProduct<V, kBlocks, kSpan, true>;
-    using Pruned = PanelProduct<V, 1, kManyPiece, true>;
+    using Merged = PanelProduct<V, kBlocks, kSpan, kScaled, true>;
+    using Pruned = PanelProduct<V, 1, kManyPiece, kInputs, true>;
     std::memset(sums, 0, size_t(t.count) * kStride * 4);
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       typename Merged::Scales scales;
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b) factors(w, t, rb + b, kb, f[b]);
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b) {
         // The products between two blocks are too long for the hardware to see a stream.
         const uint8_t* const next = w.stream + ((rb + b) * w.k_blocks + kb + 1) * w.block_size;
         for (int64_t i = 0; i < w.block_size; i += 64) __builtin_prefetch(next + i, 0, 3);
-        factors(w, t, rb + b, kb, f[b]);
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
-        for (int p = 0; p < kInputs / kSpan; ++p)
-          copy(f[b].unit[p * kSpan / w.group_size], scales[p][b]);
+        for (int s = 0; s < kInputs / kScaled; ++s) copy(f[b].unit[s], scales[s][b]);
       }
       Merged(panels).multiply_all(t, kb, scales, sums, kStride);
 #pragma GCC unroll 16
@@ -257,7 +257,7 @@ struct Panel {
           second_factors(w, t, rb + b, kb, f[b]);
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
           typename Pruned::Scales same;
-          for (int p = 0; p < kManyPieces; ++p) copy(f[b].pruned_unit, same[p][0]);
+          copy(f[b].pruned_unit, same[0][0]);
           Pruned(other).multiply_all(t, kb, same, sums + b * kRows, kStride);
         }
     }
@@ -265,20 +265,22 @@ struct Panel {
     for (int b = 0; b < kBlocks; ++b)
       end.finish(w, *end.tokens, rb + b, 0, t.count, sums + b * kRows, kStride);
   }
-  template <int kSpan>
-  static void many_spans(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                         int64_t last) {
+  template <int kScaled>
+  static void many_scaled(const CpuWeight& w, const Int8Tokens& t, const Int8End& end,
+                          int64_t first, int64_t last) {
     constexpr int kBlocks = V::kPanelBlocks;
     int64_t rb = first;
-    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks, kSpan>(w, t, end, rb);
-    for (; rb < last; ++rb) many_blocks<1, kSpan>(w, t, end, rb);
+    for (; rb + kBlocks <= last; rb += kBlocks) many_blocks<kBlocks, kScaled>(w, t, end, rb);
+    for (; rb < last; ++rb) many_blocks<1, kScaled>(w, t, end, rb);
   }
   static void many(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
                    int64_t last) {
-    if (w.group_size < kManyPiece)
-      many_spans<kPiece>(w, t, end, first, last);
+    if (w.group_size == kInputs)
+      many_scaled<kInputs>(w, t, end, first, last);
+    else if (w.group_size == kManyPiece)
+      many_scaled<kManyPiece>(w, t, end, first, last);
     else
-      many_spans<kManyPiece>(w, t, end, first, last);
+      many_scaled<kPiece>(w, t, end, first, last);
   }
 };
 

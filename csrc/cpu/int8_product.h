@@ -1,9 +1,9 @@
 // Panels of int8 weights (int8_panel.h) times tokens, written once over a vector type V.
 //
 // V has, beside what int8_panel.h asks for: dot(acc, weight, x), the products of each lane's four
-// weights with four integers of x added to acc; kOffset, which is added to the integers of x that
-// `many` reads; shifted(sum, shift), a sum of 16 bits times a shift, for `few`; top_byte(words,
-// shift), the signed byte of each lane that a shift to the left brings to its top, for `many`;
+// weights with four integers of x added to acc; kWeightOffset, what the panels of `many` have above
+// their weights; shifted(sum, shift), a sum of 16 bits times a shift, for `few`; top_byte(words,
+// shift), the weight of each lane that a shift to the left brings to its top, for `many`;
 // kPanelTokens, how many tokens its registers hold.
 #pragma once
 
@@ -16,22 +16,23 @@ namespace {
 constexpr int kPanelBytes = kRows * kInputs;
 
 // kBlocks panels side by side, for tokens in pieces as `many` has them, else as `few` has them.
-// kSpan: inputs that share a scale and a step, whose integers are summed: 64 or 32.
-template <class V, int kBlocks, int kSpan, bool kMany>
+// kSpan: inputs that share a step, whose integers are summed: 64 or 32.
+// kScaled: inputs that share a scale, whose spans are summed: 128, 64 or 32.
+template <class V, int kBlocks, int kSpan, int kScaled, bool kMany>
 struct PanelProduct {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
   static constexpr int kSpans = kInputs / kSpan, kSpanBytes = kSpan * kRows;
-  static constexpr bool kTotals = !kMany || V::kOffset != 0;
-  using Scales = F[kSpans][kBlocks][kStrips];
+  static constexpr int kScales = kInputs / kScaled;
+  using Scales = F[kScales][kBlocks][kStrips];
 
   const uint8_t* panels;
-  // Of the weights in each span, which the shifts of x meet in `few`; times -kOffset in `many`.
-  I totals[kTotals ? kSpans : 1][kBlocks][kStrips];
+  // Of the weights in each span, which the shifts of x meet in `few`.
+  I totals[kMany ? 1 : kSpans][kBlocks][kStrips];
 
   explicit SLAB_INLINE PanelProduct(const uint8_t* from) : panels(from) {
-    if constexpr (kTotals) add_up();
+    if constexpr (!kMany) add_up();
   }
   SLAB_INLINE void add_up() {
     static constexpr int8_t ones[kGroup] = {1, 1, 1, 1};
@@ -44,96 +45,107 @@ struct PanelProduct {
           I sum = I{};
           for (int g = 0; g < kSpan / kGroup; ++g)
             sum = V::dot(sum, V::load_words(at + 64 * g), ones);
-          totals[p][b][h] = kMany ? I{} - sum * uint32_t(V::kOffset) : sum;
+          totals[p][b][h] = sum;
         }
   }
 
+  // What the sums of span p begin with, for a piece of `many`.
+  static SLAB_INLINE I start(const Int8Piece& piece, int p) {
+    if constexpr (V::kWeightOffset == 0)
+      return I{};
+    else if constexpr (kSpan == kManyPiece)
+      return V::broadcast_int(piece.start) + V::broadcast_int(piece.start + 1);
+    else
+      return V::broadcast_int(piece.start + p % 2);
+  }
+
   // x W^T of the largest input of a piece for `many`, where that is in span p; in units of a scale.
-  SLAB_INLINE F of_largest(const Int8Piece& piece, int p, int b, int h) const {
+  SLAB_INLINE F of_largest(const Int8Piece& piece, int p, int b, int h, F sum) const {
     const bool here = kSpan == kManyPiece || piece.place / kSpanBytes == p % 2;
     const float largest = here ? piece.largest : 0.0f;
     const uint8_t* const words =
         panels + p / (kManyPiece / kSpan) * kManyPiece * kRows + piece.place;
     const I weights = V::load_words(words + b * kPanelBytes + 4 * kLanes * h);
-    return V::to_float(V::top_byte(weights, &piece.shift)) * V::broadcast(&largest);
+    return V::fma(V::to_float(V::top_byte(weights, &piece.shift)), V::broadcast(&largest), sum);
   }
 
-  // sums[i][16 b + row] += scales[span][b] x W^T of each span, for kTokens tokens from `token` on
-  // of a block and term. Never inlined: all values and planes share one, whose sums are in
-  // registers.
+  // sums[i][16 b + row] += scales[scale][b] x W^T of the spans under each scale, for kTokens tokens
+  // from `token` on of a block and term. Never inlined: all values and planes share one, whose sums
+  // are in registers.
   template <int kTokens>
   __attribute__((noinline)) void multiply(const Int8Tokens& t, int64_t token, const Scales& scales,
                                           float* sums, int64_t stride) const {
-    F y[kTokens][kBlocks][kStrips];
-#pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h)
-          y[i][b][h] = V::load(sums + i * stride + kRows * b + kLanes * h);
     int p = 0;
-    do {
-      const int64_t piece = token * kPieces + p;
-      I acc[kTokens][kBlocks][kStrips];
+#pragma GCC unroll 1
+    for (int s = 0; s < kScales; ++s) {
+      const int last = p + kScaled / kSpan;
+      F of_x[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h)
-            if constexpr (!kMany)
-              acc[i][b][h] = V::shifted(totals[p][b][h], t.shift + piece + i * kPieces);
-            else if constexpr (kTotals)
-              acc[i][b][h] = totals[p][b][h];
-            else
-              acc[i][b][h] = I{};
-      const int8_t* x = t.x + token * kInputs + p * kSpan;
-      const uint8_t* at = panels + p * kSpanBytes;
-      const uint8_t* const end = at + kSpanBytes;
-      do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
-        I weight[kBlocks][kStrips];
-#pragma GCC unroll 16
-        for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-          for (int h = 0; h < kStrips; ++h)
-            weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
+          for (int h = 0; h < kStrips; ++h) of_x[i][b][h] = V::zero();
+      do {
+        const int64_t piece = token * kPieces + p;
+        const Int8Piece* own = nullptr;
+        if constexpr (kMany) own = t.pieces + token * kManyPieces + p * kSpan / kManyPiece;
+        I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
         for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
           for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
             for (int h = 0; h < kStrips; ++h)
-              acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
-        x += kGroup;
-        at += 64;
-      } while (at < end);
-      const Int8Piece* own = nullptr;
-      if constexpr (kMany) own = t.pieces + token * kManyPieces + p * kSpan / kManyPiece;
+              if constexpr (kMany)
+                acc[i][b][h] = start(own[i * kManyPieces], p);
+              else
+                acc[i][b][h] = V::shifted(totals[p][b][h], t.shift + piece + i * kPieces);
+        const int8_t* x = t.x + token * kInputs + p * kSpan;
+        const uint8_t* at = panels + p * kSpanBytes;
+        const uint8_t* const end = at + kSpanBytes;
+        do {  // With a loop that may not run at all, GCC 12 stores every sum in every round.
+          I weight[kBlocks][kStrips];
+#pragma GCC unroll 16
+          for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+            for (int h = 0; h < kStrips; ++h)
+              weight[b][h] = V::load_words(at + b * kPanelBytes + 4 * kLanes * h);
+#pragma GCC unroll 16
+          for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 16
+            for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+              for (int h = 0; h < kStrips; ++h)
+                acc[i][b][h] = V::dot(acc[i][b][h], weight[b][h], x + i * kInputs);
+          x += kGroup;
+          at += 64;
+        } while (at < end);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 16
+          for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+            for (int h = 0; h < kStrips; ++h) {
+              // This is of x's size. A scale times a step, which may overflow where the integers
+              // add up to 0, is never formed.
+              const float* const step =
+                  kMany ? &own[i * kManyPieces].step : t.step + piece + i * kPieces;
+              F sum = V::fma(V::to_float(acc[i][b][h]), V::broadcast(step), of_x[i][b][h]);
+              if constexpr (kMany) sum = of_largest(own[i * kManyPieces], p, b, h, sum);
+              of_x[i][b][h] = sum;
+            }
+      } while (++p < last);
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
         for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
           for (int h = 0; h < kStrips; ++h) {
-            // This is of x's size. A scale times a step, which may overflow where the integers add
-            // up to 0, is never formed.
-            F of_x = V::to_float(acc[i][b][h]);
-            if constexpr (kMany)
-              of_x = V::fma(of_x, V::broadcast(&own[i * kManyPieces].step),
-                            of_largest(own[i * kManyPieces], p, b, h));
-            else
-              of_x = of_x * V::broadcast(t.step + piece + i * kPieces);
-            y[i][b][h] = V::fma(scales[p][b][h], of_x, y[i][b][h]);
+            float* const sum = sums + i * stride + kRows * b + kLanes * h;
+            V::store(sum, V::fma(scales[s][b][h], of_x[i][b][h], V::load(sum)));
           }
-    } while (++p < kSpans);
-#pragma GCC unroll 16
-    for (int i = 0; i < kTokens; ++i)
-#pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h)
-          V::store(sums + i * stride + kRows * b + kLanes * h, y[i][b][h]);
+    }
   }
   template <int kTokens>
   void multiply_some(const Int8Tokens& t, int64_t token, int64_t some, const Scales& scales,

@@ -87,16 +87,21 @@ struct QuadRow {
     const __m512i positive = _mm512_xor_si512(signs, _mm512_set1_epi32(-1));
     return _mm512_slli_epi32(_mm512_popcnt_epi8(positive), 1);
   }
-  SLAB_INLINE void kept_values(int quad, __m512i* out) const {
+  // The first and second kept values, every byte xor `flip`.
+  SLAB_INLINE void kept_values(int quad, char flip, __m512i* out) const {
+    const __m512i flips = _mm512_set1_epi8(flip);
     if constexpr (kValues == kInt4) {  // times 16
       const __m512i word = _mm512_loadu_si512(values + 64 * quad), high = _mm512_set1_epi8(-16);
-      out[0] = _mm512_and_si512(_mm512_slli_epi32(word, 4), high);
-      out[1] = _mm512_and_si512(word, high);
+      // a & b ^ c
+      out[0] = _mm512_ternarylogic_epi32(_mm512_slli_epi32(word, 4), high, flips, 0x6A);
+      out[1] = _mm512_ternarylogic_epi32(word, high, flips, 0x6A);
     } else {
       const __m512i low = _mm512_loadu_si512(values + 128 * quad),
                     high = _mm512_loadu_si512(values + 128 * quad + 64);
-      out[0] = _mm512_permutex2var_epi8(low, load_bytes(kFirstValues), high);
-      out[1] = _mm512_permutex2var_epi8(low, load_bytes(kSecondValues), high);
+      const __m512i first = _mm512_permutex2var_epi8(low, load_bytes(kFirstValues), high);
+      const __m512i second = _mm512_permutex2var_epi8(low, load_bytes(kSecondValues), high);
+      out[0] = _mm512_xor_si512(first, flips);
+      out[1] = _mm512_xor_si512(second, flips);
     }
   }
   // What the first and the second pruned position of a group are multiplied by, less the sign that

@@ -207,7 +207,7 @@ void product(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_
 void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
               int64_t token) {
   if (!t.pieces) return quantise_few(w, t, x, term, token);
-  quantise_many(w, t, x, token, [](Int8Piece& piece, int at) {
+  quantise_many(w, t, x, token, 0, [](Int8Piece& piece, int at) {
     piece.place = at;
     piece.shift = 0;
   });

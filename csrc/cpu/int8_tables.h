@@ -148,7 +148,7 @@ struct TableBlocks {
           for (int b = 0; b < kBlocks; ++b) {
             index[b] = row[b].codes_of(half, 0x30201000);
             if constexpr (kKept) {
-              row[b].kept_values(quad, by[b].kept);
+              row[b].kept_values(quad, 0, by[b].kept);
 #pragma GCC unroll 16
               for (int p = 0; p < 2; ++p)
                 kept_weights[b] = _mm512_dpbusd_epi32(kept_weights[b], ones, by[b].kept[p]);

@@ -89,8 +89,8 @@ inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, 
 }
 
 // One piece of 64 numbers, for `many`. Returns the place of the largest one, or -1 if not all are
-// finite: then it becomes zeros.
-inline int quantise_around_largest(const float* x, int8_t* q, Int8Piece& piece) {
+// finite: then it becomes zeros. offset: what the kernels add to every weight.
+inline int quantise_around_largest(const float* x, int offset, int8_t* q, Int8Piece& piece) {
   const uint32_t bits = largest_bits(x, kManyPiece);
   if (bits >= kInfinite) {
     std::memset(q, 0, kManyPiece);
@@ -113,19 +113,24 @@ inline int quantise_around_largest(const float* x, int8_t* q, Int8Piece& piece) 
   piece.largest = x[at];
   for (int i = 0; i < kManyPiece; ++i) q[i] = int8_t(nearest(x[i] * lift * factor));
   q[at] = 0;
+  for (int half = 0; half < 2; ++half) {
+    int32_t total = 0;
+    for (int i = 0; i < kManyPiece / 2; ++i) total += q[half * kManyPiece / 2 + i];
+    piece.start[half] = -offset * total;
+  }
   return at;
 }
 
 // place: sets the two fields of a piece that say where the weights of its input `at` are.
 template <class Place>
 void quantise_many(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t token,
-                   Place place) {
+                   int offset, Place place) {
   bool finite = true;
   for (int64_t kb = 0; kb < w.k_blocks; ++kb)
     for (int p = 0; p < kManyPieces; ++p) {
       const int64_t to = kb * t.count + token;
       Int8Piece& piece = t.pieces[to * kManyPieces + p];
-      const int at = quantise_around_largest(x + kb * kInputs + p * kManyPiece,
+      const int at = quantise_around_largest(x + kb * kInputs + p * kManyPiece, offset,
                                              t.x + to * kInputs + p * kManyPiece, piece);
       finite = finite && at >= 0;
       place(piece, at < 0 ? 0 : at);

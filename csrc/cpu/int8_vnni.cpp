@@ -1,5 +1,5 @@
 // int8 activations with AVX-512 VNNI, VBMI and BITALG: one zmm is a row block. vpdpbusd takes one
-// operand without a sign: the integers of x plus 128, which the sums of the weights take off again.
+// operand without a sign: the weights plus 128, which the sums of x take off again.
 #include "../int8.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
@@ -13,12 +13,13 @@ namespace slab {
 namespace {
 
 struct Vnni : Avx512 {
-  static constexpr int kPanelTokens = 6, kPanelBlocks = 2, kOffset = 128;
+  static constexpr int kPanelTokens = 4, kPanelBlocks = 2, kWeightOffset = kQuadOffset;
   static constexpr bool kQuads = true;
   typedef int32_t S __attribute__((vector_size(64)));
   typedef int16_t H __attribute__((vector_size(64)));
 
   static SLAB_INLINE bool all(S mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF; }
+  static SLAB_INLINE I broadcast_int(const int32_t* p) { return (I)_mm512_set1_epi32(*p); }
   static SLAB_INLINE I to_int(F x) { return (I)_mm512_cvtps_epi32(x); }
   static SLAB_INLINE F to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 
@@ -31,20 +32,21 @@ struct Vnni : Avx512 {
       build_quads<kValues, kPlanes, kEntries, 0>(w, t, rb, kb, a, panel);
   }
   static SLAB_INLINE I top_byte(I words, const int32_t* shift) {
-    const __m512i moved = _mm512_sllv_epi32((__m512i)words, _mm512_set1_epi32(*shift));
+    const __m512i weights = _mm512_xor_si512((__m512i)words, _mm512_set1_epi8(char(kQuadOffset)));
+    const __m512i moved = _mm512_sllv_epi32(weights, _mm512_set1_epi32(*shift));
     return (I)_mm512_srai_epi32(moved, 24);
   }
   static SLAB_INLINE I dot(I acc, I weight, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);
-    return (I)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(four), (__m512i)weight);
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, _mm512_set1_epi32(four));
   }
 };
 
 const Int8Kernels kernels = {"avx512_vnni",
                              true,
                              quantise_for_quads,
-                             quantise_v_for_quads,
+                             quantise_v,
                              table_values,
                              panel_values<Vnni, true>,
                              0,

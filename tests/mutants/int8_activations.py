@@ -78,6 +78,20 @@ INT8_ACTIVATIONS = (
         INTEGERS,
     ),
     Fault(
+        "the first scale of a block for all of its inputs",
+        "csrc/cpu/int8_product.h", "V::fma(scales[s][b][h], of_x", "V::fma(scales[0][b][h], of_x",
+        INTEGERS,
+    ),
+    Fault(
+        "the offset of the weights taken off for one half of a piece twice",
+        "csrc/cpu/int8_tokens.h", "total += q[half * kManyPiece / 2 + i];", "total += q[i];",
+        INTEGERS,
+    ),
+    Fault(
+        "the two inner weights of a group at each other's place for one of six patterns",
+        "csrc/cpu/int8_quad_panel.h", "kSecondAtBack | kCrossed,", "kSecondAtBack,", INTEGERS,
+    ),
+    Fault(
         "inputs behind the last one that are not 0",
         "csrc/int8_linear.h", "k < padded; ++k) row.get()[k] = 0.0f;",
         "k < padded; ++k) row.get()[k] = 9.0f;", INTEGERS,
