@@ -195,18 +195,37 @@ def sixteen_bits() -> str:
     return wrapped(text)
 
 
+# More than the plain rows of the paper's own format: ends of labels, and what they stand for.
+PAPERS_FORMAT = {
+    PERMUTED: "in a better order of channels",
+    MATCHED: "with matching",
+    PERMUTED + MATCHED: "with both",
+}
+
+
 def papers_format() -> str:
     """Ours and the paper's solver at the same format."""
     own, paper, dense = measured("slab fp16"), measured("slab-paper"), read(FILE)["dense"]
     if not own or not paper:
         return ""
-    gap = (paper["perplexity"] - own["perplexity"]) / (paper["perplexity"] - dense)
-    return wrapped(
+
+    def closed(row: Row) -> str:
+        gap = (paper["perplexity"] - row["perplexity"]) / (paper["perplexity"] - dense)
+        divergence = 1 - row["kl"] / paper["kl"]
+        return f"{100 * gap:.1f} % in perplexity and {100 * divergence:.1f} % in KL"
+
+    text = (
         f"**The paper's own format.** With fp16 values and one plane, {bits(own)} bits, `slab` has "
         f"a perplexity of {own['perplexity']:.2f} and a KL of {kl(own)}, where SLaB as published "
-        f"has {paper['perplexity']:.2f} and {kl(paper)}: in perplexity that is {100 * gap:.0f} "
-        f"% of the way to the dense model, in KL {100 * (1 - own['kl'] / paper['kl']):.0f} %."
+        f"has {paper['perplexity']:.2f} and {kl(paper)}. Of the way to the dense model that is "
+        f"{closed(own)}"
     )
+    more = [
+        f"{words} it is {closed(row)} ({row['perplexity']:.2f} and {kl(row)})"
+        for end, words in PAPERS_FORMAT.items()
+        if (row := measured(f"slab fp16{end}"))
+    ]
+    return wrapped("; ".join([text, *more]) + ".")
 
 
 def adapters() -> str:

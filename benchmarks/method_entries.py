@@ -34,9 +34,10 @@ BUDGETS = (3.6, 4.6)  # stored bits per weight of the searches
 PERMUTED = ("preset balanced", "slab fp16")  # measured again in other orders of channels
 # Entries that are measured again with transformer matching, which takes minutes each.
 MATCHED = (
-    "slab fp16", "slab int3, 2 planes", "slab int4, 2 planes", "slab int4, 3 planes",
-    "slab, searched for 3.6 bits", "slab, searched for 4.6 bits", "gptq int4, groups of 64",
-    "gptq int4, groups of 32", "gptq int3, groups of 32", "threebasil polished",
+    "slab fp16", "slab fp16, permuted", "slab int3, 2 planes", "slab int4, 2 planes",
+    "slab int4, 3 planes", "slab, searched for 3.6 bits", "slab, searched for 4.6 bits",
+    "gptq int4, groups of 64", "gptq int4, groups of 32", "gptq int3, groups of 32",
+    "threebasil polished",
 )  # fmt: skip
 # Whose family the matched twin of an entry belongs to.
 MATCHED_FAMILY = {

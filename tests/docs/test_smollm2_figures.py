@@ -170,16 +170,18 @@ def test_an_order_that_comes_out_otherwise_is_said(results):
 
 
 def test_shares_of_the_gap_to_the_papers_solver(results):
-    fill(
-        results,
-        lambda label: label in ("slab fp16", "slab-paper"),
-        **{"slab fp16": {"perplexity": 35.0, "kl": 0.1}, "slab-paper": {"kl": 0.4}},
-    )
+    rows = {
+        "slab fp16": {"perplexity": 35.0, "kl": 0.1},
+        "slab fp16, permuted, matched": {"perplexity": 34.0, "kl": 0.05},
+        "slab-paper": {"kl": 0.4},
+    }
+    fill(results, lambda label: label in rows, **rows)
     dense = figure_tables.read(figure_smollm2.FILE)["dense"]
     paper = figure_smollm2.by_label()["slab-paper"]["perplexity"]
-    share = round(100 * (paper - 35.0) / (paper - dense))
+    plain, both = (f"{100 * (paper - own) / (paper - dense):.1f}" for own in (35.0, 34.0))
     text = " ".join(figure_findings.papers_format().split())
-    assert f"in perplexity that is {share} % of the way to the dense model, in KL 75 %" in text
+    assert f"that is {plain} % in perplexity and 75.0 % in KL; with both it is {both} %" in text
+    assert "in perplexity and 87.5 % in KL (34.00 and 0.050)." in text
 
 
 def test_the_picture_takes_any_rows(results):
