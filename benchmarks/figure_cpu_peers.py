@@ -18,7 +18,8 @@ SHAPES = ((11008, 4096), (4096, 4096))
 OURS = "cpu"  # the backend
 # Backend in the rows -> what a reader knows it by.
 PEERS = {
-    "torch-int8": "torch int8 (fbgemm)",
+    "torch-int8-fbgemm": "torch int8 (fbgemm)",
+    "torch-int8-onednn": "torch int8 (oneDNN)",
     "torch-int4": "torch int4",
     "onnxruntime-128": "ONNX Runtime int4, groups of 128",
     "onnxruntime-32": "ONNX Runtime int4, groups of 32",

@@ -22,9 +22,9 @@ from .peer import GROUP, Bind, Peer, Prepared, directly, pairs, quantized
 SMALL_GROUP = 32  # inputs that a scale covers in ONNX Runtime's other usual format
 
 
-def _torch_int8(W: Tensor) -> Prepared:
-    """torch's dynamically quantised linear (fbgemm): int8 weights with a scale per row; x as 8-bit
-    integers with one scale and zero point for all tokens of a call."""
+def _torch_int8(W: Tensor, engine: str) -> Prepared:
+    """torch's dynamically quantised linear by one of its engines: int8 weights with a scale per
+    row; x as 8-bit integers with one scale and zero point for all tokens of a call."""
     scales = W.float().abs().amax(1).clamp_min(1e-30) / 127
     zeros = torch.zeros(len(W), dtype=torch.int64)
     with warnings.catch_warnings():  # torch deprecates such tensors, but not yet this linear
@@ -33,14 +33,15 @@ def _torch_int8(W: Tensor) -> Prepared:
 
     def another() -> Bind:
         before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
+        torch.backends.quantized.engine = engine
         try:
             packed = torch.ops.quantized.linear_prepack(weight, None)
         finally:
             torch.backends.quantized.engine = before
         return directly(lambda x: torch.ops.quantized.linear_dynamic(x, packed, False))
 
-    # Without AVX-512 fbgemm adds two products in 16 bits, which saturates: 0.046 was seen.
+    # Without AVX-512 fbgemm adds two products in 16 bits, which saturates: 0.046 was seen. So may
+    # oneDNN, which was not seen there.
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return Prepared(
         another(),
@@ -51,9 +52,9 @@ def _torch_int8(W: Tensor) -> Prepared:
     )
 
 
-def _without_fbgemm() -> str | None:
-    engines = torch.backends.quantized.supported_engines
-    return None if "fbgemm" in engines else f"this torch has no fbgemm, only {', '.join(engines)}"
+def _without(engine: str) -> str | None:
+    there = torch.backends.quantized.supported_engines
+    return None if engine in there else f"this torch has no {engine}, only {', '.join(there)}"
 
 
 def _torch_int4(W: Tensor) -> Prepared:
@@ -204,7 +205,19 @@ _CPU: dict[str, Any] = {"device": "cpu", "dtypes": EVERY}
 _INT8: dict[str, Any] = {**_CPU, "fed": torch.float32, "activations": "int8"}
 
 CPU_PEERS = (
-    Peer("torch-int8", (), "int8", None, (1, 1), _torch_int8, missing=_without_fbgemm, **_INT8),
+    *(
+        Peer(
+            f"torch-int8-{engine}",
+            (),
+            "int8",
+            None,
+            (1, 1),
+            functools.partial(_torch_int8, engine=engine),
+            missing=functools.partial(_without, engine),
+            **_INT8,
+        )
+        for engine in ("fbgemm", "onednn")
+    ),
     Peer("torch-int4", (), "int4", GROUP, (32, GROUP), _torch_int4, **_CPU),
     *(
         Peer(

@@ -45,18 +45,26 @@ def test_each_that_is_here_agrees_with_its_own_weight(name):
 
 def test_bits_of_torchs_own():
     W = torch.randn(N, K, dtype=torch.bfloat16)
-    assert by_name("torch-int8").prepare(W).weight_bytes == N * K + 4 * N
+    assert by_name("torch-int8-fbgemm").prepare(W).weight_bytes == N * K + 4 * N
     assert by_name("torch-int4").prepare(W).weight_bytes == N * K // 2 + N * K // 128 * 4
 
 
-def test_fbgemm_is_asked_for_and_the_engine_put_back(monkeypatch):
-    engine = torch.backends.quantized.engine
-    by_name("torch-int8").prepare(torch.randn(N, K))
-    assert torch.backends.quantized.engine == engine
+@pytest.mark.parametrize("engine", ["fbgemm", "onednn"])
+def test_an_engine_is_asked_for_and_the_one_before_put_back(monkeypatch, engine):
+    peer, before = by_name(f"torch-int8-{engine}"), torch.backends.quantized.engine
+    packed = []
+    prepack = torch.ops.quantized.linear_prepack
+
+    def seen(*arguments):
+        packed.append(torch.backends.quantized.engine)
+        return prepack(*arguments)
+
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack", seen)
+    peer.prepare(torch.randn(N, K))
+    assert packed == [engine] and torch.backends.quantized.engine == before
     fewer = types.SimpleNamespace(supported_engines=["qnnpack"])
     monkeypatch.setattr(torch.backends, "quantized", fewer)
-    reason = by_name("torch-int8").reason(N, K, torch.bfloat16, "cpu")
-    assert reason == "this torch has no fbgemm, only qnnpack"
+    assert peer.reason(N, K, torch.bfloat16, "cpu") == (f"this torch has no {engine}, only qnnpack")
 
 
 def test_a_package_that_is_absent_and_a_shape_that_does_not_fit(monkeypatch):
