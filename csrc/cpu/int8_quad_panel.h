@@ -32,13 +32,14 @@ inline void quantise_for_quad_panels(const CpuWeight& w, const Int8Tokens& t, co
     order_for_panels(t.x + (kb * t.count + token) * kInputs);
 }
 
-// What an index of six bits says, a code with the number of its group above it: where V of the
-// first or second pruned input stands among the sixteen numbers of a quad, in bits 0 to 3. In those
-// of the first one higher bits, which choose no number, say how a group is put together:
-// kFirstAtFront  input 0 is the first kept one; without it, the first pruned one
-// kSecondAtBack  input 3 is the second kept one; without it, the second pruned one
-// kCrossed       the second one that is left is input 1, and the first one that is left is input 2;
-//                without it, the other way round
+// Two tables by an index of six bits, which is a code with the number of its group above it. Bits 0
+// to 3 of an entry say where V of the first (or the second) pruned input stands among the sixteen
+// numbers of a quad. The bits above do not choose a number. In the table of the first pruned input
+// they say where the kept and pruned entries of a group go:
+// kFirstAtFront  Input 0 is the first kept one; without it, the first pruned one.
+// kSecondAtBack  Input 3 is the second kept one; without it, the second pruned one.
+// kCrossed       The second one that is left is input 1, and the first one that is left is input 2;
+//                without it, the other way round.
 enum : uint8_t { kCrossed = 0x20, kFirstAtFront = 0x40, kSecondAtBack = 0x80 };
 constexpr Bytes pruned_places(int second) {
   constexpr int kPruned[8][2] = {{2, 3}, {1, 3}, {1, 2}, {0, 3}, {0, 2}, {0, 1}, {0, 0}, {0, 0}};

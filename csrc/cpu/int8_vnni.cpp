@@ -1,5 +1,6 @@
-// int8 activations with AVX-512 VNNI, VBMI and BITALG: one zmm is a row block. vpdpbusd takes one
-// operand without a sign: the weights plus 128, which the sums of x take off again.
+// int8 activations with AVX-512 VNNI, VBMI and BITALG: one zmm is a row block. One operand of
+// vpdpbusd has no sign. In `many` that is the weights plus 128, and sums begin below 0 by what the
+// 128 add (`Int8Piece::start`).
 #include "../int8.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
