@@ -1,5 +1,6 @@
 // Which instruction sets this machine runs. __builtin_cpu_supports reads CPUID, and checks that the
-// operating system saves the registers.
+// operating system saves the registers. What returns an instruction set's table is itself compiled
+// for that instruction set, so it is called only where the machine was found to run it.
 #include <cstring>
 
 #include "../int8.h"
@@ -14,6 +15,10 @@ namespace slab {
 #if defined(__x86_64__)
 namespace {
 
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -61,12 +66,16 @@ const CpuKernels* cpu_kernels(int index) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (cpu_kernels_avx512_amx() && may_use_tiles()) found[count++] = cpu_kernels_avx512_amx();
-  if (cpu_kernels_avx512_bf16() && runs_avx512_bf16()) found[count++] = cpu_kernels_avx512_bf16();
-  if (cpu_kernels_avx512() && runs_avx512()) found[count++] = cpu_kernels_avx512();
-  if (cpu_kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    found[count++] = cpu_kernels_avx2();
+  const auto add = [&](const CpuKernels* built) {
+    if (built) found[count++] = built;
+  };
+  if (runs_avx512_bf16()) {
+    const CpuKernels* const tiles = cpu_kernels_avx512_amx();
+    if (tiles && may_use_tiles()) add(tiles);
+    add(cpu_kernels_avx512_bf16());
+  }
+  if (runs_avx512()) add(cpu_kernels_avx512());
+  if (runs_avx2()) add(cpu_kernels_avx2());
 #endif
   found[count++] = cpu_kernels_scalar();
   return index < count ? found[index] : nullptr;
@@ -94,11 +103,11 @@ int cpu_prefetch() {
 const Int8Kernels& int8_kernels(const CpuKernels& chosen) {
 #if defined(__x86_64__)
   const bool avx512 = std::strncmp(chosen.name, "avx512", 6) == 0;
-  if (avx512 && int8_kernels_vnni() && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bitalg") &&
-      __builtin_cpu_supports("avx512vpopcntdq"))
-    return *int8_kernels_vnni();
-  if ((avx512 || &chosen == cpu_kernels_avx2()) && int8_kernels_avx2()) return *int8_kernels_avx2();
+  if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq"))
+    if (const Int8Kernels* const built = int8_kernels_vnni()) return *built;
+  if (avx512 || std::strcmp(chosen.name, "avx2") == 0)
+    if (const Int8Kernels* const built = int8_kernels_avx2()) return *built;
 #endif
   (void)chosen;
   return *int8_kernels_scalar();
