@@ -106,10 +106,11 @@ struct Int8Kernels {
   // Writes t.v and t.v_most.
   void (*quantise_v)(const CpuWeight& w, const Int8Tokens& t);
   Int8Product few, many;
-  // Up to so many tokens the exact product is faster than either, and from there up to so many
-  // `few` runs, which rounds less than `many`. Measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one
-  // thread, ranks 0 to 4, int4 and int8.
-  int exact_tokens, few_tokens;
+  // Up to so many tokens `few` runs, which rounds less than `many`.
+  int few_tokens;
+  // What runs above that: `many`, or else the exact product, which is faster there. Both were
+  // measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and int8.
+  bool runs_many;
 };
 
 const Int8Kernels* int8_kernels_scalar();
@@ -117,7 +118,8 @@ const Int8Kernels* int8_kernels_avx2();  // null when built without
 const Int8Kernels* int8_kernels_vnni();  // null when built without
 
 // The kernels that go with an instruction set that was chosen. AVX-512 without VNNI and VBMI gets
-// those of AVX2.
+// the scalar ones, which never run by themselves: by their number of instructions, the exact
+// products of AVX-512 take no longer than `few` of AVX2.
 const Int8Kernels& int8_kernels(const CpuKernels& chosen);
 
 }  // namespace slab

@@ -26,8 +26,9 @@ std::atomic<int64_t> forced_few{-1};  // for tests: up to so many tokens `few`
 Way way(const Int8Kernels& k, int64_t rank, int64_t tokens) {
   const int64_t forced = forced_few.load(std::memory_order_relaxed);
   if (forced >= 0) return tokens <= forced || rank > kManyRank ? Way::few : Way::many;
-  if (tokens <= k.exact_tokens || rank > kManyRank) return Way::exact;
-  return tokens <= k.few_tokens ? Way::few : Way::many;
+  if (rank > kManyRank) return Way::exact;
+  if (tokens <= k.few_tokens) return Way::few;
+  return k.runs_many ? Way::many : Way::exact;
 }
 std::tuple<std::string, std::string> cpu_int8(int64_t rank, int64_t tokens) {
   const Int8Kernels& k = int8_kernels(kernels());

@@ -102,11 +102,11 @@ int cpu_prefetch() {
 
 const Int8Kernels& int8_kernels(const CpuKernels& chosen) {
 #if defined(__x86_64__)
-  const bool avx512 = std::strncmp(chosen.name, "avx512", 6) == 0;
-  if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-      __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq"))
+  if (std::strncmp(chosen.name, "avx512", 6) == 0 && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bitalg") &&
+      __builtin_cpu_supports("avx512vpopcntdq"))
     if (const Int8Kernels* const built = int8_kernels_vnni()) return *built;
-  if (avx512 || std::strcmp(chosen.name, "avx2") == 0)
+  if (std::strcmp(chosen.name, "avx2") == 0)
     if (const Int8Kernels* const built = int8_kernels_avx2()) return *built;
 #endif
   (void)chosen;

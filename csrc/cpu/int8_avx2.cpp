@@ -1,12 +1,12 @@
-// int8 activations with AVX2 and FMA. vpmaddubsw multiplies the weight's magnitude, at most 128, by
-// x times the weight's sign, at most 127: a pair is at most 32512, so 16 bits hold it.
+// int8 activations with AVX2 and FMA. In `many` vpmaddubsw multiplies the weight's magnitude, at
+// most 128, by x times the weight's sign, at most 127: a pair is at most 32,512, so 16 bits hold it.
 #include "../int8.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
 #include "int8_panel.h"
-#include "int8_tokens.h"
+#include "int8_shuffle.h"
 
 namespace slab {
 namespace {
@@ -61,10 +61,6 @@ struct Avx2 {
   }
   static SLAB_INLINE H mulhrs(H a, H b) { return (H)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
   static SLAB_INLINE I sign(I m, I l) { return (I)_mm256_sign_epi8((__m256i)m, (__m256i)l); }
-  // A sum of 16 bits times a shift.
-  static SLAB_INLINE I shifted(I sum, const int32_t* shift) {
-    return (I)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi32(*shift));
-  }
   static SLAB_INLINE I top_byte(I words, const int32_t* shift) {
     const __m256i moved = _mm256_sllv_epi32((__m256i)words, _mm256_set1_epi32(*shift));
     return (I)_mm256_srai_epi32(moved, 24);
@@ -81,25 +77,18 @@ struct Avx2 {
 
 void quantise_for_groups(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t term,
                          int64_t token) {
-  if (!t.pieces) return quantise_few(w, t, x, term, token);
+  if (!t.pieces) return quantise_for_strips(w, t, x, term, token);
   quantise_many(w, t, x, token, Avx2::kWeightOffset, [](Int8Piece& piece, int at) {
     piece.place = at / kGroup * 4 * kRows;
     piece.shift = 24 - 8 * (at % kGroup);
   });
 }
 
-// The exact product always runs instead. On an AMD EPYC (Zen 3), which has no AVX-512, `many` takes
-// about 1.6 times as long at 17, 64 and 192 tokens (4096x4096, int4, one plane, one thread). On a
-// Zen 4 with AVX2 forced it was a tenth faster with one plane, and no faster with two.
-constexpr int kNever = 1 << 30;
-const Int8Kernels kernels = {"avx2",
-                             false,
-                             quantise_for_groups,
-                             quantise_v,
-                             panel_values<Avx2, false>,
-                             panel_values<Avx2, true>,
-                             kNever,
-                             kNever};
+// On a Zen 3 `many` takes 1.6 times as long as the exact product at 17, 64 and 192 tokens (4096x4096,
+// int4, one plane, one thread), and `few` is faster than that up to 16 tokens at least.
+const Int8Kernels kernels = {"avx2",     false,        quantise_for_groups,
+                             quantise_v, strip_values, panel_values<Avx2>,
+                             kFewAtOnce, false};
 
 }  // namespace
 

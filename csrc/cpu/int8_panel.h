@@ -1,5 +1,6 @@
-// int8 weights of a block of the stream, 16 rows x 128 inputs, written once over a vector type V: a
-// panel is [32 groups][16 rows][4 inputs], 2 KB, which stays in the first-level cache.
+// Many tokens with int8 activations: int8 weights of a block of the stream, 16 rows x 128 inputs,
+// written once over a vector type V. A panel is [32 groups][16 rows][4 inputs], 2 KB, which stays
+// in the first-level cache.
 //
 // V has, beside what Stream<V> reads the stream with: H and B, the same bytes as signed 16-bit and
 // 8-bit numbers; lookup(table, code), a word for each lane by the low three bits of its code;
@@ -22,7 +23,7 @@ alignas(64) constexpr uint32_t kPrunedOrder[16] = {
     0x01008080, 0x01800080, 0x80010080, 0x01808000, 0x80018000, 0x80800100, 0, 0};
 
 // Which entries a panel holds; the others are 0.
-enum class Entries { kept, levels, merged, pruned };
+enum class Entries { merged, pruned };
 
 template <class V, ValueType kValues, int kPlanes>
 struct Panel {
@@ -33,7 +34,6 @@ struct Panel {
   using Words = typename Stream<V>::template Words<kPlanes>;
   using Block = typename Stream<V>::Block;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
-  using Few = PanelProduct<V, 1, kPiece, kPiece, false>;
   static constexpr float kValueUnit = kValues == kInt4 ? 0.0625f : 1.0f;  // of a scale
 
   // The units of a block's panels, and u over them: what `merged` and `pruned` entries are made of.
@@ -170,16 +170,11 @@ struct Panel {
       for (int g = 0; g < kGroups; ++g) {
         if (g % 8 == 0) words.load_eight(b, g / 8);
         I out = I{};
-        if constexpr (kEntries == Entries::kept || kEntries == Entries::merged)
+        if constexpr (kEntries == Entries::merged)
           out = V::place(kept_pair(b, g, nibbles), V::lookup(kKeptOrder, words.codes));
-        if constexpr (kPlanes > 0 && kEntries != Entries::kept) {
-          const I level = levels(words);
-          if constexpr (kEntries == Entries::levels)
-            out = level;
-          else
-            out = out | pruned(a, g / groups, h, t.v + kb * kInputs + kGroup * g,
-                               w.k_blocks * kInputs, w.rank, level);
-        }
+        if constexpr (kPlanes > 0)
+          out = out | pruned(a, g / groups, h, t.v + kb * kInputs + kGroup * g,
+                             w.k_blocks * kInputs, w.rank, levels(words));
         V::store_words(panel + 64 * g + 4 * kLanes * h, out);
         words.drop(1);
       }
@@ -195,39 +190,6 @@ struct Panel {
       build_groups<kEntries>(w, t, rb, kb, a, panel);
   }
 
-  // Few tokens: one panel of kept values and one of levels, each multiplied by x or x v_r.
-  static void few(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-    alignas(64) uint8_t panel[kPanelBytes];
-    alignas(64) float sums[kFewAtOnce * kRows];
-    Factors f;
-    for (int64_t rb = first; rb < last; ++rb) {
-      std::memset(sums, 0, size_t(t.count) * kRows * 4);
-      for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
-        read_units(w, rb, kb, f);
-        build<Entries::kept>(w, t, rb, kb, nullptr, panel);
-        const Few kept(panel);
-        typename Few::Scales scales;
-        for (int p = 0; p < kPieces; ++p) copy(f.unit[p * kPiece / w.group_size], scales[p][0]);
-        kept.multiply_all(t, kb, scales, sums, kRows);
-        if constexpr (kPlanes > 0) {
-          build<Entries::levels>(w, t, rb, kb, nullptr, panel);
-          const Few levels(panel);
-          for (int64_t r = 0; r < w.rank; ++r) {
-            F factor[kStrips];
-#pragma GCC unroll 16
-            for (int h = 0; h < kStrips; ++h)
-              factor[h] = V::load(w.u + (rb * w.rank + r) * kRows + h * kLanes) *
-                          splat(level_unit(kPlanes));
-            for (int p = 0; p < kPieces; ++p) copy(factor, scales[p][0]);
-            levels.multiply_all(t, (1 + r) * w.k_blocks + kb, scales, sums, kRows);
-          }
-        }
-      }
-      end.finish(w, *end.tokens, rb, 0, t.count, sums, kRows);
-    }
-  }
-
   // Many tokens: one panel, of kBlocks row blocks at once, and a second one where it is needed.
   template <int kBlocks, int kScaled>
   static void many_blocks(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t rb) {
@@ -235,8 +197,8 @@ struct Panel {
     alignas(64) uint8_t panels[kBlocks * kPanelBytes], other[kPanelBytes];
     alignas(64) float sums[kManyAtOnce * kStride];
     Factors f[kBlocks];
-    using Merged = PanelProduct<V, kBlocks, kSpan, kScaled, true>;
-    using Pruned = PanelProduct<V, 1, kManyPiece, kInputs, true>;
+    using Merged = PanelProduct<V, kBlocks, kSpan, kScaled>;
+    using Pruned = PanelProduct<V, 1, kManyPiece, kInputs>;
     std::memset(sums, 0, size_t(t.count) * kStride * 4);
     for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
       typename Merged::Scales scales;
@@ -250,7 +212,7 @@ struct Panel {
         build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
         for (int s = 0; s < kInputs / kScaled; ++s) copy(f[b].unit[s], scales[s][b]);
       }
-      Merged(panels).multiply_all(t, kb, scales, sums, kStride);
+      Merged{panels}.multiply_all(t, kb, scales, sums, kStride);
 #pragma GCC unroll 16
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
@@ -258,7 +220,7 @@ struct Panel {
           build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
           typename Pruned::Scales same;
           copy(f[b].pruned_unit, same[0][0]);
-          Pruned(other).multiply_all(t, kb, same, sums + b * kRows, kStride);
+          Pruned{other}.multiply_all(t, kb, same, sums + b * kRows, kStride);
         }
     }
 #pragma GCC unroll 16
@@ -284,32 +246,23 @@ struct Panel {
   }
 };
 
-// Which of the two, for the values and planes of a weight.
-template <class V, bool kMany, ValueType kValues, int kPlanes>
-void panel_product(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                   int64_t last) {
-  if constexpr (kMany)
-    Panel<V, kValues, kPlanes>::many(w, t, end, first, last);
-  else
-    Panel<V, kValues, kPlanes>::few(w, t, end, first, last);
-}
-template <class V, bool kMany, ValueType kValues>
+template <class V, ValueType kValues>
 void panel_planes(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
                   int64_t last) {
   switch (w.planes) {
-    case 0: return panel_product<V, kMany, kValues, 0>(w, t, end, first, last);
-    case 1: return panel_product<V, kMany, kValues, 1>(w, t, end, first, last);
-    case 2: return panel_product<V, kMany, kValues, 2>(w, t, end, first, last);
-    case 3: return panel_product<V, kMany, kValues, 3>(w, t, end, first, last);
+    case 0: return Panel<V, kValues, 0>::many(w, t, end, first, last);
+    case 1: return Panel<V, kValues, 1>::many(w, t, end, first, last);
+    case 2: return Panel<V, kValues, 2>::many(w, t, end, first, last);
+    case 3: return Panel<V, kValues, 3>::many(w, t, end, first, last);
   }
 }
-template <class V, bool kMany>
+template <class V>
 void panel_values(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
                   int64_t last) {
   if (w.values == kInt4)
-    panel_planes<V, kMany, kInt4>(w, t, end, first, last);
+    panel_planes<V, kInt4>(w, t, end, first, last);
   else
-    panel_planes<V, kMany, kInt8>(w, t, end, first, last);
+    panel_planes<V, kInt8>(w, t, end, first, last);
 }
 
 }  // namespace

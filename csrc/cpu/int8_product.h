@@ -1,10 +1,9 @@
 // Panels of int8 weights (int8_panel.h) times tokens, written once over a vector type V.
 //
 // V has, beside what int8_panel.h asks for: dot(acc, weight, x), the products of each lane's four
-// weights with four integers of x added to acc; kWeightOffset, what the panels of `many` have above
-// their weights; shifted(sum, shift), a sum of 16 bits times a shift, for `few`; top_byte(words,
-// shift), the weight of each lane that a shift to the left brings to its top, for `many`;
-// kPanelTokens, how many tokens its registers hold.
+// weights with four integers of x added to acc; kWeightOffset, what the panels have above their
+// weights; top_byte(words, shift), the weight of each lane that a shift to the left brings to its
+// top; kPanelTokens, how many tokens its registers hold.
 #pragma once
 
 #include "../int8.h"
@@ -15,10 +14,10 @@ namespace {
 
 constexpr int kPanelBytes = kRows * kInputs;
 
-// kBlocks panels side by side, for tokens in pieces as `many` has them, else as `few` has them.
+// kBlocks panels side by side, for tokens in pieces as `many` has them.
 // kSpan: inputs that share a step, whose integers are summed: 64 or 32.
 // kScaled: inputs that share a scale, whose spans are summed: 128, 64 or 32.
-template <class V, int kBlocks, int kSpan, int kScaled, bool kMany>
+template <class V, int kBlocks, int kSpan, int kScaled>
 struct PanelProduct {
   using F = typename V::F;
   using I = typename V::I;
@@ -28,28 +27,8 @@ struct PanelProduct {
   using Scales = F[kScales][kBlocks][kStrips];
 
   const uint8_t* panels;
-  // Of the weights in each span, which the shifts of x meet in `few`.
-  I totals[kMany ? 1 : kSpans][kBlocks][kStrips];
 
-  explicit SLAB_INLINE PanelProduct(const uint8_t* from) : panels(from) {
-    if constexpr (!kMany) add_up();
-  }
-  SLAB_INLINE void add_up() {
-    static constexpr int8_t ones[kGroup] = {1, 1, 1, 1};
-    for (int p = 0; p < kSpans; ++p)
-#pragma GCC unroll 16
-      for (int b = 0; b < kBlocks; ++b)
-#pragma GCC unroll 16
-        for (int h = 0; h < kStrips; ++h) {
-          const uint8_t* const at = panels + b * kPanelBytes + p * kSpanBytes + 4 * kLanes * h;
-          I sum = I{};
-          for (int g = 0; g < kSpan / kGroup; ++g)
-            sum = V::dot(sum, V::load_words(at + 64 * g), ones);
-          totals[p][b][h] = sum;
-        }
-  }
-
-  // What the sums of span p begin with, for a piece of `many`.
+  // What the sums of span p begin with.
   static SLAB_INLINE I start(const Int8Piece& piece, int p) {
     if constexpr (V::kWeightOffset == 0)
       return I{};
@@ -59,7 +38,7 @@ struct PanelProduct {
       return V::broadcast_int(piece.start + p % 2);
   }
 
-  // x W^T of the largest input of a piece for `many`, where that is in span p; in units of a scale.
+  // x W^T of the largest input of a piece, where that is in span p; in units of a scale.
   SLAB_INLINE F of_largest(const Int8Piece& piece, int p, int b, int h, F sum) const {
     const bool here = kSpan == kManyPiece || piece.place / kSpanBytes == p % 2;
     const float largest = here ? piece.largest : 0.0f;
@@ -70,7 +49,7 @@ struct PanelProduct {
   }
 
   // sums[i][16 b + row] += scales[scale][b] x W^T of the spans under each scale, for kTokens tokens
-  // from `token` on of a block and term. Never inlined: all values and planes share one, whose sums
+  // from `token` on of a block. Never inlined: all values and planes share one, whose sums
   // are in registers.
   template <int kTokens>
   __attribute__((noinline)) void multiply(const Int8Tokens& t, int64_t token, const Scales& scales,
@@ -87,20 +66,14 @@ struct PanelProduct {
 #pragma GCC unroll 16
           for (int h = 0; h < kStrips; ++h) of_x[i][b][h] = V::zero();
       do {
-        const int64_t piece = token * kPieces + p;
-        const Int8Piece* own = nullptr;
-        if constexpr (kMany) own = t.pieces + token * kManyPieces + p * kSpan / kManyPiece;
+        const Int8Piece* const own = t.pieces + token * kManyPieces + p * kSpan / kManyPiece;
         I acc[kTokens][kBlocks][kStrips];
 #pragma GCC unroll 16
         for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 16
           for (int b = 0; b < kBlocks; ++b)
 #pragma GCC unroll 16
-            for (int h = 0; h < kStrips; ++h)
-              if constexpr (kMany)
-                acc[i][b][h] = start(own[i * kManyPieces], p);
-              else
-                acc[i][b][h] = V::shifted(totals[p][b][h], t.shift + piece + i * kPieces);
+            for (int h = 0; h < kStrips; ++h) acc[i][b][h] = start(own[i * kManyPieces], p);
         const int8_t* x = t.x + token * kInputs + p * kSpan;
         const uint8_t* at = panels + p * kSpanBytes;
         const uint8_t* const end = at + kSpanBytes;
@@ -129,11 +102,10 @@ struct PanelProduct {
             for (int h = 0; h < kStrips; ++h) {
               // This is of x's size. A scale times a step, which may overflow where the integers
               // add up to 0, is never formed.
-              const float* const step =
-                  kMany ? &own[i * kManyPieces].step : t.step + piece + i * kPieces;
-              F sum = V::fma(V::to_float(acc[i][b][h]), V::broadcast(step), of_x[i][b][h]);
-              if constexpr (kMany) sum = of_largest(own[i * kManyPieces], p, b, h, sum);
-              of_x[i][b][h] = sum;
+              const Int8Piece& piece = own[i * kManyPieces];
+              const F sum =
+                  V::fma(V::to_float(acc[i][b][h]), V::broadcast(&piece.step), of_x[i][b][h]);
+              of_x[i][b][h] = of_largest(piece, p, b, h, sum);
             }
       } while (++p < last);
 #pragma GCC unroll 16
@@ -157,10 +129,10 @@ struct PanelProduct {
         multiply_some<kTokens - 1>(t, token, some, scales, sums, stride);
     }
   }
-  // Of all tokens in a block of inputs of a term.
-  void multiply_all(const Int8Tokens& t, int64_t term_block, const Scales& scales, float* sums,
+  // Of all tokens in a block of inputs.
+  void multiply_all(const Int8Tokens& t, int64_t kb, const Scales& scales, float* sums,
                     int64_t stride) const {
-    const int64_t from = term_block * t.count;
+    const int64_t from = kb * t.count;
     int64_t some = 0;
     for (int64_t i = 0; i < t.count; i += some) {
       // The last ones in equal parts: a single token waits for its own sums.

@@ -44,14 +44,8 @@ struct Vnni : Avx512 {
   }
 };
 
-const Int8Kernels kernels = {"avx512_vnni",
-                             true,
-                             quantise_for_quads,
-                             quantise_v,
-                             table_values,
-                             panel_values<Vnni, true>,
-                             0,
-                             8};
+const Int8Kernels kernels = {
+    "avx512_vnni", true, quantise_for_quads, quantise_v, table_values, panel_values<Vnni>, 8, true};
 
 }  // namespace
 

@@ -59,6 +59,30 @@ INT8_ACTIVATIONS = (
         INTEGERS,
     ),
     Fault(
+        "a pruned position that is another one for one of six patterns",
+        "csrc/cpu/int8_shuffle.h", "positions(3, 3, 2, 3, 2, 1)", "positions(3, 3, 2, 3, 1, 1)",
+        INTEGERS,
+    ),
+    Fault(
+        "128 less on every integer beside int8 values",
+        "csrc/cpu/int8_shuffle.h", "int16_t(shift) + 128", "int16_t(shift)", INTEGERS,
+    ),
+    Fault(
+        "the steps of the first of four tokens for all of them",
+        "csrc/cpu/int8_shuffle.h", "here = (at + i) * kPieces + word",
+        "here = at * kPieces + word", INTEGERS,
+    ),
+    Fault(
+        "the levels of two groups for those of the other two",
+        "csrc/cpu/int8_shuffle.h", "_mm256_srli_epi16(four, 4), 0xAA)",
+        "_mm256_srli_epi16(four, 4), 0x00)", INTEGERS,
+    ),
+    Fault(
+        "a shift that meets the sum of half of the weights",
+        "csrc/cpu/int8_shuffle.h", "weights[s] = _mm256_add_epi8(weights[s], value[s]);",
+        "weights[s] = value[s];", INTEGERS,
+    ),
+    Fault(
         "sums of two integers that leave 8 bits",
         "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;",
         INTEGERS,

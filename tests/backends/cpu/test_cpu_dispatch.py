@@ -27,10 +27,10 @@ MACHINES = {
     "avx2 without fma": (["avx2", "f16c"], "scalar:scalar"),
     "avx2": (AVX2, "avx2:avx2 scalar:scalar"),
     "avx2 with vnni": ([*AVX2, "avx512vnni"], "avx2:avx2 scalar:scalar"),
-    "avx512": (AVX512, "avx512:avx2 avx2:avx2 scalar:scalar"),
+    "avx512": (AVX512, "avx512:scalar avx2:avx2 scalar:scalar"),
     "avx512 with vnni only": (
         [*AVX512, "avx512vnni"],
-        "avx512:avx2 avx2:avx2 scalar:scalar",
+        "avx512:scalar avx2:avx2 scalar:scalar",
     ),
     "avx512 with all of vnni": (
         [*AVX512, *INT8],
@@ -38,7 +38,7 @@ MACHINES = {
     ),
     "avx512 with bf16": (
         [*AVX512, *BF16],
-        "avx512_bf16:avx2 avx512:avx2 avx2:avx2 scalar:scalar avx512_amx_emulated",
+        "avx512_bf16:scalar avx512:scalar avx2:avx2 scalar:scalar avx512_amx_emulated",
     ),
     "avx512 with both": (
         [*AVX512, *INT8, *BF16],

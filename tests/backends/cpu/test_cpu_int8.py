@@ -248,7 +248,7 @@ def test_which_product_runs(isa, M, rank):
     packed, x = random_packed(PackedLayout(40, 260, "int4", 32, rank)), torch.randn(M, 260)
     y, (chosen, name) = linear(x, packed), OPS.cpu_int8(rank, M)
     family = isa.removesuffix("_bf16")
-    assert name.startswith(family) or (family, name) == ("avx512", "avx2")
+    assert name.startswith(family) or (family, name) == ("avx512", "scalar")
     if chosen == "exact":
         assert same_bits(y, cpu.BACKEND.linear(x, cpu.BACKEND.prepare(packed)))
     else:
