@@ -1,8 +1,8 @@
 """Tables of ours on a CPU beside other libraries: one linear, and a whole model.
 
-The rows are those of two runs of bench_linear.py, with one thread and with two, and of
-bench_end_to_end.py, all measured on one machine. `CPU_PEER_TABLES` has a table only where its files
-are, since a document can name no others.
+The rows are those of on_cpu.sh: two runs of bench_linear.py, with one thread and with two, on a
+machine with bf16 instructions and on one with AVX2 alone, and bench_end_to_end.py on the first.
+`CPU_PEER_TABLES` has a table only where its files are, since a document can name no others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 
 from figure_tables import Row, markdown, matching, read, read_if_there, rounded
 
-LINEARS = {1: "cpu-peers-1-thread.json", 2: "cpu-peers-2-threads.json"}  # by threads
+Files = dict[int, str]  # by threads
+LINEARS: Files = {1: "cpu-peers-1-thread.json", 2: "cpu-peers-2-threads.json"}
+AVX2_LINEARS: Files = {1: "cpu-avx2-1-thread.json", 2: "cpu-avx2-2-threads.json"}
 WHOLE = "end-to-end-cpu.json"
 SHAPES = ((11008, 4096), (4096, 4096))
 OURS = "cpu"  # the backend
@@ -31,12 +33,12 @@ PEERS = {
 Key = tuple[str, str, str]  # backend, values, activations
 
 
-def linear_rows(shape: tuple[int, int]) -> dict[int, list[Row]]:
+def linear_rows(files: Files, shape: tuple[int, int]) -> dict[int, list[Row]]:
     """The rows of a shape by threads."""
     n, k = shape
     return {
         threads: matching(read(name)["rows"], n=n, k=k, threads=threads)
-        for threads, name in LINEARS.items()
+        for threads, name in files.items()
     }
 
 
@@ -44,11 +46,14 @@ def key(row: Row) -> Key:
     return row["backend"], row["values"], row["activations"]
 
 
-def named(contestant: Key) -> str:
-    """A contestant in a table: exact products say nothing, rounded ones that x is."""
+def named(contestant: Key, dtype: str) -> str:
+    """A contestant in a table: exact products say nothing, rounded ones that x is.
+
+    dtype: of x and of the dense weight.
+    """
     backend, values, activations = contestant
     if backend == "dense":
-        return "torch bf16"
+        return f"torch {dtype}"
     if backend != OURS:
         return PEERS.get(backend, backend)
     return f"ours, {values}" + (", int8 activations" if activations == "int8" else "")
@@ -70,10 +75,11 @@ def cell(found: dict[int, Row], best: dict[int, float]) -> str:
     return several(texts)
 
 
-def speedups(shape: tuple[int, int]) -> str:
-    """Speed-up over torch's bf16 linear, with one thread / with two, for every format."""
-    rows = linear_rows(shape)
+def speedups(files: Files, shape: tuple[int, int]) -> str:
+    """Speed-up over torch's dense linear, with one thread / with two, for every format."""
+    rows = linear_rows(files, shape)
     every = [row for found in rows.values() for row in found]
+    dtype = every[0]["dtype"]
     tokens = sorted({row["m"] for row in every})
     bits = {key(row): row["bits_per_weight"] for row in every}
     best = {
@@ -92,7 +98,7 @@ def speedups(shape: tuple[int, int]) -> str:
                 for row in matching(found, m=m, **wanted)
             }
             cells.append(cell(here, best[m]))
-        body.append((named(contestant), rounded(stored, 2), *cells))
+        body.append((named(contestant, dtype), rounded(stored, 2), *cells))
     return markdown(("format", "bits", *(f"M = {m}" for m in tokens)), body)
 
 
@@ -104,10 +110,10 @@ def times(speedup: float) -> str:
     return rounded(speedup, 2) + "×"
 
 
-def best_peers(shape: tuple[int, int]) -> str:
+def best_peers(files: Files, shape: tuple[int, int]) -> str:
     """Ours with the fewest bits against the fastest of the others, by threads and tokens."""
     body = []
-    for threads, rows in linear_rows(shape).items():
+    for threads, rows in linear_rows(files, shape).items():
         ours = [row for row in rows if row["backend"] == OURS]
         fewest = min(row["bits_per_weight"] for row in ours)
         for m in sorted({row["m"] for row in rows}):
@@ -129,7 +135,7 @@ def best_peers(shape: tuple[int, int]) -> str:
                     str(m),
                     *words,
                     times(theirs),
-                    f"{named(key(rival))}, {rounded(rival['bits_per_weight'], 2)} bits",
+                    f"{named(key(rival), rival['dtype'])}, {rounded(rival['bits_per_weight'], 2)} bits",
                     rounded(max(mine.values()) / theirs, 2),
                 )
             )
@@ -180,8 +186,11 @@ def tables() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
     if all(read_if_there(name) for name in LINEARS.values()):
         for n, k in SHAPES:
-            found[f"cpu-peers-{n}x{k}"] = functools.partial(speedups, (n, k))
-        found["cpu-peers-best"] = functools.partial(best_peers, SHAPES[0])
+            found[f"cpu-peers-{n}x{k}"] = functools.partial(speedups, LINEARS, (n, k))
+        found["cpu-peers-best"] = functools.partial(best_peers, LINEARS, SHAPES[0])
+    if all(read_if_there(name) for name in AVX2_LINEARS.values()):
+        found["cpu-avx2"] = functools.partial(speedups, AVX2_LINEARS, SHAPES[0])
+        found["cpu-avx2-best"] = functools.partial(best_peers, AVX2_LINEARS, SHAPES[0])
     if read_if_there(WHOLE):
         found["end-to-end-cpu"] = whole_model
     return found

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Times the CPU kernels beside other libraries, for figure_cpu_peers.py: one linear with one thread
 # and with two, then a whole model. About 12 minutes on two cores of an AMD EPYC (Zen 4), in which
-# nothing else should run.
+# nothing else should run. On a CPU without AVX-512, where torch's bf16 linear is a hundred times
+# slower than its fp32 one, one shape is timed with fp32, in about 7 minutes (Zen 3).
 #     benchmarks/on_cpu.sh [FOLDER]      where the files go; default: benchmarks/results
 # PYTHON names the interpreter that has torch; default: the environment's, else python3. The other
 # libraries are those of the extra `peers`; who is absent is named with the reason.
@@ -17,13 +18,19 @@ folder="${1:-benchmarks/results}"
 new="$(mktemp -d)"
 trap 'rm -rf "$new"' EXIT
 linear() {
-  OMP_NUM_THREADS=$1 "$PYTHON" benchmarks/bench_linear.py --device cpu \
-    --shapes 11008x4096 4096x4096 --m 1 4 16 64 256 --values fp16 int8 int4 --dtype bf16 \
-    --activations exact int8 --seconds 0.3 --out "$new" --name "$2"
+  OMP_NUM_THREADS=$1 "$PYTHON" benchmarks/bench_linear.py --device cpu --activations exact int8 \
+    --seconds 0.3 --out "$new" --name "$2" "${@:3}"
 }
-linear 1 cpu-peers-1-thread
-linear 2 cpu-peers-2-threads
-OMP_NUM_THREADS=2 "$PYTHON" benchmarks/bench_end_to_end.py --threads 1 2 \
-  --out "$new/end-to-end-cpu.json"
+if grep -qsw avx512f /proc/cpuinfo; then
+  how=(--shapes 11008x4096 4096x4096 --m 1 4 16 64 256 --values fp16 int8 int4 --dtype bf16)
+  linear 1 cpu-peers-1-thread "${how[@]}"
+  linear 2 cpu-peers-2-threads "${how[@]}"
+  OMP_NUM_THREADS=2 "$PYTHON" benchmarks/bench_end_to_end.py --threads 1 2 \
+    --out "$new/end-to-end-cpu.json"
+else
+  how=(--shapes 11008x4096 --m 1 2 4 8 16 64 --values int8 int4 --dtype fp32)
+  linear 1 cpu-avx2-1-thread "${how[@]}"
+  linear 2 cpu-avx2-2-threads "${how[@]}"
+fi
 mkdir -p "$folder"
 cp "$new"/*.csv "$new"/*.json "$folder"
