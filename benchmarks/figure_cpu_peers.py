@@ -129,13 +129,14 @@ def best_peers(files: Files, shape: tuple[int, int]) -> str:
             rival = max(others, key=lambda row: row["speedup_vs_dense"])
             words = (times(mine[mode]) if mode in mine else "–" for mode in ("exact", "int8"))
             theirs = rival["speedup_vs_dense"]
+            name = named(key(rival), rival["dtype"])
             body.append(
                 (
                     str(threads),
                     str(m),
                     *words,
                     times(theirs),
-                    f"{named(key(rival), rival['dtype'])}, {rounded(rival['bits_per_weight'], 2)} bits",
+                    f"{name}, {rounded(rival['bits_per_weight'], 2)} bits",
                     rounded(max(mine.values()) / theirs, 2),
                 )
             )

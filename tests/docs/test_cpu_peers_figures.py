@@ -23,11 +23,11 @@ SPEEDS = {
 }
 
 
-def linear(threads: int) -> dict:
+def linear(threads: int, dtype: str = "bf16") -> dict:
     rows = [
         {
             "n": n, "k": k, "m": m, "backend": backend, "values": values, "threads": threads,
-            "activations": activations, "bits_per_weight": bits,
+            "dtype": dtype, "activations": activations, "bits_per_weight": bits,
             "speedup_vs_dense": speeds[at][threads - 1],
         }
         for n, k in figure.SHAPES
@@ -85,6 +85,15 @@ def test_a_table_is_there_with_its_files(results):
     assert set(figure.tables()) == linears | {"end-to-end-cpu"}
 
 
+def test_a_machine_without_bf16_has_tables_of_its_own(results):
+    for threads, name in figure.AVX2_LINEARS.items():
+        (results / name).write_text(json.dumps(linear(threads, "fp32")), encoding="utf-8")
+    tables = figure.tables()
+    assert set(tables) == {"cpu-avx2", "cpu-avx2-best"}
+    assert tables["cpu-avx2"]().splitlines()[2].startswith("| torch fp32 | 16.00 | 1.00 / 1.00 |")
+    assert tables["cpu-avx2-best"]().splitlines()[7].startswith("| 2 | 16 | 1.40× | 2.10× |")
+
+
 def test_speed_ups_by_format_with_the_best_of_a_column_bold(measured):
     lines = figure.tables()["cpu-peers-11008x4096"]().splitlines()
     assert lines[0] == "| format | bits | M = 1 | M = 4 | M = 16 |"
@@ -130,10 +139,16 @@ def test_tokens_a_second_of_whole_models(measured):
 def test_the_script_writes_the_files_that_the_tables_read():
     text = (Path(bench_linear.__file__).parent / "on_cpu.sh").read_text(encoding="utf-8")
     words = " ".join(text.replace("\\\n", " ").split())
-    options = re.search(r"bench_linear.py (--device .*?) --out", words)[1].split()
-    args = bench_linear.parse(options)
-    assert tuple(args.shapes) == figure.SHAPES and tuple(args.activations) == ("exact", "int8")
-    assert args.peers and args.dtype == ["bf16"]
-    runs = re.findall(r"^linear (\d) (\S+)$", text, re.MULTILINE)
-    assert {int(threads): f"{name}.json" for threads, name in runs} == figure.LINEARS
+    always = re.search(r"bench_linear.py (--device .*?) --seconds", words)[1].split()
+    machines = re.findall(r"how=\((.*?)\)(.*?)(?=\bhow=|$)", words)
+    expected = (
+        (figure.SHAPES, "bf16", figure.LINEARS),
+        (figure.SHAPES[:1], "fp32", figure.AVX2_LINEARS),
+    )
+    for (own, runs), (shapes, dtype, files) in zip(machines, expected, strict=True):
+        args = bench_linear.parse([*always, *own.split()])
+        assert tuple(args.shapes) == shapes and tuple(args.activations) == ("exact", "int8")
+        assert args.peers and args.dtype == [dtype]
+        found = re.findall(r"linear (\d) (\S+)", runs)
+        assert {int(threads): f"{name}.json" for threads, name in found} == files
     assert f'--out "$new/{figure.WHOLE}"' in text
