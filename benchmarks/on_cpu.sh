@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Times the CPU kernels beside other libraries, for figure_cpu_peers.py: one linear with one thread
 # and with two, then a whole model. About 12 minutes on two cores of an AMD EPYC (Zen 4), in which
-# nothing else should run. On a CPU without AVX-512, where torch's bf16 linear is a hundred times
-# slower than its fp32 one, one shape is timed with fp32, in about 7 minutes (Zen 3).
+# nothing else should run. On a CPU with AVX2 alone, where torch's bf16 linear is far slower than its
+# fp32 one, one shape is timed with fp32, in about 7 minutes (Zen 3).
 #     benchmarks/on_cpu.sh [FOLDER]      where the files go; default: benchmarks/results
 # PYTHON names the interpreter that has torch; default: the environment's, else python3. The other
 # libraries are those of the extra `peers`; who is absent is named with the reason.
@@ -27,10 +27,13 @@ if grep -qsw avx512f /proc/cpuinfo; then
   linear 2 cpu-peers-2-threads "${how[@]}"
   OMP_NUM_THREADS=2 "$PYTHON" benchmarks/bench_end_to_end.py --threads 1 2 \
     --out "$new/end-to-end-cpu.json"
-else
+elif grep -qsw avx2 /proc/cpuinfo; then
   how=(--shapes 11008x4096 --m 1 2 4 8 16 64 --values int8 int4 --dtype fp32)
   linear 1 cpu-avx2-1-thread "${how[@]}"
   linear 2 cpu-avx2-2-threads "${how[@]}"
+else
+  echo "on_cpu.sh: the tables are of CPUs with AVX-512 or AVX2, and this one has neither" >&2
+  exit 1
 fi
 mkdir -p "$folder"
 cp "$new"/*.csv "$new"/*.json "$folder"

@@ -10,8 +10,8 @@
 //         the piece, with 0 among them. Where one input is far larger than the others, as language
 //         models have many, that halves the step which integers symmetric about 0 would need. The
 //         pieces of x v_r, for every rank r, are symmetric: their shift is 0. With one plane any
-//         two integers of a group also add up to at most 127 in magnitude, since `few` looks up
-//         such sums.
+//         two integers of a group also add up to at most 127 in magnitude, since `few` holds
+//         such sums in 8 bits.
 //   many  Kept values and the sign term become one int8 weight, a panel of 16 rows x 128 inputs
 //         that all tokens share. A kept value is exact, 16 q of int4 or q of int8, in units of
 //         scale / 16 or scale. A pruned one is u v times its sign or level in the same unit,
@@ -106,8 +106,9 @@ struct Int8Kernels {
   // Writes t.v and t.v_most.
   void (*quantise_v)(const CpuWeight& w, const Int8Tokens& t);
   Int8Product few, many;
-  // Up to so many tokens `few` runs, which rounds less than `many`.
-  int few_tokens;
+  // Up to so many tokens `few` runs, which rounds less than `many`; and while tokens times rank are
+  // at most `few_terms`, since it multiplies x v_r once for each rank.
+  int few_tokens, few_terms;
   // What runs above that: `many`, or else the exact product, which is faster there. Both were
   // measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and int8.
   bool runs_many;
@@ -118,8 +119,8 @@ const Int8Kernels* int8_kernels_avx2();  // null when built without
 const Int8Kernels* int8_kernels_vnni();  // null when built without
 
 // The kernels that go with an instruction set that was chosen. AVX-512 without VNNI and VBMI gets
-// the scalar ones, which never run by themselves: by their number of instructions, the exact
-// products of AVX-512 take no longer than `few` of AVX2.
+// the scalar ones, which never run by themselves: `few` of AVX2 was not compared there with the
+// exact product of AVX-512, which is faster than that of AVX2.
 const Int8Kernels& int8_kernels(const CpuKernels& chosen);
 
 }  // namespace slab

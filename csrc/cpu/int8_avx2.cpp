@@ -1,5 +1,6 @@
 // int8 activations with AVX2 and FMA. In `many` vpmaddubsw multiplies the weight's magnitude, at
-// most 128, by x times the weight's sign, at most 127: a pair is at most 32,512, so 16 bits hold it.
+// most 128, by x times the weight's sign, at most 127: a pair is at most 32,512, so 16 bits hold
+// it.
 #include "../int8.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -84,11 +85,13 @@ void quantise_for_groups(const CpuWeight& w, const Int8Tokens& t, const float* x
   });
 }
 
-// On a Zen 3 `many` takes 1.6 times as long as the exact product at 17, 64 and 192 tokens (4096x4096,
-// int4, one plane, one thread), and `few` is faster than that up to 16 tokens at least.
+// Against the exact product, one thread, int4, one plane: on a Zen 3 `many` takes 1.6 times as long
+// at 17, 64 and 192 tokens (4096x4096), and `few` .37 to .71 of its time up to 16 tokens with rank
+// 1 (11008x4096); with rank 4 it takes longer from 8 tokens on. On a Zen 4 with AVX2 forced `many`
+// was a tenth faster with one plane, and no faster with two.
 const Int8Kernels kernels = {"avx2",     false,        quantise_for_groups,
                              quantise_v, strip_values, panel_values<Avx2>,
-                             kFewAtOnce, false};
+                             kFewAtOnce, kFewAtOnce,   false};
 
 }  // namespace
 

@@ -22,7 +22,7 @@ struct PanelProduct {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
-  static constexpr int kSpans = kInputs / kSpan, kSpanBytes = kSpan * kRows;
+  static constexpr int kSpanBytes = kSpan * kRows;
   static constexpr int kScales = kInputs / kScaled;
   using Scales = F[kScales][kBlocks][kStrips];
 

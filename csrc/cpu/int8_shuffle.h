@@ -7,8 +7,8 @@
 // bits, where it would saturate. Here it cannot:
 //   int4 values, at most 8, times x plus 128, at most 255: a pair is at most 4,080, and the sums of
 //   a piece at most 16,320.
-//   int8 values' magnitudes, at most 128, times x with their signs, at most 127: a pair is at most
-//   32,512, and pairs are widened at once.
+//   int8 values' magnitudes, at most 128 (127 in what is stored), times x with their signs, at most
+//   127: a pair is at most 32,512, and pairs are widened at once.
 //   With one plane the two pruned inputs of a group are added first, within 127. With more, levels
 //   of at most 7 times x v, at most 127: a piece is at most 7,112.
 #pragma once
@@ -57,8 +57,8 @@ constexpr Lane kSignOfCode = {{1, 1, 1, 1, 1, 1, 1, 1, 255, 255, 255, 255, 255, 
 // A nibble as a number from -8 to 7.
 constexpr Lane kInt4OfNibble = {{0, 1, 2, 3, 4, 5, 6, 7, 248, 249, 250, 251, 252, 253, 254, 255}};
 // The levels as integers. With three planes the field of a group is a nibble, the first position's
-// bits below. With two it is two bits of a nibble, the lower ones or the upper ones with zeros below
-// them.
+// bits below. With two it is two bits of a nibble: the lower ones, or the upper ones with zeros
+// below them.
 constexpr Lane level_lane(int planes, int second) {
   Lane t{};
   for (int i = 0; i < 16; ++i) {
@@ -99,9 +99,10 @@ struct Strip {
     scales = values + value_bytes(kValues) + 2 * kStripRows * strip;
     values += strip * (kValues == kInt4 ? 4 * kStripRows : kStripRows);
   }
-  // Byte j of each lane: nibble 4 half + j of the word.
+  // Byte j of each word: nibble 4 half + j. Two bytes are first put into 16 bits each, with zeros
+  // above them.
   static SLAB_INLINE __m256i nibbles(__m256i word, int half) {
-    const __m256i apart = shuffled(word, kHalves[half]);  // each byte below 8 zeros
+    const __m256i apart = shuffled(word, kHalves[half]);
     return _mm256_and_si256(_mm256_or_si256(apart, _mm256_slli_epi16(apart, 4)),
                             _mm256_set1_epi8(0x0F));
   }

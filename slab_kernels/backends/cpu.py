@@ -148,7 +148,10 @@ class CpuBackend(Backend):
         native.load_library()
         way, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
         if way == "exact":
-            return f"activations=int8: exact runs for M={problem.M}, which is faster with {name}"
+            return (
+                f"activations=int8: exact runs for M={problem.M} and rank {problem.rank} with "
+                f"{name}; docs/cpu.md says when each product runs"
+            )
         rounded = {
             "few": "1/506 of what the least of 32 inputs, the greatest and 0 span",
             "many": "1/254 of the second largest of 64 inputs, the largest not at all",

@@ -83,6 +83,11 @@ INT8_ACTIVATIONS = (
         "weights[s] = value[s];", INTEGERS,
     ),
     Fault(
+        "few tokens whatever the rank",
+        "csrc/int8_bindings.cpp", "tokens * rank <= k.few_terms", "true",
+        (f"{INT8}::test_up_to_how_many_tokens_each_product_runs",),
+    ),
+    Fault(
         "sums of two integers that leave 8 bits",
         "csrc/cpu/int8_tokens.h", "bits = bits_of(largest_pair(x));", "bits = bits + 0;",
         INTEGERS,

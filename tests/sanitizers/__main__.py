@@ -27,6 +27,7 @@ TESTS = (
     "tests/backends/cpu/test_cpu_backend.py",
     "tests/backends/cpu/test_cpu_bf16.py",
     "tests/backends/cpu/test_cpu_int8.py",
+    "tests/backends/cpu/test_cpu_int8_terms.py",
     "tests/methods/test_compiled_steps.py",
 )
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
