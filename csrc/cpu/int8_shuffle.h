@@ -41,7 +41,7 @@ constexpr Order bytes_of_words(int b0, int b1, int b2, int b3) {
 constexpr Order kHalves[2] = {bytes_of_words(0, -1, 1, -1), bytes_of_words(2, -1, 3, -1)};
 constexpr Order kFourTimes[4] = {bytes_of_words(0, 0, 0, 0), bytes_of_words(1, 1, 1, 1),
                                  bytes_of_words(2, 2, 2, 2), bytes_of_words(3, 3, 3, 3)};
-// By a code: the position 0 to 3 of its pattern id.
+// For each code, the position (0 to 3) in its group that the code's pattern id gives.
 constexpr Lane positions(int p0, int p1, int p2, int p3, int p4, int p5) {
   const int place[8] = {p0, p1, p2, p3, p4, p5, 0, 0};
   Lane t{};
@@ -52,7 +52,7 @@ constexpr Lane kKeptFirst = positions(0, 0, 0, 1, 1, 2);
 constexpr Lane kKeptSecond = positions(1, 2, 3, 2, 3, 3);
 constexpr Lane kPrunedFirst = positions(2, 1, 1, 0, 0, 0);
 constexpr Lane kPrunedSecond = positions(3, 3, 2, 3, 2, 1);
-// By a code: 1, or -1 where its bit r is set.
+// For each code, -1 where its bit r is set, else 1.
 constexpr Lane kSignOfCode = {{1, 1, 1, 1, 1, 1, 1, 1, 255, 255, 255, 255, 255, 255, 255, 255}};
 // A nibble as a number from -8 to 7.
 constexpr Lane kInt4OfNibble = {{0, 1, 2, 3, 4, 5, 6, 7, 248, 249, 250, 251, 252, 253, 254, 255}};
@@ -140,7 +140,8 @@ struct Strip {
   }
 };
 
-// A row block and kTokens tokens. kKept: kept values too, not only the sign term of a rank.
+// The product of a row block and kTokens tokens. With kKept it holds the kept values and the sign
+// term of a rank, else the sign term alone.
 template <ValueType kValues, int kPlanes, bool kKept, int kTokens>
 struct StripTokens {
   static SLAB_INLINE __m256i ones() { return _mm256_set1_epi16(1); }
@@ -161,7 +162,8 @@ struct StripTokens {
   // The integers of a piece.
   struct Piece {
     __m256i kept[kStrips][kTokens];  // pairs in 16 bits for int4, else 32 bits
-    __m256i weights[kStrips];  // all that the shift multiplies: int4 as bytes, int8 in 32 bits
+    // The sums of the values, which the shift multiplies: bytes for int4, else 32 bits.
+    __m256i weights[kStrips];
     __m256i pruned[kStrips][kTokens];  // pairs in 16 bits
 
     SLAB_INLINE Piece() {
