@@ -14,7 +14,7 @@ namespace {
 struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4,
-                       kLookupTokens = 4, kTokens = 6;
+                       kLookupTokens = 3, kTokens = 6;
   static constexpr int kUnrollRank = 1;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -64,11 +64,18 @@ struct Avx2 {
   struct Pair {
     F first, second;
   };
+  // The table of these of the four inputs. Bytes are shuffled, since on AMD's Zen 1 a shuffle of
+  // words by a register takes three times as long.
+  static SLAB_INLINE F entries(F four, int e0, int e1, int e2, int e3, int e4, int e5) {
+    const auto bytes = [](int entry) { return 0x03020100 + 0x04040404 * entry; };
+    const __m256i order = _mm256_setr_epi32(bytes(e0), bytes(e1), bytes(e2), bytes(e3), bytes(e4),
+                                            bytes(e5), bytes(0), bytes(0));
+    return (F)_mm256_shuffle_epi8((__m256i)four, order);
+  }
   using Kept = Pair;
   static SLAB_INLINE Kept kept_table(const float* x) {
     const F four = _mm256_broadcast_ps((const __m128*)x);
-    return {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 1, 1, 2, 0, 0)),
-            _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 2, 3, 2, 3, 3, 0, 0))};
+    return {entries(four, 0, 0, 0, 1, 1, 2), entries(four, 1, 2, 3, 2, 3, 3)};
   }
   static SLAB_INLINE F first(const Kept& t, I code) {
     return _mm256_permutevar8x32_ps(t.first, (__m256i)code);
@@ -80,8 +87,7 @@ struct Avx2 {
   using Pruned = Pair;
   static SLAB_INLINE Pruned pruned_table(const float* xv) {
     const F four = _mm256_broadcast_ps((const __m128*)xv);
-    return {_mm256_permutevar_ps(four, _mm256_setr_epi32(2, 1, 1, 0, 0, 0, 0, 0)),
-            _mm256_permutevar_ps(four, _mm256_setr_epi32(3, 3, 2, 3, 2, 1, 0, 0))};
+    return {entries(four, 2, 1, 1, 0, 0, 0), entries(four, 3, 3, 2, 3, 2, 1)};
   }
   static SLAB_INLINE F signed_by(F v, I bits) {
     return _mm256_xor_ps(v, _mm256_castsi256_ps((__m256i)(bits & 0x80000000u)));
@@ -111,14 +117,13 @@ struct Avx2 {
             _mm256_permutevar_ps(table, (__m256i)(level >> 2))};
   }
 
-  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
-  // first pruned one.
+  static constexpr bool kMoved = true;
   static SLAB_INLINE I places(I code) {
-    const __m256i table = _mm256_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0);
+    const __m256i table = _mm256_loadu_si256((const __m256i*)kPlaceWords);
     return (I)_mm256_permutevar8x32_epi32(table, (__m256i)code);
   }
-  static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
-    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps((__m256i)(bits << (31 - bit))));
+  static SLAB_INLINE F choose(I words, int bit, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps((__m256i)(words << (31 - bit))));
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {

@@ -129,16 +129,14 @@ struct Avx512 {
             _mm512_permutexvar_ps(at, high)};
   }
 
-  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
-  // first pruned one.
+  static constexpr bool kMoved = false;
   static SLAB_INLINE I places(I code) {
-    return (I)_mm512_permutexvar_epi32(
-        (__m512i)code, _mm512_setr_epi32(0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0, 0x421,
-                                         0x241, 0x281, 0x142, 0x182, 0x184, 0, 0));
+    const __m256i table = _mm256_loadu_si256((const __m256i*)kPlaceWords);
+    return (I)_mm512_permutexvar_epi32((__m512i)code, _mm512_broadcast_i32x8(table));
   }
   static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {
     return _mm512_mask_mov_ps(
-        no, _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(1 << bit)), yes);
+        no, _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(int(1u << bit))), yes);
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {

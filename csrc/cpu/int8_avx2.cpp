@@ -89,9 +89,8 @@ void quantise_for_groups(const CpuWeight& w, const Int8Tokens& t, const float* x
 // at 17, 64 and 192 tokens (4096x4096), and `few` .37 to .71 of its time up to 16 tokens with rank
 // 1 (11008x4096); with rank 4 it takes longer from 8 tokens on. On a Zen 4 with AVX2 forced `many`
 // was a tenth faster with one plane, and no faster with two.
-const Int8Kernels kernels = {"avx2",     false,        quantise_for_groups,
-                             quantise_v, strip_values, panel_values<Avx2>,
-                             kFewAtOnce, kFewAtOnce,   false};
+const Int8Kernels kernels = {"avx2",       false,      quantise_for_groups, quantise_v, strips,
+                             panels<Avx2>, kFewAtOnce, kFewAtOnce,          false};
 
 }  // namespace
 

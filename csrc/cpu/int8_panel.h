@@ -246,23 +246,12 @@ struct Panel {
   }
 };
 
-template <class V, ValueType kValues>
-void panel_planes(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-  switch (w.planes) {
-    case 0: return Panel<V, kValues, 0>::many(w, t, end, first, last);
-    case 1: return Panel<V, kValues, 1>::many(w, t, end, first, last);
-    case 2: return Panel<V, kValues, 2>::many(w, t, end, first, last);
-    case 3: return Panel<V, kValues, 3>::many(w, t, end, first, last);
-  }
-}
 template <class V>
-void panel_values(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-  if (w.values == kInt4)
-    panel_planes<V, kInt4>(w, t, end, first, last);
-  else
-    panel_planes<V, kInt8>(w, t, end, first, last);
+void panels(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+            int64_t last) {
+  for_integers(w, [&](auto values, auto planes) {
+    Panel<V, ValueType(values.value), planes.value>::many(w, t, end, first, last);
+  });
 }
 
 }  // namespace

@@ -377,22 +377,11 @@ struct Strips {
   }
 };
 
-template <ValueType kValues>
-void strip_planes(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-  switch (w.planes) {
-    case 0: return Strips<kValues, 0>::few(w, t, end, first, last);
-    case 1: return Strips<kValues, 1>::few(w, t, end, first, last);
-    case 2: return Strips<kValues, 2>::few(w, t, end, first, last);
-    case 3: return Strips<kValues, 3>::few(w, t, end, first, last);
-  }
-}
-void strip_values(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-  if (w.values == kInt4)
-    strip_planes<kInt4>(w, t, end, first, last);
-  else
-    strip_planes<kInt8>(w, t, end, first, last);
+void strips(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+            int64_t last) {
+  for_integers(w, [&](auto values, auto planes) {
+    Strips<ValueType(values.value), planes.value>::few(w, t, end, first, last);
+  });
 }
 
 }  // namespace

@@ -268,22 +268,11 @@ struct Tables {
   }
 };
 
-template <ValueType kValues>
-void table_planes(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-  switch (w.planes) {
-    case 0: return Tables<kValues, 0>::few(w, t, end, first, last);
-    case 1: return Tables<kValues, 1>::few(w, t, end, first, last);
-    case 2: return Tables<kValues, 2>::few(w, t, end, first, last);
-    case 3: return Tables<kValues, 3>::few(w, t, end, first, last);
-  }
-}
-void table_values(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
-                  int64_t last) {
-  if (w.values == kInt4)
-    table_planes<kInt4>(w, t, end, first, last);
-  else
-    table_planes<kInt8>(w, t, end, first, last);
+void tables(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t first,
+            int64_t last) {
+  for_integers(w, [&](auto values, auto planes) {
+    Tables<ValueType(values.value), planes.value>::few(w, t, end, first, last);
+  });
 }
 
 }  // namespace

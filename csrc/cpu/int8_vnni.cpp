@@ -44,8 +44,8 @@ struct Vnni : Avx512 {
   }
 };
 
-const Int8Kernels kernels = {"avx512_vnni",      true, quantise_for_quads, quantise_v, table_values,
-                             panel_values<Vnni>, 8,    8 * kManyRank,      true};
+const Int8Kernels kernels = {"avx512_vnni", true, quantise_for_quads, quantise_v, tables,
+                             panels<Vnni>,  8,    8 * kManyRank,      true};
 
 }  // namespace
 

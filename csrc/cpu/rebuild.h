@@ -9,6 +9,40 @@ namespace {
 
 constexpr int kTileRows = 2 * kRows;
 
+// Where the entries of a group stand, as answers to the questions that `Rebuild` asks, in the order
+// in which it asks them: the answer to question q is bit 31 - q of a lane's word. Where V::kMoved
+// is set, the word moves up by a bit after each question, by an addition, and V looks at bit 31
+// only; AVX2's CPUs have more units for additions than for shifts.
+template <class V>
+struct Places {
+  using F = typename V::F;
+  using I = typename V::I;
+  I words;
+  int asked = 0;
+
+  // With signs the first two questions are where the first pruned position is.
+  SLAB_INLINE Places(I codes, bool signs) : words(V::places(codes)) {
+    if (signs) return;
+    if constexpr (V::kMoved) words = words << 2;
+    asked = 2;
+  }
+  SLAB_INLINE void move() {
+    if constexpr (V::kMoved) words = words + words;
+    ++asked;
+  }
+  // The answer as bit 31; below it stands anything.
+  SLAB_INLINE I answer() {
+    const I top = V::kMoved ? words : words << asked;
+    move();
+    return top;
+  }
+  SLAB_INLINE F choose(F yes, F no) {
+    const F chosen = V::choose(words, V::kMoved ? 31 : 31 - asked, yes, no);
+    move();
+    return chosen;
+  }
+};
+
 template <class V>
 struct Rebuild {
   using F = typename V::F;
@@ -33,13 +67,13 @@ struct Rebuild {
   template <int kPlanes>
   static SLAB_INLINE void apply_signs(F (&out)[kGroup],
                                       const typename Stream<V>::template Words<kPlanes>& words,
-                                      I places) {
+                                      Places<V>& places) {
     if constexpr (kPlanes == 1) {
       // Bit 31 of `signs` is the second pruned position's sign, and r flips it for the first one.
       const I r = words.codes << 28;
       out[0] = V::signed_by(out[0], words.signs ^ r);
-      out[1] = V::signed_by(out[1], words.signs ^ (r & places << 22));
-      out[2] = V::signed_by(out[2], words.signs ^ (r & places << 21));
+      out[1] = V::signed_by(out[1], words.signs ^ (r & places.answer()));
+      out[2] = V::signed_by(out[2], words.signs ^ (r & places.answer()));
       out[3] = V::signed_by(out[3], words.signs);
     }
     if constexpr (kPlanes > 1) {
@@ -47,17 +81,19 @@ struct Rebuild {
       const F one = V::signed_by(size.first, words.codes << 28);
       const F two = V::signed_by(size.second, words.signs);
       out[0] = out[0] * one;
-      out[1] = out[1] * V::choose(places, 9, one, two);
-      out[2] = out[2] * V::choose(places, 10, one, two);
+      out[1] = out[1] * places.choose(one, two);
+      out[2] = out[2] * places.choose(one, two);
       out[3] = out[3] * two;
     }
   }
 
   // Puts the kept values into their places and stores the group's four inputs.
-  static SLAB_INLINE void store_group(F (&out)[kGroup], F first, F second, I places, float* to) {
+  static SLAB_INLINE void store_group(F (&out)[kGroup], F first, F second, Places<V>& places,
+                                      float* to) {
+#pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
-      if (i < 3) out[i] = V::choose(places, i, first, out[i]);
-      if (i > 0) out[i] = V::choose(places, 4 + i, second, out[i]);
+      if (i < 3) out[i] = places.choose(first, out[i]);
+      if (i > 0) out[i] = places.choose(second, out[i]);
       V::store(to + i * kTileRows, out[i]);
     }
   }
@@ -92,7 +128,7 @@ struct Rebuild {
           F out[kGroup];
           const float* const v = kRank ? w.v + kb * kInputs + kGroup * g : nullptr;
           low_rank<kRank>(out, u0, u, v, w.rank, padded);
-          const I places = V::places(words.codes);
+          Places<V> places(words.codes, kPlanes > 0);
           apply_signs<kPlanes>(out, words, places);
           store_group(out, first, second, places, tile + kGroup * g * kTileRows + h * kLanes);
           words.drop(1);

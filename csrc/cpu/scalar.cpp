@@ -116,12 +116,10 @@ struct Scalar {
             largest - step * __builtin_convertvector((S)(level >> (kPlanes - 1) & mask), F)};
   }
 
-  // Bit k says that the first kept position is k, bit 4 + k the second kept one, bit 8 + k the
-  // first pruned one.
+  static constexpr bool kMoved = false;
   static SLAB_INLINE I places(I code) {
-    static constexpr uint32_t table[8] = {0x421, 0x241, 0x281, 0x142, 0x182, 0x184, 0, 0};
     I at;
-    for (int n = 0; n < kLanes; ++n) at[n] = table[code[n] & 7u];
+    for (int n = 0; n < kLanes; ++n) at[n] = kPlaceWords[code[n] & 7u];
     return at;
   }
   static SLAB_INLINE F choose(I bits, int bit, F yes, F no) {

@@ -17,6 +17,22 @@ namespace {
 
 constexpr int kGroups = kInputs / kGroup;  // of one block
 
+// By pattern id, where a group's entries stand, as `Places` (rebuild.h) asks: bits 31 and 30 say
+// whether the first pruned position is 1 or 2, bits 29, 28 and 26 whether the first kept one is 0,
+// 1 or 2, and bits 27, 25 and 24 whether the second kept one is 1, 2 or 3.
+constexpr uint32_t place_word(int first, int second, int pruned) {
+  constexpr int kFirst[3] = {29, 28, 26}, kSecond[4] = {0, 27, 25, 24};
+  return (pruned ? 1u << (32 - pruned) : 0u) | 1u << kFirst[first] | 1u << kSecond[second];
+}
+constexpr uint32_t kPlaceWords[8] = {place_word(0, 1, 2),
+                                     place_word(0, 2, 1),
+                                     place_word(0, 3, 1),
+                                     place_word(1, 2, 0),
+                                     place_word(1, 3, 0),
+                                     place_word(2, 3, 0),
+                                     0,
+                                     0};
+
 template <class V>
 struct Stream {
   using F = typename V::F;
@@ -159,6 +175,24 @@ struct Stream {
     for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
   }
 };
+
+template <int kNumber>
+struct Constant {
+  static constexpr int value = kNumber;
+};
+// Calls run(values, planes), both of type Constant, for a weight of int8 or int4 values.
+template <class Run>
+void for_integers(const CpuWeight& w, const Run& run) {
+  const auto with = [&](auto values) {
+    switch (w.planes) {
+      case 0: return run(values, Constant<0>{});
+      case 1: return run(values, Constant<1>{});
+      case 2: return run(values, Constant<2>{});
+      case 3: return run(values, Constant<3>{});
+    }
+  };
+  w.values == kInt4 ? with(Constant<kInt4>{}) : with(Constant<kInt8>{});
+}
 
 }  // namespace
 }  // namespace slab
