@@ -1,7 +1,8 @@
 """Tables of ours on a CPU beside other libraries: one linear, and a whole model.
 
 The rows are those of on_cpu.sh: two runs of bench_linear.py, with one thread and with two, on a
-machine with bf16 instructions and on one with AVX2 alone, and bench_end_to_end.py on the first.
+machine with bf16 instructions and on one with AVX2 alone, and bench_end_to_end.py on the first. On
+a second one with AVX2, an older one, bench_linear.py ran by itself.
 `CPU_PEER_TABLES` has a table only where its files are, since a document can name no others.
 """
 
@@ -15,6 +16,7 @@ from figure_tables import Row, markdown, matching, read, read_if_there, rounded
 Files = dict[int, str]  # by threads
 LINEARS: Files = {1: "cpu-peers-1-thread.json", 2: "cpu-peers-2-threads.json"}
 AVX2_LINEARS: Files = {1: "cpu-avx2-1-thread.json", 2: "cpu-avx2-2-threads.json"}
+ZEN1_LINEARS: Files = {1: "cpu-zen1-1-thread.json", 2: "cpu-zen1-2-threads.json"}
 WHOLE = "end-to-end-cpu.json"
 SHAPES = ((11008, 4096), (4096, 4096))
 OURS = "cpu"  # the backend
@@ -192,6 +194,8 @@ def tables() -> dict[str, Callable[[], str]]:
     if all(read_if_there(name) for name in AVX2_LINEARS.values()):
         found["cpu-avx2"] = functools.partial(speedups, AVX2_LINEARS, SHAPES[0])
         found["cpu-avx2-best"] = functools.partial(best_peers, AVX2_LINEARS, SHAPES[0])
+    if all(read_if_there(name) for name in ZEN1_LINEARS.values()):
+        found["cpu-zen1"] = functools.partial(speedups, ZEN1_LINEARS, SHAPES[0])
     if read_if_there(WHOLE):
         found["end-to-end-cpu"] = whole_model
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from ..backends.base import LinearProblem
     from ..errors import SlabError
 
+CPUINFO = Path("/proc/cpuinfo")  # Linux
 CHECKOUT = Path(__file__).resolve().parents[2]  # unless the package is installed elsewhere
 
 PACKAGES = (
@@ -91,16 +91,22 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The name of the CPU as the system gives it."""
-    if sys.platform == "linux":
-        try:
-            with open("/proc/cpuinfo", encoding="utf-8") as f:
-                for line in f:
-                    if line.startswith(("model name", "Hardware")):
-                        return line.partition(":")[2].strip()
-        except OSError:
-            pass
-    return platform.processor() or platform.machine()
+    """The name of the CPU as the system gives it, with its family and model where it gives them.
+
+    A virtual machine often has a name like "AMD EPYC", which stands for several generations.
+    """
+    fields: dict[str, str] = {}
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:  # of the first core
+        field, _, text = line.partition(":")
+        fields.setdefault(field.strip(), text.strip())
+    name = fields.get("model name") or fields.get("Hardware")
+    if name and {"cpu family", "model"} <= fields.keys():
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name or platform.processor() or platform.machine()
 
 
 def cpu_kernels() -> str | None:

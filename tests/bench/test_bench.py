@@ -653,6 +653,19 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     assert machine.commit() == "abc1234-dirty" and said
 
 
+def test_the_processor_is_named_with_its_family_and_model(monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "CPUINFO", file)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "riscv64")
+    assert machine.processor() == "riscv64", "there is no such file"
+    core = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    file.write_text(f"processor\t: 0\n{core}\nprocessor\t: 1\n{core}")
+    assert machine.processor() == "AMD EPYC (family 25, model 17)"
+    file.write_text("processor\t: 0\n\nHardware\t: BCM2835\n")
+    assert machine.processor() == "BCM2835"
+
+
 def test_script_leaves_nothing_half_written(tmp_path, monkeypatch):
     def replace(source, target):
         raise OSError("no")

@@ -85,13 +85,16 @@ def test_a_table_is_there_with_its_files(results):
     assert set(figure.tables()) == linears | {"end-to-end-cpu"}
 
 
-def test_a_machine_without_bf16_has_tables_of_its_own(results):
+def test_machines_without_bf16_have_tables_of_their_own(results):
     for threads, name in figure.AVX2_LINEARS.items():
         (results / name).write_text(json.dumps(linear(threads, "fp32")), encoding="utf-8")
     tables = figure.tables()
     assert set(tables) == {"cpu-avx2", "cpu-avx2-best"}
     assert tables["cpu-avx2"]().splitlines()[2].startswith("| torch fp32 | 16.00 | 1.00 / 1.00 |")
     assert tables["cpu-avx2-best"]().splitlines()[7].startswith("| 2 | 16 | 1.40× | 2.10× |")
+    for threads, name in figure.ZEN1_LINEARS.items():
+        (results / name).write_text(json.dumps(linear(threads, "fp32")), encoding="utf-8")
+    assert set(figure.tables()) == {*tables, "cpu-zen1"}
 
 
 def test_speed_ups_by_format_with_the_best_of_a_column_bold(measured):
