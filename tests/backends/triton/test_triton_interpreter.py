@@ -9,6 +9,7 @@ executed as PTX: test_triton_kernels.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import mmap
 import os
@@ -55,10 +56,11 @@ class _Nothing:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def language_replaced_once():
+def nothing_made_twice():
     """Triton's interpreter replaces every function of its language anew whenever a kernel calls
     another function, though the kernel's launch has done so: a third of the time of these tests.
-    Here it does where they are not replaced yet."""
+    Here it does where they are not replaced yet. And it makes a table of all types whenever it asks
+    for numpy's name of one, which is kept here."""
     replace_all = interpreter._patch_lang
 
     def replace_others(fn):
@@ -66,8 +68,16 @@ def language_replaced_once():
         missing = not languages or any(tl.core.is_builtin(it.load) for it in languages)
         return replace_all(fn) if missing else _Nothing()
 
+    ask = interpreter._get_np_dtype
+    of_number = functools.cache(ask)
+
+    def of_any(type_):
+        element = type_.element_ty if isinstance(type_, tl.block_type) else type_
+        return ask(element) if isinstance(element, tl.pointer_type) else of_number(element)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_others)
+        patch.setattr(interpreter, "_get_np_dtype", of_any)
         yield
 
 
