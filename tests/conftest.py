@@ -19,11 +19,12 @@ import torch
 # own.
 os.environ.setdefault("SLAB_KERNELS_CPU_ACTIVATIONS", "exact")
 
-# These take longest, so they begin first: then no worker is left with one of them at the end.
+# These take longest, so they begin first: then no worker is left with one of them at the end. All
+# of tests/sass is one of them, so that one worker reads the machine code for all of it.
 LONGEST = (
     "test_everything_in_tritons_interpreter",
     "test_triton_code.py",
-    "test_sass.py",
+    "tests/sass/",
     "test_cuda_kernels.py",
     "test_triton_kernels.py",
 )

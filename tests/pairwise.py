@@ -8,6 +8,7 @@ test-all) runs the full grids.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -70,11 +71,20 @@ def subset(
         {each(case), *itertools.combinations(enumerate(settings(case)), together)} for case in cases
     ]
     missing = set().union(*pairs)
+    # The case with most that is missing goes next, the earlier of equals. What a case had at most
+    # only falls, so one that still has it is it.
+    most = [(-len(some), at) for at, some in enumerate(pairs)]
+    heapq.heapify(most)
     chosen = []
     while missing:
-        best = max(range(len(cases)), key=lambda at: len(pairs[at] & missing))
-        missing -= pairs[best]
-        chosen.append(best)
+        _, at = most[0]
+        now = (-len(pairs[at] & missing), at)
+        if now != most[0]:
+            heapq.heapreplace(most, now)
+            continue
+        heapq.heappop(most)
+        missing -= pairs[at]
+        chosen.append(at)
     return [cases[at] for at in sorted(chosen)]
 
 

@@ -70,7 +70,8 @@ class AsyncRaces(Races):
 
     def access(self, at, width, lanes, write, whole=False, data=None):
         super().access(at, width, lanes, write, whole, data)
-        self.touched[lanes] = self.clock[lanes // 32, lanes // 32 % self.warps]
+        warps = lanes >> 5
+        self.touched[lanes] = self.clock[warps, self._local[warps]]
 
     def seen(self, warp):
         parts = self.clock[:, self.warps : self.fenced].reshape(len(self.clock), -1, 4)
@@ -85,10 +86,10 @@ class AsyncRaces(Races):
 
     def close(self, at, width):
         """From now on an mbarrier: no memory for other instructions."""
-        self.in_flight[self._cells(at, width, at, False)[0]] = _MBARRIER
+        self.in_flight[self.places(at, width)] = _MBARRIER
 
     def open_up(self, at, width):
-        self.in_flight[self._cells(at, width, at, False)[0]] = 0
+        self.in_flight[self.places(at, width)] = 0
 
     # ---- bulk copies ----
 
@@ -109,7 +110,7 @@ class AsyncRaces(Races):
 
     def land(self, at, width, column, epoch):
         """The bytes are there, for those who have waited for this phase of the mbarrier."""
-        cells = self._cells(at, width, at, False)[0]
+        cells = self.places(at, width)
         self.in_flight[cells] = 0
         self.written[cells] = epoch << EPOCH | WARP
         self.writer[cells] = column

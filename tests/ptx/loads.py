@@ -114,9 +114,12 @@ def load(i):
         lanes, where = lanes_of(m, act), at(m)
         if act is not None:
             where = where[act]
-        data = np.empty(lanes.size, RAW[width])
-        for s, part, some, pick in _by_space(m, where, lanes, space):
-            data[pick] = _read(m, s, part, width, some, read_only)
+        if space is not None:
+            data = _read(m, space, where, width, lanes, read_only)
+        else:
+            data = np.empty(lanes.size, RAW[width])
+            for s, part, some, pick in _by_space(m, where, lanes, space):
+                data[pick] = _read(m, s, part, width, some, read_only)
         columns = data.view(raw).reshape(-1, len(puts))
         for k, put in enumerate(puts):
             value = np.ascontiguousarray(columns[:, k])

@@ -192,7 +192,7 @@ def count_shared(stats, at, width, lanes):
 
 def count_global(stats, kind, address, lanes, size):
     """Bytes (`size`) and distinct 32-byte sectors per warp of one global access."""
-    key = (lanes // 32).astype(np.int64) << 48 | address >> 5
+    key = (lanes >> 5) << 48 | address >> 5
     stats[f"global_{kind}_bytes"] += size
     if (key[1:] < key[:-1]).any():
         key = np.sort(key)

@@ -58,6 +58,9 @@ class Races:
         self.clock = np.ones((ctas * warps, self.columns), np.int32)
         self._own = np.arange(ctas * warps), np.arange(ctas * warps) % self.warps
         self.clock[self._own] = 2
+        # Of each warp and of each lane, looked up, since numpy divides slowly.
+        self._local = np.arange(ctas * warps) % self.warps
+        self._lane = np.arange(ctas * warps * 32, dtype=np.int32) & 31
 
     def advance(self, warps):
         """Begin a new epoch of these warps."""
@@ -73,17 +76,18 @@ class Races:
         """Epochs of all readers that these warps have seen the end of."""
         return self.clock[warp]
 
+    def places(self, at, width):
+        """The cells of accesses at flat byte offsets `at`."""
+        n, cells = max(width // self.cell, 1), at // self.cell
+        return (cells[:, None] + np.arange(n)).reshape(-1) if n > 1 else cells
+
     def _cells(self, at, width, lanes, whole):
-        n = max(width // self.cell, 1)
-        cells, lane, warp = (
-            at // self.cell,
-            np.full(len(at), WARP) if whole else lanes % 32,
-            lanes // 32,
-        )
-        if n > 1:
-            cells = (cells[:, None] + np.arange(n)).reshape(-1)
-            lane, warp, lanes = np.repeat(lane, n), np.repeat(warp, n), np.repeat(lanes, n)
-        return cells, lane.astype(np.int32), warp, warp % self.warps, lanes
+        cells = self.places(at, width)
+        if len(cells) > len(at):
+            lanes = np.repeat(lanes, len(cells) // len(at))
+        lane = np.full(len(lanes), WARP, np.int32) if whole else self._lane[lanes]
+        warp = lanes >> 5
+        return cells, lane, warp, self._local[warp], lanes
 
     def access(self, at, width, lanes, write, whole=False, data=None):
         """Check and record accesses at flat byte offsets `at`;
@@ -152,7 +156,7 @@ class Races:
     def issue(self, at, width, lanes):
         """A cp.async into these bytes: a write now, closed until arrive()."""
         self.access(at, width, lanes, True)
-        self.in_flight[self._cells(at, width, lanes, False)[0]] = 1
+        self.in_flight[self.places(at, width)] = 1
 
     def arrive(self, at, width, lanes):
         cells, lane, warp, local, _ = self._cells(at, width, lanes, False)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import importlib.util
 import re
 import shutil
@@ -219,17 +220,17 @@ def _blocks(
     """Basic blocks and the blocks that may follow each."""
     jumps: dict[int, list[int]] = {}
     for at, i in enumerate(code):
-        targets = [labels[x] for x in re.findall(r"\.L_x_\d+", i.operands) if x in labels]
-        if i.base in ("BRA", "BRX", "BRXU", "CALL", "WARPSYNC") and (
-            targets or i.base.startswith("BR")
-        ):
-            always = (
-                i.base.startswith("BR")
-                and not i.predicate
-                and not re.match(r"[!~]?U?[PR]", i.operands)
-            )
-            jumps[at] = targets if always or i.base == "BRXU" else [*targets, at + 1]
-        elif i.base in ("EXIT", "RET"):
+        base = i.base
+        if base in ("BRA", "BRX", "BRXU", "CALL", "WARPSYNC"):
+            targets = [labels[x] for x in re.findall(r"\.L_x_\d+", i.operands) if x in labels]
+            if targets or base.startswith("BR"):
+                always = (
+                    base.startswith("BR")
+                    and not i.predicate
+                    and not re.match(r"[!~]?U?[PR]", i.operands)
+                )
+                jumps[at] = targets if always or base == "BRXU" else [*targets, at + 1]
+        elif base in ("EXIT", "RET"):
             jumps[at] = [at + 1] if i.predicate else []
     starts = sorted(
         {0, *(t for targets in jumps.values() for t in targets), *(at + 1 for at in jumps)}
@@ -260,7 +261,10 @@ def _dominators(successors: list[list[int]]) -> list[int]:
         else:
             order.append(block)
             stack.pop()
-    predecessors = [[p for p in seen if block in successors[p]] for block in range(len(successors))]
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for block in seen:
+        for following in set(successors[block]):
+            predecessors[following].append(block)
     dominators = [
         (1 << len(successors)) - 1 if block in seen else 0 for block in range(len(successors))
     ]
@@ -281,6 +285,11 @@ def _dominators(successors: list[list[int]]) -> list[int]:
 def _loops(successors: list[list[int]], dominators: list[int]) -> list[Loop]:
     """Natural loops; those of one header are one."""
     bodies: dict[int, set[int]] = {}
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for block, following in enumerate(successors):
+        if dominators[block]:
+            for to in following:
+                predecessors[to].append(block)
     for block, following in enumerate(successors):
         for header in following:
             if dominators[block] >> header & 1:  # a way back
@@ -289,9 +298,7 @@ def _loops(successors: list[list[int]], dominators: list[int]) -> list[Loop]:
                     inside = todo.pop()
                     if inside not in body:
                         body.add(inside)
-                        todo += [
-                            p for p, to in enumerate(successors) if inside in to and dominators[p]
-                        ]
+                        todo += predecessors[inside]
     return [Loop(header, frozenset(body)) for header, body in bodies.items()]
 
 
@@ -406,6 +413,9 @@ def listing(program: str, option: str, cubin: bytes) -> str:
     return kept("listing", key, printed).decode()
 
 
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][A-Z0-9_.]*)\s*(.*)")
+
+
 def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
     """`nvdisasm -c` of a cubin -> its kernels by name."""
     kernels, code, labels, name = {}, [], {}, ""
@@ -414,18 +424,24 @@ def parse(text: str, usage: dict[str, Usage]) -> dict[str, Kernel]:
         if name:
             kernels[name] = Kernel(name, code, labels, usage[name])
 
-    for line in text.splitlines():
-        if line.startswith(".text."):
-            close()
-            name, code, labels = line[len(".text.") : -1], [], {}
-        elif line.startswith(".L_x_"):
-            labels[line.rstrip(":")] = len(code)
-        elif found := re.match(
-            r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][A-Z0-9_.]*)\s*(.*)", line
-        ):
-            address, predicate, opcode, operands = found.groups()
-            code.append(Instruction(int(address, 16), predicate or "", opcode, operands))
-    close()
+    # Hundreds of thousands of instructions, and no garbage: the collector would visit all of them
+    # again and again.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for line in text.splitlines():
+            if line.startswith(".text."):
+                close()
+                name, code, labels = line[len(".text.") : -1], [], {}
+            elif line.startswith(".L_x_"):
+                labels[line.rstrip(":")] = len(code)
+            elif found := _INSTRUCTION.match(line):
+                address, predicate, opcode, operands = found.groups("")
+                code.append(Instruction(int(address, 16), predicate, opcode, operands))
+        close()
+    finally:
+        if collecting:
+            gc.enable()
     return kernels
 
 
