@@ -60,25 +60,33 @@ def nothing_made_twice():
     """Triton's interpreter replaces every function of its language anew whenever a kernel calls
     another function, though the kernel's launch has done so: a third of the time of these tests.
     Here it does where they are not replaced yet. And it makes a table of all types whenever it asks
-    for numpy's name of one, which is kept here."""
-    replace_all = interpreter._patch_lang
+    for numpy's name of one, which is kept here. Both are functions of Triton's own; a version that
+    has them under other names takes longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(interpreter, "_patch_lang"):
+            patch.setattr(interpreter, "_patch_lang", _replacing_once(interpreter._patch_lang))
+        if hasattr(interpreter, "_get_np_dtype"):
+            patch.setattr(interpreter, "_get_np_dtype", _remembering(interpreter._get_np_dtype))
+        yield
 
-    def replace_others(fn):
+
+def _replacing_once(replace_all):
+    def replace(fn):
         languages = [it for it in fn.__globals__.values() if it is tl or it is tl.core]
         missing = not languages or any(tl.core.is_builtin(it.load) for it in languages)
         return replace_all(fn) if missing else _Nothing()
 
-    ask = interpreter._get_np_dtype
+    return replace
+
+
+def _remembering(ask):
     of_number = functools.cache(ask)
 
     def of_any(type_):
         element = type_.element_ty if isinstance(type_, tl.block_type) else type_
         return ask(element) if isinstance(element, tl.pointer_type) else of_number(element)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", replace_others)
-        patch.setattr(interpreter, "_get_np_dtype", of_any)
-        yield
+    return of_any
 
 
 @pytest.fixture(autouse=True)
