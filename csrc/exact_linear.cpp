@@ -49,7 +49,8 @@ enum class Product { kLookup, kTile, kTileBf16 };
 
 Product choose_product(const CpuKernels& run, const CpuWeight& w, int64_t tokens, int type) {
   const bool bf16 = type == kBfloat16 && run.tile_bf16;
-  const int64_t lookup_tokens = bf16 ? run.lookup_tokens_bf16 : run.lookup_tokens;
+  const int64_t fp32_tokens = w.rank ? run.lookup_tokens : run.lookup_tokens_rank0;
+  const int64_t lookup_tokens = bf16 ? run.lookup_tokens_bf16 : fp32_tokens;
   if (tokens < lookup_tokens && (w.rank <= 2 || w.rank == 4)) return Product::kLookup;
   return bf16 && tokens >= lookup_tokens ? Product::kTileBf16 : Product::kTile;
 }

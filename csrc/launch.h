@@ -126,10 +126,11 @@ struct CpuKernels {
                  int64_t count, const float* sums, int64_t stride);
   // W[N][K] in out_type for row blocks [begin, end), with the adapter
   void (*dequantize)(const CpuWeight& w, void* out, int out_type, int64_t begin, int64_t end);
-  int lookup_tokens;       // below this many tokens lookup is faster than tile
-  int lookup_tokens_bf16;  // and than tile_bf16
-  int block_tokens;        // of the blocks that `tile` and the adapter take
-  int pair_tokens;         // and tile_bf16
+  int lookup_tokens;        // below this many tokens lookup is faster than tile
+  int lookup_tokens_rank0;  // the same without signs, of which a lookup has less to do
+  int lookup_tokens_bf16;   // below this many tokens lookup is faster than tile_bf16
+  int block_tokens;         // of the blocks that `tile` and the adapter take
+  int pair_tokens;          // and tile_bf16
   // Rows [begin, end) of a block of columns; `memory` holds kMostColumns^2 numbers of its own.
   void (*descend)(const CpuDescent& d, float* memory, int64_t begin, int64_t end);
   void (*sweep)(const CpuSweep& s, float* memory, int64_t begin, int64_t end);

@@ -14,7 +14,7 @@ namespace {
 struct Avx2 {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4,
-                       kLookupTokens = 3, kTokens = 6;
+                       kLookupTokens = 3, kRank0LookupTokens = 4, kTokens = 6;
   static constexpr int kUnrollRank = 1;
   using F = __m256;
   typedef uint32_t I __attribute__((vector_size(32)));
@@ -64,8 +64,8 @@ struct Avx2 {
   struct Pair {
     F first, second;
   };
-  // The table of these of the four inputs. Bytes are shuffled, since on AMD's Zen 1 a shuffle of
-  // words by a register takes three times as long.
+  // A table whose entry i is input e<i> of the four. Bytes are shuffled (vpshufb), since on AMD's
+  // Zen 1 a shuffle of words whose order lies in a register (vpermilps) takes four times as long.
   static SLAB_INLINE F entries(F four, int e0, int e1, int e2, int e3, int e4, int e5) {
     const auto bytes = [](int entry) { return 0x03020100 + 0x04040404 * entry; };
     const __m256i order = _mm256_setr_epi32(bytes(e0), bytes(e1), bytes(e2), bytes(e3), bytes(e4),
@@ -122,8 +122,9 @@ struct Avx2 {
     const __m256i table = _mm256_loadu_si256((const __m256i*)kPlaceWords);
     return (I)_mm256_permutevar8x32_epi32(table, (__m256i)code);
   }
-  static SLAB_INLINE F choose(I words, int bit, F yes, F no) {
-    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps((__m256i)(words << (31 - bit))));
+  // The bit is always 31, since the words are moved.
+  static SLAB_INLINE F choose(I words, int, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps((__m256i)words));
   }
 
   static SLAB_INLINE void store_fp16(uint16_t* p, F v) {

@@ -12,7 +12,7 @@ namespace {
 struct Avx512 {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16, kLookupBlocks = 4, kPairBlocks = 2, kPairRank = 2,
-                       kLookupTokens = 4, kTokens = 12;
+                       kLookupTokens = 4, kRank0LookupTokens = 4, kTokens = 12;
   static constexpr int kUnrollRank = 2;
   using F = __m512;
   typedef uint32_t I __attribute__((vector_size(64)));

@@ -9,8 +9,12 @@
 //   kUnrollRank     Up to this rank `lookup` takes four groups from a word by constant shifts. With
 //                   AVX-512 the words would otherwise travel to the stack and back (int4, rank 1:
 //                   1.24 times as long); where registers are few, the shifts cost more.
-//   kLookupTokens   `lookup` is used below so many tokens
+//   kLookupTokens   `lookup` is used below so many tokens. With AVX2 `tile` takes .75 of its time
+//                   at three tokens on a Zen 1; it had not been slower on a Zen 3.
+//   kRank0LookupTokens   the same with rank 0. There `tile` takes 1.13 to 1.39 of its time.
 //   kTokens         tokens that `tile` multiplies at once, at most
+//   kMoved          whether `Places` (rebuild.h) moves its words, so that the answer is in bit 31
+//   kSignedTable    whether the first entry of `Apart` is negated where r is set
 //
 // Sums are fp32, in ascending input order within a lane, the same for every token count and range:
 // a row of y depends on its own token only, and on which of the two products is used.
@@ -39,6 +43,7 @@ constexpr CpuKernels kernel_table() {
                     Stream<V>::finish,
                     Dequantize<V>::dequantize,
                     V::kLookupTokens,
+                    V::kRank0LookupTokens,
                     0,
                     V::kTokens,
                     V::kTokens,

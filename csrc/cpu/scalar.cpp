@@ -8,7 +8,7 @@ namespace {
 struct Scalar {
   static constexpr const char* kName = "scalar";
   static constexpr int kLanes = 8, kLookupBlocks = 1, kPairBlocks = 1, kPairRank = 4,
-                       kLookupTokens = 4, kTokens = 4;
+                       kLookupTokens = 4, kRank0LookupTokens = 4, kTokens = 4;
   static constexpr int kUnrollRank = -1;
   typedef float F __attribute__((vector_size(32)));
   typedef uint32_t I __attribute__((vector_size(32)));

@@ -17,13 +17,15 @@ namespace {
 
 constexpr int kGroups = kInputs / kGroup;  // of one block
 
-// By pattern id, where a group's entries stand, as `Places` (rebuild.h) asks: bits 31 and 30 say
-// whether the first pruned position is 1 or 2, bits 29, 28 and 26 whether the first kept one is 0,
-// 1 or 2, and bits 27, 25 and 24 whether the second kept one is 1, 2 or 3.
-constexpr uint32_t place_word(int first, int second, int pruned) {
+// Where the entries of a group stand, as `Places` (rebuild.h) asks: bits 31 and 30 say whether the
+// first pruned position is 1 or 2, bits 29, 28 and 26 whether the first kept one is 0, 1 or 2, and
+// bits 27, 25 and 24 whether the second kept one is 1, 2 or 3.
+constexpr uint32_t place_word(int first, int second, int first_pruned) {
   constexpr int kFirst[3] = {29, 28, 26}, kSecond[4] = {0, 27, 25, 24};
-  return (pruned ? 1u << (32 - pruned) : 0u) | 1u << kFirst[first] | 1u << kSecond[second];
+  return (first_pruned ? 1u << (32 - first_pruned) : 0u) | 1u << kFirst[first] |
+         1u << kSecond[second];
 }
+// By pattern id.
 constexpr uint32_t kPlaceWords[8] = {place_word(0, 1, 2),
                                      place_word(0, 2, 1),
                                      place_word(0, 3, 1),

@@ -4,11 +4,11 @@ import.
 `prepare` interleaves the canonical packed tensors in blocks of 16 output rows (csrc/launch.h has
 the layout), so that a SIMD lane is an output row. int3 values become int4 there: they save disk,
 and take in memory what int4 takes. Sums are accumulated in fp32, whatever the activations' type.
-With few tokens the weight is never rebuilt; from 4 tokens on it is, panel by panel in cache. Within
-either regime a row of y depends on its own token only and on no thread count; between the two the
-order of summation differs. bf16 activations on a CPU that multiplies bf16, by pairs or by AMX's
-tiles: from 3 tokens on every entry of the rebuilt weight is rounded to bf16, as in a dense model of
-that dtype.
+With few tokens the weight is never rebuilt; from 4 tokens on it is, with AVX2 and signs from 3 on,
+panel by panel in cache. Within either regime a row of y depends on its own token only and on no
+thread count; between the two the order of summation differs. bf16 activations on a CPU that
+multiplies bf16, by pairs or by AMX's tiles: from 3 tokens on every entry of the rebuilt weight is
+rounded to bf16, as in a dense model of that dtype.
 SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512|avx512_bf16|avx512_amx forces an instruction set.
 
 With int8 activations (activations.py) integer values are multiplied by x as 8-bit integers, from

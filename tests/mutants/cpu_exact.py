@@ -55,6 +55,16 @@ CPU_EXACT = (
         "csrc/cpu/avx2.cpp", "fours[i + 4], 0x31)", "fours[i + 4], 0x20)", DENSE,
     ),
     Fault(
+        "a second kept value that is put at the first pruned position",
+        "csrc/cpu/stream.h", "kSecond[4] = {0, 27, 25, 24}", "kSecond[4] = {0, 27, 24, 25}",
+        INTEGERS,
+    ),
+    Fault(
+        "where signs would be, asked of a weight that has none",
+        "csrc/cpu/rebuild.h", "if (signs) return;", "if (signs || !signs) return;",
+        (f"{EXACT}::test_against_fp64",),
+    ),
+    Fault(
         "all ranks of an adapter in the dense weight with the Q of the first sixteen",
         "csrc/cpu/dequantize.h", "q = (r * padded) + k_block", "q = k_block",
         (f"{EXACT}::test_dequantize_adds_the_adapter",),
