@@ -40,9 +40,15 @@ def clock(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, as a part of a sentence: its first line, no longer
-    than MOST characters, with unsafe characters as escapes."""
-    said = (str(error).strip() or repr(error)).splitlines()[0]
+    """What an exception of another library says, as a part of a sentence: its first line, and those
+    behind it while they end with a colon, no longer than MOST characters, with unsafe characters as
+    escapes. A KeyError says no more than a key, so its class stands before it."""
+    lines = (str(error).strip() or repr(error)).splitlines()
+    said = lines.pop(0).rstrip()
+    while lines and said.endswith(":"):
+        said = f"{said} {lines.pop(0).strip()}"
+    if type(error) is KeyError:
+        said = f"KeyError {said}"
     return visible(said if len(said) <= MOST else said[: MOST - 3] + "...")
 
 

@@ -238,14 +238,16 @@ WORDS = {
     "head=False": "--no-head",
     "permute=True": "--permute",
     "settings_by_pattern": "--set",
+    "give tokenizer= or put": "put",
 }
 TEXTS = (
     "skip device calibration field revision subfolder window values group_size preset embeddings "
-    "method pattern batch_size task_files output_path"
+    "method pattern batch_size task_files output_path prefill activations"
 ).split()
 NUMBERS = (
-    "rank planes adapter_rank group_size bits samples window limit num_fewshot batch_size".split()
-)
+    "rank planes adapter_rank group_size bits samples window limit num_fewshot batch_size seed "
+    "steps batch rate every"
+).split()
 
 
 def as_options(message: str) -> str:
@@ -253,7 +255,7 @@ def as_options(message: str) -> str:
     skip='*.x' becomes --skip '*.x', and planes=2 becomes --planes 2."""
     for python, option in WORDS.items():
         message = re.sub(rf"(?<![\w.]){re.escape(python)}", option, message)
-    for names, value in ((TEXTS, "['\"]"), (NUMBERS, r"-?\d")):
+    for names, value in ((TEXTS, "['\"]"), (NUMBERS, r"-?(?:\d|nan|inf)")):
         message = re.sub(
             rf"(?<![\w.])({'|'.join(names)})=(?={value})",
             lambda m: f"--{m[1].replace('_', '-')} ",

@@ -164,10 +164,15 @@ def explain(
     from ..backends import dense_copy, dispatch
     from ..backends.base import LinearProblem
     from ..device import resolve_device
+    from ..errors import ArgumentError
     from ..format import INTEGER_RANGES, PackedLayout
 
     (n, k), kind = parse_shape(shape), torch_dtype(dtype)
     group = (group_size or None) if values in INTEGER_RANGES else None
+    if rank > min(n, k):
+        raise ArgumentError(
+            f"rank={rank} is larger than a weight of {n}x{k} has; give {min(n, k)} at most"
+        )
     layout = PackedLayout(n, k, values, group, rank, adapter_rank)
     problem = LinearProblem.of(layout, m, kind, resolve_device(device).type)
     problem = replace(problem, activations=accuracy.named(activations))

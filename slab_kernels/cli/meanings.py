@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,6 +19,17 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number")
     return value
+
+
+def folder(name: str) -> Path:
+    """The folder of that name. An empty name, such as an unset variable gives, would be the current
+    folder.
+
+    Raises: typer.BadParameter.
+    """
+    if not name:
+        raise typer.BadParameter("the name is empty; give the name of a folder, or . for this one")
+    return Path(name)
 
 
 def access_token(value: str | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .meanings import access_token, finite
+from .meanings import access_token, finite, folder
 
 # Of every command, or of many.
 
@@ -20,7 +20,7 @@ Folder = Annotated[
     typer.Argument(metavar="DIR", help="A folder written by compress; a dense model works too."),
 ]
 Packed = Annotated[str, typer.Argument(metavar="DIR", help="A folder written by compress.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", parser=folder, help="The folder to write.")]
 Backend = Annotated[
     str | None, typer.Option(help="Force a backend; fails with every reason if it cannot run.")
 ]
@@ -180,7 +180,9 @@ Heldout = Annotated[str | None, typer.Option(help="Measure held-out errors on th
 Samples = Annotated[
     int, typer.Option(help="Windows of calibration text, one in eight held back to judge by.")
 ]
-Window = Annotated[int, typer.Option(help="Tokens in a window.")]
+Window = Annotated[
+    int, typer.Option(help="Tokens in a window; the model's positions if they are fewer.")
+]
 ResumeInOut = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")
 ]
@@ -394,7 +396,10 @@ ReportPaths = Annotated[
         help="Run folders, or JSON of eval, inspect, bench, the demo or another benchmark.",
     ),
 ]
-ReportOut = Annotated[Path, typer.Option(help="Where the PNG files and report.html go.")]
+ReportOut = Annotated[
+    Path,
+    typer.Option(metavar="PATH", parser=folder, help="Where the PNG files and report.html go."),
+]
 Dense = Annotated[
     str | None,
     typer.Option(

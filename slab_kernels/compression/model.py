@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..device import usual_torch
 from ..format import AUTO
+from ..methods import check_options
 from ..models.hub import HubArguments
 from ..text.source import Text
 from .arguments import Arguments
@@ -135,6 +137,7 @@ def compress(
     Raises: ArgumentError, MethodError, BudgetError, CalibrationError, CheckpointError,
         ArchitectureError, TeamError or a FormatError, in one sentence.
     """
+    check_options(method, method_options, inspect.signature(compress).parameters)
     given = Arguments.of(
         preset=preset,
         method=method,

@@ -218,17 +218,27 @@ class Lesson:
 def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
     """Put an AdaptedLinear in the place of every packed linear that has an adapter or gets one.
 
-    Raises: ArgumentError if none does.
+    Raises: ArgumentError if none does, and for a rank that a layer cannot have, or has otherwise.
     """
     modules: dict[str, AdaptedLinear] = {}
     generator = torch.Generator().manual_seed(settings.seed)
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, SlabLinear)]:
         packed = linear.packed()
         N, K = packed.out_features, packed.in_features
-        rank = min(settings.adapter_rank, N, K)
+        rank = settings.adapter_rank
+        if rank > min(N, K):
+            raise ArgumentError(
+                f"adapter_rank={rank} is larger than {name} allows, which is {N}x{K}; give at most "
+                f"{min(N, K)}"
+            )
         if packed.P is not None:
             P, Q = packed.adapter()
             Q = Q[:K]
+            if rank and rank != P.shape[1]:
+                raise ArgumentError(
+                    f"{name} has an adapter of rank {P.shape[1]} already, which is trained as it "
+                    f"is; adapter_rank={rank} is that of new ones, so leave it out"
+                )
         elif rank:
             P = torch.zeros(N, rank, device=packed.values.device)
             Q = (torch.randn(K, rank, generator=generator) / K**0.5).to(P)
@@ -238,8 +248,7 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
         model.set_submodule(name, modules[name])
     if not modules:
         raise ArgumentError(
-            "the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them, or "
-            "compress with adapter_rank"
+            "the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them"
         )
     return modules
 

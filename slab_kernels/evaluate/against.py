@@ -20,7 +20,7 @@ from ..models.packed import check
 from ..models.source import FolderSource, open_source
 from ..text.token_ids import text_config
 from .perplexity import LOGITS_AT_ONCE, pieces_of, text_windows
-from .running import running
+from .running import check_numbers, running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def compare(
         ours = WholeModel(model).reading(portion, lambda: None)
         with running(named), teacher.reading(portion, steps.block) as theirs, ours as student:
             for number, batch in enumerate(portion.split(batch_size(portion.shape[1]))):
-                scores.add(student, theirs, number, batch, model)
+                scores.add(student, theirs, number, batch, model, named)
                 steps.windows(len(batch))
     return scores.summary(len(pieces)) | {"windows": len(pieces), "window": window}
 
@@ -202,7 +202,13 @@ class _Scores:
         self.done = 0
 
     def add(
-        self, student: Reader, teacher: Reader, number: int, batch: Tensor, model: PreTrainedModel
+        self,
+        student: Reader,
+        teacher: Reader,
+        number: int,
+        batch: Tensor,
+        model: PreTrainedModel,
+        teacher_model: PreTrainedModel,
     ) -> None:
         """Score the batch `number` of windows [samples, window], slice by slice."""
         with running(model):
@@ -214,7 +220,10 @@ class _Scores:
             part = slice(start, start + at_once)
             with running(model):
                 q = student.logits(ours[part])
-            self._slice(teacher.logits(theirs[part]).to(q.device), q, targets[part].to(q.device))
+            p = teacher.logits(theirs[part]).to(q.device)
+            for its, logits in ((teacher_model, p), (model, q)):
+                check_numbers(its, logits)
+            self._slice(p, q, targets[part].to(q.device))
 
     def _slice(self, p: Tensor, q: Tensor, targets: Tensor) -> None:
         """Score logits [tokens, vocabulary] of the dense model, p, and of the other, q."""

@@ -12,7 +12,7 @@ from ..errors import ArgumentError, CalibrationError
 from ..terminal import first_line
 from ..text.token_ids import check_fits, ids_device, max_positions
 from ..text.windows import Sampling
-from .running import running
+from .running import check_numbers, running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def continuation(
         temperature: 0 takes the most probable token, more draws by `seed`.
 
     Raises: CalibrationError for a prompt that is empty, too long, or has tokens that the model does
-        not know; CheckpointError for a model that does not run.
+        not know; CheckpointError for a model that does not run or computes NaN.
     """
     inputs, tokens = prompt_inputs(model, tokenizer, prompt, tokens)
     torch.manual_seed(Sampling(seed=seed).seed)
@@ -74,9 +74,16 @@ def continuation(
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
     start = time.perf_counter()
+    # What follows is drawn from each token's logits, which are NaN in a damaged model.
+    sampling["logits_processor"] = [lambda _, logits: _checked(model, logits)]
     with torch.inference_mode(), running(model):
         out = model.generate(**inputs, max_new_tokens=tokens, **sampling)
     return Continuation(out[0, inputs["input_ids"].shape[1] :], time.perf_counter() - start)
+
+
+def _checked(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    check_numbers(model, logits)
+    return logits
 
 
 def _check_text(prompt: object) -> None:

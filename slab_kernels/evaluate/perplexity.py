@@ -15,7 +15,7 @@ from ..models.packed import check
 from ..text.token_ids import check_fits, ids_device, max_positions, vocabulary_rows
 from ..text.tokenizer import tokenize
 from ..text.windows import Sampling, windows
-from .running import running
+from .running import check_numbers, running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def perplexity(
     Returns: {"perplexity", "tokens" (predicted), "windows", "window"}.
     Raises: CalibrationError for an empty text, or a window longer than the model's positions;
         CheckpointError for a packed model that transformers opened with random weights, or one
-        that does not run.
+        that does not run or computes NaN.
     """
     check(model)
     pieces, window = text_windows(model, tokenizer, text, window)
@@ -61,6 +61,7 @@ def perplexity(
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
         )
+        check_numbers(model, loss)
         total += float(loss.double().sum())
         tokens += loss.numel()
         done += len(batch)

@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.streams import is_model_failure
 from ..terminal import first_line
+
+
+def folder_of(model: nn.Module) -> str:
+    """The folder that a model came from, else the name of its class."""
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return folder or type(model).__name__
+
+
+def check_numbers(model: nn.Module, computed: Tensor) -> None:
+    """Refuse NaN in what a model computed. Raises: CheckpointError that names its folder."""
+    if bool(computed.isnan().any()):
+        raise CheckpointError(
+            f"the model of {folder_of(model)} computes NaN: a weight of it is NaN or infinite, or "
+            "its numbers are too large for its dtype; try dtype float32, or copy it again"
+        )
 
 
 @contextmanager
@@ -24,9 +39,8 @@ def running(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         if not is_model_failure(error):
             raise
-        folder = getattr(getattr(model, "config", None), "_name_or_path", None)
         raise CheckpointError(
-            f"the model of {folder or type(model).__name__} does not run: "
+            f"the model of {folder_of(model)} does not run: "
             f"{type(error).__name__}: {first_line(error)}; "
             "its config.json and generation_config.json may be damaged"
         ) from error

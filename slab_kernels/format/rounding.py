@@ -16,13 +16,15 @@ MOST_LOST = 2.0**-8
 
 
 def weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """`dtype`, or the one that it names, such as "float16", if dense weights can have it.
+    """`dtype`, or the one that it names, such as "float16" or "fp16", if dense weights can have it.
 
     Raises: DtypeError.
     """
     known = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
+    short_names = {name.replace("float", "fp").replace("bfp", "bf"): d for name, d in known.items()}
     named = isinstance(dtype, torch.dtype | str)
-    found = known.get(str(dtype).removeprefix("torch.")) if named else None
+    every = known | short_names
+    found = every.get(str(dtype).removeprefix("torch.")) if named else None
     if found is None:
         raise DtypeError(f"dtype={short(dtype)} is none of weights; use {', '.join(known)}")
     return found

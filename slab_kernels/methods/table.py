@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,16 +125,20 @@ def find_method(name: str) -> Method:
     raise MethodError(f"method={name!r} is unknown; choose one of {known}{unusable}")
 
 
-def check_options(method: str, options: dict[str, Any]) -> Method:
+def check_options(method: str, options: dict[str, Any], arguments: Iterable[str] = ()) -> Method:
     """The method of that name.
+
+    arguments: what else could have been meant by a name, those of the function that was called.
 
     Raises: MethodError for a method that is not there, or an option that it does not have.
     """
     found = find_method(method)
     own = found.options()
     if unknown := [name for name in options if name not in own]:
+        meant = difflib.get_close_matches(unknown[0], [*own, *arguments], n=1)
         raise MethodError(
             f"method {method!r} has no option {unknown[0]!r}; "
-            f"it has {', '.join(own) if own else 'none'}"
+            + (f"did you mean {meant[0]!r}? " if meant else "")
+            + f"it has {', '.join(own) if own else 'none'}"
         )
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArchitectureError
+from ..errors import ArchitectureError, ArgumentError
 from ..text.windows import Windows
 from .experts import STACKS, is_stacked, routers, stacked_weights
 from .skeleton import place
@@ -166,7 +166,7 @@ def block_linears(
         result.append(linears)
     unused = [pattern for pattern in skip if pattern not in used]
     if unused:
-        raise ArchitectureError(
+        raise ArgumentError(
             f"skip={unused[0]!r} matches no module in {path}; names look like {path}.0.<module>"
         )
     if outside:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from reprlib import repr as short
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ShapeError
+from ..errors import ArgumentTypeError, CheckpointError, ShapeError
 from ..format import PackedLayout, PackedWeight
 from ..nn import SlabLinear
 from .experts import unstack_named
@@ -216,7 +217,13 @@ def check(model: nn.Module) -> nn.Module:
 
     Raises: CheckpointError for a model that transformers opened without this library: its linears
         are random numbers; and for one in which something else took the place of a packed layer.
+        ArgumentTypeError for what is no model, such as the name of a folder.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"check takes an opened model, not {type(model).__name__} {short(model)}; a folder is "
+            "checked by `slab-kernels check FOLDER`"
+        )
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     entry = dict(config) if config is not None else {}
     if entry.get("quant_method") != QUANT_METHOD:

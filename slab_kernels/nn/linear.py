@@ -13,7 +13,7 @@ from .. import ops
 from ..backends import activations as accuracy_mode
 from ..backends import dense_copy, dispatch
 from ..backends.base import Backend, LinearProblem, preparing
-from ..errors import BackendError, ShapeError
+from ..errors import BackendError, DtypeError, ShapeError
 from ..format import TENSOR_NAMES, PackedLayout, PackedWeight, cast, weight_dtype
 from .call import (
     EXPORTED,
@@ -76,7 +76,21 @@ class SlabLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SlabLinear:
-        """A module around existing packed tensors (not copied)."""
+        """A module around existing packed tensors (not copied).
+
+        bias: [N], of a floating-point dtype.
+
+        Raises: ShapeError, DtypeError for another bias.
+        """
+        if bias is not None:
+            if not isinstance(bias, Tensor) or not bias.is_floating_point():
+                what = str(bias.dtype) if isinstance(bias, Tensor) else type(bias).__name__
+                raise DtypeError(f"the bias must be a floating-point tensor, not {what}")
+            if bias.shape != (packed.out_features,):
+                raise ShapeError(
+                    f"the bias has shape {list(bias.shape)} and the weight {packed.out_features} "
+                    f"outputs; give a bias of shape [{packed.out_features}]"
+                )
         module = cls(packed.layout, device="meta")
         for name, tensor in packed.tensors().items():
             module._buffers[name] = tensor

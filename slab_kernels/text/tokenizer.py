@@ -53,8 +53,8 @@ def open_tokenizer(
         else:
             reason = first_line(error)
         raise CheckpointError(
-            f"no tokenizer can be loaded from {path} ({reason}); put its files there or give "
-            "tokenizer="
+            f"no tokenizer can be loaded from {path} ({reason}); give tokenizer= or put its files "
+            "there"
         ) from error
 
 

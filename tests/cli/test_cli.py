@@ -295,7 +295,7 @@ def test_a_word_for_dense_copies_that_cannot_be_is_refused(model, text, tmp_path
     assert code == 0 and found["dense_copy_bytes"] == 0
     assert found["activations"] == "exact", "as the environment of the tests says"
     code, message = refused("eval", tmp_path / "out", *options, "--prefill", "dense")
-    assert code == 4 and "use prefill='packed', or 'auto'" in message
+    assert code == 4 and "use --prefill 'packed', or 'auto'" in message
     code, message = refused("generate", tmp_path / "out", "--prefill", "fast")
     assert code == 2 and "use one of packed, dense, auto" in message
     code, message = refused("bench", "--shape", "64x32", "--device", "cpu", "--prefill", "dense")
@@ -544,6 +544,23 @@ def test_folder_that_holds_something_else_is_left_alone(model, text, tmp_path, r
         code, message = refused(*small(model, tmp_path / "out", text, *more))
         assert code == 3 and "empty" in message
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_output_without_a_name_is_not_the_current_folder(
+    model, packed, text, tmp_path, refused, monkeypatch
+):
+    model, packed, text = (str(Path(path).resolve()) for path in (model, packed, text))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for line in (
+        ("compress", model, "", "--calibration", text),
+        ("decompress", packed, ""),
+        ("report", packed, "--out", ""),
+    ):
+        code, message = refused(*line)
+        assert code == 2 and "the name is empty; give the name of a folder" in message
+    assert not list(here.iterdir())
 
 
 def test_output_that_is_a_file(model, text, tmp_path, refused):

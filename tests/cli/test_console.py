@@ -229,6 +229,12 @@ def test_a_failure_while_showing_prints_no_half_of_a_result(capsys):
         ("method='slab', pattern='2:4'", "--method 'slab', --pattern '2:4'"),
         ("planes=1, rank=0, bits=4.2", "--planes 1, --rank 0, --bits 4.2"),
         ("samples=-3 must be an integer", "--samples -3 must be an integer"),
+        ("bits=nan, seed=7, rate=-1.0", "--bits nan, --seed 7, --rate -1.0"),
+        ("prefill='foo', activations='foo'", "--prefill 'foo', --activations 'foo'"),
+        (
+            "no tokenizer; give tokenizer= or put its files there",
+            "no tokenizer; put its files there",
+        ),
         ("Layout(group_size=None), overhead=True", "Layout(group_size=None), overhead=True"),
         ("refit_damping=-1, embed.rank=3", "refit_damping=-1, embed.rank=3"),
     ],

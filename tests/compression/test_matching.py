@@ -18,7 +18,7 @@ from slab_kernels.compression.matching import Goal, Matching, Target, match_bloc
 from slab_kernels.compression.model import compress
 from slab_kernels.compression.trainable import TrainableLinear
 from slab_kernels.compression.training import Training, train
-from slab_kernels.errors import BudgetError, CheckpointError
+from slab_kernels.errors import ArgumentError, BudgetError, CheckpointError
 from slab_kernels.format import pack, unpack
 from slab_kernels.methods import decompose
 from slab_kernels.models.load import load
@@ -325,6 +325,11 @@ def test_training_adds_adapters_where_asked_and_says_what_is_missing(dense, tmp_
         "modules"
     ]
     assert {m["adapter_rank"] for m in config.values()} == {3}
+    with pytest.raises(ArgumentError, match="q_proj has an adapter of rank 3 already"):
+        train(tmp_path / "t", tmp_path / "u", TOKENS, Training(steps=1, adapter_rank=2))
+    with pytest.raises(ArgumentError, match=r"adapter_rank=33 is larger .* 32x32; give at most 32"):
+        train(tmp_path / "p", tmp_path / "u", TOKENS, Training(steps=1, adapter_rank=33))
+    assert not (tmp_path / "u").exists()
     with pytest.raises(CheckpointError, match="is not empty"):
         train(tmp_path / "p", tmp_path / "t", TOKENS, Training(steps=2, adapter_rank=3))
     with pytest.raises(ValueError, match="steps=0"):

@@ -99,7 +99,9 @@ def test_a_method_of_another_package_decomposes_and_compresses(install, dense, t
     assert torch.equal(slab_kernels.decompose(weight, method="halved", factor=1.0).S, plain.S)
     with pytest.raises(MethodError, match=r"^factor=2"):
         slab_kernels.decompose(weight, method="halved", factor=2)
-    with pytest.raises(MethodError, match="has no option 'facto'; it has factor"):
+    with pytest.raises(
+        MethodError, match="has no option 'facto'; did you mean 'factor'. it has factor"
+    ):
         slab_kernels.SlabConfig(method="halved", facto=1)
     record = slab_kernels.compress(
         dense, tmp_path / "out", method="halved", factor=0.25, calibration=TOKENS, progress=False

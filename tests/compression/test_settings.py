@@ -215,8 +215,8 @@ def model(tmp_path_factory) -> Path:
         (("--option", "rounds=true"), "rounds=True"),
         (("--option", "pattern=2:4"), "no option 'pattern'"),
         (("--option", "calibration=x"), "no option 'calibration'"),
-        (("--bits", "nan"), "bits=nan"),
-        (("--seed", str(1 << 70)), "seed="),
+        (("--bits", "nan"), "--bits nan"),
+        (("--seed", str(1 << 70)), "--seed 1"),
         (
             ("--pattern", "2:5"),
             "model.layers.0.self_attn.q_proj: in_features=32 must be a multiple of 5",
@@ -262,3 +262,11 @@ def test_one_object_holds_a_layers_settings_whoever_gives_them():
         replace(settings, rank=17).config((16, 64))
     with pytest.raises(MethodError, match="method 'wanda' has no option 'rounds'"):
         replace(settings, method="wanda")
+
+
+@pytest.mark.parametrize("given, meant", [("match", "matching"), ("planse", "planes")])
+def test_a_mistyped_argument_is_answered_with_what_was_meant(given, meant):
+    with pytest.raises(MethodError, match=f"no option '{given}'; did you mean '{meant}'"):
+        slab_kernels.compress("never read", "never written", **{given: 1})
+    with pytest.raises(MethodError, match="no option 'qqqqqq'; it has damping"):
+        slab_kernels.compress("never read", "never written", qqqqqq=1)

@@ -16,6 +16,7 @@ import slab_kernels
 from slab_kernels.cli import main as cli
 from slab_kernels.errors import (
     ArgumentError,
+    ArgumentTypeError,
     BackendError,
     CheckpointError,
     FormatError,
@@ -177,6 +178,9 @@ def test_random_weights_are_refused(folders, opened_without_us, tmp_path):
     assert not (tmp_path / "never").exists()
     right = AutoModel.from_pretrained(folders[0])
     assert slab_kernels.check(right) is right
+    for other in (str(folders[0]), None):
+        with pytest.raises(ArgumentTypeError, match="takes an opened model, not (str|NoneType)"):
+            slab_kernels.check(other)
 
 
 def test_command_line_check(folders, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from slab_kernels.errors import (
 )
 from slab_kernels.evaluate import against
 from slab_kernels.evaluate.against import compare
+from slab_kernels.evaluate.generation import continuation
 from slab_kernels.evaluate.perplexity import perplexity
 from slab_kernels.models import blocks, endings
 from slab_kernels.models.source import open_source
@@ -214,6 +215,20 @@ def test_another_model_is_refused_in_a_sentence(tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ArgumentError, match="makes other tokens of this text, from token"):
         compare(model, dense, tokenizer, "xyz a b")
+
+
+def test_a_model_that_computes_nan_is_refused_in_a_sentence(tmp_path):
+    dense, model = folder(tmp_path)
+    tokenizer, broken = open_tokenizer(dense), tiny_models.model()
+    broken.lm_head.weight.data[5, 0] = torch.nan
+    for attempt in (
+        lambda: compare(model, broken, tokenizer, TEXT),
+        lambda: compare(broken, dense, tokenizer, TEXT),
+        lambda: perplexity(broken, tokenizer, TEXT),
+        lambda: continuation(broken, tokenizer, TEXT[:9], 3),
+    ):
+        with pytest.raises(CheckpointError, match="the model of .* computes NaN: a weight of it"):
+            attempt()
 
 
 def test_a_model_that_does_not_call_its_head_is_refused_in_a_sentence():

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from slab_kernels.compression.model import compress
-from slab_kernels.errors import ArchitectureError, CalibrationError
+from slab_kernels.errors import ArchitectureError, ArgumentError, CalibrationError
 from slab_kernels.models.blocks import block_linears, filled_copy, find_blocks, outside_filled
 from slab_kernels.models.decompress import decompress
 from slab_kernels.models.groups import find_groups
@@ -349,7 +349,14 @@ def test_in_features_that_the_pattern_does_not_divide():
 
 
 def test_skip_must_match_and_leave_something():
-    refused(tiny_models.model(), "skip='nothing' matches no module", skip="nothing")
+    with pytest.raises(ArgumentError, match="skip='nothing' matches no module"):
+        compress(
+            tiny_models.model(),
+            method="magnitude",
+            calibration=tiny_models.tokens(),
+            progress=False,
+            skip="nothing",
+        )
     refused(tiny_models.model(), "no nn.Linear is left", skip="*")
 
 

@@ -188,7 +188,10 @@ def test_a_given_dtype_that_weights_do_not_have_is_named(packed, tmp_path, dtype
         with pytest.raises(DtypeError, match="is none of weights; use float16, bfloat16, float32"):
             attempt()
     assert not (tmp_path / "dense").exists()
-    assert load(packed, dtype="bfloat16").dtype == torch.bfloat16
+    for name in ("bfloat16", "bf16"):
+        assert load(packed, dtype=name).dtype == torch.bfloat16
+    assert layer.to_linear("fp16").weight.dtype == torch.float16
+    assert layer.to_linear("fp32").weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("base", [None, "# The base model\n"])

@@ -14,7 +14,7 @@ import torch
 from slab_kernels import ops, reference
 from slab_kernels.backends import dispatch
 from slab_kernels.backends.base import LinearProblem
-from slab_kernels.errors import BackendError, FormatError, ShapeError
+from slab_kernels.errors import BackendError, DtypeError, FormatError, ShapeError
 from slab_kernels.format import PackedLayout, pack, unpack
 from slab_kernels.nn import FusedSlabLinear, SlabLinear
 from slab_kernels.nn.prepared import Prepared, Snapshot
@@ -105,6 +105,17 @@ def test_module_is_a_drop_in():
     with pytest.raises(ShapeError, match=r"\[2, 5, 47\], but this layer takes in_features=48"):
         module(x[..., :-1])
     assert "bits per weight" in repr(module)
+
+
+def test_a_bias_that_does_not_fit_is_refused_before_the_first_call():
+    packed = random_packed(PackedLayout(16, 32))
+    for bias, error, said in (
+        (torch.ones(5), ShapeError, r"shape \[5\] and the weight 16 outputs"),
+        (torch.ones(16, dtype=torch.int32), DtypeError, "not torch.int32"),
+        ([0.0] * 16, DtypeError, "not list"),
+    ):
+        with pytest.raises(error, match=said):
+            SlabLinear.from_packed(packed, bias)
 
 
 def test_training_after_a_first_call_in_inference_mode():
