@@ -10,8 +10,9 @@
 //                   AVX-512 the words would otherwise travel to the stack and back (int4, rank 1:
 //                   1.24 times as long); where registers are few, the shifts cost more.
 //   kLookupTokens   `lookup` is used below so many tokens. With AVX2 `tile` takes .75 of its time
-//                   at three tokens on a Zen 1; it had not been slower on a Zen 3.
-//   kRank0LookupTokens   the same with rank 0. There `tile` takes 1.13 to 1.39 of its time.
+//                   at three tokens on a Zen 1; other CPUs with AVX2 were not timed there.
+//   kRank0LookupTokens   the same with rank 0. On the Zen 1 `tile` takes 1.13 to 1.39 of
+//                   the time that `lookup` takes for three tokens without signs.
 //   kTokens         tokens that `tile` multiplies at once, at most
 //   kMoved          whether `Places` (rebuild.h) moves its words, so that the answer is in bit 31
 //   kSignedTable    whether the first entry of `Apart` is negated where r is set

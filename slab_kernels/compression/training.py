@@ -218,28 +218,26 @@ class Lesson:
 def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
     """Put an AdaptedLinear in the place of every packed linear that has an adapter or gets one.
 
-    Raises: ArgumentError if none does, and for a rank that a layer cannot have, or has otherwise.
+    Raises: ArgumentError if none does, for a rank that a layer cannot have, and for one that no
+        layer gets, since each has an adapter of another rank.
     """
     modules: dict[str, AdaptedLinear] = {}
     generator = torch.Generator().manual_seed(settings.seed)
+    added = False
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, SlabLinear)]:
         packed = linear.packed()
         N, K = packed.out_features, packed.in_features
         rank = settings.adapter_rank
-        if rank > min(N, K):
+        if packed.P is not None:
+            P, Q = packed.adapter()
+            Q = Q[:K]
+        elif rank > min(N, K):
             raise ArgumentError(
                 f"adapter_rank={rank} is larger than {name} allows, which is {N}x{K}; give at most "
                 f"{min(N, K)}"
             )
-        if packed.P is not None:
-            P, Q = packed.adapter()
-            Q = Q[:K]
-            if rank and rank != P.shape[1]:
-                raise ArgumentError(
-                    f"{name} has an adapter of rank {P.shape[1]} already, which is trained as it "
-                    f"is; adapter_rank={rank} is that of new ones, so leave it out"
-                )
         elif rank:
+            added = True
             P = torch.zeros(N, rank, device=packed.values.device)
             Q = (torch.randn(K, rank, generator=generator) / K**0.5).to(P)
         else:
@@ -249,6 +247,12 @@ def _adapt(model: nn.Module, settings: Training) -> dict[str, AdaptedLinear]:
     if not modules:
         raise ArgumentError(
             "the model has no adapter P Q^T to train; give adapter_rank=16 or so to add them"
+        )
+    ranks = {adapted.P.shape[1] for adapted in modules.values()}
+    if settings.adapter_rank and not added and ranks != {settings.adapter_rank}:
+        raise ArgumentError(
+            f"every layer has an adapter already, of rank {max(ranks)}, and is trained as it is; "
+            f"adapter_rank={settings.adapter_rank} is that of new ones, so leave it out"
         )
     return modules
 

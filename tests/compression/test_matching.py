@@ -325,7 +325,7 @@ def test_training_adds_adapters_where_asked_and_says_what_is_missing(dense, tmp_
         "modules"
     ]
     assert {m["adapter_rank"] for m in config.values()} == {3}
-    with pytest.raises(ArgumentError, match="q_proj has an adapter of rank 3 already"):
+    with pytest.raises(ArgumentError, match="every layer has an adapter already, of rank 3"):
         train(tmp_path / "t", tmp_path / "u", TOKENS, Training(steps=1, adapter_rank=2))
     with pytest.raises(ArgumentError, match=r"adapter_rank=33 is larger .* 32x32; give at most 32"):
         train(tmp_path / "p", tmp_path / "u", TOKENS, Training(steps=1, adapter_rank=33))
