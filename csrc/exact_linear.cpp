@@ -28,11 +28,8 @@ void slab::run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuToken
         [&](int64_t begin, int64_t end) { run.adapter_in(w, t, begin, end); });
 }
 
-namespace {
-
-// The tokens of x in blocks of cells (launch.h).
-void arrange(const CpuKernels& run, const void* x, int type, const TokenBlocks& blocks,
-             int64_t features, int64_t cells, bool pairs, float* out) {
+void slab::arrange_tokens(const CpuKernels& run, const void* x, int type, const TokenBlocks& blocks,
+                          int64_t features, int64_t cells, bool pairs, float* out) {
   const auto* const from = static_cast<const uint8_t*>(x);
   const int64_t row_bytes = features * (type == kFloat32 ? 4 : 2);
   const int64_t grain = 1 + kThreadWork / (blocks.largest() * cells);
@@ -44,6 +41,8 @@ void arrange(const CpuKernels& run, const void* x, int type, const TokenBlocks& 
     }
   });
 }
+
+namespace {
 
 enum class Product { kLookup, kTile, kTileBf16 };
 
@@ -77,8 +76,9 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
   } else {
     t.x = wide.get();
     const TokenBlocks blocks(t.count, t.block_tokens), of_pairs(t.count, t.pair_tokens);
-    if (rows) arrange(run, x, x_type, blocks, w.in_features, padded, false, wide.get());
-    if (bf16) arrange(run, x, x_type, of_pairs, w.in_features, padded / 2, true, pairs.get());
+    if (rows) arrange_tokens(run, x, x_type, blocks, w.in_features, padded, false, wide.get());
+    if (bf16)
+      arrange_tokens(run, x, x_type, of_pairs, w.in_features, padded / 2, true, pairs.get());
   }
   run_adapter(run, w, t);
   // A thread takes whole groups of four row blocks, because lookup shares its tables among four.

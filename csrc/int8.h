@@ -1,7 +1,8 @@
 // The products with int8 activations, for int8 and int4 values: what the bindings call, beside
 // launch.h. They read the same prepared stream as the exact products.
 //
-// x becomes integers in pieces of its inputs, and there are two products:
+// x becomes integers in pieces of its inputs, and there are two products (and another one for many
+// tokens with AVX2, which int16.h describes):
 //
 //   few   Kept values times x, and the signs or levels of pruned positions times x v_r, each summed
 //         in int32 without an error. Nothing but x and x v_r is rounded. A piece has 32 inputs, a
@@ -32,7 +33,7 @@
 // have to meet the sum of the weights once more for each token and piece.
 #pragma once
 
-#include "launch.h"
+#include "int16.h"
 
 namespace slab {
 
@@ -105,12 +106,15 @@ struct Int8Kernels {
                    int64_t token);
   // Writes t.v and t.v_most.
   void (*quantise_v)(const CpuWeight& w, const Int8Tokens& t);
-  Int8Product few, many;
-  // Up to so many tokens `few` runs, which rounds less than `many`; and while tokens times rank are
+  Int8Product few;
+  // For many tokens either of these, the other one is null. `wide` has 16-bit integers (int16.h).
+  Int8Product many;
+  const Int16Kernels* wide;
+  // Up to so many tokens `few` runs, which rounds less than `many`, if more than `wide`; and while tokens times rank are
   // at most `few_terms`, since it multiplies x v_r once for each rank.
   int few_tokens, few_terms;
-  // What runs above that: `many`, or else the exact product, which is faster there. Both were
-  // measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and int8.
+  // What runs above that: the product for many tokens, or else the exact one, which is faster there.
+  // All were measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and int8.
   bool runs_many;
 };
 

@@ -30,9 +30,11 @@ Way way(const Int8Kernels& k, int64_t rank, int64_t tokens) {
   if (tokens <= k.few_tokens && tokens * rank <= k.few_terms) return Way::few;
   return k.runs_many ? Way::many : Way::exact;
 }
-std::tuple<std::string, std::string> cpu_int8(int64_t rank, int64_t tokens) {
+std::tuple<std::string, std::string, int64_t> cpu_int8(int64_t rank, int64_t tokens) {
   const Int8Kernels& k = int8_kernels(kernels());
-  return {kWays[int(way(k, rank, tokens))], k.name};
+  const Way chosen = way(k, rank, tokens);
+  const int64_t bits = chosen == Way::exact ? 0 : chosen == Way::many && k.wide ? 13 : 8;
+  return {kWays[int(chosen)], k.name, bits};
 }
 int64_t cpu_use_few(int64_t tokens) {
   forced_few.store(tokens, std::memory_order_relaxed);
@@ -146,8 +148,12 @@ Tensor linear_int8(const Call& call, std::vector<CpuWeight>& weights, const Bias
   int64_t column = 0;
   for (const CpuWeight& w : weights) {
     const Way chosen = way(int8_kernels(run), w.rank, call.tokens);
+    const Int16Kernels* const wide = int8_kernels(run).wide;
+    uint8_t* const to = out + column * call.bytes;
     if (chosen == Way::exact)
-      run_exact(run, w, call.row(0), call.type, call.tokens, out + column * call.bytes, columns);
+      run_exact(run, w, call.row(0), call.type, call.tokens, to, columns);
+    else if (chosen == Way::many && wide)
+      run_int16(run, *wide, w, call.row(0), call.type, call.tokens, to, columns);
     else
       (chosen == Way::few ? few : many).push_back({w, column});
     column += w.out_features;
@@ -179,8 +185,8 @@ Tensor linear_cpu_int8_parts(Tensor x, std::vector<Tensor> prepared, Bias bias,
   "Tensor x, Tensor prepared, Tensor? bias, int out_features, int in_features"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slab_kernels, m) {
-  // exact, few or many: the product that runs, and the kernels' name.
-  m.def("cpu_int8(int rank, int tokens) -> (str, str)");
+  // exact, few or many: the product that runs; the kernels' name; bits of the integers of x, or 0.
+  m.def("cpu_int8(int rank, int tokens) -> (str, str, int)");
   m.def("cpu_use_few(int tokens) -> int");  // for tests and measurements; -1: as it was
   m.def("linear_cpu_int8(" LINEAR_ARGUMENTS ") -> Tensor");
   m.def("linear_cpu_int8_frozen(" LINEAR_ARGUMENTS ") -> Tensor");

@@ -2,6 +2,7 @@
 // prepared_bindings.cpp, the products are in exact_linear.cpp.
 #pragma once
 
+#include "int16.h"
 #include "memory.h"
 
 namespace slab {
@@ -19,12 +20,20 @@ CpuWeight weight_of(const Tensor& prepared, int64_t out_features, int64_t in_fea
 const float* widened(const CpuKernels& run, const void* x, int type, int64_t count,
                      int64_t features, int64_t padded, float* scratch);
 
+// The tokens of x in blocks of cells (launch.h).
+void arrange_tokens(const CpuKernels& run, const void* x, int type, const TokenBlocks& blocks,
+                    int64_t features, int64_t cells, bool pairs, float* out);
+
 // z = x Q, for the kernels to add P z.
 void run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t);
 
 // y of any number of tokens by the exact products; rows of y are y_stride numbers apart.
 void run_exact(const CpuKernels& run, const CpuWeight& w, const void* x, int type, int64_t tokens,
                void* y, int64_t y_stride);
+
+// y of any number of tokens with 16-bit integers; a token with NaN or infinity as run_exact has it.
+void run_int16(const CpuKernels& run, const Int16Kernels& kernels, const CpuWeight& w,
+               const void* x, int type, int64_t tokens, void* y, int64_t y_stride);
 
 // A contiguous tensor of x's shape with another last size.
 Tensor empty_output(const Tensor& x, int64_t out_features);

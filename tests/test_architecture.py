@@ -201,14 +201,16 @@ INCLUDES = {
     "format.h": "",
     "solver.h": "",
     "launch.h": "format.h solver.h",
-    "int8.h": "launch.h",
+    "int16.h": "launch.h",
+    "int8.h": "int16.h",
     "arguments.h": "launch.h",
     "memory.h": "arguments.h",
-    "linear.h": "memory.h",
+    "linear.h": "int16.h memory.h",
     "int8_linear.h": "int8.h memory.h",
     "bindings.cpp": "linear.h",
     "prepared_bindings.cpp": "linear.h",
     "exact_linear.cpp": "linear.h",
+    "int16_linear.cpp": "linear.h",
     "int8_bindings.cpp": "int8_linear.h linear.h",
     "solver_bindings.cpp": "memory.h",
     "cpu/stream.h": "launch.h",
@@ -223,7 +225,8 @@ INCLUDES = {
     "cpu/kernel.h": "dequantize.h descent.h lookup.h sweep.h tile.h tokens.h",
     "cpu/avx512.h": "stream.h",
     "cpu/scalar.cpp": "kernel.h",
-    "cpu/avx2.cpp": "launch.h kernel.h",
+    "cpu/avx2.h": "stream.h",
+    "cpu/avx2.cpp": "launch.h avx2.h kernel.h",
     "cpu/avx512.cpp": "launch.h avx512.h kernel.h",
     "cpu/bf16_panel.h": "launch.h",
     "cpu/avx512_bf16.cpp": "launch.h avx512.h bf16_panel.h tile.h",
@@ -242,7 +245,8 @@ INCLUDES = {
     "cpu/int8_tables.h": "int8_quad_panel.h int8_tokens.h",
     "cpu/int8_scalar.cpp": "int8_tokens.h",
     "cpu/int8_shuffle.h": "int8_tokens.h stream.h",
-    "cpu/int8_avx2.cpp": "int8.h int8_panel.h int8_shuffle.h",
+    "cpu/int16_tile.h": "int16.h avx2.h int8_tokens.h tile.h",
+    "cpu/int8_avx2.cpp": "int8.h int16_tile.h int8_shuffle.h",
     "cpu/int8_vnni.cpp": "int8.h avx512.h int8_quad_panel.h int8_tables.h",
     "cuda/params.h": "format.h",
     "cuda/ptx.cuh": "format.h",
@@ -285,8 +289,8 @@ INCLUDES = {
 }
 # The files that include torch.
 TORCH = (
-    "arguments.h", "memory.h", "int8_linear.h", "exact_linear.cpp", "bindings.cpp",
-    "prepared_bindings.cpp", "int8_bindings.cpp", "solver_bindings.cpp",
+    "arguments.h", "memory.h", "int8_linear.h", "exact_linear.cpp",
+    "int16_linear.cpp", "bindings.cpp", "prepared_bindings.cpp", "int8_bindings.cpp", "solver_bindings.cpp",
 )  # fmt: skip
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

@@ -2,25 +2,14 @@
 // written once over a vector type V. A panel is [32 groups][16 rows][4 inputs], 2 KB, which stays
 // in the first-level cache.
 //
-// V has, beside what Stream<V> reads the stream with: H and B, the same bytes as signed 16-bit and
-// 8-bit numbers; lookup(table, code), a word for each lane by the low three bits of its code;
-// place(bytes, order), whose byte k is byte order[k] of the lane, or 0 where order[k] is 0x80;
-// mulhrs, (a b + 2^14) >> 15; sign(m, l), which is m, -m or 0 as l is positive, negative or 0.
+// V has, beside what Stream<V> reads the stream with: H and S, vectors of signed 16-bit and 32-bit
+// integers; to_int, the nearest integers; build, which writes the panel of a block.
 #pragma once
 
 #include "int8_product.h"
 
 namespace slab {
 namespace {
-
-// Words by the number of a pattern: where each of the four bytes of a group comes from, byte 0 or 1
-// of a pair, or nowhere. Two tables of eight, since some instruction sets read four bits.
-alignas(64) constexpr uint32_t kKeptOrder[16] = {
-    0x80800100, 0x80018000, 0x01808000, 0x80010080, 0x01800080, 0x01008080, 0, 0,
-    0x80800100, 0x80018000, 0x01808000, 0x80010080, 0x01800080, 0x01008080, 0, 0};
-alignas(64) constexpr uint32_t kPrunedOrder[16] = {
-    0x01008080, 0x01800080, 0x80010080, 0x01808000, 0x80018000, 0x80800100, 0, 0,
-    0x01008080, 0x01800080, 0x80010080, 0x01808000, 0x80018000, 0x80800100, 0, 0};
 
 // Which entries a panel holds; the others are 0.
 enum class Entries { merged, pruned };
@@ -31,7 +20,6 @@ struct Panel {
   using I = typename V::I;
   using S = typename V::S;
   using H = typename V::H;
-  using Words = typename Stream<V>::template Words<kPlanes>;
   using Block = typename Stream<V>::Block;
   static constexpr int kLanes = V::kLanes, kStrips = Stream<V>::kStrips;
   static constexpr float kValueUnit = kValues == kInt4 ? 0.0625f : 1.0f;  // of a scale
@@ -113,83 +101,6 @@ struct Panel {
            splat(t.v_most[r * w.k_blocks + kb]);
   }
 
-  // The kept values of a group: bytes 0 and 1 of a lane. int4 values are times 16.
-  static SLAB_INLINE I kept_pair(const Block& b, int g, I& nibbles) {
-    if constexpr (kValues == kInt4) {
-      if (g % 4 == 0) nibbles = V::load_words(b.values + 64 * (g / 4));
-      const I pair = ((nibbles & 0x0Fu) << 4) | ((nibbles & 0xF0u) << 8);
-      nibbles = nibbles >> 8;
-      return pair;
-    } else {
-      return V::load_bytes(b.values + 32 * g) | V::load_bytes(b.values + 32 * g + 16) << 8;
-    }
-  }
-  // The signs of a group's pruned positions, times their levels, at their places.
-  static SLAB_INLINE I levels(const Words& words) {
-    const I two = (I)((S)words.signs >> 31);
-    I one = (I)((S)(words.codes << 28) >> 31);
-    I first = I{} + 1u, second = I{} + 1u;
-    if constexpr (kPlanes == 1) one = one ^ two;
-    if constexpr (kPlanes > 1) {
-      constexpr uint32_t kMask = (1u << (kPlanes - 1)) - 1u;
-      first = uint32_t(most_level(kPlanes)) - ((words.levels & kMask) << 1);
-      second = uint32_t(most_level(kPlanes)) - ((words.levels >> (kPlanes - 1) & kMask) << 1);
-    }
-    first = ((first ^ one) - one) & 0xFFu;
-    second = ((second ^ two) - two) & 0xFFu;
-    return V::place(first | second << 8, V::lookup(kPrunedOrder, words.codes));
-  }
-  // The pruned entries of a group in units of the panel. v: of the group's inputs, for each rank.
-  static SLAB_INLINE I pruned(const H (*a)[4][kStrips], int s, int h, const int16_t* v,
-                              int64_t v_stride, int64_t rank, I level) {
-    H even = H{}, odd = H{};
-    for (int64_t r = 0; r < rank; ++r) {
-      even = even + V::mulhrs(a[r][s][h], V::pair(v + r * v_stride));
-      odd = odd + V::mulhrs(a[r][s][h], V::pair(v + r * v_stride + 2));
-    }
-    if constexpr (kPlanes > 1) {
-      even = even * ((H)((I)level << 8) >> 8);  // of what stands above, 16-bit numbers keep nothing
-      odd = odd * ((H)level >> 8);
-    }
-    const I low = (I)(even + (int16_t)(kFraction / 2)) >> 8 & 0x00FF00FFu;
-    const I high = (I)(odd + (int16_t)(kFraction / 2)) & 0xFF00FF00u;
-    return kPlanes == 1 ? V::sign(low | high, level) : low | high;
-  }
-
-  template <Entries kEntries>
-  static void build_groups(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
-                           const H (*a)[4][kStrips], uint8_t* panel) {
-    const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
-    const int groups = w.group_size / kGroup;  // that share a scale
-#pragma GCC unroll 16
-    for (int h = 0; h < kStrips; ++h) {
-      const Block b = Stream<V>::block_at(at, h, kValues, kPlanes);
-      Words words{};
-      words.start(b);
-      I nibbles = I{};
-      for (int g = 0; g < kGroups; ++g) {
-        if (g % 8 == 0) words.load_eight(b, g / 8);
-        I out = I{};
-        if constexpr (kEntries == Entries::merged)
-          out = V::place(kept_pair(b, g, nibbles), V::lookup(kKeptOrder, words.codes));
-        if constexpr (kPlanes > 0)
-          out = out | pruned(a, g / groups, h, t.v + kb * kInputs + kGroup * g,
-                             w.k_blocks * kInputs, w.rank, levels(words));
-        V::store_words(panel + 64 * g + 4 * kLanes * h, out);
-        words.drop(1);
-      }
-    }
-  }
-
-  template <Entries kEntries>
-  static void build(const CpuWeight& w, const Int8Tokens& t, int64_t rb, int64_t kb,
-                    const H (*a)[4][kStrips], uint8_t* panel) {
-    if constexpr (V::kQuads)
-      V::template build<kValues, kPlanes, kEntries>(w, t, rb, kb, a, panel);
-    else
-      build_groups<kEntries>(w, t, rb, kb, a, panel);
-  }
-
   // Many tokens: one panel, of kBlocks row blocks at once, and a second one where it is needed.
   template <int kBlocks, int kScaled>
   static void many_blocks(const CpuWeight& w, const Int8Tokens& t, const Int8End& end, int64_t rb) {
@@ -209,7 +120,8 @@ struct Panel {
         // The products between two blocks are too long for the hardware to see a stream.
         const uint8_t* const next = w.stream + ((rb + b) * w.k_blocks + kb + 1) * w.block_size;
         for (int64_t i = 0; i < w.block_size; i += 64) __builtin_prefetch(next + i, 0, 3);
-        build<Entries::merged>(w, t, rb + b, kb, f[b].merged, panels + b * kPanelBytes);
+        V::template build<kValues, kPlanes, Entries::merged>(w, t, rb + b, kb, f[b].merged,
+                                                             panels + b * kPanelBytes);
         for (int s = 0; s < kInputs / kScaled; ++s) copy(f[b].unit[s], scales[s][b]);
       }
       Merged{panels}.multiply_all(t, kb, scales, sums, kStride);
@@ -217,7 +129,8 @@ struct Panel {
       for (int b = 0; b < kBlocks; ++b)
         if (f[b].second) {
           second_factors(w, t, rb + b, kb, f[b]);
-          build<Entries::pruned>(w, t, rb + b, kb, f[b].pruned, other);
+          V::template build<kValues, kPlanes, Entries::pruned>(w, t, rb + b, kb, f[b].pruned,
+                                                               other);
           typename Pruned::Scales same;
           copy(f[b].pruned_unit, same[0][0]);
           Pruned{other}.multiply_all(t, kb, same, sums + b * kRows, kStride);

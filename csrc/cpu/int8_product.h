@@ -1,9 +1,8 @@
 // Panels of int8 weights (int8_panel.h) times tokens, written once over a vector type V.
 //
 // V has, beside what int8_panel.h asks for: dot(acc, weight, x), the products of each lane's four
-// weights with four integers of x added to acc; kWeightOffset, what the panels have above their
-// weights; top_byte(words, shift), the weight of each lane that a shift to the left brings to its
-// top; kPanelTokens, how many tokens its registers hold.
+// weights with four integers of x added to acc; top_byte(words, shift), the weight of each lane that
+// a shift to the left brings to its top; kPanelTokens, how many tokens its registers hold.
 #pragma once
 
 #include "../int8.h"
@@ -30,9 +29,7 @@ struct PanelProduct {
 
   // What the sums of span p begin with.
   static SLAB_INLINE I start(const Int8Piece& piece, int p) {
-    if constexpr (V::kWeightOffset == 0)
-      return I{};
-    else if constexpr (kSpan == kManyPiece)
+    if constexpr (kSpan == kManyPiece)
       return V::broadcast_int(piece.start) + V::broadcast_int(piece.start + 1);
     else
       return V::broadcast_int(piece.start + p % 2);

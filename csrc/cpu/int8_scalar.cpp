@@ -213,8 +213,8 @@ void quantise(const CpuWeight& w, const Int8Tokens& t, const float* x, int64_t t
   });
 }
 
-const Int8Kernels kernels = {"scalar",      false, quantise, quantise_v, product<false>,
-                             product<true>, 0,     0,        false};
+const Int8Kernels kernels = {"scalar",      false,   quantise, quantise_v, product<false>,
+                             product<true>, nullptr, 0,        0,          false};
 
 }  // namespace
 

@@ -14,8 +14,7 @@ namespace slab {
 namespace {
 
 struct Vnni : Avx512 {
-  static constexpr int kPanelTokens = 4, kPanelBlocks = 2, kWeightOffset = kQuadOffset;
-  static constexpr bool kQuads = true;
+  static constexpr int kPanelTokens = 4, kPanelBlocks = 2;
   typedef int32_t S __attribute__((vector_size(64)));
   typedef int16_t H __attribute__((vector_size(64)));
 
@@ -44,8 +43,9 @@ struct Vnni : Avx512 {
   }
 };
 
-const Int8Kernels kernels = {"avx512_vnni", true, quantise_for_quads, quantise_v, tables,
-                             panels<Vnni>,  8,    8 * kManyRank,      true};
+const Int8Kernels kernels = {
+    "avx512_vnni", true, quantise_for_quads, quantise_v, tables, panels<Vnni>,
+    nullptr,       8,    8 * kManyRank,      true};
 
 }  // namespace
 

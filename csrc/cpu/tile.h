@@ -16,14 +16,16 @@ namespace {
 template <class V>
 struct Fp32Panel {
   using F = typename V::F;
-  static constexpr int kCellInputs = 1;   // inputs of a cell, which takes 4 bytes
-  static constexpr int kPanelBlocks = 1;  // K-blocks of a panel
+  static constexpr int kCellInputs = 1;        // inputs of a cell, which takes 4 bytes
+  static constexpr int kPanelBlocks = 1;       // K-blocks of a panel
+  static constexpr int kPanelCells = kInputs;  // rows of kTileRows numbers that it takes
   static SLAB_INLINE F multiply(F weight, F x, F sum) { return V::fma(weight, x, sum); }
   // Rebuilds 128 inputs of row blocks `first` and `second` as panel[cell][kTileRows].
   static void rebuild(const CpuWeight& w, int64_t first, int64_t second, int64_t k_block,
                       float* panel) {
-    Rebuild<V>::rebuild_any(w, first, k_block, panel);
-    Rebuild<V>::rebuild_any(w, second, k_block, panel + kRows);
+    const Rebuild<V> fp32;
+    fp32.rebuild_any(w, first, k_block, panel);
+    fp32.rebuild_any(w, second, k_block, panel + kRows);
   }
 };
 
@@ -139,7 +141,7 @@ struct Tile {
   static void tile_with(const CpuWeight& w, const CpuTokens& t, Product& product, int64_t begin,
                         int64_t end) {
     constexpr int64_t kBlockCells = kInputs / Panel::kCellInputs;
-    alignas(64) float panel[Panel::kPanelBlocks * kBlockCells * kTileRows];
+    alignas(64) float panel[Panel::kPanelCells * kTileRows];
     alignas(64) float sums[kTileTokens * kTileRows];
     for (int64_t rb = begin; rb < end; rb += 2) {
       const int both = rb + 1 < end ? 2 : 1;  // with one, the panel holds it twice

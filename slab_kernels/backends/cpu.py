@@ -146,19 +146,20 @@ class CpuBackend(Backend):
                 "product with int8 activations; int8, int4 and int3 have"
             )
         native.load_library()
-        way, name = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
+        way, name, bits = torch.ops.slab_kernels.cpu_int8(problem.rank, problem.M)
         if way == "exact":
             return (
                 f"activations=int8: exact runs for M={problem.M} and rank {problem.rank} with "
                 f"{name}; docs/cpu.md says when each product runs"
             )
         rounded = {
-            "few": "1/506 of what the least of 32 inputs, the greatest and 0 span",
-            "many": "1/254 of the second largest of 64 inputs, the largest not at all",
-        }[way]
+            ("few", 8): "1/506 of what the least of 32 inputs, the greatest and 0 span",
+            ("many", 8): "1/254 of the second largest of 64 inputs, the largest not at all",
+            ("many", 13): "1/8190 of the largest of 128 inputs",
+        }[way, bits]
         return (
-            f"activations=int8: the product for {way} tokens ({name}); x is rounded, by at most "
-            f"{rounded}; more in docs/cpu.md"
+            f"activations=int8: the product for {way} tokens ({name}) with integers of {bits} "
+            f"bits; x is rounded, by at most {rounded}; more in docs/cpu.md"
         )
 
 

@@ -52,7 +52,7 @@ CPU_EXACT = (
     ),
     Fault(
         "a square of the dense weight not wholly turned",
-        "csrc/cpu/avx2.cpp", "fours[i + 4], 0x31)", "fours[i + 4], 0x20)", DENSE,
+        "csrc/cpu/avx2.h", "fours[i + 4], 0x31)", "fours[i + 4], 0x20)", DENSE,
     ),
     Fault(
         "a second kept value that is put at the first pruned position",

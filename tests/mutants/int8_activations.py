@@ -126,6 +126,31 @@ INT8_ACTIVATIONS = (
         "k < padded; ++k) row.get()[k] = 9.0f;", INTEGERS,
     ),
     Fault(
+        "the step of a token in the first block for all blocks",
+        "csrc/cpu/int16_tile.h", "steps[kb * M + token] = numbers", "steps[token] = numbers",
+        INTEGERS,
+    ),
+    Fault(
+        "the step of the first of six tokens for all of them",
+        "csrc/cpu/int16_tile.h", "const F step = Avx2::broadcast(steps + i);",
+        "const F step = Avx2::broadcast(steps);", INTEGERS,
+    ),
+    Fault(
+        "a bound of the sign term without its levels",
+        "csrc/cpu/int16_tile.h", "pruned[h] * (level * part)", "pruned[h] * part", INTEGERS,
+    ),
+    Fault(
+        "int8 values at most 128 whatever they are",
+        "csrc/cpu/int16_tile.h", "most[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli",
+        "most[1] = _mm256_set1_ps(128.0f) + 0 * _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli",
+        (f"{TERMS}::test_a_small_sign_term_beside_int8_values",),
+    ),
+    Fault(
+        "a token with NaN that stays with 16-bit integers",
+        "csrc/int16_linear.cpp", "if (!quantised.finite()[i])", "if (i < 0)",
+        (f"{INT8}::test_nan_and_infinity_reach_y_as_in_the_exact_product",),
+    ),
+    Fault(
         "a token with NaN that stays with the integers",
         "csrc/int8_bindings.cpp", "if (!linear.finite(part.w, i))",
         "if (!linear.finite(part.w, i) && rank > 16)",

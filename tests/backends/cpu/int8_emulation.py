@@ -1,4 +1,5 @@
-"""The products with int8 activations (csrc/int8.h) once more, from the packed tensors alone.
+"""The products with int8 activations (csrc/int8.h, csrc/int16.h) once more, from the packed
+tensors alone.
 
 Integers are computed as integers, everything that the kernels round to fp32 before it becomes an
 integer is fp32 here too, and the sums are fp64: the kernels differ from this by their fp32 sums.
@@ -18,6 +19,7 @@ from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 BLOCK = 128  # inputs of a block of the stream
 PIECE = 32  # inputs that share a step of x in the product for few tokens
 MANY_PIECE = 64  # and in the one for many
+MOST = 4095  # the largest integer of the one for many with 13 bits (csrc/int16.h)
 LEAST = {"int8": 8.0, "int4": 0.0, "int3": 0.0}  # units that a merged sign term must reach
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
@@ -196,6 +198,40 @@ def many(x: Tensor, w: Weight, values: str) -> Result:
     y = multiplied @ W.T
     size = multiplied.abs() @ W.abs().T
     bound = error_x @ W.abs().T + x.double().abs() @ error.T
+    return _with_adapter(x, w, y, size, bound)
+
+
+def in_steps(t: Tensor, step: Tensor) -> Tensor:
+    """fp32 numbers as integers of fp32 steps, [..., Kp] both."""
+    n = (t * (1.0 / step)).round()
+    assert bool((n.abs() <= MOST).all()), "more than 13 bits"
+    return n.double() * step.double()
+
+
+def largest_step(t: Tensor) -> Tensor:
+    """[..., Kp] fp32 -> of the largest magnitude of each block, of that shape."""
+    most = t.abs().unflatten(-1, (-1, BLOCK)).amax(-1, keepdim=True)
+    return most.expand(*most.shape[:-1], BLOCK).flatten(-2)
+
+
+def wide(x: Tensor, w: Weight, values: str) -> Result:
+    """Many tokens with 13 bits: x and the weight in steps of a block."""
+    x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
+    least, part = torch.tensor(2.0**-126), torch.tensor(1.0 / MOST)
+    entries, pruned = torch.zeros_like(w.scale), torch.zeros_like(w.scale)
+    for u, v in zip(w.U.T, w.V.T, strict=True):
+        # A fused multiply-add rounds once; of two fp32 numbers fp64 holds the product.
+        entries = (entries.double() + u[:, None].double() * v.double()).float()
+        pruned = (pruned.double() + (u.abs()[:, None] * largest_step(v)).double()).float()
+    levels = {1.0: 1, 0.5: 3, 0.25: 7}[w.unit]
+    entries = torch.where(w.level != 0, entries * (w.level * w.unit), w.q.float() * w.scale)
+    kept = torch.tensor(8.0) if values != "int8" else w.q.abs().float()
+    kept = largest_step(w.scale.abs() * (kept * part))
+    row_step = torch.maximum(torch.maximum(kept, pruned * (w.unit * levels * part)), least)
+    x_step = torch.maximum(largest_step(x) / MOST, least)
+    W, rounded = in_steps(entries, row_step), in_steps(x, x_step)
+    y, size = rounded @ W.T, rounded.abs() @ W.abs().T
+    bound = (x_step.double() / 2) @ W.abs().T + x.double().abs() @ (row_step.double() / 2).T
     return _with_adapter(x, w, y, size, bound)
 
 
