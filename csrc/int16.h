@@ -3,26 +3,33 @@
 // adds two products of 16-bit integers in 32 bits (vpmaddwd), and they take half the room of fp32:
 // so there x and the weight become integers of 13 bits, which round much less than 8 do.
 //
-// Both are integers from -4095 to 4095 times a step, in blocks of 128 inputs. The step of a token is
-// its largest magnitude in the block over 4095. That of a row of the weight is a bound of its
-// magnitudes there, over 4095: the largest kept one (of int4 values 8 scales), or the sign term
-// with the largest v of every rank. So nothing saturates, whatever the scales, and the sum of a
-// block, of 128 products below 2^24, stays below 2^31. Blocks are added in fp32, in ascending order:
-// a row of y depends on its own token only.
+// Both are integers times a step, in blocks of 128 inputs. The step of a token is its largest
+// magnitude in the block over 4095. That of a row of the weight is a bound of its magnitudes there
+// over 4088: the largest kept one (of int4 values 8 scales), or the sign term with the largest v of
+// every rank. 8 times 511 is 4088, so int4 values are exact where a block has one scale and the sign
+// term is not larger. Nothing saturates, whatever the scales, and the sum of a block, of 128
+// products below 2^24, stays below 2^31. Blocks are added in fp32, in ascending order: a row of y
+// depends on its own token only.
 //
-// Rounding changes an entry of x by at most half a step, and one of the weight likewise.
+// Rounding changes an entry of x by at most half a step. It changes a kept value by at most one, and
+// a pruned entry by at most 0.8 with rank and planes 1; with more of them, by what `tests` state.
 #pragma once
 
 #include "launch.h"
 
 namespace slab {
 
-constexpr int kMost13 = 4095;
+constexpr int kMostOfX = 4095, kMostOfWeight = 4088;
 
 // The quantised tokens of a call, in the blocks of tokens that `tile` takes (launch.h).
 struct Int16Tokens {
   const float* cells;  // [cells][tokens of the block]; a cell is two inputs, the first one below
   const float* steps;  // [k_blocks][M]
+};
+// V of a weight.
+struct Int16Factors {
+  const int16_t* v;   // [R][k_blocks * 64 cells][2]: over its largest magnitude, times 32767
+  const float* most;  // [R][k_blocks]: that magnitude
 };
 
 struct Int16Kernels {
@@ -31,10 +38,12 @@ struct Int16Kernels {
   // all are finite; the steps of a block where they are not are 0.
   bool (*quantise)(const float* x, int64_t k_blocks, int64_t token, int64_t M, int64_t place,
                    int64_t tokens, float* cells, float* steps);
+  // Writes what Int16Factors has.
+  void (*quantise_factors)(const CpuWeight& w, int16_t* v, float* most);
   // y for row blocks [begin, end): at most kTileTokens tokens, any rank, int8 and int4 values.
   // t.x is not read.
-  void (*tile)(const CpuWeight& w, const CpuTokens& t, const Int16Tokens& x, int64_t begin,
-               int64_t end);
+  void (*tile)(const CpuWeight& w, const CpuTokens& t, const Int16Tokens& x,
+               const Int16Factors& factors, int64_t begin, int64_t end);
 };
 
 }  // namespace slab

@@ -51,12 +51,15 @@ void run_tokens(const CpuKernels& run, const Int16Kernels& kernels, const CpuWei
     arrange_tokens(run, x, type, blocks, w.in_features, padded, false, wide.get());
   run_adapter(run, w, t);
   const Quantised quantised(run, kernels, w, blocks, x, type);
+  const Scratch v(w.rank * padded / 2), most(w.rank * w.k_blocks);
+  const Int16Factors factors{reinterpret_cast<const int16_t*>(v.get()), most.get()};
+  kernels.quantise_factors(w, reinterpret_cast<int16_t*>(v.get()), most.get());
   constexpr int64_t unit = 4;  // row blocks that a thread takes whole
   torch::stable::parallel_for(
       0, (w.row_blocks + unit - 1) / unit, 1 + kThreadWork / (unit * kRows * padded * t.count),
       [&](int64_t begin, int64_t end) {
         const int64_t last = end * unit < w.row_blocks ? end * unit : w.row_blocks;
-        kernels.tile(w, t, quantised.tokens(), begin * unit, last);
+        kernels.tile(w, t, quantised.tokens(), factors, begin * unit, last);
       });
   for (int64_t i = 0; i < t.count; ++i)
     if (!quantised.finite()[i])

@@ -27,7 +27,7 @@ Way way(const Int8Kernels& k, int64_t rank, int64_t tokens) {
   const int64_t forced = forced_few.load(std::memory_order_relaxed);
   if (forced >= 0) return tokens <= forced || rank > kManyRank ? Way::few : Way::many;
   if (rank > kManyRank) return Way::exact;
-  if (tokens <= k.few_tokens && tokens * rank <= k.few_terms) return Way::few;
+  if (tokens <= k.few_tokens && tokens * (1 + rank) <= k.few_terms) return Way::few;
   return k.runs_many ? Way::many : Way::exact;
 }
 std::tuple<std::string, std::string, int64_t> cpu_int8(int64_t rank, int64_t tokens) {

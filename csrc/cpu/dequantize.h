@@ -37,7 +37,7 @@ struct Dequantize {
     const int64_t bytes = out_type == kFloat32 ? 4 : 2;
     for (int64_t rb = begin; rb < end; ++rb)
       for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
-        Rebuild<V>{}.rebuild_any(w, rb, kb, tile);
+        Rebuild<V>::rebuild_any(w, rb, kb, tile);
         add_adapter(w, rb, kb, tile);
         for (int64_t n = 0; n < kRows; n += kLanes)
           for (int64_t k = 0; k < kInputs; k += kLanes)

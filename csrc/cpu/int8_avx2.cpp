@@ -10,13 +10,12 @@
 namespace slab {
 namespace {
 
-constexpr Int16Kernels wide = {quantise_pairs, tile_of_pairs};
+constexpr Int16Kernels wide = {quantise_pairs, quantise_factors, tile_of_pairs};
 
-// On a Zen 3, one thread, 11008x4096, `few` takes .81 to .88 of the time of `wide` at 16 tokens with
-// int4 values and rank 1, but 1.06 with int8 values, and 1.40 with two planes too. With rank 2 they
-// meet at 12 tokens, with rank 4 at 6. `wide` takes less time than the exact product from 8 to 10
-// tokens on: .88 at 16, .70 at 64, .64 at 256.
-constexpr int kFewTerms = 24;
+// `few` against `wide`, on a Zen 3 with one thread, 11008x4096: with int4 values and rank 1 it takes
+// .83 of the time at 8 tokens and 1.0 at 11, with int8 values 1.09 at 8; with rank 2 they meet at 5
+// or 6, with rank 4 at 4. `wide` takes about two thirds of the exact product's time from 4 tokens on.
+constexpr int kFewTerms = 17;
 
 const Int8Kernels kernels = {"avx2",  false, quantise_for_strips, quantise_v, strips,
                              nullptr, &wide, kFewAtOnce,          kFewTerms,  true};

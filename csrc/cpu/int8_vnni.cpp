@@ -44,8 +44,8 @@ struct Vnni : Avx512 {
 };
 
 const Int8Kernels kernels = {
-    "avx512_vnni", true, quantise_for_quads, quantise_v, tables, panels<Vnni>,
-    nullptr,       8,    8 * kManyRank,      true};
+    "avx512_vnni", true, quantise_for_quads,  quantise_v, tables, panels<Vnni>,
+    nullptr,       8,    8 * (1 + kManyRank), true};
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Rebuilds blocks of the weight. An entry is either a kept value or u v times its sign or level,
-// computed in fp32.
+// Rebuilds blocks of the weight in fp32. An entry is either a kept value or u v times its sign or
+// level.
 #pragma once
 
 #include "stream.h"
@@ -43,25 +43,12 @@ struct Places {
   }
 };
 
-// How `Rebuild` stores the entries of a group: each one as fp32. Another store has the same members.
 template <class V>
-struct Fp32Store {
-  using F = typename V::F;
-  static constexpr int kGroupCells = kGroup;  // rows of a tile that a group takes
-  static SLAB_INLINE void group(const F (&entries)[kGroup], int /* strip */, float* to) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kGroup; ++i) V::store(to + i * kTileRows, entries[i]);
-  }
-};
-
-template <class V, class Store = Fp32Store<V>>
 struct Rebuild {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kStrips = kRows / kLanes;  // vectors that make one row block
-
-  Store store;
 
   // u v^T of one group in one strip, added up over the ranks. u0 is u of the first rank; the others
   // are read at u. v is that of the group's inputs, a rank `padded` apart.
@@ -101,20 +88,20 @@ struct Rebuild {
   }
 
   // Puts the kept values into their places and stores the group's four inputs.
-  SLAB_INLINE void store_group(F (&out)[kGroup], F first, F second, Places<V>& places, int strip,
-                               float* to) const {
+  static SLAB_INLINE void store_group(F (&out)[kGroup], F first, F second, Places<V>& places,
+                                      float* to) {
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
       if (i < 3) out[i] = places.choose(first, out[i]);
       if (i > 0) out[i] = places.choose(second, out[i]);
+      V::store(to + i * kTileRows, out[i]);
     }
-    store.group(out, strip, to);
   }
 
-  // Rebuilds 16 rows x 128 inputs as tile[cell][kTileRows], from lane 0 of the tile on. kRank is 0,
-  // 1, or 2 for any rank from 2 on; kPlanes is 0 if kRank is.
+  // Rebuilds 16 rows x 128 inputs as tile[k][kTileRows], from lane 0 of the tile on. kRank is 0, 1,
+  // or 2 for any rank from 2 on; kPlanes is 0 if kRank is.
   template <ValueType kValues, int kRank, int kPlanes>
-  void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) const {
+  static void rebuild_ranked(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     const int64_t padded = w.k_blocks * kInputs;
     const uint8_t* const at = w.stream + (rb * w.k_blocks + kb) * w.block_size;
     for (int h = 0; h < kStrips; ++h) {
@@ -143,20 +130,19 @@ struct Rebuild {
           low_rank<kRank>(out, u0, u, v, w.rank, padded);
           Places<V> places(words.codes, kPlanes > 0);
           apply_signs<kPlanes>(out, words, places);
-          store_group(out, first, second, places, h,
-                      tile + Store::kGroupCells * g * kTileRows + h * kLanes);
+          store_group(out, first, second, places, tile + kGroup * g * kTileRows + h * kLanes);
           words.drop(1);
         }
       }
     }
   }
   template <ValueType kValues, int kPlanes>
-  void rebuild_planes(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) const {
+  static void rebuild_planes(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     w.rank == 1 ? rebuild_ranked<kValues, 1, kPlanes>(w, rb, kb, tile)
                 : rebuild_ranked<kValues, 2, kPlanes>(w, rb, kb, tile);
   }
   template <ValueType kValues>
-  void rebuild(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) const {
+  static void rebuild(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     switch (w.planes) {
       case 0: return rebuild_ranked<kValues, 0, 0>(w, rb, kb, tile);
       case 1: return rebuild_planes<kValues, 1>(w, rb, kb, tile);
@@ -164,7 +150,7 @@ struct Rebuild {
       case 3: return rebuild_planes<kValues, 3>(w, rb, kb, tile);
     }
   }
-  void rebuild_any(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) const {
+  static void rebuild_any(const CpuWeight& w, int64_t rb, int64_t kb, float* tile) {
     switch (w.values) {
       case kFp16: return rebuild<kFp16>(w, rb, kb, tile);
       case kBf16: return rebuild<kBf16>(w, rb, kb, tile);

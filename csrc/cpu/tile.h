@@ -23,9 +23,8 @@ struct Fp32Panel {
   // Rebuilds 128 inputs of row blocks `first` and `second` as panel[cell][kTileRows].
   static void rebuild(const CpuWeight& w, int64_t first, int64_t second, int64_t k_block,
                       float* panel) {
-    const Rebuild<V> fp32;
-    fp32.rebuild_any(w, first, k_block, panel);
-    fp32.rebuild_any(w, second, k_block, panel + kRows);
+    Rebuild<V>::rebuild_any(w, first, k_block, panel);
+    Rebuild<V>::rebuild_any(w, second, k_block, panel + kRows);
   }
 };
 
@@ -139,7 +138,7 @@ struct Tile {
   // at most kTileTokens rows, and settle(sums) leaves those of token i in row i.
   template <class Panel, class Product>
   static void tile_with(const CpuWeight& w, const CpuTokens& t, Product& product, int64_t begin,
-                        int64_t end) {
+                        int64_t end, const Panel& panels = {}) {
     constexpr int64_t kBlockCells = kInputs / Panel::kCellInputs;
     alignas(64) float panel[Panel::kPanelCells * kTileRows];
     alignas(64) float sums[kTileTokens * kTileRows];
@@ -151,7 +150,7 @@ struct Tile {
         const int64_t left = w.k_blocks - kb,
                       some = left < Panel::kPanelBlocks ? left : Panel::kPanelBlocks;
         for (int64_t i = 0; i < some; ++i)
-          Panel::rebuild(w, rb, second, kb + i, panel + i * kBlockCells * kTileRows);
+          panels.rebuild(w, rb, second, kb + i, panel + i * kBlockCells * kTileRows);
         prefetch(w, rb, kb + some, some);
         if (both == 2) prefetch(w, second, kb + some, some);
         product.add(panel, kb * kBlockCells, some * kBlockCells, sums);

@@ -84,7 +84,7 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "few tokens whatever the rank",
-        "csrc/int8_bindings.cpp", "tokens * rank <= k.few_terms", "true",
+        "csrc/int8_bindings.cpp", "tokens * (1 + rank) <= k.few_terms", "true",
         (f"{INT8}::test_up_to_how_many_tokens_each_product_runs",),
     ),
     Fault(
@@ -137,13 +137,24 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "a bound of the sign term without its levels",
-        "csrc/cpu/int16_tile.h", "pruned[h] * (level * part)", "pruned[h] * part", INTEGERS,
+        "csrc/cpu/int16_panel.h", "steps[h] = _mm256_max_ps(steps[h], bound[h] * levels);",
+        "steps[h] = _mm256_max_ps(steps[h], bound[h] * part);", INTEGERS,
     ),
     Fault(
         "int8 values at most 128 whatever they are",
-        "csrc/cpu/int16_tile.h", "most[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli",
-        "most[1] = _mm256_set1_ps(128.0f) + 0 * _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli",
+        "csrc/cpu/int16_panel.h", "if (bytes) largest_values(w, at -",
+        "if (bytes) most[s][0] = most[s][1] = _mm256_set1_ps(128.0f);\n"
+        "      if (false) largest_values(w, at -",
         (f"{TERMS}::test_a_small_sign_term_beside_int8_values",),
+    ),
+    Fault(
+        "a first pruned input that is another one for one of six patterns",
+        "csrc/cpu/int16_panel.h", "Lane{}, where_at(kPrunedFirst, 1)", "Lane{}, kFirstAt[1]",
+        INTEGERS,
+    ),
+    Fault(
+        "the sign of one group of a pair for both",
+        "csrc/cpu/int16_panel.h", "0x40408080 >> 2 * j", "0x80808080 >> 2 * j", INTEGERS,
     ),
     Fault(
         "a token with NaN that stays with 16-bit integers",

@@ -19,7 +19,6 @@ from slab_kernels.format import PackedWeight, bits, plane_unit, unpack
 BLOCK = 128  # inputs of a block of the stream
 PIECE = 32  # inputs that share a step of x in the product for few tokens
 MANY_PIECE = 64  # and in the one for many
-MOST = 4095  # the largest integer of the one for many with 13 bits (csrc/int16.h)
 LEAST = {"int8": 8.0, "int4": 0.0, "int3": 0.0}  # units that a merged sign term must reach
 FINEST = 2.0**-100  # the smallest unit of a merged panel
 
@@ -201,37 +200,61 @@ def many(x: Tensor, w: Weight, values: str) -> Result:
     return _with_adapter(x, w, y, size, bound)
 
 
-def in_steps(t: Tensor, step: Tensor) -> Tensor:
-    """fp32 numbers as integers of fp32 steps, [..., Kp] both."""
-    n = (t * (1.0 / step)).round()
-    assert bool((n.abs() <= MOST).all()), "more than 13 bits"
-    return n.double() * step.double()
+def in_blocks(t: Tensor, inputs: int = BLOCK) -> Tensor:
+    """[..., Kp] -> the largest magnitude of each block of so many inputs, of that shape."""
+    most = t.abs().unflatten(-1, (-1, inputs)).amax(-1, keepdim=True)
+    return most.expand(*most.shape[:-1], inputs).flatten(-2)
 
 
-def largest_step(t: Tensor) -> Tensor:
-    """[..., Kp] fp32 -> of the largest magnitude of each block, of that shape."""
-    most = t.abs().unflatten(-1, (-1, BLOCK)).amax(-1, keepdim=True)
-    return most.expand(*most.shape[:-1], BLOCK).flatten(-2)
+def mulhrs(a: Tensor, b: Tensor | int) -> Tensor:
+    """Products of 16-bit integers over 2^15, rounded: what the instruction of that name has."""
+    return (a * b + (1 << 14)) >> 15
 
 
-def wide(x: Tensor, w: Weight, values: str) -> Result:
-    """Many tokens with 13 bits: x and the weight in steps of a block."""
-    x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
-    least, part = torch.tensor(2.0**-126), torch.tensor(1.0 / MOST)
-    entries, pruned = torch.zeros_like(w.scale), torch.zeros_like(w.scale)
-    for u, v in zip(w.U.T, w.V.T, strict=True):
-        # A fused multiply-add rounds once; of two fp32 numbers fp64 holds the product.
-        entries = (entries.double() + u[:, None].double() * v.double()).float()
-        pruned = (pruned.double() + (u.abs()[:, None] * largest_step(v)).double()).float()
+def nearest(t: Tensor) -> Tensor:
+    return t.round().int()
+
+
+def wide_weight(w: Weight, values: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """The weight of `wide` as integers, and its steps, [N, Kp] both."""
+    eight_bits = values == "int8"
+    part = torch.tensor(1.0 / 4088)
+    kept = torch.full_like(w.scale, 8.0)
+    if eight_bits:
+        kept = in_blocks(w.q.float(), group_size)
+    there = kept > 0
+    bound = torch.where(there, kept.clamp(min=4088 / 255) if eight_bits else kept, 0)
+    step = torch.maximum(in_blocks(w.scale.abs() * (bound * part)), torch.tensor(2.0**-120))
     levels = {1.0: 1, 0.5: 3, 0.25: 7}[w.unit]
-    entries = torch.where(w.level != 0, entries * (w.level * w.unit), w.q.float() * w.scale)
-    kept = torch.tensor(8.0) if values != "int8" else w.q.abs().float()
-    kept = largest_step(w.scale.abs() * (kept * part))
-    row_step = torch.maximum(torch.maximum(kept, pruned * (w.unit * levels * part)), least)
-    x_step = torch.maximum(largest_step(x) / MOST, least)
-    W, rounded = in_steps(entries, row_step), in_steps(x, x_step)
+    V = w.V.T
+    most_v = in_blocks(V)
+    pruned = torch.zeros_like(w.scale)
+    for u, most in zip(w.U.T, most_v, strict=True):
+        pruned = pruned + u.abs()[:, None] * most
+    step = torch.maximum(step, pruned * (w.unit * levels * part))
+    inverse = 1.0 / step
+    factor = nearest(torch.where(there, w.scale * inverse * (128.0 if eight_bits else 8.0), 0))
+    entries = mulhrs(w.q << (8 if eight_bits else 12), factor)
+    lift = lift_of(most_v)
+    v = nearest(V * lift * over(32767.0, most_v * lift))
+    uv = torch.zeros_like(entries)
+    for u, most, integers in zip(w.U.T, most_v, v, strict=True):
+        uv = uv + mulhrs(nearest(u[:, None] * most * (inverse * (8.0 * w.unit))), integers)
+    return torch.where(w.level != 0, mulhrs(w.level * uv, 1 << 12), entries), step
+
+
+def wide(x: Tensor, w: Weight, values: str, group_size: int) -> Result:
+    """Many tokens with 16-bit integers: x and the weight in steps of a block."""
+    x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
+    integers, row_step = wide_weight(w, values, group_size)
+    step = torch.maximum(in_blocks(x) / 4095, torch.tensor(2.0**-126))
+    n = nearest(x * (1.0 / step))
+    assert bool((n.abs() <= 4095).all()) and bool((integers.abs() <= 4096).all())
+    rounded, W = n.double() * step.double(), integers.double() * row_step.double()
     y, size = rounded @ W.T, rounded.abs() @ W.abs().T
-    bound = (x_step.double() / 2) @ W.abs().T + x.double().abs() @ (row_step.double() / 2).T
+    levels = {1.0: 1, 0.5: 3, 0.25: 7}[w.unit]
+    error = torch.where(w.level != 0, 0.5 + 0.2 * levels * w.U.shape[1], 1.001) * row_step.double()
+    bound = (step.double() / 2) @ W.abs().T + x.double().abs() @ error.T
     return _with_adapter(x, w, y, size, bound)
 
 
