@@ -1,14 +1,15 @@
 """Tokens a second of a whole model on a CPU: dense, ours, and llama.cpp's Q4_0.
 
-    python benchmarks/bench_end_to_end.py [--threads 1 2] [--out FILE.json]
+    python benchmarks/bench_end_to_end.py [--threads 1 2] [--dtype fp32] [--out FILE.json]
 
 The model has the shapes of Llama-3.2-1B and random numbers, which cost the same time as trained
-ones; nothing is downloaded. Contestants are the dense bf16 model in transformers, the same model
-with packed linears (int4 values, one plane of rank 1) in both accuracy modes, with its tied head
-dense or packed, and a Q4_0 file of the same shapes in llama.cpp, where the package llama_cpp is
-installed (end_to_end_gguf.py). Timed are decode steps of 1 and 8 texts that begin with one token,
-and the reading of a prompt of 512 tokens. The faster of two runs counts, so the first may warm up.
-The JSON names machine, versions and commit. Memory stays below 8 GB.
+ones; nothing is downloaded. Contestants are the dense model in transformers, in bf16 or, where a
+CPU has no instructions for that, in fp32 (--dtype), the same model with packed linears (int4
+values, one plane of rank 1) in both accuracy modes, with its tied head dense or packed, and a Q4_0
+file of the same shapes in llama.cpp, where the package llama_cpp is installed
+(end_to_end_gguf.py). Timed are decode steps of 1 and 8 texts that begin with one token, and the
+reading of a prompt of 512 tokens. The faster of two runs counts, so the first may warm up. The
+JSON names machine, versions and commit. Memory stays below 8 GB (fp32: 12 GB).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DTYPE = torch.bfloat16
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GROUP = 128  # inputs that a scale of our int4 values covers
 SLICE = 4008  # rows of the head that are made, and repeated, at most
 REPEATS = 2  # runs of which the faster counts
@@ -87,7 +88,7 @@ SMOKE = Shapes(256, 512, 2, 4, 2, 512, steps=2, prompt=8)
 Run = Callable[[], float]  # returns tokens a second
 
 
-def skeleton(shapes: Shapes) -> PreTrainedModel:
+def skeleton(shapes: Shapes, dtype: torch.dtype) -> PreTrainedModel:
     """The model without numbers, its head tied to its embedding."""
     from transformers import LlamaConfig
 
@@ -101,22 +102,22 @@ def skeleton(shapes: Shapes) -> PreTrainedModel:
             vocab_size=shapes.vocabulary,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
-            dtype=DTYPE,
+            dtype=dtype,
         )
     )
 
 
-def fill(model: PreTrainedModel) -> PreTrainedModel:
-    """Random bf16 numbers for every parameter; blocks hold copies of the same ones."""
+def fill(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Random numbers for every parameter; blocks hold copies of the same ones."""
     made: dict[tuple[int, ...], Tensor] = {}
     torch.manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         shape = tuple(parameter.shape)
         if len(shape) == 1:  # of a norm
-            place(model, name, torch.ones(shape, dtype=DTYPE))
+            place(model, name, torch.ones(shape, dtype=dtype))
             continue
         if shape not in made:
-            made[shape] = torch.empty(shape, dtype=DTYPE).normal_(std=0.02)
+            made[shape] = torch.empty(shape, dtype=dtype).normal_(std=0.02)
         place(model, name, made[shape].clone())
     model.tie_weights()
     return model.eval()
@@ -137,9 +138,9 @@ def tall(n: int, k: int) -> PackedWeight:
     return PackedWeight(layout(n, k), **tensors)
 
 
-def packed_model(shapes: Shapes, head: str) -> PreTrainedModel:
+def packed_model(shapes: Shapes, head: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with every linear of its blocks packed, and its head if that is "packed"."""
-    model = skeleton(shapes)
+    model = skeleton(shapes, dtype)
     weights: dict[str, PackedWeight] = {}
     if head == "packed":
         untie(model)
@@ -150,7 +151,7 @@ def packed_model(shapes: Shapes, head: str) -> PreTrainedModel:
             own = {part: t.clone() for part, t in made.tensors().items()}
             weights[f"model.layers.{block}.{name}"] = PackedWeight(made.layout, **own)
     replace_linear(model, weights)
-    return fill(model)
+    return fill(model, dtype)
 
 
 def tokens_of(shapes: Shapes, batch: int, count: int) -> Tensor:
@@ -206,15 +207,16 @@ def timings(model: PreTrainedModel, shapes: Shapes) -> Iterator[tuple[dict[str, 
     )
 
 
-def contestants(shapes: Shapes) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+def contestants(shapes: Shapes, word: str) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
     """Columns that name a contestant, and its model, ready to run; one model is in memory."""
-    model = fill(skeleton(shapes))
-    yield {"backend": "dense", "values": "bf16", "activations": "exact", "head": "dense"}, model
+    dtype = DTYPES[word]
+    model = fill(skeleton(shapes, dtype), dtype)
+    yield {"backend": "dense", "values": word, "activations": "exact", "head": "dense"}, model
     del model
     for head in HEADS:
-        model = packed_model(shapes, head)
+        model = packed_model(shapes, head, dtype)
         for mode in MODES:
-            prepare(model, DTYPE, activations=mode)
+            prepare(model, dtype, activations=mode)
             yield {"backend": "slab", "values": "int4", "activations": mode, "head": head}, model
         del model
 
@@ -225,7 +227,9 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
 
 
-def measure(shapes: Shapes, threads: Sequence[int], llama: bool) -> tuple[list[dict], dict]:
+def measure(
+    shapes: Shapes, threads: Sequence[int], dtype: str, llama: bool
+) -> tuple[list[dict], dict]:
     """All rows, and why contestants are absent."""
     rows: list[dict[str, Any]] = []
 
@@ -233,7 +237,7 @@ def measure(shapes: Shapes, threads: Sequence[int], llama: bool) -> tuple[list[d
         rows.append({**columns, "tokens_per_second": max(run() for _ in range(REPEATS))})
         console.say(in_words(rows[-1]))
 
-    for name, model in contestants(shapes):
+    for name, model in contestants(shapes, dtype):
         stored = {"weight_bytes": weight_bytes(model)}
         for count in threads:
             torch.set_num_threads(count)
@@ -275,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", nargs="+", type=positive, default=[1, 2])
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and the dense model")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument(
         "--llama-cpp", action=argparse.BooleanOptionalAction, default=True, help="time it too"
@@ -285,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shapes = SMOKE if args.smoke else WHOLE
     before = torch.get_num_threads()
     try:
-        rows, absent = measure(shapes, args.threads, args.llama_cpp)
+        rows, absent = measure(shapes, args.threads, args.dtype, args.llama_cpp)
     finally:
         torch.set_num_threads(before)
     record = {

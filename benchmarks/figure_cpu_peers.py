@@ -1,8 +1,8 @@
 """Tables of ours on a CPU beside other libraries: one linear, and a whole model.
 
 The rows are those of on_cpu.sh: two runs of bench_linear.py, with one thread and with two, on a
-machine with bf16 instructions and on one with AVX2 alone, and bench_end_to_end.py on the first. On
-a second one with AVX2, an older one, bench_linear.py ran by itself.
+machine with bf16 instructions and on one with AVX2 alone, and bench_end_to_end.py on both. On a
+second one with AVX2, an older one, bench_linear.py ran by itself.
 `CPU_PEER_TABLES` has a table only where its files are, since a document can name no others.
 """
 
@@ -17,7 +17,7 @@ Files = dict[int, str]  # by threads
 LINEARS: Files = {1: "cpu-peers-1-thread.json", 2: "cpu-peers-2-threads.json"}
 AVX2_LINEARS: Files = {1: "cpu-avx2-1-thread.json", 2: "cpu-avx2-2-threads.json"}
 ZEN1_LINEARS: Files = {1: "cpu-zen1-1-thread.json", 2: "cpu-zen1-2-threads.json"}
-WHOLE = "end-to-end-cpu.json"
+WHOLE, AVX2_WHOLE = "end-to-end-cpu.json", "end-to-end-avx2.json"
 SHAPES = ((11008, 4096), (4096, 4096))
 OURS = "cpu"  # the backend
 # Backend in the rows -> what a reader knows it by.
@@ -147,9 +147,9 @@ def best_peers(files: Files, shape: tuple[int, int]) -> str:
     return markdown(head, body)
 
 
-def whole_model() -> str:
+def whole_model(file: str) -> str:
     """Tokens a second of every contestant, with one thread / with two, the best bold."""
-    rows = read(WHOLE)["rows"]
+    rows = read(file)["rows"]
     threads = sorted({row["threads"] for row in rows})
     columns = list(dict.fromkeys((row["what"], row["batch"], row["tokens"]) for row in rows))
     names = ("what", "batch", "tokens")
@@ -196,8 +196,9 @@ def tables() -> dict[str, Callable[[], str]]:
         found["cpu-avx2-best"] = functools.partial(best_peers, AVX2_LINEARS, SHAPES[0])
     if all(read_if_there(name) for name in ZEN1_LINEARS.values()):
         found["cpu-zen1"] = functools.partial(speedups, ZEN1_LINEARS, SHAPES[0])
-    if read_if_there(WHOLE):
-        found["end-to-end-cpu"] = whole_model
+    for file in (WHOLE, AVX2_WHOLE):
+        if read_if_there(file):
+            found[file.removesuffix(".json")] = functools.partial(whole_model, file)
     return found
 
 

@@ -31,6 +31,8 @@ elif grep -qsw avx2 /proc/cpuinfo; then
   how=(--shapes 11008x4096 --m 1 2 4 8 16 64 256 --values int8 int4 --dtype fp32)
   linear 1 cpu-avx2-1-thread "${how[@]}"
   linear 2 cpu-avx2-2-threads "${how[@]}"
+  OMP_NUM_THREADS=2 "$PYTHON" benchmarks/bench_end_to_end.py --threads 1 2 --dtype fp32 \
+    --out "$new/end-to-end-avx2.json"
 else
   echo "on_cpu.sh: the tables are of CPUs with AVX-512 or AVX2, and this one has neither" >&2
   exit 1

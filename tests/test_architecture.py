@@ -291,7 +291,8 @@ INCLUDES = {
 # The files that include torch.
 TORCH = (
     "arguments.h", "memory.h", "int8_linear.h", "exact_linear.cpp",
-    "int16_linear.cpp", "bindings.cpp", "prepared_bindings.cpp", "int8_bindings.cpp", "solver_bindings.cpp",
+    "int16_linear.cpp", "bindings.cpp", "prepared_bindings.cpp", "int8_bindings.cpp",
+    "solver_bindings.cpp",
 )  # fmt: skip
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

@@ -17,11 +17,13 @@ from slab_kernels.testing import oracle
 TINY = script.Shapes(64, 128, 2, 4, 2, 96, steps=2, prompt=4)
 
 
-def test_every_contestant_of_a_tiny_model(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_contestant_of_a_tiny_model(monkeypatch, tmp_path, capsys, dtype):
     monkeypatch.setattr(script, "SMOKE", TINY)
     monkeypatch.setattr(gguf_file, "missing", lambda: "not here")
     out = tmp_path / "new" / "speed.json"
-    assert script.main(["--smoke", "--threads", "1", "--out", str(out)]) == 0
+    words = ["--smoke", "--threads", "1", "--dtype", dtype, "--out", str(out)]
+    assert script.main(words) == 0
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     record = json.loads(out.read_text())
     assert record["absent"] == {"llama.cpp": "not here"} and record["commit"] and record["device"]
@@ -35,23 +37,25 @@ def test_every_contestant_of_a_tiny_model(monkeypatch, tmp_path, capsys):
     timed = [("decode", 1), ("decode", 8), ("prompt", 1)]
     assert found == [(*m, 1, *what) for m in models for what in timed]
     assert all(row["tokens_per_second"] > 0 for row in record["rows"])
+    assert record["rows"][0]["values"] == dtype and record["rows"][-1]["values"] == "int4"
     sizes = {(r["backend"], r["head"]): r["weight_bytes"] for r in record["rows"]}
     assert sizes["dense", "dense"] > sizes["slab", "dense"]
     assert "without llama.cpp: not here" in capsys.readouterr().err
 
 
 def test_a_packed_model_runs_its_own_weights_in_the_mode_asked_for():
-    model = script.packed_model(TINY, "packed")
+    bf16 = script.DTYPES["bf16"]
+    model = script.packed_model(TINY, "packed", bf16)
     assert not model.config.tie_word_embeddings and isinstance(model.lm_head, SlabLinear)
     layers = [m for m in model.modules() if isinstance(m, SlabLinear)]
     assert len(layers) == 2 * 7 + 1
     assert len({layer.values.data_ptr() for layer in layers}) == len(layers), "memory of their own"
-    script.prepare(model, script.DTYPE, activations="int8")
+    script.prepare(model, bf16, activations="int8")
     assert all("int8" in repr(layer) for layer in layers)
     x = torch.randn(1, 64, dtype=torch.bfloat16)
     exact, size = oracle(x, model.lm_head.packed())
     assert bool(((model.lm_head(x).double() - exact).abs() <= 0.05 * size).all())
-    tied = script.packed_model(TINY, "dense")
+    tied = script.packed_model(TINY, "dense", bf16)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
@@ -143,13 +147,13 @@ def stand_in(monkeypatch, library: Library) -> None:
     module = types.SimpleNamespace(GGUFWriter=Writer, GGMLQuantizationType=kinds)
     monkeypatch.setitem(sys.modules, "gguf", module)
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(llama_cpp=library))
-    monkeypatch.setattr(script, "contestants", lambda shapes: ())
+    monkeypatch.setattr(script, "contestants", lambda shapes, dtype: ())
 
 
 def test_llama_cpp_is_given_the_same_shapes_and_threads(monkeypatch):
     shapes = script.Shapes(256, 512, 2, 4, 2, 96, steps=2, prompt=4)
     stand_in(monkeypatch, library := Library())
-    rows, absent = script.measure(shapes, [1, 2], llama=True)
+    rows, absent = script.measure(shapes, [1, 2], "bf16", llama=True)
     assert not absent and library.threads == [1, 2] and library.live == 0
     tensors = Writer.last.tensors
     assert len(tensors) == 2 + 2 * (7 + 2)
@@ -172,5 +176,5 @@ def test_llama_cpp_is_given_the_same_shapes_and_threads(monkeypatch):
 def test_a_llama_cpp_that_fails_is_a_reason(monkeypatch):
     shapes = script.Shapes(256, 512, 1, 4, 2, 96, steps=1, prompt=4)
     stand_in(monkeypatch, library := Library(logit=float("nan")))
-    rows, absent = script.measure(shapes, [1], llama=True)
+    rows, absent = script.measure(shapes, [1], "bf16", llama=True)
     assert not rows and "logits are not finite" in absent["llama.cpp"] and library.live == 0
