@@ -29,7 +29,7 @@ from .sparse_block import (
     sign_operand,
     where_exists,
 )
-from .sparse_operands import complement, multiply_dense, multiply_sparse
+from .sparse_operands import complement, load_inputs, load_pair, multiply_dense, multiply_sparse
 
 
 class Place(NamedTuple):
@@ -38,19 +38,6 @@ class Place(NamedTuple):
     block: Any
     x: Any  # a tuple, one for each n8 tile of tokens
     v: Any  # a tuple, one for each v that the thread needs
-
-
-@triton.jit
-def _inputs(p, STEP: tl.constexpr, left):
-    """The B fragment of x or v for 32 inputs, 0 beyond the words that are left."""
-    b = ()
-    for i in tl.static_range(4):
-        at = p + (16 * STEP + 4 * i)
-        if left is None:
-            b += (tl.load(at),)
-        else:
-            b += (tl.load(at, mask=left > 16 * STEP + 4 * i, other=0),)
-    return b
 
 
 @triton.jit
@@ -120,9 +107,9 @@ def _round(kept, signs, words, place, lane, magic, exists, left, KIND: tl.conste
             half = load_half(place.block, lane, exists, step // 2, KIND)
         x, z = (), ()
         for n in tl.static_range(X_TILES):
-            x += (_inputs(place.x[n], step, left),)
+            x += (load_inputs(place.x[n], left, step),)
         for j in tl.static_range(V_COUNT):
-            v = _inputs(place.v[j], step, left)
+            v = load_inputs(place.v[j], left, step)
             for n in tl.static_range(X_TILES):
                 b = x[n]
                 z += ((
@@ -155,6 +142,24 @@ def _round(kept, signs, words, place, lane, magic, exists, left, KIND: tl.conste
 
 
 @triton.jit
+def _adapter_inputs(p, zero, M, exists, KIND: tl.constexpr):
+    """The B fragment of z for 16 ranks: the shares of K added, in the activations' type."""
+    T: tl.constexpr = KIND.dtype
+    Z_SPLITS: tl.constexpr = KIND.z_splits
+    RANKS: tl.constexpr = KIND.parts * KIND.adapter_steps * 16
+    b = ()
+    for half in tl.static_range(2):
+        low, high = zero, zero
+        for s in tl.static_range(Z_SPLITS):
+            more = load_pair(p + 8 * half + s * M * RANKS, exists)
+            low += more[0]
+            high += more[1]
+        low_bits = low.to(T).to(tl.uint16, bitcast=True).to(tl.uint32)
+        b += (low_bits | high.to(T).to(tl.uint16, bitcast=True).to(tl.uint32) << 16,)
+    return b
+
+
+@triton.jit
 def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: tl.constexpr):
     """kept + P z: steps of 16 ranks, which the warps take in turn.
 
@@ -164,28 +169,23 @@ def _adapted(kept, p_ptr, z_ptr, pair, part, tokens, M, lane, warp, here, KIND: 
     STEPS: tl.constexpr = KIND.adapter_steps
     X_TILES: tl.constexpr = len(tokens)
     T: tl.constexpr = KIND.dtype
-    Z_SPLITS: tl.constexpr = KIND.z_splits
+    RANKS: tl.constexpr = KIND.parts * STEPS * 16
     ROUNDS: tl.constexpr = (STEPS + W - 1) // W
     for i in tl.static_range(ROUNDS):
         exists = here & (i * W + warp < STEPS)
         step = tl.minimum(i * W + warp, STEPS - 1)
-        new = ()
+        first = (part * STEPS + step) * 16 + 2 * (lane & 3)
+        zero = tl.zeros_like(kept[0][0])
+        b, new = (), ()
         for r in tl.static_range(2):
             at = p_ptr + ((2 * pair + r) * STEPS + step) * 128 + lane * 4
             a = where_exists(exists, load_words(at, 4), 0)
+            if r == 0:  # The other row tile takes the same.
+                for n in tl.static_range(X_TILES):
+                    b += _adapter_inputs(z_ptr + tokens[n] * RANKS + first, zero, M, exists, KIND)
             for n in tl.static_range(X_TILES):
-                b = ()
-                for half in tl.static_range(2):
-                    rank = (part * STEPS + step) * 16 + 8 * half + 2 * (lane & 3)
-                    at = z_ptr + tokens[n] * (KIND.parts * STEPS * 16) + rank
-                    low, high = tl.zeros_like(kept[0][0]), tl.zeros_like(kept[0][0])
-                    for s in tl.static_range(Z_SPLITS):
-                        share = at + s * M * (KIND.parts * STEPS * 16)
-                        low += tl.load(share, mask=exists, other=0.0)
-                        high += tl.load(share + 1, mask=exists, other=0.0)
-                    low_bits = low.to(T).to(tl.uint16, bitcast=True).to(tl.uint32)
-                    b += (low_bits | high.to(T).to(tl.uint16, bitcast=True).to(tl.uint32) << 16,)
-                new += (multiply_dense(a, b[0], b[1], kept[r * X_TILES + n], T),)
+                sums = kept[r * X_TILES + n]
+                new += (multiply_dense(a, b[2 * n], b[2 * n + 1], sums, T),)
         kept = new
     return kept
 

@@ -23,6 +23,24 @@ _DENSE = (
     "mma.sync.aligned.m16n8k16.row.col.f32.%s.%s.f32 " + _SUMS + ", "
     "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
 )
+# For each step the words 0, 4, 8 and 12 behind a pointer; of `_LOAD_LEFT` only those that are left.
+_LOAD = "ld.global.b32 $%d, [$4 + %d];"
+_LOAD_LEFT = "setp.gt.s32 here, $5, %d; mov.b32 $%d, 0; @here ld.global.b32 $%d, [$4 + %d];"
+LOADS = tl.constexpr(
+    tuple(" ".join(_LOAD % (i, 64 * s + 16 * i) for i in range(4)) for s in range(4))
+)
+LOADS_LEFT = tl.constexpr(
+    tuple(
+        "{ .reg .pred here; "
+        + " ".join(_LOAD_LEFT % (16 * s + 4 * i, i, i, 64 * s + 16 * i) for i in range(4))
+        + " }"
+        for s in range(4)
+    )
+)
+LOAD_PAIR = tl.constexpr(
+    "{ .reg .pred here; setp.ne.b32 here, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+    "@here ld.global.b32 $0, [$2]; @here ld.global.b32 $1, [$2 + 4]; }"
+)
 SPARSE_FP16 = tl.constexpr(tuple(_SPARSE % ("f16", "f16", selector) for selector in (0, 1)))
 SPARSE_BF16 = tl.constexpr(tuple(_SPARSE % ("bf16", "bf16", selector) for selector in (0, 1)))
 DENSE_FP16 = tl.constexpr(_DENSE % ("f16", "f16"))
@@ -53,6 +71,52 @@ def multiply_dense(a, b0, b1, c, T: tl.constexpr):
         [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
         is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def load_inputs(p, left, STEP: tl.constexpr):
+    """The B fragment of x or v for 32 inputs; 0 beyond the words that are left, unless that is
+    None: all are there.
+
+    It is one text and not four `tl.load`: for each of those Triton's choice of layouts walks
+    through the whole kernel, again from each operation, which took four fifths of the time to
+    compile. The text has effects, so it stays behind `gdc_wait`. An output is not to share a
+    register with the pointer, which later loads need.
+    """
+    if left is None:
+        TEXT: tl.constexpr = LOADS[STEP]
+        b = tl.inline_asm_elementwise(
+            TEXT,
+            "=&r,=&r,=&r,=&r,l",
+            [p],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        TEXT_LEFT: tl.constexpr = LOADS_LEFT[STEP]
+        b = tl.inline_asm_elementwise(
+            TEXT_LEFT,
+            "=&r,=&r,=&r,=&r,l,r",
+            [p, left],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=False,
+            pack=1,
+        )
+    return b
+
+
+@triton.jit
+def load_pair(p, exists):
+    """Two fp32 numbers that follow each other, 0 where `exists` is not, as `load_inputs` does."""
+    return tl.inline_asm_elementwise(
+        LOAD_PAIR,
+        "=&f,=&f,l,r",
+        [p, exists.to(tl.int32)],
+        dtype=(tl.float32, tl.float32),
+        is_pure=False,
         pack=1,
     )
 
