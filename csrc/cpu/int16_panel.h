@@ -65,42 +65,46 @@ struct RowFactors {
   SLAB_INLINE RowFactors(const CpuWeight& w, const Int16Factors& v, int64_t rb, int64_t kb) {
     const bool bytes = w.values == kInt8;
     const int scales = kInputs / w.group_size;
-    const F part = _mm256_set1_ps(1.0f / float(kMostOfWeight));
+    const float unit = level_unit(w.planes);
+    const F zero = Avx2::zero(), part = _mm256_set1_ps(1.0f / float(kMostOfWeight));
     const uint8_t* const end = w.stream + (rb * w.k_blocks + kb + 1) * w.block_size;
     const uint8_t* const at = end - scale_bytes(w.values, w.group_size);
-    F scale[4][kStrips], most[4][kStrips], bound[kStrips] = {Avx2::zero(), Avx2::zero()};
+    const auto u = [&](int64_t r, int h) __attribute__((always_inline)) {
+      return Avx2::load(w.u + (rb * w.rank + r) * kRows + h * Avx2::kLanes);
+    };
+    const auto most_v = [&](int64_t r) __attribute__((always_inline)) {
+      return _mm256_set1_ps(v.most[r * w.k_blocks + kb]);
+    };
+
+    // What the kept values need.
+    F scale[4][kStrips], there[4][kStrips];  // `there`: whether a value is not 0
     for (int h = 0; h < kStrips; ++h) steps[h] = _mm256_set1_ps(kLeastStep);
     for (int s = 0; s < scales; ++s) {
-      most[s][0] = most[s][1] = _mm256_set1_ps(8.0f);
-      if (bytes) largest_values(w, at - value_bytes(kInt8), s, most[s]);
+      F most[kStrips] = {_mm256_set1_ps(8.0f), _mm256_set1_ps(8.0f)};
+      if (bytes) largest_values(w, at - value_bytes(kInt8), s, most);
       for (int h = 0; h < kStrips; ++h) {
         scale[s][h] = Avx2::load_values<kBf16>(at + 2 * (kRows * s + Avx2::kLanes * h));
-        F largest = most[s][h];
-        // The factor of a value of 1 has to stay below 256 steps.
-        if (bytes)
-          largest = _mm256_and_ps(_mm256_max_ps(largest, _mm256_set1_ps(kMostOfWeight / 255.0f)),
-                                  _mm256_cmp_ps(largest, Avx2::zero(), _CMP_NEQ_OQ));
+        there[s][h] = _mm256_cmp_ps(most[h], zero, _CMP_NEQ_OQ);
+        // 128 scales have to stay below 2^15 steps, or the factor would leave 16 bits.
+        if (bytes) most[h] = _mm256_max_ps(most[h], _mm256_set1_ps(kMostOfWeight / 255.0f));
+        const F largest = _mm256_and_ps(most[h], there[s][h]);
         steps[h] = _mm256_max_ps(steps[h], size(scale[s][h]) * (largest * part));
       }
     }
-    const float unit = level_unit(w.planes);
+    // What the sign term needs.
+    F bound[kStrips] = {zero, zero};
     for (int64_t r = 0; r < w.rank; ++r)
-      for (int h = 0; h < kStrips; ++h)
-        bound[h] = bound[h] + size(Avx2::load(w.u + (rb * w.rank + r) * kRows + h * Avx2::kLanes)) *
-                                  _mm256_set1_ps(v.most[r * w.k_blocks + kb]);
+      for (int h = 0; h < kStrips; ++h) bound[h] = bound[h] + size(u(r, h)) * most_v(r);
     const F levels = _mm256_set1_ps(unit * float(most_level(w.planes))) * part;
+    for (int h = 0; h < kStrips; ++h) steps[h] = _mm256_max_ps(steps[h], bound[h] * levels);
+    // The factors of both.
     for (int h = 0; h < kStrips; ++h) {
-      steps[h] = _mm256_max_ps(steps[h], bound[h] * levels);
       const F inverse = _mm256_set1_ps(1.0f) / steps[h];
-      for (int s = 0; s < scales; ++s) {
-        const F there = _mm256_cmp_ps(most[s][h], Avx2::zero(), _CMP_NEQ_OQ);
-        kept[s][h] = twice(
-            _mm256_and_ps(scale[s][h] * inverse * _mm256_set1_ps(bytes ? 128.0f : 8.0f), there));
-      }
+      const F of_values = _mm256_set1_ps(bytes ? 128.0f : 8.0f);
+      for (int s = 0; s < scales; ++s)
+        kept[s][h] = twice(_mm256_and_ps(scale[s][h] * inverse * of_values, there[s][h]));
       const F eighths = inverse * _mm256_set1_ps(8.0f * unit);
-      for (int64_t r = 0; r < w.rank; ++r)
-        pruned[r][h] = twice(Avx2::load(w.u + (rb * w.rank + r) * kRows + h * Avx2::kLanes) *
-                             _mm256_set1_ps(v.most[r * w.k_blocks + kb]) * eighths);
+      for (int64_t r = 0; r < w.rank; ++r) pruned[r][h] = twice(u(r, h) * most_v(r) * eighths);
     }
   }
 };

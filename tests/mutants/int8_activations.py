@@ -137,13 +137,13 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "a bound of the sign term without its levels",
-        "csrc/cpu/int16_panel.h", "steps[h] = _mm256_max_ps(steps[h], bound[h] * levels);",
-        "steps[h] = _mm256_max_ps(steps[h], bound[h] * part);", INTEGERS,
+        "csrc/cpu/int16_panel.h", "_mm256_max_ps(steps[h], bound[h] * levels);",
+        "_mm256_max_ps(steps[h], bound[h] * part);", INTEGERS,
     ),
     Fault(
         "int8 values at most 128 whatever they are",
         "csrc/cpu/int16_panel.h", "if (bytes) largest_values(w, at -",
-        "if (bytes) most[s][0] = most[s][1] = _mm256_set1_ps(128.0f);\n"
+        "if (bytes) most[0] = most[1] = _mm256_set1_ps(128.0f);\n"
         "      if (false) largest_values(w, at -",
         (f"{TERMS}::test_a_small_sign_term_beside_int8_values",),
     ),
