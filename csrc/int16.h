@@ -6,10 +6,10 @@
 // Both are integers times a step, in blocks of 128 inputs. The step of a token is its largest
 // magnitude in the block over 4095. That of a row of the weight is a bound of its magnitudes there
 // over 4088: the largest kept one (of int4 values 8 scales), or the sign term with the largest v of
-// every rank. 8 times 511 is 4088, so int4 values are exact where a block has one scale and the sign
-// term is not larger. Nothing saturates, whatever the scales, and the sum of a block, of 128
-// products below 2^24, stays below 2^31. Blocks are added in fp32, in ascending order: a row of y
-// depends on its own token only.
+// every rank; steps of the weight below 2^-120 become 2^-120. 8 times 511 is 4088, so int4 values
+// are exact where a block has one scale and the sign term is not larger. Nothing saturates, and the
+// sum of a block, of 128 products below 2^24, stays below 2^31. Blocks are added in fp32, in
+// ascending order: a row of y depends on its own token only.
 //
 // Rounding changes an entry of x by at most half a step, and a kept value by at most one. It changes
 // a pruned entry by at most 0.5 + 0.2 L R steps, where L is the largest level: 1, 3 or 7.
@@ -35,7 +35,7 @@ struct Int16Factors {
 struct Int16Kernels {
   // Writes the cells and steps of one token, number `token` of the M of a call and `place` of the
   // `tokens` of its block, whose cells begin at `cells`. x: k_blocks * 128 numbers. Returns whether
-  // all are finite; the steps of a block where they are not are 0.
+  // all are finite; a block where they are not becomes zeros.
   bool (*quantise)(const float* x, int64_t k_blocks, int64_t token, int64_t M, int64_t place,
                    int64_t tokens, float* cells, float* steps);
   // Writes what Int16Factors has.

@@ -110,8 +110,8 @@ struct Int8Kernels {
   // For many tokens either of these, the other one is null. `wide` has 16-bit integers (int16.h).
   Int8Product many;
   const Int16Kernels* wide;
-  // Up to so many tokens `few` runs, and while tokens times 1 + rank are at most `few_terms`: it
-  // multiplies x v_r once for each rank. It rounds less than `many`, if more than `wide`.
+  // `few` runs up to so many tokens, and while tokens times 1 + rank are at most `few_terms`: it
+  // multiplies x v_r once for each rank. It rounds less than `many`, and more than `wide`.
   int few_tokens, few_terms;
   // What runs above that: the product for many tokens, or else the exact one, which is faster there.
   // All were measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and int8.

@@ -12,10 +12,11 @@ rounded to bf16, as in a dense model of that dtype.
 SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512|avx512_bf16|avx512_amx forces an instruction set.
 
 With int8 activations (activations.py) integer values are multiplied by x as 8-bit integers, from
-the same prepared tensor (csrc/int8.h). A token that holds NaN or infinity is computed exactly.
+the same prepared tensor (csrc/int8.h); with AVX2 and many tokens x and the weight become integers
+of 13 bits (csrc/int16.h). A token that holds NaN or infinity is computed exactly.
 
-Where the reference is finite, so are these kernels for |x| up to 2^80: above it, sums that a scale
-or a small factor is yet to multiply may overflow.
+Where the sum of all |x w| of a row is finite in fp32, so are these kernels for |x| up to 2^80:
+above it, sums that a scale or a small factor is yet to multiply may overflow.
 
 NaN and infinity in x reach every output whose weight row reads that input. One exception: a pure
 2:4 weight (rank 0) has no weight at pruned positions, so with few tokens a NaN there does not reach
@@ -116,7 +117,8 @@ class CpuBackend(Backend):
         return torch.ops.slab_kernels.linear_cpu_frozen.default(x, prepared, bias, N, K)
 
     def linear_fused(self, x: Tensor, state: Any, bias: Tensor | None = None) -> Tensor:
-        """See `Backend`. With int8 activations one call, for whose parts x is quantised once."""
+        """See `Backend`. With int8 activations one call, for whose parts x is quantised
+        once (but for AVX2's product for many tokens)."""
         states = [part for part, _ in state]
         if not all(isinstance(part, CpuInt8State) for part in states) or _wants_gradient(x, bias):
             return super().linear_fused(x, state, bias)
@@ -157,9 +159,10 @@ class CpuBackend(Backend):
             ("many", 8): "1/254 of the second largest of 64 inputs, the largest not at all",
             ("many", 13): "1/8190 of the largest of 128 inputs",
         }[way, bits]
+        weight = ", and so is the weight, by at most about twice as much" if bits == 13 else ""
         return (
             f"activations=int8: the product for {way} tokens ({name}) with integers of {bits} "
-            f"bits; x is rounded, by at most {rounded}; more in docs/cpu.md"
+            f"bits; x is rounded, by at most {rounded}{weight}; more in docs/cpu.md"
         )
 
 

@@ -127,7 +127,7 @@ INT8_ACTIVATIONS = (
     ),
     Fault(
         "the step of a token in the first block for all blocks",
-        "csrc/cpu/int16_tile.h", "steps[kb * M + token] = numbers", "steps[token] = numbers",
+        "csrc/cpu/int16_tile.h", "steps[kb * M + token] = most", "steps[token] = most",
         INTEGERS,
     ),
     Fault(

@@ -247,8 +247,10 @@ def wide(x: Tensor, w: Weight, values: str, group_size: int) -> Result:
     """Many tokens with 16-bit integers: x and the weight in steps of a block."""
     x = pad(x.float(), (0, -x.shape[-1] % BLOCK))
     integers, row_step = wide_weight(w, values, group_size)
-    step = torch.maximum(in_blocks(x) / 4095, torch.tensor(2.0**-126))
-    n = nearest(x * (1.0 / step))
+    most = in_blocks(x)
+    lift = lift_of(most)
+    step = most * lift / 4095 / lift
+    n = nearest(x * lift * over(4095.0, most * lift))
     assert bool((n.abs() <= 4095).all()) and bool((integers.abs() <= 4096).all())
     rounded, W = n.double() * step.double(), integers.double() * row_step.double()
     y, size = rounded @ W.T, rounded.abs() @ W.abs().T
