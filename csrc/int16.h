@@ -11,8 +11,8 @@
 // sum of a block, of 128 products below 2^24, stays below 2^31. Blocks are added in fp32, in
 // ascending order: a row of y depends on its own token only.
 //
-// Rounding changes an entry of x by at most half a step, and a kept value by at most one. It changes
-// a pruned entry by at most 0.5 + 0.2 L R steps, where L is the largest level: 1, 3 or 7.
+// Rounding changes an entry of x by at most half a step, and a kept value by at most one. It
+// changes a pruned entry by at most 0.5 + 0.2 L R steps, where L is the largest level: 1, 3 or 7.
 #pragma once
 
 #include "launch.h"

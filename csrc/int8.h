@@ -113,8 +113,9 @@ struct Int8Kernels {
   // `few` runs up to so many tokens, and while tokens times 1 + rank are at most `few_terms`: it
   // multiplies x v_r once for each rank. It rounds less than `many`, and more than `wide`.
   int few_tokens, few_terms;
-  // What runs above that: the product for many tokens, or else the exact one, which is faster there.
-  // All were measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4 and int8.
+  // What runs above that: the product for many tokens, or else the exact one, which is faster
+  // there. All were measured on AMD EPYCs (Zen 4, for AVX2 Zen 3), one thread, ranks 0 to 4, int4
+  // and int8.
   bool runs_many;
 };
 

@@ -4,9 +4,9 @@
 // either group: inputs 8 j + p and 8 j + 4 + p. All positions of a group are computed as if they
 // were pruned, then kept values take their places.
 //
-// A pruned entry is u times v, with integers for both: u in eighths of the row's step, v in parts of
-// its largest magnitude in the block. A kept one is its value times the scale in parts of the step,
-// 1/8 for int4 and 1/128 for int8 values.
+// A pruned entry is u times v, with integers for both: u in eighths of the row's step, v in parts
+// of its largest magnitude in the block. A kept one is its value times the scale in parts of the
+// step, 1/8 for int4 and 1/128 for int8 values.
 #pragma once
 
 #include "../int16.h"

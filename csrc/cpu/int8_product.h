@@ -1,8 +1,8 @@
 // Panels of int8 weights (int8_panel.h) times tokens, written once over a vector type V.
 //
 // V has, beside what int8_panel.h asks for: dot(acc, weight, x), the products of each lane's four
-// weights with four integers of x added to acc; top_byte(words, shift), the weight of each lane that
-// a shift to the left brings to its top; kPanelTokens, how many tokens its registers hold.
+// weights with four integers of x added to acc; top_byte(words, shift), the weight of each lane
+// that a shift to the left brings to its top; kPanelTokens, how many tokens its registers hold.
 #pragma once
 
 #include "../int8.h"
