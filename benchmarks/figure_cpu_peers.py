@@ -16,6 +16,7 @@ from figure_tables import Row, markdown, matching, read, read_if_there, rounded
 Files = dict[int, str]  # by threads
 LINEARS: Files = {1: "cpu-peers-1-thread.json", 2: "cpu-peers-2-threads.json"}
 AVX2_LINEARS: Files = {1: "cpu-avx2-1-thread.json", 2: "cpu-avx2-2-threads.json"}
+AVX2_MANY: Files = {1: "cpu-avx2-many-1.json", 2: "cpu-avx2-many-2.json"}
 ZEN1_LINEARS: Files = {1: "cpu-zen1-1-thread.json", 2: "cpu-zen1-2-threads.json"}
 WHOLE, AVX2_WHOLE = "end-to-end-cpu.json", "end-to-end-avx2.json"
 SHAPES = ((11008, 4096), (4096, 4096))
@@ -194,8 +195,9 @@ def tables() -> dict[str, Callable[[], str]]:
     if all(read_if_there(name) for name in AVX2_LINEARS.values()):
         found["cpu-avx2"] = functools.partial(speedups, AVX2_LINEARS, SHAPES[0])
         found["cpu-avx2-best"] = functools.partial(best_peers, AVX2_LINEARS, SHAPES[0])
-    if all(read_if_there(name) for name in ZEN1_LINEARS.values()):
-        found["cpu-zen1"] = functools.partial(speedups, ZEN1_LINEARS, SHAPES[0])
+    for table, files in (("cpu-avx2-many", AVX2_MANY), ("cpu-zen1", ZEN1_LINEARS)):
+        if all(read_if_there(name) for name in files.values()):
+            found[table] = functools.partial(speedups, files, SHAPES[0])
     for file in (WHOLE, AVX2_WHOLE):
         if read_if_there(file):
             found[file.removesuffix(".json")] = functools.partial(whole_model, file)

@@ -94,8 +94,11 @@ def test_machines_without_bf16_have_tables_of_their_own(results):
     assert tables["cpu-avx2-best"]().splitlines()[7].startswith("| 2 | 16 | 1.40× | 2.10× |")
     for threads, name in figure.ZEN1_LINEARS.items():
         (results / name).write_text(json.dumps(linear(threads, "fp32")), encoding="utf-8")
+    for threads, name in figure.AVX2_MANY.items():
+        (results / name).write_text(json.dumps(linear(threads, "fp32")), encoding="utf-8")
+    assert set(figure.tables()) == {*tables, "cpu-zen1", "cpu-avx2-many"}
     (results / figure.AVX2_WHOLE).write_text(json.dumps(whole()), encoding="utf-8")
-    assert set(figure.tables()) == {*tables, "cpu-zen1", "end-to-end-avx2"}
+    assert set(figure.tables()) == {*tables, "cpu-zen1", "cpu-avx2-many", "end-to-end-avx2"}
 
 
 def test_speed_ups_by_format_with_the_best_of_a_column_bold(measured):
@@ -155,5 +158,7 @@ def test_the_script_writes_the_files_that_the_tables_read():
         assert args.peers and args.dtype == [dtype]
         found = re.findall(r"linear (\d) (\S+)", runs)
         assert {int(threads): f"{name}.json" for threads, name in found} == files
+    assert 'for threads in 1 2; do linear "$threads" "cpu-avx2-many-$threads"' in words
+    assert {f"cpu-avx2-many-{n}.json" for n in (1, 2)} == set(figure.AVX2_MANY.values())
     assert f'--threads 1 2 --out "$new/{figure.WHOLE}"' in words
     assert f'--threads 1 2 --dtype fp32 --out "$new/{figure.AVX2_WHOLE}"' in words
