@@ -2,7 +2,7 @@
 # Times the CPU kernels beside other libraries, for figure_cpu_peers.py: one linear with one thread
 # and with two, then a whole model. About 12 minutes on two cores of an AMD EPYC (Zen 4), in which
 # nothing else should run. On a CPU with AVX2 alone, where torch's bf16 linear is far slower than its
-# fp32 one, one shape is timed with fp32, in about 7 minutes (Zen 3); from 128 tokens on without the
+# fp32 one, one shape is timed with fp32, in about 7 minutes (Zen 3), up to 256 tokens without the
 # other libraries, some of which take minutes there; then a whole model.
 #     benchmarks/on_cpu.sh [FOLDER]      where the files go; default: benchmarks/results
 # PYTHON names the interpreter that has torch; default: the environment's, else python3. The other
@@ -33,7 +33,7 @@ elif grep -qsw avx2 /proc/cpuinfo; then
   linear 1 cpu-avx2-1-thread "${how[@]}"
   linear 2 cpu-avx2-2-threads "${how[@]}"
   for threads in 1 2; do
-    linear "$threads" "cpu-avx2-many-$threads" "${how[@]}" --m 128 256 512 --no-peers
+    linear "$threads" "cpu-avx2-many-$threads" "${how[@]}" --m 16 64 256 --no-peers
   done
   OMP_NUM_THREADS=2 "$PYTHON" benchmarks/bench_end_to_end.py --threads 1 2 --dtype fp32 \
     --out "$new/end-to-end-avx2.json"
