@@ -97,16 +97,7 @@ void run_tokens(const CpuKernels& run, const CpuWeight& w, CpuTokens t, const vo
 void slab::run_exact(const CpuKernels& run, const CpuWeight& w, const void* x, int type,
                      int64_t tokens, void* y, int64_t y_stride) {
   const Product product = choose_product(run, w, tokens, type);
-  const int64_t bytes = type == kFloat32 ? 4 : 2;
-  const TokenBlocks calls(tokens, kTileTokens);
-  for (int64_t i = 0; i < calls.count; ++i) {
-    const int64_t first = calls.begin(i);
-    CpuTokens t{};
-    t.count = calls.begin(i + 1) - first;
-    t.y = static_cast<uint8_t*>(y) + first * y_stride * bytes;
-    t.y_stride = y_stride;
-    t.y_type = type;
-    run_tokens(run, w, t, static_cast<const uint8_t*>(x) + first * w.in_features * bytes, type,
-               product);
-  }
+  in_calls(w, x, type, tokens, y, y_stride, [&](const CpuTokens& t, const void* from) {
+    run_tokens(run, w, t, from, type, product);
+  });
 }

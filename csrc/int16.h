@@ -23,7 +23,8 @@ constexpr int kMostOfX = 4095, kMostOfWeight = 4088;
 
 // The quantised tokens of a call, in the blocks of tokens that `tile` takes (launch.h).
 struct Int16Tokens {
-  const float* cells;  // [cells][tokens of the block]; a cell is two inputs, the first one below
+  // [cells][tokens of the block]; a cell holds inputs 8 j + p (in its low half) and 8 j + 4 + p.
+  const float* cells;
   const float* steps;  // [k_blocks][M]
 };
 // V of a weight.

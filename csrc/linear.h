@@ -24,6 +24,23 @@ const float* widened(const CpuKernels& run, const void* x, int type, int64_t cou
 void arrange_tokens(const CpuKernels& run, const void* x, int type, const TokenBlocks& blocks,
                     int64_t features, int64_t cells, bool pairs, float* out);
 
+// Calls run(t, x) with at most kTileTokens tokens at a time; of t their number and their y are set.
+template <class Run>
+void in_calls(const CpuWeight& w, const void* x, int type, int64_t tokens, void* y,
+              int64_t y_stride, const Run& run) {
+  const int64_t bytes = type == kFloat32 ? 4 : 2;
+  const TokenBlocks calls(tokens, kTileTokens);
+  for (int64_t i = 0; i < calls.count; ++i) {
+    const int64_t first = calls.begin(i);
+    CpuTokens t{};
+    t.count = calls.begin(i + 1) - first;
+    t.y = static_cast<uint8_t*>(y) + first * y_stride * bytes;
+    t.y_stride = y_stride;
+    t.y_type = type;
+    run(t, static_cast<const uint8_t*>(x) + first * w.in_features * bytes);
+  }
+}
+
 // z = x Q, for the kernels to add P z.
 void run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t);
 

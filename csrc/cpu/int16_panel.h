@@ -17,7 +17,7 @@
 namespace slab {
 namespace {
 
-// Of a smaller step 8 inverses would not be finite in fp32.
+// With a smaller step, 8 times its inverse would overflow fp32.
 constexpr float kLeastStep = 0x1p-120f;
 constexpr int kCellsOfBlock = kInputs / 2;
 
@@ -31,7 +31,7 @@ constexpr Lane kFirstAt[3] = {where_at(kKeptFirst, 0), where_at(kKeptFirst, 1),
                               where_at(kKeptFirst, 2)};
 constexpr Lane kSecondAt[4] = {Lane{}, where_at(kKeptSecond, 1), where_at(kKeptSecond, 2),
                                where_at(kKeptSecond, 3)};
-// The first pruned input is input 0 unless it is here; the second one likewise is input 3.
+// Where the first pruned input is input 1 or 2; where it is neither, it is input 0.
 constexpr Lane kFirstPrunedAt[3] = {Lane{}, where_at(kPrunedFirst, 1), where_at(kPrunedFirst, 2)};
 // Bytes 0 and 1, or 2 and 3, of a word, each above 8 bits of zeros.
 constexpr Order kTopBytes[2] = {bytes_of_words(-1, 0, -1, 1), bytes_of_words(-1, 2, -1, 3)};
@@ -242,7 +242,7 @@ struct Int16Panel {
       if constexpr (kPlanes == 0)
         with(Constant<0>{});
       else
-        w.rank == 1 ? with(Constant<1>{}) : with(Constant<2>{});  // 2: any
+        w.rank == 1 ? with(Constant<1>{}) : with(Constant<2>{});  // 2 stands for any other rank
     }
   }
   void rebuild(const CpuWeight& w, int64_t first, int64_t second, int64_t kb, float* panel) const {

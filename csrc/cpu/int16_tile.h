@@ -77,7 +77,7 @@ struct Int16Product {
   }
 };
 
-// The inputs of a cell, and the one 4 behind it.
+// The first input of a cell; its other input stands 4 behind it.
 constexpr int first_input(int cell) { return cell / kGroup * 2 * kGroup + cell % kGroup; }
 
 bool quantise_pairs(const float* x, int64_t k_blocks, int64_t token, int64_t M, int64_t place,
