@@ -146,9 +146,15 @@ class StdlibSourceError(SlabError, OSError):
 
 
 class BackendError(SlabError, RuntimeError):
-    """A backend was asked for that cannot run this problem, or is unknown."""
+    """A backend was asked for that cannot run this problem."""
 
     exit_code = CANNOT_RUN
+
+
+class UnknownBackendError(BackendError):
+    """A backend was asked for that does not exist on any machine."""
+
+    exit_code = BAD_INPUT
 
 
 class ConfigError(SlabError, ValueError):

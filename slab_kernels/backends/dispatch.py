@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import plugins
-from ..errors import BackendError
+from ..errors import BackendError, UnknownBackendError
 from ..format import PackedWeight
 from . import activations as accuracy
 from . import dense_copy
@@ -57,7 +57,8 @@ def order() -> tuple[str, ...]:
 def backend(name: str) -> Backend:
     """The backend of that name.
 
-    Raises: BackendError with the known names, or with the reason why another package's is none.
+    Raises: UnknownBackendError with the known names; BackendError with the reason why another
+        package's is none.
     """
     if name in ORDER:
         return importlib.import_module(f".{name}", __package__).BACKEND
@@ -68,7 +69,7 @@ def backend(name: str) -> Backend:
             raise BackendError(f"backend {name!r} is not usable: {plugin.problem}")
     origin = f" ({ENVIRONMENT} names it)" if os.environ.get(ENVIRONMENT) == name else ""
     known = ", ".join(order())
-    raise BackendError(f"backend {name!r} is unknown{origin}; known backends: {known}")
+    raise UnknownBackendError(f"backend {name!r} is unknown{origin}; known backends: {known}")
 
 
 def explain(problem: LinearProblem) -> dict[str, list[str]]:

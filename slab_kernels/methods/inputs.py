@@ -54,6 +54,8 @@ class InputStats:
             raise CalibrationError(
                 f"needs={self.needs!r} is unknown; choose one of {', '.join(NEEDS)}"
             )
+        if self.in_features < 1:
+            raise CalibrationError(f"in_features={self.in_features} of a layer must be at least 1")
 
     @classmethod
     def from_inputs(cls, x: Tensor, needs: str = "gram", drift: Tensor | None = None) -> InputStats:

@@ -73,6 +73,16 @@ class _Chosen(NamedTuple):
     listed: dict[str, str] | None = None
 
 
+def _wanted() -> bool:
+    """Whether the environment lets checksums be compared. Raises: ArgumentError."""
+    told = os.environ.get(VERIFY) or "1"
+    if told not in ("0", "1"):
+        raise ArgumentError(
+            f"{VERIFY}={told} is neither 0, which leaves checksums out, nor 1, which compares them"
+        )
+    return told == "1"
+
+
 class Checkpoint:
     """A folder of safetensors shards, whose headers are read and checked on opening.
 
@@ -86,14 +96,14 @@ class Checkpoint:
 
     Raises: CheckpointError for a missing folder, config.json or shard, a corrupt shard, a tensor
         that is listed but absent, present but not listed, or present twice, and for PyTorch .bin
-        files.
+        files; ArgumentError for another word than 0 or 1 in SLAB_KERNELS_VERIFY.
     """
 
     def __init__(
         self, folder: Path | str, files: Iterable[Path | str] | None = None, verify: bool = True
     ):
         self.folder = Path(folder)
-        self.verifies = verify and os.environ.get(VERIFY) != "0"
+        self.verifies = _wanted() and verify
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{self.folder} is not a folder; give the folder that holds config.json"

@@ -76,9 +76,11 @@ def module_entry(layout: PackedLayout) -> dict[str, Any]:
 def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entry of a folder's config.json.
 
-    Raises: CheckpointError if the folder was not written by this library.
+    Raises: CheckpointError if the folder was not written by this library, or has lost the entry.
     """
     entry = checkpoint.config.get("quantization_config")
+    if not entry:
+        refuse_lost_entry(checkpoint)
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         method = entry.get("quant_method") if isinstance(entry, dict) else entry
         found = f"quant_method {reprlib.repr(method)}" if entry else "a dense model"
@@ -87,6 +89,21 @@ def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
             "compress it first, or open it with transformers"
         )
     return entry
+
+
+def refuse_lost_entry(checkpoint: Checkpoint) -> None:
+    """Look for packed layers in a folder whose config.json says nothing of them.
+
+    Raises: CheckpointError if there is one, which cannot be read without its layout.
+    """
+    for name in checkpoint.entries:
+        module, _, part = name.rpartition(".")
+        if part == "metadata" and f"{module}.values" in checkpoint.entries:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds packed layers ({module} is one), and its config.json "
+                "has lost the entry quantization_config that says how they are laid out; put back "
+                "the config.json that was written with them, or compress the model again"
+            )
 
 
 def read_layouts(checkpoint: Checkpoint) -> dict[str, PackedLayout]:

@@ -16,6 +16,7 @@ from .stylesheet import STYLE
 
 LONG = 12  # rows of a table that is shown; a longer one is folded
 LARGEST_LINK = 1 << 20  # bytes of a JSON file that the page carries along
+GENERATOR = "<meta name=generator content=slab_kernels>"  # by which a page is known as ours
 
 
 class Drawn(NamedTuple):
@@ -66,6 +67,7 @@ def html(page: Page) -> str:
     first, *others = page.headline or [""]
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        GENERATOR,
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{head}</title><style>{STYLE}</style></head><body><main>",
         f"<header><h1>{escape(page.title)}</h1><p class=model>{escape(page.model)}</p>",

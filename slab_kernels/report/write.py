@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import ReportError
 from ..paths import expanded
 from . import figures, page, speed, stacks
 from .headline import headline, key_numbers, title
@@ -188,21 +189,26 @@ def write(
     progress: called with the pictures drawn and those in all.
 
     Raises: PlotsUnavailable when matplotlib is missing and `plots` is true; OSError when `out`
-        cannot be written.
+        cannot be written; ReportError where it holds a report.html of somebody else.
     """
     out = expanded(out)
+    path = out / "report.html"
+    if path.exists() and page.GENERATOR not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ReportError(
+            f"{path} was not written by slab_kernels and would be lost; choose another folder, or "
+            "delete it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     written, drawn = [], []
     shown = pictures(report) if plots else []
     for number, picture in enumerate(shown, 1):
         light, dark = png(picture.draw(LIGHT)), png(picture.draw(DARK))
         drawn.append(page.Drawn(picture.title, picture.caption, light, dark))
-        path = out / f"{picture.stem}.png"
-        path.write_bytes(light)
-        written.append(path)
+        file = out / f"{picture.stem}.png"
+        file.write_bytes(light)
+        written.append(file)
         if progress is not None:
             progress(number, len(shown))
-    path = out / "report.html"
     text = page.html(_page(report, drawn))
     path.write_text(text, encoding="utf-8", errors="replace")  # a name may hold half a character
     return [*written, path]

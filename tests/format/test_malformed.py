@@ -124,6 +124,21 @@ def test_another_quantization_is_told_and_not_loaded(copy, value, words):
         slab_kernels.load(copy)
 
 
+def test_a_config_that_lost_its_entry_is_told(copy, tmp_path, capsys):
+    """Its tensors show that the folder is packed, so it is neither read as dense nor called so."""
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    words = r"holds packed layers .*config.json has lost the entry quantization_config"
+    out = tmp_path / "out"
+    for use in (inspect, slab_kernels.load, lambda folder: slab_kernels.decompress(folder, out)):
+        with pytest.raises(CheckpointError, match=words):
+            use(copy)
+    for command in (["inspect", str(copy)], ["compress", str(copy), str(out)]):
+        assert cli.run(command) == 3 and "has lost the entry" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

@@ -105,6 +105,8 @@ def test_bad_calls_say_what_is_wrong():
         InputStats(4).update(inputs(3, 5))
     with pytest.raises(CalibrationError, match="needs='all'"):
         InputStats(4, needs="all")
+    with pytest.raises(CalibrationError, match="in_features=0 of a layer must be at least 1"):
+        InputStats(0)
     with pytest.raises(CalibrationError, match="overflow when squared"):
         InputStats(2).update(torch.full((3, 2), 1e30))
     with pytest.raises(CalibrationError, match="square"):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import slab_kernels
 from slab_kernels.cli import main as cli
-from slab_kernels.errors import CheckpointError
+from slab_kernels.errors import ArgumentError, CheckpointError
 from slab_kernels.models.folder import VERIFY, Checkpoint
 from slab_kernels.models.shards import CHECKSUMS
 
@@ -114,6 +114,13 @@ def test_comparing_can_be_left_out(copy, tmp_path, monkeypatch, capsys):
     assert cli.run(["eval", str(copy), "--text", str(text), "--window", "16", "--no-verify"]) == 0
     monkeypatch.setenv(VERIFY, "0")
     AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_another_word_for_comparing_is_refused(copy, monkeypatch, capsys):
+    monkeypatch.setenv(VERIFY, "no")
+    with pytest.raises(ArgumentError, match=f"{VERIFY}=no is neither 0"):
+        slab_kernels.load(copy)
+    assert cli.run(["inspect", str(copy)]) == 2 and VERIFY in capsys.readouterr().err
 
 
 def test_folders_without_checksums_load_as_before(copy):

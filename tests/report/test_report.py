@@ -420,6 +420,20 @@ def test_folder_without_record_is_refused(tmp_path):
         read([tmp_path])
 
 
+def test_a_page_of_somebody_else_is_not_overwritten(runs, tmp_path, capsys):
+    other = tmp_path / "report.html"
+    other.write_text("<html>my own</html>")
+    with pytest.raises(ReportError, match=r"report.html was not written by slab_kernels"):
+        write(read([runs]), tmp_path, plots=False)
+    assert cli.run(["report", str(runs), "--out", str(tmp_path), "--no-plots"]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.glob("*.*")] == ["report.html"]
+    assert other.read_text() == "<html>my own</html>"
+    other.unlink()
+    for _ in range(2):  # over its own page it writes
+        assert write(read([runs]), tmp_path, plots=False) == [other]
+
+
 def test_writes_pictures_and_a_page_that_stands_alone(runs, tmp_path):
     rows = [
         {

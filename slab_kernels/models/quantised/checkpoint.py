@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..folder import Checkpoint
 from ..model_config import config_dtype
-from ..packed_config import QUANT_METHOD
+from ..packed_config import QUANT_METHOD, refuse_lost_entry
 from ..shards import TensorEntry
 from . import awq, compressed_tensors, fp8, gptq, mxfp4
 from .stored import Found, Weight
@@ -127,11 +127,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """A folder with whatever weights: packed by this library, dense, or read as if they were.
 
     Raises: CheckpointError for a folder that is no checkpoint, or holds weights in a format that is
-        not in FORMATS, by its name.
+        not in FORMATS, by its name, or packed layers that config.json does not mention.
     """
     stored = Checkpoint(folder)
     entry = _entry(stored.config)
     method = _method(entry)
+    if entry is None:
+        refuse_lost_entry(stored)
     if entry is None or method == QUANT_METHOD:
         return stored
     if not isinstance(entry, dict) or not isinstance(method, str) or method not in FORMATS:
