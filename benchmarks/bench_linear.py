@@ -44,7 +44,7 @@ COLUMNS = ("model", "n", "k", "m", "backend", "values", "activations", "dtype", 
            "rank", "adapter_rank", "group_size", "threads", "cache", "timing", "median_us",
            "iqr_us", "calls", "speedup_vs_dense", "gbytes_per_s", "bandwidth_share", "tflops",
            "matrix_share", "roofline", "bound", "bits_per_weight", "weight_bytes", "copies",
-           "rotated_bytes", "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
+           "rotated_bytes", "rounds", "measured_gbytes_per_s", "measured_tflops")  # fmt: skip
 CPU_TOKENS = (1, 4, 16, 64)
 GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 
@@ -118,6 +118,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--peers", action=flag, default=True, help="other libraries' kernels, where installed"
     )
     parser.add_argument("--seconds", type=float, help="least time a row is measured")
+    parser.add_argument(
+        "--rounds", type=count, default=1, help="time everything so often; the fastest counts"
+    )
     parser.add_argument("--out", type=expanded, default=ROOT / "results")
     parser.add_argument(
         "--name", type=plain_name, help="of the files, without ending; default: as said above"
@@ -164,7 +167,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
                 peers=args.peers,
                 activations=tuple(args.activations),
             )
-            found = linear.measure(case)
+            found = linear.measure(case, rounds=args.rounds)
             for row in found.rows:
                 rows.append({"model": model, **row})
                 console.say(in_words(row))

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Times the CPU kernels beside other libraries, for figure_cpu_peers.py: one linear with one thread
-# and with two, then a whole model. About 12 minutes on two cores of an AMD EPYC (Zen 4), in which
-# nothing else should run. On a CPU with AVX2 alone, where torch's bf16 linear is far slower than its
-# fp32 one, one shape is timed with fp32, in about 7 minutes (Zen 3), up to 256 tokens without the
-# other libraries, some of which take minutes there; then a whole model.
+# and with two, then a whole model. Nothing else should run meanwhile. On a CPU with AVX2 alone, where
+# torch's bf16 linear is far slower than its fp32 one, one shape is timed with fp32, up to 256 tokens
+# without the other libraries, some of which take minutes there.
 #     benchmarks/on_cpu.sh [FOLDER]      where the files go; default: benchmarks/results
+# ROUNDS: every linear is timed so often, and the fastest counts; default 3. With one round all takes
+# about 12 minutes on two cores of an AMD EPYC (Zen 4).
 # PYTHON names the interpreter that has torch; default: the environment's, else python3. The other
 # libraries are those of the extra `peers`; who is absent is named with the reason.
 set -euo pipefail
@@ -20,7 +21,7 @@ new="$(mktemp -d)"
 trap 'rm -rf "$new"' EXIT
 linear() {
   OMP_NUM_THREADS=$1 "$PYTHON" benchmarks/bench_linear.py --device cpu --activations exact int8 \
-    --seconds 0.3 --out "$new" --name "$2" "${@:3}"
+    --seconds 0.2 --rounds "${ROUNDS:-3}" --out "$new" --name "$2" "${@:3}"
 }
 if grep -qsw avx512f /proc/cpuinfo; then
   how=(--shapes 11008x4096 4096x4096 --m 1 4 16 64 256 --values fp16 int8 int4 --dtype bf16)

@@ -27,6 +27,7 @@ def bench(
     activations: options.BenchActivations = None,
     peers: options.Peers = False,
     seconds: options.RowSeconds = 0.5,
+    rounds: options.Rounds = 1,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> Outcome:
@@ -68,7 +69,7 @@ def bench(
             def note(done: int, total: int, before: int = number) -> None:
                 progress(before * total + done, len(shapes) * total)
 
-            found = linear.measure(case, progress=note)
+            found = linear.measure(case, progress=note, rounds=rounds)
             rows += found.rows
             absent |= {name: f"{n}×{k}: {reason}" for name, reason in found.absent.items()}
     data = {"device": machine.one_line(), "rows": rows, "absent": absent}

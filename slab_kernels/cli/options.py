@@ -361,6 +361,12 @@ RowSeconds = Annotated[
     float,
     typer.Option(help="Time spent on a row, at least.", min=0.0, callback=finite),
 ]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        help="Time everything so often; the fastest counts. For machines that others use.", min=1
+    ),
+]
 TileSeconds = Annotated[
     float,
     typer.Option(help="Time spent on a configuration, at least.", min=0.0, callback=finite),

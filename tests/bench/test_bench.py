@@ -113,6 +113,22 @@ def test_rows_of_a_real_run():
     assert all(r["speedup_vs_dense"] == 1 for r in rows if r["backend"] == "dense")
 
 
+def test_of_several_rounds_each_row_is_the_fastest(ceilings):
+    """The machine is slow while dense is timed first, and while ours is timed last."""
+    seconds = iter([4e-3, 4.5e-3, 2e-3, 3e-3, 1e-3, 1.5e-3, 8e-3, 9e-3])
+    clock, seen = FakeClock(has_warm=False), []
+    clock.time = lambda calls: clocks.Timed([next(seconds)], "wall")
+    case = one.Case(64, 32, (1, 2), backends=("reference",))
+    rows = linear.measure(case, clock, lambda done, total: seen.append((done, total)), 2).rows
+    assert [(r["m"], r["backend"], r["median_us"], r["speedup_vs_dense"]) for r in rows] == [
+        (1, "dense", pytest.approx(1000), 1),
+        (1, "reference", pytest.approx(2000), 0.5),
+        (2, "dense", pytest.approx(1500), 1),
+        (2, "reference", pytest.approx(3000), 0.5),
+    ]
+    assert {r["rounds"] for r in rows} == {2} and seen == [(n, 8) for n in range(1, 9)]
+
+
 def test_cold_and_warm_are_compared_with_their_own_kind(ceilings):
     clock = FakeClock()
     rows = measured(clock, 64, 32, (1, 2), backends=("reference",)).rows
@@ -413,6 +429,18 @@ def test_wall_clock_goes_round_the_copies():
     timed = clocks.WallClock(0.0).time([lambda i=i: seen.append(i) for i in range(3)])
     assert seen[:6] == [0, 1, 2, 0, 1, 2] and len(timed.samples) == 12 and timed.timing == "wall"
     assert clocks.WallClock(0.0).copies(clocks.CPU_ROTATED) == 2
+
+
+def test_slow_calls_are_not_waited_for_ten_times(monkeypatch):
+    """Four seconds a call, by a clock that only calls move on."""
+    now = [0.0]
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 4.0
+
+    assert clocks.WallClock(0.3).time([call, call]).samples == [4.0, 4.0]
+    assert clocks.WallClock(9.0).time([call, call]).samples == [4.0] * 4
 
 
 def test_sizes_and_copies_of_whatever_a_backend_prepares():
