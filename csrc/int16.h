@@ -12,7 +12,10 @@
 // ascending order: a row of y depends on its own token only.
 //
 // Rounding changes an entry of x by at most half a step, and a kept value by at most one. It
-// changes a pruned entry by at most 0.5 + 0.2 L R steps, where L is the largest level: 1, 3 or 7.
+// changes a pruned entry by at most 0.7 + L R / 8 steps, where L is the largest level: 1, 3 or 7.
+// That is half a step from the last rounding and, in eighths of a step, 1.5 from v and for each
+// rank half of L from u and as much from the product. Where the largest x of a block is below 5e-35
+// its step is no normal number of fp32 any more, and x is rounded by more.
 #pragma once
 
 #include "launch.h"
@@ -36,12 +39,13 @@ struct Int16Factors {
 struct Int16Kernels {
   // Writes the cells and steps of one token, number `token` of the M of a call and `place` of the
   // `tokens` of its block, whose cells begin at `cells`. x: k_blocks * 128 numbers. Returns whether
-  // all are finite; a block where they are not becomes zeros.
+  // all are below 2^108; a block where they are not becomes zeros.
   bool (*quantise)(const float* x, int64_t k_blocks, int64_t token, int64_t M, int64_t place,
                    int64_t tokens, float* cells, float* steps);
   // Writes what Int16Factors has.
   void (*quantise_factors)(const CpuWeight& w, int16_t* v, float* most);
-  // y for row blocks [begin, end): at most kTileTokens tokens, any rank, int8 and int4 values.
+  // y for row blocks [begin, end): at most kTileTokens tokens, ranks up to kManyRank, int8 and
+  // int4 values.
   // t.x is not read.
   void (*tile)(const CpuWeight& w, const CpuTokens& t, const Int16Tokens& x,
                const Int16Factors& factors, int64_t begin, int64_t end);

@@ -77,7 +77,7 @@ struct Int8Tokens {
   float* step;
   int32_t* shift;
   uint8_t* tables;    // [terms][k_blocks][count][1024] or null: see int8_tables.h
-  uint8_t* finite;    // [terms][count]: 0 where the term of a token has NaN or infinity
+  uint8_t* finite;    // [terms][count]: 0 where a token has NaN or numbers from 2^108 on
   Int8Piece* pieces;  // [k_blocks][count][2], read by `many`; null for `few`
   // Read by `many`.
   // [R][k_blocks][128]: V over its largest magnitude in the block, times 32767; the inputs of a

@@ -148,12 +148,12 @@ Tensor linear_int8(const Call& call, std::vector<CpuWeight>& weights, const Bias
   int64_t column = 0;
   for (const CpuWeight& w : weights) {
     const Way chosen = way(int8_kernels(run), w.rank, call.tokens);
-    const Int16Kernels* const wide = int8_kernels(run).wide;
+    const Int16Kernels* const int16 = int8_kernels(run).wide;
     uint8_t* const to = out + column * call.bytes;
     if (chosen == Way::exact)
       run_exact(run, w, call.row(0), call.type, call.tokens, to, columns);
-    else if (chosen == Way::many && wide)
-      run_int16(run, *wide, w, call.row(0), call.type, call.tokens, to, columns);
+    else if (chosen == Way::many && int16)
+      run_int16(run, *int16, w, call.row(0), call.type, call.tokens, to, columns);
     else
       (chosen == Way::few ? few : many).push_back({w, column});
     column += w.out_features;

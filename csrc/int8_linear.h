@@ -51,8 +51,8 @@ class Int8Linear {
       widen_and_quantise(first, raw, type);
   }
 
-  // y of one part, whose tokens are the same but for z and y. Tokens with NaN or infinity get
-  // nothing of use: see `finite`.
+  // y of one part, whose tokens are the same but for z and y. Tokens with NaN or too
+  // large a number get nothing of use: see `finite`.
   void multiply(const CpuWeight& w, const CpuTokens& tokens) {
     if (few_)
       quantise(w, tokens.x, 1, 1 + w.rank);

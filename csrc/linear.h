@@ -48,7 +48,8 @@ void run_adapter(const CpuKernels& run, const CpuWeight& w, const CpuTokens& t);
 void run_exact(const CpuKernels& run, const CpuWeight& w, const void* x, int type, int64_t tokens,
                void* y, int64_t y_stride);
 
-// y of any number of tokens with 16-bit integers; a token with NaN or infinity as run_exact has it.
+// y of any number of tokens with 16-bit integers; a token with NaN, infinity or numbers from 2^108
+// on as run_exact has it.
 void run_int16(const CpuKernels& run, const Int16Kernels& kernels, const CpuWeight& w,
                const void* x, int type, int64_t tokens, void* y, int64_t y_stride);
 

@@ -17,9 +17,11 @@
 namespace slab {
 namespace {
 
-// With a smaller step, 8 times its inverse would overflow fp32.
+// 8 times the inverse of a step below 2^-125 would overflow fp32; this leaves some room.
 constexpr float kLeastStep = 0x1p-120f;
 constexpr int kCellsOfBlock = kInputs / 2;
+// The sum over ranks of u v, in eighths of a step, fits in 16 bits with the largest level.
+static_assert(7 * (8 * kMostOfWeight / 7 + kManyRank / 2) <= 32767);
 
 // -1 in both bytes where a code puts its first or second, kept or pruned, input at `position`.
 constexpr Lane where_at(const Lane& of_code, int position) {

@@ -85,7 +85,7 @@ bool quantise_pairs(const float* x, int64_t k_blocks, int64_t token, int64_t M, 
   bool finite = true;
   for (int64_t kb = 0; kb < k_blocks; ++kb, x += kInputs, cells += kCellsOfBlock * tokens) {
     const uint32_t bits = largest_bits(x, kInputs);
-    const bool numbers = bits < kInfinite;
+    const bool numbers = bits < kTooLarge;
     const float most = numbers ? float_of(bits) : 0.0f, lift = lift_of(most);
     const float factor = most > 0.0f ? float(kMostOfX) / (most * lift) : 0.0f;
     finite = finite && numbers;

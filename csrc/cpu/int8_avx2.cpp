@@ -14,8 +14,8 @@ constexpr Int16Kernels wide = {quantise_pairs, quantise_factors, tile_of_pairs};
 
 // `few` against `wide`, on a Zen 3 with one thread, 11008x4096: with int4 values and rank 1 it
 // takes .83 of the time at 8 tokens and 1.0 at 11, with int8 values 1.09 at 8; with rank 2 they
-// meet at 5 or 6, with rank 4 at 4. `wide` takes about two thirds of the exact product's time from
-// 4 tokens on.
+// meet at 5 or 6, with rank 4 at 4. `wide` takes a half to five sixths of the exact product's time
+// from 4 tokens on.
 constexpr int kFewTerms = 17;
 
 const Int8Kernels kernels = {"avx2",  false, quantise_for_strips, quantise_v, strips,

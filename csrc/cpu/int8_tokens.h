@@ -21,8 +21,10 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// The bits of the largest magnitude of n numbers; not below kInfinite if one is NaN or infinite.
-constexpr uint32_t kInfinite = 0x7F800000u;
+// The bits of 2^108. Tokens with numbers from there on are left to the exact product, as those with
+// NaN and infinity are: a sum of integers times their step could overflow where y does not.
+constexpr uint32_t kTooLarge = 0x75800000u;
+// The bits of the largest magnitude of n numbers; not below kTooLarge if one is NaN or infinite.
 inline uint32_t largest_bits(const float* x, int n) {
   uint32_t most = 0;
   for (int i = 0; i < n; ++i) {
@@ -57,12 +59,12 @@ inline float largest_pair(const float* x) {
 // much on either side of 0; or so much that the sum of two integers of a group stays within 127.
 enum class Cover { range, symmetric, pairs };
 
-// One piece of 32 numbers, for `few`. Returns whether all are finite, and the sums of `pairs` too;
-// if not, it becomes zeros.
+// One piece of 32 numbers, for `few`. Returns whether all are below kTooLarge, and the sums of
+// `pairs` too; if not, it becomes zeros.
 inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, int32_t* shift) {
   uint32_t bits = largest_bits(x, kPiece);
-  if (cover == Cover::pairs && bits < kInfinite) bits = bits_of(largest_pair(x));
-  if (bits >= kInfinite) {
+  if (cover == Cover::pairs && bits < kTooLarge) bits = bits_of(largest_pair(x));
+  if (bits >= kTooLarge) {
     std::memset(q, 0, kPiece);
     *step = 0.0f;
     *shift = 0;
@@ -75,10 +77,9 @@ inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, 
     low = x[i] < low ? x[i] : low;
     high = x[i] > high ? x[i] : high;
   }
-  // The difference of two numbers may be too large for fp32, that of their halves is not. With an
-  // integer of 253 steps between them, rounding ends at 127 on either side.
-  const float half = high * lift * 0.5f - low * lift * 0.5f;
-  const float middle = high * lift * 0.5f + low * lift * 0.5f;
+  // With an integer of 253 steps between them, rounding ends at 127 on either side.
+  const float half = (high * lift - low * lift) * 0.5f;
+  const float middle = (high * lift + low * lift) * 0.5f;
   const float limit = range ? 126.5f : cover == Cover::symmetric ? 127.0f : 126.0f;
   const float factor = half > 0.0f ? limit / half : 0.0f;
   const int32_t centre = nearest(middle * factor);
@@ -88,11 +89,11 @@ inline bool quantise_piece(const float* x, Cover cover, int8_t* q, float* step, 
   return true;
 }
 
-// One piece of 64 numbers, for `many`. Returns the place of the largest one, or -1 if not all are
-// finite: then it becomes zeros. offset: what the kernels add to every weight.
+// One piece of 64 numbers, for `many`. Returns the place of the largest one, or -1 if that is not
+// below kTooLarge: then it becomes zeros. offset: what the kernels add to every weight.
 inline int quantise_around_largest(const float* x, int offset, int8_t* q, Int8Piece& piece) {
   const uint32_t bits = largest_bits(x, kManyPiece);
-  if (bits >= kInfinite) {
+  if (bits >= kTooLarge) {
     std::memset(q, 0, kManyPiece);
     piece = Int8Piece{};
     return -1;

@@ -105,7 +105,7 @@ def quantised(x: Tensor, cover: str) -> tuple[Tensor, Tensor]:
         low = pieces.amin(-1, True).clamp(max=0) * lift
         high = pieces.amax(-1, True).clamp(min=0) * lift
     limit = {"range": 126.5, "symmetric": 127.0, "pairs": 126.0}[cover]
-    half = high * 0.5 - low * 0.5
+    half = (high - low) * 0.5
     factor = over(limit, half)
     step = half / torch.full_like(half, limit) / lift
     centre = ((high * 0.5 + low * 0.5) * factor).round()
@@ -255,7 +255,7 @@ def wide(x: Tensor, w: Weight, values: str, group_size: int) -> Result:
     rounded, W = n.double() * step.double(), integers.double() * row_step.double()
     y, size = rounded @ W.T, rounded.abs() @ W.abs().T
     levels = {1.0: 1, 0.5: 3, 0.25: 7}[w.unit]
-    error = torch.where(w.level != 0, 0.5 + 0.2 * levels * w.U.shape[1], 1.001) * row_step.double()
+    error = torch.where(w.level != 0, 0.7 + levels * w.U.shape[1] / 8, 1.001) * row_step.double()
     bound = (step.double() / 2) @ W.abs().T + x.double().abs() @ error.T
     return _with_adapter(x, w, y, size, bound)
 

@@ -164,12 +164,14 @@ def test_a_sign_term_beyond_the_panel(isa, way, values, rank, planes, M):
     check(linear(x, packed), emulated(way, x, packed), oracle(x, packed)[0])
 
 
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e30])
+@pytest.mark.parametrize("inputs", [128, 260])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30, 1e33, 1e36])
 @pytest.mark.parametrize("M", [1, 40])
-def test_small_and_large_numbers(isa, way, size, M):
+def test_small_and_large_numbers(isa, way, size, inputs, M):
+    """From 2^108 on a sum of integers times a step could overflow where y is finite."""
     packed = random_packed(PackedLayout(20, 260, "int4", 128, rank=1))
     x = torch.randn(M, 260)
-    x[:, :128] *= size
+    x[:, :inputs] *= size
     y, exact = linear(x, packed).double(), oracle(x, packed)[0]
     magnitude = oracle(x, packed)[1]
     assert bool(((y - exact).abs() <= 0.02 * magnitude).all())
@@ -243,6 +245,27 @@ def test_same_bits_for_any_thread_count_and_batch(isa, way):
             assert same_bits(cpu.BACKEND.linear(x[:M], state), all_of[:M])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("values", ["int4", "int8"])
+def test_the_highest_rank_of_many_tokens(isa, values, planes):
+    packed = random_packed(PackedLayout(40, 260, values, 64, MOST_RANK, planes=planes), seed=3)
+    x = torch.randn(13, 260)
+    with product("many"):
+        check(linear(x, packed), emulated("many", x, packed), oracle(x, packed)[0])
+
+
+def test_a_call_of_more_tokens_than_are_run_at_once(isa, way):
+    """They are cut after each 512; a token has the result that it has alone, NaN stays in its."""
+    packed, x = random_packed(PackedLayout(17, 132, "int4", 32, rank=1)), torch.randn(1030, 132)
+    x[700, 5] = float("nan")
+    state = int8(packed)
+    y = cpu.BACKEND.linear(x, state)
+    assert bool(y[700].isnan().any()) and bool(y[:700].isfinite().all() & y[701:].isfinite().all())
+    for token in (0, 511, 512, 699, 700, 701, 1023, 1024, 1029):
+        alone = cpu.BACKEND.linear(x[token : token + 1], state)
+        assert same_bits(y[token : token + 1].nan_to_num(7), alone.nan_to_num(7))
 
 
 def test_instruction_sets_have_the_same_integers(way):
