@@ -37,6 +37,7 @@ from slab_kernels.format import PackedLayout, PackedWeight
 from slab_kernels.models.skeleton import config_skeleton, place
 from slab_kernels.models.ties import untie
 from slab_kernels.nn import prepare, replace_linear
+from slab_kernels.nn.dense_head import copy_slices
 from slab_kernels.paths import expanded
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def packed_model(shapes: Shapes, head: str, dtype: torch.dtype) -> PreTrainedMod
             own = {part: t.clone() for part, t in made.tensors().items()}
             weights[f"model.layers.{block}.{name}"] = PackedWeight(made.layout, **own)
     replace_linear(model, weights)
+    copy_slices(model)  # as `load` does
     return fill(model, dtype)
 
 

@@ -168,7 +168,7 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         "README.md",
-        "It writes {:.1f} tokens/s on {:d} threads of a CPU, the dense model {:.1f} (",
+        "It writes {:.1f} tokens/s on {:d} threads of a CPU, the dense model in fp32 {:.1f} (",
         lambda: (one_text("packed"), read(RUNS)["chat"]["threads"], one_text("dense")),
     ),
     Claim(

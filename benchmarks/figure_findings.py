@@ -10,9 +10,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from figure_smollm2 import FILE, MATCHED, PERMUTED, by_label, cpu_seconds, name_of
+from figure_smollm2 import FILE, MATCHED, PERMUTED, by_label, name_of
 from figure_tables import Row, markdown, read, rounded
 from method_entries import entries
+
+from slab_kernels.compression.presets import PRESETS
 
 COLUMNS = 100
 # Ours beside the GPTQ row that has about as many bits.
@@ -29,6 +31,7 @@ SAME_LINEARS = {
     "slab int4, 2 planes": "preset balanced",
     "slab fp16, 2 planes": "preset exact",
 }
+WITH_TABLES = [f"preset {name}" for name, p in PRESETS.items() if p.embeddings == "int8"]
 # A bit more of an integer halves its step and quarters the squared error, and so at best the KL.
 PER_BIT = 4.0
 # The worse one stands first, as the methods' own papers have them.
@@ -128,11 +131,13 @@ def equal_bits() -> str:
         )
     if ahead:
         gains = [100 * (1 - at_as_many_bits(*pair)) for pair in ahead]
-        text += f". There it is lower by {spread(gains, '{:.0f}')} %"
+        where = "There" if not behind else f"In {'that pair' if len(ahead) == 1 else 'those'}"
+        text += f". {where} ours is lower by {spread(gains, '{:.0f}')} %"
     text += (
         ". The bits of a pair differ a little, and the last column corrects for that in favour of "
-        "GPTQ: each bit that GPTQ has less counts as if it divided GPTQ's KL by four, which is the "
-        "most that halving the step of an integer can do."
+        "GPTQ: its KL is divided by four for each bit that it has less, and by as much of that as "
+        "a part of a bit is. One more bit halves the step of an integer, and cannot lower the KL "
+        "more. The percentages are those of that column."
     )
     return f"{wrapped(text)}\n{equal_bits_table()}"
 
@@ -248,8 +253,8 @@ def published_order() -> str:
     there = [(worse, better) for worse, better in PUBLISHED if worse in found and better in found]
     if not there:
         return ""
-    labels = dict.fromkeys(label for pair in there for label in pair)
-    ranked = sorted((found[label] for label in labels), key=lambda row: -row["kl"])
+    published = [row for row in found.values() if row["family"] == "2:4, published"]
+    ranked = sorted(published, key=lambda row: -row["kl"])
     names = [f"{short_name(row['label'])} ({kl(row)})" for row in ranked]
     turned = [
         f"{short_name(better)} is worse than {short_name(worse)}"
@@ -259,14 +264,22 @@ def published_order() -> str:
     text = f"**Methods as published.** From the greatest KL to the least: {', '.join(names)}. "
     if turned:
         text += (
-            f"Of the {len(there)} comparisons that their papers draw, {len(turned)} come out the "
-            f"other way here: {listed(turned)}."
+            f"Of what their papers say of who is ahead of whom, {len(there)} pairs were looked at, "
+            f"and {len(turned)} come out the other way here: {listed(turned)}."
         )
     else:
         text += (
-            "Every comparison that their papers draw comes out the same way here "
-            f"({len(there)} of {len(there)})."
+            f"Of what their papers say of who is ahead of whom, {len(there)} pairs were looked at, "
+            "and all come out the same way here."
         )
+    if plain := found.get("sparsegpt"):
+        behind = [
+            short_name(row["label"])
+            for row in ranked
+            if row["kl"] > plain["kl"] and row["bits_per_weight"] > plain["bits_per_weight"]
+        ]
+        if behind:
+            text += f" With more bits than `sparsegpt`, {listed(behind)} lose more than it does."
     refit = [
         (found[f"{name} as published"], found[f"{name} polished"])
         for name in METHODS
@@ -296,17 +309,18 @@ def transformer_matching() -> str:
     better = sum(after["kl"] < before["kl"] for before, after in both)
     text = (
         f"**Matching.** {spread(epochs, '{:d}')} epochs of transformer matching lower the KL in "
-        f"{better} of {len(both)} rows."
+        f"{better} of {len(both)} rows. With it compressing took "
+        f"{spread((after['cpu_seconds'] for _, after in both), '{:.0f}')} CPU seconds, on several "
+        "kinds of machine."
     )
     body = [
         (
             name_of(before["label"]), bits(before), kl(before), kl(after),
             f"{100 * (after['kl'] / before['kl'] - 1):+.0f} %",
-            cpu_seconds(before), cpu_seconds(after),
         )
         for before, after in both
     ]  # fmt: skip
-    head = ("row", "bits", "KL", "matched", "change", "CPU s", "matched, CPU s")
+    head = ("row", "bits", "KL", "matched", "change")
     return f"{wrapped(text)}\n{markdown(head, body)}"
 
 
@@ -341,6 +355,22 @@ FINDINGS = (
 )  # fmt: skip
 
 
+def stand_ins() -> str:
+    """That presets stand for rows that differ from theirs by the embedding."""
+    found = by_label()
+    names = [
+        name_of(preset)
+        for label, preset in SAME_LINEARS.items()
+        if preset in WITH_TABLES and preset in found and label not in found
+    ]
+    if not names:
+        return ""
+    return wrapped(
+        f"Above, {listed(names)} stand{'s' if len(names) == 1 else ''} for the same settings with "
+        "an embedding in fp16. A part of such a difference is that of the embedding in int8."
+    )
+
+
 def missing() -> str:
     """The last paragraph: the rows of `bench_methods.py` that are not there."""
     left = [
@@ -353,7 +383,7 @@ def missing() -> str:
 
 def findings() -> str:
     """All paragraphs that have their rows."""
-    parts = [paragraph() for paragraph in (*FINDINGS, missing)]
+    parts = [paragraph() for paragraph in (*FINDINGS, stand_ins, missing)]
     return "\n".join(part for part in parts if part)
 
 

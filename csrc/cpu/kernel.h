@@ -1,5 +1,5 @@
 // The products of the CPU backend are written once over a vector type V (a lane is an output row)
-// and compiled once per instruction set: scalar.cpp, avx2.cpp and avx512.h define V, and
+// and compiled once per instruction set: scalar.cpp, avx2.h and avx512.h define V, and
 // kernel_table is what they export. V's constants are:
 //
 //   kLookupBlocks   row blocks that share tables in `lookup` with one token

@@ -1,8 +1,9 @@
 """How x enters a product on a CPU: a stated accuracy mode.
 
 exact   x as it is given, in sums of fp32
-int8    x in pieces of 32 or 64 inputs, each as 8-bit integers with a step of their own, for int8,
-        int4 and int3 values; weights with 16-bit values stay exact; the default
+int8    x as integers with a step for each piece of it, for int8, int4 and int3 values: of 8 bits
+        for 32 or 64 inputs; with AVX2 and many tokens of 13 bits for 128, and there the weight
+        becomes such integers too. Weights with 16-bit values stay exact. The default
 
 The mode is of what a layer prepared, and changes no stored weight. docs/cpu.md states how far the
 results of int8 may be from exact ones.

@@ -13,7 +13,8 @@ SLAB_KERNELS_CPU_ISA=scalar|avx2|avx512|avx512_bf16|avx512_amx forces an instruc
 
 With int8 activations (activations.py) integer values are multiplied by x as 8-bit integers, from
 the same prepared tensor (csrc/int8.h); with AVX2 and many tokens x and the weight become integers
-of 13 bits (csrc/int16.h). A token that holds NaN or infinity is computed exactly.
+of 13 bits (csrc/int16.h). A token that holds NaN, infinity or numbers from 2^108 on is computed
+exactly.
 
 Where the sum of all |x w| of a row is finite in fp32, so are these kernels for |x| up to 2^80:
 above it, sums that a scale or a small factor is yet to multiply may overflow.
@@ -159,7 +160,7 @@ class CpuBackend(Backend):
             ("many", 8): "1/254 of the second largest of 64 inputs, the largest not at all",
             ("many", 13): "1/8190 of the largest of 128 inputs",
         }[way, bits]
-        weight = ", and so is the weight, by at most about twice as much" if bits == 13 else ""
+        weight = "; the weight is rounded too" if bits == 13 else ""
         return (
             f"activations=int8: the product for {way} tokens ({name}) with integers of {bits} "
             f"bits; x is rounded, by at most {rounded}{weight}; more in docs/cpu.md"

@@ -1,4 +1,4 @@
-"""One budget of stored bits for a whole model, spent where the measured loss says it helps most.
+"""One budget of stored bits for a whole model, spent where the expected loss says it helps most.
 
 SLaB's authors name adaptive rank as future work (arXiv 2604.04493); here value type, sign planes
 and rank of every layer are chosen together:

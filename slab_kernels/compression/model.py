@@ -62,8 +62,8 @@ def compress(
 
     Experts that transformers stacks are taken apart into linears first. A token counts for the
     experts that its router picks; an expert that gets too few is shown all of them
-    (`compression.routing`). Routers and norms stay dense, and so do an embedding and a head for
-    which nothing else is said.
+    (`compression.routing`). Routers and norms stay dense, and so does an output head unless `head`
+    is true. The embedding is stored as the preset has it, in int8 rows by default.
 
     One block is in memory at a time, beside everything outside the blocks and the hidden states of
     the calibration text: samples * window * hidden_size numbers, of 4 bytes on a CPU
@@ -96,14 +96,15 @@ def compress(
         matching: transformer matching after each block: a `Matching`, just its epochs, or True;
             0, False or None for none.
         bits: stored bits per weight over the whole model, spent layer by layer on value types,
-            planes and ranks where the measured loss says they help most (see `budget`). The dense
+            planes and ranks where the expected loss says they help most (see `budget`). The dense
             model is held in memory during the search.
         calibration, heldout: a text, chats, rows, token ids or batches with masks, by the name of a
             file or in memory; see `text.source.read`. Every eighth window of `calibration` is held
             back: no weight is fitted to it, and each layer's held-out error is measured there. With
             a text `heldout` it is measured on that, with at most a quarter of `samples`.
         field: of the rows of these texts (.jsonl, .parquet, a dataset), the one to read: a string,
-            a chat or token ids. None: "text", "messages", or "prompt" and "completion".
+            a chat or token ids. None: the first there of "input_ids", "text", "messages", and
+            "prompt" with "completion".
         samples, window: windows of calibration text, and their length in tokens, which is cut to
             the model's positions.
         skip: fnmatch patterns of module or parameter names to leave dense, such as "*.down_proj".

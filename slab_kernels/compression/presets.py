@@ -1,4 +1,4 @@
-"""Named goals of `compress`: fewest bytes, few bits near the dense model, or nearest to it.
+"""Named goals of `compress`: few bytes, few bits near the dense model, or values of 16 bits.
 
 A preset is nothing but four settings of method `slab` at 2:4. Whoever names none gets those of
 `DEFAULT`, each unless another value is asked for.
@@ -42,12 +42,18 @@ class Preset:
 SMALL_EMBEDDINGS, SMALL_HEAD = "int8", False
 PRESETS: dict[str, Preset] = {
     "small": Preset(
-        "int4", 1, SMALL_EMBEDDINGS, SMALL_HEAD, "fewest bytes, and fastest while it writes"
+        "int4",
+        1,
+        SMALL_EMBEDDINGS,
+        SMALL_HEAD,
+        "fewest bytes of the three, fastest while it writes",
     ),
     "balanced": Preset(
         "int4", 2, SMALL_EMBEDDINGS, SMALL_HEAD, "nearer the dense model for half a bit more"
     ),
-    "exact": Preset("fp16", 2, "dense", False, "nearest the dense model, kept values in 16 bits"),
+    "exact": Preset(
+        "fp16", 2, "dense", False, "nearest the dense model of the three, values of 16 bits"
+    ),
 }
 DEFAULT = "balanced"
 PLAIN = Preset()  # where no preset applies: another method or pattern, or a budget of bits

@@ -16,7 +16,7 @@ class TrainableLinear(nn.Module):
     The mask, the signs and the integer codes are buffers, which no step can change.
 
     bias: [N] or None. Memory beside the parameters: a byte per entry for the mask, one for B, and
-    four for the rebuilt weight.
+    four for the rebuilt weight; one per kept entry for integer codes.
     """
 
     mask: Tensor

@@ -35,7 +35,7 @@ class PolishedConfig(Config):
     """
 
     polish: int = setting(
-        3, "rounds in the Gram metric afterwards; 0 is the published method alone", 0, 10_000
+        3, "rounds in the Gram metric afterwards, which the published method has not", 0, 10_000
     )
 
 
