@@ -167,4 +167,15 @@ INT8_ACTIVATIONS = (
         "if (!linear.finite(part.w, i) && rank > 16)",
         (f"{INT8}::test_nan_and_infinity_reach_y_as_in_the_exact_product",),
     ),
+    Fault(
+        "numbers whose sums of integers overflow when their step comes in",
+        "csrc/cpu/int8_tokens.h", "kTooLarge = 0x75800000u", "kTooLarge = 0x7F800000u",
+        (f"{INT8}::test_small_and_large_numbers",),
+    ),
+    Fault(
+        "a call's first tokens for all parts of it",
+        "csrc/linear.h", "static_cast<const uint8_t*>(x) + first * w.in_features * bytes",
+        "static_cast<const uint8_t*>(x) + 0 * w.in_features * bytes",
+        (f"{INT8}::test_a_call_of_more_tokens_than_are_run_at_once",),
+    ),
 )  # fmt: skip
