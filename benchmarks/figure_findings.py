@@ -25,6 +25,7 @@ RIVALS = {
     "slab, searched for 4.6 bits": "gptq int4, groups of 32",
     "slab int4, 3 planes": "gptq int4, groups of 32",
     "slab int3, 2 planes": "gptq int3, groups of 32",
+    "slab int3": "gptq int3, groups of 64",
 }
 SAME_LINEARS = {
     "slab int4": "preset small",
@@ -80,13 +81,21 @@ def measured(label: str) -> Row | None:
 
 
 def pairs() -> list[tuple[Row, Row]]:
-    """Ours and GPTQ of about as many bits, both without matching or both with it."""
+    """Ours and GPTQ of about as many bits, both without matching or both with it; where ours has
+    not been measured with it, GPTQ with it beside ours without."""
     return [
         (own, other)
         for end in ("", MATCHED)
         for label, rival in RIVALS.items()
-        if (own := measured(label + end)) and (other := measured(rival + end))
+        if (own := measured(label + end) or measured(label)) and (other := measured(rival + end))
     ]
+
+
+def of_matching(own: Row, other: Row) -> str:
+    """Which of a pair was matched, in words behind the bits of ours."""
+    if "matching" in own["settings"]:
+        return " with matching"
+    return " without matching, where GPTQ has it" if "matching" in other["settings"] else ""
 
 
 def at_as_many_bits(own: Row, other: Row) -> float:
@@ -121,18 +130,14 @@ def equal_bits() -> str:
     elif not ahead:
         text += "GPTQ has the lower KL in every pair"
     else:
-        lost = [
-            f"{bits(own)} bits{' with matching' if 'matching' in own['settings'] else ''}"
-            for own, _ in behind
-        ]
+        lost = [f"{bits(own)} bits{of_matching(own, other)}" for own, other in behind]
         text += (
             f"The KL of ours is below that of GPTQ in {len(ahead)} of {len(found)} pairs; GPTQ is "
             f"ahead at {listed(lost)}"
         )
     if ahead:
         gains = [100 * (1 - at_as_many_bits(*pair)) for pair in ahead]
-        where = "There" if not behind else f"In {'that pair' if len(ahead) == 1 else 'those'}"
-        text += f". {where} ours is lower by {spread(gains, '{:.0f}')} %"
+        text += f". Where ours is ahead, it is lower by {spread(gains, '{:.0f}')} %"
     text += (
         ". The bits of a pair differ a little, and the last column corrects for that in favour of "
         "GPTQ: its KL is divided by four for each bit that it has less, and by as much of that as "
