@@ -360,20 +360,24 @@ FINDINGS = (
 )  # fmt: skip
 
 
-def stand_ins() -> str:
-    """That presets stand for rows that differ from theirs by the embedding."""
+def embedding() -> str:
+    """What the int8 embedding of presets costs, and which of them stand for rows without it."""
     found = by_label()
-    names = [
-        name_of(preset)
-        for label, preset in SAME_LINEARS.items()
-        if preset in WITH_TABLES and preset in found and label not in found
+    there = {a: p for a, p in SAME_LINEARS.items() if p in WITH_TABLES and p in found}
+    both = [
+        f"the KL is {found[label]['kl']:.4f} with the embedding in fp16 and "
+        f"{found[preset]['kl']:.4f} in int8, as {name_of(preset)} has it"
+        for label, preset in there.items()
+        if label in found
     ]
-    if not names:
-        return ""
-    return wrapped(
-        f"Above, {listed(names)} stand{'s' if len(names) == 1 else ''} for the same settings with "
-        "an embedding in fp16. A part of such a difference is that of the embedding in int8."
-    )
+    alone = [name_of(preset) for label, preset in there.items() if label not in found]
+    text = f" With equal settings {listed(both)}." if both else ""
+    if alone:
+        text += (
+            f" Above, {listed(alone)} stand{'s' if len(alone) == 1 else ''} for the same settings "
+            "with an embedding in fp16."
+        )
+    return wrapped(f"**Embedding.**{text}") if text else ""
 
 
 def missing() -> str:
@@ -388,7 +392,7 @@ def missing() -> str:
 
 def findings() -> str:
     """All paragraphs that have their rows."""
-    parts = [paragraph() for paragraph in (*FINDINGS, stand_ins, missing)]
+    parts = [paragraph() for paragraph in (*FINDINGS, embedding, missing)]
     return "\n".join(part for part in parts if part)
 
 
