@@ -354,12 +354,6 @@ def heldout() -> str:
     )
 
 
-FINDINGS = (
-    equal_bits, planes, sixteen_bits, adapters, papers_format, published_order,
-    transformer_matching, heldout,
-)  # fmt: skip
-
-
 def embedding() -> str:
     """What the int8 embedding of presets costs, and which of them stand for rows without it."""
     found = by_label()
@@ -380,6 +374,12 @@ def embedding() -> str:
     return wrapped(f"**Embedding.**{text}") if text else ""
 
 
+FINDINGS = (
+    equal_bits, planes, sixteen_bits, adapters, papers_format, published_order,
+    transformer_matching, heldout, embedding,
+)  # fmt: skip
+
+
 def missing() -> str:
     """The last paragraph: the rows of `bench_methods.py` that are not there."""
     left = [
@@ -392,7 +392,7 @@ def missing() -> str:
 
 def findings() -> str:
     """All paragraphs that have their rows."""
-    parts = [paragraph() for paragraph in (*FINDINGS, embedding, missing)]
+    parts = [paragraph() for paragraph in (*FINDINGS, missing)]
     return "\n".join(part for part in parts if part)
 
 
