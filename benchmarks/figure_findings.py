@@ -355,7 +355,8 @@ def heldout() -> str:
 
 
 def embedding() -> str:
-    """What the int8 embedding of presets costs, and which of them stand for rows without it."""
+    """What an int8 embedding costs, and which presets, which have one, stand above for rows with
+    the embedding in fp16 that were not measured."""
     found = by_label()
     there = {a: p for a, p in SAME_LINEARS.items() if p in WITH_TABLES and p in found}
     both = [

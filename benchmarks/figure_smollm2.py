@@ -26,7 +26,6 @@ GOALS = {
     "near the dense model for few bits, the default": [("--preset balanced", "preset balanced")],
     "nearer, for half a bit more": [
         ("--planes 3 --embeddings dense", "slab int4, 3 planes"),
-        ("--preset exact", "preset exact"),
     ],
     **{
         f"linears of {bits} bits": [

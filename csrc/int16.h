@@ -13,9 +13,9 @@
 //
 // Rounding changes an entry of x by at most half a step, and a kept value by at most one. It
 // changes a pruned entry by at most 0.7 + L R / 8 steps, where L is the largest level: 1, 3 or 7.
-// That is half a step from the last rounding and, in eighths of a step, 1.5 from v and for each
-// rank half of L from u and as much from the product. Where the largest x of a block is below 5e-35
-// its step is no normal number of fp32 any more, and x is rounded by more.
+// Of that, half a step comes from the last rounding and 1.5 eighths of a step from v; for each rank
+// L/2 eighths come from u and as many from its product with v. Where the largest x of a block is
+// below 5e-35, its step is no normal number of fp32 any more, and x is rounded by more.
 #pragma once
 
 #include "launch.h"

@@ -85,13 +85,13 @@ bool quantise_pairs(const float* x, int64_t k_blocks, int64_t token, int64_t M, 
   bool finite = true;
   for (int64_t kb = 0; kb < k_blocks; ++kb, x += kInputs, cells += kCellsOfBlock * tokens) {
     const uint32_t bits = largest_bits(x, kInputs);
-    const bool numbers = bits < kTooLarge;
-    const float most = numbers ? float_of(bits) : 0.0f, lift = lift_of(most);
+    const bool usable = bits < kTooLarge;
+    const float most = usable ? float_of(bits) : 0.0f, lift = lift_of(most);
     const float factor = most > 0.0f ? float(kMostOfX) / (most * lift) : 0.0f;
-    finite = finite && numbers;
+    finite = finite && usable;
     steps[kb * M + token] = most * lift / float(kMostOfX) / lift;
     int32_t integers[kInputs];
-    for (int i = 0; i < kInputs; ++i) integers[i] = numbers ? nearest(x[i] * lift * factor) : 0;
+    for (int i = 0; i < kInputs; ++i) integers[i] = usable ? nearest(x[i] * lift * factor) : 0;
     for (int c = 0; c < kCellsOfBlock; ++c) {
       const int i = first_input(c);
       const uint32_t cell = uint32_t(integers[i] & 0xFFFF) | uint32_t(integers[i + kGroup]) << 16;

@@ -88,7 +88,8 @@ class WallClock:
         return total >= CPU_ROTATED
 
     def time(self, calls: Sequence[Call]) -> Timed:
-        """At least `min_seconds`, and ten calls, or as many as start within SLOW_SECONDS."""
+        """It goes on for `min_seconds` at least, and then until ten calls are done or SLOW_SECONDS
+        are over."""
         for call in calls:
             call()
         samples: list[float] = []

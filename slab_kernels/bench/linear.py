@@ -93,7 +93,7 @@ def measure(
     return Measured(rows.in_order(), absent)
 
 
-class _Round(NamedTuple):
+class _Series(NamedTuple):
     """Calls to be timed one after another."""
 
     calls: list[Call]
@@ -143,17 +143,17 @@ class _Stand:
         apart. Copies that stay in cache would be no news beside one copy.
         """
         calls, m = contestant.calls(x, copies), x.shape[0]
-        rounds: dict[bool, _Round] = {}
+        series: dict[bool, _Series] = {}
         if not self.clock.has_warm or self.clock.is_cold(copies * contestant.bytes_read(m)):
-            rounds[True] = _Round(calls, copies)
+            series[True] = _Series(calls, copies)
         if self.clock.has_warm:
-            rounds[False] = _Round(calls[:1] * max(copies, FEWEST_COPIES), 1)
+            series[False] = _Series(calls[:1] * max(copies, FEWEST_COPIES), 1)
         return {
             rotated: contestant.columns | self._columns(some, contestant, m, rotated)
-            for rotated, some in rounds.items()
+            for rotated, some in series.items()
         }
 
-    def _columns(self, some: _Round, contestant: Contestant, m: int, rotated: bool) -> Row:
+    def _columns(self, some: _Series, contestant: Contestant, m: int, rotated: bool) -> Row:
         """The columns that timing adds to a row."""
         timed, n, k = self.clock.time(some.calls), self.case.n, self.case.k
         size, read = contestant.size, contestant.bytes_read(m)

@@ -432,7 +432,7 @@ def test_wall_clock_goes_round_the_copies():
 
 
 def test_slow_calls_are_not_waited_for_ten_times(monkeypatch):
-    """Four seconds a call, by a clock that only calls move on."""
+    """Every call takes four seconds, by a clock that stands still otherwise."""
     now = [0.0]
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
 

@@ -430,7 +430,7 @@ def test_a_page_of_somebody_else_is_not_overwritten(runs, tmp_path, capsys):
     assert [p.name for p in tmp_path.glob("*.*")] == ["report.html"]
     assert other.read_text() == "<html>my own</html>"
     other.unlink()
-    for _ in range(2):  # over its own page it writes
+    for _ in range(2):  # The second time it replaces its own page.
         assert write(read([runs]), tmp_path, plots=False) == [other]
 
 
